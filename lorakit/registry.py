@@ -1,0 +1,48 @@
+"""Names a user may write, and where the code for each lives: `name -> "module:attribute"`.
+
+This module imports nothing of lorakit and nothing heavy, so `--help` and the config check can read the names without
+loading torch. A new model family, method, optimizer or export format is one file and one line here.
+"""
+
+from importlib import import_module
+from typing import Any
+
+# A family is recognised from the base's own config or keys; see lorakit.families.
+FAMILIES = {
+    "sd": "lorakit.families.sd:StableDiffusion",
+    "sdxl": "lorakit.families.sdxl:StableDiffusionXL",
+}
+
+ADAPTERS = {
+    "lora": "lorakit.adapters.lora:lora",
+    "rslora": "lorakit.adapters.lora:rslora",
+    "dora": "lorakit.adapters.dora:dora",
+}
+
+OPTIMIZERS = {
+    "adamw": "lorakit.optim:adamw",
+    "adamw8bit": "lorakit.optim:adamw8bit",
+    "paged_adamw8bit": "lorakit.optim:paged_adamw8bit",
+    "lion": "lorakit.optim:lion",
+    "adafactor": "lorakit.optim:adafactor",
+    "prodigy": "lorakit.optim:prodigy",
+}
+
+EXPORTS = {
+    "kohya": "lorakit.export.kohya",
+    "diffusers": "lorakit.export.diffusers",
+    "peft": "lorakit.export.peft",
+}
+
+
+def load(table: dict[str, str], name: str) -> Any:
+    """The object behind `name` in one of the tables above (a module where the entry names no attribute).
+
+    Raises:
+        ValueError: `name` is not in the table.
+    """
+    if name not in table:
+        raise ValueError(f"unknown name {name!r}; known: {', '.join(table)}")
+    module, _, attribute = table[name].partition(":")
+    loaded = import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded
