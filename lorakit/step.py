@@ -1,0 +1,183 @@
+"""The training step: from a batch's place in the run to its loss.
+
+Everything a step needs is on the device before the first one: latents (mean and standard deviation), text embeddings,
+masks. A step gathers by index, draws its own noise and timesteps from (seed, index), and never reads a value back, so
+the host can run ahead of the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorakit import objective, randomness
+from lorakit.config import DataConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class ClassLatents:
+    """Encoded class images for prior preservation: mean and std `[n, C, h, w]`, one row of time ids or None."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    time_ids: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a batch's loss: what the model is given, what it should say, and how much that counts."""
+
+    noisy: torch.Tensor
+    timesteps: torch.Tensor
+    condition: Any
+    target: torch.Tensor
+    mask: torch.Tensor | None
+    factor: float
+
+
+class Step:
+    """Computes the loss of the `index`-th batch of a run, a pure function of the weights, the seed and the index.
+
+    Args:
+        family: the loaded base (see `families.Family`).
+        adapter: the attached adapter.
+        dataset: encoded photos (`data.cache.Dataset`), on the device.
+        conditions: text embeddings of `dataset.texts`, or None where the text encoders are trained.
+        class_text: the class prompt; class_condition: its embedding by the base.
+        class_latents: encoded class images where `train.prior` is "images".
+        retry: how often the run went back to a checkpoint; it salts the noise, which would else repeat what failed.
+    """
+
+    def __init__(
+        self,
+        family: Any,
+        adapter: Any,
+        dataset: Any,
+        data: DataConfig,
+        train: TrainConfig,
+        *,
+        conditions: Any,
+        class_text: str,
+        class_condition: Any,
+        class_latents: ClassLatents | None,
+        retry: int = 0,
+    ):
+        self.family, self.adapter, self.dataset = family, adapter, dataset
+        self.data, self.train = data, train
+        self.conditions, self.class_text, self.class_condition = conditions, class_text, class_condition
+        self.class_latents = class_latents
+        self.retry = retry
+        self._generator = torch.Generator(family.device)
+        self._epoch, self._batches = -1, []
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that show every photo once."""
+        return len(self.dataset.batches(self.train.seed, 0, self.train.batch_size))
+
+    def batch(self, index: int) -> Any:
+        """The `index`-th batch of the run (`data.cache.Batch`), counted from 0 through all epochs."""
+        epoch, place = divmod(index, self._per_epoch())
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._batches = self.dataset.batches(self.train.seed, epoch, self.train.batch_size)
+        return self._batches[place]
+
+    def loss(self, index: int) -> torch.Tensor:
+        """Loss of the `index`-th batch, a scalar on the device; `backward` may be called on it."""
+        instance = self._instance_term(index)
+        terms = [instance]
+        if self.train.prior == "images":
+            terms.append(self._class_image_term(index, len(instance.noisy)))
+        elif self.train.prior == "teacher":
+            terms.append(self._teacher_term(instance))
+        total = torch.zeros((), device=self.family.device)
+        for term, prediction in zip(terms, self._predict(terms), strict=True):
+            weight = objective.weights(
+                self.family.prediction_type, term.timesteps, self.family.alphas_cumprod, self.train.min_snr_gamma
+            )
+            total = total + term.factor * objective.loss(prediction, term.target, self.train.loss, weight, term.mask)
+        return total
+
+    def _per_epoch(self) -> int:
+        if not self._batches:
+            self._epoch, self._batches = 0, self.dataset.batches(self.train.seed, 0, self.train.batch_size)
+        return len(self._batches)
+
+    def _seeded(self, index: int, purpose: str) -> torch.Generator:
+        # One generator, seeded anew for each purpose: making a device generator costs more than seeding it.
+        salted = f"{purpose}/{self.retry}" if self.retry else purpose
+        return self._generator.manual_seed(randomness.number(self.train.seed, index, salted))
+
+    def _noised(self, index: int, purpose: str, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Latents drawn from the posterior, with noise and timesteps: (noisy, timesteps, target)."""
+        family, count = self.family, len(mean)
+        draw = self._seeded(index, f"{purpose} posterior")
+        latents = mean + std * torch.randn(mean.shape, generator=draw, device=family.device)
+        draw = self._seeded(index, f"{purpose} noise")
+        noise = objective.sample_noise(draw, mean.shape, family.device, self.train.noise_offset)
+        # One uniform offset for the whole batch spreads its timesteps evenly; each alone is still uniform.
+        draw = self._seeded(index, f"{purpose} timesteps")
+        offset = torch.rand((), generator=draw, device=family.device)
+        place = (torch.arange(count, device=family.device) + offset) / count
+        timesteps = (place * len(family.alphas_cumprod)).long().clamp_(max=len(family.alphas_cumprod) - 1)
+        noisy = objective.add_noise(latents, noise, timesteps, family.alphas_cumprod)
+        target = objective.target(family.prediction_type, latents, noise, timesteps, family.alphas_cumprod)
+        return noisy, timesteps, target
+
+    def _instance_term(self, index: int) -> Term:
+        batch = self.batch(index)
+        bucket = self.dataset.buckets[batch.bucket]
+        entries, texts = batch.entries.to(self.family.device), batch.texts
+        noisy, timesteps, target = self._noised(index, "instance", bucket.mean[entries], bucket.std[entries])
+        if self.conditions is None:
+            condition = self.family.encode_text([self.dataset.texts[i] for i in texts.tolist()], grad=True)
+        else:
+            condition = self.conditions.index(texts.to(self.family.device))
+        if bucket.time_ids is not None:
+            condition = condition.with_sizes(bucket.time_ids[entries])
+        mask = bucket.mask[entries] if bucket.mask is not None else None
+        return Term(noisy, timesteps, condition, target, mask, 1.0)
+
+    def _class_text_condition(self, count: int, time_ids: torch.Tensor | None) -> Any:
+        """The class prompt for `count` pictures; through the text encoder where that is trained."""
+        if self.conditions is None:
+            condition = self.family.encode_text([self.class_text], grad=True).expand(count)
+        else:
+            condition = self.class_condition.expand(count)
+        return condition if time_ids is None else condition.with_sizes(time_ids)
+
+    def _class_image_term(self, index: int, count: int) -> Term:
+        """Class images, as the base drew them, under the class prompt (Ruiz et al. 2022, arXiv 2208.12242)."""
+        assert self.class_latents is not None
+        mean, std, ids = self.class_latents.mean, self.class_latents.std, self.class_latents.time_ids
+        draw = self._seeded(index, "class order")
+        chosen = torch.randint(len(mean), (count,), generator=draw, device=self.family.device)
+        noisy, timesteps, target = self._noised(index, "class", mean[chosen], std[chosen])
+        condition = self._class_text_condition(count, None if ids is None else ids.expand(count, -1))
+        return Term(noisy, timesteps, condition, target, None, self.train.prior_loss_weight)
+
+    def _teacher_term(self, instance: Term) -> Term:
+        """The same noisy photos under the class prompt; the target is what the base, adapter off, says of them."""
+        count = len(instance.noisy)
+        sizes = instance.condition.time_ids
+        base = self.class_condition.expand(count)
+        base = base if sizes is None else base.with_sizes(sizes)
+        with torch.no_grad(), self.adapter.disabled():
+            target = self.family.predict(instance.noisy, instance.timesteps, base)
+        condition = self._class_text_condition(count, sizes)
+        return Term(instance.noisy, instance.timesteps, condition, target, None, self.train.prior_loss_weight)
+
+    def _predict(self, terms: list[Term]) -> list[torch.Tensor]:
+        """One pass where the shapes agree, which is what a device likes; else one for each term."""
+        if len({term.noisy.shape[1:] for term in terms}) > 1:
+            return [self.family.predict(term.noisy, term.timesteps, term.condition) for term in terms]
+        condition = (
+            terms[0].condition if len(terms) == 1 else type(terms[0].condition).cat([t.condition for t in terms])
+        )
+        joined = self.family.predict(
+            torch.cat([term.noisy for term in terms]), torch.cat([term.timesteps for term in terms]), condition
+        )
+        return list(joined.split([len(term.noisy) for term in terms]))

@@ -1,0 +1,465 @@
+"""A training run, top to bottom: look at the photos, load the base, encode, train, export, check.
+
+It knows no family, method or format by name: those come through the registry. Everything a viewer needs is in the run
+folder, so the process can be watched, stopped and resumed from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit import (
+    adapters,
+    checkpoint,
+    config as configuration,
+    evaluate,
+    export,
+    families,
+    memory,
+    optim,
+    plan as planning,
+    report,
+    run_folder,
+    sample,
+    selfcheck,
+)
+from lorakit.config import Config
+from lorakit.data import cache, captions, check
+from lorakit.errors import LorakitError
+from lorakit.step import ClassLatents, Step
+from lorakit.terminal import Terminal
+
+# Losses and gradient norms stay on the device and are read together, every so many steps.
+READ_EVERY = 10
+# Where validation, checkpoints and samples are not set, this many are spread over the run.
+PARTS = 5
+
+
+class Stopped(Exception):
+    """The user asked the run to stop; it saved and exported first. `folder` is where."""
+
+    def __init__(self, folder: Path, step: int):
+        self.folder, self.step = folder, step
+        super().__init__(f"stopped after step {step}; go on with: lorakit resume {folder}")
+
+
+class NotFinite(LorakitError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left behind.
+
+    Attributes:
+        folder: the run folder.
+        adapter: the exported adapter in the first format asked for.
+        exports: every exported file or folder, by format.
+        best: the checkpoint that validation preferred, exported, or None without validation.
+        steps: optimizer steps done.
+        findings: what the self-check looked at, all of them held.
+    """
+
+    folder: Path
+    adapter: Path
+    exports: dict[str, Path]
+    best: Path | None
+    steps: int
+    findings: list[selfcheck.Finding]
+
+
+def train(config: Config, *, terminal: Terminal | None = None) -> Result:
+    """Run the whole main job.
+
+    Raises:
+        LorakitError: the photos, the base or the machine do not allow it, training went wrong, or the self-check failed.
+        Stopped: after SIGINT, SIGTERM or a `stop` file in the run folder; the state is saved.
+    """
+    folder = run_folder.RunFolder.create(config)
+    return _recorded(config, folder, terminal or Terminal(), None)
+
+
+def resume(folder: str | Path, *, terminal: Terminal | None = None) -> Result:
+    """Go on with a run exactly where its last complete checkpoint stands.
+
+    Raises: as `train`; LorakitError also where there is no checkpoint, or photos or base have changed.
+    """
+    run = run_folder.RunFolder.open(Path(folder))
+    saved = checkpoint.latest(run.checkpoints)
+    if saved is None:
+        raise LorakitError(f"{run.path}: no complete checkpoint to resume from; start anew with: lorakit train")
+    config = configuration.load(run.config_file)
+    return _recorded(config, run, terminal or Terminal(), saved)
+
+
+def _recorded(config: Config, folder: run_folder.RunFolder, terminal: Terminal, saved: Path | None) -> Result:
+    """Run, and leave in the run folder how it ended, whatever happens."""
+    try:
+        with _stop_signals(folder):
+            return _Run(config, folder, terminal, saved).go()
+    except Stopped as stop:
+        folder.update(state="stopped", message=str(stop))
+        raise
+    except BaseException as error:
+        folder.update(state="failed", message=str(error) or type(error).__name__)
+        folder.event("error", message=str(error) or type(error).__name__)
+        raise
+
+
+@contextlib.contextmanager
+def _stop_signals(folder: run_folder.RunFolder) -> Iterator[None]:
+    """SIGINT and SIGTERM ask for a stop after the current step; a second one interrupts at once."""
+
+    def ask(number: int, _frame: Any) -> None:
+        if folder.stop_requested:
+            raise KeyboardInterrupt
+        folder.request_stop()
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs us there stops us through the stop file
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One run's parts, made in the order in which they are needed."""
+
+    def __init__(self, config: Config, folder: run_folder.RunFolder, terminal: Terminal, saved: Path | None):
+        self.config, self.folder, self.terminal, self.saved = config, folder, terminal, saved
+        self.history: list[dict[str, Any]] = []
+        self.best: Path | None = None
+        self.retry = 0
+
+    def go(self) -> Result:
+        """The story: prepare, train, finish."""
+        self.look()
+        self.load()
+        self.encode()
+        self.loop()
+        return self.finish()
+
+    # -- prepare ------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Check the photos and plan the run, before any model is loaded."""
+        config = self.config
+        for name in config.output.formats:
+            problem = export.check(name, config.adapter.method)
+            if problem:
+                raise LorakitError(problem)
+        self.info = families.describe(config.model.base)
+        self.photos = check.check(config.data, self.info)
+        if self.photos.errors:
+            raise LorakitError("\n".join(self.photos.errors))
+        self.plan = planning.make(config, self.info, self.photos)
+        self.total = self.plan.steps
+        self.folder.write_plan(self.plan.to_json())
+        for line in [*self.photos.notes, *self.photos.warnings, *self.plan.lines()]:
+            self.say(line)
+
+    def load(self) -> None:
+        """Base on the device, adapter attached, optimizer made."""
+        config = self.config
+        self.device = memory.device(config.memory)
+        self.dtype = memory.dtype(config.memory, self.device)
+        self.say(f"device: {self.device}, base in {str(self.dtype).removeprefix('torch.')}, adapter in float32")
+        self.family = families.load(self.info, self.device, self.dtype)
+        self.say(memory.attention(config.memory, self.family))
+        self.adapter = adapters.attach(self.family, config.adapter, seed=config.train.seed)
+        for component, (modules, parameters) in self.adapter.describe().items():
+            self.say(f"training {component}: {modules} modules, {parameters:,} parameters")
+        if config.train.init_from:
+            self.adapter.load(export.read(Path(config.train.init_from)))
+            self.say(f"starting from the weights of {Path(config.train.init_from).name}")
+        memory.gradient_checkpointing(self.family, config.memory.gradient_checkpointing)
+        self.optimizer = optim.build(config.optimizer, self.adapter.groups())
+
+    def encode(self) -> None:
+        """Photos, class images and texts through the frozen encoders, which then leave the device."""
+        config, family = self.config, self.family
+        self.dataset, self.held_out = cache.build(
+            self.photos,
+            config.data,
+            config.train,
+            encode_image=family.encode_image,
+            time_ids=family.time_ids,
+            device=self.device,
+            identity=self.info.hash,
+            say=self.say,
+        )
+        class_text = captions.class_prompt(config.data)
+        with torch.no_grad():
+            base_conditions = family.encode_text([*self.dataset.texts, class_text])
+        count = len(self.dataset.texts)
+        self.conditions = base_conditions.index(torch.arange(count, device=self.device))
+        class_condition = base_conditions.index(torch.tensor([count], device=self.device))
+        class_latents = self._class_latents(class_text) if config.train.prior == "images" else None
+        self.sample_prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
+        self.validation = evaluate.Validation(
+            family, self.held_out or self.dataset, self.conditions, class_condition, config.train.seed
+        )
+        self.step = Step(
+            family,
+            self.adapter,
+            self.dataset,
+            config.data,
+            config.train,
+            conditions=None if config.adapter.train_text_encoder else self.conditions,
+            class_text=class_text,
+            class_condition=class_condition,
+            class_latents=class_latents,
+        )
+        family.release("vae", *([] if config.adapter.train_text_encoder else ["text_encoders"]))
+
+    def _class_latents(self, class_text: str) -> ClassLatents:
+        """Class images, drawn by the base once and cached, encoded as the photos were."""
+        config, family, side = self.config, self.family, self.config.data.resolution
+        with self.adapter.disabled():
+            pictures = sample.class_images(
+                family, class_text, config.train.class_images, config.sample, side, config.train.seed, say=self.say
+            )
+        means, stds = zip(*(family.encode_image(pixels) for pixels in sample.as_pixels(pictures, 8)), strict=True)
+        ids = family.time_ids((side, side), (0, 0), (side, side))
+        mean, std = (torch.cat([part.to(self.device) for part in parts]) for parts in (means, stds))
+        return ClassLatents(mean, std, None if ids is None else torch.tensor([ids], device=self.device))
+
+    # -- train --------------------------------------------------------------------------------------------------
+
+    def loop(self) -> None:
+        """Optimizer steps from where the run stands to the end."""
+        config = self.config
+        start = self._restore() if self.saved else 0
+        self.losses = torch.zeros(READ_EVERY, device=self.device)
+        self.norms = torch.zeros(READ_EVERY, device=self.device)
+        parameters = [p for _, group in self.adapter.groups() for p in group]
+        self.folder.update(state="running", step=start, steps=self.total)
+        self.clock, self.read_step = time.monotonic(), start
+        with self.terminal.progress(self.total, start) as self.bar:
+            if start == 0:
+                self._sample(0)
+                self._save(0)
+            self.adapter.train(True)
+            step = start
+            while step < self.total:
+                optim.set_learning_rate(self.optimizer, config.optimizer, step, self.total)
+                loss = self._accumulate(step)
+                # clip_grad_norm_ returns the norm before clipping and, unless asked, does not look at it.
+                limit = config.train.max_grad_norm or math.inf
+                norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.losses[step % READ_EVERY] = loss
+                self.norms[step % READ_EVERY] = norm
+                step += 1
+                step = self._after(step)
+
+    def _accumulate(self, step: int) -> torch.Tensor:
+        """Gradients of one optimizer step; its mean loss, on the device."""
+        parts = self.config.train.gradient_accumulation_steps
+        total = torch.zeros((), device=self.device)
+        for part in range(parts):
+            loss = self.step.loss(step * parts + part) / parts
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _after(self, step: int) -> int:
+        """What is due after `step` steps; the step to go on from, which is an earlier one after a rollback."""
+        train, at_end = self.config.train, step == self.total
+        stop = self.folder.stop_requested
+        due = {
+            "validate": at_end or self._due(step, train.validate_every),
+            "save": at_end or stop or self._due(step, train.save_every),
+            "sample": not at_end and self._due(step, self.config.sample.every),
+        }
+        if step % READ_EVERY == 0 or stop or any(due.values()):
+            try:
+                self._read(step)
+            except NotFinite as problem:
+                if train.on_nan != "rollback" or self.retry:
+                    raise
+                return self._roll_back(problem)
+        if due["validate"]:
+            self._validate(step)
+        if due["save"]:
+            self._save(step)
+        if due["sample"]:
+            self._sample(step)
+        self.adapter.train(True)
+        if stop and not at_end:
+            self._export(self.adapter.weights())
+            raise Stopped(self.folder.path, step)
+        return step
+
+    def _due(self, step: int, every: int) -> bool:
+        return step % (every or max(1, math.ceil(self.total / PARTS))) == 0
+
+    def _read(self, step: int) -> None:
+        """Fetch the losses since the last read, log them, and stop on one that is not finite."""
+        first, self.read_step = self.read_step, step
+        losses, norms = self.losses.tolist(), self.norms.tolist()
+        now = time.monotonic()
+        images = (step - first) * self.config.train.batch_size * self.config.train.gradient_accumulation_steps
+        facts = {
+            "images_per_second": images / max(now - self.clock, 1e-9),
+            "memory_mib": memory.peak(self.device) / 2**20,
+            "eta_s": (self.total - step) * (now - self.clock) / max(step - first, 1),
+        }
+        self.clock = now
+        for done in range(first, step):
+            loss, norm = losses[done % READ_EVERY], norms[done % READ_EVERY]
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NotFinite(self._not_finite(done + 1, loss))
+            rate = optim.learning_rate(self.config.optimizer, done, self.total)
+            self.folder.event("step", step=done + 1, loss=loss, gradient_norm=norm, learning_rate=rate)
+            self.bar.step(done + 1, loss, rate, **facts)
+        self.folder.update(step=step, loss=self.bar.smoothed, learning_rate=rate, **facts)
+
+    def _not_finite(self, step: int, loss: float) -> str:
+        what = "gradient" if math.isfinite(loss) else "loss"
+        parts = self.config.train.gradient_accumulation_steps
+        names: list[str] = []
+        for index in range((step - 1) * parts, step * parts):
+            batch = self.step.batch(index)
+            names += [self.dataset.names(batch.bucket)[i] for i in batch.entries.tolist()]
+        saved = checkpoint.latest(self.folder.checkpoints)
+        kept = f"; {saved.name} is intact" if saved else ""
+        return (
+            f"step {step}: the {what} is not finite ({', '.join(sorted(set(names)))}); "
+            f"lower optimizer.learning_rate or use memory.mixed_precision = 'fp32'{kept}"
+        )
+
+    def _roll_back(self, problem: NotFinite) -> int:
+        saved = checkpoint.latest(self.folder.checkpoints)
+        if saved is None:
+            raise problem
+        self.retry += 1
+        self.saved = saved
+        step = self._restore()
+        self.read_step = step
+        self.say(f"{problem}; going back to {saved.name} once, with other noise", warning=True)
+        return step
+
+    # -- validate, sample, save ---------------------------------------------------------------------------------
+
+    def _validate(self, step: int) -> None:
+        self.adapter.train(False)
+        self._with_text_encoder_conditions()
+        metrics = self.validation.run(self.adapter)
+        self.history.append({"step": step, **metrics})
+        self.folder.event("validation", step=step, **metrics)
+        best, reason = evaluate.choose_best(self.history)
+        if best == step:
+            self.best = export.save(
+                self.adapter.weights(), self.folder.path, "best", ["kohya"], self.config.output.dtype, self._metadata()
+            )["kohya"]
+        self.folder.update(best={"step": best, "reason": reason})
+        self.bar.note(f"step {step}: validation mse {metrics['mse']:.4f}, prior drift {metrics['prior_drift']:.2%}")
+
+    def _sample(self, step: int) -> None:
+        self.adapter.train(False)
+        try:
+            self.family.acquire("vae", "text_encoders")
+            pictures = sample.draw(self.family, self.sample_prompts, self.config.sample, self.config.data.resolution)
+        except torch.cuda.OutOfMemoryError:
+            self.say(f"step {step}: not enough memory to draw samples; training goes on without them", warning=True)
+            return
+        finally:
+            trained = self.config.adapter.train_text_encoder
+            self.family.release("vae", *([] if trained else ["text_encoders"]))
+        self.folder.event("sample", step=step, file=self.folder.save_samples(step, pictures, self.sample_prompts).name)
+
+    def _save(self, step: int) -> None:
+        extra = {"retry": self.retry, "history": self.history, "best": self.best.name if self.best else None}
+        checkpoint.save(self.folder.checkpoints, step, self.adapter.state(), self.optimizer.state_dict(), extra)
+        checkpoint.rotate(self.folder.checkpoints, self.config.train.keep_checkpoints)
+        self.folder.event("checkpoint", step=step)
+
+    def _restore(self) -> int:
+        """Put the saved state back; the step it was taken at."""
+        assert self.saved is not None
+        state = checkpoint.load(self.saved)
+        self.adapter.load_state(state.adapter)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.history = list(state.extra["history"])
+        self.retry = self.step.retry = max(self.retry, state.extra["retry"])
+        self.best = self.folder.path / state.extra["best"] if state.extra["best"] else None
+        return int(state.step)
+
+    # -- finish -------------------------------------------------------------------------------------------------
+
+    def finish(self) -> Result:
+        """Export, check the file against the model in memory, draw from the file, report."""
+        config = self.config
+        self.adapter.train(False)
+        weights = self.adapter.weights()
+        exports = self._export(weights)
+        first = exports[config.output.formats[0]]
+        findings = self._self_check(weights, exports)
+        self.folder.write_report([vars(finding) for finding in findings])
+        report.write(self.folder, config, self.plan, self.photos, self.history, findings)
+        failed = selfcheck.failures(findings)
+        if failed:
+            causes = "; ".join(f"{finding.name}: {finding.detail}" for finding in failed)
+            raise LorakitError(f"self-check failed for {first}: {causes}")
+        self.folder.update(state="done", step=self.total, adapter=first.name, message="done and checked")
+        self.folder.event("done", adapter=first.name)
+        return Result(self.folder.path, first, exports, self.best, self.total, findings)
+
+    def _export(self, weights: Any) -> dict[str, Path]:
+        output = self.config.output
+        return export.save(
+            weights, self.folder.path, self.folder.adapter_name, list(output.formats), output.dtype, self._metadata()
+        )
+
+    def _metadata(self) -> dict[str, str]:
+        return export.metadata.build(self.config, self.info, steps=self.total, images=len(self.photos.items))
+
+    def _self_check(self, weights: Any, exports: dict[str, Path]) -> list[selfcheck.Finding]:
+        """Every exported file, read from disk into a base loaded anew."""
+        config, prompt = self.config, self.sample_prompts[0]
+        size = (config.data.resolution, config.data.resolution)
+        announced = self.adapter.layers
+        self.family.acquire("text_encoders")
+        in_memory = selfcheck.probe(self.family, prompt, size)
+        self.adapter.detach()
+        base = selfcheck.probe(self.family, prompt, size)
+        del self.family, self.adapter, self.optimizer, self.step
+        findings = []
+        for name, path in exports.items():
+            for found in export.verify.verify_file(path, weights, announced):
+                findings.append(selfcheck.Finding(f"{name}: {found.name}", found.passed, found.detail))
+            if selfcheck.failures(findings):
+                continue
+            family = selfcheck.fresh(self.info, self.device, self.dtype)
+            selfcheck.load_file(family, path, config.adapter.method)
+            from_file = selfcheck.probe(family, prompt, size)
+            trains_text = config.adapter.train_text_encoder
+            compared = selfcheck.compare(base, in_memory, from_file, dtype=config.output.dtype, trains_text=trains_text)
+            findings += [selfcheck.Finding(f"{name}: {f.name}", f.passed, f.detail) for f in compared]
+            if name == config.output.formats[0]:
+                pictures = sample.draw(family, self.sample_prompts, config.sample, config.data.resolution)
+                file = self.folder.save_samples(self.total, pictures, self.sample_prompts)
+                self.folder.event("sample", step=self.total, file=file.name)
+        for finding in findings:
+            self.say(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name}: {finding.detail}")
+        return findings
+
+    def say(self, line: str, *, warning: bool = False) -> None:
+        """One line for the person, on the terminal and in the log."""
+        self.terminal.say(line, warning=warning)
+        self.folder.event("warning" if warning else "message", message=line)
