@@ -1,0 +1,185 @@
+"""Whole Stable Diffusion pipelines of a few hundred thousand weights, saved as real checkpoints are.
+
+Every kind of layer that an adapter may enter is there: attention in down, mid and up blocks, resnets with a
+`conv_shortcut`, down- and upsamplers. Layer names are a subset of the real models' names (the SDXL one has two layers a
+block for that reason), text-encoder keys carry `text_model.` on disk whatever the installed transformers calls its
+modules, and the tokenizer knows every byte. Pictures are 64 px, latents 8x8.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+MERGES = ["p h", "o t", "ot o</w>", "ph oto</w>", "o f</w>", "s k", "sk s</w>", "t o", "to y</w>"]
+SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
+
+
+def byte_characters() -> list[str]:
+    """The 256 printable stand-ins that byte-level BPE uses, in CLIP's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return [chr(b) for b in printable] + [chr(256 + n) for n in range(len(rest))]
+
+
+def save_tokenizer(folder: Path, pad_token: str = SPECIAL[1]) -> CLIPTokenizer:
+    """Write a byte-complete CLIP tokenizer as real checkpoints have it, and return it loaded anew."""
+    folder.mkdir(parents=True)
+    letters = byte_characters()
+    words = [*letters, *(c + "</w>" for c in letters), *(m.replace(" ", "") for m in MERGES), *SPECIAL]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
+    names = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "unk_token": SPECIAL[1], "pad_token": pad_token}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def save_text_encoder(model: torch.nn.Module, folder: Path) -> None:
+    """Save with `text_model.` in every key, as every published checkpoint has it."""
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = {
+        key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}": value
+        for key, value in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def text_config(vocabulary: int, activation: str = "quick_gelu") -> CLIPTextConfig:
+    """Three layers of width 32; the special tokens are the last two of the vocabulary."""
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act=activation,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+
+
+def autoencoder(scaling_factor: float) -> AutoencoderKL:
+    """Downscales by 8 into four channels, as the real one."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+        scaling_factor=scaling_factor,
+    )
+
+
+def schedule(prediction_type: str, zero_snr: bool = False) -> dict:
+    """The noise schedule all Stable Diffusion models were trained with."""
+    known = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return known | {"prediction_type": prediction_type} | ({"rescale_betas_zero_snr": True} if zero_snr else {})
+
+
+def save_sd1(folder: Path, prediction_type: str = "epsilon", *, zero_snr: bool = False, cross_dim: int = 32) -> Path:
+    """SD1.x in small (`cross_dim` = width of the text encoder): conv `proj_in`, one text encoder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = save_tokenizer(folder / "tokenizer")
+        config = text_config(len(tokenizer))
+        config.hidden_size = cross_dim
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=cross_dim,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+        text_encoder, vae = CLIPTextModel(config), autoencoder(0.18215)
+    if prediction_type == "epsilon":
+        scheduler = PNDMScheduler(**schedule(prediction_type), skip_prk_steps=True, steps_offset=1)
+    else:
+        scheduler = DDIMScheduler(
+            **schedule(prediction_type, zero_snr), clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _save(pipeline, folder, ["text_encoder"])
+
+
+def save_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """SDXL in small: two text encoders, pooled text, six time ids, linear `proj_in`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = save_tokenizer(folder / "tokenizer")
+        tokenizer_2 = save_tokenizer(folder / "tokenizer_2", pad_token="!")
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=2,
+            transformer_layers_per_block=(1, 2),
+            norm_num_groups=8,
+            cross_attention_dim=64,
+            attention_head_dim=(4, 8),
+            use_linear_projection=True,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+        )
+        text_encoder = CLIPTextModel(text_config(len(tokenizer)))
+        text_encoder_2 = CLIPTextModelWithProjection(text_config(len(tokenizer), "gelu"))
+        vae = autoencoder(0.13025)
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**schedule(prediction_type), timestep_spacing="leading", steps_offset=1),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    return _save(pipeline, folder, ["text_encoder", "text_encoder_2"])
+
+
+def _save(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, folder: Path, encoders: list[str]) -> Path:
+    """Save what is heavy by diffusers; keep the tokenizer files as written, and the text encoders' real key names."""
+    kept = {path: path.read_bytes() for path in folder.glob("tokenizer*/*")}
+    pipeline.save_pretrained(folder)
+    for name in encoders:
+        save_text_encoder(getattr(pipeline, name), folder / name)
+    for tokenizer in folder.glob("tokenizer*"):
+        for path in tokenizer.iterdir():
+            path.unlink()
+    for path, content in kept.items():
+        path.write_bytes(content)
+    return folder
