@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lorakit import objective, randomness
-from lorakit.config import DataConfig, TrainConfig
+from lorakit.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class Step:
         family: Any,
         adapter: Any,
         dataset: Any,
-        data: DataConfig,
         train: TrainConfig,
         *,
         conditions: Any,
@@ -65,7 +64,7 @@ class Step:
         retry: int = 0,
     ):
         self.family, self.adapter, self.dataset = family, adapter, dataset
-        self.data, self.train = data, train
+        self.train = train
         self.conditions, self.class_text, self.class_condition = conditions, class_text, class_condition
         self.class_latents = class_latents
         self.retry = retry

@@ -20,17 +20,21 @@ import torch
 from lorakit import (
     adapters,
     checkpoint,
-    config as configuration,
     evaluate,
     export,
     families,
     memory,
     optim,
-    plan as planning,
     report,
     run_folder,
     sample,
     selfcheck,
+)
+from lorakit import (
+    config as configuration,
+)
+from lorakit import (
+    plan as planning,
 )
 from lorakit.config import Config
 from lorakit.data import cache, captions, check
@@ -81,7 +85,7 @@ def train(config: Config, *, terminal: Terminal | None = None) -> Result:
     """Run the whole main job.
 
     Raises:
-        LorakitError: the photos, the base or the machine do not allow it, training went wrong, or the self-check failed.
+        LorakitError: photos, base or machine do not allow it, training went wrong, or the self-check failed.
         Stopped: after SIGINT, SIGTERM or a `stop` file in the run folder; the state is saved.
     """
     folder = run_folder.RunFolder.create(config)
@@ -216,7 +220,6 @@ class _Run:
             family,
             self.adapter,
             self.dataset,
-            config.data,
             config.train,
             conditions=None if config.adapter.train_text_encoder else self.conditions,
             class_text=class_text,
@@ -358,7 +361,6 @@ class _Run:
 
     def _validate(self, step: int) -> None:
         self.adapter.train(False)
-        self._with_text_encoder_conditions()
         metrics = self.validation.run(self.adapter)
         self.history.append({"step": step, **metrics})
         self.folder.event("validation", step=step, **metrics)

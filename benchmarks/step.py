@@ -1,0 +1,219 @@
+"""Our training step beside a plain peft + accelerate loop: same model, photos, batch, rank and precision.
+
+    python benchmarks/step.py [--base pocket] [--resolution 64] [--batch 4] [--rounds 5] [--steps 20] [--json FILE]
+
+The plain loop is what a competent reader of the diffusers examples writes: a DataLoader that decodes and crops, VAE and
+text encoder in the loop, PEFT's LoRA layers, `loss.item()` each step. The two take turns in one process, so that the
+machine's moods fall on both; the ratio of each pair is what to quote. Memory is each loop's peak of live tensor bytes
+on the device (CUDA), or is left out on the CPU, where one process cannot tell the two apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from lorakit.data import cache, check
+from PIL import Image
+
+from lorakit import adapters, config, families, memory, optim
+from lorakit.step import Step
+
+
+def main() -> None:
+    """Measure, print the table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default="pocket")
+    parser.add_argument("--photos", type=Path, help="a folder of photos; 16 random pictures where none is given")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="steps of each loop in a round")
+    parser.add_argument("--quick", action="store_true", help="two short rounds")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds, arguments.steps = 2, 4
+
+    with tempfile.TemporaryDirectory() as scratch:
+        photos = arguments.photos or random_photos(Path(scratch), arguments.resolution)
+        chosen = config.load(
+            None,
+            {
+                "model.base": arguments.base,
+                "data.folder": str(photos),
+                "data.name": "sks toy",
+                "data.resolution": arguments.resolution,
+                "adapter.rank": arguments.rank,
+                "train.steps": arguments.steps,
+                "train.batch_size": arguments.batch,
+                "train.holdout": 0.0,
+            },
+        )
+        loops = {"lorakit": ours(chosen), "plain": plain(chosen)}
+        times: dict[str, list[float]] = {name: [] for name in loops}
+        peaks: dict[str, float] = {}
+        for loop in loops.values():  # warm-up: allocations, lazy imports, kernel choice
+            loop(2)
+        for _ in range(arguments.rounds):
+            for name, loop in loops.items():
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
+                start = time.perf_counter()
+                loop(arguments.steps)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                    peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated() / 2**20)
+                times[name].append((time.perf_counter() - start) / arguments.steps)
+
+    ratios = [plain_time / our_time for our_time, plain_time in zip(times["lorakit"], times["plain"], strict=True)]
+    rows = []
+    for name, values in times.items():
+        rows.append({"name": f"{name} step", "value": statistics.median(values) * 1e3, "unit": "ms"})
+        rows.append({"name": f"{name} rate", "value": 1 / statistics.median(values), "unit": "steps/s"})
+        if name in peaks:
+            rows.append({"name": f"{name} peak", "value": peaks[name], "unit": "MiB"})
+    rows.append({"name": "plain / lorakit, median of pairs", "value": statistics.median(ratios), "unit": "x"})
+    rows.append({"name": "plain / lorakit, least", "value": min(ratios), "unit": "x"})
+    rows.append({"name": "plain / lorakit, most", "value": max(ratios), "unit": "x"})
+    for row in rows:
+        print(f"{row['name']:<36}{row['value']:>10.2f} {row['unit']}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def random_photos(folder: Path, size: int) -> Path:
+    """Sixteen pictures of noise, three times the training size, as a phone's would be larger than what is trained."""
+    values = np.random.default_rng(0).integers(0, 256, (16, size * 3, size * 3, 3), dtype=np.uint8)
+    for number, pixels in enumerate(values):
+        Image.fromarray(pixels).save(folder / f"{number:02d}.jpg", quality=90)
+    return folder
+
+
+def base_of(chosen: config.Config) -> families.Family:
+    """The base, loaded anew, in the precision the config asks for."""
+    device = memory.device(chosen.memory)
+    return families.load(families.describe(chosen.model.base), device, memory.dtype(chosen.memory, device))
+
+
+def ours(chosen: config.Config) -> Callable[[int], None]:
+    """A function that runs so many steps of lorakit's loop."""
+    family = base_of(chosen)
+    adapter = adapters.attach(family, chosen.adapter, seed=0)
+    optimizer = optim.build(chosen.optimizer, adapter.groups())
+    dataset, _ = cache.build(
+        check.check(chosen.data, family.info),
+        chosen.data,
+        chosen.train,
+        encode_image=family.encode_image,
+        time_ids=family.time_ids,
+        device=family.device,
+        identity=family.info.hash,
+        say=lambda line: None,
+    )
+    with torch.no_grad():
+        conditions = family.encode_text(dataset.texts)
+    family.release("vae", "text_encoders")
+    step = Step(
+        family,
+        adapter,
+        dataset,
+        chosen.train,
+        conditions=conditions,
+        class_text="",
+        class_condition=None,
+        class_latents=None,
+    )
+    parameters = [p for _, group in adapter.groups() for p in group]
+    adapter.train(True)
+    done = 0
+
+    def run(count: int) -> None:
+        nonlocal done
+        for _ in range(count):
+            step.loss(done).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
+
+    return run
+
+
+def plain(chosen: config.Config) -> Callable[[int], None]:
+    """A function that runs so many steps of a plain loop with peft and accelerate."""
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler
+    from peft import LoraConfig
+
+    family = base_of(chosen)
+    pipe = family.pipeline()
+    unet, vae, text_encoder, tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
+    noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    rank = chosen.adapter.rank
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(parameters, lr=chosen.optimizer.learning_rate)
+    files = sorted(Path(chosen.data.folder).iterdir())
+    size = chosen.data.resolution
+
+    class Photos(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            picture = Image.open(files[index]).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+            pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
+            ids = tokenizer(
+                "a photo of a sks toy", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
+            ).input_ids[0]
+            return {"pixels": pixels, "ids": ids}
+
+    loader = torch.utils.data.DataLoader(Photos(), batch_size=chosen.train.batch_size, shuffle=True)
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(family.dtype, "no")
+    accelerator = Accelerator(mixed_precision=precision, cpu=family.device.type == "cpu")
+    unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
+    unet.train()
+
+    def batches():
+        while True:
+            yield from loader
+
+    stream = batches()
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            batch = next(stream)
+            with torch.no_grad():
+                latents = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+                embeddings = text_encoder(batch["ids"])[0]
+            noise = torch.randn_like(latents)
+            steps = noise_scheduler.config.num_train_timesteps
+            timesteps = torch.randint(0, steps, (len(latents),), device=latents.device)
+            noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+            prediction = unet(noisy.to(family.dtype), timesteps, embeddings.to(family.dtype)).sample
+            v = noise_scheduler.config.prediction_type == "v_prediction"
+            target = noise_scheduler.get_velocity(latents, noise, timesteps) if v else noise
+            loss = torch.nn.functional.mse_loss(prediction.float(), target.float())
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""The main job end to end on a tiny model: what is promised of a run, a resume, a stop and a failure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lorakit.data import cache
+from PIL import Image
+from safetensors.torch import load_file
+
+from lorakit import checkpoint, config, train
+from lorakit.errors import LorakitError
+from lorakit.step import Step
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Five pictures of three shapes, two of them with captions."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(64, 64), (80, 64), (64, 96), (64, 64), (70, 70)]):
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (folder / "0.txt").write_text("a photo of a sks toy on a beach", encoding="utf-8")
+    (folder / "1.txt").write_text("a sks toy in the snow", encoding="utf-8")
+    return folder
+
+
+def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[str, object]:
+    """A short run; dots in option names are written as double underscores."""
+    short = {
+        "model.base": str(base),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "adapter.rank": 2,
+        "optimizer.learning_rate": 1e-2,
+        "train.steps": 6,
+        "train.batch_size": 2,
+        "train.prior": "none",
+        "train.save_every": 3,
+        "train.validate_every": 6,
+        "sample.every": 6,
+        "sample.steps": 2,
+        "sample.prompts": ("a photo of sks toy",),
+        "memory.device": "cpu",
+        "output.folder": str(folder),
+        "output.dtype": "fp32",
+    }
+    return short | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def run(base: Path, photos: Path, folder: Path, **changes: object) -> train.Result:
+    """Train as asked."""
+    return train.train(config.load(None, options(base, photos, folder, **changes)))
+
+
+def events(folder: Path, kind: str) -> list[dict[str, object]]:
+    """The events of one kind in a run's log."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(tiny_sd1, photos, tmp_path):
+    before = hashes(photos)
+    result = run(tiny_sd1, photos, tmp_path / "run", output__formats=("kohya", "diffusers", "peft"))
+
+    assert hashes(photos) == before
+    assert set(result.exports) == {"kohya", "diffusers", "peft"}
+    assert result.steps == 6 and len(events(result.folder, "step")) == 6
+    assert all(finding.passed for finding in result.findings)
+    names = {finding.name for finding in result.findings}
+    assert {"kohya: unet as trained", "diffusers: unet as trained", "peft: unet as trained"} <= names
+    tensors = load_file(result.adapter)
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    ups = [name for name in tensors if name.endswith("lora_up.weight")]
+    assert ups and all(tensors[name].abs().sum() > 0 for name in ups)
+    state = json.loads((result.folder / "state.json").read_text(encoding="utf-8"))
+    assert state["state"] == "done" and state["step"] == 6
+    for name in ("config.toml", "plan.json", "report.html", "report.json", "curves.png"):
+        assert (result.folder / name).stat().st_size > 0, name
+    steps_drawn = [event["step"] for event in events(result.folder, "sample")]
+    assert steps_drawn == [0, 6]
+
+
+def test_a_resolved_config_repeats_the_run_to_the_bit(tiny_sd1, photos, tmp_path):
+    first = run(tiny_sd1, photos, tmp_path / "one")
+    again = train.train(config.load(first.folder / "config.toml", {"output.folder": str(tmp_path / "two")}))
+    one, two = load_file(first.adapter), load_file(tmp_path / "two" / again.adapter.name)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_learning_rate_zero_is_called_what_it_is(tiny_sd1, photos, tmp_path):
+    with pytest.raises(LorakitError, match="self-check failed") as caught:
+        run(tiny_sd1, photos, tmp_path / "run", optimizer__learning_rate=0.0)
+    assert "\n" not in str(caught.value)
+    assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["state"] == "failed"
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_every_method_trains_and_passes_its_check_with_text_encoder_and_convolutions(
+    tiny_sd1, photos, tmp_path, method
+):
+    result = run(
+        tiny_sd1,
+        photos,
+        tmp_path / "run",
+        adapter__method=method,
+        adapter__alpha=1.0,
+        adapter__target_modules="linear+conv",
+        adapter__train_text_encoder=True,
+    )
+    assert {"kohya: unet as trained", "kohya: text encoder as trained"} <= {f.name for f in result.findings}
+
+
+@pytest.mark.parametrize("prior", ["images", "teacher"])
+def test_both_kinds_of_prior_change_what_is_learned(tiny_sd1, photos, tmp_path, monkeypatch, prior):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    plain = run(tiny_sd1, photos, tmp_path / "plain")
+    extra = {"train__class_images": 3} if prior == "images" else {}
+    kept = run(tiny_sd1, photos, tmp_path / prior, train__prior=prior, **extra)
+    one, two = load_file(plain.adapter), load_file(kept.adapter)
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_sdxl_trains_with_both_text_encoders(tiny_sdxl, photos, tmp_path):
+    result = run(tiny_sdxl, photos, tmp_path / "run", adapter__train_text_encoder=True)
+    names = load_file(result.adapter)
+    assert {name.split("_")[1] for name in names} == {"unet", "te1", "te2"}
+
+
+class Cut(BaseException):
+    """Stands for a power cut: nothing that catches errors catches it."""
+
+
+def interrupted_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next run die right after the checkpoint of `step`."""
+    saved = checkpoint.save
+
+    def save_and_die(folder, at, *rest):
+        saved(folder, at, *rest)
+        if at == step:
+            raise Cut
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+
+
+@pytest.mark.parametrize("cuts", [(4,), (10,), (4, 8)])
+def test_resume_is_bit_equal_to_a_straight_run(tiny_sd1, photos, tmp_path, monkeypatch, cuts):
+    changes = {
+        "train__steps": 12,
+        "train__save_every": 2,
+        "train__validate_every": 6,
+        "train__gradient_accumulation_steps": 2,
+        "optimizer__lr_scheduler": "cosine",
+        "optimizer__warmup_steps": 3,
+        "adapter__dropout": 0.1,
+        "adapter__train_text_encoder": True,
+    }
+    straight = run(tiny_sd1, photos, tmp_path / "straight", **changes)
+
+    folder = tmp_path / "cut"
+    for number, cut in enumerate(cuts):
+        with monkeypatch.context() as patch:
+            interrupted_after(cut, patch)
+            with pytest.raises(Cut):
+                train.resume(folder) if number else run(tiny_sd1, photos, folder, **changes)
+    resumed = train.resume(folder)
+
+    one, two = load_file(straight.adapter), load_file(resumed.adapter)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    rates = [[(e["step"], e["learning_rate"]) for e in events(f, "step")] for f in (straight.folder, resumed.folder)]
+    assert dict(rates[0]) == dict(rates[1]) and len(dict(rates[0])) == 12
+
+
+def test_sampling_and_validation_do_not_disturb_training(tiny_sd1, photos, tmp_path):
+    state = torch.get_rng_state()
+    busy = run(tiny_sd1, photos, tmp_path / "busy", sample__every=1, train__validate_every=1, train__save_every=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    calm = run(tiny_sd1, photos, tmp_path / "calm")
+    one, two = load_file(busy.adapter), load_file(calm.adapter)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def not_finite_at(index: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of one batch is NaN, so many times."""
+    loss, left = Step.loss, [times]
+
+    def poisoned(self, at):
+        value = loss(self, at)
+        if at == index and left[0]:
+            left[0] -= 1
+            return value * float("nan")
+        return value
+
+    monkeypatch.setattr(Step, "loss", poisoned)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(tiny_sd1, photos, tmp_path, monkeypatch):
+    not_finite_at(4, 1, monkeypatch)
+    with pytest.raises(LorakitError, match=r"step 5: the loss is not finite \(.*\.png") as caught:
+        run(tiny_sd1, photos, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.name == "step-000003"
+    state = checkpoint.load(saved)
+    assert all(torch.isfinite(tensor).all() for tensor in state.adapter.values())
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_rollback_goes_on_from_the_last_checkpoint_once(tiny_sd1, photos, tmp_path, monkeypatch):
+    not_finite_at(4, 1, monkeypatch)
+    result = run(tiny_sd1, photos, tmp_path / "run", train__on_nan="rollback")
+    assert result.steps == 6
+    warnings = [event["message"] for event in events(result.folder, "warning")]
+    assert any("step 5" in line and "going back to step-000003" in line for line in warnings)
+
+
+def test_rollback_does_not_go_round_for_ever(tiny_sd1, photos, tmp_path, monkeypatch):
+    not_finite_at(4, 100, monkeypatch)
+    with pytest.raises(LorakitError, match="step 5: the loss is not finite"):
+        run(tiny_sd1, photos, tmp_path / "run", train__on_nan="rollback")
+
+
+def test_the_texts_that_are_encoded_are_the_captions_with_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
+    seen: list[str] = []
+    index = Step._instance_term
+
+    def spy(self, at):
+        seen.extend(self.dataset.texts[i] for i in self.batch(at).texts.tolist())
+        return index(self, at)
+
+    monkeypatch.setattr(Step, "_instance_term", spy)
+    run(tiny_sd1, photos, tmp_path / "run", train__steps=3)
+    assert all("sks" in text.split() for text in seen)
+    assert "a photo of a sks toy on a beach" in seen and "a sks toy in the snow" in seen
+
+
+def test_swapping_two_captions_changes_the_adapter(tiny_sd1, photos, tmp_path):
+    first = run(tiny_sd1, photos, tmp_path / "one")
+    one, two = ((photos / f"{n}.txt").read_text(encoding="utf-8") for n in (0, 1))
+    (photos / "0.txt").write_text(two, encoding="utf-8")
+    (photos / "1.txt").write_text(one, encoding="utf-8")
+    second = run(tiny_sd1, photos, tmp_path / "two")
+    a, b = load_file(first.adapter), load_file(second.adapter)
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_photo_is_seen_once_an_epoch(tiny_sd1, photos, tmp_path, monkeypatch):
+    seen: list[str] = []
+    index = Step._instance_term
+
+    def spy(self, at):
+        batch = self.batch(at)
+        seen.extend(self.dataset.names(batch.bucket)[i] for i in batch.entries.tolist())
+        return index(self, at)
+
+    monkeypatch.setattr(Step, "_instance_term", spy)
+    run(tiny_sd1, photos, tmp_path / "run", **{"train__steps": None, "train__epochs": 2})
+    assert sorted(seen) == sorted([f"{n}.png" for n in range(5)] * 2)
+
+
+def test_a_broken_photo_stops_the_run_before_the_base_is_loaded(tiny_sd1, photos, tmp_path, monkeypatch):
+    (photos / "9.jpg").write_bytes(b"not a picture")
+    monkeypatch.setattr(cache, "build", lambda *a, **k: pytest.fail("the photos were encoded"))
+    with pytest.raises(LorakitError, match=r"9\.jpg"):
+        run(tiny_sd1, photos, tmp_path / "run")
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path, tiny_sd1, photos):
+    with pytest.raises(LorakitError, match="not a run folder"):
+        train.resume(photos)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_exports_and_exits_130_and_resume_finishes(tiny_sd1, photos, tmp_path):
+    folder = tmp_path / "run"
+    never = {"train__steps": 5000, "train__save_every": 5000, "train__validate_every": 5000, "sample__every": 5000}
+    asked = options(tiny_sd1, photos, folder, **never)
+    written = {key: ",".join(value) if isinstance(value, tuple) else value for key, value in asked.items()}
+    sets = [f"--set={key}={value}" for key, value in written.items() if key not in ("data.folder", "output.folder")]
+    command = [sys.executable, "-m", "lorakit.cli", "train", str(photos), "--output", str(folder), *sets]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    for _ in range(1200):
+        if (folder / "log.jsonl").exists() and events(folder, "step"):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    saved = checkpoint.latest(folder / "checkpoints")
+    assert saved is not None and int(saved.name.removeprefix("step-")) > 0
+    exported = [path for path in folder.glob("*.safetensors") if path.name != "best.safetensors"]
+    assert len(exported) == 1 and all(torch.isfinite(t).all() for t in load_file(exported[0]).values())
+    assert json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"] == "stopped"
