@@ -1,0 +1,307 @@
+"""What a run would do and cost, worked out from the config, the base's layer shapes and the photos; no torch.
+
+Layer shapes give the exact number of multiplications; memory and time follow from them with factors that were fitted
+once, named below with where they come from. They are estimates and are called so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters import targets
+from lorakit.config import AdapterConfig, Config
+from lorakit.data import captions
+from lorakit.errors import LorakitError
+from lorakit.terminal import duration
+
+GIB = 2**30
+# Activations kept for the backward pass, as a multiple of all layers' output bytes. Fitted to exact counts of SD1.5 at
+# 512 px (0.75 and 0.88 GiB in bf16) and SDXL at 1024 px (5.2 and 6.5 GiB), which they meet within a tenth; with
+# gradient checkpointing (0.14 and 0.43 GiB) on the safe side.
+KEPT = {"attention": 1.7, "linear": 1.9, "linear+conv": 2.0}
+KEPT_WITH_CHECKPOINTING = 0.3
+# A training step in forward passes: 1 forward and 1.2 backward (only the adapter has weight gradients), and with
+# gradient checkpointing another 0.7.
+PASSES, PASSES_WITH_CHECKPOINTING = 2.2, 2.95
+# Bytes of optimizer state for each trained weight.
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "lion": 4, "adafactor": 1, "prodigy": 16}
+# What Python, torch and its kernels take before any model is there.
+RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
+# On a CPU: the share of a large matrix product's speed that a UNet reaches, and the fixed cost of a layer's kernels in
+# a forward pass, in seconds.
+CPU_SHARE, CPU_LAYER_SECONDS = 0.35, 1.5e-4
+# Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
+SAMPLE_GRIDS = 6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it runs.
+
+    Attributes:
+        modules: component -> (number of adapted layers, number of trained weights).
+        photos, held_out: photos trained on, and kept for validation.
+        batches: batches in one pass over the photos; no batch mixes sizes.
+        steps: optimizer steps of the whole run.
+        length: how `steps` came about, in words.
+        epochs: passes over the photos.
+        memory: part -> bytes, estimated.
+        seconds: estimated duration, or None where nothing honest can be said beforehand.
+        device: where it will run, as far as it can be told without torch.
+    """
+
+    base: str
+    family: str
+    prediction_type: str
+    method: str
+    rank: int
+    alpha: float
+    scale: float
+    modules: dict[str, tuple[int, int]]
+    photos: int
+    held_out: int
+    batches: int
+    steps: int
+    length: str
+    epochs: float
+    memory: dict[str, int]
+    seconds: float | None
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `plan.json` and `--json`."""
+        return dataclasses.asdict(self) | {
+            "modules": {part: {"modules": m, "parameters": p} for part, (m, p) in self.modules.items()}
+        }
+
+    def lines(self) -> list[str]:
+        """The plan as a person reads it."""
+        trained = ", ".join(f"{part} {m} modules ({_millions(p)} weights)" for part, (m, p) in self.modules.items())
+        memory = ", ".join(f"{part} {_gib(size)}" for part, size in self.memory.items())
+        held = f", {self.held_out} held out for validation" if self.held_out else ", none held out"
+        spent = "measured in the first steps" if self.seconds is None else f"about {duration(self.seconds)} (estimate)"
+        return [
+            f"base: {self.base} ({self.family}, predicts {self.prediction_type})",
+            f"photos: {self.photos} to train on{held}",
+            f"adapter: {self.method}, {trained}",
+            f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}",
+            f"length: {self.length}",
+            f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory})",
+            f"time: {spent}",
+        ]
+
+
+def make(config: Config, info: Any, report: Any) -> Plan:
+    """The plan of a run.
+
+    Args:
+        info: the base, `families.BaseInfo`.
+        report: what `data.check.check` found.
+
+    Raises:
+        LorakitError: no photo is left to train on, or the adapter would have no layer.
+    """
+    sizes, held_out = _training_sizes(config, report)
+    if not sizes:
+        raise LorakitError("no photo can be used for training; `lorakit check` says what is wrong with each")
+    selected = targets.select(info.layers, config.adapter.target_modules, config.adapter.train_text_encoder)
+    if not selected:
+        raise LorakitError(f"adapter.target_modules = {config.adapter.target_modules!r} selects no layer of this base")
+    modules = count_weights(selected, info.layers, config.adapter)
+    batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
+    steps, length = run_length(config, len(sizes), batches)
+    device = guess_device(config.memory.device)
+    alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
+    return Plan(
+        base=info.title,
+        family=info.family,
+        prediction_type=info.prediction_type,
+        method=config.adapter.method,
+        rank=config.adapter.rank,
+        alpha=alpha,
+        scale=alpha / (math.sqrt(config.adapter.rank) if config.adapter.method == "rslora" else config.adapter.rank),
+        modules=modules,
+        photos=len(sizes),
+        held_out=held_out,
+        batches=batches,
+        steps=steps,
+        length=length,
+        epochs=steps * config.train.gradient_accumulation_steps / batches,
+        memory=estimate_memory(config, info, modules, device),
+        seconds=estimate_seconds(config, info, steps) if device == "cpu" else None,
+        device=device,
+    )
+
+
+def count_weights(
+    selected: Sequence[str], shapes: Mapping[str, Sequence[int]], adapter: AdapterConfig
+) -> dict[str, tuple[int, int]]:
+    """Component -> (adapted layers, trained weights): rank * (in + out) each, and DoRA's magnitude per input."""
+    counted: dict[str, tuple[int, int]] = {}
+    for name in selected:
+        out, into, *kernel = shapes[name]
+        weights = adapter.rank * (into * math.prod(kernel) + out) + (into if adapter.method == "dora" else 0)
+        component = name.partition(".")[0]
+        before = counted.get(component, (0, 0))
+        counted[component] = before[0] + 1, before[1] + weights
+    return counted
+
+
+def run_length(config: Config, photos: int, batches: int) -> tuple[int, str]:
+    """Optimizer steps, and the arithmetic in words. `batches` is the number of batches that shows every photo once."""
+    train = config.train
+    a_step = train.batch_size * train.gradient_accumulation_steps
+    of = f" of {a_step} photos" if a_step > 1 else ""
+    count = "1 photo" if photos == 1 else f"{photos} photos"
+    if train.steps_per_image is not None:
+        steps = train.steps_per_image * photos
+        return steps, f"{count} x {train.steps_per_image} steps each = {steps} steps{of}"
+    if train.epochs is not None:
+        parts = train.gradient_accumulation_steps
+        steps = train.epochs * math.ceil(batches / parts)
+        accumulated = f" / {parts} accumulated" if parts > 1 else ""
+        return steps, f"{train.epochs} epochs x {batches} batches of {count}{accumulated} = {steps} steps"
+    assert train.steps is not None, "the config has exactly one length"
+    return train.steps, f"{train.steps} steps{of}, {train.steps / photos:.3g} for each of {count}"
+
+
+def forward_flop(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int = 77) -> float:
+    """Floating-point operations of one UNet forward pass for one picture of `height` x `width` latent cells.
+
+    Two for each weight and place it is applied at, and 4 n m c for an attention of n places to m of width c. Gives the
+    counts of torch's own counter for the real models: SD1.5 at 512 px 0.803e12, SDXL at 1024 px 6.761e12.
+    """
+    total = 0.0
+    for name, shape, places in _placed(shapes, height, width, tokens):
+        total += 2 * math.prod(shape) * places
+        if name.endswith("attn1.to_q"):
+            total += 4 * places * places * shape[0]
+        elif name.endswith("attn2.to_q"):
+            total += 4 * places * tokens * shape[0]
+    return total
+
+
+def estimate_memory(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
+    """Part -> bytes at the peak of a training step, estimated."""
+    adapter, train = config.adapter, config.train
+    half = config.memory.mixed_precision in ("bf16", "fp16") or (
+        config.memory.mixed_precision == "auto" and device == "cuda"
+    )
+    width = 2 if half else 4
+    # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
+    stays = [c for c in ("unet", "text_encoder", "text_encoder_2") if c == "unet" or c in modules or device == "cpu"]
+    base = width * sum(math.prod(shape) for name, shape in info.layers.items() if name.partition(".")[0] in stays)
+    base += info.bytes.get("vae", 0) if device == "cpu" else 0
+    trained = sum(weights for _, weights in modules.values())
+    side = config.data.resolution // info.downscale
+    outputs = sum(shape[0] * places for _, shape, places in _placed(info.layers, side, side, info.max_tokens))
+    kept = KEPT_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else KEPT[adapter.target_modules]
+    pictures = train.batch_size * (1 if train.prior == "none" else 2)
+    return {
+        "base": base,
+        # The weight itself and its gradient are float32.
+        "adapter and optimizer": trained * (4 + 4 + STATE_BYTES[config.optimizer.name]),
+        "activations": round(outputs * width * kept * pictures),
+        "runtime": round(RUNTIME_BYTES[device]),
+    }
+
+
+def estimate_seconds(config: Config, info: Any, steps: int) -> float:
+    """Duration on this CPU: training, class images and sample grids; loading and validation are small beside them."""
+    train, sample = config.train, config.sample
+    side = config.data.resolution // info.downscale
+    flop = forward_flop(info.layers, side, side, info.max_tokens)
+    speed = CPU_SHARE * _matmul_speed()
+    overhead = CPU_LAYER_SECONDS * sum(name.startswith("unet.") for name in info.layers)
+    passes = PASSES_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else PASSES
+    with_prior = {"none": passes, "images": 2 * passes, "teacher": 2 * passes + 1}[train.prior]
+    step = train.gradient_accumulation_steps * (train.batch_size * flop * with_prior / speed + overhead * passes)
+    # A picture takes two passes (with and without the prompt) for each denoising step.
+    drawn = SAMPLE_GRIDS * len(sample.prompts or captions.sample_prompts(config.data))
+    drawn += train.class_images if train.prior == "images" else 0
+    return steps * step + drawn * sample.steps * (2 * flop / speed + overhead / 4)
+
+
+def guess_device(wanted: str) -> str:
+    """The device that `memory.device = "auto"` will most likely come to, told without importing torch."""
+    if wanted != "auto":
+        return wanted
+    try:
+        build = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        build = ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if "+cpu" not in build and not hidden and Path("/proc/driver/nvidia/version").exists():
+        return "cuda"
+    return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+
+
+def _training_sizes(config: Config, report: Any) -> tuple[list[tuple[int, int]], int]:
+    """Bucket of each photo that is trained on, and how many are held out."""
+    from lorakit.data.folder import split
+
+    usable = [item for item in report.items if item.bucket is not None]
+    kept, held_out = split(usable, config.train.holdout, config.train.seed)
+    return [(item.bucket.width, item.bucket.height) for item in kept], len(held_out)
+
+
+def _placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int) -> list[tuple[str, Any, int]]:
+    """Each UNet layer with the number of places it is applied at for one picture.
+
+    Down blocks halve the picture one after the other, up blocks double it; a sampler's convolution works at the size
+    it makes. Keys and values of cross-attention are of the text, and what embeds the timestep is applied once.
+    """
+    names = [name for name in shapes if name.startswith("unet.")]
+    levels = 1 + max((int(m[1]) for name in names if (m := re.match(r"unet\.down_blocks\.(\d+)\.", name))), default=0)
+    placed = []
+    for name in names:
+        block = re.match(r"unet\.(down|up)_blocks\.(\d+)\.", name)
+        if "mid_block" in name:
+            level = levels - 1
+        elif block is None:
+            level = 0
+        elif block[1] == "down":
+            level = int(block[2]) + ("downsamplers" in name)
+        else:
+            level = levels - 1 - int(block[2]) - ("upsamplers" in name)
+        if re.search(r"time_emb|add_embedding", name):
+            places = 1
+        elif name.endswith(("attn2.to_k", "attn2.to_v")):
+            places = tokens
+        else:
+            places = math.ceil(height / 2**level) * math.ceil(width / 2**level)
+        placed.append((name, shapes[name], places))
+    return placed
+
+
+def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:
+    """Floating-point operations a second of a float32 matrix product here, measured for `seconds`."""
+    import numpy
+
+    left = numpy.ones((side, side), numpy.float32)
+    numpy.matmul(left, left)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        numpy.matmul(left, left)
+        done += 1
+    return 2 * side**3 * done / (time.perf_counter() - start)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
