@@ -1,0 +1,393 @@
+"""Photos through the frozen VAE, once: the data set that training gathers from, in memory and, when asked, on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import safetensors.torch
+import torch
+
+from lorakit import randomness
+from lorakit.config import DataConfig, TrainConfig
+from lorakit.data import buckets, captions, decode, split, variants
+from lorakit.data.decode import Decoded, Pixels
+from lorakit.data.folder import Photo
+from lorakit.data.variants import Variant
+from lorakit.errors import LorakitError
+
+# Part of every key on disk: raised when decoding, cutting or the stored tensors change meaning.
+FORMAT = 1
+# Photos decoded ahead of the encoder; it bounds memory, as every one may be a hundred megabytes until it is cut.
+AHEAD = 4
+
+EncodeImage = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+TimeIds = Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], list[int] | None]
+Say = Callable[[str], object]
+
+
+class Photos(Protocol):
+    """What is built from; `check.check` reports it."""
+
+    @property
+    def photos(self) -> list[Photo]: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def downscale(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class LatentBucket:
+    """Encoded photos of one size. A row is a variant of a photo.
+
+    Attributes:
+        width, height: pixels.
+        mean, std: float32 `[n, C, h, w]`, scaled as the U-Net takes them: latents = mean + std * noise.
+        mask: float32 `[n, 1, h, w]`, 0 to 1, or None where no loss is masked.
+        time_ids: `[n, 6]` SDXL's size and crop conditions, or None.
+        photo: int64 `[n]` on the CPU, index into `Dataset.photos`.
+        variant: int64 `[n]` on the CPU, number of the variant; 0 is the photo as it is.
+        text: int64 `[n]` on the CPU, index into `Dataset.texts` of the photo's own text.
+    """
+
+    width: int
+    height: int
+    mean: torch.Tensor
+    std: torch.Tensor
+    mask: torch.Tensor | None
+    time_ids: torch.Tensor | None
+    photo: torch.Tensor
+    variant: torch.Tensor
+    text: torch.Tensor
+
+    def to(self, device: torch.device | str) -> LatentBucket:
+        """What a step gathers from, on `device`; the rest stays."""
+        mask = None if self.mask is None else self.mask.to(device)
+        ids = None if self.time_ids is None else self.time_ids.to(device)
+        return replace(self, mean=self.mean.to(device), std=self.std.to(device), mask=mask, time_ids=ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: rows `entries` (int64 `[b]`) of `Dataset.buckets[bucket]`, and `texts` (int64 `[b]`) of its texts."""
+
+    bucket: int
+    entries: torch.Tensor
+    texts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Encoded photos and the texts they may be shown with.
+
+    Attributes:
+        buckets: one for each size.
+        photos: the photos, in order of name.
+        texts: every different text; photos kept for validation share the list.
+        choices: for each photo the texts (indices) it alternates between, its own first.
+        dropped: index of the bare instance prompt that `caption_dropout` puts in a text's place.
+        caption_dropout: how often.
+    """
+
+    buckets: list[LatentBucket]
+    photos: list[Photo]
+    texts: list[str]
+    choices: list[list[int]]
+    dropped: int
+    caption_dropout: float
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same with every bucket on `device`."""
+        return replace(self, buckets=[bucket.to(device) for bucket in self.buckets])
+
+    def names(self, bucket: int) -> list[str]:
+        """The photo's name for each row of a bucket."""
+        return [self.photos[photo].relative for photo in self.buckets[bucket].photo.tolist()]
+
+    def batches(self, seed: int, epoch: int, batch_size: int) -> list[Batch]:
+        """One epoch: every photo exactly once, in one of its variants and one of its texts; the last batch of a size
+        may be smaller.
+
+        A pure function of (seed, epoch, batch_size). A photo goes through its variants epoch by epoch, from a place
+        of its own, so each is used equally often.
+        """
+        draw = randomness.generator(seed, epoch, "order")
+        starts = randomness.generator(seed, 0, "variants")
+        texts = self._texts(seed, epoch)
+        batches = []
+        for number, bucket in enumerate(self.buckets):
+            device = bucket.mean.device
+            rows = _rows(bucket)
+            first = torch.randint(2**31, (len(rows),), generator=starts).tolist()
+            chosen = torch.tensor([own[(start + epoch) % len(own)] for own, start in zip(rows, first, strict=True)])
+            chosen = chosen[torch.randperm(len(chosen), generator=draw)]
+            # One copy to the device for the whole epoch; batches are views of it.
+            entries, told = chosen.to(device), texts[bucket.photo[chosen]].to(device)
+            pairs = zip(entries.split(batch_size), told.split(batch_size), strict=True)
+            batches += [Batch(number, part, text) for part, text in pairs]
+        return [batches[at] for at in torch.randperm(len(batches), generator=draw).tolist()]
+
+    def _texts(self, seed: int, epoch: int) -> torch.Tensor:
+        """For each photo the text it has in this epoch."""
+        draw = randomness.generator(seed, epoch, "texts")
+        count = len(self.photos)
+        picks, drops = torch.randint(2**31, (count,), generator=draw).tolist(), torch.rand(count, generator=draw)
+        shown = torch.tensor([own[pick % len(own)] for own, pick in zip(self.choices, picks, strict=True)])
+        return torch.where(drops < self.caption_dropout, torch.tensor(self.dropped), shown)
+
+
+def _rows(bucket: LatentBucket) -> list[list[int]]:
+    """Rows of each photo of the bucket, in the photos' order."""
+    rows: dict[int, list[int]] = {}
+    for row, photo in enumerate(bucket.photo.tolist()):
+        rows.setdefault(photo, []).append(row)
+    return list(rows.values())
+
+
+def build(
+    found: Photos,
+    config: DataConfig,
+    train: TrainConfig,
+    *,
+    encode_image: EncodeImage,
+    time_ids: TimeIds,
+    device: torch.device | str,
+    identity: str,
+    say: Say,
+    folder: Path | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """Encode every photo.
+
+    Args:
+        found: what `check.check` reported.
+        encode_image: pixels `[B, 3, H, W]` in [-1, 1] -> (mean, std) of the scaled latents.
+        time_ids: ((height, width), (top, left), (target height, target width)) -> six numbers, or None.
+        identity: the base's hash; latents on disk are found again under the same one only.
+        say: takes each line for the person.
+        folder: where latents are kept on disk; by default `default_folder()`.
+
+    Returns:
+        the photos to train on, and those kept for validation (None where none are). Both index the same texts.
+
+    Raises:
+        LorakitError: a photo cannot be read any more, or its latent is not finite; masks are asked for and none is
+            there.
+    """
+    work = _Work(config, train, encode_image, time_ids, identity, found.step, found.downscale)
+    work.folder = None if config.cache == "memory" else folder or default_folder()
+    trained, held_out = split.split(found.photos, train.holdout, train.seed)
+    say(split.said(len(found.photos), len(held_out), train.holdout))
+    texts = _Texts(config, train.seed)
+    dataset = _dataset(trained, work, texts, device)
+    # Validation compares runs and checkpoints: it sees each photo as it is.
+    work.config = replace(config, variants=1)
+    kept = _dataset(held_out, work, texts, device) if held_out else None
+    if train.masked_loss and work.masks == 0:
+        raise LorakitError(
+            "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false"
+        )
+    say(work.said(len(found.photos)))
+    return dataset, kept
+
+
+def default_folder() -> Path:
+    """`$LORAKIT_CACHE/latents`, else `~/.cache/lorakit/latents`."""
+    root = os.environ.get("LORAKIT_CACHE")
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "lorakit") / "latents"
+
+
+class _Texts:
+    """Collects every text a run may show, each once; its list grows as photos are added."""
+
+    def __init__(self, config: DataConfig, seed: int):
+        self.config, self.seed = config, seed
+        self.all: list[str] = []
+        self.dropped = self.index(captions.instance_prompt(config))
+
+    def index(self, text: str) -> int:
+        if text not in self.all:
+            self.all.append(text)
+        return self.all.index(text)
+
+    def choices(self, photo: Photo) -> list[int]:
+        text = captions.final_text(photo.caption, self.config)
+        return [self.index(t) for t in captions.variants(text, self.config, f"{self.seed}/{photo.relative}")]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A variant of a photo, either found on disk or cut and waiting for the encoder."""
+
+    variant: Variant
+    number: int
+    key: str
+    time_ids: list[int] | None
+    pixels: Pixels | None
+    stored: tuple[torch.Tensor, torch.Tensor] | None
+    mask: torch.Tensor | None
+
+
+@dataclass
+class _Work:
+    """How photos become latents, and the counts that are said at the end."""
+
+    config: DataConfig
+    train: TrainConfig
+    encode_image: EncodeImage
+    time_ids: TimeIds
+    identity: str
+    step: int
+    downscale: int
+    folder: Path | None = None
+    hits: int = 0
+    encoded: int = 0
+    masks: int = 0
+
+    def said(self, photos: int) -> str:
+        """What was done, in a line."""
+        rows = self.hits + self.encoded
+        of = f" ({photos} photos x variants)" if rows > photos else ""
+        if self.folder is None:
+            return f"latents: {self.encoded} encoded{of}"
+        return f"latents: {self.hits} hits, {self.encoded} encoded{of}, kept in {self.folder}"
+
+    def prepare(self, photo: Photo) -> list[_Ready]:
+        """All variants of a photo; it is decoded only where one of them is not on disk, or has a mask."""
+        try:
+            raw = photo.path.read_bytes()
+        except OSError as error:
+            raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
+        size = decode.measure(raw, photo.relative)
+        placement = buckets.assign(size, self.config.resolution, self.step)
+        cuts = variants.of_photo(size, placement, self.config, self.train.seed, photo.relative)
+        keys = [self.key(raw, cut) for cut in cuts]
+        stored = [self._load(key, cut) for key, cut in zip(keys, cuts, strict=True)]
+        needs_pixels = None in stored or self.train.masked_loss
+        decoded = decode.decode(raw, photo.relative) if needs_pixels else None
+        mask = _mask(photo, decoded) if decoded and self.train.masked_loss else None
+        ready = []
+        for number, (cut, key, old) in enumerate(zip(cuts, keys, stored, strict=True)):
+            target = (cut.bucket.height, cut.bucket.width)
+            ids = self.time_ids((size[1], size[0]), variants.top_left(size, cut), target)
+            pixels = variants.render(decoded.pixels, cut) if decoded and old is None else None
+            cut_mask = torch.from_numpy(variants.render_mask(mask, cut, self.downscale)) if mask is not None else None
+            ready.append(_Ready(cut, number, key, ids, pixels, old, cut_mask))
+        return ready
+
+    def key(self, raw: bytes, cut: Variant) -> str:
+        """Name on disk: the file's bytes, how they are cut, flipped and coloured, and what encodes them."""
+        facts = json.dumps([FORMAT, self.identity, "float32", *astuple(cut)])
+        return hashlib.sha256(hashlib.sha256(raw).digest() + facts.encode()).hexdigest()
+
+    def latent(self, photo: Photo, ready: _Ready) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean, std) `[C, h, w]` float32 on the CPU; checked, and kept on disk where that is asked for."""
+        if ready.stored is not None:
+            self.hits += 1
+            return ready.stored
+        assert ready.pixels is not None
+        pixels = torch.from_numpy(ready.pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+        # One at a time: a photo's latent must not depend, even in its last bit, on which others are encoded with it.
+        mean, std = (part[0].float().cpu() for part in self.encode_image(pixels))
+        if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(std).all())):
+            raise LorakitError(f"{photo.relative}: its latent is not finite; the base's VAE cannot encode this photo")
+        self.encoded += 1
+        if self.folder is not None:
+            _store(self.folder, ready.key, mean, std)
+        return mean, std
+
+    def _load(self, key: str, cut: Variant) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What is on disk under a key; a file that is damaged counts as absent and is written anew."""
+        if self.folder is None:
+            return None
+        path = self.folder / key[:2] / f"{key}.safetensors"
+        try:
+            tensors = safetensors.torch.load(path.read_bytes())
+            mean, std = tensors["mean"], tensors["std"]
+        except (OSError, KeyError, safetensors.SafetensorError):
+            return None
+        size = (cut.bucket.height // self.downscale, cut.bucket.width // self.downscale)
+        whole = mean.shape == std.shape and tuple(mean.shape[1:]) == size
+        return (mean, std) if whole and bool(torch.isfinite(mean).all() and torch.isfinite(std).all()) else None
+
+
+def _mask(photo: Photo, decoded: Decoded) -> Pixels | None:
+    """A photo's own mask, else its transparency, else None: all of it counts."""
+    if photo.mask is not None:
+        mask: Pixels | None = decode.decode_mask(photo.mask, decoded.size)
+    else:
+        mask = decoded.alpha
+    if mask is not None and int(mask.max()) == 0:
+        raise LorakitError(f"{photo.relative}: its mask is black all over, so nothing of it would be learned")
+    return mask
+
+
+def _dataset(photos: Sequence[Photo], work: _Work, texts: _Texts, device: torch.device | str) -> Dataset:
+    choices = [texts.choices(photo) for photo in photos]
+    rows: dict[buckets.Bucket, list[tuple[int, _Ready, torch.Tensor, torch.Tensor]]] = {}
+    for index, ready in _prepared(photos, work):
+        mean, std = work.latent(photos[index], ready)
+        work.masks += ready.mask is not None
+        rows.setdefault(ready.variant.bucket, []).append((index, replace(ready, pixels=None), mean, std))
+    made = [_bucket(size, rows[size], choices, work.train.masked_loss).to(device) for size in sorted(rows)]
+    return Dataset(made, list(photos), texts.all, choices, texts.dropped, work.config.caption_dropout)
+
+
+def _prepared(photos: Sequence[Photo], work: _Work) -> Iterator[tuple[int, _Ready]]:
+    """Variants in the photos' order, decoded a few photos ahead of the encoder."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for start in range(0, len(photos), AHEAD):
+            for at, variants_ in enumerate(pool.map(work.prepare, photos[start : start + AHEAD])):
+                for ready in variants_:
+                    yield start + at, ready
+
+
+def _bucket(
+    size: buckets.Bucket,
+    rows: Sequence[tuple[int, _Ready, torch.Tensor, torch.Tensor]],
+    choices: Sequence[Sequence[int]],
+    masked: bool,
+) -> LatentBucket:
+    mean, std = torch.stack([row[2] for row in rows]), torch.stack([row[3] for row in rows])
+    mask = None
+    if masked:
+        everything = torch.ones(mean.shape[-2:])
+        mask = torch.stack([row[1].mask if row[1].mask is not None else everything for row in rows])[:, None]
+    ids = [row[1].time_ids for row in rows]
+    time_ids = None if ids[0] is None else torch.tensor(ids, dtype=torch.float32)
+    photo = torch.tensor([row[0] for row in rows])
+    variant = torch.tensor([row[1].number for row in rows])
+    text = torch.tensor([choices[row[0]][0] for row in rows])
+    return LatentBucket(size.width, size.height, mean, std, mask, time_ids, photo, variant, text)
+
+
+def _store(folder: Path, key: str, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Write one latent so that a reader sees all of it or nothing. Only the user may read it: it shows the photo.
+
+    Raises:
+        LorakitError: the folder cannot be written to.
+    """
+    place = folder / key[:2]
+    temporary = ""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        # mkstemp makes the file for this user alone (mode 0600).
+        handle, temporary = tempfile.mkstemp(dir=place, suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(safetensors.torch.save({"mean": mean.contiguous(), "std": std.contiguous()}))
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(place / f"{key}.safetensors")
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise LorakitError(
+            f"{folder}: latents cannot be kept there ({error.strerror}); set data.cache = 'memory' or LORAKIT_CACHE"
+        ) from None
