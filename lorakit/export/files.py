@@ -1,0 +1,100 @@
+"""Writing safetensors files so that a good one is never replaced by half of one.
+
+A file is written beside its target, flushed to the disk, read back and then renamed over it. Metadata is sorted, so
+that equal adapters are equal files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as serialise
+
+from lorakit.errors import LorakitError
+from lorakit.export import header
+
+_MARGIN = 1 << 20
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` (CPU, contiguous) with `metadata` and the two hashes that web UIs know files by, atomically.
+
+    Raises:
+        LorakitError: too little space, or the folder cannot be written.
+    """
+    raw = to_bytes(tensors, metadata)
+    write_atomically(path, raw)
+
+
+def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The file's bytes: sorted metadata, with `sshs_model_hash` and `sshs_legacy_hash` added.
+
+    sshs_model_hash is the SHA-256 of everything after the header; sshs_legacy_hash the first 8 hex digits of the
+    SHA-256 of bytes 0x100000 to 0x110000 of the file as it is with its `ss_*` metadata alone (sd-scripts
+    library/train_util.py, precalculate_safetensors_hashes).
+    """
+    first = serialise(dict(tensors), {name: text for name, text in metadata.items() if name.startswith("ss_")} or None)
+    length = struct.unpack("<Q", first[:8])[0]
+    table, data = json.loads(first[8 : 8 + length]), first[8 + length :]
+    hashes = {
+        "sshs_model_hash": hashlib.sha256(data).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(first[0x100000:0x110000]).hexdigest()[:8],
+    }
+    table["__metadata__"] = dict(sorted({"format": "pt", **metadata, **hashes}.items()))
+    table = {"__metadata__": table.pop("__metadata__"), **table}
+    head = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return struct.pack("<Q", len(head)) + head + data
+
+
+def write_atomically(path: Path, raw: bytes) -> None:
+    """Write `raw` to `path` through a temporary file beside it; safetensors are read back before the rename.
+
+    Raises:
+        LorakitError: too little space, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path.parent, len(raw))
+        with temporary.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.suffix == ".safetensors":
+            header.read(temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise LorakitError(
+            f"{path}: cannot be written: {error.strerror or error}; what was there is untouched"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raise LorakitError where `size` bytes do not fit into `folder` with a little room left."""
+    free = shutil.disk_usage(folder).free
+    if free < size + _MARGIN:
+        raise LorakitError(
+            f"{folder}: {size / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free: make room or set output.folder"
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entry, so that a rename survives a power cut (not possible, and not needed, on Windows)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,124 @@
+"""The header of a safetensors file, read by hand: no torch, nothing executed, a damaged file named for what it is.
+
+Layout: 8 bytes little-endian length n, n bytes of JSON `{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`,
+then the tensors' bytes (https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit.errors import LorakitError
+
+_MAX_HEADER = 100_000_000  # the library's own limit
+_MAGIC = {
+    b"PK\x03\x04": "a pickle (.ckpt/.pt): it can run code when opened; convert it to .safetensors first",
+    b"\x80\x02": "a pickle (.ckpt/.pt): it can run code when opened; convert it to .safetensors first",
+    b"GGUF": "a GGUF file, not safetensors",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: fetch it with git lfs pull",
+    b"<!": "a web page, not a model: the download failed",
+    b"<html": "a web page, not a model: the download failed",
+    b"\x89PNG": "a picture, not a model",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: safetensors' dtype name ("F16"), shape, and where its bytes lie in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+
+def read(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        LorakitError: no such file, another kind of file (named), or a damaged or half-downloaded one.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+            file.seek(8)
+            raw = file.read(length) if 2 <= length <= min(_MAX_HEADER, size) else b""
+    except FileNotFoundError:
+        raise LorakitError(f"{path}: no such file") from None
+    except OSError as error:
+        raise LorakitError(f"{path}: cannot be read: {error.strerror}") from None
+    if size == 0:
+        raise LorakitError(f"{path}: the file is empty")
+    for magic, kind in _MAGIC.items():
+        if start.lower().startswith(magic.lower()):
+            raise LorakitError(f"{path}: this is {kind}")
+    if not raw.startswith(b"{") and start[8:9] != b"{":
+        raise LorakitError(f"{path}: not a safetensors file")
+    if len(raw) < length or 8 + length > size:
+        raise LorakitError(f"{path}: cut off inside its header ({size} bytes): download it again")
+    return _checked(path, raw, size, 8 + length)
+
+
+def _checked(path: Path, raw: bytes, size: int, data_start: int) -> Header:
+    """The header from its JSON; every offset must lie inside the file and agree with shape and dtype."""
+    try:
+        table = json.loads(raw)
+        metadata = table.pop("__metadata__", {})
+        tensors = {
+            name: TensorInfo(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                data_start + entry["data_offsets"][0],
+                data_start + entry["data_offsets"][1],
+            )
+            for name, entry in table.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise LorakitError(f"{path}: damaged: its safetensors header does not parse") from None
+    end = max((info.end for info in tensors.values()), default=data_start)
+    if end > size:
+        share = 100 * size // end
+        raise LorakitError(f"{path}: cut off: {size} of {end} bytes are there ({share} %): download it again")
+    if end < size:
+        raise LorakitError(f"{path}: damaged: {size - end} bytes follow its last tensor")
+    return Header(path, tensors, metadata, data_start)
+
+
+def scalars(header: Header, suffix: str) -> dict[str, float]:
+    """The values of all one-element tensors whose name ends in `suffix`, by name (used for `.alpha`)."""
+    found: dict[str, float] = {}
+    with header.path.open("rb") as file:
+        for name, info in header.tensors.items():
+            if not name.endswith(suffix) or info.shape not in ((), (1,)):
+                continue
+            file.seek(info.start)
+            value = _number(info.dtype, file.read(info.end - info.start))
+            if value is not None:
+                found[name] = value
+    return found
+
+
+def _number(dtype: str, raw: bytes) -> float | None:
+    formats = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
+    if dtype == "BF16":  # the upper half of a float32
+        dtype, raw = "F32", b"\0\0" + raw
+    return float(struct.unpack(formats[dtype], raw)[0]) if dtype in formats else None

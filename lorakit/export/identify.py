@@ -1,0 +1,164 @@
+"""What a model file is, told from its tensors' names, shapes and metadata; no torch.
+
+`modules` takes an adapter's tensor names apart in every spelling that is about; `kind` names any other file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from lorakit.export import keys, metadata as meta
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_COMPONENT = r"(?:unet|text_encoder|text_encoder_2)"
+# spelling -> (pattern of a tensor's name: module, part; part in the file -> part of a Layer)
+_SPELLINGS: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {
+    "kohya": (
+        re.compile(r"(lora_(?:unet|te\d?)_[^.]+)\.(.+)"),
+        {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"},
+    ),
+    "peft": (
+        re.compile(rf"({_COMPONENT}\..+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?"),
+        {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "row_magnitude"},
+    ),
+    "diffusers": (
+        re.compile(rf"({_COMPONENT}\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight"),
+        {"down": "down", "up": "up"},
+    ),
+    "diffusers-old": (
+        re.compile(rf"({_COMPONENT}\..+?\.to_(?:q|k|v|out)_lora)\.(down|up)\.weight"),
+        {"down": "down", "up": "up"},
+    ),
+}
+_OLD_UNET = re.compile(r"(unet\..+)\.processor\.to_(q|k|v|out)_lora")
+_OLD_TEXT = re.compile(r"(text_encoder.*)\.self_attn\.to_(q|k|v|out)_lora")
+_FLAT_TEXT = re.compile(r"(text_encoder|text_encoder_2)\.encoder\.")
+# Parts of a kohya module that say it is not plain LoRA.
+_LYCORIS = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "lora_mid.weight": "LoCon (tucker)"}
+_LYCORIS |= {"diff": "full difference", "w_norm": "norm", "on_input": "IA3", "oft_blocks": "OFT"}
+CROSS_DIMS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module of a file.
+
+    Attributes:
+        stem: what stands before the parts, as in the file.
+        spelling: "kohya", "peft", "diffusers" or "diffusers-old".
+        canonical: the canonical name, or None where no such layer exists.
+        parts: "down", "up", "alpha", "magnitude", or the file's own word for another part -> tensor name.
+    """
+
+    stem: str
+    spelling: str
+    canonical: str | None
+    parts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """ "lora", "dora" or what LyCORIS calls it."""
+        for part, name in _LYCORIS.items():
+            if part in self.parts:
+                return name
+        return "dora" if {"magnitude", "row_magnitude"} & set(self.parts) else "lora"
+
+
+def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PER_BLOCK) -> dict[str, Module]:
+    """The adapted modules among a file's tensors, by stem, in the file's order; other tensors are left out."""
+    found: dict[str, Module] = {}
+    for name in names:
+        for spelling, (pattern, parts) in _SPELLINGS.items():
+            match = pattern.fullmatch(name)
+            if not match:
+                continue
+            stem, part = match.groups()
+            if stem not in found:
+                found[stem] = Module(stem, spelling, _canonical(stem, spelling, layers_per_block))
+            found[stem].parts[parts.get(part, part)] = name
+            break
+    return found
+
+
+def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
+    if spelling == "kohya":
+        return keys.from_kohya(stem, layers_per_block)
+    name = _FLAT_TEXT.sub(r"\1.text_model.encoder.", stem)
+    if spelling == "diffusers-old":
+        name = _OLD_UNET.sub(lambda m: f"{m[1]}.to_{m[2]}{'.0' * (m[2] == 'out')}", name)
+        name = _OLD_TEXT.sub(lambda m: f"{m[1]}.self_attn.{m[2]}_proj", name)
+    return name if keys.is_known(name) else None
+
+
+def layers_per_block(metadata: Mapping[str, str]) -> int:
+    """How many resnets a down block has where sgm names are read: told by the file, else 2."""
+    told = metadata.get("lorakit.layers_per_block", "")
+    return int(told) if told.isdecimal() and int(told) > 0 else keys.DEFAULT_LAYERS_PER_BLOCK
+
+
+def adapter_family(found: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, str]:
+    """An adapter's family, and how it was told: from its metadata, its names, or the width of the text it attends to.
+
+    "sd1" where nothing tells; the second value then says so.
+    """
+    told = meta.family(metadata)
+    if told:
+        return told, "metadata"
+    second = any(stem.startswith(("lora_te2_", "text_encoder_2.")) for stem in found)
+    if second or any(stem.startswith("lora_unet_label_emb") for stem in found):
+        return "sdxl", "names"
+    for module in found.values():
+        name = module.canonical or ""
+        if name.endswith(("attn2.to_k", "attn2.to_v")) and "down" in module.parts:
+            width = shapes[module.parts["down"]][1]
+            if width in CROSS_DIMS:
+                return CROSS_DIMS[width], f"attends to text of width {width}"
+    return "sd1", "a guess: nothing in the file tells"
+
+
+def kind(shapes: Shapes) -> str:
+    """One word for what a file holds: "adapter", "lycoris", "checkpoint", "unet", "vae", "text encoder", "embedding",
+    "controlnet", or "unknown".
+    """
+    names = set(shapes)
+    found = modules(names)
+    if found:
+        plain = all(module.method in ("lora", "dora") for module in found.values())
+        return "adapter" if plain else "lycoris"
+    tests = {
+        "controlnet": ("control_model.", "controlnet_cond_embedding."),
+        "checkpoint": ("model.diffusion_model.",),
+        "adapter": ("base_model.model.",),
+        "vae": ("first_stage_model.", "decoder.conv_in.", "decoder.up_blocks.", "decoder.up."),
+        "unet": ("down_blocks.", "input_blocks.", "diffusion_model."),
+        "text encoder": ("text_model.", "encoder.layers.", "transformer.resblocks.", "cond_stage_model."),
+    }
+    for word, prefixes in tests.items():
+        if any(name.startswith(prefixes) for name in names):
+            return word
+    vectors = len(names) <= 4 and names and all(len(shape) <= 2 for shape in shapes.values())
+    return "embedding" if vectors and {s[-1] for s in shapes.values() if s} <= {768, 1024, 1280} else "unknown"
+
+
+def base_family(shapes: Shapes) -> str | None:
+    """The family of a checkpoint or a UNet, from the width of the text it attends to; None where that is not there."""
+    for name, shape in shapes.items():
+        if name.endswith("attn2.to_k.weight"):
+            return CROSS_DIMS.get(shape[1])
+    return None
+
+
+DESCRIPTIONS = {
+    "adapter": "a LoRA adapter",
+    "lycoris": "a LyCORIS adapter, whose algorithm lorakit does not train or convert",
+    "checkpoint": "a whole model (a checkpoint), not an adapter",
+    "unet": "a UNet alone, not an adapter",
+    "vae": "a VAE, not an adapter",
+    "text encoder": "a text encoder, not an adapter",
+    "embedding": "a textual-inversion embedding, not an adapter",
+    "controlnet": "a ControlNet, not an adapter",
+    "unknown": "not an adapter for Stable Diffusion",
+}

@@ -1,0 +1,52 @@
+"""The default format: kohya's names, which A1111, Forge, ComfyUI, InvokeAI, sd-scripts, sd.cpp and diffusers all read.
+
+Each layer is `<name>.lora_down.weight`, `<name>.lora_up.weight` and `<name>.alpha` (one float32), for DoRA also
+`<name>.dora_scale` `[1, in]`. Names come from `lorakit.export.keys`, one rank and one alpha per component from
+`factors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lorakit.export import factors, files, keys
+from lorakit.export.metadata import of_weights
+from lorakit.weights import AdapterWeights
+
+
+def check(method: str, family: str) -> str | None:
+    """Why this format cannot carry `method` for `family`: always None, every method can be written."""
+    return None
+
+
+def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
+    """What the file holds: tensor name -> tensor.
+
+    Raises:
+        LorakitError: a layer that is not portable, or that is not finite.
+    """
+    factors.require_writable(weights, check(factors.method(weights), weights.family))
+    layers = factors.complete(weights)
+    result: dict[str, torch.Tensor] = {}
+    for name, stem in keys.to_kohya(layers, weights.family).items():
+        layer = layers[name]
+        pair = {f"{stem}.lora_down.weight": layer.down, f"{stem}.lora_up.weight": layer.up}
+        result.update(factors.cast(pair, dtype))
+        # alpha and magnitude stay float32: a rounded alpha rescales the layer, and magnitudes carry the whole weight.
+        result[f"{stem}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
+        if layer.magnitude is not None:
+            result.update(factors.cast({f"{stem}.dora_scale": layer.magnitude}, "fp32"))
+    return result
+
+
+def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]) -> list[Path]:
+    """Write one `.safetensors` file, atomically; returns `[path]`.
+
+    Raises:
+        LorakitError: see `tensors`; too little space.
+    """
+    files.write_safetensors(path, tensors(weights, dtype), {**of_weights(weights), **metadata})
+    return [path]

@@ -1,0 +1,114 @@
+"""A folder that PEFT's `PeftModel.from_pretrained` opens: one subfolder per component, `unet/`, `text_encoder/`, ...
+
+Each holds `adapter_config.json` and `adapter_model.safetensors`. Text-encoder tensors keep `text_model.`, as real
+checkpoints spell it; `target_modules` leave it out, so that they match CLIP under every transformers release.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.errors import LorakitError
+from lorakit.export import factors, files, keys
+from lorakit.export.metadata import of_weights
+from lorakit.weights import AdapterWeights, Layer
+
+CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def check(method: str, family: str) -> str | None:
+    """Why this format cannot carry `method` for `family`, or None."""
+    if method == "dora":
+        return (
+            "the PEFT format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
+            "lorakit's is one per input column, which is what web UIs read; export it as kohya"
+        )
+    return None
+
+
+def tensors(weights: AdapterWeights, dtype: str) -> dict[str, dict[str, torch.Tensor]]:
+    """What each component's file holds: component -> tensor name -> tensor.
+
+    Raises:
+        LorakitError: a method that the format cannot carry, a layer that is not portable or not finite.
+    """
+    return {part: _tensors(layers, dtype) for part, layers in _components(weights).items()}
+
+
+def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]) -> list[Path]:
+    """Write the folder `path`, whole or not at all; returns the files in it. An older PEFT folder there is replaced.
+
+    Raises:
+        LorakitError: see `tensors`; `path` is something else than a PEFT folder; too little space.
+    """
+    if path.exists() and not _is_ours(path):
+        raise LorakitError(f"{path}: exists and is not a PEFT folder; choose another name")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    written = []
+    try:
+        for part, layers in _components(weights).items():
+            folder = temporary / part
+            files.write_safetensors(folder / MODEL, _tensors(layers, dtype), {**of_weights(weights), **metadata})
+            text = json.dumps(_config(part, layers), indent=2, sort_keys=True)
+            files.write_atomically(folder / CONFIG, text.encode())
+            written += [path / part / CONFIG, path / part / MODEL]
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        files.sync_folder(path.parent)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return written
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether everything at `path` is component folders with an adapter_config.json, or it is an empty folder."""
+    return path.is_dir() and all((entry / CONFIG).is_file() for entry in path.iterdir())
+
+
+def _components(weights: AdapterWeights) -> dict[str, dict[str, Layer]]:
+    factors.require_writable(weights, check(factors.method(weights), weights.family))
+    parts: dict[str, dict[str, Layer]] = {}
+    for name, layer in factors.complete(weights).items():
+        parts.setdefault(keys.component(name), {})[name] = layer
+    return parts
+
+
+def _tensors(layers: Mapping[str, Layer], dtype: str) -> dict[str, torch.Tensor]:
+    result = {}
+    for name, layer in layers.items():
+        module = name.partition(".")[2]
+        result[f"{PREFIX}{module}.lora_A.weight"] = layer.down
+        result[f"{PREFIX}{module}.lora_B.weight"] = layer.up
+    return factors.cast(result, dtype)
+
+
+def _config(part: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """PEFT's LoraConfig for one component, with no path of the user's in it."""
+    one = next(iter(layers.values()))
+    targets = [name.partition(".")[2].removeprefix("text_model.") for name in layers]
+    return {
+        "peft_type": "LORA",
+        "r": one.rank,
+        "lora_alpha": int(one.alpha) if one.alpha.is_integer() else one.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "base_model_name_or_path": None,
+        "task_type": None,
+    }

@@ -1,0 +1,152 @@
+"""Adapters from any of the formats into canonical weights; anything else is named for what it is.
+
+Understood: kohya files in both block spellings; diffusers files in PEFT's (`lora_A`), the training scripts'
+(`lora.down`, `lora_linear_layer.down`) and the old (`processor.to_q_lora.down`) spelling; PEFT folders.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from lorakit.errors import LorakitError
+from lorakit.export import header, identify, keys, peft
+from lorakit.weights import AdapterWeights, Layer
+
+Scaling = Mapping[str, Any]
+
+
+def read(path: Path) -> AdapterWeights:
+    """Read an adapter: a `.safetensors` file, a PEFT folder, or a folder that holds one adapter file.
+
+    Returns:
+        Weights in float32 on the CPU. A layer without an alpha has alpha = rank, as for every other reader.
+
+    Raises:
+        LorakitError: not an adapter (named for what it is), a layer with no place in the tables, or a malformed one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _read_file(path)
+    parts = {part: path / part for part in keys.COMPONENTS if (path / part / peft.CONFIG).is_file()}
+    if parts:
+        return _read_peft(path, parts)
+    if (path / peft.CONFIG).is_file():
+        return _read_peft(path, {_component(path / peft.MODEL): path})
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise LorakitError(f"{path}: holds {len(found)} .safetensors files and no PEFT adapter: name the file itself")
+    return _read_file(found[0])
+
+
+def _read_file(path: Path) -> AdapterWeights:
+    head = header.read(path)
+    what = identify.kind(head.shapes())
+    if what != "adapter" or not identify.modules(head.tensors):
+        raise LorakitError(f"{path}: this is {identify.DESCRIPTIONS[what]}")
+    if any(name.startswith("bundle_emb.") for name in head.tensors):
+        raise LorakitError(f"{path}: has embeddings bundled in, which would be lost; take bundle_emb.* out first")
+    try:
+        told = json.loads(head.metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        raise LorakitError(f"{path}: its lora_adapter_metadata is not JSON") from None
+    scalings = {
+        part: {key.removeprefix(f"{part}."): value for key, value in told.items() if key.startswith(f"{part}.")}
+        for part in keys.COMPONENTS
+    }
+    return _weights(path, load_file(path), head.metadata, scalings)
+
+
+def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, str] = {}
+    scalings: dict[str, Scaling] = {}
+    for part, folder in folders.items():
+        head = header.read(folder / peft.MODEL)
+        metadata |= head.metadata
+        try:
+            scalings[part] = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
+        except ValueError:
+            raise LorakitError(f"{folder / peft.CONFIG}: not JSON") from None
+        for name, tensor in load_file(folder / peft.MODEL).items():
+            tensors[f"{part}.{name.removeprefix(peft.PREFIX)}"] = tensor
+    return _weights(path, tensors, metadata, scalings)
+
+
+def _component(path: Path) -> str:
+    """Which component a lone PEFT adapter belongs to: CLIP has `encoder.layers`, a UNet has not."""
+    return "text_encoder" if any("encoder.layers." in name for name in header.read(path).tensors) else "unet"
+
+
+def _weights(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    scalings: Mapping[str, Scaling],
+) -> AdapterWeights:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = identify.modules(tensors, identify.layers_per_block(metadata))
+    known = {name for module in found.values() for name in module.parts.values()}
+    strange = [name for name in tensors if name not in known]
+    strange += [module.stem for module in found.values() if module.canonical is None]
+    if strange:
+        raise LorakitError(f"{path}: {len(strange)} names are of no layer of Stable Diffusion, e.g. {strange[0]}")
+    family, _ = identify.adapter_family(found, shapes, metadata)
+    layers: dict[str, Layer] = {}
+    for module in found.values():
+        name = str(module.canonical)
+        if name in layers:
+            raise LorakitError(f"{path}: {name} is there twice, the second time as {module.stem}")
+        scaling = scalings.get(keys.component(name), {})
+        layers[name] = _layer(path, module, tensors, scaling)
+    dora = any(layer.magnitude is not None for layer in layers.values())
+    method = metadata.get("lorakit.method", "dora" if dora else "lora")
+    return AdapterWeights(family, method, layers, dict(metadata))
+
+
+def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], scaling: Scaling) -> Layer:
+    if module.method not in ("lora", "dora"):
+        raise LorakitError(f"{path}: {module.stem} is {module.method}, which lorakit does not read")
+    if "row_magnitude" in module.parts:
+        raise LorakitError(f"{path}: {module.stem} is PEFT's DoRA, per output row; lorakit reads DoRA per input column")
+    missing = [part for part in ("down", "up") if part not in module.parts]
+    if missing:
+        raise LorakitError(f"{path}: {module.stem} has no {missing[0]} factor")
+    down, up = (tensors[module.parts[part]].float() for part in ("down", "up"))
+    rank = down.shape[0]
+    if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[1] != rank or up[0, 0].numel() != 1:
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        raise LorakitError(f"{path}: the factors of {module.stem} do not fit together: {shapes}")
+    alpha = _told_alpha(module, rank, scaling)
+    if "alpha" in module.parts:
+        value = tensors[module.parts["alpha"]]
+        if value.numel() != 1:
+            raise LorakitError(f"{path}: the alpha of {module.stem} is not one number")
+        alpha = float(value)
+    magnitude = None
+    if "magnitude" in module.parts:
+        magnitude = tensors[module.parts["magnitude"]].float()
+        if tuple(magnitude.shape) != (1, down.shape[1], *(1 for _ in down.shape[2:])):
+            raise LorakitError(f"{path}: {module.stem} is DoRA per output row; lorakit reads DoRA per input column")
+    return Layer(down, up, alpha, magnitude)
+
+
+def _told_alpha(module: identify.Module, rank: int, scaling: Scaling) -> float:
+    """The alpha that an adapter config tells for a module; its rank where there is none.
+
+    Follows PEFT: patterns match the end of the module's name, and rank-stabilised adapters divide by sqrt(rank).
+    """
+    name = str(module.canonical).partition(".")[2]
+    alpha = scaling.get("lora_alpha", rank)
+    for pattern, value in (scaling.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = value
+            break
+    return float(alpha) * (math.sqrt(rank) if scaling.get("use_rslora") else 1.0)

@@ -1,0 +1,168 @@
+"""Proof that an exported file is the adapter that was trained: it is opened anew and compared, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorakit.errors import LorakitError
+from lorakit.export import diffusers as diffusers_format, header, keys, kohya, peft
+from lorakit.export.reading import read
+from lorakit.weights import AdapterWeights, Layer
+
+# How far a delta W may be from the one in memory, relative to its norm: two roundings of the file's own dtype.
+TOLERANCE = {"F32": 1e-5, "F16": 2e-3, "BF16": 1.6e-2}
+NO_EFFECT = 1e-7  # of the base's output
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with an exported file: where (a layer, a tensor or a component), and what."""
+
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
+
+
+def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> list[Finding]:
+    """Open an exported file or PEFT folder anew and compare it with the weights in memory.
+
+    Checked: exactly the tensors that the format must have, of the right shapes; every announced layer finite, not
+    zero, and with its delta W (and magnitude) equal within the file's precision; nothing else but zero fill-ins.
+
+    Args:
+        layers: canonical names that training announced.
+
+    Returns:
+        What is wrong; empty means that the file is right.
+    """
+    findings: list[Finding] = []
+    try:
+        heads = _headers(path)
+        stored = read(path)
+    except LorakitError as error:
+        return [Finding(Path(path).name, str(error))]
+    findings += _tensor_findings(path, weights, heads)
+    dtypes = {info.dtype for head in heads.values() for name, info in head.tensors.items() if _is_factor(name)}
+    tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+    if stored.family != weights.family:
+        findings.append(Finding(Path(path).name, f"reads as {stored.family}, not {weights.family}"))
+    for name in layers:
+        if name not in weights.layers:
+            findings.append(Finding(name, "announced, but not trained"))
+        elif name not in stored.layers:
+            findings.append(Finding(name, "announced, but not in the file"))
+        else:
+            problem = _difference(weights.layers[name], stored.layers[name], tolerance)
+            findings += [Finding(name, problem)] if problem else []
+    for name, layer in stored.layers.items():
+        if name not in weights.layers and bool(torch.count_nonzero(layer.up)):
+            findings.append(Finding(name, "in the file, but not trained"))
+    return findings
+
+
+def _headers(path: Path) -> dict[str, header.Header]:
+    """The headers of a file ("" -> header) or of a PEFT folder (component -> header)."""
+    if not Path(path).is_dir():
+        return {"": header.read(Path(path))}
+    return {f.parent.name: header.read(f) for f in sorted(Path(path).glob(f"*/{peft.MODEL}"))}
+
+
+def _is_factor(name: str) -> bool:
+    return not name.endswith((".alpha", ".dora_scale"))
+
+
+def _tensor_findings(path: Path, weights: AdapterWeights, heads: Mapping[str, header.Header]) -> list[Finding]:
+    """Tensors that are missing, not expected, or of another shape than the format's own writer makes."""
+    if "" not in heads:
+        expected = peft.tensors(weights, "fp32")
+    elif any(name.startswith("lora_") for name in heads[""].tensors):
+        expected = {"": kohya.tensors(weights, "fp32")}
+    else:
+        expected = {"": diffusers_format.tensors(weights, "fp32")}
+    findings = [Finding(part, "component missing") for part in expected.keys() - heads.keys()]
+    for part in expected.keys() & heads.keys():
+        wanted = {name: tuple(tensor.shape) for name, tensor in expected[part].items()}
+        there = heads[part].shapes()
+        findings += [Finding(name, "missing") for name in wanted if name not in there]
+        findings += [Finding(name, "not expected") for name in there if name not in wanted]
+        findings += [
+            Finding(name, f"shape {there[name]}, expected {shape}")
+            for name, shape in wanted.items()
+            if there.get(name, shape) != shape
+        ]
+    return findings
+
+
+def _difference(trained: Layer, stored: Layer, tolerance: float) -> str | None:
+    """What is wrong with a stored layer, or None."""
+    wanted, found = trained.delta(), stored.delta()
+    if wanted.shape != found.shape:
+        return f"delta W is {tuple(found.shape)}, expected {tuple(wanted.shape)}"
+    if not bool(torch.isfinite(found).all()):
+        return "not finite"
+    if trained.magnitude is None and not bool(torch.count_nonzero(found)):
+        return "zero: it has no effect"
+    error = float(torch.linalg.vector_norm(found - wanted) / torch.linalg.vector_norm(wanted).clamp_min(1e-30))
+    if error > tolerance:
+        return f"delta W is off by {100 * error:.3g} %"
+    if (trained.magnitude is None) != (stored.magnitude is None):
+        return "DoRA magnitude missing" if stored.magnitude is None else "DoRA magnitude that was not trained"
+    if trained.magnitude is None or stored.magnitude is None:
+        return None
+    close = torch.allclose(trained.magnitude.float().flatten(), stored.magnitude.flatten(), rtol=1e-5, atol=0)
+    return None if close else "DoRA magnitude differs"
+
+
+def verify_effect(
+    base: Mapping[str, torch.Tensor],
+    memory: Mapping[str, torch.Tensor],
+    reloaded: Mapping[str, torch.Tensor],
+    *,
+    tolerance: float = 0.02,
+    floor: float = 1e-5,
+) -> list[Finding]:
+    """Compare outputs of each adapted component: without the adapter, as trained, and from the file in a fresh model.
+
+    Args:
+        base, memory, reloaded: component ("unet", "text_encoder", ...) -> one output for the same input.
+        tolerance: how far `reloaded` may be from `memory`, relative to the adapter's effect.
+        floor: the same relative to the output itself, for the rounding of the forward pass.
+    """
+    findings = []
+    for part, plain in base.items():
+        trained, loaded, plain = memory[part].float(), reloaded[part].float(), plain.float()
+        size = float(torch.linalg.vector_norm(plain))
+        effect = float(torch.linalg.vector_norm(trained - plain))
+        error = float(torch.linalg.vector_norm(loaded - trained))
+        if not all(bool(torch.isfinite(t).all()) for t in (plain, trained, loaded)):
+            findings.append(Finding(part, "its output is not finite"))
+        elif effect <= NO_EFFECT * size:
+            findings.append(Finding(part, "the adapter has no effect on its output"))
+        elif error > tolerance * effect + floor * size:
+            share = 100 * error / effect
+            findings.append(Finding(part, f"from the file its output is off by {share:.3g} % of the adapter's effect"))
+    return findings
+
+
+def applied_deltas(pipeline: object) -> dict[str, torch.Tensor]:
+    """Canonical name -> delta W that PEFT layers in a diffusers pipeline really add, after `load_lora_weights`.
+
+    An independent look at what diffusers made of a file: a name that it dropped is not here.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for part in keys.COMPONENTS:
+        model = getattr(pipeline, part, None)
+        if model is None:
+            continue
+        for path, module in model.named_modules():
+            for adapter in getattr(module, "active_adapters", ()) if hasattr(module, "lora_A") else ():
+                if adapter in module.lora_A:
+                    prefix = "text_model." if part != "unet" and not path.startswith("text_model.") else ""
+                    found[f"{part}.{prefix}{path}"] = module.get_delta_weight(adapter).detach().float().cpu()
+    return found
