@@ -20,6 +20,9 @@ class Bucket:
     width: int
     height: int
 
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
 
 @dataclass(frozen=True)
 class Placement:

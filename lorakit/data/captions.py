@@ -164,7 +164,8 @@ def _clip(folder: Path) -> Tokenizer:
 
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [(left, right) for left, right in pairs]
     model = models.BPE(
         vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token="<|endoftext|>"
     )

@@ -98,7 +98,8 @@ def render(pixels: Pixels, variant: Variant) -> Pixels:
 def render_mask(mask: Pixels, variant: Variant, downscale: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The mask at latent size, `[bucket height / downscale, bucket width / downscale]`, 0 to 1, averaged over areas."""
     size = (variant.bucket.width // downscale, variant.bucket.height // downscale)
-    return np.asarray(_cut(Image.fromarray(mask), variant, size, Image.Resampling.BOX), dtype=np.float32) / 255
+    cut = np.asarray(_cut(Image.fromarray(mask), variant, size, Image.Resampling.BOX))
+    return cut.astype(np.float32) / np.float32(255)
 
 
 def _cut(image: Image.Image, variant: Variant, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
