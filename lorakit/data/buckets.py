@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 # A bucket's area may be this factor away from resolution^2, and its sides this factor from resolution.
 AREA = 1.25
@@ -13,8 +14,7 @@ SIDE = 2
 AREA_COST = 0.25
 
 
-@dataclass(frozen=True, order=True)
-class Bucket:
+class Bucket(NamedTuple):
     """A size in pixels that photos are trained at."""
 
     width: int

@@ -17,9 +17,9 @@ import torch
 
 from lorakit import randomness
 from lorakit.config import DataConfig, TrainConfig
-from lorakit.data import buckets, captions, decode, variants
+from lorakit.data import buckets, captions, decode, split, variants
 from lorakit.data.decode import Decoded, Pixels
-from lorakit.data.folder import Photo, split, split_said
+from lorakit.data.folder import Photo
 from lorakit.data.variants import Variant
 from lorakit.errors import LorakitError
 
@@ -183,8 +183,8 @@ def build(
     """
     work = _Work(config, train, encode_image, time_ids, identity, found.step, found.downscale)
     work.folder = None if config.cache == "memory" else folder or default_folder()
-    trained, held_out = split(found.photos, train.holdout, train.seed)
-    say(split_said(len(found.photos), len(held_out), train.holdout))
+    trained, held_out = split.split(found.photos, train.holdout, train.seed)
+    say(split.said(len(found.photos), len(held_out), train.holdout))
     texts = _Texts(config, train.seed)
     dataset = _dataset(trained, work, texts, device)
     # Validation compares runs and checkpoints: it sees each photo as it is.

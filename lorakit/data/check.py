@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,14 +25,18 @@ from lorakit.errors import LorakitError
 
 # A crop larger than this is worth a look: a head may be missing.
 CROP = 0.10
-# Variance of the Laplacian over that of the picture, at the trained size. At 512 pixels 18 sharp photos measured 0.04 to
-# 1.3, and 0.0001 to 0.004 under a Gaussian blur of 2.5 of those pixels.
+# Variance of the Laplacian over that of the picture, at the trained size. At 512 pixels 18 sharp photos measured 0.04
+# to 1.3, and 0.0001 to 0.004 under a Gaussian blur of 2.5 of those pixels.
 BLUR = 0.006
 # Bits of a 256-bit difference hash, and mean colour difference (of 255) of 16 x 16 thumbnails, within which two photos
 # look the same: saved again at quality 50 or cropped by 1 % measured up to 23 bits and 3.5; four drawings of one figure
 # in other poses on white 13 bits and 5 or more. The colours also keep flat pictures, whose hashes are all alike, apart.
 HASH_BITS, HASH_COLOUR = 24, 4.0
 FEW = 4
+# What `--json` says of a photo, besides its file, bucket, mask and where its caption is from.
+ITEM_JSON = (
+    "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut", "sharpness", "findings",
+)  # fmt: skip
 
 
 class Base(Protocol):
@@ -124,14 +128,14 @@ class Report:
         """Plain values, for `--json`; keys are only ever added."""
         rows = []
         for item in self.items:
-            row = asdict(item) | {"file": item.relative, "caption_source": item.photo.caption_source}
-            row["mask"] = item.photo.mask is not None
-            del row["photo"]
+            row = {"file": item.relative} | {name: getattr(item, name) for name in ITEM_JSON}
+            row |= {"caption_source": item.photo.caption_source, "mask": item.photo.mask is not None}
+            row["bucket"] = item.bucket and item.bucket._asdict()
             rows.append(row)
         return {
             "folder": str(self.folder),
             "photos": rows,
-            "buckets": [asdict(bucket) | {"photos": count} for bucket, count in self.buckets.items()],
+            "buckets": [bucket._asdict() | {"photos": count} for bucket, count in self.buckets.items()],
             "errors": self.errors,
             "warnings": self.warnings,
             "notes": self.notes,
@@ -234,9 +238,8 @@ def _texts(report: Report, config: DataConfig, tokens: captions.Tokens) -> None:
         item.text = captions.final_text(item.photo.caption, config)
         item.tokens, item.cut = tokens.count(item.text)
         if item.cut:
-            report.warnings.append(
-                f'{item.relative}: its text has {item.tokens} tokens, {tokens.limit} fit; cut off: "{_short(item.cut, 60)}"'
-            )
+            fit = f"its text has {item.tokens} tokens, {tokens.limit} fit"
+            report.warnings.append(f'{item.relative}: {fit}; cut off: "{_short(item.cut, 60)}"')
         if config.flip and captions.mentions_sides(item.text):
             item.findings.append("left or right in its text")
             report.errors.append(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 from lorakit.errors import LorakitError
 
@@ -24,8 +22,6 @@ TEXT_KEYS = ("text", "caption", "prompt")
 # Folders that systems make and people do not see.
 HIDDEN = ("__MACOSX", "@eaDir")
 KOHYA = re.compile(r"\d+_.+")
-# With fewer photos, one kept back is missed more in training than its measurement is worth.
-ENOUGH_TO_HOLD_OUT = 10
 
 
 @dataclass(frozen=True)
@@ -87,38 +83,6 @@ def scan(folder: str | Path) -> Folder:
     if skipped:
         found.notes.append(f"not pictures, left alone: {_counted(skipped)}")
     return found
-
-
-class Named(Protocol):
-    """A photo, or what was made of one."""
-
-    @property
-    def relative(self) -> str: ...
-
-
-NamedT = TypeVar("NamedT", bound=Named)
-
-
-def split(photos: Sequence[NamedT], share: float, seed: int) -> tuple[list[NamedT], list[NamedT]]:
-    """Photos to train on and photos kept for validation, each in the given order.
-
-    Where there are `ENOUGH_TO_HOLD_OUT` photos, `share` of them, at least one, are kept back; else none. Which ones
-    follows from the seed and each photo's own name, so a photo more or less changes little.
-    """
-    if share == 0 or len(photos) < ENOUGH_TO_HOLD_OUT:
-        return list(photos), []
-    ranked = sorted(photos, key=lambda photo: hashlib.sha256(f"{seed}/{photo.relative}".encode()).digest())
-    held = {photo.relative for photo in ranked[: max(1, round(share * len(photos)))]}
-    return [p for p in photos if p.relative not in held], [p for p in photos if p.relative in held]
-
-
-def split_said(count: int, held_out: int, share: float) -> str:
-    """The split in a line for the person."""
-    if held_out:
-        return f"validation: {held_out} of {count} photos are kept back and never trained on"
-    if share == 0:
-        return "validation: no photo is kept back (train.holdout = 0); it looks at training photos"
-    return f"validation: fewer than {ENOUGH_TO_HOLD_OUT} photos, none is kept back; it looks at training photos"
 
 
 def _require_folder(path: Path) -> None:
