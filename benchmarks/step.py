@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lorakit.data import cache, check
 from PIL import Image
 
 from lorakit import adapters, config, families, memory, optim
+from lorakit.data import check
+from lorakit.encode import encode
 from lorakit.step import Step
 
 
@@ -109,29 +110,9 @@ def ours(chosen: config.Config) -> Callable[[int], None]:
     family = base_of(chosen)
     adapter = adapters.attach(family, chosen.adapter, seed=0)
     optimizer = optim.build(chosen.optimizer, adapter.groups())
-    dataset, _ = cache.build(
-        check.check(chosen.data, family.info),
-        chosen.data,
-        chosen.train,
-        encode_image=family.encode_image,
-        time_ids=family.time_ids,
-        device=family.device,
-        identity=family.info.hash,
-        say=lambda line: None,
-    )
-    with torch.no_grad():
-        conditions = family.encode_text(dataset.texts)
+    photos = check.check(chosen.data, family.info)
+    step = Step(family, adapter, encode(chosen, family, adapter, photos, lambda line: None), chosen.train)
     family.release("vae", "text_encoders")
-    step = Step(
-        family,
-        adapter,
-        dataset,
-        chosen.train,
-        conditions=conditions,
-        class_text="",
-        class_condition=None,
-        class_latents=None,
-    )
     parameters = [p for _, group in adapter.groups() for p in group]
     adapter.train(True)
     done = 0

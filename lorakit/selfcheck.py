@@ -7,20 +7,20 @@ differs from the second, was an adapter made that works.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorakit import adapters, export, families, randomness
+from lorakit import adapters, export, randomness
+from lorakit.export import verify
+from lorakit.weights import AdapterWeights
 
 # How far the file may be from the model in memory, as a share of the adapter's own effect: rounding of its factors to
 # float16 or bfloat16, and the order of additions.
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
-# An effect below this share of the output is rounding, not learning.
-SMALLEST_EFFECT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,54 @@ def probe(family: Any, prompt: str, size: tuple[int, int]) -> Probe:
     return Probe(prediction.float().cpu(), condition.encoder_hidden_states.float().cpu())
 
 
-def fresh(info: Any, device: Any, dtype: Any) -> Any:
-    """The base, loaded anew from where it lies."""
-    return families.load(info, device, dtype)
+def examine(
+    exports: Mapping[str, Path],
+    weights: AdapterWeights,
+    base: Probe,
+    memory: Probe,
+    *,
+    load: Callable[[], Any],
+    prompt: str,
+    size: tuple[int, int],
+    dtype: str,
+) -> Iterator[tuple[str, list[Finding], Any]]:
+    """Each exported file in a base of its own, loaded anew: (format, findings, the base with the file in it).
+
+    The base is None where the file itself is already wrong.
+
+    Args:
+        exports: format -> file or folder.
+        weights: the adapter in memory.
+        base, memory: probes of the base and of the trained model.
+        load: loads the base anew.
+        prompt, size: as for the probes.
+        dtype: what the file was written in.
+    """
+    for name, path in exports.items():
+        findings = file_findings(name, path, weights, list(weights.layers))
+        if failures(findings):
+            yield name, findings, None
+            continue
+        family = load()
+        load_file(family, path, weights.method)
+        findings += compare(name, base, memory, probe(family, prompt, size), dtype=dtype, weights=weights)
+        yield name, findings, family
+
+
+def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Sequence[str]) -> list[Finding]:
+    """The exported file, opened anew: is every announced layer there, finite, not nil and as trained?"""
+    wrong = verify.verify_file(path, weights, announced)
+    if not wrong:
+        return [
+            Finding(f"{name} file", True, f"{len(announced)} of {len(announced)} modules there, finite and not zero")
+        ]
+    zero = sum(finding.problem.startswith("zero") for finding in wrong)
+    if zero == len(announced):
+        return [
+            Finding(f"{name} file", False, "the adapter has no effect: every module is zero; was the learning rate 0?")
+        ]
+    shown = "; ".join(map(str, wrong[:3])) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    return [Finding(f"{name} file", False, shown)]
 
 
 def load_file(family: Any, path: Path, method: str) -> None:
@@ -72,34 +117,26 @@ def load_file(family: Any, path: Path, method: str) -> None:
     family.pipeline().load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="lorakit")
 
 
-def compare(base: Probe, memory: Probe, file: Probe, *, dtype: str, trains_text: bool) -> list[Finding]:
-    """Findings from the three probes."""
+def unload(family: Any) -> None:
+    """Take out again what `load_file` put in."""
+    family.pipeline().unload_lora_weights()
+
+
+def compare(
+    name: str, base: Probe, memory: Probe, file: Probe, *, dtype: str, weights: AdapterWeights
+) -> list[Finding]:
+    """Findings from the probes of the base, of the model in memory and of the file, for each adapted component."""
+    outputs = {"unet": (base.prediction, memory.prediction, file.prediction)}
+    if any(not layer.startswith("unet.") for layer in weights.layers):
+        outputs["text encoder"] = (base.embeddings, memory.embeddings, file.embeddings)
     findings = []
-    parts = [("unet", base.prediction, memory.prediction, file.prediction)]
-    if trains_text:
-        parts.append(("text encoder", base.embeddings, memory.embeddings, file.embeddings))
-    for name, before, trained, read in parts:
-        size = before.norm().item()
-        effect = (trained - before).norm().item() / size
-        read_effect = (read - before).norm().item() / size
-        findings.append(
-            Finding(
-                f"{name} effect",
-                min(effect, read_effect) >= SMALLEST_EFFECT,
-                f"the adapter changes the output by {effect:.2%}"
-                if min(effect, read_effect) >= SMALLEST_EFFECT
-                else f"the adapter has no effect ({min(effect, read_effect):.1e} of the output)",
-            )
-        )
-        error = (read - trained).norm().item() / size
-        share = error / max(effect, SMALLEST_EFFECT)
-        findings.append(
-            Finding(
-                f"{name} as trained",
-                share <= TOLERANCE[dtype] and bool(torch.isfinite(read).all()),
-                f"file and model in memory differ by {share:.2%} of the effect (allowed {TOLERANCE[dtype]:.1%})",
-            )
-        )
+    for part, (before, trained, read) in outputs.items():
+        wrong = verify.verify_effect({part: before}, {part: trained}, {part: read}, tolerance=TOLERANCE[dtype])
+        effect = (trained - before).norm() / before.norm()
+        error = (read - trained).norm() / (trained - before).norm().clamp_min(1e-30)
+        detail = f"the adapter changes the output by {effect:.2%}; the file's is {error:.2%} of that away"
+        detail = "; ".join(finding.problem for finding in wrong) or detail
+        findings.append(Finding(f"{name} {part}", not wrong, detail))
     return findings
 
 

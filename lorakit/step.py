@@ -14,15 +14,7 @@ import torch
 
 from lorakit import objective, randomness
 from lorakit.config import TrainConfig
-
-
-@dataclass(frozen=True)
-class ClassLatents:
-    """Encoded class images for prior preservation: mean and std `[n, C, h, w]`, one row of time ids or None."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-    time_ids: torch.Tensor | None
+from lorakit.encode import Encoded
 
 
 @dataclass(frozen=True)
@@ -43,10 +35,9 @@ class Step:
     Args:
         family: the loaded base (see `families.Family`).
         adapter: the attached adapter.
-        dataset: encoded photos (`data.cache.Dataset`), on the device.
-        conditions: text embeddings of `dataset.texts`, or None where the text encoders are trained.
-        class_text: the class prompt; class_condition: its embedding by the base.
-        class_latents: encoded class images where `train.prior` is "images".
+        encoded: photos, texts and class images, on the device.
+        train: the section of the config.
+        embed_anew: pass texts through the text encoders in each step, because adapters in them are trained.
         retry: how often the run went back to a checkpoint; it salts the noise, which would else repeat what failed.
     """
 
@@ -54,34 +45,28 @@ class Step:
         self,
         family: Any,
         adapter: Any,
-        dataset: Any,
+        encoded: Encoded,
         train: TrainConfig,
         *,
-        conditions: Any,
-        class_text: str,
-        class_condition: Any,
-        class_latents: ClassLatents | None,
+        embed_anew: bool = False,
         retry: int = 0,
     ):
-        self.family, self.adapter, self.dataset = family, adapter, dataset
-        self.train = train
-        self.conditions, self.class_text, self.class_condition = conditions, class_text, class_condition
-        self.class_latents = class_latents
-        self.retry = retry
+        self.family, self.adapter, self.encoded, self.train = family, adapter, encoded, train
+        self.embed_anew, self.retry = embed_anew, retry
         self._generator = torch.Generator(family.device)
         self._epoch, self._batches = -1, []
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches that show every photo once."""
-        return len(self.dataset.batches(self.train.seed, 0, self.train.batch_size))
+        return len(self.encoded.dataset.batches(self.train.seed, 0, self.train.batch_size))
 
     def batch(self, index: int) -> Any:
         """The `index`-th batch of the run (`data.cache.Batch`), counted from 0 through all epochs."""
         epoch, place = divmod(index, self._per_epoch())
         if epoch != self._epoch:
             self._epoch = epoch
-            self._batches = self.dataset.batches(self.train.seed, epoch, self.train.batch_size)
+            self._batches = self.encoded.dataset.batches(self.train.seed, epoch, self.train.batch_size)
         return self._batches[place]
 
     def loss(self, index: int) -> torch.Tensor:
@@ -102,7 +87,7 @@ class Step:
 
     def _per_epoch(self) -> int:
         if not self._batches:
-            self._epoch, self._batches = 0, self.dataset.batches(self.train.seed, 0, self.train.batch_size)
+            self._epoch, self._batches = 0, self.encoded.dataset.batches(self.train.seed, 0, self.train.batch_size)
         return len(self._batches)
 
     def _seeded(self, index: int, purpose: str) -> torch.Generator:
@@ -128,13 +113,13 @@ class Step:
 
     def _instance_term(self, index: int) -> Term:
         batch = self.batch(index)
-        bucket = self.dataset.buckets[batch.bucket]
+        bucket = self.encoded.dataset.buckets[batch.bucket]
         entries, texts = batch.entries.to(self.family.device), batch.texts
         noisy, timesteps, target = self._noised(index, "instance", bucket.mean[entries], bucket.std[entries])
-        if self.conditions is None:
-            condition = self.family.encode_text([self.dataset.texts[i] for i in texts.tolist()], grad=True)
+        if self.embed_anew:
+            condition = self.family.encode_text([self.encoded.dataset.texts[i] for i in texts.tolist()], grad=True)
         else:
-            condition = self.conditions.index(texts.to(self.family.device))
+            condition = self.encoded.conditions.index(texts.to(self.family.device))
         if bucket.time_ids is not None:
             condition = condition.with_sizes(bucket.time_ids[entries])
         mask = bucket.mask[entries] if bucket.mask is not None else None
@@ -142,16 +127,17 @@ class Step:
 
     def _class_text_condition(self, count: int, time_ids: torch.Tensor | None) -> Any:
         """The class prompt for `count` pictures; through the text encoder where that is trained."""
-        if self.conditions is None:
-            condition = self.family.encode_text([self.class_text], grad=True).expand(count)
+        if self.embed_anew:
+            condition = self.family.encode_text([self.encoded.class_text], grad=True).expand(count)
         else:
-            condition = self.class_condition.expand(count)
+            condition = self.encoded.class_condition.expand(count)
         return condition if time_ids is None else condition.with_sizes(time_ids)
 
     def _class_image_term(self, index: int, count: int) -> Term:
         """Class images, as the base drew them, under the class prompt (Ruiz et al. 2022, arXiv 2208.12242)."""
-        assert self.class_latents is not None
-        mean, std, ids = self.class_latents.mean, self.class_latents.std, self.class_latents.time_ids
+        latents = self.encoded.class_latents
+        assert latents is not None, "prior = 'images' comes with class latents"
+        mean, std, ids = latents.mean, latents.std, latents.time_ids
         draw = self._seeded(index, "class order")
         chosen = torch.randint(len(mean), (count,), generator=draw, device=self.family.device)
         noisy, timesteps, target = self._noised(index, "class", mean[chosen], std[chosen])
@@ -162,7 +148,7 @@ class Step:
         """The same noisy photos under the class prompt; the target is what the base, adapter off, says of them."""
         count = len(instance.noisy)
         sizes = instance.condition.time_ids
-        base = self.class_condition.expand(count)
+        base = self.encoded.class_condition.expand(count)
         base = base if sizes is None else base.with_sizes(sizes)
         with torch.no_grad(), self.adapter.disabled():
             target = self.family.predict(instance.noisy, instance.timesteps, base)

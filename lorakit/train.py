@@ -20,26 +20,25 @@ import torch
 from lorakit import (
     adapters,
     checkpoint,
+    config as configuration,
     evaluate,
     export,
     families,
     memory,
     optim,
+    plan,
+    registry,
     report,
-    run_folder,
     sample,
     selfcheck,
 )
-from lorakit import (
-    config as configuration,
-)
-from lorakit import (
-    plan as planning,
-)
 from lorakit.config import Config
-from lorakit.data import cache, captions, check
+from lorakit.data import captions, check, folder as photo_folder
+from lorakit.encode import embed, encode
 from lorakit.errors import LorakitError
-from lorakit.step import ClassLatents, Step
+from lorakit.export import metadata
+from lorakit.run_folder import RunFolder
+from lorakit.step import Step
 from lorakit.terminal import Terminal
 
 # Losses and gradient norms stay on the device and are read together, every so many steps.
@@ -88,7 +87,7 @@ def train(config: Config, *, terminal: Terminal | None = None) -> Result:
         LorakitError: photos, base or machine do not allow it, training went wrong, or the self-check failed.
         Stopped: after SIGINT, SIGTERM or a `stop` file in the run folder; the state is saved.
     """
-    folder = run_folder.RunFolder.create(config)
+    folder = RunFolder.create(config)
     return _recorded(config, folder, terminal or Terminal(), None)
 
 
@@ -97,7 +96,7 @@ def resume(folder: str | Path, *, terminal: Terminal | None = None) -> Result:
 
     Raises: as `train`; LorakitError also where there is no checkpoint, or photos or base have changed.
     """
-    run = run_folder.RunFolder.open(Path(folder))
+    run = RunFolder.open(Path(folder))
     saved = checkpoint.latest(run.checkpoints)
     if saved is None:
         raise LorakitError(f"{run.path}: no complete checkpoint to resume from; start anew with: lorakit train")
@@ -105,7 +104,7 @@ def resume(folder: str | Path, *, terminal: Terminal | None = None) -> Result:
     return _recorded(config, run, terminal or Terminal(), saved)
 
 
-def _recorded(config: Config, folder: run_folder.RunFolder, terminal: Terminal, saved: Path | None) -> Result:
+def _recorded(config: Config, folder: RunFolder, terminal: Terminal, saved: Path | None) -> Result:
     """Run, and leave in the run folder how it ended, whatever happens."""
     try:
         with _stop_signals(folder):
@@ -120,7 +119,7 @@ def _recorded(config: Config, folder: run_folder.RunFolder, terminal: Terminal, 
 
 
 @contextlib.contextmanager
-def _stop_signals(folder: run_folder.RunFolder) -> Iterator[None]:
+def _stop_signals(folder: RunFolder) -> Iterator[None]:
     """SIGINT and SIGTERM ask for a stop after the current step; a second one interrupts at once."""
 
     def ask(number: int, _frame: Any) -> None:
@@ -142,7 +141,7 @@ def _stop_signals(folder: run_folder.RunFolder) -> Iterator[None]:
 class _Run:
     """One run's parts, made in the order in which they are needed."""
 
-    def __init__(self, config: Config, folder: run_folder.RunFolder, terminal: Terminal, saved: Path | None):
+    def __init__(self, config: Config, folder: RunFolder, terminal: Terminal, saved: Path | None):
         self.config, self.folder, self.terminal, self.saved = config, folder, terminal, saved
         self.history: list[dict[str, Any]] = []
         self.best: Path | None = None
@@ -161,16 +160,18 @@ class _Run:
     def look(self) -> None:
         """Check the photos and plan the run, before any model is loaded."""
         config = self.config
-        for name in config.output.formats:
-            problem = export.check(name, config.adapter.method)
-            if problem:
-                raise LorakitError(problem)
+        self.started = time.time()
         self.info = families.describe(config.model.base)
+        for name in config.output.formats:
+            refusal = registry.load(registry.EXPORTS, name).check(config.adapter.method, self.info.family)
+            if refusal:
+                raise LorakitError(refusal)
         self.photos = check.check(config.data, self.info)
         if self.photos.errors:
             raise LorakitError("\n".join(self.photos.errors))
-        self.plan = planning.make(config, self.info, self.photos)
+        self.plan = plan.make(config, self.info, self.photos)
         self.total = self.plan.steps
+        self.identity = {"base": self.info.hash, "photos": photo_folder.digest(self.photos.photos)}
         self.folder.write_plan(self.plan.to_json())
         for line in [*self.photos.notes, *self.photos.warnings, *self.plan.lines()]:
             self.say(line)
@@ -195,50 +196,23 @@ class _Run:
     def encode(self) -> None:
         """Photos, class images and texts through the frozen encoders, which then leave the device."""
         config, family = self.config, self.family
-        self.dataset, self.held_out = cache.build(
-            self.photos,
-            config.data,
-            config.train,
-            encode_image=family.encode_image,
-            time_ids=family.time_ids,
-            device=self.device,
-            identity=self.info.hash,
-            say=self.say,
-        )
-        class_text = captions.class_prompt(config.data)
-        with torch.no_grad():
-            base_conditions = family.encode_text([*self.dataset.texts, class_text])
-        count = len(self.dataset.texts)
-        self.conditions = base_conditions.index(torch.arange(count, device=self.device))
-        class_condition = base_conditions.index(torch.tensor([count], device=self.device))
-        class_latents = self._class_latents(class_text) if config.train.prior == "images" else None
+        self.encoded = encoded = encode(config, family, self.adapter, self.photos, self.say)
+        self.dataset = encoded.dataset
         self.sample_prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
+        self.trains_text = config.adapter.train_text_encoder
+        self.step = Step(family, self.adapter, encoded, config.train, embed_anew=self.trains_text)
         self.validation = evaluate.Validation(
-            family, self.held_out or self.dataset, self.conditions, class_condition, config.train.seed
-        )
-        self.step = Step(
             family,
-            self.adapter,
-            self.dataset,
-            config.train,
-            conditions=None if config.adapter.train_text_encoder else self.conditions,
-            class_text=class_text,
-            class_condition=class_condition,
-            class_latents=class_latents,
+            encoded.held_out or encoded.dataset,
+            encoded.conditions,
+            encoded.class_condition,
+            config.train.seed,
+            held_out=encoded.held_out is not None,
         )
-        family.release("vae", *([] if config.adapter.train_text_encoder else ["text_encoders"]))
+        self._release_encoders()
 
-    def _class_latents(self, class_text: str) -> ClassLatents:
-        """Class images, drawn by the base once and cached, encoded as the photos were."""
-        config, family, side = self.config, self.family, self.config.data.resolution
-        with self.adapter.disabled():
-            pictures = sample.class_images(
-                family, class_text, config.train.class_images, config.sample, side, config.train.seed, say=self.say
-            )
-        means, stds = zip(*(family.encode_image(pixels) for pixels in sample.as_pixels(pictures, 8)), strict=True)
-        ids = family.time_ids((side, side), (0, 0), (side, side))
-        mean, std = (torch.cat([part.to(self.device) for part in parts]) for parts in (means, stds))
-        return ClassLatents(mean, std, None if ids is None else torch.tensor([ids], device=self.device))
+    def _release_encoders(self) -> None:
+        self.family.release("vae", *([] if self.trains_text else ["text_encoders"]))
 
     # -- train --------------------------------------------------------------------------------------------------
 
@@ -295,7 +269,7 @@ class _Run:
             except NotFinite as problem:
                 if train.on_nan != "rollback" or self.retry:
                     raise
-                return self._roll_back(problem)
+                step, stop, due = self._roll_back(problem), False, dict.fromkeys(due, False)
         if due["validate"]:
             self._validate(step)
         if due["save"]:
@@ -303,8 +277,10 @@ class _Run:
         if due["sample"]:
             self._sample(step)
         self.adapter.train(True)
+        # The time that pictures and checkpoints take is not the steps'.
+        self.clock = self.clock if self.read_step != step else time.monotonic()
         if stop and not at_end:
-            self._export(self.adapter.weights())
+            self._export(self.adapter.weights(), self.folder.adapter_name, step)
             raise Stopped(self.folder.path, step)
         return step
 
@@ -315,14 +291,13 @@ class _Run:
         """Fetch the losses since the last read, log them, and stop on one that is not finite."""
         first, self.read_step = self.read_step, step
         losses, norms = self.losses.tolist(), self.norms.tolist()
-        now = time.monotonic()
-        images = (step - first) * self.config.train.batch_size * self.config.train.gradient_accumulation_steps
+        seconds = (time.monotonic() - self.clock) / max(step - first, 1)
+        images = self.config.train.batch_size * self.config.train.gradient_accumulation_steps
         facts = {
-            "images_per_second": images / max(now - self.clock, 1e-9),
+            "images_per_second": images / max(seconds, 1e-9),
             "memory_mib": memory.peak(self.device) / 2**20,
-            "eta_s": (self.total - step) * (now - self.clock) / max(step - first, 1),
+            "eta_s": (self.total - step) * seconds,
         }
-        self.clock = now
         for done in range(first, step):
             loss, norm = losses[done % READ_EVERY], norms[done % READ_EVERY]
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -361,16 +336,21 @@ class _Run:
 
     def _validate(self, step: int) -> None:
         self.adapter.train(False)
-        metrics = self.validation.run(self.adapter)
+        metrics = self.validation.run(self.adapter, **self._conditions_now())
         self.history.append({"step": step, **metrics})
         self.folder.event("validation", step=step, **metrics)
         best, reason = evaluate.choose_best(self.history)
         if best == step:
-            self.best = export.save(
-                self.adapter.weights(), self.folder.path, "best", ["kohya"], self.config.output.dtype, self._metadata()
-            )["kohya"]
+            self.best = self._export(self.adapter.weights(), "best", step)[self.config.output.formats[0]]
         self.folder.update(best={"step": best, "reason": reason})
         self.bar.note(f"step {step}: validation mse {metrics['mse']:.4f}, prior drift {metrics['prior_drift']:.2%}")
+
+    def _conditions_now(self) -> dict[str, Any]:
+        """What trained text encoders make of the texts now; nothing where the base's embeddings still hold."""
+        if not self.trains_text:
+            return {}
+        conditions, class_condition = embed(self.family, self.dataset.texts, self.encoded.class_text)
+        return {"conditions": conditions, "class_condition": class_condition}
 
     def _sample(self, step: int) -> None:
         self.adapter.train(False)
@@ -381,20 +361,27 @@ class _Run:
             self.say(f"step {step}: not enough memory to draw samples; training goes on without them", warning=True)
             return
         finally:
-            trained = self.config.adapter.train_text_encoder
-            self.family.release("vae", *([] if trained else ["text_encoders"]))
+            self._release_encoders()
         self.folder.event("sample", step=step, file=self.folder.save_samples(step, pictures, self.sample_prompts).name)
 
     def _save(self, step: int) -> None:
         extra = {"retry": self.retry, "history": self.history, "best": self.best.name if self.best else None}
-        checkpoint.save(self.folder.checkpoints, step, self.adapter.state(), self.optimizer.state_dict(), extra)
+        checkpoint.save(
+            self.folder.checkpoints,
+            step,
+            self.adapter.state(),
+            self.optimizer.state_dict(),
+            extra,
+            config=self.config,
+            identity=self.identity,
+        )
         checkpoint.rotate(self.folder.checkpoints, self.config.train.keep_checkpoints)
         self.folder.event("checkpoint", step=step)
 
     def _restore(self) -> int:
         """Put the saved state back; the step it was taken at."""
         assert self.saved is not None
-        state = checkpoint.load(self.saved)
+        state = checkpoint.load(self.saved, config=self.config, identity=self.identity)
         self.adapter.load_state(state.adapter)
         self.optimizer.load_state_dict(state.optimizer)
         self.history = list(state.extra["history"])
@@ -409,7 +396,7 @@ class _Run:
         config = self.config
         self.adapter.train(False)
         weights = self.adapter.weights()
-        exports = self._export(weights)
+        exports = self._export(weights, self.folder.adapter_name, self.total)
         first = exports[config.output.formats[0]]
         findings = self._self_check(weights, exports)
         self.folder.write_report([vars(finding) for finding in findings])
@@ -422,44 +409,58 @@ class _Run:
         self.folder.event("done", adapter=first.name)
         return Result(self.folder.path, first, exports, self.best, self.total, findings)
 
-    def _export(self, weights: Any) -> dict[str, Path]:
+    def _export(self, weights: Any, name: str, step: int) -> dict[str, Path]:
+        """Write every format asked for, under `name`, with what is known of the run in its metadata."""
         output = self.config.output
-        return export.save(
-            weights, self.folder.path, self.folder.adapter_name, list(output.formats), output.dtype, self._metadata()
+        facts = metadata.build(
+            self.config,
+            self.info,
+            name=name,
+            images=len(self.dataset.photos),
+            steps=step,
+            epochs=step * self.config.train.gradient_accumulation_steps // self.step.batches_per_epoch,
+            started=self.started,
+            finished=time.time(),
         )
-
-    def _metadata(self) -> dict[str, str]:
-        return export.metadata.build(self.config, self.info, steps=self.total, images=len(self.photos.items))
+        return export.save(weights, self.folder.path, name, output.formats, output.dtype, facts, say=self.say)
 
     def _self_check(self, weights: Any, exports: dict[str, Path]) -> list[selfcheck.Finding]:
         """Every exported file, read from disk into a base loaded anew."""
         config, prompt = self.config, self.sample_prompts[0]
         size = (config.data.resolution, config.data.resolution)
-        announced = self.adapter.layers
         self.family.acquire("text_encoders")
         in_memory = selfcheck.probe(self.family, prompt, size)
         self.adapter.detach()
         base = selfcheck.probe(self.family, prompt, size)
-        del self.family, self.adapter, self.optimizer, self.step
-        findings = []
-        for name, path in exports.items():
-            for found in export.verify.verify_file(path, weights, announced):
-                findings.append(selfcheck.Finding(f"{name}: {found.name}", found.passed, found.detail))
-            if selfcheck.failures(findings):
-                continue
-            family = selfcheck.fresh(self.info, self.device, self.dtype)
-            selfcheck.load_file(family, path, config.adapter.method)
-            from_file = selfcheck.probe(family, prompt, size)
-            trains_text = config.adapter.train_text_encoder
-            compared = selfcheck.compare(base, in_memory, from_file, dtype=config.output.dtype, trains_text=trains_text)
-            findings += [selfcheck.Finding(f"{name}: {f.name}", f.passed, f.detail) for f in compared]
-            if name == config.output.formats[0]:
-                pictures = sample.draw(family, self.sample_prompts, config.sample, config.data.resolution)
-                file = self.folder.save_samples(self.total, pictures, self.sample_prompts)
-                self.folder.event("sample", step=self.total, file=file.name)
+        # What is loaded anew needs the room of what was trained.
+        del self.family, self.adapter, self.optimizer, self.step, self.validation
+        findings: list[selfcheck.Finding] = []
+        for name, found, family in selfcheck.examine(
+            exports,
+            weights,
+            base,
+            in_memory,
+            load=lambda: families.load(self.info, self.device, self.dtype),
+            prompt=prompt,
+            size=size,
+            dtype=config.output.dtype,
+        ):
+            findings += found
+            if family is not None and name == config.output.formats[0]:
+                self._draw_from_file(family, exports[name])
         for finding in findings:
-            self.say(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name}: {finding.detail}")
+            self.say(f"{'ok' if finding.passed else 'FAILED'}: {finding.name}: {finding.detail}")
         return findings
+
+    def _draw_from_file(self, family: Any, path: Path) -> None:
+        """The last sample grid, by the exported file: what `lorakit sample` draws of it, to the bit on a CPU."""
+        selfcheck.unload(family)
+        adapters.apply(family, export.read(path))
+        pictures = sample.draw(
+            family, self.sample_prompts, self.config.sample, self.config.data.resolution, adapter=path.stem
+        )
+        file = self.folder.save_samples(self.total, pictures, self.sample_prompts)
+        self.folder.event("sample", step=self.total, file=file.name)
 
     def say(self, line: str, *, warning: bool = False) -> None:
         """One line for the person, on the terminal and in the log."""

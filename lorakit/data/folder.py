@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections import Counter
@@ -83,6 +84,16 @@ def scan(folder: str | Path) -> Folder:
     if skipped:
         found.notes.append(f"not pictures, left alone: {_counted(skipped)}")
     return found
+
+
+def digest(photos: Iterable[Photo]) -> str:
+    """SHA-256 over names, bytes, captions and masks: two runs with the same digest saw the same photos."""
+    total = hashlib.sha256()
+    for photo in photos:
+        for part in (photo.path, photo.mask):
+            total.update(hashlib.sha256(part.read_bytes() if part else b"").digest())
+        total.update(f"{photo.relative}\0{photo.caption}\0".encode())
+    return total.hexdigest()
 
 
 def _require_folder(path: Path) -> None:
