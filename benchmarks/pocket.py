@@ -1,0 +1,44 @@
+"""The judge's table of the bundled model: what it draws of 512 combinations that it never saw.
+
+python benchmarks/pocket.py [--quick] [--json FILE] [--samples FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import lorakit.pocket
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=lorakit.pocket.path(),
+        help="pipeline folder with a judge (default: the bundled one)",
+    )
+    parser.add_argument("--quick", action="store_true", help="64 combinations instead of 512")
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--samples", type=Path, help="write the first 64 pictures here, as one PNG")
+    chosen = parser.parse_args()
+
+    from lorakit.pocket import measure
+
+    values, images = measure.table(
+        chosen.model, 64 if chosen.quick else 512, chosen.guidance, chosen.steps, chosen.device
+    )
+    print(measure.text_table(values))
+    if chosen.json:
+        chosen.json.write_text(json.dumps(values, indent=2) + "\n")
+    if chosen.samples:
+        measure.sheet(images[:64], chosen.samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Training on several one-thread processes: on a few CPU cores two of them beat one process with two threads."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass
+class Worker:
+    """One of `world` equal processes. Rank 0 alone writes."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        """A GPU serves one worker; several workers are for CPU cores."""
+        return torch.device("cuda" if self.world == 1 and torch.cuda.is_available() else "cpu")
+
+    def autocast(self, bf16: bool) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by the mean over the workers."""
+        if self.world == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        buffer = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(buffer)
+        buffer /= self.world
+        for grad, piece in zip(grads, buffer.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(piece.view_as(grad))
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _enter(rank: int, world: int, store: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        target(Worker(rank, world), *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(target: Callable[..., None], processes: int, *args: Any) -> None:
+    """Run `target(worker, *args)` in this process, or in `processes` new ones that average their gradients."""
+    if processes == 1:
+        target(Worker(), *args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_enter, (processes, str(Path(folder) / "store"), target, args), nprocs=processes)
+
+
+def save(value: object, file: Path) -> None:
+    """Whole or not at all."""
+    partial = file.with_suffix(file.suffix + ".partial")
+    torch.save(value, partial)
+    partial.replace(file)
+
+
+@dataclass
+class Run:
+    """What every stage shares: AdamW, schedule, average of the weights, progress, a state file to go on from."""
+
+    worker: Worker
+    modules: dict[str, nn.Module]
+    file: Path
+    total: int  # pictures, over all workers
+    batch: int  # per worker
+    rate: float
+    seed: int
+    bf16: bool = True
+    decay: float = 0.999
+    save_seconds: float = 120.0
+    seen: int = 0
+    seconds: float = 0.0
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.average = [p.detach().clone() for p in self.parameters]
+        self._saved = self._said = self._tick = time.monotonic()
+        if self.file.exists():
+            state = torch.load(self.file, map_location=self.worker.device, weights_only=True)
+            for name, module in self.modules.items():
+                module.load_state_dict(state["modules"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average = [t.to(p.device) for t, p in zip(state["average"], self.parameters, strict=True)]
+            self.seen, self.seconds = state["seen"], state["seconds"]
+            self.worker.say(f"{self.file.stem}: going on at {self.seen} of {self.total}")
+
+    @property
+    def done(self) -> bool:
+        return self.seen >= self.total
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A function of seed, position and worker: a resumed run draws what it would have drawn."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.seen) * 64 + self.worker.rank)
+
+    def step(self, loss: Tensor) -> None:
+        """Backward, average over the workers, update."""
+        self.optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        self.worker.average(self.parameters)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        warm = min(1.0, (self.seen + 1) / (0.03 * self.total))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, self.seen / self.total)))
+        self.optimizer.step()
+        self.seen += self.batch * self.worker.world
+        step = self.seen / (self.batch * self.worker.world)
+        torch._foreach_lerp_(
+            self.average, [p.detach() for p in self.parameters], 1 - min(self.decay, (1 + step) / (10 + step))
+        )
+        self._after()
+
+    def _after(self) -> None:
+        now = time.monotonic()
+        self.seconds, self._tick = self.seconds + now - self._tick, now
+        if not self.worker.first:
+            return
+        if now - self._said > 20 or self.done:
+            self._said = now
+            tail = " ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
+            self.worker.say(
+                f"{self.file.stem}: {self.seen}/{self.total} {self.seen / max(self.seconds, 1e-6):.0f}/s {tail}"
+            )
+        if now - self._saved > self.save_seconds or self.done:
+            self._saved = now
+            self.save()
+
+    def save(self) -> None:
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        values = {
+            "modules": state,
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "seen": self.seen,
+            "seconds": self.seconds,
+        }
+        save(values, self.file)
+
+    def note(self, **numbers: float) -> None:
+        """Smoothed numbers for the progress line."""
+        for name, value in numbers.items():
+            self.numbers[name] = 0.98 * self.numbers.get(name, value) + 0.02 * value
+
+    def use_average(self) -> None:
+        """Put the averaged weights into the modules: what is exported."""
+        for parameter, mean in zip(self.parameters, self.average, strict=True):
+            parameter.data.copy_(mean)
