@@ -1,7 +1,8 @@
 """A folder that PEFT's `PeftModel.from_pretrained` opens: one subfolder per component, `unet/`, `text_encoder/`, ...
 
-Each holds `adapter_config.json` and `adapter_model.safetensors`. Text-encoder tensors keep `text_model.`, as real
-checkpoints spell it; `target_modules` leave it out, so that they match CLIP under every transformers release.
+Each holds `adapter_config.json` and `adapter_model.safetensors`. PEFT matches tensors to module paths by name and
+undoes transformers' own renaming, so tensors are named as transformers 5.6 and later, which lorakit needs, call
+CLIP's modules: the first text encoder has no `text_model.`. `target_modules` match with and without it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lorakit.weights import AdapterWeights, Layer
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_DROPPED = {"text_encoder": "text_model."}  # CLIPTextModel lost this level; CLIPTextModelWithProjection kept it
 
 
 def check(method: str, family: str) -> str | None:
@@ -87,7 +89,8 @@ def _components(weights: AdapterWeights) -> dict[str, dict[str, Layer]]:
 def _tensors(layers: Mapping[str, Layer], dtype: str) -> dict[str, torch.Tensor]:
     result = {}
     for name, layer in layers.items():
-        module = name.partition(".")[2]
+        part, _, module = name.partition(".")
+        module = module.removeprefix(_DROPPED.get(part, ""))
         result[f"{PREFIX}{module}.lora_A.weight"] = layer.down
         result[f"{PREFIX}{module}.lora_B.weight"] = layer.up
     return factors.cast(result, dtype)

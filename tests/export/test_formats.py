@@ -23,7 +23,7 @@ PIPELINES = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 def tiny(request):
     """family, folder, and the shapes of all its portable layers."""
     folder = request.getfixturevalue(f"tiny_{request.param}")
-    pipeline = PIPELINES[request.param].from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = PIPELINES[request.param].from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     return request.param, pipeline, random_adapters.pipeline_shapes(pipeline)
 
 
@@ -213,4 +213,4 @@ def test_peft_config_names_no_path(tmp_path):
     assert (told["r"], told["lora_alpha"], told["base_model_name_or_path"]) == (4, 2, None)
     assert "encoder.layers.0.self_attn.q_proj" in told["target_modules"]
     with safe_open(tmp_path / "p/text_encoder/adapter_model.safetensors", "pt") as file:
-        assert "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in file.keys()  # noqa: SIM118
+        assert "base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in file.keys()  # noqa: SIM118
