@@ -13,8 +13,9 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -88,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     sample = command("sample", run_sample, "draw pictures with an adapter")
     sample.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
     sample.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
-    sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="one column for each")
+    sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="one row for each")
     sample.add_argument("--base", default="pocket", metavar="FOLDER", help="base model (default: the bundled one)")
     sample.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: as trained)")
     _add_set_and_output(sample)
@@ -103,7 +104,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--output", default=".", metavar="DIR", help="where to write (default: here)")
 
     command("doctor", run_doctor, "this machine: device, precision, attention, extras, and what each lacks")
-    command("knobs", run_knobs, "every option that --set takes, with its default and bounds")
+    knobs = command("knobs", run_knobs, "every option that --set takes, with its default and bounds")
+    knobs.add_argument("--markdown", action="store_true", help="as docs/options.md")
     ui = command("ui", run_ui, "the front end in the browser")
     ui.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the front end")
     return top
@@ -151,7 +153,7 @@ def run_check(args: argparse.Namespace) -> int:
     report = check.check(config.data, info)
     planned = None if report.errors else plan.make(config, info, report)
     if args.json:
-        _print_json({"photos": report.to_json(), "plan": planned.to_json() if planned else None})
+        _print_json({"check": report.to_dict(), "plan": planned.to_json() if planned else None})
     else:
         _print(report.to_text())
         if planned:
@@ -206,24 +208,31 @@ def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[], Any
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    """`lorakit sample`: a grid with one row for each prompt and one column for each strength."""
-    config = configuration.load(None, {"train.steps": 1} | _overrides(args.set))
-    from lorakit import sample
+    """`lorakit sample`: a grid with a row for each strength and a column for each prompt, and each picture."""
+    from lorakit import export, pictures, sample
+    from lorakit.data import captions
 
-    written = sample.from_file(
-        Path(args.adapter),
-        args.base,
-        args.prompt or list(config.sample.prompts),
-        args.strength,
-        config.sample,
-        folder=Path(args.output) if args.output else None,
-        size=args.size,
-        memory=config.memory,
+    adapter = Path(args.adapter)
+    config = sample_config(export.read(adapter).metadata, args.base, _overrides(args.set))
+    prompts = args.prompt or list(config.sample.prompts) or captions.sample_prompts(config.data)
+    side = args.size or config.data.resolution
+    rows = sample.from_file(
+        adapter, args.base, prompts, config.sample, side, strengths=args.strength, where=config.memory
     )
+    folder = Path(args.output or Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{adapter.stem}-samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for strength, row in zip(args.strength, rows, strict=True):
+        for number, picture in enumerate(row, start=1):
+            files.append(folder / f"{number:02}-strength-{strength:g}.png")
+            pictures.save(picture, files[-1])
+    grid = folder / "grid.png"
+    labels = [f"strength {strength:g}" for strength in args.strength]
+    pictures.save(pictures.grid([picture for row in rows for picture in row], labels, prompts), grid)
     if args.json:
-        _print_json({"files": [str(path) for path in written]})
+        _print_json({"grid": str(grid), "files": [str(file) for file in files]})
     else:
-        _print(*(str(path) for path in written))
+        _print(str(grid))
     return 0
 
 
@@ -266,13 +275,15 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def run_knobs(args: argparse.Namespace) -> int:
-    """`lorakit knobs`: what docs/options.md is made from."""
+    """`lorakit knobs`."""
     if args.json:
         _print_json([describe_knob(knob) for knob in configuration.knobs()])
-        return 0
-    for knob in configuration.knobs():
-        known = describe_knob(knob)
-        _print(f"{knob.key} = {known['default']}  ({known['values']})", f"    {knob.help}")
+    elif args.markdown:
+        _print(knobs_page().rstrip("\n"))
+    else:
+        for knob in configuration.knobs():
+            known = describe_knob(knob)
+            _print(f"{knob.key} = {known['default']}  ({known['values']})", f"    {knob.help}")
     return 0
 
 
@@ -331,6 +342,23 @@ def default_preset(base: str, kind: str) -> tuple[str, str]:
     return f"{kind}-{PRESET_FOR_FAMILY[family]}", f"for a base of the family {family}; --preset chooses another"
 
 
+def sample_config(metadata: Mapping[str, str], base: str, overrides: Mapping[str, Any]) -> configuration.Config:
+    """How to draw with an adapter: as its base's preset says, then as it was trained, then as the user says."""
+    preset, _ = default_preset(base, "subject")
+    try:
+        told = json.loads(metadata.get("lorakit.config", "{}"))
+    except ValueError:
+        told = {}
+    known = {knob.key for knob in configuration.knobs()}
+    trained = {
+        f"{section}.{name}": value
+        for section in ("data", "sample")
+        for name, value in told.get(section, {}).items()
+        if f"{section}.{name}" in known
+    }
+    return configuration.load(preset, trained | dict(overrides))
+
+
 def describe_knob(knob: configuration.Knob) -> dict[str, Any]:
     """A knob in plain values: key, type in words, default, bounds or choices, help."""
     import types
@@ -351,6 +379,25 @@ def describe_knob(knob: configuration.Knob) -> dict[str, Any]:
         values += f", above {knob.above:g}"
     default = "unset" if knob.default is None else json.dumps(knob.default, ensure_ascii=False)
     return {"key": knob.key, "values": values, "default": default, "help": knob.help}
+
+
+def knobs_page() -> str:
+    """docs/options.md: every knob, section by section, with what config.py says of it."""
+    lines = [
+        "# Options",
+        "",
+        "Made from `lorakit/config.py` by `lorakit knobs --markdown`; do not edit it by hand.",
+        "",
+    ]
+    lines += ["Any of them may stand in a preset (`[train]`, `steps = 200`) or behind `--set` (`train.steps=200`)."]
+    for section in configuration.SECTIONS:
+        purpose = (configuration.section_type(section).__doc__ or "").splitlines()[0]
+        lines += ["", f"## {section}", "", purpose, "", "| Option | Default | Values | |", "| --- | --- | --- | --- |"]
+        for knob in configuration.knobs():
+            if knob.section == section:
+                known = describe_knob(knob)
+                lines.append(f"| `{knob.key}` | `{known['default']}` | {known['values']} | {knob.help} |")
+    return "\n".join(lines) + "\n"
 
 
 def _overrides(texts: Sequence[str]) -> dict[str, Any]:

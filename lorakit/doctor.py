@@ -182,7 +182,7 @@ def folder_size(folder: Path) -> int:
 
 
 def _runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Machine code (sm_) runs on its own major version from its minor up, PTX (compute_) on everything from its own up."""
+    """Machine code (sm_) runs on its own major version from its minor up, PTX (compute_) on all from its own up."""
     for architecture in architectures:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", architecture)
         if match is None:

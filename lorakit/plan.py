@@ -22,7 +22,7 @@ from typing import Any
 
 from lorakit.adapters import targets
 from lorakit.config import AdapterConfig, Config
-from lorakit.data import captions
+from lorakit.data import captions, split
 from lorakit.errors import LorakitError
 from lorakit.terminal import duration
 
@@ -249,12 +249,10 @@ def guess_device(wanted: str) -> str:
 
 
 def _training_sizes(config: Config, report: Any) -> tuple[list[tuple[int, int]], int]:
-    """Bucket of each photo that is trained on, and how many are held out."""
-    from lorakit.data.folder import split
-
-    usable = [item for item in report.items if item.bucket is not None]
-    kept, held_out = split(usable, config.train.holdout, config.train.seed)
-    return [(item.bucket.width, item.bucket.height) for item in kept], len(held_out)
+    """(width, height) at which each photo is trained that is not held out, and how many are held out."""
+    buckets = {item.photo.relative: item.bucket for item in report.items}
+    trained, held_out = split.split(report.photos, config.train.holdout, config.train.seed)
+    return [buckets[photo.relative] for photo in trained], len(held_out)
 
 
 def _placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int) -> list[tuple[str, Any, int]]:
