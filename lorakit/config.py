@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -296,7 +297,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     flat.update(overrides)
 
     method = flat.get("adapter.method", "lora")
-    if method not in ADAPTER_SECTIONS:
+    if method not in tuple(ADAPTER_SECTIONS):  # a tuple, as a method of any type may be asked for
         names = ", ".join(ADAPTER_SECTIONS)
         problems.append(f"adapter.method = {_shown(method)}: choose one of {names}{_near(method, ADAPTER_SECTIONS)}")
         method = "lora"
@@ -371,14 +372,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = (
-            value.replace("\\", "\\\\")
-            .replace('"', '\\"')
-            .replace("\n", "\\n")
-            .replace("\t", "\\t")
-            .replace("\r", "\\r")
-        )
-        return f'"{escaped}"'
+        # JSON escapes as TOML does, but lets the delete character through.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return repr(value)
