@@ -39,12 +39,6 @@ def replace(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def sync_file(path: Path) -> None:
-    """Make a file's content last."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
 def sync_folder(path: Path) -> None:
     """Make the names in a folder last, where the system can (Windows does so by itself)."""
     if os.name == "nt":

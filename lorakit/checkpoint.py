@@ -12,7 +12,6 @@ whose files do not match it is refused with the file's name.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save as serialise
 
 from lorakit import atomic
 from lorakit.config import Config, as_tables, knobs
@@ -90,11 +89,9 @@ def save(
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         # safetensors wants every tensor to own its memory; optimizers share tables among parameters.
-        save_file({name: _own(tensor) for name, tensor in adapter.items()}, building / FILES[0])
-        save_file({name: _own(tensor) for name, tensor in tensors.items()}, building / FILES[1])
-        (building / FILES[2]).write_text(json.dumps(state), encoding="utf-8")
-        for name in FILES:
-            atomic.sync_file(building / name)
+        atomic.write(building / FILES[0], serialise({name: _own(tensor) for name, tensor in adapter.items()}))
+        atomic.write(building / FILES[1], serialise({name: _own(tensor) for name, tensor in tensors.items()}))
+        atomic.write(building / FILES[2], json.dumps(state))
         atomic.write(building / MARKER, json.dumps({name: _digest(building / name) for name in FILES}))
         replaced = folder / f"{REPLACED}{step_name(step)}"
         if final.exists():
@@ -103,14 +100,12 @@ def save(
         building.rename(final)
         atomic.sync_folder(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    except Exception as error:
+    except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
-        if _disk_full(error):
-            raise LorakitError(
-                f"step {step}: the disk of {folder} is full; checkpoints before this one are intact. "
-                "Free some space and go on with: lorakit resume"
-            ) from None
-        raise
+        raise LorakitError(
+            f"step {step}: no checkpoint could be written to {folder} ({error.strerror or error}); those before it are "
+            "intact. Mend that and go on with: lorakit resume"
+        ) from None
     return final
 
 
@@ -219,7 +214,8 @@ def _compared(config: Config) -> dict[str, Any]:
     """Knobs that must not change in a resumed run: all but places on the machine (JSON values)."""
     paths = {knob.key for knob in knobs(config.adapter.method) if knob.path}
     flat = {f"{section}.{name}": value for section, table in as_tables(config).items() for name, value in table.items()}
-    return json.loads(json.dumps({key: value for key, value in flat.items() if key not in paths}))
+    compared: dict[str, Any] = json.loads(json.dumps({key: v for key, v in flat.items() if key not in paths}))
+    return compared
 
 
 def _same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -243,9 +239,3 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _disk_full(error: Exception) -> bool:
-    """safetensors reports a full disk in an exception of its own, as text."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)

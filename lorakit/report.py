@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -114,7 +113,6 @@ def curves(events: Iterable[dict[str, Any]], *, best: int | None = None, dark: b
         ]
     rows = max(1, -(-len(panels) // 2))
     figure = Figure(figsize=(10, 3.1 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     if not dark:
         figure.patch.set_facecolor("white")
     else:
@@ -137,6 +135,7 @@ def curves(events: Iterable[dict[str, Any]], *, best: int | None = None, dark: b
                 va="top",
             )
     buffer = io.BytesIO()
+    # `Figure` alone, without pyplot, draws with Agg and keeps no state that another thread could meet.
     figure.savefig(buffer, format="png", metadata={"Software": f"lorakit {__version__}"})
     return buffer.getvalue()
 
@@ -303,11 +302,13 @@ def _verdict(findings: list[Any]) -> str:
 
 
 def _samples(folder: RunFolder) -> str:
-    rows, columns, side = [], [], SAMPLE_SIDE
+    rows: list[str] = []
+    columns: list[str] = []
+    side = 0
     for step in folder.sample_grids():
         images = [_read(file) for file in folder.sample_pictures(step)]
         columns = columns if len(columns) >= len(images) else [_prompt(image) for image in images]
-        side = max([max(image.size) for image in images], default=side)
+        side = max([side, *(max(image.size) for image in images)])
         cells = "".join(f"<td>{_img(image, SAMPLE_SIDE, f'step {step}: {_prompt(image)}')}</td>" for image in images)
         rows.append(f"<tr><th>step {step}</th>{cells}</tr>")
     if not rows:

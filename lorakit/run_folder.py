@@ -286,7 +286,7 @@ def alive(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
         # A zombie has ended and only waits to be noticed. The clock may have been set by a second or two meanwhile.
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2
+        return bool(process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2)
     except psutil.Error:
         return False
 

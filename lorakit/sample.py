@@ -2,7 +2,7 @@
 
 Nothing here can disturb training: each picture has a generator of its own, the scheduler is made afresh, and train
 flags are put back. A picture depends on its prompt and its seed alone, not on what is drawn beside it: seeds count up
-from `sample.seed` as web UIs count them, and the noise is drawn on the CPU, so a web UI set to CPU noise starts from the
+from `sample.seed` as web UIs count them, and the noise is drawn on the CPU: a web UI set to CPU noise starts from the
 same.
 """
 
@@ -268,11 +268,12 @@ def _scheduler(family: Any) -> tuple[Any, str]:
     DPM++ 2M (Lu et al. 2022, arXiv 2211.01095), on timesteps that begin at pure noise. A schedule that ends in zero
     signal-to-noise has no such step for it; there DDIM begins at the last timestep (Lin et al. 2023, arXiv 2305.08891).
     """
-    config = dict(family.pipeline().scheduler.config)
+    config = family.pipeline().scheduler.config
+    ddim: Any = DDIMScheduler
+    solver: Any = DPMSolverMultistepScheduler
     if config.get("rescale_betas_zero_snr"):
-        return DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False), "DDIM"
-    known = {name: value for name, value in config.items() if name in DPMSolverMultistepScheduler().config}
-    return DPMSolverMultistepScheduler.from_config(known, timestep_spacing="linspace"), "DPM++ 2M"
+        return ddim.from_config(config, timestep_spacing="trailing", clip_sample=False), "DDIM"
+    return solver.from_config(config, timestep_spacing="linspace"), "DPM++ 2M"
 
 
 def _recipe(
