@@ -131,7 +131,7 @@ class Dataset:
             chosen = chosen[torch.randperm(len(chosen), generator=draw)]
             # One copy to the device for the whole epoch; batches are views of it.
             entries, told = chosen.to(device), texts[bucket.photo[chosen]].to(device)
-            pairs = zip(entries.split(batch_size), told.split(batch_size), strict=True)
+            pairs = zip(torch.split(entries, batch_size), torch.split(told, batch_size), strict=True)
             batches += [Batch(number, part, text) for part, text in pairs]
         return [batches[at] for at in torch.randperm(len(batches), generator=draw).tolist()]
 

@@ -60,12 +60,14 @@ def class_prompt(config: DataConfig) -> str:
 def sample_prompts(config: DataConfig) -> list[str]:
     """What is drawn where no prompts are given; the last is the class, to see that it stays as it was."""
     if config.kind == "style":
-        style = _style(config.name)
-        return [f"a picture of {thing} in {style}" for thing in ("a house", "a cat", "a tree")] + [
+        style = f" in {_style(config.name)}" if config.name else ""
+        prompts = [f"a picture of {thing}{style}" for thing in ("a house", "a cat", "a tree")] + [
             "a picture of a house"
         ]
-    scenes = ("", " on a beach", " in the snow")
-    return [f"a photo of {config.name}{scene}" for scene in scenes] + [class_prompt(config)]
+    else:
+        subject = f"a photo of {config.name}" if config.name else "a photo"
+        prompts = [subject, f"{subject} on a beach", f"{subject} in the snow", class_prompt(config)]
+    return list(dict.fromkeys(prompts))
 
 
 def _style(name: str) -> str:

@@ -35,7 +35,8 @@ HASH_BITS, HASH_COLOUR = 24, 4.0
 FEW = 4
 # What `--json` says of a photo, besides its file, bucket, mask and where its caption is from.
 ITEM_JSON = (
-    "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut", "sharpness", "findings",
+    "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut", "sharpness",
+    "findings",
 )  # fmt: skip
 
 

@@ -25,9 +25,10 @@ TURNS = {
     6: "turned 90° right", 7: "mirrored, turned 90° right", 8: "turned 90° left",
 }  # fmt: skip
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}  # Pillow's mode -> ICC colour space
 HEIC_HINT = "HEIC needs an extra: pip install 'lorakit[heic]'"
-# Pillow warns below MAX_PIXELS already; such a photo is fine here.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of large pictures, odd palettes and damaged EXIF data, once and without the file's name.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -62,12 +63,14 @@ class Decoded:
         return self.pixels.shape[1], self.pixels.shape[0]
 
 
-def decode(source: Path | bytes, name: str = "") -> Decoded:
+def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None) -> Decoded:
     """Read a picture.
 
     Args:
         source: a file, or its bytes.
         name: what messages call it; by default the file's own name.
+        at_least: for a thumbnail with this side: a JPEG may be decoded at a half, quarter or eighth of its size, which
+            is many times faster, as long as both of its sides stay that long.
 
     Raises:
         Unreadable: with the file's name, the cause, and what to do.
@@ -75,14 +78,12 @@ def decode(source: Path | bytes, name: str = "") -> Decoded:
     name = name or (source.name if isinstance(source, Path) else "picture")
     image = _open(source, name)
     notes = _frames(image)
+    orientation = _orientation(image)  # before the pixels: Pillow turns a TIFF while it loads and forgets the tag
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise Unreadable(name, f"damaged or cut off ({error}); copy it again from where it came") from None
-    orientation, readable = _orientation(image)
-    if not readable:
-        notes.append("its EXIF data is damaged: taken as upright")
-    elif orientation in TURNS:
+    if orientation in TURNS and image.format != "TIFF":
         image = ImageOps.exif_transpose(image)
     rgb, alpha = _to_srgb(image, notes)
     return Decoded(np.array(rgb), alpha, TURNS.get(orientation, ""), tuple(notes))
@@ -95,7 +96,7 @@ def measure(source: Path | bytes, name: str = "") -> tuple[int, int]:
         Unreadable: as `decode`.
     """
     image = _open(source, name or (source.name if isinstance(source, Path) else "picture"))
-    turned = _orientation(image)[0] in (5, 6, 7, 8)
+    turned = _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"  # a TIFF's size is already the upright one
     return (image.height, image.width) if turned else (image.width, image.height)
 
 
@@ -174,37 +175,31 @@ def _frames(image: Image.Image) -> list[str]:
     return [f"holds {count} {what}s: the first is used"]
 
 
-def _orientation(image: Image.Image) -> tuple[int, bool]:
-    """EXIF orientation (1: upright), and whether the EXIF data could be read at all."""
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) where it is absent or damaged: a viewer shows such a photo as it is stored, too."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        return 1, False
-    return (value if isinstance(value, int) else 1), True
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Pixels | None]:
     """RGB on white and the alpha channel, from whatever mode Pillow gave."""
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey(image).convert("RGB"), None
+        image = _deep_grey(image)
     alpha = None
     if image.has_transparency_data:
-        image = _with_profile(image.convert("RGBA"), image.info.get("icc_profile"))
-        alpha = np.array(image.getchannel("A"))
-    profile = image.info.get("icc_profile")
-    rgb = _colour_managed(image, profile, notes) if profile else None
-    if rgb is None:
-        rgb = _unmanaged(image, notes)
+        clear = image.convert("RGBA")
+        alpha = np.array(clear.getchannel("A"))
+        image = image.convert("L") if image.mode == "LA" else clear.convert("RGB")
+    elif image.mode not in ("L", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    rgb = (_colour_managed(image, profile, notes) if profile else None) or _unmanaged(image, notes)
     if alpha is None or int(alpha.min()) == 255:
         return rgb, None
-    white = Image.new("RGB", rgb.size, "white")
-    return Image.composite(rgb, white, Image.fromarray(alpha)), alpha
-
-
-def _with_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if profile:
-        image.info["icc_profile"] = profile
-    return image
+    return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), Image.fromarray(alpha)), alpha
 
 
 def _deep_grey(image: Image.Image) -> Image.Image:
@@ -219,25 +214,21 @@ def _deep_grey(image: Image.Image) -> Image.Image:
 
 
 def _colour_managed(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image | None:
-    """The picture through its embedded ICC profile to sRGB, or None where the profile is no use."""
+    """The picture through its embedded ICC profile to sRGB, or None where that is no use, which is said."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
-        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}.get(space)
-        if mode is None or (image.mode == "CMYK") != (mode == "CMYK"):
+        if image.mode == "L" and space == "RGB":
+            image = image.convert("RGB")  # grey files saved with a colour profile are common
+        if SPACES.get(image.mode) != space:
             notes.append(f"its colour profile is for {space}, not for this picture: left out")
             return None
-        if mode == "RGB" and (source.profile.profile_description or "").startswith("sRGB"):
+        if space == "RGB" and (source.profile.profile_description or "").startswith("sRGB"):
             return None  # already there; a pass through the tables would only round
-        plain = image if image.mode == mode else image.convert("RGB" if image.mode in ("RGBA", "P") else mode)
-        if plain.mode != mode:
-            plain = plain.convert(mode)
-        srgb = ImageCms.createProfile("sRGB")
-        managed = ImageCms.profileToProfile(plain, source, srgb, outputMode="RGB")
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         notes.append("its colour profile is damaged: left out")
         return None
-    return managed
 
 
 def _unmanaged(image: Image.Image, notes: list[str]) -> Image.Image:

@@ -161,7 +161,7 @@ def _read_level(found: Folder, level: Path, others: Counter[str]) -> None:
         if metadata:
             found.warnings.append(f"{where}{METADATA} names files that are not there: {_some(metadata)}")
     others.update(
-        _kind(entry) or "files without an ending" for entry in entries if not _is_photo(entry) and not _is_mask(entry)
+        _kind(entry) or "without an ending" for entry in entries if not _is_photo(entry) and not _is_mask(entry)
     )
 
 

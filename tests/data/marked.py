@@ -1,0 +1,68 @@
+"""Pictures that say what they are: each has a colour of its own and a white mark in its upper left corner."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ORIENTATION = 0x0112
+
+
+def picture(number: int, width: int = 96, height: int = 64) -> np.ndarray:
+    """Colour that decodes to `number` (0 to 63), the upper left quarter of each side white: uint8 [h, w, 3]."""
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[:] = [40 + 40 * (number // 16), 40 + 40 * (number // 4 % 4), 40 + 40 * (number % 4)]
+    pixels[: height // 4, : width // 4] = 255
+    return pixels
+
+
+def number_of(pixels: np.ndarray) -> int:
+    """Which `picture` this is, read from its middle."""
+    height, width = pixels.shape[:2]
+    red, green, blue = (round((float(value) - 40) / 40) for value in pixels[height // 2, width // 2])
+    return 16 * red + 4 * green + blue
+
+
+def marked_corner(pixels: np.ndarray) -> str:
+    """The corner the white mark is in."""
+    corners = {"upper left": (1, 1), "upper right": (1, -2), "lower left": (-2, 1), "lower right": (-2, -2)}
+    white = [name for name, place in corners.items() if int(pixels[place].min()) > 235]
+    assert len(white) == 1, f"white corners: {white}"
+    return white[0]
+
+
+def save(path: Path, pixels: np.ndarray, orientation: int = 1, **options: object) -> Path:
+    """Write a picture; `orientation` goes into its EXIF data."""
+    exif = Image.Exif()
+    if orientation != 1:
+        exif[ORIENTATION] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, exif=exif, **options)
+    return path
+
+
+def as_camera_stores(upright: np.ndarray, orientation: int) -> np.ndarray:
+    """The pixels that a camera writes with an EXIF orientation, so that a viewer shows `upright`.
+
+    From the EXIF 2.32 table of which visual side row 0 and column 0 are, with numpy alone.
+    """
+    stored = {
+        1: upright,  # row 0 is the top, column 0 the left
+        2: upright[:, ::-1],  # top, right
+        3: upright[::-1, ::-1],  # bottom, right
+        4: upright[::-1],  # bottom, left
+        5: upright.transpose(1, 0, 2),  # left, top
+        6: upright.transpose(1, 0, 2)[::-1],  # right, top: row 0 is the right side
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],  # right, bottom
+        8: upright.transpose(1, 0, 2)[:, ::-1],  # left, bottom: row 0 is the left side
+    }[orientation]
+    return np.ascontiguousarray(stored)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, and the folders themselves: equal means untouched."""
+    return {
+        entry.relative_to(folder).as_posix(): hashlib.sha256(entry.read_bytes()).hexdigest() if entry.is_file() else ""
+        for entry in sorted(folder.rglob("*"))
+    }

@@ -1,0 +1,304 @@
+"""Decoding, against references made with numpy: what a person would see is what is trained on."""
+
+import io
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import marked
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from lorakit.data import decode
+from lorakit.data.decode import Unreadable
+
+LOSSLESS = ("png", "bmp", "tif", "tiff")
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("ending", LOSSLESS)
+def test_lossless_formats_are_exact(tmp_path: Path, ending: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    path = marked.save(tmp_path / f"a.{ending}", pixels)
+    decoded = decode.decode(path)
+    assert np.array_equal(decoded.pixels, pixels)
+    assert decoded.size == decode.measure(path) == (30, 20)
+    assert (decoded.alpha, decoded.orientation, decoded.notes) == (None, "", ())
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "AVIF", "HEIF", "MPO", "GIF"])
+def test_lossy_formats_are_near(format: str) -> None:
+    if format == "HEIF":
+        pytest.importorskip("pillow_heif", reason="the heic extra is not installed").register_heif_opener()
+    pixels = marked.picture(27)
+    options = {"save_all": True, "append_images": [Image.fromarray(marked.picture(5))]} if format == "MPO" else {}
+    decoded = decode.decode(encoded(Image.fromarray(pixels), format, quality=95, **options))
+    assert decoded.pixels.shape == pixels.shape
+    assert np.abs(decoded.pixels.astype(int) - pixels).mean() < 3
+    assert marked.number_of(decoded.pixels) == 27
+    assert decoded.notes == ()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
+def test_every_exif_orientation_comes_out_upright(orientation: int, format: str) -> None:
+    upright = marked.picture(9, width=96, height=64)
+    exif = Image.Exif()
+    exif[marked.ORIENTATION] = orientation
+    options = {"lossless": True} if format == "WEBP" else {"quality": 95}
+    stored = Image.fromarray(marked.as_camera_stores(upright, orientation))
+    raw = encoded(stored, format, exif=exif, **options)
+    decoded = decode.decode(raw)
+    assert decoded.size == decode.measure(raw) == (96, 64)
+    assert marked.marked_corner(decoded.pixels) == "upper left"
+    assert np.abs(decoded.pixels.astype(int) - upright).mean() < 3
+    assert decoded.orientation == decode.TURNS.get(orientation, "")
+
+
+def test_heic_is_upright() -> None:
+    pytest.importorskip("pillow_heif", reason="the heic extra is not installed").register_heif_opener()
+    exif = Image.Exif()
+    exif[marked.ORIENTATION] = 6
+    stored = Image.fromarray(marked.as_camera_stores(marked.picture(9), 6))
+    raw = encoded(stored, "HEIF", exif=exif.tobytes(), quality=95)
+    decoded = decode.decode(raw)
+    assert decoded.size == decode.measure(raw) == (96, 64)
+    assert marked.marked_corner(decoded.pixels) == "upper left"
+
+
+def test_heic_without_its_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # what an import finds where the package is missing
+    with pytest.raises(Unreadable, match=r"^IMG_1\.jpg: HEIC needs an extra: pip install 'lorakit\[heic\]'$"):
+        decode.decode(b"\0\0\0\x1cftypheic" + b"\0" * 40, "IMG_1.jpg")
+
+
+def test_transparency_is_shown_on_white() -> None:
+    rgba = np.zeros((2, 3, 4), np.uint8)
+    rgba[0, 0], rgba[0, 1], rgba[1, 2] = (0, 255, 0, 0), (10, 20, 30, 255), (0, 0, 0, 128)
+    decoded = decode.decode(encoded(Image.fromarray(rgba), "PNG"))
+    assert decoded.pixels[0, 0].tolist() == [255, 255, 255]  # the green under it is nobody's business
+    assert decoded.pixels[0, 1].tolist() == [10, 20, 30]
+    assert decoded.pixels[1, 2].tolist() == [127, 127, 127]
+    assert decoded.alpha is not None
+    assert decoded.alpha.tolist() == rgba[..., 3].tolist()
+
+
+def test_grey_with_alpha_and_transparent_palette() -> None:
+    grey = np.array([[[0, 0], [100, 255]]], np.uint8)
+    decoded = decode.decode(encoded(Image.fromarray(grey, "LA"), "PNG"))
+    assert decoded.pixels[0].tolist() == [[255] * 3, [100] * 3]
+    assert decoded.alpha is not None
+    assert decoded.alpha.tolist() == [[0, 255]]
+
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    decoded = decode.decode(encoded(palette, "PNG", transparency=0))
+    assert decoded.pixels[0].tolist() == [[255, 255, 255], [0, 0, 255]]
+    assert decoded.alpha is not None
+    assert decoded.alpha.tolist() == [[0, 255]]
+
+
+def test_alpha_that_hides_nothing_is_no_mask() -> None:
+    opaque = Image.fromarray(np.full((2, 2, 4), 255, np.uint8))
+    assert decode.decode(encoded(opaque, "PNG")).alpha is None
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(format: str) -> None:
+    values = np.array([[0, 257, 40000, 65535]], np.uint16)
+    decoded = decode.decode(encoded(Image.fromarray(values), format))
+    assert decoded.pixels[0, :, 0].tolist() == [0, 1, 156, 255]  # 40000 / 257 = 155.6
+
+
+def test_sixteen_bit_colour_keeps_its_high_byte() -> None:
+    """A 16-bit RGB PNG written by hand, as Pillow cannot write one."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    row = b"\0" + struct.pack(">6H", 0, 40000, 65535, 257, 12850, 25700)
+    raw = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    assert np.abs(decode.decode(raw).pixels[0].astype(int) - [[0, 156, 255], [1, 50, 100]]).max() <= 1
+
+
+def test_float_pictures_are_scaled() -> None:
+    unit = Image.fromarray(np.array([[0.0, 0.5, 1.0, np.nan]], np.float32))
+    assert decode.decode(encoded(unit, "TIFF")).pixels[0, :, 0].tolist() == [0, 128, 255, 0]
+    bytes_ = Image.fromarray(np.array([[0.0, 100.0, 250.0]], np.float32))
+    assert decode.decode(encoded(bytes_, "TIFF")).pixels[0, :, 0].tolist() == [0, 100, 250]
+
+
+def test_cmyk_has_its_colours_and_says_they_are_a_guess() -> None:
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # magenta and yellow ink: red
+    decoded = decode.decode(encoded(cmyk, "JPEG", quality=100))
+    red, green, blue = decoded.pixels[8, 8].tolist()
+    assert red > 200
+    assert green < 60
+    assert blue < 60
+    assert decoded.notes == ("CMYK without a colour profile: its colours are a guess",)
+
+
+def test_lab_becomes_srgb() -> None:
+    white = Image.new("LAB", (4, 4), (255, 128, 128))
+    assert decode.decode(encoded(white, "TIFF")).pixels.min() >= 253
+
+
+def wide_gamut() -> ImageCms.ImageCmsProfile:
+    """A profile with another curve than sRGB's: a matrix profile made from scratch, gamma 1.0, sRGB's primaries."""
+
+    def fixed(value: float) -> bytes:
+        return struct.pack(">i", round(value * 65536))
+
+    def xyz(*values: float) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(fixed(value) for value in values)
+
+    description = b"desc\0\0\0\0" + struct.pack(">I", 7) + b"linear\0" + b"\0" * 78
+    linear = b"curv\0\0\0\0" + struct.pack(">I", 0) + b"\0\0\0\0"
+    tags = {
+        b"desc": description,
+        b"wtpt": xyz(0.9642, 1.0, 0.8249),
+        b"rXYZ": xyz(0.4360, 0.2225, 0.0139),
+        b"gXYZ": xyz(0.3851, 0.7169, 0.0971),
+        b"bXYZ": xyz(0.1431, 0.0606, 0.7139),
+        b"rTRC": linear,
+        b"gTRC": linear,
+        b"bTRC": linear,
+        b"cprt": b"text\0\0\0\0none\0",
+    }
+    table, body, offset = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        padded = content + b"\0" * (-len(content) % 4)
+        table += name + struct.pack(">II", offset + len(body), len(content))
+        body += padded
+    size = offset + len(body)
+    head = struct.pack(">I", size) + b"none" + struct.pack(">I", 0x02400000) + b"mntrRGB XYZ " + b"\0" * 12 + b"acsp"
+    head += b"\0" * (68 - len(head)) + fixed(0.9642) + fixed(1.0) + fixed(0.8249)
+    head += b"\0" * (128 - len(head))
+    return ImageCms.ImageCmsProfile(io.BytesIO(head + struct.pack(">I", len(tags)) + table + body))
+
+
+def test_an_embedded_profile_is_followed() -> None:
+    """Linear light 0.2140 is 50.0 % grey in sRGB: 127 or 128."""
+    profile = wide_gamut().tobytes()
+    image = Image.new("RGB", (4, 4), (55, 55, 55))
+    decoded = decode.decode(encoded(image, "PNG", icc_profile=profile))
+    linear = 55 / 255
+    expected = 255 * (1.055 * linear ** (1 / 2.4) - 0.055)
+    assert abs(int(decoded.pixels[0, 0, 0]) - expected) <= 1
+    assert decoded.notes == ()
+    with_alpha = Image.new("RGBA", (4, 4), (55, 55, 55, 255))
+    with_alpha.putpixel((0, 0), (55, 55, 55, 0))
+    decoded = decode.decode(encoded(with_alpha, "PNG", icc_profile=profile))
+    assert decoded.pixels[0, 0].tolist() == [255] * 3
+    assert abs(int(decoded.pixels[1, 1, 0]) - expected) <= 1
+
+
+def test_an_srgb_profile_changes_nothing() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(decode.decode(encoded(Image.fromarray(pixels), "PNG", icc_profile=srgb)).pixels, pixels)
+
+
+@pytest.mark.parametrize(
+    "profile", [b"not a profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()]
+)
+def test_a_useless_profile_is_left_out_and_said(profile: bytes) -> None:
+    pixels = marked.picture(3)
+    decoded = decode.decode(encoded(Image.fromarray(pixels), "PNG", icc_profile=profile))
+    assert np.array_equal(decoded.pixels, pixels)
+    assert len(decoded.notes) == 1
+    assert decoded.notes[0].endswith("left out")
+
+
+def test_the_first_picture_of_several_is_used_and_said() -> None:
+    frames = [Image.fromarray(marked.picture(number)) for number in (7, 8, 9)]
+    animated = decode.decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert marked.number_of(animated.pixels) == 7
+    assert animated.notes == ("holds 3 pictures: the first is used",)
+    pages = decode.decode(encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]))
+    assert pages.notes == ("holds 3 pages: the first is used",)
+    webp = decode.decode(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True))
+    assert marked.number_of(webp.pixels) == 7
+    assert webp.notes == ("holds 3 pictures: the first is used",)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
+)
+def test_damaged_exif_does_not_stop_a_photo(exif: bytes) -> None:
+    decoded = decode.decode(encoded(Image.fromarray(marked.picture(1)), "JPEG", exif=exif))
+    assert decoded.size == (96, 64)
+    assert decoded.orientation == ""
+
+
+def test_grey_with_an_rgb_profile_and_rgb_with_a_grey_one() -> None:
+    profile = wide_gamut().tobytes()
+    grey = Image.new("L", (4, 4), 55)
+    assert abs(int(decode.decode(encoded(grey, "PNG", icc_profile=profile)).pixels[0, 0, 0]) - 128) <= 1
+    for mode in ("RGBA", "LA"):
+        image = grey.convert(mode)
+        assert abs(int(decode.decode(encoded(image, "PNG", icc_profile=profile)).pixels[0, 0, 0]) - 128) <= 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"", r"empty, 0 bytes; copy it again from where it came"),
+        (b"a holiday photo\n", r"text, not a picture, whatever its name says; remove it or save the picture again"),
+        (b"\0\1\2\3" * 30, r"not a picture that can be read; save it as jpg or png"),
+    ],
+)
+def test_what_is_no_picture_is_named(tmp_path: Path, raw: bytes, reason: str) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(raw)
+    for read in (decode.decode, decode.measure):
+        with pytest.raises(Unreadable, match=rf"^x\.jpg: {reason}$"):
+            read(path)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "GIF"])
+def test_a_truncated_file_is_named(format: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    raw = encoded(Image.fromarray(noise), format)
+    with pytest.raises(
+        Unreadable, match=r"^half\.x: (damaged or cut off \(.+\); copy it again|not a picture that can)"
+    ):
+        decode.decode(raw[: len(raw) // 2], "half.x")
+
+
+def test_huge_dimensions_are_refused_before_they_take_memory() -> None:
+    raw = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
+    raw[16:24] = struct.pack(">II", 20_000, 20_000)
+    raw[29:33] = struct.pack(">I", zlib.crc32(bytes(raw[12:29])))
+    with pytest.raises(Unreadable, match=r"^big\.png: more than 178 megapixels; save it smaller$"):
+        decode.decode(bytes(raw), "big.png")
+
+
+def test_the_limit_holds_where_pillows_own_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    test_huge_dimensions_are_refused_before_they_take_memory()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Unreadable, match=r"^gone\.jpg: cannot be read \(No such file or directory\)$"):
+        decode.decode(tmp_path / "gone.jpg")
+
+
+def test_masks(tmp_path: Path) -> None:
+    mask = np.zeros((64, 96), np.uint8)
+    mask[:, 48:] = 255
+    path = tmp_path / "a.mask.png"
+    Image.fromarray(mask).save(path)
+    assert np.array_equal(decode.decode_mask(path, (96, 64)), mask)
+    with pytest.raises(Unreadable, match=r"^a\.mask\.png: mask is 96 x 64, its photo 64 x 96: make them equal$"):
+        decode.decode_mask(path, (64, 96))

@@ -1,0 +1,181 @@
+"""Finding photos, captions and masks; the folder is only ever read."""
+
+import json
+from pathlib import Path
+
+import marked
+import pytest
+
+from lorakit.data import folder
+from lorakit.errors import LorakitError
+
+
+def fill(place: Path, *names: str) -> None:
+    """Small pictures under these names."""
+    for number, name in enumerate(names):
+        marked.save(place / name, marked.picture(number, 16, 16))
+
+
+def captions(found: folder.Folder) -> dict[str, str | None]:
+    return {photo.relative: photo.caption for photo in found.photos}
+
+
+def test_a_plain_folder_is_a_data_set(photos: Path) -> None:
+    fill(photos, "b.jpg", "a.PNG", "c d.webp", "e.mask.png", "._b.jpg", ".hidden.jpg")
+    (photos / "Thumbs.db").write_bytes(b"x")
+    (photos / "clip.mov").write_bytes(b"x")
+    before = marked.digests(photos)
+    found = folder.scan(photos)
+    assert [photo.relative for photo in found.photos] == ["a.PNG", "b.jpg", "c d.webp"]
+    assert found.warnings == ["no photo has the name of e.mask.png: not used"]
+    assert found.notes == ["not pictures, left alone: 1 .db, 1 .mov"]
+    assert marked.digests(photos) == before
+
+
+@pytest.mark.parametrize("ending", folder.FORMATS)
+def test_every_format_is_looked_for(photos: Path, ending: str) -> None:
+    (photos / f"a.{ending}").write_bytes(b"x")
+    assert len(folder.scan(photos).photos) == 1
+
+
+def test_one_level_of_subfolders_and_kohyas(photos: Path) -> None:
+    fill(photos, "top.jpg", "10_sks dog/a.jpg", "10_sks dog/b.jpg", "other/c.jpg", "other/deep/d.jpg", "__MACOSX/x.jpg")
+    found = folder.scan(photos)
+    assert [p.relative for p in found.photos] == ["top.jpg", "10_sks dog/a.jpg", "10_sks dog/b.jpg", "other/c.jpg"]
+    assert found.warnings == ["pictures more than one folder down are not read: other/deep/ (1)"]
+    assert found.notes == [
+        "subfolders: 10_sks dog/ (2), other/ (1)",
+        "10_sks dog: the number in front (repeats) is not used, every photo counts once an epoch; "
+        "length is train.steps_per_image",
+    ]
+
+
+def test_names_of_every_language(tmp_path: Path) -> None:
+    place = tmp_path / "фото" / "ソク"
+    fill(place, "x y.jpg")
+    (place / "x y.txt").write_text("кот и 猫", encoding="utf-8")
+    assert captions(folder.scan(tmp_path / "фото")) == {"ソク/x y.jpg": "кот и 猫"}
+
+
+def test_captions_of_every_kind(photos: Path) -> None:
+    fill(photos, "a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "sub/f.jpg", "g.jpg")
+    (photos / "a.txt").write_text("one\n", encoding="utf-8")
+    (photos / "b.caption").write_text("two\n  lines", encoding="utf-8")
+    rows = [{"file_name": "c.jpg", "text": "three"}, {"file_name": "./d.jpg", "caption": "four"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    (photos / "e.jpg.txt").write_text("five", encoding="utf-8")
+    (photos / "sub/metadata.jsonl").write_text(json.dumps({"file_name": "f.jpg", "prompt": "six"}), encoding="utf-8")
+    found = folder.scan(photos)
+    assert captions(found) == {
+        "a.jpg": "one", "b.jpg": "two lines", "c.jpg": "three", "d.jpg": "four", "e.jpg": "five", "g.jpg": None,
+        "sub/f.jpg": "six",
+    }  # fmt: skip
+    assert [photo.caption_source for photo in found.photos] == [
+        "a.txt", "b.caption", "metadata.jsonl", "metadata.jsonl", "e.jpg.txt", None, "metadata.jsonl",
+    ]  # fmt: skip
+    assert found.warnings == []
+    assert found.notes == ["subfolders: sub/ (1)"]
+
+
+def test_captions_that_disagree_are_said(photos: Path) -> None:
+    fill(photos, "a.jpg", "b.jpg")
+    (photos / "a.txt").write_text("one")
+    (photos / "a.caption").write_text("two")
+    (photos / "b.txt").write_text("same")
+    (photos / "metadata.jsonl").write_text('{"file_name": "b.jpg", "text": "same"}')
+    found = folder.scan(photos)
+    assert captions(found) == {"a.jpg": "one", "b.jpg": "same"}
+    assert found.warnings == ["a.jpg: a.txt and a.caption say different things; a.txt is used"]
+
+
+def test_captions_that_are_empty_or_nobodys_are_said(photos: Path) -> None:
+    fill(photos, "a.jpg")
+    (photos / "a.txt").write_text(" \n")
+    (photos / "b.txt").write_text("whose?")
+    (photos / "metadata.jsonl").write_text('{"file_name": "z.jpg", "text": "gone"}')
+    found = folder.scan(photos)
+    assert captions(found) == {"a.jpg": None}
+    assert found.warnings == [
+        "a.jpg: its caption in a.txt is empty",
+        "no photo has the name of b.txt: not used",
+        "metadata.jsonl names files that are not there: z.jpg",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("raw", "text", "notes"),
+    [
+        ("\ufeffcafé".encode(), "café", []),
+        ("café".encode("utf-16"), "café", []),
+        ("café".encode("cp1252"), "café", ["a.txt: not UTF-8, read as Windows-1252"]),
+    ],
+)
+def test_encodings(photos: Path, raw: bytes, text: str, notes: list[str]) -> None:
+    fill(photos, "a.jpg")
+    (photos / "a.txt").write_bytes(raw)
+    found = folder.scan(photos)
+    assert captions(found) == {"a.jpg": text}
+    assert found.notes == notes
+
+
+def test_a_caption_that_is_no_text_is_named(photos: Path) -> None:
+    fill(photos, "a.jpg")
+    (photos / "a.txt").write_bytes(b"\x81\x8d\xff")
+    with pytest.raises(LorakitError, match=r"^a\.txt: not text in UTF-8 or Windows-1252; save it as UTF-8$"):
+        folder.scan(photos)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"metadata\.jsonl line 2: not JSON \(.+\); each line is one object"),
+        ("[]", r'metadata\.jsonl line 2: needs "file_name", the name of a picture beside it'),
+        ('{"text": "x"}', r'metadata\.jsonl line 2: needs "file_name", the name of a picture beside it'),
+        ('{"file_name": "a.jpg"}', r"metadata\.jsonl line 2: needs one of text, caption, prompt"),
+    ],
+)
+def test_metadata_that_is_wrong_is_named_by_line(photos: Path, line: str, message: str) -> None:
+    fill(photos, "a.jpg")
+    (photos / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "fine"}\n' + line)
+    with pytest.raises(LorakitError, match=f"^{message}$"):
+        folder.scan(photos)
+
+
+def test_masks_belong_to_their_photos(photos: Path) -> None:
+    fill(photos, "a.jpg", "a.mask.png", "b.jpg")
+    assert [photo.mask and photo.mask.name for photo in folder.scan(photos).photos] == ["a.mask.png", None]
+
+
+LOOKED_FOR = "looked for jpg, jpeg, jpe, jfif, png, webp, bmp, tif, tiff, avif, mpo, heic, heif, gif"
+
+
+def test_an_empty_folder_says_what_it_looked_for_and_found(photos: Path) -> None:
+    with pytest.raises(LorakitError) as error:
+        folder.scan(photos)
+    assert str(error.value) == f"0 images in {photos}; {LOOKED_FOR}; found nothing"
+    for name in ("a.cr2", "b.CR2", "notes.txt", "README"):
+        (photos / name).write_bytes(b"x")
+    fill(photos, "one/two/c.jpg")
+    with pytest.raises(LorakitError) as error:
+        folder.scan(photos)
+    assert str(error.value) == (
+        f"0 images in {photos}; {LOOKED_FOR}; found 2 .cr2, 1 .txt, 1 without an ending; "
+        "1 in one/two/ (only one level of subfolders is read)"
+    )
+
+
+def test_what_is_no_folder_is_named(photos: Path) -> None:
+    fill(photos, "a.jpg")
+    (photos / "notes.txt").write_text("x")
+    with pytest.raises(LorakitError) as error:
+        folder.scan(photos / "a.jpg")
+    assert str(error.value) == f"{photos / 'a.jpg'} is one picture; give the folder it is in: {photos}"
+    with pytest.raises(LorakitError) as error:
+        folder.scan(photos / "notes.txt")
+    assert str(error.value) == f"{photos / 'notes.txt'} is a file; give a folder of photos"
+    with pytest.raises(LorakitError) as error:
+        folder.scan(photos.parent / "photo")
+    assert str(error.value) == f"folder {photos.parent / 'photo'} does not exist (did you mean {photos}?)"
+    with pytest.raises(LorakitError) as error:
+        folder.scan(photos / "zzz" / "deep")
+    assert str(error.value) == f"folder {photos / 'zzz' / 'deep'} does not exist"
