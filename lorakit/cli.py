@@ -343,20 +343,18 @@ def default_preset(base: str, kind: str) -> tuple[str, str]:
 
 
 def sample_config(metadata: Mapping[str, str], base: str, overrides: Mapping[str, Any]) -> configuration.Config:
-    """How to draw with an adapter: as its base's preset says, then as it was trained, then as the user says."""
+    """How to draw with an adapter: as its base's preset says, then as it was trained, then as the user says.
+
+    What a file says of its training is not trusted: where it is not a config of ours, it is left out.
+    """
     preset, _ = default_preset(base, "subject")
+    plain = configuration.load(preset, overrides)
     try:
-        told = json.loads(metadata.get("lorakit.config", "{}"))
-    except ValueError:
-        told = {}
-    known = {knob.key for knob in configuration.knobs()}
-    trained = {
-        f"{section}.{name}": value
-        for section in ("data", "sample")
-        for name, value in told.get(section, {}).items()
-        if f"{section}.{name}" in known
-    }
-    return configuration.load(preset, trained | dict(overrides))
+        tables = json.loads(metadata.get("lorakit.config", "{}"))
+        trained = {f"{part}.{name}": value for part in ("data", "sample") for name, value in tables[part].items()}
+        return configuration.load(preset, trained | dict(overrides))
+    except (ValueError, LookupError, TypeError, AttributeError, configuration.ConfigError):
+        return plain
 
 
 def describe_knob(knob: configuration.Knob) -> dict[str, Any]:

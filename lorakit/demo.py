@@ -62,18 +62,16 @@ def demo(
         raise LorakitError(f"unknown subject {subject!r}; bundled subjects: {', '.join(subjects.SUBJECTS)}")
     folder = folder or Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-demo"
     start = time.monotonic()
-    photos = write_photos(subject, folder / "photos")
-    terminal.say(f"demo: {PHOTOS} photos of {subject}, a toy the base has never seen, in {photos}")
-
     noun = subjects.SUBJECTS[subject].kind
-    prompts = tuple(f"a photo of {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}" for scene in UNSEEN)
     settings = {
-        "data.folder": str(photos),
+        "data.folder": str(folder / "photos"),
         "data.name": f"{TRIGGER} {noun}",
-        "sample.prompts": prompts,
+        "sample.prompts": tuple(f"a photo of {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}" for scene in UNSEEN),
         "output.folder": str(folder / "run"),
     }
     config = configuration.load("subject-pocket", settings | dict(overrides or {}))
+    photos = write_photos(subject, folder / "photos")
+    terminal.say(f"demo: {PHOTOS} photos of {subject}, a {noun} the base has never seen, in {photos}")
     from lorakit import train
 
     result = train.train(config, terminal=terminal)

@@ -171,9 +171,14 @@ def storage(folder: Path | None = None) -> list[Line]:
     free = shutil.disk_usage(folder).free
     enough = free >= SMALLEST_FREE_DISK
     lines = [Line("disk", "ok" if enough else "bad", f"{free / 2**30:.1f} GiB free in {folder}")]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit"
-    lines.append(Line("cache", "ok", f"{cache}: {folder_size(cache) / 2**20:.0f} MiB"))
+    cache = cache_folder()
+    lines.append(Line("cache", "ok", f"{cache}: {folder_size(cache) / 2**20:.0f} MiB; it may be deleted"))
     return lines
+
+
+def cache_folder() -> Path:
+    """Where class images and latents are kept (as `sample.cache_folder`, which needs torch)."""
+    return Path(os.environ.get("LORAKIT_CACHE") or Path.home() / ".cache" / "lorakit")
 
 
 def folder_size(folder: Path) -> int:

@@ -44,6 +44,8 @@ RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
 CPU_SHARE, CPU_LAYER_SECONDS = 0.35, 1.5e-4
 # Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
 SAMPLE_GRIDS = 6
+# Linux keeps this file where an NVIDIA driver is loaded.
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def guess_device(wanted: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         build = ""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if "+cpu" not in build and not hidden and Path("/proc/driver/nvidia/version").exists():
+    if "+cpu" not in build and not hidden and NVIDIA_DRIVER.exists():
         return "cuda"
     return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
 

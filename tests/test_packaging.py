@@ -1,0 +1,91 @@
+"""A wheel, built as for release and unpacked elsewhere, works as the checkout does."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lorakit import config, pocket
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (file,) = folder.glob("lorakit-*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("elsewhere")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def elsewhere(unpacked: Path, *arguments: str) -> str:
+    """Run Python with the unpacked wheel in front of everything; what it prints."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=unpacked,
+        env=os.environ | {"PYTHONPATH": str(unpacked)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    inside = {str(path.relative_to(ROOT)) for path in (ROOT / "lorakit").rglob("*.py")}
+    assert inside <= names
+    assert {f"lorakit/presets/{name}.toml" for name in config.preset_names()} <= names
+    assert "lorakit/ui.py" in names
+    weights = {str(path.relative_to(ROOT)) for path in pocket.path().rglob("*") if path.is_file()}
+    assert weights and weights <= names
+    assert "lorakit/pocket/weights/model_index.json" in names
+
+
+def test_nothing_else_is_inside(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert not [name for name in names if "__pycache__" in name or name.startswith(("tests/", "benchmarks/", "docs/"))]
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lorakit"}
+    (licence,) = [name for name in names if name.endswith("LICENSE")]
+    assert ".dist-info/" in licence
+    assert wheel.stat().st_size < 60 * 2**20
+
+
+def test_the_unpacked_wheel_finds_its_presets_and_its_model(unpacked: Path) -> None:
+    script = "import lorakit, lorakit.pocket as p; print(lorakit.__file__, lorakit.load_preset().model.base, p.path())"
+    file, base, weights = elsewhere(unpacked, "-c", script).split()
+    assert Path(file).is_relative_to(unpacked)
+    assert base == "pocket"
+    assert Path(weights).is_relative_to(unpacked)
+    assert (Path(weights) / "model_index.json").is_file()
+
+
+def test_the_unpacked_wheel_has_every_preset(unpacked: Path) -> None:
+    script = "from lorakit import config; print(*[config.load(n) and n for n in config.preset_names()])"
+    assert elsewhere(unpacked, "-c", script).split() == config.preset_names()
+
+
+def test_the_unpacked_wheel_has_the_command(unpacked: Path, wheel: Path) -> None:
+    assert elsewhere(unpacked, "-m", "lorakit", "--version") == f"lorakit {wheel.name.split('-')[1]}"
+    (entry,) = unpacked.glob("*.dist-info/entry_points.txt")
+    assert "lorakit = lorakit.cli:main" in entry.read_text(encoding="utf-8")
