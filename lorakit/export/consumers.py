@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from lorakit.errors import LorakitError
 from lorakit.export.identify import Module, Shapes, modules
+from lorakit.export.keys import COMPONENTS
 
 _SIDES = r"lora_unet_(?:(?:down|up)_blocks_\d+|mid_block)_"
 _TRANSFORMER = r"(?:proj_in|proj_out|transformer_blocks_\d+_(?:attn[12]_to_(?:q|k|v|out_0)|ff_net_0_proj|ff_net_2))"
@@ -266,7 +267,7 @@ def _reading(
     refused = _refused(key, consumer, found, [*unmatched, *loose], shapes, family, metadata) if not folder else ""
     totals = Counter(_component(stem) for stem in found)
     good = Counter(_component(stem) for stem in matched if stem not in wrong and not refused)
-    counts = {part: (good[part], total) for part, total in totals.items()}
+    counts = {part: (good[part], totals[part]) for part in COMPONENTS if part in totals}
     return Reading(consumer.title, counts, (*unmatched, *loose), wrong, refused)
 
 

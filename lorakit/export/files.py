@@ -1,14 +1,13 @@
 """Writing safetensors files so that a good one is never replaced by half of one.
 
-A file is written beside its target, flushed to the disk, read back and then renamed over it. Metadata is sorted, so
-that equal adapters are equal files.
+Space is looked for first, then a file is written beside its target, flushed to the disk and renamed over it. Metadata
+is sorted, so that equal adapters are equal files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import struct
 from collections.abc import Mapping
@@ -17,8 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as serialise
 
+from lorakit import atomic
 from lorakit.errors import LorakitError
-from lorakit.export import header
 
 _MARGIN = 1 << 20
 
@@ -29,8 +28,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
     Raises:
         LorakitError: too little space, or the folder cannot be written.
     """
-    raw = to_bytes(tensors, metadata)
-    write_atomically(path, raw)
+    write_bytes(path, to_bytes(tensors, metadata))
 
 
 def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -54,30 +52,20 @@ def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
     return struct.pack("<Q", len(head)) + head + data
 
 
-def write_atomically(path: Path, raw: bytes) -> None:
-    """Write `raw` to `path` through a temporary file beside it; safetensors are read back before the rename.
+def write_bytes(path: Path, raw: bytes) -> None:
+    """Write `raw` to `path`, whole or not at all, making its folder where it is not there.
 
     Raises:
         LorakitError: too little space, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         require_space(path.parent, len(raw))
-        with temporary.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.suffix == ".safetensors":
-            header.read(temporary)
-        temporary.replace(path)
-        sync_folder(path.parent)
+        atomic.write(path, raw)
     except OSError as error:
         raise LorakitError(
-            f"{path}: cannot be written: {error.strerror or error}; what was there is untouched"
+            f"{path}: cannot be written ({error.strerror or error}); nothing there was changed"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def require_space(folder: Path, size: int) -> None:
@@ -87,14 +75,3 @@ def require_space(folder: Path, size: int) -> None:
         raise LorakitError(
             f"{folder}: {size / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free: make room or set output.folder"
         )
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's own entry, so that a rename survives a power cut (not possible, and not needed, on Windows)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lorakit.export import factors, files, keys
-from lorakit.export.metadata import of_weights
+from lorakit.export.metadata import complete
 from lorakit.weights import AdapterWeights
 
 
@@ -48,5 +48,5 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
     Raises:
         LorakitError: see `tensors`; too little space.
     """
-    files.write_safetensors(path, tensors(weights, dtype), {**of_weights(weights), **metadata})
+    files.write_safetensors(path, tensors(weights, dtype), complete(weights, metadata))
     return [path]

@@ -140,7 +140,7 @@ def _public(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def of_weights(weights: AdapterWeights) -> dict[str, str]:
-    """What follows from the weights alone; every writer lays it under the run's metadata."""
+    """What follows from the weights alone."""
     from lorakit.export import factors  # needs torch; the rest of this page does not
 
     tags = TAGS[weights.family]
@@ -165,16 +165,13 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     return found
 
 
-def require_allowed(metadata: Mapping[str, str]) -> None:
-    """Raise ValueError where something is not on the allow-list, or is not a string."""
-    strange = [key for key, value in metadata.items() if key not in ALLOWED or not isinstance(value, str)]
-    if strange:
-        raise ValueError(f"metadata {strange[0]!r} is not on the allow-list of strings")
+def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The header of a file: what follows from the weights, and of `metadata` what is on the allow-list.
 
-
-def carried(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What a conversion takes over from the file it reads: what is allowed and not remade from the weights."""
-    return {key: value for key, value in metadata.items() if key in ALLOWED - _OF_WEIGHTS}
+    Whatever else a converted file carried (folder names, captions, another tool's settings) stays behind.
+    """
+    told = {key: value for key, value in metadata.items() if key in ALLOWED - _OF_WEIGHTS and isinstance(value, str)}
+    return of_weights(weights) | told
 
 
 def family(metadata: Mapping[str, str]) -> str | None:

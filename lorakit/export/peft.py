@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from lorakit import atomic
 from lorakit.errors import LorakitError
 from lorakit.export import factors, files, keys
-from lorakit.export.metadata import of_weights
+from lorakit.export.metadata import complete
 from lorakit.weights import AdapterWeights, Layer
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
@@ -59,14 +60,14 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
     try:
         for part, layers in _components(weights).items():
             folder = temporary / part
-            files.write_safetensors(folder / MODEL, _tensors(layers, dtype), {**of_weights(weights), **metadata})
+            files.write_safetensors(folder / MODEL, _tensors(layers, dtype), complete(weights, metadata))
             text = json.dumps(_config(part, layers), indent=2, sort_keys=True)
-            files.write_atomically(folder / CONFIG, text.encode())
+            files.write_bytes(folder / CONFIG, text.encode())
             written += [path / part / CONFIG, path / part / MODEL]
         if path.exists():
             path.rename(old)
         temporary.rename(path)
-        files.sync_folder(path.parent)
+        atomic.sync_folder(path.parent)
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -36,11 +36,9 @@ def save(
 
     Raises:
         LorakitError: a method that a format cannot carry, a layer that is not portable or not finite, too little space.
-        ValueError: metadata that is not on the allow-list.
     """
     formats = list(dict.fromkeys(formats))
-    metadata = meta.carried(weights.metadata) | dict(metadata)
-    meta.require_allowed(metadata)
+    metadata = {**weights.metadata, **metadata}
     if not name or Path(name).name != name:
         raise LorakitError(f"{name!r} cannot be a file name: leave out slashes")
     writers = {fmt: load(EXPORTS, fmt) for fmt in formats}
@@ -56,8 +54,8 @@ def save(
         writer.write(weights, path, dtype=dtype, metadata=metadata)
         written[fmt] = path
     if "kohya" in written:
-        text = json.dumps(meta.sidecar(meta.of_weights(weights) | metadata), indent=2, ensure_ascii=False)
-        files.write_atomically(Path(folder) / f"{name}.json", text.encode())
+        text = json.dumps(meta.sidecar(meta.complete(weights, metadata)), indent=2, ensure_ascii=False)
+        files.write_bytes(Path(folder) / f"{name}.json", text.encode())
         if preview is not None:
-            files.write_atomically(Path(folder) / f"{name}.png", preview)
+            files.write_bytes(Path(folder) / f"{name}.png", preview)
     return written

@@ -75,3 +75,17 @@ def pipeline_shapes(pipeline, *, conv: bool = True, text: bool = True) -> dict[s
             if ".layers." in path and isinstance(module, torch.nn.Linear):
                 shapes[f"{part}.text_model.{path.removeprefix('text_model.')}"] = tuple(module.weight.shape)
     return shapes
+
+
+def kohya_shapes(family: str, *, rank: int = 4, conv: bool = True, sgm: bool | None = None) -> dict[str, tuple]:
+    """Tensor name -> shape of a whole kohya file at true dimensions, from the frozen list alone."""
+    shapes = {}
+    for name, by_blocks, by_sgm, group, (out, into, *kernel) in frozen(family):
+        if group.startswith("top") or "text_projection" in group or (group.startswith("conv") and not conv):
+            continue
+        use_sgm = (family == "sdxl") if sgm is None else sgm
+        stem = by_sgm if use_sgm and name.startswith("unet.") else by_blocks
+        shapes[f"{stem}.lora_down.weight"] = (rank, into, *kernel)
+        shapes[f"{stem}.lora_up.weight"] = (out, rank, *(1 for _ in kernel))
+        shapes[f"{stem}.alpha"] = ()
+    return shapes
