@@ -181,6 +181,15 @@ def _drift(axes: Axes, events: list[dict[str, Any]], faint: str, accent: str) ->
     axes.plot(at, drift, color=accent, linewidth=1.8, marker="o", markersize=3.5)
     if max(drift) > 50 * LARGEST_DRIFT:
         axes.axhline(100 * LARGEST_DRIFT, color=faint, linewidth=1)
+        axes.annotate(
+            "largest for the best checkpoint",
+            (0, 100 * LARGEST_DRIFT),
+            (2, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            color=faint,
+            fontsize=8,
+        )
     axes.set_title("prior drift: change on the class prompt, %")
     axes.set_ylim(bottom=0)
 
@@ -194,7 +203,8 @@ def _style(axes: Axes, ink: str, faint: str) -> None:
     axes.grid(axis="y", color=faint, alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(faint)
-    axes.margins(x=0.02)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("step", color=ink, fontsize=8, loc="right", labelpad=0)
 
 
 def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
@@ -350,7 +360,7 @@ def _photos(config: Config, report: Any) -> str:
     items = [item for item in report.items if item.readable]
     for item in items[:PHOTOS]:
         try:
-            decoded = decode.decode(item.photo.path, item.file)
+            decoded = decode.decode(item.photo.path, item.relative)
         except LorakitError:
             continue  # gone or changed since it was trained on; the report is not the place to fail for it
         placed = buckets.assign(decoded.size, config.data.resolution, report.step)
