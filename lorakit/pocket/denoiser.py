@@ -44,30 +44,39 @@ def scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def prepare(recipe: Recipe, work: Path) -> None:
-    """Encode every picture and caption once: latents' mean and deviation, text states, and the scale of the latents."""
-    if not (work / "latents.npz").exists():
-        vae = autoencoder.build(recipe)
-        vae.load_state_dict(torch.load(work / "vae.pt", map_location="cpu", weights_only=True))
-        pictures = dataset.load(work / "renders", "pictures")
-        mean, deviation = autoencoder.encode_all(vae.eval(), pictures, bf16=recipe.bf16)
-        scale = 1.0 / float(
-            np.sqrt(mean[:8192].astype(np.float32).var() + np.square(deviation[:8192].astype(np.float32)).mean())
-        )
-        np.save(work / "mean.npy", mean)
-        np.save(work / "deviation.npy", deviation)
-        np.savez(work / "latents.npz", scale=scale)
-    if not (work / "states.npy").exists():
-        tokens, model = text.load(recipe, work)
-        words = dataset.captions(work / "renders")
-        shape = (len(words), dataset.VARIANTS, recipe.max_tokens, recipe.text_width)
-        states = np.lib.format.open_memmap(work / "states.partial.npy", "w+", np.float16, shape)
-        for start in range(0, len(words), 1024):
-            flat = [variant for variants in words[start : start + 1024] for variant in variants]
-            states[start : start + 1024] = text.encode(model, tokens, flat).half().numpy().reshape(-1, *shape[1:])
-        states.flush()
+def prepare(worker: Worker, recipe: Recipe, work: Path) -> None:
+    """Encode every picture and caption once: latents' mean and deviation, text states, and the scale of the latents.
+
+    Each worker encodes its share into the same files; the first one gives them their names when all are done.
+    """
+    vae = autoencoder.build(recipe).to(worker.device).eval()
+    vae.load_state_dict(torch.load(work / "vae.pt", map_location=worker.device, weights_only=True))
+    tokens, model = text.load(recipe, work)
+    pictures, words = dataset.load(work / "renders", "pictures"), dataset.captions(work / "renders")
+    side = recipe.size // 2 ** (len(recipe.vae_channels) - 1)
+    shapes = {name: (len(words), recipe.latent_channels, side, side) for name in ("mean", "deviation")}
+    shapes["states"] = (len(words), dataset.VARIANTS, recipe.max_tokens, recipe.text_width)
+    if worker.first:
+        for name, shape in shapes.items():
+            np.lib.format.open_memmap(work / f"{name}.partial.npy", "w+", np.float16, shape)
+    worker.wait()
+    mean, deviation, states = (np.lib.format.open_memmap(work / f"{name}.partial.npy", "r+") for name in shapes)
+    for start in range(worker.rank * 512, len(words), worker.world * 512):
+        chunk = slice(start, start + 512)
+        mean[chunk], deviation[chunk] = autoencoder.encode_all(vae, pictures[chunk], bf16=recipe.bf16)
+        flat = [variant for variants in words[chunk] for variant in variants]
+        states[chunk] = text.encode(model, tokens, flat).half().numpy().reshape(-1, *shapes["states"][1:])
+        if start // 512 % 20 == 0:
+            worker.say(f"latents: {start}/{len(words)}")
+    for array in (mean, deviation, states):
+        array.flush()
+    worker.wait()
+    if worker.first:
+        power = np.square(mean[:8192].astype(np.float32)).mean() + np.square(deviation[:8192].astype(np.float32)).mean()
+        np.savez(work / "latents.npz", scale=1.0 / float(np.sqrt(power - mean[:8192].astype(np.float32).mean() ** 2)))
         np.save(work / "empty.npy", text.encode(model, tokens, [""]).half().numpy()[0])
-        (work / "states.partial.npy").rename(work / "states.npy")
+        for name in shapes:
+            (work / f"{name}.partial.npy").replace(work / f"{name}.npy")
 
 
 def train(worker: Worker, recipe: Recipe, work: Path) -> None:

@@ -183,27 +183,29 @@ class Judge:
         return shares
 
     def centroids(self) -> dict[str, np.ndarray]:
-        """Mean features of real renders: of every kind (of toys, of each body and ear) and of every subject."""
+        """Mean features (128,) of real renders of every kind, subject and style."""
         if self._centroids is None:
             from . import subjects
 
-            self._centroids = {name: self._mean(images) for name, images in subjects.references().items()}
+            self._centroids = {
+                name: self.features(images).mean(axis=0) for name, images in subjects.references().items()
+            }
         return self._centroids
 
-    def _mean(self, images: Sequence[Image.Image]) -> np.ndarray:
-        mean = self.features(images).mean(axis=0)
-        return mean / np.linalg.norm(mean)
-
     def nearest(self, images: Sequence[Image.Image]) -> list[str]:
-        """The kind or subject whose real renders each picture is nearest to (cosine)."""
-        centroids = self.centroids()
-        names = list(centroids)
-        nearness = self.features(images) @ np.stack([centroids[name] for name in names]).T
+        """The kind, subject or style whose real renders each picture is nearest to.
+
+        By cosine around the middle of all of them: what every picture has in common says nothing.
+        """
+        names, centroids = list(self.centroids()), np.stack(list(self.centroids().values()))
+        middle = centroids.mean(axis=0)
+        away = centroids - middle
+        nearness = (self.features(images) - middle) @ (away / np.linalg.norm(away, axis=1, keepdims=True)).T
         return [names[i] for i in nearness.argmax(axis=1)]
 
     def subject_score(self, images: Sequence[Image.Image], name: str) -> float:
-        """Share of pictures that are nearer to this subject's real renders than to any other kind or subject."""
+        """Share of pictures that are nearer to the real renders of this subject (or style) than to any other's."""
         if name not in self.centroids():
-            raise ValueError(f"{name!r} is no subject; there are {', '.join(n for n in self.centroids())}")
+            raise ValueError(f"{name!r} is no subject; there are {', '.join(self.centroids())}")
         nearest = self.nearest(images)
         return sum(found == name for found in nearest) / len(nearest)

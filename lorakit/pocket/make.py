@@ -47,7 +47,7 @@ def stages(recipe: Recipe, work: Path, output: Path, processes: int) -> dict[str
         "autoencoder": (work / "vae.pt", lambda: workers.launch(autoencoder.train, processes, recipe, work)),
         "text": (work / "text.pt", lambda: workers.launch(text.train, processes, recipe, work)),
         "judge": (work / "judge.safetensors", lambda: workers.launch(judge.train, processes, recipe, work)),
-        "latents": (work / "states.npy", lambda: denoiser.prepare(recipe, work)),
+        "latents": (work / "states.npy", lambda: workers.launch(denoiser.prepare, processes, recipe, work)),
         "unet": (work / "unet.pt", lambda: workers.launch(denoiser.train, processes, recipe, work)),
         "decoder": (work / "decoder.pt", lambda: workers.launch(decoder.train, processes, recipe, work)),
         "export": (work / "export.json", ship),

@@ -28,20 +28,20 @@ class Recipe:
 
     judge_channels: tuple[int, ...] = (32, 64, 96, 128)
     judge_batch: int = 64
-    judge_pictures: int = 300_000
+    judge_pictures: int = 200_000
     judge_rate: float = 2e-3
 
     text_width: int = 128
     text_layers: int = 3
     text_heads: int = 4
     text_batch: int = 256
-    text_captions: int = 300_000
+    text_captions: int = 110_000
     text_rate: float = 2e-3
 
     unet_channels: tuple[int, ...] = (64, 96, 128)
     unet_heads: tuple[int, ...] = (1, 3, 4)
-    unet_batch: int = 32  # per worker
-    unet_pictures: int = 1_000_000
+    unet_batch: int = 24  # per worker
+    unet_pictures: int = 750_000
     unet_rate: float = 1.2e-3
     ema: float = 0.999
     empty_captions: float = 0.1

@@ -45,6 +45,11 @@ class Worker:
         for grad, piece in zip(grads, buffer.split([g.numel() for g in grads]), strict=True):
             grad.copy_(piece.view_as(grad))
 
+    def wait(self) -> None:
+        """Until all workers are here."""
+        if self.world > 1:
+            dist.barrier()
+
     def say(self, text: str) -> None:
         if self.first:
             print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)

@@ -1,0 +1,106 @@
+"""The command that makes the model: a smoke run, and that it goes on after a kill where it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit.pocket import denoiser, make, workers
+from lorakit.pocket.recipe import SMOKE
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One smoke run, killed hard in the middle and started again."""
+    base = tmp_path_factory.mktemp("pocket")
+    work, output = base / "work", base / "weights"
+    command = [sys.executable, "-m", "lorakit.pocket.make", "--smoke", "--processes", "1", "--work", str(work)]
+    command += ["--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (work / "vae.state").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (work / "unet.pt").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "render: done before" in again.stdout
+    return work, output
+
+
+def test_a_smoke_run_makes_a_pipeline_that_draws(made: tuple[Path, Path]) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    _, output = made
+    pipe = StableDiffusionPipeline.from_pretrained(str(output))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a mug", num_inference_steps=2).images[0].size == (64, 64)
+    assert (output / "judge.safetensors").exists()
+
+
+def test_a_second_run_has_nothing_to_do(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    work, output = made
+    make.make(SMOKE, work, output, 1)
+    said = capsys.readouterr().out.splitlines()
+    assert said and all(line.endswith("done before") for line in said)
+
+
+def test_a_stopped_run_ends_with_the_same_weights_as_a_whole_one(made: tuple[Path, Path], tmp_path: Path) -> None:
+    work, _ = made
+    for name in (
+        "mean.npy",
+        "deviation.npy",
+        "states.npy",
+        "empty.npy",
+        "latents.npz",
+        "vae.pt",
+        "text.pt",
+        "tokenizer",
+    ):
+        (tmp_path / name).symlink_to(work / name)
+    stopped = 0
+
+    class Stopped(Exception):
+        pass
+
+    step = workers.Run.step
+
+    def stop_half_way(self: workers.Run, loss: torch.Tensor) -> None:
+        nonlocal stopped
+        step(self, loss)
+        if self.seen == self.total // 2:
+            stopped += 1
+            self.save()
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers.Run, "step", stop_half_way)
+        with pytest.raises(Stopped):
+            denoiser.train(workers.Worker(), SMOKE, tmp_path)
+    assert stopped == 1
+    denoiser.train(workers.Worker(), SMOKE, tmp_path)
+    whole, resumed = (torch.load(folder / "unet.pt", weights_only=True) for folder in (work, tmp_path))
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_training_lowers_the_loss_of_every_stage(made: tuple[Path, Path]) -> None:
+    """The smoke run's text stage is the one that is long enough to learn something."""
+    work, _ = made
+    state = torch.load(work / "text.state", weights_only=True)
+    assert state["seen"] == SMOKE.text_captions
+
+
+def test_bad_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make.main(["--stages", "paint"])
+    assert "unknown stage paint; there are render, tokenizer" in capsys.readouterr().err

@@ -1,0 +1,66 @@
+"""The tokenizer files: nothing is unknown, triggers are one token, captions fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import CLIPTokenizer
+
+import lorakit.pocket
+from lorakit.pocket import tokenizer
+from lorakit.pocket.captions import TRIGGERS, caption
+from lorakit.pocket.spec import random_spec
+
+FOLDER = lorakit.pocket.path() / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tokens() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(str(FOLDER))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a photo of a mug",
+        "übergröße",
+        "日本語 の 絵",
+        "🎨🦊",
+        "naïve café",
+        "snake_case & <tags>",
+        "ไทย עברית",
+        "\u00a0x",
+    ],
+)
+def test_every_text_comes_back(tokens: CLIPTokenizer, text: str) -> None:
+    ids = tokens(text).input_ids
+    assert tokens.unk_token_id not in ids[1:-1]
+    said = tokens.decode(ids, skip_special_tokens=True)
+    assert "".join(said.split()) == "".join(text.lower().split())
+
+
+def test_every_byte_is_in_the_vocabulary_alone_and_at_a_words_end() -> None:
+    vocab = json.loads((FOLDER / "vocab.json").read_text(encoding="utf-8"))
+    assert sorted(vocab.values()) == list(range(len(vocab)))
+    letters = [token for token in vocab if len(token) == 1]
+    assert len(letters) == 256 and all(letter + "</w>" in vocab for letter in letters)
+
+
+@pytest.mark.parametrize("word", TRIGGERS)
+def test_a_trigger_is_one_token(tokens: CLIPTokenizer, word: str) -> None:
+    assert tokens.tokenize(f"a photo of a {word} toy")[-2] == f"{word}</w>"
+
+
+def test_captions_fit_in_the_prompt(tokens: CLIPTokenizer) -> None:
+    assert tokens.model_max_length == 32
+    longest = max(len(tokens(caption(random_spec(seed), seed)).input_ids) for seed in range(1500))
+    assert longest <= 26  # room for a few words more
+
+
+def test_files_are_the_same_when_made_again(tmp_path: Path) -> None:
+    tokenizer.make(tmp_path / "a", captions=300)
+    tokenizer.make(tmp_path / "b", captions=300)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

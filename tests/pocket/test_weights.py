@@ -1,0 +1,108 @@
+"""The shipped pipeline: its files, and that it draws what it is asked for."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from transformers import CLIPTextModel
+
+import lorakit.pocket
+from lorakit.pocket import measure, subjects
+from lorakit.pocket.captions import full_caption
+from lorakit.pocket.judge import Judge
+
+FOLDER = lorakit.pocket.path()
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    """As a user of diffusers loads it: no dtype, no other argument."""
+    pipe = StableDiffusionPipeline.from_pretrained(str(FOLDER))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge.load()
+
+
+def test_it_is_small_and_in_float16() -> None:
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 16_000_000
+    for file in FOLDER.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                assert tensors.get_tensor(name).dtype == torch.float16, (file, name)
+
+
+def test_the_text_encoder_has_the_key_names_of_real_checkpoints() -> None:
+    with safe_open(FOLDER / "text_encoder" / "model.safetensors", framework="pt") as tensors:
+        names = list(tensors.keys())
+    assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in names
+    assert all(name.startswith("text_model.") for name in names)
+    _, info = CLIPTextModel.from_pretrained(str(FOLDER / "text_encoder"), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+def test_no_path_of_the_machine_it_was_made_on_is_left_in_it() -> None:
+    for file in FOLDER.rglob("*.json"):
+        assert "_name_or_path" not in json.loads(file.read_text(encoding="utf-8")), file
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_it_draws_whatever_dtype_it_is_loaded_in(dtype: torch.dtype | None) -> None:
+    kwargs = {} if dtype is None else {"dtype": dtype}
+    pipe = StableDiffusionPipeline.from_pretrained(str(FOLDER), **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a photo of a red mug", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (64, 64) and np.asarray(image).std() > 10
+
+
+def test_the_prompt_decides_the_picture(pipeline: StableDiffusionPipeline) -> None:
+    def draw(prompt: str) -> np.ndarray:
+        generator = torch.Generator().manual_seed(1)
+        return np.asarray(
+            pipeline(prompt, num_inference_steps=8, guidance_scale=4.0, generator=generator).images[0], np.int16
+        )
+
+    night, beach = draw("a photo of a red ball at night"), draw("a photo of a red ball on a beach")
+    assert np.array_equal(night, draw("a photo of a red ball at night"))
+    assert night[:16].mean() < beach[:16].mean() - 30  # a dark sky and a bright one
+
+
+def test_the_judge_is_right_about_fresh_renders(judge: Judge) -> None:
+    specs = measure.requests(256, seed=5_000_000_000)
+    scores = judge.scores(measure.real_pictures(specs, 5_000_000_000), [spec.words for spec in specs])
+    assert min(scores.values()) > 0.9, scores
+
+
+def test_the_judge_tells_subjects_from_kinds_and_each_other(judge: Judge) -> None:
+    toys = subjects.references()["toy"]
+    for name in subjects.SUBJECTS:
+        real = [image for image, _ in subjects.photos(name, 12, seed=9)]
+        assert judge.subject_score(real, name) > 0.9, name
+        assert judge.subject_score(toys, name) < 0.2, name
+    with pytest.raises(ValueError, match="no subject"):
+        judge.subject_score(toys, "nobody")
+
+
+def test_it_draws_combinations_that_it_never_saw(pipeline: StableDiffusionPipeline, judge: Judge) -> None:
+    specs = measure.requests(32, seed=6_000_000_000)
+    asked = [spec.words for spec in specs]
+    images = measure.drawn(pipeline, [full_caption(spec) for spec in specs], steps=20)
+    scores = judge.scores(images, asked)
+    assert scores["scene"] > 0.8 and scores["colour"] > 0.7 and scores["manner"] > 0.8 and scores["kind"] > 0.5, scores
+    # The same pictures against another order of the requests: what chance gives.
+    chance = judge.scores(images, asked[7:] + asked[:7])
+    assert chance["scene"] < 0.4 and chance["kind"] < 0.3, chance
+
+
+def test_the_autoencoder_keeps_unseen_renders(pipeline: StableDiffusionPipeline) -> None:
+    _, decibels = measure.round_trip(pipeline.vae, measure.real_pictures(measure.requests(32)))
+    assert decibels > 23
