@@ -1,0 +1,72 @@
+"""What someone is asked who has never trained a model, and the config and the preview that the answers lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit import config as configuration, families, plan
+from lorakit.config import LENGTHS, Config
+from lorakit.data import check
+
+# The knobs that everybody has to answer for; all others have a preset's value.
+PHOTOS, KIND, NAME, BASE = QUESTIONS = ("data.folder", "data.kind", "data.name", "model.base")
+# How much longer or shorter than its preset a run is.
+QUALITIES = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is known of a run before it starts. `plan` is None where the photos have errors."""
+
+    info: Any
+    report: check.Report
+    plan: plan.Plan | None
+
+
+def suggest(answers: Mapping[str, Any], quality: str, preset: str | None = None) -> Config:
+    """The config for some answers (a knob's key -> value); what is not answered is as the preset has it.
+
+    Raises:
+        LorakitError: the base, which decides the preset where none is named, cannot be read.
+        ConfigError: an answer is no value of its knob.
+    """
+    known = {key: answers[key] for key in QUESTIONS if key in answers}
+    if preset is None:
+        from lorakit.cli import default_preset
+
+        preset, _ = default_preset(known.get(BASE, "pocket"), known.get(KIND, "subject"))
+    config = configuration.load(preset)
+    for name in LENGTHS:
+        length = getattr(config.train, name)
+        if length is not None:
+            known[f"train.{name}"] = max(1, round(length * QUALITIES[quality]))
+    return configuration.load(preset, known)
+
+
+def describe(base: str) -> Any:
+    """What is known of a base model without loading it (`families.BaseInfo`)."""
+    return families.describe(base)
+
+
+def base_of(config_file: Path) -> str:
+    """The base model that a run adapts."""
+    return configuration.load(config_file).model.base
+
+
+def photo_folder(config: Config) -> Path:
+    """Where the photos are."""
+    return Path(config.data.folder)
+
+
+def preview(config: Config, report: check.Report | None = None) -> Preview:
+    """Look at the photos (unless that was done: `report`) and plan the run. No model is loaded.
+
+    Raises:
+        LorakitError: the folder or the base cannot be read.
+    """
+    info = families.describe(config.model.base)
+    report = report or check.check(config.data, info)
+    return Preview(info, report, None if report.errors else plan.make(config, info, report))

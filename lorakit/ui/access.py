@@ -1,0 +1,104 @@
+"""What the front end may touch: which address it listens on, and which folders it reads."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lorakit.data import folder as photo_folder
+from lorakit.errors import LorakitError
+
+# Looking for folders of photos ends after this many folders: a suggestion must not read a whole disk.
+MOST_FOLDERS = 2000
+LEVELS = 3
+
+
+class Roots:
+    """The folders below which the front end may read and write; everything else does not exist for it.
+
+    Hidden files and folders (`.ssh`, `.env`) are outside wherever they lie.
+    """
+
+    def __init__(self, paths: Iterable[str | Path]):
+        self.paths = tuple(dict.fromkeys(Path(path).expanduser().resolve() for path in paths))
+
+    def resolve(self, text: str | Path) -> Path:
+        """The real path behind what somebody typed: `~`, `..` and links are followed before it is judged.
+
+        Raises:
+            LorakitError: it is outside of every root, or hidden.
+        """
+        typed = str(text).strip().strip("\"'")
+        if not typed or "\0" in typed:
+            raise LorakitError("type the path of a folder or a file")
+        try:
+            path = Path(typed).expanduser()
+            path = (path if path.is_absolute() else self._relative(path)).resolve()
+        except (OSError, RuntimeError):  # a loop of links; a home folder that cannot be found
+            raise LorakitError(f"{typed}: this path cannot be followed") from None
+        for root in self.paths:
+            if path.is_relative_to(root):
+                if any(part.startswith(".") for part in path.relative_to(root).parts):
+                    raise LorakitError(f"{typed}: hidden files and folders are not opened")
+                return path
+        allowed = ", ".join(str(root) for root in self.paths)
+        raise LorakitError(f"{typed} is outside of {allowed}; start the front end with --root FOLDER to allow it")
+
+    def _relative(self, path: Path) -> Path:
+        """A relative path starts at the first root where it exists, else at the first."""
+        for root in self.paths:
+            if (root / path).exists():
+                return root / path
+        return self.paths[0] / path
+
+    def photo_folders(self) -> list[Path]:
+        """Folders below the roots that hold pictures, to suggest; nearest first."""
+        found = []
+        for seen, path in enumerate(self._folders()):
+            if seen >= MOST_FOLDERS:
+                break
+            with os.scandir(path) as entries:
+                if any(entry.name.lower().endswith(photo_folder.FORMATS) and entry.is_file() for entry in entries):
+                    found.append(path)
+        return found
+
+    def _folders(self) -> Iterator[Path]:
+        """Readable folders, level by level."""
+        level = list(self.paths)
+        for _ in range(LEVELS + 1):
+            below: list[Path] = []
+            for path in level:
+                try:
+                    entries = sorted(entry for entry in path.iterdir() if entry.is_dir())
+                except OSError:
+                    continue
+                yield path
+                below += [entry for entry in entries if not entry.name.startswith(".") and not entry.is_symlink()]
+            level = below
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_password(host: str, share: bool, password: str) -> None:
+    """Refuse an address that others can reach without a password.
+
+    Raises:
+        LorakitError: others could reach it, and there is no password or a short one.
+    """
+    if is_loopback(host) and not share:
+        return
+    what = "--share" if share else f"--host {host}"
+    if not password:
+        raise LorakitError(f"{what} lets others in: set a password in LORAKIT_PASSWORD (or --password) first")
+    if len(password) < 8:
+        raise LorakitError(f"{what} lets others in: the password needs 8 characters or more")

@@ -1,0 +1,141 @@
+"""From knobs to widgets' values and back. Everything here follows from `config.knobs()`; no knob is known by name."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit import config as configuration
+from lorakit.config import Config, ConfigError, Knob
+from lorakit.errors import LorakitError
+from lorakit.ui.access import Roots
+
+
+@dataclass(frozen=True)
+class Field:
+    """A knob as a form shows it.
+
+    Attributes:
+        kind: text, lines (a list of texts), number, whole, switch, choice or choices.
+        optional: whether it may be left empty.
+    """
+
+    knob: Knob
+    kind: str
+    optional: bool
+    choices: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The knob's dotted key."""
+        return self.knob.key
+
+    def shown(self, value: Any) -> Any:
+        """The knob's value as its widget holds it."""
+        if self.kind == "lines":
+            return "\n".join(value)
+        return list(value) if self.kind == "choices" else value
+
+    def read(self, value: Any) -> Any:
+        """The widget's value as the knob's; what does not fit is left as it is, for the config to name."""
+        if self.kind == "lines":
+            return tuple(line.strip() for line in str(value or "").splitlines() if line.strip())
+        if self.kind == "choices":
+            return tuple(value or ())
+        if self.kind == "text":
+            return str(value or "").strip()
+        if self.kind == "whole" and isinstance(value, float) and value.is_integer():
+            return int(value)
+        return value
+
+    def bounds(self) -> str:
+        """Its bounds as signs that need no language: `1 … 1024`, `≥ 0`, `> 0`."""
+        low, high, above = self.knob.low, self.knob.high, self.knob.above
+        if above is not None:
+            return f"> {above:g}"
+        if low is not None and high is not None and high < 1e6:
+            return f"{low:g} … {high:g}"
+        return "" if low is None else f"≥ {low:g}"
+
+
+def fields() -> dict[str, Field]:
+    """Every knob of every adapter method, by key, in the order of the config."""
+    found: dict[str, Field] = {}
+    for method in configuration.ADAPTER_SECTIONS:
+        for knob in configuration.knobs(method):
+            found.setdefault(knob.key, _field(knob))
+    order = list(configuration.SECTIONS)
+    return dict(sorted(found.items(), key=lambda item: order.index(item[1].knob.section)))
+
+
+def _field(knob: Knob) -> Field:
+    wanted, optional = knob.type, False
+    if typing.get_origin(wanted) in (types.UnionType, typing.Union):
+        optional = True
+        (wanted,) = (part for part in typing.get_args(wanted) if part is not type(None))
+    choices = typing.get_args(wanted) if typing.get_origin(wanted) is typing.Literal else knob.choices
+    if typing.get_origin(wanted) is tuple:
+        kind = "choices" if choices else "lines"
+    elif choices:
+        kind = "choice"
+    else:
+        kind = {int: "whole", float: "number", bool: "switch", str: "text"}[wanted]
+    return Field(knob, kind, optional, tuple(choices))
+
+
+def values(config: Config) -> dict[str, Any]:
+    """Every knob's value as its widget holds it."""
+    known = fields()
+    tables = {section: getattr(config, section) for section in configuration.SECTIONS}
+    return {
+        key: field.shown(getattr(tables[field.knob.section], field.knob.name))
+        for key, field in known.items()
+        if hasattr(tables[field.knob.section], field.knob.name)
+    }
+
+
+def read(shown: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[str, list[str]]]:
+    """The config that a filled-in form means, or None and every problem by the key of its field ("" for none).
+
+    Paths are resolved below the roots. A knob of another adapter method is left out.
+    """
+    known = fields()
+    method = shown.get("adapter.method", "lora")
+    of_method = {k.key for k in configuration.knobs(method if method in configuration.ADAPTER_SECTIONS else "lora")}
+    problems: dict[str, list[str]] = {}
+    given: dict[str, Any] = {}
+    for key, value in shown.items():
+        if key not in of_method:
+            continue
+        given[key] = known[key].read(value)
+        if known[key].knob.path and given[key] not in ("", known[key].knob.default):
+            try:
+                given[key] = str(roots.resolve(given[key]))
+            except LorakitError as error:
+                problems.setdefault(key, []).append(str(error))
+    try:
+        config = configuration.load(None, given)
+    except ConfigError as error:
+        for problem in error.problems:
+            problems.setdefault(field_of(problem, known), []).append(problem)
+        return None, problems
+    return (None if problems else config), problems
+
+
+def field_of(problem: str, known: Mapping[str, Any]) -> str:
+    """The key of the knob that a message speaks of first, or ""."""
+    return next((key for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", problem) if key in known), "")
+
+
+def changed(shown: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (the preset's value, the form's) where they differ."""
+    known = fields()
+    return {
+        key: (preset[key], shown[key])
+        for key in known
+        if key in preset and key in shown and known[key].read(shown[key]) != known[key].read(preset[key])
+    }

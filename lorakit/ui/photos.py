@@ -1,0 +1,198 @@
+"""The page of photos: a folder's pictures with what is trained of each, what is wrong with it, and its caption."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lorakit.config import Config
+from lorakit.data import buckets, check, folder
+from lorakit.data.folder import Photo
+from lorakit.errors import LorakitError
+from lorakit.ui import widgets
+from lorakit.ui.desk import Desk
+from lorakit.ui.texts import Say
+from lorakit.ui.thumbnails import Thumbnail
+
+# Photos on a page.
+PAGE = 48
+# A caption is sent when its field is left, or at Ctrl-Enter.
+SEND_CAPTION = """
+element.addEventListener('change', (event) => {
+  const field = event.target.closest('textarea[data-photo]');
+  if (field) trigger('submit', {photo: field.dataset.photo, text: field.value});
+});
+element.addEventListener('keydown', (event) => {
+  if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) event.target.blur();
+});
+"""
+
+
+def cards(desk: Desk, photos: list[Photo], report: check.Report | None, config: Config | None, say: Say) -> str:
+    """One page of photos as HTML."""
+    items = {item.relative: item for item in report.items} if report else {}
+    thumbnails = desk.thumbnails.several([photo.path for photo in photos])
+    shown = [
+        _card(photo, thumbnail, items.get(photo.relative), report, config, say)
+        for photo, thumbnail in zip(photos, thumbnails, strict=True)
+    ]
+    return f'<ul class="lk-cards">{"".join(shown)}</ul>'
+
+
+def _card(
+    photo: Photo,
+    thumbnail: Thumbnail,
+    item: check.Item | None,
+    report: check.Report | None,
+    config: Config | None,
+    say: Say,
+) -> str:
+    name = escape(photo.relative)
+    if thumbnail.problem:
+        picture = f'<div class="lk-photo lk-broken" role="img" aria-label="{name}">✕</div>'
+    else:
+        crop = _crop(thumbnail, report, config) if item and report and config else ""
+        image = f'<img src="{thumbnail.address}" alt="{name}">'
+        picture = f"<div class=lk-photo><span class=lk-frame>{image}{crop}</span></div>"
+    facts = [f"{thumbnail.size[0]} × {thumbnail.size[1]}"] if not thumbnail.problem else []
+    if item and item.bucket:
+        facts.append(say("photos.trained_at", width=item.bucket.width, height=item.bucket.height))
+        if item.cropped >= 0.005:
+            facts.append(say("photos.cropped", share=round(100 * item.cropped)))
+        if item.scale > 1:
+            facts.append(say("photos.enlarged", times=f"{item.scale:.2g}"))
+    problems = [thumbnail.problem] if thumbnail.problem else list(item.findings if item else [])
+    listed = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+    hint = escape(say("photos.no_caption", text=item.text)) if item and not photo.caption else ""
+    label = escape(say("photos.caption", name=photo.relative))
+    mark = "bad" if thumbnail.problem else "warn" if problems else "fine"
+    return (
+        f'<li class="lk-card lk-{mark}">{picture}<div class="lk-body"><strong title="{name}">{name}</strong>'
+        f"<small>{escape(' · '.join(facts))}</small>{f'<ul class=lk-findings>{listed}</ul>' if listed else ''}"
+        f'<textarea rows="2" data-photo="{name}" aria-label="{label}" placeholder="{hint}">'
+        f"{escape(photo.caption or '')}</textarea></div></li>"
+    )
+
+
+def _crop(thumbnail: Thumbnail, report: check.Report, config: Config) -> str:
+    """The part that is trained, as a frame over the picture, in percent of its sides."""
+    width, height = thumbnail.size
+    box = buckets.assign(thumbnail.size, config.data.resolution, report.step).box
+    left, top, right, bottom = box[0] / width, box[1] / height, box[2] / width, box[3] / height
+    if (right - left) * (bottom - top) > 0.995:
+        return ""
+    place = f"left:{left:.2%};top:{top:.2%};width:{right - left:.2%};height:{bottom - top:.2%}"
+    return f'<i class=lk-crop style="{place}"></i>'
+
+
+def summary(report: check.Report | None, count: int, say: Say) -> str:
+    """What the check found, the worst first."""
+    head = f"<p class=lk-count><strong>{escape(say('photos.count', count=count))}</strong></p>"
+    if report is None:
+        return head + f"<p class='lk-quiet lk-working'>{escape(say('photos.checking'))}</p>"
+    parts = [head]
+    for kind, lines in (("errors", report.errors), ("warnings", report.warnings), ("notes", report.notes)):
+        if lines:
+            listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+            parts.append(
+                f"<h4 class='lk-{kind}'>{escape(say(f'photos.{kind}'))}</h4><ul class='lk-{kind}'>{listed}</ul>"
+            )
+    if not report.errors and not report.warnings:
+        parts.append(f"<p class=lk-good>✓ {escape(say('photos.fine'))}</p>")
+    return "".join(parts)
+
+
+class PhotosPage:
+    """Builds the page; `folder` is the field that the rest of the front end reads."""
+
+    def __init__(self, desk: Desk, t: gr.I18n):
+        self.desk = desk
+        gr.Markdown(t("photos.lead"), elem_classes="lk-lead")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=280), gr.Group():
+                self.folder = gr.Dropdown(
+                    choices=[str(path) for path in desk.roots.photo_folders()],
+                    value=None,
+                    allow_custom_value=True,
+                    label=t("photos.folder"),
+                    info=", ".join(map(str, desk.roots.paths)),
+                    elem_id="photos-folder",
+                )
+                self.open = gr.Button(t("photos.open"), variant="primary", elem_id="photos-open")
+            with gr.Column(scale=2, min_width=280):
+                self.upload = gr.File(
+                    label=t("photos.upload"),
+                    file_count="multiple",
+                    file_types=[f".{kind}" for kind in folder.FORMATS] + list(folder.CAPTIONS),
+                    height=132,
+                    elem_id="photos-upload",
+                )
+        self.message = gr.HTML(elem_id="photos-message", js_on_load=None)
+        self.summary = gr.HTML(elem_id="photos-summary", js_on_load=None)
+        self.cards = gr.HTML(elem_id="photos-cards", js_on_load=SEND_CAPTION)
+        with gr.Row(visible=False) as self.pager:
+            self.previous = gr.Button(t("photos.previous"), size="sm", min_width=80)
+            self.where = gr.HTML(js_on_load=None)
+            self.next = gr.Button(t("photos.next"), size="sm", min_width=80)
+        self.next_step = gr.Button(t("photos.next_step"), variant="primary", visible=False, elem_id="photos-next")
+        self.first = gr.State(0)
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `show` fills."""
+        return [self.message, self.summary, self.cards, self.pager, self.where, self.next_step, self.first]
+
+    def show(self, path: str, first: int, config: Config | None, say: Say):
+        """Show a page of a folder's photos at once, and again with what the check says when it is through."""
+        hidden = gr.update(visible=False)
+        if not path:
+            yield widgets.quiet(say("photos.empty")), "", "", hidden, "", hidden, 0
+            return
+        try:
+            found = folder.scan(self.desk.roots.resolve(path))
+        except LorakitError as problem:
+            yield widgets.problem(str(problem)), "", "", hidden, "", hidden, 0
+            return
+        first = min(max(0, first), (len(found.photos) - 1) // PAGE * PAGE)
+        page = found.photos[first : first + PAGE]
+        last = first + len(page)
+        pager = gr.update(visible=len(found.photos) > PAGE)
+        where = widgets.quiet(say("photos.page", first=first + 1, last=last, count=len(found.photos)))
+        onward = gr.update(visible=True)
+        count = len(found.photos)
+        plain = cards(self.desk, page, None, None, say)
+        yield "", summary(None, count, say), plain, pager, where, onward, first
+        try:
+            report = self.desk.report(config).result() if config else None
+        except LorakitError as problem:
+            yield widgets.problem(str(problem)), "", plain, pager, where, onward, first
+            return
+        if report is not None and config is not None:
+            yield (
+                "",
+                summary(report, count, say),
+                cards(self.desk, page, report, config, say),
+                pager,
+                where,
+                onward,
+                first,
+            )
+
+    def take_in(self, files: list[str] | None, say: Say) -> tuple[str, str | None]:
+        """Uploaded files into a folder of their own; (message, the folder or None)."""
+        place, count, refused = self.desk.take_in([Path(file) for file in files or []])
+        parts = [widgets.good(say("photos.uploaded", count=count))] if count else []
+        if refused:
+            parts.append(widgets.problem(say("photos.refused", problems="; ".join(refused))))
+        return "".join(parts), str(place) if place else None
+
+    def save_caption(self, path: str, photo: str, text: str, say: Say) -> str:
+        """Save one caption; the line that says so."""
+        try:
+            self.desk.save_caption(Path(path), photo, text)
+        except LorakitError as problem:
+            return widgets.problem(str(problem))
+        return widgets.good(say("photos.saved", name=photo))

@@ -1,0 +1,79 @@
+"""Small pictures for the browser, made once and kept in memory; the photos themselves are never sent."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from lorakit import pictures
+from lorakit.data.decode import Unreadable, decode, measure
+
+SIDE = 256
+# About 15 KiB each.
+MOST = 4000
+QUALITY = 80
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture as a `data:` address, or what keeps it from being read. `size` is the photo's own, upright."""
+
+    address: str = ""
+    problem: str = ""
+    size: tuple[int, int] = (0, 0)
+
+
+class Thumbnails:
+    """Makes and keeps thumbnails; safe to use from several threads."""
+
+    def __init__(self, workers: int = 4):
+        self._made: OrderedDict[tuple[Path, int, int, int], Thumbnail] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="thumbnail")
+
+    def get(self, path: Path, side: int = SIDE) -> Thumbnail:
+        """The thumbnail of a file as it is now; longest side `side` pixels."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            return Thumbnail(problem=f"{path.name}: {error.strerror or error}")
+        key = (path, status.st_mtime_ns, status.st_size, side)
+        with self._lock:
+            if key in self._made:
+                self._made.move_to_end(key)
+                return self._made[key]
+        made = _make(path, side)
+        with self._lock:
+            self._made[key] = made
+            while len(self._made) > MOST:
+                self._made.popitem(last=False)
+        return made
+
+    def several(self, paths: Sequence[Path], side: int = SIDE) -> list[Thumbnail]:
+        """Several at once; decoding leaves Python's lock, so it runs on every core."""
+        return list(self._pool.map(lambda path: self.get(path, side), paths))
+
+
+def _make(path: Path, side: int) -> Thumbnail:
+    try:
+        raw = path.read_bytes()
+        photo = decode(raw, path.name, at_least=side)
+        size = measure(raw, path.name)
+    except Unreadable as problem:
+        return Thumbnail(problem=problem.reason)
+    return Thumbnail(address(pictures.thumbnail(Image.fromarray(photo.pixels), side)), size=size)
+
+
+def address(image: Image.Image) -> str:
+    """A picture as a `data:` address, which needs no second request and no path that a browser could ask for."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=2)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,289 @@
+"""The page on which a run is planned and started: five answers, and every other knob derived from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from lorakit import config as configuration, guide
+from lorakit.config import Config
+from lorakit.errors import LorakitError
+from lorakit.plan import Plan
+from lorakit.ui import form, widgets
+from lorakit.ui.desk import Desk
+from lorakit.ui.texts import Say
+
+AUTOMATIC = ""
+
+
+class TrainPage:
+    """Builds the page. `widgets` holds every knob's widget by key; `marks` is what the page remembers between events.
+
+    `marks` is {"preset": name or "", "values": {key: the preset's value}, "shown": {key: "changed", a problem or ""}}.
+    """
+
+    def __init__(self, desk: Desk, t: gr.I18n):
+        self.desk = desk
+        self.fields = form.fields()
+        start = form.values(guide.suggest({}, "balanced"))
+        self.widgets: dict[str, Any] = {}
+        gr.Markdown(t("train.lead"), elem_classes="lk-lead")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=300):
+                for key in guide.QUESTIONS:
+                    more = {"allow_custom_value": True} if key in (guide.PHOTOS, guide.BASE) else {}
+                    self.widgets[key] = self._question(key, start[key], t, **more)
+                self.quality = gr.Radio(
+                    choices=[(t(f"quality.{name}"), name) for name in guide.QUALITIES],
+                    value="balanced",
+                    label=t("train.quality"),
+                    info=t("train.quality_help"),
+                    elem_id="quality",
+                )
+                self.start = gr.Button(t("train.start"), variant="primary", size="lg", elem_id="train-start")
+                self.message = gr.HTML(elem_id="train-message", js_on_load=None)
+            with gr.Column(scale=2, min_width=280):
+                self.plan = gr.HTML(elem_id="train-plan", js_on_load=None)
+        with gr.Accordion(t("train.options"), open=False, elem_id="train-options"):
+            with gr.Row(equal_height=True):
+                self.preset = gr.Dropdown(
+                    choices=[
+                        (t("train.automatic"), AUTOMATIC),
+                        *((name, name) for name in configuration.preset_names()),
+                    ],
+                    value=AUTOMATIC,
+                    label=t("train.preset"),
+                    info=t("train.preset_help"),
+                    filterable=False,
+                    elem_id="preset",
+                )
+                self.apply = gr.Button(t("train.apply"), elem_id="preset-apply")
+            self.difference = gr.HTML(elem_id="preset-difference", js_on_load=None)
+            self.changed = gr.HTML(elem_id="train-changed", js_on_load=None)
+            for section in configuration.SECTIONS:
+                keys = [
+                    key for key, f in self.fields.items() if f.knob.section == section and key not in guide.QUESTIONS
+                ]
+                if keys:
+                    gr.Markdown(t(f"section.{section}"), elem_classes="lk-section")
+                    with gr.Row(equal_height=False, elem_classes="lk-knobs"):
+                        for key in keys:
+                            self.widgets[key] = widgets.widget(self.fields[key], start[key], t, min_width=240)
+        self.keys = list(self.widgets)
+        self.marks = gr.State({"preset": AUTOMATIC, "values": start, "shown": {}})
+
+    def _question(self, key: str, value: Any, t: gr.I18n, **more: Any) -> Any:
+        field = self.fields[key]
+        if "allow_custom_value" not in more:
+            return widgets.widget(field, value, t)
+        common = {"label": t(f"knob.{key}"), "info": t(f"help.{key}"), "elem_id": widgets.element_id(key)}
+        default = field.knob.default
+        folders = [str(path) for path in self.desk.roots.photo_folders()] if key == guide.PHOTOS else [default]
+        return gr.Dropdown(choices=folders, value=value or None, **common, **more)
+
+    @property
+    def inputs(self) -> list[Any]:
+        """What `refresh` reads, in order: quality, what it remembers, every widget."""
+        return [self.quality, self.marks, *(self.widgets[key] for key in self.keys)]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `refresh` fills."""
+        return [self.plan, self.changed, self.start, self.marks, *(self.widgets[key] for key in self.keys)]
+
+    def form_values(self, values: Sequence[Any]) -> dict[str, Any]:
+        """Key -> what the widget holds."""
+        return dict(zip(self.keys, values, strict=True))
+
+    def refresh(self, quality: str, marks: dict[str, Any], values: Sequence[Any], say: Say):
+        """Follow an answer: options that were not changed by hand go with the preset, problems go to their fields,
+        and the plan is made anew."""
+        shown = self.form_values(values)
+        marks, moved = self._follow(quality, marks, shown)
+        shown |= moved
+        config, problems = self.read(shown, say)
+        changed = form.changed(shown, {k: v for k, v in marks["values"].items() if k not in guide.QUESTIONS})
+        wanted = {
+            key: "\n".join(problems[key]) if key in problems else "changed" if key in changed else ""
+            for key in self.keys
+        }
+        updates = [self._update(key, wanted[key], marks["shown"].get(key, ""), moved, say) for key in self.keys]
+        marks = marks | {"shown": {key: mark for key, mark in wanted.items() if mark}}
+        listed = _changes(changed, say)
+        if config is None:
+            yield _problems(problems, say), listed, gr.update(interactive=False), marks, *updates
+            return
+        held = [gr.skip()] * len(updates)
+        yield widgets.quiet(say("plan.working")), listed, gr.update(interactive=False), marks, *updates
+        try:
+            preview = guide.preview(config, self.desk.report(config).result())
+        except LorakitError as problem:
+            yield widgets.problem(str(problem)), gr.skip(), gr.skip(), gr.skip(), *held
+            return
+        if preview.plan is None:
+            yield _problems({guide.PHOTOS: preview.report.errors}, say), gr.skip(), gr.skip(), gr.skip(), *held
+            return
+        yield (
+            plan_card(preview.plan, preview.report.warnings, say),
+            gr.skip(),
+            gr.update(interactive=True),
+            gr.skip(),
+            *held,
+        )
+
+    def _follow(
+        self, quality: str, marks: dict[str, Any], shown: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The preset that the answers suggest now, and the new values of options that were not changed by hand."""
+        try:
+            suggested = form.values(guide.suggest(shown, quality, marks["preset"] or None))
+        except LorakitError:
+            return marks, {}
+        by_hand = form.changed(shown, marks["values"])
+        moved = {
+            key: value
+            for key, value in suggested.items()
+            if key not in guide.QUESTIONS and key not in by_hand and shown.get(key) != value
+        }
+        return marks | {"values": suggested}, moved
+
+    def read(self, shown: Mapping[str, Any], say: Say) -> tuple[Config | None, dict[str, list[str]]]:
+        """The config of a filled-in form, or every problem by field; an unanswered question is one."""
+        config, problems = form.read(shown, self.desk.roots)
+        for key in guide.QUESTIONS:
+            if not str(shown.get(key) or "").strip():
+                problems.setdefault(key, []).append(say("train.required"))
+        if config is not None and not problems:
+            try:
+                guide.describe(shown[guide.BASE])
+            except LorakitError as problem:
+                problems[guide.BASE] = [str(problem)]
+        return (None if problems else config), problems
+
+    def config_of_photos(self, shown: Mapping[str, Any]) -> Config | None:
+        """A config that is enough to look at the photos, whatever else is still unanswered or wrong."""
+        config, _ = form.read(shown, self.desk.roots)
+        if config is not None:
+            return config
+        start = form.values(guide.suggest({}, "balanced"))
+        return form.read(start | {guide.PHOTOS: shown[guide.PHOTOS]}, self.desk.roots)[0]
+
+    def restore(self, kept: Mapping[str, Any]) -> list[Any]:
+        """The answers that the browser kept: photos' folder, quality, marks, preset, then each widget."""
+        start = form.values(guide.suggest({}, "balanced"))
+        values = start | {key: value for key, value in (kept.get("values") or {}).items() if key in self.widgets}
+        quality = kept.get("quality") if kept.get("quality") in guide.QUALITIES else "balanced"
+        preset = kept.get("preset") if kept.get("preset") in configuration.preset_names() else AUTOMATIC
+        try:
+            suggested = form.values(guide.suggest(values, quality, preset or None))
+        except LorakitError:
+            suggested = start
+        marks = {"preset": preset, "values": suggested, "shown": {}}
+        photos = values[guide.PHOTOS] or None
+        return [
+            photos,
+            quality,
+            marks,
+            preset,
+            *(gr.update(value=values[key] or None) if key == guide.PHOTOS else values[key] for key in self.keys),
+        ]
+
+    def _update(self, key: str, mark: str, before: str, moved: Mapping[str, Any], say: Say) -> Any:
+        change: dict[str, Any] = {"value": moved[key]} if key in moved else {}
+        if mark != before:
+            wrong = mark not in ("", "changed")
+            help = say(f"help.{key}")
+            change["info"] = f"✕ {mark} — {help}" if wrong else f"● {say('train.changed')} — {help}" if mark else help
+            change["elem_classes"] = ["lk-wrong"] if wrong else ["lk-changed"] if mark else []
+        return gr.update(**change) if change else gr.skip()
+
+    def difference_of(self, preset: str, quality: str, values: Sequence[Any], say: Say) -> str:
+        """What the preset would change, as a table."""
+        shown = self.form_values(values)
+        try:
+            suggested = form.values(guide.suggest(shown, quality, preset or None))
+        except LorakitError as problem:
+            return widgets.problem(str(problem))
+        differences = form.changed(suggested, {key: shown[key] for key in suggested if key not in guide.QUESTIONS})
+        if not differences:
+            return widgets.quiet(say("train.same"))
+        head = [say("train.option"), say("train.now"), say("train.then")]
+        return widgets.table(
+            head, [[key, _told(now, say), _told(then, say)] for key, (now, then) in differences.items()]
+        )
+
+    def apply_preset(self, preset: str, quality: str, marks: dict[str, Any], values: Sequence[Any]) -> list[Any]:
+        """Every option as the preset has it: the new `marks`, then an update for each widget."""
+        shown = self.form_values(values)
+        suggested = form.values(guide.suggest(shown, quality, preset or None))
+        updates = [
+            gr.skip() if key in guide.QUESTIONS or suggested.get(key) == shown[key] else gr.update(value=suggested[key])
+            for key in self.keys
+        ]
+        return [marks | {"preset": preset, "values": suggested}, *updates]
+
+    def begin(self, values: Sequence[Any], say: Say) -> tuple[str, str | None]:
+        """Put the run into the queue; (message, name of the run folder or None)."""
+        config, problems = self.read(self.form_values(values), say)
+        if config is None:
+            return widgets.problem(
+                say("train.cannot", problem="; ".join(p for one in problems.values() for p in one))
+            ), None
+        try:
+            report = self.desk.report(config).result()
+            if report.errors:
+                raise LorakitError("; ".join(report.errors))
+            job = self.desk.queue.train(config)
+        except LorakitError as problem:
+            return widgets.problem(say("train.cannot", problem=str(problem))), None
+        self.desk.queue.start()
+        name = job.folder.rpartition("/")[2].rpartition("\\")[2]
+        return widgets.good(say("train.started", name=name)), name
+
+
+def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
+    """The plan's figures, and below them its lines as the command line has them."""
+    memory = widgets.memory(sum(plan.memory.values()), say)
+    spent = say("plan.measured") if plan.seconds is None else widgets.duration(plan.seconds, say)
+    held = say("plan.held", count=plan.held_out) if plan.held_out else ""
+    weights = f"{sum(count for _, count in plan.modules.values()) / 1e6:.2f} M"
+    estimate = say("plan.estimate")
+    figures = widgets.facts(
+        [
+            (say("plan.steps"), str(plan.steps), ""),
+            (say("plan.time"), spent, estimate if plan.seconds is not None else ""),
+            (say("plan.memory"), memory, f"{estimate}, {say('plan.device', device=plan.device)}"),
+            (say("plan.photos"), str(plan.photos), held),
+            (say("plan.trained"), weights, ""),
+        ]
+    )
+    warned = "".join(f"<li>{escape(line)}</li>" for line in warnings)
+    lines = "".join(f"<li>{escape(line)}</li>" for line in plan.lines())
+    return (
+        f"<section class=lk-panel><h3>{escape(say('plan.title'))}</h3>{figures}"
+        f"{f'<ul class=lk-warnings>{warned}</ul>' if warned else ''}<ul class=lk-lines>{lines}</ul></section>"
+    )
+
+
+def _problems(problems: Mapping[str, Sequence[str]], say: Say) -> str:
+    titles = {key: f"<b>{escape(say(f'knob.{key}'))}</b>: " if key else "" for key in problems}
+    listed = "".join(f"<li>{titles[key]}{escape(line)}</li>" for key, lines in problems.items() for line in lines)
+    return f"<section class=lk-panel><h3>{escape(say('plan.problems'))}</h3><ul class=lk-errors>{listed}</ul></section>"
+
+
+def _changes(changed: Mapping[str, tuple[Any, Any]], say: Say) -> str:
+    if not changed:
+        return widgets.quiet(say("train.unchanged"))
+    told = "; ".join(f"{key}: {_told(was, say)} → {_told(now, say)}" for key, (was, now) in changed.items())
+    return f"<p class=lk-changes>● {escape(say('train.changed'))}: {escape(told)}</p>"
+
+
+def _told(value: Any, say: Say) -> str:
+    if value is None or value == "":
+        return say("train.unset")
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

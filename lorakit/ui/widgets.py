@@ -1,0 +1,93 @@
+"""Small pieces of HTML, and the widget that belongs to a knob."""
+
+from __future__ import annotations
+
+import time
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from lorakit.ui.form import Field
+from lorakit.ui.texts import Say
+
+
+def quiet(text: str) -> str:
+    """A line in a low voice."""
+    return f"<p class=lk-quiet>{escape(text)}</p>"
+
+
+def problem(text: str) -> str:
+    """A line that says what is wrong; screen readers read it at once."""
+    return f"<p class=lk-problem role=alert>{escape(text)}</p>"
+
+
+def good(text: str) -> str:
+    """A line that says that something was done."""
+    return f"<p class=lk-good role=status>✓ {escape(text)}</p>"
+
+
+def badge(state: str, say: Say) -> str:
+    """The state of a run as a word on a coloured ground."""
+    return f'<span class="lk-badge lk-is-{state}">{escape(say(f"state.{state}"))}</span>'
+
+
+def facts(pairs: list[tuple[str, str, str]]) -> str:
+    """Name, value and remark of several numbers, side by side."""
+    shown = []
+    for name, value, remark in pairs:
+        small = f"<small>{escape(remark)}</small>" if remark else ""
+        shown += [f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{small}</dd></div>"] if value else []
+    return f"<dl class=lk-facts>{''.join(shown)}</dl>"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of texts."""
+    top = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f"<div class=lk-scroll><table class=lk-table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def memory(size: float, say: Say) -> str:
+    """Bytes for people."""
+    if size >= 1e3 * 2**20:
+        return say("unit.gib", value=f"{size / 2**30:.1f}")
+    return say("unit.mib", value=f"{size / 2**20:.0f}")
+
+
+def duration(seconds: float, say: Say) -> str:
+    """Seconds for people."""
+    if seconds < 100:
+        return say("unit.seconds", value=round(seconds))
+    if seconds < 6000:
+        return say("unit.minutes", value=round(seconds / 60))
+    return say("unit.hours", value=f"{seconds / 3600:.1f}")
+
+
+def ago(moment: float, say: Say) -> str:
+    """How long ago that was."""
+    return duration(max(0.0, time.time() - moment), say)
+
+
+def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
+    """The widget for a knob. Bounds are in its help, and are judged by the config alone."""
+    common = {"label": t(f"knob.{field.key}"), "info": t(f"help.{field.key}"), "elem_id": element_id(field.key)} | more
+    shown = field.shown(value)
+    if field.kind == "switch":
+        return gr.Checkbox(value=shown, **common)
+    if field.kind == "choices":
+        return gr.CheckboxGroup(choices=list(field.choices), value=shown, **common)
+    if field.kind == "choice":
+        if len(field.choices) <= 3:
+            return gr.Radio(choices=list(field.choices), value=shown, **common)
+        return gr.Dropdown(choices=list(field.choices), value=shown, filterable=False, **common)
+    if field.kind in ("number", "whole"):
+        return gr.Number(value=shown, **common)
+    return gr.Textbox(value=shown, lines=3 if field.kind == "lines" else 1, **common)
+
+
+def element_id(key: str) -> str:
+    """The HTML id of a knob's widget."""
+    return "knob-" + key.replace(".", "-")
