@@ -254,7 +254,7 @@ class _Work:
     def said(self, photos: int) -> str:
         """What was done, in a line."""
         rows = self.hits + self.encoded
-        of = f" ({photos} photos x variants)" if rows > photos else ""
+        of = f" ({photos} photos with their variants)" if rows > photos else ""
         if self.folder is None:
             return f"latents: {self.encoded} encoded{of}"
         return f"latents: {self.hits} hits, {self.encoded} encoded{of}, kept in {self.folder}"

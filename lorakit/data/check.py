@@ -6,6 +6,7 @@ Errors stop a run; warnings name what will probably disappoint; notes say what w
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,9 +26,9 @@ from lorakit.errors import LorakitError
 
 # A crop larger than this is worth a look: a head may be missing.
 CROP = 0.10
-# Variance of the Laplacian over that of the picture, at the trained size. At 512 pixels 18 sharp photos measured 0.04
-# to 1.3, and 0.0001 to 0.004 under a Gaussian blur of 2.5 of those pixels.
-BLUR = 0.006
+# Variance of the Laplacian over that of the picture, at the trained size. At 512 pixels 46 sharp photos measured 0.04
+# to 2.5, and 18 of them 0.002 or less under a Gaussian blur of 2.6 of those pixels.
+BLUR = 0.004
 # Bits of a 256-bit difference hash, and mean colour difference (of 255) of 16 x 16 thumbnails, within which two photos
 # look the same: saved again at quality 50 or cropped by 1 % measured up to 23 bits and 3.5; four drawings of one figure
 # in other poses on white 13 bits and 5 or more. The colours also keep flat pictures, whose hashes are all alike, apart.
@@ -69,6 +70,7 @@ class Item:
         tokens: how many tokens that is, without start and end.
         cut: the part of the text that does not fit.
         sharpness: see `BLUR`.
+        digest: SHA-256 of its file and, where it has one, its mask; "" where it cannot be read.
         findings: what was found about this photo alone, in a few words each.
     """
 
@@ -84,6 +86,7 @@ class Item:
     tokens: int = 0
     cut: str = ""
     sharpness: float = 0.0
+    digest: str = ""
     findings: list[str] = field(default_factory=list)
 
     @property
@@ -125,11 +128,17 @@ class Report:
         """How many photos are trained at each size, most first."""
         return dict(Counter(item.bucket for item in self.items if item.bucket).most_common())
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all photos, masks and texts: equal means that a run would see the same."""
+        facts = [[item.relative, item.digest, item.text] for item in self.items]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--json`; keys are only ever added."""
         rows = []
         for item in self.items:
-            row = {"file": item.relative} | {name: getattr(item, name) for name in ITEM_JSON}
+            row = {"file": item.relative} | {name: _rounded(getattr(item, name)) for name in ITEM_JSON}
             row |= {"caption_source": item.photo.caption_source, "mask": item.photo.mask is not None}
             row["bucket"] = item.bucket and item.bucket._asdict()
             rows.append(row)
@@ -189,7 +198,6 @@ class _Look:
 
     problem: str = ""
     notes: tuple[str, ...] = ()
-    digest: bytes = b""
     hash: np.ndarray[Any, np.dtype[np.bool_]] | None = None
     colours: np.ndarray[Any, np.dtype[np.float32]] | None = None
 
@@ -200,8 +208,10 @@ def _look(item: Item, resolution: int, step: int) -> _Look:
     try:
         raw = photo.path.read_bytes()
         decoded = decode.decode(raw, photo.relative)
+        item.digest = hashlib.sha256(raw).hexdigest()
         if photo.mask is not None:
             decode.decode_mask(photo.mask, decoded.size)
+            item.digest += hashlib.sha256(photo.mask.read_bytes()).hexdigest()
     except decode.Unreadable as error:
         return _Look(problem=error.reason if str(error).startswith(photo.relative) else str(error))
     except OSError as error:
@@ -214,7 +224,7 @@ def _look(item: Item, resolution: int, step: int) -> _Look:
     item.sharpness = _sharpness(image, placement)
     grey = np.asarray(image.resize((17, 16), Image.Resampling.BOX).convert("L"), dtype=np.int16)
     colours = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
-    return _Look("", decoded.notes, hashlib.sha256(raw).digest(), (grey[:, 1:] > grey[:, :-1]).ravel(), colours)
+    return _Look("", decoded.notes, (grey[:, 1:] > grey[:, :-1]).ravel(), colours)
 
 
 def _sharpness(image: Image.Image, placement: buckets.Placement) -> float:
@@ -231,7 +241,8 @@ def _sharpness(image: Image.Image, placement: buckets.Placement) -> float:
     inner = grey[1:-1, 1:-1]
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner
     spread = float(grey.var())
-    return float(laplacian.var()) / spread if spread > 4 else 1.0
+    # Rounding to 8 bits adds noise of variance 1/12 to each of the five places, of which the middle one counts 16-fold.
+    return max(0.0, float(laplacian.var()) - 20 / 12) / spread if spread > 4 else 1.0
 
 
 def _texts(report: Report, config: DataConfig, tokens: captions.Tokens) -> None:
@@ -281,15 +292,15 @@ def _unreadable(report: Report, seen: Sequence[_Look]) -> None:
 
 
 def _duplicates(report: Report, seen: Sequence[tuple[Item, _Look]]) -> None:
-    same: dict[bytes, list[Item]] = {}
-    for item, look in seen:
-        same.setdefault(look.digest, []).append(item)
+    same: dict[str, list[Item]] = {}
+    for item, _ in seen:
+        same.setdefault(item.digest, []).append(item)
     for items in same.values():
         if len(items) > 1:
             report.warnings.append(f"{_names(items)}: the same file, counted {len(items)} times")
             for item in items[1:]:
                 item.findings.append(f"same as {items[0].relative}")
-    first = [(item, look) for item, look in seen if same[look.digest][0] is item]
+    first = [(item, look) for item, look in seen if same[item.digest][0] is item]
     for at, (item, look) in enumerate(first):
         for other, earlier in first[:at]:
             if _alike(look, earlier):
@@ -348,6 +359,10 @@ def _aggregate(report: Report, config: DataConfig) -> None:
         report.notes.append(f"{masks} of {len(report.items)} photos have a mask; train.masked_loss = true uses it")
     if config.flip and config.kind == "subject":
         report.notes.append("data.flip: the subject is learned mirrored too; leave it off where its sides differ")
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _names(items: Iterable[Item], shown: Callable[[Item], str] | None = None, most: int = 5) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ MASK = ".mask.png"
 TEXT_KEYS = ("text", "caption", "prompt")
 # Folders that systems make and people do not see.
 HIDDEN = ("__MACOSX", "@eaDir")
+LOOKED_INTO = 1000
 KOHYA = re.compile(r"\d+_.+")
 
 
@@ -66,16 +68,19 @@ def scan(folder: str | Path) -> Folder:
     _require_folder(path)
     found = Folder(path)
     others: Counter[str] = Counter()
+    metadata: dict[str, tuple[str, str]] = {}
     try:
-        _read_level(found, path, others)
         below = [entry for entry in _sorted(path.iterdir()) if entry.is_dir() and not _hidden(entry)]
-        for entry in below:
-            _read_level(found, entry, others)
+        for level in (path, *below):
+            _read_level(found, level, metadata, others)
+        deeper = _deeper(path, below)
     except OSError as error:
         raise LorakitError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
-    deeper = _deeper(path, below)
     if not found.photos:
         raise LorakitError(_nothing(path, others, deeper))
+    absent = [name for name in metadata if name not in {photo.relative for photo in found.photos}]
+    if absent:
+        found.warnings.append(f"{METADATA} names files that are not there: {_some(absent)}")
     if deeper:
         listed = ", ".join(f"{name}/ ({count})" for name, count in deeper.items())
         found.warnings.append(f"pictures more than one folder down are not read: {listed}")
@@ -126,15 +131,17 @@ def _is_photo(entry: Path) -> bool:
     return _kind(entry) in FORMATS and not entry.name.lower().endswith(MASK) and not _hidden(entry) and entry.is_file()
 
 
-def _read_level(found: Folder, level: Path, others: Counter[str]) -> None:
-    """Add the photos directly in `level`, each with its caption and mask."""
+def _read_level(found: Folder, level: Path, metadata: dict[str, tuple[str, str]], others: Counter[str]) -> None:
+    """Add the photos directly in `level`, each with its caption and mask; metadata.jsonl fills `metadata`."""
     entries = [entry for entry in _sorted(level.iterdir()) if not _hidden(entry) and entry.is_file()]
     by_name = {entry.name.lower(): entry for entry in entries}
+    inside = "" if level == found.path else f"{level.name}/"
+    if METADATA in by_name:
+        _read_metadata(found, by_name[METADATA], inside, metadata)
+    used = set()
     photos = [entry for entry in entries if _is_photo(entry)]
-    metadata = _read_metadata(found, by_name[METADATA]) if METADATA in by_name else {}
-    used = {METADATA}
     for path in photos:
-        relative = path.relative_to(found.path).as_posix()
+        relative = inside + path.name
         given: list[tuple[str, str]] = []
         for suffix in CAPTIONS:
             # `photo.jpg.txt` is what some taggers write.
@@ -142,24 +149,16 @@ def _read_level(found: Folder, level: Path, others: Counter[str]) -> None:
                 if name in by_name:
                     used.add(name)
                     given.append((by_name[name].name, _read_caption(found, by_name[name])))
-        if path.name in metadata:
-            given.append((METADATA, metadata.pop(path.name)))
+        if relative in metadata:
+            given.append(metadata[relative])
         mask = by_name.get(path.stem.lower() + MASK)
         used.add(path.stem.lower() + MASK)
         source, caption = _choose(found, relative, given)
         found.photos.append(Photo(path, relative, caption, source, mask))
-    inside = level.relative_to(found.path).as_posix()
-    where = "" if inside == "." else f"{inside}/"
-    if photos:
-        orphans = [
-            entry.name
-            for name, entry in by_name.items()
-            if name not in used and (entry.suffix.lower() in CAPTIONS or name.endswith(MASK))
-        ]
-        if orphans:
-            found.warnings.append(f"no photo has the name of {_some(where + name for name in orphans)}: not used")
-        if metadata:
-            found.warnings.append(f"{where}{METADATA} names files that are not there: {_some(metadata)}")
+    belongings = {name for name in by_name if name.endswith((*CAPTIONS, MASK))}
+    if photos and belongings - used:
+        orphans = [inside + by_name[name].name for name in sorted(belongings - used)]
+        found.warnings.append(f"no photo has the name of {_some(orphans)}: not used")
     others.update(
         _kind(entry) or "without an ending" for entry in entries if not _is_photo(entry) and not _is_mask(entry)
     )
@@ -206,32 +205,41 @@ def _text(found: Folder, path: Path) -> str:
     return text
 
 
-def _read_metadata(found: Folder, path: Path) -> dict[str, str]:
-    """`file_name` -> text of a metadata.jsonl as the `datasets` library reads it."""
-    name = path.relative_to(found.path).as_posix()
-    texts: dict[str, str] = {}
+def _read_metadata(found: Folder, path: Path, inside: str, metadata: dict[str, tuple[str, str]]) -> None:
+    """Add what a metadata.jsonl, as the `datasets` library reads it, says: name below the folder -> (source, text)."""
+    source = inside + path.name
     for number, line in enumerate(_text(found, path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise LorakitError(f"{name} line {number}: not JSON ({error.msg}); each line is one object") from None
+            raise LorakitError(f"{source} line {number}: not JSON ({error.msg}); each line is one object") from None
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise LorakitError(f'{name} line {number}: needs "file_name", the name of a picture beside it')
+            raise LorakitError(f'{source} line {number}: needs "file_name", the name of a picture beside it')
         text = next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), None)
         if text is None:
-            raise LorakitError(f"{name} line {number}: needs one of {', '.join(TEXT_KEYS)}")
-        texts[row["file_name"].removeprefix("./")] = " ".join(text.split())
-    return texts
+            raise LorakitError(f"{source} line {number}: needs one of {', '.join(TEXT_KEYS)}")
+        name = inside + row["file_name"].removeprefix("./")
+        told = (source, " ".join(text.split()))
+        if metadata.setdefault(name, told)[1] != told[1]:
+            found.warnings.append(f"{name}: {source} line {number} says something else than before; not used")
 
 
 def _deeper(path: Path, below: list[Path]) -> dict[str, int]:
-    """Folders two or more levels down that hold pictures, and how many."""
+    """Folders two or more levels down that hold pictures, and how many; it stops looking after `LOOKED_INTO` folders,
+    as the folder given may be a whole disk.
+    """
     counts: dict[str, int] = {}
+    visited = 0
     for entry in below:
-        for folder in sorted(p for p in entry.rglob("*") if p.is_dir() and not _hidden(p)):
-            count = sum(_is_photo(p) for p in folder.iterdir())
+        for place, folders, _ in os.walk(entry):
+            folders[:] = sorted(name for name in folders if not _hidden(Path(name)))
+            visited += 1
+            if visited > LOOKED_INTO:
+                return counts
+            folder = Path(place)
+            count = sum(_is_photo(p) for p in folder.iterdir()) if folder != entry else 0
             if count:
                 counts[folder.relative_to(path).as_posix()] = count
     return counts

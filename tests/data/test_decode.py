@@ -232,6 +232,7 @@ def test_the_first_picture_of_several_is_used_and_said() -> None:
     assert webp.notes == ("holds 3 pictures: the first is used",)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
 )

@@ -62,19 +62,22 @@ def test_captions_of_every_kind(photos: Path) -> None:
     (photos / "a.txt").write_text("one\n", encoding="utf-8")
     (photos / "b.caption").write_text("two\n  lines", encoding="utf-8")
     rows = [{"file_name": "c.jpg", "text": "three"}, {"file_name": "./d.jpg", "caption": "four"}]
+    rows.append({"file_name": "sub/h.jpg", "text": "seven"})
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
     (photos / "e.jpg.txt").write_text("five", encoding="utf-8")
+    marked.save(photos / "sub/h.jpg", marked.picture(9, 16, 16))
     (photos / "sub/metadata.jsonl").write_text(json.dumps({"file_name": "f.jpg", "prompt": "six"}), encoding="utf-8")
     found = folder.scan(photos)
     assert captions(found) == {
         "a.jpg": "one", "b.jpg": "two lines", "c.jpg": "three", "d.jpg": "four", "e.jpg": "five", "g.jpg": None,
-        "sub/f.jpg": "six",
+        "sub/f.jpg": "six", "sub/h.jpg": "seven",
     }  # fmt: skip
     assert [photo.caption_source for photo in found.photos] == [
-        "a.txt", "b.caption", "metadata.jsonl", "metadata.jsonl", "e.jpg.txt", None, "metadata.jsonl",
+        "a.txt", "b.caption", "metadata.jsonl", "metadata.jsonl", "e.jpg.txt", None, "sub/metadata.jsonl",
+        "metadata.jsonl",
     ]  # fmt: skip
     assert found.warnings == []
-    assert found.notes == ["subfolders: sub/ (1)"]
+    assert found.notes == ["subfolders: sub/ (2)"]
 
 
 def test_captions_that_disagree_are_said(photos: Path) -> None:
@@ -82,10 +85,16 @@ def test_captions_that_disagree_are_said(photos: Path) -> None:
     (photos / "a.txt").write_text("one")
     (photos / "a.caption").write_text("two")
     (photos / "b.txt").write_text("same")
-    (photos / "metadata.jsonl").write_text('{"file_name": "b.jpg", "text": "same"}')
+    fill(photos, "c.jpg")
+    rows = [{"file_name": "b.jpg", "text": "same"}, {"file_name": "c.jpg", "text": "x"}]
+    rows.append({"file_name": "c.jpg", "text": "y"})
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = folder.scan(photos)
-    assert captions(found) == {"a.jpg": "one", "b.jpg": "same"}
-    assert found.warnings == ["a.jpg: a.txt and a.caption say different things; a.txt is used"]
+    assert captions(found) == {"a.jpg": "one", "b.jpg": "same", "c.jpg": "x"}
+    assert found.warnings == [
+        "c.jpg: metadata.jsonl line 3 says something else than before; not used",
+        "a.jpg: a.txt and a.caption say different things; a.txt is used",
+    ]
 
 
 def test_captions_that_are_empty_or_nobodys_are_said(photos: Path) -> None:
