@@ -13,9 +13,8 @@ import os
 import runpy
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -153,7 +152,7 @@ def run_check(args: argparse.Namespace) -> int:
     report = check.check(config.data, info)
     planned = None if report.errors else plan.make(config, info, report)
     if args.json:
-        _print_json({"check": report.to_dict(), "plan": planned.to_json() if planned else None})
+        _print_json({"check": report.to_json(), "plan": planned.to_json() if planned else None})
     else:
         _print(report.to_text())
         if planned:
@@ -209,30 +208,24 @@ def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[], Any
 
 def run_sample(args: argparse.Namespace) -> int:
     """`lorakit sample`: a grid with a row for each strength and a column for each prompt, and each picture."""
-    from lorakit import export, pictures, sample
-    from lorakit.data import captions
+    from lorakit import sample
 
     adapter = Path(args.adapter)
-    config = sample_config(export.read(adapter).metadata, args.base, _overrides(args.set))
-    prompts = args.prompt or list(config.sample.prompts) or captions.sample_prompts(config.data)
-    side = args.size or config.data.resolution
-    rows = sample.from_file(
-        adapter, args.base, prompts, config.sample, side, strengths=args.strength, where=config.memory
+    config = sample.recorded(adapter, _overrides(args.set))
+    files = sample.from_file(
+        adapter,
+        args.base,
+        args.prompt or config.sample.prompts,
+        args.strength,
+        config.sample,
+        folder=Path(args.output) if args.output else None,
+        size=args.size,
+        memory=config.memory,
     )
-    folder = Path(args.output or Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{adapter.stem}-samples")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for strength, row in zip(args.strength, rows, strict=True):
-        for number, picture in enumerate(row, start=1):
-            files.append(folder / f"{number:02}-strength-{strength:g}.png")
-            pictures.save(picture, files[-1])
-    grid = folder / "grid.png"
-    labels = [f"strength {strength:g}" for strength in args.strength]
-    pictures.save(pictures.grid([picture for row in rows for picture in row], labels, prompts), grid)
     if args.json:
-        _print_json({"grid": str(grid), "files": [str(file) for file in files]})
+        _print_json({"grid": str(files[0]), "files": [str(file) for file in files[1:]]})
     else:
-        _print(str(grid))
+        _print(str(files[0]))
     return 0
 
 
@@ -340,21 +333,6 @@ def default_preset(base: str, kind: str) -> tuple[str, str]:
 
     family = families.describe(base).family
     return f"{kind}-{PRESET_FOR_FAMILY[family]}", f"for a base of the family {family}; --preset chooses another"
-
-
-def sample_config(metadata: Mapping[str, str], base: str, overrides: Mapping[str, Any]) -> configuration.Config:
-    """How to draw with an adapter: as its base's preset says, then as it was trained, then as the user says.
-
-    What a file says of its training is not trusted: where it is not a config of ours, it is left out.
-    """
-    preset, _ = default_preset(base, "subject")
-    plain = configuration.load(preset, overrides)
-    try:
-        tables = json.loads(metadata.get("lorakit.config", "{}"))
-        trained = {f"{part}.{name}": value for part in ("data", "sample") for name, value in tables[part].items()}
-        return configuration.load(preset, trained | dict(overrides))
-    except (ValueError, LookupError, TypeError, AttributeError, configuration.ConfigError):
-        return plain
 
 
 def describe_knob(knob: configuration.Knob) -> dict[str, Any]:

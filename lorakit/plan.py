@@ -296,7 +296,7 @@ def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:
     while time.perf_counter() - start < seconds:
         numpy.matmul(left, left)
         done += 1
-    return 2 * side**3 * done / (time.perf_counter() - start)
+    return 2.0 * side**3 * done / (time.perf_counter() - start)
 
 
 def _millions(count: int) -> str:

@@ -275,23 +275,6 @@ def test_a_resolved_config_is_a_preset_that_makes_the_same_run(tmp_path: Path) -
     assert again == first
 
 
-def test_an_adapter_is_drawn_as_it_was_trained() -> None:
-    told = {"lorakit.config": json.dumps({"data": {"resolution": 128, "name": "sks fox"}, "sample": {"guidance": 3.0}})}
-    found = cli.sample_config(told, "pocket", {"sample.steps": 4})
-    assert (found.data.resolution, found.data.name, found.sample.guidance, found.sample.steps) == (
-        128,
-        "sks fox",
-        3.0,
-        4,
-    )
-    assert cli.sample_config({}, "pocket", {}).data.resolution == 64
-
-
-@pytest.mark.parametrize("told", ["{", "[]", '{"data": {"unknown": 1}, "sample": 3}', '{"sample": {"steps": "many"}}'])
-def test_an_adapter_that_tells_nonsense_is_drawn_as_the_preset_says(told: str) -> None:
-    assert cli.sample_config({"lorakit.config": told}, "pocket", {}) == config.load("subject-pocket")
-
-
 # -- check ----------------------------------------------------------------------------------------------------------
 
 
