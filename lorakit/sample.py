@@ -60,11 +60,12 @@ def draw(
         it, "lorakit" as JSON.
     """
     width, height = (size, size) if isinstance(size, int) else size
+    pipeline, sampler = _pipeline(family)
     drawn = []
     for number, prompt in enumerate(prompts):
         seed = sample.seed + number
-        (picture,) = _pictures(family, [prompt], [seed], sample, (width, height))
-        picture.info.update(_recipe(family, prompt, seed, sample, (width, height), adapter, strength))
+        (picture,) = _pictures(family, pipeline, [prompt], [seed], sample, (width, height))
+        picture.info.update(_recipe(family.info, sampler, prompt, seed, sample, (width, height), adapter, strength))
         drawn.append(picture)
     return drawn
 
@@ -188,6 +189,7 @@ def class_images(
     Raises:
         LorakitError: the cache cannot be written.
     """
+    pipeline, sampler = _pipeline(family)
     recipe = {
         "base": family.info.hash,
         "prompt": prompt,
@@ -195,7 +197,7 @@ def class_images(
         "size": side,
         "steps": sample.steps,
         "guidance": sample.guidance,
-        "sampler": _scheduler(family)[1],
+        "sampler": sampler,
         "seed": seed,
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
@@ -211,9 +213,8 @@ def class_images(
             numbers = missing[start : start + batch]
             # A seed range of their own, far from the samples' (both are below 2**31).
             seeds = [2**32 + seed * 2**20 + number for number in numbers]
-            for number, picture in zip(
-                numbers, _pictures(family, [prompt] * len(numbers), seeds, sample, (side, side)), strict=True
-            ):
+            drawn = _pictures(family, pipeline, [prompt] * len(numbers), seeds, sample, (side, side))
+            for number, picture in zip(numbers, drawn, strict=True):
                 save(picture, files[number])
     except OSError as error:
         raise LorakitError(f"cannot keep class images in {place}: {error.strerror}; set LORAKIT_CACHE") from None
@@ -232,43 +233,43 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LORAKIT_CACHE") or Path.home() / ".cache" / "lorakit")
 
 
+def _pipeline(family: Any) -> tuple[Any, str]:
+    """The family's pipeline with a fresh sampler, and the name that web UIs give the sampler."""
+    pipeline = family.pipeline()
+    pipeline.scheduler, name = _sampler(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, name
+
+
 def _pictures(
-    family: Any, prompts: list[str], seeds: list[int], sample: SampleConfig, size: tuple[int, int]
+    family: Any, pipeline: Any, prompts: list[str], seeds: list[int], sample: SampleConfig, size: tuple[int, int]
 ) -> list[Image.Image]:
-    """One batch through the diffusers pipeline, decoded by the family's VAE (float32 in every precision)."""
+    """One batch through the pipeline, decoded by the family's VAE (float32 in every precision)."""
     width, height = size
     shape = (family.info.latent_channels, height // family.info.downscale, width // family.info.downscale)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    pipeline = family.pipeline()
-    shared = pipeline.scheduler
     with inference([*family.modules().values(), family.vae]):
-        try:
-            pipeline.scheduler = _scheduler(family)[0]
-            pipeline.set_progress_bar_config(disable=True)
-            latents = pipeline(
-                prompt=prompts,
-                negative_prompt=[sample.negative_prompt] * len(prompts),
-                width=width,
-                height=height,
-                num_inference_steps=sample.steps,
-                guidance_scale=sample.guidance,
-                latents=noise.to(family.device, family.dtype),
-                output_type="latent",
-            ).images
-        finally:
-            pipeline.scheduler = shared
+        latents = pipeline(
+            prompt=prompts,
+            negative_prompt=[sample.negative_prompt] * len(prompts),
+            width=width,
+            height=height,
+            num_inference_steps=sample.steps,
+            guidance_scale=sample.guidance,
+            latents=noise.to(family.device, family.dtype),
+            output_type="latent",
+        ).images
         pixels = family.decode(latents.float())
     values = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(value) for value in values]
 
 
-def _scheduler(family: Any) -> tuple[Any, str]:
-    """A fresh sampler from the base's own noise schedule, and the name web UIs give it.
+def _sampler(config: Any) -> tuple[Any, str]:
+    """A sampler on a base's own noise schedule (its scheduler's config), and the name that web UIs give it.
 
     DPM++ 2M (Lu et al. 2022, arXiv 2211.01095), on timesteps that begin at pure noise. A schedule that ends in zero
     signal-to-noise has no such step for it; there DDIM begins at the last timestep (Lin et al. 2023, arXiv 2305.08891).
     """
-    config = family.pipeline().scheduler.config
     ddim: Any = DDIMScheduler
     solver: Any = DPMSolverMultistepScheduler
     if config.get("rescale_betas_zero_snr"):
@@ -277,7 +278,8 @@ def _scheduler(family: Any) -> tuple[Any, str]:
 
 
 def _recipe(
-    family: Any,
+    info: families.BaseInfo,
+    sampler: str,
     prompt: str,
     seed: int,
     sample: SampleConfig,
@@ -286,14 +288,13 @@ def _recipe(
     strength: float,
 ) -> dict[str, str]:
     """What the picture was made with: a line to paste into a web UI, and the same as JSON."""
-    sampler = _scheduler(family)[1]
     width, height = size
     tag = f" <lora:{adapter}:{strength:g}>" if adapter else ""
     negative = f"\nNegative prompt: {sample.negative_prompt}" if sample.negative_prompt else ""
     parameters = (
         f"{prompt}{tag}{negative}\nSteps: {sample.steps}, Sampler: {sampler}, Schedule type: Uniform, "
         f"CFG scale: {sample.guidance:g}, Seed: {seed}, Size: {width}x{height}, "
-        f"Model: {family.info.title}, RNG: CPU, Version: lorakit {__version__}"
+        f"Model: {info.title}, RNG: CPU, Version: lorakit {__version__}"
     )
     recipe = {
         "prompt": prompt,
@@ -306,7 +307,7 @@ def _recipe(
         "height": height,
         "adapter": adapter,
         "strength": strength,
-        "base": family.info.hash,
+        "base": info.hash,
         "version": __version__,
     }
     return {"parameters": parameters, "lorakit": json.dumps(recipe)}
