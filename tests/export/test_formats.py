@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from lorakit.errors import LorakitError
 from lorakit.export import diffusers, factors, kohya, peft, read
+from lorakit.export.merging import merged
 from lorakit.export.verify import applied_deltas, verify_file
 from lorakit.weights import AdapterWeights, Layer
 
@@ -214,3 +215,21 @@ def test_peft_config_names_no_path(tmp_path):
     assert "encoder.layers.0.self_attn.q_proj" in told["target_modules"]
     with safe_open(tmp_path / "p/text_encoder/adapter_model.safetensors", "pt") as file:
         assert "base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("shape", [(12, 16), (12, 8, 3, 3)])
+def test_lycoris_makes_the_same_of_a_dora_file(shape):
+    """LyCORIS' own module, magnitude in the input axis, which is what A1111 and ComfyUI share with it."""
+    locon = pytest.importorskip("lycoris.modules.locon", reason="lycoris-lora is not installed")
+    layer = random_adapters.layer(shape, 4, 2.0, torch.Generator().manual_seed(3), magnitude=True)
+    name = "unet.mid_block.resnets.0.conv1" if len(shape) == 4 else "unet.mid_block.attentions.0.proj_in"
+    made = kohya.tensors(AdapterWeights("sdxl", "dora", {name: layer}), "fp32")
+    stem = next(iter(made)).partition(".")[0]
+    base = torch.nn.Conv2d(8, 12, 3) if len(shape) == 4 else torch.nn.Linear(16, 12)
+    module = locon.LoConModule(
+        stem, base, lora_dim=4, alpha=2.0, weight_decompose=True, wd_on_out=False, bypass_mode=False
+    )
+    module.load_state_dict({key.removeprefix(f"{stem}."): value for key, value in made.items()}, strict=False)
+    expected = merged(base.weight.detach(), layer)
+    weight, _ = module.get_merged_weight()
+    assert torch.allclose(weight.detach(), expected, atol=1e-5)

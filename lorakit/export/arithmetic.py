@@ -1,0 +1,85 @@
+"""Arithmetic on adapters: another rank, several in one. Pure functions from weights to weights, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from lorakit.errors import LorakitError
+from lorakit.export.factors import method
+from lorakit.weights import AdapterWeights, Layer
+
+
+def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | None = None) -> AdapterWeights:
+    """The nearest adapter of a smaller rank (Eckart-Young: the largest singular values of each delta W are kept).
+
+    Args:
+        rank: of every layer; a layer that has less keeps what it has.
+        energy: instead of a rank: in each layer the fewest singular values whose squares are this share of all of them.
+
+    Returns:
+        Layers with alpha = rank, so that the scale is in the factors; a DoRA magnitude stays as it is.
+
+    Raises:
+        LorakitError: not exactly one of rank and energy, or one out of range.
+    """
+    if (rank is None) == (energy is None):
+        raise LorakitError("resize: give a rank or an energy, one of them")
+    if rank is not None and rank < 1:
+        raise LorakitError(f"resize: rank = {rank}: must be 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise LorakitError(f"resize: energy = {energy:g}: must be above 0 and at most 1")
+    layers = {name: _resized(layer, rank, energy) for name, layer in weights.layers.items()}
+    return replace(weights, layers=layers)
+
+
+def _resized(layer: Layer, rank: int | None, energy: float | None) -> Layer:
+    # The product of two thin factors has its singular values in the small core between their QR decompositions.
+    left, left_core = torch.linalg.qr(layer.up.flatten(1).double())
+    right, right_core = torch.linalg.qr(layer.down.flatten(1).double().T)
+    core_left, values, core_right = torch.linalg.svd(left_core @ right_core.T * layer.scale)
+    kept = min(rank or len(values), len(values))
+    if energy is not None:
+        squares = values.square()
+        shares = squares.cumsum(0) / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        kept = min(int((shares < energy - 1e-12).sum()) + 1, len(values))
+    root = values[:kept].sqrt()
+    up = (left @ core_left[:, :kept] * root).float()
+    down = (root[:, None] * (core_right[:kept] @ right.T)).float()
+    return replace(
+        layer,
+        down=down.reshape(kept, *layer.down.shape[1:]),
+        up=up.reshape(layer.up.shape[0], kept, *layer.up.shape[2:]),
+        alpha=float(kept),
+    )
+
+
+def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
+    """One adapter whose delta W is the sum of `strength * delta W` of several; its ranks are the sums of theirs.
+
+    Raises:
+        LorakitError: none given, different families, layers of different shapes, or DoRA, which does not add up.
+    """
+    if not parts:
+        raise LorakitError("combine: give at least one adapter")
+    families = sorted({weights.family for weights, _ in parts})
+    if len(families) > 1:
+        raise LorakitError(f"combine: adapters for {' and '.join(families)} do not go together")
+    if any(method(weights) == "dora" for weights, _ in parts):
+        raise LorakitError("combine: DoRA adapters do not add up; merge them into a base one after the other")
+    collected: dict[str, list[Layer]] = {}
+    for weights, strength in parts:
+        for name, layer in weights.layers.items():
+            scaled = replace(layer, up=layer.up.float() * (layer.scale * strength), alpha=float(layer.rank))
+            collected.setdefault(name, []).append(scaled)
+    return AdapterWeights(families[0], "lora", {name: _stacked(name, layers) for name, layers in collected.items()})
+
+
+def _stacked(name: str, layers: list[Layer]) -> Layer:
+    if len({(layer.up.shape[0], layer.down.shape[1:]) for layer in layers}) > 1:
+        raise LorakitError(f"combine: {name} has different shapes in the adapters; they are for different bases")
+    down = torch.cat([layer.down.float() for layer in layers])
+    up = torch.cat([layer.up for layer in layers], dim=1)
+    return Layer(down, up, float(down.shape[0]))
