@@ -271,10 +271,8 @@ def _texts(report: Report, config: DataConfig, tokens: captions.Tokens) -> None:
     for item in without:
         item.findings.append("caption without the trigger")
     if without:
-        count = f"{len(without)} of {len(report.items) - len(bare)} captions lack"
-        report.warnings.append(
-            f'{count} the trigger {config.trigger}; "{config.name}, " is put in front: {_names(without)}'
-        )
+        count = f"{len(without)} of {len(report.items) - len(bare)} captions are without the trigger {config.trigger}"
+        report.warnings.append(f'{count}; "{config.name}, " is put in front: {_names(without)}')
     if not config.name:
         report.warnings.append('data.name is empty, so no word will call what is learned; give one, e.g. "sks dog"')
     elif not config.noun and not config.class_prompt and config.kind == "subject":
@@ -387,7 +385,7 @@ def _table(report: Report) -> list[str]:
             f"{item.width}x{item.height}" if item.readable else "unreadable",
             str(item.bucket or "-"),
             f"{item.cropped:.0%}" if item.cropped >= 0.005 else "-",
-            f"{item.scale:.2g}x up" if item.scale > 1 else "-",
+            f"{item.scale:.3g}x up" if item.scale > 1 else "-",
             str(item.tokens),
         ]
         for item in report.items

@@ -77,6 +77,8 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None)
     """
     name = name or (source.name if isinstance(source, Path) else "picture")
     image = _open(source, name)
+    if at_least is not None:
+        image.draft(None, (at_least, at_least))
     notes = _frames(image)
     orientation = _orientation(image)  # before the pixels: Pillow turns a TIFF while it loads and forgets the tag
     try:

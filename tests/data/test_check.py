@@ -187,7 +187,7 @@ def test_missing_captions_and_triggers(photos: Path, base) -> None:
     ]  # fmt: skip
     assert report.warnings == [
         '3 of 5 photos have no caption and are trained as "a photo of sks toy": 2.png, 3.png, 4.png',
-        '1 of 2 captions lack the trigger sks; "sks toy, " is put in front: 1.png',
+        '1 of 2 captions are without the trigger sks; "sks toy, " is put in front: 1.png',
     ]
     assert report.items[1].findings == ["caption without the trigger"]
     assert report.items[2].findings == ["no caption"]

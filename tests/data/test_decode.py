@@ -63,6 +63,21 @@ def test_every_exif_orientation_comes_out_upright(orientation: int, format: str)
     assert decoded.orientation == decode.TURNS.get(orientation, "")
 
 
+def test_a_thumbnail_may_be_decoded_smaller() -> None:
+    exif = Image.Exif()
+    exif[marked.ORIENTATION] = 6
+    stored = Image.fromarray(marked.as_camera_stores(marked.picture(9, 1600, 800), 6))
+    raw = encoded(stored, "JPEG", exif=exif, quality=95)
+    assert decode.decode(raw).size == (1600, 800)
+    assert decode.decode(raw, at_least=150).size == (400, 200)
+    assert decode.decode(raw, at_least=1000).size == (1600, 800)
+    small = decode.decode(raw, at_least=150)
+    assert marked.marked_corner(small.pixels) == "upper left"
+    assert marked.number_of(small.pixels) == 9
+    png = encoded(Image.fromarray(marked.picture(9)), "PNG")
+    assert decode.decode(png, at_least=1).size == (96, 64)
+
+
 def test_heic_is_upright() -> None:
     pytest.importorskip("pillow_heif", reason="the heic extra is not installed").register_heif_opener()
     exif = Image.Exif()
