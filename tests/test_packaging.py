@@ -52,8 +52,8 @@ def elsewhere(unpacked: Path, *arguments: str) -> str:
 def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    inside = {str(path.relative_to(ROOT)) for path in (ROOT / "lorakit").rglob("*.py")}
-    assert inside <= names
+    files = [path for path in (ROOT / "lorakit").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {str(path.relative_to(ROOT)) for path in files} <= names
     assert {f"lorakit/presets/{name}.toml" for name in config.preset_names()} <= names
     assert "lorakit/ui.py" in names
     weights = {str(path.relative_to(ROOT)) for path in pocket.path().rglob("*") if path.is_file()}
