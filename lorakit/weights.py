@@ -11,8 +11,21 @@ component in front, whatever the installed transformers calls its modules:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+
+def canonical(component: str, module: str) -> str:
+    """Canonical layer name of a module path: the component in front, and CLIP's `text_model.` always there.
+
+    transformers calls the same module `encoder.layers.0` or `text_model.encoder.layers.0`, by its version and class;
+    published checkpoints, and every program that reads adapters, have the longer name.
+    """
+    if component.startswith("text_encoder") and not module.startswith(("text_model.", "text_projection")):
+        module = f"text_model.{module}"
+    return f"{component}.{module}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""Adapters: which layers they enter (`targets`, light), and their weights inside a loaded base (`attach`, `apply`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.adapters.adapter import Adapter
+    from lorakit.config import AdapterConfig
+    from lorakit.weights import AdapterWeights
+
+__all__ = ["apply", "attach"]
+
+
+def attach(target: Any, config: AdapterConfig, *, seed: int = 0) -> Adapter:
+    """Put a new adapter into a base, ready to be trained; until it is, the base's output is unchanged to the bit.
+
+    Args:
+        target: a `families.Family`, or any Stable Diffusion pipeline of diffusers, whose modules are changed in place.
+        config: method, rank and so on.
+        seed: the first weights follow from it and from each layer's name, whatever else is adapted.
+
+    Raises:
+        LorakitError: `target` is no such thing, already carries an adapter, or has none of the layers asked for.
+    """
+    from lorakit.adapters import adapter
+
+    return adapter.attach(target, config, seed=seed)
+
+
+def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapter:
+    """Put a finished adapter into a base, of any method, rank and set of layers; `set_strength` turns it up and down.
+
+    Raises:
+        LorakitError: as `attach`, or the adapter was made for another family or shape of base.
+    """
+    from lorakit.adapters import adapter
+
+    return adapter.apply(target, weights, strength)

@@ -1,0 +1,113 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353) with its magnitude on the input axis.
+
+W' = m * V / ||V||, V = W + alpha / rank * B A, where m has one entry for each input channel and the norm is taken over
+everything else. The paper, LyCORIS until version 3 and all web UIs have it so; PEFT's own is on the output axis, which
+nothing but PEFT reads. As V's columns are the inputs, W' x = V (s * x) with s = m / ||V||: DoRA is LoRA on a scaled
+input, and W' is never made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft.tuners.lora import Conv2d, Linear
+from torch import nn
+
+from lorakit.adapters import lora
+from lorakit.config import DoraConfig
+from lorakit.errors import LorakitError
+
+
+def dora(config: DoraConfig, modules: list[str]) -> PeftConfig:
+    """PEFT's config for `modules`, with the layers of this file in place of PEFT's DoRA."""
+    made = lora.lora(config, modules)
+    made._register_custom_module({nn.Linear: DoraLinear, nn.Conv2d: DoraConv2d})
+    return made
+
+
+class Magnitude(nn.Module):
+    """m: `weight` is `[1, in]`, or `[1, in, 1, 1]` for a convolution."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def column_norms(weight: torch.Tensor) -> torch.Tensor:
+    """Norm over every axis but the input's, in that axis: `[1, in]` or `[1, in, 1, 1]`."""
+    return torch.linalg.vector_norm(weight, dim=[axis for axis in range(weight.ndim) if axis != 1], keepdim=True)
+
+
+def input_scale(layer: Any, name: str) -> torch.Tensor:
+    """s = m / ||V||, float32, in the shape of the magnitude. The norm is a constant to the gradient, as in the
+    paper's section 4.3."""
+    weight, down, up = layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+    with torch.no_grad():
+        delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * layer.full_scaling[name]
+        norms = column_norms(weight.float() + delta)
+    return layer.lora_magnitude_vector[name].weight / norms
+
+
+def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """y = W ((1 + t (s - 1)) * x) + t * scale * B A (s * x): at strength t the weight is W + t (W' - W)."""
+    (name,) = layer.active_adapters
+    strength = layer.scaling[name] / layer.full_scaling[name]
+    scale = input_scale(layer, name)
+    # A linear layer's input has its channels last, a convolution's second: `[1, in]` and `[1, in, 1, 1]` fit both.
+    # The product is made in float32: s is near 1, where bfloat16 has steps of a percent and would lose what m learned.
+    scaled = x * scale
+    base = layer.base_layer((scaled if strength == 1 else x * (1 + strength * (scale - 1))).to(x.dtype))
+    update = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](scaled))) * layer.scaling[name]
+    return (base + update).to(base.dtype)
+
+
+class DoraLinear(Linear):
+    """PEFT's linear LoRA layer with a magnitude."""
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Make the factors, and a magnitude that leaves the layer as it was."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        _add_magnitude(self, adapter_name)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        return self.base_layer(x) if self.disable_adapters else forward(self, x)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not offered.
+
+        Raises:
+            LorakitError: always; PEFT's own would merge the factors without the magnitude.
+        """
+        raise LorakitError(NO_MERGE)
+
+
+class DoraConv2d(Conv2d):
+    """PEFT's convolutional LoRA layer with a magnitude."""
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Make the factors, and a magnitude that leaves the layer as it was."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        _add_magnitude(self, adapter_name)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[B, in, h, w]` -> `[B, out, h', w']`."""
+        return self.base_layer(x) if self.disable_adapters else forward(self, x)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not offered.
+
+        Raises:
+            LorakitError: always; PEFT's own would merge the factors without the magnitude.
+        """
+        raise LorakitError(NO_MERGE)
+
+
+NO_MERGE = "a DoRA adapter cannot be fused into the base here: draw with it as it is"
+
+
+def _add_magnitude(layer: Any, name: str) -> None:
+    layer.full_scaling = {name: layer.scaling[name]}
+    layer.lora_magnitude_vector[name] = Magnitude(column_norms(layer.base_layer.weight.detach().float()))

@@ -1,0 +1,81 @@
+"""Base models: what lies in a folder, and one way to speak to whatever it is.
+
+A family is one file with one class, named in `registry.FAMILIES`. Everything outside this room knows only `BaseInfo`
+(what a base is, read without torch), `Family` (the base loaded) and `Condition` (texts, encoded).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorakit import registry
+from lorakit.families.base import BaseInfo, describe
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorakit.families.condition import Condition
+
+__all__ = ["BaseInfo", "Family", "describe", "load"]
+
+
+class Family(Protocol):
+    """A loaded base model. Every module is frozen and in eval mode; only adapters are ever trained.
+
+    Attributes:
+        info: what it was loaded from.
+        prediction_type: "epsilon" or "v_prediction".
+        alphas_cumprod: cumulative products of 1 - beta, float32 `[1000]` on `device`.
+        device: where the UNet is.
+        dtype: precision of UNet and text encoders; the VAE is always float32.
+        unet: the denoiser.
+        text_encoders: "text_encoder" and, for SDXL, "text_encoder_2" -> module.
+        vae: the autoencoder.
+    """
+
+    info: BaseInfo
+    prediction_type: str
+    alphas_cumprod: torch.Tensor
+    device: torch.device
+    dtype: torch.dtype
+    unet: torch.nn.Module
+    text_encoders: dict[str, torch.nn.Module]
+    vae: torch.nn.Module
+
+    def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
+        """Embeddings of texts, cut and padded as the diffusers pipeline does it; `time_ids` is left None."""
+
+    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels `[B, 3, H, W]` in [-1, 1] -> (mean, std) of the latents, float32 `[B, C, h, w]`, in the UNet's scale:
+        latents = mean + std * noise."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `[B, C, h, w]` -> pixels `[B, 3, H, W]`, float32, about [-1, 1]."""
+
+    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int] | None:
+        """Size conditioning from (height, width), (top, left), (height, width); None where the family has none."""
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """What the UNet says of `noisy` `[B, C, h, w]` at `timesteps` int64 `[B]`: float32 `[B, C, h, w]`."""
+
+    def release(self, *components: str) -> None:
+        """Move "vae" or "text_encoders" to the CPU and give their memory back."""
+
+    def acquire(self, *components: str) -> None:
+        """Move them to `device` again."""
+
+    def pipeline(self) -> Any:
+        """The diffusers pipeline of these same modules, with a scheduler of its own."""
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Modules that adapters may enter: "unet" and the text encoders."""
+
+
+def load(info: BaseInfo, device: torch.device | str, dtype: torch.dtype) -> Family:
+    """Load a described base: UNet and text encoders in `dtype`, the VAE in float32, from local files only.
+
+    Raises:
+        LorakitError: a file is missing, damaged, or does not fit its configuration.
+    """
+    family: Family = registry.load(registry.FAMILIES, info.loader)(info, device, dtype)
+    return family

@@ -1,0 +1,164 @@
+"""What the families have in common: loading components quietly, tokens, the autoencoder, moving things about."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+from lorakit.errors import LorakitError
+from lorakit.families.base import BaseInfo
+from lorakit.families.headers import read_json
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars or log lines of diffusers and transformers, which are left as they were found."""
+    libraries = [diffusers.utils.logging, transformers.utils.logging]
+    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, (bar, verbosity) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+def load_module(info: BaseInfo, component: str, cls: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """One component, frozen, in eval mode, in `dtype` on `device`.
+
+    Raises:
+        LorakitError: its weights do not fit its configuration.
+    """
+    try:
+        module = cls.from_pretrained(
+            info.path / component,
+            dtype=dtype,
+            variant=info.variants[component],
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LorakitError(f"cannot load {component} of base {info.path}: {reason}") from error
+    return module.to(device).eval().requires_grad_(False)
+
+
+def load_unet(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> Any:
+    """The UNet."""
+    return load_module(info, "unet", UNet2DConditionModel, device, dtype)
+
+
+def load_vae(info: BaseInfo, device: torch.device) -> Any:
+    """The autoencoder in float32: in half precision, SDXL's overflows. Whatever it is given to decode is cast to that,
+    so that a pipeline in half precision can draw with it."""
+    vae = load_module(info, "vae", AutoencoderKL, device, torch.float32)
+    first = vae.decoder if vae.post_quant_conv is None else vae.post_quant_conv
+    first.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+    return vae
+
+
+def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> Any:
+    """A CLIP tokenizer that fits its text encoder.
+
+    Raises:
+        LorakitError: the vocabulary is broken; transformers gives an almost empty tokenizer then, and says nothing.
+    """
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(info.path / component, local_files_only=True)
+    words, rows = len(tokenizer), encoder.config.vocab_size
+    if not 256 <= words <= rows:
+        raise LorakitError(
+            f"{component} of base {info.path} knows {words} words where its text encoder has {rows}: get the base again"
+        )
+    tokenizer.model_max_length = info.max_tokens
+    return tokenizer
+
+
+class TokenIds:
+    """Token ids of texts, padded and cut as the diffusers pipelines do it, kept on the device once computed."""
+
+    def __init__(self, tokenizer: Any, device: torch.device):
+        self.tokenizer, self.device = tokenizer, device
+        self._known: dict[str, torch.Tensor] = {}
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """int64 `[B, T]`."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            ids = self.tokenizer(
+                new,
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(self.device)
+            self._known |= dict(zip(new, ids, strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+
+def load_scheduler(info: BaseInfo) -> Any:
+    """The scheduler that the base names, for drawing.
+
+    Raises:
+        LorakitError: diffusers knows no such scheduler.
+    """
+    name = read_json(info.path / "scheduler" / "scheduler_config.json").get("_class_name", "")
+    cls = getattr(diffusers, name, None)
+    if cls is None:
+        raise LorakitError(f"base {info.path} names a scheduler {name!r} that diffusers {diffusers.__version__} lacks")
+    return cls.from_pretrained(info.path / "scheduler", local_files_only=True)
+
+
+def noise_schedule(scheduler: Any, device: torch.device) -> torch.Tensor:
+    """alphas_cumprod float32 `[1000]` as the model was trained: zero terminal SNR (Lin et al. 2023, arXiv 2305.08891)
+    where the configuration has `rescale_betas_zero_snr`. Samplers round that zero up; in training it is exact."""
+    return DDPMScheduler.from_config(scheduler.config).alphas_cumprod.to(device, torch.float32)
+
+
+def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(offset, factor), each broadcastable to `[B, C, h, w]`: the UNet's latents are (VAE's - offset) * factor."""
+    config = vae.config
+    factor = torch.tensor(float(config.scaling_factor), device=vae.device)
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (torch.tensor(config[f"latents_{name}"], device=vae.device) for name in ("mean", "std"))
+        return mean.float().reshape(1, -1, 1, 1), factor / std.float().reshape(1, -1, 1, 1)
+    return torch.tensor(float(config.get("shift_factor") or 0.0), device=vae.device), factor
+
+
+@torch.no_grad()
+def encode_image(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Family.encode_image`."""
+    posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
+    offset, factor = latent_scale(vae)
+    return (posterior.mean - offset) * factor, posterior.std * factor
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """See `Family.decode`."""
+    offset, factor = latent_scale(vae)
+    return vae.decode(latents.to(vae.device, torch.float32) / factor + offset).sample
+
+
+def move(modules: dict[str, Any], encoders: list[str], components: tuple[str, ...], device: torch.device) -> None:
+    """Move components to `device`; "text_encoders" stands for all of them.
+
+    Raises:
+        ValueError: a component of another name.
+    """
+    for component in components:
+        if component not in ("vae", "text_encoders"):
+            raise ValueError(f"unknown component {component!r}: 'vae' or 'text_encoders'")
+        for name in encoders if component == "text_encoders" else [component]:
+            modules[name].to(device)
+    if device.type == "cpu" and torch.cuda.is_available():
+        torch.cuda.empty_cache()

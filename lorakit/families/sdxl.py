@@ -1,0 +1,98 @@
+"""Stable Diffusion XL: two text encoders read before their last layer, the second's pooled output, six time ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from lorakit.families import components
+from lorakit.families.base import BaseInfo
+from lorakit.families.condition import Condition
+from lorakit.families.headers import read_json
+
+
+class StableDiffusionXL:
+    """See `families.Family`; Podell et al. 2023, arXiv 2307.01952."""
+
+    def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype):
+        self.info, self.device, self.dtype = info, torch.device(device), dtype
+        with components.quiet():
+            self.unet = components.load_unet(info, self.device, dtype)
+            first = components.load_module(info, "text_encoder", CLIPTextModel, self.device, dtype)
+            second = components.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, self.device, dtype)
+            self.vae = components.load_vae(info, self.device)
+            self.tokenizers = [
+                components.load_tokenizer(info, "tokenizer", first),
+                components.load_tokenizer(info, "tokenizer_2", second),
+            ]
+            self.scheduler = components.load_scheduler(info)
+        self.text_encoders: dict[str, Any] = {"text_encoder": first, "text_encoder_2": second}
+        self.prediction_type = info.prediction_type
+        self.alphas_cumprod = components.noise_schedule(self.scheduler, self.device)
+        self._ids = [components.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
+
+    def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
+        """See `families.Family`: the encoders' last hidden states but one, side by side, and the second's pooled."""
+        with torch.set_grad_enabled(grad):
+            first, second = (
+                encoder(ids(texts), output_hidden_states=True)
+                for encoder, ids in zip(self.text_encoders.values(), self._ids, strict=True)
+            )
+            states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+            return Condition(states, pooled=second.text_embeds)
+
+    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `families.Family`."""
+        return components.encode_image(self.vae, pixels)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """See `families.Family`."""
+        return components.decode(self.vae, latents)
+
+    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int]:
+        """Original height and width, crop top and left, target height and width (arXiv 2307.01952, section 2.2)."""
+        return [*original, *crop, *target]
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """See `families.Family`. The condition must have pooled text and time ids."""
+        assert condition.pooled is not None and condition.time_ids is not None, "SDXL needs Condition.with_sizes"
+        # The pipeline casts the ids to the UNet's precision; so do we, to train what will be sampled.
+        added = {"text_embeds": condition.pooled.to(self.dtype), "time_ids": condition.time_ids.to(self.dtype)}
+        states = condition.encoder_hidden_states.to(self.dtype)
+        prediction = self.unet(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
+        return prediction.float()
+
+    def release(self, *parts: str) -> None:
+        """See `families.Family`."""
+        components.move(self._movable(), list(self.text_encoders), parts, torch.device("cpu"))
+
+    def acquire(self, *parts: str) -> None:
+        """See `families.Family`."""
+        components.move(self._movable(), list(self.text_encoders), parts, self.device)
+
+    def pipeline(self) -> StableDiffusionXLPipeline:
+        """See `families.Family`."""
+        index = read_json(self.info.path / "model_index.json")
+        with components.quiet():
+            pipeline = StableDiffusionXLPipeline(
+                vae=self.vae,
+                **self.text_encoders,
+                tokenizer=self.tokenizers[0],
+                tokenizer_2=self.tokenizers[1],
+                unet=self.unet,
+                scheduler=type(self.scheduler).from_config(self.scheduler.config),
+                force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
+                add_watermarker=False,
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def modules(self) -> dict[str, Any]:
+        """See `families.Family`."""
+        return {"unet": self.unet, **self.text_encoders}
+
+    def _movable(self) -> dict[str, Any]:
+        return {"vae": self.vae, **self.text_encoders}
