@@ -444,6 +444,7 @@ class _Run:
             prompt=prompt,
             size=size,
             dtype=config.output.dtype,
+            idle=self.info.idle,
         ):
             findings += found
             if family is not None and name == config.output.formats[0]:
