@@ -7,6 +7,8 @@ the host can run ahead of the device.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +73,10 @@ class Step:
 
     def loss(self, index: int) -> torch.Tensor:
         """Loss of the `index`-th batch, a scalar on the device; `backward` may be called on it."""
+        with self._dropout(index):
+            return self._loss(index)
+
+    def _loss(self, index: int) -> torch.Tensor:
         instance = self._instance_term(index)
         terms = [instance]
         if self.train.prior == "images":
@@ -84,6 +90,17 @@ class Step:
             )
             total = total + term.factor * objective.loss(prediction, term.target, self.train.loss, weight, term.mask)
         return total
+
+    @contextlib.contextmanager
+    def _dropout(self, index: int) -> Iterator[None]:
+        """Dropout draws from the global generators: inside, they are seeded as everything else is; then put back."""
+        if not self.adapter.dropout:
+            yield
+            return
+        device = self.family.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(randomness.number(self.train.seed, index, f"dropout/{self.retry}"))
+            yield
 
     def _per_epoch(self) -> int:
         if not self._batches:

@@ -153,8 +153,8 @@ def interrupted_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next run die right after the checkpoint of `step`."""
     saved = checkpoint.save
 
-    def save_and_die(folder, at, *rest):
-        saved(folder, at, *rest)
+    def save_and_die(folder, at, *rest, **named):
+        saved(folder, at, *rest, **named)
         if at == step:
             raise Cut
 
@@ -247,7 +247,7 @@ def test_the_texts_that_are_encoded_are_the_captions_with_the_trigger(tiny_sd1, 
         return index(self, at)
 
     monkeypatch.setattr(Step, "_instance_term", spy)
-    run(tiny_sd1, photos, tmp_path / "run", train__steps=3)
+    run(tiny_sd1, photos, tmp_path / "run", train__steps=None, train__epochs=1)
     assert all("sks" in text.split() for text in seen)
     assert "a photo of a sks toy on a beach" in seen and "a sks toy in the snow" in seen
 

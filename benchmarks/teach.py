@@ -1,0 +1,153 @@
+"""Can the bundled model be taught? Subjects and styles it never saw, from 16 pictures each, by the default preset.
+
+    python benchmarks/teach.py [--names zib ...] [--control none|shuffled] [--set key=value] [--json FILE] [--grids DIR]
+
+For every subject or style, by the judge (a classifier trained on renders only):
+
+    taken for it     pictures on scenes it was not shown on whose features are nearest to its own real renders
+    scene right      of those pictures, the share that shows the scene asked for
+    without trigger  the same prompts without the rare word: what is nearest to it must stay what it was
+    others kept      "a photo of a mug" and its like: the kind's score after, as a share of the score before
+
+`--control shuffled` gives each picture of a batch another one's target: a broken trainer, which must fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lorakit import adapters, config, export, families, memory, objective, pictures, sample, train
+from lorakit.pocket import captions, spec, subjects
+from lorakit.pocket.judge import Judge
+from lorakit.terminal import Terminal
+
+PHOTOS = 16
+TRIGGER = "sks"
+UNSEEN = ("snow", "night", "city", "underwater", "floor")
+OTHERS = ("mug", "fish", "house", "car", "cat", "robot", "umbrella", "mushroom")
+# Pictures of each prompt, from seeds 0, 1, 2 ...
+DRAWS = 4
+
+
+def main() -> None:
+    """Teach, measure, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--names", nargs="+", default=[*subjects.SUBJECTS, *subjects.STYLES])
+    parser.add_argument("--control", choices=("none", "shuffled"), default="none")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--grids", type=Path, help="folder for before/after pictures")
+    arguments = parser.parse_args()
+    if arguments.control == "shuffled":
+        shuffle_targets()
+    overrides = dict(map(config.parse_override, arguments.set))
+    rows = []
+    print(f"{'':<14}{'taken for it':>16}{'scene right':>13}{'without trigger':>17}{'others kept':>13}{'seconds':>9}")
+    for name in arguments.names:
+        row = teach(name, overrides, arguments.grids)
+        rows.append(row)
+        kept = row["others_after"] / max(row["others_before"], 1e-9)
+        print(
+            f"{name:<14}{row['before']:>8.0%} ->{row['after']:>5.0%}{row['scene']:>13.0%}"
+            f"{row['untriggered_before']:>9.0%} ->{row['untriggered']:>5.0%}{kept:>13.0%}{row['seconds']:>9.0f}",
+            flush=True,
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def teach(name: str, overrides: dict[str, Any], grids: Path | None) -> dict[str, Any]:
+    """One run, and what the judge says of the base and of the adapter."""
+    is_style = name in subjects.STYLES
+    noun = "style" if is_style else subjects.SUBJECTS[name].kind
+    with tempfile.TemporaryDirectory() as scratch:
+        photos = Path(scratch) / "photos"
+        photos.mkdir()
+        seen = [scene for scene in spec.SCENES if scene not in UNSEEN]
+        for number, (image, shown) in enumerate(subjects.pictures(name, PHOTOS, seed=0, scenes=seen)):
+            image.save(photos / f"{number:02}.png")
+            what = f"{shown.kind} " if is_style else ""
+            text = _prompt(TRIGGER, noun, shown.scene, what.strip() if is_style else None)
+            (photos / f"{number:02}.txt").write_text(text, encoding="utf-8")
+        settings = {
+            "data.folder": str(photos),
+            "data.name": f"{TRIGGER} {noun}",
+            "output.folder": str(Path(scratch) / "run"),
+        }
+        chosen = config.load("style-pocket" if is_style else "subject-pocket", settings | overrides)
+        start = time.monotonic()
+        result = train.train(chosen, terminal=Terminal(Path("/dev/null").open("w")))
+        seconds = time.monotonic() - start
+        return _measure(name, chosen, result.adapter, noun, grids) | {"name": name, "seconds": seconds}
+
+
+def _prompt(trigger: str, noun: str, scene: str, thing: str | None) -> str:
+    """A caption: of a subject, or (`thing`) of something in a style; without the trigger where that is empty."""
+    words = f"{trigger} {noun}".strip()
+    where = captions.SCENE_WORDS[scene][0]
+    if thing is None:
+        return f"a photo of a {words} {where}"
+    return f"a picture of a {thing} {where} in {words}" if trigger else f"a picture of a {thing} {where}"
+
+
+def _measure(name: str, chosen: config.Config, adapter: Path, noun: str, grids: Path | None) -> dict[str, Any]:
+    device = memory.device(chosen.memory)
+    family = families.load(families.describe(chosen.model.base), device, memory.dtype(chosen.memory, device))
+    judge = Judge.load()
+    things = OTHERS if name in subjects.STYLES else (None,) * len(UNSEEN)
+    pairs = [(scene, things[i % len(things)]) for i, scene in enumerate(UNSEEN)]
+    asked = [_prompt(TRIGGER, noun, scene, thing) for scene, thing in pairs]
+    untriggered = [_prompt("", noun, scene, thing) for scene, thing in pairs]
+    others = [f"a photo of a {kind}" for kind in OTHERS]
+
+    def draw(prompts: Sequence[str]) -> list[Image.Image]:
+        return [
+            picture
+            for seed in range(DRAWS)
+            for picture in sample.draw(family, prompts, replace(chosen.sample, seed=seed * 100), 64)
+        ]
+
+    wanted_kinds = [{"kind": kind} for kind in OTHERS] * DRAWS
+    before, plain_before, others_before = draw(asked), draw(untriggered), draw(others)
+    adapters.apply(family, export.read(adapter))
+    after, plain_after, others_after = draw(asked), draw(untriggered), draw(others)
+    if grids:
+        grids.mkdir(parents=True, exist_ok=True)
+        real = [image for image, _ in subjects.pictures(name, len(UNSEEN), seed=0)]
+        columns = len(asked)
+        shown = real + before[:columns] + after[:columns]
+        pictures.save(pictures.grid(shown, ["it", "base", "adapter"], asked), grids / f"{name}.png")
+    scenes = [{"scene": scene} for scene, _ in pairs] * DRAWS
+    return {
+        "before": judge.subject_score(before, name),
+        "after": judge.subject_score(after, name),
+        "scene": judge.scores(after, scenes)["scene"],
+        "untriggered_before": judge.subject_score(plain_before, name),
+        "untriggered": judge.subject_score(plain_after, name),
+        "others_before": judge.scores(others_before, wanted_kinds)["kind"],
+        "others_after": judge.scores(others_after, wanted_kinds)["kind"],
+    }
+
+
+def shuffle_targets() -> None:
+    """Break the trainer on purpose: every picture of a batch gets its neighbour's target."""
+    right = objective.target
+
+    def wrong(*arguments: Any) -> torch.Tensor:
+        return right(*arguments).roll(1, 0)
+
+    objective.target = wrong
+
+
+if __name__ == "__main__":
+    main()
