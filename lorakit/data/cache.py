@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
@@ -108,6 +109,26 @@ class Dataset:
         """The same with every bucket on `device`."""
         return replace(self, buckets=[bucket.to(device) for bucket in self.buckets])
 
+    def plain(self) -> Dataset:
+        """The photos as they are, to examine a model on: no variants, and each with its own text and no other."""
+        kept = []
+        for bucket in self.buckets:
+            rows = torch.nonzero(bucket.variant == 0).flatten()
+            there = rows.to(bucket.mean.device)
+            kept.append(
+                replace(
+                    bucket,
+                    mean=bucket.mean[there],
+                    std=bucket.std[there],
+                    mask=None if bucket.mask is None else bucket.mask[there],
+                    time_ids=None if bucket.time_ids is None else bucket.time_ids[there],
+                    photo=bucket.photo[rows],
+                    variant=bucket.variant[rows],
+                    text=bucket.text[rows],
+                )
+            )
+        return replace(self, buckets=kept, choices=[own[:1] for own in self.choices], caption_dropout=0.0)
+
     def names(self, bucket: int) -> list[str]:
         """The photo's name for each row of a bucket."""
         return [self.photos[photo].relative for photo in self.buckets[bucket].photo.tolist()]
@@ -187,9 +208,8 @@ def build(
     say(split.said(len(found.photos), len(held_out), train.holdout))
     texts = _Texts(config, train.seed)
     dataset = _dataset(trained, work, texts, device)
-    # Validation compares runs and checkpoints: it sees each photo as it is.
-    work.config = replace(config, variants=1)
-    kept = _dataset(held_out, work, texts, device) if held_out else None
+    work.config = replace(config, variants=1)  # photos kept for validation are only looked at as they are
+    kept = _dataset(held_out, work, texts, device).plain() if held_out else None
     if train.masked_loss and work.masks == 0:
         raise LorakitError(
             "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false"
@@ -343,10 +363,13 @@ def _dataset(photos: Sequence[Photo], work: _Work, texts: _Texts, device: torch.
 def _prepared(photos: Sequence[Photo], work: _Work) -> Iterator[tuple[int, _Ready]]:
     """Variants in the photos' order, decoded a few photos ahead of the encoder."""
     with ThreadPoolExecutor(AHEAD) as pool:
-        for start in range(0, len(photos), AHEAD):
-            for at, variants_ in enumerate(pool.map(work.prepare, photos[start : start + AHEAD])):
-                for ready in variants_:
-                    yield start + at, ready
+        ahead = deque(pool.submit(work.prepare, photo) for photo in photos[:AHEAD])
+        for index in range(len(photos)):
+            done = ahead.popleft().result()
+            if index + AHEAD < len(photos):
+                ahead.append(pool.submit(work.prepare, photos[index + AHEAD]))
+            for ready in done:
+                yield index, ready
 
 
 def _bucket(

@@ -196,7 +196,7 @@ def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Pixels 
         clear = image.convert("RGBA")
         alpha = np.array(clear.getchannel("A"))
         image = image.convert("L") if image.mode == "LA" else clear.convert("RGB")
-    elif image.mode not in ("L", "CMYK", "LAB"):
+    elif image.mode not in SPACES:
         image = image.convert("L" if image.mode == "1" else "RGB")
     rgb = (_colour_managed(image, profile, notes) if profile else None) or _unmanaged(image, notes)
     if alpha is None or int(alpha.min()) == 255:
@@ -241,4 +241,4 @@ def _unmanaged(image: Image.Image, notes: list[str]) -> Image.Image:
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert converted is not None  # only an in-place conversion returns None
         return converted
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large photo takes its time
