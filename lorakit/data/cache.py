@@ -1,11 +1,10 @@
-"""Photos through the frozen VAE, once: the data set that training gathers from, in memory and, when asked, on disk."""
+"""Photos through the frozen VAE, once, kept in memory and, when asked, on disk under their content's hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,10 @@ from typing import Protocol
 import safetensors.torch
 import torch
 
-from lorakit import randomness
+from lorakit import atomic
 from lorakit.config import DataConfig, TrainConfig
 from lorakit.data import buckets, captions, decode, split, variants
+from lorakit.data.dataset import Dataset, LatentBucket
 from lorakit.data.decode import Decoded, Pixels
 from lorakit.data.folder import Photo
 from lorakit.data.variants import Variant
@@ -43,134 +43,6 @@ class Photos(Protocol):
     def step(self) -> int: ...
     @property
     def downscale(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class LatentBucket:
-    """Encoded photos of one size. A row is a variant of a photo.
-
-    Attributes:
-        width, height: pixels.
-        mean, std: float32 `[n, C, h, w]`, scaled as the U-Net takes them: latents = mean + std * noise.
-        mask: float32 `[n, 1, h, w]`, 0 to 1, or None where no loss is masked.
-        time_ids: `[n, 6]` SDXL's size and crop conditions, or None.
-        photo: int64 `[n]` on the CPU, index into `Dataset.photos`.
-        variant: int64 `[n]` on the CPU, number of the variant; 0 is the photo as it is.
-        text: int64 `[n]` on the CPU, index into `Dataset.texts` of the photo's own text.
-    """
-
-    width: int
-    height: int
-    mean: torch.Tensor
-    std: torch.Tensor
-    mask: torch.Tensor | None
-    time_ids: torch.Tensor | None
-    photo: torch.Tensor
-    variant: torch.Tensor
-    text: torch.Tensor
-
-    def to(self, device: torch.device | str) -> LatentBucket:
-        """What a step gathers from, on `device`; the rest stays."""
-        mask = None if self.mask is None else self.mask.to(device)
-        ids = None if self.time_ids is None else self.time_ids.to(device)
-        return replace(self, mean=self.mean.to(device), std=self.std.to(device), mask=mask, time_ids=ids)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch: rows `entries` (int64 `[b]`) of `Dataset.buckets[bucket]`, and `texts` (int64 `[b]`) of its texts."""
-
-    bucket: int
-    entries: torch.Tensor
-    texts: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Encoded photos and the texts they may be shown with.
-
-    Attributes:
-        buckets: one for each size.
-        photos: the photos, in order of name.
-        texts: every different text; photos kept for validation share the list.
-        choices: for each photo the texts (indices) it alternates between, its own first.
-        dropped: index of the bare instance prompt that `caption_dropout` puts in a text's place.
-        caption_dropout: how often.
-    """
-
-    buckets: list[LatentBucket]
-    photos: list[Photo]
-    texts: list[str]
-    choices: list[list[int]]
-    dropped: int
-    caption_dropout: float
-
-    def to(self, device: torch.device | str) -> Dataset:
-        """The same with every bucket on `device`."""
-        return replace(self, buckets=[bucket.to(device) for bucket in self.buckets])
-
-    def plain(self) -> Dataset:
-        """The photos as they are, to examine a model on: no variants, and each with its own text and no other."""
-        kept = []
-        for bucket in self.buckets:
-            rows = torch.nonzero(bucket.variant == 0).flatten()
-            there = rows.to(bucket.mean.device)
-            kept.append(
-                replace(
-                    bucket,
-                    mean=bucket.mean[there],
-                    std=bucket.std[there],
-                    mask=None if bucket.mask is None else bucket.mask[there],
-                    time_ids=None if bucket.time_ids is None else bucket.time_ids[there],
-                    photo=bucket.photo[rows],
-                    variant=bucket.variant[rows],
-                    text=bucket.text[rows],
-                )
-            )
-        return replace(self, buckets=kept, choices=[own[:1] for own in self.choices], caption_dropout=0.0)
-
-    def names(self, bucket: int) -> list[str]:
-        """The photo's name for each row of a bucket."""
-        return [self.photos[photo].relative for photo in self.buckets[bucket].photo.tolist()]
-
-    def batches(self, seed: int, epoch: int, batch_size: int) -> list[Batch]:
-        """One epoch: every photo exactly once, in one of its variants and one of its texts; the last batch of a size
-        may be smaller.
-
-        A pure function of (seed, epoch, batch_size). A photo goes through its variants epoch by epoch, from a place
-        of its own, so each is used equally often.
-        """
-        draw = randomness.generator(seed, epoch, "order")
-        starts = randomness.generator(seed, 0, "variants")
-        texts = self._texts(seed, epoch)
-        batches = []
-        for number, bucket in enumerate(self.buckets):
-            device = bucket.mean.device
-            rows = _rows(bucket)
-            first = torch.randint(2**31, (len(rows),), generator=starts).tolist()
-            chosen = torch.tensor([own[(start + epoch) % len(own)] for own, start in zip(rows, first, strict=True)])
-            chosen = chosen[torch.randperm(len(chosen), generator=draw)]
-            # One copy to the device for the whole epoch; batches are views of it.
-            entries, told = chosen.to(device), texts[bucket.photo[chosen]].to(device)
-            pairs = zip(torch.split(entries, batch_size), torch.split(told, batch_size), strict=True)
-            batches += [Batch(number, part, text) for part, text in pairs]
-        return [batches[at] for at in torch.randperm(len(batches), generator=draw).tolist()]
-
-    def _texts(self, seed: int, epoch: int) -> torch.Tensor:
-        """For each photo the text it has in this epoch."""
-        draw = randomness.generator(seed, epoch, "texts")
-        count = len(self.photos)
-        picks, drops = torch.randint(2**31, (count,), generator=draw).tolist(), torch.rand(count, generator=draw)
-        shown = torch.tensor([own[pick % len(own)] for own, pick in zip(self.choices, picks, strict=True)])
-        return torch.where(drops < self.caption_dropout, torch.tensor(self.dropped), shown)
-
-
-def _rows(bucket: LatentBucket) -> list[list[int]]:
-    """Rows of each photo of the bucket, in the photos' order."""
-    rows: dict[int, list[int]] = {}
-    for row, photo in enumerate(bucket.photo.tolist()):
-        rows.setdefault(photo, []).append(row)
-    return list(rows.values())
 
 
 def build(
@@ -320,22 +192,25 @@ class _Work:
             raise LorakitError(f"{photo.relative}: its latent is not finite; the base's VAE cannot encode this photo")
         self.encoded += 1
         if self.folder is not None:
-            _store(self.folder, ready.key, mean, std)
+            _store(_file(self.folder, ready.key), mean, std)
         return mean, std
 
     def _load(self, key: str, cut: Variant) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What is on disk under a key; a file that is damaged counts as absent and is written anew."""
         if self.folder is None:
             return None
-        path = self.folder / key[:2] / f"{key}.safetensors"
         try:
-            tensors = safetensors.torch.load(path.read_bytes())
+            tensors = safetensors.torch.load(_file(self.folder, key).read_bytes())
             mean, std = tensors["mean"], tensors["std"]
         except (OSError, KeyError, safetensors.SafetensorError):
             return None
         size = (cut.bucket.height // self.downscale, cut.bucket.width // self.downscale)
         whole = mean.shape == std.shape and tuple(mean.shape[1:]) == size
         return (mean, std) if whole and bool(torch.isfinite(mean).all() and torch.isfinite(std).all()) else None
+
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.safetensors"
 
 
 def _mask(photo: Photo, decoded: Decoded) -> Pixels | None:
@@ -391,26 +266,15 @@ def _bucket(
     return LatentBucket(size.width, size.height, mean, std, mask, time_ids, photo, variant, text)
 
 
-def _store(folder: Path, key: str, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Write one latent so that a reader sees all of it or nothing. Only the user may read it: it shows the photo.
+def _store(path: Path, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Write one latent, whole or not at all, in a folder that only the user may enter: a latent shows the photo.
 
     Raises:
         LorakitError: the folder cannot be written to.
     """
-    place = folder / key[:2]
-    temporary = ""
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        # mkstemp makes the file for this user alone (mode 0600).
-        handle, temporary = tempfile.mkstemp(dir=place, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(safetensors.torch.save({"mean": mean.contiguous(), "std": std.contiguous()}))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(place / f"{key}.safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        atomic.write(path, safetensors.torch.save({"mean": mean.contiguous(), "std": std.contiguous()}))
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise LorakitError(
-            f"{folder}: latents cannot be kept there ({error.strerror}); set data.cache = 'memory' or LORAKIT_CACHE"
-        ) from None
+        hint = "set data.cache = 'memory' or LORAKIT_CACHE"
+        raise LorakitError(f"{path.parent}: latents cannot be kept there ({error.strerror}); {hint}") from None

@@ -198,8 +198,8 @@ class _Look:
 
     problem: str = ""
     notes: tuple[str, ...] = ()
-    hash: np.ndarray[Any, np.dtype[np.bool_]] | None = None
-    colours: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    hash: np.ndarray[Any, np.dtype[np.bool_]] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    colours: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 def _look(item: Item, resolution: int, step: int) -> _Look:
@@ -299,19 +299,14 @@ def _duplicates(report: Report, seen: Sequence[tuple[Item, _Look]]) -> None:
             for item in items[1:]:
                 item.findings.append(f"same as {items[0].relative}")
     first = [(item, look) for item, look in seen if same[item.digest][0] is item]
+    hashes = np.array([look.hash for _, look in first])
     for at, (item, look) in enumerate(first):
-        for other, earlier in first[:at]:
-            if _alike(look, earlier):
-                report.warnings.append(f"{other.relative}, {item.relative}: look almost the same")
-                item.findings.append(f"almost the same as {other.relative}")
-                break
-
-
-def _alike(one: _Look, other: _Look) -> bool:
-    assert one.hash is not None and other.hash is not None and one.colours is not None and other.colours is not None
-    if int(np.count_nonzero(one.hash != other.hash)) > HASH_BITS:
-        return False
-    return float(np.abs(one.colours - other.colours).mean()) <= HASH_COLOUR
+        near = np.flatnonzero(np.count_nonzero(hashes[:at] != look.hash, axis=1) <= HASH_BITS)
+        alike = [n for n in near.tolist() if np.abs(first[n][1].colours - look.colours).mean() <= HASH_COLOUR]
+        if alike:
+            other = first[alike[0]][0]
+            report.warnings.append(f"{other.relative}, {item.relative}: look almost the same")
+            item.findings.append(f"almost the same as {other.relative}")
 
 
 def _sizes(report: Report) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lorakit.config import DataConfig, TrainConfig
 from lorakit.data import cache, captions, check
-from lorakit.data.cache import Dataset
+from lorakit.data.dataset import Batch, Dataset
 from lorakit.errors import LorakitError
 
 DOWNSCALE = 4
@@ -82,7 +82,7 @@ def fill(photos: Path, count: int, sizes: tuple[tuple[int, int], ...] = ((64, 64
         marked.save(photos / f"{number:02}.png", marked.picture(number, width, height))
 
 
-def shown(dataset: Dataset, batch: cache.Batch) -> list[int]:
+def shown(dataset: Dataset, batch: Batch) -> list[int]:
     """The numbers of the pictures in a batch, read from its latents."""
     pixels = (dataset.buckets[batch.bucket].mean[batch.entries, :3] + 1) * 127.5
     return [marked.number_of(one.permute(1, 2, 0).numpy()) for one in pixels]
@@ -341,7 +341,7 @@ def test_the_cache_is_private_and_whole(build: Builder, photos: Path, tmp_path: 
     files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
     assert all(path.suffix == ".safetensors" for path in files)  # no temporary file is left
     if os.name == "posix":
-        assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+        assert {stat.S_IMODE(path.parent.stat().st_mode) for path in files} == {0o700}
 
 
 def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
