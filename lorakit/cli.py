@@ -95,6 +95,12 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = command("inspect", run_inspect, "what a file is: adapter or base, method, rank, trigger, who can read it")
     inspect.add_argument("file", metavar="FILE", help="a safetensors file, a PEFT folder or a base model folder")
+    inspect.add_argument(
+        "--targets",
+        default="",
+        metavar="a1111,comfyui",
+        help="fail where one of these programs does not read all of it",
+    )
 
     export = command("export", run_export, "write an adapter in another format")
     export.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder, in any of the formats")
@@ -230,15 +236,18 @@ def run_sample(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """`lorakit inspect`."""
+    """`lorakit inspect`: 1 where a program named in `--targets` does not read all of the file."""
     from lorakit.export import inspect
 
     report = inspect.inspect(Path(args.file))
+    failures = report.failures(args.targets.split(","))
     if args.json:
-        _print_json(report.to_json())
+        _print_json(report.to_json() | {"failures": failures})
     else:
         _print(report.to_text())
-    return 0
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
 
 
 def run_export(args: argparse.Namespace) -> int:

@@ -189,6 +189,8 @@ class Reading:
         counts = ", ".join(f"{part} {read}/{total}" for part, (read, total) in self.counts.items())
         if self.refused:
             return f"refuses the file: {self.refused}"
+        if self.unmatched and not any(read for read, _ in self.counts.values()):
+            return f"reads none of it, as it has no rule for names like {self.unmatched[0]}"
         if self.unmatched:
             return f"{counts}; no rule for {self.unmatched[0]}{_more(self.unmatched)}"
         if self.wrong:

@@ -160,7 +160,7 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
         "lorakit.method": weights.method,
     }
     per_block = keys.layers_per_block(weights.layers)
-    if per_block != keys.DEFAULT_LAYERS_PER_BLOCK:
+    if keys.SPELLINGS[weights.family].sgm and per_block != keys.DEFAULT_LAYERS_PER_BLOCK:
         found["lorakit.layers_per_block"] = str(per_block)
     return found
 

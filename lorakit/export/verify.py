@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -101,22 +101,31 @@ def _tensor_findings(path: Path, weights: AdapterWeights, heads: Mapping[str, he
 
 def _difference(trained: Layer, stored: Layer, tolerance: float) -> str | None:
     """What is wrong with a stored layer, or None."""
-    wanted, found = trained.delta(), stored.delta()
-    if wanted.shape != found.shape:
-        return f"delta W is {tuple(found.shape)}, expected {tuple(wanted.shape)}"
-    if not bool(torch.isfinite(found).all()):
+    shapes = [(layer.up.shape[0], *layer.down.shape[1:]) for layer in (trained, stored)]
+    if shapes[0] != shapes[1]:
+        return f"delta W is {shapes[1]}, expected {shapes[0]}"
+    if not bool(torch.isfinite(stored.up).all() and torch.isfinite(stored.down).all()):
         return "not finite"
-    if trained.magnitude is None and not bool(torch.count_nonzero(found)):
+    if trained.magnitude is None and _norm([stored]) == 0:
         return "zero: it has no effect"
-    error = float(torch.linalg.vector_norm(found - wanted) / torch.linalg.vector_norm(wanted).clamp_min(1e-30))
-    if error > tolerance:
-        return f"delta W is off by {100 * error:.3g} %"
+    negative = replace(trained, up=-trained.up)
+    error, size = _norm([stored, negative]), _norm([trained])
+    if error > tolerance * size:
+        return f"delta W is off by {100 * error / max(size, 1e-30):.3g} %"
     if (trained.magnitude is None) != (stored.magnitude is None):
         return "DoRA magnitude missing" if stored.magnitude is None else "DoRA magnitude that was not trained"
     if trained.magnitude is None or stored.magnitude is None:
         return None
     close = torch.allclose(trained.magnitude.float().flatten(), stored.magnitude.flatten(), rtol=1e-5, atol=0)
     return None if close else "DoRA magnitude differs"
+
+
+def _norm(layers: list[Layer]) -> float:
+    """Frobenius norm of the sum of delta W, without making any: |A B| = |R_a R_b^T| of the QR decompositions."""
+    up = torch.cat([layer.up.double().flatten(1) * layer.scale for layer in layers], dim=1)
+    down = torch.cat([layer.down.double().flatten(1) for layer in layers])
+    left, right = (torch.linalg.qr(thin, mode="r").R for thin in (up, down.T))
+    return float(torch.linalg.vector_norm(left @ right.T))
 
 
 def verify_effect(

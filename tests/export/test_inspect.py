@@ -9,8 +9,9 @@ import zipfile
 import pytest
 import random_adapters
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from lorakit import cli
 from lorakit.errors import LorakitError
 from lorakit.export import read, save
 from lorakit.export.inspect import inspect
@@ -72,6 +73,19 @@ def test_named_targets_that_do_not_read_all(tmp_path):
     assert len(failures) == 1 and failures[0].startswith("diffusers: unet 0/2, text_encoder 0/4; ignores dora_scale")
     with pytest.raises(LorakitError, match="unknown target 'x'"):
         report.failures(["x"])
+
+
+def test_the_command_fails_where_a_target_does_not_read_all(tmp_path, capsys):
+    path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", {})["kohya"]
+    command = ["inspect", str(path), "--targets", "a1111,forge,comfyui,invokeai,diffusers"]
+    assert cli.main(command) == 0
+    tensors = load_file(path)
+    good, bad = "lora_te_text_model_encoder_layers_0_self_attn_q_proj", "lora_te_encoder_layers_0_self_attn_q_proj"
+    save_file({name.replace(good, bad): tensor for name, tensor in tensors.items()}, path)
+    capsys.readouterr()
+    assert cli.main(command) == 1
+    assert f"comfyui: unet 2/2, text_encoder 3/4; no rule for {bad}" in capsys.readouterr().err
+    assert cli.main(["inspect", str(path)]) == 0
 
 
 def test_inspect_does_not_load_torch(tmp_path):

@@ -143,7 +143,7 @@ def test_numbers_that_a_half_precision_loses_are_kept_in_float32(tmp_path, scale
 
 
 def test_only_what_is_allowed_is_carried_over(tmp_path):
-    told = {"ss_dataset_dirs": '{"/home/me/photos": 1}', "ss_output_name": "toy", "ss_network_dim": "999", "x": "y"}
+    told = {"ss_dataset_dirs": '{"me and my photos": 1}', "ss_output_name": "toy", "ss_network_dim": "999", "x": "y"}
     path = save(weights(), tmp_path, "toy", ["kohya"], "fp16", told)["kohya"]
     head = header.read(path).metadata
     assert head["ss_output_name"] == "toy" and head["ss_network_dim"] == "4"
