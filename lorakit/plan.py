@@ -235,7 +235,8 @@ def estimate_seconds(config: Config, info: Any, steps: int) -> float:
     pass_of_two = 2 * flop / speed
     grids = SAMPLE_GRIDS * len(sample.prompts or captions.sample_prompts(config.data)) * (pass_of_two + overhead)
     class_images = train.class_images * pass_of_two if train.prior == "images" else 0
-    return steps * step + sample.steps * (grids + class_images)
+    seconds: float = steps * step + sample.steps * (grids + class_images)
+    return seconds
 
 
 def guess_device(wanted: str) -> str:
