@@ -6,7 +6,6 @@ Errors stop a run; warnings name what will probably disappoint; notes say what w
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -70,7 +69,7 @@ class Item:
         tokens: how many tokens that is, without start and end.
         cut: the part of the text that does not fit.
         sharpness: see `BLUR`.
-        digest: SHA-256 of its file and, where it has one, its mask; "" where it cannot be read.
+        digest: SHA-256 of its file, "" where it cannot be read.
         findings: what was found about this photo alone, in a few words each.
     """
 
@@ -127,12 +126,6 @@ class Report:
     def buckets(self) -> dict[Bucket, int]:
         """How many photos are trained at each size, most first."""
         return dict(Counter(item.bucket for item in self.items if item.bucket).most_common())
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over all photos, masks and texts: equal means that a run would see the same."""
-        facts = [[item.relative, item.digest, item.text] for item in self.items]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--json`; keys are only ever added."""
@@ -211,7 +204,6 @@ def _look(item: Item, resolution: int, step: int) -> _Look:
         item.digest = hashlib.sha256(raw).hexdigest()
         if photo.mask is not None:
             decode.decode_mask(photo.mask, decoded.size)
-            item.digest += hashlib.sha256(photo.mask.read_bytes()).hexdigest()
     except decode.Unreadable as error:
         return _Look(problem=error.reason if str(error).startswith(photo.relative) else str(error))
     except OSError as error:

@@ -92,11 +92,18 @@ def scan(folder: str | Path) -> Folder:
 
 
 def digest(photos: Iterable[Photo]) -> str:
-    """SHA-256 over names, bytes, captions and masks: two runs with the same digest saw the same photos."""
+    """SHA-256 over names, bytes, captions and masks: two runs with the same digest saw the same photos.
+
+    Raises:
+        LorakitError: a file cannot be read any more.
+    """
     total = hashlib.sha256()
     for photo in photos:
         for part in (photo.path, photo.mask):
-            total.update(hashlib.sha256(part.read_bytes() if part else b"").digest())
+            try:
+                total.update(hashlib.sha256(part.read_bytes() if part else b"").digest())
+            except OSError as error:
+                raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
         total.update(f"{photo.relative}\0{photo.caption}\0".encode())
     return total.hexdigest()
 

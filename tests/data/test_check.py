@@ -234,21 +234,6 @@ def test_what_decoding_did_is_noted(photos: Path, base) -> None:
     assert report_of(photos, base).notes[-1] == "moving.gif: holds 2 pictures: the first is used"
 
 
-def test_the_digest_follows_photos_masks_and_texts(photos: Path, base) -> None:
-    fill(photos)
-    digests = [report_of(photos, base).digest]
-    texture(50).save(photos / "0.png")
-    digests.append(report_of(photos, base).digest)
-    (photos / "0.txt").write_text("sks toy, red")
-    digests.append(report_of(photos, base).digest)
-    Image.new("L", (96, 96), 255).save(photos / "0.mask.png")
-    digests.append(report_of(photos, base).digest)
-    (photos / "1.png").rename(photos / "x.png")
-    digests.append(report_of(photos, base).digest)
-    assert len(set(digests)) == 5
-    assert report_of(photos, base).digest == digests[-1]
-
-
 def test_no_folder(base) -> None:
     with pytest.raises(LorakitError, match=r"^no folder of photos given \(data\.folder\)$"):
         check.check(DataConfig(), base)

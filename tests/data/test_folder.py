@@ -155,6 +155,29 @@ def test_masks_belong_to_their_photos(photos: Path) -> None:
     assert [photo.mask and photo.mask.name for photo in folder.scan(photos).photos] == ["a.mask.png", None]
 
 
+def test_the_digest_follows_photos_masks_captions_and_names(photos: Path) -> None:
+    fill(photos, "a.jpg", "b.jpg")
+
+    def digest() -> str:
+        return folder.digest(folder.scan(photos).photos)
+
+    digests = [digest()]
+    marked.save(photos / "a.jpg", marked.picture(9, 16, 16))
+    digests.append(digest())
+    (photos / "a.txt").write_text("red")
+    digests.append(digest())
+    fill(photos, "a.mask.png")
+    digests.append(digest())
+    (photos / "b.jpg").rename(photos / "c.jpg")
+    digests.append(digest())
+    assert len(set(digests)) == 5
+    assert digest() == digests[-1]
+    found = folder.scan(photos).photos
+    (photos / "c.jpg").unlink()
+    with pytest.raises(LorakitError, match=r"^c\.jpg: cannot be read any more \(No such file or directory\)$"):
+        folder.digest(found)
+
+
 LOOKED_FOR = "looked for jpg, jpeg, jpe, jfif, png, webp, bmp, tif, tiff, avif, mpo, heic, heif, gif"
 
 
