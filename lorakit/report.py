@@ -24,7 +24,6 @@ from lorakit import __version__, atomic, pictures
 from lorakit.config import Config, with_paths_removed
 from lorakit.data import buckets, decode, variants
 from lorakit.errors import LorakitError
-from lorakit.evaluate import LARGEST_DRIFT
 from lorakit.run_folder import RunFolder
 
 # Weight of the past in the smoothed loss, as in the progress bar.
@@ -109,7 +108,7 @@ def curves(events: Iterable[dict[str, Any]], *, best: int | None = None, dark: b
     if validated:
         panels += [
             lambda axes: _validation(axes, validated, ink, bands),
-            lambda axes: _drift(axes, validated, faint, accent),
+            lambda axes: _drift(axes, validated, accent),
         ]
     rows = max(1, -(-len(panels) // 2))
     figure = Figure(figsize=(10, 3.1 * rows), dpi=110, layout="constrained")
@@ -176,20 +175,9 @@ def _validation(axes: Axes, events: list[dict[str, Any]], ink: str, colours: Seq
     )
 
 
-def _drift(axes: Axes, events: list[dict[str, Any]], faint: str, accent: str) -> None:
+def _drift(axes: Axes, events: list[dict[str, Any]], accent: str) -> None:
     at, drift = [e["step"] for e in events], [100 * e["prior_drift"] for e in events]
     axes.plot(at, drift, color=accent, linewidth=1.8, marker="o", markersize=3.5)
-    if max(drift) > 50 * LARGEST_DRIFT:
-        axes.axhline(100 * LARGEST_DRIFT, color=faint, linewidth=1)
-        axes.annotate(
-            "largest for the best checkpoint",
-            (0, 100 * LARGEST_DRIFT),
-            (2, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            color=faint,
-            fontsize=8,
-        )
     axes.set_title("prior drift: change on the class prompt, %")
     axes.set_ylim(bottom=0)
 
