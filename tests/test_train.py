@@ -289,18 +289,19 @@ def test_resume_without_a_checkpoint_says_so(tmp_path, tiny_sd1, photos):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_exports_and_exits_130_and_resume_finishes(tiny_sd1, photos, tmp_path):
+def test_ctrl_c_saves_exports_and_exits_130(tiny_sd1, photos, tmp_path):
     folder = tmp_path / "run"
     never = {"train__steps": 5000, "train__save_every": 5000, "train__validate_every": 5000, "sample__every": 5000}
     asked = options(tiny_sd1, photos, folder, **never)
     written = {key: ",".join(value) if isinstance(value, tuple) else value for key, value in asked.items()}
     sets = [f"--set={key}={value}" for key, value in written.items() if key not in ("data.folder", "output.folder")]
-    command = [sys.executable, "-m", "lorakit.cli", "train", str(photos), "--output", str(folder), *sets]
+    command = [sys.executable, "-m", "lorakit", "train", str(photos), "--output", str(folder), *sets]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     for _ in range(1200):
         if (folder / "log.jsonl").exists() and events(folder, "step"):
             break
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
