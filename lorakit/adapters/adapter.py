@@ -78,7 +78,8 @@ class Adapter:
         self.family, self.method, self.dropout = family, method, dropout
         self._scales = {name: float(layer.scaling[NAME]) for name, layer in layers.items()}
         self._off = False
-        self.train(False)
+        for layer in layers.values():
+            layer.eval()
 
     def reset(self, seed: int) -> None:
         """First weights: A uniform as `nn.Linear` has it (Kaiming, a = sqrt 5), from a generator seeded by the seed and
@@ -115,7 +116,7 @@ class Adapter:
 
     def train(self, mode: bool = True) -> None:
         """Turn the adapter's dropout on or off. The base stays in eval mode always."""
-        for layer in self._layers.values():
+        for layer in self._layers.values() if self.dropout else ():
             layer.lora_dropout[NAME].train(mode)
 
     @contextlib.contextmanager

@@ -56,7 +56,7 @@ def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     strength = layer.scaling[name] / layer.full_scaling[name]
     scale = input_scale(layer, name)
     # A linear layer's input has its channels last, a convolution's second: `[1, in]` and `[1, in, 1, 1]` fit both.
-    # The product is made in float32: s is near 1, where bfloat16 has steps of a percent and would lose what m learned.
+    # The product is made in float32 and rounded once: s is near 1, where bfloat16 has steps of nearly a percent.
     scaled = x * scale
     base = layer.base_layer((scaled if strength == 1 else x * (1 + strength * (scale - 1))).to(x.dtype))
     update = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](scaled))) * layer.scaling[name]

@@ -10,19 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-UNET = {
-    "attention": r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$",
-    "linear": r"\.attentions\.\d+\.",
-    "linear+conv": r"\.attentions\.\d+\."
-    r"|\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)$"
-    r"|\.(down|up)samplers\.\d+\.conv$",
-}
+_ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
+_LINEAR = _ATTENTION + r"|\.attentions\.\d+\.proj_(in|out)$|\.ff\.net\.(0\.proj|2)$"
+_CONV = r"\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)$|\.(down|up)samplers\.\d+\.conv$"
+UNET = {"attention": _ATTENTION, "linear": _LINEAR, "linear+conv": f"{_LINEAR}|{_CONV}"}
 # Always all four of an attention: A1111 reads none of them where one is missing.
-TEXT = {
-    "attention": r"\.self_attn\.(q|k|v|out)_proj$",
-    "linear": r"\.self_attn\.(q|k|v|out)_proj$|\.mlp\.fc[12]$",
-    "linear+conv": r"\.self_attn\.(q|k|v|out)_proj$|\.mlp\.fc[12]$",
-}
+_TEXT_ATTENTION = r"\.self_attn\.(q|k|v|out)_proj$"
+_TEXT_LINEAR = _TEXT_ATTENTION + r"|\.mlp\.fc[12]$"
+TEXT = {"attention": _TEXT_ATTENTION, "linear": _TEXT_LINEAR, "linear+conv": _TEXT_LINEAR}
 
 
 def select(layers: Iterable[str], target_modules: str, train_text_encoder: bool) -> list[str]:
