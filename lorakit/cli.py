@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import runpy
@@ -251,12 +252,16 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """`lorakit export`."""
+    """`lorakit export`. The file that is read is never written over."""
     from lorakit import export
+    from lorakit.export.saving import destination
 
-    source = Path(args.adapter)
+    source, folder = Path(args.adapter), Path(args.output)
+    if destination(folder, source.stem, args.to).resolve() == source.resolve():
+        raise LorakitError(f"{source} would be written over: name another folder with --output")
     weights = export.read(source)
-    written = export.save(weights, Path(args.output), source.stem, [args.to], args.dtype, weights.metadata)
+    say = functools.partial(print, file=sys.stderr)
+    written = export.save(weights, folder, source.stem, [args.to], args.dtype, weights.metadata, say=say)
     if args.json:
         _print_json({name: str(path) for name, path in written.items()})
     else:

@@ -36,7 +36,7 @@ from lorakit.config import Config
 from lorakit.data import captions, check, folder as photo_folder
 from lorakit.encode import embed, encode
 from lorakit.errors import LorakitError
-from lorakit.export import metadata
+from lorakit.export import consumers, metadata
 from lorakit.run_folder import RunFolder
 from lorakit.step import Step
 from lorakit.terminal import Terminal
@@ -166,6 +166,9 @@ class _Run:
             refusal = registry.load(registry.EXPORTS, name).check(config.adapter.method, self.info.family)
             if refusal:
                 raise LorakitError(refusal)
+            warning = consumers.warning(config.adapter.method, name)
+            if warning:
+                self.say(warning)
         self.photos = check.check(config.data, self.info)
         if self.photos.errors:
             raise LorakitError("\n".join(self.photos.errors))

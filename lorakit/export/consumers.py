@@ -395,3 +395,14 @@ def foresee(method: str, fmt: str) -> dict[str, str]:
         problem = consumer.refused.get(method, consumer.misread.get(method, ""))
         result[key] = problem if key in _READERS[fmt] else f"does not read the {fmt} format"
     return result
+
+
+def warning(method: str, fmt: str) -> str | None:
+    """One line, to be said before training, where a program that reads the format will not honour the method."""
+    titles: dict[str, list[str]] = {}
+    for key, problem in foresee(method, fmt).items():
+        if key in _READERS[fmt]:
+            titles.setdefault(problem, []).append(CONSUMERS[key].title)
+    good = ", ".join(titles.pop("", []))
+    bad = "; ".join(f"{', '.join(programs)}: {problem}" for problem, programs in titles.items())
+    return f"{method} in the {fmt} format is honoured by {good}; not by {bad}" if bad else None

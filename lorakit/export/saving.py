@@ -18,6 +18,11 @@ from lorakit.weights import AdapterWeights
 ENDINGS = {"kohya": ".safetensors", "diffusers": "-diffusers.safetensors", "peft": "-peft"}
 
 
+def destination(folder: Path, name: str, fmt: str) -> Path:
+    """Where `save` puts the adapter `name` in one format."""
+    return folder / (name + ENDINGS[fmt])
+
+
 def save(
     weights: AdapterWeights,
     folder: Path,
@@ -50,7 +55,7 @@ def save(
         dtype = "fp32"
     written: dict[str, Path] = {}
     for fmt, writer in writers.items():
-        path = Path(folder) / (name + ENDINGS[fmt])
+        path = destination(Path(folder), name, fmt)
         writer.write(weights, path, dtype=dtype, metadata=metadata)
         written[fmt] = path
     if "kohya" in written:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lorakit.errors import LorakitError
-from lorakit.export import diffusers as diffusers_format, header, keys, kohya, peft
+from lorakit.export import diffusers as diffusers_format, header, kohya, peft
 from lorakit.export.reading import read
 from lorakit.weights import AdapterWeights, Layer
 
@@ -157,21 +157,3 @@ def verify_effect(
             share = 100 * error / effect
             findings.append(Finding(part, f"from the file its output is off by {share:.3g} % of the adapter's effect"))
     return findings
-
-
-def applied_deltas(pipeline: object) -> dict[str, torch.Tensor]:
-    """Canonical name -> delta W that PEFT layers in a diffusers pipeline really add, after `load_lora_weights`.
-
-    An independent look at what diffusers made of a file: a name that it dropped is not here.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for part in keys.COMPONENTS:
-        model = getattr(pipeline, part, None)
-        if model is None:
-            continue
-        for path, module in model.named_modules():
-            for adapter in getattr(module, "active_adapters", ()) if hasattr(module, "lora_A") else ():
-                if adapter in module.lora_A:
-                    prefix = "text_model." if part != "unet" and not path.startswith("text_model.") else ""
-                    found[f"{part}.{prefix}{path}"] = module.get_delta_weight(adapter).detach().float().cpu()
-    return found

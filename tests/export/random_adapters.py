@@ -77,6 +77,18 @@ def pipeline_shapes(pipeline, *, conv: bool = True, text: bool = True) -> dict[s
     return shapes
 
 
+def applied_deltas(pipeline) -> dict[str, torch.Tensor]:
+    """Canonical name -> delta W that the PEFT layers of a pipeline really add, after a program has loaded a file."""
+    found: dict[str, torch.Tensor] = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for path, module in getattr(pipeline, part).named_modules() if getattr(pipeline, part, None) else ():
+            for adapter in getattr(module, "active_adapters", ()) if hasattr(module, "lora_A") else ():
+                if adapter in module.lora_A:
+                    prefix = "text_model." if part != "unet" and not path.startswith("text_model.") else ""
+                    found[f"{part}.{prefix}{path}"] = module.get_delta_weight(adapter).detach().float().cpu()
+    return found
+
+
 def kohya_shapes(family: str, *, rank: int = 4, conv: bool = True, sgm: bool | None = None) -> dict[str, tuple]:
     """Tensor name -> shape of a whole kohya file at true dimensions, from the frozen list alone."""
     shapes = {}

@@ -224,6 +224,11 @@ def test_targets_are_checked():
 
 def test_what_is_said_before_training():
     assert set(consumers.foresee("lora", "kohya").values()) == {"", "does not read the kohya format"}
+    assert consumers.warning("lora", "kohya") is None and consumers.warning("rslora", "diffusers") is None
+    assert consumers.warning("dora", "kohya") == (
+        "dora in the kohya format is honoured by AUTOMATIC1111, Forge, ComfyUI, InvokeAI; not by kohya sd-scripts, "
+        "stable-diffusion.cpp, diffusers: ignores dora_scale and applies it as plain LoRA"
+    )
     told = consumers.foresee("dora", "kohya")
     assert [key for key, problem in told.items() if not problem] == ["a1111", "forge", "comfyui", "invokeai"]
     assert told["diffusers"] == "ignores dora_scale and applies it as plain LoRA"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lorakit.errors import LorakitError
 from lorakit.export import diffusers, factors, kohya, peft, read
 from lorakit.export.merging import merged
-from lorakit.export.verify import applied_deltas, verify_file
+from lorakit.export.verify import verify_file
 from lorakit.weights import AdapterWeights, Layer
 
 TEXT_LAYER = "text_encoder.text_model.encoder.layers.0.self_attn."
@@ -31,7 +31,7 @@ def tiny(request):
 def applied(pipeline, path):
     """delta W of each layer after diffusers has loaded a file, and the pipeline as it was."""
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
-    found = applied_deltas(pipeline)
+    found = random_adapters.applied_deltas(pipeline)
     pipeline.unload_lora_weights()
     return found
 
@@ -113,7 +113,7 @@ def test_peft_opens_the_folder(tiny, tmp_path, alpha):
         model = PeftModel.from_pretrained(getattr(pipeline, part), tmp_path / "folder" / part)
         setattr(opened, part, model.base_model.model)
         assert model.peft_config["default"].base_model_name_or_path is None
-    found = applied_deltas(opened)
+    found = random_adapters.applied_deltas(opened)
     for part in parts:
         setattr(pipeline, part, getattr(opened, part))
     try:
