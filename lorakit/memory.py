@@ -92,10 +92,10 @@ def attention_problem(candidate: Attention, device: torch.device, dtype: torch.d
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             return (str(error).splitlines() or [type(error).__name__])[0]
         for name, right, got in zip(("output", "query", "key", "value"), expected, found, strict=True):
-            error = ((got.float() - right).norm() / right.norm()).item()
-            if not error <= allowed:
+            off = ((got.float() - right).norm() / right.norm()).item()
+            if not off <= allowed:
                 what = "output" if name == "output" else f"gradient of the {name}"
-                return f"{what} is off by {error:.0%} at head size {size}"
+                return f"{what} is off by {off:.0%} at head size {size}"
     return None
 
 
@@ -117,8 +117,8 @@ def peak(device: torch.device) -> int:
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    swapped = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return functional.scaled_dot_product_attention(*swapped).transpose(1, 2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _outputs_and_gradients(

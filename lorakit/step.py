@@ -56,7 +56,8 @@ class Step:
         self.family, self.adapter, self.encoded, self.train = family, adapter, encoded, train
         self.embed_anew, self.retry = embed_anew, retry
         self._generator = torch.Generator(family.device)
-        self._epoch, self._batches = -1, []
+        self._epoch = -1
+        self._batches: list[Any] = []
 
     @property
     def batches_per_epoch(self) -> int:

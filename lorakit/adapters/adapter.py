@@ -72,7 +72,7 @@ class Adapter:
         dropout: on the adapters' input while `train(True)`.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], layers: dict[str, Any], family: str, method: str, dropout: float):
+    def __init__(self, modules: dict[str, Any], layers: dict[str, Any], family: str, method: str, dropout: float):
         self._modules, self._layers = modules, layers
         self.layers = list(layers)
         self.family, self.method, self.dropout = family, method, dropout
@@ -233,7 +233,7 @@ class Adapter:
             layer._disable_adapters = off
 
 
-def _modules(target: Any) -> dict[str, nn.Module]:
+def _modules(target: Any) -> dict[str, Any]:
     """Component -> module that may be adapted, of a Family or a diffusers pipeline."""
     if hasattr(target, "components"):
         parts = {name: target.components.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
@@ -257,7 +257,7 @@ def _family(target: Any, modules: dict[str, Any]) -> str:
     return "sd2" if modules["unet"].config.cross_attention_dim == 1024 else "sd1"
 
 
-def _layer_paths(modules: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
+def _layer_paths(modules: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Canonical name -> (component, module path as the installed libraries call it)."""
     return {
         canonical(component, path): (component, path)
@@ -267,7 +267,7 @@ def _layer_paths(modules: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _inject(modules: dict[str, nn.Module], chosen: dict[str, tuple[str, str]], config: AdapterConfig) -> dict[str, Any]:
+def _inject(modules: dict[str, Any], chosen: dict[str, tuple[str, str]], config: AdapterConfig) -> dict[str, Any]:
     """Let PEFT put its layers in; canonical name -> layer."""
     make = registry.load(registry.ADAPTERS, config.method)
     # PEFT's layers draw first weights that `reset` replaces; that must not move the global generator.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ class Condition:
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
         """All rows of several, in order. What one of them lacks, all must lack."""
-        joined = {}
+        joined: dict[str, Any] = {}
         for f in fields(Condition):
             values = [getattr(part, f.name) for part in parts]
             joined[f.name] = None if values[0] is None else torch.cat(values)
@@ -53,4 +54,5 @@ class Condition:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Condition:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Condition(**{name: None if value is None else change(value) for name, value in values.items()})
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        return Condition(**changed)

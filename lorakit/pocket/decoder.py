@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def critic(width: int = 32) -> nn.Sequential:
 def look_alike(judge: Net, made: Tensor, real: Tensor) -> Tensor:
     """Distance in the judge's first feature maps: edges and textures rather than single pixels."""
     total, a, b = torch.zeros((), device=made.device), made, real
-    for layer in judge.trunk[:12]:
+    for layer in list(judge.trunk)[:12]:
         a, b = layer(a), layer(b)
         if isinstance(layer, nn.ReLU):
             total = total + (a - b).abs().mean() / (b.abs().mean() + 1e-3)
@@ -45,7 +46,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
     judge = Judge.load(work / "judge.safetensors").model.to(worker.device).requires_grad_(False)
-    common = {
+    common: dict[str, Any] = {
         "total": recipe.decoder_pictures,
         "batch": recipe.decoder_batch,
         "seed": recipe.seed,
