@@ -85,7 +85,7 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None)
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise Unreadable(name, f"damaged or cut off ({error}); copy it again from where it came") from None
-    if orientation in TURNS and image.format != "TIFF":
+    if orientation in TURNS:
         image = ImageOps.exif_transpose(image)
     rgb, alpha = _to_srgb(image, notes)
     return Decoded(np.array(rgb), alpha, TURNS.get(orientation, ""), tuple(notes))

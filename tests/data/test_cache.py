@@ -147,6 +147,14 @@ def test_batches_follow_from_seed_and_epoch(build: Builder, photos: Path) -> Non
     assert [(b.bucket, b.entries.tolist(), b.texts.tolist()) for b in again.batches(0, 5, 3)] == plain(0, 5)
 
 
+def test_every_epoch_has_its_own_order_and_company(build: Builder, photos: Path) -> None:
+    fill(photos, 8, ((64, 64),))
+    dataset, _ = build()
+    epochs = [[shown(dataset, batch) for batch in dataset.batches(0, epoch, 2)] for epoch in range(20)]
+    assert len({tuple(map(tuple, epoch)) for epoch in epochs}) == 20
+    assert len({frozenset(pair) for epoch in epochs for pair in epoch}) > 20  # of the 28 there are
+
+
 def test_sdxl_conditions_tell_size_and_crop_with_flip_too(build: Builder, photos: Path) -> None:
     marked.save(photos / "a.png", marked.picture(1, 200, 64))
     dataset, _ = build(DataConfig(name="sks toy", resolution=64, flip=True, variants=2), ids=True)
