@@ -20,7 +20,7 @@ PACKAGE = ROOT / "lorakit"
 
 # Room -> the rooms it may import. Imports run one way: ground <- config <- the rooms that do the work, which do not
 # know each other <- what brings them together <- train <- the command line.
-GROUND = {"errors", "registry", "randomness", "weights", "atomic"}
+GROUND = {"errors", "registry", "randomness", "weights", "atomic", "modelfile"}
 WORK = {"config", *GROUND}
 TOGETHER = {"families", "adapters", "data", "objective", "optim", "memory", "export", *WORK}
 RUN = {
@@ -41,7 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "randomness": set(),
     "weights": set(),
+    "modelfile": {"errors"},
     "atomic": {"errors"},
+    "modelfile": {"errors"},
     "terminal": set(),
     "config": {"errors", "registry"},
     "data": WORK,

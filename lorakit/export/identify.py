@@ -1,6 +1,6 @@
-"""What a model file is, told from its tensors' names, shapes and metadata; no torch.
+"""What an adapter file is, told from its tensors' names, shapes and metadata; no torch.
 
-`modules` takes an adapter's tensor names apart in every spelling that is about; `kind` names any other file.
+`modules` takes an adapter's tensor names apart in every spelling that is about.
 """
 
 from __future__ import annotations
@@ -117,30 +117,6 @@ def adapter_family(found: Mapping[str, Module], shapes: Shapes, metadata: Mappin
             if width in CROSS_DIMS:
                 return CROSS_DIMS[width], f"attends to text of width {width}"
     return "sd1", "a guess: nothing in the file tells"
-
-
-def kind(shapes: Shapes) -> str:
-    """One word for what a file holds: "adapter", "lycoris", "checkpoint", "unet", "vae", "text encoder", "embedding",
-    "controlnet", or "unknown".
-    """
-    names = set(shapes)
-    found = modules(names)
-    if found:
-        plain = all(module.method in ("lora", "dora") for module in found.values())
-        return "adapter" if plain else "lycoris"
-    tests = {
-        "controlnet": ("control_model.", "controlnet_cond_embedding."),
-        "checkpoint": ("model.diffusion_model.",),
-        "adapter": ("base_model.model.",),
-        "vae": ("first_stage_model.", "decoder.conv_in.", "decoder.up_blocks.", "decoder.up."),
-        "unet": ("down_blocks.", "input_blocks.", "diffusion_model."),
-        "text encoder": ("text_model.", "encoder.layers.", "transformer.resblocks.", "cond_stage_model."),
-    }
-    for word, prefixes in tests.items():
-        if any(name.startswith(prefixes) for name in names):
-            return word
-    vectors = len(names) <= 4 and names and all(len(shape) <= 2 for shape in shapes.values())
-    return "embedding" if vectors and {s[-1] for s in shapes.values() if s} <= {768, 1024, 1280} else "unknown"
 
 
 def base_family(shapes: Shapes) -> str | None:

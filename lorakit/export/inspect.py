@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lorakit import modelfile
 from lorakit.errors import LorakitError
-from lorakit.export import consumers, header, identify, keys
+from lorakit.export import consumers, identify, keys
 from lorakit.export.consumers import Reading
 
 # As in lorakit.export.peft, which needs torch.
@@ -96,11 +97,13 @@ def inspect(path: Path) -> Report:
     path = Path(path)
     if path.is_dir():
         return _folder(path)
-    head = header.read(path)
+    head = modelfile.read(path)
     shapes = head.shapes()
-    kind = identify.kind(shapes)
+    kind = modelfile.kind(shapes)
     size = path.stat().st_size
-    if kind not in ("adapter", "lycoris") or not identify.modules(shapes):
+    if kind in ("adapter", "lycoris") and all(name.startswith(_PEFT_PREFIX) for name in shapes):
+        raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
+    if kind not in ("adapter", "lycoris"):
         family = identify.base_family(shapes)
         return Report(
             path.name,
@@ -112,7 +115,7 @@ def inspect(path: Path) -> Report:
             dtype=_dtype([head]),
             metadata=head.metadata,
         )
-    return _adapter(path.name, kind, size, [head], shapes, header.scalars(head, ".alpha"), head.metadata)
+    return _adapter(path.name, kind, size, [head], shapes, modelfile.scalars(head, ".alpha"), head.metadata)
 
 
 def _folder(path: Path) -> Report:
@@ -130,12 +133,12 @@ def _folder(path: Path) -> Report:
 
 
 def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
-    heads: list[header.Header] = []
+    heads: list[modelfile.Header] = []
     told: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     alphas: dict[str, float] = {}
     for part, folder in parts.items():
-        head = header.read(folder / _PEFT_MODEL)
+        head = modelfile.read(folder / _PEFT_MODEL)
         config = _json(folder / _PEFT_CONFIG)
         heads.append(head)
         told |= head.metadata
@@ -176,7 +179,7 @@ def _adapter(
     name: str,
     kind: str,
     size: int,
-    heads: list[header.Header],
+    heads: list[modelfile.Header],
     shapes: identify.Shapes,
     alphas: dict[str, float],
     told: dict[str, str],
@@ -219,7 +222,7 @@ def _ordered(counts: Counter[Any]) -> list[Any]:
     return [value for value, _ in counts.most_common()]
 
 
-def _dtype(heads: list[header.Header]) -> str:
+def _dtype(heads: list[modelfile.Header]) -> str:
     """The dtype of most of the numbers."""
     sizes: Counter[str] = Counter()
     for head in heads:

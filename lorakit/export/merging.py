@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
+from lorakit import modelfile
 from lorakit.errors import LorakitError
-from lorakit.export import files, header, keys
+from lorakit.export import files, keys
 from lorakit.weights import AdapterWeights, Layer
 
 
@@ -61,7 +62,7 @@ def _merge_component(folder: Path, part: str, layers: Mapping[str, Layer], stren
     """Merge one component's layers into the safetensors files of its folder (one, or several shards)."""
     left = {name.removeprefix(f"{part}."): layer for name, layer in layers.items()}
     for path in sorted(folder.glob("*.safetensors")):
-        head = header.read(path)
+        head = modelfile.read(path)
         tensors = load_file(path)
         for key, tensor in tensors.items():
             # Text encoders are stored with `text_model.` by everybody but transformers 5.6 and later.

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lorakit import modelfile
 from lorakit.errors import LorakitError
-from lorakit.export import header, identify, keys, peft
+from lorakit.export import identify, keys, peft
 from lorakit.weights import AdapterWeights, Layer
 
 Scaling = Mapping[str, Any]
@@ -47,10 +48,12 @@ def read(path: Path) -> AdapterWeights:
 
 
 def _read_file(path: Path) -> AdapterWeights:
-    head = header.read(path)
-    what = identify.kind(head.shapes())
-    if what != "adapter" or not identify.modules(head.tensors):
+    head = modelfile.read(path)
+    what = modelfile.kind(head.shapes())
+    if what != "adapter":
         raise LorakitError(f"{path}: this is {identify.DESCRIPTIONS[what]}")
+    if all(name.startswith(peft.PREFIX) for name in head.tensors):
+        raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
     if any(name.startswith("bundle_emb.") for name in head.tensors):
         raise LorakitError(f"{path}: has embeddings bundled in, which would be lost; take bundle_emb.* out first")
     try:
@@ -69,7 +72,7 @@ def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
     metadata: dict[str, str] = {}
     scalings: dict[str, Scaling] = {}
     for part, folder in folders.items():
-        head = header.read(folder / peft.MODEL)
+        head = modelfile.read(folder / peft.MODEL)
         metadata |= head.metadata
         try:
             scalings[part] = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
@@ -82,7 +85,7 @@ def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
 
 def _component(path: Path) -> str:
     """Which component a lone PEFT adapter belongs to: CLIP has `encoder.layers`, a UNet has not."""
-    return "text_encoder" if any("encoder.layers." in name for name in header.read(path).tensors) else "unet"
+    return "text_encoder" if any("encoder.layers." in name for name in modelfile.read(path).tensors) else "unet"
 
 
 def _weights(

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from lorakit import modelfile
 from lorakit.errors import LorakitError
-from lorakit.export import diffusers as diffusers_format, header, kohya, peft
+from lorakit.export import diffusers as diffusers_format, kohya, peft
 from lorakit.export.reading import read
 from lorakit.weights import AdapterWeights, Layer
 
@@ -66,18 +67,18 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
     return findings
 
 
-def _headers(path: Path) -> dict[str, header.Header]:
+def _headers(path: Path) -> dict[str, modelfile.Header]:
     """The headers of a file ("" -> header) or of a PEFT folder (component -> header)."""
     if not Path(path).is_dir():
-        return {"": header.read(Path(path))}
-    return {f.parent.name: header.read(f) for f in sorted(Path(path).glob(f"*/{peft.MODEL}"))}
+        return {"": modelfile.read(Path(path))}
+    return {f.parent.name: modelfile.read(f) for f in sorted(Path(path).glob(f"*/{peft.MODEL}"))}
 
 
 def _is_factor(name: str) -> bool:
     return not name.endswith((".alpha", ".dora_scale"))
 
 
-def _tensor_findings(path: Path, weights: AdapterWeights, heads: Mapping[str, header.Header]) -> list[Finding]:
+def _tensor_findings(path: Path, weights: AdapterWeights, heads: Mapping[str, modelfile.Header]) -> list[Finding]:
     """Tensors that are missing, not expected, or of another shape than the format's own writer makes."""
     if "" not in heads:
         expected = peft.tensors(weights, "fp32")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit import pocket
+from lorakit import modelfile, pocket
 from lorakit.errors import LorakitError
 from lorakit.families import headers
 from lorakit.weights import canonical
@@ -178,22 +178,24 @@ def _last_text_layer(layers: Iterable[str], component: str) -> list[str]:
     return [name for name, number in numbered.items() if number == last]
 
 
+_ADAPTER = "is an adapter (LoRA), not a base model: give the model that it was made for"
+_KINDS = {
+    "adapter": _ADAPTER,
+    "lycoris": _ADAPTER,
+    "checkpoint": f"is a single-file checkpoint, which is not read yet; {CONVERT}",
+    "unet": "is a UNet alone: give the whole folder in diffusers layout",
+    "vae": "is a VAE alone, not a base model",
+    "text encoder": "is a text encoder alone: give the whole folder in diffusers layout",
+    "embedding": "is a textual-inversion embedding, not a base model",
+    "controlnet": "is a ControlNet, not a base model",
+    "unknown": "is a safetensors file of no kind known here: give a folder in diffusers layout",
+}
+
+
 def _what_file(path: Path) -> str:
     """What a single file given as a base is, and what to do with it; continues "base NAME ..."."""
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         return f"is a pickle, which can run code when it is read; {CONVERT}"
     if path.suffix != ".safetensors":
         return "is a file, not a base model: give a folder in diffusers layout"
-    names = [name for name in headers.read(path) if name != "__metadata__"]
-    told = " ".join(names)
-    if re.search(r"lora_(down|up|A|B)|hada_w|lokr_w|lora\.(down|up)|dora_scale|oft_", told):
-        return "is an adapter (LoRA), not a base model: give the model that it was made for"
-    if "model.diffusion_model." in told:
-        return f"is a single-file checkpoint, which is not read yet; {CONVERT}"
-    if "down_blocks." in told and "time_embedding." in told:
-        return "is a UNet alone: give the whole folder in diffusers layout"
-    if re.search(r"(encoder|decoder)\.(conv_in|down|mid)", told):
-        return "is a VAE alone, not a base model"
-    if len(names) <= 4 and re.search(r"emb_params|clip_[lg]|<.*>|string_to_param", told):
-        return "is a textual-inversion embedding, not a base model"
-    return "is a safetensors file of no kind known here: give a folder in diffusers layout"
+    return _KINDS[modelfile.kind(modelfile.read(path).shapes())]

@@ -1,4 +1,4 @@
-"""Safetensors headers, read by hand: eight bytes of length, then JSON. No tensor is read, and no torch is needed."""
+"""The files of a base: which hold a component's weights, what shapes are in them, and what tells bases apart."""
 
 from __future__ import annotations
 
@@ -7,42 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorakit import modelfile
 from lorakit.errors import LorakitError
 
-# The format's own limit on a header; more than that is another kind of file.
-LARGEST_HEADER = 100_000_000
 PRECISIONS = ("fp16", "bf16")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Header of a safetensors file: tensor name -> {"dtype", "shape", "data_offsets"}, and "__metadata__".
-
-    Raises:
-        LorakitError: not a safetensors file, or cut short.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
-            raise LorakitError(f"{path.name} is not a safetensors file, or is cut short ({size} bytes): get it again")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError:
-            raise LorakitError(f"{path.name} is not a safetensors file (its header is not JSON)") from None
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if size != 8 + length + max(ends, default=0):
-        raise LorakitError(
-            f"{path.name} is cut short: {size} bytes where its header speaks of {8 + length + max(ends, default=0)};"
-            " get it again"
-        )
-    return header
 
 
 def shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape over all the files of one model."""
     found: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        found |= {name: tuple(entry["shape"]) for name, entry in read(path).items() if name != "__metadata__"}
+        found |= modelfile.read(path).shapes()
     return found
 
 

@@ -206,6 +206,13 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path, kind):
             open_it(path)
 
 
+def test_a_part_of_a_peft_folder(tmp_path):
+    folder = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["peft"], "fp16", {})["peft"]
+    for open_it in (inspect, read):
+        with pytest.raises(LorakitError, match=r"this is one part of a PEFT folder: give the folder"):
+            open_it(folder / "unet" / "adapter_model.safetensors")
+
+
 def test_nothing_there(tmp_path):
     for open_it in (inspect, read):
         with pytest.raises(LorakitError, match="no such file"):

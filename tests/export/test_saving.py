@@ -12,8 +12,9 @@ import random_adapters
 import torch
 from safetensors.torch import load_file
 
+from lorakit import modelfile
 from lorakit.errors import LorakitError
-from lorakit.export import factors, files, header, kohya, peft, read, save
+from lorakit.export import factors, files, kohya, peft, read, save
 from lorakit.weights import AdapterWeights
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -145,7 +146,7 @@ def test_numbers_that_a_half_precision_loses_are_kept_in_float32(tmp_path, scale
 def test_only_what_is_allowed_is_carried_over(tmp_path):
     told = {"ss_dataset_dirs": '{"me and my photos": 1}', "ss_output_name": "toy", "ss_network_dim": "999", "x": "y"}
     path = save(weights(), tmp_path, "toy", ["kohya"], "fp16", told)["kohya"]
-    head = header.read(path).metadata
+    head = modelfile.read(path).metadata
     assert head["ss_output_name"] == "toy" and head["ss_network_dim"] == "4"
     assert "ss_dataset_dirs" not in head and "x" not in head
 
@@ -154,4 +155,4 @@ def test_bytes_are_what_safetensors_reads(tmp_path):
     raw = files.to_bytes(kohya.tensors(weights(), "fp16"), {"ss_seed": "ü"})
     (tmp_path / "a.safetensors").write_bytes(raw)
     assert len(load_file(tmp_path / "a.safetensors")) == 6
-    assert header.read(tmp_path / "a.safetensors").metadata["ss_seed"] == "ü"
+    assert modelfile.read(tmp_path / "a.safetensors").metadata["ss_seed"] == "ü"

@@ -1,4 +1,6 @@
-"""The header of a safetensors file, read by hand: no torch, nothing executed, a damaged file named for what it is.
+"""A model file from outside: its safetensors header, read by hand, and what kind of thing it holds.
+
+No torch, and nothing is ever executed; a damaged or foreign file is named for what it is.
 
 Layout: 8 bytes little-endian length n, n bytes of JSON `{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`,
 then the tensors' bytes (https://github.com/huggingface/safetensors#format).
@@ -7,6 +9,7 @@ then the tensors' bytes (https://github.com/huggingface/safetensors#format).
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +104,31 @@ def _checked(path: Path, raw: bytes, size: int, data_start: int) -> Header:
     if end < size:
         raise LorakitError(f"{path}: damaged: {size - end} bytes follow its last tensor")
     return Header(path, tensors, metadata, data_start)
+
+
+# In this order: the first kind of which one tensor's name is enough.
+_KINDS = {
+    "lycoris": r"\.(hada_|lokr_|lora_mid\.|oft_|w_norm$|on_input$|diff$)",
+    "adapter": r"^lora_(unet|te\d?)_|\.lora_[AB]\.|\.(lora|lora_linear_layer)\.(down|up)\.|_lora\.(down|up)\.",
+    "controlnet": r"^(control_model|controlnet_cond_embedding)\.",
+    "checkpoint": r"^model\.diffusion_model\.",
+    "vae": r"^first_stage_model\.|^(encoder|decoder)\.(conv_in|down|up|mid)",
+    "unet": r"^(down_blocks|input_blocks|diffusion_model)\.",
+    "text encoder": r"^(text_model|encoder\.layers|transformer\.resblocks|cond_stage_model)\.",
+    "embedding": r"^(emb_params|clip_[lg]|<.*>)$|string_to_param",
+}
+
+
+def kind(shapes: dict[str, tuple[int, ...]]) -> str:
+    """One word for what a file holds, from its tensors' names: "adapter", "lycoris", "checkpoint", "unet", "vae",
+    "text encoder", "embedding", "controlnet", or "unknown".
+    """
+    for word, pattern in _KINDS.items():
+        if any(re.search(pattern, name) for name in shapes):
+            return word
+    # An embedding may also be named after its token alone; it is known by the width of CLIP.
+    vectors = 0 < len(shapes) <= 4 and all(len(shape) <= 2 for shape in shapes.values())
+    return "embedding" if vectors and {s[-1] for s in shapes.values() if s} <= {768, 1024, 1280} else "unknown"
 
 
 def scalars(header: Header, suffix: str) -> dict[str, float]:

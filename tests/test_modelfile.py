@@ -1,0 +1,57 @@
+"""Headers read by hand: equal to what the safetensors library reads, whatever the dtype."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lorakit import modelfile
+
+
+def test_header_is_what_was_saved(tmp_path):
+    tensors = {"b": torch.zeros(2, 3, dtype=torch.bfloat16), "a.alpha": torch.tensor(2.5), "c": torch.zeros(0)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"key": "ü"})
+    head = modelfile.read(tmp_path / "x.safetensors")
+    assert head.shapes() == {"b": (2, 3), "a.alpha": (), "c": (0,)}
+    assert head.metadata == {"key": "ü"} and head.tensors["b"].dtype == "BF16"
+    assert head.tensors["b"].end - head.tensors["b"].start == 12
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32]
+)
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_scalars_of_every_dtype(tmp_path, dtype, shape):
+    tensors = {"m.alpha": torch.full(shape, 12, dtype=dtype), "m.weight": torch.zeros(3), "n.alpha": torch.zeros(2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    head = modelfile.read(tmp_path / "x.safetensors")
+    assert modelfile.scalars(head, ".alpha") == {"m.alpha": 12.0}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "adapter"),
+        (["unet.mid_block.x.lora_A.weight"], "adapter"),
+        (["unet.mid_block.x.lora.down.weight"], "adapter"),
+        (["unet.mid_block.x.processor.to_q_lora.down.weight"], "adapter"),
+        (["base_model.model.mid_block.x.lora_A.weight"], "adapter"),
+        (["lora_unet_x.hada_w1_a", "lora_unet_y.lora_down.weight"], "lycoris"),
+        (["lora_unet_x.lokr_w1"], "lycoris"),
+        (["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.x"], "checkpoint"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "unet"),
+        (["encoder.conv_in.weight"], "vae"),
+        (["first_stage_model.decoder.x"], "vae"),
+        (["encoder.layers.0.mlp.fc1.weight"], "text encoder"),
+        (["emb_params"], "embedding"),
+        (["clip_l", "clip_g"], "embedding"),
+        (["control_model.input_blocks.0.0.weight"], "controlnet"),
+        (["something.else"], "unknown"),
+    ],
+)
+def test_kinds(names, expected):
+    assert modelfile.kind(dict.fromkeys(names, (8, 8))) == expected
+
+
+def test_an_embedding_named_after_its_token():
+    assert modelfile.kind({"sks": (2, 768)}) == "embedding"
+    assert modelfile.kind({"sks": (2, 100)}) == "unknown"
