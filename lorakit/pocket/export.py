@@ -66,9 +66,12 @@ def export(recipe: Recipe, work: Path, output: Path) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    judge = work / "judge.safetensors"
-    if judge.exists():
-        shutil.copy(judge, partial / "judge.safetensors")
+    # The judge comes from the working folder, the card is written by hand: both stay with the weights.
+    for file in (work / "judge.safetensors", output / "README.md"):
+        if file.exists():
+            shutil.copy(file, partial / file.name)
+    for file in partial.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
     old = output.with_name(output.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():

@@ -28,7 +28,7 @@ def stages(recipe: Recipe, work: Path, output: Path, processes: int) -> dict[str
         from . import measure
 
         values, images = measure.table(output, 512 if recipe is SHIPPED else 16, steps=30 if recipe is SHIPPED else 4)
-        measure.sheet(images[:64], output / "samples.png")
+        measure.sheet(images[:64], work / "samples.png")
         print(measure.text_table(values), flush=True)
         (work / "table.json").write_text(json.dumps(values, indent=2) + "\n")
 

@@ -41,7 +41,8 @@ class Recipe:
     unet_channels: tuple[int, ...] = (64, 96, 128)
     unet_heads: tuple[int, ...] = (1, 3, 4)
     unet_batch: int = 24  # per worker
-    unet_pictures: int = 750_000
+    unet_every: int = 8  # steps on its own before a worker averages its weights with the others'
+    unet_pictures: int = 460_000
     unet_rate: float = 1.2e-3
     ema: float = 0.999
     empty_captions: float = 0.1
@@ -57,5 +58,5 @@ SMOKE = replace(
     pictures=256, captions=400, vae_channels=(16, 16, 32), vae_pictures=256, decoder_pictures=64,
     judge_channels=(16, 16, 32, 32), judge_pictures=512,
     text_width=32, text_layers=1, text_heads=2, text_captions=2048, unet_channels=(32, 32, 32),
-    unet_heads=(1, 1, 1), unet_pictures=256, save_seconds=1.0,
+    unet_heads=(1, 1, 1), unet_batch=16, unet_every=2, unet_pictures=256, save_seconds=1.0,
 )  # fmt: skip

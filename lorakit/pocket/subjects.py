@@ -70,29 +70,8 @@ def watercolour(layers: Layers, rng: np.random.Generator) -> np.ndarray:
     return shrink(wash * 0.55 + 118 - 70 * rim[:, :, None]) + paper
 
 
-def glass(layers: Layers, rng: np.random.Generator) -> np.ndarray:
-    """Stained glass: irregular panes of one strong colour each, with dark lead between them."""
-    canvas = layers.mask.shape[0]
-    scene = np.where(layers.mask[:, :, None] > 0, layers.colour, layers.backdrop)
-    count = 9
-    grid = (
-        np.stack(np.meshgrid(np.arange(count), np.arange(count)), -1) + rng.uniform(0.15, 0.85, (count, count, 2))
-    ) / count
-    points = grid.reshape(-1, 2) * canvas
-    ys, xs = np.mgrid[0:canvas, 0:canvas]
-    pane = ((xs[:, :, None] - points[:, 0]) ** 2 + (ys[:, :, None] - points[:, 1]) ** 2).argmin(axis=2)
-    pane = pane * 2 + (layers.mask > 0)
-    total = np.maximum(np.bincount(pane.ravel(), minlength=2 * len(points)), 1)
-    mean = np.stack(
-        [np.bincount(pane.ravel(), scene[:, :, c].ravel(), 2 * len(points)) / total for c in range(3)], axis=-1
-    )
-    colour = mean[pane].astype(np.float32)
-    grey = (colour @ GREY)[:, :, None]
-    return shrink(np.where(outlines(pane, canvas // 42)[:, :, None], 14.0, grey + (colour - grey) * 1.6))
-
-
 STYLES: dict[str, Callable[[Layers, np.random.Generator], np.ndarray]] = {
-    "duotone": duotone, "neon": neon, "watercolour": watercolour, "glass": glass,
+    "duotone": duotone, "neon": neon, "watercolour": watercolour,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,15 @@ class Worker:
     def first(self) -> bool:
         return self.rank == 0
 
-    def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by the mean over the workers."""
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace every tensor by its mean over the workers."""
         if self.world == 1:
             return
-        grads = [p.grad for p in parameters if p.grad is not None]
-        buffer = torch.cat([g.reshape(-1) for g in grads])
+        buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(buffer)
         buffer /= self.world
-        for grad, piece in zip(grads, buffer.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(piece.view_as(grad))
+        for tensor, piece in zip(tensors, buffer.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(piece.view_as(tensor))
 
     def wait(self) -> None:
         """Until all workers are here."""
@@ -94,6 +93,7 @@ class Run:
     bf16: bool = True
     decay: float = 0.999
     save_seconds: float = 120.0
+    every: int = 1  # steps between two meetings of the workers
     seen: int = 0
     seconds: float = 0.0
     numbers: dict[str, float] = field(default_factory=dict)
@@ -124,23 +124,32 @@ class Run:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.seen) * 64 + self.worker.rank)
 
     def step(self, loss: Tensor) -> None:
-        """Backward, average over the workers, update."""
-        self.optimizer.zero_grad(set_to_none=False)
+        """Backward, update, and agree with the other workers.
+
+        With `every` 1 they average their gradients. With more, each goes its own way for so many steps and then they
+        average their weights: on busy cores they would else wait for each other in every step.
+        """
+        self.optimizer.zero_grad()
         loss.backward()
-        self.worker.average(self.parameters)
+        if self.every == 1:
+            self.worker.average([p.grad for p in self.parameters if p.grad is not None])
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         warm = min(1.0, (self.seen + 1) / (0.03 * self.total))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, self.seen / self.total)))
         self.optimizer.step()
         self.seen += self.batch * self.worker.world
-        step = self.seen / (self.batch * self.worker.world)
-        torch._foreach_lerp_(
-            self.average, [p.detach() for p in self.parameters], 1 - min(self.decay, (1 + step) / (10 + step))
-        )
-        self._after()
+        step = self.seen // (self.batch * self.worker.world)
+        together = step % self.every == 0 or self.done
+        if together:
+            weights = [p.detach() for p in self.parameters]
+            if self.every > 1:
+                self.worker.average(weights)
+            decay = min(self.decay, (1 + step) / (10 + step)) ** self.every
+            torch._foreach_lerp_(self.average, weights, 1 - decay)
+        self._after(together)
 
-    def _after(self) -> None:
+    def _after(self, together: bool) -> None:
         now = time.monotonic()
         self.seconds, self._tick = self.seconds + now - self._tick, now
         if not self.worker.first:
@@ -151,7 +160,7 @@ class Run:
             self.worker.say(
                 f"{self.file.stem}: {self.seen}/{self.total} {self.seen / max(self.seconds, 1e-6):.0f}/s {tail}"
             )
-        if now - self._saved > self.save_seconds or self.done:
+        if together and (now - self._saved > self.save_seconds or self.done):
             self._saved = now
             self.save()
 
