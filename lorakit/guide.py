@@ -13,6 +13,10 @@ from lorakit.data import check
 
 # The knobs that everybody has to answer for; all others have a preset's value.
 PHOTOS, KIND, NAME, BASE = QUESTIONS = ("data.folder", "data.kind", "data.name", "model.base")
+# Decided by whoever starts a run, not asked.
+GIVEN = ("output.folder",)
+# Exactly one of these is set.
+LENGTH_KEYS = tuple(f"train.{name}" for name in LENGTHS)
 # How much longer or shorter than its preset a run is.
 QUALITIES = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
 
@@ -39,10 +43,10 @@ def suggest(answers: Mapping[str, Any], quality: str, preset: str | None = None)
 
         preset, _ = default_preset(known.get(BASE, "pocket"), known.get(KIND, "subject"))
     config = configuration.load(preset)
-    for name in LENGTHS:
-        length = getattr(config.train, name)
+    for key in LENGTH_KEYS:
+        length = getattr(config.train, key.partition(".")[2])
         if length is not None:
-            known[f"train.{name}"] = max(1, round(length * QUALITIES[quality]))
+            known[key] = max(1, round(length * QUALITIES[quality]))
     return configuration.load(preset, known)
 
 

@@ -38,7 +38,7 @@ class AdapterPage:
                 self.upload = gr.File(
                     label=t("adapter.upload"), file_count="single", height=132, elem_id="adapter-upload"
                 )
-        self.report = gr.HTML(elem_id="adapter-report", js_on_load=None)
+        self.report = widgets.html(elem_id="adapter-report")
         # The file that was last inspected: an upload lies outside of the roots, and its path comes from here alone.
         self.inspected = gr.State("")
         with gr.Row(equal_height=False, visible=False) as self.converting:
@@ -48,7 +48,7 @@ class AdapterPage:
             precisions = form.fields()[f"{configuration.SECTIONS[-1]}.dtype"].choices
             self.dtype = gr.Radio(choices=list(precisions), value=precisions[0], label=t("adapter.dtype"))
             self.convert = gr.Button(t("adapter.convert"), variant="primary", elem_id="adapter-convert")
-        self.message = gr.HTML(elem_id="adapter-message", js_on_load=None)
+        self.message = widgets.html(elem_id="adapter-message")
         self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="adapter-file")
 
     def wire(self) -> None:

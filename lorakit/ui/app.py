@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import gradio as gr
 
 from lorakit import guide
 from lorakit.errors import LorakitError
-from lorakit.ui import access, texts
+from lorakit.ui import access, texts, widgets
 from lorakit.ui.adapter import AdapterPage
 from lorakit.ui.compare import ComparePage
 from lorakit.ui.desk import Desk
@@ -82,6 +83,8 @@ def default_roots() -> list[Path]:
 def serve(desk: Desk, args: argparse.Namespace, *, block: bool = True) -> str:
     """Serve the front end; its address, where it does not block."""
     t = gr.I18n(**texts.tables())
+    if args.port and not _is_free(args.host, args.port):
+        raise LorakitError(f"port {args.port} of {args.host} is taken; choose another --port, or leave it out")
     _, address, _ = build(desk, t).launch(
         server_name=args.host,
         server_port=args.port,
@@ -100,6 +103,13 @@ def serve(desk: Desk, args: argparse.Namespace, *, block: bool = True) -> str:
         pwa=False,
     )
     return str(address)
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether something else listens there; Gradio's own words for it name a variable nobody set."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1" if host == "0.0.0.0" else host, port)) != 0
 
 
 def _only_this_machine(args: argparse.Namespace) -> list[Any]:
@@ -126,7 +136,7 @@ def _theme() -> gr.themes.Base:
 def build(desk: Desk, t: gr.I18n) -> gr.Blocks:
     """The whole page, wired."""
     with gr.Blocks(title="lorakit", analytics_enabled=False) as page:
-        gr.HTML("<header class=lk-head><h1>lorakit</h1></header>", js_on_load=None)
+        widgets.html("<header class=lk-head><h1>lorakit</h1></header>")
         gr.Markdown(t("app.tagline"), elem_classes="lk-tagline")
         with gr.Tabs(elem_id="pages") as tabs:
             with gr.Tab(t("tab.photos"), id="photos"):
@@ -213,7 +223,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, train: TrainPage, tabs: gr
     def show(data: dict[Any, Any], request: gr.Request, first: int = 0) -> Iterator[Any]:
         say, path = say_for(request), data[photos.folder] or ""
         shown = train.form_values([data[train.widgets[key]] for key in train.keys]) | {guide.PHOTOS: path}
-        config, _ = train.config_of_photos(shown)
+        config = train.config_of_photos(shown)
         yield from photos.show(path, first, config, say)
 
     def turn(data: dict[Any, Any], request: gr.Request) -> Iterator[Any]:

@@ -38,14 +38,14 @@ class ComparePage:
         self.desk = desk
         gr.Markdown(t("compare.lead"), elem_classes="lk-lead")
         self.run = gr.Dropdown(choices=[], label=t("compare.run"), filterable=False, elem_id="compare-run")
-        self.table = gr.HTML(elem_id="compare-table", js_on_load=None)
+        self.table = widgets.html(elem_id="compare-table")
         with gr.Row(equal_height=False, visible=False) as self.choice:
             self.step = gr.Dropdown(choices=[], label=t("compare.mark_which"), filterable=False, elem_id="compare-step")
             self.format = gr.Radio(choices=list(EXPORTS), value=next(iter(EXPORTS)), label=t("adapter.format"))
             with gr.Column(min_width=160):
                 self.mark = gr.Button(t("compare.mark"), elem_id="compare-mark")
                 self.export = gr.Button(t("compare.export"), variant="primary", elem_id="compare-export")
-        self.message = gr.HTML(elem_id="compare-message", js_on_load=None)
+        self.message = widgets.html(elem_id="compare-message")
         self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="compare-file")
         with gr.Accordion(t("compare.draw"), open=False, elem_id="compare-draw"):
             gr.Markdown(t("compare.draw_lead"))
@@ -54,8 +54,8 @@ class ComparePage:
                 self.prompts = gr.Textbox(lines=3, label=t("compare.prompts"), elem_id="compare-prompts")
                 self.strengths = gr.Textbox("0, 0.5, 1", label=t("compare.strengths"), elem_id="compare-strengths")
             self.draw = gr.Button(t("compare.draw"), variant="primary", elem_id="compare-go")
-            self.drawing = gr.HTML(elem_id="compare-drawing", js_on_load=None)
-        self.grids = gr.HTML(elem_id="compare-grids", js_on_load=None)
+            self.drawing = widgets.html(elem_id="compare-drawing")
+        self.grids = widgets.html(elem_id="compare-grids")
 
     def wire(self, page: gr.Blocks, tab: gr.Tab) -> None:
         """Which event calls what."""
@@ -66,7 +66,7 @@ class ComparePage:
 
         def runs(chosen: str | None) -> Any:
             names = self.runs()
-            return gr.update(choices=names, value=chosen if chosen in names else (names or [None])[0])
+            return gr.update(choices=names, value=chosen if chosen in names else next(iter(names), None))
 
         def show(name: str | None, request: gr.Request) -> list[Any]:
             return self.show(name, say_for(request))

@@ -34,10 +34,17 @@ class Field:
         """The knob's dotted key."""
         return self.knob.key
 
+    @property
+    def in_words(self) -> bool:
+        """A number that may be left out is a text field: a browser's number field has no empty."""
+        return self.optional and self.kind in ("number", "whole")
+
     def shown(self, value: Any) -> Any:
         """The knob's value as its widget holds it."""
         if self.kind == "lines":
             return "\n".join(value)
+        if self.in_words:
+            return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         return list(value) if self.kind == "choices" else value
 
     def read(self, value: Any) -> Any:
@@ -48,6 +55,8 @@ class Field:
             return tuple(value or ())
         if self.kind == "text":
             return str(value or "").strip()
+        if self.in_words:
+            value = _number(str(value if value is not None else "").strip())
         if self.kind == "whole" and isinstance(value, float) and value.is_integer():
             return int(value)
         return value
@@ -60,6 +69,14 @@ class Field:
         if low is not None and high is not None and high < 1e6:
             return f"{low:g} … {high:g}"
         return "" if low is None else f"≥ {low:g}"
+
+
+def _number(text: str) -> float | str | None:
+    """A number, None for nothing, or the text itself where it is neither."""
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
 
 
 def fields() -> dict[str, Field]:

@@ -130,12 +130,12 @@ class PhotosPage:
                     height=132,
                     elem_id="photos-upload",
                 )
-        self.message = gr.HTML(elem_id="photos-message", js_on_load=None)
-        self.summary = gr.HTML(elem_id="photos-summary", js_on_load=None)
-        self.cards = gr.HTML(elem_id="photos-cards", js_on_load=SEND_CAPTION)
+        self.message = widgets.html(elem_id="photos-message")
+        self.summary = widgets.html(elem_id="photos-summary")
+        self.cards = widgets.html(elem_id="photos-cards", js_on_load=SEND_CAPTION)
         with gr.Row(visible=False) as self.pager:
             self.previous = gr.Button(t("photos.previous"), size="sm", min_width=80)
-            self.where = gr.HTML(js_on_load=None)
+            self.where = widgets.html()
             self.next = gr.Button(t("photos.next"), size="sm", min_width=80)
         self.next_step = gr.Button(t("photos.next_step"), variant="primary", visible=False, elem_id="photos-next")
         self.first = gr.State(0)

@@ -37,19 +37,19 @@ class RunsPage:
         self.seen = gr.State({})
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
-                self.list = gr.HTML(elem_id="runs-list", js_on_load=CHOOSE)
+                self.list = widgets.html(elem_id="runs-list", js_on_load=CHOOSE)
                 self.work = gr.Button(t("run.work"), visible=False, size="sm", elem_id="queue-start")
             with gr.Column(scale=3, min_width=320):
-                self.status = gr.HTML(elem_id="run-status", js_on_load=None)
+                self.status = widgets.html(elem_id="run-status")
                 with gr.Row():
                     self.stop = gr.Button(t("run.stop"), variant="stop", visible=False, elem_id="run-stop")
                     self.resume = gr.Button(t("run.resume"), variant="primary", visible=False, elem_id="run-resume")
                     self.cancel = gr.Button(t("run.cancel"), visible=False, elem_id="run-cancel")
                     self.download = gr.DownloadButton(t("run.download"), visible=False, elem_id="run-download")
-                self.message = gr.HTML(elem_id="run-message", js_on_load=None)
-                self.samples = gr.HTML(elem_id="run-samples", js_on_load=None)
-                self.curves = gr.HTML(elem_id="run-curves", js_on_load=None)
-                self.log = gr.HTML(elem_id="run-log", js_on_load=None)
+                self.message = widgets.html(elem_id="run-message")
+                self.samples = widgets.html(elem_id="run-samples")
+                self.curves = widgets.html(elem_id="run-curves")
+                self.log = widgets.html(elem_id="run-log")
 
     @property
     def outputs(self) -> list[Any]:

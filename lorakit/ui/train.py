@@ -44,9 +44,9 @@ class TrainPage:
                     elem_id="quality",
                 )
                 self.start = gr.Button(t("train.start"), variant="primary", size="lg", elem_id="train-start")
-                self.message = gr.HTML(elem_id="train-message", js_on_load=None)
+                self.message = widgets.html(elem_id="train-message")
             with gr.Column(scale=2, min_width=280):
-                self.plan = gr.HTML(elem_id="train-plan", js_on_load=None)
+                self.plan = widgets.html(elem_id="train-plan")
         with gr.Accordion(t("train.options"), open=False, elem_id="train-options"):
             with gr.Row(equal_height=True):
                 self.preset = gr.Dropdown(
@@ -60,13 +60,12 @@ class TrainPage:
                     filterable=False,
                     elem_id="preset",
                 )
-                self.apply = gr.Button(t("train.apply"), elem_id="preset-apply")
-            self.difference = gr.HTML(elem_id="preset-difference", js_on_load=None)
-            self.changed = gr.HTML(elem_id="train-changed", js_on_load=None)
+                self.apply = gr.Button(t("train.apply"), scale=0, min_width=160, elem_id="preset-apply")
+            self.difference = widgets.html(elem_id="preset-difference")
+            self.changed = widgets.html(elem_id="train-changed")
             for section in configuration.SECTIONS:
-                keys = [
-                    key for key, f in self.fields.items() if f.knob.section == section and key not in guide.QUESTIONS
-                ]
+                told = (*guide.QUESTIONS, *guide.GIVEN)
+                keys = [key for key, f in self.fields.items() if f.knob.section == section and key not in told]
                 if keys:
                     gr.Markdown(t(f"section.{section}"), elem_classes="lk-section")
                     with gr.Row(equal_height=False, elem_classes="lk-knobs"):
@@ -146,8 +145,11 @@ class TrainPage:
         moved = {
             key: value
             for key, value in suggested.items()
-            if key not in guide.QUESTIONS and key not in by_hand and shown.get(key) != value
+            if key in self.widgets and key not in guide.QUESTIONS and key not in by_hand and shown.get(key) != value
         }
+        if any(shown.get(key) for key in guide.LENGTH_KEYS if key in by_hand):
+            # A length of one's own takes the place of the preset's.
+            moved |= {key: "" for key in guide.LENGTH_KEYS if key not in by_hand and shown.get(key)}
         return marks | {"values": suggested}, moved
 
     def read(self, shown: Mapping[str, Any], say: Say) -> tuple[Config | None, dict[str, list[str]]]:
@@ -173,23 +175,19 @@ class TrainPage:
 
     def restore(self, kept: Mapping[str, Any]) -> list[Any]:
         """The answers that the browser kept: photos' folder, quality, marks, preset, then each widget."""
+        if not kept.get("values"):
+            return [gr.skip()] * (4 + len(self.keys))
         start = form.values(guide.suggest({}, "balanced"))
-        values = start | {key: value for key, value in (kept.get("values") or {}).items() if key in self.widgets}
-        quality = kept.get("quality") if kept.get("quality") in guide.QUALITIES else "balanced"
-        preset = kept.get("preset") if kept.get("preset") in configuration.preset_names() else AUTOMATIC
+        values = start | {key: value for key, value in kept["values"].items() if key in self.widgets}
+        quality = kept["quality"] if kept.get("quality") in guide.QUALITIES else "balanced"
+        preset = kept["preset"] if kept.get("preset") in configuration.preset_names() else AUTOMATIC
         try:
             suggested = form.values(guide.suggest(values, quality, preset or None))
         except LorakitError:
             suggested = start
         marks = {"preset": preset, "values": suggested, "shown": {}}
-        photos = values[guide.PHOTOS] or None
-        return [
-            photos,
-            quality,
-            marks,
-            preset,
-            *(gr.update(value=values[key] or None) if key == guide.PHOTOS else values[key] for key in self.keys),
-        ]
+        values[guide.PHOTOS] = values[guide.PHOTOS] or None
+        return [values[guide.PHOTOS], quality, marks, preset, *(values[key] for key in self.keys)]
 
     def _update(self, key: str, mark: str, before: str, moved: Mapping[str, Any], say: Say) -> Any:
         change: dict[str, Any] = {"value": moved[key]} if key in moved else {}
@@ -207,7 +205,7 @@ class TrainPage:
             suggested = form.values(guide.suggest(shown, quality, preset or None))
         except LorakitError as problem:
             return widgets.problem(str(problem))
-        differences = form.changed(suggested, {key: shown[key] for key in suggested if key not in guide.QUESTIONS})
+        differences = form.changed(suggested, {k: v for k, v in shown.items() if k not in guide.QUESTIONS})
         if not differences:
             return widgets.quiet(say("train.same"))
         head = [say("train.option"), say("train.now"), say("train.then")]

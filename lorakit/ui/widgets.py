@@ -12,6 +12,11 @@ from lorakit.ui.form import Field
 from lorakit.ui.texts import Say
 
 
+def html(value: str = "", *, elem_id: str | None = None, js_on_load: str | None = None) -> gr.HTML:
+    """A place for HTML of ours, under no style but ours."""
+    return gr.HTML(value, elem_id=elem_id, js_on_load=js_on_load, apply_default_css=False)
+
+
 def quiet(text: str) -> str:
     """A line in a low voice."""
     return f"<p class=lk-quiet>{escape(text)}</p>"
@@ -83,7 +88,7 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
         if len(field.choices) <= 3:
             return gr.Radio(choices=list(field.choices), value=shown, **common)
         return gr.Dropdown(choices=list(field.choices), value=shown, filterable=False, **common)
-    if field.kind in ("number", "whole"):
+    if field.kind in ("number", "whole") and not field.in_words:
         return gr.Number(value=shown, **common)
     return gr.Textbox(value=shown, lines=3 if field.kind == "lines" else 1, **common)
 

@@ -21,7 +21,8 @@ def table(language: str) -> dict[str, str]:
     texts = dict(module.TEXTS)
     texts |= {f"section.{name}": title for name, title in module.SECTIONS.items()}
     for key, field in form.fields().items():
-        plain = (field.knob.name.replace("_", " ").capitalize(), field.knob.help)
+        spelled = field.knob.name.replace("_", " ").capitalize()
+        plain = (module.NAMES.get(key, spelled), field.knob.help)
         name, help = module.KNOBS.get(key, plain)
         texts |= {f"knob.{key}": name, f"help.{key}": f"{help} ({field.bounds()})" if field.bounds() else help}
     return texts

@@ -151,8 +151,14 @@ TEXTS = {
     "error.gone": "This run is not there any more.",
 }
 
-# Names of knobs and their help come from config.py.
+# Help of knobs comes from config.py, and their names but for the questions that everybody answers.
 KNOBS: dict[str, tuple[str, str]] = {}
+NAMES = {
+    "data.folder": "Photos",
+    "data.kind": "Subject or style",
+    "data.name": "Trigger and name",
+    "model.base": "Base model",
+}
 SECTIONS = {
     "model": "Model",
     "data": "Photos and captions",

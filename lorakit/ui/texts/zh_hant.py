@@ -156,11 +156,12 @@ SECTIONS = {
     "output": "輸出",
 }
 
+NAMES: dict[str, str] = {}
 KNOBS = {
     "model.base": ("基礎模型", "「pocket」(內附)或 diffusers 格式的資料夾。"),
-    "data.folder": ("照片資料夾", "照片所在的資料夾。只會被讀取。"),
-    "data.kind": ("種類", "照片的共通點:主體(subject)或風格(style)。"),
-    "data.name": ("名稱", "觸發詞與它是什麼,例如「sks dog」或「sks style」。第一個詞就是觸發詞。"),
+    "data.folder": ("照片", "照片所在的資料夾。只會被讀取。"),
+    "data.kind": ("主體或風格", "照片的共通點:主體(subject)或風格(style)。"),
+    "data.name": ("觸發詞與名稱", "觸發詞與它是什麼,例如「sks dog」或「sks style」。第一個詞就是觸發詞。"),
     "data.instance_prompt": ("照片的提示詞", "沒有說明文字的照片所用的文字。留空:由種類與名稱產生。"),
     "data.class_prompt": ("類別的提示詞", "代表整個類別的文字,用於保留先驗。留空:由名稱產生。"),
     "data.resolution": ("解析度", "訓練用正方形的邊長(像素);各尺寸分組保持相同面積。"),
