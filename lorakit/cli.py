@@ -26,6 +26,11 @@ from lorakit.terminal import Terminal, quiet_libraries
 
 # Which presets are for which family of base model.
 PRESET_FOR_FAMILY = {"sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl"}
+# The three cheapest ways out, the one that changes least of the result first.
+OUT_OF_MEMORY = (
+    "the device has too little memory for this run; in this order: --set memory.gradient_checkpointing=true, "
+    "--set train.batch_size=1, a smaller data.resolution"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, LorakitError):
             _complain(str(error))
             return 2 if isinstance(error, configuration.ConfigError) else 1
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it to ask would cost seconds
+            _complain(OUT_OF_MEMORY)
+            return 1
         _complain(f"internal error: {type(error).__name__}: {_first_line(error)}; traceback in {_log(error)}")
         return 1
 

@@ -98,7 +98,7 @@ def devices() -> list[Line]:
     """The accelerator, what precision it has, whether this torch was built for it, and the attention kernels."""
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: one of its own libraries is missing
         return [Line("device", "bad", f"torch does not import: {error}", "pip install 'lorakit'")]
     lines = []
     if torch.cuda.is_available():

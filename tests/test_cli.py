@@ -170,6 +170,17 @@ def test_who_asks_for_the_traceback_gets_it(run: Run, monkeypatch: pytest.Monkey
         run("knobs")
 
 
+def test_too_little_memory_is_told_with_the_ways_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(config, "knobs", raising(torch.cuda.OutOfMemoryError("tried to allocate 2 GiB")))
+    code, _, err = run("knobs")
+    assert code == 1
+    assert err.startswith("lorakit: the device has too little memory for this run; in this order: --set memory.")
+    for key in re.findall(r"--set ([\w.]+)=", err):
+        assert key in {"memory.gradient_checkpointing", "train.batch_size"}
+
+
 def test_an_interrupt_exits_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "knobs", raising(KeyboardInterrupt()))
     assert run("knobs") == (130, "", "lorakit: interrupted\n")
