@@ -206,7 +206,7 @@ class _Run:
         self.step = Step(family, self.adapter, encoded, config.train, embed_anew=self.trains_text)
         self.validation = evaluate.Validation(
             family,
-            encoded.held_out or encoded.dataset,
+            encoded.held_out or encoded.dataset.plain(),
             encoded.conditions,
             encoded.class_condition,
             config.train.seed,
