@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -111,9 +113,12 @@ def prodigy(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     if len({group["lr"] for group in groups}) > 1:
         raise LorakitError("optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate unset")
     package = _optional("prodigyopt", "prodigy")
-    return package.Prodigy(  # type: ignore[no-any-return]
-        groups, weight_decay=config.weight_decay, use_bias_correction=True, safeguard_warmup=True
-    )
+    # It prints that its weight decay is decoupled.
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer: torch.optim.Optimizer = package.Prodigy(
+            groups, weight_decay=config.weight_decay, use_bias_correction=True, safeguard_warmup=True
+        )
+    return optimizer
 
 
 class Lion(torch.optim.Optimizer):
