@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lorakit.export import keys, metadata as meta
+from lorakit.weights import canonical
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -35,7 +36,6 @@ _SPELLINGS: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {
 }
 _OLD_UNET = re.compile(r"(unet\..+)\.processor\.to_(q|k|v|out)_lora")
 _OLD_TEXT = re.compile(r"(text_encoder.*)\.self_attn\.to_(q|k|v|out)_lora")
-_FLAT_TEXT = re.compile(r"(text_encoder|text_encoder_2)\.encoder\.")
 # Parts of a kohya module that say it is not plain LoRA.
 _LYCORIS = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "lora_mid.weight": "LoCon (tucker)"}
 _LYCORIS |= {"diff": "full difference", "w_norm": "norm", "on_input": "IA3", "oft_blocks": "OFT"}
@@ -86,7 +86,8 @@ def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PE
 def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
     if spelling == "kohya":
         return keys.from_kohya(stem, layers_per_block)
-    name = _FLAT_TEXT.sub(r"\1.text_model.encoder.", stem)
+    part, _, path = stem.partition(".")
+    name = canonical(part, path)
     if spelling == "diffusers-old":
         name = _OLD_UNET.sub(lambda m: f"{m[1]}.to_{m[2]}{'.0' * (m[2] == 'out')}", name)
         name = _OLD_TEXT.sub(lambda m: f"{m[1]}.self_attn.{m[2]}_proj", name)

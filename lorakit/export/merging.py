@@ -1,4 +1,7 @@
-"""An adapter merged into a base in diffusers layout: a whole model that needs no adapter. All arithmetic in float32."""
+"""Between adapters and whole bases in diffusers layout: merge an adapter in, or extract the difference of two bases.
+
+All arithmetic is in float32.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from safetensors.torch import load_file, save
 from lorakit import modelfile
 from lorakit.errors import LorakitError
 from lorakit.export import files, keys
-from lorakit.weights import AdapterWeights, Layer
+from lorakit.export.arithmetic import resize
+from lorakit.weights import AdapterWeights, Layer, canonical
 
 
 def merged(weight: torch.Tensor, layer: Layer, strength: float = 1.0) -> torch.Tensor:
@@ -53,31 +57,77 @@ def merge(weights: AdapterWeights, base: Path, output: Path, strength: float = 1
     return output
 
 
+def extract(
+    base: Path, tuned: Path, family: str, *, rank: int | None = None, energy: float | None = None
+) -> AdapterWeights:
+    """The adapter that makes `tuned` of `base`, as nearly as its rank allows: an SVD of each layer's difference.
+
+    Layers that no adapter can hold (norms, embeddings, the VAE) are left out, and so are those that did not change.
+
+    Raises:
+        LorakitError: no folder in diffusers layout, different models, nothing that changed, or a wrong rank or energy.
+    """
+    layers: dict[str, Layer] = {}
+    for part in keys.SPELLINGS[family].text.keys() | {"unet"}:
+        before, after = _tensors(Path(base), part), _tensors(Path(tuned), part)
+        for name in before:
+            if not keys.is_portable(name):
+                continue
+            if name not in after or before[name].shape != after[name].shape:
+                raise LorakitError(
+                    f"{Path(tuned).name} has no layer {name} like the base's: not the same kind of model"
+                )
+            difference = after[name].float() - before[name].float()
+            if bool(difference.any()):
+                layers[name] = _exact(difference)
+    if not layers:
+        raise LorakitError(
+            f"{Path(tuned).name} does not differ from {Path(base).name} in any layer that an adapter holds"
+        )
+    return resize(AdapterWeights(family, "lora", layers), rank=rank, energy=energy)
+
+
+def _exact(difference: torch.Tensor) -> Layer:
+    """A layer of full rank whose delta W is `difference`: one factor is the identity."""
+    outputs, inputs = difference.shape[0], difference[0].numel()
+    kernel = difference.shape[2:]
+    if outputs <= inputs:
+        up = torch.eye(outputs).reshape(outputs, outputs, *(1 for _ in kernel))
+        return Layer(difference, up, float(outputs))
+    up = difference.reshape(outputs, inputs, *(1 for _ in kernel))
+    return Layer(torch.eye(inputs).reshape(inputs, *difference.shape[1:]), up, float(inputs))
+
+
+def _tensors(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    """Canonical name -> weight of one component of a base."""
+    found = sorted((folder / part).glob("*.safetensors"))
+    if not found:
+        raise LorakitError(f"{folder}: not a base model in diffusers layout (no {part}/*.safetensors)")
+    tensors: dict[str, torch.Tensor] = {}
+    for path in found:
+        modelfile.read(path)
+        tensors |= {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in load_file(path).items()}
+    return tensors
+
+
 def _existing(path: Path) -> Path:
     """The nearest folder above `path` that is there."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
 def _merge_component(folder: Path, part: str, layers: Mapping[str, Layer], strength: float) -> None:
-    """Merge one component's layers into the safetensors files of its folder (one, or several shards)."""
-    left = {name.removeprefix(f"{part}."): layer for name, layer in layers.items()}
+    """Merge one component's layers into every safetensors file of its folder that has them (variants, shards)."""
+    missing = set(layers)
     for path in sorted(folder.glob("*.safetensors")):
         head = modelfile.read(path)
         tensors = load_file(path)
-        for key, tensor in tensors.items():
-            # Text encoders are stored with `text_model.` by everybody but transformers 5.6 and later.
-            module = key.removesuffix(".weight")
-            layer = left.pop(module, None) or left.pop(f"text_model.{module}", None)
-            if layer is None:
-                continue
+        names = {canonical(part, key.removesuffix(".weight")): key for key in tensors}
+        for name in layers.keys() & names.keys():
+            tensor, layer = tensors[names[name]], layers[name]
             if tensor.numel() != layer.up.shape[0] * layer.down[0].numel():
-                raise LorakitError(
-                    f"{part}.{module}: the base's layer has another shape; the adapter is for another base"
-                )
-            tensors[key] = merged(tensor, layer, strength).to(tensor.dtype)
+                raise LorakitError(f"{name} has another shape in the base; the adapter is for another base")
+            tensors[names[name]] = merged(tensor, layer, strength).to(tensor.dtype)
+        missing -= names.keys()
         files.write_bytes(path, save(tensors, head.metadata))
-    if left:
-        missing = next(iter(left))
-        raise LorakitError(
-            f"{folder.parent.name}: the base has no layer {part}.{missing}; the adapter is for another base"
-        )
+    if missing:
+        raise LorakitError(f"the base has no layer {min(missing)}; the adapter is for another base")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from lorakit.errors import LorakitError
 from lorakit.export import kohya
 from lorakit.export.arithmetic import combine, resize
-from lorakit.export.merging import merge, merged
+from lorakit.export.merging import extract, merge, merged
 from lorakit.weights import AdapterWeights, Layer
 
 SHAPES = {
@@ -125,13 +125,36 @@ def test_merged_base_gives_what_base_and_adapter_give(request, tmp_path, family)
     assert all(name.startswith("text_model.") for name in stored)
 
 
+def test_extract_finds_what_was_merged(tiny_sd1, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, dtype=torch.float32)
+    shapes = random_adapters.pipeline_shapes(pipeline)
+    weights = random_adapters.adapter(shapes, "sd1", rank=3, alpha=6)
+    tuned = merge(weights, tiny_sd1, tmp_path / "tuned")
+    found = extract(tiny_sd1, tuned, "sd1", rank=3)
+    assert set(found.layers) == set(shapes)
+    for name, layer in found.layers.items():
+        assert layer.rank <= 3 and layer.down.shape[1:] == weights.layers[name].down.shape[1:]
+        assert np.abs(delta(layer) - delta(weights.layers[name])).max() < 1e-5, name
+    by_energy = extract(tiny_sd1, tuned, "sd1", energy=0.5)
+    assert max(layer.rank for layer in by_energy.layers.values()) < 3
+
+
+def test_extract_says_what_is_wrong(tiny_sd1, tiny_sdxl, tmp_path):
+    with pytest.raises(LorakitError, match="does not differ from sd1 in any layer"):
+        extract(tiny_sd1, tiny_sd1, "sd1", rank=4)
+    with pytest.raises(LorakitError, match=r"has no layer unet\..* like the base's: not the same kind of model"):
+        extract(tiny_sd1, tiny_sdxl, "sd1", rank=4)
+    with pytest.raises(LorakitError, match=r"not a base model in diffusers layout \(no (unet|text_encoder)/"):
+        extract(tiny_sd1, tmp_path, "sd1", rank=4)
+
+
 def test_merge_refuses_what_does_not_fit(tiny_sd1, tmp_path):
     weights = random_adapters.adapter({"unet.up_blocks.7.attentions.0.proj_in": (8, 8)}, "sd1")
     with pytest.raises(LorakitError, match=r"the base has no layer unet.up_blocks.7.attentions.0.proj_in"):
         merge(weights, tiny_sd1, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
     other = random_adapters.adapter({"unet.mid_block.attentions.0.proj_in": (8, 8)}, "sd1")
-    with pytest.raises(LorakitError, match="the base's layer has another shape"):
+    with pytest.raises(LorakitError, match="has another shape in the base"):
         merge(other, tiny_sd1, tmp_path / "m")
     with pytest.raises(LorakitError, match="exists already; name a new folder"):
         merge(weights, tiny_sd1, tmp_path)
