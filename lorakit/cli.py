@@ -254,8 +254,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         _print_json(report.to_json() | {"failures": failures})
     else:
         _print(report.to_text())
-    for failure in failures:
-        print(failure, file=sys.stderr)
+    if failures:
+        _complain("\n".join(failures))
     return 1 if failures else 0
 
 
