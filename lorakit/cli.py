@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import runpy
@@ -19,9 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorakit import __version__, config as configuration
+from lorakit import __version__, config as configuration, workbench
 from lorakit.errors import LorakitError
-from lorakit.registry import EXPORTS
 from lorakit.terminal import Terminal, quiet_libraries
 
 # Which presets are for which family of base model.
@@ -111,12 +109,7 @@ def parser() -> argparse.ArgumentParser:
         help="fail where one of these programs does not read all of it",
     )
 
-    export = command("export", run_export, "write an adapter in another format")
-    export.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder, in any of the formats")
-    export.add_argument("--to", choices=tuple(EXPORTS), required=True, help="format to write")
-    export.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="precision (default: fp16)")
-    export.add_argument("--output", default=".", metavar="DIR", help="where to write (default: here)")
-
+    workbench.add(command)
     command("doctor", run_doctor, "this machine: device, precision, attention, extras, and what each lacks")
     knobs = command("knobs", run_knobs, "every option that --set takes, with its default and bounds")
     knobs.add_argument("--markdown", action="store_true", help="as docs/options.md")
@@ -257,24 +250,6 @@ def run_inspect(args: argparse.Namespace) -> int:
     if failures:
         _complain("\n".join(failures))
     return 1 if failures else 0
-
-
-def run_export(args: argparse.Namespace) -> int:
-    """`lorakit export`. The file that is read is never written over."""
-    from lorakit import export
-    from lorakit.export.saving import destination
-
-    source, folder = Path(args.adapter), Path(args.output)
-    if destination(folder, source.stem, args.to).resolve() == source.resolve():
-        raise LorakitError(f"{source} would be written over: name another folder with --output")
-    weights = export.read(source)
-    say = functools.partial(print, file=sys.stderr)
-    written = export.save(weights, folder, source.stem, [args.to], args.dtype, weights.metadata, say=say)
-    if args.json:
-        _print_json({name: str(path) for name, path in written.items()})
-    else:
-        _print(*(str(path) for path in written.values()))
-    return 0
 
 
 def run_doctor(args: argparse.Namespace) -> int:

@@ -88,18 +88,6 @@ def test_the_command_fails_where_a_target_does_not_read_all(tmp_path, capsys):
     assert cli.main(["inspect", str(path)]) == 0
 
 
-def test_export_does_not_write_over_what_it_reads(tmp_path, capsys):
-    source = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp32", TOLD)["kohya"]
-    before = source.read_bytes()
-    assert cli.main(["export", str(source), "--to", "kohya", "--output", str(tmp_path)]) != 0
-    assert "would be written over: name another folder with --output" in capsys.readouterr().err
-    assert cli.main(["export", str(source), "--to", "peft", "--output", str(tmp_path), "--dtype", "fp32"]) == 0
-    assert source.read_bytes() == before
-    found, expected = read(tmp_path / "toy-peft"), read(source)
-    assert found.metadata["modelspec.trigger_phrase"] == "sks toy"
-    assert all(torch.equal(found.layers[name].delta(), layer.delta()) for name, layer in expected.layers.items())
-
-
 def test_inspect_does_not_load_torch(tmp_path):
     path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", {})["kohya"]
     code = (
