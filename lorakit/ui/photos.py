@@ -54,7 +54,7 @@ def _card(
     if thumbnail.problem:
         picture = f'<div class="lk-photo lk-broken" role="img" aria-label="{name}">✕</div>'
     else:
-        crop = _crop(thumbnail, report, config) if item and report and config else ""
+        crop = _crop(thumbnail, report, config, say) if item and report and config else ""
         image = f'<img src="{thumbnail.address}" alt="{name}">'
         picture = f"<div class=lk-photo><span class=lk-frame>{image}{crop}</span></div>"
     facts = [f"{thumbnail.size[0]} × {thumbnail.size[1]}"] if not thumbnail.problem else []
@@ -77,7 +77,7 @@ def _card(
     )
 
 
-def _crop(thumbnail: Thumbnail, report: check.Report, config: Config) -> str:
+def _crop(thumbnail: Thumbnail, report: check.Report, config: Config, say: Say) -> str:
     """The part that is trained, as a frame over the picture, in percent of its sides."""
     width, height = thumbnail.size
     box = buckets.assign(thumbnail.size, config.data.resolution, report.step).box
@@ -85,7 +85,8 @@ def _crop(thumbnail: Thumbnail, report: check.Report, config: Config) -> str:
     if (right - left) * (bottom - top) > 0.995:
         return ""
     place = f"left:{left:.2%};top:{top:.2%};width:{right - left:.2%};height:{bottom - top:.2%}"
-    return f'<i class=lk-crop style="{place}"></i>'
+    hint = escape(say("photos.crop_hint"))
+    return f'<i class=lk-crop style="{place}" title="{hint}"></i>'
 
 
 def summary(report: check.Report | None, count: int, say: Say) -> str:

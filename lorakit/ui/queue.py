@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import time
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from lorakit.ui.texts import Say
 
 # Lines of the log that are shown, and lines of the process's own output.
 LOG_LINES, OUTPUT_LINES = 200, 60
+# A run that has written nothing for so many seconds says so.
+SILENT = 20
 SAMPLE_SIDE = 640
 RESUMABLE = ("interrupted", "stopped", "failed")
 CHOOSE = """
@@ -176,7 +180,9 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
         lines.append(say("run.best", step=state.best["step"], reason=state.best["reason"]))
     if live and run.stop_requested:
         lines.append(say("run.stop_asked"))
-    told = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    if live and time.time() - state.updated > SILENT:
+        lines.append(say("run.updated", ago=widgets.ago(state.updated, say)))
+    told = "".join(f"<p>{escape(line)}</p>" for line in lines) + _findings(run, say)
     bar = (
         f'<div class="lk-bar" role="progressbar" aria-label="{escape(say("run.step"))}" aria-valuemin="0" '
         f'aria-valuemax="{state.steps}" aria-valuenow="{state.step}"><i style="width:{share:.1%}"></i></div>'
@@ -187,6 +193,20 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
         f'<section class=lk-panel data-state="{state.state}" data-step="{state.step}"><h3>{escape(name)} '
         f"{widgets.badge(state.state, say)}</h3>{bar}{widgets.facts(numbers)}{told}</section>"
     )
+
+
+def _findings(run: RunFolder, say: Say) -> str:
+    """What the run's self-check found of the exported file."""
+    try:
+        found = json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
+        listed = "".join(
+            f"<li class=lk-{'fine' if one['passed'] else 'bad'}><b>{'✓' if one['passed'] else '✕'}</b> "
+            f"{escape(str(one['name']))}: {escape(str(one['detail']))}</li>"
+            for one in found
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"<h4>{escape(say('run.checks'))}</h4><ul class=lk-readers>{listed}</ul>" if listed else ""
 
 
 def _samples(desk: Desk, run: RunFolder, state: State, say: Say) -> str:

@@ -42,7 +42,8 @@ def facts(pairs: list[tuple[str, str, str]]) -> str:
     shown = []
     for name, value, remark in pairs:
         small = f"<small>{escape(remark)}</small>" if remark else ""
-        shown += [f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{small}</dd></div>"] if value else []
+        long = " class=lk-long" if len(value) > 14 else ""
+        shown += [f"<div><dt>{escape(name)}</dt><dd{long}>{escape(value)}{small}</dd></div>"] if value else []
     return f"<dl class=lk-facts>{''.join(shown)}</dl>"
 
 

@@ -10,7 +10,6 @@ TEXTS = {
     # Photos
     "photos.lead": "Ten to thirty sharp photos of one subject or style. They are only read, never changed.",
     "photos.folder": "Folder on this machine",
-    "photos.folder_help": "Below {roots}",
     "photos.open": "Open",
     "photos.upload": "Or drop photos here",
     "photos.empty": "No photos yet. Open a folder or drop some files above.",
@@ -57,7 +56,6 @@ TEXTS = {
     "train.unchanged": "No option is changed from the preset.",
     "train.unset": "unset",
     "plan.title": "The plan",
-    "plan.wait": "Answer the questions and the plan appears here.",
     "plan.working": "Looking at the photos …",
     "plan.steps": "Steps",
     "plan.photos": "Photos",
@@ -71,7 +69,6 @@ TEXTS = {
     "plan.problems": "Before it can start",
     # Runs
     "run.none": "No runs yet. Start one on the Train page.",
-    "run.choose": "Choose a run.",
     "run.list": "All runs",
     "run.stop": "Stop and save",
     "run.stop_asked": "It finishes its step, saves, exports and ends.",

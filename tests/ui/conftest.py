@@ -1,0 +1,80 @@
+"""A front end that serves, and browsers to look at it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+class FrontEnd:
+    """`lorakit ui` as a process of its own; `address` once it serves."""
+
+    def __init__(self, room: Path, *arguments: str):
+        self.room = room
+        command = [sys.executable, "-m", "lorakit", "ui", "--runs", str(room / "runs"), "--root", str(room), *arguments]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=room
+        )
+        self.lines: list[str] = []
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if "http://" in line:
+                break
+        assert self.process.poll() is None, "".join(self.lines)
+        self.address = self.lines[-1].split()[-1]
+        # An unread pipe would hold the process up.
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+
+    def stop(self) -> None:
+        """End it as Ctrl-C does; runs live on."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def front_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., FrontEnd]]:
+    """Starts front ends; at the end, they and what they started are ended."""
+    pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+    started: list[FrontEnd] = []
+
+    def start(room: Path | None = None, *arguments: str) -> FrontEnd:
+        started.append(FrontEnd(room or tmp_path_factory.mktemp("ui"), *arguments))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.wait()
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(one.room) in part for part in process.info["cmdline"] or []):
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[object]:
+    """Debian's Chromium, headless."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'lorakit[test]'")
+    binary = next((path for path in CHROMIUM if Path(path).exists()), None)
+    if binary is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=binary, args=FLAGS)
+        yield browser
+        browser.close()

@@ -1,0 +1,127 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from lorakit import config, guide
+from lorakit.ui import form, texts
+from lorakit.ui.access import Roots
+from lorakit.ui.texts import en, zh_hant
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("preset", config.preset_names())
+def test_a_form_gives_back_the_config_it_shows(preset: str, tmp_path: Path):
+    shown = config.load(preset)
+    read, problems = form.read(form.values(shown), Roots([tmp_path]))
+    assert problems == {}
+    assert read == shown
+
+
+def test_every_knob_has_a_field_and_every_kind_occurs():
+    fields = form.fields()
+    assert {k.key for method in config.ADAPTER_SECTIONS for k in config.knobs(method)} == set(fields)
+    assert {field.kind for field in fields.values()} == {
+        "text", "lines", "number", "whole", "switch", "choice", "choices",
+    }  # fmt: skip
+
+
+def filled(**answers: object) -> dict[str, object]:
+    shown = form.values(config.load("subject-pocket"))
+    return shown | {key.replace("__", "."): value for key, value in answers.items()}
+
+
+@pytest.mark.parametrize(
+    ("answers", "key", "message"),
+    [
+        ({"adapter__rank": 0.0}, "adapter.rank", "adapter.rank = 0: must be between 1 and 1024"),
+        ({"adapter__rank": 8.5}, "adapter.rank", "adapter.rank = 8.5: must be a whole number"),
+        ({"adapter__rank": None}, "adapter.rank", "adapter.rank = None: must be a whole number"),
+        ({"adapter__alpha": "many"}, "adapter.alpha", "adapter.alpha = 'many': must be a number"),
+        ({"train__steps": "10"}, "train.steps", "set exactly one of"),
+        ({"data__variants": 3.0}, "data.variants", "data.variants > 1 needs data.flip"),
+        ({"data__folder": "../elsewhere"}, "data.folder", "is outside of"),
+    ],
+)
+def test_a_problem_goes_to_its_field(answers: dict[str, object], key: str, message: str, tmp_path: Path):
+    read, problems = form.read(filled(**answers), Roots([tmp_path]))
+    assert read is None
+    assert list(problems) == [key]
+    assert message in problems[key][0]
+
+
+def test_all_problems_come_at_once(tmp_path: Path):
+    _, problems = form.read(filled(adapter__rank=0.0, train__batch_size=0.0, model__base="/etc"), Roots([tmp_path]))
+    assert set(problems) == {"adapter.rank", "train.batch_size", "model.base"}
+
+
+def test_what_is_read_from_widgets():
+    fields = form.fields()
+    assert fields["adapter.alpha"].read("") is None
+    assert fields["adapter.alpha"].read("1e-1") == 0.1
+    assert fields["train.steps"].read("200") == 200
+    assert isinstance(fields["train.steps"].read("200"), int)
+    assert fields["sample.prompts"].read(" a dog \n\n a cat\n") == ("a dog", "a cat")
+    assert fields["output.formats"].read(["kohya", "peft"]) == ("kohya", "peft")
+
+
+def test_what_differs_from_the_preset():
+    preset = form.values(config.load("subject-pocket"))
+    assert form.changed(preset, preset) == {}
+    assert form.changed(preset | {"adapter.rank": 9.0}, preset) == {"adapter.rank": (preset["adapter.rank"], 9.0)}
+
+
+def test_quality_is_a_factor_on_the_presets_length():
+    lengths = {}
+    for quality in guide.QUALITIES:
+        suggested = guide.suggest({}, quality)
+        (lengths[quality],) = [v for key in guide.LENGTH_KEYS if (v := getattr(suggested.train, key.split(".")[1]))]
+    assert lengths["best"] == 2 * lengths["balanced"]
+    assert lengths["quick"] == pytest.approx(lengths["balanced"] / 2, abs=1)
+
+
+def test_neither_language_lacks_a_line():
+    assert set(texts.table("en")) == set(texts.table("zh-Hant"))
+    assert set(zh_hant.KNOBS) == set(form.fields()), "every knob has its name and help in every language"
+    gaps = re.compile(r"{(\w+)}")
+    for key, english in en.TEXTS.items():
+        assert set(gaps.findall(english)) == set(gaps.findall(zh_hant.TEXTS[key])), key
+        assert zh_hant.TEXTS[key].strip(), key
+
+
+def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
+    code = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "lorakit/ui").glob("*.py"))
+    asked = set(re.findall(r"\b(?:say|t)\(\s*[\"']([\w.]+)[\"']", code))
+    made = ("state.", "quality.", "section.", "knob.", "help.", "photos.errors", "photos.warnings", "photos.notes")
+    assert asked <= set(texts.table("en"))
+    unused = {key for key in en.TEXTS if key not in asked and not key.startswith(made)}
+    assert unused == set()
+
+
+@pytest.mark.parametrize(
+    ("header", "language"),
+    [
+        ("zh-TW,zh;q=0.9,en;q=0.8", "zh-Hant"),
+        ("zh-Hant-HK", "zh-Hant"),
+        ("en-GB,en;q=0.9,zh-TW;q=0.8", "en"),
+        ("de-DE,de;q=0.9", "en"),
+        ("de,zh;q=0.5,en;q=0.3", "zh-Hant"),
+        ("en;q=x", "en"),
+        ("", "en"),
+    ],
+)
+def test_the_browser_chooses_the_language(header: str, language: str):
+    assert texts.language_of(header) == language
+
+
+def test_the_front_end_names_no_knob_and_trains_nothing():
+    keys = {k.key for method in config.ADAPTER_SECTIONS for k in config.knobs(method)}
+    entry = (ROOT / "ui.py").read_text(encoding="utf-8")
+    assert not [k for k in config.knobs() if re.search(rf"\b{k.name}\b", entry) and k.name not in ("name", "base")]
+    for path in [ROOT / "ui.py", *(ROOT / "lorakit/ui").glob("*.py")]:
+        code = path.read_text(encoding="utf-8")
+        named = {key for key in keys if f'"{key}"' in code or f"'{key}'" in code}
+        # The adapter's section is a tagged union: its tag says which knobs there are.
+        assert named <= {"adapter.method"}, path.name
+        assert not re.search(r"\btorch\b(?! never)|diffusers\.|backward\(|optimizer\.step", code), path.name
