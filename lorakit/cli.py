@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import runpy
 import sys
 import tempfile
 import traceback
@@ -37,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         _tolerate_any_character(stream)
     try:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        if argv[:1] == ["ui"]:
+            return run_ui(argv[1:])
         args = parser().parse_args(argv)
         return int(args.run(args))
     except BrokenPipeError:
@@ -113,8 +115,7 @@ def parser() -> argparse.ArgumentParser:
     command("doctor", run_doctor, "this machine: device, precision, attention, extras, and what each lacks")
     knobs = command("knobs", run_knobs, "every option that --set takes, with its default and bounds")
     knobs.add_argument("--markdown", action="store_true", help="as docs/options.md")
-    ui = command("ui", run_ui, "the front end in the browser")
-    ui.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the front end")
+    command("ui", lambda _: run_ui([]), "the front end in the browser")
     return top
 
 
@@ -277,20 +278,13 @@ def run_knobs(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_ui(args: argparse.Namespace) -> int:
-    """`lorakit ui`: run ui.py, which lies inside an installed package or beside it in a checkout."""
-    inside = Path(__file__).parent / "ui.py"
-    file = inside if inside.is_file() else Path(__file__).parent.parent / "ui.py"
-    if not file.is_file():
-        raise LorakitError("this copy of lorakit has no front end (ui.py)")
+def run_ui(arguments: Sequence[str]) -> int:
+    """`lorakit ui`: the front end has options of its own (`lorakit ui --help`)."""
     if not _has("gradio"):
         raise LorakitError("the front end needs gradio: pip install 'lorakit[ui]'")
-    before, sys.argv = sys.argv, [str(file), *args.arguments]
-    try:
-        runpy.run_path(str(file), run_name="__main__")
-    finally:
-        sys.argv = before
-    return 0
+    from lorakit.ui import app
+
+    return app.main(arguments)
 
 
 # -- from arguments to a config -----------------------------------------------------------------------------------

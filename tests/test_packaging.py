@@ -55,7 +55,7 @@ def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
     files = [path for path in (ROOT / "lorakit").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {str(path.relative_to(ROOT)) for path in files} <= names
     assert {f"lorakit/presets/{name}.toml" for name in config.preset_names()} <= names
-    assert "lorakit/ui.py" in names
+    assert {"lorakit/ui/app.py", "lorakit/ui/style.css"} <= names
     weights = {str(path.relative_to(ROOT)) for path in pocket.path().rglob("*") if path.is_file()}
     assert weights and weights <= names
     assert "lorakit/pocket/weights/model_index.json" in names
