@@ -31,6 +31,10 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0) -> Adapter:
     layers = _inject(modules, {name: paths[name] for name in chosen}, config)
     adapter = Adapter(modules, layers, _family(target, modules), config.method, config.dropout)
     adapter.reset(seed)
+    scale = getattr(target, "gradient_scale", 1.0)
+    if scale != 1:
+        for parameter in adapter.parameters().values():
+            parameter.register_hook(lambda gradient: gradient / scale)
     return adapter
 
 

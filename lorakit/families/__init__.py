@@ -28,6 +28,8 @@ class Family(Protocol):
         alphas_cumprod: cumulative products of 1 - beta, float32 `[1000]` on `device`.
         device: where the UNet is.
         dtype: precision of UNet and text encoders; the VAE is always float32.
+        gradient_scale: gradients are this many times too large inside the base, from the prediction backwards; whoever
+            trains a weight in there divides by it (see `components.widen`).
         unet: the denoiser.
         text_encoders: "text_encoder" and, for SDXL, "text_encoder_2" -> module.
         vae: the autoencoder.
@@ -38,6 +40,7 @@ class Family(Protocol):
     alphas_cumprod: torch.Tensor
     device: torch.device
     dtype: torch.dtype
+    gradient_scale: float
     unet: torch.nn.Module
     text_encoders: dict[str, torch.nn.Module]
     vae: torch.nn.Module

@@ -15,6 +15,10 @@ from lorakit.errors import LorakitError
 from lorakit.families.base import BaseInfo
 from lorakit.families.headers import read_json
 
+# float16 ends at 6e-8, and the gradient of a mean over a latent's values begins at about 1e-4. A fixed power of two
+# costs no rounding and, unlike a scale that adapts, no look at the gradients; an overflow is found like any other NaN.
+FP16_GRADIENT_SCALE = 2.0**13
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -147,6 +151,19 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """See `Family.decode`."""
     offset, factor = latent_scale(vae)
     return vae.decode(latents.to(vae.device, torch.float32) / factor + offset).sample
+
+
+def gradient_scale(dtype: torch.dtype) -> float:
+    """See `Family.gradient_scale`."""
+    return FP16_GRADIENT_SCALE if dtype is torch.float16 else 1.0
+
+
+def widen(prediction: torch.Tensor, scale: float) -> torch.Tensor:
+    """The UNet's output in float32; its gradient is multiplied by `scale` before it is rounded to the UNet's dtype."""
+    prediction = prediction.float()
+    if scale != 1 and prediction.requires_grad:
+        prediction.register_hook(lambda gradient: gradient * scale)
+    return prediction
 
 
 def move(modules: dict[str, Any], encoders: list[str], components: tuple[str, ...], device: torch.device) -> None:

@@ -26,6 +26,7 @@ class StableDiffusion:
             self.scheduler = components.load_scheduler(info)
         self.text_encoders: dict[str, Any] = {"text_encoder": encoder}
         self.prediction_type = info.prediction_type
+        self.gradient_scale = components.gradient_scale(dtype)
         self.alphas_cumprod = components.noise_schedule(self.scheduler, self.device)
         self._ids = components.TokenIds(self.tokenizer, self.device)
 
@@ -49,7 +50,8 @@ class StableDiffusion:
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
         """See `families.Family`."""
         states = condition.encoder_hidden_states.to(self.dtype)
-        return self.unet(noisy.to(self.dtype), timesteps, states, return_dict=False)[0].float()
+        prediction = self.unet(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
+        return components.widen(prediction, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""

@@ -31,6 +31,7 @@ class StableDiffusionXL:
             self.scheduler = components.load_scheduler(info)
         self.text_encoders: dict[str, Any] = {"text_encoder": first, "text_encoder_2": second}
         self.prediction_type = info.prediction_type
+        self.gradient_scale = components.gradient_scale(dtype)
         self.alphas_cumprod = components.noise_schedule(self.scheduler, self.device)
         self._ids = [components.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
 
@@ -63,7 +64,7 @@ class StableDiffusionXL:
         added = {"text_embeds": condition.pooled.to(self.dtype), "time_ids": condition.time_ids.to(self.dtype)}
         states = condition.encoder_hidden_states.to(self.dtype)
         prediction = self.unet(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
-        return prediction.float()
+        return components.widen(prediction, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""

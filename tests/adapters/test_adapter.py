@@ -139,7 +139,7 @@ def test_gradients_are_the_same_with_checkpointing_and_blocks_run_twice(sd1: Any
     adapter = attach(sd1, LoraConfig(rank=4, target_modules="linear+conv"))
     randomize(adapter)
     calls = []
-    block = sd1.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.base_layer
+    block = sd1.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
     hook = block.register_forward_hook(lambda *_: calls.append(1))
 
     def gradients() -> tuple[list[torch.Tensor], int]:
@@ -175,6 +175,27 @@ def test_the_base_keeps_its_precision_and_the_adapter_float32(tiny_sd1: Path, me
     flags = {module.training for part in family.modules().values() for module in part.modules()}
     assert flags == {False}
     assert all(layer.up.any() for layer in adapter.weights().layers.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float16_gradients_are_kept_from_vanishing_and_come_out_in_the_right_size(tiny_sd1: Path, method: str) -> None:
+    def gradients(dtype: torch.dtype, scale: float | None = None) -> torch.Tensor:
+        family = families.load(families.describe(tiny_sd1), "cpu", dtype)
+        family.gradient_scale = family.gradient_scale if scale is None else scale
+        config = METHODS[method](rank=2, target_modules="linear+conv", train_text_encoder=True)
+        adapter = adapters.attach(family, config)
+        randomize(adapter, 0.05)
+        # A real latent has some hundred times as many values, and its mean gradients as much smaller.
+        (predict(family, grad=True).square().mean() * 1e-4).backward()
+        assert {p.grad.dtype for p in adapter.parameters().values()} == {torch.float32}
+        return torch.cat([p.grad.flatten() for p in adapter.parameters().values()])
+
+    right = gradients(torch.float32)
+    errors = [
+        ((gradients(torch.float16, scale) - right).norm() / right.norm()).item() for scale in (None, 2.0**13, 1.0)
+    ]
+    assert errors[0] == errors[1] < 0.02
+    assert errors[2] > 0.1
 
 
 def test_only_the_adapters_dropout_is_ever_in_training_mode(sd1: Any, attach: Any) -> None:
