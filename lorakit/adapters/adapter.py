@@ -231,10 +231,11 @@ class Adapter:
                 module._hf_peft_config_loaded = False
 
     def _switch(self, off: bool) -> None:
-        # PEFT's own `enable_adapters` also walks over every parameter, which is too slow for each step.
+        # PEFT's own `enable_adapters` also walks over every parameter, and `nn.Module` looks closely at each attribute
+        # that is set: both are too slow for something done twice a step in a thousand layers.
         self._off = off
         for layer in self._layers.values():
-            layer._disable_adapters = off
+            layer.__dict__["_disable_adapters"] = off
 
 
 def _modules(target: Any) -> dict[str, Any]:
