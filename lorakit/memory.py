@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lorakit.config import MemoryConfig
+from lorakit.config import Config, MemoryConfig
 from lorakit.errors import LorakitError
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -128,3 +128,14 @@ def _outputs_and_gradients(
     with torch.enable_grad():
         output = function(*leaves)
         return [output.detach(), *torch.autograd.grad(output, leaves, towards)]
+
+
+def advice(config: Config, step: int) -> str:
+    """What to change where a training step does not fit: the options that cost least first, those still open only."""
+    batch, parts = config.train.batch_size, config.train.gradient_accumulation_steps
+    ways = [] if config.memory.gradient_checkpointing else ["memory.gradient_checkpointing = true"]
+    if batch > 1:
+        ways.append(f"train.batch_size = 1 with train.gradient_accumulation_steps = {batch * parts}")
+    ways.append(f"a lower data.resolution (now {config.data.resolution})")
+    told = ", ".join(ways[:-1]) + (", or " if len(ways) > 1 else "") + ways[-1]
+    return f"step {step}: not enough memory on the device; cheapest first, set {told}"

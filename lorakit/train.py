@@ -225,7 +225,7 @@ class _Run:
         start = self._restore() if self.saved else 0
         self.losses = torch.zeros(READ_EVERY, device=self.device)
         self.norms = torch.zeros(READ_EVERY, device=self.device)
-        parameters = [p for _, group in self.adapter.groups() for p in group]
+        self.trained = [p for _, group in self.adapter.groups() for p in group]
         self.folder.update(state="running", step=start, steps=self.total)
         self.clock, self.read_step = time.monotonic(), start
         with self.terminal.progress(self.total, start) as self.bar:
@@ -239,7 +239,7 @@ class _Run:
                 loss = self._accumulate(step)
                 # clip_grad_norm_ returns the norm before clipping and, unless asked, does not look at it.
                 limit = config.train.max_grad_norm or math.inf
-                norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+                norm = torch.nn.utils.clip_grad_norm_(self.trained, limit)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.losses[step % READ_EVERY] = loss
@@ -251,10 +251,13 @@ class _Run:
         """Gradients of one optimizer step; its mean loss, on the device."""
         parts = self.config.train.gradient_accumulation_steps
         total = torch.zeros((), device=self.device)
-        for part in range(parts):
-            loss = self.step.loss(step * parts + part) / parts
-            loss.backward()
-            total += loss.detach()
+        try:
+            for part in range(parts):
+                loss = self.step.loss(step * parts + part) / parts
+                loss.backward()
+                total += loss.detach()
+        except torch.OutOfMemoryError:
+            raise LorakitError(memory.advice(self.config, step + 1)) from None
         return total
 
     def _after(self, step: int) -> int:
@@ -360,7 +363,7 @@ class _Run:
         try:
             self.family.acquire("vae", "text_encoders")
             pictures = sample.draw(self.family, self.sample_prompts, self.config.sample, self.config.data.resolution)
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
             self.say(f"step {step}: not enough memory to draw samples; training goes on without them", warning=True)
             return
         finally:
@@ -458,8 +461,6 @@ class _Run:
 
     def _draw_from_file(self, family: Any, path: Path) -> None:
         """The last sample grid, by the exported file: what `lorakit sample` draws of it, to the bit on a CPU."""
-        selfcheck.unload(family)
-        adapters.apply(family, export.read(path))
         pictures = sample.draw(
             family, self.sample_prompts, self.config.sample, self.config.data.resolution, adapter=path.stem
         )

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lorakit import checkpoint, config, train
+from lorakit import checkpoint, config, sample, train
 from lorakit.data import cache
 from lorakit.errors import LorakitError
 from lorakit.step import Step
@@ -222,6 +222,47 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(tiny_s
     state = checkpoint.load(saved)
     assert all(torch.isfinite(tensor).all() for tensor in state.adapter.values())
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_base_in_half_precision_learns_what_one_in_full_precision_does(tiny_sd1, photos, tmp_path, precision):
+    def updates(folder: str, **changes: object) -> torch.Tensor:
+        result = run(tiny_sd1, photos, tmp_path / folder, train__steps=20, train__save_every=20, **changes)
+        tensors = load_file(result.adapter)
+        return torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_up" in name])
+
+    full = updates("fp32", memory__mixed_precision="fp32")
+    half = updates(precision, memory__mixed_precision=precision)
+    assert torch.nn.functional.cosine_similarity(full, half, dim=0) > 0.9
+
+
+def test_too_little_memory_for_a_step_names_what_would_help(tiny_sd1, photos, tmp_path, monkeypatch):
+    def full(self, index):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Step, "loss", full)
+    with pytest.raises(LorakitError) as caught:
+        run(tiny_sd1, photos, tmp_path / "run")
+    assert str(caught.value) == (
+        "step 1: not enough memory on the device; cheapest first, set memory.gradient_checkpointing = true, "
+        "train.batch_size = 1 with train.gradient_accumulation_steps = 2, or a lower data.resolution (now 64)"
+    )
+
+
+def test_too_little_memory_for_samples_does_not_end_the_run(tiny_sd1, photos, tmp_path, monkeypatch):
+    draw, left = sample.draw, [1]
+
+    def full_once(*given, **named):
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError
+        return draw(*given, **named)
+
+    monkeypatch.setattr(sample, "draw", full_once)
+    result = run(tiny_sd1, photos, tmp_path / "run")
+    assert [event["message"] for event in events(result.folder, "warning")] == [
+        "step 0: not enough memory to draw samples; training goes on without them"
+    ]
 
 
 def test_rollback_goes_on_from_the_last_checkpoint_once(tiny_sd1, photos, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from lorakit import modelfile
 from lorakit.errors import LorakitError
 from lorakit.export import diffusers as diffusers_format, kohya, peft
+from lorakit.export.identify import PEFT_MODEL
 from lorakit.export.reading import read
 from lorakit.weights import AdapterWeights, Layer
 
@@ -59,7 +60,7 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
         elif name not in stored.layers:
             findings.append(Finding(name, "announced, but not in the file"))
         else:
-            problem = _difference(weights.layers[name], stored.layers[name], tolerance)
+            problem = difference(weights.layers[name], stored.layers[name], tolerance)
             findings += [Finding(name, problem)] if problem else []
     for name, layer in stored.layers.items():
         if name not in weights.layers and bool(torch.count_nonzero(layer.up)):
@@ -71,7 +72,7 @@ def _headers(path: Path) -> dict[str, modelfile.Header]:
     """The headers of a file ("" -> header) or of a PEFT folder (component -> header)."""
     if not Path(path).is_dir():
         return {"": modelfile.read(Path(path))}
-    return {f.parent.name: modelfile.read(f) for f in sorted(Path(path).glob(f"*/{peft.MODEL}"))}
+    return {f.parent.name: modelfile.read(f) for f in sorted(Path(path).glob(f"*/{PEFT_MODEL}"))}
 
 
 def _is_factor(name: str) -> bool:
@@ -100,8 +101,8 @@ def _tensor_findings(path: Path, weights: AdapterWeights, heads: Mapping[str, mo
     return findings
 
 
-def _difference(trained: Layer, stored: Layer, tolerance: float) -> str | None:
-    """What is wrong with a stored layer, or None."""
+def difference(trained: Layer, stored: Layer, tolerance: float) -> str | None:
+    """What is wrong with a stored layer, or None; `tolerance` is relative to the norm of the trained delta W."""
     shapes = [(layer.up.shape[0], *layer.down.shape[1:]) for layer in (trained, stored)]
     if shapes[0] != shapes[1]:
         return f"delta W is {shapes[1]}, expected {shapes[0]}"
