@@ -33,6 +33,8 @@ OUT_OF_MEMORY = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. User mistakes are told in a line each, without a traceback."""
     quiet_libraries()
+    # Threads that spin while they wait make a small model many times slower on a busy machine; sleeping costs little.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         _tolerate_any_character(stream)
     try:
