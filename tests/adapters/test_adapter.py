@@ -1,81 +1,17 @@
-"""Adapters inside a base: what they compute, where they begin, what they give back."""
+"""Adapters inside a base: what they compute and where they begin."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from exercise import METHODS, module_of, predict, randomize, train
 
-import lorakit
-from lorakit import adapters, families, objective
-from lorakit.adapters.adapter import Adapter
+from lorakit import adapters, families
 from lorakit.config import DoraConfig, LoraConfig, RsLoraConfig
 from lorakit.errors import LorakitError
-from lorakit.weights import AdapterWeights, Layer
-
-METHODS = {"lora": LoraConfig, "rslora": RsLoraConfig, "dora": DoraConfig}
-TEXTS = ["a photo of sks toy", "a toy"]
-
-
-@pytest.fixture(scope="module")
-def sd1(tiny_sd1: Path) -> Any:
-    return families.load(families.describe(tiny_sd1), "cpu", torch.float32)
-
-
-@pytest.fixture(scope="module")
-def sdxl(tiny_sdxl: Path) -> Any:
-    return families.load(families.describe(tiny_sdxl), "cpu", torch.float32)
-
-
-@pytest.fixture
-def attach() -> Iterator[Callable[..., Adapter]]:
-    """`adapters.attach`, undone after the test: the bases are shared."""
-    made: list[Adapter] = []
-
-    def call(*args: Any, **options: Any) -> Adapter:
-        made.append(adapters.attach(*args, **options))
-        return made[-1]
-
-    yield call
-    for adapter in made:
-        adapter.detach()
-
-
-def predict(family: Any, grad: bool = False) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(7)
-    noisy = torch.randn((2, 4, 8, 8), generator=draw)
-    condition = family.encode_text(TEXTS, grad=grad)
-    ids = family.time_ids((64, 64), (0, 0), (64, 64))
-    if ids is not None:
-        condition = condition.with_sizes(torch.tensor([ids, ids]))
-    with torch.set_grad_enabled(grad):
-        return family.predict(noisy, torch.tensor([100, 700]), condition)
-
-
-def train(family: Any, adapter: Adapter, steps: int = 2, rate: float = 1e-2) -> None:
-    parameters = list(adapter.parameters().values())
-    optimizer = torch.optim.SGD(parameters, lr=rate)
-    draw = torch.Generator().manual_seed(3)
-    for _ in range(steps):
-        target = torch.randn((2, 4, 8, 8), generator=draw)
-        optimizer.zero_grad()
-        (objective.loss(predict(family, grad=True), target) * 100).backward()
-        optimizer.step()
-
-
-def randomize(adapter: Adapter, size: float = 0.1) -> None:
-    draw = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in adapter.parameters().items():
-            noise = torch.randn(parameter.shape, generator=draw)
-            if name.endswith(".magnitude"):
-                parameter.mul_(1 + size * noise)
-            else:
-                parameter.copy_(size * noise)
+from lorakit.weights import Layer
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -278,13 +214,6 @@ def test_output_equals_that_of_the_merged_weights(sd1: Any, attach: Any, method:
     torch.testing.assert_close(with_adapter, with_weights, rtol=1e-4, atol=1e-5)
 
 
-def module_of(family: Any, name: str) -> torch.nn.Module:
-    component, _, path = name.partition(".")
-    part = family.modules()[component]
-    names = dict(part.named_modules())
-    return names[path] if path in names else names[path.removeprefix("text_model.")]
-
-
 @pytest.mark.parametrize(("rank", "alpha", "scale"), [(4, None, 1.0), (4, 1.0, 0.25), (4, 8.0, 2.0)])
 def test_the_scale_is_alpha_by_rank(sd1: Any, attach: Any, rank: int, alpha: float | None, scale: float) -> None:
     weights = attach(sd1, LoraConfig(rank=rank, alpha=alpha)).weights()
@@ -358,163 +287,3 @@ def test_dora_is_not_fused_into_the_base(sd1: Any, attach: Any) -> None:
         sd1.unet.fuse_lora()
     with pytest.raises(LorakitError, match="DoRA adapter cannot be fused"):
         sd1.unet.mid_block.resnets[0].conv1.merge()
-
-
-# -- in and out -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_applied_weights_do_what_the_trained_adapter_did(
-    request: pytest.FixtureRequest, attach: Any, name: str, method: str
-) -> None:
-    family = request.getfixturevalue(name)
-    config = METHODS[method](rank=4, alpha=2.0, target_modules="linear+conv", train_text_encoder=True)
-    adapter = attach(family, config)
-    randomize(adapter)
-    trained, weights = predict(family), adapter.weights()
-    adapter.detach()
-    base = predict(family)
-    applied = adapters.apply(family, weights)
-    torch.testing.assert_close(predict(family), trained, rtol=1e-4, atol=1e-5)
-    applied.set_strength(0)
-    assert torch.equal(predict(family), base)
-    applied.set_strength(1)
-    torch.testing.assert_close(predict(family), trained, rtol=1e-4, atol=1e-5)
-    assert not any(p.requires_grad for part in family.modules().values() for p in part.parameters())
-    applied.detach()
-
-
-def test_applied_weights_may_have_a_rank_and_scale_for_each_layer(sd1: Any) -> None:
-    draw = torch.Generator().manual_seed(0)
-    to_q, conv = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.mid_block.resnets.0.conv1"
-    layers = {
-        to_q: Layer(torch.randn((3, 64), generator=draw), torch.randn((64, 3), generator=draw), 1.0),
-        conv: Layer(
-            0.1 * torch.randn((5, 64, 3, 3), generator=draw), 0.1 * torch.randn((64, 5, 1, 1), generator=draw), 2.0
-        ),
-    }
-    originals = {name: module_of(sd1, name).weight.detach().clone() for name in layers}
-    applied = adapters.apply(sd1, AdapterWeights("sd1", "lora", layers))
-    found = predict(sd1)
-    again = applied.weights()
-    applied.detach()
-    for name, layer in layers.items():
-        assert torch.equal(again.layers[name].down, layer.down)
-        assert again.layers[name].alpha == pytest.approx(layer.alpha)
-        with torch.no_grad():
-            module_of(sd1, name).weight.add_(layer.delta())
-    expected = predict(sd1)
-    with torch.no_grad():
-        for name, weight in originals.items():
-            module_of(sd1, name).weight.copy_(weight)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_checkpoint_brings_every_bit_back(sd1: Any, attach: Any, method: str) -> None:
-    adapter = attach(sd1, METHODS[method](rank=2, train_text_encoder=True))
-    randomize(adapter)
-    state, held = adapter.state(), list(adapter.parameters().values())
-    train(sd1, adapter, steps=1)
-    adapter.load_state(state)
-    assert all(torch.equal(p, state[name]) for name, p in adapter.parameters().items())
-    assert all(a is b for a, b in zip(held, adapter.parameters().values(), strict=True))
-    with torch.no_grad():
-        held[0].add_(1)
-    assert not torch.equal(held[0], state[next(iter(state))])
-
-
-def test_a_checkpoint_of_another_adapter_is_refused(sd1: Any, attach: Any) -> None:
-    adapter = attach(sd1, LoraConfig(rank=2))
-    state = adapter.state()
-    first = next(iter(state))
-    with pytest.raises(LorakitError, match=r"does not fit this adapter: .*\.down \(1 such\)"):
-        adapter.load_state({name: value for name, value in state.items() if name != first})
-    with pytest.raises(LorakitError, match="does not fit"):
-        adapter.load_state({**state, "another": torch.zeros(1)})
-    with pytest.raises(LorakitError, match="does not fit"):
-        adapter.load_state({**state, first: torch.zeros(1)})
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_starting_from_another_adapter_gives_its_delta_whatever_the_scale(sd1: Any, attach: Any, method: str) -> None:
-    first = attach(sd1, METHODS[method](rank=4, alpha=1.0))
-    randomize(first)
-    weights, output = first.weights(), predict(sd1)
-    first.detach()
-    second = attach(sd1, METHODS[method](rank=4, alpha=8.0))
-    second.load(weights)
-    torch.testing.assert_close(predict(sd1), output, rtol=1e-4, atol=1e-5)
-    assert all(p.requires_grad for p in second.parameters().values())
-
-
-def test_starting_from_an_adapter_that_does_not_fit_says_what_to_set(sd1: Any, attach: Any) -> None:
-    adapter = attach(sd1, LoraConfig(rank=4))
-    weights = adapter.weights()
-    name, layer = next(iter(weights.layers.items()))
-
-    def refused(other: AdapterWeights, words: str) -> None:
-        with pytest.raises(LorakitError, match=words) as caught:
-            adapter.load(other)
-        assert "\n" not in str(caught.value)
-
-    refused(replace(weights, family="sdxl"), "is for sdxl, this base is sd1")
-    refused(replace(weights, method="dora"), "set adapter.method = 'dora'")
-    refused(replace(weights, layers={name: layer}), "has other layers: .* lacking, 0 too many")
-    refused(replace(weights, layers={**weights.layers, "unet.conv_in": layer}), "0 lacking, 1 too many")
-    half = replace(layer, down=layer.down[:2], up=layer.up[:, :2])
-    refused(replace(weights, layers={**weights.layers, name: half}), "set adapter.rank = 2")
-    other = replace(layer, down=layer.down[:, :3])
-    refused(replace(weights, layers={**weights.layers, name: other}), "another shape")
-    assert torch.equal(adapter.weights().layers[name].down, layer.down)
-
-
-def test_applying_what_does_not_fit_says_why(sd1: Any, attach: Any) -> None:
-    adapter = attach(sd1, LoraConfig(rank=2))
-    weights = adapter.weights()
-    name, layer = next(iter(weights.layers.items()))
-    with pytest.raises(LorakitError, match="unet already carries an adapter"):
-        adapters.apply(sd1, weights)
-    adapter.detach()
-    with pytest.raises(LorakitError, match="the adapter is for sdxl, the base is sd1"):
-        adapters.apply(sd1, replace(weights, family="sdxl"))
-    with pytest.raises(LorakitError, match=r"has no layer unet\.nowhere"):
-        adapters.apply(sd1, replace(weights, layers={"unet.nowhere": layer}))
-    wrong = replace(layer, down=torch.zeros(2, 3))
-    with pytest.raises(LorakitError, match=r"in the base, .* in the adapter"):
-        adapters.apply(sd1, replace(weights, layers={name: wrong}))
-    with pytest.raises(LorakitError, match="object has no UNet"):
-        adapters.attach(object(), LoraConfig())
-
-
-def test_it_stays_a_peft_model_to_everyone_else(sd1: Any, attach: Any) -> None:
-    adapter = attach(sd1, LoraConfig(rank=2))
-    randomize(adapter)
-    state = get_peft_model_state_dict(sd1.unet)
-    assert len(state) == 2 * len(adapter.layers)
-    for name, layer in adapter.weights().layers.items():
-        module = name.removeprefix("unet.")
-        assert torch.equal(state[f"{module}.lora_A.weight"], layer.down)
-        assert torch.equal(state[f"{module}.lora_B.weight"], layer.up)
-
-
-def test_attach_takes_any_diffusers_pipeline(tiny_sdxl: Path) -> None:
-    from diffusers import StableDiffusionXLPipeline
-
-    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-
-    def draw() -> np.ndarray:
-        options = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
-        return pipe("a toy", generator=torch.Generator().manual_seed(0), **options).images
-
-    before = draw()
-    adapter = lorakit.attach(pipe, LoraConfig(rank=2, train_text_encoder=True))
-    assert adapter.family == "sdxl"
-    assert set(adapter.describe()) == {"unet", "text_encoder", "text_encoder_2"}
-    assert np.array_equal(draw(), before)
-    randomize(adapter, 0.5)
-    assert not np.array_equal(draw(), before)
-    adapter.detach()
-    assert np.array_equal(draw(), before)
