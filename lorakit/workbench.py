@@ -68,10 +68,11 @@ def _add_output(made: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """`lorakit export`."""
-    from lorakit import export
+    from lorakit import export, snapshot
 
-    weights = export.read(Path(args.adapter))
-    return _write(args, weights, Path(args.adapter).stem, weights.metadata, [args.adapter])
+    source = Path(args.adapter)
+    weights = snapshot.read(source) if snapshot.is_checkpoint(source) else export.read(source)
+    return _write(args, weights, source.stem, weights.metadata, [args.adapter])
 
 
 def run_resize(args: argparse.Namespace) -> int:

@@ -112,6 +112,7 @@ class ComparePage:
         run = RunFolder(self.desk.run(name))
         steps = [(say("compare.step", step=step), step) for step in run.sample_grids() if step]
         files = [path.name for path in sorted(run.path.glob("*.safetensors"))]
+        files += [path.parent.name for path in sorted(run.checkpoints.glob("step-*/complete"))]
         marked = marked_step(run)
         prompts = "\n".join(prompt for prompt in _prompts(run, max(run.sample_grids())) if prompt)
         return [
@@ -170,7 +171,7 @@ class ComparePage:
             source = file_of_step(run, int(step or 0))
             if source is None:
                 return widgets.problem(say("compare.not_there", step=step)), hidden
-            written = commands.export(source, kind, run.path / "exports" / kind)
+            written = commands.export(source, kind, self.desk.unused(f"{run.path.name}/exports"))
         except LorakitError as problem:
             return widgets.problem(str(problem)), hidden
         staged = [str(self.desk.staged(path)) for path in written if path.is_file()]
@@ -183,7 +184,11 @@ class ComparePage:
         told = [line.strip() for line in prompts.splitlines() if line.strip()]
         jobs = []
         for number, file in enumerate(files):
-            adapter = self.desk.roots.resolve(run.path / Path(file).name)
+            try:
+                adapter = self._adapter(run, file)
+            except LorakitError as problem:
+                yield widgets.problem(str(problem)), gr.skip()
+                return
             target = run.path / "compare" / f"{datetime.now():%Y-%m-%d-%H%M%S}-{number + 1}-{adapter.stem}"
             arguments = [
                 "sample",
@@ -214,6 +219,17 @@ class ComparePage:
                 return
             yield widgets.good(say("compare.drawn")), self.grids_of(name, say)
 
+    def _adapter(self, run: RunFolder, name: str) -> Path:
+        """The adapter file of that name; a checkpoint's is exported first, once."""
+        if name.endswith(".safetensors"):
+            return self.desk.roots.resolve(run.path / Path(name).name)
+        place = run.path / "exports" / Path(name).name
+        kind = next(iter(EXPORTS))
+        found = list(place.glob("*.safetensors")) or commands.export(
+            run.checkpoints / Path(name).name, next(iter(EXPORTS)), place
+        )
+        return found[0]
+
     def grids_of(self, name: str, say: Say) -> str:
         """Every grid that was drawn of a run, newest first."""
         found = sorted((self.desk.run(name) / "compare").glob("*/grid.png"), reverse=True)
@@ -239,12 +255,15 @@ def marked_step(run: RunFolder) -> int | None:
 
 
 def file_of_step(run: RunFolder, step: int) -> Path | None:
-    """The exported adapter of a step, where there is one: the last and the best by validation have theirs."""
+    """The adapter of a step: the exported file of the last and of the best by validation, else its checkpoint."""
     state = run_folder.read(run.path)
     if state.adapter and step == state.step:
         return run.path / Path(state.adapter).name
     best = run.path / "best.safetensors"
-    return best if state.best and step == state.best["step"] and best.is_file() else None
+    if state.best and step == state.best["step"] and best.is_file():
+        return best
+    saved = run.checkpoints / run_folder.step_name(step)
+    return saved if (saved / "complete").is_file() else None
 
 
 def _prompts(run: RunFolder, step: int) -> list[str]:

@@ -140,7 +140,7 @@ def test_from_upload_to_exported_adapter_with_a_reload_and_a_second_browser(chro
     other.page.locator("#run-status").get_by_text("完成", exact=True).wait_for()
     run = room / "runs" / name
     state = run_folder.read(run)
-    assert inspect.inspect(run / state.adapter).trigger == "sks"
+    assert inspect.inspect(run / state.adapter).trigger == "sks toy"
     assert person.page.locator("#run-samples img").count() == len(list((run / "samples").glob("*.png"))) > 2
     assert person.page.locator("#run-curves svg").count() >= 2
     # The answers were kept, too.

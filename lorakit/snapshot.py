@@ -1,0 +1,60 @@
+"""A checkpoint of a run as an adapter, so that any step can be exported and drawn, not only the last and the best."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from lorakit import checkpoint, config as configuration, families
+from lorakit.errors import LorakitError
+from lorakit.export import metadata
+from lorakit.run_folder import RunFolder
+from lorakit.weights import AdapterWeights, Layer
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path is a complete checkpoint inside a run folder."""
+    return (path / checkpoint.MARKER).is_file() and RunFolder(path.parent.parent).config_file.is_file()
+
+
+def read(path: Path) -> AdapterWeights:
+    """The adapter as it was at a checkpoint, with the metadata that the run's own exports carry.
+
+    Raises:
+        LorakitError: the checkpoint is damaged, or the run's config, plan or base are not there any more.
+    """
+    run = RunFolder(path.parent.parent)
+    config, saved = configuration.load(run.config_file), checkpoint.load(path)
+    info = families.describe(config.model.base)
+    try:
+        plan = json.loads(run.plan_file.read_text(encoding="utf-8"))
+        photos, batches = int(plan["photos"]), int(plan["batches"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise LorakitError(f"{run.plan_file} is not there or damaged; the checkpoints beside it are not") from None
+    changed = path.stat().st_mtime
+    facts = metadata.build(
+        config,
+        info,
+        name=f"{run.adapter_name}-{path.name}",
+        images=photos,
+        steps=saved.step,
+        epochs=saved.step * config.train.gradient_accumulation_steps // max(1, batches),
+        started=changed,
+        finished=changed,
+    )
+    rank = config.adapter.rank
+    alpha = float(rank if config.adapter.alpha is None else config.adapter.alpha)
+    if config.adapter.method == "rslora":
+        alpha *= math.sqrt(rank)
+    names = [name.removesuffix(".down") for name in saved.adapter if name.endswith(".down")]
+    layers = {
+        name: Layer(
+            saved.adapter[f"{name}.down"],
+            saved.adapter[f"{name}.up"],
+            alpha,
+            saved.adapter.get(f"{name}.magnitude"),
+        )
+        for name in names
+    }
+    return AdapterWeights(info.family, config.adapter.method, layers, facts)
