@@ -225,9 +225,8 @@ class ComparePage:
             return self.desk.roots.resolve(run.path / Path(name).name)
         place = run.path / "exports" / Path(name).name
         kind = next(iter(EXPORTS))
-        found = list(place.glob("*.safetensors")) or commands.export(
-            run.checkpoints / Path(name).name, next(iter(EXPORTS)), place
-        )
+        found = list(place.glob("*.safetensors"))
+        found = found or commands.export(run.checkpoints / Path(name).name, kind, place)
         return found[0]
 
     def grids_of(self, name: str, say: Say) -> str:
