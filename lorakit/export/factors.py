@@ -101,7 +101,7 @@ def complete(weights: AdapterWeights) -> dict[str, Layer]:
 
 def cast(tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
     """Contiguous CPU copies in a file's dtype ("fp16", "bf16" or "fp32")."""
-    return {name: t.detach().to("cpu", DTYPES[dtype]).contiguous() for name, t in tensors.items()}
+    return {name: t.detach().to("cpu", DTYPES[dtype], copy=True).contiguous() for name, t in tensors.items()}
 
 
 def lossy(weights: AdapterWeights, dtype: str) -> str | None:

@@ -39,6 +39,8 @@ _OLD_TEXT = re.compile(r"(text_encoder.*)\.self_attn\.to_(q|k|v|out)_lora")
 # Parts of a kohya module that say it is not plain LoRA.
 _LYCORIS = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "lora_mid.weight": "LoCon (tucker)"}
 _LYCORIS |= {"diff": "full difference", "w_norm": "norm", "on_input": "IA3", "oft_blocks": "OFT"}
+# A PEFT folder: what its files are called, and what stands before every module path in it.
+PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 CROSS_DIMS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 
@@ -92,6 +94,16 @@ def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
         name = _OLD_UNET.sub(lambda m: f"{m[1]}.to_{m[2]}{'.0' * (m[2] == 'out')}", name)
         name = _OLD_TEXT.sub(lambda m: f"{m[1]}.self_attn.{m[2]}_proj", name)
     return name if keys.is_known(name) else None
+
+
+def peft_names(part: str, names: Iterable[str]) -> dict[str, str]:
+    """Tensor name in one component's file of a PEFT folder -> the same as in a file, with the component in front.
+
+    Of a tensor that is there with `text_model.` and without, for old and new transformers, the first is taken.
+    """
+    modules = {name: name.removeprefix(PEFT_PREFIX) for name in names}
+    twice = {f"text_model.{path}" for path in modules.values()} & set(modules.values())
+    return {name: f"{part}.{path}" for name, path in modules.items() if f"text_model.{path}" not in twice}
 
 
 def layers_per_block(metadata: Mapping[str, str]) -> int:

@@ -14,8 +14,6 @@ from lorakit.errors import LorakitError
 from lorakit.export import consumers, identify, keys
 from lorakit.export.consumers import Reading
 
-# As in lorakit.export.peft, which needs torch.
-_PEFT_CONFIG, _PEFT_MODEL, _PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 _LABELS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
 _SHOWN = 100  # characters of a metadata value
 
@@ -101,7 +99,7 @@ def inspect(path: Path) -> Report:
     shapes = head.shapes()
     kind = modelfile.kind(shapes)
     size = path.stat().st_size
-    if kind in ("adapter", "lycoris") and all(name.startswith(_PEFT_PREFIX) for name in shapes):
+    if kind in ("adapter", "lycoris") and all(name.startswith(identify.PEFT_PREFIX) for name in shapes):
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
     if kind not in ("adapter", "lycoris"):
         family = identify.base_family(shapes)
@@ -120,7 +118,7 @@ def inspect(path: Path) -> Report:
 
 def _folder(path: Path) -> Report:
     """A PEFT folder, a base in diffusers layout, or a folder with one adapter file in it."""
-    parts = {part: path / part for part in keys.COMPONENTS if (path / part / _PEFT_CONFIG).is_file()}
+    parts = {part: path / part for part in keys.COMPONENTS if (path / part / identify.PEFT_CONFIG).is_file()}
     if parts:
         return _peft_folder(path, parts)
     if (path / "model_index.json").is_file():
@@ -138,12 +136,12 @@ def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
     shapes: dict[str, tuple[int, ...]] = {}
     alphas: dict[str, float] = {}
     for part, folder in parts.items():
-        head = modelfile.read(folder / _PEFT_MODEL)
-        config = _json(folder / _PEFT_CONFIG)
+        head = modelfile.read(folder / identify.PEFT_MODEL)
+        config = _json(folder / identify.PEFT_CONFIG)
         heads.append(head)
         told |= head.metadata
-        for name, shape in head.shapes().items():
-            shapes[f"{part}.{name.removeprefix(_PEFT_PREFIX)}"] = shape
+        for name, whole in identify.peft_names(part, head.tensors).items():
+            shapes[whole] = head.tensors[name].shape
         alphas[part] = float(config.get("lora_alpha", 0))
     size = sum(head.path.stat().st_size for head in heads)
     return _adapter(path.name, "adapter", size, heads, shapes, alphas, told, folder=True)

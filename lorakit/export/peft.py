@@ -1,8 +1,9 @@
 """A folder that PEFT's `PeftModel.from_pretrained` opens: one subfolder per component, `unet/`, `text_encoder/`, ...
 
-Each holds `adapter_config.json` and `adapter_model.safetensors`. PEFT matches tensors to module paths by name and
-undoes transformers' own renaming, so tensors are named as transformers 5.6 and later, which lorakit needs, call
-CLIP's modules: the first text encoder has no `text_model.`. `target_modules` match with and without it.
+Each holds `adapter_config.json` and `adapter_model.safetensors`. PEFT matches tensors to module paths by name, and
+transformers 5.6 took `text_model.` out of the first text encoder's paths, so that encoder's tensors (small, beside the
+UNet's) are there under both names: PEFT takes the one that it knows and passes over the other. `target_modules` match
+with and without.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import torch
 from lorakit import atomic
 from lorakit.errors import LorakitError
 from lorakit.export import factors, files, keys
+from lorakit.export.identify import PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX
 from lorakit.export.metadata import complete
 from lorakit.weights import AdapterWeights, Layer
 
-CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_DROPPED = {"text_encoder": "text_model."}  # CLIPTextModel lost this level; CLIPTextModelWithProjection kept it
+_TEXT_MODEL = "text_model."
+_BOTH_NAMES = (
+    "text_encoder",
+)  # a CLIPTextModel; text_encoder_2 is a CLIPTextModelWithProjection, which kept its paths
 
 
 def check(method: str, family: str) -> str | None:
@@ -60,10 +63,10 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
     try:
         for part, layers in _components(weights).items():
             folder = temporary / part
-            files.write_safetensors(folder / MODEL, _tensors(layers, dtype), complete(weights, metadata))
+            files.write_safetensors(folder / PEFT_MODEL, _tensors(layers, dtype), complete(weights, metadata))
             text = json.dumps(_config(part, layers), indent=2, sort_keys=True)
-            files.write_bytes(folder / CONFIG, text.encode())
-            written += [path / part / CONFIG, path / part / MODEL]
+            files.write_bytes(folder / PEFT_CONFIG, text.encode())
+            written += [path / part / PEFT_CONFIG, path / part / PEFT_MODEL]
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -76,7 +79,7 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
 
 def _is_ours(path: Path) -> bool:
     """Whether everything at `path` is component folders with an adapter_config.json, or it is an empty folder."""
-    return path.is_dir() and all((entry / CONFIG).is_file() for entry in path.iterdir())
+    return path.is_dir() and all((entry / PEFT_CONFIG).is_file() for entry in path.iterdir())
 
 
 def _components(weights: AdapterWeights) -> dict[str, dict[str, Layer]]:
@@ -91,16 +94,17 @@ def _tensors(layers: Mapping[str, Layer], dtype: str) -> dict[str, torch.Tensor]
     result = {}
     for name, layer in layers.items():
         part, _, module = name.partition(".")
-        module = module.removeprefix(_DROPPED.get(part, ""))
-        result[f"{PREFIX}{module}.lora_A.weight"] = layer.down
-        result[f"{PREFIX}{module}.lora_B.weight"] = layer.up
+        shorter = [module.removeprefix(_TEXT_MODEL)] if part in _BOTH_NAMES else []
+        for path in (module, *shorter):
+            result[f"{PEFT_PREFIX}{path}.lora_A.weight"] = layer.down
+            result[f"{PEFT_PREFIX}{path}.lora_B.weight"] = layer.up
     return factors.cast(result, dtype)
 
 
 def _config(part: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
     """PEFT's LoraConfig for one component, with no path of the user's in it."""
     one = next(iter(layers.values()))
-    targets = [name.partition(".")[2].removeprefix("text_model.") for name in layers]
+    targets = [name.partition(".")[2].removeprefix(_TEXT_MODEL) for name in layers]
     return {
         "peft_type": "LORA",
         "r": one.rank,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lorakit import modelfile
 from lorakit.errors import LorakitError
-from lorakit.export import identify, keys, peft
+from lorakit.export import identify, keys
 from lorakit.weights import AdapterWeights, Layer
 
 Scaling = Mapping[str, Any]
@@ -36,11 +36,11 @@ def read(path: Path) -> AdapterWeights:
     path = Path(path)
     if not path.is_dir():
         return _read_file(path)
-    parts = {part: path / part for part in keys.COMPONENTS if (path / part / peft.CONFIG).is_file()}
+    parts = {part: path / part for part in keys.COMPONENTS if (path / part / identify.PEFT_CONFIG).is_file()}
     if parts:
         return _read_peft(path, parts)
-    if (path / peft.CONFIG).is_file():
-        return _read_peft(path, {_component(path / peft.MODEL): path})
+    if (path / identify.PEFT_CONFIG).is_file():
+        return _read_peft(path, {_component(path / identify.PEFT_MODEL): path})
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
         raise LorakitError(f"{path}: holds {len(found)} .safetensors files and no PEFT adapter: name the file itself")
@@ -52,7 +52,7 @@ def _read_file(path: Path) -> AdapterWeights:
     what = modelfile.kind(head.shapes())
     if what != "adapter":
         raise LorakitError(f"{path}: this is {identify.DESCRIPTIONS[what]}")
-    if all(name.startswith(peft.PREFIX) for name in head.tensors):
+    if all(name.startswith(identify.PEFT_PREFIX) for name in head.tensors):
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
     if any(name.startswith("bundle_emb.") for name in head.tensors):
         raise LorakitError(f"{path}: has embeddings bundled in, which would be lost; take bundle_emb.* out first")
@@ -72,14 +72,14 @@ def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
     metadata: dict[str, str] = {}
     scalings: dict[str, Scaling] = {}
     for part, folder in folders.items():
-        head = modelfile.read(folder / peft.MODEL)
+        head = modelfile.read(folder / identify.PEFT_MODEL)
         metadata |= head.metadata
         try:
-            scalings[part] = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
+            scalings[part] = json.loads((folder / identify.PEFT_CONFIG).read_text(encoding="utf-8"))
         except ValueError:
-            raise LorakitError(f"{folder / peft.CONFIG}: not JSON") from None
-        for name, tensor in load_file(folder / peft.MODEL).items():
-            tensors[f"{part}.{name.removeprefix(peft.PREFIX)}"] = tensor
+            raise LorakitError(f"{folder / identify.PEFT_CONFIG}: not JSON") from None
+        stored = load_file(folder / identify.PEFT_MODEL)
+        tensors |= {path: stored[name] for name, path in identify.peft_names(part, stored).items()}
     return _weights(path, tensors, metadata, scalings)
 
 
