@@ -21,8 +21,6 @@ from lorakit import __version__, config as configuration, workbench
 from lorakit.errors import LorakitError
 from lorakit.terminal import Terminal, quiet_libraries
 
-# Which presets are for which family of base model.
-PRESET_FOR_FAMILY = {"sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl"}
 # The three cheapest ways out, the one that changes least of the result first.
 OUT_OF_MEMORY = (
     "the device has too little memory for this run; in this order: --set memory.gradient_checkpointing=true, "
@@ -310,22 +308,14 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
     overrides = {key: value for key, value in flags.items() if value is not None} | _overrides(args.set)
     preset = args.preset
     if preset is None:
+        from lorakit.guide import default_preset
+
         preset, reason = default_preset(overrides.get("model.base", "pocket"), overrides.get("data.kind", "subject"))
         terminal.say(f"preset: {preset} ({reason})")
     config = configuration.load(preset, overrides)
     if not config.data.folder:
         raise configuration.ConfigError(["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"])
     return config
-
-
-def default_preset(base: str, kind: str) -> tuple[str, str]:
-    """The preset for a base and a kind of photos where the user named none, and why."""
-    if base == "pocket":
-        return f"{kind}-pocket", "for the bundled base"
-    from lorakit import families
-
-    family = families.describe(base).family
-    return f"{kind}-{PRESET_FOR_FAMILY[family]}", f"for a base of the family {family}; --preset chooses another"
 
 
 def describe_knob(knob: configuration.Knob) -> dict[str, Any]:

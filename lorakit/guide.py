@@ -17,6 +17,8 @@ PHOTOS, KIND, NAME, BASE = QUESTIONS = ("data.folder", "data.kind", "data.name",
 GIVEN = ("output.folder",)
 # Exactly one of these is set.
 LENGTH_KEYS = tuple(f"train.{name}" for name in LENGTHS)
+# Which presets are for which family of base model.
+PRESET_FOR_FAMILY = {"sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl"}
 # How much longer or shorter than its preset a run is.
 QUALITIES = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
 
@@ -39,8 +41,6 @@ def suggest(answers: Mapping[str, Any], quality: str, preset: str | None = None)
     """
     known = {key: answers[key] for key in QUESTIONS if key in answers}
     if preset is None:
-        from lorakit.cli import default_preset
-
         preset, _ = default_preset(known.get(BASE, "pocket"), known.get(KIND, "subject"))
     config = configuration.load(preset)
     for key in LENGTH_KEYS:
@@ -48,6 +48,14 @@ def suggest(answers: Mapping[str, Any], quality: str, preset: str | None = None)
         if length is not None:
             known[key] = max(1, round(length * QUALITIES[quality]))
     return configuration.load(preset, known)
+
+
+def default_preset(base: str, kind: str) -> tuple[str, str]:
+    """The preset for a base and a kind of photos where the user named none, and why."""
+    if base == "pocket":
+        return f"{kind}-pocket", "for the bundled base"
+    family = families.describe(base).family
+    return f"{kind}-{PRESET_FOR_FAMILY[family]}", f"for a base of the family {family}; --preset chooses another"
 
 
 def describe(base: str) -> Any:
