@@ -25,9 +25,8 @@ from lorakit.export.metadata import complete
 from lorakit.weights import AdapterWeights, Layer
 
 _TEXT_MODEL = "text_model."
-_BOTH_NAMES = (
-    "text_encoder",
-)  # a CLIPTextModel; text_encoder_2 is a CLIPTextModelWithProjection, which kept its paths
+# A CLIPTextModel. text_encoder_2 is a CLIPTextModelWithProjection, whose paths are what they were.
+_BOTH_NAMES = ("text_encoder",)
 
 
 def check(method: str, family: str) -> str | None:
@@ -67,14 +66,26 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
             text = json.dumps(_config(part, layers), indent=2, sort_keys=True)
             files.write_bytes(folder / PEFT_CONFIG, text.encode())
             written += [path / part / PEFT_CONFIG, path / part / PEFT_MODEL]
+        _swap(temporary, path, old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return written
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Put the folder `new` at `path`, what was there at `old`; where that fails, what was there is there again."""
+    try:
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
+        new.rename(path)
         atomic.sync_folder(path.parent)
-    finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-    return written
+    except OSError as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise LorakitError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing there was changed"
+        ) from None
 
 
 def _is_ours(path: Path) -> bool:

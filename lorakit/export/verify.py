@@ -112,7 +112,7 @@ def difference(trained: Layer, stored: Layer, tolerance: float) -> str | None:
         return "zero: it has no effect"
     negative = replace(trained, up=-trained.up)
     error, size = _norm([stored, negative]), _norm([trained])
-    if error > tolerance * size:
+    if not error <= tolerance * size:  # so written that NaN, of an alpha for example, is not let through
         return f"delta W is off by {100 * error / max(size, 1e-30):.3g} %"
     if (trained.magnitude is None) != (stored.magnitude is None):
         return "DoRA magnitude missing" if stored.magnitude is None else "DoRA magnitude that was not trained"

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +98,21 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):
     for fmt in ("kohya", "peft"):
         with pytest.raises(LorakitError, match=r"cannot be written \(No space left on device\); nothing there was"):
             save(weights(), tmp_path, "toy", [fmt], "fp32", {})
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    save(weights(), tmp_path, "toy", ["peft"], "fp16", {})
+    before, rename = snapshot(tmp_path), Path.rename
+
+    def fail(self, target):
+        if self.name.endswith(".tmp"):
+            raise OSError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(LorakitError, match=r"toy-peft: cannot be written \(Permission denied\); nothing there was"):
+        save(weights(), tmp_path, "toy", ["peft"], "fp32", {})
     assert snapshot(tmp_path) == before
 
 

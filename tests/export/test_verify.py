@@ -65,6 +65,7 @@ MUTATIONS = {
     "one module renamed to nothing": (rename("attn2_to_k", "attn2_to_kk"), "of no layer of Stable Diffusion"),
     "one module renamed to another": (rename("attn2_to_k", "attn2_to_v"), "attn2.to_k: announced, but not in the file"),
     "one alpha missing": (removed(f"{STEM}.alpha"), f"{STEM}.alpha: missing"),
+    "one alpha not a number": (replaced(f"{STEM}.alpha", lambda t: t * math.nan), "attn2.to_k: delta W is off by nan"),
     "one alpha doubled": (replaced(f"{STEM}.alpha", lambda t: t * 2), "attn2.to_k: delta W is off by 100 %"),
     "down transposed": (replaced(f"{STEM}.lora_down.weight", torch.t), "do not fit together"),
     "up transposed": (replaced(f"{STEM}.lora_up.weight", torch.t), "do not fit together"),
