@@ -42,7 +42,7 @@ PROJECTION = (r"lora_te2_text_projection",)
 # Dotted names. ComfyUI looks for `.processor.to_q`, so PEFT's plain `.to_q` never matches there.
 DOTTED_UNET = (r"unet\..+",)
 DOTTED_ALL = (*DOTTED_UNET, r"text_encoder(?:_2)?\..+")
-COMFY_DOTTED = (r"unet\.(?!.*\.attn[12]\.to_).+", r"text_encoder(?:_2)?\.text_model\..+")
+COMFY_DOTTED = (r"unet\.(?!.*\.attn[12]\.to_).+", r"text_encoder(?:_2)?\.text_model\.(?!.*_lora$).+")
 
 _SGM_STARTS = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
 _BLOCK_STARTS = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
@@ -52,6 +52,7 @@ _POINTWISE = {
     "sd2": ("_conv_shortcut", "_skip_connection"),
     "sdxl": ("_conv_shortcut", "_skip_connection"),
 }
+_FUSED = ("q_proj", "k_proj", "v_proj")  # in the order in which OpenCLIP's in_proj holds them
 _LYCORIS = ("LoHa", "LoKr", "LoCon (tucker)", "full difference", "norm", "IA3", "OFT")
 _PLAIN = "ignores dora_scale and applies it as plain LoRA"
 
@@ -68,7 +69,8 @@ class Consumer:
         unknown_limit: tensors without a match that it tolerates before it refuses the file; None: any number.
         lone_alpha: whether a module without factors makes it refuse the file.
         flat_conv: whether it reads a 1x1 convolution whose factors are stored as matrices.
-        whole_attention: component prefixes whose q, k, v and out must all be there, or the layer is dropped.
+        whole_attention: family -> prefixes whose q, k, v and out must all be there, or the layer is dropped.
+        ordered_attention: family -> prefixes of which it reads q, k, v in this order up to the first that is missing.
     """
 
     title: str
@@ -79,6 +81,7 @@ class Consumer:
     lone_alpha: bool = False
     flat_conv: bool = True
     whole_attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ordered_attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 _ALL_BLOCKS = (*BLOCKS, *UPSAMPLERS)
@@ -144,6 +147,7 @@ CONSUMERS: dict[str, Consumer] = {
             "LoCon (tucker)": "applies it wrongly",
             "norm": "does not apply it",
         },
+        ordered_attention={"sdxl": ("lora_te2_",)},
     ),
     "diffusers": Consumer(
         title="diffusers",
@@ -316,6 +320,12 @@ def _special(
             layer, attention, _ = stem.rpartition("_self_attn_")
             if attention and stem.startswith(prefix) and layers[layer] < 4:
                 result[stem] = "drops it, as not all of q, k, v and out are there"
+    for stem in found:
+        layer, attention, part = stem.rpartition("_self_attn_")
+        if attention and stem.startswith(consumer.ordered_attention.get(family, ())):
+            before = _FUSED[: _FUSED.index(part)] if part in _FUSED else ()
+            if any(f"{layer}_self_attn_{other}" not in found for other in before):
+                result[stem] = "drops it, as one of q and k before it is missing"
     for stem, module in found.items():
         down = shapes.get(module.parts.get("down", ""), (2,))
         if key == "sd.cpp" and down[0] == 1:

@@ -12,6 +12,7 @@ from lorakit.export.consumers import read_report
 
 KOHYA_READERS = ["a1111", "forge", "comfyui", "invokeai", "sd-scripts", "sd.cpp", "diffusers"]
 TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+TE_OLD = "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora"
 TE_Q = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 
 
@@ -165,16 +166,27 @@ def test_dora_is_honoured_by_the_web_uis_only():
     assert complete(read_report(dora(random_adapters.kohya_shapes("sd1"), rows=True), "sd1")) == set()
 
 
-def test_text_encoder_with_q_and_v_only():
-    expected = {
-        "sd1": {"diffusers"},
-        "sd2": {"diffusers", "a1111"},
-        "sdxl": {"diffusers", "a1111"},
-    }
-    for family, lost in expected.items():
-        whole = random_adapters.kohya_shapes(family)
-        shapes = {n: s for n, s in whole.items() if n.startswith("lora_unet") or "_q_proj" in n or "_v_proj" in n}
-        assert set(KOHYA_READERS) - complete(read_report(shapes, family)) - {"sd.cpp"} == lost
+@pytest.mark.parametrize(
+    ("family", "lost"),
+    [("sd1", {"diffusers"}), ("sd2", {"diffusers", "a1111"}), ("sdxl", {"diffusers", "a1111", "sd.cpp"})],
+)
+def test_text_encoder_with_q_and_v_only(family, lost):
+    whole = random_adapters.kohya_shapes(family)
+    shapes = {n: s for n, s in whole.items() if n.startswith("lora_unet") or "_q_proj" in n or "_v_proj" in n}
+    report = read_report(shapes, family)
+    assert complete(report) == set(KOHYA_READERS) - lost
+    if family == "sdxl":
+        assert report["a1111"].counts == {"unet": (788, 788), "text_encoder": (24, 24), "text_encoder_2": (0, 64)}
+        assert report["sd.cpp"].counts["text_encoder_2"] == (32, 64)
+
+
+def test_old_diffusers_names_in_comfyui():
+    shapes = {}
+    for stem in ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora", TE_OLD):
+        shapes[f"{stem}.down.weight"], shapes[f"{stem}.up.weight"] = (4, 8), (8, 4)
+    report = read_report(shapes, "sd1")
+    assert report["comfyui"].counts == {"unet": (1, 1), "text_encoder": (0, 1)}
+    assert report["diffusers"].complete
 
 
 def test_bundled_embeddings_and_peft_metadata_are_refused_by_diffusers():
