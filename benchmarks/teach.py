@@ -15,6 +15,7 @@ For every subject or style, by the judge (a classifier trained on renders only):
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import tempfile
 import time
@@ -86,7 +87,7 @@ def teach(name: str, overrides: dict[str, Any], grids: Path | None) -> dict[str,
         }
         chosen = config.load("style-pocket" if is_style else "subject-pocket", settings | overrides)
         start = time.monotonic()
-        result = train.train(chosen, terminal=Terminal(Path("/dev/null").open("w")))
+        result = train.train(chosen, terminal=Terminal(io.StringIO()))
         seconds = time.monotonic() - start
         return _measure(name, chosen, result.adapter, noun, grids) | {"name": name, "seconds": seconds}
 

@@ -270,8 +270,8 @@ def load(preset: str | Path | None = DEFAULT_PRESET, overrides: Mapping[str, Any
     """Read a preset (a name, or a path to a TOML file; None: defaults alone), lay `overrides` over it and check it all.
 
     Args:
-        overrides: dotted keys, `{"train.steps": 100}`. A length (steps, epochs, steps_per_image) or a method given
-            here replaces the preset's.
+        overrides: dotted keys, `{"train.steps": 100}`. A length (steps, epochs, steps_per_image), a method or a prior
+            given here replaces the preset's, with what belongs to it.
 
     Raises:
         ConfigError: with every problem found, one line each.
@@ -292,8 +292,10 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         else:
             flat.update({f"{section}.{name}": value for name, value in table.items()})
     overrides = dict(overrides or {})
+    replaced = {"train.class_images", "train.prior_loss_weight"} if "train.prior" in overrides else set()
     if any(f"train.{name}" in overrides for name in LENGTHS):
-        flat = {key: value for key, value in flat.items() if key.removeprefix("train.") not in LENGTHS}
+        replaced |= {f"train.{name}" for name in LENGTHS}
+    flat = {key: value for key, value in flat.items() if key not in replaced}
     flat.update(overrides)
 
     method = flat.get("adapter.method", "lora")

@@ -233,6 +233,15 @@ def test_a_method_replaces_the_presets() -> None:
     assert type(config.load("subject-sd15", {"adapter.method": "dora"}).adapter) is config.DoraConfig
 
 
+@pytest.mark.parametrize("prior", ["none", "teacher"])
+def test_a_prior_replaces_the_presets_with_what_belongs_to_it(prior: str) -> None:
+    assert config.load("subject-pocket").train.class_images != config.TrainConfig.class_images
+    train = config.load("subject-pocket", {"train.prior": prior}).train
+    assert (train.prior, train.class_images) == (prior, config.TrainConfig.class_images)
+    with pytest.raises(ConfigError, match=r"train\.class_images has no effect"):
+        config.load("subject-pocket", {"train.prior": prior, "train.class_images": 5})
+
+
 def test_no_preset_means_the_defaults() -> None:
     assert config.load(None, STEPS) == config.Config(train=config.TrainConfig(steps=1))
 
