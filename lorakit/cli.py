@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -80,13 +81,15 @@ def parser() -> argparse.ArgumentParser:
 
     demo = command("demo", run_demo, "the whole main job on the bundled model and pictures")
     demo.add_argument("--subject", default="zib", metavar="NAME", help="bundled subject (default: zib)")
-    _add_set_and_output(demo)
+    _add_set(demo)
+    _add_output(demo)
 
     check = command("check", run_check, "what is in a folder of photos, what is wrong with it, what a run would cost")
     _add_run_options(check)
 
     train = command("train", run_train, "train an adapter from a folder of photos")
     _add_run_options(train)
+    _add_output(train)
     train.add_argument(
         "--init-from", metavar="FILE", help="start from this adapter's weights (a new run, not a resume)"
     )
@@ -99,8 +102,9 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
     sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="one row for each")
     sample.add_argument("--base", default="pocket", metavar="FOLDER", help="base model (default: the bundled one)")
-    sample.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: as trained)")
-    _add_set_and_output(sample)
+    sample.add_argument("--size", type=_side, metavar="PIXELS", help="side of the pictures (default: as trained)")
+    _add_set(sample)
+    _add_output(sample)
 
     inspect = command("inspect", run_inspect, "what a file is: adapter or base, method, rank, trigger, who can read it")
     inspect.add_argument("file", metavar="FILE", help="a safetensors file, a PEFT folder or a base model folder")
@@ -128,11 +132,14 @@ def _add_run_options(made: argparse.ArgumentParser) -> None:
     what.add_argument("--subject", metavar="'sks toy'", help="a rare word for the subject, and what it is")
     what.add_argument("--style", metavar="'sks style'", help="a rare word for the style")
     made.add_argument("--base", metavar="FOLDER", help="base model in diffusers layout (default: the bundled one)")
-    _add_set_and_output(made)
+    _add_set(made)
 
 
-def _add_set_and_output(made: argparse.ArgumentParser) -> None:
+def _add_set(made: argparse.ArgumentParser) -> None:
     made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any of `lorakit knobs`")
+
+
+def _add_output(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", metavar="DIR", help="where to write (default: runs/<time>-<name>)")
 
 
@@ -302,7 +309,7 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
         "data.name": args.subject or args.style,
         "data.kind": "subject" if args.subject else "style" if args.style else None,
         "model.base": args.base,
-        "output.folder": args.output,
+        "output.folder": getattr(args, "output", None),
         "train.init_from": getattr(args, "init_from", None),
     }
     overrides = {key: value for key, value in flags.items() if value is not None} | _overrides(args.set)
@@ -375,9 +382,18 @@ def _overrides(texts: Sequence[str]) -> dict[str, Any]:
 
 def _strengths(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas between, as in 0,0.5,1") from None
+        values = ()
+    if not values or not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas between, as in 0,0.5,1")
+    return values
+
+
+def _side(text: str) -> int:
+    if not text.isdecimal() or int(text) % 8 or not 64 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a multiple of 8 from 64 to 4096")
+    return int(text)
 
 
 # -- what is written ----------------------------------------------------------------------------------------------

@@ -77,6 +77,9 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         (["train", "photos", "--subject", "a", "--style", "b"], "not allowed with argument"),
         (["export", "file", "--to", "onnx"], "invalid choice: 'onnx'"),
         (["sample", "file", "--strength", "0,half"], "'0,half': write numbers with commas between, as in 0,0.5,1"),
+        (["sample", "file", "--strength", "nan"], "'nan': write numbers with commas between"),
+        (["sample", "file", "--size", "500"], "'500': must be a multiple of 8 from 64 to 4096"),
+        (["sample", "file", "--size", "big"], "'big': must be a multiple of 8 from 64 to 4096"),
         (["resume"], "RUN"),
     ],
 )
@@ -231,7 +234,7 @@ def test_help_fits_any_terminal_and_has_no_colours(columns: str) -> None:
 
 
 def arguments(*given: str) -> Any:
-    return cli.parser().parse_args(["check", "photos", *given])
+    return cli.parser().parse_args(["train", "photos", *given])
 
 
 def resolved(*given: str) -> tuple[config.Config, str]:
