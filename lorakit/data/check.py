@@ -159,8 +159,11 @@ def step_of(base: Base) -> int:
     return int(base.downscale * 2**downsamplers)
 
 
-def check(config: DataConfig, base: Base) -> Report:
+def check(config: DataConfig, base: Base, *, memory: Memory | None = None) -> Report:
     """Look over the photos of `config.folder`. What is wrong with single photos is in the report, not raised.
+
+    Args:
+        memory: kept by the caller from check to check, so that a photo that has not changed is not decoded again.
 
     Raises:
         LorakitError: there is no folder, or no picture in it, or the base has no tokenizer.
@@ -173,7 +176,7 @@ def check(config: DataConfig, base: Base) -> Report:
     report = Report(found.path, step, base.downscale, items, [], found.warnings, found.notes)
     workers = min(4, os.cpu_count() or 1)  # Pillow decodes outside the interpreter's lock; a large photo is 150 MB
     with ThreadPoolExecutor(workers) as pool:
-        seen = list(pool.map(lambda item: _look(item, config.resolution, step), report.items))
+        seen = list(pool.map(lambda item: _remembered(item, config.resolution, step, memory), report.items))
     _texts(report, config, captions.Tokens(base.path / "tokenizer", base.max_tokens))
     _unreadable(report, seen)
     _duplicates(report, [(item, look) for item, look in zip(report.items, seen, strict=True) if item.readable])
@@ -193,6 +196,31 @@ class _Look:
     notes: tuple[str, ...] = ()
     hash: np.ndarray[Any, np.dtype[np.bool_]] = field(default_factory=lambda: np.zeros(0, np.bool_))
     colours: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+# Photo as it was on disk, resolution and step -> what was measured of it, and its look.
+Memory = dict[tuple[Any, ...], tuple[dict[str, Any], _Look]]
+MEASURED = ("width", "height", "orientation", "transparent", "bucket", "cropped", "scale", "sharpness", "digest")
+
+
+def _remembered(item: Item, resolution: int, step: int, memory: Memory | None) -> _Look:
+    """As `_look`, from memory where the photo and its mask are the same files as before."""
+    if memory is None:
+        return _look(item, resolution, step)
+    try:
+        files = [(path, path.stat()) for path in (item.photo.path, item.photo.mask) if path is not None]
+    except OSError:
+        return _look(item, resolution, step)
+    stamps = [(path, status.st_mtime_ns, status.st_size) for path, status in files]
+    key = (item.relative, *stamps, resolution, step)
+    if key not in memory:
+        look = _look(item, resolution, step)
+        memory[key] = {name: getattr(item, name) for name in MEASURED}, look
+        return look
+    measured, look = memory[key]
+    for name, value in measured.items():
+        setattr(item, name, value)
+    return look
 
 
 def _look(item: Item, resolution: int, step: int) -> _Look:

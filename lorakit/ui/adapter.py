@@ -15,6 +15,7 @@ from lorakit.registry import EXPORTS
 from lorakit.ui import commands, form, widgets
 from lorakit.ui.desk import Desk
 from lorakit.ui.texts import Say
+from lorakit.ui.widgets import say_for
 
 
 class AdapterPage:
@@ -53,7 +54,6 @@ class AdapterPage:
 
     def wire(self) -> None:
         """Which event calls what."""
-        from lorakit.ui.app import say_for
 
         def look(path: str | None, request: gr.Request) -> list[Any]:
             return self.look(path or "", None, say_for(request))

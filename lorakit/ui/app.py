@@ -24,8 +24,8 @@ from lorakit.ui.compare import ComparePage
 from lorakit.ui.desk import Desk
 from lorakit.ui.photos import PAGE, PhotosPage
 from lorakit.ui.runs import RunsPage
-from lorakit.ui.texts import Say
 from lorakit.ui.train import TrainPage
+from lorakit.ui.widgets import say_for
 
 USER = "lorakit"
 # Seconds between looks at the run folder.
@@ -163,13 +163,9 @@ def build(desk: Desk, t: gr.I18n) -> gr.Blocks:
         compare.wire(page, compare_tab)
         adapter.wire()
         train_tab.select(**_refresh(train), **QUIET)
+    # One person's long look at five hundred photos must not keep another waiting.
+    page.queue(default_concurrency_limit=16)
     return page
-
-
-def say_for(request: gr.Request | None) -> Say:
-    """The texts in the language of whoever asks."""
-    accepted = request.headers.get("accept-language", "") if request is not None else ""
-    return texts.sayer(texts.language_of(accepted))
 
 
 # -- wiring: each handler takes one dict, component -> value, so that the number of knobs is nobody's business ------
@@ -185,16 +181,21 @@ def _refresh(train: TrainPage) -> dict[str, Any]:
     return {"fn": refresh, "inputs": set(train.inputs), "outputs": train.outputs}
 
 
+def _keep(train: TrainPage, draft: gr.BrowserState) -> dict[str, Any]:
+    """The event that keeps the answers in the browser."""
+
+    def keep(data: dict[Any, Any]) -> dict[str, Any]:
+        values = train.form_values([data[train.widgets[key]] for key in train.keys])
+        return {"quality": data[train.quality], "preset": data[train.marks]["preset"], "values": values}
+
+    return {"fn": keep, "inputs": set(train.inputs), "outputs": draft}
+
+
 def _wire_train(train: TrainPage, tabs: gr.Tabs, runs: RunsPage, draft: gr.BrowserState) -> None:
     inputs = set(train.inputs)
 
     def values_of(data: dict[Any, Any]) -> list[Any]:
         return [data[train.widgets[key]] for key in train.keys]
-
-    def keep(data: dict[Any, Any]) -> dict[str, Any]:
-        return {"quality": data[train.quality], "preset": data[train.marks]["preset"]} | {
-            "values": train.form_values(values_of(data))
-        }
 
     def difference(data: dict[Any, Any], request: gr.Request) -> str:
         return train.difference_of(data[train.preset], data[train.quality], values_of(data), say_for(request))
@@ -213,11 +214,11 @@ def _wire_train(train: TrainPage, tabs: gr.Tabs, runs: RunsPage, draft: gr.Brows
         trigger_mode="always_last",
         **QUIET,
     )
-    answered.then(keep, inputs, draft, **QUIET)
+    answered.then(**_keep(train, draft), **QUIET)
     with_preset = {*inputs, train.preset}
     gr.on([train.preset.input], difference, with_preset, train.difference, **QUIET)
     applied = train.apply.click(apply, with_preset, [train.marks, *every], **QUIET)
-    applied.then(**_refresh(train), **QUIET).then(keep, inputs, draft, **QUIET)
+    applied.then(**_refresh(train), **QUIET).then(**_keep(train, draft), **QUIET)
     applied.then(difference, with_preset, train.difference, **QUIET)
     train.start.click(begin, inputs, [train.message, runs.chosen, tabs], **QUIET)
 
@@ -232,6 +233,11 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, train: TrainPage, tabs: gr
         config = train.config_of_photos(shown)
         yield from photos.show(path, first, config, say)
 
+    def show_under(data: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
+        # The message about the upload stays.
+        for outputs in show(data, request):
+            yield outputs[1:]
+
     def turn(data: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
         yield from show(data, request, data[photos.first] + PAGE)
 
@@ -245,33 +251,21 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, train: TrainPage, tabs: gr
     def save_caption(folder: str, request: gr.Request, event: gr.EventData) -> str:
         return photos.save_caption(folder or "", event.photo, event.text, say_for(request))
 
-    def restore(kept: dict[str, Any]) -> list[Any]:
-        return train.restore(kept)
-
     chosen = gr.on([photos.open.click, photos.folder.input], lambda path: path, photos.folder, field, **QUIET)
+    chosen.then(**_keep(train, draft), **QUIET)
     chosen.then(show, inputs, photos.outputs, **QUIET).then(**_refresh(train), **QUIET)
     taken = photos.upload.upload(take_in, inputs, [photos.message, photos.folder, photos.upload], **QUIET)
     taken.success(lambda path: path, photos.folder, field, **QUIET).then(
-        show_after_upload(show), inputs, photos.outputs[1:], **QUIET
-    ).then(**_refresh(train), **QUIET)
+        show_under, inputs, photos.outputs[1:], **QUIET
+    ).then(**_refresh(train), **QUIET).then(**_keep(train, draft), **QUIET)
     photos.next.click(turn, inputs, photos.outputs, **QUIET)
     photos.previous.click(turn_back, inputs, photos.outputs, **QUIET)
     photos.cards.submit(save_caption, photos.folder, photos.message, **QUIET)
     photos.next_step.click(lambda: gr.Tabs(selected="train"), None, tabs, **QUIET)
     every = [train.widgets[key] for key in train.keys]
-    loaded = page.load(restore, draft, [photos.folder, train.quality, train.marks, train.preset, *every], **QUIET)
+    loaded = page.load(train.restore, draft, [photos.folder, train.quality, train.marks, train.preset, *every], **QUIET)
     loaded.then(show, inputs, photos.outputs, **QUIET)
     loaded.then(**_refresh(train), **QUIET)
-
-
-def show_after_upload(show: Any) -> Any:
-    """As `show`, without its message: the one about the upload stays."""
-
-    def shown(data: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
-        for outputs in show(data, request):
-            yield outputs[1:]
-
-    return shown
 
 
 def _wire_runs(page: gr.Blocks, runs: RunsPage) -> None:

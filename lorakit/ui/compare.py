@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -24,6 +25,7 @@ from lorakit.run_folder import RunFolder
 from lorakit.ui import commands, widgets
 from lorakit.ui.desk import Desk
 from lorakit.ui.texts import Say
+from lorakit.ui.widgets import say_for
 
 CELL = 320
 # Photos among which the nearest is looked for, and the side (pixels) at which they are compared.
@@ -59,8 +61,6 @@ class ComparePage:
 
     def wire(self, page: gr.Blocks, tab: gr.Tab) -> None:
         """Which event calls what."""
-        from lorakit.ui.app import say_for
-
         quiet: dict[str, Any] = {"show_progress": "hidden"}
         shown = [self.table, self.choice, self.step, self.files, self.prompts, self.grids, self.message, self.file]
 
@@ -223,10 +223,12 @@ class ComparePage:
         """The adapter file of that name; a checkpoint's is exported first, once."""
         if name.endswith(".safetensors"):
             return self.desk.roots.resolve(run.path / Path(name).name)
-        place = run.path / "exports" / Path(name).name
+        if not re.fullmatch(r"step-\d+", name):
+            raise LorakitError(f"{name!r} is no checkpoint")
+        place = run.path / "exports" / name
         kind = next(iter(EXPORTS))
         found = list(place.glob("*.safetensors"))
-        found = found or commands.export(run.checkpoints / Path(name).name, kind, place)
+        found = found or commands.export(run.checkpoints / name, kind, place)
         return found[0]
 
     def grids_of(self, name: str, say: Say) -> str:

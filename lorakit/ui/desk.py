@@ -40,6 +40,8 @@ class Desk:
         self.roots = Roots([*roots, self.runs])
         self.queue = Queue(self.runs)
         self.thumbnails = Thumbnails()
+        # What was measured of each photo: a word changed in the form must not decode five hundred of them again.
+        self._seen: check.Memory = {}
         self._reports: OrderedDict[Any, Future[check.Report]] = OrderedDict()
         self._lock = threading.Lock()
         self._staging = tempfile.TemporaryDirectory(prefix="lorakit-")
@@ -53,7 +55,7 @@ class Desk:
         key = (config.data, info.path, info.downscale, _fingerprint(path))
         with self._lock:
             if key not in self._reports:
-                self._reports[key] = self._pool.submit(check.check, config.data, info)
+                self._reports[key] = self._pool.submit(check.check, config.data, info, memory=self._seen)
                 while len(self._reports) > MOST_REPORTS:
                     self._reports.popitem(last=False)
             return self._reports[key]

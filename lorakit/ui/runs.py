@@ -129,7 +129,9 @@ class RunsPage:
     def go_on(self, name: str, say: Say) -> str:
         """Put the continuation of a run into the queue."""
         try:
-            self.desk.queue.resume(self.desk.run(name))
+            path = self.desk.run(name)
+            read(path)
+            self.desk.queue.resume(path)
         except LorakitError as problem:
             return widgets.problem(str(problem))
         self.desk.queue.start()

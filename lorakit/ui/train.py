@@ -175,7 +175,7 @@ class TrainPage:
 
     def restore(self, kept: Mapping[str, Any]) -> list[Any]:
         """The answers that the browser kept: photos' folder, quality, marks, preset, then each widget."""
-        if not kept.get("values"):
+        if not isinstance(kept, dict) or not isinstance(kept.get("values"), dict):
             return [gr.skip()] * (4 + len(self.keys))
         start = form.values(guide.suggest({}, "balanced"))
         values = start | {key: value for key, value in kept["values"].items() if key in self.widgets}

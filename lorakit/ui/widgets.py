@@ -8,8 +8,15 @@ from typing import Any
 
 import gradio as gr
 
+from lorakit.ui import texts
 from lorakit.ui.form import Field
 from lorakit.ui.texts import Say
+
+
+def say_for(request: gr.Request | None) -> Say:
+    """The texts in the language of whoever asks."""
+    accepted = request.headers.get("accept-language", "") if request is not None else ""
+    return texts.sayer(texts.language_of(accepted))
 
 
 def html(value: str = "", *, elem_id: str | None = None, js_on_load: str | None = None) -> gr.HTML:

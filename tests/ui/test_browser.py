@@ -88,6 +88,13 @@ def served(front_end, room: Path):
     return front_end(room)
 
 
+def wait_for(what, seconds: float = 150) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
 def answer(person: Person, photos: Path, base: Path, steps: int) -> None:
     """The five questions, and the options that make a run short."""
     person.tab(1)
@@ -171,30 +178,26 @@ def test_from_upload_to_exported_adapter_with_a_reload_and_a_second_browser(chro
     assert person.hosts == other.hosts == {served.address.split("/")[2]}
 
 
-def test_stop_saves_and_a_killed_run_is_interrupted_and_resumed(chromium, served, room: Path):
+def test_a_killed_run_is_interrupted_and_resumed_and_stop_saves(chromium, served, room: Path):
     person = Person(chromium, served.address)
     answer(person, room / "photos", room / "base", 4000)
     name = person.start()
     run = room / "runs" / name
     person.wait_for_state("running")
-    while run_folder.read(run).step == 0:
-        time.sleep(0.2)
+    wait_for(lambda: run_folder.read(run).step >= 10 and list(run.glob("checkpoints/*/complete")))
+    os.kill(run_folder.read(run).pid, signal.SIGKILL)
+    person.wait_for_state("interrupted")
+    person.page.locator("#run-resume").click()
+    person.wait_for_state("preparing", "running")
+    wait_for(lambda: run_folder.read(run).step >= 10)
     person.page.locator("#run-stop").click()
     person.says("run-message", "It finishes its step, saves, exports and ends.")
     person.wait_for_state("stopped")
     stopped = run_folder.read(run)
-    assert 0 < stopped.step < 4000
+    assert 10 <= stopped.step < 4000
     assert (run / "checkpoints" / run_folder.step_name(stopped.step) / "complete").is_file()
-    person.page.locator("#run-resume").click()
-    person.wait_for_state("running")
-    while (state := run_folder.read(run)).step <= stopped.step:
-        time.sleep(0.2)
-    os.kill(state.pid, signal.SIGKILL)
-    person.wait_for_state("interrupted")
-    person.page.locator("#run-resume").click()
-    person.wait_for_state("preparing", "running")
-    person.page.locator("#run-stop").click()
-    person.wait_for_state("stopped")
+    assert inspect.inspect(run / "sks-toy.safetensors").trigger == "sks toy"
+    person.page.locator("#run-resume").wait_for()
 
 
 def test_what_is_wrong_is_said_where_it_is_wrong(chromium, served, room: Path):
