@@ -205,7 +205,10 @@ def _wire_train(train: TrainPage, tabs: gr.Tabs, runs: RunsPage, draft: gr.Brows
 
     def begin(data: dict[Any, Any], request: gr.Request) -> tuple[Any, ...]:
         message, name = train.begin(values_of(data), say_for(request))
-        return message, name or gr.skip(), gr.Tabs(selected="runs") if name else gr.skip()
+        if name is None:
+            return message, gr.skip(), gr.skip(), gr.skip()
+        # The button comes back with the next answer or visit: the same run is not started twice by mistake.
+        return message, name, gr.Tabs(selected="runs"), gr.update(interactive=False)
 
     every = [train.widgets[key] for key in train.keys]
     answered = gr.on(
@@ -220,7 +223,7 @@ def _wire_train(train: TrainPage, tabs: gr.Tabs, runs: RunsPage, draft: gr.Brows
     applied = train.apply.click(apply, with_preset, [train.marks, *every], **QUIET)
     applied.then(**_refresh(train), **QUIET).then(**_keep(train, draft), **QUIET)
     applied.then(difference, with_preset, train.difference, **QUIET)
-    train.start.click(begin, inputs, [train.message, runs.chosen, tabs], **QUIET)
+    train.start.click(begin, inputs, [train.message, runs.chosen, tabs, train.start], **QUIET)
 
 
 def _wire_photos(page: gr.Blocks, photos: PhotosPage, train: TrainPage, tabs: gr.Tabs, draft: gr.BrowserState) -> None:

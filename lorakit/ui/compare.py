@@ -113,13 +113,13 @@ class ComparePage:
         steps = [(say("compare.step", step=step), step) for step in run.sample_grids() if step]
         files = [path.name for path in sorted(run.path.glob("*.safetensors"))]
         files += [path.parent.name for path in sorted(run.checkpoints.glob("step-*/complete"))]
-        marked = marked_step(run)
+        marked, adapter = marked_step(run), run_folder.read(run.path).adapter
         prompts = "\n".join(prompt for prompt in _prompts(run, max(run.sample_grids())) if prompt)
         return [
             self.table_of(name, say),
             gr.update(visible=bool(steps)),
             gr.update(choices=steps, value=marked or (steps[-1][1] if steps else None)),
-            gr.update(choices=files, value=files[:1]),
+            gr.update(choices=files, value=[name for name in files if name == adapter] or files[:1]),
             prompts,
             self.grids_of(name, say),
             "",

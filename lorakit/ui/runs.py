@@ -268,11 +268,16 @@ def _points(log: Path, size: int) -> tuple[list[Any], list[Any]]:
     return [steps[step] for step in sorted(steps)], [validations[step] for step in sorted(validations)]
 
 
+@functools.lru_cache(maxsize=8)
+def _messages(log: Path, size: int) -> list[str]:
+    """The last lines that were meant for people, warnings and errors marked."""
+    events = RunFolder(log.parent).events("message", "warning", "error", "done")
+    lines = [("! " if e["event"] in ("warning", "error") else "") + str(e.get("message", e["event"])) for e in events]
+    return lines[-LOG_LINES:]
+
+
 def _log(run: RunFolder, output: str, say: Say) -> str:
-    lines = [
-        f"{'! ' if event['event'] in ('warning', 'error') else ''}{event.get('message', event['event'])}"
-        for event in run.events("message", "warning", "error", "done")
-    ][-LOG_LINES:]
+    lines = _messages(run.log_file, run.log_file.stat().st_size) if run.log_file.is_file() else []
     parts = []
     if lines:
         text = escape("\n".join(lines))

@@ -166,6 +166,14 @@ def test_from_upload_to_exported_adapter_with_a_reload_and_a_second_browser(chro
     person.says("compare-message", "is marked as best")
     person.page.locator("#compare-export").click()
     person.page.locator("#compare-message [role=status], #compare-message [role=alert]").wait_for()
+    # Draw a checkpoint beside the base.
+    person.page.locator("#compare-draw > button").click()
+    for checked in person.page.locator("#compare-files input:checked").all():
+        checked.uncheck()
+    person.page.locator("#compare-files label").filter(has_text="step-").last.locator("input").check()
+    person.page.locator("#compare-strengths :is(input, textarea)").fill("0, 1")
+    person.page.locator("#compare-go").click()
+    person.page.locator("#compare-grids img").wait_for(timeout=180_000)
     # Adapter: inspect.
     person.tab(4)
     person.choose("adapter-path", str(run / state.adapter))
@@ -198,6 +206,9 @@ def test_a_killed_run_is_interrupted_and_resumed_and_stop_saves(chromium, served
     assert (run / "checkpoints" / run_folder.step_name(stopped.step) / "complete").is_file()
     assert inspect.inspect(run / "sks-toy.safetensors").trigger == "sks toy"
     person.page.locator("#run-resume").wait_for()
+    # The list shows both runs, and either can be looked at.
+    person.page.locator("#runs-list button").filter(has_text="100 %").click()
+    person.wait_for_state("done")
 
 
 def test_what_is_wrong_is_said_where_it_is_wrong(chromium, served, room: Path):

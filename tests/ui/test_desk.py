@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import io
+import os
 import time
 from pathlib import Path
 
@@ -117,6 +118,21 @@ def test_the_photos_are_looked_at_once(tmp_path: Path, tiny_sd1: Path):
     assert len(first.result().items) == 3
     (tmp_path / "photos" / "0.txt").write_text("a caption")
     assert desk.report(config) is not first
+
+
+def test_a_word_changed_decodes_no_photo_again(tmp_path: Path, tiny_sd1: Path):
+    desk = Desk(tmp_path / "runs", [tmp_path])
+    path = photo(tmp_path / "photos" / "0.png", (64, 64))
+    answers = {guide.PHOTOS: str(tmp_path / "photos"), guide.BASE: str(tiny_sd1)}
+    assert desk.report(guide.suggest(answers | {guide.NAME: "sks dog"}, "quick")).result().items[0].readable
+    # The same size and time, but no picture any more: who decoded it again would find it out.
+    before = path.stat()
+    path.write_bytes(b"x" * before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (item,) = desk.report(guide.suggest(answers | {guide.NAME: "sks cat"}, "quick")).result().items
+    assert item.readable and item.text == "a photo of sks cat"
+    path.write_bytes(b"x")
+    assert not desk.report(guide.suggest(answers | {guide.NAME: "sks cat"}, "quick")).result().items[0].readable
 
 
 def test_a_run_that_waits_or_never_began_is_listed(tmp_path: Path):
