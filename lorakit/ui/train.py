@@ -138,7 +138,7 @@ class TrainPage:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The preset that the answers suggest now, and the new values of options that were not changed by hand."""
         try:
-            suggested = form.values(guide.suggest(shown, quality, marks["preset"] or None))
+            suggested = self._suggest(shown, quality, marks["preset"])
         except LorakitError:
             return marks, {}
         by_hand = form.changed(shown, marks["values"])
@@ -152,6 +152,16 @@ class TrainPage:
             moved |= {key: "" for key in guide.LENGTH_KEYS if key not in by_hand and shown.get(key)}
         return marks | {"values": suggested}, moved
 
+    def _suggest(self, shown: Mapping[str, Any], quality: str, preset: str) -> dict[str, Any]:
+        """What preset and answers suggest for every field; a base outside of the roots is not even looked at.
+
+        Raises:
+            LorakitError: as `guide.suggest`, and where the base is outside.
+        """
+        base = shown.get(guide.BASE) or ""
+        inside = base if base == self.fields[guide.BASE].knob.default else str(self.desk.roots.resolve(base))
+        return form.values(guide.suggest({**shown, guide.BASE: inside}, quality, preset or None))
+
     def read(self, shown: Mapping[str, Any], say: Say) -> tuple[Config | None, dict[str, list[str]]]:
         """The config of a filled-in form, or every problem by field; an unanswered question is one."""
         config, problems = form.read(shown, self.desk.roots)
@@ -160,7 +170,7 @@ class TrainPage:
                 problems.setdefault(key, []).append(say("train.required"))
         if config is not None and not problems:
             try:
-                guide.describe(shown[guide.BASE])
+                guide.describe(form.values(config)[guide.BASE])
             except LorakitError as problem:
                 problems[guide.BASE] = [str(problem)]
         return (None if problems else config), problems
@@ -182,7 +192,7 @@ class TrainPage:
         quality = kept["quality"] if kept.get("quality") in guide.QUALITIES else "balanced"
         preset = kept["preset"] if kept.get("preset") in configuration.preset_names() else AUTOMATIC
         try:
-            suggested = form.values(guide.suggest(values, quality, preset or None))
+            suggested = self._suggest(values, quality, preset)
         except LorakitError:
             suggested = start
         marks = {"preset": preset, "values": suggested, "shown": {}}
@@ -202,7 +212,7 @@ class TrainPage:
         """What the preset would change, as a table."""
         shown = self.form_values(values)
         try:
-            suggested = form.values(guide.suggest(shown, quality, preset or None))
+            suggested = self._suggest(shown, quality, preset)
         except LorakitError as problem:
             return widgets.problem(str(problem))
         differences = form.changed(suggested, {k: v for k, v in shown.items() if k not in guide.QUESTIONS})
@@ -216,7 +226,10 @@ class TrainPage:
     def apply_preset(self, preset: str, quality: str, marks: dict[str, Any], values: Sequence[Any]) -> list[Any]:
         """Every option as the preset has it: the new `marks`, then an update for each widget."""
         shown = self.form_values(values)
-        suggested = form.values(guide.suggest(shown, quality, preset or None))
+        try:
+            suggested = self._suggest(shown, quality, preset)
+        except LorakitError:
+            return [gr.skip()] * (1 + len(self.keys))
         updates = [
             gr.skip() if key in guide.QUESTIONS or suggested.get(key) == shown[key] else gr.update(value=suggested[key])
             for key in self.keys
