@@ -186,12 +186,20 @@ def test_from_upload_to_exported_adapter_with_a_reload_and_a_second_browser(chro
     assert person.hosts == other.hosts == {served.address.split("/")[2]}
 
 
-def test_a_killed_run_is_interrupted_and_resumed_and_stop_saves(chromium, served, room: Path):
-    person = Person(chromium, served.address)
+def test_a_run_outlives_the_program_is_killed_resumed_and_stopped(chromium, served, front_end, room: Path):
+    first = front_end(room)
+    person = Person(chromium, first.address)
     answer(person, room / "photos", room / "base", 4000)
     name = person.start()
     run = room / "runs" / name
     person.wait_for_state("running")
+    # The program is closed. The run goes on, and another front end shows it.
+    first.stop()
+    assert run_folder.status(run) == "running"
+    person = Person(chromium, served.address)
+    person.tab(2)
+    person.wait_for_state("running")
+    assert person.page.locator("#run-status h3").inner_text().split()[0] == name
     wait_for(lambda: run_folder.read(run).step >= 10 and list(run.glob("checkpoints/*/complete")))
     os.kill(run_folder.read(run).pid, signal.SIGKILL)
     person.wait_for_state("interrupted")
