@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +80,8 @@ def attention_problem(candidate: Attention, device: torch.device, dtype: torch.d
     Args:
         candidate: takes query, key and value `[B, T, heads, size]`, as xformers has them.
     """
-    allowed = 1e-4 if dtype == torch.float32 else 2e-2
+    # Room for tensor cores' shortened float32; what is sought is wrong by far more.
+    allowed = 2e-3 if dtype == torch.float32 else 2e-2
     draw = torch.Generator(device).manual_seed(0)
     for size in HEAD_SIZES:
         inputs = [torch.randn((2, 77, 4, size), generator=draw, device=device).to(dtype) for _ in range(4)]
@@ -112,6 +112,13 @@ def peak(device: torch.device) -> int:
     """Most bytes in use so far: allocated on CUDA, the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        # accelerate brings psutil; `resource` exists only on Unix.
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 

@@ -200,6 +200,8 @@ class Adapter:
             if layer.magnitude is not None:
                 _set(target.lora_magnitude_vector[NAME], layer.magnitude, target)
                 target.full_scaling[NAME] = layer.scale
+            elif NAME in target.lora_magnitude_vector:
+                del target.lora_magnitude_vector[NAME]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Exact copies of the parameters on the CPU, for a checkpoint."""

@@ -47,7 +47,8 @@ def input_scale(layer: Any, name: str) -> torch.Tensor:
     with torch.no_grad():
         delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * layer.full_scaling[name]
         norms = column_norms(weight.float() + delta)
-    return layer.lora_magnitude_vector[name].weight / norms
+    # A column of zeros has m = 0 too, and stays what it was.
+    return layer.lora_magnitude_vector[name].weight / norms.clamp(min=torch.finfo(norms.dtype).tiny)
 
 
 def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class DoraLinear(Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
-        return self.base_layer(x) if self.disable_adapters else forward(self, x)
+        return forward(self, x) if _has_magnitude(self) else super().forward(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not offered.
@@ -94,7 +95,7 @@ class DoraConv2d(Conv2d):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
-        return self.base_layer(x) if self.disable_adapters else forward(self, x)
+        return forward(self, x) if _has_magnitude(self) else super().forward(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not offered.
@@ -106,6 +107,11 @@ class DoraConv2d(Conv2d):
 
 
 NO_MERGE = "a DoRA adapter cannot be fused into the base here: draw with it as it is"
+
+
+def _has_magnitude(layer: Any) -> bool:
+    """Whether this layer is on and is DoRA's: files may have layers that are plain LoRA among them."""
+    return not layer.disable_adapters and any(name in layer.lora_magnitude_vector for name in layer.active_adapters)
 
 
 def _add_magnitude(layer: Any, name: str) -> None:

@@ -53,9 +53,9 @@ class FusedLinear(Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
-        name = _only_adapter(self, args, kwargs)
         base = self.base_layer
-        if name is None or type(base) is not nn.Linear:
+        name = None if args or kwargs or type(base) is not nn.Linear else _plain_adapter(self, x)
+        if name is None:
             return super().forward(x, *args, **kwargs)
         if self._disable_adapters:
             return base(x)
@@ -69,9 +69,9 @@ class FusedConv2d(Conv2d):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
-        name = _only_adapter(self, args, kwargs)
         base = self.base_layer
-        if name is None or base.groups != 1:
+        name = None if args or kwargs or base.groups != 1 else _plain_adapter(self, x)
+        if name is None:
             return super().forward(x, *args, **kwargs)
         if self._disable_adapters:
             return base(x)
@@ -80,12 +80,15 @@ class FusedConv2d(Conv2d):
         return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
 
 
-def _only_adapter(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Name of the active adapter where there is exactly one and nothing out of the ordinary, else None: PEFT's own
-    forward knows what to do with the rest."""
+def _plain_adapter(layer: Any, x: torch.Tensor) -> str | None:
+    """Name of the active adapter where there is exactly one and nothing is out of the ordinary, else None.
+
+    Several adapters, a merged or a trained base, dropout and autocast are left to PEFT's own forward.
+    """
     active = layer._active_adapter
     name = active if isinstance(active, str) else active[0] if len(active) == 1 else None
-    if name not in layer.lora_A or args or kwargs or layer.merged_adapters:
+    if name not in layer.lora_A or layer.merged_adapters or layer.base_layer.weight.requires_grad:
         return None
-    dropout = layer.lora_dropout[name]
-    return None if dropout.training and isinstance(dropout, nn.Dropout) else name
+    if layer.lora_dropout[name].training and not isinstance(layer.lora_dropout[name], nn.Identity):
+        return None
+    return None if torch.is_autocast_enabled(x.device.type) else name

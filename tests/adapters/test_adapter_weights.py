@@ -13,7 +13,8 @@ from peft import get_peft_model_state_dict
 
 import lorakit
 from lorakit import adapters
-from lorakit.config import LoraConfig
+from lorakit.adapters.dora import column_norms
+from lorakit.config import DoraConfig, LoraConfig
 from lorakit.errors import LorakitError
 from lorakit.weights import AdapterWeights, Layer
 
@@ -64,6 +65,29 @@ def test_applied_weights_may_have_a_rank_and_scale_for_each_layer(sd1: Any) -> N
         for name, weight in originals.items():
             module_of(sd1, name).weight.copy_(weight)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dora_file_may_have_layers_that_are_plain_lora(sd1: Any, attach: Any) -> None:
+    adapter = attach(sd1, DoraConfig(rank=4, target_modules="linear+conv"))
+    randomize(adapter)
+    weights = adapter.weights()
+    adapter.detach()
+    plain = {name for number, name in enumerate(weights.layers) if number % 2}
+    layers = {n: replace(layer, magnitude=None) if n in plain else layer for n, layer in weights.layers.items()}
+    applied = adapters.apply(sd1, replace(weights, layers=layers))
+    mixed = predict(sd1)
+    again = applied.weights().layers
+    applied.detach()
+    assert {name for name, layer in again.items() if layer.magnitude is None} == plain
+    # The same with magnitudes that say what a plain layer has: the norms of W + delta W.
+    whole = {
+        name: replace(layer, magnitude=column_norms(module_of(sd1, name).weight.detach() + layer.delta()))
+        for name, layer in weights.layers.items()
+        if name in plain
+    }
+    applied = adapters.apply(sd1, replace(weights, layers={**weights.layers, **whole}))
+    torch.testing.assert_close(predict(sd1), mixed, rtol=1e-4, atol=1e-5)
+    applied.detach()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -104,6 +104,19 @@ def test_what_is_out_of_the_ordinary_goes_pefts_way(kind: str) -> None:
     torch.testing.assert_close(ours(x), both, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv 3x3"])
+def test_a_trained_base_and_autocast_go_pefts_way(kind: str) -> None:
+    ours, theirs = layers(kind, 2.0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (outcome(layer, images(kind, torch.float32)) for layer in (ours, theirs))
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype is b.dtype
+            torch.testing.assert_close(a, b)
+    ours.base_layer.requires_grad_(True)
+    ours(images(kind, torch.float32)).square().mean().backward()
+    assert ours.base_layer.weight.grad.abs().sum() > 0
+
+
 def test_dropout_acts_on_the_adapters_input_alone() -> None:
     torch.manual_seed(0)
     config = lora.lora(LoraConfig(rank=4, dropout=0.5), ["x"])
