@@ -150,9 +150,10 @@ def run_demo(args: argparse.Namespace) -> int:
     """`lorakit demo`."""
     from lorakit import demo
 
-    result = demo.demo(
-        args.subject, _terminal(args), folder=Path(args.output) if args.output else None, overrides=_overrides(args.set)
-    )
+    folder, overrides = Path(args.output) if args.output else None, _overrides(args.set)
+    result = _unless_stopped(lambda: demo.demo(args.subject, _terminal(args), folder=folder, overrides=overrides))
+    if result is None:
+        return 130
     if args.json:
         _print_json(result.to_json())
     return 0
@@ -197,12 +198,8 @@ def run_resume(args: argparse.Namespace) -> int:
 
 def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[], Any]) -> int:
     """Run a training job and say what came of it."""
-    from lorakit.train import Stopped
-
-    try:
-        result = job()
-    except Stopped as stop:
-        _complain(str(stop))
+    result = _unless_stopped(job)
+    if result is None:
         return 130
     terminal.say(f"adapter: {result.adapter}")
     if result.best:
@@ -220,6 +217,17 @@ def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[], Any
             }
         )
     return 0
+
+
+def _unless_stopped(job: Callable[[], Any]) -> Any:
+    """What a training job gives, or None where the user stopped it, which is then said."""
+    from lorakit.train import Stopped
+
+    try:
+        return job()
+    except Stopped as stop:
+        _complain(str(stop))
+        return None
 
 
 def run_sample(args: argparse.Namespace) -> int:

@@ -198,6 +198,15 @@ def test_a_stopped_run_exits_with_130_and_says_how_to_go_on(run: Run, monkeypatc
     assert err == "lorakit: stopped after step 13; go on with: lorakit resume runs/a\n"
 
 
+def test_a_stopped_demo_is_no_error_of_ours(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit import train
+
+    monkeypatch.setattr(train, "train", raising(train.Stopped(Path("there/run"), 13)))
+    code, _, err = run("demo", "--output", "there")
+    assert code == 130
+    assert err == "lorakit: stopped after step 13; go on with: lorakit resume there/run\n"
+
+
 def test_every_line_of_an_error_is_prefixed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from lorakit import train
 
