@@ -157,12 +157,11 @@ def build(desk: Desk, t: gr.I18n) -> gr.Blocks:
                 adapter = AdapterPage(desk, t)
         # The answers, kept in the browser: a reload or a restarted app loses none.
         draft = gr.BrowserState({}, storage_key="lorakit-draft", secret="lorakit")
-        _wire_train(train, tabs, runs, draft)
+        _wire_train(train, [train_tab.select, photos.next_step.click], tabs, runs, draft)
         _wire_photos(page, photos, train, tabs, draft)
         _wire_runs(page, runs)
         compare.wire(page, compare_tab)
         adapter.wire()
-        train_tab.select(**_refresh(train), **QUIET)
     # One person's long look at five hundred photos must not keep another waiting.
     page.queue(default_concurrency_limit=16)
     return page
@@ -191,7 +190,8 @@ def _keep(train: TrainPage, draft: gr.BrowserState) -> dict[str, Any]:
     return {"fn": keep, "inputs": set(train.inputs), "outputs": draft}
 
 
-def _wire_train(train: TrainPage, tabs: gr.Tabs, runs: RunsPage, draft: gr.BrowserState) -> None:
+def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPage, draft: gr.BrowserState) -> None:
+    """`visits` are the events that bring somebody to the page."""
     inputs = set(train.inputs)
 
     def values_of(data: dict[Any, Any]) -> list[Any]:
@@ -211,8 +211,9 @@ def _wire_train(train: TrainPage, tabs: gr.Tabs, runs: RunsPage, draft: gr.Brows
         return message, name, gr.Tabs(selected="runs"), gr.update(interactive=False)
 
     every = [train.widgets[key] for key in train.keys]
+    # One listener for all: a later answer waits for an earlier one, which so cannot overwrite what came after it.
     answered = gr.on(
-        [widget.input for widget in every] + [train.quality.input],
+        [widget.input for widget in every] + [train.quality.input, *visits],
         **_refresh(train),
         trigger_mode="always_last",
         **QUIET,
@@ -241,6 +242,13 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, train: TrainPage, tabs: gr
         for outputs in show(data, request):
             yield outputs[1:]
 
+    def show_kept(data: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
+        # Nothing was kept: whoever is quicker than this event must not be overwritten by it.
+        if data[draft]:
+            yield from show(data, request)
+        else:
+            yield [gr.skip()] * len(photos.outputs)
+
     def turn(data: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
         yield from show(data, request, data[photos.first] + PAGE)
 
@@ -256,19 +264,18 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, train: TrainPage, tabs: gr
 
     chosen = gr.on([photos.open.click, photos.folder.input], lambda path: path, photos.folder, field, **QUIET)
     chosen.then(**_keep(train, draft), **QUIET)
-    chosen.then(show, inputs, photos.outputs, **QUIET).then(**_refresh(train), **QUIET)
+    chosen.then(show, inputs, photos.outputs, **QUIET)
     taken = photos.upload.upload(take_in, inputs, [photos.message, photos.folder, photos.upload], **QUIET)
     taken.success(lambda path: path, photos.folder, field, **QUIET).then(
         show_under, inputs, photos.outputs[1:], **QUIET
-    ).then(**_refresh(train), **QUIET).then(**_keep(train, draft), **QUIET)
+    ).then(**_keep(train, draft), **QUIET)
     photos.next.click(turn, inputs, photos.outputs, **QUIET)
     photos.previous.click(turn_back, inputs, photos.outputs, **QUIET)
     photos.cards.submit(save_caption, photos.folder, photos.message, **QUIET)
     photos.next_step.click(lambda: gr.Tabs(selected="train"), None, tabs, **QUIET)
     every = [train.widgets[key] for key in train.keys]
     loaded = page.load(train.restore, draft, [photos.folder, train.quality, train.marks, train.preset, *every], **QUIET)
-    loaded.then(show, inputs, photos.outputs, **QUIET)
-    loaded.then(**_refresh(train), **QUIET)
+    loaded.then(show_kept, {*inputs, draft}, photos.outputs, **QUIET)
 
 
 def _wire_runs(page: gr.Blocks, runs: RunsPage) -> None:

@@ -43,7 +43,9 @@ class TrainPage:
                     info=t("train.quality_help"),
                     elem_id="quality",
                 )
-                self.start = gr.Button(t("train.start"), variant="primary", size="lg", elem_id="train-start")
+                self.start = gr.Button(
+                    t("train.start"), variant="primary", size="lg", interactive=False, elem_id="train-start"
+                )
                 self.message = widgets.html(elem_id="train-message")
             with gr.Column(scale=2, min_width=280):
                 self.plan = widgets.html(elem_id="train-plan")
