@@ -49,7 +49,7 @@ def test_the_whole_demo_in_little(
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     short = {"train.steps": 2, "train.prior": "none", "train.holdout": 0, "sample.steps": 2, "memory.device": "cpu"}
-    short |= {"train.batch_size": 2, "sample.every": 1000, "train.validate_every": 1000}
+    short |= {"train.batch_size": 2, "optimizer.warmup_steps": 0, "sample.every": 1000, "train.validate_every": 1000}
     sets = [part for key, value in short.items() for part in ("--set", f"{key}={value}")]
     assert cli.main(["demo", "--output", "out", "--json", *sets]) == 0
     captured = capsys.readouterr()
