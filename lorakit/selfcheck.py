@@ -134,7 +134,7 @@ def read_by_diffusers(name: str, path: Path, family: Any, weights: AdapterWeight
     wrong = [f"{layer}: not applied" for layer in weights.layers if layer not in found]
     for layer in weights.layers.keys() & found.keys():
         applied = found[layer]
-        down, up = applied.lora_A["selfcheck"].weight, applied.lora_B["selfcheck"].weight
+        down, up = (factors["selfcheck"].weight.detach() for factors in (applied.lora_A, applied.lora_B))
         stored = Layer(down.float().cpu(), up.float().cpu(), applied.scaling["selfcheck"] * len(down))
         problem = verify.difference(weights.layers[layer], stored, tolerance + CAST[family.dtype])
         # What is zero in memory (a layer that no gradient reaches) is rightly zero here.
