@@ -38,7 +38,7 @@ def stages(recipe: Recipe, work: Path, output: Path, processes: int) -> dict[str
 
     renders = work / "renders"
     last = renders / f"captions-{-(-recipe.pictures // dataset.SHARD) - 1:04d}.json"
-    return {
+    steps: dict[str, tuple[Path, Callable[[], None]]] = {
         "render": (last, lambda: dataset.make(renders, recipe.pictures, recipe.size, processes)),
         "tokenizer": (
             work / "tokenizer" / "special_tokens_map.json",
@@ -53,6 +53,9 @@ def stages(recipe: Recipe, work: Path, output: Path, processes: int) -> dict[str
         "export": (work / "export.json", ship),
         "table": (work / "table.json", table),
     }
+    if recipe.decoder_pictures == 0:
+        del steps["decoder"]
+    return steps
 
 
 def make(recipe: Recipe, work: Path, output: Path, processes: int, only: list[str] | None = None) -> None:

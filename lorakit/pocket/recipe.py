@@ -21,7 +21,7 @@ class Recipe:
     vae_pictures: int = 160_000
     vae_rate: float = 1.5e-3
     kl_weight: float = 1e-4
-    decoder_pictures: int = 40_000
+    decoder_pictures: int = 0  # none: the decoder stays as the autoencoder stage left it; try 40_000 on a GPU
     decoder_batch: int = 8
     decoder_rate: float = 4e-4
     adversarial_weight: float = 0.02
@@ -42,7 +42,7 @@ class Recipe:
     unet_heads: tuple[int, ...] = (1, 3, 4)
     unet_batch: int = 24  # per worker
     unet_every: int = 8  # steps on its own before a worker averages its weights with the others'
-    unet_pictures: int = 460_000
+    unet_pictures: int = 330_000
     unet_rate: float = 1.2e-3
     ema: float = 0.999
     empty_captions: float = 0.1
