@@ -227,12 +227,13 @@ class _Run:
         self.norms = torch.zeros(READ_EVERY, device=self.device)
         self.trained = [p for _, group in self.adapter.groups() for p in group]
         self.folder.update(state="running", step=start, steps=self.total)
-        self.clock, self.read_step = time.monotonic(), start
+        self.read_step = start
         with self.terminal.progress(self.total, start) as self.bar:
             if start == 0:
                 self._sample(0)
                 self._save(0)
             self.adapter.train(True)
+            self.clock = time.monotonic()
             step = start
             while step < self.total:
                 optim.set_learning_rate(self.optimizer, config.optimizer, step, self.total)
