@@ -19,10 +19,17 @@ from lorakit.data.cache import Dataset
 
 @dataclass(frozen=True)
 class ClassLatents:
-    """Encoded class images for prior preservation: mean and std `[n, C, h, w]`, one row of time ids or None."""
+    """Encoded class images for prior preservation.
+
+    Attributes:
+        mean, std: `[n, C, h, w]`.
+        texts: int64 `[n]`, index into `Encoded.class_texts` of the text each was drawn for.
+        time_ids: one row, or None.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
+    texts: torch.Tensor
     time_ids: torch.Tensor | None
 
 
@@ -33,15 +40,18 @@ class Encoded:
     Attributes:
         dataset: the photos to train on; held_out: those kept for validation, or None.
         conditions: the base's embeddings of `dataset.texts`, a row each.
-        class_text: the class prompt; class_condition: the base's embedding of it, one row.
+        class_texts: the class prompt, then every other text that a photo's becomes without the trigger.
+        class_conditions: the base's embeddings of them, a row each.
+        class_of: int64 `[len(dataset.texts)]`, each text's place in `class_texts`.
         class_latents: class images where `train.prior` is "images", else None.
     """
 
     dataset: Dataset
     held_out: Dataset | None
     conditions: Any
-    class_text: str
-    class_condition: Any
+    class_texts: list[str]
+    class_conditions: Any
+    class_of: torch.Tensor
     class_latents: ClassLatents | None
 
 
@@ -65,27 +75,37 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
         identity=family.info.hash,
         say=say,
     )
-    class_text = captions.class_prompt(config.data)
+    without = [captions.class_text(text, config.data) for text in dataset.texts]
+    class_texts = list(dict.fromkeys([captions.class_prompt(config.data), *without]))
+    class_of = torch.tensor([class_texts.index(text) for text in without], device=family.device)
     with adapter.disabled():
-        conditions, class_condition = embed(family, dataset.texts, class_text)
-        class_latents = _class_latents(config, family, class_text, say) if config.train.prior == "images" else None
-    return Encoded(dataset, held_out, conditions, class_text, class_condition, class_latents)
+        conditions, class_conditions = embed(family, dataset.texts, class_texts)
+        latents = _class_latents(config, family, class_texts, say) if config.train.prior == "images" else None
+    return Encoded(dataset, held_out, conditions, class_texts, class_conditions, class_of, latents)
 
 
-def embed(family: Any, texts: list[str], class_text: str) -> tuple[Any, Any]:
-    """(embeddings of the texts, a row each; embedding of the class prompt, one row), by the encoders as they are."""
+def embed(family: Any, texts: list[str], class_texts: list[str]) -> tuple[Any, Any]:
+    """The embeddings of the texts and of the class texts, a row each, by the encoders as they are."""
     with torch.no_grad():
-        conditions = family.encode_text([*texts, class_text])
-    places = torch.arange(len(texts) + 1, device=family.device)
-    return conditions.index(places[:-1]), conditions.index(places[-1:])
+        conditions = family.encode_text([*texts, *class_texts])
+    places = torch.arange(len(texts) + len(class_texts), device=family.device)
+    return conditions.index(places[: len(texts)]), conditions.index(places[len(texts) :])
 
 
-def _class_latents(config: Config, family: Any, class_text: str, say: Callable[[str], None]) -> ClassLatents:
-    """Class images, drawn by the base once and kept in the user's cache, encoded as the photos were."""
+def _class_latents(config: Config, family: Any, class_texts: list[str], say: Callable[[str], None]) -> ClassLatents:
+    """Class images, drawn by the base once and kept in the user's cache, encoded as the photos were.
+
+    They are shared out among the class texts: under "a toy on a beach" the base must go on drawing what it drew.
+    """
     side = config.data.resolution
-    count, seed = config.train.class_images, config.train.seed
-    pictures = sample.class_images(family, class_text, count, config.sample, side, seed, say=say)
+    total, seed = config.train.class_images, config.train.seed
+    pictures, texts = [], []
+    for place, text in enumerate(class_texts[:total]):
+        count = len(range(place, total, len(class_texts)))
+        pictures += sample.class_images(family, text, count, config.sample, side, seed, say=say)
+        texts += [place] * count
     means, stds = zip(*(family.encode_image(pixels) for pixels in sample.as_pixels(pictures, 8)), strict=True)
     ids = family.time_ids((side, side), (0, 0), (side, side))
     mean, std = (torch.cat([part.to(family.device) for part in parts]) for parts in (means, stds))
-    return ClassLatents(mean, std, None if ids is None else torch.tensor([ids], device=family.device))
+    rows = torch.tensor(texts, device=family.device)
+    return ClassLatents(mean, std, rows, None if ids is None else torch.tensor([ids], device=family.device))

@@ -83,7 +83,7 @@ class Step:
         if self.train.prior == "images":
             terms.append(self._class_image_term(index, len(instance.noisy)))
         elif self.train.prior == "teacher":
-            terms.append(self._teacher_term(instance))
+            terms.append(self._teacher_term(index, instance))
         total = torch.zeros((), device=self.family.device)
         for term, prediction in zip(terms, self._predict(terms), strict=True):
             weight = objective.weights(
@@ -143,34 +143,34 @@ class Step:
         mask = bucket.mask[entries] if bucket.mask is not None else None
         return Term(noisy, timesteps, condition, target, mask, 1.0)
 
-    def _class_text_condition(self, count: int, time_ids: torch.Tensor | None) -> Any:
-        """The class prompt for `count` pictures; through the text encoder where that is trained."""
+    def _class_text_condition(self, texts: torch.Tensor, time_ids: torch.Tensor | None) -> Any:
+        """These class texts, int64 `[b]`; through the text encoder where that is trained."""
         if self.embed_anew:
-            condition = self.family.encode_text([self.encoded.class_text], grad=True).expand(count)
+            condition = self.family.encode_text([self.encoded.class_texts[i] for i in texts.tolist()], grad=True)
         else:
-            condition = self.encoded.class_condition.expand(count)
+            condition = self.encoded.class_conditions.index(texts)
         return condition if time_ids is None else condition.with_sizes(time_ids)
 
     def _class_image_term(self, index: int, count: int) -> Term:
-        """Class images, as the base drew them, under the class prompt (Ruiz et al. 2022, arXiv 2208.12242)."""
+        """Class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv 2208.12242)."""
         latents = self.encoded.class_latents
         assert latents is not None, "prior = 'images' comes with class latents"
         mean, std, ids = latents.mean, latents.std, latents.time_ids
         draw = self._seeded(index, "class order")
         chosen = torch.randint(len(mean), (count,), generator=draw, device=self.family.device)
         noisy, timesteps, target = self._noised(index, "class", mean[chosen], std[chosen])
-        condition = self._class_text_condition(count, None if ids is None else ids.expand(count, -1))
+        condition = self._class_text_condition(latents.texts[chosen], None if ids is None else ids.expand(count, -1))
         return Term(noisy, timesteps, condition, target, None, self.train.prior_loss_weight)
 
-    def _teacher_term(self, instance: Term) -> Term:
-        """The same noisy photos under the class prompt; the target is what the base, adapter off, says of them."""
-        count = len(instance.noisy)
+    def _teacher_term(self, index: int, instance: Term) -> Term:
+        """The same noisy photos under their texts without the trigger; the target is what the base says of them."""
         sizes = instance.condition.time_ids
-        base = self.encoded.class_condition.expand(count)
+        texts = self.encoded.class_of[self.batch(index).texts.to(self.family.device)]
+        base = self.encoded.class_conditions.index(texts)
         base = base if sizes is None else base.with_sizes(sizes)
         with torch.no_grad(), self.adapter.disabled():
             target = self.family.predict(instance.noisy, instance.timesteps, base)
-        condition = self._class_text_condition(count, sizes)
+        condition = self._class_text_condition(texts, sizes)
         return Term(instance.noisy, instance.timesteps, condition, target, None, self.train.prior_loss_weight)
 
     def _predict(self, terms: list[Term]) -> list[torch.Tensor]:

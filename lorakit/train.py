@@ -208,7 +208,7 @@ class _Run:
             family,
             encoded.held_out or encoded.dataset.plain(),
             encoded.conditions,
-            encoded.class_condition,
+            encoded.class_conditions.index(torch.zeros(1, dtype=torch.int64, device=self.device)),
             config.train.seed,
             held_out=encoded.held_out is not None,
         )
@@ -356,7 +356,7 @@ class _Run:
         """What trained text encoders make of the texts now; nothing where the base's embeddings still hold."""
         if not self.trains_text:
             return {}
-        conditions, class_condition = embed(self.family, self.dataset.texts, self.encoded.class_text)
+        conditions, class_condition = embed(self.family, self.dataset.texts, self.encoded.class_texts[:1])
         return {"conditions": conditions, "class_condition": class_condition}
 
     def _sample(self, step: int) -> None:

@@ -57,6 +57,20 @@ def class_prompt(config: DataConfig) -> str:
     return f"a photo of {article(config.noun)}" if config.noun else "a photo"
 
 
+def class_text(text: str, config: DataConfig) -> str:
+    """A final text without the trigger: what the base is to go on drawing for it.
+
+    With `class_prompt` set that is the answer to every text; so it is to the bare instance prompt.
+    """
+    if config.class_prompt or text == instance_prompt(config):
+        return class_prompt(config)
+    if config.kind == "style":
+        # "a mug in sks style" -> "a mug"
+        text = re.sub(rf"(?<!\w)(,?\s*(in|by|with)\s+)?{re.escape(config.name)}(?!\w)", "", text, flags=re.IGNORECASE)
+    text = re.sub(rf"(?<!\w){re.escape(config.trigger)}(?!\w)\s*", "", text, flags=re.IGNORECASE)
+    return " ".join(text.split()).strip(" ,") or class_prompt(config)
+
+
 def sample_prompts(config: DataConfig) -> list[str]:
     """What is drawn where no prompts are given; the last is the class, to see that it stays as it was."""
     if config.kind == "style":

@@ -144,3 +144,24 @@ def test_tokens_are_counted_as_the_text_encoder_will(base, tmp_path: Path, forma
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(LorakitError, match=r"no tokenizer there \(tokenizer\.json, or vocab\.json and merges\.txt\)$"):
         captions.Tokens(tmp_path, 77)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "name", "expected"),
+    [
+        ("a photo of a sks toy on a beach", "subject", "sks toy", "a photo of a toy on a beach"),
+        ("SKS toy, red, outdoors", "subject", "sks toy", "toy, red, outdoors"),
+        ("a photo of sks toy", "subject", "sks toy", "a photo of a toy"),
+        ("masks and a sks toy", "subject", "sks toy", "masks and a toy"),
+        ("a picture of a mug on a beach in sks style", "style", "sks style", "a picture of a mug on a beach"),
+        ("a cat, sks style", "style", "sks style", "a cat"),
+        ("sks style", "style", "sks style", "a picture"),
+    ],
+)
+def test_a_class_text_is_the_text_without_the_trigger(text, kind, name, expected):
+    assert captions.class_text(text, DataConfig(kind=kind, name=name)) == expected
+
+
+def test_a_given_class_prompt_answers_to_every_text():
+    config = DataConfig(name="sks toy", class_prompt="a doll")
+    assert captions.class_text("a photo of a sks toy on a beach", config) == "a doll"
