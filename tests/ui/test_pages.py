@@ -1,4 +1,4 @@
-"""The pages' handlers, called as the browser calls them; tests/ui/test_browser.py has the browser."""
+"""The pages' handlers, called as the browser calls them."""
 
 from pathlib import Path
 

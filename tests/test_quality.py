@@ -1,0 +1,78 @@
+"""The one question that matters: does training teach the bundled model a subject it never saw, and would we notice?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit import adapters, config, export, families, objective, sample, train
+from lorakit.pocket import captions, subjects
+from lorakit.pocket.judge import Judge
+from lorakit.run_folder import RunFolder
+
+SUBJECT = "zib"
+SHOWN = ("beach", "meadow", "table", "brick")
+NEVER_SHOWN = ("snow", "city", "underwater")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number, (image, scene) in enumerate(subjects.photos(SUBJECT, 16, scenes=SHOWN)):
+        image.save(folder / f"{number:02}.png")
+        text = f"a photo of a sks toy {captions.SCENE_WORDS[scene][0]}"
+        (folder / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def prompts(words: str) -> list[str]:
+    return [f"a photo of a {words} {captions.SCENE_WORDS[scene][0]}" for scene in NEVER_SHOWN] * 5
+
+
+def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
+    """How many of fifteen pictures on scenes it was not shown on the judge takes for the subject."""
+    family = families.load(families.describe("pocket"), "cpu", torch.float32)
+    if adapter:
+        adapters.apply(family, export.read(adapter))
+    drawn = sample.draw(family, prompts(words), config.SampleConfig(steps=12, guidance=4.0), 64)
+    return Judge.load().subject_score(drawn, SUBJECT)
+
+
+def taught(photos: Path, folder: Path) -> train.Result:
+    """A shorter run than the preset's."""
+    settings = {
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "train.steps": 200,
+        "train.holdout": 0.0,
+        "train.validate_every": 200,
+        "train.save_every": 200,
+        "sample.every": 200,
+        "sample.prompts": ("a photo of a sks toy",),
+        "sample.steps": 8,
+        "output.folder": str(folder),
+    }
+    return train.train(config.load("subject-pocket", settings))
+
+
+@pytest.mark.slow
+def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    result = taught(photos, tmp_path / "run")
+    losses = [event["loss"] for event in RunFolder(result.folder).events("step")]
+    assert sum(losses[-30:]) < 0.9 * sum(losses[:30])
+    before, after = share_of_the_subject(None), share_of_the_subject(result.adapter)
+    assert after >= before + 0.4, (before, after)
+    assert share_of_the_subject(result.adapter, "toy") < after - 0.2
+
+
+@pytest.mark.slow
+def test_a_broken_trainer_is_noticed(photos, tmp_path, monkeypatch):
+    """Each picture of a batch gets its neighbour's target: everything runs, the file checks, and nothing is learned."""
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    right = objective.target
+    monkeypatch.setattr(objective, "target", lambda *given: right(*given).roll(1, 0))
+    result = taught(photos, tmp_path / "run")
+    assert share_of_the_subject(result.adapter) < share_of_the_subject(None) + 0.2
