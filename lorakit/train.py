@@ -138,6 +138,19 @@ def _stop_signals(folder: RunFolder) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _board(folder: Path, wanted: bool) -> Any:
+    """TensorBoard's writer in the run folder, or None where it was not asked for."""
+    if not wanted:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise LorakitError(
+            "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
 class _Run:
     """One run's parts, made in the order in which they are needed."""
 
@@ -161,6 +174,7 @@ class _Run:
         """Check the photos and plan the run, before any model is loaded."""
         config = self.config
         self.started = time.time()
+        self.board = _board(self.folder.path, config.output.tensorboard)
         self.info = families.describe(config.model.base)
         for name in config.output.formats:
             refusal = registry.load(registry.EXPORTS, name).check(config.adapter.method, self.info.family)
@@ -310,7 +324,7 @@ class _Run:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFinite(self._not_finite(done + 1, loss))
             rate = optim.learning_rate(self.config.optimizer, done, self.total)
-            self.folder.event("step", step=done + 1, loss=loss, gradient_norm=norm, learning_rate=rate)
+            self._log("step", done + 1, {"loss": loss, "gradient_norm": norm, "learning_rate": rate})
             self.bar.step(done + 1, loss, rate, **facts)
         self.folder.update(step=step, loss=self.bar.smoothed, learning_rate=rate, **facts)
 
@@ -345,7 +359,7 @@ class _Run:
         self.adapter.train(False)
         metrics = self.validation.run(self.adapter, **self._conditions_now())
         self.history.append({"step": step, **metrics})
-        self.folder.event("validation", step=step, **metrics)
+        self._log("validation", step, metrics)
         best, reason = evaluate.choose_best(self.history)
         if best == step:
             self.best = self._export(self.adapter.weights(), "best", step)[self.config.output.formats[0]]
@@ -467,6 +481,15 @@ class _Run:
         )
         file = self.folder.save_samples(self.total, pictures, self.sample_prompts)
         self.folder.event("sample", step=self.total, file=file.name)
+
+    def _log(self, event: str, step: int, facts: dict[str, Any]) -> None:
+        """Figures of a step into the log and, where asked for, onto TensorBoard."""
+        self.folder.event(event, step=step, **facts)
+        if self.board:
+            for name, value in facts.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{event}/{name}", value, step)
+            self.board.flush()
 
     def say(self, line: str, *, warning: bool = False) -> None:
         """One line for the person, on the terminal and in the log."""

@@ -145,6 +145,23 @@ def test_sdxl_trains_with_both_text_encoders(tiny_sdxl, photos, tmp_path):
     assert {name.split("_")[1] for name in names} == {"unet", "te1", "te2"}
 
 
+def test_tensorboard_shows_what_the_log_says(tiny_sd1, photos, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(tiny_sd1, photos, tmp_path / "run", output__tensorboard=True)
+    board = EventAccumulator(str(result.folder / "tensorboard")).Reload()
+    logged = {event["step"]: event["loss"] for event in events(result.folder, "step")}
+    shown = {scalar.step: scalar.value for scalar in board.Scalars("step/loss")}
+    assert shown == pytest.approx(logged) and len(shown) == 6
+    assert [scalar.step for scalar in board.Scalars("validation/prior_drift")] == [6]
+
+
+def test_tensorboard_that_is_not_installed_is_named(tiny_sd1, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(LorakitError, match=r"pip install 'lorakit\[tensorboard\]'"):
+        run(tiny_sd1, photos, tmp_path / "run", output__tensorboard=True)
+
+
 class Cut(BaseException):
     """Stands for a power cut: nothing that catches errors catches it."""
 
