@@ -5,7 +5,7 @@
 The plain loop is what a competent reader of the diffusers examples writes: a DataLoader that decodes and crops, VAE and
 text encoder in the loop, PEFT's LoRA layers, `loss.item()` each step. The two take turns in one process, so that the
 machine's moods fall on both; the ratio of each pair is what to quote. Memory is each loop's peak of live tensor bytes
-on the device (CUDA), or is left out on the CPU, where one process cannot tell the two apart.
+on the device (CUDA); on the CPU, where one process cannot tell the two apart, the peak of a process of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="steps of each loop in a round")
     parser.add_argument("--quick", action="store_true", help="two short rounds")
+    parser.add_argument("--only", choices=("lorakit", "plain"), help="one loop alone; prints its process's peak memory")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
@@ -59,7 +62,12 @@ def main() -> None:
                 "train.holdout": 0.0,
             },
         )
-        loops = {"lorakit": ours(chosen), "plain": plain(chosen)}
+        make = {"lorakit": ours, "plain": plain}
+        if arguments.only:
+            make[arguments.only](chosen)(arguments.steps)
+            print(own_peak())
+            return
+        loops = {name: loop(chosen) for name, loop in make.items()}
         times: dict[str, list[float]] = {name: [] for name in loops}
         peaks: dict[str, float] = {}
         for loop in loops.values():  # warm-up: allocations, lazy imports, kernel choice
@@ -75,6 +83,8 @@ def main() -> None:
                     peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated() / 2**20)
                 times[name].append((time.perf_counter() - start) / arguments.steps)
 
+    if not peaks:
+        peaks = {name: peak_alone(name) for name in times}
     ratios = [plain_time / our_time for our_time, plain_time in zip(times["lorakit"], times["plain"], strict=True)]
     rows = []
     for name, values in times.items():
@@ -89,6 +99,22 @@ def main() -> None:
         print(f"{row['name']:<36}{row['value']:>10.2f} {row['unit']}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def peak_alone(name: str) -> float:
+    """Peak resident memory in MiB of a process that runs one loop, with the options of this one."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(printed.split()[-1]) / 2**20
+
+
+def own_peak() -> float:
+    """Peak resident bytes of this process. On Linux not `getrusage`, which counts the parent's before the start too."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return memory.peak(torch.device("cpu"))
+    (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def random_photos(folder: Path, size: int) -> Path:
