@@ -211,7 +211,8 @@ def test_contradictions_are_told_together() -> None:
     ],
 )
 def test_what_belongs_together_is_no_contradiction(overrides: dict[str, Any]) -> None:
-    config.from_tables({}, {**STEPS, **overrides})
+    loaded = config.as_tables(config.from_tables({}, {**STEPS, **overrides}))
+    assert {key: loaded[key.split(".")[0]][key.split(".")[1]] for key in overrides} == overrides
 
 
 # -- layers ---------------------------------------------------------------------------------------------------------
