@@ -7,20 +7,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 
 @dataclass
 class Worker:
-    """One of `world` equal processes. Rank 0 alone writes."""
+    """One of `world` equal processes of one machine. Rank 0 alone writes."""
 
     rank: int = 0
     world: int = 1
+    folder: Path = Path()  # of this launch: where the workers show each other their numbers
+    barrier: Barrier | None = None
 
     @property
     def device(self) -> torch.device:
@@ -35,32 +37,40 @@ class Worker:
         return self.rank == 0
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Replace every tensor by its mean over the workers."""
+        """Replace every float32 tensor by its mean over the workers, equal to the bit in all of them.
+
+        Through files that all of them map: one machine needs no network for it, and no threads of a network library
+        that may outlive the process.
+        """
         if self.world == 1:
             return
         buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(buffer)
-        buffer /= self.world
-        for tensor, piece in zip(tensors, buffer.split([t.numel() for t in tensors]), strict=True):
+        size = buffer.numel()
+        self._shown(self.rank, size).copy_(buffer)
+        self.wait()
+        mean = torch.stack([self._shown(rank, size) for rank in range(self.world)]).mean(dim=0)
+        self.wait()  # nobody writes anew while another still reads
+        for tensor, piece in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))
+
+    def _shown(self, rank: int, size: int) -> Tensor:
+        return torch.from_file(str(self.folder / f"{rank}-{size}"), shared=True, size=size)
 
     def wait(self) -> None:
         """Until all workers are here."""
-        if self.world > 1:
-            dist.barrier()
+        if self.barrier is not None:
+            self.barrier.wait()
 
     def say(self, text: str) -> None:
         if self.first:
             print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-def _enter(rank: int, world: int, store: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _enter(
+    rank: int, world: int, folder: Path, barrier: Barrier, target: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        target(Worker(rank, world), *args)
-    finally:
-        dist.destroy_process_group()
+    target(Worker(rank, world, folder, barrier), *args)
 
 
 def launch(target: Callable[..., None], processes: int, *args: Any) -> None:
@@ -68,8 +78,9 @@ def launch(target: Callable[..., None], processes: int, *args: Any) -> None:
     if processes == 1:
         target(Worker(), *args)
         return
+    barrier = torch.multiprocessing.get_context("spawn").Barrier(processes)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_enter, (processes, str(Path(folder) / "store"), target, args), nprocs=processes)
+        torch.multiprocessing.spawn(_enter, (processes, Path(folder), barrier, target, args), nprocs=processes)
 
 
 def save(value: object, file: Path) -> None:
