@@ -9,10 +9,8 @@ This module never imports torch: a preset is checked in a tenth of a second.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import tomllib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.errors import LorakitError
+from lorakit.knob import Knob, checked, knob, near, shown
 from lorakit.registry import ADAPTERS, EXPORTS, OPTIMIZERS
 
 
@@ -29,45 +28,6 @@ class ConfigError(LorakitError):
     def __init__(self, problems: Iterable[str]):
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
-
-
-def knob(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: Iterable[str] | None = None,
-    path: bool = False,
-) -> Any:
-    """One knob: its default, its help text and its bounds (`low <= value <= high`, `value > above`).
-
-    `path` marks a value that names a place on the user's machine: it never enters an adapter's metadata.
-    """
-    metadata = {"help": help, "low": low, "high": high, "above": above, "path": path}
-    return field(default=default, metadata=metadata | {"choices": tuple(choices or ())})
-
-
-@dataclass(frozen=True)
-class Knob:
-    """What is known of one knob; the front end and `lorakit knobs` are made from these."""
-
-    section: str
-    name: str
-    type: Any
-    default: Any
-    help: str
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    path: bool = False
-    choices: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """The dotted name: `section.name`."""
-        return f"{self.section}.{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +151,9 @@ class MemoryConfig:
         "sdpa", "Attention kernel; xformers is tested against sdpa at the start."
     )
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower.")
+    base_storage: Literal["full", "int8", "nf4"] = knob(
+        "full", "How the UNet's frozen weights are kept: in full, or in 8 or 4.5 bits each, which is slower."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,9 +249,9 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     flat: dict[str, Any] = {}
     for section, table in tables.items():
         if section not in SECTIONS:
-            problems.append(f"unknown section [{section}]{_near(section, SECTIONS)}")
+            problems.append(f"unknown section [{section}]{near(section, SECTIONS)}")
         elif not isinstance(table, Mapping):
-            problems.append(f"[{section}] must be a table, not {_shown(table)}")
+            problems.append(f"[{section}] must be a table, not {shown(table)}")
         else:
             flat.update({f"{section}.{name}": value for name, value in table.items()})
     overrides = dict(overrides or {})
@@ -301,7 +264,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     method = flat.get("adapter.method", "lora")
     if method not in tuple(ADAPTER_SECTIONS):  # a tuple, as a method of any type may be asked for
         names = ", ".join(ADAPTER_SECTIONS)
-        problems.append(f"adapter.method = {_shown(method)}: choose one of {names}{_near(method, ADAPTER_SECTIONS)}")
+        problems.append(f"adapter.method = {shown(method)}: choose one of {names}{near(method, ADAPTER_SECTIONS)}")
         method = "lora"
     known = {k.key: k for k in knobs(method)}
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
@@ -309,9 +272,9 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         if key == "adapter.method":
             continue
         if key not in known:
-            problems.append(f"unknown option {key}{_near(key, known)}")
+            problems.append(f"unknown option {key}{near(key, known)}")
             continue
-        problem, value = _checked(known[key], value)
+        problem, value = checked(known[key], value)
         if problem:
             problems.append(problem)
         else:
@@ -390,7 +353,7 @@ def _preset_path(preset: str | Path) -> Path:
     named = preset_folder() / f"{preset}.toml"
     if not named.is_file():
         names = preset_names()
-        raise ConfigError([f"unknown preset {str(preset)!r}{_near(str(preset), names)}; presets: {', '.join(names)}"])
+        raise ConfigError([f"unknown preset {str(preset)!r}{near(str(preset), names)}; presets: {', '.join(names)}"])
     return named
 
 
@@ -399,73 +362,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path.name}: not valid TOML: {error}"]) from None
-
-
-def _near(word: Any, known: Iterable[str]) -> str:
-    """A hint with the nearest known name; a bare key is also compared with the part after the dot."""
-    names = list(known)
-    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
-    if not close and isinstance(word, str):
-        last = {name.rpartition(".")[2]: name for name in names}
-        close = [last[n] for n in difflib.get_close_matches(word.rpartition(".")[2], last, n=1, cutoff=0.6)]
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _shown(value: Any) -> str:
-    return repr(list(value) if isinstance(value, tuple) else value)
-
-
-def _checked(k: Knob, value: Any) -> tuple[str | None, Any]:
-    """The problem with a value, or None, and the value in the knob's own type."""
-    wanted, optional = k.type, False
-    if typing.get_origin(wanted) in (types.UnionType, typing.Union):
-        optional = True
-        (wanted,) = (t for t in typing.get_args(wanted) if t is not type(None))
-    if optional and value is None:
-        return None, None
-    choices = typing.get_args(wanted) if typing.get_origin(wanted) is Literal else k.choices
-    if typing.get_origin(wanted) is tuple:
-        if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-            return f"{k.key} = {_shown(value)}: must be a list of strings", None
-        value = tuple(value)
-        if not all(isinstance(item, str) for item in value):
-            return f"{k.key} = {_shown(value)}: must be a list of strings", None
-        wrong = [item for item in value if choices and item not in choices]
-        if wrong or (choices and not value):
-            near = _near(wrong[0], choices) if wrong else ""
-            return f"{k.key} = {_shown(value)}: choose from {', '.join(choices)}{near}", None
-        return None, value
-    if choices:
-        if value not in choices:
-            return f"{k.key} = {_shown(value)}: choose one of {', '.join(choices)}{_near(value, choices)}", None
-        return None, value
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not wanted:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        return f"{k.key} = {_shown(value)}: must be {names[wanted]}", None
-    if wanted in (int, float) and not _inside(k, value):
-        return f"{k.key} = {_shown(value)}: must be {_bounds(k)}", None
-    return None, value
-
-
-def _inside(k: Knob, value: float) -> bool:
-    # Written so that NaN, which compares false with everything, is outside.
-    return (
-        (k.low is None or value >= k.low)
-        and (k.high is None or value <= k.high)
-        and (k.above is None or value > k.above)
-        and value == value
-        and abs(value) != float("inf")
-    )
-
-
-def _bounds(k: Knob) -> str:
-    if k.low is not None and k.high is not None:
-        return f"between {k.low:g} and {k.high:g}" if k.high < 1e6 else f"{k.low:g} or more"
-    if k.above is not None:
-        return f"above {k.above:g}"
-    return f"{k.low:g} or more" if k.low is not None else "a finite number"
 
 
 def _contradictions(config: Config) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lorakit import config
-from lorakit.config import ConfigError, Knob
+from lorakit.config import ConfigError
+from lorakit.knob import Knob, checked
 
 STEPS = {"train.steps": 1}
 
@@ -156,7 +157,7 @@ def test_bounds_themselves_are_inside() -> None:
         for bound in (knob.low, knob.high):
             if bound is not None:
                 wanted = int if knob.type is int or knob.type == (int | None) else float
-                assert config._checked(knob, wanted(bound)) == (None, bound), knob.key
+                assert checked(knob, wanted(bound)) == (None, bound), knob.key
 
 
 def test_unset_is_allowed_where_it_means_something() -> None:

@@ -1,0 +1,120 @@
+"""What a knob of the config is: its type, default, bounds and help, and the check of a value against them.
+
+The knobs themselves are on one page, `lorakit.config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Iterable[str] | None = None,
+    path: bool = False,
+) -> Any:
+    """One knob: its default, its help text and its bounds (`low <= value <= high`, `value > above`).
+
+    `path` marks a value that names a place on the user's machine: it never enters an adapter's metadata.
+    """
+    metadata = {"help": help, "low": low, "high": high, "above": above, "path": path}
+    return field(default=default, metadata=metadata | {"choices": tuple(choices or ())})
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What is known of one knob; the front end and `lorakit knobs` are made from these."""
+
+    section: str
+    name: str
+    type: Any
+    default: Any
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    path: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The dotted name: `section.name`."""
+        return f"{self.section}.{self.name}"
+
+
+def near(word: Any, known: Iterable[str]) -> str:
+    """A hint with the nearest known name; a bare key is also compared with the part after the dot."""
+    names = list(known)
+    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
+    if not close and isinstance(word, str):
+        last = {name.rpartition(".")[2]: name for name in names}
+        close = [last[n] for n in difflib.get_close_matches(word.rpartition(".")[2], last, n=1, cutoff=0.6)]
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def shown(value: Any) -> str:
+    """A value as it may stand in a message."""
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def checked(k: Knob, value: Any) -> tuple[str | None, Any]:
+    """The problem with a value, or None, and the value in the knob's own type."""
+    wanted, optional = k.type, False
+    if typing.get_origin(wanted) in (types.UnionType, typing.Union):
+        optional = True
+        (wanted,) = (t for t in typing.get_args(wanted) if t is not type(None))
+    if optional and value is None:
+        return None, None
+    choices = typing.get_args(wanted) if typing.get_origin(wanted) is Literal else k.choices
+    if typing.get_origin(wanted) is tuple:
+        if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+            return f"{k.key} = {shown(value)}: must be a list of strings", None
+        value = tuple(value)
+        if not all(isinstance(item, str) for item in value):
+            return f"{k.key} = {shown(value)}: must be a list of strings", None
+        wrong = [item for item in value if choices and item not in choices]
+        if wrong or (choices and not value):
+            hint = near(wrong[0], choices) if wrong else ""
+            return f"{k.key} = {shown(value)}: choose from {', '.join(choices)}{hint}", None
+        return None, value
+    if choices:
+        if value not in choices:
+            return f"{k.key} = {shown(value)}: choose one of {', '.join(choices)}{near(value, choices)}", None
+        return None, value
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not wanted:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        return f"{k.key} = {shown(value)}: must be {names[wanted]}", None
+    if wanted in (int, float) and not _inside(k, value):
+        return f"{k.key} = {shown(value)}: must be {_bounds(k)}", None
+    return None, value
+
+
+def _inside(k: Knob, value: float) -> bool:
+    # Written so that NaN, which compares false with everything, is outside.
+    return (
+        (k.low is None or value >= k.low)
+        and (k.high is None or value <= k.high)
+        and (k.above is None or value > k.above)
+        and value == value
+        and abs(value) != float("inf")
+    )
+
+
+def _bounds(k: Knob) -> str:
+    if k.low is not None and k.high is not None:
+        return f"between {k.low:g} and {k.high:g}" if k.high < 1e6 else f"{k.low:g} or more"
+    if k.above is not None:
+        return f"above {k.above:g}"
+    return f"{k.low:g} or more" if k.low is not None else "a finite number"
