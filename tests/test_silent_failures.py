@@ -1,0 +1,269 @@
+"""What other trainers get wrong without a word, watched for where no single module could see it.
+
+docs/silent-failures.md lists the ten with all their tests; here are those that need a whole run: that every option
+reaches the weights, that everything announced is trained, that the prior answers to the class and not to the subject.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lorakit import adapters, config, families, optim, train
+from lorakit.config import Config
+from lorakit.data import check
+from lorakit.encode import encode
+from lorakit.errors import LorakitError
+from lorakit.step import Step
+
+PAGE = Path(__file__).parents[1] / "docs" / "silent-failures.md"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four pictures with captions of several tags, two of them with masks."""
+    folder = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(3)
+    for number in range(4):
+        Image.fromarray(draw.integers(0, 256, (80, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"sks toy, tag {number}, on a beach, at night", encoding="utf-8")
+        half = np.zeros((80, 64), dtype=np.uint8)
+        half[: 40 - 10 * (number % 2)] = 255
+        Image.fromarray(half).save(folder / f"{number}.mask.png")
+    return folder
+
+
+def settings(base: Path, photos: Path, **changes: Any) -> Config:
+    """Three short steps; dots in option names are written as double underscores."""
+    short = {
+        "model.base": str(base),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "adapter.rank": 2,
+        "optimizer.learning_rate": 1e-2,
+        "train.steps": 3,
+        "train.batch_size": 2,
+        "train.holdout": 0.0,
+        "sample.steps": 2,
+        "memory.device": "cpu",
+        "memory.mixed_precision": "fp32",
+    }
+    return config.load(None, short | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def loaded(settings: Config) -> tuple[Any, Any, Step, Any]:
+    """Base, adapter, step and optimizer, as a run makes them."""
+    info = families.describe(settings.model.base)
+    family = families.load(info, torch.device("cpu"), torch.float32)
+    adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed)
+    report = check.check(settings.data, info)
+    encoded = encode(settings, family, adapter, report, lambda line, **_: None)
+    step = Step(family, adapter, encoded, settings.train, embed_anew=settings.adapter.train_text_encoder)
+    return family, adapter, step, optim.build(settings.optimizer, adapter.groups())
+
+
+def learned(settings: Config) -> torch.Tensor:
+    """All trained numbers after the run's steps, by the plainest loop there is."""
+    _, adapter, step, optimizer = loaded(settings)
+    parameters = [p for _, group in adapter.groups() for p in group]
+    parts, total = settings.train.gradient_accumulation_steps, settings.train.steps
+    adapter.train(True)
+    for done in range(total):
+        optim.set_learning_rate(optimizer, settings.optimizer, done, total)
+        for part in range(parts):
+            (step.loss(done * parts + part) / parts).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.train.max_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([tensor.detach().flatten() for tensor in adapter.state().values()])
+
+
+# An option that must be seen in the weights: its new value, and what it needs beside it in both runs.
+TEXT = {"adapter__train_text_encoder": True}
+VARIED = {"data__flip": True, "data__variants": 2}
+REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "data.name": ("zwx toy", {}),
+    "data.resolution": (128, {}),
+    "data.caption_dropout": (1.0, {}),
+    "data.shuffle_tags": (True, {}),
+    "data.flip": (True, {"data__crop_jitter": 0.2, "data__variants": 2}),
+    "data.crop_jitter": (0.2, VARIED),
+    "data.color_jitter": (0.3, VARIED),
+    "data.variants": (4, {"data__crop_jitter": 0.2, "data__variants": 2}),
+    "data.class_prompt": ("a photo of a mug", {"train__prior": "teacher"}),
+    "adapter.method": ("dora", {}),
+    "adapter.rank": (4, {}),
+    "adapter.alpha": (1.0, {}),
+    "adapter.dropout": (0.5, {}),
+    "adapter.target_modules": ("linear", {}),
+    "adapter.train_text_encoder": (True, {}),
+    "optimizer.name": ("lion", {}),
+    "optimizer.learning_rate": (2e-2, {}),
+    "optimizer.text_encoder_learning_rate": (1e-3, TEXT),
+    "optimizer.weight_decay": (0.5, {}),
+    "optimizer.lr_scheduler": ("cosine", {}),
+    "optimizer.warmup_steps": (2, {}),
+    "train.steps": (4, {}),
+    "train.batch_size": (4, {}),
+    "train.gradient_accumulation_steps": (2, {}),
+    "train.max_grad_norm": (1e-4, {"optimizer__name": "adafactor"}),
+    "train.seed": (1, {}),
+    "train.prior": ("teacher", {}),
+    "train.prior_loss_weight": (0.1, {"train__prior": "teacher"}),
+    "train.class_images": (3, {"train__prior": "images", "train__class_images": 2}),
+    "train.loss": ("huber", {}),
+    "train.min_snr_gamma": (1.0, {}),
+    "train.noise_offset": (0.3, {}),
+    "train.masked_loss": (True, {}),
+}
+# Options that are seen elsewhere, and where.
+SEEN_ELSEWHERE = {
+    "model.base": "families: test_base.py",
+    "data.folder": "every run",
+    "data.kind": "test_captions.py, prompts of a style",
+    "data.instance_prompt": "test_captions.py",
+    "data.cache": "test_cache.py, and must not reach the weights: below",
+    "train.epochs": "test_plan.py",
+    "train.steps_per_image": "test_plan.py",
+    "train.holdout": "test_cache.py, photos held out are never trained on",
+    "train.init_from": "test_adapter_weights.py, starting from another adapter",
+    "train.validate_every": "test_train.py; must not reach the weights",
+    "train.save_every": "test_train.py; must not reach the weights",
+    "train.keep_checkpoints": "test_checkpoint.py, rotation",
+    "train.on_nan": "test_train.py, rollback",
+    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "memory"), "test_memory.py, test_train.py"),
+    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "sample"), "test_sample.py, test_train.py"),
+    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "output"), "tests of export"),
+}
+
+
+def test_every_option_is_watched() -> None:
+    known = {knob.key for knob in config.knobs()}
+    assert REACH_THE_WEIGHTS.keys() | SEEN_ELSEWHERE.keys() == known
+    assert not REACH_THE_WEIGHTS.keys() & SEEN_ELSEWHERE.keys()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_sd1: Path, photos: Path) -> dict[str, torch.Tensor]:
+    """What runs without the option learned, by what the option needs beside it."""
+    return {}
+
+
+@pytest.mark.parametrize("key", REACH_THE_WEIGHTS)
+def test_an_option_reaches_the_weights(
+    key: str,
+    tiny_sd1: Path,
+    photos: Path,
+    plain: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
+    value, beside = REACH_THE_WEIGHTS[key]
+    if str(beside) not in plain:
+        plain[str(beside)] = learned(settings(tiny_sd1, photos, **beside))
+    without = plain[str(beside)]
+    changed = learned(settings(tiny_sd1, photos, **beside | {key.replace(".", "__"): value}))
+    assert changed.isfinite().all()
+    assert changed.shape != without.shape or not torch.equal(changed, without)
+
+
+def test_what_must_not_reach_the_weights_does_not(
+    tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
+    without = learned(settings(tiny_sd1, photos))
+    for change in ({"data__cache": "disk"}, {"data__cache": "disk"}, {"memory__gradient_checkpointing": True}):
+        assert torch.allclose(learned(settings(tiny_sd1, photos, **change)), without, atol=1e-6), change
+
+
+@pytest.mark.parametrize(
+    ("text", "checkpointing", "parts", "cache"),
+    [(True, False, 1, "disk"), (True, True, 2, "memory"), (False, True, 1, "disk"), (False, False, 2, "memory")],
+)
+def test_all_that_is_announced_is_trained(tiny_sd1, photos, tmp_path, monkeypatch, text, checkpointing, parts, cache):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    asked = settings(
+        tiny_sd1,
+        photos,
+        train__steps=2,
+        adapter__train_text_encoder=text,
+        memory__gradient_checkpointing=checkpointing,
+        train__gradient_accumulation_steps=parts,
+        data__cache=cache,
+        output__folder=str(tmp_path / "run"),
+        output__dtype="fp32",
+    )
+    result = train.train(asked)
+    plan = (result.folder / "log.jsonl").read_text(encoding="utf-8")
+    announced = {name: int(count) for name, count in re.findall(r"training (\w+): (\d+) modules", plan)}
+    tensors = load_file(result.adapter)
+    ups = {name: tensor for name, tensor in tensors.items() if name.endswith("lora_up.weight")}
+    assert all(tensor.abs().sum() > 0 for tensor in ups.values())
+    found = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+    assert announced.keys() == ({"unet", "text_encoder"} if text else {"unet"})
+    for component, count in announced.items():
+        assert sum(name.startswith(found[component]) for name in ups) == count > 0
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("prior", ["images", "teacher"])
+def test_the_prior_answers_to_the_class_and_the_photo_to_its_caption(
+    tiny_sd1, photos, tmp_path, monkeypatch, prior, text
+):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
+    extra = {"train__class_images": 5} if prior == "images" else {}
+    asked = settings(tiny_sd1, photos, train__prior=prior, adapter__train_text_encoder=text, **extra)
+    family, _, step, _ = loaded(asked)
+    told: list[Any] = []
+    predict = step._predict
+    monkeypatch.setattr(step, "_predict", lambda terms: told.append(terms) or predict(terms))
+    step.loss(0)
+    (instance, kept), texts = told[0], step.encoded.dataset.texts
+    batch = step.batch(0)
+    with torch.no_grad():
+        own = family.encode_text([texts[i] for i in batch.texts.tolist()])
+    assert all("sks" in text for text in texts)
+    assert torch.allclose(instance.condition.encoder_hidden_states, own.encoder_hidden_states, atol=1e-6)
+    classes = set(step.encoded.class_texts)
+    assert classes == {"a photo of a toy", *(f"toy, tag {number}, on a beach, at night" for number in range(4))}
+    places = {text: family.encode_text([text]).encoder_hidden_states[0] for text in classes}
+    for row in kept.condition.encoder_hidden_states:
+        assert any(torch.allclose(row, known, atol=1e-6) for known in places.values())
+    if prior == "teacher":
+        for row, index in zip(kept.condition.encoder_hidden_states, batch.texts.tolist(), strict=True):
+            assert torch.allclose(row, places[texts[index].replace("sks ", "")], atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny_sd1, photos, tmp_path, monkeypatch):
+    loss = Step.loss
+
+    def steep(self: Step, index: int) -> torch.Tensor:
+        value = loss(self, index)
+        # The square root of nothing: a finite loss whose gradient is not.
+        return value + (value - value.detach()).abs().sqrt() if index == 1 else value
+
+    monkeypatch.setattr(Step, "loss", steep)
+    with pytest.raises(LorakitError, match=r"step 2: the gradient is not finite \(.*\.png"):
+        train.train(settings(tiny_sd1, photos, output__folder=str(tmp_path / "run")))
+    written = [load_file(file) for file in (tmp_path / "run").glob("*.safetensors")]
+    assert all(tensor.isfinite().all() for tensors in written for tensor in tensors.values())
+
+
+def test_the_page_names_ten_failures_and_tests_that_exist() -> None:
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(row.split("|")[1]) for row in rows] == list(range(1, 11))
+    root = Path(__file__).parent
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, test in named:
+            assert f"def {test}(" in (root / file).read_text(encoding="utf-8"), f"{file}::{test}"
