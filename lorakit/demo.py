@@ -118,7 +118,7 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
 
     device = memory.device(config.memory)
     info = families.describe(config.model.base)
-    family = families.load(info, device, memory.dtype(config.memory, device))
+    family = families.load(info, device, memory.dtype(config.memory, device), config.memory.base_storage)
 
     def draw() -> list[Any]:
         drawn = []

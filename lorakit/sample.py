@@ -141,7 +141,7 @@ def draw_weights(
     if weights.family != info.family:
         raise LorakitError(f"{name} was made for {weights.family} and {info.title} is {info.family}; give its --base")
     device = placement.device(where)
-    family = families.load(info, device, placement.dtype(where, device))
+    family = families.load(info, device, placement.dtype(where, device), where.base_storage)
     applied = adapters.apply(family, weights)
     rows = []
     for strength in strengths:

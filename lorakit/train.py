@@ -199,7 +199,7 @@ class _Run:
         self.device = memory.device(config.memory)
         self.dtype = memory.dtype(config.memory, self.device)
         self.say(f"device: {self.device}, base in {str(self.dtype).removeprefix('torch.')}, adapter in float32")
-        self.family = families.load(self.info, self.device, self.dtype)
+        self.family = families.load(self.info, self.device, self.dtype, config.memory.base_storage)
         self.say(memory.attention(config.memory, self.family))
         self.adapter = adapters.attach(self.family, config.adapter, seed=config.train.seed)
         for component, (modules, parameters) in self.adapter.describe().items():
@@ -461,7 +461,7 @@ class _Run:
             weights,
             base,
             in_memory,
-            load=lambda: families.load(self.info, self.device, self.dtype),
+            load=lambda: families.load(self.info, self.device, self.dtype, config.memory.base_storage),
             prompt=prompt,
             size=size,
             dtype=config.output.dtype,

@@ -74,11 +74,14 @@ class Family(Protocol):
         """Modules that adapters may enter: "unet" and the text encoders."""
 
 
-def load(info: BaseInfo, device: torch.device | str, dtype: torch.dtype) -> Family:
+def load(info: BaseInfo, device: torch.device | str, dtype: torch.dtype, storage: str = "full") -> Family:
     """Load a described base: UNet and text encoders in `dtype`, the VAE in float32, from local files only.
+
+    Args:
+        storage: how the UNet's weights are kept, as `memory.base_storage` has it; it computes in `dtype` always.
 
     Raises:
         LorakitError: a file is missing, damaged, or does not fit its configuration.
     """
-    family: Family = registry.load(registry.FAMILIES, info.loader)(info, device, dtype)
+    family: Family = registry.load(registry.FAMILIES, info.loader)(info, device, dtype, storage)
     return family

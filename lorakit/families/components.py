@@ -11,6 +11,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
+from lorakit import quantized
 from lorakit.errors import LorakitError
 from lorakit.families.base import BaseInfo
 from lorakit.families.headers import read_json
@@ -18,6 +19,9 @@ from lorakit.families.headers import read_json
 # float16 ends at 6e-8, and the gradient of a mean over a latent's values begins at about 1e-4. A fixed power of two
 # costs no rounding and, unlike a scale that adapts, no look at the gradients; an overflow is found like any other NaN.
 FP16_GRADIENT_SCALE = 2.0**13
+# Layers of a UNet that keep their weights in full whatever its storage is: first and last layer, and what embeds the
+# timestep and SDXL's sizes, whose error every block would hear. They are a hundredth of the weights.
+IN_FULL = ("conv_in", "conv_out", "time_embedding", "add_embedding")
 
 
 @contextlib.contextmanager
@@ -57,9 +61,14 @@ def load_module(info: BaseInfo, component: str, cls: Any, device: torch.device, 
     return module.to(device).eval().requires_grad_(False)
 
 
-def load_unet(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> Any:
-    """The UNet."""
-    return load_module(info, "unet", UNet2DConditionModel, device, dtype)
+def load_unet(info: BaseInfo, device: torch.device, dtype: torch.dtype, storage: str = "full") -> Any:
+    """The UNet, its weights kept in full, or as `lorakit.quantized` keeps them."""
+    if storage == "full":
+        return load_module(info, "unet", UNet2DConditionModel, device, dtype)
+    # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
+    unet = load_module(info, "unet", UNet2DConditionModel, torch.device("cpu"), dtype)
+    quantized.quantize_layers(unet, storage, IN_FULL, device)
+    return unet.to(device)
 
 
 def load_vae(info: BaseInfo, device: torch.device) -> Any:

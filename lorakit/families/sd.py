@@ -16,10 +16,10 @@ from lorakit.families.condition import Condition
 class StableDiffusion:
     """See `families.Family`."""
 
-    def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype):
+    def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype, storage: str = "full"):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with components.quiet():
-            self.unet = components.load_unet(info, self.device, dtype)
+            self.unet = components.load_unet(info, self.device, dtype, storage)
             encoder = components.load_module(info, "text_encoder", CLIPTextModel, self.device, dtype)
             self.vae = components.load_vae(info, self.device)
             self.tokenizer = components.load_tokenizer(info, "tokenizer", encoder)

@@ -17,10 +17,10 @@ from lorakit.families.headers import read_json
 class StableDiffusionXL:
     """See `families.Family`; Podell et al. 2023, arXiv 2307.01952."""
 
-    def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype):
+    def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype, storage: str = "full"):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with components.quiet():
-            self.unet = components.load_unet(info, self.device, dtype)
+            self.unet = components.load_unet(info, self.device, dtype, storage)
             first = components.load_module(info, "text_encoder", CLIPTextModel, self.device, dtype)
             second = components.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, self.device, dtype)
             self.vae = components.load_vae(info, self.device)

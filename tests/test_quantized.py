@@ -1,0 +1,225 @@
+"""Weights in few bits: the values of bitsandbytes, an error that is said, gradients as of the weight made whole, and
+nothing whole kept."""
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit import adapters, families, quantized
+from lorakit.adapters import adapter as adapter_module
+from lorakit.config import DoraConfig, LoraConfig
+from lorakit.errors import LorakitError
+from lorakit.families import components
+
+KINDS = ("int8", "nf4")
+# Root mean square error of normally distributed weights, as a share of their own.
+ERROR = {"int8": (0.005, 0.012), "nf4": (0.085, 0.1)}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def relative(found: torch.Tensor, right: torch.Tensor) -> float:
+    return ((found.float() - right.float()).norm() / right.float().norm()).item()
+
+
+# -- values -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(320, 64), (32, 16, 3, 3)], ids=["linear", "conv"])
+def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, ...]) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, an extra, is not installed")
+    weight = normal(*shape)
+    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    ours = quantized.quantize(weight, "nf4")
+    assert torch.equal(ours.codes, codes.flatten())
+    assert torch.equal(ours.scales.flatten(), state.absmax)
+    assert torch.equal(ours.whole(), functional.dequantize_4bit(codes, state))
+
+
+def test_int8_is_that_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, an extra, is not installed")
+    weight = normal(64, 320, dtype=torch.float16)
+    codes, largest, _ = functional.int8_vectorwise_quant(weight)
+    ours = quantized.quantize(weight.float(), "int8")
+    torch.testing.assert_close(ours.scales.flatten(), largest / 127)
+    # It divides in float16, so that a value between two codes may fall to the other one.
+    assert (ours.codes.int() - codes.int()).abs().max() <= 1
+    assert (ours.codes != codes).float().mean() < 0.01
+
+
+def test_int8_by_hand() -> None:
+    weight = torch.tensor([[1.27, -0.64, 0.004], [0.0, 0.0, 0.0]])
+    made = quantized.quantize(weight, "int8")
+    assert made.codes.tolist() == [[127, -64, 0], [0, 0, 0]]
+    torch.testing.assert_close(made.whole(), torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]]))
+
+
+def test_nf4_by_hand() -> None:
+    """Both halves of a byte, the first value in the high one; a block of zeros stays zero."""
+    weight = torch.zeros(2, 64)
+    weight[0, :4] = torch.tensor([-2.0, 2.0, 0.6, 1.5])
+    made = quantized.quantize(weight, "nf4")
+    assert made.codes[:2].tolist() == [0x0F, 0xBE]
+    assert made.codes.shape == (64,)
+    assert made.scales.tolist() == [[2.0], [0.0]]
+    expected = torch.zeros(2, 64)
+    expected[0, :4] = torch.tensor([-2.0, 2.0, 2 * quantized.NF4[11], 2 * quantized.NF4[14]])
+    assert torch.equal(made.whole(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_and_size_are_what_is_said(kind: str, dtype: torch.dtype) -> None:
+    weight = normal(320, 64, 3, 3, dtype=dtype)
+    made = quantized.quantize(weight, kind)
+    low, high = ERROR[kind]
+    assert low < relative(made.whole(), weight) < high
+    assert (made.shape, made.dtype, made.device) == (weight.shape, dtype, weight.device)
+    scale_bytes = weight.element_size() * (320 if kind == "int8" else weight.numel() // 64)
+    assert made.stored == weight.numel() // (1 if kind == "int8" else 2) + scale_bytes
+
+
+def test_nf4_of_part_of_a_block_is_an_error() -> None:
+    with pytest.raises(ValueError, match="65 values are not whole blocks of 64"):
+        quantized.quantize(torch.zeros(5, 13), "nf4")
+
+
+# -- as a tensor ------------------------------------------------------------------------------------------------
+
+
+def layers() -> list[tuple[nn.Module, torch.Tensor]]:
+    """Every kind of use in a UNet: with and without bias, of two and three axes, strided and 1x1 convolutions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [
+            (nn.Linear(64, 128), normal(2, 7, 64)),
+            (nn.Linear(64, 128, bias=False), normal(2, 7, 64)),
+            (nn.Linear(64, 128), normal(3, 64)),
+            (nn.Conv2d(64, 32, 3, padding=1), normal(2, 64, 6, 6)),
+            (nn.Conv2d(64, 32, 3, padding=1, stride=2), normal(2, 64, 6, 6)),
+            (nn.Conv2d(64, 32, 1), normal(2, 64, 6, 6)),
+        ]
+
+
+@pytest.mark.parametrize(("kind", "number"), list(itertools.product(KINDS, range(6))))
+def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kind: str, number: int) -> None:
+    layer, value = layers()[number]
+    layer.requires_grad_(False)
+    small = copy.deepcopy(layer)
+    quantized.quantize_layers(small, kind, (), "cpu")
+    layer.weight.copy_(small.weight.whole())  # type: ignore[operator]
+    saved: list[torch.Tensor] = []
+    results = []
+    for module in (small, layer):
+        saved.clear()
+        leaf = value.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+            output = module(leaf)
+        output.square().sum().backward()
+        results.append((output.detach(), leaf.grad))
+        if module is small:
+            kinds = [type(t) for t in saved if t.shape in (layer.weight.shape, layer.weight.shape[::-1])]
+            assert kinds == [quantized.QuantizedWeight]
+    for found, right in zip(*results, strict=True):
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_moves_and_copies_with_its_module(kind: str) -> None:
+    layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+    quantized.quantize_layers(layer, kind, (), "cpu")
+    whole = layer[0].weight.whole()
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin[0].weight.whole(), whole)
+    assert torch.equal(layer.to("cpu")[0].weight.whole(), whole)
+    assert isinstance(layer[0].weight, nn.Parameter) and not layer[0].weight.requires_grad
+    assert repr(layer[0].weight) == f"QuantizedWeight({kind}, (64, 64), torch.float32, cpu)"
+    assert type(layer[0].weight.to(torch.bfloat16)) is torch.Tensor
+    twin.to("meta")
+    assert twin[0].weight.codes.device.type == "meta"
+
+
+def test_it_cannot_be_changed() -> None:
+    weight = quantized.quantize(normal(64, 64), "int8")
+    with pytest.raises(
+        LorakitError, match="a weight in int8 cannot be changed: load the base with its weights in full"
+    ):
+        weight += 1
+
+
+# -- in a base --------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, storage: str, dtype: torch.dtype = torch.float32) -> Any:
+    return families.load(families.describe(folder), "cpu", dtype, storage)
+
+
+def predict(family: Any) -> torch.Tensor:
+    condition = family.encode_text(["a photo of a toy"])
+    if family.info.loader == "sdxl":
+        condition = condition.with_sizes(torch.tensor([family.time_ids((64, 64), (0, 0), (64, 64))]))
+    return family.predict(normal(1, 4, 8, 8), torch.tensor([500]), condition)
+
+
+@pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sdxl"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str) -> None:
+    """All linear and convolutional layers of the UNet but the first, the last and what embeds time; nothing else."""
+    folder = request.getfixturevalue(name)
+    full, small = load(folder, "full"), load(folder, kind)
+    left = {
+        path.partition(".")[0]
+        for path, layer in small.unet.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not isinstance(layer.weight, quantized.QuantizedWeight)
+    }
+    assert left == set(components.IN_FULL) & {
+        path for path, child in small.unet.named_children() if list(child.parameters())
+    }
+    others = [*small.vae.parameters(), *(p for e in small.text_encoders.values() for p in e.parameters())]
+    assert not any(isinstance(parameter, quantized.QuantizedWeight) for parameter in others)
+    assert not any(parameter.requires_grad for parameter in small.unet.parameters())
+    with torch.no_grad():
+        error = relative(predict(small), predict(full))
+    assert 0 < error < {"int8": 0.02, "nf4": 0.35}[kind]
+    share = quantized.stored_bytes(small.unet) / quantized.stored_bytes(full.unet)
+    assert share < {"int8": 0.35, "nf4": 0.25}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [LoraConfig(rank=4, target_modules="linear+conv"), DoraConfig(rank=4)])
+def test_an_adapter_learns_on_it_as_on_its_whole_weights(tiny_sd1: Path, kind: str, config: LoraConfig) -> None:
+    """Gradients equal those on a plain base whose weights are the dequantized ones, with checkpointing too."""
+    small, plain = load(tiny_sd1, kind), load(tiny_sd1, "full")
+    with torch.no_grad():
+        for place, parameter in small.unet.named_parameters():
+            if isinstance(parameter, quantized.QuantizedWeight):
+                plain.unet.get_parameter(place).copy_(parameter.whole())
+    on_small, on_plain = adapters.attach(small, config), adapters.attach(plain, config)
+    gradients = []
+    for family, adapter, checkpointing in ((small, on_small, False), (small, on_small, True), (plain, on_plain, False)):
+        if checkpointing:
+            family.unet.enable_gradient_checkpointing()
+        for name, parameter in adapter.parameters().items():
+            parameter.grad = None
+            if name.endswith(".up"):
+                parameter.data.copy_(normal(*parameter.shape) * 0.1)
+        predict(family).square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in adapter.parameters().items()})
+    for found in gradients[:2]:
+        for name, right in gradients[2].items():
+            assert relative(found[name], right) < 1e-5, name
+
+
+def test_peft_cannot_fuse_into_it(tiny_sd1: Path) -> None:
+    family = load(tiny_sd1, "nf4")
+    adapter = adapters.attach(family, LoraConfig(rank=4))
+    layer = adapter._layers[adapter.layers[0]]
+    with pytest.raises(LorakitError, match="a weight in nf4 cannot be changed"):
+        layer.merge(adapter_names=[adapter_module.NAME])
