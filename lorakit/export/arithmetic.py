@@ -20,7 +20,7 @@ def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | 
         energy: instead of a rank: in each layer the fewest singular values whose squares are this share of all of them.
 
     Returns:
-        Layers with alpha = rank, so that the scale is in the factors; a DoRA magnitude stays as it is.
+        Layers with alpha = rank, so that the scale is in the factors: plain LoRA, or DoRA whose magnitude stays.
 
     Raises:
         LorakitError: not exactly one of rank and energy, or one out of range.
@@ -32,7 +32,7 @@ def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | 
     if energy is not None and not 0 < energy <= 1:
         raise LorakitError(f"resize: energy = {energy:g}: must be above 0 and at most 1")
     layers = {name: _resized(layer, rank, energy) for name, layer in weights.layers.items()}
-    return replace(weights, layers=layers)
+    return replace(weights, method="dora" if method(weights) == "dora" else "lora", layers=layers)
 
 
 def _resized(layer: Layer, rank: int | None, energy: float | None) -> Layer:

@@ -7,6 +7,8 @@ Forge 2025-06, ComfyUI 2025-10, InvokeAI 6.14, sd-scripts 2026-02, stable-diffus
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -240,7 +242,7 @@ def read_report(
     found = modules(shapes)
     known = {name for module in found.values() for name in module.parts.values()}
     loose = [name for name in shapes if name not in known and not name.startswith("bundle_emb.")]
-    defects = _defects(found, shapes)
+    defects = _defects(found, shapes) | _unscaled(found, shapes, alphas or {}, metadata or {})
     return {
         key: _reading(key, consumer, found, loose, defects, shapes, family, alphas or {}, metadata or {}, folder)
         for key, consumer in CONSUMERS.items()
@@ -301,6 +303,31 @@ def _defects(found: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
             result[stem] = "its alpha is missing, so it is applied with alpha = rank"
         elif "magnitude" in module.parts and shapes[module.parts["magnitude"]][:2] != (1, down[1]):
             result[stem] = "its dora_scale is per output row, which every program misreads"
+    return result
+
+
+def _unscaled(
+    found: Mapping[str, Module], shapes: Shapes, alphas: Mapping[str, float], metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """Modules of a rank-stabilised adapter whose alpha / rank is not alpha / sqrt(rank) of the run that it tells of.
+
+    No program knows rank stabilisation: the scale has to be in the alpha, or the adapter is sqrt(rank) times too weak.
+    """
+    if metadata.get("lorakit.method") != "rslora":
+        return {}
+    try:
+        told = json.loads(metadata["lorakit.config"])["adapter"]
+        scale = float(told.get("alpha", told["rank"])) / math.sqrt(told["rank"])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+    result: dict[str, str] = {}
+    for stem, module in found.items():
+        alpha = alphas.get(module.parts.get("alpha", _component(stem)))
+        if alpha is None or "down" not in module.parts:
+            continue
+        applied = alpha / shapes[module.parts["down"]][0]
+        if not math.isclose(applied, scale, rel_tol=1e-3):
+            result[stem] = f"it is rank-stabilised and should be scaled by {scale:g}, its alpha says {applied:g}"
     return result
 
 

@@ -7,6 +7,7 @@ is of no use without it. `ss_*` keys are sd-scripts' (train_network.py), `models
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,7 +34,9 @@ ALLOWED = frozenset(
     }
 )
 # Made anew by every writer from the weights themselves, so never carried from one file to another.
-_OF_WEIGHTS = frozenset({"ss_network_module", "ss_network_dim", "ss_network_alpha", "lorakit.layers_per_block"})
+_OF_WEIGHTS = frozenset(
+    {"ss_network_module", "ss_network_dim", "ss_network_alpha", "lorakit.layers_per_block", "lorakit.method"}
+)
 # Texts of the user's that the run needed and that readers of the adapter do not.
 _PRIVATE = {"data": ("instance_prompt", "class_prompt"), "sample": ("prompts", "negative_prompt")}
 
@@ -146,6 +149,7 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     tags = TAGS[weights.family]
     layers = factors.uniform(weights)
     first = next(iter(layers.values()))
+    folded = any(not math.isclose(layer.scale, weights.layers[name].scale) for name, layer in layers.items())
     found = {
         "ss_base_model_version": tags.version,
         "ss_v2": tags.v2,
@@ -157,7 +161,8 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
         "modelspec.implementation": tags.implementation,
         "lorakit.version": __version__,
         "lorakit.family": weights.family,
-        "lorakit.method": weights.method,
+        # With its scale in the factors, a rank-stabilised adapter is a plain one.
+        "lorakit.method": "lora" if folded and weights.method == "rslora" else weights.method,
     }
     per_block = keys.layers_per_block(weights.layers)
     if keys.SPELLINGS[weights.family].sgm and per_block != keys.DEFAULT_LAYERS_PER_BLOCK:

@@ -111,6 +111,12 @@ def _weights(
         layers[name] = _layer(path, module, tensors, scaling)
     dora = any(layer.magnitude is not None for layer in layers.values())
     method = metadata.get("lorakit.method", "dora" if dora else "lora")
+    if (
+        method == "rslora"
+        and not any(scalings.values())
+        and not any("alpha" in module.parts for module in found.values())
+    ):
+        method = "lora"  # its scale is in the factors, where it is nobody's business any more
     return AdapterWeights(family, method, layers, dict(metadata))
 
 

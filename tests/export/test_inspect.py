@@ -11,9 +11,10 @@ import random_adapters
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakit import cli
+from lorakit import cli, modelfile
 from lorakit.errors import LorakitError
 from lorakit.export import read, save
+from lorakit.export.arithmetic import resize
 from lorakit.export.inspect import inspect
 
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn."
@@ -86,6 +87,67 @@ def test_the_command_fails_where_a_target_does_not_read_all(tmp_path, capsys):
     assert cli.main(command) == 1
     assert f"comfyui: unet 2/2, text_encoder 3/4; no rule for {bad}" in capsys.readouterr().err
     assert cli.main(["inspect", str(path)]) == 0
+
+
+def rewritten(change):
+    """A mutation of a file's tensors, its header left as it was."""
+
+    def apply(path):
+        metadata = modelfile.read(path).metadata
+        tensors = load_file(path)
+        change(tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+    return apply
+
+
+TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+MUTATIONS = {
+    "one key renamed": (
+        lambda tensors: tensors.update({f"{TO_K}.lora_dwn.weight": tensors.pop(f"{TO_K}.lora_down.weight")}),
+        "its down factor is missing",
+    ),
+    "one alpha missing": (lambda tensors: tensors.pop(f"{TO_K}.alpha"), "its alpha is missing"),
+    "one tensor transposed": (
+        lambda tensors: tensors.update({f"{TO_K}.lora_up.weight": tensors[f"{TO_K}.lora_up.weight"].T}),
+        "do not fit together",
+    ),
+    "rank-stabilised, but not scaled": (
+        lambda tensors: [tensor.fill_(9) for name, tensor in tensors.items() if name.endswith(".alpha")],
+        "it is rank-stabilised and should be scaled by 3, its alpha says 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_each_mutation_fails_every_target(tmp_path, capsys, name):
+    change, words = MUTATIONS[name]
+    told = TOLD | {"lorakit.config": json.dumps({"adapter": {"method": "rslora", "rank": 9}})}
+    weights = random_adapters.adapter(SHAPES, "sd1", rank=9, alpha=27, method="rslora")
+    path = save(weights, tmp_path, "toy", ["kohya"], "fp32", told)["kohya"]
+    readers = ["a1111", "forge", "comfyui", "invokeai", "sd-scripts", "sd.cpp", "diffusers"]
+    command = ["inspect", str(path), "--targets"]
+    assert cli.main([*command, ",".join(readers)]) == 0
+    rewritten(change)(path)
+    for reader in readers:
+        capsys.readouterr()
+        assert cli.main([*command, reader]) == 1
+        assert capsys.readouterr().err.startswith(f"lorakit: {reader}: ")
+    assert any(words in reading.line() for reading in inspect(path).readers.values())
+
+
+def test_a_rank_stabilised_scale_that_was_folded_or_resized_is_not_missed(tmp_path):
+    """Through a format without alphas, and as plain LoRA of another rank, it is rank-stabilised no more."""
+    told = TOLD | {"lorakit.config": json.dumps({"adapter": {"method": "rslora", "rank": 9}})}
+    weights = random_adapters.adapter(SHAPES, "sd1", rank=9, alpha=27, method="rslora")
+    assert inspect(save(weights, tmp_path, "one", ["peft"], "fp32", told)["peft"]).failures(["peft"]) == []
+    path = save(weights, tmp_path, "one", ["diffusers"], "fp32", told)["diffusers"]
+    assert inspect(path).failures(["diffusers"]) == []
+    again = read(path)
+    for number, changed in enumerate([again, resize(again, rank=4), resize(weights, rank=9)]):
+        path = save(changed, tmp_path, f"again{number}", ["kohya"], "fp32", again.metadata)["kohya"]
+        report = inspect(path)
+        assert (report.method, report.failures(["a1111"])) == ("lora", [])
 
 
 def test_inspect_does_not_load_torch(tmp_path):
