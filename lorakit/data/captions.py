@@ -39,12 +39,16 @@ def _plural(word: str) -> bool:
 
 
 def instance_prompt(config: DataConfig) -> str:
-    """The text of a photo that has no caption; the trigger is in it."""
+    """The text of a photo that has no caption; the trigger is in it.
+
+    "A photo of a sks dog", as the paper has it ("a [identifier] [class noun]", Ruiz et al. 2022, arXiv 2208.12242):
+    without the article the trigger takes its place, and for the text encoder little else is then new.
+    """
     if config.instance_prompt:
         return _with_trigger(config.instance_prompt, config)
     if not config.name:
         return "a picture" if config.kind == "style" else "a photo"
-    return f"a picture in {_style(config.name)}" if config.kind == "style" else f"a photo of {config.name}"
+    return f"a picture in {_style(config.name)}" if config.kind == "style" else f"a photo of {_subject(config)}"
 
 
 def class_prompt(config: DataConfig) -> str:
@@ -67,7 +71,9 @@ def class_text(text: str, config: DataConfig) -> str:
     if config.kind == "style":
         # "a mug in sks style" -> "a mug"
         text = re.sub(rf"(?<!\w)(,?\s*(in|by|with)\s+)?{re.escape(config.name)}(?!\w)", "", text, flags=re.IGNORECASE)
-    text = re.sub(rf"(?<!\w){re.escape(config.trigger)}(?!\w)\s*", "", text, flags=re.IGNORECASE)
+    # "an ohwx man" -> "a man": the article before the trigger becomes that of the word after it.
+    named = rf"(?:\b(an?)\s+)?(?<!\w){re.escape(config.trigger)}(?!\w)\s*(\w*)"
+    text = re.sub(named, lambda found: article(found[2]) if found[1] else found[2], text, flags=re.IGNORECASE)
     return " ".join(text.split()).strip(" ,") or class_prompt(config)
 
 
@@ -79,9 +85,14 @@ def sample_prompts(config: DataConfig) -> list[str]:
             "a picture of a house"
         ]
     else:
-        subject = f"a photo of {config.name}" if config.name else "a photo"
+        subject = f"a photo of {_subject(config)}" if config.name else "a photo"
         prompts = [subject, f"{subject} on a beach", f"{subject} in the snow", class_prompt(config)]
     return list(dict.fromkeys(prompts))
+
+
+def _subject(config: DataConfig) -> str:
+    """ "a sks dog"; a name without a noun ("alice") is nobody's kind and takes no article."""
+    return article(config.name) if config.noun else config.name
 
 
 def _style(name: str) -> str:

@@ -174,9 +174,9 @@ def test_texts_are_those_of_their_photos(build: Builder, photos: Path) -> None:
     dataset, _ = build()
     for batch in dataset.batches(0, 3, 2):
         for number, text in zip(shown(dataset, batch), batch.texts.tolist(), strict=True):
-            expected = f"sks toy number {number}" if number < 5 else "a photo of sks toy"
+            expected = f"sks toy number {number}" if number < 5 else "a photo of a sks toy"
             assert dataset.texts[text] == expected
-    assert sorted(dataset.texts) == ["a photo of sks toy", *(f"sks toy number {n}" for n in range(5))]
+    assert sorted(dataset.texts) == ["a photo of a sks toy", *(f"sks toy number {n}" for n in range(5))]
     for bucket in range(len(dataset.buckets)):
         names = [f"{n:02}.png" for n in range(6) if bucket == {0: 1, 1: 2, 2: 0}[n % 3]]
         assert dataset.names(bucket) == names
@@ -207,9 +207,9 @@ def test_a_thousand_draws_keep_the_trigger(build: Builder, photos: Path) -> None
     ]
     assert len(drawn) == 1000
     assert all(captions.has_trigger(text, data) for text in drawn)
-    assert 250 <= drawn.count("a photo of sks toy") <= 350
+    assert 250 <= drawn.count("a photo of a sks toy") <= 350
     assert len(set(drawn)) > 40
-    kept = [text for text in drawn if text != "a photo of sks toy"]
+    kept = [text for text in drawn if text != "a photo of a sks toy"]
     assert all(any(f"table {n}" in text for n in range(10)) for text in kept)
 
 

@@ -29,12 +29,15 @@ def test_articles(noun: str, spoken: str) -> None:
 
 
 def test_prompts_of_a_subject() -> None:
-    assert captions.instance_prompt(SUBJECT) == "a photo of sks toy"
+    assert captions.instance_prompt(SUBJECT) == "a photo of a sks toy"
+    assert captions.instance_prompt(DataConfig(name="ohwx man")) == "a photo of an ohwx man"
+    assert captions.instance_prompt(DataConfig(name="alice")) == "a photo of alice"
     assert captions.class_prompt(SUBJECT) == "a photo of a toy"
     assert captions.class_prompt(DataConfig(name="sks umbrella")) == "a photo of an umbrella"
     assert captions.class_prompt(DataConfig(name="sks")) == "a photo"
     assert captions.sample_prompts(SUBJECT) == [
-        "a photo of sks toy", "a photo of sks toy on a beach", "a photo of sks toy in the snow", "a photo of a toy",
+        "a photo of a sks toy", "a photo of a sks toy on a beach", "a photo of a sks toy in the snow",
+        "a photo of a toy",
     ]  # fmt: skip
     own = DataConfig(name="sks toy", instance_prompt="sks on a table", class_prompt="toys")
     assert (captions.instance_prompt(own), captions.class_prompt(own)) == ("sks on a table", "toys")
@@ -64,7 +67,7 @@ def test_without_a_name() -> None:
 @pytest.mark.parametrize(
     ("caption", "text"),
     [
-        (None, "a photo of sks toy"),
+        (None, "a photo of a sks toy"),
         ("a photo of sks toy on a table", "a photo of sks toy on a table"),
         ("A photo of SKS", "A photo of SKS"),
         ("on a table", "sks toy, on a table"),
@@ -151,7 +154,10 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     [
         ("a photo of a sks toy on a beach", "subject", "sks toy", "a photo of a toy on a beach"),
         ("SKS toy, red, outdoors", "subject", "sks toy", "toy, red, outdoors"),
-        ("a photo of sks toy", "subject", "sks toy", "a photo of a toy"),
+        ("a photo of a sks toy", "subject", "sks toy", "a photo of a toy"),
+        ("a photo of an ohwx man at night", "subject", "ohwx man", "a photo of a man at night"),
+        ("A SKS umbrella", "subject", "sks umbrella", "an umbrella"),
+        ("a photo of sks toy at night", "subject", "sks toy", "a photo of toy at night"),
         ("masks and a sks toy", "subject", "sks toy", "masks and a toy"),
         ("a picture of a mug on a beach in sks style", "style", "sks style", "a picture of a mug on a beach"),
         ("a cat, sks style", "style", "sks style", "a cat"),

@@ -41,24 +41,24 @@ def test_a_good_folder_has_nothing_wrong(photos: Path, base) -> None:
     before = marked.digests(photos)
     report = report_of(photos, base)
     assert (report.errors, report.warnings) == ([], [])
-    assert report.notes == ['no captions: every photo is trained as "a photo of sks toy"']
+    assert report.notes == ['no captions: every photo is trained as "a photo of a sks toy"']
     assert [photo.relative for photo in report.photos] == [f"{n}.png" for n in range(5)]
     assert report.buckets == {(64, 64): 5}
     assert marked.digests(photos) == before
     assert (
         report.to_text()
         == f"""\
-{photos}: 5 photos, each "a photo of sks toy"
+{photos}: 5 photos, each "a photo of a sks toy"
 
   photo  size   trained at  cropped  scaled  tokens
-  0.png  96x96  64x64       -        -       5
-  1.png  96x96  64x64       -        -       5
-  2.png  96x96  64x64       -        -       5
-  3.png  96x96  64x64       -        -       5
-  4.png  96x96  64x64       -        -       5
+  0.png  96x96  64x64       -        -       6
+  1.png  96x96  64x64       -        -       6
+  2.png  96x96  64x64       -        -       6
+  3.png  96x96  64x64       -        -       6
+  4.png  96x96  64x64       -        -       6
 
 notes
-  no captions: every photo is trained as "a photo of sks toy\""""
+  no captions: every photo is trained as "a photo of a sks toy\""""
     )
 
 
@@ -76,7 +76,7 @@ def test_each_photo_has_its_row(photos: Path, base) -> None:
     rows = {item.relative: item for item in report.items}
     turned, wide, small = rows["turned.jpg"], rows["wide.png"], rows["small.png"]
     assert (turned.width, turned.height, turned.orientation) == (96, 64, "turned 90° right")
-    assert (turned.bucket, turned.text, turned.tokens) == ((80, 48), "a photo of sks toy", 5)
+    assert (turned.bucket, turned.text, turned.tokens) == ((80, 48), "a photo of a sks toy", 6)
     assert (wide.text, wide.photo.caption_source) == ("sks toy, on a table", "wide.txt")
     assert small.scale == 2
     assert rows["clear.png"].transparent
@@ -86,7 +86,7 @@ def test_each_photo_has_its_row(photos: Path, base) -> None:
     assert lines[0] == f"{photos}: 4 photos"
     assert lines[2].split("  ")[-1] == "text"
     small_row = next(line for line in lines if "small.png" in line)
-    assert " ".join(small_row.split()) == "small.png 32x32 64x64 - 2x up 5 a photo of sks toy"
+    assert " ".join(small_row.split()) == "small.png 32x32 64x64 - 2x up 6 a photo of a sks toy"
 
 
 def test_json_is_stable(photos: Path, base) -> None:
@@ -179,14 +179,14 @@ def test_small_and_cropped_photos(photos: Path, base) -> None:
 
 def test_missing_captions_and_triggers(photos: Path, base) -> None:
     fill(photos)
-    (photos / "0.txt").write_text("a photo of sks toy")
+    (photos / "0.txt").write_text("a photo of a sks toy")
     (photos / "1.txt").write_text("on a table")
     report = report_of(photos, base)
     assert [item.text for item in report.items][:3] == [
-        "a photo of sks toy", "sks toy, on a table", "a photo of sks toy",
+        "a photo of a sks toy", "sks toy, on a table", "a photo of a sks toy",
     ]  # fmt: skip
     assert report.warnings == [
-        '3 of 5 photos have no caption and are trained as "a photo of sks toy": 2.png, 3.png, 4.png',
+        '3 of 5 photos have no caption and are trained as "a photo of a sks toy": 2.png, 3.png, 4.png',
         '1 of 2 captions are without the trigger sks; "sks toy, " is put in front: 1.png',
     ]
     assert report.items[1].findings == ["caption without the trigger"]

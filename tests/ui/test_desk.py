@@ -130,7 +130,7 @@ def test_a_word_changed_decodes_no_photo_again(tmp_path: Path, tiny_sd1: Path):
     path.write_bytes(b"x" * before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     (item,) = desk.report(guide.suggest(answers | {guide.NAME: "sks cat"}, "quick")).result().items
-    assert item.readable and item.text == "a photo of sks cat"
+    assert item.readable and item.text == "a photo of a sks cat"
     path.write_bytes(b"x")
     assert not desk.report(guide.suggest(answers | {guide.NAME: "sks cat"}, "quick")).result().items[0].readable
 
