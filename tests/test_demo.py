@@ -19,7 +19,7 @@ def test_photos_show_the_subject_on_no_scene_of_the_comparison(tmp_path: Path) -
     for picture in pictures:
         assert Image.open(picture).size == (64, 64)
         text = picture.with_suffix(".txt").read_text(encoding="utf-8")
-        assert text.startswith("a photo of sks toy ")
+        assert text.startswith("a photo of a sks toy ")
         assert not any(words in text for words in unseen)
 
 
