@@ -20,7 +20,7 @@ PACKAGE = ROOT / "lorakit"
 
 # Room -> the rooms it may import. Imports run one way: ground <- config <- the rooms that do the work, which do not
 # know each other <- what brings them together <- train <- the front end <- the command line.
-GROUND = {"errors", "registry", "randomness", "weights", "atomic", "modelfile", "quantized"}
+GROUND = {"errors", "registry", "randomness", "weights", "atomic", "modelfile", "products", "quantized"}
 WORK = {"config", "knob", *GROUND}
 TOGETHER = {"families", "adapters", "data", "objective", "optim", "memory", "export", *WORK}
 RUN = {
@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "randomness": set(),
     "weights": set(),
     "atomic": {"errors"},
+    "products": set(),
     "quantized": {"errors"},
     "modelfile": {"errors"},
     "terminal": set(),

@@ -15,9 +15,51 @@ from peft.tuners.lora import Conv2d, Linear
 from torch import nn
 from torch.nn import functional
 
+from lorakit.products import linear
+
+# (stride, padding, dilation) of a convolution, along both axes.
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
+
 
 class LoraLinear(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) (s B)^T, W and b frozen; x `[N, in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`."""
+    """y = x (W + s B A)^T + b, W and b frozen; x `[N, in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`, s a number.
+
+    The sum of the weights is made for one product and dropped. It is for float32: half precision would round most of
+    the small change away.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """`[N, out]`."""
+        ctx.save_for_backward(x, weight, down, up)
+        ctx.scale = scale
+        return linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, A and B."""
+        x, weight, down, up = ctx.saved_tensors
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = linear(gradient, torch.addmm(weight, up, down, alpha=ctx.scale).t())
+        # These products are thin, and kernels differ tenfold in how they take to that: the long axis goes last.
+        scaled = gradient if ctx.scale == 1 else gradient * ctx.scale
+        to_down = linear(linear(scaled, up.t()).t(), x.t())
+        to_up = linear(linear(x, down).t(), scaled.t()).t()
+        return to_x, None, None, to_down, to_up, None
+
+
+class HalfLoraLinear(torch.autograd.Function):
+    """The same as x W^T + b + (x A^T) (s B)^T, where x and W are in half precision and A and B in float32."""
 
     @staticmethod
     def forward(
@@ -48,19 +90,55 @@ class LoraLinear(torch.autograd.Function):
         return to_x, None, None, to_down, to_up if ctx.scale == 1 else to_up * ctx.scale, None
 
 
+class LoraConv2d(torch.autograd.Function):
+    """y = x * (W + s B A) + b, a convolution, in float32; A `[r, in, k, k]`, B `[out, r, 1, 1]`; see `LoraLinear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scale: float,
+        geometry: Geometry,
+    ) -> torch.Tensor:
+        """`[B, out, h', w']`; `geometry` is (stride, padding, dilation)."""
+        ctx.save_for_backward(x, weight, down, up)
+        ctx.scale, ctx.geometry = scale, geometry
+        return functional.conv2d(x, _summed(weight, down, up, scale), bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, A and B."""
+        x, weight, down, up = ctx.saved_tensors
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            summed = _summed(weight, down, up, ctx.scale)
+            to_x = _convolution_gradient(gradient, x, summed, ctx.geometry, 0)
+        scaled = gradient if ctx.scale == 1 else gradient * ctx.scale
+        to_inner = functional.conv2d(scaled, up.transpose(0, 1))
+        to_down = _convolution_gradient(to_inner, x, down, ctx.geometry, 1)
+        inner = functional.conv2d(x, down, None, *ctx.geometry)
+        to_up = _convolution_gradient(scaled, inner, up, POINTWISE, 1)
+        return to_x, None, None, to_down, to_up, None, None
+
+
 class FusedLinear(Linear):
     """PEFT's linear LoRA layer with the forward of this file."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         base = self.base_layer
-        name = None if args or kwargs or type(base) is not nn.Linear else _plain_adapter(self, x)
+        name = None if args or kwargs or not isinstance(base, nn.Linear) else _plain_adapter(self, x)
         if name is None:
             return super().forward(x, *args, **kwargs)
         if self._disable_adapters:
             return base(x)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        y = LoraLinear.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, down, up, self.scaling[name])
+        function = LoraLinear if x.dtype is torch.float32 else HalfLoraLinear
+        y = function.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, down, up, self.scaling[name])
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -76,8 +154,27 @@ class FusedConv2d(Conv2d):
         if self._disable_adapters:
             return base(x)
         down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        inner = functional.conv2d(x, down.to(x.dtype), None, base.stride, base.padding, base.dilation)
+        geometry = (base.stride, base.padding, base.dilation)
+        if x.dtype is torch.float32:
+            made: torch.Tensor = LoraConv2d.apply(x, base.weight, base.bias, down, up, scale, geometry)
+            return made
+        inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
         return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
+
+
+def _summed(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + s B A of a convolution."""
+    return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(weight.shape)
+
+
+def _convolution_gradient(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, of: int
+) -> torch.Tensor:
+    """The gradient of a convolution's input (`of` = 0) or weight (1)."""
+    wanted = [of == 0, of == 1, False]
+    found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, wanted)
+    made: torch.Tensor = found[of]
+    return made
 
 
 def _plain_adapter(layer: Any, x: torch.Tensor) -> str | None:

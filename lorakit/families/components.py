@@ -11,7 +11,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from lorakit import quantized
+from lorakit import products, quantized
 from lorakit.errors import LorakitError
 from lorakit.families.base import BaseInfo
 from lorakit.families.headers import read_json
@@ -58,7 +58,9 @@ def load_module(info: BaseInfo, component: str, cls: Any, device: torch.device, 
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LorakitError(f"cannot load {component} of base {info.path}: {reason}") from error
-    return module.to(device).eval().requires_grad_(False)
+    module = module.to(device).eval().requires_grad_(False)
+    products.quicken(module)
+    return module
 
 
 def load_unet(info: BaseInfo, device: torch.device, dtype: torch.dtype, storage: str = "full") -> Any:
