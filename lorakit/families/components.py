@@ -58,15 +58,15 @@ def load_module(info: BaseInfo, component: str, cls: Any, device: torch.device, 
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LorakitError(f"cannot load {component} of base {info.path}: {reason}") from error
-    module = module.to(device).eval().requires_grad_(False)
-    products.quicken(module)
-    return module
+    return module.to(device).eval().requires_grad_(False)
 
 
 def load_unet(info: BaseInfo, device: torch.device, dtype: torch.dtype, storage: str = "full") -> Any:
     """The UNet, its weights kept in full, or as `lorakit.quantized` keeps them."""
     if storage == "full":
-        return load_module(info, "unet", UNet2DConditionModel, device, dtype)
+        unet = load_module(info, "unet", UNet2DConditionModel, device, dtype)
+        products.quicken(unet)
+        return unet
     # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
     unet = load_module(info, "unet", UNet2DConditionModel, torch.device("cpu"), dtype)
     quantized.quantize_layers(unet, storage, IN_FULL, device)
