@@ -11,7 +11,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import re
 import sys
 import time
 from collections import Counter
@@ -20,25 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit import footprint
 from lorakit.adapters import targets
 from lorakit.config import AdapterConfig, Config
 from lorakit.data import captions, split
 from lorakit.errors import LorakitError
 from lorakit.terminal import duration
 
-GIB = 2**30
-# Activations kept for the backward pass, as a multiple of all layers' output bytes. Fitted to exact counts of SD1.5 at
-# 512 px (0.75 and 0.88 GiB in bf16) and SDXL at 1024 px (5.2 and 6.5 GiB), which they meet within a tenth; with
-# gradient checkpointing (0.14 and 0.43 GiB) on the safe side.
-KEPT = {"attention": 1.7, "linear": 1.9, "linear+conv": 2.0}
-KEPT_WITH_CHECKPOINTING = 0.3
 # A training step in forward passes: 1 forward and 1.2 backward (only the adapter has weight gradients), and with
 # gradient checkpointing another 0.7.
 PASSES, PASSES_WITH_CHECKPOINTING = 2.2, 2.95
-# Bytes of optimizer state for each trained weight.
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "lion": 4, "adafactor": 1, "prodigy": 16}
-# What Python, torch and its kernels take before any model is there.
-RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
 # On a CPU: the share of a large matrix product's speed that a UNet reaches, and the fixed cost of a layer's kernels in
 # a forward pass, in seconds. Fitted to a UNet of 132 layers at batch 1, 8 and 16, one thread of an EPYC of 2023.
 CPU_SHARE, CPU_LAYER_SECONDS = 0.55, 1.4e-4
@@ -141,7 +131,7 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         steps=steps,
         length=length,
         epochs=steps * config.train.gradient_accumulation_steps / batches,
-        memory=estimate_memory(config, info, modules, device),
+        memory=footprint.training(config, info, modules, device),
         seconds=estimate_seconds(config, info, steps) if device == "cpu" else None,
         device=device,
     )
@@ -186,38 +176,13 @@ def forward_flop(shapes: Mapping[str, Sequence[int]], height: int, width: int, t
     counts of torch's own counter for the real models: SD1.5 at 512 px 0.803e12, SDXL at 1024 px 6.761e12.
     """
     total = 0.0
-    for name, shape, places in _placed(shapes, height, width, tokens):
+    for name, shape, places in footprint.placed(shapes, height, width, tokens):
         total += 2 * math.prod(shape) * places
         if name.endswith("attn1.to_q"):
             total += 4 * places * places * shape[0]
         elif name.endswith("attn2.to_q"):
             total += 4 * places * tokens * shape[0]
     return total
-
-
-def estimate_memory(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
-    """Part -> bytes at the peak of a training step, estimated."""
-    adapter, train = config.adapter, config.train
-    half = config.memory.mixed_precision in ("bf16", "fp16") or (
-        config.memory.mixed_precision == "auto" and device == "cuda"
-    )
-    width = 2 if half else 4
-    # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
-    stays = [c for c in ("unet", "text_encoder", "text_encoder_2") if c == "unet" or c in modules or device == "cpu"]
-    base = width * sum(math.prod(shape) for name, shape in info.layers.items() if name.partition(".")[0] in stays)
-    base += info.bytes.get("vae", 0) if device == "cpu" else 0
-    trained = sum(weights for _, weights in modules.values())
-    side = config.data.resolution // info.downscale
-    outputs = sum(shape[0] * places for _, shape, places in _placed(info.layers, side, side, info.max_tokens))
-    kept = KEPT_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else KEPT[adapter.target_modules]
-    pictures = train.batch_size * (1 if train.prior == "none" else 2)
-    return {
-        "base": base,
-        # The weight itself and its gradient are float32.
-        "adapter and optimizer": trained * (4 + 4 + STATE_BYTES[config.optimizer.name]),
-        "activations": round(outputs * width * kept * pictures),
-        "runtime": round(RUNTIME_BYTES[device]),
-    }
 
 
 def estimate_seconds(config: Config, info: Any, steps: int) -> float:
@@ -260,35 +225,6 @@ def _training_sizes(config: Config, report: Any) -> tuple[list[tuple[int, int]],
     return [buckets[photo.relative] for photo in trained], len(held_out)
 
 
-def _placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int) -> list[tuple[str, Any, int]]:
-    """Each UNet layer with the number of places it is applied at for one picture.
-
-    Down blocks halve the picture one after the other, up blocks double it; a sampler's convolution works at the size
-    it makes. Keys and values of cross-attention are of the text, and what embeds the timestep is applied once.
-    """
-    names = [name for name in shapes if name.startswith("unet.")]
-    levels = 1 + max((int(m[1]) for name in names if (m := re.match(r"unet\.down_blocks\.(\d+)\.", name))), default=0)
-    placed = []
-    for name in names:
-        block = re.match(r"unet\.(down|up)_blocks\.(\d+)\.", name)
-        if "mid_block" in name:
-            level = levels - 1
-        elif block is None:
-            level = 0
-        elif block[1] == "down":
-            level = int(block[2]) + ("downsamplers" in name)
-        else:
-            level = levels - 1 - int(block[2]) - ("upsamplers" in name)
-        if re.search(r"time_emb|add_embedding", name):
-            places = 1
-        elif name.endswith(("attn2.to_k", "attn2.to_v")):
-            places = tokens
-        else:
-            places = math.ceil(height / 2**level) * math.ceil(width / 2**level)
-        placed.append((name, shapes[name], places))
-    return placed
-
-
 def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:
     """Floating-point operations a second of a float32 matrix product here, measured for `seconds`."""
     import numpy
@@ -307,4 +243,4 @@ def _millions(count: int) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
+    return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.0f} MiB"

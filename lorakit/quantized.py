@@ -17,9 +17,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from lorakit.errors import LorakitError
+from lorakit.storage import BLOCK, stays_in_full
 
-# Weights of one block share a scale in NF4.
-BLOCK = 64
 # The 16 values of NF4, quantiles of a normal distribution scaled into [-1, 1] with an exact zero (Dettmers et al. 2023,
 # arXiv 2305.14314, appendix E).
 NF4 = (
@@ -155,16 +154,13 @@ def quantize(weight: torch.Tensor, kind: str) -> QuantizedWeight:
     return QuantizedWeight(nearest[:, 0] << 4 | nearest[:, 1], scales, kind, tuple(weight.shape))
 
 
-def quantize_layers(module: nn.Module, kind: str, whole: tuple[str, ...], device: torch.device | str) -> None:
+def quantize_layers(unet: nn.Module, kind: str, device: torch.device | str) -> None:
     """Put the weights of linear and convolutional layers into few bits on `device`, one after the other.
 
-    Left in full: biases, norms, layers whose path has one of the names in `whole` in it, and weights that are not whole
-    blocks (a few thousand values in the smallest models).
+    Left in full: biases, norms, and the layers of which `storage.stays_in_full` says so.
     """
-    for path, layer in module.named_modules():
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or not set(whole).isdisjoint(path.split(".")):
-            continue
-        if layer.weight.numel() % BLOCK == 0:
+    for path, layer in unet.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not stays_in_full(path, layer.weight.numel()):
             layer.weight = nn.Parameter(quantize(layer.weight.to(device), kind), requires_grad=False)
 
 

@@ -20,13 +20,15 @@ PACKAGE = ROOT / "lorakit"
 
 # Room -> the rooms it may import. Imports run one way: ground <- config <- the rooms that do the work, which do not
 # know each other <- what brings them together <- train <- the front end <- the command line.
-GROUND = {"errors", "registry", "randomness", "weights", "atomic", "modelfile", "products", "quantized"}
+GROUND = {"errors", "registry", "randomness", "weights", "atomic", "modelfile"}
+GROUND |= {"products", "quantized", "storage"}
 WORK = {"config", "knob", *GROUND}
 TOGETHER = {"families", "adapters", "data", "objective", "optim", "memory", "export", *WORK}
 RUN = {
     "checkpoint",
     "encode",
     "evaluate",
+    "footprint",
     "pictures",
     "plan",
     "report",
@@ -43,7 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": set(),
     "atomic": {"errors"},
     "products": set(),
-    "quantized": {"errors"},
+    "quantized": {"errors", "storage"},
+    "storage": set(),
     "modelfile": {"errors"},
     "terminal": set(),
     "knob": set(),
@@ -58,7 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pocket": {"errors"},
     "pictures": {"atomic"},
     "run_folder": {"pictures", *WORK},
-    "plan": {"adapters", "data", "terminal", *WORK},
+    "footprint": WORK,
+    "plan": {"adapters", "data", "footprint", "terminal", *WORK},
     "step": {"encode", "objective", "randomness", "config"},
     "evaluate": {"data", "families", "objective", *WORK},
     "checkpoint": {"run_folder", *WORK},
@@ -84,6 +88,7 @@ LIGHT = [
     "lorakit",
     "lorakit.config",
     "lorakit.cli",
+    "lorakit.footprint",
     "lorakit.plan",
     "lorakit.demo",
     "lorakit.doctor",

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit import adapters, families, quantized
+from lorakit import adapters, families, quantized, storage
 from lorakit.adapters import adapter as adapter_module
 from lorakit.config import DoraConfig, LoraConfig
 from lorakit.errors import LorakitError
-from lorakit.families import components
 
 KINDS = ("int8", "nf4")
+KINDS_OF_LAYER = (nn.Linear, nn.Conv2d)
 # Root mean square error of normally distributed weights, as a share of their own.
 ERROR = {"int8": (0.005, 0.012), "nf4": (0.085, 0.1)}
 
@@ -113,7 +113,7 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
     layer, value = layers()[number]
     layer.requires_grad_(False)
     small = copy.deepcopy(layer)
-    quantized.quantize_layers(small, kind, (), "cpu")
+    quantized.quantize_layers(small, kind, "cpu")
     layer.weight.copy_(small.weight.whole())  # type: ignore[operator]
     saved: list[torch.Tensor] = []
     results = []
@@ -134,7 +134,7 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_moves_and_copies_with_its_module(kind: str) -> None:
     layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
-    quantized.quantize_layers(layer, kind, (), "cpu")
+    quantized.quantize_layers(layer, kind, "cpu")
     whole = layer[0].weight.whole()
     twin = copy.deepcopy(layer)
     assert torch.equal(twin[0].weight.whole(), whole)
@@ -157,8 +157,8 @@ def test_it_cannot_be_changed() -> None:
 # -- in a base --------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, storage: str, dtype: torch.dtype = torch.float32) -> Any:
-    return families.load(families.describe(folder), "cpu", dtype, storage)
+def load(folder: Path, kind: str) -> Any:
+    return families.load(families.describe(folder), "cpu", torch.float32, kind)
 
 
 def predict(family: Any) -> torch.Tensor:
@@ -177,9 +177,9 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
     left = {
         path.partition(".")[0]
         for path, layer in small.unet.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not isinstance(layer.weight, quantized.QuantizedWeight)
+        if isinstance(layer, KINDS_OF_LAYER) and not isinstance(layer.weight, quantized.QuantizedWeight)
     }
-    assert left == set(components.IN_FULL) & {
+    assert left == set(storage.IN_FULL) & {
         path for path, child in small.unet.named_children() if list(child.parameters())
     }
     others = [*small.vae.parameters(), *(p for e in small.text_encoders.values() for p in e.parameters())]
@@ -188,8 +188,11 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
     with torch.no_grad():
         error = relative(predict(small), predict(full))
     assert 0 < error < {"int8": 0.02, "nf4": 0.35}[kind]
-    share = quantized.stored_bytes(small.unet) / quantized.stored_bytes(full.unet)
-    assert share < {"int8": 0.35, "nf4": 0.25}[kind]
+    weights = {path: layer.weight for path, layer in small.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
+    rest = sum(p.nbytes for path, p in small.unet.named_parameters() if path.removesuffix(".weight") not in weights)
+    predicted = sum(storage.size_of(path, weight.shape, kind, 4) for path, weight in weights.items())
+    assert quantized.stored_bytes(small.unet) == predicted + rest
+    assert predicted < 0.4 * sum(weight.numel() * 4 for weight in weights.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,7 +217,7 @@ def test_an_adapter_learns_on_it_as_on_its_whole_weights(tiny_sd1: Path, kind: s
         gradients.append({name: parameter.grad.clone() for name, parameter in adapter.parameters().items()})
     for found in gradients[:2]:
         for name, right in gradients[2].items():
-            assert relative(found[name], right) < 1e-5, name
+            assert relative(found[name], right) < 1e-4, name  # other kernels, other rounding
 
 
 def test_peft_cannot_fuse_into_it(tiny_sd1: Path) -> None:

@@ -19,9 +19,6 @@ from lorakit.families.headers import read_json
 # float16 ends at 6e-8, and the gradient of a mean over a latent's values begins at about 1e-4. A fixed power of two
 # costs no rounding and, unlike a scale that adapts, no look at the gradients; an overflow is found like any other NaN.
 FP16_GRADIENT_SCALE = 2.0**13
-# Layers of a UNet that keep their weights in full whatever its storage is: first and last layer, and what embeds the
-# timestep and SDXL's sizes, whose error every block would hear. They are a hundredth of the weights.
-IN_FULL = ("conv_in", "conv_out", "time_embedding", "add_embedding")
 
 
 @contextlib.contextmanager
@@ -69,7 +66,7 @@ def load_unet(info: BaseInfo, device: torch.device, dtype: torch.dtype, storage:
         return unet
     # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
     unet = load_module(info, "unet", UNet2DConditionModel, torch.device("cpu"), dtype)
-    quantized.quantize_layers(unet, storage, IN_FULL, device)
+    quantized.quantize_layers(unet, storage, device)
     return unet.to(device)
 
 

@@ -1,0 +1,272 @@
+"""Memory of a training step: what `lorakit check` predicts beside what the step's tensors take.
+
+    python benchmarks/memory.py [--quick] [--real] [--json FILE]
+
+A step of the true architectures (random weights) is run on fake tensors, which have shapes and lifetimes but no values:
+every storage that an operation makes is counted from when it comes to when the last holder lets it go. That gives the
+exact peak of live tensor bytes of SDXL at 1024 px on any laptop, in seconds. What it leaves out is the device's own:
+kernels' work space, the allocator's rounding, the CUDA context. `--real` runs one SD1.5 step with real values beside
+it, on the CPU: the count must be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lorakit import adapters, config, footprint, memory, optim, plan, quantized
+from lorakit.adapters import targets
+from lorakit.weights import canonical
+
+GIB = 2**30
+SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
+SD21 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+UNETS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
+# Name, resolution, batch, target modules, gradient checkpointing, storage of the base.
+CASES = [
+    ("sd15", 512, 1, "attention", False, "full"),
+    ("sd15", 512, 1, "attention", True, "full"),
+    ("sd15", 512, 1, "attention", True, "int8"),
+    ("sd15", 512, 1, "attention", True, "nf4"),
+    ("sdxl", 1024, 1, "attention", False, "full"),
+    ("sdxl", 1024, 1, "attention", True, "full"),
+    ("sdxl", 1024, 1, "attention", True, "int8"),
+    ("sdxl", 1024, 1, "attention", True, "nf4"),
+    ("sd15", 512, 1, "linear", True, "nf4"),
+    ("sdxl", 1024, 1, "linear", True, "nf4"),
+    ("sd15", 512, 1, "linear+conv", False, "full"),
+    ("sd15", 512, 4, "attention", False, "full"),
+    ("sd15", 512, 4, "attention", True, "full"),
+    ("sd21", 768, 1, "attention", False, "full"),
+    ("sd21", 768, 1, "attention", True, "full"),
+    ("sdxl", 512, 1, "attention", True, "full"),
+    ("sdxl", 1024, 1, "linear+conv", False, "full"),
+    ("sdxl", 1024, 2, "linear", True, "full"),
+]
+# The autoencoder of all three.
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+
+
+@dataclass
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make while it is on: now, and the most there ever were."""
+
+    now: int = 0
+    peak: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it, and look at what came out."""
+        if quantized.QuantizedWeight in types:
+            return NotImplemented  # it makes itself whole first, and that is to be counted
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return made
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Take a tensor's storage into account until it is gone."""
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, size).atexit = False
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+@contextlib.contextmanager
+def fake(on: bool = True) -> Iterator[None]:
+    """Tensors without values inside."""
+    with FakeTensorMode() if on else contextlib.nullcontext():
+        yield
+    quantized._pairs.cache_clear()
+
+
+def main() -> None:
+    """Measure, predict, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="SD1.5 alone")
+    parser.add_argument("--real", action="store_true", help="one SD1.5 step with values too, to check the count")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    rows = []
+    print(f"{'bf16, rank 16':<46}{'weights':>9}{'step':>9}{'predicted':>11}{'off':>8}   GiB")
+    for case in CASES[:4] if arguments.quick else CASES:
+        settings = chosen(*case[1:])
+        measured, predicted = measure(case[0], settings), predict(case[0], settings)
+        name = f"{case[0]} {case[1]} px x {case[2]}, {case[3]}, {'checkpointing, ' if case[4] else ''}{case[5]}"
+        off = predicted / measured["peak"] - 1
+        print(
+            f"{name:<46}{measured['base'] / GIB:>9.2f}{measured['peak'] / GIB:>9.2f}{predicted / GIB:>11.2f}{off:>8.1%}"
+        )
+        rows.append({"name": name, "value": measured["peak"] / GIB, "unit": "GiB", "ratio": 1 + off})
+    if arguments.real:
+        settings = chosen(512, 1, "attention", True, "nf4")
+        counted, real = (measure("sd15", settings, real=real)["peak"] for real in (False, True))
+        print(f"sd15, checkpointing, nf4: {counted:,} bytes on fake tensors, {real:,} with values")
+        rows.append({"name": "sd15 with values", "value": real / GIB, "unit": "GiB", "ratio": counted / real})
+    for side in (512, 1024):
+        for what, count in encoding(side).items():
+            print(
+                f"autoencoder, {what} {side} px: {count / GIB:.2f} GiB beside its weights, {count / side**2:.0f} a pixel"
+            )
+            rows.append({"name": f"{what} {side} px", "value": count / GIB, "unit": "GiB", "ratio": None})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def chosen(resolution: int, batch: int, modules: str, checkpointing: bool, storage: str) -> config.Config:
+    """The config of a measured step."""
+    settings = {
+        "train.steps": 1,
+        "train.batch_size": batch,
+        "data.resolution": resolution,
+        "adapter.target_modules": modules,
+        "memory.device": "cuda",
+        "memory.mixed_precision": "bf16",
+        "memory.gradient_checkpointing": checkpointing,
+        "memory.base_storage": storage,
+    }
+    return config.load(None, settings)
+
+
+def predict(name: str, settings: config.Config) -> int:
+    """What `lorakit check` says of the same step, without what Python and torch take themselves."""
+    info = SimpleNamespace(layers=layers(name), downscale=8, max_tokens=77, bytes={})
+    selected = targets.select(info.layers, settings.adapter.target_modules, False)
+    modules = plan.count_weights(selected, info.layers, settings.adapter)
+    return sum(
+        bytes for part, bytes in footprint.training(settings, info, modules, "cuda").items() if part != "runtime"
+    )
+
+
+def encoding(side: int) -> dict[str, int]:
+    """Bytes that Stable Diffusion's autoencoder needs for a picture beside its weights: {"encoding", "decoding"}."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(**VAE).eval().requires_grad_(False)
+    found = {}
+    with fake(), Live() as live, torch.no_grad():
+        give_values(vae)
+        for what, inside, function in (("encoding", (3, side), vae.encode), ("decoding", (4, side // 8), vae.decode)):
+            picture = torch.randn(1, inside[0], inside[1], inside[1])
+            before = live.peak = live.now
+            function(picture)
+            found[what] = live.peak - before
+    return found
+
+
+def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[str, int]:
+    """Bytes of one optimizer step, the second of two (the first makes the optimizer's state): {"peak", "base"}."""
+    dtype = memory.PRECISIONS[settings.memory.mixed_precision]
+    batch, side = settings.train.batch_size, settings.data.resolution // 8
+    unet = outline(name, settings, dtype)
+    base = quantized.stored_bytes(unet)
+    family = "sdxl" if name == "sdxl" else "sd1"
+    target = SimpleNamespace(info=SimpleNamespace(family=family), modules=lambda: {"unet": unet})
+    adapter = adapters.attach(target, settings.adapter)
+    memory.gradient_checkpointing(SimpleNamespace(unet=unet), settings.memory.gradient_checkpointing)
+    with fake(not real), Live() as live:
+        give_values(unet)
+        optimizer = optim.build(settings.optimizer, adapter.groups())
+        noisy = torch.randn(batch, 4, side, side)
+        states = torch.randn(batch, 77, UNETS[name]["cross_attention_dim"])
+        added = {"text_embeds": torch.randn(batch, 1280).to(dtype), "time_ids": torch.ones(batch, 6).to(dtype)}
+        more = {"added_cond_kwargs": added} if name == "sdxl" else {}
+        steps = torch.full((batch,), 500)
+        for _ in range(2):
+            live.peak = live.now
+            predicted = unet(noisy.to(dtype), steps, states.to(dtype), return_dict=False, **more)[0]
+            loss = (predicted.float() - noisy).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            del predicted, loss
+        found = {"peak": live.peak, "base": base}
+    del unet, adapter, optimizer, target
+    gc.collect()
+    return found
+
+
+def outline(name: str, settings: config.Config, dtype: torch.dtype) -> Any:
+    """The frozen UNet on the meta device, its weights stored as the config wants them."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[name]).to(dtype).eval().requires_grad_(False)
+    if settings.memory.base_storage != "full":
+        quantized.quantize_layers(unet, settings.memory.base_storage, "meta")
+    return unet
+
+
+def give_values(module: Any) -> None:
+    """Move a module from the meta device to the CPU: small random values, or none on fake tensors."""
+
+    def fill(old: torch.Tensor) -> torch.Tensor:
+        if old.dtype.is_floating_point:
+            return torch.randn(old.shape, dtype=old.dtype).mul_(0.02)
+        return torch.zeros(old.shape, dtype=old.dtype)
+
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if isinstance(old, quantized.QuantizedWeight):
+                new = quantized.QuantizedWeight(fill(old.codes), fill(old.scales), old.kind, tuple(old.shape))
+                part._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
+            elif old is not None:
+                part._parameters[name] = torch.nn.Parameter(fill(old), requires_grad=old.requires_grad)
+        assert not [name for name, buffer in part._buffers.items() if buffer is not None], "a UNet has no buffers"
+
+
+def layers(name: str) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> weight shape of a UNet's layers, as `families.describe` has them."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[name])
+    return {
+        canonical("unet", path): tuple(layer.weight.shape)
+        for path, layer in unet.named_modules()
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""How much memory a run takes, worked out from the config and the base's layer shapes; no torch.
+
+What is kept for the backward pass follows from the layers' outputs with factors that were fitted to exact counts of
+every tensor's life (`benchmarks/memory.py`); docs/memory.md has how far each prediction is off.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorakit import storage
+from lorakit.config import Config
+
+GIB = 2**30
+# Activations kept for the backward pass, as a multiple of the bytes of all layers' outputs.
+KEPT = {"attention": 1.7, "linear": 1.9, "linear+conv": 2.0}
+# With gradient checkpointing: a multiple of the blocks' inputs, which are kept, and one of the outputs of the layers in
+# the largest block, which is gone through again.
+KEPT_INPUTS, REPEATED = 0.7, 4.45
+# Bytes of optimizer state for each trained weight.
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "lion": 4, "adafactor": 1, "prodigy": 16}
+# What Python, torch and its kernels take before any model is there.
+RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
+# Stable Diffusion's autoencoder in float32: its weights, and what it needs for each pixel it encodes and decodes.
+VAE_BYTES, ENCODE_BYTES, DECODE_BYTES = 335e6, 2572, 3085
+# Rows of CLIP's table of words, which is no layer.
+VOCABULARY = 49408
+
+
+def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
+    """Part -> bytes at the peak of a training step.
+
+    Args:
+        info: the base, `families.BaseInfo`.
+        modules: component -> (adapted layers, trained weights).
+        device: "cpu", "cuda" or "mps".
+    """
+    width = _width(config, device)
+    # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
+    base = _unet(config, info, width)
+    base += sum(size for name, size in _encoders(info, width).items() if name in modules or device == "cpu")
+    base += info.bytes.get("vae", 0) if device == "cpu" else 0
+    trained = sum(weights for _, weights in modules.values())
+    pictures = config.train.batch_size * (1 if config.train.prior == "none" else 2)
+    return {
+        "base": base,
+        # The weight itself and its gradient are float32.
+        "adapter and optimizer": trained * (4 + 4 + STATE_BYTES[config.optimizer.name]),
+        "activations": round(_activations(config, info) * width * pictures),
+        "runtime": round(RUNTIME_BYTES[device]),
+    }
+
+
+def _activations(config: Config, info: Any) -> float:
+    """Values kept for the backward pass of one picture."""
+    side = config.data.resolution // info.downscale
+    layers = placed(info.layers, side, side, info.max_tokens)
+    if not config.memory.gradient_checkpointing:
+        return KEPT[config.adapter.target_modules] * sum(shape[0] * places for _, shape, places in layers)
+    inputs: dict[str, int] = {}
+    outputs: dict[str, int] = {}
+    for name, shape, places in layers:
+        block = re.match(r".*?(?:transformer_blocks|resnets)\.\d+\.", name)
+        if block:
+            inputs.setdefault(block[0], shape[1] * places)
+            outputs[block[0]] = outputs.get(block[0], 0) + shape[0] * places
+    return KEPT_INPUTS * sum(inputs.values()) + REPEATED * max(outputs.values(), default=0)
+
+
+def placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int) -> list[tuple[str, Any, int]]:
+    """Each UNet layer with the number of places it is applied at for one picture of `height` x `width` latent cells.
+
+    Down blocks halve the picture one after the other, up blocks double it; a sampler's convolution works at the size
+    it makes. Keys and values of cross-attention are of the text, and what embeds the timestep is applied once.
+    """
+    names = [name for name in shapes if name.startswith("unet.")]
+    levels = 1 + max((int(m[1]) for name in names if (m := re.match(r"unet\.down_blocks\.(\d+)\.", name))), default=0)
+    found = []
+    for name in names:
+        block = re.match(r"unet\.(down|up)_blocks\.(\d+)\.", name)
+        if "mid_block" in name:
+            level = levels - 1
+        elif block is None:
+            level = 0
+        elif block[1] == "down":
+            level = int(block[2]) + ("downsamplers" in name)
+        else:
+            level = levels - 1 - int(block[2]) - ("upsamplers" in name)
+        if re.search(r"time_emb|add_embedding", name):
+            places = 1
+        elif name.endswith(("attn2.to_k", "attn2.to_v")):
+            places = tokens
+        else:
+            places = math.ceil(height / 2**level) * math.ceil(width / 2**level)
+        found.append((name, shapes[name], places))
+    return found
+
+
+def _width(config: Config, device: str) -> int:
+    """Bytes of one of the base's weights in full."""
+    chosen = config.memory.mixed_precision
+    return 2 if chosen in ("bf16", "fp16") or (chosen == "auto" and device == "cuda") else 4
+
+
+def _unet(config: Config, info: Any, width: int) -> int:
+    """Bytes of the UNet's weights as they are stored."""
+    kind = config.memory.base_storage
+    layers = ((name.removeprefix("unet."), shape) for name, shape in info.layers.items() if name.startswith("unet."))
+    return sum(storage.size_of(path, shape, kind, width) for path, shape in layers)
+
+
+def _encoders(info: Any, width: int) -> dict[str, int]:
+    """Text encoder -> bytes of its weights."""
+    found: dict[str, int] = {}
+    for name, shape in info.layers.items():
+        component = name.partition(".")[0]
+        if component != "unet":
+            if component not in found:  # the first layer is as wide as the table of words
+                found[component] = VOCABULARY * shape[1] * width
+            found[component] += math.prod(shape) * width
+    return found
