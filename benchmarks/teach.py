@@ -5,7 +5,8 @@
 For every subject or style, by the judge (a classifier trained on renders only):
 
     taken for it     pictures on scenes it was not shown on whose features are nearest to its own real renders
-    scene right      of those pictures, the share that shows the scene asked for
+    scene right      of those pictures, the share that shows the scene asked for, and in brackets what the judge sees
+                     in its real renders: it never learned to read scenes in two inks or in neon
     without trigger  the same prompts without the rare word: what is nearest to it must stay what it was
     others kept      "a photo of a mug" and its like: the kind's score after, as a share of the score before
 
@@ -53,13 +54,14 @@ def main() -> None:
         shuffle_targets()
     overrides = dict(map(config.parse_override, arguments.set))
     rows = []
-    print(f"{'':<14}{'taken for it':>16}{'scene right':>13}{'without trigger':>17}{'others kept':>13}{'seconds':>9}")
+    titles = f"{'':<14}{'taken for it':>16}{'scene right (real)':>20}{'without trigger':>17}"
+    print(f"{titles}{'others kept':>13}{'seconds':>9}")
     for name in arguments.names:
         row = teach(name, overrides, arguments.grids)
         rows.append(row)
         kept = row["others_after"] / max(row["others_before"], 1e-9)
         print(
-            f"{name:<14}{row['before']:>8.0%} ->{row['after']:>5.0%}{row['scene']:>13.0%}"
+            f"{name:<14}{row['before']:>8.0%} ->{row['after']:>5.0%}{row['scene']:>12.0%} ({row['scene_real']:>4.0%})"
             f"{row['untriggered_before']:>9.0%} ->{row['untriggered']:>5.0%}{kept:>13.0%}{row['seconds']:>9.0f}",
             flush=True,
         )
@@ -124,15 +126,19 @@ def _measure(name: str, chosen: config.Config, adapter: Path, noun: str, grids: 
     after, plain_after, others_after = draw(asked), draw(untriggered), draw(others)
     if grids:
         grids.mkdir(parents=True, exist_ok=True)
-        real = [image for image, _ in subjects.pictures(name, len(UNSEEN), seed=0)]
         columns = len(asked)
-        shown = real + before[:columns] + after[:columns]
+        shown = [image for image, _ in subjects.pictures(name, columns, seed=0)] + before[:columns] + after[:columns]
         pictures.save(pictures.grid(shown, ["it", "base", "adapter"], asked), grids / f"{name}.png")
     scenes = [{"scene": scene} for scene, _ in pairs] * DRAWS
+    real = subjects.pictures(name, 64, seed=1, scenes=UNSEEN)
+    visible = judge.scores([image for image, _ in real], [{"scene": shown.scene} for _, shown in real])
     return {
         "before": judge.subject_score(before, name),
         "after": judge.subject_score(after, name),
         "scene": judge.scores(after, scenes)["scene"],
+        "scene_real": judge.scores([image for image, _ in real], [{"scene": shown.scene} for _, shown in real])[
+            "scene"
+        ],
         "untriggered_before": judge.subject_score(plain_before, name),
         "untriggered": judge.subject_score(plain_after, name),
         "others_before": judge.scores(others_before, wanted_kinds)["kind"],
