@@ -136,9 +136,7 @@ def _measure(name: str, chosen: config.Config, adapter: Path, noun: str, grids: 
         "before": judge.subject_score(before, name),
         "after": judge.subject_score(after, name),
         "scene": judge.scores(after, scenes)["scene"],
-        "scene_real": judge.scores([image for image, _ in real], [{"scene": shown.scene} for _, shown in real])[
-            "scene"
-        ],
+        "scene_real": visible["scene"],
         "untriggered_before": judge.subject_score(plain_before, name),
         "untriggered": judge.subject_score(plain_after, name),
         "others_before": judge.scores(others_before, wanted_kinds)["kind"],
