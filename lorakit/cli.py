@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -18,15 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorakit import __version__, config as configuration, workbench
+from lorakit import __version__, config as configuration, footprint, workbench
 from lorakit.errors import LorakitError
 from lorakit.terminal import Terminal, quiet_libraries
-
-# The three cheapest ways out, the one that changes least of the result first.
-OUT_OF_MEMORY = (
-    "the device has too little memory for this run; in this order: --set memory.gradient_checkpointing=true, "
-    "--set train.batch_size=1, a smaller data.resolution"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(str(error))
             return 2 if isinstance(error, configuration.ConfigError) else 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it to ask would cost seconds
-            _complain(OUT_OF_MEMORY)
+            _complain(footprint.advice("lorakit"))
             return 1
         _complain(f"internal error: {type(error).__name__}: {_first_line(error)}; traceback in {_log(error)}")
         return 1
@@ -165,7 +160,7 @@ def run_check(args: argparse.Namespace) -> int:
     from lorakit.data import check
 
     config = resolve(args, _terminal(args))
-    info = families.describe(config.model.base)
+    info = families.describe(config.model)
     report = check.check(config.data, info)
     planned = None if report.errors else plan.make(config, info, report)
     if args.json:
@@ -238,7 +233,7 @@ def run_sample(args: argparse.Namespace) -> int:
     config = sample.recorded(adapter, _overrides(args.set))
     files = sample.from_file(
         adapter,
-        args.base,
+        dataclasses.replace(config.model, base=args.base),
         args.prompt or config.sample.prompts,
         args.strength,
         config.sample,

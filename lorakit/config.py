@@ -34,7 +34,15 @@ class ConfigError(LorakitError):
 class ModelConfig:
     """What is adapted."""
 
-    base: str = knob("pocket", "Base model: 'pocket' (bundled) or a folder in diffusers layout.", path=True)
+    base: str = knob(
+        "pocket",
+        "Base: 'pocket' (bundled), a .safetensors file, a diffusers folder, or a hub id (owner/name[@revision]).",
+        path=True,
+    )
+    tokenizer: str = knob("", "Folder of the tokenizer for a base in a single file. Empty: CLIP's own.", path=True)
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"] = knob(
+        "auto", "What the base predicts. auto: as it says itself, which is printed."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

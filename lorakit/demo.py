@@ -117,7 +117,7 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
     from lorakit.pocket.judge import Judge
 
     device = memory.device(config.memory)
-    info = families.describe(config.model.base)
+    info = families.describe(config.model)
     family = families.load(info, device, memory.dtype(config.memory, device), config.memory.base_storage)
 
     def draw() -> list[Any]:

@@ -79,6 +79,6 @@ def preview(config: Config, report: check.Report | None = None) -> Preview:
     Raises:
         LorakitError: the folder or the base cannot be read.
     """
-    info = families.describe(config.model.base)
+    info = families.describe(config.model)
     report = report or check.check(config.data, info)
     return Preview(info, report, None if report.errors else plan.make(config, info, report))

@@ -11,10 +11,15 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
+
+if TYPE_CHECKING:
+    import torch
 
 _MAX_HEADER = 100_000_000  # the library's own limit
 _MAGIC = {
@@ -133,20 +138,48 @@ def kind(shapes: dict[str, tuple[int, ...]]) -> str:
 
 def scalars(header: Header, suffix: str) -> dict[str, float]:
     """The values of all one-element tensors whose name ends in `suffix`, by name (used for `.alpha`)."""
-    found: dict[str, float] = {}
+    one = [name for name, info in header.tensors.items() if name.endswith(suffix) and info.shape in ((), (1,))]
+    return {name: found[0] for name in one if (found := values(header, name))}
+
+
+def values(header: Header, name: str) -> list[float]:
+    """The numbers of one tensor in memory order; [] where its dtype is none of the usual."""
+    formats = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i"}
+    info = header.tensors[name]
     with header.path.open("rb") as file:
-        for name, info in header.tensors.items():
-            if not name.endswith(suffix) or info.shape not in ((), (1,)):
-                continue
-            file.seek(info.start)
-            value = _number(info.dtype, file.read(info.end - info.start))
-            if value is not None:
-                found[name] = value
-    return found
-
-
-def _number(dtype: str, raw: bytes) -> float | None:
-    formats = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
+        file.seek(info.start)
+        raw = file.read(info.end - info.start)
+    dtype = info.dtype
     if dtype == "BF16":  # the upper half of a float32
-        dtype, raw = "F32", b"\0\0" + raw
-    return float(struct.unpack(formats[dtype], raw)[0]) if dtype in formats else None
+        dtype, raw = "F32", b"".join(b"\0\0" + raw[at : at + 2] for at in range(0, len(raw), 2))
+    return [float(value[0]) for value in struct.iter_unpack(f"<{formats[dtype]}", raw)] if dtype in formats else []
+
+
+_TORCH = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"},
+    **{"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
+}
+
+
+def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, on the CPU, one at a time in the order in which they lie in the file.
+
+    They are read, not mapped: memory holds no more than what the caller keeps, and a file that is replaced meanwhile
+    is a wrong number at the worst, not the end of the process.
+
+    Raises:
+        LorakitError: a tensor in a dtype that torch does not have.
+    """
+    import torch
+
+    with header.path.open("rb") as file:
+        for name in sorted(names, key=lambda name: header.tensors[name].start):
+            info = header.tensors[name]
+            if info.dtype not in _TORCH:
+                raise LorakitError(f"{header.path}: {name} is in {info.dtype}, which cannot be read here")
+            # Torch's own memory is aligned as its kernels like it.
+            raw = torch.empty(info.end - info.start, dtype=torch.uint8)
+            file.seek(info.start)
+            file.readinto(raw.numpy().data)
+            yield name, raw.view(getattr(torch, _TORCH[info.dtype])).reshape(info.shape)

@@ -52,6 +52,7 @@ class Plan:
         memory: part -> bytes, estimated.
         seconds: estimated duration, or None where nothing honest can be said beforehand.
         device: where it will run, as far as it can be told without torch.
+        notes: how what the base does not say was decided, a line each.
     """
 
     base: str
@@ -71,6 +72,7 @@ class Plan:
     memory: dict[str, int]
     seconds: float | None
     device: str
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `plan.json` and `--json`."""
@@ -86,6 +88,7 @@ class Plan:
         spent = "measured in the first steps" if self.seconds is None else f"about {duration(self.seconds)} (estimate)"
         return [
             f"base: {self.base} ({self.family}, predicts {self.prediction_type})",
+            *self.notes,
             f"photos: {self.photos} to train on{held}",
             f"adapter: {self.method}, {trained}",
             f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}",
@@ -118,6 +121,7 @@ def make(config: Config, info: Any, report: Any) -> Plan:
     alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
     return Plan(
         base=info.title,
+        notes=info.notes,
         family=info.family,
         prediction_type=info.prediction_type,
         method=config.adapter.method,

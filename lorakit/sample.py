@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -23,7 +22,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 
 from lorakit import __version__, adapters, export, families, memory as placement
-from lorakit.config import Config, ConfigError, MemoryConfig, SampleConfig, from_tables, load
+from lorakit.cache_folder import cache_folder
+from lorakit.config import Config, ConfigError, MemoryConfig, ModelConfig, SampleConfig, from_tables, load
 from lorakit.data import captions
 from lorakit.errors import LorakitError
 from lorakit.evaluate import inference
@@ -76,7 +76,7 @@ def draw(
 
 def from_file(
     adapter: Path,
-    base: str,
+    base: str | ModelConfig,
     prompts: Sequence[str],
     strengths: Sequence[float],
     sample: SampleConfig,
@@ -126,7 +126,7 @@ def from_file(
 
 def draw_weights(
     weights: AdapterWeights,
-    base: str,
+    base: str | ModelConfig,
     prompts: Sequence[str],
     strengths: Sequence[float],
     sample: SampleConfig,
@@ -188,7 +188,7 @@ def class_images(
     Whatever is missing is drawn, whether that is all, what an interruption left or what a higher `count` asks for.
 
     Args:
-        folder: cache to use instead of `LORAKIT_CACHE` or ~/.cache/lorakit.
+        folder: cache to use instead of the user's.
 
     Raises:
         LorakitError: the cache cannot be written.
@@ -231,11 +231,6 @@ def as_pixels(images: Sequence[Image.Image], batch: int) -> Iterator[torch.Tenso
     for start in range(0, len(images), batch):
         arrays = [np.asarray(image.convert("RGB")) for image in images[start : start + batch]]
         yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def cache_folder() -> Path:
-    """Where things are kept that several runs share: `LORAKIT_CACHE`, or ~/.cache/lorakit."""
-    return Path(os.environ.get("LORAKIT_CACHE") or Path.home() / ".cache" / "lorakit")
 
 
 def _pipeline(family: Any) -> tuple[Any, str]:

@@ -26,7 +26,7 @@ def read(path: Path) -> AdapterWeights:
     """
     run = RunFolder(path.parent.parent)
     config, saved = configuration.load(run.config_file), checkpoint.load(path)
-    info = families.describe(config.model.base)
+    info = families.describe(config.model)
     try:
         plan = json.loads(run.plan_file.read_text(encoding="utf-8"))
         photos, batches = int(plan["photos"]), int(plan["batches"])

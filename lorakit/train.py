@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ def train(config: Config, *, terminal: Terminal | None = None) -> Result:
         LorakitError: photos, base or machine do not allow it, training went wrong, or the self-check failed.
         Stopped: after SIGINT, SIGTERM or a `stop` file in the run folder; the state is saved.
     """
+    config = replace(config, model=families.pin(config.model))
     folder = RunFolder.create(config)
     return _recorded(config, folder, terminal or Terminal(), None)
 
@@ -163,10 +164,13 @@ class _Run:
     def go(self) -> Result:
         """The story: prepare, train, finish."""
         self.look()
-        self.load()
-        self.encode()
+        with memory.enough("loading the base", self.config):
+            self.load()
+        with memory.enough("encoding the photos", self.config):
+            self.encode()
         self.loop()
-        return self.finish()
+        with memory.enough("checking the exported file", self.config):
+            return self.finish()
 
     # -- prepare ------------------------------------------------------------------------------------------------
 
@@ -175,7 +179,7 @@ class _Run:
         config = self.config
         self.started = time.time()
         self.board = _board(self.folder.path, config.output.tensorboard)
-        self.info = families.describe(config.model.base)
+        self.info = families.describe(config.model)
         for name in config.output.formats:
             refusal = registry.load(registry.EXPORTS, name).check(config.adapter.method, self.info.family)
             if refusal:
@@ -266,13 +270,11 @@ class _Run:
         """Gradients of one optimizer step; its mean loss, on the device."""
         parts = self.config.train.gradient_accumulation_steps
         total = torch.zeros((), device=self.device)
-        try:
+        with memory.enough(f"step {step + 1}", self.config):
             for part in range(parts):
                 loss = self.step.loss(step * parts + part) / parts
                 loss.backward()
                 total += loss.detach()
-        except torch.OutOfMemoryError:
-            raise LorakitError(memory.advice(self.config, step + 1)) from None
         return total
 
     def _after(self, step: int) -> int:

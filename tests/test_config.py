@@ -357,7 +357,7 @@ def test_resolved_text_is_utf8_and_says_everything() -> None:
 def test_no_place_on_the_machine_is_in_the_metadata() -> None:
     secret = "/somewhere/private"
     places = {knob.key: secret for knob in config.knobs() if knob.path}
-    assert set(places) == {"model.base", "data.folder", "train.init_from", "output.folder"}
+    assert set(places) == {"model.base", "model.tokenizer", "data.folder", "train.init_from", "output.folder"}
     loaded = config.load("subject-sd15", {**places, "data.name": "sks dog"})
     assert secret in config.to_toml(loaded)
     public = config.with_paths_removed(loaded)

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lorakit"
 # Room -> the rooms it may import. Imports run one way: ground <- config <- the rooms that do the work, which do not
 # know each other <- what brings them together <- train <- the front end <- the command line.
 GROUND = {"errors", "registry", "randomness", "weights", "atomic", "modelfile"}
-GROUND |= {"products", "quantized", "storage"}
+GROUND |= {"ldm", "products", "quantized", "storage"}
 WORK = {"config", "knob", *GROUND}
 TOGETHER = {"families", "adapters", "data", "objective", "optim", "memory", "export", *WORK}
 RUN = {
@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quantized": {"errors", "storage"},
     "storage": set(),
     "modelfile": {"errors"},
+    "ldm": {"errors", "modelfile"},
     "terminal": set(),
     "knob": set(),
     "config": {"errors", "registry", "knob"},
@@ -82,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 # Raised on purpose, with the reason in the commit.
-KNOBS = 61
+KNOBS = 63
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 500, 100
 LIGHT = [
     "lorakit",

@@ -51,7 +51,8 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         },
     )
     folder = RunFolder.create(chosen)
-    base = SimpleNamespace(path=tmp_path / "base", downscale=8, max_tokens=77, layers={})
+    tokenizers = {"tokenizer": tmp_path / "base" / "tokenizer"}
+    base = SimpleNamespace(tokenizers=tokenizers, downscale=8, max_tokens=77, layers={})
     found = check.check(chosen.data, base)
     folder.event("message", message="device: cpu, base in float32")
     for step in range(1, 31):

@@ -126,7 +126,7 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 # Options that are seen elsewhere, and where.
 SEEN_ELSEWHERE = {
-    "model.base": "families: test_base.py",
+    **dict.fromkeys(("model.base", "model.tokenizer", "model.prediction_type"), "families: test_base, test_singlefile"),
     "data.folder": "every run",
     "data.kind": "test_captions.py, prompts of a style",
     "data.instance_prompt": "test_captions.py",

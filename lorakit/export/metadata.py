@@ -30,7 +30,7 @@ ALLOWED = frozenset(
         *("modelspec.date", "modelspec.resolution", "modelspec.prediction_type", "modelspec.trigger_phrase"),
         *("modelspec.encoder_layer", "modelspec.description", "modelspec.usage_hint"),
         *("lorakit.version", "lorakit.family", "lorakit.method", "lorakit.layers_per_block"),
-        *("lorakit.base", "lorakit.config"),
+        *("lorakit.base", "lorakit.base_source", "lorakit.config"),
     }
 )
 # Made anew by every writer from the weights themselves, so never carried from one file to another.
@@ -81,6 +81,8 @@ class Base(Protocol):
     def title(self) -> str: ...
     @property
     def hash(self) -> str: ...
+    @property
+    def source(self) -> str: ...
 
 
 def build(
@@ -130,6 +132,8 @@ def build(
         "lorakit.base": base.hash,
         "lorakit.config": json.dumps(_public(config), ensure_ascii=False, sort_keys=True),
     }
+    if base.source:
+        found["lorakit.base_source"] = base.source
     if trigger:
         found["modelspec.trigger_phrase"] = trigger
         # A1111 shows this as the tag cloud; it must be a JSON object of objects.

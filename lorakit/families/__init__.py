@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit import registry
-from lorakit.families.base import BaseInfo, describe
+from lorakit.families.base import BaseInfo, describe, pin
 
 if TYPE_CHECKING:
     import torch
 
     from lorakit.families.condition import Condition
 
-__all__ = ["BaseInfo", "Family", "describe", "load"]
+__all__ = ["BaseInfo", "Family", "describe", "load", "pin"]
 
 
 class Family(Protocol):

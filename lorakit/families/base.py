@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorakit import modelfile, pocket
+from lorakit import ldm, modelfile, pocket
+from lorakit.config import ModelConfig
 from lorakit.errors import LorakitError
-from lorakit.families import headers
+from lorakit.families import headers, hub, singlefile
 from lorakit.weights import canonical
 
 CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
@@ -20,6 +22,7 @@ LOADERS = {"StableDiffusionXL": "sdxl", "StableDiffusion": "sd"}
 # Not every class with such a name is one of these families.
 OTHERS = ("StableDiffusion3", "StableDiffusionUpscale", "StableDiffusionLatentUpscale", "StableDiffusionImageVariation")
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+BUNDLED = "pocket"
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,12 @@ class BaseInfo:
     """What is known of a base before it is loaded.
 
     Attributes:
-        path: its folder, in diffusers layout.
-        family: "sd1", "sd2" or "sdxl": what adapters for it are called. With one text encoder it is sd2 where the
-            UNet's cross-attention is 1024 wide, which only SD2's OpenCLIP has, and sd1 otherwise, small ones included.
+        path: its folder in diffusers layout, or its one file.
+        family: "sd1", "sd2" or "sdxl": what adapters for it are called. Of a folder with one text encoder it is sd2
+            where the UNet's cross-attention is 1024 wide, which only SD2's OpenCLIP has, and sd1 otherwise, small ones
+            included.
         loader: name in `registry.FAMILIES`.
-        prediction_type: "epsilon" or "v_prediction", from the scheduler's configuration.
+        prediction_type: "epsilon" or "v_prediction".
         latent_channels: channels of the latents.
         downscale: pixels to a latent, along a side.
         max_tokens: tokens of a text, start and end included.
@@ -40,8 +44,13 @@ class BaseInfo:
         idle: layers that no gradient ever reaches: SDXL reads its first text encoder before the last layer.
         bytes: component -> bytes of its weights on disk.
         variants: component -> variant in its files' names ("fp16", "bf16" or None).
+        configs: component -> its configuration; "scheduler" and "model_index" too.
+        tokenizers: "tokenizer" and, for SDXL, "tokenizer_2" -> folder.
+        slots: of a single file, component -> where each tensor lies in it; None for a folder.
         hash: identity of weights and configuration, cheap to compute.
         title: name to call it by.
+        source: hub id with the commit, as `owner/name@commit`; empty for what lies on the machine.
+        notes: how what the base does not say was decided, a line each.
     """
 
     path: Path
@@ -56,66 +65,166 @@ class BaseInfo:
     idle: frozenset[str] = field(repr=False)
     bytes: dict[str, int]
     variants: dict[str, str | None]
+    configs: dict[str, dict[str, Any]] = field(repr=False)
+    tokenizers: dict[str, Path] = field(repr=False)
+    slots: dict[str, dict[str, ldm.Slot]] | None = field(repr=False)
     hash: str
     title: str
+    source: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def describe(base: str | Path) -> BaseInfo:
-    """Read what `base` is: "pocket", or a folder in diffusers layout.
+def describe(base: str | Path | ModelConfig) -> BaseInfo:
+    """Read what a base is: "pocket", a folder in diffusers layout, a single file, or a hub id, which may be fetched.
+
+    Args:
+        base: the section of the config, or `model.base` alone.
 
     Raises:
         LorakitError: it is not there, is something else (named for what it is), or lacks something (all of it listed).
     """
-    path = pocket.path() if str(base) == "pocket" else Path(base).expanduser()
-    index = _index(path, str(base))
+    model = base if isinstance(base, ModelConfig) else ModelConfig(base=str(base))
+    if model.base == BUNDLED:
+        return _of_folder(pocket.path(), model, title=BUNDLED)
+    path = Path(model.base).expanduser()
+    if path.is_file():
+        return _of_file(path, model)
+    asked = None if path.is_dir() else hub.parse(model.base)
+    if asked is None:
+        return _of_folder(path, model, title=path.resolve().name)
+    folder, commit = hub.find(asked)
+    return _of_folder(folder, model, title=asked.name.partition("/")[2], source=f"{asked.name}@{commit}")
+
+
+def pin(model: ModelConfig) -> ModelConfig:
+    """The same section, a hub id in it with the commit that it stands for now, so that a run resumes on what it began.
+
+    Raises:
+        LorakitError: as `describe`, where a hub id cannot be found.
+    """
+    asked = hub.parse(model.base) if model.base != BUNDLED and not Path(model.base).expanduser().exists() else None
+    return model if asked is None else replace(model, base=f"{asked.name}@{hub.find(asked)[1]}")
+
+
+def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") -> BaseInfo:
+    index = _index(path)
     loader = _loader(path, index)
     encoders = ["text_encoder", "text_encoder_2"] if loader == "sdxl" else ["text_encoder"]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     missing = [name for name in ("unet", "vae", "scheduler", *encoders, *tokenizers) if not (path / name).is_dir()]
     if missing:
         raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again")
-    for name in tokenizers:
-        _check_tokenizer(path / name)
-    unet, vae = (headers.read_json(path / name / "config.json") for name in ("unet", "vae"))
-    scheduler = headers.read_json(path / "scheduler" / "scheduler_config.json")
-    texts = [headers.read_json(path / name / "config.json") for name in encoders]
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
-    channels = vae.get("latent_channels", 4)
-    _check_channels(path, unet.get("in_channels", 4), channels)
+    if model.tokenizer:
+        raise LorakitError(f"base {path} has a tokenizer of its own: model.tokenizer is for bases in a single file")
+    configs = {name: headers.read_json(path / name / "config.json") for name in ("unet", "vae", *encoders)}
+    configs["scheduler"] = headers.read_json(path / "scheduler" / "scheduler_config.json")
     found = {name: headers.weight_files(path / name, WEIGHTS.get(name, "model")) for name in ("unet", "vae", *encoders)}
     layers: dict[str, tuple[int, ...]] = {}
     for component in ("unet", *encoders):
         layers |= _layers(component, headers.shapes(found[component][0]))
-    cross_dim = unet["cross_attention_dim"]
-    family = "sdxl" if loader == "sdxl" else "sd2" if cross_dim == 1024 else "sd1"
-    return BaseInfo(
+    cross_dim = configs["unet"]["cross_attention_dim"]
+    return _info(
+        model,
         path=path,
-        family=family,
+        family="sdxl" if loader == "sdxl" else "sd2" if cross_dim == 1024 else "sd1",
         loader=loader,
-        prediction_type=prediction,
-        latent_channels=channels,
-        downscale=2 ** (len(vae["block_out_channels"]) - 1),
-        max_tokens=min(_max_tokens(path / name, text) for name, text in zip(tokenizers, texts, strict=True)),
-        cross_dim=cross_dim,
         layers=layers,
-        idle=frozenset(_last_text_layer(layers, "text_encoder") if loader == "sdxl" else ()),
         bytes={name: sum(file.stat().st_size for file in files) for name, (files, _) in found.items()},
         variants={name: variant for name, (_, variant) in found.items()},
+        configs=configs | {"model_index": index},
+        tokenizers={name: path / name for name in tokenizers},
+        slots=None,
         hash=headers.identity([*_configs(path), *(file for files, _ in found.values() for file in files)]),
-        title="pocket" if str(base) == "pocket" else path.resolve().name,
+        title=title,
+        source=source,
+        notes=(f"from the hub: {source}",) if source else (),
     )
 
 
-def _index(path: Path, asked: str) -> dict[str, Any]:
+def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
+    kind = _what_file(path)
+    if kind:
+        raise LorakitError(f"base {path.name} {kind}")
+    header = modelfile.read(path)
+    checkpoint = ldm.read(header)
+    configs = singlefile.configs(checkpoint)
+    layers: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, int] = {}
+    for component, slots in checkpoint.parts.items():
+        lengths = {slot.key: header.tensors[slot.key] for slot in slots.values()}
+        sizes[component] = sum(info.end - info.start for info in lengths.values())
+        if component != "vae":
+            layers |= _layers(component, {name: slot.shape for name, slot in slots.items()})
+    told = checkpoint.prediction
+    zero = " with zero terminal SNR" if told.zero_snr else ""
+    unsure = "" if told.certain or model.prediction_type != "auto" else "; if that is wrong, set model.prediction_type"
+    note = f"prediction type: {told.type}{zero}, {told.told_by}{unsure}"
+    folder = singlefile.tokenizer(model.tokenizer)
+    return _info(
+        model,
+        path=path,
+        family=checkpoint.family,
+        loader="sdxl" if checkpoint.family == "sdxl" else "sd",
+        layers=layers,
+        bytes=sizes,
+        variants=dict.fromkeys(sizes),
+        configs=configs,
+        tokenizers={name.replace("text_encoder", "tokenizer"): folder for name in configs if name.startswith("text")},
+        slots=checkpoint.parts,
+        hash=singlefile.identity(header),
+        title=path.stem,
+        source="",
+        notes=(note,),
+    )
+
+
+def _info(model: ModelConfig, **known: Any) -> BaseInfo:
+    """What follows from the configurations, for both layouts, with what the user says of the prediction type."""
+    path, configs, loader = known["path"], known["configs"], known["loader"]
+    vae, channels = configs["vae"], configs["vae"].get("latent_channels", 4)
+    _check_channels(path, configs["unet"].get("in_channels", 4), channels)
+    for folder in known["tokenizers"].values():
+        _check_tokenizer(folder, model.tokenizer)
+    configs["scheduler"], said = _as_told(configs["scheduler"], model.prediction_type)
+    if said:
+        known["notes"] = (*known["notes"], said)
+        # With the same weights, another prediction type or schedule makes another base.
+        known["hash"] = hashlib.sha256(f"{known['hash']}/{model.prediction_type}".encode()).hexdigest()
+    prediction = configs["scheduler"].get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
+    return BaseInfo(
+        **known,
+        prediction_type=prediction,
+        latent_channels=channels,
+        downscale=2 ** (len(vae["block_out_channels"]) - 1),
+        max_tokens=min(
+            _max_tokens(folder, configs[name.replace("tokenizer", "text_encoder")])
+            for name, folder in known["tokenizers"].items()
+        ),
+        cross_dim=configs["unet"]["cross_attention_dim"],
+        idle=frozenset(_last_text_layer(known["layers"], "text_encoder") if loader == "sdxl" else ()),
+    )
+
+
+def _as_told(scheduler: dict[str, Any], wanted: str) -> tuple[dict[str, Any], str]:
+    """The schedule with the prediction type that `model.prediction_type` asks for, and a line where that changes it."""
+    before = scheduler.get("prediction_type", "epsilon"), bool(scheduler.get("rescale_betas_zero_snr"))
+    if wanted == "auto":
+        return scheduler, ""
+    zero = wanted.endswith("_zero_snr")
+    prediction = wanted.removesuffix("_zero_snr")
+    if (prediction, zero) == before:
+        return scheduler, ""
+    changed = scheduler | {"prediction_type": prediction, "rescale_betas_zero_snr": zero}
+    told = f"{before[0]}{' with zero terminal SNR' if before[1] else ''}"
+    return changed, f"prediction type: {wanted}, as model.prediction_type says; the base itself says {told}"
+
+
+def _index(path: Path) -> dict[str, Any]:
     """The folder's model_index.json, or what is there instead."""
-    if path.is_file():
-        raise LorakitError(f"base {path.name} {_what_file(path)}")
     if not path.is_dir():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", asked) and not path.parent.is_dir():
-            raise LorakitError(f"base {asked!r} is not a folder here; hub ids are not read yet: download it first")
-        raise LorakitError(f"base folder {path} does not exist")
+        raise LorakitError(f"base {path} does not exist")
     if not (path / "model_index.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise LorakitError(f"base {path} is a PEFT adapter, not a base model")
@@ -141,11 +250,14 @@ def _check_channels(path: Path, into: int, latent: int) -> None:
     raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
 
 
-def _check_tokenizer(folder: Path) -> None:
+def _check_tokenizer(folder: Path, given: str) -> None:
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
-                raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: get the base again")
+                told = (
+                    "get the base again" if not given else "model.tokenizer must name a folder with both, or a base's"
+                )
+                raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: {told}")
 
 
 def _configs(path: Path) -> list[Path]:
@@ -182,20 +294,20 @@ _ADAPTER = "is an adapter (LoRA), not a base model: give the model that it was m
 _KINDS = {
     "adapter": _ADAPTER,
     "lycoris": _ADAPTER,
-    "checkpoint": f"is a single-file checkpoint, which is not read yet; {CONVERT}",
-    "unet": "is a UNet alone: give the whole folder in diffusers layout",
+    "unet": "is a UNet alone: give the whole model",
     "vae": "is a VAE alone, not a base model",
-    "text encoder": "is a text encoder alone: give the whole folder in diffusers layout",
+    "text encoder": "is a text encoder alone: give the whole model",
     "embedding": "is a textual-inversion embedding, not a base model",
     "controlnet": "is a ControlNet, not a base model",
-    "unknown": "is a safetensors file of no kind known here: give a folder in diffusers layout",
+    "unknown": "is a safetensors file of no kind known here: give a Stable Diffusion model",
 }
 
 
 def _what_file(path: Path) -> str:
-    """What a single file given as a base is, and what to do with it; continues "base NAME ..."."""
+    """What a single file that is no whole model is, and what to do; continues "base NAME ...". Empty for a model."""
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         return f"is a pickle, which can run code when it is read; {CONVERT}"
     if path.suffix != ".safetensors":
-        return "is a file, not a base model: give a folder in diffusers layout"
-    return _KINDS[modelfile.kind(modelfile.read(path).shapes())]
+        return "is a file, not a base model: give a .safetensors file or a folder in diffusers layout"
+    kind = modelfile.kind(modelfile.read(path).shapes())
+    return _KINDS.get(kind, "")

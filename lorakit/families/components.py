@@ -11,10 +11,9 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from lorakit import products, quantized
+from lorakit import ldm, modelfile, products, quantized
 from lorakit.errors import LorakitError
 from lorakit.families.base import BaseInfo
-from lorakit.families.headers import read_json
 
 # float16 ends at 6e-8, and the gradient of a mean over a latent's values begins at about 1e-4. A fixed power of two
 # costs no rounding and, unlike a scale that adapts, no look at the gradients; an overflow is found like any other NaN.
@@ -45,17 +44,40 @@ def load_module(info: BaseInfo, component: str, cls: Any, device: torch.device, 
         LorakitError: its weights do not fit its configuration.
     """
     try:
-        module = cls.from_pretrained(
-            info.path / component,
-            dtype=dtype,
-            variant=info.variants[component],
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        if info.slots is not None:
+            module = _from_file(info, component, cls, dtype)
+        else:
+            module = cls.from_pretrained(
+                info.path / component,
+                dtype=dtype,
+                variant=info.variants[component],
+                use_safetensors=True,
+                local_files_only=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LorakitError(f"cannot load {component} of base {info.path}: {reason}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LorakitError(f"cannot load {component} of base {info.path}: {reason[:200]}") from error
     return module.to(device).eval().requires_grad_(False)
+
+
+def _from_file(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> Any:
+    """A part of a single file: built without weights, which are then read one by one in `dtype`."""
+    assert info.slots is not None
+    slots, config = info.slots[component], info.configs[component]
+    weights = {n: tensor.to(dtype).contiguous() for n, tensor in ldm.tensors(modelfile.read(info.path), slots)}
+    if not component.startswith("text_encoder"):
+        with torch.device("meta"):
+            module = cls.from_config(config)
+        module.load_state_dict(weights, assign=True)
+        return module
+    # transformers makes the buffers that are in no file, and knows by which names its version calls the weights.
+    module, said = cls.from_pretrained(
+        None, config=transformers.CLIPTextConfig(**config), state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    wrong = sorted(said["missing_keys"] | said["unexpected_keys"])
+    if wrong:
+        raise ValueError(f"{wrong[0]} is missing or unknown")
+    return module
 
 
 def load_unet(info: BaseInfo, device: torch.device, dtype: torch.dtype, storage: str = "full") -> Any:
@@ -85,12 +107,14 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> Any:
     Raises:
         LorakitError: the vocabulary is broken; transformers gives an almost empty tokenizer then, and says nothing.
     """
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(info.path / component, local_files_only=True)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(info.tokenizers[component], local_files_only=True)
     words, rows = len(tokenizer), encoder.config.vocab_size
-    if not 256 <= words <= rows:
-        raise LorakitError(
-            f"{component} of base {info.path} knows {words} words where its text encoder has {rows}: get the base again"
-        )
+    if not 256 <= words <= rows or (info.slots is not None and words != rows):
+        whose = f"{component} of base {info.path}" if info.slots is None else f"tokenizer {info.tokenizers[component]}"
+        what = "get the base again" if info.slots is None else "set model.tokenizer to the folder of the base's own"
+        raise LorakitError(f"{whose} knows {words} words where its text encoder has {rows}: {what}")
+    if info.slots is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(encoder.config.pad_token_id)
     tokenizer.model_max_length = info.max_tokens
     return tokenizer
 
@@ -123,11 +147,12 @@ def load_scheduler(info: BaseInfo) -> Any:
     Raises:
         LorakitError: diffusers knows no such scheduler.
     """
-    name = read_json(info.path / "scheduler" / "scheduler_config.json").get("_class_name", "")
+    config = dict(info.configs["scheduler"])
+    name = config.get("_class_name", "")
     cls = getattr(diffusers, name, None)
     if cls is None:
         raise LorakitError(f"base {info.path} names a scheduler {name!r} that diffusers {diffusers.__version__} lacks")
-    return cls.from_pretrained(info.path / "scheduler", local_files_only=True)
+    return cls.from_config(config)
 
 
 def noise_schedule(scheduler: Any, device: torch.device) -> torch.Tensor:

@@ -11,7 +11,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lorakit.families import components
 from lorakit.families.base import BaseInfo
 from lorakit.families.condition import Condition
-from lorakit.families.headers import read_json
 
 
 class StableDiffusionXL:
@@ -76,7 +75,7 @@ class StableDiffusionXL:
 
     def pipeline(self) -> StableDiffusionXLPipeline:
         """See `families.Family`."""
-        index = read_json(self.info.path / "model_index.json")
+        index = self.info.configs["model_index"]
         with components.quiet():
             pipeline = StableDiffusionXLPipeline(
                 vae=self.vae,

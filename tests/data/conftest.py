@@ -21,6 +21,10 @@ class BareBase:
         }
     )
 
+    @property
+    def tokenizers(self) -> dict[str, Path]:
+        return {"tokenizer": self.path / "tokenizer"}
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BareBase:

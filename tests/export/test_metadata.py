@@ -32,6 +32,7 @@ class Info:
     prediction_type: str = "epsilon"
     title: str = "dreamshaper"
     hash: str = "0123abcd"
+    source: str = ""
 
 
 def made(info=None, **extra):

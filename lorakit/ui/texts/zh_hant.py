@@ -155,7 +155,12 @@ SECTIONS = {
 
 NAMES: dict[str, str] = {}
 KNOBS = {
-    "model.base": ("基礎模型", "「pocket」(內附)或 diffusers 格式的資料夾。"),
+    "model.base": (
+        "基礎模型",
+        "「pocket」(內附)、單一 .safetensors 檔、diffusers 格式的資料夾,或 hub 識別名(owner/name[@revision])。",
+    ),
+    "model.tokenizer": ("分詞器", "單檔基礎模型所用的分詞器資料夾。留空:CLIP 自己的。"),
+    "model.prediction_type": ("預測類型", "基礎模型預測什麼。auto:依模型自述,並會顯示出來。"),
     "data.folder": ("照片", "照片所在的資料夾。只會被讀取。"),
     "data.kind": ("主體或風格", "照片的共通點:主體(subject)或風格(style)。"),
     "data.name": ("觸發詞與名稱", "觸發詞與它是什麼,例如「sks dog」或「sks style」。第一個詞就是觸發詞。"),

@@ -1,0 +1,138 @@
+"""Bases by hub id, `owner/name` or `owner/name@revision`: taken from the local cache, fetched once where they are not.
+
+The cache is huggingface_hub's own, shared with diffusers. What a name stood for when it was fetched is what it stands
+for until another revision is asked for: nothing is looked up, so a run is the same tomorrow and works offline.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from lorakit.errors import LorakitError
+from lorakit.families import headers
+
+COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+COMPONENTS |= {"text_encoder": "model", "text_encoder_2": "model"}
+FOLDERS = ("scheduler", "tokenizer", "tokenizer_2")
+# Half precision is half the download and all that a frozen base needs.
+VARIANTS = ("fp16", "bf16", None)
+_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """`owner/name`, and a branch, a tag or a commit."""
+
+    name: str
+    revision: str = "main"
+
+
+def parse(base: str) -> HubId | None:
+    """The hub id that a base is, or None: a path whose first folder is there, and a file's name, are none."""
+    match = _ID.fullmatch(base)
+    if not match or base.startswith(".") or base.endswith(".safetensors") or Path(base.partition("/")[0]).is_dir():
+        return None
+    return HubId(match[1], match[2] or "main")
+
+
+def find(asked: HubId) -> tuple[Path, str]:
+    """Folder in the cache, and the commit that it is of. Only where the cache lacks it is the network asked.
+
+    Raises:
+        LorakitError: there is no such model or revision, it is gated, it is not in diffusers layout, or the network
+            cannot be reached.
+    """
+    folder = _cached(asked) or _fetched(asked)
+    return folder, folder.name
+
+
+def _cached(asked: HubId) -> Path | None:
+    """The complete snapshot in the cache, or None. No library call: these look at the network first."""
+    from huggingface_hub import constants
+
+    repository = Path(constants.HF_HUB_CACHE) / f"models--{asked.name.replace('/', '--')}"
+    reference = repository / "refs" / asked.revision
+    commit = asked.revision
+    if not _COMMIT.fullmatch(commit):
+        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
+    folder = repository / "snapshots" / commit
+    return folder if commit and _complete(folder) else None
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a snapshot has every part that its index names and a base needs."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    parts = headers.read_json(folder / "model_index.json").keys()
+    try:
+        for name in COMPONENTS.keys() & parts:
+            headers.weight_files(folder / name, COMPONENTS[name])
+    except LorakitError:
+        return False
+    return all((folder / name).is_dir() for name in parts & {*COMPONENTS, *FOLDERS})
+
+
+def _fetched(asked: HubId) -> Path:
+    from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
+
+    told = f"{asked.name}@{asked.revision}" if asked.revision != "main" else asked.name
+    if is_offline_mode():
+        raise LorakitError(
+            f"base {told} is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a file"
+        )
+    try:
+        known = HfApi().model_info(asked.name, revision=asked.revision)
+        names = [sibling.rfilename for sibling in known.siblings or []]
+        folder = snapshot_download(asked.name, revision=asked.revision, allow_patterns=wanted(told, names))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+        _refuse(asked, told, error)
+    return Path(folder)
+
+
+def _refuse(asked: HubId, told: str, error: Exception) -> NoReturn:
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{asked.name}"
+    if isinstance(error, errors.GatedRepoError):
+        why = f"is gated: accept its terms at {page} and log in with: hf auth login"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        why = f"is not on the hub, or is private: look at {page}, and log in with: hf auth login"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        why = f"has no revision {asked.revision!r}: look at {page}"
+    else:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        why = f"is not in the cache and cannot be fetched from {constants.ENDPOINT} ({reason}): try again later"
+    raise LorakitError(f"base {told} {why}; or give a folder or a file") from error
+
+
+def wanted(told: str, names: Iterable[str]) -> list[str]:
+    """Of a repository's files those that a base needs: one precision of each part's weights, and no pickles.
+
+    Raises:
+        LorakitError: it is not in diffusers layout, or has pickled weights only.
+    """
+    names = list(names)
+    if "model_index.json" not in names:
+        single = next((name for name in sorted(names) if name.endswith(".safetensors") and "/" not in name), None)
+        instead = f"; download {single} and give that file" if single else ""
+        raise LorakitError(f"base {told} is not in diffusers layout (no model_index.json){instead}")
+    chosen = ["model_index.json", *(name for name in names if name.startswith(tuple(f"{f}/" for f in FOLDERS)))]
+    for part, stem in COMPONENTS.items():
+        inside = [name for name in names if name.startswith(f"{part}/")]
+        if not inside:
+            continue
+        for variant in VARIANTS:
+            infix = rf"\.{variant}" if variant else ""
+            pattern = rf"{part}/{stem}(\.safetensors\.index{infix}\.json|{infix}(-\d+-of-\d+)?\.safetensors)"
+            weights = [name for name in inside if re.fullmatch(pattern, name)]
+            if weights:
+                break
+        else:
+            raise LorakitError(f"base {told} has no {part}/{stem}.safetensors, only weights that are not read here")
+        chosen += [*weights, *(name for name in inside if name == f"{part}/config.json")]
+    return chosen
