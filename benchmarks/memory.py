@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import logging
 import weakref
@@ -150,9 +149,7 @@ def main() -> None:
         rows.append({"name": "sd15 with values", "value": real / GIB, "unit": "GiB", "ratio": counted / real})
     for side in (512, 1024):
         for what, count in encoding(side).items():
-            print(
-                f"autoencoder, {what} {side} px: {count / GIB:.2f} GiB beside its weights, {count / side**2:.0f} a pixel"
-            )
+            print(f"autoencoder, {what} {side} px: {count / GIB:.2f} GiB, {count / side**2:.0f} bytes a pixel")
             rows.append({"name": f"{what} {side} px", "value": count / GIB, "unit": "GiB", "ratio": None})
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -225,8 +222,6 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
             optimizer.zero_grad(set_to_none=True)
             del predicted, loss
         found = {"peak": live.peak, "base": base}
-    del unet, adapter, optimizer, target
-    gc.collect()
     return found
 
 

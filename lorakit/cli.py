@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(str(error))
             return 2 if isinstance(error, configuration.ConfigError) else 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it to ask would cost seconds
-            _complain(footprint.advice("lorakit"))
+            _complain(footprint.advice("this command"))
             return 1
         _complain(f"internal error: {type(error).__name__}: {_first_line(error)}; traceback in {_log(error)}")
         return 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -12,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from lorakit.cache_folder import cache_folder
 
 # Extra -> the module it brings and what that is for.
 EXTRAS = {
@@ -174,11 +175,6 @@ def storage(folder: Path | None = None) -> list[Line]:
     cache = cache_folder()
     lines.append(Line("cache", "ok", f"{cache}: {folder_size(cache) / 2**20:.0f} MiB; it may be deleted"))
     return lines
-
-
-def cache_folder() -> Path:
-    """Where class images and latents are kept (as `sample.cache_folder`, which needs torch)."""
-    return Path(os.environ.get("LORAKIT_CACHE") or Path.home() / ".cache" / "lorakit")
 
 
 def folder_size(folder: Path) -> int:

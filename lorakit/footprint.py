@@ -70,6 +70,21 @@ def _activations(config: Config, info: Any) -> float:
     return KEPT_INPUTS * sum(inputs.values()) + REPEATED * max(outputs.values(), default=0)
 
 
+def advice(doing: str, config: Config | None = None) -> str:
+    """What to change where memory runs out: what costs least first; of a config what is still open only."""
+    ways = []
+    if config is None or not config.memory.gradient_checkpointing:
+        ways.append("memory.gradient_checkpointing = true")
+    if config is None or config.memory.base_storage == "full":
+        ways.append("memory.base_storage = 'nf4'")
+    if config is None or config.train.batch_size > 1:
+        pictures = "..." if config is None else config.train.batch_size * config.train.gradient_accumulation_steps
+        ways.append(f"train.batch_size = 1 with train.gradient_accumulation_steps = {pictures}")
+    ways.append("a lower data.resolution" + (f" (now {config.data.resolution})" if config else ""))
+    told = ", ".join(ways[:-1]) + (", or " if len(ways) > 1 else "") + ways[-1]
+    return f"{doing}: not enough memory on the device; cheapest first, set {told}"
+
+
 def placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int) -> list[tuple[str, Any, int]]:
     """Each UNet layer with the number of places it is applied at for one picture of `height` x `width` latent cells.
 

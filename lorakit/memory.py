@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from lorakit import footprint
 from lorakit.config import Config, MemoryConfig
 from lorakit.errors import LorakitError
 
@@ -108,6 +110,19 @@ def gradient_checkpointing(family: Any, on: bool) -> None:
         family.unet.disable_gradient_checkpointing()
 
 
+@contextlib.contextmanager
+def enough(doing: str, config: Config) -> Iterator[None]:
+    """Where memory runs out inside, say what was being done and what to change.
+
+    Raises:
+        LorakitError: instead of torch's OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise LorakitError(footprint.advice(doing, config)) from None
+
+
 def peak(device: torch.device) -> int:
     """Most bytes in use so far: allocated on CUDA, the whole process elsewhere."""
     if device.type == "cuda":
@@ -135,14 +150,3 @@ def _outputs_and_gradients(
     with torch.enable_grad():
         output = function(*leaves)
         return [output.detach(), *torch.autograd.grad(output, leaves, towards)]
-
-
-def advice(config: Config, step: int) -> str:
-    """What to change where a training step does not fit: the options that cost least first, those still open only."""
-    batch, parts = config.train.batch_size, config.train.gradient_accumulation_steps
-    ways = [] if config.memory.gradient_checkpointing else ["memory.gradient_checkpointing = true"]
-    if batch > 1:
-        ways.append(f"train.batch_size = 1 with train.gradient_accumulation_steps = {batch * parts}")
-    ways.append(f"a lower data.resolution (now {config.data.resolution})")
-    told = ", ".join(ways[:-1]) + (", or " if len(ways) > 1 else "") + ways[-1]
-    return f"step {step}: not enough memory on the device; cheapest first, set {told}"

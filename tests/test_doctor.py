@@ -110,17 +110,6 @@ def test_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.detail == f"{tmp_path / 'cache'}: 3 MiB; it may be deleted"
 
 
-def test_the_cache_is_where_runs_keep_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorakit import sample
-
-    for variables in ({"LORAKIT_CACHE": str(tmp_path)}, {"HOME": str(tmp_path)}):
-        with monkeypatch.context() as patch:
-            patch.delenv("LORAKIT_CACHE", raising=False)
-            for name, value in variables.items():
-                patch.setenv(name, value)
-            assert doctor.cache_folder() == sample.cache_folder()
-
-
 def test_text_and_json_agree() -> None:
     lines = [Line("a", "ok", "fine"), Line("longer", "bad", "broken", "pip install it"), Line("c", "note", "hm")]
     assert doctor.to_text(lines).splitlines() == [

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lorakit"
 # Room -> the rooms it may import. Imports run one way: ground <- config <- the rooms that do the work, which do not
 # know each other <- what brings them together <- train <- the front end <- the command line.
 GROUND = {"errors", "registry", "randomness", "weights", "atomic", "modelfile"}
-GROUND |= {"ldm", "products", "quantized", "storage"}
+GROUND |= {"ldm", "products", "quantized", "storage", "cache_folder"}
 WORK = {"config", "knob", *GROUND}
 TOGETHER = {"families", "adapters", "data", "objective", "optim", "memory", "export", *WORK}
 RUN = {
@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "products": set(),
     "quantized": {"errors", "storage"},
     "storage": set(),
+    "cache_folder": set(),
     "modelfile": {"errors"},
     "ldm": {"errors", "modelfile"},
     "terminal": set(),
@@ -57,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": WORK,
     "objective": WORK,
     "optim": WORK,
-    "memory": WORK,
+    "memory": {"footprint", *WORK},
     "export": WORK,
     "pocket": {"errors"},
     "pictures": {"atomic"},
@@ -72,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"run_folder", "pictures", "plan", "evaluate", "data", *WORK},
     "encode": {"sample", "data", *WORK},
     "train": RUN | TOGETHER,
-    "doctor": set(),
+    "doctor": {"cache_folder"},
     "demo": {"train", "pocket"} | RUN | TOGETHER,
     "snapshot": {"checkpoint", "run_folder", "families", "export", *WORK},
     "workbench": {"snapshot", "families", "export", *WORK},

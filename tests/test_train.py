@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lorakit import checkpoint, config, sample, train
+from lorakit import checkpoint, config, families, sample, train
 from lorakit.data import cache
 from lorakit.errors import LorakitError
 from lorakit.step import Step
@@ -262,8 +262,19 @@ def test_too_little_memory_for_a_step_names_what_would_help(tiny_sd1, photos, tm
         run(tiny_sd1, photos, tmp_path / "run")
     assert str(caught.value) == (
         "step 1: not enough memory on the device; cheapest first, set memory.gradient_checkpointing = true, "
-        "train.batch_size = 1 with train.gradient_accumulation_steps = 2, or a lower data.resolution (now 64)"
+        "memory.base_storage = 'nf4', train.batch_size = 1 with train.gradient_accumulation_steps = 2, "
+        "or a lower data.resolution (now 64)"
     )
+
+
+def test_too_little_memory_before_the_first_step_is_told_too(tiny_sd1, photos, tmp_path, monkeypatch):
+    def full(*given, **named):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(families, "load", full)
+    with pytest.raises(LorakitError, match=r"^loading the base: not enough memory on the device; cheapest first, set "):
+        run(tiny_sd1, photos, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["state"] == "failed"
 
 
 def test_too_little_memory_for_samples_does_not_end_the_run(tiny_sd1, photos, tmp_path, monkeypatch):

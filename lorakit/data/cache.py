@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import safetensors.torch
 import torch
 
 from lorakit import atomic
+from lorakit.cache_folder import cache_folder
 from lorakit.config import DataConfig, TrainConfig
 from lorakit.data import buckets, captions, decode, split, variants
 from lorakit.data.dataset import Dataset, LatentBucket
@@ -65,7 +65,7 @@ def build(
         time_ids: ((height, width), (top, left), (target height, target width)) -> six numbers, or None.
         identity: the base's hash; latents on disk are found again under the same one only.
         say: takes each line for the person.
-        folder: where latents are kept on disk; by default `default_folder()`.
+        folder: where latents are kept on disk; by default in the user's cache.
 
     Returns:
         the photos to train on, and those kept for validation (None where none are). Both index the same texts.
@@ -75,7 +75,7 @@ def build(
             there.
     """
     work = _Work(config, train, encode_image, time_ids, identity, found.step, found.downscale)
-    work.folder = None if config.cache == "memory" else folder or default_folder()
+    work.folder = None if config.cache == "memory" else folder or cache_folder() / "latents"
     trained, held_out = split.split(found.photos, train.holdout, train.seed)
     say(split.said(len(found.photos), len(held_out), train.holdout))
     texts = _Texts(config, train.seed)
@@ -88,12 +88,6 @@ def build(
         )
     say(work.said(len(found.photos)))
     return dataset, kept
-
-
-def default_folder() -> Path:
-    """`$LORAKIT_CACHE/latents`, else `~/.cache/lorakit/latents`."""
-    root = os.environ.get("LORAKIT_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "lorakit") / "latents"
 
 
 class _Texts:

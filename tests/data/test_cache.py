@@ -352,14 +352,6 @@ def test_the_cache_is_private_and_whole(build: Builder, photos: Path, tmp_path: 
         assert {stat.S_IMODE(path.parent.stat().st_mode) for path in files} == {0o700}
 
 
-def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
-    assert cache.default_folder() == tmp_path / "latents"
-    monkeypatch.delenv("LORAKIT_CACHE")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "me")
-    assert cache.default_folder() == tmp_path / "me" / ".cache" / "lorakit" / "latents"
-
-
 def test_a_place_that_cannot_be_written_is_named(
     build: Builder, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
