@@ -1,0 +1,69 @@
+"""A hub in a few lines: serves one folder as `org/tiny`, as the clients of huggingface_hub ask for it."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def serve(folder: Path, asked: list[str]) -> Iterator[str]:
+    """The address, while it runs; every path that is asked for goes into `asked`."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            asked.append(f"{self.command} {path}")
+            if "/org/gated" in path:
+                self.answer(b"{}", 403, {"X-Error-Code": "GatedRepo"})
+            elif "/org/broken" in path:
+                self.answer(b"{}", 500)
+            elif "org/tiny" not in path:
+                self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
+            elif path in ("/api/models/org/tiny/revision/main", f"/api/models/org/tiny/revision/{COMMIT}"):
+                self.json({"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+            elif path.startswith("/api/models/org/tiny/revision/"):
+                self.answer(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
+            elif path.startswith("/api/models/org/tiny/tree/"):
+                self.json(
+                    [
+                        {"type": "file", "path": name, "size": len(c), "oid": f"{n:040x}"}
+                        for n, (name, c) in enumerate(files.items())
+                    ]
+                )
+            else:
+                content = files[path.partition(f"/resolve/{COMMIT}/")[2]]
+                self.answer(content, 200, {"ETag": f'"{hash(content) & 0xFFFFFFFF:040x}"', "X-Repo-Commit": COMMIT})
+
+        do_HEAD = do_GET
+
+        def json(self, value: object) -> None:
+            self.answer(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
+
+        def answer(self, content: bytes, status: int, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

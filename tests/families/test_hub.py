@@ -1,0 +1,180 @@
+"""Bases by hub id: what is one, what is fetched, and that a cached one needs no network."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hub_server
+import pytest
+from hub_server import COMMIT
+
+from lorakit import families
+from lorakit.config import ModelConfig
+from lorakit.errors import LorakitError
+from lorakit.families import hub
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("owner/name", hub.HubId("owner/name")),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", hub.HubId("stable-diffusion-v1-5/stable-diffusion-v1-5")),
+        ("owner/name@fp16", hub.HubId("owner/name", "fp16")),
+        ("owner/name.x@refs/pr/3", hub.HubId("owner/name.x", "refs/pr/3")),
+        (f"owner/name@{COMMIT}", hub.HubId("owner/name", COMMIT)),
+        ("pocket", None),
+        ("/models/sd15", None),
+        ("./models/sd15", None),
+        ("models/sd15/base", None),
+        ("models/v1-5.safetensors", None),
+        ("C:\\models\\sd15", None),
+    ],
+)
+def test_what_is_a_hub_id(text: str, expected: hub.HubId | None) -> None:
+    assert hub.parse(text) == expected
+
+
+def test_below_a_folder_that_is_there_nothing_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LorakitError, match="base models/sd15 does not exist"):
+        families.describe("models/sd15")
+
+
+# -- the cache ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of `org/tiny` in a cache made by hand; whoever asks the network fails the test."""
+    from huggingface_hub import constants
+
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, asked)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--tiny"
+    shutil.copytree(tiny_sd1, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return repository
+
+
+def test_a_cached_base_is_taken_as_it_is_and_its_commit_said(cache: Path, tiny_sd1: Path) -> None:
+    for text in ("org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"):
+        info = families.describe(text)
+        assert (info.title, info.source) == ("tiny", f"org/tiny@{COMMIT}")
+        assert info.notes == (f"from the hub: org/tiny@{COMMIT}",)
+        assert info.hash == families.describe(tiny_sd1).hash
+    assert families.pin(ModelConfig(base="org/tiny")).base == f"org/tiny@{COMMIT}"
+    for text in ("pocket", str(tiny_sd1)):
+        assert families.pin(ModelConfig(base=text)).base == text
+
+
+@pytest.mark.parametrize(
+    "gone", ["model_index.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer", "../../refs/main"]
+)
+def test_half_a_base_in_the_cache_is_none(cache: Path, gone: str) -> None:
+    path = cache / "snapshots" / COMMIT / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(LorakitError) as caught:
+        families.describe("org/tiny")
+    assert str(caught.value) == (
+        "base org/tiny is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a file"
+    )
+
+
+def test_what_a_run_began_with_stays_when_the_branch_moves_on(cache: Path, tmp_path: Path) -> None:
+    pinned = families.pin(ModelConfig(base="org/tiny"))
+    (cache / "refs" / "main").write_text("f" * 40)
+    assert families.describe(pinned).source == f"org/tiny@{COMMIT}"
+
+
+# -- the network: a hub on this machine -----------------------------------------------------------------------------
+
+PROGRAM = """
+import json, sys
+from lorakit import families
+from lorakit.errors import LorakitError
+try:
+    info = families.describe(sys.argv[1])
+    print(json.dumps([info.source, str(info.path), sorted(p.relative_to(info.path).as_posix()
+                      for p in info.path.rglob("*") if p.is_file())]))
+except LorakitError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def describe(base: str, endpoint: str, home: Path) -> Any:
+    """What a process of its own says of a base, with a cache of its own and the hub at `endpoint`."""
+    env = os.environ | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, base], capture_output=True, text=True, check=True, env=env)
+    return json.loads(done.stdout)
+
+
+def test_a_base_is_fetched_once_and_then_needs_no_network(tiny_sd1: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_sd1, tmp_path / "served")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "model.ckpt").write_bytes(b"pickle")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    asked: list[str] = []
+    with hub_server.serve(folder, asked) as endpoint:
+        source, path, names = describe("org/tiny", endpoint, tmp_path / "home")
+        assert source == f"org/tiny@{COMMIT}" and Path(path).name == COMMIT
+        assert "unet/diffusion_pytorch_model.fp16.safetensors" in names
+        left = {"unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "model.ckpt"}
+        assert not left & set(names)
+        assert asked
+        asked.clear()
+        assert describe("org/tiny", endpoint, tmp_path / "home") == [source, path, names]
+        assert asked == []
+    # The hub is gone.
+    assert describe("org/tiny", endpoint, tmp_path / "home") == [source, path, names]
+    words = describe("org/other", endpoint, tmp_path / "home")
+    assert words.startswith(f"base org/other is not in the cache and cannot be fetched from {endpoint} (")
+    assert words.endswith("try again later; or give a folder or a file")
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("org/none", "base org/none is not on the hub, or is private: look at {}/org/none, and log in"),
+        ("org/gated", "base org/gated is gated: accept its terms at {}/org/gated and log in with: hf auth login"),
+        ("org/tiny@v9", "base org/tiny@v9 has no revision 'v9': look at {}/org/tiny"),
+        ("org/broken", "base org/broken is not in the cache and cannot be fetched from {}"),
+    ],
+)
+def test_why_a_base_cannot_be_had_is_said(base: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    with hub_server.serve(tmp_path / "served", []) as endpoint:
+        said = describe(base, endpoint, tmp_path / "home")
+        assert said.startswith(words.format(endpoint)) and said.endswith("or give a folder or a file")
+        assert "\n" not in said
+
+
+def test_what_is_fetched_of_a_repository() -> None:
+    stem, text = "diffusion_pytorch_model", "model"
+    names = [
+        *("README.md", "model_index.json", "v1-5.safetensors", "v1-5.ckpt", "safety_checker/model.safetensors"),
+        *("scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"),
+        *(f"unet/{name}" for name in ("config.json", f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bin")),
+        *(f"vae/{name}" for name in ("config.json", f"{stem}.safetensors", f"{stem}.bin")),
+        *(f"text_encoder/{text}-0000{n}-of-00002.safetensors" for n in (1, 2)),
+        *("text_encoder/model.safetensors.index.json", "text_encoder/config.json", "text_encoder/flax_model.msgpack"),
+    ]
+    assert set(names) - set(hub.wanted("org/x", names)) == {
+        *("README.md", "v1-5.safetensors", "v1-5.ckpt", "safety_checker/model.safetensors"),
+        *(f"unet/{stem}.safetensors", f"unet/{stem}.bin", f"vae/{stem}.bin", "text_encoder/flax_model.msgpack"),
+    }
+    with pytest.raises(LorakitError, match=r"not in diffusers layout .*; download v1-5\.safetensors and give that"):
+        hub.wanted("org/x", ["v1-5.safetensors", "README.md"])
+    with pytest.raises(LorakitError, match=r"has no unet/diffusion_pytorch_model\.safetensors, only weights that"):
+        hub.wanted("org/x", ["model_index.json", f"unet/{stem}.bin"])
