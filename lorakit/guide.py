@@ -32,8 +32,13 @@ class Preview:
     plan: plan.Plan | None
 
 
-def suggest(answers: Mapping[str, Any], quality: str, preset: str | None = None) -> Config:
+def suggest(
+    answers: Mapping[str, Any], quality: str, preset: str | None = None, changed: Mapping[str, Any] | None = None
+) -> Config:
     """The config for some answers (a knob's key -> value); what is not answered is as the preset has it.
+
+    Args:
+        changed: other knobs that were set by hand. What belongs to them gives way as it does in `config.load`.
 
     Raises:
         LorakitError: the base, which decides the preset where none is named, cannot be read.
@@ -42,12 +47,14 @@ def suggest(answers: Mapping[str, Any], quality: str, preset: str | None = None)
     known = {key: answers[key] for key in QUESTIONS if key in answers}
     if preset is None:
         preset, _ = default_preset(known.get(BASE, "pocket"), known.get(KIND, "subject"))
-    config = configuration.load(preset)
-    for key in LENGTH_KEYS:
-        length = getattr(config.train, key.partition(".")[2])
-        if length is not None:
-            known[key] = max(1, round(length * QUALITIES[quality]))
-    return configuration.load(preset, known)
+    changed = changed or {}
+    if not any(key in changed for key in LENGTH_KEYS):
+        config = configuration.load(preset)
+        for key in LENGTH_KEYS:
+            length = getattr(config.train, key.partition(".")[2])
+            if length is not None:
+                known[key] = max(1, round(length * QUALITIES[quality]))
+    return configuration.load(preset, known | dict(changed))
 
 
 def default_preset(base: str, kind: str) -> tuple[str, str]:

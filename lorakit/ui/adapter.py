@@ -15,7 +15,7 @@ from lorakit.registry import EXPORTS
 from lorakit.ui import commands, form, widgets
 from lorakit.ui.desk import Desk
 from lorakit.ui.texts import Say
-from lorakit.ui.widgets import say_for
+from lorakit.ui.widgets import ACT, FOLLOW, say_for
 
 
 class AdapterPage:
@@ -52,7 +52,7 @@ class AdapterPage:
         self.message = widgets.html(elem_id="adapter-message")
         self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="adapter-file")
 
-    def wire(self) -> None:
+    def wire(self, tab: gr.Tab) -> None:
         """Which event calls what."""
 
         def look(path: str | None, request: gr.Request) -> list[Any]:
@@ -65,12 +65,11 @@ class AdapterPage:
             return self.write(inspected, kind, dtype, say_for(request))
 
         shown = [self.report, self.inspected, self.converting, self.message, self.file]
-        gr.on([self.inspect.click, self.path.select], look, self.path, shown, show_progress="hidden")
-        self.upload.upload(look_upload, self.upload, shown, show_progress="hidden")
-        self.path.focus(lambda: gr.update(choices=self.adapters()), None, self.path, show_progress="hidden")
-        self.convert.click(
-            convert, [self.inspected, self.format, self.dtype], [self.message, self.file], show_progress_on=self.message
-        )
+        gr.on([self.inspect.click, self.path.input], look, self.path, shown, **FOLLOW)
+        self.upload.upload(look_upload, self.upload, shown, **FOLLOW)
+        tab.select(lambda: gr.update(choices=self.adapters()), None, self.path, **FOLLOW)
+        waiting = ACT | {"show_progress": "full", "show_progress_on": self.message}
+        self.convert.click(convert, [self.inspected, self.format, self.dtype], [self.message, self.file], **waiting)
 
     def adapters(self) -> list[str]:
         """Adapters of all runs, newest first."""

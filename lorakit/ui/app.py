@@ -6,7 +6,7 @@ import argparse
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,10 @@ from lorakit.ui.desk import Desk
 from lorakit.ui.photos import PAGE, PhotosPage
 from lorakit.ui.runs import RunsPage
 from lorakit.ui.train import TrainPage
-from lorakit.ui.widgets import say_for
+from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 
 USER = "lorakit"
-# Seconds between looks at the run folder.
-EVERY = 1.0
 STYLE = Path(__file__).with_name("style.css")
-QUIET: dict[str, Any] = {"show_progress": "hidden"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,6 +93,7 @@ def serve(desk: Desk, args: argparse.Namespace, *, block: bool = True) -> str:
         prevent_thread_lock=not block,
         footer_links=[],
         show_error=True,
+        run_history=False,
         i18n=t,
         theme=_theme(),
         css_paths=STYLE,
@@ -144,158 +142,133 @@ def build(desk: Desk, t: gr.I18n) -> gr.Blocks:
     with gr.Blocks(title="lorakit", analytics_enabled=False) as page:
         widgets.html("<header class=lk-head><h1>lorakit</h1></header>")
         gr.Markdown(t("app.tagline"), elem_classes="lk-tagline")
+        # Kept in the browser: a reload or a restarted program loses neither. Inside of a tab they would be read when it
+        # is opened first, and what the page holds by then would be written over them.
+        draft = gr.BrowserState(None, storage_key="lorakit-draft", secret="lorakit")
+        chosen = gr.BrowserState(None, storage_key="lorakit-run", secret="lorakit")
         with gr.Tabs(elem_id="pages") as tabs:
-            with gr.Tab(t("tab.photos"), id="photos"):
+            with gr.Tab(t("tab.photos"), id="photos") as photos_tab:
                 photos = PhotosPage(desk, t)
             with gr.Tab(t("tab.train"), id="train") as train_tab:
-                train = TrainPage(desk, t)
+                train = TrainPage(desk, t, draft)
             with gr.Tab(t("tab.run"), id="runs"):
-                runs = RunsPage(desk, t)
+                runs = RunsPage(desk, t, chosen)
             with gr.Tab(t("tab.compare"), id="compare") as compare_tab:
                 compare = ComparePage(desk, t)
-            with gr.Tab(t("tab.adapter"), id="adapter"):
+            with gr.Tab(t("tab.adapter"), id="adapter") as adapter_tab:
                 adapter = AdapterPage(desk, t)
-        # The answers, kept in the browser: a reload or a restarted app loses none.
-        draft = gr.BrowserState({}, storage_key="lorakit-draft", secret="lorakit")
-        _wire_train(train, [train_tab.select, photos.next_step.click], tabs, runs, draft)
-        _wire_photos(page, photos, train, tabs, draft)
-        _wire_runs(page, runs)
-        compare.wire(page, compare_tab)
-        adapter.wire()
-    # One person's long look at five hundred photos must not keep another waiting.
-    page.queue(default_concurrency_limit=16)
+        _wire_train(train, [train_tab.select, photos.next_step.click], tabs, runs)
+        _wire_photos(page, photos, photos_tab, train, tabs)
+        runs.wire(page)
+        compare.wire(compare_tab)
+        adapter.wire(adapter_tab)
     return page
 
 
-# -- wiring: each handler takes one dict, component -> value, so that the number of knobs is nobody's business ------
+# -- wiring of what several pages have a part in: each handler takes one dict, component -> value, so that the number of
+# -- knobs is nobody's business
 
 
-def _refresh(train: TrainPage) -> dict[str, Any]:
-    """The event that follows any answer, as keyword arguments of a listener."""
-
-    def refresh(data: dict[Any, Any], request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        values = [data[train.widgets[key]] for key in train.keys]
-        yield from train.refresh(data[train.quality], data[train.marks], values, say_for(request))
-
-    return {"fn": refresh, "inputs": set(train.inputs), "outputs": train.outputs}
+def _values(train: TrainPage, data: dict[Any, Any]) -> list[Any]:
+    return [data[train.widgets[key]] for key in train.keys]
 
 
-def _keep(train: TrainPage, draft: gr.BrowserState) -> dict[str, Any]:
-    """The event that keeps the answers in the browser."""
-
-    def keep(data: dict[Any, Any]) -> dict[str, Any]:
-        values = train.form_values([data[train.widgets[key]] for key in train.keys])
-        return {"quality": data[train.quality], "preset": data[train.marks]["preset"], "values": values}
-
-    return {"fn": keep, "inputs": set(train.inputs), "outputs": draft}
-
-
-def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPage, draft: gr.BrowserState) -> None:
+def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPage) -> None:
     """`visits` are the events that bring somebody to the page."""
-    inputs = set(train.inputs)
 
-    def values_of(data: dict[Any, Any]) -> list[Any]:
-        return [data[train.widgets[key]] for key in train.keys]
+    def answer(data: dict[Any, Any], request: gr.Request) -> list[Any]:
+        data[train.asked].again()
+        return train.answer(data[train.quality], data[train.marks], _values(train, data), say_for(request))
+
+    def plan(data: dict[Any, Any], request: gr.Request) -> tuple[Any, Any]:
+        asked = data[train.asked].number
+        made = train.plan(_values(train, data), say_for(request))
+        return made if asked == data[train.asked].number else (gr.skip(), gr.skip())
 
     def difference(data: dict[Any, Any], request: gr.Request) -> str:
-        return train.difference_of(data[train.preset], data[train.quality], values_of(data), say_for(request))
+        return train.difference_of(data[train.preset], data[train.quality], _values(train, data), say_for(request))
 
     def apply(data: dict[Any, Any]) -> list[Any]:
-        return train.apply_preset(data[train.preset], data[train.quality], data[train.marks], values_of(data))
+        return train.apply_preset(data[train.preset], data[train.quality], data[train.marks], _values(train, data))
 
     def begin(data: dict[Any, Any], request: gr.Request) -> tuple[Any, ...]:
-        message, name = train.begin(values_of(data), say_for(request))
+        message, name = train.begin(_values(train, data), say_for(request))
         if name is None:
             return message, gr.skip(), gr.skip(), gr.skip()
         # The button comes back with the next answer or visit: the same run is not started twice by mistake.
         return message, name, gr.Tabs(selected="runs"), gr.update(interactive=False)
 
     every = [train.widgets[key] for key in train.keys]
+    inputs = {*train.inputs, train.asked}
     # One listener for all: a later answer waits for an earlier one, which so cannot overwrite what came after it.
-    answered = gr.on(
-        [widget.input for widget in every] + [train.quality.input, *visits],
-        **_refresh(train),
-        trigger_mode="always_last",
-        **QUIET,
-    )
-    answered.then(**_keep(train, draft), **QUIET)
+    answered = [widgets.answered(widget) for widget in every] + [train.quality.input, *visits]
+    planned = (plan, inputs, [train.plan_card, train.start])
+    gr.on(answered, answer, inputs, train.outputs, **FOLLOW).then(*planned, **FOLLOW)
     with_preset = {*inputs, train.preset}
-    gr.on([train.preset.input], difference, with_preset, train.difference, **QUIET)
-    applied = train.apply.click(apply, with_preset, [train.marks, *every], **QUIET)
-    applied.then(**_refresh(train), **QUIET).then(**_keep(train, draft), **QUIET)
-    applied.then(difference, with_preset, train.difference, **QUIET)
-    train.start.click(begin, inputs, [train.message, runs.chosen, tabs, train.start], **QUIET)
+    gr.on([train.preset.input], difference, with_preset, train.difference, **FOLLOW)
+    applied = train.apply.click(apply, with_preset, [train.marks, *every], **ACT)
+    applied.then(answer, inputs, train.outputs, **FOLLOW).then(*planned, **FOLLOW)
+    applied.then(difference, with_preset, train.difference, **FOLLOW)
+    train.start.click(begin, inputs, [train.message, runs.chosen, tabs, train.start], **ACT)
 
 
-def _wire_photos(page: gr.Blocks, photos: PhotosPage, train: TrainPage, tabs: gr.Tabs, draft: gr.BrowserState) -> None:
+def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainPage, tabs: gr.Tabs) -> None:
+    every = [train.widgets[key] for key in train.keys]
     field = train.widgets[guide.PHOTOS]
-    inputs = {*train.inputs, photos.folder, photos.first, photos.upload}
+    inputs = {*train.inputs, photos.folder, photos.first, photos.upload, photos.asked}
 
-    def show(data: dict[Any, Any], request: gr.Request, first: int = 0) -> Iterator[Any]:
-        say, path = say_for(request), data[photos.folder] or ""
-        shown = train.form_values([data[train.widgets[key]] for key in train.keys]) | {guide.PHOTOS: path}
-        config = train.config_of_photos(shown)
-        yield from photos.show(path, first, config, say)
+    def config_of(data: dict[Any, Any]) -> Any:
+        shown = train.form_values(_values(train, data)) | {guide.PHOTOS: data[photos.folder] or ""}
+        return train.config_of_photos(shown)
 
-    def show_under(data: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
-        # The message about the upload stays.
-        for outputs in show(data, request):
-            yield outputs[1:]
+    def show(data: dict[Any, Any], request: gr.Request, turned: int = 0) -> list[Any]:
+        data[photos.asked].again()
+        first = data[photos.first] + turned
+        return photos.show(data[photos.folder] or "", first, config_of(data), say_for(request))
 
-    def show_kept(data: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
-        # Nothing was kept: whoever is quicker than this event must not be overwritten by it.
-        if data[draft]:
-            yield from show(data, request)
-        else:
-            yield [gr.skip()] * len(photos.outputs)
+    def turn(data: dict[Any, Any], request: gr.Request) -> list[Any]:
+        return show(data, request, PAGE)
 
-    def turn(data: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
-        yield from show(data, request, data[photos.first] + PAGE)
+    def turn_back(data: dict[Any, Any], request: gr.Request) -> list[Any]:
+        return show(data, request, -PAGE)
 
-    def turn_back(data: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
-        yield from show(data, request, data[photos.first] - PAGE)
+    def checked(data: dict[Any, Any], request: gr.Request) -> list[Any]:
+        asked = data[photos.asked].number
+        made = photos.checked(data[photos.folder] or "", data[photos.first], config_of(data), say_for(request))
+        return made if asked == data[photos.asked].number else [gr.skip(), gr.skip()]
+
+    def keep(data: dict[Any, Any]) -> dict[str, Any]:
+        shown = train.form_values(_values(train, data)) | {guide.PHOTOS: data[photos.folder] or ""}
+        return train.kept(data[train.quality], data[train.marks], shown)
+
+    def choose(data: dict[Any, Any]) -> tuple[Any, ...]:
+        return "", data[photos.folder], keep(data)
 
     def take_in(data: dict[Any, Any], request: gr.Request) -> tuple[Any, ...]:
         message, place = photos.take_in(data[photos.upload], say_for(request))
-        return (message, gr.skip() if place is None else gr.update(value=place), gr.update(value=None))
+        if place is None:
+            return message, gr.skip(), gr.skip(), None, gr.skip()
+        return message, place, place, None, keep(data | {photos.folder: place})
 
     def save_caption(folder: str, request: gr.Request, event: gr.EventData) -> str:
         return photos.save_caption(folder or "", event.photo, event.text, say_for(request))
 
-    chosen = gr.on([photos.open.click, photos.folder.input], lambda path: path, photos.folder, field, **QUIET)
-    chosen.then(**_keep(train, draft), **QUIET)
-    chosen.then(show, inputs, photos.outputs, **QUIET)
-    taken = photos.upload.upload(take_in, inputs, [photos.message, photos.folder, photos.upload], **QUIET)
-    taken.success(lambda path: path, photos.folder, field, **QUIET).then(
-        show_under, inputs, photos.outputs[1:], **QUIET
-    ).then(**_keep(train, draft), **QUIET)
-    photos.next.click(turn, inputs, photos.outputs, **QUIET)
-    photos.previous.click(turn_back, inputs, photos.outputs, **QUIET)
-    photos.cards.submit(save_caption, photos.folder, photos.message, **QUIET)
-    photos.next_step.click(lambda: gr.Tabs(selected="train"), None, tabs, **QUIET)
-    every = [train.widgets[key] for key in train.keys]
-    loaded = page.load(train.restore, draft, [photos.folder, train.quality, train.marks, train.preset, *every], **QUIET)
-    loaded.then(show_kept, {*inputs, draft}, photos.outputs, **QUIET)
+    def look(after: Any) -> None:
+        """Show the folder, and again with what the check says."""
+        after(show, inputs, photos.outputs, **FOLLOW).then(checked, inputs, photos.checked_outputs, **FOLLOW)
 
-
-def _wire_runs(page: gr.Blocks, runs: RunsPage) -> None:
-    def poll(chosen: str, seen: dict[str, Any], request: gr.Request) -> list[Any]:
-        return runs.poll(chosen or "", seen, say_for(request))
-
-    def choose(event: gr.EventData) -> tuple[str, str]:
-        return event.run, ""
-
-    def with_words(act: Any) -> Any:
-        def acted(chosen: str, request: gr.Request) -> str:
-            return act(chosen or "", say_for(request))
-
-        return acted
-
-    look = {"fn": poll, "inputs": [runs.chosen, runs.seen], "outputs": runs.outputs}
-    timer = gr.Timer(EVERY)
-    timer.tick(**look, **QUIET)
-    page.load(**look, **QUIET)
-    runs.list.select(choose, None, [runs.chosen, runs.message], **QUIET).then(**look, **QUIET)
-    for button, act in ((runs.stop, runs.ask_stop), (runs.resume, runs.go_on), (runs.cancel, runs.take_out)):
-        button.click(with_words(act), runs.chosen, runs.message, **QUIET).then(**look, **QUIET)
-    runs.work.click(lambda: runs.desk.queue.start(), None, None, **QUIET)
+    chosen = [photos.open.click, photos.folder.input]
+    look(gr.on(chosen, choose, inputs, [photos.message, field, train.draft], **FOLLOW).then)
+    taken = [photos.message, photos.folder, field, photos.upload, train.draft]
+    look(photos.upload.upload(take_in, inputs, taken, **FOLLOW).then)
+    look(tab.select)
+    for button, act in ((photos.previous, turn_back), (photos.next, turn)):
+        turned = button.click(act, inputs, photos.outputs, **ACT)
+        turned.then(checked, inputs, photos.checked_outputs, **FOLLOW)
+    photos.cards.submit(save_caption, photos.folder, photos.message, **EACH)
+    photos.next_step.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)
+    restored = [photos.folder, train.quality, train.marks, train.preset, *every]
+    loaded = page.load(train.restore, train.draft, restored, **FOLLOW)
+    look(loaded.then)
+    # Until then the page takes no answers: they would be overwritten by those that the browser kept.
+    loaded.then(None, js="() => { document.body.dataset.ready = 'yes'; }")

@@ -25,12 +25,14 @@ from lorakit.run_folder import RunFolder
 from lorakit.ui import commands, widgets
 from lorakit.ui.desk import Desk
 from lorakit.ui.texts import Say
-from lorakit.ui.widgets import say_for
+from lorakit.ui.widgets import ACT, FOLLOW, say_for
 
 CELL = 320
 # Photos among which the nearest is looked for, and the side (pixels) at which they are compared.
 MOST_PHOTOS, LOOK = 200, 16
 CHOICE = "choice.json"
+# Folder of a run for the grids that were asked for, and seconds between looks for them.
+GRIDS, EVERY = "compare", 1.0
 
 
 class ComparePage:
@@ -59,10 +61,11 @@ class ComparePage:
             self.drawing = widgets.html(elem_id="compare-drawing")
         self.grids = widgets.html(elem_id="compare-grids")
 
-    def wire(self, page: gr.Blocks, tab: gr.Tab) -> None:
-        """Which event calls what."""
-        quiet: dict[str, Any] = {"show_progress": "hidden"}
-        shown = [self.table, self.choice, self.step, self.files, self.prompts, self.grids, self.message, self.file]
+    def wire(self, tab: gr.Tab) -> None:
+        """Which event calls what. A timer inside of a tab would tick only while that is open."""
+        timer = gr.Timer(EVERY, active=False)
+        drawn_outputs = [self.drawing, self.grids, timer]
+        shown = [self.table, self.choice, self.step, self.files, self.prompts, self.message, self.file]
 
         def runs(chosen: str | None) -> Any:
             names = self.runs()
@@ -71,6 +74,9 @@ class ComparePage:
         def show(name: str | None, request: gr.Request) -> list[Any]:
             return self.show(name, say_for(request))
 
+        def drawn(name: str | None, request: gr.Request) -> list[Any]:
+            return self.drawn(name, say_for(request))
+
         def mark(name: str, step: int, request: gr.Request) -> tuple[str, str]:
             say = say_for(request)
             return self.mark_best(name, step, say), self.table_of(name, say)
@@ -78,17 +84,20 @@ class ComparePage:
         def export(name: str, step: int, kind: str, request: gr.Request) -> tuple[str, Any]:
             return self.export_step(name, step, kind, say_for(request))
 
-        def draw(name: str, files: list[str], prompts: str, strengths: str, request: gr.Request):
-            yield from self.draw_grids(name, files, prompts, strengths, say_for(request))
+        def draw(name: str, files: list[str], prompts: str, strengths: str, request: gr.Request) -> tuple[str, Any]:
+            return self.draw_grids(name, files, prompts, strengths, say_for(request))
 
-        tab.select(runs, self.run, self.run, **quiet).then(show, self.run, shown, **quiet)
-        self.run.input(show, self.run, shown, **quiet)
-        self.mark.click(mark, [self.run, self.step], [self.message, self.table], **quiet)
-        self.export.click(
-            export, [self.run, self.step, self.format], [self.message, self.file], show_progress_on=self.message
-        )
-        asked = [self.run, self.files, self.prompts, self.strengths]
-        self.draw.click(draw, asked, [self.drawing, self.grids], **quiet)
+        visited = tab.select(runs, self.run, self.run, **FOLLOW)
+        for asked in (visited.then, self.run.input):
+            asked(show, self.run, shown, **FOLLOW).then(drawn, self.run, drawn_outputs, **FOLLOW)
+        timer.tick(drawn, self.run, drawn_outputs, **FOLLOW)
+        self.mark.click(mark, [self.run, self.step], [self.message, self.table], **ACT)
+        export_of = [self.run, self.step, self.format]
+        waiting = ACT | {"show_progress": "full", "show_progress_on": self.message}
+        self.export.click(export, export_of, [self.message, self.file], **waiting)
+        asked_for = [self.run, self.files, self.prompts, self.strengths]
+        waiting["show_progress_on"] = self.drawing
+        self.draw.click(draw, asked_for, [self.drawing, timer], **waiting)
 
     def runs(self) -> list[str]:
         """Runs that have pictures, newest first."""
@@ -99,16 +108,8 @@ class ComparePage:
         if not name:
             hidden = gr.update(visible=False)
             none = gr.update(choices=[], value=None)
-            return [
-                widgets.quiet(say("compare.none")),
-                hidden,
-                none,
-                gr.update(choices=[], value=[]),
-                "",
-                "",
-                "",
-                hidden,
-            ]
+            unknown = gr.update(choices=[], value=[])
+            return [widgets.quiet(say("compare.none")), hidden, none, unknown, "", "", hidden]
         run = RunFolder(self.desk.run(name))
         steps = [(say("compare.step", step=step), step) for step in run.sample_grids() if step]
         files = [path.name for path in sorted(run.path.glob("*.safetensors"))]
@@ -121,7 +122,6 @@ class ComparePage:
             gr.update(choices=steps, value=marked or (steps[-1][1] if steps else None)),
             gr.update(choices=files, value=[name for name in files if name == adapter] or files[:1]),
             prompts,
-            self.grids_of(name, say),
             "",
             gr.update(visible=False),
         ]
@@ -178,46 +178,40 @@ class ComparePage:
         told = ", ".join(str(path.relative_to(run.path)) for path in written)
         return widgets.good(say("compare.exported", name=told)), gr.update(visible=bool(staged), value=staged or None)
 
-    def draw_grids(self, name: str, files: Sequence[str], prompts: str, strengths: str, say: Say):
-        """Draw a grid for each adapter through the queue, and show them as they come."""
+    def draw_grids(
+        self, name: str, files: Sequence[str], prompts: str, strengths: str, say: Say
+    ) -> tuple[str, gr.Timer]:
+        """Put a grid for each adapter into the queue; (message, the timer that looks for them)."""
         run = RunFolder(self.desk.run(name))
-        told = [line.strip() for line in prompts.splitlines() if line.strip()]
-        jobs = []
-        for number, file in enumerate(files):
-            try:
-                adapter = self._adapter(run, file)
-            except LorakitError as problem:
-                yield widgets.problem(str(problem)), gr.skip()
-                return
-            target = run.path / "compare" / f"{datetime.now():%Y-%m-%d-%H%M%S}-{number + 1}-{adapter.stem}"
-            arguments = [
-                "sample",
-                str(adapter),
-                f"--strength={strengths.replace(' ', '') or 1}",
-                "--output",
-                str(target),
-            ]
-            arguments += [f"--prompt={prompt}" for prompt in told]
-            arguments += ["--base", guide.base_of(run.config_file)]
-            jobs.append(self.desk.queue.command(arguments, target))
-        if not jobs:
-            yield widgets.problem(say("adapter.none")), gr.skip()
-            return
+        try:
+            adapters = [self._adapter(run, file) for file in files]
+            base = guide.base_of(run.config_file)
+        except LorakitError as problem:
+            return widgets.problem(str(problem)), gr.skip()
+        for number, adapter in enumerate(adapters):
+            target = run.path / GRIDS / f"{datetime.now():%Y-%m-%d-%H%M%S}-{number + 1}-{adapter.stem}"
+            arguments = ["sample", str(adapter), f"--strength={strengths.replace(' ', '') or 1}"]
+            arguments += ["--output", str(target), "--base", base]
+            arguments += [f"--prompt={line.strip()}" for line in prompts.splitlines() if line.strip()]
+            self.desk.queue.command(arguments, target)
+        if not adapters:
+            return widgets.problem(say("adapter.none")), gr.skip()
         self.desk.queue.start()
-        for job in jobs:
-            state = ""
-            while True:
-                now = self.desk.queue.job(job.number)
-                if now is None or now.state not in ("waiting", "running"):
-                    break
-                if now.state != state:
-                    state = now.state
-                    yield widgets.quiet(say("compare.drawing", state=say(f"state.{state}"))), gr.skip()
-                time.sleep(0.5)
-            if now is None or now.state != "done":
-                yield widgets.problem(self.desk.why(job.number) or say("state.failed")), gr.skip()
-                return
-            yield widgets.good(say("compare.drawn")), self.grids_of(name, say)
+        return widgets.quiet(say("compare.drawing", state=say("state.waiting"))), gr.Timer(active=True)
+
+    def drawn(self, name: str | None, say: Say) -> list[Any]:
+        """How the drawing of grids stands, the grids so far, and whether to look again."""
+        if not name:
+            return ["", "", gr.Timer(active=False)]
+        folder = self.desk.run(name) / GRIDS
+        jobs = [job for job in self.desk.queue.jobs() if Path(job.folder).parent == folder]
+        going = [job for job in jobs if job.state in ("waiting", "running")]
+        told = ""
+        if going:
+            told = widgets.quiet(say("compare.drawing", state=say(f"state.{going[0].state}")))
+        elif jobs and jobs[-1].state != "done":
+            told = widgets.problem(self.desk.why(jobs[-1].number) or say(f"state.{jobs[-1].state}"))
+        return [told, self.grids_of(name, say), gr.Timer(active=bool(going))]
 
     def _adapter(self, run: RunFolder, name: str) -> Path:
         """The adapter file of that name; a checkpoint's is exported first, once."""
@@ -233,7 +227,7 @@ class ComparePage:
 
     def grids_of(self, name: str, say: Say) -> str:
         """Every grid that was drawn of a run, newest first."""
-        found = sorted((self.desk.run(name) / "compare").glob("*/grid.png"), reverse=True)
+        found = sorted((self.desk.run(name) / GRIDS).glob("*/grid.png"), reverse=True)
         shown = "".join(
             f'<figure><img src="{self.desk.thumbnails.get(path, 1024).address}" alt="{escape(path.parent.name)}">'
             f"<figcaption>{escape(path.parent.name)}</figcaption></figure>"

@@ -19,15 +19,31 @@ from lorakit.ui.thumbnails import Thumbnail
 
 # Photos on a page.
 PAGE = 48
-# A caption is sent when its field is left, or at Ctrl-Enter.
-SEND_CAPTION = """
+# A caption is sent when its field is left, or at Ctrl-Enter. What is being typed outlives new cards: the check of many
+# photos may end at any moment.
+CAPTIONS = """
+let typing = null;
+const field = (photo) => [...element.querySelectorAll('textarea')].find((one) => one.dataset.photo === photo);
+element.addEventListener('input', (event) => {
+  const {dataset, value, selectionEnd} = event.target;
+  if (dataset.photo) typing = {photo: dataset.photo, text: value, at: selectionEnd};
+});
 element.addEventListener('change', (event) => {
-  const field = event.target.closest('textarea[data-photo]');
-  if (field) trigger('submit', {photo: field.dataset.photo, text: field.value});
+  const {dataset, value} = event.target;
+  if (!dataset.photo || !event.target.isConnected) return;
+  typing = null;
+  trigger('submit', {photo: dataset.photo, text: value});
 });
 element.addEventListener('keydown', (event) => {
   if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) event.target.blur();
 });
+new MutationObserver(() => {
+  const again = typing && field(typing.photo);
+  if (!again || again.value === typing.text) return;
+  again.value = typing.text;
+  again.focus();
+  again.setSelectionRange(typing.at, typing.at);
+}).observe(element, {childList: true, subtree: true});
 """
 
 
@@ -133,54 +149,69 @@ class PhotosPage:
                 )
         self.message = widgets.html(elem_id="photos-message")
         self.summary = widgets.html(elem_id="photos-summary")
-        self.cards = widgets.html(elem_id="photos-cards", js_on_load=SEND_CAPTION)
+        self.cards = widgets.html(elem_id="photos-cards", js_on_load=CAPTIONS)
         with gr.Row(visible=False) as self.pager:
             self.previous = gr.Button(t("photos.previous"), size="sm", min_width=80)
             self.where = widgets.html()
             self.next = gr.Button(t("photos.next"), size="sm", min_width=80)
         self.next_step = gr.Button(t("photos.next_step"), variant="primary", visible=False, elem_id="photos-next")
         self.first = gr.State(0)
+        self.asked = gr.State(widgets.Asked())
 
     @property
     def outputs(self) -> list[Any]:
         """What `show` fills."""
-        return [self.message, self.summary, self.cards, self.pager, self.where, self.next_step, self.first]
+        around = [self.pager, self.previous, self.where, self.next, self.next_step, self.first]
+        return [self.summary, self.cards, *around]
 
-    def show(self, path: str, first: int, config: Config | None, say: Say):
-        """Show a page of a folder's photos at once, and again with what the check says when it is through."""
+    @property
+    def checked_outputs(self) -> list[Any]:
+        """What `checked` fills."""
+        return [self.summary, self.cards]
+
+    def show(self, path: str, first: int, config: Config | None, say: Say) -> list[Any]:
+        """A page of a folder's photos, at once; with what the check says of them where that is known already."""
         hidden = gr.update(visible=False)
+        nothing = ["", hidden, gr.skip(), "", gr.skip(), hidden, 0]
         if not path:
-            yield widgets.quiet(say("photos.empty")), "", "", hidden, "", hidden, 0
-            return
+            return [widgets.quiet(say("photos.empty")), *nothing]
         try:
-            found = folder.scan(self.desk.roots.resolve(path))
+            found = folder.scan(self.desk.roots.resolve(path)).photos
+            report = self._report(config, wait=False)
         except LorakitError as problem:
-            yield widgets.problem(str(problem)), "", "", hidden, "", hidden, 0
-            return
-        first = min(max(0, first), (len(found.photos) - 1) // PAGE * PAGE)
-        page = found.photos[first : first + PAGE]
-        last = first + len(page)
-        pager = gr.update(visible=len(found.photos) > PAGE)
-        where = widgets.quiet(say("photos.page", first=first + 1, last=last, count=len(found.photos)))
-        onward = gr.update(visible=True)
-        count = len(found.photos)
-        plain = cards(self.desk, page, None, None, say)
-        yield "", summary(None, count, say), plain, pager, where, onward, first
+            return [widgets.problem(str(problem)), *nothing]
+        count = len(found)
+        first = min(max(0, first), (count - 1) // PAGE * PAGE)
+        last = min(first + PAGE, count)
+        return [
+            summary(report, count, say),
+            cards(self.desk, found[first:last], report, config, say),
+            gr.update(visible=count > PAGE),
+            gr.update(interactive=first > 0),
+            widgets.quiet(say("photos.page", first=first + 1, last=last, count=count)),
+            gr.update(interactive=last < count),
+            gr.update(visible=True),
+            first,
+        ]
+
+    def checked(self, path: str, first: int, config: Config | None, say: Say) -> list[Any]:
+        """Summary and cards with what the check says, once it is through."""
+        if not path:
+            return [gr.skip(), gr.skip()]
         try:
-            report = self.desk.report(config).result() if config else None
+            found = folder.scan(self.desk.roots.resolve(path)).photos
+            report = self._report(config, wait=True)
         except LorakitError as problem:
-            yield widgets.problem(str(problem)), "", plain, pager, where, onward, first
-            return
-        if report is not None and config is not None:
-            yield (
-                "",
-                summary(report, count, say),
-                cards(self.desk, page, report, config, say),
-                pager,
-                where,
-                onward,
-                first,
-            )
+            return [widgets.problem(str(problem)), gr.skip()]
+        page = found[first : first + PAGE]
+        return [summary(report, len(found), say), cards(self.desk, page, report, config, say)]
+
+    def _report(self, config: Config | None, wait: bool) -> check.Report | None:
+        """What the check says; None where there is nothing to check yet, or it is not through and need not be."""
+        if config is None:
+            return None
+        asked = self.desk.report(config)
+        return asked.result() if wait or asked.done() else None
 
     def take_in(self, files: list[str] | None, say: Say) -> tuple[str, str | None]:
         """Uploaded files into a folder of their own; (message, the folder or None)."""

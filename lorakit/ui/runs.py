@@ -16,7 +16,10 @@ from lorakit.run_folder import LIVE, RunFolder, State, read
 from lorakit.ui import charts, widgets
 from lorakit.ui.desk import Desk
 from lorakit.ui.texts import Say
+from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 
+# Seconds between looks at the run folder.
+EVERY = 1.0
 # Lines of the log that are shown, and lines of the process's own output.
 LOG_LINES, OUTPUT_LINES = 200, 60
 # A run that has written nothing for so many seconds says so.
@@ -32,11 +35,10 @@ element.addEventListener('click', (event) => {
 
 
 class RunsPage:
-    """Builds the page. `chosen` holds the name of the run that is shown, kept in the browser."""
+    """Builds the page. `chosen` holds the name of the run that is shown, in the browser."""
 
-    def __init__(self, desk: Desk, t: gr.I18n):
-        self.desk = desk
-        self.chosen = gr.BrowserState("", storage_key="lorakit-run", secret="lorakit")
+    def __init__(self, desk: Desk, t: gr.I18n, chosen: gr.BrowserState):
+        self.desk, self.chosen = desk, chosen
         # What is on the screen, so that only what changed is sent again.
         self.seen = gr.State({})
         with gr.Row(equal_height=False):
@@ -54,6 +56,29 @@ class RunsPage:
                 self.samples = widgets.html(elem_id="run-samples")
                 self.curves = widgets.html(elem_id="run-curves")
                 self.log = widgets.html(elem_id="run-log")
+
+    def wire(self, page: gr.Blocks) -> None:
+        """Which event calls what. Whatever was done, the files are looked at next, always by the same listener: two
+        that overlap could each take the other's for what is on the screen."""
+
+        def poll(chosen: str, seen: dict[str, Any], request: gr.Request) -> list[Any]:
+            return self.poll(chosen or "", seen, say_for(request))
+
+        def choose(event: gr.EventData) -> tuple[str, str]:
+            return event.run, ""
+
+        def with_words(act: Any) -> Any:
+            def acted(chosen: str, request: gr.Request) -> str:
+                return act(chosen or "", say_for(request))
+
+            return acted
+
+        looks = [gr.Timer(EVERY).tick, page.load, self.chosen.change, self.message.change]
+        gr.on(looks, poll, [self.chosen, self.seen], self.outputs, **FOLLOW)
+        self.list.select(choose, None, [self.chosen, self.message], **EACH)
+        for button, act in ((self.stop, self.ask_stop), (self.resume, self.go_on), (self.cancel, self.take_out)):
+            button.click(with_words(act), self.chosen, self.message, **ACT)
+        self.work.click(lambda: self.desk.queue.start(), None, None, **ACT)
 
     @property
     def outputs(self) -> list[Any]:

@@ -20,13 +20,14 @@ AUTOMATIC = ""
 
 
 class TrainPage:
-    """Builds the page. `widgets` holds every knob's widget by key; `marks` is what the page remembers between events.
+    """Builds the page. `widgets` holds every knob's widget by key, `draft` the answers, in the browser.
 
-    `marks` is {"preset": name or "", "values": {key: the preset's value}, "shown": {key: "changed", a problem or ""}}.
+    `marks` is what the page remembers between events: {"preset": name or "", "values": {key: the preset's value},
+    "moved": {key: a value that gave way to one changed by hand}, "shown": {key: "changed", a problem or ""}}.
     """
 
-    def __init__(self, desk: Desk, t: gr.I18n):
-        self.desk = desk
+    def __init__(self, desk: Desk, t: gr.I18n, draft: gr.BrowserState):
+        self.desk, self.draft = desk, draft
         self.fields = form.fields()
         start = form.values(guide.suggest({}, "balanced"))
         self.widgets: dict[str, Any] = {}
@@ -48,7 +49,7 @@ class TrainPage:
                 )
                 self.message = widgets.html(elem_id="train-message")
             with gr.Column(scale=2, min_width=280):
-                self.plan = widgets.html(elem_id="train-plan")
+                self.plan_card = widgets.html(elem_id="train-plan")
         with gr.Accordion(t("train.options"), open=False, elem_id="train-options"):
             with gr.Row(equal_height=True):
                 self.preset = gr.Dropdown(
@@ -74,7 +75,8 @@ class TrainPage:
                         for key in keys:
                             self.widgets[key] = widgets.widget(self.fields[key], start[key], t, min_width=240)
         self.keys = list(self.widgets)
-        self.marks = gr.State({"preset": AUTOMATIC, "values": start, "shown": {}})
+        self.marks = gr.State({"preset": AUTOMATIC, "values": start, "moved": {}, "shown": {}})
+        self.asked = gr.State(widgets.Asked())
 
     def _question(self, key: str, value: Any, t: gr.I18n, **more: Any) -> Any:
         field = self.fields[key]
@@ -87,21 +89,22 @@ class TrainPage:
 
     @property
     def inputs(self) -> list[Any]:
-        """What `refresh` reads, in order: quality, what it remembers, every widget."""
+        """What an answer is read from, in order: quality, what it remembers, every widget."""
         return [self.quality, self.marks, *(self.widgets[key] for key in self.keys)]
 
     @property
     def outputs(self) -> list[Any]:
-        """What `refresh` fills."""
-        return [self.plan, self.changed, self.start, self.marks, *(self.widgets[key] for key in self.keys)]
+        """What `answer` fills."""
+        every = [self.widgets[key] for key in self.keys]
+        return [self.plan_card, self.changed, self.start, self.marks, self.draft, *every]
 
     def form_values(self, values: Sequence[Any]) -> dict[str, Any]:
         """Key -> what the widget holds."""
         return dict(zip(self.keys, values, strict=True))
 
-    def refresh(self, quality: str, marks: dict[str, Any], values: Sequence[Any], say: Say):
-        """Follow an answer: options that were not changed by hand go with the preset, problems go to their fields,
-        and the plan is made anew."""
+    def answer(self, quality: str, marks: dict[str, Any], values: Sequence[Any], say: Say) -> list[Any]:
+        """Follow an answer, at once: options that were not changed by hand go with the preset, problems go to their
+        fields. The plan follows in `plan`: the photos may not have been looked at yet."""
         shown = self.form_values(values)
         marks, moved = self._follow(quality, marks, shown)
         shown |= moved
@@ -113,48 +116,59 @@ class TrainPage:
         }
         updates = [self._update(key, wanted[key], marks["shown"].get(key, ""), moved, say) for key in self.keys]
         marks = marks | {"shown": {key: mark for key, mark in wanted.items() if mark}}
-        listed = _changes(changed, say)
         if config is None:
-            yield _problems(problems, say), listed, gr.update(interactive=False), marks, *updates
-            return
-        held = [gr.skip()] * len(updates)
-        yield widgets.quiet(say("plan.working")), listed, gr.update(interactive=False), marks, *updates
+            plan: Any = _problems(problems, say)
+        else:
+            plan = gr.skip() if self.desk.report(config).done() else widgets.quiet(say("plan.working"))
+        draft = self.kept(quality, marks, shown)
+        return [plan, _changes(changed, say), gr.update(interactive=False), marks, draft, *updates]
+
+    def plan(self, values: Sequence[Any], say: Say) -> tuple[str, Any]:
+        """The plan, or what keeps it from being made, and whether the run may start; waits until the photos are
+        looked at."""
+        config, problems = self.read(self.form_values(values), say)
+        refused = gr.update(interactive=False)
+        if config is None:
+            return _problems(problems, say), refused
         try:
             preview = guide.preview(config, self.desk.report(config).result())
         except LorakitError as problem:
-            yield widgets.problem(str(problem)), gr.skip(), gr.skip(), gr.skip(), *held
-            return
+            return widgets.problem(str(problem)), refused
         if preview.plan is None:
-            yield _problems({guide.PHOTOS: preview.report.errors}, say), gr.skip(), gr.skip(), gr.skip(), *held
-            return
-        yield (
-            plan_card(preview.plan, preview.report.warnings, say),
-            gr.skip(),
-            gr.update(interactive=True),
-            gr.skip(),
-            *held,
-        )
+            return _problems({guide.PHOTOS: preview.report.errors}, say), refused
+        return plan_card(preview.plan, preview.report.warnings, say), gr.update(interactive=True)
 
     def _follow(
         self, quality: str, marks: dict[str, Any], shown: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The preset that the answers suggest now, and the new values of options that were not changed by hand."""
+        """The preset that the answers suggest now, and the new values of options that were not changed by hand: the
+        preset's, but for what gives way to a change (a length of one's own to the preset's, say)."""
+        moved = marks["moved"]
+        by_hand = {
+            key: now
+            for key, (_, now) in form.changed(shown, marks["values"]).items()
+            if key not in guide.QUESTIONS and not (key in moved and now == moved[key])
+        }
         try:
             suggested = self._suggest(shown, quality, marks["preset"])
         except LorakitError:
             return marks, {}
-        by_hand = form.changed(shown, marks["values"])
-        moved = {
+        try:
+            laid = self._suggest(shown, quality, marks["preset"], by_hand)
+        except LorakitError:  # what was changed is wrong, and will be told where it is
+            laid = suggested
+        follows = {
             key: value
-            for key, value in suggested.items()
-            if key in self.widgets and key not in guide.QUESTIONS and key not in by_hand and shown.get(key) != value
+            for key, value in laid.items()
+            if key in self.widgets and key not in guide.QUESTIONS and key not in by_hand
         }
-        if any(shown.get(key) for key in guide.LENGTH_KEYS if key in by_hand):
-            # A length of one's own takes the place of the preset's.
-            moved |= {key: "" for key in guide.LENGTH_KEYS if key not in by_hand and shown.get(key)}
-        return marks | {"values": suggested}, moved
+        moved = {key: value for key, value in follows.items() if value != suggested.get(key)}
+        marks = marks | {"values": suggested, "moved": moved}
+        return marks, {key: value for key, value in follows.items() if shown.get(key) != value}
 
-    def _suggest(self, shown: Mapping[str, Any], quality: str, preset: str) -> dict[str, Any]:
+    def _suggest(
+        self, shown: Mapping[str, Any], quality: str, preset: str, by_hand: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """What preset and answers suggest for every field; a base outside of the roots is not even looked at.
 
         Raises:
@@ -162,7 +176,8 @@ class TrainPage:
         """
         base = shown.get(guide.BASE) or ""
         inside = base if base == self.fields[guide.BASE].knob.default else str(self.desk.roots.resolve(base))
-        return form.values(guide.suggest({**shown, guide.BASE: inside}, quality, preset or None))
+        changed = {key: self.fields[key].read(value) for key, value in (by_hand or {}).items()}
+        return form.values(guide.suggest({**shown, guide.BASE: inside}, quality, preset or None, changed))
 
     def read(self, shown: Mapping[str, Any], say: Say) -> tuple[Config | None, dict[str, list[str]]]:
         """The config of a filled-in form, or every problem by field; an unanswered question is one."""
@@ -185,6 +200,10 @@ class TrainPage:
         start = form.values(guide.suggest({}, "balanced"))
         return form.read(start | {guide.PHOTOS: shown[guide.PHOTOS]}, self.desk.roots)[0]
 
+    def kept(self, quality: str, marks: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
+        """The answers as the browser keeps them, for `restore`."""
+        return {"quality": quality, "preset": marks["preset"], "moved": marks["moved"], "values": dict(shown)}
+
     def restore(self, kept: Mapping[str, Any]) -> list[Any]:
         """The answers that the browser kept: photos' folder, quality, marks, preset, then each widget."""
         if not isinstance(kept, dict) or not isinstance(kept.get("values"), dict):
@@ -197,7 +216,8 @@ class TrainPage:
             suggested = self._suggest(values, quality, preset)
         except LorakitError:
             suggested = start
-        marks = {"preset": preset, "values": suggested, "shown": {}}
+        moved = kept["moved"] if isinstance(kept.get("moved"), dict) else {}
+        marks = {"preset": preset, "values": suggested, "moved": moved, "shown": {}}
         values[guide.PHOTOS] = values[guide.PHOTOS] or None
         return [values[guide.PHOTOS], quality, marks, preset, *(values[key] for key in self.keys)]
 
@@ -236,7 +256,7 @@ class TrainPage:
             gr.skip() if key in guide.QUESTIONS or suggested.get(key) == shown[key] else gr.update(value=suggested[key])
             for key in self.keys
         ]
-        return [marks | {"preset": preset, "values": suggested}, *updates]
+        return [marks | {"preset": preset, "values": suggested, "moved": {}}, *updates]
 
     def begin(self, values: Sequence[Any], say: Say) -> tuple[str, str | None]:
         """Put the run into the queue; (message, name of the run folder or None)."""

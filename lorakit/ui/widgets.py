@@ -12,6 +12,25 @@ from lorakit.ui import texts
 from lorakit.ui.form import Field
 from lorakit.ui.texts import Say
 
+# How events are sent: each as one plain request with one answer. Gradio's own queue answers over a stream that it opens
+# and closes all the time; an event sent while one closes can be lost, and a page that looks at its run once a second
+# meets that sooner or later. While an event of a kind is under way, a second waits for it and is sent with what the
+# page holds then (FOLLOW), is passed over, as a second press of a button should be (ACT), or is sent as well (EACH).
+FOLLOW: dict[str, Any] = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+ACT: dict[str, Any] = FOLLOW | {"trigger_mode": "once"}
+EACH: dict[str, Any] = FOLLOW | {"trigger_mode": "multiple"}
+
+
+class Asked:
+    """Counts what a browser asked for, so that an answer that took long knows whether it comes too late."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def again(self) -> None:
+        """Something newer is asked."""
+        self.number += 1
+
 
 def say_for(request: gr.Request | None) -> Say:
     """The texts in the language of whoever asks."""
@@ -99,6 +118,12 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
     if field.kind in ("number", "whole") and not field.in_words:
         return gr.Number(value=shown, **common)
     return gr.Textbox(value=shown, lines=3 if field.kind == "lines" else 1, **common)
+
+
+def answered(made: Any) -> Any:
+    """The event of a widget that somebody changed. A text field's `input` comes with a key that prints and with nothing
+    else: not with what is pasted, deleted, or written by an input method, as Chinese is."""
+    return made.change if isinstance(made, gr.Textbox) else made.input
 
 
 def element_id(key: str) -> str:

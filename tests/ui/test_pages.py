@@ -8,9 +8,11 @@ from PIL import Image
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
 from lorakit import guide  # noqa: E402
+from lorakit.config import TrainConfig  # noqa: E402
 from lorakit.errors import LorakitError  # noqa: E402
 from lorakit.ui import app, texts  # noqa: E402
 from lorakit.ui.adapter import AdapterPage  # noqa: E402
+from lorakit.ui.compare import ComparePage  # noqa: E402
 from lorakit.ui.desk import Desk  # noqa: E402
 from lorakit.ui.photos import PAGE, PhotosPage  # noqa: E402
 from lorakit.ui.train import TrainPage  # noqa: E402
@@ -30,7 +32,7 @@ def desk(tmp_path: Path, tiny_sd1: Path) -> Desk:
 @pytest.fixture
 def train(desk: Desk) -> TrainPage:
     with gr.Blocks():
-        return TrainPage(desk, T)
+        return TrainPage(desk, T, gr.BrowserState())
 
 
 def answered(train: TrainPage, base: Path, **more: object) -> tuple[list[object], dict[str, object]]:
@@ -50,30 +52,61 @@ def test_the_whole_page_is_built(desk: Desk):
     assert page.enable_queue
 
 
+def answer(train: TrainPage, marks: dict[str, object], values: list[object]) -> tuple[object, ...]:
+    """(plan, changed, start, marks, draft, what each widget is told) after an answer."""
+    plan, changed, start, marks, draft, *updates = train.answer("balanced", marks, values, SAY)
+    return plan, changed, start, marks, draft, dict(zip(train.keys, updates, strict=True))
+
+
 def test_answers_lead_to_a_plan(train: TrainPage, tiny_sd1: Path):
     values, marks = answered(train, tiny_sd1)
-    first, last = list(train.refresh("balanced", marks, values, SAY))
-    assert first[2]["interactive"] is False and last[2]["interactive"] is True
-    assert "The plan" in last[0] and "3 photos" in last[0]
+    *_, start, marks, draft, updates = answer(train, marks, values)
+    assert start["interactive"] is False
+    plan, start = train.plan([draft["values"][key] for key in train.keys], SAY)
+    assert "The plan" in plan and "3 photos" in plan and start["interactive"] is True
     # The base is another family's: every option went with its preset.
-    assert first[3]["values"]["data.resolution"] == 512
-    moved = dict(zip(train.keys, first[4:], strict=True))
-    assert moved["data.resolution"]["value"] == 512
+    assert marks["values"]["data.resolution"] == 512
+    assert updates["data.resolution"]["value"] == 512
+    # The photos are looked at by now: the plan that is shown stays until the next one is there.
+    assert answer(train, marks, [draft["values"][key] for key in train.keys])[0] == gr.skip()
 
 
 def test_what_was_changed_by_hand_stays(train: TrainPage, tiny_sd1: Path):
     values, marks = answered(train, tiny_sd1, data__resolution=128.0, train__steps="7")
-    first = next(train.refresh("balanced", marks, values, SAY))
-    updates = dict(zip(train.keys, first[4:], strict=True))
+    _, changed, _, marks, draft, updates = answer(train, marks, values)
     assert "value" not in updates["data.resolution"] and "Changed from the preset" in updates["data.resolution"]["info"]
-    assert updates["train.steps_per_image"]["value"] == ""
-    assert "data.resolution: 512 → 128" in first[1]
+    assert "data.resolution: 512 → 128" in changed
+    # The preset's length gives way to one of one's own, and comes back when that is taken back.
+    before = marks["values"]["train.steps_per_image"]
+    assert before and updates["train.steps_per_image"]["value"] == ""
+    shown = draft["values"] | {"train.steps": ""}
+    *_, updates = answer(train, marks, [shown[key] for key in train.keys])
+    assert updates["train.steps_per_image"]["value"] == before
+
+
+def test_what_belongs_to_a_change_gives_way_as_on_the_command_line(train: TrainPage):
+    values, marks = answered(train, Path("pocket"))
+    shown = dict(zip(train.keys, values, strict=True)) | {guide.BASE: "pocket", "train.prior": "none"}
+    *_, draft, updates = answer(train, marks, [shown[key] for key in train.keys])
+    # The preset's class images mean nothing without that prior, and would be an error.
+    assert updates["train.class_images"]["value"] == TrainConfig.class_images
+    plan, start = train.plan([draft["values"][key] for key in train.keys], SAY)
+    assert "The plan" in plan and start["interactive"] is True
+
+
+def test_a_wrong_value_is_told_at_its_field_and_above(train: TrainPage, tiny_sd1: Path):
+    values, marks = answered(train, tiny_sd1, adapter__rank=0.0)
+    plan, _, _, _, draft, updates = answer(train, marks, values)
+    assert "adapter.rank = 0: must be between 1 and 1024" in plan
+    assert updates["adapter.rank"]["info"].startswith("✕ adapter.rank = 0: must be between 1 and 1024")
+    again, start = train.plan([draft["values"][key] for key in train.keys], SAY)
+    assert again == plan and start["interactive"] is False
 
 
 def test_a_base_outside_of_the_roots_is_not_looked_at(train: TrainPage):
     values, marks = answered(train, Path("/etc"))
-    (only,) = train.refresh("balanced", marks, values, SAY)
-    assert "/etc is outside of" in only[0] and only[2]["interactive"] is False
+    plan, _, start, *_ = answer(train, marks, values)
+    assert "/etc is outside of" in plan and start["interactive"] is False
     assert "is outside of" in train.difference_of("", "balanced", values, SAY)
     message, name = train.begin(values, SAY)
     assert name is None and "is outside of" in message
@@ -93,12 +126,39 @@ def test_a_page_of_photos(desk: Desk, train: TrainPage, tiny_sd1: Path):
         photos = PhotosPage(desk, T)
     values, _ = answered(train, tiny_sd1, data__resolution=64.0)
     config = train.config_of_photos(train.form_values(values))
-    first, last = list(photos.show(str(desk.roots.paths[0]), 0, config, SAY))
-    assert first[2].count("<li class=") == last[2].count('<li class="lk-card') == PAGE
-    assert "photos" in first[1] and "trained at 64 × 64" in last[2]
-    assert "lk-crop" in last[2], "a photo of 90 x 64 is cropped, and it is shown where"
-    beyond = list(photos.show(str(desk.roots.paths[0]), 10 * PAGE, config, SAY))[-1]
-    assert beyond[6] == PAGE and beyond[2].count('<li class="lk-card') == 2
+    folder = str(desk.roots.paths[0])
+    summary, cards, pager, previous, _, following, _, first = photos.show(folder, 0, config, SAY)
+    assert cards.count('<li class="lk-card') == PAGE and first == 0 and pager["visible"]
+    assert "Looking at every photo" in summary and "trained at" not in cards
+    assert not previous["interactive"] and following["interactive"]
+    summary, cards = photos.checked(folder, 0, config, SAY)
+    assert cards.count('<li class="lk-card') == PAGE and "trained at 64 × 64" in cards
+    assert "lk-crop" in cards, "a photo of 90 x 64 is cropped, and it is shown where"
+    # What is known is told at once.
+    assert photos.show(folder, 0, config, SAY)[:2] == [summary, cards]
+    _, cards, _, previous, _, following, _, first = photos.show(folder, 10 * PAGE, config, SAY)
+    assert first == PAGE and cards.count('<li class="lk-card') == 2
+    assert previous["interactive"] and not following["interactive"]
+
+
+def test_no_folder_is_no_error(desk: Desk, train: TrainPage):
+    with gr.Blocks():
+        photos = PhotosPage(desk, T)
+    assert "No photos yet" in photos.show("", 0, None, SAY)[0]
+    assert photos.checked("", 0, None, SAY) == [gr.skip(), gr.skip()]
+
+
+def test_grids_that_are_drawn_are_followed(desk: Desk):
+    with gr.Blocks():
+        page = ComparePage(desk, T)
+    assert page.drawn(None, SAY)[2].active is False
+    run = desk.runs / "one"
+    job = desk.queue.command(["sample", "nothing"], run / "compare" / "grid")
+    message, grids, timer = page.drawn("one", SAY)
+    assert "Drawing … (waiting)" in message and grids == "" and timer.active is True
+    desk.queue.work()
+    message, _, timer = page.drawn("one", SAY)
+    assert desk.why(job.number) in message and "lk-problem" in message and timer.active is False
 
 
 @pytest.mark.parametrize(

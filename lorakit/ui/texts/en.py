@@ -121,7 +121,6 @@ TEXTS = {
     "compare.prompts": "Prompts, one a line",
     "compare.strengths": "Strengths",
     "compare.drawing": "Drawing … ({state})",
-    "compare.drawn": "Drawn.",
     "compare.grids": "Grids",
     "compare.export": "Export it",
     "compare.exported": "Exported: {name}",
