@@ -5,6 +5,7 @@ What comes out lies on the device for the whole run, so that a step is nothing b
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,15 +57,18 @@ class Encoded:
 
 
 def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable[[str], None]) -> Encoded:
-    """Encode what a run needs. The family's VAE and text encoders must be on the device.
+    """Encode what a run needs, each part of the base on the device by itself: what photos and texts need is then not
+    added to the UNet.
 
     Args:
+        adapter: one that is attached already, or None; it is switched off while class images are drawn and texts
+            encoded, and its UNet stays where it is.
         photos: what `data.check.check` reported.
-        adapter: switched off while class images are drawn and texts encoded.
 
     Raises:
         LorakitError: a photo cannot be read or its latents are not finite; the class-image cache cannot be written.
     """
+    family.release("text_encoders", *(["unet"] if adapter is None else []))
     dataset, held_out = cache.build(
         photos,
         config.data,
@@ -78,9 +82,15 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
     without = [captions.class_text(text, config.data) for text in dataset.texts]
     class_texts = list(dict.fromkeys([captions.class_prompt(config.data), *without]))
     class_of = torch.tensor([class_texts.index(text) for text in without], device=family.device)
-    with adapter.disabled():
+    family.release("vae")
+    latents = None
+    with adapter.disabled() if adapter is not None else contextlib.nullcontext():
         conditions, class_conditions = embed(family, dataset.texts, class_texts)
-        latents = _class_latents(config, family, class_texts, say) if config.train.prior == "images" else None
+        if config.train.prior == "images":
+            family.acquire("unet")
+            latents = _class_latents(config, family, class_texts, say)
+    family.release("vae", "text_encoders")
+    family.acquire("unet")
     return Encoded(dataset, held_out, conditions, class_texts, class_conditions, class_of, latents)
 
 

@@ -26,17 +26,16 @@ from lorakit import (
     families,
     memory,
     optim,
-    plan,
-    registry,
     report,
     sample,
     selfcheck,
 )
 from lorakit.config import Config
-from lorakit.data import captions, check, folder as photo_folder
+from lorakit.data import captions, folder as photo_folder
 from lorakit.encode import embed, encode
 from lorakit.errors import LorakitError
-from lorakit.export import consumers, metadata
+from lorakit.export import metadata
+from lorakit.look import Seen, look
 from lorakit.run_folder import RunFolder
 from lorakit.step import Step
 from lorakit.terminal import Terminal
@@ -88,8 +87,8 @@ def train(config: Config, *, terminal: Terminal | None = None) -> Result:
         Stopped: after SIGINT, SIGTERM or a `stop` file in the run folder; the state is saved.
     """
     config = replace(config, model=families.pin(config.model))
-    folder = RunFolder.create(config)
-    return _recorded(config, folder, terminal or Terminal(), None)
+    seen = look(config)  # before there is a run folder: what cannot begin leaves none behind
+    return _recorded(config, RunFolder.create(config), terminal or Terminal(), None, seen)
 
 
 def resume(folder: str | Path, *, terminal: Terminal | None = None) -> Result:
@@ -105,11 +104,11 @@ def resume(folder: str | Path, *, terminal: Terminal | None = None) -> Result:
     return _recorded(config, run, terminal or Terminal(), saved)
 
 
-def _recorded(config: Config, folder: RunFolder, terminal: Terminal, saved: Path | None) -> Result:
+def _recorded(config: Config, folder: RunFolder, terminal: Terminal, saved: Path | None, seen: Any = None) -> Result:
     """Run, and leave in the run folder how it ended, whatever happens."""
     try:
         with _stop_signals(folder):
-            return _Run(config, folder, terminal, saved).go()
+            return _Run(config, folder, terminal, saved).go(seen)
     except Stopped as stop:
         folder.update(state="stopped", message=str(stop))
         raise
@@ -161,66 +160,61 @@ class _Run:
         self.best: Path | None = None
         self.retry = 0
 
-    def go(self) -> Result:
+    def go(self, seen: Seen | None = None) -> Result:
         """The story: prepare, train, finish."""
-        self.look()
+        self.look(seen or look(self.config))
         with memory.enough("loading the base", self.config):
             self.load()
         with memory.enough("encoding the photos", self.config):
             self.encode()
+        with memory.enough("attaching the adapter", self.config):
+            self.attach()
         self.loop()
         with memory.enough("checking the exported file", self.config):
             return self.finish()
 
     # -- prepare ------------------------------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Check the photos and plan the run, before any model is loaded."""
-        config = self.config
+    def look(self, seen: Seen) -> None:
+        """Say what the run will do, before any model is loaded."""
         self.started = time.time()
-        self.board = _board(self.folder.path, config.output.tensorboard)
-        self.info = families.describe(config.model)
-        for name in config.output.formats:
-            refusal = registry.load(registry.EXPORTS, name).check(config.adapter.method, self.info.family)
-            if refusal:
-                raise LorakitError(refusal)
-            warning = consumers.warning(config.adapter.method, name)
-            if warning:
-                self.say(warning)
-        self.photos = check.check(config.data, self.info)
-        if self.photos.errors:
-            raise LorakitError("\n".join(self.photos.errors))
-        self.plan = plan.make(config, self.info, self.photos)
+        self.board = _board(self.folder.path, self.config.output.tensorboard)
+        self.info, self.photos, self.plan = seen.info, seen.photos, seen.plan
         self.total = self.plan.steps
         self.identity = {"base": self.info.hash, "photos": photo_folder.digest(self.photos.photos)}
         self.folder.write_plan(self.plan.to_json())
-        for line in [*self.photos.notes, *self.photos.warnings, *self.plan.lines()]:
+        for line in [*seen.warnings, *self.photos.notes, *self.photos.warnings, *self.plan.lines()]:
             self.say(line)
 
     def load(self) -> None:
-        """Base on the device, adapter attached, optimizer made."""
+        """The base; its VAE and text encoders come to the device when they are needed."""
         config = self.config
         self.device = memory.device(config.memory)
         self.dtype = memory.dtype(config.memory, self.device)
         self.say(f"device: {self.device}, base in {str(self.dtype).removeprefix('torch.')}, adapter in float32")
         self.family = families.load(self.info, self.device, self.dtype, config.memory.base_storage)
         self.say(memory.attention(config.memory, self.family))
-        self.adapter = adapters.attach(self.family, config.adapter, seed=config.train.seed)
+
+    def encode(self) -> None:
+        """Photos, class images and texts through the frozen encoders, which then leave the device."""
+        config = self.config
+        self.encoded = encode(config, self.family, None, self.photos, self.say)
+        self.dataset = self.encoded.dataset
+        self.sample_prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
+        self.trains_text = config.adapter.train_text_encoder
+
+    def attach(self) -> None:
+        """The adapter in the base, and all that trains it and examines it."""
+        config, family, encoded = self.config, self.family, self.encoded
+        family.acquire("unet", *(["text_encoders"] if self.trains_text else []))
+        self.adapter = adapters.attach(family, config.adapter, seed=config.train.seed)
         for component, (modules, parameters) in self.adapter.describe().items():
             self.say(f"training {component}: {modules} modules, {parameters:,} parameters")
         if config.train.init_from:
             self.adapter.load(export.read(Path(config.train.init_from)))
             self.say(f"starting from the weights of {Path(config.train.init_from).name}")
-        memory.gradient_checkpointing(self.family, config.memory.gradient_checkpointing)
+        memory.gradient_checkpointing(family, config.memory.gradient_checkpointing)
         self.optimizer = optim.build(config.optimizer, self.adapter.groups())
-
-    def encode(self) -> None:
-        """Photos, class images and texts through the frozen encoders, which then leave the device."""
-        config, family = self.config, self.family
-        self.encoded = encoded = encode(config, family, self.adapter, self.photos, self.say)
-        self.dataset = encoded.dataset
-        self.sample_prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
-        self.trains_text = config.adapter.train_text_encoder
         self.step = Step(family, self.adapter, encoded, config.train, embed_anew=self.trains_text)
         self.validation = evaluate.Validation(
             family,

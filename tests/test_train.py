@@ -267,6 +267,17 @@ def test_too_little_memory_for_a_step_names_what_would_help(tiny_sd1, photos, tm
     )
 
 
+def test_a_run_that_cannot_begin_leaves_no_folder(tiny_sd1, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for base, folder in ((tmp_path / "none", photos), (tiny_sd1, empty)):
+        settings = {"model.base": str(base), "data.folder": str(folder), "data.name": "sks toy", "train.steps": 1}
+        with pytest.raises(LorakitError):
+            train.train(config.load(None, settings))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_too_little_memory_before_the_first_step_is_told_too(tiny_sd1, photos, tmp_path, monkeypatch):
     def full(*given, **named):
         raise torch.OutOfMemoryError

@@ -62,10 +62,11 @@ class Family(Protocol):
         """What the UNet says of `noisy` `[B, C, h, w]` at `timesteps` int64 `[B]`: float32 `[B, C, h, w]`."""
 
     def release(self, *components: str) -> None:
-        """Move "vae" or "text_encoders" to the CPU and give their memory back."""
+        """Move "unet", "vae" or "text_encoders" to the CPU and give their memory back."""
 
     def acquire(self, *components: str) -> None:
-        """Move them to `device` again."""
+        """Move them to `device`. VAE and text encoders begin on the CPU, and come by themselves with `encode_text`,
+        `encode_image`, `decode` and `pipeline`; a UNet that was released must be called back before `predict`."""
 
     def pipeline(self) -> Any:
         """The diffusers pipeline of these same modules, with a scheduler of its own."""

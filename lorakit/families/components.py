@@ -15,6 +15,8 @@ from lorakit import ldm, modelfile, products, quantized
 from lorakit.errors import LorakitError
 from lorakit.families.base import BaseInfo
 
+# Where parts of a base wait until they are needed.
+HOST = torch.device("cpu")
 # float16 ends at 6e-8, and the gradient of a mean over a latent's values begins at about 1e-4. A fixed power of two
 # costs no rounding and, unlike a scale that adapts, no look at the gradients; an overflow is found like any other NaN.
 FP16_GRADIENT_SCALE = 2.0**13
@@ -87,15 +89,15 @@ def load_unet(info: BaseInfo, device: torch.device, dtype: torch.dtype, storage:
         products.quicken(unet)
         return unet
     # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
-    unet = load_module(info, "unet", UNet2DConditionModel, torch.device("cpu"), dtype)
+    unet = load_module(info, "unet", UNet2DConditionModel, HOST, dtype)
     quantized.quantize_layers(unet, storage, device)
     return unet.to(device)
 
 
-def load_vae(info: BaseInfo, device: torch.device) -> Any:
+def load_vae(info: BaseInfo) -> Any:
     """The autoencoder in float32: in half precision, SDXL's overflows. Whatever it is given to decode is cast to that,
     so that a pipeline in half precision can draw with it."""
-    vae = load_module(info, "vae", AutoencoderKL, device, torch.float32)
+    vae = load_module(info, "vae", AutoencoderKL, HOST, torch.float32)
     first = vae.decoder if vae.post_quant_conv is None else vae.post_quant_conv
     first.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
     return vae
@@ -199,16 +201,22 @@ def widen(prediction: torch.Tensor, scale: float) -> torch.Tensor:
     return prediction
 
 
-def move(modules: dict[str, Any], encoders: list[str], components: tuple[str, ...], device: torch.device) -> None:
-    """Move components to `device`; "text_encoders" stands for all of them.
+def move(parts: dict[str, list[Any]], names: tuple[str, ...], device: torch.device) -> None:
+    """Move parts of a base to `device`; those that are there already cost next to nothing.
+
+    Args:
+        parts: "unet", "vae" and "text_encoders" -> modules.
 
     Raises:
-        ValueError: a component of another name.
+        ValueError: a part of another name.
     """
-    for component in components:
-        if component not in ("vae", "text_encoders"):
-            raise ValueError(f"unknown component {component!r}: 'vae' or 'text_encoders'")
-        for name in encoders if component == "text_encoders" else [component]:
-            modules[name].to(device)
-    if device.type == "cpu" and torch.cuda.is_available():
+    moved = False
+    for name in names:
+        if name not in parts:
+            raise ValueError(f"unknown component {name!r}: {', '.join(map(repr, parts))}")
+        for module in parts[name]:
+            if next(module.parameters()).device.type != device.type:
+                module.to(device)
+                moved = True
+    if moved and device.type == "cpu" and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -20,8 +20,8 @@ class StableDiffusion:
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with components.quiet():
             self.unet = components.load_unet(info, self.device, dtype, storage)
-            encoder = components.load_module(info, "text_encoder", CLIPTextModel, self.device, dtype)
-            self.vae = components.load_vae(info, self.device)
+            encoder = components.load_module(info, "text_encoder", CLIPTextModel, components.HOST, dtype)
+            self.vae = components.load_vae(info)
             self.tokenizer = components.load_tokenizer(info, "tokenizer", encoder)
             self.scheduler = components.load_scheduler(info)
         self.text_encoders: dict[str, Any] = {"text_encoder": encoder}
@@ -32,15 +32,18 @@ class StableDiffusion:
 
     def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
         """See `families.Family`."""
+        self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
             return Condition(self.text_encoders["text_encoder"](self._ids(texts))[0])
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""
+        self.acquire("vae")
         return components.encode_image(self.vae, pixels)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `families.Family`."""
+        self.acquire("vae")
         return components.decode(self.vae, latents)
 
     def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> None:
@@ -55,14 +58,15 @@ class StableDiffusion:
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._movable(), list(self.text_encoders), parts, torch.device("cpu"))
+        components.move(self._parts(), parts, torch.device("cpu"))
 
     def acquire(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._movable(), list(self.text_encoders), parts, self.device)
+        components.move(self._parts(), parts, self.device)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """See `families.Family`."""
+        self.acquire("unet", "vae", "text_encoders")
         with components.quiet():
             pipeline = StableDiffusionPipeline(
                 vae=self.vae,
@@ -81,5 +85,5 @@ class StableDiffusion:
         """See `families.Family`."""
         return {"unet": self.unet, **self.text_encoders}
 
-    def _movable(self) -> dict[str, Any]:
-        return {"vae": self.vae, **self.text_encoders}
+    def _parts(self) -> dict[str, list[Any]]:
+        return {"unet": [self.unet], "vae": [self.vae], "text_encoders": list(self.text_encoders.values())}

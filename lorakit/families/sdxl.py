@@ -20,9 +20,9 @@ class StableDiffusionXL:
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with components.quiet():
             self.unet = components.load_unet(info, self.device, dtype, storage)
-            first = components.load_module(info, "text_encoder", CLIPTextModel, self.device, dtype)
-            second = components.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, self.device, dtype)
-            self.vae = components.load_vae(info, self.device)
+            first = components.load_module(info, "text_encoder", CLIPTextModel, components.HOST, dtype)
+            second = components.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, components.HOST, dtype)
+            self.vae = components.load_vae(info)
             self.tokenizers = [
                 components.load_tokenizer(info, "tokenizer", first),
                 components.load_tokenizer(info, "tokenizer_2", second),
@@ -36,6 +36,7 @@ class StableDiffusionXL:
 
     def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
         """See `families.Family`: the encoders' last hidden states but one, side by side, and the second's pooled."""
+        self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
             first, second = (
                 encoder(ids(texts), output_hidden_states=True)
@@ -46,10 +47,12 @@ class StableDiffusionXL:
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""
+        self.acquire("vae")
         return components.encode_image(self.vae, pixels)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `families.Family`."""
+        self.acquire("vae")
         return components.decode(self.vae, latents)
 
     def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int]:
@@ -67,14 +70,15 @@ class StableDiffusionXL:
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._movable(), list(self.text_encoders), parts, torch.device("cpu"))
+        components.move(self._parts(), parts, torch.device("cpu"))
 
     def acquire(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._movable(), list(self.text_encoders), parts, self.device)
+        components.move(self._parts(), parts, self.device)
 
     def pipeline(self) -> StableDiffusionXLPipeline:
         """See `families.Family`."""
+        self.acquire("unet", "vae", "text_encoders")
         index = self.info.configs["model_index"]
         with components.quiet():
             pipeline = StableDiffusionXLPipeline(
@@ -94,5 +98,5 @@ class StableDiffusionXL:
         """See `families.Family`."""
         return {"unet": self.unet, **self.text_encoders}
 
-    def _movable(self) -> dict[str, Any]:
-        return {"vae": self.vae, **self.text_encoders}
+    def _parts(self) -> dict[str, list[Any]]:
+        return {"unet": [self.unet], "vae": [self.vae], "text_encoders": list(self.text_encoders.values())}

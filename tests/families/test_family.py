@@ -193,11 +193,11 @@ def test_the_pipeline_is_of_the_same_modules_and_draws_what_diffusers_draws(
 
 
 def test_release_and_acquire_name_their_parts(sdxl: Any) -> None:
-    sdxl.release("vae", "text_encoders")
-    sdxl.acquire("vae", "text_encoders")
+    sdxl.release("unet", "vae", "text_encoders")
+    sdxl.acquire("unet", "vae", "text_encoders")
     assert sdxl.vae.device.type == "cpu"
-    with pytest.raises(ValueError, match="unknown component 'unet'"):
-        sdxl.release("unet")
+    with pytest.raises(ValueError, match="unknown component 'tokenizer'"):
+        sdxl.release("tokenizer")
 
 
 def test_loading_says_nothing(tiny_sd1: Path, capfd: pytest.CaptureFixture[str]) -> None:

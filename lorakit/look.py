@@ -1,0 +1,51 @@
+"""Before anything is written or loaded: the base, the photos and the plan of a run, or what is wrong with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit import families, plan, registry
+from lorakit.config import Config
+from lorakit.data import check
+from lorakit.errors import LorakitError
+from lorakit.export import consumers
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run is made from.
+
+    Attributes:
+        info: the base, `families.BaseInfo`.
+        photos: what `data.check.check` reported.
+        plan: what the run would do.
+        warnings: what the formats asked for do not carry to some programs, a line each.
+    """
+
+    info: Any
+    photos: Any
+    plan: plan.Plan
+    warnings: list[str]
+
+
+def look(config: Config) -> Seen:
+    """Check all that can be checked before a model is loaded.
+
+    Raises:
+        LorakitError: base or photos do not allow the run, or a format cannot carry what is trained; all problems of the
+            photos at once.
+    """
+    info = families.describe(config.model)
+    warnings = []
+    for name in config.output.formats:
+        refusal = registry.load(registry.EXPORTS, name).check(config.adapter.method, info.family)
+        if refusal:
+            raise LorakitError(refusal)
+        warning = consumers.warning(config.adapter.method, name)
+        if warning:
+            warnings.append(warning)
+    photos = check.check(config.data, info)
+    if photos.errors:
+        raise LorakitError("\n".join(photos.errors))
+    return Seen(info, photos, plan.make(config, info, photos), warnings)

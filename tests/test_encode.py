@@ -1,0 +1,123 @@
+"""Before the first step: what is on the device while photos, texts and class images are encoded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lorakit import config, families
+from lorakit.data import check
+from lorakit.encode import encode
+from lorakit.families import components
+
+ALL = {"unet", "vae", "text_encoders"}
+
+
+class Watched:
+    """A family that remembers which of its parts were on the device whenever one of them was used.
+
+    On a CPU nothing moves, so who is where is kept here, by the rules of `families.Family`.
+    """
+
+    def __init__(self, family: Any):
+        self.family, self.there = family, {"unet"}
+        self.seen: dict[str, set[frozenset[str]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+    def release(self, *names: str) -> None:
+        self.there -= set(names)
+
+    def acquire(self, *names: str) -> None:
+        self.there |= set(names)
+
+    def _use(self, part: str, doing: str) -> None:
+        self.acquire(part)
+        self.seen.setdefault(doing, set()).add(frozenset(self.there))
+
+    def encode_image(self, pixels: torch.Tensor) -> Any:
+        self._use("vae", "encode_image")
+        return self.family.encode_image(pixels)
+
+    def encode_text(self, texts: list[str], *, grad: bool = False) -> Any:
+        self._use("text_encoders", "encode_text")
+        return self.family.encode_text(texts, grad=grad)
+
+    def pipeline(self) -> Any:
+        self.acquire(*ALL)
+        return self.family.pipeline()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    yield folder
+
+
+@pytest.mark.parametrize("prior", ["none", "images"])
+def test_each_part_of_the_base_has_the_device_to_itself(
+    tiny_sd1: Path, photos: Path, prior: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    settings = {
+        "model.base": str(tiny_sd1),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "train.steps": 1,
+        "train.prior": prior,
+        "sample.steps": 1,
+    } | ({"train.class_images": 2} if prior == "images" else {})
+    chosen = config.load(None, settings)
+    info = families.describe(tiny_sd1)
+    family = Watched(families.load(info, "cpu", torch.float32))
+    encoded = encode(chosen, family, None, check.check(chosen.data, info), lambda line: None)
+    assert family.seen["encode_text"] == {frozenset({"text_encoders"})}
+    # Class images are drawn by all of the base.
+    assert family.seen["encode_image"] == {frozenset({"vae"})} | ({frozenset(ALL)} if prior == "images" else set())
+    assert family.there == {"unet"}
+    assert (encoded.class_latents is None) == (prior == "none")
+
+
+def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photos: Path) -> None:
+    from lorakit import adapters
+
+    settings = {"data.folder": str(photos), "data.name": "sks toy", "data.resolution": 64, "train.steps": 1}
+    chosen = config.load(None, settings)
+    info = families.describe(tiny_sd1)
+    family = Watched(families.load(info, "cpu", torch.float32))
+    adapter = adapters.attach(family.family, chosen.adapter)
+    encode(chosen, family, adapter, check.check(chosen.data, info), lambda line: None)
+    assert family.seen["encode_image"] == {frozenset({"unet", "vae"})}
+
+
+class Somewhere:
+    """A module as `components.move` sees it: it says where it is and counts how often it was sent."""
+
+    def __init__(self, device: str):
+        self.device, self.sent = torch.device(device), 0
+
+    def parameters(self) -> Iterator[Any]:
+        yield SimpleNamespace(device=self.device)
+
+    def to(self, device: torch.device) -> None:
+        self.device, self.sent = device, self.sent + 1
+
+
+def test_what_is_there_already_is_not_moved() -> None:
+    vae, first, second = Somewhere("cpu"), Somewhere("cpu"), Somewhere("cuda:0")
+    parts = {"vae": [vae], "text_encoders": [first, second]}
+    for _ in range(2):
+        components.move(parts, ("text_encoders",), torch.device("cuda"))
+    assert (vae.sent, first.sent, second.sent) == (0, 1, 0)
+    assert (vae.device.type, first.device.type) == ("cpu", "cuda")
