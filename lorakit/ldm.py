@@ -41,6 +41,8 @@ PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
 OPENCLIP = {("sd2", "text_encoder"), ("sdxl", "text_encoder_2")}
 # SD2 reads its text encoder before the last layer, which diffusers leaves out altogether.
 UNUSED = {("sd2", "text_encoder")}
+# Of the published SD2's 24.
+USED_LAYERS = 23
 # Tensors that no module of diffusers has: buffers, and what only CLIP's own training needs.
 NOT_WEIGHTS = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask)$")
 # What stands before the weights' moving average, which is of training and of no use here.
@@ -237,6 +239,24 @@ def tensors(header: modelfile.Header, slots: Mapping[str, Slot]) -> Iterator[tup
             yield name, view(tensor, slots[name])
 
 
+def assemble(parts: list[torch.Tensor], slots: list[Slot], component: str) -> torch.Tensor:
+    """The file's tensor from the tensors of the slots that it holds, in their order: the inverse of `view`."""
+    import torch
+
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return (whole.T if slots[0].transposed else whole).reshape(stored_shape(component, slots[0])).contiguous()
+
+
+def stored_shape(component: str, slot: Slot) -> tuple[int, ...]:
+    """The shape that the file's tensor has."""
+    if slot.third is not None:
+        return (3 * slot.shape[0], *slot.shape[1:])
+    if slot.transposed:
+        return slot.shape[::-1]
+    convolution = component == "vae" and ".attn_1." in slot.key and len(slot.shape) == 2
+    return (*slot.shape, 1, 1) if convolution else slot.shape
+
+
 def view(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
     """The part of one of the file's tensors that a slot stands for, sharing its memory."""
     part = tensor if slot.third is None else tensor.chunk(3)[slot.third]
@@ -315,9 +335,10 @@ def _slots(file: str, family: str, component: str, prefix: str, shapes: Shapes) 
 
 def _used(slots: dict[str, Slot]) -> dict[str, Slot]:
     """Without the last layer of a text encoder that is read before it, and without what comes after."""
-    last = _count(slots, _LAYER) - 1
-    numbers = {name: match and int(match[1]) for name in slots for match in [re.match(_LAYER, name)]}
-    return {name: slot for name, slot in slots.items() if numbers[name] != last and name != "text_projection.weight"}
+    layers = _count(slots, _LAYER)
+    # Some converters leave it out themselves.
+    gone = ("text_projection.", *([f"text_model.encoder.layers.{layers - 1}."] if layers != USED_LAYERS else []))
+    return {name: slot for name, slot in slots.items() if not name.startswith(gone)}
 
 
 def _table(family: str, component: str, shapes: Shapes, *, theirs: bool) -> dict[str, str]:

@@ -155,11 +155,17 @@ def values(header: Header, name: str) -> list[float]:
     return [float(value[0]) for value in struct.iter_unpack(f"<{formats[dtype]}", raw)] if dtype in formats else []
 
 
-_TORCH = {
+# safetensors' name of a dtype -> torch's.
+DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"},
     **{"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
 }
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """safetensors' name of a tensor's dtype."""
+    return next(name for name, known in DTYPES.items() if known == str(tensor.dtype).removeprefix("torch."))
 
 
 def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -176,10 +182,10 @@ def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.T
     with header.path.open("rb") as file:
         for name in sorted(names, key=lambda name: header.tensors[name].start):
             info = header.tensors[name]
-            if info.dtype not in _TORCH:
+            if info.dtype not in DTYPES:
                 raise LorakitError(f"{header.path}: {name} is in {info.dtype}, which cannot be read here")
             # Torch's own memory is aligned as its kernels like it.
             raw = torch.empty(info.end - info.start, dtype=torch.uint8)
             file.seek(info.start)
             file.readinto(raw.numpy().data)
-            yield name, raw.view(getattr(torch, _TORCH[info.dtype])).reshape(info.shape)
+            yield name, raw.view(getattr(torch, DTYPES[info.dtype])).reshape(info.shape)

@@ -41,7 +41,7 @@ def add(command: Command) -> None:
     merge.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
     merge.add_argument("--base", default="pocket", metavar="FOLDER", help="base model (default: the bundled one)")
     merge.add_argument("--strength", type=float, default=1.0, help="how much of the adapter (default: 1)")
-    merge.add_argument("--output", required=True, metavar="DIR", help="new folder for the merged model")
+    merge.add_argument("--output", required=True, metavar="PATH", help="new folder or new .safetensors file")
 
     extract = command("extract", run_extract, "the adapter that makes one base of another")
     extract.add_argument("tuned", metavar="TUNED", help="folder of the model that was trained further")
@@ -100,12 +100,12 @@ def run_combine(args: argparse.Namespace) -> int:
 def run_merge(args: argparse.Namespace) -> int:
     """`lorakit merge`."""
     from lorakit import export, families
-    from lorakit.export.merging import merge
+    from lorakit.export.wholefile import merge
 
     weights, info = export.read(Path(args.adapter)), families.describe(args.base)
     if weights.family != info.family:
         raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
-    _tell(args, {"merged": merge(weights, info.path, Path(args.output), args.strength)})
+    _tell(args, {"merged": merge(weights, info, Path(args.output), args.strength)})
     return 0
 
 

@@ -75,7 +75,7 @@ def vae(family: str, width: int = 128) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(width, min(2 * width, 4 * width), 4 * width, 4 * width) if width >= 128 else (width,) * 4,
+        block_out_channels=(width, 2 * width, 4 * width, 4 * width) if width >= 128 else (width,) * 4,
         layers_per_block=2,
         latent_channels=4,
         sample_size=64,

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save as serialise
 
-from lorakit import atomic
+from lorakit import atomic, modelfile
 from lorakit.errors import LorakitError
 
 _MARGIN = 1 << 20
@@ -66,6 +68,46 @@ def write_bytes(path: Path, raw: bytes) -> None:
         raise LorakitError(
             f"{path}: cannot be written ({error.strerror or error}); nothing there was changed"
         ) from None
+
+
+def stream(
+    path: Path,
+    entries: Sequence[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    tensors: Iterable[torch.Tensor],
+) -> None:
+    """Write a file of any size, one tensor at a time, whole or not at all.
+
+    Args:
+        entries: name, safetensors' dtype and shape of each tensor.
+        tensors: the tensors themselves, in that order; each is asked for when it is its turn.
+
+    Raises:
+        LorakitError: the folder cannot be written or is full.
+    """
+    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    at = 0
+    for name, dtype, shape in entries:
+        size = math.prod(shape) * getattr(torch, modelfile.DTYPES[dtype]).itemsize
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(head)) + head)
+            for (name, dtype, shape), tensor in zip(entries, tensors, strict=True):
+                assert (modelfile.dtype_name(tensor), tuple(tensor.shape)) == (dtype, shape), name
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        atomic.replace(temporary, path)
+    except OSError as error:
+        raise LorakitError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def require_space(folder: Path, size: int) -> None:

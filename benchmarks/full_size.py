@@ -1,0 +1,161 @@
+"""The whole main job at the size of Stable Diffusion 1.5, on a CPU: what it takes, and that it comes out right.
+
+    python benchmarks/full_size.py PHOTOS [--folder DIR] [--steps 3] [--resolution 512] [--json FILE]
+
+No weights are needed: a model of the true architecture with random weights is written as people have it, one
+.safetensors file in LDM layout. Then `lorakit train` in bf16, stopped after a step, `lorakit resume`, three formats,
+each read back and compared. About 7 GB of disk, 4 GiB of memory and a quarter of an hour on two cores; it is no test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import whole  # noqa: E402  the tests' own writer of such files
+
+from lorakit import export  # noqa: E402
+from lorakit.weights import AdapterWeights  # noqa: E402
+
+FORMATS = ("kohya", "diffusers", "peft")
+GIB = 2**30
+
+
+def main() -> None:
+    """Write the base, train, stop, resume, compare; print and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        room = args.folder or Path(temporary)
+        room.mkdir(parents=True, exist_ok=True)
+        figures = measure(room, args.photos, args.steps, args.resolution)
+    print(json.dumps(figures, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(room: Path, photos: Path, steps: int, resolution: int) -> dict[str, Any]:
+    """Seconds, peak memory (resident, MiB) and largest difference between the formats."""
+    base = write_base(room / "sd15-random.safetensors")
+    run = room / "run"
+    settings = {
+        "train.steps": steps,
+        "train.save_every": 1,
+        "train.validate_every": steps,
+        "data.resolution": resolution,
+        # An adapter of three ordinary steps would drown in the rounding of bf16.
+        "optimizer.learning_rate": 0.01,
+        "memory.device": "cpu",
+        "memory.mixed_precision": "bf16",
+        "adapter.train_text_encoder": True,
+        "sample.steps": 1,
+        "sample.prompts": "a photo of a sks dog",
+        "sample.every": steps,
+        "output.formats": ",".join(FORMATS),
+        "output.dtype": "fp32",
+    }
+    told = [f"--set={key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in settings.items()]
+    subject = ["--subject", "sks dog", "--preset", "subject-sd15", "--base", str(base), "--output", str(run)]
+    first = watch(["train", str(photos), *subject, *told], stop_at=run / "checkpoints" / "step-000001" / "complete")
+    second = watch(["resume", str(run)])
+    assert (first["exit"], second["exit"]) == (130, 0), (first, second)
+    exports = {
+        "kohya": run / "sks-dog.safetensors",
+        "diffusers": run / "sks-dog-diffusers.safetensors",
+        "peft": run / "sks-dog-peft",
+    }
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        "base": {"bytes": base.stat().st_size, "threads": torch.get_num_threads()},
+        "train until stopped": first,
+        "resume to the end": second,
+        "losses": [event["loss"] for event in log if event["event"] == "step"],
+        "formats": compare({name: export.read(path) for name, path in exports.items()}),
+        "self-check": json.loads((run / "report.json").read_text(encoding="utf-8")),
+    }
+
+
+def write_base(path: Path) -> Path:
+    """SD1.5 with random weights in bf16."""
+    if path.is_file():
+        return path
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    parts = SimpleNamespace(
+        unet=whole.unet("sd1"),
+        vae=whole.vae("sd1"),
+        text_encoder=whole.text(whole.CLIPTextModel, 49408, 768, 12, openclip=False),
+    )
+    torch.set_default_dtype(torch.float32)
+    return whole.write(path, "sd1", parts, torch.bfloat16)
+
+
+def watch(arguments: list[str], stop_at: Path | None = None) -> dict[str, Any]:
+    """Run lorakit as a process of its own; interrupt it once a file is there."""
+    start = time.monotonic()
+    process = psutil.Popen([sys.executable, "-m", "lorakit", *arguments], cwd=ROOT, env=os.environ)
+    peak = {"rss": 0, "own": 0}
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.05):
+            try:
+                memory = process.memory_info()
+            except psutil.Error:
+                return
+            peak["rss"] = max(peak["rss"], memory.rss)
+            peak["own"] = max(peak["own"], memory.rss - memory.shared)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    while process.poll() is None:
+        if stop_at is not None and stop_at.is_file():
+            process.send_signal(signal.SIGINT)
+            stop_at = None
+        try:
+            process.wait(0.5)
+        except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
+            continue
+    done.set()
+    watcher.join()
+    used = {f"peak {name} MiB": round(size / 2**20) for name, size in peak.items()}
+    return {"exit": process.returncode, "seconds": round(time.monotonic() - start, 1), **used}
+
+
+def compare(read: dict[str, AdapterWeights]) -> dict[str, Any]:
+    """Layers of each format, and how far its delta W is from the first one's, as a share of the largest number."""
+    first = read[FORMATS[0]]
+    told = {}
+    for name, weights in read.items():
+        assert weights.layers.keys() == first.layers.keys(), name
+        worst = max(
+            float((layer.delta() - first.layers[key].delta()).abs().max() / first.layers[key].delta().abs().max())
+            for key, layer in weights.layers.items()
+        )
+        told[name] = {"layers": len(weights.layers), "largest difference": worst}
+    return told
+
+
+if __name__ == "__main__":
+    main()
