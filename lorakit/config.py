@@ -75,18 +75,24 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """LoRA (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A."""
+class LayersConfig:
+    """What every method has: its size, and the layers it enters."""
 
-    method: Literal["lora"] = "lora"
     rank: int = knob(16, "Rank of the update.", low=1, high=1024)
     alpha: float | None = knob(None, "Scale is alpha / rank. Unset: alpha = rank, so that the scale is 1.", above=0)
-    dropout: float = knob(0.0, "Dropout on the adapter's input.", low=0, high=0.9)
     target_modules: Literal["attention", "linear", "linear+conv"] = knob(
         "attention",
         "attention: q, k, v, out; linear: every attention-block layer; linear+conv: resnets and samplers too.",
     )
     train_text_encoder: bool = knob(False, "Train adapters in the text encoder(s) too.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(LayersConfig):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A."""
+
+    method: Literal["lora"] = "lora"
+    dropout: float = knob(0.0, "Dropout on the adapter's input.", low=0, high=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +109,36 @@ class DoraConfig(LoraConfig):
     method: Literal["dora"] = "dora"  # type: ignore[assignment]
 
 
-AdapterConfig = LoraConfig | RsLoraConfig | DoraConfig
-ADAPTER_SECTIONS: dict[str, type] = {"lora": LoraConfig, "rslora": RsLoraConfig, "dora": DoraConfig}
+@dataclass(frozen=True, kw_only=True)
+class PissaConfig(LoraConfig):
+    """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that begins as the weight's principal part."""
+
+    method: Literal["pissa"] = "pissa"  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LohaConfig(LayersConfig):
+    """LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098): two low ranks, multiplied element by element."""
+
+    method: Literal["loha"] = "loha"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LokrConfig(LayersConfig):
+    """LoKr (Yeh et al. 2023, arXiv 2309.14859): a Kronecker product of two small matrices."""
+
+    method: Literal["lokr"] = "lokr"
+
+
+AdapterConfig = LoraConfig | RsLoraConfig | DoraConfig | PissaConfig | LohaConfig | LokrConfig
+ADAPTER_SECTIONS: dict[str, type[Any]] = {
+    "lora": LoraConfig,
+    "rslora": RsLoraConfig,
+    "dora": DoraConfig,
+    "pissa": PissaConfig,
+    "loha": LohaConfig,
+    "lokr": LokrConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +416,10 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(f"set exactly one of {', '.join('train.' + n for n in LENGTHS)}: {told}")
     if optimizer.text_encoder_learning_rate is not None and not adapter.train_text_encoder:
         problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true")
+    if train.init_from and adapter.method == "pissa":
+        problems.append(
+            "train.init_from makes no sense with adapter.method = 'pissa', which begins from the base"
+        )
     if train.prior == "none" and train.prior_loss_weight != TrainConfig.prior_loss_weight:
         problems.append("train.prior_loss_weight has no effect with train.prior = 'none': choose 'images' or 'teacher'")
     if train.prior != "images" and train.class_images != TrainConfig.class_images:

@@ -113,8 +113,9 @@ def _checked(path: Path, raw: bytes, size: int, data_start: int) -> Header:
 
 # In this order: the first kind of which one tensor's name is enough.
 _KINDS = {
-    "lycoris": r"\.(hada_|lokr_|lora_mid\.|oft_|w_norm$|on_input$|diff$)",
-    "adapter": r"^lora_(unet|te\d?)_|\.lora_[AB]\.|\.(lora|lora_linear_layer)\.(down|up)\.|_lora\.(down|up)\.",
+    "lycoris": r"\.(oft_|w_norm$|on_input$|diff$)",
+    "adapter": r"^lora_(unet|te\d?)_|\.(hada|lokr)_w|\.lora_[AB]\.|\.(lora|lora_linear_layer)\.(down|up)\."
+    r"|_lora\.(down|up)\.",
     "controlnet": r"^(control_model|controlnet_cond_embedding)\.",
     "checkpoint": r"^model\.diffusion_model\.",
     "vae": r"^first_stage_model\.|^(encoder|decoder)\.(conv_in|down|up|mid)",

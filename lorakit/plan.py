@@ -144,14 +144,12 @@ def make(config: Config, info: Any, report: Any) -> Plan:
 def count_weights(
     selected: Sequence[str], shapes: Mapping[str, Sequence[int]], adapter: AdapterConfig
 ) -> dict[str, tuple[int, int]]:
-    """Component -> (adapted layers, trained weights): rank * (in + out) each, and DoRA's magnitude per input."""
+    """Component -> (adapted layers, trained weights)."""
     counted: dict[str, tuple[int, int]] = {}
     for name in selected:
-        out, into, *kernel = shapes[name]
-        weights = adapter.rank * (into * math.prod(kernel) + out) + (into if adapter.method == "dora" else 0)
         component = name.partition(".")[0]
         before = counted.get(component, (0, 0))
-        counted[component] = before[0] + 1, before[1] + weights
+        counted[component] = before[0] + 1, before[1] + targets.trained(adapter, shapes[name])
     return counted
 
 

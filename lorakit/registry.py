@@ -14,9 +14,12 @@ FAMILIES = {
 }
 
 ADAPTERS = {
-    "lora": "lorakit.adapters.lora:lora",
-    "rslora": "lorakit.adapters.lora:rslora",
-    "dora": "lorakit.adapters.dora:dora",
+    "lora": "lorakit.adapters.lora:LORA",
+    "rslora": "lorakit.adapters.lora:RSLORA",
+    "dora": "lorakit.adapters.dora:DORA",
+    "pissa": "lorakit.adapters.pissa:PISSA",
+    "loha": "lorakit.adapters.loha:LOHA",
+    "lokr": "lorakit.adapters.lokr:LOKR",
 }
 
 OPTIMIZERS = {

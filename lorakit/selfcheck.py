@@ -94,8 +94,9 @@ def examine(
             yield name, findings, None
             continue
         family = load()
-        # Neither DoRA in the web UIs' axis nor a PEFT folder is something that this loader reads.
-        if weights.method != "dora" and path.is_file():
+        # Neither DoRA in the web UIs' axis, LyCORIS' methods nor a PEFT folder is something that this loader reads.
+        plain = all(layer.method == "lora" for layer in weights.layers.values())
+        if plain and path.is_file():
             findings.append(read_by_diffusers(name, path, family, weights, TOLERANCE[dtype] / 4))
         adapters.apply(family, export.read(path))
         floor = ROUNDING[family.dtype]
@@ -138,7 +139,7 @@ def read_by_diffusers(name: str, path: Path, family: Any, weights: AdapterWeight
         stored = Layer(down.float().cpu(), up.float().cpu(), applied.scaling["selfcheck"] * len(down))
         problem = verify.difference(weights.layers[layer], stored, tolerance + CAST[family.dtype])
         # What is zero in memory (a layer that no gradient reaches) is rightly zero here.
-        if problem and torch.count_nonzero(weights.layers[layer].up):
+        if problem and torch.count_nonzero(weights.layers[layer].delta()):
             wrong.append(f"{layer}: {problem}")
     pipeline.unload_lora_weights()
     count = len(weights.layers)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorakit import checkpoint, config as configuration, families
 from lorakit.errors import LorakitError
 from lorakit.export import metadata
 from lorakit.run_folder import RunFolder
-from lorakit.weights import AdapterWeights, Layer
+from lorakit.weights import AdapterWeights, from_factors
+
+if TYPE_CHECKING:
+    import torch
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -45,16 +49,10 @@ def read(path: Path) -> AdapterWeights:
     )
     rank = config.adapter.rank
     alpha = float(rank if config.adapter.alpha is None else config.adapter.alpha)
-    if config.adapter.method == "rslora":
-        alpha *= math.sqrt(rank)
-    names = [name.removesuffix(".down") for name in saved.adapter if name.endswith(".down")]
-    layers = {
-        name: Layer(
-            saved.adapter[f"{name}.down"],
-            saved.adapter[f"{name}.up"],
-            alpha,
-            saved.adapter.get(f"{name}.magnitude"),
-        )
-        for name in names
-    }
-    return AdapterWeights(info.family, config.adapter.method, layers, facts)
+    scale = alpha / (math.sqrt(rank) if config.adapter.method == "rslora" else rank)
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in saved.adapter.items():
+        layer, _, factor = name.rpartition(".")
+        layers.setdefault(layer, {})[factor] = tensor
+    made = {name: from_factors(factors, scale) for name, factors in layers.items()}
+    return AdapterWeights(info.family, config.adapter.method, made, facts)

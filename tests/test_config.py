@@ -76,7 +76,7 @@ def test_an_option_of_another_method_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 def test_an_unknown_method_names_those_there_are() -> None:
     assert problem("adapter.method", "lorra") == (
-        "adapter.method = 'lorra': choose one of lora, rslora, dora (did you mean lora?)"
+        "adapter.method = 'lorra': choose one of lora, rslora, dora, pissa, loha, lokr (did you mean lora?)"
     )
 
 
@@ -426,3 +426,15 @@ def test_a_config_cannot_be_written_into() -> None:
 def test_trigger_and_noun(name: str, trigger: str, noun: str) -> None:
     data = config.from_tables({}, {**STEPS, "data.name": name}).data
     assert (data.trigger, data.noun) == (trigger, noun)
+
+
+def test_pissa_does_not_start_from_an_adapter() -> None:
+    assert problems({**STEPS, "adapter.method": "pissa", "train.init_from": "a.safetensors"}) == [
+        "train.init_from makes no sense with adapter.method = 'pissa', which begins from the base"
+    ]
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+def test_methods_without_an_input_of_their_own_have_no_dropout(method: str) -> None:
+    (told,) = problems({**STEPS, "adapter.method": method, "adapter.dropout": 0.1})
+    assert told.startswith("unknown option adapter.dropout")

@@ -113,7 +113,7 @@ def test_learning_rate_zero_is_called_what_it_is(tiny_sd1, photos, tmp_path):
     assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["state"] == "failed"
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("method", config.ADAPTER_SECTIONS)
 def test_every_method_trains_and_passes_its_check_with_text_encoder_and_convolutions(
     tiny_sd1, photos, tmp_path, method
 ):

@@ -96,8 +96,20 @@ def schedule(prediction_type: str, zero_snr: bool = False) -> dict:
     return known | {"prediction_type": prediction_type} | ({"rescale_betas_zero_snr": True} if zero_snr else {})
 
 
-def save_sd1(folder: Path, prediction_type: str = "epsilon", *, zero_snr: bool = False, cross_dim: int = 32) -> Path:
-    """SD1.x in small (`cross_dim` = width of the text encoder): conv `proj_in`, one text encoder."""
+def save_sd2(folder: Path) -> Path:
+    """SD2.x in small: as SD1 with linear `proj_in`; the width by which it is told from SD1 is left out."""
+    return save_sd1(folder, linear=True)
+
+
+def save_sd1(
+    folder: Path,
+    prediction_type: str = "epsilon",
+    *,
+    zero_snr: bool = False,
+    cross_dim: int = 32,
+    linear: bool = False,
+) -> Path:
+    """SD1.x in small (`cross_dim` = width of the text encoder): conv `proj_in` unless `linear`, one text encoder."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = save_tokenizer(folder / "tokenizer")
@@ -110,6 +122,7 @@ def save_sd1(folder: Path, prediction_type: str = "epsilon", *, zero_snr: bool =
             norm_num_groups=8,
             cross_attention_dim=cross_dim,
             attention_head_dim=4,
+            use_linear_projection=linear,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         )

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lorakit.config import AdapterConfig
     from lorakit.weights import AdapterWeights
 
-__all__ = ["apply", "attach"]
+__all__ = ["apply", "attach", "slim"]
 
 
 def attach(target: Any, config: AdapterConfig, *, seed: int = 0) -> Adapter:
@@ -37,3 +37,10 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     from lorakit.adapters import adapter
 
     return adapter.apply(target, weights, strength)
+
+
+def slim(target: Any) -> None:
+    """Let the UNet of a base and its adapter, already attached, compute in fewer operations; for training."""
+    from lorakit.adapters import lean
+
+    lean.slim(target.unet)

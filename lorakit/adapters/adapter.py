@@ -13,12 +13,10 @@ from torch import nn
 
 from lorakit import randomness, registry
 from lorakit.adapters import targets
-from lorakit.config import AdapterConfig, DoraConfig, LoraConfig
+from lorakit.adapters.method import NAME, Method
+from lorakit.config import ADAPTER_SECTIONS, AdapterConfig
 from lorakit.errors import LorakitError
-from lorakit.weights import AdapterWeights, Layer, canonical
-
-# PEFT's name for the adapter. One at a time: what is trained or drawn is then exactly what was attached.
-NAME = "default"
+from lorakit.weights import AdapterWeights, Layer, canonical, from_factors
 
 
 def attach(target: Any, config: AdapterConfig, *, seed: int = 0) -> Adapter:
@@ -29,7 +27,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0) -> Adapter:
     if not chosen:
         raise LorakitError(f"adapter.target_modules = {config.target_modules!r} selects no layer of this base")
     layers = _inject(modules, {name: paths[name] for name in chosen}, config)
-    adapter = Adapter(modules, layers, _family(target, modules), config.method, config.dropout)
+    adapter = Adapter(modules, layers, _family(target, modules), config.method, getattr(config, "dropout", 0.0))
     adapter.reset(seed)
     scale = getattr(target, "gradient_scale", 1.0)
     if scale != 1:
@@ -51,14 +49,16 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     for name, layer in weights.layers.items():
         component, path = paths[name]
         expected = tuple(modules[component].get_submodule(path).weight.shape)
-        found = (len(layer.up), *layer.down.shape[1:])
+        fits = layer.size == (expected[0], math.prod(expected[1:]))
+        found = (len(layer.up), *layer.down.shape[1:]) if isinstance(layer, Layer) else expected if fits else layer.size
         if expected != found:
             raise LorakitError(f"{name} is {expected} in the base, {found} in the adapter: it is for another base")
-    # Most layers share one rank; PEFT makes those, and `load` puts the others' factors in their place.
+    method = _method(weights)
+    # Most layers share one rank; PEFT makes those, and `fill` puts the others' factors in their place.
     rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
-    config = (DoraConfig if weights.method == "dora" else LoraConfig)(rank=rank)
+    config = ADAPTER_SECTIONS[method](rank=rank)
     layers = _inject(modules, {name: paths[name] for name in weights.layers}, config)
-    adapter = Adapter(modules, layers, family, "dora" if weights.method == "dora" else "lora", 0.0)
+    adapter = Adapter(modules, layers, family, method, 0.0)
     adapter.fill(weights)
     for parameter in adapter.parameters().values():
         parameter.requires_grad_(False)
@@ -72,7 +72,7 @@ class Adapter:
     Attributes:
         layers: canonical names, in a fixed order.
         family: "sd1", "sd2" or "sdxl".
-        method: "lora", "rslora" or "dora".
+        method: a name of `registry.ADAPTERS`.
         dropout: on the adapters' input while `train(True)`.
     """
 
@@ -80,31 +80,27 @@ class Adapter:
         self._modules, self._layers = modules, layers
         self.layers = list(layers)
         self.family, self.method, self.dropout = family, method, dropout
-        self._scales = {name: float(layer.scaling[NAME]) for name, layer in layers.items()}
+        self._method: Method = registry.load(registry.ADAPTERS, method)
+        self._scales = {name: self._method.scale(layer) for name, layer in layers.items()}
         self._off = False
         for layer in layers.values():
             layer.eval()
+        self.set_strength(1)
 
     def reset(self, seed: int) -> None:
-        """First weights: A uniform as `nn.Linear` has it (Kaiming, a = sqrt 5), from a generator seeded by the seed and
-        the layer's name; B zero. The global generators are not touched."""
+        """First weights as the method begins, from a generator seeded by the seed and the layer's name. The global
+        generators are not touched."""
         for name, layer in self._layers.items():
-            down, up = layer.lora_A[NAME], layer.lora_B[NAME]
-            draw = randomness.generator(seed, 0, f"adapter {name}")
-            bound = 1 / math.sqrt(math.prod(down.weight.shape[1:]))
-            weight = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=draw)
-            _set(down, weight, layer)
-            _set(up, torch.zeros(up.weight.shape), layer)
+            self._method.begin(layer, randomness.generator(seed, 0, f"adapter {name}"))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """`<canonical>.down`, `.up` and, for DoRA, `.magnitude` -> float32 parameter, in the order of `layers`."""
-        found = {}
-        for name, layer in self._layers.items():
-            found[f"{name}.down"] = layer.lora_A[NAME].weight
-            found[f"{name}.up"] = layer.lora_B[NAME].weight
-            if NAME in layer.lora_magnitude_vector:
-                found[f"{name}.magnitude"] = layer.lora_magnitude_vector[NAME].weight
-        return found
+        """`<canonical>.<factor>` -> float32 parameter, in the order of `layers`. Factors are what `weights` calls them:
+        `down`, `up`, `magnitude`; `hada_w1_a`, ...; `lokr_w1`, ..."""
+        return {
+            f"{name}.{factor}": parameter
+            for name, layer in self._layers.items()
+            for factor, parameter in self._method.factors(layer).items()
+        }
 
     def groups(self) -> list[tuple[str, list[nn.Parameter]]]:
         """Parameters by component, for the optimizer: [("unet", [...]), ("text_encoder", [...]), ...]."""
@@ -147,25 +143,25 @@ class Adapter:
 
         layers = {}
         for name, layer in self._layers.items():
-            down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-            vector = layer.lora_magnitude_vector
-            magnitude = copy(vector[NAME].weight) if NAME in vector else None
-            layers[name] = Layer(copy(down), copy(up), self._scales[name] * len(down), magnitude)
+            own = self._method.factors(layer) | self._method.constants(layer)
+            layers[name] = from_factors({key: copy(tensor) for key, tensor in own.items()}, self._scales[name])
         return AdapterWeights(self.family, self.method, layers)
 
     def load(self, weights: AdapterWeights) -> None:
-        """Begin from another adapter's weights. A difference of scale is folded into `up`.
+        """Begin from another adapter's weights. A difference of scale is folded into one of the factors.
 
         Raises:
-            LorakitError: family, method, layers, ranks or shapes differ.
+            LorakitError: family, method, layers, ranks or shapes differ; PiSSA, which begins from the base.
         """
-        kinds = {name: "dora" if name == "dora" else "lora" for name in (weights.method, self.method)}
+        if self._method.fill is None:
+            raise LorakitError(
+                f"{self.method} begins from the base's own weights and not from an adapter: set adapter.method = 'lora'"
+            )
         if weights.family != self.family:
             raise LorakitError(f"the adapter to start from is for {weights.family}, this base is {self.family}")
-        if kinds[weights.method] != kinds[self.method]:
-            raise LorakitError(
-                f"the adapter to start from is {weights.method}: set adapter.method = {weights.method!r}"
-            )
+        theirs, mine = _method(weights), "lora" if self.method == "rslora" else self.method
+        if theirs != mine:
+            raise LorakitError(f"the adapter to start from is {theirs}: set adapter.method = {theirs!r}")
         missing = [name for name in self.layers if name not in weights.layers]
         extra = [name for name in weights.layers if name not in self._layers]
         if missing or extra:
@@ -173,39 +169,29 @@ class Adapter:
                 f"the adapter to start from has other layers: {len(missing)} lacking, {len(extra)} too many, "
                 f"e.g. {(missing or extra)[0]}; set adapter.target_modules and train_text_encoder as it was made"
             )
-        for name, layer in weights.layers.items():
-            own = self._layers[name].lora_A[NAME].weight
-            if layer.rank != len(own):
-                raise LorakitError(
-                    f"the adapter to start from has rank {layer.rank} in {name}: set adapter.rank = {layer.rank}"
-                )
-            if layer.down.shape != own.shape or layer.up.shape != self._layers[name].lora_B[NAME].weight.shape:
-                raise LorakitError(f"the adapter to start from has another shape in {name}: it is of another base")
-        for name, layer in weights.layers.items():
-            target = self._layers[name]
-            with torch.no_grad():
-                target.lora_A[NAME].weight.copy_(layer.down)
-                target.lora_B[NAME].weight.copy_(layer.up * (layer.scale / self._scales[name]))
-                if layer.magnitude is not None:
-                    target.lora_magnitude_vector[NAME].weight.copy_(layer.magnitude)
+        given = {name: layer.rescaled(self._scales[name]).factors() for name, layer in weights.layers.items()}
+        for name, factors in given.items():
+            own, rank = self._method.factors(self._layers[name]), weights.layers[name].rank
+            if {key: tensor.shape for key, tensor in own.items()} == {key: t.shape for key, t in factors.items()}:
+                continue
+            if rank != self._layers[name].r[NAME]:
+                raise LorakitError(f"the adapter to start from has rank {rank} in {name}: set adapter.rank = {rank}")
+            raise LorakitError(f"the adapter to start from has another shape in {name}: it is of another base")
+        with torch.no_grad():
+            for name, factors in given.items():
+                for key, parameter in self._method.factors(self._layers[name]).items():
+                    parameter.copy_(factors[key])
 
     def fill(self, weights: AdapterWeights) -> None:
         """Take factors of any rank and scale as they are; the layers must be these."""
+        assert self._method.fill is not None, "weights are applied by a method that reads them"
         for name, layer in weights.layers.items():
-            target = self._layers[name]
-            _set(target.lora_A[NAME], layer.down, target)
-            _set(target.lora_B[NAME], layer.up, target)
-            target.r[NAME], target.lora_alpha[NAME] = layer.rank, layer.alpha
-            target.scaling[NAME] = self._scales[name] = layer.scale
-            if layer.magnitude is not None:
-                _set(target.lora_magnitude_vector[NAME], layer.magnitude, target)
-                target.full_scaling[NAME] = layer.scale
-            elif NAME in target.lora_magnitude_vector:
-                del target.lora_magnitude_vector[NAME]
+            self._method.fill(self._layers[name], layer)
+            self._scales[name] = layer.scale
 
     def state(self) -> dict[str, torch.Tensor]:
         """Exact copies of the parameters on the CPU, for a checkpoint."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters().items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._kept().items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put a checkpoint's parameters back, in place: the optimizer keeps its hold on them.
@@ -213,13 +199,13 @@ class Adapter:
         Raises:
             LorakitError: a tensor is missing, too many or of another shape.
         """
-        own = self.parameters()
+        own = self._kept()
         wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if p.shape != state[n].shape]
         if wrong:
             raise LorakitError(f"the checkpoint does not fit this adapter: {wrong[0]} ({len(wrong)} such)")
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
 
     def detach(self) -> None:
         """Take the adapter out; the base is as it was before `attach`."""
@@ -231,6 +217,15 @@ class Adapter:
             if found:
                 del module.peft_config
                 module._hf_peft_config_loaded = False
+
+    def _kept(self) -> dict[str, torch.Tensor]:
+        """Parameters, and what else the adapter would not be the same without."""
+        constants = {
+            f"{name}.{factor}": tensor
+            for name, layer in self._layers.items()
+            for factor, tensor in self._method.constants(layer).items()
+        }
+        return {**self.parameters(), **constants}
 
     def _switch(self, off: bool) -> None:
         # PEFT's own `enable_adapters` also walks over every parameter, and `nn.Module` looks closely at each attribute
@@ -276,17 +271,25 @@ def _layer_paths(modules: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 def _inject(modules: dict[str, Any], chosen: dict[str, tuple[str, str]], config: AdapterConfig) -> dict[str, Any]:
     """Let PEFT put its layers in; canonical name -> layer."""
-    make = registry.load(registry.ADAPTERS, config.method)
+    method: Method = registry.load(registry.ADAPTERS, config.method)
     # PEFT's layers draw first weights that `reset` replaces; that must not move the global generator.
     with torch.random.fork_rng(devices=[]):
         for component, module in modules.items():
             paths = [path for part, path in chosen.values() if part == component]
             if paths:
-                module.add_adapter(make(config, paths), adapter_name=NAME)
+                module.add_adapter(method.peft(config, paths), adapter_name=NAME)
     return {name: modules[component].get_submodule(path) for name, (component, path) in chosen.items()}
 
 
-def _set(module: Any, weight: torch.Tensor, layer: Any) -> None:
-    """Give `module` a float32 weight on the base layer's device; PEFT makes it in the base's precision."""
-    device = layer.base_layer.weight.device
-    module.weight = nn.Parameter(weight.detach().to(device, torch.float32, copy=True))
+def _method(weights: AdapterWeights) -> str:
+    """By which method weights are applied: what their layers are, however they were trained.
+
+    Raises:
+        LorakitError: several methods in one adapter.
+    """
+    found = {layer.method for layer in weights.layers.values()}
+    # Among DoRA's layers there may be plain ones.
+    found = found - {"lora"} if "dora" in found else found
+    if len(found) > 1:
+        raise LorakitError(f"the adapter mixes {' and '.join(sorted(found))}: only one method at a time can be applied")
+    return next(iter(found))

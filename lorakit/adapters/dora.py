@@ -8,6 +8,7 @@ input, and W' is never made.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,3 +118,6 @@ def _has_magnitude(layer: Any) -> bool:
 def _add_magnitude(layer: Any, name: str) -> None:
     layer.full_scaling = {name: layer.scaling[name]}
     layer.lora_magnitude_vector[name] = Magnitude(column_norms(layer.base_layer.weight.detach().float()))
+
+
+DORA = replace(lora.LORA, peft=dora)

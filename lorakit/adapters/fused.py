@@ -131,7 +131,7 @@ class FusedLinear(Linear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         base = self.base_layer
-        name = None if args or kwargs or not isinstance(base, nn.Linear) else _plain_adapter(self, x)
+        name = None if args or kwargs or not isinstance(base, nn.Linear) else plain_adapter(self, x)
         if name is None:
             return super().forward(x, *args, **kwargs)
         if self._disable_adapters:
@@ -148,7 +148,7 @@ class FusedConv2d(Conv2d):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
         base = self.base_layer
-        name = None if args or kwargs or base.groups != 1 else _plain_adapter(self, x)
+        name = None if args or kwargs or base.groups != 1 else plain_adapter(self, x)
         if name is None:
             return super().forward(x, *args, **kwargs)
         if self._disable_adapters:
@@ -177,7 +177,7 @@ def _convolution_gradient(
     return made
 
 
-def _plain_adapter(layer: Any, x: torch.Tensor) -> str | None:
+def plain_adapter(layer: Any, x: torch.Tensor) -> str | None:
     """Name of the active adapter where there is exactly one and nothing is out of the ordinary, else None.
 
     Several adapters, a merged or a trained base, dropout and autocast are left to PEFT's own forward.

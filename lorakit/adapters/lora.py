@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from peft import LoraConfig as PeftConfig
 from torch import nn
 
 from lorakit.adapters import fused
+from lorakit.adapters.method import NAME, Factors, Method, parameter, uniform
 from lorakit.config import LoraConfig
+from lorakit.weights import AnyLayer
 
 
 def lora(config: LoraConfig, modules: list[str]) -> PeftConfig:
@@ -33,3 +37,35 @@ def _peft_config(config: LoraConfig, modules: list[str], **options: Any) -> Peft
     )
     made._register_custom_module({nn.Linear: fused.FusedLinear, nn.Conv2d: fused.FusedConv2d})
     return made
+
+
+def begin(layer: Any, draw: torch.Generator) -> None:
+    """A uniform, B zero."""
+    down, up = layer.lora_A[NAME], layer.lora_B[NAME]
+    down.weight = parameter(uniform(down.weight.shape, draw), layer)
+    up.weight = parameter(torch.zeros(up.weight.shape), layer)
+
+
+def factors(layer: Any) -> Factors:
+    """A, B and, for DoRA, the magnitude."""
+    found = {"down": layer.lora_A[NAME].weight, "up": layer.lora_B[NAME].weight}
+    if NAME in layer.lora_magnitude_vector:
+        found["magnitude"] = layer.lora_magnitude_vector[NAME].weight
+    return found
+
+
+def fill(layer: Any, weights: AnyLayer) -> None:
+    """Take these factors; among DoRA's layers there may be plain ones."""
+    given, magnitudes = weights.factors(), layer.lora_magnitude_vector
+    layer.lora_A[NAME].weight = parameter(given["down"], layer)
+    layer.lora_B[NAME].weight = parameter(given["up"], layer)
+    layer.r[NAME], layer.lora_alpha[NAME], layer.scaling[NAME] = weights.rank, weights.alpha, weights.scale
+    if "magnitude" in given:
+        magnitudes[NAME].weight = parameter(given["magnitude"], layer)
+        layer.full_scaling[NAME] = weights.scale
+    elif NAME in magnitudes:
+        del magnitudes[NAME]
+
+
+LORA = Method(lora, begin, factors, fill)
+RSLORA = replace(LORA, peft=rslora)

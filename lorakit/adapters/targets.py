@@ -7,8 +7,12 @@ half of the programs.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from lorakit.config import AdapterConfig
+from lorakit.weights import factorization
 
 _ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
 _LINEAR = _ATTENTION + r"|\.attentions\.\d+\.proj_(in|out)$|\.ff\.net\.(0\.proj|2)$"
@@ -34,3 +38,17 @@ def select(layers: Iterable[str], target_modules: str, train_text_encoder: bool)
         rules |= dict.fromkeys(("text_encoder", "text_encoder_2"), TEXT[target_modules])
     parts = [(name, *name.split(".", 1)) for name in layers]
     return [name for name, component, module in parts if component in rules and re.search(rules[component], module)]
+
+
+def trained(adapter: AdapterConfig, shape: Sequence[int]) -> int:
+    """How many numbers a method trains in one layer, whose weight is `[out, in]` or `[out, in, kh, kw]`."""
+    out, into, *kernel = shape
+    columns, rank = into * math.prod(kernel), adapter.rank
+    if adapter.method == "loha":
+        return 2 * rank * (out + columns)
+    if adapter.method == "lokr":
+        (a, b), (c, d) = factorization(out), factorization(into)
+        whole = rank >= max(b, d) / 2
+        d *= math.prod(kernel)
+        return a * c + (b * d if whole else rank * (b + d))
+    return rank * (out + columns) + (into if adapter.method == "dora" else 0)

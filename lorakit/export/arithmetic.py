@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from lorakit.errors import LorakitError
+from lorakit.export import keys
 from lorakit.export.factors import method
-from lorakit.weights import AdapterWeights, Layer
+from lorakit.weights import AdapterWeights, AnyLayer, Hadamard, Kronecker, Layer
 
 
 def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | None = None) -> AdapterWeights:
     """The nearest adapter of a smaller rank (Eckart-Young: the largest singular values of each delta W are kept).
+
+    LoHa and LoKr become plain LoRA, with energy 1 exactly the same one.
 
     Args:
         rank: of every layer; a layer that has less keeps what it has.
@@ -31,8 +35,38 @@ def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | 
         raise LorakitError(f"resize: rank = {rank}: must be 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise LorakitError(f"resize: energy = {energy:g}: must be above 0 and at most 1")
-    layers = {name: _resized(layer, rank, energy) for name, layer in weights.layers.items()}
+    layers: dict[str, AnyLayer] = {n: _resized(layer, rank, energy) for n, layer in plain(weights).items()}
     return replace(weights, method="dora" if method(weights) == "dora" else "lora", layers=layers)
+
+
+def plain(weights: AdapterWeights) -> dict[str, Layer]:
+    """Every layer as LoRA with the same delta W, of whatever rank that takes: rank * rank for LoHa, and for LoKr the
+    product of the ranks of w1 and w2."""
+    return {
+        name: layer if isinstance(layer, Layer) else _as_lora(layer, keys.kernel(name, weights.family))
+        for name, layer in weights.layers.items()
+    }
+
+
+def _as_lora(layer: Hadamard | Kronecker, kernel: tuple[int, ...]) -> Layer:
+    """(A B) * (C D) has the columns a_i * c_j and the rows b_i * d_j; kron(A B, C D) = kron(A, C) kron(B, D)."""
+    if isinstance(layer, Hadamard):
+        up = (layer.w1_a[:, :, None] * layer.w2_a[:, None, :]).flatten(1)
+        down = (layer.w1_b[:, None, :] * layer.w2_b[None, :, :]).flatten(0, 1)
+    else:
+        (a, b), (c, d) = (_pair(parts) for parts in (layer.w1, layer.w2))
+        up, down = torch.kron(a, c), torch.kron(b, d)
+    rank = len(down)
+    columns = down.reshape(rank, down.shape[1] // math.prod(kernel), *kernel)
+    return Layer(columns, up.reshape(*up.shape, *(1 for _ in kernel)), layer.scale * rank)
+
+
+def _pair(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix as a product of two; a whole one with the identity, on its smaller side."""
+    if len(parts) == 2:
+        return parts[0], parts[1]
+    rows, columns = parts[0].shape
+    return (torch.eye(rows), parts[0]) if rows <= columns else (parts[0], torch.eye(columns))
 
 
 def _resized(layer: Layer, rank: int | None, energy: float | None) -> Layer:
@@ -71,10 +105,11 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
         raise LorakitError("combine: DoRA adapters do not add up; merge them into a base one after the other")
     collected: dict[str, list[Layer]] = {}
     for weights, strength in parts:
-        for name, layer in weights.layers.items():
+        for name, layer in plain(weights).items():
             scaled = replace(layer, up=layer.up.float() * (layer.scale * strength), alpha=float(layer.rank))
             collected.setdefault(name, []).append(scaled)
-    return AdapterWeights(families[0], "lora", {name: _stacked(name, layers) for name, layers in collected.items()})
+    stacked: dict[str, AnyLayer] = {name: _stacked(name, layers) for name, layers in collected.items()}
+    return AdapterWeights(families[0], "lora", stacked)
 
 
 def _stacked(name: str, layers: list[Layer]) -> Layer:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from lorakit.errors import LorakitError
 from lorakit.export.identify import Module, Shapes, modules
-from lorakit.export.keys import COMPONENTS
+from lorakit.export.keys import COMPONENTS, kernel
 
 _SIDES = r"lora_unet_(?:(?:down|up)_blocks_\d+|mid_block)_"
 _TRANSFORMER = r"(?:proj_in|proj_out|transformer_blocks_\d+_(?:attn[12]_to_(?:q|k|v|out_0)|ff_net_0_proj|ff_net_2))"
@@ -55,7 +55,7 @@ _POINTWISE = {
     "sdxl": ("_conv_shortcut", "_skip_connection"),
 }
 _FUSED = ("q_proj", "k_proj", "v_proj")  # in the order in which OpenCLIP's in_proj holds them
-_LYCORIS = ("LoHa", "LoKr", "LoCon (tucker)", "full difference", "norm", "IA3", "OFT")
+_LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3", "OFT")
 _PLAIN = "ignores dora_scale and applies it as plain LoRA"
 
 
@@ -67,6 +67,7 @@ class Consumer:
         title: what people call it.
         names: family -> patterns of the module names that it reads.
         misread: method -> what it does to a module of that method; a method not named here is applied as it should be.
+        misread_convolutions: the same, of modules that are convolutions.
         refused: method -> why a file with such a module is refused as a whole.
         unknown_limit: tensors without a match that it tolerates before it refuses the file; None: any number.
         lone_alpha: whether a module without factors makes it refuse the file.
@@ -78,6 +79,7 @@ class Consumer:
     title: str
     names: Mapping[str, tuple[str, ...]]
     misread: Mapping[str, str] = field(default_factory=dict)
+    misread_convolutions: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     unknown_limit: int | None = None
     lone_alpha: bool = False
@@ -143,12 +145,8 @@ CONSUMERS: dict[str, Consumer] = {
             "sd2": (*_ALL_BLOCKS, *SGM, *TE, *TE1, *DOTTED_UNET),
             "sdxl": (*_ALL_BLOCKS, *SGM, *ADD_SGM, *_SDXL_TEXT, *DOTTED_UNET),
         },
-        misread={
-            "dora": _PLAIN,
-            "LoKr": "applies it wrongly on convolutions",
-            "LoCon (tucker)": "applies it wrongly",
-            "norm": "does not apply it",
-        },
+        misread={"dora": _PLAIN, "LoCon (tucker)": "applies it wrongly", "norm": "does not apply it"},
+        misread_convolutions={"lokr": "applies it wrongly on convolutions"},
         ordered_attention={"sdxl": ("lora_te2_",)},
     ),
     "diffusers": Consumer(
@@ -266,7 +264,10 @@ def _reading(
     unmatched = [stem for stem in found if stem not in matched]
     wrong = {stem: why for stem, why in defects.items() if stem in matched}
     for stem in sorted(matched - wrong.keys()):
-        why = consumer.misread.get(found[stem].method, "")
+        method = found[stem].method
+        why = consumer.misread.get(method, "")
+        if not why and method in consumer.misread_convolutions and _convolution(found[stem], family):
+            why = consumer.misread_convolutions[method]
         if why:
             wrong[stem] = why
     for stem, why in _special(key, consumer, found, shapes, family, alphas).items():
@@ -285,11 +286,22 @@ def _component(stem: str) -> str:
     return "unet" if stem.startswith(("lora_unet_", "unet.")) else "text_encoder"
 
 
+def _convolution(module: Module, family: str) -> bool:
+    return bool(module.canonical and kernel(module.canonical, family))
+
+
 def _defects(found: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
     """Modules that no program can read rightly, and why."""
     result: dict[str, str] = {}
     some_alpha = any("alpha" in module.parts for module in found.values())
     for stem, module in found.items():
+        if module.method in _PAIRS:
+            problem = _lycoris_defect(module, shapes)
+            if problem:
+                result[stem] = problem
+            elif some_alpha and "alpha" not in module.parts:
+                result[stem] = "its alpha is missing, so it is applied with alpha = rank"
+            continue
         if module.method not in ("lora", "dora"):
             continue
         missing = [part for part in ("down", "up") if part not in module.parts]
@@ -304,6 +316,24 @@ def _defects(found: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
         elif "magnitude" in module.parts and shapes[module.parts["magnitude"]][:2] != (1, down[1]):
             result[stem] = "its dora_scale is per output row, which every program misreads"
     return result
+
+
+_PAIRS = {"loha": ("hada_w1", "hada_w2"), "lokr": ("lokr_w1", "lokr_w2")}
+
+
+def _lycoris_defect(module: Module, shapes: Shapes) -> str:
+    """What is wrong with a LoHa or LoKr module, or ""."""
+    there = {part: shapes[name] for part, name in module.parts.items()}
+    for side in _PAIRS[module.method]:
+        a, b = there.get(f"{side}_a"), there.get(f"{side}_b")
+        if module.method == "lokr" and side in there:
+            continue
+        if a is None or b is None:
+            return f"its {side} is missing" if a is b else f"its {side}_{'b' if a else 'a'} factor is missing"
+        tucker = f"{side.replace('w', 't')}" in there
+        if a[0 if tucker else 1] != b[0]:
+            return f"its factors {a} and {b} do not fit together (one is transposed?)"
+    return ""
 
 
 def _unscaled(
@@ -357,6 +387,8 @@ def _special(
         down = shapes.get(module.parts.get("down", ""), (2,))
         if key == "sd.cpp" and down[0] == 1:
             result[stem] = "takes in_features for the rank, so it is far too weak"
+        if key == "sd.cpp" and {"hada_t1", "lokr_t2"} & set(module.parts):
+            result[stem] = "applies Tucker's form wrongly"
     if key == "diffusers" and alphas:
         result |= _minority_alphas(found, alphas)
     return result
@@ -429,7 +461,8 @@ def foresee(method: str, fmt: str) -> dict[str, str]:
     """Before training: consumer -> "" where it will read a file of this method and format, else what it will do."""
     result = {}
     for key, consumer in CONSUMERS.items():
-        problem = consumer.refused.get(method, consumer.misread.get(method, ""))
+        problem = consumer.refused.get(method) or consumer.misread.get(method)
+        problem = problem or consumer.misread_convolutions.get(method, "")
         result[key] = problem if key in _READERS[fmt] else f"does not read the {fmt} format"
     return result
 

@@ -23,6 +23,11 @@ def check(method: str, family: str) -> str | None:
             "the diffusers format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
             "lorakit's is one per input column, which is what web UIs read; export it as kohya"
         )
+    if method in ("loha", "lokr"):
+        return (
+            f"the diffusers format cannot carry {method}: diffusers reads plain LoRA only; export it as kohya or peft, "
+            "or make plain LoRA of it with: lorakit resize FILE --energy 1 --to diffusers"
+        )
     return None
 
 
@@ -35,9 +40,9 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     factors.require_writable(weights, check(factors.method(weights), weights.family))
     result: dict[str, torch.Tensor] = {}
     for name, layer in factors.complete(weights).items():
-        folded = factors.fold(layer)
-        result[f"{name}.lora_A.weight"] = folded.down
-        result[f"{name}.lora_B.weight"] = folded.up
+        folded = layer.rescaled(1).factors()
+        result[f"{name}.lora_A.weight"] = folded["down"]
+        result[f"{name}.lora_B.weight"] = folded["up"]
     return factors.cast(result, dtype)
 
 

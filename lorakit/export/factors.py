@@ -1,4 +1,4 @@
-"""Adapter weights brought into the one shape that every reader understands: one rank and one alpha for each component.
+"""LoRA brought into the one shape that every reader understands: one rank and one alpha for each component.
 
 diffusers reads a mix of ranks or alphas wrongly, stable-diffusion.cpp reads rank 1 wrongly, and several programs drop
 or refuse a text encoder that lacks some of q, k, v and out. All three are mended here without changing delta W.
@@ -6,13 +6,14 @@ or refuse a text encoder that lacks some of q, k, v and out. All three are mende
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from lorakit.errors import LorakitError
 from lorakit.export import keys
-from lorakit.weights import AdapterWeights, Layer
+from lorakit.weights import AdapterWeights, AnyLayer, Layer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIN_RANK = 2  # stable-diffusion.cpp takes in_features for the rank of a rank-1 file
@@ -25,8 +26,7 @@ def require_finite(weights: AdapterWeights) -> None:
     if not weights.layers:
         raise LorakitError("the adapter has no layers: there is nothing to export")
     for name, layer in weights.layers.items():
-        tensors = [layer.down, layer.up, *([] if layer.magnitude is None else [layer.magnitude])]
-        if not all(bool(torch.isfinite(t).all()) for t in tensors):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in layer.factors().values()):
             raise LorakitError(f"layer {name} is not finite (NaN or infinity): the adapter is not written")
 
 
@@ -39,31 +39,26 @@ def require_writable(weights: AdapterWeights, refusal: str | None) -> None:
 
 
 def method(weights: AdapterWeights) -> str:
-    """What the tensors are, whatever the weights are labelled: "dora" where there is a magnitude."""
-    return "dora" if any(layer.magnitude is not None for layer in weights.layers.values()) else weights.method
+    """What the tensors are, whatever the weights are labelled; what is plain LoRA is called as it was trained."""
+    found = {layer.method for layer in weights.layers.values()} - {"lora"}
+    return min(found) if found else weights.method
 
 
-def uniform(weights: AdapterWeights) -> dict[str, Layer]:
-    """The layers with one rank (2 or more) and one alpha in each component; every delta W is as it was.
+def uniform(weights: AdapterWeights) -> dict[str, AnyLayer]:
+    """The layers, those with LoRA with one rank (2 or more) and one alpha in each component; every delta W as it was.
 
     Ranks are evened out with zero rows; where scales differ they are folded into `up`, and alpha = rank then.
     """
-    result: dict[str, Layer] = {}
+    result: dict[str, AnyLayer] = {}
     for part in keys.COMPONENTS:
-        layers = {name: layer for name, layer in weights.layers.items() if keys.component(name) == part}
-        if not layers:
-            continue
-        rank = max(MIN_RANK, *(layer.rank for layer in layers.values()))
-        padded = {name: _padded(layer, rank) for name, layer in layers.items()}
+        inside = {name: layer for name, layer in weights.layers.items() if keys.component(name) == part}
+        plain = {name: layer for name, layer in inside.items() if isinstance(layer, Layer)}
+        rank = max((MIN_RANK, *(layer.rank for layer in plain.values())))
+        padded = {name: _padded(layer, rank) for name, layer in plain.items()}
         if len({layer.alpha for layer in padded.values()}) > 1:
-            padded = {name: fold(layer) for name, layer in padded.items()}
-        result.update(padded)
+            padded = {name: layer.rescaled(1) for name, layer in padded.items()}
+        result |= inside | padded
     return result
-
-
-def fold(layer: Layer) -> Layer:
-    """The same layer with its scale inside `up`, so that alpha = rank and a reader that knows no alpha is right."""
-    return replace(layer, up=layer.up * layer.scale, alpha=float(layer.rank))
 
 
 def _padded(layer: Layer, rank: int) -> Layer:
@@ -77,13 +72,15 @@ def _padded(layer: Layer, rank: int) -> Layer:
     return replace(layer, down=down, up=up, alpha=layer.alpha * rank / layer.rank)
 
 
-def fill_ins(layers: dict[str, Layer]) -> dict[str, Layer]:
+def fill_ins(layers: Mapping[str, AnyLayer]) -> dict[str, Layer]:
     """Zero layers for the text-encoder projections that are missing beside an adapted q, k, v or out of theirs.
 
     diffusers raises, and A1111 and stable-diffusion.cpp drop layers in silence, where one of the four is not there.
     """
     missing: dict[str, Layer] = {}
     for name, layer in layers.items():
+        if not isinstance(layer, Layer):
+            continue
         for sibling in keys.text_attention_siblings(name):
             if sibling not in layers:
                 zeros = replace(layer, down=torch.zeros_like(layer.down), up=torch.zeros_like(layer.up), magnitude=None)
@@ -91,7 +88,7 @@ def fill_ins(layers: dict[str, Layer]) -> dict[str, Layer]:
     return missing
 
 
-def complete(weights: AdapterWeights) -> dict[str, Layer]:
+def complete(weights: AdapterWeights) -> dict[str, AnyLayer]:
     """`uniform` with its `fill_ins`, in the order UNet, text encoder, second text encoder."""
     layers = uniform(weights)
     layers.update(fill_ins(layers))
@@ -114,7 +111,7 @@ def lossy(weights: AdapterWeights, dtype: str) -> str | None:
     if dtype == "fp32":
         return None
     for name, layer in uniform(weights).items():
-        for tensor in (layer.down, layer.up, fold(layer).up):
+        for tensor in (*layer.factors().values(), *layer.rescaled(1).factors().values()):
             kept = tensor.to(DTYPES[dtype])
             if not bool(torch.isfinite(kept).all()):
                 return f"{name} has numbers too large for {dtype}"

@@ -19,10 +19,19 @@ _COMPONENT = r"(?:unet|text_encoder|text_encoder_2)"
 _SPELLINGS: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {
     "kohya": (
         re.compile(r"(lora_(?:unet|te\d?)_[^.]+)\.(.+)"),
-        {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"},
+        {
+            "lora_down.weight": "down",
+            "lora_up.weight": "up",
+            "lora_mid.weight": "mid",
+            "alpha": "alpha",
+            "dora_scale": "magnitude",
+        },
     ),
     "peft": (
-        re.compile(rf"({_COMPONENT}\..+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?"),
+        re.compile(
+            rf"({_COMPONENT}\..+?)\.(lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+)"
+            r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
+        ),
         {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "row_magnitude"},
     ),
     "diffusers": (
@@ -37,7 +46,8 @@ _SPELLINGS: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {
 _OLD_UNET = re.compile(r"(unet\..+)\.processor\.to_(q|k|v|out)_lora")
 _OLD_TEXT = re.compile(r"(text_encoder.*)\.self_attn\.to_(q|k|v|out)_lora")
 # Parts of a kohya module that say it is not plain LoRA.
-_LYCORIS = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "lora_mid.weight": "LoCon (tucker)"}
+_LYCORIS = {"hada_w1_a": "loha", "hada_w1_b": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "lokr_w2": "lokr"}
+_LYCORIS |= {"lokr_w2_a": "lokr", "mid": "LoCon (tucker)"}
 _LYCORIS |= {"diff": "full difference", "w_norm": "norm", "on_input": "IA3", "oft_blocks": "OFT"}
 # A PEFT folder: what its files are called, and what stands before every module path in it.
 PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -62,7 +72,7 @@ class Module:
 
     @property
     def method(self) -> str:
-        """ "lora", "dora" or what LyCORIS calls it."""
+        """ "lora", "dora", "loha", "lokr", or what LyCORIS calls another."""
         for part, name in _LYCORIS.items():
             if part in self.parts:
                 return name
@@ -106,6 +116,23 @@ def peft_names(part: str, names: Iterable[str]) -> dict[str, str]:
     return {name: f"{part}.{path}" for name, path in modules.items() if f"text_model.{path}" not in twice}
 
 
+def rank(module: Module, shapes: Shapes) -> int | None:
+    """The rank of a module's factors, or None where it has none (a LoKr may be two whole matrices)."""
+    for part in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if part in module.parts:
+            return shapes[module.parts[part]][0]
+    return None
+
+
+def inputs(module: Module, shapes: Shapes) -> int | None:
+    """How many channels a module reads, a kernel counted in where the file does; None where a factor is missing."""
+    there = {part: shapes[name] for part, name in module.parts.items()}
+    if "down" in there or "hada_w1_b" in there:
+        return there.get("down", there.get("hada_w1_b", ()))[1]
+    sides = [there.get(side, there.get(f"{side}_b")) for side in ("lokr_w1", "lokr_w2")]
+    return sides[0][1] * sides[1][1] if sides[0] and sides[1] else None
+
+
 def layers_per_block(metadata: Mapping[str, str]) -> int:
     """How many resnets a down block has where sgm names are read: told by the file, else 2."""
     told = metadata.get("lorakit.layers_per_block", "")
@@ -125,8 +152,8 @@ def adapter_family(found: Mapping[str, Module], shapes: Shapes, metadata: Mappin
         return "sdxl", "names"
     for module in found.values():
         name = module.canonical or ""
-        if name.endswith(("attn2.to_k", "attn2.to_v")) and "down" in module.parts:
-            width = shapes[module.parts["down"]][1]
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            width = inputs(module, shapes)
             if width in CROSS_DIMS:
                 return CROSS_DIMS[width], f"attends to text of width {width}"
     return "sd1", "a guess: nothing in the file tells"
@@ -141,7 +168,7 @@ def base_family(shapes: Shapes) -> str | None:
 
 
 DESCRIPTIONS = {
-    "adapter": "a LoRA adapter",
+    "adapter": "an adapter",
     "lycoris": "a LyCORIS adapter, whose algorithm lorakit does not train or convert",
     "checkpoint": "a whole model (a checkpoint), not an adapter",
     "unet": "a UNet alone, not an adapter",

@@ -142,7 +142,7 @@ def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
         told |= head.metadata
         for name, whole in identify.peft_names(part, head.tensors).items():
             shapes[whole] = head.tensors[name].shape
-        alphas[part] = float(config.get("lora_alpha", 0))
+        alphas[part] = float(config.get("lora_alpha", config.get("alpha", 0)))
     size = sum(head.path.stat().st_size for head in heads)
     return _adapter(path.name, "adapter", size, heads, shapes, alphas, told, folder=True)
 
@@ -189,7 +189,7 @@ def _adapter(
     for part in keys.COMPONENTS:
         inside = [m for m in found.values() if _part(m) == part]
         if inside:
-            ranks = Counter(shapes[m.parts["down"]][0] for m in inside if "down" in m.parts)
+            ranks = Counter(rank for m in inside if (rank := identify.rank(m, shapes)) is not None)
             scales = Counter(alphas[key] for m in inside if (key := m.parts.get("alpha", part)) in alphas)
             components[part] = Component(len(inside), _ordered(ranks), _ordered(scales))
     methods = Counter(module.method for module in found.values())

@@ -18,6 +18,7 @@ from lorakit.errors import LorakitError
 UNET_PREFIX = "lora_unet_"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 DEFAULT_LAYERS_PER_BLOCK = 2
+POINTWISE = (1, 1)
 
 # Leaves of each kind of block: diffusers' dotted name -> sgm's name in kohya files; `*` is a transformer's number.
 _TRANSFORMER = [
@@ -59,14 +60,16 @@ _TEXT_UNDERSCORED = re.compile(r"(lora_te[12]?_)(?:text_model_)?encoder_layers_(
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a family's layers are named in kohya files: sgm or diffusers blocks, and each text encoder's prefix."""
+    """How a family's layers are named in kohya files: sgm or diffusers blocks, and each text encoder's prefix; and
+    whether its `proj_in` and `proj_out` are 1x1 convolutions."""
 
     sgm: bool
     text: Mapping[str, str]
+    conv_projections: bool = False
 
 
 SPELLINGS: dict[str, Spelling] = {
-    "sd1": Spelling(sgm=False, text={"text_encoder": "lora_te_"}),
+    "sd1": Spelling(sgm=False, text={"text_encoder": "lora_te_"}, conv_projections=True),
     "sd2": Spelling(sgm=False, text={"text_encoder": "lora_te_"}),
     "sdxl": Spelling(sgm=True, text={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}),
 }
@@ -199,6 +202,18 @@ def group(name: str) -> str:
     if place is None:
         return "top" if path in TOP else "unknown"
     return "attention" if place.kind == "attentions" else "conv"
+
+
+def kernel(name: str, family: str) -> tuple[int, ...]:
+    """The kernel of a layer that is a convolution, as released models have it; () for a linear layer."""
+    place = _from_dotted(name.removeprefix("unet.")) if name.startswith("unet.") else None
+    if place is None or place.leaf == "time_emb_proj":
+        return ()
+    if place.leaf in ("proj_in", "proj_out"):
+        return POINTWISE if SPELLINGS[family].conv_projections else ()
+    if place.kind == "attentions":
+        return ()
+    return POINTWISE if place.leaf == "conv_shortcut" else (3, 3)
 
 
 def require_portable(names: Iterable[str]) -> None:

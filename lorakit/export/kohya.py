@@ -1,8 +1,8 @@
 """The default format: kohya's names, which A1111, Forge, ComfyUI, InvokeAI, sd-scripts, sd.cpp and diffusers all read.
 
 Each layer is `<name>.lora_down.weight`, `<name>.lora_up.weight` and `<name>.alpha` (one float32), for DoRA also
-`<name>.dora_scale` `[1, in]`. Names come from `lorakit.export.keys`, one rank and one alpha per component from
-`factors`.
+`<name>.dora_scale` `[1, in]`. The parts of LoHa and LoKr have LyCORIS' names (`hada_w1_a`, `lokr_w1`, ...). Names of
+layers come from `lorakit.export.keys`, one rank and one alpha per component from `factors`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from lorakit.export import factors, files, keys
 from lorakit.export.metadata import complete
 from lorakit.weights import AdapterWeights
+
+# What a LoRA layer's factors are called in these files; LoHa's and LoKr's have their names already.
+PARTS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
 
 
 def check(method: str, family: str) -> str | None:
@@ -33,12 +36,11 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     result: dict[str, torch.Tensor] = {}
     for name, stem in keys.to_kohya(layers, weights.family).items():
         layer = layers[name]
-        pair = {f"{stem}.lora_down.weight": layer.down, f"{stem}.lora_up.weight": layer.up}
-        result.update(factors.cast(pair, dtype))
-        # alpha and magnitude stay float32: a rounded alpha rescales the layer, and magnitudes carry the whole weight.
+        for part, tensor in layer.factors().items():
+            # alpha and magnitude stay float32: a rounded alpha rescales the layer, magnitudes carry the whole weight.
+            precision = "fp32" if part == "magnitude" else dtype
+            result |= factors.cast({f"{stem}.{PARTS.get(part, part)}": tensor}, precision)
         result[f"{stem}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
-        if layer.magnitude is not None:
-            result.update(factors.cast({f"{stem}.dora_scale": layer.magnitude}, "fp32"))
     return result
 
 

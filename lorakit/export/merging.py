@@ -16,10 +16,10 @@ from lorakit import modelfile
 from lorakit.errors import LorakitError
 from lorakit.export import files, keys
 from lorakit.export.arithmetic import resize
-from lorakit.weights import AdapterWeights, Layer, canonical
+from lorakit.weights import AdapterWeights, AnyLayer, Layer, canonical
 
 
-def merged(weight: torch.Tensor, layer: Layer, strength: float = 1.0) -> torch.Tensor:
+def merged(weight: torch.Tensor, layer: AnyLayer, strength: float = 1.0) -> torch.Tensor:
     """A layer's weight with its adapter inside, in float32: W + strength * (W' - W).
 
     W' is W + delta W, for DoRA magnitude * V / ||V|| with V = W + delta W and the norm of each input column.
@@ -67,7 +67,7 @@ def extract(
     Raises:
         LorakitError: no folder in diffusers layout, different models, nothing that changed, or a wrong rank or energy.
     """
-    layers: dict[str, Layer] = {}
+    layers: dict[str, AnyLayer] = {}
     for part in keys.SPELLINGS[family].text.keys() | {"unet"}:
         before, after = _tensors(Path(base), part), _tensors(Path(tuned), part)
         for name in before:
@@ -115,7 +115,7 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def _merge_component(folder: Path, part: str, layers: Mapping[str, Layer], strength: float) -> None:
+def _merge_component(folder: Path, part: str, layers: Mapping[str, AnyLayer], strength: float) -> None:
     """Merge one component's layers into every safetensors file of its folder that has them (variants, shards)."""
     missing = set(layers)
     for path in sorted(folder.glob("*.safetensors")):
@@ -124,7 +124,7 @@ def _merge_component(folder: Path, part: str, layers: Mapping[str, Layer], stren
         names = {canonical(part, key.removesuffix(".weight")): key for key in tensors}
         for name in layers.keys() & names.keys():
             tensor, layer = tensors[names[name]], layers[name]
-            if tensor.numel() != layer.up.shape[0] * layer.down[0].numel():
+            if (len(tensor), tensor[0].numel()) != layer.size:
                 raise LorakitError(f"{name} has another shape in the base; the adapter is for another base")
             tensors[names[name]] = merged(tensor, layer, strength).to(tensor.dtype)
         missing -= names.keys()

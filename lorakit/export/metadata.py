@@ -153,11 +153,12 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     tags = TAGS[weights.family]
     layers = factors.uniform(weights)
     first = next(iter(layers.values()))
+    lycoris = first.method in ("loha", "lokr")
     folded = any(not math.isclose(layer.scale, weights.layers[name].scale) for name, layer in layers.items())
     found = {
         "ss_base_model_version": tags.version,
         "ss_v2": tags.v2,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
         "ss_network_dim": str(first.rank),
         "ss_network_alpha": f"{first.alpha:g}",
         "modelspec.sai_model_spec": "1.0.1",
@@ -168,6 +169,8 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
         # With its scale in the factors, a rank-stabilised adapter is a plain one.
         "lorakit.method": "lora" if folded and weights.method == "rslora" else weights.method,
     }
+    if lycoris:
+        found["ss_network_args"] = json.dumps({"algo": first.method})
     per_block = keys.layers_per_block(weights.layers)
     if keys.SPELLINGS[weights.family].sgm and per_block != keys.DEFAULT_LAYERS_PER_BLOCK:
         found["lorakit.layers_per_block"] = str(per_block)

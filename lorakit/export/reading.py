@@ -1,7 +1,8 @@
 """Adapters from any of the formats into canonical weights; anything else is named for what it is.
 
 Understood: kohya files in both block spellings; diffusers files in PEFT's (`lora_A`), the training scripts'
-(`lora.down`, `lora_linear_layer.down`) and the old (`processor.to_q_lora.down`) spelling; PEFT folders.
+(`lora.down`, `lora_linear_layer.down`) and the old (`processor.to_q_lora.down`) spelling; PEFT folders. LoRA, DoRA,
+LoHa and LoKr, Tucker's variants too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from safetensors.torch import load_file
 
 from lorakit import modelfile
 from lorakit.errors import LorakitError
-from lorakit.export import identify, keys
-from lorakit.weights import AdapterWeights, Layer
+from lorakit.export import identify, keys, lycoris
+from lorakit.weights import AdapterWeights, AnyLayer, Kronecker, Layer
 
 Scaling = Mapping[str, Any]
+READ = ("lora", "dora", "loha", "lokr", "LoCon (tucker)")
 
 
 def read(path: Path) -> AdapterWeights:
@@ -102,15 +105,15 @@ def _weights(
     if strange:
         raise LorakitError(f"{path}: {len(strange)} names are of no layer of Stable Diffusion, e.g. {strange[0]}")
     family, _ = identify.adapter_family(found, shapes, metadata)
-    layers: dict[str, Layer] = {}
+    layers: dict[str, AnyLayer] = {}
     for module in found.values():
         name = str(module.canonical)
         if name in layers:
             raise LorakitError(f"{path}: {name} is there twice, the second time as {module.stem}")
         scaling = scalings.get(keys.component(name), {})
         layers[name] = _layer(path, module, tensors, scaling)
-    dora = any(layer.magnitude is not None for layer in layers.values())
-    method = metadata.get("lorakit.method", "dora" if dora else "lora")
+    special = {layer.method for layer in layers.values()} - {"lora"}
+    method = metadata.get("lorakit.method") or (min(special) if special else "lora")
     if (
         method == "rslora"
         and not any(scalings.values())
@@ -120,31 +123,54 @@ def _weights(
     return AdapterWeights(family, method, layers, dict(metadata))
 
 
-def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], scaling: Scaling) -> Layer:
-    if module.method not in ("lora", "dora"):
+def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], scaling: Scaling) -> AnyLayer:
+    if module.method not in READ:
         raise LorakitError(f"{path}: {module.stem} is {module.method}, which lorakit does not read")
     if "row_magnitude" in module.parts:
         raise LorakitError(f"{path}: {module.stem} is PEFT's DoRA, per output row; lorakit reads DoRA per input column")
-    missing = [part for part in ("down", "up") if part not in module.parts]
+    parts = {part: tensors[name].float() for part, name in module.parts.items() if part != "alpha"}
+    if module.method in ("loha", "lokr"):
+        layer = lycoris.read(path, module.stem, module.method, parts)
+        # PEFT divides by the rank it was told, even where a LoKr has none; everyone else goes by the file.
+        whole = isinstance(layer, Kronecker) and layer.whole
+        told = _alpha(path, module, tensors, int(scaling.get("r", 1)) if whole else layer.rank, scaling)
+        if isinstance(layer, Kronecker) and whole:
+            by_peft = told / scaling["r"] if module.spelling == "peft" and "r" in scaling else 1.0
+            return replace(layer, w1=(layer.w1[0] * by_peft,))
+        return replace(layer, alpha=told)
+    missing = [part for part in ("down", "up") if part not in parts]
     if missing:
         raise LorakitError(f"{path}: {module.stem} has no {missing[0]} factor")
-    down, up = (tensors[module.parts[part]].float() for part in ("down", "up"))
-    rank = down.shape[0]
-    if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[1] != rank or up[0, 0].numel() != 1:
+    down, up, magnitude = parts["down"], parts["up"], parts.get("magnitude")
+    if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[1] != len(down) or up[0, 0].numel() != 1:
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
         raise LorakitError(f"{path}: the factors of {module.stem} do not fit together: {shapes}")
-    alpha = _told_alpha(module, rank, scaling)
-    if "alpha" in module.parts:
-        value = tensors[module.parts["alpha"]]
-        if value.numel() != 1:
-            raise LorakitError(f"{path}: the alpha of {module.stem} is not one number")
-        alpha = float(value)
-    magnitude = None
-    if "magnitude" in module.parts:
-        magnitude = tensors[module.parts["magnitude"]].float()
-        if tuple(magnitude.shape) != (1, down.shape[1], *(1 for _ in down.shape[2:])):
-            raise LorakitError(f"{path}: {module.stem} is DoRA per output row; lorakit reads DoRA per input column")
-    return Layer(down, up, alpha, magnitude)
+    if "mid" in parts:
+        down = lycoris.untucked_down(path, module.stem, parts["mid"], down)
+    if magnitude is not None and tuple(magnitude.shape) != (1, down.shape[1], *(1 for _ in down.shape[2:])):
+        raise LorakitError(f"{path}: {module.stem} is DoRA per output row; lorakit reads DoRA per input column")
+    return _without_padding(Layer(down, up, _alpha(path, module, tensors, len(down), scaling), magnitude))
+
+
+def _without_padding(layer: Layer) -> Layer:
+    """The layer without the ranks whose row and column are both zero, with which exporters fill up: scale and delta W
+    are what they were. A layer that is nothing but zeros stays as it is."""
+    used = layer.down.flatten(1).any(1) | layer.up.flatten(1).any(0)
+    count = int(used.sum())
+    if count in (0, layer.rank):
+        return layer
+    return replace(layer, down=layer.down[used], up=layer.up[:, used], alpha=layer.scale * count)
+
+
+def _alpha(
+    path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], rank: int, scaling: Scaling
+) -> float:
+    if "alpha" not in module.parts:
+        return _told_alpha(module, rank, scaling)
+    value = tensors[module.parts["alpha"]]
+    if value.numel() != 1:
+        raise LorakitError(f"{path}: the alpha of {module.stem} is not one number")
+    return float(value)
 
 
 def _told_alpha(module: identify.Module, rank: int, scaling: Scaling) -> float:
@@ -153,7 +179,7 @@ def _told_alpha(module: identify.Module, rank: int, scaling: Scaling) -> float:
     Follows PEFT: patterns match the end of the module's name, and rank-stabilised adapters divide by sqrt(rank).
     """
     name = str(module.canonical).partition(".")[2]
-    alpha = scaling.get("lora_alpha", rank)
+    alpha = scaling.get("lora_alpha", scaling.get("alpha", rank))
     for pattern, value in (scaling.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             alpha = value

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from lorakit.errors import LorakitError
 from lorakit.export import diffusers as diffusers_format, kohya, peft
 from lorakit.export.identify import PEFT_MODEL
 from lorakit.export.reading import read
-from lorakit.weights import AdapterWeights, Layer
+from lorakit.weights import AdapterWeights, AnyLayer, Layer
 
 # How far a delta W may be from the one in memory, relative to its norm: two roundings of the file's own dtype.
 TOLERANCE = {"F32": 1e-5, "F16": 2e-3, "BF16": 1.6e-2}
@@ -63,7 +63,7 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
             problem = difference(weights.layers[name], stored.layers[name], tolerance)
             findings += [Finding(name, problem)] if problem else []
     for name, layer in stored.layers.items():
-        if name not in weights.layers and bool(torch.count_nonzero(layer.up)):
+        if name not in weights.layers and bool(torch.count_nonzero(layer.delta())):
             findings.append(Finding(name, "in the file, but not trained"))
     return findings
 
@@ -101,17 +101,16 @@ def _tensor_findings(path: Path, weights: AdapterWeights, heads: Mapping[str, mo
     return findings
 
 
-def difference(trained: Layer, stored: Layer, tolerance: float) -> str | None:
+def difference(trained: AnyLayer, stored: AnyLayer, tolerance: float) -> str | None:
     """What is wrong with a stored layer, or None; `tolerance` is relative to the norm of the trained delta W."""
-    shapes = [(layer.up.shape[0], *layer.down.shape[1:]) for layer in (trained, stored)]
+    shapes = [_shape(layer) for layer in (trained, stored)]
     if shapes[0] != shapes[1]:
         return f"delta W is {shapes[1]}, expected {shapes[0]}"
-    if not bool(torch.isfinite(stored.up).all() and torch.isfinite(stored.down).all()):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in stored.factors().values()):
         return "not finite"
     if trained.magnitude is None and _norm([stored]) == 0:
         return "zero: it has no effect"
-    negative = replace(trained, up=-trained.up)
-    error, size = _norm([stored, negative]), _norm([trained])
+    error, size = _norm([stored, trained], [1, -1]), _norm([trained])
     if not error <= tolerance * size:  # so written that NaN, of an alpha for example, is not let through
         return f"delta W is off by {100 * error / max(size, 1e-30):.3g} %"
     if (trained.magnitude is None) != (stored.magnitude is None):
@@ -122,10 +121,21 @@ def difference(trained: Layer, stored: Layer, tolerance: float) -> str | None:
     return None if close else "DoRA magnitude differs"
 
 
-def _norm(layers: list[Layer]) -> float:
-    """Frobenius norm of the sum of delta W, without making any: |A B| = |R_a R_b^T| of the QR decompositions."""
-    up = torch.cat([layer.up.double().flatten(1) * layer.scale for layer in layers], dim=1)
-    down = torch.cat([layer.down.double().flatten(1) for layer in layers])
+def _shape(layer: AnyLayer) -> tuple[int, ...]:
+    """The weight's shape as far as the layer knows it: LoHa and LoKr have a convolution's kernel in the columns."""
+    return (layer.up.shape[0], *layer.down.shape[1:]) if isinstance(layer, Layer) else layer.size
+
+
+def _norm(layers: Sequence[AnyLayer], signs: Sequence[int] = (1,)) -> float:
+    """Frobenius norm of the sum of delta W; LoRA's without making any: |A B| = |R_a R_b^T| of the QR decompositions."""
+    plain = [layer for layer in layers if isinstance(layer, Layer)]
+    if len(plain) < len(layers):
+        total = sum(sign * layer.delta().flatten(1) for sign, layer in zip(signs, layers, strict=True))
+        return float(torch.linalg.vector_norm(torch.as_tensor(total), dtype=torch.float64))
+    up = torch.cat(
+        [layer.up.double().flatten(1) * layer.scale * sign for sign, layer in zip(signs, plain, strict=True)], dim=1
+    )
+    down = torch.cat([layer.down.double().flatten(1) for layer in plain])
     left, right = (torch.linalg.qr(thin, mode="r").R for thin in (up, down.T))
     return float(torch.linalg.vector_norm(left @ right.T))
 

@@ -6,9 +6,9 @@ import torch
 
 from lorakit import objective
 from lorakit.adapters.adapter import Adapter
-from lorakit.config import DoraConfig, LoraConfig, RsLoraConfig
+from lorakit.config import ADAPTER_SECTIONS
 
-METHODS = {"lora": LoraConfig, "rslora": RsLoraConfig, "dora": DoraConfig}
+METHODS = ADAPTER_SECTIONS
 TEXTS = ["a photo of sks toy", "a toy"]
 
 

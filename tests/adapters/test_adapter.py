@@ -66,7 +66,7 @@ def test_after_two_steps_every_announced_layer_has_learned(
     assert len(adapter.layers) == sum(modules for modules, _ in adapter.describe().values())
     assert set(adapter.describe()) == {"unet", *(family.text_encoders if text else ())}
     for layer, weights in adapter.weights().layers.items():
-        assert bool(weights.up.any()) is (layer not in family.info.idle), layer
+        assert bool(weights.delta().any()) is (layer not in family.info.idle), layer
         if layer not in family.info.idle and method == "dora":
             assert not torch.equal(weights.magnitude, before[layer].magnitude), layer
 
@@ -110,7 +110,7 @@ def test_the_base_keeps_its_precision_and_the_adapter_float32(tiny_sd1: Path, me
     assert {p.dtype for p in family.vae.parameters()} == {torch.float32}
     flags = {module.training for part in family.modules().values() for module in part.modules()}
     assert flags == {False}
-    assert all(layer.up.any() for layer in adapter.weights().layers.values())
+    assert all(layer.delta().any() for layer in adapter.weights().layers.values())
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -179,10 +179,19 @@ def test_detach_leaves_the_base_as_it_was(sd1: Any, method: str) -> None:
 
 
 def merged(base: np.ndarray, layer: Layer, strength: float = 1.0) -> np.ndarray:
-    """W + strength (W' - W) by the formulas of `weights.Layer`, in float64."""
-    down, up = layer.down.double().numpy(), layer.up.double().numpy()
-    delta = (up.reshape(len(up), -1) @ down.reshape(len(down), -1)).reshape(base.shape) * layer.alpha / len(down)
-    new = base + delta
+    """W + strength (W' - W) by the formulas of `weights`, in float64."""
+    part = {name: tensor.double().numpy() for name, tensor in layer.factors().items()}
+    if layer.method == "loha":
+        product = (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
+        delta = product * layer.alpha / part["hada_w1_b"].shape[0]
+    elif layer.method == "lokr":
+        whole = "lokr_w2" in part
+        w2 = part["lokr_w2"].reshape(len(part["lokr_w2"]), -1) if whole else part["lokr_w2_a"] @ part["lokr_w2_b"]
+        delta = np.kron(part["lokr_w1"], w2) * (1 if whole else layer.alpha / part["lokr_w2_b"].shape[0])
+    else:
+        down, up = part["down"], part["up"]
+        delta = (up.reshape(len(up), -1) @ down.reshape(len(down), -1)) * layer.alpha / len(down)
+    new = base + delta.reshape(base.shape)
     if layer.magnitude is not None:
         columns = np.moveaxis(new, 1, 0).reshape(new.shape[1], -1)
         norms = np.sqrt((columns**2).sum(axis=1))

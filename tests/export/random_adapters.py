@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lorakit.weights import AdapterWeights, Layer
+from lorakit.weights import AdapterWeights, AnyLayer, Hadamard, Kronecker, Layer
 
 LISTS = {"sd1": "sd15", "sd2": "sd2", "sdxl": "sdxl"}
 GROUPS = {"attn": "attention", "conv3x3+time_emb (resnet/samplers)": "conv"}
@@ -30,6 +30,29 @@ def layer(
     return Layer(down, up, alpha, scales)
 
 
+def loha(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator) -> Hadamard:
+    """A LoHa layer with normal numbers."""
+    out, columns = shape[0], int(np.prod(shape[1:]))
+    sides = [torch.randn(out, rank, generator=generator), torch.randn(rank, columns, generator=generator)] * 2
+    w1_a, w1_b, w2_a, w2_b = (0.3 * torch.randn(side.shape, generator=generator) for side in sides)
+    return Hadamard(w1_a, w1_b, w2_a, w2_b, alpha)
+
+
+def lokr(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator) -> Kronecker:
+    """A LoKr layer cut as LyCORIS cuts it, with normal numbers."""
+    (a, b), (c, d) = cut(shape[0]), cut(shape[1])
+    kernel = tuple(shape[2:])
+    columns, whole = d * int(np.prod(kernel)), rank >= max(b, d) / 2
+    sizes = [(b, columns)] if whole else [(b, rank), (rank, columns)]
+    w2 = tuple(0.3 * torch.randn(size, generator=generator) for size in sizes)
+    return Kronecker((torch.randn(a, c, generator=generator),), w2, alpha, kernel if whole else ())
+
+
+def cut(width: int) -> tuple[int, int]:
+    """The two numbers nearest to each other whose product is `width`."""
+    return min(((n, width // n) for n in range(1, width + 1) if width % n == 0 and n * n <= width), key=lambda p: p[1])
+
+
 def adapter(
     shapes: dict[str, tuple[int, ...]],
     family: str,
@@ -47,19 +70,45 @@ def adapter(
             next((v for suffix, v in value.items() if name.endswith(suffix)), 4) if isinstance(value, dict) else value
         )
 
+    made = {"loha": loha, "lokr": lokr}
     layers = {
-        name: layer(shape, of(rank, name), float(of(alpha, name)), generator, method == "dora")
+        name: made[method](shape, of(rank, name), float(of(alpha, name)), generator)
+        if method in made
+        else layer(shape, of(rank, name), float(of(alpha, name)), generator, method == "dora")
         for name, shape in shapes.items()
     }
     return AdapterWeights(family, method, layers)
 
 
-def reference_delta(entry: Layer) -> np.ndarray:
-    """delta W = alpha / rank * up @ down, in float64."""
+def reference_delta(entry: AnyLayer) -> np.ndarray:
+    """delta W by each method's formula, in float64; a convolution's of LoHa and LoKr as a matrix."""
+    part = {name: tensor.double().numpy() for name, tensor in entry.factors().items()}
+    if "hada_w1_a" in part:
+        product = (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
+        return product * entry.alpha / part["hada_w1_a"].shape[1]
+    if "lokr_w1" in part:
+        whole = part.get("lokr_w2")
+        if whole is not None:
+            return np.kron(part["lokr_w1"], whole.reshape(len(whole), -1))
+        return (
+            np.kron(part["lokr_w1"], part["lokr_w2_a"] @ part["lokr_w2_b"]) * entry.alpha / part["lokr_w2_a"].shape[1]
+        )
     down, up = entry.down.double().numpy(), entry.up.double().numpy()
     rank = down.shape[0]
     product = up.reshape(up.shape[0], rank) @ down.reshape(rank, -1)
     return (product * entry.alpha / rank).reshape(up.shape[0], *down.shape[1:])
+
+
+def one_of_each_kind(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The first layer of every kind in every part of the model: as good as all of them, and quick."""
+    found: dict[str, tuple[int, ...]] = {}
+    kinds = set()
+    for name, shape in shapes.items():
+        kind = (name.partition(".")[0], *name.replace("to_out.0", "to_out").split(".")[-2:], len(shape))
+        if kind not in kinds:
+            kinds.add(kind)
+            found[name] = shape
+    return found
 
 
 def pipeline_shapes(pipeline, *, conv: bool = True, text: bool = True) -> dict[str, tuple[int, ...]]:
@@ -82,8 +131,9 @@ def applied_deltas(pipeline) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
         for path, module in getattr(pipeline, part).named_modules() if getattr(pipeline, part, None) else ():
-            for adapter in getattr(module, "active_adapters", ()) if hasattr(module, "lora_A") else ():
-                if adapter in module.lora_A:
+            held = [getattr(module, part, ()) for part in ("lora_A", "hada_w1_a", "lokr_w1")]
+            for adapter in getattr(module, "active_adapters", ()) if any(len(names) for names in held) else ():
+                if any(adapter in names for names in held):
                     prefix = "text_model." if part != "unet" and not path.startswith("text_model.") else ""
                     found[f"{part}.{prefix}{path}"] = module.get_delta_weight(adapter).detach().float().cpu()
     return found

@@ -13,6 +13,7 @@ from lorakit.export.consumers import read_report
 KOHYA_READERS = ["a1111", "forge", "comfyui", "invokeai", "sd-scripts", "sd.cpp", "diffusers"]
 TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 TE_OLD = "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora"
+HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")
 TE_Q = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 
 
@@ -221,10 +222,43 @@ def test_peft_names_in_a_file_are_for_diffusers():
 def test_lycoris_is_refused_by_diffusers(prefix):
     stem = TO_K if prefix == "unet." else TE_Q
     shapes = random_adapters.kohya_shapes("sd1")
-    shapes = without(shapes, stem) | {f"{stem}.{part}": (4, 4) for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a")}
+    shapes = without(shapes, stem) | {f"{stem}.{part}": (4, 4) for part in HADA}
     report = read_report(shapes, "sd1")
     assert complete(report) == {"a1111", "forge", "comfyui", "invokeai", "sd.cpp"}
-    assert f"{stem} is LoHa" in report["diffusers"].refused
+    assert f"{stem} is loha" in report["diffusers"].refused
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda parts: parts.pop("hada_w2_b"), "its hada_w2_b factor is missing"),
+        (lambda parts: [parts.pop("hada_w2_a"), parts.pop("hada_w2_b")], "its hada_w2 is missing"),
+        (lambda parts: parts.update(hada_w1_b=(768, 4)), "do not fit together"),
+        (lambda parts: parts.pop("alpha"), "its alpha is missing"),
+    ],
+)
+def test_a_broken_loha_is_read_by_nobody(change, words):
+    parts = {"hada_w1_a": (320, 4), "hada_w1_b": (4, 768), "hada_w2_a": (320, 4), "hada_w2_b": (4, 768), "alpha": ()}
+    whole = without(random_adapters.kohya_shapes("sd1"), TO_K)
+    assert "a1111" in complete(read_report(whole | {f"{TO_K}.{part}": shape for part, shape in parts.items()}, "sd1"))
+    change(parts)
+    report = read_report(whole | {f"{TO_K}.{part}": shape for part, shape in parts.items()}, "sd1")
+    assert complete(report) == set()
+    assert words in report["a1111"].wrong[TO_K]
+
+
+def test_tuckers_form_is_misread_by_sd_cpp_and_lokr_on_convolutions_too():
+    whole = without(random_adapters.kohya_shapes("sd1"), TO_K)
+    linear = {"lokr_w1": (16, 16), "lokr_w2_a": (20, 4), "lokr_w2_b": (4, 48), "alpha": ()}
+    report = read_report(whole | {f"{TO_K}.{part}": shape for part, shape in linear.items()}, "sd1")
+    assert report["sd.cpp"].complete and report["a1111"].complete and not report["sd-scripts"].complete
+    tucker = {"lokr_w1": (16, 16), "lokr_w2_a": (4, 20), "lokr_w2_b": (4, 48), "lokr_t2": (4, 4, 3, 3), "alpha": ()}
+    report = read_report(whole | {f"{TO_K}.{part}": shape for part, shape in tucker.items()}, "sd1")
+    assert report["sd.cpp"].wrong == {TO_K: "applies Tucker's form wrongly"} and report["comfyui"].complete
+    conv = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    report = read_report(without(whole, conv) | {f"{conv}.{part}": shape for part, shape in linear.items()}, "sd1")
+    assert report["sd.cpp"].wrong == {conv: "applies it wrongly on convolutions"}
+    assert consumers.foresee("lokr", "kohya")["sd.cpp"] == "applies it wrongly on convolutions"
 
 
 def test_targets_are_checked():

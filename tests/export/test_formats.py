@@ -7,6 +7,7 @@ import pytest
 import random_adapters
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from lycoris.modules.locon import LoConModule
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -200,6 +201,18 @@ def test_rank_one_is_padded_without_a_change_of_scale():
     assert torch.count_nonzero(made[f"{stem}.lora_down.weight"][1]) == 0
 
 
+@pytest.mark.parametrize("writer", [kohya, diffusers, peft])
+def test_rank_one_is_read_as_rank_one(tmp_path, writer):
+    """What was filled up for stable-diffusion.cpp is left out again: a run of rank 1 may start from it."""
+    shapes = {"unet.mid_block.attentions.0.proj_in": (8, 8), "unet.mid_block.attentions.0.proj_out": (8, 8)}
+    weights = random_adapters.adapter(shapes, "sd2", rank={"proj_in": 1, "proj_out": 3}, alpha=0.5)
+    path = tmp_path / ("a" if writer is peft else "a.safetensors")
+    writer.write(weights, path, dtype="fp32", metadata={})
+    back = read(path).layers
+    assert [layer.rank for layer in back.values()] == [1, 3]
+    assert_equal({name: layer.delta() for name, layer in back.items()}, weights, 1e-6)
+
+
 def test_one_alpha_is_left_as_it_is():
     shapes = {f"unet.mid_block.attentions.0.{n}": (8, 8) for n in ("proj_in", "proj_out")}
     weights = random_adapters.adapter(shapes, "sd2", rank=3, alpha=0.1)
@@ -222,15 +235,12 @@ def test_peft_config_names_no_path(tmp_path):
 @pytest.mark.parametrize("shape", [(12, 16), (12, 8, 3, 3)])
 def test_lycoris_makes_the_same_of_a_dora_file(shape):
     """LyCORIS' own module, magnitude in the input axis, which is what A1111 and ComfyUI share with it."""
-    locon = pytest.importorskip("lycoris.modules.locon", reason="lycoris-lora is not installed")
     layer = random_adapters.layer(shape, 4, 2.0, torch.Generator().manual_seed(3), magnitude=True)
     name = "unet.mid_block.resnets.0.conv1" if len(shape) == 4 else "unet.mid_block.attentions.0.proj_in"
     made = kohya.tensors(AdapterWeights("sdxl", "dora", {name: layer}), "fp32")
     stem = next(iter(made)).partition(".")[0]
     base = torch.nn.Conv2d(8, 12, 3) if len(shape) == 4 else torch.nn.Linear(16, 12)
-    module = locon.LoConModule(
-        stem, base, lora_dim=4, alpha=2.0, weight_decompose=True, wd_on_out=False, bypass_mode=False
-    )
+    module = LoConModule(stem, base, lora_dim=4, alpha=2.0, weight_decompose=True, wd_on_out=False, bypass_mode=False)
     module.load_state_dict({key.removeprefix(f"{stem}."): value for key, value in made.items()}, strict=False)
     expected = merged(base.weight.detach(), layer)
     weight, _ = module.get_merged_weight()

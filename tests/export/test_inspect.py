@@ -44,7 +44,7 @@ def test_an_adapter_in_each_format(exported):
     expected |= {"diffusers": {"diffusers", "peft"}, "peft": {"peft"}}
     assert {key for key, reading in report.readers.items() if reading.complete} == expected[fmt]
     text = report.to_text()
-    assert "a LoRA adapter" in text and "sks toy" in text and "AUTOMATIC1111" in text
+    assert ": an adapter, " in text and "sks toy" in text and "AUTOMATIC1111" in text
     told = json.loads(json.dumps(report.to_json()))
     assert told["components"]["unet"]["modules"] == 2 and told["readers"]["diffusers"]["complete"] is (fmt != "peft")
 
@@ -193,9 +193,9 @@ def test_what_is_not_an_adapter_is_named(tmp_path, description):
 
 def test_lycoris_is_named(tmp_path):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
-    save_file({f"{stem}.hada_w1_a": torch.zeros(4, 2), f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    save_file({f"{stem}.oft_blocks": torch.zeros(4, 2), f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
     report = inspect(tmp_path / "x.safetensors")
-    assert (report.kind, report.method) == ("lycoris", "LoHa")
+    assert (report.kind, report.method) == ("lycoris", "OFT")
     with pytest.raises(LorakitError, match="LyCORIS adapter, whose algorithm lorakit does not train or convert"):
         read(tmp_path / "x.safetensors")
 

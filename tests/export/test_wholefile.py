@@ -1,6 +1,7 @@
 """Merging where the base, or what comes out, is a single file: the same outputs as base and adapter."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from lorakit import adapters, cli, export, families, ldm, modelfile
 from lorakit.config import ModelConfig
 from lorakit.errors import LorakitError
-from lorakit.export import files, wholefile
+from lorakit.export import files, keys, wholefile
 from lorakit.weights import AdapterWeights
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -44,10 +45,11 @@ def describe(family: str, layout: str, made: Any) -> families.BaseInfo:
 
 
 def weights_for(info: families.BaseInfo, method: str = "lora", seed: int = 0) -> AdapterWeights:
-    shapes = {name: shape for name, shape in info.layers.items() if "embed" not in name and "projection" not in name}
-    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(("unet.conv_", "unet.add_"))}
-    kinds = random_adapters.one_of_each_kind(shapes)
-    return random_adapters.adapter(kinds, info.family, rank=4, alpha=2.0, method=method, seed=seed)
+    """Rank 4 on the first layer of each kind in each part of the model."""
+    kinds = {re.sub(r"\d+", "", name): name for name in reversed(list(info.layers)) if keys.is_portable(name)}
+    draw = torch.Generator().manual_seed(seed)
+    layers = {name: random_adapters.layer(info.layers[name], 4, 2.0, draw, method == "dora") for name in kinds.values()}
+    return AdapterWeights(info.family, method, layers)
 
 
 def outputs(family: Any) -> list[torch.Tensor]:

@@ -1,0 +1,229 @@
+"""A UNet's attention and resnets for training: the same sums in fewer operations.
+
+At batch 1 a card waits for the host to issue operations, so their number is what a step costs. `slim` takes away those
+that change nothing (a division by 1 after each block, a look at the processor's signature on each call), and lets
+layers that read the same input share their products: q, k and v of self-attention, k and v of cross-attention. Their
+weights and factors become slices of common tensors; layers, parameters and names stay what they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from torch.nn import functional
+
+from lorakit.adapters import fused
+from lorakit.products import frozen_linear, linear
+
+
+def slim(unet: nn.Module) -> None:
+    """Let the blocks of a UNet compute as this file has it, its adapter, if any, being attached already."""
+    for module in unet.modules():
+        if type(module) is ResnetBlock2D and _is_plain_resnet(module):
+            module.__class__ = LeanResnet
+        elif type(module) is Attention and _is_plain_attention(module):
+            module.__class__ = LeanAttention
+            own = module.cross_attention_dim == module.query_dim and not module.is_cross_attention
+            shared = [module.to_q, module.to_k, module.to_v] if own else [module.to_k, module.to_v]
+            module.__dict__["group"] = Group(shared) if _can_share(shared) else None
+
+
+class Group:
+    """Layers that read the same input, with the same shape, rank and scale.
+
+    Attributes:
+        weight: their weights, frozen, `[G * out, in]`.
+        down, up: their factors, `[G * r, in]` and `[G, out, r]`, float32; None where they carry no adapter.
+    """
+
+    def __init__(self, layers: list[Any]):
+        self.layers = layers
+        self._bases = [getattr(layer, "base_layer", layer) for layer in layers]
+        self.weight = _shared([base.weight for base in self._bases]).flatten(0, 1)
+        self.down: torch.Tensor | None = None
+        self.up: torch.Tensor | None = None
+        self._holders: list[nn.Module] = []
+        if isinstance(layers[0], fused.FusedLinear):
+            downs, ups = ([getattr(layer, name)[_NAME] for layer in layers] for name in ("lora_A", "lora_B"))
+            self._holders = downs + ups
+            self.down, self.up = (_shared([matrix.weight for matrix in found]) for found in (downs, ups))
+            self.down = self.down.flatten(0, 1)
+        self._factors: list[Any] = self._weights()
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """`[B, T, in]` -> one `[B, T, out]` for each layer; None where they are to be asked one by one."""
+        if not self._holds():
+            return None
+        count, rows = len(self.layers), x.reshape(-1, x.shape[-1])
+        first = self.layers[0]
+        if self.down is None or first._disable_adapters:
+            together = frozen_linear(rows, self.weight, None)
+            made = together.view(*x.shape[:-1], count, -1).unbind(-2)
+            return made
+        if any(fused.plain_adapter(layer, x) is None for layer in self.layers):
+            return None
+        assert self.up is not None
+        made = GroupedLora.apply(rows, self.weight, self.down, self.up, first.scaling[_NAME], *self._factors)
+        return tuple(part.view(*x.shape[:-1], -1) for part in made)
+
+    def _holds(self) -> bool:
+        """Whether the layers still compute with the common tensors: whoever moved or replaced one did not know them."""
+        if self._bases[0].weight.data_ptr() != self.weight.data_ptr() or self._bases[0].weight.requires_grad:
+            return False
+        if self.down is None:
+            return True
+        same = all(now is before for now, before in zip(self._weights(), self._factors, strict=True))
+        return same and self._factors[0].data_ptr() == self.down.data_ptr()
+
+    def _weights(self) -> list[Any]:
+        # `module.weight` would look in three places first.
+        return [holder._parameters["weight"] for holder in self._holders]
+
+
+class GroupedLora(torch.autograd.Function):
+    """`fused.LoraLinear` and `fused.HalfLoraLinear` for the G layers of a `Group`, without bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scale: float,
+        *factors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """G times `[N, out]`; `factors` are the parameters of which `down` and `up` are made, A's then B's."""
+        ctx.scale, inner = scale, None
+        if x.dtype is torch.float32:
+            made = linear(x, _summed(weight, down, up, scale))
+        else:
+            down, up = down.to(x.dtype), (up if scale == 1 else up * scale).to(x.dtype)
+            inner = x @ down.t()
+            made = x @ weight.t()
+            _each(made, up).baddbmm_(_each(inner, up), up.transpose(1, 2))
+        ctx.save_for_backward(x, inner, weight, down, up)
+        return made.view(len(x), len(up), -1).unbind(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x and of the factors; theirs in float32."""
+        x, inner, weight, down, up = ctx.saved_tensors
+        full = x.dtype is torch.float32
+        gradient = torch.cat(gradients, dim=-1)
+        to_inner = gradient.new_empty(len(x), len(down))
+        torch.bmm(_each(gradient, up), up, out=_each(to_inner, up))
+        to_x = None
+        if ctx.needs_input_grad[0] and full:
+            to_x = linear(gradient, _summed(weight, down, up, ctx.scale).t())
+        elif ctx.needs_input_grad[0]:
+            to_x = torch.addmm(to_inner @ down, gradient, weight)
+        inner = linear(x, down) if full else inner
+        to_down = linear(to_inner.t(), x.t())
+        to_up = torch.bmm(_each(gradient, up).transpose(1, 2), _each(inner, up))
+        if ctx.scale != 1:
+            # In half precision `up`, and with it `to_inner`, has the scale already.
+            to_up = to_up * ctx.scale
+            to_down = to_down * ctx.scale if full else to_down
+        to_downs = to_down.float().view(len(up), -1, x.shape[-1]).unbind()
+        return to_x, None, None, None, None, *to_downs, *to_up.float().unbind()
+
+
+class LeanAttention(Attention):
+    """diffusers' attention as the UNets of Stable Diffusion use it."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **rest: Any,
+    ) -> torch.Tensor:
+        """`[B, T, C]`, and the text `[B, S, D]` -> `[B, T, C]`."""
+        if attention_mask is not None or rest or type(self.processor) is not AttnProcessor2_0:
+            made: torch.Tensor = super().forward(hidden_states, encoder_hidden_states, attention_mask, **rest)
+            return made
+        own = encoder_hidden_states is None
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        known = self.group is not None and self.group.layers[-1] is self.to_v
+        shared = self.group(source) if known else None
+        if shared is None:
+            shared = (*((self.to_q(source),) if own else ()), self.to_k(source), self.to_v(source))
+        if not own:
+            shared = (self.to_q(hidden_states), *shared)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in shared)
+        attended = _attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.to_out[1](self.to_out[0](attended))  # type: ignore[no-any-return]
+
+
+class LeanResnet(ResnetBlock2D):
+    """diffusers' resnet as the UNets of Stable Diffusion use it."""
+
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[B, C, h, w]` and the embedded timestep `[B, D]` -> `[B, C', h, w]`."""
+        hidden = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        hidden = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden))))
+        short: torch.Tensor = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return short + hidden
+
+
+_NAME = "default"
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt d) v, `[B, heads, T, d]`. On a CPU the backward pass of torch's kernel takes ten times as
+    long in half precision as in float32, which it computes in anyway."""
+    if query.device.type == "cpu" and query.dtype is not torch.float32:
+        made = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+        return made.to(query.dtype)
+    return functional.scaled_dot_product_attention(query, key, value)
+
+
+def _is_plain_attention(module: Any) -> bool:
+    changes = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "residual_connection")
+    return module.rescale_output_factor == 1 and not any(getattr(module, name, None) for name in changes)
+
+
+def _is_plain_resnet(module: Any) -> bool:
+    sampler = module.upsample is not None or module.downsample is not None
+    embeds = module.time_emb_proj is not None and not module.skip_time_act and module.time_embedding_norm == "default"
+    return embeds and not sampler and module.output_scale_factor == 1
+
+
+def _can_share(layers: list[Any]) -> bool:
+    """Whether layers are all plain, or all plain LoRA, with the same shape, rank and scale, and without bias."""
+    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    # A weight that is kept in few bits is a tensor of another type.
+    if any(not isinstance(base, nn.Linear) or type(base.weight) is not nn.Parameter for base in bases):
+        return False
+    if any(base.bias is not None or base.weight.shape != bases[0].weight.shape for base in bases):
+        return False
+    if all(isinstance(layer, nn.Linear) for layer in layers):
+        return True
+    if any(type(layer) is not fused.FusedLinear or list(layer.lora_A) != [_NAME] for layer in layers):
+        return False
+    return len({(len(layer.lora_A[_NAME].weight), layer.scaling[_NAME]) for layer in layers}) == 1
+
+
+def _shared(tensors: list[Any]) -> torch.Tensor:
+    """`[G, ...]`: one tensor of which the given ones, of equal shape, become the slices."""
+    together = torch.stack([tensor.detach() for tensor in tensors])
+    for tensor, part in zip(tensors, together, strict=True):
+        tensor.data = part
+    return together
+
+
+def _each(rows: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`[N, G * n]` seen as `[G, N, n]`."""
+    return rows.view(len(rows), len(up), -1).transpose(0, 1)
+
+
+def _summed(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + s B A of each layer, `[G * out, in]`."""
+    apart = weight.view(*up.shape[:2], -1)
+    return torch.baddbmm(apart, up, down.view(len(up), -1, apart.shape[-1]), alpha=scale).flatten(0, 1)

@@ -1,0 +1,48 @@
+"""LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098): PEFT's layers, whose maths and names are LyCORIS'.
+
+delta W = alpha / rank * (w1_a w1_b) * (w2_a w2_b), element by element, so of a rank up to rank * rank. It is made for
+each product and dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoHaConfig as PeftConfig
+
+from lorakit.adapters.method import NAME, Factors, Method, parameter
+from lorakit.config import LohaConfig
+from lorakit.weights import AnyLayer
+
+PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+# LyCORIS modules/loha.py; one factor of zeros makes delta W zero.
+SPREAD = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
+
+
+def peft(config: LohaConfig, modules: list[str]) -> PeftConfig:
+    """PEFT's config for `modules`."""
+    alpha = config.rank if config.alpha is None else config.alpha
+    return PeftConfig(r=config.rank, alpha=alpha, target_modules=modules, init_weights=False)
+
+
+def begin(layer: Any, draw: torch.Generator) -> None:
+    """Normal numbers as LyCORIS has them."""
+    for part, spread in SPREAD.items():
+        shape = getattr(layer, part)[NAME].shape
+        getattr(layer, part)[NAME] = parameter(torch.empty(shape).normal_(generator=draw) * spread, layer)
+
+
+def factors(layer: Any) -> Factors:
+    """The four matrices."""
+    return {part: getattr(layer, part)[NAME] for part in PARTS}
+
+
+def fill(layer: Any, weights: AnyLayer) -> None:
+    """Take these matrices."""
+    for part, weight in weights.factors().items():
+        getattr(layer, part)[NAME] = parameter(weight, layer)
+    layer.r[NAME], layer.alpha[NAME], layer.scaling[NAME] = weights.rank, weights.alpha, weights.scale
+
+
+LOHA = Method(peft, begin, factors, fill)

@@ -1,0 +1,56 @@
+"""LoKr (Yeh et al. 2023, arXiv 2309.14859): PEFT's layers, whose maths and names are LyCORIS'.
+
+delta W = scale * kron(w1, w2), the layer's rows and columns each cut into two numbers as equal as can be. w1, the
+smaller, is whole; w2 is a product of two where the rank is below half its larger side, else whole too. The scale is
+alpha / rank, and 1 where w2 is whole. delta W is made for each product and dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoKrConfig as PeftConfig
+
+from lorakit.adapters.method import NAME, Factors, Method, parameter, uniform
+from lorakit.config import LokrConfig
+from lorakit.weights import AnyLayer
+
+PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+
+
+def peft(config: LokrConfig, modules: list[str]) -> PeftConfig:
+    """PEFT's config for `modules`."""
+    alpha = config.rank if config.alpha is None else config.alpha
+    return PeftConfig(r=config.rank, alpha=alpha, target_modules=modules, init_weights=False)
+
+
+def begin(layer: Any, draw: torch.Generator) -> None:
+    """As LyCORIS: zeros in w2 or its second factor, uniform numbers in the rest."""
+    for part, weight in factors(layer).items():
+        still = part in ("lokr_w2", "lokr_w2_b")
+        first = torch.zeros(weight.shape) if still else uniform(weight.shape, draw)
+        getattr(layer, part)[NAME] = parameter(first, layer)
+
+
+def factors(layer: Any) -> Factors:
+    """w1, and w2 or its factors."""
+    return {part: held[NAME] for part in PARTS if NAME in (held := getattr(layer, part))}
+
+
+def fill(layer: Any, weights: AnyLayer) -> None:
+    """Take these matrices, factorised or whole."""
+    for part in PARTS:
+        if NAME in getattr(layer, part):
+            del getattr(layer, part)[NAME]
+    for part, weight in weights.factors().items():
+        getattr(layer, part)[NAME] = parameter(weight, layer)
+    layer.r[NAME], layer.alpha[NAME], layer.scaling[NAME] = weights.rank, weights.alpha, weights.scale
+
+
+def scale(layer: Any) -> float:
+    """alpha / rank, or 1 where there is no rank."""
+    return 1.0 if NAME in layer.lokr_w1 and NAME in layer.lokr_w2 else float(layer.scaling[NAME])
+
+
+LOKR = Method(peft, begin, factors, fill, scale=scale)

@@ -1,0 +1,52 @@
+"""What an adapter method is to `Adapter`: five functions on one of PEFT's layers. One file and one line of
+`registry.ADAPTERS` for each method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from lorakit.weights import AnyLayer
+
+# PEFT's name for the adapter. One at a time: what is trained or drawn is then exactly what was attached.
+NAME = "default"
+Factors = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method. `layer` is one of the layers that PEFT has put in for it.
+
+    Attributes:
+        peft: (section of the config, full paths inside one component) -> PEFT's config.
+        begin: (layer, generator): the first weights, by which the base's output is unchanged.
+        factors: layer -> what is trained, named as `weights.from_factors` knows it, float32.
+        fill: (layer, weights): take factors of any rank and scale as they are; None where only training makes such.
+        constants: layer -> what is not trained and yet belongs to the adapter, named in the same way.
+        scale: layer -> what the product of the factors is multiplied by, as the layer was made.
+    """
+
+    peft: Callable[[Any, list[str]], PeftConfig]
+    begin: Callable[[Any, torch.Generator], None]
+    factors: Callable[[Any], Factors]
+    fill: Callable[[Any, AnyLayer], None] | None
+    constants: Callable[[Any], dict[str, torch.Tensor]] = lambda layer: {}
+    scale: Callable[[Any], float] = lambda layer: float(layer.scaling[NAME])
+
+
+def parameter(weight: torch.Tensor, layer: Any) -> nn.Parameter:
+    """A float32 parameter on the base layer's device; PEFT makes its own in the base's precision."""
+    device = layer.base_layer.weight.device
+    return nn.Parameter(weight.detach().to(device, torch.float32, copy=True))
+
+
+def uniform(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
+    """Uniform as `nn.Linear` begins (Kaiming, a = sqrt 5): within one by the square root of a row's length."""
+    bound = 1 / math.sqrt(shape[1:].numel())
+    return torch.empty(shape).uniform_(-bound, bound, generator=draw)

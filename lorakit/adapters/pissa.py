@@ -1,0 +1,123 @@
+"""PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that begins as the principal part of the weight it adapts.
+
+The paper trains W - s B0 A0 + s B A with s B0 A0 the first singular directions of W, so that B A = B0 A0 to begin with.
+Here W stays as it is, in whatever precision it is kept, and the layer computes the same as
+
+    y = W x + s ((B - B0) A x + B0 (A - A0) x),
+
+which is exactly the base to begin with and subtracts nothing large from anything large. The same sum is what is
+exported: plain LoRA of twice the rank, on the base as everybody has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft.tuners.lora import Conv2d, Linear
+from torch import nn
+from torch.nn import functional
+
+from lorakit.adapters import lora
+from lorakit.adapters.method import NAME, parameter
+from lorakit.config import PissaConfig
+from lorakit.errors import LorakitError
+
+# Of the randomised SVD (Halko et al. 2009, arXiv 0909.4061): directions more than are asked for, and power iterations.
+OVERSAMPLING, ITERATIONS = 8, 6
+NO_MERGE = "a PiSSA adapter that is being trained cannot be fused into the base: export it, it is plain LoRA then"
+
+
+def peft(config: PissaConfig, modules: list[str]) -> PeftConfig:
+    """PEFT's config for `modules`, with the layers of this file."""
+    made = lora.lora(config, modules)
+    made._register_custom_module({nn.Linear: PissaLinear, nn.Conv2d: PissaConv2d})
+    return made
+
+
+def begin(layer: Any, draw: torch.Generator) -> None:
+    """A and B, and A0 and B0 that stay: the principal part of the weight shared out between both, by its roots."""
+    down, up = layer.lora_A[NAME], layer.lora_B[NAME]
+    weight, rank = layer.base_layer.weight.detach().float().flatten(1), len(down.weight)
+    left, values, right = _principal(weight, rank, draw)
+    roots = (values / layer.scaling[NAME]).sqrt()
+    first = {"down": (roots[:, None] * right.T).reshape(down.weight.shape), "up": (left * roots)}
+    down.weight = parameter(first["down"], layer)
+    up.weight = parameter(first["up"].reshape(up.weight.shape), layer)
+    layer.register_buffer("down_0", down.weight.detach().clone(), persistent=False)
+    layer.register_buffer("up_0", up.weight.detach().clone(), persistent=False)
+
+
+def _principal(
+    weight: torch.Tensor, rank: int, draw: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first `rank` singular triples (U, S, V) of a matrix; zeros beyond what it has."""
+    count = min(rank, *weight.shape)
+    wanted = min(count + OVERSAMPLING, *weight.shape)
+    with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=draw)))
+        left, values, right = torch.svd_lowrank(weight, wanted, ITERATIONS)
+    short = rank - count
+    left, right = (functional.pad(side[:, :count], (0, short)) for side in (left, right))
+    return left, functional.pad(values[:count], (0, short)), right
+
+
+def constants(layer: Any) -> dict[str, torch.Tensor]:
+    """A0 and B0."""
+    return {"down_0": layer.down_0, "up_0": layer.up_0}
+
+
+class PissaLinear(Linear):
+    """PEFT's linear LoRA layer that counts from where it began."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        if self.disable_adapters:
+            return self.base_layer(x)
+        given = self.lora_dropout[NAME](x)
+        updates = [functional.linear(functional.linear(given, down), up) for down, up in _pairs(self, x.dtype)]
+        return self.base_layer(x) + (updates[0] + updates[1]) * self.scaling[NAME]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not offered.
+
+        Raises:
+            LorakitError: always; PEFT's own would add the principal part a second time.
+        """
+        raise LorakitError(NO_MERGE)
+
+
+class PissaConv2d(Conv2d):
+    """PEFT's convolutional LoRA layer that counts from where it began."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[B, in, h, w]` -> `[B, out, h', w']`."""
+        base = self.base_layer
+        if self.disable_adapters:
+            return base(x)
+        given = self.lora_dropout[NAME](x)
+        updates = [
+            functional.conv2d(functional.conv2d(given, down, None, base.stride, base.padding, base.dilation), up)
+            for down, up in _pairs(self, x.dtype)
+        ]
+        return base(x) + (updates[0] + updates[1]) * self.scaling[NAME]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not offered.
+
+        Raises:
+            LorakitError: always; PEFT's own would add the principal part a second time.
+        """
+        raise LorakitError(NO_MERGE)
+
+
+def _pairs(layer: Any, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(A, B - B0) and (A - A0, B0), differences taken in float32."""
+    down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    pairs = [(down, up - layer.up_0), (down - layer.down_0, layer.up_0)]
+    return [(left.to(dtype), right.to(dtype)) for left, right in pairs]
+
+
+PISSA = replace(lora.LORA, peft=peft, begin=begin, fill=None, constants=constants)

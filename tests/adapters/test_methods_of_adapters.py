@@ -1,0 +1,107 @@
+"""What is special to PiSSA, LoHa and LoKr: where they begin, how many numbers they train, and their names in PEFT."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exercise import METHODS, predict, train
+
+from lorakit import adapters
+from lorakit.adapters import targets
+from lorakit.config import LohaConfig, LokrConfig, LoraConfig, PissaConfig
+from lorakit.errors import LorakitError
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_as_many_numbers_are_trained_as_are_announced(sd1: Any, attach: Any, method: str) -> None:
+    config = METHODS[method](rank=5, target_modules="linear+conv", train_text_encoder=True)
+    adapter = attach(sd1, config)
+    announced = sum(targets.trained(config, sd1.info.layers[name]) for name in adapter.layers)
+    assert sum(parameter.numel() for parameter in adapter.parameters().values()) == announced
+
+
+def test_pissa_begins_as_the_principal_part_of_the_weight(sd1: Any, attach: Any) -> None:
+    adapter = attach(sd1, PissaConfig(rank=6, alpha=3.0, target_modules="linear+conv"))
+    state = adapter.state()
+    for name, layer in adapter._layers.items():
+        weight = layer.base_layer.weight.detach().double().flatten(1).numpy()
+        left, values, right = np.linalg.svd(weight, full_matrices=False)
+        down, up = (state[f"{name}.{factor}"].double().flatten(1).numpy() for factor in ("down", "up"))
+        found = 0.5 * up @ down
+        best = (left[:, :6] * values[:6]) @ right[:6]
+        # As much of the weight as six directions can hold, to what the randomised method leaves.
+        assert np.linalg.norm(weight - found) <= 1.01 * np.linalg.norm(weight - best)
+        assert np.linalg.norm(found) >= 0.98 * np.linalg.norm(best)
+
+
+def test_pissa_changes_what_the_paper_changes(sd1: Any, attach: Any) -> None:
+    """W - s B0 A0 + s B A, of which the base keeps W: what is exported is s (B A - B0 A0)."""
+    adapter = attach(sd1, PissaConfig(rank=2, target_modules="linear+conv", train_text_encoder=True))
+    before = adapter.state()
+    train(sd1, adapter)
+    after, weights = adapter.state(), adapter.weights()
+    for name, layer in weights.layers.items():
+        old, new = (
+            state[f"{name}.up"].double().flatten(1) @ state[f"{name}.down"].double().flatten(1)
+            for state in (before, after)
+        )
+        assert layer.rank == 4 and layer.alpha == 4.0
+        np.testing.assert_allclose(layer.delta().flatten(1).numpy(), (new - old).numpy(), atol=1e-6)
+        assert torch.equal(before[f"{name}.down_0"], after[f"{name}.down_0"])
+
+
+def test_pissa_is_applied_as_plain_lora(sd1: Any, attach: Any) -> None:
+    adapter = attach(sd1, PissaConfig(rank=2))
+    train(sd1, adapter)
+    trained, weights = predict(sd1), adapter.weights()
+    adapter.detach()
+    applied = adapters.apply(sd1, weights)
+    assert (weights.method, applied.method) == ("pissa", "lora")
+    torch.testing.assert_close(predict(sd1), trained, rtol=1e-4, atol=1e-5)
+    applied.detach()
+
+
+def test_pissa_of_a_rank_above_the_layers_own(sd1: Any, attach: Any) -> None:
+    before = predict(sd1)
+    adapter = attach(sd1, PissaConfig(rank=200))
+    assert all(torch.isfinite(parameter).all() for parameter in adapter.parameters().values())
+    assert torch.equal(predict(sd1), before)
+
+
+def test_pissa_is_not_fused_into_the_base(sd1: Any, attach: Any) -> None:
+    attach(sd1, PissaConfig(rank=2, target_modules="linear+conv"))
+    block = sd1.unet.mid_block
+    for layer in (block.resnets[0].conv1, block.attentions[0].transformer_blocks[0].attn1.to_q):
+        with pytest.raises(LorakitError, match="PiSSA adapter that is being trained cannot be fused"):
+            layer.merge()
+
+
+def test_first_weights_are_lycoris(sd1: Any, attach: Any) -> None:
+    adapter = attach(sd1, LohaConfig(rank=8, target_modules="linear+conv"), seed=3)
+    for layer in adapter.weights().layers.values():
+        assert not layer.w2_a.any()
+        assert layer.w1_a.std() == pytest.approx(0.1, rel=0.2) and layer.w2_b.std() == pytest.approx(1, rel=0.2)
+    adapter.detach()
+    adapter = attach(sd1, LokrConfig(rank=2, target_modules="linear+conv"), seed=3)
+    for layer in adapter.weights().layers.values():
+        assert not layer.w2[-1].any() and layer.w1[0].any()
+        assert layer.scale == 1
+
+
+def test_a_whole_lokr_has_no_scale(sd1: Any, attach: Any) -> None:
+    """LyCORIS' rule: with both matrices whole there is no rank to divide alpha by."""
+    adapter = attach(sd1, LokrConfig(rank=64, alpha=1.0))
+    train(sd1, adapter)
+    trained, weights = predict(sd1), adapter.weights()
+    assert all(layer.whole and layer.scale == 1 for layer in weights.layers.values())
+    adapter.detach()
+    applied = adapters.apply(sd1, weights)
+    torch.testing.assert_close(predict(sd1), trained, rtol=1e-4, atol=1e-5)
+    applied.detach()
+
+
+@pytest.mark.parametrize(("config", "kind"), [(LohaConfig, "LOHA"), (LokrConfig, "LOKR"), (LoraConfig, "LORA")])
+def test_peft_knows_what_it_holds(sd1: Any, attach: Any, config: Any, kind: str) -> None:
+    attach(sd1, config(rank=4, alpha=2.0))
+    assert sd1.unet.peft_config["default"].peft_type == kind
