@@ -13,11 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+# Multiplications below which oneDNN's own overhead, about 13 microseconds a call, is more than it saves.
+FEW = 2**19
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b: x `[..., in]`, weight `[out, in]`, maybe a transpose, bias `[out]` -> `[..., out]`. On the quick path
     autograd does not see it: for use inside a `torch.autograd.Function`, or by `frozen_linear`."""
-    if x.device.type == "cpu" and x.dtype is weight.dtype is torch.float32 and _onednn():
+    quick = x.device.type == "cpu" and x.dtype is weight.dtype is torch.float32 and x.numel() * len(weight) >= FEW
+    if quick and _onednn():
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return made
     return functional.linear(x, weight, bias)

@@ -21,14 +21,18 @@ from lorakit.encode import Encoded
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a batch's loss: what the model is given, what it should say, and how much that counts."""
+    """One part of a batch's loss: what the model is given, what it should say, and how much that counts.
+
+    Where `target` is None, the base by itself says what the target is, being told `teacher` of the same noisy latents.
+    """
 
     noisy: torch.Tensor
     timesteps: torch.Tensor
     condition: Any
-    target: torch.Tensor
+    target: torch.Tensor | None
     mask: torch.Tensor | None
     factor: float
+    teacher: Any = None
 
 
 class Step:
@@ -75,21 +79,26 @@ class Step:
     def loss(self, index: int) -> torch.Tensor:
         """Loss of the `index`-th batch, a scalar on the device; `backward` may be called on it."""
         with self._dropout(index):
-            return self._loss(index)
+            return self.loss_of(self.terms(index))
 
-    def _loss(self, index: int) -> torch.Tensor:
+    def terms(self, index: int) -> list[Term]:
+        """All that is drawn and looked up for the `index`-th batch; what `loss_of` computes from."""
         instance = self._instance_term(index)
-        terms = [instance]
         if self.train.prior == "images":
-            terms.append(self._class_image_term(index, len(instance.noisy)))
-        elif self.train.prior == "teacher":
-            terms.append(self._teacher_term(index, instance))
+            return [instance, self._class_image_term(index, len(instance.noisy))]
+        if self.train.prior == "teacher":
+            return [instance, self._teacher_term(index, instance)]
+        return [instance]
+
+    def loss_of(self, terms: list[Term]) -> torch.Tensor:
+        """The loss of a batch's terms: a function of tensors that draws nothing."""
+        targets = [term.target if term.target is not None else self._taught(term) for term in terms]
         total = torch.zeros((), device=self.family.device)
-        for term, prediction in zip(terms, self._predict(terms), strict=True):
+        for term, target, prediction in zip(terms, targets, self._predict(terms), strict=True):
             weight = objective.weights(
                 self.family.prediction_type, term.timesteps, self.family.alphas_cumprod, self.train.min_snr_gamma
             )
-            total = total + term.factor * objective.loss(prediction, term.target, self.train.loss, weight, term.mask)
+            total = total + term.factor * objective.loss(prediction, target, self.train.loss, weight, term.mask)
         return total
 
     @contextlib.contextmanager
@@ -168,10 +177,13 @@ class Step:
         texts = self.encoded.class_of[self.batch(index).texts.to(self.family.device)]
         base = self.encoded.class_conditions.index(texts)
         base = base if sizes is None else base.with_sizes(sizes)
-        with torch.no_grad(), self.adapter.disabled():
-            target = self.family.predict(instance.noisy, instance.timesteps, base)
         condition = self._class_text_condition(texts, sizes)
-        return Term(instance.noisy, instance.timesteps, condition, target, None, self.train.prior_loss_weight)
+        return Term(instance.noisy, instance.timesteps, condition, None, None, self.train.prior_loss_weight, base)
+
+    def _taught(self, term: Term) -> torch.Tensor:
+        with torch.no_grad(), self.adapter.disabled():
+            target: torch.Tensor = self.family.predict(term.noisy, term.timesteps, term.teacher)
+        return target
 
     def _predict(self, terms: list[Term]) -> list[torch.Tensor]:
         """One pass where the shapes agree, which is what a device likes; else one for each term."""

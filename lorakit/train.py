@@ -39,6 +39,7 @@ from lorakit.look import Seen, look
 from lorakit.run_folder import RunFolder
 from lorakit.step import Step
 from lorakit.terminal import Terminal
+from lorakit.update import Update
 
 # Losses and gradient norms stay on the device and are read together, every so many steps.
 READ_EVERY = 10
@@ -213,6 +214,7 @@ class _Run:
         if config.train.init_from:
             self.adapter.load(export.read(Path(config.train.init_from)))
             self.say(f"starting from the weights of {Path(config.train.init_from).name}")
+        adapters.slim(self.family)
         memory.gradient_checkpointing(family, config.memory.gradient_checkpointing)
         self.optimizer = optim.build(config.optimizer, self.adapter.groups())
         self.step = Step(family, self.adapter, encoded, config.train, embed_anew=self.trains_text)
@@ -237,7 +239,8 @@ class _Run:
         start = self._restore() if self.saved else 0
         self.losses = torch.zeros(READ_EVERY, device=self.device)
         self.norms = torch.zeros(READ_EVERY, device=self.device)
-        self.trained = [p for _, group in self.adapter.groups() for p in group]
+        trained = [p for _, group in self.adapter.groups() for p in group]
+        update = Update(config, self.step, self.optimizer, trained, self.total, self.say)
         self.folder.update(state="running", step=start, steps=self.total)
         self.read_step = start
         with self.terminal.progress(self.total, start) as self.bar:
@@ -248,28 +251,12 @@ class _Run:
             self.clock = time.monotonic()
             step = start
             while step < self.total:
-                optim.set_learning_rate(self.optimizer, config.optimizer, step, self.total)
-                loss = self._accumulate(step)
-                # clip_grad_norm_ returns the norm before clipping and, unless asked, does not look at it.
-                limit = config.train.max_grad_norm or math.inf
-                norm = torch.nn.utils.clip_grad_norm_(self.trained, limit)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                with memory.enough(f"step {step + 1}", config):
+                    loss, norm = update(step)
                 self.losses[step % READ_EVERY] = loss
                 self.norms[step % READ_EVERY] = norm
                 step += 1
                 step = self._after(step)
-
-    def _accumulate(self, step: int) -> torch.Tensor:
-        """Gradients of one optimizer step; its mean loss, on the device."""
-        parts = self.config.train.gradient_accumulation_steps
-        total = torch.zeros((), device=self.device)
-        with memory.enough(f"step {step + 1}", self.config):
-            for part in range(parts):
-                loss = self.step.loss(step * parts + part) / parts
-                loss.backward()
-                total += loss.detach()
-        return total
 
     def _after(self, step: int) -> int:
         """What is due after `step` steps; the step to go on from, which is an earlier one after a rollback."""

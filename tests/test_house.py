@@ -38,6 +38,7 @@ RUN = {
     "selfcheck",
     "step",
     "terminal",
+    "update",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -68,6 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "look": {"families", "plan", "data", "export", *WORK},
     "plan": {"adapters", "data", "footprint", "terminal", *WORK},
     "step": {"encode", "objective", "randomness", "config"},
+    "graph": WORK,
+    "update": {"graph", "optim", "step", *WORK},
     "evaluate": {"data", "families", "objective", *WORK},
     "checkpoint": {"run_folder", *WORK},
     "sample": {"evaluate", "pictures", "run_folder", "families", "adapters", "data", "export", "memory", *WORK},

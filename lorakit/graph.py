@@ -1,0 +1,171 @@
+"""Forward and backward pass of a batch as one CUDA graph for each shape, so that the host issues one thing, not 2,000.
+
+What differs from batch to batch (noise, timesteps, texts, drawn as always from the seed and the batch's place in the
+run) is copied into tensors that stay where they are; the graph reads those and adds to gradients that stay too.
+Clipping and the optimizer, a dozen operations, are left outside: so every optimizer and any accumulation works with it.
+A graph is believed only once it has repeated what the step gives without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from lorakit.config import Config
+
+# A graph for each shape of a batch, up to so many: each keeps some memory. Batches of further shapes run without.
+MOST = 16
+# How far a replay's loss and gradients may lie from those of the step without graph, relative to their norm. Kernels
+# that add in changing order differ in the last bits; a graph that reads a wrong tensor differs altogether.
+ALLOWED = 1e-2
+
+Compute = Callable[[], torch.Tensor]
+# Takes a computation apart from its replay: called once, it gives what repeats it.
+Record = Callable[[Compute], Compute]
+
+
+class NotCaptured(RuntimeError):
+    """No graph could be made of the step, or it does not repeat it."""
+
+
+def recorder(config: Config, device: torch.device) -> tuple[Record | None, str]:
+    """How steps are recorded on this device, or None, with a line that says so (empty on a CPU)."""
+    if device.type != "cuda":
+        return None, ""
+    reasons = {
+        "the text encoder is trained": config.adapter.train_text_encoder,
+        "dropout draws anew in each step": bool(getattr(config.adapter, "dropout", 0.0)),
+        "gradient checkpointing saves memory first": config.memory.gradient_checkpointing,
+        "the base's weights are kept in few bits": config.memory.base_storage != "full",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return None, f"steps are issued one operation at a time: {reason}"
+    return CudaRecorder(), "each batch shape's pass becomes a CUDA graph at its first step"
+
+
+class CudaRecorder:
+    """Captures a computation on a stream of its own; graphs share their memory, as only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Compute) -> Compute:
+        """Capture; what is given back replays."""
+        # Kernels are chosen and workspaces made on the stream of the capture, where neither may happen during one.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            compute()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = compute()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    inputs: list[torch.Tensor]
+    replay: Compute
+
+
+class Replayed:
+    """Does `backward(terms)` by replay: the loss comes back, gradients are added to those of `parameters`.
+
+    Args:
+        backward: from tensors alone to the loss, having added to the gradients.
+        parameters: what is trained; each is given a gradient that stays where it is.
+        record: see `recorder`.
+    """
+
+    def __init__(self, backward: Callable[[Any], torch.Tensor], parameters: Sequence[torch.Tensor], record: Record):
+        self._backward, self._parameters, self._record = backward, parameters, record
+        self._known: dict[Any, _Recorded] = {}
+        self._places: list[int] = []
+
+    def __call__(self, terms: Any) -> torch.Tensor:
+        """The loss of a batch's terms (dataclasses of tensors, or lists of such), valid until the next call.
+
+        Raises:
+            NotCaptured: see there; the gradients are as they were before the call.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        places = [place for p in self._parameters if p.grad is not None for place in (p.data_ptr(), p.grad.data_ptr())]
+        if places != self._places:  # the first call, or somebody moved the model: a graph knows memory, not tensors
+            self._places, self._known = places, {}
+        given = list(tensors(terms))
+        shape = tuple((tensor.shape, tensor.dtype) for tensor in given)
+        if shape not in self._known:
+            if len(self._known) == MOST:
+                return self._backward(terms)
+            self._known[shape] = self._recorded(terms)
+        recorded = self._known[shape]
+        torch._foreach_copy_(recorded.inputs, given)
+        return recorded.replay()
+
+    def _recorded(self, terms: Any) -> _Recorded:
+        gradients: list[torch.Tensor] = [p.grad for p in self._parameters if p.grad is not None]
+        before = [gradient.clone() for gradient in gradients]
+        still = each(terms, torch.clone)
+
+        def compute() -> torch.Tensor:
+            return self._backward(still)
+
+        try:
+            torch._foreach_zero_(gradients)
+            expected = [compute().clone(), *(gradient.clone() for gradient in gradients)]
+            replay = self._record(compute)
+            torch._foreach_zero_(gradients)
+            found = [replay(), *gradients]
+            _same(found, expected)
+        except (RuntimeError, ValueError) as problem:
+            raise NotCaptured((str(problem).splitlines() or [type(problem).__name__])[0]) from problem
+        finally:
+            torch._foreach_copy_(gradients, before)
+        return _Recorded(list(tensors(still)), replay)
+
+
+def _same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Compare loss and gradients, all of them at once.
+
+    Raises:
+        ValueError: a replay gives something else than the step that it should repeat.
+    """
+    one, two = (torch.cat([tensor.detach().float().flatten() for tensor in group]) for group in (found, expected))
+    loss_off = ((one[0] - two[0]).abs() / two[0].abs()).item()
+    off = ((one[1:] - two[1:]).norm() / two[1:].norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+    if not (loss_off <= ALLOWED and off <= ALLOWED):
+        raise ValueError(f"a replay's loss is off by {loss_off:.1e}, its gradients by {off:.1e}")
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a tree of dataclasses and lists, in a fixed order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name))
+
+
+def each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same tree with every tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return [each(item, change) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: each(getattr(value, field.name), change) for field in fields(value)})
+    return value

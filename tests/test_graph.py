@@ -1,0 +1,215 @@
+"""A step by replay gives what the step gives; where it cannot, it is not used.
+
+Without a CUDA device a stand-in takes the graph's place: it computes anew from the tensors that it was recorded with.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lorakit import adapters, config, families, graph, train
+from lorakit.data import check
+from lorakit.encode import encode
+from lorakit.step import Step
+
+
+def stand_in(compute: graph.Compute) -> graph.Compute:
+    """Replays by computing from the same tensors again."""
+    return compute
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photos: two batches of two and one of one."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def chosen(base: Path, photos: Path, folder: Path, **changes: object) -> config.Config:
+    asked: dict[str, Any] = {
+        "model.base": str(base),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "adapter.rank": 4,
+        "optimizer.learning_rate": 1e-2,
+        "train.steps": 6,
+        "train.batch_size": 2,
+        "train.validate_every": 6,
+        "train.save_every": 6,
+        "train.holdout": 0.0,
+        "sample.every": 6,
+        "sample.steps": 2,
+        "memory.device": "cpu",
+        "output.folder": str(folder),
+        "output.dtype": "fp32",
+    }
+    return config.load(None, asked | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Step, Any]:
+    info = families.describe(settings.model.base)
+    family = families.load(info, device, dtype)
+    adapter = adapters.attach(family, settings.adapter, seed=0)
+    encoded = encode(settings, family, adapter, check.check(settings.data, info), lambda line: None)
+    family.unet.to(device)
+    step = Step(family, adapter, encoded, settings.train)
+    for name, parameter in adapter.parameters().items():
+        if name.endswith("up"):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(device).manual_seed(len(name)))
+    adapters.slim(family)
+    return step, adapter
+
+
+def both(step: Step, adapter: Any, record: graph.Record, batches: int = 5) -> Any:
+    """For each batch: (loss and gradients without, the same by replay)."""
+    parameters = list(adapter.parameters().values())
+
+    def backward(terms: Any) -> torch.Tensor:
+        loss = step.loss_of(terms)
+        loss.backward()
+        return loss.detach()
+
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    replayed = graph.Replayed(backward, parameters, record)
+    for index in range(batches):
+        found = []
+        for way in (lambda index=index: backward(step.terms(index)), lambda index=index: replayed(step.terms(index))):
+            torch._foreach_zero_([parameter.grad for parameter in parameters])
+            found.append([way().clone(), *(parameter.grad.clone() for parameter in parameters)])
+        yield found
+
+
+@pytest.mark.parametrize("prior", ["none", "images", "teacher"])
+def test_replays_follow_each_batch_to_the_bit(tiny_sd1, photos, tmp_path, monkeypatch, prior):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
+    extra = {"train__class_images": 3} if prior == "images" else {}
+    step, adapter = step_of(chosen(tiny_sd1, photos, tmp_path, train__prior=prior, **extra))
+    losses = set()
+    for without, replayed in both(step, adapter, stand_in):
+        assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+        losses.add(without[0].item())
+    assert len(losses) == 5
+
+
+def test_sdxls_sizes_and_pooled_texts_are_among_what_is_copied(tiny_sdxl, photos, tmp_path):
+    step, adapter = step_of(chosen(tiny_sdxl, photos, tmp_path))
+    for without, replayed in both(step, adapter, stand_in, 3):
+        assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, parts):
+    def run(folder: str) -> dict[str, torch.Tensor]:
+        changes = {"train__gradient_accumulation_steps": parts, "train__steps": 4}
+        return load_file(train.train(chosen(tiny_sd1, photos, tmp_path / folder, **changes)).adapter)
+
+    plain = run("plain")
+    monkeypatch.setattr(graph, "recorder", lambda *given: (stand_in, "by replay"))
+    replayed = run("replayed")
+    assert plain.keys() == replayed.keys() and all(torch.equal(plain[name], replayed[name]) for name in plain)
+
+
+def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(tiny_sd1, photos, tmp_path, monkeypatch):
+    def fails(compute: graph.Compute) -> graph.Compute:
+        compute()  # as much is done before a capture fails; its gradients must not stay
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", train__steps=2)).adapter)
+    monkeypatch.setattr(graph, "recorder", lambda *given: (fails, "by replay"))
+    result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", train__steps=2))
+    found = load_file(result.adapter)
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+    log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
+    assert log.count("no CUDA graph, steps are issued one operation at a time: operation not permitted") == 1
+
+
+def test_a_graph_that_does_not_repeat_the_step_is_not_believed():
+    weight = torch.nn.Parameter(torch.ones(3))
+
+    def backward(terms: torch.Tensor) -> torch.Tensor:
+        loss = (weight * terms).sum()
+        loss.backward()
+        return loss.detach()
+
+    def stale(compute: graph.Compute) -> graph.Compute:
+        compute()
+        return lambda: torch.tensor(6.0)
+
+    weight.grad = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.raises(graph.NotCaptured, match="gradients by"):
+        graph.Replayed(backward, [weight], stale)(torch.tensor([1.0, 2.0, 3.0]))
+    assert weight.grad.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_memory_that_moved_is_recorded_anew():
+    weight, recorded = torch.nn.Parameter(torch.ones(3)), []
+
+    def backward(terms: torch.Tensor) -> torch.Tensor:
+        loss = (weight * terms).sum()
+        loss.backward()
+        return loss.detach()
+
+    def record(compute: graph.Compute) -> graph.Compute:
+        recorded.append(compute)
+        return compute
+
+    replayed = graph.Replayed(backward, [weight], record)
+    for _ in range(2):
+        replayed(torch.ones(3))
+    assert len(recorded) == 1
+    weight.data = weight.data.clone()
+    replayed(torch.ones(3))
+    assert len(recorded) == 2 and weight.grad.tolist() == [3.0, 3.0, 3.0]
+
+
+def test_shapes_beyond_the_most_run_without(monkeypatch):
+    monkeypatch.setattr(graph, "MOST", 1)
+    weight, recorded = torch.nn.Parameter(torch.ones(1)), []
+
+    def backward(terms: torch.Tensor) -> torch.Tensor:
+        loss = (weight * terms).sum()
+        loss.backward()
+        return loss.detach()
+
+    replayed = graph.Replayed(backward, [weight], lambda compute: recorded.append(compute) or compute)
+    assert [replayed(torch.ones(n)).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3] and len(recorded) == 1
+
+
+def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
+    settings, cuda = chosen(tiny_sd1, photos, tmp_path), torch.device("cuda")
+    assert graph.recorder(settings, torch.device("cpu")) == (None, "")
+    for section, change, reason in (
+        ("adapter", {"train_text_encoder": True}, "the text encoder is trained"),
+        ("adapter", {"dropout": 0.1}, "dropout draws anew"),
+        ("memory", {"gradient_checkpointing": True}, "gradient checkpointing"),
+        ("memory", {"base_storage": "nf4"}, "few bits"),
+    ):
+        changed = replace(settings, **{section: replace(getattr(settings, section), **change)})
+        record, line = graph.recorder(changed, cuda)
+        assert record is None and line.startswith("steps are issued one operation at a time: ") and reason in line
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtype):
+    settings = chosen(tiny_sd1, photos, tmp_path, memory__device="cuda")
+    record, line = graph.recorder(settings, torch.device("cuda"))
+    assert record is not None and "CUDA graph" in line
+    step, adapter = step_of(settings, "cuda", dtype)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for without, replayed in both(step, adapter, record):
+            assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
