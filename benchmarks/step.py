@@ -11,15 +11,13 @@ on the device (CUDA); on the CPU, where one process cannot tell the two apart, t
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 from PIL import Image
@@ -28,6 +26,7 @@ from lorakit import adapters, config, families, memory, optim
 from lorakit.data import check
 from lorakit.encode import encode
 from lorakit.step import Step
+from lorakit.update import Update
 
 
 def main() -> None:
@@ -68,37 +67,20 @@ def main() -> None:
             print(own_peak())
             return
         loops = {name: loop(chosen) for name, loop in make.items()}
-        times: dict[str, list[float]] = {name: [] for name in loops}
         peaks: dict[str, float] = {}
-        for loop in loops.values():  # warm-up: allocations, lazy imports, kernel choice
+        for name, loop in loops.items():  # warm-up: allocations, lazy imports, kernel choice
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             loop(2)
-        for _ in range(arguments.rounds):
-            for name, loop in loops.items():
-                if torch.cuda.is_available():
-                    torch.cuda.reset_peak_memory_stats()
-                start = time.perf_counter()
-                loop(arguments.steps)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                    peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated() / 2**20)
-                times[name].append((time.perf_counter() - start) / arguments.steps)
+            if torch.cuda.is_available():
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+        times = common.alternate(loops, arguments.rounds, arguments.steps)
 
     if not peaks:
         peaks = {name: peak_alone(name) for name in times}
-    ratios = [plain_time / our_time for our_time, plain_time in zip(times["lorakit"], times["plain"], strict=True)]
-    rows = []
-    for name, values in times.items():
-        rows.append({"name": f"{name} step", "value": statistics.median(values) * 1e3, "unit": "ms"})
-        rows.append({"name": f"{name} rate", "value": 1 / statistics.median(values), "unit": "steps/s"})
-        if name in peaks:
-            rows.append({"name": f"{name} peak", "value": peaks[name], "unit": "MiB"})
-    rows.append({"name": "plain / lorakit, median of pairs", "value": statistics.median(ratios), "unit": "x"})
-    rows.append({"name": "plain / lorakit, least", "value": min(ratios), "unit": "x"})
-    rows.append({"name": "plain / lorakit, most", "value": max(ratios), "unit": "x"})
-    for row in rows:
-        print(f"{row['name']:<36}{row['value']:>10.2f} {row['unit']}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    rows = common.timing_rows("pocket" if arguments.base == "pocket" else "base", times, arguments.batch, "plain")
+    rows += [common.row(f"{name} peak", value, "MiB") for name, value in peaks.items()]
+    common.finish(rows, arguments.json)
 
 
 def peak_alone(name: str) -> float:
@@ -137,19 +119,20 @@ def ours(chosen: config.Config) -> Callable[[int], None]:
     adapter = adapters.attach(family, chosen.adapter, seed=0)
     optimizer = optim.build(chosen.optimizer, adapter.groups())
     photos = check.check(chosen.data, family.info)
-    step = Step(family, adapter, encode(chosen, family, adapter, photos, lambda line: None), chosen.train)
-    family.release("vae", "text_encoders")
+    trains_text = chosen.adapter.train_text_encoder
+    encoded = encode(chosen, family, adapter, photos, lambda line: None)
+    family.release("vae", *([] if trains_text else ["text_encoders"]))
+    step = Step(family, adapter, encoded, chosen.train, embed_anew=trains_text)
+    adapters.slim(family)
     parameters = [p for _, group in adapter.groups() for p in group]
     adapter.train(True)
+    update = Update(chosen, step, optimizer, parameters, 1000, print)
     done = 0
 
     def run(count: int) -> None:
         nonlocal done
         for _ in range(count):
-            step.loss(done).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            update(done)
             done += 1
 
     return run

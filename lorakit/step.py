@@ -144,7 +144,7 @@ class Step:
         entries, texts = batch.entries.to(self.family.device), batch.texts
         noisy, timesteps, target = self._noised(index, "instance", bucket.mean[entries], bucket.std[entries])
         if self.embed_anew:
-            condition = self.family.encode_text([self.encoded.dataset.texts[i] for i in texts.tolist()], grad=True)
+            condition = self._embedded(self.encoded.dataset.texts, texts.tolist())
         else:
             condition = self.encoded.conditions.index(texts.to(self.family.device))
         if bucket.time_ids is not None:
@@ -152,10 +152,17 @@ class Step:
         mask = bucket.mask[entries] if bucket.mask is not None else None
         return Term(noisy, timesteps, condition, target, mask, 1.0)
 
+    def _embedded(self, texts: list[str], chosen: list[int]) -> Any:
+        """The chosen texts through the text encoder that is trained, each different one once."""
+        different = list(dict.fromkeys(chosen))
+        condition = self.family.encode_text([texts[number] for number in different], grad=True)
+        places = torch.tensor([different.index(number) for number in chosen], device=self.family.device)
+        return condition.index(places)
+
     def _class_text_condition(self, texts: torch.Tensor, time_ids: torch.Tensor | None) -> Any:
         """These class texts, int64 `[b]`; through the text encoder where that is trained."""
         if self.embed_anew:
-            condition = self.family.encode_text([self.encoded.class_texts[i] for i in texts.tolist()], grad=True)
+            condition = self._embedded(self.encoded.class_texts, texts.tolist())
         else:
             condition = self.encoded.class_conditions.index(texts)
         return condition if time_ids is None else condition.with_sizes(time_ids)

@@ -1,0 +1,283 @@
+"""What the benchmarks share: true architectures with random weights, the loops that are compared, tables and rows.
+
+All loops train the same: LoRA on a UNet's attention, from photos and texts of the right shapes.
+
+    lorakit   this project's step (`lorakit.update`)
+    peft      the best plain loop that we could write with peft: latents and texts cached, autocast in bf16, fused
+              AdamW, SDPA, nothing read back
+    script    as the training scripts of diffusers do it: VAE and text encoders in the loop, the loss read each step
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorakit import adapters, config, graph, optim, products
+from lorakit.step import Step
+from lorakit.update import Update
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+TOKENS, PHOTOS = 77, 8
+Loop = Callable[[int], None]
+Row = dict[str, Any]
+
+
+def unet_config(kind: str, width: int | None = None) -> dict[str, Any]:
+    """The UNet's configuration of SD1.5 or SDXL, or "mid", one of 38 million weights.
+
+    Args:
+        width: in the place of the first block's 320 channels: depth and layers stay, the arithmetic becomes little.
+    """
+    one = width or 320
+    shared = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": min(32, one)}
+    if kind == "sd15":
+        return shared | {
+            "block_out_channels": (one, 2 * one, 4 * one, 4 * one),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            "attention_head_dim": 8,
+            "cross_attention_dim": width or 768,
+        }
+    if kind == "mid":
+        return unet_config("sd15") | {
+            "block_out_channels": (64, 128, 256, 256),
+            "layers_per_block": 1,
+            "cross_attention_dim": 256,
+        }
+    return shared | {
+        "block_out_channels": (one, 2 * one, 4 * one),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (2, 4, 8) if width else (5, 10, 20),
+        "use_linear_projection": True,
+        "cross_attention_dim": width or 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8 if width else 256,
+        "projection_class_embeddings_input_dim": 6 * 8 + pooled_width(width) if width else 2816,
+    }
+
+
+def pooled_width(width: int | None) -> int:
+    """Width of SDXL's pooled text."""
+    return 16 if width else 1280
+
+
+def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | None = None) -> Any:
+    """A `families.Family` with random weights, as far as a training step needs one; made on the device in `dtype`."""
+    from diffusers import UNet2DConditionModel
+
+    from lorakit.families.sd import StableDiffusion
+    from lorakit.families.sdxl import StableDiffusionXL
+
+    cls: Any = StableDiffusionXL if kind == "sdxl" else StableDiffusion
+    family = cls.__new__(cls)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(0)
+            family.unet = UNet2DConditionModel(**unet_config(kind, width)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+    products.quicken(family.unet)
+    family.device, family.dtype, family.prediction_type, family.gradient_scale = device, dtype, "epsilon", 1.0
+    family.info = SimpleNamespace(family="sdxl" if kind == "sdxl" else "sd1")
+    family.text_encoders = {}
+    family.alphas_cumprod = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=device) ** 2).cumprod(0)
+    return family
+
+
+def encoded(family: Any, side: int, width: int | None = None) -> Any:
+    """Latents `[8, 4, side, side]` and texts at random, on the device, as `lorakit.encode` leaves them."""
+    from lorakit.data.dataset import Dataset, LatentBucket
+    from lorakit.encode import Encoded
+    from lorakit.families.condition import Condition
+
+    device, sized = family.device, family.info.family == "sdxl"
+    draw = torch.Generator(device).manual_seed(0)
+    mean = torch.randn(PHOTOS, 4, side, side, device=device, generator=draw)
+    states = torch.randn(PHOTOS, TOKENS, family.unet.config.cross_attention_dim, device=device, generator=draw)
+    pooled = torch.randn(PHOTOS, pooled_width(width), device=device, generator=draw) if sized else None
+    ids = torch.tensor([[side * 8.0, side * 8, 0, 0, side * 8, side * 8]] * PHOTOS, device=device) if sized else None
+    rows = torch.arange(PHOTOS)
+    bucket = LatentBucket(side * 8, side * 8, mean, torch.full_like(mean, 0.1), None, ids, rows, rows * 0, rows)
+    names: Any = [SimpleNamespace(relative=f"{number}.png") for number in range(PHOTOS)]
+    dataset = Dataset([bucket], names, [str(n) for n in range(PHOTOS)], [[n] for n in range(PHOTOS)], 0, 0.0)
+    texts = Condition(states, pooled=pooled)
+    first = texts.index(torch.zeros(1, dtype=torch.int64, device=device))
+    return Encoded(dataset, None, texts, ["x"], first, torch.zeros(PHOTOS, dtype=torch.int64, device=device), None)
+
+
+def settings(batch: int, rank: int, **changes: Any) -> config.Config:
+    """The config of the runs that are compared."""
+    asked = {"train.steps": 1000, "train.batch_size": batch, "adapter.rank": rank, "train.holdout": 0.0}
+    return config.load(None, asked | changes)
+
+
+def lorakit_loop(family: Any, data: Any, chosen: config.Config, say: Callable[[str], Any] = print) -> Loop:
+    """A function that runs so many of lorakit's optimizer steps."""
+    adapter = adapters.attach(family, chosen.adapter, seed=0)
+    adapters.slim(family)
+    optimizer = optim.build(chosen.optimizer, adapter.groups())
+    parameters = [p for _, group in adapter.groups() for p in group]
+    adapter.train(True)
+    update = Update(chosen, Step(family, adapter, data, chosen.train), optimizer, parameters, 1000, say)
+    done = 0
+
+    def run(count: int) -> None:
+        nonlocal done
+        for _ in range(count):
+            update(done)
+            done += 1
+
+    return run
+
+
+def peft_loop(
+    family: Any, data: Any, batch: int, rank: int, *, autocast: bool = True, encode: Callable[[int], Any] | None = None
+) -> Loop:
+    """A function that runs so many steps of a plain loop; with `encode`, which gives latents and texts anew for each
+    batch, and the loss read each time, it is the loop of diffusers' scripts."""
+    from diffusers import DDPMScheduler
+    from peft import LoraConfig
+
+    unet, device, dtype = family.unet, family.device, family.dtype
+    for layer in unet.modules():
+        if isinstance(layer, products.FrozenLinear):
+            layer.__class__ = torch.nn.Linear
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=ATTENTION))
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    # The scripts leave AdamW as it comes.
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=encode is None)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    bucket, texts = data.dataset.buckets[0], data.conditions
+    done = 0
+
+    def step(index: int) -> None:
+        rows = (torch.arange(batch, device=device) + index * batch) % PHOTOS
+        latents, states = bucket.mean[rows], texts.encoder_hidden_states[rows]
+        if encode is not None:
+            latents, states = encode(batch)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (batch,), device=device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        added = {}
+        if bucket.time_ids is not None:
+            added = {"text_embeds": texts.pooled[rows].to(dtype), "time_ids": bucket.time_ids[rows].to(dtype)}
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            said = unet(noisy.to(dtype), timesteps, states.to(dtype), added_cond_kwargs=added).sample
+        loss = torch.nn.functional.mse_loss(said.float(), noise.float())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if encode is not None:
+            loss.item()
+
+    def run(count: int) -> None:
+        nonlocal done
+        for _ in range(count):
+            step(done)
+            done += 1
+
+    return run
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are a kernel or a copy on a card: all but those that only look at memory another way."""
+
+    VIEWS = (
+        *("view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "unsqueeze"),
+        *(
+            "squeeze",
+            "slice",
+            "select",
+            "split",
+            "split_with_sizes",
+            "unbind",
+            "chunk",
+            "detach",
+            "alias",
+            "as_strided",
+        ),
+        *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "unfold", "diagonal", "lift_fresh"),
+        *("set_", "resize_", "_record_function_enter_new", "_record_function_exit"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, and do it."""
+        name = function.overloadpacket.__name__
+        if name not in self.VIEWS:
+            self.names[name] = self.names.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return sum(self.names.values())
+
+
+def alternate(
+    loops: dict[str, Loop], rounds: int, steps: int, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds a step in each round; the loops take turns, so that the machine's moods fall on all of them."""
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    names = list(loops)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = clock()
+            loops[name](steps)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append((clock() - start) / steps)
+    return times
+
+
+def row(name: str, value: float, unit: str, ratio: float | None = None) -> Row:
+    """One measured figure; `ratio` is to the first of its kind, above 1 where this one is better."""
+    return {"name": name, "value": value, "unit": unit, "ratio": ratio}
+
+
+def timing_rows(title: str, times: dict[str, list[float]], batch: int, against: str) -> list[Row]:
+    """Median, spread and rate of each loop; ratios are medians of the rounds' own, to `against`."""
+    rows = []
+    for name, values in times.items():
+        ratio = statistics.median(a / b for a, b in zip(times[against], values, strict=True))
+        middle = statistics.median(values)
+        rows.append(row(f"{title} {name} step", middle * 1e3, "ms", ratio))
+        quarters = statistics.quantiles(values, n=4) if len(values) > 1 else [middle] * 3
+        rows.append(row(f"{title} {name} spread (quartiles)", (quarters[2] - quarters[0]) * 1e3, "ms"))
+        rows.append(row(f"{title} {name} rate", batch / middle, "images/s", ratio))
+    return rows
+
+
+def finish(rows: Iterable[Row], file: Path | None) -> None:
+    """Print the table, and write the rows where asked."""
+    rows = list(rows)
+    wide = max(len(r["name"]) for r in rows)
+    for r in rows:
+        ratio = "" if r["ratio"] is None else f"{r['ratio']:>8.2f}x"
+        print(f"{r['name']:<{wide}}{r['value']:>12.2f} {r['unit']:<10}{ratio}")
+    if file:
+        file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def stand_in(compute: graph.Compute) -> graph.Compute:
+    """In the place of a CUDA graph where there is no card: replays by computing again."""
+    return compute

@@ -1,0 +1,218 @@
+"""A training step on a GPU, beside a plain loop and beside the scripts': one call, under 8 minutes, no network.
+
+    python benchmarks/gpu.py [--quick] [--json FILE] [--device cuda|cpu] [--only sd15|sdxl]
+
+SD1.5 at 512 px and SDXL at 1024 px in their true architecture with random weights, batch 1 and 4, rank-16 LoRA on the
+attention, base in bf16. The loops (see common.py) take turns in one process. Beside milliseconds and images a second
+it says what share of the card's bf16 matrix speed, measured in the same minutes, a step's arithmetic comes to, how far
+the step is from the time floor of its matrix products alone, and the peak of memory. With `--device cpu` the same runs
+on narrow models of the same depth: it proves that the script works, and its figures mean nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+
+from lorakit import plan
+
+# Multiplications of a step in those of a forward pass: 1 forward, 1.2 backward (only adapters have weight gradients).
+PASSES = plan.PASSES
+# FLOP / matrix peak and bytes / bandwidth of SD1.5's and SDXL's products, as a multiple of FLOP / peak alone: what of
+# an H100 (790 TFLOP/s, 3.0 TB/s) a step of nothing but products would take, kernel by kernel, at batch 1 and 4.
+FLOOR = {("sd15", 1): 3.13 / 2.26, ("sd15", 4): 10.7 / 9.1, ("sdxl", 1): 21.5 / 18.5, ("sdxl", 4): 85 / 74}
+SIDES = {"sd15": 64, "sdxl": 128}
+BUDGET = 8 * 60
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=tuple(SIDES))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--quick", action="store_true", help="under a minute: batch 1, few steps")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    device = torch.device(asked.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    started = time.monotonic()
+    peak = matrix_speed(device)
+    rows = [common.row("matrix products, bf16", peak / 1e12, "TFLOP/s")]
+    for kind in [asked.only] if asked.only else SIDES:
+        for batch in (1,) if asked.quick else (1, 4):
+            if time.monotonic() - started > BUDGET - 60:
+                print(f"left out for want of time: {kind} batch {batch}")
+                continue
+            rows += case(kind, batch, asked, device, peak)
+    common.finish(rows, asked.json)
+
+
+def case(kind: str, batch: int, asked: Any, device: torch.device, peak: float) -> list[common.Row]:
+    """All loops on one model and batch size."""
+    small = device.type == "cpu"
+    width, side = (32, 8) if small else (None, SIDES[kind])
+    title = f"{kind} {'narrow' if small else f'{8 * side} px'} batch {batch}"
+    rounds, steps = (2, 1) if small else (3, 4) if asked.quick else (7, 8)
+    times: dict[str, list[float]] = {}
+    rows: list[common.Row] = []
+    loops, preparations = {}, {}
+    for name, make in makers(kind, batch, asked, device, width, side).items():
+        clear(device)
+        loop = make()
+        start = time.perf_counter()
+        loop(1)
+        wait(device)
+        preparations[name] = time.perf_counter() - start
+        loop(2)
+        wait(device)
+        if device.type == "cuda":
+            # With its own model alone on the card, other loops' models counted off.
+            rows += memory_rows(f"{title} {name}")
+        loops[name] = loop
+    times = common.alternate(loops, rounds, steps)
+    flop = PASSES * batch * forward_flop(kind, width, side)
+    rows = common.timing_rows(title, times, batch, "peft") + rows
+    for name, values in times.items():
+        seconds = statistics.median(values)
+        rows.append(common.row(f"{title} {name} first step", preparations[name], "s"))
+        if not small:
+            rows.append(common.row(f"{title} {name} share of matrix speed", 100 * flop / seconds / peak, "%"))
+            floor = FLOOR[kind, batch] * flop / peak
+            rows.append(common.row(f"{title} {name} share of the floor", 100 * floor / seconds, "%"))
+    return rows
+
+
+def makers(
+    kind: str, batch: int, asked: Any, device: torch.device, width: int | None, side: int
+) -> dict[str, Callable[[], common.Loop]]:
+    """Name -> what makes the loop, on a model of its own."""
+    chosen = common.settings(batch, asked.rank)
+
+    def model() -> tuple[Any, Any]:
+        family = common.base(kind, device, torch.bfloat16, width=width)
+        return family, common.encoded(family, side, width)
+
+    def script() -> common.Loop:
+        family, data = model()
+        return common.peft_loop(family, data, batch, asked.rank, encode=encoders(kind, family, side, width))
+
+    return {
+        "script": script,
+        "peft": lambda: common.peft_loop(*model(), batch, asked.rank),
+        "lorakit": lambda: common.lorakit_loop(*model(), chosen),
+    }
+
+
+def encoders(kind: str, family: Any, side: int, width: int | None) -> Callable[[int], Any]:
+    """VAE and text encoders as the scripts run them in each step: (latents, hidden states) of random photos and texts.
+
+    The VAE is in float32 for SDXL, as there; of SDXL's texts only the states are computed anew.
+    """
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    device, narrow = family.device, width is not None
+    channels = (16, 16, 16, 16) if narrow else (128, 256, 512, 512)
+    precision = torch.float32 if kind == "sdxl" or device.type == "cpu" else torch.bfloat16
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    wide = family.unet.config.cross_attention_dim
+    sizes = [wide] if kind == "sd15" or narrow else [768, 1280]
+    with torch.random.fork_rng(), torch.device(device):
+        vae = AutoencoderKL(
+            **blocks, block_out_channels=channels, layers_per_block=2, norm_num_groups=min(32, channels[0])
+        )
+        texts = [
+            CLIPTextModel(
+                CLIPTextConfig(
+                    hidden_size=size,
+                    intermediate_size=4 * size,
+                    num_hidden_layers=2 if narrow else 12 if size == 768 else 32,
+                    num_attention_heads=4 if narrow else size // 64,
+                )
+            )
+            for size in sizes
+        ]
+    vae = vae.to(precision).eval().requires_grad_(False)
+    texts = [text.to(family.dtype).eval().requires_grad_(False) for text in texts]
+
+    @torch.no_grad()
+    def encode(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = torch.randn(batch, 3, side * 8, side * 8, device=device, dtype=precision)
+        latents = vae.encode(pixels).latent_dist.sample().float() * 0.18215
+        ids = torch.randint(0, 49000, (batch, common.TOKENS), device=device)
+        return latents, torch.cat([text(ids)[0] for text in texts], dim=-1)
+
+    return encode
+
+
+def forward_flop(kind: str, width: int | None, side: int) -> float:
+    """Operations of a forward pass for one picture, from the layers' shapes."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**common.unet_config(kind, width))
+    shapes = {
+        f"unet.{name.removesuffix('.weight')}": tuple(weight.shape)
+        for name, weight in unet.named_parameters()
+        if name.endswith(".weight") and weight.ndim in (2, 4)
+    }
+    return plan.forward_flop(shapes, side, side)
+
+
+def matrix_speed(device: torch.device, seconds: float = 1.0) -> float:
+    """Floating-point operations a second of a large bf16 matrix product here."""
+    side = 8192 if device.type == "cuda" else 512
+    left, right = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    wait(device)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for _ in range(10):
+            left @ right
+        wait(device)
+        done += 10
+    return 2.0 * side**3 * done / (time.perf_counter() - start)
+
+
+def memory_rows(title: str) -> list[common.Row]:
+    """Peak of the loop's own tensors, and of what the allocator took from the card, since `clear`."""
+    held = _held
+    return [
+        common.row(f"{title} peak allocated", (torch.cuda.max_memory_allocated() - held[0]) / 2**30, "GiB"),
+        common.row(f"{title} peak reserved", (torch.cuda.max_memory_reserved() - held[1]) / 2**30, "GiB"),
+    ]
+
+
+_held = (0, 0)
+
+
+def clear(device: torch.device) -> None:
+    """Give back what is unused, and begin to look for the peak."""
+    global _held
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        _held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Draw the rows that the benchmarks write.
+
+    python benchmarks/plot.py FILE.json [FILE.json ...] --output PICTURE.png [--unit ms]
+
+Rows of one unit become bars, one for each name, file by file; without `--unit`, the first row's unit is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = ("#3b6fb6", "#c9682f", "#4f9a5b", "#8a5aa8")
+LINE, MARGIN, NAMES, BARS = 24, 16, 430, 420
+
+
+def main() -> None:
+    """Read, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--unit")
+    asked = parser.parse_args()
+    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in asked.files}
+    unit = asked.unit or next(iter(found.values()))[0]["unit"]
+    groups = {name: [row for row in rows if row["unit"] == unit] for name, rows in found.items()}
+    if not any(groups.values()):
+        units = {row["unit"] for rows in found.values() for row in rows}
+        raise SystemExit(f"no row is in {unit!r}; units: {', '.join(sorted(units))}")
+    draw_bars(groups, unit).save(asked.output)
+
+
+def draw_bars(groups: dict[str, list[dict]], unit: str) -> Image.Image:
+    """One bar a row, a colour a file; the longest bar is the largest value."""
+    font = ImageFont.load_default(13)
+    count = sum(len(rows) + 1 for rows in groups.values())
+    picture = Image.new("RGB", (NAMES + BARS + 110 + 2 * MARGIN, count * LINE + 2 * MARGIN), "white")
+    draw = ImageDraw.Draw(picture)
+    longest = max(row["value"] for rows in groups.values() for row in rows)
+    top = MARGIN
+    for number, (title, rows) in enumerate(groups.items()):
+        draw.text((MARGIN, top + 4), f"{title} ({unit})", fill="black", font=font)
+        top += LINE
+        for row in rows:
+            width = max(1, round(BARS * row["value"] / longest))
+            draw.text((MARGIN, top + 4), row["name"], fill="#333333", font=font)
+            left = MARGIN + NAMES
+            draw.rectangle((left, top + 3, left + width, top + LINE - 5), fill=COLOURS[number % len(COLOURS)])
+            draw.text((left + width + 6, top + 4), f"{row['value']:.4g}", fill="black", font=font)
+            top += LINE
+    return picture
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The same run with its base in float32 and in bf16: one seed, one picture with both validation curves.
+
+    python benchmarks/precision.py [--steps 120] [--quick] [--json FILE] [--output PICTURE.png]
+
+The bundled model learns a bundled subject as its preset has it, without class images, on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import common
+import matplotlib
+
+from lorakit import config, demo, train
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+NAMES = {"fp32": "float32", "bf16": "bf16"}
+
+
+def main() -> None:
+    """Train twice, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--quick", action="store_true", help="20 steps")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--output", type=Path)
+    asked = parser.parse_args()
+    steps = 20 if asked.quick else asked.steps
+    with tempfile.TemporaryDirectory() as scratch:
+        photos = demo.write_photos(subjects()[0], Path(scratch) / "photos")
+        curves = {name: curve(photos, Path(scratch) / name, name, steps) for name in NAMES}
+    rows, first = [], dict(curves["fp32"])
+    for name, points in curves.items():
+        rows += [
+            common.row(f"{NAMES[name]} validation mse, step {step}", value, "mse", first[step] / value)
+            for step, value in points
+        ]
+    common.finish(rows, asked.json)
+    if asked.output:
+        draw(curves, asked.output)
+
+
+def subjects() -> list[str]:
+    """Names of the bundled subjects."""
+    from lorakit.pocket import subjects as bundled
+
+    return list(bundled.SUBJECTS)
+
+
+def curve(photos: Path, folder: Path, precision: str, steps: int) -> list[tuple[int, float]]:
+    """(step, validation mse) of a run."""
+    chosen = config.load(
+        "subject-pocket",
+        {
+            "data.folder": str(photos),
+            "data.name": "sks toy",
+            "train.prior": "none",
+            "train.steps": steps,
+            "train.holdout": 0.2,
+            "train.validate_every": max(1, steps // 12),
+            "train.save_every": steps,
+            "sample.every": steps,
+            "sample.steps": 1,
+            "memory.mixed_precision": precision,
+            "memory.device": "cpu",
+            "output.folder": str(folder),
+        },
+    )
+    run = train.train(chosen).folder
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(event["step"], event["mse"]) for event in events if event["event"] == "validation"]
+
+
+def draw(curves: dict[str, list[tuple[int, float]]], file: Path) -> None:
+    """Both curves over the steps."""
+    figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
+    for (name, points), style in zip(curves.items(), ("-", "--"), strict=True):
+        axes.plot(*zip(*points, strict=True), style, marker=".", label=NAMES[name])
+    axes.set(xlabel="step", ylabel="validation mse", title="the same run, its base in float32 and in bf16")
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""From the command to the first step: what passes before training begins, with nothing cached and with everything.
+
+    python benchmarks/start.py [--quick] [--json FILE]
+
+Each run is a process of its own that trains the bundled model on 16 random pictures for one step. Seconds are counted
+from the moment it is started to lines of its log. `--quick` leaves out the second, cached run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import step as whole
+
+# What the log's first line of each kind stands for.
+MOMENTS = {"message": "until the run knows what it will do", "sample": "until the first pictures", "step": "first step"}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    rows = [common.row("lorakit --help", seconds(["--help"], {}), "s")]
+    with tempfile.TemporaryDirectory() as scratch:
+        room = Path(scratch)
+        (room / "photos").mkdir()
+        photos = whole.random_photos(room / "photos", 64)
+        rows.append(common.row("lorakit check", seconds(["check", str(photos), "--subject", "sks toy"], {}), "s"))
+        for cached in (False,) if asked.quick else (False, True):
+            title = "everything cached" if cached else "nothing cached"
+            found = one_run(photos, room / f"run-{cached}", room / "cache")
+            rows += [common.row(f"{title}: {moment}", value, "s") for moment, value in found.items()]
+    common.finish(rows, asked.json)
+
+
+def seconds(arguments: list[str], environment: dict[str, str]) -> float:
+    """How long a command takes."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "lorakit", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | environment)
+    return time.perf_counter() - start
+
+
+def one_run(photos: Path, folder: Path, cache: Path) -> dict[str, float]:
+    """Moment -> seconds since the process was started."""
+    sets = {"train.steps": 1, "data.cache": "disk", "train.class_images": 16, "sample.steps": 4}
+    changes = [f"--set={key}={value}" for key, value in sets.items()]
+    start = time.time()
+    whole_run = seconds(
+        ["train", str(photos), "--subject", "sks toy", "--output", str(folder), *changes], {"LORAKIT_CACHE": str(cache)}
+    )
+    found: dict[str, float] = {}
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] in MOMENTS:
+            found.setdefault(MOMENTS[event["event"]], event["time"] - start)
+    return found | {"whole run, checked": whole_run}
+
+
+if __name__ == "__main__":
+    main()
