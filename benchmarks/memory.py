@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorakit import adapters, config, footprint, memory, optim, plan, quantized
 from lorakit.adapters import targets
+from lorakit.families import strips
 from lorakit.weights import canonical
 
 GIB = 2**30
@@ -81,10 +82,12 @@ VAE = {
 
 @dataclass
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make while it is on: now, and the most there ever were."""
+    """Counts the bytes of all storages that operations make while it is on: now, and the most there ever were. With a
+    device: of those that are there."""
 
     now: int = 0
     peak: int = 0
+    device: str = ""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -103,7 +106,7 @@ class Live(TorchDispatchMode):
     def count(self, tensor: torch.Tensor) -> None:
         """Take a tensor's storage into account until it is gone."""
         storage = tensor.untyped_storage()
-        if storage in self._known:
+        if storage in self._known or self.device not in ("", tensor.device.type):
             return
         self._known.add(storage)
         size = storage.nbytes()
@@ -181,17 +184,27 @@ def predict(name: str, settings: config.Config) -> int:
 
 
 def encoding(side: int) -> dict[str, int]:
-    """Bytes that Stable Diffusion's autoencoder needs for a picture beside its weights: {"encoding", "decoding"}."""
+    """Bytes that Stable Diffusion's autoencoder needs for a picture beside its weights: encoding and decoding it as a
+    whole, and by strips, where only the device's are counted (on fake tensors there is a CUDA device everywhere)."""
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE).eval().requires_grad_(False)
     found = {}
-    with fake(), Live() as live, torch.no_grad():
-        give_values(vae)
-        for what, inside, function in (("encoding", (3, side), vae.encode), ("decoding", (4, side // 8), vae.decode)):
-            picture = torch.randn(1, inside[0], inside[1], inside[1])
-            before = live.peak = live.now
-            function(picture)
-            found[what] = live.peak - before
+    for strip, device in (("", "cpu"), (" by strips", "cuda")):
+        with fake(), Live(device=device) as live, torch.no_grad():
+            give_values(vae)
+            for part in vae.modules():
+                for name, old in part._parameters.items():
+                    if old is not None:
+                        new = torch.empty(old.shape, device=device)
+                        part._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
+            inside = {"encoding": torch.empty(1, 3, side, side), "decoding": torch.empty(1, 4, side // 8, side // 8)}
+            for what, picture in inside.items():
+                before = live.peak = live.now
+                if strip:
+                    (strips.encode if what == "encoding" else strips.decode)(vae, picture)
+                else:
+                    (vae.encode if what == "encoding" else vae.decode)(picture)
+                found[f"{what}{strip}"] = live.peak - before
     return found
 
 

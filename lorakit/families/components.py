@@ -10,9 +10,11 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from lorakit import ldm, modelfile, products, quantized
 from lorakit.errors import LorakitError
+from lorakit.families import strips
 from lorakit.families.base import BaseInfo
 
 # Where parts of a base wait until they are needed.
@@ -176,7 +178,10 @@ def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def encode_image(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Family.encode_image`."""
-    posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
+    if strips.fits(vae, pixels[:, 0].numel(), strips.ENCODING):
+        posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
+    else:
+        posterior = DiagonalGaussianDistribution(strips.encode(vae, pixels))
     offset, factor = latent_scale(vae)
     return (posterior.mean - offset) * factor, posterior.std * factor
 
@@ -185,7 +190,10 @@ def encode_image(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """See `Family.decode`."""
     offset, factor = latent_scale(vae)
-    return vae.decode(latents.to(vae.device, torch.float32) / factor + offset).sample
+    latents = latents.to(vae.device, torch.float32) / factor + offset
+    pixels = latents[:, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)
+    whole = strips.fits(vae, pixels, strips.DECODING)
+    return vae.decode(latents).sample if whole else strips.decode(vae, latents)
 
 
 def gradient_scale(dtype: torch.dtype) -> float:

@@ -1,0 +1,148 @@
+"""The autoencoder on pictures that do not fit on the device: strip by strip, with the result of the whole picture.
+
+A convolution sees its neighbours only, so a strip of rows with a margin is enough for it; group norm wants mean and
+variance of the whole picture, which are added up in a pass of their own; attention, at an eighth of the size, gets the
+whole picture and some of the queries at a time. What lies between two layers waits on the host: the device holds one
+strip and the small middle, an eighth of what the whole picture takes. Tiles that are encoded apart and blended have
+other norms, and so other latents, than the picture; these have not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+# Bytes of one strip's widest activation; a handful of them are on the device at a time.
+STRIP = 32 * 2**20
+# Bytes a pixel that the whole picture takes to encode and to decode, beside the weights, where the first layer has 128
+# channels as Stable Diffusion's (counted by benchmarks/memory.py).
+ENCODING, DECODING = 2560, 3072
+
+
+def fits(vae: Any, pixels: int, bytes_per_pixel: int) -> bool:
+    """Whether the device has room for so many pixels at once. Only CUDA can tell; elsewhere there is no other memory
+    to put them into."""
+    if vae.device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(vae.device)
+    free += torch.cuda.memory_reserved(vae.device) - torch.cuda.memory_allocated(vae.device)
+    return pixels * bytes_per_pixel * vae.config.block_out_channels[0] / 128 < 0.9 * free
+
+
+def encode(vae: Any, pixels: torch.Tensor, strip: int = STRIP) -> torch.Tensor:
+    """Pixels `[B, 3, H, W]` -> the posterior's mean and log variance `[B, 2 C, h, w]`, float32 on the VAE's device."""
+    return torch.cat([_encode(vae, picture[None].cpu().float(), strip) for picture in pixels])
+
+
+def decode(vae: Any, latents: torch.Tensor, strip: int = STRIP) -> torch.Tensor:
+    """The VAE's latents `[B, C, h, w]` -> pixels `[B, 3, H, W]`, float32 on the CPU."""
+    return torch.cat([_decode(vae, latent[None].cpu().float(), strip) for latent in latents])
+
+
+def _encode(vae: Any, x: torch.Tensor, strip: int) -> torch.Tensor:
+    encoder = vae.encoder
+    x = _layer(x, encoder.conv_in, strip)
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            x = _resnet(x, resnet, strip)
+        for sampler in block.downsamplers or ():
+            x = _layer(x, sampler.conv, strip)
+    x = _middle(x.to(vae.device), encoder.mid_block, strip).cpu()
+    x = _layer(x, encoder.conv_out, strip, norm=encoder.conv_norm_out).to(vae.device)
+    return x if vae.quant_conv is None else vae.quant_conv(x)  # type: ignore[no-any-return]
+
+
+def _decode(vae: Any, x: torch.Tensor, strip: int) -> torch.Tensor:
+    decoder = vae.decoder
+    x = x if vae.post_quant_conv is None else vae.post_quant_conv(x.to(vae.device)).cpu()
+    x = _layer(x, decoder.conv_in, strip)
+    x = _middle(x.to(vae.device), decoder.mid_block, strip).cpu()
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            x = _resnet(x, resnet, strip)
+        for sampler in block.upsamplers or ():
+            x = _layer(x, sampler.conv, strip, doubled=True)
+    return _layer(x, decoder.conv_out, strip, norm=decoder.conv_norm_out)
+
+
+def _middle(x: torch.Tensor, block: Any, strip: int) -> torch.Tensor:
+    x = block.resnets[0](x, None)
+    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+        x = resnet(_attend(x, attention, strip), None)
+    return x
+
+
+def _attend(x: torch.Tensor, attention: Any, strip: int) -> torch.Tensor:
+    """Self-attention over a picture's places; not every kernel for heads this wide spares itself the whole table."""
+    places = attention.group_norm(x.flatten(2)).transpose(1, 2)
+    query, key, value = (
+        projection(places).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        for projection in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    some = query.split(max(1, strip // (4 * places.shape[1])), dim=2)
+    seen = torch.cat([functional.scaled_dot_product_attention(part, key, value) for part in some], dim=2)
+    made = attention.to_out[0](seen.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
+    return (made + x) / attention.rescale_output_factor  # type: ignore[no-any-return]
+
+
+def _resnet(x: torch.Tensor, resnet: Any, strip: int) -> torch.Tensor:
+    inner = _layer(x, resnet.conv1, strip, norm=resnet.norm1)
+    beside = x if resnet.conv_shortcut is None else _layer(x, resnet.conv_shortcut, strip)
+    return _layer(inner, resnet.conv2, strip, norm=resnet.norm2, beside=beside, factor=1 / resnet.output_scale_factor)
+
+
+def _layer(
+    x: torch.Tensor,
+    conv: Any,
+    strip: int,
+    *,
+    norm: Any = None,
+    beside: torch.Tensor | None = None,
+    factor: float = 1.0,
+    doubled: bool = False,
+) -> torch.Tensor:
+    """(conv(silu(norm(x))) + beside) * factor of a picture on the host, a few rows at a time; `doubled`: of a picture
+    made twice as large before."""
+    device, scale = conv.weight.device, 2 if doubled else 1
+    channel = None if norm is None else _affine(x, norm, device, strip)
+    height, width = x.shape[2] * scale, x.shape[3] * scale
+    (size, stride, margin) = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    # diffusers' downsampler has no padding of its own: a row below and a column to the right are added before it.
+    after = 1 if stride == 2 and margin == 0 else margin
+    out_height, out_width = ((side + margin + after - size) // stride + 1 for side in (height, width))
+    made = x.new_empty(1, conv.out_channels, out_height, out_width)
+    rows = max(1, strip // (4 * max(conv.in_channels * stride**2, conv.out_channels) * out_width))
+    for start in range(0, out_height, rows):
+        end = min(start + rows, out_height)
+        first, last = start * stride - margin, (end - 1) * stride - margin + size
+        top, bottom = max(first, 0), min(last, height)
+        piece = x[:, :, top // scale : -(-bottom // scale)].to(device)
+        if channel is not None:
+            piece = functional.silu(piece * channel[0] + channel[1])
+        if doubled:
+            piece = functional.interpolate(piece, scale_factor=2.0, mode="nearest")
+            piece = piece.narrow(2, top % 2, bottom - top)
+        piece = functional.pad(piece, (margin, after, top - first, last - bottom))
+        piece = functional.conv2d(piece, conv.weight, conv.bias, stride)
+        if beside is not None:
+            piece = (piece + beside[:, :, start:end].to(device)) * factor
+        made[:, :, start:end] = piece
+    return made
+
+
+def _affine(x: torch.Tensor, norm: Any, device: torch.device, strip: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Group norm as a factor and an offset for each channel, `[1, C, 1, 1]`, from sums over the whole picture."""
+    groups, count = norm.num_groups, x[0].numel() // norm.num_groups
+    total, squares = torch.zeros(2, groups, dtype=torch.float64, device=device)
+    for piece in x.split(max(1, strip // (4 * x.shape[1] * x.shape[3])), dim=2):
+        values = piece.to(device).reshape(groups, -1)
+        total += values.sum(1, dtype=torch.float64)
+        squares += values.square().sum(1, dtype=torch.float64)
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp_min(0).add(norm.eps).sqrt()
+    repeats = x.shape[1] // groups
+    factor = norm.weight.double() / deviation.repeat_interleave(repeats)
+    offset = norm.bias.double() - mean.repeat_interleave(repeats) * factor
+    return factor.float().reshape(1, -1, 1, 1), offset.float().reshape(1, -1, 1, 1)
