@@ -20,25 +20,23 @@ from lorakit.ui.thumbnails import Thumbnail
 # Photos on a page.
 PAGE = 48
 # A caption is sent when its field is left, or at Ctrl-Enter. What is being typed outlives new cards: the check of many
-# photos may end at any moment.
+# photos may end at any moment, and takes the field away, which counts as leaving it until one looks again.
 CAPTIONS = """
 let typing = null;
-const field = (photo) => [...element.querySelectorAll('textarea')].find((one) => one.dataset.photo === photo);
-element.addEventListener('input', (event) => {
-  const {dataset, value, selectionEnd} = event.target;
-  if (dataset.photo) typing = {photo: dataset.photo, text: value, at: selectionEnd};
+element.addEventListener('input', ({target}) => {
+  if (target.dataset.photo) typing = {photo: target.dataset.photo, text: target.value, at: target.selectionEnd};
 });
-element.addEventListener('change', (event) => {
-  const {dataset, value} = event.target;
-  if (!dataset.photo || !event.target.isConnected) return;
+element.addEventListener('focusout', ({target}) => setTimeout(() => {
+  if (!target.isConnected || !typing || typing.photo !== target.dataset.photo) return;
+  trigger('submit', {photo: typing.photo, text: typing.text});
   typing = null;
-  trigger('submit', {photo: dataset.photo, text: value});
-});
+}));
 element.addEventListener('keydown', (event) => {
   if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) event.target.blur();
 });
 new MutationObserver(() => {
-  const again = typing && field(typing.photo);
+  const fields = typing ? [...element.querySelectorAll('textarea')] : [];
+  const again = fields.find((field) => field.dataset.photo === typing.photo);
   if (!again || again.value === typing.text) return;
   again.value = typing.text;
   again.focus();

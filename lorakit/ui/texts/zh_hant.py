@@ -215,7 +215,7 @@ KNOBS = {
     ),
     "memory.attention": ("注意力核心", "注意力的計算核心;xformers 在開始時會與 sdpa 比對檢驗。"),
     "memory.gradient_checkpointing": ("梯度檢查點", "在反向傳播時重新計算:較省記憶體,較慢。"),
-    "memory.base_storage": ("底模存放", "UNet 凍結的權重怎麼存:完整,或每個 8 或 4 位元,較慢。"),
+    "memory.base_storage": ("基礎模型存放", "UNet 凍結的權重怎麼存:完整,或每個 8 或 4 位元,較慢。"),
     "sample.every": ("樣張間隔", "兩次樣張之間的步數(第 0 步會畫一次);0:每次執行五次。"),
     "sample.prompts": ("樣張提示詞", "要畫的提示詞。留空:由種類與名稱產生。"),
     "sample.negative_prompt": ("負面提示詞", "圖中不應出現的東西。"),

@@ -1,0 +1,364 @@
+"""The front end in a real browser, with real training processes of the bundled model."""
+
+import os
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lorakit import demo, run_folder
+from lorakit.export import inspect
+
+pytestmark = pytest.mark.slow
+# Milliseconds that a browser waits, and seconds that a test does: the machine may have other things to do.
+PATIENCE, SECONDS = 180_000, 180
+TABS = ("photos", "train", "runs", "compare", "adapter")
+
+
+class Person:
+    """Somebody in front of a browser. `asked` collects every address that the page asked for."""
+
+    def __init__(self, chromium, address: str, **options):
+        self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-US"} | options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.asked: list[str] = []
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.open(address)
+
+    def open(self, address: str) -> None:
+        self.page.goto(address)
+        self.page.locator("body[data-ready]").wait_for()
+
+    def tab(self, name: str) -> None:
+        self.page.locator("#pages button[role=tab]").nth(TABS.index(name)).click()
+
+    def choose(self, element: str, text: object) -> None:
+        """Type into a field with suggestions."""
+        field = self.page.locator(f"#{element} input")
+        field.fill(str(text))
+        field.press("Enter")
+
+    def fill(self, key: str, text: object) -> None:
+        self.page.locator(f"#knob-{key.replace('.', '-')} :is(input, textarea)").first.fill(str(text))
+
+    def says(self, element: str, text: str) -> None:
+        self.page.locator(f"#{element}").get_by_text(text).first.wait_for()
+
+    def answer(self, **knobs: object) -> None:
+        """Fill in options, and wait until each is told as changed."""
+        if not self.page.locator("#knob-train-seed").is_visible():
+            self.page.locator("#train-options > button").click()
+        for name, value in knobs.items():
+            self.fill(name.replace("__", "."), value)
+        for name in knobs:
+            self.says("train-changed", name.replace("__", "."))
+
+    def start(self) -> str:
+        """Press the button once it may be pressed; the name of the run."""
+        before = set(self.runs())
+        self.page.locator("#train-start:enabled").click()
+        self.page.locator("#run-status section").wait_for()
+        self.page.wait_for_function("known => document.querySelector('[data-run][aria-current]') && "
+                                    "!known.includes(document.querySelector('[data-run][aria-current]').dataset.run)",
+                                    arg=sorted(before))  # fmt: skip
+        return self.page.locator("[data-run][aria-current]").get_attribute("data-run")
+
+    def runs(self) -> list[str]:
+        return [button.get_attribute("data-run") for button in self.page.locator("[data-run]").all()]
+
+    @property
+    def step(self) -> int:
+        return int(self.page.locator("#run-status section").get_attribute("data-step"))
+
+    def sees(self, state: str, step: str = "") -> None:
+        """Wait for a state, and a step, on the page of runs."""
+        wanted = f'[data-step="{step}"]' if step else ""
+        self.page.locator(f'#run-status section[data-state="{state}"]{wanted}').wait_for()
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    end = time.monotonic() + SECONDS
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with photos and a folder without."""
+    room = tmp_path_factory.mktemp("room")
+    demo.write_photos("zib", room / "photos")
+    for caption in (room / "photos").glob("*.txt"):
+        caption.unlink()
+    (room / "empty").mkdir()
+    return room
+
+
+@pytest.fixture(scope="module")
+def served(front_end, room: Path):
+    """One front end for all tests here."""
+    return front_end(room, "--max-upload", "1")
+
+
+@pytest.fixture
+def person(chromium, served) -> Iterator[Person]:
+    someone = Person(chromium, served.address)
+    yield someone
+    someone.context.close()
+
+
+def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
+    page = person.page
+    # Upload: photos and something that is none.
+    (room / "bad.jpg").write_text("not a picture")
+    files = [*sorted((room / "photos").iterdir())[:4], room / "bad.jpg"]
+    page.locator("#photos-upload input[type=file]").set_input_files(files)
+    person.says("photos-message", "4 photos taken in.")
+    person.says("photos-message", "bad.jpg: text, not a picture")
+    page.locator(".lk-card img").nth(3).wait_for()
+    (upload,) = (room / "runs" / "uploads").iterdir()
+    # A caption, edited in place; what it says is shown as it is, and runs nothing.
+    caption = page.locator("textarea[data-photo='01.png']")
+    caption.fill("sks toy <b>{{value}} ${1+1}</b>")
+    caption.press("Control+Enter")
+    person.says("photos-message", "Caption of 01.png saved.")
+    assert (upload / "01.txt").read_text() == "sks toy <b>{{value}} ${1+1}</b>\n"
+    # Five questions, of which the photos are answered already, and options that make the run short.
+    page.locator("#photos-next").click()
+    assert page.locator("#knob-data-folder input").input_value() == str(upload)
+    person.fill("data.name", "sks toy")
+    page.locator("#quality input[value=quick]").check()
+    page.locator("#train-options > button").click()
+    page.locator("#knob-train-prior input[value=none]").check()
+    person.answer(train__steps=6, train__batch_size=2, sample__steps=2, sample__prompts="a photo of sks toy")
+    person.says("train-plan", "6 steps of 2 photos")
+    name = person.start()
+    run = room / "runs" / name
+    person.sees("done", "6")
+    state = run_folder.read(run)
+    assert inspect.inspect(run / state.adapter).trigger == "sks toy"
+    assert page.locator("#run-samples img").count() == len(list((run / "samples").glob("*.png"))) > 2
+    assert page.locator("#run-curves svg").count() >= 2
+    with page.expect_download() as download:
+        page.locator("#run-download").click()
+    assert Path(download.value.path()).read_bytes() == (run / state.adapter).read_bytes()
+    compare_and_export(person, run)
+    # What the adapter is, and the same in another format.
+    person.tab("adapter")
+    person.choose("adapter-path", run / state.adapter)
+    person.says("adapter-report", "sks toy")
+    page.locator("#adapter-format input[value=peft]").check()
+    page.locator("#adapter-convert").click()
+    person.says("adapter-message", "Written: ")
+    (converted,) = (room / "runs" / "converted").glob("*/*")
+    assert inspect.inspect(converted).format == "PEFT folder"
+    # Nothing was asked of any other machine.
+    assert len(person.asked) > 50
+    assert [url for url in person.asked if not url.startswith((served.address, "data:", "blob:"))] == []
+
+
+def compare_and_export(person: Person, run: Path) -> None:
+    page = person.page
+    person.tab("compare")
+    page.locator("#compare-table td img").first.wait_for()
+    assert page.locator("#compare-table tbody tr").count() == len(list((run / "samples").glob("*.png")))
+    person.says("compare-table", "nearest photo")
+    page.locator("#compare-mark").click()
+    person.says("compare-message", "is marked as best")
+    page.locator("#compare-export").click()
+    person.says("compare-message", "Exported: ")
+    assert list((run / "exports").glob("**/*.safetensors"))
+    # A grid of prompts and strengths, drawn by the queue.
+    page.locator("#compare-draw > button").click()
+    page.locator("#compare-strengths :is(input, textarea)").fill("0, 1")
+    page.locator("#compare-go").click()
+    page.locator("#compare-grids img").wait_for()
+    assert len(list((run / "compare").glob("*/grid.png"))) == 1
+
+
+def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, front_end, served, room: Path):
+    first = front_end(room)
+    person = Person(chromium, first.address)
+    person.tab("train")
+    person.choose("knob-data-folder", room / "photos")
+    person.fill("data.name", "sks toy")
+    person.page.locator("#train-options > button").click()
+    person.page.locator("#knob-train-prior input[value=none]").check()
+    person.answer(train__steps=50_000, train__batch_size=1, sample__steps=1, train__save_every=5, train__holdout=0)
+    name = person.start()
+    run = room / "runs" / name
+    person.sees("running")
+    wait_for(lambda: run_folder.read(run).step >= 10 and list(run.glob("checkpoints/*/complete")))
+    # The program is closed. The run goes on, and another front end shows it.
+    first.stop()
+    assert run_folder.status(run) == "running"
+    person.open(served.address)
+    person.tab("runs")
+    person.sees("running")
+    assert person.page.locator("[data-run][aria-current]").get_attribute("data-run") == name
+    # Held still in mid-run, it is at the same step before a reload, after it, and in a second browser.
+    with held(run_folder.read(run).pid):
+        step = str(run_folder.read(run).step)
+        person.sees("running", step)
+        person.open(served.address)
+        person.tab("runs")
+        person.sees("running", step)
+        other = Person(chromium, served.address, locale="zh-TW")
+        other.page.get_by_role("tab", name="執行紀錄", exact=True).click()
+        other.sees("running", step)
+        other.page.locator("#run-status").get_by_text("執行中", exact=True).wait_for()
+    os.kill(run_folder.read(run).pid, signal.SIGKILL)
+    person.sees("interrupted")
+    other.sees("interrupted")
+    person.page.locator("#run-resume").click()
+    person.sees("running")
+    other.sees("running")
+    # The second browser stops what the first one started.
+    other.page.locator("#run-stop").click()
+    person.sees("stopped")
+    stopped = run_folder.read(run)
+    assert int(step) - 5 <= stopped.step < 50_000
+    assert (run / "checkpoints" / run_folder.step_name(stopped.step) / "complete").is_file()
+    assert inspect.inspect(run / stopped.adapter).trigger == "sks toy"
+    person.page.locator("#run-resume").wait_for()
+    # Any run of the list can be looked at, and is what a reload shows.
+    oldest = min(person.runs())
+    person.page.locator(f'[data-run="{oldest}"]').click()
+    person.page.locator("#run-status h3").get_by_text(oldest).wait_for()
+    person.open(served.address)
+    person.tab("runs")
+    person.page.locator("#run-status h3").get_by_text(oldest).wait_for()
+
+
+@contextmanager
+def held(pid: int) -> Iterator[None]:
+    """The process stands still."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_what_is_wrong_is_said_where_it_is_wrong(person: Person, served, room: Path):
+    page = person.page
+    for path, message in (
+        (room / "empty", "0 images in"),
+        (room.parent, "is outside of"),
+        (room / "nowhere", "does not exist"),
+    ):
+        person.choose("photos-folder", path)
+        page.locator("#photos-open").click()
+        person.says("photos-summary", message)
+    (room / "large.jpg").write_bytes(b"\xff" * 1_100_000)
+    page.locator("#photos-upload input[type=file]").set_input_files(room / "large.jpg")
+    page.get_by_text("exceed the maximum allowed size").first.wait_for()
+    person.tab("train")
+    person.choose("knob-data-folder", room / "photos")
+    person.fill("data.name", "sks toy")
+    person.says("train-plan", "14 to train on")
+    page.locator("#train-options > button").click()
+    person.fill("adapter.rank", "0")
+    person.says("knob-adapter-rank", "must be between 1 and 1024")
+    person.says("train-plan", "must be between 1 and 1024")
+    assert page.locator("#train-start").is_disabled()
+    person.fill("adapter.rank", "4")
+    person.says("knob-adapter-rank", "Changed from the preset")
+    person.says("train-changed", "adapter.rank: 8 → 4")
+    # A reload keeps the answers.
+    person.open(served.address)
+    person.tab("train")
+    page.wait_for_function("document.querySelector('#knob-data-name :is(input, textarea)').value === 'sks toy'")
+    page.locator("#train-options > button").click()
+    person.says("train-changed", "adapter.rank: 8 → 4")
+    person.says("train-plan", "rank 4")
+    person.choose("knob-model-base", room / "photos")
+    person.says("knob-model-base", "model_index.json")
+    person.choose("knob-model-base", "pocket")
+    person.choose("knob-data-folder", room / "empty")
+    person.says("train-plan", "0 images in")
+    # A preset's difference is shown before it is applied.
+    page.locator("#preset input").click()
+    page.get_by_role("option", name="style-sdxl", exact=True).click()
+    person.says("preset-difference", "adapter.rank")
+    assert page.locator("#knob-adapter-rank input").input_value() == "4"
+    page.locator("#preset-apply").click()
+    person.says("preset-difference", "The preset changes nothing.")
+    assert page.locator("#knob-adapter-rank input").input_value() != "4"
+    person.tab("adapter")
+    person.choose("adapter-path", "/etc/passwd")
+    person.says("adapter-report", "is outside of")
+
+
+def test_everything_is_reached_by_keyboard_and_fits_a_phone(chromium, served, room: Path):
+    person = Person(chromium, served.address, viewport={"width": 390, "height": 844}, color_scheme="dark")
+    page = person.page
+    assert page.evaluate("document.body.classList.contains('dark')")
+    person.choose("photos-folder", room / "photos")
+    page.locator(".lk-card img").first.wait_for()
+    for name in TABS:
+        # Each page by the keys alone: the arrow to its tab, and from there with the tab key through all it holds.
+        page.locator("#pages button[role=tab]").nth(TABS.index(name)).focus()
+        page.keyboard.press("Enter")
+        wanted = set(page.evaluate(REACHABLE))
+        reached = set()
+        for _ in range(3 * len(wanted) + 10):
+            page.keyboard.press("Tab")
+            reached.add(page.evaluate("document.activeElement.dataset.reach"))
+        assert wanted - reached == set() and wanted, name
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+
+
+# Marks whatever can be used on the page that is open, and gives the marks.
+REACHABLE = """() => {
+  const shown = [...document.querySelectorAll('#pages :is(button, input, textarea, select, summary)')].filter(
+    (one) => one.checkVisibility({visibilityProperty: true}) && !one.disabled && one.type !== 'file'
+      && one.tabIndex >= 0 && !(one.type === 'radio' && !one.checked));
+  shown.forEach((one, number) => { one.dataset.reach = number; });
+  return shown.map((one) => one.dataset.reach);
+}"""
+
+
+def test_only_what_is_offered_is_served(served):
+    for path in ("gradio_api/file=/etc/passwd", f"gradio_api/file={served.room}/runs/.queue/000001.toml"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{served.address}/{path}")
+        assert refused.value.code in (403, 404)
+    # A page from elsewhere that gives its own name this machine's address.
+    request = urllib.request.Request(served.address, headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert refused.value.code == 400
+    # More than --max-upload.
+    head = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    form = {"Content-Type": "multipart/form-data; boundary=cut"}
+    for size, code in ((1000, 200), (1_100_000, 413)):
+        body = head + bytes(size) + b"\r\n--cut--\r\n"
+        request = urllib.request.Request(served.address + "/gradio_api/upload", body, form)
+        try:
+            assert urllib.request.urlopen(request).status == code
+        except urllib.error.HTTPError as refused:
+            assert refused.code == code
+
+
+@pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--share"], ["--host", "::", "--password", "short"]])
+def test_others_are_not_let_in_without_a_password(arguments: list[str], tmp_path: Path, capsys):
+    pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+    from lorakit.ui import app
+
+    assert app.main(["--runs", str(tmp_path / "runs"), *arguments]) == 1
+    told = capsys.readouterr().err
+    assert "password" in told and len(told.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_it_listens_on_this_machine_alone(served):
+    connections = psutil.Process(served.process.pid).net_connections()
+    assert [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN] == ["127.0.0.1"]
