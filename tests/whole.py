@@ -57,6 +57,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "block_out_channels": (64, 64, 128),
         "cross_attention_dim": 128,
         "attention_head_dim": (1, 1, 2),
+        "transformer_layers_per_block": (1, 1, 2),
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + 64,
     },
