@@ -23,6 +23,7 @@ LOADERS = {"StableDiffusionXL": "sdxl", "StableDiffusion": "sd"}
 OTHERS = ("StableDiffusion3", "StableDiffusionUpscale", "StableDiffusionLatentUpscale", "StableDiffusionImageVariation")
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 BUNDLED = "pocket"
+INPAINTING = "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ def _info(model: ModelConfig, **known: Any) -> BaseInfo:
     _check_channels(path, configs["unet"].get("in_channels", 4), channels)
     for folder in known["tokenizers"].values():
         _check_tokenizer(folder, model.tokenizer)
+    if configs["unet"].get("in_channels", 4) != channels:
+        known["notes"] = (*known["notes"], INPAINTING)
     configs["scheduler"], said = _as_told(configs["scheduler"], model.prediction_type)
     if said:
         known["notes"] = (*known["notes"], said)
@@ -243,10 +246,8 @@ def _loader(path: Path, index: dict[str, Any]) -> str:
 
 
 def _check_channels(path: Path, into: int, latent: int) -> None:
-    if into == latent:
+    if into in (latent, 2 * latent + 1):
         return
-    if into == 2 * latent + 1:
-        raise LorakitError(f"base {path} is an inpainting model ({into} input channels), which is not trained yet")
     raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
 
 

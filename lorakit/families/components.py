@@ -105,6 +105,33 @@ def load_vae(info: BaseInfo) -> Any:
     return vae
 
 
+def mask_everything(unet: Any, vae: Any) -> None:
+    """Let an inpainting UNet be given latents alone, in training and in pipelines that draw from text: the rest of its
+    input is then that of a picture of which everything is masked. Other UNets are left as they are.
+
+    The rest is the mask, and the latents of the picture with what is masked made grey (Rombach et al. 2022, arXiv
+    2112.10752; diffusers' StableDiffusionInpaintPipeline): with everything masked, the same for every photo. A quarter
+    of such a model's own training was of that kind.
+    """
+    latent = unet.config.out_channels
+    if unet.config.in_channels != 2 * latent + 1:
+        return
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    grey: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def complete(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        noisy, *rest = inputs
+        if noisy.shape[1] != latent:
+            return None
+        sides = tuple(noisy.shape[2:])
+        if sides not in grey:
+            grey[sides] = encode_image(vae, torch.zeros((1, 3, *(side * scale for side in sides))))[0]
+        blank = grey[sides].to(noisy).expand(len(noisy), -1, -1, -1)
+        return torch.cat([noisy, torch.ones_like(noisy[:, :1]), blank], dim=1), *rest
+
+    unet.conv_in.register_forward_pre_hook(complete)
+
+
 def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> Any:
     """A CLIP tokenizer that fits its text encoder.
 

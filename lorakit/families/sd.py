@@ -22,6 +22,7 @@ class StableDiffusion:
             self.unet = components.load_unet(info, self.device, dtype, storage)
             encoder = components.load_module(info, "text_encoder", CLIPTextModel, components.HOST, dtype)
             self.vae = components.load_vae(info)
+            components.mask_everything(self.unet, self.vae)
             self.tokenizer = components.load_tokenizer(info, "tokenizer", encoder)
             self.scheduler = components.load_scheduler(info)
         self.text_encoders: dict[str, Any] = {"text_encoder": encoder}

@@ -23,6 +23,7 @@ class StableDiffusionXL:
             first = components.load_module(info, "text_encoder", CLIPTextModel, components.HOST, dtype)
             second = components.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, components.HOST, dtype)
             self.vae = components.load_vae(info)
+            components.mask_everything(self.unet, self.vae)
             self.tokenizers = [
                 components.load_tokenizer(info, "tokenizer", first),
                 components.load_tokenizer(info, "tokenizer_2", second),

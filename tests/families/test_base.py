@@ -209,11 +209,11 @@ def test_pickled_weights_are_refused_with_the_way_out(copy: Copy) -> None:
     assert "save_pretrained(NEW)" in said
 
 
-@pytest.mark.parametrize(("channels", "words"), [(9, "is an inpainting model (9 input channels)"), (8, "takes 8")])
-def test_unets_of_other_tasks(copy: Copy, channels: int, words: str) -> None:
+@pytest.mark.parametrize("channels", [5, 7, 8])
+def test_unets_of_other_tasks(copy: Copy, channels: int) -> None:
     folder = copy()
     change(folder / "unet" / "config.json", in_channels=channels)
-    assert words in refusal(folder)
+    assert f"its UNet takes {channels} channels, its latents have 4; that is not trained" in refusal(folder)
 
 
 def test_another_prediction_type(copy: Copy) -> None:

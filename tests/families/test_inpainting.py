@@ -1,0 +1,81 @@
+"""Inpainting UNets: given latents alone, they say what diffusers' inpainting pipeline has them say of a whole mask."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import whole
+from PIL import Image
+
+from lorakit import config, export, families, train
+from lorakit.config import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folder and single file of a small SD1 inpainting model."""
+    room = tmp_path_factory.mktemp("inpainting")
+    pipeline = whole.small("sd1", room / "base", in_channels=9)
+    return room / "base", whole.write(room / "base.safetensors", "sd1", pipeline)
+
+
+def test_both_layouts_are_known_for_what_they_are(made: tuple[Path, Path]) -> None:
+    for base, tokenizer in ((made[0], ""), (made[1], str(made[0]))):
+        info = families.describe(ModelConfig(base=str(base), tokenizer=tokenizer))
+        assert info.notes[-1] == (
+            "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
+        )
+        assert (info.latent_channels, info.prediction_type) == (4, "epsilon")
+        assert families.load(info, "cpu", torch.float32).unet.config.in_channels == 9
+
+
+def test_it_says_what_the_inpainting_pipeline_shows_it_under_a_whole_mask(made: tuple[Path, Path]) -> None:
+    from diffusers import StableDiffusionInpaintPipeline
+
+    family = families.load(families.describe(made[0]), "cpu", torch.float32)
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(made[0], local_files_only=True, safety_checker=None)
+    mask, grey = pipeline.prepare_mask_latents(
+        torch.ones((1, 1, 64, 48)), torch.zeros((1, 3, 64, 48)), 1, 64, 48, torch.float32, "cpu", None, False
+    )
+    noisy, steps = torch.randn((2, 4, 8, 6)), torch.tensor([3, 900])
+    condition = family.encode_text(["a", "b"])
+    # The pipeline draws its grey from the posterior; what is shown here is the posterior's mean.
+    mean = family.encode_image(torch.zeros((1, 3, 64, 48)))[0]
+    assert (grey - mean).abs().max() < 6 * family.encode_image(torch.zeros((1, 3, 64, 48)))[1].max()
+    inputs = torch.cat([noisy, mask.expand(2, -1, -1, -1), mean.expand(2, -1, -1, -1)], dim=1)
+    with torch.no_grad():
+        expected = pipeline.unet(inputs, steps, condition.encoder_hidden_states).sample
+        torch.testing.assert_close(family.predict(noisy, steps, condition), expected, rtol=1e-5, atol=1e-6)
+        # Nine channels are taken as they are.
+        found = family.unet(inputs, steps, condition.encoder_hidden_states).sample
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_trained_checked_and_drawn(made: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(2):
+        picture = draw.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "photos" / f"{number}.png")
+    options: dict[str, Any] = {
+        "model.base": str(made[1]),
+        "model.tokenizer": str(made[0]),
+        "data.folder": str(tmp_path / "photos"),
+        "data.name": "sks toy",
+        "data.resolution": 128,
+        "adapter.rank": 2,
+        "optimizer.learning_rate": 1e-2,
+        "train.steps": 2,
+        "train.validate_every": 2,
+        "sample.every": 2,
+        "sample.steps": 1,
+        "sample.prompts": ("a photo of sks toy",),
+        "memory.device": "cpu",
+        "output.folder": str(tmp_path / "run"),
+    }
+    result = train.train(config.load(None, options))
+    assert all(finding.passed for finding in result.findings)
+    assert len(export.read(result.adapter).layers) == 128
+    assert "inpainting model: trained and drawn" in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8")
