@@ -36,9 +36,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
 def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """The file's bytes: sorted metadata, with `sshs_model_hash` and `sshs_legacy_hash` added.
 
-    sshs_model_hash is the SHA-256 of everything after the header; sshs_legacy_hash the first 8 hex digits of the
-    SHA-256 of bytes 0x100000 to 0x110000 of the file as it is with its `ss_*` metadata alone (sd-scripts
-    library/train_util.py, precalculate_safetensors_hashes).
+    sshs_model_hash is the SHA-256 of everything after the header, in ModelSpec's files modelspec.hash_sha256 too;
+    sshs_legacy_hash the first 8 hex digits of the SHA-256 of bytes 0x100000 to 0x110000 of the file as it is with its
+    `ss_*` metadata alone (sd-scripts library/train_util.py, precalculate_safetensors_hashes).
     """
     first = serialise(dict(tensors), {name: text for name, text in metadata.items() if name.startswith("ss_")} or None)
     length = struct.unpack("<Q", first[:8])[0]
@@ -47,6 +47,8 @@ def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
         "sshs_model_hash": hashlib.sha256(data).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(first[0x100000:0x110000]).hexdigest()[:8],
     }
+    if "modelspec.sai_model_spec" in metadata:
+        hashes["modelspec.hash_sha256"] = f"0x{hashes['sshs_model_hash']}"
     table["__metadata__"] = dict(sorted({"format": "pt", **metadata, **hashes}.items()))
     table = {"__metadata__": table.pop("__metadata__"), **table}
     head = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()

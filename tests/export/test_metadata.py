@@ -115,6 +115,7 @@ def test_hashes_are_those_that_sd_scripts_computes(tmp_path):
     length = struct.unpack("<Q", raw[:8])[0]
     head = modelfile.read(path).metadata
     assert head["sshs_model_hash"] == hashlib.sha256(raw[8 + length :]).hexdigest()
+    assert head["modelspec.hash_sha256"] == "0x" + head["sshs_model_hash"]
     plain = save(load_file(path), {key: value for key, value in head.items() if key.startswith("ss_")})
     assert head["sshs_legacy_hash"] == hashlib.sha256(plain[0x100000:0x110000]).hexdigest()[:8] != "e3b0c442"
 

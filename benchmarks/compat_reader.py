@@ -1,0 +1,67 @@
+"""The other half of compat.py: opens its files with whatever diffusers and PEFT are installed, and knows no lorakit."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def deltas(parts: dict) -> dict[str, torch.Tensor]:
+    """Canonical name -> what each of PEFT's layers adds to its weight."""
+    found = {}
+    for part, model in parts.items():
+        for path, layer in model.named_modules():
+            if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+                whole = path if part == "unet" or path.startswith("text_model.") else f"text_model.{path}"
+                (name,) = layer.active_adapters
+                found[f"{part}.{whole}"] = layer.get_delta_weight(name).detach().float().flatten(1)
+    return found
+
+
+def read(pipeline, folder: Path, fmt: str) -> dict[str, torch.Tensor]:
+    """Load one case and take it out again."""
+    parts = {part: getattr(pipeline, part) for part in PARTS if getattr(pipeline, part, None) is not None}
+    if fmt == "peft":
+        loaded = {p: peft.PeftModel.from_pretrained(copy.deepcopy(m), folder / "a" / p) for p, m in parts.items()}
+        return deltas({part: model.base_model.model for part, model in loaded.items()})
+    pipeline.load_lora_weights(folder, weight_name="a.safetensors")
+    found = deltas(parts)
+    pipeline.unload_lora_weights()
+    return found
+
+
+def main(folder: Path) -> None:
+    """Print the versions and, for each case, the largest error or what was raised."""
+    errors: dict[str, float | str] = {}
+    pipelines = {}
+    for case in json.loads((folder / "cases.json").read_text()):
+        family, _, fmt, _ = case.split()
+        if family not in pipelines:
+            pipelines[family] = diffusers.DiffusionPipeline.from_pretrained(folder / family, safety_checker=None)
+        place = folder / case.replace(" ", "-")
+        truth = {name: tensor.flatten(1) for name, tensor in load_file(place / "truth.safetensors").items()}
+        try:
+            found = read(pipelines[family], place, fmt)
+        except Exception as error:  # whatever a release raises is its answer
+            errors[case] = f"{type(error).__name__}: {str(error)[:80]}"
+            continue
+        found = {name: delta for name, delta in found.items() if delta.any()}
+        if found.keys() != truth.keys():
+            errors[case] = f"{len(truth.keys() - found.keys())} of {len(truth)} layers not applied"
+            continue
+        errors[case] = max(float((found[n] - t).abs().max() / t.abs().max()) for n, t in truth.items())
+    names = (diffusers, transformers, peft)
+    versions = ", ".join(f"{name.__name__} {name.__version__}" for name in names)
+    print(json.dumps({"versions": versions, "errors": errors}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
