@@ -24,8 +24,9 @@ KEPT_INPUTS, REPEATED = 0.7, 4.45
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "lion": 4, "adafactor": 1, "prodigy": 16}
 # What Python, torch and its kernels take before any model is there.
 RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
-# Stable Diffusion's autoencoder in float32: its weights, and what it needs for each pixel it encodes and decodes.
-VAE_BYTES, ENCODE_BYTES, DECODE_BYTES = 335e6, 2572, 3085
+# Stable Diffusion's autoencoder in float32: its weights, and what a pixel takes to encode, to decode, and to do either
+# by strips, which `families.strips` does on a card that has no room for more.
+VAE_BYTES, ENCODING, DECODING, BY_STRIPS = 335_000_000, 2560, 3072, 288
 # Rows of CLIP's table of words, which is no layer.
 VOCABULARY = 49408
 
@@ -51,6 +52,29 @@ def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], 
         "adapter and optimizer": trained * (4 + 4 + STATE_BYTES[config.optimizer.name]),
         "activations": round(_activations(config, info) * width * pictures),
         "runtime": round(RUNTIME_BYTES[device]),
+    }
+
+
+def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
+    """Phase -> bytes that it needs: "encoding" the photos, "training", drawing "samples".
+
+    On a GPU each part of the base is there alone while it encodes, and the autoencoder makes do with strips.
+    """
+    step = training(config, info, modules, device)
+    pixels = config.data.resolution**2
+    if device == "cpu":
+        beside = step["base"] + step["runtime"]
+        encoding, samples = beside + ENCODING * pixels, beside + DECODING * pixels + step["adapter and optimizer"]
+        return {"encoding": encoding, "training": sum(step.values()), "samples": samples}
+    width = _width(config, device)
+    unet, texts = _unet(config, info, width), sum(_encoders(info, width).values())
+    pictures = info.bytes.get("vae", VAE_BYTES) + (BY_STRIPS if device == "cuda" else DECODING) * pixels
+    drawing = unet + texts + pictures + step["runtime"]
+    encoding = drawing if config.train.prior == "images" else max(texts, pictures) + step["runtime"]
+    return {
+        "encoding": encoding,
+        "training": sum(step.values()),
+        "samples": drawing + step["adapter and optimizer"],
     }
 
 

@@ -49,7 +49,8 @@ class Plan:
         steps: optimizer steps of the whole run.
         length: how `steps` came about, in words.
         epochs: passes over the photos.
-        memory: part -> bytes, estimated.
+        memory: part -> bytes at the peak of a training step, estimated.
+        peaks: phase ("encoding", "training", "samples") -> bytes, estimated.
         seconds: estimated duration, or None where nothing honest can be said beforehand.
         device: where it will run, as far as it can be told without torch.
         notes: how what the base does not say was decided, a line each.
@@ -70,6 +71,7 @@ class Plan:
     length: str
     epochs: float
     memory: dict[str, int]
+    peaks: dict[str, int]
     seconds: float | None
     device: str
     notes: tuple[str, ...] = ()
@@ -93,7 +95,8 @@ class Plan:
             f"adapter: {self.method}, {trained}",
             f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}",
             f"length: {self.length}",
-            f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory})",
+            f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory}); "
+            f"{_gib(self.peaks['encoding'])} to encode the photos, {_gib(self.peaks['samples'])} to draw samples",
             f"time: {spent}",
         ]
 
@@ -136,6 +139,7 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         length=length,
         epochs=steps * config.train.gradient_accumulation_steps / batches,
         memory=footprint.training(config, info, modules, device),
+        peaks=footprint.peaks(config, info, modules, device),
         seconds=estimate_seconds(config, info, steps) if device == "cpu" else None,
         device=device,
     )
