@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lorakit import modelfile
+from lorakit import ldm, modelfile
 from lorakit.errors import LorakitError
 from lorakit.export import consumers, identify, keys
 from lorakit.export.consumers import Reading
@@ -102,14 +103,20 @@ def inspect(path: Path) -> Report:
     if kind in ("adapter", "lycoris") and all(name.startswith(identify.PEFT_PREFIX) for name in shapes):
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
     if kind not in ("adapter", "lycoris"):
-        family = identify.base_family(shapes)
+        family, by, what = identify.base_family(shapes), "the width of the text it attends to", ""
+        if kind == "checkpoint":
+            with contextlib.suppress(LorakitError):  # of another architecture, or in part: told as far as it goes
+                found = ldm.read(head)
+                family, by = found.family, "its keys"
+                zero = " with zero terminal SNR" if found.prediction.zero_snr else ""
+                what = f"; it predicts {found.prediction.type}{zero}, {found.prediction.told_by}"
         return Report(
             path.name,
             kind,
-            identify.DESCRIPTIONS[kind],
+            identify.DESCRIPTIONS[kind] + what,
             size,
             family,
-            "the width of the text it attends to" if family else "",
+            by if family else "",
             dtype=_dtype([head]),
             metadata=head.metadata,
         )

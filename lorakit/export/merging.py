@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from lorakit import modelfile
+from lorakit import ldm, modelfile
 from lorakit.errors import LorakitError
 from lorakit.export import files, keys
 from lorakit.export.arithmetic import resize
@@ -99,7 +99,11 @@ def _exact(difference: torch.Tensor) -> Layer:
 
 
 def _tensors(folder: Path, part: str) -> dict[str, torch.Tensor]:
-    """Canonical name -> weight of one component of a base."""
+    """Canonical name -> weight of one component of a base, a folder or a single file."""
+    if folder.is_file():
+        header = modelfile.read(folder)
+        loaded = ldm.tensors(header, ldm.read(header).parts[part])
+        return {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in loaded}
     found = sorted((folder / part).glob("*.safetensors"))
     if not found:
         raise LorakitError(f"{folder}: not a base model in diffusers layout (no {part}/*.safetensors)")

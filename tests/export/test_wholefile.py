@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lorakit import adapters, cli, export, families, ldm, modelfile
 from lorakit.config import ModelConfig
 from lorakit.errors import LorakitError
-from lorakit.export import files, keys, wholefile
+from lorakit.export import files, keys, merging, wholefile
 from lorakit.weights import AdapterWeights
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -162,6 +162,28 @@ def test_the_command_writes_a_file_and_refuses_what_it_must(made: Any, tmp_path:
             with pytest.raises(LorakitError, match=words):
                 wholefile.merge(wrong, describe("sd1", layout, made), tmp_path / "no.safetensors")
             assert not (tmp_path / "no.safetensors").exists() and not list(tmp_path.glob(".no*"))
+
+
+def test_extract_takes_single_files(made: Any, tmp_path: Path) -> None:
+    folder, file = made["sdxl"]
+    info = describe("sdxl", "file", made)
+    weights = weights_for(info)
+    tuned = wholefile.merge(weights, info, tmp_path / "tuned.safetensors")
+    for base, other in ((file, tuned), (folder, tuned)):
+        found = merging.extract(base, other, "sdxl", rank=4)
+        assert found.layers.keys() == weights.layers.keys()
+        for name, layer in found.layers.items():
+            torch.testing.assert_close(layer.delta(), weights.layers[name].delta(), rtol=1e-3, atol=1e-5)
+
+
+def test_inspect_says_what_a_whole_model_is_and_predicts(tmp_path: Path, capsys: Any) -> None:
+    pipeline = whole.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
+    extra = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    file = whole.write(tmp_path / "noob.safetensors", "sdxl", pipeline, extra=extra)
+    assert cli.main(["inspect", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "noob.safetensors: a whole model" in said and "Stable Diffusion XL (told by its keys)" in said
+    assert "; it predicts v_prediction with zero terminal SNR, as its key v_pred says" in said
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
