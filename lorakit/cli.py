@@ -126,7 +126,7 @@ def _add_run_options(made: argparse.ArgumentParser) -> None:
     what = made.add_mutually_exclusive_group()
     what.add_argument("--subject", metavar="'sks toy'", help="a rare word for the subject, and what it is")
     what.add_argument("--style", metavar="'sks style'", help="a rare word for the style")
-    made.add_argument("--base", metavar="FOLDER", help="base model in diffusers layout (default: the bundled one)")
+    made.add_argument("--base", metavar="BASE", help="base model: a file, a folder or a hub id (default: bundled)")
     _add_set(made)
 
 
