@@ -132,6 +132,8 @@ def _theme() -> gr.themes.Base:
         # Gradio's own grey is too faint to read on white (2.6 to 1; 4.5 is wanted).
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_400",
+        checkbox_border_color="*neutral_400",
+        checkbox_border_color_dark="*neutral_500",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_400",
     )

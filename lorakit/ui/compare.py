@@ -137,7 +137,7 @@ class ComparePage:
         rows = []
         for step in grids:
             title = say("compare.step", step=step) if step else say("compare.base")
-            star = f"<br><span class=lk-badge>★ {escape(say('compare.marked'))}</span>" if step == marked else ""
+            star = f"<br>★ <small>{escape(say('compare.marked'))}</small>" if step == marked else ""
             cells = "".join(self._cell(path, title, photos, say) for path in run.sample_pictures(step))
             rows.append(f"<tr{' class=lk-marked' if star else ''}><th scope=row>{escape(title)}{star}</th>{cells}</tr>")
         return (

@@ -70,14 +70,13 @@ def _card(
     else:
         crop = _crop(thumbnail, report, config, say) if item and report and config else ""
         image = f'<img src="{thumbnail.address}" alt="{name}">'
-        picture = f"<div class=lk-photo><span class=lk-frame>{image}{crop}</span></div>"
+        ratio = thumbnail.size[0] / thumbnail.size[1]
+        picture = f'<div class=lk-photo><span class=lk-frame style="--ratio:{ratio:.4f}">{image}{crop}</span></div>'
     facts = [f"{thumbnail.size[0]} × {thumbnail.size[1]}"] if not thumbnail.problem else []
     if item and item.bucket:
         facts.append(say("photos.trained_at", width=item.bucket.width, height=item.bucket.height))
         if item.cropped >= 0.005:
             facts.append(say("photos.cropped", share=round(100 * item.cropped)))
-        if item.scale > 1:
-            facts.append(say("photos.enlarged", times=f"{item.scale:.2g}"))
     problems = [thumbnail.problem] if thumbnail.problem else list(item.findings if item else [])
     listed = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
     hint = escape(say("photos.no_caption", text=item.text)) if item and not photo.caption else ""

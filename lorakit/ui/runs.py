@@ -204,7 +204,7 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
     ]
     lines = [line for line in (state.message,) if line and not live]
     if state.best:
-        lines.append(say("run.best", step=state.best["step"], reason=state.best["reason"]))
+        lines.append(say("run.best", reason=state.best["reason"]))
     if live and run.stop_requested:
         lines.append(say("run.stop_asked"))
     if live and time.time() - state.updated > SILENT:
