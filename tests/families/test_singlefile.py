@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorakit import families, ldm, modelfile
 from lorakit.config import ModelConfig
 from lorakit.errors import LorakitError
+from lorakit.families import singlefile
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 U = "model.diffusion_model."
@@ -124,6 +125,61 @@ def test_names_of_the_real_models_are_those_of_published_lists() -> None:
         expected = {row[0]: row[1:3] for row in rows if row[0].startswith("unet.")}
         for ours, spellings in expected.items():
             assert f"lora_unet_{found[ours]}" in spellings, ours
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd1": {"words": (49408, 768, 12), "heads": 12, "side": 64, "text_encoder": {"hidden_act": "quick_gelu"}},
+    "sd2": {"words": (49408, 1024, 23), "heads": 16, "side": 64, "text_encoder": {"hidden_act": "gelu"}},
+    "sdxl": {
+        "words": (49408, 768, 12),
+        "heads": 12,
+        "side": 128,
+        "text_encoder_2": {"hidden_act": "gelu", "hidden_size": 1280, "projection_dim": 1280, "pad_token_id": 0},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configurations_of_the_real_models_are_the_published_ones(family: str) -> None:
+    """From shapes alone, at true dimensions: what the configurations of the published models say, and models made of
+    them have the same tensors."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    known = PUBLISHED[family]
+    words, width, depth = known["words"]
+    with torch.device("meta"):
+        parts: dict[str, Any] = {"unet": whole.unet(family), "vae": whole.vae(family)}
+        parts["text_encoder"] = whole.text(whole.CLIPTextModel, words, width, depth, openclip=family == "sd2")
+        if family == "sdxl":
+            parts["text_encoder_2"] = whole.text(whole.CLIPTextModelWithProjection, words, 1280, 32, openclip=True)
+    slots = {
+        part: {
+            name if part in ("unet", "vae") or name.startswith("text_") else f"text_model.{name}": ldm.Slot(
+                "", tuple(t.shape)
+            )
+            for name, t in model.state_dict().items()
+        }
+        for part, model in parts.items()
+    }
+    prediction = ldm.Prediction("epsilon", False, "", certain=True)
+    configs = singlefile.configs(ldm.Checkpoint(family, slots, prediction))
+    unet, expected = configs["unet"], whole.UNETS[family]
+    assert unet["sample_size"] == known["side"] and (unet["in_channels"], unet["layers_per_block"]) == (4, 2)
+    for name, value in expected.items():
+        found = unet[name]
+        assert (tuple(found) if isinstance(found, list) else found) == value, name
+    assert configs["vae"]["block_out_channels"] == [128, 256, 512, 512]
+    assert configs["vae"]["scaling_factor"] == (0.13025 if family == "sdxl" else 0.18215)
+    first = configs["text_encoder"]
+    assert (first["vocab_size"], first["hidden_size"], first["num_hidden_layers"]) == (words, width, depth)
+    assert (first["num_attention_heads"], first["intermediate_size"]) == (known["heads"], 4 * width)
+    for part in parts:
+        assert configs[part].items() >= known.get(part, {}).items()
+    with torch.device("meta"):
+        again = {"unet": UNet2DConditionModel.from_config(unet), "vae": AutoencoderKL.from_config(configs["vae"])}
+    for part, model in again.items():
+        shapes = {name: t.shape for name, t in model.state_dict().items()}
+        assert shapes == {name: t.shape for name, t in parts[part].state_dict().items()}
 
 
 _REST: dict[str, dict[str, Any]] = {
