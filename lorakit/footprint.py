@@ -69,12 +69,12 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
     width = _width(config, device)
     unet, texts = _unet(config, info, width), sum(_encoders(info, width).values())
     pictures = info.bytes.get("vae", VAE_BYTES) + (BY_STRIPS if device == "cuda" else DECODING) * pixels
-    drawing = unet + texts + pictures + step["runtime"]
-    encoding = drawing if config.train.prior == "images" else max(texts, pictures) + step["runtime"]
+    # Class images are drawn with everything there; samples once their texts are embedded.
+    encoding = unet + texts + pictures if config.train.prior == "images" else max(texts, pictures)
     return {
-        "encoding": encoding,
+        "encoding": encoding + step["runtime"],
         "training": sum(step.values()),
-        "samples": drawing + step["adapter and optimizer"],
+        "samples": unet + max(texts, pictures) + step["adapter and optimizer"] + step["runtime"],
     }
 
 

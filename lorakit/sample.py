@@ -65,10 +65,12 @@ def draw(
     """
     width, height = (size, size) if isinstance(size, int) else size
     pipeline, sampler = _pipeline(family)
+    texts = [_embedded(family, pipeline, [prompt], sample) for prompt in prompts]
+    _without_encoders(family, pipeline)
     drawn = []
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         seed = sample.seed + number
-        (picture,) = _pictures(family, pipeline, [prompt], [seed], sample, (width, height))
+        (picture,) = _pictures(family, pipeline, [seed], text, sample, (width, height))
         picture.info.update(_recipe(family.info, sampler, prompt, seed, sample, (width, height), adapter, strength))
         drawn.append(picture)
     return drawn
@@ -218,7 +220,8 @@ def class_images(
             numbers = missing[start : start + batch]
             # A seed range of their own, far from the samples' (both are below 2**31).
             seeds = [2**32 + seed * 2**20 + number for number in numbers]
-            drawn = _pictures(family, pipeline, [prompt] * len(numbers), seeds, sample, (side, side))
+            texts = _embedded(family, pipeline, [prompt] * len(numbers), sample)
+            drawn = _pictures(family, pipeline, seeds, texts, sample, (side, side))
             for number, picture in zip(numbers, drawn, strict=True):
                 save(picture, files[number])
     except OSError as error:
@@ -241,8 +244,32 @@ def _pipeline(family: Any) -> tuple[Any, str]:
     return pipeline, name
 
 
+def _embedded(family: Any, pipeline: Any, prompts: list[str], sample: SampleConfig) -> dict[str, Any]:
+    """What the pipeline makes of the prompts and the negative prompt, by the names under which it takes it back."""
+    with inference(family.text_encoders.values()):
+        made = pipeline.encode_prompt(
+            prompt=prompts,
+            device=family.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=sample.guidance > 1,
+            negative_prompt=[sample.negative_prompt] * len(prompts),
+        )
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, made, strict=False))
+
+
+def _without_encoders(family: Any, pipeline: Any) -> None:
+    """Draw on with what is embedded already: the text encoders leave the device, but for those that are trained, which
+    stay where the optimizer knows them."""
+    encoders = family.text_encoders
+    if not any(weight.requires_grad for encoder in encoders.values() for weight in encoder.parameters()):
+        family.release("text_encoders")
+        for name in encoders:
+            setattr(pipeline, name, None)
+
+
 def _pictures(
-    family: Any, pipeline: Any, prompts: list[str], seeds: list[int], sample: SampleConfig, size: tuple[int, int]
+    family: Any, pipeline: Any, seeds: list[int], texts: dict[str, Any], sample: SampleConfig, size: tuple[int, int]
 ) -> list[Image.Image]:
     """One batch through the pipeline, decoded by the family's VAE (float32 in every precision)."""
     width, height = size
@@ -250,8 +277,7 @@ def _pictures(
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     with inference([*family.modules().values(), family.vae]):
         latents = pipeline(
-            prompt=prompts,
-            negative_prompt=[sample.negative_prompt] * len(prompts),
+            **texts,
             width=width,
             height=height,
             num_inference_steps=sample.steps,

@@ -81,7 +81,7 @@ def test_a_step_is_predicted_within_a_fifteenth(
 
 
 def test_encoding_and_samples_have_peaks_of_their_own() -> None:
-    """SDXL at 1024 px with all that saves memory: no phase of the run needs 4.5 GiB."""
+    """SDXL at 1024 px with all that saves memory: no phase of the run needs more than 4 GiB."""
     info = Info("sdxl")
     saving = {"memory__gradient_checkpointing": True, "memory__base_storage": "nf4"}
     settings = chosen(1024, **saving)
@@ -90,7 +90,7 @@ def test_encoding_and_samples_have_peaks_of_their_own() -> None:
     runtime = footprint.RUNTIME_BYTES["cuda"]
     assert found["encoding"] == pytest.approx(texts + runtime, rel=0.03)
     assert found["training"] == sum(footprint.training(settings, info, trained(settings, info), "cuda").values())
-    assert found["samples"] / GIB == pytest.approx(4.5, abs=0.3)
+    assert found["samples"] / GIB == pytest.approx(3.75, abs=0.05)
     drawn = chosen(1024, train__prior="images", **saving)
     assert footprint.peaks(drawn, info, trained(drawn, info), "cuda")["encoding"] > found["encoding"] + 1.2 * GIB
 

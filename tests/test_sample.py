@@ -223,6 +223,19 @@ def class_images(family, count: int, folder: Path, said: list[str] | None = None
     return sample.class_images(family, count=count, folder=folder, say=say.append, **arguments)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_text_encoders_leave_when_the_texts_are_embedded_unless_they_are_trained(family, monkeypatch, trained):
+    gone: list[str] = []
+    monkeypatch.setattr(family, "release", lambda *names: gone.extend(names))
+    weight = next(family.text_encoders["text_encoder"].parameters())
+    weight.requires_grad_(trained)
+    try:
+        sample.draw(family, ["a toy", "a dog"], QUICK, 64)
+    finally:
+        weight.requires_grad_(False)
+    assert gone == ([] if trained else ["text_encoders"])
+
+
 def drawn_numbers(monkeypatch) -> list[int]:
     """How many pictures each call of the pipeline draws, from now on."""
     counts: list[int] = []
