@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit import adapters, config, graph, optim, products
+from lorakit import adapters, config, optim, products
 from lorakit.step import Step
 from lorakit.update import Update
 
@@ -276,8 +276,3 @@ def finish(rows: Iterable[Row], file: Path | None) -> None:
         print(f"{r['name']:<{wide}}{r['value']:>12.2f} {r['unit']:<10}{ratio}")
     if file:
         file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-
-
-def stand_in(compute: graph.Compute) -> graph.Compute:
-    """In the place of a CUDA graph where there is no card: replays by computing again."""
-    return compute

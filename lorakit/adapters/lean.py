@@ -149,8 +149,9 @@ class LeanAttention(Attention):
             return made
         own = encoder_hidden_states is None
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        known = self.group is not None and self.group.layers[-1] is self.to_v
-        shared = self.group(source) if known else None
+        group = self.group
+        known = group is not None and group.layers[-1] is self.to_v and len(group.layers) == (3 if own else 2)
+        shared = group(source) if known else None
         if shared is None:
             shared = (*((self.to_q(source),) if own else ()), self.to_k(source), self.to_v(source))
         if not own:
