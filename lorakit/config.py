@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -85,6 +86,12 @@ class LayersConfig:
         "attention: q, k, v, out; linear: every attention-block layer; linear+conv: resnets and samplers too.",
     )
     train_text_encoder: bool = knob(False, "Train adapters in the text encoder(s) too.")
+    new_tokens: int = knob(0, "Vectors to learn for the trigger as a word of its own (pivotal tuning).", low=0, high=32)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether texts mean something else after each step."""
+        return self.train_text_encoder or self.new_tokens > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,12 +421,12 @@ def _contradictions(config: Config) -> list[str]:
     if len(given) != 1:
         told = f"{' and '.join(given)} are set" if given else "none is set"
         problems.append(f"set exactly one of {', '.join('train.' + n for n in LENGTHS)}: {told}")
-    if optimizer.text_encoder_learning_rate is not None and not adapter.train_text_encoder:
-        problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true")
+    if optimizer.text_encoder_learning_rate is not None and not adapter.trains_text:
+        problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens")
+    if adapter.new_tokens and not re.fullmatch(r"[\w-]+", data.trigger):
+        problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
     if train.init_from and adapter.method == "pissa":
-        problems.append(
-            "train.init_from makes no sense with adapter.method = 'pissa', which begins from the base"
-        )
+        problems.append("train.init_from makes no sense with adapter.method = 'pissa', which begins from the base")
     if train.prior == "none" and train.prior_loss_weight != TrainConfig.prior_loss_weight:
         problems.append("train.prior_loss_weight has no effect with train.prior = 'none': choose 'images' or 'teacher'")
     if train.prior != "images" and train.class_images != TrainConfig.class_images:

@@ -36,7 +36,7 @@ def recorder(config: Config, device: torch.device) -> tuple[Record | None, str]:
     if device.type != "cuda":
         return None, ""
     reasons = {
-        "the text encoder is trained": config.adapter.train_text_encoder,
+        "the text encoder is trained": config.adapter.trains_text,
         "dropout draws anew in each step": bool(getattr(config.adapter, "dropout", 0.0)),
         "gradient checkpointing saves memory first": config.memory.gradient_checkpointing,
         "the base's weights are kept in few bits": config.memory.base_storage != "full",

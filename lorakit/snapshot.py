@@ -54,5 +54,7 @@ def read(path: Path) -> AdapterWeights:
     for name, tensor in saved.adapter.items():
         layer, _, factor = name.rpartition(".")
         layers.setdefault(layer, {})[factor] = tensor
-    made = {name: from_factors(factors, scale) for name, factors in layers.items()}
-    return AdapterWeights(info.family, config.adapter.method, made, facts)
+    words = {part: factors.pop("token") for part, factors in layers.items() if "token" in factors}
+    tokens = {config.data.trigger: words} if words else {}
+    made = {name: from_factors(factors, scale) for name, factors in layers.items() if factors}
+    return AdapterWeights(info.family, config.adapter.method, made, facts, tokens)

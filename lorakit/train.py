@@ -202,13 +202,14 @@ class _Run:
         self.encoded = encode(config, self.family, None, self.photos, self.say)
         self.dataset = self.encoded.dataset
         self.sample_prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
-        self.trains_text = config.adapter.train_text_encoder
+        self.trains_text = config.adapter.trains_text
 
     def attach(self) -> None:
         """The adapter in the base, and all that trains it and examines it."""
         config, family, encoded = self.config, self.family, self.encoded
         family.acquire("unet", *(["text_encoders"] if self.trains_text else []))
-        self.adapter = adapters.attach(family, config.adapter, seed=config.train.seed)
+        seed, trigger = config.train.seed, config.data.trigger
+        self.adapter = adapters.attach(family, config.adapter, seed=seed, trigger=trigger)
         for component, (modules, parameters) in self.adapter.describe().items():
             self.say(f"training {component}: {modules} modules, {parameters:,} parameters")
         if config.train.init_from:

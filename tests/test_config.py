@@ -209,6 +209,7 @@ def test_contradictions_are_told_together() -> None:
         {"train.prior_loss_weight": 0.5, "train.prior": "teacher"},
         {"data.variants": 4, "data.flip": True},
         {"optimizer.text_encoder_learning_rate": 1e-5, "adapter.train_text_encoder": True},
+        {"optimizer.text_encoder_learning_rate": 1e-5, "adapter.new_tokens": 2, "data.name": "sks toy"},
     ],
 )
 def test_what_belongs_together_is_no_contradiction(overrides: dict[str, Any]) -> None:
@@ -370,6 +371,7 @@ def test_no_place_on_the_machine_is_in_the_metadata() -> None:
 # What a knob needs beside it to be allowed to change.
 COMPANIONS: dict[str, dict[str, Any]] = {
     "optimizer.text_encoder_learning_rate": {"adapter.train_text_encoder": True},
+    "adapter.new_tokens": {"data.name": "sks toy"},
     "train.prior_loss_weight": {"train.prior": "teacher"},
     "train.class_images": {"train.prior": "images"},
     "train.epochs": {"train.steps": None},
@@ -438,3 +440,10 @@ def test_pissa_does_not_start_from_an_adapter() -> None:
 def test_methods_without_an_input_of_their_own_have_no_dropout(method: str) -> None:
     (told,) = problems({**STEPS, "adapter.method": method, "adapter.dropout": 0.1})
     assert told.startswith("unknown option adapter.dropout")
+
+
+@pytest.mark.parametrize("name", ["", "sks/toy toy", "a.b toy"])
+def test_a_word_to_learn_is_one_that_can_be_a_file(name: str) -> None:
+    assert problems({**STEPS, "adapter.new_tokens": 1, "data.name": name}) == [
+        "adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'"
+    ]

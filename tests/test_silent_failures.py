@@ -63,10 +63,10 @@ def loaded(settings: Config) -> tuple[Any, Any, Step, Any]:
     """Base, adapter, step and optimizer, as a run makes them."""
     info = families.describe(settings.model.base)
     family = families.load(info, torch.device("cpu"), torch.float32)
-    adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed)
+    adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed, trigger=settings.data.trigger)
     report = check.check(settings.data, info)
     encoded = encode(settings, family, adapter, report, lambda line, **_: None)
-    step = Step(family, adapter, encoded, settings.train, embed_anew=settings.adapter.train_text_encoder)
+    step = Step(family, adapter, encoded, settings.train, embed_anew=settings.adapter.trains_text)
     return family, adapter, step, optim.build(settings.optimizer, adapter.groups())
 
 
@@ -105,6 +105,7 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapter.dropout": (0.5, {}),
     "adapter.target_modules": ("linear", {}),
     "adapter.train_text_encoder": (True, {}),
+    "adapter.new_tokens": (2, {}),
     "optimizer.name": ("lion", {}),
     "optimizer.learning_rate": (2e-2, {}),
     "optimizer.text_encoder_learning_rate": (1e-3, TEXT),

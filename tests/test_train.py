@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lorakit import checkpoint, config, families, sample, train
+from lorakit import checkpoint, config, families, sample, snapshot, train
 from lorakit.data import cache
 from lorakit.errors import LorakitError
 from lorakit.step import Step
@@ -127,6 +127,44 @@ def test_every_method_trains_and_passes_its_check_with_text_encoder_and_convolut
         adapter__train_text_encoder=True,
     )
     assert {"kohya unet", "kohya text encoder"} <= {f.name for f in result.findings}
+
+
+def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
+    """Pivotal tuning on the bundled base: files for A1111, ComfyUI and diffusers, which the self-check has opened."""
+    result = run(
+        "pocket",
+        photos,
+        tmp_path / "run",
+        adapter__new_tokens=2,
+        train__steps=3,
+        train__holdout=0.0,
+        sample__prompts=("a photo of a sks toy",),
+        output__formats=("kohya", "diffusers", "peft"),
+    )
+    assert {f"{fmt} {part}" for fmt in result.exports for part in ("file", "unet", "text encoder")} <= {
+        finding.name for finding in result.findings
+    }
+    name = result.adapter.stem
+    embedding = load_file(result.folder / f"{name}-embedding" / "sks.safetensors")
+    bundle = load_file(result.folder / f"{name}-bundled.safetensors")
+    rows = embedding["emb_params"]
+    assert list(embedding) == ["emb_params"] and len(rows) == 2
+    assert torch.equal(bundle["bundle_emb.sks.string_to_param.*"], rows)
+    assert {key: t for key, t in bundle.items() if not key.startswith("bundle_emb.")}.keys() == load_file(
+        result.adapter
+    ).keys()
+    base = families.load(families.describe("pocket"), "cpu", torch.float32)
+    table = base.text_encoders["text_encoder"].get_input_embeddings().weight
+    ids = base.tokenizer("sks", add_special_tokens=False).input_ids
+    assert (rows != table[[ids[0], ids[1 % len(ids)]]]).any(1).all()
+
+    (path,) = sample.from_file(result.adapter, "pocket", ["a sks toy"], [1.0], config.SampleConfig(steps=1))[1:]
+    assert path.is_file()
+    last = snapshot.read(checkpoint.latest(result.folder / "checkpoints"))
+    assert torch.equal(last.tokens["sks"]["text_encoder"], rows)
+    (result.folder / f"{name}-embedding" / "sks.safetensors").unlink()
+    with pytest.raises(LorakitError, match=r"its embedding .*sks\.safetensors is not beside it: put it back"):
+        sample.recorded(result.adapter, {})
 
 
 @pytest.mark.parametrize("prior", ["images", "teacher"])

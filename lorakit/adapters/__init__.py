@@ -12,20 +12,21 @@ if TYPE_CHECKING:
 __all__ = ["apply", "attach", "slim"]
 
 
-def attach(target: Any, config: AdapterConfig, *, seed: int = 0) -> Adapter:
+def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = "") -> Adapter:
     """Put a new adapter into a base, ready to be trained; until it is, the base's output is unchanged to the bit.
 
     Args:
         target: a `families.Family`, or any Stable Diffusion pipeline of diffusers, whose modules are changed in place.
         config: method, rank and so on.
         seed: the first weights follow from it and from each layer's name, whatever else is adapted.
+        trigger: the word that `config.new_tokens` vectors are learned for.
 
     Raises:
         LorakitError: `target` is no such thing, already carries an adapter, or has none of the layers asked for.
     """
     from lorakit.adapters import adapter
 
-    return adapter.attach(target, config, seed=seed)
+    return adapter.attach(target, config, seed=seed, trigger=trigger)
 
 
 def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapter:

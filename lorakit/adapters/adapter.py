@@ -14,13 +14,16 @@ from torch import nn
 from lorakit import randomness, registry
 from lorakit.adapters import targets
 from lorakit.adapters.method import NAME, Method
+from lorakit.adapters.tokens import Token
 from lorakit.config import ADAPTER_SECTIONS, AdapterConfig
 from lorakit.errors import LorakitError
 from lorakit.weights import AdapterWeights, Layer, canonical, from_factors
 
 
-def attach(target: Any, config: AdapterConfig, *, seed: int = 0) -> Adapter:
+def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = "") -> Adapter:
     """See `lorakit.adapters.attach`."""
+    if config.new_tokens and not trigger:
+        raise LorakitError("adapter.new_tokens needs a word to learn: give a trigger")
     modules = _modules(target)
     paths = _layer_paths(modules)
     chosen = targets.select(paths, config.target_modules, config.train_text_encoder)
@@ -29,6 +32,8 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0) -> Adapter:
     layers = _inject(modules, {name: paths[name] for name in chosen}, config)
     adapter = Adapter(modules, layers, _family(target, modules), config.method, getattr(config, "dropout", 0.0))
     adapter.reset(seed)
+    if config.new_tokens:
+        adapter.add_tokens(trigger, _tokenizers(target), config.new_tokens)
     scale = getattr(target, "gradient_scale", 1.0)
     if scale != 1:
         for parameter in adapter.parameters().values():
@@ -60,6 +65,12 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     layers = _inject(modules, {name: paths[name] for name in weights.layers}, config)
     adapter = Adapter(modules, layers, family, method, 0.0)
     adapter.fill(weights)
+    try:
+        for word, vectors in weights.tokens.items():
+            adapter.add_tokens(word, _tokenizers(target), vectors=vectors)
+    except LorakitError:
+        adapter.detach()
+        raise
     for parameter in adapter.parameters().values():
         parameter.requires_grad_(False)
     adapter.set_strength(strength)
@@ -83,6 +94,7 @@ class Adapter:
         self._method: Method = registry.load(registry.ADAPTERS, method)
         self._scales = {name: self._method.scale(layer) for name, layer in layers.items()}
         self._off = False
+        self._word, self._tokens = "", dict[str, Token]()
         for layer in layers.values():
             layer.eval()
         self.set_strength(1)
@@ -93,14 +105,37 @@ class Adapter:
         for name, layer in self._layers.items():
             self._method.begin(layer, randomness.generator(seed, 0, f"adapter {name}"))
 
+    def add_tokens(
+        self,
+        word: str,
+        tokenizers: dict[str, Any],
+        count: int = 0,
+        vectors: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Give every text encoder vectors of its own for a word: `count` that begin as the word's own, or these.
+
+        Raises:
+            LorakitError: vectors for a second word, or of another width than the encoder's.
+        """
+        if self._tokens:
+            raise LorakitError(f"the adapter has vectors for {self._word!r} and {word!r}: only one word can be applied")
+        for part, tokenizer in tokenizers.items():
+            given = None if vectors is None else vectors.get(part)
+            width = self._modules[part].get_input_embeddings().weight.shape[1]
+            if vectors is not None and (given is None or given.shape[1] != width):
+                raise LorakitError(f"the embedding of {word!r} does not fit {part}: it is for another base")
+            self._tokens[part] = Token(self._modules[part], tokenizer, word, count, given)
+        self._word = word
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """`<canonical>.<factor>` -> float32 parameter, in the order of `layers`. Factors are what `weights` calls them:
-        `down`, `up`, `magnitude`; `hada_w1_a`, ...; `lokr_w1`, ..."""
-        return {
+        `down`, `up`, `magnitude`; `hada_w1_a`, ...; `lokr_w1`, ... Then `<component>.token`, the vectors of a word."""
+        found = {
             f"{name}.{factor}": parameter
             for name, layer in self._layers.items()
             for factor, parameter in self._method.factors(layer).items()
         }
+        return found | {f"{part}.token": token.vectors for part, token in self._tokens.items()}
 
     def groups(self) -> list[tuple[str, list[nn.Parameter]]]:
         """Parameters by component, for the optimizer: [("unet", [...]), ("text_encoder", [...]), ...]."""
@@ -145,7 +180,8 @@ class Adapter:
         for name, layer in self._layers.items():
             own = self._method.factors(layer) | self._method.constants(layer)
             layers[name] = from_factors({key: copy(tensor) for key, tensor in own.items()}, self._scales[name])
-        return AdapterWeights(self.family, self.method, layers)
+        tokens = {self._word: {part: copy(token.vectors) for part, token in self._tokens.items()}}
+        return AdapterWeights(self.family, self.method, layers, tokens=tokens if self._tokens else {})
 
     def load(self, weights: AdapterWeights) -> None:
         """Begin from another adapter's weights. A difference of scale is folded into one of the factors.
@@ -177,10 +213,24 @@ class Adapter:
             if rank != self._layers[name].r[NAME]:
                 raise LorakitError(f"the adapter to start from has rank {rank} in {name}: set adapter.rank = {rank}")
             raise LorakitError(f"the adapter to start from has another shape in {name}: it is of another base")
+        words = self._fitting_tokens(weights)
         with torch.no_grad():
             for name, factors in given.items():
                 for key, parameter in self._method.factors(self._layers[name]).items():
                     parameter.copy_(factors[key])
+            for part, vectors in words.items():
+                self._tokens[part].vectors.copy_(vectors)
+
+    def _fitting_tokens(self, weights: AdapterWeights) -> dict[str, torch.Tensor]:
+        """The vectors to start from; none, where the adapter to start from has none."""
+        for word, vectors in weights.tokens.items():
+            count = len(next(iter(vectors.values())))
+            if word != self._word or count != len(next(iter(self._tokens.values())).vectors):
+                raise LorakitError(
+                    f"the adapter to start from has {count} vectors for {word!r}: set adapter.new_tokens = {count} "
+                    f"and begin data.name with {word!r}"
+                )
+        return weights.tokens.get(self._word, {})
 
     def fill(self, weights: AdapterWeights) -> None:
         """Take factors of any rank and scale as they are; the layers must be these."""
@@ -209,6 +259,8 @@ class Adapter:
 
     def detach(self) -> None:
         """Take the adapter out; the base is as it was before `attach`."""
+        for token in self._tokens.values():
+            token.remove()
         own = set(self._layers.values())
         for module in self._modules.values():
             found = [(path, layer) for path, layer in module.named_modules() if layer in own]
@@ -233,6 +285,8 @@ class Adapter:
         self._off = off
         for layer in self._layers.values():
             layer.__dict__["_disable_adapters"] = off
+        for token in self._tokens.values():
+            token.off = off
 
 
 def _modules(target: Any) -> dict[str, Any]:
@@ -248,6 +302,13 @@ def _modules(target: Any) -> dict[str, Any]:
         if getattr(module, "peft_config", None):
             raise LorakitError(f"{component} already carries an adapter: take it out first (unload_lora_weights)")
     return modules
+
+
+def _tokenizers(target: Any) -> dict[str, Any]:
+    """Text encoder -> its tokenizer."""
+    parts = target.components if hasattr(target, "components") else target.pipeline().components
+    found = {name: parts.get(name.replace("text_encoder", "tokenizer")) for name in ("text_encoder", "text_encoder_2")}
+    return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
 
 
 def _family(target: Any, modules: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ from lorakit.export import keys
 if TYPE_CHECKING:
     from lorakit.weights import AdapterWeights
 
+# The words that an adapter has embeddings for, which lie beside it.
+WORDS = "lorakit.words"
 ALLOWED = frozenset(
     {
         *("ss_base_model_version", "ss_v2", "ss_network_module", "ss_network_dim", "ss_network_alpha"),
@@ -29,13 +31,13 @@ ALLOWED = frozenset(
         *("modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.title"),
         *("modelspec.date", "modelspec.resolution", "modelspec.prediction_type", "modelspec.trigger_phrase"),
         *("modelspec.encoder_layer", "modelspec.description", "modelspec.usage_hint"),
-        *("lorakit.version", "lorakit.family", "lorakit.method", "lorakit.layers_per_block"),
+        *("lorakit.version", "lorakit.family", "lorakit.method", "lorakit.layers_per_block", "lorakit.words"),
         *("lorakit.base", "lorakit.base_source", "lorakit.config"),
     }
 )
 # Made anew by every writer from the weights themselves, so never carried from one file to another.
 _OF_WEIGHTS = frozenset(
-    {"ss_network_module", "ss_network_dim", "ss_network_alpha", "lorakit.layers_per_block", "lorakit.method"}
+    {"ss_network_module", "ss_network_dim", "ss_network_alpha", "lorakit.layers_per_block", "lorakit.method", WORDS}
 )
 # Texts of the user's that the run needed and that readers of the adapter do not.
 _PRIVATE = {"data": ("instance_prompt", "class_prompt"), "sample": ("prompts", "negative_prompt")}
@@ -171,6 +173,8 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     }
     if lycoris:
         found["ss_network_args"] = json.dumps({"algo": first.method})
+    if weights.tokens:
+        found[WORDS] = " ".join(weights.tokens)
     per_block = keys.layers_per_block(weights.layers)
     if keys.SPELLINGS[weights.family].sgm and per_block != keys.DEFAULT_LAYERS_PER_BLOCK:
         found["lorakit.layers_per_block"] = str(per_block)

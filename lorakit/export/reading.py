@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from lorakit import modelfile
 from lorakit.errors import LorakitError
-from lorakit.export import identify, keys, lycoris
+from lorakit.export import embeddings, identify, keys, lycoris
 from lorakit.weights import AdapterWeights, AnyLayer, Kronecker, Layer
 
 Scaling = Mapping[str, Any]
@@ -57,8 +57,6 @@ def _read_file(path: Path) -> AdapterWeights:
         raise LorakitError(f"{path}: this is {identify.DESCRIPTIONS[what]}")
     if all(name.startswith(identify.PEFT_PREFIX) for name in head.tensors):
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
-    if any(name.startswith("bundle_emb.") for name in head.tensors):
-        raise LorakitError(f"{path}: has embeddings bundled in, which would be lost; take bundle_emb.* out first")
     try:
         told = json.loads(head.metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
@@ -67,7 +65,8 @@ def _read_file(path: Path) -> AdapterWeights:
         part: {key.removeprefix(f"{part}."): value for key, value in told.items() if key.startswith(f"{part}.")}
         for part in keys.COMPONENTS
     }
-    return _weights(path, load_file(path), head.metadata, scalings)
+    stored, tokens = embeddings.unbundle(load_file(path))
+    return _weights(path, stored, head.metadata, scalings, tokens)
 
 
 def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
@@ -96,6 +95,7 @@ def _weights(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str],
     scalings: Mapping[str, Scaling],
+    tokens: embeddings.Tokens | None = None,
 ) -> AdapterWeights:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     found = identify.modules(tensors, identify.layers_per_block(metadata))
@@ -120,7 +120,7 @@ def _weights(
         and not any("alpha" in module.parts for module in found.values())
     ):
         method = "lora"  # its scale is in the factors, where it is nobody's business any more
-    return AdapterWeights(family, method, layers, dict(metadata))
+    return AdapterWeights(family, method, layers, dict(metadata), tokens or embeddings.read(path, metadata))
 
 
 def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], scaling: Scaling) -> AnyLayer:

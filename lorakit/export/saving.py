@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from lorakit.errors import LorakitError
-from lorakit.export import factors, files, metadata as meta
+from lorakit.export import embeddings, factors, files, kohya, metadata as meta
 from lorakit.registry import EXPORTS, load
 from lorakit.weights import AdapterWeights
 
@@ -37,7 +37,8 @@ def save(
     """Export `weights` as `<folder>/<name>` in each of `formats`; returns format -> the file or folder written.
 
     A kohya file gets `<name>.json` beside it, which A1111 and InvokeAI read trigger words from, and `<name>.png` where
-    `preview` (PNG bytes) is given. Where `dtype` would turn numbers into 0 or infinity, float32 is written and said.
+    `preview` (PNG bytes) is given. A trained word gets its own files, see `embeddings`. Where `dtype` would turn
+    numbers into 0 or infinity, float32 is written and said.
 
     Raises:
         LorakitError: a method that a format cannot carry, a layer that is not portable or not finite, too little space.
@@ -58,6 +59,12 @@ def save(
         path = destination(Path(folder), name, fmt)
         writer.write(weights, path, dtype=dtype, metadata=metadata)
         written[fmt] = path
+    if weights.tokens:
+        embeddings.write(weights, embeddings.folder(Path(folder) / f"{name}.safetensors"), metadata)
+    if "kohya" in written and weights.tokens:
+        tensors = kohya.tensors(weights, dtype) | embeddings.bundled(weights.tokens)
+        bundle = Path(folder) / f"{name}-bundled.safetensors"
+        files.write_safetensors(bundle, tensors, meta.complete(weights, metadata))
     if "kohya" in written:
         text = json.dumps(meta.sidecar(meta.complete(weights, metadata)), indent=2, ensure_ascii=False)
         files.write_bytes(Path(folder) / f"{name}.json", text.encode())

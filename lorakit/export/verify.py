@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from lorakit import modelfile
 from lorakit.errors import LorakitError
-from lorakit.export import diffusers as diffusers_format, kohya, peft
+from lorakit.export import diffusers as diffusers_format, embeddings, kohya, peft
 from lorakit.export.identify import PEFT_MODEL
 from lorakit.export.reading import read
 from lorakit.weights import AdapterWeights, AnyLayer, Layer
@@ -65,7 +66,23 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
     for name, layer in stored.layers.items():
         if name not in weights.layers and bool(torch.count_nonzero(layer.delta())):
             findings.append(Finding(name, "in the file, but not trained"))
+    findings += [Finding(word, problem) for word, problem in embeddings.problems(stored.tokens, weights.tokens)]
+    bundle = Path(path).with_name(Path(path).name.replace(".safetensors", "-bundled.safetensors"))
+    if weights.tokens and "" in heads and any(name.startswith("lora_") for name in heads[""].tensors):
+        findings += _bundle_findings(bundle, load_file(Path(path)), weights)
     return findings
+
+
+def _bundle_findings(bundle: Path, plain: Mapping[str, torch.Tensor], weights: AdapterWeights) -> list[Finding]:
+    """The kohya file with the words in it: the same tensors, and the words."""
+    if not bundle.is_file():
+        return [Finding(bundle.name, "missing")]
+    own, words = embeddings.unbundle(load_file(bundle))
+    equal = own.keys() == plain.keys() and all(torch.equal(own[name], plain[name]) for name in own)
+    findings = [] if equal else [Finding(bundle.name, "its adapter is not that of the file beside it")]
+    return findings + [
+        Finding(f"{bundle.name} {word}", text) for word, text in embeddings.problems(words, weights.tokens)
+    ]
 
 
 def _headers(path: Path) -> dict[str, modelfile.Header]:

@@ -130,7 +130,6 @@ REFUSED = {
     f"{STEM} has no up factor": {DOWN: torch.ones(4, 8)},
     f"the factors of {STEM} do not fit together": {DOWN: torch.ones(4, 8), UP: torch.ones(8, 3)},
     f"the alpha of {STEM} is not one number": {**GOOD, f"{STEM}.alpha": torch.ones(2)},
-    "has embeddings bundled in": {**GOOD, "bundle_emb.sks.string_to_param.*": torch.ones(1, 768)},
     f"{STEM} is DoRA per output row": {**GOOD, f"{STEM}.dora_scale": torch.ones(8, 1)},
     "is there twice, the second time as lora_unet_middle_block_1_proj_in": {
         **GOOD,

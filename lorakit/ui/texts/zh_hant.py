@@ -181,6 +181,7 @@ KNOBS = {
         "attention:q、k、v、out;linear:注意力區塊的每一層;linear+conv:再加上 resnet 與取樣層。",
     ),
     "adapter.train_text_encoder": ("訓練文字編碼器", "也在文字編碼器中訓練 adapter。"),
+    "adapter.new_tokens": ("新詞向量數", "讓觸發詞成為自己的詞,所要學的向量個數(pivotal tuning)。"),
     "optimizer.name": ("最佳化器", "所用的最佳化器。"),
     "optimizer.learning_rate": ("學習率", "最高學習率(prodigy 則為倍率,通常為 1)。"),
     "optimizer.text_encoder_learning_rate": ("文字編碼器學習率", "用於文字編碼器的 adapter。未設定:相同。"),

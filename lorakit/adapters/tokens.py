@@ -1,0 +1,96 @@
+"""A trigger as a word of its own (textual inversion, Gal et al. 2022, arXiv 2208.01618), learned beside an adapter.
+
+Neither tokenizer nor text is touched. Where the tokens of the trigger stand, the text encoder is given the learned
+vectors instead, as many as there are, and the rest of the text moves up or down: what A1111 and ComfyUI do with an
+embedding of that name. Inside, the vectors have negative ids, which leaves CLIP's search for the end of the text (the
+largest id, or the first that ends it) as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Token:
+    """The vectors of one word in one text encoder.
+
+    Args:
+        encoder: the text encoder; it is changed until `remove`.
+        tokenizer: its tokenizer, which is only asked.
+        word: the trigger.
+        vectors: `[n, width]`; None: the word's own, over and over until there are `count`.
+    """
+
+    def __init__(self, encoder: Any, tokenizer: Any, word: str, count: int, vectors: torch.Tensor | None = None):
+        table = encoder.get_input_embeddings()
+        self.encoder, self.off = encoder, False
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        self.found, self.end = torch.tensor(ids, device=table.weight.device), int(tokenizer.eos_token_id)
+        if vectors is None:
+            vectors = table.weight.detach()[[ids[n % len(ids)] for n in range(count)]]
+        self.embedding = _Embedding(table, vectors)
+        encoder.set_input_embeddings(self.embedding)
+        self._hook = encoder.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    @property
+    def vectors(self) -> nn.Parameter:
+        """`[n, width]`, float32."""
+        return self.embedding.vectors
+
+    def remove(self) -> None:
+        """The encoder as it was."""
+        self._hook.remove()
+        self.encoder.set_input_embeddings(self.embedding.table)
+
+    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.off:
+            return None
+        ids = args[0] if args else kwargs["input_ids"]
+        ids = placed(ids, self.found.to(ids.device), len(self.vectors), self.end)
+        return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": ids})
+
+
+class _Embedding(nn.Module):
+    """A table of embeddings, and the vectors of ids -1, -2, ..."""
+
+    def __init__(self, table: nn.Embedding, vectors: torch.Tensor):
+        super().__init__()
+        self.table = table
+        self.vectors = nn.Parameter(vectors.detach().to(table.weight.device, torch.float32, copy=True))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[B, T]` -> `[B, T, width]`."""
+        known = self.table(ids.clamp(min=0))
+        learned = functional.embedding((-1 - ids).clamp(0, len(self.vectors) - 1), self.vectors)
+        return torch.where((ids < 0)[..., None], learned.to(known.dtype), known)
+
+
+def placed(ids: torch.Tensor, found: torch.Tensor, count: int, end: int) -> torch.Tensor:
+    """Token ids with -1, -2, ..., -count wherever the ids `found` stand in a row. Nothing is read back from the device.
+
+    Args:
+        ids: `[B, T]`, padded with the token that stands last; texts that grow too long are cut and still end.
+        found: `[k]`.
+        end: id of the token that ends a text.
+    """
+    length, wide = ids.shape[1], ids.shape[1] * max(1, count)
+    start = torch.zeros_like(ids, dtype=torch.bool)
+    rows = ids.unfold(1, len(found), 1)
+    start[:, : rows.shape[1]] = (rows == found).all(-1)
+    inside = start.clone()
+    for step in range(1, len(found)):
+        inside[:, step:] |= start[:, :-step]
+    sizes = torch.where(start, count, torch.where(inside, 0, 1))
+    places = sizes.cumsum(1) - sizes
+    # One column more than is ever read takes what is left out.
+    made = ids[:, -1:].repeat(1, wide + 1)
+    made.scatter_(1, torch.where(inside, wide, places), ids)
+    for number in range(count):
+        made.scatter_(1, torch.where(start, places + number, wide), torch.full_like(ids, -1 - number))
+    made = made[:, :length]
+    ended = (made == end).any(1, keepdim=True)
+    return torch.cat([made[:, :-1], torch.where(ended, made[:, -1:], end)], dim=1)
