@@ -10,7 +10,7 @@ import whole
 from PIL import Image
 from safetensors.torch import load_file
 
-from lorakit import checkpoint, config, export, families, objective, sample, train
+from lorakit import checkpoint, cli, config, export, families, objective, sample, train
 from lorakit.config import ModelConfig
 from lorakit.run_folder import RunFolder
 from lorakit.train import Stopped
@@ -87,6 +87,19 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
         for name, layer in weights.layers.items():
             torch.testing.assert_close(layer.delta(), first[name].delta(), rtol=1e-6, atol=1e-8)
     assert "prediction type: epsilon, as nothing in the file says otherwise" in said(tmp_path / "run")
+    # `lorakit sample` draws the run's last picture again.
+    drawn = tmp_path / "drawn"
+    given = [
+        "--base",
+        str(base),
+        "--set",
+        f"model.tokenizer={tmp_path / 'base'}",
+        "--set",
+        "sample.prompts=a photo of sks toy",
+    ]
+    assert cli.main(["sample", str(result.adapter), *given, "--output", str(drawn)]) == 0
+    (last,) = (tmp_path / "run" / "samples" / "step-000002").glob("*.png")
+    assert np.array_equal(*(np.asarray(Image.open(path)) for path in (drawn / "01-strength-1.png", last)))
     straight = train.train(options(base, tmp_path / "base", photos, tmp_path / "straight", **size))
     one, two = load_file(straight.adapter), load_file(result.adapter)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
