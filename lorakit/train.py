@@ -192,7 +192,9 @@ class _Run:
         config = self.config
         self.device = memory.device(config.memory)
         self.dtype = memory.dtype(config.memory, self.device)
-        self.say(f"device: {self.device}, base in {str(self.dtype).removeprefix('torch.')}, adapter in float32")
+        storage = config.memory.base_storage
+        kept = "" if storage == "full" else f" (the UNet's weights kept in {storage})"
+        self.say(f"device: {self.device}, base in {str(self.dtype).removeprefix('torch.')}{kept}, adapter in float32")
         self.family = families.load(self.info, self.device, self.dtype, config.memory.base_storage)
         self.say(memory.attention(config.memory, self.family))
 

@@ -316,6 +316,17 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_sd1, photos, tmp_path, mo
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_base_in_few_bits_is_trained_on_said_and_checked_against(tiny_sd1, photos, tmp_path):
+    full = run(tiny_sd1, photos, tmp_path / "full")
+    small = run(tiny_sd1, photos, tmp_path / "small", memory__base_storage="nf4")
+    said = [event["message"] for event in events(tmp_path / "small", "message")]
+    assert "device: cpu, base in float32 (the UNet's weights kept in nf4), adapter in float32" in said
+    assert all(finding.passed for finding in small.findings)
+    ups = [load_file(result.adapter) for result in (full, small)]
+    off = [torch.dist(ups[0][name], ups[1][name]) / ups[0][name].norm() for name in ups[0] if "lora_up" in name]
+    assert 1e-4 < torch.stack(off).mean() < 1
+
+
 def test_too_little_memory_before_the_first_step_is_told_too(tiny_sd1, photos, tmp_path, monkeypatch):
     def full(*given, **named):
         raise torch.OutOfMemoryError
