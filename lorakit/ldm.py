@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 UNET = "model.diffusion_model."
-# Family -> component -> what stands before its tensors' names. Where there are several, the first is the usual one.
+# Family -> component -> what stands before its tensors' names. Where there are several, the first is the usual one; the
+# last component's tells the family.
 PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
-    "sd1": {"unet": (UNET,), "vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.transformer.",)},
-    "sd2": {
-        "unet": (UNET,),
-        "vae": ("first_stage_model.",),
-        "text_encoder": ("cond_stage_model.model.", "conditioner.embedders.0.model."),
-    },
     "sdxl": {
         "unet": (UNET,),
         "vae": ("first_stage_model.",),
         "text_encoder": ("conditioner.embedders.0.transformer.",),
         "text_encoder_2": ("conditioner.embedders.1.model.",),
     },
+    "sd2": {
+        "unet": (UNET,),
+        "vae": ("first_stage_model.",),
+        "text_encoder": ("cond_stage_model.model.", "conditioner.embedders.0.model."),
+    },
+    "sd1": {"unet": (UNET,), "vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.transformer.",)},
 }
 # Text encoders under OpenCLIP's names; the others have those of transformers.
 OPENCLIP = {("sd2", "text_encoder"), ("sdxl", "text_encoder_2")}
@@ -45,6 +46,8 @@ UNUSED = {("sd2", "text_encoder")}
 USED_LAYERS = 23
 # Tensors that no module of diffusers has: buffers, and what only CLIP's own training needs.
 NOT_WEIGHTS = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask)$")
+# Families that were published in two kinds, with the same keys and shapes, that predict different things.
+TWO_KINDS = {"sd2"}
 # What stands before the weights' moving average, which is of training and of no use here.
 AVERAGE = "model_ema."
 
@@ -274,7 +277,7 @@ def prediction(header: modelfile.Header, family: str) -> Prediction:
             return Prediction(kind, "ztsnr" in shapes, f"as its metadata says ({said})", certain=True)
     if "768-v" in told.get("modelspec.architecture", ""):
         return Prediction("v_prediction", False, "as its metadata says (768-v)", certain=True)
-    if family != "sd2" or shapes[f"{UNET}input_blocks.0.0.weight"][1] != 4:
+    if family not in TWO_KINDS or shapes[f"{UNET}input_blocks.0.0.weight"][1] != 4:
         return Prediction("epsilon", False, "as nothing in the file says otherwise", certain=False)
     # Of the released models, those that predict v have this bias spread wider.
     pattern = rf"{re.escape(UNET)}output_blocks\.(\d+)\.1\.transformer_blocks\.0\.norm1\.bias"
@@ -287,7 +290,7 @@ def prediction(header: modelfile.Header, family: str) -> Prediction:
 
 
 _OTHERS = {
-    f"{UNET}joint_blocks.": "a Stable Diffusion 3 model in a single file: give its folder in diffusers layout",
+    f"{UNET}joint_blocks.": "a Stable Diffusion 3 model",
     f"{UNET}double_blocks.": "a FLUX model",
     "noise_augmentor.": "an unCLIP model, which draws from pictures",
     "edm_": "trained with EDM's noise (Playground, CosXL), which lorakit does not do",
@@ -299,10 +302,10 @@ def _family(shapes: Shapes, name: str) -> str:
         if any(key.startswith(start) for key in shapes):
             raise LorakitError(f"{name} is {what}; lorakit trains Stable Diffusion 1.x, 2.x and XL")
     sized = f"{UNET}label_emb.0.0.weight" in shapes
-    for family in ("sdxl", "sd2", "sd1"):
-        prefixes = PREFIXES[family]["text_encoder_2" if family == "sdxl" else "text_encoder"]
-        if any(key.startswith(prefixes) for key in shapes):
-            if sized and family == "sd2":
+    for family, prefixes in PREFIXES.items():
+        last = list(prefixes.values())[-1]
+        if any(key.startswith(last) for key in shapes):
+            if sized and "text_encoder_2" not in prefixes:
                 raise LorakitError(f"{name} is SDXL's refiner, which no adapter is trained on: give the SDXL base")
             return family
     raise LorakitError(f"{name} lacks its text encoder (cond_stage_model.*, conditioner.*): get the whole checkpoint")
