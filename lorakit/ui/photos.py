@@ -174,12 +174,14 @@ class PhotosPage:
             return [widgets.quiet(say("photos.empty")), *nothing]
         try:
             found = folder.scan(self.desk.roots.resolve(path)).photos
+            count = len(found)
+            first = min(max(0, first), (count - 1) // PAGE * PAGE)
+            last = min(first + PAGE, count)
+            # Before the check begins, which takes every core.
+            self.desk.thumbnails.several([photo.path for photo in found[first:last]])
             report = self._report(config, wait=False)
         except LorakitError as problem:
             return [widgets.problem(str(problem)), *nothing]
-        count = len(found)
-        first = min(max(0, first), (count - 1) // PAGE * PAGE)
-        last = min(first + PAGE, count)
         return [
             summary(report, count, say),
             cards(self.desk, found[first:last], report, config, say),
