@@ -66,7 +66,7 @@ def demo(
     settings = {
         "data.folder": str(folder / "photos"),
         "data.name": f"{TRIGGER} {noun}",
-        "sample.prompts": tuple(f"a photo of {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}" for scene in UNSEEN),
+        "sample.prompts": tuple(f"a photo of a {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}" for scene in UNSEEN),
         "output.folder": str(folder / "run"),
     }
     config = configuration.load("subject-pocket", settings | dict(overrides or {}))
@@ -104,7 +104,7 @@ def write_photos(subject: str, folder: Path) -> Path:
     noun = subjects.SUBJECTS[subject].kind
     for number, (image, scene) in enumerate(subjects.photos(subject, PHOTOS, seed=0, scenes=seen), start=1):
         image.save(folder / f"{number:02}.png")
-        text = f"a photo of {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}"
+        text = f"a photo of a {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}"
         (folder / f"{number:02}.txt").write_text(text + "\n", encoding="utf-8")
     return folder
 
