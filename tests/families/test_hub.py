@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import hub_server
+import numpy as np
 import pytest
 from hub_server import COMMIT
+from PIL import Image
 
-from lorakit import families
+from lorakit import config, export, families, train
 from lorakit.config import ModelConfig
 from lorakit.errors import LorakitError
 from lorakit.families import hub
@@ -95,6 +97,30 @@ def test_what_a_run_began_with_stays_when_the_branch_moves_on(cache: Path, tmp_p
     pinned = families.pin(ModelConfig(base="org/tiny"))
     (cache / "refs" / "main").write_text("f" * 40)
     assert families.describe(pinned).source == f"org/tiny@{COMMIT}"
+
+
+def test_a_run_is_pinned_and_its_adapter_says_on_what_it_was_trained(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        picture = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "photos" / f"{number}.png")
+    options = {
+        "model.base": "org/tiny",
+        "data.folder": str(tmp_path / "photos"),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "optimizer.learning_rate": 1e-2,
+        "train.steps": 1,
+        "sample.steps": 1,
+        "sample.prompts": ("a photo of sks toy",),
+        "memory.device": "cpu",
+        "output.folder": str(tmp_path / "run"),
+    }
+    result = train.train(config.load(None, options))
+    assert config.load(tmp_path / "run" / "config.toml").model.base == f"org/tiny@{COMMIT}"
+    told = export.read(result.adapter).metadata
+    assert told["lorakit.base_source"] == f"org/tiny@{COMMIT}"
+    assert "org/tiny" not in told["lorakit.config"]
 
 
 # -- the network: a hub on this machine -----------------------------------------------------------------------------
