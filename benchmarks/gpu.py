@@ -61,7 +61,7 @@ def main() -> None:
 def case(kind: str, batch: int, asked: Any, device: torch.device, peak: float) -> list[common.Row]:
     """All loops on one model and batch size."""
     small = device.type == "cpu"
-    width, side = (32, 8) if small else (None, SIDES[kind])
+    width, side = (16, 8) if small else (None, SIDES[kind])
     title = f"{kind} {'narrow' if small else f'{8 * side} px'} batch {batch}"
     rounds, steps = (2, 1) if small else (3, 4) if asked.quick else (7, 8)
     times: dict[str, list[float]] = {}
@@ -74,7 +74,7 @@ def case(kind: str, batch: int, asked: Any, device: torch.device, peak: float) -
         loop(1)
         wait(device)
         preparations[name] = time.perf_counter() - start
-        loop(2)
+        loop(1 if small else 2)
         wait(device)
         if device.type == "cuda":
             # With its own model alone on the card, other loops' models counted off.

@@ -1,47 +1,53 @@
 """The scripts that measure run from end to end, on the smallest of models."""
 
 import json
-import subprocess
 import sys
+from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-def rows_of(file: Path) -> dict[str, dict]:
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    assert all(set(row) == {"name", "value", "unit", "ratio"} for row in rows)
-    return {row["name"]: row for row in rows}
-
-
-def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> Any:
+    """A script as a module, with the command line that it will read."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    return import_module(name)
 
 
 @pytest.mark.slow
-def test_the_gpus_script_runs_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(tmp_path: Path) -> None:
+def test_the_gpus_script_runs_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, picture = tmp_path / "rows.json", tmp_path / "rows.png"
-    printed = run("gpu.py", "--device", "cpu", "--quick", "--only", "sd15", "--json", str(file))
-    rows = rows_of(file)
+    script(monkeypatch, "gpu", "--device", "cpu", "--quick", "--only", "sd15", "--json", str(file)).main()
+    printed, rows = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))
+    assert all(set(row) == {"name", "value", "unit", "ratio"} for row in rows)
+    named = {row["name"]: row for row in rows}
     for loop in ("script", "peft", "lorakit"):
-        assert rows[f"sd15 narrow batch 1 {loop} step"]["value"] > 0 and f"{loop} rate" in printed
-    run("plot.py", str(file), "--output", str(picture), "--unit", "ms")
+        assert named[f"sd15 narrow batch 1 {loop} step"]["value"] > 0 and f"{loop} rate" in printed
+    script(monkeypatch, "plot", str(file), "--output", str(picture), "--unit", "ms").main()
     with Image.open(picture) as drawn:
         assert drawn.width > 400 and len(drawn.getcolors(2**24) or []) > 2
 
 
-@pytest.mark.slow
-def test_a_step_has_at_most_three_fifths_of_the_plain_loops_operations(tmp_path: Path) -> None:
+def test_a_step_has_at_most_three_fifths_of_the_plain_loops_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = script(monkeypatch, "host")
+    plain, ours = host.counted("sd15", Namespace(width=16, side=8, rank=4))
+    assert plain["name"] == "sd15 peft, autocast operations" and ours["name"] == "sd15 lorakit operations"
+    assert ours["value"] <= 0.6 * plain["value"] and ours["ratio"] == pytest.approx(plain["value"] / ours["value"])
+
+
+def test_a_picture_without_rows_of_the_unit_says_which_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "rows.json"
-    run("host.py", "--only", "sd15", "--quick", "--rounds", "3", "--width", "16", "--json", str(file))
-    rows = rows_of(file)
-    plain, ours = (rows[f"sd15 {name} operations"]["value"] for name in ("peft, autocast", "lorakit"))
-    assert ours <= 0.6 * plain and rows["sd15 lorakit operations"]["ratio"] == pytest.approx(plain / ours)
-    whole = rows["sd15 bf16 peft, autocast step"]["value"]
-    assert rows["sd15 bf16 lorakit, outside the graph step"]["value"] <= 0.5 * whole
+    file.write_text('[{"name": "a", "value": 1.0, "unit": "ms", "ratio": null}]', encoding="utf-8")
+    plot = script(monkeypatch, "plot", str(file), "--output", str(tmp_path / "x.png"), "--unit", "GiB")
+    with pytest.raises(SystemExit, match="no row is in 'GiB'; units: ms"):
+        plot.main()

@@ -19,6 +19,9 @@ from torch.nn import functional
 from lorakit.adapters import fused
 from lorakit.products import frozen_linear, linear
 
+# Keys up to which attention in half precision is computed in float32 on a CPU.
+SHORT = 512
+
 
 def slim(unet: nn.Module) -> None:
     """Let the blocks of a UNet compute as this file has it, its adapter, if any, being attached already."""
@@ -177,9 +180,9 @@ _NAME = "default"
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt d) v, `[B, heads, T, d]`. On a CPU the backward pass of torch's kernel takes ten times as
-    long in half precision as in float32, which it computes in anyway."""
-    if query.device.type == "cpu" and query.dtype is not torch.float32:
+    """softmax(q k^T / sqrt d) v, `[B, heads, T, d]`. On a CPU torch's kernels for half precision take up to ten times
+    as long as those for float32 where the sequence is short, and less where it is long."""
+    if query.device.type == "cpu" and query.dtype is not torch.float32 and key.shape[-2] <= SHORT:
         made = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
         return made.to(query.dtype)
     return functional.scaled_dot_product_attention(query, key, value)
