@@ -173,10 +173,10 @@ def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.T
     """Name and tensor, on the CPU, one at a time in the order in which they lie in the file.
 
     They are read, not mapped: memory holds no more than what the caller keeps, and a file that is replaced meanwhile
-    is a wrong number at the worst, not the end of the process.
+    does not end the process.
 
     Raises:
-        LorakitError: a tensor in a dtype that torch does not have.
+        LorakitError: a tensor in a dtype that torch does not have, or the file is shorter than it was.
     """
     import torch
 
@@ -188,5 +188,6 @@ def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.T
             # Torch's own memory is aligned as its kernels like it.
             raw = torch.empty(info.end - info.start, dtype=torch.uint8)
             file.seek(info.start)
-            file.readinto(raw.numpy().data)
+            if file.readinto(raw.numpy().data) < len(raw):
+                raise LorakitError(f"{header.path}: became shorter while it was read: start again")
             yield name, raw.view(getattr(torch, DTYPES[info.dtype])).reshape(info.shape)

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorakit import modelfile
+from lorakit.errors import LorakitError
 
 
 def test_header_is_what_was_saved(tmp_path):
@@ -57,3 +58,36 @@ def test_kinds(names, expected):
 def test_an_embedding_named_after_its_token():
     assert modelfile.kind({"sks": (2, 768)}) == "embedding"
     assert modelfile.kind({"sks": (2, 100)}) == "unknown"
+
+
+def test_tensors_are_those_of_the_library_in_the_file_s_order(tmp_path):
+    dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.uint8]
+    made = {f"t{number}": torch.arange(6).reshape(2, 3).to(dtype) for number, dtype in enumerate(dtypes)}
+    made |= {"none": torch.zeros(0), "one": torch.tensor(2.5)}
+    save_file(made, tmp_path / "x.safetensors")
+    head = modelfile.read(tmp_path / "x.safetensors")
+    found = dict(modelfile.tensors(head, made))
+    assert list(found) == sorted(made, key=lambda name: head.tensors[name].start)
+    for name, tensor in made.items():
+        assert found[name].dtype is tensor.dtype and torch.equal(found[name].float(), tensor.float()), name
+        assert modelfile.dtype_name(tensor) == head.tensors[name].dtype
+
+
+def test_a_file_that_shrinks_or_has_a_dtype_of_tomorrow_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(1000)}, path)
+    head = modelfile.read(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(LorakitError, match="became shorter while it was read: start again"):
+        list(modelfile.tensors(head, ["a"]))
+    known = modelfile.TensorInfo("F3", (1000,), head.tensors["a"].start, head.tensors["a"].end)
+    head = modelfile.Header(path, {"a": known}, {}, head.data_start)
+    with pytest.raises(LorakitError, match="a is in F3, which cannot be read here"):
+        list(modelfile.tensors(head, ["a"]))
+
+
+def test_values_of_a_whole_tensor(tmp_path):
+    made = {"h": torch.tensor([0.5, -2.0]), "b": torch.tensor([1.5, 3.0]).bfloat16(), "u": torch.tensor([1, 2]).byte()}
+    save_file(made, tmp_path / "x.safetensors")
+    head = modelfile.read(tmp_path / "x.safetensors")
+    assert [modelfile.values(head, name) for name in ("h", "b", "u")] == [[0.5, -2.0], [1.5, 3.0], []]
