@@ -1,7 +1,7 @@
 """LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098): PEFT's layers, whose maths and names are LyCORIS'.
 
 delta W = alpha / rank * (w1_a w1_b) * (w2_a w2_b), element by element, so of a rank up to rank * rank. It is made for
-each product and dropped.
+each product and dropped, in training twice: slower than LoRA.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoHaConfig as PeftConfig
 
-from lorakit.adapters.method import NAME, Factors, Method, parameter
+from lorakit.adapters.method import NAME, Factors, Method, made_anew, parameter
 from lorakit.config import LohaConfig
 from lorakit.weights import AnyLayer
 
@@ -28,6 +28,7 @@ def peft(config: LohaConfig, modules: list[str]) -> PeftConfig:
 
 def begin(layer: Any, draw: torch.Generator) -> None:
     """Normal numbers as LyCORIS has them."""
+    made_anew(layer)
     for part, spread in SPREAD.items():
         shape = getattr(layer, part)[NAME].shape
         getattr(layer, part)[NAME] = parameter(torch.empty(shape).normal_(generator=draw) * spread, layer)

@@ -2,7 +2,7 @@
 
 delta W = scale * kron(w1, w2), the layer's rows and columns each cut into two numbers as equal as can be. w1, the
 smaller, is whole; w2 is a product of two where the rank is below half its larger side, else whole too. The scale is
-alpha / rank, and 1 where w2 is whole. delta W is made for each product and dropped.
+alpha / rank, and 1 where w2 is whole. delta W is made for each product and dropped, in training twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoKrConfig as PeftConfig
 
-from lorakit.adapters.method import NAME, Factors, Method, parameter, uniform
+from lorakit.adapters.method import NAME, Factors, Method, made_anew, parameter, uniform
 from lorakit.config import LokrConfig
 from lorakit.weights import AnyLayer
 
@@ -27,6 +27,7 @@ def peft(config: LokrConfig, modules: list[str]) -> PeftConfig:
 
 def begin(layer: Any, draw: torch.Generator) -> None:
     """As LyCORIS: zeros in w2 or its second factor, uniform numbers in the rest."""
+    made_anew(layer)
     for part, weight in factors(layer).items():
         still = part in ("lokr_w2", "lokr_w2_b")
         first = torch.zeros(weight.shape) if still else uniform(weight.shape, draw)

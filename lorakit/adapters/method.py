@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lorakit.weights import AnyLayer
 
@@ -50,3 +52,10 @@ def uniform(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
     """Uniform as `nn.Linear` begins (Kaiming, a = sqrt 5): within one by the square root of a row's length."""
     bound = 1 / math.sqrt(shape[1:].numel())
     return torch.empty(shape).uniform_(-bound, bound, generator=draw)
+
+
+def made_anew(layer: Any) -> None:
+    """Let a layer that makes delta W whole do so once more for the backward pass, rather than keep it until then: kept
+    for all layers it would take as much memory as the base in float32."""
+    compute = functools.partial(type(layer)._get_delta_activations, layer)
+    layer._get_delta_activations = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)

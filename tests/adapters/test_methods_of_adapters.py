@@ -11,6 +11,7 @@ from lorakit import adapters
 from lorakit.adapters import targets
 from lorakit.config import LohaConfig, LokrConfig, LoraConfig, PissaConfig
 from lorakit.errors import LorakitError
+from lorakit.plan import count_weights
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -19,6 +20,13 @@ def test_as_many_numbers_are_trained_as_are_announced(sd1: Any, attach: Any, met
     adapter = attach(sd1, config)
     announced = sum(targets.trained(config, sd1.info.layers[name]) for name in adapter.layers)
     assert sum(parameter.numel() for parameter in adapter.parameters().values()) == announced
+
+
+def test_vectors_of_a_word_are_announced(sd1: Any, attach: Any) -> None:
+    config = LoraConfig(rank=2, new_tokens=3)
+    adapter = attach(sd1, config, trigger="sks")
+    assert count_weights([*adapter.layers], sd1.info.layers, config) == adapter.describe()
+    assert adapter.describe()["text_encoder"] == (0, 3 * 32)
 
 
 def test_pissa_begins_as_the_principal_part_of_the_weight(sd1: Any, attach: Any) -> None:
@@ -105,3 +113,18 @@ def test_a_whole_lokr_has_no_scale(sd1: Any, attach: Any) -> None:
 def test_peft_knows_what_it_holds(sd1: Any, attach: Any, config: Any, kind: str) -> None:
     attach(sd1, config(rank=4, alpha=2.0))
     assert sd1.unet.peft_config["default"].peft_type == kind
+
+
+@pytest.mark.parametrize("config", [LohaConfig, LokrConfig])
+@pytest.mark.parametrize("conv", [False, True])
+def test_no_delta_is_kept_for_the_backward_pass(sd1: Any, attach: Any, config: Any, conv: bool) -> None:
+    attach(sd1, config(rank=2, target_modules="linear+conv"))
+    block = sd1.unet.mid_block
+    layer = block.resnets[0].conv1 if conv else block.attentions[0].transformer_blocks[0].attn1.to_q
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        output = layer(torch.randn((2, 64, 8, 8) if conv else (2, 16, 64)))
+    assert layer.base_layer.weight.shape not in kept
+    output.sum().backward()
+    named = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+    assert any(grad is not None and bool(grad.any()) for grad in named.values())
