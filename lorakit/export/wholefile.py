@@ -21,6 +21,9 @@ from lorakit.weights import AdapterWeights, canonical
 
 # Of a base's metadata, what is not true of the merged one.
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+# What early diffusers called the parts of the autoencoder's attention; SD1.5's own repository still does.
+_OLD_ATTENTION = re.compile(r"\.attentions\.0\.(query|key|value|proj_attn)\.")
+_OLD_WORDS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _RESBLOCK = re.compile(r"\.resblocks\.(\d+)\.")
 
 
@@ -55,13 +58,13 @@ def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1
     single = output.suffix == ".safetensors"
     if base.slots is None and not single:
         return merging.merge(weights, base.path, output, strength)
-    _require_layers(weights, base)
     room = next(parent for parent in output.absolute().parents if parent.is_dir())
     own = [base.path] if base.path.is_file() else base.path.rglob("*.safetensors")
     files.require_space(room, sum(file.stat().st_size for file in own))
     merger = _Merger(weights, strength)
     if base.slots is None:
         return _folder_to_file(base, output, merger)
+    merger.require(base.slots)
     header = modelfile.read(base.path)
     if single:
         return _file_to_file(header, base.slots, output, merger)
@@ -79,6 +82,12 @@ class _Merger:
         name = canonical(component, tensor.removesuffix(".weight"))
         return name if tensor.endswith(".weight") and name in self.layers else None
 
+    def require(self, parts: Mapping[str, Iterable[str]]) -> None:
+        """Raise LorakitError where a layer of the adapter is not among the tensors of the base."""
+        there = {self.name(part, tensor) for part, tensors in parts.items() for tensor in tensors}
+        if missing := self.layers.keys() - there:
+            raise LorakitError(f"the base has no layer {min(missing)}; the adapter is for another base")
+
     def __call__(self, component: str, tensor: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight with its adapter inside, in its own dtype; others as they are."""
         name = self.name(component, tensor)
@@ -88,15 +97,6 @@ class _Merger:
             return merging.merged(weight, self.layers[name], self.strength).to(weight.dtype)
         except RuntimeError:
             raise LorakitError(f"{name} has another shape in the base; the adapter is for another base") from None
-
-
-def _require_layers(weights: AdapterWeights, base: Base) -> None:
-    if base.slots is None:
-        return
-    there = {canonical(part, name.removesuffix(".weight")) for part, slots in base.slots.items() for name in slots}
-    missing = weights.layers.keys() - there
-    if missing:
-        raise LorakitError(f"the base has no layer {min(missing)}; the adapter is for another base")
 
 
 def _file_to_file(
@@ -128,9 +128,7 @@ def _folder_to_file(base: Base, output: Path, merger: _Merger) -> Path:
         part: {_portable(part, name): head.tensors[name].shape for head in heads for name in head.tensors}
         for part, heads in sources.items()
     }
-    found = {canonical(part, name.removesuffix(".weight")) for part, known in shapes.items() for name in known}
-    if missing := merger.layers.keys() - found:
-        raise LorakitError(f"the base has no layer {min(missing)}; the adapter is for another base")
+    merger.require(shapes)
     placed = ldm.place(base.family, shapes)
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     plans: list[tuple[str, list[str]]] = []
@@ -217,7 +215,10 @@ def _loaded(part: str, heads: Iterable[modelfile.Header], merger: _Merger) -> It
 
 
 def _portable(part: str, name: str) -> str:
-    """A tensor's name with CLIP's `text_model.` in it."""
+    """A tensor's name as today's diffusers has it: with CLIP's `text_model.`, and without the VAE's old words."""
+    old = _OLD_ATTENTION.search(name)
+    if part == "vae" and old:
+        return name.replace(old[0], f".attentions.0.{_OLD_WORDS[old[1]]}.")
     return canonical(part, name).removeprefix(f"{part}.")
 
 

@@ -10,7 +10,7 @@ import pytest
 import random_adapters
 import torch
 import whole
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lorakit import adapters, cli, export, families, ldm, modelfile
 from lorakit.config import ModelConfig
@@ -127,6 +127,25 @@ def test_layouts_change_on_the_way_and_the_weights_are_the_same(
         assert bool(unused) == (family == "sd2")
     for key in expected.keys() & found.keys() - unused:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-6, atol=1e-7, msg=key)
+
+
+def test_an_autoencoder_under_its_old_names_is_written_all_the_same(made: Any, tmp_path: Path) -> None:
+    """The VAE of SD1.5's own repository has query, key, value and proj_attn."""
+    folder = shutil.copytree(made["sd1"][0], tmp_path / "old")
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in load_file(path).items():
+        for word, before in old.items():
+            name = name.replace(f".attentions.0.{word}.", f".attentions.0.{before}.")
+        renamed[name] = tensor
+    assert sum("proj_attn" in name for name in renamed) == 4
+    save_file(renamed, path, metadata={"format": "pt"})
+    info = families.describe(folder)
+    written = load_file(wholefile.merge(weights_for(info), info, tmp_path / "new.safetensors"))
+    expected = load_file(made["sd1"][1])
+    vae = [name for name in expected if name.startswith("first_stage_model.")]
+    assert vae and all(torch.equal(written[name], expected[name]) for name in vae)
 
 
 def test_v_prediction_stays_known_in_the_file(tmp_path: Path) -> None:
