@@ -68,7 +68,9 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
         return {"encoding": encoding, "training": sum(step.values()), "samples": samples}
     width = _width(config, device)
     unet, texts = _unet(config, info, width), sum(_encoders(info, width).values())
-    pictures = info.bytes.get("vae", VAE_BYTES) + (BY_STRIPS if device == "cuda" else DECODING) * pixels
+    # On disk the autoencoder may be in half precision; it never is in memory.
+    vae = info.bytes.get("vae", VAE_BYTES) * (2 if info.variants.get("vae") else 1)
+    pictures = vae + (BY_STRIPS if device == "cuda" else DECODING) * pixels
     # Class images are drawn with everything there; samples once their texts are embedded.
     encoding = unet + texts + pictures if config.train.prior == "images" else max(texts, pictures)
     return {

@@ -23,6 +23,7 @@ class Info:
     downscale: int = 8
     max_tokens: int = 77
     bytes: dict[str, int] = field(default_factory=lambda: {"vae": footprint.VAE_BYTES})
+    variants: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with gzip.open(KEYS / f"{self.name}.tsv.gz", "rt", encoding="utf-8") as file:
@@ -93,6 +94,15 @@ def test_encoding_and_samples_have_peaks_of_their_own() -> None:
     assert found["samples"] / GIB == pytest.approx(3.75, abs=0.05)
     drawn = chosen(1024, train__prior="images", **saving)
     assert footprint.peaks(drawn, info, trained(drawn, info), "cuda")["encoding"] > found["encoding"] + 1.2 * GIB
+
+
+def test_an_autoencoder_in_half_precision_on_disk_is_whole_in_memory() -> None:
+    settings = chosen(4096)
+    whole, half = Info("sd15"), Info("sd15")
+    half.bytes["vae"] //= 2
+    half.variants["vae"] = "fp16"
+    found = [footprint.peaks(settings, info, trained(settings, info), "cuda")["encoding"] for info in (whole, half)]
+    assert found[0] == found[1]
 
 
 def test_on_a_cpu_everything_stays_and_pictures_are_whole() -> None:

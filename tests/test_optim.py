@@ -3,6 +3,8 @@
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,6 +187,13 @@ def test_a_missing_package_is_named_with_its_extra(
     with pytest.raises(LorakitError) as caught:
         optim.build(OptimizerConfig(name=name), [("unet", parameters(1))])
     assert str(caught.value) == f"this optimizer needs {package}: pip install 'lorakit[{extra}]'"
+
+
+def test_paged_state_on_a_card_without_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    on_a_card: list[dict[str, Any]] = [{"params": [SimpleNamespace(device=torch.device("cuda"))]}]
+    with pytest.raises(LorakitError, match=r"needs bitsandbytes: pip install 'lorakit\[bnb\]'"):
+        optim.paged_adamw8bit(on_a_card, OptimizerConfig(name="paged_adamw8bit"))
 
 
 def test_paged_state_needs_cuda() -> None:

@@ -36,6 +36,7 @@ class Info:
     downscale: int = 8
     max_tokens: int = 77
     bytes: dict[str, int] = field(default_factory=dict)
+    variants: dict[str, str | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
