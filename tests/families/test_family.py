@@ -189,7 +189,10 @@ def test_the_pipeline_is_of_the_same_modules_and_draws_what_diffusers_draws(
         p("a toy", num_inference_steps=3, height=64, width=64, generator=torch.Generator().manual_seed(1)).images[0]
         for p in (pipeline, reference)
     ]
-    assert np.array_equal(*map(np.asarray, images))
+    ours, theirs = (np.asarray(image).astype(int) for image in images)
+    # Our products with frozen weights come from another kernel, whose rounding may tip a pixel.
+    assert np.abs(ours - theirs).max() <= 1
+    assert (ours != theirs).mean() < 1e-3
 
 
 def test_release_and_acquire_name_their_parts(sdxl: Any) -> None:
