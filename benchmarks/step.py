@@ -147,6 +147,7 @@ def plain(chosen: config.Config) -> Callable[[int], None]:
     family = base_of(chosen)
     pipe = family.pipeline()
     unet, vae, text_encoder, tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
+    common.torchs_own(unet)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     rank = chosen.adapter.rank
