@@ -66,11 +66,11 @@ def test_kohya_tensors_equal_the_frozen_list(family, conv):
     assert all(t.dtype == (torch.float32 if n.endswith(".alpha") else torch.float16) for n, t in made.items())
 
 
-@pytest.mark.parametrize("alpha", [1, 2, 4, 8])
 @pytest.mark.parametrize("writer", [kohya, diffusers])
-def test_diffusers_applies_what_was_trained(tiny, tmp_path, writer, alpha):
+def test_diffusers_applies_what_was_trained(tiny, tmp_path, writer):
+    """In every layer there is; test_methods.py has the other methods and alphas."""
     family, pipeline, shapes = tiny
-    weights = random_adapters.adapter(shapes, family, alpha=alpha)
+    weights = random_adapters.adapter(shapes, family, alpha=2)
     (path,) = writer.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata={})
     assert_equal(applied(pipeline, path), weights)
 
@@ -95,12 +95,11 @@ def test_mixed_ranks_and_alphas_are_exact(tiny, tmp_path, writer, rank, alpha):
     assert min(ranks) >= 2
 
 
-@pytest.mark.parametrize("alpha", [1, 4, 8, 2.5])
-def test_peft_opens_the_folder(tiny, tmp_path, alpha):
+def test_peft_opens_the_folder(tiny, tmp_path):
     from peft import PeftModel
 
     family, pipeline, shapes = tiny
-    weights = random_adapters.adapter(shapes, family, rank={"to_q": 2}, alpha=alpha)
+    weights = random_adapters.adapter(shapes, family, rank={"to_q": 2}, alpha=2.5)
     written = peft.write(weights, tmp_path / "folder", dtype="fp32", metadata={})
     assert all(path.is_file() for path in written)
     parts = sorted({path.parent.name for path in written})
