@@ -4,7 +4,8 @@
 
 No weights are needed: a model of the true architecture with random weights is written as people have it, one
 .safetensors file in LDM layout. Then `lorakit train` in bf16, stopped after a step, `lorakit resume`, three formats,
-each read back and compared. About 7 GB of disk, 4 GiB of memory and a quarter of an hour on two cores; it is no test.
+each read back and compared. It takes 2.2 GB of disk, 5.5 GiB of memory and, on two busy cores, 35 minutes, of which a
+step is less than one and the validation at the end 25; it is no test.
 """
 
 from __future__ import annotations
