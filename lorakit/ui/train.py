@@ -279,7 +279,7 @@ class TrainPage:
 
 def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
     """The plan's figures, and below them its lines as the command line has them."""
-    memory = widgets.memory(sum(plan.memory.values()), say)
+    memory = widgets.memory(max(plan.peaks.values()), say)
     spent = say("plan.measured") if plan.seconds is None else widgets.duration(plan.seconds, say)
     held = say("plan.held", count=plan.held_out) if plan.held_out else ""
     weights = f"{sum(count for _, count in plan.modules.values()) / 1e6:.2f} M"
