@@ -40,7 +40,9 @@ class ModelConfig:
         "Base: 'pocket' (bundled), a .safetensors file, a diffusers folder, or a hub id (owner/name[@revision]).",
         path=True,
     )
-    tokenizer: str = knob("", "Folder of the tokenizer for a base in a single file. Empty: CLIP's own.", path=True)
+    tokenizer: str = knob(
+        "", "Folder of the tokenizer for a base in a single file. Empty: tokenizer/ beside it.", path=True
+    )
     prediction_type: Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"] = knob(
         "auto", "What the base predicts. auto: as it says itself, which is printed."
     )

@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lorakit import checkpoint, cli, config, export, families, objective, sample, train
-from lorakit.config import ModelConfig
 from lorakit.run_folder import RunFolder
 from lorakit.train import Stopped
 
@@ -157,13 +156,3 @@ def test_sdxl_that_predicts_v_with_zero_terminal_snr(
     assert "prediction type: v_prediction with zero terminal SNR, as its key v_pred says" in said(tmp_path / "run")
     read = export.read(result.adapter)
     assert read.metadata["modelspec.prediction_type"] == "v" and read.family == "sdxl"
-
-
-def test_a_single_file_with_clip_s_own_vocabulary_needs_nothing_else(photos: Path, tmp_path: Path) -> None:
-    """As people have it: one file and no tokenizer; captions are counted and encoded with the bundled one."""
-    pipeline = whole.small("sd1", tmp_path / "base")
-    pipeline.text_encoder = whole.text(whole.CLIPTextModel, 49408, 64, 2, openclip=False)
-    base = whole.write(tmp_path / "people.safetensors", "sd1", pipeline, torch.float16)
-    family = families.load(families.describe(ModelConfig(base=str(base))), "cpu", torch.float32)
-    ids = family._ids(["a photo of sks toy"])
-    assert ids[0, :7].tolist() == [49406, 320, 1125, 539, 48136, 5988, 49407] and set(ids[0, 7:].tolist()) == {49407}

@@ -51,8 +51,8 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         },
     )
     folder = RunFolder.create(chosen)
-    tokenizers = {"tokenizer": tmp_path / "base" / "tokenizer"}
-    base = SimpleNamespace(tokenizers=tokenizers, downscale=8, max_tokens=77, layers={})
+    tokenizer = tmp_path / "base" / "tokenizer"
+    base = SimpleNamespace(tokenizer=lambda: tokenizer, downscale=8, max_tokens=77, layers={})
     found = check.check(chosen.data, base)
     folder.event("message", message="device: cpu, base in float32")
     for step in range(1, 31):

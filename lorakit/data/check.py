@@ -43,8 +43,7 @@ ITEM_JSON = (
 class Base(Protocol):
     """What the check asks of a base model; `families.describe` gives it."""
 
-    @property
-    def tokenizers(self) -> Mapping[str, Path]: ...
+    def tokenizer(self) -> Path: ...
     @property
     def downscale(self) -> int: ...
     @property
@@ -177,7 +176,7 @@ def check(config: DataConfig, base: Base, *, memory: Memory | None = None) -> Re
     workers = min(4, os.cpu_count() or 1)  # Pillow decodes outside the interpreter's lock; a large photo is 150 MB
     with ThreadPoolExecutor(workers) as pool:
         seen = list(pool.map(lambda item: _remembered(item, config.resolution, step, memory), report.items))
-    _texts(report, config, captions.Tokens(base.tokenizers["tokenizer"], base.max_tokens))
+    _texts(report, config, captions.Tokens(base.tokenizer(), base.max_tokens))
     _unreadable(report, seen)
     _duplicates(report, [(item, look) for item, look in zip(report.items, seen, strict=True) if item.readable])
     _sizes(report)

@@ -38,8 +38,7 @@ class Base(Protocol):
     def prediction_type(self) -> str: ...
     @property
     def configs(self) -> Mapping[str, Mapping[str, Any]]: ...
-    @property
-    def tokenizers(self) -> Mapping[str, Path]: ...
+    def tokenizer(self, name: str) -> Path: ...
     @property
     def slots(self) -> Mapping[str, Mapping[str, ldm.Slot]] | None: ...
 
@@ -176,6 +175,8 @@ def _file_to_folder(
     output: Path,
     merger: _Merger,
 ) -> Path:
+    names = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
+    tokenizers = {name: base.tokenizer(name) for name in names}
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -189,7 +190,7 @@ def _file_to_folder(
                 # transformers takes the dtype from here where none is asked for.
                 config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
             _write_json(temporary / part / "config.json", config)
-        for name, folder in base.tokenizers.items():
+        for name, folder in tokenizers.items():
             _copy_tokenizer(folder, temporary / name, base.configs[name.replace("tokenizer", "text_encoder")])
         _write_json(temporary / "scheduler" / "scheduler_config.json", base.configs["scheduler"])
         _write_json(temporary / "model_index.json", base.configs["model_index"])
@@ -245,7 +246,7 @@ def _told(base: Base, title: str) -> dict[str, str]:
 
 def _copy_tokenizer(source: Path, target: Path, encoder: Mapping[str, Any]) -> None:
     """The tokenizer's own files, with the word that this encoder fills texts up with."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("NOTICE*", ".*"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
     vocabulary = target / "vocab.json"
     if not vocabulary.is_file():
         return

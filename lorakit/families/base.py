@@ -46,7 +46,7 @@ class BaseInfo:
         bytes: component -> bytes of its weights on disk.
         variants: component -> variant in its files' names ("fp16", "bf16" or None).
         configs: component -> its configuration; "scheduler" and "model_index" too.
-        tokenizers: "tokenizer" and, for SDXL, "tokenizer_2" -> folder.
+        tokenizers: "tokenizer" and, for SDXL, "tokenizer_2" -> folder; empty for a file without any (see `tokenizer`).
         slots: of a single file, component -> where each tensor lies in it; None for a folder.
         hash: identity of weights and configuration, cheap to compute.
         title: name to call it by.
@@ -73,6 +73,20 @@ class BaseInfo:
     title: str
     source: str = ""
     notes: tuple[str, ...] = ()
+
+    def tokenizer(self, name: str = "tokenizer") -> Path:
+        """Folder of a tokenizer.
+
+        Raises:
+            LorakitError: the base is a file that came without one, and none was named.
+        """
+        if name not in self.tokenizers:
+            raise LorakitError(
+                f"base {self.path.name} has no tokenizer with it: set model.tokenizer to the folder of one (vocab.json "
+                "and merges.txt; all Stable Diffusion models have that of openai/clip-vit-large-patch14), or put it "
+                "beside the file as tokenizer/"
+            )
+        return self.tokenizers[name]
 
 
 def describe(base: str | Path | ModelConfig) -> BaseInfo:
@@ -160,7 +174,8 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
     zero = " with zero terminal SNR" if told.zero_snr else ""
     unsure = "" if told.certain or model.prediction_type != "auto" else "; if that is wrong, set model.prediction_type"
     note = f"prediction type: {told.type}{zero}, {told.told_by}{unsure}"
-    folder = singlefile.tokenizer(model.tokenizer)
+    folder = singlefile.tokenizer(model.tokenizer, path)
+    encoders = [name for name in configs if name.startswith("text")] if folder else []
     return _info(
         model,
         path=path,
@@ -170,7 +185,7 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
         bytes=sizes,
         variants=dict.fromkeys(sizes),
         configs=configs,
-        tokenizers={name.replace("text_encoder", "tokenizer"): folder for name in configs if name.startswith("text")},
+        tokenizers={name.replace("text_encoder", "tokenizer"): folder for name in encoders},
         slots=checkpoint.parts,
         hash=singlefile.identity(header),
         title=path.stem,
@@ -202,8 +217,9 @@ def _info(model: ModelConfig, **known: Any) -> BaseInfo:
         latent_channels=channels,
         downscale=2 ** (len(vae["block_out_channels"]) - 1),
         max_tokens=min(
-            _max_tokens(folder, configs[name.replace("tokenizer", "text_encoder")])
-            for name, folder in known["tokenizers"].items()
+            _max_tokens(known["tokenizers"].get(name.replace("text_encoder", "tokenizer")), config)
+            for name, config in configs.items()
+            if name.startswith("text_encoder")
         ),
         cross_dim=configs["unet"]["cross_attention_dim"],
         idle=frozenset(_last_text_layer(known["layers"], "text_encoder") if loader == "sdxl" else ()),
@@ -266,9 +282,11 @@ def _configs(path: Path) -> list[Path]:
     return [path / "unet" / "config.json", path / "vae" / "config.json", path / "scheduler" / "scheduler_config.json"]
 
 
-def _max_tokens(tokenizer: Path, text: dict[str, Any]) -> int:
+def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:
     # A tokenizer without a configuration says 1e30; the text encoder's positions are the true limit.
     positions = int(text.get("max_position_embeddings", 77))
+    if tokenizer is None:
+        return positions
     config = tokenizer / "tokenizer_config.json"
     said = headers.read_json(config).get("model_max_length", positions) if config.is_file() else positions
     return int(min(said, positions))

@@ -138,7 +138,7 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> Any:
     Raises:
         LorakitError: the vocabulary is broken; transformers gives an almost empty tokenizer then, and says nothing.
     """
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(info.tokenizers[component], local_files_only=True)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(info.tokenizer(component), local_files_only=True)
     words, rows = len(tokenizer), encoder.config.vocab_size
     if not 256 <= words <= rows or (info.slots is not None and words != rows):
         whose = f"{component} of base {info.path}" if info.slots is None else f"tokenizer {info.tokenizers[component]}"

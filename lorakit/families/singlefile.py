@@ -161,12 +161,12 @@ def identity(header: modelfile.Header) -> str:
     return digest.hexdigest()
 
 
-def tokenizer(given: str) -> Path:
-    """The folder of the tokenizer for a base that has none: the one given, or CLIP's own, which all families share."""
-    if not given:
-        return Path(__file__).parent / "clip"
-    folder = Path(given).expanduser()
-    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+def tokenizer(given: str, file: Path) -> Path | None:
+    """The folder of the tokenizer for a base in one file: the one given, or that beside the file, or None."""
+    folder = Path(given).expanduser() if given else file.parent
+    if (folder / "tokenizer").is_dir():
+        return folder / "tokenizer"
+    return folder if given else None
 
 
 def _count(names: Mapping[str, Any], pattern: str) -> int:

@@ -21,9 +21,8 @@ class BareBase:
         }
     )
 
-    @property
-    def tokenizers(self) -> dict[str, Path]:
-        return {"tokenizer": self.path / "tokenizer"}
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Bases in one file: every tensor in its place, the family and what it predicts told from keys, shapes and metadata."""
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -321,22 +322,39 @@ def test_averages_and_buffers_of_training_are_left_alone(made: Any, tmp_path: Pa
 # -- the tokenizer --------------------------------------------------------------------------------------------------
 
 
-def test_clip_s_own_tokenizer_is_there_without_any_download(made: Any) -> None:
-    """Ids as openai/CLIP's own tokenizer gives them."""
-    from transformers import CLIPTokenizer
+def test_the_tokenizer_is_the_one_given_or_that_beside_the_file(made: Any, tmp_path: Path) -> None:
+    _, folder, file = made["sd1"]
+    assert (
+        describe(file, folder).tokenizer() == describe(file, folder / "tokenizer").tokenizer() == folder / "tokenizer"
+    )
+    beside = tmp_path / "people.safetensors"
+    beside.symlink_to(file)
+    tiny.save_tokenizer(tmp_path / "tokenizer")
+    assert describe(beside).tokenizer() == tmp_path / "tokenizer"
 
-    folder = describe(made["sd1"][2]).tokenizers["tokenizer"]
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    assert len(tokenizer) == 49408
-    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+def test_a_file_without_a_tokenizer_says_how_to_name_one(made: Any) -> None:
+    file = made["sdxl"][2]
+    expected = (
+        r"^base sdxl\.safetensors has no tokenizer with it: set model\.tokenizer to the folder of one .* as tokenizer/$"
+    )
+    with pytest.raises(LorakitError, match=expected):
+        families.load(describe(file), "cpu", torch.float32)
+    with pytest.raises(LorakitError, match=expected):
+        describe(file).tokenizer("tokenizer_2")
 
 
 def test_a_tokenizer_that_does_not_fit_is_named_with_the_option(made: Any, tmp_path: Path) -> None:
     _, folder, file = made["sd1"]
-    with pytest.raises(LorakitError, match=r"knows 49408 words where its text encoder has 523: set model\.tokenizer"):
-        families.load(describe(file), "cpu", torch.float32)
-    assert "tokenizer/vocab.json is missing" not in str(describe(file, folder))
-    words = refusal(file, tokenizer=str(tmp_path))
+    other = tmp_path / "other" / "tokenizer"
+    tiny.save_tokenizer(other)
+    words = json.loads((other / "vocab.json").read_text(encoding="utf-8"))
+    (other / "vocab.json").write_text(json.dumps(words | {"one-more": len(words)}), encoding="utf-8")
+    with pytest.raises(LorakitError, match=r"knows 524 words where its text encoder has 523: set model\.tokenizer"):
+        families.load(describe(file, other), "cpu", torch.float32)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    words = refusal(file, tokenizer=str(empty))
     assert "vocab.json is missing in" in words and "model.tokenizer must name a folder with both" in words
     assert "has a tokenizer of its own" in refusal(folder, tokenizer=str(folder))
 
