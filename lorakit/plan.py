@@ -32,6 +32,12 @@ PASSES, PASSES_WITH_CHECKPOINTING = 2.2, 2.95
 # On a CPU: the share of a large matrix product's speed that a UNet reaches, and the fixed cost of a layer's kernels in
 # a forward pass, in seconds. Fitted to a UNet of 132 layers at batch 1, 8 and 16, one thread of an EPYC of 2023.
 CPU_SHARE, CPU_LAYER_SECONDS = 0.55, 1.4e-4
+# Steps below which a run is said to be short: what the bundled base took, as docs/pocket.md tells it.
+ENOUGH = 200
+FEW = (
+    f"note: fewer than {ENOUGH} steps teach little (the bundled base took 200 for 16 pictures, 400 for 5 photos); "
+    "raise train.steps_per_image"
+)
 # Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
 SAMPLE_GRIDS = 6
 # Linux keeps this file where an NVIDIA driver is loaded.
@@ -95,6 +101,7 @@ class Plan:
             f"adapter: {self.method}, {trained}",
             f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}",
             f"length: {self.length}",
+            *([FEW] if self.steps < ENOUGH else []),
             f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory}); "
             f"{_gib(self.peaks['encoding'])} to encode the photos, {_gib(self.peaks['samples'])} to draw samples",
             f"time: {spent}",

@@ -99,6 +99,11 @@ def test_length_is_exact_and_said_in_words(sd15: Info, changes: dict[str, Any], 
     assert f"length: {said}" in made.lines()
 
 
+def test_a_run_that_is_too_short_to_teach_much_says_so(sd15: Info) -> None:
+    short, enough = (make(sd15, [SQUARE] * 10, train__steps_per_image=each) for each in (19, 20))
+    assert plan.FEW in short.lines() and plan.FEW not in enough.lines()
+
+
 def test_a_batch_holds_one_size(sd15: Info) -> None:
     made = make(sd15, [SQUARE] * 5 + [(640, 384)] * 3, train__epochs=1, train__batch_size=4)
     assert made.batches == 2 + 1
@@ -265,7 +270,7 @@ def test_json_says_what_the_lines_say(sd15: Info) -> None:
     assert told["modules"] == {"unet": {"modules": 128, "parameters": 3_188_736}}
     assert (told["steps"], told["photos"], told["seconds"]) == (8, 4, None)
     assert [line.partition(":")[0] for line in made.lines()] == [
-        *("base", "photos", "adapter", "strength", "length", "memory", "time")
+        *("base", "photos", "adapter", "strength", "length", "note", "memory", "time")
     ]
     assert "adapter: lora, unet 128 modules (3.19 M weights)" in made.lines()
 
