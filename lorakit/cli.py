@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorakit import __version__, config as configuration, footprint, workbench
+from lorakit import __version__, config as configuration, cores, footprint, workbench
 from lorakit.errors import LorakitError
 from lorakit.terminal import Terminal, quiet_libraries
 
@@ -27,8 +27,6 @@ from lorakit.terminal import Terminal, quiet_libraries
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. User mistakes are told in a line each, without a traceback."""
     quiet_libraries()
-    # Threads that spin while they wait make a small model many times slower on a busy machine; sleeping costs little.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         _tolerate_any_character(stream)
     try:
@@ -143,6 +141,7 @@ def _add_output(made: argparse.ArgumentParser) -> None:
 
 def run_demo(args: argparse.Namespace) -> int:
     """`lorakit demo`."""
+    cores.use_the_free()
     from lorakit import demo
 
     folder, overrides = Path(args.output) if args.output else None, _overrides(args.set)
@@ -156,6 +155,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     """`lorakit check`: the photos, then the plan. No model is loaded."""
+    cores.use_the_free()
     from lorakit import families, plan
     from lorakit.data import check
 
@@ -174,6 +174,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_train(args: argparse.Namespace) -> int:
     """`lorakit train`: the main job."""
+    cores.use_the_free()
     terminal = _terminal(args)
     config = resolve(args, terminal)
     if not config.data.name:
@@ -185,6 +186,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_resume(args: argparse.Namespace) -> int:
     """`lorakit resume`."""
+    cores.use_the_free()
     terminal = _terminal(args)
     from lorakit import train
 
@@ -227,6 +229,7 @@ def _unless_stopped(job: Callable[[], Any]) -> Any:
 
 def run_sample(args: argparse.Namespace) -> int:
     """`lorakit sample`: a grid with a row for each strength and a column for each prompt, and each picture."""
+    cores.use_the_free()
     from lorakit import sample
 
     adapter = Path(args.adapter)

@@ -48,6 +48,7 @@ class State:
         loss: smoothed training loss.
         learning_rate: of the last step.
         images_per_second, memory_mib, eta_s: speed, peak memory in MiB, seconds left.
+        threads: with how many torch computes on the CPU, 0 before it is known. Sums of floats depend on it.
         pid, pid_start: the process that trains and the second since the epoch at which it started; a process number
             alone is given out again.
         message: how it ended, for a person.
@@ -64,6 +65,7 @@ class State:
     images_per_second: float | None = None
     memory_mib: float | None = None
     eta_s: float | None = None
+    threads: int = 0
     pid: int = 0
     pid_start: float = 0.0
     message: str = ""
@@ -89,6 +91,11 @@ class RunFolder:
         self.contact_sheet_file = self.path / "contact-sheet.png"
         self.html_file = self.path / "report.html"
         self._state = State()
+
+    @property
+    def threads(self) -> int:
+        """See `State`."""
+        return self._state.threads
 
     # -- for the process that trains ------------------------------------------------------------------------------
 

@@ -102,6 +102,8 @@ def resume(folder: str | Path, *, terminal: Terminal | None = None) -> Result:
     if saved is None:
         raise LorakitError(f"{run.path}: no complete checkpoint to resume from; start anew with: lorakit train")
     config = configuration.load(run.config_file)
+    if run.threads:
+        torch.set_num_threads(run.threads)  # another number adds floats up in another order: other last bits
     return _recorded(config, run, terminal or Terminal(), saved)
 
 
@@ -194,7 +196,10 @@ class _Run:
         self.dtype = memory.dtype(config.memory, self.device)
         storage = config.memory.base_storage
         kept = "" if storage == "full" else f" (the UNet's weights kept in {storage})"
-        self.say(f"device: {self.device}, base in {str(self.dtype).removeprefix('torch.')}{kept}, adapter in float32")
+        threads = torch.get_num_threads()
+        self.folder.update(threads=threads)
+        where = f"cpu ({threads} thread{'s'[: threads > 1]})" if self.device.type == "cpu" else str(self.device)
+        self.say(f"device: {where}, base in {str(self.dtype).removeprefix('torch.')}{kept}, adapter in float32")
         self.family = families.load(self.info, self.device, self.dtype, config.memory.base_storage)
         self.say(memory.attention(config.memory, self.family))
 

@@ -244,6 +244,21 @@ def test_resume_is_bit_equal_to_a_straight_run(tiny_sd1, photos, tmp_path, monke
     assert dict(rates[0]) == dict(rates[1]) and len(dict(rates[0])) == 12
 
 
+def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, tmp_path, monkeypatch):
+    now = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with monkeypatch.context() as patch:
+            interrupted_after(2, patch)
+            with pytest.raises(Cut):
+                run(tiny_sd1, photos, tmp_path / "run", train__steps=4, train__save_every=2)
+        torch.set_num_threads(1)
+        train.resume(tmp_path / "run")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(now)
+
+
 def test_sampling_and_validation_do_not_disturb_training(tiny_sd1, photos, tmp_path):
     state = torch.get_rng_state()
     busy = run(tiny_sd1, photos, tmp_path / "busy", sample__every=1, train__validate_every=1, train__save_every=1)
@@ -320,7 +335,7 @@ def test_a_base_in_few_bits_is_trained_on_said_and_checked_against(tiny_sd1, pho
     full = run(tiny_sd1, photos, tmp_path / "full")
     small = run(tiny_sd1, photos, tmp_path / "small", memory__base_storage="nf4")
     said = [event["message"] for event in events(tmp_path / "small", "message")]
-    assert "device: cpu, base in float32 (the UNet's weights kept in nf4), adapter in float32" in said
+    assert "device: cpu (1 thread), base in float32 (the UNet's weights kept in nf4), adapter in float32" in said
     assert all(finding.passed for finding in small.findings)
     ups = [load_file(result.adapter) for result in (full, small)]
     off = [torch.dist(ups[0][name], ups[1][name]) / ups[0][name].norm() for name in ups[0] if "lora_up" in name]
