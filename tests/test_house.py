@@ -25,6 +25,7 @@ GROUND |= {"ldm", "products", "quantized", "storage", "cache_folder"}
 WORK = {"config", "knob", *GROUND}
 TOGETHER = {"families", "adapters", "data", "objective", "optim", "memory", "export", *WORK}
 RUN = {
+    "cores",
     "checkpoint",
     "encode",
     "evaluate",
@@ -50,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quantized": {"errors", "storage"},
     "storage": set(),
     "cache_folder": set(),
+    "cores": set(),
     "modelfile": {"errors"},
     "ldm": {"errors", "modelfile"},
     "terminal": set(),
@@ -371,6 +373,14 @@ def test_constraints_keep_the_bounds_of_the_dependencies() -> None:
         name, bounds = re.match(r"([\w.-]+)([^;]*)", requirement).groups()  # type: ignore[union-attr]
         version = exact[name.lower().replace("_", "-")]
         assert all(_satisfies(version, bound) for bound in bounds.strip().split(",")), requirement
+
+
+def test_the_core_needs_little() -> None:
+    """What Stable Diffusion runs on, and two packages more: curves are drawn by one, processes watched by the other."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.match(r"[\w-]+", requirement).group() for requirement in project["dependencies"]}  # type: ignore[union-attr]
+    given = {"torch", "diffusers", "peft", "transformers", "accelerate", "safetensors", "pillow", "numpy"}
+    assert names == given | {"matplotlib", "psutil"}
 
 
 @pytest.mark.parametrize(
