@@ -85,7 +85,7 @@ class AdapterPage:
             file = Path(upload) if upload else self.desk.roots.resolve(path)
             report = inspect.inspect(file)
         except LorakitError as problem:
-            return [widgets.problem(_without_place(str(problem), upload)), "", hidden, "", hidden]
+            return [widgets.problem(say.told(_without_place(str(problem), upload))), "", hidden, "", hidden]
         convertible = gr.update(visible=bool(report.format))
         return [report_card(report, say), str(file), convertible, "", hidden]
 
@@ -97,7 +97,7 @@ class AdapterPage:
         try:
             written = commands.export(Path(inspected), kind, self.desk.unused("converted"), dtype)
         except LorakitError as problem:
-            return widgets.problem(str(problem)), hidden
+            return widgets.problem(say.told(str(problem))), hidden
         staged = [str(self.desk.staged(path)) for path in written if path.is_file()]
         told = ", ".join(str(path) for path in written)
         return widgets.good(say("adapter.converted", name=told)), gr.update(visible=bool(staged), value=staged or None)
@@ -109,21 +109,22 @@ def report_card(report: inspect.Report, say: Say) -> str:
     rank = ", ".join(sorted({f"{r:g}" for component in report.components.values() for r in component.ranks}))
     figures = widgets.facts(
         [
-            ("family", report.family or "", report.family_told_by),
-            ("method", report.method, ""),
-            ("rank", rank, ""),
-            ("trigger", report.trigger, ""),
-            ("format", report.format, report.dtype),
+            (say("file.family"), report.family or "", say.told(report.family_told_by)),
+            (say("file.method"), report.method, ""),
+            (say("file.rank"), rank, ""),
+            (say("file.trigger"), report.trigger, ""),
+            (say("adapter.format"), report.format, report.dtype),
         ]
     )
     readers = "".join(
         f"<li class=lk-{'fine' if reading.complete else 'bad'}><b>{'✓' if reading.complete else '✕'} "
-        f"{escape(reading.title)}</b> {escape(reading.line())}</li>"
+        f"{escape(reading.title)}</b> {escape(say.told(reading.line()))}</li>"
         for reading in report.readers.values()
     )
     listed = f"<h4>{escape(say('adapter.readers'))}</h4><ul class=lk-readers>{readers}</ul>" if readers else ""
     return (
-        f"<section class=lk-panel><h3>{escape(report.name)}</h3><p>{escape(report.description)}, {escape(size)}</p>"
+        f"<section class=lk-panel><h3>{escape(report.name)}</h3>"
+        f"<p>{escape(say.told(report.description))} · {escape(size)}</p>"
         f"{figures}{listed}<details><summary>lorakit inspect</summary><pre tabindex=0>{escape(report.to_text())}</pre>"
         "</details></section>"
     )

@@ -36,5 +36,5 @@ def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> l
         raise LorakitError(f"{source.name}: not converted after {PATIENCE} s") from None
     if done.returncode:
         lines = [line.removeprefix("lorakit: ") for line in done.stderr.splitlines() if line.startswith("lorakit: ")]
-        raise LorakitError("; ".join(lines) or f"{source.name}: the conversion ended with code {done.returncode}")
+        raise LorakitError("\n".join(lines) or f"{source.name}: the conversion ended with code {done.returncode}")
     return [Path(path) for path in json.loads(done.stdout).values()]

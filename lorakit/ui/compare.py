@@ -173,7 +173,7 @@ class ComparePage:
                 return widgets.problem(say("compare.not_there", step=step)), hidden
             written = commands.export(source, kind, self.desk.unused(f"{run.path.name}/exports"))
         except LorakitError as problem:
-            return widgets.problem(str(problem)), hidden
+            return widgets.problem(say.told(str(problem))), hidden
         staged = [str(self.desk.staged(path)) for path in written if path.is_file()]
         told = ", ".join(str(path.relative_to(run.path)) for path in written)
         return widgets.good(say("compare.exported", name=told)), gr.update(visible=bool(staged), value=staged or None)
@@ -187,7 +187,7 @@ class ComparePage:
             adapters = [self._adapter(run, file) for file in files]
             base = guide.base_of(run.config_file)
         except LorakitError as problem:
-            return widgets.problem(str(problem)), gr.skip()
+            return widgets.problem(say.told(str(problem))), gr.skip()
         for number, adapter in enumerate(adapters):
             target = run.path / GRIDS / f"{datetime.now():%Y-%m-%d-%H%M%S}-{number + 1}-{adapter.stem}"
             arguments = ["sample", str(adapter), f"--strength={strengths.replace(' ', '') or 1}"]
@@ -210,7 +210,7 @@ class ComparePage:
         if going:
             told = widgets.quiet(say("compare.drawing", state=say(f"state.{going[0].state}")))
         elif jobs and jobs[-1].state != "done":
-            told = widgets.problem(self.desk.why(jobs[-1].number) or say(f"state.{jobs[-1].state}"))
+            told = widgets.problem(say.told(self.desk.why(jobs[-1].number)) or say(f"state.{jobs[-1].state}"))
         return [told, self.grids_of(name, say), gr.Timer(active=bool(going))]
 
     def _adapter(self, run: RunFolder, name: str) -> Path:

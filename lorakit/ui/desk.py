@@ -162,7 +162,7 @@ class Desk:
     def why(self, number: int) -> str:
         """The last thing that a job complained of."""
         lines = [line for line in self.queue.log(number).splitlines() if line.startswith("lorakit: ")]
-        return "; ".join(line.removeprefix("lorakit: ") for line in lines[-3:])
+        return "\n".join(line.removeprefix("lorakit: ") for line in lines[-3:])
 
 
 def _as_state(state: str, updated: float, message: str = "") -> run_folder.State:

@@ -78,7 +78,7 @@ def _card(
         if item.cropped >= 0.005:
             facts.append(say("photos.cropped", share=round(100 * item.cropped)))
     problems = [thumbnail.problem] if thumbnail.problem else list(item.findings if item else [])
-    listed = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+    listed = "".join(f"<li>{escape(say.told(problem))}</li>" for problem in problems)
     hint = escape(say("photos.no_caption", text=item.text)) if item and not photo.caption else ""
     label = escape(say("photos.caption", name=photo.relative))
     mark = "bad" if thumbnail.problem else "warn" if problems else "fine"
@@ -110,7 +110,7 @@ def summary(report: check.Report | None, count: int, say: Say) -> str:
     parts = [head]
     for kind, lines in (("errors", report.errors), ("warnings", report.warnings), ("notes", report.notes)):
         if lines:
-            listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+            listed = "".join(f"<li>{escape(say.told(line))}</li>" for line in lines)
             parts.append(
                 f"<h4 class='lk-{kind}'>{escape(say(f'photos.{kind}'))}</h4><ul class='lk-{kind}'>{listed}</ul>"
             )
@@ -181,7 +181,7 @@ class PhotosPage:
             self.desk.thumbnails.several([photo.path for photo in found[first:last]])
             report = self._report(config, wait=False)
         except LorakitError as problem:
-            return [widgets.problem(str(problem)), *nothing]
+            return [widgets.problem(say.told(str(problem))), *nothing]
         return [
             summary(report, count, say),
             cards(self.desk, found[first:last], report, config, say),
@@ -201,7 +201,7 @@ class PhotosPage:
             found = folder.scan(self.desk.roots.resolve(path)).photos
             report = self._report(config, wait=True)
         except LorakitError as problem:
-            return [widgets.problem(str(problem)), gr.skip()]
+            return [widgets.problem(say.told(str(problem))), gr.skip()]
         page = found[first : first + PAGE]
         return [summary(report, len(found), say), cards(self.desk, page, report, config, say)]
 
@@ -217,7 +217,7 @@ class PhotosPage:
         place, count, refused = self.desk.take_in([Path(file) for file in files or []])
         parts = [widgets.good(say("photos.uploaded", count=count))] if count else []
         if refused:
-            parts.append(widgets.problem(say("photos.refused", problems="; ".join(refused))))
+            parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.told, refused)))))
         return "".join(parts), str(place) if place else None
 
     def save_caption(self, path: str, photo: str, text: str, say: Say) -> str:
@@ -225,5 +225,5 @@ class PhotosPage:
         try:
             self.desk.save_caption(Path(path), photo, text)
         except LorakitError as problem:
-            return widgets.problem(str(problem))
+            return widgets.problem(say.told(str(problem)))
         return widgets.good(say("photos.saved", name=photo))

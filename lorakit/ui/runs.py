@@ -148,7 +148,7 @@ class RunsPage:
             read(path)
             RunFolder(path).request_stop()
         except LorakitError as problem:
-            return widgets.problem(str(problem))
+            return widgets.problem(say.told(str(problem)))
         return widgets.good(say("run.stop_asked"))
 
     def go_on(self, name: str, say: Say) -> str:
@@ -158,7 +158,7 @@ class RunsPage:
             read(path)
             self.desk.queue.resume(path)
         except LorakitError as problem:
-            return widgets.problem(str(problem))
+            return widgets.problem(say.told(str(problem)))
         self.desk.queue.start()
         return widgets.good(say("run.resumed", name=name))
 
@@ -202,9 +202,9 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
         (say("run.left"), widgets.duration(state.eta_s, say) if live and state.eta_s is not None else "", ""),
         (say("run.adapter"), state.adapter, ""),
     ]
-    lines = [line for line in (state.message,) if line and not live]
+    lines = [say.told(state.message)] if state.message and not live else []
     if state.best:
-        lines.append(say("run.best", reason=state.best["reason"]))
+        lines.append(say("run.best", reason=say.told(state.best["reason"])))
     if live and run.stop_requested:
         lines.append(say("run.stop_asked"))
     if live and time.time() - state.updated > SILENT:
@@ -228,7 +228,7 @@ def _findings(run: RunFolder, say: Say) -> str:
         found = json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
         listed = "".join(
             f"<li class=lk-{'fine' if one['passed'] else 'bad'}><b>{'✓' if one['passed'] else '✕'}</b> "
-            f"{escape(str(one['name']))}: {escape(str(one['detail']))}</li>"
+            f"{escape(say.told('{name}: {detail}'.format_map(one)))}</li>"
             for one in found
         )
     except (OSError, ValueError, KeyError, TypeError):

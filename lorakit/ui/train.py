@@ -133,9 +133,9 @@ class TrainPage:
         try:
             preview = guide.preview(config, self.desk.report(config).result())
         except LorakitError as problem:
-            return widgets.problem(str(problem)), refused
+            return widgets.problem(say.told(str(problem))), refused
         if preview.plan is None:
-            return _problems({guide.PHOTOS: preview.report.errors}, say), refused
+            return _problems({guide.PHOTOS: list(map(say.told, preview.report.errors))}, say), refused
         return plan_card(preview.plan, preview.report.warnings, say), gr.update(interactive=True)
 
     def _follow(
@@ -190,7 +190,8 @@ class TrainPage:
                 guide.describe(form.values(config)[guide.BASE])
             except LorakitError as problem:
                 problems[guide.BASE] = [str(problem)]
-        return (None if problems else config), problems
+        told = {key: [say.told(line) for line in lines] for key, lines in problems.items()}
+        return (None if problems else config), told
 
     def config_of_photos(self, shown: Mapping[str, Any]) -> Config | None:
         """A config that is enough to look at the photos, whatever else is still unanswered or wrong."""
@@ -236,7 +237,7 @@ class TrainPage:
         try:
             suggested = self._suggest(shown, quality, preset)
         except LorakitError as problem:
-            return widgets.problem(str(problem))
+            return widgets.problem(say.told(str(problem)))
         differences = form.changed(suggested, {k: v for k, v in shown.items() if k not in guide.QUESTIONS})
         if not differences:
             return widgets.quiet(say("train.same"))
@@ -263,15 +264,15 @@ class TrainPage:
         config, problems = self.read(self.form_values(values), say)
         if config is None:
             return widgets.problem(
-                say("train.cannot", problem="; ".join(p for one in problems.values() for p in one))
+                say("train.cannot", problem="\n".join(p for one in problems.values() for p in one))
             ), None
         try:
             report = self.desk.report(config).result()
             if report.errors:
-                raise LorakitError("; ".join(report.errors))
+                raise LorakitError("\n".join(report.errors))
             job = self.desk.queue.train(config)
         except LorakitError as problem:
-            return widgets.problem(say("train.cannot", problem=str(problem))), None
+            return widgets.problem(say("train.cannot", problem=say.told(str(problem)))), None
         self.desk.queue.start()
         name = job.folder.rpartition("/")[2].rpartition("\\")[2]
         return widgets.good(say("train.started", name=name)), name
@@ -293,8 +294,8 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
             (say("plan.trained"), weights, ""),
         ]
     )
-    warned = "".join(f"<li>{escape(line)}</li>" for line in warnings)
-    lines = "".join(f"<li>{escape(line)}</li>" for line in plan.lines())
+    warned = "".join(f"<li>{escape(say.told(line))}</li>" for line in warnings)
+    lines = "".join(f"<li>{escape(say.told(line))}</li>" for line in plan.lines())
     return (
         f"<section class=lk-panel><h3>{escape(say('plan.title'))}</h3>{figures}"
         f"{f'<ul class=lk-warnings>{warned}</ul>' if warned else ''}<ul class=lk-lines>{lines}</ul></section>"

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 from lorakit.ui import form
-from lorakit.ui.texts import en, zh_hant
+from lorakit.ui.texts import en, zh_hant, zh_hant_sentences
+from lorakit.ui.texts.sentences import Sentences
 
 LANGUAGES = {"en": en, "zh-Hant": zh_hant}
 # The browser's names for Chinese; Simplified is not there, and its readers are better served by this than by English.
 CHINESE = ("zh", "zh-TW", "zh-HK", "zh-MO", "zh-Hant", "zh-Hant-TW", "zh-Hant-HK", "zh-CN", "zh-SG")
-Say = Callable[..., str]
+# What the rest of lorakit says, which is English already.
+SENTENCES = {"zh-Hant": Sentences(zh_hant_sentences.SENTENCES, zh_hant_sentences.PHRASES)}
+
+
+@dataclass(frozen=True)
+class Say:
+    """All that a page says, in one language: its own texts by key, and what it passes on from other rooms."""
+
+    language: str
+
+    def __call__(self, key: str, **facts: object) -> str:
+        """The text of that key, its gaps filled."""
+        text = table(self.language)[key]
+        return text.format(**facts) if facts else text
+
+    def told(self, said: str) -> str:
+        """What another room said, line by line; as it was said where the language has no sentence for it."""
+        known = SENTENCES.get(self.language)
+        if known is None:
+            return said
+        return "\n".join(known.translated(line) or line for line in said.split("\n"))
 
 
 @cache
@@ -51,6 +72,5 @@ def language_of(accept_language: str) -> str:
 
 
 def sayer(language: str) -> Say:
-    """A function from a text's key, and what fills its gaps, to the text."""
-    texts = table(language)
-    return lambda key, **facts: texts[key].format(**facts) if facts else texts[key]
+    """Whoever speaks that language."""
+    return Say(language)

@@ -137,6 +137,10 @@ TEXTS = {
     "adapter.file": "Converted file",
     "adapter.none": "Name a file first.",
     "adapter.readers": "Who can read it",
+    "file.family": "For",
+    "file.method": "Method",
+    "file.rank": "Rank",
+    "file.trigger": "Trigger",
     # Everywhere
     "unit.mib": "{value} MiB",
     "unit.gib": "{value} GiB",

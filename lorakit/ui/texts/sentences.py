@@ -1,0 +1,87 @@
+"""What the rooms of lorakit say, in another language: they speak English and know of no page, so the page knows them.
+
+A table of sentences has a line for each thing that can be said, `"{photo}: its caption in {file} is empty"`, and what
+that is in its own language, where the holes stand in whatever order. A hole is filled with the very characters that
+stood there; as `{rest:said}` with what those are in the language, which must be known, and as `{rest:words}` with the
+phrases in them replaced that are. What no line of the table fits stays as it was said.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+# What a hole may stand for: in a sentence anything, in a phrase one word.
+ANYTHING, WORD = "(?P<{}>.*?)", r"(?P<{}>[^\s,;:()]+(?:,[^\s,;:()]+)*)"
+
+
+class Sentences:
+    """The sentences and phrases of one language, by the English ones."""
+
+    def __init__(self, sentences: Mapping[str, str], phrases: Mapping[str, str]):
+        self._sentences, self._phrases = sentences, phrases
+        self._known: dict[str, str | None] = {}
+
+    def translated(self, said: str) -> str | None:
+        """A whole sentence, or None where none of the table is like it."""
+        if said not in self._known:
+            if len(self._known) > 10_000:
+                self._known.clear()
+            self._known[said] = next((made for made in self._fitting(said) if made is not None), None)
+        return self._known[said]
+
+    def _fitting(self, said: str) -> Iterator[str | None]:
+        for pattern, template in self._patterns:
+            if match := pattern.fullmatch(said):
+                yield self._filled(template, match)
+
+    def _filled(self, template: str, match: re.Match[str]) -> str | None:
+        filled = []
+        for literal, hole, how, _ in string.Formatter().parse(template):
+            part: str | None = match[hole] if hole else ""
+            if how == "said" and part is not None:
+                part = self.translated(part)
+            elif how == "words" and part:
+                part = self._with_phrases(part)
+            if part is None:
+                return None
+            filled += [literal, part]
+        return "".join(filled)
+
+    def _with_phrases(self, words: str) -> str:
+        for pattern, template in self._phrase_patterns:
+            words = "".join(self._replaced(pattern, template, words))
+        return words
+
+    def _replaced(self, pattern: re.Pattern[str], template: str, words: str) -> Iterator[str]:
+        end = 0
+        for match in pattern.finditer(words):
+            yield words[end : match.start()]
+            yield self._filled(template, match) or match[0]
+            end = match.end()
+        yield words[end:]
+
+    @cached_property
+    def _patterns(self) -> list[tuple[re.Pattern[str], str]]:
+        return _compiled(self._sentences, ANYTHING)
+
+    @cached_property
+    def _phrase_patterns(self) -> list[tuple[re.Pattern[str], str]]:
+        return _compiled(self._phrases, WORD)
+
+
+def _compiled(table: Mapping[str, str], hole: str) -> list[tuple[re.Pattern[str], str]]:
+    """A pattern for each line. What fits several means the most particular: those that begin with a word of their own
+    come first, then those that say most."""
+    made = []
+    for english, template in table.items():
+        parts = list(string.Formatter().parse(english))
+        text = "".join(re.escape(literal) + (hole.format(name) if name else "") for literal, name, *_ in parts)
+        # "1 photo" is no part of "11 photos".
+        text = rf"(?<!\w){text}" if english[0].isalnum() else text
+        text = rf"{text}(?!\w)" if english[-1].isalnum() else text
+        said = bool(parts[0][0]), sum(len(literal) for literal, *_ in parts)
+        made.append((said, re.compile(text, re.DOTALL), template))
+    return [(pattern, template) for _, pattern, template in sorted(made, key=lambda one: one[0], reverse=True)]

@@ -1,0 +1,491 @@
+"""繁體中文：lorakit 各處所說的話（計畫、照片檢查、設定錯誤……）。英文在左，中文在右；見 `sentences.py`。"""
+
+SENTENCES = {
+    # -- 計畫 plan.py, families/base.py
+    "base: {name} ({family}, predicts {kind})": "基礎模型：{name}（{family}，預測 {kind}）",
+    "from the hub: {source}": "來自 hub：{source}",
+    "inpainting model: trained and drawn with the whole picture masked, that is from text alone": (
+        "局部重繪模型：訓練與作圖時整張圖都被遮住，也就是只依文字。"
+    ),
+    "prediction type: {kind}, as model.prediction_type says; the base itself says {own:words}": (
+        "預測類型：{kind}（依 model.prediction_type）；基礎模型自述為 {own:words}"
+    ),
+    "prediction type: {kind:words}, {why:said}": "預測類型：{kind:words}，{why:said}",
+    "prediction type: {kind:words}, {why:said}; if that is wrong, set model.prediction_type": (
+        "預測類型：{kind:words}，{why:said}；若不對，請設定 model.prediction_type"
+    ),
+    "as its key v_pred says": "依檔案中的鍵 v_pred",
+    "as its metadata says ({said})": "依檔案的中繼資料（{said}）",
+    "as nothing in the file says otherwise": "檔案中沒有相反的說明",
+    "as its last norm1.bias spreads by {spread}, above 0.09": "因為最後一個 norm1.bias 的離散度 {spread} 大於 0.09",
+    "as its last norm1.bias spreads by {spread}, not above 0.09": (
+        "因為最後一個 norm1.bias 的離散度 {spread} 不大於 0.09"
+    ),
+    "photos: {count} to train on, {held} held out for validation": "照片：{count} 張用於訓練，保留 {held} 張作驗證",
+    "photos: {count} to train on, none held out": "照片：{count} 張用於訓練，不保留",
+    "adapter: {method}, {parts:words}": "adapter：{method}，{parts:words}",
+    "strength: rank {rank}, alpha {alpha}, effective scale {scale}": (
+        "強度：rank {rank}，alpha {alpha}，實際縮放 {scale}"
+    ),
+    "length: {length:said}": "長度：{length:said}",
+    "{photos:words} x {each} steps each = {steps} steps": "{photos:words} × 每張 {each} 步 = {steps} 步",
+    "{photos:words} x {each} steps each = {steps} steps of {size:words}": (
+        "{photos:words} × 每張 {each} 步 = {steps} 步，每步 {size:words}"
+    ),
+    "{epochs} epochs x {batches} batches of {photos:words} = {steps} steps": (
+        "{epochs} 輪 × {batches} 批（{photos:words}）= {steps} 步"
+    ),
+    "{epochs} epochs x {batches} batches of {photos:words} / {parts} accumulated = {steps} steps": (
+        "{epochs} 輪 × {batches} 批（{photos:words}）/ 累積 {parts} 批 = {steps} 步"
+    ),
+    "{steps} steps, {each} for each of {photos:words}": "{steps} 步，{photos:words}，平均每張 {each} 步",
+    "{steps} steps of {size:words}, {each} for each of {photos:words}": (
+        "{steps} 步，每步 {size:words}；{photos:words}，平均每張 {each} 步"
+    ),
+    "note: fewer than {few} steps teach little (the bundled base took {a} for {b} pictures, {c} for {d} photos); "
+    "raise train.steps_per_image": (
+        "請注意：少於 {few} 步學不到多少（內附的基礎模型學 {b} 張圖要 {a} 步，{d} 張照片要 {c} 步）；"
+        "請調高 train.steps_per_image"
+    ),
+    "memory: about {total} on {device} (base {base}, adapter and optimizer {adapter}, activations {kept}, "
+    "runtime {runtime}); {encoding} to encode the photos, {samples} to draw samples": (
+        "記憶體：{device} 上約 {total}（基礎模型 {base}，adapter 與最佳化器 {adapter}，"
+        "中間值 {kept}，執行環境 {runtime}）；編碼照片時 {encoding}，畫樣張時 {samples}"
+    ),
+    "time: measured in the first steps": "時間：開始後的前幾步會實測",
+    "time: about {seconds} s (estimate)": "時間：約 {seconds} 秒（估計）",
+    "time: about {minutes} min (estimate)": "時間：約 {minutes} 分鐘（估計）",
+    "time: about {hours} h {minutes} min (estimate)": "時間：約 {hours} 小時 {minutes} 分鐘（估計）",
+    "time: about {days} days (estimate)": "時間：約 {days} 天（估計）",
+    "no photo can be used for training; `lorakit check` says what is wrong with each": (
+        "沒有可用於訓練的照片；「照片」頁列出每一張的問題"
+    ),
+    "adapter.target_modules = {which} selects no layer of this base": (
+        "adapter.target_modules = {which}：這個基礎模型沒有這樣的層"
+    ),
+    # -- 照片資料夾 data/folder.py
+    "no folder of photos given (data.folder)": "尚未指定照片資料夾（data.folder）",
+    "folder {path} does not exist": "資料夾 {path} 不存在",
+    "folder {path} does not exist (did you mean {near}?)": "資料夾 {path} 不存在（是不是 {near}？）",
+    "{path} is one picture; give the folder it is in: {folder}": "{path} 是一張圖；請指定它所在的資料夾：{folder}",
+    "{path} is a file; give a folder of photos": "{path} 是檔案；請指定照片資料夾",
+    "0 images in {path}; looked for {kinds}; found nothing": "{path} 是空的；可用的格式：{kinds}",
+    "0 images in {path}; looked for {kinds}; found {found:words}": (
+        "{path} 中沒有圖片；可用的格式：{kinds}；只找到：{found:words}"
+    ),
+    "{file}: cannot be read ({why})": "{file}：無法讀取（{why}）",
+    "{file}: cannot be read any more ({why})": "{file}：已無法讀取（{why}）",
+    "{file} names files that are not there: {names:words}": "{file} 提到不存在的檔案：{names:words}",
+    "pictures more than one folder down are not read: {names:words}": "更深一層資料夾中的圖片不會讀取：{names:words}",
+    "no photo has the name of {names:words}: not used": "{names:words} 沒有同名的照片，不會使用",
+    "{photo}: its caption in {file} is empty": "{photo}：{file} 中的說明文字是空的",
+    "{photo}: {file} and {other} say different things; {used} is used": (
+        "{photo}：{file} 與 {other} 內容不同，採用 {used}"
+    ),
+    "{file}: not text in UTF-8 or Windows-1252; save it as UTF-8": (
+        "{file}：不是 UTF-8 或 Windows-1252 文字；請存成 UTF-8"
+    ),
+    "{file}: not UTF-8, read as Windows-1252": "{file}：不是 UTF-8，已當作 Windows-1252 讀取",
+    "{file} line {line}: not JSON ({why}); each line is one object": (
+        "{file} 第 {line} 行：不是 JSON（{why}）；每一行應是一個物件"
+    ),
+    '{file} line {line}: needs "file_name", the name of a picture beside it': (
+        "{file} 第 {line} 行：需要「file_name」，也就是旁邊那張圖的檔名"
+    ),
+    "{file} line {line}: needs one of {keys}": "{file} 第 {line} 行：需要 {keys} 其中之一",
+    "{name}: {file} line {line} says something else than before; not used": (
+        "{name}：{file} 第 {line} 行與前面不同，不採用"
+    ),
+    "not pictures, left alone: {kinds:words}": "不是圖片，略過：{kinds:words}",
+    "subfolders: {names}": "子資料夾：{names}",
+    "{names:words}: the number in front (repeats) is not used, every photo counts once an epoch; "
+    "length is train.steps_per_image": (
+        "{names:words}：前面的數字（重複次數）不會使用，每張照片每輪算一次；長度由 train.steps_per_image 決定"
+    ),
+    # -- 圖檔 data/decode.py
+    "cannot be read ({why})": "無法讀取（{why}）",
+    "empty, 0 bytes; copy it again from where it came": "空檔，0 位元組；請從原處重新複製",
+    "damaged or cut off ({why}); copy it again from where it came": "檔案損壞或不完整（{why}）；請從原處重新複製",
+    "more than {count} megapixels; save it smaller": "超過 {count} 百萬像素；請存成較小的圖",
+    "text, not a picture, whatever its name says; remove it or save the picture again": (
+        "內容是文字，不是圖片；請移除，或重新儲存這張圖"
+    ),
+    "not a picture that can be read; save it as jpg or png": "無法讀取的圖片格式；請存成 jpg 或 png",
+    "HEIC needs an extra: pip install 'lorakit[heic]'": "HEIC 需要另外安裝：pip install 'lorakit[heic]'",
+    "mask is {size}, its photo {other}: make them equal": "遮罩為 {size}，照片為 {other}：兩者必須相同",
+    "holds {count} pictures: the first is used": "內含 {count} 張圖：採用第一張",
+    "holds {count} pages: the first is used": "內含 {count} 頁：採用第一頁",
+    "its colour profile is for {space}, not for this picture: left out": "色彩描述檔屬於 {space}，不適用這張圖：略過",
+    "its colour profile is damaged: left out": "色彩描述檔損壞：略過",
+    "CMYK without a colour profile: its colours are a guess": "CMYK 而沒有色彩描述檔：顏色只是推測",
+    # -- 照片檢查 data/check.py
+    "{names:words}: {cause:said}": "{names:words}：{cause:said}",
+    '{photo}: its text has {tokens} tokens, {limit} fit; cut off: "{text}"': (
+        "{photo}：文字有 {tokens} 個 token，最多 {limit} 個；被截去：「{text}」"
+    ),
+    "left or right in its text": "文字中有左右之分",
+    "{photo}: its text says left or right, which data.flip makes untrue; set data.flip = false or change the text": (
+        "{photo}：文字提到左或右，而 data.flip 會左右翻轉；請設 data.flip = false，或改寫文字"
+    ),
+    'no captions: every photo is trained as "{prompt}"': "沒有說明文字：每張照片都以「{prompt}」訓練",
+    "no caption": "沒有說明文字",
+    '{bare} of {count} photos have no caption and are trained as "{prompt}": {names:words}': (
+        "{count} 張照片中有 {bare} 張沒有說明文字，以「{prompt}」訓練：{names:words}"
+    ),
+    "caption without the trigger": "說明文字中沒有觸發詞",
+    '{some} of {count} captions are without the trigger {trigger}; "{name}, " is put in front: {names:words}': (
+        "{count} 則說明文字中有 {some} 則沒有觸發詞 {trigger}；會在前面加上「{name}, 」：{names:words}"
+    ),
+    'data.name is empty, so no word will call what is learned; give one, e.g. "sks dog"': (
+        "data.name 是空的，學到的東西將沒有詞可以喚出；請填一個，例如「sks dog」"
+    ),
+    'data.name = "{name}" does not say what it is; "{better}" would': (
+        "data.name =「{name}」沒有說明那是什麼；例如「{better}」就有"
+    ),
+    "{names:words}: the same file, counted {count} times": "{names:words}：同一個檔案，會算 {count} 次",
+    "same as {photo}": "與 {photo} 相同",
+    "{photo}, {other}: look almost the same": "{photo}、{other}：幾乎一樣",
+    "almost the same as {photo}": "與 {photo} 幾乎一樣",
+    "scaled up {times}x": "放大 {times} 倍",
+    "{names:words}: smaller than the size they are trained at": "{names:words}：比訓練的尺寸小",
+    "{share} cropped away": "裁掉 {share}",
+    "{names:words}: lose much to the crop; crop them yourself to choose what stays": (
+        "{names:words}：會被裁掉很多；請自行裁切，決定留下什麼"
+    ),
+    "blurred": "模糊",
+    "{names:words}: look blurred at the size they are trained at": "{names:words}：以訓練的尺寸看來模糊",
+    "only {photos:words}: 5 to 20 from different sides and places teach more": (
+        "只有 {photos:words}：5 到 20 張、不同角度與場景的照片能教得更多"
+    ),
+    "mixed aspect ratios: trained at {sizes}; a batch holds one size": "長寬比不一：以 {sizes} 訓練；每批只有一種尺寸",
+    "set upright by their EXIF tag: {names:words}": "已依 EXIF 標籤轉正：{names:words}",
+    "transparent parts are shown on white: {names:words}": "透明部分以白色為底：{names:words}",
+    "{some} of {count} photos have a mask; train.masked_loss = true uses it": (
+        "{count} 張照片中有 {some} 張有遮罩；train.masked_loss = true 才會使用"
+    ),
+    "data.flip: the subject is learned mirrored too; leave it off where its sides differ": (
+        "data.flip：也會學到左右相反的主體；若主體左右不同，請關閉"
+    ),
+    "{folder}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt)": (
+        "{folder}：沒有分詞器（tokenizer.json，或 vocab.json 與 merges.txt）"
+    ),
+    # -- 設定 config.py, knob.py
+    "unknown section [{name}]": "沒有 [{name}] 這一節",
+    "unknown section [{name}] (did you mean {near}?)": "沒有 [{name}] 這一節（是不是 {near}？）",
+    "[{name}] must be a table, not {value}": "[{name}] 必須是表格，而不是 {value}",
+    "unknown option {key}": "沒有 {key} 這個選項",
+    "unknown option {key} (did you mean {near}?)": "沒有 {key} 這個選項（是不是 {near}？）",
+    "{key} = {value}: must be a list of strings": "{key} = {value}：必須是文字清單",
+    "{key} = {value}: choose from {names}": "{key} = {value}：請從 {names} 中選擇",
+    "{key} = {value}: choose from {names} (did you mean {near}?)": (
+        "{key} = {value}：請從 {names} 中選擇（是不是 {near}？）"
+    ),
+    "{key} = {value}: choose one of {names}": "{key} = {value}：請從 {names} 中選一個",
+    "{key} = {value}: choose one of {names} (did you mean {near}?)": (
+        "{key} = {value}：請從 {names} 中選一個（是不是 {near}？）"
+    ),
+    "{key} = {value}: must be a whole number": "{key} = {value}：必須是整數",
+    "{key} = {value}: must be a number": "{key} = {value}：必須是數字",
+    "{key} = {value}: must be true or false": "{key} = {value}：必須是 true 或 false",
+    "{key} = {value}: must be text": "{key} = {value}：必須是文字",
+    "{key} = {value}: must be between {low} and {high}": "{key} = {value}：必須介於 {low} 與 {high} 之間",
+    "{key} = {value}: must be {low} or more": "{key} = {value}：必須是 {low} 以上",
+    "{key} = {value}: must be above {low}": "{key} = {value}：必須大於 {low}",
+    "{key} = {value}: must be a finite number": "{key} = {value}：必須是有限的數字",
+    "{key} = {value}: must be a multiple of {number}": "{key} = {value}：必須是 {number} 的倍數",
+    "{text}: write it as section.key=value, e.g. train.steps=200": (
+        "{text}：請寫成 section.key=value，例如 train.steps=200"
+    ),
+    "config file {path} does not exist": "設定檔 {path} 不存在",
+    "unknown preset {name}; presets: {names}": "沒有 {name} 這個預設組合；可用的有：{names}",
+    "unknown preset {name} (did you mean {near}?); presets: {names}": (
+        "沒有 {name} 這個預設組合（是不是 {near}？）；可用的有：{names}"
+    ),
+    "{file}: not valid TOML: {why}": "{file}：不是有效的 TOML：{why}",
+    "set exactly one of {keys}: none is set": "{keys} 必須恰好設定一個：目前都沒有設定",
+    "set exactly one of {keys}: {given:words} are set": "{keys} 必須恰好設定一個：目前設定了 {given:words}",
+    "optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens": (
+        "optimizer.text_encoder_learning_rate 需要 adapter.train_text_encoder = true 或 new_tokens"
+    ),
+    "adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'": (
+        "adapter.new_tokens 需要由字母與數字組成的觸發詞：請讓 data.name 以它開頭，例如「sks dog」"
+    ),
+    "train.init_from makes no sense with adapter.method = 'pissa', which begins from the base": (
+        "train.init_from 不能與 adapter.method = 'pissa' 並用，因為它從基礎模型開始"
+    ),
+    "train.prior_loss_weight has no effect with train.prior = 'none': choose 'images' or 'teacher'": (
+        "train.prior = 'none' 時 train.prior_loss_weight 沒有作用：請選 'images' 或 'teacher'"
+    ),
+    "train.class_images has no effect with train.prior = {prior}: choose 'images'": (
+        "train.prior = {prior} 時 train.class_images 沒有作用：請選 'images'"
+    ),
+    "data.variants > 1 needs data.flip, data.crop_jitter or data.color_jitter": (
+        "data.variants 大於 1 時，需要 data.flip、data.crop_jitter 或 data.color_jitter"
+    ),
+    "data.flip, data.crop_jitter and data.color_jitter need data.variants of 2 or more": (
+        "data.flip、data.crop_jitter 與 data.color_jitter 需要 data.variants 為 2 以上"
+    ),
+    # -- 基礎模型 families/*, modelfile.py, ldm.py
+    "base {path} does not exist": "基礎模型 {path} 不存在",
+    "base {path} is a PEFT adapter, not a base model": "{path} 是 PEFT adapter，不是基礎模型",
+    "base {path} is not a folder in diffusers layout: no model_index.json; it is empty": (
+        "{path} 不是 diffusers 格式的資料夾：沒有 model_index.json；資料夾是空的"
+    ),
+    "base {path} is not a folder in diffusers layout: no model_index.json; it holds {names}": (
+        "{path} 不是 diffusers 格式的資料夾：沒有 model_index.json；裡面是 {names}"
+    ),
+    "base {path} is a {kind}; lorakit trains Stable Diffusion 1.x, 2.x and XL": (
+        "{path} 是 {kind}；lorakit 可訓練 Stable Diffusion 1.x、2.x 與 XL"
+    ),
+    "{file} is {kind}; lorakit trains Stable Diffusion 1.x, 2.x and XL": (
+        "{file} 是其他模型（{kind}）；lorakit 可訓練 Stable Diffusion 1.x、2.x 與 XL"
+    ),
+    "base {path} lacks {parts}: get the base again": "基礎模型 {path} 缺少 {parts}：請重新取得",
+    "base {path} has a tokenizer of its own: model.tokenizer is for bases in a single file": (
+        "基礎模型 {path} 自有分詞器：model.tokenizer 只用於單一檔案的基礎模型"
+    ),
+    "base {file} has no tokenizer with it: set model.tokenizer to the folder of one {hint}": (
+        "基礎模型 {file} 沒有附分詞器：請把 model.tokenizer 設為分詞器的資料夾（vocab.json 與 merges.txt；"
+        "所有 Stable Diffusion 都與 openai/clip-vit-large-patch14 相同），或放在檔案旁的 tokenizer/"
+    ),
+    "base {path} predicts {kind}: only {kinds} can be trained": "基礎模型 {path} 預測 {kind}：只能訓練 {kinds:words}",
+    "base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained": (
+        "基礎模型 {path}：UNet 需要 {into} 個通道，latent 卻有 {latent} 個；無法訓練"
+    ),
+    "base {file} is an adapter (LoRA), not a base model: give the model that it was made for": (
+        "{file} 是 adapter（LoRA），不是基礎模型：請指定它所屬的模型"
+    ),
+    "base {file} is a UNet alone: give the whole model": "{file} 只有 UNet：請指定完整的模型",
+    "base {file} is a VAE alone, not a base model": "{file} 只有 VAE，不是基礎模型",
+    "base {file} is a text encoder alone: give the whole model": "{file} 只有文字編碼器：請指定完整的模型",
+    "base {file} is a textual-inversion embedding, not a base model": (
+        "{file} 是詞向量（textual inversion），不是基礎模型"
+    ),
+    "base {file} is a ControlNet, not a base model": "{file} 是 ControlNet，不是基礎模型",
+    "base {file} is a safetensors file of no kind known here: give a Stable Diffusion model": (
+        "{file} 是無法辨識的 safetensors 檔：請指定 Stable Diffusion 模型"
+    ),
+    "base {file} is a file, not a base model: give a .safetensors file or a folder in diffusers layout": (
+        "{file} 是檔案，但不是基礎模型：請指定 .safetensors 檔，或 diffusers 格式的資料夾"
+    ),
+    "base {file} is a pickle, which can run code when it is read; convert it once with diffusers: {how}": (
+        "{file} 是 pickle，讀取時可能執行程式碼；請用 diffusers 轉換一次：{how}"
+    ),
+    "{file} is a pickle, which can run code when it is read; convert it once with diffusers: {how}": (
+        "{file} 是 pickle，讀取時可能執行程式碼；請用 diffusers 轉換一次：{how}"
+    ),
+    "{file} is missing in {folder}: get the base again": "{folder} 中缺少 {file}：請重新取得基礎模型",
+    "{file} is missing in {folder}: model.tokenizer must name a folder with both, or a base's": (
+        "{folder} 中缺少 {file}：model.tokenizer 必須是兩者都有的資料夾，或某個基礎模型的分詞器"
+    ),
+    "{file} is missing in {folder}": "{folder} 中缺少 {file}",
+    "{file} is missing: {index} speaks of it; get it again": "缺少 {file}：{index} 提到了它；請重新取得",
+    "{file} is not valid JSON: get the base again": "{file} 不是有效的 JSON：請重新取得基礎模型",
+    "{file} does not hold a JSON object: get the base again": "{file} 中不是 JSON 物件：請重新取得基礎模型",
+    "{file} lacks its {part} ({keys}): get the whole checkpoint": "{file} 缺少 {part}（{keys}）：請取得完整的模型",
+    "{file} is SDXL's refiner, which no adapter is trained on: give the SDXL base": (
+        "{file} 是 SDXL 的 refiner，不能訓練 adapter：請指定 SDXL base"
+    ),
+    "{file} has a tensor {name} that Stable Diffusion does not have": (
+        "{file} 中有 Stable Diffusion 所沒有的張量 {name}"
+    ),
+    "base {name} is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a file": (
+        "基礎模型 {name} 不在快取中，而 HF_HUB_OFFLINE 已設定：請取消一次，或指定資料夾或檔案"
+    ),
+    "base {name} is gated: accept its terms at {page} and log in with: hf auth login; or give a folder or a file": (
+        "基礎模型 {name} 需要授權：請在 {page} 同意條款，並以 hf auth login 登入；或指定資料夾或檔案"
+    ),
+    "base {name} is not on the hub, or is private: look at {page}, and log in with: hf auth login; "
+    "or give a folder or a file": (
+        "hub 上沒有基礎模型 {name}，或它不公開：請看 {page}，並以 hf auth login 登入；或指定資料夾或檔案"
+    ),
+    "base {name} has no revision {revision}: look at {page}; or give a folder or a file": (
+        "基礎模型 {name} 沒有版本 {revision}：請看 {page}；或指定資料夾或檔案"
+    ),
+    "base {name} is not in the cache and cannot be fetched from {hub} ({why}): try again later; "
+    "or give a folder or a file": (
+        "基礎模型 {name} 不在快取中，也無法從 {hub} 下載（{why}）：請稍後再試，或指定資料夾或檔案"
+    ),
+    "base {name} is not in diffusers layout (no model_index.json)": (
+        "基礎模型 {name} 不是 diffusers 格式（沒有 model_index.json）"
+    ),
+    "base {name} is not in diffusers layout (no model_index.json); download {file} and give that file": (
+        "基礎模型 {name} 不是 diffusers 格式（沒有 model_index.json）；請下載 {file}，再指定那個檔案"
+    ),
+    "base {name} has no {file}, only weights that are not read here": (
+        "基礎模型 {name} 沒有 {file}，只有這裡不讀取的權重"
+    ),
+    "{file}: no such file": "{file}：沒有這個檔案",
+    "{file}: cannot be read: {why}": "{file}：無法讀取：{why}",
+    "{file}: the file is empty": "{file}：檔案是空的",
+    "{file}: this is a pickle (.ckpt/.pt): it can run code when opened; convert it to .safetensors first": (
+        "{file}：這是 pickle（.ckpt/.pt），開啟時可能執行程式碼；請先轉換成 .safetensors"
+    ),
+    "{file}: this is a GGUF file, not safetensors": "{file}：這是 GGUF 檔，不是 safetensors",
+    "{file}: this is a Git LFS pointer, not the file itself: fetch it with git lfs pull": (
+        "{file}：這只是 Git LFS 指標，不是檔案本身：請用 git lfs pull 取得"
+    ),
+    "{file}: this is a web page, not a model: the download failed": "{file}：這是網頁，不是模型：下載失敗了",
+    "{file}: this is a picture, not a model": "{file}：這是圖片，不是模型",
+    "{file}: not a safetensors file": "{file}：不是 safetensors 檔",
+    "{file}: cut off inside its header ({size} bytes): download it again": (
+        "{file}：檔頭不完整（{size} 位元組）：請重新下載"
+    ),
+    "{file}: damaged: its safetensors header does not parse": "{file}：檔案損壞：safetensors 檔頭無法解讀",
+    "{file}: cut off: {size} of {end} bytes are there ({share} %): download it again": (
+        "{file}：檔案不完整：{end} 位元組中只有 {size}（{share} %）：請重新下載"
+    ),
+    "{file}: damaged: {size} bytes follow its last tensor": "{file}：檔案損壞：最後一個張量之後還有 {size} 位元組",
+    # -- 檢視與轉換 export/*
+    "{path}: this is one part of a PEFT folder: give the folder": "{path}：這是 PEFT 資料夾的一部分：請指定整個資料夾",
+    "{path}: neither a PEFT folder nor a base model (no model_index.json); it holds {count} .safetensors files": (
+        "{path}：不是 PEFT 資料夾，也不是基礎模型（沒有 model_index.json）；裡面有 {count} 個 .safetensors 檔"
+    ),
+    "{path}: cannot be read as JSON": "{path}：無法讀作 JSON",
+    "{path}: not a JSON object": "{path}：不是 JSON 物件",
+    "{path}: this is {what:said}": "{path}：這是{what:said}",
+    "an adapter": "adapter",
+    "a LyCORIS adapter, whose algorithm lorakit does not train or convert": (
+        "LyCORIS adapter，lorakit 不訓練也不轉換它的演算法"
+    ),
+    "a whole model (a checkpoint), not an adapter": "完整的模型（checkpoint），不是 adapter",
+    "a whole model (a checkpoint), not an adapter; it predicts {kind:words}, {why:said}": (
+        "完整的模型（checkpoint），不是 adapter；預測 {kind:words}，{why:said}"
+    ),
+    "a UNet alone, not an adapter": "單獨的 UNet，不是 adapter",
+    "a VAE, not an adapter": "VAE，不是 adapter",
+    "a text encoder, not an adapter": "文字編碼器，不是 adapter",
+    "a textual-inversion embedding, not an adapter": "詞向量（textual inversion），不是 adapter",
+    "a ControlNet, not an adapter": "ControlNet，不是 adapter",
+    "not an adapter for Stable Diffusion": "不是 Stable Diffusion 的 adapter",
+    "a base model in diffusers layout ({kind})": "diffusers 格式的基礎模型（{kind}）",
+    "metadata": "依中繼資料",
+    "names": "依名稱",
+    "its keys": "依其中的鍵",
+    "the width of the text it attends to": "依文字的寬度",
+    "attends to text of width {width}": "依文字的寬度 {width}",
+    "its parts; the UNet attends to text of width {width}": "依其組成；UNet 的文字寬度為 {width}",
+    "a guess: nothing in the file tells": "推測：檔案中沒有說明",
+    "refuses the file: {why}": "拒絕這個檔案：{why}",
+    "reads none of it, as it has no rule for names like {name}": "完全無法讀取，不認得 {name} 這樣的名稱",
+    "{counts}; no rule for {name:words}": "{counts}；不認得 {name:words}",
+    "{file}: not converted after {seconds} s": "{file}：{seconds} 秒後仍未轉換完成",
+    "{file}: the conversion ended with code {code}": "{file}：轉換以代碼 {code} 結束",
+    # -- 介面 ui/*
+    "type the path of a folder or a file": "請輸入資料夾或檔案的路徑",
+    "{path}: this path cannot be followed": "{path}：無法解析這個路徑",
+    "{path}: hidden files and folders are not opened": "{path}：不會開啟隱藏的檔案與資料夾",
+    "{path} is outside of {roots}; start the front end with --root FOLDER to allow it": (
+        "{path} 不在允許的範圍 {roots} 之內；啟動介面時加上 --root 資料夾 即可開放"
+    ),
+    "{photo}: no such photo": "{photo}：沒有這張照片",
+    "{file}: cannot be written ({why})": "{file}：無法寫入（{why}）",
+    "{name} is no run": "{name} 不是執行紀錄",
+    "{name} is no checkpoint": "{name} 不是檢查點",
+    "{name} is in the queue already": "{name} 已在佇列中",
+    # -- 執行 run_folder.py, train.py, checkpoint.py, data/cache.py, memory.py
+    "done and checked": "完成，且已檢驗",
+    "stopped after step {step}; go on with: lorakit resume {folder}": "在第 {step} 步之後停止；按「繼續」即可接著訓練",
+    "{path} is a file; give --output a folder": "{path} 是檔案；請指定資料夾",
+    "{path} is not empty and nothing in it is overwritten; give another --output{hint}": (
+        "{path} 不是空的，其中的內容不會被覆寫；請換一個資料夾"
+    ),
+    "cannot write to {path}: {why}; give another --output": "無法寫入 {path}：{why}；請換一個資料夾",
+    "{path} is not a run folder: it has no {file}": "{path} 不是執行資料夾：沒有 {file}",
+    "{path} is being trained by process {pid}; stop that first": "{path} 正由程序 {pid} 訓練中；請先停止它",
+    "{path} is damaged; the checkpoints beside it are not touched by that": "{path} 已損壞；旁邊的檢查點不受影響",
+    "{path}: no complete checkpoint to resume from; start anew with: lorakit train": (
+        "{path}：沒有完整的檢查點可以繼續；請重新開始訓練"
+    ),
+    "step {step}: the loss is not finite ({names}); {advice}": (
+        "第 {step} 步：損失不是有限值（{names}）；請調低 optimizer.learning_rate，或用 memory.mixed_precision = 'fp32'"
+    ),
+    "step {step}: the gradient is not finite ({names}); {advice}": (
+        "第 {step} 步：梯度不是有限值（{names}）；請調低 optimizer.learning_rate，或用 memory.mixed_precision = 'fp32'"
+    ),
+    "{doing}: not enough memory on the device; cheapest first, set {ways:words}": (
+        "{doing}：裝置的記憶體不足；請依序試試（代價最小的在前）：{ways:words}"
+    ),
+    "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false": (
+        "train.masked_loss：沒有照片有遮罩；請把 name.mask.png 放在 name.jpg 旁邊，或設為 false"
+    ),
+    "{photo}: its mask is black all over, so nothing of it would be learned": (
+        "{photo}：遮罩全黑，這張照片什麼也學不到"
+    ),
+    "{photo}: its latent is not finite; the base's VAE cannot encode this photo": (
+        "{photo}：latent 不是有限值；基礎模型的 VAE 無法編碼這張照片"
+    ),
+    "{folder}: latents cannot be kept there ({why}); {hint}": (
+        "{folder}：無法在這裡存放 latent（{why}）；請設定 LORAKIT_CACHE 或 data.cache"
+    ),
+    "cannot load {part} of base {path}: {why}": "無法載入基礎模型 {path} 的 {part}：{why}",
+    "{folder} knows {words} words where its text encoder has {rows}: {hint}": (
+        "{folder} 有 {words} 個詞，文字編碼器卻有 {rows} 個：兩者不相配"
+    ),
+    "base {path} names a scheduler {name} that diffusers {version} lacks": (
+        "基礎模型 {path} 指定的排程器 {name}，diffusers {version} 沒有"
+    ),
+    "memory.device = {device}: torch {version} finds no such device here; {hint}": (
+        "memory.device = {device}：torch {version} 在這裡找不到這種裝置；設為 'auto' 會採用現有的裝置"
+    ),
+    "memory.mixed_precision = 'bf16': this card does not compute in bf16; choose 'fp16' or 'fp32'": (
+        "memory.mixed_precision = 'bf16'：這張顯示卡不支援 bf16；請選 'fp16' 或 'fp32'"
+    ),
+    "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'": (
+        "memory.attention = 'xformers' 需要另外安裝：pip install 'lorakit[xformers]'"
+    ),
+    "optimizer.name = 'paged_adamw8bit' needs a CUDA device: choose 'adamw8bit' or 'adamw'": (
+        "optimizer.name = 'paged_adamw8bit' 需要 CUDA 裝置：請選 'adamw8bit' 或 'adamw'"
+    ),
+    "optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate unset": (
+        "optimizer.name = 'prodigy' 只有一個學習率：optimizer.text_encoder_learning_rate 請留空"
+    ),
+    "this optimizer needs {package}: pip install {what}": "這個最佳化器需要 {package}：pip install {what}",
+    "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'": (
+        "output.tensorboard = true 需要另外安裝：pip install 'lorakit[tensorboard]'"
+    ),
+    "step {step}: the only checkpoint that was examined ({figures:words})": (
+        "第 {step} 步：唯一驗證過的檢查點（{figures:words}）"
+    ),
+    "step {step}: the smallest validation error of {count} checkpoints once prior drift is counted in "
+    "({figures:words})": "第 {step} 步：{count} 個檢查點中，計入先驗偏移後驗證誤差最小（{figures:words}）",
+    "step {step}: the smallest validation error of {count} checkpoints once prior drift is counted in "
+    "({figures:words}); step {other} is a little better on the photos but has drifted by {drift}": (
+        "第 {step} 步：{count} 個檢查點中，計入先驗偏移後驗證誤差最小（{figures:words}）；"
+        "第 {other} 步在照片上略好，但已偏移 {drift}"
+    ),
+    "self-check failed for {file}: {causes}": "{file} 未通過自我檢驗：{causes}",
+    "{format} file: {detail:said}": "{format} 檔案：{detail:said}",
+    "{format} in diffusers: {detail:said}": "{format}，以 diffusers 讀取：{detail:said}",
+    "{format} unet: {detail:said}": "{format}，UNet：{detail:said}",
+    "{format} text encoder: {detail:said}": "{format}，文字編碼器：{detail:said}",
+    "{some} of {count} modules there, finite and not zero": "{count} 個模組中有 {some} 個，皆為有限且非零",
+    "{some} of {count} modules applied, each as trained": "{count} 個模組中套用了 {some} 個，皆與訓練所得相同",
+    "the adapter has no effect: every module is zero; was the learning rate 0?": (
+        "adapter 沒有作用：每個模組都是零；學習率是不是 0？"
+    ),
+    "the adapter changes the output by {effect}; the file's is {error} of that away": (
+        "adapter 使輸出改變 {effect}；檔案與它的差距為其中的 {error}"
+    ),
+}
+
+PHRASES = {
+    " and {count} more": " 等，另有 {count} 個",
+    "{count} modules ({number} M weights)": "{count} 個模組（{number} M 個權重）",
+    "{count} modules ({number} weights)": "{count} 個模組（{number} 個權重）",
+    "{count} modules ({number} M weights), ": "{count} 個模組（{number} M 個權重）、",
+    "{count} modules ({number} weights), ": "{count} 個模組（{number} 個權重）、",
+    "1 photo": "1 張照片",
+    "{count} photos": "{count} 張照片",
+    " with zero terminal SNR": "（終端 SNR 為零）",
+    "scaled up {times}x": "放大 {times} 倍",
+    "{share} cropped away": "裁掉 {share}",
+    "(blurred)": "（模糊）",
+    "without an ending": "個沒有副檔名",
+    "(only one level of subfolders is read)": "（只讀取一層子資料夾）",
+    " and train.": " 與 train.",
+    " and v_prediction": " 與 v_prediction",
+    "prior drift": "先驗偏移",
+    ", or a lower data.resolution": "，或調低 data.resolution",
+    " with train.": " 並設 train.",
+}
