@@ -10,6 +10,7 @@ from typing import Any
 from lorakit import config as configuration, families, plan
 from lorakit.config import LENGTHS, Config
 from lorakit.data import check
+from lorakit.families import hub
 
 # The knobs that everybody has to answer for; all others have a preset's value.
 PHOTOS, KIND, NAME, BASE = QUESTIONS = ("data.folder", "data.kind", "data.name", "model.base")
@@ -68,6 +69,17 @@ def default_preset(base: str, kind: str) -> tuple[str, str]:
 def describe(base: str) -> Any:
     """What is known of a base model without loading it (`families.BaseInfo`)."""
     return families.describe(base)
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether a base is `owner/name[@revision]` on the hub and nothing on this machine."""
+    return not Path(base).expanduser().exists() and hub.parse(base) is not None
+
+
+def must_be_fetched(base: str) -> bool:
+    """Whether only the network has a base: it is a hub id, and not in the cache. The network is not asked."""
+    asked = hub.parse(base) if is_hub_id(base) else None
+    return asked is not None and hub.cached(asked) is None
 
 
 def base_of(config_file: Path) -> str:

@@ -47,11 +47,11 @@ def find(asked: HubId) -> tuple[Path, str]:
         LorakitError: there is no such model or revision, it is gated, it is not in diffusers layout, or the network
             cannot be reached.
     """
-    folder = _cached(asked) or _fetched(asked)
+    folder = cached(asked) or _fetched(asked)
     return folder, folder.name
 
 
-def _cached(asked: HubId) -> Path | None:
+def cached(asked: HubId) -> Path | None:
     """The complete snapshot in the cache, or None. No library call: these look at the network first."""
     from huggingface_hub import constants
 

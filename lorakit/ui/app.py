@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Gradio asks its makers' servers for news at import otherwise. Nothing here needs a network.
+from lorakit.ui import commands
+
+# Gradio asks its makers' servers for news at import otherwise. Nothing here needs a network, nor does a run; what does
+# is the fetching of a base that somebody asks for.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = commands.OFFLINE
 
 import gradio as gr
 
@@ -206,6 +209,14 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
     answered = [widgets.answered(widget) for widget in every] + [train.quality.input, *visits]
     planned = (plan, inputs, [train.plan_card, train.start])
     gr.on(answered, answer, inputs, train.outputs, **FOLLOW).then(*planned, **FOLLOW)
+
+    def fetch(data: dict[Any, Any], request: gr.Request) -> str:
+        return train.fetch_base(_values(train, data), say_for(request))
+
+    waiting = ACT | {"show_progress": "full", "show_progress_on": train.fetched}
+    fetched = train.fetch.click(fetch, inputs, train.fetched, **waiting)
+    fetched.then(answer, inputs, train.outputs, **FOLLOW).then(*planned, **FOLLOW)
+    train.widgets[guide.BASE].input(lambda: "", None, train.fetched, **FOLLOW)
     with_preset = {*inputs, train.preset}
     gr.on([train.preset.input], difference, with_preset, train.difference, **FOLLOW)
     applied = train.apply.click(apply, with_preset, [train.marks, *every], **ACT)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+from lorakit import guide
 from lorakit.errors import LorakitError
 
 # Seconds after which a conversion is given up; the largest adapters take a fraction of it.
 PATIENCE = 600
+# The front end is off the network, whatever the user's HF_HUB_OFFLINE says; that holds for `fetch`, and is read here
+# before app.py sets it.
+OFFLINE, USERS = "1", os.environ.get("HF_HUB_OFFLINE", "0")
 
 
 def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> list[Path]:
@@ -35,6 +40,37 @@ def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> l
     except subprocess.TimeoutExpired:
         raise LorakitError(f"{source.name}: not converted after {PATIENCE} s") from None
     if done.returncode:
-        lines = [line.removeprefix("lorakit: ") for line in done.stderr.splitlines() if line.startswith("lorakit: ")]
-        raise LorakitError("\n".join(lines) or f"{source.name}: the conversion ended with code {done.returncode}")
+        raise LorakitError(_complaint(done) or f"{source.name}: the conversion ended with code {done.returncode}")
     return [Path(path) for path in json.loads(done.stdout).values()]
+
+
+def fetch(base: str) -> None:
+    """Fetch a base that is on the hub into the cache, where it takes no second time; as long as that takes.
+
+    Raises:
+        LorakitError: why it cannot be had.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "lorakit.ui.commands", base],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"HF_HUB_OFFLINE": USERS},
+        check=False,
+    )
+    if done.returncode:
+        raise LorakitError(_complaint(done) or f"{base}: the download ended with code {done.returncode}")
+
+
+def _complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """What a command said was wrong."""
+    lines = [line.removeprefix("lorakit: ") for line in done.stderr.splitlines() if line.startswith("lorakit: ")]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        guide.describe(sys.argv[1])
+    except LorakitError as problem:
+        sys.exit(f"lorakit: {problem}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit import config as configuration
+from lorakit import config as configuration, guide
 from lorakit.config import Config, ConfigError, Knob
 from lorakit.errors import LorakitError
 from lorakit.ui.access import Roots
@@ -131,7 +131,7 @@ def read(shown: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[st
         given[key] = known[key].read(value)
         if known[key].knob.path and given[key] not in ("", known[key].knob.default):
             try:
-                given[key] = str(roots.resolve(given[key]))
+                given[key] = located(key, given[key], roots)
             except LorakitError as error:
                 problems.setdefault(key, []).append(str(error))
     try:
@@ -141,6 +141,16 @@ def read(shown: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[st
             problems.setdefault(field_of(problem, known), []).append(problem)
         return None, problems
     return (None if problems else config), problems
+
+
+def located(key: str, text: str, roots: Roots) -> str:
+    """The path below the roots that somebody typed; a base's hub id as it is, unless a file there has that name.
+
+    Raises:
+        LorakitError: it is outside of the roots.
+    """
+    path = roots.resolve(text)
+    return text if key == guide.BASE and not path.exists() and guide.is_hub_id(text) else str(path)
 
 
 def field_of(problem: str, known: Mapping[str, Any]) -> str:

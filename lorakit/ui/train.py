@@ -12,7 +12,7 @@ from lorakit import config as configuration, guide
 from lorakit.config import Config
 from lorakit.errors import LorakitError
 from lorakit.plan import Plan
-from lorakit.ui import form, widgets
+from lorakit.ui import commands, form, widgets
 from lorakit.ui.desk import Desk
 from lorakit.ui.texts import Say
 
@@ -37,6 +37,8 @@ class TrainPage:
                 for key in guide.QUESTIONS:
                     more = {"allow_custom_value": True} if key in (guide.PHOTOS, guide.BASE) else {}
                     self.widgets[key] = self._question(key, start[key], t, **more)
+                self.fetch = gr.Button(t("train.fetch"), visible=False, elem_id="base-fetch")
+                self.fetched = widgets.html(elem_id="base-fetched")
                 self.quality = gr.Radio(
                     choices=[(t(f"quality.{name}"), name) for name in guide.QUALITIES],
                     value="balanced",
@@ -96,7 +98,7 @@ class TrainPage:
     def outputs(self) -> list[Any]:
         """What `answer` fills."""
         every = [self.widgets[key] for key in self.keys]
-        return [self.plan_card, self.changed, self.start, self.marks, self.draft, *every]
+        return [self.plan_card, self.changed, self.start, self.fetch, self.marks, self.draft, *every]
 
     def form_values(self, values: Sequence[Any]) -> dict[str, Any]:
         """Key -> what the widget holds."""
@@ -121,7 +123,8 @@ class TrainPage:
         else:
             plan = gr.skip() if self.desk.report(config).done() else widgets.quiet(say("plan.working"))
         draft = self.kept(quality, marks, shown)
-        return [plan, _changes(changed, say), gr.update(interactive=False), marks, draft, *updates]
+        fetch = gr.update(visible=self.lacking(shown) is not None)
+        return [plan, _changes(changed, say), gr.update(interactive=False), fetch, marks, draft, *updates]
 
     def plan(self, values: Sequence[Any], say: Say) -> tuple[str, Any]:
         """The plan, or what keeps it from being made, and whether the run may start; waits until the photos are
@@ -175,7 +178,8 @@ class TrainPage:
             LorakitError: as `guide.suggest`, and where the base is outside.
         """
         base = shown.get(guide.BASE) or ""
-        inside = base if base == self.fields[guide.BASE].knob.default else str(self.desk.roots.resolve(base))
+        bundled = base == self.fields[guide.BASE].knob.default
+        inside = base if bundled else form.located(guide.BASE, base, self.desk.roots)
         changed = {key: self.fields[key].read(value) for key, value in (by_hand or {}).items()}
         return form.values(guide.suggest({**shown, guide.BASE: inside}, quality, preset or None, changed))
 
@@ -185,7 +189,9 @@ class TrainPage:
         for key in guide.QUESTIONS:
             if not str(shown.get(key) or "").strip():
                 problems.setdefault(key, []).append(say("train.required"))
-        if config is not None and not problems:
+        if name := self.lacking(shown):
+            problems.setdefault(guide.BASE, []).append(say("train.must_fetch", name=name))
+        elif config is not None and not problems:
             try:
                 guide.describe(form.values(config)[guide.BASE])
             except LorakitError as problem:
@@ -193,11 +199,33 @@ class TrainPage:
         told = {key: [say.told(line) for line in lines] for key, lines in problems.items()}
         return (None if problems else config), told
 
+    def lacking(self, shown: Mapping[str, Any]) -> str | None:
+        """The base's hub id where only the network has it; the network is not asked."""
+        try:
+            base = form.located(guide.BASE, str(shown.get(guide.BASE) or "").strip(), self.desk.roots)
+        except LorakitError:
+            return None
+        return base if guide.must_be_fetched(base) else None
+
+    def fetch_base(self, values: Sequence[Any], say: Say) -> str:
+        """Fetch the base from the hub, because somebody asked for it; what came of it, in words."""
+        name = self.lacking(self.form_values(values))
+        if name is None:
+            return ""
+        try:
+            commands.fetch(name)
+        except LorakitError as problem:
+            return widgets.problem(say.told(str(problem)))
+        return widgets.good(say("train.fetched", name=name))
+
     def config_of_photos(self, shown: Mapping[str, Any]) -> Config | None:
         """A config that is enough to look at the photos, whatever else is still unanswered or wrong."""
         config, _ = form.read(shown, self.desk.roots)
-        if config is not None:
-            return config
+        try:
+            if config is not None and guide.describe(form.values(config)[guide.BASE]):
+                return config
+        except LorakitError:  # the base will be told of where it is chosen
+            pass
         start = form.values(guide.suggest({}, "balanced"))
         return form.read(start | {guide.PHOTOS: shown[guide.PHOTOS]}, self.desk.roots)[0]
 

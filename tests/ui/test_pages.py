@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import hub_server
 import pytest
 from PIL import Image
 
@@ -10,7 +11,7 @@ gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip insta
 from lorakit import guide  # noqa: E402
 from lorakit.config import TrainConfig  # noqa: E402
 from lorakit.errors import LorakitError  # noqa: E402
-from lorakit.ui import app, texts  # noqa: E402
+from lorakit.ui import app, commands, texts  # noqa: E402
 from lorakit.ui.adapter import AdapterPage  # noqa: E402
 from lorakit.ui.compare import ComparePage  # noqa: E402
 from lorakit.ui.desk import Desk  # noqa: E402
@@ -54,7 +55,7 @@ def test_the_whole_page_is_built(desk: Desk):
 
 def answer(train: TrainPage, marks: dict[str, object], values: list[object]) -> tuple[object, ...]:
     """(plan, changed, start, marks, draft, what each widget is told) after an answer."""
-    plan, changed, start, marks, draft, *updates = train.answer("balanced", marks, values, SAY)
+    plan, changed, start, _, marks, draft, *updates = train.answer("balanced", marks, values, SAY)
     return plan, changed, start, marks, draft, dict(zip(train.keys, updates, strict=True))
 
 
@@ -110,6 +111,72 @@ def test_a_base_outside_of_the_roots_is_not_looked_at(train: TrainPage):
     assert "is outside of" in train.difference_of("", "balanced", values, SAY)
     message, name = train.begin(values, SAY)
     assert name is None and "is outside of" in message
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, for this process and for those it starts."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    for name, value in {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "home"
+
+
+def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
+    train: TrainPage, tiny_sd1: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+    values, marks = answered(train, Path("org/tiny"))
+    with hub_server.serve(tiny_sd1, asked) as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        # The user's own word on the network holds for what is asked for, too.
+        monkeypatch.setattr(commands, "USERS", "1")
+        said = train.fetch_base(values, SAY)
+        assert "base org/tiny is not in the cache and HF_HUB_OFFLINE is set" in said and "lk-problem" in said
+        monkeypatch.setattr(commands, "USERS", "0")
+        plan, _, start, fetch, marks, draft, *updates = train.answer("balanced", marks, values, SAY)
+        told = "org/tiny is no path here, and as a hub id not on this machine yet."
+        assert told in plan and fetch["visible"] is True and start["interactive"] is False
+        assert dict(zip(train.keys, updates, strict=True))[guide.BASE]["info"].startswith(f"✕ {told}")
+        assert told in train.plan(values, SAY)[0]
+        message, name = train.begin(values, SAY)
+        assert told in message and name is None and not train.desk.queue.jobs()
+        assert asked == [], "typing, planning and starting ask nothing of the network"
+        assert "org/tiny is on this machine now" in train.fetch_base(values, SAY)
+        assert asked
+    # The hub is gone: the base is here.
+    plan, _, _, fetch, _, draft, *_ = train.answer("balanced", marks, values, SAY)
+    assert fetch["visible"] is False
+    plan, start = train.plan([draft["values"][key] for key in train.keys], SAY)
+    assert "from the hub: org/tiny@" in plan and start["interactive"] is True
+    # And one that cannot be had says why.
+    values, _ = answered(train, Path("org/other"))
+    said = train.fetch_base(values, SAY)
+    assert "base org/other is not in the cache and cannot be fetched from" in said and "lk-problem" in said
+    assert "無法從" in train.fetch_base(values, texts.sayer("zh-Hant"))
+
+
+def test_a_path_that_looks_like_a_hub_id_is_a_path(train: TrainPage, tiny_sd1: Path, hub_cache: Path):
+    place = train.desk.roots.paths[0] / "mine"
+    (place).mkdir()
+    (place / "model").symlink_to(tiny_sd1)
+    values, _ = answered(train, Path("mine/model"))
+    shown = train.form_values(values)
+    assert train.lacking(shown) is None and train.fetch_base(values, SAY) == ""
+    config, _ = train.read(shown, SAY)
+    assert config is not None and guide.describe(config.model.base).path == tiny_sd1
+
+
+def test_photos_are_shown_whatever_the_base_is(desk: Desk, train: TrainPage, hub_cache: Path):
+    with gr.Blocks():
+        photos = PhotosPage(desk, T)
+    folder = str(desk.roots.paths[0])
+    for base in ("org/tiny", "no/such/base", "/etc"):
+        values, _ = answered(train, Path(base))
+        summary, cards = photos.checked(folder, 0, train.config_of_photos(train.form_values(values)), SAY)
+        assert "3 photos" in summary and cards.count('<li class="lk-card') == 3
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,10 @@ TEXTS = {
     "train.started": "{name} 已加入佇列。",
     "train.cannot": "未能開始：{problem}",
     "train.required": "必填。",
+    "train.fetch": "從 hub 下載基礎模型（會連上網路）",
+    "train.must_fetch": "這裡沒有 {name} 這個路徑；若是 hub 識別名，這台電腦上也還沒有。按下方按鈕會從網路下載一次，"
+    "約數 GB；按下之前不會連線。",
+    "train.fetched": "{name} 已在這台電腦上。",
     "train.options": "所有選項",
     "train.preset": "預設組合",
     "train.preset_help": "套用之前會先列出差異。",

@@ -370,6 +370,7 @@ SENTENCES = {
     "reads none of it, as it has no rule for names like {name}": "完全無法讀取，不認得 {name} 這樣的名稱",
     "{counts}; no rule for {name:words}": "{counts}；不認得 {name:words}",
     "{file}: not converted after {seconds} s": "{file}：{seconds} 秒後仍未轉換完成",
+    "{name}: the download ended with code {code}": "{name}：下載以代碼 {code} 結束",
     "{file}: the conversion ended with code {code}": "{file}：轉換以代碼 {code} 結束",
     # -- 介面 ui/*
     "type the path of a folder or a file": "請輸入資料夾或檔案的路徑",
