@@ -228,6 +228,10 @@ def _parted(
     signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction_type == "epsilon":
         return (noisy - spread * said) / signal, said
+    if prediction_type == "flow_prediction":
+        # noisy = signal x + spread n and said = n - x.
+        whole = signal + spread
+        return (noisy - spread * said) / whole, (noisy + signal * said) / whole
     return signal * noisy - spread * said, spread * noisy + signal * said
 
 

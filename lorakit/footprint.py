@@ -29,6 +29,8 @@ RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
 VAE_BYTES, ENCODING, DECODING, BY_STRIPS = 335_000_000, 2560, 3072, 288
 # Rows of CLIP's table of words, which is no layer.
 VOCABULARY = 49408
+# What Stable Diffusion 3 reads of a text by T5, beside what CLIP reads.
+T5_TOKENS = 256
 
 
 def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
@@ -118,6 +120,9 @@ def placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens:
     it makes. Keys and values of cross-attention are of the text, and what embeds the timestep is applied once.
     """
     names = [name for name in shapes if name.startswith("unet.")]
+    if patches := shapes.get("unet.pos_embed.proj"):
+        cells = math.ceil(height / patches[-1]) * math.ceil(width / patches[-1])
+        return [(name, shapes[name], _joint_places(name, cells, tokens + T5_TOKENS)) for name in names]
     levels = 1 + max((int(m[1]) for name in names if (m := re.match(r"unet\.down_blocks\.(\d+)\.", name))), default=0)
     found = []
     for name in names:
@@ -138,6 +143,13 @@ def placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens:
             places = math.ceil(height / 2**level) * math.ceil(width / 2**level)
         found.append((name, shapes[name], places))
     return found
+
+
+def _joint_places(name: str, cells: int, tokens: int) -> int:
+    """How often a layer of Stable Diffusion 3's transformer is applied: to each patch, to each token, or once."""
+    if re.search(r"norm(1|1_context|_out)\.linear|time_text_embed", name):
+        return 1
+    return tokens if re.search(r"ff_context|add_[qkv]_proj|to_add_out|context_embedder", name) else cells
 
 
 def _width(config: Config, device: str) -> int:

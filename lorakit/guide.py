@@ -19,7 +19,7 @@ GIVEN = ("output.folder",)
 # Exactly one of these is set.
 LENGTH_KEYS = tuple(f"train.{name}" for name in LENGTHS)
 # Which presets are for which family of base model.
-PRESET_FOR_FAMILY = {"sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl"}
+PRESET_FOR_FAMILY = {"sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl", "sd3": "sd3"}
 # How much longer or shorter than its preset a run is.
 QUALITIES = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
 

@@ -300,7 +300,7 @@ _OTHERS = {
 def _family(shapes: Shapes, name: str) -> str:
     for start, what in _OTHERS.items():
         if any(key.startswith(start) for key in shapes):
-            raise LorakitError(f"{name} is {what}; lorakit trains Stable Diffusion 1.x, 2.x and XL")
+            raise LorakitError(f"{name} is {what}; in one file lorakit reads Stable Diffusion 1.x, 2.x and XL")
     sized = f"{UNET}label_emb.0.0.weight" in shapes
     for family, prefixes in PREFIXES.items():
         last = list(prefixes.values())[-1]

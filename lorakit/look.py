@@ -37,6 +37,8 @@ def look(config: Config) -> Seen:
             photos at once.
     """
     info = families.describe(config.model)
+    if problems := families.unsuited(info, config):
+        raise LorakitError("\n".join(problems))
     warnings = []
     for name in config.output.formats:
         refusal = registry.load(registry.EXPORTS, name).check(config.adapter.method, info.family)

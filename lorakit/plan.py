@@ -196,7 +196,9 @@ def forward_flop(shapes: Mapping[str, Sequence[int]], height: int, width: int, t
     total = 0.0
     for name, shape, places in footprint.placed(shapes, height, width, tokens):
         total += 2 * math.prod(shape) * places
-        if name.endswith("attn1.to_q"):
+        if name.endswith(".attn.to_q"):  # of picture and text together
+            total += 4 * (places + tokens + footprint.T5_TOKENS) ** 2 * shape[0]
+        elif name.endswith("attn1.to_q") or (name.endswith("attn2.to_q") and ".attentions." not in name):
             total += 4 * places * places * shape[0]
         elif name.endswith("attn2.to_q"):
             total += 4 * places * tokens * shape[0]

@@ -11,6 +11,7 @@ from typing import Any
 FAMILIES = {
     "sd": "lorakit.families.sd:StableDiffusion",
     "sdxl": "lorakit.families.sdxl:StableDiffusionXL",
+    "sd3": "lorakit.families.sd3:StableDiffusion3",
 }
 
 ADAPTERS = {

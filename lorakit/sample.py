@@ -239,7 +239,10 @@ def as_pixels(images: Sequence[Image.Image], batch: int) -> Iterator[torch.Tenso
 def _pipeline(family: Any) -> tuple[Any, str]:
     """The family's pipeline with a fresh sampler, and the name that web UIs give the sampler."""
     pipeline = family.pipeline()
-    pipeline.scheduler, name = _sampler(pipeline.scheduler.config)
+    if family.prediction_type == "flow_prediction":
+        name = "Euler"  # the scheduler that the base names: straight lines need nothing better
+    else:
+        pipeline.scheduler, name = _sampler(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, name
 

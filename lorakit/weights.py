@@ -246,7 +246,7 @@ class AdapterWeights:
     """All layers of an adapter, and what they belong to.
 
     Attributes:
-        family: "sd1", "sd2" or "sdxl".
+        family: "sd1", "sd2", "sdxl" or "sd3".
         method: how it was trained, a name of `registry.ADAPTERS`.
         layers: canonical name -> layer.
         metadata: what a file said of itself (empty for weights that come from training).

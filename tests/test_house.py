@@ -315,7 +315,7 @@ def test_presets_load_say_what_they_need_and_come_back_equal(name: str) -> None:
 
 
 def test_there_is_a_preset_for_each_kind_and_base() -> None:
-    bases = ("pocket", "sd15", "sd15-lowmem", "sdxl", "sdxl-lowmem")
+    bases = ("pocket", "sd15", "sd15-lowmem", "sdxl", "sdxl-lowmem", "sd3")
     assert config.preset_names() == sorted(f"{kind}-{base}" for kind in ("subject", "style") for base in bases)
 
 

@@ -82,7 +82,7 @@ class Adapter:
 
     Attributes:
         layers: canonical names, in a fixed order.
-        family: "sd1", "sd2" or "sdxl".
+        family: "sd1", "sd2", "sdxl" or "sd3".
         method: a name of `registry.ADAPTERS`.
         dropout: on the adapters' input while `train(True)`.
     """
@@ -293,11 +293,13 @@ def _modules(target: Any) -> dict[str, Any]:
     """Component -> module that may be adapted, of a Family or a diffusers pipeline."""
     if hasattr(target, "components"):
         parts = {name: target.components.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
+        if type(target).__name__.startswith("StableDiffusion3"):
+            parts["unet"] = target.transformer
         modules = {name: part for name, part in parts.items() if part is not None}
     else:
         modules = target.modules() if hasattr(target, "info") else {}
     if "unet" not in modules:
-        raise LorakitError(f"{type(target).__name__} has no UNet: give a Stable Diffusion 1.x, 2.x or XL pipeline")
+        raise LorakitError(f"{type(target).__name__} has no UNet: give a Stable Diffusion 1.x, 2.x, XL or 3 pipeline")
     for component, module in modules.items():
         if getattr(module, "peft_config", None):
             raise LorakitError(f"{component} already carries an adapter: take it out first (unload_lora_weights)")
@@ -315,6 +317,8 @@ def _family(target: Any, modules: dict[str, Any]) -> str:
     """A Family says what it is; of a pipeline it is told as `families.describe` tells it."""
     if hasattr(target, "info"):
         return str(target.info.family)
+    if type(target).__name__.startswith("StableDiffusion3"):
+        return "sd3"
     if "text_encoder_2" in modules:
         return "sdxl"
     return "sd2" if modules["unet"].config.cross_attention_dim == 1024 else "sd1"

@@ -189,7 +189,9 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
 
 
 def _is_plain_attention(module: Any) -> bool:
-    changes = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "residual_connection")
+    changes = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "residual_connection", "add_k_proj")
+    if type(module.processor) is not AttnProcessor2_0:
+        return False
     return module.rescale_output_factor == 1 and not any(getattr(module, name, None) for name in changes)
 
 

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from lorakit.config import AdapterConfig
 from lorakit.weights import factorization
 
-_ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
-_LINEAR = _ATTENTION + r"|\.attentions\.\d+\.proj_(in|out)$|\.ff\.net\.(0\.proj|2)$"
+# Stable Diffusion 3 has one attention for picture and text, `attn`, with projections of its own for the text.
+_ATTENTION = r"\.attn[12]?\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)$"
+_LINEAR = _ATTENTION + r"|\.attentions\.\d+\.proj_(in|out)$|\.ff(_context)?\.net\.(0\.proj|2)$"
 _CONV = r"\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)$|\.(down|up)samplers\.\d+\.conv$"
 UNET = {"attention": _ATTENTION, "linear": _LINEAR, "linear+conv": f"{_LINEAR}|{_CONV}"}
 # Always all four of an attention: A1111 reads none of them where one is missing.

@@ -153,7 +153,10 @@ class Report:
 
 
 def step_of(base: Base) -> int:
-    """What a bucket's sides must be multiples of: pixels of one latent, halved at each of the U-Net's downsamplers."""
+    """What a bucket's sides must be multiples of: pixels of one latent, halved at each of the U-Net's downsamplers, or
+    as many as a transformer takes for a patch."""
+    if patches := base.layers.get("unet.pos_embed.proj"):
+        return int(base.downscale * patches[-1])
     downsamplers = sum(name.startswith("unet.") and ".downsamplers." in name for name in base.layers)
     return int(base.downscale * 2**downsamplers)
 

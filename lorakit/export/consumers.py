@@ -88,6 +88,11 @@ class Consumer:
     ordered_attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+# Stable Diffusion 3 in diffusers' names. ComfyUI's rule was read in its loader, diffusers' and PEFT's were run; of the
+# other programs none is known to read them.
+DOTTED_SD3 = (r"transformer\..+", r"text_encoder(?:_2)?\..+")
+COMFY_SD3 = (r"transformer\.transformer_blocks\..+", r"text_encoder(?:_2)?\.text_model\.(?!.*_lora$).+")
+
 _ALL_BLOCKS = (*BLOCKS, *UPSAMPLERS)
 _SDXL_TEXT = (*TE1, *TE2)
 
@@ -117,6 +122,7 @@ CONSUMERS: dict[str, Consumer] = {
             "sd1": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1, *COMFY_DOTTED),
             "sd2": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1, *COMFY_DOTTED),
             "sdxl": (*_ALL_BLOCKS, *TOP, *ADD, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT, *PROJECTION, *COMFY_DOTTED),
+            "sd3": COMFY_SD3,
         },
     ),
     "invokeai": Consumer(
@@ -155,6 +161,7 @@ CONSUMERS: dict[str, Consumer] = {
             "sd1": (*_ALL_BLOCKS, *TOP, *TE, *TE1, *DOTTED_ALL),
             "sd2": (*_ALL_BLOCKS, *TOP, *TE, *TE1, *DOTTED_ALL),
             "sdxl": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT, *DOTTED_ALL),
+            "sd3": DOTTED_SD3,
         },
         misread={"dora": _PLAIN},
         refused=dict.fromkeys(_LYCORIS, "it reads plain LoRA only"),
@@ -162,7 +169,7 @@ CONSUMERS: dict[str, Consumer] = {
         lone_alpha=True,
         flat_conv=False,
     ),
-    "peft": Consumer(title="PEFT", names=dict.fromkeys(("sd1", "sd2", "sdxl"), DOTTED_ALL)),
+    "peft": Consumer(title="PEFT", names={**dict.fromkeys(("sd1", "sd2", "sdxl"), DOTTED_ALL), "sd3": DOTTED_SD3}),
 }
 
 
@@ -259,7 +266,7 @@ def _reading(
     metadata: Mapping[str, str],
     folder: bool,
 ) -> Reading:
-    patterns = [re.compile(pattern) for pattern in consumer.names[family]]
+    patterns = [re.compile(pattern) for pattern in consumer.names.get(family, ())]
     matched = {stem for stem in found if (key == "peft" or not folder) and any(p.fullmatch(stem) for p in patterns)}
     unmatched = [stem for stem in found if stem not in matched]
     wrong = {stem: why for stem, why in defects.items() if stem in matched}
@@ -283,7 +290,7 @@ def _reading(
 def _component(stem: str) -> str:
     if stem.startswith(("lora_te2_", "text_encoder_2.")):
         return "text_encoder_2"
-    return "unet" if stem.startswith(("lora_unet_", "unet.")) else "text_encoder"
+    return "unet" if stem.startswith(("lora_unet_", "unet.", "transformer.")) else "text_encoder"
 
 
 def _convolution(module: Module, family: str) -> bool:

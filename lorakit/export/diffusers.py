@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lorakit.export import factors, files
+from lorakit.export import factors, files, keys
 from lorakit.export.metadata import complete
 from lorakit.weights import AdapterWeights
 
@@ -41,8 +41,9 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     result: dict[str, torch.Tensor] = {}
     for name, layer in factors.complete(weights).items():
         folded = layer.rescaled(1).factors()
-        result[f"{name}.lora_A.weight"] = folded["down"]
-        result[f"{name}.lora_B.weight"] = folded["up"]
+        stem = keys.spelled(name, weights.family)
+        result[f"{stem}.lora_A.weight"] = folded["down"]
+        result[f"{stem}.lora_B.weight"] = folded["up"]
     return factors.cast(result, dtype)
 
 

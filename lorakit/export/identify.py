@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lorakit.export import keys, metadata as meta
 from lorakit.weights import canonical
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_COMPONENT = r"(?:unet|text_encoder|text_encoder_2)"
+_COMPONENT = r"(?:unet|transformer|text_encoder|text_encoder_2)"
 # spelling -> (pattern of a tensor's name: module, part; part in the file -> part of a Layer)
 _SPELLINGS: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {
     "kohya": (
@@ -99,11 +100,17 @@ def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
     if spelling == "kohya":
         return keys.from_kohya(stem, layers_per_block)
     part, _, path = stem.partition(".")
-    name = canonical(part, path)
+    name = canonical(keys.canonical_part(part), path)
     if spelling == "diffusers-old":
         name = _OLD_UNET.sub(lambda m: f"{m[1]}.to_{m[2]}{'.0' * (m[2] == 'out')}", name)
         name = _OLD_TEXT.sub(lambda m: f"{m[1]}.self_attn.{m[2]}_proj", name)
     return name if keys.is_known(name) else None
+
+
+def peft_parts(path: Path) -> dict[str, Path]:
+    """Component -> its folder, of a PEFT folder; empty where it is none."""
+    folders = {name: path / name for name in (*keys.COMPONENTS, *keys.DENOISERS.values())}
+    return {keys.canonical_part(name): folder for name, folder in folders.items() if (folder / PEFT_CONFIG).is_file()}
 
 
 def peft_names(part: str, names: Iterable[str]) -> dict[str, str]:
@@ -147,6 +154,8 @@ def adapter_family(found: Mapping[str, Module], shapes: Shapes, metadata: Mappin
     told = meta.family(metadata)
     if told:
         return told, "metadata"
+    if any(keys.is_joint(module.canonical or "") for module in found.values()):
+        return "sd3", "names"
     second = any(stem.startswith(("lora_te2_", "text_encoder_2.")) for stem in found)
     if second or any(stem.startswith("lora_unet_label_emb") for stem in found):
         return "sdxl", "names"

@@ -16,6 +16,7 @@ from lorakit.export import consumers, identify, keys
 from lorakit.export.consumers import Reading
 
 _LABELS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
+_LABELS |= {"sd3": "Stable Diffusion 3"}
 _SHOWN = 100  # characters of a metadata value
 
 
@@ -125,7 +126,7 @@ def inspect(path: Path) -> Report:
 
 def _folder(path: Path) -> Report:
     """A PEFT folder, a base in diffusers layout, or a folder with one adapter file in it."""
-    parts = {part: path / part for part in keys.COMPONENTS if (path / part / identify.PEFT_CONFIG).is_file()}
+    parts = identify.peft_parts(path)
     if parts:
         return _peft_folder(path, parts)
     if (path / "model_index.json").is_file():
@@ -160,13 +161,17 @@ def _base_folder(path: Path) -> Report:
     unet = path / "unet" / "config.json"
     width = _json(unet).get("cross_attention_dim", 0) if unet.is_file() else 0
     family = identify.CROSS_DIMS.get(width, "sdxl" if "text_encoder_2" in index else "sd1")
+    by = f"its parts; the UNet attends to text of width {width}"
+    for other, folder in keys.DENOISERS.items():
+        if folder in index:
+            family, by = other, f"its parts: it has a {folder}"
     return Report(
         path.name,
         "base",
         f"a base model in diffusers layout ({index.get('_class_name', 'no class named')})",
         sum(file.stat().st_size for file in weights),
         family,
-        f"its parts; the UNet attends to text of width {width}",
+        by,
     )
 
 
@@ -191,6 +196,11 @@ def _adapter(
     folder: bool = False,
 ) -> Report:
     found = identify.modules(shapes, identify.layers_per_block(told))
+    if not found:
+        raise LorakitError(
+            f"{name}: an adapter, but not for Stable Diffusion: its names are of no program known here, such as "
+            f"{next(iter(shapes))}"
+        )
     family, source = identify.adapter_family(found, shapes, told)
     components: dict[str, Component] = {}
     for part in keys.COMPONENTS:
@@ -220,7 +230,14 @@ def _adapter(
 def _part(module: identify.Module) -> str:
     if module.canonical:
         return keys.component(module.canonical)
-    return "unet" if "unet" in module.stem else "text_encoder_2" if "te2" in module.stem else "text_encoder"
+    first = module.stem.partition(".")[0]
+    return (
+        "unet"
+        if "unet" in module.stem or first in keys.DENOISERS.values()
+        else "text_encoder_2"
+        if "te2" in module.stem
+        else "text_encoder"
+    )
 
 
 def _ordered(counts: Counter[Any]) -> list[Any]:

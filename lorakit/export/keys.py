@@ -17,6 +17,8 @@ from lorakit.errors import LorakitError
 
 UNET_PREFIX = "lora_unet_"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+# What diffusers and PEFT call what is the "unet" here and in kohya files, where it is something else.
+DENOISERS = {"sd3": "transformer"}
 DEFAULT_LAYERS_PER_BLOCK = 2
 POINTWISE = (1, 1)
 
@@ -46,6 +48,12 @@ TOP: dict[str, str] = {
     "add_embedding.linear_1": "label_emb_0_0",
     "add_embedding.linear_2": "label_emb_0_2",
 }
+# The layers of Stable Diffusion 3's blocks, which are all alike (diffusers' SD3Transformer2DModel); `attn2` is 3.5
+# medium's second attention, of the picture alone.
+_JOINT = re.compile(
+    r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|attn2\.(?:to_[qkv]|to_out\.0)"
+    r"|ff(?:_context)?\.net\.(?:0\.proj|2))"
+)
 TEXT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 TEXT_LEAVES = (*TEXT_ATTENTION, "mlp.fc1", "mlp.fc2")
 
@@ -72,6 +80,7 @@ SPELLINGS: dict[str, Spelling] = {
     "sd1": Spelling(sgm=False, text={"text_encoder": "lora_te_"}, conv_projections=True),
     "sd2": Spelling(sgm=False, text={"text_encoder": "lora_te_"}),
     "sdxl": Spelling(sgm=True, text={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}),
+    "sd3": Spelling(sgm=False, text={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}),
 }
 _TEXT_PREFIXES = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 
@@ -188,9 +197,26 @@ def is_portable(name: str) -> bool:
     """Whether every program reads this layer: attention blocks, resnets, samplers, and CLIP's attention and MLP."""
     part, _, path = name.partition(".")
     if part == "unet":
-        return _from_dotted(path) is not None
+        return _from_dotted(path) is not None or is_joint(name)
     match = _TEXT.fullmatch(name)
     return match is not None and match.group(3) in TEXT_LEAVES
+
+
+def is_joint(name: str) -> bool:
+    """Whether a canonical name is of a block of Stable Diffusion 3's transformer."""
+    part, _, path = name.partition(".")
+    return part == "unet" and _JOINT.fullmatch(path) is not None
+
+
+def spelled(name: str, family: str) -> str:
+    """A canonical name, or a component alone, as diffusers and PEFT have it."""
+    part, dot, path = name.partition(".")
+    return (DENOISERS.get(family, part) if part == "unet" else part) + dot + path
+
+
+def canonical_part(name: str) -> str:
+    """The component that one of `spelled`'s is: "unet" for "transformer"."""
+    return "unet" if name in DENOISERS.values() else name
 
 
 def group(name: str) -> str:
@@ -198,6 +224,8 @@ def group(name: str) -> str:
     part, _, path = name.partition(".")
     if part != "unet":
         return "text" if is_portable(name) else "unknown"
+    if is_joint(name):
+        return "attention"
     place = _from_dotted(path)
     if place is None:
         return "top" if path in TOP else "unknown"

@@ -21,7 +21,12 @@ PARTS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_
 
 
 def check(method: str, family: str) -> str | None:
-    """Why this format cannot carry `method` for `family`: always None, every method can be written."""
+    """Why this format cannot carry `method` for `family`, or None."""
+    if family in keys.DENOISERS:
+        return (
+            "the kohya format cannot carry this adapter: it has q, k and v of Stable Diffusion 3's attention in one "
+            "layer, where lorakit trains three; set output.formats = ['diffusers']"
+        )
     return None
 
 

@@ -50,7 +50,7 @@ def merge(weights: AdapterWeights, base: Path, output: Path, strength: float = 1
         shutil.copytree(base, temporary, ignore=shutil.ignore_patterns("*.bin", "*.ckpt", "*.msgpack", ".*"))
         for part in {keys.component(name) for name in weights.layers}:
             layers = {name: layer for name, layer in weights.layers.items() if keys.component(name) == part}
-            _merge_component(temporary / part, part, layers, strength)
+            _merge_component(temporary / keys.spelled(part, weights.family), part, layers, strength)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -69,7 +69,7 @@ def extract(
     """
     layers: dict[str, AnyLayer] = {}
     for part in keys.SPELLINGS[family].text.keys() | {"unet"}:
-        before, after = _tensors(Path(base), part), _tensors(Path(tuned), part)
+        before, after = (_tensors(Path(model), part, keys.spelled(part, family)) for model in (base, tuned))
         for name in before:
             if not keys.is_portable(name):
                 continue
@@ -98,15 +98,15 @@ def _exact(difference: torch.Tensor) -> Layer:
     return Layer(torch.eye(inputs).reshape(inputs, *difference.shape[1:]), up, float(inputs))
 
 
-def _tensors(folder: Path, part: str) -> dict[str, torch.Tensor]:
+def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:
     """Canonical name -> weight of one component of a base, a folder or a single file."""
     if folder.is_file():
         header = modelfile.read(folder)
         loaded = ldm.tensors(header, ldm.read(header).parts[part])
         return {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in loaded}
-    found = sorted((folder / part).glob("*.safetensors"))
+    found = sorted((folder / place).glob("*.safetensors"))
     if not found:
-        raise LorakitError(f"{folder}: not a base model in diffusers layout (no {part}/*.safetensors)")
+        raise LorakitError(f"{folder}: not a base model in diffusers layout (no {place}/*.safetensors)")
     tensors: dict[str, torch.Tensor] = {}
     for path in found:
         modelfile.read(path)

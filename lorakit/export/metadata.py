@@ -69,7 +69,11 @@ TAGS: dict[str, Tags] = {
         *("sdxl_base_v1-0", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
         *("stable-diffusion-xl-v1-base/lora", _SGM, "SDXL"),
     ),
+    "sd3": Tags(*("sd3", "sd3", "False", "stable-diffusion-3/lora", "stable-diffusion-3/lora", _DIFFUSERS, "SD3")),
 }
+
+
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow_prediction": "flow"}
 
 
 class Base(Protocol):
@@ -130,7 +134,7 @@ def build(
         "modelspec.title": name,
         "modelspec.date": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "modelspec.prediction_type": _PREDICTIONS[base.prediction_type],
         "lorakit.base": base.hash,
         "lorakit.config": json.dumps(_public(config), ensure_ascii=False, sort_keys=True),
     }
@@ -196,6 +200,8 @@ def family(metadata: Mapping[str, str]) -> str | None:
         return metadata["lorakit.family"]
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "")
+    if version.startswith("sd3") or architecture.startswith("stable-diffusion-3"):
+        return "sd3"
     if version.startswith("sdxl_") or architecture.startswith("stable-diffusion-xl"):
         return "sdxl"
     if metadata.get("ss_v2") == "True" or version.startswith("sd_v2") or architecture.startswith("stable-diffusion-v2"):

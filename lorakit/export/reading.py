@@ -39,7 +39,7 @@ def read(path: Path) -> AdapterWeights:
     path = Path(path)
     if not path.is_dir():
         return _read_file(path)
-    parts = {part: path / part for part in keys.COMPONENTS if (path / part / identify.PEFT_CONFIG).is_file()}
+    parts = identify.peft_parts(path)
     if parts:
         return _read_peft(path, parts)
     if (path / identify.PEFT_CONFIG).is_file():
@@ -61,10 +61,10 @@ def _read_file(path: Path) -> AdapterWeights:
         told = json.loads(head.metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
         raise LorakitError(f"{path}: its lora_adapter_metadata is not JSON") from None
-    scalings = {
-        part: {key.removeprefix(f"{part}."): value for key, value in told.items() if key.startswith(f"{part}.")}
-        for part in keys.COMPONENTS
-    }
+    scalings: dict[str, dict[str, Any]] = {part: {} for part in keys.COMPONENTS}
+    for key, value in told.items():
+        part, _, name = key.partition(".")
+        scalings.setdefault(keys.canonical_part(part), {})[name] = value
     stored, tokens = embeddings.unbundle(load_file(path))
     return _weights(path, stored, head.metadata, scalings, tokens)
 

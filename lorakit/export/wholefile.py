@@ -122,6 +122,8 @@ def _file_to_file(
 
 
 def _folder_to_file(base: Base, output: Path, merger: _Merger) -> Path:
+    if base.family not in ldm.PREFIXES:
+        raise LorakitError(f"{base.path.name} cannot be written as one file: --output must be a new folder")
     sources = {part: list(_stored(base.path / part)) for part in ldm.PREFIXES[base.family]}
     shapes = {
         part: {_portable(part, name): head.tensors[name].shape for head in heads for name in head.tensors}

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit import registry
-from lorakit.families.base import BaseInfo, describe, pin
+from lorakit.families.base import BaseInfo, describe, pin, unsuited
 
 if TYPE_CHECKING:
     import torch
 
     from lorakit.families.condition import Condition
 
-__all__ = ["BaseInfo", "Family", "describe", "load", "pin"]
+__all__ = ["BaseInfo", "Family", "describe", "load", "pin", "unsuited"]
 
 
 class Family(Protocol):
@@ -24,14 +24,15 @@ class Family(Protocol):
 
     Attributes:
         info: what it was loaded from.
-        prediction_type: "epsilon" or "v_prediction".
-        alphas_cumprod: cumulative products of 1 - beta, float32 `[1000]` on `device`.
+        prediction_type: "epsilon", "v_prediction" or "flow_prediction".
+        alphas_cumprod: the share of the signal in the variance of noisy latents, by timestep, float32 `[1000]` on
+            `device`, falling; of a diffusion model the cumulative products of 1 - beta.
         device: where the UNet is.
         dtype: precision of UNet and text encoders; the VAE is always float32.
         gradient_scale: gradients are this many times too large inside the base, from the prediction backwards; whoever
             trains a weight in there divides by it (see `components.widen`).
         unet: the denoiser.
-        text_encoders: "text_encoder" and, for SDXL, "text_encoder_2" -> module.
+        text_encoders: "text_encoder" and, where there are more, "text_encoder_2" and "text_encoder_3" -> module.
         vae: the autoencoder.
     """
 

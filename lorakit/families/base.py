@@ -10,20 +10,56 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import ldm, modelfile, pocket
-from lorakit.config import ModelConfig
+from lorakit.config import Config, ModelConfig
 from lorakit.errors import LorakitError
 from lorakit.families import headers, hub, singlefile
 from lorakit.weights import canonical
 
 CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
 PREDICTIONS = ("epsilon", "v_prediction")
+FLOW = "flow_prediction"
 # What the name of a pipeline class in model_index.json may begin with -> the loader in registry.FAMILIES.
-LOADERS = {"StableDiffusionXL": "sdxl", "StableDiffusion": "sd"}
+LOADERS = {"StableDiffusion3": "sd3", "StableDiffusionXL": "sdxl", "StableDiffusion": "sd"}
 # Not every class with such a name is one of these families.
-OTHERS = ("StableDiffusion3", "StableDiffusionUpscale", "StableDiffusionLatentUpscale", "StableDiffusionImageVariation")
+OTHERS = ("StableDiffusionUpscale", "StableDiffusionLatentUpscale", "StableDiffusionImageVariation")
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 BUNDLED = "pocket"
 INPAINTING = "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a folder in diffusers layout has the parts of a family.
+
+    Attributes:
+        encoders: its text encoders; each has a tokenizer beside it, `tokenizer` for `text_encoder`.
+        optional: those that a folder may do without, being told so in its model_index.json.
+        denoiser: the folder of what lorakit calls the UNet in every family, as kohya's names do.
+        flow: whether it predicts the flow (Liu et al. 2022, arXiv 2209.03003), on a schedule without betas.
+        idle: whether its first text encoder is read before the last layer, and for nothing else.
+        closed: the layers of a block that lead nowhere in the last one.
+    """
+
+    encoders: tuple[str, ...] = ("text_encoder",)
+    optional: tuple[str, ...] = ()
+    denoiser: str = "unet"
+    flow: bool = False
+    idle: bool = False
+    closed: tuple[str, ...] = ()
+
+
+_TWO = ("text_encoder", "text_encoder_2")
+LAYOUTS = {
+    "sd": Layout(),
+    "sdxl": Layout(encoders=_TWO, idle=True),
+    "sd3": Layout(
+        encoders=(*_TWO, "text_encoder_3"),
+        optional=("text_encoder_3",),
+        denoiser="transformer",
+        flow=True,
+        closed=("attn.add_q_proj",),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -32,17 +68,18 @@ class BaseInfo:
 
     Attributes:
         path: its folder in diffusers layout, or its one file.
-        family: "sd1", "sd2" or "sdxl": what adapters for it are called. Of a folder with one text encoder it is sd2
+        family: "sd1", "sd2", "sdxl" or "sd3": what its adapters are called. Of a folder with one text encoder it is sd2
             where the UNet's cross-attention is 1024 wide, which only SD2's OpenCLIP has, and sd1 otherwise, small ones
             included.
         loader: name in `registry.FAMILIES`.
-        prediction_type: "epsilon" or "v_prediction".
+        prediction_type: "epsilon", "v_prediction" or "flow_prediction".
         latent_channels: channels of the latents.
         downscale: pixels to a latent, along a side.
         max_tokens: tokens of a text, start and end included.
         cross_dim: width of the text embeddings that the UNet attends to.
         layers: canonical name -> weight shape of every linear and convolutional layer of UNet and text encoders.
-        idle: layers that no gradient ever reaches: SDXL reads its first text encoder before the last layer.
+        idle: layers that no gradient ever reaches: SDXL reads its first text encoder before the last layer, and nobody
+            reads what SD3's last block makes of the text.
         bytes: component -> bytes of its weights on disk.
         variants: component -> variant in its files' names ("fp16", "bf16" or None).
         configs: component -> its configuration; "scheduler" and "model_index" too.
@@ -73,6 +110,10 @@ class BaseInfo:
     title: str
     source: str = ""
     notes: tuple[str, ...] = ()
+
+    def folder(self, component: str) -> Path:
+        """Where a folder in diffusers layout has a component."""
+        return self.path / (LAYOUTS[self.loader].denoiser if component == "unet" else component)
 
     def tokenizer(self, name: str = "tokenizer") -> Path:
         """Folder of a tokenizer.
@@ -111,6 +152,20 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
     return _of_folder(folder, model, title=asked.name.partition("/")[2], source=f"{asked.name}@{commit}")
 
 
+def unsuited(info: BaseInfo, config: Config) -> list[str]:
+    """What a config asks for that a base of this kind cannot do, a line each."""
+    problems = []
+    if LAYOUTS[info.loader].flow and config.train.min_snr_gamma is not None:
+        problems.append(
+            f"train.min_snr_gamma is not defined for base {info.title}, which predicts the flow: leave it unset"
+        )
+    if "text_encoder_3" in info.configs and config.adapter.new_tokens:
+        problems.append(
+            f"adapter.new_tokens: base {info.title} reads texts by T5 too, which learns no words; set it to 0"
+        )
+    return problems
+
+
 def pin(model: ModelConfig) -> ModelConfig:
     """The same section, a hub id in it with the commit that it stands for now, so that a run resumes on what it began.
 
@@ -124,24 +179,30 @@ def pin(model: ModelConfig) -> ModelConfig:
 def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") -> BaseInfo:
     index = _index(path)
     loader = _loader(path, index)
-    encoders = ["text_encoder", "text_encoder_2"] if loader == "sdxl" else ["text_encoder"]
+    layout = LAYOUTS[loader]
+    absent = [name for name in layout.optional if index.get(name, [None, None])[1] is None]
+    encoders = [name for name in layout.encoders if name not in absent]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
-    missing = [name for name in ("unet", "vae", "scheduler", *encoders, *tokenizers) if not (path / name).is_dir()]
+    folders = {"unet": path / layout.denoiser, "vae": path / "vae", **{name: path / name for name in encoders}}
+    wanted = (layout.denoiser, "vae", "scheduler", *encoders, *tokenizers)
+    missing = [name for name in wanted if not (path / name).is_dir()]
     if missing:
         raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again")
     if model.tokenizer:
         raise LorakitError(f"base {path} has a tokenizer of its own: model.tokenizer is for bases in a single file")
-    configs = {name: headers.read_json(path / name / "config.json") for name in ("unet", "vae", *encoders)}
+    configs = {name: headers.read_json(folder / "config.json") for name, folder in folders.items()}
     configs["scheduler"] = headers.read_json(path / "scheduler" / "scheduler_config.json")
-    found = {name: headers.weight_files(path / name, WEIGHTS.get(name, "model")) for name in ("unet", "vae", *encoders)}
+    found = {name: headers.weight_files(folder, WEIGHTS.get(name, "model")) for name, folder in folders.items()}
     layers: dict[str, tuple[int, ...]] = {}
     for component in ("unet", *encoders):
         layers |= _layers(component, headers.shapes(found[component][0]))
-    cross_dim = configs["unet"]["cross_attention_dim"]
+    cross_dim = _cross_dim(configs["unet"])
+    notes = [f"from the hub: {source}"] if source else []
+    notes += [f"without {name}" for name in absent]
     return _info(
         model,
         path=path,
-        family="sdxl" if loader == "sdxl" else "sd2" if cross_dim == 1024 else "sd1",
+        family=loader if loader != "sd" else "sd2" if cross_dim == 1024 else "sd1",
         loader=loader,
         layers=layers,
         bytes={name: sum(file.stat().st_size for file in files) for name, (files, _) in found.items()},
@@ -149,10 +210,10 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
         configs=configs | {"model_index": index},
         tokenizers={name: path / name for name in tokenizers},
         slots=None,
-        hash=headers.identity([*_configs(path), *(file for files, _ in found.values() for file in files)]),
+        hash=headers.identity([*_configs(path, layout), *(file for files, _ in found.values() for file in files)]),
         title=title,
         source=source,
-        notes=(f"from the hub: {source}",) if source else (),
+        notes=tuple(notes),
     )
 
 
@@ -203,13 +264,16 @@ def _info(model: ModelConfig, **known: Any) -> BaseInfo:
         _check_tokenizer(folder, model.tokenizer)
     if configs["unet"].get("in_channels", 4) != channels:
         known["notes"] = (*known["notes"], INPAINTING)
+    layout = LAYOUTS[loader]
+    if layout.flow and model.prediction_type != "auto":
+        raise LorakitError(f"base {path} predicts the flow: leave model.prediction_type")
     configs["scheduler"], said = _as_told(configs["scheduler"], model.prediction_type)
     if said:
         known["notes"] = (*known["notes"], said)
         # With the same weights, another prediction type or schedule makes another base.
         known["hash"] = hashlib.sha256(f"{known['hash']}/{model.prediction_type}".encode()).hexdigest()
-    prediction = configs["scheduler"].get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
+    prediction = FLOW if layout.flow else configs["scheduler"].get("prediction_type", "epsilon")
+    if prediction not in (*PREDICTIONS, FLOW):
         raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
     return BaseInfo(
         **known,
@@ -221,9 +285,23 @@ def _info(model: ModelConfig, **known: Any) -> BaseInfo:
             for name, config in configs.items()
             if name.startswith("text_encoder")
         ),
-        cross_dim=configs["unet"]["cross_attention_dim"],
-        idle=frozenset(_last_text_layer(known["layers"], "text_encoder") if loader == "sdxl" else ()),
+        cross_dim=_cross_dim(configs["unet"]),
+        idle=frozenset(
+            [
+                *(_of_last(known["layers"], r"text_encoder\..*\.layers") if layout.idle else ()),
+                *(
+                    name
+                    for name in _of_last(known["layers"], r"unet\.transformer_blocks")
+                    if name.endswith(layout.closed)
+                ),
+            ]
+        ),
     )
+
+
+def _cross_dim(denoiser: dict[str, Any]) -> int:
+    """Width of the texts that a denoiser is told."""
+    return int(denoiser.get("joint_attention_dim") or denoiser["cross_attention_dim"])
 
 
 def _as_told(scheduler: dict[str, Any], wanted: str) -> tuple[dict[str, Any], str]:
@@ -258,7 +336,7 @@ def _loader(path: Path, index: dict[str, Any]) -> str:
     for start, loader in LOADERS.items():
         if name.startswith(start) and not name.startswith(OTHERS):
             return loader
-    raise LorakitError(f"base {path} is a {name}; lorakit trains Stable Diffusion 1.x, 2.x and XL")
+    raise LorakitError(f"base {path} is a {name}; lorakit trains Stable Diffusion 1.x, 2.x, XL and 3")
 
 
 def _check_channels(path: Path, into: int, latent: int) -> None:
@@ -277,9 +355,10 @@ def _check_tokenizer(folder: Path, given: str) -> None:
                 raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: {told}")
 
 
-def _configs(path: Path) -> list[Path]:
+def _configs(path: Path, layout: Layout) -> list[Path]:
     """Configuration files: with the same weights, another prediction type or schedule makes another base."""
-    return [path / "unet" / "config.json", path / "vae" / "config.json", path / "scheduler" / "scheduler_config.json"]
+    parts = [path / name / "config.json" for name in (layout.denoiser, "vae")]
+    return [*parts, path / "scheduler" / "scheduler_config.json"]
 
 
 def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:
@@ -292,19 +371,22 @@ def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:
     return int(min(said, positions))
 
 
+# CLIP's and T5's tables of words and places.
+_TABLES = re.compile(r"embeddings\.|^shared\.|embed_tokens\.|relative_attention_bias\.")
+
+
 def _layers(component: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Linear and convolutional layers: weights of two or four axes that are not embedding tables."""
     return {
         canonical(component, name.removesuffix(".weight")): shape
         for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) in (2, 4) and "embeddings." not in name
+        if name.endswith(".weight") and len(shape) in (2, 4) and not _TABLES.search(name)
     }
 
 
-def _last_text_layer(layers: Iterable[str], component: str) -> list[str]:
-    numbered = {
-        name: int(match[1]) for name in layers if (match := re.match(rf"{component}\..*\.layers\.(\d+)\.", name))
-    }
+def _of_last(layers: Iterable[str], stack: str) -> list[str]:
+    """The layers of the last block of a stack, such as `unet.transformer_blocks`."""
+    numbered = {name: int(match[1]) for name in layers if (match := re.match(rf"{stack}\.(\d+)\.", name))}
     last = max(numbered.values(), default=-1)
     return [name for name, number in numbered.items() if number == last]
 

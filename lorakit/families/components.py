@@ -52,7 +52,7 @@ def load_module(info: BaseInfo, component: str, cls: Any, device: torch.device, 
             module = _from_file(info, component, cls, dtype)
         else:
             module = cls.from_pretrained(
-                info.path / component,
+                info.folder(component),
                 dtype=dtype,
                 variant=info.variants[component],
                 use_safetensors=True,
@@ -84,14 +84,16 @@ def _from_file(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> 
     return module
 
 
-def load_unet(info: BaseInfo, device: torch.device, dtype: torch.dtype, storage: str = "full") -> Any:
-    """The UNet, its weights kept in full, or as `lorakit.quantized` keeps them."""
+def load_unet(
+    info: BaseInfo, device: torch.device, dtype: torch.dtype, storage: str = "full", cls: Any = UNet2DConditionModel
+) -> Any:
+    """The denoiser, its weights kept in full, or as `lorakit.quantized` keeps them."""
     if storage == "full":
-        unet = load_module(info, "unet", UNet2DConditionModel, device, dtype)
+        unet = load_module(info, "unet", cls, device, dtype)
         products.quicken(unet)
         return unet
     # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
-    unet = load_module(info, "unet", UNet2DConditionModel, HOST, dtype)
+    unet = load_module(info, "unet", cls, HOST, dtype)
     quantized.quantize_layers(unet, storage, device)
     return unet.to(device)
 
@@ -153,8 +155,8 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> Any:
 class TokenIds:
     """Token ids of texts, padded and cut as the diffusers pipelines do it, kept on the device once computed."""
 
-    def __init__(self, tokenizer: Any, device: torch.device):
-        self.tokenizer, self.device = tokenizer, device
+    def __init__(self, tokenizer: Any, device: torch.device, length: int | None = None):
+        self.tokenizer, self.device, self.length = tokenizer, device, length or tokenizer.model_max_length
         self._known: dict[str, torch.Tensor] = {}
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
@@ -164,7 +166,7 @@ class TokenIds:
             ids = self.tokenizer(
                 new,
                 padding="max_length",
-                max_length=self.tokenizer.model_max_length,
+                max_length=self.length,
                 truncation=True,
                 return_tensors="pt",
             ).input_ids.to(self.device)

@@ -16,7 +16,8 @@ from lorakit.errors import LorakitError
 from lorakit.families import headers
 
 COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-COMPONENTS |= {"text_encoder": "model", "text_encoder_2": "model"}
+COMPONENTS |= {"transformer": "diffusion_pytorch_model"}
+COMPONENTS |= {"text_encoder": "model", "text_encoder_2": "model", "text_encoder_3": "model"}
 FOLDERS = ("scheduler", "tokenizer", "tokenizer_2")
 # Half precision is half the download and all that a frozen base needs.
 VARIANTS = ("fp16", "bf16", None)

@@ -373,7 +373,7 @@ def test_words_that_fill_up_are_each_encoder_s_own(made: Any) -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ([f"{U}joint_blocks.0.x.weight"], "is a Stable Diffusion 3 model; lorakit trains Stable"),
+        ([f"{U}joint_blocks.0.x.weight"], "is a Stable Diffusion 3 model; in one file lorakit reads"),
         ([f"{U}double_blocks.0.img_attn.qkv.weight"], "is a FLUX model"),
         ([f"{U}x.weight", "noise_augmentor.time_embed.0.weight"], "is an unCLIP model"),
         ([f"{U}x.weight", "edm_mean"], "is trained with EDM's noise"),

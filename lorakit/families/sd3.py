@@ -1,0 +1,146 @@
+"""Stable Diffusion 3 and 3.5: a transformer that follows straight lines, two CLIP encoders and T5, if there is one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch.nn import functional
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+from lorakit.families import components
+from lorakit.families.base import BaseInfo
+from lorakit.families.condition import Condition
+
+# Tokens of T5's that the pipeline asks for; more than CLIP reads, and T5's own limit is higher.
+T5_TOKENS = 256
+TIMESTEPS = 1000
+
+
+class StableDiffusion3:
+    """See `families.Family`; Esser et al. 2024, arXiv 2403.03206.
+
+    The model was trained on z = (1 - s) x + s n and says n - x. With signal a = sqrt(alpha_bar) and spread
+    b = sqrt(1 - alpha_bar), as the rest of lorakit mixes x and n, s = b / (a + b) and z = (a x + b n) / (a + b): the
+    same point on the same line, at another scale. So `predict` scales, and nobody outside has to know.
+    """
+
+    def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype, storage: str = "full"):
+        self.info, self.device, self.dtype = info, torch.device(device), dtype
+        with components.quiet():
+            self.unet = components.load_unet(info, self.device, dtype, storage, SD3Transformer2DModel)
+            self.text_encoders: dict[str, Any] = {
+                name: components.load_module(info, name, CLIPTextModelWithProjection, components.HOST, dtype)
+                for name in ("text_encoder", "text_encoder_2")
+            }
+            self.tokenizers = {
+                name.replace("text_encoder", "tokenizer"): components.load_tokenizer(
+                    info, name.replace("text_encoder", "tokenizer"), encoder
+                )
+                for name, encoder in self.text_encoders.items()
+            }
+            self._t5_ids: components.TokenIds | None = None
+            if "text_encoder_3" in info.configs:
+                t5 = components.load_module(info, "text_encoder_3", T5EncoderModel, components.HOST, dtype)
+                self.text_encoders["text_encoder_3"] = t5
+                tokenizer = AutoTokenizer.from_pretrained(info.tokenizer("tokenizer_3"), local_files_only=True)
+                self.tokenizers["tokenizer_3"] = tokenizer
+                self._t5_ids = components.TokenIds(tokenizer, self.device, T5_TOKENS)
+            self.vae = components.load_vae(info)
+            self.scheduler = components.load_scheduler(info)
+        self.prediction_type = info.prediction_type
+        self.gradient_scale = components.gradient_scale(dtype)
+        self.alphas_cumprod = noise_schedule(float(self.scheduler.config.shift), self.device)
+        names = ("tokenizer", "tokenizer_2")
+        self._ids = [components.TokenIds(self.tokenizers[name], self.device) for name in names]
+
+    def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
+        """See `families.Family`: both CLIPs' last hidden states but one, side by side and filled up with zeros to T5's
+        width, then T5's; and both pooled outputs. Without T5 its states are zeros."""
+        self.acquire("text_encoders")
+        with torch.set_grad_enabled(grad):
+            first, second = (
+                self.text_encoders[name](ids(texts), output_hidden_states=True)
+                for name, ids in zip(("text_encoder", "text_encoder_2"), self._ids, strict=True)
+            )
+            clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+            width = self.info.cross_dim
+            if self._t5_ids is None:
+                long = clip.new_zeros(len(texts), T5_TOKENS, width)
+            else:
+                long = self.text_encoders["text_encoder_3"](self._t5_ids(texts))[0]
+            states = torch.cat([functional.pad(clip, (0, width - clip.shape[-1])), long], dim=1)
+            return Condition(states, pooled=torch.cat([first.text_embeds, second.text_embeds], dim=-1))
+
+    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `families.Family`."""
+        self.acquire("vae")
+        return components.encode_image(self.vae, pixels)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """See `families.Family`."""
+        self.acquire("vae")
+        return components.decode(self.vae, latents)
+
+    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> None:
+        """None: the family knows nothing of sizes."""
+        return None
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """See `families.Family`. The condition must have pooled text."""
+        assert condition.pooled is not None, "Stable Diffusion 3 needs pooled text"
+        alpha_bar = self.alphas_cumprod[timesteps]
+        signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        straight = noisy / (signal + spread).reshape(-1, 1, 1, 1)
+        prediction = self.unet(
+            hidden_states=straight.to(self.dtype),
+            timestep=TIMESTEPS * spread / (signal + spread),
+            encoder_hidden_states=condition.encoder_hidden_states.to(self.dtype),
+            pooled_projections=condition.pooled.to(self.dtype),
+            return_dict=False,
+        )[0]
+        return components.widen(prediction, self.gradient_scale)
+
+    def release(self, *parts: str) -> None:
+        """See `families.Family`."""
+        components.move(self._parts(), parts, torch.device("cpu"))
+
+    def acquire(self, *parts: str) -> None:
+        """See `families.Family`."""
+        components.move(self._parts(), parts, self.device)
+
+    def pipeline(self) -> StableDiffusion3Pipeline:
+        """See `families.Family`."""
+        self.acquire("unet", "vae", "text_encoders")
+        absent = {"text_encoder_3": None, "tokenizer_3": None}
+        with components.quiet():
+            pipeline = StableDiffusion3Pipeline(
+                transformer=self.unet,
+                scheduler=type(self.scheduler).from_config(self.scheduler.config),
+                vae=self.vae,
+                **(absent | self.text_encoders | self.tokenizers),
+            )
+        # Other pipelines ask for one prompt; here each encoder could be told another.
+        pipeline.encode_prompt = functools.partial(pipeline.encode_prompt, prompt_2=None, prompt_3=None)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def modules(self) -> dict[str, Any]:
+        """See `families.Family`: T5 is never trained."""
+        encoders = {name: encoder for name, encoder in self.text_encoders.items() if name != "text_encoder_3"}
+        return {"unet": self.unet, **encoders}
+
+    def _parts(self) -> dict[str, list[Any]]:
+        return {"unet": [self.unet], "vae": [self.vae], "text_encoders": list(self.text_encoders.values())}
+
+
+def noise_schedule(shift: float, device: torch.device) -> torch.Tensor:
+    """alpha_bar float32 `[1000]`, so spread that a uniform timestep is one of the model's own training: logit-normal
+    (arXiv 2403.03206, section 3.1), and moved towards noise by the scheduler's `shift` (section 5.3.2)."""
+    middle = (torch.arange(TIMESTEPS, dtype=torch.float64) + 0.5) / TIMESTEPS
+    share = torch.special.ndtri(middle).sigmoid()
+    sigma = shift * share / (1 + (shift - 1) * share)
+    signal, spread = (1 - sigma).square(), sigma.square()
+    return (signal / (signal + spread)).to(device, torch.float32)

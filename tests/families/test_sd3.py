@@ -1,0 +1,345 @@
+"""Stable Diffusion 3: the family that is not a UNet, against diffusers, from the formula to a checked adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_sd3
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import lorakit
+from lorakit import checkpoint, config, evaluate, export, families, footprint, objective, plan, sample, train
+from lorakit.adapters import targets
+from lorakit.data import check
+from lorakit.errors import LorakitError
+from lorakit.export import inspect, keys, merging, wholefile
+from lorakit.families import sd3 as family_file
+
+TEXTS = ["a photo of sks toy", "", "a very long text " * 30]
+# 3.5 medium as published (stabilityai/stable-diffusion-3.5-medium, transformer/config.json).
+MEDIUM: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sd3.save_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
+
+
+@pytest.fixture(scope="module")
+def sd3(folder: Path) -> Any:
+    return families.load(families.describe(folder), "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> Any:
+    loaded = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(0)
+    for number in range(5):
+        Image.fromarray(draw.integers(0, 255, (72, 90, 3), dtype=np.uint8)).save(place / f"{number}.png")
+    return place
+
+
+def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[str, object]:
+    asked: dict[str, object] = {
+        "model.base": str(base),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "output.folder": str(folder),
+        "output.formats": ("diffusers", "peft"),
+        "train.steps": 4,
+        "train.save_every": 2,
+        "train.prior": "teacher",
+        "adapter.target_modules": "linear",
+        "adapter.train_text_encoder": True,
+        "optimizer.learning_rate": 1e-3,
+        "sample.steps": 2,
+    }
+    return asked | {key.replace("__", "."): value for key, value in changes.items()}
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> train.Result:
+    return train.train(config.load(None, options(folder, photos, tmp_path_factory.mktemp("runs") / "run")))
+
+
+def test_what_the_folder_is(folder: Path) -> None:
+    info = families.describe(folder)
+    assert (info.family, info.loader, info.prediction_type) == ("sd3", "sd3", "flow_prediction")
+    assert (info.latent_channels, info.downscale, info.max_tokens, info.cross_dim) == (16, 8, 77, 80)
+    assert set(info.bytes) == {"unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
+    # Sixteen pixels to a patch: two latents of eight.
+    assert check.step_of(info) == 16
+    assert info.idle == {f"unet.transformer_blocks.{tiny_sd3.BLOCKS - 1}.attn.add_q_proj"}
+
+
+def test_texts_are_encoded_as_the_pipeline_does_it(sd3: Any, pipeline: Any) -> None:
+    expected, _, pooled, _ = pipeline.encode_prompt(TEXTS, None, None, "cpu", do_classifier_free_guidance=False)
+    condition = sd3.encode_text(TEXTS)
+    torch.testing.assert_close(condition.encoder_hidden_states, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(condition.pooled, pooled, rtol=1e-4, atol=1e-4)
+    assert expected.shape == (3, 77 + 256, 80)
+
+
+def test_without_t5_its_states_are_zeros_as_in_the_pipeline(tmp_path: Path) -> None:
+    base = tiny_sd3.save_sd3(tmp_path / "base", t5=False)
+    info = families.describe(base)
+    assert info.notes == ("without text_encoder_3",)
+    condition = families.load(info, "cpu", torch.float32).encode_text(TEXTS)
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    loaded = StableDiffusion3Pipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True, **absent)
+    expected = loaded.encode_prompt(TEXTS, None, None, "cpu", do_classifier_free_guidance=False)[0]
+    torch.testing.assert_close(condition.encoder_hidden_states, expected, rtol=1e-4, atol=1e-4)
+    assert torch.count_nonzero(expected[:, 77:]) == 0
+
+
+def test_prediction_is_the_transformers_on_the_straight_line(sd3: Any) -> None:
+    """z = (1 - s) x + s n at time 1000 s, written down without alpha_bar."""
+    draw = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn((2, 16, 8, 8), generator=draw) for _ in range(2))
+    timesteps = torch.tensor([100, 900])
+    share = torch.special.ndtri((timesteps.double() + 0.5) / 1000).sigmoid()
+    sigma = (3.0 * share / (1 + 2.0 * share)).float()
+    straight = (1 - sigma).reshape(-1, 1, 1, 1) * latents + sigma.reshape(-1, 1, 1, 1) * noise
+    condition = sd3.encode_text(["a photo", "sks"])
+    with torch.no_grad():
+        expected = sd3.unet(straight, condition.encoder_hidden_states, condition.pooled, 1000 * sigma).sample
+        noisy = objective.add_noise(latents, noise, timesteps, sd3.alphas_cumprod)
+        found = sd3.predict(noisy, timesteps, condition)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    target = objective.target(sd3.prediction_type, latents, noise, timesteps, sd3.alphas_cumprod)
+    assert torch.equal(target, noise - latents)
+
+
+def test_a_prediction_is_taken_apart_into_picture_and_noise(sd3: Any) -> None:
+    latents, noise = torch.randn(2, 1, 16, 8, 8, generator=torch.Generator().manual_seed(1)).unbind()
+    for time in (0, 400, 999):
+        noisy = objective.add_noise(latents, noise, torch.tensor([time]), sd3.alphas_cumprod)
+        parted = evaluate._parted("flow_prediction", noisy, noise - latents, sd3.alphas_cumprod[time])
+        torch.testing.assert_close(parted, (latents, noise), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_uniform_timestep_is_one_of_the_models_training(shift: float) -> None:
+    """As diffusers' training script draws them: logit-normal places in the scheduler's own shifted table."""
+    table = tiny_sd3.FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)
+    places = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).sigmoid()
+    drawn = table[(places * 1000).long()].sort().values
+    alpha_bar = family_file.noise_schedule(shift, torch.device("cpu"))
+    spread, signal = (1 - alpha_bar).sqrt(), alpha_bar.sqrt()
+    ours = spread / (signal + spread)
+    assert (ours.diff() > 0).all() and len(ours) == 1000
+    for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
+        assert abs(ours[int(1000 * quantile)] - drawn[int(len(drawn) * quantile)]) < 0.01
+
+
+def test_pictures_are_those_of_diffusers(sd3: Any, pipeline: Any) -> None:
+    settings = config.load(None, {"train.steps": 1, "sample.steps": 3, "sample.guidance": 4.0, "sample.seed": 7}).sample
+    (ours,) = sample.draw(sd3, ["a photo of sks toy"], settings, 64)
+    noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(7))
+    theirs = pipeline(
+        "a photo of sks toy", width=64, height=64, num_inference_steps=3, guidance_scale=4.0, latents=noise
+    ).images[0]
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    assert "Sampler: Euler," in ours.info["parameters"]
+
+
+def test_a_run_ends_with_a_checked_adapter(result: train.Result, folder: Path) -> None:
+    assert all(finding.passed for finding in result.findings)
+    names = {finding.name for finding in result.findings}
+    assert {"diffusers in diffusers", "diffusers unet", "diffusers text encoder", "peft unet"} <= names
+    # Every linear layer of attention and feed-forward in the blocks, as diffusers calls them.
+    transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    wanted = {
+        f"transformer.{path}"
+        for path, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and path.startswith("transformer_blocks.") and "norm" not in path
+    }
+    stems = {name.partition(".lora_")[0] for name in load_file(result.adapter)}
+    assert {stem for stem in stems if stem.startswith("transformer.")} == wanted
+    assert sum(stem.startswith("text_encoder.") for stem in stems) == 18
+    assert sum(stem.startswith("text_encoder_2.") for stem in stems) == 18
+    assert {path.name for path in result.exports["peft"].iterdir()} == {"transformer", "text_encoder", "text_encoder_2"}
+
+
+def test_diffusers_draws_with_the_file(result: train.Result, folder: Path) -> None:
+    """A fresh pipeline of diffusers' with the file in it says what the run's own base with the adapter says."""
+    prompt = "a photo of a sks toy"
+    loaded = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    loaded.load_lora_weights(str(result.adapter.parent), weight_name=result.adapter.name)
+    family = families.load(families.describe(folder), "cpu", torch.float32)
+    lorakit.adapters.apply(family, export.read(result.adapter))
+    states, _, pooled, _ = loaded.encode_prompt(prompt, None, None, "cpu", do_classifier_free_guidance=False)
+    noisy, timesteps = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    condition = family.encode_text([prompt])
+    torch.testing.assert_close(condition.encoder_hidden_states, states, rtol=1e-4, atol=1e-5)
+    alpha_bar = family.alphas_cumprod[timesteps]
+    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    with torch.no_grad():
+        time = 1000 * spread / (signal + spread)
+        theirs = loaded.transformer(noisy / (signal + spread).item(), states, pooled, time).sample
+        ours = family.predict(noisy, timesteps, condition)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+class Cut(Exception):
+    """The power goes."""
+
+
+def test_a_resumed_run_gives_the_same_bits(
+    result: train.Result, folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = checkpoint.save
+
+    def save_and_die(place: Path, step: int, *rest: Any, **named: Any) -> None:
+        saved(place, step, *rest, **named)
+        if step == 2:
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_die)
+        with pytest.raises(Cut):
+            train.train(config.load(None, options(folder, photos, tmp_path / "cut")))
+    resumed = train.resume(tmp_path / "cut")
+    one, two = load_file(result.adapter), load_file(resumed.adapter)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_inspect_says_who_reads_it(result: train.Result) -> None:
+    for path in (result.adapter, result.exports["peft"]):
+        report = inspect.inspect(path)
+        assert report.family == "sd3" and set(report.components) == {"unet", "text_encoder", "text_encoder_2"}
+    readers = inspect.inspect(result.adapter).readers
+    assert [name for name, reading in readers.items() if reading.complete] == ["comfyui", "diffusers", "peft"]
+    assert readers["a1111"].line().startswith("reads none of it, as it has no rule for names like text_encoder.")
+
+
+def test_an_adapter_for_another_kind_of_model_is_named(tmp_path: Path) -> None:
+    stem = "diffusion_model.double_blocks.0.img_attn.qkv"
+    save_file({f"{stem}.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}, tmp_path / "flux.safetensors")
+    with pytest.raises(LorakitError, match=f"not for Stable Diffusion: its names .* such as {stem}"):
+        inspect.inspect(tmp_path / "flux.safetensors")
+
+
+def test_one_file_of_a_whole_model_is_refused_both_ways(folder: Path, result: train.Result, tmp_path: Path) -> None:
+    with pytest.raises(LorakitError, match="cannot be written as one file: --output must be a new folder"):
+        wholefile.merge(export.read(result.adapter), families.describe(folder), tmp_path / "merged.safetensors")
+    name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
+    save_file({name: torch.zeros(4, 4), "first_stage_model.x": torch.zeros(1)}, tmp_path / "sd3.safetensors")
+    with pytest.raises(LorakitError, match="a Stable Diffusion 3 model; in one file lorakit reads"):
+        families.describe(tmp_path / "sd3.safetensors")
+
+
+def test_names_alone_tell_the_family(result: train.Result) -> None:
+    from lorakit.export import identify
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(result.adapter).items()}
+    assert identify.adapter_family(identify.modules(shapes), shapes, {}) == ("sd3", "names")
+
+
+def test_merging_gives_what_base_and_adapter_give_and_extracting_gives_it_back(
+    result: train.Result, folder: Path, tmp_path: Path
+) -> None:
+    weights = export.read(result.adapter)
+    merged = merging.merge(weights, folder, tmp_path / "merged")
+    family = families.load(families.describe(folder), "cpu", torch.float32)
+    lorakit.adapters.apply(family, weights)
+    whole = families.load(families.describe(merged), "cpu", torch.float32)
+    noisy, timesteps = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([300])
+    with torch.no_grad():
+        outputs = [part.predict(noisy, timesteps, part.encode_text(["sks toy"])) for part in (family, whole)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+    back = merging.extract(folder, merged, "sd3", rank=16)
+    name = "unet.transformer_blocks.0.attn.to_q"
+    torch.testing.assert_close(back.layers[name].delta(), weights.layers[name].delta(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"output__formats": ("kohya",)}, "the kohya format cannot carry this adapter: it has q, k and v"),
+        ({"train__min_snr_gamma": 5.0}, "train.min_snr_gamma is not defined for base sd3, which predicts the flow"),
+        ({"adapter__new_tokens": 2}, "adapter.new_tokens: base sd3 reads texts by T5 too, which learns no words"),
+        ({"model__prediction_type": "epsilon"}, "predicts the flow: leave model.prediction_type"),
+        ({"adapter__method": "dora"}, "the diffusers format cannot carry this DoRA"),
+    ],
+)
+def test_what_it_cannot_do_is_said_before_anything_is_written(
+    folder: Path, photos: Path, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(LorakitError, match=words.replace("(", r"\(")):
+        train.train(config.load(None, options(folder, photos, tmp_path / "run", **changes)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for part in ("transformer", "tokenizer_3"):
+        shutil.rmtree(copy / part)
+    with pytest.raises(LorakitError, match="lacks transformer/, tokenizer_3/"):
+        families.describe(copy)
+
+
+def test_a_pipeline_of_diffusers_can_be_adapted(pipeline: Any) -> None:
+    adapter = lorakit.attach(pipeline, config.load(None, {"train.steps": 1}).adapter)
+    try:
+        assert adapter.describe().keys() == {"unet"}
+        assert adapter.weights().family == "sd3"
+    finally:
+        adapter.detach()
+
+
+def test_operations_at_true_size_are_those_that_torch_counts() -> None:
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**MEDIUM)
+        inputs = torch.empty(1, 16, 128, 128), torch.empty(1, 77 + footprint.T5_TOKENS, 4096), torch.empty(1, 2048)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(*inputs, torch.empty(1))
+    shapes = {
+        f"unet.{name.removesuffix('.weight')}": tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name.endswith(".weight") and tensor.ndim in (2, 4)
+    }
+    assert plan.forward_flop(shapes, 128, 128) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    chosen = targets.select(shapes, "linear", False)
+    # 24 blocks of 8 projections, 13 with 4 more; the last lacks one and its text's feed-forward; 4 in the others.
+    assert len(chosen) == 24 * 8 - 1 + 13 * 4 + 24 * 4 - 2
+    assert all(keys.is_portable(name) for name in chosen)
+
+
+def test_a_plan_can_be_made_without_loading(folder: Path, photos: Path, tmp_path: Path) -> None:
+    asked = config.load(None, options(folder, photos, tmp_path / "run"))
+    info = families.describe(asked.model)
+    made = plan.make(asked, info, check.check(asked.data, info))
+    assert made.modules["unet"][0] == len(targets.select(info.layers, "linear", False))
+    assert made.modules.keys() == {"unet", "text_encoder", "text_encoder_2"}
+    assert made.memory["activations"] > 0
