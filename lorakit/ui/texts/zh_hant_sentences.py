@@ -240,7 +240,7 @@ SENTENCES = {
     "{file} is {kind}; in one file lorakit reads Stable Diffusion 1.x, 2.x and XL": (
         "{file} 是其他模型（{kind}）；單一檔案只能是 Stable Diffusion 1.x、2.x 或 XL"
     ),
-    "base {path} predicts the flow: leave model.prediction_type": "基礎模型 {path} 預測 flow：請勿改 model.prediction_type",
+    "base {path} predicts the flow: leave model.prediction_type": "基礎模型 {path} 預測 flow：請勿更改此項",
     "train.min_snr_gamma is not defined for base {name}, which predicts the flow: leave it unset": (
         "基礎模型 {name} 預測 flow，train.min_snr_gamma 對它沒有定義：請不要設定"
     ),
