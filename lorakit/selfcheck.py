@@ -103,6 +103,7 @@ def examine(
         read = probe(family, prompt, size)
         findings += compare(name, base, memory, read, tolerance=TOLERANCE[dtype], floor=floor, weights=weights)
         yield name, findings, family
+        del family  # the next one needs its room
 
 
 def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Sequence[str]) -> list[Finding]:

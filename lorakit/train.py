@@ -461,6 +461,7 @@ class _Run:
             findings += found
             if family is not None and name == config.output.formats[0]:
                 self._draw_from_file(family, exports[name])
+            del family  # the next one needs its room
         for finding in findings:
             self.say(f"{'ok' if finding.passed else 'FAILED'}: {finding.name}: {finding.detail}")
         return findings

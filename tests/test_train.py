@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,20 @@ def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, t
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(now)
+
+
+def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path, monkeypatch):
+    load, made, others = families.load, [], []
+
+    def counted(*args):
+        others.append(sum(unet() is not None for unet in made))
+        family = load(*args)
+        made.append(weakref.ref(family.unet))
+        return family
+
+    monkeypatch.setattr(families, "load", counted)
+    run(tiny_sd1, photos, tmp_path / "run", output__formats=("kohya", "diffusers", "peft"))
+    assert others == [0, 0, 0, 0]
 
 
 def test_sampling_and_validation_do_not_disturb_training(tiny_sd1, photos, tmp_path):
