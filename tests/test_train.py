@@ -184,6 +184,33 @@ def test_sdxl_trains_with_both_text_encoders(tiny_sdxl, photos, tmp_path):
     assert {name.split("_")[1] for name in names} == {"unet", "te1", "te2"}
 
 
+def test_sdxl_learns_a_word_in_both_text_encoders(tiny_sdxl, photos, tmp_path, monkeypatch):
+    """A whole pivotal run, cut and resumed, down to a picture from the files."""
+    folder, changes = tmp_path / "cut", {"adapter__new_tokens": 2, "train__steps": 4, "train__save_every": 2}
+    with monkeypatch.context() as patch:
+        interrupted_after(2, patch)
+        with pytest.raises(Cut):
+            run(tiny_sdxl, photos, folder, **changes)
+    result = train.resume(folder)
+    assert all(finding.passed for finding in result.findings)
+    straight = run(tiny_sdxl, photos, tmp_path / "straight", **changes)
+    name = result.adapter.stem
+    vectors = load_file(folder / f"{name}-embedding" / "sks.safetensors")
+    other = load_file(straight.folder / f"{straight.adapter.stem}-embedding" / "sks.safetensors")
+    assert vectors.keys() == other.keys() == {"clip_l", "clip_g"}
+    assert all(torch.equal(vectors[key], other[key]) for key in vectors)
+    base = families.load(families.describe(tiny_sdxl), "cpu", torch.float32)
+    for encoder, key, tokenizer in zip(base.text_encoders.values(), ("clip_l", "clip_g"), base.tokenizers, strict=True):
+        table = encoder.get_input_embeddings().weight
+        ids = tokenizer("sks", add_special_tokens=False).input_ids
+        assert len(vectors[key]) == 2 and (vectors[key] != table[[ids[0], ids[1 % len(ids)]]]).any(1).all()
+    bundle = load_file(folder / f"{name}-bundled.safetensors")
+    for key, rows in vectors.items():
+        assert torch.equal(bundle[f"bundle_emb.sks.{key}"], rows)
+    (path,) = sample.from_file(result.adapter, str(tiny_sdxl), ["a sks toy"], [1.0], config.SampleConfig(steps=1))[1:]
+    assert path.is_file()
+
+
 def test_tensorboard_shows_what_the_log_says(tiny_sd1, photos, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
