@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from lorakit import families, plan, registry
@@ -36,6 +37,10 @@ def look(config: Config) -> Seen:
         LorakitError: base or photos do not allow the run, or a format cannot carry what is trained; all problems of the
             photos at once.
     """
+    if config.output.tensorboard and find_spec("tensorboard") is None:
+        raise LorakitError(
+            "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'"
+        )
     info = families.describe(config.model)
     if problems := families.unsuited(info, config):
         raise LorakitError("\n".join(problems))

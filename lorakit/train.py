@@ -145,12 +145,8 @@ def _board(folder: Path, wanted: bool) -> Any:
     """TensorBoard's writer in the run folder, or None where it was not asked for."""
     if not wanted:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise LorakitError(
-            "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"))
 
 
