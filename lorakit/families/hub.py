@@ -18,7 +18,7 @@ from lorakit.families import headers
 COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 COMPONENTS |= {"transformer": "diffusion_pytorch_model"}
 COMPONENTS |= {"text_encoder": "model", "text_encoder_2": "model", "text_encoder_3": "model"}
-FOLDERS = ("scheduler", "tokenizer", "tokenizer_2")
+FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 # Half precision is half the download and all that a frozen base needs.
 VARIANTS = ("fp16", "bf16", None)
 _ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
@@ -69,7 +69,8 @@ def _complete(folder: Path) -> bool:
     """Whether a snapshot has every part that its index names and a base needs."""
     if not (folder / "model_index.json").is_file():
         return False
-    parts = headers.read_json(folder / "model_index.json").keys()
+    index = headers.read_json(folder / "model_index.json")
+    parts = {name for name, classes in index.items() if isinstance(classes, list) and None not in classes}
     try:
         for name in COMPONENTS.keys() & parts:
             headers.weight_files(folder / name, COMPONENTS[name])

@@ -12,6 +12,7 @@ from typing import Any
 import hub_server
 import numpy as np
 import pytest
+import tiny_sd3
 from hub_server import COMMIT
 from PIL import Image
 
@@ -184,6 +185,19 @@ def test_why_a_base_cannot_be_had_is_said(base: str, words: str, tmp_path: Path)
         said = describe(base, endpoint, tmp_path / "home")
         assert said.startswith(words.format(endpoint)) and said.endswith("or give a folder or a file")
         assert "\n" not in said
+
+
+@pytest.mark.parametrize("t5", [True, False])
+def test_a_cached_base_with_a_transformer_is_complete_with_t5_or_without(cache: Path, tmp_path: Path, t5: bool) -> None:
+    shutil.rmtree(cache / "snapshots" / COMMIT)
+    tiny_sd3.save_sd3(cache / "snapshots" / COMMIT, t5=t5)
+    assert families.describe("org/tiny").family == "sd3"
+    folder = cache / "snapshots" / COMMIT
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert set(hub.wanted("org/tiny", files)) == set(files)
+    shutil.rmtree(folder / "transformer")
+    with pytest.raises(LorakitError, match="is not in the cache"):
+        families.describe("org/tiny")
 
 
 def test_what_is_fetched_of_a_repository() -> None:
