@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit import adapters, config, optim, products
+from lorakit import adapters, config, products
 from lorakit.step import Step
 from lorakit.update import Update
 
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 def unet_config(kind: str, width: int | None = None) -> dict[str, Any]:
-    """The UNet's configuration of SD1.5 or SDXL, or "mid", one of 38 million weights.
+    """The UNet's configuration of SD1.5 ("sd15"), SD2.1 ("sd21") or SDXL, or "mid", one of 38 million weights.
 
     Args:
         width: in the place of the first block's 320 channels: depth and layers stay, the arithmetic becomes little.
@@ -47,6 +47,9 @@ def unet_config(kind: str, width: int | None = None) -> dict[str, Any]:
             "attention_head_dim": 8,
             "cross_attention_dim": width or 768,
         }
+    if kind == "sd21":
+        heads = {"attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+        return unet_config("sd15", width) | heads | {"cross_attention_dim": width or 1024}
     if kind == "mid":
         return unet_config("sd15") | {
             "block_out_channels": (64, 128, 256, 256),
@@ -128,10 +131,8 @@ def lorakit_loop(family: Any, data: Any, chosen: config.Config, say: Callable[[s
     """A function that runs so many of lorakit's optimizer steps."""
     adapter = adapters.attach(family, chosen.adapter, seed=0)
     adapters.slim(family)
-    optimizer = optim.build(chosen.optimizer, adapter.groups())
-    parameters = [p for _, group in adapter.groups() for p in group]
     adapter.train(True)
-    update = Update(chosen, Step(family, adapter, data, chosen.train), optimizer, parameters, 1000, say)
+    update = Update(chosen, Step(family, adapter, data, chosen.train), 1000, say)
     done = 0
 
     def run(count: int) -> None:

@@ -22,33 +22,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import common
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorakit import adapters, config, footprint, memory, optim, plan, quantized
+from lorakit import adapters, config, footprint, memory, plan, quantized
 from lorakit.adapters import targets
 from lorakit.families import strips
+from lorakit.update import Update
 from lorakit.weights import canonical
 
 GIB = 2**30
-SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
-SD21 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-UNETS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
 # Name, resolution, batch, target modules, gradient checkpointing, storage of the base.
 CASES = [
     ("sd15", 512, 1, "attention", False, "full"),
@@ -214,26 +201,32 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
     batch, side = settings.train.batch_size, settings.data.resolution // 8
     unet = outline(name, settings, dtype)
     base = quantized.stored_bytes(unet)
-    family = "sdxl" if name == "sdxl" else "sd1"
-    target = SimpleNamespace(info=SimpleNamespace(family=family), modules=lambda: {"unet": unet})
-    adapter = adapters.attach(target, settings.adapter)
-    memory.gradient_checkpointing(SimpleNamespace(unet=unet), settings.memory.gradient_checkpointing)
+    family = SimpleNamespace(
+        info=SimpleNamespace(family="sdxl" if name == "sdxl" else "sd1"),
+        unet=unet,
+        modules=lambda: {"unet": unet},
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
+    adapter = adapters.attach(family, settings.adapter)
+    memory.gradient_checkpointing(family, settings.memory.gradient_checkpointing)
     with fake(not real), Live() as live:
         give_values(unet)
-        optimizer = optim.build(settings.optimizer, adapter.groups())
         noisy = torch.randn(batch, 4, side, side)
-        states = torch.randn(batch, 77, UNETS[name]["cross_attention_dim"])
+        states = torch.randn(batch, 77, common.unet_config(name)["cross_attention_dim"])
         added = {"text_embeds": torch.randn(batch, 1280).to(dtype), "time_ids": torch.ones(batch, 6).to(dtype)}
         more = {"added_cond_kwargs": added} if name == "sdxl" else {}
         steps = torch.full((batch,), 500)
-        for _ in range(2):
-            live.peak = live.now
+
+        def loss(index: int) -> torch.Tensor:
             predicted = unet(noisy.to(dtype), steps, states.to(dtype), return_dict=False, **more)[0]
-            loss = (predicted.float() - noisy).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            del predicted, loss
+            return (predicted.float() - noisy).square().mean()
+
+        step: Any = SimpleNamespace(family=family, adapter=adapter, loss=loss)
+        update = Update(settings, step, 2, print)
+        for number in range(2):
+            live.peak = live.now
+            update(number)
         found = {"peak": live.peak, "base": base}
     return found
 
@@ -241,7 +234,7 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
 def outline(name: str, settings: config.Config, dtype: torch.dtype) -> Any:
     """The frozen UNet on the meta device, its weights stored as the config wants them."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNETS[name]).to(dtype).eval().requires_grad_(False)
+        unet = UNet2DConditionModel(**common.unet_config(name)).to(dtype).eval().requires_grad_(False)
     if settings.memory.base_storage != "full":
         quantized.quantize_layers(unet, settings.memory.base_storage, "meta")
     return unet
@@ -268,7 +261,7 @@ def give_values(module: Any) -> None:
 def layers(name: str) -> dict[str, tuple[int, ...]]:
     """Canonical name -> weight shape of a UNet's layers, as `families.describe` has them."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNETS[name])
+        unet = UNet2DConditionModel(**common.unet_config(name))
     return {
         canonical("unet", path): tuple(layer.weight.shape)
         for path, layer in unet.named_modules()

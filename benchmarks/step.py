@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lorakit import adapters, config, families, memory, optim
+from lorakit import adapters, config, families, memory
 from lorakit.data import check
 from lorakit.encode import encode
 from lorakit.step import Step
@@ -117,16 +117,14 @@ def ours(chosen: config.Config) -> Callable[[int], None]:
     """A function that runs so many steps of lorakit's loop."""
     family = base_of(chosen)
     adapter = adapters.attach(family, chosen.adapter, seed=0)
-    optimizer = optim.build(chosen.optimizer, adapter.groups())
     photos = check.check(chosen.data, family.info)
     trains_text = chosen.adapter.train_text_encoder
     encoded = encode(chosen, family, adapter, photos, lambda line: None)
     family.release("vae", *([] if trains_text else ["text_encoders"]))
     step = Step(family, adapter, encoded, chosen.train, embed_anew=trains_text)
     adapters.slim(family)
-    parameters = [p for _, group in adapter.groups() for p in group]
     adapter.train(True)
-    update = Update(chosen, step, optimizer, parameters, 1000, print)
+    update = Update(chosen, step, 1000, print)
     done = 0
 
     def run(count: int) -> None:

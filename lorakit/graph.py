@@ -113,6 +113,10 @@ class Replayed:
         torch._foreach_copy_(recorded.inputs, given)
         return recorded.replay()
 
+    def forget(self) -> None:
+        """Record anew what comes next: the model was moved."""
+        self._known = {}
+
     def _recorded(self, terms: Any) -> _Recorded:
         gradients: list[torch.Tensor] = [p.grad for p in self._parameters if p.grad is not None]
         before = [gradient.clone() for gradient in gradients]

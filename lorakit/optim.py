@@ -16,6 +16,9 @@ from lorakit.config import OptimizerConfig
 from lorakit.errors import LorakitError
 
 Groups = list[dict[str, Any]]
+# These change each number by itself: a group may as well be one long tensor. Adafactor knows rows and columns, and
+# 8-bit state its blocks, which should not reach from one matrix into the next.
+BY_NUMBER = ("adamw", "lion")
 
 
 def build(config: OptimizerConfig, groups: list[tuple[str, list[torch.nn.Parameter]]]) -> torch.optim.Optimizer:

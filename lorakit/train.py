@@ -220,8 +220,8 @@ class _Run:
             self.say(f"starting from the weights of {Path(config.train.init_from).name}")
         adapters.slim(self.family)
         memory.gradient_checkpointing(family, config.memory.gradient_checkpointing)
-        self.optimizer = optim.build(config.optimizer, self.adapter.groups())
         self.step = Step(family, self.adapter, encoded, config.train, embed_anew=self.trains_text)
+        self.update = Update(config, self.step, self.total, self.say)
         self.validation = evaluate.Validation(
             family,
             encoded.held_out or encoded.dataset.plain(),
@@ -243,8 +243,6 @@ class _Run:
         start = self._restore() if self.saved else 0
         self.losses = torch.zeros(READ_EVERY, device=self.device)
         self.norms = torch.zeros(READ_EVERY, device=self.device)
-        trained = [p for _, group in self.adapter.groups() for p in group]
-        update = Update(config, self.step, self.optimizer, trained, self.total, self.say)
         self.folder.update(state="running", step=start, steps=self.total)
         self.read_step = start
         with self.terminal.progress(self.total, start) as self.bar:
@@ -256,7 +254,7 @@ class _Run:
             step = start
             while step < self.total:
                 with memory.enough(f"step {step + 1}", config):
-                    loss, norm = update(step)
+                    loss, norm = self.update(step)
                 self.losses[step % READ_EVERY] = loss
                 self.norms[step % READ_EVERY] = norm
                 step += 1
@@ -378,7 +376,7 @@ class _Run:
             self.folder.checkpoints,
             step,
             self.adapter.state(),
-            self.optimizer.state_dict(),
+            self.update.optimizer.state_dict(),
             extra,
             config=self.config,
             identity=self.identity,
@@ -391,7 +389,7 @@ class _Run:
         assert self.saved is not None
         state = checkpoint.load(self.saved, config=self.config, identity=self.identity)
         self.adapter.load_state(state.adapter)
-        self.optimizer.load_state_dict(state.optimizer)
+        self.update.optimizer.load_state_dict(state.optimizer)
         self.history = list(state.extra["history"])
         self.retry = self.step.retry = max(self.retry, state.extra["retry"])
         self.best = self.folder.path / state.extra["best"] if state.extra["best"] else None
@@ -441,7 +439,7 @@ class _Run:
         self.adapter.detach()
         base = selfcheck.probe(self.family, prompt, size)
         # What is loaded anew needs the room of what was trained.
-        del self.family, self.adapter, self.optimizer, self.step, self.validation
+        del self.family, self.adapter, self.update, self.step, self.validation
         findings: list[selfcheck.Finding] = []
         for name, found, family in selfcheck.examine(
             exports,

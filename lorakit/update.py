@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lorakit import graph, optim
+from lorakit import adapters, graph, optim
+from lorakit.adapters import flat
 from lorakit.config import Config
 from lorakit.step import Step
 
@@ -18,26 +18,27 @@ class Update:
 
     Args:
         config: the whole config.
-        step: what computes a batch's loss.
-        optimizer: of `optim.build`.
-        parameters: all that is trained.
+        step: what computes a batch's loss. Its adapter is attached and slim, and is flattened here.
         total: optimizer steps of the run, for the learning rate's schedule.
         say: takes a line for the person.
+
+    Attributes:
+        optimizer: of `optim.build`; its state is saved and loaded parameter by parameter.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        step: Step,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[torch.nn.Parameter],
-        total: int,
-        say: Callable[[str], Any],
-    ):
-        self.config, self.step, self.optimizer, self.parameters = config, step, optimizer, parameters
-        self.total, self.say = total, say
+    def __init__(self, config: Config, step: Step, total: int, say: Callable[[str], Any]):
+        self.config, self.step, self.total, self.say = config, step, total, say
+        # Where memory comes first there are no copies.
+        copies = not config.memory.gradient_checkpointing
+        self.flats = adapters.flatten(step.family, step.adapter, copies=copies)
+        whole = config.optimizer.name in optim.BY_NUMBER
+        groups = [(each.name, [each.weights] if whole else each.parameters) for each in self.flats]
+        self.optimizer = optim.build(config.optimizer, groups)
+        if whole:
+            flat.save_apart(self.optimizer, self.flats)
         record, line = graph.recorder(config, step.family.device)
-        self._replayed = None if record is None else graph.Replayed(self._backward, parameters, record)
+        weights = [each.weights for each in self.flats]
+        self._replayed = None if record is None else graph.Replayed(self._backward, weights, record)
         if line:
             say(line)
 
@@ -46,12 +47,14 @@ class Update:
         train, parts = self.config.train, self.config.train.gradient_accumulation_steps
         optim.set_learning_rate(self.optimizer, self.config.optimizer, number, self.total)
         loss = torch.zeros((), device=self.step.family.device)
+        for each in self.flats:
+            if not each.hold() and self._replayed is not None:
+                self._replayed.forget()
+            each.gradient.zero_()
         for part in range(parts):
             loss += self._pass(number * parts + part)
-        # The norm comes back as it was before clipping and, unless asked, torch does not look at it.
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm or math.inf)
+        norm = flat.clip(self.flats, train.max_grad_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self._replayed is None)
         return loss, norm
 
     def _pass(self, index: int) -> torch.Tensor:
@@ -63,11 +66,13 @@ class Update:
             except graph.NotCaptured as problem:
                 self.say(f"no CUDA graph, steps are issued one operation at a time: {problem}")
                 self._replayed = None
-        loss = self.step.loss(index) / self.config.train.gradient_accumulation_steps
-        loss.backward()
-        return loss.detach()
+        return self._computed(lambda: self.step.loss(index))
 
     def _backward(self, terms: Any) -> torch.Tensor:
-        loss = self.step.loss_of(terms) / self.config.train.gradient_accumulation_steps
-        loss.backward()
+        return self._computed(lambda: self.step.loss_of(terms))
+
+    def _computed(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with flat.computing(self.flats):
+            loss = compute() / self.config.train.gradient_accumulation_steps
+            loss.backward()
         return loss.detach()

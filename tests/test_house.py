@@ -72,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"adapters", "data", "footprint", "terminal", *WORK},
     "step": {"encode", "objective", "randomness", "config"},
     "graph": WORK,
-    "update": {"graph", "optim", "step", *WORK},
+    "update": {"adapters", "graph", "optim", "step", *WORK},
     "evaluate": {"data", "families", "objective", *WORK},
     "checkpoint": {"run_folder", *WORK},
     "sample": {"evaluate", "pictures", "run_folder", "families", "adapters", "data", "export", "memory", *WORK},

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
+    from lorakit.adapters.flat import Flat
     from lorakit.config import AdapterConfig
     from lorakit.weights import AdapterWeights
 
-__all__ = ["apply", "attach", "slim"]
+__all__ = ["apply", "attach", "flatten", "slim"]
 
 
 def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = "") -> Adapter:
@@ -45,3 +46,17 @@ def slim(target: Any) -> None:
     from lorakit.adapters import lean
 
     lean.slim(target.unet)
+
+
+def flatten(target: Any, adapter: Adapter, *, copies: bool = True) -> list[Flat]:
+    """Make an adapter's parameters views of one tensor for each of its groups; for training, after `slim`.
+
+    Args:
+        target: the `families.Family` that the adapter is attached to.
+        adapter: its parameters, names and file stay what they are.
+        copies: where the base is in half precision, let LoRA's layers read copies of the factors that are cast all at
+            once; these, and their gradients, take 4 bytes for each trained number.
+    """
+    from lorakit.adapters import flat
+
+    return flat.flatten(target, adapter, copies=copies)

@@ -37,7 +37,8 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     scale = getattr(target, "gradient_scale", 1.0)
     if scale != 1:
         for parameter in adapter.parameters().values():
-            parameter.register_hook(lambda gradient: gradient / scale)
+            # None: a layer added its gradient where it belongs by itself (`flat`).
+            parameter.register_hook(lambda gradient: None if gradient is None else gradient / scale)
     return adapter
 
 

@@ -8,6 +8,7 @@ products. To everyone outside these are PEFT's layers: names, state dict and mer
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,23 @@ from lorakit.products import linear
 # (stride, padding, dilation) of a convolution, along both axes.
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Copies of A and B in half precision, and where their gradients are to be added; see `flat.Flat`.
+
+    Attributes:
+        down, up: A `[r, in]` and B `[out, r]`, views; of a `lean.Group` as it has them.
+        to_down, to_up: their gradients, the same shapes and precision.
+        owner: the copies are to be used while its `on` is true.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    to_down: torch.Tensor
+    to_up: torch.Tensor
+    owner: Any
 
 
 class LoraLinear(torch.autograd.Function):
@@ -59,7 +77,10 @@ class LoraLinear(torch.autograd.Function):
 
 
 class HalfLoraLinear(torch.autograd.Function):
-    """The same as x W^T + b + (x A^T) (s B)^T, where x and W are in half precision and A and B in float32."""
+    """The same as x W^T + b + s (x A^T) B^T, where x and W are in half precision and A and B in float32.
+
+    With a `Place` A and B are read from there, and their gradients added there: autograd is given none.
+    """
 
     @staticmethod
     def forward(
@@ -70,24 +91,31 @@ class HalfLoraLinear(torch.autograd.Function):
         down: torch.Tensor,
         up: torch.Tensor,
         scale: float,
+        place: Place | None,
     ) -> torch.Tensor:
         """`[N, out]`."""
-        down, up = down.to(x.dtype), (up if scale == 1 else up * scale).to(x.dtype)
+        down, up = (down.to(x.dtype), up.to(x.dtype)) if place is None else (place.down, place.up)
         inner = x @ down.t()
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
         ctx.save_for_backward(x, inner, weight, down, up)
-        ctx.scale = scale
-        return y.addmm_(inner, up.t())
+        ctx.scale, ctx.place = scale, place
+        return y.addmm_(inner, up.t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, A and B; the factors' in float32."""
         x, inner, weight, down, up = ctx.saved_tensors
+        scale, place = ctx.scale, ctx.place
         to_inner = gradient @ up
-        to_x = torch.addmm(to_inner @ down, gradient, weight) if ctx.needs_input_grad[0] else None
-        to_down = (to_inner.t() @ x).float()
-        to_up = (gradient.t() @ inner).float()
-        return to_x, None, None, to_down, to_up if ctx.scale == 1 else to_up * ctx.scale, None
+        to_x = (gradient @ weight).addmm_(to_inner, down, alpha=scale) if ctx.needs_input_grad[0] else None
+        if place is not None:
+            place.to_down.addmm_(to_inner.t(), x, alpha=scale)
+            place.to_up.addmm_(gradient.t(), inner, alpha=scale)
+            return to_x, None, None, None, None, None, None
+        to_down, to_up = (to_inner.t() @ x).float(), (gradient.t() @ inner).float()
+        if scale != 1:
+            to_down, to_up = to_down * scale, to_up * scale
+        return to_x, None, None, to_down, to_up, None, None
 
 
 class LoraConv2d(torch.autograd.Function):
@@ -128,6 +156,8 @@ class LoraConv2d(torch.autograd.Function):
 class FusedLinear(Linear):
     """PEFT's linear LoRA layer with the forward of this file."""
 
+    place: Place | None = None
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         base = self.base_layer
@@ -137,8 +167,8 @@ class FusedLinear(Linear):
         if self._disable_adapters:
             return base(x)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        function = LoraLinear if x.dtype is torch.float32 else HalfLoraLinear
-        y = function.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, down, up, self.scaling[name])
+        given = (x.reshape(-1, x.shape[-1]), base.weight, base.bias, down, up, self.scaling[name])
+        y = LoraLinear.apply(*given) if x.dtype is torch.float32 else HalfLoraLinear.apply(*given, used(self.place, x))
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -160,6 +190,11 @@ class FusedConv2d(Conv2d):
             return made
         inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
         return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
+
+
+def used(place: Place | None, x: torch.Tensor) -> Place | None:
+    """The place of a layer's copies where it is to compute x with these, else None."""
+    return place if place is not None and place.owner.on and place.down.dtype is x.dtype else None
 
 
 def _summed(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:

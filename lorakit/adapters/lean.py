@@ -46,16 +46,26 @@ class Group:
     def __init__(self, layers: list[Any]):
         self.layers = layers
         self._bases = [getattr(layer, "base_layer", layer) for layer in layers]
-        self.weight = _shared([base.weight for base in self._bases]).flatten(0, 1)
+        weights = [base.weight for base in self._bases]
+        _share(weights)
+        self.weight = _together(weights).flatten(0, 1)
         self.down: torch.Tensor | None = None
         self.up: torch.Tensor | None = None
+        self.place: fused.Place | None = None
         self._holders: list[nn.Module] = []
         if isinstance(layers[0], fused.FusedLinear):
             downs, ups = ([getattr(layer, name)[_NAME] for layer in layers] for name in ("lora_A", "lora_B"))
             self._holders = downs + ups
-            self.down, self.up = (_shared([matrix.weight for matrix in found]) for found in (downs, ups))
-            self.down = self.down.flatten(0, 1)
+            for found in (downs, ups):
+                _share([matrix.weight for matrix in found])
+        self.find()
+
+    def find(self) -> None:
+        """Look where the factors are now, one layer's behind the other's."""
         self._factors: list[Any] = self._weights()
+        if self._factors:
+            count = len(self.layers)
+            self.down, self.up = _together(self._factors[:count]).flatten(0, 1), _together(self._factors[count:])
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """`[B, T, in]` -> one `[B, T, out]` for each layer; None where they are to be asked one by one."""
@@ -70,7 +80,10 @@ class Group:
         if any(fused.plain_adapter(layer, x) is None for layer in self.layers):
             return None
         assert self.up is not None
-        made = GroupedLora.apply(rows, self.weight, self.down, self.up, first.scaling[_NAME], *self._factors)
+        place = fused.used(self.place, x)
+        # Where the gradients have a place, autograd only has to know that there is something to train.
+        factors = self._factors if place is None else self._factors[:1]
+        made = GroupedLora.apply(rows, self.weight, self.down, self.up, first.scaling[_NAME], place, *factors)
         return tuple(part.view(*x.shape[:-1], -1) for part in made)
 
     def _holds(self) -> bool:
@@ -98,17 +111,18 @@ class GroupedLora(torch.autograd.Function):
         down: torch.Tensor,
         up: torch.Tensor,
         scale: float,
+        place: fused.Place | None,
         *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """G times `[N, out]`; `factors` are the parameters of which `down` and `up` are made, A's then B's."""
-        ctx.scale, inner = scale, None
+        ctx.scale, ctx.place, inner = scale, place, None
         if x.dtype is torch.float32:
             made = linear(x, _summed(weight, down, up, scale))
         else:
-            down, up = down.to(x.dtype), (up if scale == 1 else up * scale).to(x.dtype)
+            down, up = (down.to(x.dtype), up.to(x.dtype)) if place is None else (place.down, place.up)
             inner = x @ down.t()
             made = x @ weight.t()
-            _each(made, up).baddbmm_(_each(inner, up), up.transpose(1, 2))
+            _each(made, up).baddbmm_(_each(inner, up), up.transpose(1, 2), alpha=scale)
         ctx.save_for_backward(x, inner, weight, down, up)
         return made.view(len(x), len(up), -1).unbind(1)
 
@@ -116,24 +130,26 @@ class GroupedLora(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x and of the factors; theirs in float32."""
         x, inner, weight, down, up = ctx.saved_tensors
+        scale, place = ctx.scale, ctx.place
         full = x.dtype is torch.float32
         gradient = torch.cat(gradients, dim=-1)
         to_inner = gradient.new_empty(len(x), len(down))
         torch.bmm(_each(gradient, up), up, out=_each(to_inner, up))
         to_x = None
         if ctx.needs_input_grad[0] and full:
-            to_x = linear(gradient, _summed(weight, down, up, ctx.scale).t())
+            to_x = linear(gradient, _summed(weight, down, up, scale).t())
         elif ctx.needs_input_grad[0]:
-            to_x = torch.addmm(to_inner @ down, gradient, weight)
+            to_x = (gradient @ weight).addmm_(to_inner, down, alpha=scale)
         inner = linear(x, down) if full else inner
-        to_down = linear(to_inner.t(), x.t())
-        to_up = torch.bmm(_each(gradient, up).transpose(1, 2), _each(inner, up))
-        if ctx.scale != 1:
-            # In half precision `up`, and with it `to_inner`, has the scale already.
-            to_up = to_up * ctx.scale
-            to_down = to_down * ctx.scale if full else to_down
-        to_downs = to_down.float().view(len(up), -1, x.shape[-1]).unbind()
-        return to_x, None, None, None, None, *to_downs, *to_up.float().unbind()
+        if place is not None:
+            place.to_down.addmm_(to_inner.t(), x, alpha=scale)
+            place.to_up.baddbmm_(_each(gradient, up).transpose(1, 2), _each(inner, up), alpha=scale)
+            return to_x, *[None] * 6
+        to_down = linear(to_inner.t(), x.t()).float()
+        to_up = torch.bmm(_each(gradient, up).transpose(1, 2), _each(inner, up)).float()
+        if scale != 1:
+            to_down, to_up = to_down * scale, to_up * scale
+        return to_x, *[None] * 5, *to_down.view(len(up), -1, x.shape[-1]).unbind(), *to_up.unbind()
 
 
 class LeanAttention(Attention):
@@ -216,12 +232,16 @@ def _can_share(layers: list[Any]) -> bool:
     return len({(len(layer.lora_A[_NAME].weight), layer.scaling[_NAME]) for layer in layers}) == 1
 
 
-def _shared(tensors: list[Any]) -> torch.Tensor:
-    """`[G, ...]`: one tensor of which the given ones, of equal shape, become the slices."""
-    together = torch.stack([tensor.detach() for tensor in tensors])
-    for tensor, part in zip(tensors, together, strict=True):
+def _share(tensors: list[Any]) -> None:
+    """Put tensors of equal shape into one piece of memory, one behind the other."""
+    for tensor, part in zip(tensors, torch.stack([tensor.detach() for tensor in tensors]), strict=True):
         tensor.data = part
-    return together
+
+
+def _together(tensors: list[Any]) -> torch.Tensor:
+    """`[G, ...]`: what was shared, as one tensor."""
+    first = tensors[0].detach()
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
 
 
 def _each(rows: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
