@@ -27,8 +27,7 @@ from lorakit.step import Step
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Five pictures of three shapes, two of them with captions."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
+    (folder := tmp_path / "photos").mkdir()
     draw = np.random.default_rng(0)
     for number, (width, height) in enumerate([(64, 64), (80, 64), (64, 96), (64, 64), (70, 70)]):
         Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
