@@ -10,6 +10,7 @@ All loops train the same: LoRA on a UNet's attention, from photos and texts of t
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -132,14 +133,16 @@ def lorakit_loop(family: Any, data: Any, chosen: config.Config, say: Callable[[s
     adapter = adapters.attach(family, chosen.adapter, seed=0)
     adapters.slim(family)
     adapter.train(True)
-    update = Update(chosen, Step(family, adapter, data, chosen.train), 1000, say)
-    done = 0
+    return steps_of(Update(chosen, Step(family, adapter, data, chosen.train), 1000, say))
+
+
+def steps_of(update: Update) -> Loop:
+    """A function that goes on with so many of an update's steps."""
+    numbers = itertools.count()
 
     def run(count: int) -> None:
-        nonlocal done
         for _ in range(count):
-            update(done)
-            done += 1
+            update(next(numbers))
 
     return run
 

@@ -124,16 +124,7 @@ def ours(chosen: config.Config) -> Callable[[int], None]:
     step = Step(family, adapter, encoded, chosen.train, embed_anew=trains_text)
     adapters.slim(family)
     adapter.train(True)
-    update = Update(chosen, step, 1000, print)
-    done = 0
-
-    def run(count: int) -> None:
-        nonlocal done
-        for _ in range(count):
-            update(done)
-            done += 1
-
-    return run
+    return common.steps_of(Update(chosen, step, 1000, print))
 
 
 def plain(chosen: config.Config) -> Callable[[int], None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Conv2d, Linear
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lorakit.products import linear
@@ -33,10 +33,10 @@ class Place:
         owner: the copies are to be used while its `on` is true.
     """
 
-    down: torch.Tensor
-    up: torch.Tensor
-    to_down: torch.Tensor
-    to_up: torch.Tensor
+    down: Tensor
+    up: Tensor
+    to_down: Tensor
+    to_up: Tensor
     owner: Any
 
 
@@ -49,21 +49,15 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        down: torch.Tensor,
-        up: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
         """`[N, out]`."""
         ctx.save_for_backward(x, weight, down, up)
         ctx.scale = scale
         return linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
         x, weight, down, up = ctx.saved_tensors
         to_x = None
@@ -85,14 +79,14 @@ class HalfLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        down: torch.Tensor,
-        up: torch.Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
         scale: float,
         place: Place | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """`[N, out]`."""
         down, up = (down.to(x.dtype), up.to(x.dtype)) if place is None else (place.down, place.up)
         inner = x @ down.t()
@@ -102,7 +96,7 @@ class HalfLoraLinear(torch.autograd.Function):
         return y.addmm_(inner, up.t(), alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B; the factors' in float32."""
         x, inner, weight, down, up = ctx.saved_tensors
         scale, place = ctx.scale, ctx.place
@@ -124,21 +118,21 @@ class LoraConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        down: torch.Tensor,
-        up: torch.Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
         scale: float,
         geometry: Geometry,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """`[B, out, h', w']`; `geometry` is (stride, padding, dilation)."""
         ctx.save_for_backward(x, weight, down, up)
         ctx.scale, ctx.geometry = scale, geometry
         return functional.conv2d(x, _summed(weight, down, up, scale), bias, *geometry)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
         x, weight, down, up = ctx.saved_tensors
         to_x = None
@@ -158,7 +152,7 @@ class FusedLinear(Linear):
 
     place: Place | None = None
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
         base = self.base_layer
         name = None if args or kwargs or not isinstance(base, nn.Linear) else plain_adapter(self, x)
@@ -175,7 +169,7 @@ class FusedLinear(Linear):
 class FusedConv2d(Conv2d):
     """PEFT's convolutional LoRA layer, computing in the input's precision."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
         base = self.base_layer
         name = None if args or kwargs or base.groups != 1 else plain_adapter(self, x)
@@ -186,33 +180,31 @@ class FusedConv2d(Conv2d):
         down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         geometry = (base.stride, base.padding, base.dilation)
         if x.dtype is torch.float32:
-            made: torch.Tensor = LoraConv2d.apply(x, base.weight, base.bias, down, up, scale, geometry)
+            made: Tensor = LoraConv2d.apply(x, base.weight, base.bias, down, up, scale, geometry)
             return made
         inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
         return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
 
 
-def used(place: Place | None, x: torch.Tensor) -> Place | None:
+def used(place: Place | None, x: Tensor) -> Place | None:
     """The place of a layer's copies where it is to compute x with these, else None."""
     return place if place is not None and place.owner.on and place.down.dtype is x.dtype else None
 
 
-def _summed(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+def _summed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """W + s B A of a convolution."""
     return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(weight.shape)
 
 
-def _convolution_gradient(
-    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, of: int
-) -> torch.Tensor:
+def _convolution_gradient(gradient: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, of: int) -> Tensor:
     """The gradient of a convolution's input (`of` = 0) or weight (1)."""
     wanted = [of == 0, of == 1, False]
     found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, wanted)
-    made: torch.Tensor = found[of]
+    made: Tensor = found[of]
     return made
 
 
-def plain_adapter(layer: Any, x: torch.Tensor) -> str | None:
+def plain_adapter(layer: Any, x: Tensor) -> str | None:
     """Name of the active adapter where there is exactly one and nothing is out of the ordinary, else None.
 
     Several adapters, a merged or a trained base, dropout and autocast are left to PEFT's own forward.
