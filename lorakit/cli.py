@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from lorakit import __version__, config as configuration, cores, footprint, workbench
 from lorakit.errors import LorakitError
+from lorakit.knob import number
 from lorakit.terminal import Terminal, quiet_libraries
 
 
@@ -346,7 +347,7 @@ def describe_knob(knob: configuration.Knob) -> dict[str, Any]:
     else:
         values = ", ".join(choices) if choices else names[kind]
     if knob.low is not None:
-        values += f", {knob.low:g} to {knob.high:g}" if knob.high is not None else f", {knob.low:g} or more"
+        values += f", {number(knob.low)} to {number(knob.high)}" if knob.high is not None else f", {knob.low:g} or more"
     if knob.above is not None:
         values += f", above {knob.above:g}"
     default = "unset" if knob.default is None else json.dumps(knob.default, ensure_ascii=False)

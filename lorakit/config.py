@@ -162,13 +162,17 @@ class OptimizerConfig:
     warmup_steps: int = knob(0, "Optimizer steps over which the rate rises from 0.", low=0)
 
 
+# More steps than anybody means: a slip of the hand is told, not planned.
+MOST = 1_000_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long, on what objective, and what is kept. A step is one optimizer step."""
 
-    steps: int | None = knob(None, "Optimizer steps.", low=1)
-    epochs: int | None = knob(None, "Passes over the photos.", low=1)
-    steps_per_image: int | None = knob(None, "Optimizer steps for each photo.", low=1)
+    steps: int | None = knob(None, "Optimizer steps.", low=1, high=MOST)
+    epochs: int | None = knob(None, "Passes over the photos.", low=1, high=MOST)
+    steps_per_image: int | None = knob(None, "Optimizer steps for each photo.", low=1, high=MOST)
     batch_size: int = knob(1, "Photos in a batch.", low=1, high=256)
     gradient_accumulation_steps: int = knob(1, "Batches in an optimizer step.", low=1, high=256)
     max_grad_norm: float = knob(1.0, "Gradients are clipped to this norm; 0 turns clipping off.", low=0)

@@ -114,7 +114,12 @@ def _inside(k: Knob, value: float) -> bool:
 
 def _bounds(k: Knob) -> str:
     if k.low is not None and k.high is not None:
-        return f"between {k.low:g} and {k.high:g}" if k.high < 1e6 else f"{k.low:g} or more"
+        return f"between {number(k.low)} and {number(k.high)}"
     if k.above is not None:
         return f"above {k.above:g}"
     return f"{k.low:g} or more" if k.low is not None else "a finite number"
+
+
+def number(bound: float) -> str:
+    """A bound as a person writes it: 10000000, not 1e+07."""
+    return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"

@@ -135,6 +135,13 @@ def _theme() -> gr.themes.Base:
         # Gradio's own grey is too faint to read on white (2.6 to 1; 4.5 is wanted).
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_400",
+        # White on its teal is 2.5 to 1, and so is that teal on white.
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        checkbox_background_color_selected="*primary_700",
+        checkbox_border_color_selected="*primary_700",
         checkbox_border_color="*neutral_400",
         checkbox_border_color_dark="*neutral_500",
         block_info_text_color="*neutral_600",

@@ -111,6 +111,9 @@ class ComparePage:
             unknown = gr.update(choices=[], value=[])
             return [widgets.quiet(say("compare.none")), hidden, none, unknown, "", "", hidden]
         run = RunFolder(self.desk.run(name))
+        if not run.sample_grids():  # deleted while the page was open
+            hidden = gr.update(visible=False)
+            return [widgets.problem(say("error.gone")), hidden, gr.skip(), gr.skip(), "", "", hidden]
         steps = [(say("compare.step", step=step), step) for step in run.sample_grids() if step]
         files = [path.name for path in sorted(run.path.glob("*.safetensors"))]
         files += [path.parent.name for path in sorted(run.checkpoints.glob("step-*/complete"))]
@@ -160,12 +163,16 @@ class ComparePage:
         """Remember which checkpoint the person likes best."""
         if step is None:
             return widgets.problem(say("compare.none"))
+        if not self.desk.run(name).is_dir():
+            return widgets.problem(say("error.gone"))
         atomic.write(self.desk.run(name) / CHOICE, json.dumps({"step": int(step), "time": round(time.time())}))
         return widgets.good(say("compare.marked_done", step=step))
 
-    def export_step(self, name: str, step: int | None, kind: str, say: Say) -> tuple[str, Any]:
+    def export_step(self, name: str | None, step: int | None, kind: str, say: Say) -> tuple[str, Any]:
         """Export the adapter of a step in a format: (message, the file to download)."""
         hidden = gr.update(visible=False)
+        if not name:
+            return widgets.problem(say("compare.none")), hidden
         run = RunFolder(self.desk.run(name))
         try:
             source = file_of_step(run, int(step or 0))
@@ -179,9 +186,11 @@ class ComparePage:
         return widgets.good(say("compare.exported", name=told)), gr.update(visible=bool(staged), value=staged or None)
 
     def draw_grids(
-        self, name: str, files: Sequence[str], prompts: str, strengths: str, say: Say
+        self, name: str | None, files: Sequence[str], prompts: str, strengths: str, say: Say
     ) -> tuple[str, gr.Timer]:
         """Put a grid for each adapter into the queue; (message, the timer that looks for them)."""
+        if not name:
+            return widgets.problem(say("compare.none")), gr.skip()
         run = RunFolder(self.desk.run(name))
         try:
             adapters = [self._adapter(run, file) for file in files]

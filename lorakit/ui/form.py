@@ -86,7 +86,10 @@ def fields() -> dict[str, Field]:
         for knob in configuration.knobs(method):
             found.setdefault(knob.key, _field(knob))
     order = list(configuration.SECTIONS)
-    return dict(sorted(found.items(), key=lambda item: order.index(item[1].knob.section)))
+    # The adapter's method says which other knobs there are.
+    return dict(
+        sorted(found.items(), key=lambda item: (order.index(item[1].knob.section), item[0] != "adapter.method"))
+    )
 
 
 def _field(knob: Knob) -> Field:

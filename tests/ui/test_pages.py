@@ -228,6 +228,19 @@ def test_grids_that_are_drawn_are_followed(desk: Desk):
     assert desk.why(job.number) in message and "lk-problem" in message and timer.active is False
 
 
+def test_a_run_that_was_deleted_while_its_page_was_open_is_told(desk: Desk):
+    with gr.Blocks():
+        page = ComparePage(desk, T)
+    gone = "not there any more"
+    assert gone in page.show("gone", SAY)[0] and gone in page.mark_best("gone", 2, SAY)
+    assert "is not a run folder" in page.export_step("gone", 2, "kohya", SAY)[0]
+    assert "lk-problem" in page.draw_grids("gone", ["a.safetensors"], "", "1", SAY)[0]
+    assert not (desk.runs / "gone").exists()
+    # Nothing chosen at all.
+    for message in (page.export_step(None, None, "kohya", SAY)[0], page.draw_grids(None, [], "", "1", SAY)[0]):
+        assert "lk-problem" in message and "No pictures yet" in message
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"\x80\x02}q\x00.", "pickle"), (b"PK\x03\x04", "pickle"), (b"", "empty"), (b"hello world", "not a safetensors")],

@@ -161,6 +161,10 @@ NAMES = {
     "data.kind": "Subject or style",
     "data.name": "Trigger and name",
     "model.base": "Base model",
+    "optimizer.lr_scheduler": "Learning rate schedule",
+    "train.min_snr_gamma": "Min-SNR gamma",
+    "train.on_nan": "On a loss that is not finite",
+    "output.dtype": "Precision of the file",
 }
 SECTIONS = {
     "model": "Model",
