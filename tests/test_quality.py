@@ -15,6 +15,8 @@ from lorakit.run_folder import RunFolder
 SUBJECT = "zib"
 SHOWN = ("beach", "meadow", "table", "brick")
 NEVER_SHOWN = ("snow", "city", "underwater")
+# A right trainer takes nearly all fifteen pictures from the base to the subject, one with shuffled targets a few by luck.
+LEARNED, LUCK = 0.6, 0.4
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(photos, 
     losses = [event["loss"] for event in RunFolder(result.folder).events("step")]
     assert sum(losses[-30:]) < 0.9 * sum(losses[:30])
     before, after = share_of_the_subject(None), share_of_the_subject(result.adapter)
-    assert after >= before + 0.4, (before, after)
+    assert after >= before + LEARNED, (before, after)
     assert share_of_the_subject(result.adapter, "toy") < after - 0.2
 
 
@@ -75,4 +77,4 @@ def test_a_broken_trainer_is_noticed(photos, tmp_path, monkeypatch):
     right = objective.target
     monkeypatch.setattr(objective, "target", lambda *given: right(*given).roll(1, 0))
     result = taught(photos, tmp_path / "run")
-    assert share_of_the_subject(result.adapter) < share_of_the_subject(None) + 0.2
+    assert share_of_the_subject(result.adapter) < share_of_the_subject(None) + LUCK
