@@ -15,7 +15,7 @@ from lorakit.run_folder import RunFolder
 SUBJECT = "zib"
 SHOWN = ("beach", "meadow", "table", "brick")
 NEVER_SHOWN = ("snow", "city", "underwater")
-# A right trainer takes nearly all fifteen pictures from the base to the subject, one with shuffled targets a few by luck.
+# A right trainer moves nearly all fifteen pictures from the base to the subject, one with shuffled targets a few.
 LEARNED, LUCK = 0.6, 0.4
 
 

@@ -71,7 +71,7 @@ def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str,
     with torch.no_grad():
         said = [f.predict(noisy, steps, c) for f, c in zip((one, other), conditions, strict=True)]
     # Not to the bit: kernels round by the alignment of the weights in memory.
-    torch.testing.assert_close(*said, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*said, rtol=1e-5, atol=1e-5)
     pixels = torch.rand((1, 3, 64, 64)) * 2 - 1
     torch.testing.assert_close(one.encode_image(pixels)[0], other.encode_image(pixels)[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(one.alphas_cumprod, other.alphas_cumprod)

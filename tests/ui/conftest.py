@@ -44,7 +44,7 @@ class FrontEnd:
     def stop(self) -> None:
         """End it as Ctrl-C does; runs live on."""
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(30)
+        self.process.wait(180)
 
 
 @pytest.fixture(scope="module")
