@@ -23,7 +23,14 @@ class FrontEnd:
         command = [sys.executable, "-m", "lorakit", "ui", "--runs", str(room / "runs"), "--root", str(room), *arguments]
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=room
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=room,
+            # A shell's background jobs, these tests perhaps among them, ignore Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.lines: list[str] = []
         assert self.process.stdout is not None
