@@ -162,7 +162,7 @@ def chosen(resolution: int, batch: int, modules: str, checkpointing: bool, stora
 
 def predict(name: str, settings: config.Config) -> int:
     """What `lorakit check` says of the same step, without what Python and torch take themselves."""
-    info = SimpleNamespace(layers=layers(name), downscale=8, max_tokens=77, bytes={})
+    info = SimpleNamespace(layers=layers(name), downscale=8, text_tokens=77, bytes={})
     selected = targets.select(info.layers, settings.adapter.target_modules, False)
     modules = plan.count_weights(selected, info.layers, settings.adapter)
     return sum(

@@ -29,8 +29,6 @@ RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
 VAE_BYTES, ENCODING, DECODING, BY_STRIPS = 335_000_000, 2560, 3072, 288
 # Rows of CLIP's table of words, which is no layer.
 VOCABULARY = 49408
-# What Stable Diffusion 3 reads of a text by T5, beside what CLIP reads.
-T5_TOKENS = 256
 
 
 def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
@@ -85,7 +83,7 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
 def _activations(config: Config, info: Any) -> float:
     """Values kept for the backward pass of one picture."""
     side = config.data.resolution // info.downscale
-    layers = placed(info.layers, side, side, info.max_tokens)
+    layers = placed(info.layers, side, side, info.text_tokens)
     if not config.memory.gradient_checkpointing:
         return KEPT[config.adapter.target_modules] * sum(shape[0] * places for _, shape, places in layers)
     inputs: dict[str, int] = {}
@@ -122,7 +120,7 @@ def placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens:
     names = [name for name in shapes if name.startswith("unet.")]
     if patches := shapes.get("unet.pos_embed.proj"):
         cells = math.ceil(height / patches[-1]) * math.ceil(width / patches[-1])
-        return [(name, shapes[name], _joint_places(name, cells, tokens + T5_TOKENS)) for name in names]
+        return [(name, shapes[name], _joint_places(name, cells, tokens)) for name in names]
     levels = 1 + max((int(m[1]) for name in names if (m := re.match(r"unet\.down_blocks\.(\d+)\.", name))), default=0)
     found = []
     for name in names:

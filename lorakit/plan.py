@@ -197,7 +197,7 @@ def forward_flop(shapes: Mapping[str, Sequence[int]], height: int, width: int, t
     for name, shape, places in footprint.placed(shapes, height, width, tokens):
         total += 2 * math.prod(shape) * places
         if name.endswith(".attn.to_q"):  # of picture and text together
-            total += 4 * (places + tokens + footprint.T5_TOKENS) ** 2 * shape[0]
+            total += 4 * (places + tokens) ** 2 * shape[0]
         elif name.endswith("attn1.to_q") or (name.endswith("attn2.to_q") and ".attentions." not in name):
             total += 4 * places * places * shape[0]
         elif name.endswith("attn2.to_q"):
@@ -209,7 +209,7 @@ def estimate_seconds(config: Config, info: Any, steps: int) -> float:
     """Duration on this CPU: training, class images and sample grids; loading and validation are small beside them."""
     train, sample = config.train, config.sample
     side = config.data.resolution // info.downscale
-    flop = forward_flop(info.layers, side, side, info.max_tokens)
+    flop = forward_flop(info.layers, side, side, info.text_tokens)
     speed = CPU_SHARE * _matmul_speed()
     overhead = CPU_LAYER_SECONDS * sum(name.startswith("unet.") for name in info.layers)
     passes = PASSES_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else PASSES

@@ -21,7 +21,7 @@ class Info:
     name: str
     layers: dict[str, tuple[int, ...]] = field(init=False)
     downscale: int = 8
-    max_tokens: int = 77
+    text_tokens: int = 77
     bytes: dict[str, int] = field(default_factory=lambda: {"vae": footprint.VAE_BYTES})
     variants: dict[str, str | None] = field(default_factory=dict)
 

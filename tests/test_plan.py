@@ -35,6 +35,7 @@ class Info:
     prediction_type: str = "epsilon"
     downscale: int = 8
     max_tokens: int = 77
+    text_tokens: int = 77
     bytes: dict[str, int] = field(default_factory=dict)
     variants: dict[str, str | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from power import Cut, interrupted_after
 from safetensors.torch import load_file
 
 from lorakit import checkpoint, config, families, sample, snapshot, train
@@ -226,22 +227,6 @@ def test_tensorboard_that_is_not_installed_is_named(tiny_sd1, photos, tmp_path, 
     with pytest.raises(LorakitError, match=r"pip install 'lorakit\[tensorboard\]'"):
         run(tiny_sd1, photos, tmp_path / "run", output__tensorboard=True)
     assert not (tmp_path / "run").exists()
-
-
-class Cut(BaseException):
-    """Stands for a power cut: nothing that catches errors catches it."""
-
-
-def interrupted_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the next run die right after the checkpoint of `step`."""
-    saved = checkpoint.save
-
-    def save_and_die(folder, at, *rest, **named):
-        saved(folder, at, *rest, **named)
-        if at == step:
-            raise Cut
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
 
 
 @pytest.mark.parametrize("cuts", [(4,), (10,), (4, 8)])

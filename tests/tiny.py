@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -76,17 +77,18 @@ def text_config(vocabulary: int, activation: str = "quick_gelu") -> CLIPTextConf
     )
 
 
-def autoencoder(scaling_factor: float) -> AutoencoderKL:
-    """Downscales by 8 into four channels, as the real one."""
+def autoencoder(scaling_factor: float, latent_channels: int = 4, **changes: object) -> AutoencoderKL:
+    """Downscales by 8, as the real ones; into four channels unless told."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 16, 16, 16),
         layers_per_block=1,
         norm_num_groups=4,
-        latent_channels=4,
+        latent_channels=latent_channels,
         sample_size=64,
         scaling_factor=scaling_factor,
+        **changes,
     )
 
 
@@ -143,7 +145,7 @@ def save_sd1(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _save(pipeline, folder, ["text_encoder"])
+    return save(pipeline, folder, ["text_encoder"])
 
 
 def save_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
@@ -181,10 +183,10 @@ def save_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    return _save(pipeline, folder, ["text_encoder", "text_encoder_2"])
+    return save(pipeline, folder, ["text_encoder", "text_encoder_2"])
 
 
-def _save(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, folder: Path, encoders: list[str]) -> Path:
+def save(pipeline: DiffusionPipeline, folder: Path, encoders: list[str]) -> Path:
     """Save what is heavy by diffusers; keep the tokenizer files as written, and the text encoders' real key names."""
     kept = {path: path.read_bytes() for path in folder.glob("tokenizer*/*")}
     pipeline.save_pretrained(folder)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from tiny import save_text_encoder, save_tokenizer, text_config
+from tiny import autoencoder, save, save_tokenizer, text_config
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 BLOCKS = 3
@@ -40,19 +40,7 @@ def save_sd3(folder: Path, *, t5: bool = True, dual: bool = True, shift: float =
             dual_attention_layers=(0,) if dual else (),
             qk_norm="rms_norm",
         )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 16, 16, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=16,
-            sample_size=64,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae = autoencoder(1.5305, 16, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
         third = {"text_encoder_3": None, "tokenizer_3": None}
         if t5:
             config = T5Config(
@@ -68,6 +56,7 @@ def save_sd3(folder: Path, *, t5: bool = True, dual: bool = True, shift: float =
                 "text_encoder_3": T5EncoderModel(config),
                 "tokenizer_3": T5TokenizerFast(vocab=PIECES, extra_ids=0, model_max_length=512),
             }
+            third["tokenizer_3"].save_pretrained(folder / "tokenizer_3")
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
@@ -76,11 +65,6 @@ def save_sd3(folder: Path, *, t5: bool = True, dual: bool = True, shift: float =
         **tokenizers,
         **third,
     )
-    kept = {path: path.read_bytes() for path in folder.glob("tokenizer*/*")}
-    pipeline.save_pretrained(folder)
-    for name, encoder in encoders.items():
-        save_text_encoder(encoder, folder / name)
-    for path, content in kept.items():
-        path.write_bytes(content)
+    save(pipeline, folder, list(encoders))
     assert "pos_embed.pos_embed" in load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     return folder

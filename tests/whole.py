@@ -135,7 +135,7 @@ def small(
     else:
         rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline, encoders = StableDiffusionPipeline(**parts, **rest), ["text_encoder"]
-    tiny._save(pipeline, folder, encoders)
+    tiny.save(pipeline, folder, encoders)
     return pipeline
 
 

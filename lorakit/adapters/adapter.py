@@ -294,7 +294,7 @@ def _modules(target: Any) -> dict[str, Any]:
     """Component -> module that may be adapted, of a Family or a diffusers pipeline."""
     if hasattr(target, "components"):
         parts = {name: target.components.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
-        if type(target).__name__.startswith("StableDiffusion3"):
+        if _is_sd3(target):
             parts["unet"] = target.transformer
         modules = {name: part for name, part in parts.items() if part is not None}
     else:
@@ -305,6 +305,10 @@ def _modules(target: Any) -> dict[str, Any]:
         if getattr(module, "peft_config", None):
             raise LorakitError(f"{component} already carries an adapter: take it out first (unload_lora_weights)")
     return modules
+
+
+def _is_sd3(pipeline: Any) -> bool:
+    return type(pipeline).__name__.startswith("StableDiffusion3")
 
 
 def _tokenizers(target: Any) -> dict[str, Any]:
@@ -318,7 +322,7 @@ def _family(target: Any, modules: dict[str, Any]) -> str:
     """A Family says what it is; of a pipeline it is told as `families.describe` tells it."""
     if hasattr(target, "info"):
         return str(target.info.family)
-    if type(target).__name__.startswith("StableDiffusion3"):
+    if _is_sd3(target):
         return "sd3"
     if "text_encoder_2" in modules:
         return "sdxl"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit.export import keys, metadata as meta
-from lorakit.weights import canonical
+from lorakit.weights import DENOISERS, canonical
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -109,7 +109,7 @@ def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
 
 def peft_parts(path: Path) -> dict[str, Path]:
     """Component -> its folder, of a PEFT folder; empty where it is none."""
-    folders = {name: path / name for name in (*keys.COMPONENTS, *keys.DENOISERS.values())}
+    folders = {name: path / name for name in (*keys.COMPONENTS, *DENOISERS.values())}
     return {keys.canonical_part(name): folder for name, folder in folders.items() if (folder / PEFT_CONFIG).is_file()}
 
 

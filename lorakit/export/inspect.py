@@ -14,6 +14,7 @@ from lorakit import ldm, modelfile
 from lorakit.errors import LorakitError
 from lorakit.export import consumers, identify, keys
 from lorakit.export.consumers import Reading
+from lorakit.weights import DENOISERS
 
 _LABELS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
 _LABELS |= {"sd3": "Stable Diffusion 3"}
@@ -162,7 +163,7 @@ def _base_folder(path: Path) -> Report:
     width = _json(unet).get("cross_attention_dim", 0) if unet.is_file() else 0
     family = identify.CROSS_DIMS.get(width, "sdxl" if "text_encoder_2" in index else "sd1")
     by = f"its parts; the UNet attends to text of width {width}"
-    for other, folder in keys.DENOISERS.items():
+    for other, folder in DENOISERS.items():
         if folder in index:
             family, by = other, f"its parts: it has a {folder}"
     return Report(
@@ -233,7 +234,7 @@ def _part(module: identify.Module) -> str:
     first = module.stem.partition(".")[0]
     return (
         "unet"
-        if "unet" in module.stem or first in keys.DENOISERS.values()
+        if "unet" in module.stem or first in DENOISERS.values()
         else "text_encoder_2"
         if "te2" in module.stem
         else "text_encoder"

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lorakit.errors import LorakitError
+from lorakit.weights import DENOISERS
 
 UNET_PREFIX = "lora_unet_"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-# What diffusers and PEFT call what is the "unet" here and in kohya files, where it is something else.
-DENOISERS = {"sd3": "transformer"}
 DEFAULT_LAYERS_PER_BLOCK = 2
 POINTWISE = (1, 1)
 

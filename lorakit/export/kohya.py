@@ -14,7 +14,7 @@ import torch
 
 from lorakit.export import factors, files, keys
 from lorakit.export.metadata import complete
-from lorakit.weights import AdapterWeights
+from lorakit.weights import DENOISERS, AdapterWeights
 
 # What a LoRA layer's factors are called in these files; LoHa's and LoKr's have their names already.
 PARTS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
@@ -22,7 +22,7 @@ PARTS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_
 
 def check(method: str, family: str) -> str | None:
     """Why this format cannot carry `method` for `family`, or None."""
-    if family in keys.DENOISERS:
+    if family in DENOISERS:
         return (
             "the kohya format cannot carry this adapter: it has q, k and v of Stable Diffusion 3's attention in one "
             "layer, where lorakit trains three; set output.formats = ['diffusers']"

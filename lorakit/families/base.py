@@ -13,7 +13,7 @@ from lorakit import ldm, modelfile, pocket
 from lorakit.config import Config, ModelConfig
 from lorakit.errors import LorakitError
 from lorakit.families import headers, hub, singlefile
-from lorakit.weights import canonical
+from lorakit.weights import DENOISERS, canonical
 
 CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -34,18 +34,18 @@ class Layout:
     Attributes:
         encoders: its text encoders; each has a tokenizer beside it, `tokenizer` for `text_encoder`.
         optional: those that a folder may do without, being told so in its model_index.json.
-        denoiser: the folder of what lorakit calls the UNet in every family, as kohya's names do.
         flow: whether it predicts the flow (Liu et al. 2022, arXiv 2209.03003), on a schedule without betas.
         idle: whether its first text encoder is read before the last layer, and for nothing else.
         closed: the layers of a block that lead nowhere in the last one.
+        more_tokens: tokens that the denoiser is told of a text beside CLIP's: what the pipeline asks of T5.
     """
 
     encoders: tuple[str, ...] = ("text_encoder",)
     optional: tuple[str, ...] = ()
-    denoiser: str = "unet"
     flow: bool = False
     idle: bool = False
     closed: tuple[str, ...] = ()
+    more_tokens: int = 0
 
 
 _TWO = ("text_encoder", "text_encoder_2")
@@ -55,8 +55,8 @@ LAYOUTS = {
     "sd3": Layout(
         encoders=(*_TWO, "text_encoder_3"),
         optional=("text_encoder_3",),
-        denoiser="transformer",
         flow=True,
+        more_tokens=256,
         closed=("attn.add_q_proj",),
     ),
 }
@@ -75,7 +75,8 @@ class BaseInfo:
         prediction_type: "epsilon", "v_prediction" or "flow_prediction".
         latent_channels: channels of the latents.
         downscale: pixels to a latent, along a side.
-        max_tokens: tokens of a text, start and end included.
+        max_tokens: tokens of a text that CLIP reads, start and end included.
+        text_tokens: tokens that the UNet attends to.
         cross_dim: width of the text embeddings that the UNet attends to.
         layers: canonical name -> weight shape of every linear and convolutional layer of UNet and text encoders.
         idle: layers that no gradient ever reaches: SDXL reads its first text encoder before the last layer, and nobody
@@ -98,6 +99,7 @@ class BaseInfo:
     latent_channels: int
     downscale: int
     max_tokens: int
+    text_tokens: int
     cross_dim: int
     layers: dict[str, tuple[int, ...]] = field(repr=False)
     idle: frozenset[str] = field(repr=False)
@@ -113,7 +115,7 @@ class BaseInfo:
 
     def folder(self, component: str) -> Path:
         """Where a folder in diffusers layout has a component."""
-        return self.path / (LAYOUTS[self.loader].denoiser if component == "unet" else component)
+        return self.path / (DENOISERS.get(self.family, "unet") if component == "unet" else component)
 
     def tokenizer(self, name: str = "tokenizer") -> Path:
         """Folder of a tokenizer.
@@ -183,8 +185,9 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     absent = [name for name in layout.optional if index.get(name, [None, None])[1] is None]
     encoders = [name for name in layout.encoders if name not in absent]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
-    folders = {"unet": path / layout.denoiser, "vae": path / "vae", **{name: path / name for name in encoders}}
-    wanted = (layout.denoiser, "vae", "scheduler", *encoders, *tokenizers)
+    denoiser = DENOISERS.get(loader, "unet")
+    folders = {"unet": path / denoiser, "vae": path / "vae", **{name: path / name for name in encoders}}
+    wanted = (denoiser, "vae", "scheduler", *encoders, *tokenizers)
     missing = [name for name in wanted if not (path / name).is_dir()]
     if missing:
         raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again")
@@ -197,6 +200,8 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     for component in ("unet", *encoders):
         layers |= _layers(component, headers.shapes(found[component][0]))
     cross_dim = _cross_dim(configs["unet"])
+    # With the same weights, another prediction type or schedule makes another base.
+    told = [folders[name] / "config.json" for name in ("unet", "vae")] + [path / "scheduler" / "scheduler_config.json"]
     notes = [f"from the hub: {source}"] if source else []
     notes += [f"without {name}" for name in absent]
     return _info(
@@ -210,7 +215,7 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
         configs=configs | {"model_index": index},
         tokenizers={name: path / name for name in tokenizers},
         slots=None,
-        hash=headers.identity([*_configs(path, layout), *(file for files, _ in found.values() for file in files)]),
+        hash=headers.identity([*told, *(file for files, _ in found.values() for file in files)]),
         title=title,
         source=source,
         notes=tuple(notes),
@@ -275,16 +280,18 @@ def _info(model: ModelConfig, **known: Any) -> BaseInfo:
     prediction = FLOW if layout.flow else configs["scheduler"].get("prediction_type", "epsilon")
     if prediction not in (*PREDICTIONS, FLOW):
         raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
+    clip = min(
+        _max_tokens(known["tokenizers"].get(name.replace("text_encoder", "tokenizer")), config)
+        for name, config in configs.items()
+        if name.startswith("text_encoder")
+    )
     return BaseInfo(
         **known,
         prediction_type=prediction,
         latent_channels=channels,
         downscale=2 ** (len(vae["block_out_channels"]) - 1),
-        max_tokens=min(
-            _max_tokens(known["tokenizers"].get(name.replace("text_encoder", "tokenizer")), config)
-            for name, config in configs.items()
-            if name.startswith("text_encoder")
-        ),
+        max_tokens=clip,
+        text_tokens=clip + layout.more_tokens,
         cross_dim=_cross_dim(configs["unet"]),
         idle=frozenset(
             [
@@ -353,12 +360,6 @@ def _check_tokenizer(folder: Path, given: str) -> None:
                     "get the base again" if not given else "model.tokenizer must name a folder with both, or a base's"
                 )
                 raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: {told}")
-
-
-def _configs(path: Path, layout: Layout) -> list[Path]:
-    """Configuration files: with the same weights, another prediction type or schedule makes another base."""
-    parts = [path / name / "config.json" for name in (layout.denoiser, "vae")]
-    return [*parts, path / "scheduler" / "scheduler_config.json"]
 
 
 def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:

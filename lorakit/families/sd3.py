@@ -14,8 +14,6 @@ from lorakit.families import components
 from lorakit.families.base import BaseInfo
 from lorakit.families.condition import Condition
 
-# Tokens of T5's that the pipeline asks for; more than CLIP reads, and T5's own limit is higher.
-T5_TOKENS = 256
 TIMESTEPS = 1000
 
 
@@ -41,13 +39,14 @@ class StableDiffusion3:
                 )
                 for name, encoder in self.text_encoders.items()
             }
+            self._t5_tokens = info.text_tokens - info.max_tokens
             self._t5_ids: components.TokenIds | None = None
             if "text_encoder_3" in info.configs:
                 t5 = components.load_module(info, "text_encoder_3", T5EncoderModel, components.HOST, dtype)
                 self.text_encoders["text_encoder_3"] = t5
                 tokenizer = AutoTokenizer.from_pretrained(info.tokenizer("tokenizer_3"), local_files_only=True)
                 self.tokenizers["tokenizer_3"] = tokenizer
-                self._t5_ids = components.TokenIds(tokenizer, self.device, T5_TOKENS)
+                self._t5_ids = components.TokenIds(tokenizer, self.device, self._t5_tokens)
             self.vae = components.load_vae(info)
             self.scheduler = components.load_scheduler(info)
         self.prediction_type = info.prediction_type
@@ -68,7 +67,7 @@ class StableDiffusion3:
             clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
             width = self.info.cross_dim
             if self._t5_ids is None:
-                long = clip.new_zeros(len(texts), T5_TOKENS, width)
+                long = clip.new_zeros(len(texts), self._t5_tokens, width)
             else:
                 long = self.text_encoders["text_encoder_3"](self._t5_ids(texts))[0]
             states = torch.cat([functional.pad(clip, (0, width - clip.shape[-1])), long], dim=1)

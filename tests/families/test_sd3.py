@@ -9,11 +9,12 @@ import tiny_sd3
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
+from power import Cut, interrupted_after
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorakit
-from lorakit import checkpoint, config, evaluate, export, families, footprint, objective, plan, sample, train
+from lorakit import config, evaluate, export, families, objective, plan, sample, train
 from lorakit.adapters import targets
 from lorakit.data import check
 from lorakit.errors import LorakitError
@@ -93,6 +94,7 @@ def test_what_the_folder_is(folder: Path) -> None:
     info = families.describe(folder)
     assert (info.family, info.loader, info.prediction_type) == ("sd3", "sd3", "flow_prediction")
     assert (info.latent_channels, info.downscale, info.max_tokens, info.cross_dim) == (16, 8, 77, 80)
+    assert info.text_tokens == 77 + 256
     assert set(info.bytes) == {"unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     # Sixteen pixels to a patch: two latents of eight.
     assert check.step_of(info) == 16
@@ -208,22 +210,11 @@ def test_diffusers_draws_with_the_file(result: train.Result, folder: Path) -> No
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-class Cut(Exception):
-    """The power goes."""
-
-
 def test_a_resumed_run_gives_the_same_bits(
     result: train.Result, folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = checkpoint.save
-
-    def save_and_die(place: Path, step: int, *rest: Any, **named: Any) -> None:
-        saved(place, step, *rest, **named)
-        if step == 2:
-            raise Cut
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_die)
+        interrupted_after(2, patch)
         with pytest.raises(Cut):
             train.train(config.load(None, options(folder, photos, tmp_path / "cut")))
     resumed = train.resume(tmp_path / "cut")
@@ -321,7 +312,7 @@ def test_a_pipeline_of_diffusers_can_be_adapted(pipeline: Any) -> None:
 def test_operations_at_true_size_are_those_that_torch_counts() -> None:
     with torch.device("meta"):
         model = SD3Transformer2DModel(**MEDIUM)
-        inputs = torch.empty(1, 16, 128, 128), torch.empty(1, 77 + footprint.T5_TOKENS, 4096), torch.empty(1, 2048)
+        inputs = torch.empty(1, 16, 128, 128), torch.empty(1, 77 + 256, 4096), torch.empty(1, 2048)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(*inputs, torch.empty(1))
     shapes = {
@@ -329,7 +320,7 @@ def test_operations_at_true_size_are_those_that_torch_counts() -> None:
         for name, tensor in model.state_dict().items()
         if name.endswith(".weight") and tensor.ndim in (2, 4)
     }
-    assert plan.forward_flop(shapes, 128, 128) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert plan.forward_flop(shapes, 128, 128, 77 + 256) == pytest.approx(counter.get_total_flops(), rel=1e-9)
     chosen = targets.select(shapes, "linear", False)
     # 24 blocks of 8 projections, 13 with 4 more; the last lacks one and its text's feed-forward; 4 in the others.
     assert len(chosen) == 24 * 8 - 1 + 13 * 4 + 24 * 4 - 2
