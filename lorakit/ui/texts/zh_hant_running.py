@@ -1,0 +1,88 @@
+"""繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
+
+RUNNING = {
+    # -- 執行 run_folder.py, train.py, checkpoint.py, data/cache.py, memory.py
+    "done and checked": "完成，且已檢驗",
+    "stopped after step {step}; go on with: lorakit resume {folder}": "在第 {step} 步之後停止；按「繼續」即可接著訓練",
+    "{path} is a file; give --output a folder": "{path} 是檔案；請指定資料夾",
+    "{path} is not empty and nothing in it is overwritten; give another --output{hint}": (
+        "{path} 不是空的，其中的內容不會被覆寫；請換一個資料夾"
+    ),
+    "cannot write to {path}: {why}; give another --output": "無法寫入 {path}：{why}；請換一個資料夾",
+    "{path} is not a run folder: it has no {file}": "{path} 不是執行資料夾：沒有 {file}",
+    "{path} is being trained by process {pid}; stop that first": "{path} 正由程序 {pid} 訓練中；請先停止它",
+    "{path} is damaged; the checkpoints beside it are not touched by that": "{path} 已損壞；旁邊的檢查點不受影響",
+    "{path}: no complete checkpoint to resume from; start anew with: lorakit train": (
+        "{path}：沒有完整的檢查點可以繼續；請重新開始訓練"
+    ),
+    "step {step}: the loss is not finite ({names}); {advice}": (
+        "第 {step} 步：損失不是有限值（{names}）；請調低 optimizer.learning_rate，或用 memory.mixed_precision = 'fp32'"
+    ),
+    "step {step}: the gradient is not finite ({names}); {advice}": (
+        "第 {step} 步：梯度不是有限值（{names}）；請調低 optimizer.learning_rate，或用 memory.mixed_precision = 'fp32'"
+    ),
+    "{doing}: not enough memory on the device; cheapest first, set {ways:words}": (
+        "{doing}：裝置的記憶體不足；請依序試試（代價最小的在前）：{ways:words}"
+    ),
+    "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false": (
+        "train.masked_loss：沒有照片有遮罩；請把 name.mask.png 放在 name.jpg 旁邊，或設為 false"
+    ),
+    "{photo}: its mask is black all over, so nothing of it would be learned": (
+        "{photo}：遮罩全黑，這張照片什麼也學不到"
+    ),
+    "{photo}: its latent is not finite; the base's VAE cannot encode this photo": (
+        "{photo}：latent 不是有限值；基礎模型的 VAE 無法編碼這張照片"
+    ),
+    "{folder}: latents cannot be kept there ({why}); {hint}": (
+        "{folder}：無法在這裡存放 latent（{why}）；請設定 LORAKIT_CACHE 或 data.cache"
+    ),
+    "cannot load {part} of base {path}: {why}": "無法載入基礎模型 {path} 的 {part}：{why}",
+    "{folder} knows {words} words where its text encoder has {rows}: {hint}": (
+        "{folder} 有 {words} 個詞，文字編碼器卻有 {rows} 個：兩者不相配"
+    ),
+    "base {path} names a scheduler {name} that diffusers {version} lacks": (
+        "基礎模型 {path} 指定的排程器 {name}，diffusers {version} 沒有"
+    ),
+    "memory.device = {device}: torch {version} finds no such device here; {hint}": (
+        "memory.device = {device}：torch {version} 在這裡找不到這種裝置；設為 'auto' 會採用現有的裝置"
+    ),
+    "memory.mixed_precision = 'bf16': this card does not compute in bf16; choose 'fp16' or 'fp32'": (
+        "memory.mixed_precision = 'bf16'：這張顯示卡不支援 bf16；請選 'fp16' 或 'fp32'"
+    ),
+    "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'": (
+        "memory.attention = 'xformers' 需要另外安裝：pip install 'lorakit[xformers]'"
+    ),
+    "optimizer.name = 'paged_adamw8bit' needs a CUDA device: choose 'adamw8bit' or 'adamw'": (
+        "optimizer.name = 'paged_adamw8bit' 需要 CUDA 裝置：請選 'adamw8bit' 或 'adamw'"
+    ),
+    "optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate unset": (
+        "optimizer.name = 'prodigy' 只有一個學習率：optimizer.text_encoder_learning_rate 請留空"
+    ),
+    "this optimizer needs {package}: pip install {what}": "這個最佳化器需要 {package}：pip install {what}",
+    "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'": (
+        "output.tensorboard = true 需要另外安裝：pip install 'lorakit[tensorboard]'"
+    ),
+    "step {step}: the only checkpoint that was examined ({figures:words})": (
+        "第 {step} 步：唯一驗證過的檢查點（{figures:words}）"
+    ),
+    "step {step}: the smallest validation error of {count} checkpoints once prior drift is counted in "
+    "({figures:words})": "第 {step} 步：{count} 個檢查點中，計入先驗偏移後驗證誤差最小（{figures:words}）",
+    "step {step}: the smallest validation error of {count} checkpoints once prior drift is counted in "
+    "({figures:words}); step {other} is a little better on the photos but has drifted by {drift}": (
+        "第 {step} 步：{count} 個檢查點中，計入先驗偏移後驗證誤差最小（{figures:words}）；"
+        "第 {other} 步在照片上略好，但已偏移 {drift}"
+    ),
+    "self-check failed for {file}: {causes}": "{file} 未通過自我檢驗：{causes}",
+    "{format} file: {detail:said}": "{format} 檔案：{detail:said}",
+    "{format} in diffusers: {detail:said}": "{format}，以 diffusers 讀取：{detail:said}",
+    "{format} unet: {detail:said}": "{format}，UNet：{detail:said}",
+    "{format} text encoder: {detail:said}": "{format}，文字編碼器：{detail:said}",
+    "{some} of {count} modules there, finite and not zero": "{count} 個模組中有 {some} 個，皆為有限且非零",
+    "{some} of {count} modules applied, each as trained": "{count} 個模組中套用了 {some} 個，皆與訓練所得相同",
+    "the adapter has no effect: every module is zero; was the learning rate 0?": (
+        "adapter 沒有作用：每個模組都是零；學習率是不是 0？"
+    ),
+    "the adapter changes the output by {effect}; the file's is {error} of that away": (
+        "adapter 使輸出改變 {effect}；檔案與它的差距為其中的 {error}"
+    ),
+}
