@@ -17,6 +17,7 @@ from lorakit import adapters, config, families, graph, train
 from lorakit.data import check
 from lorakit.encode import encode
 from lorakit.step import Step
+from lorakit.update import Update
 
 
 def stand_in(compute: graph.Compute) -> graph.Compute:
@@ -185,14 +186,39 @@ def test_shapes_beyond_the_most_run_without(monkeypatch):
     assert [replayed(torch.ones(n)).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3] and len(recorded) == 1
 
 
+def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatch):
+    """Recorded anew afterwards, with the results that there would have been."""
+    recorded: list[Any] = []
+
+    def record(compute: graph.Compute) -> graph.Compute:
+        recorded.append(compute)
+        return compute
+
+    settings = chosen(tiny_sd1, photos, tmp_path)
+    found = []
+    for forgets in (False, True):
+        monkeypatch.setattr(graph, "recorder", lambda *_: (record, ""))
+        step, _ = step_of(settings)
+        update = Update(settings, step, 6, print)
+        assert update.forget() is False
+        recorded.clear()
+        update(0)
+        assert len(recorded) == 1
+        assert not forgets or update.forget() is True
+        update(0)
+        assert len(recorded) == 1 + forgets
+        found.append(update.flats[0].weights.detach().clone())
+    assert torch.equal(*found)
+    monkeypatch.setattr(graph, "recorder", lambda *_: (None, ""))
+    assert Update(settings, step_of(settings)[0], 6, print).forget() is False
+
+
 def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
     settings, cuda = chosen(tiny_sd1, photos, tmp_path), torch.device("cuda")
     assert graph.recorder(settings, torch.device("cpu")) == (None, "")
     for section, change, reason in (
         ("adapter", {"train_text_encoder": True}, "the text encoder is trained"),
         ("adapter", {"dropout": 0.1}, "dropout draws anew"),
-        ("memory", {"gradient_checkpointing": True}, "gradient checkpointing"),
-        ("memory", {"base_storage": "nf4"}, "few bits"),
     ):
         changed = replace(settings, **{section: replace(getattr(settings, section), **change)})
         record, line = graph.recorder(changed, cuda)
