@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lorakit import adapters, config, families, graph, train
+from lorakit import adapters, config, families, footprint, graph, memory, train
 from lorakit.data import check
 from lorakit.encode import encode
 from lorakit.step import Step
@@ -58,7 +58,7 @@ def chosen(base: Path, photos: Path, folder: Path, **changes: object) -> config.
 
 def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Step, Any]:
     info = families.describe(settings.model.base)
-    family = families.load(info, device, dtype)
+    family = families.load(info, device, dtype, settings.memory.base_storage)
     adapter = adapters.attach(family, settings.adapter, seed=0)
     encoded = encode(settings, family, adapter, check.check(settings.data, info), lambda line: None)
     family.unet.to(device)
@@ -66,7 +66,8 @@ def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = t
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(device).manual_seed(len(name)))
-    adapters.slim(family)
+    adapters.slim(family, frugal=footprint.frugal(device))
+    memory.gradient_checkpointing(family, footprint.recomputed(settings, info, {}, device))
     return step, adapter
 
 
@@ -100,6 +101,16 @@ def test_replays_follow_each_batch_to_the_bit(tiny_sd1, photos, tmp_path, monkey
         assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
         losses.add(without[0].item())
     assert len(losses) == 5
+
+
+SAVING = [{}, {"memory__gradient_checkpointing": True}, {"memory__base_storage": "nf4"}]
+
+
+@pytest.mark.parametrize("saving", SAVING[1:])
+def test_what_saves_memory_is_replayed_too(tiny_sd1, photos, tmp_path, saving):
+    settings = chosen(tiny_sd1, photos, tmp_path, **saving)
+    for without, replayed in both(*step_of(settings), stand_in, 3):
+        assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
 
 
 def test_sdxls_sizes_and_pooled_texts_are_among_what_is_copied(tiny_sdxl, photos, tmp_path):
@@ -228,8 +239,9 @@ def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtype):
-    settings = chosen(tiny_sd1, photos, tmp_path, memory__device="cuda")
+@pytest.mark.parametrize("saving", SAVING)
+def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtype, saving):
+    settings = chosen(tiny_sd1, photos, tmp_path, memory__device="cuda", **saving)
     record, line = graph.recorder(settings, torch.device("cuda"))
     assert record is not None and "CUDA graph" in line
     step, adapter = step_of(settings, "cuda", dtype)
