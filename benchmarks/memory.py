@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorakit import adapters, config, footprint, memory, plan, quantized
+from lorakit import adapters, config, footprint, memory, plan, stored
 from lorakit.adapters import targets
 from lorakit.families import strips
 from lorakit.update import Update
@@ -82,7 +82,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it, and look at what came out."""
-        if quantized.QuantizedWeight in types:
+        if stored.StoredWeight in types:
             return NotImplemented  # it makes itself whole first, and that is to be counted
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
@@ -110,7 +110,7 @@ def fake(on: bool = True) -> Iterator[None]:
     """Tensors without values inside."""
     with FakeTensorMode() if on else contextlib.nullcontext():
         yield
-    quantized._pairs.cache_clear()
+    stored._pairs.cache_clear()
 
 
 def main() -> None:
@@ -200,7 +200,7 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
     dtype = memory.PRECISIONS[settings.memory.mixed_precision]
     batch, side = settings.train.batch_size, settings.data.resolution // 8
     unet = outline(name, settings, dtype)
-    base = quantized.stored_bytes(unet)
+    base = stored.stored_bytes(unet)
     family = SimpleNamespace(
         info=SimpleNamespace(family="sdxl" if name == "sdxl" else "sd1"),
         unet=unet,
@@ -236,7 +236,7 @@ def outline(name: str, settings: config.Config, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**common.unet_config(name)).to(dtype).eval().requires_grad_(False)
     if settings.memory.base_storage != "full":
-        quantized.quantize_layers(unet, settings.memory.base_storage, "meta")
+        stored.store_layers(unet, settings.memory.base_storage, "meta")
     return unet
 
 
@@ -250,8 +250,8 @@ def give_values(module: Any) -> None:
 
     for part in module.modules():
         for name, old in part._parameters.items():
-            if isinstance(old, quantized.QuantizedWeight):
-                new = quantized.QuantizedWeight(fill(old.codes), fill(old.scales), old.kind, tuple(old.shape))
+            if isinstance(old, stored.StoredWeight):
+                new = stored.StoredWeight(fill(old.codes), fill(old.scales), old.kind, tuple(old.shape))
                 part._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
             elif old is not None:
                 part._parameters[name] = torch.nn.Parameter(fill(old), requires_grad=old.requires_grad)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit import adapters, families, quantized, storage
+from lorakit import adapters, families, storage, stored
 from lorakit.adapters import adapter as adapter_module
 from lorakit.config import DoraConfig, LoraConfig
 from lorakit.errors import LorakitError
@@ -37,7 +37,7 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, ...]) -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, an extra, is not installed")
     weight = normal(*shape)
     codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    ours = quantized.quantize(weight, "nf4")
+    ours = stored.quantize(weight, "nf4")
     assert torch.equal(ours.codes, codes.flatten())
     assert torch.equal(ours.scales.flatten(), state.absmax)
     assert torch.equal(ours.whole(), functional.dequantize_4bit(codes, state))
@@ -47,7 +47,7 @@ def test_int8_is_that_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, an extra, is not installed")
     weight = normal(64, 320, dtype=torch.float16)
     codes, largest, _ = functional.int8_vectorwise_quant(weight)
-    ours = quantized.quantize(weight.float(), "int8")
+    ours = stored.quantize(weight.float(), "int8")
     torch.testing.assert_close(ours.scales.flatten(), largest / 127)
     # It divides in float16, so that a value between two codes may fall to the other one.
     assert (ours.codes.int() - codes.int()).abs().max() <= 1
@@ -56,7 +56,7 @@ def test_int8_is_that_of_bitsandbytes() -> None:
 
 def test_int8_by_hand() -> None:
     weight = torch.tensor([[1.27, -0.64, 0.004], [0.0, 0.0, 0.0]])
-    made = quantized.quantize(weight, "int8")
+    made = stored.quantize(weight, "int8")
     assert made.codes.tolist() == [[127, -64, 0], [0, 0, 0]]
     torch.testing.assert_close(made.whole(), torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]]))
 
@@ -65,12 +65,12 @@ def test_nf4_by_hand() -> None:
     """Both halves of a byte, the first value in the high one; a block of zeros stays zero."""
     weight = torch.zeros(2, 64)
     weight[0, :4] = torch.tensor([-2.0, 2.0, 0.6, 1.5])
-    made = quantized.quantize(weight, "nf4")
+    made = stored.quantize(weight, "nf4")
     assert made.codes[:2].tolist() == [0x0F, 0xBE]
     assert made.codes.shape == (64,)
     assert made.scales.tolist() == [[2.0], [0.0]]
     expected = torch.zeros(2, 64)
-    expected[0, :4] = torch.tensor([-2.0, 2.0, 2 * quantized.NF4[11], 2 * quantized.NF4[14]])
+    expected[0, :4] = torch.tensor([-2.0, 2.0, 2 * stored.NF4[11], 2 * stored.NF4[14]])
     assert torch.equal(made.whole(), expected)
 
 
@@ -78,7 +78,7 @@ def test_nf4_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_and_size_are_what_is_said(kind: str, dtype: torch.dtype) -> None:
     weight = normal(320, 64, 3, 3, dtype=dtype)
-    made = quantized.quantize(weight, kind)
+    made = stored.quantize(weight, kind)
     low, high = ERROR[kind]
     assert low < relative(made.whole(), weight) < high
     assert (made.shape, made.dtype, made.device) == (weight.shape, dtype, weight.device)
@@ -88,7 +88,7 @@ def test_error_and_size_are_what_is_said(kind: str, dtype: torch.dtype) -> None:
 
 def test_nf4_of_part_of_a_block_is_an_error() -> None:
     with pytest.raises(ValueError, match="65 values are not whole blocks of 64"):
-        quantized.quantize(torch.zeros(5, 13), "nf4")
+        stored.quantize(torch.zeros(5, 13), "nf4")
 
 
 # -- as a tensor ------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
     layer, value = layers()[number]
     layer.requires_grad_(False)
     small = copy.deepcopy(layer)
-    quantized.quantize_layers(small, kind, "cpu")
+    stored.store_layers(small, kind, "cpu")
     layer.weight.copy_(small.weight.whole())  # type: ignore[operator]
     saved: list[torch.Tensor] = []
     results = []
@@ -126,7 +126,7 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
         results.append((output.detach(), leaf.grad))
         if module is small:
             kinds = [type(t) for t in saved if t.shape in (layer.weight.shape, layer.weight.shape[::-1])]
-            assert kinds == [quantized.QuantizedWeight]
+            assert kinds == [stored.StoredWeight]
     for found, right in zip(*results, strict=True):
         assert torch.equal(found, right)
 
@@ -134,20 +134,20 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_moves_and_copies_with_its_module(kind: str) -> None:
     layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
-    quantized.quantize_layers(layer, kind, "cpu")
+    stored.store_layers(layer, kind, "cpu")
     whole = layer[0].weight.whole()
     twin = copy.deepcopy(layer)
     assert torch.equal(twin[0].weight.whole(), whole)
     assert torch.equal(layer.to("cpu")[0].weight.whole(), whole)
     assert isinstance(layer[0].weight, nn.Parameter) and not layer[0].weight.requires_grad
-    assert repr(layer[0].weight) == f"QuantizedWeight({kind}, (64, 64), torch.float32, cpu)"
+    assert repr(layer[0].weight) == f"StoredWeight({kind}, (64, 64), torch.float32, cpu)"
     assert type(layer[0].weight.to(torch.bfloat16)) is torch.Tensor
     twin.to("meta")
     assert twin[0].weight.codes.device.type == "meta"
 
 
 def test_it_cannot_be_changed() -> None:
-    weight = quantized.quantize(normal(64, 64), "int8")
+    weight = stored.quantize(normal(64, 64), "int8")
     with pytest.raises(
         LorakitError, match="a weight in int8 cannot be changed: load the base with its weights in full"
     ):
@@ -177,13 +177,13 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
     left = {
         path.partition(".")[0]
         for path, layer in small.unet.named_modules()
-        if isinstance(layer, KINDS_OF_LAYER) and not isinstance(layer.weight, quantized.QuantizedWeight)
+        if isinstance(layer, KINDS_OF_LAYER) and not isinstance(layer.weight, stored.StoredWeight)
     }
     assert left == set(storage.IN_FULL) & {
         path for path, child in small.unet.named_children() if list(child.parameters())
     }
     others = [*small.vae.parameters(), *(p for e in small.text_encoders.values() for p in e.parameters())]
-    assert not any(isinstance(parameter, quantized.QuantizedWeight) for parameter in others)
+    assert not any(isinstance(parameter, stored.StoredWeight) for parameter in others)
     assert not any(parameter.requires_grad for parameter in small.unet.parameters())
     with torch.no_grad():
         error = relative(predict(small), predict(full))
@@ -191,7 +191,7 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
     weights = {path: layer.weight for path, layer in small.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
     rest = sum(p.nbytes for path, p in small.unet.named_parameters() if path.removesuffix(".weight") not in weights)
     predicted = sum(storage.size_of(path, weight.shape, kind, 4) for path, weight in weights.items())
-    assert quantized.stored_bytes(small.unet) == predicted + rest
+    assert stored.stored_bytes(small.unet) == predicted + rest
     assert predicted < 0.4 * sum(weight.numel() * 4 for weight in weights.values())
 
 
@@ -202,7 +202,7 @@ def test_an_adapter_learns_on_it_as_on_its_whole_weights(tiny_sd1: Path, kind: s
     small, plain = load(tiny_sd1, kind), load(tiny_sd1, "full")
     with torch.no_grad():
         for place, parameter in small.unet.named_parameters():
-            if isinstance(parameter, quantized.QuantizedWeight):
+            if isinstance(parameter, stored.StoredWeight):
                 plain.unet.get_parameter(place).copy_(parameter.whole())
     on_small, on_plain = adapters.attach(small, config), adapters.attach(plain, config)
     gradients = []
