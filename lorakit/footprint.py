@@ -29,6 +29,7 @@ RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
 VAE_BYTES, ENCODING, DECODING, BY_STRIPS = 335_000_000, 2560, 3072, 288
 # Rows of CLIP's table of words, which is no layer.
 VOCABULARY = 49408
+NOWHERE = "memory.stream_base = true needs a CUDA card to copy weights to, and this is {device}: set it to false"
 
 
 def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
@@ -41,7 +42,7 @@ def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], 
     """
     width = _width(config, device)
     # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
-    base = _unet(config, info, width)
+    base = _unet(config, info, device)[0]
     base += sum(size for name, size in _encoders(info, width).items() if name in modules or device == "cpu")
     base += info.bytes.get("vae", 0) if device == "cpu" else 0
     trained = sum(weights for _, weights in modules.values())
@@ -67,7 +68,7 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
         encoding, samples = beside + ENCODING * pixels, beside + DECODING * pixels + step["adapter and optimizer"]
         return {"encoding": encoding, "training": sum(step.values()), "samples": samples}
     width = _width(config, device)
-    unet, texts = _unet(config, info, width), sum(_encoders(info, width).values())
+    unet, texts = _unet(config, info, device)[0], sum(_encoders(info, width).values())
     # On disk the autoencoder may be in half precision; it never is in memory.
     vae = info.bytes.get("vae", VAE_BYTES) * (2 if info.variants.get("vae") else 1)
     pictures = vae + (BY_STRIPS if device == "cuda" else DECODING) * pixels
@@ -96,13 +97,15 @@ def _activations(config: Config, info: Any) -> float:
     return KEPT_INPUTS * sum(inputs.values()) + REPEATED * max(outputs.values(), default=0)
 
 
-def advice(doing: str, config: Config | None = None) -> str:
-    """What to change where memory runs out: what costs least first; of a config what is still open only."""
+def advice(doing: str, config: Config | None = None, device: str = "cuda") -> str:
+    """What to change where memory of a device runs out: what costs least first; of a config what is still open only."""
     ways = []
     if config is None or not config.memory.gradient_checkpointing:
         ways.append("memory.gradient_checkpointing = true")
     if config is None or config.memory.base_storage == "full":
         ways.append("memory.base_storage = 'nf4'")
+    if device == "cuda" and (config is None or not config.memory.stream_base):
+        ways.append("memory.stream_base = true")
     if config is None or config.train.batch_size > 1:
         pictures = "..." if config is None else config.train.batch_size * config.train.gradient_accumulation_steps
         ways.append(f"train.batch_size = 1 with train.gradient_accumulation_steps = {pictures}")
@@ -156,11 +159,18 @@ def _width(config: Config, device: str) -> int:
     return 2 if chosen in ("bf16", "fp16") or (chosen == "auto" and device == "cuda") else 4
 
 
-def _unet(config: Config, info: Any, width: int) -> int:
-    """Bytes of the UNet's weights as they are stored."""
-    kind = config.memory.base_storage
-    layers = ((name.removeprefix("unet."), shape) for name, shape in info.layers.items() if name.startswith("unet."))
-    return sum(storage.size_of(path, shape, kind, width) for path, shape in layers)
+def on_host(config: Config, info: Any, device: str) -> int:
+    """Bytes of the host's memory that the UNet's weights take where they are streamed to a device, else 0."""
+    return _unet(config, info, device)[1]
+
+
+def _unet(config: Config, info: Any, device: str) -> tuple[int, int]:
+    """Bytes of the UNet's weights as they are stored: on the device, and in the host's memory to be streamed there."""
+    kind, width = config.memory.base_storage, _width(config, device)
+    layers = [(name.removeprefix("unet."), shape) for name, shape in info.layers.items() if name.startswith("unet.")]
+    if config.memory.stream_base and device == "cuda":
+        return storage.streamed(layers, kind, width)
+    return sum(storage.size_of(path, shape, kind, width) for path, shape in layers), 0
 
 
 def _encoders(info: Any, width: int) -> dict[str, int]:

@@ -40,6 +40,7 @@ def recorder(config: Config, device: torch.device) -> tuple[Record | None, str]:
         "dropout draws anew in each step": bool(getattr(config.adapter, "dropout", 0.0)),
         "gradient checkpointing saves memory first": config.memory.gradient_checkpointing,
         "the base's weights are kept in few bits": config.memory.base_storage != "full",
+        "the base's weights are copied to the card as they are needed": config.memory.stream_base,
     }
     for reason, holds in reasons.items():
         if holds:

@@ -40,6 +40,8 @@ FEW = (
 )
 # Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
 SAMPLE_GRIDS = 6
+# Share of the host's memory above which weights that are pinned in it leave others too little.
+MUCH = 0.5
 # Linux keeps this file where an NVIDIA driver is loaded.
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -60,6 +62,8 @@ class Plan:
         seconds: estimated duration, or None where nothing honest can be said beforehand.
         device: where it will run, as far as it can be told without torch.
         notes: how what the base does not say was decided, a line each.
+        host, ram: bytes of the host's memory that keep the base's weights from the device, and all that it has, as far
+            as it is known; else 0.
     """
 
     base: str
@@ -81,6 +85,8 @@ class Plan:
     seconds: float | None
     device: str
     notes: tuple[str, ...] = ()
+    host: int = 0
+    ram: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `plan.json` and `--json`."""
@@ -104,8 +110,17 @@ class Plan:
             *([FEW] if self.steps < ENOUGH else []),
             f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory}); "
             f"{_gib(self.peaks['encoding'])} to encode the photos, {_gib(self.peaks['samples'])} to draw samples",
+            *([self._on_host()] if self.host else []),
             f"time: {spent}",
         ]
+
+    def _on_host(self) -> str:
+        """What is asked of the host's memory."""
+        told = f"host: {_gib(self.host)} of memory for the base's weights"
+        if not self.ram:
+            return told
+        many = "; that is much: keep them smaller with memory.base_storage" if self.host > MUCH * self.ram else ""
+        return f"{told}, of {_gib(self.ram)}{many}"
 
 
 def make(config: Config, info: Any, report: Any) -> Plan:
@@ -116,7 +131,8 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         report: what `data.check.check` found.
 
     Raises:
-        LorakitError: no photo is left to train on, or the adapter would have no layer.
+        LorakitError: no photo is left to train on, the adapter would have no layer, or weights are to be streamed to a
+            device that computes in the host's memory.
     """
     sizes, held_out = _training_sizes(config, report)
     if not sizes:
@@ -128,6 +144,9 @@ def make(config: Config, info: Any, report: Any) -> Plan:
     batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
     steps, length = run_length(config, len(sizes), batches)
     device = guess_device(config.memory.device)
+    if config.memory.stream_base and not may_be_cuda(config.memory.device):
+        raise LorakitError(footprint.NOWHERE.format(device=device))
+    host = footprint.on_host(config, info, device)
     alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
     return Plan(
         base=info.title,
@@ -149,6 +168,8 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         peaks=footprint.peaks(config, info, modules, device),
         seconds=estimate_seconds(config, info, steps) if device == "cpu" else None,
         device=device,
+        host=host,
+        ram=_ram() if host else 0,
     )
 
 
@@ -228,14 +249,19 @@ def guess_device(wanted: str) -> str:
     """The device that `memory.device = "auto"` will most likely come to, told without importing torch."""
     if wanted != "auto":
         return wanted
+    if may_be_cuda(wanted) and NVIDIA_DRIVER.exists():
+        return "cuda"
+    return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+
+
+def may_be_cuda(wanted: str) -> bool:
+    """False where `memory.device` cannot come to CUDA; where it says "auto" there may be none nevertheless."""
     try:
         build = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         build = ""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if "+cpu" not in build and not hidden and NVIDIA_DRIVER.exists():
-        return "cuda"
-    return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+    return wanted == "cuda" or (wanted == "auto" and "+cpu" not in build and not hidden and sys.platform != "darwin")
 
 
 def _training_sizes(config: Config, report: Any) -> tuple[list[tuple[int, int]], int]:
@@ -256,6 +282,14 @@ def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:
         numpy.matmul(left, left)
         done += 1
     return 2.0 * side**3 * done / (time.perf_counter() - start)
+
+
+def _ram() -> int:
+    """Bytes of memory of this machine, or 0: Windows tells it in another way."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _millions(count: int) -> str:

@@ -82,9 +82,9 @@ class StoredWeight(torch.Tensor):
         shape: tuple[int, ...],
         transposed: bool = False,
         home: Home | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | None = None,
     ) -> StoredWeight:
-        """`shape` is the weight's own; a transpose has it turned round. `device` is the codes' but for those at home."""
+        """`shape` is the weight's own; a transpose has it turned round. `device` is the codes', but for one at home."""
         seen = tuple(reversed(shape)) if transposed else tuple(shape)
         dtype = codes.dtype if scales is None else scales.dtype
         made: StoredWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -100,7 +100,7 @@ class StoredWeight(torch.Tensor):
         shape: tuple[int, ...],
         transposed: bool = False,
         home: Home | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | None = None,
     ):
         self.codes, self.scales, self.kind, self.transposed, self.home = codes, scales, kind, transposed, home
 
@@ -208,8 +208,8 @@ def quantize(weight: torch.Tensor, kind: str) -> StoredWeight:
 
 
 def store_layers(unet: nn.Module, kind: str, device: torch.device | str, *, streamed: bool = False) -> Stream | None:
-    """Keep the weights of linear and convolutional layers as `kind` has it on `device`, or, streamed, in the host's
-    memory, one after the other; what streams them comes back.
+    """Keep the frozen weights of linear and convolutional layers as `kind` has it, one after the other: on `device` or,
+    streamed there, in the host's memory; what streams them comes back.
 
     Left in full: biases, norms, and the layers of which `storage.stays_in_full` says so.
 
@@ -219,7 +219,8 @@ def store_layers(unet: nn.Module, kind: str, device: torch.device | str, *, stre
     layers = {
         path: layer
         for path, layer in unet.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not stays_in_full(path, layer.weight.numel())
+        if isinstance(layer, (nn.Linear, nn.Conv2d))
+        and not (layer.weight.requires_grad or stays_in_full(path, layer.weight.numel()))
     }
     sizes = [size_of(path, layer.weight.shape, kind, layer.weight.element_size()) for path, layer in layers.items()]
     stream = Stream(sizes, device) if streamed else None

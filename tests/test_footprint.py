@@ -1,7 +1,7 @@
 """Predicted memory beside exact counts of what tensors take, made by benchmarks/memory.py."""
 
 import gzip
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,16 @@ def test_ways_out_are_only_those_that_are_open() -> None:
     open_ways = chosen(512, train__batch_size=4, train__gradient_accumulation_steps=2)
     assert footprint.advice("step 3", open_ways) == (
         "step 3: not enough memory on the device; cheapest first, set memory.gradient_checkpointing = true, "
-        "memory.base_storage = 'nf4', train.batch_size = 1 with train.gradient_accumulation_steps = 8, "
-        "or a lower data.resolution (now 512)"
+        "memory.base_storage = 'nf4', memory.stream_base = true, "
+        "train.batch_size = 1 with train.gradient_accumulation_steps = 8, or a lower data.resolution (now 512)"
     )
     last = chosen(512, memory__gradient_checkpointing=True, memory__base_storage="int8")
-    assert footprint.advice("step 3", last) == (
+    assert footprint.advice("step 3", replace(last, memory=replace(last.memory, stream_base=True))) == (
         "step 3: not enough memory on the device; cheapest first, set a lower data.resolution (now 512)"
     )
+    # Elsewhere than on a card there is nowhere to stream from.
+    assert "memory.stream_base" in footprint.advice("step 3", last)
+    assert "memory.stream_base" not in footprint.advice("step 3", last, "mps")
 
 
 def test_strips_take_what_the_room_of_families_says() -> None:

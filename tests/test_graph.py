@@ -193,6 +193,7 @@ def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
         ("adapter", {"dropout": 0.1}, "dropout draws anew"),
         ("memory", {"gradient_checkpointing": True}, "gradient checkpointing"),
         ("memory", {"base_storage": "nf4"}, "few bits"),
+        ("memory", {"stream_base": True}, "copied to the card as they are needed"),
     ):
         changed = replace(settings, **{section: replace(getattr(settings, section), **change)})
         record, line = graph.recorder(changed, cuda)

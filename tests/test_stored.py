@@ -1,5 +1,5 @@
 """Weights in few bits: the values of bitsandbytes, an error that is said, gradients as of the weight made whole, and
-nothing whole kept."""
+nothing whole kept. Weights in the host's memory: to the bit what they are on the device, and not there by accident."""
 
 import copy
 import itertools
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit import adapters, families, storage, stored
+from lorakit import adapters, families, products, storage, stored
 from lorakit.adapters import adapter as adapter_module
-from lorakit.config import DoraConfig, LoraConfig
+from lorakit.config import ADAPTER_SECTIONS, DoraConfig, LoraConfig
 from lorakit.errors import LorakitError
 
 KINDS = ("int8", "nf4")
@@ -157,8 +157,8 @@ def test_it_cannot_be_changed() -> None:
 # -- in a base --------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, kind: str) -> Any:
-    return families.load(families.describe(folder), "cpu", torch.float32, kind)
+def load(folder: Path, kind: str, *, stream: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    return families.load(families.describe(folder), "cpu", dtype, kind, stream)
 
 
 def predict(family: Any) -> torch.Tensor:
@@ -226,3 +226,150 @@ def test_peft_cannot_fuse_into_it(tiny_sd1: Path) -> None:
     layer = adapter._layers[adapter.layers[0]]
     with pytest.raises(LorakitError, match="a weight in nf4 cannot be changed"):
         layer.merge(adapter_names=[adapter_module.NAME])
+
+
+# -- in the host's memory ---------------------------------------------------------------------------------------
+
+
+def streams_of(module: nn.Module) -> set[Any]:
+    return {p.home.stream for p in module.parameters() if isinstance(p, stored.StoredWeight) and p.home is not None}
+
+
+@pytest.mark.parametrize(("kind", "number"), list(itertools.product(("full", *KINDS), range(6))))
+def test_a_streamed_layer_gives_what_a_resident_one_does(kind: str, number: int) -> None:
+    layer, value = layers()[number]
+    layer.requires_grad_(False)
+    streamed = copy.deepcopy(layer)
+    stored.store_layers(layer, kind, "cpu")
+    made = stored.store_layers(streamed, kind, "cpu", streamed=True)
+    assert made is not None and getattr(layer.weight, "home", None) is None
+    results = []
+    for module in (layer, streamed):
+        leaf = value.clone().requires_grad_()
+        output = module(leaf)
+        output.square().sum().backward()
+        results.append((output.detach(), leaf.grad))
+    for found, right in zip(*results, strict=True):
+        assert torch.equal(found, right)
+    assert made.asked >= 2 and made.copied == made.late * streamed.weight.stored
+
+
+# Every method once, and every storage and precision with those whose layers differ most.
+LEARNED = [(method, "full", torch.bfloat16) for method in ADAPTER_SECTIONS]
+LEARNED += [("lora", "full", torch.float32), ("dora", "full", torch.float32)]
+LEARNED += [("lora", "int8", torch.float32), ("dora", "nf4", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("method", "kind", "dtype"), LEARNED)
+def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
+    tiny_sd1: Path, method: str, kind: str, dtype: torch.dtype
+) -> None:
+    """Predictions and gradients to the bit, with checkpointing and without. Resident weights in full have products of
+    their own, shared by q, k and v, which round otherwise: there the layers stay as torch and diffusers have them."""
+    config = ADAPTER_SECTIONS[method](rank=4, target_modules="linear+conv")
+    results: list[list[torch.Tensor]] = []
+    for stream in (False, True):
+        family = load(tiny_sd1, kind, stream=stream, dtype=dtype)
+        for layer in family.unet.modules():
+            if type(layer) is products.FrozenLinear:
+                layer.__class__ = nn.Linear
+        for parameter in family.unet.parameters():
+            if not isinstance(parameter, stored.StoredWeight):
+                # What a file holds lies in memory as it does in the file, and MKL's last bits are by the address.
+                parameter.data = parameter.clone()
+        adapter = adapters.attach(family, config, seed=1)
+        for number, parameter in enumerate(adapter.parameters().values()):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        if kind != "full":
+            adapters.slim(family)
+        results.append([])
+        for checkpointing in (False, True):
+            (family.unet.enable_gradient_checkpointing if checkpointing else lambda: None)()
+            for _ in range(2):
+                for parameter in adapter.parameters().values():
+                    parameter.grad = None
+                prediction = predict(family)
+                prediction.square().mean().backward()
+                results[-1] += [prediction.detach(), *(p.grad.clone() for p in adapter.parameters().values())]
+    for right, found in zip(*results, strict=True):
+        assert torch.equal(found, right)
+    (made,) = streams_of(family.unet)
+    # Each of the two kinds of step is known the second time.
+    assert made.late < 0.5 * made.asked
+
+
+def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
+    """Wherever its module is moved; and what stays resident is what stays in full."""
+    family, plain = load(tiny_sdxl, "full", stream=True), load(tiny_sdxl, "full")
+    (stream,) = streams_of(family.unet)
+    weights = {path: layer.weight for path, layer in family.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
+    for path, weight in weights.items():
+        assert isinstance(weight, stored.StoredWeight) != storage.stays_in_full(path, weight.numel())
+    there = [weight for weight in weights.values() if isinstance(weight, stored.StoredWeight)]
+    assert stream.host >= sum(weight.stored for weight in there)
+    places = [weight.codes.data_ptr() for weight in there]
+    with torch.no_grad():
+        predict(family)
+        predict(family)
+        assert stream._there
+        family.unet.to("meta")
+    assert not stream._there  # a base that leaves the device takes its window along
+    there = [p for p in family.unet.parameters() if isinstance(p, stored.StoredWeight)]
+    assert {weight.device.type for weight in there} == {"meta"} and [w.codes.data_ptr() for w in there] == places
+    for path, right in plain.unet.named_parameters():
+        found = family.unet.get_parameter(path)
+        if isinstance(found, stored.StoredWeight):
+            assert not found.requires_grad and torch.equal(found.to("cpu").whole(), right)
+
+
+def test_elsewhere_than_where_it_is_streamed_to_it_is_moved_for_each_operation() -> None:
+    layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    right = layer.weight.clone()
+    made = stored.store_layers(layer, "full", "meta", streamed=True)
+    assert made is not None
+    assert repr(layer.weight) == "StoredWeight(full, (64, 64), torch.float32, cpu for meta)"
+    assert layer(torch.ones(1, 64, device="meta")).device.type == "meta" and made.asked == 1
+    layer.to("cpu")
+    assert torch.equal(layer.weight.whole(), right) and layer.weight.whole().data_ptr() == layer.weight.codes.data_ptr()
+    assert made.asked == 1
+
+
+def test_a_streamed_weight_cannot_be_changed() -> None:
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    stored.store_layers(layer, "full", "cpu", streamed=True)
+    with pytest.raises(LorakitError, match="a weight in the host's memory cannot be changed: load the base with its"):
+        layer.weight += 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["full", "int8", "nf4"])
+def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(kind: str) -> None:
+    """64 layers, more than the window holds, checkpointed by eight: gradients to the bit, peak below."""
+    peaks, gradients = [], []
+    for streamed in (False, True):
+        with torch.random.fork_rng(devices=["cuda"]):
+            torch.manual_seed(0)
+            blocks = [nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8))) for _ in range(8)]
+            model = nn.Sequential(*blocks).to(torch.bfloat16).requires_grad_(False)
+            value = torch.randn(16, 2048, dtype=torch.bfloat16)
+        if kind != "full" or streamed:
+            made = stored.store_layers(model, kind, "cuda", streamed=streamed)
+        model.to("cuda")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            leaf = value.cuda().requires_grad_()
+            hidden = leaf
+            for block in blocks:
+                hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=False)
+            hidden.float().square().sum().backward()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated())
+        gradients.append(leaf.grad.clone())
+        del model, blocks, block
+    assert torch.equal(*gradients)
+    weights = 64 * 2048 * 2048 * {"full": 2, "int8": 1, "nf4": 0.5}[kind]
+    if kind == "full":
+        assert peaks[1] < peaks[0] - weights / 2
+    assert made is not None and made.late < made.asked / 2
