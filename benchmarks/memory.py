@@ -36,7 +36,7 @@ from lorakit.update import Update
 from lorakit.weights import canonical
 
 GIB = 2**30
-# Name, resolution, batch, target modules, gradient checkpointing, storage of the base.
+# Name, resolution, batch, target modules, gradient checkpointing, storage of the base, maybe streamed.
 CASES = [
     ("sd15", 512, 1, "attention", False, "full"),
     ("sd15", 512, 1, "attention", True, "full"),
@@ -56,6 +56,10 @@ CASES = [
     ("sdxl", 512, 1, "attention", True, "full"),
     ("sdxl", 1024, 1, "linear+conv", False, "full"),
     ("sdxl", 1024, 2, "linear", True, "full"),
+    ("sd15", 512, 1, "attention", True, "full streamed"),
+    ("sd15", 512, 1, "attention", True, "int8 streamed"),
+    ("sdxl", 1024, 1, "attention", True, "full streamed"),
+    ("sdxl", 1024, 1, "attention", True, "int8 streamed"),
 ]
 # The autoencoder of all three.
 VAE = {
@@ -132,6 +136,9 @@ def main() -> None:
             f"{name:<46}{measured['base'] / GIB:>9.2f}{measured['peak'] / GIB:>9.2f}{predicted / GIB:>11.2f}{off:>8.1%}"
         )
         rows.append({"name": name, "value": measured["peak"] / GIB, "unit": "GiB", "ratio": 1 + off})
+        if "traffic" in measured:
+            print(f"{'  copied from the host in the step':<46}{measured['traffic'] / GIB:>18.2f}")
+            rows.append({"name": f"{name}, copied", "value": measured["traffic"] / GIB, "unit": "GiB", "ratio": None})
     if arguments.real:
         settings = chosen(512, 1, "attention", True, "nf4")
         counted, real = (measure("sd15", settings, real=real)["peak"] for real in (False, True))
@@ -147,6 +154,7 @@ def main() -> None:
 
 def chosen(resolution: int, batch: int, modules: str, checkpointing: bool, storage: str) -> config.Config:
     """The config of a measured step."""
+    kind, _, streamed = storage.partition(" ")
     settings = {
         "train.steps": 1,
         "train.batch_size": batch,
@@ -155,7 +163,8 @@ def chosen(resolution: int, batch: int, modules: str, checkpointing: bool, stora
         "memory.device": "cuda",
         "memory.mixed_precision": "bf16",
         "memory.gradient_checkpointing": checkpointing,
-        "memory.base_storage": storage,
+        "memory.base_storage": kind,
+        "memory.stream_base": bool(streamed),
     }
     return config.load(None, settings)
 
@@ -196,11 +205,12 @@ def encoding(side: int) -> dict[str, int]:
 
 
 def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[str, int]:
-    """Bytes of one optimizer step, the second of two (the first makes the optimizer's state): {"peak", "base"}."""
+    """Bytes of one optimizer step, after one that makes the optimizer's state and two in which the order of streamed
+    weights is learned: {"peak", "base"}, and of those the step's "traffic". Of a streamed base, what lies in the host's
+    memory is not counted."""
     dtype = memory.PRECISIONS[settings.memory.mixed_precision]
     batch, side = settings.train.batch_size, settings.data.resolution // 8
     unet = outline(name, settings, dtype)
-    base = stored.stored_bytes(unet)
     family = SimpleNamespace(
         info=SimpleNamespace(family="sdxl" if name == "sdxl" else "sd1"),
         unet=unet,
@@ -208,10 +218,17 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
         device=torch.device("cpu"),
         dtype=dtype,
     )
+    base = stored.stored_bytes(unet)
     adapter = adapters.attach(family, settings.adapter)
     memory.gradient_checkpointing(family, settings.memory.gradient_checkpointing)
     with fake(not real), Live() as live:
         give_values(unet)
+        stream = None
+        if settings.memory.stream_base:
+            stream = stored.store_layers(unet, settings.memory.base_storage, "cpu", streamed=True)
+            base = sum(p.nbytes for p in unet.parameters() if not isinstance(p, stored.StoredWeight))
+            base -= sum(p.nbytes for p in adapter.parameters().values())
+        host = 0 if stream is None else stream.host
         noisy = torch.randn(batch, 4, side, side)
         states = torch.randn(batch, 77, common.unet_config(name)["cross_attention_dim"])
         added = {"text_embeds": torch.randn(batch, 1280).to(dtype), "time_ids": torch.ones(batch, 6).to(dtype)}
@@ -224,10 +241,13 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
 
         step: Any = SimpleNamespace(family=family, adapter=adapter, loss=loss)
         update = Update(settings, step, 2, print)
-        for number in range(2):
+        for number in range(2 if stream is None else 4):
             live.peak = live.now
+            copied = 0 if stream is None else stream.copied
             update(number)
-        found = {"peak": live.peak, "base": base}
+        found = {"peak": live.peak - host, "base": base}
+        if stream is not None:
+            found["traffic"] = stream.copied - copied
     return found
 
 
@@ -235,7 +255,7 @@ def outline(name: str, settings: config.Config, dtype: torch.dtype) -> Any:
     """The frozen UNet on the meta device, its weights stored as the config wants them."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**common.unet_config(name)).to(dtype).eval().requires_grad_(False)
-    if settings.memory.base_storage != "full":
+    if settings.memory.base_storage != "full" and not settings.memory.stream_base:
         stored.store_layers(unet, settings.memory.base_storage, "meta")
     return unet
 

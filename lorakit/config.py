@@ -211,8 +211,7 @@ class MemoryConfig:
     )
     stream_base: bool = knob(
         False,
-        "Keep the UNet's frozen weights in the host's memory and copy each to the card when its layer computes: far "
-        "less memory, slower.",
+        "Keep the UNet's frozen weights in the host's memory and copy each to the card in time: less memory, slower.",
     )
 
 

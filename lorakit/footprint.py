@@ -20,6 +20,8 @@ KEPT = {"attention": 1.7, "linear": 1.9, "linear+conv": 2.0}
 # With gradient checkpointing: a multiple of the blocks' inputs, which are kept, and one of the outputs of the layers in
 # the largest block, which is gone through again.
 KEPT_INPUTS, REPEATED = 0.7, 4.45
+# Share of the window of streamed weights that is filled at the peak: where pictures are largest weights are smallest.
+FILLED = 0.5
 # Bytes of optimizer state for each trained weight.
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "lion": 4, "adafactor": 1, "prodigy": 16}
 # What Python, torch and its kernels take before any model is there.
@@ -167,10 +169,16 @@ def on_host(config: Config, info: Any, device: str) -> int:
 def _unet(config: Config, info: Any, device: str) -> tuple[int, int]:
     """Bytes of the UNet's weights as they are stored: on the device, and in the host's memory to be streamed there."""
     kind, width = config.memory.base_storage, _width(config, device)
-    layers = [(name.removeprefix("unet."), shape) for name, shape in info.layers.items() if name.startswith("unet.")]
-    if config.memory.stream_base and device == "cuda":
-        return storage.streamed(layers, kind, width)
-    return sum(storage.size_of(path, shape, kind, width) for path, shape in layers), 0
+    streamed = config.memory.stream_base and device == "cuda"
+    there = host = 0
+    for name, shape in info.layers.items():
+        path = name.removeprefix("unet.")
+        size = storage.size_of(path, shape, kind, width) if path != name else 0
+        if streamed and not storage.stays_in_full(path, math.prod(shape)):
+            host += size
+        else:
+            there += size
+    return there + min(host, round(FILLED * storage.WINDOW)), host
 
 
 def _encoders(info: Any, width: int) -> dict[str, int]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 # Weights that share a scale in NF4.
 BLOCK = 64
@@ -50,15 +50,3 @@ def packed(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
         places.append((slab, lengths[slab]))
         lengths[slab] += taken
     return places, lengths
-
-
-def streamed(shapes: Iterable[tuple[str, Sequence[int]]], kind: str, width: int) -> tuple[int, int]:
-    """(bytes on the device, bytes in the host's memory) of weights, by path and shape, that are streamed."""
-    device, host, largest = 0, 0, 0
-    for path, shape in shapes:
-        size = size_of(path, shape, kind, width)
-        if stays_in_full(path, math.prod(shape)):
-            device += size
-        else:
-            host, largest = host + size, max(largest, size)
-    return device + min(host, max(WINDOW, largest)), host

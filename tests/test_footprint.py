@@ -64,18 +64,24 @@ def trained(settings: config.Config, info: Info) -> dict[str, tuple[int, int]]:
         ("sdxl", 1024, 1, "linear", True, "nf4", 2.51),
         ("sdxl", 1024, 1, "linear+conv", False, "full", 12.18),
         ("sdxl", 1024, 2, "linear", True, "full", 6.60),
+        ("sd15", 512, 1, "attention", True, "full streamed", 0.337),
+        ("sd15", 512, 1, "attention", True, "int8 streamed", 0.303),
+        ("sdxl", 1024, 1, "attention", True, "full streamed", 0.990),
+        ("sdxl", 1024, 1, "attention", True, "int8 streamed", 0.945),
     ],
 )
 def test_a_step_is_predicted_within_a_fifteenth(
     name: str, resolution: int, batch: int, modules: str, checkpointing: bool, storage: str, counted: float
 ) -> None:
     info = Info(name)
+    kind, _, streamed = storage.partition(" ")
     settings = chosen(
         resolution,
         modules,
         train__batch_size=batch,
         memory__gradient_checkpointing=checkpointing,
-        memory__base_storage=storage,
+        memory__base_storage=kind,
+        memory__stream_base=bool(streamed),
     )
     parts = footprint.training(settings, info, trained(settings, info), "cuda")
     assert (sum(parts.values()) - parts["runtime"]) / GIB == pytest.approx(counted, rel=1 / 15)
