@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from lorakit.errors import LorakitError
 from lorakit.storage import BLOCK, size_of, stays_in_full
@@ -120,8 +119,7 @@ class StoredWeight(torch.Tensor):
             return args[0]._like(args[0].transposed, device=kwargs.get("device"))
         if function._schema.is_mutable and isinstance(args[0], StoredWeight):
             raise LorakitError(f"{args[0].described} cannot be changed: load the base with its weights in full")
-        args, kwargs = tree_map_only(StoredWeight, StoredWeight.whole, (args, kwargs))
-        return function(*args, **kwargs)
+        return function(*_whole(args), **{name: _whole(value) for name, value in kwargs.items()})
 
     def whole(self) -> torch.Tensor:
         """The weight as a plain tensor in its dtype, on its device."""
@@ -247,6 +245,14 @@ def stored_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers as they are kept."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(t.stored if isinstance(t, StoredWeight) else t.nbytes for t in tensors)
+
+
+def _whole(value: Any) -> Any:
+    """An operation's argument with every stored weight made whole; torch's own way through trees costs the host more
+    than the operation."""
+    if isinstance(value, StoredWeight):
+        return value.whole()
+    return [_whole(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _nonzero(scales: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ recomputes included. The order is learned as it happens; a guess that proves wro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -112,14 +112,17 @@ class Stream:
 
     def _look_ahead(self, number: int, expected: Sequence[int]) -> None:
         """Copy what should come next, as far as the window holds it beside what is in use, and let go of the rest."""
-        room, wanted = self.window - self.sizes[number], [number] if number in expected else []
+        room = self.window - self.sizes[number]
+        wanted: dict[int, None] = {}
         for other in expected:
-            if other not in wanted and other != number:
+            if other in wanted:
+                continue
+            if other != number:
                 room -= self.sizes[other]
-                if room < 0:
-                    break
-                wanted.append(other)
-        self._let_go([other for other in self._there if other not in wanted])
+            if room < 0:
+                break
+            wanted[other] = None
+        self._let_go(self._there.keys() - wanted.keys())
         for other in wanted:
             if other not in self._there:
                 self._there[other] = self._copy(other, ahead=True)
@@ -146,7 +149,7 @@ class Stream:
             self._there[number] = made, None
         return made
 
-    def _let_go(self, numbers: Sequence[int]) -> None:
+    def _let_go(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             self._arrived(number)
             del self._there[number]

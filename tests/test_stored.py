@@ -146,6 +146,14 @@ def test_it_moves_and_copies_with_its_module(kind: str) -> None:
     assert twin[0].weight.codes.device.type == "meta"
 
 
+def test_it_is_made_whole_wherever_an_operation_takes_it() -> None:
+    weight, other = stored.quantize(normal(64, 64), "int8"), normal(64, 64)
+    whole = weight.whole()
+    assert torch.equal(torch.stack([weight, other, weight]), torch.stack([whole, other, whole]))
+    assert torch.equal(torch.addmm(other, weight, other, beta=2), torch.addmm(other, whole, other, beta=2))
+    assert torch.equal(torch.where(other > 0, weight, other), torch.where(other > 0, whole, other))
+
+
 def test_it_cannot_be_changed() -> None:
     weight = stored.quantize(normal(64, 64), "int8")
     with pytest.raises(
