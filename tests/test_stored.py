@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
-from lorakit import adapters, families, products, storage, stored
+from lorakit import adapters, config, families, memory, plan, products, sample, storage, stored, train
 from lorakit.adapters import adapter as adapter_module
 from lorakit.config import ADAPTER_SECTIONS, DoraConfig, LoraConfig
 from lorakit.errors import LorakitError
@@ -381,3 +383,45 @@ def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(kind: str)
     if kind == "full":
         assert peaks[1] < peaks[0] - weights / 2
     assert made is not None and made.late < made.asked / 2
+
+
+def test_a_run_on_a_streamed_base_is_the_same_run(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From photos to the checked file, and what that draws where nothing is streamed. That it needs a card is laid
+    aside here; how it is done is not."""
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / "photos" / f"{number}.png")
+    monkeypatch.setattr(memory, "streams", lambda config, device: config.stream_base)
+    monkeypatch.setattr(plan, "may_be_cuda", lambda wanted: True)
+    results = []
+    for stream in (False, True):
+        settings = {
+            "model.base": str(tiny_sd1),
+            "data.folder": str(tmp_path / "photos"),
+            "data.name": "sks toy",
+            "data.resolution": 64,
+            "optimizer.learning_rate": 0.01,
+            "train.steps": 2,
+            "memory.device": "cpu",
+            "memory.base_storage": "int8",
+            "memory.stream_base": stream,
+            "sample.steps": 2,
+            "output.folder": str(tmp_path / f"run-{stream}"),
+        }
+        results.append(train.train(config.load(None, settings)))
+    weights = [load_file(result.adapter) for result in results]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert all(finding.passed for finding in results[1].findings)
+    said = (results[1].folder / "log.jsonl").read_text(encoding="utf-8")
+    assert "(the UNet's weights kept in int8 in the host's memory)" in said
+    recorded = sample.recorded(results[1].adapter, {})
+    assert recorded.memory.stream_base
+    files = sample.from_file(
+        results[1].adapter, str(tiny_sd1), [], [1.0], recorded.sample, folder=tmp_path / "drawn", memory=recorded.memory
+    )
+    last = sorted((results[1].folder / "samples" / "step-000002").glob("*.png"))
+    assert [file.read_bytes() for file in files[1:]] == [file.read_bytes() for file in last]
