@@ -7,6 +7,7 @@ folder, so the process can be watched, stopped and resumed from outside.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -197,7 +198,7 @@ class _Run:
         self.folder.update(threads=threads)
         where = f"cpu ({threads} thread{'s'[: threads > 1]})" if self.device.type == "cpu" else str(self.device)
         self.say(f"device: {where}, base in {str(self.dtype).removeprefix('torch.')}{kept}, adapter in float32")
-        self.base = lambda: families.load(self.info, self.device, self.dtype, storage, streams)
+        self.base = functools.partial(families.load, self.info, self.device, self.dtype, storage, streams)
         self.family = self.base()
         self.say(memory.attention(config.memory, self.family))
 

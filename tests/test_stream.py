@@ -187,4 +187,4 @@ def test_on_a_card_copies_are_in_time_and_the_window_is_kept() -> None:
     assert torch.stack(sums).tolist() == [2.0 * (n + 1) * size // 4 for _ in range(3) for n in order]
     # Window, the product of one weight, and the small matrices.
     assert torch.cuda.max_memory_allocated() - before < 4 * size + size + 3 * slow.nbytes + 2**20
-    assert made.late < count + 4
+    assert made.late <= len(order) + 4
