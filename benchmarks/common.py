@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit import adapters, config, footprint, products
+from lorakit import adapters, config, footprint, memory, products
 from lorakit.adapters import lean
 from lorakit.step import Step
 from lorakit.update import Update
@@ -136,6 +136,9 @@ def lorakit_loop(
     """A function that runs so many of lorakit's optimizer steps; as on a `device` of that kind, where one is given."""
     adapter = adapters.attach(family, chosen.adapter, seed=0)
     adapters.slim(family, frugal=footprint.frugal(device or family.device.type))
+    if chosen.memory.gradient_checkpointing:
+        blocks = [path for path, _ in family.unet.named_modules() if footprint.BLOCK.fullmatch(path)]
+        memory.gradient_checkpointing(family, blocks)
     adapter.train(True)
     return steps_of(Update(chosen, Step(family, adapter, data, chosen.train), 1000, say))
 

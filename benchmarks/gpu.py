@@ -1,12 +1,13 @@
 """A training step on a GPU, beside a plain loop and beside the scripts': one call, under 8 minutes, no network.
 
-    python benchmarks/gpu.py [--quick] [--json FILE] [--device cuda|cpu] [--only sd15|sdxl]
+    python benchmarks/gpu.py [--quick] [--json FILE] [--device cuda|cpu] [--only sd15|sdxl] [--stream]
 
 SD1.5 at 512 px and SDXL at 1024 px in their true architecture with random weights, batch 1 and 4, rank-16 LoRA on the
 attention, base in bf16. The loops (see common.py) take turns in one process. Beside milliseconds and images a second
 it says what share of the card's bf16 matrix speed, measured in the same minutes, a step's arithmetic comes to, how far
 the step is from the time floor of its matrix products alone, and the peak of memory. With `--device cpu` the same runs
-on narrow models of the same depth: it proves that the script works, and its figures mean nothing else.
+on narrow models of the same depth: it proves that the script works, and its figures mean nothing else. `--stream` asks
+another question: our step with gradient checkpointing, the base's weights on the card and in the host's memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import common
 import torch
 
-from lorakit import plan
+from lorakit import plan, stored
 
 # Multiplications of a step in those of a forward pass: 1 forward, 1.2 backward (only adapters have weight gradients).
 PASSES = plan.PASSES
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(SIDES))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="under a minute: batch 1, few steps")
+    parser.add_argument("--stream", action="store_true", help="weights on the card beside weights in the host's memory")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     device = torch.device(asked.device)
@@ -85,7 +87,7 @@ def case(kind: str, batch: int, asked: Any, device: torch.device, peak: float) -
         loops[name] = loop
     times = common.alternate(loops, rounds, steps)
     flop = PASSES * batch * forward_flop(kind, width, side)
-    rows = common.timing_rows(title, times, batch, "peft") + rows
+    rows = common.timing_rows(title, times, batch, "resident" if asked.stream else "peft") + rows
     for name, values in times.items():
         seconds = statistics.median(values)
         rows.append(common.row(f"{title} {name} first step", preparations[name], "s"))
@@ -100,7 +102,7 @@ def makers(
     kind: str, batch: int, asked: Any, device: torch.device, width: int | None, side: int
 ) -> dict[str, Callable[[], common.Loop]]:
     """Name -> what makes the loop, on a model of its own."""
-    chosen = common.settings(batch, asked.rank)
+    chosen = common.settings(batch, asked.rank, **{"memory.gradient_checkpointing": asked.stream})
 
     def model() -> tuple[Any, Any]:
         family = common.base(kind, device, torch.bfloat16, width=width)
@@ -110,6 +112,17 @@ def makers(
         family, data = model()
         return common.peft_loop(family, data, batch, asked.rank, encode=encoders(kind, family, side, width))
 
+    def checkpointed(stream: bool) -> common.Loop:
+        family, data = model()
+        if stream:
+            stored.store_layers(family.unet, "full", device, streamed=True)
+            if device.type == "cuda":  # what is in the host's memory now was on the card before
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+        return common.lorakit_loop(family, data, chosen)
+
+    if asked.stream:
+        return {"resident": lambda: checkpointed(False), "streamed": lambda: checkpointed(True)}
     return {
         "script": script,
         "peft": lambda: common.peft_loop(*model(), batch, asked.rank),

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorakit import adapters, config, footprint, memory, plan, quantized
+from lorakit import adapters, config, footprint, memory, plan, stored
 from lorakit.adapters import targets
 from lorakit.families import strips
 from lorakit.update import Update
@@ -37,7 +37,7 @@ from lorakit.weights import canonical
 
 GIB = 2**30
 # Name, resolution, batch, target modules, gradient checkpointing (or the limit in GiB that asks for as much as it
-# needs), storage of the base.
+# needs), storage of the base, maybe streamed.
 CASES = [
     ("sd15", 512, 1, "attention", False, "full"),
     ("sd15", 512, 1, "attention", True, "full"),
@@ -61,6 +61,10 @@ CASES = [
     ("sdxl", 1024, 1, "attention", 7.0, "full"),
     ("sdxl", 1024, 1, "attention", 5.0, "int8"),
     ("sd15", 512, 4, "linear", 3.0, "full"),
+    ("sd15", 512, 1, "attention", True, "full streamed"),
+    ("sd15", 512, 1, "attention", True, "int8 streamed"),
+    ("sdxl", 1024, 1, "attention", True, "full streamed"),
+    ("sdxl", 1024, 1, "attention", True, "int8 streamed"),
 ]
 # The autoencoder of all three.
 VAE = {
@@ -87,7 +91,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it, and look at what came out."""
-        if quantized.QuantizedWeight in types:
+        if stored.StoredWeight in types:
             return NotImplemented  # it makes itself whole first, and that is to be counted
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
@@ -115,7 +119,7 @@ def fake(on: bool = True) -> Iterator[None]:
     """Tensors without values inside."""
     with FakeTensorMode() if on else contextlib.nullcontext():
         yield
-    quantized._pairs.cache_clear()
+    stored._pairs.cache_clear()
 
 
 def main() -> None:
@@ -138,6 +142,9 @@ def main() -> None:
             f"{name:<46}{measured['base'] / GIB:>9.2f}{measured['peak'] / GIB:>9.2f}{predicted / GIB:>11.2f}{off:>8.1%}"
         )
         rows.append({"name": name, "value": measured["peak"] / GIB, "unit": "GiB", "ratio": 1 + off})
+        if "traffic" in measured:
+            print(f"{'  copied from the host in the step':<46}{measured['traffic'] / GIB:>18.2f}")
+            rows.append({"name": f"{name}, copied", "value": measured["traffic"] / GIB, "unit": "GiB", "ratio": None})
     if arguments.real:
         settings = chosen(512, 1, "attention", True, "nf4")
         counted, real = (measure("sd15", settings, real=real)["peak"] for real in (False, True))
@@ -153,6 +160,7 @@ def main() -> None:
 
 def chosen(resolution: int, batch: int, modules: str, checkpointing: bool | float, storage: str) -> config.Config:
     """The config of a measured step."""
+    kind, _, streamed = storage.partition(" ")
     settings = {
         "train.steps": 1,
         "train.batch_size": batch,
@@ -160,7 +168,8 @@ def chosen(resolution: int, batch: int, modules: str, checkpointing: bool | floa
         "adapter.target_modules": modules,
         "memory.device": "cuda",
         "memory.mixed_precision": "bf16",
-        "memory.base_storage": storage,
+        "memory.base_storage": kind,
+        "memory.stream_base": bool(streamed),
     }
     if isinstance(checkpointing, bool):
         settings["memory.gradient_checkpointing"] = checkpointing
@@ -209,11 +218,12 @@ def encoding(side: int) -> dict[str, int]:
 
 
 def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[str, int]:
-    """Bytes of one optimizer step, the second of two (the first makes the optimizer's state): {"peak", "base"}."""
+    """Bytes of one optimizer step, after one that makes the optimizer's state and two in which the order of streamed
+    weights is learned: {"peak", "base"}, and of those the step's "traffic". Of a streamed base, what lies in the host's
+    memory is not counted."""
     dtype = memory.PRECISIONS[settings.memory.mixed_precision]
     batch, side = settings.train.batch_size, settings.data.resolution // 8
     unet = outline(name, settings, dtype)
-    base = quantized.stored_bytes(unet)
     family = SimpleNamespace(
         info=SimpleNamespace(family="sdxl" if name == "sdxl" else "sd1"),
         unet=unet,
@@ -221,10 +231,17 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
         device=torch.device("cpu"),
         dtype=dtype,
     )
+    base = stored.stored_bytes(unet)
     adapter = adapters.attach(family, settings.adapter)
     blocks = footprint.recomputed(settings, *outlined(name, settings), "cuda")
     with fake(not real), common.attention_as_on_a_card(), Live() as live:
         give_values(unet)
+        stream = None
+        if settings.memory.stream_base:
+            stream = stored.store_layers(unet, settings.memory.base_storage, "cpu", streamed=True)
+            base = sum(p.nbytes for p in unet.parameters() if not isinstance(p, stored.StoredWeight))
+            base -= sum(p.nbytes for p in adapter.parameters().values())
+        host = 0 if stream is None else stream.host
         adapters.slim(family, frugal=footprint.frugal("cuda"))
         memory.gradient_checkpointing(family, blocks)
         noisy = torch.randn(batch, 4, side, side)
@@ -239,10 +256,13 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
 
         step: Any = SimpleNamespace(family=family, adapter=adapter, loss=loss)
         update = Update(settings, step, 2, print)
-        for number in range(2):
+        for number in range(2 if stream is None else 4):
             live.peak = live.now
+            copied = 0 if stream is None else stream.copied
             update(number)
-        found = {"peak": live.peak, "base": base}
+        found = {"peak": live.peak - host, "base": base}
+        if stream is not None:
+            found["traffic"] = stream.copied - copied
     return found
 
 
@@ -250,8 +270,8 @@ def outline(name: str, settings: config.Config, dtype: torch.dtype) -> Any:
     """The frozen UNet on the meta device, its weights stored as the config wants them."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**common.unet_config(name)).to(dtype).eval().requires_grad_(False)
-    if settings.memory.base_storage != "full":
-        quantized.quantize_layers(unet, settings.memory.base_storage, "meta")
+    if settings.memory.base_storage != "full" and not settings.memory.stream_base:
+        stored.store_layers(unet, settings.memory.base_storage, "meta")
     return unet
 
 
@@ -265,8 +285,8 @@ def give_values(module: Any) -> None:
 
     for part in module.modules():
         for name, old in part._parameters.items():
-            if isinstance(old, quantized.QuantizedWeight):
-                new = quantized.QuantizedWeight(fill(old.codes), fill(old.scales), old.kind, tuple(old.shape))
+            if isinstance(old, stored.StoredWeight):
+                new = stored.StoredWeight(fill(old.codes), fill(old.scales), old.kind, tuple(old.shape))
                 part._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
             elif old is not None:
                 part._parameters[name] = torch.nn.Parameter(fill(old), requires_grad=old.requires_grad)

@@ -212,6 +212,10 @@ class MemoryConfig:
     base_storage: Literal["full", "int8", "nf4"] = knob(
         "full", "How the UNet's frozen weights are kept: in full, or in 8 or 4.5 bits each, which is slower."
     )
+    stream_base: bool = knob(
+        False,
+        "Keep the UNet's frozen weights in the host's memory and copy each to the card in time: less memory, slower.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,7 +118,8 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
 
     device = memory.device(config.memory)
     info = families.describe(config.model)
-    family = families.load(info, device, memory.dtype(config.memory, device), config.memory.base_storage)
+    storage, stream = config.memory.base_storage, memory.streams(config.memory, device)
+    family = families.load(info, device, memory.dtype(config.memory, device), storage, stream)
 
     def draw() -> list[Any]:
         drawn = []

@@ -26,6 +26,8 @@ PLAIN = {"attention": (1.75, 3.4), "linear": (1.95, 3.4), "linear+conv": (2.05, 
 OUTSIDE, INPUTS = 0.9, 0.6
 # A block that can be gone through again, by its path in the UNet.
 BLOCK = re.compile(r"(?:.+\.)?(?:transformer_blocks|resnets)\.\d+")
+# Share of the window of streamed weights that is filled at the peak: where pictures are largest weights are smallest.
+FILLED = 0.65
 # Bytes of optimizer state for each trained weight.
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "lion": 4, "adafactor": 1, "prodigy": 16}
 # What Python, torch and its kernels take before any model is there.
@@ -35,6 +37,7 @@ RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
 VAE_BYTES, ENCODING, DECODING, BY_STRIPS = 335_000_000, 2560, 3072, 288
 # Rows of CLIP's table of words, which is no layer.
 VOCABULARY = 49408
+NOWHERE = "memory.stream_base = true needs a CUDA card to copy weights to, and this is {device}: set it to false"
 
 
 def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
@@ -56,7 +59,7 @@ def _training(
 ) -> dict[str, int]:
     width = _width(config, device)
     # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
-    base = _unet(config, info, width)
+    base = _unet(config, info, device)[0]
     base += sum(size for name, size in _encoders(info, width).items() if name in modules or device == "cpu")
     base += info.bytes.get("vae", 0) if device == "cpu" else 0
     trained = sum(weights for _, weights in modules.values())
@@ -82,7 +85,7 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
         encoding, samples = beside + ENCODING * pixels, beside + DECODING * pixels + step["adapter and optimizer"]
         return {"encoding": encoding, "training": sum(step.values()), "samples": samples}
     width = _width(config, device)
-    unet, texts = _unet(config, info, width), sum(_encoders(info, width).values())
+    unet, texts = _unet(config, info, device)[0], sum(_encoders(info, width).values())
     # On disk the autoencoder may be in half precision; it never is in memory.
     vae = info.bytes.get("vae", VAE_BYTES) * (2 if info.variants.get("vae") else 1)
     pictures = vae + (BY_STRIPS if device == "cuda" else DECODING) * pixels
@@ -122,7 +125,7 @@ def recomputed(config: Config, info: Any, modules: Mapping[str, tuple[int, int]]
     unlimited = dataclasses.replace(config, memory=everything)
     raise LorakitError(
         f"memory.limit_gib = {limit:g}: a step takes {size / GIB:.1f} GiB even if every block is computed again; "
-        f"raise it, or set {_ways(unlimited)}"
+        f"raise it, or set {_ways(unlimited, device)}"
     )
 
 
@@ -176,12 +179,12 @@ def flop(name: str, shape: Sequence[int], places: int, tokens: int) -> float:
     return total
 
 
-def advice(doing: str, config: Config | None = None) -> str:
-    """What to change where memory runs out: what costs least first; of a config what is still open only."""
-    return f"{doing}: not enough memory on the device; cheapest first, set {_ways(config)}"
+def advice(doing: str, config: Config | None = None, device: str = "cuda") -> str:
+    """What to change where memory of a device runs out: what costs least first; of a config what is still open only."""
+    return f"{doing}: not enough memory on the device; cheapest first, set {_ways(config, device)}"
 
 
-def _ways(config: Config | None) -> str:
+def _ways(config: Config | None, device: str) -> str:
     ways = []
     if config is not None and config.memory.limit_gib is not None:
         ways.append(f"a lower memory.limit_gib (now {config.memory.limit_gib:g})")
@@ -189,6 +192,8 @@ def _ways(config: Config | None) -> str:
         ways.append("memory.gradient_checkpointing = true")
     if config is None or config.memory.base_storage == "full":
         ways.append("memory.base_storage = 'nf4'")
+    if device == "cuda" and (config is None or not config.memory.stream_base):
+        ways.append("memory.stream_base = true")
     if config is None or config.train.batch_size > 1:
         pictures = "..." if config is None else config.train.batch_size * config.train.gradient_accumulation_steps
         ways.append(f"train.batch_size = 1 with train.gradient_accumulation_steps = {pictures}")
@@ -241,11 +246,24 @@ def _width(config: Config, device: str) -> int:
     return 2 if chosen in ("bf16", "fp16") or (chosen == "auto" and device == "cuda") else 4
 
 
-def _unet(config: Config, info: Any, width: int) -> int:
-    """Bytes of the UNet's weights as they are stored."""
-    kind = config.memory.base_storage
-    layers = ((name.removeprefix("unet."), shape) for name, shape in info.layers.items() if name.startswith("unet."))
-    return sum(storage.size_of(path, shape, kind, width) for path, shape in layers)
+def on_host(config: Config, info: Any, device: str) -> int:
+    """Bytes of the host's memory that the UNet's weights take where they are streamed to a device, else 0."""
+    return _unet(config, info, device)[1]
+
+
+def _unet(config: Config, info: Any, device: str) -> tuple[int, int]:
+    """Bytes of the UNet's weights as they are stored: on the device, and in the host's memory to be streamed there."""
+    kind, width = config.memory.base_storage, _width(config, device)
+    streamed = config.memory.stream_base and device == "cuda"
+    there = host = 0
+    for name, shape in info.layers.items():
+        path = name.removeprefix("unet.")
+        size = storage.size_of(path, shape, kind, width) if path != name else 0
+        if streamed and not storage.stays_in_full(path, math.prod(shape)):
+            host += size
+        else:
+            there += size
+    return there + min(host, round(FILLED * storage.WINDOW)), host
 
 
 def _encoders(info: Any, width: int) -> dict[str, int]:

@@ -38,6 +38,7 @@ def recorder(config: Config, device: torch.device) -> tuple[Record | None, str]:
     reasons = {
         "the text encoder is trained": config.adapter.trains_text,
         "dropout draws anew in each step": bool(getattr(config.adapter, "dropout", 0.0)),
+        "the base's weights are copied to the card as they are needed": config.memory.stream_base,
     }
     for reason, holds in reasons.items():
         if holds:

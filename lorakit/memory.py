@@ -58,6 +58,17 @@ def dtype(config: MemoryConfig, device: torch.device) -> torch.dtype:
     return PRECISIONS[config.mixed_precision]
 
 
+def streams(config: MemoryConfig, device: torch.device) -> bool:
+    """Whether the base's weights stay in the host's memory.
+
+    Raises:
+        LorakitError: they are to, and are computed with there too.
+    """
+    if config.stream_base and device.type != "cuda":
+        raise LorakitError(footprint.NOWHERE.format(device=device.type))
+    return config.stream_base
+
+
 def attention(config: MemoryConfig, family: Any) -> str:
     """Give the UNet its attention kernel, and say which in one line. xformers is tested against SDPA first, and SDPA
     kept where it fails.
@@ -144,7 +155,7 @@ def enough(doing: str, config: Config) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        raise LorakitError(footprint.advice(doing, config)) from None
+        raise LorakitError(footprint.advice(doing, config, device(config.memory).type)) from None
 
 
 def peak(device: torch.device) -> int:

@@ -40,6 +40,8 @@ FEW = (
 )
 # Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
 SAMPLE_GRIDS = 6
+# Share of the host's memory above which weights that are pinned in it leave others too little.
+MUCH = 0.5
 # Linux keeps this file where an NVIDIA driver is loaded.
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -62,6 +64,8 @@ class Plan:
         recomputed: blocks of the UNet that a step computes again in the backward pass.
         limit_gib: `memory.limit_gib`, which asked for them.
         notes: how what the base does not say was decided, a line each.
+        host, ram: bytes of the host's memory that keep the base's weights from the device, and all that it has, as far
+            as it is known; else 0.
     """
 
     base: str
@@ -85,6 +89,8 @@ class Plan:
     recomputed: int = 0
     limit_gib: float | None = None
     notes: tuple[str, ...] = ()
+    host: int = 0
+    ram: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `plan.json` and `--json`."""
@@ -109,6 +115,7 @@ class Plan:
             f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory}); "
             f"{_gib(self.peaks['encoding'])} to encode the photos, {_gib(self.peaks['samples'])} to draw samples",
             *self._limited(),
+            *([self._on_host()] if self.host else []),
             f"time: {spent}",
         ]
 
@@ -117,6 +124,14 @@ class Plan:
             return []
         count = f"{self.recomputed} block{'s' * (self.recomputed != 1)}"
         return [f"limit: {count} of the UNet computed again in the backward pass, for {self.limit_gib:g} GiB"]
+
+    def _on_host(self) -> str:
+        """What is asked of the host's memory."""
+        told = f"host: {_gib(self.host)} of memory for the base's weights"
+        if not self.ram:
+            return told
+        many = "; that is much: keep them smaller with memory.base_storage" if self.host > MUCH * self.ram else ""
+        return f"{told}, of {_gib(self.ram)}{many}"
 
 
 def make(config: Config, info: Any, report: Any) -> Plan:
@@ -127,8 +142,8 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         report: what `data.check.check` found.
 
     Raises:
-        LorakitError: no photo is left to train on, the adapter would have no layer, or a step cannot be kept
-            within `memory.limit_gib`.
+        LorakitError: no photo is left to train on, the adapter would have no layer, a step cannot be kept within
+            `memory.limit_gib`, or weights are to be streamed to a device that computes in the host's memory.
     """
     sizes, held_out = _training_sizes(config, report)
     if not sizes:
@@ -140,6 +155,9 @@ def make(config: Config, info: Any, report: Any) -> Plan:
     batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
     steps, length = run_length(config, len(sizes), batches)
     device = guess_device(config.memory.device)
+    if config.memory.stream_base and not may_be_cuda(config.memory.device):
+        raise LorakitError(footprint.NOWHERE.format(device=device))
+    host = footprint.on_host(config, info, device)
     alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
     return Plan(
         base=info.title,
@@ -163,6 +181,8 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         device=device,
         recomputed=len(footprint.recomputed(config, info, modules, device)),
         limit_gib=config.memory.limit_gib,
+        host=host,
+        ram=_ram() if host else 0,
     )
 
 
@@ -234,14 +254,19 @@ def guess_device(wanted: str) -> str:
     """The device that `memory.device = "auto"` will most likely come to, told without importing torch."""
     if wanted != "auto":
         return wanted
+    if may_be_cuda(wanted) and NVIDIA_DRIVER.exists():
+        return "cuda"
+    return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+
+
+def may_be_cuda(wanted: str) -> bool:
+    """False where `memory.device` cannot come to CUDA; where it says "auto" there may be none nevertheless."""
     try:
         build = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         build = ""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if "+cpu" not in build and not hidden and NVIDIA_DRIVER.exists():
-        return "cuda"
-    return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+    return wanted == "cuda" or (wanted == "auto" and "+cpu" not in build and not hidden and sys.platform != "darwin")
 
 
 def _training_sizes(config: Config, report: Any) -> tuple[list[tuple[int, int]], int]:
@@ -262,6 +287,14 @@ def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:
         numpy.matmul(left, left)
         done += 1
     return 2.0 * side**3 * done / (time.perf_counter() - start)
+
+
+def _ram() -> int:
+    """Bytes of memory of this machine, or 0: Windows tells it in another way."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _millions(count: int) -> str:

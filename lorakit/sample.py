@@ -143,7 +143,9 @@ def draw_weights(
     if weights.family != info.family:
         raise LorakitError(f"{name} was made for {weights.family} and {info.title} is {info.family}; give its --base")
     device = placement.device(where)
-    family = families.load(info, device, placement.dtype(where, device), where.base_storage)
+    # A file may come from a run on a card that streamed; elsewhere there is nowhere to, and the pictures are the same.
+    stream = where.stream_base and device.type == "cuda"
+    family = families.load(info, device, placement.dtype(where, device), where.base_storage, stream)
     applied = adapters.apply(family, weights)
     rows = []
     for strength in strengths:

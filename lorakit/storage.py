@@ -1,6 +1,6 @@
 """How a base's frozen weights can be kept, and what that takes: the arithmetic, without torch.
 
-`lorakit.quantized` does it.
+`lorakit.stored` does it, with `lorakit.stream` for those in the host's memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ BLOCK = 64
 # Layers of a UNet that keep their weights in full whatever its storage is: the first and the last, and what embeds the
 # timestep and SDXL's sizes, whose error every block would hear. They are less than a hundredth of the weights.
 IN_FULL = ("conv_in", "conv_out", "time_embedding", "add_embedding")
+# Bytes of streamed weights on the device: the one in use and those copied ahead of it. The largest of SDXL in half
+# precision has 59 MB, the block of its transformers that there are most of 66.
+WINDOW = 2**27
+# Bytes of a slab of the host's memory: a power of two, to which torch rounds pinned memory; and of what a weight's
+# place in it is a multiple.
+SLAB, ALIGNED = 2**27, 64
 
 
 def stays_in_full(path: str, size: int) -> bool:
@@ -27,3 +33,20 @@ def size_of(path: str, shape: Sequence[int], kind: str, width: int) -> int:
     if kind == "full" or stays_in_full(path, size):
         return size * width
     return size + shape[0] * width if kind == "int8" else size // 2 + size // BLOCK * width
+
+
+def packed(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Weights of so many bytes in slabs, each in the first that has room for it.
+
+    Returns:
+        (slab, first byte) of each, and the length of each slab: a weight that is larger has one for itself.
+    """
+    places: list[tuple[int, int]] = []
+    lengths: list[int] = []
+    for size in sizes:
+        taken = -(-size // ALIGNED) * ALIGNED
+        slab = next((n for n, length in enumerate(lengths) if length + taken <= SLAB), len(lengths))
+        lengths += [0] * (slab == len(lengths))
+        places.append((slab, lengths[slab]))
+        lengths[slab] += taken
+    return places, lengths

@@ -7,6 +7,7 @@ folder, so the process can be watched, stopped and resumed from outside.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -191,13 +192,15 @@ class _Run:
         config = self.config
         self.device = memory.device(config.memory)
         self.dtype = memory.dtype(config.memory, self.device)
-        storage = config.memory.base_storage
-        kept = "" if storage == "full" else f" (the UNet's weights kept in {storage})"
+        storage, streams = config.memory.base_storage, memory.streams(config.memory, self.device)
+        places = [storage] * (storage != "full") + ["the host's memory"] * streams
+        kept = f" (the UNet's weights kept in {' in '.join(places)})" if places else ""
         threads = torch.get_num_threads()
         self.folder.update(threads=threads)
         where = f"cpu ({threads} thread{'s'[: threads > 1]})" if self.device.type == "cpu" else str(self.device)
         self.say(f"device: {where}, base in {str(self.dtype).removeprefix('torch.')}{kept}, adapter in float32")
-        self.family = families.load(self.info, self.device, self.dtype, config.memory.base_storage)
+        self.base = functools.partial(families.load, self.info, self.device, self.dtype, storage, streams)
+        self.family = self.base()
         self.say(memory.attention(config.memory, self.family))
 
     def encode(self) -> None:
@@ -453,7 +456,7 @@ class _Run:
             weights,
             base,
             in_memory,
-            load=lambda: families.load(self.info, self.device, self.dtype, config.memory.base_storage),
+            load=self.base,
             prompt=prompt,
             size=size,
             dtype=config.output.dtype,

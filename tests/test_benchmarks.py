@@ -36,6 +36,15 @@ def test_the_gpus_script_runs_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(
         assert drawn.width > 400 and len(drawn.getcolors(2**24) or []) > 2
 
 
+@pytest.mark.slow
+def test_the_gpus_script_compares_streamed_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script(monkeypatch, "gpu", "--device", "cpu", "--quick", "--only", "sd15", "--stream").main()
+    printed = capsys.readouterr().out
+    assert "sd15 narrow batch 1 resident step" in printed and "sd15 narrow batch 1 streamed step" in printed
+
+
 def test_a_step_has_at_most_three_fifths_of_the_plain_loops_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     host = script(monkeypatch, "host")
     plain, ours = host.counted("sd15", Namespace(width=16, side=8, rank=4))

@@ -2,7 +2,7 @@
 
 import gzip
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ def trained(settings: config.Config, info: Info) -> dict[str, tuple[int, int]]:
         ("sdxl", 1024, 1, "attention", 8.0, "full", 7.81),
         ("sdxl", 1024, 1, "attention", 7.0, "full", 6.80),
         ("sdxl", 1024, 1, "attention", 5.0, "int8", 4.81),
+        ("sd15", 512, 1, "attention", True, "full streamed", 0.291),
+        ("sd15", 512, 1, "attention", True, "int8 streamed", 0.2802),
+        ("sdxl", 1024, 1, "attention", True, "full streamed", 0.945),
+        ("sdxl", 1024, 1, "attention", True, "int8 streamed", 0.908),
     ],
 )
 def test_a_step_is_predicted_within_a_twentieth(
@@ -77,11 +81,13 @@ def test_a_step_is_predicted_within_a_twentieth(
 ) -> None:
     info, runtime = Info(name), footprint.RUNTIME_BYTES["cuda"] / GIB
     within = {} if isinstance(checkpointing, bool) else {"memory__limit_gib": checkpointing + runtime}
+    kind, _, streamed = storage.partition(" ")
     settings = chosen(
         resolution,
         modules,
         train__batch_size=batch,
-        memory__base_storage=storage,
+        memory__base_storage=kind,
+        memory__stream_base=bool(streamed),
         **(within or {"memory__gradient_checkpointing": checkpointing}),
     )
     parts = footprint.training(settings, info, trained(settings, info), "cuda")
@@ -123,8 +129,8 @@ def test_a_limit_that_cannot_be_kept_is_an_error() -> None:
         footprint.training(settings, info, trained(settings, info), "cuda")
     assert str(caught.value) == (
         "memory.limit_gib = 4: a step takes 6.7 GiB even if every block is computed again; raise it, or set "
-        "memory.base_storage = 'nf4', train.batch_size = 1 with train.gradient_accumulation_steps = 2, "
-        "or a lower data.resolution (now 1024)"
+        "memory.base_storage = 'nf4', memory.stream_base = true, "
+        "train.batch_size = 1 with train.gradient_accumulation_steps = 2, or a lower data.resolution (now 1024)"
     )
 
 
@@ -164,15 +170,18 @@ def test_ways_out_are_only_those_that_are_open() -> None:
     open_ways = chosen(512, train__batch_size=4, train__gradient_accumulation_steps=2)
     assert footprint.advice("step 3", open_ways) == (
         "step 3: not enough memory on the device; cheapest first, set memory.gradient_checkpointing = true, "
-        "memory.base_storage = 'nf4', train.batch_size = 1 with train.gradient_accumulation_steps = 8, "
-        "or a lower data.resolution (now 512)"
+        "memory.base_storage = 'nf4', memory.stream_base = true, "
+        "train.batch_size = 1 with train.gradient_accumulation_steps = 8, or a lower data.resolution (now 512)"
     )
     limited = footprint.advice("step 3", chosen(512, memory__limit_gib=6))
     assert "cheapest first, set a lower memory.limit_gib (now 6), memory.base_storage = 'nf4'" in limited
     last = chosen(512, memory__gradient_checkpointing=True, memory__base_storage="int8")
-    assert footprint.advice("step 3", last) == (
+    assert footprint.advice("step 3", replace(last, memory=replace(last.memory, stream_base=True))) == (
         "step 3: not enough memory on the device; cheapest first, set a lower data.resolution (now 512)"
     )
+    # Elsewhere than on a card there is nowhere to stream from.
+    assert "memory.stream_base" in footprint.advice("step 3", last)
+    assert "memory.stream_base" not in footprint.advice("step 3", last, "mps")
 
 
 def test_strips_take_what_the_room_of_families_says() -> None:

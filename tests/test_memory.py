@@ -151,6 +151,17 @@ def test_xformers_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         memory.attention(MemoryConfig(attention="xformers"), SimpleNamespace())
 
 
+def test_weights_are_streamed_to_a_card_only() -> None:
+    wanted = MemoryConfig(stream_base=True)
+    assert memory.streams(wanted, torch.device("cuda")) and not memory.streams(MemoryConfig(), CPU)
+    for device in ("cpu", "mps"):
+        with pytest.raises(
+            LorakitError,
+            match=f"memory.stream_base = true needs a CUDA card to copy weights to, and this is {device}: set it to",
+        ):
+            memory.streams(wanted, torch.device(device))
+
+
 # -- the rest ---------------------------------------------------------------------------------------------------
 
 

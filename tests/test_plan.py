@@ -275,6 +275,37 @@ def test_the_device_is_told_without_torch(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert plan.guess_device("auto") == device
     assert plan.guess_device("mps") == "mps"
+    # Without a driver's file there may be a card nevertheless: under Windows, or another maker's.
+    assert plan.may_be_cuda("auto") == (device == "cuda" or (system[0], build, hidden) == ("linux", "2.13.0", None))
+    assert plan.may_be_cuda("cuda") and not plan.may_be_cuda("cpu")
+
+
+def test_weights_are_not_streamed_to_where_they_are(sd15: Info, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    for device, said in (("cpu", "cpu"), ("mps", "mps"), ("auto", "(cpu|mps)")):
+        with pytest.raises(LorakitError, match=f"needs a CUDA card to copy weights to, and this is {said}: set it to"):
+            make(sd15, [SQUARE], train__steps=1, memory__device=device, memory__stream_base=True)
+
+
+def test_what_is_asked_of_the_hosts_memory_is_said(sdxl: Info, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = make(sdxl, [SQUARE], train__steps=1)
+    assert resident.host == resident.ram == 0 and not any(line.startswith("host:") for line in resident.lines())
+    for ram, tail in (
+        (64, ", of 64.0 GiB"),
+        (8, ", of 8.0 GiB; that is much: keep them smaller with memory.base_storage"),
+        (0, ""),
+    ):
+        monkeypatch.setattr(plan, "_ram", lambda ram=ram: ram * GIB)
+        made = make(sdxl, [SQUARE], train__steps=1, memory__stream_base=True)
+        assert f"host: 4.8 GiB of memory for the base's weights{tail}" in made.lines()
+        assert made.memory["base"] < 0.2 * GIB and made.host == pytest.approx(4.77 * GIB, rel=0.01)
+    assert make(sdxl, [SQUARE], train__steps=1, memory__stream_base=True, memory__base_storage="int8").host < 2.4 * GIB
+
+
+def test_the_memory_of_this_machine_is_known_or_nought(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan._ram() > 2**28
+    monkeypatch.delattr(plan.os, "sysconf")
+    assert plan._ram() == 0
 
 
 # -- as a whole -----------------------------------------------------------------------------------------------------

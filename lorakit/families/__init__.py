@@ -76,14 +76,17 @@ class Family(Protocol):
         """Modules that adapters may enter: "unet" and the text encoders."""
 
 
-def load(info: BaseInfo, device: torch.device | str, dtype: torch.dtype, storage: str = "full") -> Family:
+def load(
+    info: BaseInfo, device: torch.device | str, dtype: torch.dtype, storage: str = "full", stream: bool = False
+) -> Family:
     """Load a described base: UNet and text encoders in `dtype`, the VAE in float32, from local files only.
 
     Args:
         storage: how the UNet's weights are kept, as `memory.base_storage` has it; it computes in `dtype` always.
+        stream: whether they stay in the host's memory, as `memory.stream_base` has it.
 
     Raises:
         LorakitError: a file is missing, damaged, or does not fit its configuration.
     """
-    family: Family = registry.load(registry.FAMILIES, info.loader)(info, device, dtype, storage)
+    family: Family = registry.load(registry.FAMILIES, info.loader)(info, device, dtype, storage, stream)
     return family

@@ -12,7 +12,7 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from lorakit import ldm, modelfile, products, quantized
+from lorakit import ldm, modelfile, products, stored
 from lorakit.errors import LorakitError
 from lorakit.families import strips
 from lorakit.families.base import BaseInfo
@@ -85,16 +85,21 @@ def _from_file(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> 
 
 
 def load_unet(
-    info: BaseInfo, device: torch.device, dtype: torch.dtype, storage: str = "full", cls: Any = UNet2DConditionModel
+    info: BaseInfo,
+    device: torch.device,
+    dtype: torch.dtype,
+    storage: str = "full",
+    stream: bool = False,
+    cls: Any = UNet2DConditionModel,
 ) -> Any:
-    """The denoiser, its weights kept in full, or as `lorakit.quantized` keeps them."""
-    if storage == "full":
+    """The denoiser, its weights kept in full, or as `lorakit.stored` keeps them."""
+    if storage == "full" and not stream:
         unet = load_module(info, "unet", cls, device, dtype)
         products.quicken(unet)
         return unet
     # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
     unet = load_module(info, "unet", cls, HOST, dtype)
-    quantized.quantize_layers(unet, storage, device)
+    stored.store_layers(unet, storage, device, streamed=stream)
     return unet.to(device)
 
 

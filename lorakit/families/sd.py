@@ -16,10 +16,17 @@ from lorakit.families.condition import Condition
 class StableDiffusion:
     """See `families.Family`."""
 
-    def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype, storage: str = "full"):
+    def __init__(
+        self,
+        info: BaseInfo,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        storage: str = "full",
+        stream: bool = False,
+    ):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with components.quiet():
-            self.unet = components.load_unet(info, self.device, dtype, storage)
+            self.unet = components.load_unet(info, self.device, dtype, storage, stream)
             encoder = components.load_module(info, "text_encoder", CLIPTextModel, components.HOST, dtype)
             self.vae = components.load_vae(info)
             components.mask_everything(self.unet, self.vae)

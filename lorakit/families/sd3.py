@@ -25,10 +25,17 @@ class StableDiffusion3:
     same point on the same line, at another scale. So `predict` scales, and nobody outside has to know.
     """
 
-    def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype, storage: str = "full"):
+    def __init__(
+        self,
+        info: BaseInfo,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        storage: str = "full",
+        stream: bool = False,
+    ):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with components.quiet():
-            self.unet = components.load_unet(info, self.device, dtype, storage, SD3Transformer2DModel)
+            self.unet = components.load_unet(info, self.device, dtype, storage, stream, SD3Transformer2DModel)
             self.text_encoders: dict[str, Any] = {
                 name: components.load_module(info, name, CLIPTextModelWithProjection, components.HOST, dtype)
                 for name in ("text_encoder", "text_encoder_2")

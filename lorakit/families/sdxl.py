@@ -16,10 +16,17 @@ from lorakit.families.condition import Condition
 class StableDiffusionXL:
     """See `families.Family`; Podell et al. 2023, arXiv 2307.01952."""
 
-    def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype, storage: str = "full"):
+    def __init__(
+        self,
+        info: BaseInfo,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        storage: str = "full",
+        stream: bool = False,
+    ):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with components.quiet():
-            self.unet = components.load_unet(info, self.device, dtype, storage)
+            self.unet = components.load_unet(info, self.device, dtype, storage, stream)
             first = components.load_module(info, "text_encoder", CLIPTextModel, components.HOST, dtype)
             second = components.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, components.HOST, dtype)
             self.vae = components.load_vae(info)

@@ -97,7 +97,8 @@ def plans(tiny_sd1: Path) -> Iterator[plan.Plan]:
         {"train.steps_per_image": 20, "train.batch_size": 1},
     ]
     variations: list[dict[str, Any]] = [*lengths, {"adapter.method": "rslora", "adapter.train_text_encoder": True}]
-    variations += [{"memory.device": "cuda"}, {"model.prediction_type": "v_prediction_zero_snr"}]
+    variations += [{"memory.device": "cuda"}, {"memory.device": "cuda", "memory.stream_base": True}]
+    variations += [{"model.prediction_type": "v_prediction_zero_snr"}]
     for preset, changed in itertools.product(config.preset_names(), variations):
         base = "pocket" if preset.endswith("pocket") else str(tiny_sd1)
         given = config.load(preset, {"model.base": base, "data.name": "sks toy", "memory.device": "cpu"} | changed)
@@ -113,6 +114,8 @@ def test_every_line_of_a_plan_is_said(tiny_sd1: Path, monkeypatch: pytest.Monkey
     made = list(plans(tiny_sd1))
     for seconds in (12, 600, 9000, 300_000, None):
         made.append(dataclasses.replace(made[0], seconds=seconds))
+    for ram in (0, 1, 10**12):
+        made.append(dataclasses.replace(made[0], host=10**9, ram=ram))
     lines = [line for one in made for line in one.lines()]
     assert lacking(lines) == []
     # As someone reads it: no English word but names of the field's.

@@ -62,6 +62,14 @@ RUNNING = {
     "memory.mixed_precision = 'bf16': this card does not compute in bf16; choose 'fp16' or 'fp32'": (
         "memory.mixed_precision = 'bf16'：這張顯示卡不支援 bf16；請選 'fp16' 或 'fp32'"
     ),
+    "memory.stream_base = true needs a CUDA card to copy weights to, and this is {device}: set it to false": (
+        "memory.stream_base = true 需要 CUDA 顯示卡，這裡是 {device}：請設為 false"
+    ),
+    "memory.stream_base: the host has no {size} MiB of memory left for the base's weights; close other programs, or "
+    "keep the weights smaller with memory.base_storage": (
+        "memory.stream_base：主記憶體不足 {size} MiB，放不下基礎模型的權重；"
+        "請關閉其他程式，或用 memory.base_storage 讓權重更小"
+    ),
     "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'": (
         "memory.attention = 'xformers' 需要另外安裝：pip install 'lorakit[xformers]'"
     ),

@@ -54,6 +54,10 @@ SENTENCES = {
         "記憶體：{device} 上約 {total}（基礎模型 {base}，adapter 與最佳化器 {adapter}，"
         "中間值 {kept}，執行環境 {runtime}）；編碼照片時 {encoding}，畫樣張時 {samples}"
     ),
+    "host: {size} of memory for the base's weights": "主記憶體：基礎模型的權重占 {size}",
+    "host: {size} of memory for the base's weights, of {ram}": "主記憶體：基礎模型的權重占 {size}，共有 {ram}",
+    "host: {size} of memory for the base's weights, of {ram}; that is much: keep them smaller with "
+    "memory.base_storage": ("主記憶體：基礎模型的權重占 {size}，共有 {ram}；偏多，可用 memory.base_storage 讓權重更小"),
     "time: measured in the first steps": "時間：開始後的前幾步會實測",
     "time: about {seconds} s (estimate)": "時間：約 {seconds} 秒（估計）",
     "time: about {minutes} min (estimate)": "時間：約 {minutes} 分鐘（估計）",
