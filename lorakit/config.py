@@ -209,6 +209,7 @@ class MemoryConfig:
     base_storage: Literal["full", "int8", "nf4"] = knob(
         "full", "How the UNet's frozen weights are kept: in full, or in 8 or 4.5 bits each, which is slower."
     )
+    compile: bool = knob(False, "Compile the UNet's blocks for training; the first step of each batch shape pays.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,4 +445,8 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("data.flip, data.crop_jitter and data.color_jitter need data.variants of 2 or more")
     if data.resolution % 8:
         problems.append(f"data.resolution = {data.resolution}: must be a multiple of 8")
+    if config.memory.compile and config.memory.base_storage != "full":
+        problems.append("memory.compile needs memory.base_storage = 'full': weights in few bits cannot be compiled")
+    if config.memory.compile and getattr(adapter, "dropout", 0.0) > 0:
+        problems.append("memory.compile needs adapter.dropout = 0: compiled code would draw other numbers")
     return problems

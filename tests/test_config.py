@@ -190,6 +190,8 @@ def test_unset_is_allowed_where_it_means_something() -> None:
         ({**STEPS, "data.flip": True}, "need data.variants of 2 or more"),
         ({**STEPS, "data.crop_jitter": 0.1}, "need data.variants of 2 or more"),
         ({**STEPS, "data.color_jitter": 0.1}, "need data.variants of 2 or more"),
+        ({**STEPS, "memory.compile": True, "memory.base_storage": "nf4"}, "memory.compile needs memory.base_storage"),
+        ({**STEPS, "memory.compile": True, "adapter.dropout": 0.1}, "memory.compile needs adapter.dropout = 0"),
         ({**STEPS, "data.resolution": 516}, "data.resolution = 516: must be a multiple of 8"),
     ],
 )

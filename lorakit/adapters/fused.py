@@ -161,6 +161,8 @@ class FusedLinear(Linear):
         if self._disable_adapters:
             return base(x)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        if torch.compiler.is_compiling():
+            return functional.linear(x, base.weight, base.bias) + change(x, down, up, self.scaling[name])
         given = (x.reshape(-1, x.shape[-1]), base.weight, base.bias, down, up, self.scaling[name])
         y = LoraLinear.apply(*given) if x.dtype is torch.float32 else HalfLoraLinear.apply(*given, used(self.place, x))
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -179,11 +181,17 @@ class FusedConv2d(Conv2d):
             return base(x)
         down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         geometry = (base.stride, base.padding, base.dilation)
-        if x.dtype is torch.float32:
+        if x.dtype is torch.float32 and not torch.compiler.is_compiling():
             made: Tensor = LoraConv2d.apply(x, base.weight, base.bias, down, up, scale, geometry)
             return made
         inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
         return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
+
+
+def change(x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """s x A^T B^T, `[..., in]` -> `[..., out]`, in the precision of x, as a compiler is to see it."""
+    added = functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+    return added if scale == 1 else added * scale
 
 
 def used(place: Place | None, x: Tensor) -> Place | None:
