@@ -38,7 +38,7 @@ FEW = (
     f"note: fewer than {ENOUGH} steps teach little (the bundled base took 200 for 16 pictures, 400 for 5 photos); "
     "raise train.steps_per_image"
 )
-COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps were measured to be slower then"
+COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it"
 # Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
 SAMPLE_GRIDS = 6
 # Linux keeps this file where an NVIDIA driver is loaded.

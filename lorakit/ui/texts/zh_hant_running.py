@@ -58,8 +58,8 @@ RUNNING = {
     "memory.compile needs adapter.dropout = 0: compiled code would draw other numbers": (
         "memory.compile 需要 adapter.dropout = 0：編譯後會抽到不同的隨機數"
     ),
-    "memory.compile: a CPU compiles for minutes, and its steps were measured to be slower then": (
-        "memory.compile：CPU 要編譯好幾分鐘，而且實測之後的每一步反而較慢"
+    "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it": (
+        "memory.compile：CPU 要編譯好幾分鐘，而實測之後的每一步並沒有變快"
     ),
     "compiled the UNet's blocks for this batch shape in {seconds} s; kept in {folder}, so that the next run takes "
     "less": "已在 {seconds} 秒內為這種批次形狀編譯 UNet 的區塊；存放於 {folder}，下次執行會較快",
