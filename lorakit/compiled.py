@@ -28,8 +28,8 @@ from lorakit.graph import Compute
 
 # From a function of a block and its inputs to the same, compiled.
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
-# What repeats in a UNet beside the blocks that diffusers calls so.
-RESNETS = ("LeanResnet", "ResnetBlock2D")
+# What a UNet, and the transformer of Stable Diffusion 3, is made of.
+KINDS = ("LeanResnet", "ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock")
 # A batch shape takes up to so many versions of one kind of block; torch gives up at 8.
 VERSIONS = 32 * graph.MOST
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -81,9 +81,8 @@ class Blocks:
         compiler: Compiler,
         allowed: graph.Allowed = FULL,
     ):
-        kinds = (*RESNETS, *(getattr(unet, "_repeated_blocks", None) or ()))
         self._parameters, self._say, self._allowed = parameters, say, allowed
-        self._blocks = [module for module in unet.modules() if type(module).__name__ in kinds]
+        self._blocks = [module for module in unet.modules() if type(module).__name__ in KINDS]
         groups: list[Any] = [getattr(module, "group", None) for module in unet.modules()]
         self._groups = [group for group in groups if group is not None]
         with _settings():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -197,6 +197,40 @@ def test_what_has_no_gradients_to_come_is_not_compiled() -> None:
         small.unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 5, 16))
     small.unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 5, 16))
     assert small.calls == before
+
+
+def test_the_transformer_of_stable_diffusion_3_has_blocks_too() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            caption_projection_dim=16,
+            pooled_projection_dim=8,
+            pos_embed_max_size=8,
+        )
+    weight, said = model.proj_out.weight, list[str]()
+    weight.grad = torch.zeros_like(weight)
+
+    def step() -> torch.Tensor:
+        given = torch.ones(1, 4, 8, 8), torch.ones(1, 3, 16), torch.ones(1, 8), torch.tensor([5])
+        loss = model(*given, return_dict=False)[0].square().mean()
+        loss.backward()
+        return loss.detach()
+
+    blocks = compiled.Blocks(model, [weight], said.append, traced)
+    step()
+    without = weight.grad.clone()
+    weight.grad.zero_()
+    with blocks.compiled(1, step):
+        step()
+    assert COMPILED.match(said[0])
+    assert not torch.equal(weight.grad, torch.zeros_like(weight)) and torch.allclose(weight.grad, without, rtol=1e-4)
 
 
 def test_layers_whose_memory_was_moved_are_computed_without() -> None:
