@@ -45,7 +45,7 @@ def inductor(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch's own compiler, which needs a C++ compiler on a CPU and triton on CUDA."""
     # Left to itself it turns the weights of convolutions into channels_last, in each step anew, and keeps these copies
     # until the backward pass: of SD1.5 that would be most of the UNet.
-    options = {"layout_optimization": False}
+    options: dict[str, Any] = {"layout_optimization": False}
     compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     return compiled
 
