@@ -10,11 +10,12 @@ All loops train the same: LoRA on a UNet's attention, from photos and texts of t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit import adapters, config, products
+from lorakit import adapters, config, footprint, products
+from lorakit.adapters import lean
 from lorakit.step import Step
 from lorakit.update import Update
 
@@ -128,10 +130,13 @@ def settings(batch: int, rank: int, **changes: Any) -> config.Config:
     return config.load(None, asked | changes)
 
 
-def lorakit_loop(family: Any, data: Any, chosen: config.Config, say: Callable[[str], Any] = print) -> Loop:
-    """A function that runs so many of lorakit's optimizer steps."""
+def lorakit_loop(
+    family: Any, data: Any, chosen: config.Config, say: Callable[[str], Any] = print, *, device: str = ""
+) -> Loop:
+    """A function that runs so many of lorakit's optimizer steps; as on a `device` of that kind, where one is given."""
     adapter = adapters.attach(family, chosen.adapter, seed=0)
-    adapters.slim(family)
+    frugal = footprint.frugal(device or family.device.type) and not chosen.memory.compile
+    adapters.slim(family, frugal=frugal)
     adapter.train(True)
     return steps_of(Update(chosen, Step(family, adapter, data, chosen.train), 1000, say))
 
@@ -202,6 +207,16 @@ def torchs_own(unet: torch.nn.Module) -> None:
     for layer in unet.modules():
         if isinstance(layer, products.FrozenLinear):
             layer.__class__ = torch.nn.Linear
+
+
+@contextlib.contextmanager
+def attention_as_on_a_card() -> Iterator[None]:
+    """On a CPU it is computed in float32 where the sequence is short."""
+    here, lean._attention = lean._attention, torch.nn.functional.scaled_dot_product_attention
+    try:
+        yield
+    finally:
+        lean._attention = here
 
 
 class Launches(TorchDispatchMode):

@@ -18,7 +18,6 @@ import common
 import torch
 
 from lorakit import graph
-from lorakit.adapters import lean
 
 KINDS = ("sd15", "sdxl")
 
@@ -54,23 +53,20 @@ def loops(kind: str, asked: Any, dtype: torch.dtype) -> dict[str, common.Loop]:
     chosen = common.settings(1, asked.rank)
     return {
         "peft, autocast" if half else "peft": common.peft_loop(*model(), 1, asked.rank, autocast=half),
-        "lorakit": common.lorakit_loop(*model(), chosen),
+        "lorakit": common.lorakit_loop(*model(), chosen, device="cuda"),
     }
 
 
 def counted(kind: str, asked: Any) -> list[common.Row]:
     """Operations of a step in bf16. On a CPU attention is computed in float32; its casts are not what a card gets."""
-    here, lean._attention = lean._attention, torch.nn.functional.scaled_dot_product_attention
     rows, first = [], 0
-    try:
+    with common.attention_as_on_a_card():
         for name, loop in loops(kind, asked, torch.bfloat16).items():
             loop(1)
             with common.Launches() as launches:
                 loop(1)
             first = first or launches.count
             rows.append(common.row(f"{kind} {name} operations", launches.count, "a step", first / launches.count))
-    finally:
-        lean._attention = here
     return rows
 
 
@@ -105,7 +101,7 @@ def outside(kind: str, asked: Any) -> common.Loop:
     before = graph.recorder
     graph.recorder = lambda *given: (record, "")  # type: ignore[assignment]
     try:
-        return common.lorakit_loop(family, data, common.settings(1, asked.rank))
+        return common.lorakit_loop(family, data, common.settings(1, asked.rank), device="cuda")
     finally:
         graph.recorder = before
 

@@ -36,7 +36,8 @@ from lorakit.update import Update
 from lorakit.weights import canonical
 
 GIB = 2**30
-# Name, resolution, batch, target modules, gradient checkpointing, storage of the base.
+# Name, resolution, batch, target modules, gradient checkpointing (or the limit in GiB that asks for as much as it
+# needs), storage of the base.
 CASES = [
     ("sd15", 512, 1, "attention", False, "full"),
     ("sd15", 512, 1, "attention", True, "full"),
@@ -56,6 +57,10 @@ CASES = [
     ("sdxl", 512, 1, "attention", True, "full"),
     ("sdxl", 1024, 1, "linear+conv", False, "full"),
     ("sdxl", 1024, 2, "linear", True, "full"),
+    ("sdxl", 1024, 1, "attention", 8.0, "full"),
+    ("sdxl", 1024, 1, "attention", 7.0, "full"),
+    ("sdxl", 1024, 1, "attention", 5.0, "int8"),
+    ("sd15", 512, 4, "linear", 3.0, "full"),
 ]
 # The autoencoder of all three.
 VAE = {
@@ -126,7 +131,8 @@ def main() -> None:
     for case in CASES[:4] if arguments.quick else CASES:
         settings = chosen(*case[1:])
         measured, predicted = measure(case[0], settings), predict(case[0], settings)
-        name = f"{case[0]} {case[1]} px x {case[2]}, {case[3]}, {'checkpointing, ' if case[4] else ''}{case[5]}"
+        how = {False: "", True: "checkpointing, "}.get(case[4], f"within {case[4]:g} GiB, ")
+        name = f"{case[0]} {case[1]} px x {case[2]}, {case[3]}, {how}{case[5]}"
         off = predicted / measured["peak"] - 1
         print(
             f"{name:<46}{measured['base'] / GIB:>9.2f}{measured['peak'] / GIB:>9.2f}{predicted / GIB:>11.2f}{off:>8.1%}"
@@ -145,7 +151,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def chosen(resolution: int, batch: int, modules: str, checkpointing: bool, storage: str) -> config.Config:
+def chosen(resolution: int, batch: int, modules: str, checkpointing: bool | float, storage: str) -> config.Config:
     """The config of a measured step."""
     settings = {
         "train.steps": 1,
@@ -154,20 +160,27 @@ def chosen(resolution: int, batch: int, modules: str, checkpointing: bool, stora
         "adapter.target_modules": modules,
         "memory.device": "cuda",
         "memory.mixed_precision": "bf16",
-        "memory.gradient_checkpointing": checkpointing,
         "memory.base_storage": storage,
     }
+    if isinstance(checkpointing, bool):
+        settings["memory.gradient_checkpointing"] = checkpointing
+    else:
+        # A card needs some for itself; here only tensors are counted.
+        settings["memory.limit_gib"] = checkpointing + footprint.RUNTIME_BYTES["cuda"] / GIB
     return config.load(None, settings)
 
 
 def predict(name: str, settings: config.Config) -> int:
     """What `lorakit check` says of the same step, without what Python and torch take themselves."""
+    parts = footprint.training(settings, *outlined(name, settings), "cuda")
+    return sum(size for part, size in parts.items() if part != "runtime")
+
+
+def outlined(name: str, settings: config.Config) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """A base, as far as memory depends on it, and what is trained in it."""
     info = SimpleNamespace(layers=layers(name), downscale=8, text_tokens=77, bytes={})
     selected = targets.select(info.layers, settings.adapter.target_modules, False)
-    modules = plan.count_weights(selected, info.layers, settings.adapter)
-    return sum(
-        bytes for part, bytes in footprint.training(settings, info, modules, "cuda").items() if part != "runtime"
-    )
+    return info, plan.count_weights(selected, info.layers, settings.adapter)
 
 
 def encoding(side: int) -> dict[str, int]:
@@ -209,9 +222,11 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
         dtype=dtype,
     )
     adapter = adapters.attach(family, settings.adapter)
-    memory.gradient_checkpointing(family, settings.memory.gradient_checkpointing)
-    with fake(not real), Live() as live:
+    blocks = footprint.recomputed(settings, *outlined(name, settings), "cuda")
+    with fake(not real), common.attention_as_on_a_card(), Live() as live:
         give_values(unet)
+        adapters.slim(family, frugal=footprint.frugal("cuda"))
+        memory.gradient_checkpointing(family, blocks)
         noisy = torch.randn(batch, 4, side, side)
         states = torch.randn(batch, 77, common.unet_config(name)["cross_attention_dim"])
         added = {"text_embeds": torch.randn(batch, 1280).to(dtype), "time_ids": torch.ones(batch, 6).to(dtype)}

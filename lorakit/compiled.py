@@ -82,7 +82,8 @@ class Blocks:
         allowed: graph.Allowed = FULL,
     ):
         self._parameters, self._say, self._allowed = parameters, say, allowed
-        self._blocks = [module for module in unet.modules() if type(module).__name__ in KINDS]
+        found = [module for module in unet.modules() if type(module).__name__ in KINDS]
+        self._blocks = [module for module in found if "forward" not in vars(module)]
         groups: list[Any] = [getattr(module, "group", None) for module in unet.modules()]
         self._groups = [group for group in groups if group is not None]
         with _settings():

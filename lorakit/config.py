@@ -206,6 +206,9 @@ class MemoryConfig:
         "sdpa", "Attention kernel; xformers is tested against sdpa at the start."
     )
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower.")
+    limit_gib: float | None = knob(
+        None, "GiB that a step may take: as few blocks as that needs are recomputed. Unset: none, or all.", above=0
+    )
     base_storage: Literal["full", "int8", "nf4"] = knob(
         "full", "How the UNet's frozen weights are kept: in full, or in 8 or 4.5 bits each, which is slower."
     )
@@ -443,10 +446,14 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("data.variants > 1 needs data.flip, data.crop_jitter or data.color_jitter")
     if data.variants == 1 and changes:
         problems.append("data.flip, data.crop_jitter and data.color_jitter need data.variants of 2 or more")
+    if config.memory.gradient_checkpointing and config.memory.limit_gib is not None:
+        problems.append("memory.limit_gib chooses the blocks to recompute: leave out memory.gradient_checkpointing")
     if data.resolution % 8:
         problems.append(f"data.resolution = {data.resolution}: must be a multiple of 8")
     if config.memory.compile and config.memory.base_storage != "full":
         problems.append("memory.compile needs memory.base_storage = 'full': weights in few bits cannot be compiled")
+    if config.memory.compile and (config.memory.gradient_checkpointing or config.memory.limit_gib is not None):
+        problems.append("memory.compile goes neither with memory.gradient_checkpointing nor with memory.limit_gib")
     if config.memory.compile and getattr(adapter, "dropout", 0.0) > 0:
         problems.append("memory.compile needs adapter.dropout = 0: compiled code would draw other numbers")
     return problems

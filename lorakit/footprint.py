@@ -6,20 +6,26 @@ every tensor's life (`benchmarks/memory.py`); docs/memory.md has how far each pr
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lorakit import storage
 from lorakit.config import Config
+from lorakit.errors import LorakitError
 
 GIB = 2**30
-# Activations kept for the backward pass, as a multiple of the bytes of all layers' outputs.
-KEPT = {"attention": 1.7, "linear": 1.9, "linear+conv": 2.0}
-# With gradient checkpointing: a multiple of the blocks' inputs, which are kept, and one of the outputs of the layers in
-# the largest block, which is gone through again.
-KEPT_INPUTS, REPEATED = 0.7, 4.45
+# Activations kept for the backward pass, as multiples of the values that come out of layers: of blocks, and of the
+# largest block that is gone through again in it. First by layers that keep as little as they can, then by others.
+FRUGAL = {"attention": (1.15, 2.1), "linear": (1.22, 3.2), "linear+conv": (1.35, 4.2)}
+PLAIN = {"attention": (1.75, 3.4), "linear": (1.95, 3.4), "linear+conv": (2.05, 3.4)}
+# The same of what comes out of layers that are in no block, and goes into blocks that are gone through again.
+OUTSIDE, INPUTS = 0.9, 0.6
+# A block that can be gone through again, by its path in the UNet.
+BLOCK = re.compile(r"(?:.+\.)?(?:transformer_blocks|resnets)\.\d+")
 # Bytes of optimizer state for each trained weight.
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "lion": 4, "adafactor": 1, "prodigy": 16}
 # What Python, torch and its kernels take before any model is there.
@@ -38,7 +44,16 @@ def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], 
         info: the base, `families.BaseInfo`.
         modules: component -> (adapted layers, trained weights).
         device: "cpu", "cuda" or "mps".
+
+    Raises:
+        LorakitError: as `recomputed`.
     """
+    return _training(config, info, modules, device, set(recomputed(config, info, modules, device)))
+
+
+def _training(
+    config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str, again: set[str]
+) -> dict[str, int]:
     width = _width(config, device)
     # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
     base = _unet(config, info, width)
@@ -50,7 +65,7 @@ def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], 
         "base": base,
         # The weight itself and its gradient are float32.
         "adapter and optimizer": trained * (4 + 4 + STATE_BYTES[config.optimizer.name]),
-        "activations": round(_activations(config, info) * width * pictures),
+        "activations": round(_activations(config, _blocks(config, info), device, again) * width * pictures),
         "runtime": round(RUNTIME_BYTES[device]),
     }
 
@@ -80,26 +95,98 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
     }
 
 
-def _activations(config: Config, info: Any) -> float:
-    """Values kept for the backward pass of one picture."""
+def frugal(device: str) -> bool:
+    """Whether layers keep as little for the backward pass as they can: a card has less memory than its host has time,
+    on a CPU it is the other way round."""
+    return device == "cuda"
+
+
+def recomputed(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> list[str]:
+    """The UNet's blocks (their paths in it) that a step computes again in the backward pass: none, all, or those that
+    `memory.limit_gib` asks for, first those where an operation saves most.
+
+    Raises:
+        LorakitError: a step takes more than the limit even with all of them.
+    """
+    blocks = {path: block for path, block in _blocks(config, info).items() if path}
+    limit = config.memory.limit_gib
+    if limit is None:
+        return list(blocks) if config.memory.gradient_checkpointing else []
+    kept, _ = _factors(config, device)
+    order = sorted(blocks, key=lambda path: blocks[path].saved(kept) / blocks[path].flop, reverse=True)
+    for count in range(len(order) + 1):
+        size = sum(_training(config, info, modules, device, set(order[:count])).values())
+        if size <= limit * GIB:
+            return order[:count]
+    everything = dataclasses.replace(config.memory, limit_gib=None, gradient_checkpointing=True)
+    unlimited = dataclasses.replace(config, memory=everything)
+    raise LorakitError(
+        f"memory.limit_gib = {limit:g}: a step takes {size / GIB:.1f} GiB even if every block is computed again; "
+        f"raise it, or set {_ways(unlimited)}"
+    )
+
+
+@dataclass
+class _Block:
+    """A part of the UNet: values that go into it and out of its layers, for one picture, and its multiplications."""
+
+    inputs: int
+    outputs: int = 0
+    flop: float = 0
+
+    def saved(self, kept: float) -> float:
+        return kept * self.outputs - INPUTS * self.inputs
+
+
+def _blocks(config: Config, info: Any) -> dict[str, _Block]:
+    """Path -> block; what is in none is under ""."""
     side = config.data.resolution // info.downscale
-    layers = placed(info.layers, side, side, info.text_tokens)
-    if not config.memory.gradient_checkpointing:
-        return KEPT[config.adapter.target_modules] * sum(shape[0] * places for _, shape, places in layers)
-    inputs: dict[str, int] = {}
-    outputs: dict[str, int] = {}
-    for name, shape, places in layers:
-        block = re.match(r".*?(?:transformer_blocks|resnets)\.\d+\.", name)
-        if block:
-            inputs.setdefault(block[0], shape[1] * places)
-            outputs[block[0]] = outputs.get(block[0], 0) + shape[0] * places
-    return KEPT_INPUTS * sum(inputs.values()) + REPEATED * max(outputs.values(), default=0)
+    found: dict[str, _Block] = {}
+    for name, shape, places in placed(info.layers, side, side, info.text_tokens):
+        path = match[0] if (match := BLOCK.match(name.removeprefix("unet."))) else ""
+        block = found.setdefault(path, _Block(shape[1] * places))
+        block.outputs += shape[0] * places
+        block.flop += flop(name, shape, places, info.text_tokens)
+    return found
+
+
+def _activations(config: Config, blocks: Mapping[str, _Block], device: str, again: set[str]) -> float:
+    """Values kept for the backward pass of one picture."""
+    kept, repeated = _factors(config, device)
+    inner = {path: block for path, block in blocks.items() if path}
+    total = OUTSIDE * (blocks[""].outputs if "" in blocks else 0)
+    total += kept * sum(block.outputs for path, block in inner.items() if path not in again)
+    total += INPUTS * sum(inner[path].inputs for path in again)
+    return total + repeated * max((inner[path].outputs for path in again), default=0)
+
+
+def _factors(config: Config, device: str) -> tuple[float, float]:
+    less = frugal(device) and not config.memory.compile
+    return (FRUGAL if less else PLAIN)[config.adapter.target_modules]
+
+
+def flop(name: str, shape: Sequence[int], places: int, tokens: int) -> float:
+    """Multiplications and additions of a UNet's layer in a forward pass, those of attention with its query's."""
+    total = 2.0 * math.prod(shape) * places
+    if name.endswith(".attn.to_q"):  # of picture and text together
+        total += 4 * (places + tokens) ** 2 * shape[0]
+    elif name.endswith("attn1.to_q") or (name.endswith("attn2.to_q") and ".attentions." not in name):
+        total += 4 * places * places * shape[0]
+    elif name.endswith("attn2.to_q"):
+        total += 4 * places * tokens * shape[0]
+    return total
 
 
 def advice(doing: str, config: Config | None = None) -> str:
     """What to change where memory runs out: what costs least first; of a config what is still open only."""
+    return f"{doing}: not enough memory on the device; cheapest first, set {_ways(config)}"
+
+
+def _ways(config: Config | None) -> str:
     ways = []
-    if config is None or not config.memory.gradient_checkpointing:
+    if config is not None and config.memory.limit_gib is not None:
+        ways.append(f"a lower memory.limit_gib (now {config.memory.limit_gib:g})")
+    elif config is None or not config.memory.gradient_checkpointing:
         ways.append("memory.gradient_checkpointing = true")
     if config is None or config.memory.base_storage == "full":
         ways.append("memory.base_storage = 'nf4'")
@@ -107,8 +194,7 @@ def advice(doing: str, config: Config | None = None) -> str:
         pictures = "..." if config is None else config.train.batch_size * config.train.gradient_accumulation_steps
         ways.append(f"train.batch_size = 1 with train.gradient_accumulation_steps = {pictures}")
     ways.append("a lower data.resolution" + (f" (now {config.data.resolution})" if config else ""))
-    told = ", ".join(ways[:-1]) + (", or " if len(ways) > 1 else "") + ways[-1]
-    return f"{doing}: not enough memory on the device; cheapest first, set {told}"
+    return ", ".join(ways[:-1]) + (", or " if len(ways) > 1 else "") + ways[-1]
 
 
 def placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int) -> list[tuple[str, Any, int]]:

@@ -35,8 +35,6 @@ def recorder(config: Config, device: torch.device) -> tuple[Record | None, str]:
     reasons = {
         "the text encoder is trained": config.adapter.trains_text,
         "dropout draws anew in each step": bool(getattr(config.adapter, "dropout", 0.0)),
-        "gradient checkpointing saves memory first": config.memory.gradient_checkpointing,
-        "the base's weights are kept in few bits": config.memory.base_storage != "full",
     }
     for reason, holds in reasons.items():
         if holds:
@@ -130,9 +128,10 @@ class Replayed:
         torch._foreach_copy_(recorded.inputs, given)
         return recorded.replay()
 
-    def forget(self) -> None:
-        """Record anew what comes next: the model was moved."""
-        self._known = {}
+    def forget(self) -> bool:
+        """Record anew what comes next: the model was moved, or memory is needed. Whether anything was recorded."""
+        known, self._known = self._known, {}
+        return bool(known)
 
     def _recorded(self, terms: Any) -> _Recorded:
         still = each(terms, torch.clone)

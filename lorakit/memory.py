@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lorakit import footprint
 from lorakit.config import Config, MemoryConfig
@@ -101,13 +103,35 @@ def attention_problem(candidate: Attention, device: torch.device, dtype: torch.d
     return None
 
 
-def gradient_checkpointing(family: Any, on: bool) -> None:
-    """Recompute the UNet's blocks in the backward pass instead of keeping their activations. The text encoders are left
-    alone: 77 tokens take next to nothing."""
-    if on:
-        family.unet.enable_gradient_checkpointing()
-    else:
-        family.unet.disable_gradient_checkpointing()
+def gradient_checkpointing(family: Any, blocks: Collection[str], *, random: bool = False) -> None:
+    """Recompute these blocks of the UNet in the backward pass instead of keeping what they computed. The text encoders
+    are left alone: 77 tokens take next to nothing.
+
+    Args:
+        blocks: their paths in the UNet, see `footprint.recomputed`.
+        random: they draw random numbers, which must come again.
+    """
+    for path in blocks:
+        block = family.unet.get_submodule(path)
+        block.forward = functools.partial(_recomputed, block.forward, random)
+
+
+def _recomputed(forward: Callable[..., Any], random: bool, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
+
+
+def with_room(make: Callable[[], bool], compute: Callable[[], Any]) -> Any:
+    """What `compute` gives; where memory runs out, once more after `make`, which says whether it made room."""
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        if not make():
+            raise
+    # Not inside: the error holds on to what was computed so far.
+    torch.cuda.empty_cache()
+    return compute()
 
 
 @contextlib.contextmanager

@@ -60,6 +60,8 @@ class Plan:
         peaks: phase ("encoding", "training", "samples") -> bytes, estimated.
         seconds: estimated duration, or None where nothing honest can be said beforehand.
         device: where it will run, as far as it can be told without torch.
+        recomputed: blocks of the UNet that a step computes again in the backward pass.
+        limit_gib: `memory.limit_gib`, which asked for them.
         notes: how what the base does not say was decided, a line each.
     """
 
@@ -81,6 +83,8 @@ class Plan:
     peaks: dict[str, int]
     seconds: float | None
     device: str
+    recomputed: int = 0
+    limit_gib: float | None = None
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -105,8 +109,15 @@ class Plan:
             *([FEW] if self.steps < ENOUGH else []),
             f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory}); "
             f"{_gib(self.peaks['encoding'])} to encode the photos, {_gib(self.peaks['samples'])} to draw samples",
+            *self._limited(),
             f"time: {spent}",
         ]
+
+    def _limited(self) -> list[str]:
+        if self.limit_gib is None:
+            return []
+        count = f"{self.recomputed} block{'s' * (self.recomputed != 1)}"
+        return [f"limit: {count} of the UNet computed again in the backward pass, for {self.limit_gib:g} GiB"]
 
 
 def make(config: Config, info: Any, report: Any) -> Plan:
@@ -117,7 +128,8 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         report: what `data.check.check` found.
 
     Raises:
-        LorakitError: no photo is left to train on, or the adapter would have no layer.
+        LorakitError: no photo is left to train on, the adapter would have no layer, or a step cannot be kept
+            within `memory.limit_gib`.
     """
     sizes, held_out = _training_sizes(config, report)
     if not sizes:
@@ -150,6 +162,8 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         peaks=footprint.peaks(config, info, modules, device),
         seconds=estimate_seconds(config, info, steps) if device == "cpu" else None,
         device=device,
+        recomputed=len(footprint.recomputed(config, info, modules, device)),
+        limit_gib=config.memory.limit_gib,
     )
 
 
@@ -194,16 +208,8 @@ def forward_flop(shapes: Mapping[str, Sequence[int]], height: int, width: int, t
     Two for each weight and place it is applied at, and 4 n m c for an attention of n places to m of width c. Gives the
     counts of torch's own counter for the real models: SD1.5 at 512 px 0.803e12, SDXL at 1024 px 6.761e12.
     """
-    total = 0.0
-    for name, shape, places in footprint.placed(shapes, height, width, tokens):
-        total += 2 * math.prod(shape) * places
-        if name.endswith(".attn.to_q"):  # of picture and text together
-            total += 4 * (places + tokens) ** 2 * shape[0]
-        elif name.endswith("attn1.to_q") or (name.endswith("attn2.to_q") and ".attentions." not in name):
-            total += 4 * places * places * shape[0]
-        elif name.endswith("attn2.to_q"):
-            total += 4 * places * tokens * shape[0]
-    return total
+    layers = footprint.placed(shapes, height, width, tokens)
+    return sum(footprint.flop(name, shape, places, tokens) for name, shape, places in layers)
 
 
 def estimate_seconds(config: Config, info: Any, steps: int) -> float:

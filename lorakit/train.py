@@ -24,6 +24,7 @@ from lorakit import (
     evaluate,
     export,
     families,
+    footprint,
     memory,
     optim,
     report,
@@ -218,8 +219,9 @@ class _Run:
         if config.train.init_from:
             self.adapter.load(export.read(Path(config.train.init_from)))
             self.say(f"starting from the weights of {Path(config.train.init_from).name}")
-        adapters.slim(self.family)
-        memory.gradient_checkpointing(family, config.memory.gradient_checkpointing)
+        adapters.slim(family, frugal=footprint.frugal(self.device.type) and not config.memory.compile)
+        blocks = footprint.recomputed(config, self.info, self.plan.modules, self.device.type)
+        memory.gradient_checkpointing(family, blocks, random=self.adapter.dropout > 0)
         self.step = Step(family, self.adapter, encoded, config.train, embed_anew=self.trains_text)
         self.update = Update(config, self.step, self.total, self.say)
         self.validation = evaluate.Validation(
@@ -342,7 +344,7 @@ class _Run:
 
     def _validate(self, step: int) -> None:
         self.adapter.train(False)
-        metrics = self.validation.run(self.adapter, **self._conditions_now())
+        metrics = memory.with_room(self.update.forget, self._measured)
         self.history.append({"step": step, **metrics})
         self._log("validation", step, metrics)
         best, reason = evaluate.choose_best(self.history)
@@ -350,6 +352,9 @@ class _Run:
             self.best = self._export(self.adapter.weights(), "best", step)[self.config.output.formats[0]]
         self.folder.update(best={"step": best, "reason": reason})
         self.bar.note(f"step {step}: validation mse {metrics['mse']:.4f}, prior drift {metrics['prior_drift']:.2%}")
+
+    def _measured(self) -> dict[str, float]:
+        return self.validation.run(self.adapter, **self._conditions_now())
 
     def _conditions_now(self) -> dict[str, Any]:
         """What trained text encoders make of the texts now; nothing where the base's embeddings still hold."""
@@ -362,7 +367,8 @@ class _Run:
         self.adapter.train(False)
         try:
             self.family.acquire("vae", "text_encoders")
-            pictures = sample.draw(self.family, self.sample_prompts, self.config.sample, self.config.data.resolution)
+            asked = (self.family, self.sample_prompts, self.config.sample, self.config.data.resolution)
+            pictures = memory.with_room(self.update.forget, lambda: sample.draw(*asked))
         except torch.OutOfMemoryError:
             self.say(f"step {step}: not enough memory to draw samples; training goes on without them", warning=True)
             return
@@ -434,6 +440,7 @@ class _Run:
         """Every exported file, read from disk into a base loaded anew."""
         config, prompt = self.config, self.sample_prompts[0]
         size = (config.data.resolution, config.data.resolution)
+        self.update.forget()
         self.family.acquire("text_encoders")
         in_memory = selfcheck.probe(self.family, prompt, size)
         self.adapter.detach()

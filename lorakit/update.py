@@ -29,7 +29,7 @@ class Update:
     def __init__(self, config: Config, step: Step, total: int, say: Callable[[str], Any]):
         self.config, self.step, self.total, self.say = config, step, total, say
         # Where memory comes first there are no copies.
-        copies = not config.memory.gradient_checkpointing
+        copies = not config.memory.gradient_checkpointing and config.memory.limit_gib is None
         self.flats = adapters.flatten(step.family, step.adapter, copies=copies)
         whole = config.optimizer.name in optim.BY_NUMBER
         groups = [(each.name, [each.weights] if whole else each.parameters) for each in self.flats]
@@ -58,6 +58,10 @@ class Update:
         norm = flat.clip(self.flats, train.max_grad_norm)
         self.optimizer.step()
         return loss, norm
+
+    def forget(self) -> bool:
+        """Give back the memory of all CUDA graphs; whether there were any. The next steps record anew."""
+        return self._replayed is not None and self._replayed.forget()
 
     def _pass(self, index: int) -> torch.Tensor:
         """Forward and backward of the `index`-th batch; its share of the step's loss."""

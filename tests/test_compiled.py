@@ -169,16 +169,6 @@ def test_half_precision_is_as_near_as_its_rounding() -> None:
     assert COMPILED.match(small.said[0])
 
 
-def test_gradient_checkpointing_goes_through() -> None:
-    small = Small(traced)
-    small.train()
-    without = small.found(by_compiled=False)
-    small.unet.enable_gradient_checkpointing()
-    small.unet.train()
-    assert_close(small.found(by_compiled=True), without)
-    assert COMPILED.match(small.said[0]) and small.calls > 8
-
-
 def test_each_shape_is_tried_once_and_those_beyond_the_most_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "MOST", 2)
     small, calls = Small(untouched), []

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lorakit import adapters, config, families, graph, train
+from lorakit import adapters, config, families, footprint, graph, memory, train
 from lorakit.data import check
 from lorakit.encode import encode
 from lorakit.step import Step
+from lorakit.update import Update
 
 
 def stand_in(compute: graph.Compute) -> graph.Compute:
@@ -57,7 +58,7 @@ def chosen(base: Path, photos: Path, folder: Path, **changes: object) -> config.
 
 def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Step, Any]:
     info = families.describe(settings.model.base)
-    family = families.load(info, device, dtype)
+    family = families.load(info, device, dtype, settings.memory.base_storage)
     adapter = adapters.attach(family, settings.adapter, seed=0)
     encoded = encode(settings, family, adapter, check.check(settings.data, info), lambda line: None)
     family.unet.to(device)
@@ -65,7 +66,8 @@ def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = t
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(device).manual_seed(len(name)))
-    adapters.slim(family)
+    adapters.slim(family, frugal=footprint.frugal(device))
+    memory.gradient_checkpointing(family, footprint.recomputed(settings, info, {}, device))
     return step, adapter
 
 
@@ -99,6 +101,16 @@ def test_replays_follow_each_batch_to_the_bit(tiny_sd1, photos, tmp_path, monkey
         assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
         losses.add(without[0].item())
     assert len(losses) == 5
+
+
+SAVING = [{}, {"memory__gradient_checkpointing": True}, {"memory__base_storage": "nf4"}]
+
+
+@pytest.mark.parametrize("saving", SAVING[1:])
+def test_what_saves_memory_is_replayed_too(tiny_sd1, photos, tmp_path, saving):
+    settings = chosen(tiny_sd1, photos, tmp_path, **saving)
+    for without, replayed in both(*step_of(settings), stand_in, 3):
+        assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
 
 
 def test_sdxls_sizes_and_pooled_texts_are_among_what_is_copied(tiny_sdxl, photos, tmp_path):
@@ -185,14 +197,39 @@ def test_shapes_beyond_the_most_run_without(monkeypatch):
     assert [replayed(torch.ones(n)).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3] and len(recorded) == 1
 
 
+def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatch):
+    """Recorded anew afterwards, with the results that there would have been."""
+    recorded: list[Any] = []
+
+    def record(compute: graph.Compute) -> graph.Compute:
+        recorded.append(compute)
+        return compute
+
+    settings = chosen(tiny_sd1, photos, tmp_path)
+    found = []
+    for forgets in (False, True):
+        monkeypatch.setattr(graph, "recorder", lambda *_: (record, ""))
+        step, _ = step_of(settings)
+        update = Update(settings, step, 6, print)
+        assert update.forget() is False
+        recorded.clear()
+        update(0)
+        assert len(recorded) == 1
+        assert not forgets or update.forget() is True
+        update(0)
+        assert len(recorded) == 1 + forgets
+        found.append(update.flats[0].weights.detach().clone())
+    assert torch.equal(*found)
+    monkeypatch.setattr(graph, "recorder", lambda *_: (None, ""))
+    assert Update(settings, step_of(settings)[0], 6, print).forget() is False
+
+
 def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
     settings, cuda = chosen(tiny_sd1, photos, tmp_path), torch.device("cuda")
     assert graph.recorder(settings, torch.device("cpu")) == (None, "")
     for section, change, reason in (
         ("adapter", {"train_text_encoder": True}, "the text encoder is trained"),
         ("adapter", {"dropout": 0.1}, "dropout draws anew"),
-        ("memory", {"gradient_checkpointing": True}, "gradient checkpointing"),
-        ("memory", {"base_storage": "nf4"}, "few bits"),
     ):
         changed = replace(settings, **{section: replace(getattr(settings, section), **change)})
         record, line = graph.recorder(changed, cuda)
@@ -202,8 +239,9 @@ def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtype):
-    settings = chosen(tiny_sd1, photos, tmp_path, memory__device="cuda")
+@pytest.mark.parametrize("saving", SAVING)
+def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtype, saving):
+    settings = chosen(tiny_sd1, photos, tmp_path, memory__device="cuda", **saving)
     record, line = graph.recorder(settings, torch.device("cuda"))
     assert record is not None and "CUDA graph" in line
     step, adapter = step_of(settings, "cuda", dtype)

@@ -1,5 +1,6 @@
 """Where it runs is decided and said; a kernel with a wrong backward pass is found out before it trains anything."""
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lorakit import families, memory
-from lorakit.config import MemoryConfig
+from lorakit import adapters, config, families, footprint, memory
+from lorakit.config import LoraConfig, MemoryConfig
 from lorakit.errors import LorakitError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -124,7 +125,7 @@ class UnetThatCounts:
 
 
 def test_xformers_is_used_only_where_it_passes_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = MemoryConfig(attention="xformers")
+    chosen = MemoryConfig(attention="xformers")
     for kernel, on, said in [
         (by_hand, True, "attention: xformers, which agrees with sdpa forward and backward"),
         (
@@ -136,7 +137,7 @@ def test_xformers_is_used_only_where_it_passes_and_it_is_said(monkeypatch: pytes
     ]:
         stub_xformers(monkeypatch, kernel)
         family = SimpleNamespace(unet=UnetThatCounts(), device=CPU, dtype=torch.float32)
-        assert memory.attention(config, family) == said
+        assert memory.attention(chosen, family) == said
         assert family.unet.on is on
     assert memory.attention(MemoryConfig(), family) == "attention: sdpa"
 
@@ -153,11 +154,61 @@ def test_xformers_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 # -- the rest ---------------------------------------------------------------------------------------------------
 
 
-def test_checkpointing_goes_on_and_off(tiny_sd1: Path) -> None:
-    family = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
-    for on in (True, False):
-        memory.gradient_checkpointing(family, on)
-        assert family.unet.is_gradient_checkpointing is on
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("count", [1, 3, None])
+def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: int | None, dropout: float) -> None:
+    """Those that were asked for run twice, the others once; gradients are the same to the bit."""
+    info, found = families.describe(tiny_sd1), []
+    settings = config.load(None, {"train.steps": 1, "memory.gradient_checkpointing": True})
+    blocks = footprint.recomputed(settings, info, {}, "cpu")[:count]
+    for again in ([], blocks):
+        family = families.load(info, "cpu", torch.float32)
+        layers = LoraConfig(rank=4, dropout=dropout, target_modules="linear+conv")
+        adapter = adapters.attach(family, layers, seed=0)
+        adapter.train(True)
+        for parameter in adapter.parameters().values():
+            parameter.data.fill_(0.01)
+        adapters.slim(family)
+        runs: Counter[str] = Counter()
+        paths = {path for path, _ in family.unet.named_modules() if footprint.BLOCK.fullmatch(path)}
+        for path in paths:
+            first = family.unet.get_submodule(path).norm1
+            first.register_forward_pre_hook(lambda *_, path=path, runs=runs: runs.update([path]))
+        memory.gradient_checkpointing(family, again, random=dropout > 0)
+        torch.manual_seed(0)
+        noisy, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+        predicted = family.unet(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
+        found.append(torch.autograd.grad(predicted.square().mean(), list(adapter.parameters().values())))
+        assert set(again) <= paths and runs == Counter([*paths, *again])
+        with torch.no_grad():
+            family.unet(noisy, torch.tensor([10, 700]), text)
+        assert runs == Counter([*paths, *paths, *again])
+    assert count is not None or set(blocks) == paths
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_where_memory_runs_out_room_is_made_once() -> None:
+    called: list[str] = []
+
+    def compute(fails: int) -> str:
+        called.append("compute")
+        if called.count("compute") <= fails:
+            raise torch.OutOfMemoryError("too much")
+        return "done"
+
+    def make(possible: bool) -> bool:
+        called.append("make")
+        return possible
+
+    assert memory.with_room(lambda: make(True), lambda: compute(0)) == "done" and called == ["compute"]
+    called.clear()
+    assert memory.with_room(lambda: make(True), lambda: compute(1)) == "done"
+    assert called == ["compute", "make", "compute"]
+    for possible, fails in ((True, 2), (False, 1)):
+        called.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            memory.with_room(lambda possible=possible: make(possible), lambda fails=fails: compute(fails))
+        assert called.count("compute") == (2 if possible else 1)
 
 
 def test_peak_is_the_process_on_a_cpu() -> None:

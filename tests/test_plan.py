@@ -186,18 +186,19 @@ def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str, sid
 @pytest.mark.parametrize(
     ("name", "resolution", "targets", "checkpointing", "wanted", "off"),
     [
-        ("sd15", 512, "attention", False, 2.38, 0.10),
-        ("sd15", 512, "linear+conv", False, 2.53, 0.10),
+        ("sd15", 512, "attention", False, 2.38, 0.15),
+        ("sd15", 512, "linear+conv", False, 2.53, 0.15),
         ("sd15", 512, "attention", True, 1.82, 0.10),
-        ("sdxl", 1024, "attention", False, 10.10, 0.10),
-        ("sdxl", 1024, "linear+conv", False, 11.36, 0.10),
+        ("sdxl", 1024, "attention", False, 10.10, 0.15),
+        ("sdxl", 1024, "linear+conv", False, 11.36, 0.15),
         ("sdxl", 1024, "attention", True, 5.34, 0.20),
-        ("sdxl", 512, "attention", False, 6.16, 0.10),
+        ("sdxl", 512, "attention", False, 6.16, 0.15),
     ],
 )
 def test_memory_is_near_the_exact_count(
     name: str, resolution: int, targets: str, checkpointing: bool, wanted: float, off: float
 ) -> None:
+    """Counted for PEFT's own layers in bf16; ours keep less where blocks are not computed again."""
     made = make(
         Info(shapes(name)),
         [SQUARE],
@@ -208,6 +209,20 @@ def test_memory_is_near_the_exact_count(
     )
     step = sum(made.memory.values()) - made.memory["runtime"]
     assert step / GIB == pytest.approx(wanted, rel=off)
+    assert checkpointing or step / GIB < wanted
+
+
+def test_a_limit_and_what_it_costs_is_said(sdxl: Info) -> None:
+    settings = {"train__steps": 1, "data__resolution": 1024}
+    unlimited, wide, narrow = (
+        make(sdxl, [SQUARE], **settings, **limit) for limit in ({}, {"memory__limit_gib": 12}, {"memory__limit_gib": 8})
+    )
+    assert not [line for line in unlimited.lines() if line.startswith("limit: ")]
+    assert "limit: 0 blocks of the UNet computed again in the backward pass, for 12 GiB" in wide.lines()
+    count = narrow.recomputed
+    assert f"limit: {count} blocks of the UNet computed again in the backward pass, for 8 GiB" in narrow.lines()
+    assert 0 < count < 87 and sum(narrow.memory.values()) <= 8 * GIB < sum(wide.memory.values())
+    assert narrow.to_json()["recomputed"] == count and narrow.to_json()["limit_gib"] == 8
 
 
 def test_memory_grows_with_the_batch_and_with_a_prior(sd15: Info) -> None:

@@ -41,11 +41,16 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     return adapter.apply(target, weights, strength)
 
 
-def slim(target: Any) -> None:
-    """Let the UNet of a base and its adapter, already attached, compute in fewer operations; for training."""
+def slim(target: Any, *, frugal: bool = False) -> None:
+    """Let the UNet of a base and its adapter, already attached, compute in fewer operations; for training.
+
+    Args:
+        target: the `families.Family`.
+        frugal: let it also keep less for the backward pass, which takes the host a little longer.
+    """
     from lorakit.adapters import lean
 
-    lean.slim(target.unet)
+    lean.slim(target.unet, frugal=frugal)
 
 
 def flatten(target: Any, adapter: Adapter, *, copies: bool = True) -> list[Flat]:

@@ -16,10 +16,10 @@ from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lorakit.adapters import frugal
+from lorakit.adapters.frugal import Geometry, Recipe
 from lorakit.products import linear
 
-# (stride, padding, dilation) of a convolution, along both axes.
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
 
 
@@ -44,30 +44,30 @@ class LoraLinear(torch.autograd.Function):
     """y = x (W + s B A)^T + b, W and b frozen; x `[N, in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`, s a number.
 
     The sum of the weights is made for one product and dropped. It is for float32: half precision would round most of
-    the small change away.
+    the small change away. `again` makes x, in whatever shape it had.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, again: Recipe
     ) -> Tensor:
         """`[N, out]`."""
-        ctx.save_for_backward(x, weight, down, up)
+        frugal.keep(ctx, again, weight, down, up)
         ctx.scale = scale
         return linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
-        x, weight, down, up = ctx.saved_tensors
-        to_x = None
+        x, weight, down, up = frugal.kept(ctx)
+        x, to_x = x.reshape(-1, x.shape[-1]), None
         if ctx.needs_input_grad[0]:
             to_x = linear(gradient, torch.addmm(weight, up, down, alpha=ctx.scale).t())
         # These products are thin, and kernels differ tenfold in how they take to that: the long axis goes last.
         scaled = gradient if ctx.scale == 1 else gradient * ctx.scale
         to_down = linear(linear(scaled, up.t()).t(), x.t())
         to_up = linear(linear(x, down).t(), scaled.t()).t()
-        return to_x, None, None, to_down, to_up, None
+        return to_x, None, None, to_down, to_up, None, None
 
 
 class HalfLoraLinear(torch.autograd.Function):
@@ -85,31 +85,32 @@ class HalfLoraLinear(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         scale: float,
+        again: Recipe,
         place: Place | None,
     ) -> Tensor:
         """`[N, out]`."""
         down, up = (down.to(x.dtype), up.to(x.dtype)) if place is None else (place.down, place.up)
         inner = x @ down.t()
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-        ctx.save_for_backward(x, inner, weight, down, up)
+        frugal.keep(ctx, again, inner, weight, down, up)
         ctx.scale, ctx.place = scale, place
         return y.addmm_(inner, up.t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B; the factors' in float32."""
-        x, inner, weight, down, up = ctx.saved_tensors
-        scale, place = ctx.scale, ctx.place
+        x, inner, weight, down, up = frugal.kept(ctx)
+        x, scale, place = x.reshape(-1, x.shape[-1]), ctx.scale, ctx.place
         to_inner = gradient @ up
         to_x = (gradient @ weight).addmm_(to_inner, down, alpha=scale) if ctx.needs_input_grad[0] else None
         if place is not None:
             place.to_down.addmm_(to_inner.t(), x, alpha=scale)
             place.to_up.addmm_(gradient.t(), inner, alpha=scale)
-            return to_x, None, None, None, None, None, None
+            return to_x, *[None] * 7
         to_down, to_up = (to_inner.t() @ x).float(), (gradient.t() @ inner).float()
         if scale != 1:
             to_down, to_up = to_down * scale, to_up * scale
-        return to_x, None, None, to_down, to_up, None, None
+        return to_x, None, None, to_down, to_up, None, None, None
 
 
 class LoraConv2d(torch.autograd.Function):
@@ -125,16 +126,17 @@ class LoraConv2d(torch.autograd.Function):
         up: Tensor,
         scale: float,
         geometry: Geometry,
+        again: Recipe,
     ) -> Tensor:
         """`[B, out, h', w']`; `geometry` is (stride, padding, dilation)."""
-        ctx.save_for_backward(x, weight, down, up)
+        frugal.keep(ctx, again, weight, down, up)
         ctx.scale, ctx.geometry = scale, geometry
         return functional.conv2d(x, _summed(weight, down, up, scale), bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
-        x, weight, down, up = ctx.saved_tensors
+        x, weight, down, up = frugal.kept(ctx)
         to_x = None
         if ctx.needs_input_grad[0]:
             summed = _summed(weight, down, up, ctx.scale)
@@ -144,7 +146,41 @@ class LoraConv2d(torch.autograd.Function):
         to_down = _convolution_gradient(to_inner, x, down, ctx.geometry, 1)
         inner = functional.conv2d(x, down, None, *ctx.geometry)
         to_up = _convolution_gradient(scaled, inner, up, POINTWISE, 1)
-        return to_x, None, None, to_down, to_up, None, None
+        return to_x, None, None, to_down, to_up, None, None, None
+
+
+class HalfLoraConv2d(torch.autograd.Function):
+    """The same as x * W + b + s (x * A) * B, where x and W are in half precision and A and B in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        geometry: Geometry,
+        again: Recipe,
+    ) -> Tensor:
+        """`[B, out, h', w']`."""
+        down, up = down.to(x.dtype), (up if scale == 1 else up * scale).to(x.dtype)
+        inner = functional.conv2d(x, down, None, *geometry)
+        frugal.keep(ctx, again, inner, weight, down, up)
+        ctx.scale, ctx.geometry = scale, geometry
+        return functional.conv2d(x, weight, bias, *geometry).add_(functional.conv2d(inner, up))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, A and B; the factors' in float32."""
+        x, inner, weight, down, up = frugal.kept(ctx)
+        to_inner, to_up = _convolution_gradients(gradient, inner, up, POINTWISE, True)
+        to_x, to_down = _convolution_gradients(to_inner, x, down, ctx.geometry, ctx.needs_input_grad[0])
+        if ctx.needs_input_grad[0]:
+            to_x = to_x + _convolution_gradient(gradient, x, weight, ctx.geometry, 0)
+        to_down, to_up = to_down.float(), to_up.float()
+        return to_x, None, None, to_down, to_up if ctx.scale == 1 else to_up * ctx.scale, None, None, None
 
 
 class FusedLinear(Linear):
@@ -163,7 +199,8 @@ class FusedLinear(Linear):
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         if torch.compiler.is_compiling():
             return functional.linear(x, base.weight, base.bias) + change(x, down, up, self.scaling[name])
-        given = (x.reshape(-1, x.shape[-1]), base.weight, base.bias, down, up, self.scaling[name])
+        rows = x.reshape(-1, x.shape[-1])
+        given = (rows, base.weight, base.bias, down, up, self.scaling[name], frugal.recipe(x))
         y = LoraLinear.apply(*given) if x.dtype is torch.float32 else HalfLoraLinear.apply(*given, used(self.place, x))
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -181,11 +218,12 @@ class FusedConv2d(Conv2d):
             return base(x)
         down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         geometry = (base.stride, base.padding, base.dilation)
-        if x.dtype is torch.float32 and not torch.compiler.is_compiling():
-            made: Tensor = LoraConv2d.apply(x, base.weight, base.bias, down, up, scale, geometry)
-            return made
-        inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
-        return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
+        if torch.compiler.is_compiling():
+            inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
+            return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
+        function = LoraConv2d if x.dtype is torch.float32 else HalfLoraConv2d
+        made: Tensor = function.apply(x, base.weight, base.bias, down, up, scale, geometry, frugal.recipe(x))
+        return made
 
 
 def change(x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -210,6 +248,15 @@ def _convolution_gradient(gradient: Tensor, x: Tensor, weight: Tensor, geometry:
     found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, wanted)
     made: Tensor = found[of]
     return made
+
+
+def _convolution_gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, to_x: bool
+) -> tuple[Any, Tensor]:
+    """The gradients of a convolution's input, where `to_x` wants it, and weight."""
+    wanted = [to_x, True, False]
+    found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, wanted)
+    return found[0], found[1]
 
 
 def plain_adapter(layer: Any, x: Tensor) -> str | None:

@@ -17,22 +17,32 @@ from torch import nn
 from torch.nn import functional
 
 from lorakit.adapters import fused
+from lorakit.adapters.frugal import Recipe, keep, kept, norm_silu, recipe, spare
 from lorakit.products import frozen_linear, linear
 
 # Keys up to which attention in half precision is computed in float32 on a CPU.
 SHORT = 512
 
 
-def slim(unet: nn.Module) -> None:
-    """Let the blocks of a UNet compute as this file has it, its adapter, if any, being attached already."""
-    for module in unet.modules():
+def slim(unet: nn.Module, *, frugal: bool = False) -> None:
+    """Let the blocks of a UNet compute as this file has it, its adapter, if any, being attached already.
+
+    Args:
+        frugal: let frozen layers keep less for the backward pass, as `adapters.frugal` has it; they take the host 5 %
+            longer.
+    """
+    for path, module in unet.named_modules():
         if type(module) is ResnetBlock2D and _is_plain_resnet(module):
             module.__class__ = LeanResnet
+            module.__dict__["activated"] = norm_silu if frugal else _norm_silu
         elif type(module) is Attention and _is_plain_attention(module):
             module.__class__ = LeanAttention
             own = module.cross_attention_dim == module.query_dim and not module.is_cross_attention
             shared = [module.to_q, module.to_k, module.to_v] if own else [module.to_k, module.to_v]
             module.__dict__["group"] = Group(shared) if _can_share(shared) else None
+        # The first norm of a resnet keeps what its shortcut is given.
+        elif frugal and not path.endswith("conv_shortcut"):
+            spare(module)
 
 
 class Group:
@@ -82,10 +92,10 @@ class Group:
         if any(fused.plain_adapter(layer, x) is None for layer in self.layers):
             return None
         assert self.up is not None
-        place = fused.used(self.place, x)
+        place, again = fused.used(self.place, x), recipe(x)
         # Where the gradients have a place, autograd only has to know that there is something to train.
         factors = self._factors if place is None else self._factors[:1]
-        made = GroupedLora.apply(rows, self.weight, self.down, self.up, first.scaling[_NAME], place, *factors)
+        made = GroupedLora.apply(rows, self.weight, self.down, self.up, first.scaling[_NAME], again, place, *factors)
         return tuple(part.view(*x.shape[:-1], -1) for part in made)
 
     def _plainly(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
@@ -103,12 +113,13 @@ class Group:
 
     def holds(self) -> bool:
         """Whether the layers still compute with the common tensors: whoever moved or replaced one did not know them."""
-        if self._bases[0].weight.data_ptr() != self.weight.data_ptr() or self._bases[0].weight.requires_grad:
+        weight = self._bases[0].weight
+        if weight.untyped_storage() is not self.weight.untyped_storage() or weight.requires_grad:
             return False
         if self.down is None:
             return True
         same = all(now is before for now, before in zip(self._weights(), self._factors, strict=True))
-        return same and self._factors[0].data_ptr() == self.down.data_ptr()
+        return same and self._factors[0].untyped_storage() is self.down.untyped_storage()
 
     def _weights(self) -> list[Any]:
         # `module.weight` would look in three places first.
@@ -126,6 +137,7 @@ class GroupedLora(torch.autograd.Function):
         down: torch.Tensor,
         up: torch.Tensor,
         scale: float,
+        again: Recipe,
         place: fused.Place | None,
         *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
@@ -138,14 +150,14 @@ class GroupedLora(torch.autograd.Function):
             inner = x @ down.t()
             made = x @ weight.t()
             _each(made, up).baddbmm_(_each(inner, up), up.transpose(1, 2), alpha=scale)
-        ctx.save_for_backward(x, inner, weight, down, up)
+        keep(ctx, again, inner, weight, down, up)
         return made.view(len(x), len(up), -1).unbind(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x and of the factors; theirs in float32."""
-        x, inner, weight, down, up = ctx.saved_tensors
-        scale, place = ctx.scale, ctx.place
+        x, inner, weight, down, up = kept(ctx)
+        x, scale, place = x.reshape(-1, x.shape[-1]), ctx.scale, ctx.place
         full = x.dtype is torch.float32
         gradient = torch.cat(gradients, dim=-1)
         to_inner = gradient.new_empty(len(x), len(down))
@@ -159,12 +171,12 @@ class GroupedLora(torch.autograd.Function):
         if place is not None:
             place.to_down.addmm_(to_inner.t(), x, alpha=scale)
             place.to_up.baddbmm_(_each(gradient, up).transpose(1, 2), _each(inner, up), alpha=scale)
-            return to_x, *[None] * 6
+            return to_x, *[None] * 7
         to_down = linear(to_inner.t(), x.t()).float()
         to_up = torch.bmm(_each(gradient, up).transpose(1, 2), _each(inner, up)).float()
         if scale != 1:
             to_down, to_up = to_down * scale, to_up * scale
-        return to_x, *[None] * 5, *to_down.view(len(up), -1, x.shape[-1]).unbind(), *to_up.unbind()
+        return to_x, *[None] * 6, *to_down.view(len(up), -1, x.shape[-1]).unbind(), *to_up.unbind()
 
 
 class LeanAttention(Attention):
@@ -200,14 +212,18 @@ class LeanResnet(ResnetBlock2D):
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[B, C, h, w]` and the embedded timestep `[B, D]` -> `[B, C', h, w]`."""
-        hidden = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        hidden = self.conv1(self.activated(input_tensor, self.norm1))
         hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
-        hidden = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden))))
+        hidden = self.conv2(self.dropout(self.activated(hidden, self.norm2)))
         short: torch.Tensor = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return short + hidden
 
 
 _NAME = "default"
+
+
+def _norm_silu(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    return functional.silu(norm(x))
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -229,7 +245,8 @@ def _is_plain_attention(module: Any) -> bool:
 def _is_plain_resnet(module: Any) -> bool:
     sampler = module.upsample is not None or module.downsample is not None
     embeds = module.time_emb_proj is not None and not module.skip_time_act and module.time_embedding_norm == "default"
-    return embeds and not sampler and module.output_scale_factor == 1
+    acts = type(module.nonlinearity) is nn.SiLU and all(type(n) is nn.GroupNorm for n in (module.norm1, module.norm2))
+    return embeds and acts and not sampler and module.output_scale_factor == 1
 
 
 def _can_share(layers: list[Any]) -> bool:

@@ -1,6 +1,19 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "limit: {count} block of the UNet computed again in the backward pass, for {limit} GiB": (
+        "上限：為了不超過 {limit} GiB，反向傳播時重新計算 UNet 的 {count} 個區塊"
+    ),
+    "limit: {count} blocks of the UNet computed again in the backward pass, for {limit} GiB": (
+        "上限：為了不超過 {limit} GiB，反向傳播時重新計算 UNet 的 {count} 個區塊"
+    ),
+    "memory.limit_gib chooses the blocks to recompute: leave out memory.gradient_checkpointing": (
+        "memory.limit_gib 會自行選擇要重新計算的區塊：請不要設定 memory.gradient_checkpointing"
+    ),
+    "memory.limit_gib = {limit}: a step takes {size} GiB even if every block is computed again; "
+    "raise it, or set {ways}": (
+        "memory.limit_gib = {limit}：即使每個區塊都重新計算，一步仍需 {size} GiB；請調高上限，或設定 {ways}"
+    ),
     # -- 執行 run_folder.py, train.py, checkpoint.py, data/cache.py, memory.py
     "done and checked": "完成，且已檢驗",
     "stopped after step {step}; go on with: lorakit resume {folder}": "在第 {step} 步之後停止；按「繼續」即可接著訓練",
@@ -54,6 +67,9 @@ RUNNING = {
     ),
     "memory.compile needs memory.base_storage = 'full': weights in few bits cannot be compiled": (
         "memory.compile 需要 memory.base_storage = 'full'：以少數位元存放的權重無法編譯"
+    ),
+    "memory.compile goes neither with memory.gradient_checkpointing nor with memory.limit_gib": (
+        "memory.compile 不能與 memory.gradient_checkpointing 或 memory.limit_gib 併用"
     ),
     "memory.compile needs adapter.dropout = 0: compiled code would draw other numbers": (
         "memory.compile 需要 adapter.dropout = 0：編譯後會抽到不同的隨機數"
