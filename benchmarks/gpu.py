@@ -1,13 +1,15 @@
 """A training step on a GPU, beside a plain loop and beside the scripts': one call, under 8 minutes, no network.
 
-    python benchmarks/gpu.py [--quick] [--json FILE] [--device cuda|cpu] [--only sd15|sdxl] [--stream]
+    python benchmarks/gpu.py [--quick] [--json FILE] [--device cuda|cpu] [--only sd15|sdxl] [--stream | --compile]
 
 SD1.5 at 512 px and SDXL at 1024 px in their true architecture with random weights, batch 1 and 4, rank-16 LoRA on the
 attention, base in bf16. The loops (see common.py) take turns in one process. Beside milliseconds and images a second
 it says what share of the card's bf16 matrix speed, measured in the same minutes, a step's arithmetic comes to, how far
 the step is from the time floor of its matrix products alone, and the peak of memory. With `--device cpu` the same runs
-on narrow models of the same depth: it proves that the script works, and its figures mean nothing else. `--stream` asks
-another question: our step with gradient checkpointing, the base's weights on the card and in the host's memory.
+on narrow models of the same depth: it proves that the script works, and its figures mean nothing else. With `--compile`
+ours runs once more, its blocks compiled; a second call finds them in the cache, and its first step shows by how much.
+`--stream` asks another question: our step with gradient checkpointing, the base's weights on the card and in the host's
+memory.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="under a minute: batch 1, few steps")
     parser.add_argument("--stream", action="store_true", help="weights on the card beside weights in the host's memory")
+    parser.add_argument("--compile", action="store_true", help="ours with memory.compile, too")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     device = torch.device(asked.device)
@@ -123,11 +126,15 @@ def makers(
 
     if asked.stream:
         return {"resident": lambda: checkpointed(False), "streamed": lambda: checkpointed(True)}
-    return {
+    loops = {
         "script": script,
         "peft": lambda: common.peft_loop(*model(), batch, asked.rank),
         "lorakit": lambda: common.lorakit_loop(*model(), chosen),
     }
+    if asked.compile:
+        compiled = common.settings(batch, asked.rank, **{"memory.compile": True})
+        loops["compiled"] = lambda: common.lorakit_loop(*model(), compiled)
+    return loops
 
 
 def encoders(kind: str, family: Any, side: int, width: int | None) -> Callable[[int], Any]:

@@ -1,4 +1,4 @@
-"""Where things are kept that several runs share: latents, class images. All of it may be deleted."""
+"""Where things are kept that several runs share: latents, class images, compiled code. All of it may be deleted."""
 
 from __future__ import annotations
 

@@ -216,6 +216,7 @@ class MemoryConfig:
         False,
         "Keep the UNet's frozen weights in the host's memory and copy each to the card in time: less memory, slower.",
     )
+    compile: bool = knob(False, "Compile the UNet's blocks for training; the first step of each batch shape pays.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -453,4 +454,10 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("memory.limit_gib chooses the blocks to recompute: leave out memory.gradient_checkpointing")
     if data.resolution % 8:
         problems.append(f"data.resolution = {data.resolution}: must be a multiple of 8")
+    if config.memory.compile and (config.memory.base_storage != "full" or config.memory.stream_base):
+        problems.append("memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'")
+    if config.memory.compile and (config.memory.gradient_checkpointing or config.memory.limit_gib is not None):
+        problems.append("memory.compile goes neither with memory.gradient_checkpointing nor with memory.limit_gib")
+    if config.memory.compile and getattr(adapter, "dropout", 0.0) > 0:
+        problems.append("memory.compile needs adapter.dropout = 0: compiled code would draw other numbers")
     return problems

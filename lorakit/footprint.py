@@ -164,7 +164,8 @@ def _activations(config: Config, blocks: Mapping[str, _Block], device: str, agai
 
 
 def _factors(config: Config, device: str) -> tuple[float, float]:
-    return (FRUGAL if frugal(device) else PLAIN)[config.adapter.target_modules]
+    less = frugal(device) and not config.memory.compile
+    return (FRUGAL if less else PLAIN)[config.adapter.target_modules]
 
 
 def flop(name: str, shape: Sequence[int], places: int, tokens: int) -> float:

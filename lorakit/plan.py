@@ -38,6 +38,7 @@ FEW = (
     f"note: fewer than {ENOUGH} steps teach little (the bundled base took 200 for 16 pictures, 400 for 5 photos); "
     "raise train.steps_per_image"
 )
+COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it"
 # Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
 SAMPLE_GRIDS = 6
 # Share of the host's memory above which weights that are pinned in it leave others too little.
@@ -161,7 +162,7 @@ def make(config: Config, info: Any, report: Any) -> Plan:
     alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
     return Plan(
         base=info.title,
-        notes=info.notes,
+        notes=(*info.notes, *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else [])),
         family=info.family,
         prediction_type=info.prediction_type,
         method=config.adapter.method,

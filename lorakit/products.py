@@ -19,9 +19,10 @@ FEW = 2**19
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b: x `[..., in]`, weight `[out, in]`, maybe a transpose, bias `[out]` -> `[..., out]`. On the quick path
-    autograd does not see it: for use inside a `torch.autograd.Function`, or by `frozen_linear`."""
+    autograd does not see it: for use inside a `torch.autograd.Function`, or by `frozen_linear`. A compiler is shown
+    torch's own."""
     quick = x.device.type == "cpu" and x.dtype is weight.dtype is torch.float32 and x.numel() * len(weight) >= FEW
-    if quick and _onednn():
+    if quick and not torch.compiler.is_compiling() and _onednn():
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return made
     return functional.linear(x, weight, bias)
@@ -29,7 +30,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """As `linear`, with a gradient for x, and for nothing else."""
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         made: torch.Tensor = _FrozenLinear.apply(x, weight, bias)
         return made
     return linear(x, weight, bias)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lorakit import adapters, graph, optim
+from lorakit import adapters, compiled, graph, optim
 from lorakit.adapters import flat
 from lorakit.config import Config
 from lorakit.step import Step
@@ -36,6 +36,8 @@ class Update:
         self.optimizer = optim.build(config.optimizer, groups)
         if whole:
             flat.save_apart(self.optimizer, self.flats)
+        parameters = [parameter for each in self.flats for parameter in each.parameters]
+        self._blocks = compiled.blocks(config, step.family, parameters, say)
         record, line = graph.recorder(config, step.family.device)
         weights = [each.weights for each in self.flats]
         self._replayed = None if record is None else graph.Replayed(self._backward, weights, record)
@@ -63,6 +65,14 @@ class Update:
 
     def _pass(self, index: int) -> torch.Tensor:
         """Forward and backward of the `index`-th batch; its share of the step's loss."""
+        if self._blocks is None:
+            return self._issued(index)
+        batch = self.step.batch(index)
+        shape = batch.bucket, len(batch.entries)
+        with self._blocks.compiled(shape, lambda: self._computed(lambda: self.step.loss(index))):
+            return self._issued(index)
+
+    def _issued(self, index: int) -> torch.Tensor:
         if self._replayed is not None:
             terms = self.step.terms(index)
             try:

@@ -190,6 +190,11 @@ def test_unset_is_allowed_where_it_means_something() -> None:
         ({**STEPS, "data.flip": True}, "need data.variants of 2 or more"),
         ({**STEPS, "data.crop_jitter": 0.1}, "need data.variants of 2 or more"),
         ({**STEPS, "data.color_jitter": 0.1}, "need data.variants of 2 or more"),
+        ({**STEPS, "memory.compile": True, "memory.base_storage": "nf4"}, "memory.compile needs the weights whole"),
+        ({**STEPS, "memory.compile": True, "memory.stream_base": True}, "memory.compile needs the weights whole"),
+        ({**STEPS, "memory.compile": True, "memory.gradient_checkpointing": True}, "memory.compile goes neither with"),
+        ({**STEPS, "memory.compile": True, "memory.limit_gib": 4.0}, "memory.compile goes neither with"),
+        ({**STEPS, "memory.compile": True, "adapter.dropout": 0.1}, "memory.compile needs adapter.dropout = 0"),
         ({**STEPS, "data.resolution": 516}, "data.resolution = 516: must be a multiple of 8"),
         (
             {**STEPS, "memory.limit_gib": 6, "memory.gradient_checkpointing": True},

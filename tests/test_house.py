@@ -73,7 +73,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"adapters", "data", "footprint", "terminal", *WORK},
     "step": {"encode", "objective", "randomness", "config"},
     "graph": WORK,
-    "update": {"adapters", "graph", "optim", "step", *WORK},
+    "compiled": {"graph", *WORK},
+    "update": {"adapters", "compiled", "graph", "optim", "step", *WORK},
     "evaluate": {"data", "families", "objective", *WORK},
     "checkpoint": {"run_folder", *WORK},
     "sample": {"evaluate", "pictures", "run_folder", "families", "adapters", "data", "export", "memory", *WORK},
@@ -92,7 +93,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 # Raised on purpose, with the reason in the commit.
-KNOBS = 66
+KNOBS = 67
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 500, 100
 LIGHT = [
     "lorakit",

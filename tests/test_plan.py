@@ -105,6 +105,12 @@ def test_a_run_that_is_too_short_to_teach_much_says_so(sd15: Info) -> None:
     assert plan.FEW in short.lines() and plan.FEW not in enough.lines()
 
 
+def test_what_compiling_on_a_cpu_comes_to_is_said(sd15: Info) -> None:
+    asked: dict[str, Any] = {"train__steps": 10, "memory__compile": True}
+    said = {device: make(sd15, [SQUARE], memory__device=device, **asked) for device in ("cpu", "cuda")}
+    assert plan.COMPILED_ON_A_CPU in said["cpu"].lines() and plan.COMPILED_ON_A_CPU not in said["cuda"].lines()
+
+
 def test_a_batch_holds_one_size(sd15: Info) -> None:
     made = make(sd15, [SQUARE] * 5 + [(640, 384)] * 3, train__epochs=1, train__batch_size=4)
     assert made.batches == 2 + 1

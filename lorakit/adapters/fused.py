@@ -197,6 +197,8 @@ class FusedLinear(Linear):
         if self._disable_adapters:
             return base(x)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        if torch.compiler.is_compiling():
+            return functional.linear(x, base.weight, base.bias) + change(x, down, up, self.scaling[name])
         rows = x.reshape(-1, x.shape[-1])
         given = (rows, base.weight, base.bias, down, up, self.scaling[name], frugal.recipe(x))
         y = LoraLinear.apply(*given) if x.dtype is torch.float32 else HalfLoraLinear.apply(*given, used(self.place, x))
@@ -216,9 +218,18 @@ class FusedConv2d(Conv2d):
             return base(x)
         down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         geometry = (base.stride, base.padding, base.dilation)
+        if torch.compiler.is_compiling():
+            inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
+            return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
         function = LoraConv2d if x.dtype is torch.float32 else HalfLoraConv2d
         made: Tensor = function.apply(x, base.weight, base.bias, down, up, scale, geometry, frugal.recipe(x))
         return made
+
+
+def change(x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """s x A^T B^T, `[..., in]` -> `[..., out]`, in the precision of x, as a compiler is to see it."""
+    added = functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+    return added if scale == 1 else added * scale
 
 
 def used(place: Place | None, x: Tensor) -> Place | None:

@@ -79,7 +79,9 @@ class Group:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """`[B, T, in]` -> one `[B, T, out]` for each layer; None where they are to be asked one by one."""
-        if not self._holds():
+        if torch.compiler.is_compiling():
+            return self._plainly(x)
+        if not self.holds():
             return None
         count, rows = len(self.layers), x.reshape(-1, x.shape[-1])
         first = self.layers[0]
@@ -96,7 +98,20 @@ class Group:
         made = GroupedLora.apply(rows, self.weight, self.down, self.up, first.scaling[_NAME], again, place, *factors)
         return tuple(part.view(*x.shape[:-1], -1) for part in made)
 
-    def _holds(self) -> bool:
+    def _plainly(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """The same in operations that a compiler takes apart by itself; whether it `holds` cannot be asked there."""
+        first, count = self.layers[0], len(self.layers)
+        parts = functional.linear(x, self.weight).chunk(count, dim=-1)
+        if self.down is None or first._disable_adapters:
+            return tuple(parts)
+        if any(fused.plain_adapter(layer, x) is None for layer in self.layers):
+            return None
+        inner = functional.linear(x, torch.cat(self._factors[:count]).to(x.dtype)).chunk(count, dim=-1)
+        scale = first.scaling[_NAME]
+        ups = [up.to(x.dtype) for up in self._factors[count:]]
+        return tuple(a + functional.linear(b, up) * scale for a, b, up in zip(parts, inner, ups, strict=True))
+
+    def holds(self) -> bool:
         """Whether the layers still compute with the common tensors: whoever moved or replaced one did not know them."""
         weight = self._bases[0].weight
         if weight.untyped_storage() is not self.weight.untyped_storage() or weight.requires_grad:

@@ -201,7 +201,7 @@ def test_in_half_precision_gradients_are_those_by_autograd(
     kinds = {type(layer.place) for layer in family.unet.modules() if isinstance(layer, fused.FusedLinear)}
     assert kinds == {fused.Place}
     groups = [m.group for m in family.unet.modules() if isinstance(m, lean.LeanAttention)]
-    assert groups and all(group.place is not None and group._holds() for group in groups)
+    assert groups and all(group.place is not None and group.holds() for group in groups)
     for _ in range(2):
         with torch.no_grad():  # as an optimizer would: copies of before must not be used
             for weights in [*other.parameters().values(), *(each.weights for each in made)]:

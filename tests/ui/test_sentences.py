@@ -98,6 +98,8 @@ def plans(tiny_sd1: Path) -> Iterator[plan.Plan]:
     ]
     variations: list[dict[str, Any]] = [*lengths, {"adapter.method": "rslora", "adapter.train_text_encoder": True}]
     variations += [{"memory.device": "cuda"}, {"memory.device": "cuda", "memory.stream_base": True}]
+    whole = {"memory.base_storage": "full", "memory.gradient_checkpointing": False}
+    variations += [{"memory.compile": True} | whole]
     variations += [{"model.prediction_type": "v_prediction_zero_snr"}]
     for preset, changed in itertools.product(config.preset_names(), variations):
         base = "pocket" if preset.endswith("pocket") else str(tiny_sd1)
@@ -261,6 +263,9 @@ def test_every_problem_of_a_config_is_said(tmp_path: Path):
         {"data__variants": 2},
         {"data__flip": True},
         {"data__resolution": 100},
+        {"memory__compile": True, "memory__base_storage": "int8"},
+        {"memory__compile": True, "memory__gradient_checkpointing": True},
+        {"memory__compile": True, "adapter__dropout": 0.1},
     ]
     found += [line for given in contradictions for line in problems(steps, **given)]
     (tmp_path / "broken.toml").write_text("a = ")

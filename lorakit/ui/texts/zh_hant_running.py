@@ -73,6 +73,23 @@ RUNNING = {
     "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'": (
         "memory.attention = 'xformers' 需要另外安裝：pip install 'lorakit[xformers]'"
     ),
+    "memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'": (
+        "memory.compile 需要完整的權重：不用 memory.stream_base，且 memory.base_storage = 'full'"
+    ),
+    "memory.compile goes neither with memory.gradient_checkpointing nor with memory.limit_gib": (
+        "memory.compile 不能與 memory.gradient_checkpointing 或 memory.limit_gib 併用"
+    ),
+    "memory.compile needs adapter.dropout = 0: compiled code would draw other numbers": (
+        "memory.compile 需要 adapter.dropout = 0：編譯後會抽到不同的隨機數"
+    ),
+    "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it": (
+        "memory.compile：CPU 要編譯好幾分鐘，而實測之後的每一步並沒有變快"
+    ),
+    "compiled the UNet's blocks for this batch shape in {seconds} s; kept in {folder}, so that the next run takes "
+    "less": "已在 {seconds} 秒內為這種批次形狀編譯 UNet 的區塊；存放於 {folder}，下次執行會較快",
+    "the UNet's blocks are not compiled, the run goes on without: {problem}": (
+        "UNet 的區塊未編譯，訓練照常繼續：{problem}"
+    ),
     "optimizer.name = 'paged_adamw8bit' needs a CUDA device: choose 'adamw8bit' or 'adamw'": (
         "optimizer.name = 'paged_adamw8bit' 需要 CUDA 裝置：請選 'adamw8bit' 或 'adamw'"
     ),
