@@ -181,7 +181,7 @@ def test_too_little_memory_is_told_with_the_ways_out(run: Run, monkeypatch: pyte
     assert code == 1
     assert err == (
         "lorakit: this command: not enough memory on the device; cheapest first, set "
-        "memory.gradient_checkpointing = true, memory.base_storage = 'nf4', "
+        "memory.gradient_checkpointing = true, memory.base_storage = 'nf4', memory.stream_base = true, "
         "train.batch_size = 1 with train.gradient_accumulation_steps = ..., or a lower data.resolution\n"
     )
 
