@@ -164,6 +164,9 @@ NAMES = {
     "optimizer.lr_scheduler": "Learning rate schedule",
     "train.min_snr_gamma": "Min-SNR gamma",
     "train.on_nan": "On a loss that is not finite",
+    "memory.limit_gib": "Limit in GiB",
+    "memory.stream_base": "Weights in the host's memory",
+    "memory.compile": "Compile the UNet",
     "output.dtype": "Precision of the file",
 }
 SECTIONS = {
