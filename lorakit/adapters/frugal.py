@@ -2,8 +2,8 @@
 
 A convolution whose weight is not trained has no use for its input in the backward pass; autograd keeps it. Norms and
 activations cost next to nothing beside the products around them: what they made is made again from their input, which
-is kept in any case. Values and gradients stay what they are to the bit; a step of the UNets of Stable Diffusion keeps
-about half (docs/memory.md).
+is kept in any case. Values and gradients stay what they are to the bit; a step of the UNets of Stable Diffusion keeps a
+third less (docs/memory.md).
 """
 
 from __future__ import annotations
