@@ -135,8 +135,7 @@ def lorakit_loop(
 ) -> Loop:
     """A function that runs so many of lorakit's optimizer steps; as on a `device` of that kind, where one is given."""
     adapter = adapters.attach(family, chosen.adapter, seed=0)
-    frugal = footprint.frugal(device or family.device.type) and not chosen.memory.compile
-    adapters.slim(family, frugal=frugal)
+    adapters.slim(family, frugal=footprint.frugal(chosen, device or family.device.type))
     if chosen.memory.gradient_checkpointing:
         blocks = [path for path, _ in family.unet.named_modules() if footprint.BLOCK.fullmatch(path)]
         memory.gradient_checkpointing(family, blocks)

@@ -242,7 +242,7 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
             base = sum(p.nbytes for p in unet.parameters() if not isinstance(p, stored.StoredWeight))
             base -= sum(p.nbytes for p in adapter.parameters().values())
         host = 0 if stream is None else stream.host
-        adapters.slim(family, frugal=footprint.frugal("cuda"))
+        adapters.slim(family, frugal=footprint.frugal(settings, "cuda"))
         memory.gradient_checkpointing(family, blocks)
         noisy = torch.randn(batch, 4, side, side)
         states = torch.randn(batch, 77, common.unet_config(name)["cross_attention_dim"])

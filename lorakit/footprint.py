@@ -51,24 +51,28 @@ def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], 
     Raises:
         LorakitError: as `recomputed`.
     """
-    return _training(config, info, modules, device, set(recomputed(config, info, modules, device)))
+    again = set(recomputed(config, info, modules, device))
+    rest = _rest(config, info, modules, device)
+    return {
+        "base": rest["base"],
+        "adapter and optimizer": rest["adapter and optimizer"],
+        "activations": _activations(config, _blocks(config, info), device, again),
+        "runtime": rest["runtime"],
+    }
 
 
-def _training(
-    config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str, again: set[str]
-) -> dict[str, int]:
+def _rest(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
+    """What a step takes beside activations."""
     width = _width(config, device)
     # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
     base = _unet(config, info, device)[0]
     base += sum(size for name, size in _encoders(info, width).items() if name in modules or device == "cpu")
     base += info.bytes.get("vae", 0) if device == "cpu" else 0
     trained = sum(weights for _, weights in modules.values())
-    pictures = config.train.batch_size * (1 if config.train.prior == "none" else 2)
     return {
         "base": base,
         # The weight itself and its gradient are float32.
         "adapter and optimizer": trained * (4 + 4 + STATE_BYTES[config.optimizer.name]),
-        "activations": round(_activations(config, _blocks(config, info), device, again) * width * pictures),
         "runtime": round(RUNTIME_BYTES[device]),
     }
 
@@ -98,10 +102,10 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
     }
 
 
-def frugal(device: str) -> bool:
+def frugal(config: Config, device: str) -> bool:
     """Whether layers keep as little for the backward pass as they can: a card has less memory than its host has time,
-    on a CPU it is the other way round."""
-    return device == "cuda"
+    on a CPU it is the other way round. What is compiled keeps what its compiler chooses."""
+    return device == "cuda" and not config.memory.compile
 
 
 def recomputed(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> list[str]:
@@ -111,14 +115,16 @@ def recomputed(config: Config, info: Any, modules: Mapping[str, tuple[int, int]]
     Raises:
         LorakitError: a step takes more than the limit even with all of them.
     """
-    blocks = {path: block for path, block in _blocks(config, info).items() if path}
+    blocks = _blocks(config, info)
+    paths = [path for path in blocks if path]
     limit = config.memory.limit_gib
     if limit is None:
-        return list(blocks) if config.memory.gradient_checkpointing else []
+        return paths if config.memory.gradient_checkpointing else []
     kept, _ = _factors(config, device)
-    order = sorted(blocks, key=lambda path: blocks[path].saved(kept) / blocks[path].flop, reverse=True)
+    order = sorted(paths, key=lambda path: blocks[path].saved(kept) / blocks[path].flop, reverse=True)
+    rest = sum(_rest(config, info, modules, device).values())
     for count in range(len(order) + 1):
-        size = sum(_training(config, info, modules, device, set(order[:count])).values())
+        size = rest + _activations(config, blocks, device, set(order[:count]))
         if size <= limit * GIB:
             return order[:count]
     everything = dataclasses.replace(config.memory, limit_gib=None, gradient_checkpointing=True)
@@ -153,19 +159,20 @@ def _blocks(config: Config, info: Any) -> dict[str, _Block]:
     return found
 
 
-def _activations(config: Config, blocks: Mapping[str, _Block], device: str, again: set[str]) -> float:
-    """Values kept for the backward pass of one picture."""
+def _activations(config: Config, blocks: Mapping[str, _Block], device: str, again: set[str]) -> int:
+    """Bytes kept for the backward pass, where the blocks in `again` are computed again."""
     kept, repeated = _factors(config, device)
     inner = {path: block for path, block in blocks.items() if path}
     total = OUTSIDE * (blocks[""].outputs if "" in blocks else 0)
     total += kept * sum(block.outputs for path, block in inner.items() if path not in again)
     total += INPUTS * sum(inner[path].inputs for path in again)
-    return total + repeated * max((inner[path].outputs for path in again), default=0)
+    total += repeated * max((inner[path].outputs for path in again), default=0)
+    pictures = config.train.batch_size * (1 if config.train.prior == "none" else 2)
+    return round(total * _width(config, device) * pictures)
 
 
 def _factors(config: Config, device: str) -> tuple[float, float]:
-    less = frugal(device) and not config.memory.compile
-    return (FRUGAL if less else PLAIN)[config.adapter.target_modules]
+    return (FRUGAL if frugal(config, device) else PLAIN)[config.adapter.target_modules]
 
 
 def flop(name: str, shape: Sequence[int], places: int, tokens: int) -> float:

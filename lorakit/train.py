@@ -222,7 +222,7 @@ class _Run:
         if config.train.init_from:
             self.adapter.load(export.read(Path(config.train.init_from)))
             self.say(f"starting from the weights of {Path(config.train.init_from).name}")
-        adapters.slim(family, frugal=footprint.frugal(self.device.type) and not config.memory.compile)
+        adapters.slim(family, frugal=footprint.frugal(config, self.device.type))
         blocks = footprint.recomputed(config, self.info, self.plan.modules, self.device.type)
         memory.gradient_checkpointing(family, blocks, random=self.adapter.dropout > 0)
         self.step = Step(family, self.adapter, encoded, config.train, embed_anew=self.trains_text)

@@ -119,8 +119,9 @@ def test_a_limit_recomputes_as_little_as_it_needs() -> None:
     assert all(more[: len(less)] == less for less, more in itertools.pairwise(steps))
     settings = chosen(1024, memory__limit_gib=8)
     assert sum(footprint.training(settings, info, trained(settings, info), "cuda").values()) <= 8 * GIB
-    fewer = footprint._training(settings, info, trained(settings, info), "cuda", set(found(8)[:-1]))
-    assert sum(fewer.values()) > 8 * GIB
+    rest = sum(footprint._rest(settings, info, trained(settings, info), "cuda").values())
+    fewer = footprint._activations(settings, footprint._blocks(settings, info), "cuda", set(found(8)[:-1]))
+    assert rest + fewer > 8 * GIB
 
 
 def test_a_limit_that_cannot_be_kept_is_an_error() -> None:

@@ -66,7 +66,7 @@ def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = t
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(device).manual_seed(len(name)))
-    adapters.slim(family, frugal=footprint.frugal(device))
+    adapters.slim(family, frugal=footprint.frugal(settings, device))
     memory.gradient_checkpointing(family, footprint.recomputed(settings, info, {}, device))
     return step, adapter
 
