@@ -89,19 +89,8 @@ class StoredWeight(torch.Tensor):
         made: StoredWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, seen, dtype=dtype, device=codes.device if device is None else device, requires_grad=False
         )
+        made.codes, made.scales, made.kind, made.transposed, made.home = codes, scales, kind, transposed, home
         return made
-
-    def __init__(
-        self,
-        codes: torch.Tensor,
-        scales: torch.Tensor | None,
-        kind: str,
-        shape: tuple[int, ...],
-        transposed: bool = False,
-        home: Home | None = None,
-        device: torch.device | None = None,
-    ):
-        self.codes, self.scales, self.kind, self.transposed, self.home = codes, scales, kind, transposed, home
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

@@ -113,7 +113,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by a C++ compiler")
-def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(cache: Path) -> None:
+def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
         # C++ for one block of the four, without vectors: all of them would take a minute.
         by_cpp, rest = compiled.inductor(function), traced(function)
@@ -123,11 +125,7 @@ def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(cache:
 
     import torch._inductor.config
 
-    with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
-        compiled_and_found_again(compiler, cache)
-
-
-def compiled_and_found_again(compiler: compiled.Compiler, cache: Path) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
     small = Small(compiler)
     names, random = list(small.unet.state_dict()), torch.get_rng_state()
     small.train()

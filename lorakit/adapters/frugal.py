@@ -24,8 +24,6 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 _norm_backward = torch.ops.aten.native_group_norm_backward.default
 _silu_backward = torch.ops.aten.silu_backward.default
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
-# Of a layer's input, weight and bias only the first wants a gradient.
-_FIRST = [True, False, False]
 
 
 def spare(layer: nn.Module) -> None:
@@ -99,8 +97,16 @@ class _FrozenConvolution(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         # Of the input only the shape counts.
         x = gradient.new_empty(1).expand(ctx.shape)
-        found = _convolution_backward(gradient, x, weight, None, *ctx.geometry, False, (0, 0), 1, _FIRST)
-        return found[0], None, None, None
+        return convolution_gradients(gradient, x, weight, ctx.geometry, to_x=True)[0], None, None, None
+
+
+def convolution_gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, to_x: bool = False, to_weight: bool = False
+) -> tuple[Any, Any]:
+    """The gradients of a convolution's input and weight, each where it is wanted, else None."""
+    wanted = [to_x, to_weight, False]
+    found = _convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, wanted)
+    return found[0], found[1]
 
 
 class FrozenLayerNorm(nn.LayerNorm):
@@ -134,7 +140,7 @@ class _NormSilu(torch.autograd.Function):
         x, mean, rstd = ctx.saved_tensors
         norm = ctx.norm
         gradient = _silu_backward(gradient, _normed(x, norm)[0])
-        found = _norm_backward(gradient, x, mean, rstd, norm.weight, *_size(x), norm.num_groups, _FIRST)
+        found = _norm_backward(gradient, x, mean, rstd, norm.weight, *_size(x), norm.num_groups, [True, False, False])
         return found[0], None
 
 

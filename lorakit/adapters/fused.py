@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorakit.adapters import frugal
-from lorakit.adapters.frugal import Geometry, Recipe
+from lorakit.adapters.frugal import Geometry, Recipe, convolution_gradients
 from lorakit.products import linear
 
 POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
@@ -140,12 +140,12 @@ class LoraConv2d(torch.autograd.Function):
         to_x = None
         if ctx.needs_input_grad[0]:
             summed = _summed(weight, down, up, ctx.scale)
-            to_x = _convolution_gradient(gradient, x, summed, ctx.geometry, 0)
+            to_x = convolution_gradients(gradient, x, summed, ctx.geometry, to_x=True)[0]
         scaled = gradient if ctx.scale == 1 else gradient * ctx.scale
         to_inner = functional.conv2d(scaled, up.transpose(0, 1))
-        to_down = _convolution_gradient(to_inner, x, down, ctx.geometry, 1)
+        to_down = convolution_gradients(to_inner, x, down, ctx.geometry, to_weight=True)[1]
         inner = functional.conv2d(x, down, None, *ctx.geometry)
-        to_up = _convolution_gradient(scaled, inner, up, POINTWISE, 1)
+        to_up = convolution_gradients(scaled, inner, up, POINTWISE, to_weight=True)[1]
         return to_x, None, None, to_down, to_up, None, None, None
 
 
@@ -175,10 +175,11 @@ class HalfLoraConv2d(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B; the factors' in float32."""
         x, inner, weight, down, up = frugal.kept(ctx)
-        to_inner, to_up = _convolution_gradients(gradient, inner, up, POINTWISE, True)
-        to_x, to_down = _convolution_gradients(to_inner, x, down, ctx.geometry, ctx.needs_input_grad[0])
-        if ctx.needs_input_grad[0]:
-            to_x = to_x + _convolution_gradient(gradient, x, weight, ctx.geometry, 0)
+        wants_x = ctx.needs_input_grad[0]
+        to_inner, to_up = convolution_gradients(gradient, inner, up, POINTWISE, to_x=True, to_weight=True)
+        to_x, to_down = convolution_gradients(to_inner, x, down, ctx.geometry, to_x=wants_x, to_weight=True)
+        if wants_x:
+            to_x = to_x + convolution_gradients(gradient, x, weight, ctx.geometry, to_x=True)[0]
         to_down, to_up = to_down.float(), to_up.float()
         return to_x, None, None, to_down, to_up if ctx.scale == 1 else to_up * ctx.scale, None, None, None
 
@@ -240,23 +241,6 @@ def used(place: Place | None, x: Tensor) -> Place | None:
 def _summed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """W + s B A of a convolution."""
     return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(weight.shape)
-
-
-def _convolution_gradient(gradient: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, of: int) -> Tensor:
-    """The gradient of a convolution's input (`of` = 0) or weight (1)."""
-    wanted = [of == 0, of == 1, False]
-    found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, wanted)
-    made: Tensor = found[of]
-    return made
-
-
-def _convolution_gradients(
-    gradient: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, to_x: bool
-) -> tuple[Any, Tensor]:
-    """The gradients of a convolution's input, where `to_x` wants it, and weight."""
-    wanted = [to_x, True, False]
-    found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, wanted)
-    return found[0], found[1]
 
 
 def plain_adapter(layer: Any, x: Tensor) -> str | None:
