@@ -9,15 +9,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
+import short_run
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
-from PIL import Image
 from safetensors.torch import load_file
 
 from lorakit import adapters, compiled, config, graph, train
@@ -286,35 +286,13 @@ def test_without_a_compiler_on_the_machine_the_run_goes_on() -> None:
     assert line.startswith("the UNet's blocks are not compiled, the run goes on without: ") and "C++ compiler" in line
 
 
+chosen = partial(short_run.chosen, steps=4)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three photos: a batch of two and one of one."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)):
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
-
-
-def chosen(base: Path, photos: Path, folder: Path, **changes: object) -> config.Config:
-    asked: dict[str, Any] = {
-        "model.base": str(base),
-        "data.folder": str(photos),
-        "data.name": "sks toy",
-        "data.resolution": 64,
-        "adapter.rank": 4,
-        "optimizer.learning_rate": 1e-2,
-        "train.steps": 4,
-        "train.batch_size": 2,
-        "train.validate_every": 4,
-        "train.save_every": 4,
-        "train.holdout": 0.0,
-        "sample.every": 4,
-        "sample.steps": 2,
-        "memory.device": "cpu",
-        "output.folder": str(folder),
-        "output.dtype": "fp32",
-    }
-    return config.load(None, asked | {name.replace("__", "."): value for name, value in changes.items()})
+    return short_run.noise(tmp_path_factory.mktemp("photos"), 3)
 
 
 def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(

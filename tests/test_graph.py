@@ -4,13 +4,13 @@ Without a CUDA device a stand-in takes the graph's place: it computes anew from 
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import short_run
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from lorakit import adapters, config, families, footprint, graph, memory, train
@@ -25,35 +25,13 @@ def stand_in(compute: graph.Compute) -> graph.Compute:
     return compute
 
 
+chosen = partial(short_run.chosen, steps=6)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five photos: two batches of two and one of one."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)):
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
-
-
-def chosen(base: Path, photos: Path, folder: Path, **changes: object) -> config.Config:
-    asked: dict[str, Any] = {
-        "model.base": str(base),
-        "data.folder": str(photos),
-        "data.name": "sks toy",
-        "data.resolution": 64,
-        "adapter.rank": 4,
-        "optimizer.learning_rate": 1e-2,
-        "train.steps": 6,
-        "train.batch_size": 2,
-        "train.validate_every": 6,
-        "train.save_every": 6,
-        "train.holdout": 0.0,
-        "sample.every": 6,
-        "sample.steps": 2,
-        "memory.device": "cpu",
-        "output.folder": str(folder),
-        "output.dtype": "fp32",
-    }
-    return config.load(None, asked | {name.replace("__", "."): value for name, value in changes.items()})
+    return short_run.noise(tmp_path_factory.mktemp("photos"), 5)
 
 
 def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Step, Any]:

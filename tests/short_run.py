@@ -1,0 +1,39 @@
+"""A run of a few steps on pictures of noise, for tests of how steps are computed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lorakit import config
+
+
+def noise(folder: Path, count: int) -> Path:
+    """So many photos of 64 px in `folder`."""
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def chosen(base: Path, photos: Path, folder: Path, steps: int, **changes: object) -> config.Config:
+    """Batches of two; validation, samples and a checkpoint at the end. Dots in names are double underscores."""
+    asked: dict[str, Any] = {
+        "model.base": str(base),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "adapter.rank": 4,
+        "optimizer.learning_rate": 1e-2,
+        "train.steps": steps,
+        "train.batch_size": 2,
+        "train.validate_every": steps,
+        "train.save_every": steps,
+        "train.holdout": 0.0,
+        "sample.every": steps,
+        "sample.steps": 2,
+        "memory.device": "cpu",
+        "output.folder": str(folder),
+        "output.dtype": "fp32",
+    }
+    return config.load(None, asked | {name.replace("__", "."): value for name, value in changes.items()})
