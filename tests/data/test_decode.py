@@ -292,17 +292,16 @@ def test_a_truncated_file_is_named(format: str) -> None:
         decode.decode(raw[: len(raw) // 2], "half.x")
 
 
-def test_huge_dimensions_are_refused_before_they_take_memory() -> None:
+@pytest.mark.parametrize("pillows_own", [Image.MAX_IMAGE_PIXELS, None])
+def test_huge_dimensions_are_refused_before_they_take_memory(
+    pillows_own: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_own)
     raw = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
     raw[16:24] = struct.pack(">II", 20_000, 20_000)
     raw[29:33] = struct.pack(">I", zlib.crc32(bytes(raw[12:29])))
     with pytest.raises(Unreadable, match=r"^big\.png: more than 178 megapixels; save it smaller$"):
         decode.decode(bytes(raw), "big.png")
-
-
-def test_the_limit_holds_where_pillows_own_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    test_huge_dimensions_are_refused_before_they_take_memory()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
