@@ -98,7 +98,7 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
     products.quicken(family.unet)
     family.device, family.dtype, family.prediction_type, family.gradient_scale = device, dtype, "epsilon", 1.0
     family.info = SimpleNamespace(family="sdxl" if kind == "sdxl" else "sd1")
-    family.text_encoders = {}
+    family.text_encoders, family.vae = {}, None
     family.alphas_cumprod = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=device) ** 2).cumprod(0)
     return family
 
@@ -106,7 +106,7 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
 def encoded(family: Any, side: int, width: int | None = None) -> Any:
     """Latents `[8, 4, side, side]` and texts at random, on the device, as `lorakit.encode` leaves them."""
     from lorakit.data.dataset import Dataset, LatentBucket
-    from lorakit.encode import Encoded
+    from lorakit.encode import Encoded, Samples
     from lorakit.families.condition import Condition
 
     device, sized = family.device, family.info.family == "sdxl"
@@ -121,7 +121,16 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
     dataset = Dataset([bucket], names, [str(n) for n in range(PHOTOS)], [[n] for n in range(PHOTOS)], 0, 0.0)
     texts = Condition(states, pooled=pooled)
     first = texts.index(torch.zeros(1, dtype=torch.int64, device=device))
-    return Encoded(dataset, None, texts, ["x"], first, torch.zeros(PHOTOS, dtype=torch.int64, device=device), None)
+    return Encoded(
+        dataset,
+        None,
+        texts,
+        ["x"],
+        first,
+        torch.zeros(PHOTOS, dtype=torch.int64, device=device),
+        None,
+        Samples([], None, None),
+    )
 
 
 def settings(batch: int, rank: int, **changes: Any) -> config.Config:

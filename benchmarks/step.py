@@ -116,11 +116,11 @@ def base_of(chosen: config.Config) -> families.Family:
 def ours(chosen: config.Config) -> Callable[[int], None]:
     """A function that runs so many steps of lorakit's loop."""
     family = base_of(chosen)
+    trains_text = chosen.adapter.train_text_encoder
+    family.acquire("unet", *(["text_encoders"] if trains_text else []))
     adapter = adapters.attach(family, chosen.adapter, seed=0)
     photos = check.check(chosen.data, family.info)
-    trains_text = chosen.adapter.train_text_encoder
     encoded = encode(chosen, family, adapter, photos, lambda line: None)
-    family.release("vae", *([] if trains_text else ["text_encoders"]))
     step = Step(family, adapter, encoded, chosen.train, embed_anew=trains_text)
     adapters.slim(family)
     adapter.train(True)
@@ -134,6 +134,7 @@ def plain(chosen: config.Config) -> Callable[[int], None]:
     from peft import LoraConfig
 
     family = base_of(chosen)
+    family.acquire("unet", "vae", "text_encoders")
     pipe = family.pipeline()
     unet, vae, text_encoder, tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
     common.torchs_own(unet)

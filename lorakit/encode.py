@@ -35,6 +35,20 @@ class ClassLatents:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """The sample prompts and, where the text encoders stay as they are, what these make of them.
+
+    Attributes:
+        texts: for `sample.draw`; None where a text encoder is trained.
+        condition: of the first prompt, for `selfcheck.probe`; None as above.
+    """
+
+    prompts: list[str]
+    texts: list[dict[str, Any]] | None
+    condition: Any
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Everything a run trains and is examined on.
 
@@ -45,6 +59,7 @@ class Encoded:
         class_conditions: the base's embeddings of them, a row each.
         class_of: int64 `[len(dataset.texts)]`, each text's place in `class_texts`.
         class_latents: class images where `train.prior` is "images", else None.
+        samples: what is drawn while the run goes on.
     """
 
     dataset: Dataset
@@ -54,6 +69,7 @@ class Encoded:
     class_conditions: Any
     class_of: torch.Tensor
     class_latents: ClassLatents | None
+    samples: Samples
 
 
 def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable[[str], None]) -> Encoded:
@@ -62,13 +78,13 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
 
     Args:
         adapter: one that is attached already, or None; it is switched off while class images are drawn and texts
-            encoded, and its UNet stays where it is.
+            encoded.
         photos: what `data.check.check` reported.
 
     Raises:
         LorakitError: a photo cannot be read or its latents are not finite; the class-image cache cannot be written.
     """
-    family.release("text_encoders", *(["unet"] if adapter is None else []))
+    family.release("unet", "text_encoders")
     dataset, held_out = cache.build(
         photos,
         config.data,
@@ -86,12 +102,11 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
     latents = None
     with adapter.disabled() if adapter is not None else contextlib.nullcontext():
         conditions, class_conditions = embed(family, dataset.texts, class_texts)
+        samples = _samples(config, family)
         if config.train.prior == "images":
-            family.acquire("unet")
             latents = _class_latents(config, family, class_texts, say)
     family.release("vae", "text_encoders")
-    family.acquire("unet")
-    return Encoded(dataset, held_out, conditions, class_texts, class_conditions, class_of, latents)
+    return Encoded(dataset, held_out, conditions, class_texts, class_conditions, class_of, latents, samples)
 
 
 def embed(family: Any, texts: list[str], class_texts: list[str]) -> tuple[Any, Any]:
@@ -102,6 +117,13 @@ def embed(family: Any, texts: list[str], class_texts: list[str]) -> tuple[Any, A
     return conditions.index(places[: len(texts)]), conditions.index(places[len(texts) :])
 
 
+def _samples(config: Config, family: Any) -> Samples:
+    prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
+    if config.adapter.trains_text:
+        return Samples(prompts, None, None)
+    return Samples(prompts, sample.embed(family, prompts, config.sample), family.encode_text(prompts[:1]))
+
+
 def _class_latents(config: Config, family: Any, class_texts: list[str], say: Callable[[str], None]) -> ClassLatents:
     """Class images, drawn by the base once and kept in the user's cache, encoded as the photos were.
 
@@ -110,9 +132,10 @@ def _class_latents(config: Config, family: Any, class_texts: list[str], say: Cal
     side = config.data.resolution
     total, seed = config.train.class_images, config.train.seed
     pictures, texts = [], []
-    for place, text in enumerate(class_texts[:total]):
+    prompts = class_texts[:total]
+    for place, (prompt, text) in enumerate(zip(prompts, sample.embed(family, prompts, config.sample), strict=True)):
         count = len(range(place, total, len(class_texts)))
-        pictures += sample.class_images(family, text, count, config.sample, side, seed, say=say)
+        pictures += sample.class_images(family, prompt, text, count, config.sample, side, seed, say=say)
         texts += [place] * count
     means, stds = zip(*(family.encode_image(pixels) for pixels in sample.as_pixels(pictures, 8)), strict=True)
     ids = family.time_ids((side, side), (0, 0), (side, side))

@@ -93,12 +93,15 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
     # On disk the autoencoder may be in half precision; it never is in memory.
     vae = info.bytes.get("vae", VAE_BYTES) * (2 if info.variants.get("vae") else 1)
     pictures = vae + (BY_STRIPS if device == "cuda" else DECODING) * pixels
-    # Class images are drawn with everything there; samples once their texts are embedded.
-    encoding = unet + texts + pictures if config.train.prior == "images" else max(texts, pictures)
+    # Class images and samples are drawn once their texts are embedded. What is trained never leaves.
+    drawing = unet + pictures
+    encoding = max(texts, drawing if config.train.prior == "images" else pictures)
+    trained = step["base"] - unet
+    samples = max(unet + texts, drawing + trained) if trained else drawing
     return {
         "encoding": encoding + step["runtime"],
         "training": sum(step.values()),
-        "samples": unet + max(texts, pictures) + step["adapter and optimizer"] + step["runtime"],
+        "samples": samples + step["adapter and optimizer"] + step["runtime"],
     }
 
 

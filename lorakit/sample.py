@@ -45,6 +45,7 @@ def draw(
     sample: SampleConfig,
     size: int | tuple[int, int],
     *,
+    texts: Sequence[Mapping[str, Any]] | None = None,
     adapter: str = "",
     strength: float = 1.0,
 ) -> list[Image.Image]:
@@ -53,9 +54,10 @@ def draw(
     Drawn one by one: rounding then does not depend on the company either, and memory is that of a single picture.
 
     Args:
-        family: the loaded base, with an adapter or without; its VAE and text encoders must be on the device.
+        family: the loaded base, with an adapter or without.
         prompts: the n-th is drawn with seed `sample.seed + n`.
         size: side, or (width, height), in pixels.
+        texts: what `embed` makes of the prompts; by default it is asked.
         adapter: stem of the adapter's file, for the recipe.
         strength: what the adapter is set to, for the recipe.
 
@@ -64,16 +66,36 @@ def draw(
         it, "lorakit" as JSON.
     """
     width, height = (size, size) if isinstance(size, int) else size
+    texts = embed(family, prompts, sample) if texts is None else texts
     pipeline, sampler = _pipeline(family)
-    texts = [_embedded(family, pipeline, [prompt], sample) for prompt in prompts]
-    _without_encoders(family, pipeline)
     drawn = []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         seed = sample.seed + number
-        (picture,) = _pictures(family, pipeline, [seed], text, sample, (width, height))
+        (picture,) = _pictures(family, pipeline, text, [seed], sample, (width, height))
         picture.info.update(_recipe(family.info, sampler, prompt, seed, sample, (width, height), adapter, strength))
         drawn.append(picture)
     return drawn
+
+
+def embed(family: Any, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, Any]]:
+    """What the text encoders, as they are, make of each prompt and of the negative prompt: by the names under which the
+    family's pipeline takes it. They have the device to themselves, but for what is trained."""
+    family.release("unet", "vae")
+    family.acquire("text_encoders")
+    pipeline = family.pipeline()
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    texts = []
+    for prompt in prompts:
+        with inference(family.text_encoders.values()):
+            made = pipeline.encode_prompt(
+                prompt=[prompt],
+                device=family.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=sample.guidance > 1,
+                negative_prompt=[sample.negative_prompt],
+            )
+        texts.append(dict(zip(names, made, strict=False)))
+    return texts
 
 
 def from_file(
@@ -147,10 +169,14 @@ def draw_weights(
     stream = where.stream_base and device.type == "cuda"
     family = families.load(info, device, placement.dtype(where, device), where.base_storage, stream)
     applied = adapters.apply(family, weights)
-    rows = []
-    for strength in strengths:
+    texts = []
+    for strength in strengths:  # all of them before the UNet comes to the device
         applied.set_strength(strength)
-        rows.append(draw(family, prompts, sample, size, adapter=name, strength=strength))
+        texts.append(embed(family, prompts, sample))
+    rows = []
+    for strength, embedded in zip(strengths, texts, strict=True):
+        applied.set_strength(strength)
+        rows.append(draw(family, prompts, sample, size, texts=embedded, adapter=name, strength=strength))
     return rows
 
 
@@ -178,6 +204,7 @@ def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Conf
 def class_images(
     family: Any,
     prompt: str,
+    text: Mapping[str, Any],
     count: int,
     sample: SampleConfig,
     side: int,
@@ -192,6 +219,7 @@ def class_images(
     Whatever is missing is drawn, whether that is all, what an interruption left or what a higher `count` asks for.
 
     Args:
+        text: what `embed` makes of the prompt.
         folder: cache to use instead of the user's.
 
     Raises:
@@ -222,8 +250,7 @@ def class_images(
             numbers = missing[start : start + batch]
             # A seed range of their own, far from the samples' (both are below 2**31).
             seeds = [2**32 + seed * 2**20 + number for number in numbers]
-            texts = _embedded(family, pipeline, [prompt] * len(numbers), sample)
-            drawn = _pictures(family, pipeline, seeds, texts, sample, (side, side))
+            drawn = _pictures(family, pipeline, text, seeds, sample, (side, side))
             for number, picture in zip(numbers, drawn, strict=True):
                 save(picture, files[number])
     except OSError as error:
@@ -239,8 +266,12 @@ def as_pixels(images: Sequence[Image.Image], batch: int) -> Iterator[torch.Tenso
 
 
 def _pipeline(family: Any) -> tuple[Any, str]:
-    """The family's pipeline with a fresh sampler, and the name that web UIs give the sampler."""
+    """The family's pipeline for texts that are embedded already, with a fresh sampler, and the name that web UIs give
+    the sampler. The text encoders leave the device."""
+    family.release("text_encoders")
     pipeline = family.pipeline()
+    for name in family.text_encoders:
+        setattr(pipeline, name, None)
     if family.prediction_type == "flow_prediction":
         name = "Euler"  # the scheduler that the base names: straight lines need nothing better
     else:
@@ -249,40 +280,17 @@ def _pipeline(family: Any) -> tuple[Any, str]:
     return pipeline, name
 
 
-def _embedded(family: Any, pipeline: Any, prompts: list[str], sample: SampleConfig) -> dict[str, Any]:
-    """What the pipeline makes of the prompts and the negative prompt, by the names under which it takes it back."""
-    with inference(family.text_encoders.values()):
-        made = pipeline.encode_prompt(
-            prompt=prompts,
-            device=family.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=sample.guidance > 1,
-            negative_prompt=[sample.negative_prompt] * len(prompts),
-        )
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, made, strict=False))
-
-
-def _without_encoders(family: Any, pipeline: Any) -> None:
-    """Draw on with what is embedded already: the text encoders leave the device, but for those that are trained, which
-    stay where the optimizer knows them."""
-    encoders = family.text_encoders
-    if not any(weight.requires_grad for encoder in encoders.values() for weight in encoder.parameters()):
-        family.release("text_encoders")
-        for name in encoders:
-            setattr(pipeline, name, None)
-
-
 def _pictures(
-    family: Any, pipeline: Any, seeds: list[int], texts: dict[str, Any], sample: SampleConfig, size: tuple[int, int]
+    family: Any, pipeline: Any, text: Mapping[str, Any], seeds: list[int], sample: SampleConfig, size: tuple[int, int]
 ) -> list[Image.Image]:
-    """One batch through the pipeline, decoded by the family's VAE (float32 in every precision)."""
+    """One batch, a picture a seed, through the pipeline, decoded by the family's VAE (float32 in every precision)."""
     width, height = size
+    family.acquire("unet", "vae")
     shape = (family.info.latent_channels, height // family.info.downscale, width // family.info.downscale)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     with inference([*family.modules().values(), family.vae]):
         latents = pipeline(
-            **texts,
+            **{name: _times(value, len(seeds)) for name, value in text.items()},
             width=width,
             height=height,
             num_inference_steps=sample.steps,
@@ -293,6 +301,11 @@ def _pictures(
         pixels = family.decode(latents.float())
     values = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(value) for value in values]
+
+
+def _times(value: Any, count: int) -> Any:
+    """The one row of an embedding that often; without guidance there is none of the negative prompt."""
+    return None if value is None else value.repeat_interleave(count, dim=0)
 
 
 def _sampler(config: Any) -> tuple[Any, str]:

@@ -47,14 +47,22 @@ class Probe:
     embeddings: torch.Tensor
 
 
-def probe(family: Any, prompt: str, size: tuple[int, int]) -> Probe:
-    """One forward of text encoder and UNet at a middle timestep; `size` is (width, height) in pixels."""
+def probe(family: Any, prompt: str, size: tuple[int, int], condition: Any = None) -> Probe:
+    """One forward of text encoder and UNet at a middle timestep, each alone on the device.
+
+    Args:
+        size: (width, height) in pixels.
+        condition: what the text encoders make of the prompt, where that is known.
+    """
     width, height = (side // family.info.downscale for side in size)
     shape = (1, family.info.latent_channels, height, width)
     noisy = torch.randn(shape, generator=randomness.generator(0, 0, "self-check")).to(family.device)
     timesteps = torch.full((1,), len(family.alphas_cumprod) // 2, device=family.device, dtype=torch.int64)
     with torch.no_grad():
-        condition = family.encode_text([prompt])
+        if condition is None:
+            family.release("unet")
+            condition = family.encode_text([prompt])
+        family.release("text_encoders")
         ids = family.time_ids(size[::-1], (0, 0), size[::-1])
         if ids is not None:
             condition = condition.with_sizes(torch.tensor([ids], device=family.device))

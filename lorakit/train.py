@@ -33,7 +33,7 @@ from lorakit import (
     selfcheck,
 )
 from lorakit.config import Config
-from lorakit.data import captions, folder as photo_folder
+from lorakit.data import folder as photo_folder
 from lorakit.encode import embed, encode
 from lorakit.errors import LorakitError
 from lorakit.export import metadata
@@ -207,8 +207,7 @@ class _Run:
         """Photos, class images and texts through the frozen encoders, which then leave the device."""
         config = self.config
         self.encoded = encode(config, self.family, None, self.photos, self.say)
-        self.dataset = self.encoded.dataset
-        self.sample_prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
+        self.dataset, self.samples = self.encoded.dataset, self.encoded.samples
         self.trains_text = config.adapter.trains_text
 
     def attach(self) -> None:
@@ -235,10 +234,6 @@ class _Run:
             config.train.seed,
             held_out=encoded.held_out is not None,
         )
-        self._release_encoders()
-
-    def _release_encoders(self) -> None:
-        self.family.release("vae", *([] if self.trains_text else ["text_encoders"]))
 
     # -- train --------------------------------------------------------------------------------------------------
 
@@ -369,15 +364,17 @@ class _Run:
     def _sample(self, step: int) -> None:
         self.adapter.train(False)
         try:
-            self.family.acquire("vae", "text_encoders")
-            asked = (self.family, self.sample_prompts, self.config.sample, self.config.data.resolution)
-            pictures = memory.with_room(self.update.forget, lambda: sample.draw(*asked))
+            pictures = memory.with_room(self.update.forget, lambda: self._drawn(self.family, self.samples.texts))
         except torch.OutOfMemoryError:
             self.say(f"step {step}: not enough memory to draw samples; training goes on without them", warning=True)
             return
         finally:
-            self._release_encoders()
-        self.folder.event("sample", step=step, file=self.folder.save_samples(step, pictures, self.sample_prompts).name)
+            self.family.release("vae")
+        self.folder.event("sample", step=step, file=self.folder.save_samples(step, pictures, self.samples.prompts).name)
+
+    def _drawn(self, family: Any, texts: Any, adapter: str = "") -> list[Any]:
+        prompts, sampled = self.samples.prompts, self.config.sample
+        return sample.draw(family, prompts, sampled, self.config.data.resolution, texts=texts, adapter=adapter)
 
     def _save(self, step: int) -> None:
         extra = {"retry": self.retry, "history": self.history, "best": self.best.name if self.best else None}
@@ -441,13 +438,12 @@ class _Run:
 
     def _self_check(self, weights: Any, exports: dict[str, Path]) -> list[selfcheck.Finding]:
         """Every exported file, read from disk into a base loaded anew."""
-        config, prompt = self.config, self.sample_prompts[0]
+        config, prompt, condition = self.config, self.samples.prompts[0], self.samples.condition
         size = (config.data.resolution, config.data.resolution)
         self.update.forget()
-        self.family.acquire("text_encoders")
-        in_memory = selfcheck.probe(self.family, prompt, size)
+        in_memory = selfcheck.probe(self.family, prompt, size, condition)
         self.adapter.detach()
-        base = selfcheck.probe(self.family, prompt, size)
+        base = selfcheck.probe(self.family, prompt, size, condition)
         # What is loaded anew needs the room of what was trained.
         del self.family, self.adapter, self.update, self.step, self.validation
         findings: list[selfcheck.Finding] = []
@@ -472,10 +468,8 @@ class _Run:
 
     def _draw_from_file(self, family: Any, path: Path) -> None:
         """The last sample grid, by the exported file: what `lorakit sample` draws of it, to the bit on a CPU."""
-        pictures = sample.draw(
-            family, self.sample_prompts, self.config.sample, self.config.data.resolution, adapter=path.stem
-        )
-        file = self.folder.save_samples(self.total, pictures, self.sample_prompts)
+        pictures = self._drawn(family, None, path.stem)
+        file = self.folder.save_samples(self.total, pictures, self.samples.prompts)
         self.folder.event("sample", step=self.total, file=file.name)
 
     def _log(self, event: str, step: int, facts: dict[str, Any]) -> None:

@@ -15,8 +15,6 @@ from lorakit.data import check
 from lorakit.encode import encode
 from lorakit.families import components
 
-ALL = {"unet", "vae", "text_encoders"}
-
 
 class Watched:
     """A family that remembers which of its parts were on the device whenever one of them was used.
@@ -25,14 +23,15 @@ class Watched:
     """
 
     def __init__(self, family: Any):
-        self.family, self.there = family, {"unet"}
+        self.family, self.there = family, set[str]()
         self.seen: dict[str, set[frozenset[str]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.family, name)
 
     def release(self, *names: str) -> None:
-        self.there -= set(names)
+        adapted = any(weight.requires_grad for weight in self.family.unet.parameters())
+        self.there -= set(names) - ({"unet"} if adapted else set())
 
     def acquire(self, *names: str) -> None:
         self.there |= set(names)
@@ -50,8 +49,12 @@ class Watched:
         return self.family.encode_text(texts, grad=grad)
 
     def pipeline(self) -> Any:
-        self.acquire(*ALL)
+        self.seen.setdefault("pipeline", set()).add(frozenset(self.there))
         return self.family.pipeline()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self._use("vae", "decode")
+        return self.family.decode(latents)
 
 
 @pytest.fixture
@@ -83,9 +86,10 @@ def test_each_part_of_the_base_has_the_device_to_itself(
     family = Watched(families.load(info, "cpu", torch.float32))
     encoded = encode(chosen, family, None, check.check(chosen.data, info), lambda line: None)
     assert family.seen["encode_text"] == {frozenset({"text_encoders"})}
-    # Class images are drawn by all of the base.
-    assert family.seen["encode_image"] == {frozenset({"vae"})} | ({frozenset(ALL)} if prior == "images" else set())
-    assert family.there == {"unet"}
+    drawing = {frozenset({"unet", "vae"})} if prior == "images" else set()
+    assert family.seen.get("decode", set()) == drawing
+    assert family.seen["encode_image"] == {frozenset({"vae"})} | drawing
+    assert "vae" not in family.there and "text_encoders" not in family.there
     assert (encoded.class_latents is None) == (prior == "none")
 
 
@@ -96,6 +100,7 @@ def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photo
     chosen = config.load(None, settings)
     info = families.describe(tiny_sd1)
     family = Watched(families.load(info, "cpu", torch.float32))
+    family.acquire("unet")
     adapter = adapters.attach(family.family, chosen.adapter)
     encode(chosen, family, adapter, check.check(chosen.data, info), lambda line: None)
     assert family.seen["encode_image"] == {frozenset({"unet", "vae"})}
@@ -104,14 +109,22 @@ def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photo
 class Somewhere:
     """A module as `components.move` sees it: it says where it is and counts how often it was sent."""
 
-    def __init__(self, device: str):
-        self.device, self.sent = torch.device(device), 0
+    def __init__(self, device: str, trained: bool = False):
+        self.device, self.trained, self.sent = torch.device(device), trained, 0
 
     def parameters(self) -> Iterator[Any]:
-        yield SimpleNamespace(device=self.device)
+        yield SimpleNamespace(device=self.device, requires_grad=self.trained)
 
     def to(self, device: torch.device) -> None:
         self.device, self.sent = device, self.sent + 1
+
+
+def test_what_is_trained_stays_where_the_optimizer_knows_it() -> None:
+    module = Somewhere("cuda:0", trained=True)
+    components.move({"unet": [module]}, ("unet",), torch.device("cpu"))
+    assert module.sent == 0
+    components.move({"unet": [other := Somewhere("cpu", trained=True)]}, ("unet",), torch.device("cuda"))
+    assert other.sent == 1
 
 
 def test_what_is_there_already_is_not_moved() -> None:

@@ -37,9 +37,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Step, Any]:
     info = families.describe(settings.model.base)
     family = families.load(info, device, dtype, settings.memory.base_storage)
+    family.acquire("unet")
     adapter = adapters.attach(family, settings.adapter, seed=0)
     encoded = encode(settings, family, adapter, check.check(settings.data, info), lambda line: None)
-    family.unet.to(device)
     step = Step(family, adapter, encoded, settings.train)
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):

@@ -216,24 +216,33 @@ def test_nothing_is_overwritten(exported, tiny_sd1, tmp_path):
 # -- class images ---------------------------------------------------------------------------------------------------
 
 
-def class_images(family, count: int, folder: Path, said: list[str] | None = None, **changes):
+def class_images(family, count: int, folder: Path | None, said: list[str] | None = None, **changes):
     arguments = {"prompt": "a photo of a toy", "sample": SampleConfig(steps=1, guidance=1.0), "side": 64, "seed": 0}
     arguments |= changes
     say = [] if said is None else said
-    return sample.class_images(family, count=count, folder=folder, say=say.append, **arguments)
+    (text,) = sample.embed(family, [arguments["prompt"]], arguments["sample"])
+    return sample.class_images(family, text=text, count=count, folder=folder, say=say.append, **arguments)
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_text_encoders_leave_when_the_texts_are_embedded_unless_they_are_trained(family, monkeypatch, trained):
-    gone: list[str] = []
-    monkeypatch.setattr(family, "release", lambda *names: gone.extend(names))
-    weight = next(family.text_encoders["text_encoder"].parameters())
-    weight.requires_grad_(trained)
-    try:
-        sample.draw(family, ["a toy", "a dog"], QUICK, 64)
-    finally:
-        weight.requires_grad_(False)
-    assert gone == ([] if trained else ["text_encoders"])
+def test_texts_are_embedded_without_the_unet_and_pictures_drawn_without_text_encoders(family, monkeypatch):
+    moves: list[tuple[str, ...]] = []
+    monkeypatch.setattr(family, "release", lambda *names: moves.append(("release", *names)))
+    monkeypatch.setattr(family, "acquire", lambda *names: moves.append(("acquire", *names)))
+    sample.draw(family, ["a toy"], QUICK, 64)
+    assert moves[:4] == [
+        ("release", "unet", "vae"),
+        ("acquire", "text_encoders"),
+        ("release", "text_encoders"),
+        ("acquire", "unet", "vae"),
+    ]
+
+
+def test_embedded_texts_are_not_embedded_again(family, monkeypatch):
+    drawn = sample.draw(family, ["a toy", "a dog"], QUICK, 64)
+    texts = sample.embed(family, ["a toy", "a dog"], QUICK)
+    monkeypatch.setattr(sample, "embed", None)
+    again = sample.draw(family, ["a toy", "a dog"], QUICK, 64, texts=texts)
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in drawn]
 
 
 def drawn_numbers(monkeypatch) -> list[int]:
@@ -241,9 +250,9 @@ def drawn_numbers(monkeypatch) -> list[int]:
     counts: list[int] = []
     original = sample._pictures
 
-    def counted(family, pipeline, prompts, *rest):
-        counts.append(len(prompts))
-        return original(family, pipeline, prompts, *rest)
+    def counted(family, pipeline, text, seeds, *rest):
+        counts.append(len(seeds))
+        return original(family, pipeline, text, seeds, *rest)
 
     monkeypatch.setattr(sample, "_pictures", counted)
     return counts
@@ -319,12 +328,12 @@ def test_what_class_images_do_not_depend_on(family, tmp_path, monkeypatch):
 
 def test_the_cache_is_where_the_user_says(family, tmp_path, monkeypatch):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "mine"))
-    sample.class_images(family, "x", 1, SampleConfig(steps=1), 64, 0)
+    class_images(family, 1, None)
     assert len(list((tmp_path / "mine" / "class-images").glob("*/00000.png"))) == 1
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(LorakitError, match=r"cannot keep class images in .*; set LORAKIT_CACHE"):
-        sample.class_images(family, "x", 1, SampleConfig(steps=1), 64, 0)
+        class_images(family, 1, None)
 
 
 def test_pixels_are_what_the_encoder_takes():

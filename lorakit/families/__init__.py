@@ -27,7 +27,7 @@ class Family(Protocol):
         prediction_type: "epsilon", "v_prediction" or "flow_prediction".
         alphas_cumprod: the share of the signal in the variance of noisy latents, by timestep, float32 `[1000]` on
             `device`, falling; of a diffusion model the cumulative products of 1 - beta.
-        device: where the UNet is.
+        device: where its parts compute.
         dtype: precision of UNet and text encoders; the VAE is always float32.
         gradient_scale: gradients are this many times too large inside the base, from the prediction backwards; whoever
             trains a weight in there divides by it (see `components.widen`).
@@ -63,14 +63,15 @@ class Family(Protocol):
         """What the UNet says of `noisy` `[B, C, h, w]` at `timesteps` int64 `[B]`: float32 `[B, C, h, w]`."""
 
     def release(self, *components: str) -> None:
-        """Move "unet", "vae" or "text_encoders" to the CPU and give their memory back."""
+        """Move "unet", "vae" or "text_encoders" to the CPU and give their memory back. A module with trained weights
+        stays: the optimizer knows where they lie."""
 
     def acquire(self, *components: str) -> None:
-        """Move them to `device`. VAE and text encoders begin on the CPU, and come by themselves with `encode_text`,
-        `encode_image`, `decode` and `pipeline`; a UNet that was released must be called back before `predict`."""
+        """Move them to `device`. All parts begin on the CPU, and come by themselves with `encode_text`, `encode_image`,
+        `decode` and `predict`."""
 
     def pipeline(self) -> Any:
-        """The diffusers pipeline of these same modules, with a scheduler of its own."""
+        """The diffusers pipeline of these same modules, wherever they are, with a scheduler of its own."""
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """Modules that adapters may enter: "unet" and the text encoders."""

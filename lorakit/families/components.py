@@ -41,8 +41,8 @@ def quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def load_module(info: BaseInfo, component: str, cls: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """One component, frozen, in eval mode, in `dtype` on `device`.
+def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> Any:
+    """One component, frozen, in eval mode, in `dtype` on the CPU.
 
     Raises:
         LorakitError: its weights do not fit its configuration.
@@ -61,7 +61,7 @@ def load_module(info: BaseInfo, component: str, cls: Any, device: torch.device, 
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LorakitError(f"cannot load {component} of base {info.path}: {reason[:200]}") from error
-    return module.to(device).eval().requires_grad_(False)
+    return module.eval().requires_grad_(False)
 
 
 def _from_file(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> Any:
@@ -93,20 +93,20 @@ def load_unet(
     cls: Any = UNet2DConditionModel,
 ) -> Any:
     """The denoiser, its weights kept in full, or as `lorakit.stored` keeps them."""
+    unet = load_module(info, "unet", cls, dtype)
     if storage == "full" and not stream:
-        unet = load_module(info, "unet", cls, device, dtype)
-        products.quicken(unet)
+        if device.type == "cpu":
+            products.quicken(unet)
         return unet
     # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
-    unet = load_module(info, "unet", cls, HOST, dtype)
     stored.store_layers(unet, storage, device, streamed=stream)
-    return unet.to(device)
+    return unet.to(HOST)
 
 
 def load_vae(info: BaseInfo) -> Any:
     """The autoencoder in float32: in half precision, SDXL's overflows. Whatever it is given to decode is cast to that,
     so that a pipeline in half precision can draw with it."""
-    vae = load_module(info, "vae", AutoencoderKL, HOST, torch.float32)
+    vae = load_module(info, "vae", AutoencoderKL, torch.float32)
     first = vae.decoder if vae.post_quant_conv is None else vae.post_quant_conv
     first.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
     return vae
@@ -244,7 +244,8 @@ def widen(prediction: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def move(parts: dict[str, list[Any]], names: tuple[str, ...], device: torch.device) -> None:
-    """Move parts of a base to `device`; those that are there already cost next to nothing.
+    """Move parts of a base to `device`; those that are there already cost next to nothing. Where weights are trained
+    the optimizer knows where they lie: such a module does not leave for the CPU.
 
     Args:
         parts: "unet", "vae" and "text_encoders" -> modules.
@@ -257,7 +258,8 @@ def move(parts: dict[str, list[Any]], names: tuple[str, ...], device: torch.devi
         if name not in parts:
             raise ValueError(f"unknown component {name!r}: {', '.join(map(repr, parts))}")
         for module in parts[name]:
-            if next(module.parameters()).device.type != device.type:
+            there = next(module.parameters()).device.type == device.type
+            if not there and not (device.type == "cpu" and any(weight.requires_grad for weight in module.parameters())):
                 module.to(device)
                 moved = True
     if moved and device.type == "cpu" and torch.cuda.is_available():

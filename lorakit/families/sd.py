@@ -27,7 +27,7 @@ class StableDiffusion:
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with components.quiet():
             self.unet = components.load_unet(info, self.device, dtype, storage, stream)
-            encoder = components.load_module(info, "text_encoder", CLIPTextModel, components.HOST, dtype)
+            encoder = components.load_module(info, "text_encoder", CLIPTextModel, dtype)
             self.vae = components.load_vae(info)
             components.mask_everything(self.unet, self.vae)
             self.tokenizer = components.load_tokenizer(info, "tokenizer", encoder)
@@ -60,13 +60,14 @@ class StableDiffusion:
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
         """See `families.Family`."""
+        self.acquire("unet")
         states = condition.encoder_hidden_states.to(self.dtype)
         prediction = self.unet(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
         return components.widen(prediction, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), parts, torch.device("cpu"))
+        components.move(self._parts(), parts, components.HOST)
 
     def acquire(self, *parts: str) -> None:
         """See `families.Family`."""
@@ -74,7 +75,6 @@ class StableDiffusion:
 
     def pipeline(self) -> StableDiffusionPipeline:
         """See `families.Family`."""
-        self.acquire("unet", "vae", "text_encoders")
         with components.quiet():
             pipeline = StableDiffusionPipeline(
                 vae=self.vae,

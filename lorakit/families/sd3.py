@@ -37,7 +37,7 @@ class StableDiffusion3:
         with components.quiet():
             self.unet = components.load_unet(info, self.device, dtype, storage, stream, SD3Transformer2DModel)
             self.text_encoders: dict[str, Any] = {
-                name: components.load_module(info, name, CLIPTextModelWithProjection, components.HOST, dtype)
+                name: components.load_module(info, name, CLIPTextModelWithProjection, dtype)
                 for name in ("text_encoder", "text_encoder_2")
             }
             self.tokenizers = {
@@ -49,7 +49,7 @@ class StableDiffusion3:
             self._t5_tokens = info.text_tokens - info.max_tokens
             self._t5_ids: components.TokenIds | None = None
             if "text_encoder_3" in info.configs:
-                t5 = components.load_module(info, "text_encoder_3", T5EncoderModel, components.HOST, dtype)
+                t5 = components.load_module(info, "text_encoder_3", T5EncoderModel, dtype)
                 self.text_encoders["text_encoder_3"] = t5
                 tokenizer = AutoTokenizer.from_pretrained(info.tokenizer("tokenizer_3"), local_files_only=True)
                 self.tokenizers["tokenizer_3"] = tokenizer
@@ -97,6 +97,7 @@ class StableDiffusion3:
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
         """See `families.Family`. The condition must have pooled text."""
         assert condition.pooled is not None, "Stable Diffusion 3 needs pooled text"
+        self.acquire("unet")
         alpha_bar = self.alphas_cumprod[timesteps]
         signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         straight = noisy / (signal + spread).reshape(-1, 1, 1, 1)
@@ -111,7 +112,7 @@ class StableDiffusion3:
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), parts, torch.device("cpu"))
+        components.move(self._parts(), parts, components.HOST)
 
     def acquire(self, *parts: str) -> None:
         """See `families.Family`."""
@@ -119,7 +120,6 @@ class StableDiffusion3:
 
     def pipeline(self) -> StableDiffusion3Pipeline:
         """See `families.Family`."""
-        self.acquire("unet", "vae", "text_encoders")
         absent = {"text_encoder_3": None, "tokenizer_3": None}
         with components.quiet():
             pipeline = StableDiffusion3Pipeline(

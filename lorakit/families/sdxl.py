@@ -27,8 +27,8 @@ class StableDiffusionXL:
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with components.quiet():
             self.unet = components.load_unet(info, self.device, dtype, storage, stream)
-            first = components.load_module(info, "text_encoder", CLIPTextModel, components.HOST, dtype)
-            second = components.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, components.HOST, dtype)
+            first = components.load_module(info, "text_encoder", CLIPTextModel, dtype)
+            second = components.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, dtype)
             self.vae = components.load_vae(info)
             components.mask_everything(self.unet, self.vae)
             self.tokenizers = [
@@ -70,6 +70,7 @@ class StableDiffusionXL:
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
         """See `families.Family`. The condition must have pooled text and time ids."""
         assert condition.pooled is not None and condition.time_ids is not None, "SDXL needs Condition.with_sizes"
+        self.acquire("unet")
         # The pipeline casts the ids to the UNet's precision; so do we, to train what will be sampled.
         added = {"text_embeds": condition.pooled.to(self.dtype), "time_ids": condition.time_ids.to(self.dtype)}
         states = condition.encoder_hidden_states.to(self.dtype)
@@ -78,7 +79,7 @@ class StableDiffusionXL:
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), parts, torch.device("cpu"))
+        components.move(self._parts(), parts, components.HOST)
 
     def acquire(self, *parts: str) -> None:
         """See `families.Family`."""
@@ -86,7 +87,6 @@ class StableDiffusionXL:
 
     def pipeline(self) -> StableDiffusionXLPipeline:
         """See `families.Family`."""
-        self.acquire("unet", "vae", "text_encoders")
         index = self.info.configs["model_index"]
         with components.quiet():
             pipeline = StableDiffusionXLPipeline(
