@@ -29,13 +29,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import whole  # noqa: E402  the tests' own writer of such files
+import tiny  # noqa: E402  the tests' own writers of such files
+import whole  # noqa: E402
 
 from lorakit import export  # noqa: E402
 from lorakit.weights import AdapterWeights  # noqa: E402
 
 FORMATS = ("kohya", "diffusers", "peft")
 GIB = 2**30
+# Of CLIP's vocabulary.
+WORDS = 49408
 
 
 def main() -> None:
@@ -98,15 +101,16 @@ def measure(room: Path, photos: Path, steps: int, resolution: int) -> dict[str, 
 
 
 def write_base(path: Path) -> Path:
-    """SD1.5 with random weights in bf16."""
+    """SD1.5 with random weights in bf16, and a tokenizer of its size beside it."""
     if path.is_file():
         return path
+    tiny.save_tokenizer(path.parent / "tokenizer", size=WORDS)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     parts = SimpleNamespace(
         unet=whole.unet("sd1"),
         vae=whole.vae("sd1"),
-        text_encoder=whole.text(whole.CLIPTextModel, 49408, 768, 12, openclip=False),
+        text_encoder=whole.text(whole.CLIPTextModel, WORDS, 768, 12, openclip=False),
     )
     torch.set_default_dtype(torch.float32)
     return whole.write(path, "sd1", parts, torch.bfloat16)

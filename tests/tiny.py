@@ -34,11 +34,13 @@ def byte_characters() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + n) for n in range(len(rest))]
 
 
-def save_tokenizer(folder: Path, pad_token: str = SPECIAL[1]) -> CLIPTokenizer:
-    """Write a byte-complete CLIP tokenizer as real checkpoints have it, and return it loaded anew."""
+def save_tokenizer(folder: Path, pad_token: str = SPECIAL[1], size: int = 0) -> CLIPTokenizer:
+    """Write a byte-complete CLIP tokenizer as real checkpoints have it, and return it loaded anew. With `size`, it is
+    filled up to so many words, as bases in one file want as many as their text encoder has."""
     folder.mkdir(parents=True)
     letters = byte_characters()
-    words = [*letters, *(c + "</w>" for c in letters), *(m.replace(" ", "") for m in MERGES), *SPECIAL]
+    words = [*letters, *(c + "</w>" for c in letters), *(m.replace(" ", "") for m in MERGES)]
+    words += [*(f"unused{number}" for number in range(size - len(words) - len(SPECIAL))), *SPECIAL]
     vocabulary = {word: number for number, word in enumerate(words)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
