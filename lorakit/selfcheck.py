@@ -9,6 +9,7 @@ of a fresh base with the file in it: only where the last equals the first, and d
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def examine(
         if failures(findings):
             yield name, findings, None
             continue
+        gc.collect()  # what the caller has let go of: blocks that were changed refer to themselves
         family = load()
         # Neither DoRA in the web UIs' axis, LyCORIS' methods nor a PEFT folder is something that this loader reads.
         plain = all(layer.method == "lora" for layer in weights.layers.values())

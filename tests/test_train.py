@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -272,17 +273,23 @@ def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, t
         torch.set_num_threads(now)
 
 
-def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path, monkeypatch, checkpointing):
     load, made, others = families.load, [], []
 
     def counted(*args):
-        others.append(sum(unet() is not None for unet in made))
+        others.append(sum(part() is not None for part in made))
         family = load(*args)
-        made.append(weakref.ref(family.unet))
+        made.extend(weakref.ref(part) for part in family.unet.modules())
         return family
 
     monkeypatch.setattr(families, "load", counted)
-    run(tiny_sd1, photos, tmp_path / "run", output__formats=("kohya", "diffusers", "peft"))
+    asked = {"output__formats": ("kohya", "diffusers", "peft"), "memory__gradient_checkpointing": checkpointing}
+    gc.disable()  # nothing is let go of by chance
+    try:
+        run(tiny_sd1, photos, tmp_path / "run", **asked)
+    finally:
+        gc.enable()
     assert others == [0, 0, 0, 0]
 
 
