@@ -1,0 +1,152 @@
+"""Memory of each phase of a run on a card, counted on a make-believe one: weights and pictures of the true size.
+
+    python benchmarks/phases.py PHOTO [--family sd1|sdxl] [--preset NAME] [--folder DIR] [--set KEY=VALUE] [--json FILE]
+
+Two steps of a preset on a base of the true architecture with random weights, from loading to the picture that the
+checked file draws, on the card of tests/card: torch places and frees every tensor as on CUDA, and their bytes are
+counted. Left out are what is the driver's and the kernels' (context, work space, the allocator's rounding), and the
+memory of CUDA graphs, which are switched off. The autoencoder works in strips, as on a card with little memory. It needs
+a C++ compiler; SD1.5 takes 5 minutes and 7 GB of memory, SDXL most of an hour and 20 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "card")]
+
+import card as make_believe  # noqa: E402
+
+GIB = 2**30
+# Of CLIP's vocabulary.
+WORDS = 49408
+
+
+def main() -> None:
+    """Build card and base in processes of their own (torch looks for a card once), then run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("photo", type=Path)
+    parser.add_argument("--family", choices=("sd1", "sdxl"), default="sd1")
+    parser.add_argument("--preset", help="default: style-sd15-lowmem or style-sdxl-lowmem")
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as lorakit train takes it")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        args.folder = (args.folder or Path(temporary)).resolve()
+        args.folder.mkdir(parents=True, exist_ok=True)
+        if args.build:
+            build(args.folder, args.family)
+            return
+        again = [sys.executable, __file__, str(args.photo), "--family", args.family, "--folder", str(args.folder)]
+        subprocess.run([*again, "--build"], check=True)
+        figures = measure(args)
+    print(f"{'phase':<40} {'peak, GiB':>10}")
+    for name, size in figures.items():
+        print(f"{name:<40} {size / GIB:>10.2f}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def build(folder: Path, family: str) -> None:
+    """The card's library, and a base in one file with its tokenizer beside it, unless they are there."""
+    import tiny
+    import torch
+    import whole
+
+    make_believe.build(folder, "c++")
+    file = folder / f"{family}.safetensors"
+    if file.is_file():
+        return
+    if not (folder / "tokenizer").is_dir():
+        tiny.save_tokenizer(folder / "tokenizer", size=WORDS)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    parts = {"text_encoder": whole.text(whole.CLIPTextModel, WORDS, 768, 12, openclip=False)}
+    if family == "sdxl":
+        parts["text_encoder_2"] = whole.text(whole.CLIPTextModelWithProjection, WORDS, 1280, 32, openclip=True)
+    parts |= {"unet": whole.unet(family), "vae": whole.vae(family)}
+    torch.set_default_dtype(torch.float32)
+    whole.write(file, family, SimpleNamespace(**parts), torch.bfloat16)
+
+
+def measure(args: argparse.Namespace) -> dict[str, int]:
+    """Phase -> most bytes of tensors on the card at once."""
+    os.environ |= {"LORAKIT_CACHE": str(args.folder / "cache"), "TRANSFORMERS_VERBOSITY": "error"}
+    card = make_believe.present(args.folder / "device.so")
+    import torch
+
+    from lorakit import config, evaluate, graph, memory, report, train
+    from lorakit.families import strips
+
+    torch.set_num_threads(1)
+    found: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        card.reset_peak()
+        start = time.monotonic()
+        yield
+        found[name] = max(found.get(name, 0), card.peak())
+        print(f"{name}: {card.peak() / GIB:.2f} GiB, {time.monotonic() - start:.0f} s", flush=True)
+
+    def within(name: str, function: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            with phase(name):
+                return function(*given, **named)
+
+        return call
+
+    enough = memory.enough
+
+    @contextlib.contextmanager
+    def told(doing: str, chosen: Any) -> Iterator[None]:
+        with enough(doing, chosen), phase(doing):
+            yield
+
+    memory.enough = told
+    run: Any = train._Run
+    run._sample = within("drawing samples", run._sample)
+    run._draw_from_file = within("drawing from the checked file", run._draw_from_file)
+    # Many forward passes on a CPU, of less than a step's memory each.
+    evaluate.Validation.run = lambda *_, **__: {"mse": 0.0, "prior_drift": 0.0}  # type: ignore[method-assign]
+    report.write = lambda *_: None  # type: ignore[assignment]
+    graph.recorder = lambda *_: (None, "")
+    strips.fits = lambda *_: False
+    photos = Path(tempfile.mkdtemp(dir=args.folder))
+    (photos / args.photo.name).write_bytes(args.photo.read_bytes())
+    preset = args.preset or f"style-{'sd15' if args.family == 'sd1' else 'sdxl'}-lowmem"
+    asked = dict(each.split("=", 1) for each in args.set)
+    settings = {
+        "model.base": str(args.folder / f"{args.family}.safetensors"),
+        "data.folder": str(photos),
+        "data.name": "sks thing",
+        "train.steps": 2,
+        "memory.device": "cuda",
+        "memory.mixed_precision": "bf16",
+        "sample.steps": 1,
+        "sample.prompts": ["a photo of a sks thing"],
+        "sample.every": 2,
+        # An adapter of two ordinary steps would drown in the rounding of bf16.
+        "optimizer.learning_rate": 0.01,
+        "output.folder": str(photos / "run"),
+    }
+    train.train(config.load(preset, settings | {key: json.loads(value) for key, value in asked.items()}))
+    return found
+
+
+if __name__ == "__main__":
+    main()

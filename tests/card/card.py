@@ -1,0 +1,155 @@
+"""A make-believe CUDA card for tests, where torch was built without CUDA and there is a C++ compiler.
+
+    python tests/card/card.py LIBRARY PYTEST-ARGUMENTS...
+
+runs pytest in a process whose torch has the card; `build` makes LIBRARY. See device.cpp for what it is and is not. What
+needs CUDA's own Python side is made up here: streams, events and graphs. There is no Triton, hence no `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_name("device.cpp")
+
+
+def build(folder: Path, compiler: str) -> Path:
+    """Compile the card's library into `folder`."""
+    from torch.utils import cpp_extension
+
+    library = folder / "device.so"
+    includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
+    options = ["-O1", "-std=c++20", "-fPIC", "-shared", "-w"]
+    subprocess.run([compiler, *options, *includes, str(SOURCE), "-o", str(library)], check=True)
+    return library
+
+
+def present(library: Path) -> Any:
+    """Give this process a torch with the card; what counts its memory, copies and waits comes back: `torch.cuda.card`.
+    torch must not be imported yet: it asks once whether there is CUDA."""
+    assert "torch" not in sys.modules, "torch looks for a card when it is imported"
+    found = importlib.util.find_spec("torch")
+    assert found is not None and found.origin is not None
+    for name in ("libc10.so", "libtorch_cpu.so", "libtorch.so", "libtorch_python.so"):
+        ctypes.CDLL(str(Path(found.origin).parent / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    # These look for more of CUDA than there is, if they are told of a card.
+    import bitsandbytes  # noqa: F401
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModel, T5EncoderModel  # noqa: F401
+
+    loader = importlib.machinery.ExtensionFileLoader("device", str(library))
+    spec = importlib.util.spec_from_loader("device", loader)
+    assert spec is not None
+    card: Any = importlib.util.module_from_spec(spec)
+    loader.exec_module(card)
+    _play_cuda(torch, card)
+    return card
+
+
+def _play_cuda(torch: Any, card: Any) -> None:
+    cuda = torch.cuda
+
+    class Event:
+        def __init__(self) -> None:
+            self.at = card.promised()
+
+    class Stream:
+        """The main one does everything at once; another leaves its copies from the host until somebody waits."""
+
+        def __init__(self, device: Any = None, main: bool = False):
+            self.main = main
+
+        def wait_stream(self, other: Stream) -> None:
+            if not other.main:
+                card.keep_promises(card.promised())
+
+        def wait_event(self, event: Event) -> None:
+            card.keep_promises(event.at)
+
+        def record_event(self) -> Event:
+            return Event()
+
+    streams = [Stream(main=True)]
+
+    class On:
+        def __init__(self, stream: Stream):
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            streams.append(self.stream)
+            self.before = card.aside(not self.stream.main)
+
+        def __exit__(self, *_: object) -> None:
+            streams.pop()
+            card.aside(self.before)
+
+    class Graph:
+        number: int | None = None
+
+        def replay(self) -> None:
+            card.replay(self.number)
+
+        def __del__(self) -> None:
+            if self.number is not None:
+                card.forget(self.number)
+
+    class Capture:
+        def __init__(self, graph: Graph, pool: Any = None, stream: Any = None):
+            self.graph = graph
+
+        def __enter__(self) -> None:
+            card.begin()
+
+        def __exit__(self, kind: Any, *_: object) -> None:
+            if kind is None:
+                self.graph.number = card.end()
+            else:
+                card.give_up()
+
+    def clone(storage: Any) -> Any:
+        new, old = (torch.empty(size, dtype=torch.uint8, device=storage.device) for size in (storage.nbytes(), 0))
+        return new.copy_(old.set_(storage, 0, (storage.nbytes(),), (1,))).untyped_storage()
+
+    empty, pinned = torch.empty, set[int]()
+
+    def empty_or_pinned(*size: Any, pin_memory: bool = False, **named: Any) -> Any:
+        made = empty(*size, **named)
+        if pin_memory:
+            pinned.add(made.untyped_storage().data_ptr())
+        return made
+
+    cuda.card = card
+    cuda._lazy_init = cuda.empty_cache = cuda.synchronize = lambda *_: None
+    cuda.is_available = lambda: True
+    cuda.is_bf16_supported = lambda including_emulation=True: True
+    cuda.device_count = lambda: 1
+    cuda.get_device_name = lambda *_: "make-believe card"
+    cuda.get_rng_state = lambda *_: torch.zeros(1, dtype=torch.uint8)
+    cuda.set_rng_state = cuda.manual_seed_all = lambda *_: None
+    cuda.memory_allocated = cuda.memory_reserved = lambda *_: card.live()
+    cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *_: card.peak()
+    cuda.reset_peak_memory_stats = lambda *_: card.reset_peak()
+    cuda.mem_get_info = lambda *_: (2**34 - card.live(), 2**34)
+    cuda.Stream, cuda.stream, cuda.current_stream = Stream, On, lambda *_: streams[-1]
+    cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = Graph, Capture, object
+    torch.empty = empty_or_pinned
+    torch.Tensor.is_pinned = lambda tensor, *_: tensor.untyped_storage().data_ptr() in pinned
+    torch.UntypedStorage.clone = clone
+
+
+if __name__ == "__main__":
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    present(Path(sys.argv[1]))
+    import pytest
+
+    sys.exit(pytest.main(sys.argv[2:]))

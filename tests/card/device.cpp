@@ -1,0 +1,454 @@
+// A make-believe CUDA card for a torch that was built without CUDA: its memory is the host's, its kernels are the CPU's.
+//
+// Everything above the kernels is torch's own: where a tensor is, what is refused when devices are mixed, what autograd
+// keeps, what is allocated and when it is let go. So a run on it shows what a run on a card would do in all but time and
+// the last bits, and what it must not do: read memory that nobody wrote (it is full of NaN), wait for the card while a
+// graph is captured, use a copy that has not arrived.
+//
+// It takes the place that CUDA's library has in other builds of torch: allocator, guard, hooks, and kernels, the last by
+// one fallback that gives each operation's CPU kernel the same memory under another name.
+
+#include <torch/extension.h>
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/set_native.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_native.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/core/impl/alloc_cpu.h>
+#include <torch/library.h>
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <tuple>
+#include <unordered_map>
+
+using namespace at;
+
+namespace {
+
+const Device CARD(DeviceType::CUDA, 0);
+
+bool on_card(const Tensor& tensor) {
+  return tensor.defined() && tensor.device().type() == DeviceType::CUDA;
+}
+
+// -- memory ----------------------------------------------------------------------------------------------------------
+
+struct Memory {
+  std::mutex lock;
+  std::unordered_map<void*, int64_t> sizes;
+  int64_t live = 0, peak = 0, room = -1;
+} memory;
+
+void release(void* place) {
+  std::lock_guard<std::mutex> guard(memory.lock);
+  auto found = memory.sizes.find(place);
+  if (found != memory.sizes.end()) {
+    memory.live -= found->second;
+    memory.sizes.erase(found);
+  }
+  c10::free_cpu(place);
+}
+
+struct CardAllocator final : c10::Allocator {
+  DataPtr allocate(size_t size) override {
+    std::lock_guard<std::mutex> guard(memory.lock);
+    const auto wanted = static_cast<int64_t>(size);
+    TORCH_CHECK_WITH(
+        OutOfMemoryError,
+        memory.room < 0 || memory.live + wanted <= memory.room,
+        "the make-believe card is full: ", memory.live, " bytes and ", wanted, " more");
+    void* place = c10::alloc_cpu(size ? size : 1);
+    std::memset(place, 0xFF, size);  // NaN in every floating-point format
+    memory.sizes[place] = wanted;
+    memory.live += wanted;
+    memory.peak = std::max(memory.peak, memory.live);
+    return {place, place, &release, CARD};
+  }
+  DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, std::size_t size) const override { std::memcpy(to, from, size); }
+};
+CardAllocator allocator;
+
+// -- what torch asks of a device -------------------------------------------------------------------------------------
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  DeviceType type() const override { return DeviceType::CUDA; }
+  Device exchangeDevice(Device) const override { return CARD; }
+  Device getDevice() const override { return CARD; }
+  void setDevice(Device) const override {}
+  void uncheckedSetDevice(Device) const noexcept override {}
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, CARD); }
+  Stream getDefaultStream(Device) const override { return Stream(Stream::DEFAULT, CARD); }
+  Stream exchangeStream(Stream) const noexcept override { return Stream(Stream::DEFAULT, CARD); }
+  DeviceIndex deviceCount() const noexcept override { return 1; }
+  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, const DeviceIndex) const noexcept override {}
+  bool queryStream(const Stream&) const override { return true; }
+  void synchronizeStream(const Stream&) const override {}
+  void synchronizeEvent(void*) const override {}
+  void recordDataPtrOnStream(const DataPtr&, const Stream&) const override {}
+};
+
+// A generator of the card: draws what the CPU's draws from the same seed.
+struct CardGenerator final : c10::GeneratorImpl {
+  Generator inner = at::detail::createCPUGenerator();
+  CardGenerator() : c10::GeneratorImpl(CARD, DispatchKeySet(DispatchKey::CUDA)) {}
+  void set_current_seed(uint64_t seed) override { inner.set_current_seed(seed); }
+  uint64_t current_seed() const override { return inner.current_seed(); }
+  uint64_t seed() override { return inner.seed(); }
+  void set_offset(uint64_t) override {}
+  uint64_t get_offset() const override { return 0; }
+  void set_state(const c10::TensorImpl& state) override { inner.unsafeGetGeneratorImpl()->set_state(state); }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return inner.unsafeGetGeneratorImpl()->get_state(); }
+
+ private:
+  c10::GeneratorImpl* clone_impl() const override {
+    auto* made = new CardGenerator();
+    made->inner = inner.clone();
+    return made;
+  }
+};
+
+// torch finds this by its name.
+struct CUDAHooks final : CUDAHooksInterface {
+  explicit CUDAHooks(CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  int getNumGPUs() const override { return 1; }
+  DeviceIndex current_device() const override { return 0; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  void setCurrentDevice(DeviceIndex) const override {}
+  void deviceSynchronize(DeviceIndex) const override {}
+  Generator getNewGenerator(DeviceIndex) const override { return at::make_generator<CardGenerator>(); }
+  const Generator& getDefaultGenerator(DeviceIndex) const override {
+    static Generator made = at::make_generator<CardGenerator>();
+    return made;
+  }
+};
+
+// -- time: what waits, what is captured, what has been promised ---------------------------------------------------------
+
+using Tape = std::vector<std::function<void()>>;
+std::shared_ptr<Tape> recording;
+std::vector<std::shared_ptr<Tape>> tapes;
+int64_t waited = 0, copied = 0;
+
+// The host needs to know what the card has computed.
+void wait(const char* why) {
+  waited++;
+  TORCH_CHECK(!recording, "operation not permitted when stream is capturing: ", why);
+}
+
+// Copies that a side stream was told to do: they are done when somebody waits for them, and not before.
+bool aside = false;
+Tape promised;
+size_t kept = 0;
+void keep_promises(size_t until) {
+  for (; kept < std::min(until, promised.size()); kept++) {
+    promised[kept]();
+    promised[kept] = nullptr;
+  }
+}
+
+void now(const std::function<void()>& act) {
+  act();
+  if (recording) recording->push_back(act);
+}
+
+// -- kernels ---------------------------------------------------------------------------------------------------------
+
+// The same memory, called the CPU's.
+Tensor on_cpu(const Tensor& tensor) {
+  if (!on_card(tensor)) return tensor;
+  const auto& storage = tensor.storage();
+  const auto count = static_cast<int64_t>(storage.nbytes() / tensor.itemsize());
+  Tensor all = at::from_blob(storage.mutable_data(), {count}, TensorOptions().dtype(tensor.dtype()));
+  return at::native::as_strided_tensorimpl(all, tensor.sizes(), tensor.strides(), tensor.storage_offset());
+}
+
+Tensor card_empty_strided(
+    IntArrayRef size, IntArrayRef stride, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device>,
+    std::optional<bool>) {
+  return at::detail::empty_strided_generic(
+      size, stride, &allocator, DispatchKeySet(DispatchKey::CUDA), dtype_or_default(dtype));
+}
+
+Tensor card_empty(
+    IntArrayRef size, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device>, std::optional<bool>,
+    std::optional<MemoryFormat> format) {
+  return at::detail::empty_generic(size, &allocator, DispatchKeySet(DispatchKey::CUDA), dtype_or_default(dtype), format);
+}
+
+Tensor to_card(const Tensor& tensor) {
+  if (!tensor.defined()) return tensor;
+  Tensor made = card_empty_strided(tensor.sizes(), tensor.strides(), tensor.scalar_type(), {}, {}, {});
+  on_cpu(made).copy_(tensor);
+  return made;
+}
+
+const Tensor& card_resize(const Tensor& tensor, IntArrayRef size, std::optional<MemoryFormat>) {
+  const size_t needed = (c10::multiply_integers(size) + tensor.storage_offset()) * tensor.itemsize();
+  Storage storage = tensor.storage();
+  if (needed > storage.nbytes()) {
+    DataPtr made = allocator.allocate(needed);
+    std::memcpy(made.get(), storage.data(), storage.nbytes());
+    storage.set_data_ptr_noswap(std::move(made));
+    storage.set_nbytes(needed);
+  }
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(size);
+  return tensor;
+}
+
+Tensor& card_copy(Tensor& to, const Tensor& from, bool later) {
+  auto act = [to = Tensor(to), from = Tensor(from)] { on_cpu(to).copy_(on_cpu(from)); };
+  if (!on_card(to)) wait("a copy to the host");
+  if (!on_card(from)) {
+    TORCH_CHECK(!recording, "operation not permitted when stream is capturing: a copy from the host");
+    copied += static_cast<int64_t>(from.nbytes());
+    if (aside && later) {
+      promised.push_back(act);
+      return to;
+    }
+  }
+  now(act);
+  return to;
+}
+
+Tensor card_copy_from(const Tensor& from, const Tensor& to, bool later) {
+  Tensor target = to;
+  return card_copy(target, from, later);
+}
+
+Scalar card_item(const Tensor& tensor) {
+  wait("item");
+  return at::_local_scalar_dense(on_cpu(tensor));
+}
+
+Tensor& card_set(Tensor& tensor, Storage storage, int64_t offset, IntArrayRef size, IntArrayRef stride) {
+  return at::native::set_storage_cpu_(tensor, std::move(storage), offset, size, stride);
+}
+
+using Flash = std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor>;
+
+// Nothing of the size of the scores is kept, as on a card.
+Flash flash(
+    const Tensor& query, const Tensor& key, const Tensor& value, double dropout, bool causal, bool,
+    std::optional<double> scale) {
+  Tensor made = at::empty(query.transpose(1, 2).sizes(), query.options()).transpose(1, 2);
+  Tensor sums = at::empty({query.size(0), query.size(1), query.size(2)}, query.options().dtype(kFloat));
+  now([=] {
+    auto [output, sum] = at::_scaled_dot_product_flash_attention_for_cpu(
+        on_cpu(query), on_cpu(key), on_cpu(value), dropout, causal, {}, scale);
+    on_cpu(made).copy_(output);
+    on_cpu(sums).copy_(sum.sizes() == sums.sizes() ? sum : sum.transpose(1, 2));
+  });
+  Tensor none = at::empty({0}, query.options().dtype(kLong));
+  return {made, sums, Tensor(), Tensor(), query.size(2), key.size(2), none, none, Tensor()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> flash_backward(
+    const Tensor& gradient, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+    const Tensor& sums, const Tensor&, const Tensor&, c10::SymInt, c10::SymInt, double dropout, bool causal, const Tensor&,
+    const Tensor&, std::optional<double> scale) {
+  Tensor q = at::empty_like(query), k = at::empty_like(key), v = at::empty_like(value);
+  now([=] {
+    auto [of_query, of_key, of_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+        on_cpu(gradient), on_cpu(query), on_cpu(key), on_cpu(value), on_cpu(output), on_cpu(sums), dropout, causal, {},
+        scale);
+    on_cpu(q).copy_(of_query);
+    on_cpu(k).copy_(of_key);
+    on_cpu(v).copy_(of_value);
+  });
+  return {q, k, v};
+}
+
+Tensor attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double dropout,
+    bool causal, std::optional<double> scale, bool grouped) {
+  if ((mask && mask->defined()) || grouped || dropout > 0)
+    return std::get<0>(
+        at::_scaled_dot_product_attention_math(query, key, value, mask, dropout, causal, {}, scale, grouped));
+  return std::get<0>(at::_scaled_dot_product_flash_attention(query, key, value, dropout, causal, false, scale));
+}
+
+// An operation's arguments with CPU names for what is on the card. What a kernel is to resize it gets as an empty tensor.
+struct Given {
+  std::vector<IValue> values;
+  std::vector<std::tuple<size_t, Tensor>> grown;
+};
+
+Tensor renamed(const Tensor& tensor, const c10::FunctionSchema& schema, const std::string& argument) {
+  TORCH_CHECK(
+      !tensor.defined() || on_card(tensor) || tensor.dim() == 0,
+      "Expected all tensors to be on the same device: ", schema.operator_name(), " was given ", argument, " ",
+      tensor.sizes(), " on the CPU");
+  return on_cpu(tensor);
+}
+
+Given given(const c10::FunctionSchema& schema, const std::vector<IValue>& arguments) {
+  Given made;
+  for (size_t i = 0; i < arguments.size(); i++) {
+    const auto& value = arguments[i];
+    const auto& argument = schema.arguments()[i];
+    const bool written = argument.alias_info() && argument.alias_info()->isWrite();
+    if (value.isTensor() && written && on_card(value.toTensor()) && value.toTensor().numel() == 0) {
+      made.grown.emplace_back(i, value.toTensor());
+      made.values.emplace_back(at::empty({0}, TensorOptions().dtype(value.toTensor().dtype())));
+    } else if (value.isTensor()) {
+      made.values.emplace_back(renamed(value.toTensor(), schema, argument.name()));
+    } else if (value.isTensorList()) {
+      c10::List<Tensor> list;
+      for (const Tensor& each : value.toTensorVector()) list.push_back(renamed(each, schema, argument.name()));
+      made.values.emplace_back(list);
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<Tensor>> list;
+      for (const auto& each : value.toOptionalTensorVector()) {
+        // torch takes indices on the CPU, and waits for them.
+        if (each && each->defined() && !on_card(*each) && each->dim() > 0) wait("an index on the CPU");
+        list.push_back(each && each->defined() ? std::optional<Tensor>(on_cpu(*each)) : std::nullopt);
+      }
+      made.values.emplace_back(list);
+    } else if (value.isGenerator() && value.toGenerator().device() == CARD) {
+      TORCH_CHECK(!recording, "operation not permitted when stream is capturing: a generator that is not the graph's");
+      made.values.emplace_back(static_cast<CardGenerator*>(value.toGenerator().unsafeGetGeneratorImpl())->inner);
+    } else if (value.isDevice()) {
+      made.values.emplace_back(Device(kCPU));
+    } else {
+      made.values.push_back(value);
+    }
+  }
+  return made;
+}
+
+torch::jit::Stack computed(const c10::OperatorHandle& op, const Given& given) {
+  torch::jit::Stack stack(given.values.begin(), given.values.end());
+  for (const auto& [place, tensor] : given.grown) stack[place] = at::empty({0}, given.values[place].toTensor().options());
+  const torch::jit::Stack arguments = stack;
+  op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &stack);
+  for (const auto& [place, tensor] : given.grown) {
+    const Tensor result = arguments[place].toTensor();
+    if (tensor.numel() != result.numel()) card_resize(tensor, result.sizes(), std::nullopt);
+    if (result.numel()) on_cpu(tensor).copy_(result);
+  }
+  return stack;
+}
+
+// Any operation that has no kernel above.
+void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  static const std::set<std::string> waiting = {
+      "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::equal", "aten::repeat_interleave"};
+  const auto& schema = op.schema();
+  const auto& name = schema.operator_name().name;
+  if (waiting.count(name)) wait(name.c_str());
+  const auto arguments = torch::jit::pop(*stack, schema.arguments().size());
+  const Given inputs = given(schema, arguments);
+  const torch::jit::Stack results = computed(op, inputs);
+  // Result and place in a list of results -> where the card keeps it.
+  std::vector<std::tuple<size_t, int64_t, Tensor>> outputs;
+  for (size_t r = 0; r < results.size(); r++) {
+    const auto* alias = schema.returns()[r].alias_info();
+    const IValue* same = nullptr;
+    for (size_t i = 0; alias && alias->isWrite() && i < arguments.size() && !same; i++) {
+      const auto* other = schema.arguments()[i].alias_info();
+      if (other && *other == *alias) same = &arguments[i];
+    }
+    if (same) {
+      stack->push_back(*same);
+    } else if (results[r].isTensor()) {
+      outputs.emplace_back(r, -1, to_card(results[r].toTensor()));
+      stack->emplace_back(std::get<2>(outputs.back()));
+    } else if (results[r].isTensorList()) {
+      c10::List<Tensor> list;
+      for (const Tensor& each : results[r].toTensorVector()) {
+        outputs.emplace_back(r, static_cast<int64_t>(list.size()), to_card(each));
+        list.push_back(std::get<2>(outputs.back()));
+      }
+      stack->emplace_back(list);
+    } else {
+      stack->push_back(results[r]);
+    }
+  }
+  if (!recording) return;
+  // `arguments` holds the memory that `inputs` looks at.
+  recording->push_back([op, arguments, inputs, outputs] {
+    const torch::jit::Stack again = computed(op, inputs);
+    for (const auto& [r, place, tensor] : outputs)
+      if (tensor.defined()) on_cpu(tensor).copy_(place < 0 ? again[r].toTensor() : again[r].toTensorVector()[place]);
+  });
+}
+
+void replay(size_t number) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  for (const auto& act : *tapes[number]) act();
+}
+
+}  // namespace
+
+namespace at {
+C10_REGISTER_GUARD_IMPL(CUDA, Guard);
+REGISTER_CUDA_HOOKS(CUDAHooks);
+}  // namespace at
+
+TORCH_LIBRARY_IMPL(_, CUDA, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradCUDA, m) {
+  m.impl("scaled_dot_product_attention", attention);
+}
+
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  m.impl("empty.memory_format", card_empty);
+  m.impl("empty_strided", card_empty_strided);
+  m.impl("as_strided", at::native::as_strided_tensorimpl);
+  m.impl("view", at::native::view);
+  m.impl("_reshape_alias", at::native::_reshape_alias);
+  m.impl("unfold", at::native::unfold);
+  m.impl("resize_", card_resize);
+  m.impl("set_.source_Storage_storage_offset", card_set);
+  m.impl("copy_", card_copy);
+  m.impl("_copy_from", card_copy_from);
+  m.impl("_local_scalar_dense", card_item);
+  m.impl("scaled_dot_product_attention", attention);
+  m.impl("_scaled_dot_product_flash_attention", flash);
+  m.impl("_scaled_dot_product_flash_attention_backward", flash_backward);
+  // torch would take these apart into kernels that only a real card has.
+  for (const char* name :
+       {"convolution", "convolution_backward", "native_group_norm", "native_group_norm_backward", "native_layer_norm",
+        "native_layer_norm_backward"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
+PYBIND11_MODULE(device, m) {
+  c10::SetAllocator(DeviceType::CUDA, &allocator);
+  m.def("live", [] { return memory.live; }, "bytes that are allocated");
+  m.def("peak", [] { return memory.peak; }, "most of them since `reset_peak`");
+  m.def("reset_peak", [] { memory.peak = memory.live; });
+  m.def("set_room", [](int64_t bytes) { memory.room = bytes; }, "bytes of the card; -1: no end");
+  m.def("waited", [] { return waited; }, "how often the host waited for the card");
+  m.def("copied", [] { return copied; }, "bytes copied from the host");
+  m.def("begin", [] { recording = std::make_shared<Tape>(); });
+  m.def("end", [] { tapes.push_back(std::exchange(recording, nullptr)); return tapes.size() - 1; });
+  m.def("give_up", [] { recording = nullptr; });
+  m.def("replay", &replay);
+  m.def("forget", [](size_t number) { tapes[number] = nullptr; });
+  m.def("aside", [](bool on) { return std::exchange(aside, on); });
+  m.def("promised", [] { return promised.size(); });
+  m.def("keep_promises", &keep_promises);
+}

@@ -1,0 +1,180 @@
+"""Whole runs on the make-believe card (`card.py`): what they train, what they wait for, and what is on it when."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import short_run
+import tiny
+
+from lorakit import families, train
+from lorakit.config import Config
+from lorakit.errors import LorakitError
+from lorakit.update import Update
+
+card: Any = torch.cuda.card
+STEPS = 4
+GRAPH = "each batch shape's pass becomes a CUDA graph at its first step"
+ONE_BY_ONE = "steps are issued one operation at a time: "
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny bases, by family."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {"sd1": tiny.save_sd1(folder / "sd1"), "sdxl": tiny.save_sdxl(folder / "sdxl")}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photos: two batches of two and one of one."""
+    return short_run.noise(tmp_path_factory.mktemp("photos"), 5)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache for each test, and all the room there is on the card."""
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    yield
+    card.set_room(-1)
+
+
+def chosen(base: Path, photos: Path, folder: Path, device: str = "cuda", **changes: object) -> Config:
+    changes = {"memory__device": device, "memory__mixed_precision": "fp32"} | changes
+    return short_run.chosen(base, photos, folder, STEPS, **changes)
+
+
+def told(run: Path, event: str = "message") -> list[str]:
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [entry["message"] for entry in log if entry["event"] == event]
+
+
+# What differs from an ordinary run, and how the steps are said to be issued.
+CASES: list[tuple[str, dict[str, object], str]] = [
+    ("sd1", {}, GRAPH),
+    (
+        "sd1",
+        {
+            "memory__gradient_checkpointing": True,
+            "memory__base_storage": "nf4",
+            "train__prior": "images",
+            "train__class_images": 3,
+        },
+        GRAPH,
+    ),
+    ("sdxl", {"adapter__target_modules": "linear+conv", "train__gradient_accumulation_steps": 2}, GRAPH),
+    ("sdxl", {"adapter__new_tokens": 2, "adapter__method": "dora"}, ONE_BY_ONE + "the text encoder is trained"),
+    (
+        "sdxl",
+        {"memory__stream_base": True},
+        ONE_BY_ONE + "the base's weights are copied to the card as they are needed",
+    ),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "changes", "issued"), CASES)
+def test_a_run_on_a_card_trains_what_one_on_the_cpu_trains(bases, photos, tmp_path, family, changes, issued):
+    there = train.train(chosen(bases[family], photos, tmp_path / "card", **changes))
+    changes = {name: value for name, value in changes.items() if name != "memory__stream_base"}
+    here = train.train(chosen(bases[family], photos, tmp_path / "cpu", "cpu", **changes))
+    one, two = load_file(there.adapter), load_file(here.adapter)
+    assert one.keys() == two.keys()
+    for name, right in two.items():
+        assert (one[name] - right).norm() <= 2e-3 * right.norm(), name
+    assert issued in told(there.folder)
+    assert told(there.folder, "warning") == told(here.folder, "warning")
+
+
+@pytest.mark.gpu
+def test_in_half_precision_the_graphs_are_believed_too(bases, photos, tmp_path):
+    result = train.train(chosen(bases["sd1"], photos, tmp_path / "run", memory__mixed_precision="bf16"))
+    assert GRAPH in told(result.folder)
+    assert not any("graph" in line for line in told(result.folder, "warning"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"memory__gradient_checkpointing": True, "memory__mixed_precision": "bf16"}])
+def test_nothing_is_waited_for_in_a_step(bases, photos, tmp_path, monkeypatch, changes):
+    """Nor is anything of the photos copied: what the host sends for a step is smaller than one latent."""
+    seen: list[tuple[int, int]] = []
+    step = Update.__call__
+
+    def counted(self, number):
+        before = card.waited(), card.copied()
+        made = step(self, number)
+        seen.append((card.waited() - before[0], card.copied() - before[1]))
+        return made
+
+    monkeypatch.setattr(Update, "__call__", counted)
+    monkeypatch.setattr(train, "READ_EVERY", STEPS)
+    train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__batch_size=5, **changes))
+    # At the first step the graph is compared with the pass without it.
+    assert [waits for waits, _ in seen[1:]] == [0] * (STEPS - 1)
+    assert max(copied for _, copied in seen[1:]) < 4 * 8 * 8 * 4
+
+
+@pytest.mark.gpu
+def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, monkeypatch):
+    """Until the checked file is drawn from: where text encoders compute there is no UNet, and the other way round."""
+    alone: set[tuple[str, ...]] = set()
+    load = families.load
+
+    def watched(*args):
+        family = load(*args)
+        parts = {"unet": family.unet, **family.text_encoders}
+
+        def look(*_):
+            there = [name for name, part in parts.items() if next(part.parameters()).device.type == "cuda"]
+            alone.add(tuple(there))
+
+        for part in parts.values():
+            part.register_forward_pre_hook(look)
+        return family
+
+    monkeypatch.setattr(families, "load", watched)
+    train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=2))
+    assert alone == {("unet",), ("text_encoder",)}
+
+
+@pytest.mark.gpu
+def test_a_card_that_is_full_is_told_with_what_to_change(bases, photos, tmp_path):
+    wanted = chosen(bases["sd1"], photos, tmp_path / "run")
+    card.set_room(card.live() + unet_bytes(wanted) + 2**18)
+    with pytest.raises(LorakitError, match=r"^step 1: not enough memory on the device; cheapest first, set memory\."):
+        train.train(wanted)
+    assert told(tmp_path / "run", "warning")[-1] == (
+        "step 0: not enough memory to draw samples; training goes on without them"
+    )
+
+
+def unet_bytes(config: Config) -> int:
+    family = families.load(families.describe(config.model), "cpu", torch.float32)
+    return sum(weight.nbytes for weight in family.unet.parameters())
+
+
+@pytest.mark.gpu
+def test_a_stopped_run_goes_on_to_the_same_bits(bases, photos, tmp_path, monkeypatch):
+    straight = train.train(chosen(bases["sd1"], photos, tmp_path / "straight"))
+    step = Update.__call__
+
+    def stopping(self, number):
+        if number == 1:
+            (tmp_path / "cut" / "stop").write_text("")
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "__call__", stopping)
+        with pytest.raises(train.Stopped):
+            train.train(chosen(bases["sd1"], photos, tmp_path / "cut"))
+    resumed = train.resume(tmp_path / "cut")
+    one, two = load_file(straight.adapter), load_file(resumed.adapter)
+    assert all(torch.equal(one[name], two[name]) for name in one)

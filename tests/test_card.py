@@ -1,0 +1,31 @@
+"""Everything that is for a CUDA card, on a make-believe one: see tests/card/device.cpp for what that shows."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS / "card"))
+
+import card  # noqa: E402
+
+# What compiles needs Triton, and what measures that copies are in time needs a card that takes time.
+FILES = ("card/on_card.py", "test_graph.py", "test_stored.py")
+COUNT = 20
+
+
+@pytest.mark.slow
+def test_what_is_for_a_card_holds_on_a_make_believe_one(tmp_path: Path) -> None:
+    compiler = shutil.which("c++")
+    if torch.backends.cuda.is_built() or not sys.platform.startswith("linux") or compiler is None:
+        pytest.skip("needs a torch without CUDA, whose place the make-believe card takes, and a C++ compiler, on Linux")
+    library = card.build(tmp_path, compiler)
+    asked = ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu", *(str(TESTS / name) for name in FILES)]
+    command = [sys.executable, str(TESTS / "card" / "card.py"), str(library), *asked]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert f"{COUNT} passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-500:]
