@@ -104,6 +104,8 @@ class Blocks:
             if self._blocks and shape not in self._shapes and len(self._shapes) < graph.MOST:
                 self._try(compute)
                 self._shapes.add(shape)
+                if self._blocks and len(self._shapes) == graph.MOST:
+                    self._say(f"batches of further shapes go without: {graph.MOST} are compiled")
             # A group that does not hold is asked layer by layer, which is not what was compiled.
             with self._on(shape in self._shapes and all(group.holds() for group in self._groups)):
                 yield

@@ -40,7 +40,7 @@ def recorder(config: Config, device: torch.device) -> tuple[Record | None, str]:
     for reason, holds in reasons.items():
         if holds:
             return None, f"steps are issued one operation at a time: {reason}"
-    return CudaRecorder(), "each batch shape's pass becomes a CUDA graph at its first step"
+    return CudaRecorder(), f"each batch shape's pass becomes a CUDA graph at its first step, of {MOST} shapes at most"
 
 
 class CudaRecorder:

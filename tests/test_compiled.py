@@ -310,6 +310,7 @@ def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
     asked: dict[str, Any] = {"adapter__train_text_encoder": True, "train__prior": "teacher"}
     plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", **asked)).adapter)
     monkeypatch.setattr(compiled, "inductor", watched)
+    monkeypatch.setattr(graph, "MOST", 2)
     result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **asked))
     found = load_file(result.adapter)
     assert plain.keys() == found.keys() and all(torch.equal(plain[name], found[name]) for name in plain)
@@ -317,6 +318,7 @@ def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
     assert calls == [True] * (6 * 12)
     log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
     assert log.count("compiled the UNet's blocks for this batch shape in ") == 2
+    assert log.count("batches of further shapes go without: 2 are compiled") == 1
     assert "a CPU compiles for minutes" in log
 
 

@@ -22,7 +22,7 @@ from lorakit.update import Update
 
 card: Any = torch.cuda.card
 STEPS = 4
-GRAPH = "each batch shape's pass becomes a CUDA graph at its first step"
+GRAPH = "each batch shape's pass becomes a CUDA graph at its first step, of 16 shapes at most"
 ONE_BY_ONE = "steps are issued one operation at a time: "
 
 
