@@ -68,11 +68,11 @@ def build(folder: Path, family: str) -> None:
     import whole
 
     make_believe.build(folder, "c++")
+    if not (folder / "tokenizer").is_dir():
+        tiny.save_tokenizer(folder / "tokenizer", size=WORDS)
     file = folder / f"{family}.safetensors"
     if file.is_file():
         return
-    if not (folder / "tokenizer").is_dir():
-        tiny.save_tokenizer(folder / "tokenizer", size=WORDS)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     parts = {"text_encoder": whole.text(whole.CLIPTextModel, WORDS, 768, 12, openclip=False)}

@@ -120,6 +120,8 @@ def _play_cuda(torch: Any, card: Any) -> None:
         new, old = (torch.empty(size, dtype=torch.uint8, device=storage.device) for size in (storage.nbytes(), 0))
         return new.copy_(old.set_(storage, 0, (storage.nbytes(),), (1,))).untyped_storage()
 
+    # `with torch.device(...)` knows the functions that make tensors by what they were when it first looked.
+    torch.utils._device._device_constructors()
     empty, pinned = torch.empty, set[int]()
 
     def empty_or_pinned(*size: Any, pin_memory: bool = False, **named: Any) -> Any:
