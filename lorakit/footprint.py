@@ -67,7 +67,7 @@ def _rest(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
     # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
     base = _unet(config, info, device)[0]
     base += sum(size for name, size in _encoders(info, width).items() if name in modules or device == "cpu")
-    base += info.bytes.get("vae", 0) if device == "cpu" else 0
+    base += _vae(info) if device == "cpu" else 0
     trained = sum(weights for _, weights in modules.values())
     return {
         "base": base,
@@ -90,9 +90,7 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
         return {"encoding": encoding, "training": sum(step.values()), "samples": samples}
     width = _width(config, device)
     unet, texts = _unet(config, info, device)[0], sum(_encoders(info, width).values())
-    # On disk the autoencoder may be in half precision; it never is in memory.
-    vae = info.bytes.get("vae", VAE_BYTES) * (2 if info.variants.get("vae") else 1)
-    pictures = vae + (BY_STRIPS if device == "cuda" else DECODING) * pixels
+    pictures = _vae(info) + (BY_STRIPS if device == "cuda" else DECODING) * pixels
     # Class images and samples are drawn once their texts are embedded. What is trained never leaves.
     drawing = unet + pictures
     encoding = max(texts, drawing if config.train.prior == "images" else pictures)
@@ -275,6 +273,13 @@ def _unet(config: Config, info: Any, device: str) -> tuple[int, int]:
         else:
             there += size
     return there + min(host, round(FILLED * storage.WINDOW)), host
+
+
+def _vae(info: Any) -> int:
+    """Bytes of the autoencoder's weights. On disk they may be in half precision; in memory they never are."""
+    if info.slots is not None:
+        return sum(4 * math.prod(slot.shape) for slot in info.slots["vae"].values())
+    return int(info.bytes.get("vae", VAE_BYTES)) * (2 if info.variants.get("vae") else 1)
 
 
 def _encoders(info: Any, width: int) -> dict[str, int]:

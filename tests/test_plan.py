@@ -38,6 +38,7 @@ class Info:
     text_tokens: int = 77
     bytes: dict[str, int] = field(default_factory=dict)
     variants: dict[str, str | None] = field(default_factory=dict)
+    slots: None = None
     notes: tuple[str, ...] = ()
 
 
