@@ -20,7 +20,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -29,16 +28,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import tiny  # noqa: E402  the tests' own writers of such files
-import whole  # noqa: E402
+import whole  # noqa: E402  the tests' own writer of such files
 
 from lorakit import export  # noqa: E402
 from lorakit.weights import AdapterWeights  # noqa: E402
 
 FORMATS = ("kohya", "diffusers", "peft")
 GIB = 2**30
-# Of CLIP's vocabulary.
-WORDS = 49408
 
 
 def main() -> None:
@@ -61,7 +57,7 @@ def main() -> None:
 
 def measure(room: Path, photos: Path, steps: int, resolution: int) -> dict[str, Any]:
     """Seconds, peak memory (resident, MiB) and largest difference between the formats."""
-    base = write_base(room / "sd15-random.safetensors")
+    base = whole.of_true_size(room, "sd1")
     run = room / "run"
     settings = {
         "train.steps": steps,
@@ -98,22 +94,6 @@ def measure(room: Path, photos: Path, steps: int, resolution: int) -> dict[str, 
         "formats": compare({name: export.read(path) for name, path in exports.items()}),
         "self-check": json.loads((run / "report.json").read_text(encoding="utf-8")),
     }
-
-
-def write_base(path: Path) -> Path:
-    """SD1.5 with random weights in bf16, and a tokenizer of its size beside it."""
-    if path.is_file():
-        return path
-    tiny.save_tokenizer(path.parent / "tokenizer", size=WORDS)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    parts = SimpleNamespace(
-        unet=whole.unet("sd1"),
-        vae=whole.vae("sd1"),
-        text_encoder=whole.text(whole.CLIPTextModel, WORDS, 768, 12, openclip=False),
-    )
-    torch.set_default_dtype(torch.float32)
-    return whole.write(path, "sd1", parts, torch.bfloat16)
 
 
 def watch(arguments: list[str], stop_at: Path | None = None) -> dict[str, Any]:

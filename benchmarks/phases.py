@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +29,6 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "card")]
 import card as make_believe  # noqa: E402
 
 GIB = 2**30
-# Of CLIP's vocabulary.
-WORDS = 49408
 
 
 def main() -> None:
@@ -62,25 +59,11 @@ def main() -> None:
 
 
 def build(folder: Path, family: str) -> None:
-    """The card's library, and a base in one file with its tokenizer beside it, unless they are there."""
-    import tiny
-    import torch
+    """The card's library and the base, in a process that has torch."""
     import whole
 
     make_believe.build(folder, "c++")
-    if not (folder / "tokenizer").is_dir():
-        tiny.save_tokenizer(folder / "tokenizer", size=WORDS)
-    file = folder / f"{family}.safetensors"
-    if file.is_file():
-        return
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    parts = {"text_encoder": whole.text(whole.CLIPTextModel, WORDS, 768, 12, openclip=False)}
-    if family == "sdxl":
-        parts["text_encoder_2"] = whole.text(whole.CLIPTextModelWithProjection, WORDS, 1280, 32, openclip=True)
-    parts |= {"unet": whole.unet(family), "vae": whole.vae(family)}
-    torch.set_default_dtype(torch.float32)
-    whole.write(file, family, SimpleNamespace(**parts), torch.bfloat16)
+    whole.of_true_size(folder, family)
 
 
 def measure(args: argparse.Namespace) -> dict[str, int]:
@@ -89,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     card = make_believe.present(args.folder / "device.so")
     import torch
 
-    from lorakit import config, evaluate, graph, memory, report, train
+    from lorakit import cli, config, evaluate, graph, memory, report, train
     from lorakit.families import strips
 
     torch.set_num_threads(1)
@@ -129,9 +112,8 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     photos = Path(tempfile.mkdtemp(dir=args.folder))
     (photos / args.photo.name).write_bytes(args.photo.read_bytes())
     preset = args.preset or f"style-{'sd15' if args.family == 'sd1' else 'sdxl'}-lowmem"
-    asked = dict(each.split("=", 1) for each in args.set)
     settings = {
-        "model.base": str(args.folder / f"{args.family}.safetensors"),
+        "model.base": str(args.folder / f"{args.family}-random.safetensors"),
         "data.folder": str(photos),
         "data.name": "sks thing",
         "train.steps": 2,
@@ -144,7 +126,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
         "optimizer.learning_rate": 0.01,
         "output.folder": str(photos / "run"),
     }
-    train.train(config.load(preset, settings | {key: json.loads(value) for key, value in asked.items()}))
+    train.train(config.load(preset, settings | cli._overrides(args.set)))
     return found
 
 

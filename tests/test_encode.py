@@ -86,6 +86,7 @@ def test_each_part_of_the_base_has_the_device_to_itself(
     family = Watched(families.load(info, "cpu", torch.float32))
     encoded = encode(chosen, family, None, check.check(chosen.data, info), lambda line: None)
     assert family.seen["encode_text"] == {frozenset({"text_encoders"})}
+    assert not any({"unet", "text_encoders"} <= there for there in family.seen["pipeline"])
     drawing = {frozenset({"unet", "vae"})} if prior == "images" else set()
     assert family.seen.get("decode", set()) == drawing
     assert family.seen["encode_image"] == {frozenset({"vae"})} | drawing

@@ -6,6 +6,7 @@ lorakit, and a test holds it against diffusers' own converters.
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tiny
@@ -23,6 +24,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+# Of CLIP's vocabulary.
+WORDS = 49408
 # Keyword arguments that the published UNets' configurations have; widths and text are what `small` makes less.
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": {
@@ -168,6 +171,24 @@ def write(
     whole = {k: v.detach().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()}
     save_file(whole | (extra or {}), path, metadata={"format": "pt", **(metadata or {})})
     return path
+
+
+def of_true_size(folder: Path, family: str) -> Path:
+    """The published architecture of "sd1" or "sdxl" with random weights in bf16, and a tokenizer of its size beside it.
+    What is there already is taken."""
+    if not (folder / "tokenizer").is_dir():
+        tiny.save_tokenizer(folder / "tokenizer", size=WORDS)
+    file = folder / f"{family}-random.safetensors"
+    if file.is_file():
+        return file
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    parts = {"text_encoder": text(CLIPTextModel, WORDS, 768, 12, openclip=False)}
+    if family == "sdxl":
+        parts["text_encoder_2"] = text(CLIPTextModelWithProjection, WORDS, 1280, 32, openclip=True)
+    parts |= {"unet": unet(family), "vae": vae(family)}
+    torch.set_default_dtype(torch.float32)
+    return write(file, family, SimpleNamespace(**parts), torch.bfloat16)
 
 
 def _of(name: str, module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

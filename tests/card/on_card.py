@@ -148,17 +148,12 @@ def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, mon
 @pytest.mark.gpu
 def test_a_card_that_is_full_is_told_with_what_to_change(bases, photos, tmp_path):
     wanted = chosen(bases["sd1"], photos, tmp_path / "run")
-    card.set_room(card.live() + unet_bytes(wanted) + 2**18)
+    card.set_room(card.live() + families.describe(wanted.model).bytes["unet"] + 2**18)
     with pytest.raises(LorakitError, match=r"^step 1: not enough memory on the device; cheapest first, set memory\."):
         train.train(wanted)
     assert told(tmp_path / "run", "warning")[-1] == (
         "step 0: not enough memory to draw samples; training goes on without them"
     )
-
-
-def unet_bytes(config: Config) -> int:
-    family = families.load(families.describe(config.model), "cpu", torch.float32)
-    return sum(weight.nbytes for weight in family.unet.parameters())
 
 
 @pytest.mark.gpu
