@@ -1,9 +1,9 @@
-"""Forward and backward pass of a batch as one CUDA graph for each shape, so that the host issues one thing, not 2,000.
+"""A step as two CUDA graphs, so that the host issues a dozen things, not 2,000.
 
-What differs from batch to batch (noise, timesteps, texts, drawn as always from the seed and the batch's place in the
-run) is copied into tensors that stay where they are; the graph reads those and adds to gradients that stay too.
-Clipping and the optimizer, a dozen operations, are left outside: so every optimizer and any accumulation works with it.
-A graph is believed only once it has repeated what the step gives without it.
+One for each shape of a batch draws noise and timesteps, goes forward and backward, and adds to the gradients. What
+differs from batch to batch, which photos and texts, is copied into tensors that stay where they are; generators are
+seeded beforehand. The other clips and steps the optimizer, after as many batches as are accumulated, whatever their
+shapes. Either is believed only once it has repeated what the step gives without it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
+from lorakit import optim
 from lorakit.config import Config
 
 # A graph for each shape of a batch, up to so many: each keeps some memory. Batches of further shapes run without.
 MOST = 16
 
 Compute = Callable[[], torch.Tensor]
-# Takes a computation apart from its replay: called once, it gives what repeats it.
-Record = Callable[[Compute], Compute]
+# Takes a computation, and the generators that it draws from, apart from its replay: called once, it gives what repeats
+# it, drawing then from the generators as they are.
+Record = Callable[[Compute, Sequence[torch.Generator]], Compute]
 
 
 class NotCaptured(RuntimeError):
@@ -40,7 +42,8 @@ def recorder(config: Config, device: torch.device) -> tuple[Record | None, str]:
     for reason, holds in reasons.items():
         if holds:
             return None, f"steps are issued one operation at a time: {reason}"
-    return CudaRecorder(), f"each batch shape's pass becomes a CUDA graph at its first step, of {MOST} shapes at most"
+    line = f"each batch shape's pass becomes a CUDA graph at its first step, of {MOST} shapes at most"
+    return CudaRecorder(), line + "; clipping and the optimizer another" * (config.optimizer.name in optim.CAPTURED)
 
 
 class CudaRecorder:
@@ -49,7 +52,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
-    def __call__(self, compute: Compute) -> Compute:
+    def __call__(self, compute: Compute, generators: Sequence[torch.Generator]) -> Compute:
         """Capture; what is given back replays."""
         # Kernels are chosen and workspaces made on the stream of the capture, where neither may happen during one.
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -57,6 +60,8 @@ class CudaRecorder:
             compute()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = compute()
 
@@ -94,21 +99,32 @@ class _Recorded:
 
 
 class Replayed:
-    """Does `backward(terms)` by replay: the loss comes back, gradients are added to those of `parameters`.
+    """Does `backward(begin())` by replay: the loss comes back, gradients are added to those of `parameters`.
 
     Args:
-        backward: from tensors alone to the loss, having added to the gradients.
+        backward: from a batch, and what is drawn from the generators, to the loss, having added to the gradients.
         parameters: what is trained; each is given a gradient that stays where it is.
         record: see `recorder`.
+        generators: what `backward` draws from.
     """
 
-    def __init__(self, backward: Callable[[Any], torch.Tensor], parameters: Sequence[torch.Tensor], record: Record):
-        self._backward, self._parameters, self._record = backward, parameters, record
+    def __init__(
+        self,
+        backward: Callable[[Any], torch.Tensor],
+        parameters: Sequence[torch.Tensor],
+        record: Record,
+        generators: Sequence[torch.Generator] = (),
+    ):
+        self._backward, self._parameters, self._record, self._generators = backward, parameters, record, generators
         self._known: dict[Any, _Recorded] = {}
         self._places: list[int] = []
 
-    def __call__(self, terms: Any) -> torch.Tensor:
-        """The loss of a batch's terms (dataclasses of tensors, or lists of such), valid until the next call.
+    def __call__(self, begin: Callable[[], Any]) -> torch.Tensor:
+        """The loss of a batch, valid until the next call.
+
+        Args:
+            begin: seeds the generators and gives the batch, a dataclass of tensors and of what tells batches apart
+                that need graphs of their own.
 
         Raises:
             NotCaptured: see there; the gradients are as they were before the call.
@@ -119,14 +135,15 @@ class Replayed:
         places = [place for p in self._parameters if p.grad is not None for place in (p.data_ptr(), p.grad.data_ptr())]
         if places != self._places:  # the first call, or somebody moved the model: a graph knows memory, not tensors
             self._places, self._known = places, {}
-        given = list(tensors(terms))
-        shape = tuple((tensor.shape, tensor.dtype) for tensor in given)
+        batch = begin()
+        shape = each(batch, lambda tensor: (tensor.shape, tensor.dtype))
         if shape not in self._known:
             if len(self._known) == MOST:
-                return self._backward(terms)
-            self._known[shape] = self._recorded(terms)
+                return self._backward(batch)
+            self._known[shape] = self._recorded(batch, begin)
+            begin()
         recorded = self._known[shape]
-        torch._foreach_copy_(recorded.inputs, given)
+        torch._foreach_copy_(recorded.inputs, list(tensors(batch)))
         return recorded.replay()
 
     def forget(self) -> bool:
@@ -134,13 +151,75 @@ class Replayed:
         known, self._known = self._known, {}
         return bool(known)
 
-    def _recorded(self, terms: Any) -> _Recorded:
-        still = each(terms, torch.clone)
+    def _recorded(self, batch: Any, begin: Callable[[], Any]) -> _Recorded:
+        still = each(batch, torch.clone)
 
         def compute() -> torch.Tensor:
             return self._backward(still)
 
-        return _Recorded(list(tensors(still)), believed(self._parameters, compute, lambda: self._record(compute)))
+        replay = believed(self._parameters, compute, lambda: self._record(compute, self._generators), begin=begin)
+        return _Recorded(list(tensors(still)), replay)
+
+
+class Finished:
+    """Does `finish()`, what follows the passes of a step, by replay.
+
+    Args:
+        finish: changes what `held` gives, and nothing else; to the bit the same each time.
+        held: float32 tensors, all that `finish` reads or changes.
+        record: see `recorder`.
+    """
+
+    def __init__(self, finish: Compute, held: Callable[[], list[torch.Tensor]], record: Record):
+        self._finish, self._held, self._record = finish, held, record
+        self._replay: Compute | None = None
+        self._places: list[int] = []
+
+    def __call__(self) -> torch.Tensor:
+        """What `finish` gives, valid until the next call.
+
+        Raises:
+            NotCaptured: see there; what is held is as it was before the call.
+        """
+        if self._now() != self._places:
+            # The first step makes the optimizer's state. Later, somebody loaded another: a graph knows memory.
+            self._replay, result, self._places = None, self._finish(), self._now()
+            return result
+        if self._replay is None:
+            self._replay = self._recorded()
+        return self._replay()
+
+    def forget(self) -> bool:
+        """Record anew at the next step. Whether anything was recorded."""
+        replay, self._replay = self._replay, None
+        return replay is not None
+
+    def _now(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._held()]
+
+    def _recorded(self) -> Compute:
+        held = [tensor.detach() for tensor in self._held()]
+        before = [tensor.clone() for tensor in held]
+        try:
+            expected = _bits([self._finish(), *held])
+            replay = self._record(self._finish, ())
+            torch._foreach_copy_(held, before)
+            if not torch.equal(_bits([replay(), *held]), expected):
+                raise ValueError("a step by replay has other bits")
+        except Exception as problem:
+            raise _not_captured(problem) from problem
+        finally:
+            torch._foreach_copy_(held, before)
+        return replay
+
+
+def _bits(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sums of what float32 tensors are in memory, so that one need not keep them to compare them."""
+    return torch.stack([tensor.detach().reshape(-1).view(torch.int32).sum() for tensor in tensors])
+
+
+def _not_captured(problem: Exception) -> NotCaptured:
+    return NotCaptured((str(problem).splitlines() or [type(problem).__name__])[0])
 
 
 def believed(
@@ -148,12 +227,14 @@ def believed(
     known: Compute,
     make: Callable[[], Compute],
     allowed: Allowed = SAME_KERNELS,
+    begin: Callable[[], Any] = lambda: None,
 ) -> Compute:
     """What `make` gives, once it has given the loss and the gradients that `known` gives.
 
     Args:
         parameters: what both add gradients to, none of them None; these are afterwards what they were.
         known, make: the computation that is right, and what makes another of it.
+        begin: called before either is done.
 
     Raises:
         NotCaptured: see there.
@@ -162,12 +243,14 @@ def believed(
     before = [gradient.clone() for gradient in gradients]
     try:
         torch._foreach_zero_(gradients)
+        begin()
         expected = [known().clone(), *(gradient.clone() for gradient in gradients)]
         made = make()
         torch._foreach_zero_(gradients)
+        begin()
         _same([made(), *gradients], expected, allowed)
     except Exception as problem:  # compilers fail in ways of their own; what the step itself raises comes again
-        raise NotCaptured((str(problem).splitlines() or [type(problem).__name__])[0]) from problem
+        raise _not_captured(problem) from problem
     finally:
         torch._foreach_copy_(gradients, before)
     return made

@@ -19,6 +19,9 @@ Groups = list[dict[str, Any]]
 # These change each number by itself: a group may as well be one long tensor. Adafactor knows rows and columns, and
 # 8-bit state its blocks, which should not reach from one matrix into the next.
 BY_NUMBER = ("adamw", "lion")
+# These read the learning rate and their count of steps where they lie on the card, so a CUDA graph can hold their step.
+# The others put both, or an estimate, into what they issue.
+CAPTURED = ("adamw",)
 
 
 def build(config: OptimizerConfig, groups: list[tuple[str, list[torch.nn.Parameter]]]) -> torch.optim.Optimizer:
@@ -61,10 +64,32 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int, group: s
     return peak(config, group) * factor(config, step, total_steps)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total_steps: int) -> None:
-    """Give every group its rate for `step`."""
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total_steps: int, *, on_device: bool = False
+) -> None:
+    """Give every group its rate for `step`, rounded to float32: so the same one, where it is a tensor on the device
+    that stays where it is."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step, total_steps, group["name"])
+        rate = torch.tensor(learning_rate(config, step, total_steps, group["name"]), dtype=torch.float32)
+        if not on_device:
+            group["lr"] = rate.item()
+        elif isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate.item())
+        else:
+            group["lr"] = rate.to(group["params"][0].device)
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """Let it step, in a CUDA graph's capture too: torch asks whether that is meant, and the fused kernel asks no more."""
+    groups = optimizer.param_groups
+    meant = groups if groups[0]["params"][0].is_cuda and torch.cuda.is_current_stream_capturing() else []
+    for group in meant:
+        group["capturable"] = True
+    try:
+        optimizer.step()
+    finally:
+        for group in meant:
+            group["capturable"] = False
 
 
 def adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:

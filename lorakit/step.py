@@ -1,8 +1,9 @@
 """The training step: from a batch's place in the run to its loss.
 
 Everything a step needs is on the device before the first one: latents (mean and standard deviation), text embeddings,
-masks. A step gathers by index, draws its own noise and timesteps from (seed, index), and never reads a value back, so
-the host can run ahead of the device.
+masks. The host says which photos and texts and seeds the generators by (seed, index); all else, drawing noise and
+timesteps included, is a function of tensors on the device that never reads a value back: so the host can run ahead, or
+let a CUDA graph repeat it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ import torch
 
 from lorakit import objective, randomness
 from lorakit.config import TrainConfig
+from lorakit.data.dataset import Batch
 from lorakit.encode import Encoded
+
+# What is drawn for photos or class images, each from a generator of its own.
+DRAWN = ("posterior", "noise", "timesteps")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class Step:
         train: the section of the config.
         embed_anew: pass texts through the text encoders in each step, because adapters in them are trained.
         retry: how often the run went back to a checkpoint; it salts the noise, which would else repeat what failed.
+
+    Attributes:
+        generators: what `terms` draws from, by purpose; `begin` seeds them.
     """
 
     def __init__(
@@ -59,17 +67,20 @@ class Step:
     ):
         self.family, self.adapter, self.encoded, self.train = family, adapter, encoded, train
         self.embed_anew, self.retry = embed_anew, retry
-        self._generator = torch.Generator(family.device)
+        purposes = [f"instance {drawn}" for drawn in DRAWN]
+        if train.prior == "images":
+            purposes += ["class order", *(f"class {drawn}" for drawn in DRAWN)]
+        self.generators = {purpose: torch.Generator(family.device) for purpose in purposes}
         self._epoch = -1
-        self._batches: list[Any] = []
+        self._batches: list[Batch] = []
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches that show every photo once."""
         return len(self.encoded.dataset.batches(self.train.seed, 0, self.train.batch_size))
 
-    def batch(self, index: int) -> Any:
-        """The `index`-th batch of the run (`data.cache.Batch`), counted from 0 through all epochs."""
+    def batch(self, index: int) -> Batch:
+        """The `index`-th batch of the run, counted from 0 through all epochs."""
         epoch, place = divmod(index, self._per_epoch())
         if epoch != self._epoch:
             self._epoch = epoch
@@ -79,19 +90,18 @@ class Step:
     def loss(self, index: int) -> torch.Tensor:
         """Loss of the `index`-th batch, a scalar on the device; `backward` may be called on it."""
         with self._dropout(index):
-            return self.loss_of(self.terms(index))
+            return self.loss_of(self.begin(index))
 
-    def terms(self, index: int) -> list[Term]:
-        """All that is drawn and looked up for the `index`-th batch; what `loss_of` computes from."""
-        instance = self._instance_term(index)
-        if self.train.prior == "images":
-            return [instance, self._class_image_term(index, len(instance.noisy))]
-        if self.train.prior == "teacher":
-            return [instance, self._teacher_term(index, instance)]
-        return [instance]
+    def begin(self, index: int) -> Batch:
+        """The `index`-th batch, its generators seeded: what the host does for it."""
+        for purpose, generator in self.generators.items():
+            salted = f"{purpose}/{self.retry}" if self.retry else purpose
+            generator.manual_seed(randomness.number(self.train.seed, index, salted))
+        return self.batch(index)
 
-    def loss_of(self, terms: list[Term]) -> torch.Tensor:
-        """The loss of a batch's terms: a function of tensors that draws nothing."""
+    def loss_of(self, batch: Batch) -> torch.Tensor:
+        """The loss of the batch that `begin` gave last: what the device does for it."""
+        terms = self.terms(batch)
         targets = [term.target if term.target is not None else self._taught(term) for term in terms]
         total = torch.zeros((), device=self.family.device)
         for term, target, prediction in zip(terms, targets, self._predict(terms), strict=True):
@@ -100,6 +110,15 @@ class Step:
             )
             total = total + term.factor * objective.loss(prediction, target, self.train.loss, weight, term.mask)
         return total
+
+    def terms(self, batch: Batch) -> list[Term]:
+        """All that is looked up and drawn for the batch that `begin` gave last."""
+        instance = self._instance_term(batch)
+        if self.train.prior == "images":
+            return [instance, self._class_image_term(len(instance.noisy))]
+        if self.train.prior == "teacher":
+            return [instance, self._teacher_term(batch, instance)]
+        return [instance]
 
     @contextlib.contextmanager
     def _dropout(self, index: int) -> Iterator[None]:
@@ -117,36 +136,27 @@ class Step:
             self._epoch, self._batches = 0, self.encoded.dataset.batches(self.train.seed, 0, self.train.batch_size)
         return len(self._batches)
 
-    def _seeded(self, index: int, purpose: str) -> torch.Generator:
-        # One generator, seeded anew for each purpose: making a device generator costs more than seeding it.
-        salted = f"{purpose}/{self.retry}" if self.retry else purpose
-        return self._generator.manual_seed(randomness.number(self.train.seed, index, salted))
-
-    def _noised(self, index: int, purpose: str, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _noised(self, whose: str, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Latents drawn from the posterior, with noise and timesteps: (noisy, timesteps, target)."""
         family, count = self.family, len(mean)
-        draw = self._seeded(index, f"{purpose} posterior")
-        latents = mean + std * torch.randn(mean.shape, generator=draw, device=family.device)
-        draw = self._seeded(index, f"{purpose} noise")
-        noise = objective.sample_noise(draw, mean.shape, family.device, self.train.noise_offset)
+        posterior, spread, place = (self.generators[f"{whose} {drawn}"] for drawn in DRAWN)
+        latents = mean + std * torch.randn(mean.shape, generator=posterior, device=family.device)
+        noise = objective.sample_noise(spread, mean.shape, family.device, self.train.noise_offset)
         # One uniform offset for the whole batch spreads its timesteps evenly; each alone is still uniform.
-        draw = self._seeded(index, f"{purpose} timesteps")
-        offset = torch.rand((), generator=draw, device=family.device)
-        place = (torch.arange(count, device=family.device) + offset) / count
-        timesteps = (place * len(family.alphas_cumprod)).long().clamp_(max=len(family.alphas_cumprod) - 1)
+        offset = torch.rand((), generator=place, device=family.device)
+        share = (torch.arange(count, device=family.device) + offset) / count
+        timesteps = (share * len(family.alphas_cumprod)).long().clamp_(max=len(family.alphas_cumprod) - 1)
         noisy = objective.add_noise(latents, noise, timesteps, family.alphas_cumprod)
         target = objective.target(family.prediction_type, latents, noise, timesteps, family.alphas_cumprod)
         return noisy, timesteps, target
 
-    def _instance_term(self, index: int) -> Term:
-        batch = self.batch(index)
-        bucket = self.encoded.dataset.buckets[batch.bucket]
-        entries, texts = batch.entries.to(self.family.device), batch.texts
-        noisy, timesteps, target = self._noised(index, "instance", bucket.mean[entries], bucket.std[entries])
+    def _instance_term(self, batch: Batch) -> Term:
+        bucket, entries = self.encoded.dataset.buckets[batch.bucket], batch.entries
+        noisy, timesteps, target = self._noised("instance", bucket.mean[entries], bucket.std[entries])
         if self.embed_anew:
-            condition = self._embedded(self.encoded.dataset.texts, texts.tolist())
+            condition = self._embedded(self.encoded.dataset.texts, batch.texts.tolist())
         else:
-            condition = self.encoded.conditions.index(texts.to(self.family.device))
+            condition = self.encoded.conditions.index(batch.texts)
         if bucket.time_ids is not None:
             condition = condition.with_sizes(bucket.time_ids[entries])
         mask = bucket.mask[entries] if bucket.mask is not None else None
@@ -167,21 +177,21 @@ class Step:
             condition = self.encoded.class_conditions.index(texts)
         return condition if time_ids is None else condition.with_sizes(time_ids)
 
-    def _class_image_term(self, index: int, count: int) -> Term:
+    def _class_image_term(self, count: int) -> Term:
         """Class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv 2208.12242)."""
         latents = self.encoded.class_latents
         assert latents is not None, "prior = 'images' comes with class latents"
         mean, std, ids = latents.mean, latents.std, latents.time_ids
-        draw = self._seeded(index, "class order")
-        chosen = torch.randint(len(mean), (count,), generator=draw, device=self.family.device)
-        noisy, timesteps, target = self._noised(index, "class", mean[chosen], std[chosen])
+        order = self.generators["class order"]
+        chosen = torch.randint(len(mean), (count,), generator=order, device=self.family.device)
+        noisy, timesteps, target = self._noised("class", mean[chosen], std[chosen])
         condition = self._class_text_condition(latents.texts[chosen], None if ids is None else ids.expand(count, -1))
         return Term(noisy, timesteps, condition, target, None, self.train.prior_loss_weight)
 
-    def _teacher_term(self, index: int, instance: Term) -> Term:
+    def _teacher_term(self, batch: Batch, instance: Term) -> Term:
         """The same noisy photos under their texts without the trigger; the target is what the base says of them."""
         sizes = instance.condition.time_ids
-        texts = self.encoded.class_of[self.batch(index).texts.to(self.family.device)]
+        texts = self.encoded.class_of[batch.texts]
         base = self.encoded.class_conditions.index(texts)
         base = base if sizes is None else base.with_sizes(sizes)
         condition = self._class_text_condition(texts, sizes)

@@ -10,6 +10,7 @@ import torch
 from lorakit import adapters, compiled, graph, optim
 from lorakit.adapters import flat
 from lorakit.config import Config
+from lorakit.data.dataset import Batch
 from lorakit.step import Step
 
 
@@ -40,14 +41,19 @@ class Update:
         self._blocks = compiled.blocks(config, step.family, parameters, say)
         record, line = graph.recorder(config, step.family.device)
         weights = [each.weights for each in self.flats]
-        self._replayed = None if record is None else graph.Replayed(self._backward, weights, record)
+        self._replayed, self._finished = None, None
+        if record is not None:
+            self._replayed = graph.Replayed(self._backward, weights, record, list(step.generators.values()))
+            if config.optimizer.name in optim.CAPTURED:
+                self._finished = graph.Finished(self._finish, self._held, record)
         if line:
             say(line)
 
     def __call__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Do step `number`, counted from 0: (mean loss of its batches, norm of the gradients before clipping)."""
-        train, parts = self.config.train, self.config.train.gradient_accumulation_steps
-        optim.set_learning_rate(self.optimizer, self.config.optimizer, number, self.total)
+        parts = self.config.train.gradient_accumulation_steps
+        on_device = self._finished is not None
+        optim.set_learning_rate(self.optimizer, self.config.optimizer, number, self.total, on_device=on_device)
         loss = torch.zeros((), device=self.step.family.device)
         for each in self.flats:
             if not each.hold() and self._replayed is not None:
@@ -55,13 +61,12 @@ class Update:
             each.gradient.zero_()
         for part in range(parts):
             loss += self._pass(number * parts + part)
-        norm = flat.clip(self.flats, train.max_grad_norm)
-        self.optimizer.step()
-        return loss, norm
+        return loss, self._stepped()
 
     def forget(self) -> bool:
         """Give back the memory of all CUDA graphs; whether there were any. The next steps record anew."""
-        return self._replayed is not None and self._replayed.forget()
+        graphs = [each for each in (self._replayed, self._finished) if each is not None]
+        return any([each.forget() for each in graphs])
 
     def _pass(self, index: int) -> torch.Tensor:
         """Forward and backward of the `index`-th batch; its share of the step's loss."""
@@ -74,19 +79,39 @@ class Update:
 
     def _issued(self, index: int) -> torch.Tensor:
         if self._replayed is not None:
-            terms = self.step.terms(index)
             try:
-                return self._replayed(terms)
+                return self._replayed(lambda: self.step.begin(index))
             except graph.NotCaptured as problem:
                 self.say(f"no CUDA graph, steps are issued one operation at a time: {problem}")
                 self._replayed = None
         return self._computed(lambda: self.step.loss(index))
 
-    def _backward(self, terms: Any) -> torch.Tensor:
-        return self._computed(lambda: self.step.loss_of(terms))
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        return self._computed(lambda: self.step.loss_of(batch))
 
     def _computed(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         with flat.computing(self.flats):
             loss = compute() / self.config.train.gradient_accumulation_steps
             loss.backward()
         return loss.detach()
+
+    def _stepped(self) -> torch.Tensor:
+        """Clip, and step the optimizer; the norm before."""
+        if self._finished is not None:
+            try:
+                return self._finished()
+            except graph.NotCaptured as problem:
+                self.say(f"no CUDA graph of the optimizer's step, it is issued one operation at a time: {problem}")
+                self._finished = None
+        return self._finish()
+
+    def _finish(self) -> torch.Tensor:
+        norm = flat.clip(self.flats, self.config.train.max_grad_norm)
+        optim.step(self.optimizer)
+        return norm
+
+    def _held(self) -> list[torch.Tensor]:
+        """All that `_finish` reads and changes."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return [tensor for each in self.flats for tensor in (each.weights, each.gradient)] + states + rates

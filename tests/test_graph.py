@@ -20,7 +20,7 @@ from lorakit.step import Step
 from lorakit.update import Update
 
 
-def stand_in(compute: graph.Compute) -> graph.Compute:
+def stand_in(compute: graph.Compute, generators: Any = ()) -> graph.Compute:
     """Replays by computing from the same tensors again."""
     return compute
 
@@ -53,17 +53,18 @@ def both(step: Step, adapter: Any, record: graph.Record, batches: int = 5) -> An
     """For each batch: (loss and gradients without, the same by replay)."""
     parameters = list(adapter.parameters().values())
 
-    def backward(terms: Any) -> torch.Tensor:
-        loss = step.loss_of(terms)
+    def backward(batch: Any) -> torch.Tensor:
+        loss = step.loss_of(batch)
         loss.backward()
         return loss.detach()
 
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    replayed = graph.Replayed(backward, parameters, record)
+    replayed = graph.Replayed(backward, parameters, record, list(step.generators.values()))
     for index in range(batches):
         found = []
-        for way in (lambda index=index: backward(step.terms(index)), lambda index=index: replayed(step.terms(index))):
+        begin = partial(step.begin, index)
+        for way in (lambda begin=begin: backward(begin()), lambda begin=begin: replayed(begin)):
             torch._foreach_zero_([parameter.grad for parameter in parameters])
             found.append([way().clone(), *(parameter.grad.clone() for parameter in parameters)])
         yield found
@@ -110,7 +111,7 @@ def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, par
 
 
 def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(tiny_sd1, photos, tmp_path, monkeypatch):
-    def fails(compute: graph.Compute) -> graph.Compute:
+    def fails(compute: graph.Compute, generators: Any) -> graph.Compute:
         compute()  # as much is done before a capture fails; its gradients must not stay
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
@@ -131,13 +132,13 @@ def test_a_graph_that_does_not_repeat_the_step_is_not_believed():
         loss.backward()
         return loss.detach()
 
-    def stale(compute: graph.Compute) -> graph.Compute:
+    def stale(compute: graph.Compute, generators: Any) -> graph.Compute:
         compute()
         return lambda: torch.tensor(6.0)
 
     weight.grad = torch.tensor([1.0, 2.0, 3.0])
     with pytest.raises(graph.NotCaptured, match="gradients by"):
-        graph.Replayed(backward, [weight], stale)(torch.tensor([1.0, 2.0, 3.0]))
+        graph.Replayed(backward, [weight], stale)(lambda: torch.tensor([1.0, 2.0, 3.0]))
     assert weight.grad.tolist() == [1.0, 2.0, 3.0]
 
 
@@ -149,16 +150,16 @@ def test_memory_that_moved_is_recorded_anew():
         loss.backward()
         return loss.detach()
 
-    def record(compute: graph.Compute) -> graph.Compute:
+    def record(compute: graph.Compute, generators: Any) -> graph.Compute:
         recorded.append(compute)
         return compute
 
     replayed = graph.Replayed(backward, [weight], record)
     for _ in range(2):
-        replayed(torch.ones(3))
+        replayed(lambda: torch.ones(3))
     assert len(recorded) == 1
     weight.data = weight.data.clone()
-    replayed(torch.ones(3))
+    replayed(lambda: torch.ones(3))
     assert len(recorded) == 2 and weight.grad.tolist() == [3.0, 3.0, 3.0]
 
 
@@ -171,15 +172,15 @@ def test_shapes_beyond_the_most_run_without(monkeypatch):
         loss.backward()
         return loss.detach()
 
-    replayed = graph.Replayed(backward, [weight], lambda compute: recorded.append(compute) or compute)
-    assert [replayed(torch.ones(n)).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3] and len(recorded) == 1
+    replayed = graph.Replayed(backward, [weight], lambda compute, _: recorded.append(compute) or compute)
+    assert [replayed(partial(torch.ones, n)).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3] and len(recorded) == 1
 
 
 def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatch):
     """Recorded anew afterwards, with the results that there would have been."""
     recorded: list[Any] = []
 
-    def record(compute: graph.Compute) -> graph.Compute:
+    def record(compute: graph.Compute, generators: Any) -> graph.Compute:
         recorded.append(compute)
         return compute
 

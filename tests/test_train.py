@@ -418,11 +418,11 @@ def test_rollback_does_not_go_round_for_ever(tiny_sd1, photos, tmp_path, monkeyp
 
 def test_the_texts_that_are_encoded_are_the_captions_with_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
     seen: list[str] = []
-    index = Step._instance_term
+    instance = Step._instance_term
 
-    def spy(self, at):
-        seen.extend(self.encoded.dataset.texts[i] for i in self.batch(at).texts.tolist())
-        return index(self, at)
+    def spy(self, batch):
+        seen.extend(self.encoded.dataset.texts[i] for i in batch.texts.tolist())
+        return instance(self, batch)
 
     monkeypatch.setattr(Step, "_instance_term", spy)
     run(tiny_sd1, photos, tmp_path / "run", train__steps=None, train__epochs=1)
@@ -442,12 +442,11 @@ def test_swapping_two_captions_changes_the_adapter(tiny_sd1, photos, tmp_path):
 
 def test_every_photo_is_seen_once_an_epoch(tiny_sd1, photos, tmp_path, monkeypatch):
     seen: list[str] = []
-    index = Step._instance_term
+    instance = Step._instance_term
 
-    def spy(self, at):
-        batch = self.batch(at)
+    def spy(self, batch):
         seen.extend(self.encoded.dataset.names(batch.bucket)[i] for i in batch.entries.tolist())
-        return index(self, at)
+        return instance(self, batch)
 
     monkeypatch.setattr(Step, "_instance_term", spy)
     run(tiny_sd1, photos, tmp_path / "run", **{"train__steps": None, "train__epochs": 2})

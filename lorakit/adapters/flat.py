@@ -177,7 +177,7 @@ def save_apart(optimizer: torch.optim.Optimizer, flats: Sequence[Flat]) -> None:
                 parts = flat.apart(value) if whole else [copy.deepcopy(value) for _ in numbers]
                 for number, part in zip(numbers, parts, strict=True):
                     state.setdefault(number, {})[key] = part
-            groups.append({**group, "params": list(numbers)})
+            groups.append({**group, "lr": float(group["lr"]), "params": list(numbers)})
         return {**saved, "state": state, "param_groups": groups}
 
     def join(_: Any, saved: dict[str, Any]) -> dict[str, Any]:

@@ -115,8 +115,9 @@ class Dataset:
             first = torch.randint(2**31, (len(rows),), generator=starts).tolist()
             chosen = torch.tensor([own[(start + epoch) % len(own)] for own, start in zip(rows, first, strict=True)])
             chosen = chosen[torch.randperm(len(chosen), generator=draw)]
-            # One copy to the device for the whole epoch; batches are views of it.
-            entries, told = chosen.to(device), texts[bucket.photo[chosen]].to(device)
+            # One copy to the device for the whole epoch, which CUDA need not be waited for; batches are views of it.
+            ahead = device.type == "cuda"
+            entries, told = (t.to(device, non_blocking=ahead) for t in (chosen, texts[bucket.photo[chosen]]))
             pairs = zip(torch.split(entries, batch_size), torch.split(told, batch_size), strict=True)
             batches += [Batch(number, part, text) for part, text in pairs]
         return [batches[at] for at in torch.randperm(len(batches), generator=draw).tolist()]

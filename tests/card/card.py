@@ -94,7 +94,12 @@ def _play_cuda(torch: Any, card: Any) -> None:
             card.aside(self.before)
 
     class Graph:
-        number: int | None = None
+        def __init__(self) -> None:
+            self.number: int | None = None
+            self.generators: list[Any] = []
+
+        def register_generator_state(self, generator: Any) -> None:
+            self.generators.append(generator)
 
         def replay(self) -> None:
             card.replay(self.number)
@@ -108,7 +113,7 @@ def _play_cuda(torch: Any, card: Any) -> None:
             self.graph = graph
 
         def __enter__(self) -> None:
-            card.begin()
+            card.begin(self.graph.generators)
 
         def __exit__(self, kind: Any, *_: object) -> None:
             if kind is None:
@@ -143,6 +148,7 @@ def _play_cuda(torch: Any, card: Any) -> None:
     cuda.reset_peak_memory_stats = lambda *_: card.reset_peak()
     cuda.mem_get_info = lambda *_: (2**34 - card.live(), 2**34)
     cuda.Stream, cuda.stream, cuda.current_stream = Stream, On, lambda *_: streams[-1]
+    cuda.is_current_stream_capturing = card.capturing
     cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = Graph, Capture, object
     torch.empty = empty_or_pinned
     torch.Tensor.is_pinned = lambda tensor, *_: tensor.untyped_storage().data_ptr() in pinned

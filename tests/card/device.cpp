@@ -99,11 +99,18 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void recordDataPtrOnStream(const DataPtr&, const Stream&) const override {}
 };
 
-// A generator of the card: draws what the CPU's draws from the same seed.
+using Tape = std::vector<std::function<void()>>;
+std::shared_ptr<Tape> recording;
+std::vector<std::shared_ptr<Tape>> tapes;
+
+// A generator of the card: draws what the CPU's draws from the same seed. A graph draws from it as it is at the replay.
 struct CardGenerator final : c10::GeneratorImpl {
   Generator inner = at::detail::createCPUGenerator();
   CardGenerator() : c10::GeneratorImpl(CARD, DispatchKeySet(DispatchKey::CUDA)) {}
-  void set_current_seed(uint64_t seed) override { inner.set_current_seed(seed); }
+  void set_current_seed(uint64_t seed) override {
+    TORCH_CHECK(!recording, "operation not permitted when stream is capturing: a generator is given a seed");
+    inner.set_current_seed(seed);
+  }
   uint64_t current_seed() const override { return inner.current_seed(); }
   uint64_t seed() override { return inner.seed(); }
   void set_offset(uint64_t) override {}
@@ -144,9 +151,8 @@ struct CUDAHooks final : CUDAHooksInterface {
 
 // -- time: what waits, what is captured, what has been promised ---------------------------------------------------------
 
-using Tape = std::vector<std::function<void()>>;
-std::shared_ptr<Tape> recording;
-std::vector<std::shared_ptr<Tape>> tapes;
+// Generators that the graph has been told of.
+std::vector<Generator> known;
 int64_t waited = 0, copied = 0;
 
 // The host needs to know what the card has computed.
@@ -221,6 +227,7 @@ Tensor& card_copy(Tensor& to, const Tensor& from, bool later) {
   if (!on_card(from)) {
     TORCH_CHECK(!recording, "operation not permitted when stream is capturing: a copy from the host");
     copied += static_cast<int64_t>(from.nbytes());
+    if (!later) wait("a copy from the host");
     if (aside && later) {
       promised.push_back(act);
       return to;
@@ -325,7 +332,9 @@ Given given(const c10::FunctionSchema& schema, const std::vector<IValue>& argume
       }
       made.values.emplace_back(list);
     } else if (value.isGenerator() && value.toGenerator().device() == CARD) {
-      TORCH_CHECK(!recording, "operation not permitted when stream is capturing: a generator that is not the graph's");
+      TORCH_CHECK(
+          !recording || std::count(known.begin(), known.end(), value.toGenerator()),
+          "operation not permitted when stream is capturing: a generator that is not the graph's");
       made.values.emplace_back(static_cast<CardGenerator*>(value.toGenerator().unsafeGetGeneratorImpl())->inner);
     } else if (value.isDevice()) {
       made.values.emplace_back(Device(kCPU));
@@ -443,7 +452,11 @@ PYBIND11_MODULE(device, m) {
   m.def("set_room", [](int64_t bytes) { memory.room = bytes; }, "bytes of the card; -1: no end");
   m.def("waited", [] { return waited; }, "how often the host waited for the card");
   m.def("copied", [] { return copied; }, "bytes copied from the host");
-  m.def("begin", [] { recording = std::make_shared<Tape>(); });
+  m.def("begin", [](std::vector<Generator> generators) {
+    known = std::move(generators);
+    recording = std::make_shared<Tape>();
+  });
+  m.def("capturing", [] { return recording != nullptr; });
   m.def("end", [] { tapes.push_back(std::exchange(recording, nullptr)); return tapes.size() - 1; });
   m.def("give_up", [] { recording = nullptr; });
   m.def("replay", &replay);
