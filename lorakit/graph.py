@@ -34,9 +34,9 @@ def recorder(config: Config, device: torch.device) -> tuple[Record | None, str]:
     """How steps are recorded on this device, or None, with a line that says so (empty on a CPU)."""
     if device.type != "cuda":
         return None, ""
+    again = config.memory.gradient_checkpointing or config.memory.limit_gib is not None
     reasons = {
-        "the text encoder is trained": config.adapter.trains_text,
-        "dropout draws anew in each step": bool(getattr(config.adapter, "dropout", 0.0)),
+        "what dropout drew is drawn once more for gradient checkpointing": again and getattr(config.adapter, "dropout", 0.0) > 0,
         "the base's weights are copied to the card as they are needed": config.memory.stream_base,
     }
     for reason, holds in reasons.items():

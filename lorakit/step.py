@@ -66,7 +66,10 @@ class Step:
         retry: int = 0,
     ):
         self.family, self.adapter, self.encoded, self.train = family, adapter, encoded, train
-        self.embed_anew, self.retry = embed_anew, retry
+        self.retry = retry
+        self._tokens, self._class_tokens = (
+            family.tokens(texts) if embed_anew else None for texts in (encoded.dataset.texts, encoded.class_texts)
+        )
         purposes = [f"instance {drawn}" for drawn in DRAWN]
         if train.prior == "images":
             purposes += ["class order", *(f"class {drawn}" for drawn in DRAWN)]
@@ -89,14 +92,27 @@ class Step:
 
     def loss(self, index: int) -> torch.Tensor:
         """Loss of the `index`-th batch, a scalar on the device; `backward` may be called on it."""
-        with self._dropout(index):
+        with self.drawing():
             return self.loss_of(self.begin(index))
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Dropout draws from the global generators: around `begin`, which seeds them too, and what follows it. They are
+        as they were afterwards."""
+        if not self.adapter.dropout:
+            yield
+            return
+        device = self.family.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
 
     def begin(self, index: int) -> Batch:
         """The `index`-th batch, its generators seeded: what the host does for it."""
         for purpose, generator in self.generators.items():
             salted = f"{purpose}/{self.retry}" if self.retry else purpose
             generator.manual_seed(randomness.number(self.train.seed, index, salted))
+        if self.adapter.dropout:
+            torch.manual_seed(randomness.number(self.train.seed, index, f"dropout/{self.retry}"))
         return self.batch(index)
 
     def loss_of(self, batch: Batch) -> torch.Tensor:
@@ -120,17 +136,6 @@ class Step:
             return [instance, self._teacher_term(batch, instance)]
         return [instance]
 
-    @contextlib.contextmanager
-    def _dropout(self, index: int) -> Iterator[None]:
-        """Dropout draws from the global generators: inside, they are seeded as everything else is; then put back."""
-        if not self.adapter.dropout:
-            yield
-            return
-        device = self.family.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(randomness.number(self.train.seed, index, f"dropout/{self.retry}"))
-            yield
-
     def _per_epoch(self) -> int:
         if not self._batches:
             self._epoch, self._batches = 0, self.encoded.dataset.batches(self.train.seed, 0, self.train.batch_size)
@@ -153,28 +158,23 @@ class Step:
     def _instance_term(self, batch: Batch) -> Term:
         bucket, entries = self.encoded.dataset.buckets[batch.bucket], batch.entries
         noisy, timesteps, target = self._noised("instance", bucket.mean[entries], bucket.std[entries])
-        if self.embed_anew:
-            condition = self._embedded(self.encoded.dataset.texts, batch.texts.tolist())
-        else:
-            condition = self.encoded.conditions.index(batch.texts)
+        condition = self._told(self._tokens, self.encoded.conditions, batch.texts)
         if bucket.time_ids is not None:
             condition = condition.with_sizes(bucket.time_ids[entries])
         mask = bucket.mask[entries] if bucket.mask is not None else None
         return Term(noisy, timesteps, condition, target, mask, 1.0)
 
-    def _embedded(self, texts: list[str], chosen: list[int]) -> Any:
-        """The chosen texts through the text encoder that is trained, each different one once."""
-        different = list(dict.fromkeys(chosen))
-        condition = self.family.encode_text([texts[number] for number in different], grad=True)
-        places = torch.tensor([different.index(number) for number in chosen], device=self.family.device)
-        return condition.index(places)
+    def _told(self, tokens: list[torch.Tensor] | None, known: Any, chosen: torch.Tensor) -> Any:
+        """The chosen texts, int64 `[b]`, as the base has them, or anew through the text encoder that is trained: it is
+        given the chosen ones or all there are, whichever is less, for the host does not know which are the same."""
+        if tokens is None:
+            return known.index(chosen)
+        if len(tokens[0]) <= len(chosen):
+            return self.family.encode_tokens(tokens, grad=True).index(chosen)
+        return self.family.encode_tokens([table[chosen] for table in tokens], grad=True)
 
     def _class_text_condition(self, texts: torch.Tensor, time_ids: torch.Tensor | None) -> Any:
-        """These class texts, int64 `[b]`; through the text encoder where that is trained."""
-        if self.embed_anew:
-            condition = self._embedded(self.encoded.class_texts, texts.tolist())
-        else:
-            condition = self.encoded.class_conditions.index(texts)
+        condition = self._told(self._class_tokens, self.encoded.class_conditions, texts)
         return condition if time_ids is None else condition.with_sizes(time_ids)
 
     def _class_image_term(self, count: int) -> Term:

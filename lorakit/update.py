@@ -80,7 +80,8 @@ class Update:
     def _issued(self, index: int) -> torch.Tensor:
         if self._replayed is not None:
             try:
-                return self._replayed(lambda: self.step.begin(index))
+                with self.step.drawing():
+                    return self._replayed(lambda: self.step.begin(index))
             except graph.NotCaptured as problem:
                 self.say(f"no CUDA graph, steps are issued one operation at a time: {problem}")
                 self._replayed = None

@@ -207,8 +207,6 @@ def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
     settings, cuda = chosen(tiny_sd1, photos, tmp_path), torch.device("cuda")
     assert graph.recorder(settings, torch.device("cpu")) == (None, "")
     for section, change, reason in (
-        ("adapter", {"train_text_encoder": True}, "the text encoder is trained"),
-        ("adapter", {"dropout": 0.1}, "dropout draws anew"),
         ("memory", {"stream_base": True}, "copied to the card as they are needed"),
     ):
         changed = replace(settings, **{section: replace(getattr(settings, section), **change)})

@@ -49,6 +49,12 @@ class Family(Protocol):
     def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
         """Embeddings of texts, cut and padded as the diffusers pipeline does it; `time_ids` is left None."""
 
+    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
+        """What the text encoders are given for texts: int64 `[B, T]` on `device`, one for each that has its own."""
+
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
+        """`encode_text` of texts in that form: the host does not look at them."""
+
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels `[B, 3, H, W]` in [-1, 1] -> (mean, std) of the latents, float32 `[B, C, h, w]`, in the UNet's scale:
         latents = mean + std * noise."""

@@ -36,13 +36,21 @@ class StableDiffusion:
         self.prediction_type = info.prediction_type
         self.gradient_scale = components.gradient_scale(dtype)
         self.alphas_cumprod = components.noise_schedule(self.scheduler, self.device)
-        self._ids = components.TokenIds(self.tokenizer, self.device)
+        self._ids = [components.TokenIds(self.tokenizer, self.device)]
 
     def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
         """See `families.Family`."""
+        return self.encode_tokens(self.tokens(texts), grad=grad)
+
+    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
+        """See `families.Family`."""
+        return [ids(texts) for ids in self._ids]
+
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
+        """See `families.Family`."""
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
-            return Condition(self.text_encoders["text_encoder"](self._ids(texts))[0])
+            return Condition(self.text_encoders["text_encoder"](tokens[0])[0])
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""

@@ -47,36 +47,42 @@ class StableDiffusion3:
                 for name, encoder in self.text_encoders.items()
             }
             self._t5_tokens = info.text_tokens - info.max_tokens
-            self._t5_ids: components.TokenIds | None = None
             if "text_encoder_3" in info.configs:
                 t5 = components.load_module(info, "text_encoder_3", T5EncoderModel, dtype)
                 self.text_encoders["text_encoder_3"] = t5
                 tokenizer = AutoTokenizer.from_pretrained(info.tokenizer("tokenizer_3"), local_files_only=True)
                 self.tokenizers["tokenizer_3"] = tokenizer
-                self._t5_ids = components.TokenIds(tokenizer, self.device, self._t5_tokens)
             self.vae = components.load_vae(info)
             self.scheduler = components.load_scheduler(info)
         self.prediction_type = info.prediction_type
         self.gradient_scale = components.gradient_scale(dtype)
         self.alphas_cumprod = noise_schedule(float(self.scheduler.config.shift), self.device)
-        names = ("tokenizer", "tokenizer_2")
-        self._ids = [components.TokenIds(self.tokenizers[name], self.device) for name in names]
+        lengths = {"tokenizer_3": self._t5_tokens}
+        self._ids = [components.TokenIds(each, self.device, lengths.get(n)) for n, each in self.tokenizers.items()]
 
     def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
+        """See `families.Family`."""
+        return self.encode_tokens(self.tokens(texts), grad=grad)
+
+    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
+        """See `families.Family`."""
+        return [ids(texts) for ids in self._ids]
+
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
         """See `families.Family`: both CLIPs' last hidden states but one, side by side and filled up with zeros to T5's
         width, then T5's; and both pooled outputs. Without T5 its states are zeros."""
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
             first, second = (
-                self.text_encoders[name](ids(texts), output_hidden_states=True)
-                for name, ids in zip(("text_encoder", "text_encoder_2"), self._ids, strict=True)
+                self.text_encoders[name](ids, output_hidden_states=True)
+                for name, ids in zip(("text_encoder", "text_encoder_2"), tokens[:2], strict=True)
             )
             clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
             width = self.info.cross_dim
-            if self._t5_ids is None:
-                long = clip.new_zeros(len(texts), self._t5_tokens, width)
+            if len(tokens) == 2:
+                long = clip.new_zeros(len(clip), self._t5_tokens, width)
             else:
-                long = self.text_encoders["text_encoder_3"](self._t5_ids(texts))[0]
+                long = self.text_encoders["text_encoder_3"](tokens[2])[0]
             states = torch.cat([functional.pad(clip, (0, width - clip.shape[-1])), long], dim=1)
             return Condition(states, pooled=torch.cat([first.text_embeds, second.text_embeds], dim=-1))
 

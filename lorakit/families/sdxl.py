@@ -43,12 +43,20 @@ class StableDiffusionXL:
         self._ids = [components.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
 
     def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
+        """See `families.Family`."""
+        return self.encode_tokens(self.tokens(texts), grad=grad)
+
+    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
+        """See `families.Family`."""
+        return [ids(texts) for ids in self._ids]
+
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
         """See `families.Family`: the encoders' last hidden states but one, side by side, and the second's pooled."""
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
             first, second = (
-                encoder(ids(texts), output_hidden_states=True)
-                for encoder, ids in zip(self.text_encoders.values(), self._ids, strict=True)
+                encoder(ids, output_hidden_states=True)
+                for encoder, ids in zip(self.text_encoders.values(), tokens, strict=True)
             )
             states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
             return Condition(states, pooled=second.text_embeds)
