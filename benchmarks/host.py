@@ -4,7 +4,7 @@
 
 SD1.5 and SDXL in their true depth, so narrow that arithmetic is next to nothing: what is left is what a card at batch 1
 waits for. Operations are counted as a card would get them in bf16. Time is this process's own CPU time, on one thread;
-"outside the graph" is what the host still does in a step whose forward and backward pass is replayed as a CUDA graph.
+"outside the graph" is what the host still does in a step that is replayed as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def timed(kind: str, asked: Any, rounds: int) -> list[common.Row]:
 
 
 def outside(kind: str, asked: Any) -> common.Loop:
-    """Our step with nothing where the replay would be: drawing, copying, clipping, the optimizer."""
+    """Our step with nothing where the replays would be: seeding generators, copying which photos and texts."""
     family = common.base(kind, torch.device("cpu"), torch.bfloat16, width=asked.width)
     data = common.encoded(family, asked.side, asked.width)
 
-    def record(compute: graph.Compute) -> graph.Compute:
+    def record(compute: graph.Compute, generators: Any) -> graph.Compute:
         loss, waits = compute(), [compute]
 
         def replay() -> torch.Tensor:

@@ -8,13 +8,12 @@ shapes. Either is believed only once it has repeated what the step gives without
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from lorakit import optim
 from lorakit.config import Config
 
 # A graph for each shape of a batch, up to so many: each keeps some memory. Batches of further shapes run without.
@@ -34,16 +33,16 @@ def recorder(config: Config, device: torch.device) -> tuple[Record | None, str]:
     """How steps are recorded on this device, or None, with a line that says so (empty on a CPU)."""
     if device.type != "cuda":
         return None, ""
+    drops = getattr(config.adapter, "dropout", 0.0) > 0
     again = config.memory.gradient_checkpointing or config.memory.limit_gib is not None
     reasons = {
-        "what dropout drew is drawn once more for gradient checkpointing": again and getattr(config.adapter, "dropout", 0.0) > 0,
+        "what dropout drew is drawn once more for gradient checkpointing": drops and again,
         "the base's weights are copied to the card as they are needed": config.memory.stream_base,
     }
     for reason, holds in reasons.items():
         if holds:
             return None, f"steps are issued one operation at a time: {reason}"
-    line = f"each batch shape's pass becomes a CUDA graph at its first step, of {MOST} shapes at most"
-    return CudaRecorder(), line + "; clipping and the optimizer another" * (config.optimizer.name in optim.CAPTURED)
+    return CudaRecorder(), f"each batch shape's pass becomes a CUDA graph at its first step, of {MOST} shapes at most"
 
 
 class CudaRecorder:
@@ -123,8 +122,8 @@ class Replayed:
         """The loss of a batch, valid until the next call.
 
         Args:
-            begin: seeds the generators and gives the batch, a dataclass of tensors and of what tells batches apart
-                that need graphs of their own.
+            begin: seeds the generators and gives the batch, a dataclass of tensors, of which a graph depends on the
+                shapes, and of other things, on which it depends.
 
         Raises:
             NotCaptured: see there; the gradients are as they were before the call.
@@ -136,14 +135,14 @@ class Replayed:
         if places != self._places:  # the first call, or somebody moved the model: a graph knows memory, not tensors
             self._places, self._known = places, {}
         batch = begin()
-        shape = each(batch, lambda tensor: (tensor.shape, tensor.dtype))
+        inputs, shape = _inputs(batch), _shape(batch)
         if shape not in self._known:
             if len(self._known) == MOST:
                 return self._backward(batch)
             self._known[shape] = self._recorded(batch, begin)
             begin()
         recorded = self._known[shape]
-        torch._foreach_copy_(recorded.inputs, list(tensors(batch)))
+        torch._foreach_copy_(recorded.inputs, list(inputs.values()))
         return recorded.replay()
 
     def forget(self) -> bool:
@@ -152,13 +151,14 @@ class Replayed:
         return bool(known)
 
     def _recorded(self, batch: Any, begin: Callable[[], Any]) -> _Recorded:
-        still = each(batch, torch.clone)
+        copies = {name: tensor.clone() for name, tensor in _inputs(batch).items()}
+        still = replace(batch, **copies)
 
         def compute() -> torch.Tensor:
             return self._backward(still)
 
         replay = believed(self._parameters, compute, lambda: self._record(compute, self._generators), begin=begin)
-        return _Recorded(list(tensors(still)), replay)
+        return _Recorded(list(copies.values()), replay)
 
 
 class Finished:
@@ -199,22 +199,28 @@ class Finished:
 
     def _recorded(self) -> Compute:
         held = [tensor.detach() for tensor in self._held()]
-        before = [tensor.clone() for tensor in held]
+        # On the host: with weights, gradients and state twice on it, the card may be full.
+        before = [tensor.to("cpu", copy=True) for tensor in held]
+
+        def back() -> None:
+            for tensor, value in zip(held, before, strict=True):
+                tensor.copy_(value)
+
         try:
             expected = _bits([self._finish(), *held])
             replay = self._record(self._finish, ())
-            torch._foreach_copy_(held, before)
+            back()
             if not torch.equal(_bits([replay(), *held]), expected):
                 raise ValueError("a step by replay has other bits")
         except Exception as problem:
             raise _not_captured(problem) from problem
         finally:
-            torch._foreach_copy_(held, before)
+            back()
         return replay
 
 
 def _bits(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sums of what float32 tensors are in memory, so that one need not keep them to compare them."""
+    """A sum of each float32 tensor's words in memory: one need not keep tensors to know whether they were the same."""
     return torch.stack([tensor.detach().reshape(-1).view(torch.int32).sum() for tensor in tensors])
 
 
@@ -272,24 +278,12 @@ def _same(found: list[torch.Tensor], expected: list[torch.Tensor], allowed: Allo
         raise ValueError(f"its loss is off by {loss_off:.1e}, its gradients by {off:.1e}, one of them by {worst:.1e}")
 
 
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a tree of dataclasses and lists, in a fixed order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from tensors(getattr(value, field.name))
+def _inputs(batch: Any) -> dict[str, torch.Tensor]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same tree with every tensor changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, (list, tuple)):
-        return [each(item, change) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: each(getattr(value, field.name), change) for field in fields(value)})
-    return value
+def _shape(batch: Any) -> tuple[Any, ...]:
+    """What batches have in common that one graph will do for."""
+    values = [getattr(batch, field.name) for field in fields(batch)]
+    return tuple((value.shape, value.dtype) if isinstance(value, torch.Tensor) else value for value in values)

@@ -80,7 +80,8 @@ def set_learning_rate(
 
 
 def step(optimizer: torch.optim.Optimizer) -> None:
-    """Let it step, in a CUDA graph's capture too: torch asks whether that is meant, and the fused kernel asks no more."""
+    """Let it step, while a CUDA graph is captured too: torch asks whether that is meant, and the fused kernel no more
+    than that."""
     groups = optimizer.param_groups
     meant = groups if groups[0]["params"][0].is_cuda and torch.cuda.is_current_stream_capturing() else []
     for group in meant:

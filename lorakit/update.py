@@ -10,7 +10,6 @@ import torch
 from lorakit import adapters, compiled, graph, optim
 from lorakit.adapters import flat
 from lorakit.config import Config
-from lorakit.data.dataset import Batch
 from lorakit.step import Step
 
 
@@ -46,6 +45,7 @@ class Update:
             self._replayed = graph.Replayed(self._backward, weights, record, list(step.generators.values()))
             if config.optimizer.name in optim.CAPTURED:
                 self._finished = graph.Finished(self._finish, self._held, record)
+                line += "; clipping and the optimizer another"
         if line:
             say(line)
 
@@ -66,7 +66,7 @@ class Update:
     def forget(self) -> bool:
         """Give back the memory of all CUDA graphs; whether there were any. The next steps record anew."""
         graphs = [each for each in (self._replayed, self._finished) if each is not None]
-        return any([each.forget() for each in graphs])
+        return sum(each.forget() for each in graphs) > 0
 
     def _pass(self, index: int) -> torch.Tensor:
         """Forward and backward of the `index`-th batch; its share of the step's loss."""
@@ -87,7 +87,7 @@ class Update:
                 self._replayed = None
         return self._computed(lambda: self.step.loss(index))
 
-    def _backward(self, batch: Batch) -> torch.Tensor:
+    def _backward(self, batch: Any) -> torch.Tensor:
         return self._computed(lambda: self.step.loss_of(batch))
 
     def _computed(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:

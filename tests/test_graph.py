@@ -3,7 +3,7 @@
 Without a CUDA device a stand-in takes the graph's place: it computes anew from the tensors that it was recorded with.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,13 @@ from lorakit.update import Update
 def stand_in(compute: graph.Compute, generators: Any = ()) -> graph.Compute:
     """Replays by computing from the same tensors again."""
     return compute
+
+
+@dataclass(frozen=True)
+class Row:
+    """A batch of one tensor."""
+
+    values: torch.Tensor
 
 
 chosen = partial(short_run.chosen, steps=6)
@@ -98,16 +105,59 @@ def test_sdxls_sizes_and_pooled_texts_are_among_what_is_copied(tiny_sdxl, photos
         assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, parts):
+RUNS = [
+    {"optimizer__lr_scheduler": "cosine", "optimizer__warmup_steps": 2},
+    {"train__gradient_accumulation_steps": 2},
+    {"adapter__train_text_encoder": True, "train__prior": "teacher"},
+    {"adapter__dropout": 0.3, "optimizer__name": "lion"},
+]
+
+
+@pytest.mark.parametrize("changes", RUNS)
+def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, changes):
     def run(folder: str) -> dict[str, torch.Tensor]:
-        changes = {"train__gradient_accumulation_steps": parts, "train__steps": 4}
-        return load_file(train.train(chosen(tiny_sd1, photos, tmp_path / folder, **changes)).adapter)
+        result = train.train(chosen(tiny_sd1, photos, tmp_path / folder, train__steps=4, **changes))
+        saved = result.folder / "checkpoints" / "step-000004"
+        return load_file(result.adapter) | load_file(saved / "optimizer.safetensors")
 
     plain = run("plain")
     monkeypatch.setattr(graph, "recorder", lambda *given: (stand_in, "by replay"))
     replayed = run("replayed")
     assert plain.keys() == replayed.keys() and all(torch.equal(plain[name], replayed[name]) for name in plain)
+
+
+def test_an_optimizers_step_that_is_not_repeated_is_not_believed(tiny_sd1, photos, tmp_path, monkeypatch):
+    """One line says so, and the run goes on to what it would have been."""
+
+    def record(compute: graph.Compute, generators: Any) -> graph.Compute:
+        return compute if generators else lambda: torch.zeros(())
+
+    plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", train__steps=4)).adapter)
+    monkeypatch.setattr(graph, "recorder", lambda *given: (record, "by replay"))
+    result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", train__steps=4))
+    found = load_file(result.adapter)
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+    log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
+    line = (
+        "no CUDA graph of the optimizer's step, it is issued one operation at a time: a step by replay has other bits"
+    )
+    assert log.count(line) == 1
+
+
+def test_an_optimizers_step_is_recorded_anew_where_another_state_was_loaded():
+    held, recorded = [torch.zeros(3)], []
+
+    def finish() -> torch.Tensor:
+        return held[0].add_(1)
+
+    finished = graph.Finished(finish, lambda: held, lambda compute, _: recorded.append(compute) or compute)
+    for _ in range(3):
+        finished()
+    assert len(recorded) == 1 and held[0].tolist() == [3, 3, 3]
+    held[0] = torch.full((3,), 7.0)
+    for _ in range(2):
+        finished()
+    assert len(recorded) == 2 and held[0].tolist() == [9, 9, 9]
 
 
 def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(tiny_sd1, photos, tmp_path, monkeypatch):
@@ -127,8 +177,8 @@ def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(tiny_sd1, pho
 def test_a_graph_that_does_not_repeat_the_step_is_not_believed():
     weight = torch.nn.Parameter(torch.ones(3))
 
-    def backward(terms: torch.Tensor) -> torch.Tensor:
-        loss = (weight * terms).sum()
+    def backward(row: Row) -> torch.Tensor:
+        loss = (weight * row.values).sum()
         loss.backward()
         return loss.detach()
 
@@ -138,15 +188,15 @@ def test_a_graph_that_does_not_repeat_the_step_is_not_believed():
 
     weight.grad = torch.tensor([1.0, 2.0, 3.0])
     with pytest.raises(graph.NotCaptured, match="gradients by"):
-        graph.Replayed(backward, [weight], stale)(lambda: torch.tensor([1.0, 2.0, 3.0]))
+        graph.Replayed(backward, [weight], stale)(lambda: Row(torch.tensor([1.0, 2.0, 3.0])))
     assert weight.grad.tolist() == [1.0, 2.0, 3.0]
 
 
 def test_memory_that_moved_is_recorded_anew():
     weight, recorded = torch.nn.Parameter(torch.ones(3)), []
 
-    def backward(terms: torch.Tensor) -> torch.Tensor:
-        loss = (weight * terms).sum()
+    def backward(row: Row) -> torch.Tensor:
+        loss = (weight * row.values).sum()
         loss.backward()
         return loss.detach()
 
@@ -156,10 +206,10 @@ def test_memory_that_moved_is_recorded_anew():
 
     replayed = graph.Replayed(backward, [weight], record)
     for _ in range(2):
-        replayed(lambda: torch.ones(3))
+        replayed(lambda: Row(torch.ones(3)))
     assert len(recorded) == 1
     weight.data = weight.data.clone()
-    replayed(lambda: torch.ones(3))
+    replayed(lambda: Row(torch.ones(3)))
     assert len(recorded) == 2 and weight.grad.tolist() == [3.0, 3.0, 3.0]
 
 
@@ -167,13 +217,15 @@ def test_shapes_beyond_the_most_run_without(monkeypatch):
     monkeypatch.setattr(graph, "MOST", 1)
     weight, recorded = torch.nn.Parameter(torch.ones(1)), []
 
-    def backward(terms: torch.Tensor) -> torch.Tensor:
-        loss = (weight * terms).sum()
+    def backward(row: Row) -> torch.Tensor:
+        loss = (weight * row.values).sum()
         loss.backward()
         return loss.detach()
 
     replayed = graph.Replayed(backward, [weight], lambda compute, _: recorded.append(compute) or compute)
-    assert [replayed(partial(torch.ones, n)).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3] and len(recorded) == 1
+    assert [replayed(lambda n=n: Row(torch.ones(n))).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3] and len(
+        recorded
+    ) == 1
 
 
 def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatch):
@@ -192,11 +244,12 @@ def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatc
         update = Update(settings, step, 6, print)
         assert update.forget() is False
         recorded.clear()
-        update(0)
-        assert len(recorded) == 1
+        for _ in range(2):  # the optimizer's first step makes its state
+            update(0)
+        assert len(recorded) == 2
         assert not forgets or update.forget() is True
         update(0)
-        assert len(recorded) == 1 + forgets
+        assert len(recorded) == 2 * (1 + forgets)
         found.append(update.flats[0].weights.detach().clone())
     assert torch.equal(*found)
     monkeypatch.setattr(graph, "recorder", lambda *_: (None, ""))
@@ -208,8 +261,10 @@ def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
     assert graph.recorder(settings, torch.device("cpu")) == (None, "")
     for section, change, reason in (
         ("memory", {"stream_base": True}, "copied to the card as they are needed"),
+        ("memory", {"gradient_checkpointing": True}, "drawn once more for gradient checkpointing"),
     ):
         changed = replace(settings, **{section: replace(getattr(settings, section), **change)})
+        changed = replace(changed, adapter=replace(changed.adapter, dropout=0.1))
         record, line = graph.recorder(changed, cuda)
         assert record is None and line.startswith("steps are issued one operation at a time: ") and reason in line
 

@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "footprint": WORK,
     "look": {"families", "plan", "data", "export", *WORK},
     "plan": {"adapters", "data", "footprint", "terminal", *WORK},
-    "step": {"encode", "objective", "randomness", "config"},
+    "step": {"data", "encode", "objective", "randomness", "config"},
     "graph": WORK,
     "compiled": {"graph", *WORK},
     "update": {"adapters", "compiled", "graph", "optim", "step", *WORK},
