@@ -17,6 +17,10 @@ from lorakit.config import Config
 from lorakit.data import cache, captions
 from lorakit.data.cache import Dataset
 
+# Texts that are encoded together: SDXL's second encoder keeps 6.5 MB for each, in half precision, and there may be
+# hundreds.
+TEXTS = 16
+
 
 @dataclass(frozen=True)
 class ClassLatents:
@@ -111,8 +115,10 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
 
 def embed(family: Any, texts: list[str], class_texts: list[str]) -> tuple[Any, Any]:
     """The embeddings of the texts and of the class texts, a row each, by the encoders as they are."""
+    together = [*texts, *class_texts]
     with torch.no_grad():
-        conditions = family.encode_text([*texts, *class_texts])
+        parts = [family.encode_text(together[at : at + TEXTS]) for at in range(0, len(together), TEXTS)]
+    conditions = type(parts[0]).cat(parts)
     places = torch.arange(len(texts) + len(class_texts), device=family.device)
     return conditions.index(places[: len(texts)]), conditions.index(places[len(texts) :])
 

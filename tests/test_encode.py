@@ -12,7 +12,7 @@ from PIL import Image
 
 from lorakit import config, families
 from lorakit.data import check
-from lorakit.encode import encode
+from lorakit.encode import TEXTS, embed, encode
 from lorakit.families import components
 
 
@@ -105,6 +105,22 @@ def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photo
     adapter = adapters.attach(family.family, chosen.adapter)
     encode(chosen, family, adapter, check.check(chosen.data, info), lambda line: None)
     assert family.seen["encode_image"] == {frozenset({"unet", "vae"})}
+
+
+def test_many_texts_do_not_need_more_memory_than_a_few(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family: Any = families.load(families.describe(tiny_sdxl), "cpu", torch.float32)
+    texts = [f"a photo of a toy {number}" for number in range(2 * TEXTS + 3)]
+    alone = [family.encode_text([text]) for text in texts]
+    together: list[int] = []
+    encode_text = family.encode_text
+    monkeypatch.setattr(family, "encode_text", lambda some: (together.append(len(some)), encode_text(some))[1])
+    shown, classes = embed(family, texts[:-1], texts[-1:])
+    assert sum(together) == len(texts) and max(together) == TEXTS
+    for place, one in enumerate(alone):
+        row = torch.tensor([place % (len(texts) - 1)])
+        found = (shown if place < len(texts) - 1 else classes).index(row)
+        torch.testing.assert_close(found.encoder_hidden_states, one.encoder_hidden_states)
+        torch.testing.assert_close(found.pooled, one.pooled)
 
 
 class Somewhere:
