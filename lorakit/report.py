@@ -14,10 +14,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from lorakit import __version__, atomic, pictures
@@ -25,6 +23,9 @@ from lorakit.config import Config, with_paths_removed
 from lorakit.data import buckets, decode, variants
 from lorakit.errors import LorakitError
 from lorakit.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Weight of the past in the smoothed loss, as in the progress bar.
 SMOOTHING = 0.98
@@ -93,6 +94,8 @@ def curves(events: Iterable[dict[str, Any]], *, best: int | None = None, dark: b
         best: step to mark.
         dark: ink for dark paper; the paper itself is transparent.
     """
+    from matplotlib.figure import Figure  # a quarter of a second that a run's first step need not wait for
+
     steps: dict[int, dict[str, Any]] = {}
     validations: dict[int, dict[str, Any]] = {}
     for event in events:
