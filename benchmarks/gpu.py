@@ -1,6 +1,7 @@
 """A training step on a GPU, beside a plain loop and beside the scripts': one call, under 8 minutes, no network.
 
-    python benchmarks/gpu.py [--quick] [--json FILE] [--device cuda|cpu] [--only sd15|sdxl] [--stream | --compile]
+    python benchmarks/gpu.py [--quick] [--json FILE] [--device cuda|cpu] [--only sd15|sdxl]
+                             [--stream | --compile | --convolutions]
 
 SD1.5 at 512 px and SDXL at 1024 px in their true architecture with random weights, batch 1 and 4, rank-16 LoRA on the
 attention, base in bf16. The loops (see common.py) take turns in one process. Beside milliseconds and images a second
@@ -8,8 +9,8 @@ it says what share of the card's bf16 matrix speed, measured in the same minutes
 the step is from the time floor of its matrix products alone, and the peak of memory. With `--device cpu` the same runs
 on narrow models of the same depth: it proves that the script works, and its figures mean nothing else. With `--compile`
 ours runs once more, its blocks compiled; a second call finds them in the cache, and its first step shows by how much.
-`--stream` asks another question: our step with gradient checkpointing, the base's weights on the card and in the host's
-memory.
+Two options ask another question: `--stream`, our step with gradient checkpointing, the base's weights on the card and in
+the host's memory; and `--convolutions`, our step as it is, with cuDNN trying its algorithms, and with channels last.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute: batch 1, few steps")
     parser.add_argument("--stream", action="store_true", help="weights on the card beside weights in the host's memory")
     parser.add_argument("--compile", action="store_true", help="ours with memory.compile, too")
+    parser.add_argument("--convolutions", action="store_true", help="ours with cudnn.benchmark and with channels last")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     device = torch.device(asked.device)
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     started = time.monotonic()
     peak = matrix_speed(device)
@@ -90,7 +91,8 @@ def case(kind: str, batch: int, asked: Any, device: torch.device, peak: float) -
         loops[name] = loop
     times = common.alternate(loops, rounds, steps)
     flop = PASSES * batch * forward_flop(kind, width, side)
-    rows = common.timing_rows(title, times, batch, "resident" if asked.stream else "peft") + rows
+    first = next(iter(loops)) if asked.stream or asked.convolutions else "peft"
+    rows = common.timing_rows(title, times, batch, first) + rows
     for name, values in times.items():
         seconds = statistics.median(values)
         rows.append(common.row(f"{title} {name} first step", preparations[name], "s"))
@@ -124,12 +126,34 @@ def makers(
                 torch.cuda.reset_peak_memory_stats()
         return common.lorakit_loop(family, data, chosen)
 
+    def ours() -> common.Loop:
+        return common.lorakit_loop(*model(), chosen)
+
+    def searched() -> common.Loop:
+        loop = ours()
+
+        def run(count: int) -> None:
+            torch.backends.cudnn.benchmark = True
+            try:
+                loop(count)
+            finally:
+                torch.backends.cudnn.benchmark = False
+
+        return run
+
+    def channels_last() -> common.Loop:
+        family, data = model()
+        family.unet.to(memory_format=torch.channels_last)
+        return common.lorakit_loop(family, data, chosen)
+
+    if asked.convolutions:
+        return {"lorakit": ours, "cudnn.benchmark": searched, "channels last": channels_last}
     if asked.stream:
         return {"resident": lambda: checkpointed(False), "streamed": lambda: checkpointed(True)}
     loops = {
         "script": script,
         "peft": lambda: common.peft_loop(*model(), batch, asked.rank),
-        "lorakit": lambda: common.lorakit_loop(*model(), chosen),
+        "lorakit": ours,
     }
     if asked.compile:
         compiled = common.settings(batch, asked.rank, **{"memory.compile": True})

@@ -37,12 +37,19 @@ def test_the_gpus_script_runs_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(
 
 
 @pytest.mark.slow
-def test_the_gpus_script_compares_streamed_weights(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("option", "loops"),
+    [
+        ("--stream", ["resident", "streamed"]),
+        ("--convolutions", ["lorakit", "cudnn.benchmark", "channels last"]),
+    ],
+)
+def test_the_gpus_script_has_further_questions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, loops: list[str]
 ) -> None:
-    script(monkeypatch, "gpu", "--device", "cpu", "--quick", "--only", "sd15", "--stream").main()
+    script(monkeypatch, "gpu", "--device", "cpu", "--quick", "--only", "sd15", option).main()
     printed = capsys.readouterr().out
-    assert "sd15 narrow batch 1 resident step" in printed and "sd15 narrow batch 1 streamed step" in printed
+    assert [loop for loop in loops if f"sd15 narrow batch 1 {loop} step" not in printed] == []
 
 
 def test_a_step_has_at_most_three_fifths_of_the_plain_loops_operations(monkeypatch: pytest.MonkeyPatch) -> None:
