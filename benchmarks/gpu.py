@@ -9,8 +9,8 @@ it says what share of the card's bf16 matrix speed, measured in the same minutes
 the step is from the time floor of its matrix products alone, and the peak of memory. With `--device cpu` the same runs
 on narrow models of the same depth: it proves that the script works, and its figures mean nothing else. With `--compile`
 ours runs once more, its blocks compiled; a second call finds them in the cache, and its first step shows by how much.
-Two options ask another question: `--stream`, our step with gradient checkpointing, the base's weights on the card and in
-the host's memory; and `--convolutions`, our step as it is, with cuDNN trying its algorithms, and with channels last.
+Two options ask another question: `--stream`, our step with gradient checkpointing, the base's weights on the card and
+in the host's memory; `--convolutions`, our step as it is, with cuDNN trying its algorithms, and with channels last.
 """
 
 from __future__ import annotations
