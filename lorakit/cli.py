@@ -180,9 +180,12 @@ def run_train(args: argparse.Namespace) -> int:
     config = resolve(args, terminal)
     if not config.data.name:
         raise configuration.ConfigError(["say what the photos show: --subject 'sks toy' or --style 'sks style'"])
+    from lorakit.look import look
+
+    seen = look(config)  # what is wrong is told before the model libraries are imported, which takes seconds
     from lorakit import train
 
-    return _trained(args, terminal, lambda: train.train(config, terminal=terminal))
+    return _trained(args, terminal, lambda: train.train(config, terminal=terminal, seen=seen))
 
 
 def run_resume(args: argparse.Namespace) -> int:

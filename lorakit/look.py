@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,12 +18,14 @@ class Seen:
     """What a run is made from.
 
     Attributes:
+        config: as it was asked for, a hub id pinned to its commit.
         info: the base, `families.BaseInfo`.
         photos: what `data.check.check` reported.
         plan: what the run would do.
         warnings: what the formats asked for do not carry to some programs, a line each.
     """
 
+    config: Config
     info: Any
     photos: Any
     plan: plan.Plan
@@ -31,7 +33,7 @@ class Seen:
 
 
 def look(config: Config) -> Seen:
-    """Check all that can be checked before a model is loaded.
+    """Check all that can be checked before a model is loaded, or the libraries that models take.
 
     Raises:
         LorakitError: base or photos do not allow the run, or a format cannot carry what is trained; all problems of the
@@ -41,6 +43,7 @@ def look(config: Config) -> Seen:
         raise LorakitError(
             "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'"
         )
+    config = replace(config, model=families.pin(config.model))
     info = families.describe(config.model)
     if problems := families.unsuited(info, config):
         raise LorakitError("\n".join(problems))
@@ -55,4 +58,4 @@ def look(config: Config) -> Seen:
     photos = check.check(config.data, info)
     if photos.errors:
         raise LorakitError("\n".join(photos.errors))
-    return Seen(info, photos, plan.make(config, info, photos), warnings)
+    return Seen(config, info, photos, plan.make(config, info, photos), warnings)

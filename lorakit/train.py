@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,18 @@ class Result:
     findings: list[selfcheck.Finding]
 
 
-def train(config: Config, *, terminal: Terminal | None = None) -> Result:
+def train(config: Config, *, terminal: Terminal | None = None, seen: Seen | None = None) -> Result:
     """Run the whole main job.
+
+    Args:
+        seen: what `look` found of this config, where it was asked already.
 
     Raises:
         LorakitError: photos, base or machine do not allow it, training went wrong, or the self-check failed.
         Stopped: after SIGINT, SIGTERM or a `stop` file in the run folder; the state is saved.
     """
-    config = replace(config, model=families.pin(config.model))
-    seen = look(config)  # before there is a run folder: what cannot begin leaves none behind
-    return _recorded(config, RunFolder.create(config), terminal or Terminal(), None, seen)
+    seen = seen or look(config)  # before there is a run folder: what cannot begin leaves none behind
+    return _recorded(seen.config, RunFolder.create(seen.config), terminal or Terminal(), None, seen)
 
 
 def resume(folder: str | Path, *, terminal: Terminal | None = None) -> Result:

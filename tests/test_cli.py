@@ -344,6 +344,22 @@ def test_check_loads_no_model(photos: Path, tiny_sd1: Path) -> None:
     assert done.stderr == "False\n"
 
 
+def test_what_cannot_begin_is_told_before_the_model_libraries_are_loaded(photos: Path, tiny_sd1: Path) -> None:
+    (photos / "broken.jpg").write_text("no picture", encoding="utf-8")
+    script = (
+        "import sys; from lorakit.cli import main; code = main(sys.argv[1:])\n"
+        "print(code, [name for name in ('diffusers', 'transformers', 'peft') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", str(photos), *small(tiny_sd1)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(cli.__file__).parent.parent,
+    )
+    assert done.stdout.splitlines()[-1] == "1 []" and "broken.jpg" in done.stderr
+
+
 def test_check_in_json_is_one_document(run: Run, photos: Path, tiny_sd1: Path) -> None:
     code, out, _ = run("check", photos, *small(tiny_sd1), "--json")
     told = json.loads(out)

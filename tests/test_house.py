@@ -88,7 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workbench": {"snapshot", "families", "export", *WORK},
     "guide": {"families", "plan", "data", *WORK},
     "ui": {"train", "demo", "doctor", "workbench", "snapshot", "guide"} | RUN | TOGETHER,
-    "cli": {"train", "demo", "doctor", "workbench", "guide", "ui"} | RUN | TOGETHER,
+    "cli": {"look", "train", "demo", "doctor", "workbench", "guide", "ui"} | RUN | TOGETHER,
     "__main__": {"cli"},
     "__init__": set(),
 }
