@@ -121,7 +121,7 @@ def ours(chosen: config.Config) -> Callable[[int], None]:
     adapter = adapters.attach(family, chosen.adapter, seed=0)
     photos = check.check(chosen.data, family.info)
     encoded = encode(chosen, family, adapter, photos, lambda line: None)
-    step = Step(family, adapter, encoded, chosen.train, embed_anew=trains_text)
+    step = Step(family, adapter, encoded, chosen.train)
     adapters.slim(family)
     adapter.train(True)
     return common.steps_of(Update(chosen, step, 1000, print))

@@ -59,8 +59,9 @@ class Encoded:
     Attributes:
         dataset: the photos to train on; held_out: those kept for validation, or None.
         conditions: the base's embeddings of `dataset.texts`, a row each.
+        tokens: `dataset.texts` as `Family.encode_tokens` takes them where a text encoder is trained, else None.
         class_texts: the class prompt, then every other text that a photo's becomes without the trigger.
-        class_conditions: the base's embeddings of them, a row each.
+        class_conditions, class_tokens: of them, likewise.
         class_of: int64 `[len(dataset.texts)]`, each text's place in `class_texts`.
         class_latents: class images where `train.prior` is "images", else None.
         samples: what is drawn while the run goes on.
@@ -69,8 +70,10 @@ class Encoded:
     dataset: Dataset
     held_out: Dataset | None
     conditions: Any
+    tokens: list[torch.Tensor] | None
     class_texts: list[str]
     class_conditions: Any
+    class_tokens: list[torch.Tensor] | None
     class_of: torch.Tensor
     class_latents: ClassLatents | None
     samples: Samples
@@ -105,22 +108,30 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
     family.release("vae")
     latents = None
     with adapter.disabled() if adapter is not None else contextlib.nullcontext():
-        conditions, class_conditions = embed(family, dataset.texts, class_texts)
+        tokens, class_tokens = _tokens(family, dataset.texts), _tokens(family, class_texts)
+        conditions, class_conditions = embed(family, tokens), embed(family, class_tokens)
         samples = _samples(config, family)
         if config.train.prior == "images":
             latents = _class_latents(config, family, class_texts, say)
     family.release("vae", "text_encoders")
-    return Encoded(dataset, held_out, conditions, class_texts, class_conditions, class_of, latents, samples)
+    kept = (tokens, class_tokens) if config.adapter.trains_text else (None, None)
+    return Encoded(
+        dataset, held_out, conditions, kept[0], class_texts, class_conditions, kept[1], class_of, latents, samples
+    )
 
 
-def embed(family: Any, texts: list[str], class_texts: list[str]) -> tuple[Any, Any]:
-    """The embeddings of the texts and of the class texts, a row each, by the encoders as they are."""
-    together = [*texts, *class_texts]
+def embed(family: Any, tokens: list[torch.Tensor]) -> Any:
+    """The embeddings of what `Family.tokens` made of texts, a row each, by the encoders as they are."""
     with torch.no_grad():
-        parts = [family.encode_text(together[at : at + TEXTS]) for at in range(0, len(together), TEXTS)]
-    conditions = type(parts[0]).cat(parts)
-    places = torch.arange(len(texts) + len(class_texts), device=family.device)
-    return conditions.index(places[: len(texts)]), conditions.index(places[len(texts) :])
+        parts = [
+            family.encode_tokens([table[at : at + TEXTS] for table in tokens]) for at in range(0, len(tokens[0]), TEXTS)
+        ]
+    return type(parts[0]).cat(parts)
+
+
+def _tokens(family: Any, texts: list[str]) -> list[torch.Tensor]:
+    parts = [family.tokens(texts[at : at + TEXTS]) for at in range(0, len(texts), TEXTS)]
+    return [torch.cat(tables) for tables in zip(*parts, strict=True)]
 
 
 def _samples(config: Config, family: Any) -> Samples:

@@ -46,9 +46,9 @@ class Step:
     Args:
         family: the loaded base (see `families.Family`).
         adapter: the attached adapter.
-        encoded: photos, texts and class images, on the device.
+        encoded: photos, texts and class images, on the device. Where it has tokens, a text encoder is trained: texts
+            pass through it in each step.
         train: the section of the config.
-        embed_anew: pass texts through the text encoders in each step, because adapters in them are trained.
         retry: how often the run went back to a checkpoint; it salts the noise, which would else repeat what failed.
 
     Attributes:
@@ -62,14 +62,10 @@ class Step:
         encoded: Encoded,
         train: TrainConfig,
         *,
-        embed_anew: bool = False,
         retry: int = 0,
     ):
         self.family, self.adapter, self.encoded, self.train = family, adapter, encoded, train
         self.retry = retry
-        self._tokens, self._class_tokens = (
-            family.tokens(texts) if embed_anew else None for texts in (encoded.dataset.texts, encoded.class_texts)
-        )
         purposes = [f"instance {drawn}" for drawn in DRAWN]
         if train.prior == "images":
             purposes += ["class order", *(f"class {drawn}" for drawn in DRAWN)]
@@ -158,7 +154,7 @@ class Step:
     def _instance_term(self, batch: Batch) -> Term:
         bucket, entries = self.encoded.dataset.buckets[batch.bucket], batch.entries
         noisy, timesteps, target = self._noised("instance", bucket.mean[entries], bucket.std[entries])
-        condition = self._told(self._tokens, self.encoded.conditions, batch.texts)
+        condition = self._told(self.encoded.tokens, self.encoded.conditions, batch.texts)
         if bucket.time_ids is not None:
             condition = condition.with_sizes(bucket.time_ids[entries])
         mask = bucket.mask[entries] if bucket.mask is not None else None
@@ -174,7 +170,7 @@ class Step:
         return self.family.encode_tokens([table[chosen] for table in tokens], grad=True)
 
     def _class_text_condition(self, texts: torch.Tensor, time_ids: torch.Tensor | None) -> Any:
-        condition = self._told(self._class_tokens, self.encoded.class_conditions, texts)
+        condition = self._told(self.encoded.class_tokens, self.encoded.class_conditions, texts)
         return condition if time_ids is None else condition.with_sizes(time_ids)
 
     def _class_image_term(self, count: int) -> Term:

@@ -210,12 +210,11 @@ class _Run:
         config = self.config
         self.encoded = encode(config, self.family, None, self.photos, self.say)
         self.dataset, self.samples = self.encoded.dataset, self.encoded.samples
-        self.trains_text = config.adapter.trains_text
 
     def attach(self) -> None:
         """The adapter in the base, and all that trains it and examines it."""
         config, family, encoded = self.config, self.family, self.encoded
-        family.acquire("unet", *(["text_encoders"] if self.trains_text else []))
+        family.acquire(*(family.modules() if encoded.tokens else ["unet"]))
         seed, trigger = config.train.seed, config.data.trigger
         self.adapter = adapters.attach(family, config.adapter, seed=seed, trigger=trigger)
         for component, (modules, parameters) in self.adapter.describe().items():
@@ -226,7 +225,7 @@ class _Run:
         adapters.slim(family, frugal=footprint.frugal(config, self.device.type))
         blocks = footprint.recomputed(config, self.info, self.plan.modules, self.device.type)
         memory.gradient_checkpointing(family, blocks, random=self.adapter.dropout > 0)
-        self.step = Step(family, self.adapter, encoded, config.train, embed_anew=self.trains_text)
+        self.step = Step(family, self.adapter, encoded, config.train)
         self.update = Update(config, self.step, self.total, self.say)
         self.validation = evaluate.Validation(
             family,
@@ -358,10 +357,11 @@ class _Run:
 
     def _conditions_now(self) -> dict[str, Any]:
         """What trained text encoders make of the texts now; nothing where the base's embeddings still hold."""
-        if not self.trains_text:
+        tokens, classes = self.encoded.tokens, self.encoded.class_tokens
+        if tokens is None or classes is None:
             return {}
-        conditions, class_condition = embed(self.family, self.dataset.texts, self.encoded.class_texts[:1])
-        return {"conditions": conditions, "class_condition": class_condition}
+        first = [table[:1] for table in classes]
+        return {"conditions": embed(self.family, tokens), "class_condition": embed(self.family, first)}
 
     def _sample(self, step: int) -> None:
         self.adapter.train(False)

@@ -48,6 +48,10 @@ class Watched:
         self._use("text_encoders", "encode_text")
         return self.family.encode_text(texts, grad=grad)
 
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Any:
+        self._use("text_encoders", "encode_tokens")
+        return self.family.encode_tokens(tokens, grad=grad)
+
     def pipeline(self) -> Any:
         self.seen.setdefault("pipeline", set()).add(frozenset(self.there))
         return self.family.pipeline()
@@ -85,7 +89,7 @@ def test_each_part_of_the_base_has_the_device_to_itself(
     info = families.describe(tiny_sd1)
     family = Watched(families.load(info, "cpu", torch.float32))
     encoded = encode(chosen, family, None, check.check(chosen.data, info), lambda line: None)
-    assert family.seen["encode_text"] == {frozenset({"text_encoders"})}
+    assert family.seen["encode_text"] == family.seen["encode_tokens"] == {frozenset({"text_encoders"})}
     assert not any({"unet", "text_encoders"} <= there for there in family.seen["pipeline"])
     drawing = {frozenset({"unet", "vae"})} if prior == "images" else set()
     assert family.seen.get("decode", set()) == drawing
@@ -110,17 +114,16 @@ def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photo
 def test_many_texts_do_not_need_more_memory_than_a_few(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family: Any = families.load(families.describe(tiny_sdxl), "cpu", torch.float32)
     texts = [f"a photo of a toy {number}" for number in range(2 * TEXTS + 3)]
-    alone = [family.encode_text([text]) for text in texts]
     together: list[int] = []
-    encode_text = family.encode_text
-    monkeypatch.setattr(family, "encode_text", lambda some: (together.append(len(some)), encode_text(some))[1])
-    shown, classes = embed(family, texts[:-1], texts[-1:])
-    assert sum(together) == len(texts) and max(together) == TEXTS
-    for place, one in enumerate(alone):
-        row = torch.tensor([place % (len(texts) - 1)])
-        found = (shown if place < len(texts) - 1 else classes).index(row)
-        torch.testing.assert_close(found.encoder_hidden_states, one.encoder_hidden_states)
-        torch.testing.assert_close(found.pooled, one.pooled)
+    encode_tokens = family.encode_tokens
+    monkeypatch.setattr(family, "encode_tokens", lambda rows: (together.append(len(rows[0])), encode_tokens(rows))[1])
+    found = embed(family, family.tokens(texts))
+    assert together == [TEXTS, TEXTS, 3] and len(found) == len(texts)
+    monkeypatch.undo()
+    for place, text in enumerate(texts):
+        alone, row = family.encode_text([text]), found.index(torch.tensor([place]))
+        torch.testing.assert_close(row.encoder_hidden_states, alone.encoder_hidden_states)
+        torch.testing.assert_close(row.pooled, alone.pooled)
 
 
 class Somewhere:
@@ -142,6 +145,13 @@ def test_what_is_trained_stays_where_the_optimizer_knows_it() -> None:
     assert module.sent == 0
     components.move({"unet": [other := Somewhere("cpu", trained=True)]}, ("unet",), torch.device("cuda"))
     assert other.sent == 1
+
+
+def test_what_lies_beside_something_trained_stays_too() -> None:
+    """Else a CUDA graph of both would read where it was."""
+    frozen, trained = Somewhere("cuda:0"), Somewhere("cuda:0", trained=True)
+    components.move({"text_encoders": [frozen, trained]}, ("text_encoders",), torch.device("cpu"))
+    assert (frozen.sent, trained.sent) == (0, 0)
 
 
 def test_what_is_there_already_is_not_moved() -> None:

@@ -66,7 +66,7 @@ def loaded(settings: Config) -> tuple[Any, Any, Step, Any]:
     adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed, trigger=settings.data.trigger)
     report = check.check(settings.data, info)
     encoded = encode(settings, family, adapter, report, lambda line, **_: None)
-    step = Step(family, adapter, encoded, settings.train, embed_anew=settings.adapter.trains_text)
+    step = Step(family, adapter, encoded, settings.train)
     return family, adapter, step, optim.build(settings.optimizer, adapter.groups())
 
 

@@ -50,7 +50,7 @@ def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tup
     adapter = adapters.attach(family, settings.adapter, seed=0, trigger=settings.data.trigger)
     encoded = encode(settings, family, adapter, check.check(settings.data, info), lambda line: None)
     adapters.slim(family)
-    return adapter, Step(family, adapter, encoded, settings.train, embed_anew=settings.adapter.trains_text)
+    return adapter, Step(family, adapter, encoded, settings.train)
 
 
 def plainly(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, list[float]]:

@@ -50,7 +50,8 @@ class Family(Protocol):
         """Embeddings of texts, cut and padded as the diffusers pipeline does it; `time_ids` is left None."""
 
     def tokens(self, texts: list[str]) -> list[torch.Tensor]:
-        """What the text encoders are given for texts: int64 `[B, T]` on `device`, one for each that has its own."""
+        """What `encode_tokens` takes for texts, on `device`, a row each: token ids, int64 `[B, T]`, for a text encoder
+        that can be trained; what one that cannot makes of them."""
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
         """`encode_text` of texts in that form: the host does not look at them."""
@@ -69,12 +70,12 @@ class Family(Protocol):
         """What the UNet says of `noisy` `[B, C, h, w]` at `timesteps` int64 `[B]`: float32 `[B, C, h, w]`."""
 
     def release(self, *components: str) -> None:
-        """Move "unet", "vae" or "text_encoders" to the CPU and give their memory back. A module with trained weights
-        stays: the optimizer knows where they lie."""
+        """Move "unet", "vae" or "text_encoders" to the CPU and give their memory back. Where weights are trained the
+        part stays: the optimizer, and a CUDA graph, know where things lie."""
 
     def acquire(self, *components: str) -> None:
-        """Move them to `device`. All parts begin on the CPU, and come by themselves with `encode_text`, `encode_image`,
-        `decode` and `predict`."""
+        """Move them to `device`, or one text encoder by its name. All parts begin on the CPU, and come by themselves
+        with what needs them: `tokens`, `encode_text`, `encode_tokens`, `encode_image`, `decode` and `predict`."""
 
     def pipeline(self) -> Any:
         """The diffusers pipeline of these same modules, wherever they are, with a scheduler of its own."""

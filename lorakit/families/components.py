@@ -243,12 +243,18 @@ def widen(prediction: torch.Tensor, scale: float) -> torch.Tensor:
     return prediction
 
 
+def by_name(unet: Any, vae: Any, text_encoders: dict[str, Any]) -> dict[str, list[Any]]:
+    """Name -> modules, for `move`: "unet", "vae", "text_encoders", and each text encoder by its own."""
+    each = {name: [encoder] for name, encoder in text_encoders.items()}
+    return {"unet": [unet], "vae": [vae], "text_encoders": list(text_encoders.values()), **each}
+
+
 def move(parts: dict[str, list[Any]], names: tuple[str, ...], device: torch.device) -> None:
     """Move parts of a base to `device`; those that are there already cost next to nothing. Where weights are trained
-    the optimizer knows where they lie: such a module does not leave for the CPU.
+    the optimizer knows where they lie, and a CUDA graph where all of the part lies: it does not leave for the CPU.
 
     Args:
-        parts: "unet", "vae" and "text_encoders" -> modules.
+        parts: of `by_name`.
 
     Raises:
         ValueError: a part of another name.
@@ -257,10 +263,11 @@ def move(parts: dict[str, list[Any]], names: tuple[str, ...], device: torch.devi
     for name in names:
         if name not in parts:
             raise ValueError(f"unknown component {name!r}: {', '.join(map(repr, parts))}")
-        for module in parts[name]:
-            there = next(module.parameters()).device.type == device.type
-            if not there and not (device.type == "cpu" and any(weight.requires_grad for weight in module.parameters())):
-                module.to(device)
-                moved = True
+        away = [module for module in parts[name] if next(module.parameters()).device.type != device.type]
+        if device.type == "cpu" and any(w.requires_grad for module in away for w in module.parameters()):
+            continue
+        for module in away:
+            module.to(device)
+            moved = True
     if moved and device.type == "cpu" and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -102,4 +102,4 @@ class StableDiffusion:
         return {"unet": self.unet, **self.text_encoders}
 
     def _parts(self) -> dict[str, list[Any]]:
-        return {"unet": [self.unet], "vae": [self.vae], "text_encoders": list(self.text_encoders.values())}
+        return components.by_name(self.unet, self.vae, self.text_encoders)

@@ -15,6 +15,7 @@ from lorakit.families.base import BaseInfo
 from lorakit.families.condition import Condition
 
 TIMESTEPS = 1000
+CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 
 
 class StableDiffusion3:
@@ -37,8 +38,7 @@ class StableDiffusion3:
         with components.quiet():
             self.unet = components.load_unet(info, self.device, dtype, storage, stream, SD3Transformer2DModel)
             self.text_encoders: dict[str, Any] = {
-                name: components.load_module(info, name, CLIPTextModelWithProjection, dtype)
-                for name in ("text_encoder", "text_encoder_2")
+                name: components.load_module(info, name, CLIPTextModelWithProjection, dtype) for name in CLIPS
             }
             self.tokenizers = {
                 name.replace("text_encoder", "tokenizer"): components.load_tokenizer(
@@ -47,43 +47,44 @@ class StableDiffusion3:
                 for name, encoder in self.text_encoders.items()
             }
             self._t5_tokens = info.text_tokens - info.max_tokens
-            if "text_encoder_3" in info.configs:
-                t5 = components.load_module(info, "text_encoder_3", T5EncoderModel, dtype)
-                self.text_encoders["text_encoder_3"] = t5
+            self._ids = [components.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers.values()]
+            self._t5_ids: components.TokenIds | None = None
+            if T5 in info.configs:
+                self.text_encoders[T5] = components.load_module(info, T5, T5EncoderModel, dtype)
                 tokenizer = AutoTokenizer.from_pretrained(info.tokenizer("tokenizer_3"), local_files_only=True)
                 self.tokenizers["tokenizer_3"] = tokenizer
+                self._t5_ids = components.TokenIds(tokenizer, self.device, self._t5_tokens)
             self.vae = components.load_vae(info)
             self.scheduler = components.load_scheduler(info)
         self.prediction_type = info.prediction_type
         self.gradient_scale = components.gradient_scale(dtype)
         self.alphas_cumprod = noise_schedule(float(self.scheduler.config.shift), self.device)
-        lengths = {"tokenizer_3": self._t5_tokens}
-        self._ids = [components.TokenIds(each, self.device, lengths.get(n)) for n, each in self.tokenizers.items()]
 
     def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
         """See `families.Family`."""
         return self.encode_tokens(self.tokens(texts), grad=grad)
 
     def tokens(self, texts: list[str]) -> list[torch.Tensor]:
-        """See `families.Family`."""
-        return [ids(texts) for ids in self._ids]
+        """See `families.Family`: both CLIPs' token ids, and T5's last hidden states; zeros without T5."""
+        first, second = (ids(texts) for ids in self._ids)
+        if self._t5_ids is None:
+            shape = (len(texts), self._t5_tokens, self.info.cross_dim)
+            return [first, second, torch.zeros(shape, device=self.device, dtype=self.dtype)]
+        self.acquire(T5)
+        with torch.no_grad():
+            return [first, second, self.text_encoders[T5](self._t5_ids(texts))[0]]
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
         """See `families.Family`: both CLIPs' last hidden states but one, side by side and filled up with zeros to T5's
-        width, then T5's; and both pooled outputs. Without T5 its states are zeros."""
-        self.acquire("text_encoders")
+        width, then T5's; and both pooled outputs."""
+        *ids, long = tokens
+        self.acquire(*CLIPS)
         with torch.set_grad_enabled(grad):
             first, second = (
-                self.text_encoders[name](ids, output_hidden_states=True)
-                for name, ids in zip(("text_encoder", "text_encoder_2"), tokens[:2], strict=True)
+                self.text_encoders[name](rows, output_hidden_states=True) for name, rows in zip(CLIPS, ids, strict=True)
             )
             clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-            width = self.info.cross_dim
-            if len(tokens) == 2:
-                long = clip.new_zeros(len(clip), self._t5_tokens, width)
-            else:
-                long = self.text_encoders["text_encoder_3"](tokens[2])[0]
-            states = torch.cat([functional.pad(clip, (0, width - clip.shape[-1])), long], dim=1)
+            states = torch.cat([functional.pad(clip, (0, long.shape[-1] - clip.shape[-1])), long], dim=1)
             return Condition(states, pooled=torch.cat([first.text_embeds, second.text_embeds], dim=-1))
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,11 +119,11 @@ class StableDiffusion3:
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), parts, components.HOST)
+        components.move(self._parts(), self._named(parts), components.HOST)
 
     def acquire(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), parts, self.device)
+        components.move(self._parts(), self._named(parts), self.device)
 
     def pipeline(self) -> StableDiffusion3Pipeline:
         """See `families.Family`."""
@@ -141,11 +142,16 @@ class StableDiffusion3:
 
     def modules(self) -> dict[str, Any]:
         """See `families.Family`: T5 is never trained."""
-        encoders = {name: encoder for name, encoder in self.text_encoders.items() if name != "text_encoder_3"}
-        return {"unet": self.unet, **encoders}
+        return {"unet": self.unet, **{name: self.text_encoders[name] for name in CLIPS}}
 
     def _parts(self) -> dict[str, list[Any]]:
-        return {"unet": [self.unet], "vae": [self.vae], "text_encoders": list(self.text_encoders.values())}
+        # T5, never trained and the largest of all, comes and goes by itself.
+        parts = components.by_name(self.unet, self.vae, {name: self.text_encoders[name] for name in CLIPS})
+        return parts | {T5: [self.text_encoders[T5]] if T5 in self.text_encoders else []}
+
+    @staticmethod
+    def _named(parts: tuple[str, ...]) -> tuple[str, ...]:
+        return (*parts, T5) if "text_encoders" in parts else parts
 
 
 def noise_schedule(shift: float, device: torch.device) -> torch.Tensor:

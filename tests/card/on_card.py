@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import short_run
 import tiny
+import tiny_sd3
 
 from lorakit import families, train
 from lorakit.config import Config
@@ -31,7 +32,11 @@ ONE_BY_ONE = "steps are issued one operation at a time: "
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny bases, by family."""
     folder = tmp_path_factory.mktemp("bases")
-    return {"sd1": tiny.save_sd1(folder / "sd1"), "sdxl": tiny.save_sdxl(folder / "sdxl")}
+    return {
+        "sd1": tiny.save_sd1(folder / "sd1"),
+        "sdxl": tiny.save_sdxl(folder / "sdxl"),
+        "sd3": tiny_sd3.save_sd3(folder / "sd3"),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +81,7 @@ CASES: list[tuple[str, dict[str, object], str]] = [
     ("sdxl", {"adapter__new_tokens": 2, "adapter__method": "dora"}, GRAPH),
     ("sd1", {"adapter__train_text_encoder": True, "train__prior": "images", "train__class_images": 3}, GRAPH),
     ("sd1", {"adapter__train_text_encoder": True, "train__prior": "teacher", "train__batch_size": 1}, GRAPH),
+    ("sd3", {"adapter__train_text_encoder": True, "output__formats": ["diffusers"]}, GRAPH),
     (
         "sdxl",
         {"memory__stream_base": True},
