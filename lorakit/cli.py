@@ -182,7 +182,9 @@ def run_train(args: argparse.Namespace) -> int:
         raise configuration.ConfigError(["say what the photos show: --subject 'sks toy' or --style 'sks style'"])
     from lorakit.look import look
 
-    seen = look(config)  # what is wrong is told before the model libraries are imported, which takes seconds
+    seen = look(config)  # what the run will do, or why it cannot, is said before libraries are imported, for seconds
+    for line in seen.lines():
+        terminal.say(line)
     from lorakit import train
 
     return _trained(args, terminal, lambda: train.train(config, terminal=terminal, seen=seen))

@@ -31,6 +31,10 @@ class Seen:
     plan: plan.Plan
     warnings: list[str]
 
+    def lines(self) -> list[str]:
+        """All of it, for the person."""
+        return [*self.warnings, *self.photos.notes, *self.photos.warnings, *self.plan.lines()]
+
 
 def look(config: Config) -> Seen:
     """Check all that can be checked before a model is loaded, or the libraries that models take.

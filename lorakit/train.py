@@ -86,14 +86,15 @@ def train(config: Config, *, terminal: Terminal | None = None, seen: Seen | None
     """Run the whole main job.
 
     Args:
-        seen: what `look` found of this config, where it was asked already.
+        seen: what `look` found of this config, where it was asked already, and its lines said.
 
     Raises:
         LorakitError: photos, base or machine do not allow it, training went wrong, or the self-check failed.
         Stopped: after SIGINT, SIGTERM or a `stop` file in the run folder; the state is saved.
     """
-    seen = seen or look(config)  # before there is a run folder: what cannot begin leaves none behind
-    return _recorded(seen.config, RunFolder.create(seen.config), terminal or Terminal(), None, seen)
+    terminal = terminal or Terminal()
+    seen = seen or _looked(config, terminal)  # before there is a run folder: what cannot begin leaves none behind
+    return _recorded(seen.config, RunFolder.create(seen.config), terminal, None, seen)
 
 
 def resume(folder: str | Path, *, terminal: Terminal | None = None) -> Result:
@@ -109,6 +110,14 @@ def resume(folder: str | Path, *, terminal: Terminal | None = None) -> Result:
     if run.threads:
         torch.set_num_threads(run.threads)  # another number adds floats up in another order: other last bits
     return _recorded(config, run, terminal or Terminal(), saved)
+
+
+def _looked(config: Config, terminal: Terminal) -> Seen:
+    """Look, and say what was seen."""
+    seen = look(config)
+    for line in seen.lines():
+        terminal.say(line)
+    return seen
 
 
 def _recorded(config: Config, folder: RunFolder, terminal: Terminal, saved: Path | None, seen: Any = None) -> Result:
@@ -165,7 +174,7 @@ class _Run:
 
     def go(self, seen: Seen | None = None) -> Result:
         """The story: prepare, train, finish."""
-        self.look(seen or look(self.config))
+        self.begin(seen or _looked(self.config, self.terminal))
         with memory.enough("loading the base", self.config):
             self.load()
         with memory.enough("encoding the photos", self.config):
@@ -178,16 +187,16 @@ class _Run:
 
     # -- prepare ------------------------------------------------------------------------------------------------
 
-    def look(self, seen: Seen) -> None:
-        """Say what the run will do, before any model is loaded."""
+    def begin(self, seen: Seen) -> None:
+        """Put on record what the run will do, before any model is loaded."""
         self.started = time.time()
         self.board = _board(self.folder.path, self.config.output.tensorboard)
         self.info, self.photos, self.plan = seen.info, seen.photos, seen.plan
         self.total = self.plan.steps
         self.identity = {"base": self.info.hash, "photos": photo_folder.digest(self.photos.photos)}
         self.folder.write_plan(self.plan.to_json())
-        for line in [*seen.warnings, *self.photos.notes, *self.photos.warnings, *self.plan.lines()]:
-            self.say(line)
+        for line in seen.lines():
+            self.folder.event("message", message=line)
 
     def load(self) -> None:
         """The base; its VAE and text encoders come to the device when they are needed."""

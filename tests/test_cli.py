@@ -344,20 +344,33 @@ def test_check_loads_no_model(photos: Path, tiny_sd1: Path) -> None:
     assert done.stderr == "False\n"
 
 
-def test_what_cannot_begin_is_told_before_the_model_libraries_are_loaded(photos: Path, tiny_sd1: Path) -> None:
-    (photos / "broken.jpg").write_text("no picture", encoding="utf-8")
+@pytest.mark.parametrize("begins", [False, True])
+def test_what_a_run_will_do_or_why_it_cannot_is_told_before_the_model_libraries_are_loaded(
+    photos: Path, tiny_sd1: Path, begins: bool
+) -> None:
+    if not begins:
+        (photos / "broken.jpg").write_text("no picture", encoding="utf-8")
     script = (
-        "import sys; from lorakit.cli import main; code = main(sys.argv[1:])\n"
-        "print(code, [name for name in ('diffusers', 'transformers', 'peft') if name in sys.modules])"
+        "import sys\n"
+        "class Loading:\n"
+        "    def find_spec(self, name, *given):\n"
+        "        if name in ('diffusers', 'transformers', 'peft'):\n"
+        "            sys.exit(7)\n"
+        "sys.meta_path.insert(0, Loading())\n"
+        "from lorakit.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "train", str(photos), *small(tiny_sd1)],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
         cwd=Path(cli.__file__).parent.parent,
     )
-    assert done.stdout.splitlines()[-1] == "1 []" and "broken.jpg" in done.stderr
+    assert done.returncode == (7 if begins else 1)
+    told = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    assert ({"base", "photos", "length", "memory", "time"} <= set(told)) == begins
+    assert ("broken.jpg" in done.stderr) != begins
 
 
 def test_check_in_json_is_one_document(run: Run, photos: Path, tiny_sd1: Path) -> None:
