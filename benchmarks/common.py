@@ -122,16 +122,16 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
     texts = Condition(states, pooled=pooled)
     first = texts.index(torch.zeros(1, dtype=torch.int64, device=device))
     return Encoded(
-        dataset,
-        None,
-        texts,
-        None,
-        ["x"],
-        first,
-        None,
-        torch.zeros(PHOTOS, dtype=torch.int64, device=device),
-        None,
-        Samples([], None, None),
+        dataset=dataset,
+        held_out=None,
+        conditions=texts,
+        tokens=None,
+        class_texts=["x"],
+        class_conditions=first,
+        class_tokens=None,
+        class_of=torch.zeros(PHOTOS, dtype=torch.int64, device=device),
+        class_latents=None,
+        samples=Samples([], None, None),
     )
 
 

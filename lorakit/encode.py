@@ -114,9 +114,18 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
         if config.train.prior == "images":
             latents = _class_latents(config, family, class_texts, say)
     family.release("vae", "text_encoders")
-    kept = (tokens, class_tokens) if config.adapter.trains_text else (None, None)
+    anew = config.adapter.trains_text
     return Encoded(
-        dataset, held_out, conditions, kept[0], class_texts, class_conditions, kept[1], class_of, latents, samples
+        dataset=dataset,
+        held_out=held_out,
+        conditions=conditions,
+        tokens=tokens if anew else None,
+        class_texts=class_texts,
+        class_conditions=class_conditions,
+        class_tokens=class_tokens if anew else None,
+        class_of=class_of,
+        class_latents=latents,
+        samples=samples,
     )
 
 

@@ -44,9 +44,9 @@ class Watched:
         self._use("vae", "encode_image")
         return self.family.encode_image(pixels)
 
-    def encode_text(self, texts: list[str], *, grad: bool = False) -> Any:
+    def encode_text(self, texts: list[str]) -> Any:
         self._use("text_encoders", "encode_text")
-        return self.family.encode_text(texts, grad=grad)
+        return self.family.encode_text(texts)
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Any:
         self._use("text_encoders", "encode_tokens")

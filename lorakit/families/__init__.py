@@ -46,7 +46,7 @@ class Family(Protocol):
     text_encoders: dict[str, torch.nn.Module]
     vae: torch.nn.Module
 
-    def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
+    def encode_text(self, texts: list[str]) -> Condition:
         """Embeddings of texts, cut and padded as the diffusers pipeline does it; `time_ids` is left None."""
 
     def tokens(self, texts: list[str]) -> list[torch.Tensor]:
@@ -54,7 +54,7 @@ class Family(Protocol):
         that can be trained; what one that cannot makes of them."""
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
-        """`encode_text` of texts in that form: the host does not look at them."""
+        """`encode_text` of texts in that form, which the host does not look at; autograd does, if asked."""
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels `[B, 3, H, W]` in [-1, 1] -> (mean, std) of the latents, float32 `[B, C, h, w]`, in the UNet's scale:

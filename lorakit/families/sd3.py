@@ -60,9 +60,9 @@ class StableDiffusion3:
         self.gradient_scale = components.gradient_scale(dtype)
         self.alphas_cumprod = noise_schedule(float(self.scheduler.config.shift), self.device)
 
-    def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
+    def encode_text(self, texts: list[str]) -> Condition:
         """See `families.Family`."""
-        return self.encode_tokens(self.tokens(texts), grad=grad)
+        return self.encode_tokens(self.tokens(texts))
 
     def tokens(self, texts: list[str]) -> list[torch.Tensor]:
         """See `families.Family`: both CLIPs' token ids, and T5's last hidden states; zeros without T5."""

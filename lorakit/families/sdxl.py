@@ -42,9 +42,9 @@ class StableDiffusionXL:
         self.alphas_cumprod = components.noise_schedule(self.scheduler, self.device)
         self._ids = [components.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
 
-    def encode_text(self, texts: list[str], *, grad: bool = False) -> Condition:
+    def encode_text(self, texts: list[str]) -> Condition:
         """See `families.Family`."""
-        return self.encode_tokens(self.tokens(texts), grad=grad)
+        return self.encode_tokens(self.tokens(texts))
 
     def tokens(self, texts: list[str]) -> list[torch.Tensor]:
         """See `families.Family`."""

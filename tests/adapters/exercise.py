@@ -15,7 +15,7 @@ TEXTS = ["a photo of sks toy", "a toy"]
 def predict(family: Any, grad: bool = False) -> torch.Tensor:
     draw = torch.Generator().manual_seed(7)
     noisy = torch.randn((2, 4, 8, 8), generator=draw)
-    condition = family.encode_text(TEXTS, grad=grad)
+    condition = family.encode_tokens(family.tokens(TEXTS), grad=grad)
     ids = family.time_ids((64, 64), (0, 0), (64, 64))
     if ids is not None:
         condition = condition.with_sizes(torch.tensor([ids, ids]))

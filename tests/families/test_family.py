@@ -63,7 +63,7 @@ def test_texts_carry_gradients_only_when_asked(request: pytest.FixtureRequest, n
     bias.requires_grad_(True)
     try:
         assert not family.encode_text(["a"]).encoder_hidden_states.requires_grad
-        assert family.encode_text(["a"], grad=True).encoder_hidden_states.requires_grad
+        assert family.encode_tokens(family.tokens(["a"]), grad=True).encoder_hidden_states.requires_grad
     finally:
         bias.requires_grad_(False)
 
