@@ -17,6 +17,9 @@ from lorakit.config import Config
 from lorakit.data import cache, captions
 from lorakit.data.cache import Dataset
 
+# Pictures that the autoencoder is given together on a card: as many as have so many pixels; one of that size keeps it
+# busy. A CPU is quicker with one at a time, and a latent is then the same to the bit whatever else is encoded.
+PIXELS = 512 * 512
 # Texts that are encoded together: SDXL's second encoder keeps 6.5 MB for each, in half precision, and there may be
 # hundreds.
 TEXTS = 16
@@ -101,6 +104,7 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
         device=family.device,
         identity=family.info.hash,
         say=say,
+        at_once=lambda size: _at_once(size.width * size.height, family.device),
     )
     without = [captions.class_text(text, config.data) for text in dataset.texts]
     class_texts = list(dict.fromkeys([captions.class_prompt(config.data), *without]))
@@ -138,6 +142,10 @@ def embed(family: Any, tokens: list[torch.Tensor]) -> Any:
     return type(parts[0]).cat(parts)
 
 
+def _at_once(pixels: int, device: torch.device) -> int:
+    return 1 if device.type == "cpu" else max(1, PIXELS // pixels)
+
+
 def _tokens(family: Any, texts: list[str]) -> list[torch.Tensor]:
     parts = [family.tokens(texts[at : at + TEXTS]) for at in range(0, len(texts), TEXTS)]
     return [torch.cat(tables) for tables in zip(*parts, strict=True)]
@@ -163,7 +171,8 @@ def _class_latents(config: Config, family: Any, class_texts: list[str], say: Cal
         count = len(range(place, total, len(class_texts)))
         pictures += sample.class_images(family, prompt, text, count, config.sample, side, seed, say=say)
         texts += [place] * count
-    means, stds = zip(*(family.encode_image(pixels) for pixels in sample.as_pixels(pictures, 8)), strict=True)
+    batches = sample.as_pixels(pictures, _at_once(side * side, family.device))
+    means, stds = zip(*(family.encode_image(pixels) for pixels in batches), strict=True)
     ids = family.time_ids((side, side), (0, 0), (side, side))
     mean, std = (torch.cat([part.to(family.device) for part in parts]) for parts in (means, stds))
     rows = torch.tensor(texts, device=family.device)

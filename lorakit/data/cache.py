@@ -31,6 +31,7 @@ AHEAD = 4
 
 EncodeImage = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 TimeIds = Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], list[int] | None]
+AtOnce = Callable[[buckets.Bucket], int]
 Say = Callable[[str], object]
 
 
@@ -55,6 +56,7 @@ def build(
     device: torch.device | str,
     identity: str,
     say: Say,
+    at_once: AtOnce = lambda size: 1,
     folder: Path | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Encode every photo.
@@ -65,6 +67,7 @@ def build(
         time_ids: ((height, width), (top, left), (target height, target width)) -> six numbers, or None.
         identity: the base's hash; latents on disk are found again under the same one only.
         say: takes each line for the person.
+        at_once: how many photos of a size the encoder is given together.
         folder: where latents are kept on disk; by default in the user's cache.
 
     Returns:
@@ -74,7 +77,7 @@ def build(
         LorakitError: a photo cannot be read any more, or its latent is not finite; masks are asked for and none is
             there.
     """
-    work = _Work(config, train, encode_image, time_ids, identity, found.step, found.downscale)
+    work = _Work(config, train, encode_image, time_ids, identity, found.step, found.downscale, at_once)
     work.folder = None if config.cache == "memory" else folder or cache_folder() / "latents"
     trained, held_out = split.split(found.photos, train.holdout, train.seed)
     say(split.said(len(found.photos), len(held_out), train.holdout))
@@ -122,6 +125,16 @@ class _Ready:
 
 
 @dataclass
+class _Row:
+    """A variant of the `index`-th photo, and its latent (mean, std) once that is known."""
+
+    index: int
+    photo: Photo
+    ready: _Ready
+    latent: tuple[torch.Tensor, torch.Tensor] | None
+
+
+@dataclass
 class _Work:
     """How photos become latents, and the counts that are said at the end."""
 
@@ -132,6 +145,7 @@ class _Work:
     identity: str
     step: int
     downscale: int
+    at_once: AtOnce
     folder: Path | None = None
     hits: int = 0
     encoded: int = 0
@@ -173,21 +187,19 @@ class _Work:
         facts = json.dumps([FORMAT, self.identity, "float32", *astuple(cut)])
         return hashlib.sha256(hashlib.sha256(raw).digest() + facts.encode()).hexdigest()
 
-    def latent(self, photo: Photo, ready: _Ready) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean, std) `[C, h, w]` float32 on the CPU; checked, and kept on disk where that is asked for."""
-        if ready.stored is not None:
-            self.hits += 1
-            return ready.stored
-        assert ready.pixels is not None
-        pixels = torch.from_numpy(ready.pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
-        # One at a time: a photo's latent must not depend, even in its last bit, on which others are encoded with it.
-        mean, std = (part[0].float().cpu() for part in self.encode_image(pixels))
-        if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(std).all())):
-            raise LorakitError(f"{photo.relative}: its latent is not finite; the base's VAE cannot encode this photo")
-        self.encoded += 1
-        if self.folder is not None:
-            _store(_file(self.folder, ready.key), mean, std)
-        return mean, std
+    def encode(self, rows: Sequence[_Row]) -> None:
+        """Latents of rows of one size, float32 on the CPU; checked, and kept on disk where that is asked for."""
+        cut = [torch.from_numpy(row.ready.pixels) for row in rows if row.ready.pixels is not None]
+        pixels = torch.stack(cut).permute(0, 3, 1, 2).float() / 127.5 - 1
+        means, stds = (part.float().cpu() for part in self.encode_image(pixels))
+        for row, mean, std in zip(rows, means, stds, strict=True):
+            if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(std).all())):
+                name = row.photo.relative
+                raise LorakitError(f"{name}: its latent is not finite; the base's VAE cannot encode this photo")
+            self.encoded += 1
+            if self.folder is not None:
+                _store(_file(self.folder, row.ready.key), mean, std)
+            row.ready, row.latent = replace(row.ready, pixels=None), (mean, std)
 
     def _load(self, key: str, cut: Variant) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What is on disk under a key; a file that is damaged counts as absent and is written anew."""
@@ -220,11 +232,20 @@ def _mask(photo: Photo, decoded: Decoded) -> Pixels | None:
 
 def _dataset(photos: Sequence[Photo], work: _Work, texts: _Texts, device: torch.device | str) -> Dataset:
     choices = [texts.choices(photo) for photo in photos]
-    rows: dict[buckets.Bucket, list[tuple[int, _Ready, torch.Tensor, torch.Tensor]]] = {}
+    rows: dict[buckets.Bucket, list[_Row]] = {}
+    waiting: dict[buckets.Bucket, list[_Row]] = {}
     for index, ready in _prepared(photos, work):
-        mean, std = work.latent(photos[index], ready)
+        size, row = ready.variant.bucket, _Row(index, photos[index], ready, ready.stored)
+        rows.setdefault(size, []).append(row)
         work.masks += ready.mask is not None
-        rows.setdefault(ready.variant.bucket, []).append((index, replace(ready, pixels=None), mean, std))
+        if row.latent is not None:
+            work.hits += 1
+            continue
+        waiting.setdefault(size, []).append(row)
+        if len(waiting[size]) == work.at_once(size):
+            work.encode(waiting.pop(size))
+    for rest in waiting.values():
+        work.encode(rest)
     made = [_bucket(size, rows[size], choices, work.train.masked_loss).to(device) for size in sorted(rows)]
     return Dataset(made, list(photos), texts.all, choices, texts.dropped, work.config.caption_dropout)
 
@@ -243,20 +264,22 @@ def _prepared(photos: Sequence[Photo], work: _Work) -> Iterator[tuple[int, _Read
 
 def _bucket(
     size: buckets.Bucket,
-    rows: Sequence[tuple[int, _Ready, torch.Tensor, torch.Tensor]],
+    rows: Sequence[_Row],
     choices: Sequence[Sequence[int]],
     masked: bool,
 ) -> LatentBucket:
-    mean, std = torch.stack([row[2] for row in rows]), torch.stack([row[3] for row in rows])
+    latents = [row.latent for row in rows if row.latent is not None]
+    mean, std = (torch.stack(part) for part in zip(*latents, strict=True))
     mask = None
     if masked:
         everything = torch.ones(mean.shape[-2:])
-        mask = torch.stack([row[1].mask if row[1].mask is not None else everything for row in rows])[:, None]
-    ids = [row[1].time_ids for row in rows]
+        masks = [everything if row.ready.mask is None else row.ready.mask for row in rows]
+        mask = torch.stack(masks)[:, None]
+    ids = [row.ready.time_ids for row in rows]
     time_ids = None if ids[0] is None else torch.tensor(ids, dtype=torch.float32)
-    photo = torch.tensor([row[0] for row in rows])
-    variant = torch.tensor([row[1].number for row in rows])
-    text = torch.tensor([choices[row[0]][0] for row in rows])
+    photo = torch.tensor([row.index for row in rows])
+    variant = torch.tensor([row.ready.number for row in rows])
+    text = torch.tensor([choices[row.index][0] for row in rows])
     return LatentBucket(size.width, size.height, mean, std, mask, time_ids, photo, variant, text)
 
 

@@ -19,6 +19,7 @@ import tiny_sd3
 from lorakit import families, train
 from lorakit.config import Config
 from lorakit.errors import LorakitError
+from lorakit.families import components
 from lorakit.update import Update
 
 card: Any = torch.cuda.card
@@ -161,6 +162,20 @@ def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, mon
     monkeypatch.setattr(families, "load", watched)
     train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=2))
     assert alone == {("unet",), ("text_encoder",)}
+
+
+@pytest.mark.gpu
+def test_small_pictures_are_encoded_together(bases, photos, tmp_path, monkeypatch):
+    together: list[int] = []
+    encode = components.encode_image
+
+    def counted(vae, pixels):
+        together.append(len(pixels))
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(components, "encode_image", counted)
+    train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=3))
+    assert together == [5, 3]
 
 
 @pytest.mark.gpu

@@ -26,11 +26,13 @@ class Encoder:
 
     def __init__(self) -> None:
         self.seen: list[np.ndarray] = []
+        self.together: list[int] = []
 
     def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert pixels.dtype == torch.float32
         assert pixels.min() >= -1
         assert pixels.max() <= 1
+        self.together.append(len(pixels))
         self.seen += [((one.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy() for one in pixels]
         mean = torch.nn.functional.avg_pool2d(pixels, DOWNSCALE)
         return torch.cat([mean, mean[:, :1]], 1), torch.full_like(torch.cat([mean, mean[:, :1]], 1), 0.01)
@@ -53,6 +55,7 @@ class Builder:
         train: TrainConfig | None = None,
         identity: str = "base",
         ids: bool = False,
+        at_once: int = 1,
     ) -> tuple[Dataset, Dataset | None]:
         self.encoder, self.said = Encoder(), []
         data = replace(data or DataConfig(name="sks toy", resolution=64), folder=str(self.photos))
@@ -67,6 +70,7 @@ class Builder:
             device="cpu",
             identity=identity,
             say=self.said.append,
+            at_once=lambda size: at_once,
         )
 
 
@@ -86,6 +90,27 @@ def shown(dataset: Dataset, batch: Batch) -> list[int]:
     """The numbers of the pictures in a batch, read from its latents."""
     pixels = (dataset.buckets[batch.bucket].mean[batch.entries, :3] + 1) * 127.5
     return [marked.number_of(one.permute(1, 2, 0).numpy()) for one in pixels]
+
+
+def test_photos_of_a_size_are_encoded_together_and_stay_in_their_order(build: Builder, photos: Path) -> None:
+    fill(photos, 11)  # 4, 4 and 3 of a size
+    kept = DataConfig(name="sks toy", resolution=64, cache="disk")
+    alone, _ = build()
+    assert build.encoder.together == [1] * 11
+    for photo in photos.iterdir():
+        if photo.name not in ("00.png", "04.png"):
+            photo.unlink()
+    build(kept)
+    fill(photos, 11)  # two of them are found on disk, in the midst of the others
+    together, _ = build(kept, at_once=2)
+    assert "2 hits, 9 encoded" in build.said[-1]
+    assert sorted(build.encoder.together) == [1, 1, 1, 2, 2, 2]
+    found, _ = build(kept, at_once=2)
+    assert "11 hits, 0 encoded" in build.said[-1] and build.encoder.together == []
+    for one, *others in zip(alone.buckets, together.buckets, found.buckets, strict=True):
+        for other in others:
+            assert torch.equal(one.mean, other.mean) and torch.equal(one.std, other.std)
+            assert torch.equal(one.photo, other.photo)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5])
