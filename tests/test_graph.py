@@ -3,6 +3,7 @@
 Without a CUDA device a stand-in takes the graph's place: it computes anew from the tensors that it was recorded with.
 """
 
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -115,15 +116,17 @@ RUNS = [
 
 @pytest.mark.parametrize("changes", RUNS)
 def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, changes):
-    def run(folder: str) -> dict[str, torch.Tensor]:
+    def run(folder: str) -> tuple[dict[str, torch.Tensor], Any]:
         result = train.train(chosen(tiny_sd1, photos, tmp_path / folder, train__steps=4, **changes))
         saved = result.folder / "checkpoints" / "step-000004"
-        return load_file(result.adapter) | load_file(saved / "optimizer.safetensors")
+        state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
+        return load_file(result.adapter) | load_file(saved / "optimizer.safetensors"), state["optimizer"]
 
-    plain = run("plain")
+    plain, state = run("plain")
     monkeypatch.setattr(graph, "recorder", lambda *given: (stand_in, "by replay"))
-    replayed = run("replayed")
+    replayed, other = run("replayed")
     assert plain.keys() == replayed.keys() and all(torch.equal(plain[name], replayed[name]) for name in plain)
+    assert state == other  # the learning rate too, which was a tensor meanwhile
 
 
 def test_an_optimizers_step_that_is_not_repeated_is_not_believed(tiny_sd1, photos, tmp_path, monkeypatch):
