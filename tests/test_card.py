@@ -15,7 +15,7 @@ import card  # noqa: E402
 
 # What compiles needs Triton, and what measures that copies are in time needs a card that takes time.
 FILES = ("card/on_card.py", "test_graph.py", "test_stored.py")
-COUNT = 26
+COUNT = 27
 
 
 @pytest.mark.slow

@@ -165,6 +165,28 @@ def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, mon
 
 
 @pytest.mark.gpu
+def test_t5_has_left_the_card_when_the_unet_computes(bases, photos, tmp_path, monkeypatch):
+    """Though the other text encoders stay, as they are trained."""
+    there: set[tuple[str, ...]] = set()
+    load = families.load
+
+    def watched(*args):
+        family = load(*args)
+
+        def look(*_):
+            encoders = family.text_encoders.values()
+            there.add(tuple(next(encoder.parameters()).device.type for encoder in encoders))
+
+        family.unet.register_forward_pre_hook(look)
+        return family
+
+    monkeypatch.setattr(families, "load", watched)
+    changes = {"adapter__train_text_encoder": True, "output__formats": ["diffusers"]}
+    train.train(chosen(bases["sd3"], photos, tmp_path / "run", **changes))
+    assert there == {("cuda", "cuda", "cpu"), ("cpu", "cpu", "cpu")}  # the latter in the check of the file
+
+
+@pytest.mark.gpu
 def test_small_pictures_are_encoded_together(bases, photos, tmp_path, monkeypatch):
     together: list[int] = []
     encode = components.encode_image
