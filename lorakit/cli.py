@@ -182,9 +182,7 @@ def run_train(args: argparse.Namespace) -> int:
         raise configuration.ConfigError(["say what the photos show: --subject 'sks toy' or --style 'sks style'"])
     from lorakit.look import look
 
-    seen = look(config)  # what the run will do, or why it cannot, is said before libraries are imported, for seconds
-    for line in seen.lines():
-        terminal.say(line)
+    seen = look(config, terminal.say)  # before what models take is imported, for seconds
     from lorakit import train
 
     return _trained(args, terminal, lambda: train.train(config, terminal=terminal, seen=seen))

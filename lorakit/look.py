@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -36,8 +37,8 @@ class Seen:
         return [*self.warnings, *self.photos.notes, *self.photos.warnings, *self.plan.lines()]
 
 
-def look(config: Config) -> Seen:
-    """Check all that can be checked before a model is loaded, or the libraries that models take.
+def look(config: Config, say: Callable[[str], object]) -> Seen:
+    """Check all that can be checked before a model is loaded, or the libraries that models take, and say what was seen.
 
     Raises:
         LorakitError: base or photos do not allow the run, or a format cannot carry what is trained; all problems of the
@@ -62,4 +63,7 @@ def look(config: Config) -> Seen:
     photos = check.check(config.data, info)
     if photos.errors:
         raise LorakitError("\n".join(photos.errors))
-    return Seen(config, info, photos, plan.make(config, info, photos), warnings)
+    seen = Seen(config, info, photos, plan.make(config, info, photos), warnings)
+    for line in seen.lines():
+        say(line)
+    return seen

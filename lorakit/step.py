@@ -52,7 +52,7 @@ class Step:
         retry: how often the run went back to a checkpoint; it salts the noise, which would else repeat what failed.
 
     Attributes:
-        generators: what `terms` draws from, by purpose; `begin` seeds them.
+        generators: what `loss_of` draws from, by purpose; `begin` seeds them.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Step:
 
     def loss_of(self, batch: Batch) -> torch.Tensor:
         """The loss of the batch that `begin` gave last: what the device does for it."""
-        terms = self.terms(batch)
+        terms = self._terms(batch)
         targets = [term.target if term.target is not None else self._taught(term) for term in terms]
         total = torch.zeros((), device=self.family.device)
         for term, target, prediction in zip(terms, targets, self._predict(terms), strict=True):
@@ -123,8 +123,8 @@ class Step:
             total = total + term.factor * objective.loss(prediction, target, self.train.loss, weight, term.mask)
         return total
 
-    def terms(self, batch: Batch) -> list[Term]:
-        """All that is looked up and drawn for the batch that `begin` gave last."""
+    def _terms(self, batch: Batch) -> list[Term]:
+        """All that is looked up and drawn for a batch."""
         instance = self._instance_term(batch)
         if self.train.prior == "images":
             return [instance, self._class_image_term(len(instance.noisy))]

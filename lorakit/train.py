@@ -86,14 +86,14 @@ def train(config: Config, *, terminal: Terminal | None = None, seen: Seen | None
     """Run the whole main job.
 
     Args:
-        seen: what `look` found of this config, where it was asked already, and its lines said.
+        seen: what `look` found of this config, where it was asked already.
 
     Raises:
         LorakitError: photos, base or machine do not allow it, training went wrong, or the self-check failed.
         Stopped: after SIGINT, SIGTERM or a `stop` file in the run folder; the state is saved.
     """
     terminal = terminal or Terminal()
-    seen = seen or _looked(config, terminal)  # before there is a run folder: what cannot begin leaves none behind
+    seen = seen or look(config, terminal.say)  # before there is a run folder: what cannot begin leaves none behind
     return _recorded(seen.config, RunFolder.create(seen.config), terminal, None, seen)
 
 
@@ -110,14 +110,6 @@ def resume(folder: str | Path, *, terminal: Terminal | None = None) -> Result:
     if run.threads:
         torch.set_num_threads(run.threads)  # another number adds floats up in another order: other last bits
     return _recorded(config, run, terminal or Terminal(), saved)
-
-
-def _looked(config: Config, terminal: Terminal) -> Seen:
-    """Look, and say what was seen."""
-    seen = look(config)
-    for line in seen.lines():
-        terminal.say(line)
-    return seen
 
 
 def _recorded(config: Config, folder: RunFolder, terminal: Terminal, saved: Path | None, seen: Any = None) -> Result:
@@ -174,7 +166,7 @@ class _Run:
 
     def go(self, seen: Seen | None = None) -> Result:
         """The story: prepare, train, finish."""
-        self.begin(seen or _looked(self.config, self.terminal))
+        self.begin(seen or look(self.config, self.terminal.say))
         with memory.enough("loading the base", self.config):
             self.load()
         with memory.enough("encoding the photos", self.config):

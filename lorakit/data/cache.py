@@ -111,27 +111,21 @@ class _Texts:
         return [self.index(t) for t in captions.variants(text, self.config, f"{self.seed}/{photo.relative}")]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ready:
-    """A variant of a photo, either found on disk or cut and waiting for the encoder."""
+    """A variant of a photo: its latent (mean, std) if that was on disk, else its pixels, until they are encoded."""
 
     variant: Variant
     number: int
     key: str
     time_ids: list[int] | None
     pixels: Pixels | None
-    stored: tuple[torch.Tensor, torch.Tensor] | None
+    latent: tuple[torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | None
 
 
-@dataclass
-class _Row:
-    """A variant of the `index`-th photo, and its latent (mean, std) once that is known."""
-
-    index: int
-    photo: Photo
-    ready: _Ready
-    latent: tuple[torch.Tensor, torch.Tensor] | None
+# The index of a photo, and a variant of it.
+_Row = tuple[int, _Ready]
 
 
 @dataclass
@@ -187,19 +181,19 @@ class _Work:
         facts = json.dumps([FORMAT, self.identity, "float32", *astuple(cut)])
         return hashlib.sha256(hashlib.sha256(raw).digest() + facts.encode()).hexdigest()
 
-    def encode(self, rows: Sequence[_Row]) -> None:
+    def encode(self, photos: Sequence[Photo], rows: Sequence[_Row]) -> None:
         """Latents of rows of one size, float32 on the CPU; checked, and kept on disk where that is asked for."""
-        cut = [torch.from_numpy(row.ready.pixels) for row in rows if row.ready.pixels is not None]
+        cut = [torch.from_numpy(ready.pixels) for _, ready in rows if ready.pixels is not None]
         pixels = torch.stack(cut).permute(0, 3, 1, 2).float() / 127.5 - 1
         means, stds = (part.float().cpu() for part in self.encode_image(pixels))
-        for row, mean, std in zip(rows, means, stds, strict=True):
+        for (index, ready), mean, std in zip(rows, means, stds, strict=True):
             if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(std).all())):
-                name = row.photo.relative
+                name = photos[index].relative
                 raise LorakitError(f"{name}: its latent is not finite; the base's VAE cannot encode this photo")
             self.encoded += 1
             if self.folder is not None:
-                _store(_file(self.folder, row.ready.key), mean, std)
-            row.ready, row.latent = replace(row.ready, pixels=None), (mean, std)
+                _store(_file(self.folder, ready.key), mean, std)
+            ready.pixels, ready.latent = None, (mean, std)
 
     def _load(self, key: str, cut: Variant) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What is on disk under a key; a file that is damaged counts as absent and is written anew."""
@@ -235,17 +229,17 @@ def _dataset(photos: Sequence[Photo], work: _Work, texts: _Texts, device: torch.
     rows: dict[buckets.Bucket, list[_Row]] = {}
     waiting: dict[buckets.Bucket, list[_Row]] = {}
     for index, ready in _prepared(photos, work):
-        size, row = ready.variant.bucket, _Row(index, photos[index], ready, ready.stored)
-        rows.setdefault(size, []).append(row)
+        size = ready.variant.bucket
+        rows.setdefault(size, []).append((index, ready))
         work.masks += ready.mask is not None
-        if row.latent is not None:
+        if ready.latent is not None:
             work.hits += 1
             continue
-        waiting.setdefault(size, []).append(row)
+        waiting.setdefault(size, []).append((index, ready))
         if len(waiting[size]) == work.at_once(size):
-            work.encode(waiting.pop(size))
+            work.encode(photos, waiting.pop(size))
     for rest in waiting.values():
-        work.encode(rest)
+        work.encode(photos, rest)
     made = [_bucket(size, rows[size], choices, work.train.masked_loss).to(device) for size in sorted(rows)]
     return Dataset(made, list(photos), texts.all, choices, texts.dropped, work.config.caption_dropout)
 
@@ -268,18 +262,19 @@ def _bucket(
     choices: Sequence[Sequence[int]],
     masked: bool,
 ) -> LatentBucket:
-    latents = [row.latent for row in rows if row.latent is not None]
+    latents = [ready.latent for _, ready in rows if ready.latent is not None]
+    assert len(latents) == len(rows), "every row is encoded"
     mean, std = (torch.stack(part) for part in zip(*latents, strict=True))
     mask = None
     if masked:
         everything = torch.ones(mean.shape[-2:])
-        masks = [everything if row.ready.mask is None else row.ready.mask for row in rows]
+        masks = [everything if ready.mask is None else ready.mask for _, ready in rows]
         mask = torch.stack(masks)[:, None]
-    ids = [row.ready.time_ids for row in rows]
+    ids = [ready.time_ids for _, ready in rows]
     time_ids = None if ids[0] is None else torch.tensor(ids, dtype=torch.float32)
-    photo = torch.tensor([row.index for row in rows])
-    variant = torch.tensor([row.ready.number for row in rows])
-    text = torch.tensor([choices[row.index][0] for row in rows])
+    photo = torch.tensor([index for index, _ in rows])
+    variant = torch.tensor([ready.number for _, ready in rows])
+    text = torch.tensor([choices[index][0] for index, _ in rows])
     return LatentBucket(size.width, size.height, mean, std, mask, time_ids, photo, variant, text)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,25 +141,32 @@ def test_nothing_is_waited_for_in_a_step(bases, photos, tmp_path, monkeypatch, c
     assert max(copied for _, copied in seen[2:]) < 4 * 8 * 8 * 4
 
 
-@pytest.mark.gpu
-def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, monkeypatch):
-    """Until the checked file is drawn from: where text encoders compute there is no UNet, and the other way round."""
-    alone: set[tuple[str, ...]] = set()
+def watch(monkeypatch: pytest.MonkeyPatch, look: Callable[[Any], Any], *parts: str) -> None:
+    """Whenever one of these modules of a base is about to compute, `look` is given the base."""
     load = families.load
 
     def watched(*args):
         family = load(*args)
-        parts = {"unet": family.unet, **family.text_encoders}
-
-        def look(*_):
-            there = [name for name, part in parts.items() if next(part.parameters()).device.type == "cuda"]
-            alone.add(tuple(there))
-
-        for part in parts.values():
-            part.register_forward_pre_hook(look)
+        for part in parts:
+            family.modules()[part].register_forward_pre_hook(lambda *_: look(family))
         return family
 
     monkeypatch.setattr(families, "load", watched)
+
+
+def where(module: Any) -> str:
+    return next(module.parameters()).device.type
+
+
+@pytest.mark.gpu
+def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, monkeypatch):
+    """Until the checked file is drawn from: where text encoders compute there is no UNet, and the other way round."""
+    alone: set[tuple[str, ...]] = set()
+
+    def look(family):
+        alone.add(tuple(name for name, part in family.modules().items() if where(part) == "cuda"))
+
+    watch(monkeypatch, look, "unet", "text_encoder")
     train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=2))
     assert alone == {("unet",), ("text_encoder",)}
 
@@ -168,19 +175,11 @@ def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, mon
 def test_t5_has_left_the_card_when_the_unet_computes(bases, photos, tmp_path, monkeypatch):
     """Though the other text encoders stay, as they are trained."""
     there: set[tuple[str, ...]] = set()
-    load = families.load
 
-    def watched(*args):
-        family = load(*args)
+    def look(family):
+        there.add(tuple(where(encoder) for encoder in family.text_encoders.values()))
 
-        def look(*_):
-            encoders = family.text_encoders.values()
-            there.add(tuple(next(encoder.parameters()).device.type for encoder in encoders))
-
-        family.unet.register_forward_pre_hook(look)
-        return family
-
-    monkeypatch.setattr(families, "load", watched)
+    watch(monkeypatch, look, "unet")
     changes = {"adapter__train_text_encoder": True, "output__formats": ["diffusers"]}
     train.train(chosen(bases["sd3"], photos, tmp_path / "run", **changes))
     assert there == {("cuda", "cuda", "cpu"), ("cpu", "cpu", "cpu")}  # the latter in the check of the file
