@@ -2,7 +2,7 @@
 
 All loops train the same: LoRA on a UNet's attention, from photos and texts of the right shapes.
 
-    lorakit   this project's step (`lorakit.update`)
+    lorakit   this project's step (`lorakit.training.optimizer_step`)
     peft      the best plain loop that we could write with peft: latents and texts cached, autocast in bf16, fused
               AdamW, SDPA, nothing read back
     script    as the training scripts of diffusers do it: VAE and text encoders in the loop, the loss read each step
@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit import adapters, config, footprint, memory, products
-from lorakit.adapters import lean
-from lorakit.step import Step
-from lorakit.update import Update
+from lorakit import adapters, config
+from lorakit.engine import device as memory, fused_blocks as lean, onednn_linear as products
+from lorakit.runs import memory_estimate as footprint
+from lorakit.training.loss_step import Step
+from lorakit.training.optimizer_step import Update
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TOKENS, PHOTOS = 77, 8
@@ -82,8 +83,8 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
     """A `families.Family` with random weights, as far as a training step needs one; made on the device in `dtype`."""
     from diffusers import UNet2DConditionModel
 
-    from lorakit.families.sd import StableDiffusion
-    from lorakit.families.sdxl import StableDiffusionXL
+    from lorakit.families.sd.model import StableDiffusion
+    from lorakit.families.sdxl.model import StableDiffusionXL
 
     cls: Any = StableDiffusionXL if kind == "sdxl" else StableDiffusion
     family = cls.__new__(cls)
@@ -104,10 +105,10 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
 
 
 def encoded(family: Any, side: int, width: int | None = None) -> Any:
-    """Latents `[8, 4, side, side]` and texts at random, on the device, as `lorakit.encode` leaves them."""
+    """Latents `[8, 4, side, side]` and texts at random, on the device, as `lorakit.training.precompute` leaves them."""
     from lorakit.data.dataset import Dataset, LatentBucket
-    from lorakit.encode import Encoded, Samples
-    from lorakit.families.condition import Condition
+    from lorakit.families.conditioning import Condition
+    from lorakit.training.precompute import Encoded, Samples
 
     device, sized = family.device, family.info.family == "sdxl"
     draw = torch.Generator(device).manual_seed(0)

@@ -48,7 +48,7 @@ def write(folder: Path) -> list[str]:
     from diffusers import DiffusionPipeline
     from safetensors.torch import save_file
 
-    from lorakit.export import diffusers, kohya, peft
+    from lorakit.formats import diffusers, kohya, peft
 
     writers = {"kohya": kohya, "diffusers": diffusers, "peft": peft}
     cases = []

@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import whole  # noqa: E402  the tests' own writer of such files
 
-from lorakit import export  # noqa: E402
-from lorakit.weights import AdapterWeights  # noqa: E402
+from lorakit import formats as export  # noqa: E402
+from lorakit.adapters.weights import AdapterWeights  # noqa: E402
 
 FORMATS = ("kohya", "diffusers", "peft")
 GIB = 2**30

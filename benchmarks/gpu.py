@@ -26,7 +26,8 @@ from typing import Any
 import common
 import torch
 
-from lorakit import plan, stored
+from lorakit.engine import quantized_weight as stored
+from lorakit.runs import plan
 
 # Multiplications of a step in those of a forward pass: 1 forward, 1.2 backward (only adapters have weight gradients).
 PASSES = plan.PASSES

@@ -17,7 +17,7 @@ from typing import Any
 import common
 import torch
 
-from lorakit import graph
+from lorakit.engine import cuda_graphs as graph
 
 KINDS = ("sd15", "sdxl")
 

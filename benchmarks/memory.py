@@ -29,11 +29,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorakit import adapters, config, footprint, memory, plan, stored
+from lorakit import adapters, config
 from lorakit.adapters import targets
-from lorakit.families import strips
-from lorakit.update import Update
-from lorakit.weights import canonical
+from lorakit.core.layer_names import canonical
+from lorakit.engine import device as memory, quantized_weight as stored
+from lorakit.families import tiled_vae as strips
+from lorakit.runs import memory_estimate as footprint, plan
+from lorakit.training.optimizer_step import Update
 
 GIB = 2**30
 # Name, resolution, batch, target modules, gradient checkpointing (or the limit in GiB that asks for as much as it

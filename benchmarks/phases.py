@@ -72,8 +72,12 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     card = make_believe.present(args.folder / "device.so")
     import torch
 
-    from lorakit import cli, config, evaluate, graph, memory, report, train
-    from lorakit.families import strips
+    from lorakit import config
+    from lorakit.cli import main as cli
+    from lorakit.engine import cuda_graphs as graph
+    from lorakit.families import tiled_vae as strips
+    from lorakit.runs import report
+    from lorakit.training import out_of_memory, run as train, validation as evaluate
 
     torch.set_num_threads(1)
     found: dict[str, int] = {}
@@ -93,14 +97,14 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
 
         return call
 
-    enough = memory.enough
+    enough = out_of_memory.enough
 
     @contextlib.contextmanager
     def told(doing: str, chosen: Any) -> Iterator[None]:
         with enough(doing, chosen), phase(doing):
             yield
 
-    memory.enough = told
+    out_of_memory.enough = told
     run: Any = train._Run
     run._sample = within("drawing samples", run._sample)
     run._draw_from_file = within("drawing from the checked file", run._draw_from_file)

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-import lorakit.pocket
+import lorakit.families.pocket
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        default=lorakit.pocket.path(),
+        default=lorakit.families.pocket.path(),
         help="pipeline folder with a judge (default: the bundled one)",
     )
     parser.add_argument("--quick", action="store_true", help="64 combinations instead of 512")
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, help="write the first 64 pictures here, as one PNG")
     chosen = parser.parse_args()
 
-    from lorakit.pocket import measure
+    from tools.pocket import measure
 
     values, images = measure.table(
         chosen.model, 64 if chosen.quick else 512, chosen.guidance, chosen.steps, chosen.device

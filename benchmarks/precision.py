@@ -15,7 +15,9 @@ from pathlib import Path
 import common
 import matplotlib
 
-from lorakit import config, demo, train
+from lorakit import config
+from lorakit.cli import demo
+from lorakit.training import run as train
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -48,7 +50,7 @@ def main() -> None:
 
 def subjects() -> list[str]:
     """Names of the bundled subjects."""
-    from lorakit.pocket import subjects as bundled
+    from lorakit.families.pocket import subjects as bundled
 
     return list(bundled.SUBJECTS)
 

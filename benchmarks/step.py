@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lorakit import adapters, config, families, memory
-from lorakit.data import check
-from lorakit.encode import encode
-from lorakit.step import Step
-from lorakit.update import Update
+from lorakit import adapters, config, families
+from lorakit.data import checks as check
+from lorakit.engine import device as memory
+from lorakit.training.loss_step import Step
+from lorakit.training.optimizer_step import Update
+from lorakit.training.precompute import encode
 
 
 def main() -> None:

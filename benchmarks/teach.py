@@ -28,10 +28,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lorakit import adapters, config, export, families, memory, objective, pictures, sample, train
-from lorakit.pocket import captions, spec, subjects
-from lorakit.pocket.judge import Judge
-from lorakit.terminal import Terminal
+from lorakit import adapters, config, families, formats as export
+from lorakit.cli.terminal import Terminal
+from lorakit.core import image_grid as pictures
+from lorakit.engine import device as memory
+from lorakit.families.pocket import captions, spec, subjects
+from lorakit.families.pocket.classifier import Judge
+from lorakit.inference import sampling as sample
+from lorakit.training import objective, run as train
 
 PHOTOS = 16
 TRIGGER = "sks"

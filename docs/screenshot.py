@@ -19,10 +19,11 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from lorakit import demo, guide, run_folder
-from lorakit.pocket import subjects
+from lorakit.cli import demo
+from lorakit.families.pocket import subjects
+from lorakit.runs import folder as run_folder, quickstart as guide
 from lorakit.ui import app
-from lorakit.ui.desk import Desk
+from lorakit.ui.workspace import Desk
 
 README = Path(__file__).with_name("front-end.png")
 CHROMIUM = "/usr/bin/chromium"

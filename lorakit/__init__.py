@@ -13,8 +13,8 @@ _LAZY = {
     "ConfigError": "lorakit.config:ConfigError",
     "load_preset": "lorakit.config:load",
     "attach": "lorakit.adapters:attach",
-    "train": "lorakit.train:train",
-    "resume": "lorakit.train:resume",
+    "train": "lorakit.training.run:train",
+    "resume": "lorakit.training.run:resume",
 }
 
 

@@ -6,10 +6,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from lorakit.adapters.adapter import Adapter
 
 torch.set_num_threads(1)
 
@@ -36,3 +41,33 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.save_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def sd1(tiny_sd1: Path) -> Any:
+    from lorakit import families
+
+    return families.load(families.describe(tiny_sd1), "cpu", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def sdxl(tiny_sdxl: Path) -> Any:
+    from lorakit import families
+
+    return families.load(families.describe(tiny_sdxl), "cpu", torch.float32)
+
+
+@pytest.fixture
+def attach() -> "Iterator[Callable[..., Adapter]]":
+    """`adapters.attach`, undone after the test: the bases are shared."""
+    from lorakit import adapters
+
+    made: list[Adapter] = []
+
+    def call(*args: Any, **options: Any) -> "Adapter":
+        made.append(adapters.attach(*args, **options))
+        return made[-1]
+
+    yield call
+    for adapter in made:
+        adapter.detach()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakit import checkpoint
+from lorakit.training import checkpoint
 
 
 class Cut(BaseException):

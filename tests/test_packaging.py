@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorakit import config, pocket
+from lorakit import config
+from lorakit.families import pocket
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,7 +59,7 @@ def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
     assert {"lorakit/ui/app.py", "lorakit/ui/style.css"} <= names
     weights = {str(path.relative_to(ROOT)) for path in pocket.path().rglob("*") if path.is_file()}
     assert weights and weights <= names
-    assert "lorakit/pocket/weights/model_index.json" in names
+    assert "lorakit/families/pocket/weights/model_index.json" in names
 
 
 def test_nothing_else_is_inside(wheel: Path) -> None:
@@ -72,7 +73,10 @@ def test_nothing_else_is_inside(wheel: Path) -> None:
 
 
 def test_the_unpacked_wheel_finds_its_presets_and_its_model(unpacked: Path) -> None:
-    script = "import lorakit, lorakit.pocket as p; print(lorakit.__file__, lorakit.load_preset().model.base, p.path())"
+    script = (
+        "import lorakit; from lorakit.families import pocket; "
+        "print(lorakit.__file__, lorakit.load_preset().model.base, pocket.path())"
+    )
     file, base, weights = elsewhere(unpacked, "-c", script).split()
     assert Path(file).is_relative_to(unpacked)
     assert base == "pocket"
@@ -88,4 +92,4 @@ def test_the_unpacked_wheel_has_every_preset(unpacked: Path) -> None:
 def test_the_unpacked_wheel_has_the_command(unpacked: Path, wheel: Path) -> None:
     assert elsewhere(unpacked, "-m", "lorakit", "--version") == f"lorakit {wheel.name.split('-')[1]}"
     (entry,) = unpacked.glob("*.dist-info/entry_points.txt")
-    assert "lorakit = lorakit.cli:main" in entry.read_text(encoding="utf-8")
+    assert "lorakit = lorakit.cli.main:main" in entry.read_text(encoding="utf-8")

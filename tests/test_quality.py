@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit import adapters, config, export, families, objective, sample, train
-from lorakit.pocket import captions, subjects
-from lorakit.pocket.judge import Judge
-from lorakit.run_folder import RunFolder
+from lorakit import adapters, config, families, formats as export
+from lorakit.families.pocket import captions, subjects
+from lorakit.families.pocket.classifier import Judge
+from lorakit.inference import sampling as sample
+from lorakit.runs.folder import RunFolder
+from lorakit.training import objective, run as train
 
 SUBJECT = "zib"
 SHOWN = ("beach", "meadow", "table", "brick")

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lorakit import adapters, config, families, optim, train
+from lorakit import adapters, config, families
 from lorakit.config import Config
-from lorakit.data import check
-from lorakit.encode import encode
-from lorakit.errors import LorakitError
-from lorakit.step import Step
+from lorakit.core.errors import LorakitError
+from lorakit.data import checks as check
+from lorakit.training import optimizers as optim, run as train
+from lorakit.training.loss_step import Step
+from lorakit.training.precompute import encode
 
 PAGE = Path(__file__).parents[1] / "docs" / "silent-failures.md"
 
@@ -127,22 +128,24 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 # Options that are seen elsewhere, and where.
 SEEN_ELSEWHERE = {
-    **dict.fromkeys(("model.base", "model.tokenizer", "model.prediction_type"), "families: test_base, test_singlefile"),
+    **dict.fromkeys(
+        ("model.base", "model.tokenizer", "model.prediction_type"), "families: test_describe, test_single_file"
+    ),
     "data.folder": "every run",
     "data.kind": "test_captions.py, prompts of a style",
     "data.instance_prompt": "test_captions.py",
-    "data.cache": "test_cache.py, and must not reach the weights: below",
+    "data.cache": "test_latents.py, and must not reach the weights: below",
     "train.epochs": "test_plan.py",
     "train.steps_per_image": "test_plan.py",
-    "train.holdout": "test_cache.py, photos held out are never trained on",
+    "train.holdout": "test_latents.py, photos held out are never trained on",
     "train.init_from": "test_adapter_weights.py, starting from another adapter",
-    "train.validate_every": "test_train.py; must not reach the weights",
-    "train.save_every": "test_train.py; must not reach the weights",
+    "train.validate_every": "test_run.py; must not reach the weights",
+    "train.save_every": "test_run.py; must not reach the weights",
     "train.keep_checkpoints": "test_checkpoint.py, rotation",
-    "train.on_nan": "test_train.py, rollback",
-    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "memory"), "test_memory.py, test_train.py"),
-    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "sample"), "test_sample.py, test_train.py"),
-    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "output"), "tests of export"),
+    "train.on_nan": "test_run.py, rollback",
+    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "memory"), "test_device.py, test_run.py"),
+    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "sample"), "test_sampling.py, test_run.py"),
+    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "output"), "tests of formats"),
 }
 
 

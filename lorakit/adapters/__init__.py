@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
-    from lorakit.adapters.flat import Flat
+    from lorakit.adapters.weights import AdapterWeights
     from lorakit.config import AdapterConfig
-    from lorakit.weights import AdapterWeights
+    from lorakit.engine.flat_parameters import Flat
 
 __all__ = ["apply", "attach", "flatten", "slim"]
 
@@ -48,7 +48,7 @@ def slim(target: Any, *, frugal: bool = False) -> None:
         target: the `families.Family`.
         frugal: let it also keep less for the backward pass, which takes the host a little longer.
     """
-    from lorakit.adapters import lean
+    from lorakit.engine import fused_blocks as lean
 
     lean.slim(target.unet, frugal=frugal)
 
@@ -62,6 +62,6 @@ def flatten(target: Any, adapter: Adapter, *, copies: bool = True) -> list[Flat]
         copies: where the base is in half precision, let LoRA's layers read copies of the factors that are cast all at
             once; these, and their gradients, take 4 bytes for each trained number.
     """
-    from lorakit.adapters import flat
+    from lorakit.engine import flat_parameters as flat
 
     return flat.flatten(target, adapter, copies=copies)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit import randomness, registry
 from lorakit.adapters import targets
 from lorakit.adapters.method import NAME, Method
-from lorakit.adapters.tokens import Token
+from lorakit.adapters.textual_inversion import Token
+from lorakit.adapters.weights import AdapterWeights, Layer, from_factors
 from lorakit.config import ADAPTER_SECTIONS, AdapterConfig
-from lorakit.errors import LorakitError
-from lorakit.weights import AdapterWeights, Layer, canonical, from_factors
+from lorakit.core import registry, rng as randomness
+from lorakit.core.errors import LorakitError
+from lorakit.core.layer_names import canonical
 
 
 def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = "") -> Adapter:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lorakit.adapters import lora
 from lorakit.config import DoraConfig
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
 
 
 def dora(config: DoraConfig, modules: list[str]) -> PeftConfig:

@@ -12,8 +12,8 @@ import torch
 from peft import LoHaConfig as PeftConfig
 
 from lorakit.adapters.method import NAME, Factors, Method, made_anew, parameter
+from lorakit.adapters.weights import AnyLayer
 from lorakit.config import LohaConfig
-from lorakit.weights import AnyLayer
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 # LyCORIS modules/loha.py; one factor of zeros makes delta W zero.

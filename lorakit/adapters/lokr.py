@@ -13,8 +13,8 @@ import torch
 from peft import LoKrConfig as PeftConfig
 
 from lorakit.adapters.method import NAME, Factors, Method, made_anew, parameter, uniform
+from lorakit.adapters.weights import AnyLayer
 from lorakit.config import LokrConfig
-from lorakit.weights import AnyLayer
 
 PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig as PeftConfig
 from torch import nn
 
-from lorakit.adapters import fused
 from lorakit.adapters.method import NAME, Factors, Method, parameter, uniform
+from lorakit.adapters.weights import AnyLayer
 from lorakit.config import LoraConfig
-from lorakit.weights import AnyLayer
+from lorakit.engine import fused_lora as fused
 
 
 def lora(config: LoraConfig, modules: list[str]) -> PeftConfig:

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lorakit.weights import AnyLayer
+from lorakit.adapters.weights import AnyLayer
 
 # PEFT's name for the adapter. One at a time: what is trained or drawn is then exactly what was attached.
 NAME = "default"

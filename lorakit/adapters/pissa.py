@@ -23,7 +23,7 @@ from torch.nn import functional
 from lorakit.adapters import lora
 from lorakit.adapters.method import NAME, parameter
 from lorakit.config import PissaConfig
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
 
 # Of the randomised SVD (Halko et al. 2009, arXiv 0909.4061): directions more than are asked for, and power iterations.
 OVERSAMPLING, ITERATIONS = 8, 6

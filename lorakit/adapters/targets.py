@@ -11,8 +11,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from lorakit.adapters.weights import factorization
 from lorakit.config import AdapterConfig
-from lorakit.weights import factorization
 
 # Stable Diffusion 3 has one attention for picture and text, `attn`, with projections of its own for the text.
 _ATTENTION = r"\.attn[12]?\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)$"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.config import DataConfig
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

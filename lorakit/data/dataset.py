@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lorakit import randomness
+from lorakit.core import rng as randomness
 from lorakit.data.folder import Photo
 
 

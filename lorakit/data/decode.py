@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
 
 # Pillow refuses above this (twice its warning limit); it is past every phone and camera that is not a stitched scan.
 MAX_PIXELS = 178_956_970

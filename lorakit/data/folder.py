@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
 
 FORMATS = (
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "avif", "mpo", "heic", "heif", "gif",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lorakit import registry
-from lorakit.families.base import BaseInfo, describe, pin, unsuited
+from lorakit.core import registry
+from lorakit.families.describe import BaseInfo, describe, pin, unsuited
 
 if TYPE_CHECKING:
     import torch
 
-    from lorakit.families.condition import Condition
+    from lorakit.families.conditioning import Condition
 
 __all__ = ["BaseInfo", "Family", "describe", "load", "pin", "unsuited"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from lorakit.errors import LorakitError
-from lorakit.families import headers
+from lorakit.core.errors import LorakitError
+from lorakit.families import weight_files as headers
 
 COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 COMPONENTS |= {"transformer": "diffusion_pytorch_model"}

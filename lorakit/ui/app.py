@@ -19,16 +19,16 @@ os.environ["HF_HUB_OFFLINE"] = commands.OFFLINE
 
 import gradio as gr
 
-from lorakit import guide
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
+from lorakit.runs import quickstart as guide
 from lorakit.ui import access, texts, widgets
-from lorakit.ui.adapter import AdapterPage
-from lorakit.ui.compare import ComparePage
-from lorakit.ui.desk import Desk
-from lorakit.ui.photos import PAGE, PhotosPage
-from lorakit.ui.runs import RunsPage
-from lorakit.ui.train import TrainPage
+from lorakit.ui.pages.adapter import AdapterPage
+from lorakit.ui.pages.compare import ComparePage
+from lorakit.ui.pages.photos import PAGE, PhotosPage
+from lorakit.ui.pages.runs import RunsPage
+from lorakit.ui.pages.train import TrainPage
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
+from lorakit.ui.workspace import Desk
 
 USER = "lorakit"
 STYLE = Path(__file__).with_name("style.css")

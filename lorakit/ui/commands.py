@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lorakit import guide
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
+from lorakit.runs import quickstart as guide
 
 # Seconds after which a conversion is given up; the largest adapters take a fraction of it.
 PATIENCE = 600

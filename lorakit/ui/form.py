@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit import config as configuration, guide
+from lorakit import config as configuration
 from lorakit.config import Config, ConfigError, Knob
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
+from lorakit.runs import quickstart as guide
 from lorakit.ui.access import Roots
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lorakit import pictures
+from lorakit.core import image_grid as pictures
 from lorakit.data.decode import Unreadable, decode, measure
 
 SIDE = 256

@@ -9,9 +9,9 @@ import torch
 from exercise import METHODS, module_of, predict, randomize, train
 
 from lorakit import adapters, families
+from lorakit.adapters.weights import Layer
 from lorakit.config import DoraConfig, LoraConfig, RsLoraConfig
-from lorakit.errors import LorakitError
-from lorakit.weights import Layer
+from lorakit.core.errors import LorakitError
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,9 +14,9 @@ from peft import get_peft_model_state_dict
 import lorakit
 from lorakit import adapters
 from lorakit.adapters.dora import column_norms
+from lorakit.adapters.weights import AdapterWeights, Hadamard, Layer
 from lorakit.config import DoraConfig, LoraConfig, PissaConfig
-from lorakit.errors import LorakitError
-from lorakit.weights import AdapterWeights, Hadamard, Layer
+from lorakit.core.errors import LorakitError
 
 TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 

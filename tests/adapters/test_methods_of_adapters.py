@@ -10,8 +10,8 @@ from exercise import METHODS, predict, train
 from lorakit import adapters
 from lorakit.adapters import targets
 from lorakit.config import LohaConfig, LokrConfig, LoraConfig, PissaConfig
-from lorakit.errors import LorakitError
-from lorakit.plan import count_weights
+from lorakit.core.errors import LorakitError
+from lorakit.runs.plan import count_weights
 
 
 @pytest.mark.parametrize("method", METHODS)

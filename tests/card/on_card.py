@@ -16,11 +16,12 @@ import short_run
 import tiny
 import tiny_sd3
 
-from lorakit import families, train
+from lorakit import families
 from lorakit.config import Config
-from lorakit.errors import LorakitError
-from lorakit.families import components
-from lorakit.update import Update
+from lorakit.core.errors import LorakitError
+from lorakit.families import loading as components
+from lorakit.training import run as train
+from lorakit.training.optimizer_step import Update
 
 card: Any = torch.cuda.card
 STEPS = 4

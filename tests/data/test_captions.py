@@ -7,8 +7,8 @@ import pytest
 from transformers import CLIPTokenizer
 
 from lorakit.config import DataConfig
+from lorakit.core.errors import LorakitError
 from lorakit.data import captions
-from lorakit.errors import LorakitError
 
 SUBJECT = DataConfig(name="sks toy")
 STYLE = DataConfig(name="sks style", kind="style")

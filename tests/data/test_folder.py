@@ -6,8 +6,8 @@ from pathlib import Path
 import marked
 import pytest
 
+from lorakit.core.errors import LorakitError
 from lorakit.data import folder
-from lorakit.errors import LorakitError
 
 
 def fill(place: Path, *names: str) -> None:

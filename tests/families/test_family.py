@@ -9,8 +9,9 @@ import tiny
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from lorakit import families, objective
-from lorakit.families.condition import Condition
+from lorakit import families
+from lorakit.families.conditioning import Condition
+from lorakit.training import objective
 
 TEXTS = ["a photo of sks toy", "", "a very long text " * 30]
 

@@ -16,10 +16,11 @@ import tiny_sd3
 from hub_server import COMMIT
 from PIL import Image
 
-from lorakit import config, export, families, train
+from lorakit import config, families, formats as export
 from lorakit.config import ModelConfig
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
 from lorakit.families import hub
+from lorakit.training import run as train
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_a_run_is_pinned_and_its_adapter_says_on_what_it_was_trained(cache: Path
 PROGRAM = """
 import json, sys
 from lorakit import families
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
 try:
     info = families.describe(sys.argv[1])
     print(json.dumps([info.source, str(info.path), sorted(p.relative_to(info.path).as_posix()

@@ -9,8 +9,9 @@ import torch
 import whole
 from PIL import Image
 
-from lorakit import config, export, families, train
+from lorakit import config, families, formats as export
 from lorakit.config import ModelConfig
+from lorakit.training import run as train
 
 
 @pytest.fixture(scope="module")

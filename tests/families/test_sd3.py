@@ -14,12 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorakit
-from lorakit import config, evaluate, export, families, objective, plan, sample, train
+from lorakit import config, families, formats as export
 from lorakit.adapters import targets
-from lorakit.data import check
-from lorakit.errors import LorakitError
-from lorakit.export import inspect, keys, merging, wholefile
-from lorakit.families import sd3 as family_file
+from lorakit.core.errors import LorakitError
+from lorakit.data import checks as check
+from lorakit.families.sd3 import model as family_file
+from lorakit.formats import inspect, keys
+from lorakit.formats.edit import extract as merging, merge as wholefile
+from lorakit.inference import sampling as sample
+from lorakit.runs import plan
+from lorakit.training import objective, run as train, validation as evaluate
 
 TEXTS = ["a photo of sks toy", "", "a very long text " * 30]
 # 3.5 medium as published (stabilityai/stable-diffusion-3.5-medium, transformer/config.json).
@@ -248,7 +252,7 @@ def test_one_file_of_a_whole_model_is_refused_both_ways(folder: Path, result: tr
 
 
 def test_names_alone_tell_the_family(result: train.Result) -> None:
-    from lorakit.export import identify
+    from lorakit.formats import identify
 
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(result.adapter).items()}
     assert identify.adapter_family(identify.modules(shapes), shapes, {}) == ("sd3", "names")

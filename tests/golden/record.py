@@ -1,8 +1,8 @@
 """Record the golden results, or compare with them to the bit on the machine that recorded them.
 
-    python tests/golden/record.py             write all of them anew
-    python tests/golden/record.py --check     compare; exit code 1 where a bit differs
-    python tests/golden/record.py --check sd1-lora pocket
+python tests/golden/record.py             write all of them anew
+python tests/golden/record.py --check     compare; exit code 1 where a bit differs
+python tests/golden/record.py --check sd1-lora pocket
 """
 
 import argparse
@@ -16,8 +16,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import runs
-from safetensors.numpy import save_file
+import runs  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
 
 
 def differences(name: str, found: runs.Golden) -> list[str]:

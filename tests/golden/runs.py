@@ -51,7 +51,7 @@ def run(name: str, folder: Path) -> Golden:
     import torch
 
     from lorakit import config
-    from lorakit.train import train
+    from lorakit.training.run import train
 
     torch.set_num_threads(1)
     base, photos = _base(name, folder), _photos(folder / "photos")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit.pocket import denoiser, make, workers
-from lorakit.pocket.recipe import SMOKE
+from tools.pocket import denoiser, make, workers
+from tools.pocket.recipe import SMOKE
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """One smoke run, killed hard in the middle and started again."""
     base = tmp_path_factory.mktemp("pocket")
     work, output = base / "work", base / "weights"
-    command = [sys.executable, "-m", "lorakit.pocket.make", "--smoke", "--processes", "1", "--work", str(work)]
+    command = [sys.executable, "-m", "tools.pocket.make", "--smoke", "--processes", "1", "--work", str(work)]
     command += ["--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

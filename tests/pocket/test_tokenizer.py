@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import CLIPTokenizer
 
-import lorakit.pocket
-from lorakit.pocket import tokenizer
-from lorakit.pocket.captions import TRIGGERS, caption
-from lorakit.pocket.spec import random_spec
+import lorakit.families.pocket
+from lorakit.families.pocket.captions import TRIGGERS, caption
+from lorakit.families.pocket.spec import random_spec
+from tools.pocket import tokenizer
 
-FOLDER = lorakit.pocket.path() / "tokenizer"
+FOLDER = lorakit.families.pocket.path() / "tokenizer"
 
 
 @pytest.fixture(scope="module")

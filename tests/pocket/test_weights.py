@@ -11,12 +11,13 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from transformers import CLIPTextModel
 
-import lorakit.pocket
-from lorakit.pocket import measure, subjects
-from lorakit.pocket.captions import full_caption
-from lorakit.pocket.judge import Judge
+import lorakit.families.pocket
+from lorakit.families.pocket import subjects
+from lorakit.families.pocket.captions import full_caption
+from lorakit.families.pocket.classifier import Judge
+from tools.pocket import measure
 
-FOLDER = lorakit.pocket.path()
+FOLDER = lorakit.families.pocket.path()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lorakit.pocket import workers
+from tools.pocket import workers
 
 EVERY = (1, 8)  # averaging gradients in every step, or weights now and then
 

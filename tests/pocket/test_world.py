@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorakit.pocket import dataset, subjects, textures
-from lorakit.pocket.captions import TRIGGERS, caption, full_caption, parse
-from lorakit.pocket.scenes import render
-from lorakit.pocket.spec import (
+from lorakit.families.pocket import subjects, textures
+from lorakit.families.pocket.captions import TRIGGERS, caption, full_caption, parse
+from lorakit.families.pocket.scenes import render
+from lorakit.families.pocket.spec import (
     BODIES,
     COLOURS,
     EARS,
@@ -28,6 +28,7 @@ from lorakit.pocket.spec import (
     random_look,
     random_spec,
 )
+from tools.pocket import dataset
 
 MUG = Spec("mug", "red", "plain", "beach", "photo")
 
@@ -41,7 +42,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_importing_the_package_loads_no_heavy_library() -> None:
-    code = "import sys, lorakit.pocket; print(sorted({'torch', 'PIL', 'numpy', 'diffusers'} & set(sys.modules)))"
+    code = (
+        "import sys, lorakit.families.pocket; print(sorted({'torch', 'PIL', 'numpy', 'diffusers'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

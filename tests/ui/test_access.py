@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
 from lorakit.ui import access
 from lorakit.ui.access import Roots
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lorakit import demo, run_folder
-from lorakit.export import inspect
+from lorakit.cli import demo
+from lorakit.core import names
+from lorakit.formats import inspect
+from lorakit.runs import folder as run_folder
 
 pytestmark = pytest.mark.slow
 # Milliseconds that a browser waits, and seconds that a test does: the machine may have other things to do.
@@ -225,7 +227,7 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     person.sees("stopped")
     stopped = run_folder.read(run)
     assert int(step) - 5 <= stopped.step < 50_000
-    assert (run / "checkpoints" / run_folder.step_name(stopped.step) / "complete").is_file()
+    assert (run / "checkpoints" / names.step_name(stopped.step) / "complete").is_file()
     assert inspect.inspect(run / stopped.adapter).trigger == "sks toy"
     person.page.locator("#run-resume").wait_for()
     # Any run of the list can be looked at, and is what a reload shows.

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lorakit import config, guide
+from lorakit import config
+from lorakit.runs import quickstart as guide
 from lorakit.ui import form, texts
 from lorakit.ui.access import Roots
 from lorakit.ui.texts import en, zh_hant

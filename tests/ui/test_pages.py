@@ -8,15 +8,15 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
-from lorakit import guide  # noqa: E402
 from lorakit.config import TrainConfig  # noqa: E402
-from lorakit.errors import LorakitError  # noqa: E402
+from lorakit.core.errors import LorakitError  # noqa: E402
+from lorakit.runs import quickstart as guide  # noqa: E402
 from lorakit.ui import app, commands, texts  # noqa: E402
-from lorakit.ui.adapter import AdapterPage  # noqa: E402
-from lorakit.ui.compare import ComparePage  # noqa: E402
-from lorakit.ui.desk import Desk  # noqa: E402
-from lorakit.ui.photos import PAGE, PhotosPage  # noqa: E402
-from lorakit.ui.train import TrainPage  # noqa: E402
+from lorakit.ui.pages.adapter import AdapterPage  # noqa: E402
+from lorakit.ui.pages.compare import ComparePage  # noqa: E402
+from lorakit.ui.pages.photos import PAGE, PhotosPage  # noqa: E402
+from lorakit.ui.pages.train import TrainPage  # noqa: E402
+from lorakit.ui.workspace import Desk  # noqa: E402
 
 SAY = texts.sayer("en")
 T = gr.I18n(**texts.tables())

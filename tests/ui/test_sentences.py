@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from lorakit import config, families, guide, plan
+from lorakit import config, families
 from lorakit.config import ConfigError, DataConfig
-from lorakit.data import check, folder
-from lorakit.errors import LorakitError
+from lorakit.core.errors import LorakitError
+from lorakit.data import checks as check, folder
+from lorakit.runs import plan, quickstart as guide
 from lorakit.ui import texts
 from lorakit.ui.texts import zh_hant, zh_hant_sentences
 from lorakit.ui.texts.sentences import Sentences

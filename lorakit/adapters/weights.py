@@ -1,0 +1,249 @@
+"""An adapter's weights in no program's spelling: what training makes, what every export format is written from.
+
+Canonical layer names are the module paths of diffusers' UNet and of CLIP as real checkpoints spell it, with the
+component in front, whatever the installed transformers calls its modules:
+
+    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q
+    text_encoder.text_model.encoder.layers.0.self_attn.q_proj
+    text_encoder_2.text_model.encoder.layers.0.mlp.fc1
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer with LoRA: delta W = alpha / rank * up @ down, with rank = down.shape[0].
+
+    Attributes:
+        down: `[rank, in]`, or `[rank, in, kh, kw]` for a convolution.
+        up: `[out, rank]`, or `[out, rank, 1, 1]` for a convolution.
+        alpha: numerator of the scale; rank-stabilised adapters carry alpha * sqrt(rank) here, so that alpha / rank is
+            the true scale for every reader.
+        magnitude: DoRA's column magnitudes `[1, in]` (`[1, in, 1, 1]` for a convolution), the axis web UIs read, or
+            None. W' = magnitude * V / ||V||, V = W + delta W, the norm taken over every axis but the input axis.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def method(self) -> str:
+        """ "lora", or "dora" with a magnitude."""
+        return "lora" if self.magnitude is None else "dora"
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of `down`."""
+        return int(self.down.shape[0])
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, columns) of delta W, a convolution's kernel counted to the columns."""
+        return len(self.up), self.down[0].numel()
+
+    def factors(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor, all that is trained."""
+        return {"down": self.down, "up": self.up} | ({} if self.magnitude is None else {"magnitude": self.magnitude})
+
+    def delta(self) -> torch.Tensor:
+        """delta W in float32, in the shape of the layer's own weight (without DoRA's magnitude)."""
+        down, up = self.down.float(), self.up.float()
+        flat = up.flatten(1) @ down.flatten(1) * self.scale
+        return flat.reshape(up.shape[0], *down.shape[1:])
+
+    def rescaled(self, scale: float) -> Layer:
+        """The same delta W with this scale; the difference goes into `up`."""
+        return replace(self, up=self.up * (self.scale / scale), alpha=float(scale * self.rank))
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """One layer with LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098; LyCORIS): two low ranks, multiplied by element.
+
+    delta W = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b). Files know a convolution's kernel only as part of the
+    columns, and so does this.
+
+    Attributes:
+        w1_a, w2_a: `[out, rank]`.
+        w1_b, w2_b: `[rank, in * kh * kw]`.
+        alpha: numerator of the scale.
+    """
+
+    w1_a: torch.Tensor
+    w1_b: torch.Tensor
+    w2_a: torch.Tensor
+    w2_b: torch.Tensor
+    alpha: float
+
+    method = "loha"
+    magnitude = None
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of each `b`."""
+        return int(self.w1_b.shape[0])
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, columns) of delta W."""
+        return int(self.w1_a.shape[0]), int(self.w1_b.shape[1])
+
+    def factors(self) -> dict[str, torch.Tensor]:
+        """LyCORIS' name -> tensor, all that is trained."""
+        return {f"hada_{part}": getattr(self, part) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
+
+    def delta(self) -> torch.Tensor:
+        """delta W `[out, in * kh * kw]` in float32."""
+        first, second = self.w1_a.float() @ self.w1_b.float(), self.w2_a.float() @ self.w2_b.float()
+        return first * second * self.scale
+
+    def rescaled(self, scale: float) -> Hadamard:
+        """The same delta W with this scale; the difference goes into `w2_a`."""
+        return replace(self, w2_a=self.w2_a * (self.scale / scale), alpha=float(scale * self.rank))
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """One layer with LoKr (Yeh et al. 2023, arXiv 2309.14859; LyCORIS): a Kronecker product of two small matrices.
+
+    delta W = scale * kron(w1, w2), either of which may be a product of two factors. The scale is alpha / rank, and 1
+    where both are whole, as there is no rank then.
+
+    Attributes:
+        w1: one matrix `[a, c]`, or its factors `[a, rank]` and `[rank, c]`, with a * b = out and c * d = in.
+        w2: one matrix `[b, d * kh * kw]`, or its factors `[b, rank]` and `[rank, d * kh * kw]`.
+        alpha: numerator of the scale.
+        kernel: a convolution's, `(kh, kw)`, where it is known: a whole w2 has it in files.
+    """
+
+    w1: tuple[torch.Tensor, ...]
+    w2: tuple[torch.Tensor, ...]
+    alpha: float
+    kernel: tuple[int, ...] = ()
+
+    method = "lokr"
+    magnitude = None
+
+    @property
+    def rank(self) -> int:
+        """Rank of what is factorised; 1 where nothing is."""
+        return next((int(pair[1].shape[0]) for pair in (self.w1, self.w2) if len(pair) == 2), 1)
+
+    @property
+    def whole(self) -> bool:
+        """Whether neither matrix is factorised."""
+        return len(self.w1) == len(self.w2) == 1
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or 1."""
+        return 1.0 if self.whole else self.alpha / self.rank
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, columns) of delta W."""
+        return (
+            int(self.w1[0].shape[0] * self.w2[0].shape[0]),
+            int(self.w1[-1].shape[1] * self.w2[-1].shape[1]),
+        )
+
+    def factors(self) -> dict[str, torch.Tensor]:
+        """LyCORIS' name -> tensor, all that is trained; a convolution's whole w2 is `[b, d, kh, kw]`."""
+        found: dict[str, torch.Tensor] = {}
+        for name, parts in (("lokr_w1", self.w1), ("lokr_w2", self.w2)):
+            found |= {name: parts[0]} if len(parts) == 1 else {f"{name}_a": parts[0], f"{name}_b": parts[1]}
+        if self.kernel and "lokr_w2" in found:
+            found["lokr_w2"] = found["lokr_w2"].reshape(len(self.w2[0]), -1, *self.kernel)
+        return found
+
+    def delta(self) -> torch.Tensor:
+        """delta W `[out, in * kh * kw]` in float32."""
+        first, second = (
+            parts[0].float() if len(parts) == 1 else parts[0].float() @ parts[1].float() for parts in (self.w1, self.w2)
+        )
+        product = first[:, None, :, None] * second[None, :, None, :]
+        return product.reshape(self.size) * self.scale
+
+    def rescaled(self, scale: float) -> Kronecker:
+        """The same delta W with this scale; the difference goes into w1. A whole one has scale 1 and keeps it."""
+        if self.whole:
+            return self
+        first, *rest = self.w1
+        return replace(self, w1=(first * (self.scale / scale), *rest), alpha=float(scale * self.rank))
+
+
+AnyLayer = Layer | Hadamard | Kronecker
+
+
+def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
+    """One layer from its tensors, named as `factors()` names them.
+
+    PiSSA's has beside `down` and `up` what they began as, `down_0` and `up_0`, which was taken from the base. What it
+    adds to the base as it was is up @ down - up_0 @ down_0 = (up - up_0) @ down + up_0 @ (down - down_0): LoRA of twice
+    the rank, in which nothing large is subtracted from something large.
+    """
+    if "hada_w1_a" in factors:
+        w1_a, w1_b, w2_a, w2_b = (factors[f"hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        return Hadamard(w1_a, w1_b, w2_a, w2_b, scale * len(w1_b))
+    if "lokr_w1" in factors or "lokr_w1_a" in factors:
+        w1, w2 = (
+            (factors[name],) if name in factors else (factors[f"{name}_a"], factors[f"{name}_b"])
+            for name in ("lokr_w1", "lokr_w2")
+        )
+        kernel = tuple(w2[0].shape[2:])
+        layer = Kronecker(w1, tuple(part.flatten(1) for part in w2), 1.0, kernel)
+        return replace(layer, alpha=scale * layer.rank)
+    down, up = factors["down"], factors["up"]
+    if "down_0" in factors:
+        import torch  # this module is read where torch is not wanted
+
+        down_0, up_0 = factors["down_0"], factors["up_0"]
+        down, up = torch.cat([down, down - down_0]), torch.cat([up - up_0, up_0], dim=1)
+    return Layer(down, up, scale * len(down), factors.get("magnitude"))
+
+
+def factorization(width: int) -> tuple[int, int]:
+    """A layer's width as the product of two numbers as near to each other as can be, the smaller first: how LoKr cuts
+    it (LyCORIS functional/general.py, `factorization` without a factor)."""
+    small = next(n for n in range(math.isqrt(width), 0, -1) if width % n == 0)
+    return small, width // small
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """All layers of an adapter, and what they belong to.
+
+    Attributes:
+        family: "sd1", "sd2", "sdxl" or "sd3".
+        method: how it was trained, a name of `registry.ADAPTERS`.
+        layers: canonical name -> layer.
+        metadata: what a file said of itself (empty for weights that come from training).
+        tokens: word -> text encoder ("text_encoder", "text_encoder_2") -> vectors `[n, width]` that stand for it.
+    """
+
+    family: str
+    method: str
+    layers: dict[str, AnyLayer]
+    metadata: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)

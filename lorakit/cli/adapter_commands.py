@@ -1,0 +1,161 @@
+"""Commands on adapters that are there already: export, resize, combine, merge into a base, extract from two bases."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.core.errors import LorakitError
+from lorakit.core.registry import EXPORTS
+
+if TYPE_CHECKING:
+    from lorakit.adapters.weights import AdapterWeights
+
+Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+TRIGGER, ALIAS, TITLE = "modelspec.trigger_phrase", "ss_output_name", "modelspec.title"
+
+
+def add(command: Command) -> None:
+    """Add the commands of this page by `command(name, run, help)`."""
+    export = command("export", run_export, "write an adapter in another format")
+    export.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder, in any of the formats")
+    export.add_argument("--to", choices=tuple(EXPORTS), required=True, help="format to write")
+    _add_output(export)
+
+    resize = command("resize", run_resize, "give an adapter a smaller rank, keeping what matters most")
+    resize.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
+    _add_size(resize)
+    _add_written(resize)
+
+    combine = command("combine", run_combine, "add several adapters up into one")
+    combine.add_argument("adapters", nargs="+", metavar="ADAPTER[=STRENGTH]", help="adapters; strength 1 unless given")
+    combine.add_argument("--name", default="combined", help="name of the new adapter (default: combined)")
+    _add_written(combine)
+
+    merge = command("merge", run_merge, "put an adapter into a base for good: a whole model that needs no adapter")
+    merge.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
+    merge.add_argument("--base", default="pocket", metavar="FOLDER", help="base model (default: the bundled one)")
+    merge.add_argument("--strength", type=float, default=1.0, help="how much of the adapter (default: 1)")
+    merge.add_argument("--output", required=True, metavar="PATH", help="new folder or new .safetensors file")
+
+    extract = command("extract", run_extract, "the adapter that makes one base of another")
+    extract.add_argument("tuned", metavar="TUNED", help="folder of the model that was trained further")
+    extract.add_argument("--base", required=True, metavar="FOLDER", help="folder of the model that it was made from")
+    _add_size(extract)
+    _add_written(extract)
+
+
+def _add_size(made: argparse.ArgumentParser) -> None:
+    size = made.add_mutually_exclusive_group(required=True)
+    size.add_argument("--rank", type=int, help="rank of every layer, where it is smaller")
+    size.add_argument("--energy", type=float, metavar="0.95", help="smallest ranks that keep this share of the squares")
+
+
+def _add_written(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--to", choices=tuple(EXPORTS), default="kohya", help="format to write (default: kohya)")
+    _add_output(made)
+
+
+def _add_output(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="precision (default: fp16)")
+    made.add_argument("--output", default=".", metavar="DIR", help="where to write (default: here)")
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """`lorakit export`."""
+    from lorakit import formats as export
+    from lorakit.training import checkpoint_export as snapshot
+
+    source = Path(args.adapter)
+    weights = snapshot.read(source) if snapshot.is_checkpoint(source) else export.read(source)
+    return _write(args, weights, source.stem, weights.metadata, [args.adapter])
+
+
+def run_resize(args: argparse.Namespace) -> int:
+    """`lorakit resize`."""
+    from lorakit import formats as export
+    from lorakit.formats.edit.resize_combine import resize
+
+    weights = resize(export.read(Path(args.adapter)), rank=args.rank, energy=args.energy)
+    name = f"{Path(args.adapter).stem}-resized"
+    return _write(args, weights, name, weights.metadata | {ALIAS: name, TITLE: name}, [args.adapter])
+
+
+def run_combine(args: argparse.Namespace) -> int:
+    """`lorakit combine`. Triggers of all the adapters are the new one's."""
+    from lorakit import formats as export
+    from lorakit.formats.edit.resize_combine import combine
+
+    asked = [_with_strength(text) for text in args.adapters]
+    parts = [(export.read(path), strength) for path, strength in asked]
+    triggers = dict.fromkeys(weights.metadata.get(TRIGGER, "") for weights, _ in parts)
+    metadata = {TRIGGER: ", ".join(filter(None, triggers)), ALIAS: args.name, TITLE: args.name}
+    return _write(args, combine(parts), args.name, metadata, [path for path, _ in asked])
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """`lorakit merge`."""
+    from lorakit import families, formats as export
+    from lorakit.formats.edit.merge import merge
+
+    weights, info = export.read(Path(args.adapter)), families.describe(args.base)
+    if weights.family != info.family:
+        raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
+    for word in weights.tokens:
+        print(f"the embedding of {word!r} is no part of a model: keep it beside the merged one", file=sys.stderr)
+    _tell(args, {"merged": merge(weights, info, Path(args.output), args.strength)})
+    return 0
+
+
+def run_extract(args: argparse.Namespace) -> int:
+    """`lorakit extract`."""
+    from lorakit import families
+    from lorakit.formats.edit.extract import extract
+
+    base, tuned = families.describe(args.base), families.describe(args.tuned)
+    if base.family != tuned.family:
+        raise LorakitError(f"{tuned.title} is {tuned.family} and {base.title} is {base.family}: nothing to compare")
+    weights = extract(base.path, tuned.path, base.family, rank=args.rank, energy=args.energy)
+    name = f"{tuned.path.name}-extracted"
+    return _write(args, weights, name, {ALIAS: name, TITLE: name}, [])
+
+
+def _with_strength(text: str) -> tuple[Path, float]:
+    """`ADAPTER=STRENGTH` taken apart; a path with `=` in it that is there is a path."""
+    path, equals, strength = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(strength)
+    except ValueError:
+        raise LorakitError(f"{text}: write ADAPTER=STRENGTH, e.g. toy.safetensors=0.7") from None
+
+
+def _write(
+    args: argparse.Namespace, weights: AdapterWeights, name: str, metadata: Mapping[str, str], sources: Iterable[object]
+) -> int:
+    """Save as asked for; what was read is never written over."""
+    from lorakit import formats as export
+    from lorakit.formats.saving import destination
+
+    folder = Path(args.output)
+    target = destination(folder, name, args.to).resolve()
+    for source in sources:
+        if Path(str(source)).resolve() == target:
+            raise LorakitError(f"{source} would be written over: name another folder with --output")
+    say = functools.partial(print, file=sys.stderr)
+    _tell(args, export.save(weights, folder, name, [args.to], args.dtype, metadata, say=say))
+    return 0
+
+
+def _tell(args: argparse.Namespace, written: Mapping[str, Path]) -> None:
+    """Where it went, for a person or for a program."""
+    if args.json:
+        print(json.dumps({name: str(path) for name, path in written.items()}, indent=2))
+    else:
+        print("\n".join(map(str, written.values())))

@@ -1,0 +1,142 @@
+"""`lorakit demo`: the whole main job on what is bundled, with figures at the end that say whether it worked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit import config as configuration
+from lorakit.cli.terminal import Terminal
+from lorakit.core.errors import LorakitError
+from lorakit.core.units import duration
+
+PHOTOS = 16
+TRIGGER = "sks"
+# Scenes of the before/after grid. No photo that it learns from shows one of them.
+UNSEEN = ("snow", "night", "city", "underwater", "floor")
+# Pictures of each unseen scene that the judge looks at, each from its own seed.
+PICTURES_PER_SCENE = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo made, and how it went.
+
+    Attributes:
+        before, after: share of pictures on unseen scenes that the judge takes for the subject, base and adapter.
+        seconds: duration of everything, from the first photo to the grid.
+    """
+
+    subject: str
+    folder: Path
+    photos: Path
+    run: Path
+    adapter: Path
+    grid: Path
+    before: float
+    after: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def demo(
+    subject: str, terminal: Terminal, folder: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> Outcome:
+    """Write photos of a bundled subject, teach it to the bundled base, and compare both on scenes it never saw.
+
+    Args:
+        folder: where everything goes; runs/<time>-demo unless given.
+        overrides: dotted keys laid over the preset subject-pocket.
+
+    Raises:
+        LorakitError: no such subject, the folder is taken, or training failed.
+    """
+    from lorakit.families.pocket import captions, subjects
+
+    if subject not in subjects.SUBJECTS:
+        raise LorakitError(f"unknown subject {subject!r}; bundled subjects: {', '.join(subjects.SUBJECTS)}")
+    folder = folder or Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-demo"
+    start = time.monotonic()
+    noun = subjects.SUBJECTS[subject].kind
+    settings = {
+        "data.folder": str(folder / "photos"),
+        "data.name": f"{TRIGGER} {noun}",
+        "sample.prompts": tuple(f"a photo of a {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}" for scene in UNSEEN),
+        "output.folder": str(folder / "run"),
+    }
+    config = configuration.load("subject-pocket", settings | dict(overrides or {}))
+    photos = write_photos(subject, folder / "photos")
+    terminal.say(f"demo: {PHOTOS} photos of {subject}, a {noun} the base has never seen, in {photos}")
+    from lorakit.training import run as train
+
+    result = train.train(config, terminal=terminal)
+    terminal.say("comparing base and adapter on scenes that no photo showed")
+    grid, before, after = compare(config, result.adapter, subject, folder)
+    outcome = Outcome(
+        subject, folder, photos, result.folder, result.adapter, grid, before, after, time.monotonic() - start
+    )
+    count = len(UNSEEN) * PICTURES_PER_SCENE
+    terminal.say(f"judge: {before:.0%} of {count} pictures by the base show {subject}, {after:.0%} with the adapter")
+    terminal.say(f"before and after: {grid}")
+    terminal.say(f"adapter: {result.adapter}")
+    terminal.say(f"report: {result.folder / 'report.html'}")
+    terminal.say(f"done in {duration(outcome.seconds)}")
+    return outcome
+
+
+def write_photos(subject: str, folder: Path) -> Path:
+    """PNG files of the subject on every scene that is not kept for the comparison, each with its caption beside it.
+
+    Raises:
+        LorakitError: the folder holds something already.
+    """
+    from lorakit.families.pocket import captions, spec, subjects
+
+    if folder.exists() and any(folder.iterdir()):
+        raise LorakitError(f"{folder} is not empty; name another place with --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    seen = [scene for scene in spec.SCENES if scene not in UNSEEN]
+    noun = subjects.SUBJECTS[subject].kind
+    for number, (image, scene) in enumerate(subjects.photos(subject, PHOTOS, seed=0, scenes=seen), start=1):
+        image.save(folder / f"{number:02}.png")
+        text = f"a photo of a {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}"
+        (folder / f"{number:02}.txt").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def compare(config: configuration.Config, adapter: Path, subject: str, folder: Path) -> tuple[Path, float, float]:
+    """Draw the prompts by the base and with the adapter, from equal seeds: (grid, judge's share before, after)."""
+    import dataclasses
+
+    from lorakit import adapters, families, formats as export
+    from lorakit.core import image_grid as pictures
+    from lorakit.engine import device as memory
+    from lorakit.families.pocket.classifier import Judge
+    from lorakit.inference import sampling as sample
+
+    device = memory.device(config.memory)
+    info = families.describe(config.model)
+    storage, stream = config.memory.base_storage, memory.streams(config.memory, device)
+    family = families.load(info, device, memory.dtype(config.memory, device), storage, stream)
+
+    def draw() -> list[Any]:
+        drawn = []
+        for seed in range(PICTURES_PER_SCENE):
+            settings = dataclasses.replace(config.sample, seed=config.sample.seed + seed)
+            drawn += sample.draw(family, list(config.sample.prompts), settings, config.data.resolution)
+        return drawn
+
+    base = draw()
+    adapters.apply(family, export.read(adapter))
+    adapted = draw()
+    columns = len(config.sample.prompts)
+    file = folder / "before-after.png"
+    pictures.save(pictures.grid(base[:columns] + adapted[:columns], ["base", "adapter"], config.sample.prompts), file)
+    judge = Judge.load()
+    return file, judge.subject_score(base, subject), judge.subject_score(adapted, subject)

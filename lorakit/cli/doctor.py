@@ -1,0 +1,215 @@
+"""`lorakit doctor`: what this machine can do, what is missing, and the command that adds it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.core.cache_dir import cache_folder
+
+# Extra -> the module it brings and what that is for.
+EXTRAS = {
+    "ui": ("gradio", "the front end, `lorakit ui`"),
+    "bnb": ("bitsandbytes", "optimizer.name = adamw8bit and paged_adamw8bit"),
+    "xformers": ("xformers", "memory.attention = xformers"),
+    "heic": ("pillow_heif", "photos of phones in HEIC"),
+    "prodigy": ("prodigyopt", "optimizer.name = prodigy"),
+    "tensorboard": ("tensorboard", "output.tensorboard = true"),
+}
+# Less than this much free disk does not hold a run with its checkpoints and pictures.
+SMALLEST_FREE_DISK = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was looked at. `state` is "ok", "note" or "bad"; `fix` says what to do about it."""
+
+    name: str
+    state: str
+    detail: str
+    fix: str = ""
+
+
+def examine() -> list[Line]:
+    """Everything, in the order in which it matters. Imports torch."""
+    return [*versions(), *devices(), *extras(), *storage()]
+
+
+def to_text(lines: Sequence[Line]) -> str:
+    """The findings as a person reads them."""
+    marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+    width = max(len(line.name) for line in lines)
+    shown = []
+    for line in lines:
+        shown.append(f"{marks[line.state]} {line.name:{width}}  {line.detail}")
+        if line.fix:
+            shown.append(f"     {'':{width}}  {line.fix}")
+    bad = [line.name for line in lines if line.state == "bad"]
+    shown.append(f"not ready: {', '.join(bad)}" if bad else "ready")
+    return "\n".join(shown)
+
+
+def to_json(lines: Sequence[Line]) -> dict[str, Any]:
+    """The findings for machines."""
+    return {"ready": all(line.state != "bad" for line in lines), "findings": [asdict(line) for line in lines]}
+
+
+def versions(
+    requirements: Sequence[str] | None = None, installed: Callable[[str], str] = importlib.metadata.version
+) -> list[Line]:
+    """Python and the core packages, against the bounds that lorakit is tested with.
+
+    Args:
+        requirements: requirement strings; those of the installed lorakit unless given.
+        installed: gives a package's version, or raises PackageNotFoundError.
+    """
+    lines = [Line("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}")]
+    if requirements is None:
+        try:
+            requirements = importlib.metadata.requires("lorakit") or []
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(Line("lorakit", "note", "runs from a folder, not installed: versions cannot be compared"))
+            return lines
+    for requirement in requirements:
+        if "extra ==" in requirement:
+            continue
+        name, bounds = re.match(r"([\w.-]+)\s*(.*)", requirement.partition(";")[0]).groups()  # type: ignore[union-attr]
+        try:
+            version = installed(name)
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(Line(name, "bad", f"missing; wanted {bounds}", f"pip install '{name}{bounds}'"))
+            continue
+        inside = all(_satisfies(version, bound.strip()) for bound in bounds.split(",") if bound.strip())
+        lines.append(
+            Line(name, "ok", version)
+            if inside
+            else Line(name, "bad", f"{version}; tested with {bounds}", f"pip install '{name}{bounds}'")
+        )
+    return lines
+
+
+def devices() -> list[Line]:
+    """The accelerator, what precision it has, whether this torch was built for it, and the attention kernels."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: one of its own libraries is missing
+        return [Line("device", "bad", f"torch does not import: {error}", "pip install 'lorakit'")]
+    lines = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            lines += cuda_lines(
+                f"cuda:{index}",
+                properties.name,
+                properties.total_memory,
+                (properties.major, properties.minor),
+                torch.cuda.get_arch_list(),
+                torch.cuda.is_bf16_supported(including_emulation=False),
+            )
+        from torch.backends import cuda
+
+        kernels = {
+            "flash": cuda.flash_sdp_enabled(),
+            "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+            "math": cuda.math_sdp_enabled(),
+        }
+        lines.append(Line("attention", "ok", "sdpa: " + ", ".join(name for name, on in kernels.items() if on)))
+    elif torch.backends.mps.is_available():
+        lines.append(Line("device", "note", "mps (Apple): trains in fp32; not tested by us"))
+    else:
+        nvidia = Path("/proc/driver/nvidia/version").exists()
+        fix = "this torch has no CUDA: pip install --force-reinstall 'torch>=2.6,<2.14'" if nvidia else ""
+        threads = torch.get_num_threads()
+        state, seen = ("bad", "; an NVIDIA driver is there, but torch does not see it") if nvidia else ("ok", "")
+        lines.append(Line("device", state, f"cpu, {threads} threads{seen}", fix))
+        lines.append(Line("precision", "ok", "fp32 (bf16 runs too, at less memory)"))
+        lines.append(Line("attention", "ok", "sdpa"))
+    return lines
+
+
+def cuda_lines(
+    device: str, name: str, memory: int, capability: tuple[int, int], architectures: Sequence[str], bf16: bool
+) -> list[Line]:
+    """What is to be said of one CUDA device.
+
+    Args:
+        memory: bytes.
+        capability: (major, minor) of the device.
+        architectures: what this torch was built for (`torch.cuda.get_arch_list()`).
+    """
+    wanted = f"sm_{capability[0]}{capability[1]}"
+    lines = [Line(device, "ok", f"{name}, {memory / 2**30:.0f} GiB, {wanted}")]
+    if not _runs_on(capability, architectures):
+        built = ", ".join(architectures) or "no CUDA device"
+        fix = "install a torch whose CUDA build has it: https://pytorch.org/get-started/locally/"
+        lines.append(Line(f"{device} kernels", "bad", f"this torch is built for {built}, not for {wanted}", fix))
+    lines.append(Line(f"{device} bf16", "ok", "yes") if bf16 else Line(f"{device} bf16", "note", "no; fp16 is used"))
+    return lines
+
+
+def extras(find: Callable[[str], Any] = importlib.util.find_spec) -> list[Line]:
+    """Each optional part: there, or the command that adds it."""
+    lines = []
+    for extra, (module, purpose) in EXTRAS.items():
+        if find(module) is not None:
+            lines.append(Line(f"extra {extra}", "ok", f"{module} is there: {purpose}"))
+        else:
+            fix = f"pip install 'lorakit[{extra}]'"
+            lines.append(Line(f"extra {extra}", "note", f"{module} is missing: {purpose}", fix))
+    return lines
+
+
+def storage(folder: Path | None = None) -> list[Line]:
+    """Free disk where runs are written, and how large the caches are that can be deleted."""
+    folder = Path.cwd() if folder is None else folder
+    free = shutil.disk_usage(folder).free
+    enough = free >= SMALLEST_FREE_DISK
+    lines = [Line("disk", "ok" if enough else "bad", f"{free / 2**30:.1f} GiB free in {folder}")]
+    cache = cache_folder()
+    lines.append(Line("cache", "ok", f"{cache}: {folder_size(cache) / 2**20:.0f} MiB; it may be deleted"))
+    return lines
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below `folder`; 0 where it does not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Machine code (sm_) runs on its own major version from its minor up, PTX (compute_) on all from its own up."""
+    for architecture in architectures:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", architecture)
+        if match is None:
+            continue
+        built = int(match[2]), int(match[3])
+        if match[1] == "compute" and capability >= built:
+            return True
+        if match[1] == "sm" and capability[0] == built[0] and capability[1] >= built[1]:
+            return True
+    return False
+
+
+def _satisfies(version: str, bound: str) -> bool:
+    """Whether a version keeps one bound such as `>=2.6`; numbers only, a local part (`+cpu`) does not count."""
+    match = re.fullmatch(r"(>=|<=|==|<|>)\s*([\d.]+)", bound)
+    if match is None:
+        return True
+    ours, theirs = _numbers(version), _numbers(match[2])
+    length = max(len(ours), len(theirs))
+    left = ours + (0,) * (length - len(ours))
+    right = theirs + (0,) * (length - len(theirs))
+    return {">=": left >= right, "<=": left <= right, "==": left == right, "<": left < right, ">": left > right}[
+        match[1]
+    ]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    match = re.match(r"[\d.]+", version)
+    return tuple(int(part) for part in match[0].strip(".").split(".")) if match else ()

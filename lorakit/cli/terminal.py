@@ -1,0 +1,191 @@
+"""What the person at the terminal sees: lines, one progress bar, and nothing from any library.
+
+On a terminal the bar is redrawn in place; in a pipe or a file it is a line every twentieth of the run. A reader that
+goes away (`| head`) never ends a run: what cannot be written is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from lorakit.core.units import duration
+
+# The bar is drawn at most this often, in seconds, and in a pipe once for this share of the run.
+REDRAW_SECONDS = 0.1
+SHARE_OF_A_LINE = 0.05
+# Weight of the past in the smoothed loss; about the last 50 steps count.
+SMOOTHING = 0.98
+
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "BITSANDBYTES_NOWELCOME": "1",
+}
+_LOGGERS = (
+    "accelerate",
+    "bitsandbytes",
+    "diffusers",
+    "huggingface_hub",
+    "matplotlib",
+    "peft",
+    "transformers",
+    "xformers",
+)
+
+
+def quiet_libraries() -> None:
+    """Silence the bars, logs and warnings of the libraries underneath. Call it before any of them is imported.
+
+    What the user has set in the environment stays; with `python -W` or PYTHONWARNINGS the warnings stay too. No library
+    is imported here.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+class Terminal:
+    """One place to write to. `stream` is stdout unless told otherwise (stderr where stdout carries JSON)."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+        self.stream = stream or sys.stdout
+        self.clock = clock
+        self.in_place = bool(getattr(self.stream, "isatty", lambda: False)()) and os.environ.get("TERM") != "dumb"
+        self.bar: Bar | None = None
+        self._reader_is_there = True
+
+    def say(self, line: str = "", *, warning: bool = False) -> None:
+        """One line. A warning says that it is one."""
+        drawn = self.bar is not None and self.bar.clear()
+        self.write(("warning: " if warning else "") + line + "\n")
+        if drawn and self.bar is not None:
+            self.bar.draw()
+
+    @contextmanager
+    def progress(self, total: int, done: int = 0, what: str = "training") -> Iterator[Bar]:
+        """A bar from `done` to `total`; lines said meanwhile appear above it."""
+        self.bar = bar = Bar(self, total, done, what)
+        try:
+            yield bar
+        finally:
+            bar.close()
+            self.bar = None
+
+    def write(self, text: str) -> None:
+        """Write at once; never fail because nobody reads any more, or for a character the terminal does not know."""
+        if not self._reader_is_there:
+            return
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+            self.stream.flush()
+        except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
+            self._reader_is_there = False
+
+
+class Bar:
+    """Progress of one run. `smoothed` is the running mean of the loss that is shown."""
+
+    def __init__(self, terminal: Terminal, total: int, done: int, what: str):
+        self.terminal, self.total, self.done, self.what = terminal, total, done, what
+        self._weight = self._sum = 0.0
+        self._facts: list[str] = []
+        self._drawn_at = -1e9
+        self._said_at = done
+        self._width = 0
+
+    @property
+    def smoothed(self) -> float:
+        """Mean of the losses so far, newer ones counting more; NaN before the first."""
+        return self._sum / self._weight if self._weight else float("nan")
+
+    def step(
+        self,
+        done: int,
+        loss: float | None = None,
+        learning_rate: float | None = None,
+        *,
+        images_per_second: float | None = None,
+        memory_mib: float | None = None,
+        eta_s: float | None = None,
+    ) -> None:
+        """`done` steps are done. Facts that are None are not shown."""
+        self.done = done
+        if loss is not None:
+            self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
+            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        shown = {
+            "loss {:.4f}": None if loss is None else self.smoothed,
+            "lr {:.1e}": learning_rate,
+            "{:.1f} images/s": images_per_second,
+            "{:.0f} MiB": memory_mib,
+        }
+        self._facts = [form.format(value) for form, value in shown.items() if value is not None]
+        if eta_s is not None and done < self.total:
+            self._facts.append(f"{duration(eta_s)} left")
+        self._show()
+
+    def note(self, line: str) -> None:
+        """One line above the bar."""
+        self.terminal.say(line)
+
+    def clear(self) -> bool:
+        """Take the bar off the screen; whether it was there."""
+        if not self._width:
+            return False
+        self.terminal.write("\r" + " " * self._width + "\r")
+        self._width = 0
+        return True
+
+    def draw(self) -> None:
+        """Draw the bar in place, cut to the width of the terminal."""
+        columns = shutil.get_terminal_size().columns - 1
+        text = self.line()[:columns]
+        room = columns - len(text) - 4
+        if room >= 10:
+            filled = round(min(room, 40) * self.done / max(self.total, 1))
+            text = f"[{'#' * filled}{'.' * (min(room, 40) - filled)}] {text}"
+        self.terminal.write("\r" + text + " " * max(0, self._width - len(text)))
+        self._width, self._drawn_at = len(text), self.terminal.clock()
+
+    def line(self) -> str:
+        """What is known, as one line."""
+        return "  ".join([f"{self.what} {self.done}/{self.total}", *self._facts])
+
+    def close(self) -> None:
+        """Leave the last state on the screen and end the line."""
+        if self.terminal.in_place and self._width:
+            self.draw()
+            self.terminal.write("\n")
+            self._width = 0
+        elif not self.terminal.in_place and self.done > self._said_at:
+            self._say_line()
+
+    def _show(self) -> None:
+        if self.terminal.in_place:
+            if self.terminal.clock() - self._drawn_at >= REDRAW_SECONDS or self.done == self.total:
+                self.draw()
+        elif self.done - self._said_at >= SHARE_OF_A_LINE * self.total or self.done >= self.total > self._said_at:
+            self._say_line()
+
+    def _say_line(self) -> None:
+        self._said_at = self.done
+        self.terminal.write(self.line() + "\n")

@@ -1,0 +1,1 @@
+"""The ground: errors, names, files. Imports nothing else of lorakit."""

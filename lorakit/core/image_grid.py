@@ -1,0 +1,103 @@
+"""Pictures on disk and side by side; Pillow alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from lorakit.core import atomic
+
+# Cells smaller than this (pixels) are enlarged by a whole factor, so that a label fits below and pixels stay pixels.
+SMALLEST_CELL = 160
+GAP = 8
+FONT_SIZE = 13
+PAPER, INK = (250, 250, 249), (40, 40, 38)
+EMPTY = (228, 228, 225)
+
+
+def grid(
+    images: Sequence[Image.Image | None], rows: Sequence[str], columns: Sequence[str], *, largest: int = 512
+) -> Image.Image:
+    """Pictures, row by row, with a label left of each row and below the last one a label for each column.
+
+    Args:
+        images: `len(rows) * len(columns)` of them; None leaves a grey cell.
+        largest: cells with a longer side are scaled down to it.
+
+    Raises:
+        ValueError: the number of pictures is not rows times columns, or there is none.
+    """
+    if len(images) != len(rows) * len(columns) or not any(images):
+        raise ValueError(f"{len(images)} pictures do not fill {len(rows)} rows and {len(columns)} columns")
+    font = ImageFont.load_default(FONT_SIZE)
+    line = FONT_SIZE + 5
+    first = next(image for image in images if image is not None)
+    width, height = _cell(first.size, largest)
+    captions = [_wrapped(text, font, width) for text in columns]
+    left = max((int(font.getlength(text)) for text in rows), default=0)
+    left += 2 * GAP if left else GAP
+    foot = max(map(len, captions)) * line + GAP
+    size = (left + len(columns) * (width + GAP), GAP + len(rows) * (height + GAP) + foot)
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, image in enumerate(images):
+        row, column = divmod(number, len(columns))
+        place = (left + column * (width + GAP), GAP + row * (height + GAP))
+        if image is None:
+            draw.rectangle((*place, place[0] + width - 1, place[1] + height - 1), fill=EMPTY)
+            continue
+        enlarge = width % image.width == 0 and width > image.width
+        sheet.paste(
+            image.convert("RGB").resize(
+                (width, height), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
+            ),
+            place,
+        )
+    for row, text in enumerate(rows):
+        draw.text((GAP, GAP + row * (height + GAP) + height // 2 - line // 2), text, INK, font)
+    for column, lines in enumerate(captions):
+        for number, text in enumerate(lines):
+            y = GAP + len(rows) * (height + GAP) + number * line
+            draw.text((left + column * (width + GAP), y), text, INK, font)
+    return sheet
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a PNG in one instant; every text in `image.info` is written into it."""
+    text = PngImagePlugin.PngInfo()
+    for key, value in image.info.items():
+        if isinstance(key, str) and isinstance(value, str):
+            text.add_itxt(key, value)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=text)
+    atomic.write(path, buffer.getvalue())
+
+
+def thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """A copy whose longer side is at most `side`."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return small
+
+
+def _cell(size: tuple[int, int], largest: int) -> tuple[int, int]:
+    width, height = size
+    if min(size) < SMALLEST_CELL:
+        factor = -(-SMALLEST_CELL // min(size))
+        return width * factor, height * factor
+    shrink = min(1.0, largest / max(size))
+    return max(1, round(width * shrink)), max(1, round(height * shrink))
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines no wider than `width` pixels; a word that is wider stands alone and is cut by the cell's edge."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines or [""]

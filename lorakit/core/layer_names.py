@@ -1,0 +1,22 @@
+"""Canonical layer names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+# What diffusers and PEFT call what is the "unet" here and in kohya files, where it is something else; by family.
+DENOISERS = {"sd3": "transformer"}
+
+
+def canonical(component: str, module: str) -> str:
+    """Canonical layer name of a module path: the component in front, and CLIP's `text_model.` always there.
+
+    transformers calls the same module `encoder.layers.0` or `text_model.encoder.layers.0`, by its version and class;
+    published checkpoints, and every program that reads adapters, have the longer name.
+    """
+    if component.startswith("text_encoder") and not module.startswith(("text_model.", "text_projection")):
+        module = f"text_model.{module}"
+    return f"{component}.{module}"

@@ -1,0 +1,1 @@
+"""The same sums in fewer operations and less memory."""

@@ -1,0 +1,160 @@
+"""Where a run computes, in what precision, with which attention kernel, and how much memory that takes."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lorakit.config import OFFLOAD_NEEDS_CUDA, MemoryConfig
+from lorakit.core.errors import LorakitError
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Head sizes of SD1.5 (40 to 160) and of SD2 and SDXL (64); a backward pass broke for some only (diffusers #1954).
+HEAD_SIZES = (40, 64, 80, 160)
+
+
+def device(config: MemoryConfig) -> torch.device:
+    """The device to train on; "auto" takes CUDA, else MPS, else the CPU.
+
+    Raises:
+        LorakitError: the one that was asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if config.device == "auto":
+        return torch.device(next(name for name, found in there.items() if found))
+    if not there[config.device]:
+        raise LorakitError(
+            f"memory.device = {config.device!r}: torch {torch.__version__} finds no such device here; "
+            "`lorakit doctor` says why, memory.device = 'auto' takes what there is"
+        )
+    return torch.device(config.device)
+
+
+def dtype(config: MemoryConfig, device: torch.device) -> torch.dtype:
+    """Precision of the frozen base; adapters are float32 always. "auto": on CUDA bf16 where the card computes in it,
+    else fp16; fp32 elsewhere.
+
+    Raises:
+        LorakitError: bf16 on a card that only emulates it.
+    """
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.mixed_precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if bf16 else torch.float16
+    if config.mixed_precision == "bf16" and not bf16:
+        raise LorakitError(
+            "memory.mixed_precision = 'bf16': this card does not compute in bf16; choose 'fp16' or 'fp32'"
+        )
+    return PRECISIONS[config.mixed_precision]
+
+
+def streams(config: MemoryConfig, device: torch.device) -> bool:
+    """Whether the base's weights stay in the host's memory.
+
+    Raises:
+        LorakitError: they are to, and are computed with there too.
+    """
+    if config.stream_base and device.type != "cuda":
+        raise LorakitError(OFFLOAD_NEEDS_CUDA.format(device=device.type))
+    return config.stream_base
+
+
+def attention(config: MemoryConfig, family: Any) -> str:
+    """Give the UNet its attention kernel, and say which in one line. xformers is tested against SDPA first, and SDPA
+    kept where it fails.
+
+    Raises:
+        LorakitError: xformers was chosen and is not installed.
+    """
+    if config.attention == "sdpa":
+        return "attention: sdpa"
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError:
+        raise LorakitError("memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'") from None
+    problem = attention_problem(lambda q, k, v: memory_efficient_attention(q, k, v), family.device, family.dtype)
+    if problem:
+        return f"attention: sdpa, because xformers failed its self-test ({problem})"
+    family.unet.enable_xformers_memory_efficient_attention()
+    return "attention: xformers, which agrees with sdpa forward and backward"
+
+
+def attention_problem(candidate: Attention, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Compare an attention function with SDPA, output and all three gradients; the problem, or None.
+
+    Args:
+        candidate: takes query, key and value `[B, T, heads, size]`, as xformers has them.
+    """
+    # Room for tensor cores' shortened float32; what is sought is wrong by far more.
+    allowed = 2e-3 if dtype == torch.float32 else 2e-2
+    draw = torch.Generator(device).manual_seed(0)
+    for size in HEAD_SIZES:
+        inputs = [torch.randn((2, 77, 4, size), generator=draw, device=device).to(dtype) for _ in range(4)]
+        *qkv, towards = inputs
+        expected = _outputs_and_gradients(_sdpa, [tensor.float() for tensor in qkv], towards.float())
+        try:
+            found = _outputs_and_gradients(candidate, qkv, towards)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            return (str(error).splitlines() or [type(error).__name__])[0]
+        for name, right, got in zip(("output", "query", "key", "value"), expected, found, strict=True):
+            off = ((got.float() - right).norm() / right.norm()).item()
+            if not off <= allowed:
+                what = "output" if name == "output" else f"gradient of the {name}"
+                return f"{what} is off by {off:.0%} at head size {size}"
+    return None
+
+
+def gradient_checkpointing(family: Any, blocks: Collection[str], *, random: bool = False) -> None:
+    """Recompute these blocks of the UNet in the backward pass instead of keeping what they computed. The text encoders
+    are left alone: 77 tokens take next to nothing.
+
+    Args:
+        blocks: their paths in the UNet, see `footprint.recomputed`.
+        random: they draw random numbers, which must come again.
+    """
+    for path in blocks:
+        block = family.unet.get_submodule(path)
+        block.forward = functools.partial(_recomputed, block.forward, random)
+
+
+def _recomputed(forward: Callable[..., Any], random: bool, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on CUDA, the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        # accelerate brings psutil; `resource` exists only on Unix.
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def _outputs_and_gradients(
+    function: Attention, inputs: list[torch.Tensor], towards: torch.Tensor
+) -> list[torch.Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        output = function(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, towards)]

@@ -1,0 +1,257 @@
+"""LoRA's forward and backward with as few operations as they need, in the base's precision.
+
+PEFT casts the input to the adapter's float32, multiplies, scales, adds and casts back: at batch 1 the host cannot
+issue that as fast as a card computes it. Here the small factors are cast to the input's precision instead (the
+parameters and their gradients stay float32), the scale is folded into B, and both additions happen inside matrix
+products. To everyone outside these are PEFT's layers: names, state dict and merging are its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Conv2d, Linear
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lorakit.engine import recompute as frugal
+from lorakit.engine.onednn_linear import linear
+from lorakit.engine.recompute import Geometry, Recipe, convolution_gradients
+
+POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Copies of A and B in half precision, and where their gradients are to be added; see `flat.Flat`.
+
+    Attributes:
+        down, up: A `[r, in]` and B `[out, r]`, views; of a `lean.Group` as it has them.
+        to_down, to_up: their gradients, the same shapes and precision.
+        owner: the copies are to be used while its `on` is true.
+    """
+
+    down: Tensor
+    up: Tensor
+    to_down: Tensor
+    to_up: Tensor
+    owner: Any
+
+
+class LoraLinear(torch.autograd.Function):
+    """y = x (W + s B A)^T + b, W and b frozen; x `[N, in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`, s a number.
+
+    The sum of the weights is made for one product and dropped. It is for float32: half precision would round most of
+    the small change away. `again` makes x, in whatever shape it had.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, again: Recipe
+    ) -> Tensor:
+        """`[N, out]`."""
+        frugal.keep(ctx, again, weight, down, up)
+        ctx.scale = scale
+        return linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, A and B."""
+        x, weight, down, up = frugal.kept(ctx)
+        x, to_x = x.reshape(-1, x.shape[-1]), None
+        if ctx.needs_input_grad[0]:
+            to_x = linear(gradient, torch.addmm(weight, up, down, alpha=ctx.scale).t())
+        # These products are thin, and kernels differ tenfold in how they take to that: the long axis goes last.
+        scaled = gradient if ctx.scale == 1 else gradient * ctx.scale
+        to_down = linear(linear(scaled, up.t()).t(), x.t())
+        to_up = linear(linear(x, down).t(), scaled.t()).t()
+        return to_x, None, None, to_down, to_up, None, None
+
+
+class HalfLoraLinear(torch.autograd.Function):
+    """The same as x W^T + b + s (x A^T) B^T, where x and W are in half precision and A and B in float32.
+
+    With a `Place` A and B are read from there, and their gradients added there: autograd is given none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        again: Recipe,
+        place: Place | None,
+    ) -> Tensor:
+        """`[N, out]`."""
+        down, up = (down.to(x.dtype), up.to(x.dtype)) if place is None else (place.down, place.up)
+        inner = x @ down.t()
+        y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        frugal.keep(ctx, again, inner, weight, down, up)
+        ctx.scale, ctx.place = scale, place
+        return y.addmm_(inner, up.t(), alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, A and B; the factors' in float32."""
+        x, inner, weight, down, up = frugal.kept(ctx)
+        x, scale, place = x.reshape(-1, x.shape[-1]), ctx.scale, ctx.place
+        to_inner = gradient @ up
+        to_x = (gradient @ weight).addmm_(to_inner, down, alpha=scale) if ctx.needs_input_grad[0] else None
+        if place is not None:
+            place.to_down.addmm_(to_inner.t(), x, alpha=scale)
+            place.to_up.addmm_(gradient.t(), inner, alpha=scale)
+            return to_x, *[None] * 7
+        to_down, to_up = (to_inner.t() @ x).float(), (gradient.t() @ inner).float()
+        if scale != 1:
+            to_down, to_up = to_down * scale, to_up * scale
+        return to_x, None, None, to_down, to_up, None, None, None
+
+
+class LoraConv2d(torch.autograd.Function):
+    """y = x * (W + s B A) + b, a convolution, in float32; A `[r, in, k, k]`, B `[out, r, 1, 1]`; see `LoraLinear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        geometry: Geometry,
+        again: Recipe,
+    ) -> Tensor:
+        """`[B, out, h', w']`; `geometry` is (stride, padding, dilation)."""
+        frugal.keep(ctx, again, weight, down, up)
+        ctx.scale, ctx.geometry = scale, geometry
+        return functional.conv2d(x, _summed(weight, down, up, scale), bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, A and B."""
+        x, weight, down, up = frugal.kept(ctx)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            summed = _summed(weight, down, up, ctx.scale)
+            to_x = convolution_gradients(gradient, x, summed, ctx.geometry, to_x=True)[0]
+        scaled = gradient if ctx.scale == 1 else gradient * ctx.scale
+        to_inner = functional.conv2d(scaled, up.transpose(0, 1))
+        to_down = convolution_gradients(to_inner, x, down, ctx.geometry, to_weight=True)[1]
+        inner = functional.conv2d(x, down, None, *ctx.geometry)
+        to_up = convolution_gradients(scaled, inner, up, POINTWISE, to_weight=True)[1]
+        return to_x, None, None, to_down, to_up, None, None, None
+
+
+class HalfLoraConv2d(torch.autograd.Function):
+    """The same as x * W + b + s (x * A) * B, where x and W are in half precision and A and B in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        geometry: Geometry,
+        again: Recipe,
+    ) -> Tensor:
+        """`[B, out, h', w']`."""
+        down, up = down.to(x.dtype), (up if scale == 1 else up * scale).to(x.dtype)
+        inner = functional.conv2d(x, down, None, *geometry)
+        frugal.keep(ctx, again, inner, weight, down, up)
+        ctx.scale, ctx.geometry = scale, geometry
+        return functional.conv2d(x, weight, bias, *geometry).add_(functional.conv2d(inner, up))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, A and B; the factors' in float32."""
+        x, inner, weight, down, up = frugal.kept(ctx)
+        wants_x = ctx.needs_input_grad[0]
+        to_inner, to_up = convolution_gradients(gradient, inner, up, POINTWISE, to_x=True, to_weight=True)
+        to_x, to_down = convolution_gradients(to_inner, x, down, ctx.geometry, to_x=wants_x, to_weight=True)
+        if wants_x:
+            to_x = to_x + convolution_gradients(gradient, x, weight, ctx.geometry, to_x=True)[0]
+        to_down, to_up = to_down.float(), to_up.float()
+        return to_x, None, None, to_down, to_up if ctx.scale == 1 else to_up * ctx.scale, None, None, None
+
+
+class FusedLinear(Linear):
+    """PEFT's linear LoRA layer with the forward of this file."""
+
+    place: Place | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        base = self.base_layer
+        name = None if args or kwargs or not isinstance(base, nn.Linear) else plain_adapter(self, x)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        if self._disable_adapters:
+            return base(x)
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        if torch.compiler.is_compiling():
+            return functional.linear(x, base.weight, base.bias) + change(x, down, up, self.scaling[name])
+        rows = x.reshape(-1, x.shape[-1])
+        given = (rows, base.weight, base.bias, down, up, self.scaling[name], frugal.recipe(x))
+        y = LoraLinear.apply(*given) if x.dtype is torch.float32 else HalfLoraLinear.apply(*given, used(self.place, x))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class FusedConv2d(Conv2d):
+    """PEFT's convolutional LoRA layer, computing in the input's precision."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[B, in, h, w]` -> `[B, out, h', w']`."""
+        base = self.base_layer
+        name = None if args or kwargs or base.groups != 1 else plain_adapter(self, x)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        if self._disable_adapters:
+            return base(x)
+        down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        geometry = (base.stride, base.padding, base.dilation)
+        if torch.compiler.is_compiling():
+            inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
+            return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
+        function = LoraConv2d if x.dtype is torch.float32 else HalfLoraConv2d
+        made: Tensor = function.apply(x, base.weight, base.bias, down, up, scale, geometry, frugal.recipe(x))
+        return made
+
+
+def change(x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """s x A^T B^T, `[..., in]` -> `[..., out]`, in the precision of x, as a compiler is to see it."""
+    added = functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+    return added if scale == 1 else added * scale
+
+
+def used(place: Place | None, x: Tensor) -> Place | None:
+    """The place of a layer's copies where it is to compute x with these, else None."""
+    return place if place is not None and place.owner.on and place.down.dtype is x.dtype else None
+
+
+def _summed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """W + s B A of a convolution."""
+    return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(weight.shape)
+
+
+def plain_adapter(layer: Any, x: Tensor) -> str | None:
+    """Name of the active adapter where there is exactly one and nothing is out of the ordinary, else None.
+
+    Several adapters, a merged or a trained base, dropout and autocast are left to PEFT's own forward.
+    """
+    active = layer._active_adapter
+    name = active if isinstance(active, str) else active[0] if len(active) == 1 else None
+    if name not in layer.lora_A or layer.merged_adapters or layer.base_layer.weight.requires_grad:
+        return None
+    if layer.lora_dropout[name].training and not isinstance(layer.lora_dropout[name], nn.Identity):
+        return None
+    return None if torch.is_autocast_enabled(x.device.type) else name

@@ -1,0 +1,415 @@
+"""What a base model is, read from its configuration and its files' headers; nothing is asked, torch is not needed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lorakit.config import Config, ModelConfig
+from lorakit.core import safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+from lorakit.core.layer_names import DENOISERS, canonical
+from lorakit.families import hub, ldm, pocket, single_file as singlefile, weight_files as headers
+
+CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+PREDICTIONS = ("epsilon", "v_prediction")
+FLOW = "flow_prediction"
+# What the name of a pipeline class in model_index.json may begin with -> the loader in registry.FAMILIES.
+LOADERS = {"StableDiffusion3": "sd3", "StableDiffusionXL": "sdxl", "StableDiffusion": "sd"}
+# Not every class with such a name is one of these families.
+OTHERS = ("StableDiffusionUpscale", "StableDiffusionLatentUpscale", "StableDiffusionImageVariation")
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+BUNDLED = "pocket"
+INPAINTING = "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a folder in diffusers layout has the parts of a family.
+
+    Attributes:
+        encoders: its text encoders; each has a tokenizer beside it, `tokenizer` for `text_encoder`.
+        optional: those that a folder may do without, being told so in its model_index.json.
+        flow: whether it predicts the flow (Liu et al. 2022, arXiv 2209.03003), on a schedule without betas.
+        idle: whether its first text encoder is read before the last layer, and for nothing else.
+        closed: the layers of a block that lead nowhere in the last one.
+        more_tokens: tokens that the denoiser is told of a text beside CLIP's: what the pipeline asks of T5.
+    """
+
+    encoders: tuple[str, ...] = ("text_encoder",)
+    optional: tuple[str, ...] = ()
+    flow: bool = False
+    idle: bool = False
+    closed: tuple[str, ...] = ()
+    more_tokens: int = 0
+
+
+_TWO = ("text_encoder", "text_encoder_2")
+LAYOUTS = {
+    "sd": Layout(),
+    "sdxl": Layout(encoders=_TWO, idle=True),
+    "sd3": Layout(
+        encoders=(*_TWO, "text_encoder_3"),
+        optional=("text_encoder_3",),
+        flow=True,
+        more_tokens=256,
+        closed=("attn.add_q_proj",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What is known of a base before it is loaded.
+
+    Attributes:
+        path: its folder in diffusers layout, or its one file.
+        family: "sd1", "sd2", "sdxl" or "sd3": what its adapters are called. Of a folder with one text encoder it is sd2
+            where the UNet's cross-attention is 1024 wide, which only SD2's OpenCLIP has, and sd1 otherwise, small ones
+            included.
+        loader: name in `registry.FAMILIES`.
+        prediction_type: "epsilon", "v_prediction" or "flow_prediction".
+        latent_channels: channels of the latents.
+        downscale: pixels to a latent, along a side.
+        max_tokens: tokens of a text that CLIP reads, start and end included.
+        text_tokens: tokens that the UNet attends to.
+        cross_dim: width of the text embeddings that the UNet attends to.
+        layers: canonical name -> weight shape of every linear and convolutional layer of UNet and text encoders.
+        idle: layers that no gradient ever reaches: SDXL reads its first text encoder before the last layer, and nobody
+            reads what SD3's last block makes of the text.
+        bytes: component -> bytes of its weights on disk.
+        variants: component -> variant in its files' names ("fp16", "bf16" or None).
+        configs: component -> its configuration; "scheduler" and "model_index" too.
+        tokenizers: "tokenizer" and, for SDXL, "tokenizer_2" -> folder; empty for a file without any (see `tokenizer`).
+        slots: of a single file, component -> where each tensor lies in it; None for a folder.
+        hash: identity of weights and configuration, cheap to compute.
+        title: name to call it by.
+        source: hub id with the commit, as `owner/name@commit`; empty for what lies on the machine.
+        notes: how what the base does not say was decided, a line each.
+    """
+
+    path: Path
+    family: str
+    loader: str
+    prediction_type: str
+    latent_channels: int
+    downscale: int
+    max_tokens: int
+    text_tokens: int
+    cross_dim: int
+    layers: dict[str, tuple[int, ...]] = field(repr=False)
+    idle: frozenset[str] = field(repr=False)
+    bytes: dict[str, int]
+    variants: dict[str, str | None]
+    configs: dict[str, dict[str, Any]] = field(repr=False)
+    tokenizers: dict[str, Path] = field(repr=False)
+    slots: dict[str, dict[str, ldm.Slot]] | None = field(repr=False)
+    hash: str
+    title: str
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+    def folder(self, component: str) -> Path:
+        """Where a folder in diffusers layout has a component."""
+        return self.path / (DENOISERS.get(self.family, "unet") if component == "unet" else component)
+
+    def tokenizer(self, name: str = "tokenizer") -> Path:
+        """Folder of a tokenizer.
+
+        Raises:
+            LorakitError: the base is a file that came without one, and none was named.
+        """
+        if name not in self.tokenizers:
+            raise LorakitError(
+                f"base {self.path.name} has no tokenizer with it: set model.tokenizer to the folder of one (vocab.json "
+                "and merges.txt; all Stable Diffusion models have that of openai/clip-vit-large-patch14), or put it "
+                "beside the file as tokenizer/"
+            )
+        return self.tokenizers[name]
+
+
+def describe(base: str | Path | ModelConfig) -> BaseInfo:
+    """Read what a base is: "pocket", a folder in diffusers layout, a single file, or a hub id, which may be fetched.
+
+    Args:
+        base: the section of the config, or `model.base` alone.
+
+    Raises:
+        LorakitError: it is not there, is something else (named for what it is), or lacks something (all of it listed).
+    """
+    model = base if isinstance(base, ModelConfig) else ModelConfig(base=str(base))
+    if model.base == BUNDLED:
+        return _of_folder(pocket.path(), model, title=BUNDLED)
+    path = Path(model.base).expanduser()
+    if path.is_file():
+        return _of_file(path, model)
+    asked = None if path.is_dir() else hub.parse(model.base)
+    if asked is None:
+        return _of_folder(path, model, title=path.resolve().name)
+    folder, commit = hub.find(asked)
+    return _of_folder(folder, model, title=asked.name.partition("/")[2], source=f"{asked.name}@{commit}")
+
+
+def unsuited(info: BaseInfo, config: Config) -> list[str]:
+    """What a config asks for that a base of this kind cannot do, a line each."""
+    problems = []
+    if LAYOUTS[info.loader].flow and config.train.min_snr_gamma is not None:
+        problems.append(
+            f"train.min_snr_gamma is not defined for base {info.title}, which predicts the flow: leave it unset"
+        )
+    if "text_encoder_3" in info.configs and config.adapter.new_tokens:
+        problems.append(
+            f"adapter.new_tokens: base {info.title} reads texts by T5 too, which learns no words; set it to 0"
+        )
+    return problems
+
+
+def pin(model: ModelConfig) -> ModelConfig:
+    """The same section, a hub id in it with the commit that it stands for now, so that a run resumes on what it began.
+
+    Raises:
+        LorakitError: as `describe`, where a hub id cannot be found.
+    """
+    asked = hub.parse(model.base) if model.base != BUNDLED and not Path(model.base).expanduser().exists() else None
+    return model if asked is None else replace(model, base=f"{asked.name}@{hub.find(asked)[1]}")
+
+
+def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") -> BaseInfo:
+    index = _index(path)
+    loader = _loader(path, index)
+    layout = LAYOUTS[loader]
+    absent = [name for name in layout.optional if index.get(name, [None, None])[1] is None]
+    encoders = [name for name in layout.encoders if name not in absent]
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    denoiser = DENOISERS.get(loader, "unet")
+    folders = {"unet": path / denoiser, "vae": path / "vae", **{name: path / name for name in encoders}}
+    wanted = (denoiser, "vae", "scheduler", *encoders, *tokenizers)
+    missing = [name for name in wanted if not (path / name).is_dir()]
+    if missing:
+        raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again")
+    if model.tokenizer:
+        raise LorakitError(f"base {path} has a tokenizer of its own: model.tokenizer is for bases in a single file")
+    configs = {name: headers.read_json(folder / "config.json") for name, folder in folders.items()}
+    configs["scheduler"] = headers.read_json(path / "scheduler" / "scheduler_config.json")
+    found = {name: headers.weight_files(folder, WEIGHTS.get(name, "model")) for name, folder in folders.items()}
+    layers: dict[str, tuple[int, ...]] = {}
+    for component in ("unet", *encoders):
+        layers |= _layers(component, headers.shapes(found[component][0]))
+    cross_dim = _cross_dim(configs["unet"])
+    # With the same weights, another prediction type or schedule makes another base.
+    told = [folders[name] / "config.json" for name in ("unet", "vae")] + [path / "scheduler" / "scheduler_config.json"]
+    notes = [f"from the hub: {source}"] if source else []
+    notes += [f"without {name}" for name in absent]
+    return _info(
+        model,
+        path=path,
+        family=loader if loader != "sd" else "sd2" if cross_dim == 1024 else "sd1",
+        loader=loader,
+        layers=layers,
+        bytes={name: sum(file.stat().st_size for file in files) for name, (files, _) in found.items()},
+        variants={name: variant for name, (_, variant) in found.items()},
+        configs=configs | {"model_index": index},
+        tokenizers={name: path / name for name in tokenizers},
+        slots=None,
+        hash=headers.identity([*told, *(file for files, _ in found.values() for file in files)]),
+        title=title,
+        source=source,
+        notes=tuple(notes),
+    )
+
+
+def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
+    kind = _what_file(path)
+    if kind:
+        raise LorakitError(f"base {path.name} {kind}")
+    header = modelfile.read(path)
+    checkpoint = ldm.read(header)
+    configs = singlefile.configs(checkpoint)
+    layers: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, int] = {}
+    for component, slots in checkpoint.parts.items():
+        lengths = {slot.key: header.tensors[slot.key] for slot in slots.values()}
+        sizes[component] = sum(info.end - info.start for info in lengths.values())
+        if component != "vae":
+            layers |= _layers(component, {name: slot.shape for name, slot in slots.items()})
+    told = checkpoint.prediction
+    zero = " with zero terminal SNR" if told.zero_snr else ""
+    unsure = "" if told.certain or model.prediction_type != "auto" else "; if that is wrong, set model.prediction_type"
+    note = f"prediction type: {told.type}{zero}, {told.told_by}{unsure}"
+    folder = singlefile.tokenizer(model.tokenizer, path)
+    encoders = [name for name in configs if name.startswith("text")] if folder else []
+    return _info(
+        model,
+        path=path,
+        family=checkpoint.family,
+        loader="sdxl" if checkpoint.family == "sdxl" else "sd",
+        layers=layers,
+        bytes=sizes,
+        variants=dict.fromkeys(sizes),
+        configs=configs,
+        tokenizers={name.replace("text_encoder", "tokenizer"): folder for name in encoders},
+        slots=checkpoint.parts,
+        hash=singlefile.identity(header),
+        title=path.stem,
+        source="",
+        notes=(note,),
+    )
+
+
+def _info(model: ModelConfig, **known: Any) -> BaseInfo:
+    """What follows from the configurations, for both layouts, with what the user says of the prediction type."""
+    path, configs, loader = known["path"], known["configs"], known["loader"]
+    vae, channels = configs["vae"], configs["vae"].get("latent_channels", 4)
+    _check_channels(path, configs["unet"].get("in_channels", 4), channels)
+    for folder in known["tokenizers"].values():
+        _check_tokenizer(folder, model.tokenizer)
+    if configs["unet"].get("in_channels", 4) != channels:
+        known["notes"] = (*known["notes"], INPAINTING)
+    layout = LAYOUTS[loader]
+    if layout.flow and model.prediction_type != "auto":
+        raise LorakitError(f"base {path} predicts the flow: leave model.prediction_type")
+    configs["scheduler"], said = _as_told(configs["scheduler"], model.prediction_type)
+    if said:
+        known["notes"] = (*known["notes"], said)
+        # With the same weights, another prediction type or schedule makes another base.
+        known["hash"] = hashlib.sha256(f"{known['hash']}/{model.prediction_type}".encode()).hexdigest()
+    prediction = FLOW if layout.flow else configs["scheduler"].get("prediction_type", "epsilon")
+    if prediction not in (*PREDICTIONS, FLOW):
+        raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
+    clip = min(
+        _max_tokens(known["tokenizers"].get(name.replace("text_encoder", "tokenizer")), config)
+        for name, config in configs.items()
+        if name.startswith("text_encoder")
+    )
+    return BaseInfo(
+        **known,
+        prediction_type=prediction,
+        latent_channels=channels,
+        downscale=2 ** (len(vae["block_out_channels"]) - 1),
+        max_tokens=clip,
+        text_tokens=clip + layout.more_tokens,
+        cross_dim=_cross_dim(configs["unet"]),
+        idle=frozenset(
+            [
+                *(_of_last(known["layers"], r"text_encoder\..*\.layers") if layout.idle else ()),
+                *(
+                    name
+                    for name in _of_last(known["layers"], r"unet\.transformer_blocks")
+                    if name.endswith(layout.closed)
+                ),
+            ]
+        ),
+    )
+
+
+def _cross_dim(denoiser: dict[str, Any]) -> int:
+    """Width of the texts that a denoiser is told."""
+    return int(denoiser.get("joint_attention_dim") or denoiser["cross_attention_dim"])
+
+
+def _as_told(scheduler: dict[str, Any], wanted: str) -> tuple[dict[str, Any], str]:
+    """The schedule with the prediction type that `model.prediction_type` asks for, and a line where that changes it."""
+    before = scheduler.get("prediction_type", "epsilon"), bool(scheduler.get("rescale_betas_zero_snr"))
+    if wanted == "auto":
+        return scheduler, ""
+    zero = wanted.endswith("_zero_snr")
+    prediction = wanted.removesuffix("_zero_snr")
+    if (prediction, zero) == before:
+        return scheduler, ""
+    changed = scheduler | {"prediction_type": prediction, "rescale_betas_zero_snr": zero}
+    told = f"{before[0]}{' with zero terminal SNR' if before[1] else ''}"
+    return changed, f"prediction type: {wanted}, as model.prediction_type says; the base itself says {told}"
+
+
+def _index(path: Path) -> dict[str, Any]:
+    """The folder's model_index.json, or what is there instead."""
+    if not path.is_dir():
+        raise LorakitError(f"base {path} does not exist")
+    if not (path / "model_index.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise LorakitError(f"base {path} is a PEFT adapter, not a base model")
+        inside = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+        found = f"it holds {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}" if inside else "it is empty"
+        raise LorakitError(f"base {path} is not a folder in diffusers layout: no model_index.json; {found}")
+    return headers.read_json(path / "model_index.json")
+
+
+def _loader(path: Path, index: dict[str, Any]) -> str:
+    name = str(index.get("_class_name", "unknown"))
+    for start, loader in LOADERS.items():
+        if name.startswith(start) and not name.startswith(OTHERS):
+            return loader
+    raise LorakitError(f"base {path} is a {name}; lorakit trains Stable Diffusion 1.x, 2.x, XL and 3")
+
+
+def _check_channels(path: Path, into: int, latent: int) -> None:
+    if into in (latent, 2 * latent + 1):
+        return
+    raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
+
+
+def _check_tokenizer(folder: Path, given: str) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                told = (
+                    "get the base again" if not given else "model.tokenizer must name a folder with both, or a base's"
+                )
+                raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: {told}")
+
+
+def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:
+    # A tokenizer without a configuration says 1e30; the text encoder's positions are the true limit.
+    positions = int(text.get("max_position_embeddings", 77))
+    if tokenizer is None:
+        return positions
+    config = tokenizer / "tokenizer_config.json"
+    said = headers.read_json(config).get("model_max_length", positions) if config.is_file() else positions
+    return int(min(said, positions))
+
+
+# CLIP's and T5's tables of words and places.
+_TABLES = re.compile(r"embeddings\.|^shared\.|embed_tokens\.|relative_attention_bias\.")
+
+
+def _layers(component: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Linear and convolutional layers: weights of two or four axes that are not embedding tables."""
+    return {
+        canonical(component, name.removesuffix(".weight")): shape
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) in (2, 4) and not _TABLES.search(name)
+    }
+
+
+def _of_last(layers: Iterable[str], stack: str) -> list[str]:
+    """The layers of the last block of a stack, such as `unet.transformer_blocks`."""
+    numbered = {name: int(match[1]) for name in layers if (match := re.match(rf"{stack}\.(\d+)\.", name))}
+    last = max(numbered.values(), default=-1)
+    return [name for name, number in numbered.items() if number == last]
+
+
+_ADAPTER = "is an adapter (LoRA), not a base model: give the model that it was made for"
+_KINDS = {
+    "adapter": _ADAPTER,
+    "lycoris": _ADAPTER,
+    "unet": "is a UNet alone: give the whole model",
+    "vae": "is a VAE alone, not a base model",
+    "text encoder": "is a text encoder alone: give the whole model",
+    "embedding": "is a textual-inversion embedding, not a base model",
+    "controlnet": "is a ControlNet, not a base model",
+    "unknown": "is a safetensors file of no kind known here: give a Stable Diffusion model",
+}
+
+
+def _what_file(path: Path) -> str:
+    """What a single file that is no whole model is, and what to do; continues "base NAME ...". Empty for a model."""
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        return f"is a pickle, which can run code when it is read; {CONVERT}"
+    if path.suffix != ".safetensors":
+        return "is a file, not a base model: give a .safetensors file or a folder in diffusers layout"
+    kind = modelfile.kind(modelfile.read(path).shapes())
+    return _KINDS.get(kind, "")

@@ -1,0 +1,274 @@
+"""What the families have in common: loading components quietly, tokens, the autoencoder, moving things about."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from lorakit.core import safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+from lorakit.engine import onednn_linear as products, quantized_weight as stored
+from lorakit.families import ldm, tiled_vae as strips
+from lorakit.families.describe import BaseInfo
+
+# Where parts of a base wait until they are needed.
+HOST = torch.device("cpu")
+# float16 ends at 6e-8, and the gradient of a mean over a latent's values begins at about 1e-4. A fixed power of two
+# costs no rounding and, unlike a scale that adapts, no look at the gradients; an overflow is found like any other NaN.
+FP16_GRADIENT_SCALE = 2.0**13
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars or log lines of diffusers and transformers, which are left as they were found."""
+    libraries = [diffusers.utils.logging, transformers.utils.logging]
+    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, (bar, verbosity) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> Any:
+    """One component, frozen, in eval mode, in `dtype` on the CPU.
+
+    Raises:
+        LorakitError: its weights do not fit its configuration.
+    """
+    try:
+        if info.slots is not None:
+            module = _from_file(info, component, cls, dtype)
+        else:
+            module = cls.from_pretrained(
+                info.folder(component),
+                dtype=dtype,
+                variant=info.variants[component],
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LorakitError(f"cannot load {component} of base {info.path}: {reason[:200]}") from error
+    return module.eval().requires_grad_(False)
+
+
+def _from_file(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> Any:
+    """A part of a single file: built without weights, which are then read one by one in `dtype`."""
+    assert info.slots is not None
+    slots, config = info.slots[component], info.configs[component]
+    weights = {n: tensor.to(dtype).contiguous() for n, tensor in ldm.tensors(modelfile.read(info.path), slots)}
+    if not component.startswith("text_encoder"):
+        with torch.device("meta"):
+            module = cls.from_config(config)
+        module.load_state_dict(weights, assign=True)
+        return module
+    # transformers makes the buffers that are in no file, and knows by which names its version calls the weights.
+    module, said = cls.from_pretrained(
+        None, config=transformers.CLIPTextConfig(**config), state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    wrong = sorted(said["missing_keys"] | said["unexpected_keys"])
+    if wrong:
+        raise ValueError(f"{wrong[0]} is missing or unknown")
+    return module
+
+
+def load_unet(
+    info: BaseInfo,
+    device: torch.device,
+    dtype: torch.dtype,
+    storage: str = "full",
+    stream: bool = False,
+    cls: Any = UNet2DConditionModel,
+) -> Any:
+    """The denoiser, its weights kept in full, or as `lorakit.engine.quantized_weight` keeps them."""
+    unet = load_module(info, "unet", cls, dtype)
+    if storage == "full" and not stream:
+        if device.type == "cpu":
+            products.quicken(unet)
+        return unet
+    # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
+    stored.store_layers(unet, storage, device, streamed=stream)
+    return unet.to(HOST)
+
+
+def load_vae(info: BaseInfo) -> Any:
+    """The autoencoder in float32: in half precision, SDXL's overflows. Whatever it is given to decode is cast to that,
+    so that a pipeline in half precision can draw with it."""
+    vae = load_module(info, "vae", AutoencoderKL, torch.float32)
+    first = vae.decoder if vae.post_quant_conv is None else vae.post_quant_conv
+    first.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+    return vae
+
+
+def mask_everything(unet: Any, vae: Any) -> None:
+    """Let an inpainting UNet be given latents alone, in training and in pipelines that draw from text: the rest of its
+    input is then that of a picture of which everything is masked. Other UNets are left as they are.
+
+    The rest is the mask, and the latents of the picture with what is masked made grey (Rombach et al. 2022, arXiv
+    2112.10752; diffusers' StableDiffusionInpaintPipeline): with everything masked, the same for every photo. A quarter
+    of such a model's own training was of that kind.
+    """
+    latent = unet.config.out_channels
+    if unet.config.in_channels != 2 * latent + 1:
+        return
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    grey: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def complete(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        noisy, *rest = inputs
+        if noisy.shape[1] != latent:
+            return None
+        sides = tuple(noisy.shape[2:])
+        if sides not in grey:
+            grey[sides] = encode_image(vae, torch.zeros((1, 3, *(side * scale for side in sides))))[0]
+        blank = grey[sides].to(noisy).expand(len(noisy), -1, -1, -1)
+        return torch.cat([noisy, torch.ones_like(noisy[:, :1]), blank], dim=1), *rest
+
+    unet.conv_in.register_forward_pre_hook(complete)
+
+
+def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> Any:
+    """A CLIP tokenizer that fits its text encoder.
+
+    Raises:
+        LorakitError: the vocabulary is broken; transformers gives an almost empty tokenizer then, and says nothing.
+    """
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(info.tokenizer(component), local_files_only=True)
+    words, rows = len(tokenizer), encoder.config.vocab_size
+    if not 256 <= words <= rows or (info.slots is not None and words != rows):
+        whose = f"{component} of base {info.path}" if info.slots is None else f"tokenizer {info.tokenizers[component]}"
+        what = "get the base again" if info.slots is None else "set model.tokenizer to the folder of the base's own"
+        raise LorakitError(f"{whose} knows {words} words where its text encoder has {rows}: {what}")
+    if info.slots is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(encoder.config.pad_token_id)
+    tokenizer.model_max_length = info.max_tokens
+    return tokenizer
+
+
+class TokenIds:
+    """Token ids of texts, padded and cut as the diffusers pipelines do it, kept on the device once computed."""
+
+    def __init__(self, tokenizer: Any, device: torch.device, length: int | None = None):
+        self.tokenizer, self.device, self.length = tokenizer, device, length or tokenizer.model_max_length
+        self._known: dict[str, torch.Tensor] = {}
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """int64 `[B, T]`."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            ids = self.tokenizer(
+                new,
+                padding="max_length",
+                max_length=self.length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(self.device)
+            self._known |= dict(zip(new, ids, strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+
+def load_scheduler(info: BaseInfo) -> Any:
+    """The scheduler that the base names, for drawing.
+
+    Raises:
+        LorakitError: diffusers knows no such scheduler.
+    """
+    config = dict(info.configs["scheduler"])
+    name = config.get("_class_name", "")
+    cls = getattr(diffusers, name, None)
+    if cls is None:
+        raise LorakitError(f"base {info.path} names a scheduler {name!r} that diffusers {diffusers.__version__} lacks")
+    return cls.from_config(config)
+
+
+def noise_schedule(scheduler: Any, device: torch.device) -> torch.Tensor:
+    """alphas_cumprod float32 `[1000]` as the model was trained: zero terminal SNR (Lin et al. 2023, arXiv 2305.08891)
+    where the configuration has `rescale_betas_zero_snr`. Samplers round that zero up; in training it is exact."""
+    return DDPMScheduler.from_config(scheduler.config).alphas_cumprod.to(device, torch.float32)
+
+
+def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(offset, factor), each broadcastable to `[B, C, h, w]`: the UNet's latents are (VAE's - offset) * factor."""
+    config = vae.config
+    factor = torch.tensor(float(config.scaling_factor), device=vae.device)
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (torch.tensor(config[f"latents_{name}"], device=vae.device) for name in ("mean", "std"))
+        return mean.float().reshape(1, -1, 1, 1), factor / std.float().reshape(1, -1, 1, 1)
+    return torch.tensor(float(config.get("shift_factor") or 0.0), device=vae.device), factor
+
+
+@torch.no_grad()
+def encode_image(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Family.encode_image`."""
+    if strips.fits(vae, pixels[:, 0].numel(), strips.ENCODING):
+        posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
+    else:
+        posterior = DiagonalGaussianDistribution(strips.encode(vae, pixels))
+    offset, factor = latent_scale(vae)
+    return (posterior.mean - offset) * factor, posterior.std * factor
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """See `Family.decode`."""
+    offset, factor = latent_scale(vae)
+    latents = latents.to(vae.device, torch.float32) / factor + offset
+    pixels = latents[:, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)
+    whole = strips.fits(vae, pixels, strips.DECODING)
+    return vae.decode(latents).sample if whole else strips.decode(vae, latents)
+
+
+def gradient_scale(dtype: torch.dtype) -> float:
+    """See `Family.gradient_scale`."""
+    return FP16_GRADIENT_SCALE if dtype is torch.float16 else 1.0
+
+
+def widen(prediction: torch.Tensor, scale: float) -> torch.Tensor:
+    """The UNet's output in float32; its gradient is multiplied by `scale` before it is rounded to the UNet's dtype."""
+    prediction = prediction.float()
+    if scale != 1 and prediction.requires_grad:
+        prediction.register_hook(lambda gradient: gradient * scale)
+    return prediction
+
+
+def by_name(unet: Any, vae: Any, text_encoders: dict[str, Any]) -> dict[str, list[Any]]:
+    """Name -> modules, for `move`: "unet", "vae", "text_encoders", and each text encoder by its own."""
+    each = {name: [encoder] for name, encoder in text_encoders.items()}
+    return {"unet": [unet], "vae": [vae], "text_encoders": list(text_encoders.values()), **each}
+
+
+def move(parts: dict[str, list[Any]], names: tuple[str, ...], device: torch.device) -> None:
+    """Move parts of a base to `device`; those that are there already cost next to nothing. Where weights are trained
+    the optimizer knows where they lie, and a CUDA graph where all of the part lies: it does not leave for the CPU.
+
+    Args:
+        parts: of `by_name`.
+
+    Raises:
+        ValueError: a part of another name.
+    """
+    moved = False
+    for name in names:
+        if name not in parts:
+            raise ValueError(f"unknown component {name!r}: {', '.join(map(repr, parts))}")
+        away = [module for module in parts[name] if next(module.parameters()).device.type != device.type]
+        if device.type == "cpu" and any(w.requires_grad for module in away for w in module.parameters()):
+            continue
+        for module in away:
+            module.to(device)
+            moved = True
+    if moved and device.type == "cpu" and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,130 @@
+"""The judge: a small classifier trained on renders only: what a picture shows, how near it is to a subject."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from lorakit.families.pocket import path
+from lorakit.families.pocket.spec import CLASSES, FIELDS
+
+
+class Net(nn.Module):
+    """Pictures (B, 3, 64, 64) in [-1, 1] to 128 features, and from these to the classes of every label."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = 3
+        for width in channels:
+            layers += [nn.Conv2d(before, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            before = width
+        self.trunk = nn.Sequential(*layers)
+        self.neck = nn.Linear(before * 16, 128)
+        self.heads = nn.ModuleDict({name: nn.Linear(128, count) for name, count in CLASSES.items()})
+
+    def features(self, pictures: Tensor) -> Tensor:
+        return self.neck(F.relu(self.trunk(pictures)).flatten(1))
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        features = F.relu(self.features(pictures))
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+class Judge:
+    """Says what pictures show. Load it once: `Judge.load()`."""
+
+    def __init__(self, model: Net) -> None:
+        self.model = model.eval()
+        self._centroids: dict[str, np.ndarray] | None = None
+
+    @classmethod
+    def load(cls, file: Path | None = None) -> Judge:
+        """The bundled judge, or the one in `file`."""
+        from safetensors import safe_open
+
+        file = path() / "judge.safetensors" if file is None else file
+        with safe_open(file, framework="pt") as tensors:
+            model = Net([int(c) for c in tensors.metadata()["channels"].split(",")])
+            weights = {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118
+            model.load_state_dict(weights, strict=False)
+        return cls(model)
+
+    @staticmethod
+    def _batch(images: Sequence[Image.Image]) -> Tensor:
+        small = [
+            np.asarray(
+                image.convert("RGB").resize((64, 64), Image.Resampling.BOX)
+                if image.size != (64, 64)
+                else image.convert("RGB")
+            )
+            for image in images
+        ]
+        return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """(N, 128) float32, each of length 1."""
+        return np.concatenate(
+            [
+                F.normalize(self.model.features(self._batch(images[i : i + 64]))).numpy()
+                for i in range(0, len(images), 64)
+            ]
+        )
+
+    @torch.no_grad()
+    def labels(self, images: Sequence[Image.Image]) -> dict[str, list[str]]:
+        """The likeliest kind, colour, pattern, scene and manner of every picture."""
+        found: dict[str, list[str]] = {field: [] for field in FIELDS}
+        for start in range(0, len(images), 64):
+            answers = self.model(self._batch(images[start : start + 64]))
+            for field, options in FIELDS.items():
+                found[field] += [options[i] for i in answers[field].argmax(1).tolist()]
+        return found
+
+    def scores(self, images: Sequence[Image.Image], asked: Sequence[dict[str, str]]) -> dict[str, float]:
+        """Share of pictures that show what was asked, by field; a field that nothing was asked of is left out."""
+        if len(images) != len(asked):
+            raise ValueError(f"{len(images)} pictures but {len(asked)} requests")
+        found = self.labels(images)
+        shares = {}
+        for field in FIELDS:
+            hits = [found[field][i] == words[field] for i, words in enumerate(asked) if field in words]
+            if hits:
+                shares[field] = sum(hits) / len(hits)
+        return shares
+
+    def centroids(self) -> dict[str, np.ndarray]:
+        """Mean features (128,) of real renders of every kind, subject and style."""
+        if self._centroids is None:
+            from lorakit.families.pocket import subjects
+
+            self._centroids = {
+                name: self.features(images).mean(axis=0) for name, images in subjects.references().items()
+            }
+        return self._centroids
+
+    def nearest(self, images: Sequence[Image.Image]) -> list[str]:
+        """The kind, subject or style whose real renders each picture is nearest to.
+
+        By cosine around the middle of all of them: what every picture has in common says nothing.
+        """
+        names, centroids = list(self.centroids()), np.stack(list(self.centroids().values()))
+        middle = centroids.mean(axis=0)
+        away = centroids - middle
+        nearness = (self.features(images) - middle) @ (away / np.linalg.norm(away, axis=1, keepdims=True)).T
+        return [names[i] for i in nearness.argmax(axis=1)]
+
+    def subject_score(self, images: Sequence[Image.Image], name: str) -> float:
+        """Share of pictures that are nearer to the real renders of this subject (or style) than to any other's."""
+        if name not in self.centroids():
+            raise ValueError(f"{name!r} is no subject; there are {', '.join(self.centroids())}")
+        nearest = self.nearest(images)
+        return sum(found == name for found in nearest) / len(nearest)

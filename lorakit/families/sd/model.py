@@ -1,0 +1,105 @@
+"""Stable Diffusion 1.x and 2.x: one text encoder, its last hidden states, no size conditioning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel
+
+from lorakit.families import loading as components
+from lorakit.families.conditioning import Condition
+from lorakit.families.describe import BaseInfo
+
+
+class StableDiffusion:
+    """See `families.Family`."""
+
+    def __init__(
+        self,
+        info: BaseInfo,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        storage: str = "full",
+        stream: bool = False,
+    ):
+        self.info, self.device, self.dtype = info, torch.device(device), dtype
+        with components.quiet():
+            self.unet = components.load_unet(info, self.device, dtype, storage, stream)
+            encoder = components.load_module(info, "text_encoder", CLIPTextModel, dtype)
+            self.vae = components.load_vae(info)
+            components.mask_everything(self.unet, self.vae)
+            self.tokenizer = components.load_tokenizer(info, "tokenizer", encoder)
+            self.scheduler = components.load_scheduler(info)
+        self.text_encoders: dict[str, Any] = {"text_encoder": encoder}
+        self.prediction_type = info.prediction_type
+        self.gradient_scale = components.gradient_scale(dtype)
+        self.alphas_cumprod = components.noise_schedule(self.scheduler, self.device)
+        self._ids = [components.TokenIds(self.tokenizer, self.device)]
+
+    def encode_text(self, texts: list[str]) -> Condition:
+        """See `families.Family`."""
+        return self.encode_tokens(self.tokens(texts))
+
+    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
+        """See `families.Family`."""
+        return [ids(texts) for ids in self._ids]
+
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
+        """See `families.Family`."""
+        self.acquire("text_encoders")
+        with torch.set_grad_enabled(grad):
+            return Condition(self.text_encoders["text_encoder"](tokens[0])[0])
+
+    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `families.Family`."""
+        self.acquire("vae")
+        return components.encode_image(self.vae, pixels)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """See `families.Family`."""
+        self.acquire("vae")
+        return components.decode(self.vae, latents)
+
+    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> None:
+        """None: the family knows nothing of sizes."""
+        return None
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """See `families.Family`."""
+        self.acquire("unet")
+        states = condition.encoder_hidden_states.to(self.dtype)
+        prediction = self.unet(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
+        return components.widen(prediction, self.gradient_scale)
+
+    def release(self, *parts: str) -> None:
+        """See `families.Family`."""
+        components.move(self._parts(), parts, components.HOST)
+
+    def acquire(self, *parts: str) -> None:
+        """See `families.Family`."""
+        components.move(self._parts(), parts, self.device)
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """See `families.Family`."""
+        with components.quiet():
+            pipeline = StableDiffusionPipeline(
+                vae=self.vae,
+                text_encoder=self.text_encoders["text_encoder"],
+                tokenizer=self.tokenizer,
+                unet=self.unet,
+                scheduler=type(self.scheduler).from_config(self.scheduler.config),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def modules(self) -> dict[str, Any]:
+        """See `families.Family`."""
+        return {"unet": self.unet, **self.text_encoders}
+
+    def _parts(self) -> dict[str, list[Any]]:
+        return components.by_name(self.unet, self.vae, self.text_encoders)

@@ -1,0 +1,164 @@
+"""Stable Diffusion 3 and 3.5: a transformer that follows straight lines, two CLIP encoders and T5, if there is one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch.nn import functional
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+from lorakit.families import loading as components
+from lorakit.families.conditioning import Condition
+from lorakit.families.describe import BaseInfo
+
+TIMESTEPS = 1000
+CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
+
+
+class StableDiffusion3:
+    """See `families.Family`; Esser et al. 2024, arXiv 2403.03206.
+
+    The model was trained on z = (1 - s) x + s n and says n - x. With signal a = sqrt(alpha_bar) and spread
+    b = sqrt(1 - alpha_bar), as the rest of lorakit mixes x and n, s = b / (a + b) and z = (a x + b n) / (a + b): the
+    same point on the same line, at another scale. So `predict` scales, and nobody outside has to know.
+    """
+
+    def __init__(
+        self,
+        info: BaseInfo,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        storage: str = "full",
+        stream: bool = False,
+    ):
+        self.info, self.device, self.dtype = info, torch.device(device), dtype
+        with components.quiet():
+            self.unet = components.load_unet(info, self.device, dtype, storage, stream, SD3Transformer2DModel)
+            self.text_encoders: dict[str, Any] = {
+                name: components.load_module(info, name, CLIPTextModelWithProjection, dtype) for name in CLIPS
+            }
+            self.tokenizers = {
+                name.replace("text_encoder", "tokenizer"): components.load_tokenizer(
+                    info, name.replace("text_encoder", "tokenizer"), encoder
+                )
+                for name, encoder in self.text_encoders.items()
+            }
+            self._t5_tokens = info.text_tokens - info.max_tokens
+            self._ids = [components.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers.values()]
+            self._t5_ids: components.TokenIds | None = None
+            if T5 in info.configs:
+                self.text_encoders[T5] = components.load_module(info, T5, T5EncoderModel, dtype)
+                tokenizer = AutoTokenizer.from_pretrained(info.tokenizer("tokenizer_3"), local_files_only=True)
+                self.tokenizers["tokenizer_3"] = tokenizer
+                self._t5_ids = components.TokenIds(tokenizer, self.device, self._t5_tokens)
+            self.vae = components.load_vae(info)
+            self.scheduler = components.load_scheduler(info)
+        self.prediction_type = info.prediction_type
+        self.gradient_scale = components.gradient_scale(dtype)
+        self.alphas_cumprod = noise_schedule(float(self.scheduler.config.shift), self.device)
+
+    def encode_text(self, texts: list[str]) -> Condition:
+        """See `families.Family`."""
+        return self.encode_tokens(self.tokens(texts))
+
+    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
+        """See `families.Family`: both CLIPs' token ids, and T5's last hidden states; zeros without T5."""
+        first, second = (ids(texts) for ids in self._ids)
+        if self._t5_ids is None:
+            shape = (len(texts), self._t5_tokens, self.info.cross_dim)
+            return [first, second, torch.zeros(shape, device=self.device, dtype=self.dtype)]
+        self.acquire(T5)
+        with torch.no_grad():
+            return [first, second, self.text_encoders[T5](self._t5_ids(texts))[0]]
+
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
+        """See `families.Family`: both CLIPs' last hidden states but one, side by side and filled up with zeros to T5's
+        width, then T5's; and both pooled outputs."""
+        *ids, long = tokens
+        self.acquire(*CLIPS)
+        with torch.set_grad_enabled(grad):
+            first, second = (
+                self.text_encoders[name](rows, output_hidden_states=True) for name, rows in zip(CLIPS, ids, strict=True)
+            )
+            clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+            states = torch.cat([functional.pad(clip, (0, long.shape[-1] - clip.shape[-1])), long], dim=1)
+            return Condition(states, pooled=torch.cat([first.text_embeds, second.text_embeds], dim=-1))
+
+    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `families.Family`."""
+        self.acquire("vae")
+        return components.encode_image(self.vae, pixels)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """See `families.Family`."""
+        self.acquire("vae")
+        return components.decode(self.vae, latents)
+
+    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> None:
+        """None: the family knows nothing of sizes."""
+        return None
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """See `families.Family`. The condition must have pooled text."""
+        assert condition.pooled is not None, "Stable Diffusion 3 needs pooled text"
+        self.acquire("unet")
+        alpha_bar = self.alphas_cumprod[timesteps]
+        signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        straight = noisy / (signal + spread).reshape(-1, 1, 1, 1)
+        prediction = self.unet(
+            hidden_states=straight.to(self.dtype),
+            timestep=TIMESTEPS * spread / (signal + spread),
+            encoder_hidden_states=condition.encoder_hidden_states.to(self.dtype),
+            pooled_projections=condition.pooled.to(self.dtype),
+            return_dict=False,
+        )[0]
+        return components.widen(prediction, self.gradient_scale)
+
+    def release(self, *parts: str) -> None:
+        """See `families.Family`."""
+        components.move(self._parts(), self._named(parts), components.HOST)
+
+    def acquire(self, *parts: str) -> None:
+        """See `families.Family`."""
+        components.move(self._parts(), self._named(parts), self.device)
+
+    def pipeline(self) -> StableDiffusion3Pipeline:
+        """See `families.Family`."""
+        absent = {"text_encoder_3": None, "tokenizer_3": None}
+        with components.quiet():
+            pipeline = StableDiffusion3Pipeline(
+                transformer=self.unet,
+                scheduler=type(self.scheduler).from_config(self.scheduler.config),
+                vae=self.vae,
+                **(absent | self.text_encoders | self.tokenizers),
+            )
+        # Other pipelines ask for one prompt; here each encoder could be told another.
+        pipeline.encode_prompt = functools.partial(pipeline.encode_prompt, prompt_2=None, prompt_3=None)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def modules(self) -> dict[str, Any]:
+        """See `families.Family`: T5 is never trained."""
+        return {"unet": self.unet, **{name: self.text_encoders[name] for name in CLIPS}}
+
+    def _parts(self) -> dict[str, list[Any]]:
+        # T5, never trained and the largest of all, comes and goes by itself.
+        parts = components.by_name(self.unet, self.vae, {name: self.text_encoders[name] for name in CLIPS})
+        return parts | {T5: [self.text_encoders[T5]] if T5 in self.text_encoders else []}
+
+    @staticmethod
+    def _named(parts: tuple[str, ...]) -> tuple[str, ...]:
+        return (*parts, T5) if "text_encoders" in parts else parts
+
+
+def noise_schedule(shift: float, device: torch.device) -> torch.Tensor:
+    """alpha_bar float32 `[1000]`, so spread that a uniform timestep is one of the model's own training: logit-normal
+    (arXiv 2403.03206, section 3.1), and moved towards noise by the scheduler's `shift` (section 5.3.2)."""
+    middle = (torch.arange(TIMESTEPS, dtype=torch.float64) + 0.5) / TIMESTEPS
+    share = torch.special.ndtri(middle).sigmoid()
+    sigma = shift * share / (1 + (shift - 1) * share)
+    signal, spread = (1 - sigma).square(), sigma.square()
+    return (signal / (signal + spread)).to(device, torch.float32)

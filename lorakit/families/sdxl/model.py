@@ -1,0 +1,118 @@
+"""Stable Diffusion XL: two text encoders read before their last layer, the second's pooled output, six time ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from lorakit.families import loading as components
+from lorakit.families.conditioning import Condition
+from lorakit.families.describe import BaseInfo
+
+
+class StableDiffusionXL:
+    """See `families.Family`; Podell et al. 2023, arXiv 2307.01952."""
+
+    def __init__(
+        self,
+        info: BaseInfo,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        storage: str = "full",
+        stream: bool = False,
+    ):
+        self.info, self.device, self.dtype = info, torch.device(device), dtype
+        with components.quiet():
+            self.unet = components.load_unet(info, self.device, dtype, storage, stream)
+            first = components.load_module(info, "text_encoder", CLIPTextModel, dtype)
+            second = components.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, dtype)
+            self.vae = components.load_vae(info)
+            components.mask_everything(self.unet, self.vae)
+            self.tokenizers = [
+                components.load_tokenizer(info, "tokenizer", first),
+                components.load_tokenizer(info, "tokenizer_2", second),
+            ]
+            self.scheduler = components.load_scheduler(info)
+        self.text_encoders: dict[str, Any] = {"text_encoder": first, "text_encoder_2": second}
+        self.prediction_type = info.prediction_type
+        self.gradient_scale = components.gradient_scale(dtype)
+        self.alphas_cumprod = components.noise_schedule(self.scheduler, self.device)
+        self._ids = [components.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
+
+    def encode_text(self, texts: list[str]) -> Condition:
+        """See `families.Family`."""
+        return self.encode_tokens(self.tokens(texts))
+
+    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
+        """See `families.Family`."""
+        return [ids(texts) for ids in self._ids]
+
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
+        """See `families.Family`: the encoders' last hidden states but one, side by side, and the second's pooled."""
+        self.acquire("text_encoders")
+        with torch.set_grad_enabled(grad):
+            first, second = (
+                encoder(ids, output_hidden_states=True)
+                for encoder, ids in zip(self.text_encoders.values(), tokens, strict=True)
+            )
+            states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+            return Condition(states, pooled=second.text_embeds)
+
+    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `families.Family`."""
+        self.acquire("vae")
+        return components.encode_image(self.vae, pixels)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """See `families.Family`."""
+        self.acquire("vae")
+        return components.decode(self.vae, latents)
+
+    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int]:
+        """Original height and width, crop top and left, target height and width (arXiv 2307.01952, section 2.2)."""
+        return [*original, *crop, *target]
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """See `families.Family`. The condition must have pooled text and time ids."""
+        assert condition.pooled is not None and condition.time_ids is not None, "SDXL needs Condition.with_sizes"
+        self.acquire("unet")
+        # The pipeline casts the ids to the UNet's precision; so do we, to train what will be sampled.
+        added = {"text_embeds": condition.pooled.to(self.dtype), "time_ids": condition.time_ids.to(self.dtype)}
+        states = condition.encoder_hidden_states.to(self.dtype)
+        prediction = self.unet(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
+        return components.widen(prediction, self.gradient_scale)
+
+    def release(self, *parts: str) -> None:
+        """See `families.Family`."""
+        components.move(self._parts(), parts, components.HOST)
+
+    def acquire(self, *parts: str) -> None:
+        """See `families.Family`."""
+        components.move(self._parts(), parts, self.device)
+
+    def pipeline(self) -> StableDiffusionXLPipeline:
+        """See `families.Family`."""
+        index = self.info.configs["model_index"]
+        with components.quiet():
+            pipeline = StableDiffusionXLPipeline(
+                vae=self.vae,
+                **self.text_encoders,
+                tokenizer=self.tokenizers[0],
+                tokenizer_2=self.tokenizers[1],
+                unet=self.unet,
+                scheduler=type(self.scheduler).from_config(self.scheduler.config),
+                force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
+                add_watermarker=False,
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def modules(self) -> dict[str, Any]:
+        """See `families.Family`."""
+        return {"unet": self.unet, **self.text_encoders}
+
+    def _parts(self) -> dict[str, list[Any]]:
+        return components.by_name(self.unet, self.vae, self.text_encoders)

@@ -1,0 +1,77 @@
+"""The files of a base: which hold a component's weights, what shapes are in them, and what tells bases apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lorakit.core import safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+
+PRECISIONS = ("fp16", "bf16")
+
+
+def shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape over all the files of one model."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        found |= modelfile.read(path).shapes()
+    return found
+
+
+def weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
+    """Files that hold a component's weights, and the variant in their name (None, "fp16" or "bf16").
+
+    Whole precision is preferred to half, one file to shards.
+
+    Raises:
+        LorakitError: there are none, only pickled ones, or a shard is missing.
+    """
+    for variant in (None, *PRECISIONS):
+        infix = f".{variant}" if variant else ""
+        single = folder / f"{stem}{infix}.safetensors"
+        if single.is_file():
+            return [single], variant
+        index = folder / f"{stem}.safetensors.index{infix}.json"
+        if index.is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise LorakitError(f"{folder.name}/{missing[0]} is missing: {index.name} speaks of it; get it again")
+            return [folder / name for name in names], variant
+    pickled = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt") for path in folder.glob(pattern))
+    if pickled:
+        raise LorakitError(
+            f"{folder.name}/{pickled[0]} is a pickle, which can run code when it is read; convert it once with "
+            "diffusers: DiffusionPipeline.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
+        )
+    raise LorakitError(f"{folder.name}/{stem}.safetensors is missing in {folder.parent}: get the base again")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        LorakitError: missing, or not JSON.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LorakitError(f"{path.parent.name}/{path.name} is missing in {path.parent.parent}") from None
+    except ValueError:
+        raise LorakitError(f"{path} is not valid JSON: get the base again") from None
+    if not isinstance(value, dict):
+        raise LorakitError(f"{path} does not hold a JSON object: get the base again")
+    return value
+
+
+def identity(paths: list[Path]) -> str:
+    """SHA-256 over name, size and first MiB (a header is all of it) of each file: cheap, and other for another base."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.parent.name}/{path.name}/{path.stat().st_size}/".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+    return digest.hexdigest()

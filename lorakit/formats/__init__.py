@@ -1,0 +1,19 @@
+"""Adapters in and out of files: kohya, diffusers and PEFT, what each program reads of them, and proof that it is so.
+
+Importing this package is light; `read` and `save` load torch when they are first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__all__ = ["read", "save"]
+
+_LAZY = {"read": "lorakit.formats.reading:read", "save": "lorakit.formats.saving:save"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lorakit.formats' has no attribute {name!r}")
+    module, _, attribute = _LAZY[name].partition(":")
+    return getattr(import_module(module), attribute)

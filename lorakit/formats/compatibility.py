@@ -1,0 +1,485 @@
+"""What each program makes of an adapter file: its name rules as data, and a report of what it reads, drops or misreads.
+
+The rules were read in each program's loader and measured by running it; they are written as patterns of their own, not
+made from lorakit's key tables, so that a mistake there is seen here. Versions: diffusers 0.42, AUTOMATIC1111 1.10.1,
+Forge 2025-06, ComfyUI 2025-10, InvokeAI 6.14, sd-scripts 2026-02, stable-diffusion.cpp (python 0.4.7), PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from lorakit.core.errors import LorakitError
+from lorakit.formats.identify import Module, Shapes, modules
+from lorakit.formats.keys import COMPONENTS, kernel
+
+_SIDES = r"lora_unet_(?:(?:down|up)_blocks_\d+|mid_block)_"
+_TRANSFORMER = r"(?:proj_in|proj_out|transformer_blocks_\d+_(?:attn[12]_to_(?:q|k|v|out_0)|ff_net_0_proj|ff_net_2))"
+_CLIP = r"text_model_encoder_layers_\d+_(?:self_attn_(?:q|k|v|out)_proj|mlp_fc[12])"
+
+BLOCKS = (
+    rf"{_SIDES}attentions_\d+_{_TRANSFORMER}",
+    rf"{_SIDES}resnets_\d+_(?:conv1|conv2|time_emb_proj|conv_shortcut)",
+    r"lora_unet_down_blocks_\d+_downsamplers_0_conv",
+)
+UPSAMPLERS = (r"lora_unet_up_blocks_\d+_upsamplers_0_conv",)
+UPSAMPLERS_BUT_FIRST = (r"lora_unet_up_blocks_[1-9]\d*_upsamplers_0_conv",)
+SGM = (
+    rf"lora_unet_(?:input_blocks_\d+|output_blocks_\d+|middle_block)_1_{_TRANSFORMER}",
+    r"lora_unet_(?:input_blocks_\d+_0|output_blocks_\d+_0|middle_block_[02])_"
+    r"(?:in_layers_2|out_layers_3|emb_layers_1|skip_connection)",
+    r"lora_unet_(?:input_blocks_\d+_0_op|output_blocks_\d+_[12]_conv)",
+)
+TOP = (r"lora_unet_(?:conv_in|conv_out|time_embedding_linear_[12])",)
+ADD = (r"lora_unet_add_embedding_linear_[12]",)
+TOP_SGM = (r"lora_unet_(?:input_blocks_0_0|out_2|time_embed_[02])",)
+ADD_SGM = (r"lora_unet_label_emb_0_[02]",)
+TE, TE1, TE2 = ((rf"lora_{te}_{_CLIP}",) for te in ("te", "te1", "te2"))
+PROJECTION = (r"lora_te2_text_projection",)
+# Dotted names. ComfyUI looks for `.processor.to_q`, so PEFT's plain `.to_q` never matches there.
+DOTTED_UNET = (r"unet\..+",)
+DOTTED_ALL = (*DOTTED_UNET, r"text_encoder(?:_2)?\..+")
+COMFY_DOTTED = (r"unet\.(?!.*\.attn[12]\.to_).+", r"text_encoder(?:_2)?\.text_model\.(?!.*_lora$).+")
+
+_SGM_STARTS = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
+_BLOCK_STARTS = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
+# Modules that are 1x1 convolutions in each family.
+_POINTWISE = {
+    "sd1": ("_conv_shortcut", "_skip_connection", "_proj_in", "_proj_out"),
+    "sd2": ("_conv_shortcut", "_skip_connection"),
+    "sdxl": ("_conv_shortcut", "_skip_connection"),
+}
+_FUSED = ("q_proj", "k_proj", "v_proj")  # in the order in which OpenCLIP's in_proj holds them
+_LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3", "OFT")
+_PLAIN = "ignores dora_scale and applies it as plain LoRA"
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One program.
+
+    Attributes:
+        title: what people call it.
+        names: family -> patterns of the module names that it reads.
+        misread: method -> what it does to a module of that method; a method not named here is applied as it should be.
+        misread_convolutions: the same, of modules that are convolutions.
+        refused: method -> why a file with such a module is refused as a whole.
+        unknown_limit: tensors without a match that it tolerates before it refuses the file; None: any number.
+        lone_alpha: whether a module without factors makes it refuse the file.
+        flat_conv: whether it reads a 1x1 convolution whose factors are stored as matrices.
+        whole_attention: family -> prefixes whose q, k, v and out must all be there, or the layer is dropped.
+        ordered_attention: family -> prefixes of which it reads q, k, v in this order up to the first that is missing.
+    """
+
+    title: str
+    names: Mapping[str, tuple[str, ...]]
+    misread: Mapping[str, str] = field(default_factory=dict)
+    misread_convolutions: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    unknown_limit: int | None = None
+    lone_alpha: bool = False
+    flat_conv: bool = True
+    whole_attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ordered_attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+# Stable Diffusion 3 in diffusers' names. ComfyUI's rule was read in its loader, diffusers' and PEFT's were run; of the
+# other programs none is known to read them.
+DOTTED_SD3 = (r"transformer\..+", r"text_encoder(?:_2)?\..+")
+COMFY_SD3 = (r"transformer\.transformer_blocks\..+", r"text_encoder(?:_2)?\.text_model\.(?!.*_lora$).+")
+
+_ALL_BLOCKS = (*BLOCKS, *UPSAMPLERS)
+_SDXL_TEXT = (*TE1, *TE2)
+
+CONSUMERS: dict[str, Consumer] = {
+    "a1111": Consumer(
+        title="AUTOMATIC1111",
+        names={
+            "sd1": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1),
+            "sd2": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE),
+            "sdxl": (*BLOCKS, *UPSAMPLERS_BUT_FIRST, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT),
+        },
+        lone_alpha=True,
+        whole_attention={"sd2": ("lora_te_",), "sdxl": ("lora_te2_",)},
+    ),
+    "forge": Consumer(
+        title="Forge",
+        names={
+            "sd1": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1),
+            "sd2": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1),
+            "sdxl": (*_ALL_BLOCKS, *TOP, *ADD, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT, *PROJECTION),
+        },
+        unknown_limit=12,
+    ),
+    "comfyui": Consumer(
+        title="ComfyUI",
+        names={
+            "sd1": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1, *COMFY_DOTTED),
+            "sd2": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1, *COMFY_DOTTED),
+            "sdxl": (*_ALL_BLOCKS, *TOP, *ADD, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT, *PROJECTION, *COMFY_DOTTED),
+            "sd3": COMFY_SD3,
+        },
+    ),
+    "invokeai": Consumer(
+        title="InvokeAI",
+        names={
+            "sd1": (*_ALL_BLOCKS, *TOP, *TE),
+            "sd2": (*_ALL_BLOCKS, *TOP, *TE),
+            "sdxl": (*_ALL_BLOCKS, *TOP, *ADD, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT, *PROJECTION),
+        },
+        lone_alpha=True,
+    ),
+    "sd-scripts": Consumer(
+        title="kohya sd-scripts",
+        names={
+            "sd1": (*_ALL_BLOCKS, *TE),
+            "sd2": (*_ALL_BLOCKS, *TE),
+            "sdxl": (*_ALL_BLOCKS, *SGM, *_SDXL_TEXT),
+        },
+        misread={"dora": _PLAIN, **dict.fromkeys(_LYCORIS, "does not apply it (networks.lora reads plain LoRA only)")},
+        flat_conv=False,
+    ),
+    "sd.cpp": Consumer(
+        title="stable-diffusion.cpp",
+        names={
+            "sd1": (*_ALL_BLOCKS, *SGM, *TE, *TE1, *DOTTED_UNET),
+            "sd2": (*_ALL_BLOCKS, *SGM, *TE, *TE1, *DOTTED_UNET),
+            "sdxl": (*_ALL_BLOCKS, *SGM, *ADD_SGM, *_SDXL_TEXT, *DOTTED_UNET),
+        },
+        misread={"dora": _PLAIN, "LoCon (tucker)": "applies it wrongly", "norm": "does not apply it"},
+        misread_convolutions={"lokr": "applies it wrongly on convolutions"},
+        ordered_attention={"sdxl": ("lora_te2_",)},
+    ),
+    "diffusers": Consumer(
+        title="diffusers",
+        names={
+            "sd1": (*_ALL_BLOCKS, *TOP, *TE, *TE1, *DOTTED_ALL),
+            "sd2": (*_ALL_BLOCKS, *TOP, *TE, *TE1, *DOTTED_ALL),
+            "sdxl": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT, *DOTTED_ALL),
+            "sd3": DOTTED_SD3,
+        },
+        misread={"dora": _PLAIN},
+        refused=dict.fromkeys(_LYCORIS, "it reads plain LoRA only"),
+        unknown_limit=0,
+        lone_alpha=True,
+        flat_conv=False,
+    ),
+    "peft": Consumer(title="PEFT", names={**dict.fromkeys(("sd1", "sd2", "sdxl"), DOTTED_ALL), "sd3": DOTTED_SD3}),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one program makes of one file.
+
+    Attributes:
+        counts: component -> (modules read as they should be, modules in the file).
+        unmatched: names it has no rule for.
+        wrong: module name -> what it does with it instead.
+        refused: why it refuses the whole file, or "".
+    """
+
+    title: str
+    counts: dict[str, tuple[int, int]]
+    unmatched: tuple[str, ...]
+    wrong: dict[str, str]
+    refused: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every module is read, and read rightly."""
+        return not (self.refused or self.unmatched or self.wrong)
+
+    def line(self) -> str:
+        """One line for a person: counts, and the first thing that is wrong."""
+        counts = ", ".join(f"{part} {read}/{total}" for part, (read, total) in self.counts.items())
+        if self.refused:
+            return f"refuses the file: {self.refused}"
+        if self.unmatched and not any(read for read, _ in self.counts.values()):
+            return f"reads none of it, as it has no rule for names like {self.unmatched[0]}"
+        if self.unmatched:
+            return f"{counts}; no rule for {self.unmatched[0]}{_more(self.unmatched)}"
+        if self.wrong:
+            stem, why = next(iter(self.wrong.items()))
+            return f"{counts}; {why}: {stem}{_more(self.wrong)}"
+        return counts
+
+
+def _more(things: Iterable[str]) -> str:
+    count = len(list(things)) - 1
+    return f" and {count} more" if count else ""
+
+
+def names(targets: Iterable[str]) -> list[str]:
+    """The consumers that a user named, lower-cased; "all" is every one.
+
+    Raises:
+        LorakitError: a name that is not in CONSUMERS.
+    """
+    wanted = [target.strip().lower() for target in targets if target.strip()]
+    for target in wanted:
+        if target != "all" and target not in CONSUMERS:
+            raise LorakitError(f"unknown target {target!r}: choose from {', '.join(CONSUMERS)}, all")
+    return list(CONSUMERS) if "all" in wanted else wanted
+
+
+def read_report(
+    shapes: Shapes,
+    family: str,
+    *,
+    alphas: Mapping[str, float] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    folder: bool = False,
+) -> dict[str, Reading]:
+    """What every program makes of an adapter.
+
+    Args:
+        shapes: tensor name -> shape, as in the file; of a PEFT folder, with the component in front of each name.
+        alphas: name of an alpha tensor -> its value, where known.
+        metadata: the file's.
+        folder: whether it is a PEFT folder, which PEFT alone reads.
+    """
+    found = modules(shapes)
+    known = {name for module in found.values() for name in module.parts.values()}
+    loose = [name for name in shapes if name not in known and not name.startswith("bundle_emb.")]
+    defects = _defects(found, shapes) | _unscaled(found, shapes, alphas or {}, metadata or {})
+    return {
+        key: _reading(key, consumer, found, loose, defects, shapes, family, alphas or {}, metadata or {}, folder)
+        for key, consumer in CONSUMERS.items()
+    }
+
+
+def _reading(
+    key: str,
+    consumer: Consumer,
+    found: Mapping[str, Module],
+    loose: list[str],
+    defects: Mapping[str, str],
+    shapes: Shapes,
+    family: str,
+    alphas: Mapping[str, float],
+    metadata: Mapping[str, str],
+    folder: bool,
+) -> Reading:
+    patterns = [re.compile(pattern) for pattern in consumer.names.get(family, ())]
+    matched = {stem for stem in found if (key == "peft" or not folder) and any(p.fullmatch(stem) for p in patterns)}
+    unmatched = [stem for stem in found if stem not in matched]
+    wrong = {stem: why for stem, why in defects.items() if stem in matched}
+    for stem in sorted(matched - wrong.keys()):
+        method = found[stem].method
+        why = consumer.misread.get(method, "")
+        if not why and method in consumer.misread_convolutions and _convolution(found[stem], family):
+            why = consumer.misread_convolutions[method]
+        if why:
+            wrong[stem] = why
+    for stem, why in _special(key, consumer, found, shapes, family, alphas).items():
+        if stem in matched:
+            wrong.setdefault(stem, why)
+    refused = _refused(key, consumer, found, [*unmatched, *loose], shapes, family, metadata) if not folder else ""
+    totals = Counter(_component(stem) for stem in found)
+    good = Counter(_component(stem) for stem in matched if stem not in wrong and not refused)
+    counts = {part: (good[part], totals[part]) for part in COMPONENTS if part in totals}
+    return Reading(consumer.title, counts, (*unmatched, *loose), wrong, refused)
+
+
+def _component(stem: str) -> str:
+    if stem.startswith(("lora_te2_", "text_encoder_2.")):
+        return "text_encoder_2"
+    return "unet" if stem.startswith(("lora_unet_", "unet.", "transformer.")) else "text_encoder"
+
+
+def _convolution(module: Module, family: str) -> bool:
+    return bool(module.canonical and kernel(module.canonical, family))
+
+
+def _defects(found: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
+    """Modules that no program can read rightly, and why."""
+    result: dict[str, str] = {}
+    some_alpha = any("alpha" in module.parts for module in found.values())
+    for stem, module in found.items():
+        if module.method in _PAIRS:
+            problem = _lycoris_defect(module, shapes)
+            if problem:
+                result[stem] = problem
+            elif some_alpha and "alpha" not in module.parts:
+                result[stem] = "its alpha is missing, so it is applied with alpha = rank"
+            continue
+        if module.method not in ("lora", "dora"):
+            continue
+        missing = [part for part in ("down", "up") if part not in module.parts]
+        if missing:
+            result[stem] = f"its {missing[0]} factor is missing"
+            continue
+        down, up = shapes[module.parts["down"]], shapes[module.parts["up"]]
+        if len(down) != len(up) or len(down) not in (2, 4) or down[0] != up[1] or up[2:] not in ((), (1, 1)):
+            result[stem] = f"its factors {down} and {up} do not fit together (one is transposed?)"
+        elif some_alpha and "alpha" not in module.parts:
+            result[stem] = "its alpha is missing, so it is applied with alpha = rank"
+        elif "magnitude" in module.parts and shapes[module.parts["magnitude"]][:2] != (1, down[1]):
+            result[stem] = "its dora_scale is per output row, which every program misreads"
+    return result
+
+
+_PAIRS = {"loha": ("hada_w1", "hada_w2"), "lokr": ("lokr_w1", "lokr_w2")}
+
+
+def _lycoris_defect(module: Module, shapes: Shapes) -> str:
+    """What is wrong with a LoHa or LoKr module, or ""."""
+    there = {part: shapes[name] for part, name in module.parts.items()}
+    for side in _PAIRS[module.method]:
+        a, b = there.get(f"{side}_a"), there.get(f"{side}_b")
+        if module.method == "lokr" and side in there:
+            continue
+        if a is None or b is None:
+            return f"its {side} is missing" if a is b else f"its {side}_{'b' if a else 'a'} factor is missing"
+        tucker = f"{side.replace('w', 't')}" in there
+        if a[0 if tucker else 1] != b[0]:
+            return f"its factors {a} and {b} do not fit together (one is transposed?)"
+    return ""
+
+
+def _unscaled(
+    found: Mapping[str, Module], shapes: Shapes, alphas: Mapping[str, float], metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """Modules of a rank-stabilised adapter whose alpha / rank is not alpha / sqrt(rank) of the run that it tells of.
+
+    No program knows rank stabilisation: the scale has to be in the alpha, or the adapter is sqrt(rank) times too weak.
+    """
+    if metadata.get("lorakit.method") != "rslora":
+        return {}
+    try:
+        told = json.loads(metadata["lorakit.config"])["adapter"]
+        scale = float(told.get("alpha", told["rank"])) / math.sqrt(told["rank"])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+    result: dict[str, str] = {}
+    for stem, module in found.items():
+        alpha = alphas.get(module.parts.get("alpha", _component(stem)))
+        if alpha is None or "down" not in module.parts:
+            continue
+        applied = alpha / shapes[module.parts["down"]][0]
+        if not math.isclose(applied, scale, rel_tol=1e-3):
+            result[stem] = f"it is rank-stabilised and should be scaled by {scale:g}, its alpha says {applied:g}"
+    return result
+
+
+def _special(
+    key: str,
+    consumer: Consumer,
+    found: Mapping[str, Module],
+    shapes: Shapes,
+    family: str,
+    alphas: Mapping[str, float],
+) -> dict[str, str]:
+    """Modules that one program alone reads wrongly, and why."""
+    result: dict[str, str] = {}
+    for prefix in consumer.whole_attention.get(family, ()):
+        layers = Counter(stem.rpartition("_self_attn_")[0] for stem in found if stem.startswith(prefix))
+        for stem in found:
+            layer, attention, _ = stem.rpartition("_self_attn_")
+            if attention and stem.startswith(prefix) and layers[layer] < 4:
+                result[stem] = "drops it, as not all of q, k, v and out are there"
+    for stem in found:
+        layer, attention, part = stem.rpartition("_self_attn_")
+        if attention and stem.startswith(consumer.ordered_attention.get(family, ())):
+            before = _FUSED[: _FUSED.index(part)] if part in _FUSED else ()
+            if any(f"{layer}_self_attn_{other}" not in found for other in before):
+                result[stem] = "drops it, as one of q and k before it is missing"
+    for stem, module in found.items():
+        down = shapes.get(module.parts.get("down", ""), (2,))
+        if key == "sd.cpp" and down[0] == 1:
+            result[stem] = "takes in_features for the rank, so it is far too weak"
+        if key == "sd.cpp" and {"hada_t1", "lokr_t2"} & set(module.parts):
+            result[stem] = "applies Tucker's form wrongly"
+    if key == "diffusers" and alphas:
+        result |= _minority_alphas(found, alphas)
+    return result
+
+
+def _minority_alphas(found: Mapping[str, Module], alphas: Mapping[str, float]) -> dict[str, str]:
+    """Attention and text-encoder modules whose alpha is not their component's most common one.
+
+    diffusers looks such exceptions up under a name that it has rewritten, and applies the common alpha instead.
+    """
+    values = {stem: alphas.get(module.parts.get("alpha", "")) for stem, module in found.items()}
+    result = {}
+    for part in {_component(stem) for stem in found}:
+        inside = {stem: value for stem, value in values.items() if _component(stem) == part and value is not None}
+        common = Counter(inside.values()).most_common(1)
+        for stem, value in inside.items():
+            rewritten = part != "unet" or re.search(r"_attn[12]_to_", stem)
+            if rewritten and value != common[0][0]:
+                result[stem] = f"applies alpha {common[0][0]:g} instead of {value:g}"
+    return result
+
+
+def _refused(
+    key: str,
+    consumer: Consumer,
+    found: Mapping[str, Module],
+    unknown: list[str],
+    shapes: Shapes,
+    family: str,
+    metadata: Mapping[str, str],
+) -> str:
+    """Why a program refuses the whole file, or ""."""
+    kohya = any(module.spelling == "kohya" for module in found.values())
+    for module in found.values():
+        if module.method in consumer.refused:
+            return f"{module.stem} is {module.method}; {consumer.refused[module.method]}"
+        if consumer.lone_alpha and set(module.parts) == {"alpha"}:
+            return f"{module.stem} has an alpha and no factors"
+    if key == "invokeai":
+        if not kohya:
+            return "it reads kohya names only"
+        if any(stem.startswith(_SGM_STARTS) for stem in found) and any(s.startswith(_BLOCK_STARTS) for s in found):
+            return "it mixes sgm and diffusers names"
+    if key == "diffusers" and kohya:
+        if any(name.startswith("bundle_emb.") for name in shapes):
+            return "embeddings are bundled in"
+        if "lora_adapter_metadata" in metadata:
+            return "it has kohya names and lora_adapter_metadata"
+        text = [stem for stem in found if stem.startswith("lora_te")]
+        for prefix in {stem.partition("_text_model")[0] for stem in text}:
+            if not any(s.startswith(prefix) and s.endswith(("out_proj", "_mlp_fc1", "_mlp_fc2")) for s in text):
+                return f"the {prefix} part has neither out_proj nor mlp"
+    if not consumer.flat_conv:
+        for module in found.values():
+            down = shapes.get(module.parts.get("down", ""), ())
+            if len(down) == 2 and module.spelling == "kohya" and module.stem.endswith(_POINTWISE[family]):
+                return f"{module.stem} is a convolution whose factors are stored as matrices"
+    if consumer.unknown_limit is not None:
+        tensors = sum(len(found[name].parts) if name in found else 1 for name in unknown)
+        if tensors > consumer.unknown_limit:
+            return f"{tensors} tensors have names it has no rule for, e.g. {unknown[0]}"
+    return ""
+
+
+# Formats other than kohya's are read by the program they are named after.
+_READERS = {"kohya": tuple(key for key in CONSUMERS if key != "peft"), "diffusers": ("diffusers",), "peft": ("peft",)}
+
+
+def foresee(method: str, fmt: str) -> dict[str, str]:
+    """Before training: consumer -> "" where it will read a file of this method and format, else what it will do."""
+    result = {}
+    for key, consumer in CONSUMERS.items():
+        problem = consumer.refused.get(method) or consumer.misread.get(method)
+        problem = problem or consumer.misread_convolutions.get(method, "")
+        result[key] = problem if key in _READERS[fmt] else f"does not read the {fmt} format"
+    return result
+
+
+def warning(method: str, fmt: str) -> str | None:
+    """One line, to be said before training, where a program that reads the format will not honour the method."""
+    titles: dict[str, list[str]] = {}
+    for key, problem in foresee(method, fmt).items():
+        if key in _READERS[fmt]:
+            titles.setdefault(problem, []).append(CONSUMERS[key].title)
+    good = ", ".join(titles.pop("", []))
+    bad = "; ".join(f"{', '.join(programs)}: {problem}" for problem, programs in titles.items())
+    return f"{method} in the {fmt} format is honoured by {good}; not by {bad}" if bad else None

@@ -1,0 +1,57 @@
+"""One file for diffusers' `load_lora_weights`: PEFT's names, `unet.<path>.lora_A.weight` and `.lora_B.weight`.
+
+The format has no alpha. diffusers can be told it in the header, but older releases ignore that, so the scale is folded
+into `lora_B` and alpha = rank holds for every reader. Text-encoder names keep `text_model.`, which all releases read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lorakit.adapters.weights import AdapterWeights
+from lorakit.formats import adapter_math as factors, files, keys
+from lorakit.formats.metadata import complete
+
+
+def check(method: str, family: str) -> str | None:
+    """Why this format cannot carry `method` for `family`, or None."""
+    if method == "dora":
+        return (
+            "the diffusers format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
+            "lorakit's is one per input column, which is what web UIs read; export it as kohya"
+        )
+    if method in ("loha", "lokr"):
+        return (
+            f"the diffusers format cannot carry {method}: diffusers reads plain LoRA only; export it as kohya or peft, "
+            "or make plain LoRA of it with: lorakit resize FILE --energy 1 --to diffusers"
+        )
+    return None
+
+
+def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
+    """What the file holds: tensor name -> tensor.
+
+    Raises:
+        LorakitError: a method that the format cannot carry, a layer that is not portable or not finite.
+    """
+    factors.require_writable(weights, check(factors.method(weights), weights.family))
+    result: dict[str, torch.Tensor] = {}
+    for name, layer in factors.complete(weights).items():
+        folded = layer.rescaled(1).factors()
+        stem = keys.spelled(name, weights.family)
+        result[f"{stem}.lora_A.weight"] = folded["down"]
+        result[f"{stem}.lora_B.weight"] = folded["up"]
+    return factors.cast(result, dtype)
+
+
+def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]) -> list[Path]:
+    """Write one `.safetensors` file, atomically; returns `[path]`.
+
+    Raises:
+        LorakitError: see `tensors`; too little space.
+    """
+    files.write_safetensors(path, tensors(weights, dtype), complete(weights, metadata))
+    return [path]

@@ -1,0 +1,1 @@
+"""Merge, extract, resize and combine finished adapters."""

@@ -1,0 +1,272 @@
+"""Merging an adapter into a base for good, where the base or what comes out is a single file in LDM layout.
+
+Arithmetic is `merging.merged`'s, in float32; every tensor keeps its dtype. Between folders `merging.merge` does it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lorakit.adapters.weights import AdapterWeights
+from lorakit.core import safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+from lorakit.core.layer_names import canonical
+from lorakit.families import ldm
+from lorakit.formats import files, metadata
+from lorakit.formats.edit import extract as merging
+
+# Of a base's metadata, what is not true of the merged one.
+STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+# What early diffusers called the parts of the autoencoder's attention; SD1.5's own repository still does.
+_OLD_ATTENTION = re.compile(r"\.attentions\.0\.(query|key|value|proj_attn)\.")
+_OLD_WORDS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_RESBLOCK = re.compile(r"\.resblocks\.(\d+)\.")
+
+
+class Base(Protocol):
+    """What must be known of the base; `families.BaseInfo` has it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def prediction_type(self) -> str: ...
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]: ...
+    def tokenizer(self, name: str) -> Path: ...
+    @property
+    def slots(self) -> Mapping[str, Mapping[str, ldm.Slot]] | None: ...
+
+
+def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1.0) -> Path:
+    """Write `base` with the adapter merged in to `output`: a name ending in .safetensors is a single file, any other a
+    folder in diffusers layout.
+
+    Raises:
+        LorakitError: `output` exists, the base lacks a layer of the adapter or has it in another shape, or a tensor of
+            the base has no name in a single file.
+    """
+    output = Path(output)
+    if output.exists():
+        raise LorakitError(f"{output}: exists already; name a new one")
+    single = output.suffix == ".safetensors"
+    if base.slots is None and not single:
+        return merging.merge(weights, base.path, output, strength)
+    room = next(parent for parent in output.absolute().parents if parent.is_dir())
+    own = [base.path] if base.path.is_file() else base.path.rglob("*.safetensors")
+    files.require_space(room, sum(file.stat().st_size for file in own))
+    merger = _Merger(weights, strength)
+    if base.slots is None:
+        return _folder_to_file(base, output, merger)
+    merger.require(base.slots)
+    header = modelfile.read(base.path)
+    if single:
+        return _file_to_file(header, base.slots, output, merger)
+    return _file_to_folder(header, base, base.slots, output, merger)
+
+
+class _Merger:
+    """Puts an adapter's layers into weights that come by one at a time."""
+
+    def __init__(self, weights: AdapterWeights, strength: float):
+        self.layers, self.strength = weights.layers, strength
+
+    def name(self, component: str, tensor: str) -> str | None:
+        """The canonical name of an adapted layer whose weight is called so, or None."""
+        name = canonical(component, tensor.removesuffix(".weight"))
+        return name if tensor.endswith(".weight") and name in self.layers else None
+
+    def require(self, parts: Mapping[str, Iterable[str]]) -> None:
+        """Raise LorakitError where a layer of the adapter is not among the tensors of the base."""
+        there = {self.name(part, tensor) for part, tensors in parts.items() for tensor in tensors}
+        if missing := self.layers.keys() - there:
+            raise LorakitError(f"the base has no layer {min(missing)}; the adapter is for another base")
+
+    def __call__(self, component: str, tensor: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with its adapter inside, in its own dtype; others as they are."""
+        name = self.name(component, tensor)
+        if name is None:
+            return weight
+        try:
+            return merging.merged(weight, self.layers[name], self.strength).to(weight.dtype)
+        except RuntimeError:
+            raise LorakitError(f"{name} has another shape in the base; the adapter is for another base") from None
+
+
+def _file_to_file(
+    header: modelfile.Header, parts: Mapping[str, Mapping[str, ldm.Slot]], output: Path, merger: _Merger
+) -> Path:
+    """Tensor by tensor, in the file's order, so that a model of any size takes the memory of one tensor."""
+    inside: dict[str, list[tuple[str, str, ldm.Slot]]] = {}
+    for part, slots in parts.items():
+        for name, slot in slots.items():
+            if merger.name(part, name):
+                inside.setdefault(slot.key, []).append((part, name, slot))
+    kept = {key: info for key, info in header.tensors.items() if not key.startswith(ldm.AVERAGE)}
+    order = sorted(kept, key=lambda key: kept[key].start)
+    told = {key: text for key, text in header.metadata.items() if key not in STALE}
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for key, tensor in modelfile.tensors(header, order):
+            for part, name, slot in inside.get(key, []):
+                ldm.view(tensor, slot).copy_(merger(part, name, ldm.view(tensor, slot)))
+            yield tensor
+
+    files.stream(output, [(key, kept[key].dtype, kept[key].shape) for key in order], told, tensors())
+    return output
+
+
+def _folder_to_file(base: Base, output: Path, merger: _Merger) -> Path:
+    if base.family not in ldm.PREFIXES:
+        raise LorakitError(f"{base.path.name} cannot be written as one file: --output must be a new folder")
+    sources = {part: list(_stored(base.path / part)) for part in ldm.PREFIXES[base.family]}
+    shapes = {
+        part: {_portable(part, name): head.tensors[name].shape for head in heads for name in head.tensors}
+        for part, heads in sources.items()
+    }
+    merger.require(shapes)
+    placed = ldm.place(base.family, shapes)
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    plans: list[tuple[str, list[str]]] = []
+    dtypes = {
+        (part, _portable(part, name)): head.tensors[name].dtype
+        for part, heads in sources.items()
+        for head in heads
+        for name in head.tensors
+    }
+    for part, slots in placed.items():
+        by_key: dict[str, list[str]] = {}
+        for name, slot in sorted(slots.items(), key=lambda item: (item[1].key, item[1].third or 0)):
+            by_key.setdefault(slot.key, []).append(name)
+        if (base.family, part) in ldm.UNUSED:
+            # Readers drop the last layer; what they drop is a copy of the one before, as sd-scripts writes it.
+            last = 1 + max(int(match[1]) for key in by_key if (match := _RESBLOCK.search(key)))
+            by_key |= {
+                _RESBLOCK.sub(f".resblocks.{last}.", key): names
+                for key, names in by_key.items()
+                if f".resblocks.{last - 1}." in key
+            }
+        for key, names in by_key.items():
+            entries.append((key, dtypes[part, names[0]], ldm.stored_shape(part, slots[names[0]])))
+            plans.append((part, names))
+
+    def tensors() -> Iterator[torch.Tensor]:
+        loaded: dict[str, torch.Tensor] = {}
+        current = ""
+        for part, names in plans:
+            if part != current:
+                loaded, current = dict(_loaded(part, sources[part], merger)), part
+            yield ldm.assemble([loaded[name] for name in names], [placed[part][name] for name in names], part)
+
+    marks = _marks(base)
+    entries += [(key, "F32", (0,)) for key in marks]
+    told = _told(base, output.stem)
+    files.stream(output, entries, told, _chained(tensors(), [torch.zeros(0)] * len(marks)))
+    return output
+
+
+def _file_to_folder(
+    header: modelfile.Header,
+    base: Base,
+    parts: Mapping[str, Mapping[str, ldm.Slot]],
+    output: Path,
+    merger: _Merger,
+) -> Path:
+    names = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
+    tokenizers = {name: base.tokenizer(name) for name in names}
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for part, slots in parts.items():
+            tensors = {n: merger(part, n, t).contiguous() for n, t in ldm.tensors(header, slots)}
+            stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+            order = [(name, modelfile.dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()]
+            files.stream(temporary / part / f"{stem}.safetensors", order, {"format": "pt"}, tensors.values())
+            config = dict(base.configs[part])
+            if part.startswith("text_encoder"):
+                # transformers takes the dtype from here where none is asked for.
+                config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+            _write_json(temporary / part / "config.json", config)
+        for name, folder in tokenizers.items():
+            _copy_tokenizer(folder, temporary / name, base.configs[name.replace("tokenizer", "text_encoder")])
+        _write_json(temporary / "scheduler" / "scheduler_config.json", base.configs["scheduler"])
+        _write_json(temporary / "model_index.json", base.configs["model_index"])
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def _stored(folder: Path) -> Iterator[modelfile.Header]:
+    """The headers of a part's files in full precision; of a variant where there are only those."""
+    found = sorted(folder.glob("*.safetensors"))
+    whole = [path for path in found if not path.name.endswith((".fp16.safetensors", ".bf16.safetensors"))]
+    for path in whole or found:
+        yield modelfile.read(path)
+
+
+def _loaded(part: str, heads: Iterable[modelfile.Header], merger: _Merger) -> Iterator[tuple[str, torch.Tensor]]:
+    for head in heads:
+        for name, tensor in modelfile.tensors(head, head.tensors):
+            ours = _portable(part, name)
+            yield ours, merger(part, ours, tensor)
+
+
+def _portable(part: str, name: str) -> str:
+    """A tensor's name as today's diffusers has it: with CLIP's `text_model.`, and without the VAE's old words."""
+    old = _OLD_ATTENTION.search(name)
+    if part == "vae" and old:
+        return name.replace(old[0], f".attentions.0.{_OLD_WORDS[old[1]]}.")
+    return canonical(part, name).removeprefix(f"{part}.")
+
+
+def _marks(base: Base) -> list[str]:
+    """Keys without a value by which programs know what the model predicts (see `ldm.prediction`)."""
+    scheduler = base.configs["scheduler"]
+    if scheduler.get("prediction_type", "epsilon") != "v_prediction":
+        return []
+    return ["v_pred", "ztsnr"] if scheduler.get("rescale_betas_zero_snr") else ["v_pred"]
+
+
+def _told(base: Base, title: str) -> dict[str, str]:
+    tags, velocity = metadata.TAGS[base.family], base.prediction_type == "v_prediction"
+    architecture = tags.architecture_v if velocity else tags.architecture
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture.removesuffix("/lora"),
+        "modelspec.implementation": tags.implementation,
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "modelspec.title": title,
+    }
+
+
+def _copy_tokenizer(source: Path, target: Path, encoder: Mapping[str, Any]) -> None:
+    """The tokenizer's own files, with the word that this encoder fills texts up with."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
+    vocabulary = target / "vocab.json"
+    if not vocabulary.is_file():
+        return
+    words = {number: word for word, number in json.loads(vocabulary.read_text(encoding="utf-8")).items()}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (target / name).is_file():
+            told = json.loads((target / name).read_text(encoding="utf-8"))
+            _write_json(target / name, told | {"pad_token": words[encoder["pad_token_id"]]})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _chained(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    yield from first
+    yield from second

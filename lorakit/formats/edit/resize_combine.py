@@ -1,0 +1,123 @@
+"""Arithmetic on adapters: another rank, several in one. Pure functions from weights to weights, in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, Hadamard, Kronecker, Layer
+from lorakit.core.errors import LorakitError
+from lorakit.formats import keys
+from lorakit.formats.adapter_math import method
+
+
+def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | None = None) -> AdapterWeights:
+    """The nearest adapter of a smaller rank (Eckart-Young: the largest singular values of each delta W are kept).
+
+    LoHa and LoKr become plain LoRA, with energy 1 exactly the same one.
+
+    Args:
+        rank: of every layer; a layer that has less keeps what it has.
+        energy: instead of a rank: in each layer the fewest singular values whose squares are this share of all of them.
+
+    Returns:
+        Layers with alpha = rank, so that the scale is in the factors: plain LoRA, or DoRA whose magnitude stays.
+
+    Raises:
+        LorakitError: not exactly one of rank and energy, or one out of range.
+    """
+    if (rank is None) == (energy is None):
+        raise LorakitError("resize: give a rank or an energy, one of them")
+    if rank is not None and rank < 1:
+        raise LorakitError(f"resize: rank = {rank}: must be 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise LorakitError(f"resize: energy = {energy:g}: must be above 0 and at most 1")
+    layers: dict[str, AnyLayer] = {n: _resized(layer, rank, energy) for n, layer in plain(weights).items()}
+    return replace(weights, method="dora" if method(weights) == "dora" else "lora", layers=layers)
+
+
+def plain(weights: AdapterWeights) -> dict[str, Layer]:
+    """Every layer as LoRA with the same delta W, of whatever rank that takes: rank * rank for LoHa, and for LoKr the
+    product of the ranks of w1 and w2."""
+    return {
+        name: layer if isinstance(layer, Layer) else _as_lora(layer, keys.kernel(name, weights.family))
+        for name, layer in weights.layers.items()
+    }
+
+
+def _as_lora(layer: Hadamard | Kronecker, kernel: tuple[int, ...]) -> Layer:
+    """(A B) * (C D) has the columns a_i * c_j and the rows b_i * d_j; kron(A B, C D) = kron(A, C) kron(B, D)."""
+    if isinstance(layer, Hadamard):
+        up = (layer.w1_a[:, :, None] * layer.w2_a[:, None, :]).flatten(1)
+        down = (layer.w1_b[:, None, :] * layer.w2_b[None, :, :]).flatten(0, 1)
+    else:
+        (a, b), (c, d) = (_pair(parts) for parts in (layer.w1, layer.w2))
+        up, down = torch.kron(a, c), torch.kron(b, d)
+    rank = len(down)
+    columns = down.reshape(rank, down.shape[1] // math.prod(kernel), *kernel)
+    return Layer(columns, up.reshape(*up.shape, *(1 for _ in kernel)), layer.scale * rank)
+
+
+def _pair(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix as a product of two; a whole one with the identity, on its smaller side."""
+    if len(parts) == 2:
+        return parts[0], parts[1]
+    rows, columns = parts[0].shape
+    return (torch.eye(rows), parts[0]) if rows <= columns else (parts[0], torch.eye(columns))
+
+
+def _resized(layer: Layer, rank: int | None, energy: float | None) -> Layer:
+    # The product of two thin factors has its singular values in the small core between their QR decompositions.
+    left, left_core = torch.linalg.qr(layer.up.flatten(1).double())
+    right, right_core = torch.linalg.qr(layer.down.flatten(1).double().T)
+    core_left, values, core_right = torch.linalg.svd(left_core @ right_core.T * layer.scale)
+    kept = min(rank or len(values), len(values))
+    if energy is not None:
+        squares = values.square()
+        shares = squares.cumsum(0) / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        kept = min(int((shares < energy - 1e-12).sum()) + 1, len(values))
+    root = values[:kept].sqrt()
+    up = (left @ core_left[:, :kept] * root).float()
+    down = (root[:, None] * (core_right[:kept] @ right.T)).float()
+    return replace(
+        layer,
+        down=down.reshape(kept, *layer.down.shape[1:]),
+        up=up.reshape(layer.up.shape[0], kept, *layer.up.shape[2:]),
+        alpha=float(kept),
+    )
+
+
+def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
+    """One adapter whose delta W is the sum of `strength * delta W` of several; its ranks are the sums of theirs.
+
+    Raises:
+        LorakitError: none given, different families, layers of different shapes, or DoRA, which does not add up.
+    """
+    if not parts:
+        raise LorakitError("combine: give at least one adapter")
+    families = sorted({weights.family for weights, _ in parts})
+    if len(families) > 1:
+        raise LorakitError(f"combine: adapters for {' and '.join(families)} do not go together")
+    if any(method(weights) == "dora" for weights, _ in parts):
+        raise LorakitError("combine: DoRA adapters do not add up; merge them into a base one after the other")
+    collected: dict[str, list[Layer]] = {}
+    for weights, strength in parts:
+        for name, layer in plain(weights).items():
+            scaled = replace(layer, up=layer.up.float() * (layer.scale * strength), alpha=float(layer.rank))
+            collected.setdefault(name, []).append(scaled)
+    stacked: dict[str, AnyLayer] = {name: _stacked(name, layers) for name, layers in collected.items()}
+    words = [(word, vectors) for weights, _ in parts for word, vectors in weights.tokens.items()]
+    if len({word for word, _ in words}) < len(words):
+        raise LorakitError(f"combine: several adapters have an embedding of their own for {words[0][0]!r}")
+    return AdapterWeights(families[0], "lora", stacked, tokens=dict(words))
+
+
+def _stacked(name: str, layers: list[Layer]) -> Layer:
+    if len({(layer.up.shape[0], layer.down.shape[1:]) for layer in layers}) > 1:
+        raise LorakitError(f"combine: {name} has different shapes in the adapters; they are for different bases")
+    down = torch.cat([layer.down.float() for layer in layers])
+    up = torch.cat([layer.up for layer in layers], dim=1)
+    return Layer(down, up, float(down.shape[0]))

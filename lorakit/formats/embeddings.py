@@ -1,0 +1,110 @@
+"""The vectors of a trained word, in files of their own and bundled with the adapter.
+
+`<name>-embedding/<word>.safetensors` is what A1111, ComfyUI and diffusers call a textual-inversion embedding; its name
+is the word. `<name>-bundled.safetensors` is the kohya file with `bundle_emb.<word>.*` in it: A1111 takes the word from
+there while the adapter is on, ComfyUI where the file lies among its embeddings too. diffusers refuses such a file, so
+the plain one stays beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lorakit.adapters.weights import AdapterWeights
+from lorakit.core import safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+from lorakit.formats import files, metadata as meta
+
+Tokens = dict[str, dict[str, torch.Tensor]]
+# Text encoder -> what its vectors are called, where there is one encoder and where there are two.
+ONE, TWO = {"text_encoder": "emb_params"}, {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+_BUNDLED = re.compile(r"bundle_emb\.(.+)\.(string_to_param\.\*|emb_params|clip_l|clip_g)")
+_ENCODERS = {"string_to_param.*": "text_encoder", "emb_params": "text_encoder"}
+_ENCODERS |= {name: part for part, name in TWO.items()}
+_ENDINGS = ("-bundled.safetensors", "-diffusers.safetensors", ".safetensors", "-peft")
+
+
+def folder(path: Path) -> Path:
+    """Where the embedding of an adapter's file or PEFT folder lies, whichever of its formats `path` is."""
+    ending = next((ending for ending in _ENDINGS if path.name.endswith(ending)), "")
+    return path.with_name(f"{path.name.removesuffix(ending)}-embedding")
+
+
+def tensors(vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an embedding file holds: `emb_params` `[n, width]`, or for SDXL `clip_l` and `clip_g`."""
+    names = TWO if "text_encoder_2" in vectors else ONE
+    return {names[part]: rows.float().contiguous() for part, rows in vectors.items()}
+
+
+def bundled(tokens: Tokens) -> dict[str, torch.Tensor]:
+    """The same as it stands among an adapter's tensors."""
+    return {
+        f"bundle_emb.{word}.{'string_to_param.*' if name == 'emb_params' else name}": rows
+        for word, vectors in tokens.items()
+        for name, rows in tensors(vectors).items()
+    }
+
+
+def write(weights: AdapterWeights, place: Path, told: Mapping[str, str]) -> list[Path]:
+    """Write every word's embedding file into the folder `place`, with what the adapter says of itself."""
+    written = []
+    for word, vectors in weights.tokens.items():
+        header = meta.complete(weights, told)
+        architecture = header["modelspec.architecture"].replace("/lora", "/textual-inversion")
+        header |= {"modelspec.architecture": architecture, "modelspec.title": word, "ss_output_name": word}
+        kept = {key: value for key, value in header.items() if not key.startswith("ss_network_")}
+        files.write_safetensors(place / f"{word}.safetensors", tensors(vectors), kept)
+        written.append(place / f"{word}.safetensors")
+    return written
+
+
+def unbundle(stored: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Tokens]:
+    """An adapter's tensors taken apart: the adapter's own, and the words bundled with it."""
+    own, tokens = {}, Tokens()
+    for name, tensor in stored.items():
+        match = _BUNDLED.fullmatch(name)
+        if match:
+            tokens.setdefault(match[1], {})[_ENCODERS[match[2]]] = tensor.float()
+        else:
+            own[name] = tensor
+    return own, tokens
+
+
+def read(path: Path, told: Mapping[str, str]) -> Tokens:
+    """The words that belong to the adapter at `path`, from the files beside it.
+
+    Raises:
+        LorakitError: the adapter says that it has a word, and its file is not there or is something else.
+    """
+    found = Tokens()
+    for word in filter(None, told.get(meta.WORDS, "").split()):
+        file = folder(path) / f"{word}.safetensors"
+        if not file.is_file():
+            raise LorakitError(f"{path}: its embedding {file.parent.name}/{file.name} is not beside it: put it back")
+        modelfile.read(file)
+        parts = load_file(file)
+        if not parts or not parts.keys() <= _ENCODERS.keys() or any(rows.ndim != 2 for rows in parts.values()):
+            raise LorakitError(f"{file}: not the embedding that {path.name} needs")
+        found[word] = {_ENCODERS[name]: rows.float() for name, rows in parts.items()}
+    return found
+
+
+def problems(stored: Tokens, trained: Tokens) -> list[tuple[str, str]]:
+    """(word, what is wrong) where stored words are not the trained ones."""
+    wrong = [(word, "embedding that was not trained") for word in stored if word not in trained]
+    for word, vectors in trained.items():
+        there = stored.get(word, {})
+        if there.keys() != vectors.keys():
+            wrong.append((word, "embedding missing" if not there else "embedding of a text encoder missing"))
+            continue
+        for part, rows in vectors.items():
+            if there[part].shape != rows.shape or not bool(torch.isfinite(there[part]).all()):
+                wrong.append((word, f"embedding for {part} is broken"))
+            elif not torch.allclose(there[part], rows.float(), rtol=1e-5, atol=1e-7):
+                wrong.append((word, f"embedding for {part} differs from the trained one"))
+    return wrong

@@ -1,0 +1,121 @@
+"""Writing safetensors files so that a good one is never replaced by half of one.
+
+Space is looked for first, then a file is written beside its target, flushed to the disk and renamed over it. Metadata
+is sorted, so that equal adapters are equal files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as serialise
+
+from lorakit.core import atomic, safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+
+_MARGIN = 1 << 20
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` (CPU, contiguous) with `metadata` and the two hashes that web UIs know files by, atomically.
+
+    Raises:
+        LorakitError: too little space, or the folder cannot be written.
+    """
+    write_bytes(path, to_bytes(tensors, metadata))
+
+
+def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The file's bytes: sorted metadata, with `sshs_model_hash` and `sshs_legacy_hash` added.
+
+    sshs_model_hash is the SHA-256 of everything after the header, in ModelSpec's files modelspec.hash_sha256 too;
+    sshs_legacy_hash the first 8 hex digits of the SHA-256 of bytes 0x100000 to 0x110000 of the file as it is with its
+    `ss_*` metadata alone (sd-scripts library/train_util.py, precalculate_safetensors_hashes).
+    """
+    first = serialise(dict(tensors), {name: text for name, text in metadata.items() if name.startswith("ss_")} or None)
+    length = struct.unpack("<Q", first[:8])[0]
+    table, data = json.loads(first[8 : 8 + length]), first[8 + length :]
+    hashes = {
+        "sshs_model_hash": hashlib.sha256(data).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(first[0x100000:0x110000]).hexdigest()[:8],
+    }
+    if "modelspec.sai_model_spec" in metadata:
+        hashes["modelspec.hash_sha256"] = f"0x{hashes['sshs_model_hash']}"
+    table["__metadata__"] = dict(sorted({"format": "pt", **metadata, **hashes}.items()))
+    table = {"__metadata__": table.pop("__metadata__"), **table}
+    head = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return struct.pack("<Q", len(head)) + head + data
+
+
+def write_bytes(path: Path, raw: bytes) -> None:
+    """Write `raw` to `path`, whole or not at all, making its folder where it is not there.
+
+    Raises:
+        LorakitError: too little space, or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path.parent, len(raw))
+        atomic.write(path, raw)
+    except OSError as error:
+        raise LorakitError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing there was changed"
+        ) from None
+
+
+def stream(
+    path: Path,
+    entries: Sequence[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    tensors: Iterable[torch.Tensor],
+) -> None:
+    """Write a file of any size, one tensor at a time, whole or not at all.
+
+    Args:
+        entries: name, safetensors' dtype and shape of each tensor.
+        tensors: the tensors themselves, in that order; each is asked for when it is its turn.
+
+    Raises:
+        LorakitError: the folder cannot be written or is full.
+    """
+    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    at = 0
+    for name, dtype, shape in entries:
+        size = math.prod(shape) * getattr(torch, modelfile.DTYPES[dtype]).itemsize
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(head)) + head)
+            for (name, dtype, shape), tensor in zip(entries, tensors, strict=True):
+                assert (modelfile.dtype_name(tensor), tuple(tensor.shape)) == (dtype, shape), name
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        atomic.replace(temporary, path)
+    except OSError as error:
+        raise LorakitError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raise LorakitError where `size` bytes do not fit into `folder` with a little room left."""
+    free = shutil.disk_usage(folder).free
+    if free < size + _MARGIN:
+        raise LorakitError(
+            f"{folder}: {size / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free: make room or set output.folder"
+        )

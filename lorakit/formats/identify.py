@@ -1,0 +1,189 @@
+"""What an adapter file is, told from its tensors' names, shapes and metadata; no torch.
+
+`modules` takes an adapter's tensor names apart in every spelling that is about.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorakit.core.layer_names import DENOISERS, canonical
+from lorakit.formats import keys, metadata as meta
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_COMPONENT = r"(?:unet|transformer|text_encoder|text_encoder_2)"
+# spelling -> (pattern of a tensor's name: module, part; part in the file -> part of a Layer)
+_SPELLINGS: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {
+    "kohya": (
+        re.compile(r"(lora_(?:unet|te\d?)_[^.]+)\.(.+)"),
+        {
+            "lora_down.weight": "down",
+            "lora_up.weight": "up",
+            "lora_mid.weight": "mid",
+            "alpha": "alpha",
+            "dora_scale": "magnitude",
+        },
+    ),
+    "peft": (
+        re.compile(
+            rf"({_COMPONENT}\..+?)\.(lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+)"
+            r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
+        ),
+        {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "row_magnitude"},
+    ),
+    "diffusers": (
+        re.compile(rf"({_COMPONENT}\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight"),
+        {"down": "down", "up": "up"},
+    ),
+    "diffusers-old": (
+        re.compile(rf"({_COMPONENT}\..+?\.to_(?:q|k|v|out)_lora)\.(down|up)\.weight"),
+        {"down": "down", "up": "up"},
+    ),
+}
+_OLD_UNET = re.compile(r"(unet\..+)\.processor\.to_(q|k|v|out)_lora")
+_OLD_TEXT = re.compile(r"(text_encoder.*)\.self_attn\.to_(q|k|v|out)_lora")
+# Parts of a kohya module that say it is not plain LoRA.
+_LYCORIS = {"hada_w1_a": "loha", "hada_w1_b": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "lokr_w2": "lokr"}
+_LYCORIS |= {"lokr_w2_a": "lokr", "mid": "LoCon (tucker)"}
+_LYCORIS |= {"diff": "full difference", "w_norm": "norm", "on_input": "IA3", "oft_blocks": "OFT"}
+# A PEFT folder: what its files are called, and what stands before every module path in it.
+PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+CROSS_DIMS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module of a file.
+
+    Attributes:
+        stem: what stands before the parts, as in the file.
+        spelling: "kohya", "peft", "diffusers" or "diffusers-old".
+        canonical: the canonical name, or None where no such layer exists.
+        parts: "down", "up", "alpha", "magnitude", or the file's own word for another part -> tensor name.
+    """
+
+    stem: str
+    spelling: str
+    canonical: str | None
+    parts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """ "lora", "dora", "loha", "lokr", or what LyCORIS calls another."""
+        for part, name in _LYCORIS.items():
+            if part in self.parts:
+                return name
+        return "dora" if {"magnitude", "row_magnitude"} & set(self.parts) else "lora"
+
+
+def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PER_BLOCK) -> dict[str, Module]:
+    """The adapted modules among a file's tensors, by stem, in the file's order; other tensors are left out."""
+    found: dict[str, Module] = {}
+    for name in names:
+        for spelling, (pattern, parts) in _SPELLINGS.items():
+            match = pattern.fullmatch(name)
+            if not match:
+                continue
+            stem, part = match.groups()
+            if stem not in found:
+                found[stem] = Module(stem, spelling, _canonical(stem, spelling, layers_per_block))
+            found[stem].parts[parts.get(part, part)] = name
+            break
+    return found
+
+
+def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
+    if spelling == "kohya":
+        return keys.from_kohya(stem, layers_per_block)
+    part, _, path = stem.partition(".")
+    name = canonical(keys.canonical_part(part), path)
+    if spelling == "diffusers-old":
+        name = _OLD_UNET.sub(lambda m: f"{m[1]}.to_{m[2]}{'.0' * (m[2] == 'out')}", name)
+        name = _OLD_TEXT.sub(lambda m: f"{m[1]}.self_attn.{m[2]}_proj", name)
+    return name if keys.is_known(name) else None
+
+
+def peft_parts(path: Path) -> dict[str, Path]:
+    """Component -> its folder, of a PEFT folder; empty where it is none."""
+    folders = {name: path / name for name in (*keys.COMPONENTS, *DENOISERS.values())}
+    return {keys.canonical_part(name): folder for name, folder in folders.items() if (folder / PEFT_CONFIG).is_file()}
+
+
+def peft_names(part: str, names: Iterable[str]) -> dict[str, str]:
+    """Tensor name in one component's file of a PEFT folder -> the same as in a file, with the component in front.
+
+    Of a tensor that is there with `text_model.` and without, for old and new transformers, the first is taken.
+    """
+    modules = {name: name.removeprefix(PEFT_PREFIX) for name in names}
+    twice = {f"text_model.{path}" for path in modules.values()} & set(modules.values())
+    return {name: f"{part}.{path}" for name, path in modules.items() if f"text_model.{path}" not in twice}
+
+
+def rank(module: Module, shapes: Shapes) -> int | None:
+    """The rank of a module's factors, or None where it has none (a LoKr may be two whole matrices)."""
+    for part in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if part in module.parts:
+            return shapes[module.parts[part]][0]
+    return None
+
+
+def inputs(module: Module, shapes: Shapes) -> int | None:
+    """How many channels a module reads, a kernel counted in where the file does; None where a factor is missing."""
+    there = {part: shapes[name] for part, name in module.parts.items()}
+    if "down" in there or "hada_w1_b" in there:
+        return there.get("down", there.get("hada_w1_b", ()))[1]
+    sides = [there.get(side, there.get(f"{side}_b")) for side in ("lokr_w1", "lokr_w2")]
+    return sides[0][1] * sides[1][1] if sides[0] and sides[1] else None
+
+
+def layers_per_block(metadata: Mapping[str, str]) -> int:
+    """How many resnets a down block has where sgm names are read: told by the file, else 2."""
+    told = metadata.get("lorakit.layers_per_block", "")
+    return int(told) if told.isdecimal() and int(told) > 0 else keys.DEFAULT_LAYERS_PER_BLOCK
+
+
+def adapter_family(found: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, str]:
+    """An adapter's family, and how it was told: from its metadata, its names, or the width of the text it attends to.
+
+    "sd1" where nothing tells; the second value then says so.
+    """
+    told = meta.family(metadata)
+    if told:
+        return told, "metadata"
+    if any(keys.is_joint(module.canonical or "") for module in found.values()):
+        return "sd3", "names"
+    second = any(stem.startswith(("lora_te2_", "text_encoder_2.")) for stem in found)
+    if second or any(stem.startswith("lora_unet_label_emb") for stem in found):
+        return "sdxl", "names"
+    for module in found.values():
+        name = module.canonical or ""
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            width = inputs(module, shapes)
+            if width in CROSS_DIMS:
+                return CROSS_DIMS[width], f"attends to text of width {width}"
+    return "sd1", "a guess: nothing in the file tells"
+
+
+def base_family(shapes: Shapes) -> str | None:
+    """The family of a checkpoint or a UNet, from the width of the text it attends to; None where that is not there."""
+    for name, shape in shapes.items():
+        if name.endswith("attn2.to_k.weight"):
+            return CROSS_DIMS.get(shape[1])
+    return None
+
+
+DESCRIPTIONS = {
+    "adapter": "an adapter",
+    "lycoris": "a LyCORIS adapter, whose algorithm lorakit does not train or convert",
+    "checkpoint": "a whole model (a checkpoint), not an adapter",
+    "unet": "a UNet alone, not an adapter",
+    "vae": "a VAE, not an adapter",
+    "text encoder": "a text encoder, not an adapter",
+    "embedding": "a textual-inversion embedding, not an adapter",
+    "controlnet": "a ControlNet, not an adapter",
+    "unknown": "not an adapter for Stable Diffusion",
+}

@@ -1,0 +1,264 @@
+"""What a file is: adapter or base, for what, how it was made, and what each program will read of it. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lorakit.core import safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+from lorakit.core.layer_names import DENOISERS
+from lorakit.families import ldm
+from lorakit.formats import compatibility as consumers, identify, keys
+from lorakit.formats.compatibility import Reading
+
+_LABELS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
+_LABELS |= {"sd3": "Stable Diffusion 3"}
+_SHOWN = 100  # characters of a metadata value
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One adapted part of the model: how many modules, and the ranks and alphas that occur, most common first."""
+
+    modules: int
+    ranks: list[int]
+    alphas: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found; of anything but an adapter, `name`, `kind`, `description` and `bytes` at the least."""
+
+    name: str
+    kind: str
+    description: str
+    bytes: int
+    family: str | None = None
+    family_told_by: str = ""
+    format: str = ""
+    method: str = ""
+    dtype: str = ""
+    trigger: str = ""
+    components: dict[str, Component] = dataclasses.field(default_factory=dict)
+    readers: dict[str, Reading] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def failures(self, targets: Iterable[str]) -> list[str]:
+        """One line for each named program that does not read all of it rightly.
+
+        Raises:
+            LorakitError: an unknown target, or the file is not an adapter.
+        """
+        wanted = consumers.names(targets)
+        if wanted and not self.readers:
+            raise LorakitError(f"{self.name} is {self.description}: no program reads it as an adapter")
+        return [f"{key}: {self.readers[key].line()}" for key in wanted if not self.readers[key].complete]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain tables."""
+        told = dataclasses.asdict(self)
+        for key, reading in self.readers.items():
+            told["readers"][key] |= {"complete": reading.complete, "summary": reading.line()}
+        return told
+
+    def to_text(self) -> str:
+        """Everything, for a person."""
+        lines = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
+        facts = {
+            "for": f"{_LABELS[self.family]} (told by {self.family_told_by})" if self.family else "",
+            "format": f"{self.format}, {self.dtype}" if self.format else "",
+            "method": self.method,
+            "trigger": self.trigger,
+        }
+        for part, component in self.components.items():
+            ranks, alphas = (_listed(values) for values in (component.ranks, component.alphas))
+            facts[part] = f"{component.modules} modules, rank {ranks}, alpha {alphas or '= rank'}"
+        lines += [f"  {name:<15} {text}" for name, text in facts.items() if text]
+        if self.readers:
+            lines.append("who reads it, and how many modules:")
+            for reading in self.readers.values():
+                lines.append(f"  {'yes' if reading.complete else 'NO ':<4}{reading.title:<21} {reading.line()}")
+        if self.metadata:
+            lines.append("metadata:")
+            lines += [f"  {key} = {_shortened(value)}" for key, value in sorted(self.metadata.items())]
+        return "\n".join(lines)
+
+
+def inspect(path: Path) -> Report:
+    """Say what a `.safetensors` file, a PEFT folder or a base folder in diffusers layout is.
+
+    Raises:
+        LorakitError: nothing there, another kind of file (named for what it is), or a damaged one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)
+    head = modelfile.read(path)
+    shapes = head.shapes()
+    kind = modelfile.kind(shapes)
+    size = path.stat().st_size
+    if kind in ("adapter", "lycoris") and all(name.startswith(identify.PEFT_PREFIX) for name in shapes):
+        raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
+    if kind not in ("adapter", "lycoris"):
+        family, by, what = identify.base_family(shapes), "the width of the text it attends to", ""
+        if kind == "checkpoint":
+            with contextlib.suppress(LorakitError):  # of another architecture, or in part: told as far as it goes
+                found = ldm.read(head)
+                family, by = found.family, "its keys"
+                zero = " with zero terminal SNR" if found.prediction.zero_snr else ""
+                what = f"; it predicts {found.prediction.type}{zero}, {found.prediction.told_by}"
+        return Report(
+            path.name,
+            kind,
+            identify.DESCRIPTIONS[kind] + what,
+            size,
+            family,
+            by if family else "",
+            dtype=_dtype([head]),
+            metadata=head.metadata,
+        )
+    return _adapter(path.name, kind, size, [head], shapes, modelfile.scalars(head, ".alpha"), head.metadata)
+
+
+def _folder(path: Path) -> Report:
+    """A PEFT folder, a base in diffusers layout, or a folder with one adapter file in it."""
+    parts = identify.peft_parts(path)
+    if parts:
+        return _peft_folder(path, parts)
+    if (path / "model_index.json").is_file():
+        return _base_folder(path)
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return inspect(found[0])
+    holds = f"it holds {len(found)} .safetensors files"
+    raise LorakitError(f"{path}: neither a PEFT folder nor a base model (no model_index.json); {holds}")
+
+
+def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
+    heads: list[modelfile.Header] = []
+    told: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    alphas: dict[str, float] = {}
+    for part, folder in parts.items():
+        head = modelfile.read(folder / identify.PEFT_MODEL)
+        config = _json(folder / identify.PEFT_CONFIG)
+        heads.append(head)
+        told |= head.metadata
+        for name, whole in identify.peft_names(part, head.tensors).items():
+            shapes[whole] = head.tensors[name].shape
+        alphas[part] = float(config.get("lora_alpha", config.get("alpha", 0)))
+    size = sum(head.path.stat().st_size for head in heads)
+    return _adapter(path.name, "adapter", size, heads, shapes, alphas, told, folder=True)
+
+
+def _base_folder(path: Path) -> Report:
+    index = _json(path / "model_index.json")
+    weights = list(path.glob("*/*.safetensors"))
+    unet = path / "unet" / "config.json"
+    width = _json(unet).get("cross_attention_dim", 0) if unet.is_file() else 0
+    family = identify.CROSS_DIMS.get(width, "sdxl" if "text_encoder_2" in index else "sd1")
+    by = f"its parts; the UNet attends to text of width {width}"
+    for other, folder in DENOISERS.items():
+        if folder in index:
+            family, by = other, f"its parts: it has a {folder}"
+    return Report(
+        path.name,
+        "base",
+        f"a base model in diffusers layout ({index.get('_class_name', 'no class named')})",
+        sum(file.stat().st_size for file in weights),
+        family,
+        by,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise LorakitError(f"{path}: cannot be read as JSON") from None
+    if not isinstance(table, dict):
+        raise LorakitError(f"{path}: not a JSON object")
+    return table
+
+
+def _adapter(
+    name: str,
+    kind: str,
+    size: int,
+    heads: list[modelfile.Header],
+    shapes: identify.Shapes,
+    alphas: dict[str, float],
+    told: dict[str, str],
+    folder: bool = False,
+) -> Report:
+    found = identify.modules(shapes, identify.layers_per_block(told))
+    if not found:
+        raise LorakitError(
+            f"{name}: an adapter, but not for Stable Diffusion: its names are of no program known here, such as "
+            f"{next(iter(shapes))}"
+        )
+    family, source = identify.adapter_family(found, shapes, told)
+    components: dict[str, Component] = {}
+    for part in keys.COMPONENTS:
+        inside = [m for m in found.values() if _part(m) == part]
+        if inside:
+            ranks = Counter(rank for m in inside if (rank := identify.rank(m, shapes)) is not None)
+            scales = Counter(alphas[key] for m in inside if (key := m.parts.get("alpha", part)) in alphas)
+            components[part] = Component(len(inside), _ordered(ranks), _ordered(scales))
+    methods = Counter(module.method for module in found.values())
+    return Report(
+        name,
+        kind,
+        identify.DESCRIPTIONS[kind],
+        size,
+        family,
+        source,
+        "PEFT folder" if folder else Counter(m.spelling for m in found.values()).most_common(1)[0][0],
+        told.get("lorakit.method") or " and ".join(_ordered(methods)),
+        _dtype(heads),
+        told.get("modelspec.trigger_phrase", ""),
+        components,
+        consumers.read_report(shapes, family, alphas=alphas, metadata=told, folder=folder),
+        told,
+    )
+
+
+def _part(module: identify.Module) -> str:
+    if module.canonical:
+        return keys.component(module.canonical)
+    first = module.stem.partition(".")[0]
+    return (
+        "unet"
+        if "unet" in module.stem or first in DENOISERS.values()
+        else "text_encoder_2"
+        if "te2" in module.stem
+        else "text_encoder"
+    )
+
+
+def _ordered(counts: Counter[Any]) -> list[Any]:
+    return [value for value, _ in counts.most_common()]
+
+
+def _dtype(heads: list[modelfile.Header]) -> str:
+    """The dtype of most of the numbers."""
+    sizes: Counter[str] = Counter()
+    for head in heads:
+        for info in head.tensors.values():
+            sizes[info.dtype] += info.end - info.start
+    return sizes.most_common(1)[0][0] if sizes else ""
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _shortened(value: str) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

@@ -1,0 +1,329 @@
+"""What each layer is called: canonical names (see `lorakit.adapters.weights`) to and from the names in kohya files.
+
+The tables are explicit and the grammar is closed: a name that is not in them is refused, and nothing is ever taken
+from `named_modules()`, whose spelling changes with the installed transformers. kohya files name the UNet of SD1 and
+SD2 by diffusers' blocks and that of SDXL by sgm's, which is the one choice that every program reads.
+
+Sources: kohya-ss/sd-scripts networks/lora.py (prefixes, classes) and library/sdxl_model_util.py (block map).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lorakit.core.errors import LorakitError
+from lorakit.core.layer_names import DENOISERS
+
+UNET_PREFIX = "lora_unet_"
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+DEFAULT_LAYERS_PER_BLOCK = 2
+POINTWISE = (1, 1)
+
+# Leaves of each kind of block: diffusers' dotted name -> sgm's name in kohya files; `*` is a transformer's number.
+_TRANSFORMER = [
+    *(f"{attention}.{part}" for attention in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")),
+    *("ff.net.0.proj", "ff.net.2"),
+]
+_ATTENTION = ["proj_in", "proj_out", *(f"transformer_blocks.*.{leaf}" for leaf in _TRANSFORMER)]
+LEAVES: dict[str, dict[str, str]] = {
+    "attentions": {leaf: leaf.replace(".", "_") for leaf in _ATTENTION},
+    "resnets": {
+        "conv1": "in_layers_2",
+        "conv2": "out_layers_3",
+        "time_emb_proj": "emb_layers_1",
+        "conv_shortcut": "skip_connection",
+    },
+    "downsamplers": {"conv": "op"},
+    "upsamplers": {"conv": "conv"},
+}
+# Outside the blocks: known, so that they can be named, but not portable: half of the programs drop them.
+TOP: dict[str, str] = {
+    "conv_in": "input_blocks_0_0",
+    "conv_out": "out_2",
+    "time_embedding.linear_1": "time_embed_0",
+    "time_embedding.linear_2": "time_embed_2",
+    "add_embedding.linear_1": "label_emb_0_0",
+    "add_embedding.linear_2": "label_emb_0_2",
+}
+# The layers of Stable Diffusion 3's blocks, which are all alike (diffusers' SD3Transformer2DModel); `attn2` is 3.5
+# medium's second attention, of the picture alone.
+_JOINT = re.compile(
+    r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|attn2\.(?:to_[qkv]|to_out\.0)"
+    r"|ff(?:_context)?\.net\.(?:0\.proj|2))"
+)
+TEXT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
+TEXT_LEAVES = (*TEXT_ATTENTION, "mlp.fc1", "mlp.fc2")
+
+_KINDS = "|".join(LEAVES)
+_DOTTED = re.compile(rf"(?:(down|up)_blocks\.(\d+)|mid_block)\.({_KINDS})\.(\d+)\.(.+)")
+_UNDERSCORED = re.compile(rf"(?:(down|up)_blocks_(\d+)|mid_block)_({_KINDS})_(\d+)_(.+)")
+_SGM = re.compile(r"(?:(input|output)_blocks_(\d+)|middle_block)_(\d+)_(.+)")
+_TRANSFORMER_NUMBER = re.compile(r"(?<=^transformer_blocks[._])\d+")
+_TEXT = re.compile(r"(text_encoder|text_encoder_2)\.text_model\.encoder\.layers\.(\d+)\.(.+)")
+_TEXT_UNDERSCORED = re.compile(r"(lora_te[12]?_)(?:text_model_)?encoder_layers_(\d+)_(.+)")
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a family's layers are named in kohya files: sgm or diffusers blocks, and each text encoder's prefix; and
+    whether its `proj_in` and `proj_out` are 1x1 convolutions."""
+
+    sgm: bool
+    text: Mapping[str, str]
+    conv_projections: bool = False
+
+
+SPELLINGS: dict[str, Spelling] = {
+    "sd1": Spelling(sgm=False, text={"text_encoder": "lora_te_"}, conv_projections=True),
+    "sd2": Spelling(sgm=False, text={"text_encoder": "lora_te_"}),
+    "sdxl": Spelling(sgm=True, text={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}),
+    "sd3": Spelling(sgm=False, text={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}),
+}
+_TEXT_PREFIXES = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a UNet layer sits: `side` is down, mid or up; `block`, `kind`, `index` and `leaf` are diffusers'."""
+
+    side: str
+    block: int
+    kind: str
+    index: int
+    leaf: str
+
+    def dotted(self) -> str:
+        """The canonical name, without the component."""
+        block = "mid_block" if self.side == "mid" else f"{self.side}_blocks.{self.block}"
+        return f"{block}.{self.kind}.{self.index}.{self.leaf}"
+
+    def sgm(self, layers_per_block: int, attention_ups: set[int]) -> str:
+        """sgm's name, where down blocks have `layers_per_block` resnets and up blocks one more.
+
+        `attention_ups` are the up blocks known to have attention (empty: not known, so all): there the upsampler comes
+        third in its block, elsewhere second.
+        """
+        row = layers_per_block + 1
+        leaf = _translated(self.leaf, LEAVES[self.kind])
+        slot = int(self.kind == "attentions")
+        if self.kind == "downsamplers":
+            return f"input_blocks_{row * (self.block + 1)}_0_{leaf}"
+        if self.kind == "upsamplers":
+            slot = 2 if self.block in attention_ups or not attention_ups else 1
+            return f"output_blocks_{row * self.block + layers_per_block}_{slot}_{leaf}"
+        if self.side == "mid":
+            return f"middle_block_{2 * self.index + slot}_{leaf}"
+        if self.side == "down":
+            return f"input_blocks_{1 + row * self.block + self.index}_{slot}_{leaf}"
+        return f"output_blocks_{row * self.block + self.index}_{slot}_{leaf}"
+
+
+def _translated(leaf: str, table: Mapping[str, str]) -> str:
+    """The leaf in the table's other spelling, "" where the table does not know it."""
+    number = _TRANSFORMER_NUMBER.search(leaf)
+    template = table.get(_TRANSFORMER_NUMBER.sub("*", leaf), "")
+    return template.replace("*", number.group()) if number else template
+
+
+def _place(side: str | None, block: str | None, kind: str, index: str, leaf: str) -> Place | None:
+    """A Place from a match's groups, or None where the leaf or the block is not one that UNets have."""
+    sampler_side = {"downsamplers": "down", "upsamplers": "up"}.get(kind)
+    if not leaf or (sampler_side and (side != sampler_side or index != "0")):
+        return None
+    return Place(side or "mid", int(block or 0), kind, int(index), leaf)
+
+
+def _from_dotted(path: str) -> Place | None:
+    match = _DOTTED.fullmatch(path)
+    if not match:
+        return None
+    side, block, kind, index, leaf = match.groups()
+    return _place(side, block, kind, index, leaf if _translated(leaf, LEAVES[kind]) else "")
+
+
+def _from_underscored(text: str) -> Place | None:
+    match = _UNDERSCORED.fullmatch(text)
+    if not match:
+        return None
+    side, block, kind, index, leaf = match.groups()
+    back = {dotted.replace(".", "_"): dotted for dotted in LEAVES[kind]}
+    return _place(side, block, kind, index, _translated(leaf, back))
+
+
+def _from_sgm(text: str, layers_per_block: int) -> Place | None:
+    match = _SGM.fullmatch(text)
+    if not match:
+        return None
+    end, number, slot, leaf = match.groups()
+    row = layers_per_block + 1
+    if end is None:
+        side, (index, attention) = "mid", divmod(int(slot), 2)
+        block = 0
+    elif end == "input":
+        side = "down"
+        block, index = divmod(int(number) - 1, row)
+        if index == layers_per_block:
+            return Place("down", block, "downsamplers", 0, "conv") if (slot, leaf) == ("0", "op") else None
+        attention = int(slot)
+    else:
+        side = "up"
+        block, index = divmod(int(number), row)
+        if leaf == "conv" and index == layers_per_block and slot in "12":
+            return Place("up", block, "upsamplers", 0, "conv")
+        attention = int(slot)
+    if attention > 1 or block < 0:
+        return None
+    kind = "attentions" if attention else "resnets"
+    back = {sgm: dotted for dotted, sgm in LEAVES[kind].items()}
+    dotted = _translated(leaf, back)
+    return Place(side, block, kind, index, dotted) if dotted else None
+
+
+def component(name: str) -> str:
+    """The part of the model that a canonical name belongs to: the text before its first dot."""
+    return name.partition(".")[0]
+
+
+def is_known(name: str) -> bool:
+    """Whether `name` is a canonical name of these tables, portable or not."""
+    part, _, path = name.partition(".")
+    return is_portable(name) or (part == "unet" and path in TOP)
+
+
+def is_portable(name: str) -> bool:
+    """Whether every program reads this layer: attention blocks, resnets, samplers, and CLIP's attention and MLP."""
+    part, _, path = name.partition(".")
+    if part == "unet":
+        return _from_dotted(path) is not None or is_joint(name)
+    match = _TEXT.fullmatch(name)
+    return match is not None and match.group(3) in TEXT_LEAVES
+
+
+def is_joint(name: str) -> bool:
+    """Whether a canonical name is of a block of Stable Diffusion 3's transformer."""
+    part, _, path = name.partition(".")
+    return part == "unet" and _JOINT.fullmatch(path) is not None
+
+
+def spelled(name: str, family: str) -> str:
+    """A canonical name, or a component alone, as diffusers and PEFT have it."""
+    part, dot, path = name.partition(".")
+    return (DENOISERS.get(family, part) if part == "unet" else part) + dot + path
+
+
+def canonical_part(name: str) -> str:
+    """The component that one of `spelled`'s is: "unet" for "transformer"."""
+    return "unet" if name in DENOISERS.values() else name
+
+
+def group(name: str) -> str:
+    """What kind of layer a canonical name is: "attention", "conv", "text", "top", or "unknown"."""
+    part, _, path = name.partition(".")
+    if part != "unet":
+        return "text" if is_portable(name) else "unknown"
+    if is_joint(name):
+        return "attention"
+    place = _from_dotted(path)
+    if place is None:
+        return "top" if path in TOP else "unknown"
+    return "attention" if place.kind == "attentions" else "conv"
+
+
+def kernel(name: str, family: str) -> tuple[int, ...]:
+    """The kernel of a layer that is a convolution, as released models have it; () for a linear layer."""
+    place = _from_dotted(name.removeprefix("unet.")) if name.startswith("unet.") else None
+    if place is None or place.leaf == "time_emb_proj":
+        return ()
+    if place.leaf in ("proj_in", "proj_out"):
+        return POINTWISE if SPELLINGS[family].conv_projections else ()
+    if place.kind == "attentions":
+        return ()
+    return POINTWISE if place.leaf == "conv_shortcut" else (3, 3)
+
+
+def require_portable(names: Iterable[str]) -> None:
+    """Raise LorakitError, naming the first, where some programs would drop layers in silence."""
+    lost = [name for name in names if not is_portable(name)]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise LorakitError(
+            f"layer {lost[0]}{more} cannot be exported: not every program reads it; "
+            "adapt attention blocks, resnets, samplers and the text encoders' attention and MLP only"
+        )
+
+
+def layers_per_block(names: Iterable[str]) -> int:
+    """How many resnets a down block has, told from canonical names; 2, as in every released model, where unclear.
+
+    Up blocks have one more, so the highest number in the down blocks and in the up blocks must tell the same.
+    """
+    highest = {"down": -1, "up": -1}
+    for name in names:
+        place = _from_dotted(name.removeprefix("unet."))
+        if place and place.kind in ("attentions", "resnets") and place.side in highest:
+            highest[place.side] = max(highest[place.side], place.index)
+    agreed = highest["down"] >= 0 and highest["down"] + 1 == highest["up"]
+    return highest["up"] if agreed else DEFAULT_LAYERS_PER_BLOCK
+
+
+def to_kohya(names: Iterable[str], family: str, layers: int | None = None) -> dict[str, str]:
+    """Canonical name -> name in kohya files (what stands before `.lora_down.weight`), in the order given.
+
+    Args:
+        family: a key of SPELLINGS.
+        layers: layers per block, for sgm names; told from the names where None.
+
+    Raises:
+        LorakitError: a name that is not in the tables, or a component that the family does not have.
+    """
+    names = list(names)
+    spelling = SPELLINGS[family]
+    layers = layers_per_block(names) if layers is None else layers
+    places = {name: _from_dotted(name.removeprefix("unet.")) for name in names if name.startswith("unet.")}
+    attention_ups = {p.block for p in places.values() if p and p.side == "up" and p.kind == "attentions"}
+    result = {}
+    for name in names:
+        part, _, path = name.partition(".")
+        place = places.get(name)
+        prefix = spelling.text.get(part)
+        if place:
+            blocks = place.sgm(layers, attention_ups) if spelling.sgm else path.replace(".", "_")
+            result[name] = UNET_PREFIX + blocks
+        elif part == "unet" and path in TOP:
+            result[name] = UNET_PREFIX + (TOP[path] if spelling.sgm else path.replace(".", "_"))
+        elif prefix and is_portable(name):
+            result[name] = prefix + path.replace(".", "_")
+        else:
+            raise LorakitError(f"layer {name} is not one that a {family} adapter can have")
+    return result
+
+
+def from_kohya(stem: str, layers: int = DEFAULT_LAYERS_PER_BLOCK) -> str | None:
+    """The canonical name of a kohya module name in either block spelling, or None.
+
+    Text-encoder names without `text_model_`, which converters under transformers 5.6 and later write, are understood.
+    """
+    if stem.startswith(UNET_PREFIX):
+        text = stem.removeprefix(UNET_PREFIX)
+        place = _from_underscored(text) or _from_sgm(text, layers)
+        if place:
+            return f"unet.{place.dotted()}"
+        tops = {dotted.replace(".", "_"): dotted for dotted in TOP} | {sgm: dotted for dotted, sgm in TOP.items()}
+        return f"unet.{tops[text]}" if text in tops else None
+    match = _TEXT_UNDERSCORED.fullmatch(stem)
+    leaves = {leaf.replace(".", "_"): leaf for leaf in TEXT_LEAVES}
+    if not match or match.group(3) not in leaves:
+        return None
+    prefix, number, leaf = match.groups()
+    return f"{_TEXT_PREFIXES[prefix]}.text_model.encoder.layers.{number}.{leaves[leaf]}"
+
+
+def text_attention_siblings(name: str) -> list[str]:
+    """The q, k, v and out projections of a text-encoder attention layer; [] for any other layer."""
+    match = _TEXT.fullmatch(name)
+    if not match or match.group(3) not in TEXT_ATTENTION:
+        return []
+    stem = name.removesuffix(match.group(3))
+    return [stem + leaf for leaf in TEXT_ATTENTION]

@@ -1,0 +1,60 @@
+"""The default format: kohya's names, which A1111, Forge, ComfyUI, InvokeAI, sd-scripts, sd.cpp and diffusers all read.
+
+Each layer is `<name>.lora_down.weight`, `<name>.lora_up.weight` and `<name>.alpha` (one float32), for DoRA also
+`<name>.dora_scale` `[1, in]`. The parts of LoHa and LoKr have LyCORIS' names (`hada_w1_a`, `lokr_w1`, ...). Names of
+layers come from `lorakit.formats.keys`, one rank and one alpha per component from `factors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lorakit.adapters.weights import AdapterWeights
+from lorakit.core.layer_names import DENOISERS
+from lorakit.formats import adapter_math as factors, files, keys
+from lorakit.formats.metadata import complete
+
+# What a LoRA layer's factors are called in these files; LoHa's and LoKr's have their names already.
+PARTS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
+
+
+def check(method: str, family: str) -> str | None:
+    """Why this format cannot carry `method` for `family`, or None."""
+    if family in DENOISERS:
+        return (
+            "the kohya format cannot carry this adapter: it has q, k and v of Stable Diffusion 3's attention in one "
+            "layer, where lorakit trains three; set output.formats = ['diffusers']"
+        )
+    return None
+
+
+def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
+    """What the file holds: tensor name -> tensor.
+
+    Raises:
+        LorakitError: a layer that is not portable, or that is not finite.
+    """
+    factors.require_writable(weights, check(factors.method(weights), weights.family))
+    layers = factors.complete(weights)
+    result: dict[str, torch.Tensor] = {}
+    for name, stem in keys.to_kohya(layers, weights.family).items():
+        layer = layers[name]
+        for part, tensor in layer.factors().items():
+            # alpha and magnitude stay float32: a rounded alpha rescales the layer, magnitudes carry the whole weight.
+            precision = "fp32" if part == "magnitude" else dtype
+            result |= factors.cast({f"{stem}.{PARTS.get(part, part)}": tensor}, precision)
+        result[f"{stem}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
+    return result
+
+
+def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]) -> list[Path]:
+    """Write one `.safetensors` file, atomically; returns `[path]`.
+
+    Raises:
+        LorakitError: see `tensors`; too little space.
+    """
+    files.write_safetensors(path, tensors(weights, dtype), complete(weights, metadata))
+    return [path]

@@ -1,0 +1,222 @@
+"""What a file says of itself: an allow-list of strings that programs read, and nothing private.
+
+No path, no file or folder name of the photos, no caption and no prompt ever gets in; the trigger does, as the adapter
+is of no use without it. `ss_*` keys are sd-scripts' (train_network.py), `modelspec.*` is SAI ModelSpec 1.0.1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorakit import __version__
+from lorakit.config import Config, with_paths_removed
+from lorakit.formats import keys
+
+if TYPE_CHECKING:
+    from lorakit.adapters.weights import AdapterWeights
+
+# The words that an adapter has embeddings for, which lie beside it.
+WORDS = "lorakit.words"
+ALLOWED = frozenset(
+    {
+        *("ss_base_model_version", "ss_v2", "ss_network_module", "ss_network_dim", "ss_network_alpha"),
+        *("ss_network_args", "ss_output_name", "ss_sd_model_name", "ss_resolution", "ss_clip_skip"),
+        *("ss_num_train_images", "ss_num_epochs", "ss_steps", "ss_seed", "ss_learning_rate", "ss_optimizer"),
+        *("ss_training_started_at", "ss_training_finished_at", "ss_tag_frequency"),
+        *("modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.title"),
+        *("modelspec.date", "modelspec.resolution", "modelspec.prediction_type", "modelspec.trigger_phrase"),
+        *("modelspec.encoder_layer", "modelspec.description", "modelspec.usage_hint"),
+        *("lorakit.version", "lorakit.family", "lorakit.method", "lorakit.layers_per_block", "lorakit.words"),
+        *("lorakit.base", "lorakit.base_source", "lorakit.config"),
+    }
+)
+# Made anew by every writer from the weights themselves, so never carried from one file to another.
+_OF_WEIGHTS = frozenset(
+    {"ss_network_module", "ss_network_dim", "ss_network_alpha", "lorakit.layers_per_block", "lorakit.method", WORDS}
+)
+# Texts of the user's that the run needed and that readers of the adapter do not.
+_PRIVATE = {"data": ("instance_prompt", "class_prompt"), "sample": ("prompts", "negative_prompt")}
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What a family is called by those who ask: sd-scripts, ModelSpec, and the sidecar of A1111."""
+
+    version: str
+    version_v: str
+    v2: str
+    architecture: str
+    architecture_v: str
+    implementation: str
+    label: str
+
+
+_DIFFUSERS, _SGM = "diffusers", "https://github.com/Stability-AI/generative-models"
+TAGS: dict[str, Tags] = {
+    "sd1": Tags(
+        *("sd_v1", "sd_v1_v", "False", "stable-diffusion-v1/lora", "stable-diffusion-v1/lora", _DIFFUSERS, "SD1")
+    ),
+    "sd2": Tags(
+        *("sd_v2", "sd_v2_v", "True", "stable-diffusion-v2-512/lora", "stable-diffusion-v2-768-v/lora"),
+        *(_DIFFUSERS, "SD2"),
+    ),
+    "sdxl": Tags(
+        *("sdxl_base_v1-0", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+        *("stable-diffusion-xl-v1-base/lora", _SGM, "SDXL"),
+    ),
+    "sd3": Tags(*("sd3", "sd3", "False", "stable-diffusion-3/lora", "stable-diffusion-3/lora", _DIFFUSERS, "SD3")),
+}
+
+
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow_prediction": "flow"}
+
+
+class Base(Protocol):
+    """What must be known of the base model; `families.BaseInfo` has it."""
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def prediction_type(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def hash(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+
+
+def build(
+    config: Config,
+    base: Base,
+    *,
+    name: str,
+    images: int,
+    steps: int,
+    epochs: int,
+    started: float,
+    finished: float,
+) -> dict[str, str]:
+    """The metadata of an adapter from a run.
+
+    Args:
+        config: the resolved config; it is stored without its paths and without its prompts and captions.
+        name: what the file is called; A1111 uses it as the alias in `<lora:NAME:1>`.
+        images: photos trained on.
+        steps: optimizer steps made.
+        epochs: passes over the photos, rounded down.
+        started: seconds since 1970.
+        finished: seconds since 1970.
+    """
+    tags, velocity = TAGS[base.family], base.prediction_type == "v_prediction"
+    side = config.data.resolution
+    trigger = config.data.name.strip()
+    found = {
+        "ss_base_model_version": tags.version_v if velocity else tags.version,
+        "ss_v2": tags.v2,
+        "ss_output_name": name,
+        "ss_sd_model_name": base.title,
+        "ss_resolution": f"({side}, {side})",
+        "ss_num_train_images": str(images),
+        "ss_num_epochs": str(epochs),
+        "ss_steps": str(steps),
+        "ss_seed": str(config.train.seed),
+        "ss_learning_rate": str(config.optimizer.learning_rate),
+        "ss_optimizer": config.optimizer.name,
+        "ss_training_started_at": str(started),
+        "ss_training_finished_at": str(finished),
+        "modelspec.architecture": tags.architecture_v if velocity else tags.architecture,
+        "modelspec.title": name,
+        "modelspec.date": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": _PREDICTIONS[base.prediction_type],
+        "lorakit.base": base.hash,
+        "lorakit.config": json.dumps(_public(config), ensure_ascii=False, sort_keys=True),
+    }
+    if base.source:
+        found["lorakit.base_source"] = base.source
+    if trigger:
+        found["modelspec.trigger_phrase"] = trigger
+        # A1111 shows this as the tag cloud; it must be a JSON object of objects.
+        found["ss_tag_frequency"] = json.dumps({"photos": {trigger: images}}, ensure_ascii=False)
+    return found
+
+
+def _public(config: Config) -> dict[str, dict[str, Any]]:
+    tables = with_paths_removed(config)
+    return {s: {n: v for n, v in t.items() if n not in _PRIVATE.get(s, ())} for s, t in tables.items()}
+
+
+def of_weights(weights: AdapterWeights) -> dict[str, str]:
+    """What follows from the weights alone."""
+    from lorakit.formats import adapter_math as factors  # needs torch; the rest of this page does not
+
+    tags = TAGS[weights.family]
+    layers = factors.uniform(weights)
+    first = next(iter(layers.values()))
+    lycoris = first.method in ("loha", "lokr")
+    folded = any(not math.isclose(layer.scale, weights.layers[name].scale) for name, layer in layers.items())
+    found = {
+        "ss_base_model_version": tags.version,
+        "ss_v2": tags.v2,
+        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
+        "ss_network_dim": str(first.rank),
+        "ss_network_alpha": f"{first.alpha:g}",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": tags.architecture,
+        "modelspec.implementation": tags.implementation,
+        "lorakit.version": __version__,
+        "lorakit.family": weights.family,
+        # With its scale in the factors, a rank-stabilised adapter is a plain one.
+        "lorakit.method": "lora" if folded and weights.method == "rslora" else weights.method,
+    }
+    if lycoris:
+        found["ss_network_args"] = json.dumps({"algo": first.method})
+    if weights.tokens:
+        found[WORDS] = " ".join(weights.tokens)
+    per_block = keys.layers_per_block(weights.layers)
+    if keys.SPELLINGS[weights.family].sgm and per_block != keys.DEFAULT_LAYERS_PER_BLOCK:
+        found["lorakit.layers_per_block"] = str(per_block)
+    return found
+
+
+def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The header of a file: what follows from the weights, and of `metadata` what is on the allow-list.
+
+    Whatever else a converted file carried (folder names, captions, another tool's settings) stays behind.
+    """
+    told = {key: value for key, value in metadata.items() if key in ALLOWED - _OF_WEIGHTS and isinstance(value, str)}
+    return of_weights(weights) | told
+
+
+def family(metadata: Mapping[str, str]) -> str | None:
+    """The family that a file says it is for, or None where it says nothing."""
+    if metadata.get("lorakit.family") in TAGS:
+        return metadata["lorakit.family"]
+    version = metadata.get("ss_base_model_version", "")
+    architecture = metadata.get("modelspec.architecture", "")
+    if version.startswith("sd3") or architecture.startswith("stable-diffusion-3"):
+        return "sd3"
+    if version.startswith("sdxl_") or architecture.startswith("stable-diffusion-xl"):
+        return "sdxl"
+    if metadata.get("ss_v2") == "True" or version.startswith("sd_v2") or architecture.startswith("stable-diffusion-v2"):
+        return "sd2"
+    return "sd1" if version.startswith("sd_v1") or architecture.startswith("stable-diffusion-v1") else None
+
+
+def sidecar(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `<name>.json` beside the adapter says: A1111 and InvokeAI take trigger words and weight from there."""
+    told = TAGS[family(metadata) or "sd1"].label
+    return {
+        "activation text": metadata.get("modelspec.trigger_phrase", ""),
+        "preferred weight": 1.0,
+        "negative text": "",
+        "description": metadata.get("modelspec.description", ""),
+        "notes": f"trained with lorakit {__version__}",
+        "sd version": told,
+    }

@@ -1,0 +1,187 @@
+"""A folder that PEFT's `PeftModel.from_pretrained` opens: one subfolder per component, `unet/`, `text_encoder/`, ...
+
+Each holds `adapter_config.json` and `adapter_model.safetensors`. PEFT matches tensors to module paths by name, and
+transformers 5.6 took `text_model.` out of the first text encoder's paths, so that encoder's tensors (small, beside the
+UNet's) are there under both names: PEFT takes the one that it knows and passes over the other. `target_modules` match
+with and without.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, Hadamard, Kronecker, Layer, factorization
+from lorakit.core import atomic
+from lorakit.core.errors import LorakitError
+from lorakit.formats import adapter_math as factors, files, keys
+from lorakit.formats.identify import PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX
+from lorakit.formats.metadata import complete
+
+_TEXT_MODEL = "text_model."
+# LoRA's factors are modules in PEFT, LoHa's and LoKr's are parameters by LyCORIS' names.
+_NAMES = {"down": "lora_A.weight", "up": "lora_B.weight"}
+# A CLIPTextModel. text_encoder_2 is a CLIPTextModelWithProjection, whose paths are what they were.
+_BOTH_NAMES = ("text_encoder",)
+
+
+def check(method: str, family: str) -> str | None:
+    """Why this format cannot carry `method` for `family`, or None."""
+    if method == "dora":
+        return (
+            "the PEFT format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
+            "lorakit's is one per input column, which is what web UIs read; export it as kohya"
+        )
+    return None
+
+
+def tensors(weights: AdapterWeights, dtype: str) -> dict[str, dict[str, torch.Tensor]]:
+    """What each component's file holds: component -> tensor name -> tensor.
+
+    Raises:
+        LorakitError: a method that the format cannot carry, a layer that is not portable or not finite.
+    """
+    return {part: _tensors(layers, dtype) for part, layers in _components(weights).items()}
+
+
+def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]) -> list[Path]:
+    """Write the folder `path`, whole or not at all; returns the files in it. An older PEFT folder there is replaced.
+
+    Raises:
+        LorakitError: see `tensors`; `path` is something else than a PEFT folder; too little space.
+    """
+    if path.exists() and not _is_ours(path):
+        raise LorakitError(f"{path}: exists and is not a PEFT folder; choose another name")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    written = []
+    try:
+        for part, layers in _components(weights).items():
+            folder = temporary / part
+            files.write_safetensors(folder / PEFT_MODEL, _tensors(layers, dtype), complete(weights, metadata))
+            text = json.dumps(_config(part, layers), indent=2, sort_keys=True)
+            files.write_bytes(folder / PEFT_CONFIG, text.encode())
+            written += [path / part / PEFT_CONFIG, path / part / PEFT_MODEL]
+        _swap(temporary, path, old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return written
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Put the folder `new` at `path`, what was there at `old`; where that fails, what was there is there again."""
+    try:
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        atomic.sync_folder(path.parent)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise LorakitError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing there was changed"
+        ) from None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether everything at `path` is component folders with an adapter_config.json, or it is an empty folder."""
+    return path.is_dir() and all((entry / PEFT_CONFIG).is_file() for entry in path.iterdir())
+
+
+def _components(weights: AdapterWeights) -> dict[str, dict[str, AnyLayer]]:
+    factors.require_writable(weights, check(factors.method(weights), weights.family))
+    parts: dict[str, dict[str, AnyLayer]] = {}
+    for name, layer in factors.complete(weights).items():
+        parts.setdefault(keys.spelled(keys.component(name), weights.family), {})[name] = layer
+    for layers in parts.values():
+        if len({layer.method for layer in layers.values()}) > 1:
+            raise LorakitError("the PEFT format has one method in each part of a model; this adapter mixes several")
+    # PEFT is told one alpha and one rank for all layers: the scale goes into the factors unless it is LoRA's and even.
+    return {part: _even(layers) for part, layers in parts.items()}
+
+
+def _even(layers: dict[str, AnyLayer]) -> dict[str, AnyLayer]:
+    if all(isinstance(layer, Layer) for layer in layers.values()):
+        return layers
+    rank = max(layer.rank for layer in layers.values())
+    return {name: _padded(layer.rescaled(1), rank) for name, layer in layers.items()}
+
+
+def _padded(layer: AnyLayer, rank: int) -> AnyLayer:
+    """The same delta W with the factors filled up with zeros to `rank`; alpha = rank."""
+
+    def wide(a: torch.Tensor) -> torch.Tensor:
+        return pad(a, (0, rank - a.shape[1]))
+
+    def tall(b: torch.Tensor) -> torch.Tensor:
+        return pad(b, (0, 0, 0, rank - b.shape[0]))
+
+    if isinstance(layer, Hadamard):
+        first, second = (wide(layer.w1_a), tall(layer.w1_b)), (wide(layer.w2_a), tall(layer.w2_b))
+        return Hadamard(*first, *second, alpha=float(rank))
+    if isinstance(layer, Kronecker):
+        w1, w2 = (pair if len(pair) == 1 else (wide(pair[0]), tall(pair[1])) for pair in (layer.w1, layer.w2))
+        return replace(layer, w1=w1, w2=w2, alpha=float(rank))
+    return layer
+
+
+def _tensors(layers: Mapping[str, AnyLayer], dtype: str) -> dict[str, torch.Tensor]:
+    result = {}
+    for name, layer in layers.items():
+        part, _, module = name.partition(".")
+        shorter = [module.removeprefix(_TEXT_MODEL)] if part in _BOTH_NAMES else []
+        for path in (module, *shorter):
+            for part, tensor in layer.factors().items():
+                result[f"{PEFT_PREFIX}{path}.{_NAMES.get(part, part)}"] = tensor
+    return factors.cast(result, dtype)
+
+
+def _config(part: str, layers: Mapping[str, AnyLayer]) -> dict[str, Any]:
+    """PEFT's config for one component, with no path of the user's in it."""
+    one = next(iter(layers.values()))
+    targets = [name.partition(".")[2].removeprefix(_TEXT_MODEL) for name in layers]
+    common: dict[str, Any] = {"target_modules": sorted(targets), "base_model_name_or_path": None, "task_type": None}
+    common["inference_mode"] = True
+    if isinstance(one, Layer):
+        alpha = int(one.alpha) if one.alpha.is_integer() else one.alpha
+        flags = {"bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
+        lora = {"peft_type": "LORA", "r": one.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "init_lora_weights": True}
+        return common | flags | lora
+    rank = one.rank if isinstance(one, Hadamard) else _lokr_rank(layers)
+    made = common | {"peft_type": one.method.upper(), "r": rank, "alpha": rank, "init_weights": True}
+    return made | ({} if isinstance(one, Hadamard) else {"decompose_both": False, "decompose_factor": -1})
+
+
+def _lokr_rank(layers: Mapping[str, AnyLayer]) -> int:
+    """The rank by which PEFT cuts every one of these layers as they are cut: it decides from rank and width alone.
+
+    Raises:
+        LorakitError: there is none; LyCORIS can cut layers in other ways, by its `factor` and `decompose_both`.
+    """
+    pairs = [layer for layer in layers.values() if isinstance(layer, Kronecker)]
+    rank = max((layer.rank for layer in pairs if not layer.whole), default=None)
+    longest = [
+        max(len(layer.w2[0]), layer.w2[-1].shape[1] // math.prod(layer.kernel)) for layer in pairs if layer.whole
+    ]
+    rank = max(longest) if rank is None else rank
+    for name, layer in layers.items():
+        assert isinstance(layer, Kronecker)
+        kernel = math.prod(layer.kernel or keys.kernel(name, "sd1"))
+        (a, b), (c, d) = factorization(layer.size[0]), factorization(layer.size[1] // kernel)
+        whole = rank >= max(b, d) / 2
+        shapes = (len(layer.w1[0]), layer.w1[-1].shape[1], len(layer.w2[0]), layer.w2[-1].shape[1] // kernel)
+        if shapes != (a, c, b, d) or layer.whole is not whole or len(layer.w1) > 1:
+            raise LorakitError(
+                f"the PEFT format cannot carry {name}: PEFT cuts a LoKr in another way; export it as kohya"
+            )
+    return rank

@@ -1,0 +1,187 @@
+"""Adapters from any of the formats into canonical weights; anything else is named for what it is.
+
+Understood: kohya files in both block spellings; diffusers files in PEFT's (`lora_A`), the training scripts'
+(`lora.down`, `lora_linear_layer.down`) and the old (`processor.to_q_lora.down`) spelling; PEFT folders. LoRA, DoRA,
+LoHa and LoKr, Tucker's variants too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, Kronecker, Layer
+from lorakit.core import safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+from lorakit.formats import embeddings, identify, keys, lycoris
+
+Scaling = Mapping[str, Any]
+READ = ("lora", "dora", "loha", "lokr", "LoCon (tucker)")
+
+
+def read(path: Path) -> AdapterWeights:
+    """Read an adapter: a `.safetensors` file, a PEFT folder, or a folder that holds one adapter file.
+
+    Returns:
+        Weights in float32 on the CPU. A layer without an alpha has alpha = rank, as for every other reader.
+
+    Raises:
+        LorakitError: not an adapter (named for what it is), a layer with no place in the tables, or a malformed one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _read_file(path)
+    parts = identify.peft_parts(path)
+    if parts:
+        return _read_peft(path, parts)
+    if (path / identify.PEFT_CONFIG).is_file():
+        return _read_peft(path, {_component(path / identify.PEFT_MODEL): path})
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise LorakitError(f"{path}: holds {len(found)} .safetensors files and no PEFT adapter: name the file itself")
+    return _read_file(found[0])
+
+
+def _read_file(path: Path) -> AdapterWeights:
+    head = modelfile.read(path)
+    what = modelfile.kind(head.shapes())
+    if what != "adapter":
+        raise LorakitError(f"{path}: this is {identify.DESCRIPTIONS[what]}")
+    if all(name.startswith(identify.PEFT_PREFIX) for name in head.tensors):
+        raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
+    try:
+        told = json.loads(head.metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        raise LorakitError(f"{path}: its lora_adapter_metadata is not JSON") from None
+    scalings: dict[str, dict[str, Any]] = {part: {} for part in keys.COMPONENTS}
+    for key, value in told.items():
+        part, _, name = key.partition(".")
+        scalings.setdefault(keys.canonical_part(part), {})[name] = value
+    stored, tokens = embeddings.unbundle(load_file(path))
+    return _weights(path, stored, head.metadata, scalings, tokens)
+
+
+def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, str] = {}
+    scalings: dict[str, Scaling] = {}
+    for part, folder in folders.items():
+        head = modelfile.read(folder / identify.PEFT_MODEL)
+        metadata |= head.metadata
+        try:
+            scalings[part] = json.loads((folder / identify.PEFT_CONFIG).read_text(encoding="utf-8"))
+        except ValueError:
+            raise LorakitError(f"{folder / identify.PEFT_CONFIG}: not JSON") from None
+        stored = load_file(folder / identify.PEFT_MODEL)
+        tensors |= {path: stored[name] for name, path in identify.peft_names(part, stored).items()}
+    return _weights(path, tensors, metadata, scalings)
+
+
+def _component(path: Path) -> str:
+    """Which component a lone PEFT adapter belongs to: CLIP has `encoder.layers`, a UNet has not."""
+    return "text_encoder" if any("encoder.layers." in name for name in modelfile.read(path).tensors) else "unet"
+
+
+def _weights(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    scalings: Mapping[str, Scaling],
+    tokens: embeddings.Tokens | None = None,
+) -> AdapterWeights:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = identify.modules(tensors, identify.layers_per_block(metadata))
+    known = {name for module in found.values() for name in module.parts.values()}
+    strange = [name for name in tensors if name not in known]
+    strange += [module.stem for module in found.values() if module.canonical is None]
+    if strange:
+        raise LorakitError(f"{path}: {len(strange)} names are of no layer of Stable Diffusion, e.g. {strange[0]}")
+    family, _ = identify.adapter_family(found, shapes, metadata)
+    layers: dict[str, AnyLayer] = {}
+    for module in found.values():
+        name = str(module.canonical)
+        if name in layers:
+            raise LorakitError(f"{path}: {name} is there twice, the second time as {module.stem}")
+        scaling = scalings.get(keys.component(name), {})
+        layers[name] = _layer(path, module, tensors, scaling)
+    special = {layer.method for layer in layers.values()} - {"lora"}
+    method = metadata.get("lorakit.method") or (min(special) if special else "lora")
+    if (
+        method == "rslora"
+        and not any(scalings.values())
+        and not any("alpha" in module.parts for module in found.values())
+    ):
+        method = "lora"  # its scale is in the factors, where it is nobody's business any more
+    return AdapterWeights(family, method, layers, dict(metadata), tokens or embeddings.read(path, metadata))
+
+
+def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], scaling: Scaling) -> AnyLayer:
+    if module.method not in READ:
+        raise LorakitError(f"{path}: {module.stem} is {module.method}, which lorakit does not read")
+    if "row_magnitude" in module.parts:
+        raise LorakitError(f"{path}: {module.stem} is PEFT's DoRA, per output row; lorakit reads DoRA per input column")
+    parts = {part: tensors[name].float() for part, name in module.parts.items() if part != "alpha"}
+    if module.method in ("loha", "lokr"):
+        layer = lycoris.read(path, module.stem, module.method, parts)
+        # PEFT divides by the rank it was told, even where a LoKr has none; everyone else goes by the file.
+        whole = isinstance(layer, Kronecker) and layer.whole
+        told = _alpha(path, module, tensors, int(scaling.get("r", 1)) if whole else layer.rank, scaling)
+        if isinstance(layer, Kronecker) and whole:
+            by_peft = told / scaling["r"] if module.spelling == "peft" and "r" in scaling else 1.0
+            return replace(layer, w1=(layer.w1[0] * by_peft,))
+        return replace(layer, alpha=told)
+    missing = [part for part in ("down", "up") if part not in parts]
+    if missing:
+        raise LorakitError(f"{path}: {module.stem} has no {missing[0]} factor")
+    down, up, magnitude = parts["down"], parts["up"], parts.get("magnitude")
+    if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[1] != len(down) or up[0, 0].numel() != 1:
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        raise LorakitError(f"{path}: the factors of {module.stem} do not fit together: {shapes}")
+    if "mid" in parts:
+        down = lycoris.untucked_down(path, module.stem, parts["mid"], down)
+    if magnitude is not None and tuple(magnitude.shape) != (1, down.shape[1], *(1 for _ in down.shape[2:])):
+        raise LorakitError(f"{path}: {module.stem} is DoRA per output row; lorakit reads DoRA per input column")
+    return _without_padding(Layer(down, up, _alpha(path, module, tensors, len(down), scaling), magnitude))
+
+
+def _without_padding(layer: Layer) -> Layer:
+    """The layer without the ranks whose row and column are both zero, with which exporters fill up: scale and delta W
+    are what they were. A layer that is nothing but zeros stays as it is."""
+    used = layer.down.flatten(1).any(1) | layer.up.flatten(1).any(0)
+    count = int(used.sum())
+    if count in (0, layer.rank):
+        return layer
+    return replace(layer, down=layer.down[used], up=layer.up[:, used], alpha=layer.scale * count)
+
+
+def _alpha(
+    path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], rank: int, scaling: Scaling
+) -> float:
+    if "alpha" not in module.parts:
+        return _told_alpha(module, rank, scaling)
+    value = tensors[module.parts["alpha"]]
+    if value.numel() != 1:
+        raise LorakitError(f"{path}: the alpha of {module.stem} is not one number")
+    return float(value)
+
+
+def _told_alpha(module: identify.Module, rank: int, scaling: Scaling) -> float:
+    """The alpha that an adapter config tells for a module; its rank where there is none.
+
+    Follows PEFT: patterns match the end of the module's name, and rank-stabilised adapters divide by sqrt(rank).
+    """
+    name = str(module.canonical).partition(".")[2]
+    alpha = scaling.get("lora_alpha", scaling.get("alpha", rank))
+    for pattern, value in (scaling.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = value
+            break
+    return float(alpha) * (math.sqrt(rank) if scaling.get("use_rslora") else 1.0)

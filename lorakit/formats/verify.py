@@ -1,0 +1,188 @@
+"""Proof that an exported file is the adapter that was trained: it is opened anew and compared, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, Layer
+from lorakit.core import safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+from lorakit.formats import diffusers as diffusers_format, embeddings, kohya, peft
+from lorakit.formats.identify import PEFT_MODEL
+from lorakit.formats.reading import read
+
+# How far a delta W may be from the one in memory, relative to its norm: two roundings of the file's own dtype.
+TOLERANCE = {"F32": 1e-5, "F16": 2e-3, "BF16": 1.6e-2}
+NO_EFFECT = 1e-7  # of the base's output
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with an exported file: where (a layer, a tensor or a component), and what."""
+
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
+
+
+def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> list[Finding]:
+    """Open an exported file or PEFT folder anew and compare it with the weights in memory.
+
+    Checked: exactly the tensors that the format must have, of the right shapes; every announced layer finite, not
+    zero, and with its delta W (and magnitude) equal within the file's precision; nothing else but zero fill-ins.
+
+    Args:
+        layers: canonical names that training announced.
+
+    Returns:
+        What is wrong; empty means that the file is right.
+    """
+    findings: list[Finding] = []
+    try:
+        heads = _headers(path)
+        stored = read(path)
+    except LorakitError as error:
+        return [Finding(Path(path).name, str(error))]
+    findings += _tensor_findings(path, weights, heads)
+    dtypes = {info.dtype for head in heads.values() for name, info in head.tensors.items() if _is_factor(name)}
+    tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+    if stored.family != weights.family:
+        findings.append(Finding(Path(path).name, f"reads as {stored.family}, not {weights.family}"))
+    for name in layers:
+        if name not in weights.layers:
+            findings.append(Finding(name, "announced, but not trained"))
+        elif name not in stored.layers:
+            findings.append(Finding(name, "announced, but not in the file"))
+        else:
+            problem = difference(weights.layers[name], stored.layers[name], tolerance)
+            findings += [Finding(name, problem)] if problem else []
+    for name, layer in stored.layers.items():
+        if name not in weights.layers and bool(torch.count_nonzero(layer.delta())):
+            findings.append(Finding(name, "in the file, but not trained"))
+    findings += [Finding(word, problem) for word, problem in embeddings.problems(stored.tokens, weights.tokens)]
+    bundle = Path(path).with_name(Path(path).name.replace(".safetensors", "-bundled.safetensors"))
+    if weights.tokens and "" in heads and any(name.startswith("lora_") for name in heads[""].tensors):
+        findings += _bundle_findings(bundle, load_file(Path(path)), weights)
+    return findings
+
+
+def _bundle_findings(bundle: Path, plain: Mapping[str, torch.Tensor], weights: AdapterWeights) -> list[Finding]:
+    """The kohya file with the words in it: the same tensors, and the words."""
+    if not bundle.is_file():
+        return [Finding(bundle.name, "missing")]
+    own, words = embeddings.unbundle(load_file(bundle))
+    equal = own.keys() == plain.keys() and all(torch.equal(own[name], plain[name]) for name in own)
+    findings = [] if equal else [Finding(bundle.name, "its adapter is not that of the file beside it")]
+    return findings + [
+        Finding(f"{bundle.name} {word}", text) for word, text in embeddings.problems(words, weights.tokens)
+    ]
+
+
+def _headers(path: Path) -> dict[str, modelfile.Header]:
+    """The headers of a file ("" -> header) or of a PEFT folder (component -> header)."""
+    if not Path(path).is_dir():
+        return {"": modelfile.read(Path(path))}
+    return {f.parent.name: modelfile.read(f) for f in sorted(Path(path).glob(f"*/{PEFT_MODEL}"))}
+
+
+def _is_factor(name: str) -> bool:
+    return not name.endswith((".alpha", ".dora_scale"))
+
+
+def _tensor_findings(path: Path, weights: AdapterWeights, heads: Mapping[str, modelfile.Header]) -> list[Finding]:
+    """Tensors that are missing, not expected, or of another shape than the format's own writer makes."""
+    if "" not in heads:
+        expected = peft.tensors(weights, "fp32")
+    elif any(name.startswith("lora_") for name in heads[""].tensors):
+        expected = {"": kohya.tensors(weights, "fp32")}
+    else:
+        expected = {"": diffusers_format.tensors(weights, "fp32")}
+    findings = [Finding(part, "component missing") for part in expected.keys() - heads.keys()]
+    for part in expected.keys() & heads.keys():
+        wanted = {name: tuple(tensor.shape) for name, tensor in expected[part].items()}
+        there = heads[part].shapes()
+        findings += [Finding(name, "missing") for name in wanted if name not in there]
+        findings += [Finding(name, "not expected") for name in there if name not in wanted]
+        findings += [
+            Finding(name, f"shape {there[name]}, expected {shape}")
+            for name, shape in wanted.items()
+            if there.get(name, shape) != shape
+        ]
+    return findings
+
+
+def difference(trained: AnyLayer, stored: AnyLayer, tolerance: float) -> str | None:
+    """What is wrong with a stored layer, or None; `tolerance` is relative to the norm of the trained delta W."""
+    shapes = [_shape(layer) for layer in (trained, stored)]
+    if shapes[0] != shapes[1]:
+        return f"delta W is {shapes[1]}, expected {shapes[0]}"
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in stored.factors().values()):
+        return "not finite"
+    if trained.magnitude is None and _norm([stored]) == 0:
+        return "zero: it has no effect"
+    error, size = _norm([stored, trained], [1, -1]), _norm([trained])
+    if not error <= tolerance * size:  # so written that NaN, of an alpha for example, is not let through
+        return f"delta W is off by {100 * error / max(size, 1e-30):.3g} %"
+    if (trained.magnitude is None) != (stored.magnitude is None):
+        return "DoRA magnitude missing" if stored.magnitude is None else "DoRA magnitude that was not trained"
+    if trained.magnitude is None or stored.magnitude is None:
+        return None
+    close = torch.allclose(trained.magnitude.float().flatten(), stored.magnitude.flatten(), rtol=1e-5, atol=0)
+    return None if close else "DoRA magnitude differs"
+
+
+def _shape(layer: AnyLayer) -> tuple[int, ...]:
+    """The weight's shape as far as the layer knows it: LoHa and LoKr have a convolution's kernel in the columns."""
+    return (layer.up.shape[0], *layer.down.shape[1:]) if isinstance(layer, Layer) else layer.size
+
+
+def _norm(layers: Sequence[AnyLayer], signs: Sequence[int] = (1,)) -> float:
+    """Frobenius norm of the sum of delta W; LoRA's without making any: |A B| = |R_a R_b^T| of the QR decompositions."""
+    plain = [layer for layer in layers if isinstance(layer, Layer)]
+    if len(plain) < len(layers):
+        total = sum(sign * layer.delta().flatten(1) for sign, layer in zip(signs, layers, strict=True))
+        return float(torch.linalg.vector_norm(torch.as_tensor(total), dtype=torch.float64))
+    up = torch.cat(
+        [layer.up.double().flatten(1) * layer.scale * sign for sign, layer in zip(signs, plain, strict=True)], dim=1
+    )
+    down = torch.cat([layer.down.double().flatten(1) for layer in plain])
+    left, right = (torch.linalg.qr(thin, mode="r").R for thin in (up, down.T))
+    return float(torch.linalg.vector_norm(left @ right.T))
+
+
+def verify_effect(
+    base: Mapping[str, torch.Tensor],
+    memory: Mapping[str, torch.Tensor],
+    reloaded: Mapping[str, torch.Tensor],
+    *,
+    tolerance: float = 0.02,
+    floor: float = 1e-5,
+) -> list[Finding]:
+    """Compare outputs of each adapted component: without the adapter, as trained, and from the file in a fresh model.
+
+    Args:
+        base, memory, reloaded: component ("unet", "text_encoder", ...) -> one output for the same input.
+        tolerance: how far `reloaded` may be from `memory`, relative to the adapter's effect.
+        floor: the same relative to the output itself, for the rounding of the forward pass.
+    """
+    findings = []
+    for part, plain in base.items():
+        trained, loaded, plain = memory[part].float(), reloaded[part].float(), plain.float()
+        size = float(torch.linalg.vector_norm(plain))
+        effect = float(torch.linalg.vector_norm(trained - plain))
+        error = float(torch.linalg.vector_norm(loaded - trained))
+        if not all(bool(torch.isfinite(t).all()) for t in (plain, trained, loaded)):
+            findings.append(Finding(part, "its output is not finite"))
+        elif effect <= NO_EFFECT * size:
+            findings.append(Finding(part, "the adapter has no effect on its output"))
+        elif error > tolerance * effect + floor * size:
+            share = 100 * error / effect
+            findings.append(Finding(part, f"from the file its output is off by {share:.3g} % of the adapter's effect"))
+    return findings

@@ -1,0 +1,108 @@
+"""Pictures of the class by the base, for prior preservation, kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lorakit.config import SampleConfig
+from lorakit.core.cache_dir import cache_folder
+from lorakit.core.errors import LorakitError
+from lorakit.core.image_grid import save
+from lorakit.inference.sampling import draw_batch, sampling_pipeline
+
+# Class images are drawn as many at a time as have this many pixels together.
+BATCH_PIXELS = 2 * 512 * 512
+
+
+# A CPU draws small pictures fastest in small batches, which stay in its caches.
+LARGEST_BATCH = 8
+
+
+# Denoising steps of class images, at most: the sampler's pictures hardly change beyond, and there are many to draw.
+CLASS_STEPS = 20
+
+
+def class_images(
+    family: Any,
+    prompt: str,
+    text: Mapping[str, Any],
+    count: int,
+    sample: SampleConfig,
+    side: int,
+    seed: int,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    folder: Path | None = None,
+) -> list[Image.Image]:
+    """Pictures of the class by the base, drawn once and kept in the user's cache; the caller switches adapters off.
+
+    The n-th depends on (seed, n) and on what names the folder: base, prompt, size, steps, guidance, negative prompt.
+    Whatever is missing is drawn, whether that is all, what an interruption left or what a higher `count` asks for.
+
+    Args:
+        text: what `embed` makes of the prompt.
+        folder: cache to use instead of the user's.
+
+    Raises:
+        LorakitError: the cache cannot be written.
+    """
+    pipeline, sampler = sampling_pipeline(family)
+    sample = replace(sample, steps=min(sample.steps, CLASS_STEPS))
+    recipe = {
+        "base": family.info.hash,
+        "prompt": prompt,
+        "negative_prompt": sample.negative_prompt,
+        "size": side,
+        "steps": sample.steps,
+        "guidance": sample.guidance,
+        "sampler": sampler,
+        "seed": seed,
+    }
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    place = (folder or cache_folder()) / "class-images" / key
+    files = [place / f"{number:05d}.png" for number in range(count)]
+    missing = [number for number, file in enumerate(files) if not _opens(file)]
+    say(f"class images: {count - len(missing)} of {count} in the cache, {len(missing)} to draw ({prompt!r})")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+        batch = max(1, min(LARGEST_BATCH, BATCH_PIXELS // side**2))
+        for start in range(0, len(missing), batch):
+            numbers = missing[start : start + batch]
+            # A seed range of their own, far from the samples' (both are below 2**31).
+            seeds = [2**32 + seed * 2**20 + number for number in numbers]
+            drawn = draw_batch(family, pipeline, text, seeds, sample, (side, side))
+            for number, picture in zip(numbers, drawn, strict=True):
+                save(picture, files[number])
+    except OSError as error:
+        raise LorakitError(f"cannot keep class images in {place}: {error.strerror}; set LORAKIT_CACHE") from None
+    return [_open(file) for file in files]
+
+
+def as_pixels(images: Sequence[Image.Image], batch: int) -> Iterator[torch.Tensor]:
+    """Pictures as `[n, 3, H, W]` float32 in [-1, 1], `batch` of them at a time."""
+    for start in range(0, len(images), batch):
+        arrays = [np.asarray(image.convert("RGB")) for image in images[start : start + batch]]
+        yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _opens(file: Path) -> bool:
+    try:
+        _open(file)
+    except (OSError, SyntaxError):
+        return False
+    return True
+
+
+def _open(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")

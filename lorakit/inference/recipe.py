@@ -1,0 +1,44 @@
+"""How a picture was made, as web UIs and lorakit write it into the file."""
+
+from __future__ import annotations
+
+import json
+
+from lorakit import __version__, families
+from lorakit.config import SampleConfig
+
+
+def picture_info(
+    info: families.BaseInfo,
+    sampler: str,
+    prompt: str,
+    seed: int,
+    sample: SampleConfig,
+    size: tuple[int, int],
+    adapter: str,
+    strength: float,
+) -> dict[str, str]:
+    """What the picture was made with: a line to paste into a web UI, and the same as JSON."""
+    width, height = size
+    tag = f" <lora:{adapter}:{strength:g}>" if adapter else ""
+    negative = f"\nNegative prompt: {sample.negative_prompt}" if sample.negative_prompt else ""
+    parameters = (
+        f"{prompt}{tag}{negative}\nSteps: {sample.steps}, Sampler: {sampler}, Schedule type: Uniform, "
+        f"CFG scale: {sample.guidance:g}, Seed: {seed}, Size: {width}x{height}, "
+        f"Model: {info.title}, RNG: CPU, Version: lorakit {__version__}"
+    )
+    recipe = {
+        "prompt": prompt,
+        "negative_prompt": sample.negative_prompt,
+        "seed": seed,
+        "steps": sample.steps,
+        "guidance": sample.guidance,
+        "sampler": sampler,
+        "width": width,
+        "height": height,
+        "adapter": adapter,
+        "strength": strength,
+        "base": info.hash,
+        "version": __version__,
+    }
+    return {"parameters": parameters, "lorakit": json.dumps(recipe)}

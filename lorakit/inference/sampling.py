@@ -1,0 +1,250 @@
+"""Pictures: while a run goes on, from a finished file, and of the class for prior preservation.
+
+Nothing here can disturb training: each picture has a generator of its own, the scheduler is made afresh, and train
+flags are put back. A picture depends on its prompt and its seed alone, not on what is drawn beside it: seeds count up
+from `sample.seed` as web UIs count them, and the noise is drawn on the CPU: a web UI set to CPU noise starts from the
+same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from PIL import Image
+
+from lorakit import adapters, families, formats as export
+from lorakit.adapters.weights import AdapterWeights
+from lorakit.config import Config, ConfigError, MemoryConfig, ModelConfig, SampleConfig, from_tables, load
+from lorakit.core.errors import LorakitError
+from lorakit.core.image_grid import grid, save
+from lorakit.core.names import unused
+from lorakit.data import captions
+from lorakit.engine import device as placement
+from lorakit.inference.mode import inference
+from lorakit.inference.recipe import picture_info
+
+
+def draw(
+    family: Any,
+    prompts: Sequence[str],
+    sample: SampleConfig,
+    size: int | tuple[int, int],
+    *,
+    texts: Sequence[Mapping[str, Any]] | None = None,
+    adapter: str = "",
+    strength: float = 1.0,
+) -> list[Image.Image]:
+    """One picture for each prompt, by the weights as they are.
+
+    Drawn one by one: rounding then does not depend on the company either, and memory is that of a single picture.
+
+    Args:
+        family: the loaded base, with an adapter or without.
+        prompts: the n-th is drawn with seed `sample.seed + n`.
+        size: side, or (width, height), in pixels.
+        texts: what `embed` makes of the prompts; by default it is asked.
+        adapter: stem of the adapter's file, for the recipe.
+        strength: what the adapter is set to, for the recipe.
+
+    Returns:
+        RGB pictures; `info` holds the recipe, which `pictures.save` writes into the file: "parameters" as web UIs read
+        it, "lorakit" as JSON.
+    """
+    width, height = (size, size) if isinstance(size, int) else size
+    texts = embed(family, prompts, sample) if texts is None else texts
+    pipeline, sampler = sampling_pipeline(family)
+    drawn = []
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        seed = sample.seed + number
+        (picture,) = draw_batch(family, pipeline, text, [seed], sample, (width, height))
+        picture.info.update(
+            picture_info(family.info, sampler, prompt, seed, sample, (width, height), adapter, strength)
+        )
+        drawn.append(picture)
+    return drawn
+
+
+def embed(family: Any, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, Any]]:
+    """What the text encoders, as they are, make of each prompt and of the negative prompt: by the names under which the
+    family's pipeline takes it. They have the device to themselves, but for what is trained."""
+    family.release("unet", "vae")
+    family.acquire("text_encoders")
+    pipeline = family.pipeline()
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    texts = []
+    for prompt in prompts:
+        with inference(family.text_encoders.values()):
+            made = pipeline.encode_prompt(
+                prompt=[prompt],
+                device=family.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=sample.guidance > 1,
+                negative_prompt=[sample.negative_prompt],
+            )
+        texts.append(dict(zip(names, made, strict=False)))
+    return texts
+
+
+def from_file(
+    adapter: Path,
+    base: str | ModelConfig,
+    prompts: Sequence[str],
+    strengths: Sequence[float],
+    sample: SampleConfig,
+    *,
+    folder: Path | None = None,
+    size: int | None = None,
+    memory: MemoryConfig | None = None,
+) -> list[Path]:
+    """Pictures by an exported adapter in a base loaded afresh, written to a folder; the grid's path comes first.
+
+    Strength 0 is the base. With the prompts and settings of the run (`recorded` has the latter), the pictures equal
+    those of its end, to the bit on the CPU.
+
+    Args:
+        adapter: a file or a PEFT folder.
+        prompts: what to draw; none: what a run draws for the trigger that the file names.
+        folder: where to write, new or empty; by default runs/<time>-<name>-samples.
+        size: side in pixels; by default the side it was trained at.
+
+    Raises:
+        LorakitError: not an adapter, or one for another family than the base's; no prompt and no trigger; a folder
+            with something in it.
+    """
+    weights = export.read(adapter)
+    config = _recorded(weights.metadata, {})
+    prompts = list(prompts) or (captions.sample_prompts(config.data) if config.data.name else [])
+    if not prompts:
+        raise LorakitError(f"{adapter.name} does not say what its trigger is; give a --prompt")
+    folder = folder or unused(Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{adapter.stem}-samples")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise LorakitError(f"{folder} is not empty and nothing in it is overwritten; give another --output")
+    size = size or config.data.resolution
+    rows = draw_weights(weights, base, prompts, strengths, sample, size, name=adapter.stem, memory=memory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        table = grid([p for row in rows for p in row], [f"strength {value:g}" for value in strengths], prompts)
+        save(table, folder / "grid.png")
+        files = [folder / "grid.png"]
+        for strength, row in zip(strengths, rows, strict=True):
+            for number, picture in enumerate(row, 1):
+                files.append(folder / f"{number:02d}-strength-{strength:g}.png")
+                save(picture, files[-1])
+    except OSError as error:
+        raise LorakitError(f"cannot write to {folder}: {error.strerror}; give another --output") from None
+    return files
+
+
+def draw_weights(
+    weights: AdapterWeights,
+    base: str | ModelConfig,
+    prompts: Sequence[str],
+    strengths: Sequence[float],
+    sample: SampleConfig,
+    size: int | tuple[int, int],
+    *,
+    name: str,
+    memory: MemoryConfig | None = None,
+) -> list[list[Image.Image]]:
+    """As `from_file`, of weights already read and without writing: a list for each strength, a picture a prompt."""
+    where = memory or MemoryConfig()
+    info = families.describe(base)
+    if weights.family != info.family:
+        raise LorakitError(f"{name} was made for {weights.family} and {info.title} is {info.family}; give its --base")
+    device = placement.device(where)
+    # A file may come from a run on a card that streamed; elsewhere there is nowhere to, and the pictures are the same.
+    stream = where.stream_base and device.type == "cuda"
+    family = families.load(info, device, placement.dtype(where, device), where.base_storage, stream)
+    applied = adapters.apply(family, weights)
+    texts = []
+    for strength in strengths:  # all of them before the UNet comes to the device
+        applied.set_strength(strength)
+        texts.append(embed(family, prompts, sample))
+    rows = []
+    for strength, embedded in zip(strengths, texts, strict=True):
+        applied.set_strength(strength)
+        rows.append(draw(family, prompts, sample, size, texts=embedded, adapter=name, strength=strength))
+    return rows
+
+
+def recorded(adapter: Path, overrides: Mapping[str, Any]) -> Config:
+    """The config that an adapter's file carries, with `overrides` over it; defaults for what it does not say.
+
+    What `lorakit sample` starts from, so that its pictures are those of the run.
+
+    Raises:
+        ConfigError: an override is wrong.
+        LorakitError: not an adapter.
+    """
+    return _recorded(export.read(adapter).metadata, overrides)
+
+
+def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Config:
+    defaults = load(None, {"train.steps": 1} | dict(overrides))
+    try:
+        return from_tables(json.loads(metadata["lorakit.config"]), overrides)
+    except (KeyError, ValueError, AttributeError, ConfigError):
+        # Made by another program, or by a later lorakit that has other knobs.
+        return defaults
+
+
+def sampling_pipeline(family: Any) -> tuple[Any, str]:
+    """The family's pipeline for texts that are embedded already, with a fresh sampler, and the name that web UIs give
+    the sampler. The text encoders leave the device."""
+    family.release("text_encoders")
+    pipeline = family.pipeline()
+    for name in family.text_encoders:
+        setattr(pipeline, name, None)
+    if family.prediction_type == "flow_prediction":
+        name = "Euler"  # the scheduler that the base names: straight lines need nothing better
+    else:
+        pipeline.scheduler, name = _sampler(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, name
+
+
+def draw_batch(
+    family: Any, pipeline: Any, text: Mapping[str, Any], seeds: list[int], sample: SampleConfig, size: tuple[int, int]
+) -> list[Image.Image]:
+    """One batch, a picture a seed, through the pipeline, decoded by the family's VAE (float32 in every precision)."""
+    width, height = size
+    family.acquire("unet", "vae")
+    shape = (family.info.latent_channels, height // family.info.downscale, width // family.info.downscale)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    with inference([*family.modules().values(), family.vae]):
+        latents = pipeline(
+            **{name: _times(value, len(seeds)) for name, value in text.items()},
+            width=width,
+            height=height,
+            num_inference_steps=sample.steps,
+            guidance_scale=sample.guidance,
+            latents=noise.to(family.device, family.dtype),
+            output_type="latent",
+        ).images
+        pixels = family.decode(latents.float())
+    values = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(value) for value in values]
+
+
+def _times(value: Any, count: int) -> Any:
+    """The one row of an embedding that often; without guidance there is none of the negative prompt."""
+    return None if value is None else value.repeat_interleave(count, dim=0)
+
+
+def _sampler(config: Any) -> tuple[Any, str]:
+    """A sampler on a base's own noise schedule (its scheduler's config), and the name that web UIs give it.
+
+    DPM++ 2M (Lu et al. 2022, arXiv 2211.01095), on timesteps that begin at pure noise. A schedule that ends in zero
+    signal-to-noise has no such step for it; there DDIM begins at the last timestep (Lin et al. 2023, arXiv 2305.08891).
+    """
+    ddim: Any = DDIMScheduler
+    solver: Any = DPMSolverMultistepScheduler
+    if config.get("rescale_betas_zero_snr"):
+        return ddim.from_config(config, timestep_spacing="trailing", clip_sample=False), "DDIM"
+    return solver.from_config(config, timestep_spacing="linspace"), "DPM++ 2M"

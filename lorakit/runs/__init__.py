@@ -1,0 +1,1 @@
+"""A run before, while and after it is trained; no torch."""

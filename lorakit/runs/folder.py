@@ -1,0 +1,305 @@
+"""The run folder: the single truth about a run, for whoever trains, watches, stops or resumes it.
+
+    config.toml             the resolved config
+    plan.json               what was planned before the first step
+    state.json              where the run stands; replaced whole at every change
+    log.jsonl               everything that happened, one JSON object a line
+    stop                    somebody wants the run to stop; made by a signal, the front end or `touch`
+    checkpoints/step-000100/
+    samples/step-000100.png, samples/step-000100/01.png ...
+    <name>.safetensors, best.safetensors
+    report.json, curves.png, contact-sheet.png, report.html
+
+A viewer needs nothing but this folder and this module, which imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from PIL import Image
+
+from lorakit.config import Config, load, to_toml
+from lorakit.core import atomic, image_grid as pictures
+from lorakit.core.errors import LorakitError
+from lorakit.core.names import slug, step_name, unused
+
+States = Literal["preparing", "running", "done", "failed", "stopped", "interrupted"]
+# States in which a process must be alive; where it is not, the run was interrupted.
+LIVE = ("preparing", "running")
+# Progress (no change of state) is written at most so often, in seconds: an fsync is not free, and nobody looks faster.
+PROGRESS_EVERY = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Where a run stands.
+
+    Attributes:
+        step, steps: optimizer steps done and planned.
+        loss: smoothed training loss.
+        learning_rate: of the last step.
+        images_per_second, memory_mib, eta_s: speed, peak memory in MiB, seconds left.
+        threads: with how many torch computes on the CPU, 0 before it is known. Sums of floats depend on it.
+        pid, pid_start: the process that trains and the second since the epoch at which it started; a process number
+            alone is given out again.
+        message: how it ended, for a person.
+        adapter: file name of the exported adapter.
+        best: {"step", "reason"} of the checkpoint that validation prefers.
+        updated: seconds since the epoch of the last change.
+    """
+
+    state: States = "preparing"
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    learning_rate: float | None = None
+    images_per_second: float | None = None
+    memory_mib: float | None = None
+    eta_s: float | None = None
+    threads: int = 0
+    pid: int = 0
+    pid_start: float = 0.0
+    message: str = ""
+    adapter: str = ""
+    best: dict[str, Any] | None = None
+    updated: float = 0.0
+
+
+class RunFolder:
+    """Paths, state and log of one run. Making the object touches nothing; `create` and `open` claim the run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file = self.path / "config.toml"
+        self.plan_file = self.path / "plan.json"
+        self.state_file = self.path / "state.json"
+        self.log_file = self.path / "log.jsonl"
+        self.report_file = self.path / "report.json"
+        self.stop_file = self.path / "stop"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.curves_file = self.path / "curves.png"
+        self.contact_sheet_file = self.path / "contact-sheet.png"
+        self.html_file = self.path / "report.html"
+        self._state = State()
+
+    @property
+    def threads(self) -> int:
+        """See `State`."""
+        return self._state.threads
+
+    # -- for the process that trains ------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """A new folder for a new run, claimed by this process: `output.folder`, or runs/<time>-<name>.
+
+        Raises:
+            LorakitError: the folder asked for is not empty, is a file, or cannot be made.
+        """
+        wanted = config.output.folder
+        path = Path(wanted) if wanted else unused(Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{_slug(config)}")
+        try:
+            if path.exists() and not path.is_dir():
+                raise LorakitError(f"{path} is a file; give --output a folder")
+            if path.is_dir() and any(path.iterdir()):
+                hint = f", or go on with: lorakit resume {path}" if (path / "state.json").exists() else ""
+                raise LorakitError(f"{path} is not empty and nothing in it is overwritten; give another --output{hint}")
+            run = cls(path)
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            run.samples.mkdir(exist_ok=True)
+            atomic.write(run.config_file, to_toml(config))
+        except OSError as error:
+            raise LorakitError(f"cannot write to {path}: {error.strerror or error}; give another --output") from None
+        run._claim(State())
+        run.event("start", resumed=False)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Claim an existing run for this process, to resume it; a stop asked for earlier is forgotten.
+
+        Raises:
+            LorakitError: not a run folder, or another process is still training in it.
+        """
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise LorakitError(f"{run.path} is not a run folder: it has no config.toml")
+        state = read(run.path)
+        if state.state in LIVE and state.pid != _this_process()[0]:
+            raise LorakitError(f"{run.path} is being trained by process {state.pid}; stop that first")
+        run.stop_file.unlink(missing_ok=True)
+        _end_last_line(run.log_file)
+        run._claim(replace(state, message=""))
+        run.event("start", resumed=True)
+        return run
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of `State` and write it. Mere progress may be written a little later, with what follows it."""
+        self._state = replace(self._state, **changes)
+        if "state" in changes or time.time() - self._state.updated >= PROGRESS_EVERY:
+            self._write_state()
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Add one line to the log; it is out of this process's hands when the call returns."""
+        line = json.dumps(_plain({"time": round(time.time(), 3), "event": event, **facts}), ensure_ascii=False)
+        with self.log_file.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(line + "\n")
+
+    def write_plan(self, plan: Any) -> None:
+        """Keep the plan (plain JSON values)."""
+        atomic.write(self.plan_file, json.dumps(_plain(plan), indent=1, ensure_ascii=False))
+
+    def write_report(self, findings: Iterable[dict[str, Any]]) -> None:
+        """Keep what the self-check found, each a dict with name, passed and detail."""
+        found = [_plain(finding) for finding in findings]
+        verdict = {"passed": all(finding["passed"] for finding in found), "findings": found}
+        atomic.write(self.report_file, json.dumps(verdict, indent=1, ensure_ascii=False))
+
+    def save_samples(self, step: int, images: Sequence[Image.Image], prompts: Sequence[str]) -> Path:
+        """Write each picture with its recipe, then the grid of them, whose path is returned."""
+        folder = self.samples / step_name(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images, 1):
+            pictures.save(image, folder / f"{number:02d}.png")
+        path = folder.with_suffix(".png")
+        pictures.save(pictures.grid(images, [f"step {step}"], prompts), path)
+        return path
+
+    # -- for whoever watches --------------------------------------------------------------------------------------
+
+    @property
+    def adapter_name(self) -> str:
+        """Stem of the exported file: the name the run was made for, as a file name that every system takes."""
+        name = _slug(load(self.config_file))
+        return "best-adapter" if name == "best" else name
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody wants the run to stop."""
+        return self.stop_file.exists()
+
+    def request_stop(self) -> None:
+        """Ask the run to finish its step, save, export and end. May be called from a signal handler."""
+        self.stop_file.touch()
+
+    def events(self, *kinds: str) -> Iterator[dict[str, Any]]:
+        """The log's lines, in order, of these kinds (none: all). A half-written line is passed over."""
+        if not self.log_file.is_file():
+            return
+        with self.log_file.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(event, dict) and (not kinds or event.get("event") in kinds):
+                    yield event
+
+    def sample_grids(self) -> dict[int, Path]:
+        """Step -> grid picture, in order of steps."""
+        return {_step_of(path): path for path in sorted(self.samples.glob("step-*.png"))}
+
+    def sample_pictures(self, step: int) -> list[Path]:
+        """The single pictures of a step, in order of prompts."""
+        return sorted((self.samples / step_name(step)).glob("*.png"))
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _claim(self, state: State) -> None:
+        pid, started = _this_process()
+        self._state = replace(state, state="preparing", pid=pid, pid_start=started)
+        self._write_state()
+
+    def _write_state(self) -> None:
+        self._state = replace(self._state, updated=time.time())
+        atomic.write(self.state_file, json.dumps(_plain(asdict(self._state)), indent=1, ensure_ascii=False))
+
+
+def read(path: str | Path) -> State:
+    """What state.json says, corrected where the process that wrote it is gone ("interrupted").
+
+    Raises:
+        LorakitError: there is no readable state.json.
+    """
+    file = Path(path) / "state.json"
+    known = {field.name for field in fields(State)}
+    try:
+        state = State(**{k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k in known})
+    except OSError:
+        raise LorakitError(f"{path} is not a run folder: it has no state.json") from None
+    except (ValueError, AttributeError):
+        raise LorakitError(f"{file} is damaged; the checkpoints beside it are not touched by that") from None
+    if state.state in LIVE and not alive(state.pid, state.pid_start):
+        return replace(state, state="interrupted")
+    return state
+
+
+def status(path: str | Path) -> States:
+    """One word for how a run stands: preparing, running, done, failed, stopped or interrupted."""
+    return read(path).state
+
+
+def list_runs(root: str | Path) -> list[tuple[Path, State]]:
+    """The runs directly in `root`, last changed first; what is not a run folder is passed over."""
+    found = []
+    for file in Path(root).glob("*/state.json"):
+        try:
+            found.append((file.parent, read(file.parent)))
+        except LorakitError:
+            continue
+    return sorted(found, key=lambda run: (run[1].updated, run[0].name), reverse=True)
+
+
+def _slug(config: Config) -> str:
+    return slug(config.data.name) or slug(Path(config.data.folder).name) or "adapter"
+
+
+def _this_process() -> tuple[int, float]:
+    process = psutil.Process()
+    return process.pid, process.create_time()
+
+
+def alive(pid: int, started: float) -> bool:
+    """Whether the process that started then (seconds since the epoch) is still there, and not another of its number."""
+    try:
+        process = psutil.Process(pid)
+        # A zombie has ended and only waits to be noticed. The clock may have been set by a second or two meanwhile.
+        return bool(process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2)
+    except psutil.Error:
+        return False
+
+
+def _end_last_line(log: Path) -> None:
+    """A kill may have cut the last line; the next one must not be glued to it."""
+    if log.is_file() and log.stat().st_size:
+        with log.open("rb+") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: paths become names (a log never tells where on the machine), non-finite numbers null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))

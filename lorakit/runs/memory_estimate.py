@@ -1,0 +1,293 @@
+"""How much memory a run takes, worked out from the config and the base's layer shapes; no torch.
+
+What is kept for the backward pass follows from the layers' outputs with factors that were fitted to exact counts of
+every tensor's life (`benchmarks/memory.py`); docs/memory.md has how far each prediction is off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.config import Config
+from lorakit.core.errors import LorakitError
+from lorakit.engine import weight_storage as storage
+
+GIB = 2**30
+# Activations kept for the backward pass, as multiples of the values that come out of layers: of blocks, and of the
+# largest block that is gone through again in it. First by layers that keep as little as they can, then by others.
+FRUGAL = {"attention": (1.15, 2.1), "linear": (1.22, 3.2), "linear+conv": (1.35, 4.2)}
+PLAIN = {"attention": (1.75, 3.4), "linear": (1.95, 3.4), "linear+conv": (2.05, 3.4)}
+# The same of what comes out of layers that are in no block, and goes into blocks that are gone through again.
+OUTSIDE, INPUTS = 0.9, 0.6
+# A block that can be gone through again, by its path in the UNet.
+BLOCK = re.compile(r"(?:.+\.)?(?:transformer_blocks|resnets)\.\d+")
+# Share of the window of streamed weights that is filled at the peak: where pictures are largest weights are smallest.
+FILLED = 0.65
+# Bytes of optimizer state for each trained weight.
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "lion": 4, "adafactor": 1, "prodigy": 16}
+# What Python, torch and its kernels take before any model is there.
+RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
+# Stable Diffusion's autoencoder in float32: its weights, and what a pixel takes to encode, to decode, and to do either
+# by strips, which `families.strips` does on a card that has no room for more.
+VAE_BYTES, ENCODING, DECODING, BY_STRIPS = 335_000_000, 2560, 3072, 288
+# Rows of CLIP's table of words, which is no layer.
+VOCABULARY = 49408
+
+
+def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
+    """Part -> bytes at the peak of a training step.
+
+    Args:
+        info: the base, `families.BaseInfo`.
+        modules: component -> (adapted layers, trained weights).
+        device: "cpu", "cuda" or "mps".
+
+    Raises:
+        LorakitError: as `recomputed`.
+    """
+    again = set(recomputed(config, info, modules, device))
+    rest = _rest(config, info, modules, device)
+    return {
+        "base": rest["base"],
+        "adapter and optimizer": rest["adapter and optimizer"],
+        "activations": _activations(config, _blocks(config, info), device, again),
+        "runtime": rest["runtime"],
+    }
+
+
+def _rest(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
+    """What a step takes beside activations."""
+    width = _width(config, device)
+    # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
+    base = _unet(config, info, device)[0]
+    base += sum(size for name, size in _encoders(info, width).items() if name in modules or device == "cpu")
+    base += _vae(info) if device == "cpu" else 0
+    trained = sum(weights for _, weights in modules.values())
+    return {
+        "base": base,
+        # The weight itself and its gradient are float32.
+        "adapter and optimizer": trained * (4 + 4 + STATE_BYTES[config.optimizer.name]),
+        "runtime": round(RUNTIME_BYTES[device]),
+    }
+
+
+def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
+    """Phase -> bytes that it needs: "encoding" the photos, "training", drawing "samples".
+
+    On a GPU each part of the base is there alone while it encodes, and the autoencoder makes do with strips.
+    """
+    step = training(config, info, modules, device)
+    pixels = config.data.resolution**2
+    if device == "cpu":
+        beside = step["base"] + step["runtime"]
+        encoding, samples = beside + ENCODING * pixels, beside + DECODING * pixels + step["adapter and optimizer"]
+        return {"encoding": encoding, "training": sum(step.values()), "samples": samples}
+    width = _width(config, device)
+    unet, texts = _unet(config, info, device)[0], sum(_encoders(info, width).values())
+    pictures = _vae(info) + (BY_STRIPS if device == "cuda" else DECODING) * pixels
+    # Class images and samples are drawn once their texts are embedded. What is trained never leaves.
+    drawing = unet + pictures
+    encoding = max(texts, drawing if config.train.prior == "images" else pictures)
+    trained = step["base"] - unet
+    samples = max(unet + texts, drawing + trained) if trained else drawing
+    return {
+        "encoding": encoding + step["runtime"],
+        "training": sum(step.values()),
+        "samples": samples + step["adapter and optimizer"] + step["runtime"],
+    }
+
+
+def frugal(config: Config, device: str) -> bool:
+    """Whether layers keep as little for the backward pass as they can: a card has less memory than its host has time,
+    on a CPU it is the other way round. What is compiled keeps what its compiler chooses."""
+    return device == "cuda" and not config.memory.compile
+
+
+def recomputed(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> list[str]:
+    """The UNet's blocks (their paths in it) that a step computes again in the backward pass: none, all, or those that
+    `memory.limit_gib` asks for, first those where an operation saves most.
+
+    Raises:
+        LorakitError: a step takes more than the limit even with all of them.
+    """
+    blocks = _blocks(config, info)
+    paths = [path for path in blocks if path]
+    limit = config.memory.limit_gib
+    if limit is None:
+        return paths if config.memory.gradient_checkpointing else []
+    kept, _ = _factors(config, device)
+    order = sorted(paths, key=lambda path: blocks[path].saved(kept) / blocks[path].flop, reverse=True)
+    rest = sum(_rest(config, info, modules, device).values())
+    for count in range(len(order) + 1):
+        size = rest + _activations(config, blocks, device, set(order[:count]))
+        if size <= limit * GIB:
+            return order[:count]
+    everything = dataclasses.replace(config.memory, limit_gib=None, gradient_checkpointing=True)
+    unlimited = dataclasses.replace(config, memory=everything)
+    raise LorakitError(
+        f"memory.limit_gib = {limit:g}: a step takes {size / GIB:.1f} GiB even if every block is computed again; "
+        f"raise it, or set {_ways(unlimited, device)}"
+    )
+
+
+@dataclass
+class _Block:
+    """A part of the UNet: values that go into it and out of its layers, for one picture, and its multiplications."""
+
+    inputs: int
+    outputs: int = 0
+    flop: float = 0
+
+    def saved(self, kept: float) -> float:
+        return kept * self.outputs - INPUTS * self.inputs
+
+
+def _blocks(config: Config, info: Any) -> dict[str, _Block]:
+    """Path -> block; what is in none is under ""."""
+    side = config.data.resolution // info.downscale
+    found: dict[str, _Block] = {}
+    for name, shape, places in placed(info.layers, side, side, info.text_tokens):
+        path = match[0] if (match := BLOCK.match(name.removeprefix("unet."))) else ""
+        block = found.setdefault(path, _Block(shape[1] * places))
+        block.outputs += shape[0] * places
+        block.flop += flop(name, shape, places, info.text_tokens)
+    return found
+
+
+def _activations(config: Config, blocks: Mapping[str, _Block], device: str, again: set[str]) -> int:
+    """Bytes kept for the backward pass, where the blocks in `again` are computed again."""
+    kept, repeated = _factors(config, device)
+    inner = {path: block for path, block in blocks.items() if path}
+    total = OUTSIDE * (blocks[""].outputs if "" in blocks else 0)
+    total += kept * sum(block.outputs for path, block in inner.items() if path not in again)
+    total += INPUTS * sum(inner[path].inputs for path in again)
+    total += repeated * max((inner[path].outputs for path in again), default=0)
+    pictures = config.train.batch_size * (1 if config.train.prior == "none" else 2)
+    return round(total * _width(config, device) * pictures)
+
+
+def _factors(config: Config, device: str) -> tuple[float, float]:
+    return (FRUGAL if frugal(config, device) else PLAIN)[config.adapter.target_modules]
+
+
+def flop(name: str, shape: Sequence[int], places: int, tokens: int) -> float:
+    """Multiplications and additions of a UNet's layer in a forward pass, those of attention with its query's."""
+    total = 2.0 * math.prod(shape) * places
+    if name.endswith(".attn.to_q"):  # of picture and text together
+        total += 4 * (places + tokens) ** 2 * shape[0]
+    elif name.endswith("attn1.to_q") or (name.endswith("attn2.to_q") and ".attentions." not in name):
+        total += 4 * places * places * shape[0]
+    elif name.endswith("attn2.to_q"):
+        total += 4 * places * tokens * shape[0]
+    return total
+
+
+def advice(doing: str, config: Config | None = None, device: str = "cuda") -> str:
+    """What to change where memory of a device runs out: what costs least first; of a config what is still open only."""
+    return f"{doing}: not enough memory on the device; cheapest first, set {_ways(config, device)}"
+
+
+def _ways(config: Config | None, device: str) -> str:
+    ways = []
+    if config is not None and config.memory.limit_gib is not None:
+        ways.append(f"a lower memory.limit_gib (now {config.memory.limit_gib:g})")
+    elif config is None or not config.memory.gradient_checkpointing:
+        ways.append("memory.gradient_checkpointing = true")
+    if config is None or config.memory.base_storage == "full":
+        ways.append("memory.base_storage = 'nf4'")
+    if device == "cuda" and (config is None or not config.memory.stream_base):
+        ways.append("memory.stream_base = true")
+    if config is None or config.train.batch_size > 1:
+        pictures = "..." if config is None else config.train.batch_size * config.train.gradient_accumulation_steps
+        ways.append(f"train.batch_size = 1 with train.gradient_accumulation_steps = {pictures}")
+    ways.append("a lower data.resolution" + (f" (now {config.data.resolution})" if config else ""))
+    return ", ".join(ways[:-1]) + (", or " if len(ways) > 1 else "") + ways[-1]
+
+
+def placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int) -> list[tuple[str, Any, int]]:
+    """Each UNet layer with the number of places it is applied at for one picture of `height` x `width` latent cells.
+
+    Down blocks halve the picture one after the other, up blocks double it; a sampler's convolution works at the size
+    it makes. Keys and values of cross-attention are of the text, and what embeds the timestep is applied once.
+    """
+    names = [name for name in shapes if name.startswith("unet.")]
+    if patches := shapes.get("unet.pos_embed.proj"):
+        cells = math.ceil(height / patches[-1]) * math.ceil(width / patches[-1])
+        return [(name, shapes[name], _joint_places(name, cells, tokens)) for name in names]
+    levels = 1 + max((int(m[1]) for name in names if (m := re.match(r"unet\.down_blocks\.(\d+)\.", name))), default=0)
+    found = []
+    for name in names:
+        block = re.match(r"unet\.(down|up)_blocks\.(\d+)\.", name)
+        if "mid_block" in name:
+            level = levels - 1
+        elif block is None:
+            level = 0
+        elif block[1] == "down":
+            level = int(block[2]) + ("downsamplers" in name)
+        else:
+            level = levels - 1 - int(block[2]) - ("upsamplers" in name)
+        if re.search(r"time_emb|add_embedding", name):
+            places = 1
+        elif name.endswith(("attn2.to_k", "attn2.to_v")):
+            places = tokens
+        else:
+            places = math.ceil(height / 2**level) * math.ceil(width / 2**level)
+        found.append((name, shapes[name], places))
+    return found
+
+
+def _joint_places(name: str, cells: int, tokens: int) -> int:
+    """How often a layer of Stable Diffusion 3's transformer is applied: to each patch, to each token, or once."""
+    if re.search(r"norm(1|1_context|_out)\.linear|time_text_embed", name):
+        return 1
+    return tokens if re.search(r"ff_context|add_[qkv]_proj|to_add_out|context_embedder", name) else cells
+
+
+def _width(config: Config, device: str) -> int:
+    """Bytes of one of the base's weights in full."""
+    chosen = config.memory.mixed_precision
+    return 2 if chosen in ("bf16", "fp16") or (chosen == "auto" and device == "cuda") else 4
+
+
+def on_host(config: Config, info: Any, device: str) -> int:
+    """Bytes of the host's memory that the UNet's weights take where they are streamed to a device, else 0."""
+    return _unet(config, info, device)[1]
+
+
+def _unet(config: Config, info: Any, device: str) -> tuple[int, int]:
+    """Bytes of the UNet's weights as they are stored: on the device, and in the host's memory to be streamed there."""
+    kind, width = config.memory.base_storage, _width(config, device)
+    streamed = config.memory.stream_base and device == "cuda"
+    there = host = 0
+    for name, shape in info.layers.items():
+        path = name.removeprefix("unet.")
+        size = storage.size_of(path, shape, kind, width) if path != name else 0
+        if streamed and not storage.stays_in_full(path, math.prod(shape)):
+            host += size
+        else:
+            there += size
+    return there + min(host, round(FILLED * storage.WINDOW)), host
+
+
+def _vae(info: Any) -> int:
+    """Bytes of the autoencoder's weights. On disk they may be in half precision; in memory they never are."""
+    if info.slots is not None:
+        return sum(4 * math.prod(slot.shape) for slot in info.slots["vae"].values())
+    return int(info.bytes.get("vae", VAE_BYTES)) * (2 if info.variants.get("vae") else 1)
+
+
+def _encoders(info: Any, width: int) -> dict[str, int]:
+    """Text encoder -> bytes of its weights."""
+    found: dict[str, int] = {}
+    for name, shape in info.layers.items():
+        component = name.partition(".")[0]
+        if component != "unet":
+            if component not in found:  # the first layer is as wide as the table of words
+                found[component] = VOCABULARY * shape[1] * width
+            found[component] += math.prod(shape) * width
+    return found

@@ -1,0 +1,306 @@
+"""What a run would do and cost, worked out from the config, the base's layer shapes and the photos; no torch.
+
+Layer shapes give the exact number of multiplications; memory and time follow from them with factors that were fitted
+once, named below with where they come from. They are estimates and are called so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters import targets
+from lorakit.config import OFFLOAD_NEEDS_CUDA, AdapterConfig, Config
+from lorakit.core.errors import LorakitError
+from lorakit.core.units import duration
+from lorakit.data import captions, holdout as split
+from lorakit.runs import memory_estimate as footprint
+
+# A training step in forward passes: 1 forward and 1.2 backward (only the adapter has weight gradients), and with
+# gradient checkpointing another 0.7.
+PASSES, PASSES_WITH_CHECKPOINTING = 2.2, 2.95
+# On a CPU: the share of a large matrix product's speed that a UNet reaches, and the fixed cost of a layer's kernels in
+# a forward pass, in seconds. Fitted to a UNet of 132 layers at batch 1, 8 and 16, one thread of an EPYC of 2023.
+CPU_SHARE, CPU_LAYER_SECONDS = 0.55, 1.4e-4
+# Steps below which a run is said to be short: what the bundled base took, as docs/pocket.md tells it.
+ENOUGH = 200
+FEW = (
+    f"note: fewer than {ENOUGH} steps teach little (the bundled base took 200 for 16 pictures, 400 for 5 photos); "
+    "raise train.steps_per_image"
+)
+COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it"
+# Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
+SAMPLE_GRIDS = 6
+# Share of the host's memory above which weights that are pinned in it leave others too little.
+MUCH = 0.5
+# Linux keeps this file where an NVIDIA driver is loaded.
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it runs.
+
+    Attributes:
+        modules: component -> (number of adapted layers, number of trained weights).
+        photos, held_out: photos trained on, and kept for validation.
+        batches: batches in one pass over the photos; no batch mixes sizes.
+        steps: optimizer steps of the whole run.
+        length: how `steps` came about, in words.
+        epochs: passes over the photos.
+        memory: part -> bytes at the peak of a training step, estimated.
+        peaks: phase ("encoding", "training", "samples") -> bytes, estimated.
+        seconds: estimated duration, or None where nothing honest can be said beforehand.
+        device: where it will run, as far as it can be told without torch.
+        recomputed: blocks of the UNet that a step computes again in the backward pass.
+        limit_gib: `memory.limit_gib`, which asked for them.
+        notes: how what the base does not say was decided, a line each.
+        host, ram: bytes of the host's memory that keep the base's weights from the device, and all that it has, as far
+            as it is known; else 0.
+    """
+
+    base: str
+    family: str
+    prediction_type: str
+    method: str
+    rank: int
+    alpha: float
+    scale: float
+    modules: dict[str, tuple[int, int]]
+    photos: int
+    held_out: int
+    batches: int
+    steps: int
+    length: str
+    epochs: float
+    memory: dict[str, int]
+    peaks: dict[str, int]
+    seconds: float | None
+    device: str
+    recomputed: int = 0
+    limit_gib: float | None = None
+    notes: tuple[str, ...] = ()
+    host: int = 0
+    ram: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `plan.json` and `--json`."""
+        return dataclasses.asdict(self) | {
+            "modules": {part: {"modules": m, "parameters": p} for part, (m, p) in self.modules.items()}
+        }
+
+    def lines(self) -> list[str]:
+        """The plan as a person reads it."""
+        trained = ", ".join(f"{part} {m} modules ({_millions(p)} weights)" for part, (m, p) in self.modules.items())
+        memory = ", ".join(f"{part} {_gib(size)}" for part, size in self.memory.items())
+        held = f", {self.held_out} held out for validation" if self.held_out else ", none held out"
+        spent = "measured in the first steps" if self.seconds is None else f"about {duration(self.seconds)} (estimate)"
+        return [
+            f"base: {self.base} ({self.family}, predicts {self.prediction_type})",
+            *self.notes,
+            f"photos: {self.photos} to train on{held}",
+            f"adapter: {self.method}, {trained}",
+            f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}",
+            f"length: {self.length}",
+            *([FEW] if self.steps < ENOUGH else []),
+            f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory}); "
+            f"{_gib(self.peaks['encoding'])} to encode the photos, {_gib(self.peaks['samples'])} to draw samples",
+            *self._limited(),
+            *([self._on_host()] if self.host else []),
+            f"time: {spent}",
+        ]
+
+    def _limited(self) -> list[str]:
+        if self.limit_gib is None:
+            return []
+        count = f"{self.recomputed} block{'s' * (self.recomputed != 1)}"
+        return [f"limit: {count} of the UNet computed again in the backward pass, for {self.limit_gib:g} GiB"]
+
+    def _on_host(self) -> str:
+        """What is asked of the host's memory."""
+        told = f"host: {_gib(self.host)} of memory for the base's weights"
+        if not self.ram:
+            return told
+        many = "; that is much: keep them smaller with memory.base_storage" if self.host > MUCH * self.ram else ""
+        return f"{told}, of {_gib(self.ram)}{many}"
+
+
+def make(config: Config, info: Any, report: Any) -> Plan:
+    """The plan of a run.
+
+    Args:
+        info: the base, `families.BaseInfo`.
+        report: what `data.check.check` found.
+
+    Raises:
+        LorakitError: no photo is left to train on, the adapter would have no layer, a step cannot be kept within
+            `memory.limit_gib`, or weights are to be streamed to a device that computes in the host's memory.
+    """
+    sizes, held_out = _training_sizes(config, report)
+    if not sizes:
+        raise LorakitError("no photo can be used for training; `lorakit check` says what is wrong with each")
+    selected = targets.select(info.layers, config.adapter.target_modules, config.adapter.train_text_encoder)
+    if not selected:
+        raise LorakitError(f"adapter.target_modules = {config.adapter.target_modules!r} selects no layer of this base")
+    modules = count_weights(selected, info.layers, config.adapter)
+    batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
+    steps, length = run_length(config, len(sizes), batches)
+    device = guess_device(config.memory.device)
+    if config.memory.stream_base and not may_be_cuda(config.memory.device):
+        raise LorakitError(OFFLOAD_NEEDS_CUDA.format(device=device))
+    host = footprint.on_host(config, info, device)
+    alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
+    return Plan(
+        base=info.title,
+        notes=(*info.notes, *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else [])),
+        family=info.family,
+        prediction_type=info.prediction_type,
+        method=config.adapter.method,
+        rank=config.adapter.rank,
+        alpha=alpha,
+        scale=alpha / (math.sqrt(config.adapter.rank) if config.adapter.method == "rslora" else config.adapter.rank),
+        modules=modules,
+        photos=len(sizes),
+        held_out=held_out,
+        batches=batches,
+        steps=steps,
+        length=length,
+        epochs=steps * config.train.gradient_accumulation_steps / batches,
+        memory=footprint.training(config, info, modules, device),
+        peaks=footprint.peaks(config, info, modules, device),
+        seconds=estimate_seconds(config, info, steps) if device == "cpu" else None,
+        device=device,
+        recomputed=len(footprint.recomputed(config, info, modules, device)),
+        limit_gib=config.memory.limit_gib,
+        host=host,
+        ram=_ram() if host else 0,
+    )
+
+
+def count_weights(
+    selected: Sequence[str], shapes: Mapping[str, Sequence[int]], adapter: AdapterConfig
+) -> dict[str, tuple[int, int]]:
+    """Component -> (adapted layers, trained weights), the vectors of new words among them."""
+    counted: dict[str, tuple[int, int]] = {}
+    for name in selected:
+        component = name.partition(".")[0]
+        before = counted.get(component, (0, 0))
+        counted[component] = before[0] + 1, before[1] + targets.trained(adapter, shapes[name])
+    for component in ("text_encoder", "text_encoder_2") if adapter.new_tokens else ():
+        first = shapes.get(f"{component}.text_model.encoder.layers.0.self_attn.q_proj")
+        if first:
+            layers, weights = counted.get(component, (0, 0))
+            counted[component] = layers, weights + adapter.new_tokens * first[1]
+    return counted
+
+
+def run_length(config: Config, photos: int, batches: int) -> tuple[int, str]:
+    """Optimizer steps, and the arithmetic in words. `batches` is the number of batches that shows every photo once."""
+    train = config.train
+    a_step = train.batch_size * train.gradient_accumulation_steps
+    of = f" of {a_step} photos" if a_step > 1 else ""
+    count = "1 photo" if photos == 1 else f"{photos} photos"
+    if train.steps_per_image is not None:
+        steps = train.steps_per_image * photos
+        return steps, f"{count} x {train.steps_per_image} steps each = {steps} steps{of}"
+    if train.epochs is not None:
+        parts = train.gradient_accumulation_steps
+        steps = train.epochs * math.ceil(batches / parts)
+        accumulated = f" / {parts} accumulated" if parts > 1 else ""
+        return steps, f"{train.epochs} epochs x {batches} batches of {count}{accumulated} = {steps} steps"
+    assert train.steps is not None, "the config has exactly one length"
+    return train.steps, f"{train.steps} steps{of}, {train.steps / photos:.3g} for each of {count}"
+
+
+def forward_flop(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int = 77) -> float:
+    """Floating-point operations of one UNet forward pass for one picture of `height` x `width` latent cells.
+
+    Two for each weight and place it is applied at, and 4 n m c for an attention of n places to m of width c. Gives the
+    counts of torch's own counter for the real models: SD1.5 at 512 px 0.803e12, SDXL at 1024 px 6.761e12.
+    """
+    layers = footprint.placed(shapes, height, width, tokens)
+    return sum(footprint.flop(name, shape, places, tokens) for name, shape, places in layers)
+
+
+def estimate_seconds(config: Config, info: Any, steps: int) -> float:
+    """Duration on this CPU: training, class images and sample grids; loading and validation are small beside them."""
+    train, sample = config.train, config.sample
+    side = config.data.resolution // info.downscale
+    flop = forward_flop(info.layers, side, side, info.text_tokens)
+    speed = CPU_SHARE * _matmul_speed()
+    overhead = CPU_LAYER_SECONDS * sum(name.startswith("unet.") for name in info.layers)
+    passes = PASSES_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else PASSES
+    with_prior = {"none": passes, "images": 2 * passes, "teacher": 2 * passes + 1}[train.prior]
+    step = train.gradient_accumulation_steps * (train.batch_size * flop * with_prior / speed + overhead * passes)
+    # A picture takes two passes, with and without the prompt, for each denoising step; samples are drawn one by one and
+    # class images many at a time, where the fixed cost no longer counts.
+    pass_of_two = 2 * flop / speed
+    grids = SAMPLE_GRIDS * len(sample.prompts or captions.sample_prompts(config.data)) * (pass_of_two + overhead)
+    class_images = train.class_images * pass_of_two if train.prior == "images" else 0
+    seconds: float = steps * step + sample.steps * (grids + class_images)
+    return seconds
+
+
+def guess_device(wanted: str) -> str:
+    """The device that `memory.device = "auto"` will most likely come to, told without importing torch."""
+    if wanted != "auto":
+        return wanted
+    if may_be_cuda(wanted) and NVIDIA_DRIVER.exists():
+        return "cuda"
+    return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+
+
+def may_be_cuda(wanted: str) -> bool:
+    """False where `memory.device` cannot come to CUDA; where it says "auto" there may be none nevertheless."""
+    try:
+        build = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        build = ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return wanted == "cuda" or (wanted == "auto" and "+cpu" not in build and not hidden and sys.platform != "darwin")
+
+
+def _training_sizes(config: Config, report: Any) -> tuple[list[tuple[int, int]], int]:
+    """(width, height) at which each photo is trained that is not held out, and how many are held out."""
+    buckets = {item.photo.relative: item.bucket for item in report.items}
+    trained, held_out = split.split(report.photos, config.train.holdout, config.train.seed)
+    return [buckets[photo.relative] for photo in trained], len(held_out)
+
+
+def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:
+    """Floating-point operations a second of a float32 matrix product here, measured for `seconds`."""
+    import numpy
+
+    left = numpy.ones((side, side), numpy.float32)
+    numpy.matmul(left, left)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        numpy.matmul(left, left)
+        done += 1
+    return 2.0 * side**3 * done / (time.perf_counter() - start)
+
+
+def _ram() -> int:
+    """Bytes of memory of this machine, or 0: Windows tells it in another way."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,254 @@
+"""Runs one after the other, by a small process that outlives the front end. The truth is in files:
+
+    <runs>/.queue/000001.json   a job: the command, the folder it writes to, how it stands
+    <runs>/.queue/000001.toml   the config of a training job
+    <runs>/.queue/000001.log    what it printed
+    <runs>/.queue/worker.lock   held by the process that works the jobs off
+
+A job that fails does not stop the next. Nothing is deleted; a job that is no longer wanted is marked so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from lorakit.config import Config, to_toml
+from lorakit.core import atomic, names
+from lorakit.core.errors import LorakitError
+from lorakit.runs import folder as run_folder
+
+# A worker that finds the lock taken waits this long (seconds): the other may be about to leave.
+PATIENCE = 5.0
+ENDED = {0: "done", 130: "stopped"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One command of the queue.
+
+    Attributes:
+        arguments: of `python -m lorakit`.
+        folder: the run folder it makes or goes on with, or where its pictures go.
+        state: waiting, running, done, stopped, failed, interrupted or cancelled.
+        pid, pid_start: its process, as in `run_folder.State`.
+        code: its exit code.
+        added, ended: seconds since the epoch.
+    """
+
+    number: int
+    arguments: tuple[str, ...]
+    folder: str
+    state: str = "waiting"
+    pid: int = 0
+    pid_start: float = 0.0
+    code: int | None = None
+    added: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def verb(self) -> str:
+        """train, resume, sample ..."""
+        return self.arguments[0]
+
+
+class Queue:
+    """The jobs of one folder of runs. Making the object touches nothing."""
+
+    def __init__(self, runs: Path):
+        self.runs = runs
+        self.folder = runs / ".queue"
+        self._at_work = False
+
+    # -- for the front end ----------------------------------------------------------------------------------------
+
+    def train(self, config: Config) -> Job:
+        """Add a training run; its run folder has a name already, but is made by the run itself."""
+        taken = {Path(job.folder) for job in self.jobs()}
+        name = names.slug(config.data.name) or names.slug(Path(config.data.folder).name) or "adapter"
+        first = self.runs / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
+        folder, number = first, 1
+        while folder in taken or folder.exists():
+            number += 1
+            folder = first.with_name(f"{first.name}-{number}")
+        return self._add(
+            lambda toml: ("train", "--preset", str(toml), "--output", str(folder)), folder, to_toml(config)
+        )
+
+    def resume(self, folder: Path) -> Job:
+        """Add the continuation of a run.
+
+        Raises:
+            LorakitError: it is running, or waits in the queue already.
+        """
+        if any(Path(job.folder) == folder and job.state in ("waiting", "running") for job in self.jobs()):
+            raise LorakitError(f"{folder.name} is in the queue already")
+        return self._add(lambda _: ("resume", str(folder)), folder)
+
+    def command(self, arguments: Sequence[str], folder: Path) -> Job:
+        """Add any other command of lorakit, which writes to `folder`."""
+        return self._add(lambda _: tuple(arguments), folder)
+
+    def cancel(self, number: int) -> bool:
+        """Take a job back that has not begun; False where it has."""
+        job = self.job(number)
+        if job is None or job.state != "waiting":
+            return False
+        self._write(replace(job, state="cancelled", ended=time.time()))
+        return True
+
+    def jobs(self) -> list[Job]:
+        """All jobs, in order; one whose process and worker are both gone is told as it ended."""
+        found = [self._read(file) for file in sorted(self.folder.glob("??????.json"))]
+        return [self._corrected(job) for job in found if job is not None]
+
+    def job(self, number: int) -> Job | None:
+        """One job, or None where there is no such number."""
+        found = self._read(self._file(number, "json"))
+        return self._corrected(found) if found else None
+
+    def log(self, number: int) -> str:
+        """What the job printed so far."""
+        try:
+            return self._file(number, "log").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
+    def waiting(self) -> list[Job]:
+        """Jobs that have not begun, next one first."""
+        return [job for job in self.jobs() if job.state == "waiting"]
+
+    def is_working(self) -> bool:
+        """Whether a worker is there."""
+        if not self.folder.is_dir():
+            return False
+        lock = self._lock()
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def start(self) -> None:
+        """Start a worker, detached from this process; where there is one, the new one leaves again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "worker.log").open("ab") as log:
+            subprocess.Popen(
+                [sys.executable, "-m", "lorakit.runs.queue", str(self.runs.resolve())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                **_detached(),
+            )
+
+    # -- for the worker -------------------------------------------------------------------------------------------
+
+    def work(self) -> None:
+        """Run what waits, one after the other, until nothing does. Returns at once where another worker is there."""
+        try:
+            with self._lock().acquire(timeout=PATIENCE):
+                self._at_work = True
+                self._wait_for_orphans()
+                while waiting := self.waiting():
+                    self._run(waiting[0])
+        except Timeout:
+            return
+
+    def _run(self, job: Job) -> None:
+        with self._file(job.number, "log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lorakit", *job.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                **_detached(),
+            )
+            # The process may be gone before it is looked at.
+            started = time.time()
+            with contextlib.suppress(psutil.Error):
+                started = psutil.Process(process.pid).create_time()
+            job = replace(job, state="running", pid=process.pid, pid_start=started)
+            self._write(job)
+            code = process.wait()
+        state = ENDED.get(code, "failed" if code >= 0 else "interrupted")
+        self._write(replace(job, state=state, code=code, ended=time.time()))
+
+    def _wait_for_orphans(self) -> None:
+        """A worker before this one may have been killed while its run lives on: two at once would only be slower."""
+        for job in self.jobs():
+            while job.state == "running" and run_folder.alive(job.pid, job.pid_start):
+                time.sleep(0.5)
+            if job.state != "waiting":
+                self._write(self._corrected(job))
+
+    def _corrected(self, job: Job) -> Job:
+        """The job as it stands where the worker was killed before it could write how it ended."""
+        if job.state != "running" or run_folder.alive(job.pid, job.pid_start):
+            return job
+        if not self._at_work and self.is_working():
+            return job  # it ended just now, and how is about to be written
+        try:
+            state = run_folder.read(job.folder).state
+        except LorakitError:
+            state = "interrupted"
+        return replace(job, state="interrupted" if state in run_folder.LIVE else state, ended=time.time())
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def _add(self, arguments, folder: Path, config: str | None = None) -> Job:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = max((job.number for job in self.jobs()), default=0) + 1
+        while True:
+            try:
+                # Claims the number: two browsers may press the button at once.
+                self._file(number, "log").touch(exist_ok=False)
+                break
+            except FileExistsError:
+                number += 1
+        toml = self._file(number, "toml")
+        if config is not None:
+            atomic.write(toml, config)
+        job = Job(number=number, arguments=tuple(arguments(toml)), folder=str(folder), added=time.time())
+        self._write(job)
+        return job
+
+    def _lock(self) -> FileLock:
+        return FileLock(self.folder / "worker.lock")
+
+    def _file(self, number: int, kind: str) -> Path:
+        return self.folder / f"{number:06d}.{kind}"
+
+    def _write(self, job: Job) -> None:
+        atomic.write(self._file(job.number, "json"), json.dumps(asdict(job), indent=1, ensure_ascii=False))
+
+    @staticmethod
+    def _read(file: Path) -> Job | None:
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            return Job(**told | {"arguments": tuple(told["arguments"])})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+
+def _detached() -> dict[str, Any]:
+    """How a process is started that outlives this one and gets none of its signals."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}
+    return {"start_new_session": True}
+
+
+if __name__ == "__main__":
+    Queue(Path(sys.argv[1])).work()

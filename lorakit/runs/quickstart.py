@@ -1,0 +1,104 @@
+"""What someone is asked who has never trained a model, and the config and the preview that the answers lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit import config as configuration, families
+from lorakit.config import LENGTHS, Config
+from lorakit.data import checks as check
+from lorakit.families import hub
+from lorakit.runs import plan
+
+# The knobs that everybody has to answer for; all others have a preset's value.
+PHOTOS, KIND, NAME, BASE = QUESTIONS = ("data.folder", "data.kind", "data.name", "model.base")
+# Decided by whoever starts a run, not asked.
+GIVEN = ("output.folder",)
+# Exactly one of these is set.
+LENGTH_KEYS = tuple(f"train.{name}" for name in LENGTHS)
+# Which presets are for which family of base model.
+PRESET_FOR_FAMILY = {"sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl", "sd3": "sd3"}
+# How much longer or shorter than its preset a run is.
+QUALITIES = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is known of a run before it starts. `plan` is None where the photos have errors."""
+
+    info: Any
+    report: check.Report
+    plan: plan.Plan | None
+
+
+def suggest(
+    answers: Mapping[str, Any], quality: str, preset: str | None = None, changed: Mapping[str, Any] | None = None
+) -> Config:
+    """The config for some answers (a knob's key -> value); what is not answered is as the preset has it.
+
+    Args:
+        changed: other knobs that were set by hand. What belongs to them gives way as it does in `config.load`.
+
+    Raises:
+        LorakitError: the base, which decides the preset where none is named, cannot be read.
+        ConfigError: an answer is no value of its knob.
+    """
+    known = {key: answers[key] for key in QUESTIONS if key in answers}
+    if preset is None:
+        preset, _ = default_preset(known.get(BASE, "pocket"), known.get(KIND, "subject"))
+    changed = changed or {}
+    if not any(key in changed for key in LENGTH_KEYS):
+        config = configuration.load(preset)
+        for key in LENGTH_KEYS:
+            length = getattr(config.train, key.partition(".")[2])
+            if length is not None:
+                known[key] = max(1, round(length * QUALITIES[quality]))
+    return configuration.load(preset, known | dict(changed))
+
+
+def default_preset(base: str, kind: str) -> tuple[str, str]:
+    """The preset for a base and a kind of photos where the user named none, and why."""
+    if base == "pocket":
+        return f"{kind}-pocket", "for the bundled base"
+    family = families.describe(base).family
+    return f"{kind}-{PRESET_FOR_FAMILY[family]}", f"for a base of the family {family}; --preset chooses another"
+
+
+def describe(base: str) -> Any:
+    """What is known of a base model without loading it (`families.BaseInfo`)."""
+    return families.describe(base)
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether a base is `owner/name[@revision]` on the hub and nothing on this machine."""
+    return not Path(base).expanduser().exists() and hub.parse(base) is not None
+
+
+def must_be_fetched(base: str) -> bool:
+    """Whether only the network has a base: it is a hub id, and not in the cache. The network is not asked."""
+    asked = hub.parse(base) if is_hub_id(base) else None
+    return asked is not None and hub.cached(asked) is None
+
+
+def base_of(config_file: Path) -> str:
+    """The base model that a run adapts."""
+    return configuration.load(config_file).model.base
+
+
+def photo_folder(config: Config) -> Path:
+    """Where the photos are."""
+    return Path(config.data.folder)
+
+
+def preview(config: Config, report: check.Report | None = None) -> Preview:
+    """Look at the photos (unless that was done: `report`) and plan the run. No model is loaded.
+
+    Raises:
+        LorakitError: the folder or the base cannot be read.
+    """
+    info = families.describe(config.model)
+    report = report or check.check(config.data, info)
+    return Preview(info, report, None if report.errors else plan.make(config, info, report))

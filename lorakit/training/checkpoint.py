@@ -1,0 +1,241 @@
+"""Everything that resume needs, in folders that are either complete or not there.
+
+    checkpoints/step-000100/
+        adapter.safetensors     the adapter's own tensors, float32, in the adapter's spelling
+        optimizer.safetensors   every tensor of the optimizer's state (8-bit ones too)
+        state.json              step, the optimizer's other values, the config, what the caller wants to keep
+        complete                written last: SHA-256 of the three above
+
+Nothing is pickled, so a checkpoint from elsewhere cannot run code. A folder without `complete` does not count; one
+whose files do not match it is refused with the file's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save as serialise
+
+from lorakit.config import Config, as_tables, knobs
+from lorakit.core import atomic
+from lorakit.core.errors import LorakitError
+from lorakit.core.names import step_name
+
+FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+MARKER = "complete"
+# Where a step is saved anew, the earlier one is called so for the moment between two renames.
+REPLACED = ".replaced-"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was saved: the step, the adapter's tensors, the optimizer's `state_dict()`, and the caller's own values."""
+
+    step: int
+    adapter: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    step: int,
+    adapter: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    *,
+    config: Config | None = None,
+    identity: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a checkpoint and return its folder.
+
+    Args:
+        folder: where checkpoints lie.
+        adapter: name -> tensor.
+        optimizer: its `state_dict()`: dicts, lists, tuples, numbers, text, None and tensors.
+        extra: JSON values that the caller wants back.
+        config: compared when the checkpoint is loaded.
+        identity: what the run depends on beside the config, e.g. {"base": hash, "photos": hash}; compared too.
+
+    Raises:
+        LorakitError: a tensor is not finite (nothing is written then), or the disk is full; complete checkpoints stay.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _take_tensors(optimizer, "optimizer", tensors)
+    for name, tensor in [*adapter.items(), *tensors.items()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LorakitError(
+                f"step {step}: {name} is not finite, so no checkpoint was written; lower the learning rate"
+            )
+    state = {
+        "step": step,
+        "adapter": list(adapter),
+        "optimizer": tree,
+        "extra": dict(extra),
+        "config": None if config is None else _compared(config),
+        "identity": dict(identity or {}),
+    }
+    final, building = folder / step_name(step), folder / f".building-{step_name(step)}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        # safetensors wants every tensor to own its memory; optimizers share tables among parameters.
+        atomic.write(building / FILES[0], serialise({name: _own(tensor) for name, tensor in adapter.items()}))
+        atomic.write(building / FILES[1], serialise({name: _own(tensor) for name, tensor in tensors.items()}))
+        atomic.write(building / FILES[2], json.dumps(state))
+        atomic.write(building / MARKER, json.dumps({name: _digest(building / name) for name in FILES}))
+        replaced = folder / f"{REPLACED}{step_name(step)}"
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        building.rename(final)
+        atomic.sync_folder(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise LorakitError(
+            f"step {step}: no checkpoint could be written to {folder} ({error.strerror or error}); those before it are "
+            "intact. Mend that and go on with: lorakit resume"
+        ) from None
+    return final
+
+
+def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str] | None = None) -> Saved:
+    """Read a checkpoint, on the CPU.
+
+    Raises:
+        LorakitError: incomplete or changed files, a tensor too few or too many, or (where given) a `config` or
+            `identity` that is not the one it was saved with; the text names what differs.
+    """
+    try:
+        digests = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        for name in FILES:
+            if _digest(path / name) != digests[name]:
+                raise LorakitError(f"{path / name} has changed since it was saved; resume from another checkpoint")
+        state = json.loads((path / FILES[2]).read_text(encoding="utf-8"))
+        adapter, tensors = load_file(path / FILES[0]), load_file(path / FILES[1])
+    except (OSError, ValueError, KeyError) as error:
+        raise LorakitError(f"{path} is not a complete checkpoint ({error}); resume from another one") from None
+    _same_names(path / FILES[0], set(adapter), set(state["adapter"]))
+    wanted: set[str] = set()
+    optimizer = _put_tensors(state["optimizer"], tensors, wanted)
+    _same_names(path / FILES[1], set(tensors), wanted)
+    if config is not None and state["config"] is not None:
+        _same_config(path, state["config"], _compared(config))
+    for what, value in (identity or {}).items():
+        if state["identity"].get(what, value) != value:
+            raise LorakitError(
+                f"the {what} changed since {path.name} was saved, so the run cannot go on exactly where it stopped; "
+                "start a new one from its weights with: lorakit train --init-from"
+            )
+    return Saved(state["step"], {name: adapter[name] for name in state["adapter"]}, optimizer, state["extra"])
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints, earliest step first."""
+    found = {path.parent.name: path.parent for path in folder.glob(f"{REPLACED}step-*/{MARKER}")}
+    found = {name.removeprefix(REPLACED): path for name, path in found.items()}
+    found |= {path.parent.name: path.parent for path in folder.glob(f"step-*/{MARKER}")}
+    return [found[name] for name in sorted(found, key=lambda name: int(name.removeprefix("step-")))]
+
+
+def latest(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step, or None."""
+    found = complete(folder)
+    return found[-1] if found else None
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Delete all complete checkpoints but the newest `keep` (at least one stays), and what a kill left half done."""
+    for path in complete(folder)[: -max(keep, 1)]:
+        # Without its marker first: a kill in between leaves no folder that looks complete.
+        (path / MARKER).unlink()
+        shutil.rmtree(path)
+    kept = set(complete(folder))
+    for path in [*folder.glob(".building-*"), *folder.glob(f"{REPLACED}*"), *folder.glob("step-*")]:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _take_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """A JSON tree for `value`, whose tensors are put into `tensors` under their path.
+
+    JSON has no tuples, no numbers as keys and no infinity; each node is [kind, content].
+    """
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+        return ["tensor", name]
+    if isinstance(value, Mapping):
+        items = []
+        for key, item in value.items():
+            assert isinstance(key, (str, int)), f"{name}: key {key!r}"
+            items.append([key, _take_tensors(item, f"{name}.{key}", tensors)])
+        return ["dict", items]
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return [kind, [_take_tensors(item, f"{name}.{n}", tensors) for n, item in enumerate(value)]]
+    if isinstance(value, float):
+        return ["float", value.hex()]
+    assert value is None or isinstance(value, (bool, int, str)), f"{name}: {type(value)} cannot be saved"
+    return ["value", value]
+
+
+def _put_tensors(node: Any, tensors: Mapping[str, torch.Tensor], wanted: set[str]) -> Any:
+    """The inverse of `_take_tensors`; a tensor that is not there is left out here and reported by name later."""
+    kind, content = node
+    if kind == "tensor":
+        wanted.add(content)
+        return tensors.get(content)
+    if kind == "dict":
+        return {key: _put_tensors(item, tensors, wanted) for key, item in content}
+    if kind in ("list", "tuple"):
+        items = [_put_tensors(item, tensors, wanted) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    return float.fromhex(content) if kind == "float" else content
+
+
+def _same_names(file: Path, found: set[str], wanted: set[str]) -> None:
+    for what, names in (("lacks", wanted - found), ("has an unknown", found - wanted)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise LorakitError(f"{file} {what} tensor {min(names)}{more}; resume from another checkpoint")
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """Knobs that must not change in a resumed run: all but places on the machine (JSON values)."""
+    paths = {knob.key for knob in knobs(config.adapter.method) if knob.path}
+    flat = {f"{section}.{name}": value for section, table in as_tables(config).items() for name, value in table.items()}
+    compared: dict[str, Any] = json.loads(json.dumps({key: v for key, v in flat.items() if key not in paths}))
+    return compared
+
+
+def _same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        told = ", ".join(f"{key} (was {_shown(before.get(key))}, is {_shown(now.get(key))})" for key in changed)
+        raise LorakitError(
+            f"{path.name} was saved with another config: {told}; a resumed run goes on exactly as it began. "
+            "Undo that, or start a new run from its weights with: lorakit train --init-from"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else repr(value)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,61 @@
+"""A checkpoint of a run as an adapter, so that any step can be exported and drawn, not only the last and the best."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit import config as configuration, families
+from lorakit.adapters.weights import AdapterWeights, from_factors
+from lorakit.core.errors import LorakitError
+from lorakit.formats import metadata
+from lorakit.runs.folder import RunFolder
+from lorakit.training import checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path is a complete checkpoint inside a run folder."""
+    return (path / checkpoint.MARKER).is_file() and RunFolder(path.parent.parent).config_file.is_file()
+
+
+def read(path: Path) -> AdapterWeights:
+    """The adapter as it was at a checkpoint, with the metadata that the run's own exports carry.
+
+    Raises:
+        LorakitError: the checkpoint is damaged, or the run's config, plan or base are not there any more.
+    """
+    run = RunFolder(path.parent.parent)
+    config, saved = configuration.load(run.config_file), checkpoint.load(path)
+    info = families.describe(config.model)
+    try:
+        plan = json.loads(run.plan_file.read_text(encoding="utf-8"))
+        photos, batches = int(plan["photos"]), int(plan["batches"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise LorakitError(f"{run.plan_file} is not there or damaged; the checkpoints beside it are not") from None
+    changed = path.stat().st_mtime
+    facts = metadata.build(
+        config,
+        info,
+        name=f"{run.adapter_name}-{path.name}",
+        images=photos,
+        steps=saved.step,
+        epochs=saved.step * config.train.gradient_accumulation_steps // max(1, batches),
+        started=changed,
+        finished=changed,
+    )
+    rank = config.adapter.rank
+    alpha = float(rank if config.adapter.alpha is None else config.adapter.alpha)
+    scale = alpha / (math.sqrt(rank) if config.adapter.method == "rslora" else rank)
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in saved.adapter.items():
+        layer, _, factor = name.rpartition(".")
+        layers.setdefault(layer, {})[factor] = tensor
+    words = {part: factors.pop("token") for part, factors in layers.items() if "token" in factors}
+    tokens = {config.data.trigger: words} if words else {}
+    made = {name: from_factors(factors, scale) for name, factors in layers.items() if factors}
+    return AdapterWeights(info.family, config.adapter.method, made, facts, tokens)

@@ -1,0 +1,179 @@
+"""Before the first step: photos, class images and texts through the frozen encoders, once.
+
+What comes out lies on the device for the whole run, so that a step is nothing but indexing and the model itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorakit.config import Config
+from lorakit.data import captions, latents as cache
+from lorakit.data.latents import Dataset
+from lorakit.inference import class_images, sampling as sample
+
+# Pictures that the autoencoder is given together on a card: as many as have so many pixels; one of that size keeps it
+# busy. A CPU is quicker with one at a time, and a latent is then the same to the bit whatever else is encoded.
+PIXELS = 512 * 512
+# Texts that are encoded together: SDXL's second encoder keeps 6.5 MB for each, in half precision, and there may be
+# hundreds.
+TEXTS = 16
+
+
+@dataclass(frozen=True)
+class ClassLatents:
+    """Encoded class images for prior preservation.
+
+    Attributes:
+        mean, std: `[n, C, h, w]`.
+        texts: int64 `[n]`, index into `Encoded.class_texts` of the text each was drawn for.
+        time_ids: one row, or None.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    texts: torch.Tensor
+    time_ids: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The sample prompts and, where the text encoders stay as they are, what these make of them.
+
+    Attributes:
+        texts: for `sample.draw`; None where a text encoder is trained.
+        condition: of the first prompt, for `selfcheck.probe`; None as above.
+    """
+
+    prompts: list[str]
+    texts: list[dict[str, Any]] | None
+    condition: Any
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Everything a run trains and is examined on.
+
+    Attributes:
+        dataset: the photos to train on; held_out: those kept for validation, or None.
+        conditions: the base's embeddings of `dataset.texts`, a row each.
+        tokens: `dataset.texts` as `Family.encode_tokens` takes them where a text encoder is trained, else None.
+        class_texts: the class prompt, then every other text that a photo's becomes without the trigger.
+        class_conditions, class_tokens: of them, likewise.
+        class_of: int64 `[len(dataset.texts)]`, each text's place in `class_texts`.
+        class_latents: class images where `train.prior` is "images", else None.
+        samples: what is drawn while the run goes on.
+    """
+
+    dataset: Dataset
+    held_out: Dataset | None
+    conditions: Any
+    tokens: list[torch.Tensor] | None
+    class_texts: list[str]
+    class_conditions: Any
+    class_tokens: list[torch.Tensor] | None
+    class_of: torch.Tensor
+    class_latents: ClassLatents | None
+    samples: Samples
+
+
+def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable[[str], None]) -> Encoded:
+    """Encode what a run needs, each part of the base on the device by itself: what photos and texts need is then not
+    added to the UNet.
+
+    Args:
+        adapter: one that is attached already, or None; it is switched off while class images are drawn and texts
+            encoded.
+        photos: what `data.check.check` reported.
+
+    Raises:
+        LorakitError: a photo cannot be read or its latents are not finite; the class-image cache cannot be written.
+    """
+    family.release("unet", "text_encoders")
+    dataset, held_out = cache.build(
+        photos,
+        config.data,
+        config.train,
+        encode_image=family.encode_image,
+        time_ids=family.time_ids,
+        device=family.device,
+        identity=family.info.hash,
+        say=say,
+        at_once=lambda size: _at_once(size.width * size.height, family.device),
+    )
+    without = [captions.class_text(text, config.data) for text in dataset.texts]
+    class_texts = list(dict.fromkeys([captions.class_prompt(config.data), *without]))
+    class_of = torch.tensor([class_texts.index(text) for text in without], device=family.device)
+    family.release("vae")
+    latents = None
+    with adapter.disabled() if adapter is not None else contextlib.nullcontext():
+        tokens, class_tokens = _tokens(family, dataset.texts), _tokens(family, class_texts)
+        conditions, class_conditions = embed(family, tokens), embed(family, class_tokens)
+        samples = _samples(config, family)
+        if config.train.prior == "images":
+            latents = _class_latents(config, family, class_texts, say)
+    family.release("vae", "text_encoders")
+    anew = config.adapter.trains_text
+    return Encoded(
+        dataset=dataset,
+        held_out=held_out,
+        conditions=conditions,
+        tokens=tokens if anew else None,
+        class_texts=class_texts,
+        class_conditions=class_conditions,
+        class_tokens=class_tokens if anew else None,
+        class_of=class_of,
+        class_latents=latents,
+        samples=samples,
+    )
+
+
+def embed(family: Any, tokens: list[torch.Tensor]) -> Any:
+    """The embeddings of what `Family.tokens` made of texts, a row each, by the encoders as they are."""
+    with torch.no_grad():
+        parts = [
+            family.encode_tokens([table[at : at + TEXTS] for table in tokens]) for at in range(0, len(tokens[0]), TEXTS)
+        ]
+    return type(parts[0]).cat(parts)
+
+
+def _at_once(pixels: int, device: torch.device) -> int:
+    return 1 if device.type == "cpu" else max(1, PIXELS // pixels)
+
+
+def _tokens(family: Any, texts: list[str]) -> list[torch.Tensor]:
+    parts = [family.tokens(texts[at : at + TEXTS]) for at in range(0, len(texts), TEXTS)]
+    return [torch.cat(tables) for tables in zip(*parts, strict=True)]
+
+
+def _samples(config: Config, family: Any) -> Samples:
+    prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
+    if config.adapter.trains_text:
+        return Samples(prompts, None, None)
+    return Samples(prompts, sample.embed(family, prompts, config.sample), family.encode_text(prompts[:1]))
+
+
+def _class_latents(config: Config, family: Any, class_texts: list[str], say: Callable[[str], None]) -> ClassLatents:
+    """Class images, drawn by the base once and kept in the user's cache, encoded as the photos were.
+
+    They are shared out among the class texts: under "a toy on a beach" the base must go on drawing what it drew.
+    """
+    side = config.data.resolution
+    total, seed = config.train.class_images, config.train.seed
+    pictures, texts = [], []
+    prompts = class_texts[:total]
+    for place, (prompt, text) in enumerate(zip(prompts, sample.embed(family, prompts, config.sample), strict=True)):
+        count = len(range(place, total, len(class_texts)))
+        pictures += class_images.class_images(family, prompt, text, count, config.sample, side, seed, say=say)
+        texts += [place] * count
+    batches = class_images.as_pixels(pictures, _at_once(side * side, family.device))
+    means, stds = zip(*(family.encode_image(pixels) for pixels in batches), strict=True)
+    ids = family.time_ids((side, side), (0, 0), (side, side))
+    mean, std = (torch.cat([part.to(family.device) for part in parts]) for parts in (means, stds))
+    rows = torch.tensor(texts, device=family.device)
+    return ClassLatents(mean, std, rows, None if ids is None else torch.tensor([ids], device=family.device))

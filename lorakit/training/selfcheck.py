@@ -1,0 +1,202 @@
+"""The end of every run: does the file on disk do what the model in memory does?
+
+Three looks at every exported file. Its tensors, opened anew: is every layer there, finite, not nil and as trained? What
+diffusers' own loader, which shares no code with the exporter, puts into a base loaded anew: is each delta W the trained
+one? And a probe, one forward of UNet and text encoder on fixed inputs, of the trained model in memory, of the base, and
+of a fresh base with the file in it: only where the last equals the first, and differs from the second, does it work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit import adapters, formats as export
+from lorakit.adapters.weights import AdapterWeights, Layer
+from lorakit.core import rng as randomness
+from lorakit.core.layer_names import canonical
+from lorakit.formats import verify
+
+# How far the file may be from the model in memory, as a share of the adapter's own effect: rounding of its factors to
+# float16 or bfloat16, and the order of additions.
+TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+# What rounding alone may do to the output of a forward pass in the base's precision, as a share of the output.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# How far factors may be off that diffusers has cast to the base's precision.
+CAST = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked: what, whether it held, and the figure or the cause."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Outputs on fixed inputs, float32 on the CPU: the UNet's prediction, and the text embeddings behind it."""
+
+    prediction: torch.Tensor
+    embeddings: torch.Tensor
+
+
+def probe(family: Any, prompt: str, size: tuple[int, int], condition: Any = None) -> Probe:
+    """One forward of text encoder and UNet at a middle timestep, each alone on the device.
+
+    Args:
+        size: (width, height) in pixels.
+        condition: what the text encoders make of the prompt, where that is known.
+    """
+    width, height = (side // family.info.downscale for side in size)
+    shape = (1, family.info.latent_channels, height, width)
+    noisy = torch.randn(shape, generator=randomness.generator(0, 0, "self-check")).to(family.device)
+    timesteps = torch.full((1,), len(family.alphas_cumprod) // 2, device=family.device, dtype=torch.int64)
+    with torch.no_grad():
+        if condition is None:
+            family.release("unet")
+            condition = family.encode_text([prompt])
+        family.release("text_encoders")
+        ids = family.time_ids(size[::-1], (0, 0), size[::-1])
+        if ids is not None:
+            condition = condition.with_sizes(torch.tensor([ids], device=family.device))
+        prediction = family.predict(noisy, timesteps, condition)
+    return Probe(prediction.float().cpu(), condition.encoder_hidden_states.float().cpu())
+
+
+def examine(
+    exports: Mapping[str, Path],
+    weights: AdapterWeights,
+    base: Probe,
+    memory: Probe,
+    *,
+    load: Callable[[], Any],
+    prompt: str,
+    size: tuple[int, int],
+    dtype: str,
+    idle: Collection[str] = (),
+) -> Iterator[tuple[str, list[Finding], Any]]:
+    """Each exported file in a base of its own, loaded anew: (format, findings, the base with the file in it).
+
+    The base is None where the file itself is already wrong.
+
+    Args:
+        exports: format -> file or folder.
+        weights: the adapter in memory.
+        base, memory: probes of the base and of the trained model.
+        load: loads the base anew.
+        prompt, size: as for the probes.
+        dtype: what the file was written in.
+        idle: layers that no gradient reaches, whatever is trained; they are in the file and may be zero.
+    """
+    announced = [layer for layer in weights.layers if layer not in idle]
+    for name, path in exports.items():
+        findings = file_findings(name, path, weights, announced)
+        if failures(findings):
+            yield name, findings, None
+            continue
+        gc.collect()  # what the caller has let go of: blocks that were changed refer to themselves
+        family = load()
+        # Neither DoRA in the web UIs' axis, LyCORIS' methods nor a PEFT folder is something that this loader reads.
+        plain = all(layer.method == "lora" for layer in weights.layers.values())
+        if plain and path.is_file():
+            findings.append(read_by_diffusers(name, path, family, weights, TOLERANCE[dtype] / 4))
+        adapters.apply(family, export.read(path))
+        floor = ROUNDING[family.dtype]
+        read = probe(family, prompt, size)
+        findings += compare(name, base, memory, read, tolerance=TOLERANCE[dtype], floor=floor, weights=weights)
+        yield name, findings, family
+        del family  # the next one needs its room
+
+
+def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Sequence[str]) -> list[Finding]:
+    """The exported file, opened anew: is every announced layer there, finite, not nil and as trained?"""
+    wrong = verify.verify_file(path, weights, announced)
+    if not wrong:
+        return [
+            Finding(f"{name} file", True, f"{len(announced)} of {len(announced)} modules there, finite and not zero")
+        ]
+    zero = sum(finding.problem.startswith("zero") for finding in wrong)
+    if zero == len(announced):
+        return [
+            Finding(f"{name} file", False, "the adapter has no effect: every module is zero; was the learning rate 0?")
+        ]
+    shown = "; ".join(map(str, wrong[:3])) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    return [Finding(f"{name} file", False, shown)]
+
+
+def read_by_diffusers(name: str, path: Path, family: Any, weights: AdapterWeights, tolerance: float) -> Finding:
+    """Load the file with `load_lora_weights`, compare every layer that is then in the base, and take it out again."""
+    pipeline = family.pipeline()
+    with _quiet():
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="selfcheck")
+    found = {
+        canonical(component, place): layer
+        for component, module in family.modules().items()
+        for place, layer in module.named_modules()
+        if "selfcheck" in getattr(layer, "lora_A", {})
+    }
+    wrong = [f"{layer}: not applied" for layer in weights.layers if layer not in found]
+    for layer in weights.layers.keys() & found.keys():
+        applied = found[layer]
+        down, up = (factors["selfcheck"].weight.detach() for factors in (applied.lora_A, applied.lora_B))
+        stored = Layer(down.float().cpu(), up.float().cpu(), applied.scaling["selfcheck"] * len(down))
+        problem = verify.difference(weights.layers[layer], stored, tolerance + CAST[family.dtype])
+        # What is zero in memory (a layer that no gradient reaches) is rightly zero here.
+        if problem and torch.count_nonzero(weights.layers[layer].delta()):
+            wrong.append(f"{layer}: {problem}")
+    pipeline.unload_lora_weights()
+    count = len(weights.layers)
+    detail = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    return Finding(f"{name} in diffusers", not wrong, detail or f"{count} of {count} modules applied, each as trained")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """diffusers warns that a file has no text-encoder part where none was trained."""
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def compare(
+    name: str,
+    base: Probe,
+    memory: Probe,
+    file: Probe,
+    *,
+    tolerance: float,
+    floor: float,
+    weights: AdapterWeights,
+) -> list[Finding]:
+    """Findings from the probes of the base, of the model in memory and of the file, for each adapted component."""
+    outputs = {"unet": (base.prediction, memory.prediction, file.prediction)}
+    if weights.tokens or any(not layer.startswith("unet.") for layer in weights.layers):
+        outputs["text encoder"] = (base.embeddings, memory.embeddings, file.embeddings)
+    findings = []
+    for part, (before, trained, read) in outputs.items():
+        wrong = verify.verify_effect({part: before}, {part: trained}, {part: read}, tolerance=tolerance, floor=floor)
+        effect = (trained - before).norm() / before.norm()
+        error = (read - trained).norm() / (trained - before).norm().clamp_min(1e-30)
+        detail = f"the adapter changes the output by {effect:.2%}; the file's is {error:.2%} of that away"
+        detail = "; ".join(finding.problem for finding in wrong) or detail
+        findings.append(Finding(f"{name} {part}", not wrong, detail))
+    return findings
+
+
+def failures(findings: Iterable[Finding]) -> list[Finding]:
+    """Those that did not hold."""
+    return [finding for finding in findings if not finding.passed]

@@ -1,0 +1,238 @@
+"""How good an adapter is, in figures that can be compared: same photos, same noise, same timesteps every time.
+
+Training loss is mostly the luck of the timestep. Here every photo is noised at one timestep of each band, with noise
+that depends on nothing but the seed, so two evaluations of the same weights are equal to the bit and a difference of
+two checkpoints is a difference of their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lorakit.core import rng as randomness
+from lorakit.inference.mode import inference
+from lorakit.training import objective
+
+# The timesteps are cut into so many bands of equal width, from little noise to nothing but noise.
+BANDS = 4
+# Photos looked at, at most, and noisy versions in each band, at least: what keeps an evaluation short and its figures
+# steady.
+PHOTOS = 16
+POINTS = 8
+# Pictures of the class that the base is followed through for the drift, so many at a time, and the steps of each: every
+# second one is in the middle of a band.
+CLASS_PICTURES, CLASS_BATCH = 8, 4
+CLASS_STEPS = 2 * BANDS
+
+
+class Validation:
+    """A fixed examination.
+
+    The photos are taken at the mean of their posterior, unmasked and unweighted: the error is that of the plain
+    objective whatever the run trains on.
+
+    Args:
+        family: the loaded base.
+        dataset: photos not trained on or, where there is no hold-out, the training photos (`data.cache.Dataset`).
+        conditions: embeddings of `dataset.texts` by the base.
+        class_condition: embedding of the class prompt by the base, one row.
+        seed: of the run.
+        held_out: what the figures may be called.
+    """
+
+    def __init__(
+        self, family: Any, dataset: Any, conditions: Any, class_condition: Any, seed: int, *, held_out: bool = False
+    ):
+        self.family, self.dataset, self.conditions, self.seed = family, dataset, conditions, seed
+        self.class_condition = class_condition
+        self.source = "held-out photos" if held_out else "training photos"
+        photos = _spread(_plain_rows(dataset), PHOTOS)
+        # (bucket, row, text) of each examination; a photo is examined several times where there are few.
+        self.places = photos * math.ceil(POINTS / len(photos))
+        self.photos = len(photos)
+        # (noisy latents, timesteps, what the base says of them) under the class prompt; from the first run on.
+        self._class_points: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def run(self, adapter: Any, *, conditions: Any = None, class_condition: Any = None) -> dict[str, Any]:
+        """Examine the weights as they are.
+
+        Args:
+            adapter: the attached adapter; it is switched off for the base's part in the drift, which is done once.
+            conditions, class_condition: where text encoders are trained, what they make of the texts now.
+
+        Returns:
+            {"mse", "rmse", "mae", "r2"} over everything; "bands": the same for each band with its "timesteps"
+            [first, last]; "prior_drift": the mean of ||with - without||^2 / ||without||^2 over what the base itself
+            meets on its way from noise to pictures of the class; "photos" and "source": on what.
+        """
+        family = self.family
+        conditions = self.conditions if conditions is None else conditions
+        class_condition = self.class_condition if class_condition is None else class_condition
+        sums, drifts = [], []
+        with inference(family.modules().values()):
+            for number in range(len(self.places)):
+                noisy, timesteps, target, text, ids = self._point(number)
+                prediction = family.predict(noisy, timesteps, _sized(conditions.index(text), ids))
+                sums.append(_sums(prediction, target))
+            if not self._class_points:
+                with adapter.disabled():
+                    self._class_points = self._follow_the_base()
+            for noisy, timesteps, without in self._class_points:
+                moved = family.predict(noisy, timesteps, self._class_sized(class_condition))
+                drifts.append((moved - without).square().sum((1, 2, 3)) / without.square().sum((1, 2, 3)))
+        # One transfer; added up in float64 on the CPU, where the order is always the same.
+        totals = torch.stack(sums).cpu().double().sum(0)
+        steps = len(family.alphas_cumprod)
+        bands = [
+            {"timesteps": [_edge(band, steps), _edge(band + 1, steps) - 1], **_figures(totals[:, band])}
+            for band in range(BANDS)
+        ]
+        drift = torch.stack(drifts).cpu().double().mean().item()
+        whole = _figures(totals.sum(1))
+        return {**whole, "prior_drift": drift, "bands": bands, "photos": self.photos, "source": self.source}
+
+    def _follow_the_base(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Draw pictures of the class in a few DDIM steps (Song et al. 2020, arXiv 2010.02502), and keep what the base
+        was shown and said in the middle of each band. Photos would not do: they are of the subject, on which the
+        adapter is meant to change what the model says."""
+        family, device = self.family, self.family.device
+        steps = len(family.alphas_cumprod)
+        times = [steps * place // CLASS_STEPS - 1 for place in range(CLASS_STEPS, 0, -1)]
+        shape = (CLASS_BATCH, *self._largest.mean.shape[1:])
+        points = []
+        for number in range(CLASS_PICTURES // CLASS_BATCH):
+            draw = randomness.generator(self.seed, number, "prior drift")
+            latents = torch.randn(shape, generator=draw).to(device)
+            for place, time in enumerate(times):
+                timesteps = torch.full((CLASS_BATCH,), time, device=device)
+                said = family.predict(latents, timesteps, self._class_sized(self.class_condition))
+                if place % 2:
+                    points.append((latents, timesteps, said))
+                clean, noise = _parted(family.prediction_type, latents, said, family.alphas_cumprod[time])
+                below = torch.full_like(timesteps, times[min(place + 1, len(times) - 1)])
+                latents = objective.add_noise(clean, noise, below, family.alphas_cumprod)
+        return points
+
+    @property
+    def _largest(self) -> Any:
+        """The bucket with the most rows: its size stands for the class pictures."""
+        return max(self.dataset.buckets, key=lambda bucket: len(bucket.mean))
+
+    def _class_sized(self, condition: Any) -> Any:
+        """The class prompt for a batch of class pictures, with the sizes of a photo."""
+        ids, expanded = self._largest.time_ids, condition.expand(CLASS_BATCH)
+        return expanded if ids is None else expanded.with_sizes(ids[:1].to(self.family.device).expand(CLASS_BATCH, -1))
+
+    def _point(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """One photo, once in each band: noisy latents `[BANDS, C, h, w]`, timesteps, target, text and time ids."""
+        family, device = self.family, self.family.device
+        bucket_index, row, text = self.places[number]
+        bucket = self.dataset.buckets[bucket_index]
+        latents = bucket.mean[row].to(device).expand(BANDS, -1, -1, -1)
+        # Drawn on the CPU, so that the examination is the same on every device.
+        draw = randomness.generator(self.seed, number, "validation")
+        noise = torch.randn(latents.shape, generator=draw).to(device)
+        steps = len(family.alphas_cumprod)
+        # Over the points, the places within a band are spread evenly: a stratified sample.
+        place = (number + torch.rand(BANDS, generator=draw, dtype=torch.float64)) / len(self.places)
+        timesteps = torch.tensor(
+            [
+                _edge(band, steps) + int(place[band].item() * (_edge(band + 1, steps) - _edge(band, steps)))
+                for band in range(BANDS)
+            ],
+            device=device,
+        )
+        noisy = objective.add_noise(latents, noise, timesteps, family.alphas_cumprod)
+        target = objective.target(family.prediction_type, latents, noise, timesteps, family.alphas_cumprod)
+        ids = None if bucket.time_ids is None else bucket.time_ids[row].to(device).expand(BANDS, -1)
+        return noisy, timesteps, target, torch.full((BANDS,), text, device=device), ids
+
+
+def choose_best(history: Sequence[dict[str, Any]]) -> tuple[int, str]:
+    """The checkpoint to prefer, and the sentence that says why.
+
+    The one with the smallest MSE x (1 + prior drift): an adapter that has moved what the class prompt says by a tenth
+    must be a tenth better on the photos to be preferred. The earlier of equals. A suggestion: figures do not see what
+    an eye sees.
+
+    Args:
+        history: one dict for each evaluation, with "step", "mse" and "prior_drift".
+
+    Raises:
+        ValueError: no evaluation has finite figures.
+    """
+    finite = [entry for entry in history if math.isfinite(entry["mse"]) and math.isfinite(entry["prior_drift"])]
+    if not finite:
+        raise ValueError("no evaluation with finite figures")
+    best = min(finite, key=lambda entry: (entry["mse"] * (1 + entry["prior_drift"]), entry["step"]))
+    lower = min(finite, key=lambda entry: entry["mse"])
+    figures = f"MSE {best['mse']:.4f}, prior drift {best['prior_drift']:.1%}"
+    if len(finite) == 1:
+        return best["step"], f"step {best['step']}: the only checkpoint that was examined ({figures})"
+    but = ""
+    if lower["mse"] < best["mse"]:
+        but = f"; step {lower['step']} is a little better on the photos but has drifted by {lower['prior_drift']:.1%}"
+    return best["step"], (
+        f"step {best['step']}: the smallest validation error of {len(finite)} checkpoints once prior drift is counted "
+        f"in ({figures}){but}"
+    )
+
+
+def _plain_rows(dataset: Any) -> list[tuple[int, int, int]]:
+    """(bucket, row, text) of each photo as it is (variant 0) with its own text, in the photos' order."""
+    rows = [
+        (photo, number, row, text)
+        for number, bucket in enumerate(dataset.buckets)
+        for row, (photo, variant, text) in enumerate(
+            zip(bucket.photo.tolist(), bucket.variant.tolist(), bucket.text.tolist(), strict=True)
+        )
+        if variant == 0
+    ]
+    return [row[1:] for row in sorted(rows)]
+
+
+def _spread(rows: list[tuple[int, int, int]], most: int) -> list[tuple[int, int, int]]:
+    """At most `most` of them, evenly spread."""
+    return rows if len(rows) <= most else [rows[number * len(rows) // most] for number in range(most)]
+
+
+def _edge(band: int, steps: int) -> int:
+    return band * steps // BANDS
+
+
+def _sized(condition: Any, time_ids: torch.Tensor | None) -> Any:
+    return condition if time_ids is None else condition.with_sizes(time_ids)
+
+
+def _parted(
+    prediction_type: str, noisy: torch.Tensor, said: torch.Tensor, alpha_bar: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The picture and the noise that a prediction takes `noisy` to be made of: `objective.target` undone."""
+    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return (noisy - spread * said) / signal, said
+    if prediction_type == "flow_prediction":
+        # noisy = signal x + spread n and said = n - x.
+        whole = signal + spread
+        return (noisy - spread * said) / whole, (noisy + signal * said) / whole
+    return signal * noisy - spread * said, spread * noisy + signal * said
+
+
+def _sums(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`[5, BANDS]`: squared errors, absolute errors, targets, squared targets (each summed), and their number."""
+    error, target = (prediction - target).flatten(1), target.flatten(1)
+    count = torch.full((len(target),), target.shape[1], device=target.device)
+    parts = [error.square().sum(1), error.abs().sum(1), target.sum(1), target.square().sum(1), count.to(error.dtype)]
+    return torch.stack(parts)
+
+
+def _figures(sums: torch.Tensor) -> dict[str, float]:
+    """MSE, RMSE, MAE and R2 from the five sums; R2 is the share of the target's variance that is explained."""
+    squared, absolute, target, target_squared, count = sums.tolist()
+    variance = target_squared - target * target / count
+    mse = squared / count
+    return {"mse": mse, "rmse": math.sqrt(mse), "mae": absolute / count, "r2": 1 - squared / max(variance, 1e-30)}

@@ -1,0 +1,135 @@
+"""The page that says what a file is and who can read it, and writes it in another format."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lorakit import config as configuration
+from lorakit.core.errors import LorakitError
+from lorakit.core.registry import EXPORTS
+from lorakit.formats import inspect
+from lorakit.ui import commands, form, widgets
+from lorakit.ui.texts import Say
+from lorakit.ui.widgets import ACT, FOLLOW, say_for
+from lorakit.ui.workspace import Desk
+
+
+class AdapterPage:
+    """Builds and wires the page."""
+
+    def __init__(self, desk: Desk, t: gr.I18n):
+        self.desk = desk
+        gr.Markdown(t("adapter.lead"), elem_classes="lk-lead")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=280), gr.Group():
+                self.path = gr.Dropdown(
+                    choices=self.adapters(),
+                    value=None,
+                    allow_custom_value=True,
+                    label=t("adapter.path"),
+                    info=", ".join(map(str, desk.roots.paths)),
+                    elem_id="adapter-path",
+                )
+                self.inspect = gr.Button(t("adapter.inspect"), variant="primary", elem_id="adapter-inspect")
+            with gr.Column(scale=2, min_width=280):
+                self.upload = gr.File(
+                    label=t("adapter.upload"), file_count="single", height=132, elem_id="adapter-upload"
+                )
+        self.report = widgets.html(elem_id="adapter-report")
+        # The file that was last inspected: an upload lies outside of the roots, and its path comes from here alone.
+        self.inspected = gr.State("")
+        with gr.Row(equal_height=False, visible=False) as self.converting:
+            self.format = gr.Radio(
+                choices=list(EXPORTS), value=next(iter(EXPORTS)), label=t("adapter.format"), elem_id="adapter-format"
+            )
+            precisions = form.fields()[f"{configuration.SECTIONS[-1]}.dtype"].choices
+            self.dtype = gr.Radio(choices=list(precisions), value=precisions[0], label=t("adapter.dtype"))
+            self.convert = gr.Button(t("adapter.convert"), variant="primary", elem_id="adapter-convert")
+        self.message = widgets.html(elem_id="adapter-message")
+        self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="adapter-file")
+
+    def wire(self, tab: gr.Tab) -> None:
+        """Which event calls what."""
+
+        def look(path: str | None, request: gr.Request) -> list[Any]:
+            return self.look(path or "", None, say_for(request))
+
+        def look_upload(file: str | None, request: gr.Request) -> list[Any]:
+            return self.look("", file, say_for(request))
+
+        def convert(inspected: str, kind: str, dtype: str, request: gr.Request) -> tuple[str, Any]:
+            return self.write(inspected, kind, dtype, say_for(request))
+
+        shown = [self.report, self.inspected, self.converting, self.message, self.file]
+        gr.on([self.inspect.click, self.path.input], look, self.path, shown, **FOLLOW)
+        self.upload.upload(look_upload, self.upload, shown, **FOLLOW)
+        tab.select(lambda: gr.update(choices=self.adapters()), None, self.path, **FOLLOW)
+        waiting = ACT | {"show_progress": "full", "show_progress_on": self.message}
+        self.convert.click(convert, [self.inspected, self.format, self.dtype], [self.message, self.file], **waiting)
+
+    def adapters(self) -> list[str]:
+        """Adapters of all runs, newest first."""
+        found = sorted(self.desk.runs.glob("*/*.safetensors"), key=lambda path: -path.stat().st_mtime)
+        return [str(path) for path in found]
+
+    def look(self, path: str, upload: str | None, say: Say) -> list[Any]:
+        """Say what a file below the roots, or one that was uploaded, is."""
+        hidden = gr.update(visible=False)
+        if not path and not upload:
+            return [widgets.problem(say("adapter.none")), "", hidden, "", hidden]
+        try:
+            file = Path(upload) if upload else self.desk.roots.resolve(path)
+            report = inspect.inspect(file)
+        except LorakitError as problem:
+            return [widgets.problem(say.told(_without_place(str(problem), upload))), "", hidden, "", hidden]
+        convertible = gr.update(visible=bool(report.format))
+        return [report_card(report, say), str(file), convertible, "", hidden]
+
+    def write(self, inspected: str, kind: str, dtype: str, say: Say) -> tuple[str, Any]:
+        """Convert the file that was inspected: (message, the file to download)."""
+        hidden = gr.update(visible=False)
+        if not inspected:
+            return widgets.problem(say("adapter.none")), hidden
+        try:
+            written = commands.export(Path(inspected), kind, self.desk.unused("converted"), dtype)
+        except LorakitError as problem:
+            return widgets.problem(say.told(str(problem))), hidden
+        staged = [str(self.desk.staged(path)) for path in written if path.is_file()]
+        told = ", ".join(str(path) for path in written)
+        return widgets.good(say("adapter.converted", name=told)), gr.update(visible=bool(staged), value=staged or None)
+
+
+def report_card(report: inspect.Report, say: Say) -> str:
+    """What the file is, then who can read it, then all that the command line says."""
+    size = widgets.memory(report.bytes, say)
+    rank = ", ".join(sorted({f"{r:g}" for component in report.components.values() for r in component.ranks}))
+    figures = widgets.facts(
+        [
+            (say("file.family"), report.family or "", say.told(report.family_told_by)),
+            (say("file.method"), report.method, ""),
+            (say("file.rank"), rank, ""),
+            (say("file.trigger"), report.trigger, ""),
+            (say("adapter.format"), report.format, report.dtype),
+        ]
+    )
+    readers = "".join(
+        f"<li class=lk-{'fine' if reading.complete else 'bad'}><b>{'✓' if reading.complete else '✕'} "
+        f"{escape(reading.title)}</b> {escape(say.told(reading.line()))}</li>"
+        for reading in report.readers.values()
+    )
+    listed = f"<h4>{escape(say('adapter.readers'))}</h4><ul class=lk-readers>{readers}</ul>" if readers else ""
+    return (
+        f"<section class=lk-panel><h3>{escape(report.name)}</h3>"
+        f"<p>{escape(say.told(report.description))} · {escape(size)}</p>"
+        f"{figures}{listed}<details><summary>lorakit inspect</summary><pre tabindex=0>{escape(report.to_text())}</pre>"
+        "</details></section>"
+    )
+
+
+def _without_place(problem: str, upload: str | None) -> str:
+    """An uploaded file's place on the server is nobody's business."""
+    return problem.replace(upload, Path(upload).name) if upload else problem

@@ -1,0 +1,312 @@
+"""The page that compares: prompt by checkpoint as it was drawn, and prompt by strength, drawn on request."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from lorakit import config as configuration
+from lorakit.core import atomic, names
+from lorakit.core.errors import LorakitError
+from lorakit.core.registry import EXPORTS
+from lorakit.data import folder
+from lorakit.data.decode import Unreadable, decode
+from lorakit.runs import folder as run_folder, quickstart as guide
+from lorakit.runs.folder import RunFolder
+from lorakit.ui import commands, widgets
+from lorakit.ui.texts import Say
+from lorakit.ui.widgets import ACT, FOLLOW, say_for
+from lorakit.ui.workspace import Desk
+
+CELL = 320
+# Photos among which the nearest is looked for, and the side (pixels) at which they are compared.
+MOST_PHOTOS, LOOK = 200, 16
+CHOICE = "choice.json"
+# Folder of a run for the grids that were asked for, and seconds between looks for them.
+GRIDS, EVERY = "compare", 1.0
+
+
+class ComparePage:
+    """Builds and wires the page."""
+
+    def __init__(self, desk: Desk, t: gr.I18n):
+        self.desk = desk
+        gr.Markdown(t("compare.lead"), elem_classes="lk-lead")
+        self.run = gr.Dropdown(choices=[], label=t("compare.run"), filterable=False, elem_id="compare-run")
+        self.table = widgets.html(elem_id="compare-table")
+        with gr.Row(equal_height=False, visible=False) as self.choice:
+            self.step = gr.Dropdown(choices=[], label=t("compare.mark_which"), filterable=False, elem_id="compare-step")
+            self.format = gr.Radio(choices=list(EXPORTS), value=next(iter(EXPORTS)), label=t("adapter.format"))
+            with gr.Column(min_width=160):
+                self.mark = gr.Button(t("compare.mark"), elem_id="compare-mark")
+                self.export = gr.Button(t("compare.export"), variant="primary", elem_id="compare-export")
+        self.message = widgets.html(elem_id="compare-message")
+        self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="compare-file")
+        with gr.Accordion(t("compare.draw"), open=False, elem_id="compare-draw"):
+            gr.Markdown(t("compare.draw_lead"))
+            with gr.Row(equal_height=False):
+                self.files = gr.CheckboxGroup(choices=[], label=t("compare.files"), elem_id="compare-files")
+                self.prompts = gr.Textbox(lines=3, label=t("compare.prompts"), elem_id="compare-prompts")
+                self.strengths = gr.Textbox("0, 0.5, 1", label=t("compare.strengths"), elem_id="compare-strengths")
+            self.draw = gr.Button(t("compare.draw"), variant="primary", elem_id="compare-go")
+            self.drawing = widgets.html(elem_id="compare-drawing")
+        self.grids = widgets.html(elem_id="compare-grids")
+
+    def wire(self, tab: gr.Tab) -> None:
+        """Which event calls what. A timer inside of a tab would tick only while that is open."""
+        timer = gr.Timer(EVERY, active=False)
+        drawn_outputs = [self.drawing, self.grids, timer]
+        shown = [self.table, self.choice, self.step, self.files, self.prompts, self.message, self.file]
+
+        def runs(chosen: str | None) -> Any:
+            names = self.runs()
+            return gr.update(choices=names, value=chosen if chosen in names else next(iter(names), None))
+
+        def show(name: str | None, request: gr.Request) -> list[Any]:
+            return self.show(name, say_for(request))
+
+        def drawn(name: str | None, request: gr.Request) -> list[Any]:
+            return self.drawn(name, say_for(request))
+
+        def mark(name: str, step: int, request: gr.Request) -> tuple[str, str]:
+            say = say_for(request)
+            return self.mark_best(name, step, say), self.table_of(name, say)
+
+        def export(name: str, step: int, kind: str, request: gr.Request) -> tuple[str, Any]:
+            return self.export_step(name, step, kind, say_for(request))
+
+        def draw(name: str, files: list[str], prompts: str, strengths: str, request: gr.Request) -> tuple[str, Any]:
+            return self.draw_grids(name, files, prompts, strengths, say_for(request))
+
+        visited = tab.select(runs, self.run, self.run, **FOLLOW)
+        for asked in (visited.then, self.run.input):
+            asked(show, self.run, shown, **FOLLOW).then(drawn, self.run, drawn_outputs, **FOLLOW)
+        timer.tick(drawn, self.run, drawn_outputs, **FOLLOW)
+        self.mark.click(mark, [self.run, self.step], [self.message, self.table], **ACT)
+        export_of = [self.run, self.step, self.format]
+        waiting = ACT | {"show_progress": "full", "show_progress_on": self.message}
+        self.export.click(export, export_of, [self.message, self.file], **waiting)
+        asked_for = [self.run, self.files, self.prompts, self.strengths]
+        waiting["show_progress_on"] = self.drawing
+        self.draw.click(draw, asked_for, [self.drawing, timer], **waiting)
+
+    def runs(self) -> list[str]:
+        """Runs that have pictures, newest first."""
+        return [path.name for path, _ in run_folder.list_runs(self.desk.runs) if RunFolder(path).sample_grids()]
+
+    def show(self, name: str | None, say: Say) -> list[Any]:
+        """Everything of one run."""
+        if not name:
+            hidden = gr.update(visible=False)
+            none = gr.update(choices=[], value=None)
+            unknown = gr.update(choices=[], value=[])
+            return [widgets.quiet(say("compare.none")), hidden, none, unknown, "", "", hidden]
+        run = RunFolder(self.desk.run(name))
+        if not run.sample_grids():  # deleted while the page was open
+            hidden = gr.update(visible=False)
+            return [widgets.problem(say("error.gone")), hidden, gr.skip(), gr.skip(), "", "", hidden]
+        steps = [(say("compare.step", step=step), step) for step in run.sample_grids() if step]
+        files = [path.name for path in sorted(run.path.glob("*.safetensors"))]
+        files += [path.parent.name for path in sorted(run.checkpoints.glob("step-*/complete"))]
+        marked, adapter = marked_step(run), run_folder.read(run.path).adapter
+        prompts = "\n".join(prompt for prompt in _prompts(run, max(run.sample_grids())) if prompt)
+        return [
+            self.table_of(name, say),
+            gr.update(visible=bool(steps)),
+            gr.update(choices=steps, value=marked or (steps[-1][1] if steps else None)),
+            gr.update(choices=files, value=[name for name in files if name == adapter] or files[:1]),
+            prompts,
+            "",
+            gr.update(visible=False),
+        ]
+
+    def table_of(self, name: str, say: Say) -> str:
+        """A row for each checkpoint, a column for each prompt, the base model first."""
+        run = RunFolder(self.desk.run(name))
+        grids = run.sample_grids()
+        if not grids:
+            return widgets.quiet(say("compare.none"))
+        marked, photos = marked_step(run), _photos_of(run, self.desk)
+        head = "".join(f"<th scope=col>{escape(prompt)}</th>" for prompt in _prompts(run, max(grids)))
+        rows = []
+        for step in grids:
+            title = say("compare.step", step=step) if step else say("compare.base")
+            star = f"<br>★ <small>{escape(say('compare.marked'))}</small>" if step == marked else ""
+            cells = "".join(self._cell(path, title, photos, say) for path in run.sample_pictures(step))
+            rows.append(f"<tr{' class=lk-marked' if star else ''}><th scope=row>{escape(title)}{star}</th>{cells}</tr>")
+        return (
+            f"<div class=lk-scroll tabindex=0><table class=lk-compare><thead><tr><td></td>{head}</tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table></div>"
+        )
+
+    def _cell(self, path: Path, title: str, photos: Sequence[tuple[Path, np.ndarray]], say: Say) -> str:
+        picture = self.desk.thumbnails.get(path, CELL)
+        shown = f'<img src="{picture.address}" alt="{escape(title)}">'
+        if photos and (look := _look(path, path.stat().st_mtime_ns)) is not None:
+            alike, nearest = max(((float(look @ other), photo) for photo, other in photos), key=lambda pair: pair[0])
+            told = escape(say("compare.nearest", percent=round(100 * max(0.0, alike))))
+            small = self.desk.thumbnails.get(nearest, 96)
+            photo = f'<img src="{small.address}" alt="{escape(nearest.name)}">'
+            shown += f"<span class=lk-nearest>{photo}<small>{told}</small></span>"
+        return f"<td>{shown}</td>"
+
+    def mark_best(self, name: str, step: int | None, say: Say) -> str:
+        """Remember which checkpoint the person likes best."""
+        if step is None:
+            return widgets.problem(say("compare.none"))
+        if not self.desk.run(name).is_dir():
+            return widgets.problem(say("error.gone"))
+        atomic.write(self.desk.run(name) / CHOICE, json.dumps({"step": int(step), "time": round(time.time())}))
+        return widgets.good(say("compare.marked_done", step=step))
+
+    def export_step(self, name: str | None, step: int | None, kind: str, say: Say) -> tuple[str, Any]:
+        """Export the adapter of a step in a format: (message, the file to download)."""
+        hidden = gr.update(visible=False)
+        if not name:
+            return widgets.problem(say("compare.none")), hidden
+        run = RunFolder(self.desk.run(name))
+        try:
+            source = file_of_step(run, int(step or 0))
+            if source is None:
+                return widgets.problem(say("compare.not_there", step=step)), hidden
+            written = commands.export(source, kind, self.desk.unused(f"{run.path.name}/exports"))
+        except LorakitError as problem:
+            return widgets.problem(say.told(str(problem))), hidden
+        staged = [str(self.desk.staged(path)) for path in written if path.is_file()]
+        told = ", ".join(str(path.relative_to(run.path)) for path in written)
+        return widgets.good(say("compare.exported", name=told)), gr.update(visible=bool(staged), value=staged or None)
+
+    def draw_grids(
+        self, name: str | None, files: Sequence[str], prompts: str, strengths: str, say: Say
+    ) -> tuple[str, gr.Timer]:
+        """Put a grid for each adapter into the queue; (message, the timer that looks for them)."""
+        if not name:
+            return widgets.problem(say("compare.none")), gr.skip()
+        run = RunFolder(self.desk.run(name))
+        try:
+            adapters = [self._adapter(run, file) for file in files]
+            base = guide.base_of(run.config_file)
+        except LorakitError as problem:
+            return widgets.problem(say.told(str(problem))), gr.skip()
+        for number, adapter in enumerate(adapters):
+            target = run.path / GRIDS / f"{datetime.now():%Y-%m-%d-%H%M%S}-{number + 1}-{adapter.stem}"
+            arguments = ["sample", str(adapter), f"--strength={strengths.replace(' ', '') or 1}"]
+            arguments += ["--output", str(target), "--base", base]
+            arguments += [f"--prompt={line.strip()}" for line in prompts.splitlines() if line.strip()]
+            self.desk.queue.command(arguments, target)
+        if not adapters:
+            return widgets.problem(say("adapter.none")), gr.skip()
+        self.desk.queue.start()
+        return widgets.quiet(say("compare.drawing", state=say("state.waiting"))), gr.Timer(active=True)
+
+    def drawn(self, name: str | None, say: Say) -> list[Any]:
+        """How the drawing of grids stands, the grids so far, and whether to look again."""
+        if not name:
+            return ["", "", gr.Timer(active=False)]
+        folder = self.desk.run(name) / GRIDS
+        jobs = [job for job in self.desk.queue.jobs() if Path(job.folder).parent == folder]
+        going = [job for job in jobs if job.state in ("waiting", "running")]
+        told = ""
+        if going:
+            told = widgets.quiet(say("compare.drawing", state=say(f"state.{going[0].state}")))
+        elif jobs and jobs[-1].state != "done":
+            told = widgets.problem(say.told(self.desk.why(jobs[-1].number)) or say(f"state.{jobs[-1].state}"))
+        return [told, self.grids_of(name, say), gr.Timer(active=bool(going))]
+
+    def _adapter(self, run: RunFolder, name: str) -> Path:
+        """The adapter file of that name; a checkpoint's is exported first, once."""
+        if name.endswith(".safetensors"):
+            return self.desk.roots.resolve(run.path / Path(name).name)
+        if not re.fullmatch(r"step-\d+", name):
+            raise LorakitError(f"{name!r} is no checkpoint")
+        place = run.path / "exports" / name
+        kind = next(iter(EXPORTS))
+        found = list(place.glob("*.safetensors"))
+        found = found or commands.export(run.checkpoints / name, kind, place)
+        return found[0]
+
+    def grids_of(self, name: str, say: Say) -> str:
+        """Every grid that was drawn of a run, newest first."""
+        found = sorted((self.desk.run(name) / GRIDS).glob("*/grid.png"), reverse=True)
+        shown = "".join(
+            f'<figure><img src="{self.desk.thumbnails.get(path, 1024).address}" alt="{escape(path.parent.name)}">'
+            f"<figcaption>{escape(path.parent.name)}</figcaption></figure>"
+            for path in found
+        )
+        return f"<h3>{escape(say('compare.grids'))}</h3><div class=lk-grids>{shown}</div>" if shown else ""
+
+
+def marked_step(run: RunFolder) -> int | None:
+    """The checkpoint that the person marked, else the one that validation prefers, else None."""
+    try:
+        return int(json.loads((run.path / CHOICE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        best = run_folder.read(run.path).best
+    except LorakitError:
+        return None
+    return int(best["step"]) if best else None
+
+
+def file_of_step(run: RunFolder, step: int) -> Path | None:
+    """The adapter of a step: the exported file of the last and of the best by validation, else its checkpoint."""
+    state = run_folder.read(run.path)
+    if state.adapter and step == state.step:
+        return run.path / Path(state.adapter).name
+    best = run.path / "best.safetensors"
+    if state.best and step == state.best["step"] and best.is_file():
+        return best
+    saved = run.checkpoints / names.step_name(step)
+    return saved if (saved / "complete").is_file() else None
+
+
+def _prompts(run: RunFolder, step: int) -> list[str]:
+    """What each picture of a step was drawn from, as its file says."""
+    found = []
+    for path in run.sample_pictures(step):
+        with Image.open(path) as image:
+            try:
+                found.append(str(json.loads(str(image.info.get("lorakit", "{}"))).get("prompt", "")))
+            except ValueError:
+                found.append("")
+    return found
+
+
+def _photos_of(run: RunFolder, desk: Desk) -> list[tuple[Path, np.ndarray]]:
+    """The run's training photos and how each looks; none where they are not below the roots any more."""
+    try:
+        place = desk.roots.resolve(guide.photo_folder(configuration.load(run.config_file)))
+        photos = folder.scan(place).photos[:MOST_PHOTOS]
+    except LorakitError:
+        return []
+    looks = [(photo.path, _look(photo.path, photo.path.stat().st_mtime_ns)) for photo in photos]
+    return [(path, look) for path, look in looks if look is not None]
+
+
+@functools.lru_cache(maxsize=2048)
+def _look(path: Path, changed: int) -> np.ndarray | None:
+    """The middle square of a picture as a unit vector without its mean: a product of two is their correlation."""
+    try:
+        pixels = decode(path, at_least=4 * LOOK).pixels
+    except Unreadable:
+        return None
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = Image.fromarray(pixels[top : top + side, left : left + side])
+    vector = np.asarray(square.resize((LOOK, LOOK), Image.Resampling.BOX), dtype=np.float32).ravel()
+    vector -= vector.mean()
+    length = float(np.linalg.norm(vector))
+    return vector / length if length > 0 else None

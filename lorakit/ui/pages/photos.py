@@ -1,0 +1,229 @@
+"""The page of photos: a folder's pictures with what is trained of each, what is wrong with it, and its caption."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lorakit.config import Config
+from lorakit.core.errors import LorakitError
+from lorakit.data import buckets, checks as check, folder
+from lorakit.data.folder import Photo
+from lorakit.ui import widgets
+from lorakit.ui.texts import Say
+from lorakit.ui.thumbnails import Thumbnail
+from lorakit.ui.workspace import Desk
+
+# Photos on a page.
+PAGE = 48
+# A caption is sent when its field is left, or at Ctrl-Enter. What is being typed outlives new cards: the check of many
+# photos may end at any moment, and takes the field away, which counts as leaving it until one looks again.
+CAPTIONS = """
+let typing = null;
+element.addEventListener('input', ({target}) => {
+  if (target.dataset.photo) typing = {photo: target.dataset.photo, text: target.value, at: target.selectionEnd};
+});
+element.addEventListener('focusout', ({target}) => setTimeout(() => {
+  if (!target.isConnected || !typing || typing.photo !== target.dataset.photo) return;
+  trigger('submit', {photo: typing.photo, text: typing.text});
+  typing = null;
+}));
+element.addEventListener('keydown', (event) => {
+  if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) event.target.blur();
+});
+new MutationObserver(() => {
+  const fields = typing ? [...element.querySelectorAll('textarea')] : [];
+  const again = fields.find((field) => field.dataset.photo === typing.photo);
+  if (!again || again.value === typing.text) return;
+  again.value = typing.text;
+  again.focus();
+  again.setSelectionRange(typing.at, typing.at);
+}).observe(element, {childList: true, subtree: true});
+"""
+
+
+def cards(desk: Desk, photos: list[Photo], report: check.Report | None, config: Config | None, say: Say) -> str:
+    """One page of photos as HTML."""
+    items = {item.relative: item for item in report.items} if report else {}
+    thumbnails = desk.thumbnails.several([photo.path for photo in photos])
+    shown = [
+        _card(photo, thumbnail, items.get(photo.relative), report, config, say)
+        for photo, thumbnail in zip(photos, thumbnails, strict=True)
+    ]
+    return f'<ul class="lk-cards">{"".join(shown)}</ul>'
+
+
+def _card(
+    photo: Photo,
+    thumbnail: Thumbnail,
+    item: check.Item | None,
+    report: check.Report | None,
+    config: Config | None,
+    say: Say,
+) -> str:
+    name = escape(photo.relative)
+    if thumbnail.problem:
+        picture = f'<div class="lk-photo lk-broken" role="img" aria-label="{name}">✕</div>'
+    else:
+        crop = _crop(thumbnail, report, config, say) if item and report and config else ""
+        image = f'<img src="{thumbnail.address}" alt="{name}">'
+        ratio = thumbnail.size[0] / thumbnail.size[1]
+        picture = f'<div class=lk-photo><span class=lk-frame style="--ratio:{ratio:.4f}">{image}{crop}</span></div>'
+    facts = [f"{thumbnail.size[0]} × {thumbnail.size[1]}"] if not thumbnail.problem else []
+    if item and item.bucket:
+        facts.append(say("photos.trained_at", width=item.bucket.width, height=item.bucket.height))
+        if item.cropped >= 0.005:
+            facts.append(say("photos.cropped", share=round(100 * item.cropped)))
+    problems = [thumbnail.problem] if thumbnail.problem else list(item.findings if item else [])
+    listed = "".join(f"<li>{escape(say.told(problem))}</li>" for problem in problems)
+    hint = escape(say("photos.no_caption", text=item.text)) if item and not photo.caption else ""
+    label = escape(say("photos.caption", name=photo.relative))
+    mark = "bad" if thumbnail.problem else "warn" if problems else "fine"
+    return (
+        f'<li class="lk-card lk-{mark}">{picture}<div class="lk-body"><strong title="{name}">{name}</strong>'
+        f"<small>{escape(' · '.join(facts))}</small>{f'<ul class=lk-findings>{listed}</ul>' if listed else ''}"
+        f'<textarea rows="2" data-photo="{name}" aria-label="{label}" placeholder="{hint}">'
+        f"{escape(photo.caption or '')}</textarea></div></li>"
+    )
+
+
+def _crop(thumbnail: Thumbnail, report: check.Report, config: Config, say: Say) -> str:
+    """The part that is trained, as a frame over the picture, in percent of its sides."""
+    width, height = thumbnail.size
+    box = buckets.assign(thumbnail.size, config.data.resolution, report.step).box
+    left, top, right, bottom = box[0] / width, box[1] / height, box[2] / width, box[3] / height
+    if (right - left) * (bottom - top) > 0.995:
+        return ""
+    place = f"left:{left:.2%};top:{top:.2%};width:{right - left:.2%};height:{bottom - top:.2%}"
+    hint = escape(say("photos.crop_hint"))
+    return f'<i class=lk-crop style="{place}" title="{hint}"></i>'
+
+
+def summary(report: check.Report | None, count: int, say: Say) -> str:
+    """What the check found, the worst first."""
+    head = f"<p class=lk-count><strong>{escape(say('photos.count', count=count))}</strong></p>"
+    if report is None:
+        return head + f"<p class='lk-quiet lk-working'>{escape(say('photos.checking'))}</p>"
+    parts = [head]
+    for kind, lines in (("errors", report.errors), ("warnings", report.warnings), ("notes", report.notes)):
+        if lines:
+            listed = "".join(f"<li>{escape(say.told(line))}</li>" for line in lines)
+            parts.append(
+                f"<h4 class='lk-{kind}'>{escape(say(f'photos.{kind}'))}</h4><ul class='lk-{kind}'>{listed}</ul>"
+            )
+    if not report.errors and not report.warnings:
+        parts.append(f"<p class=lk-good>✓ {escape(say('photos.fine'))}</p>")
+    return "".join(parts)
+
+
+class PhotosPage:
+    """Builds the page; `folder` is the field that the rest of the front end reads."""
+
+    def __init__(self, desk: Desk, t: gr.I18n):
+        self.desk = desk
+        gr.Markdown(t("photos.lead"), elem_classes="lk-lead")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=280), gr.Group():
+                self.folder = gr.Dropdown(
+                    choices=[str(path) for path in desk.roots.photo_folders()],
+                    value=None,
+                    allow_custom_value=True,
+                    label=t("photos.folder"),
+                    info=", ".join(map(str, desk.roots.paths)),
+                    elem_id="photos-folder",
+                )
+                self.open = gr.Button(t("photos.open"), variant="primary", elem_id="photos-open")
+            with gr.Column(scale=2, min_width=280):
+                self.upload = gr.File(
+                    label=t("photos.upload"),
+                    file_count="multiple",
+                    file_types=[f".{kind}" for kind in folder.FORMATS] + list(folder.CAPTIONS),
+                    height=132,
+                    elem_id="photos-upload",
+                )
+        self.message = widgets.html(elem_id="photos-message")
+        self.summary = widgets.html(elem_id="photos-summary")
+        self.cards = widgets.html(elem_id="photos-cards", js_on_load=CAPTIONS)
+        with gr.Row(visible=False) as self.pager:
+            self.previous = gr.Button(t("photos.previous"), size="sm", min_width=80)
+            self.where = widgets.html()
+            self.next = gr.Button(t("photos.next"), size="sm", min_width=80)
+        self.next_step = gr.Button(t("photos.next_step"), variant="primary", visible=False, elem_id="photos-next")
+        self.first = gr.State(0)
+        self.asked = gr.State(widgets.Asked())
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `show` fills."""
+        around = [self.pager, self.previous, self.where, self.next, self.next_step, self.first]
+        return [self.summary, self.cards, *around]
+
+    @property
+    def checked_outputs(self) -> list[Any]:
+        """What `checked` fills."""
+        return [self.summary, self.cards]
+
+    def show(self, path: str, first: int, config: Config | None, say: Say) -> list[Any]:
+        """A page of a folder's photos, at once; with what the check says of them where that is known already."""
+        hidden = gr.update(visible=False)
+        nothing = ["", hidden, gr.skip(), "", gr.skip(), hidden, 0]
+        if not path:
+            return [widgets.quiet(say("photos.empty")), *nothing]
+        try:
+            found = folder.scan(self.desk.roots.resolve(path)).photos
+            count = len(found)
+            first = min(max(0, first), (count - 1) // PAGE * PAGE)
+            last = min(first + PAGE, count)
+            # Before the check begins, which takes every core.
+            self.desk.thumbnails.several([photo.path for photo in found[first:last]])
+            report = self._report(config, wait=False)
+        except LorakitError as problem:
+            return [widgets.problem(say.told(str(problem))), *nothing]
+        return [
+            summary(report, count, say),
+            cards(self.desk, found[first:last], report, config, say),
+            gr.update(visible=count > PAGE),
+            gr.update(interactive=first > 0),
+            widgets.quiet(say("photos.page", first=first + 1, last=last, count=count)),
+            gr.update(interactive=last < count),
+            gr.update(visible=True),
+            first,
+        ]
+
+    def checked(self, path: str, first: int, config: Config | None, say: Say) -> list[Any]:
+        """Summary and cards with what the check says, once it is through."""
+        if not path:
+            return [gr.skip(), gr.skip()]
+        try:
+            found = folder.scan(self.desk.roots.resolve(path)).photos
+            report = self._report(config, wait=True)
+        except LorakitError as problem:
+            return [widgets.problem(say.told(str(problem))), gr.skip()]
+        page = found[first : first + PAGE]
+        return [summary(report, len(found), say), cards(self.desk, page, report, config, say)]
+
+    def _report(self, config: Config | None, wait: bool) -> check.Report | None:
+        """What the check says; None where there is nothing to check yet, or it is not through and need not be."""
+        if config is None:
+            return None
+        asked = self.desk.report(config)
+        return asked.result() if wait or asked.done() else None
+
+    def take_in(self, files: list[str] | None, say: Say) -> tuple[str, str | None]:
+        """Uploaded files into a folder of their own; (message, the folder or None)."""
+        place, count, refused = self.desk.take_in([Path(file) for file in files or []])
+        parts = [widgets.good(say("photos.uploaded", count=count))] if count else []
+        if refused:
+            parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.told, refused)))))
+        return "".join(parts), str(place) if place else None
+
+    def save_caption(self, path: str, photo: str, text: str, say: Say) -> str:
+        """Save one caption; the line that says so."""
+        try:
+            self.desk.save_caption(Path(path), photo, text)
+        except LorakitError as problem:
+            return widgets.problem(say.told(str(problem)))
+        return widgets.good(say("photos.saved", name=photo))

@@ -1,0 +1,314 @@
+"""The page of runs: what each is doing, its curves, its pictures, its log, and the buttons that stop and resume it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lorakit.core.errors import LorakitError
+from lorakit.runs.folder import LIVE, RunFolder, State, read
+from lorakit.ui import charts, widgets
+from lorakit.ui.texts import Say
+from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
+from lorakit.ui.workspace import Desk
+
+# Seconds between looks at the run folder.
+EVERY = 1.0
+# Lines of the log that are shown, and lines of the process's own output.
+LOG_LINES, OUTPUT_LINES = 200, 60
+# A run that has written nothing for so many seconds says so.
+SILENT = 20
+SAMPLE_SIDE = 640
+RESUMABLE = ("interrupted", "stopped", "failed")
+CHOOSE = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button[data-run]');
+  if (button) trigger('select', {run: button.dataset.run});
+});
+"""
+
+
+class RunsPage:
+    """Builds the page. `chosen` holds the name of the run that is shown, in the browser."""
+
+    def __init__(self, desk: Desk, t: gr.I18n, chosen: gr.BrowserState):
+        self.desk, self.chosen = desk, chosen
+        # What is on the screen, so that only what changed is sent again.
+        self.seen = gr.State({})
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=260):
+                self.list = widgets.html(elem_id="runs-list", js_on_load=CHOOSE)
+                self.work = gr.Button(t("run.work"), visible=False, size="sm", elem_id="queue-start")
+            with gr.Column(scale=3, min_width=320):
+                self.status = widgets.html(elem_id="run-status")
+                with gr.Row():
+                    self.stop = gr.Button(t("run.stop"), variant="stop", visible=False, elem_id="run-stop")
+                    self.resume = gr.Button(t("run.resume"), variant="primary", visible=False, elem_id="run-resume")
+                    self.cancel = gr.Button(t("run.cancel"), visible=False, elem_id="run-cancel")
+                    self.download = gr.DownloadButton(t("run.download"), visible=False, elem_id="run-download")
+                self.message = widgets.html(elem_id="run-message")
+                self.samples = widgets.html(elem_id="run-samples")
+                self.curves = widgets.html(elem_id="run-curves")
+                self.log = widgets.html(elem_id="run-log")
+
+    def wire(self, page: gr.Blocks) -> None:
+        """Which event calls what. Whatever was done, the files are looked at next, always by the same listener: two
+        that overlap could each take the other's for what is on the screen."""
+
+        def poll(chosen: str, seen: dict[str, Any], request: gr.Request) -> list[Any]:
+            return self.poll(chosen or "", seen, say_for(request))
+
+        def choose(event: gr.EventData) -> tuple[str, str]:
+            return event.run, ""
+
+        def with_words(act: Any) -> Any:
+            def acted(chosen: str, request: gr.Request) -> str:
+                return act(chosen or "", say_for(request))
+
+            return acted
+
+        looks = [gr.Timer(EVERY).tick, page.load, self.chosen.change, self.message.change]
+        gr.on(looks, poll, [self.chosen, self.seen], self.outputs, **FOLLOW)
+        self.list.select(choose, None, [self.chosen, self.message], **EACH)
+        for button, act in ((self.stop, self.ask_stop), (self.resume, self.go_on), (self.cancel, self.take_out)):
+            button.click(with_words(act), self.chosen, self.message, **ACT)
+        self.work.click(lambda: self.desk.queue.start(), None, None, **ACT)
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `poll` fills."""
+        return [
+            self.chosen, self.seen, self.list, self.work, self.status, self.stop, self.resume, self.cancel,
+            self.download, self.samples, self.curves, self.log,
+        ]  # fmt: skip
+
+    def poll(self, chosen: str, seen: dict[str, Any], say: Say) -> list[Any]:
+        """The page as the files have it now; what has not changed since `seen` is not sent."""
+        runs = self.desk.runs_and_jobs()
+        names = [name for name, _ in runs]
+        if chosen not in names:
+            live = [name for name, state in runs if state.state in LIVE]
+            chosen_now = (live or names or [""])[0]
+        else:
+            chosen_now = chosen
+        waiting = sum(state.state == "waiting" for _, state in runs)
+        idle = waiting > 0 and not self.desk.queue.is_working()
+        parts = {"list": _list(runs, chosen_now, idle, say), "work": idle}
+        parts |= self._run(chosen_now, dict(runs).get(chosen_now), say)
+        fresh = {part: hash(str(value)) for part, value in parts.items()}
+        sent = {part: value if seen.get(part) != fresh[part] else gr.skip() for part, value in parts.items()}
+        visible = {
+            part: gr.update(visible=sent[part]) if isinstance(sent[part], bool) else sent[part]
+            for part in ("work", "stop", "resume", "cancel")
+        }
+        if isinstance(sent["download"], str):
+            sent["download"] = gr.update(visible=bool(sent["download"]), value=sent["download"] or None)
+        return [
+            gr.skip() if chosen_now == chosen else chosen_now,
+            gr.skip() if fresh == seen else fresh,
+            sent["list"], visible["work"], sent["status"], visible["stop"], visible["resume"], visible["cancel"],
+            sent["download"], sent["samples"], sent["curves"], sent["log"],
+        ]  # fmt: skip
+
+    def _run(self, name: str, state: State | None, say: Say) -> dict[str, Any]:
+        hidden: dict[str, Any] = dict.fromkeys(("stop", "resume", "cancel"), False) | {"download": ""}
+        if state is None:
+            return hidden | {"status": widgets.quiet(say("run.none")), "samples": "", "curves": "", "log": ""}
+        run = RunFolder(self.desk.run(name))
+        begun = run.state_file.is_file()
+        buttons = hidden | {
+            "stop": state.state in LIVE and begun and not run.stop_requested,
+            "resume": state.state in RESUMABLE and begun and any(run.checkpoints.glob("step-*")),
+            "cancel": state.state == "waiting",
+            "download": self._download(run, state),
+        }
+        output = self._output(name)
+        return buttons | {
+            "status": _status(name, state, run, say),
+            "samples": _samples(self.desk, run, state, say),
+            "curves": _curves(run, state, say) if begun else "",
+            "log": _log(run, output, say),
+        }
+
+    def _output(self, name: str) -> str:
+        """The last lines that the run's process printed."""
+        jobs = [job for job in self.desk.queue.jobs() if Path(job.folder).name == name]
+        return "\n".join(self.desk.queue.log(jobs[-1].number).splitlines()[-OUTPUT_LINES:]) if jobs else ""
+
+    def ask_stop(self, name: str, say: Say) -> str:
+        """Ask the run to stop; what happens next, for the person."""
+        try:
+            path = self.desk.run(name)
+            read(path)
+            RunFolder(path).request_stop()
+        except LorakitError as problem:
+            return widgets.problem(say.told(str(problem)))
+        return widgets.good(say("run.stop_asked"))
+
+    def go_on(self, name: str, say: Say) -> str:
+        """Put the continuation of a run into the queue."""
+        try:
+            path = self.desk.run(name)
+            read(path)
+            self.desk.queue.resume(path)
+        except LorakitError as problem:
+            return widgets.problem(say.told(str(problem)))
+        self.desk.queue.start()
+        return widgets.good(say("run.resumed", name=name))
+
+    def take_out(self, name: str, say: Say) -> str:
+        """Take a waiting run out of the queue."""
+        for job in self.desk.queue.waiting():
+            if Path(job.folder).name == name and self.desk.queue.cancel(job.number):
+                return widgets.good(say("run.cancelled", name=name))
+        return widgets.problem(say("error.gone"))
+
+    def _download(self, run: RunFolder, state: State) -> str:
+        adapter = run.path / Path(state.adapter).name
+        return str(self.desk.staged(adapter)) if state.adapter and adapter.is_file() else ""
+
+
+def _list(runs: list[tuple[str, State]], chosen: str, idle: bool, say: Say) -> str:
+    if not runs:
+        return ""
+    shown = []
+    for name, state in runs:
+        share = f"{100 * state.step // state.steps} %" if state.steps else ""
+        current = " aria-current=true" if name == chosen else ""
+        shown.append(
+            f'<li><button type="button" data-run="{escape(name)}"{current}><span>{escape(name)}</span>'
+            f"<span>{widgets.badge(state.state, say)} <small>{share}</small></span></button></li>"
+        )
+    waiting = sum(state.state == "waiting" for _, state in runs)
+    warned = widgets.problem(say("run.idle_queue", count=waiting)) if idle else ""
+    return f"<h3>{escape(say('run.list'))}</h3>{warned}<ul class=lk-runs>{''.join(shown)}</ul>"
+
+
+def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
+    share = state.step / state.steps if state.steps else 0.0
+    live = state.state in LIVE
+    numbers = [
+        (say("run.step"), f"{state.step} / {state.steps}" if state.steps else "", ""),
+        (say("run.loss"), f"{state.loss:.4f}" if state.loss is not None else "", ""),
+        (say("run.rate"), f"{state.learning_rate:.2e}" if state.learning_rate is not None else "", ""),
+        (say("run.speed"), f"{state.images_per_second:.1f}" if state.images_per_second is not None else "", ""),
+        (say("run.memory"), widgets.memory(state.memory_mib * 2**20, say) if state.memory_mib is not None else "", ""),
+        (say("run.left"), widgets.duration(state.eta_s, say) if live and state.eta_s is not None else "", ""),
+        (say("run.adapter"), state.adapter, ""),
+    ]
+    lines = [say.told(state.message)] if state.message and not live else []
+    if state.best:
+        lines.append(say("run.best", reason=say.told(state.best["reason"])))
+    if live and run.stop_requested:
+        lines.append(say("run.stop_asked"))
+    if live and time.time() - state.updated > SILENT:
+        lines.append(say("run.updated", ago=widgets.ago(state.updated, say)))
+    told = "".join(f"<p>{escape(line)}</p>" for line in lines) + _findings(run, say)
+    bar = (
+        f'<div class="lk-bar" role="progressbar" aria-label="{escape(say("run.step"))}" aria-valuemin="0" '
+        f'aria-valuemax="{state.steps}" aria-valuenow="{state.step}"><i style="width:{share:.1%}"></i></div>'
+        if state.steps
+        else ""
+    )
+    return (
+        f'<section class=lk-panel data-state="{state.state}" data-step="{state.step}"><h3>{escape(name)} '
+        f"{widgets.badge(state.state, say)}</h3>{bar}{widgets.facts(numbers)}{told}</section>"
+    )
+
+
+def _findings(run: RunFolder, say: Say) -> str:
+    """What the run's self-check found of the exported file."""
+    try:
+        found = json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
+        listed = "".join(
+            f"<li class=lk-{'fine' if one['passed'] else 'bad'}><b>{'✓' if one['passed'] else '✕'}</b> "
+            f"{escape(say.told('{name}: {detail}'.format_map(one)))}</li>"
+            for one in found
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"<h4>{escape(say('run.checks'))}</h4><ul class=lk-readers>{listed}</ul>" if listed else ""
+
+
+def _samples(desk: Desk, run: RunFolder, state: State, say: Say) -> str:
+    grids = run.sample_grids()
+    if not grids:
+        return widgets.quiet(say("run.no_samples")) if state.state in LIVE else ""
+    shown = []
+    for step, path in reversed(grids.items()):
+        picture = desk.thumbnails.get(path, SAMPLE_SIDE)
+        title = escape(say("compare.step", step=step) if step else say("compare.base"))
+        shown.append(f'<figure><img src="{picture.address}" alt="{title}"><figcaption>{title}</figcaption></figure>')
+    return f"<h3>{escape(say('run.samples'))}</h3><div class=lk-samples tabindex=0>{''.join(shown)}</div>"
+
+
+def _curves(run: RunFolder, state: State, say: Say) -> str:
+    try:
+        size = run.log_file.stat().st_size
+    except OSError:
+        return ""
+    steps, validations = _points(run.log_file, size)
+    losses = [(step, loss) for step, loss, _ in steps if loss is not None]
+    rates = [(step, rate) for step, _, rate in steps if rate is not None]
+    mse = [(step, value) for step, value, _ in validations if value is not None]
+    drift = [(step, value) for step, _, value in validations if value is not None]
+    parts = [
+        charts.chart(
+            say("run.loss"),
+            [
+                charts.Line(say("run.training_loss"), charts.smoothed(losses), "lk-line-a"),
+                charts.Line(say("run.validation"), mse, "lk-line-b", dots=True),
+            ],
+            state.steps,
+        ),
+        charts.chart(say("run.rate"), [charts.Line(say("run.rate"), rates, "lk-line-c")], state.steps),
+        charts.chart(say("run.drift"), [charts.Line(say("run.drift"), drift, "lk-line-b", dots=True)], state.steps),
+    ]
+    shown = "".join(parts)
+    return f"<h3>{escape(say('run.curves'))}</h3><div class=lk-charts>{shown}</div>" if shown else ""
+
+
+@functools.lru_cache(maxsize=8)
+def _points(log: Path, size: int) -> tuple[list[Any], list[Any]]:
+    """(step, loss, rate) of each step and (step, mse, drift) of each validation; a log of one size is read once.
+
+    A step that was done twice (after a resume or a rollback) counts as it was done last.
+    """
+    steps: dict[int, Any] = {}
+    validations: dict[int, Any] = {}
+    for event in RunFolder(log.parent).events("step", "validation"):
+        step = event.get("step")
+        if not isinstance(step, int):
+            continue
+        if event["event"] == "step":
+            steps[step] = (step, event.get("loss"), event.get("learning_rate"))
+        else:
+            validations[step] = (step, event.get("mse"), event.get("prior_drift"))
+    return [steps[step] for step in sorted(steps)], [validations[step] for step in sorted(validations)]
+
+
+@functools.lru_cache(maxsize=8)
+def _messages(log: Path, size: int) -> list[str]:
+    """The last lines that were meant for people, warnings and errors marked."""
+    events = RunFolder(log.parent).events("message", "warning", "error", "done")
+    lines = [("! " if e["event"] in ("warning", "error") else "") + str(e.get("message", e["event"])) for e in events]
+    return lines[-LOG_LINES:]
+
+
+def _log(run: RunFolder, output: str, say: Say) -> str:
+    lines = _messages(run.log_file, run.log_file.stat().st_size) if run.log_file.is_file() else []
+    parts = []
+    if lines:
+        text = escape("\n".join(lines))
+        parts.append(f"<details open><summary>{escape(say('run.log'))}</summary><pre tabindex=0>{text}</pre></details>")
+    if output:
+        parts.append(
+            f"<details><summary>{escape(say('run.output'))}</summary><pre tabindex=0>{escape(output)}</pre></details>"
+        )
+    return "".join(parts)

@@ -1,0 +1,352 @@
+"""The page on which a run is planned and started: five answers, and every other knob derived from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from lorakit import config as configuration
+from lorakit.config import Config
+from lorakit.core.errors import LorakitError
+from lorakit.runs import quickstart as guide
+from lorakit.runs.plan import Plan
+from lorakit.ui import commands, form, widgets
+from lorakit.ui.texts import Say
+from lorakit.ui.workspace import Desk
+
+AUTOMATIC = ""
+
+
+class TrainPage:
+    """Builds the page. `widgets` holds every knob's widget by key, `draft` the answers, in the browser.
+
+    `marks` is what the page remembers between events: {"preset": name or "", "values": {key: the preset's value},
+    "moved": {key: a value that gave way to one changed by hand}, "shown": {key: "changed", a problem or ""}}.
+    """
+
+    def __init__(self, desk: Desk, t: gr.I18n, draft: gr.BrowserState):
+        self.desk, self.draft = desk, draft
+        self.fields = form.fields()
+        start = form.values(guide.suggest({}, "balanced"))
+        self.widgets: dict[str, Any] = {}
+        gr.Markdown(t("train.lead"), elem_classes="lk-lead")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=300):
+                for key in guide.QUESTIONS:
+                    more = {"allow_custom_value": True} if key in (guide.PHOTOS, guide.BASE) else {}
+                    self.widgets[key] = self._question(key, start[key], t, **more)
+                self.fetch = gr.Button(t("train.fetch"), visible=False, elem_id="base-fetch")
+                self.fetched = widgets.html(elem_id="base-fetched")
+                self.quality = gr.Radio(
+                    choices=[(t(f"quality.{name}"), name) for name in guide.QUALITIES],
+                    value="balanced",
+                    label=t("train.quality"),
+                    info=t("train.quality_help"),
+                    elem_id="quality",
+                )
+                self.start = gr.Button(
+                    t("train.start"), variant="primary", size="lg", interactive=False, elem_id="train-start"
+                )
+                self.message = widgets.html(elem_id="train-message")
+            with gr.Column(scale=2, min_width=280):
+                self.plan_card = widgets.html(elem_id="train-plan")
+        with gr.Accordion(t("train.options"), open=False, elem_id="train-options"):
+            with gr.Row(equal_height=True):
+                self.preset = gr.Dropdown(
+                    choices=[
+                        (t("train.automatic"), AUTOMATIC),
+                        *((name, name) for name in configuration.preset_names()),
+                    ],
+                    value=AUTOMATIC,
+                    label=t("train.preset"),
+                    info=t("train.preset_help"),
+                    filterable=False,
+                    elem_id="preset",
+                )
+                self.apply = gr.Button(t("train.apply"), scale=0, min_width=160, elem_id="preset-apply")
+            self.difference = widgets.html(elem_id="preset-difference")
+            self.changed = widgets.html(elem_id="train-changed")
+            for section in configuration.SECTIONS:
+                told = (*guide.QUESTIONS, *guide.GIVEN)
+                keys = [key for key, f in self.fields.items() if f.knob.section == section and key not in told]
+                if keys:
+                    gr.Markdown(t(f"section.{section}"), elem_classes="lk-section")
+                    with gr.Row(equal_height=False, elem_classes="lk-knobs"):
+                        for key in keys:
+                            self.widgets[key] = widgets.widget(self.fields[key], start[key], t, min_width=240)
+        self.keys = list(self.widgets)
+        self.marks = gr.State({"preset": AUTOMATIC, "values": start, "moved": {}, "shown": {}})
+        self.asked = gr.State(widgets.Asked())
+
+    def _question(self, key: str, value: Any, t: gr.I18n, **more: Any) -> Any:
+        field = self.fields[key]
+        if "allow_custom_value" not in more:
+            return widgets.widget(field, value, t)
+        common = {"label": t(f"knob.{key}"), "info": t(f"help.{key}"), "elem_id": widgets.element_id(key)}
+        default = field.knob.default
+        folders = [str(path) for path in self.desk.roots.photo_folders()] if key == guide.PHOTOS else [default]
+        return gr.Dropdown(choices=folders, value=value or None, **common, **more)
+
+    @property
+    def inputs(self) -> list[Any]:
+        """What an answer is read from, in order: quality, what it remembers, every widget."""
+        return [self.quality, self.marks, *(self.widgets[key] for key in self.keys)]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `answer` fills."""
+        every = [self.widgets[key] for key in self.keys]
+        return [self.plan_card, self.changed, self.start, self.fetch, self.marks, self.draft, *every]
+
+    def form_values(self, values: Sequence[Any]) -> dict[str, Any]:
+        """Key -> what the widget holds."""
+        return dict(zip(self.keys, values, strict=True))
+
+    def answer(self, quality: str, marks: dict[str, Any], values: Sequence[Any], say: Say) -> list[Any]:
+        """Follow an answer, at once: options that were not changed by hand go with the preset, problems go to their
+        fields. The plan follows in `plan`: the photos may not have been looked at yet."""
+        shown = self.form_values(values)
+        marks, moved = self._follow(quality, marks, shown)
+        shown |= moved
+        config, problems = self.read(shown, say)
+        changed = form.changed(shown, {k: v for k, v in marks["values"].items() if k not in guide.QUESTIONS})
+        wanted = {
+            key: "\n".join(problems[key]) if key in problems else "changed" if key in changed else ""
+            for key in self.keys
+        }
+        updates = [self._update(key, wanted[key], marks["shown"].get(key, ""), moved, say) for key in self.keys]
+        marks = marks | {"shown": {key: mark for key, mark in wanted.items() if mark}}
+        if config is None:
+            plan: Any = _problems(problems, say)
+        else:
+            plan = gr.skip() if self.desk.report(config).done() else widgets.quiet(say("plan.working"))
+        draft = self.kept(quality, marks, shown)
+        fetch = gr.update(visible=self.lacking(shown) is not None)
+        return [plan, _changes(changed, say), gr.update(interactive=False), fetch, marks, draft, *updates]
+
+    def plan(self, values: Sequence[Any], say: Say) -> tuple[str, Any]:
+        """The plan, or what keeps it from being made, and whether the run may start; waits until the photos are
+        looked at."""
+        config, problems = self.read(self.form_values(values), say)
+        refused = gr.update(interactive=False)
+        if config is None:
+            return _problems(problems, say), refused
+        try:
+            preview = guide.preview(config, self.desk.report(config).result())
+        except LorakitError as problem:
+            return widgets.problem(say.told(str(problem))), refused
+        if preview.plan is None:
+            return _problems({guide.PHOTOS: list(map(say.told, preview.report.errors))}, say), refused
+        return plan_card(preview.plan, preview.report.warnings, say), gr.update(interactive=True)
+
+    def _follow(
+        self, quality: str, marks: dict[str, Any], shown: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The preset that the answers suggest now, and the new values of options that were not changed by hand: the
+        preset's, but for what gives way to a change (a length of one's own to the preset's, say)."""
+        moved = marks["moved"]
+        by_hand = {
+            key: now
+            for key, (_, now) in form.changed(shown, marks["values"]).items()
+            if key not in guide.QUESTIONS and not (key in moved and now == moved[key])
+        }
+        try:
+            suggested = self._suggest(shown, quality, marks["preset"])
+        except LorakitError:
+            return marks, {}
+        try:
+            laid = self._suggest(shown, quality, marks["preset"], by_hand)
+        except LorakitError:  # what was changed is wrong, and will be told where it is
+            laid = suggested
+        follows = {
+            key: value
+            for key, value in laid.items()
+            if key in self.widgets and key not in guide.QUESTIONS and key not in by_hand
+        }
+        moved = {key: value for key, value in follows.items() if value != suggested.get(key)}
+        marks = marks | {"values": suggested, "moved": moved}
+        return marks, {key: value for key, value in follows.items() if shown.get(key) != value}
+
+    def _suggest(
+        self, shown: Mapping[str, Any], quality: str, preset: str, by_hand: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What preset and answers suggest for every field; a base outside of the roots is not even looked at.
+
+        Raises:
+            LorakitError: as `guide.suggest`, and where the base is outside.
+        """
+        base = shown.get(guide.BASE) or ""
+        bundled = base == self.fields[guide.BASE].knob.default
+        inside = base if bundled else form.located(guide.BASE, base, self.desk.roots)
+        changed = {key: self.fields[key].read(value) for key, value in (by_hand or {}).items()}
+        return form.values(guide.suggest({**shown, guide.BASE: inside}, quality, preset or None, changed))
+
+    def read(self, shown: Mapping[str, Any], say: Say) -> tuple[Config | None, dict[str, list[str]]]:
+        """The config of a filled-in form, or every problem by field; an unanswered question is one."""
+        config, problems = form.read(shown, self.desk.roots)
+        for key in guide.QUESTIONS:
+            if not str(shown.get(key) or "").strip():
+                problems.setdefault(key, []).append(say("train.required"))
+        if name := self.lacking(shown):
+            problems.setdefault(guide.BASE, []).append(say("train.must_fetch", name=name))
+        elif config is not None and not problems:
+            try:
+                guide.describe(form.values(config)[guide.BASE])
+            except LorakitError as problem:
+                problems[guide.BASE] = [str(problem)]
+        told = {key: [say.told(line) for line in lines] for key, lines in problems.items()}
+        return (None if problems else config), told
+
+    def lacking(self, shown: Mapping[str, Any]) -> str | None:
+        """The base's hub id where only the network has it; the network is not asked."""
+        try:
+            base = form.located(guide.BASE, str(shown.get(guide.BASE) or "").strip(), self.desk.roots)
+        except LorakitError:
+            return None
+        return base if guide.must_be_fetched(base) else None
+
+    def fetch_base(self, values: Sequence[Any], say: Say) -> str:
+        """Fetch the base from the hub, because somebody asked for it; what came of it, in words."""
+        name = self.lacking(self.form_values(values))
+        if name is None:
+            return ""
+        try:
+            commands.fetch(name)
+        except LorakitError as problem:
+            return widgets.problem(say.told(str(problem)))
+        return widgets.good(say("train.fetched", name=name))
+
+    def config_of_photos(self, shown: Mapping[str, Any]) -> Config | None:
+        """A config that is enough to look at the photos, whatever else is still unanswered or wrong."""
+        config, _ = form.read(shown, self.desk.roots)
+        try:
+            if config is not None and guide.describe(form.values(config)[guide.BASE]):
+                return config
+        except LorakitError:  # the base will be told of where it is chosen
+            pass
+        start = form.values(guide.suggest({}, "balanced"))
+        return form.read(start | {guide.PHOTOS: shown[guide.PHOTOS]}, self.desk.roots)[0]
+
+    def kept(self, quality: str, marks: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
+        """The answers as the browser keeps them, for `restore`."""
+        return {"quality": quality, "preset": marks["preset"], "moved": marks["moved"], "values": dict(shown)}
+
+    def restore(self, kept: Mapping[str, Any]) -> list[Any]:
+        """The answers that the browser kept: photos' folder, quality, marks, preset, then each widget."""
+        if not isinstance(kept, dict) or not isinstance(kept.get("values"), dict):
+            return [gr.skip()] * (4 + len(self.keys))
+        start = form.values(guide.suggest({}, "balanced"))
+        values = start | {key: value for key, value in kept["values"].items() if key in self.widgets}
+        quality = kept["quality"] if kept.get("quality") in guide.QUALITIES else "balanced"
+        preset = kept["preset"] if kept.get("preset") in configuration.preset_names() else AUTOMATIC
+        try:
+            suggested = self._suggest(values, quality, preset)
+        except LorakitError:
+            suggested = start
+        moved = kept["moved"] if isinstance(kept.get("moved"), dict) else {}
+        marks = {"preset": preset, "values": suggested, "moved": moved, "shown": {}}
+        values[guide.PHOTOS] = values[guide.PHOTOS] or None
+        return [values[guide.PHOTOS], quality, marks, preset, *(values[key] for key in self.keys)]
+
+    def _update(self, key: str, mark: str, before: str, moved: Mapping[str, Any], say: Say) -> Any:
+        change: dict[str, Any] = {"value": moved[key]} if key in moved else {}
+        if mark != before:
+            wrong = mark not in ("", "changed")
+            help = say(f"help.{key}")
+            change["info"] = f"✕ {mark} — {help}" if wrong else f"● {say('train.changed')} — {help}" if mark else help
+            change["elem_classes"] = ["lk-wrong"] if wrong else ["lk-changed"] if mark else []
+        return gr.update(**change) if change else gr.skip()
+
+    def difference_of(self, preset: str, quality: str, values: Sequence[Any], say: Say) -> str:
+        """What the preset would change, as a table."""
+        shown = self.form_values(values)
+        try:
+            suggested = self._suggest(shown, quality, preset)
+        except LorakitError as problem:
+            return widgets.problem(say.told(str(problem)))
+        differences = form.changed(suggested, {k: v for k, v in shown.items() if k not in guide.QUESTIONS})
+        if not differences:
+            return widgets.quiet(say("train.same"))
+        head = [say("train.option"), say("train.now"), say("train.then")]
+        return widgets.table(
+            head, [[key, _told(now, say), _told(then, say)] for key, (now, then) in differences.items()]
+        )
+
+    def apply_preset(self, preset: str, quality: str, marks: dict[str, Any], values: Sequence[Any]) -> list[Any]:
+        """Every option as the preset has it: the new `marks`, then an update for each widget."""
+        shown = self.form_values(values)
+        try:
+            suggested = self._suggest(shown, quality, preset)
+        except LorakitError:
+            return [gr.skip()] * (1 + len(self.keys))
+        updates = [
+            gr.skip() if key in guide.QUESTIONS or suggested.get(key) == shown[key] else gr.update(value=suggested[key])
+            for key in self.keys
+        ]
+        return [marks | {"preset": preset, "values": suggested, "moved": {}}, *updates]
+
+    def begin(self, values: Sequence[Any], say: Say) -> tuple[str, str | None]:
+        """Put the run into the queue; (message, name of the run folder or None)."""
+        config, problems = self.read(self.form_values(values), say)
+        if config is None:
+            return widgets.problem(
+                say("train.cannot", problem="\n".join(p for one in problems.values() for p in one))
+            ), None
+        try:
+            report = self.desk.report(config).result()
+            if report.errors:
+                raise LorakitError("\n".join(report.errors))
+            job = self.desk.queue.train(config)
+        except LorakitError as problem:
+            return widgets.problem(say("train.cannot", problem=say.told(str(problem)))), None
+        self.desk.queue.start()
+        name = job.folder.rpartition("/")[2].rpartition("\\")[2]
+        return widgets.good(say("train.started", name=name)), name
+
+
+def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
+    """The plan's figures, and below them its lines as the command line has them."""
+    memory = widgets.memory(max(plan.peaks.values()), say)
+    spent = say("plan.measured") if plan.seconds is None else widgets.duration(plan.seconds, say)
+    held = say("plan.held", count=plan.held_out) if plan.held_out else ""
+    weights = f"{sum(count for _, count in plan.modules.values()) / 1e6:.2f} M"
+    estimate = say("plan.estimate")
+    figures = widgets.facts(
+        [
+            (say("plan.steps"), str(plan.steps), ""),
+            (say("plan.time"), spent, estimate if plan.seconds is not None else ""),
+            (say("plan.memory"), memory, f"{estimate}, {say('plan.device', device=plan.device)}"),
+            (say("plan.photos"), str(plan.photos), held),
+            (say("plan.trained"), weights, ""),
+        ]
+    )
+    warned = "".join(f"<li>{escape(say.told(line))}</li>" for line in warnings)
+    lines = "".join(f"<li>{escape(say.told(line))}</li>" for line in plan.lines())
+    return (
+        f"<section class=lk-panel><h3>{escape(say('plan.title'))}</h3>{figures}"
+        f"{f'<ul class=lk-warnings>{warned}</ul>' if warned else ''}<ul class=lk-lines>{lines}</ul></section>"
+    )
+
+
+def _problems(problems: Mapping[str, Sequence[str]], say: Say) -> str:
+    titles = {key: f"<b>{escape(say(f'knob.{key}'))}</b>: " if key else "" for key in problems}
+    listed = "".join(f"<li>{titles[key]}{escape(line)}</li>" for key, lines in problems.items() for line in lines)
+    return f"<section class=lk-panel><h3>{escape(say('plan.problems'))}</h3><ul class=lk-errors>{listed}</ul></section>"
+
+
+def _changes(changed: Mapping[str, tuple[Any, Any]], say: Say) -> str:
+    if not changed:
+        return widgets.quiet(say("train.unchanged"))
+    told = "; ".join(f"{key}: {_told(was, say)} → {_told(now, say)}" for key, (was, now) in changed.items())
+    return f"<p class=lk-changes>● {escape(say('train.changed'))}: {escape(told)}</p>"
+
+
+def _told(value: Any, say: Say) -> str:
+    if value is None or value == "":
+        return say("train.unset")
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,179 @@
+"""What every page of the front end works with: the allowed folders, the runs, the queue, and what was looked at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lorakit.config import Config
+from lorakit.core import atomic
+from lorakit.core.errors import LorakitError
+from lorakit.data import checks as check, folder
+from lorakit.data.decode import Unreadable, decode
+from lorakit.runs import folder as run_folder, quickstart as guide
+from lorakit.runs.queue import Queue
+from lorakit.ui.access import Roots
+from lorakit.ui.thumbnails import Thumbnails
+
+# Reports kept; each is small.
+MOST_REPORTS = 20
+
+
+class Desk:
+    """One for a front end; safe to use from several threads.
+
+    Args:
+        runs: folder of the run folders; it is made, and is below the roots by itself.
+        roots: other folders that may be read.
+    """
+
+    def __init__(self, runs: Path, roots: Sequence[Path]):
+        self.runs = runs.expanduser().resolve()
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.roots = Roots([*roots, self.runs])
+        self.queue = Queue(self.runs)
+        self.thumbnails = Thumbnails()
+        # What was measured of each photo: a word changed in the form must not decode five hundred of them again.
+        self._seen: check.Memory = {}
+        self._reports: OrderedDict[Any, Future[check.Report]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._staging = tempfile.TemporaryDirectory(prefix="lorakit-")
+        # One at a time: a check uses every core already.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="check")
+
+    def report(self, config: Config) -> Future[check.Report]:
+        """What `check` says of the config's photos; asked for twice, they are looked at once unless a file changed."""
+        info = guide.describe(config.model.base)
+        path = guide.photo_folder(config)
+        key = (config.data, info.path, info.downscale, _fingerprint(path))
+        with self._lock:
+            if key not in self._reports:
+                self._reports[key] = self._pool.submit(check.check, config.data, info, memory=self._seen)
+                while len(self._reports) > MOST_REPORTS:
+                    self._reports.popitem(last=False)
+            return self._reports[key]
+
+    def take_in(self, files: Sequence[Path]) -> tuple[Path | None, int, list[str]]:
+        """Copy uploaded photos that can be decoded into a new folder of their own.
+
+        Returns:
+            The folder (None if nothing could be used), the number of photos in it, and a line for each refused file.
+        """
+        refused: list[str] = []
+        kept: dict[str, bytes] = {}
+        for file in files:
+            name = Path(file.name).name.lstrip(".") or "photo"
+            raw = file.read_bytes()
+            if file.suffix.lower() in folder.CAPTIONS:
+                kept[name] = raw[:10_000]
+                continue
+            try:
+                decode(raw, name)
+            except Unreadable as problem:
+                refused.append(str(problem))
+                continue
+            stem, number = Path(name), 1
+            while name in kept:
+                number += 1
+                name = f"{stem.stem}-{number}{stem.suffix}"
+            kept[name] = raw
+        photos = sum(not name.lower().endswith(folder.CAPTIONS) for name in kept)
+        if not photos:
+            return None, 0, refused
+        place = self.runs / "uploads" / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}"
+        place.mkdir(parents=True)
+        for name, raw in kept.items():
+            atomic.write(place / name, raw)
+        return place, photos, refused
+
+    def save_caption(self, photos: Path, relative: str, text: str) -> Path:
+        """Write a photo's caption beside it, as `name.txt`, which goes before every other source.
+
+        Raises:
+            LorakitError: there is no such photo below the roots, or the folder cannot be written to.
+        """
+        photo = self.roots.resolve(self.roots.resolve(photos) / relative)
+        if not photo.is_file() or not photo.name.lower().endswith(folder.FORMATS):
+            raise LorakitError(f"{relative}: no such photo")
+        target = photo.with_suffix(".txt")
+        try:
+            atomic.write(target, " ".join(text.split()) + "\n")
+        except OSError as error:
+            raise LorakitError(f"{target}: cannot be written ({error.strerror or error})") from None
+        return target
+
+    def run(self, name: str) -> Path:
+        """The run folder of that name, which may not have been made yet.
+
+        Raises:
+            LorakitError: the name is not that of a folder directly below the runs.
+        """
+        path = self.runs / name
+        if not name or Path(name).name != name or name.startswith("."):
+            raise LorakitError(f"{name!r} is no run")
+        return path
+
+    def staged(self, path: Path) -> Path:
+        """The same file where the browser may download it from: only what is staged can be."""
+        status = path.stat()
+        target = Path(self._staging.name) / f"{status.st_mtime_ns}-{status.st_size}" / path.name
+        with self._lock:
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(path, target)
+                except OSError:  # another disk, or a system without links
+                    shutil.copyfile(path, target)
+        return target
+
+    def unused(self, name: str) -> Path:
+        """A new folder below the runs, for what belongs to no run."""
+        return self.runs / name / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}"
+
+    def runs_and_jobs(self) -> list[tuple[str, run_folder.State]]:
+        """Every run by name, and runs that wait in the queue or are about to begin: those first, then the newest."""
+        states = {path.name: state for path, state in run_folder.list_runs(self.runs)}
+        waiting: list[tuple[str, run_folder.State]] = []
+        for job in self.queue.jobs():
+            name = Path(job.folder).name
+            if job.verb not in ("train", "resume") or Path(job.folder).parent != self.runs:
+                continue
+            if job.state == "waiting":
+                states.pop(name, None)
+                waiting.append((name, _as_state(job.state, job.added)))
+            elif name not in states:
+                # It ended or is about to begin before it made its folder: the log says why.
+                state = "preparing" if job.state == "running" else job.state
+                waiting.append((name, _as_state(state, job.ended or job.added, self.why(job.number))))
+        order = {"waiting": 0, "preparing": 1}
+        waiting.sort(key=lambda run: (order.get(run[1].state, 2), -run[1].updated))
+        begun = [run for run in waiting if run[1].state in order]
+        ended = [run for run in waiting if run[1].state not in order]
+        others = sorted([*states.items(), *ended], key=lambda run: -run[1].updated)
+        return begun + others
+
+    def why(self, number: int) -> str:
+        """The last thing that a job complained of."""
+        lines = [line for line in self.queue.log(number).splitlines() if line.startswith("lorakit: ")]
+        return "\n".join(line.removeprefix("lorakit: ") for line in lines[-3:])
+
+
+def _as_state(state: str, updated: float, message: str = "") -> run_folder.State:
+    return run_folder.State(state=state, updated=updated, message=message)  # type: ignore[arg-type]
+
+
+def _fingerprint(path: Path) -> tuple[Any, ...]:
+    """Changes when a photo or a caption does."""
+    try:
+        files = [file for level in (path, *(p for p in path.iterdir() if p.is_dir())) for file in level.iterdir()]
+        return tuple(sorted((str(f), s.st_size, s.st_mtime_ns) for f in files if (s := f.stat())))
+    except OSError:
+        return ()

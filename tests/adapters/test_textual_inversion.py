@@ -1,0 +1,120 @@
+"""A trigger as a word of its own: where its vectors stand, what they begin as, and that nothing else changes."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from exercise import predict, train
+
+from lorakit import adapters
+from lorakit.adapters.textual_inversion import placed
+from lorakit.config import LohaConfig, LoraConfig
+from lorakit.core.errors import LorakitError
+
+END, PAD = 99, 0
+
+
+def by_hand(ids: list[int], found: list[int], count: int) -> list[int]:
+    """The same with lists."""
+    made, place = [], 0
+    while place < len(ids):
+        if ids[place : place + len(found)] == found:
+            made += [-1 - n for n in range(count)]
+            place += len(found)
+        else:
+            made.append(ids[place])
+            place += 1
+    made = (made + [ids[-1]] * len(ids))[: len(ids)]
+    return made if END in made else [*made[:-1], END]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("found", [[7], [7, 8], [7, 8, 9]])
+def test_the_vectors_stand_where_the_word_stood(found: list[int], count: int) -> None:
+    texts = [
+        [1, *found, 5, END, PAD, PAD, PAD, PAD],
+        [1, 5, *found, 6, *found, END],
+        [1, 5, 6, END, PAD, PAD],
+        [1, *[5] * 5, *found, END],
+        [1, 7, 5, 8, 5, END, PAD],
+        [*found, END],
+    ]
+    wide = max(map(len, texts))
+    rows = [text + [text[-1]] * (wide - len(text)) for text in texts]
+    expected = [by_hand(row, found, count) for row in rows]
+    assert placed(torch.tensor(rows), torch.tensor(found), count, END).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_one_vector_for_a_word_of_one_token_changes_nothing_to_the_bit(
+    request: pytest.FixtureRequest, attach: Any, name: str
+) -> None:
+    family = request.getfixturevalue(name)
+    before = predict(family)
+    adapter = attach(family, LoraConfig(rank=2, new_tokens=1), trigger="sks")
+    assert torch.equal(predict(family), before)
+    assert [name for name in adapter.parameters() if name.endswith(".token")] == [
+        f"{part}.token" for part in family.text_encoders
+    ]
+    assert set(adapter.describe()) == {"unet", *family.text_encoders}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_vectors_learn_are_switched_off_and_leave_no_trace(
+    request: pytest.FixtureRequest, attach: Any, name: str
+) -> None:
+    family = request.getfixturevalue(name)
+    base, names = predict(family), {part: list(m.state_dict()) for part, m in family.modules().items()}
+    adapter = attach(family, LohaConfig(rank=2, new_tokens=3), trigger="sks")
+    first = adapter.weights().tokens["sks"]
+    train(family, adapter)
+    trained, weights = predict(family), adapter.weights()
+    for part, rows in weights.tokens["sks"].items():
+        assert rows.shape == (3, 32) and (rows != first[part]).any(1).all()
+    with adapter.disabled():
+        assert torch.equal(predict(family), base)
+    assert torch.equal(predict(family), trained)
+    state = adapter.state()
+    adapter.detach()
+    assert torch.equal(predict(family), base)
+    assert {part: list(module.state_dict()) for part, module in family.modules().items()} == names
+
+    applied = adapters.apply(family, weights)
+    torch.testing.assert_close(predict(family), trained, rtol=1e-4, atol=1e-5)
+    applied.detach()
+    again = attach(family, LohaConfig(rank=2, new_tokens=3), trigger="sks")
+    again.load_state(state)
+    assert torch.equal(predict(family), trained)
+    again.detach()
+    third = attach(family, LohaConfig(rank=2, new_tokens=3), trigger="sks")
+    third.load(weights)
+    torch.testing.assert_close(predict(family), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_the_end_of_the_text_is_found_with_vectors_in_it(sdxl: Any, attach: Any) -> None:
+    """The pooled text is that of the last token: the same with the trigger's own vectors as with the trigger."""
+    before = sdxl.encode_text(["a photo of sks toy"]).pooled
+    attach(sdxl, LoraConfig(rank=2, new_tokens=1), trigger="sks")
+    for text_encoder in sdxl.text_encoders.values():
+        text_encoder.config.eos_token_id = 2  # as published checkpoints have it: the largest id ends the text
+    assert torch.equal(sdxl.encode_text(["a photo of sks toy"]).pooled, before)
+
+
+def test_what_does_not_fit_is_said(sd1: Any, attach: Any) -> None:
+    with pytest.raises(LorakitError, match="new_tokens needs a word to learn"):
+        adapters.attach(sd1, LoraConfig(rank=2, new_tokens=1))
+    adapter = attach(sd1, LoraConfig(rank=2, new_tokens=2), trigger="sks")
+    weights = adapter.weights()
+    adapter.detach()
+    plain = attach(sd1, LoraConfig(rank=2))
+    with pytest.raises(LorakitError, match=r"has 2 vectors for 'sks': set adapter.new_tokens = 2 and begin data.name"):
+        plain.load(weights)
+    plain.detach()
+    wide = replace(weights, tokens={"sks": {"text_encoder": torch.zeros(2, 768)}})
+    with pytest.raises(LorakitError, match="embedding of 'sks' does not fit text_encoder: it is for another base"):
+        adapters.apply(sd1, wide)
+    two = replace(weights, tokens={**weights.tokens, "ohwx": weights.tokens["sks"]})
+    with pytest.raises(LorakitError, match="has vectors for 'sks' and 'ohwx': only one word can be applied"):
+        adapters.apply(sd1, two)
+    assert not hasattr(sd1.unet, "peft_config")

@@ -1,0 +1,83 @@
+"""Export, resize, combine, merge and extract as commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit import formats as export
+from lorakit.adapters.weights import AdapterWeights, Layer
+from lorakit.cli import main as cli
+
+NAMES = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_{part}" for part in ("q", "k")]
+
+
+def adapter(seed: int = 0, family: str = "sd1") -> AdapterWeights:
+    """Rank 4 on two layers of the tiny pipelines' middle block, which are 64 wide and attend to text of width 32."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        name: Layer(torch.randn(4, into, generator=generator), torch.randn(64, 4, generator=generator) * 0.1, 2.0)
+        for name, into in zip(NAMES, (64, 32), strict=True)
+    }
+    return AdapterWeights(family, "lora", layers)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    told = {"modelspec.trigger_phrase": "sks toy"}
+    return export.save(adapter(), tmp_path / "in", "toy", ["kohya"], "fp32", told)["kohya"]
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_export_does_not_write_over_what_it_reads(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = toy.read_bytes()
+    assert run("export", toy, "--to", "kohya", "--output", toy.parent) == 1
+    assert "would be written over: name another folder with --output" in capsys.readouterr().err
+    assert run("export", toy, "--to", "peft", "--output", tmp_path, "--dtype", "fp32", "--json") == 0
+    written = Path(json.loads(capsys.readouterr().out)["peft"])
+    assert toy.read_bytes() == before
+    found, expected = export.read(written), export.read(toy)
+    assert found.metadata["modelspec.trigger_phrase"] == "sks toy"
+    assert all(torch.equal(found.layers[name].delta(), expected.layers[name].delta()) for name in NAMES)
+
+
+def test_resize(toy: Path, tmp_path: Path) -> None:
+    assert run("resize", toy, "--rank", 2, "--output", tmp_path) == 0
+    made = export.read(tmp_path / "toy-resized.safetensors")
+    assert {layer.rank for layer in made.layers.values()} == {2}
+    assert made.metadata["ss_output_name"] == "toy-resized" and made.metadata["ss_network_dim"] == "2"
+    assert run("resize", toy, "--energy", 2, "--output", tmp_path) == 1
+    with pytest.raises(SystemExit):
+        run("resize", toy, "--output", tmp_path)
+
+
+def test_combine(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = export.save(adapter(1), tmp_path / "in", "hat", ["peft"], "fp32", {"modelspec.trigger_phrase": "zib hat"})
+    assert run("combine", f"{toy}=0.5", other["peft"], "--name", "both", "--output", tmp_path, "--dtype", "fp32") == 0
+    made = export.read(tmp_path / "both.safetensors")
+    assert made.metadata["modelspec.trigger_phrase"] == "sks toy, zib hat"
+    for name in NAMES:
+        expected = 0.5 * adapter().layers[name].delta() + adapter(1).layers[name].delta()
+        assert torch.allclose(made.layers[name].delta(), expected, atol=1e-6)
+    assert run("combine", f"{toy}=much") == 1
+    assert "write ADAPTER=STRENGTH, e.g. toy.safetensors=0.7" in capsys.readouterr().err
+
+
+def test_merge_and_extract(toy: Path, tiny_sd1: Path, tiny_sdxl: Path, tmp_path: Path, capsys) -> None:
+    tuned = tmp_path / "tuned"
+    assert run("merge", toy, "--base", tiny_sd1, "--output", tuned) == 0
+    assert run("extract", tuned, "--base", tiny_sd1, "--rank", 4, "--dtype", "fp32", "--output", tmp_path) == 0
+    made = export.read(tmp_path / "tuned-extracted.safetensors")
+    assert set(made.layers) == set(NAMES)
+    for name in NAMES:
+        assert torch.allclose(made.layers[name].delta(), adapter().layers[name].delta(), atol=1e-5)
+    assert run("merge", toy, "--base", tiny_sdxl, "--output", tmp_path / "no") == 1
+    assert "toy.safetensors was made for sd1 and" in capsys.readouterr().err
+    assert run("extract", tuned, "--base", tiny_sdxl, "--rank", 4) == 1
+    assert "nothing to compare" in capsys.readouterr().err

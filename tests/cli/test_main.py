@@ -1,0 +1,478 @@
+"""The command line as a user meets it: words, exit codes, pipes, and the whole main job once through it."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorakit import config
+from lorakit.cli import main as cli
+from lorakit.core.errors import LorakitError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run a command in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LORAKIT_TRACEBACK", raising=False)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four pictures of noise, 64 px."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(4):
+        Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command line through a real shell; `lorakit` stands for this checkout's."""
+    root = Path(cli.__file__).parents[2]
+    program = f"{sys.executable} -m lorakit"
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONUTF8", "LC_ALL", "LANG")}
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", re.sub(r"\blorakit\b", program, command)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env=inherited | {"PYTHONPATH": str(root)} | environment,
+    )
+
+
+# -- wrong usage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["train", "photos", "--subject", "a", "--style", "b"], "not allowed with argument"),
+        (["export", "file", "--to", "onnx"], "invalid choice: 'onnx'"),
+        (["sample", "file", "--strength", "0,half"], "'0,half': write numbers with commas between, as in 0,0.5,1"),
+        (["sample", "file", "--strength", "nan"], "'nan': write numbers with commas between"),
+        (["sample", "file", "--size", "500"], "'500': must be a multiple of 8 from 64 to 4096"),
+        (["sample", "file", "--size", "big"], "'big': must be a multiple of 8 from 64 to 4096"),
+        (["resume"], "RUN"),
+    ],
+)
+def test_wrong_usage_exits_with_2(run: Run, arguments: list[str], told: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert told in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "--subject", "sks toy"], ["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"]),
+        (["check"], ["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"]),
+        (["train", "photos"], ["say what the photos show: --subject 'sks toy' or --style 'sks style'"]),
+        (
+            ["train", "photos", "--preset", "subject-sd16"],
+            ["unknown preset 'subject-sd16' (did you mean subject-sd15?)"],
+        ),
+        (["check", "photos", "--preset", "none.toml"], ["config file none.toml does not exist"]),
+        (
+            ["train", "photos", "--set", "train.stepz=1", "--set", "adapter.rank=many"],
+            ["unknown option train.stepz", "adapter.rank = 'many': must be a whole number"],
+        ),
+        (["check", "photos", "--set", "nothing", "--set", "=1"], ["'nothing': write it as", "'=1': write it as"]),
+        (["demo", "--set", "train.stepz=1"], ["unknown option train.stepz"]),
+    ],
+)
+def test_wrong_settings_exit_with_2_and_a_line_each(run: Run, arguments: list[str], told: list[str]) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    lines = err.splitlines()
+    assert len(lines) == len(told)
+    assert all(line.startswith("lorakit: ") for line in lines)
+    assert all(any(wanted in line for line in lines) for wanted in told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["check", "nowhere"], "nowhere"),
+        (["resume", "nowhere"], "nowhere is not a run folder"),
+        (["inspect", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (["export", "nowhere.safetensors", "--to", "peft"], "nowhere.safetensors: no such file"),
+        (["sample", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (["demo", "--subject", "nobody"], "unknown subject 'nobody'; bundled subjects: zib, "),
+        (["check", "photos", "--base", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_exits_with_1_and_one_line(run: Run, arguments: list[str], told: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert err.startswith("lorakit: ") and err.count("\n") == 1
+    assert told in err
+
+
+def test_the_demo_overwrites_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "there" / "photos").mkdir(parents=True)
+    (tmp_path / "there" / "photos" / "mine.png").touch()
+    code, _, err = run("demo", "--output", "there")
+    assert code == 1
+    assert err == "lorakit: there/photos is not empty; name another place with --output\n"
+
+
+# -- what goes wrong beyond the user --------------------------------------------------------------------------------
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_an_error_of_ours_is_one_line_and_a_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "knobs", raising(ZeroDivisionError("one\ntwo")))
+    code, out, err = run("knobs")
+    assert (code, out) == (1, "")
+    found = re.fullmatch(r"lorakit: internal error: ZeroDivisionError: one; traceback in (\S+)\n", err)
+    assert found is not None
+    log = Path(found[1])
+    assert "Traceback (most recent call last)" in log.read_text(encoding="utf-8")
+    log.unlink()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("mine"), LorakitError("yours")])
+def test_who_asks_for_the_traceback_gets_it(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(config, "knobs", raising(error))
+    monkeypatch.setenv("LORAKIT_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        run("knobs")
+
+
+def test_too_little_memory_is_told_with_the_ways_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(config, "knobs", raising(torch.cuda.OutOfMemoryError("tried to allocate 2 GiB")))
+    code, _, err = run("knobs")
+    assert code == 1
+    assert err == (
+        "lorakit: this command: not enough memory on the device; cheapest first, set "
+        "memory.gradient_checkpointing = true, memory.base_storage = 'nf4', memory.stream_base = true, "
+        "train.batch_size = 1 with train.gradient_accumulation_steps = ..., or a lower data.resolution\n"
+    )
+
+
+def test_an_interrupt_exits_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "knobs", raising(KeyboardInterrupt()))
+    assert run("knobs") == (130, "", "lorakit: interrupted\n")
+
+
+def test_a_stopped_run_exits_with_130_and_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.training import run as train
+
+    monkeypatch.setattr(train, "resume", raising(train.Stopped(Path("runs/a"), 13)))
+    code, _, err = run("resume", "runs/a")
+    assert code == 130
+    assert err == "lorakit: stopped after step 13; go on with: lorakit resume runs/a\n"
+
+
+def test_a_stopped_demo_is_no_error_of_ours(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.training import run as train
+
+    monkeypatch.setattr(train, "train", raising(train.Stopped(Path("there/run"), 13)))
+    code, _, err = run("demo", "--output", "there")
+    assert code == 130
+    assert err == "lorakit: stopped after step 13; go on with: lorakit resume there/run\n"
+
+
+def test_every_line_of_an_error_is_prefixed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.training import run as train
+
+    monkeypatch.setattr(train, "resume", raising(LorakitError("one\ntwo")))
+    assert run("resume", "runs/a")[::2] == (1, "lorakit: one\nlorakit: two\n")
+
+
+# -- pipes and terminals --------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    done = shell("lorakit knobs | head -n 1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == 'model.base = "pocket"  (text)\n'
+
+
+def test_names_that_the_locale_does_not_know_are_shown_with_question_marks(tmp_path: Path) -> None:
+    (tmp_path / "фото").mkdir()
+    done = shell(f"lorakit check '{tmp_path}/фото'", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("lorakit: ")
+
+
+@pytest.mark.parametrize("columns", ["10", "40", "200"])
+def test_help_fits_any_terminal_and_has_no_colours(columns: str) -> None:
+    done = shell("lorakit train --help", COLUMNS=columns)
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    assert "--subject" in done.stdout
+
+
+# -- which preset ---------------------------------------------------------------------------------------------------
+
+
+def arguments(*given: str) -> Any:
+    return cli.parser().parse_args(["train", "photos", *given])
+
+
+def resolved(*given: str) -> tuple[config.Config, str]:
+    """The config that the arguments come to, and what was said of the preset."""
+    import io
+
+    from lorakit.cli.terminal import Terminal
+
+    stream = io.StringIO()
+    return cli.resolve(arguments(*given), Terminal(stream)), stream.getvalue()
+
+
+def test_without_a_base_the_bundled_one_is_trained() -> None:
+    found, said = resolved("--subject", "sks toy")
+    assert said == "preset: subject-pocket (for the bundled base)\n"
+    assert found == config.load("subject-pocket", {"data.folder": "photos", "data.name": "sks toy"})
+
+
+def test_a_style_has_its_own_preset() -> None:
+    found, said = resolved("--style", "sks style")
+    assert said.startswith("preset: style-pocket ")
+    assert (found.data.kind, found.data.name) == ("style", "sks style")
+
+
+@pytest.mark.parametrize("way", ["--base", "--set"])
+def test_the_preset_follows_the_family_of_the_base(way: str, tiny_sd1: Path, tiny_sdxl: Path) -> None:
+    for base, preset in ((tiny_sd1, "sd15"), (tiny_sdxl, "sdxl")):
+        value = str(base) if way == "--base" else f"model.base={base}"
+        found, said = resolved("--style", "sks style", way, value)
+        assert said.startswith(f"preset: style-{preset} (for a base of the family sd")
+        assert said.endswith("--preset chooses another)\n")
+        assert found.model.base == str(base)
+
+
+def test_a_named_preset_is_taken_and_nothing_is_said() -> None:
+    found, said = resolved("--preset", "subject-sdxl", "--subject", "sks toy")
+    assert said == ""
+    assert found.data.resolution == 1024
+
+
+def test_set_lies_over_the_flags_and_the_flags_over_the_preset() -> None:
+    found, _ = resolved(
+        "--subject", "sks toy", "--output", "out", "--set", "data.name=zwx cat", "--set", "adapter.rank=3"
+    )
+    assert (found.data.name, found.adapter.rank, found.output.folder) == ("zwx cat", 3, "out")
+
+
+def test_a_resolved_config_is_a_preset_that_makes_the_same_run(tmp_path: Path) -> None:
+    first, _ = resolved("--subject", "sks toy", "--set", "train.steps=7")
+    (tmp_path / "config.toml").write_text(config.to_toml(first), encoding="utf-8")
+    again, _ = resolved("--preset", str(tmp_path / "config.toml"))
+    assert again == first
+
+
+# -- check ----------------------------------------------------------------------------------------------------------
+
+
+def small(base: Path, *more: str) -> list[str]:
+    """Arguments of a run on a tiny base that takes moments."""
+    settings = {
+        "data.resolution": "64",
+        "train.steps": "2",
+        "adapter.rank": "2",
+        "optimizer.learning_rate": "1e-2",
+        "train.prior": "none",
+        "sample.steps": "2",
+        "memory.device": "cpu",
+        "sample.prompts": "a photo of sks toy",
+    }
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return ["--subject", "sks toy", "--base", str(base), *sets, *more]
+
+
+def test_check_ends_with_the_plan(run: Run, photos: Path, tiny_sd1: Path) -> None:
+    code, out, err = run("check", photos, *small(tiny_sd1))
+    assert (code, err) == (0, "")
+    for file in photos.iterdir():
+        assert file.name in out
+    plan = out.partition("\nthe plan\n")[2].splitlines()
+    assert [line.strip().partition(":")[0] for line in plan] == [
+        *("base", "photos", "adapter", "strength", "length", "note", "memory", "time")
+    ]
+
+
+def scripted(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script in a Python of its own."""
+    command, root = [sys.executable, "-c", script, *arguments], Path(cli.__file__).parents[2]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+
+
+def test_check_loads_no_model(photos: Path, tiny_sd1: Path) -> None:
+    script = (
+        "import sys; from lorakit.cli.main import main; "
+        "main(sys.argv[1:]); print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = scripted(script, "check", str(photos), *small(tiny_sd1))
+    assert (done.returncode, done.stderr) == (0, "False\n")
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_what_a_run_will_do_or_why_it_cannot_is_told_before_the_model_libraries_are_loaded(
+    photos: Path, tiny_sd1: Path, begins: bool
+) -> None:
+    if not begins:
+        (photos / "broken.jpg").write_text("no picture", encoding="utf-8")
+    script = (
+        "import sys\n"
+        "class Loading:\n"
+        "    def find_spec(self, name, *given):\n"
+        "        if name in ('diffusers', 'transformers', 'peft'):\n"
+        "            sys.exit(7)\n"
+        "sys.meta_path.insert(0, Loading())\n"
+        "from lorakit.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = scripted(script, "train", str(photos), *small(tiny_sd1))
+    assert done.returncode == (7 if begins else 1)
+    told = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    assert ({"base", "photos", "length", "memory", "time"} <= set(told)) == begins
+    assert ("broken.jpg" in done.stderr) != begins
+
+
+def test_check_in_json_is_one_document(run: Run, photos: Path, tiny_sd1: Path) -> None:
+    code, out, _ = run("check", photos, *small(tiny_sd1), "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert len(told["check"]["photos"]) == 4
+    assert told["plan"]["steps"] == 2
+
+
+def test_check_with_errors_exits_with_1(run: Run, photos: Path, tiny_sd1: Path) -> None:
+    (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+    code, out, _ = run("check", photos, *small(tiny_sd1))
+    assert code == 1
+    assert "broken.png" in out and "the plan" not in out
+    code, out, _ = run("check", photos, *small(tiny_sd1), "--json")
+    assert code == 1
+    assert json.loads(out)["plan"] is None
+
+
+def test_warnings_do_not_fail_the_check(run: Run, photos: Path, tiny_sd1: Path) -> None:
+    (photos / "again.png").write_bytes((photos / "0.png").read_bytes())
+    code, out, _ = run("check", photos, *small(tiny_sd1))
+    assert code == 0
+    assert "the same file" in out
+
+
+# -- the main job ---------------------------------------------------------------------------------------------------
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def test_train_inspect_export_sample(run: Run, photos: Path, tiny_sd1: Path, tmp_path: Path) -> None:
+    before = digests(photos)
+    code, out, err = run("train", photos, *small(tiny_sd1), "--output", "run", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    adapter = Path(told["adapter"])
+    assert adapter.is_file() and told["steps"] == 2
+    assert all(finding["passed"] for finding in told["findings"])
+    assert "training unet: " in err and "length: 2 steps" in err
+    assert digests(photos) == before
+
+    code, out, _ = run("inspect", adapter)
+    assert code == 0 and "sks toy" in out
+    assert isinstance(json.loads(run("inspect", adapter, "--json")[1]), dict)
+
+    code, out, _ = run("export", adapter, "--to", "peft", "--dtype", "fp32", "--output", "exported")
+    assert code == 0 and Path(out.strip()).is_dir()
+
+    code, out, err = run(
+        "sample", adapter, "--base", tiny_sd1, "--strength", "0,1", "--output", "drawn", "--prompt", "a toy"
+    )
+    assert code == 0, err
+    assert out == "drawn/grid.png\n"
+    base, adapted = (Image.open(tmp_path / "drawn" / f"01-strength-{strength}.png") for strength in (0, 1))
+    assert base.size == adapted.size == (64, 64)
+    assert base.tobytes() != adapted.tobytes()
+
+    code, _, err = run("train", photos, *small(tiny_sd1), "--output", "run")
+    assert code == 1 and "run is not empty" in err
+    code, _, err = run("train", photos, *small(tiny_sd1), "--output", "second", "--init-from", adapter)
+    assert code == 0, err
+
+
+def test_a_run_without_an_effect_fails(run: Run, photos: Path, tiny_sd1: Path) -> None:
+    still = ["--set", "optimizer.learning_rate=0"]
+    code, _, err = run("train", photos, *small(tiny_sd1), *still, "--output", "run")
+    assert code == 1
+    assert "self-check failed" in err
+
+
+# -- the others -----------------------------------------------------------------------------------------------------
+
+
+def test_doctor_exits_with_1_where_something_is_bad(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.cli import doctor
+
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Line("device", "bad", "none")])
+    assert run("doctor") == (1, "BAD  device  none\nnot ready: device\n", "")
+    code, out, _ = run("doctor", "--json")
+    assert code == 1 and json.loads(out)["ready"] is False
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Line("device", "ok", "cpu")])
+    assert run("doctor")[0] == 0
+
+
+def test_knobs_are_listed_with_default_and_bounds(run: Run) -> None:
+    code, out, _ = run("knobs")
+    assert code == 0
+    assert "adapter.rank = 16  (whole number, 1 to 1024)\n" in out
+    assert "adapter.alpha = unset  (number, above 0)\n" in out
+    assert "train.seed = 0  (whole number, 0 or more)\n" in out or "train.seed = 0  (whole number, 0 to " in out
+    assert 'output.formats = ["kohya"]  (list of kohya, diffusers, peft)\n' in out
+    assert all(knob.key in out for knob in config.knobs())
+
+
+def test_the_front_end_says_what_it_needs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_has", lambda module: False)
+    code, _, err = run("ui")
+    assert code == 1
+    assert err == "lorakit: the front end needs gradio: pip install 'lorakit[ui]'\n"
+
+
+def test_the_version_is_that_of_the_package(run: Run) -> None:
+    import lorakit
+
+    assert run("--version") == (0, f"lorakit {lorakit.__version__}\n", "")

@@ -1,0 +1,208 @@
+"""What is written to a terminal and to a pipe, and that nothing written can end a run."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lorakit.cli.terminal import Terminal
+from lorakit.core.units import duration
+
+
+class Screen(io.StringIO):
+    """A terminal that keeps what was written to it."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+    def shown(self) -> list[str]:
+        """The lines as a terminal leaves them: a carriage return begins the line anew and overwrites."""
+        lines = []
+        for text in self.getvalue().split("\n"):
+            line: list[str] = []
+            for part in text.split("\r"):
+                line[: len(part)] = part
+            lines.append("".join(line).rstrip())
+        return lines
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def ticking(step: float = 1.0):  # type: ignore[no-untyped-def]
+    """A clock that goes on by `step` seconds whenever it is looked at."""
+    now = iter(range(10**9))
+    return lambda: next(now) * step
+
+
+def test_a_line_and_a_warning() -> None:
+    stream = io.StringIO()
+    terminal = Terminal(stream)
+    terminal.say("device: cpu")
+    terminal.say("one photo is small", warning=True)
+    assert stream.getvalue() == "device: cpu\nwarning: one photo is small\n"
+
+
+def test_in_a_pipe_there_is_a_line_for_each_twentieth() -> None:
+    stream = io.StringIO()
+    with Terminal(stream).progress(400) as bar:
+        for step in range(1, 401):
+            bar.step(step, 0.5, 1e-3, images_per_second=12.34, memory_mib=512.4, eta_s=400 - step)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 20
+    assert lines[0] == "training 20/400  loss 0.5000  lr 1.0e-03  12.3 images/s  512 MiB  6 min left"
+    assert lines[-1] == "training 400/400  loss 0.5000  lr 1.0e-03  12.3 images/s  512 MiB"
+    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_a_run_that_is_cut_short_still_says_where_it_stood() -> None:
+    stream = io.StringIO()
+    with pytest.raises(RuntimeError), Terminal(stream).progress(100) as bar:
+        bar.step(3, 0.5)
+        raise RuntimeError
+    assert stream.getvalue() == "training 3/100  loss 0.5000\n"
+
+
+def test_a_resumed_run_counts_from_where_it_stands() -> None:
+    stream = io.StringIO()
+    with Terminal(stream).progress(100, 90) as bar:
+        for step in range(91, 101):
+            bar.step(step)
+    assert stream.getvalue().splitlines() == ["training 95/100", "training 100/100"]
+
+
+def test_on_a_terminal_the_bar_stays_on_one_line() -> None:
+    screen = Screen()
+    with Terminal(screen, ticking()).progress(4, what="class images") as bar:
+        for step in range(1, 5):
+            bar.step(step)
+    assert screen.shown() == ["[########################################] class images 4/4", ""]
+    assert "\x1b" not in screen.getvalue()
+
+
+def test_the_bar_is_not_redrawn_faster_than_eyes_follow() -> None:
+    screen = Screen()
+    with Terminal(screen, ticking(0.01)).progress(1000) as bar:
+        for step in range(1, 1001):
+            bar.step(step)
+    assert screen.getvalue().count("\r") < 150
+    assert screen.shown()[0].endswith("training 1000/1000")
+
+
+def test_lines_appear_above_the_bar() -> None:
+    screen = Screen()
+    terminal = Terminal(screen, ticking())
+    with terminal.progress(4) as bar:
+        bar.step(1)
+        bar.note("step 1: validation mse 0.1")
+        terminal.say("out of memory", warning=True)
+        bar.step(2)
+    above, warned, shown, rest = screen.shown()
+    assert (above, warned, rest) == ("step 1: validation mse 0.1", "warning: out of memory", "")
+    assert shown.endswith("training 2/4")
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80])
+def test_no_line_of_the_bar_is_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    screen = Screen()
+    with Terminal(screen, ticking()).progress(4000) as bar:
+        bar.step(1000, 0.5, 1e-3, images_per_second=12.34, memory_mib=512.4, eta_s=1000)
+        bar.step(2000, 0.5)
+    assert max(len(line) for line in screen.shown()) < columns
+    assert screen.shown()[0].split("] ")[-1].startswith("training 2000/4000"[: columns - 1])
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Screen()
+    with Terminal(screen).progress(1) as bar:
+        bar.step(1)
+    assert screen.getvalue() == "training 1/1\n"
+
+
+def test_the_loss_is_smoothed_without_a_pull_to_zero() -> None:
+    with Terminal(io.StringIO()).progress(10) as bar:
+        assert bar.smoothed != bar.smoothed  # NaN before the first
+        bar.step(1, 2.0)
+        assert bar.smoothed == pytest.approx(2.0)
+        bar.step(2, 4.0)
+        assert bar.smoothed == pytest.approx((0.98 * 2.0 + 4.0) / 1.98)
+
+
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
+    terminal = Terminal(Gone())
+    terminal.say("nobody reads this")
+    with terminal.progress(1) as bar:
+        bar.step(1, 1.0)
+    assert bar.done == 1 and bar.smoothed == pytest.approx(1.0)
+    closed = io.StringIO()
+    terminal = Terminal(closed)
+    closed.close()
+    terminal.say("nor this")
+
+
+def test_a_character_that_the_terminal_does_not_know_becomes_a_question_mark() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    Terminal(stream).say("sks лиса")
+    assert raw.getvalue() == b"sks ????\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "1 s"),
+        (45.4, "45 s"),
+        (89, "89 s"),
+        (90, "2 min"),
+        (600, "10 min"),
+        (5399, "1 h 30 min"),
+        (7500, "2 h 5 min"),
+        (86400 * 2, "2.0 days"),
+    ],
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_libraries_are_quiet_and_a_tqdm_bar_of_theirs_writes_nothing() -> None:
+    script = (
+        "from lorakit.cli.terminal import quiet_libraries; quiet_libraries()\n"
+        "import logging, warnings, tqdm\n"
+        "for _ in tqdm.tqdm(range(3)): pass\n"
+        "logging.getLogger('bitsandbytes').warning('loud')\n"
+        "logging.getLogger('transformers.models').warning('loud')\n"
+        "warnings.warn('loud', FutureWarning)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_who_asks_for_warnings_gets_them() -> None:
+    script = (
+        "from lorakit.cli.terminal import quiet_libraries; quiet_libraries(); import warnings; warnings.warn('loud')"
+    )
+    done = subprocess.run([sys.executable, "-W", "default", "-c", script], capture_output=True, text=True, check=True)
+    assert "loud" in done.stderr
+
+
+def test_what_the_user_set_stays() -> None:
+    script = "import os, lorakit.cli.terminal as t; t.quiet_libraries(); print(os.environ['TRANSFORMERS_VERBOSITY'])"
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "info"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "info\n"
+    assert logging.getLogger("lorakit").level == logging.NOTSET

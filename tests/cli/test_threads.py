@@ -1,0 +1,44 @@
+"""A command computes on the cores that are idle, or on as many as OMP_NUM_THREADS says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from lorakit.cli import threads as cores
+
+
+@pytest.mark.parametrize(
+    ("busy", "of", "free"),
+    [(0, 2, 2), (3.5, 2, 2), (50, 2, 1), (100, 2, 1), (0, 1, 1), (30, 8, 6), (99, 64, 1), (12.5, 8, 7)],
+)
+def test_what_others_use_is_left_to_them_and_one_core_is_always_taken(busy, of, free):
+    assert cores.free(busy, of) == free
+
+
+def test_the_idle_cores_become_threads(monkeypatch):
+    monkeypatch.setenv(cores.THREADS, "")
+    monkeypatch.setattr(cores, "available", lambda: 8)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: 50.0 if seconds == cores.LOOK_SECONDS else 0.0)
+    cores.use_the_free()
+    assert os.environ[cores.THREADS] == "4"
+
+
+def test_whoever_set_the_number_of_threads_is_left_alone(monkeypatch):
+    monkeypatch.setenv(cores.THREADS, "3")
+    monkeypatch.setattr(cores, "available", lambda: 8)
+    cores.use_the_free()
+    assert os.environ[cores.THREADS] == "3"
+
+
+def test_torch_computes_with_that_many():
+    script = (
+        "import os; os.environ['OMP_NUM_THREADS'] = ''; from lorakit import cores; cores.use_the_free(); "
+        "import torch; print(torch.get_num_threads() == int(os.environ['OMP_NUM_THREADS']) <= cores.available())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -1,0 +1,33 @@
+"""One place for what runs share, and everybody looks there."""
+
+from pathlib import Path
+
+import pytest
+
+from lorakit.cli import doctor
+from lorakit.core.cache_dir import cache_folder
+from lorakit.data import latents as cache
+from lorakit.inference import sampling as sample
+
+
+@pytest.mark.parametrize(
+    ("variable", "place"),
+    [
+        ("/data/kept", "/data/kept"),
+        ("~/kept", "{home}/kept"),
+        ("", "{home}/.cache/lorakit"),
+        (None, "{home}/.cache/lorakit"),
+    ],
+)
+def test_the_variable_else_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str | None, place: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("LORAKIT_CACHE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("LORAKIT_CACHE", variable)
+    assert cache_folder() == Path(place.format(home=tmp_path))
+
+
+def test_everybody_looks_there() -> None:
+    assert doctor.cache_folder is sample.cache_folder is cache.cache_folder is cache_folder

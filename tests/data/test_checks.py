@@ -1,0 +1,259 @@
+"""The check of a folder: every finding is shown by one folder that has it and one that has not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import marked
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from lorakit.config import DataConfig
+from lorakit.core.errors import LorakitError
+from lorakit.data import checks as check
+
+GIVEN = DataConfig(name="sks toy", resolution=64)
+
+
+def texture(seed: int, width: int = 96, height: int = 96) -> Image.Image:
+    """Coloured blobs of several sizes: sharp, and unlike any other seed's."""
+    draw = np.random.default_rng(seed)
+    layers = [
+        np.asarray(Image.fromarray(draw.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize((width, height), 0), float)
+        for n in (3, 12, 48)
+    ]
+    return Image.fromarray((sum(layers) / 3).astype(np.uint8))
+
+
+def fill(photos: Path, count: int = 5, width: int = 96, height: int = 96) -> None:
+    for number in range(count):
+        texture(number, width, height).save(photos / f"{number}.png")
+
+
+def report_of(photos: Path, base, **changes: object) -> check.Report:
+    return check.check(DataConfig(**{"folder": str(photos), "name": "sks toy", "resolution": 64} | changes), base)
+
+
+def test_a_good_folder_has_nothing_wrong(photos: Path, base) -> None:
+    fill(photos)
+    before = marked.digests(photos)
+    report = report_of(photos, base)
+    assert (report.errors, report.warnings) == ([], [])
+    assert report.notes == ['no captions: every photo is trained as "a photo of a sks toy"']
+    assert [photo.relative for photo in report.photos] == [f"{n}.png" for n in range(5)]
+    assert report.buckets == {(64, 64): 5}
+    assert marked.digests(photos) == before
+    assert (
+        report.to_text()
+        == f"""\
+{photos}: 5 photos, each "a photo of a sks toy"
+
+  photo  size   trained at  cropped  scaled  tokens
+  0.png  96x96  64x64       -        -       6
+  1.png  96x96  64x64       -        -       6
+  2.png  96x96  64x64       -        -       6
+  3.png  96x96  64x64       -        -       6
+  4.png  96x96  64x64       -        -       6
+
+notes
+  no captions: every photo is trained as "a photo of a sks toy\""""
+    )
+
+
+def test_sides_are_multiples_of_what_the_unet_halves(base) -> None:
+    assert check.step_of(base) == 16
+
+
+def test_each_photo_has_its_row(photos: Path, base) -> None:
+    marked.save(photos / "turned.jpg", marked.as_camera_stores(marked.picture(1, 96, 64), 6), 6)
+    texture(1, 90, 40).save(photos / "wide.png")
+    texture(2, 32, 32).save(photos / "small.png")
+    Image.fromarray(np.dstack([np.asarray(texture(3)), np.zeros((96, 96), np.uint8)])).save(photos / "clear.png")
+    (photos / "wide.txt").write_text("sks toy, on a table")
+    report = report_of(photos, base)
+    rows = {item.relative: item for item in report.items}
+    turned, wide, small = rows["turned.jpg"], rows["wide.png"], rows["small.png"]
+    assert (turned.width, turned.height, turned.orientation) == (96, 64, "turned 90° right")
+    assert (turned.bucket, turned.text, turned.tokens) == ((80, 48), "a photo of a sks toy", 6)
+    assert (wide.text, wide.photo.caption_source) == ("sks toy, on a table", "wide.txt")
+    assert small.scale == 2
+    assert rows["clear.png"].transparent
+    assert "set upright by their EXIF tag: turned.jpg" in report.notes
+    assert "transparent parts are shown on white: clear.png" in report.notes
+    lines = report.to_text().splitlines()
+    assert lines[0] == f"{photos}: 4 photos"
+    assert lines[2].split("  ")[-1] == "text"
+    small_row = next(line for line in lines if "small.png" in line)
+    assert " ".join(small_row.split()) == "small.png 32x32 64x64 - 2x up 6 a photo of a sks toy"
+
+
+def test_json_is_stable(photos: Path, base) -> None:
+    fill(photos, 1)
+    (photos / "bad.jpg").write_bytes(b"")
+    told = json.loads(json.dumps(report_of(photos, base).to_json()))
+    assert list(told) == ["folder", "photos", "buckets", "errors", "warnings", "notes"]
+    assert told["buckets"] == [{"width": 64, "height": 64, "photos": 1}]
+    good, bad = told["photos"]
+    assert list(good) == [
+        "file", "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut",
+        "sharpness", "findings", "caption_source", "mask", "bucket",
+    ]  # fmt: skip
+    assert good["bucket"] == {"width": 64, "height": 64}
+    assert bad["bucket"] is None
+    assert bad["findings"] == ["empty, 0 bytes; copy it again from where it came"]
+
+
+def test_unreadable_files_are_errors_grouped_by_cause(photos: Path, base) -> None:
+    fill(photos)
+    for name in ("x.jpg", "y.jpg"):
+        (photos / name).write_bytes(b"")
+    (photos / "text.jpg").write_text("hello")
+    half = (photos / "0.png").read_bytes()
+    (photos / "half.png").write_bytes(half[: len(half) // 2])
+    report = report_of(photos, base)
+    assert len(report.errors) == 3
+    assert "x.jpg, y.jpg: empty, 0 bytes; copy it again from where it came" in report.errors
+    assert any(line.startswith("half.png: damaged or cut off (") for line in report.errors)
+    assert any(line.startswith("text.jpg: text, not a picture") for line in report.errors)
+    assert len(report.photos) == 5
+    assert sum("  unreadable  " in line for line in report.to_text().splitlines()) == 4
+
+
+def test_many_files_with_one_cause_are_one_line(photos: Path, base) -> None:
+    for number in range(8):
+        (photos / f"{number}.jpg").write_bytes(b"")
+    assert report_of(photos, base).errors == [
+        "0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg and 3 more: empty, 0 bytes; copy it again from where it came"
+    ]
+
+
+def test_a_mask_of_another_size_is_an_error(photos: Path, base) -> None:
+    fill(photos)
+    Image.new("L", (10, 10)).save(photos / "0.mask.png")
+    assert report_of(photos, base).errors == ["0.png: 0.mask.png: mask is 10 x 10, its photo 96 x 96: make them equal"]
+    Image.new("L", (96, 96)).save(photos / "0.mask.png")
+    assert "1 of 5 photos have a mask; train.masked_loss = true uses it" in report_of(photos, base).notes
+
+
+def test_duplicates(photos: Path, base) -> None:
+    fill(photos)
+    (photos / "copy.png").write_bytes((photos / "0.png").read_bytes())
+    texture(1).resize((192, 192), Image.Resampling.LANCZOS).save(photos / "small.jpg", quality=60)
+    report = report_of(photos, base)
+    assert report.warnings == [
+        "0.png, copy.png: the same file, counted 2 times",
+        "1.png, small.jpg: look almost the same",
+    ]
+    findings = {item.relative: item.findings for item in report.items if item.findings}
+    assert findings == {"copy.png": ["same as 0.png"], "small.jpg": ["almost the same as 1.png"]}
+
+
+def test_flat_pictures_of_other_colours_are_not_duplicates(photos: Path, base) -> None:
+    for number, colour in enumerate(["red", "green", "blue", "white", "black"]):
+        Image.new("RGB", (96, 96), colour).save(photos / f"{number}.png")
+    assert report_of(photos, base).warnings == []
+
+
+def test_blur_is_judged_at_the_trained_size(photos: Path, base) -> None:
+    fill(photos, 5, 512, 512)
+    texture(9, 512, 512).filter(ImageFilter.GaussianBlur(30)).save(photos / "far.png")
+    texture(8, 512, 512).filter(ImageFilter.GaussianBlur(3)).save(photos / "near.png")
+    blurred = "look blurred at the size they are trained at"
+    assert report_of(photos, base).warnings == [f"far.png (blurred): {blurred}"]
+    assert report_of(photos, base, resolution=512).warnings == [f"far.png (blurred), near.png (blurred): {blurred}"]
+
+
+def test_small_and_cropped_photos(photos: Path, base) -> None:
+    fill(photos)
+    texture(6, 40, 40).save(photos / "small.png")
+    texture(7, 400, 64).save(photos / "strip.png")
+    report = report_of(photos, base)
+    assert report.warnings == [
+        "small.png (scaled up 1.6x): smaller than the size they are trained at",
+        "strip.png (36% cropped away): lose much to the crop; crop them yourself to choose what stays",
+    ]
+    assert "mixed aspect ratios: trained at 64x64 (6), 128x32 (1); a batch holds one size" in report.notes
+
+
+def test_missing_captions_and_triggers(photos: Path, base) -> None:
+    fill(photos)
+    (photos / "0.txt").write_text("a photo of a sks toy")
+    (photos / "1.txt").write_text("on a table")
+    report = report_of(photos, base)
+    assert [item.text for item in report.items][:3] == [
+        "a photo of a sks toy", "sks toy, on a table", "a photo of a sks toy",
+    ]  # fmt: skip
+    assert report.warnings == [
+        '3 of 5 photos have no caption and are trained as "a photo of a sks toy": 2.png, 3.png, 4.png',
+        '1 of 2 captions are without the trigger sks; "sks toy, " is put in front: 1.png',
+    ]
+    assert report.items[1].findings == ["caption without the trigger"]
+    assert report.items[2].findings == ["no caption"]
+
+
+def test_text_that_does_not_fit_is_shown(photos: Path, base) -> None:
+    fill(photos)
+    (photos / "0.txt").write_text("sks toy " + "photo " * 80 + "of")
+    report = report_of(photos, base)
+    (line,) = [line for line in report.warnings if "tokens" in line]
+    assert line == ('0.png: its text has 83 tokens, 75 fit; cut off: "photo photo photo photo photo photo photo of"')
+    assert (report.items[0].tokens, report.items[0].cut) == (83, "photo " * 7 + "of")
+
+
+def test_flip_and_sides(photos: Path, base) -> None:
+    fill(photos)
+    (photos / "0.txt").write_text("sks toy, its left ear is red")
+    report = report_of(photos, base, flip=True, variants=2)
+    assert report.errors == [
+        "0.png: its text says left or right, which data.flip makes untrue; set data.flip = false or change the text"
+    ]
+    assert "data.flip: the subject is learned mirrored too; leave it off where its sides differ" in report.notes
+    assert report_of(photos, base).errors == []
+
+
+def test_few_photos_and_poor_names(photos: Path, base) -> None:
+    fill(photos, 1)
+    assert report_of(photos, base).warnings == ["only 1 photo: 5 to 20 from different sides and places teach more"]
+    fill(photos, 3)
+    assert report_of(photos, base).warnings == ["only 3 photos: 5 to 20 from different sides and places teach more"]
+    fill(photos, 5)
+    assert report_of(photos, base, name="sks").warnings == [
+        'data.name = "sks" does not say what it is; "sks dog" would'
+    ]
+    assert report_of(photos, base, name="").warnings == [
+        'data.name is empty, so no word will call what is learned; give one, e.g. "sks dog"'
+    ]
+
+
+def test_what_decoding_did_is_noted(photos: Path, base) -> None:
+    fill(photos)
+    frames = [texture(n) for n in (11, 12)]
+    frames[0].save(photos / "moving.gif", save_all=True, append_images=frames[1:])
+    assert report_of(photos, base).notes[-1] == "moving.gif: holds 2 pictures: the first is used"
+
+
+def test_no_folder(base) -> None:
+    with pytest.raises(LorakitError, match=r"^no folder of photos given \(data\.folder\)$"):
+        check.check(DataConfig(), base)
+
+
+def test_it_needs_no_torch_and_says_nothing_by_itself(photos: Path, base) -> None:
+    """In a fresh process: torch is not imported, and Pillow's own warnings stay out of the way."""
+    fill(photos)
+    texture(7).save(photos / "odd.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    script = f"""
+import sys
+from types import SimpleNamespace
+from pathlib import Path
+from lorakit.config import DataConfig
+from lorakit.data import check
+tokenizer = Path({str(base.path)!r}) / "tokenizer"
+base = SimpleNamespace(tokenizer=lambda: tokenizer, downscale=8, max_tokens=77, layers={{}})
+report = check.check(DataConfig(folder={str(photos)!r}, name="sks toy", resolution=64), base)
+assert len(report.photos) == 6 and not report.errors
+print(sorted(m for m in ("torch", "transformers", "diffusers", "peft", "matplotlib") if m in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={"LC_ALL": "C"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

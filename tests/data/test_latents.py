@@ -1,0 +1,476 @@
+"""The encoded data set: what enters the encoder is what was given, every photo, every epoch, and never a stale one."""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import marked
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lorakit.config import DataConfig, TrainConfig
+from lorakit.core.errors import LorakitError
+from lorakit.data import captions, checks as check, latents as cache
+from lorakit.data.dataset import Batch, Dataset
+
+DOWNSCALE = 4
+
+
+class Encoder:
+    """Stands where the VAE stands: averages 4 x 4 pixels, so a latent shows the picture; it keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+        self.together: list[int] = []
+
+    def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert pixels.dtype == torch.float32
+        assert pixels.min() >= -1
+        assert pixels.max() <= 1
+        self.together.append(len(pixels))
+        self.seen += [((one.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy() for one in pixels]
+        mean = torch.nn.functional.avg_pool2d(pixels, DOWNSCALE)
+        return torch.cat([mean, mean[:, :1]], 1), torch.full_like(torch.cat([mean, mean[:, :1]], 1), 0.01)
+
+
+def sdxl_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int]:
+    return [*original, *crop, *target]
+
+
+class Builder:
+    """Builds a data set from a folder as a run does, and keeps what was said."""
+
+    def __init__(self, photos: Path, base):
+        self.photos, self.base = photos, base
+        self.encoder, self.said = Encoder(), []
+
+    def __call__(
+        self,
+        data: DataConfig | None = None,
+        train: TrainConfig | None = None,
+        identity: str = "base",
+        ids: bool = False,
+        at_once: int = 1,
+    ) -> tuple[Dataset, Dataset | None]:
+        self.encoder, self.said = Encoder(), []
+        data = replace(data or DataConfig(name="sks toy", resolution=64), folder=str(self.photos))
+        report = check.check(data, self.base)
+        assert report.errors == []
+        return cache.build(
+            report,
+            data,
+            train or TrainConfig(holdout=0.0),
+            encode_image=self.encoder,
+            time_ids=sdxl_ids if ids else lambda *_: None,
+            device="cpu",
+            identity=identity,
+            say=self.said.append,
+            at_once=lambda size: at_once,
+        )
+
+
+@pytest.fixture
+def build(photos: Path, base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "kept"))
+    return Builder(photos, base)
+
+
+def fill(photos: Path, count: int, sizes: tuple[tuple[int, int], ...] = ((64, 64), (96, 64), (64, 96))) -> None:
+    for number in range(count):
+        width, height = sizes[number % len(sizes)]
+        marked.save(photos / f"{number:02}.png", marked.picture(number, width, height))
+
+
+def shown(dataset: Dataset, batch: Batch) -> list[int]:
+    """The numbers of the pictures in a batch, read from its latents."""
+    pixels = (dataset.buckets[batch.bucket].mean[batch.entries, :3] + 1) * 127.5
+    return [marked.number_of(one.permute(1, 2, 0).numpy()) for one in pixels]
+
+
+def test_photos_of_a_size_are_encoded_together_and_stay_in_their_order(build: Builder, photos: Path) -> None:
+    fill(photos, 11)  # 4, 4 and 3 of a size
+    kept = DataConfig(name="sks toy", resolution=64, cache="disk")
+    alone, _ = build()
+    assert build.encoder.together == [1] * 11
+    for photo in photos.iterdir():
+        if photo.name not in ("00.png", "04.png"):
+            photo.unlink()
+    build(kept)
+    fill(photos, 11)  # two of them are found on disk, in the midst of the others
+    together, _ = build(kept, at_once=2)
+    assert "2 hits, 9 encoded" in build.said[-1]
+    assert sorted(build.encoder.together) == [1, 1, 1, 2, 2, 2]
+    found, _ = build(kept, at_once=2)
+    assert "11 hits, 0 encoded" in build.said[-1] and build.encoder.together == []
+    for one, *others in zip(alone.buckets, together.buckets, found.buckets, strict=True):
+        for other in others:
+            assert torch.equal(one.mean, other.mean) and torch.equal(one.std, other.std)
+            assert torch.equal(one.photo, other.photo)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5])
+def test_an_epoch_shows_every_photo_once(build: Builder, photos: Path, batch_size: int) -> None:
+    """S5: no remainder is dropped, no bucket too small."""
+    fill(photos, 7)
+    dataset, held_out = build()
+    assert held_out is None
+    for epoch in range(4):
+        batches = dataset.batches(0, epoch, batch_size)
+        assert Counter(n for batch in batches for n in shown(dataset, batch)) == Counter(range(7))
+        assert all(1 <= len(batch.entries) <= batch_size for batch in batches)
+        # ceil(3 / b) + ceil(2 / b) + ceil(2 / b): sizes are not mixed and are filled
+        assert len(batches) == -(-3 // batch_size) + 2 * -(-2 // batch_size)
+    assert sorted(marked.number_of(picture) for picture in build.encoder.seen) == list(range(7))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_what_is_encoded_is_upright(build: Builder, photos: Path, orientation: int) -> None:
+    """S5: the mark is in its corner when the VAE sees the photo."""
+    upright = marked.picture(11, 96, 64)
+    marked.save(photos / "a.png", marked.as_camera_stores(upright, orientation), orientation)
+    dataset, _ = build()
+    assert [marked.marked_corner(picture) for picture in build.encoder.seen] == ["upper left"]
+    assert (dataset.buckets[0].width, dataset.buckets[0].height) == (80, 48)
+    assert dataset.buckets[0].mean.shape == (1, 4, 12, 20)
+
+
+def test_flip_is_in_the_cache_both_ways(build: Builder, photos: Path) -> None:
+    fill(photos, 3)
+    dataset, _ = build(DataConfig(name="sks toy", resolution=64, flip=True, variants=2))
+    assert Counter(marked.marked_corner(p) for p in build.encoder.seen) == {"upper left": 3, "upper right": 3}
+    corners: dict[int, Counter[str]] = {n: Counter() for n in range(3)}
+    for epoch in range(100):
+        for batch in dataset.batches(0, epoch, 2):
+            pixels = (dataset.buckets[batch.bucket].mean[batch.entries, :3] + 1) * 127.5
+            for one in pixels.permute(0, 2, 3, 1).numpy():
+                corners[marked.number_of(one)][marked.marked_corner(one)] += 1
+    assert all(count == {"upper left": 50, "upper right": 50} for count in corners.values())
+
+
+def test_batches_follow_from_seed_and_epoch(build: Builder, photos: Path) -> None:
+    fill(photos, 12)
+    data = DataConfig(name="sks toy", resolution=64, flip=True, variants=2, caption_dropout=0.5, shuffle_tags=True)
+    for number in range(12):
+        (photos / f"{number:02}.txt").write_text("sks toy, a, b, c")
+    dataset, _ = build(data)
+
+    def plain(seed: int, epoch: int) -> list[tuple[int, list[int], list[int]]]:
+        return [(b.bucket, b.entries.tolist(), b.texts.tolist()) for b in dataset.batches(seed, epoch, 3)]
+
+    assert plain(0, 5) == plain(0, 5)
+    torch.manual_seed(123)
+    assert plain(0, 5) == plain(0, 5)
+    assert plain(0, 5) != plain(0, 6)
+    assert plain(0, 5) != plain(1, 5)
+    again, _ = build(data)
+    assert all(torch.equal(a.mean, b.mean) for a, b in zip(dataset.buckets, again.buckets, strict=True))
+    assert [(b.bucket, b.entries.tolist(), b.texts.tolist()) for b in again.batches(0, 5, 3)] == plain(0, 5)
+
+
+def test_every_epoch_has_its_own_order_and_company(build: Builder, photos: Path) -> None:
+    fill(photos, 8, ((64, 64),))
+    dataset, _ = build()
+    epochs = [[shown(dataset, batch) for batch in dataset.batches(0, epoch, 2)] for epoch in range(20)]
+    assert len({tuple(map(tuple, epoch)) for epoch in epochs}) == 20
+    assert len({frozenset(pair) for epoch in epochs for pair in epoch}) > 20  # of the 28 there are
+
+
+def test_sdxl_conditions_tell_size_and_crop_with_flip_too(build: Builder, photos: Path) -> None:
+    marked.save(photos / "a.png", marked.picture(1, 200, 64))
+    dataset, _ = build(DataConfig(name="sks toy", resolution=64, flip=True, variants=2), ids=True)
+    bucket = dataset.buckets[0]
+    assert (bucket.width, bucket.height) == (112, 32)
+    assert bucket.time_ids is not None
+    # 200 x 64 scaled to 112 x 35.84, the middle 32 rows cut: 1.92 from the top, nothing from the sides
+    assert bucket.time_ids.tolist() == [[64, 200, 2, 0, 32, 112]] * 2
+    assert bucket.variant.tolist() == [0, 1]
+
+
+def test_texts_are_those_of_their_photos(build: Builder, photos: Path) -> None:
+    """S6: each photo comes with its own caption in every batch."""
+    fill(photos, 6)
+    for number in range(5):
+        (photos / f"{number:02}.txt").write_text(f"sks toy number {number}")
+    dataset, _ = build()
+    for batch in dataset.batches(0, 3, 2):
+        for number, text in zip(shown(dataset, batch), batch.texts.tolist(), strict=True):
+            expected = f"sks toy number {number}" if number < 5 else "a photo of a sks toy"
+            assert dataset.texts[text] == expected
+    assert sorted(dataset.texts) == ["a photo of a sks toy", *(f"sks toy number {n}" for n in range(5))]
+    for bucket in range(len(dataset.buckets)):
+        names = [f"{n:02}.png" for n in range(6) if bucket == {0: 1, 1: 2, 2: 0}[n % 3]]
+        assert dataset.names(bucket) == names
+        own = [dataset.texts[text] for text in dataset.buckets[bucket].text.tolist()]
+        assert own == [dataset.texts[dataset.choices[int(name[:2])][0]] for name in names]
+
+
+def test_swapping_two_captions_swaps_their_texts(build: Builder, photos: Path) -> None:
+    fill(photos, 2, ((64, 64),))
+    pairs = []
+    for first, second in (("one", "two"), ("two", "one")):
+        (photos / "00.txt").write_text(f"sks toy {first}")
+        (photos / "01.txt").write_text(f"sks toy {second}")
+        dataset, _ = build()
+        pairs.append([dataset.texts[text] for text in dataset.buckets[0].text.tolist()])
+    assert pairs == [["sks toy one", "sks toy two"], ["sks toy two", "sks toy one"]]
+
+
+def test_a_thousand_draws_keep_the_trigger(build: Builder, photos: Path) -> None:
+    """S6: shuffle and dropout together, over a thousand texts as batches hold them."""
+    fill(photos, 10)
+    for number in range(10):
+        (photos / f"{number:02}.txt").write_text(f"red, blue, table {number}" + (", sks" if number % 2 else ""))
+    data = DataConfig(name="sks toy", resolution=64, shuffle_tags=True, caption_dropout=0.3)
+    dataset, _ = build(data)
+    drawn = [
+        dataset.texts[text] for epoch in range(100) for batch in dataset.batches(0, epoch, 4) for text in batch.texts
+    ]
+    assert len(drawn) == 1000
+    assert all(captions.has_trigger(text, data) for text in drawn)
+    assert 250 <= drawn.count("a photo of a sks toy") <= 350
+    assert len(set(drawn)) > 40
+    kept = [text for text in drawn if text != "a photo of a sks toy"]
+    assert all(any(f"table {n}" in text for n in range(10)) for text in kept)
+
+
+def test_held_out_photos_are_never_trained_on(build: Builder, photos: Path) -> None:
+    fill(photos, 20)
+    data = DataConfig(name="sks toy", resolution=64, flip=True, variants=2)
+    dataset, held_out = build(data, TrainConfig(holdout=0.1))
+    assert held_out is not None
+    assert build.said[0] == "validation: 2 of 20 photos are kept back and never trained on"
+    kept = {photo.relative for photo in held_out.photos}
+    trained = {photo.relative for photo in dataset.photos}
+    assert len(kept) == 2
+    assert len(trained) == 18
+    assert not kept & trained
+    assert held_out.texts is dataset.texts
+    # as they are: one row each, no flip
+    assert sum(len(bucket.mean) for bucket in held_out.buckets) == 2
+    assert sum(len(bucket.mean) for bucket in dataset.buckets) == 36
+    assert all(bucket.variant.tolist() == [0] * len(bucket.mean) for bucket in held_out.buckets)
+    again, _ = build(data, TrainConfig(holdout=0.1))
+    assert {photo.relative for photo in again.photos} == trained
+    other, _ = build(data, TrainConfig(holdout=0.1, seed=1))
+    assert {photo.relative for photo in other.photos} != trained
+
+
+@pytest.mark.parametrize(
+    ("count", "holdout", "line"),
+    [
+        (9, 0.5, "validation: fewer than 10 photos, none is kept back; it looks at training photos"),
+        (10, 0.0, "validation: no photo is kept back (train.holdout = 0); it looks at training photos"),
+        (10, 0.01, "validation: 1 of 10 photos are kept back and never trained on"),
+    ],
+)
+def test_the_split_is_said(build: Builder, photos: Path, count: int, holdout: float, line: str) -> None:
+    fill(photos, count)
+    build(train=TrainConfig(holdout=holdout))
+    assert build.said[0] == line
+
+
+def test_plain_is_every_photo_as_it_is(build: Builder, photos: Path) -> None:
+    fill(photos, 6)
+    for number in range(6):
+        (photos / f"{number:02}.txt").write_text(f"sks toy, a, b, {number}")
+    data = DataConfig(name="sks toy", resolution=64, flip=True, variants=4, caption_dropout=0.9, shuffle_tags=True)
+    dataset, _ = build(data, ids=True)
+    plain = dataset.plain()
+    expected, _ = build(ids=True)
+    for one, other in zip(plain.buckets, expected.buckets, strict=True):
+        assert torch.equal(one.mean, other.mean)
+        assert torch.equal(one.std, other.std)
+        assert one.time_ids is not None
+        assert other.time_ids is not None
+        assert torch.equal(one.time_ids, other.time_ids)
+        assert torch.equal(one.photo, other.photo)
+    for epoch in range(3):
+        for batch in plain.batches(0, epoch, 2):
+            told = [plain.texts[text] for text in batch.texts.tolist()]
+            assert told == [f"sks toy, a, b, {number}" for number in shown(plain, batch)]
+
+
+# -- on disk ------------------------------------------------------------------------------------------------------
+
+DISK = DataConfig(name="sks toy", resolution=64, cache="disk")
+
+
+def test_only_what_changed_is_encoded_again(build: Builder, photos: Path, tmp_path: Path) -> None:
+    fill(photos, 20)
+    before = marked.digests(photos)
+    first, _ = build(DISK)
+    assert build.said[-1] == f"latents: 0 hits, 20 encoded, kept in {tmp_path / 'kept' / 'latents'}"
+    build(DISK)
+    assert build.said[-1].startswith("latents: 20 hits, 0 encoded")
+    assert build.encoder.seen == []
+    assert marked.digests(photos) == before  # nothing is ever written beside the photos
+
+    times = (photos / "00.png").stat()
+    marked.save(photos / "00.png", marked.picture(63, 64, 64))
+    os.utime(photos / "00.png", ns=(times.st_atime_ns, times.st_mtime_ns))  # an edit that keeps name and time
+    second, _ = build(DISK)
+    assert build.said[-1].startswith("latents: 19 hits, 1 encoded")
+    assert [marked.number_of(picture) for picture in build.encoder.seen] == [63]
+    row = second.names(1).index("00.png")
+    assert not torch.equal(first.buckets[1].mean[row], second.buckets[1].mean[row])
+    in_memory, _ = build(replace(DISK, cache="memory"))
+    assert build.said[-1] == "latents: 20 encoded"
+    for kept, fresh in zip(second.buckets, in_memory.buckets, strict=True):
+        assert torch.equal(kept.mean, fresh.mean)
+        assert torch.equal(kept.std, fresh.std)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resolution": 128},
+        {"identity": "another base"},
+        {"flip": True, "variants": 2},
+        {"crop_jitter": 0.1, "variants": 2},
+        {"color_jitter": 0.1, "variants": 2},
+    ],
+)
+def test_nothing_stale_is_found_again(build: Builder, photos: Path, change: dict[str, object]) -> None:
+    fill(photos, 3)
+    build(DISK)
+    identity = str(change.pop("identity", "base"))
+    build(replace(DISK, **change), identity=identity)
+    # Variant 0 is the plain photo and is found; every other one is new.
+    hits = 3 if "variants" in change else 0
+    assert build.said[-1].startswith(f"latents: {hits} hits, 3 encoded")
+
+
+def test_renamed_photos_are_found_again(build: Builder, photos: Path) -> None:
+    fill(photos, 3)
+    build(DISK)
+    (photos / "00.png").rename(photos / "renamed.png")
+    build(DISK)
+    assert build.said[-1].startswith("latents: 3 hits, 0 encoded")
+
+
+@pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[: len(raw) // 2], lambda raw: b"x" * len(raw)])
+def test_a_damaged_latent_is_made_anew(
+    build: Builder, photos: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    fill(photos, 2)
+    build(DISK)
+    files = sorted((tmp_path / "kept").rglob("*.safetensors"))
+    assert len(files) == 2
+    files[0].write_bytes(damage(files[0].read_bytes()))
+    build(DISK)
+    assert build.said[-1].startswith("latents: 1 hits, 1 encoded")
+    build(DISK)
+    assert build.said[-1].startswith("latents: 2 hits, 0 encoded")
+
+
+def test_the_cache_is_private_and_whole(build: Builder, photos: Path, tmp_path: Path) -> None:
+    fill(photos, 2)
+    build(DISK)
+    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert all(path.suffix == ".safetensors" for path in files)  # no temporary file is left
+    if os.name == "posix":
+        assert {stat.S_IMODE(path.parent.stat().st_mode) for path in files} == {0o700}
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    build: Builder, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(photos, 1)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(LorakitError, match=r"latents cannot be kept there \(.+\); set data\.cache = 'memory' or LORA"):
+        build(DISK)
+
+
+# -- masks and trouble --------------------------------------------------------------------------------------------
+
+MASKED = TrainConfig(holdout=0.0, masked_loss=True)
+
+
+def test_masks_come_at_latent_size_from_file_or_alpha(build: Builder, photos: Path) -> None:
+    fill(photos, 2, ((64, 64),))
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :32] = 255
+    Image.fromarray(mask).save(photos / "00.mask.png")
+    alpha = np.dstack([marked.picture(5, 64, 64), mask.T])
+    Image.fromarray(alpha).save(photos / "02.png")
+    dataset, _ = build(train=MASKED)
+    masks = dataset.buckets[0].mask
+    assert masks is not None
+    assert masks.shape == (3, 1, 16, 16)
+    half = torch.zeros(16, 16)
+    half[:, :8] = 1
+    assert torch.equal(masks[0, 0], half)
+    assert torch.equal(masks[1, 0], torch.ones(16, 16))
+    assert torch.equal(masks[2, 0], half.T)
+    plain, _ = build()
+    assert plain.buckets[0].mask is None
+    disk, _ = build(DISK, MASKED)
+    disk, _ = build(DISK, MASKED)
+    assert disk.buckets[0].mask is not None
+    assert torch.equal(disk.buckets[0].mask, masks)
+
+
+def test_masks_that_make_no_sense_are_named(build: Builder, photos: Path) -> None:
+    fill(photos, 2)
+    with pytest.raises(
+        LorakitError, match=r"^train\.masked_loss: no photo has a mask; put name\.mask\.png beside name"
+    ):
+        build(train=MASKED)
+    Image.new("L", (64, 64)).save(photos / "00.mask.png")
+    with pytest.raises(LorakitError, match=r"^00\.png: its mask is black all over, so nothing of it would be learned$"):
+        build(train=MASKED)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_that_is_not_finite_names_its_photo(
+    build: Builder, photos: Path, tmp_path: Path, value: float
+) -> None:
+    """S9: never replaced by zeros, never kept on disk."""
+    fill(photos, 3)
+    real = Encoder.__call__
+
+    def broken(self: Encoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = real(self, pixels)
+        if marked.number_of(self.seen[-1]) == 1:
+            mean[0, 0, 0, 0] = value
+        return mean, std
+
+    Encoder.__call__ = broken
+    try:
+        with pytest.raises(
+            LorakitError, match=r"^01\.png: its latent is not finite; the base's VAE cannot encode this"
+        ):
+            build(DISK)
+    finally:
+        Encoder.__call__ = real
+    build(DISK)
+    assert build.said[-1].startswith("latents: 1 hits, 2 encoded")
+
+
+def test_a_photo_that_went_away_is_named(build: Builder, photos: Path) -> None:
+    fill(photos, 2)
+    data = DataConfig(name="sks toy", resolution=64, folder=str(photos))
+    report = check.check(data, build.base)
+    (photos / "01.png").unlink()
+    with pytest.raises(LorakitError, match=r"^01\.png: cannot be read any more \(No such file or directory\)$"):
+        cache.build(
+            report, data, TrainConfig(holdout=0.0), encode_image=Encoder(), time_ids=lambda *_: None, device="cpu",
+            identity="", say=lambda _: None,
+        )  # fmt: skip
+
+
+def test_moving_to_a_device_moves_what_a_step_gathers_from(build: Builder, photos: Path) -> None:
+    fill(photos, 3)
+    dataset, _ = build(ids=True)
+    meta = dataset.to("meta")
+    assert {bucket.mean.device.type for bucket in meta.buckets} == {"meta"}
+    assert {bucket.time_ids.device.type for bucket in meta.buckets if bucket.time_ids is not None} == {"meta"}
+    assert {bucket.photo.device.type for bucket in meta.buckets} == {"cpu"}
+    (batch, *_) = meta.batches(0, 0, 2)
+    assert batch.entries.device.type == batch.texts.device.type == "meta"

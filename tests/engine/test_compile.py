@@ -1,0 +1,354 @@
+"""Compiled blocks give the step's gradients, say what they cost, and where they do not, the run goes on without.
+
+What only has to be called in the right places is tested with compilers that are quick: torch's own without the code
+that it writes (`aot_eager`), or none at all.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import short_run
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from lorakit import adapters, config
+from lorakit.engine import compile as compiled, cuda_graphs as graph
+from lorakit.training import run as train
+
+COMPILED = re.compile(r"compiled the UNet's blocks for this batch shape in \d+ s; kept in (.+), so that the next run")
+
+
+def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch takes it apart, derives its gradients and computes with its ordinary kernels."""
+    return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+
+
+def untouched(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+class Small:
+    """Three resnets and a transformer block; a step's loss and gradients with and without compiled blocks."""
+
+    def __init__(self, compiler: compiled.Compiler, width: int = 16, dtype: torch.dtype = torch.float32, **asked: Any):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.unet = UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(width,),
+                layers_per_block=1,
+                norm_num_groups=4,
+                attention_head_dim=4,
+                cross_attention_dim=16,
+                down_block_types=("CrossAttnDownBlock2D",),
+                up_block_types=("UpBlock2D",),
+                mid_block_type=None,
+            )
+        self.unet.to(dtype).eval().requires_grad_(False)
+        family: Any = SimpleNamespace(
+            unet=self.unet, info=SimpleNamespace(family="sd1"), modules=lambda: {"unet": self.unet}, dtype=dtype
+        )
+        chosen = config.load(None, {"train.steps": 1, **{f"adapter.{name}": value for name, value in asked.items()}})
+        adapter = adapters.attach(family, replace(chosen.adapter, rank=4), seed=0)
+        adapters.slim(family)
+        self.flat = adapters.flatten(family, adapter)[0]
+        self.parameters, self.said = self.flat.parameters, list[str]()
+        self.dtype, self.calls = dtype, 0
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            made = compiler(function)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.calls += 1
+                return made(*args, **kwargs)
+
+            return call
+
+        self.blocks = compiled.Blocks(self.unet, self.parameters, self.said.append, counted)
+
+    def step(self, batch: int = 2) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(batch)
+        noisy, towards = (torch.randn(batch, 4, 8, 8, generator=draw) for _ in range(2))
+        states = torch.randn(batch, 5, 16, generator=draw)
+        times = torch.arange(batch) * 400
+        said = self.unet(noisy.to(self.dtype), times, states.to(self.dtype), return_dict=False)[0]
+        loss = (said.float() - towards).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    def found(self, batch: int = 2, *, by_compiled: bool) -> list[torch.Tensor]:
+        """Loss and gradients."""
+        within = self.blocks.compiled(batch, lambda: self.step(batch)) if by_compiled else nullcontext()
+        self.flat.gradient.zero_()
+        with within:
+            loss = self.step(batch)
+        return [loss, *(parameter.grad.clone() for parameter in self.parameters)]
+
+    def train(self) -> None:
+        """Weights as after some steps: no factor is 0."""
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in self.parameters:
+                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.05)
+
+
+def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], allowed: float = 1e-5) -> None:
+    whole = torch.stack([tensor.norm() for tensor in expected[1:]]).norm()
+    assert whole > 0
+    for one, two in zip(found, expected, strict=True):
+        assert (one - two).norm() <= allowed * (two.norm() + 1e-2 * whole)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "compiled"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by a C++ compiler")
+def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+        # C++ for one block of the four, without vectors: all of them would take a minute.
+        by_cpp, rest = compiled.inductor(function), traced(function)
+        return lambda block, *args, **kwargs: (by_cpp if getattr(block, "conv_shortcut", block) is None else rest)(
+            block, *args, **kwargs
+        )
+
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
+    small = Small(compiler)
+    names, random = list(small.unet.state_dict()), torch.get_rng_state()
+    small.train()
+    weights = small.flat.weights.detach().clone()
+    without = small.found(by_compiled=False)
+    assert small.calls == 0
+    assert_close(small.found(by_compiled=True), without)
+    assert small.calls == 8
+    assert_close(small.found(by_compiled=True), without)
+    assert small.calls == 12
+    (line,) = small.said
+    told = COMPILED.match(line)
+    assert told and told[1] == str(cache)
+    assert list(small.unet.state_dict()) == names and torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(small.flat.weights, weights)
+    kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.so")}
+    assert len(kept) > 2
+    again = Small(compiler)
+    again.train()
+    assert_close(again.found(by_compiled=True), without)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.so")} == kept and len(again.said) == 1
+
+
+@pytest.mark.parametrize(("method", "asked"), [("lora", {"target_modules": "linear+conv", "alpha": 8.0}), ("dora", {})])
+def test_methods_and_convolutions_go_through(method: str, asked: dict[str, Any]) -> None:
+    small = Small(traced, method=method, **asked)
+    small.train()
+    without = small.found(by_compiled=False)
+    assert_close(small.found(by_compiled=True), without)
+    assert small.calls == 8 and COMPILED.match(small.said[0])
+
+
+def test_half_precision_is_as_near_as_its_rounding() -> None:
+    small = Small(traced, dtype=torch.bfloat16)
+    small.train()
+    small.blocks._allowed = compiled.HALF
+    without = small.found(by_compiled=False)
+    assert_close(small.found(by_compiled=True), without, 0.2)
+    assert COMPILED.match(small.said[0])
+
+
+def test_each_shape_is_tried_once_and_those_beyond_the_most_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "MOST", 2)
+    small, calls = Small(untouched), []
+    for batch in (1, 2, 1, 3, 2):
+        before = small.calls
+        small.found(batch, by_compiled=True)
+        calls.append(small.calls - before)
+    assert calls == [8, 8, 4, 0, 4]
+    assert [line.partition(" in ")[0] for line in small.said] == [
+        *["compiled the UNet's blocks for this batch shape"] * 2,
+        "batches of further shapes go without: 2 are compiled",
+    ]
+
+
+def test_what_has_no_gradients_to_come_is_not_compiled() -> None:
+    small = Small(untouched)
+    small.found(by_compiled=True)
+    before = small.calls
+    with small.blocks.compiled(2, lambda: small.step(2)), torch.no_grad():
+        small.unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 5, 16))
+    small.unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 5, 16))
+    assert small.calls == before
+
+
+def test_the_transformer_of_stable_diffusion_3_has_blocks_too() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            caption_projection_dim=16,
+            pooled_projection_dim=8,
+            pos_embed_max_size=8,
+        )
+    weight, said = model.proj_out.weight, list[str]()
+    weight.grad = torch.zeros_like(weight)
+
+    def step() -> torch.Tensor:
+        given = torch.ones(1, 4, 8, 8), torch.ones(1, 3, 16), torch.ones(1, 8), torch.tensor([5])
+        loss = model(*given, return_dict=False)[0].square().mean()
+        loss.backward()
+        return loss.detach()
+
+    blocks = compiled.Blocks(model, [weight], said.append, traced)
+    step()
+    without = weight.grad.clone()
+    weight.grad.zero_()
+    with blocks.compiled(1, step):
+        step()
+    assert COMPILED.match(said[0])
+    assert not torch.equal(weight.grad, torch.zeros_like(weight)) and torch.allclose(weight.grad, without, rtol=1e-4)
+
+
+def test_layers_whose_memory_was_moved_are_computed_without() -> None:
+    small = Small(untouched)
+    small.found(by_compiled=True)
+    for layer in small.unet.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.data = layer.weight.data.clone()
+    before = small.calls
+    small.found(by_compiled=True)
+    assert small.calls == before
+
+
+def stops_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss is right, and one resnet passes no gradient on."""
+    if "Resnet" not in function.__qualname__:
+        return function
+    return lambda block, x, temb: function(block, x.detach(), temb.detach()) + 0 * x.sum()
+
+
+def is_off(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: 1.5 * function(*args, **kwargs)
+
+
+def fails(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler for this\nand much more")
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [(stops_gradients, "its loss is off by 0.0e+00"), (is_off, "its loss is off by"), (fails, "no compiler for this")],
+)
+def test_what_is_not_right_is_not_used(compiler: compiled.Compiler, reason: str) -> None:
+    small = Small(compiler)
+    small.train()
+    without, weights = small.found(by_compiled=False), small.flat.weights.detach().clone()
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(small.found(by_compiled=True), without, strict=True))
+    (line,) = small.said
+    assert line.startswith(f"the UNet's blocks are not compiled, the run goes on without: {reason}")
+    assert "\n" not in line and torch.equal(small.flat.weights, weights)
+
+
+def test_gradients_that_were_there_stay() -> None:
+    small = Small(untouched)
+    small.flat.gradient.normal_(generator=torch.Generator().manual_seed(0))
+    before = small.flat.gradient.clone()
+    with small.blocks.compiled(2, lambda: small.step(2)):
+        pass
+    assert torch.equal(small.flat.gradient, before) and len(small.said) == 1
+
+
+def test_without_a_compiler_on_the_machine_the_run_goes_on() -> None:
+    import torch._inductor.config
+
+    small = Small(compiled.inductor, width=24)
+    without = small.found(by_compiled=False)
+    with torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/c++",)}):
+        found = small.found(by_compiled=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, without, strict=True))
+    (line,) = small.said
+    assert line.startswith("the UNet's blocks are not compiled, the run goes on without: ") and "C++ compiler" in line
+
+
+chosen = partial(short_run.chosen, steps=4)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photos: a batch of two and one of one."""
+    return short_run.noise(tmp_path_factory.mktemp("photos"), 3)
+
+
+def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
+    tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(torch.is_grad_enabled())
+            return function(*args, **kwargs)
+
+        return call
+
+    asked: dict[str, Any] = {"adapter__train_text_encoder": True, "train__prior": "teacher"}
+    plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", **asked)).adapter)
+    monkeypatch.setattr(compiled, "inductor", watched)
+    monkeypatch.setattr(graph, "MOST", 2)
+    result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **asked))
+    found = load_file(result.adapter)
+    assert plain.keys() == found.keys() and all(torch.equal(plain[name], found[name]) for name in plain)
+    # Four steps and a trial of each of two shapes, of twelve blocks.
+    assert calls == [True] * (6 * 12)
+    log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
+    assert log.count("compiled the UNet's blocks for this batch shape in ") == 2
+    assert log.count("batches of further shapes go without: 2 are compiled") == 1
+    assert "a CPU compiles for minutes" in log
+
+
+@pytest.fixture
+def one_tensor_core_precision() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_card_compiled_blocks_go_into_the_graph(
+    tiny_sd1: Path, photos: Path, tmp_path: Path, one_tensor_core_precision: None, precision: str
+) -> None:
+    asked: dict[str, Any] = {"memory__device": "cuda", "memory__mixed_precision": precision}
+    plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", **asked)).adapter)
+    result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **asked))
+    log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
+    assert log.count("compiled the UNet's blocks for this batch shape in ") == 2
+    assert "no CUDA graph" not in log
+    found = load_file(result.adapter)
+    assert plain.keys() == found.keys()
+    for name, tensor in plain.items():
+        assert (found[name] - tensor).norm() <= (1e-3 if precision == "fp32" else 0.3) * tensor.norm()

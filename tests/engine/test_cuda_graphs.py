@@ -1,0 +1,293 @@
+"""A step by replay gives what the step gives; where it cannot, it is not used.
+
+Without a CUDA device a stand-in takes the graph's place: it computes anew from the tensors that it was recorded with.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import short_run
+import torch
+from safetensors.torch import load_file
+
+from lorakit import adapters, config, families
+from lorakit.data import checks as check
+from lorakit.engine import cuda_graphs as graph, device as memory
+from lorakit.runs import memory_estimate as footprint
+from lorakit.training import run as train
+from lorakit.training.loss_step import Step
+from lorakit.training.optimizer_step import Update
+from lorakit.training.precompute import encode
+
+
+def stand_in(compute: graph.Compute, generators: Any = ()) -> graph.Compute:
+    """Replays by computing from the same tensors again."""
+    return compute
+
+
+@dataclass(frozen=True)
+class Row:
+    """A batch of one tensor."""
+
+    values: torch.Tensor
+
+
+chosen = partial(short_run.chosen, steps=6)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photos: two batches of two and one of one."""
+    return short_run.noise(tmp_path_factory.mktemp("photos"), 5)
+
+
+def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Step, Any]:
+    info = families.describe(settings.model.base)
+    family = families.load(info, device, dtype, settings.memory.base_storage)
+    family.acquire("unet")
+    adapter = adapters.attach(family, settings.adapter, seed=0)
+    encoded = encode(settings, family, adapter, check.check(settings.data, info), lambda line: None)
+    step = Step(family, adapter, encoded, settings.train)
+    for name, parameter in adapter.parameters().items():
+        if name.endswith("up"):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(device).manual_seed(len(name)))
+    adapters.slim(family, frugal=footprint.frugal(settings, device))
+    memory.gradient_checkpointing(family, footprint.recomputed(settings, info, {}, device))
+    return step, adapter
+
+
+def both(step: Step, adapter: Any, record: graph.Record, batches: int = 5) -> Any:
+    """For each batch: (loss and gradients without, the same by replay)."""
+    parameters = list(adapter.parameters().values())
+
+    def backward(batch: Any) -> torch.Tensor:
+        loss = step.loss_of(batch)
+        loss.backward()
+        return loss.detach()
+
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    replayed = graph.Replayed(backward, parameters, record, list(step.generators.values()))
+    for index in range(batches):
+        found = []
+        begin = partial(step.begin, index)
+        for way in (lambda begin=begin: backward(begin()), lambda begin=begin: replayed(begin)):
+            torch._foreach_zero_([parameter.grad for parameter in parameters])
+            found.append([way().clone(), *(parameter.grad.clone() for parameter in parameters)])
+        yield found
+
+
+@pytest.mark.parametrize("prior", ["none", "images", "teacher"])
+def test_replays_follow_each_batch_to_the_bit(tiny_sd1, photos, tmp_path, monkeypatch, prior):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
+    extra = {"train__class_images": 3} if prior == "images" else {}
+    step, adapter = step_of(chosen(tiny_sd1, photos, tmp_path, train__prior=prior, **extra))
+    losses = set()
+    for without, replayed in both(step, adapter, stand_in):
+        assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+        losses.add(without[0].item())
+    assert len(losses) == 5
+
+
+SAVING = [{}, {"memory__gradient_checkpointing": True}, {"memory__base_storage": "nf4"}]
+
+
+@pytest.mark.parametrize("saving", SAVING[1:])
+def test_what_saves_memory_is_replayed_too(tiny_sd1, photos, tmp_path, saving):
+    settings = chosen(tiny_sd1, photos, tmp_path, **saving)
+    for without, replayed in both(*step_of(settings), stand_in, 3):
+        assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+
+
+def test_sdxls_sizes_and_pooled_texts_are_among_what_is_copied(tiny_sdxl, photos, tmp_path):
+    step, adapter = step_of(chosen(tiny_sdxl, photos, tmp_path))
+    for without, replayed in both(step, adapter, stand_in, 3):
+        assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+
+
+RUNS = [
+    {"optimizer__lr_scheduler": "cosine", "optimizer__warmup_steps": 2},
+    {"train__gradient_accumulation_steps": 2},
+    {"adapter__train_text_encoder": True, "train__prior": "teacher"},
+    {"adapter__dropout": 0.3, "optimizer__name": "lion"},
+]
+
+
+@pytest.mark.parametrize("changes", RUNS)
+def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, changes):
+    def run(folder: str) -> tuple[dict[str, torch.Tensor], Any]:
+        result = train.train(chosen(tiny_sd1, photos, tmp_path / folder, train__steps=4, **changes))
+        saved = result.folder / "checkpoints" / "step-000004"
+        state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
+        return load_file(result.adapter) | load_file(saved / "optimizer.safetensors"), state["optimizer"]
+
+    plain, state = run("plain")
+    monkeypatch.setattr(graph, "recorder", lambda *given: (stand_in, "by replay"))
+    replayed, other = run("replayed")
+    assert plain.keys() == replayed.keys() and all(torch.equal(plain[name], replayed[name]) for name in plain)
+    assert state == other  # the learning rate too, which was a tensor meanwhile
+
+
+def stale_finish(compute: graph.Compute, generators: Any) -> graph.Compute:
+    """Repeats the passes, not the optimizer's step."""
+    return compute if generators else lambda: torch.zeros(())
+
+
+def fails(compute: graph.Compute, generators: Any) -> graph.Compute:
+    compute()  # as much is done before a capture fails; its gradients must not stay
+    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+@pytest.mark.parametrize(
+    ("record", "steps", "line"),
+    [
+        (fails, 2, "no CUDA graph, steps are issued one operation at a time: operation not permitted"),
+        (
+            stale_finish,
+            4,
+            "no CUDA graph of the optimizer's step, it is issued one operation at a time: a step by replay has other "
+            "bits",
+        ),
+    ],
+)
+def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(
+    tiny_sd1, photos, tmp_path, monkeypatch, record, steps, line
+):
+    plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", train__steps=steps)).adapter)
+    monkeypatch.setattr(graph, "recorder", lambda *given: (record, "by replay"))
+    result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", train__steps=steps))
+    found = load_file(result.adapter)
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+    log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
+    assert log.count(line) == 1
+
+
+def test_an_optimizers_step_is_recorded_anew_where_another_state_was_loaded():
+    held, recorded = [torch.zeros(3)], []
+
+    def finish() -> torch.Tensor:
+        return held[0].add_(1)
+
+    finished = graph.Finished(finish, lambda: held, lambda compute, _: recorded.append(compute) or compute)
+    for _ in range(3):
+        finished()
+    assert len(recorded) == 1 and held[0].tolist() == [3, 3, 3]
+    held[0] = torch.full((3,), 7.0)
+    for _ in range(2):
+        finished()
+    assert len(recorded) == 2 and held[0].tolist() == [9, 9, 9]
+
+
+def test_a_graph_that_does_not_repeat_the_step_is_not_believed():
+    weight = torch.nn.Parameter(torch.ones(3))
+
+    def backward(row: Row) -> torch.Tensor:
+        loss = (weight * row.values).sum()
+        loss.backward()
+        return loss.detach()
+
+    def stale(compute: graph.Compute, generators: Any) -> graph.Compute:
+        compute()
+        return lambda: torch.tensor(6.0)
+
+    weight.grad = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.raises(graph.NotCaptured, match="gradients by"):
+        graph.Replayed(backward, [weight], stale)(lambda: Row(torch.tensor([1.0, 2.0, 3.0])))
+    assert weight.grad.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_memory_that_moved_is_recorded_anew():
+    weight, recorded = torch.nn.Parameter(torch.ones(3)), []
+
+    def backward(row: Row) -> torch.Tensor:
+        loss = (weight * row.values).sum()
+        loss.backward()
+        return loss.detach()
+
+    def record(compute: graph.Compute, generators: Any) -> graph.Compute:
+        recorded.append(compute)
+        return compute
+
+    replayed = graph.Replayed(backward, [weight], record)
+    for _ in range(2):
+        replayed(lambda: Row(torch.ones(3)))
+    assert len(recorded) == 1
+    weight.data = weight.data.clone()
+    replayed(lambda: Row(torch.ones(3)))
+    assert len(recorded) == 2 and weight.grad.tolist() == [3.0, 3.0, 3.0]
+
+
+def test_shapes_beyond_the_most_run_without(monkeypatch):
+    monkeypatch.setattr(graph, "MOST", 1)
+    weight, recorded = torch.nn.Parameter(torch.ones(1)), []
+
+    def backward(row: Row) -> torch.Tensor:
+        loss = (weight * row.values).sum()
+        loss.backward()
+        return loss.detach()
+
+    replayed = graph.Replayed(backward, [weight], lambda compute, _: recorded.append(compute) or compute)
+    assert [replayed(lambda n=n: Row(torch.ones(n))).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3]
+    assert len(recorded) == 1
+
+
+def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatch):
+    """Recorded anew afterwards, with the results that there would have been."""
+    recorded: list[Any] = []
+
+    def record(compute: graph.Compute, generators: Any) -> graph.Compute:
+        recorded.append(compute)
+        return compute
+
+    settings = chosen(tiny_sd1, photos, tmp_path)
+    found = []
+    for forgets in (False, True):
+        monkeypatch.setattr(graph, "recorder", lambda *_: (record, ""))
+        step, _ = step_of(settings)
+        update = Update(settings, step, 6, print)
+        assert update.forget() is False
+        recorded.clear()
+        for _ in range(2):  # the optimizer's first step makes its state
+            update(0)
+        assert len(recorded) == 2
+        assert not forgets or update.forget() is True
+        update(0)
+        assert len(recorded) == 2 * (1 + forgets)
+        found.append(update.flats[0].weights.detach().clone())
+    assert torch.equal(*found)
+    monkeypatch.setattr(graph, "recorder", lambda *_: (None, ""))
+    assert Update(settings, step_of(settings)[0], 6, print).forget() is False
+
+
+def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
+    settings, cuda = chosen(tiny_sd1, photos, tmp_path), torch.device("cuda")
+    assert graph.recorder(settings, torch.device("cpu")) == (None, "")
+    for section, change, reason in (
+        ("memory", {"stream_base": True}, "copied to the card as they are needed"),
+        ("memory", {"gradient_checkpointing": True}, "drawn once more for gradient checkpointing"),
+    ):
+        changed = replace(settings, **{section: replace(getattr(settings, section), **change)})
+        changed = replace(changed, adapter=replace(changed.adapter, dropout=0.1))
+        record, line = graph.recorder(changed, cuda)
+        assert record is None and line.startswith("steps are issued one operation at a time: ") and reason in line
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saving", SAVING)
+def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtype, saving):
+    settings = chosen(tiny_sd1, photos, tmp_path, memory__device="cuda", **saving)
+    record, line = graph.recorder(settings, torch.device("cuda"))
+    assert record is not None and "CUDA graph" in line
+    step, adapter = step_of(settings, "cuda", dtype)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for without, replayed in both(step, adapter, record):
+            assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)

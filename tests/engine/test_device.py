@@ -1,0 +1,232 @@
+"""Where it runs is decided and said; a kernel with a wrong backward pass is found out before it trains anything."""
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lorakit import adapters, config, families
+from lorakit.config import LoraConfig, MemoryConfig
+from lorakit.core.errors import LorakitError
+from lorakit.engine import device as memory
+from lorakit.runs import memory_estimate as footprint
+from lorakit.training import out_of_memory
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = False, bf16: bool = True) -> None:
+    """What torch would say of another machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    # A card of before 2020 emulates bf16, and torch counts that unless told not to.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(True, False, "cuda"), (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_takes_the_best_there_is(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str) -> None:
+    machine(monkeypatch, cuda=cuda, mps=mps)
+    assert memory.device(MemoryConfig()).type == expected
+    assert memory.device(MemoryConfig(device="cpu")) == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    machine(monkeypatch)
+    with pytest.raises(LorakitError, match=f"memory.device = '{name}': torch .* finds no such device here"):
+        memory.device(MemoryConfig(device=name))
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "chosen", "expected"),
+    [
+        ("cuda", True, "auto", torch.bfloat16),
+        ("cuda", False, "auto", torch.float16),
+        ("cuda", False, "fp16", torch.float16),
+        ("cuda", True, "fp32", torch.float32),
+        ("cpu", True, "auto", torch.float32),
+        ("mps", True, "auto", torch.float32),
+        ("cpu", True, "bf16", torch.bfloat16),
+    ],
+)
+def test_precision(monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool, chosen: str, expected: Any) -> None:
+    machine(monkeypatch, cuda=device == "cuda", bf16=bf16)
+    assert memory.dtype(MemoryConfig(mixed_precision=chosen), torch.device(device)) is expected
+
+
+def test_bf16_on_a_card_that_only_emulates_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cuda=True, bf16=False)
+    with pytest.raises(LorakitError, match="does not compute in bf16; choose 'fp16' or 'fp32'"):
+        memory.dtype(MemoryConfig(mixed_precision="bf16"), CUDA)
+
+
+# -- the self-test of attention ---------------------------------------------------------------------------------
+
+
+def by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention over `[B, T, heads, size]`, written out."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    return torch.einsum("bhqk,bkhd->bqhd", functional.softmax(scores, dim=-1), value)
+
+
+class ZeroBackward(torch.autograd.Function):
+    """Right forward, nothing backward: what xformers 0.0.16 did to Stable Diffusion."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return by_hand(query, key, value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.zeros_like(gradient) for _ in range(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_right_kernel_passes(dtype: torch.dtype) -> None:
+    assert memory.attention_problem(by_hand, CPU, dtype) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_of_zeros_is_found_out(dtype: torch.dtype) -> None:
+    problem = memory.attention_problem(ZeroBackward.apply, CPU, dtype)
+    assert problem == "gradient of the query is off by 100% at head size 40"
+
+
+def test_a_wrong_forward_a_nan_and_a_failure_are_found_out() -> None:
+    def fails(*_: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("No operator found\nfor this input")
+
+    def one_size(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return by_hand(query, key, value) * (float("nan") if query.shape[-1] == 160 else 1.0)
+
+    assert "output is off" in str(memory.attention_problem(lambda q, k, v: by_hand(q, k, 2 * v), CPU, torch.float32))
+    assert "output is off by nan% at head size 160" in str(memory.attention_problem(one_size, CPU, torch.float32))
+    assert memory.attention_problem(fails, CPU, torch.float32) == "No operator found"
+
+
+def stub_xformers(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=kernel))
+
+
+class UnetThatCounts:
+    """Stands for a UNet: says whether xformers was turned on."""
+
+    on = False
+
+    def enable_xformers_memory_efficient_attention(self) -> None:
+        self.on = True
+
+
+def test_xformers_is_used_only_where_it_passes_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = MemoryConfig(attention="xformers")
+    for kernel, on, said in [
+        (by_hand, True, "attention: xformers, which agrees with sdpa forward and backward"),
+        (
+            ZeroBackward.apply,
+            False,
+            "attention: sdpa, because xformers failed its self-test "
+            "(gradient of the query is off by 100% at head size 40)",
+        ),
+    ]:
+        stub_xformers(monkeypatch, kernel)
+        family = SimpleNamespace(unet=UnetThatCounts(), device=CPU, dtype=torch.float32)
+        assert memory.attention(chosen, family) == said
+        assert family.unet.on is on
+    assert memory.attention(MemoryConfig(), family) == "attention: sdpa"
+
+
+def test_xformers_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(LorakitError, match=r"needs it: pip install 'lorakit\[xformers\]'"):
+        memory.attention(MemoryConfig(attention="xformers"), SimpleNamespace())
+
+
+def test_weights_are_streamed_to_a_card_only() -> None:
+    wanted = MemoryConfig(stream_base=True)
+    assert memory.streams(wanted, torch.device("cuda")) and not memory.streams(MemoryConfig(), CPU)
+    for device in ("cpu", "mps"):
+        with pytest.raises(
+            LorakitError,
+            match=f"memory.stream_base = true needs a CUDA card to copy weights to, and this is {device}: set it to",
+        ):
+            memory.streams(wanted, torch.device(device))
+
+
+# -- the rest ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("count", [1, 3, None])
+def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: int | None, dropout: float) -> None:
+    """Those that were asked for run twice, the others once; gradients are the same to the bit."""
+    info, found = families.describe(tiny_sd1), []
+    settings = config.load(None, {"train.steps": 1, "memory.gradient_checkpointing": True})
+    blocks = footprint.recomputed(settings, info, {}, "cpu")[:count]
+    for again in ([], blocks):
+        family = families.load(info, "cpu", torch.float32)
+        layers = LoraConfig(rank=4, dropout=dropout, target_modules="linear+conv")
+        adapter = adapters.attach(family, layers, seed=0)
+        adapter.train(True)
+        for parameter in adapter.parameters().values():
+            parameter.data.fill_(0.01)
+        adapters.slim(family)
+        runs: Counter[str] = Counter()
+        paths = {path for path, _ in family.unet.named_modules() if footprint.BLOCK.fullmatch(path)}
+        for path in paths:
+            first = family.unet.get_submodule(path).norm1
+            first.register_forward_pre_hook(lambda *_, path=path, runs=runs: runs.update([path]))
+        memory.gradient_checkpointing(family, again, random=dropout > 0)
+        torch.manual_seed(0)
+        noisy, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+        predicted = family.unet(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
+        found.append(torch.autograd.grad(predicted.square().mean(), list(adapter.parameters().values())))
+        assert set(again) <= paths and runs == Counter([*paths, *again])
+        with torch.no_grad():
+            family.unet(noisy, torch.tensor([10, 700]), text)
+        assert runs == Counter([*paths, *paths, *again])
+    assert count is not None or set(blocks) == paths
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_where_memory_runs_out_room_is_made_once() -> None:
+    called: list[str] = []
+
+    def compute(fails: int) -> str:
+        called.append("compute")
+        if called.count("compute") <= fails:
+            raise torch.OutOfMemoryError("too much")
+        return "done"
+
+    def make(possible: bool) -> bool:
+        called.append("make")
+        return possible
+
+    assert out_of_memory.with_room(lambda: make(True), lambda: compute(0)) == "done" and called == ["compute"]
+    called.clear()
+    assert out_of_memory.with_room(lambda: make(True), lambda: compute(1)) == "done"
+    assert called == ["compute", "make", "compute"]
+    for possible, fails in ((True, 2), (False, 1)):
+        called.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            out_of_memory.with_room(lambda possible=possible: make(possible), lambda fails=fails: compute(fails))
+        assert called.count("compute") == (2 if possible else 1)
+
+
+def test_peak_is_the_process_on_a_cpu() -> None:
+    before = memory.peak(CPU)
+    kept = torch.ones(64 * 2**20)
+    assert memory.peak(CPU) >= max(before, kept.numel() * 4)
+    assert memory.peak(CPU) < 2**40

@@ -1,0 +1,215 @@
+"""Parameters in one tensor train as they do apart: the optimizer's steps to the bit, the norm to a millionth."""
+
+from typing import Any
+
+import pytest
+import torch
+from exercise import METHODS, predict, randomize
+
+from lorakit import adapters, families
+from lorakit.config import ADAPTER_SECTIONS, LoraConfig, OptimizerConfig
+from lorakit.engine import flat_parameters as flat, fused_blocks as lean, fused_lora as fused
+from lorakit.training import optimizers as optim
+
+# A CPU's vectors hold 4 to 16 numbers, and torch rounds those that fill none another way: only `EVEN` shapes, which are
+# what layers have, can be compared to the bit.
+EVEN = [(4, 32), (48,), (32, 4), (16, 3, 3, 3), (1, 16)]
+ODD = [(4, 32), (7,), (33, 4), (5, 3, 3, 3), (1, 1)]
+
+
+def parameters(shapes: Any = ODD) -> list[torch.nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+
+
+def gradients(step: int, like: list[Any]) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(step + 1)
+    return [torch.randn(tensor.shape, generator=draw) for tensor in like]
+
+
+def flats(apart: list[torch.nn.Parameter]) -> list[flat.Flat]:
+    """The first three in a group, the rest in another."""
+    nothing = torch.nn.Module()
+    return [flat.Flat("unet", apart[:3], nothing), flat.Flat("text_encoder", apart[3:], nothing)]
+
+
+def together(name: str, apart: list[torch.nn.Parameter]) -> tuple[list[flat.Flat], torch.optim.Optimizer]:
+    made = flats(apart)
+    rates = OptimizerConfig(name=name, learning_rate=1e-2, text_encoder_learning_rate=1e-3, weight_decay=0.1)
+    optimizer = optim.build(rates, [(each.name, [each.weights]) for each in made])
+    flat.save_apart(optimizer, made)
+    return made, optimizer
+
+
+def separate(name: str, given: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    rates = OptimizerConfig(name=name, learning_rate=1e-2, text_encoder_learning_rate=1e-3, weight_decay=0.1)
+    return optim.build(rates, [("unet", given[:3]), ("text_encoder", given[3:])])
+
+
+def step(number: int, given: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    for parameter, gradient in zip(given, gradients(number, given), strict=True):
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad.copy_(gradient)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", optim.BY_NUMBER)
+@pytest.mark.parametrize(("shapes", "allowed"), [(EVEN, 0.0), (ODD, 1e-6)])
+def test_an_optimizer_steps_and_saves_as_over_separate_parameters(name: str, shapes: Any, allowed: float) -> None:
+    one, two = parameters(shapes), parameters(shapes)
+    (_, optimizer), other = together(name, one), separate(name, two)
+    assert optimizer.state_dict()["state"] == {} == other.state_dict()["state"]
+    for number in range(5):
+        step(number, one, optimizer)
+        step(number, two, other)
+    mine, theirs = optimizer.state_dict(), other.state_dict()
+    assert mine["param_groups"] == theirs["param_groups"]
+    assert mine["state"].keys() == theirs["state"].keys() == set(range(5))
+    for number in range(5):
+        torch.testing.assert_close(one[number], two[number], rtol=allowed, atol=allowed)
+        torch.testing.assert_close(mine["state"][number], theirs["state"][number], rtol=allowed, atol=allowed)
+
+
+@pytest.mark.parametrize("name", optim.BY_NUMBER)
+@pytest.mark.parametrize(("make", "shapes"), [(together, ODD), (lambda *given: (None, separate(*given)), EVEN)])
+def test_a_saved_state_goes_on_to_the_bit_whoever_saved_it(name: str, make: Any, shapes: Any) -> None:
+    straight = parameters(shapes)
+    _, whole = make(name, straight)
+    for number in range(6):
+        step(number, straight, whole)
+
+    begun = parameters(shapes)
+    _, first = make(name, begun)
+    for number in range(3):
+        step(number, begun, first)
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in begun]
+    made, optimizer = together(name, resumed)
+    optimizer.load_state_dict(first.state_dict())
+    for number in range(3, 6):
+        step(number, resumed, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+    # What lies between the parameters has no part in it.
+    for each in made:
+        assert torch.equal(each.together(each.apart(each.weights)), each.weights.detach())
+
+
+@pytest.mark.parametrize("most", [0.0, 1.0, 1e6])
+def test_gradients_are_clipped_as_torch_does(most: float) -> None:
+    one, two = parameters(), parameters()
+    made = flats(one)
+    for mine, theirs, gradient in zip(one, two, gradients(0, one), strict=True):
+        mine.grad.copy_(gradient)
+        theirs.grad = gradient
+    exact = torch.cat([p.grad.double().flatten() for p in two]).norm().item()
+    assert flat.clip(made, most).item() == pytest.approx(exact, rel=1e-6)
+    torch.nn.utils.clip_grad_norm_(two, most or float("inf"))
+    for mine, theirs in zip(one, two, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=0)
+
+
+def test_the_norm_of_twenty_million_numbers_is_right() -> None:
+    many = flat.Flat("unet", [torch.nn.Parameter(torch.zeros(20_000_000))], torch.nn.Module())
+    many.gradient.normal_(generator=torch.Generator().manual_seed(0)).mul_(1e-4)
+    exact = torch.linalg.vector_norm(many.gradient, dtype=torch.float64).item()
+    assert flat.norm([many]).item() == pytest.approx(exact, rel=1e-6)
+    # Which is why it is not left to one reduction.
+    assert torch.linalg.vector_norm(many.gradient).item() != pytest.approx(exact, rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_is_seen() -> None:
+    apart = parameters()
+    made = flats(apart)
+    apart[4].grad.fill_(float("nan"))
+    assert not torch.isfinite(flat.norm(made))
+
+
+def test_parameters_that_somebody_moved_are_taken_back() -> None:
+    apart = parameters()
+    made = flats(apart)
+    assert all(each.hold() for each in made)
+    for parameter in apart:
+        parameter.data, parameter.grad = parameter.data.clone() + 1, None
+    moved = [p.detach().clone() for p in apart]
+    assert [each.hold() for each in made] == [False, False] and all(each.hold() for each in made)
+    for each in made:
+        each.weights.detach().mul_(2)
+    assert all(torch.equal(p, 2 * before) for p, before in zip(apart, moved, strict=True))
+    assert all(p.grad is not None for p in apart)
+
+
+# -- inside a base ----------------------------------------------------------------------------------------------
+
+
+def attached(target: Any, config: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    family = families.load(families.describe(target), "cpu", dtype)
+    adapter = adapters.attach(family, config, seed=0, trigger="sks")
+    randomize(adapter)
+    adapters.slim(family)
+    return family, adapter
+
+
+def backward(family: Any) -> None:
+    predict(family, grad=True).float().square().mean().backward()
+
+
+def found(adapter: Any) -> list[torch.Tensor]:
+    """Gradients; a layer that has no part in the prediction has none, or 0."""
+    own = adapter.parameters().values()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in own]
+
+
+CASES = [(method, {}) for method in METHODS] + [("lora", {"train_text_encoder": True, "new_tokens": 2, "alpha": 2.0})]
+
+
+@pytest.mark.parametrize(("method", "more"), CASES)
+@pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sdxl"])
+def test_an_adapters_gradients_and_what_it_shows_stay(method: str, more: Any, base: str, request: Any) -> None:
+    target = request.getfixturevalue(base)
+    config = ADAPTER_SECTIONS[method](rank=4, **more)
+    plain, other = attached(target, config, torch.float32)
+    family, adapter = attached(target, config, torch.float32)
+    names = {name: module.state_dict().keys() for name, module in family.modules().items()}
+    made = adapters.flatten(family, adapter)
+    assert [each.name for each in made] == [name for name, _ in adapter.groups()]
+    assert names == {name: module.state_dict().keys() for name, module in family.modules().items()}
+    assert torch.equal(predict(family), predict(plain))
+    for _ in range(2):
+        backward(plain)
+        with flat.computing(made):
+            backward(family)
+    assert all(torch.equal(a, b) for a, b in zip(found(adapter), found(other), strict=True))
+    state = adapter.state()
+    assert all(torch.equal(state[name], tensor) for name, tensor in other.state().items())
+    for each in made:
+        each.weights.detach().zero_()
+    assert not any(parameter.any() for parameter in adapter.parameters().values())
+    adapter.load_state(state)
+    assert torch.equal(predict(family), predict(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("modules", ["attention", "linear+conv"])
+@pytest.mark.parametrize("alpha", [4.0, 2.0])
+def test_in_half_precision_gradients_are_those_by_autograd(
+    tiny_sd1: Any, dtype: torch.dtype, modules: Any, alpha: float
+) -> None:
+    config = LoraConfig(rank=4, alpha=alpha, target_modules=modules, train_text_encoder=True)
+    plain, other = attached(tiny_sd1, config, dtype)
+    family, adapter = attached(tiny_sd1, config, dtype)
+    made = adapters.flatten(family, adapter)
+    kinds = {type(layer.place) for layer in family.unet.modules() if isinstance(layer, fused.FusedLinear)}
+    assert kinds == {fused.Place}
+    groups = [m.group for m in family.unet.modules() if isinstance(m, lean.LeanAttention)]
+    assert groups and all(group.place is not None and group.holds() for group in groups)
+    for _ in range(2):
+        with torch.no_grad():  # as an optimizer would: copies of before must not be used
+            for weights in [*other.parameters().values(), *(each.weights for each in made)]:
+                weights.mul_(0.5)
+        backward(plain)
+        with flat.computing(made):
+            backward(family)
+        assert torch.equal(predict(family), predict(plain))
+    for name, mine, theirs in zip(adapter.parameters(), found(adapter), found(other), strict=True):
+        assert (mine - theirs).norm() <= 1e-6 * theirs.norm(), name

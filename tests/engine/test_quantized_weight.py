@@ -1,0 +1,436 @@
+"""Weights in few bits: the values of bitsandbytes, an error that is said, gradients as of the weight made whole, and
+nothing whole kept. Weights in the host's memory: to the bit what they are on the device, and not there by accident."""
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from lorakit import adapters, config, families
+from lorakit.adapters import adapter as adapter_module
+from lorakit.config import ADAPTER_SECTIONS, DoraConfig, LoraConfig
+from lorakit.core.errors import LorakitError
+from lorakit.engine import (
+    device as memory,
+    onednn_linear as products,
+    quantized_weight as stored,
+    weight_storage as storage,
+)
+from lorakit.inference import sampling as sample
+from lorakit.runs import plan
+from lorakit.training import run as train
+
+KINDS = ("int8", "nf4")
+KINDS_OF_LAYER = (nn.Linear, nn.Conv2d)
+# Root mean square error of normally distributed weights, as a share of their own.
+ERROR = {"int8": (0.005, 0.012), "nf4": (0.085, 0.1)}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def relative(found: torch.Tensor, right: torch.Tensor) -> float:
+    return ((found.float() - right.float()).norm() / right.float().norm()).item()
+
+
+# -- values -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(320, 64), (32, 16, 3, 3)], ids=["linear", "conv"])
+def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, ...]) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, an extra, is not installed")
+    weight = normal(*shape)
+    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    ours = stored.quantize(weight, "nf4")
+    assert torch.equal(ours.codes, codes.flatten())
+    assert torch.equal(ours.scales.flatten(), state.absmax)
+    assert torch.equal(ours.whole(), functional.dequantize_4bit(codes, state))
+
+
+def test_int8_is_that_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, an extra, is not installed")
+    weight = normal(64, 320, dtype=torch.float16)
+    codes, largest, _ = functional.int8_vectorwise_quant(weight)
+    ours = stored.quantize(weight.float(), "int8")
+    torch.testing.assert_close(ours.scales.flatten(), largest / 127)
+    # It divides in float16, so that a value between two codes may fall to the other one.
+    assert (ours.codes.int() - codes.int()).abs().max() <= 1
+    assert (ours.codes != codes).float().mean() < 0.01
+
+
+def test_int8_by_hand() -> None:
+    weight = torch.tensor([[1.27, -0.64, 0.004], [0.0, 0.0, 0.0]])
+    made = stored.quantize(weight, "int8")
+    assert made.codes.tolist() == [[127, -64, 0], [0, 0, 0]]
+    torch.testing.assert_close(made.whole(), torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]]))
+
+
+def test_nf4_by_hand() -> None:
+    """Both halves of a byte, the first value in the high one; a block of zeros stays zero."""
+    weight = torch.zeros(2, 64)
+    weight[0, :4] = torch.tensor([-2.0, 2.0, 0.6, 1.5])
+    made = stored.quantize(weight, "nf4")
+    assert made.codes[:2].tolist() == [0x0F, 0xBE]
+    assert made.codes.shape == (64,)
+    assert made.scales.tolist() == [[2.0], [0.0]]
+    expected = torch.zeros(2, 64)
+    expected[0, :4] = torch.tensor([-2.0, 2.0, 2 * stored.NF4[11], 2 * stored.NF4[14]])
+    assert torch.equal(made.whole(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_and_size_are_what_is_said(kind: str, dtype: torch.dtype) -> None:
+    weight = normal(320, 64, 3, 3, dtype=dtype)
+    made = stored.quantize(weight, kind)
+    low, high = ERROR[kind]
+    assert low < relative(made.whole(), weight) < high
+    assert (made.shape, made.dtype, made.device) == (weight.shape, dtype, weight.device)
+    scale_bytes = weight.element_size() * (320 if kind == "int8" else weight.numel() // 64)
+    assert made.stored == weight.numel() // (1 if kind == "int8" else 2) + scale_bytes
+
+
+def test_nf4_of_part_of_a_block_is_an_error() -> None:
+    with pytest.raises(ValueError, match="65 values are not whole blocks of 64"):
+        stored.quantize(torch.zeros(5, 13), "nf4")
+
+
+# -- as a tensor ------------------------------------------------------------------------------------------------
+
+
+def layers() -> list[tuple[nn.Module, torch.Tensor]]:
+    """Every kind of use in a UNet: with and without bias, of two and three axes, strided and 1x1 convolutions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [
+            (nn.Linear(64, 128), normal(2, 7, 64)),
+            (nn.Linear(64, 128, bias=False), normal(2, 7, 64)),
+            (nn.Linear(64, 128), normal(3, 64)),
+            (nn.Conv2d(64, 32, 3, padding=1), normal(2, 64, 6, 6)),
+            (nn.Conv2d(64, 32, 3, padding=1, stride=2), normal(2, 64, 6, 6)),
+            (nn.Conv2d(64, 32, 1), normal(2, 64, 6, 6)),
+        ]
+
+
+@pytest.mark.parametrize(("kind", "number"), list(itertools.product(KINDS, range(6))))
+def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kind: str, number: int) -> None:
+    layer, value = layers()[number]
+    layer.requires_grad_(False)
+    small = copy.deepcopy(layer)
+    stored.store_layers(small, kind, "cpu")
+    layer.weight.copy_(small.weight.whole())  # type: ignore[operator]
+    saved: list[torch.Tensor] = []
+    results = []
+    for module in (small, layer):
+        saved.clear()
+        leaf = value.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+            output = module(leaf)
+        output.square().sum().backward()
+        results.append((output.detach(), leaf.grad))
+        if module is small:
+            kinds = [type(t) for t in saved if t.shape in (layer.weight.shape, layer.weight.shape[::-1])]
+            assert kinds == [stored.StoredWeight]
+    for found, right in zip(*results, strict=True):
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_moves_and_copies_with_its_module(kind: str) -> None:
+    layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+    stored.store_layers(layer, kind, "cpu")
+    whole = layer[0].weight.whole()
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin[0].weight.whole(), whole)
+    assert torch.equal(layer.to("cpu")[0].weight.whole(), whole)
+    assert isinstance(layer[0].weight, nn.Parameter) and not layer[0].weight.requires_grad
+    assert repr(layer[0].weight) == f"StoredWeight({kind}, (64, 64), torch.float32, cpu)"
+    assert type(layer[0].weight.to(torch.bfloat16)) is torch.Tensor
+    twin.to("meta")
+    assert twin[0].weight.codes.device.type == "meta"
+
+
+def test_it_is_made_whole_wherever_an_operation_takes_it() -> None:
+    weight, other = stored.quantize(normal(64, 64), "int8"), normal(64, 64)
+    whole = weight.whole()
+    assert torch.equal(torch.stack([weight, other, weight]), torch.stack([whole, other, whole]))
+    assert torch.equal(torch.addmm(other, weight, other, beta=2), torch.addmm(other, whole, other, beta=2))
+    assert torch.equal(torch.where(other > 0, weight, other), torch.where(other > 0, whole, other))
+
+
+def test_it_cannot_be_changed() -> None:
+    weight = stored.quantize(normal(64, 64), "int8")
+    with pytest.raises(
+        LorakitError, match="a weight in int8 cannot be changed: load the base with its weights in full"
+    ):
+        weight += 1
+
+
+# -- in a base --------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, kind: str, *, stream: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    return families.load(families.describe(folder), "cpu", dtype, kind, stream)
+
+
+def predict(family: Any) -> torch.Tensor:
+    condition = family.encode_text(["a photo of a toy"])
+    if family.info.loader == "sdxl":
+        condition = condition.with_sizes(torch.tensor([family.time_ids((64, 64), (0, 0), (64, 64))]))
+    return family.predict(normal(1, 4, 8, 8), torch.tensor([500]), condition)
+
+
+@pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sdxl"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str) -> None:
+    """All linear and convolutional layers of the UNet but the first, the last and what embeds time; nothing else."""
+    folder = request.getfixturevalue(name)
+    full, small = load(folder, "full"), load(folder, kind)
+    left = {
+        path.partition(".")[0]
+        for path, layer in small.unet.named_modules()
+        if isinstance(layer, KINDS_OF_LAYER) and not isinstance(layer.weight, stored.StoredWeight)
+    }
+    assert left == set(storage.IN_FULL) & {
+        path for path, child in small.unet.named_children() if list(child.parameters())
+    }
+    others = [*small.vae.parameters(), *(p for e in small.text_encoders.values() for p in e.parameters())]
+    assert not any(isinstance(parameter, stored.StoredWeight) for parameter in others)
+    assert not any(parameter.requires_grad for parameter in small.unet.parameters())
+    with torch.no_grad():
+        error = relative(predict(small), predict(full))
+    assert 0 < error < {"int8": 0.02, "nf4": 0.35}[kind]
+    weights = {path: layer.weight for path, layer in small.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
+    rest = sum(p.nbytes for path, p in small.unet.named_parameters() if path.removesuffix(".weight") not in weights)
+    predicted = sum(storage.size_of(path, weight.shape, kind, 4) for path, weight in weights.items())
+    assert stored.stored_bytes(small.unet) == predicted + rest
+    assert predicted < 0.4 * sum(weight.numel() * 4 for weight in weights.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [LoraConfig(rank=4, target_modules="linear+conv"), DoraConfig(rank=4)])
+def test_an_adapter_learns_on_it_as_on_its_whole_weights(tiny_sd1: Path, kind: str, config: LoraConfig) -> None:
+    """Gradients equal those on a plain base whose weights are the dequantized ones, with checkpointing too."""
+    small, plain = load(tiny_sd1, kind), load(tiny_sd1, "full")
+    with torch.no_grad():
+        for place, parameter in small.unet.named_parameters():
+            if isinstance(parameter, stored.StoredWeight):
+                plain.unet.get_parameter(place).copy_(parameter.whole())
+    on_small, on_plain = adapters.attach(small, config), adapters.attach(plain, config)
+    gradients = []
+    for family, adapter, checkpointing in ((small, on_small, False), (small, on_small, True), (plain, on_plain, False)):
+        if checkpointing:
+            family.unet.enable_gradient_checkpointing()
+        for name, parameter in adapter.parameters().items():
+            parameter.grad = None
+            if name.endswith(".up"):
+                parameter.data.copy_(normal(*parameter.shape) * 0.1)
+        predict(family).square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in adapter.parameters().items()})
+    for found in gradients[:2]:
+        for name, right in gradients[2].items():
+            assert relative(found[name], right) < 1e-4, name  # other kernels, other rounding
+
+
+def test_peft_cannot_fuse_into_it(tiny_sd1: Path) -> None:
+    family = load(tiny_sd1, "nf4")
+    adapter = adapters.attach(family, LoraConfig(rank=4))
+    layer = adapter._layers[adapter.layers[0]]
+    with pytest.raises(LorakitError, match="a weight in nf4 cannot be changed"):
+        layer.merge(adapter_names=[adapter_module.NAME])
+
+
+# -- in the host's memory ---------------------------------------------------------------------------------------
+
+
+def streams_of(module: nn.Module) -> set[Any]:
+    return {p.home.stream for p in module.parameters() if isinstance(p, stored.StoredWeight) and p.home is not None}
+
+
+@pytest.mark.parametrize(("kind", "number"), list(itertools.product(("full", *KINDS), range(6))))
+def test_a_streamed_layer_gives_what_a_resident_one_does(kind: str, number: int) -> None:
+    layer, value = layers()[number]
+    layer.requires_grad_(False)
+    streamed = copy.deepcopy(layer)
+    stored.store_layers(layer, kind, "cpu")
+    made = stored.store_layers(streamed, kind, "cpu", streamed=True)
+    assert made is not None and getattr(layer.weight, "home", None) is None
+    results = []
+    for module in (layer, streamed):
+        leaf = value.clone().requires_grad_()
+        output = module(leaf)
+        output.square().sum().backward()
+        results.append((output.detach(), leaf.grad))
+    for found, right in zip(*results, strict=True):
+        assert torch.equal(found, right)
+    assert made.asked >= 2 and made.copied == made.late * streamed.weight.stored
+
+
+# Every method once, and every storage and precision with those whose layers differ most.
+LEARNED = [(method, "full", torch.bfloat16) for method in ADAPTER_SECTIONS]
+LEARNED += [("lora", "full", torch.float32), ("dora", "full", torch.float32)]
+LEARNED += [("lora", "int8", torch.float32), ("dora", "nf4", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("method", "kind", "dtype"), LEARNED)
+def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
+    tiny_sd1: Path, method: str, kind: str, dtype: torch.dtype
+) -> None:
+    """Predictions and gradients to the bit, with checkpointing and without. Resident weights in full have products of
+    their own, shared by q, k and v, which round otherwise: there the layers stay as torch and diffusers have them."""
+    config = ADAPTER_SECTIONS[method](rank=4, target_modules="linear+conv")
+    results: list[list[torch.Tensor]] = []
+    for stream in (False, True):
+        family = load(tiny_sd1, kind, stream=stream, dtype=dtype)
+        for layer in family.unet.modules():
+            if type(layer) is products.FrozenLinear:
+                layer.__class__ = nn.Linear
+        for parameter in family.unet.parameters():
+            if not isinstance(parameter, stored.StoredWeight):
+                # What a file holds lies in memory as it does in the file, and MKL's last bits are by the address.
+                parameter.data = parameter.clone()
+        adapter = adapters.attach(family, config, seed=1)
+        for number, parameter in enumerate(adapter.parameters().values()):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        if kind != "full":
+            adapters.slim(family)
+        results.append([])
+        for checkpointing in (False, True):
+            (family.unet.enable_gradient_checkpointing if checkpointing else lambda: None)()
+            for _ in range(2):
+                for parameter in adapter.parameters().values():
+                    parameter.grad = None
+                prediction = predict(family)
+                prediction.square().mean().backward()
+                results[-1] += [prediction.detach(), *(p.grad.clone() for p in adapter.parameters().values())]
+    for right, found in zip(*results, strict=True):
+        assert torch.equal(found, right)
+    (made,) = streams_of(family.unet)
+    # Each of the two kinds of step is known the second time.
+    assert made.late < 0.5 * made.asked
+
+
+def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
+    """Wherever its module is moved; and what stays resident is what stays in full."""
+    family, plain = load(tiny_sdxl, "full", stream=True), load(tiny_sdxl, "full")
+    (stream,) = streams_of(family.unet)
+    weights = {path: layer.weight for path, layer in family.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
+    for path, weight in weights.items():
+        assert isinstance(weight, stored.StoredWeight) != storage.stays_in_full(path, weight.numel())
+    there = [weight for weight in weights.values() if isinstance(weight, stored.StoredWeight)]
+    assert stream.host >= sum(weight.stored for weight in there)
+    places = [weight.codes.data_ptr() for weight in there]
+    with torch.no_grad():
+        predict(family)
+        predict(family)
+        assert stream._there
+        family.unet.to("meta")
+    assert not stream._there  # a base that leaves the device takes its window along
+    there = [p for p in family.unet.parameters() if isinstance(p, stored.StoredWeight)]
+    assert {weight.device.type for weight in there} == {"meta"} and [w.codes.data_ptr() for w in there] == places
+    for path, right in plain.unet.named_parameters():
+        found = family.unet.get_parameter(path)
+        if isinstance(found, stored.StoredWeight):
+            assert not found.requires_grad and torch.equal(found.to("cpu").whole(), right)
+
+
+def test_elsewhere_than_where_it_is_streamed_to_it_is_moved_for_each_operation() -> None:
+    layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    right = layer.weight.clone()
+    made = stored.store_layers(layer, "full", "meta", streamed=True)
+    assert made is not None
+    assert repr(layer.weight) == "StoredWeight(full, (64, 64), torch.float32, cpu for meta)"
+    assert layer(torch.ones(1, 64, device="meta")).device.type == "meta" and made.asked == 1
+    layer.to("cpu")
+    assert torch.equal(layer.weight.whole(), right) and layer.weight.whole().data_ptr() == layer.weight.codes.data_ptr()
+    assert made.asked == 1
+
+
+def test_a_streamed_weight_cannot_be_changed() -> None:
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    stored.store_layers(layer, "full", "cpu", streamed=True)
+    with pytest.raises(LorakitError, match="a weight in the host's memory cannot be changed: load the base with its"):
+        layer.weight += 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["full", "int8", "nf4"])
+def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(kind: str) -> None:
+    """64 layers, more than the window holds, checkpointed by eight: gradients to the bit, peak below."""
+    peaks, gradients = [], []
+    for streamed in (False, True):
+        with torch.random.fork_rng(devices=["cuda"]):
+            torch.manual_seed(0)
+            blocks = [nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8))) for _ in range(8)]
+            model = nn.Sequential(*blocks).to(torch.bfloat16).requires_grad_(False)
+            value = torch.randn(16, 2048, dtype=torch.bfloat16)
+        if kind != "full" or streamed:
+            made = stored.store_layers(model, kind, "cuda", streamed=streamed)
+        model.to("cuda")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            leaf = value.cuda().requires_grad_()
+            hidden = leaf
+            for block in blocks:
+                hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=False)
+            hidden.float().square().sum().backward()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated())
+        gradients.append(leaf.grad.clone())
+        del model, blocks, block
+    assert torch.equal(*gradients)
+    weights = 64 * 2048 * 2048 * {"full": 2, "int8": 1, "nf4": 0.5}[kind]
+    if kind == "full":
+        assert peaks[1] < peaks[0] - weights / 2
+    assert made is not None and made.late < made.asked / 2
+
+
+def test_a_run_on_a_streamed_base_is_the_same_run(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From photos to the checked file, and what that draws where nothing is streamed. That it needs a card is laid
+    aside here; how it is done is not."""
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / "photos" / f"{number}.png")
+    monkeypatch.setattr(memory, "streams", lambda config, device: config.stream_base)
+    monkeypatch.setattr(plan, "may_be_cuda", lambda wanted: True)
+    results = []
+    for stream in (False, True):
+        settings = {
+            "model.base": str(tiny_sd1),
+            "data.folder": str(tmp_path / "photos"),
+            "data.name": "sks toy",
+            "data.resolution": 64,
+            "optimizer.learning_rate": 0.01,
+            "train.steps": 2,
+            "memory.device": "cpu",
+            "memory.base_storage": "int8",
+            "memory.stream_base": stream,
+            "sample.steps": 2,
+            "output.folder": str(tmp_path / f"run-{stream}"),
+        }
+        results.append(train.train(config.load(None, settings)))
+    weights = [load_file(result.adapter) for result in results]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert all(finding.passed for finding in results[1].findings)
+    said = (results[1].folder / "log.jsonl").read_text(encoding="utf-8")
+    assert "(the UNet's weights kept in int8 in the host's memory)" in said
+    recorded = sample.recorded(results[1].adapter, {})
+    assert recorded.memory.stream_base
+    files = sample.from_file(
+        results[1].adapter, str(tiny_sd1), [], [1.0], recorded.sample, folder=tmp_path / "drawn", memory=recorded.memory
+    )
+    last = sorted((results[1].folder / "samples" / "step-000002").glob("*.png"))
+    assert [file.read_bytes() for file in files[1:]] == [file.read_bytes() for file in last]

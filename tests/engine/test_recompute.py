@@ -1,0 +1,156 @@
+"""Layers that keep less give what torch's and diffusers' give, to the bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.activations import GEGLU
+from torch import nn
+from torch.nn import functional
+
+from lorakit import adapters, families
+from lorakit.config import DoraConfig, LoraConfig
+from lorakit.engine import recompute as frugal
+
+DTYPES = [torch.float32, torch.bfloat16]
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv 3x3": (lambda: nn.Conv2d(8, 12, 3, padding=1), (2, 8, 7, 6)),
+    "conv 3x3 stride 2": (lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1), (2, 8, 7, 6)),
+    "conv 1x1": (lambda: nn.Conv2d(8, 12, 1, bias=False), (2, 8, 7, 6)),
+    "layer norm": (lambda: nn.LayerNorm(24), (2, 9, 24)),
+    "geglu": (lambda: GEGLU(24, 40), (2, 9, 24)),
+}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
+
+
+def kept_bytes(compute: Callable[[], torch.Tensor], frozen: nn.Module | None = None) -> tuple[int, torch.Tensor]:
+    """Bytes of storages that autograd keeps for the backward pass, but for the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in frozen.parameters()} if frozen is not None else set()
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        made = compute()
+    return sum(found.values()), made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_gives_the_same_and_keeps_less(kind: str, dtype: torch.dtype) -> None:
+    make, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    theirs = make().to(dtype).requires_grad_(False)
+    ours = make().to(dtype).requires_grad_(False)
+    ours.load_state_dict(theirs.state_dict())
+    frugal.spare(ours)
+    assert type(ours) is not type(theirs)
+    found = []
+    for layer in (theirs, ours):
+        x = normal(*shape, dtype=dtype).requires_grad_()
+        kept, y = kept_bytes(lambda layer=layer, x=x: layer(x), layer)
+        found.append((kept, y, torch.autograd.grad(y, x, normal(*y.shape, dtype=dtype))[0]))
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)
+    (before, y, to_x), (after, our_y, our_to_x) = found
+    assert torch.equal(our_y, y) and torch.equal(our_to_x, to_x)
+    assert (after == 0) if kind.startswith("conv") else after <= before
+    if kind == "geglu":
+        assert after == y.nbytes * 2 and before == y.nbytes * 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_of_a_norm_keeps_its_input_alone(dtype: torch.dtype) -> None:
+    norm = nn.GroupNorm(4, 8).to(dtype).requires_grad_(False)
+    norm.weight.copy_(normal(8, dtype=dtype))
+    norm.bias.copy_(normal(8, dtype=dtype))
+    x = normal(2, 8, 7, 6, dtype=dtype).requires_grad_()
+    before, y = kept_bytes(lambda: functional.silu(norm(x)), norm)
+    after, ours = kept_bytes(lambda: frugal.norm_silu(x, norm), norm)
+    towards = normal(*y.shape, dtype=dtype)
+    assert torch.equal(ours, y)
+    assert torch.equal(torch.autograd.grad(ours, x, towards)[0], torch.autograd.grad(y, x, towards)[0])
+    # Not in the order of its memory: torch has another kernel for that.
+    turned = x.detach().to(memory_format=torch.channels_last)
+    torch.testing.assert_close(frugal.norm_silu(turned.requires_grad_(), norm), ours)
+    statistics = 2 * 2 * 4 * 4  # mean and deviation of 4 groups of 2 pictures, at most float32
+    assert x.nbytes < after <= x.nbytes + statistics < before
+
+
+def test_a_recipe_gives_the_tensor_and_no_recipe_the_tensor_itself() -> None:
+    norm = nn.LayerNorm(8).requires_grad_(False)
+    frugal.spare(norm)
+    x = normal(3, 8).requires_grad_()
+    made = norm(x)
+    how = frugal.recipe(made)
+    assert how.given[0] is x and torch.equal(how.make(*how.given), made)
+    assert frugal.recipe(x).make(*frugal.recipe(x).given) is x
+    with torch.no_grad():
+        assert not hasattr(norm(x), "recipe")
+
+
+def test_what_is_out_of_the_ordinary_is_left_to_torch() -> None:
+    for layer in (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 8, 3, groups=2)):
+        before = type(layer)
+        frugal.spare(layer)
+        assert type(layer) is before
+    trained = nn.Conv2d(8, 8, 3)
+    frugal.spare(trained)
+    trained(normal(1, 8, 5, 5).requires_grad_()).sum().backward()
+    assert trained.weight.grad is not None and trained.weight.grad.abs().sum() > 0
+
+
+def attached(folder: Any, config: Any, dtype: torch.dtype, **how: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+    family = families.load(families.describe(folder), "cpu", dtype)
+    adapter = adapters.attach(family, config, seed=0)
+    for name, parameter in adapter.parameters().items():
+        if name.endswith(".up"):
+            parameter.data.copy_(0.1 * normal(*parameter.shape))
+    if how:
+        adapters.slim(family, **how)
+    return family, adapter.parameters()
+
+
+def learned(folder: Any, config: Any, dtype: torch.dtype, **how: bool) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes kept in a pass, and the prediction and the gradients of its mean square."""
+    family, parameters = attached(folder, config, dtype, **how)
+    noisy, text = normal(2, 4, 8, 8, dtype=dtype), normal(2, 77, 32, dtype=dtype)
+
+    def predict() -> torch.Tensor:
+        made: torch.Tensor = family.unet(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
+        return made
+
+    kept, predicted = kept_bytes(predict, family.unet)
+    gradients = torch.autograd.grad(predicted.float().square().mean(), list(parameters.values()))
+    return kept, {"prediction": predicted.detach(), **dict(zip(parameters, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(rank=4),
+        LoraConfig(rank=4, alpha=2.0, target_modules="linear"),
+        LoraConfig(rank=4, alpha=2.0, target_modules="linear+conv"),
+        DoraConfig(rank=4, target_modules="linear+conv"),
+    ],
+    ids=["attention", "linear", "linear+conv", "dora"],
+)
+def test_a_frugal_unet_learns_what_a_slim_one_does(tiny_sd1: Any, config: Any, dtype: torch.dtype) -> None:
+    before, slim = learned(tiny_sd1, config, dtype, frugal=False)
+    after, found = learned(tiny_sd1, config, dtype, frugal=True)
+    for name, right in slim.items():
+        assert torch.equal(found[name], right), name
+    assert after < 0.9 * before
+    if config.method == "lora" and dtype is torch.float32:
+        _, plain = learned(tiny_sd1, config, dtype)
+        for name, right in plain.items():
+            torch.testing.assert_close(found[name], right, rtol=1e-3, atol=1e-6, msg=name)

@@ -1,0 +1,52 @@
+"""What the tests of adapters do with a base: run it, train an adapter in it for a moment, fill it with noise."""
+
+from typing import Any
+
+import torch
+
+from lorakit.adapters.adapter import Adapter
+from lorakit.config import ADAPTER_SECTIONS
+from lorakit.training import objective
+
+METHODS = ADAPTER_SECTIONS
+TEXTS = ["a photo of sks toy", "a toy"]
+
+
+def predict(family: Any, grad: bool = False) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(7)
+    noisy = torch.randn((2, 4, 8, 8), generator=draw)
+    condition = family.encode_tokens(family.tokens(TEXTS), grad=grad)
+    ids = family.time_ids((64, 64), (0, 0), (64, 64))
+    if ids is not None:
+        condition = condition.with_sizes(torch.tensor([ids, ids]))
+    with torch.set_grad_enabled(grad):
+        return family.predict(noisy, torch.tensor([100, 700]), condition)
+
+
+def train(family: Any, adapter: Adapter, steps: int = 2, rate: float = 1e-2) -> None:
+    parameters = list(adapter.parameters().values())
+    optimizer = torch.optim.SGD(parameters, lr=rate)
+    draw = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        target = torch.randn((2, 4, 8, 8), generator=draw)
+        optimizer.zero_grad()
+        (objective.loss(predict(family, grad=True), target) * 100).backward()
+        optimizer.step()
+
+
+def randomize(adapter: Adapter, size: float = 0.1) -> None:
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in adapter.parameters().items():
+            noise = torch.randn(parameter.shape, generator=draw)
+            if name.endswith(".magnitude"):
+                parameter.mul_(1 + size * noise)
+            else:
+                parameter.copy_(size * noise)
+
+
+def module_of(family: Any, name: str) -> torch.nn.Module:
+    component, _, path = name.partition(".")
+    part = family.modules()[component]
+    names = dict(part.named_modules())
+    return names[path] if path in names else names[path.removeprefix("text_model.")]

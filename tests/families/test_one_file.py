@@ -1,0 +1,161 @@
+"""The main job from a base in one file: every block of the real models, in small widths."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import whole
+from PIL import Image
+from safetensors.torch import load_file
+
+from lorakit import config, families, formats as export
+from lorakit.cli import main as cli
+from lorakit.inference import sampling as sample
+from lorakit.runs.folder import RunFolder
+from lorakit.training import checkpoint, objective, run as train
+from lorakit.training.run import Stopped
+
+FORMATS = ("kohya", "diffusers", "peft")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two pictures that are cut to 64 x 64: from the sides, and from top and bottom."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(70, 64), (64, 72)]):
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def options(base: Path, tokenizer: Path, photos: Path, folder: Path, **changes: Any) -> config.Config:
+    short = {
+        "model.base": str(base),
+        "model.tokenizer": str(tokenizer),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "adapter.rank": 2,
+        "optimizer.learning_rate": 1e-2,
+        "train.steps": 2,
+        "train.save_every": 1,
+        "train.validate_every": 2,
+        "sample.every": 2,
+        "sample.steps": 1,
+        "sample.prompts": ("a photo of sks toy",),
+        "memory.device": "cpu",
+        "output.folder": str(folder),
+        "output.dtype": "fp32",
+        "output.formats": FORMATS,
+    }
+    return config.load(None, short | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def said(folder: Path) -> str:
+    return (folder / "log.jsonl").read_text(encoding="utf-8")
+
+
+def test_train_stop_resume_and_three_formats_that_say_the_same(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run at full size (benchmarks/full_size.py) in small."""
+    base = whole.write(tmp_path / "base.safetensors", "sd1", whole.small("sd1", tmp_path / "base"), torch.bfloat16)
+    # The middle block then sees 2 x 2 places; of one alone, q and k learn nothing.
+    size = {"data__resolution": 128, "adapter__train_text_encoder": True}
+    chosen = options(base, tmp_path / "base", photos, tmp_path / "run", **size)
+    saved = checkpoint.save
+
+    def save_and_stop(folder: Path, step: int, *rest: Any, **named: Any) -> Path:
+        if step == 0:
+            RunFolder(folder.parent).request_stop()
+        return saved(folder, step, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_stop)
+        with pytest.raises(Stopped, match="stopped after step 1"):
+            train.train(chosen)
+    result = train.resume(tmp_path / "run")
+    assert result.steps == 2 and all(finding.passed for finding in result.findings)
+    assert tuple(result.exports) == FORMATS
+    read = {name: export.read(path) for name, path in result.exports.items()}
+    first = read["kohya"].layers
+    assert sum(name.startswith("unet.") for name in first) == 16 * 8
+    assert sum(name.startswith("text_encoder.") for name in first) == 3 * 4
+    for weights in read.values():
+        assert weights.layers.keys() == first.keys() and weights.family == "sd1"
+        for name, layer in weights.layers.items():
+            torch.testing.assert_close(layer.delta(), first[name].delta(), rtol=1e-6, atol=1e-8)
+    assert "prediction type: epsilon, as nothing in the file says otherwise" in said(tmp_path / "run")
+    # `lorakit sample` draws the run's last picture again.
+    drawn = tmp_path / "drawn"
+    given = [
+        "--base",
+        str(base),
+        "--set",
+        f"model.tokenizer={tmp_path / 'base'}",
+        "--set",
+        "sample.prompts=a photo of sks toy",
+    ]
+    assert cli.main(["sample", str(result.adapter), *given, "--output", str(drawn)]) == 0
+    (last,) = (tmp_path / "run" / "samples" / "step-000002").glob("*.png")
+    assert np.array_equal(*(np.asarray(Image.open(path)) for path in (drawn / "01-strength-1.png", last)))
+    straight = train.train(options(base, tmp_path / "base", photos, tmp_path / "straight", **size))
+    one, two = load_file(straight.adapter), load_file(result.adapter)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_sdxl_that_predicts_v_with_zero_terminal_snr(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the keys in the file to the last timestep, which is nothing but noise, and to the sampler's first."""
+    pipeline = whole.small("sdxl", tmp_path / "base", "v_prediction", zero_snr=True)
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    base = whole.write(tmp_path / "base.safetensors", "sdxl", pipeline, extra=marks)
+    steps: list[int] = []
+    ids: list[list[int]] = []
+    noised = objective.add_noise
+
+    def watch(latents: Any, noise: Any, timesteps: Any, alphas: Any) -> Any:
+        steps.extend(timesteps.tolist())
+        assert alphas[999] == 0 and alphas[0] == pytest.approx(1 - 0.00085, abs=1e-6)
+        return noised(latents, noise, timesteps, alphas)
+
+    monkeypatch.setattr(objective, "add_noise", watch)
+    # Of the places from 0 to 1, the last: timestep 999 in every step.
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: rand(*size, **how) * 0 + (1 - 1e-7))
+    from lorakit.families.sdxl.model import StableDiffusionXL
+
+    predicted = StableDiffusionXL.predict
+
+    def predict(self: Any, noisy: Any, timesteps: Any, condition: Any) -> Any:
+        ids.extend(condition.time_ids.tolist())
+        return predicted(self, noisy, timesteps, condition)
+
+    monkeypatch.setattr(StableDiffusionXL, "predict", predict)
+    chosen = options(
+        base,
+        tmp_path / "base",
+        photos,
+        tmp_path / "run",
+        data__flip=True,
+        data__variants=2,
+        output__formats=("kohya",),
+    )
+    result = train.train(chosen)
+    assert all(finding.passed for finding in result.findings)
+    assert 999 in steps
+    # Original height and width, what was cut from top and left, and the target's sides; a mirrored variant's too.
+    assert {tuple(row) for row in ids} >= {(64, 70, 0, 3, 64, 64), (72, 64, 4, 0, 64, 64)}
+    family = families.load(families.describe(chosen.model), "cpu", torch.float32)
+    assert family.prediction_type == "v_prediction" and family.alphas_cumprod[-1] == 0
+    sampler, name = sample._sampler(family.pipeline().scheduler.config)
+    sampler.set_timesteps(10)
+    assert name == "DDIM" and sampler.timesteps[0] == 999
+    assert sampler.config.rescale_betas_zero_snr and sampler.config.timestep_spacing == "trailing"
+    assert "prediction type: v_prediction with zero terminal SNR, as its key v_pred says" in said(tmp_path / "run")
+    read = export.read(result.adapter)
+    assert read.metadata["modelspec.prediction_type"] == "v" and read.family == "sdxl"

@@ -1,0 +1,430 @@
+"""Bases in one file: every tensor in its place, the family and what it predicts told from keys, shapes and metadata."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors_by_hand
+import tiny
+import torch
+import whole
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lorakit import families
+from lorakit.config import ModelConfig
+from lorakit.core import safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+from lorakit.families import ldm, single_file as singlefile
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+U = "model.diffusion_model."
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path, Path]]:
+    """Family -> pipeline, its folder in diffusers layout, its single file."""
+    room = tmp_path_factory.mktemp("whole")
+    found = {}
+    for family in FAMILIES:
+        pipeline = whole.small(family, room / family)
+        found[family] = pipeline, room / family, whole.write(room / f"{family}.safetensors", family, pipeline)
+    return found
+
+
+def describe(file: Path, folder: Path | None = None, **said: Any) -> families.BaseInfo:
+    return families.describe(ModelConfig(base=str(file), tokenizer=str(folder or ""), **said))
+
+
+def refusal(file: Path, **said: Any) -> str:
+    with pytest.raises(LorakitError) as caught:
+        families.describe(ModelConfig(base=str(file), **said))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- the writer, the reader, and diffusers' own converters ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str, made: Any) -> None:
+    _, folder, file = made[family]
+    there, here = families.describe(folder), describe(file, folder)
+    assert (here.layers, here.idle, here.cross_dim) == (there.layers, there.idle, there.cross_dim)
+    assert (here.downscale, here.max_tokens, here.latent_channels) == (8, 77, 4)
+    assert (here.family, here.loader) == (family, "sdxl" if family == "sdxl" else "sd")
+    one, other = (families.load(info, "cpu", torch.float32) for info in (there, here))
+    parts = [(one.vae, other.vae), *zip(one.modules().values(), other.modules().values(), strict=True)]
+    for left, right in parts:
+        expected, found = left.state_dict(), right.state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    texts = ["a photo of sks toy", "", "sks " * 99]
+    conditions = [loaded.encode_text(texts) for loaded in (one, other)]
+    assert torch.equal(*(condition.encoder_hidden_states for condition in conditions))
+    noisy, steps = torch.randn((3, 4, 8, 8)), torch.tensor([1, 500, 999])
+    ids = torch.tensor([[64, 64, 0, 0, 64, 64]] * 3)
+    if family == "sdxl":
+        assert torch.equal(*(condition.pooled for condition in conditions))
+        conditions = [condition.with_sizes(ids) for condition in conditions]
+    with torch.no_grad():
+        said = [f.predict(noisy, steps, c) for f, c in zip((one, other), conditions, strict=True)]
+    # Not to the bit: kernels round by the alignment of the weights in memory.
+    torch.testing.assert_close(*said, rtol=1e-5, atol=1e-5)
+    pixels = torch.rand((1, 3, 64, 64)) * 2 - 1
+    torch.testing.assert_close(one.encode_image(pixels)[0], other.encode_image(pixels)[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(one.alphas_cumprod, other.alphas_cumprod)
+    assert type(one.pipeline()) is type(other.pipeline())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_converters_make_the_same_of_the_file(family: str, made: Any) -> None:
+    """The writer of the tests is held against a third party, and so is the table of the loader."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    pipeline, _, file = made[family]
+    tensors = load_file(file)
+    header = modelfile.read(file)
+    ours = {part: dict(ldm.tensors(header, slots)) for part, slots in ldm.read(header).parts.items()}
+    found = {
+        "unet": theirs.convert_ldm_unet_checkpoint(dict(tensors), dict(pipeline.unet.config)),
+        "vae": theirs.convert_ldm_vae_checkpoint(dict(tensors), dict(pipeline.vae.config)),
+    }
+    if family == "sd1":
+        found["text_encoder"] = theirs.convert_ldm_clip_checkpoint(dict(tensors))
+    elif family == "sdxl":
+        prefix = "conditioner.embedders.1.model."
+        found["text_encoder_2"] = theirs.convert_open_clip_checkpoint(pipeline.text_encoder_2, dict(tensors), prefix)
+    for part, expected in found.items():
+        expected = {name: tensor for name, tensor in expected.items() if not name.endswith("position_ids")}
+        assert expected.keys() == ours[part].keys()
+        assert all(torch.equal(expected[name], ours[part][name]) for name in expected), part
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_placing_a_folder_is_the_inverse_of_reading_a_file(family: str, made: Any) -> None:
+    read = ldm.read(modelfile.read(made[family][2])).parts
+    shapes = {part: {name: slot.shape for name, slot in slots.items()} for part, slots in read.items()}
+    assert ldm.place(family, shapes) == read
+
+
+def test_names_of_the_real_models_are_those_of_published_lists() -> None:
+    """Kohya's names with sgm blocks are LDM's with other dots: frozen lists at true dimensions have every layer's."""
+    lists = Path(__file__).parents[1] / "formats" / "keys"
+    for name, family in {"sd15": "sd1", "sd2": "sd2", "sdxl": "sdxl"}.items():
+        with torch.device("meta"):
+            model = whole.unet(family)
+        table = ldm.place(family, {"unet": {k: tuple(v.shape) for k, v in model.state_dict().items()}, **_REST[family]})
+        found = {
+            f"unet.{ours.removesuffix('.weight')}": slot.key.removeprefix(U).removesuffix(".weight").replace(".", "_")
+            for ours, slot in table["unet"].items()
+            if ours.endswith(".weight")
+        }
+        text = gzip.decompress((lists / f"{name}.tsv.gz").read_bytes()).decode()
+        rows = [line.split("\t") for line in text.splitlines()]
+        expected = {row[0]: row[1:3] for row in rows if row[0].startswith("unet.")}
+        for ours, spellings in expected.items():
+            assert f"lora_unet_{found[ours]}" in spellings, ours
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd1": {"words": (49408, 768, 12), "heads": 12, "side": 64, "text_encoder": {"hidden_act": "quick_gelu"}},
+    "sd2": {"words": (49408, 1024, 23), "heads": 16, "side": 64, "text_encoder": {"hidden_act": "gelu"}},
+    "sdxl": {
+        "words": (49408, 768, 12),
+        "heads": 12,
+        "side": 128,
+        "text_encoder_2": {"hidden_act": "gelu", "hidden_size": 1280, "projection_dim": 1280, "pad_token_id": 0},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configurations_of_the_real_models_are_the_published_ones(family: str) -> None:
+    """From shapes alone, at true dimensions: what the configurations of the published models say, and models made of
+    them have the same tensors."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    known = PUBLISHED[family]
+    words, width, depth = known["words"]
+    with torch.device("meta"):
+        parts: dict[str, Any] = {"unet": whole.unet(family), "vae": whole.vae(family)}
+        parts["text_encoder"] = whole.text(whole.CLIPTextModel, words, width, depth, openclip=family == "sd2")
+        if family == "sdxl":
+            parts["text_encoder_2"] = whole.text(whole.CLIPTextModelWithProjection, words, 1280, 32, openclip=True)
+    slots = {
+        part: {
+            name if part in ("unet", "vae") or name.startswith("text_") else f"text_model.{name}": ldm.Slot(
+                "", tuple(t.shape)
+            )
+            for name, t in model.state_dict().items()
+        }
+        for part, model in parts.items()
+    }
+    prediction = ldm.Prediction("epsilon", False, "", certain=True)
+    configs = singlefile.configs(ldm.Checkpoint(family, slots, prediction))
+    unet, expected = configs["unet"], whole.UNETS[family]
+    assert unet["sample_size"] == known["side"] and (unet["in_channels"], unet["layers_per_block"]) == (4, 2)
+    for name, value in expected.items():
+        found = unet[name]
+        assert (tuple(found) if isinstance(found, list) else found) == value, name
+    assert configs["vae"]["block_out_channels"] == [128, 256, 512, 512]
+    assert configs["vae"]["scaling_factor"] == (0.13025 if family == "sdxl" else 0.18215)
+    first = configs["text_encoder"]
+    assert (first["vocab_size"], first["hidden_size"], first["num_hidden_layers"]) == (words, width, depth)
+    assert (first["num_attention_heads"], first["intermediate_size"]) == (known["heads"], 4 * width)
+    for part in parts:
+        assert configs[part].items() >= known.get(part, {}).items()
+    with torch.device("meta"):
+        again = {"unet": UNet2DConditionModel.from_config(unet), "vae": AutoencoderKL.from_config(configs["vae"])}
+    for part, model in again.items():
+        shapes = {name: t.shape for name, t in model.state_dict().items()}
+        assert shapes == {name: t.shape for name, t in parts[part].state_dict().items()}
+
+
+_REST: dict[str, dict[str, Any]] = {
+    family: {part: {} for part in ldm.PREFIXES[family] if part != "unet"} for family in FAMILIES
+}
+
+
+# -- what it is -----------------------------------------------------------------------------------------------------
+
+
+def with_extra(made: Any, family: str, path: Path, extra: dict[str, Any], **metadata: str) -> Path:
+    return whole.write(path / "x.safetensors", family, made[family][0], extra=extra, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("family", "extra", "metadata", "expected", "words"),
+    [
+        ("sd1", [], {}, ("epsilon", False), "as nothing in the file says otherwise; if that is wrong, set model.pred"),
+        ("sdxl", ["v_pred"], {}, ("v_prediction", False), "as its key v_pred says"),
+        ("sdxl", ["v_pred", "ztsnr"], {}, ("v_prediction", True), "with zero terminal SNR, as its key v_pred says"),
+        ("sd2", [], {"modelspec.prediction_type": "v"}, ("v_prediction", False), "as its metadata says (v)"),
+        ("sd2", [], {"modelspec.prediction_type": "epsilon"}, ("epsilon", False), "as its metadata says (epsilon)"),
+        (
+            "sd2",
+            [],
+            {"modelspec.architecture": "stable-diffusion-v2-768-v"},
+            ("v_prediction", False),
+            "as its metadata says (768-v)",
+        ),
+        (
+            "sd2",
+            [],
+            {},
+            ("epsilon", False),
+            "spreads by 0.000, not above 0.09; if that is wrong, set model.p",
+        ),
+    ],
+)
+def test_what_it_predicts_is_read_and_said(
+    family: str, extra: list[str], metadata: dict[str, str], expected: Any, words: str, made: Any, tmp_path: Path
+) -> None:
+    file = with_extra(made, family, tmp_path, {key: torch.zeros(0) for key in extra}, **metadata)
+    info = describe(file)
+    assert (info.prediction_type, bool(info.configs["scheduler"].get("rescale_betas_zero_snr"))) == expected
+    (note,) = info.notes
+    assert note.startswith(f"prediction type: {expected[0]}") and words in note
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sd2_without_a_word_is_told_by_the_spread_of_a_bias(dtype: torch.dtype, made: Any, tmp_path: Path) -> None:
+    """A 512-base and a 768-v model have the same keys and shapes; the rule is the one ComfyUI decides by."""
+    pipeline = made["sd2"][0]
+    bias = pipeline.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].norm1.bias
+    kept = bias.detach().clone()
+    try:
+        for spread, kind in ((0.05, "epsilon"), (0.2, "v_prediction")):
+            bias.data = spread * torch.tensor([1.0, -1.0] * (len(bias) // 2))
+            file = whole.write(tmp_path / "x.safetensors", "sd2", pipeline, dtype)
+            info = describe(file)
+            assert info.prediction_type == kind
+            assert f"spreads by {spread:.3f}, {'not ' * (kind == 'epsilon')}above 0.09" in info.notes[0]
+    finally:
+        bias.data = kept
+
+
+def test_the_user_has_the_last_word_on_the_prediction_type(made: Any) -> None:
+    _, folder, file = made["sdxl"]
+    for base in (file, folder):
+        plain = families.describe(base)
+        info = families.describe(ModelConfig(base=str(base), prediction_type="v_prediction_zero_snr"))
+        assert info.prediction_type == "v_prediction" and info.hash != plain.hash
+        assert info.notes[-1] == (
+            "prediction type: v_prediction_zero_snr, as model.prediction_type says; the base itself says epsilon"
+        )
+        assert not any("if that is wrong" in note for note in info.notes)
+        same = families.describe(ModelConfig(base=str(base), prediction_type="epsilon"))
+        assert (same.hash, same.prediction_type) == (plain.hash, "epsilon")
+    info = describe(file, folder, prediction_type="v_prediction_zero_snr")
+    assert families.load(info, "cpu", torch.float32).alphas_cumprod[-1] == 0
+
+
+def test_every_precision_that_files_come_in_is_read(made: Any, tmp_path: Path) -> None:
+    pipeline, folder, _ = made["sd1"]
+    weight = pipeline.unet.conv_in.weight.detach()
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        file = whole.write(tmp_path / "x.safetensors", "sd1", pipeline, dtype)
+        family = families.load(describe(file, folder), "cpu", torch.float32)
+        assert torch.equal(family.unet.conv_in.weight, weight.to(dtype).float())
+
+
+def test_a_file_that_is_read_may_be_replaced_meanwhile(made: Any, tmp_path: Path) -> None:
+    """Nothing is mapped: what was loaded stays what it was."""
+    pipeline, folder, _ = made["sd1"]
+    file = whole.write(tmp_path / "x.safetensors", "sd1", pipeline)
+    family = families.load(describe(file, folder), "cpu", torch.float32)
+    before = family.unet.conv_in.weight.clone()
+    file.write_bytes(bytes(file.stat().st_size))
+    assert torch.equal(family.unet.conv_in.weight, before)
+
+
+def test_the_identity_is_of_the_content_not_of_the_name(made: Any, tmp_path: Path) -> None:
+    file = made["sd1"][2]
+    copy = tmp_path / "renamed.safetensors"
+    copy.write_bytes(file.read_bytes())
+    assert describe(copy).hash == describe(file).hash
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    for name, tensor in tensors.items():
+        if name.startswith(U) and tensor.is_floating_point():
+            tensors[name] = tensor * 1.001
+    save_file(tensors, copy, metadata=metadata)
+    assert describe(copy).hash != describe(file).hash
+
+
+def test_early_files_without_the_level_text_model_are_read(made: Any, tmp_path: Path) -> None:
+    _, folder, file = made["sd1"]
+    tensors = {name.replace(".transformer.text_model.", ".transformer."): t for name, t in load_file(file).items()}
+    save_file(tensors, tmp_path / "early.safetensors")
+    found, expected = describe(tmp_path / "early.safetensors", folder), describe(file, folder)
+    assert found.layers == expected.layers
+    families.load(found, "cpu", torch.float32)
+
+
+def test_sd2_in_sgm_s_spelling_is_sd2(made: Any, tmp_path: Path) -> None:
+    _, folder, file = made["sd2"]
+    prefixes = "cond_stage_model.model.", "conditioner.embedders.0.model."
+    tensors = {name.replace(*prefixes): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, tmp_path / "sgm.safetensors")
+    assert describe(tmp_path / "sgm.safetensors", folder).layers == describe(file, folder).layers
+
+
+def test_averages_and_buffers_of_training_are_left_alone(made: Any, tmp_path: Path) -> None:
+    extra = {"model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3), "betas": torch.zeros(1000)}
+    file = with_extra(made, "sd1", tmp_path, extra)
+    assert describe(file).layers == describe(made["sd1"][2]).layers
+
+
+# -- the tokenizer --------------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_is_the_one_given_or_that_beside_the_file(made: Any, tmp_path: Path) -> None:
+    _, folder, file = made["sd1"]
+    assert (
+        describe(file, folder).tokenizer() == describe(file, folder / "tokenizer").tokenizer() == folder / "tokenizer"
+    )
+    beside = tmp_path / "people.safetensors"
+    beside.symlink_to(file)
+    tiny.save_tokenizer(tmp_path / "tokenizer")
+    assert describe(beside).tokenizer() == tmp_path / "tokenizer"
+
+
+def test_a_file_without_a_tokenizer_says_how_to_name_one(made: Any) -> None:
+    file = made["sdxl"][2]
+    expected = (
+        r"^base sdxl\.safetensors has no tokenizer with it: set model\.tokenizer to the folder of one .* as tokenizer/$"
+    )
+    with pytest.raises(LorakitError, match=expected):
+        families.load(describe(file), "cpu", torch.float32)
+    with pytest.raises(LorakitError, match=expected):
+        describe(file).tokenizer("tokenizer_2")
+
+
+def test_a_tokenizer_that_does_not_fit_is_named_with_the_option(made: Any, tmp_path: Path) -> None:
+    _, folder, file = made["sd1"]
+    other = tmp_path / "other" / "tokenizer"
+    tiny.save_tokenizer(other)
+    words = json.loads((other / "vocab.json").read_text(encoding="utf-8"))
+    (other / "vocab.json").write_text(json.dumps(words | {"one-more": len(words)}), encoding="utf-8")
+    with pytest.raises(LorakitError, match=r"knows 524 words where its text encoder has 523: set model\.tokenizer"):
+        families.load(describe(file, other), "cpu", torch.float32)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    words = refusal(file, tokenizer=str(empty))
+    assert "vocab.json is missing in" in words and "model.tokenizer must name a folder with both" in words
+    assert "has a tokenizer of its own" in refusal(folder, tokenizer=str(folder))
+
+
+def test_words_that_fill_up_are_each_encoder_s_own(made: Any) -> None:
+    for family, expected in {"sd1": [tiny.SPECIAL[1]], "sd2": ["!"], "sdxl": [tiny.SPECIAL[1], "!"]}.items():
+        _, folder, file = made[family]
+        loaded = families.load(describe(file, folder / "tokenizer"), "cpu", torch.float32)
+        tokenizers = loaded.tokenizers if family == "sdxl" else [loaded.tokenizer]
+        assert [tokenizer.pad_token for tokenizer in tokenizers] == expected
+
+
+# -- what it is not -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([f"{U}joint_blocks.0.x.weight"], "is a Stable Diffusion 3 model; in one file lorakit reads"),
+        ([f"{U}double_blocks.0.img_attn.qkv.weight"], "is a FLUX model"),
+        ([f"{U}x.weight", "noise_augmentor.time_embed.0.weight"], "is an unCLIP model"),
+        ([f"{U}x.weight", "edm_mean"], "is trained with EDM's noise"),
+        ([f"{U}x.weight", "edm_vpred.sigma_max"], "is trained with EDM's noise"),
+        (
+            [f"{U}label_emb.0.0.weight", "conditioner.embedders.0.model.ln_final.weight"],
+            "is SDXL's refiner",
+        ),
+        ([f"{U}x.weight", "first_stage_model.quant_conv.weight"], "lacks its text encoder (cond_stage_model.*, cond"),
+    ],
+)
+def test_other_models_in_one_file_are_named(names: list[str], words: str, tmp_path: Path) -> None:
+    file = safetensors_by_hand.write(tmp_path / "file.safetensors", dict.fromkeys(names, (1, 1)))
+    assert f"file.safetensors {words}" in refusal(file)
+
+
+def test_a_missing_autoencoder_and_an_unknown_tensor_are_named(made: Any, tmp_path: Path) -> None:
+    tensors = load_file(made["sd1"][2])
+    path = tmp_path / "x.safetensors"
+    save_file({name: t for name, t in tensors.items() if not name.startswith("first_stage_model.")}, path)
+    assert "x.safetensors lacks its vae (first_stage_model.*): get the whole checkpoint" in refusal(path)
+    save_file(tensors | {f"{U}temporal.weight": torch.zeros(1)}, path)
+    assert f"has a tensor {U}temporal.weight that Stable Diffusion does not have" in refusal(path)
+
+
+def test_a_tensor_of_the_wrong_shape_is_found_when_it_is_loaded(made: Any, tmp_path: Path) -> None:
+    _, folder, file = made["sd1"]
+    tensors = load_file(file)
+    save_file(tensors | {f"{U}out.2.weight": torch.zeros(4, 8, 3, 3)}, tmp_path / "x.safetensors")
+    with pytest.raises(LorakitError, match="cannot load unet of base"):
+        families.load(describe(tmp_path / "x.safetensors", folder), "cpu", torch.float32)
+    tensors.pop("cond_stage_model.transformer.text_model.final_layer_norm.weight")
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(LorakitError, match=r"cannot load text_encoder of base .*final_layer_norm\.weight is missing"):
+        families.load(describe(tmp_path / "x.safetensors", folder), "cpu", torch.float32)
+
+
+def test_a_half_downloaded_file_says_how_much_is_there(made: Any, tmp_path: Path) -> None:
+    content = made["sd1"][2].read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(content[: len(content) // 2])
+    assert "(50 %): download it again" in refusal(tmp_path / "half.safetensors")
+
+
+def test_describing_a_file_needs_no_torch(made: Any) -> None:
+    import subprocess
+    import sys
+
+    program = (
+        f"import sys; from lorakit import families; info = families.describe({str(made['sd2'][2])!r}); "
+        "print(info.family, [m for m in ('torch', 'diffusers', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("sd2 []\n", "")

@@ -1,0 +1,76 @@
+"""Strip by strip, the autoencoder gives what it gives of the whole picture."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from lorakit.families import loading as components, tiled_vae as strips
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["quant_conv", "without"])
+def vae(request: pytest.FixtureRequest) -> Any:
+    """Stable Diffusion's autoencoder with an eighth of the channels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(16, 32, 64, 64),
+            layers_per_block=2,
+            norm_num_groups=8,
+            latent_channels=4,
+            use_quant_conv=request.param,
+            use_post_quant_conv=request.param,
+        )
+        for parameter in made.parameters():  # norms that do nothing would hide a wrong one
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return made.eval().requires_grad_(False)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+# Strips of a row, of a few (the last one shorter), and of everything.
+@pytest.mark.parametrize("strip", [1, 20_000, strips.STRIP])
+@pytest.mark.parametrize("size", [(64, 64), (72, 104)])
+def test_encoding_by_strips_is_encoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
+    pixels = draw(2, 3, *size).clamp(-1, 1)
+    whole = vae.encode(pixels).latent_dist.parameters
+    found = strips.encode(vae, pixels, strip)
+    assert found.shape == whole.shape
+    assert (found - whole).norm() / whole.norm() < 1e-5
+
+
+@pytest.mark.parametrize("strip", [1, 20_000, strips.STRIP])
+@pytest.mark.parametrize("size", [(8, 8), (9, 13)])
+def test_decoding_by_strips_is_decoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
+    latents = draw(2, 4, *size)
+    whole = vae.decode(latents).sample
+    found = strips.decode(vae, latents, strip)
+    assert found.shape == whole.shape
+    assert (found - whole).norm() / whole.norm() < 1e-5
+
+
+def test_the_picture_as_a_whole_is_left_to_the_vae_where_it_fits(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = draw(1, 3, 64, 64).clamp(-1, 1)
+    expected = components.encode_image(vae, pixels)
+    assert strips.fits(vae, 10**12, strips.ENCODING)  # a CPU has no other memory to go to
+    monkeypatch.setattr(strips, "fits", lambda *_: False)
+    monkeypatch.setattr(vae, "encode", None)
+    for found, right in zip(components.encode_image(vae, pixels), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+def test_room_is_what_the_card_has_free_and_what_torch_holds_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(block_out_channels=(128,)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 10**9, 8 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 10**9)
+    assert strips.fits(card, 1024 * 1024, strips.ENCODING)  # 2.68e9 of 3e9
+    assert not strips.fits(card, 1024 * 1024, strips.DECODING)  # 3.22e9
+    card.config.block_out_channels = (64,)
+    assert strips.fits(card, 1024 * 1024, strips.DECODING)

@@ -1,0 +1,153 @@
+"""Adapters with random numbers for tests, and delta W by ten lines of numpy that know nothing of lorakit's formulas."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, Hadamard, Kronecker, Layer
+
+LISTS = {"sd1": "sd15", "sd2": "sd2", "sdxl": "sdxl"}
+GROUPS = {"attn": "attention", "conv3x3+time_emb (resnet/samplers)": "conv"}
+
+
+def frozen(family: str) -> list[tuple[str, str, str, str, tuple[int, ...]]]:
+    """Rows of the frozen list: canonical name, kohya name by diffusers blocks, by sgm blocks, group, weight shape."""
+    path = Path(__file__).parent / "keys" / f"{LISTS[family]}.tsv.gz"
+    rows = [line.split("\t") for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    return [(c, d, s, g, tuple(int(n) for n in shape.split("x"))) for c, d, s, g, shape in rows]
+
+
+def layer(
+    shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator, magnitude: bool = False
+) -> Layer:
+    """A layer with normal numbers, both factors non-zero."""
+    outputs, inputs, *kernel = shape
+    down = torch.randn(rank, inputs, *kernel, generator=generator) / inputs**0.5
+    up = torch.randn(outputs, rank, *(1 for _ in kernel), generator=generator) * 0.1
+    scales = torch.rand(1, inputs, *(1 for _ in kernel), generator=generator) + 0.5 if magnitude else None
+    return Layer(down, up, alpha, scales)
+
+
+def loha(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator) -> Hadamard:
+    """A LoHa layer with normal numbers."""
+    out, columns = shape[0], int(np.prod(shape[1:]))
+    sides = [torch.randn(out, rank, generator=generator), torch.randn(rank, columns, generator=generator)] * 2
+    w1_a, w1_b, w2_a, w2_b = (0.3 * torch.randn(side.shape, generator=generator) for side in sides)
+    return Hadamard(w1_a, w1_b, w2_a, w2_b, alpha)
+
+
+def lokr(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator) -> Kronecker:
+    """A LoKr layer cut as LyCORIS cuts it, with normal numbers."""
+    (a, b), (c, d) = cut(shape[0]), cut(shape[1])
+    kernel = tuple(shape[2:])
+    columns, whole = d * int(np.prod(kernel)), rank >= max(b, d) / 2
+    sizes = [(b, columns)] if whole else [(b, rank), (rank, columns)]
+    w2 = tuple(0.3 * torch.randn(size, generator=generator) for size in sizes)
+    return Kronecker((torch.randn(a, c, generator=generator),), w2, alpha, kernel if whole else ())
+
+
+def cut(width: int) -> tuple[int, int]:
+    """The two numbers nearest to each other whose product is `width`."""
+    return min(((n, width // n) for n in range(1, width + 1) if width % n == 0 and n * n <= width), key=lambda p: p[1])
+
+
+def adapter(
+    shapes: dict[str, tuple[int, ...]],
+    family: str,
+    *,
+    rank: int | dict[str, int] = 4,
+    alpha: float | dict[str, float] = 4.0,
+    method: str = "lora",
+    seed: int = 0,
+) -> AdapterWeights:
+    """Random weights for `shapes`; `rank` and `alpha` may differ by the name's last letter-run (any suffix)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def of(value, name):
+        return (
+            next((v for suffix, v in value.items() if name.endswith(suffix)), 4) if isinstance(value, dict) else value
+        )
+
+    made = {"loha": loha, "lokr": lokr}
+    layers = {
+        name: made[method](shape, of(rank, name), float(of(alpha, name)), generator)
+        if method in made
+        else layer(shape, of(rank, name), float(of(alpha, name)), generator, method == "dora")
+        for name, shape in shapes.items()
+    }
+    return AdapterWeights(family, method, layers)
+
+
+def reference_delta(entry: AnyLayer) -> np.ndarray:
+    """delta W by each method's formula, in float64; a convolution's of LoHa and LoKr as a matrix."""
+    part = {name: tensor.double().numpy() for name, tensor in entry.factors().items()}
+    if "hada_w1_a" in part:
+        product = (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
+        return product * entry.alpha / part["hada_w1_a"].shape[1]
+    if "lokr_w1" in part:
+        whole = part.get("lokr_w2")
+        if whole is not None:
+            return np.kron(part["lokr_w1"], whole.reshape(len(whole), -1))
+        return (
+            np.kron(part["lokr_w1"], part["lokr_w2_a"] @ part["lokr_w2_b"]) * entry.alpha / part["lokr_w2_a"].shape[1]
+        )
+    down, up = entry.down.double().numpy(), entry.up.double().numpy()
+    rank = down.shape[0]
+    product = up.reshape(up.shape[0], rank) @ down.reshape(rank, -1)
+    return (product * entry.alpha / rank).reshape(up.shape[0], *down.shape[1:])
+
+
+def one_of_each_kind(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The first layer of every kind in every part of the model: as good as all of them, and quick."""
+    found: dict[str, tuple[int, ...]] = {}
+    kinds = set()
+    for name, shape in shapes.items():
+        kind = (name.partition(".")[0], *name.replace("to_out.0", "to_out").split(".")[-2:], len(shape))
+        if kind not in kinds:
+            kinds.add(kind)
+            found[name] = shape
+    return found
+
+
+def pipeline_shapes(pipeline, *, conv: bool = True, text: bool = True) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> weight shape of every portable layer of a diffusers pipeline, as its modules tell."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    blocks = ("attentions", "resnets", "downsamplers", "upsamplers") if conv else ("attentions",)
+    for path, module in pipeline.unet.named_modules():
+        inside = len(path.split(".")) > 2 and (path.split(".")[1] in blocks or path.split(".")[2] in blocks)
+        if inside and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            shapes[f"unet.{path}"] = tuple(module.weight.shape)
+    for part in ("text_encoder", "text_encoder_2") if text else ():
+        for path, module in getattr(pipeline, part).named_modules() if getattr(pipeline, part, None) else ():
+            if ".layers." in path and isinstance(module, torch.nn.Linear):
+                shapes[f"{part}.text_model.{path.removeprefix('text_model.')}"] = tuple(module.weight.shape)
+    return shapes
+
+
+def applied_deltas(pipeline) -> dict[str, torch.Tensor]:
+    """Canonical name -> delta W that the PEFT layers of a pipeline really add, after a program has loaded a file."""
+    found: dict[str, torch.Tensor] = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for path, module in getattr(pipeline, part).named_modules() if getattr(pipeline, part, None) else ():
+            held = [getattr(module, part, ()) for part in ("lora_A", "hada_w1_a", "lokr_w1")]
+            for adapter in getattr(module, "active_adapters", ()) if any(len(names) for names in held) else ():
+                if any(adapter in names for names in held):
+                    prefix = "text_model." if part != "unet" and not path.startswith("text_model.") else ""
+                    found[f"{part}.{prefix}{path}"] = module.get_delta_weight(adapter).detach().float().cpu()
+    return found
+
+
+def kohya_shapes(family: str, *, rank: int = 4, conv: bool = True, sgm: bool | None = None) -> dict[str, tuple]:
+    """Tensor name -> shape of a whole kohya file at true dimensions, from the frozen list alone."""
+    shapes = {}
+    for name, by_blocks, by_sgm, group, (out, into, *kernel) in frozen(family):
+        if group.startswith("top") or "text_projection" in group or (group.startswith("conv") and not conv):
+            continue
+        use_sgm = (family == "sdxl") if sgm is None else sgm
+        stem = by_sgm if use_sgm and name.startswith("unet.") else by_blocks
+        shapes[f"{stem}.lora_down.weight"] = (rank, into, *kernel)
+        shapes[f"{stem}.lora_up.weight"] = (out, rank, *(1 for _ in kernel))
+        shapes[f"{stem}.alpha"] = ()
+    return shapes

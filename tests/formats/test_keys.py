@@ -1,0 +1,94 @@
+"""Names: equal, to the last one, to lists made without this code (and equal to what sd-scripts writes)."""
+
+import pytest
+import random_adapters
+
+from lorakit.core.errors import LorakitError
+from lorakit.formats import keys
+
+COUNTS = {"sd1": (192, 86, 72, 0), "sd2": (192, 86, 138, 0), "sdxl": (722, 66, 72, 192)}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_names_equal_the_frozen_list(family):
+    rows = [row for row in random_adapters.frozen(family) if "text_projection" not in row[3]]
+    made = keys.to_kohya([row[0] for row in rows], family)
+    assert made == {row[0]: row[2] if family == "sdxl" and row[0].startswith("unet.") else row[1] for row in rows}
+    portable = [row[0] for row in rows if keys.is_portable(row[0])]
+    attention, conv, text, text_2 = COUNTS[family]
+    assert sum(keys.group(name) == "attention" for name in portable) == attention
+    assert sum(keys.group(name) == "conv" for name in portable) == conv
+    assert sum(name.startswith("text_encoder.") for name in portable) == text
+    assert sum(name.startswith("text_encoder_2.") for name in portable) == text_2
+    assert {name for name, *_ in rows} - set(portable) == {name for name, *_, g, _ in rows if g.startswith("top")}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_both_block_spellings_are_read_back(family):
+    for name, by_blocks, by_sgm, group, _ in random_adapters.frozen(family):
+        known = "text_projection" not in group
+        assert keys.from_kohya(by_blocks) == (name if known else None)
+        assert keys.from_kohya(by_sgm) == (name if known else None)
+
+
+def test_text_encoder_names_without_text_model_are_understood():
+    expected = "text_encoder.text_model.encoder.layers.3.mlp.fc1"
+    assert keys.from_kohya("lora_te1_encoder_layers_3_mlp_fc1") == expected
+    assert keys.from_kohya("lora_te_text_model_encoder_layers_3_mlp_fc1") == expected
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "lora_unet_down_blocks_0_attentions_0_proj_mid",
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn3_to_q",
+        "lora_unet_up_blocks_0_downsamplers_0_conv",
+        "lora_unet_mid_block_upsamplers_0_conv",
+        "lora_unet_input_blocks_4_2_proj_in",
+        "lora_unet_input_blocks_3_1_op",
+        "lora_te3_text_model_encoder_layers_0_mlp_fc1",
+        "lora_te_text_model_encoder_layers_0_mlp_fc3",
+        "lora_unet_single_blocks_0_linear1",
+    ],
+)
+def test_a_name_of_no_layer_is_not_guessed(stem):
+    assert keys.from_kohya(stem) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_sgm_numbers_follow_the_depth_of_the_blocks(count):
+    names = [f"unet.down_blocks.1.attentions.{n}.proj_in" for n in range(count)]
+    names += [f"unet.up_blocks.0.attentions.{n}.proj_in" for n in range(count + 1)]
+    names += ["unet.down_blocks.0.downsamplers.0.conv", "unet.up_blocks.0.upsamplers.0.conv"]
+    names += ["unet.up_blocks.1.upsamplers.0.conv", "unet.mid_block.attentions.0.proj_in"]
+    assert keys.layers_per_block(names) == count
+    made = keys.to_kohya(names, "sdxl")
+    assert made["unet.down_blocks.1.attentions.0.proj_in"] == f"lora_unet_input_blocks_{count + 2}_1_proj_in"
+    assert made["unet.down_blocks.0.downsamplers.0.conv"] == f"lora_unet_input_blocks_{count + 1}_0_op"
+    assert made["unet.up_blocks.0.upsamplers.0.conv"] == f"lora_unet_output_blocks_{count}_2_conv"
+    # A block without attention has its upsampler one place earlier.
+    assert made["unet.up_blocks.1.upsamplers.0.conv"] == f"lora_unet_output_blocks_{2 * count + 1}_1_conv"
+    assert {keys.from_kohya(stem, count) for stem in made.values()} == set(names)
+
+
+def test_depth_is_two_where_names_do_not_agree():
+    assert keys.layers_per_block(["unet.down_blocks.1.attentions.0.proj_in"]) == 2
+    assert keys.layers_per_block(["unet.mid_block.attentions.0.proj_in"]) == 2
+
+
+def test_what_is_not_portable_is_refused_by_name():
+    with pytest.raises(LorakitError, match=r"layer unet.conv_in and 1 more cannot be exported: not every program"):
+        keys.require_portable(["unet.conv_in", "unet.mid_block.resnets.0.conv1", "unet.time_embedding.linear_1"])
+    with pytest.raises(LorakitError, match=r"layer unet.conv_norm_out is not one that a sd1 adapter can have"):
+        keys.to_kohya(["unet.conv_norm_out"], "sd1")
+    with pytest.raises(LorakitError, match=r"text_encoder_2.* is not one that a sd2 adapter can have"):
+        keys.to_kohya(["text_encoder_2.text_model.encoder.layers.0.mlp.fc1"], "sd2")
+
+
+def test_siblings_are_the_four_projections():
+    stem = "text_encoder.text_model.encoder.layers.7.self_attn."
+    assert keys.text_attention_siblings(stem + "v_proj") == [
+        stem + p for p in ("q_proj", "k_proj", "v_proj", "out_proj")
+    ]
+    assert keys.text_attention_siblings("text_encoder.text_model.encoder.layers.7.mlp.fc1") == []
+    assert keys.text_attention_siblings("unet.mid_block.attentions.0.proj_in") == []

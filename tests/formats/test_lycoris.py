@@ -1,0 +1,92 @@
+"""LyCORIS' files, Tucker's variants too, read to the delta W that LyCORIS' own package makes of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from safetensors.torch import save_file
+
+from lorakit.core.errors import LorakitError
+from lorakit.formats import read
+
+STEM, NAME = "lora_unet_mid_block_resnets_0_conv1", "unet.mid_block.resnets.0.conv1"
+LINEAR, TO_Q = (
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+    ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"),
+)
+CLASSES = {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule}
+
+
+def theirs(method: str, conv: bool, **options: object) -> torch.nn.Module:
+    """One of LyCORIS' modules with no zeros in it."""
+    layer = torch.nn.Conv2d(24, 32, 3, padding=1) if conv else torch.nn.Linear(24, 32)
+    made = CLASSES[method](STEM if conv else LINEAR, layer, lora_dim=2, alpha=3.0, **options)
+    draw = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
+    return made
+
+
+def saved(folder: Path, module: torch.nn.Module) -> Path:
+    path = folder / "theirs.safetensors"
+    save_file({f"{module.lora_name}.{n}": t.detach().contiguous() for n, t in module.state_dict().items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("tucker", [False, True])
+@pytest.mark.parametrize("method", CLASSES)
+def test_delta_is_that_of_the_package(tmp_path: Path, method: str, tucker: bool, conv: bool) -> None:
+    module = theirs(method, conv, use_tucker=tucker)
+    layer = read(saved(tmp_path, module)).layers[NAME if conv else TO_Q]
+    # What their forward adds to the layer's weight.
+    weight = torch.zeros_like(module.org_module[0].weight)
+    if method == "locon":
+        delta = (module.get_merged_weight()[0] - module.org_module[0].weight).detach()
+    else:
+        delta = module.get_weight(weight.shape).detach()
+    assert layer.method == ("lora" if method == "locon" else method)
+    np.testing.assert_allclose(layer.delta().reshape(weight.shape).numpy(), delta.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"factor": 4}, {"decompose_both": True}, {"full_matrix": True}])
+def test_lokr_may_be_cut_otherwise(tmp_path: Path, options: dict[str, object]) -> None:
+    module = theirs("lokr", True, **options)
+    layer = read(saved(tmp_path, module)).layers[NAME]
+    expected = module.get_weight((32, 24, 3, 3)).detach()
+    np.testing.assert_allclose(layer.delta().reshape(expected.shape).numpy(), expected.numpy(), atol=1e-6)
+
+
+BROKEN = {
+    "a factor is missing": (
+        {"hada_w1_a": (32, 2), "hada_w1_b": (2, 24), "hada_w2_a": (32, 2)},
+        "has no hada_w2_b factor",
+    ),
+    "a side is missing": ({"lokr_w1": (4, 4)}, "has no lokr_w2 factor"),
+    "transposed": (
+        {"hada_w1_a": (2, 32), "hada_w1_b": (2, 24), "hada_w2_a": (32, 2), "hada_w2_b": (2, 24)},
+        "do not fit together",
+    ),
+    "two sizes": (
+        {"hada_w1_a": (32, 2), "hada_w1_b": (2, 24), "hada_w2_a": (32, 2), "hada_w2_b": (2, 12)},
+        "the two products of .* do not fit together",
+    ),
+    "a kernel that does not fit": (
+        {"lokr_w1": (4, 4), "lokr_w2_a": (2, 8), "lokr_w2_b": (2, 6), "lokr_t2": (3, 3, 3, 3)},
+        "do not fit together",
+    ),
+    "with a magnitude": ({"lokr_w1": (4, 4), "lokr_w2": (8, 6), "dora_scale": (1, 24)}, "lokr with a DoRA magnitude"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
+    shapes, words = BROKEN[name]
+    save_file({f"{LINEAR}.{part}": torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(LorakitError, match=words):
+        read(tmp_path / "x.safetensors")

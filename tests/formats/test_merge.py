@@ -1,0 +1,223 @@
+"""Merging where the base, or what comes out, is a single file: the same outputs as base and adapter."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import random_adapters
+import torch
+import whole
+from safetensors.torch import load_file, save_file
+
+from lorakit import adapters, families, formats as export
+from lorakit.adapters.weights import AdapterWeights
+from lorakit.cli import main as cli
+from lorakit.config import ModelConfig
+from lorakit.core import safetensors_header as modelfile
+from lorakit.core.errors import LorakitError
+from lorakit.families import ldm
+from lorakit.formats import files, keys
+from lorakit.formats.edit import extract as merging, merge as wholefile
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+PROMPTS = ["a photo of sks toy", ""]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Family -> folder in diffusers layout, single file."""
+    room = tmp_path_factory.mktemp("bases")
+    found = {}
+    for family in FAMILIES:
+        pipeline = whole.small(family, room / family)
+        average = {"model_ema.diffusion_modelout2bias": torch.zeros(4)}
+        known = {"modelspec.title": "base", "modelspec.hash_sha256": "0x00"}
+        file = whole.write(room / f"{family}.safetensors", family, pipeline, extra=average, metadata=known)
+        found[family] = room / family, file
+    return found
+
+
+def describe(family: str, layout: str, made: Any) -> families.BaseInfo:
+    folder, file = made[family]
+    if layout == "file":
+        return families.describe(ModelConfig(base=str(file), tokenizer=str(folder)))
+    # The width of SD2's text tells it from SD1 in a folder; a small one has to be told.
+    return dataclasses.replace(families.describe(folder), family=family)
+
+
+def weights_for(info: families.BaseInfo, method: str = "lora", seed: int = 0) -> AdapterWeights:
+    """Rank 4 on the first layer of each kind in each part of the model."""
+    kinds = {re.sub(r"\d+", "", name): name for name in reversed(list(info.layers)) if keys.is_portable(name)}
+    draw = torch.Generator().manual_seed(seed)
+    layers = {name: random_adapters.layer(info.layers[name], 4, 2.0, draw, method == "dora") for name in kinds.values()}
+    return AdapterWeights(info.family, method, layers)
+
+
+def outputs(family: Any) -> list[torch.Tensor]:
+    condition = family.encode_text(PROMPTS)
+    ids = family.time_ids((64, 64), (0, 0), (64, 64))
+    told = condition if ids is None else condition.with_sizes(torch.tensor([ids] * 2))
+    noisy = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return [condition.encoder_hidden_states, family.predict(noisy, torch.tensor([10, 900]), told)]
+
+
+def load(path: Path, folder: Path) -> Any:
+    tokenizer = str(folder) if path.is_file() else ""
+    return families.load(families.describe(ModelConfig(base=str(path), tokenizer=tokenizer)), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(("family", "method"), [*((family, "lora") for family in FAMILIES), ("sd1", "dora")])
+def test_a_merged_file_draws_what_base_and_adapter_draw(family: str, method: str, made: Any, tmp_path: Path) -> None:
+    info = describe(family, "file", made)
+    weights = weights_for(info, method)
+    loaded = families.load(info, "cpu", torch.float32)
+    without = outputs(loaded)
+    adapters.apply(loaded, weights).set_strength(1.0)
+    expected = outputs(loaded)
+    path = wholefile.merge(weights, info, tmp_path / "merged.safetensors")
+    found = outputs(load(path, made[family][0]))
+    for before, after, merged in zip(without, expected, found, strict=True):
+        effect = (after - before).norm()
+        assert effect > 1e-3 * before.norm()
+        assert (merged - after).norm() < 1e-3 * effect
+    old, new = (modelfile.read(p) for p in (made[family][1], path))
+    assert list(new.tensors) == [key for key in old.tensors if not key.startswith("model_ema.")]
+    assert {k: (t.dtype, t.shape) for k, t in new.tensors.items()}.items() <= {
+        k: (t.dtype, t.shape) for k, t in old.tensors.items()
+    }.items()
+    assert new.metadata["modelspec.title"] == "base" and "modelspec.hash_sha256" not in new.metadata
+    one, other = load_file(made[family][1]), load_file(path)
+    changed = {key for key in other if not torch.equal(one[key], other[key])}
+    slots = {(part, n): slot.key for part, known in info.slots.items() for n, slot in known.items()}
+    assert changed == {slots[n.partition(".")[0], n.partition(".")[2] + ".weight"] for n in weights.layers}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("layout", "output"), [("file", "merged"), ("folder", "merged.safetensors")])
+def test_layouts_change_on_the_way_and_the_weights_are_the_same(
+    family: str, layout: str, output: str, made: Any, tmp_path: Path
+) -> None:
+    info, same = describe(family, layout, made), describe(family, "file", made)
+    weights = weights_for(info)
+    expected = load_file(wholefile.merge(weights, same, tmp_path / "same.safetensors", strength=0.5))
+    path = wholefile.merge(weights, info, tmp_path / output, strength=0.5)
+    if output == "merged":
+        merged = families.describe(path)
+        assert merged.layers == info.layers
+        # What a person does with such a folder.
+        from diffusers import DiffusionPipeline
+
+        pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
+        found = load_file(whole.write(tmp_path / "again.safetensors", family, pipeline))
+        assert {t.pad_token for t in pipeline.components.values() if hasattr(t, "pad_token")} == {
+            "sd1": {"<|endoftext|>"},
+            "sd2": {"!"},
+            "sdxl": {"<|endoftext|>", "!"},
+        }[family]
+        unused = {
+            key for key in found if "resblocks.3." in key or (key.endswith("text_projection") and family == "sd2")
+        }
+    else:
+        found, unused = load_file(path), set()
+        head = modelfile.read(path)
+        assert ldm.read(head).family == family and head.metadata["modelspec.prediction_type"] == "epsilon"
+        dropped = {"cond_stage_model.model.text_projection"}
+        assert expected.keys() - found.keys() <= {k for k in expected if k.endswith(("_ids", "logit_scale"))} | dropped
+        unused = {key for key in found if "resblocks.3." in key}
+        assert bool(unused) == (family == "sd2")
+    for key in expected.keys() & found.keys() - unused:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-6, atol=1e-7, msg=key)
+
+
+def test_an_autoencoder_under_its_old_names_is_written_all_the_same(made: Any, tmp_path: Path) -> None:
+    """The VAE of SD1.5's own repository has query, key, value and proj_attn."""
+    folder = shutil.copytree(made["sd1"][0], tmp_path / "old")
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in load_file(path).items():
+        for word, before in old.items():
+            name = name.replace(f".attentions.0.{word}.", f".attentions.0.{before}.")
+        renamed[name] = tensor
+    assert sum("proj_attn" in name for name in renamed) == 4
+    save_file(renamed, path, metadata={"format": "pt"})
+    info = families.describe(folder)
+    written = load_file(wholefile.merge(weights_for(info), info, tmp_path / "new.safetensors"))
+    expected = load_file(made["sd1"][1])
+    vae = [name for name in expected if name.startswith("first_stage_model.")]
+    assert vae and all(torch.equal(written[name], expected[name]) for name in vae)
+
+
+def test_v_prediction_stays_known_in_the_file(tmp_path: Path) -> None:
+    whole.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
+    info = families.describe(tmp_path / "v")
+    path = wholefile.merge(weights_for(info), info, tmp_path / "v.safetensors")
+    told = ldm.prediction(modelfile.read(path), "sdxl")
+    assert (told.type, told.zero_snr, told.told_by) == ("v_prediction", True, "as its key v_pred says")
+
+
+def test_the_command_writes_a_file_and_refuses_what_it_must(made: Any, tmp_path: Path, capsys: Any) -> None:
+    file, info = made["sd1"][1], describe("sd1", "file", made)
+    weights = weights_for(info)
+    adapter = export.save(weights, tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
+
+    def run(*arguments: object) -> int:
+        return cli.main([str(argument) for argument in arguments])
+
+    out = tmp_path / "new.safetensors"
+    assert run("merge", adapter, "--base", file, "--output", out) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    direct = load_file(wholefile.merge(weights, info, tmp_path / "direct.safetensors"))
+    assert all(torch.allclose(direct[key], tensor, atol=1e-6) for key, tensor in load_file(out).items())
+    assert run("merge", adapter, "--base", file, "--output", out) == 1
+    assert "new.safetensors: exists already; name a new one" in capsys.readouterr().err
+    name = next(iter(weights.layers))
+    for broken, words in (
+        ({"unet.mid_block.attentions.7.proj_in": weights.layers[name]}, "the base has no layer unet.mid_block.attent"),
+        ({name: random_adapters.layer((8, 8), 2, 2.0, torch.Generator())}, f"{name} has another shape in the base"),
+    ):
+        for layout in ("file", "folder"):
+            wrong = AdapterWeights("sd1", "lora", broken)
+            with pytest.raises(LorakitError, match=words):
+                wholefile.merge(wrong, describe("sd1", layout, made), tmp_path / "no.safetensors")
+            assert not (tmp_path / "no.safetensors").exists() and not list(tmp_path.glob(".no*"))
+
+
+def test_extract_takes_single_files(made: Any, tmp_path: Path) -> None:
+    folder, file = made["sdxl"]
+    info = describe("sdxl", "file", made)
+    weights = weights_for(info)
+    tuned = wholefile.merge(weights, info, tmp_path / "tuned.safetensors")
+    for base, other in ((file, tuned), (folder, tuned)):
+        found = merging.extract(base, other, "sdxl", rank=4)
+        assert found.layers.keys() == weights.layers.keys()
+        for name, layer in found.layers.items():
+            torch.testing.assert_close(layer.delta(), weights.layers[name].delta(), rtol=1e-3, atol=1e-5)
+
+
+def test_inspect_says_what_a_whole_model_is_and_predicts(tmp_path: Path, capsys: Any) -> None:
+    pipeline = whole.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
+    extra = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    file = whole.write(tmp_path / "noob.safetensors", "sdxl", pipeline, extra=extra)
+    assert cli.main(["inspect", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "noob.safetensors: a whole model" in said and "Stable Diffusion XL (told by its keys)" in said
+    assert "; it predicts v_prediction with zero terminal SNR, as its key v_pred says" in said
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> Any:
+        yield torch.zeros(4)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(LorakitError, match=r"x\.safetensors: cannot be written \(No space left on device\)"):
+        files.stream(tmp_path / "x.safetensors", [("a", "F32", (4,)), ("b", "F32", (4,))], {}, failing())
+    assert list(tmp_path.iterdir()) == []
+    info = describe("sd1", "file", made)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    with pytest.raises(LorakitError, match=r"MiB to write, 0\.0 MiB free"):
+        wholefile.merge(weights_for(info), info, tmp_path / "out.safetensors")

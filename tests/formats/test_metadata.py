@@ -1,0 +1,148 @@
+"""What a file says of itself: what programs look for is there, and nothing of the user's but the trigger."""
+
+import getpass
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import random_adapters
+from safetensors.torch import load_file, save
+
+from lorakit import config as configuration
+from lorakit.core import safetensors_header as modelfile
+from lorakit.formats import kohya, metadata, save as export_save
+
+SHAPES = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (8, 8)}
+SECRETS = [
+    "Geburtstag bei Oma",
+    "a photo of my daughter",
+    "holiday-pictures",
+    "secret-runs",
+    "blurry aunt",
+    "adapter-0",
+]
+
+
+@dataclass(frozen=True)
+class Info:
+    family: str = "sd1"
+    prediction_type: str = "epsilon"
+    title: str = "dreamshaper"
+    hash: str = "0123abcd"
+    source: str = ""
+
+
+def made(info=None, **extra):
+    config = configuration.load(
+        None,
+        {
+            "model.base": str(Path.home() / "models" / "dreamshaper"),
+            "data.folder": str(Path.home() / SECRETS[2]),
+            "data.name": "sks dog",
+            "data.instance_prompt": SECRETS[0],
+            "data.class_prompt": SECRETS[1],
+            "sample.prompts": [SECRETS[0], "sks dog on the moon"],
+            "sample.negative_prompt": SECRETS[4],
+            "train.init_from": str(Path.home() / f"{SECRETS[5]}.safetensors"),
+            "output.folder": str(Path.home() / SECRETS[3]),
+            "train.steps": 100,
+            **extra,
+        },
+    )
+    return metadata.build(
+        config, info or Info(), name="sks-dog", images=5, steps=100, epochs=20, started=1.7e9, finished=1.7e9 + 60
+    )
+
+
+def test_nothing_private_is_in_the_file(tmp_path):
+    written = export_save(
+        random_adapters.adapter(SHAPES, "sd1"), tmp_path, "sks-dog", ["kohya", "diffusers", "peft"], "fp16", made()
+    )
+    files = [p for path in [*written.values(), tmp_path] for p in ([path] if path.is_file() else path.rglob("*"))]
+    for path in files:
+        text = path.read_bytes() if path.is_file() else b""
+        for secret in [*SECRETS, str(Path.home()), str(tmp_path), Path.cwd().name + "/"]:
+            assert secret.encode() not in text, (path.name, secret)
+    head = modelfile.read(written["kohya"])
+    user = getpass.getuser()
+    assert not any(f"/{user}" in value for value in head.metadata.values())
+    assert head.metadata["modelspec.trigger_phrase"] == "sks dog"
+
+
+def test_everything_is_an_allowed_string():
+    for key, value in made().items():
+        assert key in metadata.ALLOWED and isinstance(value, str)
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction", "version", "v2", "architecture"),
+    [
+        ("sd1", "epsilon", "sd_v1", "False", "stable-diffusion-v1/lora"),
+        ("sd1", "v_prediction", "sd_v1_v", "False", "stable-diffusion-v1/lora"),
+        ("sd2", "epsilon", "sd_v2", "True", "stable-diffusion-v2-512/lora"),
+        ("sd2", "v_prediction", "sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
+        ("sdxl", "epsilon", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+        ("sdxl", "v_prediction", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+    ],
+)
+def test_web_uis_file_it_under_the_right_family(tmp_path, family, prediction, version, v2, architecture):
+    told = made(Info(family=family, prediction_type=prediction))
+    weights = random_adapters.adapter(SHAPES, family, rank=8, alpha=4)
+    (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp16", metadata=told)
+    head = modelfile.read(path).metadata
+    assert head["ss_base_model_version"] == version and head["ss_v2"] == v2
+    assert head["modelspec.architecture"] == architecture
+    assert head["modelspec.prediction_type"] == ("epsilon" if prediction == "epsilon" else "v")
+    assert (head["ss_network_module"], head["ss_network_dim"], head["ss_network_alpha"]) == ("networks.lora", "8", "4")
+    assert head["modelspec.sai_model_spec"] == "1.0.1" and head["ss_output_name"] == "sks-dog"
+    assert json.loads(head["ss_tag_frequency"]) == {"photos": {"sks dog": 5}}
+    assert datetime.fromisoformat(head["modelspec.date"]).timestamp() == 1.7e9 + 60
+    assert "lora_adapter_metadata" not in head and "ot_branch" not in head
+    assert metadata.family(head) == family
+    without = {key: value for key, value in head.items() if not key.startswith("lorakit.")}
+    assert metadata.family(without) == family
+
+
+def test_hashes_are_those_that_sd_scripts_computes(tmp_path):
+    """Over 1 MiB, so that the legacy hash covers real bytes."""
+    shapes = {f"unet.mid_block.attentions.0.{n}": (2048, 2048) for n in ("proj_in", "proj_out")}
+    weights = random_adapters.adapter(shapes, "sdxl", rank=64)
+    (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata=made(Info(family="sdxl")))
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    head = modelfile.read(path).metadata
+    assert head["sshs_model_hash"] == hashlib.sha256(raw[8 + length :]).hexdigest()
+    assert head["modelspec.hash_sha256"] == "0x" + head["sshs_model_hash"]
+    plain = save(load_file(path), {key: value for key, value in head.items() if key.startswith("ss_")})
+    assert head["sshs_legacy_hash"] == hashlib.sha256(plain[0x100000:0x110000]).hexdigest()[:8] != "e3b0c442"
+
+
+def test_small_files_have_the_hash_of_nothing(tmp_path):
+    (path,) = kohya.write(random_adapters.adapter(SHAPES, "sd1"), tmp_path / "a.safetensors", dtype="fp16", metadata={})
+    assert modelfile.read(path).metadata["sshs_legacy_hash"] == "e3b0c442"
+
+
+def test_the_config_of_a_run_is_stored_and_loads():
+    told = json.loads(made()["lorakit.config"])
+    again = configuration.from_tables(told)
+    assert again.train.steps == 100 and again.data.trigger == "sks" and again.model.base == "pocket"
+    assert again.data.instance_prompt == "" and again.sample.prompts == ()
+
+
+def test_sidecar_has_what_a1111_and_invokeai_read():
+    told = metadata.sidecar(made(Info(family="sdxl")))
+    assert told["activation text"] == "sks dog" and told["sd version"] == "SDXL" and told["preferred weight"] == 1.0
+    assert set(told) == {"activation text", "preferred weight", "negative text", "description", "notes", "sd version"}
+
+
+def test_family_is_unknown_where_nothing_tells():
+    assert metadata.family({}) is None and metadata.family({"format": "pt"}) is None
+
+
+def test_without_a_trigger_none_is_claimed():
+    told = made(**{"data.name": ""})
+    assert "modelspec.trigger_phrase" not in told and "ss_tag_frequency" not in told

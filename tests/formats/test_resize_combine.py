@@ -1,0 +1,162 @@
+"""Resize, combine and merge, against numpy and against diffusers' own base + adapter."""
+
+import numpy as np
+import pytest
+import random_adapters
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+from lorakit.adapters.weights import AdapterWeights, Layer
+from lorakit.core.errors import LorakitError
+from lorakit.formats import kohya
+from lorakit.formats.edit.extract import extract, merge, merged
+from lorakit.formats.edit.resize_combine import combine, resize
+
+SHAPES = {
+    "unet.mid_block.attentions.0.proj_in": (12, 16, 1, 1),
+    "unet.mid_block.resnets.0.conv1": (12, 8, 3, 3),
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (12, 16),
+}
+
+
+def delta(layer):
+    return random_adapters.reference_delta(layer).reshape(layer.up.shape[0], -1)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 10])
+def test_resize_keeps_the_largest_singular_values(rank):
+    weights = random_adapters.adapter(SHAPES, "sd1", rank=6, alpha=2)
+    for name, layer in resize(weights, rank=rank).layers.items():
+        left, values, right = np.linalg.svd(delta(weights.layers[name]), full_matrices=False)
+        best = (left[:, :rank] * values[:rank]) @ right[:rank]
+        assert layer.rank == min(rank, 6) and layer.down.shape[1:] == weights.layers[name].down.shape[1:]
+        assert np.abs(delta(layer) - best).max() < 1e-6
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 1.0])
+def test_resize_by_energy_keeps_as_little_as_it_may(energy):
+    weights = random_adapters.adapter(SHAPES, "sd1", rank=6)
+    for name, layer in resize(weights, energy=energy).layers.items():
+        squares = np.linalg.svd(delta(weights.layers[name]), compute_uv=False)[:6] ** 2
+        assert squares[: layer.rank].sum() >= (energy - 1e-9) * squares.sum()
+        assert squares[: layer.rank - 1].sum() < energy * squares.sum()
+
+
+def test_a_zero_layer_stays_zero():
+    layer = Layer(torch.ones(4, 8), torch.zeros(8, 4), 4.0)
+    made = resize(AdapterWeights("sd1", "lora", {"x": layer}), energy=0.9).layers["x"]
+    assert not made.delta().any() and torch.isfinite(made.down).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give a rank or an energy, one of them"),
+        ({"rank": 4, "energy": 0.5}, "give a rank or an energy, one of them"),
+        ({"rank": 0}, "rank = 0: must be 1 or more"),
+        ({"energy": 1.5}, "energy = 1.5: must be above 0 and at most 1"),
+    ],
+)
+def test_resize_says_what_it_needs(options, message):
+    with pytest.raises(LorakitError, match=message):
+        resize(random_adapters.adapter(SHAPES, "sd1"), **options)
+
+
+def test_combine_adds_deltas():
+    first = random_adapters.adapter(SHAPES, "sd1", rank=3, alpha=6)
+    some = {name: SHAPES[name] for name in list(SHAPES)[:2]}
+    second = random_adapters.adapter(some, "sd1", rank=2, alpha=1, seed=1)
+    made = combine([(first, 0.5), (second, -1.0)])
+    assert set(made.layers) == set(SHAPES)
+    for name, layer in made.layers.items():
+        expected = 0.5 * delta(first.layers[name])
+        expected = expected - delta(second.layers[name]) if name in some else expected
+        assert np.abs(delta(layer) - expected).max() < 1e-6
+        assert layer.rank == (5 if name in some else 3)
+
+
+def test_combine_says_what_does_not_go_together():
+    one = random_adapters.adapter(SHAPES, "sd1")
+    with pytest.raises(LorakitError, match="adapters for sd1 and sdxl do not go together"):
+        combine([(one, 1.0), (random_adapters.adapter(SHAPES, "sdxl"), 1.0)])
+    with pytest.raises(LorakitError, match="DoRA adapters do not add up"):
+        combine([(one, 1.0), (random_adapters.adapter(SHAPES, "sd1", method="dora"), 1.0)])
+    wider = {name: (shape[0] + 1, *shape[1:]) for name, shape in SHAPES.items()}
+    with pytest.raises(LorakitError, match="has different shapes in the adapters"):
+        combine([(one, 1.0), (random_adapters.adapter(wider, "sd1"), 1.0)])
+    with pytest.raises(LorakitError, match="give at least one adapter"):
+        combine([])
+
+
+@pytest.mark.parametrize("shape", [(12, 16), (12, 8, 3, 3)])
+def test_dora_by_numpy(shape):
+    """Each input column of V is brought to the learned length; half strength goes half way."""
+    layer = random_adapters.layer(shape, 4, 2.0, torch.Generator().manual_seed(3), magnitude=True)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    plain = weight.double().numpy()
+    moved = plain + random_adapters.reference_delta(layer)
+    lengths = np.sqrt((moved**2).sum(axis=tuple(a for a in range(len(shape)) if a != 1), keepdims=True))
+    expected = layer.magnitude.double().numpy() * moved / lengths
+    assert np.abs(merged(weight, layer).numpy() - expected).max() < 1e-5
+    assert np.abs(merged(weight, layer, 0.5).numpy() - (plain + expected) / 2).max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_merged_base_gives_what_base_and_adapter_give(request, tmp_path, family):
+    folder = request.getfixturevalue(f"tiny_{family}")
+    cls = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[family]
+    pipeline = cls.from_pretrained(folder, dtype=torch.float32)
+    weights = random_adapters.adapter(random_adapters.pipeline_shapes(pipeline), family, alpha=2)
+    (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata={})
+    before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    merge(weights, folder, tmp_path / "merged", strength=0.75)
+    assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    pipeline.fuse_lora(lora_scale=0.75)
+    again = cls.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        if getattr(pipeline, part, None) is None:
+            continue
+        fused = {n.replace(".base_layer", ""): p for n, p in getattr(pipeline, part).named_parameters()}
+        for name, value in getattr(again, part).named_parameters():
+            assert torch.allclose(value, fused[name], atol=1e-5), name
+    stored = load_file(tmp_path / "merged" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in stored)
+
+
+def test_extract_finds_what_was_merged(tiny_sd1, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, dtype=torch.float32)
+    shapes = random_adapters.pipeline_shapes(pipeline)
+    weights = random_adapters.adapter(shapes, "sd1", rank=3, alpha=6)
+    tuned = merge(weights, tiny_sd1, tmp_path / "tuned")
+    found = extract(tiny_sd1, tuned, "sd1", rank=3)
+    assert set(found.layers) == set(shapes)
+    for name, layer in found.layers.items():
+        assert layer.rank <= 3 and layer.down.shape[1:] == weights.layers[name].down.shape[1:]
+        assert np.abs(delta(layer) - delta(weights.layers[name])).max() < 1e-5, name
+    by_energy = extract(tiny_sd1, tuned, "sd1", energy=0.5)
+    assert max(layer.rank for layer in by_energy.layers.values()) < 3
+
+
+def test_extract_says_what_is_wrong(tiny_sd1, tiny_sdxl, tmp_path):
+    with pytest.raises(LorakitError, match="does not differ from sd1 in any layer"):
+        extract(tiny_sd1, tiny_sd1, "sd1", rank=4)
+    with pytest.raises(LorakitError, match=r"has no layer unet\..* like the base's: not the same kind of model"):
+        extract(tiny_sd1, tiny_sdxl, "sd1", rank=4)
+    with pytest.raises(LorakitError, match=r"not a base model in diffusers layout \(no (unet|text_encoder)/"):
+        extract(tiny_sd1, tmp_path, "sd1", rank=4)
+
+
+def test_merge_refuses_what_does_not_fit(tiny_sd1, tmp_path):
+    weights = random_adapters.adapter({"unet.up_blocks.7.attentions.0.proj_in": (8, 8)}, "sd1")
+    with pytest.raises(LorakitError, match=r"the base has no layer unet.up_blocks.7.attentions.0.proj_in"):
+        merge(weights, tiny_sd1, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+    other = random_adapters.adapter({"unet.mid_block.attentions.0.proj_in": (8, 8)}, "sd1")
+    with pytest.raises(LorakitError, match="has another shape in the base"):
+        merge(other, tiny_sd1, tmp_path / "m")
+    with pytest.raises(LorakitError, match="exists already; name a new folder"):
+        merge(weights, tiny_sd1, tmp_path)
+    with pytest.raises(LorakitError, match="not a base model in diffusers layout"):
+        merge(weights, tmp_path, tmp_path / "m")

@@ -1,0 +1,381 @@
+"""Pictures: the same from the same recipe, whoever is drawn beside them, and no trace of them in training."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lorakit import adapters, config, families, formats as export
+from lorakit.config import SampleConfig
+from lorakit.core import image_grid as pictures, registry
+from lorakit.core.errors import LorakitError
+from lorakit.inference import class_images, sampling as sample
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
+QUICK = SampleConfig(steps=3, guidance=3.0, seed=5)
+PROMPTS = ["a photo of sks toy", "sks toy in the snow", "a toy"]
+
+
+def family_of(base: Path, dtype: torch.dtype = FLOAT):
+    return families.load(families.describe(str(base)), CPU, dtype)
+
+
+@pytest.fixture(scope="module")
+def family(tiny_sd1):
+    """The tiny base; tests leave it as it was."""
+    return family_of(tiny_sd1)
+
+
+def noisy_adapter(family, strength: float = 0.2, seed: int = 0):
+    """An adapter with an effect that can be seen."""
+    adapter = adapters.attach(family, config.LoraConfig(rank=2), seed=0)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, group in adapter.groups():
+            for parameter in group:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * strength)
+    return adapter
+
+
+def arrays(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(family):
+    together = sample.draw(family, PROMPTS, QUICK, 64)
+    assert arrays(together).shape == (3, 64, 64, 3) and arrays(together).std() > 1
+    for number, prompt in enumerate(PROMPTS):
+        alone = sample.draw(family, [prompt], SampleConfig(steps=3, guidance=3.0, seed=5 + number), 64)
+        assert np.array_equal(arrays(alone)[0], arrays(together)[number])
+    assert not np.array_equal(arrays(together)[0], arrays(together)[1])
+
+
+def test_width_and_height_are_in_this_order(family):
+    (image,) = sample.draw(family, ["x"], QUICK, (64, 128))
+    assert image.size == (64, 128)
+
+
+def test_drawing_leaves_no_trace(family):
+    pipeline = family.pipeline()
+    scheduler, unet = pipeline.scheduler, family.unet
+    scheduler.set_timesteps(7)
+    before = (torch.random.get_rng_state(), scheduler.timesteps.tolist(), dict(scheduler.config))
+    unet.train()
+    unet.mid_block.eval()
+    flags = [part.training for part in unet.modules()]
+    dtypes = {parameter.dtype for parameter in unet.parameters()}
+    try:
+        sample.draw(family, ["x"], QUICK, 64)
+        assert [part.training for part in unet.modules()] == flags
+        assert (scheduler.timesteps.tolist(), dict(scheduler.config)) == before[1:]
+        assert torch.equal(torch.random.get_rng_state(), before[0])
+        assert {parameter.dtype for parameter in unet.parameters()} == dtypes
+        assert torch.is_grad_enabled()
+    finally:
+        unet.eval()
+
+
+def test_dropout_is_off_while_drawing(tiny_sd1):
+    family = family_of(tiny_sd1)
+    adapter = noisy_adapter(family)
+    plain = arrays(sample.draw(family, ["x"], QUICK, 64))
+    for part in family.unet.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.9
+    adapter.train(True)
+    assert np.array_equal(arrays(sample.draw(family, ["x"], QUICK, 64)), plain)
+
+
+@pytest.mark.parametrize("base", ["tiny_sd1_v", "tiny_sdxl"])
+def test_the_pictures_are_diffusers_own(base, request):
+    """The same noise, sampler and prompt through a pipeline that diffusers loaded itself."""
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+
+    folder = request.getfixturevalue(base)
+    ours = sample.draw(family_of(folder), ["sks toy"], QUICK, 64)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=FLOAT)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, timestep_spacing="linspace")
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    theirs = pipeline(
+        "sks toy", negative_prompt="", latents=noise, num_inference_steps=3, guidance_scale=3.0, height=64, width=64
+    ).images
+    assert np.abs(arrays(ours) - arrays(theirs)).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_nearly_the_same(tiny_sd1, family, dtype):
+    half = sample.draw(family_of(tiny_sd1, dtype), ["x"], QUICK, 64)
+    full = sample.draw(family, ["x"], QUICK, 64)
+    assert np.abs(arrays(half) - arrays(full)).mean() < 6
+
+
+def test_a_zero_snr_base_is_sampled_from_its_last_timestep(tmp_path):
+    import tiny
+
+    family = family_of(tiny.save_sd1(tmp_path / "zero", "v_prediction", zero_snr=True))
+    pipeline, name = sample._pipeline(family)
+    pipeline.scheduler.set_timesteps(3)
+    assert name == "DDIM" and pipeline.scheduler.timesteps[0] == 999
+    (image,) = sample.draw(family, ["x"], QUICK, 64)
+    assert "Sampler: DDIM" in image.info["parameters"]
+
+
+def test_the_recipe_is_in_the_file(family, tmp_path):
+    chosen = SampleConfig(steps=3, guidance=4.5, seed=5, negative_prompt="雨, blur")
+    image = sample.draw(family, PROMPTS[:2], chosen, 64, adapter="sks-toy", strength=0.5)[1]
+    pictures.save(image, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as read:
+        info = read.info
+    title = family.info.title
+    assert info["parameters"] == (
+        "sks toy in the snow <lora:sks-toy:0.5>\nNegative prompt: 雨, blur\n"
+        f"Steps: 3, Sampler: DPM++ 2M, Schedule type: Uniform, CFG scale: 4.5, Seed: 6, Size: 64x64, Model: {title}, "
+        f"RNG: CPU, Version: lorakit {sample.__version__}"
+    )
+    recipe = json.loads(info["lorakit"])
+    expected = {"prompt": PROMPTS[1], "seed": 6, "steps": 3, "guidance": 4.5, "width": 64, "height": 64}
+    expected |= {"adapter": "sks-toy", "strength": 0.5, "base": family.info.hash, "negative_prompt": "雨, blur"}
+    assert {key: recipe[key] for key in expected} == expected
+
+
+# -- from a file ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_sd1, tmp_path_factory) -> dict[str, Path]:
+    """An adapter in each format, with a config in its metadata."""
+    family = family_of(tiny_sd1)
+    weights = noisy_adapter(family).weights()
+    chosen = config.load(
+        None, {"train.steps": 5, "data.name": "sks toy", "data.resolution": 64, "sample.steps": 3, "sample.seed": 5}
+    )
+    from lorakit.formats import metadata
+
+    facts = metadata.build(chosen, family.info, name="toy", images=4, steps=5, epochs=1, started=0.0, finished=1.0)
+    folder = tmp_path_factory.mktemp("exported")
+    return export.save(weights, folder, "toy", tuple(registry.EXPORTS), "fp16", facts, say=lambda line, **_: None)
+
+
+def test_strengths_and_prompts_make_a_grid(exported, tiny_sd1, tmp_path):
+    files = sample.from_file(
+        exported["kohya"], str(tiny_sd1), PROMPTS[:2], [0, 0.5, 1], QUICK, folder=tmp_path / "out", size=64
+    )
+    names = ["grid.png", *(f"{n:02d}-strength-{s}.png" for s in ("0", "0.5", "1") for n in (1, 2))]
+    assert [file.name for file in files] == names and all(file.is_file() for file in files)
+    base = sample.draw(family_of(tiny_sd1), PROMPTS[:2], QUICK, 64)
+    drawn = [Image.open(file) for file in files[1:]]
+    assert np.array_equal(arrays(drawn[:2]), arrays(base))
+    # Half the strength moves the picture, and less than all of it.
+    moved = [np.abs(arrays(drawn[at : at + 2]) - arrays(base)).mean() for at in (2, 4)]
+    assert 0 < moved[0] < moved[1]
+
+
+@pytest.mark.parametrize("form", list(registry.EXPORTS))
+def test_every_format_draws_the_same(exported, tiny_sd1, form):
+    rows = sample.draw_weights(export.read(exported[form]), str(tiny_sd1), ["x"], [1], QUICK, 64, name="toy")
+    first = sample.draw_weights(export.read(exported["kohya"]), str(tiny_sd1), ["x"], [1], QUICK, 64, name="toy")
+    assert np.abs(arrays(rows[0]) - arrays(first[0])).max() <= 2
+
+
+def test_a_file_knows_how_its_run_drew(exported, tiny_sd1, tmp_path, monkeypatch):
+    found = sample.recorded(exported["kohya"], {"sample.guidance": 2.0})
+    assert (found.sample.steps, found.sample.seed, found.sample.guidance) == (3, 5, 2.0)
+    assert (found.data.name, found.data.resolution) == ("sks toy", 64)
+    # Without prompt, size or folder: the run's own trigger and size, in a new folder.
+    monkeypatch.chdir(tmp_path)
+    files = sample.from_file(exported["kohya"], str(tiny_sd1), [], [1.0], found.sample)
+    assert files[0].parent.parent == Path("runs") and files[0].parent.name.endswith("-toy-samples")
+    with Image.open(files[1]) as image:
+        assert image.size == (64, 64) and "sks toy" in image.info["parameters"]
+
+
+def test_a_file_of_another_maker_is_drawn_with_defaults(exported, tiny_sd1, tmp_path):
+    weights = replace(export.read(exported["kohya"]), metadata={})
+    export.save(weights, tmp_path, "bare", ("kohya",), "fp16", {}, say=lambda line, **_: None)
+    bare = tmp_path / "bare.safetensors"
+    assert sample.recorded(bare, {}).sample == SampleConfig()
+    with pytest.raises(LorakitError, match=r"bare.safetensors does not say what its trigger is; give a --prompt"):
+        sample.from_file(bare, str(tiny_sd1), [], [1.0], QUICK)
+
+
+def test_the_wrong_base_is_named(exported, tiny_sdxl):
+    with pytest.raises(LorakitError, match=r"was made for sd1 and .* is sdxl; give its --base"):
+        sample.from_file(exported["kohya"], str(tiny_sdxl), ["x"], [1.0], QUICK)
+
+
+def test_nothing_is_overwritten(exported, tiny_sd1, tmp_path):
+    (tmp_path / "kept").write_text("")
+    with pytest.raises(LorakitError, match="is not empty and nothing in it is overwritten; give another --output"):
+        sample.from_file(exported["kohya"], str(tiny_sd1), ["x"], [1.0], QUICK, folder=tmp_path)
+
+
+# -- class images ---------------------------------------------------------------------------------------------------
+
+
+def drawn_class_images(family, count: int, folder: Path | None, said: list[str] | None = None, **changes):
+    arguments = {"prompt": "a photo of a toy", "sample": SampleConfig(steps=1, guidance=1.0), "side": 64, "seed": 0}
+    arguments |= changes
+    say = [] if said is None else said
+    (text,) = sample.embed(family, [arguments["prompt"]], arguments["sample"])
+    return class_images.class_images(family, text=text, count=count, folder=folder, say=say.append, **arguments)
+
+
+def test_texts_are_embedded_without_the_unet_and_pictures_drawn_without_text_encoders(family, monkeypatch):
+    moves: list[tuple[str, ...]] = []
+    monkeypatch.setattr(family, "release", lambda *names: moves.append(("release", *names)))
+    monkeypatch.setattr(family, "acquire", lambda *names: moves.append(("acquire", *names)))
+    sample.draw(family, ["a toy"], QUICK, 64)
+    assert moves[:4] == [
+        ("release", "unet", "vae"),
+        ("acquire", "text_encoders"),
+        ("release", "text_encoders"),
+        ("acquire", "unet", "vae"),
+    ]
+
+
+def test_embedded_texts_are_not_embedded_again(family, monkeypatch):
+    drawn = sample.draw(family, ["a toy", "a dog"], QUICK, 64)
+    texts = sample.embed(family, ["a toy", "a dog"], QUICK)
+    monkeypatch.setattr(sample, "embed", None)
+    again = sample.draw(family, ["a toy", "a dog"], QUICK, 64, texts=texts)
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in drawn]
+
+
+def drawn_numbers(monkeypatch) -> list[int]:
+    """How many pictures each call of the pipeline draws, from now on."""
+    counts: list[int] = []
+    original = sample._pictures
+
+    def counted(family, pipeline, text, seeds, *rest):
+        counts.append(len(seeds))
+        return original(family, pipeline, text, seeds, *rest)
+
+    monkeypatch.setattr(sample, "_pictures", counted)
+    return counts
+
+
+def test_class_images_are_drawn_once_and_counted_right(family, tmp_path, monkeypatch):
+    counts = drawn_numbers(monkeypatch)
+    said: list[str] = []
+    first = drawn_class_images(family, 7, tmp_path, said)
+    assert len(first) == sum(counts) == 7
+    again = drawn_class_images(family, 7, tmp_path, said)
+    assert np.array_equal(arrays(first), arrays(again)) and sum(counts) == 7
+    assert "0 of 7 in the cache, 7 to draw" in said[0] and "7 of 7 in the cache, 0 to draw" in said[1]
+    assert len({image.tobytes() for image in first}) == 7
+
+
+def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
+    whole = drawn_class_images(family, 20, tmp_path / "whole")
+    monkeypatch.setattr(sample, "LARGEST_BATCH", 7)
+    original, calls = sample._pictures, []
+
+    def interrupted(*arguments):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(sample, "_pictures", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        drawn_class_images(family, 20, tmp_path / "cut")
+    monkeypatch.setattr(sample, "_pictures", original)
+    counts = drawn_numbers(monkeypatch)
+    after = drawn_class_images(family, 20, tmp_path / "cut")
+    assert sum(counts) == 13 and len(after) == 20
+    # The same pictures; batches of another size round differently in the last bit.
+    assert np.abs(arrays(after) - arrays(whole)).max() <= 1
+
+
+def test_a_damaged_class_image_is_drawn_anew(family, tmp_path, monkeypatch):
+    first = drawn_class_images(family, 3, tmp_path)
+    (file,) = tmp_path.glob("class-images/*/00001.png")
+    file.write_bytes(file.read_bytes()[:100])
+    counts = drawn_numbers(monkeypatch)
+    again = drawn_class_images(family, 3, tmp_path)
+    assert counts == [1] and np.abs(arrays(again) - arrays(first)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a photo of a dog"},
+        {"side": 128},
+        {"seed": 1},
+        {"sample": SampleConfig(steps=2, guidance=1.0)},
+        {"sample": SampleConfig(steps=1, guidance=2.0)},
+        {"sample": SampleConfig(steps=1, guidance=1.0, negative_prompt="x")},
+    ],
+)
+def test_another_recipe_is_another_set(family, tmp_path, monkeypatch, change):
+    drawn_class_images(family, 1, tmp_path)
+    counts = drawn_numbers(monkeypatch)
+    drawn_class_images(family, 1, tmp_path, **change)
+    assert counts == [1]
+    assert len(list(tmp_path.glob("class-images/*"))) == 2
+
+
+def test_what_class_images_do_not_depend_on(family, tmp_path, monkeypatch):
+    drawn_class_images(family, 1, tmp_path)
+    counts = drawn_numbers(monkeypatch)
+    drawn_class_images(family, 1, tmp_path, sample=SampleConfig(steps=1, guidance=1.0, seed=9, every=3, prompts=("y",)))
+    assert counts == []
+
+
+def test_the_cache_is_where_the_user_says(family, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "mine"))
+    drawn_class_images(family, 1, None)
+    assert len(list((tmp_path / "mine" / "class-images").glob("*/00000.png"))) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(LorakitError, match=r"cannot keep class images in .*; set LORAKIT_CACHE"):
+        drawn_class_images(family, 1, None)
+
+
+def test_pixels_are_what_the_encoder_takes():
+    images = [Image.new("RGB", (8, 4), colour) for colour in ((0, 255, 51), (255, 0, 0), (0, 0, 0))]
+    parts = list(class_images.as_pixels(images, 2))
+    assert [part.shape for part in parts] == [(2, 3, 4, 8), (1, 3, 4, 8)]
+    assert parts[0].dtype == torch.float32
+    assert parts[0][0, :, 0, 0].tolist() == pytest.approx([-1.0, 1.0, 51 / 127.5 - 1])
+    assert math.isclose(parts[1].max().item(), -1.0)
+
+
+def test_a_run_ends_with_what_its_file_draws(tiny_sd1, tmp_path):
+    """The last sample grid of a run, and `from_file` in a base loaded afresh: the same bytes, recipe and all."""
+    from lorakit.training import run as train
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(2):
+        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(photos / f"{number}.png")
+    chosen = config.load(
+        None,
+        {
+            "model.base": str(tiny_sd1),
+            "data.folder": str(photos),
+            "data.name": "sks toy",
+            "data.resolution": 64,
+            "optimizer.learning_rate": 0.01,
+            "train.steps": 2,
+            "sample.steps": 3,
+            "sample.seed": 4,
+            "output.folder": str(tmp_path / "run"),
+        },
+    )
+    result = train.train(chosen)
+    again = sample.recorded(result.adapter, {})
+    files = sample.from_file(result.adapter, str(tiny_sd1), [], [1.0], again.sample, folder=tmp_path / "again")
+    last = sorted((result.folder / "samples" / "step-000002").glob("*.png"))
+    assert len(last) == len(files) - 1 >= 2
+    for one, two in zip(last, files[1:], strict=True):
+        assert one.read_bytes() == two.read_bytes()
+    first = sorted((result.folder / "samples" / "step-000000").glob("*.png"))
+    assert first[0].read_bytes() != last[0].read_bytes()

@@ -1,0 +1,336 @@
+"""The plan: exact where it can be, near published figures where it estimates, and in words a beginner reads."""
+
+import gzip
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lorakit import config
+from lorakit.core.errors import LorakitError
+from lorakit.runs import plan
+
+KEYS = Path(__file__).parents[1] / "formats" / "keys"
+GIB = 2**30
+
+
+def shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Canonical layer name -> weight shape of a real model."""
+    with gzip.open(KEYS / f"{name}.tsv.gz", "rt", encoding="utf-8") as file:
+        rows = [line.rstrip("\n").split("\t") for line in file]
+    return {row[0]: tuple(int(side) for side in row[-1].split("x")) for row in rows}
+
+
+@dataclass
+class Info:
+    """A base as `families.describe` tells it."""
+
+    layers: dict[str, tuple[int, ...]]
+    family: str = "sd1"
+    title: str = "sd15"
+    prediction_type: str = "epsilon"
+    downscale: int = 8
+    max_tokens: int = 77
+    text_tokens: int = 77
+    bytes: dict[str, int] = field(default_factory=dict)
+    variants: dict[str, str | None] = field(default_factory=dict)
+    slots: None = None
+    notes: tuple[str, ...] = ()
+
+
+@pytest.fixture(scope="module")
+def sd15() -> Info:
+    return Info(shapes("sd15"))
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Info:
+    return Info(shapes("sdxl"), "sdxl", "sdxl")
+
+
+def report(*sizes: tuple[int, int] | None) -> Any:
+    """What a check found: a photo for each size, unreadable where it is None."""
+    items = [SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png"), bucket=size) for n, size in enumerate(sizes)]
+    return SimpleNamespace(items=items, photos=[item.photo for item in items if item.bucket])
+
+
+def make(info: Info, sizes: list[tuple[int, int] | None], **changes: Any) -> plan.Plan:
+    """A plan on a GPU unless told otherwise, so that nothing is measured."""
+    known = {"memory__device": "cuda", "train__holdout": 0} | changes
+    overrides = {name.replace("__", "."): value for name, value in known.items()}
+    return plan.make(config.from_tables({}, overrides), info, report(*sizes))
+
+
+SQUARE = (512, 512)
+
+
+# -- length ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "said"),
+    [
+        ({"train__steps_per_image": 25}, 400, "16 photos x 25 steps each = 400 steps"),
+        (
+            {"train__steps_per_image": 25, "train__batch_size": 8},
+            400,
+            "16 photos x 25 steps each = 400 steps of 8 photos",
+        ),
+        (
+            {"train__steps": 100, "train__batch_size": 2, "train__gradient_accumulation_steps": 3},
+            100,
+            "100 steps of 6 photos, 6.25 for each of 16 photos",
+        ),
+        ({"train__epochs": 10}, 160, "10 epochs x 16 batches of 16 photos = 160 steps"),
+        ({"train__epochs": 10, "train__batch_size": 5}, 40, "10 epochs x 4 batches of 16 photos = 40 steps"),
+        (
+            {"train__epochs": 10, "train__batch_size": 5, "train__gradient_accumulation_steps": 3},
+            20,
+            "10 epochs x 4 batches of 16 photos / 3 accumulated = 20 steps",
+        ),
+    ],
+)
+def test_length_is_exact_and_said_in_words(sd15: Info, changes: dict[str, Any], steps: int, said: str) -> None:
+    made = make(sd15, [SQUARE] * 16, **changes)
+    assert made.steps == steps
+    assert made.length == said
+    assert f"length: {said}" in made.lines()
+
+
+def test_a_run_that_is_too_short_to_teach_much_says_so(sd15: Info) -> None:
+    short, enough = (make(sd15, [SQUARE] * 10, train__steps_per_image=each) for each in (19, 20))
+    assert plan.FEW in short.lines() and plan.FEW not in enough.lines()
+
+
+def test_what_compiling_on_a_cpu_comes_to_is_said(sd15: Info) -> None:
+    asked: dict[str, Any] = {"train__steps": 10, "memory__compile": True}
+    said = {device: make(sd15, [SQUARE], memory__device=device, **asked) for device in ("cpu", "cuda")}
+    assert plan.COMPILED_ON_A_CPU in said["cpu"].lines() and plan.COMPILED_ON_A_CPU not in said["cuda"].lines()
+
+
+def test_a_batch_holds_one_size(sd15: Info) -> None:
+    made = make(sd15, [SQUARE] * 5 + [(640, 384)] * 3, train__epochs=1, train__batch_size=4)
+    assert made.batches == 2 + 1
+    assert made.steps == 3
+
+
+def test_one_photo_is_one_photo(sd15: Info) -> None:
+    assert make(sd15, [SQUARE], train__steps_per_image=25).length == "1 photo x 25 steps each = 25 steps"
+
+
+def test_photos_held_out_are_not_trained_on(sd15: Info) -> None:
+    made = make(sd15, [SQUARE] * 20, train__steps_per_image=1, train__holdout=0.1)
+    assert (made.photos, made.held_out, made.steps) == (18, 2, 18)
+    assert "photos: 18 to train on, 2 held out for validation" in made.lines()
+    few = make(sd15, [SQUARE] * 9, train__steps_per_image=1, train__holdout=0.1)
+    assert (few.photos, few.held_out) == (9, 0)
+    assert "photos: 9 to train on, none held out" in few.lines()
+
+
+def test_unreadable_photos_do_not_count(sd15: Info) -> None:
+    assert make(sd15, [SQUARE, None, SQUARE], train__steps_per_image=1).photos == 2
+
+
+def test_no_photo_is_an_error(sd15: Info) -> None:
+    with pytest.raises(LorakitError, match="no photo can be used for training"):
+        make(sd15, [None], train__steps=1)
+
+
+def test_no_layer_is_an_error() -> None:
+    with pytest.raises(LorakitError, match=r"adapter\.target_modules = 'attention' selects no layer of this base"):
+        make(Info({"unet.conv_in": (8, 4, 3, 3)}), [SQUARE], train__steps=1)
+
+
+# -- what is trained ------------------------------------------------------------------------------------------------
+
+
+def test_published_counts_of_trained_weights(sd15: Info, sdxl: Info) -> None:
+    assert make(sd15, [SQUARE], train__steps=1).modules == {"unet": (128, 3_188_736)}
+    assert make(sdxl, [SQUARE], train__steps=1).modules == {"unet": (560, 23_224_320)}
+
+
+def test_dora_adds_a_magnitude_for_each_input(sd15: Info) -> None:
+    plain = make(sd15, [SQUARE], train__steps=1).modules["unet"][1]
+    dora = make(sd15, [SQUARE], train__steps=1, adapter__method="dora").modules["unet"][1]
+    inputs = sum(shape[1] for name, shape in sd15.layers.items() if ".attn" in name)
+    assert dora - plain == inputs
+
+
+def test_text_encoders_are_counted_by_themselves(sdxl: Info) -> None:
+    made = make(sdxl, [SQUARE], train__steps=1, adapter__train_text_encoder=True)
+    assert list(made.modules) == ["unet", "text_encoder", "text_encoder_2"]
+    assert made.modules["text_encoder"][0] == 12 * 4
+
+
+def test_the_scale_is_said(sd15: Info) -> None:
+    assert make(sd15, [SQUARE], train__steps=1).scale == 1
+    half = make(sd15, [SQUARE], train__steps=1, adapter__rank=16, adapter__alpha=8)
+    assert half.scale == 0.5
+    assert "strength: rank 16, alpha 8, effective scale 0.5" in half.lines()
+    stabilised = make(sd15, [SQUARE], train__steps=1, adapter__rank=16, adapter__method="rslora")
+    assert stabilised.scale == 4
+
+
+# -- cost -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "side", "tera"), [("sd15", 64, 0.803), ("sd2", 96, 2.149), ("sdxl", 128, 6.761)])
+def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str, side: int, tera: float) -> None:
+    assert plan.forward_flop(shapes(name), side, side) / 1e12 == pytest.approx(tera, abs=6e-4)
+
+
+# Exact live bytes of a step (weights, adapter, saved activations and transients) in bf16, batch 1, in GiB.
+@pytest.mark.parametrize(
+    ("name", "resolution", "targets", "checkpointing", "wanted", "off"),
+    [
+        ("sd15", 512, "attention", False, 2.38, 0.15),
+        ("sd15", 512, "linear+conv", False, 2.53, 0.15),
+        ("sd15", 512, "attention", True, 1.82, 0.10),
+        ("sdxl", 1024, "attention", False, 10.10, 0.15),
+        ("sdxl", 1024, "linear+conv", False, 11.36, 0.15),
+        ("sdxl", 1024, "attention", True, 5.34, 0.20),
+        ("sdxl", 512, "attention", False, 6.16, 0.15),
+    ],
+)
+def test_memory_is_near_the_exact_count(
+    name: str, resolution: int, targets: str, checkpointing: bool, wanted: float, off: float
+) -> None:
+    """Counted for PEFT's own layers in bf16; ours keep less where blocks are not computed again."""
+    made = make(
+        Info(shapes(name)),
+        [SQUARE],
+        train__steps=1,
+        data__resolution=resolution,
+        adapter__target_modules=targets,
+        memory__gradient_checkpointing=checkpointing,
+    )
+    step = sum(made.memory.values()) - made.memory["runtime"]
+    assert step / GIB == pytest.approx(wanted, rel=off)
+    assert checkpointing or step / GIB < wanted
+
+
+def test_a_limit_and_what_it_costs_is_said(sdxl: Info) -> None:
+    settings = {"train__steps": 1, "data__resolution": 1024}
+    unlimited, wide, narrow = (
+        make(sdxl, [SQUARE], **settings, **limit) for limit in ({}, {"memory__limit_gib": 12}, {"memory__limit_gib": 8})
+    )
+    assert not [line for line in unlimited.lines() if line.startswith("limit: ")]
+    assert "limit: 0 blocks of the UNet computed again in the backward pass, for 12 GiB" in wide.lines()
+    count = narrow.recomputed
+    assert f"limit: {count} blocks of the UNet computed again in the backward pass, for 8 GiB" in narrow.lines()
+    assert 0 < count < 87 and sum(narrow.memory.values()) <= 8 * GIB < sum(wide.memory.values())
+    assert narrow.to_json()["recomputed"] == count and narrow.to_json()["limit_gib"] == 8
+
+
+def test_memory_grows_with_the_batch_and_with_a_prior(sd15: Info) -> None:
+    one = make(sd15, [SQUARE], train__steps=1).memory["activations"]
+    assert make(sd15, [SQUARE], train__steps=1, train__batch_size=4).memory["activations"] == pytest.approx(4 * one)
+    assert make(sd15, [SQUARE], train__steps=1, train__prior="teacher").memory["activations"] == pytest.approx(2 * one)
+
+
+def test_full_precision_takes_twice_the_room(sd15: Info) -> None:
+    half = make(sd15, [SQUARE], train__steps=1).memory
+    full = make(sd15, [SQUARE], train__steps=1, memory__mixed_precision="fp32").memory
+    assert full["base"] == 2 * half["base"]
+
+
+def test_on_a_cpu_the_time_is_an_estimate_that_grows_with_the_work(sd15: Info, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_matmul_speed", lambda: 1e11)
+    made = make(sd15, [SQUARE], train__steps=100, memory__device="cpu")
+    more = make(sd15, [SQUARE], train__steps=200, memory__device="cpu")
+    assert made.seconds is not None and more.seconds is not None
+    step = 2.2 * 0.803e12 / (plan.CPU_SHARE * 1e11)
+    assert more.seconds - made.seconds == pytest.approx(100 * step, rel=0.02)
+    assert made.lines()[-1].startswith("time: about ") and made.lines()[-1].endswith(" (estimate)")
+
+
+def test_the_speed_of_this_machine_is_measured_in_a_moment() -> None:
+    assert 1e8 < plan._matmul_speed(seconds=0.02) < 1e14
+
+
+def test_on_a_gpu_no_time_is_made_up(sd15: Info) -> None:
+    made = make(sd15, [SQUARE], train__steps=1)
+    assert made.seconds is None
+    assert made.lines()[-1] == "time: measured in the first steps"
+
+
+@pytest.mark.parametrize(
+    ("build", "hidden", "driver", "system", "device"),
+    [
+        ("2.13.0+cpu", None, True, ("linux", "x86_64"), "cpu"),
+        ("2.13.0", None, True, ("linux", "x86_64"), "cuda"),
+        ("2.13.0", None, False, ("linux", "x86_64"), "cpu"),
+        ("2.13.0", "", True, ("linux", "x86_64"), "cpu"),
+        ("2.13.0", None, False, ("darwin", "arm64"), "mps"),
+        ("2.13.0", None, False, ("darwin", "x86_64"), "cpu"),
+    ],
+)
+def test_the_device_is_told_without_torch(
+    monkeypatch: pytest.MonkeyPatch, build: str, hidden: str | None, driver: bool, system: tuple[str, str], device: str
+) -> None:
+    monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: build)
+    monkeypatch.setattr(plan, "NVIDIA_DRIVER", Path("/proc/self" if driver else "/nowhere/at/all"))
+    monkeypatch.setattr(plan.sys, "platform", system[0])
+    monkeypatch.setattr(plan.platform, "machine", lambda: system[1])
+    if hidden is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert plan.guess_device("auto") == device
+    assert plan.guess_device("mps") == "mps"
+    # Without a driver's file there may be a card nevertheless: under Windows, or another maker's.
+    assert plan.may_be_cuda("auto") == (device == "cuda" or (system[0], build, hidden) == ("linux", "2.13.0", None))
+    assert plan.may_be_cuda("cuda") and not plan.may_be_cuda("cpu")
+
+
+def test_weights_are_not_streamed_to_where_they_are(sd15: Info, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    for device, said in (("cpu", "cpu"), ("mps", "mps"), ("auto", "(cpu|mps)")):
+        with pytest.raises(LorakitError, match=f"needs a CUDA card to copy weights to, and this is {said}: set it to"):
+            make(sd15, [SQUARE], train__steps=1, memory__device=device, memory__stream_base=True)
+
+
+def test_what_is_asked_of_the_hosts_memory_is_said(sdxl: Info, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = make(sdxl, [SQUARE], train__steps=1)
+    assert resident.host == resident.ram == 0 and not any(line.startswith("host:") for line in resident.lines())
+    for ram, tail in (
+        (64, ", of 64.0 GiB"),
+        (8, ", of 8.0 GiB; that is much: keep them smaller with memory.base_storage"),
+        (0, ""),
+    ):
+        monkeypatch.setattr(plan, "_ram", lambda ram=ram: ram * GIB)
+        made = make(sdxl, [SQUARE], train__steps=1, memory__stream_base=True)
+        assert f"host: 4.8 GiB of memory for the base's weights{tail}" in made.lines()
+        assert made.memory["base"] < 0.2 * GIB and made.host == pytest.approx(4.77 * GIB, rel=0.01)
+    assert make(sdxl, [SQUARE], train__steps=1, memory__stream_base=True, memory__base_storage="int8").host < 2.4 * GIB
+
+
+def test_the_memory_of_this_machine_is_known_or_nought(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan._ram() > 2**28
+    monkeypatch.delattr(plan.os, "sysconf")
+    assert plan._ram() == 0
+
+
+# -- as a whole -----------------------------------------------------------------------------------------------------
+
+
+def test_json_says_what_the_lines_say(sd15: Info) -> None:
+    made = make(sd15, [SQUARE] * 4, train__steps_per_image=2)
+    told = json.loads(json.dumps(made.to_json()))
+    assert told["modules"] == {"unet": {"modules": 128, "parameters": 3_188_736}}
+    assert (told["steps"], told["photos"], told["seconds"]) == (8, 4, None)
+    assert [line.partition(":")[0] for line in made.lines()] == [
+        *("base", "photos", "adapter", "strength", "length", "note", "memory", "time")
+    ]
+    assert "adapter: lora, unet 128 modules (3.19 M weights)" in made.lines()
+
+
+def test_planning_needs_no_torch() -> None:
+    script = "import sys, lorakit.runs.plan; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

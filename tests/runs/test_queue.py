@@ -1,0 +1,96 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lorakit import config
+from lorakit.core.errors import LorakitError
+from lorakit.runs import folder as run_folder
+from lorakit.runs.queue import Queue
+
+
+def wait_until(what, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def ended(queue: Queue) -> bool:
+    return all(job.state not in ("waiting", "running") for job in queue.jobs())
+
+
+def test_one_that_fails_does_not_stop_the_rest(tmp_path: Path):
+    queue = Queue(tmp_path / "runs")
+    for arguments in (["knobs"], ["export", str(tmp_path / "no.safetensors"), "--to", "peft"], ["knobs", "--json"]):
+        queue.command(arguments, tmp_path)
+    assert [job.state for job in queue.jobs()] == ["waiting"] * 3
+    queue.start()
+    wait_until(lambda: ended(queue))
+    assert [(job.state, job.code) for job in queue.jobs()] == [("done", 0), ("failed", 1), ("done", 0)]
+    assert "lorakit: " in queue.log(2) and "no.safetensors" in queue.log(2)
+    assert "adapter.rank" in queue.log(1)
+    wait_until(lambda: not queue.is_working())
+
+
+def test_a_job_taken_back_is_not_run(tmp_path: Path):
+    queue = Queue(tmp_path)
+    job = queue.command(["knobs"], tmp_path)
+    assert queue.cancel(job.number)
+    assert not queue.cancel(job.number)
+    queue.work()
+    assert [job.state for job in queue.jobs()] == ["cancelled"]
+    assert queue.log(job.number) == ""
+
+
+def test_a_run_is_named_and_its_config_kept(tmp_path: Path):
+    queue = Queue(tmp_path)
+    wanted = config.load("subject-pocket", {"data.folder": "photos", "data.name": "sks dog"})
+    one, two = queue.train(wanted), queue.train(wanted)
+    assert one.folder != two.folder and one.number == 1 and two.number == 2
+    assert Path(one.folder).parent == tmp_path and Path(one.folder).name.endswith("-sks-dog")
+    assert config.load(one.arguments[2]) == wanted
+    assert one.arguments[3:] == ("--output", one.folder)
+
+
+def test_a_run_is_resumed_once(tmp_path: Path):
+    queue = Queue(tmp_path)
+    queue.resume(tmp_path / "run")
+    with pytest.raises(LorakitError, match="run is in the queue already"):
+        queue.resume(tmp_path / "run")
+
+
+def test_a_killed_worker_leaves_the_truth(tmp_path: Path):
+    """The worker and its run die without a word: the job is told as interrupted, and the next worker goes on."""
+    queue = Queue(tmp_path)
+    photos = tmp_path / "pipe"
+    os.mkfifo(photos)
+    # Reading a pipe that nobody writes to: a command that takes for ever.
+    queue.command(["inspect", str(photos)], tmp_path / "nothing")
+    queue.command(["knobs"], tmp_path)
+    worker = subprocess.Popen([sys.executable, "-m", "lorakit.runs.queue", str(tmp_path)])
+    wait_until(lambda: queue.jobs()[0].state == "running")
+    assert queue.is_working()
+    job = queue.jobs()[0]
+    worker.kill()
+    worker.wait()
+    assert run_folder.alive(job.pid, job.pid_start), "the run outlives its worker"
+    assert queue.jobs()[0].state == "running"
+    psutil.Process(job.pid).kill()
+    wait_until(lambda: queue.jobs()[0].state == "interrupted")
+    assert not queue.is_working()
+    queue.work()
+    assert [job.state for job in queue.jobs()] == ["interrupted", "done"]
+
+
+def test_half_written_jobs_are_passed_over(tmp_path: Path):
+    queue = Queue(tmp_path)
+    queue.command(["knobs"], tmp_path)
+    (queue.folder / "000002.json").write_text('{"number": 2')
+    (queue.folder / "000003.json").write_text('{"other": 1}')
+    assert [job.number for job in queue.jobs()] == [1]
+    assert queue.command(["knobs"], tmp_path).number > 1

@@ -1,0 +1,204 @@
+"""The report: says what was measured, shows what was trained, and keeps the user's machine to itself."""
+
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from lorakit import config
+from lorakit.data import checks as check
+from lorakit.runs import report
+from lorakit.runs.folder import RunFolder
+from lorakit.training.selfcheck import Finding
+
+HOSTILE = '<script>alert("x")</script>'
+PROMPTS = ["a photo of sks toy", HOSTILE]
+FINDINGS = [Finding("kohya: modules", True, "16 of 16"), Finding("unet effect", True, "12.3 % & more")]
+
+
+def validation(step: int, mse: float, drift: float = 0.01) -> dict:
+    bands = [{"timesteps": [250 * n, 250 * n + 249], "mse": mse * (n + 1) / 2} for n in range(4)]
+    figures = {"mse": mse, "rmse": mse**0.5, "mae": mse, "r2": 0.5, "prior_drift": drift}
+    return {"step": step, **figures, "bands": bands, "photos": 2, "source": "held-out photos"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory):
+    """A run folder as a run leaves it, with what `report.write` is given. Shared: only read it."""
+    tmp_path = tmp_path_factory.mktemp("private")
+    photos = tmp_path / "secret-photos"
+    photos.mkdir()
+    for name, colour in (("red", (250, 0, 0)), ("blue", (0, 0, 250))):
+        Image.new("RGB", (96, 64), colour).save(photos / f"{name}.png")
+    (photos / "red.txt").write_text(f"sks toy {HOSTILE}", encoding="utf-8")
+    tiny.save_tokenizer(tmp_path / "base" / "tokenizer")
+    chosen = config.load(
+        None,
+        {
+            "train.steps": 30,
+            "data.folder": str(photos),
+            "data.name": "sks toy",
+            "data.resolution": 64,
+            "model.base": str(tmp_path / "base"),
+            "output.folder": str(tmp_path / "run"),
+        },
+    )
+    folder = RunFolder.create(chosen)
+    tokenizer = tmp_path / "base" / "tokenizer"
+    base = SimpleNamespace(tokenizer=lambda: tokenizer, downscale=8, max_tokens=77, layers={})
+    found = check.check(chosen.data, base)
+    folder.event("message", message="device: cpu, base in float32")
+    for step in range(1, 31):
+        folder.event("step", step=step, loss=1 / step, gradient_norm=1.0, learning_rate=1e-4)
+    history = [validation(10, 0.3), validation(20, 0.2), validation(30, 0.25)]
+    for entry in history:
+        folder.event("validation", **entry)
+    folder.update(state="running", best={"step": 20, "reason": "step 20: smallest validation error"})
+    for step in (0, 30):
+        drawn = [Image.new("RGB", (64, 64), colour) for colour in ((step, 99, 0), (0, 200, 99))]
+        for image, prompt in zip(drawn, PROMPTS, strict=True):
+            image.info["lorakit"] = json.dumps({"prompt": prompt})
+        folder.save_samples(step, drawn, PROMPTS)
+    plan = SimpleNamespace(base=f"base {HOSTILE}", steps=30, lines=lambda: ["length: 30 steps", HOSTILE])
+    made = SimpleNamespace(folder=folder, config=chosen, plan=plan, photos=found, history=history)
+    made.page = html(made)
+    return made
+
+
+def html(run, findings=FINDINGS, **changes) -> str:
+    given = vars(run) | changes
+    return report.html(given["folder"], given["config"], given["plan"], given["photos"], given["history"], findings)
+
+
+class Reader(HTMLParser):
+    """Tags, text and sources of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.words, self.sources, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in ("img", "meta", "source", "br"):
+            self.open.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "srcset", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_is_whole_and_needs_nothing_else(run):
+    path = report.write(run.folder, run.config, run.plan, run.photos, run.history, FINDINGS)
+    assert path == run.folder.html_file and run.folder.curves_file.is_file() and run.folder.contact_sheet_file.is_file()
+    read = Reader(path.read_text(encoding="utf-8"))
+    assert read.open == []
+    # Four samples, two photos, the curves on light and on dark paper.
+    assert len(read.sources) == 4 + 2 + 2 and all(source.startswith("data:image/") for source in read.sources)
+    assert not {"script", "link", "iframe"} & set(read.tags)
+    assert "url(" not in run.page and "prefers-color-scheme: dark" in run.page
+    assert path.read_text(encoding="utf-8") == run.page
+
+
+def test_everything_of_the_users_is_escaped(run):
+    text = run.page
+    assert "<script" not in text and text.count("&lt;script&gt;") >= 4
+
+
+def test_no_path_of_the_users_is_told(run):
+    text = run.page
+    assert (
+        str(run.folder.path.parent) not in text and "secret-photos" not in text and str(Path.home()) + "/" not in text
+    )
+    assert "run run" in text
+
+
+def test_the_verdict_is_what_the_self_check_found(run):
+    assert "Checked: all 2 checks of the exported file held." in run.page
+    assert "12.3 % &amp; more" in run.page
+    failed = html(run, [*FINDINGS, Finding("unet effect", False, "no effect")])
+    assert "The self-check failed: 1 of 3 checks." in failed and "checks of the exported file held" not in failed
+    assert "Not checked" in html(run, [])
+
+
+def test_the_best_checkpoint_and_its_figures_are_told(run):
+    words = " ".join(Reader(run.page).words)
+    assert "step 20: smallest validation error" in words and "0.2000" in words and "1.00%" in words
+    for line in ("length: 30 steps", "cpu, base in float32", "torch"):
+        assert line in words
+
+
+def test_what_was_not_measured_is_not_there(run, tmp_path):
+    empty = RunFolder.create(config.load(None, {"train.steps": 1, "output.folder": str(tmp_path / "empty")}))
+    text = report.html(empty, run.config, run.plan, run.photos, [], FINDINGS)
+    for title in ("Curves", "Samples", "validation"):
+        assert f"<h2>{title}" not in text
+    assert "Best checkpoint" not in text and report.contact_sheet(empty) is None
+
+
+def test_photos_are_shown_as_they_were_cut(run):
+    sizes = [(item.bucket.width, item.bucket.height) for item in run.photos.items]
+    text = run.page
+    for width, height in sizes:
+        assert f"{width}x{height}" in text
+
+
+def test_a_photo_that_is_gone_does_not_fail_the_report(run):
+    gone = [
+        dataclasses.replace(item, photo=SimpleNamespace(path=Path("gone.png"), relative="gone.png"))
+        for item in run.photos.items[:1]
+    ]
+    photos = SimpleNamespace(**vars(run.photos) | {"items": [*gone, *run.photos.items[1:]]}, photos=run.photos.photos)
+    assert len(Reader(html(run, photos=photos)).sources) == 4 + 1 + 2
+
+
+def decoded(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).astype(int)
+
+
+def test_curves_have_a_panel_for_each_thing_measured(run):
+    events = list(run.folder.events())
+    both = decoded(report.curves(events, best=20))
+    training = decoded(report.curves([event for event in events if event["event"] == "step"]))
+    assert both.shape[0] == pytest.approx(2 * training.shape[0], abs=4) and both.shape[1] == training.shape[1]
+    assert decoded(report.curves([])).min() == 255  # blank
+    dark = decoded(report.curves(events, dark=True))
+    assert dark[0, 0, 3] == 0 and both[0, 0].tolist() == [255] * 4
+
+
+def test_a_step_that_was_done_twice_counts_as_done_last():
+    first = {"event": "step", "step": 1, "loss": 9.0, "learning_rate": 1e-4}
+    again = {"event": "step", "step": 1, "loss": 1.0, "learning_rate": 1e-4}
+    second = {"event": "step", "step": 2, "loss": 1.0, "learning_rate": 1e-4}
+    assert report.curves([first, second, again]) == report.curves([again, second])
+    assert report.curves([again, second, first]) != report.curves([again, second])
+
+
+def test_smoothing_is_a_weighted_mean():
+    values, weight = [4.0, 0.0, 1.0], 0.5
+    expected = [4.0, (0.5 * 4 + 0) / 1.5, (0.25 * 4 + 0.5 * 0 + 1) / 1.75]
+    assert report.smoothed(values, weight) == pytest.approx(expected)
+
+
+def test_contact_sheet_has_a_row_for_each_step(run):
+    sheet = report.contact_sheet(run.folder)
+    pixels = np.asarray(sheet).reshape(-1, 3)
+    for colour in ((0, 99, 0), (30, 99, 0)):
+        assert (pixels == colour).all(1).sum() == (64 * 3) ** 2
+    assert (pixels == (0, 200, 99)).all(1).sum() == 2 * (64 * 3) ** 2
+
+
+def test_the_options_hold_no_path(run):
+    shown = re.search(r"<pre>(.*)</pre>", run.page, re.DOTALL)[1]
+    assert "train.steps = 30" in shown and "model.base" not in shown and "data.folder" not in shown

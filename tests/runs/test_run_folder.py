@@ -1,0 +1,298 @@
+"""The run folder: claimed once, never overwritten, readable at any moment, honest about a process that is gone."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lorakit import config
+from lorakit.core import atomic, image_grid as pictures, names
+from lorakit.core.errors import LorakitError
+from lorakit.runs import folder as run_folder
+from lorakit.runs.folder import RunFolder
+
+DEAD = 2**22 + 1  # above the largest process number that Linux gives out
+
+
+def settings(folder: Path | str = "", name: str = "sks toy") -> config.Config:
+    return config.load(None, {"train.steps": 10, "data.name": name, "output.folder": str(folder)})
+
+
+def test_a_new_run_can_be_read_at_once(tmp_path):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    state = run_folder.read(run.path)
+    assert (state.state, state.step, state.pid) == ("preparing", 0, os.getpid())
+    assert config.load(run.config_file) == settings(tmp_path / "run")
+    assert run.checkpoints.is_dir() and run.samples.is_dir()
+    assert [event["event"] for event in run.events()] == ["start"]
+
+
+def test_default_folder_is_named_by_time_and_name_and_never_reused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = [RunFolder.create(settings(name="Sks  toy/../Ünïcode 雞!")).path for _ in range(3)]
+    assert len(set(made)) == 3
+    for path in made:
+        assert path.parent == Path("runs")
+        stamp, name = path.name[:17], path.name[18:]
+        assert time.strptime(stamp, "%Y-%m-%d-%H%M%S")
+        assert name.startswith("sks-toy-ünïcode-雞")
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [("sks toy", "sks-toy"), ("../../etc", "etc"), ("a_b  C", "a-b-c"), ("***", ""), ("x" * 99, "x" * 40)],
+)
+def test_slug(text, name):
+    assert names.slug(text) == name
+
+
+@pytest.mark.parametrize("name, stem", [("sks toy", "sks-toy"), ("best", "best-adapter"), ("", "photos")])
+def test_name_of_the_adapter(tmp_path, name, stem):
+    chosen = config.load(
+        None, {"train.steps": 1, "data.name": name, "data.folder": "/x/photos", "output.folder": str(tmp_path / "r")}
+    )
+    assert RunFolder.create(chosen).adapter_name == stem
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path):
+    (tmp_path / "kept.txt").write_text("kept")
+    with pytest.raises(LorakitError, match=r"is not empty and nothing in it is overwritten; give another --output$"):
+        RunFolder.create(settings(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_a_run_is_not_started_over_another_run(tmp_path):
+    RunFolder.create(settings(tmp_path / "run"))
+    with pytest.raises(LorakitError, match="or go on with: lorakit resume"):
+        RunFolder.create(settings(tmp_path / "run"))
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(LorakitError, match="run is a file; give --output a folder"):
+        RunFolder.create(settings(tmp_path / "run"))
+    with pytest.raises(LorakitError, match=r"cannot write to .*inside.*; give another --output"):
+        RunFolder.create(settings(tmp_path / "run" / "inside"))
+
+
+def test_state_changes_are_written_at_once_and_progress_soon(tmp_path, monkeypatch):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.update(state="running", steps=10)
+    assert run_folder.read(run.path).state == "running"
+    run.update(step=3, loss=0.5)
+    monkeypatch.setattr(run_folder, "PROGRESS_EVERY", 0)
+    run.update(learning_rate=1e-4)
+    state = run_folder.read(run.path)
+    assert (state.step, state.steps, state.loss, state.learning_rate) == (3, 10, 0.5, 1e-4)
+    with pytest.raises(TypeError):
+        run.update(stpe=4)
+
+
+def test_numbers_that_json_does_not_know_become_null(tmp_path):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.update(state="running", loss=math.nan)
+    run.event("step", step=1, loss=math.inf, file=tmp_path / "private" / "x.png")
+    assert "NaN" not in run.state_file.read_text() and run_folder.read(run.path).loss is None
+    last = list(run.events("step"))[-1]
+    assert last["loss"] is None and last["file"] == "x.png"
+
+
+@pytest.mark.parametrize("state", ["preparing", "running"])
+def test_a_run_whose_process_is_gone_was_interrupted(tmp_path, state):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.update(state=state, step=7)
+    assert run_folder.status(run.path) == state
+    change_state(run, pid=DEAD)
+    assert run_folder.status(run.path) == "interrupted"
+    assert run_folder.read(run.path).step == 7
+
+
+def test_a_process_number_that_was_given_out_again_is_not_the_run(tmp_path):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.update(state="running")
+    change_state(run, pid_start=run_folder.read(run.path).pid_start - 1000)
+    assert run_folder.status(run.path) == "interrupted"
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "stopped"])
+def test_a_run_that_ended_needs_no_process(tmp_path, state):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.update(state=state)
+    change_state(run, pid=DEAD)
+    assert run_folder.status(run.path) == state
+
+
+CHILD = """
+import sys, time
+from lorakit import config, run_folder
+run = run_folder.RunFolder.create(config.load(None, {"train.steps": 9, "output.folder": sys.argv[1]}))
+run_folder.PROGRESS_EVERY = 0
+run.update(state="running")
+step = 0
+while True:
+    step += 1
+    run.event("step", step=step, loss=1.0, text="x" * 2000)
+    run.update(step=step, message="y" * 4000)
+    if step == 5:
+        print("ready", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
+def test_a_kill_leaves_a_readable_folder_that_says_interrupted(tmp_path):
+    for attempt in range(5):
+        path = tmp_path / f"run{attempt}"
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE)
+        assert child.stdout.readline() == b"ready\n"
+        assert run_folder.status(path) == "running"
+        time.sleep(0.003 * attempt)
+        child.send_signal(signal.SIGKILL)
+        # Not reaped yet: even a zombie is not a running trainer.
+        while run_folder.status(path) != "interrupted":
+            time.sleep(0.01)
+        child.wait()
+        assert run_folder.read(path).step >= 4
+        steps = [event["step"] for event in RunFolder(path).events("step")]
+        assert steps == list(range(1, len(steps) + 1))
+        child.stdout.close()
+
+
+def test_open_claims_a_run_and_forgets_the_stop(tmp_path):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.update(state="stopped", step=4, message="stopped after step 4")
+    run.request_stop()
+    change_state(run, pid=DEAD)
+    resumed = RunFolder.open(run.path)
+    assert not resumed.stop_requested
+    state = run_folder.read(run.path)
+    assert (state.state, state.step, state.message, state.pid) == ("preparing", 4, "", os.getpid())
+    assert [event["resumed"] for event in run.events("start")] == [False, True]
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.update(state="running")
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        import psutil
+
+        change_state(run, pid=sleeper.pid, pid_start=psutil.Process(sleeper.pid).create_time())
+        with pytest.raises(LorakitError, match=f"is being trained by process {sleeper.pid}; stop that first"):
+            RunFolder.open(run.path)
+    finally:
+        sleeper.communicate()
+
+
+def test_what_is_not_a_run_folder_is_named(tmp_path):
+    with pytest.raises(LorakitError, match=r"is not a run folder: it has no config.toml"):
+        RunFolder.open(tmp_path)
+    with pytest.raises(LorakitError, match=r"is not a run folder: it has no state.json"):
+        run_folder.read(tmp_path)
+    (tmp_path / "state.json").write_text('{"state": "runn')
+    with pytest.raises(LorakitError, match=r"state.json is damaged; the checkpoints"):
+        run_folder.read(tmp_path)
+
+
+def test_a_half_written_line_is_passed_over_and_the_next_one_stands_alone(tmp_path):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.event("step", step=1)
+    run.update(state="stopped")
+    with run.log_file.open("a", encoding="utf-8") as log:
+        log.write('{"event": "step", "st')
+    assert [event["step"] for event in run.events("step")] == [1]
+    resumed = RunFolder.open(run.path)
+    resumed.event("step", step=2)
+    assert [event["step"] for event in run.events("step")] == [1, 2]
+
+
+def test_stop_is_asked_for_by_any_process(tmp_path):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    assert not run.stop_requested
+    RunFolder(run.path).request_stop()
+    assert run.stop_requested
+
+
+def test_runs_are_listed_last_changed_first(tmp_path):
+    for name in ("a", "b", "c"):
+        RunFolder.create(settings(tmp_path / name)).update(state="done")
+    RunFolder(tmp_path / "a")  # looking changes nothing
+    change_state(RunFolder(tmp_path / "b"), updated=time.time() + 60)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "state.json").write_text("")
+    (tmp_path / "note.txt").write_text("")
+    assert [path.name for path, _ in run_folder.list_runs(tmp_path)] == ["b", "c", "a"]
+    assert run_folder.list_runs(tmp_path / "nowhere") == []
+
+
+def test_plan_and_report_are_kept(tmp_path):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.write_plan({"steps": 10, "modules": {"unet": (1, 2)}})
+    assert json.loads(run.plan_file.read_text()) == {"steps": 10, "modules": {"unet": [1, 2]}}
+    finding = {"name": "kohya", "passed": True, "detail": "ok"}
+    run.write_report([finding])
+    assert json.loads(run.report_file.read_text()) == {"passed": True, "findings": [finding]}
+    run.write_report([finding, finding | {"passed": False}])
+    assert json.loads(run.report_file.read_text())["passed"] is False
+
+
+def test_samples_are_kept_one_by_one_and_as_a_grid(tmp_path):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    drawn = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    drawn[1].info["lorakit"] = '{"prompt": "雞"}'
+    grid = run.save_samples(100, drawn, ["one", "two"])
+    assert grid == run.samples / "step-000100.png" and run.sample_grids() == {100: grid}
+    files = run.sample_pictures(100)
+    assert [file.name for file in files] == ["01.png", "02.png"]
+    with Image.open(files[1]) as image:
+        assert image.getpixel((5, 5)) == (0, 0, 255) and image.info["lorakit"] == '{"prompt": "雞"}'
+
+
+def test_grid_puts_each_picture_in_its_place():
+    colours = ["red", "lime", "blue", "black"]
+    images = [Image.new("RGB", (200, 200), colour) for colour in colours]
+    grid = pictures.grid(images, ["above", "below"], ["left", "right"])
+    left = grid.width - 2 * (200 + pictures.GAP)
+    for number, image in enumerate(images):
+        row, column = divmod(number, 2)
+        at = (left + column * (200 + pictures.GAP) + 100, pictures.GAP + row * (200 + pictures.GAP) + 100)
+        assert grid.getpixel(at) == image.getpixel((0, 0))
+    with pytest.raises(ValueError, match="3 pictures do not fill 2 rows and 2 columns"):
+        pictures.grid(images[:3], ["above", "below"], ["left", "right"])
+
+
+def test_small_pictures_are_enlarged_pixel_by_pixel():
+    image = Image.new("RGB", (64, 64), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    grid = pictures.grid([image, None], ["r"], ["a", "b"])
+    assert sum(grid.getpixel((x, y)) == (255, 0, 0) for x in range(grid.width) for y in range(grid.height)) == 3 * 3
+
+
+def test_an_interrupted_write_leaves_the_file_before(tmp_path, monkeypatch):
+    file = tmp_path / "x.json"
+    atomic.write(file, "before")
+
+    def fail(handle: int) -> None:
+        raise OSError("the power is gone")
+
+    monkeypatch.setattr(atomic.os, "fsync", fail)
+    with pytest.raises(OSError, match="the power is gone"):
+        atomic.write(file, "after")
+    assert file.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_the_run_folder_is_read_without_torch():
+    code = "import sys; from lorakit import run_folder, pictures; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def change_state(run: RunFolder, **changes: object) -> None:
+    """Write into state.json what another process would have written."""
+    state = json.loads(run.state_file.read_text(encoding="utf-8"))
+    run.state_file.write_text(json.dumps(state | changes), encoding="utf-8")

@@ -1,0 +1,56 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit import config, formats as export
+from lorakit.cli import main as cli
+from lorakit.core.errors import LorakitError
+from lorakit.runs.folder import RunFolder
+from lorakit.training import checkpoint, checkpoint_export as snapshot
+
+LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tiny_sd1: Path) -> Path:
+    """A checkpoint of one layer in a run folder, without a run."""
+    wanted = {
+        "model.base": str(tiny_sd1),
+        "data.name": "sks toy",
+        "adapter.method": "rslora",
+        "adapter.rank": 4,
+        "output.folder": str(tmp_path / "run"),
+    }
+    made = config.load("subject-sd15", wanted)
+    run = RunFolder.create(made)
+    run.write_plan({"photos": 5, "batches": 5})
+    draw = torch.Generator().manual_seed(0)
+    state = {f"{LAYER}.down": torch.randn(4, 32, generator=draw), f"{LAYER}.up": torch.randn(32, 4, generator=draw)}
+    return checkpoint.save(run.checkpoints, 20, state, {"state": {}, "param_groups": []}, {}, config=made)
+
+
+def test_a_checkpoint_is_an_adapter(saved: Path):
+    assert snapshot.is_checkpoint(saved) and not snapshot.is_checkpoint(saved.parent)
+    weights = snapshot.read(saved)
+    layer = weights.layers[LAYER]
+    assert (weights.family, weights.method, list(weights.layers)) == ("sd1", "rslora", [LAYER])
+    assert layer.scale == pytest.approx(4 / math.sqrt(4)), "alpha / sqrt(rank), alpha unset being the rank"
+    draw = torch.Generator().manual_seed(0)
+    assert torch.equal(layer.down, torch.randn(4, 32, generator=draw))
+    assert json.loads(weights.metadata["lorakit.config"])["adapter"]["rank"] == 4
+
+
+def test_it_is_exported_as_any_adapter(saved: Path, tmp_path: Path):
+    assert cli.main(["export", str(saved), "--to", "kohya", "--dtype", "fp32", "--output", str(tmp_path / "out")]) == 0
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    read, kept = export.read(file).layers[LAYER], snapshot.read(saved).layers[LAYER]
+    assert torch.allclose(read.delta(), kept.delta(), rtol=1e-6)
+
+
+def test_a_run_without_its_plan_is_named(saved: Path):
+    (saved.parent.parent / "plan.json").write_text("{")
+    with pytest.raises(LorakitError, match=r"plan\.json is not there or damaged"):
+        snapshot.read(saved)

@@ -1,0 +1,105 @@
+"""An optimizer step is what the plainest loop does over separate parameters."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lorakit import adapters, config, families
+from lorakit.data import checks as check
+from lorakit.training import optimizers as optim
+from lorakit.training.loss_step import Step
+from lorakit.training.optimizer_step import Update
+from lorakit.training.precompute import encode
+
+STEPS, PARTS = 3, 2
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (folder := tmp_path / "photos").mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def chosen(base: Path, photos: Path, **changes: Any) -> config.Config:
+    asked = {
+        "model.base": str(base),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "adapter.rank": 8,
+        "adapter.train_text_encoder": True,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.text_encoder_learning_rate": 1e-3,
+        "train.steps": STEPS,
+        "train.batch_size": 2,
+        "train.gradient_accumulation_steps": PARTS,
+        "train.holdout": 0.0,
+        "memory.device": "cpu",
+    }
+    return config.load(None, asked | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, Step]:
+    info = families.describe(settings.model.base)
+    family = families.load(info, "cpu", dtype)
+    adapter = adapters.attach(family, settings.adapter, seed=0, trigger=settings.data.trigger)
+    encoded = encode(settings, family, adapter, check.check(settings.data, info), lambda line: None)
+    adapters.slim(family)
+    return adapter, Step(family, adapter, encoded, settings.train)
+
+
+def plainly(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, list[float]]:
+    """The adapter after a loop over parameters that nothing was done to, and the norms on the way."""
+    adapter, step = prepared(settings, dtype)
+    optimizer = optim.build(settings.optimizer, adapter.groups())
+    parameters = list(adapter.parameters().values())
+    for parameter in parameters:  # a layer that has no part in the loss has a gradient of 0 in a run, not none
+        parameter.grad = torch.zeros_like(parameter)
+    norms = []
+    for number in range(STEPS):
+        optim.set_learning_rate(optimizer, settings.optimizer, number, STEPS)
+        for part in range(PARTS):
+            (step.loss(number * PARTS + part) / PARTS).backward()
+        most = settings.train.max_grad_norm or float("inf")
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, most).item())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    return adapter, norms
+
+
+def updated(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, list[float]]:
+    adapter, step = prepared(settings, dtype)
+    update = Update(settings, step, STEPS, print)
+    return adapter, [update(number)[1].item() for number in range(STEPS)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sdxl"])
+def test_without_clipping_the_weights_are_the_plain_loops_to_the_bit(
+    name: str, base: str, photos: Path, request: Any
+) -> None:
+    settings = chosen(request.getfixturevalue(base), photos, optimizer__name=name, train__max_grad_norm=0.0)
+    (mine, found), (theirs, norms) = updated(settings), plainly(settings)
+    state, other = mine.state(), theirs.state()
+    assert state.keys() == other.keys() and {key.partition(".")[0] for key in state} >= {"unet", "text_encoder"}
+    assert all(torch.equal(state[key], other[key]) for key in state)
+    assert found == pytest.approx(norms, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_clipped_and_in_half_precision_they_are_near(tiny_sd1: Path, photos: Path, dtype: torch.dtype) -> None:
+    settings = chosen(tiny_sd1, photos, train__max_grad_norm=0.01, adapter__new_tokens=2)
+    (mine, found), (theirs, norms) = updated(settings, dtype), plainly(settings, dtype)
+    assert min(norms) > 0.01
+    assert found == pytest.approx(norms, rel=1e-6 if dtype is torch.float32 else 1e-2)
+    begun, _ = prepared(settings, dtype)
+    start, state, other = begun.state(), mine.state(), theirs.state()
+    moved = torch.cat([(other[key] - start[key]).flatten() for key in other])
+    off = torch.cat([(other[key] - state[key]).flatten() for key in other])
+    assert moved.norm() > 0 and off.norm() <= (1e-4 if dtype is torch.float32 else 0.05) * moved.norm()

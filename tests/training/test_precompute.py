@@ -1,0 +1,163 @@
+"""Before the first step: what is on the device while photos, texts and class images are encoded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lorakit import config, families
+from lorakit.data import checks as check
+from lorakit.families import loading as components
+from lorakit.training.precompute import TEXTS, embed, encode
+
+
+class Watched:
+    """A family that remembers which of its parts were on the device whenever one of them was used.
+
+    On a CPU nothing moves, so who is where is kept here, by the rules of `families.Family`.
+    """
+
+    def __init__(self, family: Any):
+        self.family, self.there = family, set[str]()
+        self.seen: dict[str, set[frozenset[str]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+    def release(self, *names: str) -> None:
+        adapted = any(weight.requires_grad for weight in self.family.unet.parameters())
+        self.there -= set(names) - ({"unet"} if adapted else set())
+
+    def acquire(self, *names: str) -> None:
+        self.there |= set(names)
+
+    def _use(self, part: str, doing: str) -> None:
+        self.acquire(part)
+        self.seen.setdefault(doing, set()).add(frozenset(self.there))
+
+    def encode_image(self, pixels: torch.Tensor) -> Any:
+        self._use("vae", "encode_image")
+        return self.family.encode_image(pixels)
+
+    def encode_text(self, texts: list[str]) -> Any:
+        self._use("text_encoders", "encode_text")
+        return self.family.encode_text(texts)
+
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Any:
+        self._use("text_encoders", "encode_tokens")
+        return self.family.encode_tokens(tokens, grad=grad)
+
+    def pipeline(self) -> Any:
+        self.seen.setdefault("pipeline", set()).add(frozenset(self.there))
+        return self.family.pipeline()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self._use("vae", "decode")
+        return self.family.decode(latents)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    yield folder
+
+
+@pytest.mark.parametrize("prior", ["none", "images"])
+def test_each_part_of_the_base_has_the_device_to_itself(
+    tiny_sd1: Path, photos: Path, prior: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    settings = {
+        "model.base": str(tiny_sd1),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "train.steps": 1,
+        "train.prior": prior,
+        "sample.steps": 1,
+    } | ({"train.class_images": 2} if prior == "images" else {})
+    chosen = config.load(None, settings)
+    info = families.describe(tiny_sd1)
+    family = Watched(families.load(info, "cpu", torch.float32))
+    encoded = encode(chosen, family, None, check.check(chosen.data, info), lambda line: None)
+    assert family.seen["encode_text"] == family.seen["encode_tokens"] == {frozenset({"text_encoders"})}
+    assert not any({"unet", "text_encoders"} <= there for there in family.seen["pipeline"])
+    drawing = {frozenset({"unet", "vae"})} if prior == "images" else set()
+    assert family.seen.get("decode", set()) == drawing
+    assert family.seen["encode_image"] == {frozenset({"vae"})} | drawing
+    assert "vae" not in family.there and "text_encoders" not in family.there
+    assert (encoded.class_latents is None) == (prior == "none")
+
+
+def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photos: Path) -> None:
+    from lorakit import adapters
+
+    settings = {"data.folder": str(photos), "data.name": "sks toy", "data.resolution": 64, "train.steps": 1}
+    chosen = config.load(None, settings)
+    info = families.describe(tiny_sd1)
+    family = Watched(families.load(info, "cpu", torch.float32))
+    family.acquire("unet")
+    adapter = adapters.attach(family.family, chosen.adapter)
+    encode(chosen, family, adapter, check.check(chosen.data, info), lambda line: None)
+    assert family.seen["encode_image"] == {frozenset({"unet", "vae"})}
+
+
+def test_many_texts_do_not_need_more_memory_than_a_few(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family: Any = families.load(families.describe(tiny_sdxl), "cpu", torch.float32)
+    texts = [f"a photo of a toy {number}" for number in range(2 * TEXTS + 3)]
+    together: list[int] = []
+    encode_tokens = family.encode_tokens
+    monkeypatch.setattr(family, "encode_tokens", lambda rows: (together.append(len(rows[0])), encode_tokens(rows))[1])
+    found = embed(family, family.tokens(texts))
+    assert together == [TEXTS, TEXTS, 3] and len(found) == len(texts)
+    monkeypatch.undo()
+    for place, text in enumerate(texts):
+        alone, row = family.encode_text([text]), found.index(torch.tensor([place]))
+        torch.testing.assert_close(row.encoder_hidden_states, alone.encoder_hidden_states)
+        torch.testing.assert_close(row.pooled, alone.pooled)
+
+
+class Somewhere:
+    """A module as `components.move` sees it: it says where it is and counts how often it was sent."""
+
+    def __init__(self, device: str, trained: bool = False):
+        self.device, self.trained, self.sent = torch.device(device), trained, 0
+
+    def parameters(self) -> Iterator[Any]:
+        yield SimpleNamespace(device=self.device, requires_grad=self.trained)
+
+    def to(self, device: torch.device) -> None:
+        self.device, self.sent = device, self.sent + 1
+
+
+def test_what_is_trained_stays_where_the_optimizer_knows_it() -> None:
+    module = Somewhere("cuda:0", trained=True)
+    components.move({"unet": [module]}, ("unet",), torch.device("cpu"))
+    assert module.sent == 0
+    components.move({"unet": [other := Somewhere("cpu", trained=True)]}, ("unet",), torch.device("cuda"))
+    assert other.sent == 1
+
+
+def test_what_lies_beside_something_trained_stays_too() -> None:
+    """Else a CUDA graph of both would read where it was."""
+    frozen, trained = Somewhere("cuda:0"), Somewhere("cuda:0", trained=True)
+    components.move({"text_encoders": [frozen, trained]}, ("text_encoders",), torch.device("cpu"))
+    assert (frozen.sent, trained.sent) == (0, 0)
+
+
+def test_what_is_there_already_is_not_moved() -> None:
+    vae, first, second = Somewhere("cpu"), Somewhere("cpu"), Somewhere("cuda:0")
+    parts = {"vae": [vae], "text_encoders": [first, second]}
+    for _ in range(2):
+        components.move(parts, ("text_encoders",), torch.device("cuda"))
+    assert (vae.sent, first.sent, second.sent) == (0, 1, 0)
+    assert (vae.device.type, first.device.type) == ("cpu", "cuda")

@@ -1,0 +1,493 @@
+"""The main job end to end on a tiny model: what is promised of a run, a resume, a stop and a failure."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from power import Cut, interrupted_after
+from safetensors.torch import load_file
+
+from lorakit import config, families
+from lorakit.core.errors import LorakitError
+from lorakit.data import latents as cache
+from lorakit.inference import sampling as sample
+from lorakit.training import checkpoint, checkpoint_export as snapshot, run as train
+from lorakit.training.loss_step import Step
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Five pictures of three shapes, two of them with captions."""
+    (folder := tmp_path / "photos").mkdir()
+    draw = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(64, 64), (80, 64), (64, 96), (64, 64), (70, 70)]):
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (folder / "0.txt").write_text("a photo of a sks toy on a beach", encoding="utf-8")
+    (folder / "1.txt").write_text("a sks toy in the snow", encoding="utf-8")
+    return folder
+
+
+def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[str, object]:
+    """A short run; dots in option names are written as double underscores."""
+    short = {
+        "model.base": str(base),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "adapter.rank": 2,
+        "optimizer.learning_rate": 1e-2,
+        "train.steps": 6,
+        "train.batch_size": 2,
+        "train.prior": "none",
+        "train.save_every": 3,
+        "train.validate_every": 6,
+        "sample.every": 6,
+        "sample.steps": 2,
+        "sample.prompts": ("a photo of sks toy",),
+        "memory.device": "cpu",
+        "output.folder": str(folder),
+        "output.dtype": "fp32",
+    }
+    return short | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def run(base: Path, photos: Path, folder: Path, **changes: object) -> train.Result:
+    """Train as asked."""
+    return train.train(config.load(None, options(base, photos, folder, **changes)))
+
+
+def events(folder: Path, kind: str) -> list[dict[str, object]]:
+    """The events of one kind in a run's log."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(tiny_sd1, photos, tmp_path):
+    before = hashes(photos)
+    result = run(tiny_sd1, photos, tmp_path / "run", output__formats=("kohya", "diffusers", "peft"))
+
+    assert hashes(photos) == before
+    assert set(result.exports) == {"kohya", "diffusers", "peft"}
+    assert result.steps == 6 and len(events(result.folder, "step")) == 6
+    assert all(finding.passed for finding in result.findings)
+    names = {finding.name for finding in result.findings}
+    assert {"kohya unet", "diffusers unet", "peft unet"} <= names
+    tensors = load_file(result.adapter)
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    ups = [name for name in tensors if name.endswith("lora_up.weight")]
+    assert ups and all(tensors[name].abs().sum() > 0 for name in ups)
+    state = json.loads((result.folder / "state.json").read_text(encoding="utf-8"))
+    assert state["state"] == "done" and state["step"] == 6
+    for name in ("config.toml", "plan.json", "report.html", "report.json", "curves.png"):
+        assert (result.folder / name).stat().st_size > 0, name
+    steps_drawn = [event["step"] for event in events(result.folder, "sample")]
+    assert steps_drawn == [0, 6]
+
+
+def test_a_resolved_config_repeats_the_run_to_the_bit(tiny_sd1, photos, tmp_path):
+    first = run(tiny_sd1, photos, tmp_path / "one")
+    again = train.train(config.load(first.folder / "config.toml", {"output.folder": str(tmp_path / "two")}))
+    one, two = load_file(first.adapter), load_file(tmp_path / "two" / again.adapter.name)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_learning_rate_zero_is_called_what_it_is(tiny_sd1, photos, tmp_path):
+    with pytest.raises(LorakitError, match="self-check failed") as caught:
+        run(tiny_sd1, photos, tmp_path / "run", optimizer__learning_rate=0.0)
+    assert "\n" not in str(caught.value)
+    assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["state"] == "failed"
+
+
+@pytest.mark.parametrize("method", config.ADAPTER_SECTIONS)
+def test_every_method_trains_and_passes_its_check_with_text_encoder_and_convolutions(
+    tiny_sd1, photos, tmp_path, method
+):
+    result = run(
+        tiny_sd1,
+        photos,
+        tmp_path / "run",
+        adapter__method=method,
+        adapter__alpha=1.0,
+        adapter__target_modules="linear+conv",
+        adapter__train_text_encoder=True,
+    )
+    assert {"kohya unet", "kohya text encoder"} <= {f.name for f in result.findings}
+
+
+def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
+    """Pivotal tuning on the bundled base: files for A1111, ComfyUI and diffusers, which the self-check has opened."""
+    result = run(
+        "pocket",
+        photos,
+        tmp_path / "run",
+        adapter__new_tokens=2,
+        train__steps=3,
+        train__holdout=0.0,
+        sample__prompts=("a photo of a sks toy",),
+        output__formats=("kohya", "diffusers", "peft"),
+    )
+    assert {f"{fmt} {part}" for fmt in result.exports for part in ("file", "unet", "text encoder")} <= {
+        finding.name for finding in result.findings
+    }
+    name = result.adapter.stem
+    embedding = load_file(result.folder / f"{name}-embedding" / "sks.safetensors")
+    bundle = load_file(result.folder / f"{name}-bundled.safetensors")
+    rows = embedding["emb_params"]
+    assert list(embedding) == ["emb_params"] and len(rows) == 2
+    assert torch.equal(bundle["bundle_emb.sks.string_to_param.*"], rows)
+    assert {key: t for key, t in bundle.items() if not key.startswith("bundle_emb.")}.keys() == load_file(
+        result.adapter
+    ).keys()
+    base = families.load(families.describe("pocket"), "cpu", torch.float32)
+    table = base.text_encoders["text_encoder"].get_input_embeddings().weight
+    ids = base.tokenizer("sks", add_special_tokens=False).input_ids
+    assert (rows != table[[ids[0], ids[1 % len(ids)]]]).any(1).all()
+
+    (path,) = sample.from_file(result.adapter, "pocket", ["a sks toy"], [1.0], config.SampleConfig(steps=1))[1:]
+    assert path.is_file()
+    last = snapshot.read(checkpoint.latest(result.folder / "checkpoints"))
+    assert torch.equal(last.tokens["sks"]["text_encoder"], rows)
+    (result.folder / f"{name}-embedding" / "sks.safetensors").unlink()
+    with pytest.raises(LorakitError, match=r"its embedding .*sks\.safetensors is not beside it: put it back"):
+        sample.recorded(result.adapter, {})
+
+
+@pytest.mark.parametrize("prior", ["images", "teacher"])
+def test_both_kinds_of_prior_change_what_is_learned(tiny_sd1, photos, tmp_path, monkeypatch, prior):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    plain = run(tiny_sd1, photos, tmp_path / "plain")
+    extra = {"train__class_images": 3} if prior == "images" else {}
+    kept = run(tiny_sd1, photos, tmp_path / prior, train__prior=prior, **extra)
+    one, two = load_file(plain.adapter), load_file(kept.adapter)
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_sdxl_trains_with_both_text_encoders(tiny_sdxl, photos, tmp_path):
+    result = run(tiny_sdxl, photos, tmp_path / "run", adapter__train_text_encoder=True)
+    names = load_file(result.adapter)
+    assert {name.split("_")[1] for name in names} == {"unet", "te1", "te2"}
+
+
+def test_sdxl_learns_a_word_in_both_text_encoders(tiny_sdxl, photos, tmp_path, monkeypatch):
+    """A whole pivotal run, cut and resumed, down to a picture from the files."""
+    folder, changes = tmp_path / "cut", {"adapter__new_tokens": 2, "train__steps": 4, "train__save_every": 2}
+    with monkeypatch.context() as patch:
+        interrupted_after(2, patch)
+        with pytest.raises(Cut):
+            run(tiny_sdxl, photos, folder, **changes)
+    result = train.resume(folder)
+    assert all(finding.passed for finding in result.findings)
+    straight = run(tiny_sdxl, photos, tmp_path / "straight", **changes)
+    name = result.adapter.stem
+    vectors = load_file(folder / f"{name}-embedding" / "sks.safetensors")
+    other = load_file(straight.folder / f"{straight.adapter.stem}-embedding" / "sks.safetensors")
+    assert vectors.keys() == other.keys() == {"clip_l", "clip_g"}
+    assert all(torch.equal(vectors[key], other[key]) for key in vectors)
+    base = families.load(families.describe(tiny_sdxl), "cpu", torch.float32)
+    for encoder, key, tokenizer in zip(base.text_encoders.values(), ("clip_l", "clip_g"), base.tokenizers, strict=True):
+        table = encoder.get_input_embeddings().weight
+        ids = tokenizer("sks", add_special_tokens=False).input_ids
+        assert len(vectors[key]) == 2 and (vectors[key] != table[[ids[0], ids[1 % len(ids)]]]).any(1).all()
+    bundle = load_file(folder / f"{name}-bundled.safetensors")
+    for key, rows in vectors.items():
+        assert torch.equal(bundle[f"bundle_emb.sks.{key}"], rows)
+    (path,) = sample.from_file(result.adapter, str(tiny_sdxl), ["a sks toy"], [1.0], config.SampleConfig(steps=1))[1:]
+    assert path.is_file()
+
+
+def test_tensorboard_shows_what_the_log_says(tiny_sd1, photos, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(tiny_sd1, photos, tmp_path / "run", output__tensorboard=True)
+    board = EventAccumulator(str(result.folder / "tensorboard")).Reload()
+    logged = {event["step"]: event["loss"] for event in events(result.folder, "step")}
+    shown = {scalar.step: scalar.value for scalar in board.Scalars("step/loss")}
+    assert shown == pytest.approx(logged) and len(shown) == 6
+    assert [scalar.step for scalar in board.Scalars("validation/prior_drift")] == [6]
+
+
+def test_tensorboard_that_is_not_installed_is_named(tiny_sd1, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(LorakitError, match=r"pip install 'lorakit\[tensorboard\]'"):
+        run(tiny_sd1, photos, tmp_path / "run", output__tensorboard=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("cuts", [(4,), (10,), (4, 8)])
+def test_resume_is_bit_equal_to_a_straight_run(tiny_sd1, photos, tmp_path, monkeypatch, cuts):
+    changes = {
+        "train__steps": 12,
+        "train__save_every": 2,
+        "train__validate_every": 6,
+        "train__gradient_accumulation_steps": 2,
+        "optimizer__lr_scheduler": "cosine",
+        "optimizer__warmup_steps": 3,
+        "adapter__dropout": 0.1,
+        "adapter__train_text_encoder": True,
+    }
+    straight = run(tiny_sd1, photos, tmp_path / "straight", **changes)
+
+    folder = tmp_path / "cut"
+    for number, cut in enumerate(cuts):
+        with monkeypatch.context() as patch:
+            interrupted_after(cut, patch)
+            with pytest.raises(Cut):
+                train.resume(folder) if number else run(tiny_sd1, photos, folder, **changes)
+    resumed = train.resume(folder)
+
+    one, two = load_file(straight.adapter), load_file(resumed.adapter)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    rates = [[(e["step"], e["learning_rate"]) for e in events(f, "step")] for f in (straight.folder, resumed.folder)]
+    assert dict(rates[0]) == dict(rates[1]) and len(dict(rates[0])) == 12
+
+
+def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, tmp_path, monkeypatch):
+    now = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with monkeypatch.context() as patch:
+            interrupted_after(2, patch)
+            with pytest.raises(Cut):
+                run(tiny_sd1, photos, tmp_path / "run", train__steps=4, train__save_every=2)
+        torch.set_num_threads(1)
+        train.resume(tmp_path / "run")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(now)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path, monkeypatch, checkpointing):
+    load, made, others = families.load, [], []
+
+    def counted(*args):
+        others.append(sum(part() is not None for part in made))
+        family = load(*args)
+        made.extend(weakref.ref(part) for part in family.unet.modules())
+        return family
+
+    monkeypatch.setattr(families, "load", counted)
+    asked = {"output__formats": ("kohya", "diffusers", "peft"), "memory__gradient_checkpointing": checkpointing}
+    gc.disable()  # nothing is let go of by chance
+    try:
+        run(tiny_sd1, photos, tmp_path / "run", **asked)
+    finally:
+        gc.enable()
+    assert others == [0, 0, 0, 0]
+
+
+def test_sampling_and_validation_do_not_disturb_training(tiny_sd1, photos, tmp_path):
+    state = torch.get_rng_state()
+    busy = run(tiny_sd1, photos, tmp_path / "busy", sample__every=1, train__validate_every=1, train__save_every=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    calm = run(tiny_sd1, photos, tmp_path / "calm")
+    one, two = load_file(busy.adapter), load_file(calm.adapter)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def not_finite_at(index: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of one batch is NaN, so many times."""
+    loss, left = Step.loss, [times]
+
+    def poisoned(self, at):
+        value = loss(self, at)
+        if at == index and left[0]:
+            left[0] -= 1
+            return value * float("nan")
+        return value
+
+    monkeypatch.setattr(Step, "loss", poisoned)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(tiny_sd1, photos, tmp_path, monkeypatch):
+    not_finite_at(4, 1, monkeypatch)
+    with pytest.raises(LorakitError, match=r"step 5: the loss is not finite \(.*\.png") as caught:
+        run(tiny_sd1, photos, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.name == "step-000003"
+    state = checkpoint.load(saved)
+    assert all(torch.isfinite(tensor).all() for tensor in state.adapter.values())
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_base_in_half_precision_learns_what_one_in_full_precision_does(tiny_sd1, photos, tmp_path, precision):
+    def updates(folder: str, **changes: object) -> torch.Tensor:
+        result = run(tiny_sd1, photos, tmp_path / folder, train__steps=20, train__save_every=20, **changes)
+        tensors = load_file(result.adapter)
+        return torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_up" in name])
+
+    full = updates("fp32", memory__mixed_precision="fp32")
+    half = updates(precision, memory__mixed_precision=precision)
+    assert torch.nn.functional.cosine_similarity(full, half, dim=0) > 0.9
+
+
+def test_too_little_memory_for_a_step_names_what_would_help(tiny_sd1, photos, tmp_path, monkeypatch):
+    def full(self, index):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Step, "loss", full)
+    with pytest.raises(LorakitError) as caught:
+        run(tiny_sd1, photos, tmp_path / "run")
+    assert str(caught.value) == (
+        "step 1: not enough memory on the device; cheapest first, set memory.gradient_checkpointing = true, "
+        "memory.base_storage = 'nf4', train.batch_size = 1 with train.gradient_accumulation_steps = 2, "
+        "or a lower data.resolution (now 64)"
+    )
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tiny_sd1, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for base, folder in ((tmp_path / "none", photos), (tiny_sd1, empty)):
+        settings = {"model.base": str(base), "data.folder": str(folder), "data.name": "sks toy", "train.steps": 1}
+        with pytest.raises(LorakitError):
+            train.train(config.load(None, settings))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_base_in_few_bits_is_trained_on_said_and_checked_against(tiny_sd1, photos, tmp_path):
+    full = run(tiny_sd1, photos, tmp_path / "full")
+    small = run(tiny_sd1, photos, tmp_path / "small", memory__base_storage="nf4")
+    said = [event["message"] for event in events(tmp_path / "small", "message")]
+    assert "device: cpu (1 thread), base in float32 (the UNet's weights kept in nf4), adapter in float32" in said
+    assert all(finding.passed for finding in small.findings)
+    ups = [load_file(result.adapter) for result in (full, small)]
+    off = [torch.dist(ups[0][name], ups[1][name]) / ups[0][name].norm() for name in ups[0] if "lora_up" in name]
+    assert 1e-4 < torch.stack(off).mean() < 1
+
+
+def test_too_little_memory_before_the_first_step_is_told_too(tiny_sd1, photos, tmp_path, monkeypatch):
+    def full(*given, **named):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(families, "load", full)
+    with pytest.raises(LorakitError, match=r"^loading the base: not enough memory on the device; cheapest first, set "):
+        run(tiny_sd1, photos, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["state"] == "failed"
+
+
+def test_too_little_memory_for_samples_does_not_end_the_run(tiny_sd1, photos, tmp_path, monkeypatch):
+    draw, left = sample.draw, [1]
+
+    def full_once(*given, **named):
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError
+        return draw(*given, **named)
+
+    monkeypatch.setattr(sample, "draw", full_once)
+    result = run(tiny_sd1, photos, tmp_path / "run")
+    assert [event["message"] for event in events(result.folder, "warning")] == [
+        "step 0: not enough memory to draw samples; training goes on without them"
+    ]
+
+
+def test_rollback_goes_on_from_the_last_checkpoint_once(tiny_sd1, photos, tmp_path, monkeypatch):
+    not_finite_at(4, 1, monkeypatch)
+    result = run(tiny_sd1, photos, tmp_path / "run", train__on_nan="rollback")
+    assert result.steps == 6
+    warnings = [event["message"] for event in events(result.folder, "warning")]
+    assert any("step 5" in line and "going back to step-000003" in line for line in warnings)
+
+
+def test_rollback_does_not_go_round_for_ever(tiny_sd1, photos, tmp_path, monkeypatch):
+    not_finite_at(4, 100, monkeypatch)
+    with pytest.raises(LorakitError, match="step 5: the loss is not finite"):
+        run(tiny_sd1, photos, tmp_path / "run", train__on_nan="rollback")
+
+
+def test_the_texts_that_are_encoded_are_the_captions_with_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
+    seen: list[str] = []
+    instance = Step._instance_term
+
+    def spy(self, batch):
+        seen.extend(self.encoded.dataset.texts[i] for i in batch.texts.tolist())
+        return instance(self, batch)
+
+    monkeypatch.setattr(Step, "_instance_term", spy)
+    run(tiny_sd1, photos, tmp_path / "run", train__steps=None, train__epochs=1)
+    assert all("sks" in text.split() for text in seen)
+    assert "a photo of a sks toy on a beach" in seen and "a sks toy in the snow" in seen
+
+
+def test_swapping_two_captions_changes_the_adapter(tiny_sd1, photos, tmp_path):
+    first = run(tiny_sd1, photos, tmp_path / "one")
+    one, two = ((photos / f"{n}.txt").read_text(encoding="utf-8") for n in (0, 1))
+    (photos / "0.txt").write_text(two, encoding="utf-8")
+    (photos / "1.txt").write_text(one, encoding="utf-8")
+    second = run(tiny_sd1, photos, tmp_path / "two")
+    a, b = load_file(first.adapter), load_file(second.adapter)
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_photo_is_seen_once_an_epoch(tiny_sd1, photos, tmp_path, monkeypatch):
+    seen: list[str] = []
+    instance = Step._instance_term
+
+    def spy(self, batch):
+        seen.extend(self.encoded.dataset.names(batch.bucket)[i] for i in batch.entries.tolist())
+        return instance(self, batch)
+
+    monkeypatch.setattr(Step, "_instance_term", spy)
+    run(tiny_sd1, photos, tmp_path / "run", **{"train__steps": None, "train__epochs": 2})
+    assert sorted(seen) == sorted([f"{n}.png" for n in range(5)] * 2)
+
+
+def test_a_broken_photo_stops_the_run_before_the_base_is_loaded(tiny_sd1, photos, tmp_path, monkeypatch):
+    (photos / "9.jpg").write_bytes(b"not a picture")
+    monkeypatch.setattr(cache, "build", lambda *a, **k: pytest.fail("the photos were encoded"))
+    with pytest.raises(LorakitError, match=r"9\.jpg"):
+        run(tiny_sd1, photos, tmp_path / "run")
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path, tiny_sd1, photos):
+    with pytest.raises(LorakitError, match="not a run folder"):
+        train.resume(photos)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_exports_and_exits_130(tiny_sd1, photos, tmp_path):
+    folder = tmp_path / "run"
+    never = {"train__steps": 5000, "train__save_every": 5000, "train__validate_every": 5000, "sample__every": 5000}
+    asked = options(tiny_sd1, photos, folder, **never)
+    written = {key: ",".join(value) if isinstance(value, tuple) else value for key, value in asked.items()}
+    sets = [f"--set={key}={value}" for key, value in written.items() if key not in ("data.folder", "output.folder")]
+    command = [sys.executable, "-m", "lorakit", "train", str(photos), "--output", str(folder), *sets]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    for _ in range(1200):
+        if (folder / "log.jsonl").exists() and events(folder, "step"):
+            break
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    saved = checkpoint.latest(folder / "checkpoints")
+    assert saved is not None and int(saved.name.removeprefix("step-")) > 0
+    exported = [path for path in folder.glob("*.safetensors") if path.name != "best.safetensors"]
+    assert len(exported) == 1 and all(torch.isfinite(t).all() for t in load_file(exported[0]).values())
+    assert json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"] == "stopped"

@@ -1,0 +1,97 @@
+"""The end of a run looks at what it wrote: a right file passes every look, and each way of being wrong fails one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorakit import adapters, config, families, formats as export
+from lorakit.core import safetensors_header as modelfile
+from lorakit.training import selfcheck
+
+SIZE, PROMPT = (64, 64), "a photo of sks toy"
+STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+Tensors = dict[str, torch.Tensor]
+
+
+def unscaled(tensors: Tensors) -> None:
+    """alpha as it was set, where alpha * sqrt(rank) belongs."""
+    for name in [name for name in tensors if name.endswith(".alpha")]:
+        tensors[name] = tensors[name] / 2
+
+
+MUTATIONS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
+    "one key renamed": (
+        lambda t: t.update({f"{STEM}.lora_dwn.weight": t.pop(f"{STEM}.lora_down.weight")}),
+        "has no down factor",
+    ),
+    "one alpha missing": (lambda t: t.pop(f"{STEM}.alpha"), f"{STEM}.alpha: missing"),
+    "one tensor transposed": (
+        lambda t: t.update({f"{STEM}.lora_up.weight": t[f"{STEM}.lora_up.weight"].T.contiguous()}),
+        "do not fit together",
+    ),
+    "rank-stabilised, but not scaled": (unscaled, "delta W is off by 50 %"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_sd1: Path) -> dict[str, Any]:
+    """A rank-stabilised adapter of rank 4 in a base, and what the end of a run knows of it."""
+    info = families.describe(tiny_sd1)
+    family = families.load(info, "cpu", torch.float32)
+    adapter = adapters.attach(family, config.RsLoraConfig(rank=4, train_text_encoder=True))
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter.parameters().values():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
+    memory, weights = selfcheck.probe(family, PROMPT, SIZE), adapter.weights()
+    adapter.detach()
+    base = selfcheck.probe(family, PROMPT, SIZE)
+    return {
+        "weights": weights,
+        "base": base,
+        "memory": memory,
+        "load": lambda: families.load(info, "cpu", family.dtype),
+    }
+
+
+def findings(trained: dict[str, Any], folder: Path, change: Callable[[Tensors], Any]) -> list[selfcheck.Finding]:
+    """What the self-check says of a kohya file whose tensors were changed after it was written."""
+    path = export.save(trained["weights"], folder, "toy", ["kohya"], "fp32", {})["kohya"]
+    metadata, tensors = modelfile.read(path).metadata, load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+    looks = selfcheck.examine({"kohya": path}, **trained, prompt=PROMPT, size=SIZE, dtype="fp32")
+    return [finding for _, found, _ in looks for finding in found]
+
+
+def test_a_right_file_passes_every_look(trained: dict[str, Any], tmp_path: Path) -> None:
+    found = findings(trained, tmp_path, lambda tensors: None)
+    assert selfcheck.failures(found) == []
+    assert [finding.name for finding in found] == [
+        "kohya file",
+        "kohya in diffusers",
+        "kohya unet",
+        "kohya text encoder",
+    ]
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_each_mutation_fails_the_check(trained: dict[str, Any], tmp_path: Path, name: str) -> None:
+    change, words = MUTATIONS[name]
+    failed = selfcheck.failures(findings(trained, tmp_path, change))
+    assert [finding.name for finding in failed] == ["kohya file"]
+    assert words in failed[0].detail
+
+
+def test_what_only_a_reader_sees_is_seen_by_diffusers_too(trained: dict[str, Any], tmp_path: Path) -> None:
+    """The second look shares no code with the exporter: it notices a wrong scale by itself."""
+    path = export.save(trained["weights"], tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
+    tensors = load_file(path)
+    unscaled(tensors)
+    save_file(tensors, path)
+    finding = selfcheck.read_by_diffusers("kohya", path, trained["load"](), trained["weights"], 1e-3)
+    assert not finding.passed and "delta W is off by 50 %" in finding.detail

@@ -1,0 +1,259 @@
+"""Validation: figures against formulas done by hand, equal to the bit twice, and without a trace in training."""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lorakit import adapters, config, families
+from lorakit.core import rng as randomness
+from lorakit.inference.mode import inference
+from lorakit.training import validation as evaluate
+
+CHANNELS, SIDE = 4, 8
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Embeddings of one number each."""
+
+    values: torch.Tensor
+
+    def index(self, rows: torch.Tensor) -> "Condition":
+        return Condition(self.values[rows])
+
+    def expand(self, count: int) -> "Condition":
+        return Condition(self.values.expand(count))
+
+
+class Family:
+    """Says for every pixel `factor * noisy + what the text says + what the adapter adds`; epsilon prediction."""
+
+    prediction_type, device = "epsilon", torch.device("cpu")
+
+    def __init__(self, factor: float = 0.5):
+        self.alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
+        self.factor, self.shift, self.calls = factor, 0.0, 0
+        self.net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
+
+    def modules(self):
+        return {"unet": self.net}
+
+    def predict(self, noisy, timesteps, condition):
+        assert not torch.is_grad_enabled() and not self.net[1].training
+        self.calls += 1
+        return self.factor * noisy + condition.values[:, None, None, None] + self.shift
+
+
+class Adapter:
+    """Shifts the family's predictions."""
+
+    def __init__(self, family: Family, shift: float):
+        self.family, self.shift = family, shift
+        family.shift = shift
+
+    def disabled(self):
+        import contextlib
+
+        @contextlib.contextmanager
+        def off():
+            self.family.shift = 0.0
+            yield
+            self.family.shift = self.shift
+
+        return off()
+
+
+def dataset(count: int = 3, variants: int = 1, seed: int = 0):
+    """Photos of normal noise, each with `variants` rows, the plain one last, and a text of its own."""
+    rows = count * variants
+    bucket = SimpleNamespace(
+        mean=torch.randn(rows, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)),
+        std=torch.full((rows, CHANNELS, SIDE, SIDE), 100.0),
+        time_ids=None,
+        photo=torch.arange(rows) // variants,
+        variant=variants - 1 - torch.arange(rows) % variants,
+        text=torch.arange(rows) // variants,
+    )
+    return SimpleNamespace(buckets=[bucket])
+
+
+def conditions(count: int = 3) -> Condition:
+    return Condition(torch.arange(count) * 0.01)
+
+
+CLASS = Condition(torch.tensor([0.2]))
+
+
+def by_hand(family: Family, validation: evaluate.Validation, data) -> dict[str, np.ndarray]:
+    """Predictions and targets of each band in float64, from the documented recipe alone."""
+    predictions, targets, steps = [[] for _ in range(4)], [[] for _ in range(4)], []
+    number = 0
+    for _ in range(math.ceil(8 / 3)):
+        for photo in range(3):
+            draw = randomness.generator(validation.seed, number, "validation")
+            noise = torch.randn(4, CHANNELS, SIDE, SIDE, generator=draw).double()
+            places = (number + torch.rand(4, generator=draw, dtype=torch.float64)) / 9
+            for band in range(4):
+                t = 250 * band + int(places[band] * 250)
+                steps.append(t)
+                a = family.alphas_cumprod[t].double()
+                noisy = a.sqrt() * data.buckets[0].mean[photo].double() + (1 - a).sqrt() * noise[band]
+                predictions[band].append((0.5 * noisy + 0.01 * photo + family.shift).numpy())
+                targets[band].append(noise[band].numpy())
+            number += 1
+    assert all(sum(250 * band <= t < 250 * band + 250 for t in steps) == 9 for band in range(4))
+    return {"prediction": np.array(predictions), "target": np.array(targets)}
+
+
+def test_figures_are_those_of_the_formulas():
+    family, data = Family(), dataset()
+    validation = evaluate.Validation(family, data, conditions(), CLASS, 5, held_out=True)
+    found = validation.run(Adapter(family, 0.1))
+    expected = by_hand(family, validation, data)
+    groups = [(found, expected["prediction"].ravel(), expected["target"].ravel())]
+    groups += [
+        (found["bands"][band], expected["prediction"][band].ravel(), expected["target"][band].ravel())
+        for band in range(4)
+    ]
+    for figures, prediction, target in groups:
+        error = prediction - target
+        assert figures["mse"] == pytest.approx((error**2).mean(), rel=1e-5)
+        assert figures["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-5)
+        assert figures["mae"] == pytest.approx(np.abs(error).mean(), rel=1e-5)
+        r2 = 1 - (error**2).sum() / ((target - target.mean()) ** 2).sum()
+        assert figures["r2"] == pytest.approx(r2, abs=1e-5)
+    assert [band["timesteps"] for band in found["bands"]] == [[0, 249], [250, 499], [500, 749], [750, 999]]
+    assert (found["photos"], found["source"]) == (3, "held-out photos")
+
+
+def test_drift_is_the_relative_change_on_the_class_prompt():
+    family, data = Family(factor=0.0), dataset()
+    validation = evaluate.Validation(family, data, conditions(), CLASS, 0)
+    # Without the adapter every value is 0.2, with it 0.3: (0.1 / 0.2)^2.
+    assert validation.run(Adapter(family, 0.1))["prior_drift"] == pytest.approx(0.25, rel=1e-5)
+    assert validation.run(Adapter(family, 0.0))["prior_drift"] == 0.0
+    # A trained text encoder moves the class prompt itself; the base's part stays that of the base.
+    moved = validation.run(Adapter(family, 0.0), class_condition=Condition(torch.tensor([0.4])))
+    assert moved["prior_drift"] == pytest.approx(1.0, rel=1e-5)
+    assert validation.source == "training photos"
+
+
+def test_the_base_is_followed_as_ddim_does(tiny_sd1, tiny_sd1_v):
+    """What the drift is measured on, beside diffusers' DDIM over the same timesteps."""
+    from diffusers import DDIMScheduler
+
+    for base in (tiny_sd1, tiny_sd1_v):
+        family = families.load(families.describe(str(base)), torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            told = family.encode_text(["a photo of a toy"])
+            points = evaluate.Validation(family, dataset(), told, told, 3)._follow_the_base()
+            scheduler = DDIMScheduler.from_config(family.pipeline().scheduler.config, clip_sample=False)
+            scheduler.num_inference_steps = 8
+            latents = torch.randn((4, 4, 8, 8), generator=randomness.generator(3, 0, "prior drift"))
+            for place, time in enumerate([999, 874, 749, 624, 499, 374, 249, 124]):
+                said = family.predict(latents, torch.full((4,), time), told.expand(4))
+                if place % 2:
+                    noisy, timesteps, kept = points[place // 2]
+                    assert timesteps.tolist() == [time] * 4
+                    assert torch.allclose(noisy, latents, atol=1e-4) and torch.allclose(kept, said, atol=1e-4)
+                latents = scheduler.step(said, time, latents).prev_sample
+        assert len(points) == 8
+
+
+def test_the_base_is_asked_once():
+    family, data = Family(), dataset()
+    validation = evaluate.Validation(family, data, conditions(), CLASS, 0)
+    adapter = Adapter(family, 0.1)
+    first, calls = validation.run(adapter), family.calls
+    assert validation.run(adapter) == first
+    # 9 photos and 8 class points an evaluation; the base is followed in two batches of 8 steps, once.
+    assert calls == 9 + 2 * 8 + 8 and family.calls - calls == 9 + 8
+
+
+@pytest.mark.parametrize("count, photos, points", [(1, 1, 8), (3, 3, 9), (8, 8, 8), (16, 16, 16), (40, 16, 16)])
+def test_few_photos_are_examined_often_and_many_not_all(count, photos, points):
+    validation = evaluate.Validation(Family(), dataset(count), conditions(count), CLASS, 0)
+    assert (validation.photos, len(validation.places)) == (photos, points)
+    assert len({place[1] for place in validation.places}) == photos
+
+
+def test_variants_are_left_out():
+    validation = evaluate.Validation(Family(), dataset(3, variants=2), conditions(), CLASS, 0)
+    assert sorted({place[1] for place in validation.places}) == [1, 3, 5]
+
+
+def test_train_flags_and_random_state_are_put_back():
+    family = Family()
+    family.net.train()
+    family.net[0].eval()
+    before = torch.random.get_rng_state()
+    evaluate.Validation(family, dataset(), conditions(), CLASS, 0).run(Adapter(family, 0.1))
+    assert [part.training for part in family.net.modules()] == [True, False, True]
+    assert torch.equal(torch.random.get_rng_state(), before) and torch.is_grad_enabled()
+    with pytest.raises(ZeroDivisionError), inference([family.net]):
+        raise ZeroDivisionError
+    assert [part.training for part in family.net.modules()] == [True, False, True]
+
+
+@pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sd1_v", "tiny_sdxl"])
+def test_a_real_family_is_examined_to_the_bit_twice(base, request):
+    info = families.describe(str(request.getfixturevalue(base)))
+    family = families.load(info, torch.device("cpu"), torch.float32)
+    adapter = adapters.attach(family, config.LoraConfig(rank=2), seed=0)
+    data = dataset()
+    ids = family.time_ids((64, 64), (0, 0), (64, 64))
+    data.buckets[0].time_ids = None if ids is None else torch.tensor([ids] * 3)
+    with torch.no_grad():
+        texts = family.encode_text(["one", "two", "three"])
+        told = family.encode_text(["a photo of a toy"])
+    validation = evaluate.Validation(family, data, texts, told, 0)
+    untouched = validation.run(adapter)
+    assert untouched["prior_drift"] == 0.0 and 0.1 < untouched["mse"] < 10
+    with torch.no_grad():
+        for _, group in adapter.groups():
+            for parameter in group:
+                parameter.add_(0.05)
+    first, second = validation.run(adapter), validation.run(adapter)
+    assert first == second
+    assert first["prior_drift"] > 1e-6 and first["mse"] != untouched["mse"]
+    anew = evaluate.Validation(family, data, texts, told, 0).run(adapter)
+    assert anew == first
+
+
+def entry(step: int, mse: float, drift: float = 0.0) -> dict:
+    return {"step": step, "mse": mse, "prior_drift": drift}
+
+
+@pytest.mark.parametrize(
+    "history, best, said",
+    [
+        ([entry(10, 0.3, 0.02)], 10, "the only checkpoint that was examined (MSE 0.3000, prior drift 2.0%)"),
+        ([entry(10, 0.3), entry(20, 0.2), entry(30, 0.25)], 20, "the smallest validation error of 3 checkpoints once"),
+        ([entry(10, 0.2), entry(20, 0.2)], 10, "(MSE 0.2000, prior drift 0.0%)"),
+        # 0.275 x 1.21 is less than 0.272 x 1.24 and than 0.338 x 1.04.
+        (
+            [entry(24, 0.338, 0.04), entry(72, 0.275, 0.21), entry(120, 0.272, 0.24)],
+            72,
+            "; step 120 is a little better on the photos but has drifted by 24.0%",
+        ),
+        ([entry(10, 0.3, 0.07), entry(20, 0.28, 0.08)], 20, "(MSE 0.2800, prior drift 8.0%)"),
+        ([entry(10, math.nan), entry(20, 0.4)], 20, "the only checkpoint"),
+    ],
+)
+def test_the_best_checkpoint_is_chosen_by_error_and_drift(history, best, said):
+    step, reason = evaluate.choose_best(history)
+    assert step == best and said in reason and reason.startswith(f"step {best}: ")
+
+
+def test_an_overfitted_run_is_stopped_at_the_turn():
+    turn = [entry(step, 0.2 + (step - 300) ** 2 * 1e-6, step * 1e-5) for step in range(100, 1001, 100)]
+    assert evaluate.choose_best(turn)[0] == 300
+
+
+def test_nothing_finite_is_nothing_to_choose_from():
+    with pytest.raises(ValueError, match="no evaluation with finite figures"):
+        evaluate.choose_best([entry(1, math.inf)])

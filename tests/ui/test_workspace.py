@@ -1,0 +1,174 @@
+import base64
+import hashlib
+import io
+import os
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lorakit.core.errors import LorakitError
+from lorakit.runs import quickstart as guide
+from lorakit.ui import charts
+from lorakit.ui.thumbnails import Thumbnails
+from lorakit.ui.workspace import Desk
+
+
+def photo(path: Path, size: tuple[int, int] = (60, 40), colour: str = "red", **more: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **more)
+    return path
+
+
+def opened(address: str) -> Image.Image:
+    head, _, data = address.partition(",")
+    assert head == "data:image/webp;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+
+
+def test_thumbnails_are_upright_small_and_the_photos_colour(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned: shown 400 wide, 600 high
+    path = photo(tmp_path / "a.jpg", (600, 400), "#c08040", exif=exif)
+    made = Thumbnails().get(path, 90)
+    assert made.size == (400, 600) and made.problem == ""
+    picture = opened(made.address)
+    assert picture.size == (60, 90)
+    assert all(abs(a - b) < 12 for a, b in zip(picture.getpixel((30, 45)), (0xC0, 0x80, 0x40), strict=True))
+
+
+def test_a_thumbnail_is_made_once_and_again_when_the_photo_changes(tmp_path: Path):
+    thumbnails = Thumbnails()
+    path = photo(tmp_path / "a.png")
+    first = thumbnails.get(path)
+    assert thumbnails.get(path) is first
+    photo(path, (30, 30), "blue")
+    assert thumbnails.get(path).size == (30, 30)
+
+
+@pytest.mark.parametrize("raw", [b"", b"just text", b"\xff\xd8\xff\xe0 cut"])
+def test_a_bad_photo_has_its_reason_instead(tmp_path: Path, raw: bytes):
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(raw)
+    made = Thumbnails().get(path)
+    assert made.address == "" and made.problem
+    assert Thumbnails().get(tmp_path / "gone.jpg").problem
+
+
+def test_a_page_of_large_photos_is_quick(tmp_path: Path):
+    paths = [tmp_path / f"{n}.jpg" for n in range(8)]
+    noise = Image.effect_noise((1000, 750), 60).convert("RGB").resize((4000, 3000))
+    for path in paths:
+        noise.save(path, quality=85)
+    start = time.process_time()
+    made = Thumbnails().several(paths)
+    # 12 megapixels decoded in full and scaled take half a second and more.
+    assert (time.process_time() - start) / len(paths) < 0.25
+    assert sum(len(one.address) for one in made) / len(made) < 60_000
+
+
+def test_uploads_are_decoded_and_copied(tmp_path: Path):
+    desk = Desk(tmp_path / "runs", [])
+    good = photo(tmp_path / "up" / "a.png")
+    again = photo(tmp_path / "up2" / "a.png", colour="blue")
+    bad = tmp_path / "up" / "bad.jpg"
+    bad.write_text("hello")
+    caption = tmp_path / "up" / "a.txt"
+    caption.write_text("a photo of sks dog")
+    place, count, refused = desk.take_in([good, again, bad, caption])
+    assert count == 2 and len(refused) == 1 and refused[0].startswith("bad.jpg: text, not a picture")
+    assert place is not None and place.is_relative_to(desk.runs)
+    assert {path.name for path in place.iterdir()} == {"a.png", "a-2.png", "a.txt"}
+    assert (place / "a.png").read_bytes() == good.read_bytes()
+    assert desk.take_in([bad])[0] is None
+    assert desk.roots.resolve(place) == place
+
+
+def test_a_caption_is_written_beside_its_photo_and_nowhere_else(tmp_path: Path):
+    desk = Desk(tmp_path / "runs", [tmp_path / "photos"])
+    path = photo(tmp_path / "photos" / "a.png")
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert desk.save_caption(tmp_path / "photos", "a.png", " a dog\n on grass ").read_text() == "a dog on grass\n"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+    (tmp_path / "outside").mkdir()
+    outside = photo(tmp_path / "outside" / "b.png")
+    for folder, name in ((tmp_path / "photos", "../outside/b.png"), (tmp_path / "outside", "b.png")):
+        with pytest.raises(LorakitError, match="outside of"):
+            desk.save_caption(folder, name, "x")
+    with pytest.raises(LorakitError, match=r"c\.png: no such photo"):
+        desk.save_caption(tmp_path / "photos", "c.png", "x")
+    assert sorted(p.name for p in (tmp_path / "photos").iterdir()) == ["a.png", "a.txt"]
+    assert [p.name for p in outside.parent.iterdir()] == ["b.png"]
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", ".queue", "a/b", "/etc"])
+def test_a_run_is_a_name_below_the_runs(tmp_path: Path, name: str):
+    with pytest.raises(LorakitError, match="is no run"):
+        Desk(tmp_path, []).run(name)
+
+
+def test_the_photos_are_looked_at_once(tmp_path: Path, tiny_sd1: Path):
+    desk = Desk(tmp_path / "runs", [tmp_path])
+    for number in range(3):
+        photo(tmp_path / "photos" / f"{number}.png", (64, 64), ("red", "green", "blue")[number])
+    config = guide.suggest({guide.PHOTOS: str(tmp_path / "photos"), guide.BASE: str(tiny_sd1)}, "quick")
+    first = desk.report(config)
+    assert desk.report(config) is first
+    assert len(first.result().items) == 3
+    (tmp_path / "photos" / "0.txt").write_text("a caption")
+    assert desk.report(config) is not first
+
+
+def test_a_word_changed_decodes_no_photo_again(tmp_path: Path, tiny_sd1: Path):
+    desk = Desk(tmp_path / "runs", [tmp_path])
+    path = photo(tmp_path / "photos" / "0.png", (64, 64))
+    answers = {guide.PHOTOS: str(tmp_path / "photos"), guide.BASE: str(tiny_sd1)}
+    assert desk.report(guide.suggest(answers | {guide.NAME: "sks dog"}, "quick")).result().items[0].readable
+    # The same size and time, but no picture any more: who decoded it again would find it out.
+    before = path.stat()
+    path.write_bytes(b"x" * before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (item,) = desk.report(guide.suggest(answers | {guide.NAME: "sks cat"}, "quick")).result().items
+    assert item.readable and item.text == "a photo of a sks cat"
+    path.write_bytes(b"x")
+    assert not desk.report(guide.suggest(answers | {guide.NAME: "sks cat"}, "quick")).result().items[0].readable
+
+
+def test_a_run_that_waits_or_never_began_is_listed(tmp_path: Path):
+    desk = Desk(tmp_path / "runs", [])
+    wrong = ["train", "none", "--preset", "subject-pocket", "--set", "adapter.rank=0"]
+    failed = desk.queue.command(wrong, desk.runs / "one")
+    desk.queue.work()
+    waiting = desk.queue.command(["train"], desk.runs / "two")
+    (first, state), (second, problem) = desk.runs_and_jobs()
+    assert (first, state.state) == (Path(waiting.folder).name, "waiting")
+    assert (second, problem.state) == (Path(failed.folder).name, "failed")
+    assert problem.message == "adapter.rank = 0: must be between 1 and 1024"
+
+
+def test_a_download_is_staged_once(tmp_path: Path):
+    desk = Desk(tmp_path / "runs", [])
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"abc")
+    staged = desk.staged(file)
+    assert staged.name == file.name and staged.read_bytes() == b"abc" and not staged.is_relative_to(tmp_path)
+    assert desk.staged(file) == staged
+
+
+def test_a_chart_is_drawn_to_scale_and_escaped():
+    line = charts.Line("<loss>", [(0, 1.0), (50, float("nan")), (100, 3.0)], "lk-line-a")
+    svg = charts.chart("a & b", [line], 100)
+    assert "&lt;loss&gt;" in svg and "a &amp; b" in svg and "<loss>" not in svg
+    points = svg.split('points="')[1].split('"')[0].split()
+    (x0, y0), (x1, y1) = (tuple(map(float, point.split(","))) for point in points)
+    assert x0 == charts.LEFT and x1 == charts.WIDTH - charts.RIGHT
+    assert y0 > y1, "larger values are higher up"
+    assert charts.chart("empty", [charts.Line("x", [], "s")], 10) == ""
+
+
+def test_smoothing_keeps_a_constant_and_thinning_keeps_the_last():
+    assert all(abs(value - 2) < 1e-12 for _, value in charts.smoothed([(n, 2.0) for n in range(50)]))
+    many = [(n, float(n)) for n in range(5000)]
+    kept = charts.thinned(many)
+    assert len(kept) <= charts.MOST_POINTS + 1 and kept[0] == many[0] and kept[-1] == many[-1]
