@@ -24,8 +24,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit import adapters, config
-from lorakit.engine import device as memory, fused_blocks as lean, onednn_linear as products
-from lorakit.runs import memory_estimate as footprint
+from lorakit.engine import device as devices, fused_blocks, onednn_linear
+from lorakit.runs import memory_estimate
 from lorakit.training.loss_step import Step
 from lorakit.training.optimizer_step import Update
 
@@ -96,7 +96,7 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
             family.unet = UNet2DConditionModel(**unet_config(kind, width)).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    products.quicken(family.unet)
+    onednn_linear.quicken(family.unet)
     family.device, family.dtype, family.prediction_type, family.gradient_scale = device, dtype, "epsilon", 1.0
     family.info = SimpleNamespace(family="sdxl" if kind == "sdxl" else "sd1")
     family.text_encoders, family.vae = {}, None
@@ -147,10 +147,10 @@ def lorakit_loop(
 ) -> Loop:
     """A function that runs so many of lorakit's optimizer steps; as on a `device` of that kind, where one is given."""
     adapter = adapters.attach(family, chosen.adapter, seed=0)
-    adapters.slim(family, frugal=footprint.frugal(chosen, device or family.device.type))
+    adapters.slim(family, frugal=memory_estimate.frugal(chosen, device or family.device.type))
     if chosen.memory.gradient_checkpointing:
-        blocks = [path for path, _ in family.unet.named_modules() if footprint.BLOCK.fullmatch(path)]
-        memory.gradient_checkpointing(family, blocks)
+        blocks = [path for path, _ in family.unet.named_modules() if memory_estimate.BLOCK.fullmatch(path)]
+        devices.gradient_checkpointing(family, blocks)
     adapter.train(True)
     return steps_of(Update(chosen, Step(family, adapter, data, chosen.train), 1000, say))
 
@@ -219,18 +219,18 @@ def peft_loop(
 def torchs_own(unet: torch.nn.Module) -> None:
     """Linear layers as torch has them: `families.load` has quicker ones, which a plain loop would not."""
     for layer in unet.modules():
-        if isinstance(layer, products.FrozenLinear):
+        if isinstance(layer, onednn_linear.FrozenLinear):
             layer.__class__ = torch.nn.Linear
 
 
 @contextlib.contextmanager
 def attention_as_on_a_card() -> Iterator[None]:
     """On a CPU it is computed in float32 where the sequence is short."""
-    here, lean._attention = lean._attention, torch.nn.functional.scaled_dot_product_attention
+    here, fused_blocks._attention = fused_blocks._attention, torch.nn.functional.scaled_dot_product_attention
     try:
         yield
     finally:
-        lean._attention = here
+        fused_blocks._attention = here
 
 
 class Launches(TorchDispatchMode):

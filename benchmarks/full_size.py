@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import whole  # noqa: E402  the tests' own writer of such files
 
-from lorakit import formats as export  # noqa: E402
+from lorakit import formats  # noqa: E402
 from lorakit.adapters.weights import AdapterWeights  # noqa: E402
 
 FORMATS = ("kohya", "diffusers", "peft")
@@ -91,7 +91,7 @@ def measure(room: Path, photos: Path, steps: int, resolution: int) -> dict[str, 
         "train until stopped": first,
         "resume to the end": second,
         "losses": [event["loss"] for event in log if event["event"] == "step"],
-        "formats": compare({name: export.read(path) for name, path in exports.items()}),
+        "formats": compare({name: formats.read(path) for name, path in exports.items()}),
         "self-check": json.loads((run / "report.json").read_text(encoding="utf-8")),
     }
 

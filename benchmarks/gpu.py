@@ -26,7 +26,7 @@ from typing import Any
 import common
 import torch
 
-from lorakit.engine import quantized_weight as stored
+from lorakit.engine import quantized_weight
 from lorakit.runs import plan
 
 # Multiplications of a step in those of a forward pass: 1 forward, 1.2 backward (only adapters have weight gradients).
@@ -121,7 +121,7 @@ def makers(
     def checkpointed(stream: bool) -> common.Loop:
         family, data = model()
         if stream:
-            stored.store_layers(family.unet, "full", device, streamed=True)
+            quantized_weight.store_layers(family.unet, "full", device, streamed=True)
             if device.type == "cuda":  # what is in the host's memory now was on the card before
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

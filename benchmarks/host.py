@@ -17,7 +17,7 @@ from typing import Any
 import common
 import torch
 
-from lorakit.engine import cuda_graphs as graph
+from lorakit.engine import cuda_graphs
 
 KINDS = ("sd15", "sdxl")
 
@@ -89,7 +89,7 @@ def outside(kind: str, asked: Any) -> common.Loop:
     family = common.base(kind, torch.device("cpu"), torch.bfloat16, width=asked.width)
     data = common.encoded(family, asked.side, asked.width)
 
-    def record(compute: graph.Compute, generators: Any) -> graph.Compute:
+    def record(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
         loss, waits = compute(), [compute]
 
         def replay() -> torch.Tensor:
@@ -98,12 +98,12 @@ def outside(kind: str, asked: Any) -> common.Loop:
 
         return replay
 
-    before = graph.recorder
-    graph.recorder = lambda *given: (record, "")  # type: ignore[assignment]
+    before = cuda_graphs.recorder
+    cuda_graphs.recorder = lambda *given: (record, "")  # type: ignore[assignment]
     try:
         return common.lorakit_loop(family, data, common.settings(1, asked.rank), device="cuda")
     finally:
-        graph.recorder = before
+        cuda_graphs.recorder = before
 
 
 if __name__ == "__main__":

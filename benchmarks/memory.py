@@ -32,9 +32,9 @@ from torch.utils._pytree import tree_leaves
 from lorakit import adapters, config
 from lorakit.adapters import targets
 from lorakit.core.layer_names import canonical
-from lorakit.engine import device as memory, quantized_weight as stored
-from lorakit.families import tiled_vae as strips
-from lorakit.runs import memory_estimate as footprint, plan
+from lorakit.engine import device as devices, quantized_weight
+from lorakit.families import tiled_vae
+from lorakit.runs import memory_estimate, plan
 from lorakit.training.optimizer_step import Update
 
 GIB = 2**30
@@ -93,7 +93,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it, and look at what came out."""
-        if stored.StoredWeight in types:
+        if quantized_weight.StoredWeight in types:
             return NotImplemented  # it makes itself whole first, and that is to be counted
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
@@ -121,7 +121,7 @@ def fake(on: bool = True) -> Iterator[None]:
     """Tensors without values inside."""
     with FakeTensorMode() if on else contextlib.nullcontext():
         yield
-    stored._pairs.cache_clear()
+    quantized_weight._pairs.cache_clear()
 
 
 def main() -> None:
@@ -177,13 +177,13 @@ def chosen(resolution: int, batch: int, modules: str, checkpointing: bool | floa
         settings["memory.gradient_checkpointing"] = checkpointing
     else:
         # A card needs some for itself; here only tensors are counted.
-        settings["memory.limit_gib"] = checkpointing + footprint.RUNTIME_BYTES["cuda"] / GIB
+        settings["memory.limit_gib"] = checkpointing + memory_estimate.RUNTIME_BYTES["cuda"] / GIB
     return config.load(None, settings)
 
 
 def predict(name: str, settings: config.Config) -> int:
     """What `lorakit check` says of the same step, without what Python and torch take themselves."""
-    parts = footprint.training(settings, *outlined(name, settings), "cuda")
+    parts = memory_estimate.training(settings, *outlined(name, settings), "cuda")
     return sum(size for part, size in parts.items() if part != "runtime")
 
 
@@ -212,7 +212,7 @@ def encoding(side: int) -> dict[str, int]:
             for what, picture in inside.items():
                 before = live.peak = live.now
                 if strip:
-                    (strips.encode if what == "encoding" else strips.decode)(vae, picture)
+                    (tiled_vae.encode if what == "encoding" else tiled_vae.decode)(vae, picture)
                 else:
                     (vae.encode if what == "encoding" else vae.decode)(picture)
                 found[f"{what}{strip}"] = live.peak - before
@@ -223,7 +223,7 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
     """Bytes of one optimizer step, after one that makes the optimizer's state and two in which the order of streamed
     weights is learned: {"peak", "base"}, and of those the step's "traffic". Of a streamed base, what lies in the host's
     memory is not counted."""
-    dtype = memory.PRECISIONS[settings.memory.mixed_precision]
+    dtype = devices.PRECISIONS[settings.memory.mixed_precision]
     batch, side = settings.train.batch_size, settings.data.resolution // 8
     unet = outline(name, settings, dtype)
     family = SimpleNamespace(
@@ -233,19 +233,19 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
         device=torch.device("cpu"),
         dtype=dtype,
     )
-    base = stored.stored_bytes(unet)
+    base = quantized_weight.stored_bytes(unet)
     adapter = adapters.attach(family, settings.adapter)
-    blocks = footprint.recomputed(settings, *outlined(name, settings), "cuda")
+    blocks = memory_estimate.recomputed(settings, *outlined(name, settings), "cuda")
     with fake(not real), common.attention_as_on_a_card(), Live() as live:
         give_values(unet)
         stream = None
         if settings.memory.stream_base:
-            stream = stored.store_layers(unet, settings.memory.base_storage, "cpu", streamed=True)
-            base = sum(p.nbytes for p in unet.parameters() if not isinstance(p, stored.StoredWeight))
+            stream = quantized_weight.store_layers(unet, settings.memory.base_storage, "cpu", streamed=True)
+            base = sum(p.nbytes for p in unet.parameters() if not isinstance(p, quantized_weight.StoredWeight))
             base -= sum(p.nbytes for p in adapter.parameters().values())
         host = 0 if stream is None else stream.host
-        adapters.slim(family, frugal=footprint.frugal(settings, "cuda"))
-        memory.gradient_checkpointing(family, blocks)
+        adapters.slim(family, frugal=memory_estimate.frugal(settings, "cuda"))
+        devices.gradient_checkpointing(family, blocks)
         noisy = torch.randn(batch, 4, side, side)
         states = torch.randn(batch, 77, common.unet_config(name)["cross_attention_dim"])
         added = {"text_embeds": torch.randn(batch, 1280).to(dtype), "time_ids": torch.ones(batch, 6).to(dtype)}
@@ -273,7 +273,7 @@ def outline(name: str, settings: config.Config, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**common.unet_config(name)).to(dtype).eval().requires_grad_(False)
     if settings.memory.base_storage != "full" and not settings.memory.stream_base:
-        stored.store_layers(unet, settings.memory.base_storage, "meta")
+        quantized_weight.store_layers(unet, settings.memory.base_storage, "meta")
     return unet
 
 
@@ -287,8 +287,8 @@ def give_values(module: Any) -> None:
 
     for part in module.modules():
         for name, old in part._parameters.items():
-            if isinstance(old, stored.StoredWeight):
-                new = stored.StoredWeight(fill(old.codes), fill(old.scales), old.kind, tuple(old.shape))
+            if isinstance(old, quantized_weight.StoredWeight):
+                new = quantized_weight.StoredWeight(fill(old.codes), fill(old.scales), old.kind, tuple(old.shape))
                 part._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
             elif old is not None:
                 part._parameters[name] = torch.nn.Parameter(fill(old), requires_grad=old.requires_grad)

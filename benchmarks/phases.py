@@ -74,10 +74,10 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
 
     from lorakit import config
     from lorakit.cli import main as cli
-    from lorakit.engine import cuda_graphs as graph
-    from lorakit.families import tiled_vae as strips
+    from lorakit.engine import cuda_graphs
+    from lorakit.families import tiled_vae
     from lorakit.runs import report
-    from lorakit.training import out_of_memory, run as train, validation as evaluate
+    from lorakit.training import out_of_memory, run as train, validation
 
     torch.set_num_threads(1)
     found: dict[str, int] = {}
@@ -109,10 +109,10 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     run._sample = within("drawing samples", run._sample)
     run._draw_from_file = within("drawing from the checked file", run._draw_from_file)
     # Many forward passes on a CPU, of less than a step's memory each.
-    evaluate.Validation.run = lambda *_, **__: {"mse": 0.0, "prior_drift": 0.0}  # type: ignore[method-assign]
+    validation.Validation.run = lambda *_, **__: {"mse": 0.0, "prior_drift": 0.0}  # type: ignore[method-assign]
     report.write = lambda *_: None  # type: ignore[assignment]
-    graph.recorder = lambda *_: (None, "")
-    strips.fits = lambda *_: False
+    cuda_graphs.recorder = lambda *_: (None, "")
+    tiled_vae.fits = lambda *_: False
     photos = Path(tempfile.mkdtemp(dir=args.folder))
     (photos / args.photo.name).write_bytes(args.photo.read_bytes())
     preset = args.preset or f"style-{'sd15' if args.family == 'sd1' else 'sdxl'}-lowmem"

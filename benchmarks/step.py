@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 
 from lorakit import adapters, config, families
-from lorakit.data import checks as check
-from lorakit.engine import device as memory
+from lorakit.data import checks
+from lorakit.engine import device as devices
 from lorakit.training.loss_step import Step
 from lorakit.training.optimizer_step import Update
 from lorakit.training.precompute import encode
@@ -95,7 +95,7 @@ def own_peak() -> float:
     """Peak resident bytes of this process. On Linux not `getrusage`, which counts the parent's before the start too."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return memory.peak(torch.device("cpu"))
+        return devices.peak(torch.device("cpu"))
     (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
@@ -110,8 +110,8 @@ def random_photos(folder: Path, size: int) -> Path:
 
 def base_of(chosen: config.Config) -> families.Family:
     """The base, loaded anew, in the precision the config asks for."""
-    device = memory.device(chosen.memory)
-    return families.load(families.describe(chosen.model.base), device, memory.dtype(chosen.memory, device))
+    device = devices.device(chosen.memory)
+    return families.load(families.describe(chosen.model.base), device, devices.dtype(chosen.memory, device))
 
 
 def ours(chosen: config.Config) -> Callable[[int], None]:
@@ -120,7 +120,7 @@ def ours(chosen: config.Config) -> Callable[[int], None]:
     trains_text = chosen.adapter.train_text_encoder
     family.acquire("unet", *(["text_encoders"] if trains_text else []))
     adapter = adapters.attach(family, chosen.adapter, seed=0)
-    photos = check.check(chosen.data, family.info)
+    photos = checks.check(chosen.data, family.info)
     encoded = encode(chosen, family, adapter, photos, lambda line: None)
     step = Step(family, adapter, encoded, chosen.train)
     adapters.slim(family)

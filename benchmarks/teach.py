@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lorakit import adapters, config, families, formats as export
+from lorakit import adapters, config, families, formats
 from lorakit.cli.terminal import Terminal
-from lorakit.core import image_grid as pictures
-from lorakit.engine import device as memory
+from lorakit.core import image_grid
+from lorakit.engine import device as devices
 from lorakit.families.pocket import captions, spec, subjects
 from lorakit.families.pocket.classifier import Judge
-from lorakit.inference import sampling as sample
+from lorakit.inference import sampling
 from lorakit.training import objective, run as train
 
 PHOTOS = 16
@@ -108,8 +108,8 @@ def _prompt(trigger: str, noun: str, scene: str, thing: str | None) -> str:
 
 
 def _measure(name: str, chosen: config.Config, adapter: Path, noun: str, grids: Path | None) -> dict[str, Any]:
-    device = memory.device(chosen.memory)
-    family = families.load(families.describe(chosen.model.base), device, memory.dtype(chosen.memory, device))
+    device = devices.device(chosen.memory)
+    family = families.load(families.describe(chosen.model.base), device, devices.dtype(chosen.memory, device))
     judge = Judge.load()
     things = OTHERS if name in subjects.STYLES else (None,) * len(UNSEEN)
     pairs = [(scene, things[i % len(things)]) for i, scene in enumerate(UNSEEN)]
@@ -121,18 +121,18 @@ def _measure(name: str, chosen: config.Config, adapter: Path, noun: str, grids: 
         return [
             picture
             for seed in range(DRAWS)
-            for picture in sample.draw(family, prompts, replace(chosen.sample, seed=seed * 100), 64)
+            for picture in sampling.draw(family, prompts, replace(chosen.sample, seed=seed * 100), 64)
         ]
 
     wanted_kinds = [{"kind": kind} for kind in OTHERS] * DRAWS
     before, plain_before, others_before = draw(asked), draw(untriggered), draw(others)
-    adapters.apply(family, export.read(adapter))
+    adapters.apply(family, formats.read(adapter))
     after, plain_after, others_after = draw(asked), draw(untriggered), draw(others)
     if grids:
         grids.mkdir(parents=True, exist_ok=True)
         columns = len(asked)
         shown = [image for image, _ in subjects.pictures(name, columns, seed=0)] + before[:columns] + after[:columns]
-        pictures.save(pictures.grid(shown, ["it", "base", "adapter"], asked), grids / f"{name}.png")
+        image_grid.save(image_grid.grid(shown, ["it", "base", "adapter"], asked), grids / f"{name}.png")
     scenes = [{"scene": scene} for scene, _ in pairs] * DRAWS
     real = subjects.pictures(name, 64, seed=1, scenes=UNSEEN)
     visible = judge.scores([image for image, _ in real], [{"scene": shown.scene} for _, shown in real])

@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from lorakit.cli import demo
 from lorakit.families.pocket import subjects
-from lorakit.runs import folder as run_folder, quickstart as guide
+from lorakit.runs import folder as run_folder, quickstart
 from lorakit.ui import app
 from lorakit.ui.workspace import Desk
 
@@ -72,11 +72,11 @@ def demo_photos(folder: Path) -> Path:
 
 def train(desk: Desk, photos: Path) -> Path:
     """A run that ended well, and one that failed."""
-    answers = {guide.PHOTOS: str(photos), guide.NAME: NAME}
+    answers = {quickstart.PHOTOS: str(photos), quickstart.NAME: NAME}
     changed = {"train.steps": STEPS, "train.prior": "none", "train.batch_size": 4}
     changed["sample.prompts"] = tuple(f"a photo of {NAME} {scene}" for scene in ("in snow", "on a beach", "at night"))
-    wanted = desk.queue.train(guide.suggest(answers, "balanced", None, changed))
-    desk.queue.train(guide.suggest(answers | {guide.PHOTOS: str(photos / "moved")}, "quick"))
+    wanted = desk.queue.train(quickstart.suggest(answers, "balanced", None, changed))
+    desk.queue.train(quickstart.suggest(answers | {quickstart.PHOTOS: str(photos / "moved")}, "quick"))
     desk.queue.work()
     run = Path(wanted.folder)
     print(f"{run}: {run_folder.read(run).message}")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit import adapters, config, families, formats as export
+from lorakit import adapters, config, families, formats
 from lorakit.families.pocket import captions, subjects
 from lorakit.families.pocket.classifier import Judge
-from lorakit.inference import sampling as sample
+from lorakit.inference import sampling
 from lorakit.runs.folder import RunFolder
 from lorakit.training import objective, run as train
 
@@ -39,8 +39,8 @@ def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
     """How many of fifteen pictures on scenes it was not shown on the judge takes for the subject."""
     family = families.load(families.describe("pocket"), "cpu", torch.float32)
     if adapter:
-        adapters.apply(family, export.read(adapter))
-    drawn = sample.draw(family, prompts(words), config.SampleConfig(steps=12, guidance=4.0), 64)
+        adapters.apply(family, formats.read(adapter))
+    drawn = sampling.draw(family, prompts(words), config.SampleConfig(steps=12, guidance=4.0), 64)
     return Judge.load().subject_score(drawn, SUBJECT)
 
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from lorakit import adapters, config, families
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks as check
-from lorakit.training import optimizers as optim, run as train
+from lorakit.data import checks
+from lorakit.training import optimizers, run as train
 from lorakit.training.loss_step import Step
 from lorakit.training.precompute import encode
 
@@ -65,10 +65,10 @@ def loaded(settings: Config) -> tuple[Any, Any, Step, Any]:
     info = families.describe(settings.model.base)
     family = families.load(info, torch.device("cpu"), torch.float32)
     adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed, trigger=settings.data.trigger)
-    report = check.check(settings.data, info)
+    report = checks.check(settings.data, info)
     encoded = encode(settings, family, adapter, report, lambda line, **_: None)
     step = Step(family, adapter, encoded, settings.train)
-    return family, adapter, step, optim.build(settings.optimizer, adapter.groups())
+    return family, adapter, step, optimizers.build(settings.optimizer, adapter.groups())
 
 
 def learned(settings: Config) -> torch.Tensor:
@@ -78,7 +78,7 @@ def learned(settings: Config) -> torch.Tensor:
     parts, total = settings.train.gradient_accumulation_steps, settings.train.steps
     adapter.train(True)
     for done in range(total):
-        optim.set_learning_rate(optimizer, settings.optimizer, done, total)
+        optimizers.set_learning_rate(optimizer, settings.optimizer, done, total)
         for part in range(parts):
             (step.loss(done * parts + part) / parts).backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.train.max_grad_norm or float("inf"))

@@ -48,9 +48,9 @@ def slim(target: Any, *, frugal: bool = False) -> None:
         target: the `families.Family`.
         frugal: let it also keep less for the backward pass, which takes the host a little longer.
     """
-    from lorakit.engine import fused_blocks as lean
+    from lorakit.engine import fused_blocks
 
-    lean.slim(target.unet, frugal=frugal)
+    fused_blocks.slim(target.unet, frugal=frugal)
 
 
 def flatten(target: Any, adapter: Adapter, *, copies: bool = True) -> list[Flat]:
@@ -62,6 +62,6 @@ def flatten(target: Any, adapter: Adapter, *, copies: bool = True) -> list[Flat]
         copies: where the base is in half precision, let LoRA's layers read copies of the factors that are cast all at
             once; these, and their gradients, take 4 bytes for each trained number.
     """
-    from lorakit.engine import flat_parameters as flat
+    from lorakit.engine import flat_parameters
 
-    return flat.flatten(target, adapter, copies=copies)
+    return flat_parameters.flatten(target, adapter, copies=copies)

@@ -16,7 +16,7 @@ from lorakit.adapters.method import NAME, Method
 from lorakit.adapters.textual_inversion import Token
 from lorakit.adapters.weights import AdapterWeights, Layer, from_factors
 from lorakit.config import ADAPTER_SECTIONS, AdapterConfig
-from lorakit.core import registry, rng as randomness
+from lorakit.core import registry, rng
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 
@@ -105,7 +105,7 @@ class Adapter:
         """First weights as the method begins, from a generator seeded by the seed and the layer's name. The global
         generators are not touched."""
         for name, layer in self._layers.items():
-            self._method.begin(layer, randomness.generator(seed, 0, f"adapter {name}"))
+            self._method.begin(layer, rng.generator(seed, 0, f"adapter {name}"))
 
     def add_tokens(
         self,

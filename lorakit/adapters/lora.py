@@ -12,7 +12,7 @@ from torch import nn
 from lorakit.adapters.method import NAME, Factors, Method, parameter, uniform
 from lorakit.adapters.weights import AnyLayer
 from lorakit.config import LoraConfig
-from lorakit.engine import fused_lora as fused
+from lorakit.engine import fused_lora
 
 
 def lora(config: LoraConfig, modules: list[str]) -> PeftConfig:
@@ -35,7 +35,7 @@ def _peft_config(config: LoraConfig, modules: list[str], **options: Any) -> Peft
         init_lora_weights=False,
         **options,
     )
-    made._register_custom_module({nn.Linear: fused.FusedLinear, nn.Conv2d: fused.FusedConv2d})
+    made._register_custom_module({nn.Linear: fused_lora.FusedLinear, nn.Conv2d: fused_lora.FusedConv2d})
     return made
 
 

@@ -68,31 +68,31 @@ def _add_output(made: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """`lorakit export`."""
-    from lorakit import formats as export
-    from lorakit.training import checkpoint_export as snapshot
+    from lorakit import formats
+    from lorakit.training import checkpoint_export
 
     source = Path(args.adapter)
-    weights = snapshot.read(source) if snapshot.is_checkpoint(source) else export.read(source)
+    weights = checkpoint_export.read(source) if checkpoint_export.is_checkpoint(source) else formats.read(source)
     return _write(args, weights, source.stem, weights.metadata, [args.adapter])
 
 
 def run_resize(args: argparse.Namespace) -> int:
     """`lorakit resize`."""
-    from lorakit import formats as export
+    from lorakit import formats
     from lorakit.formats.edit.resize_combine import resize
 
-    weights = resize(export.read(Path(args.adapter)), rank=args.rank, energy=args.energy)
+    weights = resize(formats.read(Path(args.adapter)), rank=args.rank, energy=args.energy)
     name = f"{Path(args.adapter).stem}-resized"
     return _write(args, weights, name, weights.metadata | {ALIAS: name, TITLE: name}, [args.adapter])
 
 
 def run_combine(args: argparse.Namespace) -> int:
     """`lorakit combine`. Triggers of all the adapters are the new one's."""
-    from lorakit import formats as export
+    from lorakit import formats
     from lorakit.formats.edit.resize_combine import combine
 
     asked = [_with_strength(text) for text in args.adapters]
-    parts = [(export.read(path), strength) for path, strength in asked]
+    parts = [(formats.read(path), strength) for path, strength in asked]
     triggers = dict.fromkeys(weights.metadata.get(TRIGGER, "") for weights, _ in parts)
     metadata = {TRIGGER: ", ".join(filter(None, triggers)), ALIAS: args.name, TITLE: args.name}
     return _write(args, combine(parts), args.name, metadata, [path for path, _ in asked])
@@ -100,10 +100,10 @@ def run_combine(args: argparse.Namespace) -> int:
 
 def run_merge(args: argparse.Namespace) -> int:
     """`lorakit merge`."""
-    from lorakit import families, formats as export
+    from lorakit import families, formats
     from lorakit.formats.edit.merge import merge
 
-    weights, info = export.read(Path(args.adapter)), families.describe(args.base)
+    weights, info = formats.read(Path(args.adapter)), families.describe(args.base)
     if weights.family != info.family:
         raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
     for word in weights.tokens:
@@ -140,7 +140,7 @@ def _write(
     args: argparse.Namespace, weights: AdapterWeights, name: str, metadata: Mapping[str, str], sources: Iterable[object]
 ) -> int:
     """Save as asked for; what was read is never written over."""
-    from lorakit import formats as export
+    from lorakit import formats
     from lorakit.formats.saving import destination
 
     folder = Path(args.output)
@@ -149,7 +149,7 @@ def _write(
         if Path(str(source)).resolve() == target:
             raise LorakitError(f"{source} would be written over: name another folder with --output")
     say = functools.partial(print, file=sys.stderr)
-    _tell(args, export.save(weights, folder, name, [args.to], args.dtype, metadata, say=say))
+    _tell(args, formats.save(weights, folder, name, [args.to], args.dtype, metadata, say=say))
     return 0
 
 

@@ -114,29 +114,31 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
     """Draw the prompts by the base and with the adapter, from equal seeds: (grid, judge's share before, after)."""
     import dataclasses
 
-    from lorakit import adapters, families, formats as export
-    from lorakit.core import image_grid as pictures
-    from lorakit.engine import device as memory
+    from lorakit import adapters, families, formats
+    from lorakit.core import image_grid
+    from lorakit.engine import device as devices
     from lorakit.families.pocket.classifier import Judge
-    from lorakit.inference import sampling as sample
+    from lorakit.inference import sampling
 
-    device = memory.device(config.memory)
+    device = devices.device(config.memory)
     info = families.describe(config.model)
-    storage, stream = config.memory.base_storage, memory.streams(config.memory, device)
-    family = families.load(info, device, memory.dtype(config.memory, device), storage, stream)
+    storage, stream = config.memory.base_storage, devices.streams(config.memory, device)
+    family = families.load(info, device, devices.dtype(config.memory, device), storage, stream)
 
     def draw() -> list[Any]:
         drawn = []
         for seed in range(PICTURES_PER_SCENE):
             settings = dataclasses.replace(config.sample, seed=config.sample.seed + seed)
-            drawn += sample.draw(family, list(config.sample.prompts), settings, config.data.resolution)
+            drawn += sampling.draw(family, list(config.sample.prompts), settings, config.data.resolution)
         return drawn
 
     base = draw()
-    adapters.apply(family, export.read(adapter))
+    adapters.apply(family, formats.read(adapter))
     adapted = draw()
     columns = len(config.sample.prompts)
     file = folder / "before-after.png"
-    pictures.save(pictures.grid(base[:columns] + adapted[:columns], ["base", "adapter"], config.sample.prompts), file)
+    image_grid.save(
+        image_grid.grid(base[:columns] + adapted[:columns], ["base", "adapter"], config.sample.prompts), file
+    )
     judge = Judge.load()
     return file, judge.subject_score(base, subject), judge.subject_score(adapted, subject)

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lorakit import __version__, config as configuration
-from lorakit.cli import adapter_commands as workbench, threads as cores
+from lorakit.cli import adapter_commands, threads
 from lorakit.cli.terminal import Terminal, quiet_libraries
 from lorakit.config.option import number
 from lorakit.core.errors import LorakitError
-from lorakit.runs import memory_estimate as footprint
+from lorakit.runs import memory_estimate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(str(error))
             return 2 if isinstance(error, configuration.ConfigError) else 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it to ask would cost seconds
-            _complain(footprint.advice("this command"))
+            _complain(memory_estimate.advice("this command"))
             return 1
         _complain(f"internal error: {type(error).__name__}: {_first_line(error)}; traceback in {_log(error)}")
         return 1
@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
         help="fail where one of these programs does not read all of it",
     )
 
-    workbench.add(command)
+    adapter_commands.add(command)
     command("doctor", run_doctor, "this machine: device, precision, attention, extras, and what each lacks")
     knobs = command("knobs", run_knobs, "every option that --set takes, with its default and bounds")
     knobs.add_argument("--markdown", action="store_true", help="as docs/options.md")
@@ -145,7 +145,7 @@ def _add_output(made: argparse.ArgumentParser) -> None:
 
 def run_demo(args: argparse.Namespace) -> int:
     """`lorakit demo`."""
-    cores.use_the_free()
+    threads.use_the_free()
     from lorakit.cli import demo
 
     folder, overrides = Path(args.output) if args.output else None, _overrides(args.set)
@@ -159,14 +159,14 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     """`lorakit check`: the photos, then the plan. No model is loaded."""
-    cores.use_the_free()
+    threads.use_the_free()
     from lorakit import families
-    from lorakit.data import checks as check
+    from lorakit.data import checks
     from lorakit.runs import plan
 
     config = resolve(args, _terminal(args))
     info = families.describe(config.model)
-    report = check.check(config.data, info)
+    report = checks.check(config.data, info)
     planned = None if report.errors else plan.make(config, info, report)
     if args.json:
         _print_json({"check": report.to_json(), "plan": planned.to_json() if planned else None})
@@ -179,7 +179,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_train(args: argparse.Namespace) -> int:
     """`lorakit train`: the main job."""
-    cores.use_the_free()
+    threads.use_the_free()
     terminal = _terminal(args)
     config = resolve(args, terminal)
     if not config.data.name:
@@ -194,7 +194,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_resume(args: argparse.Namespace) -> int:
     """`lorakit resume`."""
-    cores.use_the_free()
+    threads.use_the_free()
     terminal = _terminal(args)
     from lorakit.training import run as train
 
@@ -237,12 +237,12 @@ def _unless_stopped(job: Callable[[], Any]) -> Any:
 
 def run_sample(args: argparse.Namespace) -> int:
     """`lorakit sample`: a grid with a row for each strength and a column for each prompt, and each picture."""
-    cores.use_the_free()
-    from lorakit.inference import sampling as sample
+    threads.use_the_free()
+    from lorakit.inference import sampling
 
     adapter = Path(args.adapter)
-    config = sample.recorded(adapter, _overrides(args.set))
-    files = sample.from_file(
+    config = sampling.recorded(adapter, _overrides(args.set))
+    files = sampling.from_file(
         adapter,
         dataclasses.replace(config.model, base=args.base),
         args.prompt or config.sample.prompts,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lorakit.core import rng as randomness
+from lorakit.core import rng
 from lorakit.data.folder import Photo
 
 
@@ -105,8 +105,8 @@ class Dataset:
         A pure function of (seed, epoch, batch_size). A photo goes through its variants epoch by epoch, from a place
         of its own, so each is used equally often.
         """
-        draw = randomness.generator(seed, epoch, "order")
-        starts = randomness.generator(seed, 0, "variants")
+        draw = rng.generator(seed, epoch, "order")
+        starts = rng.generator(seed, 0, "variants")
         texts = self._texts(seed, epoch)
         batches = []
         for number, bucket in enumerate(self.buckets):
@@ -124,7 +124,7 @@ class Dataset:
 
     def _texts(self, seed: int, epoch: int) -> torch.Tensor:
         """For each photo the text it has in this epoch."""
-        draw = randomness.generator(seed, epoch, "texts")
+        draw = rng.generator(seed, epoch, "texts")
         count = len(self.photos)
         picks, drops = torch.randint(2**31, (count,), generator=draw).tolist(), torch.rand(count, generator=draw)
         shown = torch.tensor([own[pick % len(own)] for own, pick in zip(self.choices, picks, strict=True)])

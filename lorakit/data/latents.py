@@ -18,7 +18,7 @@ from lorakit.config import DataConfig, TrainConfig
 from lorakit.core import atomic
 from lorakit.core.cache_dir import cache_folder
 from lorakit.core.errors import LorakitError
-from lorakit.data import augment as variants, buckets, captions, decode, holdout as split
+from lorakit.data import augment, buckets, captions, decode, holdout
 from lorakit.data.augment import Variant
 from lorakit.data.dataset import Dataset, LatentBucket
 from lorakit.data.decode import Decoded, Pixels
@@ -79,8 +79,8 @@ def build(
     """
     work = _Work(config, train, encode_image, time_ids, identity, found.step, found.downscale, at_once)
     work.folder = None if config.cache == "memory" else folder or cache_folder() / "latents"
-    trained, held_out = split.split(found.photos, train.holdout, train.seed)
-    say(split.said(len(found.photos), len(held_out), train.holdout))
+    trained, held_out = holdout.split(found.photos, train.holdout, train.seed)
+    say(holdout.said(len(found.photos), len(held_out), train.holdout))
     texts = _Texts(config, train.seed)
     dataset = _dataset(trained, work, texts, device)
     work.config = replace(config, variants=1)  # photos kept for validation are only looked at as they are
@@ -161,7 +161,7 @@ class _Work:
             raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
         size = decode.measure(raw, photo.relative)
         placement = buckets.assign(size, self.config.resolution, self.step)
-        cuts = variants.of_photo(size, placement, self.config, self.train.seed, photo.relative)
+        cuts = augment.of_photo(size, placement, self.config, self.train.seed, photo.relative)
         keys = [self.key(raw, cut) for cut in cuts]
         stored = [self._load(key, cut) for key, cut in zip(keys, cuts, strict=True)]
         needs_pixels = None in stored or self.train.masked_loss
@@ -170,9 +170,9 @@ class _Work:
         ready = []
         for number, (cut, key, old) in enumerate(zip(cuts, keys, stored, strict=True)):
             target = (cut.bucket.height, cut.bucket.width)
-            ids = self.time_ids((size[1], size[0]), variants.top_left(size, cut), target)
-            pixels = variants.render(decoded.pixels, cut) if decoded and old is None else None
-            cut_mask = torch.from_numpy(variants.render_mask(mask, cut, self.downscale)) if mask is not None else None
+            ids = self.time_ids((size[1], size[0]), augment.top_left(size, cut), target)
+            pixels = augment.render(decoded.pixels, cut) if decoded and old is None else None
+            cut_mask = torch.from_numpy(augment.render_mask(mask, cut, self.downscale)) if mask is not None else None
             ready.append(_Ready(cut, number, key, ids, pixels, old, cut_mask))
         return ready
 

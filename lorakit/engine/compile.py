@@ -23,7 +23,7 @@ from torch import nn
 
 from lorakit.config import Config
 from lorakit.core.cache_dir import cache_folder
-from lorakit.engine import cuda_graphs as graph
+from lorakit.engine import cuda_graphs
 from lorakit.engine.cuda_graphs import Compute
 
 # From a function of a block and its inputs to the same, compiled.
@@ -31,11 +31,11 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 # What a UNet, and the transformer of Stable Diffusion 3, is made of.
 KINDS = ("LeanResnet", "ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock")
 # A batch shape takes up to so many versions of one kind of block; torch gives up at 8.
-VERSIONS = 32 * graph.MOST
+VERSIONS = 32 * cuda_graphs.MOST
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # A compiler rounds elsewhere. In bf16, at SD1.5's depth, gradients with and without were 6 % apart, the worst of them
 # 18 %; from those in float32 both were 4 %.
-FULL, HALF = graph.Allowed(1e-2, 1e-2, 0.1), graph.Allowed(1e-2, 0.2, 0.5)
+FULL, HALF = cuda_graphs.Allowed(1e-2, 1e-2, 0.1), cuda_graphs.Allowed(1e-2, 0.2, 0.5)
 # While results are compared the trained weights are moved by so much: a factor that begins with zeros would leave half
 # of the gradients 0, and whatever a compiler makes of 0 is right.
 NUDGE = 0.02
@@ -79,7 +79,7 @@ class Blocks:
         parameters: Sequence[torch.Tensor],
         say: Callable[[str], Any],
         compiler: Compiler,
-        allowed: graph.Allowed = FULL,
+        allowed: cuda_graphs.Allowed = FULL,
     ):
         self._parameters, self._say, self._allowed = parameters, say, allowed
         found = [module for module in unet.modules() if type(module).__name__ in KINDS]
@@ -101,11 +101,11 @@ class Blocks:
                 done with and without; afterwards weights, gradients and torch's generators are as they were.
         """
         with _settings():
-            if self._blocks and shape not in self._shapes and len(self._shapes) < graph.MOST:
+            if self._blocks and shape not in self._shapes and len(self._shapes) < cuda_graphs.MOST:
                 self._try(compute)
                 self._shapes.add(shape)
-                if self._blocks and len(self._shapes) == graph.MOST:
-                    self._say(f"batches of further shapes go without: {graph.MOST} are compiled")
+                if self._blocks and len(self._shapes) == cuda_graphs.MOST:
+                    self._say(f"batches of further shapes go without: {cuda_graphs.MOST} are compiled")
             # A group that does not hold is asked layer by layer, which is not what was compiled.
             with self._on(shape in self._shapes and all(group.holds() for group in self._groups)):
                 yield
@@ -125,8 +125,8 @@ class Blocks:
 
         try:
             with _nudged(self._parameters):
-                graph.believed(self._parameters, compute, lambda: compiled, self._allowed)
-        except graph.NotCaptured as problem:
+                cuda_graphs.believed(self._parameters, compute, lambda: compiled, self._allowed)
+        except cuda_graphs.NotCaptured as problem:
             self._blocks, self._forwards = [], []
             self._say(f"the UNet's blocks are not compiled, the run goes on without: {problem}")
         else:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.engine import fused_blocks as lean, fused_lora as fused
+from lorakit.engine import fused_blocks, fused_lora
 
 # Numbers from which on a parameter may begin: kernels read aligned memory fastest.
 ALIGNED = 64
@@ -67,7 +67,7 @@ class Flat:
         self._views, self._gradients = self.apart(self.weights), self.apart(self.gradient)
         self.hold()
         for layer in module.modules():
-            if isinstance(layer, lean.LeanAttention) and layer.group is not None:
+            if isinstance(layer, fused_blocks.LeanAttention) and layer.group is not None:
                 layer.group.find()
         self._scale = gradient_scale
         self._half: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -120,14 +120,16 @@ class Flat:
             return within.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
         for layer in module.modules():
-            holder: Any = layer.group if isinstance(layer, lean.LeanAttention) else layer
-            if isinstance(holder, lean.Group) and holder.down is not None and holder.up is not None:
+            holder: Any = layer.group if isinstance(layer, fused_blocks.LeanAttention) else layer
+            if isinstance(holder, fused_blocks.Group) and holder.down is not None and holder.up is not None:
                 down, up = holder.down, holder.up
-            elif isinstance(holder, fused.FusedLinear):
+            elif isinstance(holder, fused_lora.FusedLinear):
                 ((down, up),) = zip(_weights(holder.lora_A), _weights(holder.lora_B), strict=True)
             else:
                 continue
-            holder.place = fused.Place(at(down, copies), at(up, copies), at(down, gradient), at(up, gradient), self)
+            holder.place = fused_lora.Place(
+                at(down, copies), at(up, copies), at(down, gradient), at(up, gradient), self
+            )
             self._half = copies, gradient
 
 

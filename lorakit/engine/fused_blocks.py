@@ -16,7 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional
 
-from lorakit.engine import fused_lora as fused
+from lorakit.engine import fused_lora
 from lorakit.engine.onednn_linear import frozen_linear, linear
 from lorakit.engine.recompute import Recipe, keep, kept, norm_silu, recipe, spare
 
@@ -61,9 +61,9 @@ class Group:
         self.weight = _together(weights).flatten(0, 1)
         self.down: torch.Tensor | None = None
         self.up: torch.Tensor | None = None
-        self.place: fused.Place | None = None
+        self.place: fused_lora.Place | None = None
         self._holders: list[nn.Module] = []
-        if isinstance(layers[0], fused.FusedLinear):
+        if isinstance(layers[0], fused_lora.FusedLinear):
             downs, ups = ([getattr(layer, name)[_NAME] for layer in layers] for name in ("lora_A", "lora_B"))
             self._holders = downs + ups
             for found in (downs, ups):
@@ -89,10 +89,10 @@ class Group:
             together = frozen_linear(rows, self.weight, None)
             made = together.view(*x.shape[:-1], count, -1).unbind(-2)
             return made
-        if any(fused.plain_adapter(layer, x) is None for layer in self.layers):
+        if any(fused_lora.plain_adapter(layer, x) is None for layer in self.layers):
             return None
         assert self.up is not None
-        place, again = fused.used(self.place, x), recipe(x)
+        place, again = fused_lora.used(self.place, x), recipe(x)
         # Where the gradients have a place, autograd only has to know that there is something to train.
         factors = self._factors if place is None else self._factors[:1]
         made = GroupedLora.apply(rows, self.weight, self.down, self.up, first.scaling[_NAME], again, place, *factors)
@@ -104,7 +104,7 @@ class Group:
         parts = functional.linear(x, self.weight).chunk(count, dim=-1)
         if self.down is None or first._disable_adapters:
             return tuple(parts)
-        if any(fused.plain_adapter(layer, x) is None for layer in self.layers):
+        if any(fused_lora.plain_adapter(layer, x) is None for layer in self.layers):
             return None
         inner = functional.linear(x, torch.cat(self._factors[:count]).to(x.dtype)).chunk(count, dim=-1)
         scale = first.scaling[_NAME]
@@ -138,7 +138,7 @@ class GroupedLora(torch.autograd.Function):
         up: torch.Tensor,
         scale: float,
         again: Recipe,
-        place: fused.Place | None,
+        place: fused_lora.Place | None,
         *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """G times `[N, out]`; `factors` are the parameters of which `down` and `up` are made, A's then B's."""
@@ -259,7 +259,7 @@ def _can_share(layers: list[Any]) -> bool:
         return False
     if all(isinstance(layer, nn.Linear) for layer in layers):
         return True
-    if any(type(layer) is not fused.FusedLinear or list(layer.lora_A) != [_NAME] for layer in layers):
+    if any(type(layer) is not fused_lora.FusedLinear or list(layer.lora_A) != [_NAME] for layer in layers):
         return False
     return len({(len(layer.lora_A[_NAME].weight), layer.scaling[_NAME]) for layer in layers}) == 1
 

@@ -16,7 +16,7 @@ from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lorakit.engine import recompute as frugal
+from lorakit.engine import recompute
 from lorakit.engine.onednn_linear import linear
 from lorakit.engine.recompute import Geometry, Recipe, convolution_gradients
 
@@ -52,14 +52,14 @@ class LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, again: Recipe
     ) -> Tensor:
         """`[N, out]`."""
-        frugal.keep(ctx, again, weight, down, up)
+        recompute.keep(ctx, again, weight, down, up)
         ctx.scale = scale
         return linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
-        x, weight, down, up = frugal.kept(ctx)
+        x, weight, down, up = recompute.kept(ctx)
         x, to_x = x.reshape(-1, x.shape[-1]), None
         if ctx.needs_input_grad[0]:
             to_x = linear(gradient, torch.addmm(weight, up, down, alpha=ctx.scale).t())
@@ -92,14 +92,14 @@ class HalfLoraLinear(torch.autograd.Function):
         down, up = (down.to(x.dtype), up.to(x.dtype)) if place is None else (place.down, place.up)
         inner = x @ down.t()
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-        frugal.keep(ctx, again, inner, weight, down, up)
+        recompute.keep(ctx, again, inner, weight, down, up)
         ctx.scale, ctx.place = scale, place
         return y.addmm_(inner, up.t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B; the factors' in float32."""
-        x, inner, weight, down, up = frugal.kept(ctx)
+        x, inner, weight, down, up = recompute.kept(ctx)
         x, scale, place = x.reshape(-1, x.shape[-1]), ctx.scale, ctx.place
         to_inner = gradient @ up
         to_x = (gradient @ weight).addmm_(to_inner, down, alpha=scale) if ctx.needs_input_grad[0] else None
@@ -129,14 +129,14 @@ class LoraConv2d(torch.autograd.Function):
         again: Recipe,
     ) -> Tensor:
         """`[B, out, h', w']`; `geometry` is (stride, padding, dilation)."""
-        frugal.keep(ctx, again, weight, down, up)
+        recompute.keep(ctx, again, weight, down, up)
         ctx.scale, ctx.geometry = scale, geometry
         return functional.conv2d(x, _summed(weight, down, up, scale), bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
-        x, weight, down, up = frugal.kept(ctx)
+        x, weight, down, up = recompute.kept(ctx)
         to_x = None
         if ctx.needs_input_grad[0]:
             summed = _summed(weight, down, up, ctx.scale)
@@ -167,14 +167,14 @@ class HalfLoraConv2d(torch.autograd.Function):
         """`[B, out, h', w']`."""
         down, up = down.to(x.dtype), (up if scale == 1 else up * scale).to(x.dtype)
         inner = functional.conv2d(x, down, None, *geometry)
-        frugal.keep(ctx, again, inner, weight, down, up)
+        recompute.keep(ctx, again, inner, weight, down, up)
         ctx.scale, ctx.geometry = scale, geometry
         return functional.conv2d(x, weight, bias, *geometry).add_(functional.conv2d(inner, up))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B; the factors' in float32."""
-        x, inner, weight, down, up = frugal.kept(ctx)
+        x, inner, weight, down, up = recompute.kept(ctx)
         wants_x = ctx.needs_input_grad[0]
         to_inner, to_up = convolution_gradients(gradient, inner, up, POINTWISE, to_x=True, to_weight=True)
         to_x, to_down = convolution_gradients(to_inner, x, down, ctx.geometry, to_x=wants_x, to_weight=True)
@@ -201,7 +201,7 @@ class FusedLinear(Linear):
         if torch.compiler.is_compiling():
             return functional.linear(x, base.weight, base.bias) + change(x, down, up, self.scaling[name])
         rows = x.reshape(-1, x.shape[-1])
-        given = (rows, base.weight, base.bias, down, up, self.scaling[name], frugal.recipe(x))
+        given = (rows, base.weight, base.bias, down, up, self.scaling[name], recompute.recipe(x))
         y = LoraLinear.apply(*given) if x.dtype is torch.float32 else HalfLoraLinear.apply(*given, used(self.place, x))
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -223,7 +223,7 @@ class FusedConv2d(Conv2d):
             inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
             return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
         function = LoraConv2d if x.dtype is torch.float32 else HalfLoraConv2d
-        made: Tensor = function.apply(x, base.weight, base.bias, down, up, scale, geometry, frugal.recipe(x))
+        made: Tensor = function.apply(x, base.weight, base.bias, down, up, scale, geometry, recompute.recipe(x))
         return made
 
 

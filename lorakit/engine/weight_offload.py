@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorakit.core.errors import LorakitError
-from lorakit.engine import weight_storage as storage
+from lorakit.engine import weight_storage
 
 # How many weights ahead are considered; the window ends sooner but for tiny ones.
 FAR = 64
@@ -60,10 +60,10 @@ class Stream:
         host: bytes of the host's memory that are taken.
     """
 
-    def __init__(self, sizes: Sequence[int], device: torch.device | str, window: int = storage.WINDOW):
+    def __init__(self, sizes: Sequence[int], device: torch.device | str, window: int = weight_storage.WINDOW):
         self.sizes, self.device, self.window = list(sizes), torch.device(device), window
         self.asked = self.late = self.copied = self.host = 0
-        self._places, self._lengths = storage.packed(sizes)
+        self._places, self._lengths = weight_storage.packed(sizes)
         self._slabs: dict[int, torch.Tensor] = {}
         self._order = Order()
         # Number -> its bytes on the device, and what a computation has to wait for before it reads them.

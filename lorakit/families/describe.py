@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.config import Config, ModelConfig
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import DENOISERS, canonical
-from lorakit.families import hub, ldm, pocket, single_file as singlefile, weight_files as headers
+from lorakit.families import hub, ldm, pocket, single_file, weight_files
 
 CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -193,12 +193,12 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
         raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again")
     if model.tokenizer:
         raise LorakitError(f"base {path} has a tokenizer of its own: model.tokenizer is for bases in a single file")
-    configs = {name: headers.read_json(folder / "config.json") for name, folder in folders.items()}
-    configs["scheduler"] = headers.read_json(path / "scheduler" / "scheduler_config.json")
-    found = {name: headers.weight_files(folder, WEIGHTS.get(name, "model")) for name, folder in folders.items()}
+    configs = {name: weight_files.read_json(folder / "config.json") for name, folder in folders.items()}
+    configs["scheduler"] = weight_files.read_json(path / "scheduler" / "scheduler_config.json")
+    found = {name: weight_files.weight_files(folder, WEIGHTS.get(name, "model")) for name, folder in folders.items()}
     layers: dict[str, tuple[int, ...]] = {}
     for component in ("unet", *encoders):
-        layers |= _layers(component, headers.shapes(found[component][0]))
+        layers |= _layers(component, weight_files.shapes(found[component][0]))
     cross_dim = _cross_dim(configs["unet"])
     # With the same weights, another prediction type or schedule makes another base.
     told = [folders[name] / "config.json" for name in ("unet", "vae")] + [path / "scheduler" / "scheduler_config.json"]
@@ -215,7 +215,7 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
         configs=configs | {"model_index": index},
         tokenizers={name: path / name for name in tokenizers},
         slots=None,
-        hash=headers.identity([*told, *(file for files, _ in found.values() for file in files)]),
+        hash=weight_files.identity([*told, *(file for files, _ in found.values() for file in files)]),
         title=title,
         source=source,
         notes=tuple(notes),
@@ -226,9 +226,9 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
     kind = _what_file(path)
     if kind:
         raise LorakitError(f"base {path.name} {kind}")
-    header = modelfile.read(path)
+    header = safetensors_header.read(path)
     checkpoint = ldm.read(header)
-    configs = singlefile.configs(checkpoint)
+    configs = single_file.configs(checkpoint)
     layers: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, int] = {}
     for component, slots in checkpoint.parts.items():
@@ -240,7 +240,7 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
     zero = " with zero terminal SNR" if told.zero_snr else ""
     unsure = "" if told.certain or model.prediction_type != "auto" else "; if that is wrong, set model.prediction_type"
     note = f"prediction type: {told.type}{zero}, {told.told_by}{unsure}"
-    folder = singlefile.tokenizer(model.tokenizer, path)
+    folder = single_file.tokenizer(model.tokenizer, path)
     encoders = [name for name in configs if name.startswith("text")] if folder else []
     return _info(
         model,
@@ -253,7 +253,7 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
         configs=configs,
         tokenizers={name.replace("text_encoder", "tokenizer"): folder for name in encoders},
         slots=checkpoint.parts,
-        hash=singlefile.identity(header),
+        hash=single_file.identity(header),
         title=path.stem,
         source="",
         notes=(note,),
@@ -335,7 +335,7 @@ def _index(path: Path) -> dict[str, Any]:
         inside = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
         found = f"it holds {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}" if inside else "it is empty"
         raise LorakitError(f"base {path} is not a folder in diffusers layout: no model_index.json; {found}")
-    return headers.read_json(path / "model_index.json")
+    return weight_files.read_json(path / "model_index.json")
 
 
 def _loader(path: Path, index: dict[str, Any]) -> str:
@@ -368,7 +368,7 @@ def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:
     if tokenizer is None:
         return positions
     config = tokenizer / "tokenizer_config.json"
-    said = headers.read_json(config).get("model_max_length", positions) if config.is_file() else positions
+    said = weight_files.read_json(config).get("model_max_length", positions) if config.is_file() else positions
     return int(min(said, positions))
 
 
@@ -411,5 +411,5 @@ def _what_file(path: Path) -> str:
         return f"is a pickle, which can run code when it is read; {CONVERT}"
     if path.suffix != ".safetensors":
         return "is a file, not a base model: give a .safetensors file or a folder in diffusers layout"
-    kind = modelfile.kind(modelfile.read(path).shapes())
+    kind = safetensors_header.kind(safetensors_header.read(path).shapes())
     return _KINDS.get(kind, "")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lorakit.core.errors import LorakitError
-from lorakit.families import weight_files as headers
+from lorakit.families import weight_files
 
 COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 COMPONENTS |= {"transformer": "diffusion_pytorch_model"}
@@ -69,11 +69,11 @@ def _complete(folder: Path) -> bool:
     """Whether a snapshot has every part that its index names and a base needs."""
     if not (folder / "model_index.json").is_file():
         return False
-    index = headers.read_json(folder / "model_index.json")
+    index = weight_files.read_json(folder / "model_index.json")
     parts = {name for name, classes in index.items() if isinstance(classes, list) and None not in classes}
     try:
         for name in COMPONENTS.keys() & parts:
-            headers.weight_files(folder / name, COMPONENTS[name])
+            weight_files.weight_files(folder / name, COMPONENTS[name])
     except LorakitError:
         return False
     return all((folder / name).is_dir() for name in parts & {*COMPONENTS, *FOLDERS})

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def is_checkpoint(shapes: Shapes) -> bool:
     return any(name.startswith(UNET) for name in shapes)
 
 
-def read(header: modelfile.Header) -> Checkpoint:
+def read(header: safetensors_header.Header) -> Checkpoint:
     """Take a file apart.
 
     Raises:
@@ -232,12 +232,12 @@ def place(family: str, parts: Mapping[str, Shapes]) -> dict[str, dict[str, Slot]
     return placed
 
 
-def tensors(header: modelfile.Header, slots: Mapping[str, Slot]) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(header: safetensors_header.Header, slots: Mapping[str, Slot]) -> Iterator[tuple[str, torch.Tensor]]:
     """Diffusers' name and tensor of each slot, one of the file's tensors at a time."""
     by_key: dict[str, list[str]] = {}
     for name, slot in slots.items():
         by_key.setdefault(slot.key, []).append(name)
-    for key, tensor in modelfile.tensors(header, by_key):
+    for key, tensor in safetensors_header.tensors(header, by_key):
         for name in by_key[key]:
             yield name, view(tensor, slots[name])
 
@@ -266,7 +266,7 @@ def view(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
     return (part.T if slot.transposed else part).reshape(slot.shape)
 
 
-def prediction(header: modelfile.Header, family: str) -> Prediction:
+def prediction(header: safetensors_header.Header, family: str) -> Prediction:
     """What the model predicts: said by a key, by the metadata, or guessed as ComfyUI does it."""
     shapes, told = header.shapes(), header.metadata
     if "v_pred" in shapes:
@@ -282,7 +282,7 @@ def prediction(header: modelfile.Header, family: str) -> Prediction:
     # Of the released models, those that predict v have this bias spread wider.
     pattern = rf"{re.escape(UNET)}output_blocks\.(\d+)\.1\.transformer_blocks\.0\.norm1\.bias"
     found = {int(match[1]): name for name in shapes if (match := re.fullmatch(pattern, name))}
-    values = modelfile.values(header, found[max(found)]) if found else [0.0]
+    values = safetensors_header.values(header, found[max(found)]) if found else [0.0]
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
     kind, side = ("v_prediction", "above") if spread > 0.09 else ("epsilon", "not above")

@@ -12,10 +12,10 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.engine import onednn_linear as products, quantized_weight as stored
-from lorakit.families import ldm, tiled_vae as strips
+from lorakit.engine import onednn_linear, quantized_weight
+from lorakit.families import ldm, tiled_vae
 from lorakit.families.describe import BaseInfo
 
 # Where parts of a base wait until they are needed.
@@ -69,7 +69,7 @@ def _from_file(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> 
     """A part of a single file: built without weights, which are then read one by one in `dtype`."""
     assert info.slots is not None
     slots, config = info.slots[component], info.configs[component]
-    weights = {n: tensor.to(dtype).contiguous() for n, tensor in ldm.tensors(modelfile.read(info.path), slots)}
+    weights = {n: tensor.to(dtype).contiguous() for n, tensor in ldm.tensors(safetensors_header.read(info.path), slots)}
     if not component.startswith("text_encoder"):
         with torch.device("meta"):
             module = cls.from_config(config)
@@ -97,10 +97,10 @@ def load_unet(
     unet = load_module(info, "unet", cls, dtype)
     if storage == "full" and not stream:
         if device.type == "cpu":
-            products.quicken(unet)
+            onednn_linear.quicken(unet)
         return unet
     # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
-    stored.store_layers(unet, storage, device, streamed=stream)
+    quantized_weight.store_layers(unet, storage, device, streamed=stream)
     return unet.to(HOST)
 
 
@@ -213,10 +213,10 @@ def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def encode_image(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Family.encode_image`."""
-    if strips.fits(vae, pixels[:, 0].numel(), strips.ENCODING):
+    if tiled_vae.fits(vae, pixels[:, 0].numel(), tiled_vae.ENCODING):
         posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
     else:
-        posterior = DiagonalGaussianDistribution(strips.encode(vae, pixels))
+        posterior = DiagonalGaussianDistribution(tiled_vae.encode(vae, pixels))
     offset, factor = latent_scale(vae)
     return (posterior.mean - offset) * factor, posterior.std * factor
 
@@ -227,8 +227,8 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     offset, factor = latent_scale(vae)
     latents = latents.to(vae.device, torch.float32) / factor + offset
     pixels = latents[:, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)
-    whole = strips.fits(vae, pixels, strips.DECODING)
-    return vae.decode(latents).sample if whole else strips.decode(vae, latents)
+    whole = tiled_vae.fits(vae, pixels, tiled_vae.DECODING)
+    return vae.decode(latents).sample if whole else tiled_vae.decode(vae, latents)
 
 
 def gradient_scale(dtype: torch.dtype) -> float:

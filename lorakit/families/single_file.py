@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.families import ldm
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -146,7 +146,7 @@ def model_index(family: str, found: Mapping[str, Any]) -> dict[str, Any]:
     return index | {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
 
 
-def identity(header: modelfile.Header) -> str:
+def identity(header: safetensors_header.Header) -> str:
     """SHA-256 of the header and of 64 blocks of 64 KiB spread over the file: cheap, and other for another model.
 
     A fine-tuned model has the header of the one it was made of, and often its text encoder and VAE; the blocks are

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 
 PRECISIONS = ("fp16", "bf16")
@@ -17,7 +17,7 @@ def shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape over all the files of one model."""
     found: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        found |= modelfile.read(path).shapes()
+        found |= safetensors_header.read(path).shapes()
     return found
 
 

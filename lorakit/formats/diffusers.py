@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lorakit.adapters.weights import AdapterWeights
-from lorakit.formats import adapter_math as factors, files, keys
+from lorakit.formats import adapter_math, files, keys
 from lorakit.formats.metadata import complete
 
 
@@ -37,14 +37,14 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     Raises:
         LorakitError: a method that the format cannot carry, a layer that is not portable or not finite.
     """
-    factors.require_writable(weights, check(factors.method(weights), weights.family))
+    adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
     result: dict[str, torch.Tensor] = {}
-    for name, layer in factors.complete(weights).items():
+    for name, layer in adapter_math.complete(weights).items():
         folded = layer.rescaled(1).factors()
         stem = keys.spelled(name, weights.family)
         result[f"{stem}.lora_A.weight"] = folded["down"]
         result[f"{stem}.lora_B.weight"] = folded["up"]
-    return factors.cast(result, dtype)
+    return adapter_math.cast(result, dtype)
 
 
 def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]) -> list[Path]:

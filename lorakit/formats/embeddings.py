@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from lorakit.adapters.weights import AdapterWeights
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.formats import files, metadata as meta
+from lorakit.formats import files, metadata
 
 Tokens = dict[str, dict[str, torch.Tensor]]
 # Text encoder -> what its vectors are called, where there is one encoder and where there are two.
@@ -54,7 +54,7 @@ def write(weights: AdapterWeights, place: Path, told: Mapping[str, str]) -> list
     """Write every word's embedding file into the folder `place`, with what the adapter says of itself."""
     written = []
     for word, vectors in weights.tokens.items():
-        header = meta.complete(weights, told)
+        header = metadata.complete(weights, told)
         architecture = header["modelspec.architecture"].replace("/lora", "/textual-inversion")
         header |= {"modelspec.architecture": architecture, "modelspec.title": word, "ss_output_name": word}
         kept = {key: value for key, value in header.items() if not key.startswith("ss_network_")}
@@ -82,11 +82,11 @@ def read(path: Path, told: Mapping[str, str]) -> Tokens:
         LorakitError: the adapter says that it has a word, and its file is not there or is something else.
     """
     found = Tokens()
-    for word in filter(None, told.get(meta.WORDS, "").split()):
+    for word in filter(None, told.get(metadata.WORDS, "").split()):
         file = folder(path) / f"{word}.safetensors"
         if not file.is_file():
             raise LorakitError(f"{path}: its embedding {file.parent.name}/{file.name} is not beside it: put it back")
-        modelfile.read(file)
+        safetensors_header.read(file)
         parts = load_file(file)
         if not parts or not parts.keys() <= _ENCODERS.keys() or any(rows.ndim != 2 for rows in parts.values()):
             raise LorakitError(f"{file}: not the embedding that {path.name} needs")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as serialise
 
-from lorakit.core import atomic, safetensors_header as modelfile
+from lorakit.core import atomic, safetensors_header
 from lorakit.core.errors import LorakitError
 
 _MARGIN = 1 << 20
@@ -90,7 +90,7 @@ def stream(
     table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     at = 0
     for name, dtype, shape in entries:
-        size = math.prod(shape) * getattr(torch, modelfile.DTYPES[dtype]).itemsize
+        size = math.prod(shape) * getattr(torch, safetensors_header.DTYPES[dtype]).itemsize
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     head = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
@@ -101,7 +101,7 @@ def stream(
         with temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(head)) + head)
             for (name, dtype, shape), tensor in zip(entries, tensors, strict=True):
-                assert (modelfile.dtype_name(tensor), tuple(tensor.shape)) == (dtype, shape), name
+                assert (safetensors_header.dtype_name(tensor), tuple(tensor.shape)) == (dtype, shape), name
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())

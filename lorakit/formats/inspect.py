@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import DENOISERS
 from lorakit.families import ldm
-from lorakit.formats import compatibility as consumers, identify, keys
+from lorakit.formats import compatibility, identify, keys
 from lorakit.formats.compatibility import Reading
 
 _LABELS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
@@ -55,7 +55,7 @@ class Report:
         Raises:
             LorakitError: an unknown target, or the file is not an adapter.
         """
-        wanted = consumers.names(targets)
+        wanted = compatibility.names(targets)
         if wanted and not self.readers:
             raise LorakitError(f"{self.name} is {self.description}: no program reads it as an adapter")
         return [f"{key}: {self.readers[key].line()}" for key in wanted if not self.readers[key].complete]
@@ -99,9 +99,9 @@ def inspect(path: Path) -> Report:
     path = Path(path)
     if path.is_dir():
         return _folder(path)
-    head = modelfile.read(path)
+    head = safetensors_header.read(path)
     shapes = head.shapes()
-    kind = modelfile.kind(shapes)
+    kind = safetensors_header.kind(shapes)
     size = path.stat().st_size
     if kind in ("adapter", "lycoris") and all(name.startswith(identify.PEFT_PREFIX) for name in shapes):
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
@@ -123,7 +123,7 @@ def inspect(path: Path) -> Report:
             dtype=_dtype([head]),
             metadata=head.metadata,
         )
-    return _adapter(path.name, kind, size, [head], shapes, modelfile.scalars(head, ".alpha"), head.metadata)
+    return _adapter(path.name, kind, size, [head], shapes, safetensors_header.scalars(head, ".alpha"), head.metadata)
 
 
 def _folder(path: Path) -> Report:
@@ -141,12 +141,12 @@ def _folder(path: Path) -> Report:
 
 
 def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
-    heads: list[modelfile.Header] = []
+    heads: list[safetensors_header.Header] = []
     told: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     alphas: dict[str, float] = {}
     for part, folder in parts.items():
-        head = modelfile.read(folder / identify.PEFT_MODEL)
+        head = safetensors_header.read(folder / identify.PEFT_MODEL)
         config = _json(folder / identify.PEFT_CONFIG)
         heads.append(head)
         told |= head.metadata
@@ -191,7 +191,7 @@ def _adapter(
     name: str,
     kind: str,
     size: int,
-    heads: list[modelfile.Header],
+    heads: list[safetensors_header.Header],
     shapes: identify.Shapes,
     alphas: dict[str, float],
     told: dict[str, str],
@@ -224,7 +224,7 @@ def _adapter(
         _dtype(heads),
         told.get("modelspec.trigger_phrase", ""),
         components,
-        consumers.read_report(shapes, family, alphas=alphas, metadata=told, folder=folder),
+        compatibility.read_report(shapes, family, alphas=alphas, metadata=told, folder=folder),
         told,
     )
 
@@ -246,7 +246,7 @@ def _ordered(counts: Counter[Any]) -> list[Any]:
     return [value for value, _ in counts.most_common()]
 
 
-def _dtype(heads: list[modelfile.Header]) -> str:
+def _dtype(heads: list[safetensors_header.Header]) -> str:
     """The dtype of most of the numbers."""
     sizes: Counter[str] = Counter()
     for head in heads:

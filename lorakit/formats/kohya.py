@@ -14,7 +14,7 @@ import torch
 
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core.layer_names import DENOISERS
-from lorakit.formats import adapter_math as factors, files, keys
+from lorakit.formats import adapter_math, files, keys
 from lorakit.formats.metadata import complete
 
 # What a LoRA layer's factors are called in these files; LoHa's and LoKr's have their names already.
@@ -37,15 +37,15 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     Raises:
         LorakitError: a layer that is not portable, or that is not finite.
     """
-    factors.require_writable(weights, check(factors.method(weights), weights.family))
-    layers = factors.complete(weights)
+    adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
+    layers = adapter_math.complete(weights)
     result: dict[str, torch.Tensor] = {}
     for name, stem in keys.to_kohya(layers, weights.family).items():
         layer = layers[name]
         for part, tensor in layer.factors().items():
             # alpha and magnitude stay float32: a rounded alpha rescales the layer, magnitudes carry the whole weight.
             precision = "fp32" if part == "magnitude" else dtype
-            result |= factors.cast({f"{stem}.{PARTS.get(part, part)}": tensor}, precision)
+            result |= adapter_math.cast({f"{stem}.{PARTS.get(part, part)}": tensor}, precision)
         result[f"{stem}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
     return result
 

@@ -154,10 +154,10 @@ def _public(config: Config) -> dict[str, dict[str, Any]]:
 
 def of_weights(weights: AdapterWeights) -> dict[str, str]:
     """What follows from the weights alone."""
-    from lorakit.formats import adapter_math as factors  # needs torch; the rest of this page does not
+    from lorakit.formats import adapter_math  # needs torch; the rest of this page does not
 
     tags = TAGS[weights.family]
-    layers = factors.uniform(weights)
+    layers = adapter_math.uniform(weights)
     first = next(iter(layers.values()))
     lycoris = first.method in ("loha", "lokr")
     folded = any(not math.isclose(layer.scale, weights.layers[name].scale) for name, layer in layers.items())

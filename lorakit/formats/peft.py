@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, Hadamard, Kronecker, Layer, factorization
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
-from lorakit.formats import adapter_math as factors, files, keys
+from lorakit.formats import adapter_math, files, keys
 from lorakit.formats.identify import PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX
 from lorakit.formats.metadata import complete
 
@@ -99,9 +99,9 @@ def _is_ours(path: Path) -> bool:
 
 
 def _components(weights: AdapterWeights) -> dict[str, dict[str, AnyLayer]]:
-    factors.require_writable(weights, check(factors.method(weights), weights.family))
+    adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
     parts: dict[str, dict[str, AnyLayer]] = {}
-    for name, layer in factors.complete(weights).items():
+    for name, layer in adapter_math.complete(weights).items():
         parts.setdefault(keys.spelled(keys.component(name), weights.family), {})[name] = layer
     for layers in parts.values():
         if len({layer.method for layer in layers.values()}) > 1:
@@ -143,7 +143,7 @@ def _tensors(layers: Mapping[str, AnyLayer], dtype: str) -> dict[str, torch.Tens
         for path in (module, *shorter):
             for part, tensor in layer.factors().items():
                 result[f"{PEFT_PREFIX}{path}.{_NAMES.get(part, part)}"] = tensor
-    return factors.cast(result, dtype)
+    return adapter_math.cast(result, dtype)
 
 
 def _config(part: str, layers: Mapping[str, AnyLayer]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, Kronecker, Layer
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.formats import embeddings, identify, keys, lycoris
 
@@ -51,8 +51,8 @@ def read(path: Path) -> AdapterWeights:
 
 
 def _read_file(path: Path) -> AdapterWeights:
-    head = modelfile.read(path)
-    what = modelfile.kind(head.shapes())
+    head = safetensors_header.read(path)
+    what = safetensors_header.kind(head.shapes())
     if what != "adapter":
         raise LorakitError(f"{path}: this is {identify.DESCRIPTIONS[what]}")
     if all(name.startswith(identify.PEFT_PREFIX) for name in head.tensors):
@@ -74,7 +74,7 @@ def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
     metadata: dict[str, str] = {}
     scalings: dict[str, Scaling] = {}
     for part, folder in folders.items():
-        head = modelfile.read(folder / identify.PEFT_MODEL)
+        head = safetensors_header.read(folder / identify.PEFT_MODEL)
         metadata |= head.metadata
         try:
             scalings[part] = json.loads((folder / identify.PEFT_CONFIG).read_text(encoding="utf-8"))
@@ -87,7 +87,9 @@ def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
 
 def _component(path: Path) -> str:
     """Which component a lone PEFT adapter belongs to: CLIP has `encoder.layers`, a UNet has not."""
-    return "text_encoder" if any("encoder.layers." in name for name in modelfile.read(path).tensors) else "unet"
+    return (
+        "text_encoder" if any("encoder.layers." in name for name in safetensors_header.read(path).tensors) else "unet"
+    )
 
 
 def _weights(

@@ -12,7 +12,7 @@ from pathlib import Path
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import EXPORTS, load
-from lorakit.formats import adapter_math as factors, embeddings, files, kohya, metadata as meta
+from lorakit.formats import adapter_math, embeddings, files, kohya, metadata as meta
 
 # What a file or folder of each format is called; kohya's is the plain name, as it is the one people move about.
 ENDINGS = {"kohya": ".safetensors", "diffusers": "-diffusers.safetensors", "peft": "-peft"}
@@ -49,8 +49,8 @@ def save(
         raise LorakitError(f"{name!r} cannot be a file name: leave out slashes")
     writers = {fmt: load(EXPORTS, fmt) for fmt in formats}
     for writer in writers.values():
-        factors.require_writable(weights, writer.check(factors.method(weights), weights.family))
-    loss = factors.lossy(weights, dtype)
+        adapter_math.require_writable(weights, writer.check(adapter_math.method(weights), weights.family))
+    loss = adapter_math.lossy(weights, dtype)
     if loss:
         say(f"export: {loss}; float32 is written instead")
         dtype = "fp32"

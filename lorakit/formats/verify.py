@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, Layer
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.formats import diffusers as diffusers_format, embeddings, kohya, peft
+from lorakit.formats import diffusers, embeddings, kohya, peft
 from lorakit.formats.identify import PEFT_MODEL
 from lorakit.formats.reading import read
 
@@ -85,25 +85,27 @@ def _bundle_findings(bundle: Path, plain: Mapping[str, torch.Tensor], weights: A
     ]
 
 
-def _headers(path: Path) -> dict[str, modelfile.Header]:
+def _headers(path: Path) -> dict[str, safetensors_header.Header]:
     """The headers of a file ("" -> header) or of a PEFT folder (component -> header)."""
     if not Path(path).is_dir():
-        return {"": modelfile.read(Path(path))}
-    return {f.parent.name: modelfile.read(f) for f in sorted(Path(path).glob(f"*/{PEFT_MODEL}"))}
+        return {"": safetensors_header.read(Path(path))}
+    return {f.parent.name: safetensors_header.read(f) for f in sorted(Path(path).glob(f"*/{PEFT_MODEL}"))}
 
 
 def _is_factor(name: str) -> bool:
     return not name.endswith((".alpha", ".dora_scale"))
 
 
-def _tensor_findings(path: Path, weights: AdapterWeights, heads: Mapping[str, modelfile.Header]) -> list[Finding]:
+def _tensor_findings(
+    path: Path, weights: AdapterWeights, heads: Mapping[str, safetensors_header.Header]
+) -> list[Finding]:
     """Tensors that are missing, not expected, or of another shape than the format's own writer makes."""
     if "" not in heads:
         expected = peft.tensors(weights, "fp32")
     elif any(name.startswith("lora_") for name in heads[""].tensors):
         expected = {"": kohya.tensors(weights, "fp32")}
     else:
-        expected = {"": diffusers_format.tensors(weights, "fp32")}
+        expected = {"": diffusers.tensors(weights, "fp32")}
     findings = [Finding(part, "component missing") for part in expected.keys() - heads.keys()]
     for part in expected.keys() & heads.keys():
         wanted = {name: tuple(tensor.shape) for name, tensor in expected[part].items()}

@@ -18,7 +18,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 
-from lorakit import adapters, families, formats as export
+from lorakit import adapters, families, formats
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.config import Config, ConfigError, MemoryConfig, ModelConfig, SampleConfig, from_tables, load
 from lorakit.core.errors import LorakitError
@@ -117,7 +117,7 @@ def from_file(
         LorakitError: not an adapter, or one for another family than the base's; no prompt and no trigger; a folder
             with something in it.
     """
-    weights = export.read(adapter)
+    weights = formats.read(adapter)
     config = _recorded(weights.metadata, {})
     prompts = list(prompts) or (captions.sample_prompts(config.data) if config.data.name else [])
     if not prompts:
@@ -182,7 +182,7 @@ def recorded(adapter: Path, overrides: Mapping[str, Any]) -> Config:
         ConfigError: an override is wrong.
         LorakitError: not an adapter.
     """
-    return _recorded(export.read(adapter).metadata, overrides)
+    return _recorded(formats.read(adapter).metadata, overrides)
 
 
 def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Config:

@@ -28,7 +28,7 @@ import psutil
 from PIL import Image
 
 from lorakit.config import Config, load, to_toml
-from lorakit.core import atomic, image_grid as pictures
+from lorakit.core import atomic, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import slug, step_name, unused
 
@@ -170,9 +170,9 @@ class RunFolder:
         folder = self.samples / step_name(step)
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images, 1):
-            pictures.save(image, folder / f"{number:02d}.png")
+            image_grid.save(image, folder / f"{number:02d}.png")
         path = folder.with_suffix(".png")
-        pictures.save(pictures.grid(images, [f"step {step}"], prompts), path)
+        image_grid.save(image_grid.grid(images, [f"step {step}"], prompts), path)
         return path
 
     # -- for whoever watches --------------------------------------------------------------------------------------

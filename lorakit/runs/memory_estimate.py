@@ -15,7 +15,7 @@ from typing import Any
 
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
-from lorakit.engine import weight_storage as storage
+from lorakit.engine import weight_storage
 
 GIB = 2**30
 # Activations kept for the backward pass, as multiples of the values that come out of layers: of blocks, and of the
@@ -266,12 +266,12 @@ def _unet(config: Config, info: Any, device: str) -> tuple[int, int]:
     there = host = 0
     for name, shape in info.layers.items():
         path = name.removeprefix("unet.")
-        size = storage.size_of(path, shape, kind, width) if path != name else 0
-        if streamed and not storage.stays_in_full(path, math.prod(shape)):
+        size = weight_storage.size_of(path, shape, kind, width) if path != name else 0
+        if streamed and not weight_storage.stays_in_full(path, math.prod(shape)):
             host += size
         else:
             there += size
-    return there + min(host, round(FILLED * storage.WINDOW)), host
+    return there + min(host, round(FILLED * weight_storage.WINDOW)), host
 
 
 def _vae(info: Any) -> int:

@@ -23,8 +23,8 @@ from lorakit.adapters import targets
 from lorakit.config import OFFLOAD_NEEDS_CUDA, AdapterConfig, Config
 from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
-from lorakit.data import captions, holdout as split
-from lorakit.runs import memory_estimate as footprint
+from lorakit.data import captions, holdout
+from lorakit.runs import memory_estimate
 
 # A training step in forward passes: 1 forward and 1.2 backward (only the adapter has weight gradients), and with
 # gradient checkpointing another 0.7.
@@ -158,7 +158,7 @@ def make(config: Config, info: Any, report: Any) -> Plan:
     device = guess_device(config.memory.device)
     if config.memory.stream_base and not may_be_cuda(config.memory.device):
         raise LorakitError(OFFLOAD_NEEDS_CUDA.format(device=device))
-    host = footprint.on_host(config, info, device)
+    host = memory_estimate.on_host(config, info, device)
     alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
     return Plan(
         base=info.title,
@@ -176,11 +176,11 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         steps=steps,
         length=length,
         epochs=steps * config.train.gradient_accumulation_steps / batches,
-        memory=footprint.training(config, info, modules, device),
-        peaks=footprint.peaks(config, info, modules, device),
+        memory=memory_estimate.training(config, info, modules, device),
+        peaks=memory_estimate.peaks(config, info, modules, device),
         seconds=estimate_seconds(config, info, steps) if device == "cpu" else None,
         device=device,
-        recomputed=len(footprint.recomputed(config, info, modules, device)),
+        recomputed=len(memory_estimate.recomputed(config, info, modules, device)),
         limit_gib=config.memory.limit_gib,
         host=host,
         ram=_ram() if host else 0,
@@ -228,8 +228,8 @@ def forward_flop(shapes: Mapping[str, Sequence[int]], height: int, width: int, t
     Two for each weight and place it is applied at, and 4 n m c for an attention of n places to m of width c. Gives the
     counts of torch's own counter for the real models: SD1.5 at 512 px 0.803e12, SDXL at 1024 px 6.761e12.
     """
-    layers = footprint.placed(shapes, height, width, tokens)
-    return sum(footprint.flop(name, shape, places, tokens) for name, shape, places in layers)
+    layers = memory_estimate.placed(shapes, height, width, tokens)
+    return sum(memory_estimate.flop(name, shape, places, tokens) for name, shape, places in layers)
 
 
 def estimate_seconds(config: Config, info: Any, steps: int) -> float:
@@ -273,7 +273,7 @@ def may_be_cuda(wanted: str) -> bool:
 def _training_sizes(config: Config, report: Any) -> tuple[list[tuple[int, int]], int]:
     """(width, height) at which each photo is trained that is not held out, and how many are held out."""
     buckets = {item.photo.relative: item.bucket for item in report.items}
-    trained, held_out = split.split(report.photos, config.train.holdout, config.train.seed)
+    trained, held_out = holdout.split(report.photos, config.train.holdout, config.train.seed)
     return [buckets[photo.relative] for photo in trained], len(held_out)
 
 

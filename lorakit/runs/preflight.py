@@ -11,8 +11,8 @@ from lorakit import families
 from lorakit.config import Config
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks as check
-from lorakit.formats import compatibility as consumers
+from lorakit.data import checks
+from lorakit.formats import compatibility
 from lorakit.runs import plan
 
 
@@ -59,10 +59,10 @@ def look(config: Config, say: Callable[[str], object]) -> Seen:
         refusal = registry.load(registry.EXPORTS, name).check(config.adapter.method, info.family)
         if refusal:
             raise LorakitError(refusal)
-        warning = consumers.warning(config.adapter.method, name)
+        warning = compatibility.warning(config.adapter.method, name)
         if warning:
             warnings.append(warning)
-    photos = check.check(config.data, info)
+    photos = checks.check(config.data, info)
     if photos.errors:
         raise LorakitError("\n".join(photos.errors))
     seen = Seen(config, info, photos, plan.make(config, info, photos), warnings)

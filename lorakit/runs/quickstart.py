@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakit import config as configuration, families
 from lorakit.config import LENGTHS, Config
-from lorakit.data import checks as check
+from lorakit.data import checks
 from lorakit.families import hub
 from lorakit.runs import plan
 
@@ -30,7 +30,7 @@ class Preview:
     """What is known of a run before it starts. `plan` is None where the photos have errors."""
 
     info: Any
-    report: check.Report
+    report: checks.Report
     plan: plan.Plan | None
 
 
@@ -93,12 +93,12 @@ def photo_folder(config: Config) -> Path:
     return Path(config.data.folder)
 
 
-def preview(config: Config, report: check.Report | None = None) -> Preview:
+def preview(config: Config, report: checks.Report | None = None) -> Preview:
     """Look at the photos (unless that was done: `report`) and plan the run. No model is loaded.
 
     Raises:
         LorakitError: the folder or the base cannot be read.
     """
     info = families.describe(config.model)
-    report = report or check.check(config.data, info)
+    report = report or checks.check(config.data, info)
     return Preview(info, report, None if report.errors else plan.make(config, info, report))

@@ -20,9 +20,9 @@ from PIL import Image
 
 from lorakit import __version__
 from lorakit.config import Config, with_paths_removed
-from lorakit.core import atomic, image_grid as pictures
+from lorakit.core import atomic, image_grid
 from lorakit.core.errors import LorakitError
-from lorakit.data import augment as variants, buckets, decode
+from lorakit.data import augment, buckets, decode
 from lorakit.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def write(
     atomic.write(folder.curves_file, curves(events, best=best))
     sheet = contact_sheet(folder)
     if sheet is not None:
-        pictures.save(sheet, folder.contact_sheet_file)
+        image_grid.save(sheet, folder.contact_sheet_file)
     page = html(folder, config, plan, photos, history, findings)
     atomic.write(folder.html_file, page)
     return folder.html_file
@@ -81,7 +81,7 @@ def contact_sheet(folder: RunFolder) -> Image.Image | None:
     columns = max(map(len, rows.values()))
     prompts = next(([_prompt(image) for image in row] for row in rows.values() if len(row) == columns), [])
     cells = [row[n] if n < len(row) else None for row in rows.values() for n in range(columns)]
-    return pictures.grid(cells, [f"step {step}" for step in rows], prompts, largest=256)
+    return image_grid.grid(cells, [f"step {step}" for step in rows], prompts, largest=256)
 
 
 def curves(events: Iterable[dict[str, Any]], *, best: int | None = None, dark: bool = False) -> bytes:
@@ -356,7 +356,7 @@ def _photos(config: Config, report: Any) -> str:
         except LorakitError:
             continue  # gone or changed since it was trained on; the report is not the place to fail for it
         placed = buckets.assign(decoded.size, config.data.resolution, report.step)
-        shown = Image.fromarray(variants.render(decoded.pixels, variants.Variant(placed.bucket, placed.box)))
+        shown = Image.fromarray(augment.render(decoded.pixels, augment.Variant(placed.bucket, placed.box)))
         size = f"{shown.width}x{shown.height}" + (f", {item.cropped:.0%} cropped" if item.cropped >= 0.005 else "")
         caption = f"<figcaption>{escape(item.text)}<br>{size}</figcaption>"
         figures.append(f"<figure>{_img(shown, PHOTO_SIDE, item.text)}{caption}</figure>")
@@ -389,7 +389,7 @@ def _table(rows: dict[str, str]) -> str:
 
 def _img(image: Image.Image, side: int, text: str) -> str:
     """An <img> that carries its picture: PNG where that is small, else JPEG."""
-    small, buffer = pictures.thumbnail(image, side), io.BytesIO()
+    small, buffer = image_grid.thumbnail(image, side), io.BytesIO()
     kind = "png" if max(small.size) <= 128 else "jpeg"
     small.save(buffer, kind, quality=88)
     return f'<img src="{_data(buffer.getvalue(), kind)}" alt="{escape(text, quote=True)}" loading="lazy">'

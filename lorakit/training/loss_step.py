@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lorakit.config import TrainConfig
-from lorakit.core import rng as randomness
+from lorakit.core import rng
 from lorakit.data.dataset import Batch
 from lorakit.training import objective
 from lorakit.training.precompute import Encoded
@@ -107,9 +107,9 @@ class Step:
         """The `index`-th batch, its generators seeded: what the host does for it."""
         for purpose, generator in self.generators.items():
             salted = f"{purpose}/{self.retry}" if self.retry else purpose
-            generator.manual_seed(randomness.number(self.train.seed, index, salted))
+            generator.manual_seed(rng.number(self.train.seed, index, salted))
         if self.adapter.dropout:
-            torch.manual_seed(randomness.number(self.train.seed, index, f"dropout/{self.retry}"))
+            torch.manual_seed(rng.number(self.train.seed, index, f"dropout/{self.retry}"))
         return self.batch(index)
 
     def loss_of(self, batch: Batch) -> torch.Tensor:

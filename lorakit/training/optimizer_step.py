@@ -9,8 +9,8 @@ import torch
 
 from lorakit import adapters
 from lorakit.config import Config
-from lorakit.engine import compile as compiled, cuda_graphs as graph, flat_parameters as flat
-from lorakit.training import optimizers as optim
+from lorakit.engine import compile, cuda_graphs, flat_parameters
+from lorakit.training import optimizers
 from lorakit.training.loss_step import Step
 
 
@@ -32,20 +32,20 @@ class Update:
         # Where memory comes first there are no copies.
         copies = not config.memory.gradient_checkpointing and config.memory.limit_gib is None
         self.flats = adapters.flatten(step.family, step.adapter, copies=copies)
-        whole = config.optimizer.name in optim.BY_NUMBER
+        whole = config.optimizer.name in optimizers.BY_NUMBER
         groups = [(each.name, [each.weights] if whole else each.parameters) for each in self.flats]
-        self.optimizer = optim.build(config.optimizer, groups)
+        self.optimizer = optimizers.build(config.optimizer, groups)
         if whole:
-            flat.save_apart(self.optimizer, self.flats)
+            flat_parameters.save_apart(self.optimizer, self.flats)
         parameters = [parameter for each in self.flats for parameter in each.parameters]
-        self._blocks = compiled.blocks(config, step.family, parameters, say)
-        record, line = graph.recorder(config, step.family.device)
+        self._blocks = compile.blocks(config, step.family, parameters, say)
+        record, line = cuda_graphs.recorder(config, step.family.device)
         weights = [each.weights for each in self.flats]
         self._replayed, self._finished = None, None
         if record is not None:
-            self._replayed = graph.Replayed(self._backward, weights, record, list(step.generators.values()))
-            if config.optimizer.name in optim.CAPTURED:
-                self._finished = graph.Finished(self._finish, self._held, record)
+            self._replayed = cuda_graphs.Replayed(self._backward, weights, record, list(step.generators.values()))
+            if config.optimizer.name in optimizers.CAPTURED:
+                self._finished = cuda_graphs.Finished(self._finish, self._held, record)
                 line += "; clipping and the optimizer another"
         if line:
             say(line)
@@ -54,7 +54,7 @@ class Update:
         """Do step `number`, counted from 0: (mean loss of its batches, norm of the gradients before clipping)."""
         parts = self.config.train.gradient_accumulation_steps
         on_device = self._finished is not None
-        optim.set_learning_rate(self.optimizer, self.config.optimizer, number, self.total, on_device=on_device)
+        optimizers.set_learning_rate(self.optimizer, self.config.optimizer, number, self.total, on_device=on_device)
         loss = torch.zeros((), device=self.step.family.device)
         for each in self.flats:
             if not each.hold() and self._replayed is not None:
@@ -83,7 +83,7 @@ class Update:
             try:
                 with self.step.drawing():
                     return self._replayed(lambda: self.step.begin(index))
-            except graph.NotCaptured as problem:
+            except cuda_graphs.NotCaptured as problem:
                 self.say(f"no CUDA graph, steps are issued one operation at a time: {problem}")
                 self._replayed = None
         return self._computed(lambda: self.step.loss(index))
@@ -92,7 +92,7 @@ class Update:
         return self._computed(lambda: self.step.loss_of(batch))
 
     def _computed(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with flat.computing(self.flats):
+        with flat_parameters.computing(self.flats):
             loss = compute() / self.config.train.gradient_accumulation_steps
             loss.backward()
         return loss.detach()
@@ -102,14 +102,14 @@ class Update:
         if self._finished is not None:
             try:
                 return self._finished()
-            except graph.NotCaptured as problem:
+            except cuda_graphs.NotCaptured as problem:
                 self.say(f"no CUDA graph of the optimizer's step, it is issued one operation at a time: {problem}")
                 self._finished = None
         return self._finish()
 
     def _finish(self) -> torch.Tensor:
-        norm = flat.clip(self.flats, self.config.train.max_grad_norm)
-        optim.step(self.optimizer)
+        norm = flat_parameters.clip(self.flats, self.config.train.max_grad_norm)
+        optimizers.step(self.optimizer)
         return norm
 
     def _held(self) -> list[torch.Tensor]:

@@ -10,8 +10,8 @@ import torch
 
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
-from lorakit.engine import device as placement
-from lorakit.runs import memory_estimate as footprint
+from lorakit.engine import device
+from lorakit.runs import memory_estimate
 
 
 def with_room(make: Callable[[], bool], compute: Callable[[], Any]) -> Any:
@@ -36,4 +36,4 @@ def enough(doing: str, config: Config) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        raise LorakitError(footprint.advice(doing, config, placement.device(config.memory).type)) from None
+        raise LorakitError(memory_estimate.advice(doing, config, device.device(config.memory).type)) from None

@@ -15,7 +15,7 @@ import torch
 from lorakit.config import Config
 from lorakit.data import captions, latents as cache
 from lorakit.data.latents import Dataset
-from lorakit.inference import class_images, sampling as sample
+from lorakit.inference import class_images, sampling
 
 # Pictures that the autoencoder is given together on a card: as many as have so many pixels; one of that size keeps it
 # busy. A CPU is quicker with one at a time, and a latent is then the same to the bit whatever else is encoded.
@@ -155,7 +155,7 @@ def _samples(config: Config, family: Any) -> Samples:
     prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
     if config.adapter.trains_text:
         return Samples(prompts, None, None)
-    return Samples(prompts, sample.embed(family, prompts, config.sample), family.encode_text(prompts[:1]))
+    return Samples(prompts, sampling.embed(family, prompts, config.sample), family.encode_text(prompts[:1]))
 
 
 def _class_latents(config: Config, family: Any, class_texts: list[str], say: Callable[[str], None]) -> ClassLatents:
@@ -167,7 +167,7 @@ def _class_latents(config: Config, family: Any, class_texts: list[str], say: Cal
     total, seed = config.train.class_images, config.train.seed
     pictures, texts = [], []
     prompts = class_texts[:total]
-    for place, (prompt, text) in enumerate(zip(prompts, sample.embed(family, prompts, config.sample), strict=True)):
+    for place, (prompt, text) in enumerate(zip(prompts, sampling.embed(family, prompts, config.sample), strict=True)):
         count = len(range(place, total, len(class_texts)))
         pictures += class_images.class_images(family, prompt, text, count, config.sample, side, seed, say=say)
         texts += [place] * count

@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 
-from lorakit import adapters, config as configuration, families, formats as export
+from lorakit import adapters, config as configuration, families, formats
 from lorakit.cli.terminal import Terminal
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
 from lorakit.data import folder as photo_folder
-from lorakit.engine import device as memory
+from lorakit.engine import device as devices
 from lorakit.formats import metadata
-from lorakit.inference import sampling as sample
-from lorakit.runs import memory_estimate as footprint, report
+from lorakit.inference import sampling
+from lorakit.runs import memory_estimate, report
 from lorakit.runs.folder import RunFolder
 from lorakit.runs.preflight import Seen, look
-from lorakit.training import checkpoint, optimizers as optim, out_of_memory, selfcheck, validation as evaluate
+from lorakit.training import checkpoint, optimizers, out_of_memory, selfcheck, validation
 from lorakit.training.loss_step import Step
 from lorakit.training.optimizer_step import Update
 from lorakit.training.precompute import embed, encode
@@ -184,9 +184,9 @@ class _Run:
     def load(self) -> None:
         """The base; its VAE and text encoders come to the device when they are needed."""
         config = self.config
-        self.device = memory.device(config.memory)
-        self.dtype = memory.dtype(config.memory, self.device)
-        storage, streams = config.memory.base_storage, memory.streams(config.memory, self.device)
+        self.device = devices.device(config.memory)
+        self.dtype = devices.dtype(config.memory, self.device)
+        storage, streams = config.memory.base_storage, devices.streams(config.memory, self.device)
         places = [storage] * (storage != "full") + ["the host's memory"] * streams
         kept = f" (the UNet's weights kept in {' in '.join(places)})" if places else ""
         threads = torch.get_num_threads()
@@ -195,7 +195,7 @@ class _Run:
         self.say(f"device: {where}, base in {str(self.dtype).removeprefix('torch.')}{kept}, adapter in float32")
         self.base = functools.partial(families.load, self.info, self.device, self.dtype, storage, streams)
         self.family = self.base()
-        self.say(memory.attention(config.memory, self.family))
+        self.say(devices.attention(config.memory, self.family))
 
     def encode(self) -> None:
         """Photos, class images and texts through the frozen encoders, which then leave the device."""
@@ -212,14 +212,14 @@ class _Run:
         for component, (modules, parameters) in self.adapter.describe().items():
             self.say(f"training {component}: {modules} modules, {parameters:,} parameters")
         if config.train.init_from:
-            self.adapter.load(export.read(Path(config.train.init_from)))
+            self.adapter.load(formats.read(Path(config.train.init_from)))
             self.say(f"starting from the weights of {Path(config.train.init_from).name}")
-        adapters.slim(family, frugal=footprint.frugal(config, self.device.type))
-        blocks = footprint.recomputed(config, self.info, self.plan.modules, self.device.type)
-        memory.gradient_checkpointing(family, blocks, random=self.adapter.dropout > 0)
+        adapters.slim(family, frugal=memory_estimate.frugal(config, self.device.type))
+        blocks = memory_estimate.recomputed(config, self.info, self.plan.modules, self.device.type)
+        devices.gradient_checkpointing(family, blocks, random=self.adapter.dropout > 0)
         self.step = Step(family, self.adapter, encoded, config.train)
         self.update = Update(config, self.step, self.total, self.say)
-        self.validation = evaluate.Validation(
+        self.validation = validation.Validation(
             family,
             encoded.held_out or encoded.dataset.plain(),
             encoded.conditions,
@@ -294,14 +294,14 @@ class _Run:
         images = self.config.train.batch_size * self.config.train.gradient_accumulation_steps
         facts = {
             "images_per_second": images / max(seconds, 1e-9),
-            "memory_mib": memory.peak(self.device) / 2**20,
+            "memory_mib": devices.peak(self.device) / 2**20,
             "eta_s": (self.total - step) * seconds,
         }
         for done in range(first, step):
             loss, norm = losses[done % READ_EVERY], norms[done % READ_EVERY]
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFinite(self._not_finite(done + 1, loss))
-            rate = optim.learning_rate(self.config.optimizer, done, self.total)
+            rate = optimizers.learning_rate(self.config.optimizer, done, self.total)
             self._log("step", done + 1, {"loss": loss, "gradient_norm": norm, "learning_rate": rate})
             self.bar.step(done + 1, loss, rate, **facts)
         self.folder.update(step=step, loss=self.bar.smoothed, learning_rate=rate, **facts)
@@ -338,7 +338,7 @@ class _Run:
         metrics = out_of_memory.with_room(self.update.forget, self._measured)
         self.history.append({"step": step, **metrics})
         self._log("validation", step, metrics)
-        best, reason = evaluate.choose_best(self.history)
+        best, reason = validation.choose_best(self.history)
         if best == step:
             self.best = self._export(self.adapter.weights(), "best", step)[self.config.output.formats[0]]
         self.folder.update(best={"step": best, "reason": reason})
@@ -368,7 +368,7 @@ class _Run:
 
     def _drawn(self, family: Any, texts: Any, adapter: str = "") -> list[Any]:
         prompts, sampled = self.samples.prompts, self.config.sample
-        return sample.draw(family, prompts, sampled, self.config.data.resolution, texts=texts, adapter=adapter)
+        return sampling.draw(family, prompts, sampled, self.config.data.resolution, texts=texts, adapter=adapter)
 
     def _save(self, step: int) -> None:
         extra = {"retry": self.retry, "history": self.history, "best": self.best.name if self.best else None}
@@ -428,7 +428,7 @@ class _Run:
             started=self.started,
             finished=time.time(),
         )
-        return export.save(weights, self.folder.path, name, output.formats, output.dtype, facts, say=self.say)
+        return formats.save(weights, self.folder.path, name, output.formats, output.dtype, facts, say=self.say)
 
     def _self_check(self, weights: Any, exports: dict[str, Path]) -> list[selfcheck.Finding]:
         """Every exported file, read from disk into a base loaded anew."""

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from lorakit import adapters, formats as export
+from lorakit import adapters, formats
 from lorakit.adapters.weights import AdapterWeights, Layer
-from lorakit.core import rng as randomness
+from lorakit.core import rng
 from lorakit.core.layer_names import canonical
 from lorakit.formats import verify
 
@@ -59,7 +59,7 @@ def probe(family: Any, prompt: str, size: tuple[int, int], condition: Any = None
     """
     width, height = (side // family.info.downscale for side in size)
     shape = (1, family.info.latent_channels, height, width)
-    noisy = torch.randn(shape, generator=randomness.generator(0, 0, "self-check")).to(family.device)
+    noisy = torch.randn(shape, generator=rng.generator(0, 0, "self-check")).to(family.device)
     timesteps = torch.full((1,), len(family.alphas_cumprod) // 2, device=family.device, dtype=torch.int64)
     with torch.no_grad():
         if condition is None:
@@ -110,7 +110,7 @@ def examine(
         plain = all(layer.method == "lora" for layer in weights.layers.values())
         if plain and path.is_file():
             findings.append(read_by_diffusers(name, path, family, weights, TOLERANCE[dtype] / 4))
-        adapters.apply(family, export.read(path))
+        adapters.apply(family, formats.read(path))
         floor = ROUNDING[family.dtype]
         read = probe(family, prompt, size)
         findings += compare(name, base, memory, read, tolerance=TOLERANCE[dtype], floor=floor, weights=weights)

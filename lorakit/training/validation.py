@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lorakit.core import rng as randomness
+from lorakit.core import rng
 from lorakit.inference.mode import inference
 from lorakit.training import objective
 
@@ -105,7 +105,7 @@ class Validation:
         shape = (CLASS_BATCH, *self._largest.mean.shape[1:])
         points = []
         for number in range(CLASS_PICTURES // CLASS_BATCH):
-            draw = randomness.generator(self.seed, number, "prior drift")
+            draw = rng.generator(self.seed, number, "prior drift")
             latents = torch.randn(shape, generator=draw).to(device)
             for place, time in enumerate(times):
                 timesteps = torch.full((CLASS_BATCH,), time, device=device)
@@ -134,7 +134,7 @@ class Validation:
         bucket = self.dataset.buckets[bucket_index]
         latents = bucket.mean[row].to(device).expand(BANDS, -1, -1, -1)
         # Drawn on the CPU, so that the examination is the same on every device.
-        draw = randomness.generator(self.seed, number, "validation")
+        draw = rng.generator(self.seed, number, "validation")
         noise = torch.randn(latents.shape, generator=draw).to(device)
         steps = len(family.alphas_cumprod)
         # Over the points, the places within a band are spread evenly: a stratified sample.

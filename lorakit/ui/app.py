@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = commands.OFFLINE
 import gradio as gr
 
 from lorakit.core.errors import LorakitError
-from lorakit.runs import quickstart as guide
+from lorakit.runs import quickstart
 from lorakit.ui import access, texts, widgets
 from lorakit.ui.pages.adapter import AdapterPage
 from lorakit.ui.pages.compare import ComparePage
@@ -223,7 +223,7 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
     waiting = ACT | {"show_progress": "full", "show_progress_on": train.fetched}
     fetched = train.fetch.click(fetch, inputs, train.fetched, **waiting)
     fetched.then(answer, inputs, train.outputs, **FOLLOW).then(*planned, **FOLLOW)
-    train.widgets[guide.BASE].input(lambda: "", None, train.fetched, **FOLLOW)
+    train.widgets[quickstart.BASE].input(lambda: "", None, train.fetched, **FOLLOW)
     with_preset = {*inputs, train.preset}
     gr.on([train.preset.input], difference, with_preset, train.difference, **FOLLOW)
     applied = train.apply.click(apply, with_preset, [train.marks, *every], **ACT)
@@ -234,11 +234,11 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
 
 def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainPage, tabs: gr.Tabs) -> None:
     every = [train.widgets[key] for key in train.keys]
-    field = train.widgets[guide.PHOTOS]
+    field = train.widgets[quickstart.PHOTOS]
     inputs = {*train.inputs, photos.folder, photos.first, photos.upload, photos.asked}
 
     def config_of(data: dict[Any, Any]) -> Any:
-        shown = train.form_values(_values(train, data)) | {guide.PHOTOS: data[photos.folder] or ""}
+        shown = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
         return train.config_of_photos(shown)
 
     def show(data: dict[Any, Any], request: gr.Request, turned: int = 0) -> list[Any]:
@@ -258,7 +258,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
         return made if asked == data[photos.asked].number else [gr.skip(), gr.skip()]
 
     def keep(data: dict[Any, Any]) -> dict[str, Any]:
-        shown = train.form_values(_values(train, data)) | {guide.PHOTOS: data[photos.folder] or ""}
+        shown = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
         return train.kept(data[train.quality], data[train.marks], shown)
 
     def choose(data: dict[Any, Any]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lorakit.core.errors import LorakitError
-from lorakit.runs import quickstart as guide
+from lorakit.runs import quickstart
 
 # Seconds after which a conversion is given up; the largest adapters take a fraction of it.
 PATIENCE = 600
@@ -71,6 +71,6 @@ def _complaint(done: subprocess.CompletedProcess[str]) -> str:
 
 if __name__ == "__main__":
     try:
-        guide.describe(sys.argv[1])
+        quickstart.describe(sys.argv[1])
     except LorakitError as problem:
         sys.exit(f"lorakit: {problem}")

@@ -12,7 +12,7 @@ from typing import Any
 from lorakit import config as configuration
 from lorakit.config import Config, ConfigError, Knob
 from lorakit.core.errors import LorakitError
-from lorakit.runs import quickstart as guide
+from lorakit.runs import quickstart
 from lorakit.ui.access import Roots
 
 
@@ -154,7 +154,7 @@ def located(key: str, text: str, roots: Roots) -> str:
         LorakitError: it is outside of the roots.
     """
     path = roots.resolve(text)
-    return text if key == guide.BASE and not path.exists() and guide.is_hub_id(text) else str(path)
+    return text if key == quickstart.BASE and not path.exists() and quickstart.is_hub_id(text) else str(path)
 
 
 def field_of(problem: str, known: Mapping[str, Any]) -> str:

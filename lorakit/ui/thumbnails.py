@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lorakit.core import image_grid as pictures
+from lorakit.core import image_grid
 from lorakit.data.decode import Unreadable, decode, measure
 
 SIDE = 256
@@ -69,7 +69,7 @@ def _make(path: Path, side: int) -> Thumbnail:
         size = measure(raw, path.name)
     except Unreadable as problem:
         return Thumbnail(problem=problem.reason)
-    return Thumbnail(address(pictures.thumbnail(Image.fromarray(photo.pixels), side)), size=size)
+    return Thumbnail(address(image_grid.thumbnail(Image.fromarray(photo.pixels), side)), size=size)
 
 
 def address(image: Image.Image) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 from lorakit.config import Config
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks as check, folder
+from lorakit.data import checks, folder
 from lorakit.data.decode import Unreadable, decode
-from lorakit.runs import folder as run_folder, quickstart as guide
+from lorakit.runs import folder as run_folder, quickstart
 from lorakit.runs.queue import Queue
 from lorakit.ui.access import Roots
 from lorakit.ui.thumbnails import Thumbnails
@@ -42,21 +42,21 @@ class Desk:
         self.queue = Queue(self.runs)
         self.thumbnails = Thumbnails()
         # What was measured of each photo: a word changed in the form must not decode five hundred of them again.
-        self._seen: check.Memory = {}
-        self._reports: OrderedDict[Any, Future[check.Report]] = OrderedDict()
+        self._seen: checks.Memory = {}
+        self._reports: OrderedDict[Any, Future[checks.Report]] = OrderedDict()
         self._lock = threading.Lock()
         self._staging = tempfile.TemporaryDirectory(prefix="lorakit-")
         # One at a time: a check uses every core already.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="check")
 
-    def report(self, config: Config) -> Future[check.Report]:
+    def report(self, config: Config) -> Future[checks.Report]:
         """What `check` says of the config's photos; asked for twice, they are looked at once unless a file changed."""
-        info = guide.describe(config.model.base)
-        path = guide.photo_folder(config)
+        info = quickstart.describe(config.model.base)
+        path = quickstart.photo_folder(config)
         key = (config.data, info.path, info.downscale, _fingerprint(path))
         with self._lock:
             if key not in self._reports:
-                self._reports[key] = self._pool.submit(check.check, config.data, info, memory=self._seen)
+                self._reports[key] = self._pool.submit(checks.check, config.data, info, memory=self._seen)
                 while len(self._reports) > MOST_REPORTS:
                     self._reports.popitem(last=False)
             return self._reports[key]

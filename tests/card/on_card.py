@@ -19,7 +19,7 @@ import tiny_sd3
 from lorakit import families
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
-from lorakit.families import loading as components
+from lorakit.families import loading
 from lorakit.training import run as train
 from lorakit.training.optimizer_step import Update
 
@@ -189,13 +189,13 @@ def test_t5_has_left_the_card_when_the_unet_computes(bases, photos, tmp_path, mo
 @pytest.mark.gpu
 def test_small_pictures_are_encoded_together(bases, photos, tmp_path, monkeypatch):
     together: list[int] = []
-    encode = components.encode_image
+    encode = loading.encode_image
 
     def counted(vae, pixels):
         together.append(len(pixels))
         return encode(vae, pixels)
 
-    monkeypatch.setattr(components, "encode_image", counted)
+    monkeypatch.setattr(loading, "encode_image", counted)
     train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=3))
     assert together == [5, 3]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit import formats as export
+from lorakit import formats
 from lorakit.adapters.weights import AdapterWeights, Layer
 from lorakit.cli import main as cli
 
@@ -26,7 +26,7 @@ def adapter(seed: int = 0, family: str = "sd1") -> AdapterWeights:
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     told = {"modelspec.trigger_phrase": "sks toy"}
-    return export.save(adapter(), tmp_path / "in", "toy", ["kohya"], "fp32", told)["kohya"]
+    return formats.save(adapter(), tmp_path / "in", "toy", ["kohya"], "fp32", told)["kohya"]
 
 
 def run(*arguments: object) -> int:
@@ -42,14 +42,14 @@ def test_export_does_not_write_over_what_it_reads(
     assert run("export", toy, "--to", "peft", "--output", tmp_path, "--dtype", "fp32", "--json") == 0
     written = Path(json.loads(capsys.readouterr().out)["peft"])
     assert toy.read_bytes() == before
-    found, expected = export.read(written), export.read(toy)
+    found, expected = formats.read(written), formats.read(toy)
     assert found.metadata["modelspec.trigger_phrase"] == "sks toy"
     assert all(torch.equal(found.layers[name].delta(), expected.layers[name].delta()) for name in NAMES)
 
 
 def test_resize(toy: Path, tmp_path: Path) -> None:
     assert run("resize", toy, "--rank", 2, "--output", tmp_path) == 0
-    made = export.read(tmp_path / "toy-resized.safetensors")
+    made = formats.read(tmp_path / "toy-resized.safetensors")
     assert {layer.rank for layer in made.layers.values()} == {2}
     assert made.metadata["ss_output_name"] == "toy-resized" and made.metadata["ss_network_dim"] == "2"
     assert run("resize", toy, "--energy", 2, "--output", tmp_path) == 1
@@ -58,9 +58,9 @@ def test_resize(toy: Path, tmp_path: Path) -> None:
 
 
 def test_combine(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = export.save(adapter(1), tmp_path / "in", "hat", ["peft"], "fp32", {"modelspec.trigger_phrase": "zib hat"})
+    other = formats.save(adapter(1), tmp_path / "in", "hat", ["peft"], "fp32", {"modelspec.trigger_phrase": "zib hat"})
     assert run("combine", f"{toy}=0.5", other["peft"], "--name", "both", "--output", tmp_path, "--dtype", "fp32") == 0
-    made = export.read(tmp_path / "both.safetensors")
+    made = formats.read(tmp_path / "both.safetensors")
     assert made.metadata["modelspec.trigger_phrase"] == "sks toy, zib hat"
     for name in NAMES:
         expected = 0.5 * adapter().layers[name].delta() + adapter(1).layers[name].delta()
@@ -73,7 +73,7 @@ def test_merge_and_extract(toy: Path, tiny_sd1: Path, tiny_sdxl: Path, tmp_path:
     tuned = tmp_path / "tuned"
     assert run("merge", toy, "--base", tiny_sd1, "--output", tuned) == 0
     assert run("extract", tuned, "--base", tiny_sd1, "--rank", 4, "--dtype", "fp32", "--output", tmp_path) == 0
-    made = export.read(tmp_path / "tuned-extracted.safetensors")
+    made = formats.read(tmp_path / "tuned-extracted.safetensors")
     assert set(made.layers) == set(NAMES)
     for name in NAMES:
         assert torch.allclose(made.layers[name].delta(), adapter().layers[name].delta(), atol=1e-5)

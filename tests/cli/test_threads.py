@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from lorakit.cli import threads as cores
+from lorakit.cli import threads
 
 
 @pytest.mark.parametrize(
@@ -17,22 +17,22 @@ from lorakit.cli import threads as cores
     [(0, 2, 2), (3.5, 2, 2), (50, 2, 1), (100, 2, 1), (0, 1, 1), (30, 8, 6), (99, 64, 1), (12.5, 8, 7)],
 )
 def test_what_others_use_is_left_to_them_and_one_core_is_always_taken(busy, of, free):
-    assert cores.free(busy, of) == free
+    assert threads.free(busy, of) == free
 
 
 def test_the_idle_cores_become_threads(monkeypatch):
-    monkeypatch.setenv(cores.THREADS, "")
-    monkeypatch.setattr(cores, "available", lambda: 8)
-    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: 50.0 if seconds == cores.LOOK_SECONDS else 0.0)
-    cores.use_the_free()
-    assert os.environ[cores.THREADS] == "4"
+    monkeypatch.setenv(threads.THREADS, "")
+    monkeypatch.setattr(threads, "available", lambda: 8)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: 50.0 if seconds == threads.LOOK_SECONDS else 0.0)
+    threads.use_the_free()
+    assert os.environ[threads.THREADS] == "4"
 
 
 def test_whoever_set_the_number_of_threads_is_left_alone(monkeypatch):
-    monkeypatch.setenv(cores.THREADS, "3")
-    monkeypatch.setattr(cores, "available", lambda: 8)
-    cores.use_the_free()
-    assert os.environ[cores.THREADS] == "3"
+    monkeypatch.setenv(threads.THREADS, "3")
+    monkeypatch.setattr(threads, "available", lambda: 8)
+    threads.use_the_free()
+    assert os.environ[threads.THREADS] == "3"
 
 
 def test_torch_computes_with_that_many():

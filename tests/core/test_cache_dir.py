@@ -6,8 +6,8 @@ import pytest
 
 from lorakit.cli import doctor
 from lorakit.core.cache_dir import cache_folder
-from lorakit.data import latents as cache
-from lorakit.inference import sampling as sample
+from lorakit.data import latents
+from lorakit.inference import sampling
 
 
 @pytest.mark.parametrize(
@@ -30,4 +30,4 @@ def test_the_variable_else_the_home_folder(
 
 
 def test_everybody_looks_there() -> None:
-    assert doctor.cache_folder is sample.cache_folder is cache.cache_folder is cache_folder
+    assert doctor.cache_folder is sampling.cache_folder is latents.cache_folder is cache_folder

@@ -4,14 +4,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 
 
 def test_header_is_what_was_saved(tmp_path):
     tensors = {"b": torch.zeros(2, 3, dtype=torch.bfloat16), "a.alpha": torch.tensor(2.5), "c": torch.zeros(0)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"key": "ü"})
-    head = modelfile.read(tmp_path / "x.safetensors")
+    head = safetensors_header.read(tmp_path / "x.safetensors")
     assert head.shapes() == {"b": (2, 3), "a.alpha": (), "c": (0,)}
     assert head.metadata == {"key": "ü"} and head.tensors["b"].dtype == "BF16"
     assert head.tensors["b"].end - head.tensors["b"].start == 12
@@ -24,8 +24,8 @@ def test_header_is_what_was_saved(tmp_path):
 def test_scalars_of_every_dtype(tmp_path, dtype, shape):
     tensors = {"m.alpha": torch.full(shape, 12, dtype=dtype), "m.weight": torch.zeros(3), "n.alpha": torch.zeros(2)}
     save_file(tensors, tmp_path / "x.safetensors")
-    head = modelfile.read(tmp_path / "x.safetensors")
-    assert modelfile.scalars(head, ".alpha") == {"m.alpha": 12.0}
+    head = safetensors_header.read(tmp_path / "x.safetensors")
+    assert safetensors_header.scalars(head, ".alpha") == {"m.alpha": 12.0}
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_scalars_of_every_dtype(tmp_path, dtype, shape):
     ],
 )
 def test_kinds(names, expected):
-    assert modelfile.kind(dict.fromkeys(names, (8, 8))) == expected
+    assert safetensors_header.kind(dict.fromkeys(names, (8, 8))) == expected
 
 
 def test_an_embedding_named_after_its_token():
-    assert modelfile.kind({"sks": (2, 768)}) == "embedding"
-    assert modelfile.kind({"sks": (2, 100)}) == "unknown"
+    assert safetensors_header.kind({"sks": (2, 768)}) == "embedding"
+    assert safetensors_header.kind({"sks": (2, 100)}) == "unknown"
 
 
 def test_tensors_are_those_of_the_library_in_the_file_s_order(tmp_path):
@@ -65,29 +65,29 @@ def test_tensors_are_those_of_the_library_in_the_file_s_order(tmp_path):
     made = {f"t{number}": torch.arange(6).reshape(2, 3).to(dtype) for number, dtype in enumerate(dtypes)}
     made |= {"none": torch.zeros(0), "one": torch.tensor(2.5)}
     save_file(made, tmp_path / "x.safetensors")
-    head = modelfile.read(tmp_path / "x.safetensors")
-    found = dict(modelfile.tensors(head, made))
+    head = safetensors_header.read(tmp_path / "x.safetensors")
+    found = dict(safetensors_header.tensors(head, made))
     assert list(found) == sorted(made, key=lambda name: head.tensors[name].start)
     for name, tensor in made.items():
         assert found[name].dtype is tensor.dtype and torch.equal(found[name].float(), tensor.float()), name
-        assert modelfile.dtype_name(tensor) == head.tensors[name].dtype
+        assert safetensors_header.dtype_name(tensor) == head.tensors[name].dtype
 
 
 def test_a_file_that_shrinks_or_has_a_dtype_of_tomorrow_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1000)}, path)
-    head = modelfile.read(path)
+    head = safetensors_header.read(path)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(LorakitError, match="became shorter while it was read: start again"):
-        list(modelfile.tensors(head, ["a"]))
-    known = modelfile.TensorInfo("F3", (1000,), head.tensors["a"].start, head.tensors["a"].end)
-    head = modelfile.Header(path, {"a": known}, {}, head.data_start)
+        list(safetensors_header.tensors(head, ["a"]))
+    known = safetensors_header.TensorInfo("F3", (1000,), head.tensors["a"].start, head.tensors["a"].end)
+    head = safetensors_header.Header(path, {"a": known}, {}, head.data_start)
     with pytest.raises(LorakitError, match="a is in F3, which cannot be read here"):
-        list(modelfile.tensors(head, ["a"]))
+        list(safetensors_header.tensors(head, ["a"]))
 
 
 def test_values_of_a_whole_tensor(tmp_path):
     made = {"h": torch.tensor([0.5, -2.0]), "b": torch.tensor([1.5, 3.0]).bfloat16(), "u": torch.tensor([1, 2]).byte()}
     save_file(made, tmp_path / "x.safetensors")
-    head = modelfile.read(tmp_path / "x.safetensors")
-    assert [modelfile.values(head, name) for name in ("h", "b", "u")] == [[0.5, -2.0], [1.5, 3.0], []]
+    head = safetensors_header.read(tmp_path / "x.safetensors")
+    assert [safetensors_header.values(head, name) for name in ("h", "b", "u")] == [[0.5, -2.0], [1.5, 3.0], []]

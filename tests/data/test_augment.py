@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lorakit.config import DataConfig
-from lorakit.data import augment as variants, buckets
+from lorakit.data import augment, buckets
 from lorakit.data.augment import Variant
 from lorakit.data.buckets import Bucket
 
@@ -13,7 +13,7 @@ ALL = DataConfig(flip=True, crop_jitter=0.2, color_jitter=0.3, variants=8)
 
 
 def of(config: DataConfig, size: tuple[int, int] = (96, 64), seed: int = 0, name: str = "a.jpg") -> list[Variant]:
-    return variants.of_photo(size, buckets.assign(size, 64, 16), config, seed, name)
+    return augment.of_photo(size, buckets.assign(size, 64, 16), config, seed, name)
 
 
 def test_they_follow_from_seed_photo_and_number() -> None:
@@ -60,20 +60,20 @@ def test_colours_stay_within_the_strength() -> None:
 def test_render_cuts_mirrors_and_colours() -> None:
     pixels = marked.picture(21, 128, 128)
     bucket = Bucket(64, 64)
-    plain = variants.render(pixels, Variant(bucket, (0, 0, 128, 128)))
+    plain = augment.render(pixels, Variant(bucket, (0, 0, 128, 128)))
     assert plain.shape == (64, 64, 3)
     assert plain.dtype == np.uint8
     assert marked.marked_corner(plain) == "upper left"
     assert marked.number_of(plain) == 21
-    flipped = variants.render(pixels, Variant(bucket, (0, 0, 128, 128), flip=True))
+    flipped = augment.render(pixels, Variant(bucket, (0, 0, 128, 128), flip=True))
     assert np.array_equal(flipped, plain[:, ::-1])
-    bright = variants.render(pixels, Variant(bucket, (0, 0, 128, 128), brightness=1.25))
+    bright = augment.render(pixels, Variant(bucket, (0, 0, 128, 128), brightness=1.25))
     assert bright[32, 32].tolist() == [int(value * 1.25) for value in plain[32, 32]]
-    grey = variants.render(pixels, Variant(bucket, (0, 0, 128, 128), saturation=0.0))
+    grey = augment.render(pixels, Variant(bucket, (0, 0, 128, 128), saturation=0.0))
     assert len(set(grey[32, 32].tolist())) == 1
-    flat = variants.render(pixels, Variant(bucket, (0, 0, 128, 128), contrast=0.0))
+    flat = augment.render(pixels, Variant(bucket, (0, 0, 128, 128), contrast=0.0))
     assert flat.min() == flat.max()
-    right_half = variants.render(pixels, Variant(bucket, (64, 64, 128, 128)))
+    right_half = augment.render(pixels, Variant(bucket, (64, 64, 128, 128)))
     assert np.array_equal(right_half, pixels[64:, 64:])
 
 
@@ -81,11 +81,11 @@ def test_masks_are_cut_as_their_photo_and_averaged() -> None:
     mask = np.zeros((64, 128), np.uint8)
     mask[:, :32] = 255
     mask[:, 32:36] = 255
-    cut = variants.render_mask(mask, Variant(Bucket(64, 64), (0, 0, 64, 64)), 8)
+    cut = augment.render_mask(mask, Variant(Bucket(64, 64), (0, 0, 64, 64)), 8)
     assert cut.shape == (8, 8)
     assert cut.dtype == np.float32
     assert cut[0].tolist() == [1, 1, 1, 1, np.float32(128 / 255), 0, 0, 0]
-    flipped = variants.render_mask(mask, Variant(Bucket(64, 64), (0, 0, 64, 64), flip=True), 8)
+    flipped = augment.render_mask(mask, Variant(Bucket(64, 64), (0, 0, 64, 64), flip=True), 8)
     assert np.array_equal(flipped, cut[:, ::-1])
 
 
@@ -102,7 +102,7 @@ def test_masks_are_cut_as_their_photo_and_averaged() -> None:
     ],
 )
 def test_crop_conditions(size: tuple[int, int], variant: Variant, expected: tuple[int, int]) -> None:
-    assert variants.top_left(size, variant) == expected
+    assert augment.top_left(size, variant) == expected
 
 
 def test_the_crop_condition_of_a_flip_is_that_of_a_mirrored_file() -> None:
@@ -111,6 +111,6 @@ def test_the_crop_condition_of_a_flip_is_that_of_a_mirrored_file() -> None:
     bucket = Bucket(64, 64)
     flipped = Variant(bucket, (30, 10, 110, 90), flip=True)
     by_hand = Variant(bucket, (200 - 110, 10, 200 - 30, 90))
-    assert variants.top_left((200, 100), flipped) == variants.top_left((200, 100), by_hand)
-    mirrored = variants.render(np.ascontiguousarray(pixels[:, ::-1]), by_hand).astype(int)
-    assert np.abs(variants.render(pixels, flipped) - mirrored).max() <= 1  # one rounding of Lanczos
+    assert augment.top_left((200, 100), flipped) == augment.top_left((200, 100), by_hand)
+    mirrored = augment.render(np.ascontiguousarray(pixels[:, ::-1]), by_hand).astype(int)
+    assert np.abs(augment.render(pixels, flipped) - mirrored).max() <= 1  # one rounding of Lanczos

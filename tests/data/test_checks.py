@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from lorakit.config import DataConfig
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks as check
+from lorakit.data import checks
 
 GIVEN = DataConfig(name="sks toy", resolution=64)
 
@@ -32,8 +32,8 @@ def fill(photos: Path, count: int = 5, width: int = 96, height: int = 96) -> Non
         texture(number, width, height).save(photos / f"{number}.png")
 
 
-def report_of(photos: Path, base, **changes: object) -> check.Report:
-    return check.check(DataConfig(**{"folder": str(photos), "name": "sks toy", "resolution": 64} | changes), base)
+def report_of(photos: Path, base, **changes: object) -> checks.Report:
+    return checks.check(DataConfig(**{"folder": str(photos), "name": "sks toy", "resolution": 64} | changes), base)
 
 
 def test_a_good_folder_has_nothing_wrong(photos: Path, base) -> None:
@@ -63,7 +63,7 @@ notes
 
 
 def test_sides_are_multiples_of_what_the_unet_halves(base) -> None:
-    assert check.step_of(base) == 16
+    assert checks.step_of(base) == 16
 
 
 def test_each_photo_has_its_row(photos: Path, base) -> None:
@@ -236,7 +236,7 @@ def test_what_decoding_did_is_noted(photos: Path, base) -> None:
 
 def test_no_folder(base) -> None:
     with pytest.raises(LorakitError, match=r"^no folder of photos given \(data\.folder\)$"):
-        check.check(DataConfig(), base)
+        checks.check(DataConfig(), base)
 
 
 def test_it_needs_no_torch_and_says_nothing_by_itself(photos: Path, base) -> None:

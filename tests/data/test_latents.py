@@ -15,7 +15,7 @@ from PIL import Image
 
 from lorakit.config import DataConfig, TrainConfig
 from lorakit.core.errors import LorakitError
-from lorakit.data import captions, checks as check, latents as cache
+from lorakit.data import captions, checks, latents
 from lorakit.data.dataset import Batch, Dataset
 
 DOWNSCALE = 4
@@ -59,9 +59,9 @@ class Builder:
     ) -> tuple[Dataset, Dataset | None]:
         self.encoder, self.said = Encoder(), []
         data = replace(data or DataConfig(name="sks toy", resolution=64), folder=str(self.photos))
-        report = check.check(data, self.base)
+        report = checks.check(data, self.base)
         assert report.errors == []
-        return cache.build(
+        return latents.build(
             report,
             data,
             train or TrainConfig(holdout=0.0),
@@ -456,10 +456,10 @@ def test_a_latent_that_is_not_finite_names_its_photo(
 def test_a_photo_that_went_away_is_named(build: Builder, photos: Path) -> None:
     fill(photos, 2)
     data = DataConfig(name="sks toy", resolution=64, folder=str(photos))
-    report = check.check(data, build.base)
+    report = checks.check(data, build.base)
     (photos / "01.png").unlink()
     with pytest.raises(LorakitError, match=r"^01\.png: cannot be read any more \(No such file or directory\)$"):
-        cache.build(
+        latents.build(
             report, data, TrainConfig(holdout=0.0), encode_image=Encoder(), time_ids=lambda *_: None, device="cpu",
             identity="", say=lambda _: None,
         )  # fmt: skip

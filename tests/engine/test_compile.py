@@ -21,7 +21,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from lorakit import adapters, config
-from lorakit.engine import compile as compiled, cuda_graphs as graph
+from lorakit.engine import compile, cuda_graphs
 from lorakit.training import run as train
 
 COMPILED = re.compile(r"compiled the UNet's blocks for this batch shape in \d+ s; kept in (.+), so that the next run")
@@ -39,7 +39,7 @@ def untouched(function: Callable[..., Any]) -> Callable[..., Any]:
 class Small:
     """Three resnets and a transformer block; a step's loss and gradients with and without compiled blocks."""
 
-    def __init__(self, compiler: compiled.Compiler, width: int = 16, dtype: torch.dtype = torch.float32, **asked: Any):
+    def __init__(self, compiler: compile.Compiler, width: int = 16, dtype: torch.dtype = torch.float32, **asked: Any):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.unet = UNet2DConditionModel(
@@ -73,7 +73,7 @@ class Small:
 
             return call
 
-        self.blocks = compiled.Blocks(self.unet, self.parameters, self.said.append, counted)
+        self.blocks = compile.Blocks(self.unet, self.parameters, self.said.append, counted)
 
     def step(self, batch: int = 2) -> torch.Tensor:
         draw = torch.Generator().manual_seed(batch)
@@ -120,7 +120,7 @@ def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
 ) -> None:
     def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
         # C++ for one block of the four, without vectors: all of them would take a minute.
-        by_cpp, rest = compiled.inductor(function), traced(function)
+        by_cpp, rest = compile.inductor(function), traced(function)
         return lambda block, *args, **kwargs: (by_cpp if getattr(block, "conv_shortcut", block) is None else rest)(
             block, *args, **kwargs
         )
@@ -163,14 +163,14 @@ def test_methods_and_convolutions_go_through(method: str, asked: dict[str, Any])
 def test_half_precision_is_as_near_as_its_rounding() -> None:
     small = Small(traced, dtype=torch.bfloat16)
     small.train()
-    small.blocks._allowed = compiled.HALF
+    small.blocks._allowed = compile.HALF
     without = small.found(by_compiled=False)
     assert_close(small.found(by_compiled=True), without, 0.2)
     assert COMPILED.match(small.said[0])
 
 
 def test_each_shape_is_tried_once_and_those_beyond_the_most_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MOST", 2)
     small, calls = Small(untouched), []
     for batch in (1, 2, 1, 3, 2):
         before = small.calls
@@ -217,7 +217,7 @@ def test_the_transformer_of_stable_diffusion_3_has_blocks_too() -> None:
         loss.backward()
         return loss.detach()
 
-    blocks = compiled.Blocks(model, [weight], said.append, traced)
+    blocks = compile.Blocks(model, [weight], said.append, traced)
     step()
     without = weight.grad.clone()
     weight.grad.zero_()
@@ -260,7 +260,7 @@ def fails(function: Callable[..., Any]) -> Callable[..., Any]:
     ("compiler", "reason"),
     [(stops_gradients, "its loss is off by 0.0e+00"), (is_off, "its loss is off by"), (fails, "no compiler for this")],
 )
-def test_what_is_not_right_is_not_used(compiler: compiled.Compiler, reason: str) -> None:
+def test_what_is_not_right_is_not_used(compiler: compile.Compiler, reason: str) -> None:
     small = Small(compiler)
     small.train()
     without, weights = small.found(by_compiled=False), small.flat.weights.detach().clone()
@@ -283,7 +283,7 @@ def test_gradients_that_were_there_stay() -> None:
 def test_without_a_compiler_on_the_machine_the_run_goes_on() -> None:
     import torch._inductor.config
 
-    small = Small(compiled.inductor, width=24)
+    small = Small(compile.inductor, width=24)
     without = small.found(by_compiled=False)
     with torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/c++",)}):
         found = small.found(by_compiled=True)
@@ -315,8 +315,8 @@ def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
 
     asked: dict[str, Any] = {"adapter__train_text_encoder": True, "train__prior": "teacher"}
     plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", **asked)).adapter)
-    monkeypatch.setattr(compiled, "inductor", watched)
-    monkeypatch.setattr(graph, "MOST", 2)
+    monkeypatch.setattr(compile, "inductor", watched)
+    monkeypatch.setattr(cuda_graphs, "MOST", 2)
     result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **asked))
     found = load_file(result.adapter)
     assert plain.keys() == found.keys() and all(torch.equal(plain[name], found[name]) for name in plain)

@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 from lorakit import adapters, config, families
-from lorakit.data import checks as check
-from lorakit.engine import cuda_graphs as graph, device as memory
-from lorakit.runs import memory_estimate as footprint
+from lorakit.data import checks
+from lorakit.engine import cuda_graphs, device as devices
+from lorakit.runs import memory_estimate
 from lorakit.training import run as train
 from lorakit.training.loss_step import Step
 from lorakit.training.optimizer_step import Update
 from lorakit.training.precompute import encode
 
 
-def stand_in(compute: graph.Compute, generators: Any = ()) -> graph.Compute:
+def stand_in(compute: cuda_graphs.Compute, generators: Any = ()) -> cuda_graphs.Compute:
     """Replays by computing from the same tensors again."""
     return compute
 
@@ -50,17 +50,17 @@ def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = t
     family = families.load(info, device, dtype, settings.memory.base_storage)
     family.acquire("unet")
     adapter = adapters.attach(family, settings.adapter, seed=0)
-    encoded = encode(settings, family, adapter, check.check(settings.data, info), lambda line: None)
+    encoded = encode(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
     step = Step(family, adapter, encoded, settings.train)
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(device).manual_seed(len(name)))
-    adapters.slim(family, frugal=footprint.frugal(settings, device))
-    memory.gradient_checkpointing(family, footprint.recomputed(settings, info, {}, device))
+    adapters.slim(family, frugal=memory_estimate.frugal(settings, device))
+    devices.gradient_checkpointing(family, memory_estimate.recomputed(settings, info, {}, device))
     return step, adapter
 
 
-def both(step: Step, adapter: Any, record: graph.Record, batches: int = 5) -> Any:
+def both(step: Step, adapter: Any, record: cuda_graphs.Record, batches: int = 5) -> Any:
     """For each batch: (loss and gradients without, the same by replay)."""
     parameters = list(adapter.parameters().values())
 
@@ -71,7 +71,7 @@ def both(step: Step, adapter: Any, record: graph.Record, batches: int = 5) -> An
 
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    replayed = graph.Replayed(backward, parameters, record, list(step.generators.values()))
+    replayed = cuda_graphs.Replayed(backward, parameters, record, list(step.generators.values()))
     for index in range(batches):
         found = []
         begin = partial(step.begin, index)
@@ -126,18 +126,18 @@ def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, cha
         return load_file(result.adapter) | load_file(saved / "optimizer.safetensors"), state["optimizer"]
 
     plain, state = run("plain")
-    monkeypatch.setattr(graph, "recorder", lambda *given: (stand_in, "by replay"))
+    monkeypatch.setattr(cuda_graphs, "recorder", lambda *given: (stand_in, "by replay"))
     replayed, other = run("replayed")
     assert plain.keys() == replayed.keys() and all(torch.equal(plain[name], replayed[name]) for name in plain)
     assert state == other  # the learning rate too, which was a tensor meanwhile
 
 
-def stale_finish(compute: graph.Compute, generators: Any) -> graph.Compute:
+def stale_finish(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
     """Repeats the passes, not the optimizer's step."""
     return compute if generators else lambda: torch.zeros(())
 
 
-def fails(compute: graph.Compute, generators: Any) -> graph.Compute:
+def fails(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
     compute()  # as much is done before a capture fails; its gradients must not stay
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
@@ -158,7 +158,7 @@ def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(
     tiny_sd1, photos, tmp_path, monkeypatch, record, steps, line
 ):
     plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", train__steps=steps)).adapter)
-    monkeypatch.setattr(graph, "recorder", lambda *given: (record, "by replay"))
+    monkeypatch.setattr(cuda_graphs, "recorder", lambda *given: (record, "by replay"))
     result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", train__steps=steps))
     found = load_file(result.adapter)
     assert all(torch.equal(plain[name], found[name]) for name in plain)
@@ -172,7 +172,7 @@ def test_an_optimizers_step_is_recorded_anew_where_another_state_was_loaded():
     def finish() -> torch.Tensor:
         return held[0].add_(1)
 
-    finished = graph.Finished(finish, lambda: held, lambda compute, _: recorded.append(compute) or compute)
+    finished = cuda_graphs.Finished(finish, lambda: held, lambda compute, _: recorded.append(compute) or compute)
     for _ in range(3):
         finished()
     assert len(recorded) == 1 and held[0].tolist() == [3, 3, 3]
@@ -190,13 +190,13 @@ def test_a_graph_that_does_not_repeat_the_step_is_not_believed():
         loss.backward()
         return loss.detach()
 
-    def stale(compute: graph.Compute, generators: Any) -> graph.Compute:
+    def stale(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
         compute()
         return lambda: torch.tensor(6.0)
 
     weight.grad = torch.tensor([1.0, 2.0, 3.0])
-    with pytest.raises(graph.NotCaptured, match="gradients by"):
-        graph.Replayed(backward, [weight], stale)(lambda: Row(torch.tensor([1.0, 2.0, 3.0])))
+    with pytest.raises(cuda_graphs.NotCaptured, match="gradients by"):
+        cuda_graphs.Replayed(backward, [weight], stale)(lambda: Row(torch.tensor([1.0, 2.0, 3.0])))
     assert weight.grad.tolist() == [1.0, 2.0, 3.0]
 
 
@@ -208,11 +208,11 @@ def test_memory_that_moved_is_recorded_anew():
         loss.backward()
         return loss.detach()
 
-    def record(compute: graph.Compute, generators: Any) -> graph.Compute:
+    def record(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
         recorded.append(compute)
         return compute
 
-    replayed = graph.Replayed(backward, [weight], record)
+    replayed = cuda_graphs.Replayed(backward, [weight], record)
     for _ in range(2):
         replayed(lambda: Row(torch.ones(3)))
     assert len(recorded) == 1
@@ -222,7 +222,7 @@ def test_memory_that_moved_is_recorded_anew():
 
 
 def test_shapes_beyond_the_most_run_without(monkeypatch):
-    monkeypatch.setattr(graph, "MOST", 1)
+    monkeypatch.setattr(cuda_graphs, "MOST", 1)
     weight, recorded = torch.nn.Parameter(torch.ones(1)), []
 
     def backward(row: Row) -> torch.Tensor:
@@ -230,7 +230,7 @@ def test_shapes_beyond_the_most_run_without(monkeypatch):
         loss.backward()
         return loss.detach()
 
-    replayed = graph.Replayed(backward, [weight], lambda compute, _: recorded.append(compute) or compute)
+    replayed = cuda_graphs.Replayed(backward, [weight], lambda compute, _: recorded.append(compute) or compute)
     assert [replayed(lambda n=n: Row(torch.ones(n))).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3]
     assert len(recorded) == 1
 
@@ -239,14 +239,14 @@ def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatc
     """Recorded anew afterwards, with the results that there would have been."""
     recorded: list[Any] = []
 
-    def record(compute: graph.Compute, generators: Any) -> graph.Compute:
+    def record(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
         recorded.append(compute)
         return compute
 
     settings = chosen(tiny_sd1, photos, tmp_path)
     found = []
     for forgets in (False, True):
-        monkeypatch.setattr(graph, "recorder", lambda *_: (record, ""))
+        monkeypatch.setattr(cuda_graphs, "recorder", lambda *_: (record, ""))
         step, _ = step_of(settings)
         update = Update(settings, step, 6, print)
         assert update.forget() is False
@@ -259,20 +259,20 @@ def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatc
         assert len(recorded) == 2 * (1 + forgets)
         found.append(update.flats[0].weights.detach().clone())
     assert torch.equal(*found)
-    monkeypatch.setattr(graph, "recorder", lambda *_: (None, ""))
+    monkeypatch.setattr(cuda_graphs, "recorder", lambda *_: (None, ""))
     assert Update(settings, step_of(settings)[0], 6, print).forget() is False
 
 
 def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
     settings, cuda = chosen(tiny_sd1, photos, tmp_path), torch.device("cuda")
-    assert graph.recorder(settings, torch.device("cpu")) == (None, "")
+    assert cuda_graphs.recorder(settings, torch.device("cpu")) == (None, "")
     for section, change, reason in (
         ("memory", {"stream_base": True}, "copied to the card as they are needed"),
         ("memory", {"gradient_checkpointing": True}, "drawn once more for gradient checkpointing"),
     ):
         changed = replace(settings, **{section: replace(getattr(settings, section), **change)})
         changed = replace(changed, adapter=replace(changed.adapter, dropout=0.1))
-        record, line = graph.recorder(changed, cuda)
+        record, line = cuda_graphs.recorder(changed, cuda)
         assert record is None and line.startswith("steps are issued one operation at a time: ") and reason in line
 
 
@@ -282,7 +282,7 @@ def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
 @pytest.mark.parametrize("saving", SAVING)
 def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtype, saving):
     settings = chosen(tiny_sd1, photos, tmp_path, memory__device="cuda", **saving)
-    record, line = graph.recorder(settings, torch.device("cuda"))
+    record, line = cuda_graphs.recorder(settings, torch.device("cuda"))
     assert record is not None and "CUDA graph" in line
     step, adapter = step_of(settings, "cuda", dtype)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -12,8 +12,8 @@ from torch.nn import functional
 from lorakit import adapters, config, families
 from lorakit.config import LoraConfig, MemoryConfig
 from lorakit.core.errors import LorakitError
-from lorakit.engine import device as memory
-from lorakit.runs import memory_estimate as footprint
+from lorakit.engine import device as devices
+from lorakit.runs import memory_estimate
 from lorakit.training import out_of_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -33,15 +33,15 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = 
 )
 def test_auto_takes_the_best_there_is(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str) -> None:
     machine(monkeypatch, cuda=cuda, mps=mps)
-    assert memory.device(MemoryConfig()).type == expected
-    assert memory.device(MemoryConfig(device="cpu")) == CPU
+    assert devices.device(MemoryConfig()).type == expected
+    assert devices.device(MemoryConfig(device="cpu")) == CPU
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     machine(monkeypatch)
     with pytest.raises(LorakitError, match=f"memory.device = '{name}': torch .* finds no such device here"):
-        memory.device(MemoryConfig(device=name))
+        devices.device(MemoryConfig(device=name))
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,13 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch,
 )
 def test_precision(monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool, chosen: str, expected: Any) -> None:
     machine(monkeypatch, cuda=device == "cuda", bf16=bf16)
-    assert memory.dtype(MemoryConfig(mixed_precision=chosen), torch.device(device)) is expected
+    assert devices.dtype(MemoryConfig(mixed_precision=chosen), torch.device(device)) is expected
 
 
 def test_bf16_on_a_card_that_only_emulates_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, cuda=True, bf16=False)
     with pytest.raises(LorakitError, match="does not compute in bf16; choose 'fp16' or 'fp32'"):
-        memory.dtype(MemoryConfig(mixed_precision="bf16"), CUDA)
+        devices.dtype(MemoryConfig(mixed_precision="bf16"), CUDA)
 
 
 # -- the self-test of attention ---------------------------------------------------------------------------------
@@ -90,12 +90,12 @@ class ZeroBackward(torch.autograd.Function):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_right_kernel_passes(dtype: torch.dtype) -> None:
-    assert memory.attention_problem(by_hand, CPU, dtype) is None
+    assert devices.attention_problem(by_hand, CPU, dtype) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_backward_of_zeros_is_found_out(dtype: torch.dtype) -> None:
-    problem = memory.attention_problem(ZeroBackward.apply, CPU, dtype)
+    problem = devices.attention_problem(ZeroBackward.apply, CPU, dtype)
     assert problem == "gradient of the query is off by 100% at head size 40"
 
 
@@ -106,9 +106,9 @@ def test_a_wrong_forward_a_nan_and_a_failure_are_found_out() -> None:
     def one_size(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return by_hand(query, key, value) * (float("nan") if query.shape[-1] == 160 else 1.0)
 
-    assert "output is off" in str(memory.attention_problem(lambda q, k, v: by_hand(q, k, 2 * v), CPU, torch.float32))
-    assert "output is off by nan% at head size 160" in str(memory.attention_problem(one_size, CPU, torch.float32))
-    assert memory.attention_problem(fails, CPU, torch.float32) == "No operator found"
+    assert "output is off" in str(devices.attention_problem(lambda q, k, v: by_hand(q, k, 2 * v), CPU, torch.float32))
+    assert "output is off by nan% at head size 160" in str(devices.attention_problem(one_size, CPU, torch.float32))
+    assert devices.attention_problem(fails, CPU, torch.float32) == "No operator found"
 
 
 def stub_xformers(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
@@ -140,9 +140,9 @@ def test_xformers_is_used_only_where_it_passes_and_it_is_said(monkeypatch: pytes
     ]:
         stub_xformers(monkeypatch, kernel)
         family = SimpleNamespace(unet=UnetThatCounts(), device=CPU, dtype=torch.float32)
-        assert memory.attention(chosen, family) == said
+        assert devices.attention(chosen, family) == said
         assert family.unet.on is on
-    assert memory.attention(MemoryConfig(), family) == "attention: sdpa"
+    assert devices.attention(MemoryConfig(), family) == "attention: sdpa"
 
 
 def test_xformers_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,18 +151,18 @@ def test_xformers_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(LorakitError, match=r"needs it: pip install 'lorakit\[xformers\]'"):
-        memory.attention(MemoryConfig(attention="xformers"), SimpleNamespace())
+        devices.attention(MemoryConfig(attention="xformers"), SimpleNamespace())
 
 
 def test_weights_are_streamed_to_a_card_only() -> None:
     wanted = MemoryConfig(stream_base=True)
-    assert memory.streams(wanted, torch.device("cuda")) and not memory.streams(MemoryConfig(), CPU)
+    assert devices.streams(wanted, torch.device("cuda")) and not devices.streams(MemoryConfig(), CPU)
     for device in ("cpu", "mps"):
         with pytest.raises(
             LorakitError,
             match=f"memory.stream_base = true needs a CUDA card to copy weights to, and this is {device}: set it to",
         ):
-            memory.streams(wanted, torch.device(device))
+            devices.streams(wanted, torch.device(device))
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: in
     """Those that were asked for run twice, the others once; gradients are the same to the bit."""
     info, found = families.describe(tiny_sd1), []
     settings = config.load(None, {"train.steps": 1, "memory.gradient_checkpointing": True})
-    blocks = footprint.recomputed(settings, info, {}, "cpu")[:count]
+    blocks = memory_estimate.recomputed(settings, info, {}, "cpu")[:count]
     for again in ([], blocks):
         family = families.load(info, "cpu", torch.float32)
         layers = LoraConfig(rank=4, dropout=dropout, target_modules="linear+conv")
@@ -184,11 +184,11 @@ def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: in
             parameter.data.fill_(0.01)
         adapters.slim(family)
         runs: Counter[str] = Counter()
-        paths = {path for path, _ in family.unet.named_modules() if footprint.BLOCK.fullmatch(path)}
+        paths = {path for path, _ in family.unet.named_modules() if memory_estimate.BLOCK.fullmatch(path)}
         for path in paths:
             first = family.unet.get_submodule(path).norm1
             first.register_forward_pre_hook(lambda *_, path=path, runs=runs: runs.update([path]))
-        memory.gradient_checkpointing(family, again, random=dropout > 0)
+        devices.gradient_checkpointing(family, again, random=dropout > 0)
         torch.manual_seed(0)
         noisy, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
         predicted = family.unet(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
@@ -226,7 +226,7 @@ def test_where_memory_runs_out_room_is_made_once() -> None:
 
 
 def test_peak_is_the_process_on_a_cpu() -> None:
-    before = memory.peak(CPU)
+    before = devices.peak(CPU)
     kept = torch.ones(64 * 2**20)
-    assert memory.peak(CPU) >= max(before, kept.numel() * 4)
-    assert memory.peak(CPU) < 2**40
+    assert devices.peak(CPU) >= max(before, kept.numel() * 4)
+    assert devices.peak(CPU) < 2**40

@@ -8,8 +8,8 @@ from exercise import METHODS, predict, randomize
 
 from lorakit import adapters, families
 from lorakit.config import ADAPTER_SECTIONS, LoraConfig, OptimizerConfig
-from lorakit.engine import flat_parameters as flat, fused_blocks as lean, fused_lora as fused
-from lorakit.training import optimizers as optim
+from lorakit.engine import flat_parameters, fused_blocks, fused_lora
+from lorakit.training import optimizers
 
 # A CPU's vectors hold 4 to 16 numbers, and torch rounds those that fill none another way: only `EVEN` shapes, which are
 # what layers have, can be compared to the bit.
@@ -27,23 +27,23 @@ def gradients(step: int, like: list[Any]) -> list[torch.Tensor]:
     return [torch.randn(tensor.shape, generator=draw) for tensor in like]
 
 
-def flats(apart: list[torch.nn.Parameter]) -> list[flat.Flat]:
+def flats(apart: list[torch.nn.Parameter]) -> list[flat_parameters.Flat]:
     """The first three in a group, the rest in another."""
     nothing = torch.nn.Module()
-    return [flat.Flat("unet", apart[:3], nothing), flat.Flat("text_encoder", apart[3:], nothing)]
+    return [flat_parameters.Flat("unet", apart[:3], nothing), flat_parameters.Flat("text_encoder", apart[3:], nothing)]
 
 
-def together(name: str, apart: list[torch.nn.Parameter]) -> tuple[list[flat.Flat], torch.optim.Optimizer]:
+def together(name: str, apart: list[torch.nn.Parameter]) -> tuple[list[flat_parameters.Flat], torch.optim.Optimizer]:
     made = flats(apart)
     rates = OptimizerConfig(name=name, learning_rate=1e-2, text_encoder_learning_rate=1e-3, weight_decay=0.1)
-    optimizer = optim.build(rates, [(each.name, [each.weights]) for each in made])
-    flat.save_apart(optimizer, made)
+    optimizer = optimizers.build(rates, [(each.name, [each.weights]) for each in made])
+    flat_parameters.save_apart(optimizer, made)
     return made, optimizer
 
 
 def separate(name: str, given: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     rates = OptimizerConfig(name=name, learning_rate=1e-2, text_encoder_learning_rate=1e-3, weight_decay=0.1)
-    return optim.build(rates, [("unet", given[:3]), ("text_encoder", given[3:])])
+    return optimizers.build(rates, [("unet", given[:3]), ("text_encoder", given[3:])])
 
 
 def step(number: int, given: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -55,7 +55,7 @@ def step(number: int, given: list[torch.nn.Parameter], optimizer: torch.optim.Op
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", optim.BY_NUMBER)
+@pytest.mark.parametrize("name", optimizers.BY_NUMBER)
 @pytest.mark.parametrize(("shapes", "allowed"), [(EVEN, 0.0), (ODD, 1e-6)])
 def test_an_optimizer_steps_and_saves_as_over_separate_parameters(name: str, shapes: Any, allowed: float) -> None:
     one, two = parameters(shapes), parameters(shapes)
@@ -72,7 +72,7 @@ def test_an_optimizer_steps_and_saves_as_over_separate_parameters(name: str, sha
         torch.testing.assert_close(mine["state"][number], theirs["state"][number], rtol=allowed, atol=allowed)
 
 
-@pytest.mark.parametrize("name", optim.BY_NUMBER)
+@pytest.mark.parametrize("name", optimizers.BY_NUMBER)
 @pytest.mark.parametrize(("make", "shapes"), [(together, ODD), (lambda *given: (None, separate(*given)), EVEN)])
 def test_a_saved_state_goes_on_to_the_bit_whoever_saved_it(name: str, make: Any, shapes: Any) -> None:
     straight = parameters(shapes)
@@ -103,17 +103,17 @@ def test_gradients_are_clipped_as_torch_does(most: float) -> None:
         mine.grad.copy_(gradient)
         theirs.grad = gradient
     exact = torch.cat([p.grad.double().flatten() for p in two]).norm().item()
-    assert flat.clip(made, most).item() == pytest.approx(exact, rel=1e-6)
+    assert flat_parameters.clip(made, most).item() == pytest.approx(exact, rel=1e-6)
     torch.nn.utils.clip_grad_norm_(two, most or float("inf"))
     for mine, theirs in zip(one, two, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=0)
 
 
 def test_the_norm_of_twenty_million_numbers_is_right() -> None:
-    many = flat.Flat("unet", [torch.nn.Parameter(torch.zeros(20_000_000))], torch.nn.Module())
+    many = flat_parameters.Flat("unet", [torch.nn.Parameter(torch.zeros(20_000_000))], torch.nn.Module())
     many.gradient.normal_(generator=torch.Generator().manual_seed(0)).mul_(1e-4)
     exact = torch.linalg.vector_norm(many.gradient, dtype=torch.float64).item()
-    assert flat.norm([many]).item() == pytest.approx(exact, rel=1e-6)
+    assert flat_parameters.norm([many]).item() == pytest.approx(exact, rel=1e-6)
     # Which is why it is not left to one reduction.
     assert torch.linalg.vector_norm(many.gradient).item() != pytest.approx(exact, rel=1e-4)
 
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_not_finite_is_seen() -> None:
     apart = parameters()
     made = flats(apart)
     apart[4].grad.fill_(float("nan"))
-    assert not torch.isfinite(flat.norm(made))
+    assert not torch.isfinite(flat_parameters.norm(made))
 
 
 def test_parameters_that_somebody_moved_are_taken_back() -> None:
@@ -177,7 +177,7 @@ def test_an_adapters_gradients_and_what_it_shows_stay(method: str, more: Any, ba
     assert torch.equal(predict(family), predict(plain))
     for _ in range(2):
         backward(plain)
-        with flat.computing(made):
+        with flat_parameters.computing(made):
             backward(family)
     assert all(torch.equal(a, b) for a, b in zip(found(adapter), found(other), strict=True))
     state = adapter.state()
@@ -199,16 +199,16 @@ def test_in_half_precision_gradients_are_those_by_autograd(
     plain, other = attached(tiny_sd1, config, dtype)
     family, adapter = attached(tiny_sd1, config, dtype)
     made = adapters.flatten(family, adapter)
-    kinds = {type(layer.place) for layer in family.unet.modules() if isinstance(layer, fused.FusedLinear)}
-    assert kinds == {fused.Place}
-    groups = [m.group for m in family.unet.modules() if isinstance(m, lean.LeanAttention)]
+    kinds = {type(layer.place) for layer in family.unet.modules() if isinstance(layer, fused_lora.FusedLinear)}
+    assert kinds == {fused_lora.Place}
+    groups = [m.group for m in family.unet.modules() if isinstance(m, fused_blocks.LeanAttention)]
     assert groups and all(group.place is not None and group.holds() for group in groups)
     for _ in range(2):
         with torch.no_grad():  # as an optimizer would: copies of before must not be used
             for weights in [*other.parameters().values(), *(each.weights for each in made)]:
                 weights.mul_(0.5)
         backward(plain)
-        with flat.computing(made):
+        with flat_parameters.computing(made):
             backward(family)
         assert torch.equal(predict(family), predict(plain))
     for name, mine, theirs in zip(adapter.parameters(), found(adapter), found(other), strict=True):

@@ -9,7 +9,7 @@ from peft import LoraConfig as PeftConfig
 
 from lorakit import adapters, families
 from lorakit.config import LoraConfig
-from lorakit.engine import fused_blocks as lean
+from lorakit.engine import fused_blocks
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -59,9 +59,9 @@ def peft_parameters(unet: Any, names: list[str]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("alpha", [4.0, 2.0])
 def test_a_slim_unet_predicts_and_learns_as_pefts(tiny_sd1: Any, alpha: float) -> None:
     family, adapter, theirs = pair(tiny_sd1, torch.float32, alpha)
-    lean.slim(family.unet)
+    fused_blocks.slim(family.unet)
     kinds = {type(module) for module in family.unet.modules()}
-    assert lean.LeanAttention in kinds and lean.LeanResnet in kinds
+    assert fused_blocks.LeanAttention in kinds and fused_blocks.LeanResnet in kinds
     mine, expected = adapter.parameters(), peft_parameters(theirs, list(adapter.parameters()))
     (a, own), (b, other) = outcome(family.unet, mine, torch.float32), outcome(theirs, expected, torch.float32)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -72,7 +72,7 @@ def test_a_slim_unet_predicts_and_learns_as_pefts(tiny_sd1: Any, alpha: float) -
 def test_in_bfloat16_the_gradients_are_float32_and_near(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.bfloat16)
     full, wanted, _ = pair(tiny_sd1, torch.float32)
-    lean.slim(family.unet)
+    fused_blocks.slim(family.unet)
     _, own = outcome(family.unet, adapter.parameters(), torch.bfloat16)
     _, other = outcome(full.unet, wanted.parameters(), torch.float32)
     assert {gradient.dtype for gradient in own.values()} == {torch.float32}
@@ -83,7 +83,7 @@ def test_in_bfloat16_the_gradients_are_float32_and_near(tiny_sd1: Any) -> None:
 def test_switched_off_it_is_the_base_and_detached_it_leaves_nothing(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.float32)
     plain = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
-    lean.slim(family.unet)
+    fused_blocks.slim(family.unet)
     with torch.no_grad():
         expected = plain.unet(*inputs(), return_dict=False)[0]
         with adapter.disabled():
@@ -96,7 +96,7 @@ def test_switched_off_it_is_the_base_and_detached_it_leaves_nothing(tiny_sd1: An
 
 def test_shared_tensors_follow_the_optimizer_and_a_restored_state(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.float32)
-    lean.slim(family.unet)
+    fused_blocks.slim(family.unet)
     state = adapter.state()
     with torch.no_grad():
         before = family.unet(*inputs(), return_dict=False)[0]
@@ -109,7 +109,7 @@ def test_shared_tensors_follow_the_optimizer_and_a_restored_state(tiny_sd1: Any)
 
 def test_a_layer_given_another_weight_is_asked_by_itself(tiny_sd1: Any) -> None:
     family, adapter, theirs = pair(tiny_sd1, torch.float32)
-    lean.slim(family.unet)
+    fused_blocks.slim(family.unet)
     name = next(name for name in adapter.parameters() if "attn1.to_q.down" in name)
     path = name.removeprefix("unet.").removesuffix(".down")
     matrix = family.unet.get_submodule(path).lora_A["default"]
@@ -126,7 +126,7 @@ def test_dropout_is_left_to_peft(tiny_sd1: Any) -> None:
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):
             parameter.data.fill_(0.1)
-    lean.slim(family.unet)
+    fused_blocks.slim(family.unet)
     adapter.train(True)
     with torch.no_grad():
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakit.adapters import lora
 from lorakit.config import LoraConfig
-from lorakit.engine import fused_lora as fused
+from lorakit.engine import fused_lora
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(24, 40),
@@ -29,7 +29,7 @@ def layers(kind: str, alpha: float, dtype: torch.dtype) -> tuple[Any, Any]:
     if base.bias is not None:
         base.bias.data = base.bias.data.to(dtype)
     config = lora.lora(LoraConfig(rank=4, alpha=alpha), ["x"])
-    classes = (fused.FusedLinear, Linear) if isinstance(base, nn.Linear) else (fused.FusedConv2d, Conv2d)
+    classes = (fused_lora.FusedLinear, Linear) if isinstance(base, nn.Linear) else (fused_lora.FusedConv2d, Conv2d)
     made = [cls(base, "default", config=config, r=4, lora_alpha=alpha).eval() for cls in classes]
     for factor in ("lora_A", "lora_B"):
         shape = getattr(made[0], factor)["default"].weight.shape
@@ -121,7 +121,7 @@ def test_a_trained_base_and_autocast_go_pefts_way(kind: str) -> None:
 def test_dropout_acts_on_the_adapters_input_alone() -> None:
     torch.manual_seed(0)
     config = lora.lora(LoraConfig(rank=4, dropout=0.5), ["x"])
-    layer = fused.FusedLinear(nn.Linear(24, 40), "default", config=config, r=4, lora_alpha=4).eval()
+    layer = fused_lora.FusedLinear(nn.Linear(24, 40), "default", config=config, r=4, lora_alpha=4).eval()
     nn.init.ones_(layer.lora_B["default"].weight)
     x = torch.randn(3, 24)
     still = layer(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.engine import onednn_linear as products
+from lorakit.engine import onednn_linear
 
 
 def layer(bias: bool = True) -> nn.Linear:
@@ -18,8 +18,8 @@ def layer(bias: bool = True) -> nn.Linear:
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (1, 24), (0, 24)])
 def test_a_quick_layer_and_its_gradient_are_torchs(bias: bool, shape: tuple[int, ...]) -> None:
     own, quick = layer(bias), layer(bias)
-    products.quicken(quick)
-    assert isinstance(quick, products.FrozenLinear)
+    onednn_linear.quicken(quick)
+    assert isinstance(quick, onednn_linear.FrozenLinear)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     outcomes = []
     for module in (own, quick):
@@ -34,16 +34,16 @@ def test_a_quick_layer_and_its_gradient_are_torchs(bias: bool, shape: tuple[int,
 def test_inputs_that_lie_crosswise_in_memory_are_no_obstacle() -> None:
     module = layer()
     x = torch.randn(24, 7, generator=torch.Generator().manual_seed(1)).t()
-    torch.testing.assert_close(products.linear(x, module.weight, module.bias), module(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(onednn_linear.linear(x, module.weight, module.bias), module(x), rtol=1e-5, atol=1e-6)
     towards = torch.randn(7, 40, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(
-        products.linear(towards, module.weight.t()), towards @ module.weight, rtol=1e-5, atol=1e-6
+        onednn_linear.linear(towards, module.weight.t()), towards @ module.weight, rtol=1e-5, atol=1e-6
     )
 
 
 def test_a_layer_whose_weight_is_trained_keeps_torchs_gradients() -> None:
     quick = layer().requires_grad_(True)
-    products.quicken(quick)
+    onednn_linear.quicken(quick)
     quick(torch.ones(2, 24)).sum().backward()
     assert quick.weight.grad is not None and torch.equal(quick.weight.grad, torch.full((40, 24), 2.0))
 
@@ -52,21 +52,21 @@ def test_a_layer_whose_weight_is_trained_keeps_torchs_gradients() -> None:
 def test_other_precisions_are_left_to_torch(dtype: torch.dtype) -> None:
     module = layer().to(dtype)
     x = torch.randn(3, 24, dtype=dtype)
-    assert torch.equal(products.linear(x, module.weight, module.bias), module(x))
-    products.quicken(module)
+    assert torch.equal(onednn_linear.linear(x, module.weight, module.bias), module(x))
+    onednn_linear.quicken(module)
     assert type(module) is nn.Linear
 
 
 def test_without_onednn_torchs_own_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_onednn", lambda: False)
+    monkeypatch.setattr(onednn_linear, "_onednn", lambda: False)
     module = layer()
     x = torch.randn(3, 24)
-    assert torch.equal(products.linear(x, module.weight, module.bias), module(x))
+    assert torch.equal(onednn_linear.linear(x, module.weight, module.bias), module(x))
 
 
 def test_a_quick_model_is_copied_and_saved_as_any_other() -> None:
     quick = nn.Sequential(layer())
     names = list(quick.state_dict())
-    products.quicken(quick)
+    onednn_linear.quicken(quick)
     x = torch.randn(3, 24)
     assert torch.equal(copy.deepcopy(quick)(x), quick(x)) and list(quick.state_dict()) == names

@@ -17,12 +17,12 @@ from lorakit.adapters import adapter as adapter_module
 from lorakit.config import ADAPTER_SECTIONS, DoraConfig, LoraConfig
 from lorakit.core.errors import LorakitError
 from lorakit.engine import (
-    device as memory,
-    onednn_linear as products,
-    quantized_weight as stored,
-    weight_storage as storage,
+    device as devices,
+    onednn_linear,
+    quantized_weight,
+    weight_storage,
 )
-from lorakit.inference import sampling as sample
+from lorakit.inference import sampling
 from lorakit.runs import plan
 from lorakit.training import run as train
 
@@ -48,7 +48,7 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, ...]) -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, an extra, is not installed")
     weight = normal(*shape)
     codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    ours = stored.quantize(weight, "nf4")
+    ours = quantized_weight.quantize(weight, "nf4")
     assert torch.equal(ours.codes, codes.flatten())
     assert torch.equal(ours.scales.flatten(), state.absmax)
     assert torch.equal(ours.whole(), functional.dequantize_4bit(codes, state))
@@ -58,7 +58,7 @@ def test_int8_is_that_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, an extra, is not installed")
     weight = normal(64, 320, dtype=torch.float16)
     codes, largest, _ = functional.int8_vectorwise_quant(weight)
-    ours = stored.quantize(weight.float(), "int8")
+    ours = quantized_weight.quantize(weight.float(), "int8")
     torch.testing.assert_close(ours.scales.flatten(), largest / 127)
     # It divides in float16, so that a value between two codes may fall to the other one.
     assert (ours.codes.int() - codes.int()).abs().max() <= 1
@@ -67,7 +67,7 @@ def test_int8_is_that_of_bitsandbytes() -> None:
 
 def test_int8_by_hand() -> None:
     weight = torch.tensor([[1.27, -0.64, 0.004], [0.0, 0.0, 0.0]])
-    made = stored.quantize(weight, "int8")
+    made = quantized_weight.quantize(weight, "int8")
     assert made.codes.tolist() == [[127, -64, 0], [0, 0, 0]]
     torch.testing.assert_close(made.whole(), torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]]))
 
@@ -76,12 +76,12 @@ def test_nf4_by_hand() -> None:
     """Both halves of a byte, the first value in the high one; a block of zeros stays zero."""
     weight = torch.zeros(2, 64)
     weight[0, :4] = torch.tensor([-2.0, 2.0, 0.6, 1.5])
-    made = stored.quantize(weight, "nf4")
+    made = quantized_weight.quantize(weight, "nf4")
     assert made.codes[:2].tolist() == [0x0F, 0xBE]
     assert made.codes.shape == (64,)
     assert made.scales.tolist() == [[2.0], [0.0]]
     expected = torch.zeros(2, 64)
-    expected[0, :4] = torch.tensor([-2.0, 2.0, 2 * stored.NF4[11], 2 * stored.NF4[14]])
+    expected[0, :4] = torch.tensor([-2.0, 2.0, 2 * quantized_weight.NF4[11], 2 * quantized_weight.NF4[14]])
     assert torch.equal(made.whole(), expected)
 
 
@@ -89,7 +89,7 @@ def test_nf4_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_and_size_are_what_is_said(kind: str, dtype: torch.dtype) -> None:
     weight = normal(320, 64, 3, 3, dtype=dtype)
-    made = stored.quantize(weight, kind)
+    made = quantized_weight.quantize(weight, kind)
     low, high = ERROR[kind]
     assert low < relative(made.whole(), weight) < high
     assert (made.shape, made.dtype, made.device) == (weight.shape, dtype, weight.device)
@@ -99,7 +99,7 @@ def test_error_and_size_are_what_is_said(kind: str, dtype: torch.dtype) -> None:
 
 def test_nf4_of_part_of_a_block_is_an_error() -> None:
     with pytest.raises(ValueError, match="65 values are not whole blocks of 64"):
-        stored.quantize(torch.zeros(5, 13), "nf4")
+        quantized_weight.quantize(torch.zeros(5, 13), "nf4")
 
 
 # -- as a tensor ------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
     layer, value = layers()[number]
     layer.requires_grad_(False)
     small = copy.deepcopy(layer)
-    stored.store_layers(small, kind, "cpu")
+    quantized_weight.store_layers(small, kind, "cpu")
     layer.weight.copy_(small.weight.whole())  # type: ignore[operator]
     saved: list[torch.Tensor] = []
     results = []
@@ -137,7 +137,7 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
         results.append((output.detach(), leaf.grad))
         if module is small:
             kinds = [type(t) for t in saved if t.shape in (layer.weight.shape, layer.weight.shape[::-1])]
-            assert kinds == [stored.StoredWeight]
+            assert kinds == [quantized_weight.StoredWeight]
     for found, right in zip(*results, strict=True):
         assert torch.equal(found, right)
 
@@ -145,7 +145,7 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_moves_and_copies_with_its_module(kind: str) -> None:
     layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
-    stored.store_layers(layer, kind, "cpu")
+    quantized_weight.store_layers(layer, kind, "cpu")
     whole = layer[0].weight.whole()
     twin = copy.deepcopy(layer)
     assert torch.equal(twin[0].weight.whole(), whole)
@@ -158,7 +158,7 @@ def test_it_moves_and_copies_with_its_module(kind: str) -> None:
 
 
 def test_it_is_made_whole_wherever_an_operation_takes_it() -> None:
-    weight, other = stored.quantize(normal(64, 64), "int8"), normal(64, 64)
+    weight, other = quantized_weight.quantize(normal(64, 64), "int8"), normal(64, 64)
     whole = weight.whole()
     assert torch.equal(torch.stack([weight, other, weight]), torch.stack([whole, other, whole]))
     assert torch.equal(torch.addmm(other, weight, other, beta=2), torch.addmm(other, whole, other, beta=2))
@@ -166,7 +166,7 @@ def test_it_is_made_whole_wherever_an_operation_takes_it() -> None:
 
 
 def test_it_cannot_be_changed() -> None:
-    weight = stored.quantize(normal(64, 64), "int8")
+    weight = quantized_weight.quantize(normal(64, 64), "int8")
     with pytest.raises(
         LorakitError, match="a weight in int8 cannot be changed: load the base with its weights in full"
     ):
@@ -196,21 +196,21 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
     left = {
         path.partition(".")[0]
         for path, layer in small.unet.named_modules()
-        if isinstance(layer, KINDS_OF_LAYER) and not isinstance(layer.weight, stored.StoredWeight)
+        if isinstance(layer, KINDS_OF_LAYER) and not isinstance(layer.weight, quantized_weight.StoredWeight)
     }
-    assert left == set(storage.IN_FULL) & {
+    assert left == set(weight_storage.IN_FULL) & {
         path for path, child in small.unet.named_children() if list(child.parameters())
     }
     others = [*small.vae.parameters(), *(p for e in small.text_encoders.values() for p in e.parameters())]
-    assert not any(isinstance(parameter, stored.StoredWeight) for parameter in others)
+    assert not any(isinstance(parameter, quantized_weight.StoredWeight) for parameter in others)
     assert not any(parameter.requires_grad for parameter in small.unet.parameters())
     with torch.no_grad():
         error = relative(predict(small), predict(full))
     assert 0 < error < {"int8": 0.02, "nf4": 0.35}[kind]
     weights = {path: layer.weight for path, layer in small.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
     rest = sum(p.nbytes for path, p in small.unet.named_parameters() if path.removesuffix(".weight") not in weights)
-    predicted = sum(storage.size_of(path, weight.shape, kind, 4) for path, weight in weights.items())
-    assert stored.stored_bytes(small.unet) == predicted + rest
+    predicted = sum(weight_storage.size_of(path, weight.shape, kind, 4) for path, weight in weights.items())
+    assert quantized_weight.stored_bytes(small.unet) == predicted + rest
     assert predicted < 0.4 * sum(weight.numel() * 4 for weight in weights.values())
 
 
@@ -221,7 +221,7 @@ def test_an_adapter_learns_on_it_as_on_its_whole_weights(tiny_sd1: Path, kind: s
     small, plain = load(tiny_sd1, kind), load(tiny_sd1, "full")
     with torch.no_grad():
         for place, parameter in small.unet.named_parameters():
-            if isinstance(parameter, stored.StoredWeight):
+            if isinstance(parameter, quantized_weight.StoredWeight):
                 plain.unet.get_parameter(place).copy_(parameter.whole())
     on_small, on_plain = adapters.attach(small, config), adapters.attach(plain, config)
     gradients = []
@@ -251,7 +251,11 @@ def test_peft_cannot_fuse_into_it(tiny_sd1: Path) -> None:
 
 
 def streams_of(module: nn.Module) -> set[Any]:
-    return {p.home.stream for p in module.parameters() if isinstance(p, stored.StoredWeight) and p.home is not None}
+    return {
+        p.home.stream
+        for p in module.parameters()
+        if isinstance(p, quantized_weight.StoredWeight) and p.home is not None
+    }
 
 
 @pytest.mark.parametrize(("kind", "number"), list(itertools.product(("full", *KINDS), range(6))))
@@ -259,8 +263,8 @@ def test_a_streamed_layer_gives_what_a_resident_one_does(kind: str, number: int)
     layer, value = layers()[number]
     layer.requires_grad_(False)
     streamed = copy.deepcopy(layer)
-    stored.store_layers(layer, kind, "cpu")
-    made = stored.store_layers(streamed, kind, "cpu", streamed=True)
+    quantized_weight.store_layers(layer, kind, "cpu")
+    made = quantized_weight.store_layers(streamed, kind, "cpu", streamed=True)
     assert made is not None and getattr(layer.weight, "home", None) is None
     results = []
     for module in (layer, streamed):
@@ -290,10 +294,10 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
     for stream in (False, True):
         family = load(tiny_sd1, kind, stream=stream, dtype=dtype)
         for layer in family.unet.modules():
-            if type(layer) is products.FrozenLinear:
+            if type(layer) is onednn_linear.FrozenLinear:
                 layer.__class__ = nn.Linear
         for parameter in family.unet.parameters():
-            if not isinstance(parameter, stored.StoredWeight):
+            if not isinstance(parameter, quantized_weight.StoredWeight):
                 # What a file holds lies in memory as it does in the file, and MKL's last bits are by the address.
                 parameter.data = parameter.clone()
         adapter = adapters.attach(family, config, seed=1)
@@ -323,8 +327,8 @@ def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
     (stream,) = streams_of(family.unet)
     weights = {path: layer.weight for path, layer in family.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
     for path, weight in weights.items():
-        assert isinstance(weight, stored.StoredWeight) != storage.stays_in_full(path, weight.numel())
-    there = [weight for weight in weights.values() if isinstance(weight, stored.StoredWeight)]
+        assert isinstance(weight, quantized_weight.StoredWeight) != weight_storage.stays_in_full(path, weight.numel())
+    there = [weight for weight in weights.values() if isinstance(weight, quantized_weight.StoredWeight)]
     assert stream.host >= sum(weight.stored for weight in there)
     places = [weight.codes.data_ptr() for weight in there]
     with torch.no_grad():
@@ -333,18 +337,18 @@ def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
         assert stream._there
         family.unet.to("meta")
     assert not stream._there  # a base that leaves the device takes its window along
-    there = [p for p in family.unet.parameters() if isinstance(p, stored.StoredWeight)]
+    there = [p for p in family.unet.parameters() if isinstance(p, quantized_weight.StoredWeight)]
     assert {weight.device.type for weight in there} == {"meta"} and [w.codes.data_ptr() for w in there] == places
     for path, right in plain.unet.named_parameters():
         found = family.unet.get_parameter(path)
-        if isinstance(found, stored.StoredWeight):
+        if isinstance(found, quantized_weight.StoredWeight):
             assert not found.requires_grad and torch.equal(found.to("cpu").whole(), right)
 
 
 def test_elsewhere_than_where_it_is_streamed_to_it_is_moved_for_each_operation() -> None:
     layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
     right = layer.weight.clone()
-    made = stored.store_layers(layer, "full", "meta", streamed=True)
+    made = quantized_weight.store_layers(layer, "full", "meta", streamed=True)
     assert made is not None
     assert repr(layer.weight) == "StoredWeight(full, (64, 64), torch.float32, cpu for meta)"
     assert layer(torch.ones(1, 64, device="meta")).device.type == "meta" and made.asked == 1
@@ -355,7 +359,7 @@ def test_elsewhere_than_where_it_is_streamed_to_it_is_moved_for_each_operation()
 
 def test_a_streamed_weight_cannot_be_changed() -> None:
     layer = nn.Linear(64, 64).requires_grad_(False)
-    stored.store_layers(layer, "full", "cpu", streamed=True)
+    quantized_weight.store_layers(layer, "full", "cpu", streamed=True)
     with pytest.raises(LorakitError, match="a weight in the host's memory cannot be changed: load the base with its"):
         layer.weight += 1
 
@@ -373,7 +377,7 @@ def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(kind: str)
             model = nn.Sequential(*blocks).to(torch.bfloat16).requires_grad_(False)
             value = torch.randn(16, 2048, dtype=torch.bfloat16)
         if kind != "full" or streamed:
-            made = stored.store_layers(model, kind, "cuda", streamed=streamed)
+            made = quantized_weight.store_layers(model, kind, "cuda", streamed=streamed)
         model.to("cuda")
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -403,7 +407,7 @@ def test_a_run_on_a_streamed_base_is_the_same_run(
     for number in range(2):
         noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(tmp_path / "photos" / f"{number}.png")
-    monkeypatch.setattr(memory, "streams", lambda config, device: config.stream_base)
+    monkeypatch.setattr(devices, "streams", lambda config, device: config.stream_base)
     monkeypatch.setattr(plan, "may_be_cuda", lambda wanted: True)
     results = []
     for stream in (False, True):
@@ -427,9 +431,9 @@ def test_a_run_on_a_streamed_base_is_the_same_run(
     assert all(finding.passed for finding in results[1].findings)
     said = (results[1].folder / "log.jsonl").read_text(encoding="utf-8")
     assert "(the UNet's weights kept in int8 in the host's memory)" in said
-    recorded = sample.recorded(results[1].adapter, {})
+    recorded = sampling.recorded(results[1].adapter, {})
     assert recorded.memory.stream_base
-    files = sample.from_file(
+    files = sampling.from_file(
         results[1].adapter, str(tiny_sd1), [], [1.0], recorded.sample, folder=tmp_path / "drawn", memory=recorded.memory
     )
     last = sorted((results[1].folder / "samples" / "step-000002").glob("*.png"))

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lorakit import adapters, families
 from lorakit.config import DoraConfig, LoraConfig
-from lorakit.engine import recompute as frugal
+from lorakit.engine import recompute
 
 DTYPES = [torch.float32, torch.bfloat16]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -51,7 +51,7 @@ def test_a_layer_gives_the_same_and_keeps_less(kind: str, dtype: torch.dtype) ->
     theirs = make().to(dtype).requires_grad_(False)
     ours = make().to(dtype).requires_grad_(False)
     ours.load_state_dict(theirs.state_dict())
-    frugal.spare(ours)
+    recompute.spare(ours)
     assert type(ours) is not type(theirs)
     found = []
     for layer in (theirs, ours):
@@ -74,25 +74,25 @@ def test_silu_of_a_norm_keeps_its_input_alone(dtype: torch.dtype) -> None:
     norm.bias.copy_(normal(8, dtype=dtype))
     x = normal(2, 8, 7, 6, dtype=dtype).requires_grad_()
     before, y = kept_bytes(lambda: functional.silu(norm(x)), norm)
-    after, ours = kept_bytes(lambda: frugal.norm_silu(x, norm), norm)
+    after, ours = kept_bytes(lambda: recompute.norm_silu(x, norm), norm)
     towards = normal(*y.shape, dtype=dtype)
     assert torch.equal(ours, y)
     assert torch.equal(torch.autograd.grad(ours, x, towards)[0], torch.autograd.grad(y, x, towards)[0])
     # Not in the order of its memory: torch has another kernel for that.
     turned = x.detach().to(memory_format=torch.channels_last)
-    torch.testing.assert_close(frugal.norm_silu(turned.requires_grad_(), norm), ours)
+    torch.testing.assert_close(recompute.norm_silu(turned.requires_grad_(), norm), ours)
     statistics = 2 * 2 * 4 * 4  # mean and deviation of 4 groups of 2 pictures, at most float32
     assert x.nbytes < after <= x.nbytes + statistics < before
 
 
 def test_a_recipe_gives_the_tensor_and_no_recipe_the_tensor_itself() -> None:
     norm = nn.LayerNorm(8).requires_grad_(False)
-    frugal.spare(norm)
+    recompute.spare(norm)
     x = normal(3, 8).requires_grad_()
     made = norm(x)
-    how = frugal.recipe(made)
+    how = recompute.recipe(made)
     assert how.given[0] is x and torch.equal(how.make(*how.given), made)
-    assert frugal.recipe(x).make(*frugal.recipe(x).given) is x
+    assert recompute.recipe(x).make(*recompute.recipe(x).given) is x
     with torch.no_grad():
         assert not hasattr(norm(x), "recipe")
 
@@ -100,10 +100,10 @@ def test_a_recipe_gives_the_tensor_and_no_recipe_the_tensor_itself() -> None:
 def test_what_is_out_of_the_ordinary_is_left_to_torch() -> None:
     for layer in (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 8, 3, groups=2)):
         before = type(layer)
-        frugal.spare(layer)
+        recompute.spare(layer)
         assert type(layer) is before
     trained = nn.Conv2d(8, 8, 3)
-    frugal.spare(trained)
+    recompute.spare(trained)
     trained(normal(1, 8, 5, 5).requires_grad_()).sum().backward()
     assert trained.weight.grad is not None and trained.weight.grad.abs().sum() > 0
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorakit.core.errors import LorakitError
-from lorakit.engine import weight_offload as stream, weight_storage as storage
+from lorakit.engine import weight_offload, weight_storage
 from lorakit.engine.weight_offload import Order, Stream
 
 KEYS = Path(__file__).parents[1] / "formats" / "keys" / "sdxl.tsv.gz"
@@ -48,23 +48,25 @@ def test_weights_share_slabs_and_none_overlaps_another() -> None:
     with gzip.open(KEYS, "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file]
     counts = {row[0][5:]: math.prod(map(int, row[-1].split("x"))) for row in rows if row[0].startswith("unet.")}
-    sizes = [2 * count for path, count in counts.items() if not storage.stays_in_full(path, count)]
-    places, lengths = storage.packed(sizes)
+    sizes = [2 * count for path, count in counts.items() if not weight_storage.stays_in_full(path, count)]
+    places, lengths = weight_storage.packed(sizes)
     assert len(places) == len(sizes) > 700
     for number, length in enumerate(lengths):
         ranges = sorted(
             (start, start + size) for (slab, start), size in zip(places, sizes, strict=True) if slab == number
         )
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
-        assert ranges[-1][1] <= length <= storage.SLAB and not any(start % storage.ALIGNED for start, _ in ranges)
+        assert ranges[-1][1] <= length <= weight_storage.SLAB and not any(
+            start % weight_storage.ALIGNED for start, _ in ranges
+        )
     total = sum(sizes)
     assert sum(map(power_of_two, sizes)) > 1.3 * total
     assert sum(map(power_of_two, lengths)) < 1.02 * total
 
 
 def test_what_is_larger_than_a_slab_has_its_own() -> None:
-    places, lengths = storage.packed([10, storage.SLAB + 1, 20])
-    assert places == [(0, 0), (1, 0), (0, 64)] and lengths == [128, storage.SLAB + 64]
+    places, lengths = weight_storage.packed([10, weight_storage.SLAB + 1, 20])
+    assert places == [(0, 0), (1, 0), (0, 64)] and lengths == [128, weight_storage.SLAB + 64]
 
 
 def test_parts_of_every_kind_come_back_as_they_were() -> None:
@@ -120,10 +122,10 @@ def test_other_passes_between_steps_are_learned_too() -> None:
 
 
 def test_what_was_learned_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "MOST", 50)
+    monkeypatch.setattr(weight_offload, "MOST", 50)
     order = Order()
     for number in STEP * 5:
-        assert len(order.follow(number)) <= stream.FAR
+        assert len(order.follow(number)) <= weight_offload.FAR
         assert len(order._seen) <= 50
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from lorakit import families
 from lorakit.core.errors import LorakitError
-from lorakit.families import weight_files as headers
+from lorakit.families import weight_files
 
 Copy = Callable[..., Path]
 
@@ -86,7 +86,7 @@ def test_names_are_canonical_for_files_without_the_prefix(copy: Copy) -> None:
     folder = copy()
     before = families.describe(folder).layers
     path = folder / "text_encoder" / "model.safetensors"
-    shapes = {name.removeprefix("text_model."): shape for name, shape in headers.shapes([path]).items()}
+    shapes = {name.removeprefix("text_model."): shape for name, shape in weight_files.shapes([path]).items()}
     safetensors_by_hand.write(path, shapes)
     assert families.describe(folder).layers == before
 
@@ -123,7 +123,7 @@ def test_half_precision_files_and_shards_are_found(copy: Copy, tiny_sd1: Path) -
     path = folder / "text_encoder" / "model.safetensors"
     path.rename(path.with_name("model.fp16.safetensors"))
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    shapes = headers.shapes([unet])
+    shapes = weight_files.shapes([unet])
     unet.unlink()
     names = list(shapes)
     parts = {"a.safetensors": names[:50], "b.safetensors": names[50:]}
@@ -291,7 +291,7 @@ def test_an_unknown_scheduler_is_named(copy: Copy) -> None:
 
 def test_the_tiny_pipelines_are_as_published_ones(tiny_sdxl: Path) -> None:
     for component in ("text_encoder", "text_encoder_2"):
-        keys = headers.shapes([tiny_sdxl / component / "model.safetensors"])
+        keys = weight_files.shapes([tiny_sdxl / component / "model.safetensors"])
         assert all(key.startswith(("text_model.", "text_projection.")) for key in keys)
     words = json.loads((tiny_sdxl / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     assert set(tiny.byte_characters()) <= set(words)

@@ -16,7 +16,7 @@ import tiny_sd3
 from hub_server import COMMIT
 from PIL import Image
 
-from lorakit import config, families, formats as export
+from lorakit import config, families, formats
 from lorakit.config import ModelConfig
 from lorakit.core.errors import LorakitError
 from lorakit.families import hub
@@ -120,7 +120,7 @@ def test_a_run_is_pinned_and_its_adapter_says_on_what_it_was_trained(cache: Path
     }
     result = train.train(config.load(None, options))
     assert config.load(tmp_path / "run" / "config.toml").model.base == f"org/tiny@{COMMIT}"
-    told = export.read(result.adapter).metadata
+    told = formats.read(result.adapter).metadata
     assert told["lorakit.base_source"] == f"org/tiny@{COMMIT}"
     assert "org/tiny" not in told["lorakit.config"]
 

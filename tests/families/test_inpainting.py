@@ -9,7 +9,7 @@ import torch
 import whole
 from PIL import Image
 
-from lorakit import config, families, formats as export
+from lorakit import config, families, formats
 from lorakit.config import ModelConfig
 from lorakit.training import run as train
 
@@ -78,5 +78,5 @@ def test_it_is_trained_checked_and_drawn(made: tuple[Path, Path], tmp_path: Path
     }
     result = train.train(config.load(None, options))
     assert all(finding.passed for finding in result.findings)
-    assert len(export.read(result.adapter).layers) == 128
+    assert len(formats.read(result.adapter).layers) == 128
     assert "inpainting model: trained and drawn" in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8")

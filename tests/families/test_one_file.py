@@ -10,9 +10,9 @@ import whole
 from PIL import Image
 from safetensors.torch import load_file
 
-from lorakit import config, families, formats as export
+from lorakit import config, families, formats
 from lorakit.cli import main as cli
-from lorakit.inference import sampling as sample
+from lorakit.inference import sampling
 from lorakit.runs.folder import RunFolder
 from lorakit.training import checkpoint, objective, run as train
 from lorakit.training.run import Stopped
@@ -80,7 +80,7 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
     result = train.resume(tmp_path / "run")
     assert result.steps == 2 and all(finding.passed for finding in result.findings)
     assert tuple(result.exports) == FORMATS
-    read = {name: export.read(path) for name, path in result.exports.items()}
+    read = {name: formats.read(path) for name, path in result.exports.items()}
     first = read["kohya"].layers
     assert sum(name.startswith("unet.") for name in first) == 16 * 8
     assert sum(name.startswith("text_encoder.") for name in first) == 3 * 4
@@ -152,10 +152,10 @@ def test_sdxl_that_predicts_v_with_zero_terminal_snr(
     assert {tuple(row) for row in ids} >= {(64, 70, 0, 3, 64, 64), (72, 64, 4, 0, 64, 64)}
     family = families.load(families.describe(chosen.model), "cpu", torch.float32)
     assert family.prediction_type == "v_prediction" and family.alphas_cumprod[-1] == 0
-    sampler, name = sample._sampler(family.pipeline().scheduler.config)
+    sampler, name = sampling._sampler(family.pipeline().scheduler.config)
     sampler.set_timesteps(10)
     assert name == "DDIM" and sampler.timesteps[0] == 999
     assert sampler.config.rescale_betas_zero_snr and sampler.config.timestep_spacing == "trailing"
     assert "prediction type: v_prediction with zero terminal SNR, as its key v_pred says" in said(tmp_path / "run")
-    read = export.read(result.adapter)
+    read = formats.read(result.adapter)
     assert read.metadata["modelspec.prediction_type"] == "v" and read.family == "sdxl"

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorakit
-from lorakit import config, families, formats as export
+from lorakit import config, families, formats
 from lorakit.adapters import targets
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks as check
+from lorakit.data import checks
 from lorakit.families.sd3 import model as family_file
 from lorakit.formats import inspect, keys
-from lorakit.formats.edit import extract as merging, merge as wholefile
-from lorakit.inference import sampling as sample
+from lorakit.formats.edit import extract, merge
+from lorakit.inference import sampling
 from lorakit.runs import plan
-from lorakit.training import objective, run as train, validation as evaluate
+from lorakit.training import objective, run as train, validation
 
 TEXTS = ["a photo of sks toy", "", "a very long text " * 30]
 # 3.5 medium as published (stabilityai/stable-diffusion-3.5-medium, transformer/config.json).
@@ -101,7 +101,7 @@ def test_what_the_folder_is(folder: Path) -> None:
     assert info.text_tokens == 77 + 256
     assert set(info.bytes) == {"unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     # Sixteen pixels to a patch: two latents of eight.
-    assert check.step_of(info) == 16
+    assert checks.step_of(info) == 16
     assert info.idle == {f"unet.transformer_blocks.{tiny_sd3.BLOCKS - 1}.attn.add_q_proj"}
 
 
@@ -147,7 +147,7 @@ def test_a_prediction_is_taken_apart_into_picture_and_noise(sd3: Any) -> None:
     latents, noise = torch.randn(2, 1, 16, 8, 8, generator=torch.Generator().manual_seed(1)).unbind()
     for time in (0, 400, 999):
         noisy = objective.add_noise(latents, noise, torch.tensor([time]), sd3.alphas_cumprod)
-        parted = evaluate._parted("flow_prediction", noisy, noise - latents, sd3.alphas_cumprod[time])
+        parted = validation._parted("flow_prediction", noisy, noise - latents, sd3.alphas_cumprod[time])
         torch.testing.assert_close(parted, (latents, noise), rtol=1e-4, atol=1e-4)
 
 
@@ -167,7 +167,7 @@ def test_a_uniform_timestep_is_one_of_the_models_training(shift: float) -> None:
 
 def test_pictures_are_those_of_diffusers(sd3: Any, pipeline: Any) -> None:
     settings = config.load(None, {"train.steps": 1, "sample.steps": 3, "sample.guidance": 4.0, "sample.seed": 7}).sample
-    (ours,) = sample.draw(sd3, ["a photo of sks toy"], settings, 64)
+    (ours,) = sampling.draw(sd3, ["a photo of sks toy"], settings, 64)
     noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(7))
     theirs = pipeline(
         "a photo of sks toy", width=64, height=64, num_inference_steps=3, guidance_scale=4.0, latents=noise
@@ -200,7 +200,7 @@ def test_diffusers_draws_with_the_file(result: train.Result, folder: Path) -> No
     loaded = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     loaded.load_lora_weights(str(result.adapter.parent), weight_name=result.adapter.name)
     family = families.load(families.describe(folder), "cpu", torch.float32)
-    lorakit.adapters.apply(family, export.read(result.adapter))
+    lorakit.adapters.apply(family, formats.read(result.adapter))
     states, _, pooled, _ = loaded.encode_prompt(prompt, None, None, "cpu", do_classifier_free_guidance=False)
     noisy, timesteps = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     condition = family.encode_text([prompt])
@@ -244,7 +244,7 @@ def test_an_adapter_for_another_kind_of_model_is_named(tmp_path: Path) -> None:
 
 def test_one_file_of_a_whole_model_is_refused_both_ways(folder: Path, result: train.Result, tmp_path: Path) -> None:
     with pytest.raises(LorakitError, match="cannot be written as one file: --output must be a new folder"):
-        wholefile.merge(export.read(result.adapter), families.describe(folder), tmp_path / "merged.safetensors")
+        merge.merge(formats.read(result.adapter), families.describe(folder), tmp_path / "merged.safetensors")
     name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
     save_file({name: torch.zeros(4, 4), "first_stage_model.x": torch.zeros(1)}, tmp_path / "sd3.safetensors")
     with pytest.raises(LorakitError, match="a Stable Diffusion 3 model; in one file lorakit reads"):
@@ -261,8 +261,8 @@ def test_names_alone_tell_the_family(result: train.Result) -> None:
 def test_merging_gives_what_base_and_adapter_give_and_extracting_gives_it_back(
     result: train.Result, folder: Path, tmp_path: Path
 ) -> None:
-    weights = export.read(result.adapter)
-    merged = merging.merge(weights, folder, tmp_path / "merged")
+    weights = formats.read(result.adapter)
+    merged = extract.merge(weights, folder, tmp_path / "merged")
     family = families.load(families.describe(folder), "cpu", torch.float32)
     lorakit.adapters.apply(family, weights)
     whole = families.load(families.describe(merged), "cpu", torch.float32)
@@ -270,7 +270,7 @@ def test_merging_gives_what_base_and_adapter_give_and_extracting_gives_it_back(
     with torch.no_grad():
         outputs = [part.predict(noisy, timesteps, part.encode_text(["sks toy"])) for part in (family, whole)]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
-    back = merging.extract(folder, merged, "sd3", rank=16)
+    back = extract.extract(folder, merged, "sd3", rank=16)
     name = "unet.transformer_blocks.0.attn.to_q"
     torch.testing.assert_close(back.layers[name].delta(), weights.layers[name].delta(), rtol=1e-3, atol=1e-6)
 
@@ -334,7 +334,7 @@ def test_operations_at_true_size_are_those_that_torch_counts() -> None:
 def test_a_plan_can_be_made_without_loading(folder: Path, photos: Path, tmp_path: Path) -> None:
     asked = config.load(None, options(folder, photos, tmp_path / "run"))
     info = families.describe(asked.model)
-    made = plan.make(asked, info, check.check(asked.data, info))
+    made = plan.make(asked, info, checks.check(asked.data, info))
     assert made.modules["unet"][0] == len(targets.select(info.layers, "linear", False))
     assert made.modules.keys() == {"unet", "text_encoder", "text_encoder_2"}
     assert made.memory["activations"] > 0

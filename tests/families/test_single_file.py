@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from lorakit import families
 from lorakit.config import ModelConfig
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.families import ldm, single_file as singlefile
+from lorakit.families import ldm, single_file
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 U = "model.diffusion_model."
@@ -86,7 +86,7 @@ def test_diffusers_converters_make_the_same_of_the_file(family: str, made: Any) 
 
     pipeline, _, file = made[family]
     tensors = load_file(file)
-    header = modelfile.read(file)
+    header = safetensors_header.read(file)
     ours = {part: dict(ldm.tensors(header, slots)) for part, slots in ldm.read(header).parts.items()}
     found = {
         "unet": theirs.convert_ldm_unet_checkpoint(dict(tensors), dict(pipeline.unet.config)),
@@ -105,7 +105,7 @@ def test_diffusers_converters_make_the_same_of_the_file(family: str, made: Any) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_placing_a_folder_is_the_inverse_of_reading_a_file(family: str, made: Any) -> None:
-    read = ldm.read(modelfile.read(made[family][2])).parts
+    read = ldm.read(safetensors_header.read(made[family][2])).parts
     shapes = {part: {name: slot.shape for name, slot in slots.items()} for part, slots in read.items()}
     assert ldm.place(family, shapes) == read
 
@@ -164,7 +164,7 @@ def test_configurations_of_the_real_models_are_the_published_ones(family: str) -
         for part, model in parts.items()
     }
     prediction = ldm.Prediction("epsilon", False, "", certain=True)
-    configs = singlefile.configs(ldm.Checkpoint(family, slots, prediction))
+    configs = single_file.configs(ldm.Checkpoint(family, slots, prediction))
     unet, expected = configs["unet"], whole.UNETS[family]
     assert unet["sample_size"] == known["side"] and (unet["in_channels"], unet["layers_per_block"]) == (4, 2)
     for name, value in expected.items():

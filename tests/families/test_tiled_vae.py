@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from lorakit.families import loading as components, tiled_vae as strips
+from lorakit.families import loading, tiled_vae
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["quant_conv", "without"])
@@ -35,33 +35,33 @@ def draw(*shape: int) -> torch.Tensor:
 
 
 # Strips of a row, of a few (the last one shorter), and of everything.
-@pytest.mark.parametrize("strip", [1, 20_000, strips.STRIP])
+@pytest.mark.parametrize("strip", [1, 20_000, tiled_vae.STRIP])
 @pytest.mark.parametrize("size", [(64, 64), (72, 104)])
 def test_encoding_by_strips_is_encoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
     pixels = draw(2, 3, *size).clamp(-1, 1)
     whole = vae.encode(pixels).latent_dist.parameters
-    found = strips.encode(vae, pixels, strip)
+    found = tiled_vae.encode(vae, pixels, strip)
     assert found.shape == whole.shape
     assert (found - whole).norm() / whole.norm() < 1e-5
 
 
-@pytest.mark.parametrize("strip", [1, 20_000, strips.STRIP])
+@pytest.mark.parametrize("strip", [1, 20_000, tiled_vae.STRIP])
 @pytest.mark.parametrize("size", [(8, 8), (9, 13)])
 def test_decoding_by_strips_is_decoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
     latents = draw(2, 4, *size)
     whole = vae.decode(latents).sample
-    found = strips.decode(vae, latents, strip)
+    found = tiled_vae.decode(vae, latents, strip)
     assert found.shape == whole.shape
     assert (found - whole).norm() / whole.norm() < 1e-5
 
 
 def test_the_picture_as_a_whole_is_left_to_the_vae_where_it_fits(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = draw(1, 3, 64, 64).clamp(-1, 1)
-    expected = components.encode_image(vae, pixels)
-    assert strips.fits(vae, 10**12, strips.ENCODING)  # a CPU has no other memory to go to
-    monkeypatch.setattr(strips, "fits", lambda *_: False)
+    expected = loading.encode_image(vae, pixels)
+    assert tiled_vae.fits(vae, 10**12, tiled_vae.ENCODING)  # a CPU has no other memory to go to
+    monkeypatch.setattr(tiled_vae, "fits", lambda *_: False)
     monkeypatch.setattr(vae, "encode", None)
-    for found, right in zip(components.encode_image(vae, pixels), expected, strict=True):
+    for found, right in zip(loading.encode_image(vae, pixels), expected, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_room_is_what_the_card_has_free_and_what_torch_holds_for_nothing(monkeyp
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 10**9, 8 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 10**9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 10**9)
-    assert strips.fits(card, 1024 * 1024, strips.ENCODING)  # 2.68e9 of 3e9
-    assert not strips.fits(card, 1024 * 1024, strips.DECODING)  # 3.22e9
+    assert tiled_vae.fits(card, 1024 * 1024, tiled_vae.ENCODING)  # 2.68e9 of 3e9
+    assert not tiled_vae.fits(card, 1024 * 1024, tiled_vae.DECODING)  # 3.22e9
     card.config.block_out_channels = (64,)
-    assert strips.fits(card, 1024 * 1024, strips.DECODING)
+    assert tiled_vae.fits(card, 1024 * 1024, tiled_vae.DECODING)

@@ -7,7 +7,7 @@ import pytest
 import random_adapters
 
 from lorakit.core.errors import LorakitError
-from lorakit.formats import compatibility as consumers
+from lorakit.formats import compatibility
 from lorakit.formats.compatibility import read_report
 
 KOHYA_READERS = ["a1111", "forge", "comfyui", "invokeai", "sd-scripts", "sd.cpp", "diffusers"]
@@ -258,25 +258,25 @@ def test_tuckers_form_is_misread_by_sd_cpp_and_lokr_on_convolutions_too():
     conv = "lora_unet_down_blocks_0_attentions_0_proj_in"
     report = read_report(without(whole, conv) | {f"{conv}.{part}": shape for part, shape in linear.items()}, "sd1")
     assert report["sd.cpp"].wrong == {conv: "applies it wrongly on convolutions"}
-    assert consumers.foresee("lokr", "kohya")["sd.cpp"] == "applies it wrongly on convolutions"
+    assert compatibility.foresee("lokr", "kohya")["sd.cpp"] == "applies it wrongly on convolutions"
 
 
 def test_targets_are_checked():
-    assert consumers.names(["A1111", " forge"]) == ["a1111", "forge"]
-    assert consumers.names(["all"]) == list(consumers.CONSUMERS)
+    assert compatibility.names(["A1111", " forge"]) == ["a1111", "forge"]
+    assert compatibility.names(["all"]) == list(compatibility.CONSUMERS)
     with pytest.raises(LorakitError, match=r"unknown target 'automatic': choose from a1111, forge, .*, all"):
-        consumers.names(["automatic"])
+        compatibility.names(["automatic"])
 
 
 def test_what_is_said_before_training():
-    assert set(consumers.foresee("lora", "kohya").values()) == {"", "does not read the kohya format"}
-    assert consumers.warning("lora", "kohya") is None and consumers.warning("rslora", "diffusers") is None
-    assert consumers.warning("dora", "kohya") == (
+    assert set(compatibility.foresee("lora", "kohya").values()) == {"", "does not read the kohya format"}
+    assert compatibility.warning("lora", "kohya") is None and compatibility.warning("rslora", "diffusers") is None
+    assert compatibility.warning("dora", "kohya") == (
         "dora in the kohya format is honoured by AUTOMATIC1111, Forge, ComfyUI, InvokeAI; not by kohya sd-scripts, "
         "stable-diffusion.cpp, diffusers: ignores dora_scale and applies it as plain LoRA"
     )
-    told = consumers.foresee("dora", "kohya")
+    told = compatibility.foresee("dora", "kohya")
     assert [key for key, problem in told.items() if not problem] == ["a1111", "forge", "comfyui", "invokeai"]
     assert told["diffusers"] == "ignores dora_scale and applies it as plain LoRA"
-    assert [key for key, problem in consumers.foresee("lora", "diffusers").items() if not problem] == ["diffusers"]
-    assert [key for key, problem in consumers.foresee("rslora", "peft").items() if not problem] == ["peft"]
+    assert [key for key, problem in compatibility.foresee("lora", "diffusers").items() if not problem] == ["diffusers"]
+    assert [key for key, problem in compatibility.foresee("rslora", "peft").items() if not problem] == ["peft"]

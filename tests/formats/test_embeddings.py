@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from lorakit import adapters, families
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.formats import read, save
 from lorakit.formats.compatibility import read_report
@@ -42,7 +42,7 @@ def test_files_have_the_names_and_keys_that_programs_look_for(tmp_path, family):
     assert set(stored) == set(names)
     for name, part in zip(names, ENCODERS[family], strict=True):
         assert torch.equal(stored[name], made.tokens["sks"][part]) and stored[name].dtype is torch.float32
-    head = modelfile.read(file).metadata
+    head = safetensors_header.read(file).metadata
     assert head["modelspec.architecture"].endswith("/textual-inversion") and head["ss_output_name"] == "sks"
     bundled = load_file(tmp_path / "toy-bundled.safetensors")
     known = {"sd1": {"string_to_param.*"}, "sdxl": {"clip_l", "clip_g"}}[family]
@@ -80,7 +80,7 @@ def test_diffusers_draws_with_the_embedding_what_lorakit_draws(tiny_sd1, tmp_pat
 
 
 def changed(path, change):
-    metadata, tensors = modelfile.read(path).metadata, load_file(path)
+    metadata, tensors = safetensors_header.read(path).metadata, load_file(path)
     change(tensors)
     save_file(tensors, path, metadata=metadata)
 

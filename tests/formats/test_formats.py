@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lorakit.adapters.weights import AdapterWeights, Layer
 from lorakit.core.errors import LorakitError
-from lorakit.formats import adapter_math as factors, diffusers, kohya, peft, read
+from lorakit.formats import adapter_math, diffusers, kohya, peft, read
 from lorakit.formats.edit.extract import merged
 from lorakit.formats.verify import verify_file
 
@@ -215,7 +215,7 @@ def test_rank_one_is_read_as_rank_one(tmp_path, writer):
 def test_one_alpha_is_left_as_it_is():
     shapes = {f"unet.mid_block.attentions.0.{n}": (8, 8) for n in ("proj_in", "proj_out")}
     weights = random_adapters.adapter(shapes, "sd2", rank=3, alpha=0.1)
-    for name, layer in factors.uniform(weights).items():
+    for name, layer in adapter_math.uniform(weights).items():
         assert layer is weights.layers[name]
 
 

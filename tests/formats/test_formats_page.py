@@ -17,11 +17,11 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 import whole
 
-from lorakit import adapters, families, formats as export
+from lorakit import adapters, families, formats
 from lorakit.config import ModelConfig
 from lorakit.core.errors import LorakitError
 from lorakit.formats.compatibility import CONSUMERS, read_report
-from lorakit.formats.edit import merge as wholefile
+from lorakit.formats.edit import merge
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 LABELS = {"sd1": "SD 1.5", "sd2": "SD 2", "sdxl": "SDXL"}
@@ -144,15 +144,15 @@ def storage_rows(family: str, room: Path) -> list[str]:
             good = []
             for fmt in FORMATS:
                 try:
-                    path = export.save(weights, room / f"{family}-{method}", "a", [fmt], "fp32", {})[fmt]
+                    path = formats.save(weights, room / f"{family}-{method}", "a", [fmt], "fp32", {})[fmt]
                 except LorakitError:
                     continue  # refused before anything is written, as the page says
-                applied = adapters.apply(loaded, export.read(path))
+                applied = adapters.apply(loaded, formats.read(path))
                 good += [fmt] if same(outputs(loaded), before, after) else []
                 applied.detach()
             cells[place].append(", ".join(good))
             ending = ".safetensors" if place == "single file" else ""
-            merged = wholefile.merge(weights, info, room / f"{family}-{method}-merged{ending}")
+            merged = merge.merge(weights, info, room / f"{family}-{method}-merged{ending}")
             kind = "merged into a file" if ending else "merged into a folder"
             cells[kind].append("yes" if same(outputs(load(merged)[1]), before, after) else "no")
     return [f"| {LABELS[family]} | {place} | " + " | ".join(row) + " |" for place, row in cells.items()]

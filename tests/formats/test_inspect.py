@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.cli import main as cli
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.formats import read, save
 from lorakit.formats.edit.resize_combine import resize
@@ -94,7 +94,7 @@ def rewritten(change):
     """A mutation of a file's tensors, its header left as it was."""
 
     def apply(path):
-        metadata = modelfile.read(path).metadata
+        metadata = safetensors_header.read(path).metadata
         tensors = load_file(path)
         change(tensors)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)

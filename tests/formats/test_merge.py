@@ -12,15 +12,15 @@ import torch
 import whole
 from safetensors.torch import load_file, save_file
 
-from lorakit import adapters, families, formats as export
+from lorakit import adapters, families, formats
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.cli import main as cli
 from lorakit.config import ModelConfig
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.families import ldm
 from lorakit.formats import files, keys
-from lorakit.formats.edit import extract as merging, merge as wholefile
+from lorakit.formats.edit import extract, merge
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 PROMPTS = ["a photo of sks toy", ""]
@@ -78,13 +78,13 @@ def test_a_merged_file_draws_what_base_and_adapter_draw(family: str, method: str
     without = outputs(loaded)
     adapters.apply(loaded, weights).set_strength(1.0)
     expected = outputs(loaded)
-    path = wholefile.merge(weights, info, tmp_path / "merged.safetensors")
+    path = merge.merge(weights, info, tmp_path / "merged.safetensors")
     found = outputs(load(path, made[family][0]))
     for before, after, merged in zip(without, expected, found, strict=True):
         effect = (after - before).norm()
         assert effect > 1e-3 * before.norm()
         assert (merged - after).norm() < 1e-3 * effect
-    old, new = (modelfile.read(p) for p in (made[family][1], path))
+    old, new = (safetensors_header.read(p) for p in (made[family][1], path))
     assert list(new.tensors) == [key for key in old.tensors if not key.startswith("model_ema.")]
     assert {k: (t.dtype, t.shape) for k, t in new.tensors.items()}.items() <= {
         k: (t.dtype, t.shape) for k, t in old.tensors.items()
@@ -103,8 +103,8 @@ def test_layouts_change_on_the_way_and_the_weights_are_the_same(
 ) -> None:
     info, same = describe(family, layout, made), describe(family, "file", made)
     weights = weights_for(info)
-    expected = load_file(wholefile.merge(weights, same, tmp_path / "same.safetensors", strength=0.5))
-    path = wholefile.merge(weights, info, tmp_path / output, strength=0.5)
+    expected = load_file(merge.merge(weights, same, tmp_path / "same.safetensors", strength=0.5))
+    path = merge.merge(weights, info, tmp_path / output, strength=0.5)
     if output == "merged":
         merged = families.describe(path)
         assert merged.layers == info.layers
@@ -123,7 +123,7 @@ def test_layouts_change_on_the_way_and_the_weights_are_the_same(
         }
     else:
         found, unused = load_file(path), set()
-        head = modelfile.read(path)
+        head = safetensors_header.read(path)
         assert ldm.read(head).family == family and head.metadata["modelspec.prediction_type"] == "epsilon"
         dropped = {"cond_stage_model.model.text_projection"}
         assert expected.keys() - found.keys() <= {k for k in expected if k.endswith(("_ids", "logit_scale"))} | dropped
@@ -146,7 +146,7 @@ def test_an_autoencoder_under_its_old_names_is_written_all_the_same(made: Any, t
     assert sum("proj_attn" in name for name in renamed) == 4
     save_file(renamed, path, metadata={"format": "pt"})
     info = families.describe(folder)
-    written = load_file(wholefile.merge(weights_for(info), info, tmp_path / "new.safetensors"))
+    written = load_file(merge.merge(weights_for(info), info, tmp_path / "new.safetensors"))
     expected = load_file(made["sd1"][1])
     vae = [name for name in expected if name.startswith("first_stage_model.")]
     assert vae and all(torch.equal(written[name], expected[name]) for name in vae)
@@ -155,15 +155,15 @@ def test_an_autoencoder_under_its_old_names_is_written_all_the_same(made: Any, t
 def test_v_prediction_stays_known_in_the_file(tmp_path: Path) -> None:
     whole.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
     info = families.describe(tmp_path / "v")
-    path = wholefile.merge(weights_for(info), info, tmp_path / "v.safetensors")
-    told = ldm.prediction(modelfile.read(path), "sdxl")
+    path = merge.merge(weights_for(info), info, tmp_path / "v.safetensors")
+    told = ldm.prediction(safetensors_header.read(path), "sdxl")
     assert (told.type, told.zero_snr, told.told_by) == ("v_prediction", True, "as its key v_pred says")
 
 
 def test_the_command_writes_a_file_and_refuses_what_it_must(made: Any, tmp_path: Path, capsys: Any) -> None:
     file, info = made["sd1"][1], describe("sd1", "file", made)
     weights = weights_for(info)
-    adapter = export.save(weights, tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
+    adapter = formats.save(weights, tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
 
     def run(*arguments: object) -> int:
         return cli.main([str(argument) for argument in arguments])
@@ -171,7 +171,7 @@ def test_the_command_writes_a_file_and_refuses_what_it_must(made: Any, tmp_path:
     out = tmp_path / "new.safetensors"
     assert run("merge", adapter, "--base", file, "--output", out) == 0
     assert capsys.readouterr().out == f"{out}\n"
-    direct = load_file(wholefile.merge(weights, info, tmp_path / "direct.safetensors"))
+    direct = load_file(merge.merge(weights, info, tmp_path / "direct.safetensors"))
     assert all(torch.allclose(direct[key], tensor, atol=1e-6) for key, tensor in load_file(out).items())
     assert run("merge", adapter, "--base", file, "--output", out) == 1
     assert "new.safetensors: exists already; name a new one" in capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_the_command_writes_a_file_and_refuses_what_it_must(made: Any, tmp_path:
         for layout in ("file", "folder"):
             wrong = AdapterWeights("sd1", "lora", broken)
             with pytest.raises(LorakitError, match=words):
-                wholefile.merge(wrong, describe("sd1", layout, made), tmp_path / "no.safetensors")
+                merge.merge(wrong, describe("sd1", layout, made), tmp_path / "no.safetensors")
             assert not (tmp_path / "no.safetensors").exists() and not list(tmp_path.glob(".no*"))
 
 
@@ -191,9 +191,9 @@ def test_extract_takes_single_files(made: Any, tmp_path: Path) -> None:
     folder, file = made["sdxl"]
     info = describe("sdxl", "file", made)
     weights = weights_for(info)
-    tuned = wholefile.merge(weights, info, tmp_path / "tuned.safetensors")
+    tuned = merge.merge(weights, info, tmp_path / "tuned.safetensors")
     for base, other in ((file, tuned), (folder, tuned)):
-        found = merging.extract(base, other, "sdxl", rank=4)
+        found = extract.extract(base, other, "sdxl", rank=4)
         assert found.layers.keys() == weights.layers.keys()
         for name, layer in found.layers.items():
             torch.testing.assert_close(layer.delta(), weights.layers[name].delta(), rtol=1e-3, atol=1e-5)
@@ -220,4 +220,4 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, made: Any, monkeypatc
     info = describe("sd1", "file", made)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(LorakitError, match=r"MiB to write, 0\.0 MiB free"):
-        wholefile.merge(weights_for(info), info, tmp_path / "out.safetensors")
+        merge.merge(weights_for(info), info, tmp_path / "out.safetensors")

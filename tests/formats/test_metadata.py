@@ -13,7 +13,7 @@ import random_adapters
 from safetensors.torch import load_file, save
 
 from lorakit import config as configuration
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.formats import kohya, metadata, save as export_save
 
 SHAPES = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (8, 8)}
@@ -67,7 +67,7 @@ def test_nothing_private_is_in_the_file(tmp_path):
         text = path.read_bytes() if path.is_file() else b""
         for secret in [*SECRETS, str(Path.home()), str(tmp_path), Path.cwd().name + "/"]:
             assert secret.encode() not in text, (path.name, secret)
-    head = modelfile.read(written["kohya"])
+    head = safetensors_header.read(written["kohya"])
     user = getpass.getuser()
     assert not any(f"/{user}" in value for value in head.metadata.values())
     assert head.metadata["modelspec.trigger_phrase"] == "sks dog"
@@ -93,7 +93,7 @@ def test_web_uis_file_it_under_the_right_family(tmp_path, family, prediction, ve
     told = made(Info(family=family, prediction_type=prediction))
     weights = random_adapters.adapter(SHAPES, family, rank=8, alpha=4)
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp16", metadata=told)
-    head = modelfile.read(path).metadata
+    head = safetensors_header.read(path).metadata
     assert head["ss_base_model_version"] == version and head["ss_v2"] == v2
     assert head["modelspec.architecture"] == architecture
     assert head["modelspec.prediction_type"] == ("epsilon" if prediction == "epsilon" else "v")
@@ -114,7 +114,7 @@ def test_hashes_are_those_that_sd_scripts_computes(tmp_path):
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata=made(Info(family="sdxl")))
     raw = path.read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
-    head = modelfile.read(path).metadata
+    head = safetensors_header.read(path).metadata
     assert head["sshs_model_hash"] == hashlib.sha256(raw[8 + length :]).hexdigest()
     assert head["modelspec.hash_sha256"] == "0x" + head["sshs_model_hash"]
     plain = save(load_file(path), {key: value for key, value in head.items() if key.startswith("ss_")})
@@ -123,7 +123,7 @@ def test_hashes_are_those_that_sd_scripts_computes(tmp_path):
 
 def test_small_files_have_the_hash_of_nothing(tmp_path):
     (path,) = kohya.write(random_adapters.adapter(SHAPES, "sd1"), tmp_path / "a.safetensors", dtype="fp16", metadata={})
-    assert modelfile.read(path).metadata["sshs_legacy_hash"] == "e3b0c442"
+    assert safetensors_header.read(path).metadata["sshs_legacy_hash"] == "e3b0c442"
 
 
 def test_the_config_of_a_run_is_stored_and_loads():

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from lorakit.adapters.weights import AdapterWeights
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.formats import adapter_math as factors, files, kohya, peft, read, save
+from lorakit.formats import adapter_math, files, kohya, peft, read, save
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 SHAPES = {NAME: (8, 8), NAME.replace("to_k", "to_v"): (8, 8)}
@@ -155,14 +155,14 @@ def test_numbers_that_a_half_precision_loses_are_kept_in_float32(tmp_path, scale
     said = []
     written = save(weights(up=lambda t: t * scale), tmp_path, "toy", ["kohya"], dtype, {}, say=said.append)
     dtypes = {t.dtype for n, t in load_file(written["kohya"]).items() if not n.endswith(".alpha")}
-    assert dtypes == {torch.float32 if message else factors.DTYPES[dtype]}
+    assert dtypes == {torch.float32 if message else adapter_math.DTYPES[dtype]}
     assert [message in line for line in said] == ([True] if message else [])
 
 
 def test_only_what_is_allowed_is_carried_over(tmp_path):
     told = {"ss_dataset_dirs": '{"me and my photos": 1}', "ss_output_name": "toy", "ss_network_dim": "999", "x": "y"}
     path = save(weights(), tmp_path, "toy", ["kohya"], "fp16", told)["kohya"]
-    head = modelfile.read(path).metadata
+    head = safetensors_header.read(path).metadata
     assert head["ss_output_name"] == "toy" and head["ss_network_dim"] == "4"
     assert "ss_dataset_dirs" not in head and "x" not in head
 
@@ -171,4 +171,4 @@ def test_bytes_are_what_safetensors_reads(tmp_path):
     raw = files.to_bytes(kohya.tensors(weights(), "fp16"), {"ss_seed": "ü"})
     (tmp_path / "a.safetensors").write_bytes(raw)
     assert len(load_file(tmp_path / "a.safetensors")) == 6
-    assert modelfile.read(tmp_path / "a.safetensors").metadata["ss_seed"] == "ü"
+    assert safetensors_header.read(tmp_path / "a.safetensors").metadata["ss_seed"] == "ü"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lorakit import adapters, config, families, formats as export
+from lorakit import adapters, config, families, formats
 from lorakit.config import SampleConfig
-from lorakit.core import image_grid as pictures, registry
+from lorakit.core import image_grid, registry
 from lorakit.core.errors import LorakitError
-from lorakit.inference import class_images, sampling as sample
+from lorakit.inference import class_images, sampling
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 QUICK = SampleConfig(steps=3, guidance=3.0, seed=5)
@@ -47,16 +47,16 @@ def arrays(images: list[Image.Image]) -> np.ndarray:
 
 
 def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(family):
-    together = sample.draw(family, PROMPTS, QUICK, 64)
+    together = sampling.draw(family, PROMPTS, QUICK, 64)
     assert arrays(together).shape == (3, 64, 64, 3) and arrays(together).std() > 1
     for number, prompt in enumerate(PROMPTS):
-        alone = sample.draw(family, [prompt], SampleConfig(steps=3, guidance=3.0, seed=5 + number), 64)
+        alone = sampling.draw(family, [prompt], SampleConfig(steps=3, guidance=3.0, seed=5 + number), 64)
         assert np.array_equal(arrays(alone)[0], arrays(together)[number])
     assert not np.array_equal(arrays(together)[0], arrays(together)[1])
 
 
 def test_width_and_height_are_in_this_order(family):
-    (image,) = sample.draw(family, ["x"], QUICK, (64, 128))
+    (image,) = sampling.draw(family, ["x"], QUICK, (64, 128))
     assert image.size == (64, 128)
 
 
@@ -70,7 +70,7 @@ def test_drawing_leaves_no_trace(family):
     flags = [part.training for part in unet.modules()]
     dtypes = {parameter.dtype for parameter in unet.parameters()}
     try:
-        sample.draw(family, ["x"], QUICK, 64)
+        sampling.draw(family, ["x"], QUICK, 64)
         assert [part.training for part in unet.modules()] == flags
         assert (scheduler.timesteps.tolist(), dict(scheduler.config)) == before[1:]
         assert torch.equal(torch.random.get_rng_state(), before[0])
@@ -83,12 +83,12 @@ def test_drawing_leaves_no_trace(family):
 def test_dropout_is_off_while_drawing(tiny_sd1):
     family = family_of(tiny_sd1)
     adapter = noisy_adapter(family)
-    plain = arrays(sample.draw(family, ["x"], QUICK, 64))
+    plain = arrays(sampling.draw(family, ["x"], QUICK, 64))
     for part in family.unet.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.9
     adapter.train(True)
-    assert np.array_equal(arrays(sample.draw(family, ["x"], QUICK, 64)), plain)
+    assert np.array_equal(arrays(sampling.draw(family, ["x"], QUICK, 64)), plain)
 
 
 @pytest.mark.parametrize("base", ["tiny_sd1_v", "tiny_sdxl"])
@@ -97,7 +97,7 @@ def test_the_pictures_are_diffusers_own(base, request):
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
     folder = request.getfixturevalue(base)
-    ours = sample.draw(family_of(folder), ["sks toy"], QUICK, 64)
+    ours = sampling.draw(family_of(folder), ["sks toy"], QUICK, 64)
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=FLOAT)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, timestep_spacing="linspace")
@@ -110,8 +110,8 @@ def test_the_pictures_are_diffusers_own(base, request):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_draws_nearly_the_same(tiny_sd1, family, dtype):
-    half = sample.draw(family_of(tiny_sd1, dtype), ["x"], QUICK, 64)
-    full = sample.draw(family, ["x"], QUICK, 64)
+    half = sampling.draw(family_of(tiny_sd1, dtype), ["x"], QUICK, 64)
+    full = sampling.draw(family, ["x"], QUICK, 64)
     assert np.abs(arrays(half) - arrays(full)).mean() < 6
 
 
@@ -119,24 +119,24 @@ def test_a_zero_snr_base_is_sampled_from_its_last_timestep(tmp_path):
     import tiny
 
     family = family_of(tiny.save_sd1(tmp_path / "zero", "v_prediction", zero_snr=True))
-    pipeline, name = sample._pipeline(family)
+    pipeline, name = sampling._pipeline(family)
     pipeline.scheduler.set_timesteps(3)
     assert name == "DDIM" and pipeline.scheduler.timesteps[0] == 999
-    (image,) = sample.draw(family, ["x"], QUICK, 64)
+    (image,) = sampling.draw(family, ["x"], QUICK, 64)
     assert "Sampler: DDIM" in image.info["parameters"]
 
 
 def test_the_recipe_is_in_the_file(family, tmp_path):
     chosen = SampleConfig(steps=3, guidance=4.5, seed=5, negative_prompt="雨, blur")
-    image = sample.draw(family, PROMPTS[:2], chosen, 64, adapter="sks-toy", strength=0.5)[1]
-    pictures.save(image, tmp_path / "x.png")
+    image = sampling.draw(family, PROMPTS[:2], chosen, 64, adapter="sks-toy", strength=0.5)[1]
+    image_grid.save(image, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as read:
         info = read.info
     title = family.info.title
     assert info["parameters"] == (
         "sks toy in the snow <lora:sks-toy:0.5>\nNegative prompt: 雨, blur\n"
         f"Steps: 3, Sampler: DPM++ 2M, Schedule type: Uniform, CFG scale: 4.5, Seed: 6, Size: 64x64, Model: {title}, "
-        f"RNG: CPU, Version: lorakit {sample.__version__}"
+        f"RNG: CPU, Version: lorakit {sampling.__version__}"
     )
     recipe = json.loads(info["lorakit"])
     expected = {"prompt": PROMPTS[1], "seed": 6, "steps": 3, "guidance": 4.5, "width": 64, "height": 64}
@@ -159,16 +159,16 @@ def exported(tiny_sd1, tmp_path_factory) -> dict[str, Path]:
 
     facts = metadata.build(chosen, family.info, name="toy", images=4, steps=5, epochs=1, started=0.0, finished=1.0)
     folder = tmp_path_factory.mktemp("exported")
-    return export.save(weights, folder, "toy", tuple(registry.EXPORTS), "fp16", facts, say=lambda line, **_: None)
+    return formats.save(weights, folder, "toy", tuple(registry.EXPORTS), "fp16", facts, say=lambda line, **_: None)
 
 
 def test_strengths_and_prompts_make_a_grid(exported, tiny_sd1, tmp_path):
-    files = sample.from_file(
+    files = sampling.from_file(
         exported["kohya"], str(tiny_sd1), PROMPTS[:2], [0, 0.5, 1], QUICK, folder=tmp_path / "out", size=64
     )
     names = ["grid.png", *(f"{n:02d}-strength-{s}.png" for s in ("0", "0.5", "1") for n in (1, 2))]
     assert [file.name for file in files] == names and all(file.is_file() for file in files)
-    base = sample.draw(family_of(tiny_sd1), PROMPTS[:2], QUICK, 64)
+    base = sampling.draw(family_of(tiny_sd1), PROMPTS[:2], QUICK, 64)
     drawn = [Image.open(file) for file in files[1:]]
     assert np.array_equal(arrays(drawn[:2]), arrays(base))
     # Half the strength moves the picture, and less than all of it.
@@ -178,41 +178,41 @@ def test_strengths_and_prompts_make_a_grid(exported, tiny_sd1, tmp_path):
 
 @pytest.mark.parametrize("form", list(registry.EXPORTS))
 def test_every_format_draws_the_same(exported, tiny_sd1, form):
-    rows = sample.draw_weights(export.read(exported[form]), str(tiny_sd1), ["x"], [1], QUICK, 64, name="toy")
-    first = sample.draw_weights(export.read(exported["kohya"]), str(tiny_sd1), ["x"], [1], QUICK, 64, name="toy")
+    rows = sampling.draw_weights(formats.read(exported[form]), str(tiny_sd1), ["x"], [1], QUICK, 64, name="toy")
+    first = sampling.draw_weights(formats.read(exported["kohya"]), str(tiny_sd1), ["x"], [1], QUICK, 64, name="toy")
     assert np.abs(arrays(rows[0]) - arrays(first[0])).max() <= 2
 
 
 def test_a_file_knows_how_its_run_drew(exported, tiny_sd1, tmp_path, monkeypatch):
-    found = sample.recorded(exported["kohya"], {"sample.guidance": 2.0})
+    found = sampling.recorded(exported["kohya"], {"sample.guidance": 2.0})
     assert (found.sample.steps, found.sample.seed, found.sample.guidance) == (3, 5, 2.0)
     assert (found.data.name, found.data.resolution) == ("sks toy", 64)
     # Without prompt, size or folder: the run's own trigger and size, in a new folder.
     monkeypatch.chdir(tmp_path)
-    files = sample.from_file(exported["kohya"], str(tiny_sd1), [], [1.0], found.sample)
+    files = sampling.from_file(exported["kohya"], str(tiny_sd1), [], [1.0], found.sample)
     assert files[0].parent.parent == Path("runs") and files[0].parent.name.endswith("-toy-samples")
     with Image.open(files[1]) as image:
         assert image.size == (64, 64) and "sks toy" in image.info["parameters"]
 
 
 def test_a_file_of_another_maker_is_drawn_with_defaults(exported, tiny_sd1, tmp_path):
-    weights = replace(export.read(exported["kohya"]), metadata={})
-    export.save(weights, tmp_path, "bare", ("kohya",), "fp16", {}, say=lambda line, **_: None)
+    weights = replace(formats.read(exported["kohya"]), metadata={})
+    formats.save(weights, tmp_path, "bare", ("kohya",), "fp16", {}, say=lambda line, **_: None)
     bare = tmp_path / "bare.safetensors"
-    assert sample.recorded(bare, {}).sample == SampleConfig()
+    assert sampling.recorded(bare, {}).sample == SampleConfig()
     with pytest.raises(LorakitError, match=r"bare.safetensors does not say what its trigger is; give a --prompt"):
-        sample.from_file(bare, str(tiny_sd1), [], [1.0], QUICK)
+        sampling.from_file(bare, str(tiny_sd1), [], [1.0], QUICK)
 
 
 def test_the_wrong_base_is_named(exported, tiny_sdxl):
     with pytest.raises(LorakitError, match=r"was made for sd1 and .* is sdxl; give its --base"):
-        sample.from_file(exported["kohya"], str(tiny_sdxl), ["x"], [1.0], QUICK)
+        sampling.from_file(exported["kohya"], str(tiny_sdxl), ["x"], [1.0], QUICK)
 
 
 def test_nothing_is_overwritten(exported, tiny_sd1, tmp_path):
     (tmp_path / "kept").write_text("")
     with pytest.raises(LorakitError, match="is not empty and nothing in it is overwritten; give another --output"):
-        sample.from_file(exported["kohya"], str(tiny_sd1), ["x"], [1.0], QUICK, folder=tmp_path)
+        sampling.from_file(exported["kohya"], str(tiny_sd1), ["x"], [1.0], QUICK, folder=tmp_path)
 
 
 # -- class images ---------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def drawn_class_images(family, count: int, folder: Path | None, said: list[str] 
     arguments = {"prompt": "a photo of a toy", "sample": SampleConfig(steps=1, guidance=1.0), "side": 64, "seed": 0}
     arguments |= changes
     say = [] if said is None else said
-    (text,) = sample.embed(family, [arguments["prompt"]], arguments["sample"])
+    (text,) = sampling.embed(family, [arguments["prompt"]], arguments["sample"])
     return class_images.class_images(family, text=text, count=count, folder=folder, say=say.append, **arguments)
 
 
@@ -230,7 +230,7 @@ def test_texts_are_embedded_without_the_unet_and_pictures_drawn_without_text_enc
     moves: list[tuple[str, ...]] = []
     monkeypatch.setattr(family, "release", lambda *names: moves.append(("release", *names)))
     monkeypatch.setattr(family, "acquire", lambda *names: moves.append(("acquire", *names)))
-    sample.draw(family, ["a toy"], QUICK, 64)
+    sampling.draw(family, ["a toy"], QUICK, 64)
     assert moves[:4] == [
         ("release", "unet", "vae"),
         ("acquire", "text_encoders"),
@@ -240,23 +240,23 @@ def test_texts_are_embedded_without_the_unet_and_pictures_drawn_without_text_enc
 
 
 def test_embedded_texts_are_not_embedded_again(family, monkeypatch):
-    drawn = sample.draw(family, ["a toy", "a dog"], QUICK, 64)
-    texts = sample.embed(family, ["a toy", "a dog"], QUICK)
-    monkeypatch.setattr(sample, "embed", None)
-    again = sample.draw(family, ["a toy", "a dog"], QUICK, 64, texts=texts)
+    drawn = sampling.draw(family, ["a toy", "a dog"], QUICK, 64)
+    texts = sampling.embed(family, ["a toy", "a dog"], QUICK)
+    monkeypatch.setattr(sampling, "embed", None)
+    again = sampling.draw(family, ["a toy", "a dog"], QUICK, 64, texts=texts)
     assert [image.tobytes() for image in again] == [image.tobytes() for image in drawn]
 
 
 def drawn_numbers(monkeypatch) -> list[int]:
     """How many pictures each call of the pipeline draws, from now on."""
     counts: list[int] = []
-    original = sample._pictures
+    original = sampling._pictures
 
     def counted(family, pipeline, text, seeds, *rest):
         counts.append(len(seeds))
         return original(family, pipeline, text, seeds, *rest)
 
-    monkeypatch.setattr(sample, "_pictures", counted)
+    monkeypatch.setattr(sampling, "_pictures", counted)
     return counts
 
 
@@ -273,8 +273,8 @@ def test_class_images_are_drawn_once_and_counted_right(family, tmp_path, monkeyp
 
 def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
     whole = drawn_class_images(family, 20, tmp_path / "whole")
-    monkeypatch.setattr(sample, "LARGEST_BATCH", 7)
-    original, calls = sample._pictures, []
+    monkeypatch.setattr(sampling, "LARGEST_BATCH", 7)
+    original, calls = sampling._pictures, []
 
     def interrupted(*arguments):
         if calls:
@@ -282,10 +282,10 @@ def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
         calls.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(sample, "_pictures", interrupted)
+    monkeypatch.setattr(sampling, "_pictures", interrupted)
     with pytest.raises(KeyboardInterrupt):
         drawn_class_images(family, 20, tmp_path / "cut")
-    monkeypatch.setattr(sample, "_pictures", original)
+    monkeypatch.setattr(sampling, "_pictures", original)
     counts = drawn_numbers(monkeypatch)
     after = drawn_class_images(family, 20, tmp_path / "cut")
     assert sum(counts) == 13 and len(after) == 20
@@ -371,8 +371,8 @@ def test_a_run_ends_with_what_its_file_draws(tiny_sd1, tmp_path):
         },
     )
     result = train.train(chosen)
-    again = sample.recorded(result.adapter, {})
-    files = sample.from_file(result.adapter, str(tiny_sd1), [], [1.0], again.sample, folder=tmp_path / "again")
+    again = sampling.recorded(result.adapter, {})
+    files = sampling.from_file(result.adapter, str(tiny_sd1), [], [1.0], again.sample, folder=tmp_path / "again")
     last = sorted((result.folder / "samples" / "step-000002").glob("*.png"))
     assert len(last) == len(files) - 1 >= 2
     for one, two in zip(last, files[1:], strict=True):

@@ -12,7 +12,7 @@ from lorakit import config
 from lorakit.adapters import targets
 from lorakit.core.errors import LorakitError
 from lorakit.families import ldm
-from lorakit.runs import memory_estimate as footprint, plan
+from lorakit.runs import memory_estimate, plan
 
 KEYS = Path(__file__).parents[1] / "formats" / "keys"
 GIB = 2**30
@@ -26,7 +26,7 @@ class Info:
     layers: dict[str, tuple[int, ...]] = field(init=False)
     downscale: int = 8
     text_tokens: int = 77
-    bytes: dict[str, int] = field(default_factory=lambda: {"vae": footprint.VAE_BYTES})
+    bytes: dict[str, int] = field(default_factory=lambda: {"vae": memory_estimate.VAE_BYTES})
     variants: dict[str, str | None] = field(default_factory=dict)
     slots: dict[str, dict[str, ldm.Slot]] | None = None
 
@@ -82,7 +82,7 @@ def trained(settings: config.Config, info: Info) -> dict[str, tuple[int, int]]:
 def test_a_step_is_predicted_within_a_twentieth(
     name: str, resolution: int, batch: int, modules: str, checkpointing: bool | float, storage: str, counted: float
 ) -> None:
-    info, runtime = Info(name), footprint.RUNTIME_BYTES["cuda"] / GIB
+    info, runtime = Info(name), memory_estimate.RUNTIME_BYTES["cuda"] / GIB
     within = {} if isinstance(checkpointing, bool) else {"memory__limit_gib": checkpointing + runtime}
     kind, _, streamed = storage.partition(" ")
     settings = chosen(
@@ -93,7 +93,7 @@ def test_a_step_is_predicted_within_a_twentieth(
         memory__stream_base=bool(streamed),
         **(within or {"memory__gradient_checkpointing": checkpointing}),
     )
-    parts = footprint.training(settings, info, trained(settings, info), "cuda")
+    parts = memory_estimate.training(settings, info, trained(settings, info), "cuda")
     step = sum(parts.values()) / GIB - runtime
     assert step == pytest.approx(counted, rel=1 / 20)
     assert not within or counted <= step <= checkpointing
@@ -101,7 +101,9 @@ def test_a_step_is_predicted_within_a_twentieth(
 
 def test_layers_that_keep_less_are_a_cards() -> None:
     info, settings = Info("sd15"), chosen(512)
-    card, cpu = (footprint.training(settings, info, trained(settings, info), device) for device in ("cuda", "cpu"))
+    card, cpu = (
+        memory_estimate.training(settings, info, trained(settings, info), device) for device in ("cuda", "cpu")
+    )
     half = 2 if settings.memory.mixed_precision == "auto" else 1
     assert card["activations"] * half < 0.7 * cpu["activations"]
 
@@ -111,26 +113,26 @@ def test_a_limit_recomputes_as_little_as_it_needs() -> None:
 
     def found(limit: float | None, **more: object) -> list[str]:
         settings = chosen(1024, **({"memory__limit_gib": limit} if limit else {}), **more)
-        return footprint.recomputed(settings, info, trained(settings, info), "cuda")
+        return memory_estimate.recomputed(settings, info, trained(settings, info), "cuda")
 
     everything = found(None, memory__gradient_checkpointing=True)
     # SDXL's UNet has 70 transformer blocks and 17 resnets.
-    assert len(everything) == len(set(everything)) == 87 and all(map(footprint.BLOCK.fullmatch, everything))
+    assert len(everything) == len(set(everything)) == 87 and all(map(memory_estimate.BLOCK.fullmatch, everything))
     assert found(None) == found(24) == []
     steps = [found(limit) for limit in (9, 8, 7, 6.5)]
     assert [len(blocks) for blocks in steps] == sorted(len(blocks) for blocks in steps) and steps[0]
     assert all(more[: len(less)] == less for less, more in itertools.pairwise(steps))
     settings = chosen(1024, memory__limit_gib=8)
-    assert sum(footprint.training(settings, info, trained(settings, info), "cuda").values()) <= 8 * GIB
-    rest = sum(footprint._rest(settings, info, trained(settings, info), "cuda").values())
-    fewer = footprint._activations(settings, footprint._blocks(settings, info), "cuda", set(found(8)[:-1]))
+    assert sum(memory_estimate.training(settings, info, trained(settings, info), "cuda").values()) <= 8 * GIB
+    rest = sum(memory_estimate._rest(settings, info, trained(settings, info), "cuda").values())
+    fewer = memory_estimate._activations(settings, memory_estimate._blocks(settings, info), "cuda", set(found(8)[:-1]))
     assert rest + fewer > 8 * GIB
 
 
 def test_a_limit_that_cannot_be_kept_is_an_error() -> None:
     info, settings = Info("sdxl"), chosen(1024, memory__limit_gib=4, train__batch_size=2)
     with pytest.raises(LorakitError) as caught:
-        footprint.training(settings, info, trained(settings, info), "cuda")
+        memory_estimate.training(settings, info, trained(settings, info), "cuda")
     assert str(caught.value) == (
         "memory.limit_gib = 4: a step takes 6.7 GiB even if every block is computed again; raise it, or set "
         "memory.base_storage = 'nf4', memory.stream_base = true, "
@@ -143,15 +145,15 @@ def test_encoding_and_samples_have_peaks_of_their_own() -> None:
     info = Info("sdxl")
     saving = {"memory__gradient_checkpointing": True, "memory__base_storage": "nf4"}
     settings = chosen(1024, **saving)
-    found = footprint.peaks(settings, info, trained(settings, info), "cuda")
+    found = memory_estimate.peaks(settings, info, trained(settings, info), "cuda")
     texts = 2 * (123_060_480 + 694_659_840)  # weights of both text encoders, from their published sizes
-    runtime = footprint.RUNTIME_BYTES["cuda"]
+    runtime = memory_estimate.RUNTIME_BYTES["cuda"]
     assert found["encoding"] == pytest.approx(texts + runtime, rel=0.03)
-    assert found["training"] == sum(footprint.training(settings, info, trained(settings, info), "cuda").values())
+    assert found["training"] == sum(memory_estimate.training(settings, info, trained(settings, info), "cuda").values())
     assert found["samples"] / GIB == pytest.approx(2.82, abs=0.05)
     drawn = chosen(1024, train__prior="images", **saving)
-    adapter = footprint.training(drawn, info, trained(drawn, info), "cuda")["adapter and optimizer"]
-    assert footprint.peaks(drawn, info, trained(drawn, info), "cuda")["encoding"] == found["samples"] - adapter
+    adapter = memory_estimate.training(drawn, info, trained(drawn, info), "cuda")["adapter and optimizer"]
+    assert memory_estimate.peaks(drawn, info, trained(drawn, info), "cuda")["encoding"] == found["samples"] - adapter
 
 
 def test_encoders_that_are_trained_stay_while_samples_are_drawn() -> None:
@@ -159,11 +161,11 @@ def test_encoders_that_are_trained_stay_while_samples_are_drawn() -> None:
     settings = chosen(1024, adapter__train_text_encoder=True)
     frozen, taught = trained(chosen(1024), info), trained(settings, info)
     texts = 2 * (123_060_480 + 694_659_840)
-    step = footprint.training(settings, info, taught, "cuda")
-    without = footprint.training(chosen(1024), info, frozen, "cuda")
+    step = memory_estimate.training(settings, info, taught, "cuda")
+    without = memory_estimate.training(chosen(1024), info, frozen, "cuda")
     grown = step["adapter and optimizer"] - without["adapter and optimizer"]
-    more = footprint.peaks(settings, info, taught, "cuda")["samples"]
-    less = footprint.peaks(chosen(1024), info, frozen, "cuda")["samples"]
+    more = memory_estimate.peaks(settings, info, taught, "cuda")["samples"]
+    less = memory_estimate.peaks(chosen(1024), info, frozen, "cuda")["samples"]
     assert more - less - grown == pytest.approx(texts, rel=0.03)
 
 
@@ -173,40 +175,40 @@ def test_an_autoencoder_in_half_precision_on_disk_is_whole_in_memory() -> None:
     half.bytes["vae"] //= 2
     half.variants["vae"] = "fp16"
     # One file of both halves, whatever its precision.
-    shapes = {"encoder": (footprint.VAE_BYTES // 8,), "decoder": (1, footprint.VAE_BYTES // 8)}
+    shapes = {"encoder": (memory_estimate.VAE_BYTES // 8,), "decoder": (1, memory_estimate.VAE_BYTES // 8)}
     single = Info("sd15", slots={"vae": {name: ldm.Slot(name, shape) for name, shape in shapes.items()}})
     bases = whole, half, single
-    found = [footprint.peaks(settings, info, trained(settings, info), "cuda")["encoding"] for info in bases]
+    found = [memory_estimate.peaks(settings, info, trained(settings, info), "cuda")["encoding"] for info in bases]
     assert found[0] == found[1] == found[2]
 
 
 def test_on_a_cpu_everything_stays_and_pictures_are_whole() -> None:
     info, settings = Info("sd15"), chosen(512)
-    step = footprint.training(settings, info, trained(settings, info), "cpu")
-    found = footprint.peaks(settings, info, trained(settings, info), "cpu")
-    assert found["encoding"] == step["base"] + step["runtime"] + footprint.ENCODING * 512**2
+    step = memory_estimate.training(settings, info, trained(settings, info), "cpu")
+    found = memory_estimate.peaks(settings, info, trained(settings, info), "cpu")
+    assert found["encoding"] == step["base"] + step["runtime"] + memory_estimate.ENCODING * 512**2
     assert found["samples"] - found["encoding"] == 512 * 512**2 + step["adapter and optimizer"]
 
 
 def test_ways_out_are_only_those_that_are_open() -> None:
     open_ways = chosen(512, train__batch_size=4, train__gradient_accumulation_steps=2)
-    assert footprint.advice("step 3", open_ways) == (
+    assert memory_estimate.advice("step 3", open_ways) == (
         "step 3: not enough memory on the device; cheapest first, set memory.gradient_checkpointing = true, "
         "memory.base_storage = 'nf4', memory.stream_base = true, "
         "train.batch_size = 1 with train.gradient_accumulation_steps = 8, or a lower data.resolution (now 512)"
     )
-    limited = footprint.advice("step 3", chosen(512, memory__limit_gib=6))
+    limited = memory_estimate.advice("step 3", chosen(512, memory__limit_gib=6))
     assert "cheapest first, set a lower memory.limit_gib (now 6), memory.base_storage = 'nf4'" in limited
     last = chosen(512, memory__gradient_checkpointing=True, memory__base_storage="int8")
-    assert footprint.advice("step 3", replace(last, memory=replace(last.memory, stream_base=True))) == (
+    assert memory_estimate.advice("step 3", replace(last, memory=replace(last.memory, stream_base=True))) == (
         "step 3: not enough memory on the device; cheapest first, set a lower data.resolution (now 512)"
     )
     # Elsewhere than on a card there is nowhere to stream from.
-    assert "memory.stream_base" in footprint.advice("step 3", last)
-    assert "memory.stream_base" not in footprint.advice("step 3", last, "mps")
+    assert "memory.stream_base" in memory_estimate.advice("step 3", last)
+    assert "memory.stream_base" not in memory_estimate.advice("step 3", last, "mps")
 
 
 def test_strips_take_what_the_room_of_families_says() -> None:
-    from lorakit.families import tiled_vae as strips
+    from lorakit.families import tiled_vae
 
-    assert (footprint.ENCODING, footprint.DECODING) == (strips.ENCODING, strips.DECODING)
+    assert (memory_estimate.ENCODING, memory_estimate.DECODING) == (tiled_vae.ENCODING, tiled_vae.DECODING)

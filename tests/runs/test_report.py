@@ -14,7 +14,7 @@ import tiny
 from PIL import Image
 
 from lorakit import config
-from lorakit.data import checks as check
+from lorakit.data import checks
 from lorakit.runs import report
 from lorakit.runs.folder import RunFolder
 from lorakit.training.selfcheck import Finding
@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     folder = RunFolder.create(chosen)
     tokenizer = tmp_path / "base" / "tokenizer"
     base = SimpleNamespace(tokenizer=lambda: tokenizer, downscale=8, max_tokens=77, layers={})
-    found = check.check(chosen.data, base)
+    found = checks.check(chosen.data, base)
     folder.event("message", message="device: cpu, base in float32")
     for step in range(1, 31):
         folder.event("step", step=step, loss=1 / step, gradient_norm=1.0, learning_rate=1e-4)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lorakit import config
-from lorakit.core import atomic, image_grid as pictures, names
+from lorakit.core import atomic, image_grid, names
 from lorakit.core.errors import LorakitError
 from lorakit.runs import folder as run_folder
 from lorakit.runs.folder import RunFolder
@@ -257,20 +257,20 @@ def test_samples_are_kept_one_by_one_and_as_a_grid(tmp_path):
 def test_grid_puts_each_picture_in_its_place():
     colours = ["red", "lime", "blue", "black"]
     images = [Image.new("RGB", (200, 200), colour) for colour in colours]
-    grid = pictures.grid(images, ["above", "below"], ["left", "right"])
-    left = grid.width - 2 * (200 + pictures.GAP)
+    grid = image_grid.grid(images, ["above", "below"], ["left", "right"])
+    left = grid.width - 2 * (200 + image_grid.GAP)
     for number, image in enumerate(images):
         row, column = divmod(number, 2)
-        at = (left + column * (200 + pictures.GAP) + 100, pictures.GAP + row * (200 + pictures.GAP) + 100)
+        at = (left + column * (200 + image_grid.GAP) + 100, image_grid.GAP + row * (200 + image_grid.GAP) + 100)
         assert grid.getpixel(at) == image.getpixel((0, 0))
     with pytest.raises(ValueError, match="3 pictures do not fill 2 rows and 2 columns"):
-        pictures.grid(images[:3], ["above", "below"], ["left", "right"])
+        image_grid.grid(images[:3], ["above", "below"], ["left", "right"])
 
 
 def test_small_pictures_are_enlarged_pixel_by_pixel():
     image = Image.new("RGB", (64, 64), "white")
     image.putpixel((0, 0), (255, 0, 0))
-    grid = pictures.grid([image, None], ["r"], ["a", "b"])
+    grid = image_grid.grid([image, None], ["r"], ["a", "b"])
     assert sum(grid.getpixel((x, y)) == (255, 0, 0) for x in range(grid.width) for y in range(grid.height)) == 3 * 3
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit import config, formats as export
+from lorakit import config, formats
 from lorakit.cli import main as cli
 from lorakit.core.errors import LorakitError
 from lorakit.runs.folder import RunFolder
-from lorakit.training import checkpoint, checkpoint_export as snapshot
+from lorakit.training import checkpoint, checkpoint_export
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -33,8 +33,8 @@ def saved(tmp_path: Path, tiny_sd1: Path) -> Path:
 
 
 def test_a_checkpoint_is_an_adapter(saved: Path):
-    assert snapshot.is_checkpoint(saved) and not snapshot.is_checkpoint(saved.parent)
-    weights = snapshot.read(saved)
+    assert checkpoint_export.is_checkpoint(saved) and not checkpoint_export.is_checkpoint(saved.parent)
+    weights = checkpoint_export.read(saved)
     layer = weights.layers[LAYER]
     assert (weights.family, weights.method, list(weights.layers)) == ("sd1", "rslora", [LAYER])
     assert layer.scale == pytest.approx(4 / math.sqrt(4)), "alpha / sqrt(rank), alpha unset being the rank"
@@ -46,11 +46,11 @@ def test_a_checkpoint_is_an_adapter(saved: Path):
 def test_it_is_exported_as_any_adapter(saved: Path, tmp_path: Path):
     assert cli.main(["export", str(saved), "--to", "kohya", "--dtype", "fp32", "--output", str(tmp_path / "out")]) == 0
     (file,) = (tmp_path / "out").glob("*.safetensors")
-    read, kept = export.read(file).layers[LAYER], snapshot.read(saved).layers[LAYER]
+    read, kept = formats.read(file).layers[LAYER], checkpoint_export.read(saved).layers[LAYER]
     assert torch.allclose(read.delta(), kept.delta(), rtol=1e-6)
 
 
 def test_a_run_without_its_plan_is_named(saved: Path):
     (saved.parent.parent / "plan.json").write_text("{")
     with pytest.raises(LorakitError, match=r"plan\.json is not there or damaged"):
-        snapshot.read(saved)
+        checkpoint_export.read(saved)

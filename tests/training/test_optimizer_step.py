@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from lorakit import adapters, config, families
-from lorakit.data import checks as check
-from lorakit.training import optimizers as optim
+from lorakit.data import checks
+from lorakit.training import optimizers
 from lorakit.training.loss_step import Step
 from lorakit.training.optimizer_step import Update
 from lorakit.training.precompute import encode
@@ -49,7 +49,7 @@ def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tup
     info = families.describe(settings.model.base)
     family = families.load(info, "cpu", dtype)
     adapter = adapters.attach(family, settings.adapter, seed=0, trigger=settings.data.trigger)
-    encoded = encode(settings, family, adapter, check.check(settings.data, info), lambda line: None)
+    encoded = encode(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
     adapters.slim(family)
     return adapter, Step(family, adapter, encoded, settings.train)
 
@@ -57,13 +57,13 @@ def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tup
 def plainly(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, list[float]]:
     """The adapter after a loop over parameters that nothing was done to, and the norms on the way."""
     adapter, step = prepared(settings, dtype)
-    optimizer = optim.build(settings.optimizer, adapter.groups())
+    optimizer = optimizers.build(settings.optimizer, adapter.groups())
     parameters = list(adapter.parameters().values())
     for parameter in parameters:  # a layer that has no part in the loss has a gradient of 0 in a run, not none
         parameter.grad = torch.zeros_like(parameter)
     norms = []
     for number in range(STEPS):
-        optim.set_learning_rate(optimizer, settings.optimizer, number, STEPS)
+        optimizers.set_learning_rate(optimizer, settings.optimizer, number, STEPS)
         for part in range(PARTS):
             (step.loss(number * PARTS + part) / PARTS).backward()
         most = settings.train.max_grad_norm or float("inf")

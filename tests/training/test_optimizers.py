@@ -13,7 +13,7 @@ import torch
 from lorakit.config import OptimizerConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
-from lorakit.training import optimizers as optim
+from lorakit.training import optimizers
 
 NAMES = [name for name in registry.OPTIMIZERS if name != "paged_adamw8bit"]
 
@@ -31,12 +31,12 @@ def goal(parameter: torch.Tensor) -> torch.Tensor:
 def test_every_optimizer_comes_nearer_to_the_goal(name: str) -> None:
     config = OptimizerConfig(name=name, learning_rate=1.0 if name == "prodigy" else 1e-2)
     mine = parameters(size=64)
-    optimizer = optim.build(config, [("unet", mine)])
+    optimizer = optimizers.build(config, [("unet", mine)])
     first = sum(goal(p) for p in mine).item()
     # Prodigy begins at a millionth and finds its rate in a few hundred steps.
     total = 300 if name == "prodigy" else 60
     for step in range(total):
-        optim.set_learning_rate(optimizer, config, step, total)
+        optimizers.set_learning_rate(optimizer, config, step, total)
         sum(goal(p) for p in mine).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -49,18 +49,18 @@ def test_a_saved_optimizer_goes_on_to_the_bit(name: str) -> None:
 
     def steps(mine: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for step in range(first, last):
-            optim.set_learning_rate(optimizer, config, step, 6)
+            optimizers.set_learning_rate(optimizer, config, step, 6)
             (sum(goal(p) for p in mine) * (step + 1)).backward()
             optimizer.step()
             optimizer.zero_grad()
 
     straight = parameters()
-    steps(straight, optim.build(config, [("unet", straight)]), 0, 6)
+    steps(straight, optimizers.build(config, [("unet", straight)]), 0, 6)
     begun = parameters()
-    optimizer = optim.build(config, [("unet", begun)])
+    optimizer = optimizers.build(config, [("unet", begun)])
     steps(begun, optimizer, 0, 3)
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in begun]
-    again = optim.build(config, [("unet", resumed)])
+    again = optimizers.build(config, [("unet", resumed)])
     again.load_state_dict(optimizer.state_dict())
     steps(resumed, again, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
@@ -69,7 +69,7 @@ def test_a_saved_optimizer_goes_on_to_the_bit(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_leaves_what_has_no_gradient(name: str) -> None:
     mine = parameters(2)
-    optimizer = optim.build(OptimizerConfig(name=name, learning_rate=1e-2), [("unet", mine)])
+    optimizer = optimizers.build(OptimizerConfig(name=name, learning_rate=1e-2), [("unet", mine)])
     before = [p.detach().clone() for p in mine]
     goal(mine[0]).backward()
     optimizer.step()
@@ -81,7 +81,7 @@ def test_adamw_is_the_papers() -> None:
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
     mine = parameters(1)
     weight = mine[0].detach().double().numpy().copy()
-    optimizer = optim.build(config, [("unet", mine)])
+    optimizer = optimizers.build(config, [("unet", mine)])
     first, second = np.zeros_like(weight), np.zeros_like(weight)
     for step in range(1, 5):
         goal(mine[0]).backward()
@@ -98,7 +98,7 @@ def test_lion_is_the_papers() -> None:
     config = OptimizerConfig(name="lion", learning_rate=1e-2, weight_decay=0.1)
     mine = parameters(1)
     weight = mine[0].detach().double().numpy().copy()
-    optimizer = optim.build(config, [("unet", mine)])
+    optimizer = optimizers.build(config, [("unet", mine)])
     momentum = np.zeros_like(weight)
     for step in range(5):
         (goal(mine[0]) * (-1) ** step).backward()
@@ -113,7 +113,7 @@ def test_lion_is_the_papers() -> None:
 
 def test_adafactor_moves_a_parameter_that_begins_at_zero() -> None:
     zero = torch.nn.Parameter(torch.zeros(16, 16))
-    optimizer = optim.build(OptimizerConfig(name="adafactor", learning_rate=1e-3), [("unet", [zero])])
+    optimizer = optimizers.build(OptimizerConfig(name="adafactor", learning_rate=1e-3), [("unet", [zero])])
     goal(zero).backward()
     optimizer.step()
     assert zero.abs().mean().item() == pytest.approx(1e-3, rel=0.1)
@@ -122,21 +122,21 @@ def test_adafactor_moves_a_parameter_that_begins_at_zero() -> None:
 def test_text_encoders_may_have_a_rate_of_their_own() -> None:
     groups = [(name, parameters(1)) for name in ("unet", "text_encoder", "text_encoder_2")]
     config = OptimizerConfig(learning_rate=1e-3, text_encoder_learning_rate=1e-5, warmup_steps=4)
-    optimizer = optim.build(config, groups)
+    optimizer = optimizers.build(config, groups)
     assert [(g["name"], g["lr"]) for g in optimizer.param_groups] == [
         ("unet", 1e-3),
         ("text_encoder", 1e-5),
         ("text_encoder_2", 1e-5),
     ]
-    optim.set_learning_rate(optimizer, config, 0, 10)
+    optimizers.set_learning_rate(optimizer, config, 0, 10)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([2.5e-4, 2.5e-6, 2.5e-6])
     shared = replace(config, text_encoder_learning_rate=None)
-    assert {g["lr"] for g in optim.build(shared, groups).param_groups} == {1e-3}
+    assert {g["lr"] for g in optimizers.build(shared, groups).param_groups} == {1e-3}
 
 
 def test_weight_decay_arrives_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     for name in NAMES:
-        optimizer = optim.build(OptimizerConfig(name=name, weight_decay=0.37), [("unet", parameters(1))])
+        optimizer = optimizers.build(OptimizerConfig(name=name, weight_decay=0.37), [("unet", parameters(1))])
         assert optimizer.param_groups[0]["weight_decay"] == 0.37, name
     assert capsys.readouterr().out == ""
 
@@ -149,7 +149,7 @@ def test_weight_decay_arrives_and_nothing_is_printed(capsys: pytest.CaptureFixtu
 def test_the_rate_is_the_closed_form(scheduler: str, warmup: int) -> None:
     total, peak = 40, 3e-4
     config = OptimizerConfig(learning_rate=peak, lr_scheduler=scheduler, warmup_steps=warmup)
-    found = [optim.learning_rate(config, step, total) for step in range(total + 1)]
+    found = [optimizers.learning_rate(config, step, total) for step in range(total + 1)]
     for step, rate in enumerate(found):
         done = (step - warmup) / (total - warmup)
         shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[scheduler]
@@ -162,16 +162,16 @@ def test_the_rate_is_the_closed_form(scheduler: str, warmup: int) -> None:
 def test_the_rate_knows_only_the_step_and_the_plan() -> None:
     # Accumulation and batch size are not among its arguments: nothing can multiply them in.
     config = OptimizerConfig(lr_scheduler="cosine", warmup_steps=3)
-    forward = [optim.learning_rate(config, step, 20) for step in range(20)]
-    assert [optim.learning_rate(config, step, 20) for step in reversed(range(20))] == forward[::-1]
+    forward = [optimizers.learning_rate(config, step, 20) for step in range(20)]
+    assert [optimizers.learning_rate(config, step, 20) for step in reversed(range(20))] == forward[::-1]
 
 
 def test_a_warm_up_longer_than_the_run_and_steps_past_its_end_are_harmless() -> None:
     config = OptimizerConfig(learning_rate=1.0, lr_scheduler="linear", warmup_steps=10)
-    assert optim.learning_rate(config, 4, 5) == 0.5
-    assert optim.learning_rate(config, 10, 10) == 1.0
-    assert optim.learning_rate(config, 99, 20) == 0
-    assert optim.learning_rate(replace(config, lr_scheduler="cosine"), 99, 20) == pytest.approx(0, abs=1e-15)
+    assert optimizers.learning_rate(config, 4, 5) == 0.5
+    assert optimizers.learning_rate(config, 10, 10) == 1.0
+    assert optimizers.learning_rate(config, 99, 20) == 0
+    assert optimizers.learning_rate(replace(config, lr_scheduler="cosine"), 99, 20) == pytest.approx(0, abs=1e-15)
 
 
 # -- what is missing --------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_missing_package_is_named_with_its_extra(
     # None in sys.modules is how Python itself marks a module that must not be imported.
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(LorakitError) as caught:
-        optim.build(OptimizerConfig(name=name), [("unet", parameters(1))])
+        optimizers.build(OptimizerConfig(name=name), [("unet", parameters(1))])
     assert str(caught.value) == f"this optimizer needs {package}: pip install 'lorakit[{extra}]'"
 
 
@@ -194,15 +194,15 @@ def test_paged_state_on_a_card_without_bitsandbytes_names_the_extra(monkeypatch:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     on_a_card: list[dict[str, Any]] = [{"params": [SimpleNamespace(device=torch.device("cuda"))]}]
     with pytest.raises(LorakitError, match=r"needs bitsandbytes: pip install 'lorakit\[bnb\]'"):
-        optim.paged_adamw8bit(on_a_card, OptimizerConfig(name="paged_adamw8bit"))
+        optimizers.paged_adamw8bit(on_a_card, OptimizerConfig(name="paged_adamw8bit"))
 
 
 def test_paged_state_needs_cuda() -> None:
     with pytest.raises(LorakitError, match="needs a CUDA device: choose 'adamw8bit' or 'adamw'"):
-        optim.build(OptimizerConfig(name="paged_adamw8bit"), [("unet", parameters(1))])
+        optimizers.build(OptimizerConfig(name="paged_adamw8bit"), [("unet", parameters(1))])
 
 
 def test_prodigy_has_one_rate() -> None:
     config = OptimizerConfig(name="prodigy", learning_rate=1.0, text_encoder_learning_rate=0.5)
     with pytest.raises(LorakitError, match=r"leave optimizer\.text_encoder_learning_rate unset"):
-        optim.build(config, [("unet", parameters(1)), ("text_encoder", parameters(1))])
+        optimizers.build(config, [("unet", parameters(1)), ("text_encoder", parameters(1))])

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from lorakit import config, families
-from lorakit.data import checks as check
-from lorakit.families import loading as components
+from lorakit.data import checks
+from lorakit.families import loading
 from lorakit.training.precompute import TEXTS, embed, encode
 
 
@@ -88,7 +88,7 @@ def test_each_part_of_the_base_has_the_device_to_itself(
     chosen = config.load(None, settings)
     info = families.describe(tiny_sd1)
     family = Watched(families.load(info, "cpu", torch.float32))
-    encoded = encode(chosen, family, None, check.check(chosen.data, info), lambda line: None)
+    encoded = encode(chosen, family, None, checks.check(chosen.data, info), lambda line: None)
     assert family.seen["encode_text"] == family.seen["encode_tokens"] == {frozenset({"text_encoders"})}
     assert not any({"unet", "text_encoders"} <= there for there in family.seen["pipeline"])
     drawing = {frozenset({"unet", "vae"})} if prior == "images" else set()
@@ -107,7 +107,7 @@ def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photo
     family = Watched(families.load(info, "cpu", torch.float32))
     family.acquire("unet")
     adapter = adapters.attach(family.family, chosen.adapter)
-    encode(chosen, family, adapter, check.check(chosen.data, info), lambda line: None)
+    encode(chosen, family, adapter, checks.check(chosen.data, info), lambda line: None)
     assert family.seen["encode_image"] == {frozenset({"unet", "vae"})}
 
 
@@ -141,16 +141,16 @@ class Somewhere:
 
 def test_what_is_trained_stays_where_the_optimizer_knows_it() -> None:
     module = Somewhere("cuda:0", trained=True)
-    components.move({"unet": [module]}, ("unet",), torch.device("cpu"))
+    loading.move({"unet": [module]}, ("unet",), torch.device("cpu"))
     assert module.sent == 0
-    components.move({"unet": [other := Somewhere("cpu", trained=True)]}, ("unet",), torch.device("cuda"))
+    loading.move({"unet": [other := Somewhere("cpu", trained=True)]}, ("unet",), torch.device("cuda"))
     assert other.sent == 1
 
 
 def test_what_lies_beside_something_trained_stays_too() -> None:
     """Else a CUDA graph of both would read where it was."""
     frozen, trained = Somewhere("cuda:0"), Somewhere("cuda:0", trained=True)
-    components.move({"text_encoders": [frozen, trained]}, ("text_encoders",), torch.device("cpu"))
+    loading.move({"text_encoders": [frozen, trained]}, ("text_encoders",), torch.device("cpu"))
     assert (frozen.sent, trained.sent) == (0, 0)
 
 
@@ -158,6 +158,6 @@ def test_what_is_there_already_is_not_moved() -> None:
     vae, first, second = Somewhere("cpu"), Somewhere("cpu"), Somewhere("cuda:0")
     parts = {"vae": [vae], "text_encoders": [first, second]}
     for _ in range(2):
-        components.move(parts, ("text_encoders",), torch.device("cuda"))
+        loading.move(parts, ("text_encoders",), torch.device("cuda"))
     assert (vae.sent, first.sent, second.sent) == (0, 1, 0)
     assert (vae.device.type, first.device.type) == ("cpu", "cuda")

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 from lorakit import config, families
 from lorakit.core.errors import LorakitError
-from lorakit.data import latents as cache
-from lorakit.inference import sampling as sample
-from lorakit.training import checkpoint, checkpoint_export as snapshot, run as train
+from lorakit.data import latents
+from lorakit.inference import sampling
+from lorakit.training import checkpoint, checkpoint_export, run as train
 from lorakit.training.loss_step import Step
 
 
@@ -162,13 +162,13 @@ def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
     ids = base.tokenizer("sks", add_special_tokens=False).input_ids
     assert (rows != table[[ids[0], ids[1 % len(ids)]]]).any(1).all()
 
-    (path,) = sample.from_file(result.adapter, "pocket", ["a sks toy"], [1.0], config.SampleConfig(steps=1))[1:]
+    (path,) = sampling.from_file(result.adapter, "pocket", ["a sks toy"], [1.0], config.SampleConfig(steps=1))[1:]
     assert path.is_file()
-    last = snapshot.read(checkpoint.latest(result.folder / "checkpoints"))
+    last = checkpoint_export.read(checkpoint.latest(result.folder / "checkpoints"))
     assert torch.equal(last.tokens["sks"]["text_encoder"], rows)
     (result.folder / f"{name}-embedding" / "sks.safetensors").unlink()
     with pytest.raises(LorakitError, match=r"its embedding .*sks\.safetensors is not beside it: put it back"):
-        sample.recorded(result.adapter, {})
+        sampling.recorded(result.adapter, {})
 
 
 @pytest.mark.parametrize("prior", ["images", "teacher"])
@@ -210,7 +210,7 @@ def test_sdxl_learns_a_word_in_both_text_encoders(tiny_sdxl, photos, tmp_path, m
     bundle = load_file(folder / f"{name}-bundled.safetensors")
     for key, rows in vectors.items():
         assert torch.equal(bundle[f"bundle_emb.sks.{key}"], rows)
-    (path,) = sample.from_file(result.adapter, str(tiny_sdxl), ["a sks toy"], [1.0], config.SampleConfig(steps=1))[1:]
+    (path,) = sampling.from_file(result.adapter, str(tiny_sdxl), ["a sks toy"], [1.0], config.SampleConfig(steps=1))[1:]
     assert path.is_file()
 
 
@@ -389,7 +389,7 @@ def test_too_little_memory_before_the_first_step_is_told_too(tiny_sd1, photos, t
 
 
 def test_too_little_memory_for_samples_does_not_end_the_run(tiny_sd1, photos, tmp_path, monkeypatch):
-    draw, left = sample.draw, [1]
+    draw, left = sampling.draw, [1]
 
     def full_once(*given, **named):
         if left[0]:
@@ -397,7 +397,7 @@ def test_too_little_memory_for_samples_does_not_end_the_run(tiny_sd1, photos, tm
             raise torch.OutOfMemoryError
         return draw(*given, **named)
 
-    monkeypatch.setattr(sample, "draw", full_once)
+    monkeypatch.setattr(sampling, "draw", full_once)
     result = run(tiny_sd1, photos, tmp_path / "run")
     assert [event["message"] for event in events(result.folder, "warning")] == [
         "step 0: not enough memory to draw samples; training goes on without them"
@@ -457,7 +457,7 @@ def test_every_photo_is_seen_once_an_epoch(tiny_sd1, photos, tmp_path, monkeypat
 
 def test_a_broken_photo_stops_the_run_before_the_base_is_loaded(tiny_sd1, photos, tmp_path, monkeypatch):
     (photos / "9.jpg").write_bytes(b"not a picture")
-    monkeypatch.setattr(cache, "build", lambda *a, **k: pytest.fail("the photos were encoded"))
+    monkeypatch.setattr(latents, "build", lambda *a, **k: pytest.fail("the photos were encoded"))
     with pytest.raises(LorakitError, match=r"9\.jpg"):
         run(tiny_sd1, photos, tmp_path / "run")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakit import adapters, config, families, formats as export
-from lorakit.core import safetensors_header as modelfile
+from lorakit import adapters, config, families, formats
+from lorakit.core import safetensors_header
 from lorakit.training import selfcheck
 
 SIZE, PROMPT = (64, 64), "a photo of sks toy"
@@ -60,8 +60,8 @@ def trained(tiny_sd1: Path) -> dict[str, Any]:
 
 def findings(trained: dict[str, Any], folder: Path, change: Callable[[Tensors], Any]) -> list[selfcheck.Finding]:
     """What the self-check says of a kohya file whose tensors were changed after it was written."""
-    path = export.save(trained["weights"], folder, "toy", ["kohya"], "fp32", {})["kohya"]
-    metadata, tensors = modelfile.read(path).metadata, load_file(path)
+    path = formats.save(trained["weights"], folder, "toy", ["kohya"], "fp32", {})["kohya"]
+    metadata, tensors = safetensors_header.read(path).metadata, load_file(path)
     change(tensors)
     save_file(tensors, path, metadata=metadata)
     looks = selfcheck.examine({"kohya": path}, **trained, prompt=PROMPT, size=SIZE, dtype="fp32")
@@ -89,7 +89,7 @@ def test_each_mutation_fails_the_check(trained: dict[str, Any], tmp_path: Path, 
 
 def test_what_only_a_reader_sees_is_seen_by_diffusers_too(trained: dict[str, Any], tmp_path: Path) -> None:
     """The second look shares no code with the exporter: it notices a wrong scale by itself."""
-    path = export.save(trained["weights"], tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
+    path = formats.save(trained["weights"], tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
     tensors = load_file(path)
     unscaled(tensors)
     save_file(tensors, path)

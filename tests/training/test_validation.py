@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorakit import adapters, config, families
-from lorakit.core import rng as randomness
+from lorakit.core import rng
 from lorakit.inference.mode import inference
 from lorakit.training import validation as evaluate
 
@@ -94,7 +94,7 @@ def by_hand(family: Family, validation: evaluate.Validation, data) -> dict[str, 
     number = 0
     for _ in range(math.ceil(8 / 3)):
         for photo in range(3):
-            draw = randomness.generator(validation.seed, number, "validation")
+            draw = rng.generator(validation.seed, number, "validation")
             noise = torch.randn(4, CHANNELS, SIDE, SIDE, generator=draw).double()
             places = (number + torch.rand(4, generator=draw, dtype=torch.float64)) / 9
             for band in range(4):
@@ -153,7 +153,7 @@ def test_the_base_is_followed_as_ddim_does(tiny_sd1, tiny_sd1_v):
             points = evaluate.Validation(family, dataset(), told, told, 3)._follow_the_base()
             scheduler = DDIMScheduler.from_config(family.pipeline().scheduler.config, clip_sample=False)
             scheduler.num_inference_steps = 8
-            latents = torch.randn((4, 4, 8, 8), generator=randomness.generator(3, 0, "prior drift"))
+            latents = torch.randn((4, 4, 8, 8), generator=rng.generator(3, 0, "prior drift"))
             for place, time in enumerate([999, 874, 749, 624, 499, 374, 249, 124]):
                 said = family.predict(latents, torch.full((4,), time), told.expand(4))
                 if place % 2:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lorakit import config
-from lorakit.runs import quickstart as guide
+from lorakit.runs import quickstart
 from lorakit.ui import form, texts
 from lorakit.ui.access import Roots
 from lorakit.ui.texts import en, zh_hant
@@ -75,9 +75,11 @@ def test_what_differs_from_the_preset():
 
 def test_quality_is_a_factor_on_the_presets_length():
     lengths = {}
-    for quality in guide.QUALITIES:
-        suggested = guide.suggest({}, quality)
-        (lengths[quality],) = [v for key in guide.LENGTH_KEYS if (v := getattr(suggested.train, key.split(".")[1]))]
+    for quality in quickstart.QUALITIES:
+        suggested = quickstart.suggest({}, quality)
+        (lengths[quality],) = [
+            v for key in quickstart.LENGTH_KEYS if (v := getattr(suggested.train, key.split(".")[1]))
+        ]
     assert lengths["best"] == 2 * lengths["balanced"]
     assert lengths["quick"] == pytest.approx(lengths["balanced"] / 2, abs=1)
 

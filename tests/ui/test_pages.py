@@ -10,7 +10,7 @@ gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip insta
 
 from lorakit.config import TrainConfig  # noqa: E402
 from lorakit.core.errors import LorakitError  # noqa: E402
-from lorakit.runs import quickstart as guide  # noqa: E402
+from lorakit.runs import quickstart  # noqa: E402
 from lorakit.ui import app, commands, texts  # noqa: E402
 from lorakit.ui.pages.adapter import AdapterPage  # noqa: E402
 from lorakit.ui.pages.compare import ComparePage  # noqa: E402
@@ -40,9 +40,9 @@ def answered(train: TrainPage, base: Path, **more: object) -> tuple[list[object]
     """Values of all widgets, and what the page remembers, for somebody who answered the questions."""
     marks = dict(train.marks.value)
     shown = {key: marks["values"][key] for key in train.keys} | {
-        guide.PHOTOS: str(train.desk.roots.paths[0]),
-        guide.NAME: "sks toy",
-        guide.BASE: str(base),
+        quickstart.PHOTOS: str(train.desk.roots.paths[0]),
+        quickstart.NAME: "sks toy",
+        quickstart.BASE: str(base),
     }
     shown |= {key.replace("__", "."): value for key, value in more.items()}
     return [shown[key] for key in train.keys], marks
@@ -87,7 +87,7 @@ def test_what_was_changed_by_hand_stays(train: TrainPage, tiny_sd1: Path):
 
 def test_what_belongs_to_a_change_gives_way_as_on_the_command_line(train: TrainPage):
     values, marks = answered(train, Path("pocket"))
-    shown = dict(zip(train.keys, values, strict=True)) | {guide.BASE: "pocket", "train.prior": "none"}
+    shown = dict(zip(train.keys, values, strict=True)) | {quickstart.BASE: "pocket", "train.prior": "none"}
     *_, draft, updates = answer(train, marks, [shown[key] for key in train.keys])
     # The preset's class images mean nothing without that prior, and would be an error.
     assert updates["train.class_images"]["value"] == TrainConfig.class_images
@@ -139,7 +139,7 @@ def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
         plan, _, start, fetch, marks, draft, *updates = train.answer("balanced", marks, values, SAY)
         told = "org/tiny is no path here, and as a hub id not on this machine yet."
         assert told in plan and fetch["visible"] is True and start["interactive"] is False
-        assert dict(zip(train.keys, updates, strict=True))[guide.BASE]["info"].startswith(f"✕ {told}")
+        assert dict(zip(train.keys, updates, strict=True))[quickstart.BASE]["info"].startswith(f"✕ {told}")
         assert told in train.plan(values, SAY)[0]
         message, name = train.begin(values, SAY)
         assert told in message and name is None and not train.desk.queue.jobs()
@@ -166,7 +166,7 @@ def test_a_path_that_looks_like_a_hub_id_is_a_path(train: TrainPage, tiny_sd1: P
     shown = train.form_values(values)
     assert train.lacking(shown) is None and train.fetch_base(values, SAY) == ""
     config, _ = train.read(shown, SAY)
-    assert config is not None and guide.describe(config.model.base).path == tiny_sd1
+    assert config is not None and quickstart.describe(config.model.base).path == tiny_sd1
 
 
 def test_photos_are_shown_whatever_the_base_is(desk: Desk, train: TrainPage, hub_cache: Path):

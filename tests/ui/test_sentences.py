@@ -17,8 +17,8 @@ from PIL import Image, ImageFilter
 from lorakit import config, families
 from lorakit.config import ConfigError, DataConfig
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks as check, folder
-from lorakit.runs import plan, quickstart as guide
+from lorakit.data import checks, folder
+from lorakit.runs import plan, quickstart
 from lorakit.ui import texts
 from lorakit.ui.texts import zh_hant, zh_hant_sentences
 from lorakit.ui.texts.sentences import Sentences
@@ -200,7 +200,7 @@ def test_every_finding_about_photos_is_said(tmp_path: Path):
     kinds: set[str] = set()
     for place, name in itertools.product(("bad", "bare"), ("sks toy", "sks", "")):
         given = DataConfig(folder=str(tmp_path / place), name=name, resolution=64, flip=True, variants=2)
-        report = check.check(given, base)
+        report = checks.check(given, base)
         lines += [*report.errors, *report.warnings, *report.notes]
         lines += [finding for item in report.items for finding in item.findings]
         kinds |= {key for key, found in vars(report).items() if key in ("errors", "warnings", "notes") and found}
@@ -292,7 +292,7 @@ def test_why_a_base_is_refused_is_said(tmp_path: Path, tiny_sd1: Path):
     names = ["gone", "empty", "other", "m.ckpt", "m.txt", *(f"{n}.safetensors" for n in "epgwn")]
     for base in [*(str(tmp_path / name) for name in names), "owner/name"]:
         with pytest.raises(LorakitError) as caught:
-            guide.describe(base)
+            quickstart.describe(base)
         said.append(str(caught.value))
     assert lacking(said) == []
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lorakit.core.errors import LorakitError
-from lorakit.runs import quickstart as guide
+from lorakit.runs import quickstart
 from lorakit.ui import charts
 from lorakit.ui.thumbnails import Thumbnails
 from lorakit.ui.workspace import Desk
@@ -112,7 +112,7 @@ def test_the_photos_are_looked_at_once(tmp_path: Path, tiny_sd1: Path):
     desk = Desk(tmp_path / "runs", [tmp_path])
     for number in range(3):
         photo(tmp_path / "photos" / f"{number}.png", (64, 64), ("red", "green", "blue")[number])
-    config = guide.suggest({guide.PHOTOS: str(tmp_path / "photos"), guide.BASE: str(tiny_sd1)}, "quick")
+    config = quickstart.suggest({quickstart.PHOTOS: str(tmp_path / "photos"), quickstart.BASE: str(tiny_sd1)}, "quick")
     first = desk.report(config)
     assert desk.report(config) is first
     assert len(first.result().items) == 3
@@ -123,16 +123,18 @@ def test_the_photos_are_looked_at_once(tmp_path: Path, tiny_sd1: Path):
 def test_a_word_changed_decodes_no_photo_again(tmp_path: Path, tiny_sd1: Path):
     desk = Desk(tmp_path / "runs", [tmp_path])
     path = photo(tmp_path / "photos" / "0.png", (64, 64))
-    answers = {guide.PHOTOS: str(tmp_path / "photos"), guide.BASE: str(tiny_sd1)}
-    assert desk.report(guide.suggest(answers | {guide.NAME: "sks dog"}, "quick")).result().items[0].readable
+    answers = {quickstart.PHOTOS: str(tmp_path / "photos"), quickstart.BASE: str(tiny_sd1)}
+    assert desk.report(quickstart.suggest(answers | {quickstart.NAME: "sks dog"}, "quick")).result().items[0].readable
     # The same size and time, but no picture any more: who decoded it again would find it out.
     before = path.stat()
     path.write_bytes(b"x" * before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    (item,) = desk.report(guide.suggest(answers | {guide.NAME: "sks cat"}, "quick")).result().items
+    (item,) = desk.report(quickstart.suggest(answers | {quickstart.NAME: "sks cat"}, "quick")).result().items
     assert item.readable and item.text == "a photo of a sks cat"
     path.write_bytes(b"x")
-    assert not desk.report(guide.suggest(answers | {guide.NAME: "sks cat"}, "quick")).result().items[0].readable
+    assert (
+        not desk.report(quickstart.suggest(answers | {quickstart.NAME: "sks cat"}, "quick")).result().items[0].readable
+    )
 
 
 def test_a_run_that_waits_or_never_began_is_listed(tmp_path: Path):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lorakit.families.pocket import backdrops, styles as manners
+from lorakit.families.pocket import backdrops, styles
 from lorakit.families.pocket.captions import caption as caption
 from lorakit.families.pocket.layers import Layers
 from lorakit.families.pocket.shapes import parts_of
@@ -74,4 +74,4 @@ def compose(spec: Spec, seed: int, size: int) -> Layers:
 
 def render(spec: Spec, seed: int, size: int = 64) -> Image.Image:
     """The picture of `spec` that `seed` gives, size x size px: the same bytes for the same arguments."""
-    return manners.apply(spec.manner, compose(spec, seed, size), np.random.default_rng((seed, 9)))
+    return styles.apply(spec.manner, compose(spec, seed, size), np.random.default_rng((seed, 9)))

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
-from lorakit.families import loading as components
+from lorakit.families import loading
 from lorakit.families.conditioning import Condition
 from lorakit.families.describe import BaseInfo
 
@@ -25,18 +25,18 @@ class StableDiffusion:
         stream: bool = False,
     ):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
-        with components.quiet():
-            self.unet = components.load_unet(info, self.device, dtype, storage, stream)
-            encoder = components.load_module(info, "text_encoder", CLIPTextModel, dtype)
-            self.vae = components.load_vae(info)
-            components.mask_everything(self.unet, self.vae)
-            self.tokenizer = components.load_tokenizer(info, "tokenizer", encoder)
-            self.scheduler = components.load_scheduler(info)
+        with loading.quiet():
+            self.unet = loading.load_unet(info, self.device, dtype, storage, stream)
+            encoder = loading.load_module(info, "text_encoder", CLIPTextModel, dtype)
+            self.vae = loading.load_vae(info)
+            loading.mask_everything(self.unet, self.vae)
+            self.tokenizer = loading.load_tokenizer(info, "tokenizer", encoder)
+            self.scheduler = loading.load_scheduler(info)
         self.text_encoders: dict[str, Any] = {"text_encoder": encoder}
         self.prediction_type = info.prediction_type
-        self.gradient_scale = components.gradient_scale(dtype)
-        self.alphas_cumprod = components.noise_schedule(self.scheduler, self.device)
-        self._ids = [components.TokenIds(self.tokenizer, self.device)]
+        self.gradient_scale = loading.gradient_scale(dtype)
+        self.alphas_cumprod = loading.noise_schedule(self.scheduler, self.device)
+        self._ids = [loading.TokenIds(self.tokenizer, self.device)]
 
     def encode_text(self, texts: list[str]) -> Condition:
         """See `families.Family`."""
@@ -55,12 +55,12 @@ class StableDiffusion:
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""
         self.acquire("vae")
-        return components.encode_image(self.vae, pixels)
+        return loading.encode_image(self.vae, pixels)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `families.Family`."""
         self.acquire("vae")
-        return components.decode(self.vae, latents)
+        return loading.decode(self.vae, latents)
 
     def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> None:
         """None: the family knows nothing of sizes."""
@@ -71,19 +71,19 @@ class StableDiffusion:
         self.acquire("unet")
         states = condition.encoder_hidden_states.to(self.dtype)
         prediction = self.unet(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
-        return components.widen(prediction, self.gradient_scale)
+        return loading.widen(prediction, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), parts, components.HOST)
+        loading.move(self._parts(), parts, loading.HOST)
 
     def acquire(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), parts, self.device)
+        loading.move(self._parts(), parts, self.device)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """See `families.Family`."""
-        with components.quiet():
+        with loading.quiet():
             pipeline = StableDiffusionPipeline(
                 vae=self.vae,
                 text_encoder=self.text_encoders["text_encoder"],
@@ -102,4 +102,4 @@ class StableDiffusion:
         return {"unet": self.unet, **self.text_encoders}
 
     def _parts(self) -> dict[str, list[Any]]:
-        return components.by_name(self.unet, self.vae, self.text_encoders)
+        return loading.by_name(self.unet, self.vae, self.text_encoders)

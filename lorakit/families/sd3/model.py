@@ -10,7 +10,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
-from lorakit.families import loading as components
+from lorakit.families import loading
 from lorakit.families.conditioning import Condition
 from lorakit.families.describe import BaseInfo
 
@@ -35,29 +35,29 @@ class StableDiffusion3:
         stream: bool = False,
     ):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
-        with components.quiet():
-            self.unet = components.load_unet(info, self.device, dtype, storage, stream, SD3Transformer2DModel)
+        with loading.quiet():
+            self.unet = loading.load_unet(info, self.device, dtype, storage, stream, SD3Transformer2DModel)
             self.text_encoders: dict[str, Any] = {
-                name: components.load_module(info, name, CLIPTextModelWithProjection, dtype) for name in CLIPS
+                name: loading.load_module(info, name, CLIPTextModelWithProjection, dtype) for name in CLIPS
             }
             self.tokenizers = {
-                name.replace("text_encoder", "tokenizer"): components.load_tokenizer(
+                name.replace("text_encoder", "tokenizer"): loading.load_tokenizer(
                     info, name.replace("text_encoder", "tokenizer"), encoder
                 )
                 for name, encoder in self.text_encoders.items()
             }
             self._t5_tokens = info.text_tokens - info.max_tokens
-            self._ids = [components.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers.values()]
-            self._t5_ids: components.TokenIds | None = None
+            self._ids = [loading.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers.values()]
+            self._t5_ids: loading.TokenIds | None = None
             if T5 in info.configs:
-                self.text_encoders[T5] = components.load_module(info, T5, T5EncoderModel, dtype)
+                self.text_encoders[T5] = loading.load_module(info, T5, T5EncoderModel, dtype)
                 tokenizer = AutoTokenizer.from_pretrained(info.tokenizer("tokenizer_3"), local_files_only=True)
                 self.tokenizers["tokenizer_3"] = tokenizer
-                self._t5_ids = components.TokenIds(tokenizer, self.device, self._t5_tokens)
-            self.vae = components.load_vae(info)
-            self.scheduler = components.load_scheduler(info)
+                self._t5_ids = loading.TokenIds(tokenizer, self.device, self._t5_tokens)
+            self.vae = loading.load_vae(info)
+            self.scheduler = loading.load_scheduler(info)
         self.prediction_type = info.prediction_type
-        self.gradient_scale = components.gradient_scale(dtype)
+        self.gradient_scale = loading.gradient_scale(dtype)
         self.alphas_cumprod = noise_schedule(float(self.scheduler.config.shift), self.device)
 
     def encode_text(self, texts: list[str]) -> Condition:
@@ -90,12 +90,12 @@ class StableDiffusion3:
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""
         self.acquire("vae")
-        return components.encode_image(self.vae, pixels)
+        return loading.encode_image(self.vae, pixels)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `families.Family`."""
         self.acquire("vae")
-        return components.decode(self.vae, latents)
+        return loading.decode(self.vae, latents)
 
     def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> None:
         """None: the family knows nothing of sizes."""
@@ -115,20 +115,20 @@ class StableDiffusion3:
             pooled_projections=condition.pooled.to(self.dtype),
             return_dict=False,
         )[0]
-        return components.widen(prediction, self.gradient_scale)
+        return loading.widen(prediction, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), self._named(parts), components.HOST)
+        loading.move(self._parts(), self._named(parts), loading.HOST)
 
     def acquire(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), self._named(parts), self.device)
+        loading.move(self._parts(), self._named(parts), self.device)
 
     def pipeline(self) -> StableDiffusion3Pipeline:
         """See `families.Family`."""
         absent = {"text_encoder_3": None, "tokenizer_3": None}
-        with components.quiet():
+        with loading.quiet():
             pipeline = StableDiffusion3Pipeline(
                 transformer=self.unet,
                 scheduler=type(self.scheduler).from_config(self.scheduler.config),
@@ -146,7 +146,7 @@ class StableDiffusion3:
 
     def _parts(self) -> dict[str, list[Any]]:
         # T5, never trained and the largest of all, comes and goes by itself.
-        parts = components.by_name(self.unet, self.vae, {name: self.text_encoders[name] for name in CLIPS})
+        parts = loading.by_name(self.unet, self.vae, {name: self.text_encoders[name] for name in CLIPS})
         return parts | {T5: [self.text_encoders[T5]] if T5 in self.text_encoders else []}
 
     @staticmethod

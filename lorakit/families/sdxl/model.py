@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from lorakit.families import loading as components
+from lorakit.families import loading
 from lorakit.families.conditioning import Condition
 from lorakit.families.describe import BaseInfo
 
@@ -25,22 +25,22 @@ class StableDiffusionXL:
         stream: bool = False,
     ):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
-        with components.quiet():
-            self.unet = components.load_unet(info, self.device, dtype, storage, stream)
-            first = components.load_module(info, "text_encoder", CLIPTextModel, dtype)
-            second = components.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, dtype)
-            self.vae = components.load_vae(info)
-            components.mask_everything(self.unet, self.vae)
+        with loading.quiet():
+            self.unet = loading.load_unet(info, self.device, dtype, storage, stream)
+            first = loading.load_module(info, "text_encoder", CLIPTextModel, dtype)
+            second = loading.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, dtype)
+            self.vae = loading.load_vae(info)
+            loading.mask_everything(self.unet, self.vae)
             self.tokenizers = [
-                components.load_tokenizer(info, "tokenizer", first),
-                components.load_tokenizer(info, "tokenizer_2", second),
+                loading.load_tokenizer(info, "tokenizer", first),
+                loading.load_tokenizer(info, "tokenizer_2", second),
             ]
-            self.scheduler = components.load_scheduler(info)
+            self.scheduler = loading.load_scheduler(info)
         self.text_encoders: dict[str, Any] = {"text_encoder": first, "text_encoder_2": second}
         self.prediction_type = info.prediction_type
-        self.gradient_scale = components.gradient_scale(dtype)
-        self.alphas_cumprod = components.noise_schedule(self.scheduler, self.device)
-        self._ids = [components.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
+        self.gradient_scale = loading.gradient_scale(dtype)
+        self.alphas_cumprod = loading.noise_schedule(self.scheduler, self.device)
+        self._ids = [loading.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
 
     def encode_text(self, texts: list[str]) -> Condition:
         """See `families.Family`."""
@@ -64,12 +64,12 @@ class StableDiffusionXL:
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""
         self.acquire("vae")
-        return components.encode_image(self.vae, pixels)
+        return loading.encode_image(self.vae, pixels)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `families.Family`."""
         self.acquire("vae")
-        return components.decode(self.vae, latents)
+        return loading.decode(self.vae, latents)
 
     def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int]:
         """Original height and width, crop top and left, target height and width (arXiv 2307.01952, section 2.2)."""
@@ -83,20 +83,20 @@ class StableDiffusionXL:
         added = {"text_embeds": condition.pooled.to(self.dtype), "time_ids": condition.time_ids.to(self.dtype)}
         states = condition.encoder_hidden_states.to(self.dtype)
         prediction = self.unet(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
-        return components.widen(prediction, self.gradient_scale)
+        return loading.widen(prediction, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), parts, components.HOST)
+        loading.move(self._parts(), parts, loading.HOST)
 
     def acquire(self, *parts: str) -> None:
         """See `families.Family`."""
-        components.move(self._parts(), parts, self.device)
+        loading.move(self._parts(), parts, self.device)
 
     def pipeline(self) -> StableDiffusionXLPipeline:
         """See `families.Family`."""
         index = self.info.configs["model_index"]
-        with components.quiet():
+        with loading.quiet():
             pipeline = StableDiffusionXLPipeline(
                 vae=self.vae,
                 **self.text_encoders,
@@ -115,4 +115,4 @@ class StableDiffusionXL:
         return {"unet": self.unet, **self.text_encoders}
 
     def _parts(self) -> dict[str, list[Any]]:
-        return components.by_name(self.unet, self.vae, self.text_encoders)
+        return loading.by_name(self.unet, self.vae, self.text_encoders)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, Layer
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import ldm
@@ -103,7 +103,7 @@ def _exact(difference: torch.Tensor) -> Layer:
 def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:
     """Canonical name -> weight of one component of a base, a folder or a single file."""
     if folder.is_file():
-        header = modelfile.read(folder)
+        header = safetensors_header.read(folder)
         loaded = ldm.tensors(header, ldm.read(header).parts[part])
         return {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in loaded}
     found = sorted((folder / place).glob("*.safetensors"))
@@ -111,7 +111,7 @@ def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:
         raise LorakitError(f"{folder}: not a base model in diffusers layout (no {place}/*.safetensors)")
     tensors: dict[str, torch.Tensor] = {}
     for path in found:
-        modelfile.read(path)
+        safetensors_header.read(path)
         tensors |= {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in load_file(path).items()}
     return tensors
 
@@ -125,7 +125,7 @@ def _merge_component(folder: Path, part: str, layers: Mapping[str, AnyLayer], st
     """Merge one component's layers into every safetensors file of its folder that has them (variants, shards)."""
     missing = set(layers)
     for path in sorted(folder.glob("*.safetensors")):
-        head = modelfile.read(path)
+        head = safetensors_header.read(path)
         tensors = load_file(path)
         names = {canonical(part, key.removesuffix(".weight")): key for key in tensors}
         for name in layers.keys() & names.keys():

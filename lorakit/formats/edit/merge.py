@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import torch
 
 from lorakit.adapters.weights import AdapterWeights
-from lorakit.core import safetensors_header as modelfile
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import ldm
 from lorakit.formats import files, metadata
-from lorakit.formats.edit import extract as merging
+from lorakit.formats.edit import extract
 
 # Of a base's metadata, what is not true of the merged one.
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
@@ -59,7 +59,7 @@ def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1
         raise LorakitError(f"{output}: exists already; name a new one")
     single = output.suffix == ".safetensors"
     if base.slots is None and not single:
-        return merging.merge(weights, base.path, output, strength)
+        return extract.merge(weights, base.path, output, strength)
     room = next(parent for parent in output.absolute().parents if parent.is_dir())
     own = [base.path] if base.path.is_file() else base.path.rglob("*.safetensors")
     files.require_space(room, sum(file.stat().st_size for file in own))
@@ -67,7 +67,7 @@ def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1
     if base.slots is None:
         return _folder_to_file(base, output, merger)
     merger.require(base.slots)
-    header = modelfile.read(base.path)
+    header = safetensors_header.read(base.path)
     if single:
         return _file_to_file(header, base.slots, output, merger)
     return _file_to_folder(header, base, base.slots, output, merger)
@@ -96,13 +96,13 @@ class _Merger:
         if name is None:
             return weight
         try:
-            return merging.merged(weight, self.layers[name], self.strength).to(weight.dtype)
+            return extract.merged(weight, self.layers[name], self.strength).to(weight.dtype)
         except RuntimeError:
             raise LorakitError(f"{name} has another shape in the base; the adapter is for another base") from None
 
 
 def _file_to_file(
-    header: modelfile.Header, parts: Mapping[str, Mapping[str, ldm.Slot]], output: Path, merger: _Merger
+    header: safetensors_header.Header, parts: Mapping[str, Mapping[str, ldm.Slot]], output: Path, merger: _Merger
 ) -> Path:
     """Tensor by tensor, in the file's order, so that a model of any size takes the memory of one tensor."""
     inside: dict[str, list[tuple[str, str, ldm.Slot]]] = {}
@@ -115,7 +115,7 @@ def _file_to_file(
     told = {key: text for key, text in header.metadata.items() if key not in STALE}
 
     def tensors() -> Iterator[torch.Tensor]:
-        for key, tensor in modelfile.tensors(header, order):
+        for key, tensor in safetensors_header.tensors(header, order):
             for part, name, slot in inside.get(key, []):
                 ldm.view(tensor, slot).copy_(merger(part, name, ldm.view(tensor, slot)))
             yield tensor
@@ -174,7 +174,7 @@ def _folder_to_file(base: Base, output: Path, merger: _Merger) -> Path:
 
 
 def _file_to_folder(
-    header: modelfile.Header,
+    header: safetensors_header.Header,
     base: Base,
     parts: Mapping[str, Mapping[str, ldm.Slot]],
     output: Path,
@@ -188,7 +188,9 @@ def _file_to_folder(
         for part, slots in parts.items():
             tensors = {n: merger(part, n, t).contiguous() for n, t in ldm.tensors(header, slots)}
             stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-            order = [(name, modelfile.dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()]
+            order = [
+                (name, safetensors_header.dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()
+            ]
             files.stream(temporary / part / f"{stem}.safetensors", order, {"format": "pt"}, tensors.values())
             config = dict(base.configs[part])
             if part.startswith("text_encoder"):
@@ -205,17 +207,19 @@ def _file_to_folder(
     return output
 
 
-def _stored(folder: Path) -> Iterator[modelfile.Header]:
+def _stored(folder: Path) -> Iterator[safetensors_header.Header]:
     """The headers of a part's files in full precision; of a variant where there are only those."""
     found = sorted(folder.glob("*.safetensors"))
     whole = [path for path in found if not path.name.endswith((".fp16.safetensors", ".bf16.safetensors"))]
     for path in whole or found:
-        yield modelfile.read(path)
+        yield safetensors_header.read(path)
 
 
-def _loaded(part: str, heads: Iterable[modelfile.Header], merger: _Merger) -> Iterator[tuple[str, torch.Tensor]]:
+def _loaded(
+    part: str, heads: Iterable[safetensors_header.Header], merger: _Merger
+) -> Iterator[tuple[str, torch.Tensor]]:
     for head in heads:
-        for name, tensor in modelfile.tensors(head, head.tensors):
+        for name, tensor in safetensors_header.tensors(head, head.tensors):
             ours = _portable(part, name)
             yield ours, merger(part, ours, tensor)
 

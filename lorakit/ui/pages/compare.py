@@ -22,7 +22,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.registry import EXPORTS
 from lorakit.data import folder
 from lorakit.data.decode import Unreadable, decode
-from lorakit.runs import folder as run_folder, quickstart as guide
+from lorakit.runs import folder as run_folder, quickstart
 from lorakit.runs.folder import RunFolder
 from lorakit.ui import commands, widgets
 from lorakit.ui.texts import Say
@@ -196,7 +196,7 @@ class ComparePage:
         run = RunFolder(self.desk.run(name))
         try:
             adapters = [self._adapter(run, file) for file in files]
-            base = guide.base_of(run.config_file)
+            base = quickstart.base_of(run.config_file)
         except LorakitError as problem:
             return widgets.problem(say.told(str(problem))), gr.skip()
         for number, adapter in enumerate(adapters):
@@ -287,7 +287,7 @@ def _prompts(run: RunFolder, step: int) -> list[str]:
 def _photos_of(run: RunFolder, desk: Desk) -> list[tuple[Path, np.ndarray]]:
     """The run's training photos and how each looks; none where they are not below the roots any more."""
     try:
-        place = desk.roots.resolve(guide.photo_folder(configuration.load(run.config_file)))
+        place = desk.roots.resolve(quickstart.photo_folder(configuration.load(run.config_file)))
         photos = folder.scan(place).photos[:MOST_PHOTOS]
     except LorakitError:
         return []

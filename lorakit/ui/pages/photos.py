@@ -10,7 +10,7 @@ import gradio as gr
 
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
-from lorakit.data import buckets, checks as check, folder
+from lorakit.data import buckets, checks, folder
 from lorakit.data.folder import Photo
 from lorakit.ui import widgets
 from lorakit.ui.texts import Say
@@ -45,7 +45,7 @@ new MutationObserver(() => {
 """
 
 
-def cards(desk: Desk, photos: list[Photo], report: check.Report | None, config: Config | None, say: Say) -> str:
+def cards(desk: Desk, photos: list[Photo], report: checks.Report | None, config: Config | None, say: Say) -> str:
     """One page of photos as HTML."""
     items = {item.relative: item for item in report.items} if report else {}
     thumbnails = desk.thumbnails.several([photo.path for photo in photos])
@@ -59,8 +59,8 @@ def cards(desk: Desk, photos: list[Photo], report: check.Report | None, config: 
 def _card(
     photo: Photo,
     thumbnail: Thumbnail,
-    item: check.Item | None,
-    report: check.Report | None,
+    item: checks.Item | None,
+    report: checks.Report | None,
     config: Config | None,
     say: Say,
 ) -> str:
@@ -90,7 +90,7 @@ def _card(
     )
 
 
-def _crop(thumbnail: Thumbnail, report: check.Report, config: Config, say: Say) -> str:
+def _crop(thumbnail: Thumbnail, report: checks.Report, config: Config, say: Say) -> str:
     """The part that is trained, as a frame over the picture, in percent of its sides."""
     width, height = thumbnail.size
     box = buckets.assign(thumbnail.size, config.data.resolution, report.step).box
@@ -102,7 +102,7 @@ def _crop(thumbnail: Thumbnail, report: check.Report, config: Config, say: Say) 
     return f'<i class=lk-crop style="{place}" title="{hint}"></i>'
 
 
-def summary(report: check.Report | None, count: int, say: Say) -> str:
+def summary(report: checks.Report | None, count: int, say: Say) -> str:
     """What the check found, the worst first."""
     head = f"<p class=lk-count><strong>{escape(say('photos.count', count=count))}</strong></p>"
     if report is None:
@@ -205,7 +205,7 @@ class PhotosPage:
         page = found[first : first + PAGE]
         return [summary(report, len(found), say), cards(self.desk, page, report, config, say)]
 
-    def _report(self, config: Config | None, wait: bool) -> check.Report | None:
+    def _report(self, config: Config | None, wait: bool) -> checks.Report | None:
         """What the check says; None where there is nothing to check yet, or it is not through and need not be."""
         if config is None:
             return None

@@ -11,7 +11,7 @@ import gradio as gr
 from lorakit import config as configuration
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
-from lorakit.runs import quickstart as guide
+from lorakit.runs import quickstart
 from lorakit.runs.plan import Plan
 from lorakit.ui import commands, form, widgets
 from lorakit.ui.texts import Say
@@ -30,18 +30,18 @@ class TrainPage:
     def __init__(self, desk: Desk, t: gr.I18n, draft: gr.BrowserState):
         self.desk, self.draft = desk, draft
         self.fields = form.fields()
-        start = form.values(guide.suggest({}, "balanced"))
+        start = form.values(quickstart.suggest({}, "balanced"))
         self.widgets: dict[str, Any] = {}
         gr.Markdown(t("train.lead"), elem_classes="lk-lead")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
-                for key in guide.QUESTIONS:
-                    more = {"allow_custom_value": True} if key in (guide.PHOTOS, guide.BASE) else {}
+                for key in quickstart.QUESTIONS:
+                    more = {"allow_custom_value": True} if key in (quickstart.PHOTOS, quickstart.BASE) else {}
                     self.widgets[key] = self._question(key, start[key], t, **more)
                 self.fetch = gr.Button(t("train.fetch"), visible=False, elem_id="base-fetch")
                 self.fetched = widgets.html(elem_id="base-fetched")
                 self.quality = gr.Radio(
-                    choices=[(t(f"quality.{name}"), name) for name in guide.QUALITIES],
+                    choices=[(t(f"quality.{name}"), name) for name in quickstart.QUALITIES],
                     value="balanced",
                     label=t("train.quality"),
                     info=t("train.quality_help"),
@@ -70,7 +70,7 @@ class TrainPage:
             self.difference = widgets.html(elem_id="preset-difference")
             self.changed = widgets.html(elem_id="train-changed")
             for section in configuration.SECTIONS:
-                told = (*guide.QUESTIONS, *guide.GIVEN)
+                told = (*quickstart.QUESTIONS, *quickstart.GIVEN)
                 keys = [key for key, f in self.fields.items() if f.knob.section == section and key not in told]
                 if keys:
                     gr.Markdown(t(f"section.{section}"), elem_classes="lk-section")
@@ -87,7 +87,7 @@ class TrainPage:
             return widgets.widget(field, value, t)
         common = {"label": t(f"knob.{key}"), "info": t(f"help.{key}"), "elem_id": widgets.element_id(key)}
         default = field.knob.default
-        folders = [str(path) for path in self.desk.roots.photo_folders()] if key == guide.PHOTOS else [default]
+        folders = [str(path) for path in self.desk.roots.photo_folders()] if key == quickstart.PHOTOS else [default]
         return gr.Dropdown(choices=folders, value=value or None, **common, **more)
 
     @property
@@ -112,7 +112,7 @@ class TrainPage:
         marks, moved = self._follow(quality, marks, shown)
         shown |= moved
         config, problems = self.read(shown, say)
-        changed = form.changed(shown, {k: v for k, v in marks["values"].items() if k not in guide.QUESTIONS})
+        changed = form.changed(shown, {k: v for k, v in marks["values"].items() if k not in quickstart.QUESTIONS})
         wanted = {
             key: "\n".join(problems[key]) if key in problems else "changed" if key in changed else ""
             for key in self.keys
@@ -135,11 +135,11 @@ class TrainPage:
         if config is None:
             return _problems(problems, say), refused
         try:
-            preview = guide.preview(config, self.desk.report(config).result())
+            preview = quickstart.preview(config, self.desk.report(config).result())
         except LorakitError as problem:
             return widgets.problem(say.told(str(problem))), refused
         if preview.plan is None:
-            return _problems({guide.PHOTOS: list(map(say.told, preview.report.errors))}, say), refused
+            return _problems({quickstart.PHOTOS: list(map(say.told, preview.report.errors))}, say), refused
         return plan_card(preview.plan, preview.report.warnings, say), gr.update(interactive=True)
 
     def _follow(
@@ -151,7 +151,7 @@ class TrainPage:
         by_hand = {
             key: now
             for key, (_, now) in form.changed(shown, marks["values"]).items()
-            if key not in guide.QUESTIONS and not (key in moved and now == moved[key])
+            if key not in quickstart.QUESTIONS and not (key in moved and now == moved[key])
         }
         try:
             suggested = self._suggest(shown, quality, marks["preset"])
@@ -164,7 +164,7 @@ class TrainPage:
         follows = {
             key: value
             for key, value in laid.items()
-            if key in self.widgets and key not in guide.QUESTIONS and key not in by_hand
+            if key in self.widgets and key not in quickstart.QUESTIONS and key not in by_hand
         }
         moved = {key: value for key, value in follows.items() if value != suggested.get(key)}
         marks = marks | {"values": suggested, "moved": moved}
@@ -178,35 +178,35 @@ class TrainPage:
         Raises:
             LorakitError: as `guide.suggest`, and where the base is outside.
         """
-        base = shown.get(guide.BASE) or ""
-        bundled = base == self.fields[guide.BASE].knob.default
-        inside = base if bundled else form.located(guide.BASE, base, self.desk.roots)
+        base = shown.get(quickstart.BASE) or ""
+        bundled = base == self.fields[quickstart.BASE].knob.default
+        inside = base if bundled else form.located(quickstart.BASE, base, self.desk.roots)
         changed = {key: self.fields[key].read(value) for key, value in (by_hand or {}).items()}
-        return form.values(guide.suggest({**shown, guide.BASE: inside}, quality, preset or None, changed))
+        return form.values(quickstart.suggest({**shown, quickstart.BASE: inside}, quality, preset or None, changed))
 
     def read(self, shown: Mapping[str, Any], say: Say) -> tuple[Config | None, dict[str, list[str]]]:
         """The config of a filled-in form, or every problem by field; an unanswered question is one."""
         config, problems = form.read(shown, self.desk.roots)
-        for key in guide.QUESTIONS:
+        for key in quickstart.QUESTIONS:
             if not str(shown.get(key) or "").strip():
                 problems.setdefault(key, []).append(say("train.required"))
         if name := self.lacking(shown):
-            problems.setdefault(guide.BASE, []).append(say("train.must_fetch", name=name))
+            problems.setdefault(quickstart.BASE, []).append(say("train.must_fetch", name=name))
         elif config is not None and not problems:
             try:
-                guide.describe(form.values(config)[guide.BASE])
+                quickstart.describe(form.values(config)[quickstart.BASE])
             except LorakitError as problem:
-                problems[guide.BASE] = [str(problem)]
+                problems[quickstart.BASE] = [str(problem)]
         told = {key: [say.told(line) for line in lines] for key, lines in problems.items()}
         return (None if problems else config), told
 
     def lacking(self, shown: Mapping[str, Any]) -> str | None:
         """The base's hub id where only the network has it; the network is not asked."""
         try:
-            base = form.located(guide.BASE, str(shown.get(guide.BASE) or "").strip(), self.desk.roots)
+            base = form.located(quickstart.BASE, str(shown.get(quickstart.BASE) or "").strip(), self.desk.roots)
         except LorakitError:
             return None
-        return base if guide.must_be_fetched(base) else None
+        return base if quickstart.must_be_fetched(base) else None
 
     def fetch_base(self, values: Sequence[Any], say: Say) -> str:
         """Fetch the base from the hub, because somebody asked for it; what came of it, in words."""
@@ -223,12 +223,12 @@ class TrainPage:
         """A config that is enough to look at the photos, whatever else is still unanswered or wrong."""
         config, _ = form.read(shown, self.desk.roots)
         try:
-            if config is not None and guide.describe(form.values(config)[guide.BASE]):
+            if config is not None and quickstart.describe(form.values(config)[quickstart.BASE]):
                 return config
         except LorakitError:  # the base will be told of where it is chosen
             pass
-        start = form.values(guide.suggest({}, "balanced"))
-        return form.read(start | {guide.PHOTOS: shown[guide.PHOTOS]}, self.desk.roots)[0]
+        start = form.values(quickstart.suggest({}, "balanced"))
+        return form.read(start | {quickstart.PHOTOS: shown[quickstart.PHOTOS]}, self.desk.roots)[0]
 
     def kept(self, quality: str, marks: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
         """The answers as the browser keeps them, for `restore`."""
@@ -238,9 +238,9 @@ class TrainPage:
         """The answers that the browser kept: photos' folder, quality, marks, preset, then each widget."""
         if not isinstance(kept, dict) or not isinstance(kept.get("values"), dict):
             return [gr.skip()] * (4 + len(self.keys))
-        start = form.values(guide.suggest({}, "balanced"))
+        start = form.values(quickstart.suggest({}, "balanced"))
         values = start | {key: value for key, value in kept["values"].items() if key in self.widgets}
-        quality = kept["quality"] if kept.get("quality") in guide.QUALITIES else "balanced"
+        quality = kept["quality"] if kept.get("quality") in quickstart.QUALITIES else "balanced"
         preset = kept["preset"] if kept.get("preset") in configuration.preset_names() else AUTOMATIC
         try:
             suggested = self._suggest(values, quality, preset)
@@ -248,8 +248,8 @@ class TrainPage:
             suggested = start
         moved = kept["moved"] if isinstance(kept.get("moved"), dict) else {}
         marks = {"preset": preset, "values": suggested, "moved": moved, "shown": {}}
-        values[guide.PHOTOS] = values[guide.PHOTOS] or None
-        return [values[guide.PHOTOS], quality, marks, preset, *(values[key] for key in self.keys)]
+        values[quickstart.PHOTOS] = values[quickstart.PHOTOS] or None
+        return [values[quickstart.PHOTOS], quality, marks, preset, *(values[key] for key in self.keys)]
 
     def _update(self, key: str, mark: str, before: str, moved: Mapping[str, Any], say: Say) -> Any:
         change: dict[str, Any] = {"value": moved[key]} if key in moved else {}
@@ -267,7 +267,7 @@ class TrainPage:
             suggested = self._suggest(shown, quality, preset)
         except LorakitError as problem:
             return widgets.problem(say.told(str(problem)))
-        differences = form.changed(suggested, {k: v for k, v in shown.items() if k not in guide.QUESTIONS})
+        differences = form.changed(suggested, {k: v for k, v in shown.items() if k not in quickstart.QUESTIONS})
         if not differences:
             return widgets.quiet(say("train.same"))
         head = [say("train.option"), say("train.now"), say("train.then")]
@@ -283,7 +283,9 @@ class TrainPage:
         except LorakitError:
             return [gr.skip()] * (1 + len(self.keys))
         updates = [
-            gr.skip() if key in guide.QUESTIONS or suggested.get(key) == shown[key] else gr.update(value=suggested[key])
+            gr.skip()
+            if key in quickstart.QUESTIONS or suggested.get(key) == shown[key]
+            else gr.update(value=suggested[key])
             for key in self.keys
         ]
         return [marks | {"preset": preset, "values": suggested, "moved": {}}, *updates]
