@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorakit import adapters, config
 from lorakit.engine import device as devices, fused_blocks, onednn_linear
 from lorakit.runs import memory_estimate
-from lorakit.training.loss_step import Step
-from lorakit.training.optimizer_step import Update
+from lorakit.training.loss_step import LossStep
+from lorakit.training.optimizer_step import OptimizerStep
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TOKENS, PHOTOS = 77, 8
@@ -107,8 +107,8 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
 def encoded(family: Any, side: int, width: int | None = None) -> Any:
     """Latents `[8, 4, side, side]` and texts at random, on the device, as `lorakit.training.precompute` leaves them."""
     from lorakit.data.dataset import Dataset, LatentBucket
-    from lorakit.families.conditioning import Condition
-    from lorakit.training.precompute import Encoded, Samples
+    from lorakit.families.conditioning import Conditioning
+    from lorakit.training.precompute import Precomputed, SampleInputs
 
     device, sized = family.device, family.info.family == "sdxl"
     draw = torch.Generator(device).manual_seed(0)
@@ -120,9 +120,9 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
     bucket = LatentBucket(side * 8, side * 8, mean, torch.full_like(mean, 0.1), None, ids, rows, rows * 0, rows)
     names: Any = [SimpleNamespace(relative=f"{number}.png") for number in range(PHOTOS)]
     dataset = Dataset([bucket], names, [str(n) for n in range(PHOTOS)], [[n] for n in range(PHOTOS)], 0, 0.0)
-    texts = Condition(states, pooled=pooled)
+    texts = Conditioning(states, pooled=pooled)
     first = texts.index(torch.zeros(1, dtype=torch.int64, device=device))
-    return Encoded(
+    return Precomputed(
         dataset=dataset,
         held_out=None,
         conditions=texts,
@@ -132,7 +132,7 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
         class_tokens=None,
         class_of=torch.zeros(PHOTOS, dtype=torch.int64, device=device),
         class_latents=None,
-        samples=Samples([], None, None),
+        samples=SampleInputs([], None, None),
     )
 
 
@@ -152,10 +152,10 @@ def lorakit_loop(
         blocks = [path for path, _ in family.unet.named_modules() if memory_estimate.BLOCK.fullmatch(path)]
         devices.gradient_checkpointing(family, blocks)
     adapter.train(True)
-    return steps_of(Update(chosen, Step(family, adapter, data, chosen.train), 1000, say))
+    return steps_of(OptimizerStep(chosen, LossStep(family, adapter, data, chosen.train), 1000, say))
 
 
-def steps_of(update: Update) -> Loop:
+def steps_of(update: OptimizerStep) -> Loop:
     """A function that goes on with so many of an update's steps."""
     numbers = itertools.count()
 

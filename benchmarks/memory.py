@@ -35,7 +35,7 @@ from lorakit.core.layer_names import canonical
 from lorakit.engine import device as devices, quantized_weight
 from lorakit.families import tiled_vae
 from lorakit.runs import memory_estimate, plan
-from lorakit.training.optimizer_step import Update
+from lorakit.training.optimizer_step import OptimizerStep
 
 GIB = 2**30
 # Name, resolution, batch, target modules, gradient checkpointing (or the limit in GiB that asks for as much as it
@@ -257,7 +257,7 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
             return (predicted.float() - noisy).square().mean()
 
         step: Any = SimpleNamespace(family=family, adapter=adapter, loss=loss)
-        update = Update(settings, step, 2, print)
+        update = OptimizerStep(settings, step, 2, print)
         for number in range(2 if stream is None else 4):
             live.peak = live.now
             copied = 0 if stream is None else stream.copied

@@ -25,8 +25,8 @@ from PIL import Image
 from lorakit import adapters, config, families
 from lorakit.data import checks
 from lorakit.engine import device as devices
-from lorakit.training.loss_step import Step
-from lorakit.training.optimizer_step import Update
+from lorakit.training.loss_step import LossStep
+from lorakit.training.optimizer_step import OptimizerStep
 from lorakit.training.precompute import encode
 
 
@@ -122,10 +122,10 @@ def ours(chosen: config.Config) -> Callable[[int], None]:
     adapter = adapters.attach(family, chosen.adapter, seed=0)
     photos = checks.check(chosen.data, family.info)
     encoded = encode(chosen, family, adapter, photos, lambda line: None)
-    step = Step(family, adapter, encoded, chosen.train)
+    step = LossStep(family, adapter, encoded, chosen.train)
     adapters.slim(family)
     adapter.train(True)
-    return common.steps_of(Update(chosen, step, 1000, print))
+    return common.steps_of(OptimizerStep(chosen, step, 1000, print))
 
 
 def plain(chosen: config.Config) -> Callable[[int], None]:

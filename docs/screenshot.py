@@ -116,15 +116,15 @@ def show_photos(page: Page, photos: Path, run: Path) -> None:
 def show_train(page: Page, photos: Path, run: Path) -> None:
     """The five answers and the plan."""
     page.locator("#photos-next").click()
-    page.locator("#knob-data-name :is(input, textarea)").fill(NAME)
+    page.locator("#option-data-name :is(input, textarea)").fill(NAME)
     page.locator("#train-plan .lk-facts").wait_for()
 
 
 def show_options(page: Page, photos: Path, run: Path) -> None:
     """All options: one changed, one wrong, and what another preset would change."""
     page.locator("#train-options > button").click()
-    page.locator("#knob-adapter-rank input").fill("4")
-    page.locator("#knob-train-batch_size input").fill("0")
+    page.locator("#option-adapter-rank input").fill("4")
+    page.locator("#option-train-batch_size input").fill("0")
     page.locator("#preset input").click()
     page.get_by_role("option", name="style-pocket", exact=True).click()
     page.locator("#preset-difference table").wait_for()

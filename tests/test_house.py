@@ -33,7 +33,7 @@ ORDER = [
 ]
 MAY_IMPORT = {room: set().union(*ORDER[:level]) for level, rooms in enumerate(ORDER) for room in rooms}
 # Raised on purpose, with the reason in the commit.
-KNOBS = 67
+OPTIONS = 67
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 500, 100
 LIGHT = [
     "lorakit",
@@ -142,20 +142,20 @@ def test_checking_a_preset_is_quick() -> None:
     assert time.process_time() - start < 0.1
 
 
-def test_knob_budget() -> None:
-    assert len(config.knobs()) == KNOBS
+def test_option_budget() -> None:
+    assert len(config.options()) == OPTIONS
 
 
-def test_no_knob_is_declared_twice() -> None:
-    keys = [knob.key for knob in config.knobs()]
+def test_no_option_is_declared_twice() -> None:
+    keys = [option.key for option in config.options()]
     assert len(keys) == len(set(keys))
 
 
-def test_every_knob_is_read_somewhere() -> None:
-    """A knob that nothing reads is a promise that is not kept."""
+def test_every_option_is_read_somewhere() -> None:
+    """An option that nothing reads is a promise that is not kept."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources() if path.name != "config.py")
     text += (PACKAGE / "config.py").read_text(encoding="utf-8").partition("def load(")[0].partition("@property")[2]
-    assert not [knob.key for knob in config.knobs() if not re.search(rf"\.{knob.name}\b", text)]
+    assert not [option.key for option in config.options() if not re.search(rf"\.{option.name}\b", text)]
 
 
 def test_files_are_short() -> None:
@@ -286,7 +286,7 @@ def test_readme_names_only_commands_and_options_that_exist() -> None:
         options = {option for action in commands[name]._actions for option in action.option_strings}
         assert set(re.findall(r"(?<=\s)--[a-z-]+", rest)) <= options
     for key in re.findall(r"--set ([\w.]+)=", text):
-        assert key in {knob.key for knob in config.knobs()} | {"section.key"}
+        assert key in {option.key for option in config.options()} | {"section.key"}
 
 
 def test_ci_runs_the_line_of_the_readme() -> None:
@@ -299,10 +299,10 @@ def test_ci_runs_the_line_of_the_readme() -> None:
 
 
 def test_the_page_of_options_is_that_of_the_config() -> None:
-    """Written by `python -m lorakit knobs --markdown > docs/options.md`."""
+    """Written by `python -m lorakit options --markdown > docs/options.md`."""
     from lorakit.cli import main as cli
 
-    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == cli.knobs_page()
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == cli.options_page()
 
 
 def test_constraints_keep_the_bounds_of_the_dependencies() -> None:
@@ -342,8 +342,8 @@ def test_tools_have_nothing_to_say(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def test_json_of_the_knobs_is_json() -> None:
+def test_json_of_the_options_is_json() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "lorakit", "knobs", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "lorakit", "options", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert len(json.loads(done.stdout)) == KNOBS
+    assert len(json.loads(done.stdout)) == OPTIONS

@@ -21,7 +21,7 @@ from lorakit.config import Config
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks
 from lorakit.training import optimizers, run as train
-from lorakit.training.loss_step import Step
+from lorakit.training.loss_step import LossStep
 from lorakit.training.precompute import encode
 
 PAGE = Path(__file__).parents[1] / "docs" / "silent-failures.md"
@@ -60,14 +60,14 @@ def settings(base: Path, photos: Path, **changes: Any) -> Config:
     return config.load(None, short | {name.replace("__", "."): value for name, value in changes.items()})
 
 
-def loaded(settings: Config) -> tuple[Any, Any, Step, Any]:
+def loaded(settings: Config) -> tuple[Any, Any, LossStep, Any]:
     """Base, adapter, step and optimizer, as a run makes them."""
     info = families.describe(settings.model.base)
     family = families.load(info, torch.device("cpu"), torch.float32)
     adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed, trigger=settings.data.trigger)
     report = checks.check(settings.data, info)
     encoded = encode(settings, family, adapter, report, lambda line, **_: None)
-    step = Step(family, adapter, encoded, settings.train)
+    step = LossStep(family, adapter, encoded, settings.train)
     return family, adapter, step, optimizers.build(settings.optimizer, adapter.groups())
 
 
@@ -143,14 +143,18 @@ SEEN_ELSEWHERE = {
     "train.save_every": "test_run.py; must not reach the weights",
     "train.keep_checkpoints": "test_checkpoint.py, rotation",
     "train.on_nan": "test_run.py, rollback",
-    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "memory"), "test_device.py, test_run.py"),
-    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "sample"), "test_sampling.py, test_run.py"),
-    **dict.fromkeys((knob.key for knob in config.knobs() if knob.section == "output"), "tests of formats"),
+    **dict.fromkeys(
+        (option.key for option in config.options() if option.section == "memory"), "test_device.py, test_run.py"
+    ),
+    **dict.fromkeys(
+        (option.key for option in config.options() if option.section == "sample"), "test_sampling.py, test_run.py"
+    ),
+    **dict.fromkeys((option.key for option in config.options() if option.section == "output"), "tests of formats"),
 }
 
 
 def test_every_option_is_watched() -> None:
-    known = {knob.key for knob in config.knobs()}
+    known = {option.key for option in config.options()}
     assert REACH_THE_WEIGHTS.keys() | SEEN_ELSEWHERE.keys() == known
     assert not REACH_THE_WEIGHTS.keys() & SEEN_ELSEWHERE.keys()
 
@@ -248,14 +252,14 @@ def test_the_prior_answers_to_the_class_and_the_photo_to_its_caption(
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tiny_sd1, photos, tmp_path, monkeypatch):
-    loss = Step.loss
+    loss = LossStep.loss
 
-    def steep(self: Step, index: int) -> torch.Tensor:
+    def steep(self: LossStep, index: int) -> torch.Tensor:
         value = loss(self, index)
         # The square root of nothing: a finite loss whose gradient is not.
         return value + (value - value.detach()).abs().sqrt() if index == 1 else value
 
-    monkeypatch.setattr(Step, "loss", steep)
+    monkeypatch.setattr(LossStep, "loss", steep)
     with pytest.raises(LorakitError, match=r"step 2: the gradient is not finite \(.*\.png"):
         train.train(settings(tiny_sd1, photos, output__folder=str(tmp_path / "run")))
     written = [load_file(file) for file in (tmp_path / "run").glob("*.safetensors")]

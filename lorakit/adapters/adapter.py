@@ -14,7 +14,7 @@ from torch import nn
 from lorakit.adapters import targets
 from lorakit.adapters.method import NAME, Method
 from lorakit.adapters.textual_inversion import Token
-from lorakit.adapters.weights import AdapterWeights, Layer, from_factors
+from lorakit.adapters.weights import AdapterWeights, LoraLayer, from_factors
 from lorakit.config import ADAPTER_SECTIONS, AdapterConfig
 from lorakit.core import registry, rng
 from lorakit.core.errors import LorakitError
@@ -57,7 +57,9 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
         component, path = paths[name]
         expected = tuple(modules[component].get_submodule(path).weight.shape)
         fits = layer.size == (expected[0], math.prod(expected[1:]))
-        found = (len(layer.up), *layer.down.shape[1:]) if isinstance(layer, Layer) else expected if fits else layer.size
+        found = (
+            (len(layer.up), *layer.down.shape[1:]) if isinstance(layer, LoraLayer) else expected if fits else layer.size
+        )
         if expected != found:
             raise LorakitError(f"{name} is {expected} in the base, {found} in the adapter: it is for another base")
     method = _method(weights)

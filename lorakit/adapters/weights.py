@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoraLayer:
     """One layer with LoRA: delta W = alpha / rank * up @ down, with rank = down.shape[0].
 
     Attributes:
@@ -67,13 +67,13 @@ class Layer:
         flat = up.flatten(1) @ down.flatten(1) * self.scale
         return flat.reshape(up.shape[0], *down.shape[1:])
 
-    def rescaled(self, scale: float) -> Layer:
+    def rescaled(self, scale: float) -> LoraLayer:
         """The same delta W with this scale; the difference goes into `up`."""
         return replace(self, up=self.up * (self.scale / scale), alpha=float(scale * self.rank))
 
 
 @dataclass(frozen=True)
-class Hadamard:
+class LohaLayer:
     """One layer with LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098; LyCORIS): two low ranks, multiplied by element.
 
     delta W = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b). Files know a convolution's kernel only as part of the
@@ -118,14 +118,14 @@ class Hadamard:
         first, second = self.w1_a.float() @ self.w1_b.float(), self.w2_a.float() @ self.w2_b.float()
         return first * second * self.scale
 
-    def rescaled(self, scale: float) -> Hadamard:
+    def rescaled(self, scale: float) -> LohaLayer:
         """The same delta W with this scale; the difference goes into `w2_a`."""
         return replace(self, w2_a=self.w2_a * (self.scale / scale), alpha=float(scale * self.rank))
 
 
 @dataclass(frozen=True)
-class Kronecker:
-    """One layer with LoKr (Yeh et al. 2023, arXiv 2309.14859; LyCORIS): a Kronecker product of two small matrices.
+class LokrLayer:
+    """One layer with LoKr (Yeh et al. 2023, arXiv 2309.14859; LyCORIS): a LokrLayer product of two small matrices.
 
     delta W = scale * kron(w1, w2), either of which may be a product of two factors. The scale is alpha / rank, and 1
     where both are whole, as there is no rank then.
@@ -185,7 +185,7 @@ class Kronecker:
         product = first[:, None, :, None] * second[None, :, None, :]
         return product.reshape(self.size) * self.scale
 
-    def rescaled(self, scale: float) -> Kronecker:
+    def rescaled(self, scale: float) -> LokrLayer:
         """The same delta W with this scale; the difference goes into w1. A whole one has scale 1 and keeps it."""
         if self.whole:
             return self
@@ -193,7 +193,7 @@ class Kronecker:
         return replace(self, w1=(first * (self.scale / scale), *rest), alpha=float(scale * self.rank))
 
 
-AnyLayer = Layer | Hadamard | Kronecker
+AnyLayer = LoraLayer | LohaLayer | LokrLayer
 
 
 def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
@@ -205,14 +205,14 @@ def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
     """
     if "hada_w1_a" in factors:
         w1_a, w1_b, w2_a, w2_b = (factors[f"hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
-        return Hadamard(w1_a, w1_b, w2_a, w2_b, scale * len(w1_b))
+        return LohaLayer(w1_a, w1_b, w2_a, w2_b, scale * len(w1_b))
     if "lokr_w1" in factors or "lokr_w1_a" in factors:
         w1, w2 = (
             (factors[name],) if name in factors else (factors[f"{name}_a"], factors[f"{name}_b"])
             for name in ("lokr_w1", "lokr_w2")
         )
         kernel = tuple(w2[0].shape[2:])
-        layer = Kronecker(w1, tuple(part.flatten(1) for part in w2), 1.0, kernel)
+        layer = LokrLayer(w1, tuple(part.flatten(1) for part in w2), 1.0, kernel)
         return replace(layer, alpha=scale * layer.rank)
     down, up = factors["down"], factors["up"]
     if "down_0" in factors:
@@ -220,7 +220,7 @@ def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
 
         down_0, up_0 = factors["down_0"], factors["up_0"]
         down, up = torch.cat([down, down - down_0]), torch.cat([up - up_0, up_0], dim=1)
-    return Layer(down, up, scale * len(down), factors.get("magnitude"))
+    return LoraLayer(down, up, scale * len(down), factors.get("magnitude"))
 
 
 def factorization(width: int) -> tuple[int, int]:

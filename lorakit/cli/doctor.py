@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.core.cache_dir import cache_folder
+from lorakit.core.cache_dir import cache_dir
 
 # Extra -> the module it brings and what that is for.
 EXTRAS = {
@@ -172,7 +172,7 @@ def storage(folder: Path | None = None) -> list[Line]:
     free = shutil.disk_usage(folder).free
     enough = free >= SMALLEST_FREE_DISK
     lines = [Line("disk", "ok" if enough else "bad", f"{free / 2**30:.1f} GiB free in {folder}")]
-    cache = cache_folder()
+    cache = cache_dir()
     lines.append(Line("cache", "ok", f"{cache}: {folder_size(cache) / 2**20:.0f} MiB; it may be deleted"))
     return lines
 

@@ -1,4 +1,4 @@
-"""The command line: thin. Every training knob is a preset or `--set section.key=value`, so no flag repeats one.
+"""The command line: thin. Every training option is a preset or `--set section.key=value`, so no flag repeats one.
 
 What a command needs is imported when it runs, so `lorakit --help` loads neither torch nor diffusers.
 Exit codes: 0 done, 1 the run or the check failed, 2 wrong usage or configuration, 130 interrupted.
@@ -26,6 +26,9 @@ from lorakit.cli.terminal import Terminal, quiet_libraries
 from lorakit.config.option import number
 from lorakit.core.errors import LorakitError
 from lorakit.runs import memory_estimate
+
+# Kept for one release under their old names.
+ALIASES = {"options": ["knobs"]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        made = commands.add_parser(
+            name, aliases=ALIASES.get(name, []), help=help, description=help[0].upper() + help[1:] + "."
+        )
         made.set_defaults(run=run)
         if name != "ui":
             made.add_argument("--json", action="store_true", help="report as JSON on stdout")
@@ -114,8 +119,8 @@ def parser() -> argparse.ArgumentParser:
 
     adapter_commands.add(command)
     command("doctor", run_doctor, "this machine: device, precision, attention, extras, and what each lacks")
-    knobs = command("knobs", run_knobs, "every option that --set takes, with its default and bounds")
-    knobs.add_argument("--markdown", action="store_true", help="as docs/options.md")
+    options = command("options", run_options, "every option that --set takes, with its default and bounds")
+    options.add_argument("--markdown", action="store_true", help="as docs/options.md")
     command("ui", lambda _: run_ui([]), "the front end in the browser")
     return top
 
@@ -133,7 +138,9 @@ def _add_run_options(made: argparse.ArgumentParser) -> None:
 
 
 def _add_set(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any of `lorakit knobs`")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any of `lorakit options`"
+    )
 
 
 def _add_output(made: argparse.ArgumentParser) -> None:
@@ -286,16 +293,16 @@ def run_doctor(args: argparse.Namespace) -> int:
     return 0 if doctor.to_json(lines)["ready"] else 1
 
 
-def run_knobs(args: argparse.Namespace) -> int:
-    """`lorakit knobs`."""
+def run_options(args: argparse.Namespace) -> int:
+    """`lorakit options`."""
     if args.json:
-        _print_json([describe_knob(knob) for knob in configuration.knobs()])
+        _print_json([describe_option(option) for option in configuration.options()])
     elif args.markdown:
-        _print(knobs_page().rstrip("\n"))
+        _print(options_page().rstrip("\n"))
     else:
-        for knob in configuration.knobs():
-            known = describe_knob(knob)
-            _print(f"{knob.key} = {known['default']}  ({known['values']})", f"    {knob.help}")
+        for option in configuration.options():
+            known = describe_option(option)
+            _print(f"{option.key} = {known['default']}  ({known['values']})", f"    {option.help}")
     return 0
 
 
@@ -338,44 +345,48 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
     return config
 
 
-def describe_knob(knob: configuration.Knob) -> dict[str, Any]:
-    """A knob in plain values: key, type in words, default, bounds or choices, help."""
+def describe_option(option: configuration.Option) -> dict[str, Any]:
+    """An option in plain values: key, type in words, default, bounds or choices, help."""
     import types
     import typing
 
-    kind = knob.type
+    kind = option.type
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
-    choices = knob.choices or (typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ())
+    choices = option.choices or (typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ())
     if typing.get_origin(kind) is tuple:
         values = f"list of {', '.join(choices)}" if choices else "list of texts"
     else:
         values = ", ".join(choices) if choices else names[kind]
-    if knob.low is not None:
-        values += f", {number(knob.low)} to {number(knob.high)}" if knob.high is not None else f", {knob.low:g} or more"
-    if knob.above is not None:
-        values += f", above {knob.above:g}"
-    default = "unset" if knob.default is None else json.dumps(knob.default, ensure_ascii=False)
-    return {"key": knob.key, "values": values, "default": default, "help": knob.help}
+    if option.low is not None:
+        values += (
+            f", {number(option.low)} to {number(option.high)}"
+            if option.high is not None
+            else f", {option.low:g} or more"
+        )
+    if option.above is not None:
+        values += f", above {option.above:g}"
+    default = "unset" if option.default is None else json.dumps(option.default, ensure_ascii=False)
+    return {"key": option.key, "values": values, "default": default, "help": option.help}
 
 
-def knobs_page() -> str:
-    """docs/options.md: every knob, section by section, with what config.py says of it."""
+def options_page() -> str:
+    """docs/options.md: every option, section by section, with what config.py says of it."""
     lines = [
         "# Options",
         "",
-        "Made from `lorakit/config.py` by `lorakit knobs --markdown`; do not edit it by hand.",
+        "Made from `lorakit/config.py` by `lorakit options --markdown`; do not edit it by hand.",
         "",
     ]
     lines += ["Any of them may stand in a preset (`[train]`, `steps = 200`) or behind `--set` (`train.steps=200`)."]
     for section in configuration.SECTIONS:
         purpose = (configuration.section_type(section).__doc__ or "").splitlines()[0]
         lines += ["", f"## {section}", "", purpose, "", "| Option | Default | Values | |", "| --- | --- | --- | --- |"]
-        for knob in configuration.knobs():
-            if knob.section == section:
-                known = describe_knob(knob)
-                lines.append(f"| `{knob.key}` | `{known['default']}` | {known['values']} | {knob.help} |")
+        for option in configuration.options():
+            if option.section == section:
+                known = describe_option(option)
+                lines.append(f"| `{option.key}` | `{known['default']}` | {known['values']} | {option.help} |")
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ from lorakit.config.loading import (
     to_toml,
     with_paths_removed,
 )
-from lorakit.config.option import Knob
+from lorakit.config.option import Option
 from lorakit.config.schema import (
     ADAPTER_SECTIONS,
     LENGTHS,
@@ -33,7 +33,7 @@ from lorakit.config.schema import (
     RsLoraConfig,
     SampleConfig,
     TrainConfig,
-    knobs,
+    options,
     section_type,
 )
 from lorakit.core.errors import ConfigError
@@ -49,7 +49,6 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DoraConfig",
-    "Knob",
     "LayersConfig",
     "LohaConfig",
     "LokrConfig",
@@ -57,6 +56,7 @@ __all__ = [
     "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "Option",
     "OutputConfig",
     "PissaConfig",
     "RsLoraConfig",
@@ -64,8 +64,8 @@ __all__ = [
     "TrainConfig",
     "as_tables",
     "from_tables",
-    "knobs",
     "load",
+    "options",
     "parse_override",
     "preset_folder",
     "preset_names",

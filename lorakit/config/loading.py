@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.config.option import checked, near, shown
-from lorakit.config.schema import ADAPTER_SECTIONS, LENGTHS, SECTIONS, Config, TrainConfig, knobs, section_type
+from lorakit.config.schema import ADAPTER_SECTIONS, LENGTHS, SECTIONS, Config, TrainConfig, options, section_type
 from lorakit.core.errors import ConfigError
 
 DEFAULT_PRESET = "subject-pocket"
@@ -66,7 +66,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         names = ", ".join(ADAPTER_SECTIONS)
         problems.append(f"adapter.method = {shown(method)}: choose one of {names}{near(method, ADAPTER_SECTIONS)}")
         method = "lora"
-    known = {k.key: k for k in knobs(method)}
+    known = {k.key: k for k in options(method)}
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, value in flat.items():
         if key == "adapter.method":
@@ -87,7 +87,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Read `section.key=value` of the command line; the value is read as the knob's type.
+    """Read `section.key=value` of the command line; the value is read as the option's type.
 
     Raises:
         ConfigError: no `=`, or no value where one is needed. An unknown key is left for `load` to report.
@@ -96,7 +96,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, value = key.strip(), value.strip()
     if not equals or not key:
         raise ConfigError([f"{text!r}: write it as section.key=value, e.g. train.steps=200"])
-    known = {k.key: k for k in knobs()}
+    known = {k.key: k for k in options()}
     kind = known[key].type if key in known else None
     if kind is str or (typing.get_origin(kind) is Literal):
         return key, value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
@@ -110,7 +110,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def with_paths_removed(config: Config) -> dict[str, dict[str, Any]]:
     """The resolved config as tables, without anything that names a place on the user's machine."""
-    hidden = {k.key for k in knobs(config.adapter.method) if k.path}
+    hidden = {k.key for k in options(config.adapter.method) if k.path}
     tables = as_tables(config)
     return {s: {n: v for n, v in t.items() if f"{s}.{n}" not in hidden} for s, t in tables.items()}
 

@@ -1,6 +1,6 @@
-"""What a knob of the config is: its type, default, bounds and help, and the check of a value against them.
+"""What an option of the config is: its type, default, bounds and help, and the check of a value against them.
 
-The knobs themselves are on one page, `lorakit.config`.
+The options themselves are on one page, `lorakit.config`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def knob(
+def option(
     default: Any,
     help: str,
     *,
@@ -23,7 +23,7 @@ def knob(
     choices: Iterable[str] | None = None,
     path: bool = False,
 ) -> Any:
-    """One knob: its default, its help text and its bounds (`low <= value <= high`, `value > above`).
+    """One option: its default, its help text and its bounds (`low <= value <= high`, `value > above`).
 
     `path` marks a value that names a place on the user's machine: it never enters an adapter's metadata.
     """
@@ -32,8 +32,8 @@ def knob(
 
 
 @dataclass(frozen=True)
-class Knob:
-    """What is known of one knob; the front end and `lorakit knobs` are made from these."""
+class Option:
+    """What is known of one option; the front end and `lorakit options` are made from these."""
 
     section: str
     name: str
@@ -67,8 +67,8 @@ def shown(value: Any) -> str:
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
-def checked(k: Knob, value: Any) -> tuple[str | None, Any]:
-    """The problem with a value, or None, and the value in the knob's own type."""
+def checked(k: Option, value: Any) -> tuple[str | None, Any]:
+    """The problem with a value, or None, and the value in the option's own type."""
     wanted, optional = k.type, False
     if typing.get_origin(wanted) in (types.UnionType, typing.Union):
         optional = True
@@ -101,7 +101,7 @@ def checked(k: Knob, value: Any) -> tuple[str | None, Any]:
     return None, value
 
 
-def _inside(k: Knob, value: float) -> bool:
+def _inside(k: Option, value: float) -> bool:
     # Written so that NaN, which compares false with everything, is outside.
     return (
         (k.low is None or value >= k.low)
@@ -112,7 +112,7 @@ def _inside(k: Knob, value: float) -> bool:
     )
 
 
-def _bounds(k: Knob) -> str:
+def _bounds(k: Option) -> str:
     if k.low is not None and k.high is not None:
         return f"between {number(k.low)} and {number(k.high)}"
     if k.above is not None:

@@ -1,4 +1,4 @@
-"""Every knob of lorakit, on one page.
+"""Every option of lorakit, on one page.
 
 `load(preset, overrides)` is the only way in. It reads TOML strictly: unknown keys, wrong types and values out of range
 are collected and raised together as one `ConfigError`, each with the nearest known name. Nothing writes back into a
@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorakit.config.option import Knob, knob
+from lorakit.config.option import Option, option
 from lorakit.core.registry import ADAPTERS, EXPORTS, OPTIMIZERS
 
 
@@ -21,15 +21,15 @@ from lorakit.core.registry import ADAPTERS, EXPORTS, OPTIMIZERS
 class ModelConfig:
     """What is adapted."""
 
-    base: str = knob(
+    base: str = option(
         "pocket",
         "Base: 'pocket' (bundled), a .safetensors file, a diffusers folder, or a hub id (owner/name[@revision]).",
         path=True,
     )
-    tokenizer: str = knob(
+    tokenizer: str = option(
         "", "Folder of the tokenizer for a base in a single file. Empty: tokenizer/ beside it.", path=True
     )
-    prediction_type: Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"] = knob(
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"] = option(
         "auto", "What the base predicts. auto: as it says itself, which is printed."
     )
 
@@ -38,19 +38,21 @@ class ModelConfig:
 class DataConfig:
     """The photos, and the words that go with them."""
 
-    folder: str = knob("", "Folder of photos. It is only ever read.", path=True)
-    kind: Literal["subject", "style"] = knob("subject", "What the photos have in common: a subject or a style.")
-    name: str = knob("", "The trigger and what it is, as in 'sks dog' or 'sks style'. The first word is the trigger.")
-    instance_prompt: str = knob("", "Text of a photo without a caption. Empty: made from kind and name.")
-    class_prompt: str = knob("", "Text that stands for all of the kind, for prior preservation. Empty: made from name.")
-    resolution: int = knob(512, "Side of the training square in pixels; buckets keep its area.", low=64, high=4096)
-    caption_dropout: float = knob(0.0, "Share of texts replaced by the bare instance prompt.", low=0, high=1)
-    shuffle_tags: bool = knob(False, "Shuffle comma-separated tags; the trigger stays first.")
-    flip: bool = knob(False, "Mirror images as a variant. Off where left and right matter.")
-    crop_jitter: float = knob(0.0, "Share of the side by which the crop is moved in a variant.", low=0, high=0.25)
-    color_jitter: float = knob(0.0, "Strength of brightness, contrast and saturation changes.", low=0, high=0.5)
-    variants: int = knob(1, "Cached variants of each photo that flip and jitter make.", low=1, high=64)
-    cache: Literal["memory", "disk"] = knob("memory", "Where encoded photos are kept; disk survives the run.")
+    folder: str = option("", "Folder of photos. It is only ever read.", path=True)
+    kind: Literal["subject", "style"] = option("subject", "What the photos have in common: a subject or a style.")
+    name: str = option("", "The trigger and what it is, as in 'sks dog' or 'sks style'. The first word is the trigger.")
+    instance_prompt: str = option("", "Text of a photo without a caption. Empty: made from kind and name.")
+    class_prompt: str = option(
+        "", "Text that stands for all of the kind, for prior preservation. Empty: made from name."
+    )
+    resolution: int = option(512, "Side of the training square in pixels; buckets keep its area.", low=64, high=4096)
+    caption_dropout: float = option(0.0, "Share of texts replaced by the bare instance prompt.", low=0, high=1)
+    shuffle_tags: bool = option(False, "Shuffle comma-separated tags; the trigger stays first.")
+    flip: bool = option(False, "Mirror images as a variant. Off where left and right matter.")
+    crop_jitter: float = option(0.0, "Share of the side by which the crop is moved in a variant.", low=0, high=0.25)
+    color_jitter: float = option(0.0, "Strength of brightness, contrast and saturation changes.", low=0, high=0.5)
+    variants: int = option(1, "Cached variants of each photo that flip and jitter make.", low=1, high=64)
+    cache: Literal["memory", "disk"] = option("memory", "Where encoded photos are kept; disk survives the run.")
 
     @property
     def trigger(self) -> str:
@@ -67,14 +69,16 @@ class DataConfig:
 class LayersConfig:
     """What every method has: its size, and the layers it enters."""
 
-    rank: int = knob(16, "Rank of the update.", low=1, high=1024)
-    alpha: float | None = knob(None, "Scale is alpha / rank. Unset: alpha = rank, so that the scale is 1.", above=0)
-    target_modules: Literal["attention", "linear", "linear+conv"] = knob(
+    rank: int = option(16, "Rank of the update.", low=1, high=1024)
+    alpha: float | None = option(None, "Scale is alpha / rank. Unset: alpha = rank, so that the scale is 1.", above=0)
+    target_modules: Literal["attention", "linear", "linear+conv"] = option(
         "attention",
         "attention: q, k, v, out; linear: every attention-block layer; linear+conv: resnets and samplers too.",
     )
-    train_text_encoder: bool = knob(False, "Train adapters in the text encoder(s) too.")
-    new_tokens: int = knob(0, "Vectors to learn for the trigger as a word of its own (pivotal tuning).", low=0, high=32)
+    train_text_encoder: bool = option(False, "Train adapters in the text encoder(s) too.")
+    new_tokens: int = option(
+        0, "Vectors to learn for the trigger as a word of its own (pivotal tuning).", low=0, high=32
+    )
 
     @property
     def trains_text(self) -> bool:
@@ -87,7 +91,7 @@ class LoraConfig(LayersConfig):
     """LoRA (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A."""
 
     method: Literal["lora"] = "lora"
-    dropout: float = knob(0.0, "Dropout on the adapter's input.", low=0, high=0.9)
+    dropout: float = option(0.0, "Dropout on the adapter's input.", low=0, high=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,7 @@ class LohaConfig(LayersConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LokrConfig(LayersConfig):
-    """LoKr (Yeh et al. 2023, arXiv 2309.14859): a Kronecker product of two small matrices."""
+    """LoKr (Yeh et al. 2023, arXiv 2309.14859): a LokrLayer product of two small matrices."""
 
     method: Literal["lokr"] = "lokr"
 
@@ -140,12 +144,14 @@ ADAPTER_SECTIONS: dict[str, type[Any]] = {
 class OptimizerConfig:
     """The optimizer and the learning rate, which is a pure function of the optimizer step."""
 
-    name: str = knob("adamw", "Optimizer.", choices=OPTIMIZERS)
-    learning_rate: float = knob(1e-4, "Peak learning rate (a factor, usually 1, for prodigy).", low=0, high=10)
-    text_encoder_learning_rate: float | None = knob(None, "For text-encoder adapters. Unset: the same.", low=0, high=10)
-    weight_decay: float = knob(0.01, "Decoupled weight decay.", low=0, high=1)
-    lr_scheduler: Literal["constant", "cosine", "linear"] = knob("constant", "Shape after warm-up.")
-    warmup_steps: int = knob(0, "Optimizer steps over which the rate rises from 0.", low=0)
+    name: str = option("adamw", "Optimizer.", choices=OPTIMIZERS)
+    learning_rate: float = option(1e-4, "Peak learning rate (a factor, usually 1, for prodigy).", low=0, high=10)
+    text_encoder_learning_rate: float | None = option(
+        None, "For text-encoder adapters. Unset: the same.", low=0, high=10
+    )
+    weight_decay: float = option(0.01, "Decoupled weight decay.", low=0, high=1)
+    lr_scheduler: Literal["constant", "cosine", "linear"] = option("constant", "Shape after warm-up.")
+    warmup_steps: int = option(0, "Optimizer steps over which the rate rises from 0.", low=0)
 
 
 # More steps than anybody means: a slip of the hand is told, not planned.
@@ -156,75 +162,79 @@ MOST = 1_000_000
 class TrainConfig:
     """How long, on what objective, and what is kept. A step is one optimizer step."""
 
-    steps: int | None = knob(None, "Optimizer steps.", low=1, high=MOST)
-    epochs: int | None = knob(None, "Passes over the photos.", low=1, high=MOST)
-    steps_per_image: int | None = knob(None, "Optimizer steps for each photo.", low=1, high=MOST)
-    batch_size: int = knob(1, "Photos in a batch.", low=1, high=256)
-    gradient_accumulation_steps: int = knob(1, "Batches in an optimizer step.", low=1, high=256)
-    max_grad_norm: float = knob(1.0, "Gradients are clipped to this norm; 0 turns clipping off.", low=0)
-    seed: int = knob(0, "Everything random follows from it.", low=0, high=2**31 - 1)
-    prior: Literal["none", "images", "teacher"] = knob(
+    steps: int | None = option(None, "Optimizer steps.", low=1, high=MOST)
+    epochs: int | None = option(None, "Passes over the photos.", low=1, high=MOST)
+    steps_per_image: int | None = option(None, "Optimizer steps for each photo.", low=1, high=MOST)
+    batch_size: int = option(1, "Photos in a batch.", low=1, high=256)
+    gradient_accumulation_steps: int = option(1, "Batches in an optimizer step.", low=1, high=256)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 turns clipping off.", low=0)
+    seed: int = option(0, "Everything random follows from it.", low=0, high=2**31 - 1)
+    prior: Literal["none", "images", "teacher"] = option(
         "none", "Keep the rest of the model as it was: with class images, or image-free with the base as teacher."
     )
-    prior_loss_weight: float = knob(1.0, "Weight of the prior term.", low=0, high=10)
-    class_images: int = knob(100, "Class images for prior = 'images'; made once and cached.", low=1, high=10000)
-    loss: Literal["mse", "huber"] = knob("mse", "Distance between prediction and target.")
-    min_snr_gamma: float | None = knob(None, "Min-SNR weighting (Hang et al. 2023); 5 is usual. Unset: off.", above=0)
-    noise_offset: float = knob(0.0, "Per-channel offset of the noise, for very dark or bright pictures.", low=0, high=1)
-    masked_loss: bool = knob(False, "Weigh the loss by name.mask.png or the photo's alpha.")
-    holdout: float = knob(0.1, "Share of photos kept for validation where there are 10 or more.", low=0, high=0.5)
-    validate_every: int = knob(0, "Steps between validations; 0: five times a run.", low=0)
-    save_every: int = knob(0, "Steps between checkpoints; 0: five times a run.", low=0)
-    keep_checkpoints: int = knob(3, "Newest checkpoints kept.", low=1)
-    init_from: str = knob("", "Start from this adapter's weights (a new run, not a resume).", path=True)
-    on_nan: Literal["stop", "rollback"] = knob("stop", "Non-finite loss: stop, or once go back to the last checkpoint.")
+    prior_loss_weight: float = option(1.0, "Weight of the prior term.", low=0, high=10)
+    class_images: int = option(100, "Class images for prior = 'images'; made once and cached.", low=1, high=10000)
+    loss: Literal["mse", "huber"] = option("mse", "Distance between prediction and target.")
+    min_snr_gamma: float | None = option(None, "Min-SNR weighting (Hang et al. 2023); 5 is usual. Unset: off.", above=0)
+    noise_offset: float = option(
+        0.0, "Per-channel offset of the noise, for very dark or bright pictures.", low=0, high=1
+    )
+    masked_loss: bool = option(False, "Weigh the loss by name.mask.png or the photo's alpha.")
+    holdout: float = option(0.1, "Share of photos kept for validation where there are 10 or more.", low=0, high=0.5)
+    validate_every: int = option(0, "Steps between validations; 0: five times a run.", low=0)
+    save_every: int = option(0, "Steps between checkpoints; 0: five times a run.", low=0)
+    keep_checkpoints: int = option(3, "Newest checkpoints kept.", low=1)
+    init_from: str = option("", "Start from this adapter's weights (a new run, not a resume).", path=True)
+    on_nan: Literal["stop", "rollback"] = option(
+        "stop", "Non-finite loss: stop, or once go back to the last checkpoint."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Where it runs and in what precision."""
 
-    device: Literal["auto", "cuda", "mps", "cpu"] = knob("auto", "auto: CUDA, else MPS, else CPU.")
-    mixed_precision: Literal["auto", "bf16", "fp16", "fp32"] = knob(
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, else MPS, else CPU.")
+    mixed_precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "Precision of the frozen base. auto: bf16 or fp16 on CUDA, fp32 elsewhere. Adapters are always fp32."
     )
-    attention: Literal["sdpa", "xformers"] = knob(
+    attention: Literal["sdpa", "xformers"] = option(
         "sdpa", "Attention kernel; xformers is tested against sdpa at the start."
     )
-    gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower.")
-    limit_gib: float | None = knob(
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
+    limit_gib: float | None = option(
         None, "GiB that a step may take: as few blocks as that needs are recomputed. Unset: none, or all.", above=0
     )
-    base_storage: Literal["full", "int8", "nf4"] = knob(
+    base_storage: Literal["full", "int8", "nf4"] = option(
         "full", "How the UNet's frozen weights are kept: in full, or in 8 or 4.5 bits each, which is slower."
     )
-    stream_base: bool = knob(
+    stream_base: bool = option(
         False,
         "Keep the UNet's frozen weights in the host's memory and copy each to the card in time: less memory, slower.",
     )
-    compile: bool = knob(False, "Compile the UNet's blocks for training; the first step of each batch shape pays.")
+    compile: bool = option(False, "Compile the UNet's blocks for training; the first step of each batch shape pays.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Pictures drawn while it trains and by `lorakit sample`."""
 
-    every: int = knob(0, "Steps between sample grids (one is made at step 0); 0: five times a run.", low=0)
-    prompts: tuple[str, ...] = knob((), "Prompts to draw. Empty: made from kind and name.")
-    negative_prompt: str = knob("", "What the pictures should not show.")
-    steps: int = knob(30, "Denoising steps.", low=1, high=1000)
-    guidance: float = knob(7.5, "Classifier-free guidance.", low=0, high=50)
-    seed: int = knob(0, "Seed of the pictures.", low=0, high=2**31 - 1)
+    every: int = option(0, "Steps between sample grids (one is made at step 0); 0: five times a run.", low=0)
+    prompts: tuple[str, ...] = option((), "Prompts to draw. Empty: made from kind and name.")
+    negative_prompt: str = option("", "What the pictures should not show.")
+    steps: int = option(30, "Denoising steps.", low=1, high=1000)
+    guidance: float = option(7.5, "Classifier-free guidance.", low=0, high=50)
+    seed: int = option(0, "Seed of the pictures.", low=0, high=2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """What is written, and where."""
 
-    folder: str = knob("", "Run folder. Empty: runs/<time>-<name>.", path=True)
-    formats: tuple[str, ...] = knob(("kohya",), "Formats of the exported adapter.", choices=EXPORTS)
-    dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "Precision of the exported file.")
-    tensorboard: bool = knob(False, "Write TensorBoard logs too.")
+    folder: str = option("", "Run folder. Empty: runs/<time>-<name>.", path=True)
+    formats: tuple[str, ...] = option(("kohya",), "Formats of the exported adapter.", choices=EXPORTS)
+    dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "Precision of the exported file.")
+    tensorboard: bool = option(False, "Write TensorBoard logs too.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,15 +265,15 @@ def section_type(section: str, method: str = "lora") -> type:
     return type(getattr(Config(), section))
 
 
-def knobs(method: str = "lora") -> list[Knob]:
-    """Every knob, in the order of this page; the adapter's are those of `method`."""
+def options(method: str = "lora") -> list[Option]:
+    """Every option, in the order of this page; the adapter's are those of `method`."""
     found = []
     for section in SECTIONS:
         cls = section_type(section, method)
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             if section == "adapter" and f.name == "method":
-                found.append(Knob(section, "method", str, "lora", "Adapter method.", choices=tuple(ADAPTERS)))
+                found.append(Option(section, "method", str, "lora", "Adapter method.", choices=tuple(ADAPTERS)))
             else:
-                found.append(Knob(section, f.name, hints[f.name], f.default, **f.metadata))
+                found.append(Option(section, f.name, hints[f.name], f.default, **f.metadata))
     return found

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     """`LORAKIT_CACHE`, where `~` is the home folder, else ~/.cache/lorakit."""
     named = os.environ.get("LORAKIT_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "lorakit"

@@ -16,7 +16,7 @@ import torch
 
 from lorakit.config import DataConfig, TrainConfig
 from lorakit.core import atomic
-from lorakit.core.cache_dir import cache_folder
+from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.data import augment, buckets, captions, decode, holdout
 from lorakit.data.augment import Variant
@@ -78,7 +78,7 @@ def build(
             there.
     """
     work = _Work(config, train, encode_image, time_ids, identity, found.step, found.downscale, at_once)
-    work.folder = None if config.cache == "memory" else folder or cache_folder() / "latents"
+    work.folder = None if config.cache == "memory" else folder or cache_dir() / "latents"
     trained, held_out = holdout.split(found.photos, train.holdout, train.seed)
     say(holdout.said(len(found.photos), len(held_out), train.holdout))
     texts = _Texts(config, train.seed)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lorakit.config import Config
-from lorakit.core.cache_dir import cache_folder
+from lorakit.core.cache_dir import cache_dir
 from lorakit.engine import cuda_graphs
 from lorakit.engine.cuda_graphs import Compute
 
@@ -59,7 +59,7 @@ def blocks(config: Config, family: Any, parameters: Sequence[torch.Tensor], say:
 
 def folder() -> Path:
     """Where compiled code is kept."""
-    return cache_folder() / "compiled"
+    return cache_dir() / "compiled"
 
 
 class Blocks:

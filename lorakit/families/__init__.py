@@ -1,7 +1,7 @@
 """Base models: what lies in a folder, and one way to speak to whatever it is.
 
 A family is one file with one class, named in `registry.FAMILIES`. Everything outside this room knows only `BaseInfo`
-(what a base is, read without torch), `Family` (the base loaded) and `Condition` (texts, encoded).
+(what a base is, read without torch), `Family` (the base loaded) and `Conditioning` (texts, encoded).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lorakit.families.describe import BaseInfo, describe, pin, unsuited
 if TYPE_CHECKING:
     import torch
 
-    from lorakit.families.conditioning import Condition
+    from lorakit.families.conditioning import Conditioning
 
 __all__ = ["BaseInfo", "Family", "describe", "load", "pin", "unsuited"]
 
@@ -46,14 +46,14 @@ class Family(Protocol):
     text_encoders: dict[str, torch.nn.Module]
     vae: torch.nn.Module
 
-    def encode_text(self, texts: list[str]) -> Condition:
+    def encode_text(self, texts: list[str]) -> Conditioning:
         """Embeddings of texts, cut and padded as the diffusers pipeline does it; `time_ids` is left None."""
 
     def tokens(self, texts: list[str]) -> list[torch.Tensor]:
         """What `encode_tokens` takes for texts, on `device`, a row each: token ids, int64 `[B, T]`, for a text encoder
         that can be trained; what one that cannot makes of them."""
 
-    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """`encode_text` of texts in that form, which the host does not look at; autograd does, if asked."""
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +66,7 @@ class Family(Protocol):
     def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int] | None:
         """Size conditioning from (height, width), (top, left), (height, width); None where the family has none."""
 
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """What the UNet says of `noisy` `[B, C, h, w]` at `timesteps` int64 `[B]`: float32 `[B, C, h, w]`."""
 
     def release(self, *components: str) -> None:

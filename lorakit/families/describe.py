@@ -35,29 +35,29 @@ class Layout:
         encoders: its text encoders; each has a tokenizer beside it, `tokenizer` for `text_encoder`.
         optional: those that a folder may do without, being told so in its model_index.json.
         flow: whether it predicts the flow (Liu et al. 2022, arXiv 2209.03003), on a schedule without betas.
-        idle: whether its first text encoder is read before the last layer, and for nothing else.
-        closed: the layers of a block that lead nowhere in the last one.
+        untrained_layers: whether its first text encoder is read before the last layer, and for nothing else.
+        dead_end_layers: the layers of a block that lead nowhere in the last one.
         more_tokens: tokens that the denoiser is told of a text beside CLIP's: what the pipeline asks of T5.
     """
 
     encoders: tuple[str, ...] = ("text_encoder",)
     optional: tuple[str, ...] = ()
     flow: bool = False
-    idle: bool = False
-    closed: tuple[str, ...] = ()
+    untrained_layers: bool = False
+    dead_end_layers: tuple[str, ...] = ()
     more_tokens: int = 0
 
 
 _TWO = ("text_encoder", "text_encoder_2")
 LAYOUTS = {
     "sd": Layout(),
-    "sdxl": Layout(encoders=_TWO, idle=True),
+    "sdxl": Layout(encoders=_TWO, untrained_layers=True),
     "sd3": Layout(
         encoders=(*_TWO, "text_encoder_3"),
         optional=("text_encoder_3",),
         flow=True,
         more_tokens=256,
-        closed=("attn.add_q_proj",),
+        dead_end_layers=("attn.add_q_proj",),
     ),
 }
 
@@ -79,8 +79,8 @@ class BaseInfo:
         text_tokens: tokens that the UNet attends to.
         cross_dim: width of the text embeddings that the UNet attends to.
         layers: canonical name -> weight shape of every linear and convolutional layer of UNet and text encoders.
-        idle: layers that no gradient ever reaches: SDXL reads its first text encoder before the last layer, and nobody
-            reads what SD3's last block makes of the text.
+        untrained_layers: layers that no gradient ever reaches: SDXL reads its first text encoder before the last layer,
+            and nobody reads what SD3's last block makes of the text.
         bytes: component -> bytes of its weights on disk.
         variants: component -> variant in its files' names ("fp16", "bf16" or None).
         configs: component -> its configuration; "scheduler" and "model_index" too.
@@ -102,7 +102,7 @@ class BaseInfo:
     text_tokens: int
     cross_dim: int
     layers: dict[str, tuple[int, ...]] = field(repr=False)
-    idle: frozenset[str] = field(repr=False)
+    untrained_layers: frozenset[str] = field(repr=False)
     bytes: dict[str, int]
     variants: dict[str, str | None]
     configs: dict[str, dict[str, Any]] = field(repr=False)
@@ -293,13 +293,13 @@ def _info(model: ModelConfig, **known: Any) -> BaseInfo:
         max_tokens=clip,
         text_tokens=clip + layout.more_tokens,
         cross_dim=_cross_dim(configs["unet"]),
-        idle=frozenset(
+        untrained_layers=frozenset(
             [
-                *(_of_last(known["layers"], r"text_encoder\..*\.layers") if layout.idle else ()),
+                *(_of_last(known["layers"], r"text_encoder\..*\.layers") if layout.untrained_layers else ()),
                 *(
                     name
                     for name in _of_last(known["layers"], r"unet\.transformer_blocks")
-                    if name.endswith(layout.closed)
+                    if name.endswith(layout.dead_end_layers)
                 ),
             ]
         ),

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, Layer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import keys
 
@@ -52,7 +52,7 @@ def uniform(weights: AdapterWeights) -> dict[str, AnyLayer]:
     result: dict[str, AnyLayer] = {}
     for part in keys.COMPONENTS:
         inside = {name: layer for name, layer in weights.layers.items() if keys.component(name) == part}
-        plain = {name: layer for name, layer in inside.items() if isinstance(layer, Layer)}
+        plain = {name: layer for name, layer in inside.items() if isinstance(layer, LoraLayer)}
         rank = max((MIN_RANK, *(layer.rank for layer in plain.values())))
         padded = {name: _padded(layer, rank) for name, layer in plain.items()}
         if len({layer.alpha for layer in padded.values()}) > 1:
@@ -61,7 +61,7 @@ def uniform(weights: AdapterWeights) -> dict[str, AnyLayer]:
     return result
 
 
-def _padded(layer: Layer, rank: int) -> Layer:
+def _padded(layer: LoraLayer, rank: int) -> LoraLayer:
     """The same layer with zero rows in `down` and zero columns in `up` up to `rank`; alpha / rank stays."""
     if layer.rank == rank:
         return layer
@@ -72,14 +72,14 @@ def _padded(layer: Layer, rank: int) -> Layer:
     return replace(layer, down=down, up=up, alpha=layer.alpha * rank / layer.rank)
 
 
-def fill_ins(layers: Mapping[str, AnyLayer]) -> dict[str, Layer]:
+def fill_ins(layers: Mapping[str, AnyLayer]) -> dict[str, LoraLayer]:
     """Zero layers for the text-encoder projections that are missing beside an adapted q, k, v or out of theirs.
 
     diffusers raises, and A1111 and stable-diffusion.cpp drop layers in silence, where one of the four is not there.
     """
-    missing: dict[str, Layer] = {}
+    missing: dict[str, LoraLayer] = {}
     for name, layer in layers.items():
-        if not isinstance(layer, Layer):
+        if not isinstance(layer, LoraLayer):
             continue
         for sibling in keys.text_attention_siblings(name):
             if sibling not in layers:

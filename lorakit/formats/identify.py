@@ -16,7 +16,7 @@ from lorakit.formats import keys, metadata as meta
 Shapes = Mapping[str, tuple[int, ...]]
 
 _COMPONENT = r"(?:unet|transformer|text_encoder|text_encoder_2)"
-# spelling -> (pattern of a tensor's name: module, part; part in the file -> part of a Layer)
+# spelling -> (pattern of a tensor's name: module, part; part in the file -> part of a LoraLayer)
 _SPELLINGS: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {
     "kohya": (
         re.compile(r"(lora_(?:unet|te\d?)_[^.]+)\.(.+)"),

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from lorakit.adapters.weights import AnyLayer, Hadamard, Kronecker, from_factors
+from lorakit.adapters.weights import AnyLayer, LohaLayer, LokrLayer, from_factors
 from lorakit.core.errors import LorakitError
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
-def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) -> Hadamard | Kronecker:
+def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) -> LohaLayer | LokrLayer:
     """A layer of method "loha" or "lokr"; its alpha is still to be set.
 
     Raises:
@@ -40,9 +40,9 @@ def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) 
             raise LorakitError(f"{path}: the factors of {stem} do not fit together: {_shapes(a, b)}")
         own[f"{left[:-1]}b"] = b.flatten(1)
     layer: AnyLayer = from_factors(own, 1.0)
-    if isinstance(layer, Hadamard) and (len(layer.w1_a), *layer.w1_b.shape) != (len(layer.w2_a), *layer.w2_b.shape):
+    if isinstance(layer, LohaLayer) and (len(layer.w1_a), *layer.w1_b.shape) != (len(layer.w2_a), *layer.w2_b.shape):
         raise LorakitError(f"{path}: the two products of {stem} do not fit together: {_shapes(layer.w1_b, layer.w2_b)}")
-    assert isinstance(layer, Hadamard | Kronecker)
+    assert isinstance(layer, LohaLayer | LokrLayer)
     return layer
 
 

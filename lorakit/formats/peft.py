@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, Hadamard, Kronecker, Layer, factorization
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, LohaLayer, LokrLayer, LoraLayer, factorization
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
 from lorakit.formats import adapter_math, files, keys
@@ -111,7 +111,7 @@ def _components(weights: AdapterWeights) -> dict[str, dict[str, AnyLayer]]:
 
 
 def _even(layers: dict[str, AnyLayer]) -> dict[str, AnyLayer]:
-    if all(isinstance(layer, Layer) for layer in layers.values()):
+    if all(isinstance(layer, LoraLayer) for layer in layers.values()):
         return layers
     rank = max(layer.rank for layer in layers.values())
     return {name: _padded(layer.rescaled(1), rank) for name, layer in layers.items()}
@@ -126,10 +126,10 @@ def _padded(layer: AnyLayer, rank: int) -> AnyLayer:
     def tall(b: torch.Tensor) -> torch.Tensor:
         return pad(b, (0, 0, 0, rank - b.shape[0]))
 
-    if isinstance(layer, Hadamard):
+    if isinstance(layer, LohaLayer):
         first, second = (wide(layer.w1_a), tall(layer.w1_b)), (wide(layer.w2_a), tall(layer.w2_b))
-        return Hadamard(*first, *second, alpha=float(rank))
-    if isinstance(layer, Kronecker):
+        return LohaLayer(*first, *second, alpha=float(rank))
+    if isinstance(layer, LokrLayer):
         w1, w2 = (pair if len(pair) == 1 else (wide(pair[0]), tall(pair[1])) for pair in (layer.w1, layer.w2))
         return replace(layer, w1=w1, w2=w2, alpha=float(rank))
     return layer
@@ -152,14 +152,14 @@ def _config(part: str, layers: Mapping[str, AnyLayer]) -> dict[str, Any]:
     targets = [name.partition(".")[2].removeprefix(_TEXT_MODEL) for name in layers]
     common: dict[str, Any] = {"target_modules": sorted(targets), "base_model_name_or_path": None, "task_type": None}
     common["inference_mode"] = True
-    if isinstance(one, Layer):
+    if isinstance(one, LoraLayer):
         alpha = int(one.alpha) if one.alpha.is_integer() else one.alpha
         flags = {"bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
         lora = {"peft_type": "LORA", "r": one.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "init_lora_weights": True}
         return common | flags | lora
-    rank = one.rank if isinstance(one, Hadamard) else _lokr_rank(layers)
+    rank = one.rank if isinstance(one, LohaLayer) else _lokr_rank(layers)
     made = common | {"peft_type": one.method.upper(), "r": rank, "alpha": rank, "init_weights": True}
-    return made | ({} if isinstance(one, Hadamard) else {"decompose_both": False, "decompose_factor": -1})
+    return made | ({} if isinstance(one, LohaLayer) else {"decompose_both": False, "decompose_factor": -1})
 
 
 def _lokr_rank(layers: Mapping[str, AnyLayer]) -> int:
@@ -168,14 +168,14 @@ def _lokr_rank(layers: Mapping[str, AnyLayer]) -> int:
     Raises:
         LorakitError: there is none; LyCORIS can cut layers in other ways, by its `factor` and `decompose_both`.
     """
-    pairs = [layer for layer in layers.values() if isinstance(layer, Kronecker)]
+    pairs = [layer for layer in layers.values() if isinstance(layer, LokrLayer)]
     rank = max((layer.rank for layer in pairs if not layer.whole), default=None)
     longest = [
         max(len(layer.w2[0]), layer.w2[-1].shape[1] // math.prod(layer.kernel)) for layer in pairs if layer.whole
     ]
     rank = max(longest) if rank is None else rank
     for name, layer in layers.items():
-        assert isinstance(layer, Kronecker)
+        assert isinstance(layer, LokrLayer)
         kernel = math.prod(layer.kernel or keys.kernel(name, "sd1"))
         (a, b), (c, d) = factorization(layer.size[0]), factorization(layer.size[1] // kernel)
         whole = rank >= max(b, d) / 2

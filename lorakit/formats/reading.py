@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, Kronecker, Layer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, LokrLayer, LoraLayer
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.formats import embeddings, identify, keys, lycoris
@@ -134,9 +134,9 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
     if module.method in ("loha", "lokr"):
         layer = lycoris.read(path, module.stem, module.method, parts)
         # PEFT divides by the rank it was told, even where a LoKr has none; everyone else goes by the file.
-        whole = isinstance(layer, Kronecker) and layer.whole
+        whole = isinstance(layer, LokrLayer) and layer.whole
         told = _alpha(path, module, tensors, int(scaling.get("r", 1)) if whole else layer.rank, scaling)
-        if isinstance(layer, Kronecker) and whole:
+        if isinstance(layer, LokrLayer) and whole:
             by_peft = told / scaling["r"] if module.spelling == "peft" and "r" in scaling else 1.0
             return replace(layer, w1=(layer.w1[0] * by_peft,))
         return replace(layer, alpha=told)
@@ -151,10 +151,10 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         down = lycoris.untucked_down(path, module.stem, parts["mid"], down)
     if magnitude is not None and tuple(magnitude.shape) != (1, down.shape[1], *(1 for _ in down.shape[2:])):
         raise LorakitError(f"{path}: {module.stem} is DoRA per output row; lorakit reads DoRA per input column")
-    return _without_padding(Layer(down, up, _alpha(path, module, tensors, len(down), scaling), magnitude))
+    return _without_padding(LoraLayer(down, up, _alpha(path, module, tensors, len(down), scaling), magnitude))
 
 
-def _without_padding(layer: Layer) -> Layer:
+def _without_padding(layer: LoraLayer) -> LoraLayer:
     """The layer without the ranks whose row and column are both zero, with which exporters fill up: scale and delta W
     are what they were. A layer that is nothing but zeros stays as it is."""
     used = layer.down.flatten(1).any(1) | layer.up.flatten(1).any(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, Layer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, LoraLayer
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.formats import diffusers, embeddings, kohya, peft
@@ -142,12 +142,12 @@ def difference(trained: AnyLayer, stored: AnyLayer, tolerance: float) -> str | N
 
 def _shape(layer: AnyLayer) -> tuple[int, ...]:
     """The weight's shape as far as the layer knows it: LoHa and LoKr have a convolution's kernel in the columns."""
-    return (layer.up.shape[0], *layer.down.shape[1:]) if isinstance(layer, Layer) else layer.size
+    return (layer.up.shape[0], *layer.down.shape[1:]) if isinstance(layer, LoraLayer) else layer.size
 
 
 def _norm(layers: Sequence[AnyLayer], signs: Sequence[int] = (1,)) -> float:
     """Frobenius norm of the sum of delta W; LoRA's without making any: |A B| = |R_a R_b^T| of the QR decompositions."""
-    plain = [layer for layer in layers if isinstance(layer, Layer)]
+    plain = [layer for layer in layers if isinstance(layer, LoraLayer)]
     if len(plain) < len(layers):
         total = sum(sign * layer.delta().flatten(1) for sign, layer in zip(signs, layers, strict=True))
         return float(torch.linalg.vector_norm(torch.as_tensor(total), dtype=torch.float64))

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from lorakit.config import SampleConfig
-from lorakit.core.cache_dir import cache_folder
+from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.core.image_grid import save
 from lorakit.inference.sampling import draw_batch, sampling_pipeline
@@ -68,7 +68,7 @@ def class_images(
         "seed": seed,
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    place = (folder or cache_folder()) / "class-images" / key
+    place = (folder or cache_dir()) / "class-images" / key
     files = [place / f"{number:05d}.png" for number in range(count)]
     missing = [number for number, file in enumerate(files) if not _opens(file)]
     say(f"class images: {count - len(missing)} of {count} in the cache, {len(missing)} to draw ({prompt!r})")

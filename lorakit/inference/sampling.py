@@ -190,7 +190,7 @@ def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Conf
     try:
         return from_tables(json.loads(metadata["lorakit.config"]), overrides)
     except (KeyError, ValueError, AttributeError, ConfigError):
-        # Made by another program, or by a later lorakit that has other knobs.
+        # Made by another program, or by a later lorakit that has other options.
         return defaults
 
 

@@ -206,7 +206,7 @@ class RunFolder:
                     yield event
 
     def sample_grids(self) -> dict[int, Path]:
-        """Step -> grid picture, in order of steps."""
+        """LossStep -> grid picture, in order of steps."""
         return {_step_of(path): path for path in sorted(self.samples.glob("step-*.png"))}
 
     def sample_pictures(self, step: int) -> list[Path]:

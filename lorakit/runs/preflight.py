@@ -17,7 +17,7 @@ from lorakit.runs import plan
 
 
 @dataclass(frozen=True)
-class Seen:
+class Preflight:
     """What a run is made from.
 
     Attributes:
@@ -39,7 +39,7 @@ class Seen:
         return [*self.warnings, *self.photos.notes, *self.photos.warnings, *self.plan.lines()]
 
 
-def look(config: Config, say: Callable[[str], object]) -> Seen:
+def look(config: Config, say: Callable[[str], object]) -> Preflight:
     """Check all that can be checked before a model is loaded, or the libraries that models take, and say what was seen.
 
     Raises:
@@ -65,7 +65,7 @@ def look(config: Config, say: Callable[[str], object]) -> Seen:
     photos = checks.check(config.data, info)
     if photos.errors:
         raise LorakitError("\n".join(photos.errors))
-    seen = Seen(config, info, photos, plan.make(config, info, photos), warnings)
+    seen = Preflight(config, info, photos, plan.make(config, info, photos), warnings)
     for line in seen.lines():
         say(line)
     return seen

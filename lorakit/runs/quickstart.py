@@ -13,7 +13,7 @@ from lorakit.data import checks
 from lorakit.families import hub
 from lorakit.runs import plan
 
-# The knobs that everybody has to answer for; all others have a preset's value.
+# The options that everybody has to answer for; all others have a preset's value.
 PHOTOS, KIND, NAME, BASE = QUESTIONS = ("data.folder", "data.kind", "data.name", "model.base")
 # Decided by whoever starts a run, not asked.
 GIVEN = ("output.folder",)
@@ -37,14 +37,14 @@ class Preview:
 def suggest(
     answers: Mapping[str, Any], quality: str, preset: str | None = None, changed: Mapping[str, Any] | None = None
 ) -> Config:
-    """The config for some answers (a knob's key -> value); what is not answered is as the preset has it.
+    """The config for some answers (an option's key -> value); what is not answered is as the preset has it.
 
     Args:
-        changed: other knobs that were set by hand. What belongs to them gives way as it does in `config.load`.
+        changed: other options that were set by hand. What belongs to them gives way as it does in `config.load`.
 
     Raises:
         LorakitError: the base, which decides the preset where none is named, cannot be read.
-        ConfigError: an answer is no value of its knob.
+        ConfigError: an answer is no value of its option.
     """
     known = {key: answers[key] for key in QUESTIONS if key in answers}
     if preset is None:

@@ -254,7 +254,7 @@ def html(
         f'<p class="soft">{escape(config.adapter.method)} on {escape(plan.base)}, {plan.steps} steps, '
         f"{len(photos.photos)} photos; run {escape(folder.path.name)}</p>",
         _verdict(findings),
-        _section("Samples", _samples(folder)),
+        _section("SampleInputs", _samples(folder)),
         _section("Curves", _curves(folder, best_step(folder)) + _best(state, history)),
         _section("Photos as they were trained", _photos(config, photos)),
         _section("Plan", _list(plan.lines())),

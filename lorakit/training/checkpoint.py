@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save as serialise
 
-from lorakit.config import Config, as_tables, knobs
+from lorakit.config import Config, as_tables, options
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import step_name
@@ -211,8 +211,8 @@ def _same_names(file: Path, found: set[str], wanted: set[str]) -> None:
 
 
 def _compared(config: Config) -> dict[str, Any]:
-    """Knobs that must not change in a resumed run: all but places on the machine (JSON values)."""
-    paths = {knob.key for knob in knobs(config.adapter.method) if knob.path}
+    """Options that must not change in a resumed run: all but places on the machine (JSON values)."""
+    paths = {option.key for option in options(config.adapter.method) if option.path}
     flat = {f"{section}.{name}": value for section, table in as_tables(config).items() for name, value in table.items()}
     compared: dict[str, Any] = json.loads(json.dumps({key: v for key, v in flat.items() if key not in paths}))
     return compared

@@ -19,14 +19,14 @@ from lorakit.config import TrainConfig
 from lorakit.core import rng
 from lorakit.data.dataset import Batch
 from lorakit.training import objective
-from lorakit.training.precompute import Encoded
+from lorakit.training.precompute import Precomputed
 
 # What is drawn for photos or class images, each from a generator of its own.
 DRAWN = ("posterior", "noise", "timesteps")
 
 
 @dataclass(frozen=True)
-class Term:
+class LossTerm:
     """One part of a batch's loss: what the model is given, what it should say, and how much that counts.
 
     Where `target` is None, the base by itself says what the target is, being told `teacher` of the same noisy latents.
@@ -41,7 +41,7 @@ class Term:
     teacher: Any = None
 
 
-class Step:
+class LossStep:
     """Computes the loss of the `index`-th batch of a run, a pure function of the weights, the seed and the index.
 
     Args:
@@ -60,7 +60,7 @@ class Step:
         self,
         family: Any,
         adapter: Any,
-        encoded: Encoded,
+        encoded: Precomputed,
         train: TrainConfig,
         *,
         retry: int = 0,
@@ -107,9 +107,9 @@ class Step:
         """The `index`-th batch, its generators seeded: what the host does for it."""
         for purpose, generator in self.generators.items():
             salted = f"{purpose}/{self.retry}" if self.retry else purpose
-            generator.manual_seed(rng.number(self.train.seed, index, salted))
+            generator.manual_seed(rng.seed_for(self.train.seed, index, salted))
         if self.adapter.dropout:
-            torch.manual_seed(rng.number(self.train.seed, index, f"dropout/{self.retry}"))
+            torch.manual_seed(rng.seed_for(self.train.seed, index, f"dropout/{self.retry}"))
         return self.batch(index)
 
     def loss_of(self, batch: Batch) -> torch.Tensor:
@@ -124,7 +124,7 @@ class Step:
             total = total + term.factor * objective.loss(prediction, target, self.train.loss, weight, term.mask)
         return total
 
-    def _terms(self, batch: Batch) -> list[Term]:
+    def _terms(self, batch: Batch) -> list[LossTerm]:
         """All that is looked up and drawn for a batch."""
         instance = self._instance_term(batch)
         if self.train.prior == "images":
@@ -152,14 +152,14 @@ class Step:
         target = objective.target(family.prediction_type, latents, noise, timesteps, family.alphas_cumprod)
         return noisy, timesteps, target
 
-    def _instance_term(self, batch: Batch) -> Term:
+    def _instance_term(self, batch: Batch) -> LossTerm:
         bucket, entries = self.encoded.dataset.buckets[batch.bucket], batch.entries
         noisy, timesteps, target = self._noised("instance", bucket.mean[entries], bucket.std[entries])
         condition = self._told(self.encoded.tokens, self.encoded.conditions, batch.texts)
         if bucket.time_ids is not None:
             condition = condition.with_sizes(bucket.time_ids[entries])
         mask = bucket.mask[entries] if bucket.mask is not None else None
-        return Term(noisy, timesteps, condition, target, mask, 1.0)
+        return LossTerm(noisy, timesteps, condition, target, mask, 1.0)
 
     def _told(self, tokens: list[torch.Tensor] | None, known: Any, chosen: torch.Tensor) -> Any:
         """The chosen texts, int64 `[b]`, as the base has them, or anew through the text encoder that is trained: it is
@@ -174,7 +174,7 @@ class Step:
         condition = self._told(self.encoded.class_tokens, self.encoded.class_conditions, texts)
         return condition if time_ids is None else condition.with_sizes(time_ids)
 
-    def _class_image_term(self, count: int) -> Term:
+    def _class_image_term(self, count: int) -> LossTerm:
         """Class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv 2208.12242)."""
         latents = self.encoded.class_latents
         assert latents is not None, "prior = 'images' comes with class latents"
@@ -183,23 +183,23 @@ class Step:
         chosen = torch.randint(len(mean), (count,), generator=order, device=self.family.device)
         noisy, timesteps, target = self._noised("class", mean[chosen], std[chosen])
         condition = self._class_text_condition(latents.texts[chosen], None if ids is None else ids.expand(count, -1))
-        return Term(noisy, timesteps, condition, target, None, self.train.prior_loss_weight)
+        return LossTerm(noisy, timesteps, condition, target, None, self.train.prior_loss_weight)
 
-    def _teacher_term(self, batch: Batch, instance: Term) -> Term:
+    def _teacher_term(self, batch: Batch, instance: LossTerm) -> LossTerm:
         """The same noisy photos under their texts without the trigger; the target is what the base says of them."""
         sizes = instance.condition.time_ids
         texts = self.encoded.class_of[batch.texts]
         base = self.encoded.class_conditions.index(texts)
         base = base if sizes is None else base.with_sizes(sizes)
         condition = self._class_text_condition(texts, sizes)
-        return Term(instance.noisy, instance.timesteps, condition, None, None, self.train.prior_loss_weight, base)
+        return LossTerm(instance.noisy, instance.timesteps, condition, None, None, self.train.prior_loss_weight, base)
 
-    def _taught(self, term: Term) -> torch.Tensor:
+    def _taught(self, term: LossTerm) -> torch.Tensor:
         with torch.no_grad(), self.adapter.disabled():
             target: torch.Tensor = self.family.predict(term.noisy, term.timesteps, term.teacher)
         return target
 
-    def _predict(self, terms: list[Term]) -> list[torch.Tensor]:
+    def _predict(self, terms: list[LossTerm]) -> list[torch.Tensor]:
         """One pass where the shapes agree, which is what a device likes; else one for each term."""
         if len({term.noisy.shape[1:] for term in terms}) > 1:
             return [self.family.predict(term.noisy, term.timesteps, term.condition) for term in terms]

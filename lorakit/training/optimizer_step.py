@@ -11,10 +11,10 @@ from lorakit import adapters
 from lorakit.config import Config
 from lorakit.engine import compile, cuda_graphs, flat_parameters
 from lorakit.training import optimizers
-from lorakit.training.loss_step import Step
+from lorakit.training.loss_step import LossStep
 
 
-class Update:
+class OptimizerStep:
     """Calling it with 0, 1, 2, ... trains; nothing of it reads a value back from the device.
 
     Args:
@@ -27,7 +27,7 @@ class Update:
         optimizer: of `optim.build`; its state is saved and loaded parameter by parameter.
     """
 
-    def __init__(self, config: Config, step: Step, total: int, say: Callable[[str], Any]):
+    def __init__(self, config: Config, step: LossStep, total: int, say: Callable[[str], Any]):
         self.config, self.step, self.total, self.say = config, step, total, say
         # Where memory comes first there are no copies.
         copies = not config.memory.gradient_checkpointing and config.memory.limit_gib is None

@@ -27,11 +27,11 @@ TEXTS = 16
 
 @dataclass(frozen=True)
 class ClassLatents:
-    """Encoded class images for prior preservation.
+    """Precomputed class images for prior preservation.
 
     Attributes:
         mean, std: `[n, C, h, w]`.
-        texts: int64 `[n]`, index into `Encoded.class_texts` of the text each was drawn for.
+        texts: int64 `[n]`, index into `Precomputed.class_texts` of the text each was drawn for.
         time_ids: one row, or None.
     """
 
@@ -42,7 +42,7 @@ class ClassLatents:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleInputs:
     """The sample prompts and, where the text encoders stay as they are, what these make of them.
 
     Attributes:
@@ -56,7 +56,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Precomputed:
     """Everything a run trains and is examined on.
 
     Attributes:
@@ -79,10 +79,10 @@ class Encoded:
     class_tokens: list[torch.Tensor] | None
     class_of: torch.Tensor
     class_latents: ClassLatents | None
-    samples: Samples
+    samples: SampleInputs
 
 
-def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable[[str], None]) -> Encoded:
+def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable[[str], None]) -> Precomputed:
     """Encode what a run needs, each part of the base on the device by itself: what photos and texts need is then not
     added to the UNet.
 
@@ -119,7 +119,7 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
             latents = _class_latents(config, family, class_texts, say)
     family.release("vae", "text_encoders")
     anew = config.adapter.trains_text
-    return Encoded(
+    return Precomputed(
         dataset=dataset,
         held_out=held_out,
         conditions=conditions,
@@ -151,11 +151,11 @@ def _tokens(family: Any, texts: list[str]) -> list[torch.Tensor]:
     return [torch.cat(tables) for tables in zip(*parts, strict=True)]
 
 
-def _samples(config: Config, family: Any) -> Samples:
+def _samples(config: Config, family: Any) -> SampleInputs:
     prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
     if config.adapter.trains_text:
-        return Samples(prompts, None, None)
-    return Samples(prompts, sampling.embed(family, prompts, config.sample), family.encode_text(prompts[:1]))
+        return SampleInputs(prompts, None, None)
+    return SampleInputs(prompts, sampling.embed(family, prompts, config.sample), family.encode_text(prompts[:1]))
 
 
 def _class_latents(config: Config, family: Any, class_texts: list[str], say: Callable[[str], None]) -> ClassLatents:

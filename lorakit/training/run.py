@@ -28,10 +28,10 @@ from lorakit.formats import metadata
 from lorakit.inference import sampling
 from lorakit.runs import memory_estimate, report
 from lorakit.runs.folder import RunFolder
-from lorakit.runs.preflight import Seen, look
+from lorakit.runs.preflight import Preflight, look
 from lorakit.training import checkpoint, optimizers, out_of_memory, selfcheck, validation
-from lorakit.training.loss_step import Step
-from lorakit.training.optimizer_step import Update
+from lorakit.training.loss_step import LossStep
+from lorakit.training.optimizer_step import OptimizerStep
 from lorakit.training.precompute import embed, encode
 
 # Losses and gradient norms stay on the device and are read together, every so many steps.
@@ -73,7 +73,7 @@ class Result:
     findings: list[selfcheck.Finding]
 
 
-def train(config: Config, *, terminal: Terminal | None = None, seen: Seen | None = None) -> Result:
+def train(config: Config, *, terminal: Terminal | None = None, seen: Preflight | None = None) -> Result:
     """Run the whole main job.
 
     Args:
@@ -155,7 +155,7 @@ class _Run:
         self.best: Path | None = None
         self.retry = 0
 
-    def go(self, seen: Seen | None = None) -> Result:
+    def go(self, seen: Preflight | None = None) -> Result:
         """The story: prepare, train, finish."""
         self.begin(seen or look(self.config, self.terminal.say))
         with out_of_memory.enough("loading the base", self.config):
@@ -170,7 +170,7 @@ class _Run:
 
     # -- prepare ------------------------------------------------------------------------------------------------
 
-    def begin(self, seen: Seen) -> None:
+    def begin(self, seen: Preflight) -> None:
         """Put on record what the run will do, before any model is loaded."""
         self.started = time.time()
         self.board = _board(self.folder.path, self.config.output.tensorboard)
@@ -217,8 +217,8 @@ class _Run:
         adapters.slim(family, frugal=memory_estimate.frugal(config, self.device.type))
         blocks = memory_estimate.recomputed(config, self.info, self.plan.modules, self.device.type)
         devices.gradient_checkpointing(family, blocks, random=self.adapter.dropout > 0)
-        self.step = Step(family, self.adapter, encoded, config.train)
-        self.update = Update(config, self.step, self.total, self.say)
+        self.step = LossStep(family, self.adapter, encoded, config.train)
+        self.update = OptimizerStep(config, self.step, self.total, self.say)
         self.validation = validation.Validation(
             family,
             encoded.held_out or encoded.dataset.plain(),
@@ -450,7 +450,7 @@ class _Run:
             prompt=prompt,
             size=size,
             dtype=config.output.dtype,
-            idle=self.info.idle,
+            untrained_layers=self.info.untrained_layers,
         ):
             findings += found
             if family is not None and name == config.output.formats[0]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lorakit import adapters, formats
-from lorakit.adapters.weights import AdapterWeights, Layer
+from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.core import rng
 from lorakit.core.layer_names import canonical
 from lorakit.formats import verify
@@ -83,7 +83,7 @@ def examine(
     prompt: str,
     size: tuple[int, int],
     dtype: str,
-    idle: Collection[str] = (),
+    untrained_layers: Collection[str] = (),
 ) -> Iterator[tuple[str, list[Finding], Any]]:
     """Each exported file in a base of its own, loaded anew: (format, findings, the base with the file in it).
 
@@ -96,9 +96,9 @@ def examine(
         load: loads the base anew.
         prompt, size: as for the probes.
         dtype: what the file was written in.
-        idle: layers that no gradient reaches, whatever is trained; they are in the file and may be zero.
+        untrained_layers: layers that no gradient reaches, whatever is trained; they are in the file and may be zero.
     """
-    announced = [layer for layer in weights.layers if layer not in idle]
+    announced = [layer for layer in weights.layers if layer not in untrained_layers]
     for name, path in exports.items():
         findings = file_findings(name, path, weights, announced)
         if failures(findings):
@@ -149,7 +149,7 @@ def read_by_diffusers(name: str, path: Path, family: Any, weights: AdapterWeight
     for layer in weights.layers.keys() & found.keys():
         applied = found[layer]
         down, up = (factors["selfcheck"].weight.detach() for factors in (applied.lora_A, applied.lora_B))
-        stored = Layer(down.float().cpu(), up.float().cpu(), applied.scaling["selfcheck"] * len(down))
+        stored = LoraLayer(down.float().cpu(), up.float().cpu(), applied.scaling["selfcheck"] * len(down))
         problem = verify.difference(weights.layers[layer], stored, tolerance + CAST[family.dtype])
         # What is zero in memory (a layer that no gradient reaches) is rightly zero here.
         if problem and torch.count_nonzero(weights.layers[layer].delta()):

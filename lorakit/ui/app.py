@@ -178,7 +178,7 @@ def build(desk: Desk, t: gr.I18n) -> gr.Blocks:
 
 
 # -- wiring of what several pages have a part in: each handler takes one dict, component -> value, so that the number of
-# -- knobs is nobody's business
+# -- options is nobody's business
 
 
 def _values(train: TrainPage, data: dict[Any, Any]) -> list[Any]:

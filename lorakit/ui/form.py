@@ -1,4 +1,4 @@
-"""From knobs to widgets' values and back. Everything here follows from `config.knobs()`; no knob is known by name."""
+"""From options to widgets' values and back. Everything here follows from `config.options()`; no option has a name here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit import config as configuration
-from lorakit.config import Config, ConfigError, Knob
+from lorakit.config import Config, ConfigError, Option
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
 from lorakit.ui.access import Roots
@@ -18,22 +18,22 @@ from lorakit.ui.access import Roots
 
 @dataclass(frozen=True)
 class Field:
-    """A knob as a form shows it.
+    """An option as a form shows it.
 
     Attributes:
         kind: text, lines (a list of texts), number, whole, switch, choice or choices.
         optional: whether it may be left empty.
     """
 
-    knob: Knob
+    option: Option
     kind: str
     optional: bool
     choices: tuple[str, ...]
 
     @property
     def key(self) -> str:
-        """The knob's dotted key."""
-        return self.knob.key
+        """The option's dotted key."""
+        return self.option.key
 
     @property
     def in_words(self) -> bool:
@@ -41,7 +41,7 @@ class Field:
         return self.optional and self.kind in ("number", "whole")
 
     def shown(self, value: Any) -> Any:
-        """The knob's value as its widget holds it."""
+        """The option's value as its widget holds it."""
         if self.kind == "lines":
             return "\n".join(value)
         if self.in_words:
@@ -49,7 +49,7 @@ class Field:
         return list(value) if self.kind == "choices" else value
 
     def read(self, value: Any) -> Any:
-        """The widget's value as the knob's; what does not fit is left as it is, for the config to name."""
+        """The widget's value as the option's; what does not fit is left as it is, for the config to name."""
         if self.kind == "lines":
             return tuple(line.strip() for line in str(value or "").splitlines() if line.strip())
         if self.kind == "choices":
@@ -64,7 +64,7 @@ class Field:
 
     def bounds(self) -> str:
         """Its bounds as signs that need no language: `1 … 1024`, `≥ 0`, `> 0`."""
-        low, high, above = self.knob.low, self.knob.high, self.knob.above
+        low, high, above = self.option.low, self.option.high, self.option.above
         if above is not None:
             return f"> {above:g}"
         if low is not None and high is not None and high < 1e6:
@@ -81,59 +81,59 @@ def _number(text: str) -> float | str | None:
 
 
 def fields() -> dict[str, Field]:
-    """Every knob of every adapter method, by key, in the order of the config."""
+    """Every option of every adapter method, by key, in the order of the config."""
     found: dict[str, Field] = {}
     for method in configuration.ADAPTER_SECTIONS:
-        for knob in configuration.knobs(method):
-            found.setdefault(knob.key, _field(knob))
+        for option in configuration.options(method):
+            found.setdefault(option.key, _field(option))
     order = list(configuration.SECTIONS)
-    # The adapter's method says which other knobs there are.
+    # The adapter's method says which other options there are.
     return dict(
-        sorted(found.items(), key=lambda item: (order.index(item[1].knob.section), item[0] != "adapter.method"))
+        sorted(found.items(), key=lambda item: (order.index(item[1].option.section), item[0] != "adapter.method"))
     )
 
 
-def _field(knob: Knob) -> Field:
-    wanted, optional = knob.type, False
+def _field(option: Option) -> Field:
+    wanted, optional = option.type, False
     if typing.get_origin(wanted) in (types.UnionType, typing.Union):
         optional = True
         (wanted,) = (part for part in typing.get_args(wanted) if part is not type(None))
-    choices = typing.get_args(wanted) if typing.get_origin(wanted) is typing.Literal else knob.choices
+    choices = typing.get_args(wanted) if typing.get_origin(wanted) is typing.Literal else option.choices
     if typing.get_origin(wanted) is tuple:
         kind = "choices" if choices else "lines"
     elif choices:
         kind = "choice"
     else:
         kind = {int: "whole", float: "number", bool: "switch", str: "text"}[wanted]
-    return Field(knob, kind, optional, tuple(choices))
+    return Field(option, kind, optional, tuple(choices))
 
 
 def values(config: Config) -> dict[str, Any]:
-    """Every knob's value as its widget holds it."""
+    """Every option's value as its widget holds it."""
     known = fields()
     tables = {section: getattr(config, section) for section in configuration.SECTIONS}
     return {
-        key: field.shown(getattr(tables[field.knob.section], field.knob.name))
+        key: field.shown(getattr(tables[field.option.section], field.option.name))
         for key, field in known.items()
-        if hasattr(tables[field.knob.section], field.knob.name)
+        if hasattr(tables[field.option.section], field.option.name)
     }
 
 
 def read(shown: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[str, list[str]]]:
     """The config that a filled-in form means, or None and every problem by the key of its field ("" for none).
 
-    Paths are resolved below the roots. A knob of another adapter method is left out.
+    Paths are resolved below the roots. An option of another adapter method is left out.
     """
     known = fields()
     method = shown.get("adapter.method", "lora")
-    of_method = {k.key for k in configuration.knobs(method if method in configuration.ADAPTER_SECTIONS else "lora")}
+    of_method = {k.key for k in configuration.options(method if method in configuration.ADAPTER_SECTIONS else "lora")}
     problems: dict[str, list[str]] = {}
     given: dict[str, Any] = {}
     for key, value in shown.items():
         if key not in of_method:
             continue
         given[key] = known[key].read(value)
-        if known[key].knob.path and given[key] not in ("", known[key].knob.default):
+        if known[key].option.path and given[key] not in ("", known[key].option.default):
             try:
                 given[key] = located(key, given[key], roots)
             except LorakitError as error:
@@ -158,7 +158,7 @@ def located(key: str, text: str, roots: Roots) -> str:
 
 
 def field_of(problem: str, known: Mapping[str, Any]) -> str:
-    """The key of the knob that a message speaks of first, or ""."""
+    """The key of the option that a message speaks of first, or ""."""
     return next((key for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", problem) if key in known), "")
 
 

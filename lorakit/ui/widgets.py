@@ -1,4 +1,4 @@
-"""Small pieces of HTML, and the widget that belongs to a knob."""
+"""Small pieces of HTML, and the widget that belongs to an option."""
 
 from __future__ import annotations
 
@@ -104,8 +104,12 @@ def ago(moment: float, say: Say) -> str:
 
 
 def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
-    """The widget for a knob. Bounds are in its help, and are judged by the config alone."""
-    common = {"label": t(f"knob.{field.key}"), "info": t(f"help.{field.key}"), "elem_id": element_id(field.key)} | more
+    """The widget for an option. Bounds are in its help, and are judged by the config alone."""
+    common = {
+        "label": t(f"option.{field.key}"),
+        "info": t(f"help.{field.key}"),
+        "elem_id": element_id(field.key),
+    } | more
     shown = field.shown(value)
     if field.kind == "switch":
         return gr.Checkbox(value=shown, **common)
@@ -127,5 +131,5 @@ def answered(made: Any) -> Any:
 
 
 def element_id(key: str) -> str:
-    """The HTML id of a knob's widget."""
-    return "knob-" + key.replace(".", "-")
+    """The HTML id of an option's widget."""
+    return "option-" + key.replace(".", "-")

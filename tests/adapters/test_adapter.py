@@ -9,7 +9,7 @@ import torch
 from exercise import METHODS, module_of, predict, randomize, train
 
 from lorakit import adapters, families
-from lorakit.adapters.weights import Layer
+from lorakit.adapters.weights import LoraLayer
 from lorakit.config import DoraConfig, LoraConfig, RsLoraConfig
 from lorakit.core.errors import LorakitError
 
@@ -178,7 +178,7 @@ def test_detach_leaves_the_base_as_it_was(sd1: Any, method: str) -> None:
 # -- the arithmetic, against numpy ------------------------------------------------------------------------------
 
 
-def merged(base: np.ndarray, layer: Layer, strength: float = 1.0) -> np.ndarray:
+def merged(base: np.ndarray, layer: LoraLayer, strength: float = 1.0) -> np.ndarray:
     """W + strength (W' - W) by the formulas of `weights`, in float64."""
     part = {name: tensor.double().numpy() for name, tensor in layer.factors().items()}
     if layer.method == "loha":

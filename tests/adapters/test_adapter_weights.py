@@ -14,7 +14,7 @@ from peft import get_peft_model_state_dict
 import lorakit
 from lorakit import adapters
 from lorakit.adapters.dora import column_norms
-from lorakit.adapters.weights import AdapterWeights, Hadamard, Layer
+from lorakit.adapters.weights import AdapterWeights, LohaLayer, LoraLayer
 from lorakit.config import DoraConfig, LoraConfig, PissaConfig
 from lorakit.core.errors import LorakitError
 
@@ -47,8 +47,8 @@ def test_applied_weights_may_have_a_rank_and_scale_for_each_layer(sd1: Any) -> N
     draw = torch.Generator().manual_seed(0)
     to_q, conv = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.mid_block.resnets.0.conv1"
     layers = {
-        to_q: Layer(torch.randn((3, 64), generator=draw), torch.randn((64, 3), generator=draw), 1.0),
-        conv: Layer(
+        to_q: LoraLayer(torch.randn((3, 64), generator=draw), torch.randn((64, 3), generator=draw), 1.0),
+        conv: LoraLayer(
             0.1 * torch.randn((5, 64, 3, 3), generator=draw), 0.1 * torch.randn((64, 5, 1, 1), generator=draw), 2.0
         ),
     }
@@ -166,10 +166,10 @@ def test_applying_what_does_not_fit_says_why(sd1: Any, attach: Any) -> None:
         adapters.apply(sd1, replace(weights, family="sdxl"))
     with pytest.raises(LorakitError, match=r"has no layer unet\.nowhere"):
         adapters.apply(sd1, replace(weights, layers={"unet.nowhere": layer}))
-    loha = Hadamard(*(torch.ones(2, 2) for _ in range(4)), alpha=2.0)
+    loha = LohaLayer(*(torch.ones(2, 2) for _ in range(4)), alpha=2.0)
     with pytest.raises(LorakitError, match="mixes loha and lora: only one method"):
         fitting = {n: x for n, x in weights.layers.items() if x.size != (2, 2)}
-        square = Hadamard(*(torch.ones(s) for s in ((64, 2), (2, 64)) * 2), alpha=2.0)
+        square = LohaLayer(*(torch.ones(s) for s in ((64, 2), (2, 64)) * 2), alpha=2.0)
         adapters.apply(sd1, replace(weights, layers={**fitting, TO_Q: square}))
     with pytest.raises(LorakitError, match=r"in the base, \(2, 2\) in the adapter"):
         adapters.apply(sd1, replace(weights, layers={name: loha}))

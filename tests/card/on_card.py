@@ -21,7 +21,7 @@ from lorakit.config import Config
 from lorakit.core.errors import LorakitError
 from lorakit.families import loading
 from lorakit.training import run as train
-from lorakit.training.optimizer_step import Update
+from lorakit.training.optimizer_step import OptimizerStep
 
 card: Any = torch.cuda.card
 STEPS = 4
@@ -126,7 +126,7 @@ def test_in_half_precision_the_graphs_are_believed_too(bases, photos, tmp_path):
 def test_nothing_is_waited_for_in_a_step(bases, photos, tmp_path, monkeypatch, changes):
     """Nor is anything of the photos copied: what the host sends for a step is smaller than one latent."""
     seen: list[tuple[int, int]] = []
-    step = Update.__call__
+    step = OptimizerStep.__call__
 
     def counted(self, number):
         before = card.waited(), card.copied()
@@ -134,7 +134,7 @@ def test_nothing_is_waited_for_in_a_step(bases, photos, tmp_path, monkeypatch, c
         seen.append((card.waited() - before[0], card.copied() - before[1]))
         return made
 
-    monkeypatch.setattr(Update, "__call__", counted)
+    monkeypatch.setattr(OptimizerStep, "__call__", counted)
     monkeypatch.setattr(train, "READ_EVERY", STEPS)
     train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__batch_size=5, **changes))
     # At the first step a graph is compared with the pass without it, at the second another with the optimizer's step.
@@ -214,7 +214,7 @@ def test_a_card_that_is_full_is_told_with_what_to_change(bases, photos, tmp_path
 @pytest.mark.gpu
 def test_a_stopped_run_goes_on_to_the_same_bits(bases, photos, tmp_path, monkeypatch):
     straight = train.train(chosen(bases["sd1"], photos, tmp_path / "straight"))
-    step = Update.__call__
+    step = OptimizerStep.__call__
 
     def stopping(self, number):
         if number == 1:
@@ -222,7 +222,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(bases, photos, tmp_path, monkeyp
         return step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Update, "__call__", stopping)
+        patch.setattr(OptimizerStep, "__call__", stopping)
         with pytest.raises(train.Stopped):
             train.train(chosen(bases["sd1"], photos, tmp_path / "cut"))
     resumed = train.resume(tmp_path / "cut")

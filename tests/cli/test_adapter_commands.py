@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorakit import formats
-from lorakit.adapters.weights import AdapterWeights, Layer
+from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.cli import main as cli
 
 NAMES = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_{part}" for part in ("q", "k")]
@@ -17,7 +17,7 @@ def adapter(seed: int = 0, family: str = "sd1") -> AdapterWeights:
     """Rank 4 on two layers of the tiny pipelines' middle block, which are 64 wide and attend to text of width 32."""
     generator = torch.Generator().manual_seed(seed)
     layers = {
-        name: Layer(torch.randn(4, into, generator=generator), torch.randn(64, 4, generator=generator) * 0.1, 2.0)
+        name: LoraLayer(torch.randn(4, into, generator=generator), torch.randn(64, 4, generator=generator) * 0.1, 2.0)
         for name, into in zip(NAMES, (64, 32), strict=True)
     }
     return AdapterWeights(family, "lora", layers)

@@ -156,8 +156,8 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_an_error_of_ours_is_one_line_and_a_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "knobs", raising(ZeroDivisionError("one\ntwo")))
-    code, out, err = run("knobs")
+    monkeypatch.setattr(config, "options", raising(ZeroDivisionError("one\ntwo")))
+    code, out, err = run("options")
     assert (code, out) == (1, "")
     found = re.fullmatch(r"lorakit: internal error: ZeroDivisionError: one; traceback in (\S+)\n", err)
     assert found is not None
@@ -168,17 +168,17 @@ def test_an_error_of_ours_is_one_line_and_a_log(run: Run, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("mine"), LorakitError("yours")])
 def test_who_asks_for_the_traceback_gets_it(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr(config, "knobs", raising(error))
+    monkeypatch.setattr(config, "options", raising(error))
     monkeypatch.setenv("LORAKIT_TRACEBACK", "1")
     with pytest.raises(type(error)):
-        run("knobs")
+        run("options")
 
 
 def test_too_little_memory_is_told_with_the_ways_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(config, "knobs", raising(torch.cuda.OutOfMemoryError("tried to allocate 2 GiB")))
-    code, _, err = run("knobs")
+    monkeypatch.setattr(config, "options", raising(torch.cuda.OutOfMemoryError("tried to allocate 2 GiB")))
+    code, _, err = run("options")
     assert code == 1
     assert err == (
         "lorakit: this command: not enough memory on the device; cheapest first, set "
@@ -188,8 +188,8 @@ def test_too_little_memory_is_told_with_the_ways_out(run: Run, monkeypatch: pyte
 
 
 def test_an_interrupt_exits_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "knobs", raising(KeyboardInterrupt()))
-    assert run("knobs") == (130, "", "lorakit: interrupted\n")
+    monkeypatch.setattr(config, "options", raising(KeyboardInterrupt()))
+    assert run("options") == (130, "", "lorakit: interrupted\n")
 
 
 def test_a_stopped_run_exits_with_130_and_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_every_line_of_an_error_is_prefixed(run: Run, monkeypatch: pytest.Monkey
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    done = shell("lorakit knobs | head -n 1")
+    done = shell("lorakit options | head -n 1")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == 'model.base = "pocket"  (text)\n'
 
@@ -455,14 +455,14 @@ def test_doctor_exits_with_1_where_something_is_bad(run: Run, monkeypatch: pytes
     assert run("doctor")[0] == 0
 
 
-def test_knobs_are_listed_with_default_and_bounds(run: Run) -> None:
-    code, out, _ = run("knobs")
+def test_options_are_listed_with_default_and_bounds(run: Run) -> None:
+    code, out, _ = run("options")
     assert code == 0
     assert "adapter.rank = 16  (whole number, 1 to 1024)\n" in out
     assert "adapter.alpha = unset  (number, above 0)\n" in out
     assert "train.seed = 0  (whole number, 0 or more)\n" in out or "train.seed = 0  (whole number, 0 to " in out
     assert 'output.formats = ["kohya"]  (list of kohya, diffusers, peft)\n' in out
-    assert all(knob.key in out for knob in config.knobs())
+    assert all(option.key in out for option in config.options())
 
 
 def test_the_front_end_says_what_it_needs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from lorakit import config
 from lorakit.config import ConfigError
-from lorakit.config.option import Knob, checked
+from lorakit.config.option import Option, checked
 
 STEPS = {"train.steps": 1}
 
@@ -67,7 +67,7 @@ def test_an_option_of_another_method_is_an_error(monkeypatch: pytest.MonkeyPatch
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Block(config.LoraConfig):
         method: typing.Literal["block"] = "block"  # type: ignore[assignment]
-        block_size: int = config.knob(4, "Rows of a block.", low=1)
+        block_size: int = config.option(4, "Rows of a block.", low=1)
 
     monkeypatch.setitem(config.ADAPTER_SECTIONS, "block", Block)
     assert config.from_tables({}, {**STEPS, "adapter.method": "block", "adapter.block_size": 8}).adapter.block_size == 8  # type: ignore[union-attr]
@@ -154,11 +154,11 @@ def test_a_whole_number_may_stand_for_a_number_but_not_the_other_way() -> None:
 
 
 def test_bounds_themselves_are_inside() -> None:
-    for knob in config.knobs():
-        for bound in (knob.low, knob.high):
+    for option in config.options():
+        for bound in (option.low, option.high):
             if bound is not None:
-                wanted = int if knob.type is int or knob.type == (int | None) else float
-                assert checked(knob, wanted(bound)) == (None, bound), knob.key
+                wanted = int if option.type is int or option.type == (int | None) else float
+                assert checked(option, wanted(bound)) == (None, bound), option.key
 
 
 def test_unset_is_allowed_where_it_means_something() -> None:
@@ -317,7 +317,7 @@ def test_an_unknown_preset_names_the_nearest_and_all() -> None:
         ("nothing.known=3", ("nothing.known", 3)),
     ],
 )
-def test_overrides_are_read_as_the_knobs_type(text: str, value: tuple[str, Any]) -> None:
+def test_overrides_are_read_as_the_options_type(text: str, value: tuple[str, Any]) -> None:
     assert config.parse_override(text) == value
 
 
@@ -361,13 +361,13 @@ def test_resolved_text_is_utf8_and_says_everything() -> None:
     loaded = config.load("subject-pocket")
     tables = tomllib.loads(config.to_toml(loaded))
     told = {f"{section}.{name}" for section, table in tables.items() for name in table}
-    unset = {knob.key for knob in config.knobs() if getattr(getattr(loaded, knob.section), knob.name) is None}
-    assert told | unset == {knob.key for knob in config.knobs()}
+    unset = {option.key for option in config.options() if getattr(getattr(loaded, option.section), option.name) is None}
+    assert told | unset == {option.key for option in config.options()}
 
 
 def test_no_place_on_the_machine_is_in_the_metadata() -> None:
     secret = "/somewhere/private"
-    places = {knob.key: secret for knob in config.knobs() if knob.path}
+    places = {option.key: secret for option in config.options() if option.path}
     assert set(places) == {"model.base", "model.tokenizer", "data.folder", "train.init_from", "output.folder"}
     loaded = config.load("subject-sd15", {**places, "data.name": "sks dog"})
     assert secret in config.to_toml(loaded)
@@ -376,9 +376,9 @@ def test_no_place_on_the_machine_is_in_the_metadata() -> None:
     assert public["data"]["name"] == "sks dog"
 
 
-# -- every knob -----------------------------------------------------------------------------------------------------
+# -- every option -----------------------------------------------------------------------------------------------------
 
-# What a knob needs beside it to be allowed to change.
+# What an option needs beside it to be allowed to change.
 COMPANIONS: dict[str, dict[str, Any]] = {
     "optimizer.text_encoder_learning_rate": {"adapter.train_text_encoder": True},
     "adapter.new_tokens": {"data.name": "sks toy"},
@@ -393,37 +393,37 @@ COMPANIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def another(knob: Knob) -> Any:
+def another(option: Option) -> Any:
     """A valid value that is not the default."""
-    kinds = typing.get_args(knob.type) if not isinstance(knob.type, type) else ()
-    choices = knob.choices or (kinds if typing.get_origin(knob.type) is typing.Literal else ())
-    if typing.get_origin(knob.type) is tuple:
+    kinds = typing.get_args(option.type) if not isinstance(option.type, type) else ()
+    choices = option.choices or (kinds if typing.get_origin(option.type) is typing.Literal else ())
+    if typing.get_origin(option.type) is tuple:
         return tuple(choices[1:2]) if choices else ("something else",)
     if choices:
-        return next(choice for choice in choices if choice != knob.default)
-    if knob.type is bool:
-        return not knob.default
-    if knob.type is str:
+        return next(choice for choice in choices if choice != option.default)
+    if option.type is bool:
+        return not option.default
+    if option.type is str:
         return "something else"
-    if knob.type is int or int in kinds:
-        return 8 if knob.default is None else knob.default + 8
-    return 0.5 if knob.high is None else knob.high / 2
+    if option.type is int or int in kinds:
+        return 8 if option.default is None else option.default + 8
+    return 0.5 if option.high is None else option.high / 2
 
 
-@pytest.mark.parametrize("knob", config.knobs(), ids=lambda knob: knob.key)
-def test_every_knob_changes_the_resolved_config(knob: Knob) -> None:
-    base = {"train.steps": 99} | COMPANIONS.get(knob.key, {})
-    value = another(knob)
-    after = config.from_tables({}, base | {knob.key: value})
-    assert getattr(getattr(after, knob.section), knob.name) == value
-    assert getattr(getattr(config.Config(), knob.section), knob.name) != value
+@pytest.mark.parametrize("option", config.options(), ids=lambda option: option.key)
+def test_every_option_changes_the_resolved_config(option: Option) -> None:
+    base = {"train.steps": 99} | COMPANIONS.get(option.key, {})
+    value = another(option)
+    after = config.from_tables({}, base | {option.key: value})
+    assert getattr(getattr(after, option.section), option.name) == value
+    assert getattr(getattr(config.Config(), option.section), option.name) != value
     assert config.from_tables(tomllib.loads(config.to_toml(after))) == after
 
 
-@pytest.mark.parametrize("knob", config.knobs(), ids=lambda knob: knob.key)
-def test_every_knob_says_what_it_is(knob: Knob) -> None:
-    assert knob.help.endswith((".", "'"))
-    assert len(knob.help) <= 120
+@pytest.mark.parametrize("option", config.options(), ids=lambda option: option.key)
+def test_every_option_says_what_it_is(option: Option) -> None:
+    assert option.help.endswith((".", "'"))
+    assert len(option.help) <= 120
 
 
 def test_a_config_cannot_be_written_into() -> None:

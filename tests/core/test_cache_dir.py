@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.cli import doctor
-from lorakit.core.cache_dir import cache_folder
+from lorakit.core.cache_dir import cache_dir
 from lorakit.data import latents
 from lorakit.inference import sampling
 
@@ -26,8 +26,8 @@ def test_the_variable_else_the_home_folder(
     monkeypatch.delenv("LORAKIT_CACHE", raising=False)
     if variable is not None:
         monkeypatch.setenv("LORAKIT_CACHE", variable)
-    assert cache_folder() == Path(place.format(home=tmp_path))
+    assert cache_dir() == Path(place.format(home=tmp_path))
 
 
 def test_everybody_looks_there() -> None:
-    assert doctor.cache_folder is sampling.cache_folder is latents.cache_folder is cache_folder
+    assert doctor.cache_dir is sampling.cache_dir is latents.cache_dir is cache_dir

@@ -19,8 +19,8 @@ from lorakit.data import checks
 from lorakit.engine import cuda_graphs, device as devices
 from lorakit.runs import memory_estimate
 from lorakit.training import run as train
-from lorakit.training.loss_step import Step
-from lorakit.training.optimizer_step import Update
+from lorakit.training.loss_step import LossStep
+from lorakit.training.optimizer_step import OptimizerStep
 from lorakit.training.precompute import encode
 
 
@@ -45,13 +45,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return short_run.noise(tmp_path_factory.mktemp("photos"), 5)
 
 
-def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Step, Any]:
+def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[LossStep, Any]:
     info = families.describe(settings.model.base)
     family = families.load(info, device, dtype, settings.memory.base_storage)
     family.acquire("unet")
     adapter = adapters.attach(family, settings.adapter, seed=0)
     encoded = encode(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
-    step = Step(family, adapter, encoded, settings.train)
+    step = LossStep(family, adapter, encoded, settings.train)
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(device).manual_seed(len(name)))
@@ -60,7 +60,7 @@ def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = t
     return step, adapter
 
 
-def both(step: Step, adapter: Any, record: cuda_graphs.Record, batches: int = 5) -> Any:
+def both(step: LossStep, adapter: Any, record: cuda_graphs.Record, batches: int = 5) -> Any:
     """For each batch: (loss and gradients without, the same by replay)."""
     parameters = list(adapter.parameters().values())
 
@@ -248,7 +248,7 @@ def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatc
     for forgets in (False, True):
         monkeypatch.setattr(cuda_graphs, "recorder", lambda *_: (record, ""))
         step, _ = step_of(settings)
-        update = Update(settings, step, 6, print)
+        update = OptimizerStep(settings, step, 6, print)
         assert update.forget() is False
         recorded.clear()
         for _ in range(2):  # the optimizer's first step makes its state
@@ -260,7 +260,7 @@ def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatc
         found.append(update.flats[0].weights.detach().clone())
     assert torch.equal(*found)
     monkeypatch.setattr(cuda_graphs, "recorder", lambda *_: (None, ""))
-    assert Update(settings, step_of(settings)[0], 6, print).forget() is False
+    assert OptimizerStep(settings, step_of(settings)[0], 6, print).forget() is False
 
 
 def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):

@@ -94,9 +94,9 @@ def test_names_are_canonical_for_files_without_the_prefix(copy: Copy) -> None:
 def test_idle_layers_are_the_last_of_sdxls_first_text_encoder(tiny_sdxl: Path, tiny_sd1: Path) -> None:
     last = "text_encoder.text_model.encoder.layers.2."
     info = families.describe(tiny_sdxl)
-    assert info.idle == {name for name in info.layers if name.startswith(last)}
-    assert len(info.idle) == 6
-    assert families.describe(tiny_sd1).idle == frozenset()
+    assert info.untrained_layers == {name for name in info.layers if name.startswith(last)}
+    assert len(info.untrained_layers) == 6
+    assert families.describe(tiny_sd1).untrained_layers == frozenset()
 
 
 def test_bytes_are_those_on_disk(tiny_sd1: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from lorakit import families
-from lorakit.families.conditioning import Condition
+from lorakit.families.conditioning import Conditioning
 from lorakit.training import objective
 
 TEXTS = ["a photo of sks toy", "", "a very long text " * 30]
@@ -229,10 +229,10 @@ def test_the_hub_is_never_asked(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
 # -- conditions -------------------------------------------------------------------------------------------------
 
 
-def condition(rows: int, sizes: bool = True) -> Condition:
+def condition(rows: int, sizes: bool = True) -> Conditioning:
     states = torch.arange(rows * 6.0).reshape(rows, 2, 3)
     ids = torch.arange(rows * 6).reshape(rows, 6) if sizes else None
-    return Condition(states, torch.arange(rows * 2.0).reshape(rows, 2), ids)
+    return Conditioning(states, torch.arange(rows * 2.0).reshape(rows, 2), ids)
 
 
 def test_conditions_are_indexed_joined_and_repeated() -> None:
@@ -240,14 +240,14 @@ def test_conditions_are_indexed_joined_and_repeated() -> None:
     picked = three.index(torch.tensor([2, 0, 2]))
     assert torch.equal(picked.encoder_hidden_states, three.encoder_hidden_states[[2, 0, 2]])
     assert torch.equal(picked.time_ids, three.time_ids[[2, 0, 2]])
-    joined = Condition.cat([three, picked])
+    joined = Conditioning.cat([three, picked])
     assert len(joined) == 6
     assert torch.equal(joined.pooled, torch.cat([three.pooled, picked.pooled]))
     repeated = condition(1).expand(4)
     assert repeated.encoder_hidden_states.shape == (4, 2, 3)
     assert repeated.time_ids.shape == (4, 6)
     bare = condition(2, sizes=False)
-    assert Condition.cat([bare, bare]).time_ids is None
+    assert Conditioning.cat([bare, bare]).time_ids is None
     assert torch.equal(bare.with_sizes(three.time_ids[:2]).time_ids, three.time_ids[:2])
 
 

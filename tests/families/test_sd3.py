@@ -102,7 +102,7 @@ def test_what_the_folder_is(folder: Path) -> None:
     assert set(info.bytes) == {"unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     # Sixteen pixels to a patch: two latents of eight.
     assert checks.step_of(info) == 16
-    assert info.idle == {f"unet.transformer_blocks.{tiny_sd3.BLOCKS - 1}.attn.add_q_proj"}
+    assert info.untrained_layers == {f"unet.transformer_blocks.{tiny_sd3.BLOCKS - 1}.attn.add_q_proj"}
 
 
 def test_texts_are_encoded_as_the_pipeline_does_it(sd3: Any, pipeline: Any) -> None:

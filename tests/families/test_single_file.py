@@ -52,7 +52,11 @@ def refusal(file: Path, **said: Any) -> str:
 def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str, made: Any) -> None:
     _, folder, file = made[family]
     there, here = families.describe(folder), describe(file, folder)
-    assert (here.layers, here.idle, here.cross_dim) == (there.layers, there.idle, there.cross_dim)
+    assert (here.layers, here.untrained_layers, here.cross_dim) == (
+        there.layers,
+        there.untrained_layers,
+        there.cross_dim,
+    )
     assert (here.downscale, here.max_tokens, here.latent_channels) == (8, 77, 4)
     assert (here.family, here.loader) == (family, "sdxl" if family == "sdxl" else "sd")
     one, other = (families.load(info, "cpu", torch.float32) for info in (there, here))

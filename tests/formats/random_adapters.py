@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, Hadamard, Kronecker, Layer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, LohaLayer, LokrLayer, LoraLayer
 
 LISTS = {"sd1": "sd15", "sd2": "sd2", "sdxl": "sdxl"}
 GROUPS = {"attn": "attention", "conv3x3+time_emb (resnet/samplers)": "conv"}
@@ -21,31 +21,31 @@ def frozen(family: str) -> list[tuple[str, str, str, str, tuple[int, ...]]]:
 
 def layer(
     shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator, magnitude: bool = False
-) -> Layer:
+) -> LoraLayer:
     """A layer with normal numbers, both factors non-zero."""
     outputs, inputs, *kernel = shape
     down = torch.randn(rank, inputs, *kernel, generator=generator) / inputs**0.5
     up = torch.randn(outputs, rank, *(1 for _ in kernel), generator=generator) * 0.1
     scales = torch.rand(1, inputs, *(1 for _ in kernel), generator=generator) + 0.5 if magnitude else None
-    return Layer(down, up, alpha, scales)
+    return LoraLayer(down, up, alpha, scales)
 
 
-def loha(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator) -> Hadamard:
+def loha(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator) -> LohaLayer:
     """A LoHa layer with normal numbers."""
     out, columns = shape[0], int(np.prod(shape[1:]))
     sides = [torch.randn(out, rank, generator=generator), torch.randn(rank, columns, generator=generator)] * 2
     w1_a, w1_b, w2_a, w2_b = (0.3 * torch.randn(side.shape, generator=generator) for side in sides)
-    return Hadamard(w1_a, w1_b, w2_a, w2_b, alpha)
+    return LohaLayer(w1_a, w1_b, w2_a, w2_b, alpha)
 
 
-def lokr(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator) -> Kronecker:
+def lokr(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator) -> LokrLayer:
     """A LoKr layer cut as LyCORIS cuts it, with normal numbers."""
     (a, b), (c, d) = cut(shape[0]), cut(shape[1])
     kernel = tuple(shape[2:])
     columns, whole = d * int(np.prod(kernel)), rank >= max(b, d) / 2
     sizes = [(b, columns)] if whole else [(b, rank), (rank, columns)]
     w2 = tuple(0.3 * torch.randn(size, generator=generator) for size in sizes)
-    return Kronecker((torch.randn(a, c, generator=generator),), w2, alpha, kernel if whole else ())
+    return LokrLayer((torch.randn(a, c, generator=generator),), w2, alpha, kernel if whole else ())
 
 
 def cut(width: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from lycoris.modules.locon import LoConModule
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lorakit.adapters.weights import AdapterWeights, Layer
+from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import adapter_math, diffusers, kohya, peft, read
 from lorakit.formats.edit.extract import merged
@@ -52,7 +52,7 @@ def test_kohya_tensors_equal_the_frozen_list(family, conv):
     rows = [row for row in kept if conv or not row[3].startswith("conv")]
     layers = {}
     for name, _, _, _, (out, into, *kernel) in rows:
-        layers[name] = Layer(torch.zeros(2, into, *kernel), torch.zeros(out, 2, *(1 for _ in kernel)), 2.0)
+        layers[name] = LoraLayer(torch.zeros(2, into, *kernel), torch.zeros(out, 2, *(1 for _ in kernel)), 2.0)
     made = kohya.tensors(AdapterWeights(family, "lora", layers), "fp16")
     expected = {}
     for name, by_blocks, by_sgm, _, (out, into, *kernel) in rows:

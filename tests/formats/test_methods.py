@@ -16,7 +16,7 @@ from lycoris.modules import get_module, make_module
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lorakit.adapters.weights import AdapterWeights, Kronecker
+from lorakit.adapters.weights import AdapterWeights, LokrLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import diffusers, kohya, peft, read
 from lorakit.formats.compatibility import foresee
@@ -161,7 +161,7 @@ def test_plain_lora_of_the_same_delta(base, tmp_path, method):
 
 def test_a_lokr_that_peft_cannot_cut_is_refused(tmp_path):
     """Cut by a factor of 2 where PEFT cuts into 4 * 4."""
-    layer = Kronecker((torch.ones(2, 2),), (torch.ones(8, 8),), 1.0)
+    layer = LokrLayer((torch.ones(2, 2),), (torch.ones(8, 8),), 1.0)
     weights = AdapterWeights("sd2", "lokr", {"unet.mid_block.attentions.0.proj_in": layer})
     with pytest.raises(LorakitError, match="PEFT cuts a LoKr in another way; export it as kohya"):
         write(weights, tmp_path, "peft")

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from lorakit.adapters.weights import AdapterWeights, Layer
+from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import kohya
 from lorakit.formats.edit.extract import extract, merge, merged
@@ -44,7 +44,7 @@ def test_resize_by_energy_keeps_as_little_as_it_may(energy):
 
 
 def test_a_zero_layer_stays_zero():
-    layer = Layer(torch.ones(4, 8), torch.zeros(8, 4), 4.0)
+    layer = LoraLayer(torch.ones(4, 8), torch.zeros(8, 4), 4.0)
     made = resize(AdapterWeights("sd1", "lora", {"x": layer}), energy=0.9).layers["x"]
     assert not made.delta().any() and torch.isfinite(made.down).all()
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lorakit.adapters.weights import AdapterWeights, Layer
+from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.formats import diffusers, kohya, peft
 from lorakit.formats.verify import verify_effect, verify_file
 
@@ -141,7 +141,7 @@ def test_dora_magnitudes_are_compared(tmp_path):
 def test_learning_rate_zero_is_found(tmp_path):
     """An adapter as it is before training: `up` is zero everywhere."""
     layers = {
-        name: Layer(layer.down, torch.zeros_like(layer.up), layer.alpha)
+        name: LoraLayer(layer.down, torch.zeros_like(layer.up), layer.alpha)
         for name, layer in random_adapters.adapter(SHAPES, "sd1").layers.items()
     }
     weights = AdapterWeights("sd1", "lora", layers)

@@ -26,7 +26,7 @@ def ended(queue: Queue) -> bool:
 
 def test_one_that_fails_does_not_stop_the_rest(tmp_path: Path):
     queue = Queue(tmp_path / "runs")
-    for arguments in (["knobs"], ["export", str(tmp_path / "no.safetensors"), "--to", "peft"], ["knobs", "--json"]):
+    for arguments in (["options"], ["export", str(tmp_path / "no.safetensors"), "--to", "peft"], ["options", "--json"]):
         queue.command(arguments, tmp_path)
     assert [job.state for job in queue.jobs()] == ["waiting"] * 3
     queue.start()
@@ -39,7 +39,7 @@ def test_one_that_fails_does_not_stop_the_rest(tmp_path: Path):
 
 def test_a_job_taken_back_is_not_run(tmp_path: Path):
     queue = Queue(tmp_path)
-    job = queue.command(["knobs"], tmp_path)
+    job = queue.command(["options"], tmp_path)
     assert queue.cancel(job.number)
     assert not queue.cancel(job.number)
     queue.work()
@@ -71,7 +71,7 @@ def test_a_killed_worker_leaves_the_truth(tmp_path: Path):
     os.mkfifo(photos)
     # Reading a pipe that nobody writes to: a command that takes for ever.
     queue.command(["inspect", str(photos)], tmp_path / "nothing")
-    queue.command(["knobs"], tmp_path)
+    queue.command(["options"], tmp_path)
     worker = subprocess.Popen([sys.executable, "-m", "lorakit.runs.queue", str(tmp_path)])
     wait_until(lambda: queue.jobs()[0].state == "running")
     assert queue.is_working()
@@ -89,8 +89,8 @@ def test_a_killed_worker_leaves_the_truth(tmp_path: Path):
 
 def test_half_written_jobs_are_passed_over(tmp_path: Path):
     queue = Queue(tmp_path)
-    queue.command(["knobs"], tmp_path)
+    queue.command(["options"], tmp_path)
     (queue.folder / "000002.json").write_text('{"number": 2')
     (queue.folder / "000003.json").write_text('{"other": 1}')
     assert [job.number for job in queue.jobs()] == [1]
-    assert queue.command(["knobs"], tmp_path).number > 1
+    assert queue.command(["options"], tmp_path).number > 1

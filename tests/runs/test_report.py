@@ -142,7 +142,7 @@ def test_the_best_checkpoint_and_its_figures_are_told(run):
 def test_what_was_not_measured_is_not_there(run, tmp_path):
     empty = RunFolder.create(config.load(None, {"train.steps": 1, "output.folder": str(tmp_path / "empty")}))
     text = report.html(empty, run.config, run.plan, run.photos, [], FINDINGS)
-    for title in ("Curves", "Samples", "validation"):
+    for title in ("Curves", "SampleInputs", "validation"):
         assert f"<h2>{title}" not in text
     assert "Best checkpoint" not in text and report.contact_sheet(empty) is None
 

@@ -11,8 +11,8 @@ from PIL import Image
 from lorakit import adapters, config, families
 from lorakit.data import checks
 from lorakit.training import optimizers
-from lorakit.training.loss_step import Step
-from lorakit.training.optimizer_step import Update
+from lorakit.training.loss_step import LossStep
+from lorakit.training.optimizer_step import OptimizerStep
 from lorakit.training.precompute import encode
 
 STEPS, PARTS = 3, 2
@@ -45,13 +45,13 @@ def chosen(base: Path, photos: Path, **changes: Any) -> config.Config:
     return config.load(None, asked | {name.replace("__", "."): value for name, value in changes.items()})
 
 
-def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, Step]:
+def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, LossStep]:
     info = families.describe(settings.model.base)
     family = families.load(info, "cpu", dtype)
     adapter = adapters.attach(family, settings.adapter, seed=0, trigger=settings.data.trigger)
     encoded = encode(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
     adapters.slim(family)
-    return adapter, Step(family, adapter, encoded, settings.train)
+    return adapter, LossStep(family, adapter, encoded, settings.train)
 
 
 def plainly(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, list[float]]:
@@ -75,7 +75,7 @@ def plainly(settings: config.Config, dtype: torch.dtype = torch.float32) -> tupl
 
 def updated(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, list[float]]:
     adapter, step = prepared(settings, dtype)
-    update = Update(settings, step, STEPS, print)
+    update = OptimizerStep(settings, step, STEPS, print)
     return adapter, [update(number)[1].item() for number in range(STEPS)]
 
 

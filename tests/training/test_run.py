@@ -25,7 +25,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.data import latents
 from lorakit.inference import sampling
 from lorakit.training import checkpoint, checkpoint_export, run as train
-from lorakit.training.loss_step import Step
+from lorakit.training.loss_step import LossStep
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_sampling_and_validation_do_not_disturb_training(tiny_sd1, photos, tmp_p
 
 def not_finite_at(index: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of one batch is NaN, so many times."""
-    loss, left = Step.loss, [times]
+    loss, left = LossStep.loss, [times]
 
     def poisoned(self, at):
         value = loss(self, at)
@@ -315,7 +315,7 @@ def not_finite_at(index: int, times: int, monkeypatch: pytest.MonkeyPatch) -> No
             return value * float("nan")
         return value
 
-    monkeypatch.setattr(Step, "loss", poisoned)
+    monkeypatch.setattr(LossStep, "loss", poisoned)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(tiny_sd1, photos, tmp_path, monkeypatch):
@@ -346,7 +346,7 @@ def test_too_little_memory_for_a_step_names_what_would_help(tiny_sd1, photos, tm
     def full(self, index):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Step, "loss", full)
+    monkeypatch.setattr(LossStep, "loss", full)
     with pytest.raises(LorakitError) as caught:
         run(tiny_sd1, photos, tmp_path / "run")
     assert str(caught.value) == (
@@ -420,13 +420,13 @@ def test_rollback_does_not_go_round_for_ever(tiny_sd1, photos, tmp_path, monkeyp
 
 def test_the_texts_that_are_encoded_are_the_captions_with_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
     seen: list[str] = []
-    instance = Step._instance_term
+    instance = LossStep._instance_term
 
     def spy(self, batch):
         seen.extend(self.encoded.dataset.texts[i] for i in batch.texts.tolist())
         return instance(self, batch)
 
-    monkeypatch.setattr(Step, "_instance_term", spy)
+    monkeypatch.setattr(LossStep, "_instance_term", spy)
     run(tiny_sd1, photos, tmp_path / "run", train__steps=None, train__epochs=1)
     assert all("sks" in text.split() for text in seen)
     assert "a photo of a sks toy on a beach" in seen and "a sks toy in the snow" in seen
@@ -444,13 +444,13 @@ def test_swapping_two_captions_changes_the_adapter(tiny_sd1, photos, tmp_path):
 
 def test_every_photo_is_seen_once_an_epoch(tiny_sd1, photos, tmp_path, monkeypatch):
     seen: list[str] = []
-    instance = Step._instance_term
+    instance = LossStep._instance_term
 
     def spy(self, batch):
         seen.extend(self.encoded.dataset.names(batch.bucket)[i] for i in batch.entries.tolist())
         return instance(self, batch)
 
-    monkeypatch.setattr(Step, "_instance_term", spy)
+    monkeypatch.setattr(LossStep, "_instance_term", spy)
     run(tiny_sd1, photos, tmp_path / "run", **{"train__steps": None, "train__epochs": 2})
     assert sorted(seen) == sorted([f"{n}.png" for n in range(5)] * 2)
 

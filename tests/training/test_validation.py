@@ -17,16 +17,16 @@ CHANNELS, SIDE = 4, 8
 
 
 @dataclass(frozen=True)
-class Condition:
+class Conditioning:
     """Embeddings of one number each."""
 
     values: torch.Tensor
 
-    def index(self, rows: torch.Tensor) -> "Condition":
-        return Condition(self.values[rows])
+    def index(self, rows: torch.Tensor) -> "Conditioning":
+        return Conditioning(self.values[rows])
 
-    def expand(self, count: int) -> "Condition":
-        return Condition(self.values.expand(count))
+    def expand(self, count: int) -> "Conditioning":
+        return Conditioning(self.values.expand(count))
 
 
 class Family:
@@ -81,11 +81,11 @@ def dataset(count: int = 3, variants: int = 1, seed: int = 0):
     return SimpleNamespace(buckets=[bucket])
 
 
-def conditions(count: int = 3) -> Condition:
-    return Condition(torch.arange(count) * 0.01)
+def conditions(count: int = 3) -> Conditioning:
+    return Conditioning(torch.arange(count) * 0.01)
 
 
-CLASS = Condition(torch.tensor([0.2]))
+CLASS = Conditioning(torch.tensor([0.2]))
 
 
 def by_hand(family: Family, validation: evaluate.Validation, data) -> dict[str, np.ndarray]:
@@ -137,7 +137,7 @@ def test_drift_is_the_relative_change_on_the_class_prompt():
     assert validation.run(Adapter(family, 0.1))["prior_drift"] == pytest.approx(0.25, rel=1e-5)
     assert validation.run(Adapter(family, 0.0))["prior_drift"] == 0.0
     # A trained text encoder moves the class prompt itself; the base's part stays that of the base.
-    moved = validation.run(Adapter(family, 0.0), class_condition=Condition(torch.tensor([0.4])))
+    moved = validation.run(Adapter(family, 0.0), class_condition=Conditioning(torch.tensor([0.4])))
     assert moved["prior_drift"] == pytest.approx(1.0, rel=1e-5)
     assert validation.source == "training photos"
 

@@ -48,18 +48,18 @@ class Person:
         field.press("Enter")
 
     def fill(self, key: str, text: object) -> None:
-        self.page.locator(f"#knob-{key.replace('.', '-')} :is(input, textarea)").first.fill(str(text))
+        self.page.locator(f"#option-{key.replace('.', '-')} :is(input, textarea)").first.fill(str(text))
 
     def says(self, element: str, text: str) -> None:
         self.page.locator(f"#{element}").get_by_text(text).first.wait_for()
 
-    def answer(self, **knobs: object) -> None:
+    def answer(self, **options: object) -> None:
         """Fill in options, and wait until each is told as changed."""
-        if not self.page.locator("#knob-train-seed").is_visible():
+        if not self.page.locator("#option-train-seed").is_visible():
             self.page.locator("#train-options > button").click()
-        for name, value in knobs.items():
+        for name, value in options.items():
             self.fill(name.replace("__", "."), value)
-        for name in knobs:
+        for name in options:
             self.says("train-changed", name.replace("__", "."))
 
     def start(self) -> str:
@@ -134,11 +134,11 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     assert (upload / "01.txt").read_text() == "sks toy <b>{{value}} ${1+1}</b>\n"
     # Five questions, of which the photos are answered already, and options that make the run short.
     page.locator("#photos-next").click()
-    assert page.locator("#knob-data-folder input").input_value() == str(upload)
+    assert page.locator("#option-data-folder input").input_value() == str(upload)
     person.fill("data.name", "sks toy")
     page.locator("#quality input[value=quick]").check()
     page.locator("#train-options > button").click()
-    page.locator("#knob-train-prior input[value=none]").check()
+    page.locator("#option-train-prior input[value=none]").check()
     person.answer(train__steps=6, train__batch_size=2, sample__steps=2, sample__prompts="a photo of sks toy")
     person.says("train-plan", "6 steps of 2 photos")
     name = person.start()
@@ -189,10 +189,10 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     first = front_end(room)
     person = Person(chromium, first.address)
     person.tab("train")
-    person.choose("knob-data-folder", room / "photos")
+    person.choose("option-data-folder", room / "photos")
     person.fill("data.name", "sks toy")
     person.page.locator("#train-options > button").click()
-    person.page.locator("#knob-train-prior input[value=none]").check()
+    person.page.locator("#option-train-prior input[value=none]").check()
     person.answer(train__steps=50_000, train__batch_size=1, sample__steps=1, train__save_every=5, train__holdout=0)
     name = person.start()
     run = room / "runs" / name
@@ -263,37 +263,37 @@ def test_what_is_wrong_is_said_where_it_is_wrong(person: Person, served, room: P
     page.locator("#photos-upload input[type=file]").set_input_files(room / "large.jpg")
     page.get_by_text("exceed the maximum allowed size").first.wait_for()
     person.tab("train")
-    person.choose("knob-data-folder", room / "photos")
+    person.choose("option-data-folder", room / "photos")
     person.fill("data.name", "sks toy")
     person.says("train-plan", "14 to train on")
     page.locator("#train-options > button").click()
     person.fill("adapter.rank", "0")
-    person.says("knob-adapter-rank", "must be between 1 and 1024")
+    person.says("option-adapter-rank", "must be between 1 and 1024")
     person.says("train-plan", "must be between 1 and 1024")
     assert page.locator("#train-start").is_disabled()
     person.fill("adapter.rank", "4")
-    person.says("knob-adapter-rank", "Changed from the preset")
+    person.says("option-adapter-rank", "Changed from the preset")
     person.says("train-changed", "adapter.rank: 8 → 4")
     # A reload keeps the answers.
     person.open(served.address)
     person.tab("train")
-    page.wait_for_function("document.querySelector('#knob-data-name :is(input, textarea)').value === 'sks toy'")
+    page.wait_for_function("document.querySelector('#option-data-name :is(input, textarea)').value === 'sks toy'")
     page.locator("#train-options > button").click()
     person.says("train-changed", "adapter.rank: 8 → 4")
     person.says("train-plan", "rank 4")
-    person.choose("knob-model-base", room / "photos")
-    person.says("knob-model-base", "model_index.json")
-    person.choose("knob-model-base", "pocket")
-    person.choose("knob-data-folder", room / "empty")
+    person.choose("option-model-base", room / "photos")
+    person.says("option-model-base", "model_index.json")
+    person.choose("option-model-base", "pocket")
+    person.choose("option-data-folder", room / "empty")
     person.says("train-plan", "0 images in")
     # A preset's difference is shown before it is applied.
     page.locator("#preset input").click()
     page.get_by_role("option", name="style-sdxl", exact=True).click()
     person.says("preset-difference", "adapter.rank")
-    assert page.locator("#knob-adapter-rank input").input_value() == "4"
+    assert page.locator("#option-adapter-rank input").input_value() == "4"
     page.locator("#preset-apply").click()
     person.says("preset-difference", "The preset changes nothing.")
-    assert page.locator("#knob-adapter-rank input").input_value() != "4"
+    assert page.locator("#option-adapter-rank input").input_value() != "4"
     person.tab("adapter")
     person.choose("adapter-path", "/etc/passwd")
     person.says("adapter-report", "is outside of")

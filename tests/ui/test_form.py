@@ -20,9 +20,9 @@ def test_a_form_gives_back_the_config_it_shows(preset: str, tmp_path: Path):
     assert read == shown
 
 
-def test_every_knob_has_a_field_and_every_kind_occurs():
+def test_every_option_has_a_field_and_every_kind_occurs():
     fields = form.fields()
-    assert {k.key for method in config.ADAPTER_SECTIONS for k in config.knobs(method)} == set(fields)
+    assert {k.key for method in config.ADAPTER_SECTIONS for k in config.options(method)} == set(fields)
     assert {field.kind for field in fields.values()} == {
         "text", "lines", "number", "whole", "switch", "choice", "choices",
     }  # fmt: skip
@@ -86,7 +86,7 @@ def test_quality_is_a_factor_on_the_presets_length():
 
 def test_neither_language_lacks_a_line():
     assert set(texts.table("en")) == set(texts.table("zh-Hant"))
-    assert set(zh_hant.KNOBS) == set(form.fields()), "every knob has its name and help in every language"
+    assert set(zh_hant.OPTIONS) == set(form.fields()), "every option has its name and help in every language"
     gaps = re.compile(r"{(\w+)}")
     for key, english in en.TEXTS.items():
         assert set(gaps.findall(english)) == set(gaps.findall(zh_hant.TEXTS[key])), key
@@ -96,7 +96,7 @@ def test_neither_language_lacks_a_line():
 def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
     code = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "lorakit/ui").glob("*.py"))
     asked = set(re.findall(r"\b(?:say|t)\(\s*[\"']([\w.]+)[\"']", code))
-    made = ("state.", "quality.", "section.", "knob.", "help.", "photos.errors", "photos.warnings", "photos.notes")
+    made = ("state.", "quality.", "section.", "option.", "help.", "photos.errors", "photos.warnings", "photos.notes")
     assert asked <= set(texts.table("en"))
     unused = {key for key in en.TEXTS if key not in asked and not key.startswith(made)}
     assert unused == set()
@@ -118,13 +118,13 @@ def test_the_browser_chooses_the_language(header: str, language: str):
     assert texts.language_of(header) == language
 
 
-def test_the_front_end_names_no_knob_and_trains_nothing():
-    keys = {k.key for method in config.ADAPTER_SECTIONS for k in config.knobs(method)}
+def test_the_front_end_names_no_option_and_trains_nothing():
+    keys = {k.key for method in config.ADAPTER_SECTIONS for k in config.options(method)}
     entry = (ROOT / "ui.py").read_text(encoding="utf-8")
-    assert not [k for k in config.knobs() if re.search(rf"\b{k.name}\b", entry) and k.name not in ("name", "base")]
+    assert not [k for k in config.options() if re.search(rf"\b{k.name}\b", entry) and k.name not in ("name", "base")]
     for path in [ROOT / "ui.py", *(ROOT / "lorakit/ui").glob("*.py")]:
         code = path.read_text(encoding="utf-8")
         named = {key for key in keys if f'"{key}"' in code or f"'{key}'" in code}
-        # The adapter's section is a tagged union: its tag says which knobs there are.
+        # The adapter's section is a tagged union: its tag says which options there are.
         assert named <= {"adapter.method"}, path.name
         assert not re.search(r"\btorch\b(?! never)|diffusers\.|backward\(|optimizer\.step", code), path.name

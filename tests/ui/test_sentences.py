@@ -75,7 +75,7 @@ def test_every_hole_of_a_line_is_one_of_its_english():
 
 def test_chinese_is_written_as_in_taiwan():
     """Marks of the full width beside Chinese, and no word of the mainland's for what Taiwan calls otherwise."""
-    written = [*zh_hant.TEXTS.values(), *zh_hant.SECTIONS.values(), *itertools.chain(*zh_hant.KNOBS.values())]
+    written = [*zh_hant.TEXTS.values(), *zh_hant.SECTIONS.values(), *itertools.chain(*zh_hant.OPTIONS.values())]
     written += [*zh_hant_sentences.SENTENCES.values(), *zh_hant_sentences.PHRASES.values()]
     for text in written:
         assert not re.search(r"[\u4e00-\u9fff][,;:?!(]", text), text
@@ -242,10 +242,10 @@ def problems(tables: dict[str, Any], **overrides: Any) -> list[str]:
 def test_every_problem_of_a_config_is_said(tmp_path: Path):
     steps = {"train": {"steps": 1}}
     found = problems({"trian": {}, "zzz": {}, "data": 3})
-    # Every knob with a value of every wrong kind.
+    # Every option with a value of every wrong kind.
     for wrong in (object, 10**12, -(10**12), float("nan"), True, "nonsense", ["nonsense"], [], [3], 0, 0.5, None):
         for method in config.ADAPTER_SECTIONS:
-            given = {k.key: wrong for k in config.knobs(method) if k.key != "adapter.method"}
+            given = {k.key: wrong for k in config.options(method) if k.key != "adapter.method"}
             with pytest.raises(ConfigError) as caught:
                 config.from_tables({}, given | {"adapter.method": method})
             found += caught.value.problems
@@ -300,7 +300,7 @@ def test_why_a_base_is_refused_is_said(tmp_path: Path, tiny_sd1: Path):
 # -- and nothing that is written in the code is forgotten -----------------------------------------------------------
 
 # Rooms whose words come to the page at once.
-ROOMS = ("config.py", "knob.py", "plan.py", "guide.py", "run_folder.py", "data/*.py", "ui/*.py", "families/*.py")
+ROOMS = ("config.py", "option.py", "plan.py", "guide.py", "run_folder.py", "data/*.py", "ui/*.py", "families/*.py")
 # Told on the command line only, or before the page is there.
 NOT_SHOWN = ("lets others in", "is taken; choose another --port")
 # Put together from parts; the tests above make each of them.

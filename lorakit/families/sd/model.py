@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from lorakit.families import loading
-from lorakit.families.conditioning import Condition
+from lorakit.families.conditioning import Conditioning
 from lorakit.families.describe import BaseInfo
 
 
@@ -38,7 +38,7 @@ class StableDiffusion:
         self.alphas_cumprod = loading.noise_schedule(self.scheduler, self.device)
         self._ids = [loading.TokenIds(self.tokenizer, self.device)]
 
-    def encode_text(self, texts: list[str]) -> Condition:
+    def encode_text(self, texts: list[str]) -> Conditioning:
         """See `families.Family`."""
         return self.encode_tokens(self.tokens(texts))
 
@@ -46,11 +46,11 @@ class StableDiffusion:
         """See `families.Family`."""
         return [ids(texts) for ids in self._ids]
 
-    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """See `families.Family`."""
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
-            return Condition(self.text_encoders["text_encoder"](tokens[0])[0])
+            return Conditioning(self.text_encoders["text_encoder"](tokens[0])[0])
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""
@@ -66,7 +66,7 @@ class StableDiffusion:
         """None: the family knows nothing of sizes."""
         return None
 
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """See `families.Family`."""
         self.acquire("unet")
         states = condition.encoder_hidden_states.to(self.dtype)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
 from lorakit.families import loading
-from lorakit.families.conditioning import Condition
+from lorakit.families.conditioning import Conditioning
 from lorakit.families.describe import BaseInfo
 
 TIMESTEPS = 1000
@@ -60,7 +60,7 @@ class StableDiffusion3:
         self.gradient_scale = loading.gradient_scale(dtype)
         self.alphas_cumprod = noise_schedule(float(self.scheduler.config.shift), self.device)
 
-    def encode_text(self, texts: list[str]) -> Condition:
+    def encode_text(self, texts: list[str]) -> Conditioning:
         """See `families.Family`."""
         return self.encode_tokens(self.tokens(texts))
 
@@ -74,7 +74,7 @@ class StableDiffusion3:
         with torch.no_grad():
             return [first, second, self.text_encoders[T5](self._t5_ids(texts))[0]]
 
-    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """See `families.Family`: both CLIPs' last hidden states but one, side by side and filled up with zeros to T5's
         width, then T5's; and both pooled outputs."""
         *ids, long = tokens
@@ -85,7 +85,7 @@ class StableDiffusion3:
             )
             clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
             states = torch.cat([functional.pad(clip, (0, long.shape[-1] - clip.shape[-1])), long], dim=1)
-            return Condition(states, pooled=torch.cat([first.text_embeds, second.text_embeds], dim=-1))
+            return Conditioning(states, pooled=torch.cat([first.text_embeds, second.text_embeds], dim=-1))
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""
@@ -101,7 +101,7 @@ class StableDiffusion3:
         """None: the family knows nothing of sizes."""
         return None
 
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """See `families.Family`. The condition must have pooled text."""
         assert condition.pooled is not None, "Stable Diffusion 3 needs pooled text"
         self.acquire("unet")

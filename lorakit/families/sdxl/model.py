@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lorakit.families import loading
-from lorakit.families.conditioning import Condition
+from lorakit.families.conditioning import Conditioning
 from lorakit.families.describe import BaseInfo
 
 
@@ -42,7 +42,7 @@ class StableDiffusionXL:
         self.alphas_cumprod = loading.noise_schedule(self.scheduler, self.device)
         self._ids = [loading.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
 
-    def encode_text(self, texts: list[str]) -> Condition:
+    def encode_text(self, texts: list[str]) -> Conditioning:
         """See `families.Family`."""
         return self.encode_tokens(self.tokens(texts))
 
@@ -50,7 +50,7 @@ class StableDiffusionXL:
         """See `families.Family`."""
         return [ids(texts) for ids in self._ids]
 
-    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Condition:
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """See `families.Family`: the encoders' last hidden states but one, side by side, and the second's pooled."""
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
@@ -59,7 +59,7 @@ class StableDiffusionXL:
                 for encoder, ids in zip(self.text_encoders.values(), tokens, strict=True)
             )
             states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-            return Condition(states, pooled=second.text_embeds)
+            return Conditioning(states, pooled=second.text_embeds)
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""
@@ -75,9 +75,9 @@ class StableDiffusionXL:
         """Original height and width, crop top and left, target height and width (arXiv 2307.01952, section 2.2)."""
         return [*original, *crop, *target]
 
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """See `families.Family`. The condition must have pooled text and time ids."""
-        assert condition.pooled is not None and condition.time_ids is not None, "SDXL needs Condition.with_sizes"
+        assert condition.pooled is not None and condition.time_ids is not None, "SDXL needs Conditioning.with_sizes"
         self.acquire("unet")
         # The pipeline casts the ids to the UNet's precision; so do we, to train what will be sampled.
         added = {"text_embeds": condition.pooled.to(self.dtype), "time_ids": condition.time_ids.to(self.dtype)}

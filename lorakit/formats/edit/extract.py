@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, Layer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, LoraLayer
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
@@ -89,15 +89,15 @@ def extract(
     return resize(AdapterWeights(family, "lora", layers), rank=rank, energy=energy)
 
 
-def _exact(difference: torch.Tensor) -> Layer:
+def _exact(difference: torch.Tensor) -> LoraLayer:
     """A layer of full rank whose delta W is `difference`: one factor is the identity."""
     outputs, inputs = difference.shape[0], difference[0].numel()
     kernel = difference.shape[2:]
     if outputs <= inputs:
         up = torch.eye(outputs).reshape(outputs, outputs, *(1 for _ in kernel))
-        return Layer(difference, up, float(outputs))
+        return LoraLayer(difference, up, float(outputs))
     up = difference.reshape(outputs, inputs, *(1 for _ in kernel))
-    return Layer(torch.eye(inputs).reshape(inputs, *difference.shape[1:]), up, float(inputs))
+    return LoraLayer(torch.eye(inputs).reshape(inputs, *difference.shape[1:]), up, float(inputs))
 
 
 def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:

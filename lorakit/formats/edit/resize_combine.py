@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, Hadamard, Kronecker, Layer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, LohaLayer, LokrLayer, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import keys
 from lorakit.formats.adapter_math import method
@@ -39,18 +39,18 @@ def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | 
     return replace(weights, method="dora" if method(weights) == "dora" else "lora", layers=layers)
 
 
-def plain(weights: AdapterWeights) -> dict[str, Layer]:
+def plain(weights: AdapterWeights) -> dict[str, LoraLayer]:
     """Every layer as LoRA with the same delta W, of whatever rank that takes: rank * rank for LoHa, and for LoKr the
     product of the ranks of w1 and w2."""
     return {
-        name: layer if isinstance(layer, Layer) else _as_lora(layer, keys.kernel(name, weights.family))
+        name: layer if isinstance(layer, LoraLayer) else _as_lora(layer, keys.kernel(name, weights.family))
         for name, layer in weights.layers.items()
     }
 
 
-def _as_lora(layer: Hadamard | Kronecker, kernel: tuple[int, ...]) -> Layer:
+def _as_lora(layer: LohaLayer | LokrLayer, kernel: tuple[int, ...]) -> LoraLayer:
     """(A B) * (C D) has the columns a_i * c_j and the rows b_i * d_j; kron(A B, C D) = kron(A, C) kron(B, D)."""
-    if isinstance(layer, Hadamard):
+    if isinstance(layer, LohaLayer):
         up = (layer.w1_a[:, :, None] * layer.w2_a[:, None, :]).flatten(1)
         down = (layer.w1_b[:, None, :] * layer.w2_b[None, :, :]).flatten(0, 1)
     else:
@@ -58,7 +58,7 @@ def _as_lora(layer: Hadamard | Kronecker, kernel: tuple[int, ...]) -> Layer:
         up, down = torch.kron(a, c), torch.kron(b, d)
     rank = len(down)
     columns = down.reshape(rank, down.shape[1] // math.prod(kernel), *kernel)
-    return Layer(columns, up.reshape(*up.shape, *(1 for _ in kernel)), layer.scale * rank)
+    return LoraLayer(columns, up.reshape(*up.shape, *(1 for _ in kernel)), layer.scale * rank)
 
 
 def _pair(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +69,7 @@ def _pair(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.eye(rows), parts[0]) if rows <= columns else (parts[0], torch.eye(columns))
 
 
-def _resized(layer: Layer, rank: int | None, energy: float | None) -> Layer:
+def _resized(layer: LoraLayer, rank: int | None, energy: float | None) -> LoraLayer:
     # The product of two thin factors has its singular values in the small core between their QR decompositions.
     left, left_core = torch.linalg.qr(layer.up.flatten(1).double())
     right, right_core = torch.linalg.qr(layer.down.flatten(1).double().T)
@@ -103,7 +103,7 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
         raise LorakitError(f"combine: adapters for {' and '.join(families)} do not go together")
     if any(method(weights) == "dora" for weights, _ in parts):
         raise LorakitError("combine: DoRA adapters do not add up; merge them into a base one after the other")
-    collected: dict[str, list[Layer]] = {}
+    collected: dict[str, list[LoraLayer]] = {}
     for weights, strength in parts:
         for name, layer in plain(weights).items():
             scaled = replace(layer, up=layer.up.float() * (layer.scale * strength), alpha=float(layer.rank))
@@ -115,9 +115,9 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
     return AdapterWeights(families[0], "lora", stacked, tokens=dict(words))
 
 
-def _stacked(name: str, layers: list[Layer]) -> Layer:
+def _stacked(name: str, layers: list[LoraLayer]) -> LoraLayer:
     if len({(layer.up.shape[0], layer.down.shape[1:]) for layer in layers}) > 1:
         raise LorakitError(f"combine: {name} has different shapes in the adapters; they are for different bases")
     down = torch.cat([layer.down.float() for layer in layers])
     up = torch.cat([layer.up for layer in layers], dim=1)
-    return Layer(down, up, float(down.shape[0]))
+    return LoraLayer(down, up, float(down.shape[0]))

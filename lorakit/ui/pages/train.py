@@ -1,4 +1,4 @@
-"""The page on which a run is planned and started: five answers, and every other knob derived from the config."""
+"""The page on which a run is planned and started: five answers, and every other option derived from the config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AUTOMATIC = ""
 
 
 class TrainPage:
-    """Builds the page. `widgets` holds every knob's widget by key, `draft` the answers, in the browser.
+    """Builds the page. `widgets` holds every option's widget by key, `draft` the answers, in the browser.
 
     `marks` is what the page remembers between events: {"preset": name or "", "values": {key: the preset's value},
     "moved": {key: a value that gave way to one changed by hand}, "shown": {key: "changed", a problem or ""}}.
@@ -71,10 +71,10 @@ class TrainPage:
             self.changed = widgets.html(elem_id="train-changed")
             for section in configuration.SECTIONS:
                 told = (*quickstart.QUESTIONS, *quickstart.GIVEN)
-                keys = [key for key, f in self.fields.items() if f.knob.section == section and key not in told]
+                keys = [key for key, f in self.fields.items() if f.option.section == section and key not in told]
                 if keys:
                     gr.Markdown(t(f"section.{section}"), elem_classes="lk-section")
-                    with gr.Row(equal_height=False, elem_classes="lk-knobs"):
+                    with gr.Row(equal_height=False, elem_classes="lk-options"):
                         for key in keys:
                             self.widgets[key] = widgets.widget(self.fields[key], start[key], t, min_width=240)
         self.keys = list(self.widgets)
@@ -85,8 +85,8 @@ class TrainPage:
         field = self.fields[key]
         if "allow_custom_value" not in more:
             return widgets.widget(field, value, t)
-        common = {"label": t(f"knob.{key}"), "info": t(f"help.{key}"), "elem_id": widgets.element_id(key)}
-        default = field.knob.default
+        common = {"label": t(f"option.{key}"), "info": t(f"help.{key}"), "elem_id": widgets.element_id(key)}
+        default = field.option.default
         folders = [str(path) for path in self.desk.roots.photo_folders()] if key == quickstart.PHOTOS else [default]
         return gr.Dropdown(choices=folders, value=value or None, **common, **more)
 
@@ -179,7 +179,7 @@ class TrainPage:
             LorakitError: as `guide.suggest`, and where the base is outside.
         """
         base = shown.get(quickstart.BASE) or ""
-        bundled = base == self.fields[quickstart.BASE].knob.default
+        bundled = base == self.fields[quickstart.BASE].option.default
         inside = base if bundled else form.located(quickstart.BASE, base, self.desk.roots)
         changed = {key: self.fields[key].read(value) for key, value in (by_hand or {}).items()}
         return form.values(quickstart.suggest({**shown, quickstart.BASE: inside}, quality, preset or None, changed))
@@ -334,7 +334,7 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
 
 
 def _problems(problems: Mapping[str, Sequence[str]], say: Say) -> str:
-    titles = {key: f"<b>{escape(say(f'knob.{key}'))}</b>: " if key else "" for key in problems}
+    titles = {key: f"<b>{escape(say(f'option.{key}'))}</b>: " if key else "" for key in problems}
     listed = "".join(f"<li>{titles[key]}{escape(line)}</li>" for key, lines in problems.items() for line in lines)
     return f"<section class=lk-panel><h3>{escape(say('plan.problems'))}</h3><ul class=lk-errors>{listed}</ul></section>"
 

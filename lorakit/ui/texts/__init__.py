@@ -37,15 +37,15 @@ class Say:
 
 @cache
 def table(language: str) -> dict[str, str]:
-    """Every text of a language by its key: `help.<knob>`, `knob.<knob>` and `section.<section>` among them."""
+    """Every text of a language by its key: `help.<option>`, `option.<option>` and `section.<section>` among them."""
     module = LANGUAGES[language]
     texts = dict(module.TEXTS)
     texts |= {f"section.{name}": title for name, title in module.SECTIONS.items()}
     for key, field in form.fields().items():
-        spelled = field.knob.name.replace("_", " ").capitalize()
-        plain = (module.NAMES.get(key, spelled), field.knob.help)
-        name, help = module.KNOBS.get(key, plain)
-        texts |= {f"knob.{key}": name, f"help.{key}": f"{help} ({field.bounds()})" if field.bounds() else help}
+        spelled = field.option.name.replace("_", " ").capitalize()
+        plain = (module.NAMES.get(key, spelled), field.option.help)
+        name, help = module.OPTIONS.get(key, plain)
+        texts |= {f"option.{key}": name, f"help.{key}": f"{help} ({field.bounds()})" if field.bounds() else help}
     return texts
 
 

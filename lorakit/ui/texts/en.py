@@ -1,4 +1,4 @@
-"""English. One line for every text of the front end; knobs speak for themselves (their names and help in config.py)."""
+"""English. One line for every text of the front end; names and help of the options stand in config/schema.py."""
 
 TEXTS = {
     "app.tagline": "From a few photos to a checked adapter.",
@@ -154,8 +154,8 @@ TEXTS = {
     "error.gone": "This run is not there any more.",
 }
 
-# Help of knobs comes from config.py, and their names but for the questions that everybody answers.
-KNOBS: dict[str, tuple[str, str]] = {}
+# Help of options comes from config.py, and their names but for the questions that everybody answers.
+OPTIONS: dict[str, tuple[str, str]] = {}
 NAMES = {
     "data.folder": "Photos",
     "data.kind": "Subject or style",

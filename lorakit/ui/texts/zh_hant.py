@@ -1,4 +1,4 @@
-"""繁體中文。One line for every text of the front end, and for every knob its name and help."""
+"""繁體中文。One line for every text of the front end, and for every option its name and help."""
 
 TEXTS = {
     "app.tagline": "幾張照片，就能得到一個經過檢驗的 adapter。",
@@ -160,7 +160,7 @@ SECTIONS = {
 }
 
 NAMES: dict[str, str] = {}
-KNOBS = {
+OPTIONS = {
     "model.base": (
         "基礎模型",
         "「pocket」（內附）、單一 .safetensors 檔、diffusers 格式的資料夾，或 hub 識別名（owner/name[@revision]）。",

@@ -175,7 +175,7 @@ SENTENCES = {
     "{folder}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt)": (
         "{folder}：沒有分詞器（tokenizer.json，或 vocab.json 與 merges.txt）"
     ),
-    # -- 設定 config.py, knob.py
+    # -- 設定 config.py, option.py
     "unknown section [{name}]": "沒有 [{name}] 這一節",
     "unknown section [{name}] (did you mean {near}?)": "沒有 [{name}] 這一節（是不是 {near}？）",
     "[{name}] must be a table, not {value}": "[{name}] 必須是表格，而不是 {value}",
