@@ -33,7 +33,7 @@ from lorakit.cli.terminal import Terminal
 from lorakit.core import image_grid
 from lorakit.engine import device as devices
 from lorakit.families.pocket import captions, spec, subjects
-from lorakit.families.pocket.classifier import Judge
+from lorakit.families.pocket.classifier import Classifier
 from lorakit.inference import sampling
 from lorakit.training import objective, run as train
 
@@ -110,7 +110,7 @@ def _prompt(trigger: str, noun: str, scene: str, thing: str | None) -> str:
 def _measure(name: str, chosen: config.Config, adapter: Path, noun: str, grids: Path | None) -> dict[str, Any]:
     device = devices.device(chosen.memory)
     family = families.load(families.describe(chosen.model.base), device, devices.dtype(chosen.memory, device))
-    judge = Judge.load()
+    judge = Classifier.load()
     things = OTHERS if name in subjects.STYLES else (None,) * len(UNSEEN)
     pairs = [(scene, things[i % len(things)]) for i, scene in enumerate(UNSEEN)]
     asked = [_prompt(TRIGGER, noun, scene, thing) for scene, thing in pairs]

@@ -9,7 +9,7 @@ import torch
 
 from lorakit import adapters, config, families, formats
 from lorakit.families.pocket import captions, subjects
-from lorakit.families.pocket.classifier import Judge
+from lorakit.families.pocket.classifier import Classifier
 from lorakit.inference import sampling
 from lorakit.runs.folder import RunFolder
 from lorakit.training import objective, run as train
@@ -41,7 +41,7 @@ def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
     if adapter:
         adapters.apply(family, formats.read(adapter))
     drawn = sampling.draw(family, prompts(words), config.SampleConfig(steps=12, guidance=4.0), 64)
-    return Judge.load().subject_score(drawn, SUBJECT)
+    return Classifier.load().subject_score(drawn, SUBJECT)
 
 
 def taught(photos: Path, folder: Path) -> train.Result:

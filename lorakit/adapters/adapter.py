@@ -13,7 +13,7 @@ from torch import nn
 
 from lorakit.adapters import targets
 from lorakit.adapters.method import NAME, Method
-from lorakit.adapters.textual_inversion import Token
+from lorakit.adapters.textual_inversion import LearnedToken
 from lorakit.adapters.weights import AdapterWeights, LoraLayer, from_factors
 from lorakit.config import ADAPTER_SECTIONS, AdapterConfig
 from lorakit.core import registry, rng
@@ -70,7 +70,7 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     adapter = Adapter(modules, layers, family, method, 0.0)
     adapter.fill(weights)
     try:
-        for word, vectors in weights.tokens.items():
+        for word, vectors in weights.embeddings.items():
             adapter.add_tokens(word, _tokenizers(target), vectors=vectors)
     except LorakitError:
         adapter.detach()
@@ -98,7 +98,7 @@ class Adapter:
         self._method: Method = registry.load(registry.ADAPTERS, method)
         self._scales = {name: self._method.scale(layer) for name, layer in layers.items()}
         self._off = False
-        self._word, self._tokens = "", dict[str, Token]()
+        self._word, self._tokens = "", dict[str, LearnedToken]()
         for layer in layers.values():
             layer.eval()
         self.set_strength(1)
@@ -128,7 +128,7 @@ class Adapter:
             width = self._modules[part].get_input_embeddings().weight.shape[1]
             if vectors is not None and (given is None or given.shape[1] != width):
                 raise LorakitError(f"the embedding of {word!r} does not fit {part}: it is for another base")
-            self._tokens[part] = Token(self._modules[part], tokenizer, word, count, given)
+            self._tokens[part] = LearnedToken(self._modules[part], tokenizer, word, count, given)
         self._word = word
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -185,7 +185,7 @@ class Adapter:
             own = self._method.factors(layer) | self._method.constants(layer)
             layers[name] = from_factors({key: copy(tensor) for key, tensor in own.items()}, self._scales[name])
         tokens = {self._word: {part: copy(token.vectors) for part, token in self._tokens.items()}}
-        return AdapterWeights(self.family, self.method, layers, tokens=tokens if self._tokens else {})
+        return AdapterWeights(self.family, self.method, layers, embeddings=tokens if self._tokens else {})
 
     def load(self, weights: AdapterWeights) -> None:
         """Begin from another adapter's weights. A difference of scale is folded into one of the factors.
@@ -227,14 +227,14 @@ class Adapter:
 
     def _fitting_tokens(self, weights: AdapterWeights) -> dict[str, torch.Tensor]:
         """The vectors to start from; none, where the adapter to start from has none."""
-        for word, vectors in weights.tokens.items():
+        for word, vectors in weights.embeddings.items():
             count = len(next(iter(vectors.values())))
             if word != self._word or count != len(next(iter(self._tokens.values())).vectors):
                 raise LorakitError(
                     f"the adapter to start from has {count} vectors for {word!r}: set adapter.new_tokens = {count} "
                     f"and begin data.name with {word!r}"
                 )
-        return weights.tokens.get(self._word, {})
+        return weights.embeddings.get(self._word, {})
 
     def fill(self, weights: AdapterWeights) -> None:
         """Take factors of any rank and scale as they are; the layers must be these."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 
-class Token:
+class LearnedToken:
     """The vectors of one word in one text encoder.
 
     Args:

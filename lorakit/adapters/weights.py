@@ -239,11 +239,11 @@ class AdapterWeights:
         method: how it was trained, a name of `registry.ADAPTERS`.
         layers: canonical name -> layer.
         metadata: what a file said of itself (empty for weights that come from training).
-        tokens: word -> text encoder ("text_encoder", "text_encoder_2") -> vectors `[n, width]` that stand for it.
+        embeddings: word -> text encoder ("text_encoder", "text_encoder_2") -> vectors `[n, width]` that stand for it.
     """
 
     family: str
     method: str
     layers: dict[str, AnyLayer]
     metadata: dict[str, str] = field(default_factory=dict)
-    tokens: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    embeddings: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)

@@ -106,7 +106,7 @@ def run_merge(args: argparse.Namespace) -> int:
     weights, info = formats.read(Path(args.adapter)), families.describe(args.base)
     if weights.family != info.family:
         raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
-    for word in weights.tokens:
+    for word in weights.embeddings:
         print(f"the embedding of {word!r} is no part of a model: keep it beside the merged one", file=sys.stderr)
     _tell(args, {"merged": merge(weights, info, Path(args.output), args.strength)})
     return 0

@@ -117,7 +117,7 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
     from lorakit import adapters, families, formats
     from lorakit.core import image_grid
     from lorakit.engine import device as devices
-    from lorakit.families.pocket.classifier import Judge
+    from lorakit.families.pocket.classifier import Classifier
     from lorakit.inference import sampling
 
     device = devices.device(config.memory)
@@ -140,5 +140,5 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
     image_grid.save(
         image_grid.grid(base[:columns] + adapted[:columns], ["base", "adapter"], config.sample.prompts), file
     )
-    judge = Judge.load()
+    judge = Classifier.load()
     return file, judge.subject_score(base, subject), judge.subject_score(adapted, subject)

@@ -34,7 +34,7 @@ def require_writable(weights: AdapterWeights, refusal: str | None) -> None:
     """Raise LorakitError where a format refuses the method, or a layer is not portable or not finite."""
     if refusal:
         raise LorakitError(refusal)
-    keys.require_portable(weights.layers)
+    keys.require_read_everywhere(weights.layers)
     require_finite(weights)
 
 

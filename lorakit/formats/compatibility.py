@@ -464,7 +464,7 @@ def _refused(
 _READERS = {"kohya": tuple(key for key in CONSUMERS if key != "peft"), "diffusers": ("diffusers",), "peft": ("peft",)}
 
 
-def foresee(method: str, fmt: str) -> dict[str, str]:
+def predict_compatibility(method: str, fmt: str) -> dict[str, str]:
     """Before training: consumer -> "" where it will read a file of this method and format, else what it will do."""
     result = {}
     for key, consumer in CONSUMERS.items():
@@ -477,7 +477,7 @@ def foresee(method: str, fmt: str) -> dict[str, str]:
 def warning(method: str, fmt: str) -> str | None:
     """One line, to be said before training, where a program that reads the format will not honour the method."""
     titles: dict[str, list[str]] = {}
-    for key, problem in foresee(method, fmt).items():
+    for key, problem in predict_compatibility(method, fmt).items():
         if key in _READERS[fmt]:
             titles.setdefault(problem, []).append(CONSUMERS[key].title)
     good = ", ".join(titles.pop("", []))

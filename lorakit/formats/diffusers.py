@@ -41,7 +41,7 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     result: dict[str, torch.Tensor] = {}
     for name, layer in adapter_math.complete(weights).items():
         folded = layer.rescaled(1).factors()
-        stem = keys.spelled(name, weights.family)
+        stem = keys.to_diffusers_name(name, weights.family)
         result[f"{stem}.lora_A.weight"] = folded["down"]
         result[f"{stem}.lora_B.weight"] = folded["up"]
     return adapter_math.cast(result, dtype)

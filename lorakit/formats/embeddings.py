@@ -53,7 +53,7 @@ def bundled(tokens: Tokens) -> dict[str, torch.Tensor]:
 def write(weights: AdapterWeights, place: Path, told: Mapping[str, str]) -> list[Path]:
     """Write every word's embedding file into the folder `place`, with what the adapter says of itself."""
     written = []
-    for word, vectors in weights.tokens.items():
+    for word, vectors in weights.embeddings.items():
         header = metadata.complete(weights, told)
         architecture = header["modelspec.architecture"].replace("/lora", "/textual-inversion")
         header |= {"modelspec.architecture": architecture, "modelspec.title": word, "ss_output_name": word}

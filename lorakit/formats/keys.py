@@ -189,10 +189,10 @@ def component(name: str) -> str:
 def is_known(name: str) -> bool:
     """Whether `name` is a canonical name of these tables, portable or not."""
     part, _, path = name.partition(".")
-    return is_portable(name) or (part == "unet" and path in TOP)
+    return is_read_everywhere(name) or (part == "unet" and path in TOP)
 
 
-def is_portable(name: str) -> bool:
+def is_read_everywhere(name: str) -> bool:
     """Whether every program reads this layer: attention blocks, resnets, samplers, and CLIP's attention and MLP."""
     part, _, path = name.partition(".")
     if part == "unet":
@@ -207,7 +207,7 @@ def is_joint(name: str) -> bool:
     return part == "unet" and _JOINT.fullmatch(path) is not None
 
 
-def spelled(name: str, family: str) -> str:
+def to_diffusers_name(name: str, family: str) -> str:
     """A canonical name, or a component alone, as diffusers and PEFT have it."""
     part, dot, path = name.partition(".")
     return (DENOISERS.get(family, part) if part == "unet" else part) + dot + path
@@ -222,7 +222,7 @@ def group(name: str) -> str:
     """What kind of layer a canonical name is: "attention", "conv", "text", "top", or "unknown"."""
     part, _, path = name.partition(".")
     if part != "unet":
-        return "text" if is_portable(name) else "unknown"
+        return "text" if is_read_everywhere(name) else "unknown"
     if is_joint(name):
         return "attention"
     place = _from_dotted(path)
@@ -243,9 +243,9 @@ def kernel(name: str, family: str) -> tuple[int, ...]:
     return POINTWISE if place.leaf == "conv_shortcut" else (3, 3)
 
 
-def require_portable(names: Iterable[str]) -> None:
+def require_read_everywhere(names: Iterable[str]) -> None:
     """Raise LorakitError, naming the first, where some programs would drop layers in silence."""
-    lost = [name for name in names if not is_portable(name)]
+    lost = [name for name in names if not is_read_everywhere(name)]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise LorakitError(
@@ -268,7 +268,7 @@ def layers_per_block(names: Iterable[str]) -> int:
     return highest["up"] if agreed else DEFAULT_LAYERS_PER_BLOCK
 
 
-def to_kohya(names: Iterable[str], family: str, layers: int | None = None) -> dict[str, str]:
+def to_kohya_name(names: Iterable[str], family: str, layers: int | None = None) -> dict[str, str]:
     """Canonical name -> name in kohya files (what stands before `.lora_down.weight`), in the order given.
 
     Args:
@@ -293,7 +293,7 @@ def to_kohya(names: Iterable[str], family: str, layers: int | None = None) -> di
             result[name] = UNET_PREFIX + blocks
         elif part == "unet" and path in TOP:
             result[name] = UNET_PREFIX + (TOP[path] if spelling.sgm else path.replace(".", "_"))
-        elif prefix and is_portable(name):
+        elif prefix and is_read_everywhere(name):
             result[name] = prefix + path.replace(".", "_")
         else:
             raise LorakitError(f"layer {name} is not one that a {family} adapter can have")

@@ -40,7 +40,7 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
     layers = adapter_math.complete(weights)
     result: dict[str, torch.Tensor] = {}
-    for name, stem in keys.to_kohya(layers, weights.family).items():
+    for name, stem in keys.to_kohya_name(layers, weights.family).items():
         layer = layers[name]
         for part, tensor in layer.factors().items():
             # alpha and magnitude stay float32: a rounded alpha rescales the layer, magnitudes carry the whole weight.

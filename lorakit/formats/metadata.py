@@ -177,8 +177,8 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     }
     if lycoris:
         found["ss_network_args"] = json.dumps({"algo": first.method})
-    if weights.tokens:
-        found[WORDS] = " ".join(weights.tokens)
+    if weights.embeddings:
+        found[WORDS] = " ".join(weights.embeddings)
     per_block = keys.layers_per_block(weights.layers)
     if keys.SPELLINGS[weights.family].sgm and per_block != keys.DEFAULT_LAYERS_PER_BLOCK:
         found["lorakit.layers_per_block"] = str(per_block)

@@ -102,7 +102,7 @@ def _components(weights: AdapterWeights) -> dict[str, dict[str, AnyLayer]]:
     adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
     parts: dict[str, dict[str, AnyLayer]] = {}
     for name, layer in adapter_math.complete(weights).items():
-        parts.setdefault(keys.spelled(keys.component(name), weights.family), {})[name] = layer
+        parts.setdefault(keys.to_diffusers_name(keys.component(name), weights.family), {})[name] = layer
     for layers in parts.values():
         if len({layer.method for layer in layers.values()}) > 1:
             raise LorakitError("the PEFT format has one method in each part of a model; this adapter mixes several")

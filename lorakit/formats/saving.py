@@ -59,10 +59,10 @@ def save(
         path = destination(Path(folder), name, fmt)
         writer.write(weights, path, dtype=dtype, metadata=metadata)
         written[fmt] = path
-    if weights.tokens:
+    if weights.embeddings:
         embeddings.write(weights, embeddings.folder(Path(folder) / f"{name}.safetensors"), metadata)
-    if "kohya" in written and weights.tokens:
-        tensors = kohya.tensors(weights, dtype) | embeddings.bundled(weights.tokens)
+    if "kohya" in written and weights.embeddings:
+        tensors = kohya.tensors(weights, dtype) | embeddings.bundled(weights.embeddings)
         bundle = Path(folder) / f"{name}-bundled.safetensors"
         files.write_safetensors(bundle, tensors, meta.complete(weights, metadata))
     if "kohya" in written:

@@ -66,9 +66,9 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
     for name, layer in stored.layers.items():
         if name not in weights.layers and bool(torch.count_nonzero(layer.delta())):
             findings.append(Finding(name, "in the file, but not trained"))
-    findings += [Finding(word, problem) for word, problem in embeddings.problems(stored.tokens, weights.tokens)]
+    findings += [Finding(word, problem) for word, problem in embeddings.problems(stored.embeddings, weights.embeddings)]
     bundle = Path(path).with_name(Path(path).name.replace(".safetensors", "-bundled.safetensors"))
-    if weights.tokens and "" in heads and any(name.startswith("lora_") for name in heads[""].tensors):
+    if weights.embeddings and "" in heads and any(name.startswith("lora_") for name in heads[""].tensors):
         findings += _bundle_findings(bundle, load_file(Path(path)), weights)
     return findings
 
@@ -81,7 +81,7 @@ def _bundle_findings(bundle: Path, plain: Mapping[str, torch.Tensor], weights: A
     equal = own.keys() == plain.keys() and all(torch.equal(own[name], plain[name]) for name in own)
     findings = [] if equal else [Finding(bundle.name, "its adapter is not that of the file beside it")]
     return findings + [
-        Finding(f"{bundle.name} {word}", text) for word, text in embeddings.problems(words, weights.tokens)
+        Finding(f"{bundle.name} {word}", text) for word, text in embeddings.problems(words, weights.embeddings)
     ]
 
 

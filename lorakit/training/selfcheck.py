@@ -184,7 +184,7 @@ def compare(
 ) -> list[Finding]:
     """Findings from the probes of the base, of the model in memory and of the file, for each adapted component."""
     outputs = {"unet": (base.prediction, memory.prediction, file.prediction)}
-    if weights.tokens or any(not layer.startswith("unet.") for layer in weights.layers):
+    if weights.embeddings or any(not layer.startswith("unet.") for layer in weights.layers):
         outputs["text encoder"] = (base.embeddings, memory.embeddings, file.embeddings)
     findings = []
     for part, (before, trained, read) in outputs.items():

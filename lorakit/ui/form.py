@@ -1,4 +1,4 @@
-"""From options to widgets' values and back. Everything here follows from `config.options()`; no option has a name here."""
+"""From options to widgets' values and back. All of it follows from `config.options()`; no option has a name here."""
 
 from __future__ import annotations
 

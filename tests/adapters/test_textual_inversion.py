@@ -67,10 +67,10 @@ def test_vectors_learn_are_switched_off_and_leave_no_trace(
     family = request.getfixturevalue(name)
     base, names = predict(family), {part: list(m.state_dict()) for part, m in family.modules().items()}
     adapter = attach(family, LohaConfig(rank=2, new_tokens=3), trigger="sks")
-    first = adapter.weights().tokens["sks"]
+    first = adapter.weights().embeddings["sks"]
     train(family, adapter)
     trained, weights = predict(family), adapter.weights()
-    for part, rows in weights.tokens["sks"].items():
+    for part, rows in weights.embeddings["sks"].items():
         assert rows.shape == (3, 32) and (rows != first[part]).any(1).all()
     with adapter.disabled():
         assert torch.equal(predict(family), base)
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_said(sd1: Any, attach: Any) -> None:
     wide = replace(weights, tokens={"sks": {"text_encoder": torch.zeros(2, 768)}})
     with pytest.raises(LorakitError, match="embedding of 'sks' does not fit text_encoder: it is for another base"):
         adapters.apply(sd1, wide)
-    two = replace(weights, tokens={**weights.tokens, "ohwx": weights.tokens["sks"]})
+    two = replace(weights, tokens={**weights.embeddings, "ohwx": weights.embeddings["sks"]})
     with pytest.raises(LorakitError, match="has vectors for 'sks' and 'ohwx': only one word can be applied"):
         adapters.apply(sd1, two)
     assert not hasattr(sd1.unet, "peft_config")

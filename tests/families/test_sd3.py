@@ -328,7 +328,7 @@ def test_operations_at_true_size_are_those_that_torch_counts() -> None:
     chosen = targets.select(shapes, "linear", False)
     # 24 blocks of 8 projections, 13 with 4 more; the last lacks one and its text's feed-forward; 4 in the others.
     assert len(chosen) == 24 * 8 - 1 + 13 * 4 + 24 * 4 - 2
-    assert all(keys.is_portable(name) for name in chosen)
+    assert all(keys.is_read_everywhere(name) for name in chosen)
 
 
 def test_a_plan_can_be_made_without_loading(folder: Path, photos: Path, tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_tuckers_form_is_misread_by_sd_cpp_and_lokr_on_convolutions_too():
     conv = "lora_unet_down_blocks_0_attentions_0_proj_in"
     report = read_report(without(whole, conv) | {f"{conv}.{part}": shape for part, shape in linear.items()}, "sd1")
     assert report["sd.cpp"].wrong == {conv: "applies it wrongly on convolutions"}
-    assert compatibility.foresee("lokr", "kohya")["sd.cpp"] == "applies it wrongly on convolutions"
+    assert compatibility.predict_compatibility("lokr", "kohya")["sd.cpp"] == "applies it wrongly on convolutions"
 
 
 def test_targets_are_checked():
@@ -269,14 +269,18 @@ def test_targets_are_checked():
 
 
 def test_what_is_said_before_training():
-    assert set(compatibility.foresee("lora", "kohya").values()) == {"", "does not read the kohya format"}
+    assert set(compatibility.predict_compatibility("lora", "kohya").values()) == {"", "does not read the kohya format"}
     assert compatibility.warning("lora", "kohya") is None and compatibility.warning("rslora", "diffusers") is None
     assert compatibility.warning("dora", "kohya") == (
         "dora in the kohya format is honoured by AUTOMATIC1111, Forge, ComfyUI, InvokeAI; not by kohya sd-scripts, "
         "stable-diffusion.cpp, diffusers: ignores dora_scale and applies it as plain LoRA"
     )
-    told = compatibility.foresee("dora", "kohya")
+    told = compatibility.predict_compatibility("dora", "kohya")
     assert [key for key, problem in told.items() if not problem] == ["a1111", "forge", "comfyui", "invokeai"]
     assert told["diffusers"] == "ignores dora_scale and applies it as plain LoRA"
-    assert [key for key, problem in compatibility.foresee("lora", "diffusers").items() if not problem] == ["diffusers"]
-    assert [key for key, problem in compatibility.foresee("rslora", "peft").items() if not problem] == ["peft"]
+    assert [
+        key for key, problem in compatibility.predict_compatibility("lora", "diffusers").items() if not problem
+    ] == ["diffusers"]
+    assert [key for key, problem in compatibility.predict_compatibility("rslora", "peft").items() if not problem] == [
+        "peft"
+    ]

@@ -41,7 +41,7 @@ def test_files_have_the_names_and_keys_that_programs_look_for(tmp_path, family):
     stored = load_file(file)
     assert set(stored) == set(names)
     for name, part in zip(names, ENCODERS[family], strict=True):
-        assert torch.equal(stored[name], made.tokens["sks"][part]) and stored[name].dtype is torch.float32
+        assert torch.equal(stored[name], made.embeddings["sks"][part]) and stored[name].dtype is torch.float32
     head = safetensors_header.read(file).metadata
     assert head["modelspec.architecture"].endswith("/textual-inversion") and head["ss_output_name"] == "sks"
     bundled = load_file(tmp_path / "toy-bundled.safetensors")
@@ -59,9 +59,9 @@ def test_files_have_the_names_and_keys_that_programs_look_for(tmp_path, family):
 def test_every_format_brings_the_word_back(tmp_path, family, fmt):
     made = weights(family)
     path = (written(tmp_path, made) | {"bundled": tmp_path / "toy-bundled.safetensors"})[fmt]
-    back = read(path).tokens
+    back = read(path).embeddings
     assert {word: set(vectors) for word, vectors in back.items()} == {"sks": set(ENCODERS[family])}
-    assert all(torch.equal(back["sks"][part], made.tokens["sks"][part]) for part in ENCODERS[family])
+    assert all(torch.equal(back["sks"][part], made.embeddings["sks"][part]) for part in ENCODERS[family])
 
 
 def test_diffusers_draws_with_the_embedding_what_lorakit_draws(tiny_sd1, tmp_path):
@@ -130,7 +130,7 @@ def test_the_check_at_the_end_misses_no_file(tmp_path):
     for path in paths.values():
         with pytest.raises(LorakitError, match=r"its embedding toy-embedding/sks.safetensors is not beside it"):
             read(path)
-    extra = replace(made, tokens={})
+    extra = replace(made, embeddings={})
     assert "sks: embedding that was not trained" in [
         str(finding) for finding in verify_file(written(tmp_path, made)["kohya"], extra, SHAPES)
     ]
@@ -138,8 +138,8 @@ def test_the_check_at_the_end_misses_no_file(tmp_path):
 
 def test_words_survive_arithmetic(tmp_path):
     made = weights()
-    other = replace(made, tokens={"ohwx": made.tokens["sks"]})
-    assert resize(made, rank=2).tokens == made.tokens
-    assert set(combine([(made, 1.0), (other, 1.0)]).tokens) == {"sks", "ohwx"}
+    other = replace(made, embeddings={"ohwx": made.embeddings["sks"]})
+    assert resize(made, rank=2).embeddings == made.embeddings
+    assert set(combine([(made, 1.0), (other, 1.0)]).embeddings) == {"sks", "ohwx"}
     with pytest.raises(LorakitError, match="several adapters have an embedding of their own for 'sks'"):
         combine([(made, 1.0), (made, 0.5)])

@@ -161,7 +161,7 @@ def storage_rows(family: str, room: Path) -> list[str]:
 def export_can_hold(name: str) -> bool:
     from lorakit.formats import keys
 
-    return keys.is_portable(name)
+    return keys.is_read_everywhere(name)
 
 
 STORAGE_HEAD = ["| For | Base | " + " | ".join(NAMES.values()) + " |", "| --- " * (2 + len(NAMES)) + "|"]

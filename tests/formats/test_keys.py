@@ -12,9 +12,9 @@ COUNTS = {"sd1": (192, 86, 72, 0), "sd2": (192, 86, 138, 0), "sdxl": (722, 66, 7
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_names_equal_the_frozen_list(family):
     rows = [row for row in random_adapters.frozen(family) if "text_projection" not in row[3]]
-    made = keys.to_kohya([row[0] for row in rows], family)
+    made = keys.to_kohya_name([row[0] for row in rows], family)
     assert made == {row[0]: row[2] if family == "sdxl" and row[0].startswith("unet.") else row[1] for row in rows}
-    portable = [row[0] for row in rows if keys.is_portable(row[0])]
+    portable = [row[0] for row in rows if keys.is_read_everywhere(row[0])]
     attention, conv, text, text_2 = COUNTS[family]
     assert sum(keys.group(name) == "attention" for name in portable) == attention
     assert sum(keys.group(name) == "conv" for name in portable) == conv
@@ -62,7 +62,7 @@ def test_sgm_numbers_follow_the_depth_of_the_blocks(count):
     names += ["unet.down_blocks.0.downsamplers.0.conv", "unet.up_blocks.0.upsamplers.0.conv"]
     names += ["unet.up_blocks.1.upsamplers.0.conv", "unet.mid_block.attentions.0.proj_in"]
     assert keys.layers_per_block(names) == count
-    made = keys.to_kohya(names, "sdxl")
+    made = keys.to_kohya_name(names, "sdxl")
     assert made["unet.down_blocks.1.attentions.0.proj_in"] == f"lora_unet_input_blocks_{count + 2}_1_proj_in"
     assert made["unet.down_blocks.0.downsamplers.0.conv"] == f"lora_unet_input_blocks_{count + 1}_0_op"
     assert made["unet.up_blocks.0.upsamplers.0.conv"] == f"lora_unet_output_blocks_{count}_2_conv"
@@ -78,11 +78,11 @@ def test_depth_is_two_where_names_do_not_agree():
 
 def test_what_is_not_portable_is_refused_by_name():
     with pytest.raises(LorakitError, match=r"layer unet.conv_in and 1 more cannot be exported: not every program"):
-        keys.require_portable(["unet.conv_in", "unet.mid_block.resnets.0.conv1", "unet.time_embedding.linear_1"])
+        keys.require_read_everywhere(["unet.conv_in", "unet.mid_block.resnets.0.conv1", "unet.time_embedding.linear_1"])
     with pytest.raises(LorakitError, match=r"layer unet.conv_norm_out is not one that a sd1 adapter can have"):
-        keys.to_kohya(["unet.conv_norm_out"], "sd1")
+        keys.to_kohya_name(["unet.conv_norm_out"], "sd1")
     with pytest.raises(LorakitError, match=r"text_encoder_2.* is not one that a sd2 adapter can have"):
-        keys.to_kohya(["text_encoder_2.text_model.encoder.layers.0.mlp.fc1"], "sd2")
+        keys.to_kohya_name(["text_encoder_2.text_model.encoder.layers.0.mlp.fc1"], "sd2")
 
 
 def test_siblings_are_the_four_projections():

@@ -50,7 +50,7 @@ def describe(family: str, layout: str, made: Any) -> families.BaseInfo:
 
 def weights_for(info: families.BaseInfo, method: str = "lora", seed: int = 0) -> AdapterWeights:
     """Rank 4 on the first layer of each kind in each part of the model."""
-    kinds = {re.sub(r"\d+", "", name): name for name in reversed(list(info.layers)) if keys.is_portable(name)}
+    kinds = {re.sub(r"\d+", "", name): name for name in reversed(list(info.layers)) if keys.is_read_everywhere(name)}
     draw = torch.Generator().manual_seed(seed)
     layers = {name: random_adapters.layer(info.layers[name], 4, 2.0, draw, method == "dora") for name in kinds.values()}
     return AdapterWeights(info.family, method, layers)

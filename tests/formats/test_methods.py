@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from lorakit.adapters.weights import AdapterWeights, LokrLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import diffusers, kohya, peft, read
-from lorakit.formats.compatibility import foresee
+from lorakit.formats.compatibility import predict_compatibility
 from lorakit.formats.edit.resize_combine import combine, plain, resize
 from lorakit.formats.inspect import inspect
 from lorakit.formats.verify import verify_file
@@ -97,7 +97,7 @@ def test_lycoris_finds_the_delta(base, tmp_path, method, alpha):
     family, _, shapes = base
     weights = made(family, shapes, method, alpha)
     tensors = load_file(write(weights, tmp_path, "kohya"))
-    stems = kohya.keys.to_kohya(shapes, family)
+    stems = kohya.keys.to_kohya_name(shapes, family)
     found = {}
     for name, shape in shapes.items():
         out, into, *kernel = shape
@@ -139,8 +139,8 @@ def test_what_a_format_cannot_carry_is_said(base, tmp_path, method):
         LorakitError, match=rf"diffusers format cannot carry {method}: .*lorakit resize FILE --energy 1"
     ):
         write(made(family, shapes, method, 1.0), tmp_path, "diffusers")
-    assert foresee(method, "kohya")["diffusers"] == "it reads plain LoRA only"
-    assert foresee(method, "kohya")["a1111"] == ""
+    assert predict_compatibility(method, "kohya")["diffusers"] == "it reads plain LoRA only"
+    assert predict_compatibility(method, "kohya")["a1111"] == ""
 
 
 @pytest.mark.parametrize("method", LYCORIS)

@@ -44,7 +44,7 @@ def test_a_smoke_run_makes_a_pipeline_that_draws(made: tuple[Path, Path]) -> Non
     pipe = StableDiffusionPipeline.from_pretrained(str(output))
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a mug", num_inference_steps=2).images[0].size == (64, 64)
-    assert (output / "judge.safetensors").exists()
+    assert (output / "classifier.safetensors").exists()
 
 
 def test_a_second_run_has_nothing_to_do(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

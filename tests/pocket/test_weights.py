@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 import lorakit.families.pocket
 from lorakit.families.pocket import subjects
 from lorakit.families.pocket.captions import full_caption
-from lorakit.families.pocket.classifier import Judge
+from lorakit.families.pocket.classifier import Classifier
 from tools.pocket import measure
 
 FOLDER = lorakit.families.pocket.path()
@@ -29,8 +29,8 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge.load()
+def judge() -> Classifier:
+    return Classifier.load()
 
 
 def test_it_is_small_and_in_float16() -> None:
@@ -77,14 +77,14 @@ def test_the_prompt_decides_the_picture(pipeline: StableDiffusionPipeline) -> No
     assert night[:16].mean() < beach[:16].mean() - 30  # a dark sky and a bright one
 
 
-def test_the_judge_is_right_about_fresh_renders(judge: Judge) -> None:
+def test_the_judge_is_right_about_fresh_renders(judge: Classifier) -> None:
     specs = measure.requests(256, seed=5_000_000_000)
     scores = judge.scores(measure.real_pictures(specs, 5_000_000_000), [spec.words for spec in specs])
     assert scores.pop("pattern") > 0.84
     assert min(scores.values()) > 0.95, scores
 
 
-def test_the_judge_tells_subjects_from_kinds_and_each_other(judge: Judge) -> None:
+def test_the_judge_tells_subjects_from_kinds_and_each_other(judge: Classifier) -> None:
     toys = subjects.references()["toy"]
     for name in subjects.SUBJECTS:
         real = [image for image, _ in subjects.photos(name, 12, seed=9)]
@@ -94,7 +94,7 @@ def test_the_judge_tells_subjects_from_kinds_and_each_other(judge: Judge) -> Non
         judge.subject_score(toys, "nobody")
 
 
-def test_it_draws_combinations_that_it_never_saw(pipeline: StableDiffusionPipeline, judge: Judge) -> None:
+def test_it_draws_combinations_that_it_never_saw(pipeline: StableDiffusionPipeline, judge: Classifier) -> None:
     specs = measure.requests(32, seed=6_000_000_000)
     asked = [spec.words for spec in specs]
     images = measure.drawn(pipeline, [full_caption(spec) for spec in specs], steps=20)

@@ -165,7 +165,7 @@ def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
     (path,) = sampling.from_file(result.adapter, "pocket", ["a sks toy"], [1.0], config.SampleConfig(steps=1))[1:]
     assert path.is_file()
     last = checkpoint_export.read(checkpoint.latest(result.folder / "checkpoints"))
-    assert torch.equal(last.tokens["sks"]["text_encoder"], rows)
+    assert torch.equal(last.embeddings["sks"]["text_encoder"], rows)
     (result.folder / f"{name}-embedding" / "sks.safetensors").unlink()
     with pytest.raises(LorakitError, match=r"its embedding .*sks\.safetensors is not beside it: put it back"):
         sampling.recorded(result.adapter, {})

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.families.pocket.classifier import Judge, Net
+from lorakit.families.pocket.classifier import Classifier, Net
 from tools.pocket import autoencoder, dataset
 from tools.pocket.recipe import Recipe
 from tools.pocket.workers import Run, Worker
@@ -45,7 +45,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     model, rival = model.to(worker.device), rival.to(worker.device)
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
-    judge = Judge.load(work / "judge.safetensors").model.to(worker.device).requires_grad_(False)
+    judge = Classifier.load(work / "classifier.safetensors").model.to(worker.device).requires_grad_(False)
     common: dict[str, Any] = {
         "total": recipe.decoder_pictures,
         "batch": recipe.decoder_batch,

@@ -67,7 +67,7 @@ def export(recipe: Recipe, work: Path, output: Path) -> None:
     }
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     # The judge comes from the working folder, the card is written by hand: both stay with the weights.
-    for file in (work / "judge.safetensors", output / "README.md"):
+    for file in (work / "classifier.safetensors", output / "README.md"):
         if file.exists():
             shutil.copy(file, partial / file.name)
     for file in partial.rglob("*"):

@@ -46,7 +46,10 @@ def stages(recipe: Recipe, work: Path, output: Path, processes: int) -> dict[str
         ),
         "autoencoder": (work / "vae.pt", lambda: workers.launch(autoencoder.train, processes, recipe, work)),
         "text": (work / "text.pt", lambda: workers.launch(text.train, processes, recipe, work)),
-        "judge": (work / "judge.safetensors", lambda: workers.launch(train_classifier.train, processes, recipe, work)),
+        "judge": (
+            work / "classifier.safetensors",
+            lambda: workers.launch(train_classifier.train, processes, recipe, work),
+        ),
         "latents": (work / "states.npy", lambda: workers.launch(denoiser.prepare, processes, recipe, work)),
         "unet": (work / "unet.pt", lambda: workers.launch(denoiser.train, processes, recipe, work)),
         "decoder": (work / "decoder.pt", lambda: workers.launch(decoder.train, processes, recipe, work)),

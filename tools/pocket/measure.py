@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lorakit.families.pocket.captions import full_caption
-from lorakit.families.pocket.classifier import Judge
+from lorakit.families.pocket.classifier import Classifier
 from lorakit.families.pocket.scenes import render
 from lorakit.families.pocket.spec import FIELDS, Spec, random_spec
 from tools.pocket import autoencoder
@@ -76,7 +76,7 @@ def table(
     folder: Path, count: int = 512, guidance: float = 4.0, steps: int = 30, device: str = "cpu"
 ) -> tuple[dict[str, Any], list[Image.Image]]:
     """Accuracies on renders (the ceiling), after the autoencoder and on what the model draws; and these pictures."""
-    judge, pipeline, specs = Judge.load(folder / "judge.safetensors"), load(folder, device), requests(count)
+    judge, pipeline, specs = Classifier.load(folder / "classifier.safetensors"), load(folder, device), requests(count)
     asked = [spec.words for spec in specs]
     renders = real_pictures(specs)
     through, decibels = round_trip(pipeline.vae, renders)

@@ -40,7 +40,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     run = Run(
         worker,
         {"judge": model},
-        work / "judge.state",
+        work / "classifier.state",
         recipe.judge_pictures,
         recipe.judge_batch,
         recipe.judge_rate,
@@ -68,7 +68,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     if worker.first:
         run.use_average()
         _settle(model, pictures)
-        write(model, work / "judge.safetensors", recipe)
+        write(model, work / "classifier.safetensors", recipe)
 
 
 @torch.no_grad()

@@ -38,19 +38,19 @@ class Net(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
 
-class Judge:
-    """Says what pictures show. Load it once: `Judge.load()`."""
+class Classifier:
+    """Says what pictures show. Load it once: `Classifier.load()`."""
 
     def __init__(self, model: Net) -> None:
         self.model = model.eval()
         self._centroids: dict[str, np.ndarray] | None = None
 
     @classmethod
-    def load(cls, file: Path | None = None) -> Judge:
+    def load(cls, file: Path | None = None) -> Classifier:
         """The bundled judge, or the one in `file`."""
         from safetensors import safe_open
 
-        file = path() / "judge.safetensors" if file is None else file
+        file = path() / "classifier.safetensors" if file is None else file
         with safe_open(file, framework="pt") as tensors:
             model = Net([int(c) for c in tensors.metadata()["channels"].split(",")])
             weights = {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118

@@ -52,7 +52,7 @@ def merge(weights: AdapterWeights, base: Path, output: Path, strength: float = 1
         shutil.copytree(base, temporary, ignore=shutil.ignore_patterns("*.bin", "*.ckpt", "*.msgpack", ".*"))
         for part in {keys.component(name) for name in weights.layers}:
             layers = {name: layer for name, layer in weights.layers.items() if keys.component(name) == part}
-            _merge_component(temporary / keys.spelled(part, weights.family), part, layers, strength)
+            _merge_component(temporary / keys.to_diffusers_name(part, weights.family), part, layers, strength)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,9 +71,9 @@ def extract(
     """
     layers: dict[str, AnyLayer] = {}
     for part in keys.SPELLINGS[family].text.keys() | {"unet"}:
-        before, after = (_tensors(Path(model), part, keys.spelled(part, family)) for model in (base, tuned))
+        before, after = (_tensors(Path(model), part, keys.to_diffusers_name(part, family)) for model in (base, tuned))
         for name in before:
-            if not keys.is_portable(name):
+            if not keys.is_read_everywhere(name):
                 continue
             if name not in after or before[name].shape != after[name].shape:
                 raise LorakitError(

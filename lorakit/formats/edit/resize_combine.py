@@ -109,10 +109,10 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
             scaled = replace(layer, up=layer.up.float() * (layer.scale * strength), alpha=float(layer.rank))
             collected.setdefault(name, []).append(scaled)
     stacked: dict[str, AnyLayer] = {name: _stacked(name, layers) for name, layers in collected.items()}
-    words = [(word, vectors) for weights, _ in parts for word, vectors in weights.tokens.items()]
+    words = [(word, vectors) for weights, _ in parts for word, vectors in weights.embeddings.items()]
     if len({word for word, _ in words}) < len(words):
         raise LorakitError(f"combine: several adapters have an embedding of their own for {words[0][0]!r}")
-    return AdapterWeights(families[0], "lora", stacked, tokens=dict(words))
+    return AdapterWeights(families[0], "lora", stacked, embeddings=dict(words))
 
 
 def _stacked(name: str, layers: list[LoraLayer]) -> LoraLayer:
