@@ -1,4 +1,8 @@
-"""Adapters: which layers they enter (`targets`, light), and their weights inside a loaded base (`attach`, `apply`)."""
+"""Adapters: the layers they change (`targets`, no torch) and their weights in a loaded base (`attach`, `apply`).
+
+May import: core, config, data, engine.
+Used by: formats, inference, runs, training, cli.
+"""
 
 from __future__ import annotations
 

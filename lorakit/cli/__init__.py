@@ -1,1 +1,5 @@
-"""The command line."""
+"""The command line.
+
+May import: core, config, data, engine, adapters, families, formats, inference, runs, training.
+Used by: the user.
+"""

@@ -1,4 +1,8 @@
-"""Every option, read strictly."""
+"""The options: their types, limits and defaults, read strictly from TOML and overrides.
+
+May import: core.
+Used by: data, engine, adapters, families, formats, inference, runs, training, cli, ui.
+"""
 
 from lorakit.config.loading import (
     DEFAULT_PRESET,

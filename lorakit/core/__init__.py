@@ -1,1 +1,5 @@
-"""The ground: errors, names, files. Imports nothing else of lorakit."""
+"""Errors, names, units, random seeds, files: what every room stands on.
+
+May import: nothing.
+Used by: config, data, engine, adapters, families, formats, inference, runs, training, cli, ui.
+"""

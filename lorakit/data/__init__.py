@@ -1,6 +1,9 @@
-"""The photos: found, decoded, captioned, cut to buckets, looked over, and encoded once.
+"""The photos: folder, captions, buckets, augmentation, checks, and latents.
 
-Modules: folder (find) · decode (read) · captions (text) · buckets (size) · variants (flip and jitter) · check (what is
-wrong with these photos) · split (hold-out) · dataset (rows and batches) · cache (latents). The last two import torch,
-no other does. The user's folder is only ever read.
+May import: core, config.
+Used by: inference, runs, training, cli, ui.
+
+Modules: folder (find) · decode (read) · captions (text) · buckets (size) · augment (flip and jitter) · checks (what is
+wrong with these photos) · holdout · dataset (rows and batches) · latents. The last two import torch, no other does. The
+user's folder is only ever read.
 """

@@ -1,1 +1,5 @@
-"""The same sums in fewer operations and less memory."""
+"""The same arithmetic in fewer operations or in less memory.
+
+May import: core, config.
+Used by: adapters, families, inference, runs, training, cli.
+"""

@@ -1,7 +1,10 @@
-"""Base models: what lies in a folder, and one way to speak to whatever it is.
+"""Base models: describe a folder or file without torch, and load it behind one protocol, `Family`.
 
-A family is one file with one class, named in `registry.FAMILIES`. Everything outside this room knows only `BaseInfo`
-(what a base is, read without torch), `Family` (the base loaded) and `Conditioning` (texts, encoded).
+May import: core, config, data, engine.
+Used by: formats, inference, runs, training, cli.
+
+A family is one folder with one class, named in `registry.FAMILIES`. Everything outside this room knows only `BaseInfo`
+(a description, read without torch), `Family` (the loaded base) and `Conditioning` (encoded texts).
 """
 
 from __future__ import annotations

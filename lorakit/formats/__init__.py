@@ -1,4 +1,7 @@
-"""Adapters in and out of files: kohya, diffusers and PEFT, what each program reads of them, and proof that it is so.
+"""Adapter files: kohya, diffusers and PEFT; reading, writing, checking and editing them.
+
+May import: core, config, data, engine, adapters, families.
+Used by: inference, runs, training, cli, ui.
 
 Importing this package is light; `read` and `save` load torch when they are first used.
 """

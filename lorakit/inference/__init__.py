@@ -1,1 +1,5 @@
-"""Pictures from a base and an adapter."""
+"""Pictures from a base and an adapter.
+
+May import: core, config, data, engine, adapters, families, formats.
+Used by: training, cli.
+"""

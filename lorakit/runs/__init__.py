@@ -1,1 +1,5 @@
-"""A run before, while and after it is trained; no torch."""
+"""A run without torch: preflight, plan, memory estimate, folder, queue and report.
+
+May import: core, config, data, engine, adapters, families, formats.
+Used by: training, cli, ui.
+"""
