@@ -1,27 +1,49 @@
-"""Commands on adapters that are there already: export, resize, combine, merge into a base, extract from two bases."""
+"""Commands that take an adapter: sample, inspect, export, resize, combine, merge into a base; and extract one."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
+import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.cli import threads
+from lorakit.cli.terminal import complain, print_json, print_lines
+from lorakit.cli.train_commands import Command, add_set, read_overrides
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import EXPORTS
 
 if TYPE_CHECKING:
     from lorakit.adapters.weights import AdapterWeights
 
-Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 TRIGGER, ALIAS, TITLE = "modelspec.trigger_phrase", "ss_output_name", "modelspec.title"
 
 
 def add(command: Command) -> None:
     """Add the commands of this page by `command(name, run, help)`."""
+    sample = command("sample", run_sample, "draw pictures with an adapter")
+    sample.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
+    sample.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
+    sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="one row for each")
+    sample.add_argument("--base", default="pocket", metavar="FOLDER", help="base model (default: the bundled one)")
+    sample.add_argument("--size", type=_side, metavar="PIXELS", help="side of the pictures (default: as trained)")
+    add_set(sample)
+    sample.add_argument("--output", metavar="DIR", help="where to write (default: runs/<time>-<name>)")
+
+    inspect = command("inspect", run_inspect, "what a file is: adapter or base, method, rank, trigger, who can read it")
+    inspect.add_argument("file", metavar="FILE", help="a safetensors file, a PEFT folder or a base model folder")
+    inspect.add_argument(
+        "--targets",
+        default="",
+        metavar="a1111,comfyui",
+        help="fail where one of these programs does not read all of it",
+    )
+
     export = command("export", run_export, "write an adapter in another format")
     export.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder, in any of the formats")
     export.add_argument("--to", choices=tuple(EXPORTS), required=True, help="format to write")
@@ -64,6 +86,45 @@ def _add_written(made: argparse.ArgumentParser) -> None:
 def _add_output(made: argparse.ArgumentParser) -> None:
     made.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="precision (default: fp16)")
     made.add_argument("--output", default=".", metavar="DIR", help="where to write (default: here)")
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    """`lorakit sample`: a grid with a row for each strength and a column for each prompt, and each picture."""
+    threads.use_idle_cores()
+    from lorakit.inference import sampling
+
+    adapter = Path(args.adapter)
+    config = sampling.recorded(adapter, read_overrides(args.set))
+    files = sampling.from_file(
+        adapter,
+        dataclasses.replace(config.model, base=args.base),
+        args.prompt or config.sample.prompts,
+        args.strength,
+        config.sample,
+        folder=Path(args.output) if args.output else None,
+        size=args.size,
+        memory=config.memory,
+    )
+    if args.json:
+        print_json({"grid": str(files[0]), "files": [str(file) for file in files[1:]]})
+    else:
+        print_lines(str(files[0]))
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """`lorakit inspect`: 1 where a program named in `--targets` does not read all of the file."""
+    from lorakit.formats import inspect
+
+    report = inspect.inspect(Path(args.file))
+    failures = report.failures(args.targets.split(","))
+    if args.json:
+        print_json(report.to_json() | {"failures": failures})
+    else:
+        print_lines(report.to_text())
+    if failures:
+        complain("\n".join(failures))
+    return 1 if failures else 0
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -159,3 +220,19 @@ def _tell(args: argparse.Namespace, written: Mapping[str, Path]) -> None:
         print(json.dumps({name: str(path) for name, path in written.items()}, indent=2))
     else:
         print("\n".join(map(str, written.values())))
+
+
+def _strengths(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas between, as in 0,0.5,1")
+    return values
+
+
+def _side(text: str) -> int:
+    if not text.isdecimal() or int(text) % 8 or not 64 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a multiple of 8 from 64 to 4096")
+    return int(text)

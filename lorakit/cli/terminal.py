@@ -6,6 +6,8 @@ goes away (`| head`) never ends a run: what cannot be written is dropped.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import shutil
@@ -14,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from lorakit.core.units import duration
 
@@ -60,6 +62,26 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def print_lines(*lines: str) -> None:
+    """Each line to stdout, at once."""
+    for line in lines:
+        print(line)
+    sys.stdout.flush()
+
+
+def print_json(value: Any) -> None:
+    """A value to stdout as JSON in ASCII."""
+    print_lines(json.dumps(value, indent=2, ensure_ascii=True))
+
+
+def complain(text: str) -> None:
+    """Each line to stderr, prefixed. A closed stderr is no reason to fail differently."""
+    with contextlib.suppress(BrokenPipeError, ValueError):
+        for line in text.splitlines() or [""]:
+            print(f"lorakit: {line}", file=sys.stderr)
+        sys.stderr.flush()
 
 
 class Terminal:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 THREADS = "OMP_NUM_THREADS"
-LOOK_SECONDS = 0.1
+SAMPLE_SECONDS = 0.1
 
 
-def use_the_free() -> None:
+def use_idle_cores() -> None:
     """Have torch and NumPy, not imported yet, compute with a thread for each core that is idle now.
 
     A thread that shares its core with another program keeps all others waiting at the end of every operation: on two
@@ -18,15 +18,15 @@ def use_the_free() -> None:
     if not os.environ.get(THREADS):
         import psutil
 
-        os.environ[THREADS] = str(free(psutil.cpu_percent(LOOK_SECONDS), available()))
+        os.environ[THREADS] = str(idle_cores(psutil.cpu_percent(SAMPLE_SECONDS), available_cores()))
 
 
-def free(busy: float, cores: int) -> int:
+def idle_cores(busy: float, cores: int) -> int:
     """Of `cores`, those that `busy` percent of work on all of them leaves free, rounded; at least one."""
     return max(1, round(cores * (1 - busy / 100)))
 
 
-def available() -> int:
+def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

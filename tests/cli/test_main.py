@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lorakit import config
-from lorakit.cli import main as cli
+from lorakit.cli import main as cli, train_commands
 from lorakit.core.errors import LorakitError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -256,7 +256,7 @@ def resolved(*given: str) -> tuple[config.Config, str]:
     from lorakit.cli.terminal import Terminal
 
     stream = io.StringIO()
-    return cli.resolve(arguments(*given), Terminal(stream)), stream.getvalue()
+    return train_commands.resolve(arguments(*given), Terminal(stream)), stream.getvalue()
 
 
 def test_without_a_base_the_bundled_one_is_trained() -> None:

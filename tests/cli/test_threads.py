@@ -17,28 +17,28 @@ from lorakit.cli import threads
     [(0, 2, 2), (3.5, 2, 2), (50, 2, 1), (100, 2, 1), (0, 1, 1), (30, 8, 6), (99, 64, 1), (12.5, 8, 7)],
 )
 def test_what_others_use_is_left_to_them_and_one_core_is_always_taken(busy, of, free):
-    assert threads.free(busy, of) == free
+    assert threads.idle_cores(busy, of) == free
 
 
 def test_the_idle_cores_become_threads(monkeypatch):
     monkeypatch.setenv(threads.THREADS, "")
-    monkeypatch.setattr(threads, "available", lambda: 8)
-    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: 50.0 if seconds == threads.LOOK_SECONDS else 0.0)
-    threads.use_the_free()
+    monkeypatch.setattr(threads, "available_cores", lambda: 8)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: 50.0 if seconds == threads.SAMPLE_SECONDS else 0.0)
+    threads.use_idle_cores()
     assert os.environ[threads.THREADS] == "4"
 
 
 def test_whoever_set_the_number_of_threads_is_left_alone(monkeypatch):
     monkeypatch.setenv(threads.THREADS, "3")
-    monkeypatch.setattr(threads, "available", lambda: 8)
-    threads.use_the_free()
+    monkeypatch.setattr(threads, "available_cores", lambda: 8)
+    threads.use_idle_cores()
     assert os.environ[threads.THREADS] == "3"
 
 
 def test_torch_computes_with_that_many():
     script = (
-        "import os; os.environ['OMP_NUM_THREADS'] = ''; from lorakit import cores; cores.use_the_free(); "
-        "import torch; print(torch.get_num_threads() == int(os.environ['OMP_NUM_THREADS']) <= cores.available())"
+        "import os; os.environ['OMP_NUM_THREADS'] = ''; from lorakit.cli import threads; threads.use_idle_cores(); "
+        "import torch; print(torch.get_num_threads() == int(os.environ['OMP_NUM_THREADS']) <= threads.available_cores())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"

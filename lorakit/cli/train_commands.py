@@ -1,0 +1,208 @@
+"""Commands of a training run: demo, check, train and resume, and from their arguments to a config."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit import config as configuration
+from lorakit.cli import threads
+from lorakit.cli.terminal import Terminal, complain, print_json, print_lines
+
+# Adds a command by its name, function and help.
+Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+
+
+def add(command: Command) -> None:
+    """Add the commands of this page by `command(name, run, help)`."""
+    demo = command("demo", run_demo, "the whole main job on the bundled model and pictures")
+    demo.add_argument("--subject", default="zib", metavar="NAME", help="bundled subject (default: zib)")
+    add_set(demo)
+    _add_output(demo)
+
+    check = command("check", run_check, "what is in a folder of photos, what is wrong with it, what a run would cost")
+    _add_run_options(check)
+
+    train = command("train", run_train, "train an adapter from a folder of photos")
+    _add_run_options(train)
+    _add_output(train)
+    train.add_argument(
+        "--init-from", metavar="FILE", help="start from this adapter's weights (a new run, not a resume)"
+    )
+
+    resume = command("resume", run_resume, "go on with a run exactly where it stopped")
+    resume.add_argument("folder", metavar="RUN", help="run folder, e.g. runs/2026-01-31-sks-toy")
+
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("photos", nargs="?", metavar="PHOTOS", help="folder of photos; it is only ever read")
+    command.add_argument(
+        "--preset", metavar="NAME", help=f"one of {', '.join(configuration.preset_names())}, or a TOML file"
+    )
+    name = command.add_mutually_exclusive_group()
+    name.add_argument("--subject", metavar="'sks toy'", help="a rare word for the subject, and what it is")
+    name.add_argument("--style", metavar="'sks style'", help="a rare word for the style")
+    command.add_argument("--base", metavar="BASE", help="base model: a file, a folder or a hub id (default: bundled)")
+    add_set(command)
+
+
+def add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any of `lorakit options`"
+    )
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", metavar="DIR", help="where to write (default: runs/<time>-<name>)")
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """`lorakit demo`."""
+    threads.use_idle_cores()
+    from lorakit.cli import demo
+
+    folder, overrides = Path(args.output) if args.output else None, read_overrides(args.set)
+    result = _unless_stopped(lambda: demo.demo(args.subject, _terminal(args), folder=folder, overrides=overrides))
+    if result is None:
+        return 130
+    if args.json:
+        print_json(result.to_json())
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """`lorakit check`: the photos, then the plan. No model is loaded."""
+    threads.use_idle_cores()
+    from lorakit import families
+    from lorakit.data import checks
+    from lorakit.runs import plan
+
+    config = resolve(args, _terminal(args))
+    info = families.describe(config.model)
+    report = checks.check(config.data, info)
+    planned = None if report.errors else plan.make(config, info, report)
+    if args.json:
+        print_json({"check": report.to_json(), "plan": planned.to_json() if planned else None})
+    else:
+        print_lines(report.to_text())
+        if planned:
+            print_lines("", "the plan", *(f"  {line}" for line in planned.lines()))
+    return 1 if report.errors else 0
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """`lorakit train`: the main job."""
+    threads.use_idle_cores()
+    terminal = _terminal(args)
+    config = resolve(args, terminal)
+    if not config.data.name:
+        raise configuration.ConfigError(["say what the photos show: --subject 'sks toy' or --style 'sks style'"])
+    from lorakit.runs.preflight import look
+
+    seen = look(config, terminal.say)  # before what models take is imported, for seconds
+    from lorakit.training import run as train
+
+    return _trained(args, terminal, lambda: train.train(config, terminal=terminal, seen=seen))
+
+
+def run_resume(args: argparse.Namespace) -> int:
+    """`lorakit resume`."""
+    threads.use_idle_cores()
+    terminal = _terminal(args)
+    from lorakit.training import run as train
+
+    return _trained(args, terminal, lambda: train.resume(args.folder, terminal=terminal))
+
+
+def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[], Any]) -> int:
+    """Run a training job and say what came of it."""
+    result = _unless_stopped(job)
+    if result is None:
+        return 130
+    terminal.say(f"adapter: {result.adapter}")
+    if result.best:
+        terminal.say(f"best by validation: {result.best}")
+    terminal.say(f"report: {result.folder / 'report.html'}")
+    if args.json:
+        print_json(
+            {
+                "folder": str(result.folder),
+                "adapter": str(result.adapter),
+                "exports": {name: str(path) for name, path in result.exports.items()},
+                "best": str(result.best) if result.best else None,
+                "steps": result.steps,
+                "findings": [vars(finding) for finding in result.findings],
+            }
+        )
+    return 0
+
+
+def _unless_stopped(job: Callable[[], Any]) -> Any:
+    """What a training job gives, or None where the user stopped it, which is then said."""
+    from lorakit.training.run import Stopped
+
+    try:
+        return job()
+    except Stopped as stop:
+        complain(str(stop))
+        return None
+
+
+# -- from arguments to a config ---------------------------------------------------------------------------------------
+
+
+def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Config:
+    """The config that the arguments of `check` and `train` ask for: preset, then flags, then `--set`.
+
+    Raises:
+        ConfigError: with every problem at once.
+        LorakitError: no preset was named and the base, which decides it, cannot be read.
+    """
+    flags = {
+        "data.folder": args.photos,
+        "data.name": args.subject or args.style,
+        "data.kind": "subject" if args.subject else "style" if args.style else None,
+        "model.base": args.base,
+        "output.folder": getattr(args, "output", None),
+        "train.init_from": getattr(args, "init_from", None),
+    }
+    overrides = {key: value for key, value in flags.items() if value is not None} | read_overrides(args.set)
+    preset = args.preset
+    if preset is None:
+        from lorakit.runs.quickstart import default_preset
+
+        preset, reason = default_preset(overrides.get("model.base", "pocket"), overrides.get("data.kind", "subject"))
+        terminal.say(f"preset: {preset} ({reason})")
+    config = configuration.load(preset, overrides)
+    if not config.data.folder:
+        raise configuration.ConfigError(["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"])
+    return config
+
+
+def read_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """The key and value of every `--set`.
+
+    Raises:
+        ConfigError: with every malformed one.
+    """
+    problems, read = [], {}
+    for text in texts:
+        try:
+            key, value = configuration.parse_override(text)
+            read[key] = value
+        except configuration.ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise configuration.ConfigError(problems)
+    return read
+
+
+def _terminal(args: argparse.Namespace) -> Terminal:
+    """Lines go to stdout, and to stderr where stdout carries JSON."""
+    return Terminal(sys.stderr if args.json else sys.stdout)
