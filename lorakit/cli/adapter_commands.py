@@ -35,13 +35,15 @@ def add(command: Command) -> None:
     add_set(sample)
     sample.add_argument("--output", metavar="DIR", help="where to write (default: runs/<time>-<name>)")
 
-    inspect = command("inspect", run_inspect, "what a file is: adapter or base, method, rank, trigger, who can read it")
+    inspect = command(
+        "inspect", run_inspect, "show what a file is: adapter or base, method, rank, trigger, which programs read it"
+    )
     inspect.add_argument("file", metavar="FILE", help="a safetensors file, a PEFT folder or a base model folder")
     inspect.add_argument(
         "--targets",
         default="",
         metavar="a1111,comfyui",
-        help="fail where one of these programs does not read all of it",
+        help="fail if one of these programs does not read all of it",
     )
 
     export = command("export", run_export, "write an adapter in another format")
@@ -49,23 +51,23 @@ def add(command: Command) -> None:
     export.add_argument("--to", choices=tuple(EXPORTS), required=True, help="format to write")
     _add_output(export)
 
-    resize = command("resize", run_resize, "give an adapter a smaller rank, keeping what matters most")
+    resize = command("resize", run_resize, "reduce the rank of an adapter")
     resize.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
     _add_size(resize)
     _add_written(resize)
 
-    combine = command("combine", run_combine, "add several adapters up into one")
+    combine = command("combine", run_combine, "add several adapters into one")
     combine.add_argument("adapters", nargs="+", metavar="ADAPTER[=STRENGTH]", help="adapters; strength 1 unless given")
     combine.add_argument("--name", default="combined", help="name of the new adapter (default: combined)")
     _add_written(combine)
 
-    merge = command("merge", run_merge, "put an adapter into a base for good: a whole model that needs no adapter")
+    merge = command("merge", run_merge, "merge an adapter into a base and write the whole model")
     merge.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
     merge.add_argument("--base", default="pocket", metavar="FOLDER", help="base model (default: the bundled one)")
     merge.add_argument("--strength", type=float, default=1.0, help="how much of the adapter (default: 1)")
     merge.add_argument("--output", required=True, metavar="PATH", help="new folder or new .safetensors file")
 
-    extract = command("extract", run_extract, "the adapter that makes one base of another")
+    extract = command("extract", run_extract, "extract a LoRA from the difference of two models")
     extract.add_argument("tuned", metavar="TUNED", help="folder of the model that was trained further")
     extract.add_argument("--base", required=True, metavar="FOLDER", help="folder of the model that it was made from")
     _add_size(extract)

@@ -80,10 +80,12 @@ def parser() -> argparse.ArgumentParser:
 
     train_commands.add(command)
     adapter_commands.add(command)
-    command("doctor", run_doctor, "this machine: device, precision, attention, extras, and what each lacks")
-    options = command("options", run_options, "every option that --set takes, with its default and bounds")
-    options.add_argument("--markdown", action="store_true", help="as docs/options.md")
-    command("ui", lambda _: run_ui([]), "the front end in the browser")
+    command(
+        "doctor", run_doctor, "show the device, precision, attention and extras of this machine, and what is missing"
+    )
+    options = command("options", run_options, "list every option that --set takes, with its default and bounds")
+    options.add_argument("--markdown", action="store_true", help="print docs/options.md")
+    command("ui", lambda _: run_ui([]), "start the front end in the browser")
     return top
 
 

@@ -1,4 +1,4 @@
-"""How many cores a command computes on: those that nobody else is using."""
+"""The number of threads a command computes with: one for each idle core."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ SAMPLE_SECONDS = 0.1
 
 
 def use_idle_cores() -> None:
-    """Have torch and NumPy, not imported yet, compute with a thread for each core that is idle now.
+    """Set OMP_NUM_THREADS to the number of cores that are idle now. Call it before torch and NumPy are imported.
 
     A thread that shares its core with another program keeps all others waiting at the end of every operation: on two
-    cores, one of them busy, two threads train the bundled model at a third of the speed of one. Whoever sets
-    OMP_NUM_THREADS has chosen, and is left alone.
+    cores, one of them busy, two threads train the bundled model at a third of the speed of one. A value that the user
+    has set stays.
     """
     if not os.environ.get(THREADS):
         import psutil
@@ -22,7 +22,7 @@ def use_idle_cores() -> None:
 
 
 def idle_cores(busy: float, cores: int) -> int:
-    """Of `cores`, those that `busy` percent of work on all of them leaves free, rounded; at least one."""
+    """Number of `cores` that a load of `busy` percent leaves idle, rounded; at least one."""
     return max(1, round(cores * (1 - busy / 100)))
 
 

@@ -18,12 +18,12 @@ Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.Arg
 
 def add(command: Command) -> None:
     """Add the commands of this page by `command(name, run, help)`."""
-    demo = command("demo", run_demo, "the whole main job on the bundled model and pictures")
+    demo = command("demo", run_demo, "train on the bundled model and pictures, as a first try")
     demo.add_argument("--subject", default="zib", metavar="NAME", help="bundled subject (default: zib)")
     add_set(demo)
     _add_output(demo)
 
-    check = command("check", run_check, "what is in a folder of photos, what is wrong with it, what a run would cost")
+    check = command("check", run_check, "check photos and show the plan")
     _add_run_options(check)
 
     train = command("train", run_train, "train an adapter from a folder of photos")
@@ -33,7 +33,7 @@ def add(command: Command) -> None:
         "--init-from", metavar="FILE", help="start from this adapter's weights (a new run, not a resume)"
     )
 
-    resume = command("resume", run_resume, "go on with a run exactly where it stopped")
+    resume = command("resume", run_resume, "continue a run exactly where it stopped")
     resume.add_argument("folder", metavar="RUN", help="run folder, e.g. runs/2026-01-31-sks-toy")
 
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `lorakit ui`."""
-    made = argparse.ArgumentParser(prog="lorakit ui", description="The front end in the browser.")
+    made = argparse.ArgumentParser(prog="lorakit ui", description="Start the front end in the browser.")
     made.add_argument("--runs", default="runs", metavar="DIR", help="where runs are written (default: runs)")
     made.add_argument(
         "--root",

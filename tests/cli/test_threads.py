@@ -38,7 +38,8 @@ def test_whoever_set_the_number_of_threads_is_left_alone(monkeypatch):
 def test_torch_computes_with_that_many():
     script = (
         "import os; os.environ['OMP_NUM_THREADS'] = ''; from lorakit.cli import threads; threads.use_idle_cores(); "
-        "import torch; print(torch.get_num_threads() == int(os.environ['OMP_NUM_THREADS']) <= threads.available_cores())"
+        "import torch; number = int(os.environ['OMP_NUM_THREADS']); "
+        "print(torch.get_num_threads() == number <= threads.available_cores())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
