@@ -111,10 +111,10 @@ def test_what_does_not_fit_is_said(sd1: Any, attach: Any) -> None:
     with pytest.raises(LorakitError, match=r"has 2 vectors for 'sks': set adapter.new_tokens = 2 and begin data.name"):
         plain.load(weights)
     plain.detach()
-    wide = replace(weights, tokens={"sks": {"text_encoder": torch.zeros(2, 768)}})
+    wide = replace(weights, embeddings={"sks": {"text_encoder": torch.zeros(2, 768)}})
     with pytest.raises(LorakitError, match="embedding of 'sks' does not fit text_encoder: it is for another base"):
         adapters.apply(sd1, wide)
-    two = replace(weights, tokens={**weights.embeddings, "ohwx": weights.embeddings["sks"]})
+    two = replace(weights, embeddings={**weights.embeddings, "ohwx": weights.embeddings["sks"]})
     with pytest.raises(LorakitError, match="has vectors for 'sks' and 'ohwx': only one word can be applied"):
         adapters.apply(sd1, two)
     assert not hasattr(sd1.unet, "peft_config")

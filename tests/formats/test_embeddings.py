@@ -25,7 +25,7 @@ FORMATS = ["kohya", "diffusers", "peft"]
 def weights(family="sd1", count=2, width=32):
     draw = torch.Generator().manual_seed(6)
     vectors = {part: torch.randn(count, width, generator=draw) for part in ENCODERS[family]}
-    return replace(random_adapters.adapter(SHAPES, family), tokens={"sks": vectors})
+    return replace(random_adapters.adapter(SHAPES, family), embeddings={"sks": vectors})
 
 
 def written(folder, made):
