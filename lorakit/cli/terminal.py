@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from lorakit.core.smoothing import RunningMean
 from lorakit.core.units import duration
 
 # The bar is drawn at most this often, in seconds, and in a pipe once for this share of the run.
 REDRAW_SECONDS = 0.1
 SHARE_OF_A_LINE = 0.05
-# Weight of the past in the smoothed loss; about the last 50 steps count.
-SMOOTHING = 0.98
 
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -128,7 +127,7 @@ class Bar:
 
     def __init__(self, terminal: Terminal, total: int, done: int, what: str):
         self.terminal, self.total, self.done, self.what = terminal, total, done, what
-        self._weight = self._sum = 0.0
+        self._mean = RunningMean()
         self._facts: list[str] = []
         self._drawn_at = -1e9
         self._said_at = done
@@ -137,7 +136,7 @@ class Bar:
     @property
     def smoothed(self) -> float:
         """Mean of the losses so far, newer ones counting more; NaN before the first."""
-        return self._sum / self._weight if self._weight else float("nan")
+        return self._mean.value
 
     def step(
         self,
@@ -152,8 +151,7 @@ class Bar:
         """`done` steps are done. Facts that are None are not shown."""
         self.done = done
         if loss is not None:
-            self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
-            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+            self._mean.add(loss)
         shown = {
             "loss {:.4f}": None if loss is None else self.smoothed,
             "lr {:.1e}": learning_rate,

@@ -22,14 +22,13 @@ from lorakit import __version__
 from lorakit.config import Config, with_paths_removed
 from lorakit.core import atomic, image_grid
 from lorakit.core.errors import LorakitError
+from lorakit.core.smoothing import smooth
 from lorakit.data import augment, buckets, decode
 from lorakit.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Weight of the past in the smoothed loss, as in the progress bar.
-SMOOTHING = 0.98
 # Photos shown in the report, and the longest side of photos and samples in it, in pixels.
 PHOTOS, PHOTO_SIDE, SAMPLE_SIDE = 60, 160, 320
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
@@ -146,7 +145,7 @@ def curves(events: Iterable[dict[str, Any]], *, best: int | None = None, dark: b
 def _loss(axes: Axes, events: list[dict[str, Any]], faint: str, accent: str) -> None:
     at, loss = [event["step"] for event in events], [event["loss"] for event in events]
     axes.plot(at, loss, color=faint, linewidth=0.6, alpha=0.55)
-    axes.plot(at, smoothed(loss), color=accent, linewidth=1.8)
+    axes.plot(at, smooth(loss), color=accent, linewidth=1.8)
     axes.set_title("training loss (raw and smoothed)")
     axes.set_ylim(bottom=0, top=max(sorted(loss)[int(0.99 * (len(loss) - 1))] * 1.15, 1e-12))
 
@@ -197,15 +196,6 @@ def _style(axes: Axes, ink: str, faint: str) -> None:
     axes.spines["bottom"].set_color(faint)
     axes.set_xlim(left=0)
     axes.set_xlabel("step", color=ink, fontsize=8, loc="right", labelpad=0)
-
-
-def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
-    """Running mean in which newer values count more, without the pull of a starting value."""
-    total, mass, out = 0.0, 0.0, []
-    for value in values:
-        total, mass = weight * total + (1 - weight) * value, weight * mass + (1 - weight)
-        out.append(total / mass)
-    return out
 
 
 # -- the page -----------------------------------------------------------------------------------------------------

@@ -69,16 +69,6 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def smoothed(points: Sequence[tuple[float, float]], weight: float = 0.95) -> list[tuple[float, float]]:
-    """Exponential moving mean of the values, without the pull to zero at the start."""
-    total = mass = 0.0
-    mean = []
-    for step, value in _finite(points):
-        total, mass = weight * total + (1 - weight) * value, weight * mass + (1 - weight)
-        mean.append((step, total / mass))
-    return mean
-
-
 def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(step, value) for step, value in points if value is not None and math.isfinite(value)]
 

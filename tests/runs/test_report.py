@@ -185,12 +185,6 @@ def test_a_step_that_was_done_twice_counts_as_done_last():
     assert report.curves([again, second, first]) != report.curves([again, second])
 
 
-def test_smoothing_is_a_weighted_mean():
-    values, weight = [4.0, 0.0, 1.0], 0.5
-    expected = [4.0, (0.5 * 4 + 0) / 1.5, (0.25 * 4 + 0.5 * 0 + 1) / 1.75]
-    assert report.smoothed(values, weight) == pytest.approx(expected)
-
-
 def test_contact_sheet_has_a_row_for_each_step(run):
     sheet = report.contact_sheet(run.folder)
     pixels = np.asarray(sheet).reshape(-1, 3)

@@ -169,8 +169,7 @@ def test_a_chart_is_drawn_to_scale_and_escaped():
     assert charts.chart("empty", [charts.Line("x", [], "s")], 10) == ""
 
 
-def test_smoothing_keeps_a_constant_and_thinning_keeps_the_last():
-    assert all(abs(value - 2) < 1e-12 for _, value in charts.smoothed([(n, 2.0) for n in range(50)]))
+def test_thinning_keeps_the_last():
     many = [(n, float(n)) for n in range(5000)]
     kept = charts.thinned(many)
     assert len(kept) <= charts.MOST_POINTS + 1 and kept[0] == many[0] and kept[-1] == many[-1]

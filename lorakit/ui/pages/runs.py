@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.smoothing import smooth
 from lorakit.runs.folder import LIVE, RunFolder, State, read
 from lorakit.ui import charts, widgets
 from lorakit.ui.texts import Say
@@ -256,13 +257,14 @@ def _curves(run: RunFolder, state: State, say: Say) -> str:
     steps, validations = _points(run.log_file, size)
     losses = [(step, loss) for step, loss, _ in steps if loss is not None]
     rates = [(step, rate) for step, _, rate in steps if rate is not None]
+    smoothed = list(zip([step for step, _ in losses], smooth([loss for _, loss in losses]), strict=True))
     mse = [(step, value) for step, value, _ in validations if value is not None]
     drift = [(step, value) for step, _, value in validations if value is not None]
     parts = [
         charts.chart(
             say("run.loss"),
             [
-                charts.Line(say("run.training_loss"), charts.smoothed(losses), "lk-line-a"),
+                charts.Line(say("run.training_loss"), smoothed, "lk-line-a"),
                 charts.Line(say("run.validation"), mse, "lk-line-b", dots=True),
             ],
             state.steps,
