@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from lorakit.core.cache_dir import cache_dir
 
 # Extra -> the module it brings and what that is for.
@@ -77,19 +79,18 @@ def versions(
         except importlib.metadata.PackageNotFoundError:
             lines.append(Line("lorakit", "note", "runs from a folder, not installed: versions cannot be compared"))
             return lines
-    for requirement in requirements:
-        if "extra ==" in requirement:
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        name, bounds = re.match(r"([\w.-]+)\s*(.*)", requirement.partition(";")[0]).groups()  # type: ignore[union-attr]
+        name, bounds = requirement.name, requirement.specifier
         try:
             version = installed(name)
         except importlib.metadata.PackageNotFoundError:
             lines.append(Line(name, "bad", f"missing; wanted {bounds}", f"pip install '{name}{bounds}'"))
             continue
-        inside = all(_satisfies(version, bound.strip()) for bound in bounds.split(",") if bound.strip())
         lines.append(
             Line(name, "ok", version)
-            if inside
+            if bounds.contains(version, prereleases=True)
             else Line(name, "bad", f"{version}; tested with {bounds}", f"pip install '{name}{bounds}'")
         )
     return lines
@@ -194,22 +195,3 @@ def _runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
         if match[1] == "sm" and capability[0] == built[0] and capability[1] >= built[1]:
             return True
     return False
-
-
-def _satisfies(version: str, bound: str) -> bool:
-    """Whether a version keeps one bound such as `>=2.6`; numbers only, a local part (`+cpu`) does not count."""
-    match = re.fullmatch(r"(>=|<=|==|<|>)\s*([\d.]+)", bound)
-    if match is None:
-        return True
-    ours, theirs = _numbers(version), _numbers(match[2])
-    length = max(len(ours), len(theirs))
-    left = ours + (0,) * (length - len(ours))
-    right = theirs + (0,) * (length - len(theirs))
-    return {">=": left >= right, "<=": left <= right, "==": left == right, "<": left < right, ">": left > right}[
-        match[1]
-    ]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    match = re.match(r"[\d.]+", version)
-    return tuple(int(part) for part in match[0].strip(".").split(".")) if match else ()
