@@ -22,7 +22,6 @@ FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 # Half precision is half the download and all that a frozen base needs.
 VARIANTS = ("fp16", "bf16", None)
 _ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,19 @@ def find(asked: HubId) -> tuple[Path, str]:
 
 
 def cached(asked: HubId) -> Path | None:
-    """The complete snapshot in the cache, or None. No library call: these look at the network first."""
-    from huggingface_hub import constants
+    """The complete snapshot in the cache, or None. The network is not asked."""
+    from huggingface_hub import errors, try_to_load_from_cache
 
-    repository = Path(constants.HF_HUB_CACHE) / f"models--{asked.name.replace('/', '--')}"
-    reference = repository / "refs" / asked.revision
-    commit = asked.revision
-    if not _COMMIT.fullmatch(commit):
-        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
-    folder = repository / "snapshots" / commit
-    return folder if commit and _complete(folder) else None
+    try:
+        index = try_to_load_from_cache(asked.name, "model_index.json", revision=asked.revision)
+    except errors.HFValidationError:  # the hub has no such names; `_fetched` says so
+        return None
+    # Beside a path and None there is a mark for "known not to exist".
+    return Path(index).parent if isinstance(index, str) and _complete(Path(index).parent) else None
 
 
 def _complete(folder: Path) -> bool:
     """Whether a snapshot has every part that its index names and a base needs."""
-    if not (folder / "model_index.json").is_file():
-        return False
     index = weight_files.read_json(folder / "model_index.json")
     parts = {name for name, classes in index.items() if isinstance(classes, list) and None not in classes}
     try:
