@@ -150,7 +150,7 @@ def mentions_sides(text: str) -> bool:
     return re.search(r"(?<!\w)(left|right)(?!\w)", text, re.IGNORECASE) is not None
 
 
-class Tokens:
+class TokenCounter:
     """Counts tokens as the base's text encoder will, without loading it.
 
     Args:

@@ -1,6 +1,6 @@
-"""What is in a folder of photos and what is wrong with it, image by image, before any model is loaded.
+"""Check a folder of photos, photo by photo, before any model is loaded. Imports no torch.
 
-Errors stop a run; warnings name what will probably disappoint; notes say what was decided for the user. No torch.
+Errors stop a run. Warnings name probable problems. Notes say what the check decided for the user.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from lorakit.data import buckets, captions, decode, folder
 from lorakit.data.buckets import Bucket
 from lorakit.data.folder import Photo
 
-# A crop larger than this is worth a look: a head may be missing.
-CROP = 0.10
-# Variance of the Laplacian over that of the picture, at the trained size. At 512 pixels 46 sharp photos measured 0.04
-# to 2.5, and 18 of them 0.002 or less under a Gaussian blur of 2.6 of those pixels.
-BLUR = 0.004
-# Bits of a 256-bit difference hash, and mean colour difference (of 255) of 16 x 16 thumbnails, within which two photos
-# look the same: saved again at quality 50 or cropped by 1 % measured up to 23 bits and 3.5; four drawings of one figure
-# in other poses on white 13 bits and 5 or more. The colours also keep flat pictures, whose hashes are all alike, apart.
-HASH_BITS, HASH_COLOUR = 24, 4.0
-FEW = 4
-# What `--json` says of a photo, besides its file, bucket, mask and where its caption is from.
+# A larger crop gets a warning: it may cut off a head.
+MAX_CROP = 0.10
+# Sharpness is the variance of the Laplacian over that of the picture, at the trained size. At 512 pixels, 46 sharp
+# photos had 0.04 to 2.5. After a Gaussian blur of 2.6 pixels, 18 of them had 0.002 or less.
+MIN_SHARPNESS = 0.004
+# Two photos look the same within this many bits of a 256-bit difference hash and this mean colour difference (of 255)
+# of 16 x 16 thumbnails. Copies saved at quality 50 or cropped by 1 % had up to 23 bits and 3.5. Four drawings of one
+# figure in other poses on white had 13 bits, and colours that differ by 5 or more. Flat pictures all have similar
+# hashes; only their colours differ.
+MAX_HASH_DISTANCE, MAX_COLOUR_DISTANCE = 24, 4.0
+# With fewer photos, the check warns.
+MIN_PHOTOS = 4
+# Fields of a photo in `--json`, besides its file, bucket, mask and caption source.
 ITEM_JSON = (
     "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut", "sharpness",
     "findings",
@@ -41,7 +43,7 @@ ITEM_JSON = (
 
 
 class Base(Protocol):
-    """What the check asks of a base model; `families.describe` gives it."""
+    """The facts of a base model that the check needs; `families.describe` returns them."""
 
     def tokenizer(self) -> Path: ...
     @property
@@ -58,18 +60,18 @@ class Item:
 
     Attributes:
         photo: the file, its caption and its mask.
-        width, height: size in pixels, upright; 0 where it cannot be read.
-        orientation: what its EXIF tag asked for, "" if nothing.
-        transparent: whether it has see-through parts (shown on white).
-        bucket: the size it is trained at, None where it cannot be read.
-        cropped: share of its area that is cut away.
+        width, height: size in pixels after the EXIF rotation; 0 if the photo cannot be read.
+        orientation: the rotation of its EXIF tag, or "".
+        transparent: whether it has transparent parts (shown on white).
+        bucket: the size it is trained at; None if the photo cannot be read.
+        cropped: share of its area that the crop removes.
         scale: bucket pixels for one of its pixels; above 1 it is scaled up.
         text: the final text it is trained with.
-        tokens: how many tokens that is, without start and end.
-        cut: the part of the text that does not fit.
-        sharpness: see `BLUR`.
-        digest: SHA-256 of its file, "" where it cannot be read.
-        findings: what was found about this photo alone, in a few words each.
+        tokens: number of tokens of the text, without start and end.
+        cut: the part of the text beyond the token limit.
+        sharpness: see `MIN_SHARPNESS`.
+        digest: SHA-256 of its file; "" if the photo cannot be read.
+        findings: problems of this photo, a few words each.
     """
 
     photo: Photo
@@ -89,23 +91,23 @@ class Item:
 
     @property
     def relative(self) -> str:
-        """Its name below the folder."""
+        """Path relative to the folder."""
         return self.photo.relative
 
     @property
     def readable(self) -> bool:
-        """Whether it could be decoded."""
+        """Whether the photo can be decoded."""
         return self.bucket is not None
 
 
 @dataclass
 class Report:
-    """Everything `check` found. Errors are to be raised before a model is loaded.
+    """Result of `check`. The caller raises the errors before it loads a model.
 
     Attributes:
         folder: the folder of photos.
-        step: what sides of buckets are multiples of, in pixels.
-        downscale: pixels of one latent's side.
+        step: every side of a bucket is a multiple of it, in pixels.
+        downscale: pixels for one latent, on a side.
     """
 
     folder: Path
@@ -123,14 +125,14 @@ class Report:
 
     @property
     def buckets(self) -> dict[Bucket, int]:
-        """How many photos are trained at each size, most first."""
+        """Number of photos of each size, the most frequent size first."""
         return dict(Counter(item.bucket for item in self.items if item.bucket).most_common())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--json`; keys are only ever added."""
         rows = []
         for item in self.items:
-            row = {"file": item.relative} | {name: _rounded(getattr(item, name)) for name in ITEM_JSON}
+            row = {"file": item.relative} | {name: _round(getattr(item, name)) for name in ITEM_JSON}
             row |= {"caption_source": item.photo.caption_source, "mask": item.photo.mask is not None}
             row["bucket"] = item.bucket and item.bucket._asdict()
             rows.append(row)
@@ -153,46 +155,53 @@ class Report:
 
 
 def step_of(base: Base) -> int:
-    """What a bucket's sides must be multiples of: pixels of one latent, halved at each of the U-Net's downsamplers, or
-    as many as a transformer takes for a patch."""
+    """The number of pixels that every side of a bucket must be a multiple of.
+
+    For a U-Net: pixels for one latent times 2 for each downsampler. For a transformer: times its patch size.
+    """
     if patches := base.layers.get("unet.pos_embed.proj"):
         return int(base.downscale * patches[-1])
     downsamplers = sum(name.startswith("unet.") and ".downsamplers." in name for name in base.layers)
     return int(base.downscale * 2**downsamplers)
 
 
-def check(config: DataConfig, base: Base, *, memory: Memory | None = None) -> Report:
-    """Look over the photos of `config.folder`. What is wrong with single photos is in the report, not raised.
+def check(config: DataConfig, base: Base, *, cache: MeasurementCache | None = None) -> Report:
+    """Check the photos of `config.folder`. Problems of single photos are in the report and raise nothing.
 
     Args:
-        memory: kept by the caller from check to check, so that a photo that has not changed is not decoded again.
+        cache: measurements of earlier checks; a photo that did not change is not decoded again.
 
     Raises:
         LorakitError: there is no folder, or no picture in it, or the base has no tokenizer.
     """
     if not config.folder:
         raise LorakitError("no folder of photos given (data.folder)")
-    found = folder.scan(config.folder)
-    items = [Item(photo) for photo in found.photos]
+    files = folder.scan(config.folder)
+    items = [Item(photo) for photo in files.photos]
     step = step_of(base)
-    report = Report(found.path, step, base.downscale, items, [], found.warnings, found.notes)
+    report = Report(files.path, step, base.downscale, items, [], files.warnings, files.notes)
     workers = min(4, os.cpu_count() or 1)  # Pillow decodes outside the interpreter's lock; a large photo is 150 MB
     with ThreadPoolExecutor(workers) as pool:
-        seen = list(pool.map(lambda item: _remembered(item, config.resolution, step, memory), report.items))
-    _texts(report, config, captions.Tokens(base.tokenizer(), base.max_tokens))
-    _unreadable(report, seen)
-    _duplicates(report, [(item, look) for item, look in zip(report.items, seen, strict=True) if item.readable])
-    _sizes(report)
-    _aggregate(report, config)
+        measurements = list(pool.map(lambda item: _measure_cached(item, config.resolution, step, cache), report.items))
+    _check_texts(report, config, captions.TokenCounter(base.tokenizer(), base.max_tokens))
+    _check_readable(report, measurements)
+    _check_duplicates(
+        report,
+        [(item, measurement) for item, measurement in zip(report.items, measurements, strict=True) if item.readable],
+    )
+    _check_sizes(report)
+    _check_folder(report, config)
     report.notes += [
-        f"{item.relative}: {note}" for item, look in zip(report.items, seen, strict=True) for note in look.notes
+        f"{item.relative}: {note}"
+        for item, measurement in zip(report.items, measurements, strict=True)
+        for note in measurement.notes
     ]
     return report
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What is kept of a photo's pixels: enough to compare it with the others."""
+class _Measurement:
+    """The result of decoding a photo: its problem and notes, and the values to compare it with other photos."""
 
     problem: str = ""
     notes: tuple[str, ...] = ()
@@ -200,59 +209,59 @@ class _Look:
     colours: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
-# Photo as it was on disk, resolution and step -> what was measured of it, and its look.
-Memory = dict[tuple[Any, ...], tuple[dict[str, Any], _Look]]
-MEASURED = ("width", "height", "orientation", "transparent", "bucket", "cropped", "scale", "sharpness", "digest")
+# (files of the photo with time and size, resolution, step) -> (cached fields of its `Item`, its measurement).
+MeasurementCache = dict[tuple[Any, ...], tuple[dict[str, Any], _Measurement]]
+CACHED_FIELDS = ("width", "height", "orientation", "transparent", "bucket", "cropped", "scale", "sharpness", "digest")
 
 
-def _remembered(item: Item, resolution: int, step: int, memory: Memory | None) -> _Look:
-    """As `_look`, from memory where the photo and its mask are the same files as before."""
-    if memory is None:
-        return _look(item, resolution, step)
+def _measure_cached(item: Item, resolution: int, step: int, cache: MeasurementCache | None) -> _Measurement:
+    """As `_measure`, from the cache if the photo and its mask did not change."""
+    if cache is None:
+        return _measure(item, resolution, step)
     try:
         files = [(path, path.stat()) for path in (item.photo.path, item.photo.mask) if path is not None]
     except OSError:
-        return _look(item, resolution, step)
+        return _measure(item, resolution, step)
     stamps = [(path, status.st_mtime_ns, status.st_size) for path, status in files]
     key = (item.relative, *stamps, resolution, step)
-    if key not in memory:
-        look = _look(item, resolution, step)
-        memory[key] = {name: getattr(item, name) for name in MEASURED}, look
-        return look
-    measured, look = memory[key]
-    for name, value in measured.items():
+    if key not in cache:
+        measurement = _measure(item, resolution, step)
+        cache[key] = {name: getattr(item, name) for name in CACHED_FIELDS}, measurement
+        return measurement
+    values, measurement = cache[key]
+    for name, value in values.items():
         setattr(item, name, value)
-    return look
+    return measurement
 
 
-def _look(item: Item, resolution: int, step: int) -> _Look:
-    """Decode one photo and fill in what its pixels say."""
+def _measure(item: Item, resolution: int, step: int) -> _Measurement:
+    """Decode one photo and fill the fields of its `Item`."""
     photo = item.photo
     try:
         raw = photo.path.read_bytes()
-        decoded = decode.decode(raw, photo.relative)
+        picture = decode.decode(raw, photo.relative)
         item.digest = hashlib.sha256(raw).hexdigest()
         if photo.mask is not None:
-            decode.decode_mask(photo.mask, decoded.size)
+            decode.decode_mask(photo.mask, picture.size)
     except decode.Unreadable as error:
-        return _Look(problem=error.reason if str(error).startswith(photo.relative) else str(error))
+        return _Measurement(problem=error.reason if str(error).startswith(photo.relative) else str(error))
     except OSError as error:
-        return _Look(problem=f"cannot be read ({error.strerror or error})")
-    item.width, item.height = decoded.size
-    item.orientation, item.transparent = decoded.orientation, decoded.alpha is not None
-    placement = buckets.assign(decoded.size, resolution, step)
+        return _Measurement(problem=f"cannot be read ({error.strerror or error})")
+    item.width, item.height = picture.size
+    item.orientation, item.transparent = picture.orientation, picture.alpha is not None
+    placement = buckets.assign(picture.size, resolution, step)
     item.bucket, item.cropped, item.scale = placement.bucket, placement.cropped, placement.scale
-    image = Image.fromarray(decoded.pixels)
+    image = Image.fromarray(picture.pixels)
     item.sharpness = _sharpness(image, placement)
     grey = np.asarray(image.resize((17, 16), Image.Resampling.BOX).convert("L"), dtype=np.int16)
     colours = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
-    return _Look("", decoded.notes, (grey[:, 1:] > grey[:, :-1]).ravel(), colours)
+    return _Measurement("", picture.notes, (grey[:, 1:] > grey[:, :-1]).ravel(), colours)
 
 
 def _sharpness(image: Image.Image, placement: buckets.Placement) -> float:
     """Variance of the Laplacian (Pech-Pacheco et al. 2000) over the variance of the picture, at the trained size.
 
-    A photo that is smaller than its bucket is measured as it is. A flat picture has no edges to judge: 1.
+    A photo that is smaller than its bucket is measured at its own size. A flat picture has no edges: the result is 1.
     """
     size = (placement.bucket.width, placement.bucket.height)
     if placement.enlarged:
@@ -267,72 +276,77 @@ def _sharpness(image: Image.Image, placement: buckets.Placement) -> float:
     return max(0.0, float(laplacian.var()) - 20 / 12) / spread if spread > 4 else 1.0
 
 
-def _texts(report: Report, config: DataConfig, tokens: captions.Tokens) -> None:
+def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter) -> None:
     for item in report.items:
         item.text = captions.final_text(item.photo.caption, config)
-        item.tokens, item.cut = tokens.count(item.text)
+        item.tokens, item.cut = counter.count(item.text)
         if item.cut:
-            fit = f"its text has {item.tokens} tokens, {tokens.limit} fit"
-            report.warnings.append(f'{item.relative}: {fit}; cut off: "{_short(item.cut, 60)}"')
+            fit = f"its text has {item.tokens} tokens, {counter.limit} fit"
+            report.warnings.append(f'{item.relative}: {fit}; cut off: "{_shorten(item.cut, 60)}"')
         if config.flip and captions.mentions_sides(item.text):
             item.findings.append("left or right in its text")
             report.errors.append(
                 f"{item.relative}: its text says left or right, which data.flip makes untrue; "
                 "set data.flip = false or change the text"
             )
-    bare = [item for item in report.items if item.photo.caption is None]
+    no_caption = [item for item in report.items if item.photo.caption is None]
     prompt = captions.instance_prompt(config)
-    if bare and len(bare) == len(report.items):
+    if no_caption and len(no_caption) == len(report.items):
         report.notes.append(f'no captions: every photo is trained as "{prompt}"')
-    elif bare:
-        for item in bare:
+    elif no_caption:
+        for item in no_caption:
             item.findings.append("no caption")
-        count = f"{len(bare)} of {len(report.items)} photos have no caption"
-        report.warnings.append(f'{count} and are trained as "{prompt}": {_names(bare)}')
-    without = [i for i in report.items if i.photo.caption and not captions.has_trigger(i.photo.caption, config)]
-    for item in without:
+        count = f"{len(no_caption)} of {len(report.items)} photos have no caption"
+        report.warnings.append(f'{count} and are trained as "{prompt}": {_names(no_caption)}')
+    no_trigger = [i for i in report.items if i.photo.caption and not captions.has_trigger(i.photo.caption, config)]
+    for item in no_trigger:
         item.findings.append("caption without the trigger")
-    if without:
-        count = f"{len(without)} of {len(report.items) - len(bare)} captions are without the trigger {config.trigger}"
-        report.warnings.append(f'{count}; "{config.name}, " is put in front: {_names(without)}')
+    if no_trigger:
+        caption_count = len(report.items) - len(no_caption)
+        count = f"{len(no_trigger)} of {caption_count} captions are without the trigger {config.trigger}"
+        report.warnings.append(f'{count}; "{config.name}, " is put in front: {_names(no_trigger)}')
     if not config.name:
         report.warnings.append('data.name is empty, so no word will call what is learned; give one, e.g. "sks dog"')
     elif not config.noun and not config.class_prompt and config.kind == "subject":
         report.warnings.append(f'data.name = "{config.name}" does not say what it is; "{config.trigger} dog" would')
 
 
-def _unreadable(report: Report, seen: Sequence[_Look]) -> None:
-    """One error for each cause, naming the files: thirty HEIC photos are one problem."""
+def _check_readable(report: Report, measurements: Sequence[_Measurement]) -> None:
+    """Add one error for each cause, with the names of its files: thirty HEIC photos are one error."""
     causes: dict[str, list[Item]] = {}
-    for item, look in zip(report.items, seen, strict=True):
-        if look.problem:
-            item.findings.append(look.problem)
-            causes.setdefault(look.problem, []).append(item)
+    for item, measurement in zip(report.items, measurements, strict=True):
+        if measurement.problem:
+            item.findings.append(measurement.problem)
+            causes.setdefault(measurement.problem, []).append(item)
     report.errors += [f"{_names(items)}: {cause}" for cause, items in causes.items()]
 
 
-def _duplicates(report: Report, seen: Sequence[tuple[Item, _Look]]) -> None:
-    same: dict[str, list[Item]] = {}
-    for item, _ in seen:
-        same.setdefault(item.digest, []).append(item)
-    for items in same.values():
+def _check_duplicates(report: Report, photos: Sequence[tuple[Item, _Measurement]]) -> None:
+    by_digest: dict[str, list[Item]] = {}
+    for item, _ in photos:
+        by_digest.setdefault(item.digest, []).append(item)
+    for items in by_digest.values():
         if len(items) > 1:
             report.warnings.append(f"{_names(items)}: the same file, counted {len(items)} times")
             for item in items[1:]:
                 item.findings.append(f"same as {items[0].relative}")
-    first = [(item, look) for item, look in seen if same[item.digest][0] is item]
-    hashes = np.array([look.hash for _, look in first])
-    for at, (item, look) in enumerate(first):
-        near = np.flatnonzero(np.count_nonzero(hashes[:at] != look.hash, axis=1) <= HASH_BITS)
-        alike = [n for n in near.tolist() if np.abs(first[n][1].colours - look.colours).mean() <= HASH_COLOUR]
-        if alike:
-            other = first[alike[0]][0]
-            report.warnings.append(f"{other.relative}, {item.relative}: look almost the same")
-            item.findings.append(f"almost the same as {other.relative}")
+    distinct = [(item, measurement) for item, measurement in photos if by_digest[item.digest][0] is item]
+    hashes = np.array([measurement.hash for _, measurement in distinct])
+    for at, (item, measurement) in enumerate(distinct):
+        candidates = np.flatnonzero(np.count_nonzero(hashes[:at] != measurement.hash, axis=1) <= MAX_HASH_DISTANCE)
+        matches = [
+            n
+            for n in candidates.tolist()
+            if np.abs(distinct[n][1].colours - measurement.colours).mean() <= MAX_COLOUR_DISTANCE
+        ]
+        if matches:
+            original = distinct[matches[0]][0]
+            report.warnings.append(f"{original.relative}, {item.relative}: look almost the same")
+            item.findings.append(f"almost the same as {original.relative}")
 
 
-def _sizes(report: Report) -> None:
-    """Small, heavily cropped and blurred photos."""
+def _check_sizes(report: Report) -> None:
+    """Add a warning for small photos, for large crops and for blurred photos."""
     readable = [item for item in report.items if item.readable]
     kinds: tuple[tuple[Callable[[Item], bool], Callable[[Item], str], str], ...] = (
         (
@@ -341,34 +355,38 @@ def _sizes(report: Report) -> None:
             "smaller than the size they are trained at",
         ),
         (
-            lambda item: item.cropped > CROP,
+            lambda item: item.cropped > MAX_CROP,
             lambda item: f"{item.cropped:.0%} cropped away",
             "lose much to the crop; crop them yourself to choose what stays",
         ),
-        (lambda item: item.sharpness < BLUR, lambda item: "blurred", "look blurred at the size they are trained at"),
+        (
+            lambda item: item.sharpness < MIN_SHARPNESS,
+            lambda item: "blurred",
+            "look blurred at the size they are trained at",
+        ),
     )
-    for applies, shown, meaning in kinds:
-        items = [item for item in readable if applies(item)]
+    for condition, detail, meaning in kinds:
+        items = [item for item in readable if condition(item)]
         for item in items:
-            item.findings.append(shown(item))
+            item.findings.append(detail(item))
         if items:
-            report.warnings.append(f"{_names(items, shown)}: {meaning}")
+            report.warnings.append(f"{_names(items, detail)}: {meaning}")
 
 
-def _aggregate(report: Report, config: DataConfig) -> None:
+def _check_folder(report: Report, config: DataConfig) -> None:
     readable = [item for item in report.items if item.readable]
-    if 0 < len(report.items) < FEW:
+    if 0 < len(report.items) < MIN_PHOTOS:
         photos = "1 photo" if len(report.items) == 1 else f"{len(report.items)} photos"
         report.warnings.append(f"only {photos}: 5 to 20 from different sides and places teach more")
     if len(report.buckets) > 1:
-        listed = ", ".join(f"{bucket} ({count})" for bucket, count in report.buckets.items())
-        report.notes.append(f"mixed aspect ratios: trained at {listed}; a batch holds one size")
-    turned = [item for item in readable if item.orientation]
-    if turned:
-        report.notes.append(f"set upright by their EXIF tag: {_names(turned)}")
-    clear = [item for item in readable if item.transparent]
-    if clear:
-        report.notes.append(f"transparent parts are shown on white: {_names(clear)}")
+        sizes = ", ".join(f"{bucket} ({count})" for bucket, count in report.buckets.items())
+        report.notes.append(f"mixed aspect ratios: trained at {sizes}; a batch holds one size")
+    rotated = [item for item in readable if item.orientation]
+    if rotated:
+        report.notes.append(f"set upright by their EXIF tag: {_names(rotated)}")
+    transparent = [item for item in readable if item.transparent]
+    if transparent:
+        report.notes.append(f"transparent parts are shown on white: {_names(transparent)}")
     masks = sum(item.photo.mask is not None for item in report.items)
     if masks:
         report.notes.append(f"{masks} of {len(report.items)} photos have a mask; train.masked_loss = true uses it")
@@ -376,29 +394,29 @@ def _aggregate(report: Report, config: DataConfig) -> None:
         report.notes.append("data.flip: the subject is learned mirrored too; leave it off where its sides differ")
 
 
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def _names(items: Iterable[Item], shown: Callable[[Item], str] | None = None, most: int = 5) -> str:
-    listed = [item.relative if shown is None else f"{item.relative} ({shown(item)})" for item in items]
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+def _names(items: Iterable[Item], detail: Callable[[Item], str] | None = None, limit: int = 5) -> str:
+    labels = [item.relative if detail is None else f"{item.relative} ({detail(item)})" for item in items]
+    more = f" and {len(labels) - limit} more" if len(labels) > limit else ""
+    return ", ".join(labels[:limit]) + more
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def _table(report: Report) -> list[str]:
-    """One row a photo. A text that all share stands above the table instead of in it."""
-    shared = {item.text for item in report.items}
+    """One row for each photo. A text that all photos share is in the title instead."""
+    texts = {item.text for item in report.items}
     count = "1 photo" if len(report.items) == 1 else f"{len(report.items)} photos"
     title = f"{report.folder}: {count}"
     columns = ["photo", "size", "trained at", "cropped", "scaled", "tokens"]
     rows = [
         [
-            _short(item.relative, 40),
+            _shorten(item.relative, 40),
             f"{item.width}x{item.height}" if item.readable else "unreadable",
             str(item.bucket or "-"),
             f"{item.cropped:.0%}" if item.cropped >= 0.005 else "-",
@@ -407,12 +425,12 @@ def _table(report: Report) -> list[str]:
         ]
         for item in report.items
     ]
-    if len(shared) == 1 and len(report.items) > 1:
+    if len(texts) == 1 and len(report.items) > 1:
         title += f', each "{report.items[0].text}"'
     else:
         columns.append("text")
         for row, item in zip(rows, report.items, strict=True):
-            row.append(_short(item.text, 60))
+            row.append(_shorten(item.text, 60))
     widths = [max(len(row[at]) for row in [columns, *rows]) for at in range(len(columns))]
     lines = [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

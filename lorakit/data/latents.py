@@ -80,7 +80,7 @@ def build(
     work = _Work(config, train, encode_image, time_ids, identity, found.step, found.downscale, at_once)
     work.folder = None if config.cache == "memory" else folder or cache_dir() / "latents"
     trained, held_out = holdout.split(found.photos, train.holdout, train.seed)
-    say(holdout.said(len(found.photos), len(held_out), train.holdout))
+    say(holdout.describe_split(len(found.photos), len(held_out), train.holdout))
     texts = _Texts(config, train.seed)
     dataset = _dataset(trained, work, texts, device)
     work.config = replace(config, variants=1)  # photos kept for validation are only looked at as they are

@@ -42,7 +42,7 @@ class Desk:
         self.queue = Queue(self.runs)
         self.thumbnails = Thumbnails()
         # What was measured of each photo: a word changed in the form must not decode five hundred of them again.
-        self._seen: checks.Memory = {}
+        self._measurements: checks.MeasurementCache = {}
         self._reports: OrderedDict[Any, Future[checks.Report]] = OrderedDict()
         self._lock = threading.Lock()
         self._staging = tempfile.TemporaryDirectory(prefix="lorakit-")
@@ -56,7 +56,7 @@ class Desk:
         key = (config.data, info.path, info.downscale, _fingerprint(path))
         with self._lock:
             if key not in self._reports:
-                self._reports[key] = self._pool.submit(checks.check, config.data, info, memory=self._seen)
+                self._reports[key] = self._pool.submit(checks.check, config.data, info, cache=self._measurements)
                 while len(self._reports) > MOST_REPORTS:
                     self._reports.popitem(last=False)
             return self._reports[key]

@@ -131,22 +131,22 @@ def test_tokens_are_counted_as_the_text_encoder_will(base, tmp_path: Path, forma
         reference.save_pretrained(folder)
         assert (folder / "tokenizer.json").is_file()
         assert not (folder / "vocab.json").is_file()
-    tokens = captions.Tokens(folder, 12)
+    counter = captions.TokenCounter(folder, 12)
     for text in ["a photo of sks toy", "A  PHOTO of\nsks, it's 2 toys!", "naïve café – 猫", "", "photo " * 30]:
         ids = reference(text, add_special_tokens=False)["input_ids"]
-        count, cut = tokens.count(text)
+        count, cut = counter.count(text)
         assert count == len(ids)
         assert bool(cut) == (len(ids) > 10)
         assert text.rstrip().endswith(cut)
         fits = reference(text, truncation=True, max_length=12)["input_ids"][1:-1]
         if text.startswith("photo"):  # elsewhere the cut goes through a word
             assert reference(text[: len(text.rstrip()) - len(cut)], add_special_tokens=False)["input_ids"] == fits
-    assert tokens.count("photo " * 12)[1] == "photo photo"
+    assert counter.count("photo " * 12)[1] == "photo photo"
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(LorakitError, match=r"no tokenizer there \(tokenizer\.json, or vocab\.json and merges\.txt\)$"):
-        captions.Tokens(tmp_path, 77)
+        captions.TokenCounter(tmp_path, 77)
 
 
 @pytest.mark.parametrize(
