@@ -1,0 +1,119 @@
+"""The golden runs on any machine: what rounding may change is allowed, what a formula changes is not.
+
+`record.py --check` compares to the bit, on the machine that recorded. Another processor adds up in another order. With
+AVX, AVX2 and AVX-512 switched off on the recording machine (ATEN_CPU_CAPABILITY=default, ONEDNN_MAX_CPU_ISA=SSE41),
+the ten runs differed by at most 2.3e-7 in a loss, 7.3e-6 in a gradient norm and 4.5e-6 in the adapter. The limits are
+some forty times as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import runs
+from lorakit.training import objective, optimizers
+
+# Relative differences: of each loss, of each gradient's norm, and of all trained numbers taken as one vector.
+LOSS, GRADIENT_NORM, ADAPTER = 1e-5, 3e-4, 2e-4
+# The runs that `-m "not slow"` keeps: one family, every method.
+QUICK = ("sd1-lora", "sd1-dora", "sd1-lokr")
+
+
+def differences(result: runs.Golden, golden: runs.Golden) -> dict[str, float]:
+    """What differs by more than its limit, and by how much."""
+    assert len(result.losses) == len(golden.losses) == runs.STEPS
+    assert result.adapter.keys() == golden.adapter.keys()
+    squares = {key: np.square(value, dtype=np.float64).sum() for key, value in golden.adapter.items()}
+    errors = {
+        key: np.square(result.adapter[key] - value, dtype=np.float64).sum() for key, value in golden.adapter.items()
+    }
+    measured = {
+        "losses": _worst(result.losses, golden.losses) / LOSS,
+        "gradient norms": _worst(result.gradient_norms, golden.gradient_norms) / GRADIENT_NORM,
+        "adapter": float(np.sqrt(sum(errors.values()) / sum(squares.values()))) / ADAPTER,
+    }
+    return {what: size for what, size in measured.items() if not size <= 1}
+
+
+def _worst(values: list[float], expected: list[float]) -> float:
+    """The largest relative difference."""
+    return max(abs(a - b) / abs(b) for a, b in zip(values, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in runs.NAMES]
+)
+def test_a_golden_run_gives_what_was_recorded(name: str, tmp_path: Path) -> None:
+    assert differences(runs.run(name, tmp_path), runs.read(name)) == {}
+
+
+def wrong_noise_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = objective.sample_noise
+    monkeypatch.setattr(objective, "sample_noise", lambda g, shape, device, offset: right(g, shape, device, offset**2))
+
+
+def wrong_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1 % off."""
+    right = objective.target
+    monkeypatch.setattr(objective, "target", lambda *given: right(*given) * 1.001)
+
+
+def wrong_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The offset that spreads a batch's timesteps reaches 0.9 instead of 1."""
+    right = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda size, **given: right(size, **given) * (0.9 if size == () else 1.0))
+
+
+def wrong_huber(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective, "HUBER", 0.101)
+
+
+def wrong_min_snr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of v-prediction, where the model predicts epsilon."""
+    right = objective.weights
+    monkeypatch.setattr(objective, "weights", lambda _, *given: right("v_prediction", *given))
+
+
+def wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step ahead."""
+    right = optimizers.factor
+    monkeypatch.setattr(optimizers, "factor", lambda config, step, total: right(config, step + 1, total))
+
+
+def wrong_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW without the decay of the weights."""
+    right = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **given: right(groups, **given | {"weight_decay": 0.0}))
+
+
+def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """alpha / rank, 1 % off."""
+    monkeypatch.setitem(runs.METHODS, "lora", runs.METHODS["lora"] | {"adapter.alpha": 2.02})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("sd1-lora", wrong_scale),
+        ("sd1-lora", wrong_noise_offset),
+        ("sd1-lora", wrong_target),
+        ("sd1-lora", wrong_timesteps),
+        ("sd1-lora", wrong_decay),
+        ("sd1-lokr", wrong_huber),
+        ("sd1-lokr", wrong_min_snr),
+        ("sd1-lokr", wrong_schedule),
+    ],
+)
+def test_a_changed_formula_is_noticed(
+    name: str, change: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(monkeypatch)
+    missed = differences(runs.run(name, tmp_path), runs.read(name))
+    print(name, change.__name__, {what: f"{size:.3g} times its limit" for what, size in missed.items()})
+    assert missed
