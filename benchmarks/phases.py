@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     from lorakit.engine import cuda_graphs
     from lorakit.families import tiled_vae
     from lorakit.runs import report
-    from lorakit.training import out_of_memory, run as train, validation
+    from lorakit.training import loop, out_of_memory, run as train, validation
 
     torch.set_num_threads(1)
     found: dict[str, int] = {}
@@ -97,17 +97,15 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
 
         return call
 
-    enough = out_of_memory.enough
+    explain = out_of_memory.explain_out_of_memory
 
     @contextlib.contextmanager
     def told(doing: str, chosen: Any) -> Iterator[None]:
-        with enough(doing, chosen), phase(doing):
+        with explain(doing, chosen), phase(doing):
             yield
 
-    out_of_memory.enough = told
-    run: Any = train._Run
-    run._sample = within("drawing samples", run._sample)
-    run._draw_from_file = within("drawing from the checked file", run._draw_from_file)
+    out_of_memory.explain_out_of_memory = told
+    loop.Run.draw = within("drawing samples", loop.Run.draw)  # type: ignore[method-assign]
     # Many forward passes on a CPU, of less than a step's memory each.
     validation.Validation.run = lambda *_, **__: {"mse": 0.0, "prior_drift": 0.0}  # type: ignore[method-assign]
     report.write = lambda *_: None  # type: ignore[assignment]

@@ -27,7 +27,7 @@ from lorakit.data import checks
 from lorakit.engine import device as devices
 from lorakit.training.loss_step import LossStep
 from lorakit.training.optimizer_step import OptimizerStep
-from lorakit.training.precompute import encode
+from lorakit.training.precompute import precompute
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def ours(chosen: config.Config) -> Callable[[int], None]:
     family.acquire("unet", *(["text_encoders"] if trains_text else []))
     adapter = adapters.attach(family, chosen.adapter, seed=0)
     photos = checks.check(chosen.data, family.info)
-    encoded = encode(chosen, family, adapter, photos, lambda line: None)
+    encoded = precompute(chosen, family, adapter, photos, lambda line: None)
     step = LossStep(family, adapter, encoded, chosen.train)
     adapters.slim(family)
     adapter.train(True)

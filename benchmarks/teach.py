@@ -16,7 +16,6 @@ For every subject or style, by the judge (a classifier trained on renders only):
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import tempfile
 import time
@@ -29,7 +28,6 @@ import torch
 from PIL import Image
 
 from lorakit import adapters, config, families, formats
-from lorakit.cli.terminal import Terminal
 from lorakit.core import image_grid
 from lorakit.engine import device as devices
 from lorakit.families.pocket import captions, spec, subjects
@@ -93,7 +91,7 @@ def teach(name: str, overrides: dict[str, Any], grids: Path | None) -> dict[str,
         }
         chosen = config.load("style-pocket" if is_style else "subject-pocket", settings | overrides)
         start = time.monotonic()
-        result = train.train(chosen, terminal=Terminal(io.StringIO()))
+        result = train.train(chosen)
         seconds = time.monotonic() - start
         return _measure(name, chosen, result.adapter, noun, grids) | {"name": name, "seconds": seconds}
 

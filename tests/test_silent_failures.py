@@ -22,7 +22,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.data import checks
 from lorakit.training import optimizers, run as train
 from lorakit.training.loss_step import LossStep
-from lorakit.training.precompute import encode
+from lorakit.training.precompute import precompute
 
 PAGE = Path(__file__).parents[1] / "docs" / "silent-failures.md"
 
@@ -66,7 +66,7 @@ def loaded(settings: Config) -> tuple[Any, Any, LossStep, Any]:
     family = families.load(info, torch.device("cpu"), torch.float32)
     adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed, trigger=settings.data.trigger)
     report = checks.check(settings.data, info)
-    encoded = encode(settings, family, adapter, report, lambda line, **_: None)
+    encoded = precompute(settings, family, adapter, report, lambda line, **_: None)
     step = LossStep(family, adapter, encoded, settings.train)
     return family, adapter, step, optimizers.build(settings.optimizer, adapter.groups())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,23 @@ class Outcome:
 
 
 def demo(
-    subject: str, terminal: Terminal, folder: Path | None = None, overrides: Mapping[str, Any] | None = None
+    subject: str,
+    terminal: Terminal,
+    folder: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    stop: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Write photos of a bundled subject, teach it to the bundled base, and compare both on scenes it never saw.
 
     Args:
         folder: where everything goes; runs/<time>-demo unless given.
         overrides: dotted keys laid over the preset subject-pocket.
+        stop: see `training.run.train`.
 
     Raises:
         LorakitError: no such subject, the folder is taken, or training failed.
+        Stopped: a stop was asked for.
     """
     from lorakit.families.pocket import captions, subjects
 
@@ -73,9 +80,9 @@ def demo(
     config = configuration.load("subject-pocket", settings | dict(overrides or {}))
     photos = write_photos(subject, folder / "photos")
     terminal.say(f"demo: {PHOTOS} photos of {subject}, a {noun} the base has never seen, in {photos}")
-    from lorakit.training import run as train
+    from lorakit.training import run
 
-    result = train.train(config, terminal=terminal)
+    result = run.train(config, listeners=[terminal], stop=stop)
     terminal.say("comparing base and adapter on scenes that no photo showed")
     grid, before, after = compare(config, result.adapter, subject, folder)
     outcome = Outcome(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from lorakit.core.smoothing import RunningMean
+from lorakit.core.events import Event
 from lorakit.core.units import duration
 
 # The bar is drawn at most this often, in seconds, and in a pipe once for this share of the run.
@@ -84,7 +84,12 @@ def complain(text: str) -> None:
 
 
 class Terminal:
-    """One place to write to. `stream` is stdout unless told otherwise (stderr where stdout carries JSON)."""
+    """One place to write to, and a listener to the events of a run.
+
+    Args:
+        stream: stdout by default; stderr where stdout carries JSON.
+        clock: seconds, for tests.
+    """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         self.stream = stream or sys.stdout
@@ -92,6 +97,26 @@ class Terminal:
         self.in_place = bool(getattr(self.stream, "isatty", lambda: False)()) and os.environ.get("TERM") != "dumb"
         self.bar: Bar | None = None
         self._reader_is_there = True
+
+    def __call__(self, event: Event) -> None:
+        """Show an event of a run: lines, and a bar while it trains."""
+        if event.kind in ("message", "warning"):
+            self.say(event.facts["message"], warning=event.kind == "warning")
+        elif event.kind == "phase":
+            self.close()
+            if event.facts["phase"] == "training":
+                self.bar = Bar(self, event.facts["steps"], event.step or 0, "training")
+        elif event.kind == "progress" and self.bar is not None:
+            self.bar.step(event.step or 0, **event.facts)
+        elif event.kind == "validation":
+            mse, drift = event.facts["mse"], event.facts["prior_drift"]
+            self.say(f"step {event.step}: validation mse {mse:.4f}, prior drift {drift:.2%}")
+
+    def close(self) -> None:
+        """End the bar, if there is one."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
     def say(self, line: str = "", *, warning: bool = False) -> None:
         """One line. A warning says that it is one."""
@@ -107,8 +132,7 @@ class Terminal:
         try:
             yield bar
         finally:
-            bar.close()
-            self.bar = None
+            self.close()
 
     def write(self, text: str) -> None:
         """Write at once; never fail because nobody reads any more, or for a character the terminal does not know."""
@@ -123,20 +147,14 @@ class Terminal:
 
 
 class Bar:
-    """Progress of one run. `smoothed` is the running mean of the loss that is shown."""
+    """Progress of one run."""
 
     def __init__(self, terminal: Terminal, total: int, done: int, what: str):
         self.terminal, self.total, self.done, self.what = terminal, total, done, what
-        self._mean = RunningMean()
         self._facts: list[str] = []
         self._drawn_at = -1e9
         self._said_at = done
         self._width = 0
-
-    @property
-    def smoothed(self) -> float:
-        """Mean of the losses so far, newer ones counting more; NaN before the first."""
-        return self._mean.value
 
     def step(
         self,
@@ -148,12 +166,10 @@ class Bar:
         memory_mib: float | None = None,
         eta_s: float | None = None,
     ) -> None:
-        """`done` steps are done. Facts that are None are not shown."""
+        """`done` steps are done; `loss` is smoothed already. Facts that are None are not shown."""
         self.done = done
-        if loss is not None:
-            self._mean.add(loss)
         shown = {
-            "loss {:.4f}": None if loss is None else self.smoothed,
+            "loss {:.4f}": loss,
             "lr {:.1e}": learning_rate,
             "{:.1f} images/s": images_per_second,
             "{:.0f} MiB": memory_mib,
@@ -162,10 +178,6 @@ class Bar:
         if eta_s is not None and done < self.total:
             self._facts.append(f"{duration(eta_s)} left")
         self._show()
-
-    def note(self, line: str) -> None:
-        """One line above the bar."""
-        self.terminal.say(line)
 
     def clear(self) -> bool:
         """Take the bar off the screen; whether it was there."""

@@ -10,10 +10,14 @@ from typing import Any
 
 from lorakit import config as configuration
 from lorakit.cli import threads
+from lorakit.cli.signals import stop_on_signals
 from lorakit.cli.terminal import Terminal, complain, print_json, print_lines
+from lorakit.core.errors import Stopped
 
 # Adds a command by its name, function and help.
 Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+
+Stop = Callable[[], bool]
 
 
 def add(command: Command) -> None:
@@ -68,7 +72,8 @@ def run_demo(args: argparse.Namespace) -> int:
     from lorakit.cli import demo
 
     folder, overrides = Path(args.output) if args.output else None, read_overrides(args.set)
-    result = _unless_stopped(lambda: demo.demo(args.subject, _terminal(args), folder=folder, overrides=overrides))
+    terminal = _terminal(args)
+    result = _unless_stopped(lambda stop: demo.demo(args.subject, terminal, folder, overrides, stop=stop))
     if result is None:
         return 130
     if args.json:
@@ -105,22 +110,22 @@ def run_train(args: argparse.Namespace) -> int:
         raise configuration.ConfigError(["say what the photos show: --subject 'sks toy' or --style 'sks style'"])
     from lorakit.runs.preflight import look
 
-    seen = look(config, terminal.say)  # before what models take is imported, for seconds
-    from lorakit.training import run as train
+    ready = look(config, terminal.say)  # before what models take is imported, for seconds
+    from lorakit.training import run
 
-    return _trained(args, terminal, lambda: train.train(config, terminal=terminal, seen=seen))
+    return _trained(args, terminal, lambda stop: run.start(ready, listeners=[terminal], stop=stop))
 
 
 def run_resume(args: argparse.Namespace) -> int:
     """`lorakit resume`."""
     threads.use_idle_cores()
     terminal = _terminal(args)
-    from lorakit.training import run as train
+    from lorakit.training import run
 
-    return _trained(args, terminal, lambda: train.resume(args.folder, terminal=terminal))
+    return _trained(args, terminal, lambda stop: run.resume(args.folder, listeners=[terminal], stop=stop))
 
 
-def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[], Any]) -> int:
+def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[Stop], Any]) -> int:
     """Run a training job and say what came of it."""
     result = _unless_stopped(job)
     if result is None:
@@ -143,14 +148,13 @@ def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[], Any
     return 0
 
 
-def _unless_stopped(job: Callable[[], Any]) -> Any:
-    """What a training job gives, or None where the user stopped it, which is then said."""
-    from lorakit.training.run import Stopped
-
+def _unless_stopped(job: Callable[[Stop], Any]) -> Any:
+    """Run a training job, which is given the function that asks for a stop; None where it was stopped."""
     try:
-        return job()
-    except Stopped as stop:
-        complain(str(stop))
+        with stop_on_signals() as stop:
+            return job(stop)
+    except Stopped as stopped:
+        complain(str(stopped))
         return None
 
 

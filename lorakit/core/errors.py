@@ -1,6 +1,7 @@
 """Errors for the person who can fix them."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class LorakitError(Exception):
@@ -17,3 +18,21 @@ class ConfigError(LorakitError):
     def __init__(self, problems: Iterable[str]):
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class StopRequested(Exception):
+    """Somebody asked the run to stop, and work was broken off for it; the run turns it into `Stopped`."""
+
+
+class Stopped(Exception):
+    """The run was stopped on request, after it saved what it had.
+
+    Attributes:
+        folder: the run folder.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder, self.step = folder, step
+        when = f"after step {step}" if step else "before the first step"
+        super().__init__(f"stopped {when}; go on with: lorakit resume {folder}")

@@ -40,7 +40,7 @@ def class_images(
     side: int,
     seed: int,
     *,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], object] = lambda line: None,
     folder: Path | None = None,
 ) -> list[Image.Image]:
     """Pictures of the class by the base, drawn once and kept in the user's cache; the caller switches adapters off.

@@ -1,9 +1,9 @@
-"""Inference mode: train flags and random state are put back afterwards."""
+"""Inference mode: train flags and random state are put back afterwards; and a way to break long work off."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -20,3 +20,18 @@ def inference(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     finally:
         for part, flag in flags:
             part.training = flag
+
+
+@contextlib.contextmanager
+def polled(modules: Iterable[torch.nn.Module], poll: Callable[[], object]) -> Iterator[None]:
+    """Call `poll` before each forward pass of the modules inside; what it raises breaks the work off there."""
+
+    def before(module: torch.nn.Module, inputs: object) -> None:
+        poll()
+
+    hooks = [module.register_forward_pre_hook(before, prepend=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -4,7 +4,7 @@
     plan.json               what was planned before the first step
     state.json              where the run stands; replaced whole at every change
     log.jsonl               everything that happened, one JSON object a line
-    stop                    somebody wants the run to stop; made by a signal, the front end or `touch`
+    stop                    somebody wants the run to stop; made by the front end or `touch`
     checkpoints/step-000100/
     samples/step-000100.png, samples/step-000100/01.png ...
     <name>.safetensors, best.safetensors
@@ -30,6 +30,7 @@ from PIL import Image
 from lorakit.config import Config, load, to_toml
 from lorakit.core import atomic, image_grid
 from lorakit.core.errors import LorakitError
+from lorakit.core.events import Event
 from lorakit.core.names import slug, step_name, unused
 
 States = Literal["preparing", "running", "done", "failed", "stopped", "interrupted"]
@@ -97,6 +98,11 @@ class RunFolder:
         """See `State`."""
         return self._state.threads
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, as `State` has it."""
+        return self._state.step
+
     # -- for the process that trains ------------------------------------------------------------------------------
 
     @classmethod
@@ -149,6 +155,13 @@ class RunFolder:
         if "state" in changes or time.time() - self._state.updated >= PROGRESS_EVERY:
             self._write_state()
 
+    def record(self, event: Event) -> None:
+        """Listen to a run: progress goes into state.json, everything else is a line of the log."""
+        if event.kind == "progress":
+            self.update(step=event.step, **event.facts)
+        else:
+            self.event(event.kind, **({} if event.step is None else {"step": event.step}), **event.facts)
+
     def event(self, event: str, **facts: Any) -> None:
         """Add one line to the log; it is out of this process's hands when the call returns."""
         line = json.dumps(_plain({"time": round(time.time(), 3), "event": event, **facts}), ensure_ascii=False)
@@ -189,7 +202,7 @@ class RunFolder:
         return self.stop_file.exists()
 
     def request_stop(self) -> None:
-        """Ask the run to finish its step, save, export and end. May be called from a signal handler."""
+        """Ask the run to save, export and end: after its step, or at once while it draws or encodes."""
         self.stop_file.touch()
 
     def events(self, *kinds: str) -> Iterator[dict[str, Any]]:

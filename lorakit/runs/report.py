@@ -22,7 +22,6 @@ from lorakit import __version__
 from lorakit.config import Config, with_paths_removed
 from lorakit.core import atomic, image_grid
 from lorakit.core.errors import LorakitError
-from lorakit.core.smoothing import smooth
 from lorakit.data import augment, buckets, decode
 from lorakit.runs.folder import RunFolder
 
@@ -145,7 +144,7 @@ def curves(events: Iterable[dict[str, Any]], *, best: int | None = None, dark: b
 def _loss(axes: Axes, events: list[dict[str, Any]], faint: str, accent: str) -> None:
     at, loss = [event["step"] for event in events], [event["loss"] for event in events]
     axes.plot(at, loss, color=faint, linewidth=0.6, alpha=0.55)
-    axes.plot(at, smooth(loss), color=accent, linewidth=1.8)
+    axes.plot(at, [event["smoothed_loss"] for event in events], color=accent, linewidth=1.8)
     axes.set_title("training loss (raw and smoothed)")
     axes.set_ylim(bottom=0, top=max(sorted(loss)[int(0.99 * (len(loss) - 1))] * 1.15, 1e-12))
 

@@ -154,6 +154,11 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, from the name of its folder."""
+    return int(path.name.removeprefix(REPLACED).removeprefix("step-"))
+
+
 def rotate(folder: Path, keep: int) -> None:
     """Delete all complete checkpoints but the newest `keep` (at least one stays), and what a kill left half done."""
     for path in complete(folder)[: -max(keep, 1)]:

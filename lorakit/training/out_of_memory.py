@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -13,13 +13,15 @@ from lorakit.core.errors import LorakitError
 from lorakit.engine import device
 from lorakit.runs import memory_estimate
 
+Value = TypeVar("Value")
 
-def with_room(make: Callable[[], bool], compute: Callable[[], Any]) -> Any:
-    """What `compute` gives; where memory runs out, once more after `make`, which says whether it made room."""
+
+def retry_after_freeing(free: Callable[[], bool], compute: Callable[[], Value]) -> Value:
+    """Return `compute()`; where memory runs out, once more after `free`, which returns whether it freed any."""
     try:
         return compute()
     except torch.OutOfMemoryError:
-        if not make():
+        if not free():
             raise
     # Not inside: the error holds on to what was computed so far.
     torch.cuda.empty_cache()
@@ -27,7 +29,7 @@ def with_room(make: Callable[[], bool], compute: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def enough(doing: str, config: Config) -> Iterator[None]:
+def explain_out_of_memory(doing: str, config: Config) -> Iterator[None]:
     """Where memory runs out inside, say what was being done and what to change.
 
     Raises:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from lorakit.config import Config
-from lorakit.data import captions, latents as cache
+from lorakit.data import captions, latents
 from lorakit.data.latents import Dataset
 from lorakit.inference import class_images, sampling
+from lorakit.inference.mode import polled
 
 # Pictures that the autoencoder is given together on a card: as many as have so many pixels; one of that size keeps it
 # busy. A CPU is quicker with one at a time, and a latent is then the same to the bit whatever else is encoded.
@@ -82,24 +83,39 @@ class Precomputed:
     samples: SampleInputs
 
 
-def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable[[str], None]) -> Precomputed:
+def precompute(
+    config: Config,
+    family: Any,
+    adapter: Any,
+    photos: Any,
+    say: Callable[[str], object],
+    poll: Callable[[], object] = lambda: None,
+) -> Precomputed:
     """Encode what a run needs, each part of the base on the device by itself: what photos and texts need is then not
     added to the UNet.
 
     Args:
         adapter: one that is attached already, or None; it is switched off while class images are drawn and texts
             encoded.
-        photos: what `data.check.check` reported.
+        photos: what `data.checks.check` reported.
+        poll: called before each batch of photos or texts, and each pass of the UNet for class images; what it raises
+            breaks the work off. What is complete by then stays in the cache.
 
     Raises:
         LorakitError: a photo cannot be read or its latents are not finite; the class-image cache cannot be written.
     """
+
+    def encode_image(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        poll()
+        encoded: tuple[torch.Tensor, torch.Tensor] = family.encode_image(pixels)
+        return encoded
+
     family.release("unet", "text_encoders")
-    dataset, held_out = cache.build(
+    dataset, held_out = latents.build(
         photos,
         config.data,
         config.train,
-        encode_image=family.encode_image,
+        encode_image=encode_image,
         time_ids=family.time_ids,
         device=family.device,
         identity=family.info.hash,
@@ -110,13 +126,14 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
     class_texts = list(dict.fromkeys([captions.class_prompt(config.data), *without]))
     class_of = torch.tensor([class_texts.index(text) for text in without], device=family.device)
     family.release("vae")
-    latents = None
-    with adapter.disabled() if adapter is not None else contextlib.nullcontext():
+    class_latents = None
+    disabled = adapter.disabled() if adapter is not None else contextlib.nullcontext()
+    with disabled, polled(family.modules().values(), poll):
         tokens, class_tokens = _tokens(family, dataset.texts), _tokens(family, class_texts)
         conditions, class_conditions = embed(family, tokens), embed(family, class_tokens)
         samples = _samples(config, family)
         if config.train.prior == "images":
-            latents = _class_latents(config, family, class_texts, say)
+            class_latents = _class_latents(config, family, class_texts, encode_image, say)
     family.release("vae", "text_encoders")
     anew = config.adapter.trains_text
     return Precomputed(
@@ -128,7 +145,7 @@ def encode(config: Config, family: Any, adapter: Any, photos: Any, say: Callable
         class_conditions=class_conditions,
         class_tokens=class_tokens if anew else None,
         class_of=class_of,
-        class_latents=latents,
+        class_latents=class_latents,
         samples=samples,
     )
 
@@ -158,7 +175,13 @@ def _samples(config: Config, family: Any) -> SampleInputs:
     return SampleInputs(prompts, sampling.embed(family, prompts, config.sample), family.encode_text(prompts[:1]))
 
 
-def _class_latents(config: Config, family: Any, class_texts: list[str], say: Callable[[str], None]) -> ClassLatents:
+def _class_latents(
+    config: Config,
+    family: Any,
+    class_texts: list[str],
+    encode_image: latents.EncodeImage,
+    say: Callable[[str], object],
+) -> ClassLatents:
     """Class images, drawn by the base once and kept in the user's cache, encoded as the photos were.
 
     They are shared out among the class texts: under "a toy on a beach" the base must go on drawing what it drew.
@@ -172,7 +195,7 @@ def _class_latents(config: Config, family: Any, class_texts: list[str], say: Cal
         pictures += class_images.class_images(family, prompt, text, count, config.sample, side, seed, say=say)
         texts += [place] * count
     batches = class_images.as_pixels(pictures, _at_once(side * side, family.device))
-    means, stds = zip(*(family.encode_image(pixels) for pixels in batches), strict=True)
+    means, stds = zip(*(encode_image(pixels) for pixels in batches), strict=True)
     ids = family.time_ids((side, side), (0, 0), (side, side))
     mean, std = (torch.cat([part.to(family.device) for part in parts]) for parts in (means, stds))
     rows = torch.tensor(texts, device=family.device)

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from lorakit.cli.terminal import Terminal
+from lorakit.core.events import Event
 from lorakit.core.units import duration
 
 
@@ -102,7 +103,7 @@ def test_lines_appear_above_the_bar() -> None:
     terminal = Terminal(screen, ticking())
     with terminal.progress(4) as bar:
         bar.step(1)
-        bar.note("step 1: validation mse 0.1")
+        terminal.say("step 1: validation mse 0.1")
         terminal.say("out of memory", warning=True)
         bar.step(2)
     above, warned, shown, rest = screen.shown()
@@ -129,13 +130,30 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert screen.getvalue() == "training 1/1\n"
 
 
-def test_the_loss_is_smoothed_without_a_pull_to_zero() -> None:
-    with Terminal(io.StringIO()).progress(10) as bar:
-        assert bar.smoothed != bar.smoothed  # NaN before the first
-        bar.step(1, 2.0)
-        assert bar.smoothed == pytest.approx(2.0)
-        bar.step(2, 4.0)
-        assert bar.smoothed == pytest.approx((0.98 * 2.0 + 4.0) / 1.98)
+def test_the_events_of_a_run_are_lines_and_a_bar() -> None:
+    stream = io.StringIO()
+    terminal = Terminal(stream)
+    facts = {"loss": 0.5, "learning_rate": 1e-3, "images_per_second": 2.0, "memory_mib": 64.0, "eta_s": 30.0}
+    for event in (
+        Event("message", None, {"message": "device: cpu"}),
+        Event("phase", None, {"phase": "encoding the photos"}),
+        Event("phase", 0, {"phase": "training", "steps": 20}),
+        Event("step", 10, {"loss": 0.4}),
+        Event("progress", 10, facts),
+        Event("validation", 10, {"mse": 0.25, "prior_drift": 0.01}),
+        Event("warning", None, {"message": "no room for samples"}),
+        Event("progress", 20, facts),
+        Event("phase", 20, {"phase": "checking the exported file"}),
+        Event("progress", 20, facts),
+    ):
+        terminal(event)
+    assert stream.getvalue().splitlines() == [
+        "device: cpu",
+        "training 10/20  loss 0.5000  lr 1.0e-03  2.0 images/s  64 MiB  30 s left",
+        "step 10: validation mse 0.2500, prior drift 1.00%",
+        "warning: no room for samples",
+        "training 20/20  loss 0.5000  lr 1.0e-03  2.0 images/s  64 MiB",
+    ]
 
 
 class Gone(io.StringIO):
@@ -148,7 +166,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
     terminal.say("nobody reads this")
     with terminal.progress(1) as bar:
         bar.step(1, 1.0)
-    assert bar.done == 1 and bar.smoothed == pytest.approx(1.0)
+    assert bar.done == 1
     closed = io.StringIO()
     terminal = Terminal(closed)
     closed.close()

@@ -1,18 +1,23 @@
 """The smoothed loss."""
 
-import math
-
 import pytest
 
-from lorakit.core.smoothing import RunningMean, smooth
+from lorakit.core.smoothing import RunningMean
 
 
 def test_smoothing_is_a_weighted_mean() -> None:
+    mean = RunningMean(0.5)
     expected = [4.0, (0.5 * 4 + 0) / 1.5, (0.25 * 4 + 0.5 * 0 + 1) / 1.75]
-    assert smooth([4.0, 0.0, 1.0], 0.5) == pytest.approx(expected)
+    assert [mean.add(value) for value in (4.0, 0.0, 1.0)] == pytest.approx(expected)
 
 
-def test_a_constant_stays_and_a_value_that_is_not_finite_changes_nothing() -> None:
-    assert smooth([2.0] * 50) == pytest.approx([2.0] * 50)
-    assert smooth([1.0, math.nan, math.inf, 3.0], 0.5) == pytest.approx([1.0, 1.0, 1.0, (0.5 + 3) / 1.5])
-    assert math.isnan(RunningMean().value)
+def test_a_constant_stays() -> None:
+    mean = RunningMean()
+    assert [mean.add(2.0) for _ in range(50)] == pytest.approx([2.0] * 50)
+
+
+def test_a_mean_continues_from_its_state() -> None:
+    mean, again = RunningMean(), RunningMean()
+    mean.add(3.0)
+    again.load_state(mean.state())
+    assert again.add(1.0) == mean.add(1.0)

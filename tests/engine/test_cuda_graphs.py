@@ -21,7 +21,7 @@ from lorakit.runs import memory_estimate
 from lorakit.training import run as train
 from lorakit.training.loss_step import LossStep
 from lorakit.training.optimizer_step import OptimizerStep
-from lorakit.training.precompute import encode
+from lorakit.training.precompute import precompute
 
 
 def stand_in(compute: cuda_graphs.Compute, generators: Any = ()) -> cuda_graphs.Compute:
@@ -50,7 +50,7 @@ def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = t
     family = families.load(info, device, dtype, settings.memory.base_storage)
     family.acquire("unet")
     adapter = adapters.attach(family, settings.adapter, seed=0)
-    encoded = encode(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
+    encoded = precompute(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
     step = LossStep(family, adapter, encoded, settings.train)
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):

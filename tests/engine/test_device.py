@@ -214,14 +214,16 @@ def test_where_memory_runs_out_room_is_made_once() -> None:
         called.append("make")
         return possible
 
-    assert out_of_memory.with_room(lambda: make(True), lambda: compute(0)) == "done" and called == ["compute"]
+    assert out_of_memory.retry_after_freeing(lambda: make(True), lambda: compute(0)) == "done" and called == ["compute"]
     called.clear()
-    assert out_of_memory.with_room(lambda: make(True), lambda: compute(1)) == "done"
+    assert out_of_memory.retry_after_freeing(lambda: make(True), lambda: compute(1)) == "done"
     assert called == ["compute", "make", "compute"]
     for possible, fails in ((True, 2), (False, 1)):
         called.clear()
         with pytest.raises(torch.OutOfMemoryError):
-            out_of_memory.with_room(lambda possible=possible: make(possible), lambda fails=fails: compute(fails))
+            out_of_memory.retry_after_freeing(
+                lambda possible=possible: make(possible), lambda fails=fails: compute(fails)
+            )
         assert called.count("compute") == (2 if possible else 1)
 
 

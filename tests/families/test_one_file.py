@@ -14,7 +14,8 @@ from lorakit import config, families, formats
 from lorakit.cli import main as cli
 from lorakit.inference import sampling
 from lorakit.runs.folder import RunFolder
-from lorakit.training import checkpoint, objective, run as train
+from lorakit.training import objective, run as train
+from lorakit.training.optimizer_step import OptimizerStep
 from lorakit.training.run import Stopped
 
 FORMATS = ("kohya", "diffusers", "peft")
@@ -66,15 +67,14 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
     # The middle block then sees 2 x 2 places; of one alone, q and k learn nothing.
     size = {"data__resolution": 128, "adapter__train_text_encoder": True}
     chosen = options(base, tmp_path / "base", photos, tmp_path / "run", **size)
-    saved = checkpoint.save
+    step = OptimizerStep.__call__
 
-    def save_and_stop(folder: Path, step: int, *rest: Any, **named: Any) -> Path:
-        if step == 0:
-            RunFolder(folder.parent).request_stop()
-        return saved(folder, step, *rest, **named)
+    def step_and_stop(self: OptimizerStep, number: int) -> Any:
+        RunFolder(tmp_path / "run").request_stop()
+        return step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_stop)
+        patch.setattr(OptimizerStep, "__call__", step_and_stop)
         with pytest.raises(Stopped, match="stopped after step 1"):
             train.train(chosen)
     result = train.resume(tmp_path / "run")

@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     found = checks.check(chosen.data, base)
     folder.event("message", message="device: cpu, base in float32")
     for step in range(1, 31):
-        folder.event("step", step=step, loss=1 / step, gradient_norm=1.0, learning_rate=1e-4)
+        folder.event("step", step=step, loss=1 / step, smoothed_loss=2 / step, gradient_norm=1.0, learning_rate=1e-4)
     history = [validation(10, 0.3), validation(20, 0.2), validation(30, 0.25)]
     for entry in history:
         folder.event("validation", **entry)
@@ -178,9 +178,9 @@ def test_curves_have_a_panel_for_each_thing_measured(run):
 
 
 def test_a_step_that_was_done_twice_counts_as_done_last():
-    first = {"event": "step", "step": 1, "loss": 9.0, "learning_rate": 1e-4}
-    again = {"event": "step", "step": 1, "loss": 1.0, "learning_rate": 1e-4}
-    second = {"event": "step", "step": 2, "loss": 1.0, "learning_rate": 1e-4}
+    first = {"event": "step", "step": 1, "loss": 9.0, "smoothed_loss": 9.0, "learning_rate": 1e-4}
+    again = {"event": "step", "step": 1, "loss": 1.0, "smoothed_loss": 1.0, "learning_rate": 1e-4}
+    second = {"event": "step", "step": 2, "loss": 1.0, "smoothed_loss": 1.0, "learning_rate": 1e-4}
     assert report.curves([first, second, again]) == report.curves([again, second])
     assert report.curves([again, second, first]) != report.curves([again, second])
 

@@ -13,7 +13,7 @@ from lorakit.data import checks
 from lorakit.training import optimizers
 from lorakit.training.loss_step import LossStep
 from lorakit.training.optimizer_step import OptimizerStep
-from lorakit.training.precompute import encode
+from lorakit.training.precompute import precompute
 
 STEPS, PARTS = 3, 2
 
@@ -49,7 +49,7 @@ def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tup
     info = families.describe(settings.model.base)
     family = families.load(info, "cpu", dtype)
     adapter = adapters.attach(family, settings.adapter, seed=0, trigger=settings.data.trigger)
-    encoded = encode(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
+    encoded = precompute(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
     adapters.slim(family)
     return adapter, LossStep(family, adapter, encoded, settings.train)
 

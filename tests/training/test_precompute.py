@@ -13,7 +13,7 @@ from PIL import Image
 from lorakit import config, families
 from lorakit.data import checks
 from lorakit.families import loading
-from lorakit.training.precompute import TEXTS, embed, encode
+from lorakit.training.precompute import TEXTS, embed, precompute
 
 
 class Watched:
@@ -88,7 +88,7 @@ def test_each_part_of_the_base_has_the_device_to_itself(
     chosen = config.load(None, settings)
     info = families.describe(tiny_sd1)
     family = Watched(families.load(info, "cpu", torch.float32))
-    encoded = encode(chosen, family, None, checks.check(chosen.data, info), lambda line: None)
+    encoded = precompute(chosen, family, None, checks.check(chosen.data, info), lambda line: None)
     assert family.seen["encode_text"] == family.seen["encode_tokens"] == {frozenset({"text_encoders"})}
     assert not any({"unet", "text_encoders"} <= there for there in family.seen["pipeline"])
     drawing = {frozenset({"unet", "vae"})} if prior == "images" else set()
@@ -107,7 +107,7 @@ def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photo
     family = Watched(families.load(info, "cpu", torch.float32))
     family.acquire("unet")
     adapter = adapters.attach(family.family, chosen.adapter)
-    encode(chosen, family, adapter, checks.check(chosen.data, info), lambda line: None)
+    precompute(chosen, family, adapter, checks.check(chosen.data, info), lambda line: None)
     assert family.seen["encode_image"] == {frozenset({"unet", "vae"})}
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import gradio as gr
 
 from lorakit.core.errors import LorakitError
-from lorakit.core.smoothing import smooth
 from lorakit.runs.folder import LIVE, RunFolder, State, read
 from lorakit.ui import charts, widgets
 from lorakit.ui.texts import Say
@@ -257,14 +256,13 @@ def _curves(run: RunFolder, state: State, say: Say) -> str:
     steps, validations = _points(run.log_file, size)
     losses = [(step, loss) for step, loss, _ in steps if loss is not None]
     rates = [(step, rate) for step, _, rate in steps if rate is not None]
-    smoothed = list(zip([step for step, _ in losses], smooth([loss for _, loss in losses]), strict=True))
     mse = [(step, value) for step, value, _ in validations if value is not None]
     drift = [(step, value) for step, _, value in validations if value is not None]
     parts = [
         charts.chart(
             say("run.loss"),
             [
-                charts.Line(say("run.training_loss"), smoothed, "lk-line-a"),
+                charts.Line(say("run.training_loss"), losses, "lk-line-a"),
                 charts.Line(say("run.validation"), mse, "lk-line-b", dots=True),
             ],
             state.steps,
@@ -278,7 +276,7 @@ def _curves(run: RunFolder, state: State, say: Say) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _points(log: Path, size: int) -> tuple[list[Any], list[Any]]:
-    """(step, loss, rate) of each step and (step, mse, drift) of each validation; a log of one size is read once.
+    """(step, smoothed loss, rate) of each step and (step, mse, drift) of each validation; a log is read once a size.
 
     A step that was done twice (after a resume or a rollback) counts as it was done last.
     """
@@ -289,7 +287,7 @@ def _points(log: Path, size: int) -> tuple[list[Any], list[Any]]:
         if not isinstance(step, int):
             continue
         if event["event"] == "step":
-            steps[step] = (step, event.get("loss"), event.get("learning_rate"))
+            steps[step] = (step, event.get("smoothed_loss"), event.get("learning_rate"))
         else:
             validations[step] = (step, event.get("mse"), event.get("prior_drift"))
     return [steps[step] for step in sorted(steps)], [validations[step] for step in sorted(validations)]

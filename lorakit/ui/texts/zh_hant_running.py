@@ -17,6 +17,7 @@ RUNNING = {
     # -- 執行 run_folder.py, train.py, checkpoint.py, data/cache.py, memory.py
     "done and checked": "完成，且已檢驗",
     "stopped after step {step}; go on with: lorakit resume {folder}": "在第 {step} 步之後停止；按「繼續」即可接著訓練",
+    "stopped before the first step; go on with: lorakit resume {folder}": "在第一步之前停止；按「繼續」即可接著訓練",
     "{path} is a file; give --output a folder": "{path} 是檔案；請指定資料夾",
     "{path} is not empty and nothing in it is overwritten; give another --output{hint}": (
         "{path} 不是空的，其中的內容不會被覆寫；請換一個資料夾"

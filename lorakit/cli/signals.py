@@ -1,0 +1,38 @@
+"""SIGINT (Ctrl-C) and SIGTERM as a request to stop a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+NOTICE = b"lorakit: stopping, and saving what there is; Ctrl-C again ends at once\n"
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether a signal came. A second signal raises KeyboardInterrupt.
+
+    Outside the main thread, where Python takes no handlers, the function returns False.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        # Not by print: the handler may interrupt one.
+        with contextlib.suppress(OSError):
+            os.write(2, NOTICE)
+
+    try:
+        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        before = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

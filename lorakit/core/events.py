@@ -1,0 +1,98 @@
+"""Events of a run, for whoever follows it, and the request to stop it.
+
+Kinds and their facts:
+
+    message, warning   message: a line for the person
+    phase              phase: what begins; "training" also has `steps`
+    step               loss, smoothed_loss, gradient_norm, learning_rate
+    progress           loss (smoothed), learning_rate, images_per_second, memory_mib, eta_s; after several steps
+    validation         mse, rmse, mae, r2, prior_drift, bands, photos, source
+    checkpoint         a checkpoint was written
+    sample             file: name of the grid of pictures
+    error, done        message; adapter: name of the checked file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from lorakit.core.errors import StopRequested
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened.
+
+    Attributes:
+        kind: see the module's table.
+        step: optimizer steps done, or None outside training.
+        facts: plain values.
+    """
+
+    kind: str
+    step: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+Listener = Callable[[Event], object]
+
+
+class Events:
+    """Passes each event to all listeners, in their order. What a listener raises ends the run.
+
+    As a context manager it closes, at the end, each listener that has a `close`.
+    """
+
+    def __init__(self, *listeners: Listener):
+        self.listeners = listeners
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for listener in self.listeners:
+            close = getattr(listener, "close", None)
+            if close is not None:
+                close()
+
+    def emit(self, kind: str, step: int | None = None, **facts: Any) -> None:
+        """Tell all listeners."""
+        event = Event(kind, step, facts)
+        for listener in self.listeners:
+            listener(event)
+
+    def say(self, line: str, *, warning: bool = False) -> None:
+        """One line for the person."""
+        self.emit("warning" if warning else "message", message=line)
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop; the only place that asks.
+
+    Args:
+        events: told once, when the request is first seen.
+        sources: each returns whether it wants a stop: the stop file, a signal, the caller's function.
+    """
+
+    def __init__(self, events: Events, *sources: Callable[[], bool]):
+        self._events, self._sources = events, sources
+        self.requested = False
+
+    def __call__(self, consequence: str) -> bool:
+        """Ask the sources; at the first yes, say "stopping: <consequence>"."""
+        if not self.requested and any(source() for source in self._sources):
+            self.requested = True
+            self._events.say(f"stopping: {consequence}")
+        return self.requested
+
+    def poll(self, consequence: str) -> None:
+        """As a call, for work that is to be broken off.
+
+        Raises:
+            StopRequested: somebody asked for a stop.
+        """
+        if self(consequence):
+            raise StopRequested

@@ -1,0 +1,44 @@
+"""Shapes of objects that several rooms handle and none of them owns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Trainable(Protocol):
+    """What the training loop trains: an adapter in a base.
+
+    Attributes:
+        dropout: share of inputs that it drops while it trains.
+    """
+
+    dropout: float
+
+    def describe(self) -> dict[str, tuple[int, int]]:
+        """Component -> numbers of modules and parameters that train."""
+
+    def groups(self) -> list[tuple[str, list[torch.nn.Parameter]]]:
+        """(name, parameters) of each group with a learning rate of its own."""
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout on or off."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside, the base computes as without it."""
+
+    def weights(self) -> Any:
+        """A copy of the trained weights on the CPU, ready to be exported."""
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """The tensors of a checkpoint."""
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put the tensors of a checkpoint back."""
+
+    def detach(self) -> None:
+        """Take it out of the base."""

@@ -1,0 +1,350 @@
+"""The training loop, and what happens between its steps: validation, checkpoints, samples."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit import formats
+from lorakit.core.errors import LorakitError, Stopped, StopRequested
+from lorakit.core.events import Events, StopRequest
+from lorakit.core.smoothing import RunningMean
+from lorakit.engine import device as devices
+from lorakit.formats import metadata
+from lorakit.inference import sampling
+from lorakit.inference.mode import polled
+from lorakit.training import checkpoint, optimizers, out_of_memory
+from lorakit.training.precompute import embed
+from lorakit.training.validation import choose_best
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lorakit.adapters.weights import AdapterWeights
+    from lorakit.config import Config
+    from lorakit.families import Family
+    from lorakit.runs.folder import RunFolder
+    from lorakit.runs.preflight import Preflight
+    from lorakit.training.precompute import Precomputed, SampleInputs
+    from lorakit.training.trainable import Model
+
+# Losses and gradient norms stay on the device and are read together, every so many steps.
+READ_EVERY = 10
+# Where validation, checkpoints and samples are not set, this many are spread over the run.
+PARTS = 5
+
+
+class NotFinite(LorakitError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and its surroundings.
+
+    Attributes:
+        ready: config, base, photos and plan.
+        folder: where everything is written.
+        events: tells all listeners.
+        stop: whether somebody asked for an end.
+        started: seconds since the epoch.
+        identity: what a checkpoint depends on beside the config: hashes of base and photos.
+    """
+
+    ready: Preflight
+    folder: RunFolder
+    events: Events
+    stop: StopRequest
+    started: float
+    identity: dict[str, str]
+
+    @property
+    def config(self) -> Config:
+        """The whole config."""
+        return self.ready.config
+
+    @contextlib.contextmanager
+    def phase(self, doing: str) -> Iterator[None]:
+        """Announce a part of the run; inside, an end of memory is explained."""
+        self.events.emit("phase", phase=doing)
+        with out_of_memory.explain_out_of_memory(doing, self.config):
+            yield
+
+    def export(self, weights: AdapterWeights, name: str, step: int) -> dict[str, Path]:
+        """Write every format asked for, under `name`, with the facts of the run as metadata: format -> path."""
+        output, plan = self.config.output, self.ready.plan
+        facts = metadata.build(
+            self.config,
+            self.ready.info,
+            name=name,
+            images=plan.photos,
+            steps=step,
+            epochs=step * self.config.train.gradient_accumulation_steps // plan.batches,
+            started=self.started,
+            finished=time.time(),
+        )
+        return formats.save(weights, self.folder.path, name, output.formats, output.dtype, facts, say=self.events.say)
+
+    def draw(self, family: Family, inputs: SampleInputs, texts: Any, step: int, *, adapter: str = "") -> None:
+        """Draw the sample prompts and keep them as the grid of a step.
+
+        Raises:
+            StopRequested: somebody asked for a stop; nothing was written.
+        """
+        sample, size = self.config.sample, self.config.data.resolution
+        poll = functools.partial(self.stop.poll, "the samples are not finished")
+        with polled(family.modules().values(), poll):
+            pictures: list[Image.Image] = sampling.draw(
+                family, inputs.prompts, sample, size, texts=texts, adapter=adapter
+            )
+        file = self.folder.save_samples(step, pictures, inputs.prompts)
+        self.events.emit("sample", step, file=file.name)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where the loop ended.
+
+    Attributes:
+        history: the validations.
+        best: the exported checkpoint that validation prefers, or None.
+    """
+
+    history: list[dict[str, Any]]
+    best: Path | None
+
+
+def loop(model: Model, inputs: Precomputed, run: Run, saved: Path | None = None) -> TrainingState:
+    """Do optimizer steps from the checkpoint `saved`, or from nothing, to the last one of the plan.
+
+    Raises:
+        Stopped: somebody asked for a stop; the state is saved and the adapter exported.
+        NotFinite: a loss or a gradient is not finite.
+    """
+    total, mean = run.ready.plan.steps, RunningMean()
+    readings = Readings(model, inputs, run, mean)
+    milestones = Milestones(model, inputs, run, mean)
+    step, due = milestones.restore(saved) if saved else (0, ["save", "sample"])
+    run.folder.update(state="running", step=step, steps=total)
+    run.events.emit("phase", step, phase="training", steps=total)
+    milestones.reach(step, due)
+    readings.start(step)
+    while step < total:
+        with out_of_memory.explain_out_of_memory(f"step {step + 1}", run.config):
+            loss, norm = model.optimizer_step(step)
+        readings.add(step, loss, norm)
+        step += 1
+        due = milestones.due(step)
+        if run.stop(f"step {step} is saved and exported") or due or step % READ_EVERY == 0:
+            try:
+                readings.read(step)
+            except NotFinite as problem:
+                step, due = milestones.roll_back(problem), []
+            milestones.reach(step, due)
+            readings.start(step)
+    return TrainingState(milestones.history, milestones.best)
+
+
+class Readings:
+    """Losses and gradient norms: kept on the device, read together, logged, and checked to be finite.
+
+    Args:
+        mean: smooths the loss.
+    """
+
+    def __init__(self, model: Model, inputs: Precomputed, run: Run, mean: RunningMean):
+        self.model, self.dataset, self.run, self.mean = model, inputs.dataset, run, mean
+        self.losses, self.norms = (torch.zeros(READ_EVERY, device=model.family.device) for _ in range(2))
+        self.first, self.clock = 0, 0.0
+
+    def start(self, step: int) -> None:
+        """Count steps and time from here: samples and checkpoints take time that is not the steps'."""
+        self.first, self.clock = step, time.monotonic()
+
+    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Keep the figures of step `step`, counted from 0; the host does not wait for them."""
+        self.losses[step % READ_EVERY] = loss
+        self.norms[step % READ_EVERY] = norm
+
+    def read(self, step: int) -> None:
+        """Fetch what was added since `start` and tell the listeners.
+
+        Raises:
+            NotFinite: with the step and its photos.
+        """
+        config, total = self.run.config, self.run.ready.plan.steps
+        losses, norms = self.losses.tolist(), self.norms.tolist()
+        seconds = (time.monotonic() - self.clock) / max(step - self.first, 1)
+        smoothed = rate = 0.0
+        for number in range(self.first, step):
+            loss, norm = losses[number % READ_EVERY], norms[number % READ_EVERY]
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NotFinite(self._problem(number, loss))
+            rate = optimizers.learning_rate(config.optimizer, number, total)
+            smoothed = self.mean.add(loss)
+            figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "smoothed_loss": smoothed}
+            self.run.events.emit("step", number + 1, **figures)
+        images = config.train.batch_size * config.train.gradient_accumulation_steps
+        self.run.events.emit(
+            "progress",
+            step,
+            loss=smoothed,
+            learning_rate=rate,
+            images_per_second=images / max(seconds, 1e-9),
+            memory_mib=devices.peak(self.model.family.device) / 2**20,
+            eta_s=(total - step) * seconds,
+        )
+
+    def _problem(self, number: int, loss: float) -> str:
+        """What is wrong with step `number`, and what to do."""
+        figure = "gradient" if math.isfinite(loss) else "loss"
+        parts = self.run.config.train.gradient_accumulation_steps
+        names: set[str] = set()
+        for index in range(number * parts, (number + 1) * parts):
+            batch = self.model.loss_step.batch(index)
+            names |= {self.dataset.names(batch.bucket)[i] for i in batch.entries.tolist()}
+        saved = checkpoint.latest(self.run.folder.checkpoints)
+        intact = f"; {saved.name} is intact" if saved else ""
+        return (
+            f"step {number + 1}: the {figure} is not finite ({', '.join(sorted(names))}); "
+            f"lower optimizer.learning_rate or use memory.mixed_precision = 'fp32'{intact}"
+        )
+
+
+class Milestones:
+    """What is due after some steps, and the state that a checkpoint holds.
+
+    Attributes:
+        history: the validations so far.
+        best: the exported checkpoint that validation prefers.
+        retry: how often the run went back to a checkpoint.
+    """
+
+    def __init__(self, model: Model, inputs: Precomputed, run: Run, mean: RunningMean):
+        self.model, self.inputs, self.run, self.mean = model, inputs, run, mean
+        self.history: list[dict[str, Any]] = []
+        self.best: Path | None = None
+        self.retry = 0
+
+    def due(self, step: int) -> list[str]:
+        """Names of what is due after so many steps, in order."""
+        train, total = self.run.config.train, self.run.ready.plan.steps
+        every = {"validate": train.validate_every, "save": train.save_every, "sample": self.run.config.sample.every}
+        if step == total:  # the last samples are drawn from the exported file
+            return ["validate", "save"]
+        return [name for name, number in every.items() if step % (number or max(1, math.ceil(total / PARTS))) == 0]
+
+    def reach(self, step: int, due: list[str]) -> None:
+        """Do what is due; where a stop is asked for, save the rest as still due, export and end.
+
+        Raises:
+            Stopped: somebody asked for a stop.
+        """
+        tasks = {"validate": self.validate, "save": self.save, "sample": self.sample}
+        left, stop = list(due), self.run.stop
+        with contextlib.suppress(StopRequested):
+            while left and not stop.requested:
+                tasks[left[0]](step, left[1:])
+                left.pop(0)
+        if stop.requested:
+            self.save(step, [name for name in left if name != "save"])
+            if step:
+                self.run.export(self.model.adapter.weights(), self.run.folder.adapter_name, step)
+            raise Stopped(self.run.folder.path, step)
+        self.model.adapter.train(True)
+
+    def validate(self, step: int, left: list[str]) -> None:
+        """Examine the weights, and export them where they are the best so far."""
+        model, events = self.model, self.run.events
+        model.adapter.train(False)
+        poll = functools.partial(self.run.stop.poll, "the validation is not finished")
+        with polled(model.family.modules().values(), poll):
+            metrics = out_of_memory.retry_after_freeing(model.optimizer_step.forget, self._measure)
+        self.history.append({"step": step, **metrics})
+        events.emit("validation", step, **metrics)
+        best, reason = choose_best(self.history)
+        if best == step:
+            exports = self.run.export(model.adapter.weights(), "best", step)
+            self.best = exports[self.run.config.output.formats[0]]
+        self.run.folder.update(best={"step": best, "reason": reason})
+
+    def _measure(self) -> dict[str, Any]:
+        """The figures of the weights as they are; trained text encoders read the texts anew."""
+        tokens, class_tokens, family = self.inputs.tokens, self.inputs.class_tokens, self.model.family
+        if tokens is None or class_tokens is None:
+            return self.model.validation.run(self.model.adapter)
+        conditions, condition = embed(family, tokens), embed(family, [table[:1] for table in class_tokens])
+        return self.model.validation.run(self.model.adapter, conditions=conditions, class_condition=condition)
+
+    def sample(self, step: int, left: list[str]) -> None:
+        """Draw the sample prompts; a run goes on without where memory does not suffice."""
+        model, samples = self.model, self.inputs.samples
+        model.adapter.train(False)
+        draw = functools.partial(self.run.draw, model.family, samples, samples.texts, step)
+        try:
+            out_of_memory.retry_after_freeing(model.optimizer_step.forget, draw)
+        except torch.OutOfMemoryError:
+            line = f"step {step}: not enough memory to draw samples; training goes on without them"
+            self.run.events.say(line, warning=True)
+        finally:
+            model.family.release("vae")
+
+    def save(self, step: int, left: list[str]) -> None:
+        """Write a checkpoint; what is `left` to do at this step is done by the run that resumes from it."""
+        folder, config = self.run.folder, self.run.config
+        extra = {
+            "retry": self.retry,
+            "history": self.history,
+            "best": self.best.name if self.best else None,
+            "smoothed_loss": self.mean.state(),
+            "due": left,
+        }
+        checkpoint.save(
+            folder.checkpoints,
+            step,
+            self.model.adapter.state(),
+            self.model.optimizer_step.optimizer.state_dict(),
+            extra,
+            config=config,
+            identity=self.run.identity,
+        )
+        checkpoint.rotate(folder.checkpoints, config.train.keep_checkpoints)
+        self.run.events.emit("checkpoint", step)
+
+    def restore(self, saved: Path) -> tuple[int, list[str]]:
+        """Put a checkpoint back: its step, and what is still due there.
+
+        Raises:
+            LorakitError: the checkpoint is damaged, or config, photos or base have changed since.
+        """
+        state = checkpoint.load(saved, config=self.run.config, identity=self.run.identity)
+        self.model.adapter.load_state(state.adapter)
+        self.model.optimizer_step.optimizer.load_state_dict(state.optimizer)
+        self.history = list(state.extra["history"])
+        self.retry = self.model.loss_step.retry = max(self.retry, state.extra["retry"])
+        self.best = self.run.folder.path / state.extra["best"] if state.extra["best"] else None
+        self.mean.load_state(state.extra["smoothed_loss"])
+        complete = {"sample"} if state.step in self.run.folder.sample_grids() else set()
+        return state.step, [name for name in state.extra["due"] if name not in complete]
+
+    def roll_back(self, problem: NotFinite) -> int:
+        """Go back to the last checkpoint once, with other noise; its step.
+
+        Raises:
+            NotFinite: `problem`, where that is not wanted, or was done before, or there is no checkpoint.
+        """
+        saved = checkpoint.latest(self.run.folder.checkpoints)
+        if self.run.config.train.on_nan != "rollback" or self.retry or saved is None:
+            raise problem
+        self.retry += 1
+        step, _ = self.restore(saved)
+        self.run.events.say(f"{problem}; going back to {saved.name} once, with other noise", warning=True)
+        return step

@@ -1,0 +1,72 @@
+"""A base made trainable: the adapter in it, its loss, its optimizer and its validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorakit import adapters, formats
+from lorakit.engine import device as devices
+from lorakit.runs import memory_estimate
+from lorakit.training.loss_step import LossStep
+from lorakit.training.optimizer_step import OptimizerStep
+from lorakit.training.validation import Validation
+
+if TYPE_CHECKING:
+    from lorakit.core.protocols import Trainable
+    from lorakit.families import Family
+    from lorakit.runs.preflight import Preflight
+    from lorakit.training.precompute import Precomputed
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the loop trains, and what computes with it.
+
+    Attributes:
+        family: the base, with the adapter in it.
+        adapter: what is trained.
+        loss_step: computes the loss of a batch.
+        optimizer_step: does a whole step.
+        validation: examines the weights as they are.
+    """
+
+    family: Family
+    adapter: Trainable
+    loss_step: LossStep
+    optimizer_step: OptimizerStep
+    validation: Validation
+
+
+def trainable(family: Family, inputs: Precomputed, ready: Preflight, say: Callable[[str], object]) -> Model:
+    """Put a new adapter into the base, and what trains and examines it around both.
+
+    Raises:
+        LorakitError: the base already carries an adapter, or `train.init_from` does not fit.
+    """
+    config = ready.config
+    family.acquire(*(family.modules() if inputs.tokens else ["unet"]))
+    adapter = adapters.attach(family, config.adapter, seed=config.train.seed, trigger=config.data.trigger)
+    for component, (modules, parameters) in adapter.describe().items():
+        say(f"training {component}: {modules} modules, {parameters:,} parameters")
+    if config.train.init_from:
+        adapter.load(formats.read(Path(config.train.init_from)))
+        say(f"starting from the weights of {Path(config.train.init_from).name}")
+    adapters.slim(family, frugal=memory_estimate.frugal(config, family.device.type))
+    blocks = memory_estimate.recomputed(config, ready.info, ready.plan.modules, family.device.type)
+    devices.gradient_checkpointing(family, blocks, random=adapter.dropout > 0)
+    loss_step = LossStep(family, adapter, inputs, config.train)
+    optimizer_step = OptimizerStep(config, loss_step, ready.plan.steps, say)
+    validation = Validation(
+        family,
+        inputs.held_out or inputs.dataset.plain(),
+        inputs.conditions,
+        inputs.class_conditions.index(torch.zeros(1, dtype=torch.int64, device=family.device)),
+        config.train.seed,
+        held_out=inputs.held_out is not None,
+    )
+    return Model(family, adapter, loss_step, optimizer_step, validation)
