@@ -111,17 +111,7 @@ def precompute(
         return encoded
 
     family.release("unet", "text_encoders")
-    dataset, held_out = latents.build(
-        photos,
-        config.data,
-        config.train,
-        encode_image=encode_image,
-        time_ids=family.time_ids,
-        device=family.device,
-        identity=family.info.hash,
-        say=say,
-        at_once=lambda size: _at_once(size.width * size.height, family.device),
-    )
+    dataset, held_out = _photos(config, family, photos, encode_image, say)
     without = [captions.class_text(text, config.data) for text in dataset.texts]
     class_texts = list(dict.fromkeys([captions.class_prompt(config.data), *without]))
     class_of = torch.tensor([class_texts.index(text) for text in without], device=family.device)
@@ -147,6 +137,23 @@ def precompute(
         class_of=class_of,
         class_latents=class_latents,
         samples=samples,
+    )
+
+
+def _photos(
+    config: Config, family: Any, photos: Any, encode_image: latents.EncodeImage, say: Callable[[str], object]
+) -> tuple[Dataset, Dataset | None]:
+    """The photos to train on, and those kept for validation."""
+    return latents.build(
+        photos,
+        config.data,
+        config.train,
+        encode_image=encode_image,
+        time_ids=family.time_ids,
+        device=family.device,
+        identity=family.info.hash,
+        say=say,
+        at_once=lambda size: _at_once(size.width * size.height, family.device),
     )
 
 
