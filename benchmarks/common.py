@@ -96,7 +96,7 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
             family.unet = UNet2DConditionModel(**unet_config(kind, width)).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    onednn_linear.quicken(family.unet)
+    onednn_linear.use_onednn_linear(family.unet)
     family.device, family.dtype, family.prediction_type, family.gradient_scale = device, dtype, "epsilon", 1.0
     family.info = SimpleNamespace(family="sdxl" if kind == "sdxl" else "sd1")
     family.text_encoders, family.vae = {}, None
@@ -147,7 +147,7 @@ def lorakit_loop(
 ) -> Loop:
     """A function that runs so many of lorakit's optimizer steps; as on a `device` of that kind, where one is given."""
     adapter = adapters.attach(family, chosen.adapter, seed=0)
-    adapters.slim(family, frugal=memory_estimate.frugal(chosen, device or family.device.type))
+    adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(chosen, device or family.device.type))
     if chosen.memory.gradient_checkpointing:
         blocks = [path for path, _ in family.unet.named_modules() if memory_estimate.BLOCK.fullmatch(path)]
         devices.gradient_checkpointing(family, blocks)

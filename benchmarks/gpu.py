@@ -121,7 +121,7 @@ def makers(
     def checkpointed(stream: bool) -> common.Loop:
         family, data = model()
         if stream:
-            quantized_weight.store_layers(family.unet, "full", device, streamed=True)
+            quantized_weight.store_layers(family.unet, "full", device, offload=True)
             if device.type == "cuda":  # what is in the host's memory now was on the card before
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

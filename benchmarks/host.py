@@ -98,12 +98,12 @@ def outside(kind: str, asked: Any) -> common.Loop:
 
         return replay
 
-    before = cuda_graphs.recorder
-    cuda_graphs.recorder = lambda *given: (record, "")  # type: ignore[assignment]
+    before = cuda_graphs.capturer
+    cuda_graphs.capturer = lambda *given: (record, "")  # type: ignore[assignment]
     try:
         return common.lorakit_loop(family, data, common.settings(1, asked.rank), device="cuda")
     finally:
-        cuda_graphs.recorder = before
+        cuda_graphs.capturer = before
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it, and look at what came out."""
-        if quantized_weight.StoredWeight in types:
+        if quantized_weight.QuantizedWeight in types:
             return NotImplemented  # it makes itself whole first, and that is to be counted
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
@@ -121,7 +121,7 @@ def fake(on: bool = True) -> Iterator[None]:
     """Tensors without values inside."""
     with FakeTensorMode() if on else contextlib.nullcontext():
         yield
-    quantized_weight._pairs.cache_clear()
+    quantized_weight._value_pairs.cache_clear()
 
 
 def main() -> None:
@@ -233,18 +233,18 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
         device=torch.device("cpu"),
         dtype=dtype,
     )
-    base = quantized_weight.stored_bytes(unet)
+    base = quantized_weight.storage_nbytes(unet)
     adapter = adapters.attach(family, settings.adapter)
     blocks = memory_estimate.recomputed(settings, *outlined(name, settings), "cuda")
     with fake(not real), common.attention_as_on_a_card(), Live() as live:
         give_values(unet)
         stream = None
         if settings.memory.stream_base:
-            stream = quantized_weight.store_layers(unet, settings.memory.base_storage, "cpu", streamed=True)
-            base = sum(p.nbytes for p in unet.parameters() if not isinstance(p, quantized_weight.StoredWeight))
+            stream = quantized_weight.store_layers(unet, settings.memory.base_storage, "cpu", offload=True)
+            base = sum(p.nbytes for p in unet.parameters() if not isinstance(p, quantized_weight.QuantizedWeight))
             base -= sum(p.nbytes for p in adapter.parameters().values())
         host = 0 if stream is None else stream.host
-        adapters.slim(family, frugal=memory_estimate.frugal(settings, "cuda"))
+        adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(settings, "cuda"))
         devices.gradient_checkpointing(family, blocks)
         noisy = torch.randn(batch, 4, side, side)
         states = torch.randn(batch, 77, common.unet_config(name)["cross_attention_dim"])
@@ -260,11 +260,11 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
         update = OptimizerStep(settings, step, 2, print)
         for number in range(2 if stream is None else 4):
             live.peak = live.now
-            copied = 0 if stream is None else stream.copied
+            copied = 0 if stream is None else stream.bytes_copied
             update(number)
         found = {"peak": live.peak - host, "base": base}
         if stream is not None:
-            found["traffic"] = stream.copied - copied
+            found["traffic"] = stream.bytes_copied - copied
     return found
 
 
@@ -287,8 +287,8 @@ def give_values(module: Any) -> None:
 
     for part in module.modules():
         for name, old in part._parameters.items():
-            if isinstance(old, quantized_weight.StoredWeight):
-                new = quantized_weight.StoredWeight(fill(old.codes), fill(old.scales), old.kind, tuple(old.shape))
+            if isinstance(old, quantized_weight.QuantizedWeight):
+                new = quantized_weight.QuantizedWeight(fill(old.qdata), fill(old.scales), old.scheme, tuple(old.shape))
                 part._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
             elif old is not None:
                 part._parameters[name] = torch.nn.Parameter(fill(old), requires_grad=old.requires_grad)

@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     # Many forward passes on a CPU, of less than a step's memory each.
     validation.Validation.run = lambda *_, **__: {"mse": 0.0, "prior_drift": 0.0}  # type: ignore[method-assign]
     report.write = lambda *_: None  # type: ignore[assignment]
-    cuda_graphs.recorder = lambda *_: (None, "")
+    cuda_graphs.capturer = lambda *_: (None, "")
     tiled_vae.fits = lambda *_: False
     photos = Path(tempfile.mkdtemp(dir=args.folder))
     (photos / args.photo.name).write_bytes(args.photo.read_bytes())

@@ -123,7 +123,7 @@ def ours(chosen: config.Config) -> Callable[[int], None]:
     photos = checks.check(chosen.data, family.info)
     encoded = precompute(chosen, family, adapter, photos, lambda line: None)
     step = LossStep(family, adapter, encoded, chosen.train)
-    adapters.slim(family)
+    adapters.optimize_blocks(family)
     adapter.train(True)
     return common.steps_of(OptimizerStep(chosen, step, 1000, print))
 

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
     from lorakit.adapters.weights import AdapterWeights
     from lorakit.config import AdapterConfig
-    from lorakit.engine.flat_parameters import Flat
+    from lorakit.engine.flat_parameters import FlatParameters
 
-__all__ = ["apply", "attach", "flatten", "slim"]
+__all__ = ["apply", "attach", "flatten", "optimize_blocks"]
 
 
 def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = "") -> Adapter:
@@ -45,20 +45,21 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     return adapter.apply(target, weights, strength)
 
 
-def slim(target: Any, *, frugal: bool = False) -> None:
-    """Let the UNet of a base and its adapter, already attached, compute in fewer operations; for training.
+def optimize_blocks(target: Any, *, save_less: bool = False) -> None:
+    """Let the UNet of a base, with its adapter attached, compute in fewer operations; for training.
 
     Args:
         target: the `families.Family`.
-        frugal: let it also keep less for the backward pass, which takes the host a little longer.
+        save_less: also save less for the backward pass, which takes the host a little longer.
     """
     from lorakit.engine import fused_blocks
 
-    fused_blocks.slim(target.unet, frugal=frugal)
+    fused_blocks.optimize_blocks(target.unet, save_less=save_less)
 
 
-def flatten(target: Any, adapter: Adapter, *, copies: bool = True) -> list[Flat]:
-    """Make an adapter's parameters views of one tensor for each of its groups; for training, after `slim`.
+def flatten(target: Any, adapter: Adapter, *, copies: bool = True) -> list[FlatParameters]:
+    """Make an adapter's parameters views of one tensor for each of its groups; for training, after
+    `optimize_blocks`.
 
     Args:
         target: the `families.Family` that the adapter is attached to.

@@ -1,10 +1,9 @@
-"""A UNet's repeated blocks compiled (`torch.compile`), one by one, for training.
+"""Compile a UNet's repeated blocks (`torch.compile`), one class at a time, for training.
 
-Each kind of block is compiled as a function of its own, for each shape that comes: a compiler makes one kernel of the
-norms, activations and sums between two products. The UNet as a whole is never given to it, of which torch 2.13 makes
-wrong gradients. Modules, parameters and names stay what they are, and only passes that are trained on are compiled:
-validation and pictures are computed as ever. What was compiled is kept on disk and asked for by the next run.
-A block is believed only once the step has the loss and the gradients with it that it has without.
+Each class of block is compiled as one function for each shape: the compiler fuses norms, activations and sums between
+two matrix products. The UNet as a whole is never compiled: torch 2.13 computes wrong gradients for it. Modules,
+parameters and names stay the same. Only training passes are compiled, not validation or samples. Compiled code is
+stored on disk and reused by the next run. It is used only after a step with it had the same loss and gradients.
 """
 
 from __future__ import annotations
@@ -28,49 +27,51 @@ from lorakit.engine.cuda_graphs import Compute
 
 # From a function of a block and its inputs to the same, compiled.
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
-# What a UNet, and the transformer of Stable Diffusion 3, is made of.
-KINDS = ("LeanResnet", "ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock")
-# A batch shape takes up to so many versions of one kind of block; torch gives up at 8.
-VERSIONS = 32 * cuda_graphs.MOST
+# The repeated blocks of a UNet, and of the transformer of Stable Diffusion 3.
+COMPILED_CLASSES = ("FusedResnet", "ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock")
+# At most this many versions of one class, 32 for each batch shape; torch's own limit is 8.
+MAX_VERSIONS = 32 * cuda_graphs.MAX_GRAPHS
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
-# A compiler rounds elsewhere. In bf16, at SD1.5's depth, gradients with and without were 6 % apart, the worst of them
-# 18 %; from those in float32 both were 4 %.
-FULL, HALF = cuda_graphs.Allowed(1e-2, 1e-2, 0.1), cuda_graphs.Allowed(1e-2, 0.2, 0.5)
-# While results are compared the trained weights are moved by so much: a factor that begins with zeros would leave half
-# of the gradients 0, and whatever a compiler makes of 0 is right.
-NUDGE = 0.02
+# Compiled code rounds at other places. In bf16, at SD1.5's depth, gradients with and without it differed by 6 %, the
+# worst single one by 18 %; both differed from those in float32 by 4 %.
+FULL, HALF = cuda_graphs.Tolerance(1e-2, 1e-2, 0.1), cuda_graphs.Tolerance(1e-2, 0.2, 0.5)
+# Standard deviation of the noise added to the trained weights while results are compared: a factor of zeros would leave
+# half of the gradients 0, and a comparison of zeros would prove nothing.
+PERTURBATION = 0.02
 
 
 def inductor(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's own compiler, which needs a C++ compiler on a CPU and triton on CUDA."""
-    # Left to itself it turns the weights of convolutions into channels_last, in each step anew, and keeps these copies
-    # until the backward pass: of SD1.5 that would be most of the UNet.
+    """torch's compiler, which needs a C++ compiler on a CPU and triton on CUDA."""
+    # By default it copies the weights of convolutions to channels_last in each step and saves the copies for the
+    # backward pass: in SD1.5 these are most of the UNet.
     options: dict[str, Any] = {"layout_optimization": False}
     compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     return compiled
 
 
-def blocks(config: Config, family: Any, parameters: Sequence[torch.Tensor], say: Callable[[str], Any]) -> Blocks | None:
-    """The blocks of a loaded base, slim and with its adapter, where the config asks that they be compiled."""
+def blocks(
+    config: Config, family: Any, parameters: Sequence[torch.Tensor], say: Callable[[str], Any]
+) -> CompiledBlocks | None:
+    """The blocks to compile of a base with its adapter, after `optimize_blocks`; None without memory.compile."""
     if not config.memory.compile:
         return None
-    return Blocks(family.unet, parameters, say, inductor, FULL if family.dtype is torch.float32 else HALF)
+    return CompiledBlocks(family.unet, parameters, say, inductor, FULL if family.dtype is torch.float32 else HALF)
 
 
 def folder() -> Path:
-    """Where compiled code is kept."""
+    """Where compiled code is stored."""
     return cache_dir() / "compiled"
 
 
-class Blocks:
-    """The repeated blocks of a UNet, and for which batches they are compiled.
+class CompiledBlocks:
+    """The repeated blocks of a UNet, compiled for some batch shapes.
 
     Args:
-        unet: slim, its adapter attached.
-        parameters: what is trained; each has a gradient.
-        say: takes a line for the person.
-        compiler: compiles one kind of block.
-        allowed: how far compiled steps may lie from others.
+        unet: with its adapter attached, after `optimize_blocks`.
+        parameters: the trained parameters; each has a gradient.
+        say: takes a message for the user.
+        compiler: compiles the forward of one class.
+        tolerance: how much a compiled step may differ.
     """
 
     def __init__(
@@ -79,65 +80,69 @@ class Blocks:
         parameters: Sequence[torch.Tensor],
         say: Callable[[str], Any],
         compiler: Compiler,
-        allowed: cuda_graphs.Allowed = FULL,
+        tolerance: cuda_graphs.Tolerance = FULL,
     ):
-        self._parameters, self._say, self._allowed = parameters, say, allowed
-        found = [module for module in unet.modules() if type(module).__name__ in KINDS]
-        self._blocks = [module for module in found if "forward" not in vars(module)]
-        groups: list[Any] = [getattr(module, "group", None) for module in unet.modules()]
-        self._groups = [group for group in groups if group is not None]
+        self._parameters, self._say, self._tolerance = parameters, say, tolerance
+        candidates = [module for module in unet.modules() if type(module).__name__ in COMPILED_CLASSES]
+        self._blocks = [module for module in candidates if "forward" not in vars(module)]
+        fused: list[Any] = [getattr(module, "fused_qkv", None) for module in unet.modules()]
+        self._fused_qkv = [layers for layers in fused if layers is not None]
         with _settings():
-            compiled = {kind: compiler(_own(kind.forward)) for kind in {type(block) for block in self._blocks}}
+            compiled = {
+                kind: compiler(_copy_function(kind.forward)) for kind in {type(block) for block in self._blocks}
+            }
         self._forwards = [_trained(block, compiled[type(block)]) for block in self._blocks]
         self._shapes: set[Hashable] = set()
 
     @contextlib.contextmanager
     def compiled(self, shape: Hashable, compute: Compute) -> Iterator[None]:
-        """Inside, the blocks are compiled, unless that was found not to be right.
+        """Inside, the blocks run compiled, unless the check at the first batch of a shape failed.
 
         Args:
             shape: equal for batches of equal shape.
-            compute: forward and backward of the batch, which adds to the gradients. At the first batch of a shape it is
-                done with and without; afterwards weights, gradients and torch's generators are as they were.
+            compute: forward and backward of the batch, which adds to the gradients. At the first batch of a shape it
+                runs with and without compiled blocks; weights, gradients and torch's generators are restored.
         """
         with _settings():
-            if self._blocks and shape not in self._shapes and len(self._shapes) < cuda_graphs.MOST:
+            if self._blocks and shape not in self._shapes and len(self._shapes) < cuda_graphs.MAX_GRAPHS:
                 self._try(compute)
                 self._shapes.add(shape)
-                if self._blocks and len(self._shapes) == cuda_graphs.MOST:
-                    self._say(f"batches of further shapes go without: {cuda_graphs.MOST} are compiled")
-            # A group that does not hold is asked layer by layer, which is not what was compiled.
-            with self._on(shape in self._shapes and all(group.holds() for group in self._groups)):
+                if self._blocks and len(self._shapes) == cuda_graphs.MAX_GRAPHS:
+                    self._say(
+                        f"batches of further shapes run uncompiled: at most {cuda_graphs.MAX_GRAPHS} are compiled"
+                    )
+            # Layers that are not fused any more run one by one, which is not what was compiled.
+            with self._on(shape in self._shapes and all(layers.is_valid() for layers in self._fused_qkv)):
                 yield
 
     def _try(self, compute: Compute) -> None:
-        """Compile for a batch; say what that took, or why it is not used."""
+        """Compile for a batch; report the time, or why it failed."""
         seconds = 0.0
 
         def compiled() -> torch.Tensor:
             nonlocal seconds
             start = time.perf_counter()
             with self._on(True):
-                found = compute()
-                found.item()  # until the device has done it
+                loss = compute()
+                loss.item()  # wait for the device
             seconds = time.perf_counter() - start
-            return found
+            return loss
 
         try:
-            with _nudged(self._parameters):
-                cuda_graphs.believed(self._parameters, compute, lambda: compiled, self._allowed)
-        except cuda_graphs.NotCaptured as problem:
+            with _perturbed(self._parameters):
+                cuda_graphs.verified(self._parameters, compute, lambda: compiled, self._tolerance)
+        except cuda_graphs.CaptureFailed as problem:
             self._blocks, self._forwards = [], []
-            self._say(f"the UNet's blocks are not compiled, the run goes on without: {problem}")
+            self._say(f"the UNet's blocks are not compiled, training continues without: {problem}")
         else:
             self._say(
-                f"compiled the UNet's blocks for this batch shape in {seconds:.0f} s; kept in {folder()}, "
-                "so that the next run takes less"
+                f"compiled the UNet's blocks for this batch shape in {seconds:.0f} s; the code is stored in "
+                f"{folder()} for the next run"
             )
 
     @contextlib.contextmanager
     def _on(self, on: bool) -> Iterator[None]:
-        # An attribute of the block itself: nothing is wrapped, so nothing has another name.
+        # An attribute of the block itself: no module is wrapped, so no name changes.
         try:
             for block, forward in zip(self._blocks, self._forwards, strict=True) if on else ():
                 block.__dict__["forward"] = forward
@@ -148,8 +153,8 @@ class Blocks:
 
 
 def _trained(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The block's forward, compiled where there are gradients to come: what the base says by itself, in validation,
-    pictures and as a teacher, is computed as without."""
+    """The block's forward, compiled only while gradients are enabled: validation, samples and the prior's teacher run
+    uncompiled."""
     with_gradients, without = partial(compiled, block), partial(type(block).forward, block)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -158,25 +163,25 @@ def _trained(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
     return forward
 
 
-def _own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy with code of its own. Torch keeps what it compiled with the code: so it is forgotten with the run, and
-    counts for nobody else who compiles the same class."""
-    known: Any = function
-    made = types.FunctionType(
-        known.__code__.replace(), known.__globals__, known.__name__, known.__defaults__, known.__closure__
+def _copy_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a function with its own code object. torch stores compiled versions with the code object: they are
+    freed with the run, and do not count for others who compile the same class."""
+    source: Any = function
+    result = types.FunctionType(
+        source.__code__.replace(), source.__globals__, source.__name__, source.__defaults__, source.__closure__
     )
-    made.__kwdefaults__ = known.__kwdefaults__
-    return made
+    result.__kwdefaults__ = source.__kwdefaults__
+    return result
 
 
 @contextlib.contextmanager
-def _nudged(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Inside, the parameters are moved a little; then they are, to the bit, what they were."""
+def _perturbed(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, noise is added to the parameters; afterwards they are restored to the bit."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         before = [parameter.clone() for parameter in parameters]
         for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=draw).to(parameter.device), alpha=NUDGE)
+            parameter.add_(torch.randn(parameter.shape, generator=draw).to(parameter.device), alpha=PERTURBATION)
         try:
             with torch.enable_grad():
                 yield
@@ -186,13 +191,13 @@ def _nudged(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """What torch is to know while something may be compiled; afterwards it is as it was."""
+    """Settings of torch while something may be compiled; restored afterwards."""
     before = os.environ.get(CACHE)
     os.environ[CACHE] = str(folder())
     import torch._dynamo
 
     try:
-        with torch._dynamo.config.patch(cache_size_limit=VERSIONS, accumulated_cache_size_limit=VERSIONS):
+        with torch._dynamo.config.patch(cache_size_limit=MAX_VERSIONS, accumulated_cache_size_limit=MAX_VERSIONS):
             yield
     finally:
         if before is None:

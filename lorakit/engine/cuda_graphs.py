@@ -1,9 +1,9 @@
-"""A step as two CUDA graphs, so that the host issues a dozen things, not 2,000.
+"""A training step as two CUDA graphs, so that the host issues a dozen operations instead of 2,000.
 
-One for each shape of a batch draws noise and timesteps, goes forward and backward, and adds to the gradients. What
-differs from batch to batch, which photos and texts, is copied into tensors that stay where they are; generators are
-seeded beforehand. The other clips and steps the optimizer, after as many batches as are accumulated, whatever their
-shapes. Either is believed only once it has repeated what the step gives without it.
+The first, one for each batch shape, draws noise and timesteps, runs forward and backward, and adds to the gradients.
+The inputs of a batch are copied into static tensors, and generators are seeded before. The second clips gradients and
+steps the optimizer, after the accumulated batches of any shapes. Each graph is checked once against the same step
+without it, and is used only if it agrees.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ import torch
 
 from lorakit.config import Config
 
-# A graph for each shape of a batch, up to so many: each keeps some memory. Batches of further shapes run without.
-MOST = 16
+# Graphs for at most this many batch shapes: each takes memory. Batches of further shapes run without a graph.
+MAX_GRAPHS = 16
 
 Compute = Callable[[], torch.Tensor]
-# Takes a computation, and the generators that it draws from, apart from its replay: called once, it gives what repeats
-# it, drawing then from the generators as they are.
-Record = Callable[[Compute, Sequence[torch.Generator]], Compute]
+# Takes a computation and the generators that it draws from; returns its replay, which draws from the generators in
+# their current state.
+Capture = Callable[[Compute, Sequence[torch.Generator]], Compute]
 
 
-class NotCaptured(RuntimeError):
-    """Nothing could be made that repeats the step."""
+class CaptureFailed(RuntimeError):
+    """The step could not be captured, or its replay gives another result."""
 
 
-def recorder(config: Config, device: torch.device) -> tuple[Record | None, str]:
-    """How steps are recorded on this device, or None, with a line that says so (empty on a CPU)."""
+def capturer(config: Config, device: torch.device) -> tuple[Capture | None, str]:
+    """What captures steps on this device, or None; and a message that says which and why (empty on a CPU)."""
     if device.type != "cuda":
         return None, ""
     drops = getattr(config.adapter, "dropout", 0.0) > 0
-    again = config.memory.gradient_checkpointing or config.memory.limit_gib is not None
+    checkpointing = config.memory.gradient_checkpointing or config.memory.limit_gib is not None
     reasons = {
-        "what dropout drew is drawn once more for gradient checkpointing": drops and again,
-        "the base's weights are copied to the card as they are needed": config.memory.stream_base,
+        "with gradient checkpointing, dropout would draw different numbers on replay": drops and checkpointing,
+        "memory.stream_base copies weights during the step": config.memory.stream_base,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            return None, f"steps are issued one operation at a time: {reason}"
-    return CudaRecorder(), f"each batch shape's pass becomes a CUDA graph at its first step, of {MOST} shapes at most"
+    for reason, applies in reasons.items():
+        if applies:
+            return None, f"CUDA graphs are off: {reason}. Training is correct, only slower."
+    return CudaCapturer(), f"CUDA graphs are on: each batch shape is captured at its first step, at most {MAX_GRAPHS}"
 
 
-class CudaRecorder:
-    """Captures a computation on a stream of its own; graphs share their memory, as only one runs at a time."""
+class CudaCapturer:
+    """Captures computations on a stream of its own. Graphs share one memory pool: only one runs at a time."""
 
     def __init__(self) -> None:
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Compute, generators: Sequence[torch.Generator]) -> Compute:
-        """Capture; what is given back replays."""
-        # Kernels are chosen and workspaces made on the stream of the capture, where neither may happen during one.
+        """Capture; the returned function replays."""
+        # Run once on the capture stream before: kernels cannot be chosen nor workspaces allocated during the capture.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             compute()
@@ -72,210 +72,218 @@ class CudaRecorder:
 
 
 @dataclass(frozen=True)
-class Allowed:
-    """How far two computations of a step may lie apart, relative to the norm of what is right.
+class Tolerance:
+    """How much two computations of a step may differ, relative to the norm of the reference.
 
     Attributes:
-        loss, gradients: as they say, all gradients taken together.
-        one: the gradient of a single parameter, where it is more than rounding; without it is 1.
+        loss: the loss.
+        gradients: all gradients together.
+        single: the gradient of a single parameter that is not negligible.
     """
 
     loss: float
     gradients: float
-    one: float
+    single: float
 
 
-# Kernels that add in changing order differ in the last bits; a graph that reads a wrong tensor differs altogether.
-SAME_KERNELS = Allowed(1e-2, 1e-2, 0.2)
-# Of the norm of all gradients: a parameter with less than this has next to no gradient, and what there is is rounding.
-SMALL = 1e-2
+# Kernels that add in varying order differ in the last bits; a graph that reads a wrong tensor differs completely.
+SAME_KERNELS = Tolerance(1e-2, 1e-2, 0.2)
+# A gradient with less than this share of the norm of all gradients is mostly rounding.
+NEGLIGIBLE_SHARE = 1e-2
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class _Graph:
+    """A captured graph and its static input tensors."""
+
     inputs: list[torch.Tensor]
     replay: Compute
 
 
-class Replayed:
-    """Does `backward(begin())` by replay: the loss comes back, gradients are added to those of `parameters`.
+class GraphedBackward:
+    """Runs `backward(begin())` by replaying a graph: returns the loss and adds to the gradients of `parameters`.
 
     Args:
-        backward: from a batch, and what is drawn from the generators, to the loss, having added to the gradients.
-        parameters: what is trained; each is given a gradient that stays where it is.
-        record: see `recorder`.
-        generators: what `backward` draws from.
+        backward: computes the loss of a batch and adds to the gradients.
+        parameters: the trained parameters; each gets a gradient whose memory does not move.
+        capture: see `capturer`.
+        generators: the generators that `backward` draws from.
     """
 
     def __init__(
         self,
         backward: Callable[[Any], torch.Tensor],
         parameters: Sequence[torch.Tensor],
-        record: Record,
+        capture: Capture,
         generators: Sequence[torch.Generator] = (),
     ):
-        self._backward, self._parameters, self._record, self._generators = backward, parameters, record, generators
-        self._known: dict[Any, _Recorded] = {}
-        self._places: list[int] = []
+        self._backward, self._parameters, self._capture, self._generators = backward, parameters, capture, generators
+        self._graphs: dict[Any, _Graph] = {}
+        self._addresses: list[int] = []
 
     def __call__(self, begin: Callable[[], Any]) -> torch.Tensor:
         """The loss of a batch, valid until the next call.
 
         Args:
-            begin: seeds the generators and gives the batch, a dataclass of tensors, of which a graph depends on the
-                shapes, and of other things, on which it depends.
+            begin: seeds the generators and returns the batch, a dataclass. A graph holds for batches with equal shapes
+                of tensors and equal other values.
 
         Raises:
-            NotCaptured: see there; the gradients are as they were before the call.
+            CaptureFailed: see there; the gradients are the same as before the call.
         """
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        places = [place for p in self._parameters if p.grad is not None for place in (p.data_ptr(), p.grad.data_ptr())]
-        if places != self._places:  # the first call, or somebody moved the model: a graph knows memory, not tensors
-            self._places, self._known = places, {}
+        tensors = [tensor for p in self._parameters if p.grad is not None for tensor in (p, p.grad)]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if addresses != self._addresses:  # the first call, or the model was moved: a graph holds addresses, not tensors
+            self._addresses, self._graphs = addresses, {}
         batch = begin()
         inputs, shape = _inputs(batch), _shape(batch)
-        if shape not in self._known:
-            if len(self._known) == MOST:
+        if shape not in self._graphs:
+            if len(self._graphs) == MAX_GRAPHS:
                 return self._backward(batch)
-            self._known[shape] = self._recorded(batch, begin)
+            self._graphs[shape] = self._capture_verified(batch, begin)
             begin()
-        recorded = self._known[shape]
-        torch._foreach_copy_(recorded.inputs, list(inputs.values()))
-        return recorded.replay()
+        graph = self._graphs[shape]
+        torch._foreach_copy_(graph.inputs, list(inputs.values()))
+        return graph.replay()
 
-    def forget(self) -> bool:
-        """Record anew what comes next: the model was moved, or memory is needed. Whether anything was recorded."""
-        known, self._known = self._known, {}
-        return bool(known)
+    def discard_graphs(self) -> bool:
+        """Free the graphs, because the model was moved or memory is needed; return whether there were any. The next
+        steps capture anew."""
+        graphs, self._graphs = self._graphs, {}
+        return bool(graphs)
 
-    def _recorded(self, batch: Any, begin: Callable[[], Any]) -> _Recorded:
+    def _capture_verified(self, batch: Any, begin: Callable[[], Any]) -> _Graph:
         copies = {name: tensor.clone() for name, tensor in _inputs(batch).items()}
-        still = replace(batch, **copies)
+        static = replace(batch, **copies)
 
         def compute() -> torch.Tensor:
-            return self._backward(still)
+            return self._backward(static)
 
-        replay = believed(self._parameters, compute, lambda: self._record(compute, self._generators), begin=begin)
-        return _Recorded(list(copies.values()), replay)
+        replay = verified(self._parameters, compute, lambda: self._capture(compute, self._generators), begin=begin)
+        return _Graph(list(copies.values()), replay)
 
 
-class Finished:
-    """Does `finish()`, what follows the passes of a step, by replay.
+class GraphedOptimizerStep:
+    """Runs `step()`, which clips gradients and steps the optimizer, by replaying a graph.
 
     Args:
-        finish: changes what `held` gives, and nothing else; to the bit the same each time.
-        held: float32 tensors, all that `finish` reads or changes.
-        record: see `recorder`.
+        step: changes only `tensors()`, to the same bits each time.
+        tensors: returns all tensors that `step` reads or changes, float32.
+        capture: see `capturer`.
     """
 
-    def __init__(self, finish: Compute, held: Callable[[], list[torch.Tensor]], record: Record):
-        self._finish, self._held, self._record = finish, held, record
+    def __init__(self, step: Compute, tensors: Callable[[], list[torch.Tensor]], capture: Capture):
+        self._step, self._tensors, self._capture = step, tensors, capture
         self._replay: Compute | None = None
-        self._places: list[int] = []
+        self._addresses: list[int] = []
 
     def __call__(self) -> torch.Tensor:
-        """What `finish` gives, valid until the next call.
+        """The result of `step`, valid until the next call.
 
         Raises:
-            NotCaptured: see there; what is held is as it was before the call.
+            CaptureFailed: see there; the tensors are the same as before the call.
         """
-        if self._now() != self._places:
-            # The first step makes the optimizer's state. Later, somebody loaded another: a graph knows memory.
-            self._replay, result, self._places = None, self._finish(), self._now()
+        if self._current_addresses() != self._addresses:
+            # The first step allocates the optimizer's state; later, another state was loaded. A graph holds addresses.
+            self._replay, result, self._addresses = None, self._step(), self._current_addresses()
             return result
         if self._replay is None:
-            self._replay = self._recorded()
+            self._replay = self._capture_verified()
         return self._replay()
 
-    def forget(self) -> bool:
-        """Record anew at the next step. Whether anything was recorded."""
+    def discard_graphs(self) -> bool:
+        """Free the graph; return whether there was one. The next step captures anew."""
         replay, self._replay = self._replay, None
         return replay is not None
 
-    def _now(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._held()]
+    def _current_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._tensors()]
 
-    def _recorded(self) -> Compute:
-        held = [tensor.detach() for tensor in self._held()]
-        # On the host: with weights, gradients and state twice on it, the card may be full.
-        before = [tensor.to("cpu", copy=True) for tensor in held]
+    def _capture_verified(self) -> Compute:
+        tensors = [tensor.detach() for tensor in self._tensors()]
+        # On the host: the device may have no memory for a second copy of weights, gradients and state.
+        before = [tensor.to("cpu", copy=True) for tensor in tensors]
 
-        def back() -> None:
-            for tensor, value in zip(held, before, strict=True):
+        def restore() -> None:
+            for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
 
         try:
-            expected = _bits([self._finish(), *held])
-            replay = self._record(self._finish, ())
-            back()
-            if not torch.equal(_bits([replay(), *held]), expected):
-                raise ValueError("a step by replay has other bits")
+            expected = _bits([self._step(), *tensors])
+            replay = self._capture(self._step, ())
+            restore()
+            if not torch.equal(_bits([replay(), *tensors]), expected):
+                raise ValueError("the replayed optimizer step gives other bits")
         except Exception as problem:
-            raise _not_captured(problem) from problem
+            raise _capture_failed(problem) from problem
         finally:
-            back()
+            restore()
         return replay
 
 
 def _bits(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A sum of each float32 tensor's words in memory: one need not keep tensors to know whether they were the same."""
+    """A checksum of each float32 tensor, to compare tensors without copies of them."""
     return torch.stack([tensor.detach().reshape(-1).view(torch.int32).sum() for tensor in tensors])
 
 
-def _not_captured(problem: Exception) -> NotCaptured:
-    return NotCaptured((str(problem).splitlines() or [type(problem).__name__])[0])
+def _capture_failed(problem: Exception) -> CaptureFailed:
+    return CaptureFailed((str(problem).splitlines() or [type(problem).__name__])[0])
 
 
-def believed(
+def verified(
     parameters: Sequence[torch.Tensor],
-    known: Compute,
-    make: Callable[[], Compute],
-    allowed: Allowed = SAME_KERNELS,
+    reference: Compute,
+    candidate: Callable[[], Compute],
+    tolerance: Tolerance = SAME_KERNELS,
     begin: Callable[[], Any] = lambda: None,
 ) -> Compute:
-    """What `make` gives, once it has given the loss and the gradients that `known` gives.
+    """Return `candidate()` after checking it: it and `reference` are both run once, after `begin()`, and loss and
+    gradients must agree within `tolerance`.
 
     Args:
-        parameters: what both add gradients to, none of them None; these are afterwards what they were.
-        known, make: the computation that is right, and what makes another of it.
-        begin: called before either is done.
+        parameters: both add to their gradients, which must exist and are restored afterwards.
 
     Raises:
-        NotCaptured: see there.
+        CaptureFailed: `candidate` cannot be made or run, or does not agree.
     """
     gradients: list[torch.Tensor] = [p.grad for p in parameters if p.grad is not None]
     before = [gradient.clone() for gradient in gradients]
     try:
         torch._foreach_zero_(gradients)
         begin()
-        expected = [known().clone(), *(gradient.clone() for gradient in gradients)]
-        made = make()
+        expected = [reference().clone(), *(gradient.clone() for gradient in gradients)]
+        compute = candidate()
         torch._foreach_zero_(gradients)
         begin()
-        _same([made(), *gradients], expected, allowed)
-    except Exception as problem:  # compilers fail in ways of their own; what the step itself raises comes again
-        raise _not_captured(problem) from problem
+        _check_agreement([compute(), *gradients], expected, tolerance)
+    except (
+        Exception
+    ) as problem:  # compilers raise anything; an error of the step itself will be raised again without us
+        raise _capture_failed(problem) from problem
     finally:
         torch._foreach_copy_(gradients, before)
-    return made
+    return compute
 
 
-def _same(found: list[torch.Tensor], expected: list[torch.Tensor], allowed: Allowed) -> None:
-    """Compare loss and gradients, all of them at once.
+def _check_agreement(actual: list[torch.Tensor], expected: list[torch.Tensor], tolerance: Tolerance) -> None:
+    """Compare a loss and gradients with the expected ones.
 
     Raises:
-        ValueError: something else is given than by the step that should be repeated.
+        ValueError: they differ by more than `tolerance`.
     """
-    one, two = ([tensor.detach().float() for tensor in group] for group in (found, expected))
-    apart = torch.stack(torch._foreach_norm(torch._foreach_sub(one, two)))
-    norms = torch.stack(torch._foreach_norm(two))
-    whole = norms[1:].norm().clamp(min=torch.finfo(torch.float32).tiny)
-    each_off = apart[1:] / (norms[1:] + SMALL * whole)
-    loss_off, off, worst = torch.stack([apart[0] / norms[0], apart[1:].norm() / whole, each_off.max()]).tolist()
-    if not (loss_off <= allowed.loss and off <= allowed.gradients and worst <= allowed.one):
-        raise ValueError(f"its loss is off by {loss_off:.1e}, its gradients by {off:.1e}, one of them by {worst:.1e}")
+    actual, expected = ([tensor.detach().float() for tensor in group] for group in (actual, expected))
+    differences = torch.stack(torch._foreach_norm(torch._foreach_sub(actual, expected)))
+    norms = torch.stack(torch._foreach_norm(expected))
+    total = norms[1:].norm().clamp(min=torch.finfo(torch.float32).tiny)
+    single = (differences[1:] / (norms[1:] + NEGLIGIBLE_SHARE * total)).max()
+    loss, gradients, worst = torch.stack([differences[0] / norms[0], differences[1:].norm() / total, single]).tolist()
+    if not (loss <= tolerance.loss and gradients <= tolerance.gradients and worst <= tolerance.single):
+        raise ValueError(
+            f"its loss differs by {loss:.1e}, its gradients by {gradients:.1e}, a single gradient by {worst:.1e}"
+        )
 
 
 def _inputs(batch: Any) -> dict[str, torch.Tensor]:
@@ -284,6 +292,6 @@ def _inputs(batch: Any) -> dict[str, torch.Tensor]:
 
 
 def _shape(batch: Any) -> tuple[Any, ...]:
-    """What batches have in common that one graph will do for."""
+    """A key that is equal for batches which one graph can replay."""
     values = [getattr(batch, field.name) for field in fields(batch)]
     return tuple((value.shape, value.dtype) if isinstance(value, torch.Tensor) else value for value in values)

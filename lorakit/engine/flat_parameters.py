@@ -1,9 +1,9 @@
 """An adapter's trained weights in one tensor for each component, their gradients in another.
 
-To everyone outside the parameters are what they were: each is a view. But gradients are cleared, measured and clipped
-in a few operations whatever their number, an optimizer that goes number by number steps in one, and in half precision
-the factors are cast together once a pass: LoRA's layers then read the copies, and add to the copies' gradients by
-themselves, where autograd would issue one more operation for each factor.
+The parameters stay what they are, but become views. Clearing, measuring and clipping gradients then takes a few
+operations, and an elementwise optimizer steps in one. In half precision all factors are cast at once for each pass:
+LoRA's layers read the copies and add their gradients to a buffer themselves, where autograd would issue one more
+operation for each factor.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from torch import nn
 
 from lorakit.engine import fused_blocks, fused_lora
 
-# Numbers from which on a parameter may begin: kernels read aligned memory fastest.
-ALIGNED = 64
-# Numbers that are summed in a row for the norm: a CPU adds float32 one after the other, and 20 million of them lose the
-# third digit. Every tensor here is a multiple of it long.
-ROW = 1024
+# Each parameter starts at a multiple of this many numbers: kernels read aligned memory fastest.
+ALIGNMENT = 64
+# The norm is summed over rows of this many numbers first: a CPU adds float32 numbers one by one, and a sum of 20
+# million loses the third digit. The length of every flat tensor is a multiple of it.
+ROW_LENGTH = 1024
 
 
-def flatten(target: Any, adapter: Any, *, copies: bool = True) -> list[Flat]:
+def flatten(target: Any, adapter: Any, *, copies: bool = True) -> list[FlatParameters]:
     """See `lorakit.adapters.flatten`."""
     modules, half = target.modules(), target.dtype if copies and target.dtype is not torch.float32 else None
     return [
-        Flat(name, parameters, modules[name], half, getattr(target, "gradient_scale", 1.0))
+        FlatParameters(name, parameters, modules[name], half, getattr(target, "gradient_scale", 1.0))
         for name, parameters in adapter.groups()
     ]
 
 
-class Flat:
+class FlatParameters:
     """The trained weights of one component.
 
     Args:
         name: the component.
         parameters: float32, on one device; each becomes a view of `weights`, and its gradient one of `gradient`.
-        module: what they are in.
-        half: the precision in which LoRA's layers compute there, if they are to have copies of the factors in it.
-        gradient_scale: gradients in half precision are so many times too large.
+        module: the module that has them.
+        half: the precision of the copies that LoRA's layers read; None: no copies.
+        gradient_scale: gradients in half precision are multiplied by this.
 
     Attributes:
-        weights: `[n]`, float32; padded with zeros, whose gradients are 0, too.
-        gradient: `[n]`, float32, the `grad` of `weights`: it stays where it is, and is never None.
-        on: whether a pass computes with the copies in half precision.
+        name, parameters: as given.
+        weights: `[n]`, float32; padded with zeros, whose gradients are 0.
+        gradient: `[n]`, float32, the `grad` of `weights`; its memory never moves, and it is never None.
     """
 
     def __init__(
@@ -59,36 +59,36 @@ class Flat:
         half: torch.dtype | None = None,
         gradient_scale: float = 1.0,
     ):
-        self.name, self.parameters, self.on = name, list(parameters), False
-        places, size = _places(self.parameters)
+        self.name, self.parameters, self._copies_switch = name, list(parameters), fused_lora.CopiesSwitch()
+        offsets, size = _offsets(self.parameters)
         self.weights = nn.Parameter(torch.zeros(size, device=self.parameters[0].device))
         self.gradient = self.weights.grad = torch.zeros_like(self.weights)
-        self._layout = [(p.shape, p.stride(), place) for p, place in zip(self.parameters, places, strict=True)]
-        self._views, self._gradients = self.apart(self.weights), self.apart(self.gradient)
-        self.hold()
+        self._layout = [(p.shape, p.stride(), offset) for p, offset in zip(self.parameters, offsets, strict=True)]
+        self._views, self._gradients = self.split(self.weights), self.split(self.gradient)
+        self.ensure_views()
         for layer in module.modules():
-            if isinstance(layer, fused_blocks.LeanAttention) and layer.group is not None:
-                layer.group.find()
+            if isinstance(layer, fused_blocks.FusedAttention) and layer.fused_qkv is not None:
+                layer.fused_qkv.refresh()
         self._scale = gradient_scale
         self._half: tuple[torch.Tensor, torch.Tensor] | None = None
         if half is not None:
             self._add_copies(module, half)
 
-    def apart(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Views of a tensor like `weights`, each where a parameter is in that."""
-        return [tensor.detach().as_strided(*place) for place in self._layout]
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a tensor like `weights`, one at the place of each parameter."""
+        return [tensor.detach().as_strided(*layout) for layout in self._layout]
 
-    def together(self, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """The inverse of `apart`, a new tensor; what is None becomes 0."""
-        made = torch.zeros_like(self.weights.detach())
-        for view, tensor in zip(self.apart(made), tensors, strict=True):
+    def join(self, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """The inverse of `split`, as a new tensor; None becomes 0."""
+        result = torch.zeros_like(self.weights.detach())
+        for view, tensor in zip(self.split(result), tensors, strict=True):
             if tensor is not None:
                 view.copy_(tensor)
-        return made
+        return result
 
-    def hold(self) -> bool:
-        """Let the parameters be views, with the values that they have; whether they were. Who moves a model to another
-        place and back makes them tensors of their own."""
+    def ensure_views(self) -> bool:
+        """Make the parameters views again, with their current values; return whether they were. Moving a module to
+        another device and back gives its parameters memory of their own."""
         first, memory = self.parameters[0], self.weights.untyped_storage()
         if first.untyped_storage() is memory and first.grad is self._gradients[0]:
             return True
@@ -99,16 +99,20 @@ class Flat:
             parameter.grad = gradient
         return False
 
-    def begin(self) -> None:
-        """Cast the weights for a pass, if there are layers that compute in half precision."""
+    def cast_copies(self) -> None:
+        """Cast the weights for a pass, if there are layers with half-precision copies."""
         if self._half is not None:
             copies, gradient = self._half
             copies.copy_(self.weights.detach())
             gradient.zero_()
-            self.on = True
+            self._copies_switch.on = True
 
-    def collect(self) -> None:
-        """Add what the pass has found in half precision to `gradient`."""
+    def deactivate_copies(self) -> None:
+        """Let the layers compute with the parameters again."""
+        self._copies_switch.on = False
+
+    def add_copy_gradients(self) -> None:
+        """Add the half-precision gradients of the pass to `gradient`."""
         if self._half is not None:
             self.gradient.add_(self._half[1], alpha=1 / self._scale)
 
@@ -116,67 +120,67 @@ class Flat:
         copies = torch.zeros_like(self.weights.detach(), dtype=half)
         gradient = torch.zeros_like(copies)
 
-        def at(tensor: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
-            return within.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        def view(tensor: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+            return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
         for layer in module.modules():
-            holder: Any = layer.group if isinstance(layer, fused_blocks.LeanAttention) else layer
-            if isinstance(holder, fused_blocks.Group) and holder.down is not None and holder.up is not None:
+            holder: Any = layer.fused_qkv if isinstance(layer, fused_blocks.FusedAttention) else layer
+            if isinstance(holder, fused_blocks.FusedQKV) and holder.down is not None and holder.up is not None:
                 down, up = holder.down, holder.up
             elif isinstance(holder, fused_lora.FusedLinear):
                 ((down, up),) = zip(_weights(holder.lora_A), _weights(holder.lora_B), strict=True)
             else:
                 continue
-            holder.place = fused_lora.Place(
-                at(down, copies), at(up, copies), at(down, gradient), at(up, gradient), self
+            holder.half_copies = fused_lora.HalfCopies(
+                view(down, copies), view(up, copies), view(down, gradient), view(up, gradient), self._copies_switch
             )
             self._half = copies, gradient
 
 
 @contextlib.contextmanager
-def computing(flats: Sequence[Flat]) -> Iterator[None]:
-    """For one forward and backward pass; afterwards every `gradient` has what the pass adds to it. Outside, layers
-    compute with the parameters themselves, and gradients come by autograd."""
+def half_precision_pass(flats: Sequence[FlatParameters]) -> Iterator[None]:
+    """Use the half-precision copies for one forward and backward pass, then add its gradients to every `gradient`.
+    Outside, layers compute with the parameters, and autograd computes their gradients."""
     try:
         for each in flats:
-            each.begin()
+            each.cast_copies()
         yield
     finally:
         for each in flats:
-            each.on = False
+            each.deactivate_copies()
     for each in flats:
-        each.collect()
+        each.add_copy_gradients()
 
 
-def norm(flats: Sequence[Flat]) -> torch.Tensor:
-    """The norm of all gradients together, a scalar on the device."""
-    rows = [torch.linalg.vector_norm(flat.gradient.view(-1, ROW), dim=1) for flat in flats]
+def norm(flats: Sequence[FlatParameters]) -> torch.Tensor:
+    """The norm of all gradients, a scalar on the device."""
+    rows = [torch.linalg.vector_norm(flat.gradient.view(-1, ROW_LENGTH), dim=1) for flat in flats]
     return torch.linalg.vector_norm(rows[0] if len(rows) == 1 else torch.cat(rows))
 
 
-def clip(flats: Sequence[Flat], most: float) -> torch.Tensor:
-    """Scale all gradients down to a norm of `most`, as `torch.nn.utils.clip_grad_norm_` does; the norm before. With 0
-    they stay as they are."""
-    found = norm(flats)
-    if most:
-        factor = (most / (found + 1e-6)).clamp_(max=1.0)
+def clip(flats: Sequence[FlatParameters], max_norm: float) -> torch.Tensor:
+    """Scale all gradients down to a norm of `max_norm` like `torch.nn.utils.clip_grad_norm_`; 0 means no limit. Return
+    the norm before."""
+    total = norm(flats)
+    if max_norm:
+        factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
         for flat in flats:
             flat.gradient.mul_(factor)
-    return found
+    return total
 
 
-def save_apart(optimizer: torch.optim.Optimizer, flats: Sequence[Flat]) -> None:
-    """Let an optimizer that has one `Flat.weights` in each group save and load its state parameter by parameter, as one
-    does that was given these."""
+def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatParameters]) -> None:
+    """Let an optimizer with one `FlatParameters.weights` in each group save and load its state parameter by parameter,
+    like an optimizer that has the parameters themselves."""
 
     def split(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
         state: dict[int, dict[str, Any]] = {}
         groups = []
         for flat, group in zip(flats, saved["param_groups"], strict=True):
-            numbers = _numbers(flats, flat)
+            numbers = _indices(flats, flat)
             for key, value in saved["state"].get(group["params"][0], {}).items():
                 whole = isinstance(value, torch.Tensor) and value.shape == flat.weights.shape
-                parts = flat.apart(value) if whole else [copy.deepcopy(value) for _ in numbers]
+                parts = flat.split(value) if whole else [copy.deepcopy(value) for _ in numbers]
                 for number, part in zip(numbers, parts, strict=True):
                     state.setdefault(number, {})[key] = part
             groups.append({**group, "lr": float(group["lr"]), "params": list(numbers)})
@@ -189,7 +193,7 @@ def save_apart(optimizer: torch.optim.Optimizer, flats: Sequence[Flat]) -> None:
             parts = [saved["state"].get(number, {}) for number in group["params"]]
             for key, first in next((part for part in parts if part), {}).items():
                 whole = isinstance(first, torch.Tensor) and first.ndim > 0
-                state.setdefault(at, {})[key] = flat.together([part.get(key) for part in parts]) if whole else first
+                state.setdefault(at, {})[key] = flat.join([part.get(key) for part in parts]) if whole else first
             groups.append({**group, "params": [at]})
         return {**saved, "state": state, "param_groups": groups}
 
@@ -197,24 +201,24 @@ def save_apart(optimizer: torch.optim.Optimizer, flats: Sequence[Flat]) -> None:
     optimizer.register_load_state_dict_pre_hook(join)
 
 
-def _numbers(flats: Sequence[Flat], flat: Flat) -> range:
-    """The numbers of a component's parameters among all."""
+def _indices(flats: Sequence[FlatParameters], flat: FlatParameters) -> range:
+    """The indices of a component's parameters among all."""
     first = sum(len(other.parameters) for other in flats[: flats.index(flat)])
     return range(first, first + len(flat.parameters))
 
 
-def _places(parameters: Sequence[nn.Parameter]) -> tuple[list[int], int]:
-    """Where each parameter begins, and how long all are together. Those that share memory stay neighbours: one product
-    takes them all (`lean.Group`)."""
+def _offsets(parameters: Sequence[nn.Parameter]) -> tuple[list[int], int]:
+    """The offset of each parameter, and the length of all. Parameters that share memory stay neighbours: one product
+    reads them all (`FusedQKV`)."""
     starts: dict[Any, int] = {}
-    places, size = [], 0
+    offsets, size = [], 0
     for parameter in parameters:
         memory = parameter.untyped_storage()
         if memory not in starts:
             starts[memory] = size
-            size += math.ceil(memory.nbytes() / parameter.element_size() / ALIGNED) * ALIGNED
-        places.append(starts[memory] + int(parameter.storage_offset()))
-    return places, math.ceil(size / ROW) * ROW
+            size += math.ceil(memory.nbytes() / parameter.element_size() / ALIGNMENT) * ALIGNMENT
+        offsets.append(starts[memory] + int(parameter.storage_offset()))
+    return offsets, math.ceil(size / ROW_LENGTH) * ROW_LENGTH
 
 
 def _weights(matrices: Any) -> list[torch.Tensor]:

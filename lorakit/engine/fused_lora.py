@@ -1,9 +1,9 @@
-"""LoRA's forward and backward with as few operations as they need, in the base's precision.
+"""LoRA layers that need fewer operations than PEFT's, in the base's precision.
 
 PEFT casts the input to the adapter's float32, multiplies, scales, adds and casts back: at batch 1 the host cannot
-issue that as fast as a card computes it. Here the small factors are cast to the input's precision instead (the
-parameters and their gradients stay float32), the scale is folded into B, and both additions happen inside matrix
-products. To everyone outside these are PEFT's layers: names, state dict and merging are its own.
+issue that as fast as a GPU computes it. Here the small factors are cast to the input's precision instead (parameters
+and gradients stay float32), and scaling and additions happen inside matrix products. The classes derive from PEFT's:
+names, state dict and merging are PEFT's own.
 """
 
 from __future__ import annotations
@@ -18,62 +18,40 @@ from torch.nn import functional
 
 from lorakit.engine import recompute
 from lorakit.engine.onednn_linear import linear
-from lorakit.engine.recompute import Geometry, Recipe, convolution_gradients
+from lorakit.engine.recompute import Geometry, Recompute, convolution_gradients
 
 POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
 
 
+@dataclass
+class CopiesSwitch:
+    """Whether the layers of one component compute with their `HalfCopies` now."""
+
+    on: bool = False
+
+
 @dataclass(frozen=True)
-class Place:
-    """Copies of A and B in half precision, and where their gradients are to be added; see `flat.Flat`.
+class HalfCopies:
+    """A and B in half precision, and buffers to which their gradients are added; see `FlatParameters`.
 
     Attributes:
-        down, up: A `[r, in]` and B `[out, r]`, views; of a `lean.Group` as it has them.
-        to_down, to_up: their gradients, the same shapes and precision.
-        owner: the copies are to be used while its `on` is true.
+        down, up: A `[r, in]` and B `[out, r]`, views; those of a `FusedQKV` have the shapes that it uses.
+        to_down, to_up: their gradients, in the same shapes and precision.
+        switch: tells whether to use the copies now.
     """
 
     down: Tensor
     up: Tensor
     to_down: Tensor
     to_up: Tensor
-    owner: Any
+    switch: CopiesSwitch
 
 
 class LoraLinear(torch.autograd.Function):
     """y = x (W + s B A)^T + b, W and b frozen; x `[N, in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`, s a number.
 
-    The sum of the weights is made for one product and dropped. It is for float32: half precision would round most of
-    the small change away. `again` makes x, in whatever shape it had.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, again: Recipe
-    ) -> Tensor:
-        """`[N, out]`."""
-        recompute.keep(ctx, again, weight, down, up)
-        ctx.scale = scale
-        return linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, A and B."""
-        x, weight, down, up = recompute.kept(ctx)
-        x, to_x = x.reshape(-1, x.shape[-1]), None
-        if ctx.needs_input_grad[0]:
-            to_x = linear(gradient, torch.addmm(weight, up, down, alpha=ctx.scale).t())
-        # These products are thin, and kernels differ tenfold in how they take to that: the long axis goes last.
-        scaled = gradient if ctx.scale == 1 else gradient * ctx.scale
-        to_down = linear(linear(scaled, up.t()).t(), x.t())
-        to_up = linear(linear(x, down).t(), scaled.t()).t()
-        return to_x, None, None, to_down, to_up, None, None
-
-
-class HalfLoraLinear(torch.autograd.Function):
-    """The same as x W^T + b + s (x A^T) B^T, where x and W are in half precision and A and B in float32.
-
-    With a `Place` A and B are read from there, and their gradients added there: autograd is given none.
+    The merged weight exists only for one product. This is for float32: half precision would round most of the small
+    change away. `x_recompute` returns x in its original shape.
     """
 
     @staticmethod
@@ -85,27 +63,63 @@ class HalfLoraLinear(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         scale: float,
-        again: Recipe,
-        place: Place | None,
+        x_recompute: Recompute,
     ) -> Tensor:
         """`[N, out]`."""
-        down, up = (down.to(x.dtype), up.to(x.dtype)) if place is None else (place.down, place.up)
+        recompute.save_for_backward(ctx, x_recompute, weight, down, up)
+        ctx.scale = scale
+        return linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, A and B."""
+        x, weight, down, up = recompute.load_saved(ctx)
+        x, to_x = x.reshape(-1, x.shape[-1]), None
+        if ctx.needs_input_grad[0]:
+            to_x = linear(gradient, torch.addmm(weight, up, down, alpha=ctx.scale).t())
+        # These products have one short axis. The long axis goes last, where kernels are up to ten times faster.
+        scaled = gradient if ctx.scale == 1 else gradient * ctx.scale
+        to_down = linear(linear(scaled, up.t()).t(), x.t())
+        to_up = linear(linear(x, down).t(), scaled.t()).t()
+        return to_x, None, None, to_down, to_up, None, None
+
+
+class HalfLoraLinear(torch.autograd.Function):
+    """The same as x W^T + b + s (x A^T) B^T, where x and W are in half precision and A and B in float32.
+
+    With `half_copies`, A and B are read from them and the gradients are added to them; autograd gets none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        x_recompute: Recompute,
+        half_copies: HalfCopies | None,
+    ) -> Tensor:
+        """`[N, out]`."""
+        down, up = (down.to(x.dtype), up.to(x.dtype)) if half_copies is None else (half_copies.down, half_copies.up)
         inner = x @ down.t()
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-        recompute.keep(ctx, again, inner, weight, down, up)
-        ctx.scale, ctx.place = scale, place
+        recompute.save_for_backward(ctx, x_recompute, inner, weight, down, up)
+        ctx.scale, ctx.half_copies = scale, half_copies
         return y.addmm_(inner, up.t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B; the factors' in float32."""
-        x, inner, weight, down, up = recompute.kept(ctx)
-        x, scale, place = x.reshape(-1, x.shape[-1]), ctx.scale, ctx.place
+        x, inner, weight, down, up = recompute.load_saved(ctx)
+        x, scale, half_copies = x.reshape(-1, x.shape[-1]), ctx.scale, ctx.half_copies
         to_inner = gradient @ up
         to_x = (gradient @ weight).addmm_(to_inner, down, alpha=scale) if ctx.needs_input_grad[0] else None
-        if place is not None:
-            place.to_down.addmm_(to_inner.t(), x, alpha=scale)
-            place.to_up.addmm_(gradient.t(), inner, alpha=scale)
+        if half_copies is not None:
+            half_copies.to_down.addmm_(to_inner.t(), x, alpha=scale)
+            half_copies.to_up.addmm_(gradient.t(), inner, alpha=scale)
             return to_x, *[None] * 7
         to_down, to_up = (to_inner.t() @ x).float(), (gradient.t() @ inner).float()
         if scale != 1:
@@ -126,21 +140,21 @@ class LoraConv2d(torch.autograd.Function):
         up: Tensor,
         scale: float,
         geometry: Geometry,
-        again: Recipe,
+        x_recompute: Recompute,
     ) -> Tensor:
         """`[B, out, h', w']`; `geometry` is (stride, padding, dilation)."""
-        recompute.keep(ctx, again, weight, down, up)
+        recompute.save_for_backward(ctx, x_recompute, weight, down, up)
         ctx.scale, ctx.geometry = scale, geometry
-        return functional.conv2d(x, _summed(weight, down, up, scale), bias, *geometry)
+        return functional.conv2d(x, _merge_weights(weight, down, up, scale), bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
-        x, weight, down, up = recompute.kept(ctx)
+        x, weight, down, up = recompute.load_saved(ctx)
         to_x = None
         if ctx.needs_input_grad[0]:
-            summed = _summed(weight, down, up, ctx.scale)
-            to_x = convolution_gradients(gradient, x, summed, ctx.geometry, to_x=True)[0]
+            merged = _merge_weights(weight, down, up, ctx.scale)
+            to_x = convolution_gradients(gradient, x, merged, ctx.geometry, to_x=True)[0]
         scaled = gradient if ctx.scale == 1 else gradient * ctx.scale
         to_inner = functional.conv2d(scaled, up.transpose(0, 1))
         to_down = convolution_gradients(to_inner, x, down, ctx.geometry, to_weight=True)[1]
@@ -162,19 +176,19 @@ class HalfLoraConv2d(torch.autograd.Function):
         up: Tensor,
         scale: float,
         geometry: Geometry,
-        again: Recipe,
+        x_recompute: Recompute,
     ) -> Tensor:
         """`[B, out, h', w']`."""
         down, up = down.to(x.dtype), (up if scale == 1 else up * scale).to(x.dtype)
         inner = functional.conv2d(x, down, None, *geometry)
-        recompute.keep(ctx, again, inner, weight, down, up)
+        recompute.save_for_backward(ctx, x_recompute, inner, weight, down, up)
         ctx.scale, ctx.geometry = scale, geometry
         return functional.conv2d(x, weight, bias, *geometry).add_(functional.conv2d(inner, up))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B; the factors' in float32."""
-        x, inner, weight, down, up = recompute.kept(ctx)
+        x, inner, weight, down, up = recompute.load_saved(ctx)
         wants_x = ctx.needs_input_grad[0]
         to_inner, to_up = convolution_gradients(gradient, inner, up, POINTWISE, to_x=True, to_weight=True)
         to_x, to_down = convolution_gradients(to_inner, x, down, ctx.geometry, to_x=wants_x, to_weight=True)
@@ -185,34 +199,41 @@ class HalfLoraConv2d(torch.autograd.Function):
 
 
 class FusedLinear(Linear):
-    """PEFT's linear LoRA layer with the forward of this file."""
+    """PEFT's linear LoRA layer with the forward of this file.
 
-    place: Place | None = None
+    Attributes:
+        half_copies: set by `FlatParameters` for a base in half precision.
+    """
+
+    half_copies: HalfCopies | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
         base = self.base_layer
-        name = None if args or kwargs or not isinstance(base, nn.Linear) else plain_adapter(self, x)
+        name = None if args or kwargs or not isinstance(base, nn.Linear) else single_adapter(self, x)
         if name is None:
             return super().forward(x, *args, **kwargs)
         if self._disable_adapters:
             return base(x)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         if torch.compiler.is_compiling():
-            return functional.linear(x, base.weight, base.bias) + change(x, down, up, self.scaling[name])
+            return functional.linear(x, base.weight, base.bias) + lora_delta(x, down, up, self.scaling[name])
         rows = x.reshape(-1, x.shape[-1])
-        given = (rows, base.weight, base.bias, down, up, self.scaling[name], recompute.recipe(x))
-        y = LoraLinear.apply(*given) if x.dtype is torch.float32 else HalfLoraLinear.apply(*given, used(self.place, x))
+        arguments = (rows, base.weight, base.bias, down, up, self.scaling[name], recompute.get_recompute(x))
+        if x.dtype is torch.float32:
+            y = LoraLinear.apply(*arguments)
+        else:
+            y = HalfLoraLinear.apply(*arguments, active_copies(self.half_copies, x))
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class FusedConv2d(Conv2d):
-    """PEFT's convolutional LoRA layer, computing in the input's precision."""
+    """PEFT's convolutional LoRA layer in the input's precision."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
         base = self.base_layer
-        name = None if args or kwargs or base.groups != 1 else plain_adapter(self, x)
+        name = None if args or kwargs or base.groups != 1 else single_adapter(self, x)
         if name is None:
             return super().forward(x, *args, **kwargs)
         if self._disable_adapters:
@@ -223,31 +244,32 @@ class FusedConv2d(Conv2d):
             inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
             return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
         function = LoraConv2d if x.dtype is torch.float32 else HalfLoraConv2d
-        made: Tensor = function.apply(x, base.weight, base.bias, down, up, scale, geometry, recompute.recipe(x))
-        return made
+        result: Tensor = function.apply(
+            x, base.weight, base.bias, down, up, scale, geometry, recompute.get_recompute(x)
+        )
+        return result
 
 
-def change(x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """s x A^T B^T, `[..., in]` -> `[..., out]`, in the precision of x, as a compiler is to see it."""
-    added = functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
-    return added if scale == 1 else added * scale
+def lora_delta(x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """s x A^T B^T, `[..., in]` -> `[..., out]`, in the precision of x and in operations that a compiler can trace."""
+    delta = functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+    return delta if scale == 1 else delta * scale
 
 
-def used(place: Place | None, x: Tensor) -> Place | None:
-    """The place of a layer's copies where it is to compute x with these, else None."""
-    return place if place is not None and place.owner.on and place.down.dtype is x.dtype else None
+def active_copies(half_copies: HalfCopies | None, x: Tensor) -> HalfCopies | None:
+    """The layer's copies, if they are in use now and have the precision of x, else None."""
+    active = half_copies is not None and half_copies.switch.on and half_copies.down.dtype is x.dtype
+    return half_copies if active else None
 
 
-def _summed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def _merge_weights(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """W + s B A of a convolution."""
     return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view(weight.shape)
 
 
-def plain_adapter(layer: Any, x: Tensor) -> str | None:
-    """Name of the active adapter where there is exactly one and nothing is out of the ordinary, else None.
-
-    Several adapters, a merged or a trained base, dropout and autocast are left to PEFT's own forward.
-    """
+def single_adapter(layer: Any, x: Tensor) -> str | None:
+    """Name of the active adapter if the fused forward applies, else None: PEFT's forward handles several adapters, a
+    merged or trained base, dropout and autocast."""
     active = layer._active_adapter
     name = active if isinstance(active, str) else active[0] if len(active) == 1 else None
     if name not in layer.lora_A or layer.merged_adapters or layer.base_layer.weight.requires_grad:

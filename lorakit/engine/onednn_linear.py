@@ -1,7 +1,7 @@
-"""Products with frozen weights, by the kernel that is quickest where they run.
+"""Linear layers with frozen weights by oneDNN on a CPU in float32.
 
-On a CPU in float32 torch hands matrix products to MKL, which leaves AVX-512 alone on processors that are not Intel's;
-oneDNN, which is in torch too and does torch's convolutions, does not. On an EPYC of 2025 it is twice as fast.
+torch gives float32 matrix products to MKL, which does not use AVX-512 on processors that are not Intel's. oneDNN, also
+part of torch, does: on an EPYC of 2025 it is twice as fast.
 """
 
 from __future__ import annotations
@@ -13,26 +13,34 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# Multiplications below which oneDNN's own overhead, about 13 microseconds a call, is more than it saves.
-FEW = 2**19
+# Below this many multiply-accumulates oneDNN's overhead, about 13 microseconds a call, is more than it saves.
+MIN_MACS = 2**19
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b: x `[..., in]`, weight `[out, in]`, maybe a transpose, bias `[out]` -> `[..., out]`. On the quick path
-    autograd does not see it: for use inside a `torch.autograd.Function`, or by `frozen_linear`. A compiler is shown
-    torch's own."""
-    quick = x.device.type == "cpu" and x.dtype is weight.dtype is torch.float32 and x.numel() * len(weight) >= FEW
-    if quick and not torch.compiler.is_compiling() and _onednn():
-        made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return made
+    """x W^T + b: x `[..., in]`, weight `[out, in]`, possibly a transpose, bias `[out]` -> `[..., out]`.
+
+    oneDNN's result has no gradient: call this inside a `torch.autograd.Function`, or call `frozen_linear`. A compiler
+    sees torch's own operation.
+    """
+    large = x.numel() * len(weight) >= MIN_MACS
+    if (
+        large
+        and x.device.type == "cpu"
+        and x.dtype is weight.dtype is torch.float32
+        and not torch.compiler.is_compiling()
+        and _onednn_works()
+    ):
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result
     return functional.linear(x, weight, bias)
 
 
 def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """As `linear`, with a gradient for x, and for nothing else."""
+    """`linear` with a gradient for x only."""
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        made: torch.Tensor = _FrozenLinear.apply(x, weight, bias)
-        return made
+        result: torch.Tensor = _FrozenLinear.apply(x, weight, bias)
+        return result
     return linear(x, weight, bias)
 
 
@@ -58,19 +66,19 @@ class FrozenLinear(nn.Linear):
         return frozen_linear(x, self.weight, self.bias)
 
 
-def quicken(module: nn.Module) -> None:
-    """Let the linear layers of a frozen module compute by `linear`, where that is another kernel than torch's own."""
+def use_onednn_linear(module: nn.Module) -> None:
+    """Let the float32 linear layers of a frozen module on the CPU compute by `linear`: only their class changes."""
     for layer in module.modules():
         if type(layer) is nn.Linear and layer.weight.device.type == "cpu" and layer.weight.dtype is torch.float32:
             layer.__class__ = FrozenLinear
 
 
 @functools.cache
-def _onednn() -> bool:
-    """Whether this build of torch has oneDNN's linear layer, and it is right: it has no public name."""
+def _onednn_works() -> bool:
+    """Whether this build of torch has oneDNN's linear operation, which has no public name, and its result is right."""
     try:
         x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
-        found = torch.ops.mkldnn._linear_pointwise(x, weight.t().contiguous().t(), None, "none", [], "")
+        result = torch.ops.mkldnn._linear_pointwise(x, weight.t().contiguous().t(), None, "none", [], "")
     except (AttributeError, RuntimeError):
         return False
-    return torch.equal(found, x @ weight.t())
+    return torch.equal(result, x @ weight.t())

@@ -1,11 +1,10 @@
-"""Frozen weights kept in 8 or 4 bits, or in the host's memory, or both, and whole only while an operation needs them.
+"""Frozen weights in 8 or 4 bits, in host memory, or both, dequantized for each operation.
 
-A `StoredWeight` is a tensor like any other to whoever uses it: it has the shape, dtype and device of the weight it
-stands for, and every operation of torch takes it. Each operation is given the whole weight, which it then drops; what
-autograd keeps for the backward pass is the stored tensor itself, made whole once more when its turn comes. Layers,
-adapters and exporters therefore need to know nothing of it, and no whole copy outlives the operation it was made for,
-but for the few that `lorakit.engine.weight_offload` has copied ahead. Computing is in the weight's own dtype: this
-saves memory and costs time.
+A `QuantizedWeight` has the shape, dtype and device of the weight that it stands for, and every operation of torch
+accepts it. Each operation receives the dequantized weight, which is freed afterwards. Autograd saves the quantized
+tensor and dequantizes it again in the backward pass. Layers, adapters and exporters need no code for it. Only the
+copies that `lorakit.engine.weight_offload` has prefetched outlive an operation. Operations run in the weight's own
+dtype: this saves memory and costs time.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import torch
 from torch import nn
 
 from lorakit.core.errors import LorakitError
-from lorakit.engine.weight_offload import Stream
-from lorakit.engine.weight_storage import BLOCK, size_of, stays_in_full
+from lorakit.engine.weight_offload import WeightOffloader
+from lorakit.engine.weight_storage import BLOCK_SIZE, is_quantizable, weight_nbytes
 
 # The 16 values of NF4, quantiles of a normal distribution scaled into [-1, 1] with an exact zero (Dettmers et al. 2023,
 # arXiv 2305.14314, appendix E).
@@ -45,52 +44,52 @@ _aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Home:
-    """Where a weight's parts lie in the host's memory: the `number`-th of a stream."""
+class HostSlot:
+    """The place of a weight in host memory: number `number` of an offloader."""
 
-    stream: Stream
+    offloader: WeightOffloader
     number: int
 
 
-class StoredWeight(torch.Tensor):
-    """A frozen weight that is not simply there.
+class QuantizedWeight(torch.Tensor):
+    """A frozen weight that is quantized, in host memory, or both.
 
     Attributes:
-        codes: int8 in the weight's shape; for NF4 uint8 `[numel / 2]`, the first of each two values in the high half;
-            for "full" the weight.
+        qdata: int8 in the weight's shape; NF4: uint8 `[numel / 2]`, the first of each two values in the high half;
+            "full": the weight itself.
         scales: in the weight's dtype; int8: one for each output channel, `[out, 1, ...]`; NF4: one for each block of 64
             values in memory order, `[numel / 64, 1]`; "full": None.
-        kind: "int8", "nf4" or "full".
-        transposed: whether this stands for the transpose.
-        home: where codes and scales lie in the host's memory, whatever device the weight is to compute on; None where
-            they lie on that.
+        scheme: "int8", "nf4" or "full".
+        transposed: whether this is the transpose of the weight.
+        host_slot: the place of qdata and scales in host memory, or None if they are on the weight's device.
     """
 
-    codes: torch.Tensor
+    qdata: torch.Tensor
     scales: torch.Tensor | None
-    kind: str
+    scheme: str
     transposed: bool
-    home: Home | None
+    host_slot: HostSlot | None
 
     @staticmethod
     def __new__(
         cls,
-        codes: torch.Tensor,
+        qdata: torch.Tensor,
         scales: torch.Tensor | None,
-        kind: str,
+        scheme: str,
         shape: tuple[int, ...],
         transposed: bool = False,
-        home: Home | None = None,
+        host_slot: HostSlot | None = None,
         device: torch.device | None = None,
-    ) -> StoredWeight:
-        """`shape` is the weight's own; a transpose has it turned round. `device` is the codes', but for one at home."""
-        seen = tuple(reversed(shape)) if transposed else tuple(shape)
-        dtype = codes.dtype if scales is None else scales.dtype
-        made: StoredWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, seen, dtype=dtype, device=codes.device if device is None else device, requires_grad=False
+    ) -> QuantizedWeight:
+        """`shape` is that of the untransposed weight. `device` is by default that of qdata."""
+        visible_shape = tuple(reversed(shape)) if transposed else tuple(shape)
+        dtype = qdata.dtype if scales is None else scales.dtype
+        result: QuantizedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, visible_shape, dtype=dtype, device=qdata.device if device is None else device, requires_grad=False
         )
-        made.codes, made.scales, made.kind, made.transposed, made.home = codes, scales, kind, transposed, home
-        return made
+        result.qdata, result.scales, result.scheme = qdata, scales, scheme
+        result.transposed, result.host_slot = transposed, host_slot
+        return result
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -98,7 +97,7 @@ class StoredWeight(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Any operation: on the whole weight, but for the few that leave it as it is."""
+        """Run an operation on the dequantized weight, except the few that keep it quantized."""
         kwargs = kwargs or {}
         if function in (_aten.detach.default, _aten.alias.default, _aten.clone.default):
             return args[0]._like(args[0].transposed)
@@ -106,153 +105,158 @@ class StoredWeight(torch.Tensor):
             return args[0]._like(not args[0].transposed)
         if function is _aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
             return args[0]._like(args[0].transposed, device=kwargs.get("device"))
-        if function._schema.is_mutable and isinstance(args[0], StoredWeight):
-            raise LorakitError(f"{args[0].described} cannot be changed: load the base with its weights in full")
-        return function(*_whole(args), **{name: _whole(value) for name, value in kwargs.items()})
+        if function._schema.is_mutable and isinstance(args[0], QuantizedWeight):
+            raise LorakitError(f"{args[0].description} cannot be changed: load the base with its weights in full")
+        return function(*_dequantized(args), **{name: _dequantized(value) for name, value in kwargs.items()})
 
-    def whole(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         """The weight as a plain tensor in its dtype, on its device."""
-        codes, scales = self._parts()
+        qdata, scales = self._parts()
         if scales is None:
-            made = codes
-        elif self.kind == "int8":
-            made = codes.to(self.dtype).mul_(scales)
+            result = qdata
+        elif self.scheme == "int8":
+            result = qdata.to(self.dtype).mul_(scales)
         else:
-            pairs = _pairs(self.dtype, self.device).index_select(0, codes.int())
-            made = pairs.view(-1, BLOCK).mul_(scales).view(self._shape())
-        return made.t() if self.transposed else made
+            pairs = _value_pairs(self.dtype, self.device).index_select(0, qdata.int())
+            result = pairs.view(-1, BLOCK_SIZE).mul_(scales).view(self._shape())
+        return result.t() if self.transposed else result
 
     @property
-    def stored(self) -> int:
-        """Bytes that it really takes, on its device or in the host's memory."""
-        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+    def storage_nbytes(self) -> int:
+        """Bytes in memory, on its device or on the host."""
+        return self.qdata.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     @property
-    def described(self) -> str:
-        """What it is, for a person."""
-        return "a weight in the host's memory" if self.kind == "full" else f"a weight in {self.kind}"
+    def description(self) -> str:
+        """A phrase for messages."""
+        return "a weight in the host's memory" if self.scheme == "full" else f"a weight in {self.scheme}"
 
     def _parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Codes and scales on its device."""
-        parts = [self.codes] if self.scales is None else [self.scales, self.codes]
-        if self.home is not None and self.device.type == self.home.stream.device.type:
-            parts = self.home.stream.fetch(self.home.number, parts)
-        elif self.home is not None:
+        """qdata and scales on the weight's device."""
+        parts = [self.qdata] if self.scales is None else [self.scales, self.qdata]
+        if self.host_slot is not None and self.device.type == self.host_slot.offloader.device.type:
+            parts = self.host_slot.offloader.fetch(self.host_slot.number, parts)
+        elif self.host_slot is not None:
             parts = [part.to(self.device) for part in parts]
         return parts[-1], None if self.scales is None else parts[0]
 
     def _shape(self) -> tuple[int, ...]:
-        """The weight's own, of whose transpose this may be."""
+        """The shape of the untransposed weight."""
         return tuple(reversed(self.shape)) if self.transposed else tuple(self.shape)
 
-    def _like(self, transposed: bool, device: Any = None) -> StoredWeight:
-        """The same weight, maybe elsewhere; it shares the codes where it is not, and always where they are at home."""
-        codes, scales, device = self.codes, self.scales, self.device if device is None else torch.device(device)
-        if self.home is None:
-            codes, scales = codes.to(device), scales if scales is None else scales.to(device)
+    def _like(self, transposed: bool, device: Any = None) -> QuantizedWeight:
+        """The same weight, possibly on another device. It shares qdata on the same device and in host memory."""
+        qdata, scales, device = self.qdata, self.scales, self.device if device is None else torch.device(device)
+        if self.host_slot is None:
+            qdata, scales = qdata.to(device), scales if scales is None else scales.to(device)
         elif device.type != self.device.type:
-            self.home.stream.drop()
-        return StoredWeight(codes, scales, self.kind, self._shape(), transposed, self.home, device)
+            self.host_slot.offloader.release_all()
+        return QuantizedWeight(qdata, scales, self.scheme, self._shape(), transposed, self.host_slot, device)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        where = self.device if self.home is None else f"{self.codes.device} for {self.device}"
-        return f"StoredWeight({self.kind}, {tuple(self.shape)}, {self.dtype}, {where})"
+        where = self.device if self.host_slot is None else f"{self.qdata.device} for {self.device}"
+        return f"QuantizedWeight({self.scheme}, {tuple(self.shape)}, {self.dtype}, {where})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """What torch needs to move it with its module."""
-        names = ["codes"] if self.scales is None else ["codes", "scales"]
-        return names, (self.kind, self.transposed, self.home, self.device)
+        """The inner tensors and the rest, which torch needs to move a module."""
+        names = ["qdata"] if self.scales is None else ["qdata", "scales"]
+        return names, (self.scheme, self.transposed, self.host_slot, self.device)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> StoredWeight:
-        """The counterpart of `__tensor_flatten__`."""
-        kind, transposed, home, device = context
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> QuantizedWeight:
+        """The inverse of `__tensor_flatten__`."""
+        scheme, transposed, host_slot, device = context
         shape = tuple(reversed(size)) if transposed else tuple(size)
-        return StoredWeight(inner["codes"], inner.get("scales"), kind, shape, transposed, home, device)
+        return QuantizedWeight(inner["qdata"], inner.get("scales"), scheme, shape, transposed, host_slot, device)
 
 
-def quantize(weight: torch.Tensor, kind: str) -> StoredWeight:
-    """A linear or convolutional weight in few bits.
+def quantize(weight: torch.Tensor, scheme: str) -> QuantizedWeight:
+    """Quantize a linear or convolutional weight.
 
-    int8 is symmetric, the largest magnitude of an output channel being 127. Scales are rounded to the weight's dtype
-    first and the codes chosen for those, so that rounding them costs nothing.
+    int8 is symmetric: the largest magnitude of each output channel becomes 127. Scales are rounded to the weight's
+    dtype first and values are quantized by the rounded scales, so that this rounding adds no error.
 
     Raises:
-        ValueError: NF4 of a weight that is not whole blocks of 64 values.
+        ValueError: the scheme is NF4 and the weight does not fill whole blocks of 64 values.
     """
     values = weight.detach().float()
-    if kind == "int8":
+    if scheme == "int8":
         scales = (values.flatten(1).abs().amax(1) / 127).to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
-        codes = (values / _nonzero(scales)).round_().clamp_(-127, 127).to(torch.int8)
-        return StoredWeight(codes, scales, kind, tuple(weight.shape))
-    if weight.numel() % BLOCK:
-        raise ValueError(f"{weight.numel()} values are not whole blocks of {BLOCK}")
-    blocks = values.reshape(-1, BLOCK)
+        qdata = (values / _nonzero(scales)).round_().clamp_(-127, 127).to(torch.int8)
+        return QuantizedWeight(qdata, scales, scheme, tuple(weight.shape))
+    if weight.numel() % BLOCK_SIZE:
+        raise ValueError(f"{weight.numel()} values are not whole blocks of {BLOCK_SIZE}")
+    blocks = values.reshape(-1, BLOCK_SIZE)
     scales = blocks.abs().amax(1, keepdim=True).to(weight.dtype)
     levels = torch.tensor(NF4, device=weight.device)
     nearest = torch.bucketize(blocks / _nonzero(scales), (levels[1:] + levels[:-1]) / 2).to(torch.uint8).reshape(-1, 2)
-    return StoredWeight(nearest[:, 0] << 4 | nearest[:, 1], scales, kind, tuple(weight.shape))
+    return QuantizedWeight(nearest[:, 0] << 4 | nearest[:, 1], scales, scheme, tuple(weight.shape))
 
 
-def store_layers(unet: nn.Module, kind: str, device: torch.device | str, *, streamed: bool = False) -> Stream | None:
-    """Keep the frozen weights of linear and convolutional layers as `kind` has it, one after the other: on `device` or,
-    streamed there, in the host's memory; what streams them comes back.
+def store_layers(
+    unet: nn.Module, scheme: str, device: torch.device | str, *, offload: bool = False
+) -> WeightOffloader | None:
+    """Quantize the frozen weights of linear and convolutional layers one by one, on `device`; with `offload`, keep them
+    in host memory and return their offloader.
 
-    Left in full: biases, norms, and the layers of which `storage.stays_in_full` says so.
+    Biases, norms and the layers that `weight_storage.is_quantizable` excludes stay as they are.
 
     Raises:
-        LorakitError: the host's memory does not hold them.
+        LorakitError: there is not enough host memory.
     """
     layers = {
         path: layer
         for path, layer in unet.named_modules()
         if isinstance(layer, (nn.Linear, nn.Conv2d))
-        and not (layer.weight.requires_grad or stays_in_full(path, layer.weight.numel()))
+        and not layer.weight.requires_grad
+        and is_quantizable(path, layer.weight.numel())
     }
-    sizes = [size_of(path, layer.weight.shape, kind, layer.weight.element_size()) for path, layer in layers.items()]
-    stream = Stream(sizes, device) if streamed else None
+    sizes = [
+        weight_nbytes(path, layer.weight.shape, scheme, layer.weight.element_size()) for path, layer in layers.items()
+    ]
+    offloader = WeightOffloader(sizes, device) if offload else None
     for number, layer in enumerate(layers.values()):
-        weight = layer.weight if kind == "full" else quantize(layer.weight.to(device), kind)
-        if stream is not None:
-            weight = _at_home(weight.detach(), Home(stream, number))
+        weight = layer.weight if scheme == "full" else quantize(layer.weight.to(device), scheme)
+        if offloader is not None:
+            weight = _to_host(weight.detach(), HostSlot(offloader, number))
         layer.weight = nn.Parameter(weight, requires_grad=False)
-    return stream
+    return offloader
 
 
-def _at_home(weight: torch.Tensor, home: Home) -> StoredWeight:
-    """The same weight, in the host's memory."""
-    device = home.stream.device
-    if isinstance(weight, StoredWeight):
-        assert weight.scales is not None, "what is in few bits has scales"
-        scales, codes = home.stream.put(home.number, [weight.scales, weight.codes])
-        return StoredWeight(codes, scales, weight.kind, tuple(weight.shape), home=home, device=device)
-    (whole,) = home.stream.put(home.number, [weight])
-    return StoredWeight(whole, None, "full", tuple(weight.shape), home=home, device=device)
+def _to_host(weight: torch.Tensor, host_slot: HostSlot) -> QuantizedWeight:
+    """The same weight with its data in host memory."""
+    device = host_slot.offloader.device
+    if isinstance(weight, QuantizedWeight):
+        assert weight.scales is not None, "a quantized weight has scales"
+        scales, qdata = host_slot.offloader.put(host_slot.number, [weight.scales, weight.qdata])
+        return QuantizedWeight(qdata, scales, weight.scheme, tuple(weight.shape), host_slot=host_slot, device=device)
+    (data,) = host_slot.offloader.put(host_slot.number, [weight])
+    return QuantizedWeight(data, None, "full", tuple(weight.shape), host_slot=host_slot, device=device)
 
 
-def stored_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers as they are kept."""
+def storage_nbytes(module: nn.Module) -> int:
+    """Bytes in memory of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
-    return sum(t.stored if isinstance(t, StoredWeight) else t.nbytes for t in tensors)
+    return sum(t.storage_nbytes if isinstance(t, QuantizedWeight) else t.nbytes for t in tensors)
 
 
-def _whole(value: Any) -> Any:
-    """An operation's argument with every stored weight made whole; torch's own way through trees costs the host more
-    than the operation."""
-    if isinstance(value, StoredWeight):
-        return value.whole()
-    return [_whole(each) for each in value] if isinstance(value, (list, tuple)) else value
+def _dequantized(value: Any) -> Any:
+    """An operation's argument with every quantized weight dequantized. torch's own `tree_map` takes longer than the
+    operation itself."""
+    if isinstance(value, QuantizedWeight):
+        return value.dequantize()
+    return [_dequantized(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _nonzero(scales: torch.Tensor) -> torch.Tensor:
-    """Float32 divisors; where everything is zero any will do."""
+    """Scales as float32 divisors, 0 replaced by 1."""
     scales = scales.float()
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
 @functools.lru_cache
-def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The two values of every byte, `[256, 2]`: one look-up instead of two and the shifting between them."""
+def _value_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The two values of every byte, `[256, 2]`: one look-up a byte instead of two."""
     levels = torch.tensor(NF4, dtype=dtype, device=device)
     byte = torch.arange(256, device=device)
     return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)

@@ -1,9 +1,11 @@
-"""A UNet's frozen layers, keeping as little for the backward pass as they can.
+"""Frozen layers that save fewer tensors for the backward pass.
 
-A convolution whose weight is not trained has no use for its input in the backward pass; autograd keeps it. Norms and
-activations cost next to nothing beside the products around them: what they made is made again from their input, which
-is kept in any case. Values and gradients stay what they are to the bit; a step of the UNets of Stable Diffusion keeps a
-third less (docs/memory.md).
+A convolution with a frozen weight does not need its input in the backward pass, but autograd saves it. Outputs of norms
+and activations are cheap: they are recomputed from their input, which is saved anyway. Values and gradients stay
+identical to the bit; a step of Stable Diffusion's UNets saves a third less (docs/memory.md).
+
+How to recompute a tensor travels with the tensor, as its attribute `ATTRIBUTE`. `set_recompute` and `get_recompute` are
+the only functions that touch it.
 """
 
 from __future__ import annotations
@@ -19,58 +21,60 @@ from torch.nn import functional
 
 # (stride, padding, dilation) of a convolution, along both axes.
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-# A packet of overloads would be searched at each call.
+# The attribute of a tensor that holds its `Recompute`.
+ATTRIBUTE = "_lorakit_recompute"
+# The overloads themselves: torch would search a packet of overloads at each call.
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _norm_backward = torch.ops.aten.native_group_norm_backward.default
 _silu_backward = torch.ops.aten.silu_backward.default
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
 
-def spare(layer: nn.Module) -> None:
-    """Let a frozen layer, if it is one of those below, keep less."""
+def save_less(layer: nn.Module) -> None:
+    """Let a frozen layer save less, if its class is exactly one that this file replaces; else leave it as it is."""
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and layer.groups == 1:
         layer.__class__ = FrozenConv2d
     elif type(layer) is nn.LayerNorm:
         layer.__class__ = FrozenLayerNorm
     elif type(layer) is GEGLU:
-        layer.__class__ = FrugalGEGLU
+        layer.__class__ = RecomputeGEGLU
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to make a tensor again, to the bit, from tensors that others keep.
+class Recompute:
+    """How to recompute a tensor, to the bit, from tensors that are saved anyway.
 
     Attributes:
-        make: gives the tensor; no gradient flows through it.
-        given: what `make` takes.
+        function: returns the tensor; no gradient flows through it.
+        inputs: the arguments of `function`.
     """
 
-    make: Callable[..., Tensor]
-    given: tuple[Tensor, ...]
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
 
 
-def recipe(x: Tensor) -> Recipe:
-    """How to make x again: as the layer below that made it has noted, or by keeping it."""
-    return getattr(x, "recipe", None) or Recipe(_itself, (x,))
+def get_recompute(x: Tensor) -> Recompute:
+    """How to recompute x, as its layer has set it; by default x itself is saved."""
+    return getattr(x, ATTRIBUTE, None) or Recompute(_identity, (x,))
 
 
-def noted(made: Tensor, make: Callable[..., Tensor], *given: Tensor) -> Tensor:
-    """`made`, with its recipe where it will be asked for."""
-    if made.requires_grad:
-        made.recipe = Recipe(make, given)  # type: ignore[attr-defined]
-    return made
+def set_recompute(result: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Note that `function(*inputs)` recomputes `result`, if a backward pass will need it; return `result`."""
+    if result.requires_grad:
+        setattr(result, ATTRIBUTE, Recompute(function, inputs))
+    return result
 
 
-def keep(ctx: Any, how: Recipe, *others: Tensor | None) -> None:
-    """Save for the backward pass what makes x again, and other tensors; instead of `ctx.save_for_backward`."""
-    ctx.make, ctx.count = how.make, len(how.given)
-    ctx.save_for_backward(*how.given, *others)
+def save_for_backward(ctx: Any, x: Recompute, *others: Tensor | None) -> None:
+    """Save the inputs that recompute x, and other tensors; replaces `ctx.save_for_backward`."""
+    ctx.function, ctx.input_count = x.function, len(x.inputs)
+    ctx.save_for_backward(*x.inputs, *others)
 
 
-def kept(ctx: Any) -> tuple[Any, ...]:
-    """What was given to `keep`, with x in the place of its recipe."""
+def load_saved(ctx: Any) -> tuple[Any, ...]:
+    """Return x, recomputed, and the other tensors that `save_for_backward` was given."""
     saved = ctx.saved_tensors
-    return ctx.make(*saved[: ctx.count]), *saved[ctx.count :]
+    return ctx.function(*saved[: ctx.input_count]), *saved[ctx.input_count :]
 
 
 class FrozenConv2d(nn.Conv2d):
@@ -78,14 +82,14 @@ class FrozenConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
-        if not (torch.is_grad_enabled() and x.requires_grad) or self.weight.requires_grad or _autocast(x):
+        if not (torch.is_grad_enabled() and x.requires_grad) or self.weight.requires_grad or _autocast_enabled(x):
             return super().forward(x)
         geometry: Any = (self.stride, self.padding, self.dilation)
-        made: Tensor = _FrozenConvolution.apply(x, self.weight, self.bias, geometry)
-        return made
+        result: Tensor = _FrozenConv2dFunction.apply(x, self.weight, self.bias, geometry)
+        return result
 
 
-class _FrozenConvolution(torch.autograd.Function):
+class _FrozenConv2dFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(weight)
@@ -95,7 +99,7 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        # Of the input only the shape counts.
+        # Only the shape of the input matters here.
         x = gradient.new_empty(1).expand(ctx.shape)
         return convolution_gradients(gradient, x, weight, ctx.geometry, to_x=True)[0], None, None, None
 
@@ -103,78 +107,80 @@ class _FrozenConvolution(torch.autograd.Function):
 def convolution_gradients(
     gradient: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, to_x: bool = False, to_weight: bool = False
 ) -> tuple[Any, Any]:
-    """The gradients of a convolution's input and weight, each where it is wanted, else None."""
-    wanted = [to_x, to_weight, False]
-    found = _convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, wanted)
-    return found[0], found[1]
+    """The gradients of a convolution's input and weight, each if requested, else None."""
+    mask = [to_x, to_weight, False]
+    gradients = _convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, mask)
+    return gradients[0], gradients[1]
 
 
 class FrozenLayerNorm(nn.LayerNorm):
-    """A layer norm that notes how its output is made."""
+    """A layer norm whose output is recomputed instead of saved."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` -> `[..., C]`."""
-        return noted(super().forward(x), super().forward, x)
+        return set_recompute(super().forward(x), super().forward, x)
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """silu(norm(x)), keeping x alone; `[B, C, h, w]`."""
-    if not (torch.is_grad_enabled() and x.requires_grad) or _autocast(x):
+    """silu(norm(x)) that saves only x; `[B, C, h, w]`."""
+    if not (torch.is_grad_enabled() and x.requires_grad) or _autocast_enabled(x):
         return functional.silu(norm(x))
     x = x.contiguous()
-    return noted(_NormSilu.apply(x, norm), lambda x: functional.silu(norm(x)), x)
+    return set_recompute(_NormSiluFunction.apply(x, norm), lambda x: functional.silu(norm(x)), x)
 
 
-class _NormSilu(torch.autograd.Function):
+class _NormSiluFunction(torch.autograd.Function):
     """silu of a group norm whose weights are frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.GroupNorm) -> Tensor:
-        made, mean, rstd = _normed(x, norm)
+        result, mean, rstd = _normed(x, norm)
         ctx.save_for_backward(x, mean, rstd)
         ctx.norm = norm
-        return functional.silu(made, inplace=True)
+        return functional.silu(result, inplace=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         x, mean, rstd = ctx.saved_tensors
         norm = ctx.norm
         gradient = _silu_backward(gradient, _normed(x, norm)[0])
-        found = _norm_backward(gradient, x, mean, rstd, norm.weight, *_size(x), norm.num_groups, [True, False, False])
-        return found[0], None
+        gradients = _norm_backward(
+            gradient, x, mean, rstd, norm.weight, *_size(x), norm.num_groups, [True, False, False]
+        )
+        return gradients[0], None
 
 
-class FrugalGEGLU(GEGLU):
-    """diffusers' GEGLU, keeping what comes from its projection alone."""
+class RecomputeGEGLU(GEGLU):
+    """diffusers' GEGLU that saves only the output of its projection."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` -> `[..., C']`."""
         projected = self.proj(x)
-        if not (torch.is_grad_enabled() and projected.requires_grad) or _autocast(x):
-            return _gated(projected)
-        return noted(_Gated.apply(projected), _gated, projected)
+        if not (torch.is_grad_enabled() and projected.requires_grad) or _autocast_enabled(x):
+            return _geglu(projected)
+        return set_recompute(_GEGLUFunction.apply(projected), _geglu, projected)
 
 
-class _Gated(torch.autograd.Function):
+class _GEGLUFunction(torch.autograd.Function):
     """The first half of x times gelu of the second (Shazeer 2020, arXiv 2002.05202)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _gated(x)
+        return _geglu(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         value, gate = x.chunk(2, dim=-1)
-        made = torch.empty_like(x)
-        to_value, to_gate = made.chunk(2, dim=-1)
+        result = torch.empty_like(x)
+        to_value, to_gate = result.chunk(2, dim=-1)
         torch.mul(gradient, functional.gelu(gate), out=to_value)
         _gelu_backward(gradient * value, gate, grad_input=to_gate)
-        return made
+        return result
 
 
-def _gated(x: Tensor) -> Tensor:
+def _geglu(x: Tensor) -> Tensor:
     value, gate = x.chunk(2, dim=-1)
     return value * functional.gelu(gate)
 
@@ -189,9 +195,9 @@ def _size(x: Tensor) -> tuple[int, int, int]:
     return batch, channels, height * width
 
 
-def _itself(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def _autocast(x: Tensor) -> bool:
+def _autocast_enabled(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)

@@ -1,7 +1,7 @@
-"""Weights that wait in the host's memory, each copied to the device when its layer computes, or before that.
+"""Weights in host memory, each copied to the device before or when its layer computes.
 
-In training, layers are asked for in an order that repeats from step to step, backward passes and what checkpointing
-recomputes included. The order is learned as it happens; a guess that proves wrong costs a copy, never a result.
+In training the order of accesses repeats from step to step, including backward passes and recomputed blocks.
+`AccessOrder` learns it while it happens. A wrong prediction costs a copy; it never changes a result.
 """
 
 from __future__ import annotations
@@ -14,104 +14,107 @@ import torch
 from lorakit.core.errors import LorakitError
 from lorakit.engine import weight_storage
 
-# How many weights ahead are considered; the window ends sooner but for tiny ones.
-FAR = 64
-# Weights asked for after which all that was learned is forgotten, so that it takes 8 MB at most: in SDXL, 400 steps.
-MOST = 2**20
+# At most this many weights ahead are prefetched; the window ends sooner except for tiny weights.
+MAX_LOOKAHEAD = 64
+# After this many accesses (400 steps of SDXL) the history starts anew, so that it takes at most 8 MB.
+MAX_HISTORY = 2**20
 
 
-class Order:
-    """Learns in which order numbers come, by reading along where the same was seen before."""
+class AccessOrder:
+    """Predicts the next numbers from the last time that the same two numbers came one after the other."""
 
     def __init__(self) -> None:
-        self._seen: list[int] = []
-        # Where each pair of numbers was last seen, one after the other; and where in what was seen we are again.
-        self._pairs: dict[tuple[int, int], int] = {}
-        self._place: int | None = None
+        self._history: list[int] = []
+        # (number, next number) -> index in the history of the latter, the last time. `_position` is the index in the
+        # history that the current access repeats.
+        self._last_position: dict[tuple[int, int], int] = {}
+        self._position: int | None = None
 
-    def follow(self, number: int) -> list[int]:
-        """`number` has come; what came next the last time, soonest first. Empty where nothing is known."""
-        if len(self._seen) == MOST:
-            self._seen, self._pairs, self._place = [], {}, None
-        seen, pair = self._seen, (self._seen[-1] if self._seen else -1, number)
-        if self._place is not None and seen[self._place + 1] == number:
-            self._place += 1
+    def observe(self, number: int) -> list[int]:
+        """Record an access; return the numbers that followed it the last time, soonest first, or an empty list."""
+        if len(self._history) == MAX_HISTORY:
+            self._history, self._last_position, self._position = [], {}, None
+        history, pair = self._history, (self._history[-1] if self._history else -1, number)
+        if self._position is not None and history[self._position + 1] == number:
+            self._position += 1
         else:
-            self._place = self._pairs.get(pair)
-        self._pairs[pair] = len(seen)
-        seen.append(number)
-        return [] if self._place is None else seen[self._place + 1 : self._place + 1 + FAR]
+            self._position = self._last_position.get(pair)
+        self._last_position[pair] = len(history)
+        history.append(number)
+        return [] if self._position is None else history[self._position + 1 : self._position + 1 + MAX_LOOKAHEAD]
 
 
-class Stream:
-    """Weights in the host's memory, by number, and those of them that are on the device.
+class WeightOffloader:
+    """Weights in host memory, by number, and copies of some of them on the device.
 
-    Memory of the host is taken in slabs, each when its first weight comes: pinned, so that a copy to a CUDA card needs
-    nobody's help, and many weights in one, as torch rounds every pinned allocation up to a power of two.
+    Host memory is allocated in slabs, each with its first weight. A slab is pinned, so that copies to a CUDA device run
+    asynchronously, and holds many weights, because torch rounds each pinned allocation up to a power of two.
 
     Args:
         sizes: bytes of each weight.
-        device: where they are needed.
-        window: bytes on the device that the weight in use and those copied ahead of it share.
+        device: where the weights are used.
+        window: bytes on the device for the weight in use and the prefetched ones together.
 
     Attributes:
-        asked, late: times that a weight was asked for; that it had not been copied ahead.
-        copied: bytes copied to the device.
-        host: bytes of the host's memory that are taken.
+        requests: number of calls of `fetch`.
+        misses: how many of them found the weight not prefetched.
+        bytes_copied: bytes copied to the device.
+        host_bytes: bytes of host memory in use.
     """
 
-    def __init__(self, sizes: Sequence[int], device: torch.device | str, window: int = weight_storage.WINDOW):
+    def __init__(self, sizes: Sequence[int], device: torch.device | str, window: int = weight_storage.WINDOW_BYTES):
         self.sizes, self.device, self.window = list(sizes), torch.device(device), window
-        self.asked = self.late = self.copied = self.host = 0
-        self._places, self._lengths = weight_storage.packed(sizes)
+        self.requests = self.misses = self.bytes_copied = self.host_bytes = 0
+        self._slots, self._lengths = weight_storage.pack_into_slabs(sizes)
         self._slabs: dict[int, torch.Tensor] = {}
-        self._order = Order()
-        # Number -> its bytes on the device, and what a computation has to wait for before it reads them.
-        self._there: dict[int, tuple[torch.Tensor, Any]] = {}
-        # Without CUDA there are no streams: a copy is done when it returns.
+        self._order = AccessOrder()
+        # Number -> its bytes on the device, and the event that ends the copy (None: it has ended).
+        self._on_device: dict[int, tuple[torch.Tensor, Any]] = {}
+        # Without CUDA there are no streams: a copy has ended when it returns.
         cuda = self.device.type == "cuda" and torch.cuda.is_available()
-        self._side: Any = torch.cuda.Stream(self.device) if cuda else None
-        self._main: Any = None
+        self._copy_stream: Any = torch.cuda.Stream(self.device) if cuda else None
+        self._compute_stream: Any = None
 
     def put(self, number: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Keep a weight that is made of `parts`, together as many bytes as was said; the parts as they lie there.
+        """Copy a weight, given as its parts, to host memory; return the parts there.
 
         Raises:
-            LorakitError: the host has no memory left.
+            LorakitError: there is not enough host memory.
         """
-        slab = self._places[number][0]
+        slab = self._slots[number][0]
         if slab not in self._slabs:
-            self._slabs[slab] = _host_memory(self._lengths[slab], pinned=self._side is not None)
-            self.host += self._lengths[slab]
-        kept = _apart(self._bytes(number), parts)
-        for place, part in zip(kept, parts, strict=True):
-            place.copy_(part)
-        return kept
+            self._slabs[slab] = _host_memory(self._lengths[slab], pinned=self._copy_stream is not None)
+            self.host_bytes += self._lengths[slab]
+        host_parts = _split(self._host_view(number), parts)
+        for host_part, part in zip(host_parts, parts, strict=True):
+            host_part.copy_(part)
+        return host_parts
 
     def fetch(self, number: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """`parts`, as `put` gave them, on the device; ready for what is computed on the current CUDA stream."""
-        if self._side is not None and self._main != (current := torch.cuda.current_stream(self.device)):
-            self.drop()  # memory goes back to the stream that it was taken on, and that must know of it
-            self._main = current
-        self.asked += 1
-        expected = self._order.follow(number)
-        if number not in self._there:
-            self.late += 1
-            self._there[number] = self._copy(number, ahead=False)
-        bytes = self._arrived(number)
-        self._look_ahead(number, expected)
-        return _apart(bytes, parts)
+        """Return the parts, as `put` returned them, on the device, ready for the current CUDA stream."""
+        current = None if self._copy_stream is None else torch.cuda.current_stream(self.device)
+        if current != self._compute_stream:
+            self.release_all()  # memory returns to the stream that allocated it, which must wait for the copies first
+            self._compute_stream = current
+        self.requests += 1
+        expected = self._order.observe(number)
+        if number not in self._on_device:
+            self.misses += 1
+            self._on_device[number] = self._copy(number, ahead=False)
+        data = self._wait(number)
+        self._prefetch(number, expected)
+        return _split(data, parts)
 
-    def drop(self) -> None:
-        """Give back what is on the device."""
-        self._let_go(list(self._there))
+    def release_all(self) -> None:
+        """Free all copies on the device."""
+        self._release(list(self._on_device))
 
     def __del__(self) -> None:
-        """Copies may still be under way."""
-        self.drop()
+        """Wait for copies that still run before their memory is freed."""
+        self.release_all()
 
-    def _look_ahead(self, number: int, expected: Sequence[int]) -> None:
-        """Copy what should come next, as far as the window holds it beside what is in use, and let go of the rest."""
+    def _prefetch(self, number: int, expected: Sequence[int]) -> None:
+        """Start copies of the weights expected next, as many as fit in the window, and free the others."""
         room = self.window - self.sizes[number]
         wanted: dict[int, None] = {}
         for other in expected:
@@ -122,54 +125,53 @@ class Stream:
             if room < 0:
                 break
             wanted[other] = None
-        self._let_go(self._there.keys() - wanted.keys())
+        self._release(self._on_device.keys() - wanted.keys())
         for other in wanted:
-            if other not in self._there:
-                self._there[other] = self._copy(other, ahead=True)
+            if other not in self._on_device:
+                self._on_device[other] = self._copy(other, ahead=True)
 
     def _copy(self, number: int, *, ahead: bool) -> tuple[torch.Tensor, Any]:
-        """Begin to copy a weight: its bytes on the device, and what says when they are there. `ahead`: beside what the
-        device computes meanwhile."""
-        self.copied += self.sizes[number]
-        made = torch.empty(self.sizes[number], dtype=torch.uint8, device=self.device)
-        if not ahead or self._side is None:
-            return made.copy_(self._bytes(number), non_blocking=True), None
-        # The memory may be what the computation has just let go of: whatever it was told before comes first.
-        self._side.wait_stream(self._main)
-        with torch.cuda.stream(self._side):
-            made.copy_(self._bytes(number), non_blocking=True)
-            return made, self._side.record_event()
+        """Start to copy a weight: its bytes on the device, and the event that ends the copy. With `ahead` the copy runs
+        beside the computation."""
+        self.bytes_copied += self.sizes[number]
+        data = torch.empty(self.sizes[number], dtype=torch.uint8, device=self.device)
+        if not ahead or self._copy_stream is None:
+            return data.copy_(self._host_view(number), non_blocking=True), None
+        # The memory may have just been freed by the computation, whose queued operations still use it.
+        self._copy_stream.wait_stream(self._compute_stream)
+        with torch.cuda.stream(self._copy_stream):
+            data.copy_(self._host_view(number), non_blocking=True)
+            return data, self._copy_stream.record_event()
 
-    def _arrived(self, number: int) -> torch.Tensor:
-        """The bytes of a weight, which whatever is computed from now on waits for: to read them, or to be given their
-        memory."""
-        made, event = self._there[number]
+    def _wait(self, number: int) -> torch.Tensor:
+        """The bytes of a weight on the device; the compute stream waits for their copy."""
+        data, event = self._on_device[number]
         if event is not None:
-            self._main.wait_event(event)
-            self._there[number] = made, None
-        return made
+            self._compute_stream.wait_event(event)
+            self._on_device[number] = data, None
+        return data
 
-    def _let_go(self, numbers: Iterable[int]) -> None:
+    def _release(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            self._arrived(number)
-            del self._there[number]
+            self._wait(number)
+            del self._on_device[number]
 
-    def _bytes(self, number: int) -> torch.Tensor:
-        slab, start = self._places[number]
+    def _host_view(self, number: int) -> torch.Tensor:
+        slab, start = self._slots[number]
         return self._slabs[slab].narrow(0, start, self.sizes[number])
 
 
-def _apart(bytes: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors like `parts` in a row of bytes, one behind the other."""
-    found, start = [], 0
+def _split(data: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of a row of bytes, one after the other, with the dtypes and shapes of `parts`."""
+    views, start = [], 0
     for part in parts:
-        found.append(bytes.narrow(0, start, part.nbytes).view(part.dtype).view(part.shape))
+        views.append(data.narrow(0, start, part.nbytes).view(part.dtype).view(part.shape))
         start += part.nbytes
-    return found
+    return views
 
 
 def _host_memory(size: int, *, pinned: bool) -> torch.Tensor:
-    """Bytes of the host's memory, which can be pinned only where there is CUDA."""
+    """Allocate bytes of host memory; only with CUDA they can be pinned."""
     try:
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     except RuntimeError:

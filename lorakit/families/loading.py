@@ -97,10 +97,10 @@ def load_unet(
     unet = load_module(info, "unet", cls, dtype)
     if storage == "full" and not stream:
         if device.type == "cpu":
-            onednn_linear.quicken(unet)
+            onednn_linear.use_onednn_linear(unet)
         return unet
     # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
-    quantized_weight.store_layers(unet, storage, device, streamed=stream)
+    quantized_weight.store_layers(unet, storage, device, offload=stream)
     return unet.to(HOST)
 
 

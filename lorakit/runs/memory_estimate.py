@@ -20,8 +20,8 @@ from lorakit.engine import weight_storage
 GIB = 2**30
 # Activations kept for the backward pass, as multiples of the values that come out of layers: of blocks, and of the
 # largest block that is gone through again in it. First by layers that keep as little as they can, then by others.
-FRUGAL = {"attention": (1.15, 2.1), "linear": (1.22, 3.2), "linear+conv": (1.35, 4.2)}
-PLAIN = {"attention": (1.75, 3.4), "linear": (1.95, 3.4), "linear+conv": (2.05, 3.4)}
+SAVE_LESS_FACTORS = {"attention": (1.15, 2.1), "linear": (1.22, 3.2), "linear+conv": (1.35, 4.2)}
+SAVE_ALL_FACTORS = {"attention": (1.75, 3.4), "linear": (1.95, 3.4), "linear+conv": (2.05, 3.4)}
 # The same of what comes out of layers that are in no block, and goes into blocks that are gone through again.
 OUTSIDE, INPUTS = 0.9, 0.6
 # A block that can be gone through again, by its path in the UNet.
@@ -102,9 +102,9 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
     }
 
 
-def frugal(config: Config, device: str) -> bool:
-    """Whether layers keep as little for the backward pass as they can: a card has less memory than its host has time,
-    on a CPU it is the other way round. What is compiled keeps what its compiler chooses."""
+def use_save_less(config: Config, device: str) -> bool:
+    """Whether layers save less for the backward pass (`engine.recompute`): on a GPU memory is scarce, on a CPU time is.
+    Compiled blocks save what the compiler chooses."""
     return device == "cuda" and not config.memory.compile
 
 
@@ -172,7 +172,7 @@ def _activations(config: Config, blocks: Mapping[str, _Block], device: str, agai
 
 
 def _factors(config: Config, device: str) -> tuple[float, float]:
-    return (FRUGAL if frugal(config, device) else PLAIN)[config.adapter.target_modules]
+    return (SAVE_LESS_FACTORS if use_save_less(config, device) else SAVE_ALL_FACTORS)[config.adapter.target_modules]
 
 
 def flop(name: str, shape: Sequence[int], places: int, tokens: int) -> float:
@@ -266,12 +266,12 @@ def _unet(config: Config, info: Any, device: str) -> tuple[int, int]:
     there = host = 0
     for name, shape in info.layers.items():
         path = name.removeprefix("unet.")
-        size = weight_storage.size_of(path, shape, kind, width) if path != name else 0
-        if streamed and not weight_storage.stays_in_full(path, math.prod(shape)):
+        size = weight_storage.weight_nbytes(path, shape, kind, width) if path != name else 0
+        if streamed and weight_storage.is_quantizable(path, math.prod(shape)):
             host += size
         else:
             there += size
-    return there + min(host, round(FILLED * weight_storage.WINDOW)), host
+    return there + min(host, round(FILLED * weight_storage.WINDOW_BYTES)), host
 
 
 def _vae(info: Any) -> int:

@@ -19,7 +19,7 @@ class OptimizerStep:
 
     Args:
         config: the whole config.
-        step: what computes a batch's loss. Its adapter is attached and slim, and is flattened here.
+        step: what computes a batch's loss. Its adapter is attached; its parameters are flattened here.
         total: optimizer steps of the run, for the learning rate's schedule.
         say: takes a line for the person.
 
@@ -36,84 +36,85 @@ class OptimizerStep:
         groups = [(each.name, [each.weights] if whole else each.parameters) for each in self.flats]
         self.optimizer = optimizers.build(config.optimizer, groups)
         if whole:
-            flat_parameters.save_apart(self.optimizer, self.flats)
+            flat_parameters.save_per_parameter(self.optimizer, self.flats)
         parameters = [parameter for each in self.flats for parameter in each.parameters]
         self._blocks = compile.blocks(config, step.family, parameters, say)
-        record, line = cuda_graphs.recorder(config, step.family.device)
-        weights = [each.weights for each in self.flats]
-        self._replayed, self._finished = None, None
-        if record is not None:
-            self._replayed = cuda_graphs.Replayed(self._backward, weights, record, list(step.generators.values()))
+        capture, line = cuda_graphs.capturer(config, step.family.device)
+        weights, generators = [each.weights for each in self.flats], list(step.generators.values())
+        self._graphed_backward: cuda_graphs.GraphedBackward | None = None
+        self._graphed_step: cuda_graphs.GraphedOptimizerStep | None = None
+        if capture is not None:
+            self._graphed_backward = cuda_graphs.GraphedBackward(self._backward, weights, capture, generators)
             if config.optimizer.name in optimizers.CAPTURED:
-                self._finished = cuda_graphs.Finished(self._finish, self._held, record)
-                line += "; clipping and the optimizer another"
+                self._graphed_step = cuda_graphs.GraphedOptimizerStep(self._clip_and_step, self._step_state, capture)
+                line += ", and clipping with the optimizer step"
         if line:
             say(line)
 
     def __call__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Do step `number`, counted from 0: (mean loss of its batches, norm of the gradients before clipping)."""
         parts = self.config.train.gradient_accumulation_steps
-        on_device = self._finished is not None
+        on_device = self._graphed_step is not None
         optimizers.set_learning_rate(self.optimizer, self.config.optimizer, number, self.total, on_device=on_device)
         loss = torch.zeros((), device=self.step.family.device)
         for each in self.flats:
-            if not each.hold() and self._replayed is not None:
-                self._replayed.forget()
+            if not each.ensure_views() and self._graphed_backward is not None:
+                self._graphed_backward.discard_graphs()
             each.gradient.zero_()
         for part in range(parts):
             loss += self._pass(number * parts + part)
-        return loss, self._stepped()
+        return loss, self._optimizer_step()
 
-    def forget(self) -> bool:
-        """Give back the memory of all CUDA graphs; whether there were any. The next steps record anew."""
-        graphs = [each for each in (self._replayed, self._finished) if each is not None]
-        return sum(each.forget() for each in graphs) > 0
+    def discard_graphs(self) -> bool:
+        """Free all CUDA graphs; return whether there were any. The next steps capture anew."""
+        graphs = [each for each in (self._graphed_backward, self._graphed_step) if each is not None]
+        return sum(each.discard_graphs() for each in graphs) > 0
 
     def _pass(self, index: int) -> torch.Tensor:
         """Forward and backward of the `index`-th batch; its share of the step's loss."""
         if self._blocks is None:
-            return self._issued(index)
+            return self._run_pass(index)
         batch = self.step.batch(index)
         shape = batch.bucket, len(batch.entries)
-        with self._blocks.compiled(shape, lambda: self._computed(lambda: self.step.loss(index))):
-            return self._issued(index)
+        with self._blocks.compiled(shape, lambda: self._forward_backward(lambda: self.step.loss(index))):
+            return self._run_pass(index)
 
-    def _issued(self, index: int) -> torch.Tensor:
-        if self._replayed is not None:
+    def _run_pass(self, index: int) -> torch.Tensor:
+        if self._graphed_backward is not None:
             try:
                 with self.step.drawing():
-                    return self._replayed(lambda: self.step.begin(index))
-            except cuda_graphs.NotCaptured as problem:
-                self.say(f"no CUDA graph, steps are issued one operation at a time: {problem}")
-                self._replayed = None
-        return self._computed(lambda: self.step.loss(index))
+                    return self._graphed_backward(lambda: self.step.begin(index))
+            except cuda_graphs.CaptureFailed as problem:
+                self.say(f"CUDA graphs are off, training continues without them: {problem}")
+                self._graphed_backward = None
+        return self._forward_backward(lambda: self.step.loss(index))
 
     def _backward(self, batch: Any) -> torch.Tensor:
-        return self._computed(lambda: self.step.loss_of(batch))
+        return self._forward_backward(lambda: self.step.loss_of(batch))
 
-    def _computed(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with flat_parameters.computing(self.flats):
+    def _forward_backward(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with flat_parameters.half_precision_pass(self.flats):
             loss = compute() / self.config.train.gradient_accumulation_steps
             loss.backward()
         return loss.detach()
 
-    def _stepped(self) -> torch.Tensor:
+    def _optimizer_step(self) -> torch.Tensor:
         """Clip, and step the optimizer; the norm before."""
-        if self._finished is not None:
+        if self._graphed_step is not None:
             try:
-                return self._finished()
-            except cuda_graphs.NotCaptured as problem:
-                self.say(f"no CUDA graph of the optimizer's step, it is issued one operation at a time: {problem}")
-                self._finished = None
-        return self._finish()
+                return self._graphed_step()
+            except cuda_graphs.CaptureFailed as problem:
+                self.say(f"the optimizer step runs without a CUDA graph: {problem}")
+                self._graphed_step = None
+        return self._clip_and_step()
 
-    def _finish(self) -> torch.Tensor:
+    def _clip_and_step(self) -> torch.Tensor:
         norm = flat_parameters.clip(self.flats, self.config.train.max_grad_norm)
         optimizers.step(self.optimizer)
         return norm
 
-    def _held(self) -> list[torch.Tensor]:
-        """All that `_finish` reads and changes."""
+    def _step_state(self) -> list[torch.Tensor]:
+        """All tensors that `_clip_and_step` reads or changes."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return [tensor for each in self.flats for tensor in (each.weights, each.gradient)] + states + rates

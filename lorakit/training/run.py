@@ -153,7 +153,7 @@ def _fit(run: Run, load: Callable[[], Family], saved: Path | None) -> TrainingRe
         model.adapter.train(False)
         weights = model.adapter.weights()
         exports = run.export(weights, run.folder.adapter_name, ready.plan.steps)
-        model.optimizer_step.forget()
+        model.optimizer_step.discard_graphs()
         prompt, size = inputs.samples.prompts[0], (config.data.resolution, config.data.resolution)
         adapted = selfcheck.probe(family, prompt, size, inputs.samples.condition)
         model.adapter.detach()

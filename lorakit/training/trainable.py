@@ -56,7 +56,7 @@ def trainable(family: Family, inputs: Precomputed, ready: Preflight, say: Callab
     if config.train.init_from:
         adapter.load(formats.read(Path(config.train.init_from)))
         say(f"starting from the weights of {Path(config.train.init_from).name}")
-    adapters.slim(family, frugal=memory_estimate.frugal(config, family.device.type))
+    adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(config, family.device.type))
     blocks = memory_estimate.recomputed(config, ready.info, ready.plan.modules, family.device.type)
     devices.gradient_checkpointing(family, blocks, random=adapter.dropout > 0)
     loss_step = LossStep(family, adapter, inputs, config.train)

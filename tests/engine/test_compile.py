@@ -24,7 +24,9 @@ from lorakit import adapters, config
 from lorakit.engine import compile, cuda_graphs
 from lorakit.training import run as train
 
-COMPILED = re.compile(r"compiled the UNet's blocks for this batch shape in \d+ s; kept in (.+), so that the next run")
+COMPILED = re.compile(
+    r"compiled the UNet's blocks for this batch shape in \d+ s; the code is stored in (.+) for the next run"
+)
 
 
 def traced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +61,7 @@ class Small:
         )
         chosen = config.load(None, {"train.steps": 1, **{f"adapter.{name}": value for name, value in asked.items()}})
         adapter = adapters.attach(family, replace(chosen.adapter, rank=4), seed=0)
-        adapters.slim(family)
+        adapters.optimize_blocks(family)
         self.flat = adapters.flatten(family, adapter)[0]
         self.parameters, self.said = self.flat.parameters, list[str]()
         self.dtype, self.calls = dtype, 0
@@ -73,7 +75,7 @@ class Small:
 
             return call
 
-        self.blocks = compile.Blocks(self.unet, self.parameters, self.said.append, counted)
+        self.blocks = compile.CompiledBlocks(self.unet, self.parameters, self.said.append, counted)
 
     def step(self, batch: int = 2) -> torch.Tensor:
         draw = torch.Generator().manual_seed(batch)
@@ -163,14 +165,14 @@ def test_methods_and_convolutions_go_through(method: str, asked: dict[str, Any])
 def test_half_precision_is_as_near_as_its_rounding() -> None:
     small = Small(traced, dtype=torch.bfloat16)
     small.train()
-    small.blocks._allowed = compile.HALF
+    small.blocks._tolerance = compile.HALF
     without = small.found(by_compiled=False)
     assert_close(small.found(by_compiled=True), without, 0.2)
     assert COMPILED.match(small.said[0])
 
 
 def test_each_shape_is_tried_once_and_those_beyond_the_most_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     small, calls = Small(untouched), []
     for batch in (1, 2, 1, 3, 2):
         before = small.calls
@@ -179,7 +181,7 @@ def test_each_shape_is_tried_once_and_those_beyond_the_most_run_without(monkeypa
     assert calls == [8, 8, 4, 0, 4]
     assert [line.partition(" in ")[0] for line in small.said] == [
         *["compiled the UNet's blocks for this batch shape"] * 2,
-        "batches of further shapes go without: 2 are compiled",
+        "batches of further shapes run uncompiled: at most 2 are compiled",
     ]
 
 
@@ -217,7 +219,7 @@ def test_the_transformer_of_stable_diffusion_3_has_blocks_too() -> None:
         loss.backward()
         return loss.detach()
 
-    blocks = compile.Blocks(model, [weight], said.append, traced)
+    blocks = compile.CompiledBlocks(model, [weight], said.append, traced)
     step()
     without = weight.grad.clone()
     weight.grad.zero_()
@@ -258,7 +260,11 @@ def fails(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [(stops_gradients, "its loss is off by 0.0e+00"), (is_off, "its loss is off by"), (fails, "no compiler for this")],
+    [
+        (stops_gradients, "its loss differs by 0.0e+00"),
+        (is_off, "its loss differs by"),
+        (fails, "no compiler for this"),
+    ],
 )
 def test_what_is_not_right_is_not_used(compiler: compile.Compiler, reason: str) -> None:
     small = Small(compiler)
@@ -267,7 +273,7 @@ def test_what_is_not_right_is_not_used(compiler: compile.Compiler, reason: str) 
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(small.found(by_compiled=True), without, strict=True))
     (line,) = small.said
-    assert line.startswith(f"the UNet's blocks are not compiled, the run goes on without: {reason}")
+    assert line.startswith(f"the UNet's blocks are not compiled, training continues without: {reason}")
     assert "\n" not in line and torch.equal(small.flat.weights, weights)
 
 
@@ -289,7 +295,9 @@ def test_without_a_compiler_on_the_machine_the_run_goes_on() -> None:
         found = small.found(by_compiled=True)
     assert all(torch.equal(a, b) for a, b in zip(found, without, strict=True))
     (line,) = small.said
-    assert line.startswith("the UNet's blocks are not compiled, the run goes on without: ") and "C++ compiler" in line
+    assert (
+        line.startswith("the UNet's blocks are not compiled, training continues without: ") and "C++ compiler" in line
+    )
 
 
 chosen = partial(short_run.chosen, steps=4)
@@ -316,7 +324,7 @@ def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
     asked: dict[str, Any] = {"adapter__train_text_encoder": True, "train__prior": "teacher"}
     plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", **asked)).adapter)
     monkeypatch.setattr(compile, "inductor", watched)
-    monkeypatch.setattr(cuda_graphs, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **asked))
     found = load_file(result.adapter)
     assert plain.keys() == found.keys() and all(torch.equal(plain[name], found[name]) for name in plain)
@@ -324,7 +332,7 @@ def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
     assert calls == [True] * (6 * 12)
     log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
     assert log.count("compiled the UNet's blocks for this batch shape in ") == 2
-    assert log.count("batches of further shapes go without: 2 are compiled") == 1
+    assert log.count("batches of further shapes run uncompiled: at most 2 are compiled") == 1
     assert "a CPU compiles for minutes" in log
 
 
@@ -347,7 +355,7 @@ def test_on_a_card_compiled_blocks_go_into_the_graph(
     result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **asked))
     log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
     assert log.count("compiled the UNet's blocks for this batch shape in ") == 2
-    assert "no CUDA graph" not in log
+    assert "CUDA graphs are off" not in log and "without a CUDA graph" not in log
     found = load_file(result.adapter)
     assert plain.keys() == found.keys()
     for name, tensor in plain.items():

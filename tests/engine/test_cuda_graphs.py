@@ -1,6 +1,6 @@
 """A step by replay gives what the step gives; where it cannot, it is not used.
 
-Without a CUDA device a stand-in takes the graph's place: it computes anew from the tensors that it was recorded with.
+Without a CUDA device a stand-in takes the graph's place: it computes anew from the tensors that it was captured with.
 """
 
 import json
@@ -55,12 +55,12 @@ def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = t
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(device).manual_seed(len(name)))
-    adapters.slim(family, frugal=memory_estimate.frugal(settings, device))
+    adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(settings, device))
     devices.gradient_checkpointing(family, memory_estimate.recomputed(settings, info, {}, device))
     return step, adapter
 
 
-def both(step: LossStep, adapter: Any, record: cuda_graphs.Record, batches: int = 5) -> Any:
+def both(step: LossStep, adapter: Any, capture: cuda_graphs.Capture, batches: int = 5) -> Any:
     """For each batch: (loss and gradients without, the same by replay)."""
     parameters = list(adapter.parameters().values())
 
@@ -71,11 +71,11 @@ def both(step: LossStep, adapter: Any, record: cuda_graphs.Record, batches: int 
 
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    replayed = cuda_graphs.Replayed(backward, parameters, record, list(step.generators.values()))
+    graphed = cuda_graphs.GraphedBackward(backward, parameters, capture, list(step.generators.values()))
     for index in range(batches):
         found = []
         begin = partial(step.begin, index)
-        for way in (lambda begin=begin: backward(begin()), lambda begin=begin: replayed(begin)):
+        for way in (lambda begin=begin: backward(begin()), lambda begin=begin: graphed(begin)):
             torch._foreach_zero_([parameter.grad for parameter in parameters])
             found.append([way().clone(), *(parameter.grad.clone() for parameter in parameters)])
         yield found
@@ -87,8 +87,8 @@ def test_replays_follow_each_batch_to_the_bit(tiny_sd1, photos, tmp_path, monkey
     extra = {"train__class_images": 3} if prior == "images" else {}
     step, adapter = step_of(chosen(tiny_sd1, photos, tmp_path, train__prior=prior, **extra))
     losses = set()
-    for without, replayed in both(step, adapter, stand_in):
-        assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+    for without, graphed in both(step, adapter, stand_in):
+        assert all(torch.equal(a, b) for a, b in zip(without, graphed, strict=True))
         losses.add(without[0].item())
     assert len(losses) == 5
 
@@ -99,14 +99,14 @@ SAVING = [{}, {"memory__gradient_checkpointing": True}, {"memory__base_storage":
 @pytest.mark.parametrize("saving", SAVING[1:])
 def test_what_saves_memory_is_replayed_too(tiny_sd1, photos, tmp_path, saving):
     settings = chosen(tiny_sd1, photos, tmp_path, **saving)
-    for without, replayed in both(*step_of(settings), stand_in, 3):
-        assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+    for without, graphed in both(*step_of(settings), stand_in, 3):
+        assert all(torch.equal(a, b) for a, b in zip(without, graphed, strict=True))
 
 
 def test_sdxls_sizes_and_pooled_texts_are_among_what_is_copied(tiny_sdxl, photos, tmp_path):
     step, adapter = step_of(chosen(tiny_sdxl, photos, tmp_path))
-    for without, replayed in both(step, adapter, stand_in, 3):
-        assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+    for without, graphed in both(step, adapter, stand_in, 3):
+        assert all(torch.equal(a, b) for a, b in zip(without, graphed, strict=True))
 
 
 RUNS = [
@@ -126,9 +126,9 @@ def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, cha
         return load_file(result.adapter) | load_file(saved / "optimizer.safetensors"), state["optimizer"]
 
     plain, state = run("plain")
-    monkeypatch.setattr(cuda_graphs, "recorder", lambda *given: (stand_in, "by replay"))
-    replayed, other = run("replayed")
-    assert plain.keys() == replayed.keys() and all(torch.equal(plain[name], replayed[name]) for name in plain)
+    monkeypatch.setattr(cuda_graphs, "capturer", lambda *given: (stand_in, "by replay"))
+    graphed, other = run("graphed")
+    assert plain.keys() == graphed.keys() and all(torch.equal(plain[name], graphed[name]) for name in plain)
     assert state == other  # the learning rate too, which was a tensor meanwhile
 
 
@@ -143,22 +143,21 @@ def fails(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
 
 
 @pytest.mark.parametrize(
-    ("record", "steps", "line"),
+    ("capture", "steps", "line"),
     [
-        (fails, 2, "no CUDA graph, steps are issued one operation at a time: operation not permitted"),
+        (fails, 2, "CUDA graphs are off, training continues without them: operation not permitted"),
         (
             stale_finish,
             4,
-            "no CUDA graph of the optimizer's step, it is issued one operation at a time: a step by replay has other "
-            "bits",
+            "the optimizer step runs without a CUDA graph: the replayed optimizer step gives other bits",
         ),
     ],
 )
 def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(
-    tiny_sd1, photos, tmp_path, monkeypatch, record, steps, line
+    tiny_sd1, photos, tmp_path, monkeypatch, capture, steps, line
 ):
     plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", train__steps=steps)).adapter)
-    monkeypatch.setattr(cuda_graphs, "recorder", lambda *given: (record, "by replay"))
+    monkeypatch.setattr(cuda_graphs, "capturer", lambda *given: (capture, "by replay"))
     result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", train__steps=steps))
     found = load_file(result.adapter)
     assert all(torch.equal(plain[name], found[name]) for name in plain)
@@ -167,22 +166,24 @@ def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(
 
 
 def test_an_optimizers_step_is_recorded_anew_where_another_state_was_loaded():
-    held, recorded = [torch.zeros(3)], []
+    held, captured = [torch.zeros(3)], []
 
     def finish() -> torch.Tensor:
         return held[0].add_(1)
 
-    finished = cuda_graphs.Finished(finish, lambda: held, lambda compute, _: recorded.append(compute) or compute)
+    finished = cuda_graphs.GraphedOptimizerStep(
+        finish, lambda: held, lambda compute, _: captured.append(compute) or compute
+    )
     for _ in range(3):
         finished()
-    assert len(recorded) == 1 and held[0].tolist() == [3, 3, 3]
+    assert len(captured) == 1 and held[0].tolist() == [3, 3, 3]
     held[0] = torch.full((3,), 7.0)
     for _ in range(2):
         finished()
-    assert len(recorded) == 2 and held[0].tolist() == [9, 9, 9]
+    assert len(captured) == 2 and held[0].tolist() == [9, 9, 9]
 
 
-def test_a_graph_that_does_not_repeat_the_step_is_not_believed():
+def test_a_graph_that_does_not_repeat_the_step_is_rejected():
     weight = torch.nn.Parameter(torch.ones(3))
 
     def backward(row: Row) -> torch.Tensor:
@@ -195,85 +196,86 @@ def test_a_graph_that_does_not_repeat_the_step_is_not_believed():
         return lambda: torch.tensor(6.0)
 
     weight.grad = torch.tensor([1.0, 2.0, 3.0])
-    with pytest.raises(cuda_graphs.NotCaptured, match="gradients by"):
-        cuda_graphs.Replayed(backward, [weight], stale)(lambda: Row(torch.tensor([1.0, 2.0, 3.0])))
+    with pytest.raises(cuda_graphs.CaptureFailed, match="gradients by"):
+        cuda_graphs.GraphedBackward(backward, [weight], stale)(lambda: Row(torch.tensor([1.0, 2.0, 3.0])))
     assert weight.grad.tolist() == [1.0, 2.0, 3.0]
 
 
 def test_memory_that_moved_is_recorded_anew():
-    weight, recorded = torch.nn.Parameter(torch.ones(3)), []
+    weight, captured = torch.nn.Parameter(torch.ones(3)), []
 
     def backward(row: Row) -> torch.Tensor:
         loss = (weight * row.values).sum()
         loss.backward()
         return loss.detach()
 
-    def record(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
-        recorded.append(compute)
+    def capture(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
+        captured.append(compute)
         return compute
 
-    replayed = cuda_graphs.Replayed(backward, [weight], record)
+    graphed = cuda_graphs.GraphedBackward(backward, [weight], capture)
     for _ in range(2):
-        replayed(lambda: Row(torch.ones(3)))
-    assert len(recorded) == 1
+        graphed(lambda: Row(torch.ones(3)))
+    assert len(captured) == 1
     weight.data = weight.data.clone()
-    replayed(lambda: Row(torch.ones(3)))
-    assert len(recorded) == 2 and weight.grad.tolist() == [3.0, 3.0, 3.0]
+    graphed(lambda: Row(torch.ones(3)))
+    assert len(captured) == 2 and weight.grad.tolist() == [3.0, 3.0, 3.0]
 
 
 def test_shapes_beyond_the_most_run_without(monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "MOST", 1)
-    weight, recorded = torch.nn.Parameter(torch.ones(1)), []
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 1)
+    weight, captured = torch.nn.Parameter(torch.ones(1)), []
 
     def backward(row: Row) -> torch.Tensor:
         loss = (weight * row.values).sum()
         loss.backward()
         return loss.detach()
 
-    replayed = cuda_graphs.Replayed(backward, [weight], lambda compute, _: recorded.append(compute) or compute)
-    assert [replayed(lambda n=n: Row(torch.ones(n))).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3]
-    assert len(recorded) == 1
+    graphed = cuda_graphs.GraphedBackward(backward, [weight], lambda compute, _: captured.append(compute) or compute)
+    assert [graphed(lambda n=n: Row(torch.ones(n))).item() for n in (1, 2, 1, 3)] == [1, 2, 1, 3]
+    assert len(captured) == 1
 
 
 def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatch):
     """Recorded anew afterwards, with the results that there would have been."""
-    recorded: list[Any] = []
+    captured: list[Any] = []
 
-    def record(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
-        recorded.append(compute)
+    def capture(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
+        captured.append(compute)
         return compute
 
     settings = chosen(tiny_sd1, photos, tmp_path)
     found = []
-    for forgets in (False, True):
-        monkeypatch.setattr(cuda_graphs, "recorder", lambda *_: (record, ""))
+    for discards in (False, True):
+        monkeypatch.setattr(cuda_graphs, "capturer", lambda *_: (capture, ""))
         step, _ = step_of(settings)
         update = OptimizerStep(settings, step, 6, print)
-        assert update.forget() is False
-        recorded.clear()
+        assert update.discard_graphs() is False
+        captured.clear()
         for _ in range(2):  # the optimizer's first step makes its state
             update(0)
-        assert len(recorded) == 2
-        assert not forgets or update.forget() is True
+        assert len(captured) == 2
+        assert not discards or update.discard_graphs() is True
         update(0)
-        assert len(recorded) == 2 * (1 + forgets)
+        assert len(captured) == 2 * (1 + discards)
         found.append(update.flats[0].weights.detach().clone())
     assert torch.equal(*found)
-    monkeypatch.setattr(cuda_graphs, "recorder", lambda *_: (None, ""))
-    assert OptimizerStep(settings, step_of(settings)[0], 6, print).forget() is False
+    monkeypatch.setattr(cuda_graphs, "capturer", lambda *_: (None, ""))
+    assert OptimizerStep(settings, step_of(settings)[0], 6, print).discard_graphs() is False
 
 
 def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
     settings, cuda = chosen(tiny_sd1, photos, tmp_path), torch.device("cuda")
-    assert cuda_graphs.recorder(settings, torch.device("cpu")) == (None, "")
+    assert cuda_graphs.capturer(settings, torch.device("cpu")) == (None, "")
     for section, change, reason in (
-        ("memory", {"stream_base": True}, "copied to the card as they are needed"),
-        ("memory", {"gradient_checkpointing": True}, "drawn once more for gradient checkpointing"),
+        ("memory", {"stream_base": True}, "memory.stream_base copies weights during the step"),
+        ("memory", {"gradient_checkpointing": True}, "dropout would draw different numbers on replay"),
     ):
         changed = replace(settings, **{section: replace(getattr(settings, section), **change)})
         changed = replace(changed, adapter=replace(changed.adapter, dropout=0.1))
-        record, line = cuda_graphs.recorder(changed, cuda)
-        assert record is None and line.startswith("steps are issued one operation at a time: ") and reason in line
+        capture, line = cuda_graphs.capturer(changed, cuda)
+        assert capture is None and line.startswith("CUDA graphs are off: ") and reason in line
+        assert line.endswith("Training is correct, only slower.")
 
 
 @pytest.mark.gpu
@@ -282,12 +284,12 @@ def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
 @pytest.mark.parametrize("saving", SAVING)
 def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtype, saving):
     settings = chosen(tiny_sd1, photos, tmp_path, memory__device="cuda", **saving)
-    record, line = cuda_graphs.recorder(settings, torch.device("cuda"))
-    assert record is not None and "CUDA graph" in line
+    capture, line = cuda_graphs.capturer(settings, torch.device("cuda"))
+    assert capture is not None and "CUDA graph" in line
     step, adapter = step_of(settings, "cuda", dtype)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        for without, replayed in both(step, adapter, record):
-            assert all(torch.equal(a, b) for a, b in zip(without, replayed, strict=True))
+        for without, graphed in both(step, adapter, capture):
+            assert all(torch.equal(a, b) for a, b in zip(without, graphed, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)

@@ -182,7 +182,7 @@ def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: in
         adapter.train(True)
         for parameter in adapter.parameters().values():
             parameter.data.fill_(0.01)
-        adapters.slim(family)
+        adapters.optimize_blocks(family)
         runs: Counter[str] = Counter()
         paths = {path for path, _ in family.unet.named_modules() if memory_estimate.BLOCK.fullmatch(path)}
         for path in paths:

@@ -27,17 +27,22 @@ def gradients(step: int, like: list[Any]) -> list[torch.Tensor]:
     return [torch.randn(tensor.shape, generator=draw) for tensor in like]
 
 
-def flats(apart: list[torch.nn.Parameter]) -> list[flat_parameters.Flat]:
+def flats(apart: list[torch.nn.Parameter]) -> list[flat_parameters.FlatParameters]:
     """The first three in a group, the rest in another."""
     nothing = torch.nn.Module()
-    return [flat_parameters.Flat("unet", apart[:3], nothing), flat_parameters.Flat("text_encoder", apart[3:], nothing)]
+    return [
+        flat_parameters.FlatParameters("unet", apart[:3], nothing),
+        flat_parameters.FlatParameters("text_encoder", apart[3:], nothing),
+    ]
 
 
-def together(name: str, apart: list[torch.nn.Parameter]) -> tuple[list[flat_parameters.Flat], torch.optim.Optimizer]:
+def together(
+    name: str, apart: list[torch.nn.Parameter]
+) -> tuple[list[flat_parameters.FlatParameters], torch.optim.Optimizer]:
     made = flats(apart)
     rates = OptimizerConfig(name=name, learning_rate=1e-2, text_encoder_learning_rate=1e-3, weight_decay=0.1)
     optimizer = optimizers.build(rates, [(each.name, [each.weights]) for each in made])
-    flat_parameters.save_apart(optimizer, made)
+    flat_parameters.save_per_parameter(optimizer, made)
     return made, optimizer
 
 
@@ -92,7 +97,7 @@ def test_a_saved_state_goes_on_to_the_bit_whoever_saved_it(name: str, make: Any,
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
     # What lies between the parameters has no part in it.
     for each in made:
-        assert torch.equal(each.together(each.apart(each.weights)), each.weights.detach())
+        assert torch.equal(each.join(each.split(each.weights)), each.weights.detach())
 
 
 @pytest.mark.parametrize("most", [0.0, 1.0, 1e6])
@@ -110,7 +115,7 @@ def test_gradients_are_clipped_as_torch_does(most: float) -> None:
 
 
 def test_the_norm_of_twenty_million_numbers_is_right() -> None:
-    many = flat_parameters.Flat("unet", [torch.nn.Parameter(torch.zeros(20_000_000))], torch.nn.Module())
+    many = flat_parameters.FlatParameters("unet", [torch.nn.Parameter(torch.zeros(20_000_000))], torch.nn.Module())
     many.gradient.normal_(generator=torch.Generator().manual_seed(0)).mul_(1e-4)
     exact = torch.linalg.vector_norm(many.gradient, dtype=torch.float64).item()
     assert flat_parameters.norm([many]).item() == pytest.approx(exact, rel=1e-6)
@@ -128,11 +133,11 @@ def test_a_gradient_that_is_not_finite_is_seen() -> None:
 def test_parameters_that_somebody_moved_are_taken_back() -> None:
     apart = parameters()
     made = flats(apart)
-    assert all(each.hold() for each in made)
+    assert all(each.ensure_views() for each in made)
     for parameter in apart:
         parameter.data, parameter.grad = parameter.data.clone() + 1, None
     moved = [p.detach().clone() for p in apart]
-    assert [each.hold() for each in made] == [False, False] and all(each.hold() for each in made)
+    assert [each.ensure_views() for each in made] == [False, False] and all(each.ensure_views() for each in made)
     for each in made:
         each.weights.detach().mul_(2)
     assert all(torch.equal(p, 2 * before) for p, before in zip(apart, moved, strict=True))
@@ -146,7 +151,7 @@ def attached(target: Any, config: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     family = families.load(families.describe(target), "cpu", dtype)
     adapter = adapters.attach(family, config, seed=0, trigger="sks")
     randomize(adapter)
-    adapters.slim(family)
+    adapters.optimize_blocks(family)
     return family, adapter
 
 
@@ -177,7 +182,7 @@ def test_an_adapters_gradients_and_what_it_shows_stay(method: str, more: Any, ba
     assert torch.equal(predict(family), predict(plain))
     for _ in range(2):
         backward(plain)
-        with flat_parameters.computing(made):
+        with flat_parameters.half_precision_pass(made):
             backward(family)
     assert all(torch.equal(a, b) for a, b in zip(found(adapter), found(other), strict=True))
     state = adapter.state()
@@ -199,16 +204,16 @@ def test_in_half_precision_gradients_are_those_by_autograd(
     plain, other = attached(tiny_sd1, config, dtype)
     family, adapter = attached(tiny_sd1, config, dtype)
     made = adapters.flatten(family, adapter)
-    kinds = {type(layer.place) for layer in family.unet.modules() if isinstance(layer, fused_lora.FusedLinear)}
-    assert kinds == {fused_lora.Place}
-    groups = [m.group for m in family.unet.modules() if isinstance(m, fused_blocks.LeanAttention)]
-    assert groups and all(group.place is not None and group.holds() for group in groups)
+    kinds = {type(layer.half_copies) for layer in family.unet.modules() if isinstance(layer, fused_lora.FusedLinear)}
+    assert kinds == {fused_lora.HalfCopies}
+    groups = [m.fused_qkv for m in family.unet.modules() if isinstance(m, fused_blocks.FusedAttention)]
+    assert groups and all(group.half_copies is not None and group.holds() for group in groups)
     for _ in range(2):
         with torch.no_grad():  # as an optimizer would: copies of before must not be used
             for weights in [*other.parameters().values(), *(each.weights for each in made)]:
                 weights.mul_(0.5)
         backward(plain)
-        with flat_parameters.computing(made):
+        with flat_parameters.half_precision_pass(made):
             backward(family)
         assert torch.equal(predict(family), predict(plain))
     for name, mine, theirs in zip(adapter.parameters(), found(adapter), found(other), strict=True):

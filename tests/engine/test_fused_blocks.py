@@ -28,7 +28,7 @@ def outcome(unet: Any, parameters: dict[str, torch.Tensor], dtype: torch.dtype) 
 
 
 def pair(folder: Any, dtype: torch.dtype, alpha: float = 2.0) -> tuple[Any, Any, Any]:
-    """(our slim UNet, its adapter, PEFT's UNet) with the same weights, B not zero."""
+    """(our optimized UNet, its adapter, PEFT's UNet) with the same weights, B not zero."""
     family = families.load(families.describe(folder), "cpu", dtype)
     adapter = adapters.attach(family, LoraConfig(rank=4, alpha=alpha), seed=0)
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet").to(dtype).eval().requires_grad_(False)
@@ -57,11 +57,11 @@ def peft_parameters(unet: Any, names: list[str]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("alpha", [4.0, 2.0])
-def test_a_slim_unet_predicts_and_learns_as_pefts(tiny_sd1: Any, alpha: float) -> None:
+def test_an_optimized_unet_predicts_and_learns_as_pefts(tiny_sd1: Any, alpha: float) -> None:
     family, adapter, theirs = pair(tiny_sd1, torch.float32, alpha)
-    fused_blocks.slim(family.unet)
+    fused_blocks.optimize_blocks(family.unet)
     kinds = {type(module) for module in family.unet.modules()}
-    assert fused_blocks.LeanAttention in kinds and fused_blocks.LeanResnet in kinds
+    assert fused_blocks.FusedAttention in kinds and fused_blocks.FusedResnet in kinds
     mine, expected = adapter.parameters(), peft_parameters(theirs, list(adapter.parameters()))
     (a, own), (b, other) = outcome(family.unet, mine, torch.float32), outcome(theirs, expected, torch.float32)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -72,7 +72,7 @@ def test_a_slim_unet_predicts_and_learns_as_pefts(tiny_sd1: Any, alpha: float) -
 def test_in_bfloat16_the_gradients_are_float32_and_near(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.bfloat16)
     full, wanted, _ = pair(tiny_sd1, torch.float32)
-    fused_blocks.slim(family.unet)
+    fused_blocks.optimize_blocks(family.unet)
     _, own = outcome(family.unet, adapter.parameters(), torch.bfloat16)
     _, other = outcome(full.unet, wanted.parameters(), torch.float32)
     assert {gradient.dtype for gradient in own.values()} == {torch.float32}
@@ -83,7 +83,7 @@ def test_in_bfloat16_the_gradients_are_float32_and_near(tiny_sd1: Any) -> None:
 def test_switched_off_it_is_the_base_and_detached_it_leaves_nothing(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.float32)
     plain = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
-    fused_blocks.slim(family.unet)
+    fused_blocks.optimize_blocks(family.unet)
     with torch.no_grad():
         expected = plain.unet(*inputs(), return_dict=False)[0]
         with adapter.disabled():
@@ -96,7 +96,7 @@ def test_switched_off_it_is_the_base_and_detached_it_leaves_nothing(tiny_sd1: An
 
 def test_shared_tensors_follow_the_optimizer_and_a_restored_state(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.float32)
-    fused_blocks.slim(family.unet)
+    fused_blocks.optimize_blocks(family.unet)
     state = adapter.state()
     with torch.no_grad():
         before = family.unet(*inputs(), return_dict=False)[0]
@@ -109,7 +109,7 @@ def test_shared_tensors_follow_the_optimizer_and_a_restored_state(tiny_sd1: Any)
 
 def test_a_layer_given_another_weight_is_asked_by_itself(tiny_sd1: Any) -> None:
     family, adapter, theirs = pair(tiny_sd1, torch.float32)
-    fused_blocks.slim(family.unet)
+    fused_blocks.optimize_blocks(family.unet)
     name = next(name for name in adapter.parameters() if "attn1.to_q.down" in name)
     path = name.removeprefix("unet.").removesuffix(".down")
     matrix = family.unet.get_submodule(path).lora_A["default"]
@@ -126,7 +126,7 @@ def test_dropout_is_left_to_peft(tiny_sd1: Any) -> None:
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):
             parameter.data.fill_(0.1)
-    fused_blocks.slim(family.unet)
+    fused_blocks.optimize_blocks(family.unet)
     adapter.train(True)
     with torch.no_grad():
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The lean forward and backward against PEFT's own, which they replace."""
+"""The fused forward and backward against PEFT's own, which they replace."""
 
 from collections.abc import Callable
 from typing import Any

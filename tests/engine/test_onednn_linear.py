@@ -18,7 +18,7 @@ def layer(bias: bool = True) -> nn.Linear:
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (1, 24), (0, 24)])
 def test_a_quick_layer_and_its_gradient_are_torchs(bias: bool, shape: tuple[int, ...]) -> None:
     own, quick = layer(bias), layer(bias)
-    onednn_linear.quicken(quick)
+    onednn_linear.use_onednn_linear(quick)
     assert isinstance(quick, onednn_linear.FrozenLinear)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     outcomes = []
@@ -43,7 +43,7 @@ def test_inputs_that_lie_crosswise_in_memory_are_no_obstacle() -> None:
 
 def test_a_layer_whose_weight_is_trained_keeps_torchs_gradients() -> None:
     quick = layer().requires_grad_(True)
-    onednn_linear.quicken(quick)
+    onednn_linear.use_onednn_linear(quick)
     quick(torch.ones(2, 24)).sum().backward()
     assert quick.weight.grad is not None and torch.equal(quick.weight.grad, torch.full((40, 24), 2.0))
 
@@ -53,7 +53,7 @@ def test_other_precisions_are_left_to_torch(dtype: torch.dtype) -> None:
     module = layer().to(dtype)
     x = torch.randn(3, 24, dtype=dtype)
     assert torch.equal(onednn_linear.linear(x, module.weight, module.bias), module(x))
-    onednn_linear.quicken(module)
+    onednn_linear.use_onednn_linear(module)
     assert type(module) is nn.Linear
 
 
@@ -67,6 +67,6 @@ def test_without_onednn_torchs_own_product_is_taken(monkeypatch: pytest.MonkeyPa
 def test_a_quick_model_is_copied_and_saved_as_any_other() -> None:
     quick = nn.Sequential(layer())
     names = list(quick.state_dict())
-    onednn_linear.quicken(quick)
+    onednn_linear.use_onednn_linear(quick)
     x = torch.randn(3, 24)
     assert torch.equal(copy.deepcopy(quick)(x), quick(x)) and list(quick.state_dict()) == names

@@ -49,9 +49,9 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, ...]) -> None:
     weight = normal(*shape)
     codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     ours = quantized_weight.quantize(weight, "nf4")
-    assert torch.equal(ours.codes, codes.flatten())
+    assert torch.equal(ours.qdata, codes.flatten())
     assert torch.equal(ours.scales.flatten(), state.absmax)
-    assert torch.equal(ours.whole(), functional.dequantize_4bit(codes, state))
+    assert torch.equal(ours.dequantize(), functional.dequantize_4bit(codes, state))
 
 
 def test_int8_is_that_of_bitsandbytes() -> None:
@@ -61,15 +61,15 @@ def test_int8_is_that_of_bitsandbytes() -> None:
     ours = quantized_weight.quantize(weight.float(), "int8")
     torch.testing.assert_close(ours.scales.flatten(), largest / 127)
     # It divides in float16, so that a value between two codes may fall to the other one.
-    assert (ours.codes.int() - codes.int()).abs().max() <= 1
-    assert (ours.codes != codes).float().mean() < 0.01
+    assert (ours.qdata.int() - codes.int()).abs().max() <= 1
+    assert (ours.qdata != codes).float().mean() < 0.01
 
 
 def test_int8_by_hand() -> None:
     weight = torch.tensor([[1.27, -0.64, 0.004], [0.0, 0.0, 0.0]])
     made = quantized_weight.quantize(weight, "int8")
-    assert made.codes.tolist() == [[127, -64, 0], [0, 0, 0]]
-    torch.testing.assert_close(made.whole(), torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]]))
+    assert made.qdata.tolist() == [[127, -64, 0], [0, 0, 0]]
+    torch.testing.assert_close(made.dequantize(), torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]]))
 
 
 def test_nf4_by_hand() -> None:
@@ -77,12 +77,12 @@ def test_nf4_by_hand() -> None:
     weight = torch.zeros(2, 64)
     weight[0, :4] = torch.tensor([-2.0, 2.0, 0.6, 1.5])
     made = quantized_weight.quantize(weight, "nf4")
-    assert made.codes[:2].tolist() == [0x0F, 0xBE]
-    assert made.codes.shape == (64,)
+    assert made.qdata[:2].tolist() == [0x0F, 0xBE]
+    assert made.qdata.shape == (64,)
     assert made.scales.tolist() == [[2.0], [0.0]]
     expected = torch.zeros(2, 64)
     expected[0, :4] = torch.tensor([-2.0, 2.0, 2 * quantized_weight.NF4[11], 2 * quantized_weight.NF4[14]])
-    assert torch.equal(made.whole(), expected)
+    assert torch.equal(made.dequantize(), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,10 +91,10 @@ def test_error_and_size_are_what_is_said(kind: str, dtype: torch.dtype) -> None:
     weight = normal(320, 64, 3, 3, dtype=dtype)
     made = quantized_weight.quantize(weight, kind)
     low, high = ERROR[kind]
-    assert low < relative(made.whole(), weight) < high
+    assert low < relative(made.dequantize(), weight) < high
     assert (made.shape, made.dtype, made.device) == (weight.shape, dtype, weight.device)
     scale_bytes = weight.element_size() * (320 if kind == "int8" else weight.numel() // 64)
-    assert made.stored == weight.numel() // (1 if kind == "int8" else 2) + scale_bytes
+    assert made.storage_nbytes == weight.numel() // (1 if kind == "int8" else 2) + scale_bytes
 
 
 def test_nf4_of_part_of_a_block_is_an_error() -> None:
@@ -125,7 +125,7 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
     layer.requires_grad_(False)
     small = copy.deepcopy(layer)
     quantized_weight.store_layers(small, kind, "cpu")
-    layer.weight.copy_(small.weight.whole())  # type: ignore[operator]
+    layer.weight.copy_(small.weight.dequantize())  # type: ignore[operator]
     saved: list[torch.Tensor] = []
     results = []
     for module in (small, layer):
@@ -137,7 +137,7 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
         results.append((output.detach(), leaf.grad))
         if module is small:
             kinds = [type(t) for t in saved if t.shape in (layer.weight.shape, layer.weight.shape[::-1])]
-            assert kinds == [quantized_weight.StoredWeight]
+            assert kinds == [quantized_weight.QuantizedWeight]
     for found, right in zip(*results, strict=True):
         assert torch.equal(found, right)
 
@@ -146,20 +146,20 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
 def test_it_moves_and_copies_with_its_module(kind: str) -> None:
     layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
     quantized_weight.store_layers(layer, kind, "cpu")
-    whole = layer[0].weight.whole()
+    whole = layer[0].weight.dequantize()
     twin = copy.deepcopy(layer)
-    assert torch.equal(twin[0].weight.whole(), whole)
-    assert torch.equal(layer.to("cpu")[0].weight.whole(), whole)
+    assert torch.equal(twin[0].weight.dequantize(), whole)
+    assert torch.equal(layer.to("cpu")[0].weight.dequantize(), whole)
     assert isinstance(layer[0].weight, nn.Parameter) and not layer[0].weight.requires_grad
-    assert repr(layer[0].weight) == f"StoredWeight({kind}, (64, 64), torch.float32, cpu)"
+    assert repr(layer[0].weight) == f"QuantizedWeight({kind}, (64, 64), torch.float32, cpu)"
     assert type(layer[0].weight.to(torch.bfloat16)) is torch.Tensor
     twin.to("meta")
-    assert twin[0].weight.codes.device.type == "meta"
+    assert twin[0].weight.qdata.device.type == "meta"
 
 
 def test_it_is_made_whole_wherever_an_operation_takes_it() -> None:
     weight, other = quantized_weight.quantize(normal(64, 64), "int8"), normal(64, 64)
-    whole = weight.whole()
+    whole = weight.dequantize()
     assert torch.equal(torch.stack([weight, other, weight]), torch.stack([whole, other, whole]))
     assert torch.equal(torch.addmm(other, weight, other, beta=2), torch.addmm(other, whole, other, beta=2))
     assert torch.equal(torch.where(other > 0, weight, other), torch.where(other > 0, whole, other))
@@ -196,21 +196,21 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
     left = {
         path.partition(".")[0]
         for path, layer in small.unet.named_modules()
-        if isinstance(layer, KINDS_OF_LAYER) and not isinstance(layer.weight, quantized_weight.StoredWeight)
+        if isinstance(layer, KINDS_OF_LAYER) and not isinstance(layer.weight, quantized_weight.QuantizedWeight)
     }
-    assert left == set(weight_storage.IN_FULL) & {
+    assert left == set(weight_storage.UNQUANTIZED_LAYERS) & {
         path for path, child in small.unet.named_children() if list(child.parameters())
     }
     others = [*small.vae.parameters(), *(p for e in small.text_encoders.values() for p in e.parameters())]
-    assert not any(isinstance(parameter, quantized_weight.StoredWeight) for parameter in others)
+    assert not any(isinstance(parameter, quantized_weight.QuantizedWeight) for parameter in others)
     assert not any(parameter.requires_grad for parameter in small.unet.parameters())
     with torch.no_grad():
         error = relative(predict(small), predict(full))
     assert 0 < error < {"int8": 0.02, "nf4": 0.35}[kind]
     weights = {path: layer.weight for path, layer in small.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
     rest = sum(p.nbytes for path, p in small.unet.named_parameters() if path.removesuffix(".weight") not in weights)
-    predicted = sum(weight_storage.size_of(path, weight.shape, kind, 4) for path, weight in weights.items())
-    assert quantized_weight.stored_bytes(small.unet) == predicted + rest
+    predicted = sum(weight_storage.weight_nbytes(path, weight.shape, kind, 4) for path, weight in weights.items())
+    assert quantized_weight.storage_nbytes(small.unet) == predicted + rest
     assert predicted < 0.4 * sum(weight.numel() * 4 for weight in weights.values())
 
 
@@ -221,8 +221,8 @@ def test_an_adapter_learns_on_it_as_on_its_whole_weights(tiny_sd1: Path, kind: s
     small, plain = load(tiny_sd1, kind), load(tiny_sd1, "full")
     with torch.no_grad():
         for place, parameter in small.unet.named_parameters():
-            if isinstance(parameter, quantized_weight.StoredWeight):
-                plain.unet.get_parameter(place).copy_(parameter.whole())
+            if isinstance(parameter, quantized_weight.QuantizedWeight):
+                plain.unet.get_parameter(place).copy_(parameter.dequantize())
     on_small, on_plain = adapters.attach(small, config), adapters.attach(plain, config)
     gradients = []
     for family, adapter, checkpointing in ((small, on_small, False), (small, on_small, True), (plain, on_plain, False)):
@@ -252,9 +252,9 @@ def test_peft_cannot_fuse_into_it(tiny_sd1: Path) -> None:
 
 def streams_of(module: nn.Module) -> set[Any]:
     return {
-        p.home.stream
+        p.host_slot.offloader
         for p in module.parameters()
-        if isinstance(p, quantized_weight.StoredWeight) and p.home is not None
+        if isinstance(p, quantized_weight.QuantizedWeight) and p.host_slot is not None
     }
 
 
@@ -264,8 +264,8 @@ def test_a_streamed_layer_gives_what_a_resident_one_does(kind: str, number: int)
     layer.requires_grad_(False)
     streamed = copy.deepcopy(layer)
     quantized_weight.store_layers(layer, kind, "cpu")
-    made = quantized_weight.store_layers(streamed, kind, "cpu", streamed=True)
-    assert made is not None and getattr(layer.weight, "home", None) is None
+    made = quantized_weight.store_layers(streamed, kind, "cpu", offload=True)
+    assert made is not None and getattr(layer.weight, "host_slot", None) is None
     results = []
     for module in (layer, streamed):
         leaf = value.clone().requires_grad_()
@@ -274,7 +274,7 @@ def test_a_streamed_layer_gives_what_a_resident_one_does(kind: str, number: int)
         results.append((output.detach(), leaf.grad))
     for found, right in zip(*results, strict=True):
         assert torch.equal(found, right)
-    assert made.asked >= 2 and made.copied == made.late * streamed.weight.stored
+    assert made.requests >= 2 and made.bytes_copied == made.misses * streamed.weight.storage_nbytes
 
 
 # Every method once, and every storage and precision with those whose layers differ most.
@@ -297,14 +297,14 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
             if type(layer) is onednn_linear.FrozenLinear:
                 layer.__class__ = nn.Linear
         for parameter in family.unet.parameters():
-            if not isinstance(parameter, quantized_weight.StoredWeight):
+            if not isinstance(parameter, quantized_weight.QuantizedWeight):
                 # What a file holds lies in memory as it does in the file, and MKL's last bits are by the address.
                 parameter.data = parameter.clone()
         adapter = adapters.attach(family, config, seed=1)
         for number, parameter in enumerate(adapter.parameters().values()):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
         if kind != "full":
-            adapters.slim(family)
+            adapters.optimize_blocks(family)
         results.append([])
         for checkpointing in (False, True):
             (family.unet.enable_gradient_checkpointing if checkpointing else lambda: None)()
@@ -318,7 +318,7 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
         assert torch.equal(found, right)
     (made,) = streams_of(family.unet)
     # Each of the two kinds of step is known the second time.
-    assert made.late < 0.5 * made.asked
+    assert made.misses < 0.5 * made.requests
 
 
 def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
@@ -327,39 +327,44 @@ def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
     (stream,) = streams_of(family.unet)
     weights = {path: layer.weight for path, layer in family.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
     for path, weight in weights.items():
-        assert isinstance(weight, quantized_weight.StoredWeight) != weight_storage.stays_in_full(path, weight.numel())
-    there = [weight for weight in weights.values() if isinstance(weight, quantized_weight.StoredWeight)]
-    assert stream.host >= sum(weight.stored for weight in there)
-    places = [weight.codes.data_ptr() for weight in there]
+        assert isinstance(weight, quantized_weight.QuantizedWeight) != weight_storage.is_quantizable(
+            path, weight.numel()
+        )
+    there = [weight for weight in weights.values() if isinstance(weight, quantized_weight.QuantizedWeight)]
+    assert stream.host_bytes >= sum(weight.storage_nbytes for weight in there)
+    places = [weight.qdata.data_ptr() for weight in there]
     with torch.no_grad():
         predict(family)
         predict(family)
-        assert stream._there
+        assert stream._on_device
         family.unet.to("meta")
-    assert not stream._there  # a base that leaves the device takes its window along
-    there = [p for p in family.unet.parameters() if isinstance(p, quantized_weight.StoredWeight)]
-    assert {weight.device.type for weight in there} == {"meta"} and [w.codes.data_ptr() for w in there] == places
+    assert not stream._on_device  # a base that leaves the device takes its window along
+    there = [p for p in family.unet.parameters() if isinstance(p, quantized_weight.QuantizedWeight)]
+    assert {weight.device.type for weight in there} == {"meta"} and [w.qdata.data_ptr() for w in there] == places
     for path, right in plain.unet.named_parameters():
         found = family.unet.get_parameter(path)
-        if isinstance(found, quantized_weight.StoredWeight):
-            assert not found.requires_grad and torch.equal(found.to("cpu").whole(), right)
+        if isinstance(found, quantized_weight.QuantizedWeight):
+            assert not found.requires_grad and torch.equal(found.to("cpu").dequantize(), right)
 
 
 def test_elsewhere_than_where_it_is_streamed_to_it_is_moved_for_each_operation() -> None:
     layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
     right = layer.weight.clone()
-    made = quantized_weight.store_layers(layer, "full", "meta", streamed=True)
+    made = quantized_weight.store_layers(layer, "full", "meta", offload=True)
     assert made is not None
-    assert repr(layer.weight) == "StoredWeight(full, (64, 64), torch.float32, cpu for meta)"
-    assert layer(torch.ones(1, 64, device="meta")).device.type == "meta" and made.asked == 1
+    assert repr(layer.weight) == "QuantizedWeight(full, (64, 64), torch.float32, cpu for meta)"
+    assert layer(torch.ones(1, 64, device="meta")).device.type == "meta" and made.requests == 1
     layer.to("cpu")
-    assert torch.equal(layer.weight.whole(), right) and layer.weight.whole().data_ptr() == layer.weight.codes.data_ptr()
-    assert made.asked == 1
+    assert (
+        torch.equal(layer.weight.dequantize(), right)
+        and layer.weight.dequantize().data_ptr() == layer.weight.qdata.data_ptr()
+    )
+    assert made.requests == 1
 
 
 def test_a_streamed_weight_cannot_be_changed() -> None:
     layer = nn.Linear(64, 64).requires_grad_(False)
-    quantized_weight.store_layers(layer, "full", "cpu", streamed=True)
+    quantized_weight.store_layers(layer, "full", "cpu", offload=True)
     with pytest.raises(LorakitError, match="a weight in the host's memory cannot be changed: load the base with its"):
         layer.weight += 1
 
@@ -377,7 +382,7 @@ def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(kind: str)
             model = nn.Sequential(*blocks).to(torch.bfloat16).requires_grad_(False)
             value = torch.randn(16, 2048, dtype=torch.bfloat16)
         if kind != "full" or streamed:
-            made = quantized_weight.store_layers(model, kind, "cuda", streamed=streamed)
+            made = quantized_weight.store_layers(model, kind, "cuda", offload=streamed)
         model.to("cuda")
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -395,7 +400,7 @@ def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(kind: str)
     weights = 64 * 2048 * 2048 * {"full": 2, "int8": 1, "nf4": 0.5}[kind]
     if kind == "full":
         assert peaks[1] < peaks[0] - weights / 2
-    assert made is not None and made.late < made.asked / 2
+    assert made is not None and made.misses < made.requests / 2
 
 
 def test_a_run_on_a_streamed_base_is_the_same_run(

@@ -51,7 +51,7 @@ def test_a_layer_gives_the_same_and_keeps_less(kind: str, dtype: torch.dtype) ->
     theirs = make().to(dtype).requires_grad_(False)
     ours = make().to(dtype).requires_grad_(False)
     ours.load_state_dict(theirs.state_dict())
-    recompute.spare(ours)
+    recompute.save_less(ours)
     assert type(ours) is not type(theirs)
     found = []
     for layer in (theirs, ours):
@@ -87,12 +87,12 @@ def test_silu_of_a_norm_keeps_its_input_alone(dtype: torch.dtype) -> None:
 
 def test_a_recipe_gives_the_tensor_and_no_recipe_the_tensor_itself() -> None:
     norm = nn.LayerNorm(8).requires_grad_(False)
-    recompute.spare(norm)
+    recompute.save_less(norm)
     x = normal(3, 8).requires_grad_()
     made = norm(x)
-    how = recompute.recipe(made)
-    assert how.given[0] is x and torch.equal(how.make(*how.given), made)
-    assert recompute.recipe(x).make(*recompute.recipe(x).given) is x
+    recompute_of = recompute.get_recompute(made)
+    assert recompute_of.inputs[0] is x and torch.equal(recompute_of.function(*recompute_of.inputs), made)
+    assert recompute.get_recompute(x).function(*recompute.get_recompute(x).inputs) is x
     with torch.no_grad():
         assert not hasattr(norm(x), "recipe")
 
@@ -100,28 +100,28 @@ def test_a_recipe_gives_the_tensor_and_no_recipe_the_tensor_itself() -> None:
 def test_what_is_out_of_the_ordinary_is_left_to_torch() -> None:
     for layer in (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 8, 3, groups=2)):
         before = type(layer)
-        recompute.spare(layer)
+        recompute.save_less(layer)
         assert type(layer) is before
     trained = nn.Conv2d(8, 8, 3)
-    recompute.spare(trained)
+    recompute.save_less(trained)
     trained(normal(1, 8, 5, 5).requires_grad_()).sum().backward()
     assert trained.weight.grad is not None and trained.weight.grad.abs().sum() > 0
 
 
-def attached(folder: Any, config: Any, dtype: torch.dtype, **how: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+def attached(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> tuple[Any, dict[str, torch.Tensor]]:
     family = families.load(families.describe(folder), "cpu", dtype)
     adapter = adapters.attach(family, config, seed=0)
     for name, parameter in adapter.parameters().items():
         if name.endswith(".up"):
             parameter.data.copy_(0.1 * normal(*parameter.shape))
-    if how:
-        adapters.slim(family, **how)
+    if options:
+        adapters.optimize_blocks(family, **options)
     return family, adapter.parameters()
 
 
-def learned(folder: Any, config: Any, dtype: torch.dtype, **how: bool) -> tuple[int, dict[str, torch.Tensor]]:
+def learned(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> tuple[int, dict[str, torch.Tensor]]:
     """Bytes kept in a pass, and the prediction and the gradients of its mean square."""
-    family, parameters = attached(folder, config, dtype, **how)
+    family, parameters = attached(folder, config, dtype, **options)
     noisy, text = normal(2, 4, 8, 8, dtype=dtype), normal(2, 77, 32, dtype=dtype)
 
     def predict() -> torch.Tensor:
@@ -144,10 +144,10 @@ def learned(folder: Any, config: Any, dtype: torch.dtype, **how: bool) -> tuple[
     ],
     ids=["attention", "linear", "linear+conv", "dora"],
 )
-def test_a_frugal_unet_learns_what_a_slim_one_does(tiny_sd1: Any, config: Any, dtype: torch.dtype) -> None:
-    before, slim = learned(tiny_sd1, config, dtype, frugal=False)
-    after, found = learned(tiny_sd1, config, dtype, frugal=True)
-    for name, right in slim.items():
+def test_save_less_learns_the_same(tiny_sd1: Any, config: Any, dtype: torch.dtype) -> None:
+    before, optimized = learned(tiny_sd1, config, dtype, save_less=False)
+    after, found = learned(tiny_sd1, config, dtype, save_less=True)
+    for name, right in optimized.items():
         assert torch.equal(found[name], right), name
     assert after < 0.9 * before
     if config.method == "lora" and dtype is torch.float32:

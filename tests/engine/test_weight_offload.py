@@ -11,7 +11,7 @@ import torch
 
 from lorakit.core.errors import LorakitError
 from lorakit.engine import weight_offload, weight_storage
-from lorakit.engine.weight_offload import Order, Stream
+from lorakit.engine.weight_offload import AccessOrder, WeightOffloader
 
 KEYS = Path(__file__).parents[1] / "formats" / "keys" / "sdxl.tsv.gz"
 CPU = torch.device("cpu")
@@ -24,20 +24,20 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def filled(count: int, window: int, size: int = 100) -> tuple[Stream, list[list[torch.Tensor]]]:
+def filled(count: int, window: int, size: int = 100) -> tuple[WeightOffloader, list[list[torch.Tensor]]]:
     """A stream of weights that each hold their own number, and their parts in the host's memory."""
-    made = Stream([size] * count, CPU, window)
+    made = WeightOffloader([size] * count, CPU, window)
     return made, [made.put(n, [torch.full((size,), n, dtype=torch.uint8)]) for n in range(count)]
 
 
-def ask(made: Stream, parts: list[list[torch.Tensor]], numbers: list[int]) -> int:
+def ask(made: WeightOffloader, parts: list[list[torch.Tensor]], numbers: list[int]) -> int:
     """Fetch each, which must be right; how many had not been copied ahead."""
-    before = made.late
+    before = made.misses
     for number in numbers:
         (found,) = made.fetch(number, parts[number])
         assert found.tolist() == [number] * len(found)
         assert found.data_ptr() != parts[number][0].data_ptr()
-    return made.late - before
+    return made.misses - before
 
 
 # -- slabs ----------------------------------------------------------------------------------------------------------
@@ -48,16 +48,16 @@ def test_weights_share_slabs_and_none_overlaps_another() -> None:
     with gzip.open(KEYS, "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file]
     counts = {row[0][5:]: math.prod(map(int, row[-1].split("x"))) for row in rows if row[0].startswith("unet.")}
-    sizes = [2 * count for path, count in counts.items() if not weight_storage.stays_in_full(path, count)]
-    places, lengths = weight_storage.packed(sizes)
+    sizes = [2 * count for path, count in counts.items() if not weight_storage.is_quantizable(path, count)]
+    places, lengths = weight_storage.pack_into_slabs(sizes)
     assert len(places) == len(sizes) > 700
     for number, length in enumerate(lengths):
         ranges = sorted(
             (start, start + size) for (slab, start), size in zip(places, sizes, strict=True) if slab == number
         )
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
-        assert ranges[-1][1] <= length <= weight_storage.SLAB and not any(
-            start % weight_storage.ALIGNED for start, _ in ranges
+        assert ranges[-1][1] <= length <= weight_storage.SLAB_BYTES and not any(
+            start % weight_storage.ALIGNMENT for start, _ in ranges
         )
     total = sum(sizes)
     assert sum(map(power_of_two, sizes)) > 1.3 * total
@@ -65,8 +65,8 @@ def test_weights_share_slabs_and_none_overlaps_another() -> None:
 
 
 def test_what_is_larger_than_a_slab_has_its_own() -> None:
-    places, lengths = weight_storage.packed([10, weight_storage.SLAB + 1, 20])
-    assert places == [(0, 0), (1, 0), (0, 64)] and lengths == [128, weight_storage.SLAB + 64]
+    places, lengths = weight_storage.pack_into_slabs([10, weight_storage.SLAB_BYTES + 1, 20])
+    assert places == [(0, 0), (1, 0), (0, 64)] and lengths == [128, weight_storage.SLAB_BYTES + 64]
 
 
 def test_parts_of_every_kind_come_back_as_they_were() -> None:
@@ -76,16 +76,16 @@ def test_parts_of_every_kind_come_back_as_they_were() -> None:
         [torch.randn(5, 1, generator=draw), torch.randint(-127, 128, (5, 13), generator=draw, dtype=torch.int8)],
         [torch.randn(4, 6, generator=draw).t()],
     ]
-    made = Stream([sum(part.nbytes for part in parts) for parts in weights], CPU)
+    made = WeightOffloader([sum(part.nbytes for part in parts) for parts in weights], CPU)
     kept = [made.put(number, parts) for number, parts in enumerate(weights)]
     for number, parts in enumerate(weights):
         for right, there, found in zip(parts, kept[number], made.fetch(number, kept[number]), strict=True):
             assert torch.equal(there, right) and torch.equal(found, right) and found.dtype is right.dtype
-    assert made.host == 64 * (1 + 2 + 2)
+    assert made.host_bytes == 64 * (1 + 2 + 2)
 
 
 def test_a_host_without_room_is_told_what_to_do() -> None:
-    made = Stream([2**60], CPU)
+    made = WeightOffloader([2**60], CPU)
     with pytest.raises(LorakitError, match=r"memory\.stream_base: the host has no 1099511627776 MiB of memory left"):
         made.put(0, [torch.zeros(1)])
 
@@ -95,13 +95,13 @@ def test_a_host_without_room_is_told_what_to_do() -> None:
 
 def test_the_order_of_a_step_is_known_after_one() -> None:
     """Once the second step is under way, what comes next is right, where a pair of layers has two that follow too."""
-    order = Order()
+    order = AccessOrder()
     wrong = []
     for _ in range(4):
         right, expected = 0, []
         for number in STEP:
             right += expected[:1] == [number]
-            expected = order.follow(number)
+            expected = order.observe(number)
         wrong.append(len(STEP) - right)
     assert wrong[0] > len(STEP) / 2
     # The second begins after what nothing was seen to follow; it is mistaken for its own recomputation once.
@@ -109,23 +109,23 @@ def test_the_order_of_a_step_is_known_after_one() -> None:
 
 
 def test_other_passes_between_steps_are_learned_too() -> None:
-    order, forward = Order(), [n for block in BLOCKS for n in block]
+    order, forward = AccessOrder(), [n for block in BLOCKS for n in block]
     wrong = 0
     expected: list[int] = []
     for turn in range(6):
         wrong = 0
         for number in (*STEP, *STEP, *forward, *forward):
             wrong += expected[:1] != [number]
-            expected = order.follow(number)
+            expected = order.observe(number)
         assert turn == 0 or wrong <= 4
     assert wrong <= 4
 
 
 def test_what_was_learned_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_offload, "MOST", 50)
-    order = Order()
+    monkeypatch.setattr(weight_offload, "MAX_HISTORY", 50)
+    order = AccessOrder()
     for number in STEP * 5:
-        assert len(order.follow(number)) <= weight_offload.FAR
+        assert len(order.observe(number)) <= weight_offload.MAX_LOOKAHEAD
         assert len(order._seen) <= 50
 
 
@@ -136,11 +136,11 @@ def test_from_the_second_step_on_copies_are_made_ahead() -> None:
     made, parts = filled(10, window=300)
     late = [ask(made, parts, STEP) for _ in range(4)]
     assert late[0] > 15 and late[1] <= 3 and late[2:] == [0, 0]
-    assert made.asked == 4 * len(STEP)
-    before = made.copied
+    assert made.requests == 4 * len(STEP)
+    before = made.bytes_copied
     ask(made, parts, STEP)
     # Where a block turns round its last weights are in the window still, and are not copied again.
-    assert made.copied - before <= 100 * (len(STEP) - len(BLOCKS))
+    assert made.bytes_copied - before <= 100 * (len(STEP) - len(BLOCKS))
 
 
 @pytest.mark.parametrize("window", [0, 99, 100, 250, 10_000])
@@ -148,10 +148,10 @@ def test_the_window_is_kept(window: int) -> None:
     made, parts = filled(10, window)
     for number in STEP * 3:
         made.fetch(number, parts[number])
-        others = [other for other in made._there if other != number]
+        others = [other for other in made._on_device if other != number]
         assert 100 * len(others) <= max(window - 100, 0)
-    made.drop()
-    assert made._there == {}
+    made.release_all()
+    assert made._on_device == {}
 
 
 def test_a_wrong_guess_costs_a_copy_and_no_result() -> None:
@@ -159,8 +159,8 @@ def test_a_wrong_guess_costs_a_copy_and_no_result() -> None:
     draw = torch.Generator().manual_seed(0)
     random = torch.randint(0, 10, (500,), generator=draw).tolist()
     ask(made, parts, [*STEP, *random, *STEP, *random, *STEP])
-    assert 0 < made.late < made.asked
-    assert made.copied >= 100 * made.late
+    assert 0 < made.misses < made.requests
+    assert made.bytes_copied >= 100 * made.misses
 
 
 # -- on a card ------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_wrong_guess_costs_a_copy_and_no_result() -> None:
 def test_on_a_card_copies_are_in_time_and_the_window_is_kept() -> None:
     """The device is kept behind the host, so that a copy that did not wait for it would be seen."""
     size, count = 2**22, 24
-    made = Stream([size] * count, "cuda", window=4 * size)
+    made = WeightOffloader([size] * count, "cuda", window=4 * size)
     parts = [made.put(n, [torch.full((size // 4,), float(n + 1))]) for n in range(count)]
     assert parts[0][0].is_pinned()
     slow = torch.randn(2048, 2048, device="cuda")
@@ -189,4 +189,4 @@ def test_on_a_card_copies_are_in_time_and_the_window_is_kept() -> None:
     assert torch.stack(sums).tolist() == [2.0 * (n + 1) * size // 4 for _ in range(3) for n in order]
     # Window, the product of one weight, and the small matrices.
     assert torch.cuda.max_memory_allocated() - before < 4 * size + size + 3 * slow.nbytes + 2**20
-    assert made.late <= len(order) + 4
+    assert made.misses <= len(order) + 4

@@ -50,7 +50,7 @@ def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tup
     family = families.load(info, "cpu", dtype)
     adapter = adapters.attach(family, settings.adapter, seed=0, trigger=settings.data.trigger)
     encoded = precompute(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
-    adapters.slim(family)
+    adapters.optimize_blocks(family)
     return adapter, LossStep(family, adapter, encoded, settings.train)
 
 

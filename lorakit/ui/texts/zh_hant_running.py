@@ -86,9 +86,9 @@ RUNNING = {
     "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it": (
         "memory.compile：CPU 要編譯好幾分鐘，而實測之後的每一步並沒有變快"
     ),
-    "compiled the UNet's blocks for this batch shape in {seconds} s; kept in {folder}, so that the next run takes "
-    "less": "已在 {seconds} 秒內為這種批次形狀編譯 UNet 的區塊；存放於 {folder}，下次執行會較快",
-    "the UNet's blocks are not compiled, the run goes on without: {problem}": (
+    "compiled the UNet's blocks for this batch shape in {seconds} s; the code is stored in {folder} for the next "
+    "run": "已在 {seconds} 秒內為這種批次形狀編譯 UNet 的區塊；存放於 {folder}，下次執行會較快",
+    "the UNet's blocks are not compiled, training continues without: {problem}": (
         "UNet 的區塊未編譯，訓練照常繼續：{problem}"
     ),
     "optimizer.name = 'paged_adamw8bit' needs a CUDA device: choose 'adamw8bit' or 'adamw'": (
