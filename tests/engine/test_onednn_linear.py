@@ -58,7 +58,7 @@ def test_other_precisions_are_left_to_torch(dtype: torch.dtype) -> None:
 
 
 def test_without_onednn_torchs_own_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn_linear, "_onednn", lambda: False)
+    monkeypatch.setattr(onednn_linear, "_onednn_works", lambda: False)
     module = layer()
     x = torch.randn(3, 24)
     assert torch.equal(onednn_linear.linear(x, module.weight, module.bias), module(x))
