@@ -108,6 +108,7 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapter.train_text_encoder": (True, {}),
     "adapter.new_tokens": (2, {}),
     "optimizer.name": ("lion", {}),
+    "optimizer.args": ({"betas": [0.5, 0.6]}, {}),
     "optimizer.learning_rate": (2e-2, {}),
     "optimizer.text_encoder_learning_rate": (1e-3, TEXT),
     "optimizer.weight_decay": (0.5, {}),

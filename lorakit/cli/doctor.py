@@ -14,15 +14,14 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from lorakit.core import registry
 from lorakit.core.cache_dir import cache_dir
 
-# Extra -> the module it brings and what that is for.
+# Extra -> the module it brings and what that is for. The optimizers' extras are added by `optional_extras`.
 EXTRAS = {
     "ui": ("gradio", "the front end, `lorakit ui`"),
-    "bnb": ("bitsandbytes", "optimizer.name = adamw8bit and paged_adamw8bit"),
     "xformers": ("xformers", "memory.attention = xformers"),
     "heic": ("pillow_heif", "photos of phones in HEIC"),
-    "prodigy": ("prodigyopt", "optimizer.name = prodigy"),
     "tensorboard": ("tensorboard", "output.tensorboard = true"),
 }
 # Less than this much free disk does not hold a run with its checkpoints and pictures.
@@ -155,10 +154,21 @@ def cuda_lines(
     return lines
 
 
+def optional_extras() -> dict[str, tuple[str, str]]:
+    """`EXTRAS`, and those that optimizers need."""
+    modules: dict[str, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, spec in registry.OPTIMIZERS.items():
+        if spec.extra:
+            modules[spec.extra] = spec.package
+            names.setdefault(spec.extra, []).append(name)
+    return EXTRAS | {extra: (modules[extra], f"optimizer.name = {', '.join(used)}") for extra, used in names.items()}
+
+
 def extras(find: Callable[[str], Any] = importlib.util.find_spec) -> list[Line]:
     """Each optional part: there, or the command that adds it."""
     lines = []
-    for extra, (module, purpose) in EXTRAS.items():
+    for extra, (module, purpose) in optional_extras().items():
         if find(module) is not None:
             lines.append(Line(f"extra {extra}", "ok", f"{module} is there: {purpose}"))
         else:

@@ -141,7 +141,8 @@ def describe_option(option: configuration.Option) -> dict[str, Any]:
     if typing.get_origin(kind) is tuple:
         values = f"list of {', '.join(choices)}" if choices else "list of texts"
     else:
-        values = ", ".join(choices) if choices else names[kind]
+        values = ", ".join(choices) if choices else "table" if kind == dict[str, Any] else names[kind]
+        values += ", module:Class" if option.import_path else ""
     if option.low is not None:
         values += (
             f", {number(option.low)} to {number(option.high)}"

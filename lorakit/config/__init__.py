@@ -13,6 +13,7 @@ from lorakit.config.loading import (
     preset_folder,
     preset_names,
     to_toml,
+    toml_value,
     with_paths_removed,
 )
 from lorakit.config.option import Option
@@ -75,5 +76,6 @@ __all__ = [
     "preset_names",
     "section_type",
     "to_toml",
+    "toml_value",
     "with_paths_removed",
 ]

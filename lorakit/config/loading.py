@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.config.option import checked, near, shown
+from lorakit.config.option import Option, checked, near, shown
 from lorakit.config.schema import ADAPTER_SECTIONS, LENGTHS, SECTIONS, Config, TrainConfig, options, section_type
 from lorakit.core.errors import ConfigError
 
@@ -67,6 +67,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         problems.append(f"adapter.method = {shown(method)}: choose one of {names}{near(method, ADAPTER_SECTIONS)}")
         method = "lora"
     known = {k.key: k for k in options(method)}
+    flat = _tables_joined(flat, known)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, value in flat.items():
         if key == "adapter.method":
@@ -84,6 +85,19 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _tables_joined(flat: Mapping[str, object], known: Mapping[str, Option]) -> dict[str, object]:
+    """Put `optimizer.args.betas` and the like into the table `optimizer.args`."""
+    joined: dict[str, object] = {}
+    for key, value in flat.items():
+        table, _, name = key.rpartition(".")
+        if table in known and isinstance(known[table].default, dict):
+            before = joined.get(table)
+            joined[table] = {**(before if isinstance(before, Mapping) else {}), name: value}
+        else:
+            joined[key] = value
+    return joined
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -116,10 +130,12 @@ def with_paths_removed(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def as_tables(config: Config) -> dict[str, dict[str, Any]]:
-    """The config as plain tables; unset values are left out, as TOML has no null."""
+    """The config as plain tables; unset values and empty tables are left out, as TOML has no null."""
     return {
         section: {
-            name: value for name, value in dataclasses.asdict(getattr(config, section)).items() if value is not None
+            name: value
+            for name, value in dataclasses.asdict(getattr(config, section)).items()
+            if value is not None and value != {}
         }
         for section in SECTIONS
     }
@@ -129,18 +145,21 @@ def to_toml(config: Config) -> str:
     """The resolved config as TOML text that `load` reads back to an equal `Config`."""
     lines = []
     for section, table in as_tables(config).items():
-        lines += [f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in table.items()), ""]
+        lines += [f"[{section}]", *(f"{name} = {toml_value(value)}" for name, value in table.items()), ""]
     return "\n".join(lines)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """One value as TOML text."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         # JSON escapes as TOML does, but lets the delete character through.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(name)} = {toml_value(item)}" for name, item in value.items()) + "}"
     return repr(value)
 
 

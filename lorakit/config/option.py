@@ -6,34 +6,38 @@ The options themselves are on one page, `lorakit.config`.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# "package.module:Class".
+IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: Iterable[str] | None = None,
-    path: bool = False,
-) -> Any:
-    """One option: its default, its help text and its bounds (`low <= value <= high`, `value > above`).
 
-    `path` marks a value that names a place on the user's machine: it never enters an adapter's metadata.
+def option(default: Any, help: str, **facts: object) -> Any:
+    """One option: its default, its help text, and what else `Option` has, by the same names.
+
+    `choices` may be any collection. It is read when the options are listed, so names that are added later count.
     """
-    metadata = {"help": help, "low": low, "high": high, "above": above, "path": path}
-    return field(default=default, metadata=metadata | {"choices": tuple(choices or ())})
+    metadata = {"help": help, **facts}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one option; the front end and `lorakit options` are made from these."""
+    """What is known of one option; the front end and `lorakit options` are made from these.
+
+    Attributes:
+        low, high, above: bounds of a number: `low <= value <= high`, `value > above`.
+        path: the value names a place on the user's machine: it never enters an adapter's metadata.
+        choices: the valid values; () where any is valid.
+        import_path: beside the choices, "module:Class" is valid too.
+    """
 
     section: str
     name: str
@@ -45,6 +49,7 @@ class Option:
     above: float | None = None
     path: bool = False
     choices: tuple[str, ...] = ()
+    import_path: bool = False
 
     @property
     def key(self) -> str:
@@ -87,9 +92,23 @@ def checked(k: Option, value: Any) -> tuple[str | None, Any]:
             hint = near(wrong[0], choices) if wrong else ""
             return f"{k.key} = {shown(value)}: choose from {', '.join(choices)}{hint}", None
         return None, value
+    if typing.get_origin(wanted) is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            return f"{k.key} = {shown(value)}: must be a table, such as {{betas = [0.9, 0.95]}}", None
+        table = {name: list(item) if isinstance(item, tuple) else item for name, item in value.items()}
+        for name, item in table.items():
+            if not all(isinstance(each, (str, int, float)) for each in (item if isinstance(item, list) else [item])):
+                return (
+                    f"{k.key}.{name} = {shown(item)}: must be a number, a text, true, false, or a list of these",
+                    None,
+                )
+        return None, table
+    if k.import_path and isinstance(value, str) and IMPORT_PATH.fullmatch(value):
+        return None, value
     if choices:
         if value not in choices:
-            return f"{k.key} = {shown(value)}: choose one of {', '.join(choices)}{near(value, choices)}", None
+            more = " or write module:Class" if k.import_path else ""
+            return f"{k.key} = {shown(value)}: choose one of {', '.join(choices)}{more}{near(value, choices)}", None
         return None, value
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -144,7 +144,15 @@ ADAPTER_SECTIONS: dict[str, type[Any]] = {
 class OptimizerConfig:
     """The optimizer and the learning rate, which is a pure function of the optimizer step."""
 
-    name: str = option("adamw", "Optimizer.", choices=OPTIMIZERS)
+    name: str = option(
+        "adamw",
+        "Optimizer, or module:Class of any installed package, such as torch.optim:RAdam.",
+        choices=OPTIMIZERS,
+        import_path=True,
+    )
+    args: dict[str, Any] = option(  # noqa: RUF009
+        {}, "More arguments of the optimizer, a table such as {betas = [0.9, 0.95]}."
+    )
     learning_rate: float = option(1e-4, "Peak learning rate (a factor, usually 1, for prodigy).", low=0, high=10)
     text_encoder_learning_rate: float | None = option(
         None, "For text-encoder adapters. Unset: the same.", low=0, high=10
@@ -274,6 +282,8 @@ def options(method: str = "lora") -> list[Option]:
         for f in dataclasses.fields(cls):
             if section == "adapter" and f.name == "method":
                 found.append(Option(section, "method", str, "lora", "Adapter method.", choices=tuple(ADAPTERS)))
-            else:
-                found.append(Option(section, f.name, hints[f.name], f.default, **f.metadata))
+                continue
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            facts = {**f.metadata, "choices": tuple(f.metadata.get("choices", ()))}
+            found.append(Option(section, f.name, hints[f.name], default, **facts))
     return found

@@ -1,11 +1,113 @@
-"""Names a user may write, and where the code for each lives: `name -> "module:attribute"`.
+"""Names a user may write, and where the code for each lives.
 
-This module imports nothing of lorakit and nothing heavy, so `--help` and the config check can read the names without
-loading torch. A new model family, method, optimizer or export format is one file and one line here.
+This module imports nothing heavy, so `--help` and the config check can read the names without loading torch. A new
+model family, method, optimizer or export format is one file (an optimizer: one function) and one line here. A package
+of somebody else's adds the same by an entry point in the group `lorakit.adapters`, `lorakit.optimizers` or
+`lorakit.formats`.
 """
 
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+from lorakit.core.errors import LorakitError
+
+Spec = TypeVar("Spec")
+
+
+class Registry(Mapping[str, Spec], Generic[Spec]):
+    """Names, each with its spec: lorakit's own names first, then those of entry points.
+
+    Args:
+        group: the group of the entry points; each is the "module:attribute" of a spec.
+        own: name -> the spec, or its "module:attribute", which is imported when somebody asks for the name.
+    """
+
+    def __init__(self, group: str, own: dict[str, Spec | str]):
+        self.group, self.own = group, own
+
+    def __getitem__(self, name: str) -> Spec:
+        if name in self.own:
+            entry = self.own[name]
+            return resolve(entry) if isinstance(entry, str) else entry
+        path = _entry_points(self.group)[name]
+        try:
+            spec: Spec = resolve(path)
+        except (ImportError, AttributeError) as error:
+            raise LorakitError(f"{name!r} of the entry points {self.group} cannot be loaded: {error}") from None
+        return spec
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own or name in _entry_points(self.group)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own | _entry_points(self.group))
+
+    def __len__(self) -> int:
+        return len(self.own | _entry_points(self.group))
+
+
+@functools.cache
+def _entry_points(group: str) -> dict[str, str]:
+    return {entry.name: entry.value for entry in importlib.metadata.entry_points(group=group)}
+
+
+def resolve(path: str) -> Any:
+    """The object at "module:attribute"."""
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One optimizer.
+
+    Attributes:
+        build: "module:function" of (parameter groups, section of the config) -> torch optimizer, or "module:Class".
+        state_bytes: bytes of state for each trained weight, for the memory estimate.
+        elementwise: it changes each number by itself, so a group may be one long tensor.
+        capturable: it reads the learning rate and its count of steps on the device, so a CUDA graph can hold its step.
+        package: the module that it needs beside lorakit's dependencies.
+        extra: the extra of lorakit that installs this package.
+        is_guess: `state_bytes` is not known but assumed.
+    """
+
+    build: str
+    state_bytes: float
+    elementwise: bool = False
+    capturable: bool = False
+    package: str = ""
+    extra: str = ""
+    is_guess: bool = False
+
+
+# Two float32 numbers for each weight, as Adam has; few optimizers have more.
+ASSUMED_STATE_BYTES = 8
+
+
+def optimizer(name: str) -> OptimizerSpec:
+    """The spec of `optimizer.name`: a registered name, or "module:Class" of any installed package."""
+    if ":" not in name:
+        return OPTIMIZERS[name]
+    package = name.partition(":")[0].partition(".")[0]
+    return OptimizerSpec(name, ASSUMED_STATE_BYTES, package=package, is_guess=True)
+
+
+def missing_package(name: str) -> str | None:
+    """Why `optimizer.name` cannot be used on this machine, or None; imports nothing."""
+    spec = optimizer(name)
+    if not spec.package or importlib.util.find_spec(spec.package) is not None:
+        return None
+    if spec.extra:
+        return f"optimizer.name = {name!r} needs {spec.package}: pip install 'lorakit[{spec.extra}]'"
+    return f"optimizer.name = {name!r}: the package {spec.package} is not installed"
+
 
 # A family is recognised from the base's own config or keys; see lorakit.families.
 FAMILIES = {
@@ -23,14 +125,21 @@ ADAPTERS = {
     "lokr": "lorakit.adapters.lokr:LOKR",
 }
 
-OPTIMIZERS = {
-    "adamw": "lorakit.training.optimizers:adamw",
-    "adamw8bit": "lorakit.training.optimizers:adamw8bit",
-    "paged_adamw8bit": "lorakit.training.optimizers:paged_adamw8bit",
-    "lion": "lorakit.training.optimizers:lion",
-    "adafactor": "lorakit.training.optimizers:adafactor",
-    "prodigy": "lorakit.training.optimizers:prodigy",
-}
+# Adafactor knows rows and columns, and 8-bit state has blocks that must not reach from one matrix into the next: so
+# neither is elementwise. Only torch's AdamW is capturable; the others compute the rate on the host.
+OPTIMIZERS = Registry[OptimizerSpec](
+    "lorakit.optimizers",
+    {
+        "adamw": OptimizerSpec("lorakit.training.optimizers:adamw", 8, elementwise=True, capturable=True),
+        "adamw8bit": OptimizerSpec("bitsandbytes.optim:AdamW8bit", 2, package="bitsandbytes", extra="bnb"),
+        "paged_adamw8bit": OptimizerSpec(
+            "lorakit.training.optimizers:paged_adamw8bit", 2, package="bitsandbytes", extra="bnb"
+        ),
+        "lion": OptimizerSpec("lorakit.training.optimizers:lion", 4, elementwise=True),
+        "adafactor": OptimizerSpec("lorakit.training.optimizers:adafactor", 1),
+        "prodigy": OptimizerSpec("lorakit.training.optimizers:prodigy", 16, package="prodigyopt", extra="prodigy"),
+    },
+)
 
 EXPORTS = {
     "kohya": "lorakit.formats.kohya",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.config import Config
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.engine import weight_storage
 
@@ -28,8 +29,6 @@ OUTSIDE, INPUTS = 0.9, 0.6
 BLOCK = re.compile(r"(?:.+\.)?(?:transformer_blocks|resnets)\.\d+")
 # Share of the window of streamed weights that is filled at the peak: where pictures are largest weights are smallest.
 FILLED = 0.65
-# Bytes of optimizer state for each trained weight.
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "lion": 4, "adafactor": 1, "prodigy": 16}
 # What Python, torch and its kernels take before any model is there.
 RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
 # Stable Diffusion's autoencoder in float32: its weights, and what a pixel takes to encode, to decode, and to do either
@@ -71,7 +70,7 @@ def _rest(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
     return {
         "base": base,
         # The weight itself and its gradient are float32.
-        "adapter and optimizer": trained * (4 + 4 + STATE_BYTES[config.optimizer.name]),
+        "adapter and optimizer": round(trained * (4 + 4 + registry.optimizer(config.optimizer.name).state_bytes)),
         "runtime": round(RUNTIME_BYTES[device]),
     }
 

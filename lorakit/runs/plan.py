@@ -21,6 +21,7 @@ from typing import Any
 
 from lorakit.adapters import targets
 from lorakit.config import OFFLOAD_NEEDS_CUDA, AdapterConfig, Config
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
 from lorakit.data import captions, holdout
@@ -39,6 +40,9 @@ FEW = (
     "raise train.steps_per_image"
 )
 COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it"
+ASSUMED_STATE = (
+    "optimizer: {name} is not known to lorakit; the memory estimate assumes {bytes} bytes of state for each weight"
+)
 # Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
 SAMPLE_GRIDS = 6
 # Share of the host's memory above which weights that are pinned in it leave others too little.
@@ -158,11 +162,18 @@ def make(config: Config, info: Any, report: Any) -> Plan:
     device = guess_device(config.memory.device)
     if config.memory.stream_base and not may_be_cuda(config.memory.device):
         raise LorakitError(OFFLOAD_NEEDS_CUDA.format(device=device))
+    spec = registry.optimizer(config.optimizer.name)
+    if missing := registry.missing_package(config.optimizer.name):
+        raise LorakitError(missing)
     host = memory_estimate.on_host(config, info, device)
     alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
     return Plan(
         base=info.title,
-        notes=(*info.notes, *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else [])),
+        notes=(
+            *info.notes,
+            *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else []),
+            *([ASSUMED_STATE.format(name=config.optimizer.name, bytes=spec.state_bytes)] if spec.is_guess else []),
+        ),
         family=info.family,
         prediction_type=info.prediction_type,
         method=config.adapter.method,

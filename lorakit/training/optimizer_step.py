@@ -9,6 +9,7 @@ import torch
 
 from lorakit import adapters
 from lorakit.config import Config
+from lorakit.core import registry
 from lorakit.engine import compile, cuda_graphs, flat_parameters
 from lorakit.training import optimizers
 from lorakit.training.loss_step import LossStep
@@ -32,7 +33,8 @@ class OptimizerStep:
         # Where memory comes first there are no copies.
         copies = not config.memory.gradient_checkpointing and config.memory.limit_gib is None
         self.flats = adapters.flatten(step.family, step.adapter, copies=copies)
-        whole = config.optimizer.name in optimizers.BY_NUMBER
+        spec = registry.optimizer(config.optimizer.name)
+        whole = spec.elementwise
         groups = [(each.name, [each.weights] if whole else each.parameters) for each in self.flats]
         self.optimizer = optimizers.build(config.optimizer, groups)
         if whole:
@@ -45,7 +47,7 @@ class OptimizerStep:
         self._graphed_step: cuda_graphs.GraphedOptimizerStep | None = None
         if capture is not None:
             self._graphed_backward = cuda_graphs.GraphedBackward(self._backward, weights, capture, generators)
-            if config.optimizer.name in optimizers.CAPTURED:
+            if spec.capturable:
                 self._graphed_step = cuda_graphs.GraphedOptimizerStep(self._clip_and_step, self._step_state, capture)
                 line += ", and clipping with the optimizer step"
         if line:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import math
 from collections.abc import Callable
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,23 +17,81 @@ from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 
 Groups = list[dict[str, Any]]
-# These change each number by itself: a group may as well be one long tensor. Adafactor knows rows and columns, and
-# 8-bit state its blocks, which should not reach from one matrix into the next.
-BY_NUMBER = ("adamw", "lion")
-# These read the learning rate and their count of steps where they lie on the card, so a CUDA graph can hold their step.
-# The others put both, or an estimate, into what they issue.
-CAPTURED = ("adamw",)
+Builder = Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]
 
 
 def build(config: OptimizerConfig, groups: list[tuple[str, list[torch.nn.Parameter]]]) -> torch.optim.Optimizer:
     """The chosen optimizer over named groups ("unet", "text_encoder", ...), each at its own peak learning rate.
 
     Raises:
-        LorakitError: a package that it needs is missing, or it cannot do what is asked.
+        LorakitError: as `require`, or the optimizer cannot do what is asked.
     """
-    made = [{"params": params, "name": name, "lr": peak(config, name)} for name, params in groups]
-    optimizer: torch.optim.Optimizer = registry.load(registry.OPTIMIZERS, config.name)(made, config)
-    return optimizer
+    builder = require(config)
+    named = [{"params": params, "name": name, "lr": peak(config, name)} for name, params in groups]
+    if isinstance(builder, type):
+        return construct(builder, named, config)
+    try:
+        return builder(named, config)
+    except TypeError as error:
+        if not config.args:
+            raise
+        raise LorakitError(f"optimizer.args: {config.name} does not take them: {error}") from None
+
+
+def require(config: OptimizerConfig) -> Builder | type[torch.optim.Optimizer]:
+    """What builds the chosen optimizer: a function of this module, or a class that takes `optimizer.args`.
+
+    Raises:
+        LorakitError: its package is not installed, the class does not exist or is no optimizer, or it does not take
+            the arguments.
+    """
+    if missing := registry.missing_package(config.name):
+        raise LorakitError(missing)
+    spec = registry.optimizer(config.name)
+    named = f"optimizer.name = {config.name!r}"
+    module, _, attribute = spec.build.partition(":")
+    try:
+        builder: Builder | type = getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise LorakitError(f"{named}: {module} cannot be imported: {error}") from None
+    except AttributeError:
+        raise LorakitError(f"{named}: {module} has no {attribute}") from None
+    if not isinstance(builder, type) and not spec.is_guess:
+        return builder
+    if not isinstance(builder, type) or not issubclass(builder, torch.optim.Optimizer):
+        raise LorakitError(f"{named}: {attribute} is not a torch.optim.Optimizer")
+    accepted = _parameters(builder)
+    for name in config.args:
+        if accepted is not None and name not in accepted:
+            raise LorakitError(f"optimizer.args.{name}: {attribute} has no such argument; it has {', '.join(accepted)}")
+    return builder
+
+
+def construct(cls: type[torch.optim.Optimizer], groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """An optimizer of any class, with `optimizer.args`, and the weight decay if the class has one.
+
+    Raises:
+        LorakitError: the class refuses a value, or has no weight decay although one was asked for.
+    """
+    given = dict(config.args)
+    if "weight_decay" in (accepted := _parameters(cls) or ()):
+        given.setdefault("weight_decay", config.weight_decay)
+    elif config.weight_decay != OptimizerConfig.weight_decay and "weight_decay" not in given:
+        raise LorakitError(f"optimizer.weight_decay: {cls.__name__} has no weight decay: leave it out")
+    if "lr" in accepted:
+        given.setdefault("lr", config.learning_rate)
+    try:
+        return cls(groups, **given)
+    except (TypeError, ValueError) as error:
+        raise LorakitError(f"optimizer.args: {cls.__name__} refuses them: {error}") from None
+
+
+def _parameters(cls: type) -> list[str] | None:
+    """The names of a class's arguments after the parameters; None where it takes any name."""
+    _, *parameters = inspect.signature(cls).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return [parameter.name for parameter in parameters]
 
 
 def peak(config: OptimizerConfig, group: str) -> float:
@@ -95,28 +154,24 @@ def step(optimizer: torch.optim.Optimizer) -> None:
 
 def adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), all parameters of a group in one kernel."""
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-
-
-def adamw8bit(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW with 8-bit state (Dettmers et al. 2021, arXiv 2110.02861); small tensors keep theirs in float32."""
-    return _bitsandbytes().optim.AdamW8bit(groups, weight_decay=config.weight_decay)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, **{"fused": True, **config.args})
 
 
 def paged_adamw8bit(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The same, its state in memory that CUDA moves to the host when the card is full.
+    """AdamW with 8-bit state (Dettmers et al. 2021, arXiv 2110.02861), in memory that CUDA moves to the host when the
+    card is full.
 
     Raises:
         LorakitError: the parameters are not on a CUDA device.
     """
     if groups[0]["params"][0].device.type != "cuda":
         raise LorakitError("optimizer.name = 'paged_adamw8bit' needs a CUDA device: choose 'adamw8bit' or 'adamw'")
-    return _bitsandbytes().optim.PagedAdamW8bit(groups, weight_decay=config.weight_decay)  # type: ignore[no-any-return]
+    return construct(import_module("bitsandbytes.optim").PagedAdamW8bit, groups, config)
 
 
 def lion(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Lion; it wants a learning rate three to ten times below AdamW's."""
-    return Lion(groups, weight_decay=config.weight_decay)
+    return construct(Lion, groups, config)
 
 
 def adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -124,28 +179,25 @@ def adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     size of a parameter are off: by the latter, B, which begins at 0, would hardly move."""
     from transformers.optimization import Adafactor
 
-    return Adafactor(
-        groups,
-        weight_decay=config.weight_decay,
-        scale_parameter=False,
-        relative_step=False,
-        warmup_init=False,
-    )
+    fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    return Adafactor(groups, weight_decay=config.weight_decay, **{**fixed, **config.args})
 
 
 def prodigy(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) finds the rate itself; `learning_rate` is a factor on it.
 
     Raises:
-        LorakitError: the package is missing, or two groups have different rates.
+        LorakitError: two groups have different rates.
     """
     if len({group["lr"] for group in groups}) > 1:
         raise LorakitError("optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate unset")
-    package = _optional("prodigyopt", "prodigy")
+    from prodigyopt import Prodigy
+
+    defaults = {"use_bias_correction": True, "safeguard_warmup": True}
     # It prints that its weight decay is decoupled.
     with contextlib.redirect_stdout(io.StringIO()):
-        optimizer: torch.optim.Optimizer = package.Prodigy(
-            groups, weight_decay=config.weight_decay, use_bias_correction=True, safeguard_warmup=True
+        optimizer: torch.optim.Optimizer = Prodigy(
+            groups, weight_decay=config.weight_decay, **{**defaults, **config.args}
         )
     return optimizer
 
@@ -174,21 +226,3 @@ class Lion(torch.optim.Optimizer):
             torch._foreach_add_(params, signs, alpha=-group["lr"])
             torch._foreach_lerp_(momenta, grads, 1 - slow)
         return value
-
-
-def _bitsandbytes() -> Any:
-    return _optional("bitsandbytes", "bnb")
-
-
-def _optional(package: str, extra: str) -> ModuleType:
-    """A package that only one optimizer needs.
-
-    Raises:
-        LorakitError: it is not installed; the line says how to.
-    """
-    from importlib import import_module
-
-    try:
-        return import_module(package)
-    except ImportError:
-        raise LorakitError(f"this optimizer needs {package}: pip install 'lorakit[{extra}]'") from None

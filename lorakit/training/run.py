@@ -25,7 +25,7 @@ from lorakit.engine import device as devices
 from lorakit.runs import report
 from lorakit.runs.folder import RunFolder
 from lorakit.runs.preflight import Preflight, look
-from lorakit.training import checkpoint, selfcheck
+from lorakit.training import checkpoint, optimizers, selfcheck
 from lorakit.training.loop import NotFinite, Run, TrainingState, loop
 from lorakit.training.precompute import SampleInputs, precompute
 from lorakit.training.tensorboard import TensorBoard
@@ -99,6 +99,7 @@ def train(config: Config, *, listeners: Sequence[Listener] = (), stop: Stop | No
 
 def start(ready: Preflight, *, listeners: Sequence[Listener] = (), stop: Stop | None = None) -> Result:
     """As `train`, of a config whose preflight is done and was shown."""
+    optimizers.require(ready.config.optimizer)
     return _run(ready, RunFolder.create(ready.config), listeners, stop, None)
 
 

@@ -21,7 +21,7 @@ class Field:
     """An option as a form shows it.
 
     Attributes:
-        kind: text, lines (a list of texts), number, whole, switch, choice or choices.
+        kind: text, lines (a list of texts), table (TOML), number, whole, switch, choice or choices.
         optional: whether it may be left empty.
     """
 
@@ -44,6 +44,8 @@ class Field:
         """The option's value as its widget holds it."""
         if self.kind == "lines":
             return "\n".join(value)
+        if self.kind == "table":
+            return configuration.toml_value(value) if value else ""
         if self.in_words:
             return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         return list(value) if self.kind == "choices" else value
@@ -54,6 +56,8 @@ class Field:
             return tuple(line.strip() for line in str(value or "").splitlines() if line.strip())
         if self.kind == "choices":
             return tuple(value or ())
+        if self.kind == "table":
+            return configuration.parse_override(f"{self.key}={value or '{}'}")[1]
         if self.kind == "text":
             return str(value or "").strip()
         if self.in_words:
@@ -101,6 +105,8 @@ def _field(option: Option) -> Field:
     choices = typing.get_args(wanted) if typing.get_origin(wanted) is typing.Literal else option.choices
     if typing.get_origin(wanted) is tuple:
         kind = "choices" if choices else "lines"
+    elif typing.get_origin(wanted) is dict:
+        kind = "table"
     elif choices:
         kind = "choice"
     else:

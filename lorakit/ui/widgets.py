@@ -118,7 +118,8 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
     if field.kind == "choice":
         if len(field.choices) <= 3:
             return gr.Radio(choices=list(field.choices), value=shown, **common)
-        return gr.Dropdown(choices=list(field.choices), value=shown, filterable=False, **common)
+        free = field.option.import_path
+        return gr.Dropdown(list(field.choices), value=shown, filterable=free, allow_custom_value=free, **common)
     if field.kind in ("number", "whole") and not field.in_words:
         return gr.Number(value=shown, **common)
     return gr.Textbox(value=shown, lines=3 if field.kind == "lines" else 1, **common)

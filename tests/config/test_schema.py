@@ -67,7 +67,7 @@ def test_an_option_of_another_method_is_an_error(monkeypatch: pytest.MonkeyPatch
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Block(config.LoraConfig):
         method: typing.Literal["block"] = "block"  # type: ignore[assignment]
-        block_size: int = config.option(4, "Rows of a block.", low=1)
+        block_size: int = config.schema.option(4, "Rows of a block.", low=1)
 
     monkeypatch.setitem(config.ADAPTER_SECTIONS, "block", Block)
     assert config.from_tables({}, {**STEPS, "adapter.method": "block", "adapter.block_size": 8}).adapter.block_size == 8  # type: ignore[union-attr]
@@ -315,6 +315,8 @@ def test_an_unknown_preset_names_the_nearest_and_all() -> None:
         ('sample.prompts=["a, b", "c"]', ("sample.prompts", ["a, b", "c"])),
         ("train.steps=many", ("train.steps", "many")),
         ("nothing.known=3", ("nothing.known", 3)),
+        ("optimizer.args={betas=[0.9, 0.95]}", ("optimizer.args", {"betas": [0.9, 0.95]})),
+        ("optimizer.args.betas=[0.9, 0.95]", ("optimizer.args.betas", [0.9, 0.95])),
     ],
 )
 def test_overrides_are_read_as_the_options_type(text: str, value: tuple[str, Any]) -> None:
@@ -361,7 +363,8 @@ def test_resolved_text_is_utf8_and_says_everything() -> None:
     loaded = config.load("subject-pocket")
     tables = tomllib.loads(config.to_toml(loaded))
     told = {f"{section}.{name}" for section, table in tables.items() for name in table}
-    unset = {option.key for option in config.options() if getattr(getattr(loaded, option.section), option.name) is None}
+    values = {option.key: getattr(getattr(loaded, option.section), option.name) for option in config.options()}
+    unset = {key for key, value in values.items() if value is None or value == {}}
     assert told | unset == {option.key for option in config.options()}
 
 
@@ -397,6 +400,8 @@ def another(option: Option) -> Any:
     """A valid value that is not the default."""
     kinds = typing.get_args(option.type) if not isinstance(option.type, type) else ()
     choices = option.choices or (kinds if typing.get_origin(option.type) is typing.Literal else ())
+    if typing.get_origin(option.type) is dict:
+        return {"betas": [0.9, 0.95], "foreach": False}
     if typing.get_origin(option.type) is tuple:
         return tuple(choices[1:2]) if choices else ("something else",)
     if choices:
@@ -438,6 +443,36 @@ def test_a_config_cannot_be_written_into() -> None:
 def test_trigger_and_noun(name: str, trigger: str, noun: str) -> None:
     data = config.from_tables({}, {**STEPS, "data.name": name}).data
     assert (data.trigger, data.noun) == (trigger, noun)
+
+
+def test_arguments_of_the_optimizer_come_as_a_table_or_one_by_one() -> None:
+    tables = {"optimizer": {"args": {"eps": 1e-6, "betas": [0.9, 0.99]}}}
+    loaded = config.from_tables(tables, {**STEPS, "optimizer.args.betas": (0.9, 0.95)})
+    assert loaded.optimizer.args == {"eps": 1e-6, "betas": [0.9, 0.95]}
+    assert config.from_tables(tomllib.loads(config.to_toml(loaded))) == loaded
+    whole = config.from_tables(tables, {**STEPS, "optimizer.args": {"amsgrad": True}})
+    assert whole.optimizer.args == {"amsgrad": True}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("optimizer.args", 3, "optimizer.args = 3: must be a table, such as {betas = [0.9, 0.95]}"),
+        (
+            "optimizer.args.eps",
+            None,
+            "optimizer.args.eps = None: must be a number, a text, true, false, or a list of these",
+        ),
+        (
+            "optimizer.name",
+            "torch.optim:",
+            "optimizer.name = 'torch.optim:': choose one of adamw, adamw8bit, paged_adamw8bit, lion, adafactor, "
+            "prodigy or write module:Class",
+        ),
+    ],
+)
+def test_a_wrong_optimizer_is_an_error(key: str, value: Any, told: str) -> None:
+    assert problem(key, value) == told
 
 
 def test_pissa_does_not_start_from_an_adapter() -> None:

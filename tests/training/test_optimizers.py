@@ -3,8 +3,6 @@
 import math
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -187,19 +185,73 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(LorakitError) as caught:
         optimizers.build(OptimizerConfig(name=name), [("unet", parameters(1))])
-    assert str(caught.value) == f"this optimizer needs {package}: pip install 'lorakit[{extra}]'"
-
-
-def test_paged_state_on_a_card_without_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    on_a_card: list[dict[str, Any]] = [{"params": [SimpleNamespace(device=torch.device("cuda"))]}]
-    with pytest.raises(LorakitError, match=r"needs bitsandbytes: pip install 'lorakit\[bnb\]'"):
-        optimizers.paged_adamw8bit(on_a_card, OptimizerConfig(name="paged_adamw8bit"))
+    assert str(caught.value) == f"optimizer.name = {name!r} needs {package}: pip install 'lorakit[{extra}]'"
 
 
 def test_paged_state_needs_cuda() -> None:
     with pytest.raises(LorakitError, match="needs a CUDA device: choose 'adamw8bit' or 'adamw'"):
         optimizers.build(OptimizerConfig(name="paged_adamw8bit"), [("unet", parameters(1))])
+
+
+def test_any_optimizer_of_an_installed_package_is_built_with_its_arguments() -> None:
+    config = OptimizerConfig(name="torch.optim:RAdam", args={"betas": [0.8, 0.95]}, weight_decay=0.37)
+    optimizer = optimizers.build(config, [("unet", parameters(1))])
+    assert type(optimizer) is torch.optim.RAdam
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"], group["lr"]) == ([0.8, 0.95], 0.37, 1e-4)
+
+
+def test_named_optimizers_take_arguments_too() -> None:
+    for name in NAMES:
+        betas = {} if name == "adafactor" else {"betas": [0.8, 0.95]}
+        optimizer = optimizers.build(OptimizerConfig(name=name, args=betas), [("unet", parameters(1))])
+        assert list(optimizer.param_groups[0].get("betas") or [0.8, 0.95]) == [0.8, 0.95], name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            OptimizerConfig(name="no_such_package.optim:Best"),
+            "optimizer.name = 'no_such_package.optim:Best': the package no_such_package is not installed",
+        ),
+        (
+            OptimizerConfig(name="torch.no_such_module:Best"),
+            "optimizer.name = 'torch.no_such_module:Best': torch.no_such_module cannot be imported: "
+            "No module named 'torch.no_such_module'",
+        ),
+        (OptimizerConfig(name="torch.optim:Best"), "optimizer.name = 'torch.optim:Best': torch.optim has no Best"),
+        (
+            OptimizerConfig(name="torch.nn:Linear"),
+            "optimizer.name = 'torch.nn:Linear': Linear is not a torch.optim.Optimizer",
+        ),
+        (
+            OptimizerConfig(name="math:sqrt"),
+            "optimizer.name = 'math:sqrt': sqrt is not a torch.optim.Optimizer",
+        ),
+        (
+            OptimizerConfig(name="torch.optim:Rprop", args={"beta": 1}),
+            "optimizer.args.beta: Rprop has no such argument; it has lr, etas, step_sizes, capturable, foreach, "
+            "maximize, differentiable",
+        ),
+        (
+            OptimizerConfig(name="torch.optim:RAdam", args={"betas": [2.0, 0.9]}),
+            "optimizer.args: RAdam refuses them: Invalid beta parameter at index 0: 2.0",
+        ),
+        (
+            OptimizerConfig(name="torch.optim:Rprop", weight_decay=0.2),
+            "optimizer.weight_decay: Rprop has no weight decay: leave it out",
+        ),
+        (
+            OptimizerConfig(args={"beta": 1}),
+            "optimizer.args: adamw does not take them: AdamW.__init__() got an unexpected keyword argument 'beta'",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_optimizer_is_said_in_one_line(config: OptimizerConfig, message: str) -> None:
+    with pytest.raises(LorakitError) as caught:
+        optimizers.build(config, [("unet", parameters(1))])
+    assert str(caught.value) == message
 
 
 def test_prodigy_has_one_rate() -> None:

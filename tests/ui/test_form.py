@@ -24,7 +24,7 @@ def test_every_option_has_a_field_and_every_kind_occurs():
     fields = form.fields()
     assert {k.key for method in config.ADAPTER_SECTIONS for k in config.options(method)} == set(fields)
     assert {field.kind for field in fields.values()} == {
-        "text", "lines", "number", "whole", "switch", "choice", "choices",
+        "text", "lines", "table", "number", "whole", "switch", "choice", "choices",
     }  # fmt: skip
 
 

@@ -97,7 +97,26 @@ RUNNING = {
     "optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate unset": (
         "optimizer.name = 'prodigy' 只有一個學習率：optimizer.text_encoder_learning_rate 請留空"
     ),
-    "this optimizer needs {package}: pip install {what}": "這個最佳化器需要 {package}：pip install {what}",
+    "optimizer: {name} is not known to lorakit; the memory estimate assumes {bytes} bytes of state for each weight": (
+        "最佳化器：lorakit 不認得 {name}；記憶體估計假設每個權重的狀態為 {bytes} 位元組"
+    ),
+    "optimizer.name = {name}: the package {package} is not installed": "optimizer.name = {name}：套件 {package} 未安裝",
+    "optimizer.name = {name}: {module} cannot be imported: {why}": "optimizer.name = {name}：{module} 無法匯入：{why}",
+    "optimizer.name = {name}: {module} has no {attribute}": "optimizer.name = {name}：{module} 沒有 {attribute}",
+    "optimizer.name = {name}: {attribute} is not a torch.optim.Optimizer": (
+        "optimizer.name = {name}：{attribute} 不是 torch.optim.Optimizer"
+    ),
+    "optimizer.args.{argument}: {name} has no such argument; it has {names}": (
+        "optimizer.args.{argument}：{name} 沒有這個引數；它有 {names}"
+    ),
+    "optimizer.args: {name} does not take them: {why}": "optimizer.args：{name} 不接受這些引數：{why}",
+    "optimizer.args: {name} refuses them: {why}": "optimizer.args：{name} 拒絕這些引數：{why}",
+    "optimizer.weight_decay: {name} has no weight decay: leave it out": (
+        "optimizer.weight_decay：{name} 沒有權重衰減，請留空"
+    ),
+    "optimizer.name = {name} needs {package}: pip install {what}": (
+        "optimizer.name = {name} 需要 {package}：pip install {what}"
+    ),
     "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'": (
         "output.tensorboard = true 需要另外安裝：pip install 'lorakit[tensorboard]'"
     ),

@@ -186,6 +186,16 @@ SENTENCES = {
     "{key} = {value}: choose from {names} (did you mean {near}?)": (
         "{key} = {value}：請從 {names} 中選擇（是不是 {near}？）"
     ),
+    "{key} = {value}: must be a table, such as {example}": "{key} = {value}：必須是表格，例如 {example}",
+    "{key} = {value}: must be a number, a text, true, false, or a list of these": (
+        "{key} = {value}：必須是數字、文字、true、false，或由這些組成的清單"
+    ),
+    "{key} = {value}: choose one of {names} or write module:Class": (
+        "{key} = {value}：請從 {names} 中選一個，或寫成 module:Class"
+    ),
+    "{key} = {value}: choose one of {names} or write module:Class (did you mean {near}?)": (
+        "{key} = {value}：請從 {names} 中選一個，或寫成 module:Class（是不是 {near}？）"
+    ),
     "{key} = {value}: choose one of {names}": "{key} = {value}：請從 {names} 中選一個",
     "{key} = {value}: choose one of {names} (did you mean {near}?)": (
         "{key} = {value}：請從 {names} 中選一個（是不是 {near}？）"
