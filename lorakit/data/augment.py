@@ -1,6 +1,6 @@
-"""What flip and jitter make of a photo: pure functions of (seed, photo, variant), so a cached variant is that variant.
+"""Flip and jitter of photos: pure functions of (seed, photo, variant), so that variants can be cached.
 
-Variant 0 is the photo as it is. With `data.flip` every odd variant is mirrored, so that both sides are always there.
+Variant 0 is the photo without augmentation. With `data.flip` every odd variant is mirrored.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to cut and colour a photo.
+    """One crop and colouring of a photo.
 
     Attributes:
         bucket: size of the result.
-        box: (left, top, right, bottom) of the upright, not mirrored photo.
-        flip: mirrored after the cut.
-        brightness, contrast, saturation: factors; 1 leaves the photo as it is.
+        box: (left, top, right, bottom) of the crop in the upright photo, before the flip.
+        flip: whether the crop is mirrored.
+        brightness, contrast, saturation: factors; 1 changes nothing.
     """
 
     bucket: Bucket
@@ -39,21 +39,23 @@ class Variant:
 
 
 def of_photo(size: tuple[int, int], placement: Placement, config: DataConfig, seed: int, name: str) -> list[Variant]:
-    """All variants of a photo of `size` (width, height), the plain one first."""
+    """All variants of a photo of `size` (width, height). The first has no augmentation."""
     return [_variant(size, placement, config, random.Random(f"{seed}/{name}/{n}"), n) for n in range(config.variants)]
 
 
-def _variant(size: tuple[int, int], placement: Placement, config: DataConfig, draw: random.Random, n: int) -> Variant:
-    if n == 0:
+def _variant(
+    size: tuple[int, int], placement: Placement, config: DataConfig, draw: random.Random, number: int
+) -> Variant:
+    if number == 0:
         return Variant(placement.bucket, placement.box)
-    box = _moved(size, placement.box, config.crop_jitter, draw)
+    box = _jitter_box(size, placement.box, config.crop_jitter, draw)
     low, width = 1 - config.color_jitter, 2 * config.color_jitter
     brightness, contrast, saturation = (low + width * draw.random() for _ in range(3))
-    return Variant(placement.bucket, box, config.flip and n % 2 == 1, brightness, contrast, saturation)
+    return Variant(placement.bucket, box, config.flip and number % 2 == 1, brightness, contrast, saturation)
 
 
-def _moved(size: tuple[int, int], box: Box, jitter: float, draw: random.Random) -> Box:
-    """The box shrunk by up to `jitter`, which makes room, and moved by up to `jitter` of its side within the photo."""
+def _jitter_box(size: tuple[int, int], box: Box, jitter: float, draw: random.Random) -> Box:
+    """Shrink the box by up to `jitter` and move it by up to `jitter` of its side, within the photo."""
     if jitter == 0:
         return box
     shrink = 1 - jitter * draw.random()
@@ -69,7 +71,7 @@ def _moved(size: tuple[int, int], box: Box, jitter: float, draw: random.Random) 
 
 
 def top_left(size: tuple[int, int], variant: Variant) -> tuple[int, int]:
-    """(top, left) of the cut in pixels of the photo after it was scaled, and mirrored if it is: SDXL's crop condition.
+    """SDXL's crop condition: (top, left) of the crop in pixels of the scaled and mirrored photo.
 
     Podell et al. 2023 (arXiv 2307.01952), section 2.2.
     """
@@ -80,28 +82,28 @@ def top_left(size: tuple[int, int], variant: Variant) -> tuple[int, int]:
 
 
 def render(pixels: Pixels, variant: Variant) -> Pixels:
-    """Cut, resize (Lanczos), mirror and colour: uint8 `[bucket height, bucket width, 3]`."""
-    image = _cut(
+    """Crop, resize (Lanczos), mirror and colour a photo: uint8 `[bucket height, bucket width, 3]`."""
+    image = _crop(
         Image.fromarray(pixels), variant, (variant.bucket.width, variant.bucket.height), Image.Resampling.LANCZOS
     )
-    changes = (
+    enhancers = (
         (ImageEnhance.Brightness, variant.brightness),
         (ImageEnhance.Contrast, variant.contrast),
         (ImageEnhance.Color, variant.saturation),
     )
-    for change, factor in changes:
+    for enhancer, factor in enhancers:
         if factor != 1:
-            image = change(image).enhance(factor)
+            image = enhancer(image).enhance(factor)
     return np.array(image)
 
 
 def render_mask(mask: Pixels, variant: Variant, downscale: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The mask at latent size, `[bucket height / downscale, bucket width / downscale]`, 0 to 1, averaged over areas."""
+    """The mask at latent size, `[bucket height / downscale, bucket width / downscale]`, 0 to 1, by area averages."""
     size = (variant.bucket.width // downscale, variant.bucket.height // downscale)
-    cut = np.asarray(_cut(Image.fromarray(mask), variant, size, Image.Resampling.BOX))
-    return cut.astype(np.float32) / np.float32(255)
+    values = np.asarray(_crop(Image.fromarray(mask), variant, size, Image.Resampling.BOX))
+    return values.astype(np.float32) / np.float32(255)
 
 
-def _cut(image: Image.Image, variant: Variant, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+def _crop(image: Image.Image, variant: Variant, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
     image = image.resize(size, resampling, box=variant.box)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if variant.flip else image

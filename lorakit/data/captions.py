@@ -1,4 +1,4 @@
-"""The words that go with a photo. The trigger is in every one of them, shuffled and dropped out or not."""
+"""The text that a photo is trained with. It contains the trigger, also with shuffled tags or caption dropout."""
 
 from __future__ import annotations
 
@@ -14,99 +14,101 @@ from lorakit.core.errors import LorakitError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Orders of its tags that a photo is shown with: enough that no order is learned, few enough to be encoded beforehand.
-SHUFFLES = 8
+# Most orders of its tags that a photo is trained with: all are encoded before training, and no single order is learned.
+MAX_TAG_ORDERS = 8
 # How CLIP splits text before its byte-pair encoding (openai/CLIP, simple_tokenizer.py).
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-# Words whose first sound is not what their first letter says.
+# Words that begin with a vowel sound, or with a consonant sound, against their first letter.
 VOWEL_SOUNDS = ("hour", "honest", "honor", "honour", "heir")
 CONSONANT_SOUNDS = ("uni", "use", "usu", "util", "uku", "ura", "eu", "one", "once", "ewe")
-DETERMINED = ("a", "an", "the", "my", "your", "his", "her", "our", "their", "this", "that", "some")
+DETERMINERS = ("a", "an", "the", "my", "your", "his", "her", "our", "their", "this", "that", "some")
 
 
 def article(noun: str) -> str:
-    """The noun with "a" or "an" as it is spoken; plural nouns and nouns that have a determiner are left alone."""
+    """The noun with "a" or "an", by its sound. Plural nouns and nouns with a determiner do not change."""
     words = noun.split()
-    if not words or words[0].lower() in DETERMINED or _plural(words[-1].lower()):
+    if not words or words[0].lower() in DETERMINERS or _is_plural(words[-1].lower()):
         return noun
     first = words[0].lower()
     vowel = first[0] in "aeiou" and not first.startswith(CONSONANT_SOUNDS)
     return f"{'an' if vowel or first.startswith(VOWEL_SOUNDS) else 'a'} {noun}"
 
 
-def _plural(word: str) -> bool:
+def _is_plural(word: str) -> bool:
     return len(word) > 2 and word.endswith("s") and not word.endswith(("ss", "us", "is", "as", "lens"))
 
 
 def instance_prompt(config: DataConfig) -> str:
-    """The text of a photo that has no caption; the trigger is in it.
+    """The text of a photo without a caption. It contains the trigger.
 
-    "A photo of a sks dog", as the paper has it ("a [identifier] [class noun]", Ruiz et al. 2022, arXiv 2208.12242):
-    without the article the trigger takes its place, and for the text encoder little else is then new.
+    "A photo of a sks dog" follows the paper ("a [identifier] [class noun]", Ruiz et al. 2022, arXiv 2208.12242).
+    Without the article, the text encoder would read the trigger as the article.
     """
     if config.instance_prompt:
         return _with_trigger(config.instance_prompt, config)
     if not config.name:
         return "a picture" if config.kind == "style" else "a photo"
-    return f"a picture in {_style(config.name)}" if config.kind == "style" else f"a photo of {_subject(config)}"
+    return (
+        f"a picture in {_style_phrase(config.name)}"
+        if config.kind == "style"
+        else f"a photo of {_subject_phrase(config)}"
+    )
 
 
 def class_prompt(config: DataConfig) -> str:
-    """The text that stands for all of the kind, without the trigger: what prior preservation keeps as it was."""
+    """The text of the whole class, without the trigger. Prior preservation keeps its images unchanged."""
     if config.class_prompt:
         return config.class_prompt
     if config.kind == "style":
         noun = config.noun.removesuffix("style").strip()
-        return f"a picture in {_style(noun)}" if noun else "a picture"
+        return f"a picture in {_style_phrase(noun)}" if noun else "a picture"
     return f"a photo of {article(config.noun)}" if config.noun else "a photo"
 
 
 def class_text(text: str, config: DataConfig) -> str:
-    """A final text without the trigger: what the base is to go on drawing for it.
+    """The class text of a final text: the same text without the trigger, for prior preservation.
 
-    With `class_prompt` set that is the answer to every text; so it is to the bare instance prompt.
+    If `class_prompt` is set, it is the class text of every text. The instance prompt always has the class prompt.
     """
     if config.class_prompt or text == instance_prompt(config):
         return class_prompt(config)
     if config.kind == "style":
         # "a mug in sks style" -> "a mug"
         text = re.sub(rf"(?<!\w)(,?\s*(in|by|with)\s+)?{re.escape(config.name)}(?!\w)", "", text, flags=re.IGNORECASE)
-    # "an ohwx man" -> "a man": the article before the trigger becomes that of the word after it.
-    named = rf"(?:\b(an?)\s+)?(?<!\w){re.escape(config.trigger)}(?!\w)\s*(\w*)"
-    text = re.sub(named, lambda found: article(found[2]) if found[1] else found[2], text, flags=re.IGNORECASE)
+    # "an ohwx man" -> "a man": the article follows the word after the trigger.
+    pattern = rf"(?:\b(an?)\s+)?(?<!\w){re.escape(config.trigger)}(?!\w)\s*(\w*)"
+    text = re.sub(pattern, lambda match: article(match[2]) if match[1] else match[2], text, flags=re.IGNORECASE)
     return " ".join(text.split()).strip(" ,") or class_prompt(config)
 
 
 def sample_prompts(config: DataConfig) -> list[str]:
-    """What is drawn where no prompts are given; the last is the class, to see that it stays as it was."""
+    """Default prompts of the samples. The last one is the class prompt; it shows whether the class changes."""
     if config.kind == "style":
-        style = f" in {_style(config.name)}" if config.name else ""
-        prompts = [f"a picture of {thing}{style}" for thing in ("a house", "a cat", "a tree")] + [
-            "a picture of a house"
-        ]
+        style = f" in {_style_phrase(config.name)}" if config.name else ""
+        prompts = [f"a picture of {noun}{style}" for noun in ("a house", "a cat", "a tree")] + ["a picture of a house"]
     else:
-        subject = f"a photo of {_subject(config)}" if config.name else "a photo"
+        subject = f"a photo of {_subject_phrase(config)}" if config.name else "a photo"
         prompts = [subject, f"{subject} on a beach", f"{subject} in the snow", class_prompt(config)]
     return list(dict.fromkeys(prompts))
 
 
-def _subject(config: DataConfig) -> str:
-    """ "a sks dog"; a name without a noun ("alice") is nobody's kind and takes no article."""
+def _subject_phrase(config: DataConfig) -> str:
+    """ "a sks dog". A name without a noun ("alice") gets no article."""
     return article(config.name) if config.noun else config.name
 
 
-def _style(name: str) -> str:
+def _style_phrase(name: str) -> str:
     return name if name.split()[-1].lower() == "style" else f"{name} style"
 
 
 def has_trigger(text: str, config: DataConfig) -> bool:
-    """Whether the trigger stands in the text as a word; CLIP does not know capitals, so neither does this."""
+    """Whether the text contains the trigger as a word. Case does not matter, as in CLIP."""
     trigger = re.escape(config.trigger)
     return not trigger or re.search(rf"(?<!\w){trigger}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def final_text(caption: str | None, config: DataConfig) -> str:
-    """The text a photo is trained with: its caption, with the name in front where the trigger is missing.
+    """The text that a photo is trained with: its caption, with the name in front if the trigger is missing.
 
     A photo without a caption gets the instance prompt.
     """
@@ -118,44 +120,44 @@ def _with_trigger(text: str, config: DataConfig) -> str:
 
 
 def variants(text: str, config: DataConfig, seed: str) -> list[str]:
-    """The texts a photo alternates between, its own first: with `data.shuffle_tags`, up to `SHUFFLES` orders of tags.
+    """The texts that a photo alternates between, its own first.
 
-    The tag with the trigger stays first.
+    With `data.shuffle_tags` these are up to `MAX_TAG_ORDERS` orders of the tags. The tag with the trigger stays first.
 
     Args:
-        seed: anything that names the run and the photo; the same seed gives the same texts.
+        seed: a string that identifies the run and the photo. The same seed gives the same texts.
     """
     tags = [tag.strip() for tag in text.split(",") if tag.strip()]
     if not config.shuffle_tags or len(tags) < 2:
         return [text]
     first = [tag for tag in tags if config.trigger and has_trigger(tag, config)][:1]
-    rest = list(tags)
+    other_tags = list(tags)
     for tag in first:
-        rest.remove(tag)
+        other_tags.remove(tag)
     draw = random.Random(f"{seed}/tags")
     texts = [text]
-    for _ in range(4 * SHUFFLES):
-        if len(texts) == SHUFFLES:
+    for _ in range(4 * MAX_TAG_ORDERS):
+        if len(texts) == MAX_TAG_ORDERS:
             break
-        # Sorted by random keys: `random.shuffle` may change between versions of Python, `random.random` may not.
-        order = sorted(rest, key=lambda _: draw.random())
-        shuffled = ", ".join([*first, *order])
-        if shuffled not in texts:
-            texts.append(shuffled)
+        # Sort by random keys: `random.shuffle` may change between versions of Python, `random.random` may not.
+        order = sorted(other_tags, key=lambda _: draw.random())
+        candidate = ", ".join([*first, *order])
+        if candidate not in texts:
+            texts.append(candidate)
     return texts
 
 
 def mentions_sides(text: str) -> bool:
-    """Whether the text says left or right, which a mirrored photo makes untrue."""
+    """Whether the text says left or right, which is wrong for a mirrored photo."""
     return re.search(r"(?<!\w)(left|right)(?!\w)", text, re.IGNORECASE) is not None
 
 
 class TokenCounter:
-    """Counts tokens as the base's text encoder will, without loading it.
+    """Counts tokens with the base's tokenizer. No text encoder is loaded.
 
     Args:
         folder: the base's `tokenizer` folder, with tokenizer.json or with vocab.json and merges.txt.
-        limit: positions of the text encoder (77 for CLIP), the start and the end token included.
+        limit: positions of the text encoder (77 for CLIP), including the start and the end token.
 
     Raises:
         LorakitError: there is no tokenizer in the folder.
@@ -163,16 +165,16 @@ class TokenCounter:
 
     def __init__(self, folder: Path, limit: int):
         self.limit = limit - 2
-        self._tokenizer = _load(folder)
+        self._tokenizer = _load_tokenizer(folder)
 
     def count(self, text: str) -> tuple[int, str]:
-        """The number of tokens of the text, and the part of it that is cut off ("" where it fits)."""
+        """The number of tokens of the text, and the part beyond the limit ("" if the text fits)."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         count = len(encoding.ids)
         return count, text[encoding.offsets[self.limit][0] :].strip() if count > self.limit else ""
 
 
-def _load(folder: Path) -> Tokenizer:
+def _load_tokenizer(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     if (folder / "tokenizer.json").is_file():
@@ -182,11 +184,11 @@ def _load(folder: Path) -> Tokenizer:
         return tokenizer
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         raise LorakitError(f"{folder}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt)")
-    return _clip(folder)
+    return _clip_tokenizer(folder)
 
 
-def _clip(folder: Path) -> Tokenizer:
-    """CLIP's tokenizer from its two original files, as transformers builds it."""
+def _clip_tokenizer(folder: Path) -> Tokenizer:
+    """Build CLIP's tokenizer from vocab.json and merges.txt, like transformers."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))

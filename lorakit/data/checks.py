@@ -264,7 +264,7 @@ def _sharpness(image: Image.Image, placement: buckets.Placement) -> float:
     A photo that is smaller than its bucket is measured at its own size. A flat picture has no edges: the result is 1.
     """
     size = (placement.bucket.width, placement.bucket.height)
-    if placement.enlarged:
+    if placement.is_enlarged:
         size = (max(3, round(size[0] / placement.scale)), max(3, round(size[1] / placement.scale)))
     grey = np.asarray(
         image.resize(size, Image.Resampling.BOX, box=placement.box, reducing_gap=2.0).convert("L"), dtype=np.float32

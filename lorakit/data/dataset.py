@@ -1,4 +1,4 @@
-"""The encoded photos as training sees them: rows of latents by size, and the batches of an epoch."""
+"""The encoded photos for training: rows of latents by size, and the batches of an epoch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class LatentBucket:
 
     Attributes:
         width, height: pixels.
-        mean, std: float32 `[n, C, h, w]`, scaled as the U-Net takes them: latents = mean + std * noise.
-        mask: float32 `[n, 1, h, w]`, 0 to 1, or None where no loss is masked.
+        mean, std: float32 `[n, C, h, w]`, scaled for the denoiser: latents = mean + std * noise.
+        mask: float32 `[n, 1, h, w]`, 0 to 1, or None if the loss uses no masks.
         time_ids: `[n, 6]` SDXL's size and crop conditions, or None.
         photo: int64 `[n]` on the CPU, index into `Dataset.photos`.
-        variant: int64 `[n]` on the CPU, number of the variant; 0 is the photo as it is.
+        variant: int64 `[n]` on the CPU, number of the variant; 0 is the photo without augmentation.
         text: int64 `[n]` on the CPU, index into `Dataset.texts` of the photo's own text.
     """
 
@@ -35,7 +35,7 @@ class LatentBucket:
     text: torch.Tensor
 
     def to(self, device: torch.device | str) -> LatentBucket:
-        """What a step gathers from, on `device`; the rest stays."""
+        """Move the tensors that a step reads to `device`. The indices stay on the CPU."""
         mask = None if self.mask is None else self.mask.to(device)
         ids = None if self.time_ids is None else self.time_ids.to(device)
         return replace(self, mean=self.mean.to(device), std=self.std.to(device), mask=mask, time_ids=ids)
@@ -43,7 +43,7 @@ class LatentBucket:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: rows `entries` (int64 `[b]`) of `Dataset.buckets[bucket]`, and `texts` (int64 `[b]`) of its texts."""
+    """One batch: `entries` are rows of `Dataset.buckets[bucket]`, `texts` index `Dataset.texts`; both int64 `[b]`."""
 
     bucket: int
     entries: torch.Tensor
@@ -52,58 +52,57 @@ class Batch:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded photos and the texts they may be shown with.
+    """Encoded photos and the texts they are trained with.
 
     Attributes:
         buckets: one for each size.
         photos: the photos, in order of name.
-        texts: every different text; photos kept for validation share the list.
-        choices: for each photo the texts (indices) it alternates between, its own first.
-        dropped: index of the bare instance prompt that `caption_dropout` puts in a text's place.
-        caption_dropout: how often.
+        texts: every different text. Training and validation photos share the list.
+        choices: for each photo, the indices of the texts it alternates between; its own text is first.
+        instance_prompt: index of the instance prompt, which replaces a text that is dropped.
+        caption_dropout: probability that a text is dropped.
     """
 
     buckets: list[LatentBucket]
     photos: list[Photo]
     texts: list[str]
     choices: list[list[int]]
-    dropped: int
+    instance_prompt: int
     caption_dropout: float
 
     def to(self, device: torch.device | str) -> Dataset:
-        """The same with every bucket on `device`."""
+        """Move every bucket to `device`."""
         return replace(self, buckets=[bucket.to(device) for bucket in self.buckets])
 
     def plain(self) -> Dataset:
-        """The photos as they are, to examine a model on: no variants, and each with its own text and no other."""
-        kept = []
+        """The same photos for validation: variant 0 only, each with its own text only."""
+        latent_buckets = []
         for bucket in self.buckets:
             rows = torch.nonzero(bucket.variant == 0).flatten()
-            there = rows.to(bucket.mean.device)
-            kept.append(
+            device_rows = rows.to(bucket.mean.device)
+            latent_buckets.append(
                 replace(
                     bucket,
-                    mean=bucket.mean[there],
-                    std=bucket.std[there],
-                    mask=None if bucket.mask is None else bucket.mask[there],
-                    time_ids=None if bucket.time_ids is None else bucket.time_ids[there],
+                    mean=bucket.mean[device_rows],
+                    std=bucket.std[device_rows],
+                    mask=None if bucket.mask is None else bucket.mask[device_rows],
+                    time_ids=None if bucket.time_ids is None else bucket.time_ids[device_rows],
                     photo=bucket.photo[rows],
                     variant=bucket.variant[rows],
                     text=bucket.text[rows],
                 )
             )
-        return replace(self, buckets=kept, choices=[own[:1] for own in self.choices], caption_dropout=0.0)
+        return replace(self, buckets=latent_buckets, choices=[own[:1] for own in self.choices], caption_dropout=0.0)
 
     def names(self, bucket: int) -> list[str]:
-        """The photo's name for each row of a bucket."""
+        """Name of the photo of each row of a bucket."""
         return [self.photos[photo].relative for photo in self.buckets[bucket].photo.tolist()]
 
     def batches(self, seed: int, epoch: int, batch_size: int) -> list[Batch]:
-        """One epoch: every photo exactly once, in one of its variants and one of its texts; the last batch of a size
-        may be smaller.
+        """The batches of one epoch: every photo once, with one of its variants and one of its texts.
 
-        A pure function of (seed, epoch, batch_size). A photo goes through its variants epoch by epoch, from a place
-        of its own, so each is used equally often.
+        The last batch of a size may be smaller. The result is a pure function of (seed, epoch, batch_size). A photo
+        goes through its variants epoch by epoch from a random start, so every variant is used equally often.
         """
         draw = rng.generator(seed, epoch, "order")
         starts = rng.generator(seed, 0, "variants")
@@ -111,28 +110,28 @@ class Dataset:
         batches = []
         for number, bucket in enumerate(self.buckets):
             device = bucket.mean.device
-            rows = _rows(bucket)
-            first = torch.randint(2**31, (len(rows),), generator=starts).tolist()
-            chosen = torch.tensor([own[(start + epoch) % len(own)] for own, start in zip(rows, first, strict=True)])
-            chosen = chosen[torch.randperm(len(chosen), generator=draw)]
-            # One copy to the device for the whole epoch, which CUDA need not be waited for; batches are views of it.
-            ahead = device.type == "cuda"
-            entries, told = (t.to(device, non_blocking=ahead) for t in (chosen, texts[bucket.photo[chosen]]))
-            pairs = zip(torch.split(entries, batch_size), torch.split(told, batch_size), strict=True)
+            groups = _rows_by_photo(bucket)
+            offsets = torch.randint(2**31, (len(groups),), generator=starts).tolist()
+            rows = torch.tensor([own[(start + epoch) % len(own)] for own, start in zip(groups, offsets, strict=True)])
+            rows = rows[torch.randperm(len(rows), generator=draw)]
+            # One copy to the device for the whole epoch; the host does not wait for CUDA. The batches are views of it.
+            non_blocking = device.type == "cuda"
+            entries, text_rows = (t.to(device, non_blocking=non_blocking) for t in (rows, texts[bucket.photo[rows]]))
+            pairs = zip(torch.split(entries, batch_size), torch.split(text_rows, batch_size), strict=True)
             batches += [Batch(number, part, text) for part, text in pairs]
         return [batches[at] for at in torch.randperm(len(batches), generator=draw).tolist()]
 
     def _texts(self, seed: int, epoch: int) -> torch.Tensor:
-        """For each photo the text it has in this epoch."""
+        """Index of the text of each photo in this epoch."""
         draw = rng.generator(seed, epoch, "texts")
         count = len(self.photos)
         picks, drops = torch.randint(2**31, (count,), generator=draw).tolist(), torch.rand(count, generator=draw)
-        shown = torch.tensor([own[pick % len(own)] for own, pick in zip(self.choices, picks, strict=True)])
-        return torch.where(drops < self.caption_dropout, torch.tensor(self.dropped), shown)
+        choices = torch.tensor([own[pick % len(own)] for own, pick in zip(self.choices, picks, strict=True)])
+        return torch.where(drops < self.caption_dropout, torch.tensor(self.instance_prompt), choices)
 
 
-def _rows(bucket: LatentBucket) -> list[list[int]]:
-    """Rows of each photo of the bucket, in the photos' order."""
+def _rows_by_photo(bucket: LatentBucket) -> list[list[int]]:
+    """The rows of each photo of the bucket, in the order of the photos."""
     rows: dict[int, list[int]] = {}
     for row, photo in enumerate(bucket.photo.tolist()):
         rows.setdefault(photo, []).append(row)

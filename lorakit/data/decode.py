@@ -1,6 +1,6 @@
-"""The one place where a picture's bytes become pixels: upright, in sRGB, 8 bits, on white.
+"""Decode the bytes of a picture to pixels: upright, in sRGB, 8 bits, transparency on white.
 
-Pillow and numpy only. Everything that shows, checks or encodes a photo goes through `decode`.
+Imports Pillow and numpy only. Everything that shows, checks or encodes a photo calls `decode`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from lorakit.core.errors import LorakitError
 
-# Pillow refuses above this (twice its warning limit); it is past every phone and camera that is not a stitched scan.
+# Pillow refuses more pixels than this (twice its warning limit). Phones and cameras have fewer; stitched scans do not.
 MAX_PIXELS = 178_956_970
 ORIENTATION = 0x0112
-TURNS = {
+ROTATIONS = {
     2: "mirrored", 3: "turned 180°", 4: "mirrored, turned 180°", 5: "mirrored, turned 90° left",
     6: "turned 90° right", 7: "mirrored, turned 90° right", 8: "turned 90° left",
 }  # fmt: skip
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}  # Pillow's mode -> ICC colour space
+COLOUR_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}  # Pillow's mode -> ICC colour space
 HEIC_HINT = "HEIC needs an extra: pip install 'lorakit[heic]'"
-# Pillow warns of large pictures, odd palettes and damaged EXIF data, once and without the file's name.
+# Pillow warns of large pictures, odd palettes and damaged EXIF data, but does not name the file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Unreadable(LorakitError):
-    """A file that cannot be decoded. `reason` says why and what to do, without the file's name."""
+    """A file cannot be decoded. `reason` says why and what to do, without the file's name."""
 
     def __init__(self, name: str, reason: str):
         self.reason = reason
@@ -42,14 +42,14 @@ class Unreadable(LorakitError):
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A picture, ready to use.
+class Picture:
+    """A decoded picture.
 
     Attributes:
         pixels: uint8 `[height, width, 3]`, sRGB, upright, transparency shown on white.
-        alpha: uint8 `[height, width]`, or None where nothing is transparent.
-        orientation: what its EXIF tag asked for, "" if nothing.
-        notes: what else was done to it that its owner may want to know.
+        alpha: uint8 `[height, width]`, or None if nothing is transparent.
+        orientation: the rotation of its EXIF tag, or "".
+        notes: other changes that the user may want to know of.
     """
 
     pixels: Pixels
@@ -59,18 +59,18 @@ class Decoded:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height), upright."""
+        """(width, height) after the EXIF rotation."""
         return self.pixels.shape[1], self.pixels.shape[0]
 
 
-def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None) -> Decoded:
+def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None) -> Picture:
     """Read a picture.
 
     Args:
         source: a file, or its bytes.
-        name: what messages call it; by default the file's own name.
-        at_least: for a thumbnail with this side: a JPEG may be decoded at a half, quarter or eighth of its size, which
-            is many times faster, as long as both of its sides stay that long.
+        name: name of the picture in messages; by default the file's own name.
+        at_least: side of a thumbnail. A JPEG is then decoded at a half, quarter or eighth of its size, which is much
+            faster, if both of its sides stay at least this long.
 
     Raises:
         Unreadable: with the file's name, the cause, and what to do.
@@ -79,40 +79,42 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None)
     image = _open(source, name)
     if at_least is not None:
         image.draft(None, (at_least, at_least))
-    notes = _frames(image)
+    notes = _note_frames(image)
     orientation = _orientation(image)  # before the pixels: Pillow turns a TIFF while it loads and forgets the tag
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise Unreadable(name, f"damaged or cut off ({error}); copy it again from where it came") from None
-    if orientation in TURNS:
+    if orientation in ROTATIONS:
         image = ImageOps.exif_transpose(image)
     rgb, alpha = _to_srgb(image, notes)
-    return Decoded(np.array(rgb), alpha, TURNS.get(orientation, ""), tuple(notes))
+    return Picture(np.array(rgb), alpha, ROTATIONS.get(orientation, ""), tuple(notes))
 
 
 def measure(source: Path | bytes, name: str = "") -> tuple[int, int]:
-    """(width, height) of a picture as `decode` will give it, from the header alone.
+    """(width, height) of the picture that `decode` returns, read from the header alone.
 
     Raises:
         Unreadable: as `decode`.
     """
     image = _open(source, name or (source.name if isinstance(source, Path) else "picture"))
-    turned = _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"  # a TIFF's size is already the upright one
-    return (image.height, image.width) if turned else (image.width, image.height)
+    swaps_sides = (
+        _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"
+    )  # a TIFF's size is already the upright one
+    return (image.height, image.width) if swaps_sides else (image.width, image.height)
 
 
 def decode_mask(path: Path, size: tuple[int, int], name: str = "") -> Pixels:
-    """A mask as uint8 `[height, width]`: white is learned, black is not.
+    """Decode a mask to uint8 `[height, width]`: white is learned, black is not.
 
     Raises:
-        Unreadable: as `decode`, and where its size is not the photo's.
+        Unreadable: as `decode`, and if its size is not the photo's.
     """
     name = name or path.name
-    decoded = decode(path, name)
-    if decoded.size != size:
-        raise Unreadable(name, "mask is {} x {}, its photo {} x {}: make them equal".format(*decoded.size, *size))
-    return np.array(Image.fromarray(decoded.pixels).convert("L"))
+    picture = decode(path, name)
+    if picture.size != size:
+        raise Unreadable(name, "mask is {} x {}, its photo {} x {}: make them equal".format(*picture.size, *size))
+    return np.array(Image.fromarray(picture.pixels).convert("L"))
 
 
 def _open(source: Path | bytes, name: str) -> Image.Image:
@@ -128,13 +130,13 @@ def _open(source: Path | bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(raw))
     except Image.DecompressionBombError:
-        raise Unreadable(name, _too_large()) from None
+        raise Unreadable(name, _too_large_reason()) from None
     except UnidentifiedImageError:
-        raise Unreadable(name, _unidentified(raw)) from None
+        raise Unreadable(name, _not_a_picture_reason(raw)) from None
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise Unreadable(name, f"damaged or cut off ({error}); copy it again from where it came") from None
     if image.width * image.height > MAX_PIXELS:
-        raise Unreadable(name, _too_large())
+        raise Unreadable(name, _too_large_reason())
     return image
 
 
@@ -146,11 +148,11 @@ def _register_heif(name: str) -> None:
     pillow_heif.register_heif_opener()
 
 
-def _too_large() -> str:
+def _too_large_reason() -> str:
     return f"more than {MAX_PIXELS // 10**6} megapixels; save it smaller"
 
 
-def _unidentified(raw: bytes) -> str:
+def _not_a_picture_reason(raw: bytes) -> str:
     head = raw[:512]
     if b"\0" not in head:
         try:
@@ -162,8 +164,8 @@ def _unidentified(raw: bytes) -> str:
     return "not a picture that can be read; save it as jpg or png"
 
 
-def _frames(image: Image.Image) -> list[str]:
-    """A note where a file holds several pictures. An MPO's others are the same view for 3-D screens: no note."""
+def _note_frames(image: Image.Image) -> list[str]:
+    """Return a note if a file has several pictures. An MPO has the same view for 3-D screens, so it gets no note."""
     if image.format in ("MPO", "JPEG"):
         return []
     try:
@@ -173,12 +175,12 @@ def _frames(image: Image.Image) -> list[str]:
         return []  # the damage is named when the pixels are loaded
     if count < 2:
         return []
-    what = "page" if image.format == "TIFF" else "picture"
-    return [f"holds {count} {what}s: the first is used"]
+    noun = "page" if image.format == "TIFF" else "picture"
+    return [f"holds {count} {noun}s: the first is used"]
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) where it is absent or damaged: a viewer shows such a photo as it is stored, too."""
+    """EXIF orientation; 1 (upright) if it is absent or damaged, as in image viewers."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
@@ -187,42 +189,42 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Pixels | None]:
-    """RGB on white and the alpha channel, from whatever mode Pillow gave."""
+    """Convert any mode of Pillow to RGB on white and an alpha channel."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
-        image = _deep_grey(image)
+        image = _scale_grey(image)
     alpha = None
     if image.has_transparency_data:
-        clear = image.convert("RGBA")
-        alpha = np.array(clear.getchannel("A"))
-        image = image.convert("L") if image.mode == "LA" else clear.convert("RGB")
-    elif image.mode not in SPACES:
+        rgba = image.convert("RGBA")
+        alpha = np.array(rgba.getchannel("A"))
+        image = image.convert("L") if image.mode == "LA" else rgba.convert("RGB")
+    elif image.mode not in COLOUR_SPACES:
         image = image.convert("L" if image.mode == "1" else "RGB")
-    rgb = (_colour_managed(image, profile, notes) if profile else None) or _unmanaged(image, notes)
+    rgb = (_convert_by_profile(image, profile, notes) if profile else None) or _convert_without_profile(image, notes)
     if alpha is None or int(alpha.min()) == 255:
         return rgb, None
     return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), Image.fromarray(alpha)), alpha
 
 
-def _deep_grey(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits, scaled by its range; Pillow's own conversion clips at 255."""
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """Scale grey of 16 or 32 bits to 8 bits. Pillow's own conversion clips at 255."""
     values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    top = float(values.max(initial=0.0))
+    maximum = float(values.max(initial=0.0))
     if image.mode == "F":
-        full = 1.0 if top <= 1 else 255.0 if top <= 255 else max(top, 1.0)
+        white = 1.0 if maximum <= 1 else 255.0 if maximum <= 255 else max(maximum, 1.0)
     else:
-        full = 65535.0 if top <= 65535 else 2.0**32 - 1 if top > 2**31 - 1 else 2.0**31 - 1
-    return Image.fromarray(np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8))
+        white = 65535.0 if maximum <= 65535 else 2.0**32 - 1 if maximum > 2**31 - 1 else 2.0**31 - 1
+    return Image.fromarray(np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8))
 
 
-def _colour_managed(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image | None:
-    """The picture through its embedded ICC profile to sRGB, or None where that is no use, which is said."""
+def _convert_by_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image | None:
+    """Convert the picture from its embedded ICC profile to sRGB. Return None if the profile is not usable."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
         if image.mode == "L" and space == "RGB":
             image = image.convert("RGB")  # grey files saved with a colour profile are common
-        if SPACES.get(image.mode) != space:
+        if COLOUR_SPACES.get(image.mode) != space:
             notes.append(f"its colour profile is for {space}, not for this picture: left out")
             return None
         if space == "RGB" and (source.profile.profile_description or "").startswith("sRGB"):
@@ -233,12 +235,12 @@ def _colour_managed(image: Image.Image, profile: bytes, notes: list[str]) -> Ima
         return None
 
 
-def _unmanaged(image: Image.Image, notes: list[str]) -> Image.Image:
+def _convert_without_profile(image: Image.Image, notes: list[str]) -> Image.Image:
     if image.mode == "CMYK":
         notes.append("CMYK without a colour profile: its colours are a guess")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        assert converted is not None  # only an in-place conversion returns None
-        return converted
+        rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert rgb is not None  # only an in-place conversion returns None
+        return rgb
     return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large photo takes its time

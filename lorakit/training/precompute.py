@@ -153,7 +153,7 @@ def _photos(
         device=family.device,
         identity=family.info.hash,
         say=say,
-        at_once=lambda size: _at_once(size.width * size.height, family.device),
+        batch_size=lambda size: _at_once(size.width * size.height, family.device),
     )
 
 

@@ -73,7 +73,7 @@ def test_the_cut_is_centred_whole_and_of_the_buckets_shape() -> None:
         assert placement.scale == pytest.approx(placement.bucket.width / (right - left))
         kept = (right - left) * (bottom - top) / (size[0] * size[1])
         assert placement.cropped == pytest.approx(1 - kept, abs=1e-9)
-        assert placement.enlarged == (placement.scale > 1)
+        assert placement.is_enlarged == (placement.scale > 1)
 
 
 def test_square_photos_of_any_size_lose_nothing() -> None:

@@ -109,7 +109,7 @@ def test_the_trigger_survives_a_thousand_shuffles() -> None:
 def test_shuffles_are_many_different_and_repeatable() -> None:
     config = DataConfig(name="sks toy", shuffle_tags=True)
     texts = captions.variants("sks toy, a, b, c, d", config, "0/x.jpg")
-    assert len(set(texts)) == len(texts) == captions.SHUFFLES
+    assert len(set(texts)) == len(texts) == captions.MAX_TAG_ORDERS
     assert texts == captions.variants("sks toy, a, b, c, d", config, "0/x.jpg")
     assert texts != captions.variants("sks toy, a, b, c, d", config, "1/x.jpg")
     assert captions.variants("sks toy, a", config, "0") == ["sks toy, a"]

@@ -60,7 +60,7 @@ def test_every_exif_orientation_comes_out_upright(orientation: int, format: str)
     assert decoded.size == decode.measure(raw) == (96, 64)
     assert marked.marked_corner(decoded.pixels) == "upper left"
     assert np.abs(decoded.pixels.astype(int) - upright).mean() < 3
-    assert decoded.orientation == decode.TURNS.get(orientation, "")
+    assert decoded.orientation == decode.ROTATIONS.get(orientation, "")
 
 
 def test_a_thumbnail_may_be_decoded_smaller() -> None:

@@ -70,7 +70,7 @@ class Builder:
             device="cpu",
             identity=identity,
             say=self.said.append,
-            at_once=lambda size: at_once,
+            batch_size=lambda size: at_once,
         )
 
 
