@@ -7,7 +7,7 @@ import pytest
 from lorakit.cli import doctor
 from lorakit.core.cache_dir import cache_dir
 from lorakit.data import latents
-from lorakit.inference import sampling
+from lorakit.inference import class_images
 
 
 @pytest.mark.parametrize(
@@ -30,4 +30,4 @@ def test_the_variable_else_the_home_folder(
 
 
 def test_everybody_looks_there() -> None:
-    assert doctor.cache_dir is sampling.cache_dir is latents.cache_dir is cache_dir
+    assert doctor.cache_dir is class_images.cache_dir is latents.cache_dir is cache_dir

@@ -131,7 +131,8 @@ def test_a_run_that_ended_needs_no_process(tmp_path, state):
 
 CHILD = """
 import sys, time
-from lorakit import config, run_folder
+from lorakit import config
+from lorakit.runs import folder as run_folder
 run = run_folder.RunFolder.create(config.load(None, {"train.steps": 9, "output.folder": sys.argv[1]}))
 run_folder.PROGRESS_EVERY = 0
 run.update(state="running")
@@ -288,7 +289,7 @@ def test_an_interrupted_write_leaves_the_file_before(tmp_path, monkeypatch):
 
 
 def test_the_run_folder_is_read_without_torch():
-    code = "import sys; from lorakit import run_folder, pictures; sys.exit('torch' in sys.modules)"
+    code = "import sys, lorakit.runs.folder, lorakit.core.image_grid; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -74,7 +74,7 @@ TEXTS = {
     "run.none": "No runs yet. Start one on the Train page.",
     "run.list": "All runs",
     "run.stop": "Stop and save",
-    "run.stop_asked": "It finishes its step, saves, exports and ends.",
+    "run.stop_asked": "It saves and exports what it has, and ends.",
     "run.resume": "Resume",
     "run.resumed": "{name} goes on.",
     "run.cancel": "Take out of the queue",

@@ -71,7 +71,7 @@ TEXTS = {
     "run.none": "還沒有任何執行。請到「訓練」頁開始。",
     "run.list": "所有執行",
     "run.stop": "停止並儲存",
-    "run.stop_asked": "它會完成目前這一步，儲存、匯出，然後結束。",
+    "run.stop_asked": "它會儲存並匯出目前的成果，然後結束。",
     "run.resume": "繼續",
     "run.resumed": "{name} 繼續執行。",
     "run.cancel": "移出佇列",

@@ -1,0 +1,243 @@
+"""A stop is heard in every part of a run, at once, and loses nothing that was complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from short_run import chosen, noise
+
+from lorakit import config
+from lorakit.cli.signals import stop_on_signals
+from lorakit.core.errors import Stopped
+from lorakit.core.events import Event
+from lorakit.runs import folder as run_folder
+from lorakit.training import checkpoint, run
+
+STEPS = 6
+
+
+class StopAt:
+    """A listener and a stop function in one: asks for a stop from the event on that `condition` is true of."""
+
+    def __init__(self, condition: Callable[[Event], bool]):
+        self.condition, self.wanted, self.events = condition, False, list[Event]()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        self.wanted = self.wanted or self.condition(event)
+
+    def stop(self) -> bool:
+        return self.wanted
+
+    def lines(self) -> list[str]:
+        return [event.facts["message"] for event in self.events if event.kind == "message"]
+
+
+def says(start: str) -> Callable[[Event], bool]:
+    return lambda event: event.kind == "message" and event.facts["message"].startswith(start)
+
+
+def at(kind: str, step: int) -> Callable[[Event], bool]:
+    return lambda event: (event.kind, event.step) == (kind, step)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four photos, and a cache of this test's own."""
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    (folder := tmp_path / "photos").mkdir()
+    return noise(folder, 4)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> run.Result:
+    """The run that nobody stops."""
+    folder = tmp_path_factory.mktemp("straight")
+    (photos := folder / "photos").mkdir()
+    return run.train(settings(tiny_sd1, noise(photos, 4), folder / "run"))
+
+
+def settings(base: Path, photos: Path, folder: Path, **changes: Any) -> config.Config:
+    asked = {"train__validate_every": 3, "train__save_every": 3, "sample__every": 3, "train__prior": "none"}
+    return chosen(base, photos, folder, STEPS, **asked | changes)
+
+
+def stopped(asked: config.Config, condition: Callable[[Event], bool]) -> tuple[Stopped, StopAt]:
+    """Train until the stop is heard; the last event of the run is then the line that says so, or what it led to."""
+    listener = StopAt(condition)
+    with pytest.raises(Stopped) as caught:
+        run.train(asked, listeners=[listener], stop=listener.stop)
+    state = run_folder.read(caught.value.folder)
+    assert (state.state, state.message) == ("stopped", str(caught.value))
+    assert sum(line.startswith("stopping: ") for line in listener.lines()) == 1
+    return caught.value, listener
+
+
+def kinds(folder: Path, kind: str) -> list[int]:
+    return [event["step"] for event in run_folder.RunFolder(folder).events(kind)]
+
+
+def resumed(folder: Path) -> tuple[run.Result, list[str]]:
+    listener = StopAt(lambda event: False)
+    result = run.resume(folder, listeners=[listener])
+    assert run_folder.status(folder) == "done" and all(finding.passed for finding in result.findings)
+    return result, listener.lines()
+
+
+def test_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
+    """The photos encoded so far are in the cache, and the run begins where it was."""
+    asked = settings(tiny_sd1, photos, tmp_path / "run", data__cache="disk")
+    encoded = []
+
+    def stop() -> bool:
+        encoded.append(len(list((tmp_path / "cache" / "latents").rglob("*.safetensors"))))
+        return encoded[-1] == 2
+
+    with pytest.raises(Stopped, match="stopped before the first step; go on with: lorakit resume"):
+        run.train(asked, stop=stop)
+    assert encoded == [0, 1, 2]
+    assert not checkpoint.complete(tmp_path / "run" / "checkpoints")
+    result, lines = resumed(tmp_path / "run")
+    assert any(line.startswith("latents: 2 hits, 2 encoded") for line in lines)
+    assert result.steps == STEPS and kinds(tmp_path / "run", "step") == list(range(1, STEPS + 1))
+
+
+def test_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
+    stop, listener = stopped(settings(tiny_sd1, photos, tmp_path / "run"), says("latents: "))
+    assert stop.step == 0
+    assert listener.lines()[-1] == "stopping: class images and latents that are complete are kept"
+    assert resumed(tmp_path / "run")[0].steps == STEPS
+
+
+def test_while_class_images_are_drawn(tiny_sd1, photos, tmp_path):
+    """Pictures of the first text are in the cache; those of the second are not waited for."""
+    (photos / "0.txt").write_text("a sks toy in the snow", encoding="utf-8")
+    asked = settings(tiny_sd1, photos, tmp_path / "run", train__prior="images", train__class_images=6)
+    drawn: list[Event] = []
+
+    def second(event: Event) -> bool:
+        drawn.extend([event] if says("class images: ")(event) else [])
+        return len(drawn) == 2
+
+    stop, listener = stopped(asked, second)
+    assert stop.step == 0 and listener.lines()[-1].startswith("stopping: ")
+    assert len(list((tmp_path / "cache" / "class-images").rglob("*.png"))) == 3
+    _, lines = resumed(tmp_path / "run")
+    first, second_line = [line for line in lines if line.startswith("class images: ")]
+    assert first.startswith("class images: 3 of 3 in the cache") and second_line.startswith("class images: 0 of 3")
+
+
+def test_while_samples_are_drawn_before_the_first_step(tiny_sd1, photos, tmp_path):
+    stop, listener = stopped(settings(tiny_sd1, photos, tmp_path / "run"), at("checkpoint", 0))
+    assert stop.step == 0 and "stopping: the samples are not finished" in listener.lines()
+    assert not list((tmp_path / "run").glob("*.safetensors")), "an adapter without a step is not exported"
+    assert not kinds(tmp_path / "run", "sample")
+    resumed(tmp_path / "run")
+    assert kinds(tmp_path / "run", "sample") == [0, 3, STEPS]
+
+
+@pytest.mark.parametrize(
+    ("condition", "step"),
+    [(at("sample", 0), 1), (at("progress", 3), 3), (at("checkpoint", 3), 3), (at("step", STEPS), STEPS)],
+    ids=["step", "validation", "samples", "last validation"],
+)
+def test_while_it_trains(tiny_sd1, straight, photos, tmp_path, condition, step):
+    """Weights and validations of a stopped and resumed run are those of a straight one, to the bit."""
+    stop, _ = stopped(settings(tiny_sd1, photos, tmp_path / "run"), condition)
+    assert stop.step == step and str(stop).startswith(f"stopped after step {step}; go on with: ")
+    assert checkpoint.step_of(checkpoint.latest(tmp_path / "run" / "checkpoints")) == step
+    exported = [path for path in (tmp_path / "run").glob("*.safetensors") if path.name != "best.safetensors"]
+    assert len(exported) == 1
+    result, _ = resumed(tmp_path / "run")
+    one, two = load_file(result.adapter), load_file(straight.adapter)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    for kind in ("validation", "sample"):
+        assert kinds(tmp_path / "run", kind) == kinds(straight.folder, kind)
+    curves = [[e["smoothed_loss"] for e in run_folder.RunFolder(r.folder).events("step")] for r in (result, straight)]
+    assert curves[0] == curves[1]
+
+
+def test_while_the_checked_file_draws(tiny_sd1, photos, tmp_path):
+    def checking(event: Event) -> bool:
+        return event.kind == "phase" and event.facts["phase"] == "checking the exported file"
+
+    stop, _ = stopped(settings(tiny_sd1, photos, tmp_path / "run"), checking)
+    assert stop.step == STEPS
+    result, _ = resumed(tmp_path / "run")
+    assert kinds(tmp_path / "run", "sample") == [0, 3, STEPS] and result.best is not None
+
+
+def test_the_stop_file_is_heard_while_it_encodes(tiny_sd1, photos, tmp_path):
+    folder = run_folder.RunFolder(tmp_path / "run")
+
+    def touch(event: Event) -> None:
+        if says("latents: ")(event):
+            folder.request_stop()
+
+    with pytest.raises(Stopped) as caught:
+        run.train(settings(tiny_sd1, photos, folder.path), listeners=[touch])
+    assert caught.value.step == 0
+    assert resumed(folder.path)[0].steps == STEPS
+
+
+def test_a_resumed_run_says_the_step_it_stands_at(tiny_sd1, photos, tmp_path):
+    stopped(settings(tiny_sd1, photos, tmp_path / "run"), at("checkpoint", 3))
+    listener = StopAt(says("latents: "))
+    with pytest.raises(Stopped, match="stopped after step 3"):
+        run.resume(tmp_path / "run", listeners=[listener], stop=listener.stop)
+    assert run_folder.read(tmp_path / "run").step == 3
+
+
+def test_the_library_leaves_signals_alone(tiny_sd1, photos, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    during = []
+    run.train(
+        settings(tiny_sd1, photos, tmp_path / "run"),
+        listeners=[lambda event: during.append((signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)))],
+    )
+    assert set(during) == {before}
+
+
+def test_the_second_ctrl_c_interrupts_at_once(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capfd.readouterr().err == "lorakit: stopping, and saving what there is; Ctrl-C again ends at once\n"
+
+
+def test_ctrl_c_while_class_images_are_drawn_ends_the_process(photos, tmp_path):
+    """The bundled base would draw these 2,000 pictures for minutes."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "lorakit", "train", str(photos), "--output", str(folder), "--subject", "sks toy"]
+    command += ["--set=train.prior=images", "--set=train.class_images=2000", "--set=memory.device=cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = folder / "log.jsonl"
+    for _ in range(1200):
+        if log.exists() and "class images: " in log.read_text(encoding="utf-8"):
+            break
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert time.monotonic() - start < 30
+    assert "Traceback" not in output
+    assert "lorakit: stopping, and saving what there is" in output
+    assert f"lorakit: stopped before the first step; go on with: lorakit resume {folder}" in output
+    assert json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"] == "stopped"
