@@ -46,7 +46,7 @@ LIGHT = [
     "lorakit.families.pocket",
     *(f"lorakit.{room}" for room in MAY_IMPORT),
 ]
-HEAVY = ["torch", "diffusers", "transformers", "peft", "accelerate", "matplotlib", "bitsandbytes"]
+HEAVY = ["torch", "diffusers", "transformers", "peft", "accelerate", "jinja2", "bitsandbytes"]
 # Rooms of which no module imports torch, but for those named.
 TORCH_FREE = {"core": {"rng"}, "config": set(), "runs": set(), "cli": set(), "ui": set()}
 

@@ -42,7 +42,6 @@ _LOGGERS = (
     "bitsandbytes",
     "diffusers",
     "huggingface_hub",
-    "matplotlib",
     "peft",
     "transformers",
     "xformers",

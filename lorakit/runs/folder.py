@@ -8,7 +8,7 @@
     checkpoints/step-000100/
     samples/step-000100.png, samples/step-000100/01.png ...
     <name>.safetensors, best.safetensors
-    report.json, curves.png, contact-sheet.png, report.html
+    report.json, curves.svg, contact-sheet.png, report.html
 
 A viewer needs nothing but this folder and this module, which imports no torch.
 """
@@ -88,7 +88,7 @@ class RunFolder:
         self.stop_file = self.path / "stop"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
-        self.curves_file = self.path / "curves.png"
+        self.curves_file = self.path / "curves.svg"
         self.contact_sheet_file = self.path / "contact-sheet.png"
         self.html_file = self.path / "report.html"
         self._state = State()

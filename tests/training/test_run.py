@@ -97,7 +97,7 @@ def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(tiny_sd1,
     assert ups and all(tensors[name].abs().sum() > 0 for name in ups)
     state = json.loads((result.folder / "state.json").read_text(encoding="utf-8"))
     assert state["state"] == "done" and state["step"] == 6
-    for name in ("config.toml", "plan.json", "report.html", "report.json", "curves.png"):
+    for name in ("config.toml", "plan.json", "report.html", "report.json", "curves.svg"):
         assert (result.folder / name).stat().st_size > 0, name
     steps_drawn = [event["step"] for event in events(result.folder, "sample")]
     assert steps_drawn == [0, 6]

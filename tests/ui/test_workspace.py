@@ -10,7 +10,6 @@ from PIL import Image
 
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
-from lorakit.ui import charts
 from lorakit.ui.thumbnails import Thumbnails
 from lorakit.ui.workspace import Desk
 
@@ -156,20 +155,3 @@ def test_a_download_is_staged_once(tmp_path: Path):
     staged = desk.staged(file)
     assert staged.name == file.name and staged.read_bytes() == b"abc" and not staged.is_relative_to(tmp_path)
     assert desk.staged(file) == staged
-
-
-def test_a_chart_is_drawn_to_scale_and_escaped():
-    line = charts.Line("<loss>", [(0, 1.0), (50, float("nan")), (100, 3.0)], "lk-line-a")
-    svg = charts.chart("a & b", [line], 100)
-    assert "&lt;loss&gt;" in svg and "a &amp; b" in svg and "<loss>" not in svg
-    points = svg.split('points="')[1].split('"')[0].split()
-    (x0, y0), (x1, y1) = (tuple(map(float, point.split(","))) for point in points)
-    assert x0 == charts.LEFT and x1 == charts.WIDTH - charts.RIGHT
-    assert y0 > y1, "larger values are higher up"
-    assert charts.chart("empty", [charts.Line("x", [], "s")], 10) == ""
-
-
-def test_thinning_keeps_the_last():
-    many = [(n, float(n)) for n in range(5000)]
-    kept = charts.thinned(many)
-    assert len(kept) <= charts.MOST_POINTS + 1 and kept[0] == many[0] and kept[-1] == many[-1]

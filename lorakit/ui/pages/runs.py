@@ -12,8 +12,9 @@ from typing import Any
 import gradio as gr
 
 from lorakit.core.errors import LorakitError
+from lorakit.runs import charts
 from lorakit.runs.folder import LIVE, RunFolder, State, read
-from lorakit.ui import charts, widgets
+from lorakit.ui import widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Desk
@@ -253,44 +254,17 @@ def _curves(run: RunFolder, state: State, say: Say) -> str:
         size = run.log_file.stat().st_size
     except OSError:
         return ""
-    steps, validations = _points(run.log_file, size)
-    losses = [(step, loss) for step, loss, _ in steps if loss is not None]
-    rates = [(step, rate) for step, _, rate in steps if rate is not None]
-    mse = [(step, value) for step, value, _ in validations if value is not None]
-    drift = [(step, value) for step, _, value in validations if value is not None]
-    parts = [
-        charts.chart(
-            say("run.loss"),
-            [
-                charts.Line(say("run.training_loss"), losses, "lk-line-a"),
-                charts.Line(say("run.validation"), mse, "lk-line-b", dots=True),
-            ],
-            state.steps,
-        ),
-        charts.chart(say("run.rate"), [charts.Line(say("run.rate"), rates, "lk-line-c")], state.steps),
-        charts.chart(say("run.drift"), [charts.Line(say("run.drift"), drift, "lk-line-b", dots=True)], state.steps),
-    ]
-    shown = "".join(parts)
-    return f"<h3>{escape(say('run.curves'))}</h3><div class=lk-charts>{shown}</div>" if shown else ""
+    labels = tuple(say(f"chart.{key}") for key in charts.ENGLISH)
+    shown = "".join(_charts(run.log_file, size, state.best["step"] if state.best else None, labels))
+    title = escape(say("run.curves"))
+    return f"<style>{charts.STYLE}</style><h3>{title}</h3><div class=lk-charts>{shown}</div>" if shown else ""
 
 
 @functools.lru_cache(maxsize=8)
-def _points(log: Path, size: int) -> tuple[list[Any], list[Any]]:
-    """(step, smoothed loss, rate) of each step and (step, mse, drift) of each validation; a log is read once a size.
-
-    A step that was done twice (after a resume or a rollback) counts as it was done last.
-    """
-    steps: dict[int, Any] = {}
-    validations: dict[int, Any] = {}
-    for event in RunFolder(log.parent).events("step", "validation"):
-        step = event.get("step")
-        if not isinstance(step, int):
-            continue
-        if event["event"] == "step":
-            steps[step] = (step, event.get("smoothed_loss"), event.get("learning_rate"))
-        else:
-            validations[step] = (step, event.get("mse"), event.get("prior_drift"))
-    return [steps[step] for step in sorted(steps)], [validations[step] for step in sorted(validations)]
+def _charts(log: Path, size: int, best: int | None, labels: tuple[str, ...]) -> list[str]:
+    """The charts of a log; a log of one size is read once."""
+    events = RunFolder(log.parent).events("step", "validation")
+    return charts.run_charts(events, best=best, labels=dict(zip(charts.ENGLISH, labels, strict=True)))
 
 
 @functools.lru_cache(maxsize=8)
