@@ -84,33 +84,28 @@ def run_demo(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     """`lorakit check`: the photos, then the plan. No model is loaded."""
     threads.use_idle_cores()
-    from lorakit import families
-    from lorakit.data import checks
-    from lorakit.runs import plan
+    from lorakit.runs.preflight import preflight
 
-    config = resolve(args, _terminal(args))
-    info = families.describe(config.model)
-    report = checks.check(config.data, info)
-    planned = None if report.errors else plan.make(config, info, report)
+    found = preflight(resolve(args, _terminal(args)))
     if args.json:
-        print_json({"check": report.to_json(), "plan": planned.to_json() if planned else None})
-    else:
-        print_lines(report.to_text())
-        if planned:
-            print_lines("", "the plan", *(f"  {line}" for line in planned.lines()))
-    return 1 if report.errors else 0
+        print_json(found.to_json())
+    elif text := found.to_text():
+        print_lines(text)
+    if found.problems:
+        complain("\n".join(found.problems))
+    return 1 if found.problems else 0
 
 
 def run_train(args: argparse.Namespace) -> int:
     """`lorakit train`: the main job."""
     threads.use_idle_cores()
     terminal = _terminal(args)
-    config = resolve(args, terminal)
-    if not config.data.name:
-        raise configuration.ConfigError(["say what the photos show: --subject 'sks toy' or --style 'sks style'"])
-    from lorakit.runs.preflight import look
+    from lorakit.runs.preflight import preflight
 
-    ready = look(config, terminal.say)  # before what models take is imported, for seconds
+    # Before the libraries that models need are imported, which takes seconds.
+    ready = preflight(resolve(args, terminal)).or_raise()
+    for line in ready.lines():
+        terminal.say(line)
     from lorakit.training import run
 
     return _trained(args, terminal, lambda stop: run.start(ready, listeners=[terminal], stop=stop))

@@ -35,6 +35,7 @@ MIN_SHARPNESS = 0.004
 MAX_HASH_DISTANCE, MAX_COLOUR_DISTANCE = 24, 4.0
 # With fewer photos, the check warns.
 MIN_PHOTOS = 4
+NO_MASK = "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false"
 # Fields of a photo in `--json`, besides its file, bucket, mask and caption source.
 ITEM_JSON = (
     "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut", "sharpness",
@@ -145,13 +146,9 @@ class Report:
             "notes": self.notes,
         }
 
-    def to_text(self) -> str:
-        """A table with a row for each photo, then errors, warnings and notes."""
-        parts = ["\n".join(_table(self))] if self.items else []
-        for title, lines in (("errors", self.errors), ("warnings", self.warnings), ("notes", self.notes)):
-            if lines:
-                parts.append("\n".join([title, *(f"  {line}" for line in lines)]))
-        return "\n\n".join(parts)
+    def table(self) -> str:
+        """A table with a row for each photo."""
+        return "\n".join(_table(self))
 
 
 def step_of(base: Base) -> int:
@@ -165,6 +162,17 @@ def step_of(base: Base) -> int:
     return int(base.downscale * 2**downsamplers)
 
 
+def require_folder(config: DataConfig) -> str:
+    """The folder of photos.
+
+    Raises:
+        LorakitError: none is given.
+    """
+    if not config.folder:
+        raise LorakitError("no folder of photos given (data.folder)")
+    return config.folder
+
+
 def check(config: DataConfig, base: Base, *, cache: MeasurementCache | None = None) -> Report:
     """Check the photos of `config.folder`. Problems of single photos are in the report and raise nothing.
 
@@ -174,9 +182,7 @@ def check(config: DataConfig, base: Base, *, cache: MeasurementCache | None = No
     Raises:
         LorakitError: there is no folder, or no picture in it, or the base has no tokenizer.
     """
-    if not config.folder:
-        raise LorakitError("no folder of photos given (data.folder)")
-    files = folder.scan(config.folder)
+    files = folder.scan(require_folder(config))
     items = [Item(photo) for photo in files.photos]
     step = step_of(base)
     report = Report(files.path, step, base.downscale, items, [], files.warnings, files.notes)
@@ -305,9 +311,7 @@ def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCoun
         caption_count = len(report.items) - len(no_caption)
         count = f"{len(no_trigger)} of {caption_count} captions are without the trigger {config.trigger}"
         report.warnings.append(f'{count}; "{config.name}, " is put in front: {_names(no_trigger)}')
-    if not config.name:
-        report.warnings.append('data.name is empty, so no word will call what is learned; give one, e.g. "sks dog"')
-    elif not config.noun and not config.class_prompt and config.kind == "subject":
+    if config.name and not config.noun and not config.class_prompt and config.kind == "subject":
         report.warnings.append(f'data.name = "{config.name}" does not say what it is; "{config.trigger} dog" would')
 
 

@@ -18,7 +18,7 @@ from lorakit.config import DataConfig, TrainConfig
 from lorakit.core import atomic
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
-from lorakit.data import augment, buckets, captions, decode, holdout
+from lorakit.data import augment, buckets, captions, checks, decode, holdout
 from lorakit.data.augment import Variant
 from lorakit.data.dataset import Dataset, LatentBucket
 from lorakit.data.decode import Picture, Pixels
@@ -86,9 +86,7 @@ def build(
     encoder.config = replace(config, variants=1)  # validation uses variant 0 alone
     validation = _dataset(validation_photos, encoder, table, device).plain() if validation_photos else None
     if train.masked_loss and encoder.masks == 0:
-        raise LorakitError(
-            "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false"
-        )
+        raise LorakitError(checks.NO_MASK)
     say(encoder.describe(len(report.photos)))
     return dataset, validation
 

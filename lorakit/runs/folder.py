@@ -15,8 +15,10 @@ A viewer needs nothing but this folder and this module, which imports no torch.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -112,14 +114,10 @@ class RunFolder:
         Raises:
             LorakitError: the folder asked for is not empty, is a file, or cannot be made.
         """
-        wanted = config.output.folder
-        path = Path(wanted) if wanted else unused(Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{_slug(config)}")
+        path = place(config)
+        if problem := output_problem(path):
+            raise LorakitError(problem)
         try:
-            if path.exists() and not path.is_dir():
-                raise LorakitError(f"{path} is a file; give --output a folder")
-            if path.is_dir() and any(path.iterdir()):
-                hint = f", or go on with: lorakit resume {path}" if (path / "state.json").exists() else ""
-                raise LorakitError(f"{path} is not empty and nothing in it is overwritten; give another --output{hint}")
             run = cls(path)
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             run.samples.mkdir(exist_ok=True)
@@ -271,6 +269,27 @@ def list_runs(root: str | Path) -> list[tuple[Path, State]]:
         except LorakitError:
             continue
     return sorted(found, key=lambda run: (run[1].updated, run[0].name), reverse=True)
+
+
+def place(config: Config) -> Path:
+    """Where a new run goes: `output.folder`, or runs/<time>-<name>."""
+    name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{_slug(config)}"
+    return Path(config.output.folder) if config.output.folder else unused(Path("runs") / name)
+
+
+def output_problem(path: Path) -> str | None:
+    """Why a new run cannot be written to `path`, or None. Nothing is created."""
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            hint = f", or go on with: lorakit resume {path}" if (path / "state.json").exists() else ""
+            return f"{path} is not empty and nothing in it is overwritten; give another --output{hint}"
+        if path.exists() and not path.is_dir():
+            return f"{path} is a file; give --output a folder"
+        parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        code = errno.ENOTDIR if not parent.is_dir() else 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
+    except OSError as error:
+        code = error.errno or errno.EIO
+    return f"cannot write to {path}: {os.strerror(code)}; give another --output" if code else None
 
 
 def _slug(config: Config) -> str:

@@ -147,24 +147,18 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         report: what `data.check.check` found.
 
     Raises:
-        LorakitError: no photo is left to train on, the adapter would have no layer, a step cannot be kept within
-            `memory.limit_gib`, or weights are to be streamed to a device that computes in the host's memory.
+        LorakitError: with all of `problems`, or no photo is left to train on.
     """
     sizes, held_out = _training_sizes(config, report)
     if not sizes:
         raise LorakitError("no photo can be used for training; `lorakit check` says what is wrong with each")
-    selected = targets.select(info.layers, config.adapter.target_modules, config.adapter.train_text_encoder)
-    if not selected:
-        raise LorakitError(f"adapter.target_modules = {config.adapter.target_modules!r} selects no layer of this base")
-    modules = count_weights(selected, info.layers, config.adapter)
+    if wrong := problems(config, info):
+        raise LorakitError("\n".join(wrong))
+    modules = count_weights(_selected(config, info), info.layers, config.adapter)
     batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
     steps, length = run_length(config, len(sizes), batches)
     device = guess_device(config.memory.device)
-    if config.memory.stream_base and not may_be_cuda(config.memory.device):
-        raise LorakitError(OFFLOAD_NEEDS_CUDA.format(device=device))
     spec = registry.optimizer(config.optimizer.name)
-    if missing := registry.missing_package(config.optimizer.name):
-        raise LorakitError(missing)
     host = memory_estimate.on_host(config, info, device)
     alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
     return Plan(
@@ -196,6 +190,29 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         host=host,
         ram=_ram() if host else 0,
     )
+
+
+def problems(config: Config, info: Any) -> list[str]:
+    """Why there can be no plan for a base, whatever the photos are: the adapter would have no layer, a step cannot be
+    kept within `memory.limit_gib`, or weights are to be streamed to a device that computes in the host's memory."""
+    found = []
+    device = guess_device(config.memory.device)
+    if config.memory.stream_base and not may_be_cuda(config.memory.device):
+        found.append(OFFLOAD_NEEDS_CUDA.format(device=device))
+    selected = _selected(config, info)
+    if not selected:
+        found.append(f"adapter.target_modules = {config.adapter.target_modules!r} selects no layer of this base")
+        return found
+    try:
+        memory_estimate.recomputed(config, info, count_weights(selected, info.layers, config.adapter), device)
+    except LorakitError as error:
+        found.append(str(error))
+    return found
+
+
+def _selected(config: Config, info: Any) -> list[str]:
+    """The layers that get an adapter."""
+    return targets.select(info.layers, config.adapter.target_modules, config.adapter.train_text_encoder)
 
 
 def count_weights(

@@ -1,71 +1,166 @@
-"""Before anything is written or loaded: the base, the photos and the plan of a run, or what is wrong with them."""
+"""Before a run: the base, the photos, the plan, and every problem that a run would meet before a model is loaded.
+
+`lorakit check` prints it, `lorakit train` refuses by it, and the front end shows it. No torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lorakit import families
-from lorakit.config import Config
-from lorakit.core import registry
+from lorakit.config import Config, DataConfig
+from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks
-from lorakit.formats import compatibility
-from lorakit.runs import plan
+from lorakit.data import checks, folder as photo_folder
+from lorakit.families import BaseInfo
+from lorakit.formats import compatibility, identify
+from lorakit.runs import folder as run_folder, plan
+
+Check = Callable[[DataConfig, BaseInfo], checks.Report]
+
+NO_NAME = "data.name is empty: say what the photos show, with --subject 'sks toy' or --style 'sks style'"
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a run is made from.
+    """What is known of a run before it starts.
 
     Attributes:
         config: as it was asked for, a hub id pinned to its commit.
-        info: the base, `families.BaseInfo`.
-        photos: what `data.check.check` reported.
-        plan: what the run would do.
-        warnings: what the formats asked for do not carry to some programs, a line each.
+        info: the base; None if it cannot be read.
+        photos: the report on the photos; None if the base or the folder cannot be read.
+        plan: what the run would do; None if the problems leave none.
+        problems: what keeps the run from starting, a line each.
+        warnings: what will probably disappoint, a line each, those of the photos among them.
     """
 
     config: Config
-    info: Any
-    photos: Any
-    plan: plan.Plan
-    warnings: list[str]
+    info: BaseInfo | None
+    photos: checks.Report | None
+    plan: plan.Plan | None
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def or_raise(self) -> Ready:
+        """The same, if nothing keeps the run from starting.
+
+        Raises:
+            LorakitError: with every problem, a line each.
+        """
+        if self.problems or self.info is None or self.photos is None or self.plan is None:
+            raise LorakitError("\n".join(self.problems))
+        return Ready(self.config, self.info, self.photos, self.plan, (), self.warnings)
 
     def lines(self) -> list[str]:
-        """All of it, for the person."""
-        return [*self.warnings, *self.photos.notes, *self.photos.warnings, *self.plan.lines()]
+        """Notes, warnings and the plan, as a person reads them; problems are told apart from them."""
+        notes = self.photos.notes if self.photos else []
+        return [*notes, *self.warnings, *(self.plan.lines() if self.plan else [])]
+
+    def to_text(self) -> str:
+        """A table of the photos, then warnings, notes and the plan under a title each."""
+        notes = self.photos.notes if self.photos else []
+        sections = {"warnings": self.warnings, "notes": notes, "the plan": self.plan.lines() if self.plan else []}
+        parts = [self.photos.table()] if self.photos else []
+        parts += ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines]
+        return "\n\n".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `lorakit check --json`; keys are only ever added."""
+        return {
+            "check": self.photos.to_json() if self.photos else None,
+            "plan": self.plan.to_json() if self.plan else None,
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+        }
 
 
-def look(config: Config, say: Callable[[str], object]) -> Preflight:
-    """Check all that can be checked before a model is loaded, or the libraries that models take, and say what was seen.
+@dataclass(frozen=True)
+class Ready(Preflight):
+    """A preflight without problems."""
 
-    Raises:
-        LorakitError: base or photos do not allow the run, or a format cannot carry what is trained; all problems of the
-            photos at once.
+    info: BaseInfo
+    photos: checks.Report
+    plan: plan.Plan
+
+
+def preflight(config: Config, *, check: Check = checks.check, resume: bool = False) -> Preflight:
+    """Look at everything that can be looked at before a model is loaded, or the libraries that models need.
+
+    Args:
+        check: gives the report on the photos; the front end remembers reports.
+        resume: the run folder exists and is continued.
     """
-    if config.output.tensorboard and find_spec("tensorboard") is None:
-        raise LorakitError(
-            "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'"
-        )
-    config = replace(config, model=families.pin(config.model))
-    info = families.describe(config.model)
-    if problems := families.unsuited(info, config):
-        raise LorakitError("\n".join(problems))
+    problems = _missing_packages(config)
+    if not config.data.name:
+        problems.append(NO_NAME)
+    if not resume:
+        problems += _line(run_folder.output_problem(run_folder.place(config)))
+    problems += _line(_init_from_problem(config))
+    try:
+        config = replace(config, model=families.pin(config.model))
+        info = families.describe(config.model)
+    except LorakitError as error:
+        problems += [*_lines(error), *_folder_problems(config.data)]
+        return Preflight(config, None, None, None, tuple(problems), ())
+    problems += families.unsuited(info, config)
     warnings = []
     for name in config.output.formats:
-        refusal = registry.load(registry.EXPORTS, name).check(config.adapter.method, info.family)
-        if refusal:
-            raise LorakitError(refusal)
-        warning = compatibility.warning(config.adapter.method, name)
-        if warning:
-            warnings.append(warning)
-    photos = checks.check(config.data, info)
-    if photos.errors:
-        raise LorakitError("\n".join(photos.errors))
-    seen = Preflight(config, info, photos, plan.make(config, info, photos), warnings)
-    for line in seen.lines():
-        say(line)
-    return seen
+        problems += _line(registry.load(registry.EXPORTS, name).check(config.adapter.method, info.family))
+        warnings += _line(compatibility.warning(config.adapter.method, name))
+    problems += plan.problems(config, info)
+    photos = None
+    try:
+        photos = check(config.data, info)
+    except LorakitError as error:
+        problems += _lines(error)
+    if photos is None:
+        return Preflight(config, info, None, None, tuple(problems), tuple(warnings))
+    problems += photos.errors
+    if config.train.masked_loss and not any(photo.mask for photo in photos.photos):
+        problems.append(checks.NO_MASK)
+    feasible = not photos.errors and not plan.problems(config, info)
+    planned = plan.make(config, info, photos) if feasible else None
+    return Preflight(config, info, photos, planned, tuple(problems), (*warnings, *photos.warnings))
+
+
+def _missing_packages(config: Config) -> list[str]:
+    """The optional packages that the config needs and this machine does not have."""
+    problems = _line(registry.missing_package(config.optimizer.name))
+    if config.output.tensorboard and find_spec("tensorboard") is None:
+        problems.append("output.tensorboard = true needs tensorboard: pip install 'lorakit[tensorboard]'")
+    if config.memory.attention == "xformers" and find_spec("xformers") is None:
+        problems.append("memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'")
+    return problems
+
+
+def _init_from_problem(config: Config) -> str | None:
+    """Why `train.init_from` is no adapter, or None. Whether it fits the base is seen once it is loaded."""
+    path = Path(config.train.init_from)
+    if not config.train.init_from or path.is_dir():
+        return None
+    try:
+        kind = safetensors_header.kind(safetensors_header.read(path).shapes())
+    except LorakitError as error:
+        return f"train.init_from: {error}"
+    return None if kind == "adapter" else f"train.init_from: {path} is {identify.DESCRIPTIONS[kind]}"
+
+
+def _folder_problems(data: DataConfig) -> list[str]:
+    """What keeps the folder of photos from being read, where no base says how to look at the photos in it."""
+    try:
+        photo_folder.scan(checks.require_folder(data))
+    except LorakitError as error:
+        return _lines(error)
+    return []
+
+
+def _lines(error: LorakitError) -> list[str]:
+    return str(error).splitlines()
+
+
+def _line(problem: str | None) -> list[str]:
+    return [problem] if problem else []

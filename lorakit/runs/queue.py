@@ -75,7 +75,14 @@ class Queue:
     # -- for the front end ----------------------------------------------------------------------------------------
 
     def train(self, config: Config) -> Job:
-        """Add a training run; its run folder has a name already, but is made by the run itself."""
+        """Add a training run; the run itself makes its folder."""
+        folder = self.new_folder(config)
+        return self._add(
+            lambda toml: ("train", "--preset", str(toml), "--output", str(folder)), folder, to_toml(config)
+        )
+
+    def new_folder(self, config: Config) -> Path:
+        """A run folder that no run and no job has."""
         taken = {Path(job.folder) for job in self.jobs()}
         name = names.slug(config.data.name) or names.slug(Path(config.data.folder).name) or "adapter"
         first = self.runs / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
@@ -83,9 +90,7 @@ class Queue:
         while folder in taken or folder.exists():
             number += 1
             folder = first.with_name(f"{first.name}-{number}")
-        return self._add(
-            lambda toml: ("train", "--preset", str(toml), "--output", str(folder)), folder, to_toml(config)
-        )
+        return folder
 
     def resume(self, folder: Path) -> Job:
         """Add the continuation of a run.

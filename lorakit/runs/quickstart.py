@@ -1,17 +1,14 @@
-"""What someone is asked who has never trained a model, and the config and the preview that the answers lead to."""
+"""What someone is asked who has never trained a model, and the config that the answers lead to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit import config as configuration, families
 from lorakit.config import LENGTHS, Config
-from lorakit.data import checks
 from lorakit.families import hub
-from lorakit.runs import plan
 
 # The options that everybody has to answer for; all others have a preset's value.
 PHOTOS, KIND, NAME, BASE = QUESTIONS = ("data.folder", "data.kind", "data.name", "model.base")
@@ -23,15 +20,6 @@ LENGTH_KEYS = tuple(f"train.{name}" for name in LENGTHS)
 PRESET_FOR_FAMILY = {"sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl", "sd3": "sd3"}
 # How much longer or shorter than its preset a run is.
 QUALITIES = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What is known of a run before it starts. `plan` is None where the photos have errors."""
-
-    info: Any
-    report: checks.Report
-    plan: plan.Plan | None
 
 
 def suggest(
@@ -91,14 +79,3 @@ def base_of(config_file: Path) -> str:
 def photo_folder(config: Config) -> Path:
     """Where the photos are."""
     return Path(config.data.folder)
-
-
-def preview(config: Config, report: checks.Report | None = None) -> Preview:
-    """Look at the photos (unless that was done: `report`) and plan the run. No model is loaded.
-
-    Raises:
-        LorakitError: the folder or the base cannot be read.
-    """
-    info = families.describe(config.model)
-    report = report or checks.check(config.data, info)
-    return Preview(info, report, None if report.errors else plan.make(config, info, report))

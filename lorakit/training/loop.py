@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lorakit.config import Config
     from lorakit.families import Family
     from lorakit.runs.folder import RunFolder
-    from lorakit.runs.preflight import Preflight
+    from lorakit.runs.preflight import Ready
     from lorakit.training.precompute import Precomputed, SampleInputs
     from lorakit.training.trainable import Model
 
@@ -59,7 +59,7 @@ class Run:
         identity: what a checkpoint depends on beside the config: hashes of base and photos.
     """
 
-    ready: Preflight
+    ready: Ready
     folder: RunFolder
     events: Events
     stop: StopRequest

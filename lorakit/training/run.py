@@ -24,7 +24,7 @@ from lorakit.data import folder as photo_folder
 from lorakit.engine import device as devices
 from lorakit.runs import report
 from lorakit.runs.folder import RunFolder
-from lorakit.runs.preflight import Preflight, look
+from lorakit.runs.preflight import Ready, preflight
 from lorakit.training import checkpoint, optimizers, selfcheck
 from lorakit.training.loop import NotFinite, Run, TrainingState, loop
 from lorakit.training.precompute import SampleInputs, precompute
@@ -93,11 +93,12 @@ def train(config: Config, *, listeners: Sequence[Listener] = (), stop: Stop | No
         LorakitError: photos, base or machine do not allow it, training went wrong, or the self-check failed.
         Stopped: a stop was asked for; the state is saved.
     """
-    ready = look(config, Events(*listeners).say)  # before there is a run folder: what cannot begin leaves none behind
+    ready = preflight(config).or_raise()  # before there is a run folder: what cannot begin leaves none behind
+    _say(ready, listeners)
     return start(ready, listeners=listeners, stop=stop)
 
 
-def start(ready: Preflight, *, listeners: Sequence[Listener] = (), stop: Stop | None = None) -> Result:
+def start(ready: Ready, *, listeners: Sequence[Listener] = (), stop: Stop | None = None) -> Result:
     """As `train`, of a config whose preflight is done and was shown."""
     optimizers.require(ready.config.optimizer)
     return _run(ready, RunFolder.create(ready.config), listeners, stop, None)
@@ -117,12 +118,18 @@ def resume(folder: str | Path, *, listeners: Sequence[Listener] = (), stop: Stop
     if run.threads:
         torch.set_num_threads(run.threads)  # another number adds floats up in another order: other last bits
     with _outcome(run):
-        ready = look(config, Events(*listeners).say)
+        ready = preflight(config, resume=True).or_raise()
+    _say(ready, listeners)
     return _run(ready, run, listeners, stop, saved)
 
 
+def _say(ready: Ready, listeners: Sequence[Listener]) -> None:
+    for line in ready.lines():
+        Events(*listeners).say(line)
+
+
 def _run(
-    ready: Preflight, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None, saved: Path | None
+    ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None, saved: Path | None
 ) -> Result:
     """The story. The model of `_fit` has left memory when the files are checked in bases loaded anew."""
     with _outcome(folder):

@@ -19,7 +19,7 @@ from lorakit.training.validation import Validation
 if TYPE_CHECKING:
     from lorakit.core.protocols import Trainable
     from lorakit.families import Family
-    from lorakit.runs.preflight import Preflight
+    from lorakit.runs.preflight import Ready
     from lorakit.training.precompute import Precomputed
 
 
@@ -42,7 +42,7 @@ class Model:
     validation: Validation
 
 
-def trainable(family: Family, inputs: Precomputed, ready: Preflight, say: Callable[[str], object]) -> Model:
+def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[str], object]) -> Model:
     """Put a new adapter into the base, and what trains and examines it around both.
 
     Raises:

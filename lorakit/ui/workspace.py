@@ -9,16 +9,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lorakit import families
 from lorakit.config import Config
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, folder
 from lorakit.data.decode import Unreadable, decode
-from lorakit.runs import folder as run_folder, quickstart
+from lorakit.runs import folder as run_folder
+from lorakit.runs.preflight import Preflight, preflight
 from lorakit.runs.queue import Queue
 from lorakit.ui.access import Roots
 from lorakit.ui.thumbnails import Thumbnails
@@ -51,15 +54,22 @@ class Desk:
 
     def report(self, config: Config) -> Future[checks.Report]:
         """What `check` says of the config's photos; asked for twice, they are looked at once unless a file changed."""
-        info = quickstart.describe(config.model.base)
-        path = quickstart.photo_folder(config)
-        key = (config.data, info.path, info.downscale, _fingerprint(path))
+        info = families.describe(config.model)
+        key = (config.data, config.model, info.path, info.downscale, _fingerprint(Path(config.data.folder)))
         with self._lock:
             if key not in self._reports:
                 self._reports[key] = self._pool.submit(checks.check, config.data, info, cache=self._measurements)
                 while len(self._reports) > MOST_REPORTS:
                     self._reports.popitem(last=False)
             return self._reports[key]
+
+    def preflight(self, config: Config) -> Preflight:
+        """What `lorakit check` says of a run that the queue would start; waits until the photos are looked at."""
+        folder = str(self.queue.new_folder(config))
+        found = preflight(
+            replace(config, output=replace(config.output, folder=folder)), check=lambda *_: self.report(config).result()
+        )
+        return replace(found, config=replace(found.config, output=config.output))
 
     def take_in(self, files: Sequence[Path]) -> tuple[Path | None, int, list[str]]:
         """Copy uploaded photos that can be decoded into a new folder of their own.

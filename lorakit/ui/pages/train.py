@@ -13,6 +13,7 @@ from lorakit.config import Config
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
 from lorakit.runs.plan import Plan
+from lorakit.runs.preflight import Preflight
 from lorakit.ui import commands, form, widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.workspace import Desk
@@ -134,13 +135,19 @@ class TrainPage:
         refused = gr.update(interactive=False)
         if config is None:
             return _problems(problems, say), refused
-        try:
-            preview = quickstart.preview(config, self.desk.report(config).result())
-        except LorakitError as problem:
-            return widgets.problem(say.told(str(problem))), refused
-        if preview.plan is None:
-            return _problems({quickstart.PHOTOS: list(map(say.told, preview.report.errors))}, say), refused
-        return plan_card(preview.plan, preview.report.warnings, say), gr.update(interactive=True)
+        found = self.desk.preflight(config)
+        if found.problems or found.plan is None:
+            return _problems(self._by_field(found, say), say), refused
+        return plan_card(found.plan, found.warnings, say), gr.update(interactive=True)
+
+    def _by_field(self, found: Preflight, say: Say) -> dict[str, list[str]]:
+        """The problems of a preflight by the key of the option that each names first, those of the photos by theirs."""
+        photos = found.photos.errors if found.photos else []
+        problems: dict[str, list[str]] = {}
+        for line in found.problems:
+            key = quickstart.PHOTOS if line in photos else form.field_of(line, self.fields)
+            problems.setdefault(key, []).append(say.told(line))
+        return problems
 
     def _follow(
         self, quality: str, marks: dict[str, Any], shown: Mapping[str, Any]
@@ -298,10 +305,7 @@ class TrainPage:
                 say("train.cannot", problem="\n".join(p for one in problems.values() for p in one))
             ), None
         try:
-            report = self.desk.report(config).result()
-            if report.errors:
-                raise LorakitError("\n".join(report.errors))
-            job = self.desk.queue.train(config)
+            job = self.desk.queue.train(self.desk.preflight(config).or_raise().config)
         except LorakitError as problem:
             return widgets.problem(say("train.cannot", problem=say.told(str(problem)))), None
         self.desk.queue.start()
