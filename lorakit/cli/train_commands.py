@@ -42,7 +42,7 @@ def add(command: Command) -> None:
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("photos", nargs="?", metavar="PHOTOS", help="folder of photos; it is only ever read")
+    command.add_argument("photos", nargs="?", metavar="PHOTOS", help="folder of photos; nothing is written to it")
     command.add_argument(
         "--preset", metavar="NAME", help=f"one of {', '.join(configuration.preset_names())}, or a TOML file"
     )

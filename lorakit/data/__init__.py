@@ -4,6 +4,6 @@ May import: core, config.
 Used by: inference, runs, training, cli, ui.
 
 Modules: folder (find) · decode (read) · captions (text) · buckets (size) · augment (flip and jitter) · checks (what is
-wrong with these photos) · holdout · dataset (rows and batches) · latents. The last two import torch, no other does. The
-user's folder is only ever read.
+wrong with these photos) · holdout · dataset (rows and batches) · latents. The last two import torch, no other does.
+This room only reads the user's folder; the front end saves captions there that somebody edits in it.
 """

@@ -131,7 +131,9 @@ def _missing_packages(config: Config) -> list[str]:
     """The optional packages that the config needs and this machine does not have."""
     problems = _line(registry.missing_package(config.optimizer.name))
     if config.output.tensorboard and find_spec("tensorboard") is None:
-        problems.append("output.tensorboard = true needs tensorboard: pip install 'lorakit[tensorboard]'")
+        problems.append(
+            "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'"
+        )
     if config.memory.attention == "xformers" and find_spec("xformers") is None:
         problems.append("memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'")
     return problems
@@ -146,7 +148,7 @@ def _init_from_problem(config: Config) -> str | None:
         kind = safetensors_header.kind(safetensors_header.read(path).shapes())
     except LorakitError as error:
         return f"train.init_from: {error}"
-    return None if kind == "adapter" else f"train.init_from: {path} is {identify.DESCRIPTIONS[kind]}"
+    return None if kind == "adapter" else f"train.init_from: {path}: this is {identify.DESCRIPTIONS[kind]}"
 
 
 def _folder_problems(data: DataConfig) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,7 +49,8 @@ class Desk:
         self._measurements: checks.MeasurementCache = {}
         self._reports: OrderedDict[Any, Future[checks.Report]] = OrderedDict()
         self._lock = threading.Lock()
-        self._staging = tempfile.TemporaryDirectory(prefix="lorakit-")
+        self._staging = Path(tempfile.mkdtemp(prefix="lorakit-"))
+        weakref.finalize(self, shutil.rmtree, self._staging, ignore_errors=True)
         # One at a time: a check uses every core already.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="check")
 
@@ -134,7 +136,7 @@ class Desk:
     def staged(self, path: Path) -> Path:
         """The same file where the browser may download it from: only what is staged can be."""
         status = path.stat()
-        target = Path(self._staging.name) / f"{status.st_mtime_ns}-{status.st_size}" / path.name
+        target = self._staging / f"{status.st_mtime_ns}-{status.st_size}" / path.name
         with self._lock:
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,6 @@ def test_wrong_usage_exits_with_2(run: Run, arguments: list[str], told: str) -> 
     [
         (["train", "--subject", "sks toy"], ["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"]),
         (["check"], ["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"]),
-        (["train", "photos"], ["say what the photos show: --subject 'sks toy' or --style 'sks style'"]),
         (
             ["train", "photos", "--preset", "subject-sd16"],
             ["unknown preset 'subject-sd16' (did you mean subject-sd15?)"],
@@ -121,7 +120,8 @@ def test_wrong_settings_exit_with_2_and_a_line_each(run: Run, arguments: list[st
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["check", "nowhere"], "nowhere"),
+        (["check", "nowhere", "--subject", "sks toy"], "folder nowhere does not exist"),
+        (["train", "nowhere", "--subject", "sks toy"], "folder nowhere does not exist"),
         (["resume", "nowhere"], "nowhere is not a run folder"),
         (["inspect", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["export", "nowhere.safetensors", "--to", "peft"], "nowhere.safetensors: no such file"),

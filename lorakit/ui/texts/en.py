@@ -8,7 +8,10 @@ TEXTS = {
     "tab.compare": "Compare",
     "tab.adapter": "Adapter",
     # Photos
-    "photos.lead": "Ten to thirty sharp photos of one subject or style. They are only read, never changed.",
+    "photos.lead": (
+        "Ten to thirty sharp photos of one subject or style. The photos are never changed; a caption that you edit "
+        "here is saved beside its photo as name.txt."
+    ),
     "photos.folder": "Folder on this machine",
     "photos.open": "Open",
     "photos.upload": "Or drop photos here",

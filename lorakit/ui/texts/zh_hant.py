@@ -7,7 +7,9 @@ TEXTS = {
     "tab.run": "執行紀錄",
     "tab.compare": "比較",
     "tab.adapter": "Adapter",
-    "photos.lead": "十到三十張清晰的照片，同一個主體或同一種風格。照片只會被讀取，絕不會被更動。",
+    "photos.lead": (
+        "十到三十張清晰的照片，同一個主體或同一種風格。照片絕不會被更動；在此編輯的說明文字會存成照片旁邊的 name.txt。"
+    ),
     "photos.folder": "這台電腦上的資料夾",
     "photos.open": "開啟",
     "photos.upload": "或把照片拖放到這裡",
@@ -172,7 +174,7 @@ OPTIONS = {
     ),
     "model.tokenizer": ("分詞器", "單檔基礎模型所用的分詞器資料夾。留空：檔案旁的 tokenizer/。"),
     "model.prediction_type": ("預測類型", "基礎模型預測什麼。auto：依模型自述，並會顯示出來。"),
-    "data.folder": ("照片", "照片所在的資料夾。只會被讀取。"),
+    "data.folder": ("照片", "照片所在的資料夾。只有在此介面編輯過的說明文字會以 photo.txt 存入。"),
     "data.kind": ("主體或風格", "照片的共通點：主體（subject）或風格（style）。"),
     "data.name": ("觸發詞與名稱", "觸發詞與它是什麼，例如「sks dog」或「sks style」。第一個詞就是觸發詞。"),
     "data.instance_prompt": ("照片的提示詞", "沒有說明文字的照片所用的文字。留空：由種類與名稱產生。"),

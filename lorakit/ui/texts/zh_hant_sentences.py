@@ -142,7 +142,7 @@ SENTENCES = {
     '{some} of {count} captions are without the trigger {trigger}; "{name}, " is put in front: {names:words}': (
         "{count} 則說明文字中有 {some} 則沒有觸發詞 {trigger}；會在前面加上「{name}, 」：{names:words}"
     ),
-    'data.name is empty, so no word will call what is learned; give one, e.g. "sks dog"': (
+    "data.name is empty: say what the photos show, with --subject 'sks toy' or --style 'sks style'": (
         "data.name 是空的，學到的東西將沒有詞可以喚出；請填一個，例如「sks dog」"
     ),
     'data.name = "{name}" does not say what it is; "{better}" would': (

@@ -1,0 +1,306 @@
+"""One preflight: `check`, `train` and the front end give one answer, with every problem in it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lorakit import config, families
+from lorakit.cli import main as cli
+from lorakit.core.errors import ConfigError, LorakitError
+from lorakit.data import checks
+from lorakit.runs import plan
+from lorakit.runs.preflight import NO_NAME, Preflight, Ready, preflight
+
+# What a preflight may take up at once. None of it depends on another, but for the few that `config.load` refuses.
+TABLE: dict[str, list[Any]] = {
+    "data.name": ["sks toy"] * 4 + ["sks", ""],
+    "data.kind": ["subject", "style"],
+    "data.flip": [False, False, True],
+    "data.variants": [1, 2],
+    "adapter.method": ["lora", "rslora", "dora", "pissa", "loha", "lokr"],
+    "adapter.target_modules": ["attention", "linear", "linear+conv"],
+    "adapter.train_text_encoder": [False, True],
+    "adapter.new_tokens": [0, 0, 0, 1],
+    "optimizer.name": ["adamw", "adamw", "adafactor", "lion"],
+    "optimizer.text_encoder_learning_rate": [None, None, 1e-5],
+    "train.min_snr_gamma": [None, None, 5.0],
+    "train.masked_loss": [False, False, False, True],
+    "train.init_from": ["", "", "", "nowhere.safetensors", "some.safetensors"],
+    "train.prior": ["none", "images", "teacher"],
+    "memory.limit_gib": [None, None, 0.001, 8.0],
+    "memory.stream_base": [False, False, False, True],
+    "memory.attention": ["sdpa", "sdpa", "sdpa", "xformers"],
+    "memory.compile": [False, False, False, True],
+    "output.formats": [["kohya"], ["diffusers"], ["peft"], ["kohya", "diffusers"], ["kohya", "diffusers", "peft"]],
+    "output.tensorboard": [False, False, False, True],
+}
+
+
+def fill(folder: Path, *, broken: bool = False, sides: bool = False) -> Path:
+    """A folder of photos."""
+    folder.mkdir()
+    for number in range(3):
+        Image.effect_noise((64, 64), 40 + 20 * number).convert("RGB").save(folder / f"{number}.png")
+    if broken:
+        (folder / "broken.jpg").write_text("no picture", encoding="utf-8")
+    if sides:
+        (folder / "0.txt").write_text("sks toy on the left", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photos. Shared: only read it."""
+    return fill(tmp_path_factory.mktemp("photos") / "photos")
+
+
+@pytest.fixture(scope="module")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny_sd3
+
+    return tiny_sd3.save_sd3(tmp_path_factory.mktemp("sd3") / "sd3")
+
+
+@pytest.fixture(autouse=True)
+def speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speed of this machine, which the plan's time follows from, is not measured each time."""
+    monkeypatch.setattr(plan, "_matmul_speed", lambda: 1e10)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def asked(base: object, photos: object, **more: Any) -> config.Config:
+    """A config that nothing is wrong with, but for `more`; dots in names are double underscores."""
+    settings: dict[str, Any] = {
+        "model.base": str(base),
+        "data.folder": str(photos),
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "train.steps": 2,
+        "memory.device": "cpu",
+    }
+    return config.load(None, settings | {key.replace("__", "."): value for key, value in more.items()})
+
+
+def arguments(asked: config.Config, folder: Path) -> list[str]:
+    """Arguments of `check` and `train` for a config."""
+    (folder / "asked.toml").write_text(config.to_toml(asked), encoding="utf-8")
+    return ["--preset", str(folder / "asked.toml")]
+
+
+def complaints(err: str) -> list[str]:
+    return [line.removeprefix("lorakit: ") for line in err.splitlines() if line.startswith("lorakit: ")]
+
+
+# -- what is found ---------------------------------------------------------------------------------------------------
+
+
+def test_nothing_wrong_is_ready(tiny_sd1: Path, photos: Path, here: Path) -> None:
+    found = preflight(asked(tiny_sd1, photos))
+    assert found.problems == ()
+    ready = found.or_raise()
+    assert isinstance(ready, Ready) and ready.lines() == found.lines()
+    assert ready.info.family == "sd1" and ready.plan.steps == 2 and len(ready.photos.items) == 3
+    assert not list(here.iterdir()), "a preflight writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"data__name": ""}, NO_NAME),
+        ({"adapter__method": "dora", "output__formats": ["diffusers"]}, "the diffusers format cannot carry this DoRA"),
+        ({"adapter__method": "dora", "output__formats": ["peft"]}, "the PEFT format cannot carry this DoRA"),
+        ({"train__masked_loss": True}, checks.NO_MASK),
+        ({"train__init_from": "nowhere.safetensors"}, "train.init_from: nowhere.safetensors: no such file"),
+        ({"memory__limit_gib": 0.001}, "memory.limit_gib = 0.001: a step takes "),
+        ({"memory__stream_base": True}, "memory.stream_base = true needs a CUDA card"),
+        ({"output__folder": "there"}, "there is not empty and nothing in it is overwritten; give another --output"),
+        ({"output__folder": "there/file"}, "there/file is a file; give --output a folder"),
+        ({"output__folder": "there/file/run"}, "cannot write to there/file/run: Not a directory; give another"),
+        ({"data__folder": "nowhere"}, "folder nowhere does not exist"),
+        ({"data__folder": ""}, "no folder of photos given (data.folder)"),
+        ({"model__base": "nowhere"}, "base nowhere does not exist"),
+    ],
+)
+def test_each_problem_is_found(tiny_sd1: Path, photos: Path, here: Path, changes: dict[str, Any], problem: str) -> None:
+    (here / "there").mkdir()
+    (here / "there" / "file").touch()
+    found = preflight(asked(tiny_sd1, photos, **changes))
+    assert [line for line in found.problems if line.startswith(problem)] == list(found.problems)
+    assert len(found.problems) == 1
+    with pytest.raises(LorakitError) as caught:
+        found.or_raise()
+    assert str(caught.value) == found.problems[0]
+
+
+def test_all_problems_are_found_at_once(tiny_sd3: Path, here: Path) -> None:
+    folder = fill(here / "photos", broken=True, sides=True)
+    found = preflight(
+        asked(
+            tiny_sd3,
+            folder,
+            data__name="",
+            data__flip=True,
+            data__variants=2,
+            train__min_snr_gamma=5.0,
+            memory__stream_base=True,
+            memory__limit_gib=0.001,
+            output__formats=["kohya", "diffusers"],
+            adapter__method="dora",
+            output__folder=str(folder),
+        )
+    )
+    wanted = ["data.name is empty", "photos is not empty", "train.min_snr_gamma is not defined", "the kohya format",
+              "the diffusers format", "memory.stream_base", "memory.limit_gib", "broken.jpg", "left or"]  # fmt: skip
+    assert [sum(part in line for line in found.problems) for part in wanted] == [1] * len(wanted), found.problems
+    assert len(found.problems) == len(wanted)
+    assert found.plan is None and found.photos is not None
+
+
+def test_without_a_base_the_rest_is_looked_at(here: Path) -> None:
+    found = preflight(asked("nobase", "nophotos", data__name="", train__init_from="nofile.safetensors"))
+    assert found.info is None and found.photos is None and found.plan is None and found.to_text() == ""
+    wanted = ["data.name", "train.init_from: nofile", "base nobase", "folder nophotos"]
+    assert [line.startswith(start) for line, start in zip(found.problems, wanted, strict=True)] == [True] * 4
+
+
+def test_packages_that_are_not_installed_are_problems(
+    tiny_sd1: Path, photos: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakit.runs.preflight.find_spec", lambda name: None)
+    found = preflight(asked(tiny_sd1, photos, output__tensorboard=True, memory__attention="xformers"))
+    assert found.problems == (
+        "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'",
+        "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'",
+    )
+
+
+def test_what_a_program_does_not_read_is_a_warning(tiny_sd1: Path, photos: Path, here: Path) -> None:
+    found = preflight(asked(tiny_sd1, photos, adapter__method="dora"))
+    assert found.problems == ()
+    assert any(line.startswith("dora in the kohya format is honoured by") for line in found.warnings)
+    assert set(found.warnings) < set(found.lines())
+    told = found.to_json()
+    assert told["problems"] == [] and told["warnings"] == list(found.warnings)
+    assert f"warnings\n  {found.warnings[0]}" in found.to_text()
+
+
+def test_a_run_that_is_continued_may_have_its_folder(tiny_sd1: Path, photos: Path, here: Path) -> None:
+    fill(here / "run")
+    again = asked(tiny_sd1, photos, output__folder=str(here / "run"))
+    assert preflight(again).problems and not preflight(again, resume=True).problems
+
+
+# -- one answer ------------------------------------------------------------------------------------------------------
+
+
+def test_check_refuses_what_train_refuses(
+    tiny_sd1: Path, photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--subject", "sks bag", "--base", str(tiny_sd1), "--set", "data.resolution=64"]
+    given += ["--set", "adapter.method=dora", "--set", "output.formats=diffusers"]
+    assert cli.main(["check", str(photos), *given]) == 1
+    out, err = capsys.readouterr()
+    assert "the plan" in out
+    assert all("cannot carry this DoRA" in line for line in complaints(err))
+    assert cli.main(["train", str(photos), *given]) == 1
+    assert complaints(capsys.readouterr().err) == complaints(err) != []
+    assert cli.main(["check", str(photos), *given, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["problems"] == complaints(err) and told["plan"]["method"] == "dora"
+    assert {path.name for path in here.iterdir()} == set(), "what cannot begin leaves nothing behind"
+
+
+def answer_of_check(asked: config.Config, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[bool, set[str]]:
+    capsys.readouterr()
+    code = cli.main(["check", *arguments(asked, folder)])
+    return code == 0, set(complaints(capsys.readouterr().err))
+
+
+def answer_of_train(asked: config.Config) -> tuple[bool, set[str]]:
+    """What `training.run.train` asks before it makes a run folder."""
+    try:
+        ready = preflight(asked).or_raise()
+    except LorakitError as error:
+        return False, set(str(error).splitlines())
+    assert ready.plan.steps > 0
+    return True, set()
+
+
+def answers(draw: random.Random, bases: list[str], folders: list[str], count: int) -> list[config.Config]:
+    """Configs of random options, those that contradict themselves left out: `config.load` refuses them for all."""
+    found: list[config.Config] = []
+    while len(found) < count:
+        some = draw.sample(sorted(TABLE), draw.randint(2, 7))
+        options = {key: draw.choice(TABLE[key]) for key in some}
+        options = {key.replace(".", "__"): value for key, value in options.items() if value is not None}
+        try:
+            found.append(asked(draw.choice(bases), draw.choice(folders), **options))
+        except ConfigError:
+            continue
+    return found
+
+
+def test_check_train_and_the_front_end_give_one_answer(
+    tiny_sd1: Path,
+    tiny_sdxl: Path,
+    tiny_sd3: Path,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    seen_by_the_page: Callable[[config.Config], tuple[bool, set[str]]],
+) -> None:
+    good, broken = fill(here / "good"), fill(here / "broken", broken=True)
+    sides = fill(here / "sides", sides=True)
+    bases = [str(tiny_sd1), str(tiny_sdxl), str(tiny_sd3), str(tiny_sd1), str(here / "nobase")]
+    folders = [str(good), str(good), str(good), str(broken), str(sides), str(here / "nowhere")]
+    (here / "some.safetensors").write_bytes(b"no adapter")
+    accepted = 0
+    for asked in answers(random.Random(13), bases, folders, 150):
+        train = answer_of_train(asked)
+        assert answer_of_check(asked, here, capsys) == train, asked
+        assert seen_by_the_page(asked) == train, asked
+        accepted += train[0]
+    assert 15 < accepted < 135, "both answers were given often"
+
+
+@pytest.fixture
+def seen_by_the_page(tiny_sd1: Path, here: Path) -> Callable[[config.Config], tuple[bool, set[str]]]:
+    """What the front end says of a config: it may start, and its problems."""
+    pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+    from lorakit.ui.workspace import Desk
+
+    desk = Desk(here / "runs", [here, tiny_sd1.parent])
+
+    def answer(asked: config.Config) -> tuple[bool, set[str]]:
+        found: Preflight = desk.preflight(asked)
+        assert found.config.output == asked.output
+        return not found.problems, set(found.problems)
+
+    return answer
+
+
+def test_train_asks_the_preflight_before_there_is_a_folder(tiny_sd1: Path, photos: Path, here: Path) -> None:
+    from lorakit.training import run
+
+    wrong = asked(tiny_sd1, photos, data__name="", train__masked_loss=True, output__folder="run")
+    with pytest.raises(LorakitError) as caught:
+        run.train(wrong)
+    assert str(caught.value).splitlines() == [NO_NAME, checks.NO_MASK]
+    assert not (here / "run").exists()
+
+
+def test_a_hub_id_is_pinned(tiny_sd1: Path, photos: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = config.ModelConfig(base=str(tiny_sd1))
+    monkeypatch.setattr(families, "pin", lambda model: pinned)
+    assert preflight(asked("owner/name", photos)).config.model == pinned
