@@ -75,6 +75,8 @@ class OptimizerSpec:
         capturable: it reads the learning rate and its count of steps on the device, so a CUDA graph can hold its step.
         package: the module that it needs beside lorakit's dependencies.
         extra: the extra of lorakit that installs this package.
+        needs_cuda: it runs on CUDA devices only.
+        single_rate: it has one learning rate for all groups of parameters.
         is_guess: `state_bytes` is not known but assumed.
     """
 
@@ -84,6 +86,8 @@ class OptimizerSpec:
     capturable: bool = False
     package: str = ""
     extra: str = ""
+    needs_cuda: bool = False
+    single_rate: bool = False
     is_guess: bool = False
 
 
@@ -133,11 +137,13 @@ OPTIMIZERS = Registry[OptimizerSpec](
         "adamw": OptimizerSpec("lorakit.training.optimizers:adamw", 8, elementwise=True, capturable=True),
         "adamw8bit": OptimizerSpec("bitsandbytes.optim:AdamW8bit", 2, package="bitsandbytes", extra="bnb"),
         "paged_adamw8bit": OptimizerSpec(
-            "lorakit.training.optimizers:paged_adamw8bit", 2, package="bitsandbytes", extra="bnb"
+            "lorakit.training.optimizers:paged_adamw8bit", 2, package="bitsandbytes", extra="bnb", needs_cuda=True
         ),
         "lion": OptimizerSpec("lorakit.training.optimizers:lion", 4, elementwise=True),
         "adafactor": OptimizerSpec("lorakit.training.optimizers:adafactor", 1),
-        "prodigy": OptimizerSpec("lorakit.training.optimizers:prodigy", 16, package="prodigyopt", extra="prodigy"),
+        "prodigy": OptimizerSpec(
+            "lorakit.training.optimizers:prodigy", 16, package="prodigyopt", extra="prodigy", single_rate=True
+        ),
     },
 )
 

@@ -290,12 +290,30 @@ def guess_device(wanted: str) -> str:
 
 def may_be_cuda(wanted: str) -> bool:
     """False where `memory.device` cannot come to CUDA; where it says "auto" there may be none nevertheless."""
-    try:
-        build = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        build = ""
+    return wanted == "cuda" or (wanted == "auto" and not _no_cuda())
+
+
+def device_problem(wanted: str) -> str | None:
+    """Why `memory.device` cannot be there, as far as it can be told without torch, or None."""
+    if not (wanted == "cuda" and _no_cuda()) and not (wanted == "mps" and sys.platform != "darwin"):
+        return None
+    return (
+        f"memory.device = {wanted!r}: torch {_torch_version()} finds no such device here; "
+        "`lorakit doctor` says why, memory.device = 'auto' takes what there is"
+    )
+
+
+def _no_cuda() -> bool:
+    """Whether it is sure, without torch, that there is no CUDA device."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return wanted == "cuda" or (wanted == "auto" and "+cpu" not in build and not hidden and sys.platform != "darwin")
+    return hidden or "+cpu" in _torch_version() or sys.platform == "darwin"
+
+
+def _torch_version() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _training_sizes(config: Config, report: Any) -> tuple[list[tuple[int, int]], int]:

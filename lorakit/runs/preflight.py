@@ -94,7 +94,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         check: gives the report on the photos; the front end remembers reports.
         resume: the run folder exists and is continued.
     """
-    problems = _missing_packages(config)
+    problems = [*_missing_packages(config), *_device_problems(config)]
     if not config.data.name:
         problems.append(NO_NAME)
     if not resume:
@@ -136,6 +136,17 @@ def _missing_packages(config: Config) -> list[str]:
         )
     if config.memory.attention == "xformers" and find_spec("xformers") is None:
         problems.append("memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'")
+    return problems
+
+
+def _device_problems(config: Config) -> list[str]:
+    """What the device, as far as it is known without torch, and the optimizer rule out."""
+    problems = _line(plan.device_problem(config.memory.device))
+    name, spec = config.optimizer.name, registry.optimizer(config.optimizer.name)
+    if spec.needs_cuda and not plan.may_be_cuda(config.memory.device):
+        problems.append(f"optimizer.name = {name!r} needs a CUDA device: choose 'adamw8bit' or 'adamw'")
+    if spec.single_rate and config.optimizer.text_encoder_learning_rate not in (None, config.optimizer.learning_rate):
+        problems.append(f"optimizer.name = {name!r} has one rate: leave optimizer.text_encoder_learning_rate unset")
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from collections.abc import Callable
@@ -28,13 +29,14 @@ TABLE: dict[str, list[Any]] = {
     "adapter.target_modules": ["attention", "linear", "linear+conv"],
     "adapter.train_text_encoder": [False, True],
     "adapter.new_tokens": [0, 0, 0, 1],
-    "optimizer.name": ["adamw", "adamw", "adafactor", "lion"],
+    "optimizer.name": ["adamw", "adamw", "adafactor", "lion", "prodigy", "paged_adamw8bit"],
     "optimizer.text_encoder_learning_rate": [None, None, 1e-5],
     "train.min_snr_gamma": [None, None, 5.0],
     "train.masked_loss": [False, False, False, True],
     "train.init_from": ["", "", "", "nowhere.safetensors", "some.safetensors"],
     "train.prior": ["none", "images", "teacher"],
     "memory.limit_gib": [None, None, 0.001, 8.0],
+    "memory.device": ["cpu", "cpu", "auto", "mps"],
     "memory.stream_base": [False, False, False, True],
     "memory.attention": ["sdpa", "sdpa", "sdpa", "xformers"],
     "memory.compile": [False, False, False, True],
@@ -124,6 +126,7 @@ def test_nothing_wrong_is_ready(tiny_sd1: Path, photos: Path, here: Path) -> Non
         ({"train__masked_loss": True}, checks.NO_MASK),
         ({"train__init_from": "nowhere.safetensors"}, "train.init_from: nowhere.safetensors: no such file"),
         ({"memory__limit_gib": 0.001}, "memory.limit_gib = 0.001: a step takes "),
+        ({"memory__device": "mps"}, "memory.device = 'mps': torch "),
         ({"memory__stream_base": True}, "memory.stream_base = true needs a CUDA card"),
         ({"output__folder": "there"}, "there is not empty and nothing in it is overwritten; give another --output"),
         ({"output__folder": "there/file"}, "there/file is a file; give --output a folder"),
@@ -179,10 +182,25 @@ def test_packages_that_are_not_installed_are_problems(
     tiny_sd1: Path, photos: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorakit.runs.preflight.find_spec", lambda name: None)
-    found = preflight(asked(tiny_sd1, photos, output__tensorboard=True, memory__attention="xformers"))
-    assert found.problems == (
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    needed = {"optimizer__name": "prodigy", "output__tensorboard": True, "memory__attention": "xformers"}
+    assert preflight(asked(tiny_sd1, photos, **needed)).problems == (
+        "optimizer.name = 'prodigy' needs prodigyopt: pip install 'lorakit[prodigy]'",
         "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'",
         "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'",
+    )
+
+
+def test_what_an_optimizer_cannot_do_is_a_problem(
+    tiny_sd1: Path, photos: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakit.core.registry.missing_package", lambda name: None)
+    rates = {"optimizer__text_encoder_learning_rate": 0.5, "adapter__train_text_encoder": True}
+    assert preflight(asked(tiny_sd1, photos, optimizer__name="prodigy", **rates)).problems == (
+        "optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate unset",
+    )
+    assert preflight(asked(tiny_sd1, photos, optimizer__name="paged_adamw8bit")).problems == (
+        "optimizer.name = 'paged_adamw8bit' needs a CUDA device: choose 'adamw8bit' or 'adamw'",
     )
 
 

@@ -72,6 +72,19 @@ def test_answers_lead_to_a_plan(train: TrainPage, tiny_sd1: Path):
     assert answer(train, marks, [draft["values"][key] for key in train.keys])[0] == gr.skip()
 
 
+def test_the_page_refuses_what_a_run_refuses(train: TrainPage, tiny_sd1: Path):
+    values, _ = answered(train, tiny_sd1, adapter__method="dora", output__formats=["diffusers", "peft"])
+    plan, start = train.plan(values, SAY)
+    assert plan.count("format cannot carry this DoRA") == 2 and start["interactive"] is False
+    message, name = train.begin(values, SAY)
+    assert message.count("format cannot carry this DoRA") == 2 and name is None and not train.desk.queue.jobs()
+    assert "裝不下這個 DoRA" in train.plan(values, texts.sayer("zh-Hant"))[0]
+    # What a program does not read keeps nobody from training.
+    values, _ = answered(train, tiny_sd1, adapter__method="dora")
+    plan, start = train.plan(values, SAY)
+    assert "dora in the kohya format is honoured by" in plan and start["interactive"] is True
+
+
 def test_what_was_changed_by_hand_stays(train: TrainPage, tiny_sd1: Path):
     values, marks = answered(train, tiny_sd1, data__resolution=128.0, train__steps="7")
     _, changed, _, marks, draft, updates = answer(train, marks, values)

@@ -18,6 +18,7 @@ from lorakit import config, families
 from lorakit.config import ConfigError, DataConfig
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, folder
+from lorakit.families.describe import _KINDS, INPAINTING
 from lorakit.runs import plan, quickstart
 from lorakit.ui import texts
 from lorakit.ui.texts import zh_hant, zh_hant_sentences
@@ -131,13 +132,13 @@ def test_what_is_told_of_a_base_is_said():
     guess = "as its last norm1.bias spreads by 0.031, not above 0.09"
     notes = [
         "from the hub: owner/name@0123",
-        families.base.INPAINTING,
+        INPAINTING,
         sure,
         f"prediction type: epsilon, {guess}; if that is wrong, set model.prediction_type",
         "prediction type: epsilon, as nothing in the file says otherwise",
         "prediction type: v_prediction, as its metadata says (v)",
         "prediction type: epsilon, as model.prediction_type says; the base itself says v_prediction",
-        *(f"base x.safetensors {kind}" for kind in families.base._KINDS.values()),
+        *(f"base x.safetensors {kind}" for kind in _KINDS.values()),
     ]
     assert lacking(notes) == []
     assert "不大於" in texts.sayer("zh-Hant").told(notes[3])
@@ -300,9 +301,10 @@ def test_why_a_base_is_refused_is_said(tmp_path: Path, tiny_sd1: Path):
 # -- and nothing that is written in the code is forgotten -----------------------------------------------------------
 
 # Rooms whose words come to the page at once.
-ROOMS = ("config.py", "option.py", "plan.py", "guide.py", "run_folder.py", "data/*.py", "ui/*.py", "families/*.py")
+ROOMS = ("config/*.py", "data/*.py", "families/*.py", "ui/*.py")
+ROOMS += tuple(f"runs/{name}.py" for name in ("folder", "memory_estimate", "plan", "preflight", "quickstart"))
 # Told on the command line only, or before the page is there.
-NOT_SHOWN = ("lets others in", "is taken; choose another --port")
+NOT_SHOWN = ("lets others in", "is taken; choose another --port", "has no name in a single file")
 # Put together from parts; the tests above make each of them.
 COMPOSED = ("{}: {}", "base {} {}", "length: {}", "{}{}")
 

@@ -91,11 +91,24 @@ RUNNING = {
     "the UNet's blocks are not compiled, training continues without: {problem}": (
         "UNet 的區塊未編譯，訓練照常繼續：{problem}"
     ),
-    "optimizer.name = 'paged_adamw8bit' needs a CUDA device: choose 'adamw8bit' or 'adamw'": (
-        "optimizer.name = 'paged_adamw8bit' 需要 CUDA 裝置：請選 'adamw8bit' 或 'adamw'"
+    "train.init_from: {problem:said}": "train.init_from：{problem:said}",
+    "the kohya format cannot carry this adapter: it has {why}; set output.formats = ['diffusers']": (
+        "kohya 格式裝不下這個適配器：它把 Stable Diffusion 3 的 q、k、v 放在同一層；請設 output.formats = ['diffusers']"
     ),
-    "optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate unset": (
-        "optimizer.name = 'prodigy' 只有一個學習率：optimizer.text_encoder_learning_rate 請留空"
+    "the {format} format cannot carry this DoRA: {why}; export it as kohya": (
+        "{format} 格式裝不下這個 DoRA（方向與 PEFT 的不同）；請匯出成 kohya"
+    ),
+    "the diffusers format cannot carry {method}: diffusers reads plain LoRA only; export it as kohya or peft, {hint}": (
+        "diffusers 格式裝不下 {method}：diffusers 只讀一般的 LoRA；請匯出成 kohya 或 peft"
+    ),
+    "{method} in the {format} format is honoured by {programs}; not by {others}": (
+        "{format} 格式的 {method}：{programs} 會採用；以下不會：{others}"
+    ),
+    "optimizer.name = {name} needs a CUDA device: choose 'adamw8bit' or 'adamw'": (
+        "optimizer.name = {name} 需要 CUDA 裝置：請選 'adamw8bit' 或 'adamw'"
+    ),
+    "optimizer.name = {name} has one rate: leave optimizer.text_encoder_learning_rate unset": (
+        "optimizer.name = {name} 只有一個學習率：optimizer.text_encoder_learning_rate 請留空"
     ),
     "optimizer: {name} is not known to lorakit; the memory estimate assumes {bytes} bytes of state for each weight": (
         "最佳化器：lorakit 不認得 {name}；記憶體估計假設每個權重的狀態為 {bytes} 位元組"
