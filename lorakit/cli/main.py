@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from lorakit import __version__, config as configuration
 from lorakit.cli import adapter_commands, train_commands
 from lorakit.cli.terminal import complain, print_json, print_lines, quiet_libraries
-from lorakit.config.option import number
+from lorakit.config.option import format_bound
 from lorakit.core.errors import LorakitError
 from lorakit.runs import memory_estimate
 
@@ -145,7 +145,7 @@ def describe_option(option: configuration.Option) -> dict[str, Any]:
         values += ", module:Class" if option.import_path else ""
     if option.low is not None:
         values += (
-            f", {number(option.low)} to {number(option.high)}"
+            f", {format_bound(option.low)} to {format_bound(option.high)}"
             if option.high is not None
             else f", {option.low:g} or more"
         )

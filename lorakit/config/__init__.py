@@ -14,7 +14,7 @@ from lorakit.config.loading import (
     preset_names,
     to_toml,
     toml_value,
-    with_paths_removed,
+    without_paths,
 )
 from lorakit.config.option import Option
 from lorakit.config.schema import (
@@ -77,5 +77,5 @@ __all__ = [
     "section_type",
     "to_toml",
     "toml_value",
-    "with_paths_removed",
+    "without_paths",
 ]

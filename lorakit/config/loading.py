@@ -1,4 +1,4 @@
-"""Read a preset, lay overrides over it, check it all, and write it back as TOML."""
+"""Read a preset, apply overrides, check the result, and write it as TOML."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.config.option import Option, checked, near, shown
+from lorakit.config.option import Option, check_value, suggest, to_text
 from lorakit.config.schema import ADAPTER_SECTIONS, LENGTHS, SECTIONS, Config, TrainConfig, options, section_type
 from lorakit.core.errors import ConfigError
 
@@ -19,67 +19,68 @@ DEFAULT_PRESET = "subject-pocket"
 
 
 def preset_folder() -> Path:
-    """Where the presets lie: inside an installed package, or beside it in a checkout."""
+    """The folder of the presets: inside an installed package, or next to it in a checkout."""
     inside = Path(__file__).parent.parent / "presets"
     return inside if inside.is_dir() else Path(__file__).parent.parent.parent / "presets"
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that come with lorakit."""
+    """Names of the presets of lorakit."""
     return sorted(path.stem for path in preset_folder().glob("*.toml"))
 
 
 def load(preset: str | Path | None = DEFAULT_PRESET, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a preset (a name, or a path to a TOML file; None: defaults alone), lay `overrides` over it and check it all.
+    """Read a preset, apply `overrides` and check the result.
 
     Args:
+        preset: a name, the path of a TOML file, or None for the defaults.
         overrides: dotted keys, `{"train.steps": 100}`. A length (steps, epochs, steps_per_image), a method or a prior
-            given here replaces the preset's, with what belongs to it.
+            replaces that of the preset, with the options that belong to it.
 
     Raises:
-        ConfigError: with every problem found, one line each.
+        ConfigError: with every problem, one line each.
     """
     tables = {} if preset is None else _read_toml(_preset_path(preset))
     return from_tables(tables, overrides or {})
 
 
 def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
-    """As `load`, from tables already read."""
+    """As `load`, from the tables of a TOML file."""
     problems: list[str] = []
     flat: dict[str, Any] = {}
     for section, table in tables.items():
         if section not in SECTIONS:
-            problems.append(f"unknown section [{section}]{near(section, SECTIONS)}")
+            problems.append(f"unknown section [{section}]{suggest(section, SECTIONS)}")
         elif not isinstance(table, Mapping):
-            problems.append(f"[{section}] must be a table, not {shown(table)}")
+            problems.append(f"[{section}] must be a table, not {to_text(table)}")
         else:
             flat.update({f"{section}.{name}": value for name, value in table.items()})
     overrides = dict(overrides or {})
-    replaced = {"train.class_images", "train.prior_loss_weight"} if "train.prior" in overrides else set()
+    overridden_keys = {"train.class_images", "train.prior_loss_weight"} if "train.prior" in overrides else set()
     if any(f"train.{name}" in overrides for name in LENGTHS):
-        replaced |= {f"train.{name}" for name in LENGTHS}
-    flat = {key: value for key, value in flat.items() if key not in replaced}
+        overridden_keys |= {f"train.{name}" for name in LENGTHS}
+    flat = {key: value for key, value in flat.items() if key not in overridden_keys}
     flat.update(overrides)
 
     method = flat.get("adapter.method", "lora")
-    if method not in tuple(ADAPTER_SECTIONS):  # a tuple, as a method of any type may be asked for
+    if method not in tuple(ADAPTER_SECTIONS):  # a tuple, as the value may be of any type
         names = ", ".join(ADAPTER_SECTIONS)
-        problems.append(f"adapter.method = {shown(method)}: choose one of {names}{near(method, ADAPTER_SECTIONS)}")
+        problems.append(f"adapter.method = {to_text(method)}: choose one of {names}{suggest(method, ADAPTER_SECTIONS)}")
         method = "lora"
-    known = {k.key: k for k in options(method)}
-    flat = _tables_joined(flat, known)
+    by_key = {opt.key: opt for opt in options(method)}
+    flat = _join_tables(flat, by_key)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, value in flat.items():
         if key == "adapter.method":
             continue
-        if key not in known:
-            problems.append(f"unknown option {key}{near(key, known)}")
+        if key not in by_key:
+            problems.append(f"unknown option {key}{suggest(key, by_key)}")
             continue
-        problem, value = checked(known[key], value)
+        problem, value = check_value(by_key[key], value)
         if problem:
             problems.append(problem)
         else:
-            values[known[key].section][known[key].name] = value
+            values[by_key[key].section][by_key[key].name] = value
     config = Config(**{section: section_type(section, method)(**values[section]) for section in SECTIONS})
     problems += [] if problems else _contradictions(config)
     if problems:
@@ -87,31 +88,31 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     return config
 
 
-def _tables_joined(flat: Mapping[str, object], known: Mapping[str, Option]) -> dict[str, object]:
+def _join_tables(flat: Mapping[str, object], by_key: Mapping[str, Option]) -> dict[str, object]:
     """Put `optimizer.args.betas` and the like into the table `optimizer.args`."""
-    joined: dict[str, object] = {}
+    tables: dict[str, object] = {}
     for key, value in flat.items():
         table, _, name = key.rpartition(".")
-        if table in known and isinstance(known[table].default, dict):
-            before = joined.get(table)
-            joined[table] = {**(before if isinstance(before, Mapping) else {}), name: value}
+        if table in by_key and isinstance(by_key[table].default, dict):
+            table_values = tables.get(table)
+            tables[table] = {**(table_values if isinstance(table_values, Mapping) else {}), name: value}
         else:
-            joined[key] = value
-    return joined
+            tables[key] = value
+    return tables
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Read `section.key=value` of the command line; the value is read as the option's type.
+    """Read `section.key=value` of the command line. The value is read as the option's type.
 
     Raises:
-        ConfigError: no `=`, or no value where one is needed. An unknown key is left for `load` to report.
+        ConfigError: no `=`, or no key. `load` reports an unknown key.
     """
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not equals or not key:
         raise ConfigError([f"{text!r}: write it as section.key=value, e.g. train.steps=200"])
-    known = {k.key: k for k in options()}
-    kind = known[key].type if key in known else None
+    by_key = {opt.key: opt for opt in options()}
+    kind = by_key[key].type if key in by_key else None
     if kind is str or (typing.get_origin(kind) is Literal):
         return key, value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
     if typing.get_origin(kind) is tuple and not value.startswith("["):
@@ -122,11 +123,11 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def with_paths_removed(config: Config) -> dict[str, dict[str, Any]]:
-    """The resolved config as tables, without anything that names a place on the user's machine."""
-    hidden = {k.key for k in options(config.adapter.method) if k.path}
+def without_paths(config: Config) -> dict[str, dict[str, Any]]:
+    """The resolved config as tables, without options that are paths on the user's machine."""
+    path_keys = {opt.key for opt in options(config.adapter.method) if opt.path}
     tables = as_tables(config)
-    return {s: {n: v for n, v in t.items() if f"{s}.{n}" not in hidden} for s, t in tables.items()}
+    return {s: {n: v for n, v in t.items() if f"{s}.{n}" not in path_keys} for s, t in tables.items()}
 
 
 def as_tables(config: Config) -> dict[str, dict[str, Any]]:
@@ -142,7 +143,7 @@ def as_tables(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved config as TOML text that `load` reads back to an equal `Config`."""
+    """The resolved config as TOML. `load` reads it back to an equal `Config`."""
     lines = []
     for section, table in as_tables(config).items():
         lines += [f"[{section}]", *(f"{name} = {toml_value(value)}" for name, value in table.items()), ""]
@@ -154,7 +155,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON escapes as TOML does, but lets the delete character through.
+        # JSON has the same escapes as TOML, but does not escape the delete character.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
@@ -169,11 +170,11 @@ def _preset_path(preset: str | Path) -> Path:
         if not path.is_file():
             raise ConfigError([f"config file {path} does not exist"])
         return path
-    named = preset_folder() / f"{preset}.toml"
-    if not named.is_file():
+    file = preset_folder() / f"{preset}.toml"
+    if not file.is_file():
         names = preset_names()
-        raise ConfigError([f"unknown preset {str(preset)!r}{near(str(preset), names)}; presets: {', '.join(names)}"])
-    return named
+        raise ConfigError([f"unknown preset {str(preset)!r}{suggest(str(preset), names)}; presets: {', '.join(names)}"])
+    return file
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -184,13 +185,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _contradictions(config: Config) -> list[str]:
-    """Options that are each well formed but make no sense together."""
+    """Problems of options that are valid alone but not together."""
     data, adapter, optimizer, train = config.data, config.adapter, config.optimizer, config.train
     problems = []
-    given = [f"train.{name}" for name in LENGTHS if getattr(train, name) is not None]
-    if len(given) != 1:
-        told = f"{' and '.join(given)} are set" if given else "none is set"
-        problems.append(f"set exactly one of {', '.join('train.' + n for n in LENGTHS)}: {told}")
+    lengths = [f"train.{name}" for name in LENGTHS if getattr(train, name) is not None]
+    if len(lengths) != 1:
+        detail = f"{' and '.join(lengths)} are set" if lengths else "none is set"
+        problems.append(f"set exactly one of {', '.join('train.' + n for n in LENGTHS)}: {detail}")
     if optimizer.text_encoder_learning_rate is not None and not adapter.trains_text:
         problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens")
     if adapter.new_tokens and not re.fullmatch(r"[\w-]+", data.trigger):
@@ -201,10 +202,10 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("train.prior_loss_weight has no effect with train.prior = 'none': choose 'images' or 'teacher'")
     if train.prior != "images" and train.class_images != TrainConfig.class_images:
         problems.append(f"train.class_images has no effect with train.prior = {train.prior!r}: choose 'images'")
-    changes = data.flip or data.crop_jitter > 0 or data.color_jitter > 0
-    if data.variants > 1 and not changes:
+    augments = data.flip or data.crop_jitter > 0 or data.color_jitter > 0
+    if data.variants > 1 and not augments:
         problems.append("data.variants > 1 needs data.flip, data.crop_jitter or data.color_jitter")
-    if data.variants == 1 and changes:
+    if data.variants == 1 and augments:
         problems.append("data.flip, data.crop_jitter and data.color_jitter need data.variants of 2 or more")
     if config.memory.gradient_checkpointing and config.memory.limit_gib is not None:
         problems.append("memory.limit_gib chooses the blocks to recompute: leave out memory.gradient_checkpointing")

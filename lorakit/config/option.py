@@ -1,6 +1,6 @@
-"""What an option of the config is: its type, default, bounds and help, and the check of a value against them.
+"""An option of the config: its type, default, bounds and help, and the check of a value.
 
-The options themselves are on one page, `lorakit.config`.
+The options themselves are in `lorakit.config.schema`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, Literal
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-def option(default: Any, help: str, **facts: object) -> Any:
-    """One option: its default, its help text, and what else `Option` has, by the same names.
+def option(default: Any, help: str, **fields: object) -> Any:
+    """One option: its default, its help text, and other fields of `Option`, by name.
 
-    `choices` may be any collection. It is read when the options are listed, so names that are added later count.
+    `choices` may be any collection. It is read when `options` is called, so names that are added later count.
     """
-    metadata = {"help": help, **facts}
+    metadata = {"help": help, **fields}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -30,13 +30,13 @@ def option(default: Any, help: str, **facts: object) -> Any:
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one option; the front end and `lorakit options` are made from these.
+    """One option with its section. The front end and `lorakit options` are built from these.
 
     Attributes:
         low, high, above: bounds of a number: `low <= value <= high`, `value > above`.
-        path: the value names a place on the user's machine: it never enters an adapter's metadata.
-        choices: the valid values; () where any is valid.
-        import_path: beside the choices, "module:Class" is valid too.
+        path: the value is a path on the user's machine. It is never written to an adapter's metadata.
+        choices: the valid values; () if any value is valid.
+        import_path: "module:Class" is also valid.
     """
 
     section: str
@@ -57,88 +57,91 @@ class Option:
         return f"{self.section}.{self.name}"
 
 
-def near(word: Any, known: Iterable[str]) -> str:
-    """A hint with the nearest known name; a bare key is also compared with the part after the dot."""
-    names = list(known)
-    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
-    if not close and isinstance(word, str):
-        last = {name.rpartition(".")[2]: name for name in names}
-        close = [last[n] for n in difflib.get_close_matches(word.rpartition(".")[2], last, n=1, cutoff=0.6)]
-    return f" (did you mean {close[0]}?)" if close else ""
+def suggest(word: Any, candidates: Iterable[str]) -> str:
+    """A hint with the closest candidate. A key without a section is also compared with the part after the dot."""
+    names = list(candidates)
+    matches = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
+    if not matches and isinstance(word, str):
+        by_name = {name.rpartition(".")[2]: name for name in names}
+        matches = [by_name[n] for n in difflib.get_close_matches(word.rpartition(".")[2], by_name, n=1, cutoff=0.6)]
+    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
-def shown(value: Any) -> str:
-    """A value as it may stand in a message."""
+def to_text(value: Any) -> str:
+    """A value for a message."""
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
-def checked(k: Option, value: Any) -> tuple[str | None, Any]:
-    """The problem with a value, or None, and the value in the option's own type."""
-    wanted, optional = k.type, False
-    if typing.get_origin(wanted) in (types.UnionType, typing.Union):
+def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
+    """Check a value. Return the problem or None, and the value converted to the type of the option."""
+    value_type, optional = opt.type, False
+    if typing.get_origin(value_type) in (types.UnionType, typing.Union):
         optional = True
-        (wanted,) = (t for t in typing.get_args(wanted) if t is not type(None))
+        (value_type,) = (t for t in typing.get_args(value_type) if t is not type(None))
     if optional and value is None:
         return None, None
-    choices = typing.get_args(wanted) if typing.get_origin(wanted) is Literal else k.choices
-    if typing.get_origin(wanted) is tuple:
+    choices = typing.get_args(value_type) if typing.get_origin(value_type) is Literal else opt.choices
+    if typing.get_origin(value_type) is tuple:
         if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-            return f"{k.key} = {shown(value)}: must be a list of strings", None
+            return f"{opt.key} = {to_text(value)}: must be a list of strings", None
         value = tuple(value)
         if not all(isinstance(item, str) for item in value):
-            return f"{k.key} = {shown(value)}: must be a list of strings", None
-        wrong = [item for item in value if choices and item not in choices]
-        if wrong or (choices and not value):
-            hint = near(wrong[0], choices) if wrong else ""
-            return f"{k.key} = {shown(value)}: choose from {', '.join(choices)}{hint}", None
+            return f"{opt.key} = {to_text(value)}: must be a list of strings", None
+        unknown = [item for item in value if choices and item not in choices]
+        if unknown or (choices and not value):
+            hint = suggest(unknown[0], choices) if unknown else ""
+            return f"{opt.key} = {to_text(value)}: choose from {', '.join(choices)}{hint}", None
         return None, value
-    if typing.get_origin(wanted) is dict:
+    if typing.get_origin(value_type) is dict:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-            return f"{k.key} = {shown(value)}: must be a table, such as {{betas = [0.9, 0.95]}}", None
+            return f"{opt.key} = {to_text(value)}: must be a table, such as {{betas = [0.9, 0.95]}}", None
         table = {name: list(item) if isinstance(item, tuple) else item for name, item in value.items()}
         for name, item in table.items():
             if not all(isinstance(each, (str, int, float)) for each in (item if isinstance(item, list) else [item])):
                 return (
-                    f"{k.key}.{name} = {shown(item)}: must be a number, a text, true, false, or a list of these",
+                    f"{opt.key}.{name} = {to_text(item)}: must be a number, a text, true, false, or a list of these",
                     None,
                 )
         return None, table
-    if k.import_path and isinstance(value, str) and IMPORT_PATH.fullmatch(value):
+    if opt.import_path and isinstance(value, str) and IMPORT_PATH.fullmatch(value):
         return None, value
     if choices:
         if value not in choices:
-            more = " or write module:Class" if k.import_path else ""
-            return f"{k.key} = {shown(value)}: choose one of {', '.join(choices)}{more}{near(value, choices)}", None
+            more = " or write module:Class" if opt.import_path else ""
+            return (
+                f"{opt.key} = {to_text(value)}: choose one of {', '.join(choices)}{more}{suggest(value, choices)}",
+                None,
+            )
         return None, value
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if value_type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) is not wanted:
+    if type(value) is not value_type:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        return f"{k.key} = {shown(value)}: must be {names[wanted]}", None
-    if wanted in (int, float) and not _inside(k, value):
-        return f"{k.key} = {shown(value)}: must be {_bounds(k)}", None
+        return f"{opt.key} = {to_text(value)}: must be {names[value_type]}", None
+    if value_type in (int, float) and not _in_bounds(opt, value):
+        return f"{opt.key} = {to_text(value)}: must be {_bounds(opt)}", None
     return None, value
 
 
-def _inside(k: Option, value: float) -> bool:
-    # Written so that NaN, which compares false with everything, is outside.
+def _in_bounds(opt: Option, value: float) -> bool:
+    # NaN compares false with everything, so it is out of bounds.
     return (
-        (k.low is None or value >= k.low)
-        and (k.high is None or value <= k.high)
-        and (k.above is None or value > k.above)
+        (opt.low is None or value >= opt.low)
+        and (opt.high is None or value <= opt.high)
+        and (opt.above is None or value > opt.above)
         and value == value
         and abs(value) != float("inf")
     )
 
 
-def _bounds(k: Option) -> str:
-    if k.low is not None and k.high is not None:
-        return f"between {number(k.low)} and {number(k.high)}"
-    if k.above is not None:
-        return f"above {k.above:g}"
-    return f"{k.low:g} or more" if k.low is not None else "a finite number"
+def _bounds(opt: Option) -> str:
+    if opt.low is not None and opt.high is not None:
+        return f"between {format_bound(opt.low)} and {format_bound(opt.high)}"
+    if opt.above is not None:
+        return f"above {opt.above:g}"
+    return f"{opt.low:g} or more" if opt.low is not None else "a finite number"
 
 
-def number(bound: float) -> str:
-    """A bound as a person writes it: 10000000, not 1e+07."""
+def format_bound(bound: float) -> str:
+    """A bound in decimal notation: 10000000, not 1e+07."""
     return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"

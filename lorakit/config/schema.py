@@ -164,17 +164,17 @@ class OptimizerConfig:
     warmup_steps: int = option(0, "Optimizer steps over which the rate rises from 0.", low=0)
 
 
-# More steps than anybody means: a slip of the hand is told, not planned.
-MOST = 1_000_000
+# Upper bound of a run's length: a larger value is probably a typing error.
+MAX_STEPS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long, on what objective, and what is kept. A step is one optimizer step."""
 
-    steps: int | None = option(None, "Optimizer steps.", low=1, high=MOST)
-    epochs: int | None = option(None, "Passes over the photos.", low=1, high=MOST)
-    steps_per_image: int | None = option(None, "Optimizer steps for each photo.", low=1, high=MOST)
+    steps: int | None = option(None, "Optimizer steps.", low=1, high=MAX_STEPS)
+    epochs: int | None = option(None, "Passes over the photos.", low=1, high=MAX_STEPS)
+    steps_per_image: int | None = option(None, "Optimizer steps for each photo.", low=1, high=MAX_STEPS)
     batch_size: int = option(1, "Photos in a batch.", low=1, high=256)
     gradient_accumulation_steps: int = option(1, "Batches in an optimizer step.", low=1, high=256)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 turns clipping off.", low=0)
@@ -277,15 +277,15 @@ def section_type(section: str, method: str = "lora") -> type:
 
 def options(method: str = "lora") -> list[Option]:
     """Every option, in the order of this page; the adapter's are those of `method`."""
-    found = []
+    result = []
     for section in SECTIONS:
         cls = section_type(section, method)
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             if section == "adapter" and f.name == "method":
-                found.append(Option(section, "method", str, "lora", "Adapter method.", choices=tuple(ADAPTERS)))
+                result.append(Option(section, "method", str, "lora", "Adapter method.", choices=tuple(ADAPTERS)))
                 continue
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             facts = {**f.metadata, "choices": tuple(f.metadata.get("choices", ()))}
-            found.append(Option(section, f.name, hints[f.name], default, **facts))
-    return found
+            result.append(Option(section, f.name, hints[f.name], default, **facts))
+    return result

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit import __version__
-from lorakit.config import Config, with_paths_removed
+from lorakit.config import Config, without_paths
 from lorakit.formats import keys
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def build(
 
 
 def _public(config: Config) -> dict[str, dict[str, Any]]:
-    tables = with_paths_removed(config)
+    tables = without_paths(config)
     return {s: {n: v for n, v in t.items() if n not in _PRIVATE.get(s, ())} for s, t in tables.items()}
 
 

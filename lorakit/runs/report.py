@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lorakit import __version__
-from lorakit.config import Config, with_paths_removed
+from lorakit.config import Config, without_paths
 from lorakit.core import atomic, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.data import augment, buckets, decode
@@ -167,7 +167,7 @@ def _photos(config: Config, report: Report) -> tuple[list[dict[str, str]], int]:
 def _options(config: Config) -> str:
     return "\n".join(
         f"{section}.{name} = {json.dumps(value, ensure_ascii=False)}"
-        for section, table in with_paths_removed(config).items()
+        for section, table in without_paths(config).items()
         for name, value in table.items()
     )
 

@@ -11,7 +11,7 @@ import pytest
 
 from lorakit import config
 from lorakit.config import ConfigError
-from lorakit.config.option import Option, checked
+from lorakit.config.option import Option, check_value
 
 STEPS = {"train.steps": 1}
 
@@ -158,7 +158,7 @@ def test_bounds_themselves_are_inside() -> None:
         for bound in (option.low, option.high):
             if bound is not None:
                 wanted = int if option.type is int or option.type == (int | None) else float
-                assert checked(option, wanted(bound)) == (None, bound), option.key
+                assert check_value(option, wanted(bound)) == (None, bound), option.key
 
 
 def test_unset_is_allowed_where_it_means_something() -> None:
@@ -374,7 +374,7 @@ def test_no_place_on_the_machine_is_in_the_metadata() -> None:
     assert set(places) == {"model.base", "model.tokenizer", "data.folder", "train.init_from", "output.folder"}
     loaded = config.load("subject-sd15", {**places, "data.name": "sks dog"})
     assert secret in config.to_toml(loaded)
-    public = config.with_paths_removed(loaded)
+    public = config.without_paths(loaded)
     assert secret not in str(public)
     assert public["data"]["name"] == "sks dog"
 
