@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 from lorakit import config
 from lorakit.core import registry
+from lorakit.formats import compatibility
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lorakit"
@@ -267,7 +268,7 @@ def test_no_path_of_a_machine_is_in_the_repository() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("table", ["FAMILIES", "ADAPTERS", "EXPORTS"])
+@pytest.mark.parametrize("table", ["FAMILIES", "ADAPTERS"])
 def test_every_name_of_the_registry_loads(table: str) -> None:
     names = getattr(registry, table)
     for name in names:
@@ -281,6 +282,13 @@ def test_every_optimizer_of_the_registry_is_there() -> None:
         assert callable(registry.resolve(spec.build))
     with pytest.raises(KeyError):
         _ = registry.OPTIMIZERS["nothing"]
+
+
+def test_every_format_of_the_registry_is_there() -> None:
+    consumers = [key for spec in registry.FORMATS.values() for key in spec.consumers]
+    assert set(consumers) == set(compatibility.CONSUMERS)
+    endings = [spec.ending for spec in registry.FORMATS.values()]
+    assert len(set(endings)) == len(endings)
 
 
 def test_the_registry_and_the_adapter_sections_name_the_same_methods() -> None:

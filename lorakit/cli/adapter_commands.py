@@ -16,7 +16,7 @@ from lorakit.cli import threads
 from lorakit.cli.terminal import complain, print_json, print_lines
 from lorakit.cli.train_commands import Command, add_set, read_overrides
 from lorakit.core.errors import LorakitError
-from lorakit.core.registry import EXPORTS
+from lorakit.core.registry import FORMATS
 
 if TYPE_CHECKING:
     from lorakit.adapters.weights import AdapterWeights
@@ -48,7 +48,7 @@ def add(command: Command) -> None:
 
     export = command("export", run_export, "write an adapter in another format")
     export.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder, in any of the formats")
-    export.add_argument("--to", choices=tuple(EXPORTS), required=True, help="format to write")
+    export.add_argument("--to", choices=tuple(FORMATS), required=True, help="format to write")
     _add_output(export)
 
     resize = command("resize", run_resize, "reduce the rank of an adapter")
@@ -81,7 +81,7 @@ def _add_size(made: argparse.ArgumentParser) -> None:
 
 
 def _add_written(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--to", choices=tuple(EXPORTS), default="kohya", help="format to write (default: kohya)")
+    made.add_argument("--to", choices=tuple(FORMATS), default="kohya", help="format to write (default: kohya)")
     _add_output(made)
 
 

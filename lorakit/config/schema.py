@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorakit.config.option import Option, option
-from lorakit.core.registry import ADAPTERS, EXPORTS, OPTIMIZERS
+from lorakit.core.registry import ADAPTERS, FORMATS, OPTIMIZERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ class OutputConfig:
     """What is written, and where."""
 
     folder: str = option("", "Run folder. Empty: runs/<time>-<name>.", path=True)
-    formats: tuple[str, ...] = option(("kohya",), "Formats of the exported adapter.", choices=EXPORTS)
+    formats: tuple[str, ...] = option(("kohya",), "Formats of the exported adapter.", choices=FORMATS)
     dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "Precision of the exported file.")
     tensorboard: bool = option(False, "Write TensorBoard logs too.")
 

@@ -14,9 +14,15 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lorakit.core.errors import LorakitError
+
+if TYPE_CHECKING:
+    from lorakit.formats.spec import FormatSpec
+
+if TYPE_CHECKING:
+    from lorakit.formats.spec import FormatSpec
 
 Spec = TypeVar("Spec")
 
@@ -147,11 +153,14 @@ OPTIMIZERS = Registry[OptimizerSpec](
     },
 )
 
-EXPORTS = {
-    "kohya": "lorakit.formats.kohya",
-    "diffusers": "lorakit.formats.diffusers",
-    "peft": "lorakit.formats.peft",
-}
+FORMATS: Registry[FormatSpec] = Registry(
+    "lorakit.formats",
+    {
+        "kohya": "lorakit.formats.kohya:SPEC",
+        "diffusers": "lorakit.formats.diffusers:SPEC",
+        "peft": "lorakit.formats.peft:SPEC",
+    },
+)
 
 
 def load(table: dict[str, str], name: str) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.registry import FORMATS
 from lorakit.formats.identify import Module, Shapes, modules
 from lorakit.formats.keys import COMPONENTS, kernel
 
@@ -460,17 +461,13 @@ def _refused(
     return ""
 
 
-# Formats other than kohya's are read by the program they are named after.
-_READERS = {"kohya": tuple(key for key in CONSUMERS if key != "peft"), "diffusers": ("diffusers",), "peft": ("peft",)}
-
-
 def predict_compatibility(method: str, fmt: str) -> dict[str, str]:
     """Before training: consumer -> "" where it will read a file of this method and format, else what it will do."""
     result = {}
     for key, consumer in CONSUMERS.items():
         problem = consumer.refused.get(method) or consumer.misread.get(method)
         problem = problem or consumer.misread_convolutions.get(method, "")
-        result[key] = problem if key in _READERS[fmt] else f"does not read the {fmt} format"
+        result[key] = problem if key in FORMATS[fmt].consumers else f"does not read the {fmt} format"
     return result
 
 
@@ -478,7 +475,7 @@ def warning(method: str, fmt: str) -> str | None:
     """One line, to be said before training, where a program that reads the format will not honour the method."""
     titles: dict[str, list[str]] = {}
     for key, problem in predict_compatibility(method, fmt).items():
-        if key in _READERS[fmt]:
+        if key in FORMATS[fmt].consumers:
             titles.setdefault(problem, []).append(CONSUMERS[key].title)
     good = ", ".join(titles.pop("", []))
     bad = "; ".join(f"{', '.join(programs)}: {problem}" for problem, programs in titles.items())

@@ -8,27 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lorakit.adapters.weights import AdapterWeights
-from lorakit.formats import adapter_math, files, keys
+from lorakit.formats import keys
 from lorakit.formats.metadata import complete
+from lorakit.formats.spec import FormatSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+# Kind of layers -> why the format cannot carry them.
+_LYCORIS = (
+    "the diffusers format cannot carry {kind}: diffusers reads plain LoRA only; export it as kohya or peft, "
+    "or make plain LoRA of it with: lorakit resize FILE --energy 1 --to diffusers"
+)
+REFUSALS = {
+    "dora": (
+        "the diffusers format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
+        "lorakit's is one per input column, which is what web UIs read; export it as kohya"
+    ),
+    **{kind: _LYCORIS.format(kind=kind) for kind in ("loha", "lokr")},
+}
 
 
 def check(method: str, family: str) -> str | None:
     """Why this format cannot carry `method` for `family`, or None."""
-    if method == "dora":
-        return (
-            "the diffusers format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
-            "lorakit's is one per input column, which is what web UIs read; export it as kohya"
-        )
-    if method in ("loha", "lokr"):
-        return (
-            f"the diffusers format cannot carry {method}: diffusers reads plain LoRA only; export it as kohya or peft, "
-            "or make plain LoRA of it with: lorakit resize FILE --energy 1 --to diffusers"
-        )
-    return None
+    return REFUSALS.get(method)
 
 
 def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
@@ -37,6 +44,8 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     Raises:
         LorakitError: a method that the format cannot carry, a layer that is not portable or not finite.
     """
+    from lorakit.formats import adapter_math
+
     adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
     result: dict[str, torch.Tensor] = {}
     for name, layer in adapter_math.complete(weights).items():
@@ -53,5 +62,17 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
     Raises:
         LorakitError: see `tensors`; too little space.
     """
+    from lorakit.formats import files
+
     files.write_safetensors(path, tensors(weights, dtype), complete(weights, metadata))
     return [path]
+
+
+SPEC = FormatSpec(
+    ending="-diffusers.safetensors",
+    check=check,
+    tensors=tensors,
+    write=write,
+    recognizes=lambda names: any(".lora_A." in name for name in names),
+    consumers=("diffusers",),
+)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.registry import FORMATS
 from lorakit.formats import files, metadata
 
 Tokens = dict[str, dict[str, torch.Tensor]]
@@ -26,13 +27,19 @@ ONE, TWO = {"text_encoder": "emb_params"}, {"text_encoder": "clip_l", "text_enco
 _BUNDLED = re.compile(r"bundle_emb\.(.+)\.(string_to_param\.\*|emb_params|clip_l|clip_g)")
 _ENCODERS = {"string_to_param.*": "text_encoder", "emb_params": "text_encoder"}
 _ENCODERS |= {name: part for part, name in TWO.items()}
-_ENDINGS = ("-bundled.safetensors", "-diffusers.safetensors", ".safetensors", "-peft")
+_BUNDLED_ENDING = "-bundled.safetensors"
 
 
 def folder(path: Path) -> Path:
     """Where the embedding of an adapter's file or PEFT folder lies, whichever of its formats `path` is."""
-    ending = next((ending for ending in _ENDINGS if path.name.endswith(ending)), "")
+    endings = sorted((_BUNDLED_ENDING, *(spec.ending for spec in FORMATS.values())), key=len, reverse=True)
+    ending = next((ending for ending in endings if path.name.endswith(ending)), "")
     return path.with_name(f"{path.name.removesuffix(ending)}-embedding")
+
+
+def bundle(path: Path) -> Path:
+    """The copy of an adapter's file that holds the vectors of its words too."""
+    return path.with_name(path.name.removesuffix(".safetensors") + _BUNDLED_ENDING)
 
 
 def tensors(vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,8 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorakit.core import safetensors_header
 from lorakit.core.layer_names import DENOISERS, canonical
+from lorakit.core.registry import FORMATS
 from lorakit.formats import keys, metadata as meta
+from lorakit.formats.spec import Spelling
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -80,17 +83,33 @@ class Module:
         return "dora" if {"magnitude", "row_magnitude"} & set(self.parts) else "lora"
 
 
+def kind(shapes: Shapes) -> str:
+    """`safetensors_header.kind`, and "adapter" where a format of its own spelling has such names."""
+    found = safetensors_header.kind(dict(shapes))
+    patterns = [spelling.pattern for spelling in _other_spellings().values()]
+    return "adapter" if any(pattern.fullmatch(name) for pattern in patterns for name in shapes) else found
+
+
+def _other_spellings() -> dict[str, Spelling]:
+    """Format -> its spelling, where it is none of `_SPELLINGS`."""
+    return {name: spec.spelling for name, spec in FORMATS.items() if spec.spelling is not None}
+
+
 def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PER_BLOCK) -> dict[str, Module]:
     """The adapted modules among a file's tensors, by stem, in the file's order; other tensors are left out."""
     found: dict[str, Module] = {}
+    others = _other_spellings()
+    spellings = _SPELLINGS | {name: (own.pattern, dict(own.parts)) for name, own in others.items()}
     for name in names:
-        for spelling, (pattern, parts) in _SPELLINGS.items():
+        for spelling, (pattern, parts) in spellings.items():
             match = pattern.fullmatch(name)
             if not match:
                 continue
             stem, part = match.groups()
             if stem not in found:
-                found[stem] = Module(stem, spelling, _canonical(stem, spelling, layers_per_block))
+                own = others.get(spelling)
+                layer = own.canonical(stem) if own else _canonical(stem, spelling, layers_per_block)
+                found[stem] = Module(stem, spelling, layer)
             found[stem].parts[parts.get(part, part)] = name
             break
     return found

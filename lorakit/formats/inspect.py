@@ -101,7 +101,7 @@ def inspect(path: Path) -> Report:
         return _folder(path)
     head = safetensors_header.read(path)
     shapes = head.shapes()
-    kind = safetensors_header.kind(shapes)
+    kind = identify.kind(shapes)
     size = path.stat().st_size
     if kind in ("adapter", "lycoris") and all(name.startswith(identify.PEFT_PREFIX) for name in shapes):
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")

@@ -7,15 +7,19 @@ layers come from `lorakit.formats.keys`, one rank and one alpha per component fr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core.layer_names import DENOISERS
-from lorakit.formats import adapter_math, files, keys
-from lorakit.formats.metadata import complete
+from lorakit.formats import keys
+from lorakit.formats.metadata import complete, sidecar
+from lorakit.formats.spec import FormatSpec
+
+if TYPE_CHECKING:
+    import torch
 
 # What a LoRA layer's factors are called in these files; LoHa's and LoKr's have their names already.
 PARTS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
@@ -37,6 +41,10 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     Raises:
         LorakitError: a layer that is not portable, or that is not finite.
     """
+    import torch
+
+    from lorakit.formats import adapter_math
+
     adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
     layers = adapter_math.complete(weights)
     result: dict[str, torch.Tensor] = {}
@@ -56,5 +64,32 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
     Raises:
         LorakitError: see `tensors`; too little space.
     """
+    from lorakit.formats import files
+
     files.write_safetensors(path, tensors(weights, dtype), complete(weights, metadata))
     return [path]
+
+
+def write_side_files(
+    weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str], preview: bytes | None
+) -> None:
+    """Write `<name>.json`, from which A1111 and InvokeAI read trigger words, and the preview as `<name>.png`."""
+    from lorakit.formats import files
+
+    text = json.dumps(sidecar(complete(weights, metadata)), indent=2, ensure_ascii=False)
+    files.write_bytes(path.with_suffix(".json"), text.encode())
+    if preview is not None:
+        files.write_bytes(path.with_suffix(".png"), preview)
+
+
+# The ending is the plain one, as this is the file that people move about.
+SPEC = FormatSpec(
+    ending=".safetensors",
+    check=check,
+    tensors=tensors,
+    write=write,
+    recognizes=lambda names: any(name.startswith("lora_") for name in names),
+    consumers=("a1111", "forge", "comfyui", "invokeai", "sd-scripts", "sd.cpp", "diffusers"),
+    bundles_embeddings=True,
+    write_side_files=write_side_files,
+)

@@ -15,17 +15,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.nn.functional import pad
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, LohaLayer, LokrLayer, LoraLayer, factorization
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
-from lorakit.formats import adapter_math, files, keys
+from lorakit.formats import keys
 from lorakit.formats.identify import PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX
 from lorakit.formats.metadata import complete
+from lorakit.formats.spec import FormatSpec
+
+if TYPE_CHECKING:
+    import torch
 
 _TEXT_MODEL = "text_model."
 # LoRA's factors are modules in PEFT, LoHa's and LoKr's are parameters by LyCORIS' names.
@@ -34,14 +35,18 @@ _NAMES = {"down": "lora_A.weight", "up": "lora_B.weight"}
 _BOTH_NAMES = ("text_encoder",)
 
 
+# Kind of layers -> why the format cannot carry them.
+REFUSALS = {
+    "dora": (
+        "the PEFT format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
+        "lorakit's is one per input column, which is what web UIs read; export it as kohya"
+    )
+}
+
+
 def check(method: str, family: str) -> str | None:
     """Why this format cannot carry `method` for `family`, or None."""
-    if method == "dora":
-        return (
-            "the PEFT format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
-            "lorakit's is one per input column, which is what web UIs read; export it as kohya"
-        )
-    return None
+    return REFUSALS.get(method)
 
 
 def tensors(weights: AdapterWeights, dtype: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -59,6 +64,8 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
     Raises:
         LorakitError: see `tensors`; `path` is something else than a PEFT folder; too little space.
     """
+    from lorakit.formats import files
+
     if path.exists() and not _is_ours(path):
         raise LorakitError(f"{path}: exists and is not a PEFT folder; choose another name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -99,6 +106,8 @@ def _is_ours(path: Path) -> bool:
 
 
 def _components(weights: AdapterWeights) -> dict[str, dict[str, AnyLayer]]:
+    from lorakit.formats import adapter_math
+
     adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
     parts: dict[str, dict[str, AnyLayer]] = {}
     for name, layer in adapter_math.complete(weights).items():
@@ -120,6 +129,8 @@ def _even(layers: dict[str, AnyLayer]) -> dict[str, AnyLayer]:
 def _padded(layer: AnyLayer, rank: int) -> AnyLayer:
     """The same delta W with the factors filled up with zeros to `rank`; alpha = rank."""
 
+    from torch.nn.functional import pad
+
     def wide(a: torch.Tensor) -> torch.Tensor:
         return pad(a, (0, rank - a.shape[1]))
 
@@ -136,6 +147,8 @@ def _padded(layer: AnyLayer, rank: int) -> AnyLayer:
 
 
 def _tensors(layers: Mapping[str, AnyLayer], dtype: str) -> dict[str, torch.Tensor]:
+    from lorakit.formats import adapter_math
+
     result = {}
     for name, layer in layers.items():
         part, _, module = name.partition(".")
@@ -185,3 +198,14 @@ def _lokr_rank(layers: Mapping[str, AnyLayer]) -> int:
                 f"the PEFT format cannot carry {name}: PEFT cuts a LoKr in another way; export it as kohya"
             )
     return rank
+
+
+SPEC = FormatSpec(
+    ending="-peft",
+    check=check,
+    tensors=tensors,
+    write=write,
+    recognizes=lambda names: False,
+    is_folder=True,
+    consumers=("peft",),
+)

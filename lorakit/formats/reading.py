@@ -52,7 +52,7 @@ def read(path: Path) -> AdapterWeights:
 
 def _read_file(path: Path) -> AdapterWeights:
     head = safetensors_header.read(path)
-    what = safetensors_header.kind(head.shapes())
+    what = identify.kind(head.shapes())
     if what != "adapter":
         raise LorakitError(f"{path}: this is {identify.DESCRIPTIONS[what]}")
     if all(name.startswith(identify.PEFT_PREFIX) for name in head.tensors):

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, LoraLayer
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.formats import diffusers, embeddings, kohya, peft
+from lorakit.formats import embeddings
 from lorakit.formats.identify import PEFT_MODEL
 from lorakit.formats.reading import read
+from lorakit.formats.spec import FormatSpec, of_file
 
 # How far a delta W may be from the one in memory, relative to its norm: two roundings of the file's own dtype.
 TOLERANCE = {"F32": 1e-5, "F16": 2e-3, "BF16": 1.6e-2}
@@ -47,10 +48,11 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
     findings: list[Finding] = []
     try:
         heads = _headers(path)
+        spec = of_file(Path(path), (name for head in heads.values() for name in head.tensors))
         stored = read(path)
     except LorakitError as error:
         return [Finding(Path(path).name, str(error))]
-    findings += _tensor_findings(path, weights, heads)
+    findings += _tensor_findings(spec, weights, heads)
     dtypes = {info.dtype for head in heads.values() for name, info in head.tensors.items() if _is_factor(name)}
     tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     if stored.family != weights.family:
@@ -67,9 +69,8 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
         if name not in weights.layers and bool(torch.count_nonzero(layer.delta())):
             findings.append(Finding(name, "in the file, but not trained"))
     findings += [Finding(word, problem) for word, problem in embeddings.problems(stored.embeddings, weights.embeddings)]
-    bundle = Path(path).with_name(Path(path).name.replace(".safetensors", "-bundled.safetensors"))
-    if weights.embeddings and "" in heads and any(name.startswith("lora_") for name in heads[""].tensors):
-        findings += _bundle_findings(bundle, load_file(Path(path)), weights)
+    if spec.bundles_embeddings and weights.embeddings:
+        findings += _bundle_findings(embeddings.bundle(Path(path)), load_file(Path(path)), weights)
     return findings
 
 
@@ -97,15 +98,11 @@ def _is_factor(name: str) -> bool:
 
 
 def _tensor_findings(
-    path: Path, weights: AdapterWeights, heads: Mapping[str, safetensors_header.Header]
+    spec: FormatSpec, weights: AdapterWeights, heads: Mapping[str, safetensors_header.Header]
 ) -> list[Finding]:
     """Tensors that are missing, not expected, or of another shape than the format's own writer makes."""
-    if "" not in heads:
-        expected = peft.tensors(weights, "fp32")
-    elif any(name.startswith("lora_") for name in heads[""].tensors):
-        expected = {"": kohya.tensors(weights, "fp32")}
-    else:
-        expected = {"": diffusers.tensors(weights, "fp32")}
+    tensors = spec.tensors(weights, "fp32")
+    expected = tensors if spec.is_folder else {"": tensors}
     findings = [Finding(part, "component missing") for part in expected.keys() - heads.keys()]
     for part in expected.keys() & heads.keys():
         wanted = {name: tuple(tensor.shape) for name, tensor in expected[part].items()}

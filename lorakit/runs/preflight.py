@@ -109,7 +109,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     problems += families.unsuited(info, config)
     warnings = []
     for name in config.output.formats:
-        problems += _line(registry.load(registry.EXPORTS, name).check(config.adapter.method, info.family))
+        problems += _line(registry.FORMATS[name].check(config.adapter.method, info.family))
         warnings += _line(compatibility.warning(config.adapter.method, name))
     problems += plan.problems(config, info)
     photos = None

@@ -22,6 +22,7 @@ from lorakit import adapters, formats
 from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.core import rng
 from lorakit.core.layer_names import canonical
+from lorakit.core.registry import FORMATS
 from lorakit.formats import verify
 
 # How far the file may be from the model in memory, as a share of the adapter's own effect: rounding of its factors to
@@ -107,8 +108,8 @@ def examine(
         gc.collect()  # what the caller has let go of: blocks that were changed refer to themselves
         family = load()
         # Neither DoRA in the web UIs' axis, LyCORIS' methods nor a PEFT folder is something that this loader reads.
-        plain = all(layer.method == "lora" for layer in weights.layers.values())
-        if plain and path.is_file():
+        plain = all(isinstance(layer, LoraLayer) and layer.magnitude is None for layer in weights.layers.values())
+        if plain and "diffusers" in FORMATS[name].consumers:
             findings.append(read_by_diffusers(name, path, family, weights, TOLERANCE[dtype] / 4))
         adapters.apply(family, formats.read(path))
         floor = ROUNDING[family.dtype]

@@ -159,7 +159,7 @@ def exported(tiny_sd1, tmp_path_factory) -> dict[str, Path]:
 
     facts = metadata.build(chosen, family.info, name="toy", images=4, steps=5, epochs=1, started=0.0, finished=1.0)
     folder = tmp_path_factory.mktemp("exported")
-    return formats.save(weights, folder, "toy", tuple(registry.EXPORTS), "fp16", facts, say=lambda line, **_: None)
+    return formats.save(weights, folder, "toy", tuple(registry.FORMATS), "fp16", facts, say=lambda line, **_: None)
 
 
 def test_strengths_and_prompts_make_a_grid(exported, tiny_sd1, tmp_path):
@@ -176,7 +176,7 @@ def test_strengths_and_prompts_make_a_grid(exported, tiny_sd1, tmp_path):
     assert 0 < moved[0] < moved[1]
 
 
-@pytest.mark.parametrize("form", list(registry.EXPORTS))
+@pytest.mark.parametrize("form", list(registry.FORMATS))
 def test_every_format_draws_the_same(exported, tiny_sd1, form):
     rows = sampling.draw_weights(formats.read(exported[form]), str(tiny_sd1), ["x"], [1], QUICK, 64, name="toy")
     first = sampling.draw_weights(formats.read(exported["kohya"]), str(tiny_sd1), ["x"], [1], QUICK, 64, name="toy")

@@ -10,7 +10,7 @@ import gradio as gr
 
 from lorakit import config as configuration
 from lorakit.core.errors import LorakitError
-from lorakit.core.registry import EXPORTS
+from lorakit.core.registry import FORMATS
 from lorakit.formats import inspect
 from lorakit.ui import commands, form, widgets
 from lorakit.ui.texts import Say
@@ -44,7 +44,7 @@ class AdapterPage:
         self.inspected = gr.State("")
         with gr.Row(equal_height=False, visible=False) as self.converting:
             self.format = gr.Radio(
-                choices=list(EXPORTS), value=next(iter(EXPORTS)), label=t("adapter.format"), elem_id="adapter-format"
+                choices=list(FORMATS), value=next(iter(FORMATS)), label=t("adapter.format"), elem_id="adapter-format"
             )
             precisions = form.fields()[f"{configuration.SECTIONS[-1]}.dtype"].choices
             self.dtype = gr.Radio(choices=list(precisions), value=precisions[0], label=t("adapter.dtype"))

@@ -19,7 +19,7 @@ from PIL import Image
 from lorakit import config as configuration
 from lorakit.core import atomic, names
 from lorakit.core.errors import LorakitError
-from lorakit.core.registry import EXPORTS
+from lorakit.core.registry import FORMATS
 from lorakit.data import folder
 from lorakit.data.decode import Unreadable, decode
 from lorakit.runs import folder as run_folder, quickstart
@@ -47,7 +47,7 @@ class ComparePage:
         self.table = widgets.html(elem_id="compare-table")
         with gr.Row(equal_height=False, visible=False) as self.choice:
             self.step = gr.Dropdown(choices=[], label=t("compare.mark_which"), filterable=False, elem_id="compare-step")
-            self.format = gr.Radio(choices=list(EXPORTS), value=next(iter(EXPORTS)), label=t("adapter.format"))
+            self.format = gr.Radio(choices=list(FORMATS), value=next(iter(FORMATS)), label=t("adapter.format"))
             with gr.Column(min_width=160):
                 self.mark = gr.Button(t("compare.mark"), elem_id="compare-mark")
                 self.export = gr.Button(t("compare.export"), variant="primary", elem_id="compare-export")
@@ -231,7 +231,7 @@ class ComparePage:
         if not re.fullmatch(r"step-\d+", name):
             raise LorakitError(f"{name!r} is no checkpoint")
         place = run.path / "exports" / name
-        kind = next(iter(EXPORTS))
+        kind = next(iter(FORMATS))
         found = list(place.glob("*.safetensors"))
         found = found or commands.export(run.checkpoints / name, kind, place)
         return found[0]

@@ -1,0 +1,89 @@
+"""What a format of adapter files is to the rest of lorakit: one `FormatSpec` in the format's own file, and one line of
+`registry.FORMATS`. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorakit.core.errors import LorakitError
+from lorakit.core.registry import FORMATS
+
+if TYPE_CHECKING:
+    from lorakit.adapters.weights import AdapterWeights
+
+
+class Write(Protocol):
+    """Writes the adapter to a file or folder; returns the files written."""
+
+    def __call__(
+        self, weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]
+    ) -> list[Path]: ...
+
+
+class WriteSideFiles(Protocol):
+    """Writes what programs look for beside the adapter at `path`; `preview` is a PNG or None."""
+
+    def __call__(
+        self, weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str], preview: bytes | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a format names tensors.
+
+    Attributes:
+        pattern: matches a whole tensor name and has two groups: the module, and the part of it.
+        parts: part in the file -> part of a layer ("down", "up", "alpha", "magnitude", "hada_w1_a", ...).
+        canonical: module -> the layer's canonical name, or None where there is no such layer.
+    """
+
+    pattern: re.Pattern[str]
+    parts: Mapping[str, str]
+    canonical: Callable[[str], str | None]
+
+
+@dataclass(frozen=True)
+class FormatSpec:
+    """One format.
+
+    Attributes:
+        ending: what follows the adapter's name in the name of the file or folder.
+        check: (kind of the layers, family) -> why the format cannot carry the adapter, or None.
+        tensors: (weights, dtype) -> tensor name -> tensor; of a folder: component -> tensor name -> tensor.
+        write: writes it.
+        recognizes: tensor names -> whether a file with them is of this format; unused for a folder.
+        is_folder: it is a folder with a file for each component.
+        consumers: the keys of `compatibility.CONSUMERS` that read the format.
+        spelling: how its tensors are named; None where `identify` knows it.
+        bundles_embeddings: the vectors of a trained word are also written into a copy, `<name>-bundled<ending>`.
+        write_side_files: writes the files beside it, or None.
+    """
+
+    ending: str
+    check: Callable[[str, str], str | None]
+    tensors: Callable[[AdapterWeights, str], dict[str, Any]]
+    write: Write
+    recognizes: Callable[[Iterable[str]], bool]
+    is_folder: bool = False
+    consumers: tuple[str, ...] = ()
+    spelling: Spelling | None = None
+    bundles_embeddings: bool = False
+    write_side_files: WriteSideFiles | None = None
+
+
+def of_file(path: Path, names: Iterable[str]) -> FormatSpec:
+    """The format of an adapter file or folder, from its tensors' names.
+
+    Raises:
+        LorakitError: no format has such names.
+    """
+    names = list(names)
+    for spec in FORMATS.values():
+        if spec.is_folder if path.is_dir() else not spec.is_folder and spec.recognizes(names):
+            return spec
+    raise LorakitError(f"{path.name}: no format has names like {names[0] if names else 'none'}")
