@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +29,10 @@ from lorakit.training import checkpoint, checkpoint_export, run as train
 from lorakit.training.loss_step import LossStep
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Five pictures of three shapes, two of them with captions."""
-    (folder := tmp_path / "photos").mkdir()
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures of three shapes, two of them with captions. Shared: only read them."""
+    folder = tmp_path_factory.mktemp("photos")
     draw = np.random.default_rng(0)
     for number, (width, height) in enumerate([(64, 64), (80, 64), (64, 96), (64, 64), (70, 70)]):
         Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
@@ -81,16 +82,29 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(tiny_sd1, photos, tmp_path):
+@pytest.fixture(scope="module")
+def plain(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> train.Result:
+    """A run as `options` has it, in every format and followed by TensorBoard. Shared: only read its folder."""
     before = hashes(photos)
-    result = run(tiny_sd1, photos, tmp_path / "run", output__formats=("kohya", "diffusers", "peft"))
-
+    everything = {"output__formats": ("kohya", "diffusers", "peft"), "output__tensorboard": True}
+    result = run(tiny_sd1, photos, tmp_path_factory.mktemp("plain") / "run", **everything)
     assert hashes(photos) == before
+    return result
+
+
+def same_adapter(result: train.Result, other: train.Result) -> bool:
+    """Whether the files of two runs are equal to the bit."""
+    one, two = load_file(result.adapter), load_file(other.adapter)
+    assert one.keys() == two.keys()
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(plain):
+    result = plain
     assert set(result.exports) == {"kohya", "diffusers", "peft"}
     assert result.steps == 6 and len(events(result.folder, "step")) == 6
     assert all(finding.passed for finding in result.findings)
-    names = {finding.name for finding in result.findings}
-    assert {"kohya unet", "diffusers unet", "peft unet"} <= names
+    assert {"kohya unet", "diffusers unet", "peft unet"} <= {finding.name for finding in result.findings}
     tensors = load_file(result.adapter)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     ups = [name for name in tensors if name.endswith("lora_up.weight")]
@@ -99,15 +113,13 @@ def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(tiny_sd1,
     assert state["state"] == "done" and state["step"] == 6
     for name in ("config.toml", "plan.json", "report.html", "report.json", "curves.svg"):
         assert (result.folder / name).stat().st_size > 0, name
-    steps_drawn = [event["step"] for event in events(result.folder, "sample")]
-    assert steps_drawn == [0, 6]
+    assert [event["step"] for event in events(result.folder, "sample")] == [0, 6]
 
 
-def test_a_resolved_config_repeats_the_run_to_the_bit(tiny_sd1, photos, tmp_path):
-    first = run(tiny_sd1, photos, tmp_path / "one")
-    again = train.train(config.load(first.folder / "config.toml", {"output.folder": str(tmp_path / "two")}))
-    one, two = load_file(first.adapter), load_file(tmp_path / "two" / again.adapter.name)
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+def test_a_resolved_config_repeats_the_run_to_the_bit_with_the_photos_elsewhere(plain, photos, tmp_path):
+    places = {"data.folder": str(shutil.copytree(photos, tmp_path / "photos")), "output.folder": str(tmp_path / "two")}
+    again = train.train(config.load(plain.folder / "config.toml", places))
+    assert again.adapter.parent == tmp_path / "two" and same_adapter(plain, again)
 
 
 def test_learning_rate_zero_is_called_what_it_is(tiny_sd1, photos, tmp_path):
@@ -129,6 +141,7 @@ def test_every_method_trains_and_passes_its_check_with_text_encoder_and_convolut
         adapter__alpha=1.0,
         adapter__target_modules="linear+conv",
         adapter__train_text_encoder=True,
+        train__steps=2,
     )
     assert {"kohya unet", "kohya text encoder"} <= {f.name for f in result.findings}
 
@@ -172,21 +185,18 @@ def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
 
 
 @pytest.mark.parametrize("prior", ["images", "teacher"])
-def test_both_kinds_of_prior_change_what_is_learned(tiny_sd1, photos, tmp_path, monkeypatch, prior):
+def test_both_kinds_of_prior_change_what_is_learned(plain, tiny_sd1, photos, tmp_path, monkeypatch, prior):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    plain = run(tiny_sd1, photos, tmp_path / "plain")
     extra = {"train__class_images": 3} if prior == "images" else {}
-    kept = run(tiny_sd1, photos, tmp_path / prior, train__prior=prior, **extra)
-    one, two = load_file(plain.adapter), load_file(kept.adapter)
-    assert any(not torch.equal(one[name], two[name]) for name in one)
+    assert not same_adapter(plain, run(tiny_sd1, photos, tmp_path / prior, train__prior=prior, **extra))
 
 
 def test_sdxl_trains_with_both_text_encoders(tiny_sdxl, photos, tmp_path):
     result = run(tiny_sdxl, photos, tmp_path / "run", adapter__train_text_encoder=True)
-    names = load_file(result.adapter)
-    assert {name.split("_")[1] for name in names} == {"unet", "te1", "te2"}
+    assert {name.split("_")[1] for name in load_file(result.adapter)} == {"unet", "te1", "te2"}
 
 
+@pytest.mark.slow
 def test_sdxl_learns_a_word_in_both_text_encoders(tiny_sdxl, photos, tmp_path, monkeypatch):
     """A whole pivotal run, cut and resumed, down to a picture from the files."""
     folder, changes = tmp_path / "cut", {"adapter__new_tokens": 2, "train__steps": 4, "train__save_every": 2}
@@ -214,12 +224,11 @@ def test_sdxl_learns_a_word_in_both_text_encoders(tiny_sdxl, photos, tmp_path, m
     assert path.is_file()
 
 
-def test_tensorboard_shows_what_the_log_says(tiny_sd1, photos, tmp_path):
+def test_tensorboard_shows_what_the_log_says(plain):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = run(tiny_sd1, photos, tmp_path / "run", output__tensorboard=True)
-    board = EventAccumulator(str(result.folder / "tensorboard")).Reload()
-    logged = {event["step"]: event["loss"] for event in events(result.folder, "step")}
+    board = EventAccumulator(str(plain.folder / "tensorboard")).Reload()
+    logged = {event["step"]: event["loss"] for event in events(plain.folder, "step")}
     shown = {scalar.step: scalar.value for scalar in board.Scalars("step/loss")}
     assert shown == pytest.approx(logged) and len(shown) == 6
     assert [scalar.step for scalar in board.Scalars("validation/prior_drift")] == [6]
@@ -232,30 +241,35 @@ def test_tensorboard_that_is_not_installed_is_named(tiny_sd1, photos, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("cuts", [(4,), (10,), (4, 8)])
-def test_resume_is_bit_equal_to_a_straight_run(tiny_sd1, photos, tmp_path, monkeypatch, cuts):
-    changes = {
-        "train__steps": 12,
-        "train__save_every": 2,
-        "train__validate_every": 6,
-        "train__gradient_accumulation_steps": 2,
-        "optimizer__lr_scheduler": "cosine",
-        "optimizer__warmup_steps": 3,
-        "adapter__dropout": 0.1,
-        "adapter__train_text_encoder": True,
-    }
-    straight = run(tiny_sd1, photos, tmp_path / "straight", **changes)
+EVERYTHING_RANDOM = {
+    "train__steps": 12,
+    "train__save_every": 2,
+    "train__validate_every": 6,
+    "train__gradient_accumulation_steps": 2,
+    "optimizer__lr_scheduler": "cosine",
+    "optimizer__warmup_steps": 3,
+    "adapter__dropout": 0.1,
+    "adapter__train_text_encoder": True,
+}
 
+
+@pytest.fixture(scope="module")
+def straight(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> train.Result:
+    """A run with schedule, accumulation and dropout that nothing cuts short."""
+    return run(tiny_sd1, photos, tmp_path_factory.mktemp("straight") / "run", **EVERYTHING_RANDOM)
+
+
+@pytest.mark.parametrize("cuts", [(4,), (10,), (4, 8)])
+def test_resume_is_bit_equal_to_a_straight_run(straight, tiny_sd1, photos, tmp_path, monkeypatch, cuts):
     folder = tmp_path / "cut"
     for number, cut in enumerate(cuts):
         with monkeypatch.context() as patch:
             interrupted_after(cut, patch)
             with pytest.raises(Cut):
-                train.resume(folder) if number else run(tiny_sd1, photos, folder, **changes)
+                train.resume(folder) if number else run(tiny_sd1, photos, folder, **EVERYTHING_RANDOM)
     resumed = train.resume(folder)
 
-    one, two = load_file(straight.adapter), load_file(resumed.adapter)
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert same_adapter(straight, resumed)
     rates = [[(e["step"], e["learning_rate"]) for e in events(f, "step")] for f in (straight.folder, resumed.folder)]
     assert dict(rates[0]) == dict(rates[1]) and len(dict(rates[0])) == 12
 
@@ -295,13 +309,11 @@ def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path,
     assert others == [0, 0, 0, 0]
 
 
-def test_sampling_and_validation_do_not_disturb_training(tiny_sd1, photos, tmp_path):
+def test_sampling_and_validation_do_not_disturb_training(plain, tiny_sd1, photos, tmp_path):
     state = torch.get_rng_state()
     busy = run(tiny_sd1, photos, tmp_path / "busy", sample__every=1, train__validate_every=1, train__save_every=1)
     assert torch.equal(torch.get_rng_state(), state)
-    calm = run(tiny_sd1, photos, tmp_path / "calm")
-    one, two = load_file(busy.adapter), load_file(calm.adapter)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert same_adapter(plain, busy)
 
 
 def not_finite_at(index: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,21 +337,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(tiny_s
     assert "\n" not in str(caught.value)
     saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None and saved.name == "step-000003"
-    state = checkpoint.load(saved)
-    assert all(torch.isfinite(tensor).all() for tensor in state.adapter.values())
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.load(saved).adapter.values())
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_base_in_half_precision_learns_what_one_in_full_precision_does(tiny_sd1, photos, tmp_path, precision):
-    def updates(folder: str, **changes: object) -> torch.Tensor:
-        result = run(tiny_sd1, photos, tmp_path / folder, train__steps=20, train__save_every=20, **changes)
-        tensors = load_file(result.adapter)
-        return torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_up" in name])
+def updates_in(precision: str, base: Path, photos: Path, folder: Path) -> torch.Tensor:
+    """What the up factors learn in twenty steps."""
+    result = run(base, photos, folder, train__steps=20, train__save_every=20, memory__mixed_precision=precision)
+    tensors = load_file(result.adapter)
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_up" in name])
 
-    full = updates("fp32", memory__mixed_precision="fp32")
-    half = updates(precision, memory__mixed_precision=precision)
-    assert torch.nn.functional.cosine_similarity(full, half, dim=0) > 0.9
+
+@pytest.fixture(scope="module")
+def in_full_precision(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    return updates_in("fp32", tiny_sd1, photos, tmp_path_factory.mktemp("fp32") / "run")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_base_in_half_precision_learns_what_one_in_full_precision_does(
+    in_full_precision, tiny_sd1, photos, tmp_path, precision
+):
+    half = updates_in(precision, tiny_sd1, photos, tmp_path / "run")
+    assert torch.cosine_similarity(in_full_precision, half, dim=0) > 0.9
 
 
 def test_too_little_memory_for_a_step_names_what_would_help(tiny_sd1, photos, tmp_path, monkeypatch):
@@ -367,13 +386,12 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_sd1, photos, tmp_path, mo
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_base_in_few_bits_is_trained_on_said_and_checked_against(tiny_sd1, photos, tmp_path):
-    full = run(tiny_sd1, photos, tmp_path / "full")
+def test_a_base_in_few_bits_is_trained_on_said_and_checked_against(plain, tiny_sd1, photos, tmp_path):
     small = run(tiny_sd1, photos, tmp_path / "small", memory__base_storage="nf4")
     said = [event["message"] for event in events(tmp_path / "small", "message")]
     assert "device: cpu (1 thread), base in float32 (the UNet's weights kept in nf4), adapter in float32" in said
     assert all(finding.passed for finding in small.findings)
-    ups = [load_file(result.adapter) for result in (full, small)]
+    ups = [load_file(result.adapter) for result in (plain, small)]
     off = [torch.dist(ups[0][name], ups[1][name]) / ups[0][name].norm() for name in ups[0] if "lora_up" in name]
     assert 1e-4 < torch.stack(off).mean() < 1
 
@@ -418,44 +436,33 @@ def test_rollback_does_not_go_round_for_ever(tiny_sd1, photos, tmp_path, monkeyp
         run(tiny_sd1, photos, tmp_path / "run", train__on_nan="rollback")
 
 
-def test_the_texts_that_are_encoded_are_the_captions_with_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
-    seen: list[str] = []
+def test_swapping_two_captions_changes_the_adapter(plain, tiny_sd1, photos, tmp_path):
+    swapped = shutil.copytree(photos, tmp_path / "photos")
+    for here, there in (("0.txt", "1.txt"), ("1.txt", "0.txt")):
+        shutil.copy(photos / here, swapped / there)
+    assert not same_adapter(plain, run(tiny_sd1, swapped, tmp_path / "run"))
+
+
+def test_every_photo_is_seen_once_an_epoch_with_its_caption_and_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
+    names: list[str] = []
+    texts: list[str] = []
     instance = LossStep._instance_term
 
     def spy(self, batch):
-        seen.extend(self.encoded.dataset.texts[i] for i in batch.texts.tolist())
+        names.extend(self.encoded.dataset.names(batch.bucket)[i] for i in batch.entries.tolist())
+        texts.extend(self.encoded.dataset.texts[i] for i in batch.texts.tolist())
         return instance(self, batch)
 
     monkeypatch.setattr(LossStep, "_instance_term", spy)
-    run(tiny_sd1, photos, tmp_path / "run", train__steps=None, train__epochs=1)
-    assert all("sks" in text.split() for text in seen)
-    assert "a photo of a sks toy on a beach" in seen and "a sks toy in the snow" in seen
-
-
-def test_swapping_two_captions_changes_the_adapter(tiny_sd1, photos, tmp_path):
-    first = run(tiny_sd1, photos, tmp_path / "one")
-    one, two = ((photos / f"{n}.txt").read_text(encoding="utf-8") for n in (0, 1))
-    (photos / "0.txt").write_text(two, encoding="utf-8")
-    (photos / "1.txt").write_text(one, encoding="utf-8")
-    second = run(tiny_sd1, photos, tmp_path / "two")
-    a, b = load_file(first.adapter), load_file(second.adapter)
-    assert any(not torch.equal(a[name], b[name]) for name in a)
-
-
-def test_every_photo_is_seen_once_an_epoch(tiny_sd1, photos, tmp_path, monkeypatch):
-    seen: list[str] = []
-    instance = LossStep._instance_term
-
-    def spy(self, batch):
-        seen.extend(self.encoded.dataset.names(batch.bucket)[i] for i in batch.entries.tolist())
-        return instance(self, batch)
-
-    monkeypatch.setattr(LossStep, "_instance_term", spy)
-    run(tiny_sd1, photos, tmp_path / "run", **{"train__steps": None, "train__epochs": 2})
-    assert sorted(seen) == sorted([f"{n}.png" for n in range(5)] * 2)
+    run(tiny_sd1, photos, tmp_path / "run", train__steps=None, train__epochs=2)
+    assert sorted(names) == sorted([f"{n}.png" for n in range(5)] * 2)
+    assert all("sks" in text.split() for text in texts)
+    by_name = dict(zip(names, texts, strict=True))
+    assert by_name["0.png"] == "a photo of a sks toy on a beach" and by_name["1.png"] == "a sks toy in the snow"
 
 
 def test_a_broken_photo_stops_the_run_before_the_base_is_loaded(tiny_sd1, photos, tmp_path, monkeypatch):
+    photos = shutil.copytree(photos, tmp_path / "photos")
     (photos / "9.jpg").write_bytes(b"not a picture")
     monkeypatch.setattr(latents, "build", lambda *a, **k: pytest.fail("the photos were encoded"))
     with pytest.raises(LorakitError, match=r"9\.jpg"):
@@ -477,13 +484,13 @@ def test_ctrl_c_saves_exports_and_exits_130(tiny_sd1, photos, tmp_path):
     command = [sys.executable, "-m", "lorakit", "train", str(photos), "--output", str(folder), *sets]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    for _ in range(1200):
+    for _ in range(6000):
         if (folder / "log.jsonl").exists() and events(folder, "step"):
             break
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 130, output
     assert "Traceback" not in output
     saved = checkpoint.latest(folder / "checkpoints")
