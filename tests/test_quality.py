@@ -17,7 +17,7 @@ from lorakit.training import objective, run as train
 SUBJECT = "zib"
 SHOWN = ("beach", "meadow", "table", "brick")
 NEVER_SHOWN = ("snow", "city", "underwater")
-# A right trainer moves nearly all fifteen pictures from the base to the subject, one with shuffled targets a few.
+# A right trainer moves nearly all nine pictures from the base to the subject, one with shuffled targets a few.
 LEARNED, LUCK = 0.6, 0.4
 
 
@@ -32,11 +32,11 @@ def photos(tmp_path_factory) -> Path:
 
 
 def prompts(words: str) -> list[str]:
-    return [f"a photo of a {words} {captions.SCENE_WORDS[scene][0]}" for scene in NEVER_SHOWN] * 5
+    return [f"a photo of a {words} {captions.SCENE_WORDS[scene][0]}" for scene in NEVER_SHOWN] * 3
 
 
 def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
-    """How many of fifteen pictures on scenes it was not shown on the judge takes for the subject."""
+    """How many of nine pictures on scenes it was not shown on the judge takes for the subject."""
     family = families.load(families.describe("pocket"), "cpu", torch.float32)
     if adapter:
         adapters.apply(family, formats.read(adapter))
@@ -44,39 +44,53 @@ def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
     return Classifier.load().subject_score(drawn, SUBJECT)
 
 
+@pytest.fixture(scope="module")
+def base_share() -> float:
+    """The share before training."""
+    return share_of_the_subject(None)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Class images are drawn once for both runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def taught(photos: Path, folder: Path) -> train.Result:
-    """A shorter run than the preset's."""
+    """A shorter run than the preset's: after 80 steps 0.6 of the pictures show the subject, after 120 all do."""
     settings = {
         "data.folder": str(photos),
         "data.name": "sks toy",
-        "train.steps": 200,
+        "train.steps": 120,
         "train.holdout": 0.0,
-        "train.validate_every": 200,
-        "train.save_every": 200,
-        "sample.every": 200,
+        "train.validate_every": 120,
+        "train.save_every": 120,
+        "sample.every": 120,
         "sample.prompts": ("a photo of a sks toy",),
-        "sample.steps": 8,
+        "sample.steps": 2,
         "output.folder": str(folder),
     }
     return train.train(config.load("subject-pocket", settings))
 
 
 @pytest.mark.slow
-def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(
+    photos, base_share, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LORAKIT_CACHE", str(cache))
     result = taught(photos, tmp_path / "run")
     losses = [event["loss"] for event in RunFolder(result.folder).events("step")]
     assert sum(losses[-30:]) < 0.9 * sum(losses[:30])
-    before, after = share_of_the_subject(None), share_of_the_subject(result.adapter)
-    assert after >= before + LEARNED, (before, after)
+    after = share_of_the_subject(result.adapter)
+    assert after >= base_share + LEARNED, (base_share, after)
     assert share_of_the_subject(result.adapter, "toy") < after - 0.2
 
 
 @pytest.mark.slow
-def test_a_broken_trainer_is_noticed(photos, tmp_path, monkeypatch):
+def test_a_broken_trainer_is_noticed(photos, base_share, cache, tmp_path, monkeypatch):
     """Each picture of a batch gets its neighbour's target: everything runs, the file checks, and nothing is learned."""
-    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAKIT_CACHE", str(cache))
     right = objective.target
     monkeypatch.setattr(objective, "target", lambda *given: right(*given).roll(1, 0))
     result = taught(photos, tmp_path / "run")
-    assert share_of_the_subject(result.adapter) < share_of_the_subject(None) + LUCK
+    assert share_of_the_subject(result.adapter) < base_share + LUCK

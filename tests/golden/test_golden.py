@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 
+import runs
 from lorakit.training import objective, optimizers
 
 # Relative differences: of each loss, of each gradient's norm, and of all trained numbers taken as one vector.
