@@ -1,20 +1,59 @@
-"""lorakit: teach Stable Diffusion a subject or a style from photos, and get a checked adapter that works everywhere.
+"""lorakit: train LoRA adapters for Stable Diffusion from photos, and check that the files work everywhere.
 
 `import lorakit` is light: what needs torch is loaded when it is first used.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.adapters import apply, attach
+    from lorakit.config import Config, load as load_config
+    from lorakit.core.errors import ConfigError, LorakitError, Stopped
+    from lorakit.core.events import Event
+    from lorakit.formats.inspect import inspect
+    from lorakit.formats.reading import read as load_adapter
+    from lorakit.formats.saving import save_adapter
+    from lorakit.inference.sampling import sample
+    from lorakit.runs.preflight import preflight
+    from lorakit.training.run import Result, resume, train
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ConfigError", "attach", "load_preset", "resume", "train"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Event",
+    "LorakitError",
+    "Result",
+    "Stopped",
+    "apply",
+    "attach",
+    "inspect",
+    "load_adapter",
+    "load_config",
+    "preflight",
+    "resume",
+    "sample",
+    "save_adapter",
+    "train",
+]
 
 _LAZY = {
     "Config": "lorakit.config:Config",
-    "ConfigError": "lorakit.config:ConfigError",
-    "load_preset": "lorakit.config:load",
+    "ConfigError": "lorakit.core.errors:ConfigError",
+    "Event": "lorakit.core.events:Event",
+    "LorakitError": "lorakit.core.errors:LorakitError",
+    "Result": "lorakit.training.run:Result",
+    "Stopped": "lorakit.core.errors:Stopped",
+    "apply": "lorakit.adapters:apply",
     "attach": "lorakit.adapters:attach",
-    "train": "lorakit.training.run:train",
+    "inspect": "lorakit.formats.inspect:inspect",
+    "load_adapter": "lorakit.formats.reading:read",
+    "load_config": "lorakit.config:load",
+    "preflight": "lorakit.runs.preflight:preflight",
     "resume": "lorakit.training.run:resume",
+    "sample": "lorakit.inference.sampling:sample",
+    "save_adapter": "lorakit.formats.saving:save_adapter",
+    "train": "lorakit.training.run:train",
 }
 
 
@@ -26,3 +65,8 @@ def __getattr__(name: str) -> Any:
 
     module, _, attribute = _LAZY[name].partition(":")
     return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    """The public names, whether loaded or not."""
+    return sorted([*globals(), *_LAZY])

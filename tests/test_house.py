@@ -295,15 +295,6 @@ def test_the_registry_and_the_adapter_sections_name_the_same_methods() -> None:
     assert set(registry.ADAPTERS) == set(config.ADAPTER_SECTIONS)
 
 
-def test_the_public_names_are_there() -> None:
-    import lorakit
-
-    for name in lorakit.__all__:
-        assert getattr(lorakit, name) is not None
-    with pytest.raises(AttributeError, match="module 'lorakit' has no attribute 'nothing'"):
-        _ = lorakit.nothing
-
-
 @pytest.mark.parametrize("name", config.preset_names())
 def test_presets_load_say_what_they_need_and_come_back_equal(name: str) -> None:
     loaded = config.load(name)

@@ -60,6 +60,7 @@ def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
     weights = {str(path.relative_to(ROOT)) for path in pocket.path().rglob("*") if path.is_file()}
     assert weights and weights <= names
     assert "lorakit/families/pocket/weights/model_index.json" in names
+    assert "lorakit/py.typed" in names
 
 
 def test_nothing_else_is_inside(wheel: Path) -> None:
@@ -75,7 +76,7 @@ def test_nothing_else_is_inside(wheel: Path) -> None:
 def test_the_unpacked_wheel_finds_its_presets_and_its_model(unpacked: Path) -> None:
     script = (
         "import lorakit; from lorakit.families import pocket; "
-        "print(lorakit.__file__, lorakit.load_preset().model.base, pocket.path())"
+        "print(lorakit.__file__, lorakit.load_config().model.base, pocket.path())"
     )
     file, base, weights = elsewhere(unpacked, "-c", script).split()
     assert Path(file).is_relative_to(unpacked)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import math
@@ -95,17 +94,14 @@ def run_sample(args: argparse.Namespace) -> int:
     threads.use_idle_cores()
     from lorakit.inference import sampling
 
-    adapter = Path(args.adapter)
-    config = sampling.recorded(adapter, read_overrides(args.set))
-    files = sampling.from_file(
-        adapter,
-        dataclasses.replace(config.model, base=args.base),
-        args.prompt or config.sample.prompts,
-        args.strength,
-        config.sample,
-        folder=Path(args.output) if args.output else None,
+    files = sampling.sample(
+        args.adapter,
+        args.prompt or (),
+        base=args.base,
+        strengths=args.strength,
+        folder=args.output,
         size=args.size,
-        memory=config.memory,
+        overrides=read_overrides(args.set),
     )
     if args.json:
         print_json({"grid": str(files[0]), "files": [str(file) for file in files[1:]]})

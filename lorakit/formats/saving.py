@@ -5,6 +5,7 @@ All that can be refused is refused before the first byte is written, so a bad ad
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -61,3 +62,22 @@ def save(
     if weights.embeddings:
         embeddings.write(weights, embeddings.folder(Path(folder) / f"{name}.safetensors"), metadata)
     return written
+
+
+def save_adapter(
+    weights: AdapterWeights, path: str | Path, *, formats: Iterable[str] = ("kohya",), dtype: str = "fp16"
+) -> dict[str, Path]:
+    """Write an adapter, with its own metadata, at `path` in each format; format -> the file or folder written.
+
+    Args:
+        path: where; a suffix `.safetensors` may be left out, as each format has its own ending.
+        formats: see `lorakit export --help`.
+        dtype: "fp16", "bf16" or "fp32". Where it would turn numbers into 0 or infinity, float32 is written, and a
+            warning says so.
+
+    Raises:
+        LorakitError: as `save`.
+    """
+    path = Path(path)
+    name = path.name.removesuffix(".safetensors")
+    return save(weights, path.parent, name, formats, dtype, weights.metadata, say=warnings.warn)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,44 @@ def embed(family: Any, prompts: Sequence[str], sample: SampleConfig) -> list[dic
             )
         texts.append(dict(zip(names, made, strict=False)))
     return texts
+
+
+def sample(
+    adapter: str | Path,
+    prompts: Sequence[str] = (),
+    *,
+    base: str = "pocket",
+    strengths: Sequence[float] = (1.0,),
+    folder: str | Path | None = None,
+    size: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """As `lorakit sample`: pictures by an exported adapter, with the settings of the run that made it.
+
+    Args:
+        adapter, strengths, folder, size: see `from_file`.
+        prompts: what to draw; none: what the run drew.
+        base: base model: a folder, a file or a hub id.
+        overrides: dotted option names over the recorded ones, e.g. {"sample.steps": 20}.
+
+    Returns:
+        the grid, then each picture.
+
+    Raises:
+        ConfigError: an override is wrong.
+        LorakitError: as `from_file`.
+    """
+    config = recorded(Path(adapter), overrides or {})
+    return from_file(
+        Path(adapter),
+        replace(config.model, base=base),
+        prompts or config.sample.prompts,
+        strengths,
+        config.sample,
+        folder=Path(folder) if folder else None,
+        size=size,
+        memory=config.memory,
+    )
 
 
 def from_file(
