@@ -104,7 +104,7 @@ GONE = {
 }
 # Uses of `Any` in annotations; comparisons with the name of a family, method, optimizer, format or prediction outside
 # the registry; attributes that `__init__` does not make.
-ANY, COMPARISONS, LATE_ATTRIBUTES = 493, 55, 27
+ANY, COMPARISONS, LATE_ATTRIBUTES = 493, 55, 0
 PREDICTIONS = {"epsilon", "v_prediction", "flow_prediction"}
 
 

@@ -16,8 +16,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import runs  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
+
+import runs  # noqa: E402
 
 
 def differences(name: str, found: runs.Golden) -> list[str]:
