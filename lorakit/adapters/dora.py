@@ -38,7 +38,7 @@ class Magnitude(nn.Module):
 
 def column_norms(weight: torch.Tensor) -> torch.Tensor:
     """Norm over every axis but the input's, in that axis: `[1, in]` or `[1, in, 1, 1]`."""
-    return torch.linalg.vector_norm(weight, dim=[axis for axis in range(weight.ndim) if axis != 1], keepdim=True)
+    return torch.linalg.vector_norm(weight, dim=[axis for axis in range(weight.ndim) if axis != 1], keepdim=True)  # type: ignore[no-any-return]
 
 
 def input_scale(layer: Any, name: str) -> torch.Tensor:
@@ -49,7 +49,7 @@ def input_scale(layer: Any, name: str) -> torch.Tensor:
         delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * layer.full_scaling[name]
         norms = column_norms(weight.float() + delta)
     # A column of zeros has m = 0 too, and stays what it was.
-    return layer.lora_magnitude_vector[name].weight / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+    return layer.lora_magnitude_vector[name].weight / norms.clamp(min=torch.finfo(norms.dtype).tiny)  # type: ignore[no-any-return]
 
 
 def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -62,10 +62,10 @@ def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     scaled = x * scale
     base = layer.base_layer((scaled if strength == 1 else x * (1 + strength * (scale - 1))).to(x.dtype))
     update = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](scaled))) * layer.scaling[name]
-    return (base + update).to(base.dtype)
+    return (base + update).to(base.dtype)  # type: ignore[no-any-return]
 
 
-class DoraLinear(Linear):
+class DoraLinear(Linear):  # type: ignore[misc]
     """PEFT's linear LoRA layer with a magnitude."""
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -86,7 +86,7 @@ class DoraLinear(Linear):
         raise LorakitError(NO_MERGE)
 
 
-class DoraConv2d(Conv2d):
+class DoraConv2d(Conv2d):  # type: ignore[misc]
     """PEFT's convolutional LoRA layer with a magnitude."""
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:

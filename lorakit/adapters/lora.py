@@ -11,21 +11,21 @@ from torch import nn
 
 from lorakit.adapters.method import NAME, Factors, Method, parameter, uniform
 from lorakit.adapters.weights import AnyLayer
-from lorakit.config import LoraConfig
+from lorakit.config import LowRankConfig
 from lorakit.engine import fused_lora
 
 
-def lora(config: LoraConfig, modules: list[str]) -> PeftConfig:
+def lora(config: LowRankConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules` (full paths inside one component): scale alpha / rank."""
     return _peft_config(config, modules)
 
 
-def rslora(config: LoraConfig, modules: list[str]) -> PeftConfig:
+def rslora(config: LowRankConfig, modules: list[str]) -> PeftConfig:
     """The same with scale alpha / sqrt(rank) (arXiv 2312.03732)."""
     return _peft_config(config, modules, use_rslora=True)
 
 
-def _peft_config(config: LoraConfig, modules: list[str], **options: Any) -> PeftConfig:
+def _peft_config(config: LowRankConfig, modules: list[str], **options: Any) -> PeftConfig:
     made = PeftConfig(
         r=config.rank,
         lora_alpha=config.rank if config.alpha is None else config.alpha,

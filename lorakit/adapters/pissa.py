@@ -69,16 +69,16 @@ def constants(layer: Any) -> dict[str, torch.Tensor]:
     return {"down_0": layer.down_0, "up_0": layer.up_0}
 
 
-class PissaLinear(Linear):
+class PissaLinear(Linear):  # type: ignore[misc]
     """PEFT's linear LoRA layer that counts from where it began."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         if self.disable_adapters:
-            return self.base_layer(x)
+            return self.base_layer(x)  # type: ignore[no-any-return]
         given = self.lora_dropout[NAME](x)
         updates = [functional.linear(functional.linear(given, down), up) for down, up in _pairs(self, x.dtype)]
-        return self.base_layer(x) + (updates[0] + updates[1]) * self.scaling[NAME]
+        return self.base_layer(x) + (updates[0] + updates[1]) * self.scaling[NAME]  # type: ignore[no-any-return]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not offered.
@@ -89,20 +89,20 @@ class PissaLinear(Linear):
         raise LorakitError(NO_MERGE)
 
 
-class PissaConv2d(Conv2d):
+class PissaConv2d(Conv2d):  # type: ignore[misc]
     """PEFT's convolutional LoRA layer that counts from where it began."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
         base = self.base_layer
         if self.disable_adapters:
-            return base(x)
+            return base(x)  # type: ignore[no-any-return]
         given = self.lora_dropout[NAME](x)
         updates = [
             functional.conv2d(functional.conv2d(given, down, None, base.stride, base.padding, base.dilation), up)
             for down, up in _pairs(self, x.dtype)
         ]
-        return base(x) + (updates[0] + updates[1]) * self.scaling[NAME]
+        return base(x) + (updates[0] + updates[1]) * self.scaling[NAME]  # type: ignore[no-any-return]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not offered.

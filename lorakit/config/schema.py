@@ -89,32 +89,39 @@ class LayersConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(LayersConfig):
-    """LoRA (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A."""
+class LowRankConfig(LayersConfig):
+    """What LoRA and the methods built on it have."""
 
-    method: Literal["lora"] = "lora"
+    method: str = "lora"
     dropout: float = option(0.0, "Dropout on the adapter's input.", low=0, high=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RsLoraConfig(LoraConfig):
+class LoraConfig(LowRankConfig):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A."""
+
+    method: Literal["lora"] = "lora"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RsLoraConfig(LowRankConfig):
     """Rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732): the scale is alpha / sqrt(rank)."""
 
-    method: Literal["rslora"] = "rslora"  # type: ignore[assignment]
+    method: Literal["rslora"] = "rslora"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoraConfig(LoraConfig):
+class DoraConfig(LowRankConfig):
     """DoRA (Liu et al. 2024, arXiv 2402.09353): direction by LoRA, magnitude learned on its own."""
 
-    method: Literal["dora"] = "dora"  # type: ignore[assignment]
+    method: Literal["dora"] = "dora"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PissaConfig(LoraConfig):
+class PissaConfig(LowRankConfig):
     """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that begins as the weight's principal part."""
 
-    method: Literal["pissa"] = "pissa"  # type: ignore[assignment]
+    method: Literal["pissa"] = "pissa"
 
 
 @dataclass(frozen=True, kw_only=True)

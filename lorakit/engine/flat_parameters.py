@@ -155,7 +155,7 @@ def half_precision_pass(flats: Sequence[FlatParameters]) -> Iterator[None]:
 def norm(flats: Sequence[FlatParameters]) -> torch.Tensor:
     """The norm of all gradients, a scalar on the device."""
     rows = [torch.linalg.vector_norm(flat.gradient.view(-1, ROW_LENGTH), dim=1) for flat in flats]
-    return torch.linalg.vector_norm(rows[0] if len(rows) == 1 else torch.cat(rows))
+    return torch.linalg.vector_norm(rows[0] if len(rows) == 1 else torch.cat(rows))  # type: ignore[no-any-return]
 
 
 def clip(flats: Sequence[FlatParameters], max_norm: float) -> torch.Tensor:

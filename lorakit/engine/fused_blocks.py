@@ -102,7 +102,7 @@ class FusedQKV:
         # With half copies, autograd needs one parameter only, to know that there are gradients to compute.
         factors = self._factors if half_copies is None else self._factors[:1]
         scale = first.scaling[_NAME]
-        result = FusedQKVLora.apply(rows, self.weight, self.down, self.up, scale, x_recompute, half_copies, *factors)
+        result = FusedQKVLora.apply(rows, self.weight, self.down, self.up, scale, x_recompute, half_copies, *factors)  # type: ignore[no-untyped-call]
         return tuple(part.view(*x.shape[:-1], -1) for part in result)
 
     def _traceable(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
@@ -186,7 +186,7 @@ class FusedQKVLora(torch.autograd.Function):
         return to_x, *[None] * 6, *to_down.view(len(up), -1, x.shape[-1]).unbind(), *to_up.unbind()
 
 
-class FusedAttention(Attention):
+class FusedAttention(Attention):  # type: ignore[misc]
     """diffusers' attention, as far as the UNets of Stable Diffusion use it.
 
     Attributes:
@@ -220,7 +220,7 @@ class FusedAttention(Attention):
         return self.to_out[1](self.to_out[0](attended))  # type: ignore[no-any-return]
 
 
-class FusedResnet(ResnetBlock2D):
+class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
     """diffusers' resnet, as far as the UNets of Stable Diffusion use it.
 
     Attributes:
@@ -236,7 +236,7 @@ class FusedResnet(ResnetBlock2D):
         hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
         hidden = self.conv2(self.dropout(norm_silu(hidden, self.norm2)))
         shortcut: torch.Tensor = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        return shortcut + hidden
+        return shortcut + hidden  # type: ignore[no-any-return]
 
 
 def _norm_silu(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
@@ -290,7 +290,7 @@ def _share_memory(tensors: list[Any]) -> None:
 def _stacked_view(tensors: list[Any]) -> torch.Tensor:
     """`[G, ...]`: tensors that share memory, as one tensor."""
     first = tensors[0].detach()
-    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()), first.storage_offset())  # type: ignore[no-any-return]
 
 
 def _per_layer(rows: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -198,7 +198,7 @@ class HalfLoraConv2d(torch.autograd.Function):
         return to_x, None, None, to_down, to_up if ctx.scale == 1 else to_up * ctx.scale, None, None, None
 
 
-class FusedLinear(Linear):
+class FusedLinear(Linear):  # type: ignore[misc]
     """PEFT's linear LoRA layer with the forward of this file.
 
     Attributes:
@@ -212,22 +212,22 @@ class FusedLinear(Linear):
         base = self.base_layer
         name = None if args or kwargs or not isinstance(base, nn.Linear) else single_adapter(self, x)
         if name is None:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         if self._disable_adapters:
-            return base(x)
+            return base(x)  # type: ignore[no-any-return]
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         if torch.compiler.is_compiling():
             return functional.linear(x, base.weight, base.bias) + lora_delta(x, down, up, self.scaling[name])
         rows = x.reshape(-1, x.shape[-1])
         arguments = (rows, base.weight, base.bias, down, up, self.scaling[name], recompute.get_recompute(x))
         if x.dtype is torch.float32:
-            y = LoraLinear.apply(*arguments)
+            y = LoraLinear.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
-            y = HalfLoraLinear.apply(*arguments, active_copies(self.half_copies, x))
-        return y.view(*x.shape[:-1], y.shape[-1])
+            y = HalfLoraLinear.apply(*arguments, active_copies(self.half_copies, x))  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
-class FusedConv2d(Conv2d):
+class FusedConv2d(Conv2d):  # type: ignore[misc]
     """PEFT's convolutional LoRA layer in the input's precision."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -235,16 +235,16 @@ class FusedConv2d(Conv2d):
         base = self.base_layer
         name = None if args or kwargs or base.groups != 1 else single_adapter(self, x)
         if name is None:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         if self._disable_adapters:
-            return base(x)
+            return base(x)  # type: ignore[no-any-return]
         down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         geometry = (base.stride, base.padding, base.dilation)
         if torch.compiler.is_compiling():
             inner = functional.conv2d(x, down.to(x.dtype), None, *geometry)
-            return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))
+            return base(x) + functional.conv2d(inner, (up if scale == 1 else up * scale).to(x.dtype))  # type: ignore[no-any-return]
         function = LoraConv2d if x.dtype is torch.float32 else HalfLoraConv2d
-        result: Tensor = function.apply(
+        result: Tensor = function.apply(  # type: ignore[no-untyped-call]
             x, base.weight, base.bias, down, up, scale, geometry, recompute.get_recompute(x)
         )
         return result

@@ -39,7 +39,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`linear` with a gradient for x only."""
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        result: torch.Tensor = _FrozenLinear.apply(x, weight, bias)
+        result: torch.Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return linear(x, weight, bias)
 

@@ -84,7 +84,7 @@ class QuantizedWeight(torch.Tensor):
         """`shape` is that of the untransposed weight. `device` is by default that of qdata."""
         visible_shape = tuple(reversed(shape)) if transposed else tuple(shape)
         dtype = qdata.dtype if scales is None else scales.dtype
-        result: QuantizedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        result: QuantizedWeight = torch.Tensor._make_wrapper_subclass(
             cls, visible_shape, dtype=dtype, device=qdata.device if device is None else device, requires_grad=False
         )
         result.qdata, result.scales, result.scheme = qdata, scales, scheme

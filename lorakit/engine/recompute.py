@@ -85,7 +85,7 @@ class FrozenConv2d(nn.Conv2d):
         if not (torch.is_grad_enabled() and x.requires_grad) or self.weight.requires_grad or _autocast_enabled(x):
             return super().forward(x)
         geometry: Any = (self.stride, self.padding, self.dilation)
-        result: Tensor = _FrozenConv2dFunction.apply(x, self.weight, self.bias, geometry)
+        result: Tensor = _FrozenConv2dFunction.apply(x, self.weight, self.bias, geometry)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -126,7 +126,7 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad) or _autocast_enabled(x):
         return functional.silu(norm(x))
     x = x.contiguous()
-    return set_recompute(_NormSiluFunction.apply(x, norm), lambda x: functional.silu(norm(x)), x)
+    return set_recompute(_NormSiluFunction.apply(x, norm), lambda x: functional.silu(norm(x)), x)  # type: ignore[no-untyped-call]
 
 
 class _NormSiluFunction(torch.autograd.Function):
@@ -150,7 +150,7 @@ class _NormSiluFunction(torch.autograd.Function):
         return gradients[0], None
 
 
-class RecomputeGEGLU(GEGLU):
+class RecomputeGEGLU(GEGLU):  # type: ignore[misc]
     """diffusers' GEGLU that saves only the output of its projection."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class RecomputeGEGLU(GEGLU):
         projected = self.proj(x)
         if not (torch.is_grad_enabled() and projected.requires_grad) or _autocast_enabled(x):
             return _geglu(projected)
-        return set_recompute(_GEGLUFunction.apply(projected), _geglu, projected)
+        return set_recompute(_GEGLUFunction.apply(projected), _geglu, projected)  # type: ignore[no-untyped-call]
 
 
 class _GEGLUFunction(torch.autograd.Function):

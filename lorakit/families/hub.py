@@ -87,7 +87,7 @@ def _fetched(asked: HubId) -> Path:
         known = HfApi().model_info(asked.name, revision=asked.revision)
         names = [sibling.rfilename for sibling in known.siblings or []]
         folder = snapshot_download(asked.name, revision=asked.revision, allow_patterns=wanted(told, names))
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
         _refuse(asked, told, error)
     return Path(folder)
 

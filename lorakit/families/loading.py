@@ -197,7 +197,7 @@ def load_scheduler(info: BaseInfo) -> Any:
 def noise_schedule(scheduler: Any, device: torch.device) -> torch.Tensor:
     """alphas_cumprod float32 `[1000]` as the model was trained: zero terminal SNR (Lin et al. 2023, arXiv 2305.08891)
     where the configuration has `rescale_betas_zero_snr`. Samplers round that zero up; in training it is exact."""
-    return DDPMScheduler.from_config(scheduler.config).alphas_cumprod.to(device, torch.float32)
+    return DDPMScheduler.from_config(scheduler.config).alphas_cumprod.to(device, torch.float32)  # type: ignore[no-any-return]
 
 
 def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ def fits(vae: Any, pixels: int, bytes_per_pixel: int) -> bool:
         return True
     free, _ = torch.cuda.mem_get_info(vae.device)
     free += torch.cuda.memory_reserved(vae.device) - torch.cuda.memory_allocated(vae.device)
-    return pixels * bytes_per_pixel * vae.config.block_out_channels[0] / 128 < 0.9 * free
+    return pixels * bytes_per_pixel * vae.config.block_out_channels[0] / 128 < 0.9 * free  # type: ignore[no-any-return]
 
 
 def encode(vae: Any, pixels: torch.Tensor, strip: int = STRIP) -> torch.Tensor:
@@ -51,7 +51,7 @@ def _encode(vae: Any, x: torch.Tensor, strip: int) -> torch.Tensor:
             x = _layer(x, sampler.conv, strip)
     x = _middle(x.to(vae.device), encoder.mid_block, strip).cpu()
     x = _layer(x, encoder.conv_out, strip, norm=encoder.conv_norm_out).to(vae.device)
-    return x if vae.quant_conv is None else vae.quant_conv(x)  # type: ignore[no-any-return]
+    return x if vae.quant_conv is None else vae.quant_conv(x)
 
 
 def _decode(vae: Any, x: torch.Tensor, strip: int) -> torch.Tensor:

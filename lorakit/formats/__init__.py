@@ -7,7 +7,11 @@ Importing this package is light; `read` and `save` load torch when they are firs
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.formats.reading import read
+    from lorakit.formats.saving import save
 
 __all__ = ["read", "save"]
 

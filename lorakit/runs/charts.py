@@ -22,12 +22,16 @@ LOSS_PERCENTILE = 0.99
 
 # Lines from little noise to much take the colours t1 to t4.
 COLOURS = ("accent", "ink", "soft", "t1", "t2", "t3", "t4")
-PALETTE = """
+LIGHT = """
 :root { --lk-ink: #22221f; --lk-soft: #8a8984; --lk-grid: #e3e1db; --lk-accent: #2a6fb8; --lk-t1: #9cc4ea;
   --lk-t2: #5f9fdb; --lk-t3: #2a6fb8; --lk-t4: #123e6d; }
-@media (prefers-color-scheme: dark) { :root { --lk-ink: #e8e7e2; --lk-soft: #96958f; --lk-grid: #36352f;
+"""
+PALETTE = (
+    LIGHT
+    + """@media (prefers-color-scheme: dark) { :root { --lk-ink: #e8e7e2; --lk-soft: #96958f; --lk-grid: #36352f;
   --lk-accent: #6fb0ee; --lk-t1: #2f5f91; --lk-t2: #4a8bcb; --lk-t3: #7cb8f0; --lk-t4: #c4e0fa; } }
 """
+)
 STYLE = """
 .lk-chart { width: 100%; height: auto; display: block; font: 13px system-ui, sans-serif; }
 .lk-chart text { fill: var(--lk-soft); } .lk-chart .lk-title { fill: var(--lk-ink); font-weight: 600; font-size: 14px; }
@@ -95,7 +99,7 @@ def run_charts(
     ]
     mse = [*_bands(validations), Line(labels["all_timesteps"], _points(validations, "mse"), "ink", dots=True)]
     mark = None if best is None else (best, labels["best"])
-    top = 1.15 * ordered[int(LOSS_PERCENTILE * (len(ordered) - 1))] if ordered else None
+    top = 1.15 * ordered[math.ceil(LOSS_PERCENTILE * (len(ordered) - 1))] if ordered else None
     charts = [
         chart(labels["loss"], loss, top=top),
         chart(labels["rate"], [Line("", rates)]),
@@ -106,7 +110,7 @@ def run_charts(
 
 
 def sheet(charts: Sequence[str]) -> str:
-    """One SVG file of several charts, two side by side, with its own colours on light and on dark paper."""
+    """One SVG file of several charts, two side by side, on white paper."""
     gap = 24
     box = f"0 0 {2 * WIDTH + gap} {-(-len(charts) // 2) * (HEIGHT + gap)}"
     size = f'width="{WIDTH}" height="{HEIGHT}"'
@@ -114,8 +118,9 @@ def sheet(charts: Sequence[str]) -> str:
         svg.replace("<svg ", f'<svg x="{n % 2 * (WIDTH + gap)}" y="{n // 2 * (HEIGHT + gap)}" {size} ', 1)
         for n, svg in enumerate(charts)
     ]
-    style = f"<style>{PALETTE}{STYLE}.lk-chart {{ width: {WIDTH}px; height: {HEIGHT}px; }}</style>"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{style}{"".join(placed)}</svg>\n'
+    style = f"{LIGHT}:root {{ background: #fff; }}{STYLE}.lk-chart {{ width: {WIDTH}px; height: {HEIGHT}px; }}"
+    root = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">'
+    return f"{root}<style>{style}</style>{''.join(placed)}</svg>\n"
 
 
 def chart(title: str, lines: Sequence[Line], *, top: float | None = None, mark: tuple[int, str] | None = None) -> str:

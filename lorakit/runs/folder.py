@@ -35,7 +35,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.events import Event
 from lorakit.core.names import slug, step_name, unused
 
-States = Literal["preparing", "running", "done", "failed", "stopped", "interrupted"]
+States = Literal["waiting", "preparing", "running", "done", "failed", "stopped", "interrupted"]
 # States in which a process must be alive; where it is not, the run was interrupted.
 LIVE = ("preparing", "running")
 # Progress (no change of state) is written at most so often, in seconds: an fsync is not free, and nobody looks faster.

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -213,7 +213,7 @@ class Queue:
 
     # -- files ----------------------------------------------------------------------------------------------------
 
-    def _add(self, arguments, folder: Path, config: str | None = None) -> Job:
+    def _add(self, arguments: Callable[[Path], tuple[str, ...]], folder: Path, config: str | None = None) -> Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         number = max((job.number for job in self.jobs()), default=0) + 1
         while True:

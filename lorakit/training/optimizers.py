@@ -180,7 +180,8 @@ def adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
     fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
-    return Adafactor(groups, weight_decay=config.weight_decay, **{**fixed, **config.args})
+    optimizer: torch.optim.Optimizer = Adafactor(groups, weight_decay=config.weight_decay, **{**fixed, **config.args})
+    return optimizer
 
 
 def prodigy(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ import torch
 
 from lorakit.config import Config
 from lorakit.data import captions, latents
-from lorakit.data.latents import Dataset
+from lorakit.data.dataset import Dataset
 from lorakit.inference import class_images, sampling
 from lorakit.inference.mode import polled
 

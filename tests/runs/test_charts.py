@@ -87,5 +87,6 @@ def test_a_sheet_is_one_svg_with_its_own_colours() -> None:
     assert {(chart.get("x"), chart.get("y")) for chart in root.findall(f"{SVG}svg")} == {
         (x, y) for x in ("0", "664") for y in ("0", "284")
     }
-    assert "prefers-color-scheme: dark" in (root.findtext(f"{SVG}style") or "")
+    style = root.findtext(f"{SVG}style") or ""
+    assert "--lk-accent: #2a6fb8" in style and "prefers-color-scheme" not in style
     assert ET.fromstring(charts.sheet([])).tag == f"{SVG}svg"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 
 @dataclass
@@ -80,7 +81,7 @@ def launch(target: Callable[..., None], processes: int, *args: Any) -> None:
         return
     barrier = torch.multiprocessing.get_context("spawn").Barrier(processes)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_enter, (processes, Path(folder), barrier, target, args), nprocs=processes)
+        spawn(_enter, (processes, Path(folder), barrier, target, args), nprocs=processes)
 
 
 def save(value: object, file: Path) -> None:

@@ -31,7 +31,8 @@ class Net(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(128, count) for name, count in CLASSES.items()})
 
     def features(self, pictures: Tensor) -> Tensor:
-        return self.neck(F.relu(self.trunk(pictures)).flatten(1))
+        features: Tensor = self.neck(F.relu(self.trunk(pictures)).flatten(1))
+        return features
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         features = F.relu(self.features(pictures))

@@ -33,7 +33,8 @@ def pattern(name: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -
         x = np.mod(u / 0.56 + 0.5 * np.mod(row, 2), 1.0) - 0.5
         return ((x * 0.56) ** 2 + (v - row * 0.5) ** 2 < 0.155**2).astype(np.float32)
     if name == "checked":
-        return np.mod(np.floor(u / 0.4 + 0.5) + np.floor(v / 0.4), 2.0).astype(np.float32)
+        checks: np.ndarray = np.mod(np.floor(u / 0.4 + 0.5) + np.floor(v / 0.4), 2.0).astype(np.float32)
+        return checks
     if name == "zigzag":
         wave = np.abs(np.mod(u / 0.64 + rng.random(), 1.0) - 0.5) * 0.72
         return (np.mod((v + wave) / 0.56, 1.0) < 0.5).astype(np.float32)

@@ -17,7 +17,8 @@ GREY = np.array([0.3, 0.59, 0.11], np.float32)
 
 def shrink(pixels: np.ndarray) -> np.ndarray:
     """Average 2 x 2 blocks: (S, S, ...) to (S/2, S/2, ...)."""
-    return (pixels[0::2, 0::2] + pixels[1::2, 0::2] + pixels[0::2, 1::2] + pixels[1::2, 1::2]) * 0.25
+    mean: np.ndarray = (pixels[0::2, 0::2] + pixels[1::2, 0::2] + pixels[0::2, 1::2] + pixels[1::2, 1::2]) * 0.25
+    return mean
 
 
 def outlines(parts: np.ndarray, width: int) -> np.ndarray:

@@ -34,7 +34,9 @@ SUBJECTS: dict[str, Spec] = {
 def duotone(layers: Layers, rng: np.random.Generator) -> np.ndarray:
     """Two inks: dark violet in the shadows, warm peach in the light."""
     light = np.clip(shrink(lit(layers, rng)) @ GREY / 255.0 * 1.15 - 0.05, 0, 1)[:, :, None]
-    return np.array((46, 22, 92), np.float32) * (1 - light) + np.array((255, 206, 150), np.float32) * light
+    dark, bright = np.array((46, 22, 92), np.float32), np.array((255, 206, 150), np.float32)
+    inked: np.ndarray = dark * (1 - light) + bright * light
+    return inked
 
 
 def neon(layers: Layers, rng: np.random.Generator) -> np.ndarray:

@@ -161,4 +161,4 @@ def noise_schedule(shift: float, device: torch.device) -> torch.Tensor:
     share = torch.special.ndtri(middle).sigmoid()
     sigma = shift * share / (1 + (shift - 1) * share)
     signal, spread = (1 - sigma).square(), sigma.square()
-    return (signal / (signal + spread)).to(device, torch.float32)
+    return (signal / (signal + spread)).to(device, torch.float32)  # type: ignore[no-any-return]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class RunsPage:
         def choose(event: gr.EventData) -> tuple[str, str]:
             return event.run, ""
 
-        def with_words(act: Any) -> Any:
+        def with_words(act: Callable[[str, Say], str]) -> Callable[[str, gr.Request], str]:
             def acted(chosen: str, request: gr.Request) -> str:
                 return act(chosen or "", say_for(request))
 
