@@ -215,7 +215,7 @@ def forward_flop(kind: str, width: int | None, side: int) -> float:
         for name, weight in unet.named_parameters()
         if name.endswith(".weight") and weight.ndim in (2, 4)
     }
-    return plan.forward_flop(shapes, side, side)
+    return plan.forward_flop("sdxl" if kind == "sdxl" else "sd1", shapes, side, side)
 
 
 def matrix_speed(device: torch.device, seconds: float = 1.0) -> float:

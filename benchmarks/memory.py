@@ -189,8 +189,9 @@ def predict(name: str, settings: config.Config) -> int:
 
 def outlined(name: str, settings: config.Config) -> tuple[Any, dict[str, tuple[int, int]]]:
     """A base, as far as memory depends on it, and what is trained in it."""
-    info = SimpleNamespace(layers=layers(name), downscale=8, text_tokens=77, bytes={})
-    selected = targets.select(info.layers, settings.adapter.target_modules, False)
+    family = {"sd15": "sd1"}.get(name, name)
+    info = SimpleNamespace(family=family, layers=layers(name), downscale=8, text_tokens=77, bytes={})
+    selected = targets.select(info.family, info.layers, settings.adapter.target_modules, False)
     return info, plan.count_weights(selected, info.layers, settings.adapter)
 
 

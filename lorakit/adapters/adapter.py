@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from lorakit.core import registry, rng
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 
+if TYPE_CHECKING:
+    from lorakit.families.spec import FamilySpec
+
 
 def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = "") -> Adapter:
     """See `lorakit.adapters.attach`."""
@@ -27,11 +30,12 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
         raise LorakitError("adapter.new_tokens needs a word to learn: give a trigger")
     modules = _modules(target)
     paths = _layer_paths(modules)
-    chosen = targets.select(paths, config.target_modules, config.train_text_encoder)
+    family = _family(target, modules)
+    chosen = targets.select(family, paths, config.target_modules, config.train_text_encoder)
     if not chosen:
         raise LorakitError(f"adapter.target_modules = {config.target_modules!r} selects no layer of this base")
     layers = _inject(modules, {name: paths[name] for name in chosen}, config)
-    adapter = Adapter(modules, layers, _family(target, modules), config.method, getattr(config, "dropout", 0.0))
+    adapter = Adapter(modules, layers, family, config.method, getattr(config, "dropout", 0.0))
     adapter.reset(seed)
     if config.new_tokens:
         adapter.add_tokens(trigger, _tokenizers(target), config.new_tokens)
@@ -297,8 +301,8 @@ def _modules(target: Any) -> dict[str, Any]:
     """Component -> module that may be adapted, of a Family or a diffusers pipeline."""
     if hasattr(target, "components"):
         parts = {name: target.components.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
-        if _is_sd3(target):
-            parts["unet"] = target.transformer
+        spec = _pipeline_family(target)
+        parts["unet"] = None if spec is None else target.components[spec.denoiser]
         modules = {name: part for name, part in parts.items() if part is not None}
     else:
         modules = target.modules() if hasattr(target, "info") else {}
@@ -310,8 +314,15 @@ def _modules(target: Any) -> dict[str, Any]:
     return modules
 
 
-def _is_sd3(pipeline: Any) -> bool:
-    return type(pipeline).__name__.startswith("StableDiffusion3")
+def _pipeline_family(pipeline: Any) -> FamilySpec | None:
+    """The family whose parts a pipeline has: that with its denoiser, most of its encoders and fewest of others."""
+    parts = {name for name, part in pipeline.components.items() if part is not None}
+
+    def fit(spec: FamilySpec) -> tuple[int, int]:
+        encoders = {encoder.name for encoder in spec.text_encoders}
+        return len(encoders & parts), -len(encoders - parts)
+
+    return max((spec for spec in registry.FAMILIES.values() if spec.denoiser in parts), key=fit, default=None)
 
 
 def _tokenizers(target: Any) -> dict[str, Any]:
@@ -325,11 +336,9 @@ def _family(target: Any, modules: dict[str, Any]) -> str:
     """A Family says what it is; of a pipeline it is told as `families.describe` tells it."""
     if hasattr(target, "info"):
         return str(target.info.family)
-    if _is_sd3(target):
-        return "sd3"
-    if "text_encoder_2" in modules:
-        return "sdxl"
-    return "sd2" if modules["unet"].config.cross_attention_dim == 1024 else "sd1"
+    spec = _pipeline_family(target)
+    assert spec is not None, "_modules found its denoiser"
+    return spec.version(getattr(modules["unet"].config, "cross_attention_dim", None)).name
 
 
 def _layer_paths(modules: dict[str, Any]) -> dict[str, tuple[str, str]]:

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-# What diffusers and PEFT call what is the "unet" here and in kohya files, where it is something else; by family.
-DENOISERS = {"sd3": "transformer"}
-
 
 def canonical(component: str, module: str) -> str:
     """Canonical layer name of a module path: the component in front, and CLIP's `text_model.` always there.

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
-    from lorakit.formats.spec import FormatSpec
-
-if TYPE_CHECKING:
+    from lorakit.families.spec import FamilySpec, ModelVersion
     from lorakit.formats.spec import FormatSpec
 
 Spec = TypeVar("Spec")
@@ -119,12 +117,15 @@ def missing_package(name: str) -> str | None:
     return f"optimizer.name = {name!r}: the package {spec.package} is not installed"
 
 
-# A family is recognised from the base's own config or keys; see lorakit.families.
-FAMILIES = {
-    "sd": "lorakit.families.sd.model:StableDiffusion",
-    "sdxl": "lorakit.families.sdxl.model:StableDiffusionXL",
-    "sd3": "lorakit.families.sd3.model:StableDiffusion3",
-}
+# A family is recognised from the base's own configuration.
+FAMILIES = Registry["FamilySpec"](
+    "lorakit.families",
+    {
+        "sd": "lorakit.families.sd.spec:SPEC",
+        "sdxl": "lorakit.families.sdxl.spec:SPEC",
+        "sd3": "lorakit.families.sd3.spec:SPEC",
+    },
+)
 
 ADAPTERS = {
     "lora": "lorakit.adapters.lora:LORA",
@@ -174,3 +175,41 @@ def load(table: dict[str, str], name: str) -> Any:
     module, _, attribute = table[name].partition(":")
     loaded = import_module(module)
     return getattr(loaded, attribute) if attribute else loaded
+
+
+def versions() -> dict[str, tuple[FamilySpec, ModelVersion]]:
+    """What adapters for it are called ("sd1") -> the family and its version."""
+    return {version.name: (spec, version) for spec in FAMILIES.values() for version in spec.versions}
+
+
+def denoisers() -> set[str]:
+    """What diffusers and PEFT call the denoisers, each of which is the "unet" here and in kohya files."""
+    return {spec.denoiser for spec in FAMILIES.values()}
+
+
+def family_of(version: str) -> FamilySpec:
+    """The family of a version, which is what adapters name.
+
+    Raises:
+        ValueError: no family has such a version.
+    """
+    return _version(version)[0]
+
+
+def version_of(version: str) -> ModelVersion:
+    """A version by its name.
+
+    Raises:
+        ValueError: no family has such a version.
+    """
+    return _version(version)[1]
+
+
+def _version(name: str) -> tuple[FamilySpec, ModelVersion]:
+    known = versions()
+    if name not in known:
+        raise ValueError(
+            f"unknown family {name!r}; known: {', '.join(known)}. A family is named in registry.FAMILIES or by an "
+            f"entry point of the group {FAMILIES.group}"
+        )
+    return known[name]

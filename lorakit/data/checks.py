@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +52,7 @@ class Base(Protocol):
     @property
     def max_tokens(self) -> int: ...
     @property
-    def layers(self) -> Mapping[str, tuple[int, ...]]: ...
+    def bucket_step(self) -> int: ...
 
 
 @dataclass
@@ -151,17 +151,6 @@ class Report:
         return "\n".join(_table(self))
 
 
-def step_of(base: Base) -> int:
-    """The number of pixels that every side of a bucket must be a multiple of.
-
-    For a U-Net: pixels for one latent times 2 for each downsampler. For a transformer: times its patch size.
-    """
-    if patches := base.layers.get("unet.pos_embed.proj"):
-        return int(base.downscale * patches[-1])
-    downsamplers = sum(name.startswith("unet.") and ".downsamplers." in name for name in base.layers)
-    return int(base.downscale * 2**downsamplers)
-
-
 def require_folder(config: DataConfig) -> str:
     """The folder of photos.
 
@@ -184,7 +173,7 @@ def check(config: DataConfig, base: Base, *, cache: MeasurementCache | None = No
     """
     files = folder.scan(require_folder(config))
     items = [Item(photo) for photo in files.photos]
-    step = step_of(base)
+    step = base.bucket_step
     report = Report(files.path, step, base.downscale, items, [], files.warnings, files.notes)
     workers = min(4, os.cpu_count() or 1)  # Pillow decodes outside the interpreter's lock; a large photo is 150 MB
     with ThreadPoolExecutor(workers) as pool:

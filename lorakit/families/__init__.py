@@ -3,8 +3,9 @@
 May import: core, config, data, engine.
 Used by: formats, inference, runs, training, cli.
 
-A family is one folder with one class, named in `registry.FAMILIES`. Everything outside this room knows only `BaseInfo`
-(a description, read without torch), `Family` (the loaded base) and `Conditioning` (encoded texts).
+A family is one folder (`spec.py`: what it is, as data; `model.py`: the loaded base) and one line in
+`registry.FAMILIES` or an entry point of the group `lorakit.families`. Everything outside this room knows only
+`BaseInfo` (a description, read without torch), `Family` (the loaded base) and `Conditioning` (encoded texts).
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.core import registry
-from lorakit.families.describe import BaseInfo, describe, pin, unsuited
+from lorakit.families.describe import BaseInfo, describe, of_pipeline, pin, unsuited
 
 if TYPE_CHECKING:
     import torch
 
     from lorakit.families.conditioning import Conditioning
 
-__all__ = ["BaseInfo", "Family", "describe", "load", "pin", "unsuited"]
+__all__ = ["BaseInfo", "Family", "describe", "load", "of_pipeline", "pin", "unsuited"]
 
 
 class Family(Protocol):
@@ -99,5 +100,5 @@ def load(
     Raises:
         LorakitError: a file is missing, damaged, or does not fit its configuration.
     """
-    family: Family = registry.load(registry.FAMILIES, info.loader)(info, device, dtype, storage, stream)
+    family: Family = registry.resolve(info.spec.loader)(info, device, dtype, storage, stream)
     return family

@@ -10,56 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.config import Config, ModelConfig
-from lorakit.core import safetensors_header
+from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.core.layer_names import DENOISERS, canonical
+from lorakit.core.layer_names import canonical
 from lorakit.families import hub, ldm, pocket, single_file, weight_files
+from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
 
 CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-PREDICTIONS = ("epsilon", "v_prediction")
-FLOW = "flow_prediction"
-# What the name of a pipeline class in model_index.json may begin with -> the loader in registry.FAMILIES.
-LOADERS = {"StableDiffusion3": "sd3", "StableDiffusionXL": "sdxl", "StableDiffusion": "sd"}
-# Not every class with such a name is one of these families.
+PREDICTIONS = (EPSILON, VELOCITY)
+# Not every class whose name begins as that of a family is one of it.
 OTHERS = ("StableDiffusionUpscale", "StableDiffusionLatentUpscale", "StableDiffusionImageVariation")
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 BUNDLED = "pocket"
 INPAINTING = "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a folder in diffusers layout has the parts of a family.
-
-    Attributes:
-        encoders: its text encoders; each has a tokenizer beside it, `tokenizer` for `text_encoder`.
-        optional: those that a folder may do without, being told so in its model_index.json.
-        flow: whether it predicts the flow (Liu et al. 2022, arXiv 2209.03003), on a schedule without betas.
-        untrained_layers: whether its first text encoder is read before the last layer, and for nothing else.
-        dead_end_layers: the layers of a block that lead nowhere in the last one.
-        more_tokens: tokens that the denoiser is told of a text beside CLIP's: what the pipeline asks of T5.
-    """
-
-    encoders: tuple[str, ...] = ("text_encoder",)
-    optional: tuple[str, ...] = ()
-    flow: bool = False
-    untrained_layers: bool = False
-    dead_end_layers: tuple[str, ...] = ()
-    more_tokens: int = 0
-
-
-_TWO = ("text_encoder", "text_encoder_2")
-LAYOUTS = {
-    "sd": Layout(),
-    "sdxl": Layout(encoders=_TWO, untrained_layers=True),
-    "sd3": Layout(
-        encoders=(*_TWO, "text_encoder_3"),
-        optional=("text_encoder_3",),
-        flow=True,
-        more_tokens=256,
-        dead_end_layers=("attn.add_q_proj",),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -68,10 +31,8 @@ class BaseInfo:
 
     Attributes:
         path: its folder in diffusers layout, or its one file.
-        family: "sd1", "sd2", "sdxl" or "sd3": what its adapters are called. Of a folder with one text encoder it is sd2
-            where the UNet's cross-attention is 1024 wide, which only SD2's OpenCLIP has, and sd1 otherwise, small ones
-            included.
-        loader: name in `registry.FAMILIES`.
+        family: the version of its family: what its adapters are called, such as "sd1".
+        loader: its family's name in `registry.FAMILIES`.
         prediction_type: "epsilon", "v_prediction" or "flow_prediction".
         latent_channels: channels of the latents.
         downscale: pixels to a latent, along a side.
@@ -113,9 +74,19 @@ class BaseInfo:
     source: str = ""
     notes: tuple[str, ...] = ()
 
+    @property
+    def spec(self) -> FamilySpec:
+        """Its family."""
+        return registry.FAMILIES[self.loader]
+
+    @property
+    def bucket_step(self) -> int:
+        """What the sides of a bucket must be multiples of, in pixels."""
+        return self.spec.bucket_step(self.layers, self.downscale)
+
     def folder(self, component: str) -> Path:
         """Where a folder in diffusers layout has a component."""
-        return self.path / (DENOISERS.get(self.family, "unet") if component == "unet" else component)
+        return self.path / (self.spec.denoiser if component == "unet" else component)
 
     def tokenizer(self, name: str = "tokenizer") -> Path:
         """Folder of a tokenizer.
@@ -157,13 +128,14 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
 def unsuited(info: BaseInfo, config: Config) -> list[str]:
     """What a config asks for that a base of this kind cannot do, a line each."""
     problems = []
-    if LAYOUTS[info.loader].flow and config.train.min_snr_gamma is not None:
+    if info.spec.prediction == FLOW and config.train.min_snr_gamma is not None:
         problems.append(
             f"train.min_snr_gamma is not defined for base {info.title}, which predicts the flow: leave it unset"
         )
-    if "text_encoder_3" in info.configs and config.adapter.new_tokens:
+    frozen = [e.kind for e in info.spec.text_encoders if not e.trainable and e.name in info.configs]
+    if frozen and config.adapter.new_tokens:
         problems.append(
-            f"adapter.new_tokens: base {info.title} reads texts by T5 too, which learns no words; set it to 0"
+            f"adapter.new_tokens: base {info.title} reads texts by {frozen[0]} too, which learns no words; set it to 0"
         )
     return problems
 
@@ -180,14 +152,13 @@ def pin(model: ModelConfig) -> ModelConfig:
 
 def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") -> BaseInfo:
     index = _index(path)
-    loader = _loader(path, index)
-    layout = LAYOUTS[loader]
-    absent = [name for name in layout.optional if index.get(name, [None, None])[1] is None]
-    encoders = [name for name in layout.encoders if name not in absent]
+    spec = _family(path, index)
+    optional = [encoder.name for encoder in spec.text_encoders if encoder.optional]
+    absent = [name for name in optional if index.get(name, [None, None])[1] is None]
+    encoders = [encoder.name for encoder in spec.text_encoders if encoder.name not in absent]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
-    denoiser = DENOISERS.get(loader, "unet")
-    folders = {"unet": path / denoiser, "vae": path / "vae", **{name: path / name for name in encoders}}
-    wanted = (denoiser, "vae", "scheduler", *encoders, *tokenizers)
+    folders = {"unet": path / spec.denoiser, "vae": path / "vae", **{name: path / name for name in encoders}}
+    wanted = (spec.denoiser, "vae", "scheduler", *encoders, *tokenizers)
     missing = [name for name in wanted if not (path / name).is_dir()]
     if missing:
         raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again")
@@ -199,7 +170,6 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     layers: dict[str, tuple[int, ...]] = {}
     for component in ("unet", *encoders):
         layers |= _layers(component, weight_files.shapes(found[component][0]))
-    cross_dim = _cross_dim(configs["unet"])
     # With the same weights, another prediction type or schedule makes another base.
     told = [folders[name] / "config.json" for name in ("unet", "vae")] + [path / "scheduler" / "scheduler_config.json"]
     notes = [f"from the hub: {source}"] if source else []
@@ -207,8 +177,8 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     return _info(
         model,
         path=path,
-        family=loader if loader != "sd" else "sd2" if cross_dim == 1024 else "sd1",
-        loader=loader,
+        family=spec.version(_cross_dim(configs["unet"])).name,
+        loader=spec.name,
         layers=layers,
         bytes={name: sum(file.stat().st_size for file in files) for name, (files, _) in found.items()},
         variants={name: variant for name, (_, variant) in found.items()},
@@ -246,7 +216,7 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
         model,
         path=path,
         family=checkpoint.family,
-        loader="sdxl" if checkpoint.family == "sdxl" else "sd",
+        loader=registry.family_of(checkpoint.family).name,
         layers=layers,
         bytes=sizes,
         variants=dict.fromkeys(sizes),
@@ -262,22 +232,21 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
 
 def _info(model: ModelConfig, **known: Any) -> BaseInfo:
     """What follows from the configurations, for both layouts, with what the user says of the prediction type."""
-    path, configs, loader = known["path"], known["configs"], known["loader"]
+    path, configs, spec = known["path"], known["configs"], registry.FAMILIES[known["loader"]]
     vae, channels = configs["vae"], configs["vae"].get("latent_channels", 4)
     _check_channels(path, configs["unet"].get("in_channels", 4), channels)
     for folder in known["tokenizers"].values():
         _check_tokenizer(folder, model.tokenizer)
     if configs["unet"].get("in_channels", 4) != channels:
         known["notes"] = (*known["notes"], INPAINTING)
-    layout = LAYOUTS[loader]
-    if layout.flow and model.prediction_type != "auto":
+    if spec.prediction == FLOW and model.prediction_type != "auto":
         raise LorakitError(f"base {path} predicts the flow: leave model.prediction_type")
     configs["scheduler"], said = _as_told(configs["scheduler"], model.prediction_type)
     if said:
         known["notes"] = (*known["notes"], said)
         # With the same weights, another prediction type or schedule makes another base.
         known["hash"] = hashlib.sha256(f"{known['hash']}/{model.prediction_type}".encode()).hexdigest()
-    prediction = FLOW if layout.flow else configs["scheduler"].get("prediction_type", "epsilon")
+    prediction = spec.prediction or configs["scheduler"].get("prediction_type", EPSILON)
     if prediction not in (*PREDICTIONS, FLOW):
         raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
     clip = min(
@@ -291,15 +260,15 @@ def _info(model: ModelConfig, **known: Any) -> BaseInfo:
         latent_channels=channels,
         downscale=2 ** (len(vae["block_out_channels"]) - 1),
         max_tokens=clip,
-        text_tokens=clip + layout.more_tokens,
+        text_tokens=clip + sum(encoder.extra_tokens for encoder in spec.text_encoders),
         cross_dim=_cross_dim(configs["unet"]),
         untrained_layers=frozenset(
             [
-                *(_of_last(known["layers"], r"text_encoder\..*\.layers") if layout.untrained_layers else ()),
+                *(_of_last(known["layers"], r"text_encoder\..*\.layers") if spec.first_encoder_ends_early else ()),
                 *(
                     name
                     for name in _of_last(known["layers"], r"unet\.transformer_blocks")
-                    if name.endswith(layout.dead_end_layers)
+                    if name.endswith(spec.dead_end_layers)
                 ),
             ]
         ),
@@ -313,7 +282,7 @@ def _cross_dim(denoiser: dict[str, Any]) -> int:
 
 def _as_told(scheduler: dict[str, Any], wanted: str) -> tuple[dict[str, Any], str]:
     """The schedule with the prediction type that `model.prediction_type` asks for, and a line where that changes it."""
-    before = scheduler.get("prediction_type", "epsilon"), bool(scheduler.get("rescale_betas_zero_snr"))
+    before = scheduler.get("prediction_type", EPSILON), bool(scheduler.get("rescale_betas_zero_snr"))
     if wanted == "auto":
         return scheduler, ""
     zero = wanted.endswith("_zero_snr")
@@ -338,12 +307,19 @@ def _index(path: Path) -> dict[str, Any]:
     return weight_files.read_json(path / "model_index.json")
 
 
-def _loader(path: Path, index: dict[str, Any]) -> str:
+def of_pipeline(name: str) -> FamilySpec | None:
+    """The family of a pipeline class, or None."""
+    fitting = [spec for spec in registry.FAMILIES.values() if name.startswith(spec.pipeline)]
+    return None if name.startswith(OTHERS) else max(fitting, key=lambda spec: len(spec.pipeline), default=None)
+
+
+def _family(path: Path, index: dict[str, Any]) -> FamilySpec:
     name = str(index.get("_class_name", "unknown"))
-    for start, loader in LOADERS.items():
-        if name.startswith(start) and not name.startswith(OTHERS):
-            return loader
-    raise LorakitError(f"base {path} is a {name}; lorakit trains Stable Diffusion 1.x, 2.x, XL and 3")
+    spec = of_pipeline(name)
+    if spec is not None:
+        return spec
+    trained = ", ".join(version.title for _, version in registry.versions().values())
+    raise LorakitError(f"base {path} is a {name}; lorakit trains {trained}")
 
 
 def _check_channels(path: Path, into: int, latent: int) -> None:

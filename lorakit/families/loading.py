@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from lorakit.core import safetensors_header
@@ -91,10 +91,9 @@ def load_unet(
     dtype: torch.dtype,
     storage: str = "full",
     stream: bool = False,
-    cls: Any = UNet2DConditionModel,
 ) -> Any:
     """The denoiser, its weights kept in full, or as `lorakit.engine.quantized_weight` keeps them."""
-    unet = load_module(info, "unet", cls, dtype)
+    unet = load_module(info, "unet", getattr(diffusers, info.spec.denoiser_class), dtype)
     if storage == "full" and not stream:
         if device.type == "cpu":
             onednn_linear.use_onednn_linear(unet)

@@ -14,47 +14,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
+from lorakit.families.spec import Reads
 from lorakit.formats.identify import Module, Shapes, modules
 from lorakit.formats.keys import COMPONENTS, kernel
 
-_SIDES = r"lora_unet_(?:(?:down|up)_blocks_\d+|mid_block)_"
-_TRANSFORMER = r"(?:proj_in|proj_out|transformer_blocks_\d+_(?:attn[12]_to_(?:q|k|v|out_0)|ff_net_0_proj|ff_net_2))"
-_CLIP = r"text_model_encoder_layers_\d+_(?:self_attn_(?:q|k|v|out)_proj|mlp_fc[12])"
-
-BLOCKS = (
-    rf"{_SIDES}attentions_\d+_{_TRANSFORMER}",
-    rf"{_SIDES}resnets_\d+_(?:conv1|conv2|time_emb_proj|conv_shortcut)",
-    r"lora_unet_down_blocks_\d+_downsamplers_0_conv",
-)
-UPSAMPLERS = (r"lora_unet_up_blocks_\d+_upsamplers_0_conv",)
-UPSAMPLERS_BUT_FIRST = (r"lora_unet_up_blocks_[1-9]\d*_upsamplers_0_conv",)
-SGM = (
-    rf"lora_unet_(?:input_blocks_\d+|output_blocks_\d+|middle_block)_1_{_TRANSFORMER}",
-    r"lora_unet_(?:input_blocks_\d+_0|output_blocks_\d+_0|middle_block_[02])_"
-    r"(?:in_layers_2|out_layers_3|emb_layers_1|skip_connection)",
-    r"lora_unet_(?:input_blocks_\d+_0_op|output_blocks_\d+_[12]_conv)",
-)
-TOP = (r"lora_unet_(?:conv_in|conv_out|time_embedding_linear_[12])",)
-ADD = (r"lora_unet_add_embedding_linear_[12]",)
-TOP_SGM = (r"lora_unet_(?:input_blocks_0_0|out_2|time_embed_[02])",)
-ADD_SGM = (r"lora_unet_label_emb_0_[02]",)
-TE, TE1, TE2 = ((rf"lora_{te}_{_CLIP}",) for te in ("te", "te1", "te2"))
-PROJECTION = (r"lora_te2_text_projection",)
-# Dotted names. ComfyUI looks for `.processor.to_q`, so PEFT's plain `.to_q` never matches there.
-DOTTED_UNET = (r"unet\..+",)
-DOTTED_ALL = (*DOTTED_UNET, r"text_encoder(?:_2)?\..+")
-COMFY_DOTTED = (r"unet\.(?!.*\.attn[12]\.to_).+", r"text_encoder(?:_2)?\.text_model\.(?!.*_lora$).+")
-
 _SGM_STARTS = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
 _BLOCK_STARTS = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
-# Modules that are 1x1 convolutions in each family.
-_POINTWISE = {
-    "sd1": ("_conv_shortcut", "_skip_connection", "_proj_in", "_proj_out"),
-    "sd2": ("_conv_shortcut", "_skip_connection"),
-    "sdxl": ("_conv_shortcut", "_skip_connection"),
-}
+# Modules that are 1x1 convolutions in every UNet, and those that are in some.
+_POINTWISE, _PROJECTIONS = ("_conv_shortcut", "_skip_connection"), ("_proj_in", "_proj_out")
 _FUSED = ("q_proj", "k_proj", "v_proj")  # in the order in which OpenCLIP's in_proj holds them
 _LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3", "OFT")
 _PLAIN = "ignores dora_scale and applies it as plain LoRA"
@@ -62,115 +32,62 @@ _PLAIN = "ignores dora_scale and applies it as plain LoRA"
 
 @dataclass(frozen=True)
 class Consumer:
-    """One program.
+    """One program; which names it reads is the family's (`ModelVersion.readers`).
 
     Attributes:
         title: what people call it.
-        names: family -> patterns of the module names that it reads.
         misread: method -> what it does to a module of that method; a method not named here is applied as it should be.
         misread_convolutions: the same, of modules that are convolutions.
         refused: method -> why a file with such a module is refused as a whole.
         unknown_limit: tensors without a match that it tolerates before it refuses the file; None: any number.
         lone_alpha: whether a module without factors makes it refuse the file.
         flat_conv: whether it reads a 1x1 convolution whose factors are stored as matrices.
-        whole_attention: family -> prefixes whose q, k, v and out must all be there, or the layer is dropped.
-        ordered_attention: family -> prefixes of which it reads q, k, v in this order up to the first that is missing.
     """
 
     title: str
-    names: Mapping[str, tuple[str, ...]]
     misread: Mapping[str, str] = field(default_factory=dict)
     misread_convolutions: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     unknown_limit: int | None = None
     lone_alpha: bool = False
     flat_conv: bool = True
-    whole_attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    ordered_attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-
-# Stable Diffusion 3 in diffusers' names. ComfyUI's rule was read in its loader, diffusers' and PEFT's were run; of the
-# other programs none is known to read them.
-DOTTED_SD3 = (r"transformer\..+", r"text_encoder(?:_2)?\..+")
-COMFY_SD3 = (r"transformer\.transformer_blocks\..+", r"text_encoder(?:_2)?\.text_model\.(?!.*_lora$).+")
-
-_ALL_BLOCKS = (*BLOCKS, *UPSAMPLERS)
-_SDXL_TEXT = (*TE1, *TE2)
 
 CONSUMERS: dict[str, Consumer] = {
     "a1111": Consumer(
         title="AUTOMATIC1111",
-        names={
-            "sd1": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1),
-            "sd2": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE),
-            "sdxl": (*BLOCKS, *UPSAMPLERS_BUT_FIRST, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT),
-        },
         lone_alpha=True,
-        whole_attention={"sd2": ("lora_te_",), "sdxl": ("lora_te2_",)},
     ),
     "forge": Consumer(
         title="Forge",
-        names={
-            "sd1": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1),
-            "sd2": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1),
-            "sdxl": (*_ALL_BLOCKS, *TOP, *ADD, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT, *PROJECTION),
-        },
         unknown_limit=12,
     ),
     "comfyui": Consumer(
         title="ComfyUI",
-        names={
-            "sd1": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1, *COMFY_DOTTED),
-            "sd2": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1, *COMFY_DOTTED),
-            "sdxl": (*_ALL_BLOCKS, *TOP, *ADD, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT, *PROJECTION, *COMFY_DOTTED),
-            "sd3": COMFY_SD3,
-        },
     ),
     "invokeai": Consumer(
         title="InvokeAI",
-        names={
-            "sd1": (*_ALL_BLOCKS, *TOP, *TE),
-            "sd2": (*_ALL_BLOCKS, *TOP, *TE),
-            "sdxl": (*_ALL_BLOCKS, *TOP, *ADD, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT, *PROJECTION),
-        },
         lone_alpha=True,
     ),
     "sd-scripts": Consumer(
         title="kohya sd-scripts",
-        names={
-            "sd1": (*_ALL_BLOCKS, *TE),
-            "sd2": (*_ALL_BLOCKS, *TE),
-            "sdxl": (*_ALL_BLOCKS, *SGM, *_SDXL_TEXT),
-        },
         misread={"dora": _PLAIN, **dict.fromkeys(_LYCORIS, "does not apply it (networks.lora reads plain LoRA only)")},
         flat_conv=False,
     ),
     "sd.cpp": Consumer(
         title="stable-diffusion.cpp",
-        names={
-            "sd1": (*_ALL_BLOCKS, *SGM, *TE, *TE1, *DOTTED_UNET),
-            "sd2": (*_ALL_BLOCKS, *SGM, *TE, *TE1, *DOTTED_UNET),
-            "sdxl": (*_ALL_BLOCKS, *SGM, *ADD_SGM, *_SDXL_TEXT, *DOTTED_UNET),
-        },
         misread={"dora": _PLAIN, "LoCon (tucker)": "applies it wrongly", "norm": "does not apply it"},
         misread_convolutions={"lokr": "applies it wrongly on convolutions"},
-        ordered_attention={"sdxl": ("lora_te2_",)},
     ),
     "diffusers": Consumer(
         title="diffusers",
-        names={
-            "sd1": (*_ALL_BLOCKS, *TOP, *TE, *TE1, *DOTTED_ALL),
-            "sd2": (*_ALL_BLOCKS, *TOP, *TE, *TE1, *DOTTED_ALL),
-            "sdxl": (*_ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_SDXL_TEXT, *DOTTED_ALL),
-            "sd3": DOTTED_SD3,
-        },
         misread={"dora": _PLAIN},
         refused=dict.fromkeys(_LYCORIS, "it reads plain LoRA only"),
         unknown_limit=0,
         lone_alpha=True,
         flat_conv=False,
     ),
-    "peft": Consumer(title="PEFT", names={**dict.fromkeys(("sd1", "sd2", "sdxl"), DOTTED_ALL), "sd3": DOTTED_SD3}),
+    "peft": Consumer(title="PEFT"),
 }
 
 
@@ -267,7 +184,7 @@ def _reading(
     metadata: Mapping[str, str],
     folder: bool,
 ) -> Reading:
-    patterns = [re.compile(pattern) for pattern in consumer.names.get(family, ())]
+    patterns = [re.compile(pattern) for pattern in _reads(key, family).names]
     matched = {stem for stem in found if (key == "peft" or not folder) and any(p.fullmatch(stem) for p in patterns)}
     unmatched = [stem for stem in found if stem not in matched]
     wrong = {stem: why for stem, why in defects.items() if stem in matched}
@@ -278,7 +195,7 @@ def _reading(
             why = consumer.misread_convolutions[method]
         if why:
             wrong[stem] = why
-    for stem, why in _special(key, consumer, found, shapes, family, alphas).items():
+    for stem, why in _special(key, found, shapes, family, alphas).items():
         if stem in matched:
             wrong.setdefault(stem, why)
     refused = _refused(key, consumer, found, [*unmatched, *loose], shapes, family, metadata) if not folder else ""
@@ -286,6 +203,10 @@ def _reading(
     good = Counter(_component(stem) for stem in matched if stem not in wrong and not refused)
     counts = {part: (good[part], totals[part]) for part in COMPONENTS if part in totals}
     return Reading(consumer.title, counts, (*unmatched, *loose), wrong, refused)
+
+
+def _reads(key: str, family: str) -> Reads:
+    return registry.version_of(family).readers.get(key, Reads(()))
 
 
 def _component(stem: str) -> str:
@@ -371,7 +292,6 @@ def _unscaled(
 
 def _special(
     key: str,
-    consumer: Consumer,
     found: Mapping[str, Module],
     shapes: Shapes,
     family: str,
@@ -379,7 +299,7 @@ def _special(
 ) -> dict[str, str]:
     """Modules that one program alone reads wrongly, and why."""
     result: dict[str, str] = {}
-    for prefix in consumer.whole_attention.get(family, ()):
+    for prefix in _reads(key, family).whole_attention:
         layers = Counter(stem.rpartition("_self_attn_")[0] for stem in found if stem.startswith(prefix))
         for stem in found:
             layer, attention, _ = stem.rpartition("_self_attn_")
@@ -387,7 +307,7 @@ def _special(
                 result[stem] = "drops it, as not all of q, k, v and out are there"
     for stem in found:
         layer, attention, part = stem.rpartition("_self_attn_")
-        if attention and stem.startswith(consumer.ordered_attention.get(family, ())):
+        if attention and stem.startswith(_reads(key, family).ordered_attention):
             before = _FUSED[: _FUSED.index(part)] if part in _FUSED else ()
             if any(f"{layer}_self_attn_{other}" not in found for other in before):
                 result[stem] = "drops it, as one of q and k before it is missing"
@@ -450,9 +370,11 @@ def _refused(
             if not any(s.startswith(prefix) and s.endswith(("out_proj", "_mlp_fc1", "_mlp_fc2")) for s in text):
                 return f"the {prefix} part has neither out_proj nor mlp"
     if not consumer.flat_conv:
+        projections = registry.version_of(family).kohya.conv_projections
+        pointwise = (*_POINTWISE, *_PROJECTIONS) if projections else _POINTWISE
         for module in found.values():
             down = shapes.get(module.parts.get("down", ""), ())
-            if len(down) == 2 and module.spelling == "kohya" and module.stem.endswith(_POINTWISE[family]):
+            if len(down) == 2 and module.spelling == "kohya" and module.stem.endswith(pointwise):
                 return f"{module.stem} is a convolution whose factors are stored as matrices"
     if consumer.unknown_limit is not None:
         tensors = sum(len(found[name].parts) if name in found else 1 for name in unknown)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorakit.core import safetensors_header
-from lorakit.core.layer_names import DENOISERS, canonical
+from lorakit.core import registry, safetensors_header
+from lorakit.core.layer_names import canonical
 from lorakit.core.registry import FORMATS
 from lorakit.formats import keys, metadata as meta
 from lorakit.formats.spec import Spelling
@@ -55,7 +55,6 @@ _LYCORIS |= {"lokr_w2_a": "lokr", "mid": "LoCon (tucker)"}
 _LYCORIS |= {"diff": "full difference", "w_norm": "norm", "on_input": "IA3", "oft_blocks": "OFT"}
 # A PEFT folder: what its files are called, and what stands before every module path in it.
 PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-CROSS_DIMS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
 
 def peft_parts(path: Path) -> dict[str, Path]:
     """Component -> its folder, of a PEFT folder; empty where it is none."""
-    folders = {name: path / name for name in (*keys.COMPONENTS, *DENOISERS.values())}
+    folders = {name: path / name for name in (*keys.COMPONENTS, *sorted(registry.denoisers() - {"unet"}))}
     return {keys.canonical_part(name): folder for name, folder in folders.items() if (folder / PEFT_CONFIG).is_file()}
 
 
@@ -168,30 +167,36 @@ def layers_per_block(metadata: Mapping[str, str]) -> int:
 def adapter_family(found: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, str]:
     """An adapter's family, and how it was told: from its metadata, its names, or the width of the text it attends to.
 
-    "sd1" where nothing tells; the second value then says so.
+    Where nothing tells, the first family's; the second value then says so.
     """
     told = meta.family(metadata)
     if told:
         return told, "metadata"
-    if any(keys.is_joint(module.canonical or "") for module in found.values()):
-        return "sd3", "names"
-    second = any(stem.startswith(("lora_te2_", "text_encoder_2.")) for stem in found)
-    if second or any(stem.startswith("lora_unet_label_emb") for stem in found):
-        return "sdxl", "names"
+    for module in found.values():
+        if family := keys.family_of_layer(module.canonical or ""):
+            return family, "names"
+    for family, (_, version) in registry.versions().items():
+        if version.key_prefixes and any(stem.startswith(version.key_prefixes) for stem in found):
+            return family, "names"
     for module in found.values():
         name = module.canonical or ""
         if name.endswith(("attn2.to_k", "attn2.to_v")):
             width = inputs(module, shapes)
-            if width in CROSS_DIMS:
-                return CROSS_DIMS[width], f"attends to text of width {width}"
-    return "sd1", "a guess: nothing in the file tells"
+            if width in (dims := cross_dims()):
+                return dims[width], f"attends to text of width {width}"
+    return next(iter(registry.versions())), "a guess: nothing in the file tells"
+
+
+def cross_dims() -> dict[int, str]:
+    """Width of the text that a UNet attends to -> what its adapters are called."""
+    return {version.cross_dim: name for name, (_, version) in registry.versions().items() if version.cross_dim}
 
 
 def base_family(shapes: Shapes) -> str | None:
     """The family of a checkpoint or a UNet, from the width of the text it attends to; None where that is not there."""
     for name, shape in shapes.items():
         if name.endswith("attn2.to_k.weight"):
-            return CROSS_DIMS.get(shape[1])
+            return cross_dims().get(shape[1])
     return None
 
 

@@ -10,15 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lorakit.core import safetensors_header
+from lorakit import families
+from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.core.layer_names import DENOISERS
 from lorakit.families import ldm
 from lorakit.formats import compatibility, identify, keys
 from lorakit.formats.compatibility import Reading
 
-_LABELS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
-_LABELS |= {"sd3": "Stable Diffusion 3"}
 _SHOWN = 100  # characters of a metadata value
 
 
@@ -71,7 +69,7 @@ class Report:
         """Everything, for a person."""
         lines = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
         facts = {
-            "for": f"{_LABELS[self.family]} (told by {self.family_told_by})" if self.family else "",
+            "for": f"{registry.version_of(self.family).title} (told by {self.family_told_by})" if self.family else "",
             "format": f"{self.format}, {self.dtype}" if self.format else "",
             "method": self.method,
             "trigger": self.trigger,
@@ -162,18 +160,18 @@ def _base_folder(path: Path) -> Report:
     weights = list(path.glob("*/*.safetensors"))
     unet = path / "unet" / "config.json"
     width = _json(unet).get("cross_attention_dim", 0) if unet.is_file() else 0
-    family = identify.CROSS_DIMS.get(width, "sdxl" if "text_encoder_2" in index else "sd1")
+    spec = families.of_pipeline(str(index.get("_class_name", "")))
+    version = None if spec is None else spec.version(width)
     by = f"its parts; the UNet attends to text of width {width}"
-    for other, folder in DENOISERS.items():
-        if folder in index:
-            family, by = other, f"its parts: it has a {folder}"
+    if spec is not None and spec.denoiser != "unet":
+        by = f"its parts: it has a {spec.denoiser}"
     return Report(
         path.name,
         "base",
         f"a base model in diffusers layout ({index.get('_class_name', 'no class named')})",
         sum(file.stat().st_size for file in weights),
-        family,
-        by,
+        None if version is None else version.name,
+        "" if version is None else by,
     )
 
 
@@ -235,7 +233,7 @@ def _part(module: identify.Module) -> str:
     first = module.stem.partition(".")[0]
     return (
         "unet"
-        if "unet" in module.stem or first in DENOISERS.values()
+        if "unet" in module.stem or first in registry.denoisers()
         else "text_encoder_2"
         if "te2" in module.stem
         else "text_encoder"

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
-from lorakit.core.layer_names import DENOISERS
 
 UNET_PREFIX = "lora_unet_"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -47,12 +47,6 @@ TOP: dict[str, str] = {
     "add_embedding.linear_1": "label_emb_0_0",
     "add_embedding.linear_2": "label_emb_0_2",
 }
-# The layers of Stable Diffusion 3's blocks, which are all alike (diffusers' SD3Transformer2DModel); `attn2` is 3.5
-# medium's second attention, of the picture alone.
-_JOINT = re.compile(
-    r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|attn2\.(?:to_[qkv]|to_out\.0)"
-    r"|ff(?:_context)?\.net\.(?:0\.proj|2))"
-)
 TEXT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 TEXT_LEAVES = (*TEXT_ATTENTION, "mlp.fc1", "mlp.fc2")
 
@@ -65,22 +59,6 @@ _TEXT = re.compile(r"(text_encoder|text_encoder_2)\.text_model\.encoder\.layers\
 _TEXT_UNDERSCORED = re.compile(r"(lora_te[12]?_)(?:text_model_)?encoder_layers_(\d+)_(.+)")
 
 
-@dataclass(frozen=True)
-class Spelling:
-    """How a family's layers are named in kohya files: sgm or diffusers blocks, and each text encoder's prefix; and
-    whether its `proj_in` and `proj_out` are 1x1 convolutions."""
-
-    sgm: bool
-    text: Mapping[str, str]
-    conv_projections: bool = False
-
-
-SPELLINGS: dict[str, Spelling] = {
-    "sd1": Spelling(sgm=False, text={"text_encoder": "lora_te_"}, conv_projections=True),
-    "sd2": Spelling(sgm=False, text={"text_encoder": "lora_te_"}),
-    "sdxl": Spelling(sgm=True, text={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}),
-    "sd3": Spelling(sgm=False, text={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}),
-}
 _TEXT_PREFIXES = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 
 
@@ -196,26 +174,29 @@ def is_read_everywhere(name: str) -> bool:
     """Whether every program reads this layer: attention blocks, resnets, samplers, and CLIP's attention and MLP."""
     part, _, path = name.partition(".")
     if part == "unet":
-        return _from_dotted(path) is not None or is_joint(name)
+        return _from_dotted(path) is not None or family_of_layer(name) is not None
     match = _TEXT.fullmatch(name)
     return match is not None and match.group(3) in TEXT_LEAVES
 
 
-def is_joint(name: str) -> bool:
-    """Whether a canonical name is of a block of Stable Diffusion 3's transformer."""
+def family_of_layer(name: str) -> str | None:
+    """What adapters with this layer are called, where it is of a denoiser that is no UNet; else None."""
     part, _, path = name.partition(".")
-    return part == "unet" and _JOINT.fullmatch(path) is not None
+    for spec in registry.FAMILIES.values() if part == "unet" else ():
+        if spec.block_layers is not None and spec.block_layers.fullmatch(path):
+            return spec.versions[0].name
+    return None
 
 
 def to_diffusers_name(name: str, family: str) -> str:
     """A canonical name, or a component alone, as diffusers and PEFT have it."""
     part, dot, path = name.partition(".")
-    return (DENOISERS.get(family, part) if part == "unet" else part) + dot + path
+    return (registry.family_of(family).denoiser if part == "unet" else part) + dot + path
 
 
 def canonical_part(name: str) -> str:
     """The component that one of `spelled`'s is: "unet" for "transformer"."""
-    return "unet" if name in DENOISERS.values() else name
+    return "unet" if name in registry.denoisers() else name
 
 
 def group(name: str) -> str:
@@ -223,7 +204,7 @@ def group(name: str) -> str:
     part, _, path = name.partition(".")
     if part != "unet":
         return "text" if is_read_everywhere(name) else "unknown"
-    if is_joint(name):
+    if family_of_layer(name) is not None:
         return "attention"
     place = _from_dotted(path)
     if place is None:
@@ -237,7 +218,7 @@ def kernel(name: str, family: str) -> tuple[int, ...]:
     if place is None or place.leaf == "time_emb_proj":
         return ()
     if place.leaf in ("proj_in", "proj_out"):
-        return POINTWISE if SPELLINGS[family].conv_projections else ()
+        return POINTWISE if registry.version_of(family).kohya.conv_projections else ()
     if place.kind == "attentions":
         return ()
     return POINTWISE if place.leaf == "conv_shortcut" else (3, 3)
@@ -272,14 +253,14 @@ def to_kohya_name(names: Iterable[str], family: str, layers: int | None = None) 
     """Canonical name -> name in kohya files (what stands before `.lora_down.weight`), in the order given.
 
     Args:
-        family: a key of SPELLINGS.
+        family: what adapters for it are called, such as "sd1".
         layers: layers per block, for sgm names; told from the names where None.
 
     Raises:
         LorakitError: a name that is not in the tables, or a component that the family does not have.
     """
     names = list(names)
-    spelling = SPELLINGS[family]
+    spelling = registry.version_of(family).kohya
     layers = layers_per_block(names) if layers is None else layers
     places = {name: _from_dotted(name.removeprefix("unet.")) for name in names if name.startswith("unet.")}
     attention_ups = {p.block for p in places.values() if p and p.side == "up" and p.kind == "attentions"}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.weights import AdapterWeights
-from lorakit.core.layer_names import DENOISERS
+from lorakit.core import registry
 from lorakit.formats import keys
 from lorakit.formats.metadata import complete, sidecar
 from lorakit.formats.spec import FormatSpec
@@ -27,12 +27,7 @@ PARTS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_
 
 def check(method: str, family: str) -> str | None:
     """Why this format cannot carry `method` for `family`, or None."""
-    if family in DENOISERS:
-        return (
-            "the kohya format cannot carry this adapter: it has q, k and v of Stable Diffusion 3's attention in one "
-            "layer, where lorakit trains three; set output.formats = ['diffusers']"
-        )
-    return None
+    return registry.family_of(family).format_refusals.get("kohya")
 
 
 def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:

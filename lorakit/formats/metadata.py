@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit import __version__
 from lorakit.config import Config, without_paths
+from lorakit.core import registry
+from lorakit.families.spec import MODELSPEC_PREDICTIONS
 from lorakit.formats import keys
 
 if TYPE_CHECKING:
@@ -41,39 +42,6 @@ _OF_WEIGHTS = frozenset(
 )
 # Texts of the user's that the run needed and that readers of the adapter do not.
 _PRIVATE = {"data": ("instance_prompt", "class_prompt"), "sample": ("prompts", "negative_prompt")}
-
-
-@dataclass(frozen=True)
-class Tags:
-    """What a family is called by those who ask: sd-scripts, ModelSpec, and the sidecar of A1111."""
-
-    version: str
-    version_v: str
-    v2: str
-    architecture: str
-    architecture_v: str
-    implementation: str
-    label: str
-
-
-_DIFFUSERS, _SGM = "diffusers", "https://github.com/Stability-AI/generative-models"
-TAGS: dict[str, Tags] = {
-    "sd1": Tags(
-        *("sd_v1", "sd_v1_v", "False", "stable-diffusion-v1/lora", "stable-diffusion-v1/lora", _DIFFUSERS, "SD1")
-    ),
-    "sd2": Tags(
-        *("sd_v2", "sd_v2_v", "True", "stable-diffusion-v2-512/lora", "stable-diffusion-v2-768-v/lora"),
-        *(_DIFFUSERS, "SD2"),
-    ),
-    "sdxl": Tags(
-        *("sdxl_base_v1-0", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
-        *("stable-diffusion-xl-v1-base/lora", _SGM, "SDXL"),
-    ),
-    "sd3": Tags(*("sd3", "sd3", "False", "stable-diffusion-3/lora", "stable-diffusion-3/lora", _DIFFUSERS, "SD3")),
-}
-
-
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow_prediction": "flow"}
 
 
 class Base(Protocol):
@@ -113,11 +81,12 @@ def build(
         started: seconds since 1970.
         finished: seconds since 1970.
     """
-    tags, velocity = TAGS[base.family], base.prediction_type == "v_prediction"
+    tags = registry.version_of(base.family).tags
+    version, architecture = tags.of(base.prediction_type)
     side = config.data.resolution
     trigger = config.data.name.strip()
     found = {
-        "ss_base_model_version": tags.version_v if velocity else tags.version,
+        "ss_base_model_version": version,
         "ss_v2": tags.v2,
         "ss_output_name": name,
         "ss_sd_model_name": base.title,
@@ -130,11 +99,11 @@ def build(
         "ss_optimizer": config.optimizer.name,
         "ss_training_started_at": str(started),
         "ss_training_finished_at": str(finished),
-        "modelspec.architecture": tags.architecture_v if velocity else tags.architecture,
+        "modelspec.architecture": architecture,
         "modelspec.title": name,
         "modelspec.date": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": _PREDICTIONS[base.prediction_type],
+        "modelspec.prediction_type": MODELSPEC_PREDICTIONS[base.prediction_type],
         "lorakit.base": base.hash,
         "lorakit.config": json.dumps(_public(config), ensure_ascii=False, sort_keys=True),
     }
@@ -156,7 +125,7 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     """What follows from the weights alone."""
     from lorakit.formats import adapter_math  # needs torch; the rest of this page does not
 
-    tags = TAGS[weights.family]
+    tags = registry.version_of(weights.family).tags
     layers = adapter_math.uniform(weights)
     first = next(iter(layers.values()))
     lycoris = first.method in ("loha", "lokr")
@@ -180,7 +149,7 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     if weights.embeddings:
         found[WORDS] = " ".join(weights.embeddings)
     per_block = keys.layers_per_block(weights.layers)
-    if keys.SPELLINGS[weights.family].sgm and per_block != keys.DEFAULT_LAYERS_PER_BLOCK:
+    if registry.version_of(weights.family).kohya.sgm and per_block != keys.DEFAULT_LAYERS_PER_BLOCK:
         found["lorakit.layers_per_block"] = str(per_block)
     return found
 
@@ -196,22 +165,20 @@ def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, 
 
 def family(metadata: Mapping[str, str]) -> str | None:
     """The family that a file says it is for, or None where it says nothing."""
-    if metadata.get("lorakit.family") in TAGS:
+    if metadata.get("lorakit.family") in registry.versions():
         return metadata["lorakit.family"]
-    version = metadata.get("ss_base_model_version", "")
-    architecture = metadata.get("modelspec.architecture", "")
-    if version.startswith("sd3") or architecture.startswith("stable-diffusion-3"):
-        return "sd3"
-    if version.startswith("sdxl_") or architecture.startswith("stable-diffusion-xl"):
-        return "sdxl"
-    if metadata.get("ss_v2") == "True" or version.startswith("sd_v2") or architecture.startswith("stable-diffusion-v2"):
-        return "sd2"
-    return "sd1" if version.startswith("sd_v1") or architecture.startswith("stable-diffusion-v1") else None
+    version, architecture = (metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
+    second = metadata.get("ss_v2") == "True"
+    for name, (_, told) in reversed(registry.versions().items()):
+        begins = version.startswith(told.tag_prefixes[0]) or architecture.startswith(told.tag_prefixes[1])
+        if begins or (second and told.tags.v2 == "True"):
+            return name
+    return None
 
 
 def sidecar(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What `<name>.json` beside the adapter says: A1111 and InvokeAI take trigger words and weight from there."""
-    told = TAGS[family(metadata) or "sd1"].label
+    told = registry.version_of(family(metadata) or next(iter(registry.versions()))).tags.label
     return {
         "activation text": metadata.get("modelspec.trigger_phrase", ""),
         "preferred weight": 1.0,

@@ -75,7 +75,7 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
         for part, layers in _components(weights).items():
             folder = temporary / part
             files.write_safetensors(folder / PEFT_MODEL, _tensors(layers, dtype), complete(weights, metadata))
-            text = json.dumps(_config(part, layers), indent=2, sort_keys=True)
+            text = json.dumps(_config(part, layers, weights.family), indent=2, sort_keys=True)
             files.write_bytes(folder / PEFT_CONFIG, text.encode())
             written += [path / part / PEFT_CONFIG, path / part / PEFT_MODEL]
         _swap(temporary, path, old)
@@ -159,7 +159,7 @@ def _tensors(layers: Mapping[str, AnyLayer], dtype: str) -> dict[str, torch.Tens
     return adapter_math.cast(result, dtype)
 
 
-def _config(part: str, layers: Mapping[str, AnyLayer]) -> dict[str, Any]:
+def _config(part: str, layers: Mapping[str, AnyLayer], family: str) -> dict[str, Any]:
     """PEFT's config for one component, with no path of the user's in it."""
     one = next(iter(layers.values()))
     targets = [name.partition(".")[2].removeprefix(_TEXT_MODEL) for name in layers]
@@ -170,12 +170,12 @@ def _config(part: str, layers: Mapping[str, AnyLayer]) -> dict[str, Any]:
         flags = {"bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
         lora = {"peft_type": "LORA", "r": one.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "init_lora_weights": True}
         return common | flags | lora
-    rank = one.rank if isinstance(one, LohaLayer) else _lokr_rank(layers)
+    rank = one.rank if isinstance(one, LohaLayer) else _lokr_rank(layers, family)
     made = common | {"peft_type": one.method.upper(), "r": rank, "alpha": rank, "init_weights": True}
     return made | ({} if isinstance(one, LohaLayer) else {"decompose_both": False, "decompose_factor": -1})
 
 
-def _lokr_rank(layers: Mapping[str, AnyLayer]) -> int:
+def _lokr_rank(layers: Mapping[str, AnyLayer], family: str) -> int:
     """The rank by which PEFT cuts every one of these layers as they are cut: it decides from rank and width alone.
 
     Raises:
@@ -189,7 +189,7 @@ def _lokr_rank(layers: Mapping[str, AnyLayer]) -> int:
     rank = max(longest) if rank is None else rank
     for name, layer in layers.items():
         assert isinstance(layer, LokrLayer)
-        kernel = math.prod(layer.kernel or keys.kernel(name, "sd1"))
+        kernel = math.prod(layer.kernel or keys.kernel(name, family))
         (a, b), (c, d) = factorization(layer.size[0]), factorization(layer.size[1] // kernel)
         whole = rank >= max(b, d) / 2
         shapes = (len(layer.w1[0]), layer.w1[-1].shape[1], len(layer.w2[0]), layer.w2[-1].shape[1] // kernel)

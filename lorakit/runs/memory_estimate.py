@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from lorakit.config import Config
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.engine import weight_storage
+from lorakit.families.spec import LayerUse
 
 GIB = 2**30
 # Activations kept for the backward pass, as multiples of the values that come out of layers: of blocks, and of the
@@ -150,11 +151,11 @@ def _blocks(config: Config, info: Any) -> dict[str, _Block]:
     """Path -> block; what is in none is under ""."""
     side = config.data.resolution // info.downscale
     found: dict[str, _Block] = {}
-    for name, shape, places in placed(info.layers, side, side, info.text_tokens):
-        path = match[0] if (match := BLOCK.match(name.removeprefix("unet."))) else ""
-        block = found.setdefault(path, _Block(shape[1] * places))
-        block.outputs += shape[0] * places
-        block.flop += flop(name, shape, places, info.text_tokens)
+    for use in registry.family_of(info.family).layer_uses(info.layers, side, side, info.text_tokens):
+        path = match[0] if (match := BLOCK.match(use.name.removeprefix("unet."))) else ""
+        block = found.setdefault(path, _Block(use.shape[1] * use.places))
+        block.outputs += use.shape[0] * use.places
+        block.flop += flop(use)
     return found
 
 
@@ -174,16 +175,9 @@ def _factors(config: Config, device: str) -> tuple[float, float]:
     return (SAVE_LESS_FACTORS if use_save_less(config, device) else SAVE_ALL_FACTORS)[config.adapter.target_modules]
 
 
-def flop(name: str, shape: Sequence[int], places: int, tokens: int) -> float:
-    """Multiplications and additions of a UNet's layer in a forward pass, those of attention with its query's."""
-    total = 2.0 * math.prod(shape) * places
-    if name.endswith(".attn.to_q"):  # of picture and text together
-        total += 4 * (places + tokens) ** 2 * shape[0]
-    elif name.endswith("attn1.to_q") or (name.endswith("attn2.to_q") and ".attentions." not in name):
-        total += 4 * places * places * shape[0]
-    elif name.endswith("attn2.to_q"):
-        total += 4 * places * tokens * shape[0]
-    return total
+def flop(use: LayerUse) -> float:
+    """Multiplications and additions of a layer of the denoiser in a forward pass, those of attention with its query."""
+    return 2.0 * math.prod(use.shape) * use.places + 4 * use.attended * use.shape[0]
 
 
 def advice(doing: str, config: Config | None = None, device: str = "cuda") -> str:
@@ -206,45 +200,6 @@ def _ways(config: Config | None, device: str) -> str:
         ways.append(f"train.batch_size = 1 with train.gradient_accumulation_steps = {pictures}")
     ways.append("a lower data.resolution" + (f" (now {config.data.resolution})" if config else ""))
     return ", ".join(ways[:-1]) + (", or " if len(ways) > 1 else "") + ways[-1]
-
-
-def placed(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int) -> list[tuple[str, Any, int]]:
-    """Each UNet layer with the number of places it is applied at for one picture of `height` x `width` latent cells.
-
-    Down blocks halve the picture one after the other, up blocks double it; a sampler's convolution works at the size
-    it makes. Keys and values of cross-attention are of the text, and what embeds the timestep is applied once.
-    """
-    names = [name for name in shapes if name.startswith("unet.")]
-    if patches := shapes.get("unet.pos_embed.proj"):
-        cells = math.ceil(height / patches[-1]) * math.ceil(width / patches[-1])
-        return [(name, shapes[name], _joint_places(name, cells, tokens)) for name in names]
-    levels = 1 + max((int(m[1]) for name in names if (m := re.match(r"unet\.down_blocks\.(\d+)\.", name))), default=0)
-    found = []
-    for name in names:
-        block = re.match(r"unet\.(down|up)_blocks\.(\d+)\.", name)
-        if "mid_block" in name:
-            level = levels - 1
-        elif block is None:
-            level = 0
-        elif block[1] == "down":
-            level = int(block[2]) + ("downsamplers" in name)
-        else:
-            level = levels - 1 - int(block[2]) - ("upsamplers" in name)
-        if re.search(r"time_emb|add_embedding", name):
-            places = 1
-        elif name.endswith(("attn2.to_k", "attn2.to_v")):
-            places = tokens
-        else:
-            places = math.ceil(height / 2**level) * math.ceil(width / 2**level)
-        found.append((name, shapes[name], places))
-    return found
-
-
-def _joint_places(name: str, cells: int, tokens: int) -> int:
-    """How often a layer of Stable Diffusion 3's transformer is applied: to each patch, to each token, or once."""
-    if re.search(r"norm(1|1_context|_out)\.linear|time_text_embed", name):
-        return 1
-    return tokens if re.search(r"ff_context|add_[qkv]_proj|to_add_out|context_embedder", name) else cells
 
 
 def _width(config: Config, device: str) -> int:

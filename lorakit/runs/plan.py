@@ -212,7 +212,7 @@ def problems(config: Config, info: Any) -> list[str]:
 
 def _selected(config: Config, info: Any) -> list[str]:
     """The layers that get an adapter."""
-    return targets.select(info.layers, config.adapter.target_modules, config.adapter.train_text_encoder)
+    return targets.select(info.family, info.layers, config.adapter.target_modules, config.adapter.train_text_encoder)
 
 
 def count_weights(
@@ -250,21 +250,20 @@ def run_length(config: Config, photos: int, batches: int) -> tuple[int, str]:
     return train.steps, f"{train.steps} steps{of}, {train.steps / photos:.3g} for each of {count}"
 
 
-def forward_flop(shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int = 77) -> float:
-    """Floating-point operations of one UNet forward pass for one picture of `height` x `width` latent cells.
+def forward_flop(family: str, shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int = 77) -> float:
+    """Floating-point operations of one forward pass of a family's denoiser for one picture of so many latent cells.
 
     Two for each weight and place it is applied at, and 4 n m c for an attention of n places to m of width c. Gives the
     counts of torch's own counter for the real models: SD1.5 at 512 px 0.803e12, SDXL at 1024 px 6.761e12.
     """
-    layers = memory_estimate.placed(shapes, height, width, tokens)
-    return sum(memory_estimate.flop(name, shape, places, tokens) for name, shape, places in layers)
+    return sum(map(memory_estimate.flop, registry.family_of(family).layer_uses(shapes, height, width, tokens)))
 
 
 def estimate_seconds(config: Config, info: Any, steps: int) -> float:
     """Duration on this CPU: training, class images and sample grids; loading and validation are small beside them."""
     train, sample = config.train, config.sample
     side = config.data.resolution // info.downscale
-    flop = forward_flop(info.layers, side, side, info.text_tokens)
+    flop = forward_flop(info.family, info.layers, side, side, info.text_tokens)
     speed = CPU_SHARE * _matmul_speed()
     overhead = CPU_LAYER_SECONDS * sum(name.startswith("unet.") for name in info.layers)
     passes = PASSES_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else PASSES

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakit import config as configuration, families
 from lorakit.config import LENGTHS, Config
+from lorakit.core import registry
 from lorakit.families import hub
 
 # The options that everybody has to answer for; all others have a preset's value.
@@ -16,8 +17,6 @@ PHOTOS, KIND, NAME, BASE = QUESTIONS = ("data.folder", "data.kind", "data.name",
 GIVEN = ("output.folder",)
 # Exactly one of these is set.
 LENGTH_KEYS = tuple(f"train.{name}" for name in LENGTHS)
-# Which presets are for which family of base model.
-PRESET_FOR_FAMILY = {"sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl", "sd3": "sd3"}
 # How much longer or shorter than its preset a run is.
 QUALITIES = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
 
@@ -52,7 +51,10 @@ def default_preset(base: str, kind: str) -> tuple[str, str]:
     if base == "pocket":
         return f"{kind}-pocket", "for the bundled base"
     family = families.describe(base).family
-    return f"{kind}-{PRESET_FOR_FAMILY[family]}", f"for a base of the family {family}; --preset chooses another"
+    return (
+        f"{kind}-{registry.version_of(family).preset}",
+        f"for a base of the family {family}; --preset chooses another",
+    )
 
 
 def describe(base: str) -> Any:

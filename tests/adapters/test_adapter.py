@@ -66,8 +66,8 @@ def test_after_two_steps_every_announced_layer_has_learned(
     assert len(adapter.layers) == sum(modules for modules, _ in adapter.describe().values())
     assert set(adapter.describe()) == {"unet", *(family.text_encoders if text else ())}
     for layer, weights in adapter.weights().layers.items():
-        assert bool(weights.delta().any()) is (layer not in family.info.idle), layer
-        if layer not in family.info.idle and method == "dora":
+        assert bool(weights.delta().any()) is (layer not in family.info.untrained_layers), layer
+        if layer not in family.info.untrained_layers and method == "dora":
             assert not torch.equal(weights.magnitude, before[layer].magnitude), layer
 
 

@@ -58,7 +58,7 @@ def sdxl() -> list[str]:
 def test_sd15_has_as_many_layers_as_sd_scripts_trains(
     sd15: list[str], target_modules: str, text: bool, count: int
 ) -> None:
-    chosen = targets.select(sd15, target_modules, text)
+    chosen = targets.select("sd1", sd15, target_modules, text)
     assert len(chosen) == len(set(chosen)) == count
 
 
@@ -69,11 +69,11 @@ def test_sd15_has_as_many_layers_as_sd_scripts_trains(
 def test_sdxl_has_as_many_layers_as_sd_scripts_trains(
     sdxl: list[str], target_modules: str, text: bool, count: int
 ) -> None:
-    assert len(targets.select(sdxl, target_modules, text)) == count
+    assert len(targets.select("sdxl", sdxl, target_modules, text)) == count
 
 
 def test_what_programs_lose_is_left_out(sd15: list[str]) -> None:
-    chosen = targets.select(sd15, "linear+conv", True)
+    chosen = targets.select("sd1", sd15, "linear+conv", True)
     for name in ("unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1"):
         assert name in sd15
         assert name not in chosen
@@ -82,15 +82,17 @@ def test_what_programs_lose_is_left_out(sd15: list[str]) -> None:
 
 def test_attention_means_q_k_v_and_out(sd15: list[str]) -> None:
     block = "unet.mid_block.attentions.0.transformer_blocks.0"
-    chosen = [name for name in targets.select(sd15, "attention", True) if name.startswith(block)]
+    chosen = [name for name in targets.select("sd1", sd15, "attention", True) if name.startswith(block)]
     assert [name.removeprefix(block) for name in chosen] == [
         f".{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")
     ]
     first = "text_encoder.text_model.encoder.layers.0."
-    text = {name.removeprefix(first) for name in targets.select(sd15, "attention", True) if name.startswith(first)}
+    text = {
+        name.removeprefix(first) for name in targets.select("sd1", sd15, "attention", True) if name.startswith(first)
+    }
     assert text == {f"self_attn.{layer}_proj" for layer in ("q", "k", "v", "out")}
 
 
 def test_the_order_of_the_layers_is_kept(sd15: list[str]) -> None:
-    chosen = targets.select(sd15, "linear", True)
+    chosen = targets.select("sd1", sd15, "linear", True)
     assert chosen == [name for name in sd15 if name in set(chosen)]

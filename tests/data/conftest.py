@@ -1,6 +1,6 @@
 """What the tests of the data room share: a folder to fill, and a base that has a tokenizer and nothing else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,18 +8,12 @@ import pytest
 
 @dataclass
 class BareBase:
-    """What `check` asks of a base: four pixels a latent, two downsamplers, so sides are multiples of 16."""
+    """What `check` asks of a base: four pixels a latent, sides are multiples of 16."""
 
     path: Path
     downscale: int = 4
     max_tokens: int = 77
-    layers: dict[str, tuple[int, ...]] = field(
-        default_factory=lambda: {
-            "unet.down_blocks.0.downsamplers.0.conv": (32, 32, 3, 3),
-            "unet.down_blocks.1.downsamplers.0.conv": (64, 64, 3, 3),
-            "unet.up_blocks.0.upsamplers.0.conv": (64, 64, 3, 3),
-        }
-    )
+    bucket_step: int = 16
 
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"

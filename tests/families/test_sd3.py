@@ -101,7 +101,7 @@ def test_what_the_folder_is(folder: Path) -> None:
     assert info.text_tokens == 77 + 256
     assert set(info.bytes) == {"unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     # Sixteen pixels to a patch: two latents of eight.
-    assert checks.step_of(info) == 16
+    assert info.bucket_step == 16
     assert info.untrained_layers == {f"unet.transformer_blocks.{tiny_sd3.BLOCKS - 1}.attn.add_q_proj"}
 
 
@@ -324,8 +324,8 @@ def test_operations_at_true_size_are_those_that_torch_counts() -> None:
         for name, tensor in model.state_dict().items()
         if name.endswith(".weight") and tensor.ndim in (2, 4)
     }
-    assert plan.forward_flop(shapes, 128, 128, 77 + 256) == pytest.approx(counter.get_total_flops(), rel=1e-9)
-    chosen = targets.select(shapes, "linear", False)
+    assert plan.forward_flop("sd3", shapes, 128, 128, 77 + 256) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    chosen = targets.select("sd3", shapes, "linear", False)
     # 24 blocks of 8 projections, 13 with 4 more; the last lacks one and its text's feed-forward; 4 in the others.
     assert len(chosen) == 24 * 8 - 1 + 13 * 4 + 24 * 4 - 2
     assert all(keys.is_read_everywhere(name) for name in chosen)
@@ -335,6 +335,6 @@ def test_a_plan_can_be_made_without_loading(folder: Path, photos: Path, tmp_path
     asked = config.load(None, options(folder, photos, tmp_path / "run"))
     info = families.describe(asked.model)
     made = plan.make(asked, info, checks.check(asked.data, info))
-    assert made.modules["unet"][0] == len(targets.select(info.layers, "linear", False))
+    assert made.modules["unet"][0] == len(targets.select("sd3", info.layers, "linear", False))
     assert made.modules.keys() == {"unet", "text_encoder", "text_encoder_2"}
     assert made.memory["activations"] > 0

@@ -30,6 +30,10 @@ class Info:
     variants: dict[str, str | None] = field(default_factory=dict)
     slots: dict[str, dict[str, ldm.Slot]] | None = None
 
+    @property
+    def family(self) -> str:
+        return {"sd15": "sd1"}.get(self.name, self.name)
+
     def __post_init__(self) -> None:
         with gzip.open(KEYS / f"{self.name}.tsv.gz", "rt", encoding="utf-8") as file:
             rows = [line.rstrip("\n").split("\t") for line in file]
@@ -43,7 +47,8 @@ def chosen(resolution: int, modules: str = "attention", **changes: Any) -> confi
 
 
 def trained(settings: config.Config, info: Info) -> dict[str, tuple[int, int]]:
-    selected = targets.select(info.layers, settings.adapter.target_modules, settings.adapter.train_text_encoder)
+    adapter = settings.adapter
+    selected = targets.select(info.family, info.layers, adapter.target_modules, adapter.train_text_encoder)
     return plan.count_weights(selected, info.layers, settings.adapter)
 
 

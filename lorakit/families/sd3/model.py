@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
@@ -36,7 +36,7 @@ class StableDiffusion3:
     ):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with loading.quiet():
-            self.unet = loading.load_unet(info, self.device, dtype, storage, stream, SD3Transformer2DModel)
+            self.unet = loading.load_unet(info, self.device, dtype, storage, stream)
             self.text_encoders: dict[str, Any] = {
                 name: loading.load_module(info, name, CLIPTextModelWithProjection, dtype) for name in CLIPS
             }

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, LoraLayer
-from lorakit.core import safetensors_header
+from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import ldm
@@ -70,7 +70,7 @@ def extract(
         LorakitError: no folder in diffusers layout, different models, nothing that changed, or a wrong rank or energy.
     """
     layers: dict[str, AnyLayer] = {}
-    for part in keys.SPELLINGS[family].text.keys() | {"unet"}:
+    for part in registry.version_of(family).kohya.text.keys() | {"unet"}:
         before, after = (_tensors(Path(model), part, keys.to_diffusers_name(part, family)) for model in (base, tuned))
         for name in before:
             if not keys.is_read_everywhere(name):

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 
 from lorakit.adapters.weights import AdapterWeights
-from lorakit.core import safetensors_header
+from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import ldm
-from lorakit.formats import files, metadata
+from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
+from lorakit.formats import files
 from lorakit.formats.edit import extract
 
 # Of a base's metadata, what is not true of the merged one.
@@ -235,20 +236,20 @@ def _portable(part: str, name: str) -> str:
 def _marks(base: Base) -> list[str]:
     """Keys without a value by which programs know what the model predicts (see `ldm.prediction`)."""
     scheduler = base.configs["scheduler"]
-    if scheduler.get("prediction_type", "epsilon") != "v_prediction":
+    if scheduler.get("prediction_type") != VELOCITY:
         return []
     return ["v_pred", "ztsnr"] if scheduler.get("rescale_betas_zero_snr") else ["v_pred"]
 
 
 def _told(base: Base, title: str) -> dict[str, str]:
-    tags, velocity = metadata.TAGS[base.family], base.prediction_type == "v_prediction"
-    architecture = tags.architecture_v if velocity else tags.architecture
+    tags = registry.version_of(base.family).tags
+    _, architecture = tags.of(base.prediction_type)
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture.removesuffix("/lora"),
         "modelspec.implementation": tags.implementation,
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "modelspec.prediction_type": MODELSPEC_PREDICTIONS[base.prediction_type],
         "modelspec.title": title,
     }
 

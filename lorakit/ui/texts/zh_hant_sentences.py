@@ -250,7 +250,7 @@ SENTENCES = {
     "base {path} is not a folder in diffusers layout: no model_index.json; it holds {names}": (
         "{path} 不是 diffusers 格式的資料夾：沒有 model_index.json；裡面是 {names}"
     ),
-    "base {path} is a {kind}; lorakit trains Stable Diffusion 1.x, 2.x, XL and 3": (
+    "base {path} is a {kind}; lorakit trains {families}": (
         "{path} 是 {kind}；lorakit 可訓練 Stable Diffusion 1.x、2.x、XL 與 3"
     ),
     "{file} is {kind}; in one file lorakit reads Stable Diffusion 1.x, 2.x and XL": (
@@ -260,8 +260,8 @@ SENTENCES = {
     "train.min_snr_gamma is not defined for base {name}, which predicts the flow: leave it unset": (
         "基礎模型 {name} 預測 flow，train.min_snr_gamma 對它沒有定義：請不要設定"
     ),
-    "adapter.new_tokens: base {name} reads texts by T5 too, which learns no words; set it to 0": (
-        "adapter.new_tokens：基礎模型 {name} 也用 T5 讀文字，而 T5 不學新詞；請設為 0"
+    "adapter.new_tokens: base {name} reads texts by {encoder} too, which learns no words; set it to 0": (
+        "adapter.new_tokens：基礎模型 {name} 也用 {encoder} 讀文字，而它不學新詞；請設為 0"
     ),
     "without {encoder}": "沒有 {encoder}",
     "base {path} lacks {parts}: get the base again": "基礎模型 {path} 缺少 {parts}：請重新取得",

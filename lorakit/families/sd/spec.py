@@ -1,0 +1,55 @@
+"""Stable Diffusion 1.x and 2.x as data. They differ in the width of the text and in names."""
+
+from lorakit.families import unet
+from lorakit.families.spec import FamilySpec, KohyaNames, ModelVersion, Reads, Tags, TextEncoder
+from lorakit.families.unet import ALL_BLOCKS, COMFY_DOTTED, DOTTED_ALL, DOTTED_UNET, SGM, TE, TE1, TOP, TOP_SGM
+
+_BOTH = {
+    "forge": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1)),
+    "comfyui": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1, *COMFY_DOTTED)),
+    "invokeai": Reads((*ALL_BLOCKS, *TOP, *TE)),
+    "sd-scripts": Reads((*ALL_BLOCKS, *TE)),
+    "sd.cpp": Reads((*ALL_BLOCKS, *SGM, *TE, *TE1, *DOTTED_UNET)),
+    "diffusers": Reads((*ALL_BLOCKS, *TOP, *TE, *TE1, *DOTTED_ALL)),
+    "peft": Reads(DOTTED_ALL),
+}
+_TEXT = {"text_encoder": "lora_te_"}
+
+SD1 = ModelVersion(
+    name="sd1",
+    title="Stable Diffusion 1",
+    preset="sd15",
+    cross_dim=768,
+    kohya=KohyaNames(sgm=False, text=_TEXT, conv_projections=True),
+    tags=Tags("sd_v1", "stable-diffusion-v1/lora", "SD1", version_v="sd_v1_v"),
+    tag_prefixes=("sd_v1", "stable-diffusion-v1"),
+    readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1))},
+)
+# Only SD2's OpenCLIP is 1024 wide; whatever else has one text encoder is SD1, small models included.
+SD2 = ModelVersion(
+    name="sd2",
+    title="Stable Diffusion 2",
+    preset="sd15",
+    cross_dim=1024,
+    kohya=KohyaNames(sgm=False, text=_TEXT),
+    tags=Tags(
+        "sd_v2",
+        "stable-diffusion-v2-512/lora",
+        "SD2",
+        version_v="sd_v2_v",
+        architecture_v="stable-diffusion-v2-768-v/lora",
+        v2="True",
+    ),
+    tag_prefixes=("sd_v2", "stable-diffusion-v2"),
+    readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE), whole_attention=("lora_te_",))},
+)
+SPEC = FamilySpec(
+    name="sd",
+    pipeline="StableDiffusion",
+    loader="lorakit.families.sd.model:StableDiffusion",
+    text_encoders=(TextEncoder("text_encoder"),),
+    versions=(SD1, SD2),
+    target_patterns=unet.TARGET_PATTERNS,
+    layer_uses=unet.layer_uses,
+    bucket_step=unet.bucket_step,
+)

@@ -1,0 +1,96 @@
+"""Stable Diffusion 3 and 3.5 as data."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from lorakit.families.spec import (
+    FLOW,
+    FamilySpec,
+    KohyaNames,
+    LayerUse,
+    ModelVersion,
+    Reads,
+    Shapes,
+    Tags,
+    TextEncoder,
+)
+from lorakit.families.unet import COMFY_TEXT, DOTTED_TEXT
+
+PATCHES = "unet.pos_embed.proj"
+# `attn` is the attention of picture and text together, with projections of its own for the text; `attn2` is 3.5
+# medium's second attention, of the picture alone.
+_ATTENTION = r"\.attn2?\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)$"
+_LINEAR = _ATTENTION + r"|\.ff(_context)?\.net\.(0\.proj|2)$"
+
+
+def layer_uses(shapes: Shapes, height: int, width: int, tokens: int) -> list[LayerUse]:
+    """See `FamilySpec.layer_uses`: a layer is applied to each patch, to each token, or once."""
+    side = shapes[PATCHES][-1]
+    cells = math.ceil(height / side) * math.ceil(width / side)
+    uses = []
+    for name in shapes:
+        if not name.startswith("unet."):
+            continue
+        if re.search(r"norm(1|1_context|_out)\.linear|time_text_embed", name):
+            places = 1
+        elif re.search(r"ff_context|add_[qkv]_proj|to_add_out|context_embedder", name):
+            places = tokens
+        else:
+            places = cells
+        attended = 0
+        if name.endswith(".attn.to_q"):
+            attended = (cells + tokens) ** 2
+        elif name.endswith(".attn2.to_q"):
+            attended = cells * cells
+        uses.append(LayerUse(name, shapes[name], places, attended))
+    return uses
+
+
+def bucket_step(shapes: Shapes, downscale: int) -> int:
+    """See `FamilySpec.bucket_step`: the pixels of a patch."""
+    return int(downscale * shapes[PATCHES][-1])
+
+
+SD3 = ModelVersion(
+    name="sd3",
+    title="Stable Diffusion 3",
+    preset="sd3",
+    kohya=KohyaNames(sgm=False, text={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}),
+    tags=Tags("sd3", "stable-diffusion-3/lora", "SD3"),
+    tag_prefixes=("sd3", "stable-diffusion-3"),
+    # ComfyUI's rule was read in its loader, diffusers' and PEFT's were run; of the other programs none is known to read
+    # these adapters.
+    readers={
+        "comfyui": Reads((r"transformer\.transformer_blocks\..+", *COMFY_TEXT)),
+        "diffusers": Reads((r"transformer\..+", *DOTTED_TEXT)),
+        "peft": Reads((r"transformer\..+", *DOTTED_TEXT)),
+    },
+)
+SPEC = FamilySpec(
+    name="sd3",
+    pipeline="StableDiffusion3",
+    loader="lorakit.families.sd3.model:StableDiffusion3",
+    text_encoders=(
+        TextEncoder("text_encoder"),
+        TextEncoder("text_encoder_2"),
+        TextEncoder("text_encoder_3", kind="T5", trainable=False, optional=True, extra_tokens=256),
+    ),
+    versions=(SD3,),
+    denoiser="transformer",
+    denoiser_class="SD3Transformer2DModel",
+    prediction=FLOW,
+    target_patterns={"attention": _ATTENTION, "linear": _LINEAR, "linear+conv": _LINEAR},
+    layer_uses=layer_uses,
+    bucket_step=bucket_step,
+    block_layers=re.compile(
+        r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        r"|attn2\.(?:to_[qkv]|to_out\.0)|ff(?:_context)?\.net\.(?:0\.proj|2))"
+    ),
+    dead_end_layers=("attn.add_q_proj",),
+    format_refusals={
+        "kohya": "the kohya format cannot carry this adapter: it has q, k and v of Stable Diffusion 3's attention in "
+        "one layer, where lorakit trains three; set output.formats = ['diffusers']"
+    },
+)

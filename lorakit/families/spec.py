@@ -1,0 +1,177 @@
+"""What a family of base models is, as data: one `FamilySpec` for each, in `families/<name>/spec.py`. No torch here.
+
+`registry.FAMILIES` names the specs; how a base is recognised, which layers are adapted, what files are called and what
+memory a run takes follow from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+Shapes = Mapping[str, Sequence[int]]
+
+EPSILON, VELOCITY, FLOW = "epsilon", "v_prediction", "flow_prediction"
+# Prediction type -> what ModelSpec calls it.
+MODELSPEC_PREDICTIONS = {EPSILON: "epsilon", VELOCITY: "v", FLOW: "flow"}
+
+
+class LayerUse(NamedTuple):
+    """How often a layer of the denoiser is applied in a forward pass for one picture.
+
+    Attributes:
+        name: canonical name.
+        shape: of its weight.
+        places: how often the weight is applied: to each latent cell, to each token, or once.
+        attended: pairs of query and key, of a layer that makes an attention's queries; else 0.
+    """
+
+    name: str
+    shape: Sequence[int]
+    places: int
+    attended: int = 0
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder.
+
+    Attributes:
+        name: its folder in diffusers layout; its tokenizer's is `tokenizer` for `text_encoder`, and so on.
+        kind: "CLIP" or "T5".
+        trainable: whether an adapter may enter it and words may be learned in it.
+        optional: whether a base may do without, where model_index.json says so.
+        extra_tokens: tokens that the denoiser attends to beside CLIP's.
+    """
+
+    name: str
+    kind: str = "CLIP"
+    trainable: bool = True
+    optional: bool = False
+    extra_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class KohyaNames:
+    """How layers are named in kohya files.
+
+    Attributes:
+        sgm: whether blocks of the UNet have sgm's names; else diffusers'.
+        text: text encoder -> prefix.
+        conv_projections: whether `proj_in` and `proj_out` are 1x1 convolutions.
+    """
+
+    sgm: bool
+    text: Mapping[str, str]
+    conv_projections: bool = False
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What sd-scripts, ModelSpec and the sidecar of A1111 call a family; `_v` of a base that predicts v."""
+
+    version: str
+    architecture: str
+    label: str
+    version_v: str = ""
+    architecture_v: str = ""
+    v2: str = "False"
+    implementation: str = "diffusers"
+
+    def of(self, prediction_type: str) -> tuple[str, str]:
+        """sd-scripts' version and ModelSpec's architecture of a base that predicts this."""
+        if prediction_type == VELOCITY:
+            return self.version_v or self.version, self.architecture_v or self.architecture
+        return self.version, self.architecture
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What one program reads of the adapters of a family.
+
+    Attributes:
+        names: patterns of the module names that it reads.
+        whole_attention: prefixes whose q, k, v and out must all be there, or the layer is dropped.
+        ordered_attention: prefixes of which it reads q, k, v in this order up to the first that is missing.
+    """
+
+    names: tuple[str, ...]
+    whole_attention: tuple[str, ...] = ()
+    ordered_attention: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """Bases whose adapters fit each other: a family, or a part of it that differs in width alone.
+
+    Attributes:
+        name: what adapters for it are called: "sd1".
+        title: for a person: "Stable Diffusion 1".
+        preset: what the presets for it are called behind "subject-" and "style-".
+        cross_dim: width of the text that the denoiser attends to, where that tells the version.
+        kohya: names in kohya files.
+        tags: what files say they are for.
+        tag_prefixes: what `ss_base_model_version` and `modelspec.architecture` of its adapters begin with.
+        key_prefixes: names of modules that only its adapters have begin with one of these.
+        readers: program (a key of `compatibility.CONSUMERS`) -> what it reads; one that is absent reads nothing.
+    """
+
+    name: str
+    title: str
+    preset: str
+    kohya: KohyaNames
+    tags: Tags
+    tag_prefixes: tuple[str, str]
+    readers: Mapping[str, Reads]
+    cross_dim: int | None = None
+    key_prefixes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """A family of base models that one class loads and that train alike.
+
+    Attributes:
+        name: its key in `registry.FAMILIES`.
+        pipeline: what the name of a pipeline class in model_index.json begins with; the longest that fits counts.
+        loader: "module:Class" of the `families.Family`.
+        text_encoders: in the order of their names.
+        versions: the first is meant where nothing tells.
+        denoiser: the denoiser's folder in diffusers layout, and its name in diffusers' and PEFT's files. Here and in
+            kohya files it is the "unet" whatever it is.
+        denoiser_class: its class in diffusers.
+        prediction: the prediction type, or None where the scheduler's configuration says.
+        target_patterns: `adapter.target_modules` -> pattern of the denoiser's layers, without "unet" in front.
+        layer_uses: (layers, height, width, tokens) -> use of each layer for a picture of so many latent cells.
+        bucket_step: (layers, pixels to a latent) -> what the sides of a bucket must be multiples of, in pixels.
+        block_layers: the denoiser's layers that programs read, where they are not those of Stable Diffusion's UNet.
+        first_encoder_ends_early: whether its first text encoder is read before the last layer, and for nothing else.
+        dead_end_layers: endings of layers whose output nothing reads in the last block.
+        format_refusals: format -> why it cannot carry adapters of this family.
+    """
+
+    name: str
+    pipeline: str
+    loader: str
+    text_encoders: tuple[TextEncoder, ...]
+    versions: tuple[ModelVersion, ...]
+    target_patterns: Mapping[str, str]
+    layer_uses: Callable[[Shapes, int, int, int], list[LayerUse]]
+    bucket_step: Callable[[Shapes, int], int]
+    denoiser: str = "unet"
+    denoiser_class: str = "UNet2DConditionModel"
+    prediction: str | None = None
+    block_layers: re.Pattern[str] | None = None
+    first_encoder_ends_early: bool = False
+    dead_end_layers: tuple[str, ...] = ()
+    format_refusals: Mapping[str, str] = field(default_factory=dict)
+
+    def version(self, cross_dim: int | None) -> ModelVersion:
+        """The version whose text is so wide; the first where none is."""
+        return next((version for version in self.versions if version.cross_dim == cross_dim), self.versions[0])
+
+    def trainable_encoders(self) -> tuple[str, ...]:
+        """The text encoders that an adapter may enter."""
+        return tuple(encoder.name for encoder in self.text_encoders if encoder.trainable)
