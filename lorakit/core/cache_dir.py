@@ -1,4 +1,4 @@
-"""Where things are kept that several runs share: latents, class images, compiled code. All of it may be deleted."""
+"""Folder of files that several runs share: latents, class images, compiled code. All of it may be deleted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """`LORAKIT_CACHE`, where `~` is the home folder, else ~/.cache/lorakit."""
-    named = os.environ.get("LORAKIT_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "lorakit"
+    """`LORAKIT_CACHE` (`~` is the home folder), else ~/.cache/lorakit."""
+    folder = os.environ.get("LORAKIT_CACHE")
+    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "lorakit"

@@ -1,4 +1,4 @@
-"""Pictures on disk and side by side; Pillow alone."""
+"""Draw grids of pictures and save pictures, with Pillow alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lorakit.core import atomic
 
-# Cells smaller than this (pixels) are enlarged by a whole factor, so that a label fits below and pixels stay pixels.
+# Smaller cells are enlarged to at least this many pixels by a whole factor, so that a label fits below.
 SMALLEST_CELL = 160
 GAP = 8
 FONT_SIZE = 13
@@ -21,10 +21,10 @@ EMPTY = (228, 228, 225)
 def grid(
     images: Sequence[Image.Image | None], rows: Sequence[str], columns: Sequence[str], *, largest: int = 512
 ) -> Image.Image:
-    """Pictures, row by row, with a label left of each row and below the last one a label for each column.
+    """Draw pictures row by row, with a label left of each row and a label below each column.
 
     Args:
-        images: `len(rows) * len(columns)` of them; None leaves a grey cell.
+        images: `len(rows) * len(columns)` pictures; None draws a grey cell.
         largest: cells with a longer side are scaled down to it.
 
     Raises:
@@ -36,7 +36,7 @@ def grid(
     line = FONT_SIZE + 5
     first = next(image for image in images if image is not None)
     width, height = _cell(first.size, largest)
-    captions = [_wrapped(text, font, width) for text in columns]
+    captions = [_wrap(text, font, width) for text in columns]
     left = max((int(font.getlength(text)) for text in rows), default=0)
     left += 2 * GAP if left else GAP
     foot = max(map(len, captions)) * line + GAP
@@ -66,7 +66,7 @@ def grid(
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a PNG in one instant; every text in `image.info` is written into it."""
+    """Write a PNG atomically, with every text of `image.info`."""
     text = PngImagePlugin.PngInfo()
     for key, value in image.info.items():
         if isinstance(key, str) and isinstance(value, str):
@@ -92,8 +92,8 @@ def _cell(size: tuple[int, int], largest: int) -> tuple[int, int]:
     return max(1, round(width * shrink)), max(1, round(height * shrink))
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels; a word that is wider stands alone and is cut by the cell's edge."""
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Break the text into lines of at most `width` pixels. A wider word is a line of its own."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

@@ -1,6 +1,6 @@
-"""A model file from outside: its safetensors header, read by hand, and what kind of thing it holds.
+"""Read the safetensors header of a model file, and recognise the kind of model.
 
-No torch, and nothing is ever executed; a damaged or foreign file is named for what it is.
+Imports no torch at module level and executes nothing from the file. Errors name damaged files and other formats.
 
 Layout: 8 bytes little-endian length n, n bytes of JSON `{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`,
 then the tensors' bytes (https://github.com/huggingface/safetensors#format).
@@ -35,7 +35,7 @@ _MAGIC = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: safetensors' dtype name ("F16"), shape, and where its bytes lie in the file."""
+    """One tensor of a file: safetensors' dtype name ("F16"), shape, and the offsets of its bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself."""
+    """The header of a file: its tensors and metadata."""
 
     path: Path
     tensors: dict[str, TensorInfo]
@@ -61,7 +61,7 @@ def read(path: Path) -> Header:
     """Read and check the header of a safetensors file.
 
     Raises:
-        LorakitError: no such file, another kind of file (named), or a damaged or half-downloaded one.
+        LorakitError: no such file, a file of another format (named), or a damaged or incomplete file.
     """
     try:
         size = path.stat().st_size
@@ -83,11 +83,11 @@ def read(path: Path) -> Header:
         raise LorakitError(f"{path}: not a safetensors file")
     if len(raw) < length or 8 + length > size:
         raise LorakitError(f"{path}: cut off inside its header ({size} bytes): download it again")
-    return _checked(path, raw, size, 8 + length)
+    return _parse(path, raw, size, 8 + length)
 
 
-def _checked(path: Path, raw: bytes, size: int, data_start: int) -> Header:
-    """The header from its JSON; every offset must lie inside the file and agree with shape and dtype."""
+def _parse(path: Path, raw: bytes, size: int, data_start: int) -> Header:
+    """Parse the JSON of the header. Every offset must be inside the file."""
     try:
         table = json.loads(raw)
         metadata = table.pop("__metadata__", {})
@@ -111,7 +111,7 @@ def _checked(path: Path, raw: bytes, size: int, data_start: int) -> Header:
     return Header(path, tensors, metadata, data_start)
 
 
-# In this order: the first kind of which one tensor's name is enough.
+# A file is of the first kind whose pattern matches the name of one of its tensors.
 _KINDS = {
     "lycoris": r"\.(oft_|w_norm$|on_input$|diff$)",
     "adapter": r"^lora_(unet|te\d?)_|\.(hada|lokr)_w|\.lora_[AB]\.|\.(lora|lora_linear_layer)\.(down|up)\."
@@ -126,25 +126,26 @@ _KINDS = {
 
 
 def kind(shapes: dict[str, tuple[int, ...]]) -> str:
-    """One word for what a file holds, from its tensors' names: "adapter", "lycoris", "checkpoint", "unet", "vae",
-    "text encoder", "embedding", "controlnet", or "unknown".
+    """The kind of a file, from the names of its tensors.
+
+    One of "adapter", "lycoris", "checkpoint", "unet", "vae", "text encoder", "embedding", "controlnet", "unknown".
     """
     for word, pattern in _KINDS.items():
         if any(re.search(pattern, name) for name in shapes):
             return word
-    # An embedding may also be named after its token alone; it is known by the width of CLIP.
+    # An embedding may have only the name of its token. Its width is that of CLIP.
     vectors = 0 < len(shapes) <= 4 and all(len(shape) <= 2 for shape in shapes.values())
     return "embedding" if vectors and {s[-1] for s in shapes.values() if s} <= {768, 1024, 1280} else "unknown"
 
 
 def scalars(header: Header, suffix: str) -> dict[str, float]:
-    """The values of all one-element tensors whose name ends in `suffix`, by name (used for `.alpha`)."""
-    one = [name for name, info in header.tensors.items() if name.endswith(suffix) and info.shape in ((), (1,))]
-    return {name: found[0] for name in one if (found := values(header, name))}
+    """Name -> value of all one-element tensors whose name ends in `suffix` (used for `.alpha`)."""
+    names = [name for name, info in header.tensors.items() if name.endswith(suffix) and info.shape in ((), (1,))]
+    return {name: numbers[0] for name in names if (numbers := values(header, name))}
 
 
 def values(header: Header, name: str) -> list[float]:
-    """The numbers of one tensor in memory order; [] where its dtype is none of the usual."""
+    """The numbers of one tensor in memory order; [] if its dtype is not F64, F32, F16, BF16, I64 or I32."""
     formats = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i"}
     info = header.tensors[name]
     with header.path.open("rb") as file:
@@ -166,17 +167,17 @@ DTYPES = {
 
 def dtype_name(tensor: torch.Tensor) -> str:
     """safetensors' name of a tensor's dtype."""
-    return next(name for name, known in DTYPES.items() if known == str(tensor.dtype).removeprefix("torch."))
+    return next(name for name, torch_name in DTYPES.items() if torch_name == str(tensor.dtype).removeprefix("torch."))
 
 
 def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor, on the CPU, one at a time in the order in which they lie in the file.
+    """Yield name and tensor on the CPU, in the order of the file.
 
-    They are read, not mapped: memory holds no more than what the caller keeps, and a file that is replaced meanwhile
-    does not end the process.
+    The tensors are read, not mapped. So memory holds only the tensors that the caller keeps, and replacing the file
+    meanwhile does not crash the process.
 
     Raises:
-        LorakitError: a tensor in a dtype that torch does not have, or the file is shorter than it was.
+        LorakitError: torch does not have the dtype of a tensor, or the file became shorter.
     """
     import torch
 
@@ -185,7 +186,7 @@ def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.T
             info = header.tensors[name]
             if info.dtype not in DTYPES:
                 raise LorakitError(f"{header.path}: {name} is in {info.dtype}, which cannot be read here")
-            # Torch's own memory is aligned as its kernels like it.
+            # Memory of torch has the alignment that its kernels need.
             raw = torch.empty(info.end - info.start, dtype=torch.uint8)
             file.seek(info.start)
             if file.readinto(raw.numpy().data) < len(raw):

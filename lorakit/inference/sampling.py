@@ -24,7 +24,7 @@ from lorakit.adapters.weights import AdapterWeights
 from lorakit.config import Config, ConfigError, MemoryConfig, ModelConfig, SampleConfig, from_tables, load
 from lorakit.core.errors import LorakitError
 from lorakit.core.image_grid import grid, save
-from lorakit.core.names import unused
+from lorakit.core.names import unique_path
 from lorakit.data import captions
 from lorakit.engine import device as placement
 from lorakit.inference.mode import inference
@@ -161,7 +161,7 @@ def from_file(
     prompts = list(prompts) or (captions.sample_prompts(config.data) if config.data.name else [])
     if not prompts:
         raise LorakitError(f"{adapter.name} does not say what its trigger is; give a --prompt")
-    folder = folder or unused(Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{adapter.stem}-samples")
+    folder = folder or unique_path(Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{adapter.stem}-samples")
     if folder.is_dir() and any(folder.iterdir()):
         raise LorakitError(f"{folder} is not empty and nothing in it is overwritten; give another --output")
     size = size or config.data.resolution

@@ -33,7 +33,7 @@ from lorakit.config import Config, load, to_toml
 from lorakit.core import atomic, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.core.events import Event
-from lorakit.core.names import slug, step_name, unused
+from lorakit.core.names import slug, step_name, unique_path
 
 States = Literal["waiting", "preparing", "running", "done", "failed", "stopped", "interrupted"]
 # States in which a process must be alive; where it is not, the run was interrupted.
@@ -274,7 +274,7 @@ def list_runs(root: str | Path) -> list[tuple[Path, State]]:
 def place(config: Config) -> Path:
     """Where a new run goes: `output.folder`, or runs/<time>-<name>."""
     name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{_slug(config)}"
-    return Path(config.output.folder) if config.output.folder else unused(Path("runs") / name)
+    return Path(config.output.folder) if config.output.folder else unique_path(Path("runs") / name)
 
 
 def output_problem(path: Path) -> str | None:
