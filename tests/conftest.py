@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
 
 torch.set_num_threads(1)
+# Programs that tests start are of this tree too, whatever is installed.
+ROOT = str(Path(__file__).resolve().parent.parent)
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+# The files that take longest begin first, so that no worker is left with one of them at the end.
+LONGEST = ("test_quality.py", "test_browser.py", "test_run.py", "test_golden.py", "test_card.py", "test_house.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ import argparse
 import os
 import socket
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = commands.OFFLINE
 
 import gradio as gr
+from gradio import http_server
 
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
@@ -80,11 +83,25 @@ def default_roots() -> list[Path]:
     return [Path.cwd(), *([pictures] if pictures.is_dir() else [])]
 
 
+class _Server(http_server.Server):  # type: ignore[misc]
+    """Waits for its start while its thread lives. Gradio's own gives up after five seconds, which is too short on a
+    busy machine."""
+
+    def run_in_thread(self) -> None:
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        while not self.started:
+            if not self.thread.is_alive():
+                raise http_server.ServerFailedToStartError("the server did not start")
+            time.sleep(0.01)
+
+
 def serve(desk: Desk, args: argparse.Namespace, *, block: bool = True) -> str:
     """Serve the front end; its address, where it does not block."""
     t = gr.I18n(**texts.tables())
     if args.port and not _is_free(args.host, args.port):
         raise LorakitError(f"port {args.port} of {args.host} is taken; choose another --port, or leave it out")
+    http_server.Server = _Server
     _, address, _ = build(desk, t).launch(
         server_name=args.host,
         server_port=args.port,

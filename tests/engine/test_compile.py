@@ -116,6 +116,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "compiled"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by a C++ compiler")
 def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
     cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,6 +154,7 @@ def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.so")} == kept and len(again.said) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "asked"), [("lora", {"target_modules": "linear+conv", "alpha": 8.0}), ("dora", {})])
 def test_methods_and_convolutions_go_through(method: str, asked: dict[str, Any]) -> None:
     small = Small(traced, method=method, **asked)
@@ -309,6 +311,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return short_run.noise(tmp_path_factory.mktemp("photos"), 3)
 
 
+@pytest.mark.slow
 def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
     tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

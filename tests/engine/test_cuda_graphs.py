@@ -117,6 +117,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", RUNS)
 def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, changes):
     def run(folder: str) -> tuple[dict[str, torch.Tensor], Any]:

@@ -403,6 +403,7 @@ def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(kind: str)
     assert made is not None and made.misses < made.requests / 2
 
 
+@pytest.mark.slow
 def test_a_run_on_a_streamed_base_is_the_same_run(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

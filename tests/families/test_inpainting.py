@@ -54,6 +54,7 @@ def test_it_says_what_the_inpainting_pipeline_shows_it_under_a_whole_mask(made: 
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_trained_checked_and_drawn(made: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     draw = np.random.default_rng(0)

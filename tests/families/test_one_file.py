@@ -59,6 +59,7 @@ def said(folder: Path) -> str:
     return (folder / "log.jsonl").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_train_stop_resume_and_three_formats_that_say_the_same(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +108,7 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_sdxl_that_predicts_v_with_zero_terminal_snr(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,6 +214,7 @@ def test_diffusers_draws_with_the_file(result: train.Result, folder: Path) -> No
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gives_the_same_bits(
     result: train.Result, folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,6 +171,7 @@ def test_the_page_has_the_table_of_today():
     assert table() in PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LABELS)
 def test_the_page_has_the_storage_of_today(family, tmp_path):
     page = PAGE.read_text(encoding="utf-8")

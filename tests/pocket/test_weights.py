@@ -94,6 +94,7 @@ def test_the_judge_tells_subjects_from_kinds_and_each_other(judge: Classifier) -
         judge.subject_score(toys, "nobody")
 
 
+@pytest.mark.slow
 def test_it_draws_combinations_that_it_never_saw(pipeline: StableDiffusionPipeline, judge: Classifier) -> None:
     specs = measure.requests(32, seed=6_000_000_000)
     asked = [spec.words for spec in specs]

@@ -13,7 +13,7 @@ from lorakit.runs import folder as run_folder
 from lorakit.runs.queue import Queue
 
 
-def wait_until(what, seconds: float = 60.0) -> None:
+def wait_until(what, seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "waited in vain"

@@ -259,6 +259,7 @@ def straight(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFact
     return run(tiny_sd1, photos, tmp_path_factory.mktemp("straight") / "run", **EVERYTHING_RANDOM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [(4,), (10,), (4, 8)])
 def test_resume_is_bit_equal_to_a_straight_run(straight, tiny_sd1, photos, tmp_path, monkeypatch, cuts):
     folder = tmp_path / "cut"
@@ -353,6 +354,7 @@ def in_full_precision(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.Tem
     return updates_in("fp32", tiny_sd1, photos, tmp_path_factory.mktemp("fp32") / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_base_in_half_precision_learns_what_one_in_full_precision_does(
     in_full_precision, tiny_sd1, photos, tmp_path, precision

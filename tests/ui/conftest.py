@@ -41,17 +41,30 @@ class FrontEnd:
         assert self.process.poll() is None, "".join(self.lines)
         self.address = self.lines[-1].split()[-1]
         # An unread pipe would hold the process up.
-        threading.Thread(target=self._drain, daemon=True).start()
+        self.reader = threading.Thread(target=self._drain, daemon=True)
+        self.reader.start()
 
     def _drain(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line)
 
+    def close(self) -> None:
+        """End it and every process that it started."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(self.room) in part for part in process.info["cmdline"] or []):
+                process.kill()
+        self.reader.join()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
     def stop(self) -> None:
         """End it as Ctrl-C does; runs live on."""
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(180)
+        self.process.wait(600)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +79,7 @@ def front_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 
     yield start
     for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.wait()
-        for process in psutil.process_iter(["cmdline"]):
-            if any(str(one.room) in part for part in process.info["cmdline"] or []):
-                process.kill()
+        one.close()
 
 
 @pytest.fixture(scope="module")
