@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,27 +17,12 @@ import torch
 from lorakit.config import TrainConfig
 from lorakit.core import rng
 from lorakit.data.dataset import Batch
-from lorakit.training import objective
+from lorakit.training import objective, prior
+from lorakit.training.objective import LossTerm
 from lorakit.training.precompute import Precomputed
 
 # What is drawn for photos or class images, each from a generator of its own.
-DRAWN = ("posterior", "noise", "timesteps")
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    """One part of a batch's loss: what the model is given, what it should say, and how much that counts.
-
-    Where `target` is None, the base by itself says what the target is, being told `teacher` of the same noisy latents.
-    """
-
-    noisy: torch.Tensor
-    timesteps: torch.Tensor
-    condition: Any
-    target: torch.Tensor | None
-    mask: torch.Tensor | None
-    factor: float
-    teacher: Any = None
+PURPOSES = ("posterior", "noise", "timesteps")
 
 
 class LossStep:
@@ -53,7 +37,7 @@ class LossStep:
         retry: how often the run went back to a checkpoint; it salts the noise, which would else repeat what failed.
 
     Attributes:
-        generators: what `loss_of` draws from, by purpose; `begin` seeds them.
+        generators: what `loss_of` draws from, by purpose; `seed` seeds them.
     """
 
     def __init__(
@@ -67,17 +51,12 @@ class LossStep:
     ):
         self.family, self.adapter, self.encoded, self.train = family, adapter, encoded, train
         self.retry = retry
-        purposes = [f"instance {drawn}" for drawn in DRAWN]
+        purposes = [f"instance {purpose}" for purpose in PURPOSES]
         if train.prior == "images":
-            purposes += ["class order", *(f"class {drawn}" for drawn in DRAWN)]
+            purposes += ["class order", *(f"class {purpose}" for purpose in PURPOSES)]
         self.generators = {purpose: torch.Generator(family.device) for purpose in purposes}
         self._epoch = -1
         self._batches: list[Batch] = []
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches that show every photo once."""
-        return len(self.encoded.dataset.batches(self.train.seed, 0, self.train.batch_size))
 
     def batch(self, index: int) -> Batch:
         """The `index`-th batch of the run, counted from 0 through all epochs."""
@@ -89,13 +68,12 @@ class LossStep:
 
     def loss(self, index: int) -> torch.Tensor:
         """Loss of the `index`-th batch, a scalar on the device; `backward` may be called on it."""
-        with self.drawing():
-            return self.loss_of(self.begin(index))
+        with self.scoped_rng():
+            return self.loss_of(self.seed(index))
 
     @contextlib.contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Dropout draws from the global generators: around `begin`, which seeds them too, and what follows it. They are
-        as they were afterwards."""
+    def scoped_rng(self) -> Iterator[None]:
+        """Restore the global generators afterwards: `seed` seeds them for dropout, and a forward pass draws."""
         if not self.adapter.dropout:
             yield
             return
@@ -103,8 +81,8 @@ class LossStep:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
 
-    def begin(self, index: int) -> Batch:
-        """The `index`-th batch, its generators seeded: what the host does for it."""
+    def seed(self, index: int) -> Batch:
+        """Seed the generators for the `index`-th batch, and return it: what the host does for a step."""
         for purpose, generator in self.generators.items():
             salted = f"{purpose}/{self.retry}" if self.retry else purpose
             generator.manual_seed(rng.seed_for(self.train.seed, index, salted))
@@ -113,9 +91,9 @@ class LossStep:
         return self.batch(index)
 
     def loss_of(self, batch: Batch) -> torch.Tensor:
-        """The loss of the batch that `begin` gave last: what the device does for it."""
+        """The loss of the batch that `seed` returned last: what the device does for a step."""
         terms = self._terms(batch)
-        targets = [term.target if term.target is not None else self._taught(term) for term in terms]
+        targets = [term.target if term.target is not None else prior.teacher_target(self, term) for term in terms]
         total = torch.zeros((), device=self.family.device)
         for term, target, prediction in zip(terms, targets, self._predict(terms), strict=True):
             weight = objective.weights(
@@ -128,9 +106,9 @@ class LossStep:
         """All that is looked up and drawn for a batch."""
         instance = self._instance_term(batch)
         if self.train.prior == "images":
-            return [instance, self._class_image_term(len(instance.noisy))]
+            return [instance, prior.class_image_term(self, len(instance.noisy))]
         if self.train.prior == "teacher":
-            return [instance, self._teacher_term(batch, instance)]
+            return [instance, prior.teacher_term(self, batch, instance)]
         return [instance]
 
     def _per_epoch(self) -> int:
@@ -138,10 +116,10 @@ class LossStep:
             self._epoch, self._batches = 0, self.encoded.dataset.batches(self.train.seed, 0, self.train.batch_size)
         return len(self._batches)
 
-    def _noised(self, whose: str, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def add_noise(self, whose: str, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Latents drawn from the posterior, with noise and timesteps: (noisy, timesteps, target)."""
         family, count = self.family, len(mean)
-        posterior, spread, place = (self.generators[f"{whose} {drawn}"] for drawn in DRAWN)
+        posterior, spread, place = (self.generators[f"{whose} {purpose}"] for purpose in PURPOSES)
         latents = mean + std * torch.randn(mean.shape, generator=posterior, device=family.device)
         noise = objective.sample_noise(spread, mean.shape, family.device, self.train.noise_offset)
         # One uniform offset for the whole batch spreads its timesteps evenly; each alone is still uniform.
@@ -154,50 +132,23 @@ class LossStep:
 
     def _instance_term(self, batch: Batch) -> LossTerm:
         bucket, entries = self.encoded.dataset.buckets[batch.bucket], batch.entries
-        noisy, timesteps, target = self._noised("instance", bucket.mean[entries], bucket.std[entries])
-        condition = self._told(self.encoded.tokens, self.encoded.conditions, batch.texts)
+        noisy, timesteps, target = self.add_noise("instance", bucket.mean[entries], bucket.std[entries])
+        condition = self.condition(self.encoded.tokens, self.encoded.conditions, batch.texts)
         if bucket.time_ids is not None:
             condition = condition.with_sizes(bucket.time_ids[entries])
         mask = bucket.mask[entries] if bucket.mask is not None else None
         return LossTerm(noisy, timesteps, condition, target, mask, 1.0)
 
-    def _told(self, tokens: list[torch.Tensor] | None, known: Any, chosen: torch.Tensor) -> Any:
-        """The chosen texts, int64 `[b]`, as the base has them, or anew through the text encoder that is trained: it is
-        given the chosen ones or all there are, whichever is less, for the host does not know which are the same."""
+    def condition(self, tokens: list[torch.Tensor] | None, conditions: Any, chosen: torch.Tensor) -> Any:
+        """Embeddings of the chosen texts, int64 `[b]`: rows of `conditions`, or anew where a text encoder is trained.
+
+        That encoder reads the chosen texts or all of them, whichever are fewer: the host does not know which are equal.
+        """
         if tokens is None:
-            return known.index(chosen)
+            return conditions.index(chosen)
         if len(tokens[0]) <= len(chosen):
             return self.family.encode_tokens(tokens, grad=True).index(chosen)
         return self.family.encode_tokens([table[chosen] for table in tokens], grad=True)
-
-    def _class_text_condition(self, texts: torch.Tensor, time_ids: torch.Tensor | None) -> Any:
-        condition = self._told(self.encoded.class_tokens, self.encoded.class_conditions, texts)
-        return condition if time_ids is None else condition.with_sizes(time_ids)
-
-    def _class_image_term(self, count: int) -> LossTerm:
-        """Class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv 2208.12242)."""
-        latents = self.encoded.class_latents
-        assert latents is not None, "prior = 'images' comes with class latents"
-        mean, std, ids = latents.mean, latents.std, latents.time_ids
-        order = self.generators["class order"]
-        chosen = torch.randint(len(mean), (count,), generator=order, device=self.family.device)
-        noisy, timesteps, target = self._noised("class", mean[chosen], std[chosen])
-        condition = self._class_text_condition(latents.texts[chosen], None if ids is None else ids.expand(count, -1))
-        return LossTerm(noisy, timesteps, condition, target, None, self.train.prior_loss_weight)
-
-    def _teacher_term(self, batch: Batch, instance: LossTerm) -> LossTerm:
-        """The same noisy photos under their texts without the trigger; the target is what the base says of them."""
-        sizes = instance.condition.time_ids
-        texts = self.encoded.class_of[batch.texts]
-        base = self.encoded.class_conditions.index(texts)
-        base = base if sizes is None else base.with_sizes(sizes)
-        condition = self._class_text_condition(texts, sizes)
-        return LossTerm(instance.noisy, instance.timesteps, condition, None, None, self.train.prior_loss_weight, base)
-
-    def _taught(self, term: LossTerm) -> torch.Tensor:
-        with torch.no_grad(), self.adapter.disabled():
-            target: torch.Tensor = self.family.predict(term.noisy, term.timesteps, term.teacher)
-        return target
 
     def _predict(self, terms: list[LossTerm]) -> list[torch.Tensor]:
         """One pass where the shapes agree, which is what a device likes; else one for each term."""

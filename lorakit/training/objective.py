@@ -6,11 +6,30 @@ float32 `[B, C, h, w]`, timesteps int64 `[B]`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch.nn import functional
 
 # Where pseudo-Huber turns from squared to absolute distance; the value that sd-scripts uses.
 HUBER = 0.1
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One part of a batch's loss: input of the model, target, and weight.
+
+    Where `target` is None, the base without the adapter gives it, on the same input under the condition `teacher`.
+    """
+
+    noisy: torch.Tensor
+    timesteps: torch.Tensor
+    condition: Any
+    target: torch.Tensor | None
+    mask: torch.Tensor | None
+    factor: float
+    teacher: Any = None
 
 
 def add_noise(

@@ -84,8 +84,8 @@ class OptimizerStep:
     def _run_pass(self, index: int) -> torch.Tensor:
         if self._graphed_backward is not None:
             try:
-                with self.step.drawing():
-                    return self._graphed_backward(lambda: self.step.begin(index))
+                with self.step.scoped_rng():
+                    return self._graphed_backward(lambda: self.step.seed(index))
             except cuda_graphs.CaptureFailed as problem:
                 self.say(f"CUDA graphs are off, training continues without them: {problem}")
                 self._graphed_backward = None

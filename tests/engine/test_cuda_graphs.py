@@ -74,7 +74,7 @@ def both(step: LossStep, adapter: Any, capture: cuda_graphs.Capture, batches: in
     graphed = cuda_graphs.GraphedBackward(backward, parameters, capture, list(step.generators.values()))
     for index in range(batches):
         found = []
-        begin = partial(step.begin, index)
+        begin = partial(step.seed, index)
         for way in (lambda begin=begin: backward(begin()), lambda begin=begin: graphed(begin)):
             torch._foreach_zero_([parameter.grad for parameter in parameters])
             found.append([way().clone(), *(parameter.grad.clone() for parameter in parameters)])

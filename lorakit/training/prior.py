@@ -1,0 +1,47 @@
+"""Prior preservation: the terms of the loss that hold the base to what it says of the class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.training.objective import LossTerm
+
+if TYPE_CHECKING:
+    from lorakit.data.dataset import Batch
+    from lorakit.training.loss_step import LossStep
+
+
+def class_image_term(step: LossStep, count: int) -> LossTerm:
+    """`count` class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv 2208.12242)."""
+    latents = step.encoded.class_latents
+    assert latents is not None, "prior = 'images' comes with class latents"
+    mean, std, ids = latents.mean, latents.std, latents.time_ids
+    order = step.generators["class order"]
+    chosen = torch.randint(len(mean), (count,), generator=order, device=step.family.device)
+    noisy, timesteps, target = step.add_noise("class", mean[chosen], std[chosen])
+    condition = _class_condition(step, latents.texts[chosen], None if ids is None else ids.expand(count, -1))
+    return LossTerm(noisy, timesteps, condition, target, None, step.train.prior_loss_weight)
+
+
+def teacher_term(step: LossStep, batch: Batch, instance: LossTerm) -> LossTerm:
+    """The noisy photos of `instance` under their texts without the trigger; the base gives the target."""
+    sizes = instance.condition.time_ids
+    texts = step.encoded.class_of[batch.texts]
+    base = step.encoded.class_conditions.index(texts)
+    base = base if sizes is None else base.with_sizes(sizes)
+    condition = _class_condition(step, texts, sizes)
+    return LossTerm(instance.noisy, instance.timesteps, condition, None, None, step.train.prior_loss_weight, base)
+
+
+def teacher_target(step: LossStep, term: LossTerm) -> torch.Tensor:
+    """What the base predicts without the adapter."""
+    with torch.no_grad(), step.adapter.disabled():
+        target: torch.Tensor = step.family.predict(term.noisy, term.timesteps, term.teacher)
+    return target
+
+
+def _class_condition(step: LossStep, texts: torch.Tensor, time_ids: torch.Tensor | None) -> Any:
+    condition = step.condition(step.encoded.class_tokens, step.encoded.class_conditions, texts)
+    return condition if time_ids is None else condition.with_sizes(time_ids)
