@@ -236,7 +236,7 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
     )
     base = quantized_weight.storage_nbytes(unet)
     adapter = adapters.attach(family, settings.adapter)
-    blocks = memory_estimate.recomputed(settings, *outlined(name, settings), "cuda")
+    blocks = memory_estimate.recomputed_blocks(settings, *outlined(name, settings), "cuda")
     with fake(not real), common.attention_as_on_a_card(), Live() as live:
         give_values(unet)
         stream = None

@@ -23,7 +23,7 @@ from lorakit.cli import demo
 from lorakit.families.pocket import subjects
 from lorakit.runs import folder as run_folder, quickstart
 from lorakit.ui import app
-from lorakit.ui.workspace import Desk
+from lorakit.ui.workspace import Workspace
 
 README = Path(__file__).with_name("front-end.png")
 CHROMIUM = "/usr/bin/chromium"
@@ -44,9 +44,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         room = Path(place) / "pictures"
         photos = demo_photos(room / SUBJECT)
-        desk = Desk(room / "runs", [room])
-        run = train(desk, photos)
-        served = app.serve(desk, app.parser().parse_args([]), block=False)
+        workspace = Workspace(room / "runs", [room])
+        run = train(workspace, photos)
+        served = app.serve(workspace, app.parser().parse_args([]), block=False)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
             for scheme in ("light", "dark"):
@@ -70,14 +70,14 @@ def demo_photos(folder: Path) -> Path:
     return folder
 
 
-def train(desk: Desk, photos: Path) -> Path:
+def train(workspace: Workspace, photos: Path) -> Path:
     """A run that ended well, and one that failed."""
     answers = {quickstart.PHOTOS: str(photos), quickstart.NAME: NAME}
     changed = {"train.steps": STEPS, "train.prior": "none", "train.batch_size": 4}
     changed["sample.prompts"] = tuple(f"a photo of {NAME} {scene}" for scene in ("in snow", "on a beach", "at night"))
-    wanted = desk.queue.train(quickstart.suggest(answers, "balanced", None, changed))
-    desk.queue.train(quickstart.suggest(answers | {quickstart.PHOTOS: str(photos / "moved")}, "quick"))
-    desk.queue.work()
+    wanted = workspace.queue.train(quickstart.config_for_answers(answers, "balanced", None, changed))
+    workspace.queue.train(quickstart.config_for_answers(answers | {quickstart.PHOTOS: str(photos / "moved")}, "quick"))
+    workspace.queue.work()
     run = Path(wanted.folder)
     print(f"{run}: {run_folder.read(run).message}")
     return run

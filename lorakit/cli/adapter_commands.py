@@ -73,20 +73,20 @@ def add(command: Command) -> None:
     _add_written(extract)
 
 
-def _add_size(made: argparse.ArgumentParser) -> None:
-    size = made.add_mutually_exclusive_group(required=True)
+def _add_size(command: argparse.ArgumentParser) -> None:
+    size = command.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, help="rank of every layer, where it is smaller")
     size.add_argument("--energy", type=float, metavar="0.95", help="smallest ranks that keep this share of the squares")
 
 
-def _add_written(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--to", choices=tuple(FORMATS), default="kohya", help="format to write (default: kohya)")
-    _add_output(made)
+def _add_written(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--to", choices=tuple(FORMATS), default="kohya", help="format to write (default: kohya)")
+    _add_output(command)
 
 
-def _add_output(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="precision (default: fp16)")
-    made.add_argument("--output", default=".", metavar="DIR", help="where to write (default: here)")
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="precision (default: fp16)")
+    command.add_argument("--output", default=".", metavar="DIR", help="where to write (default: here)")
 
 
 def run_sample(args: argparse.Namespace) -> int:

@@ -108,9 +108,9 @@ def write_photos(subject: str, folder: Path) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise LorakitError(f"{folder} is not empty; name another place with --output")
     folder.mkdir(parents=True, exist_ok=True)
-    seen = [scene for scene in spec.SCENES if scene not in UNSEEN]
+    scenes = [scene for scene in spec.SCENES if scene not in UNSEEN]
     noun = subjects.SUBJECTS[subject].kind
-    for number, (image, scene) in enumerate(subjects.photos(subject, PHOTOS, seed=0, scenes=seen), start=1):
+    for number, (image, scene) in enumerate(subjects.photos(subject, PHOTOS, seed=0, scenes=scenes), start=1):
         image.save(folder / f"{number:02}.png")
         text = f"a photo of a {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}"
         (folder / f"{number:02}.txt").write_text(text + "\n", encoding="utf-8")
@@ -147,5 +147,5 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
     image_grid.save(
         image_grid.grid(base[:columns] + adapted[:columns], ["base", "adapter"], config.sample.prompts), file
     )
-    judge = Classifier.load()
-    return file, judge.subject_score(base, subject), judge.subject_score(adapted, subject)
+    classifier = Classifier.load()
+    return file, classifier.subject_score(base, subject), classifier.subject_score(adapted, subject)

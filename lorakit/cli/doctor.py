@@ -127,8 +127,8 @@ def devices() -> list[Line]:
         nvidia = Path("/proc/driver/nvidia/version").exists()
         fix = "this torch has no CUDA: pip install --force-reinstall 'torch>=2.6,<2.14'" if nvidia else ""
         threads = torch.get_num_threads()
-        state, seen = ("bad", "; an NVIDIA driver is there, but torch does not see it") if nvidia else ("ok", "")
-        lines.append(Line("device", state, f"cpu, {threads} threads{seen}", fix))
+        state, remark = ("bad", "; an NVIDIA driver is there, but torch does not see it") if nvidia else ("ok", "")
+        lines.append(Line("device", state, f"cpu, {threads} threads{remark}", fix))
         lines.append(Line("precision", "ok", "fp32 (bf16 runs too, at less memory)"))
         lines.append(Line("attention", "ok", "sdpa"))
     return lines
@@ -181,8 +181,8 @@ def storage(folder: Path | None = None) -> list[Line]:
     """Free disk where runs are written, and how large the caches are that can be deleted."""
     folder = Path.cwd() if folder is None else folder
     free = shutil.disk_usage(folder).free
-    enough = free >= SMALLEST_FREE_DISK
-    lines = [Line("disk", "ok" if enough else "bad", f"{free / 2**30:.1f} GiB free in {folder}")]
+    fits = free >= SMALLEST_FREE_DISK
+    lines = [Line("disk", "ok" if fits else "bad", f"{free / 2**30:.1f} GiB free in {folder}")]
     cache = cache_dir()
     lines.append(Line("cache", "ok", f"{cache}: {folder_size(cache) / 2**20:.0f} MiB; it may be deleted"))
     return lines

@@ -70,13 +70,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
+        subparser = commands.add_parser(
             name, aliases=ALIASES.get(name, []), help=help, description=help[0].upper() + help[1:] + "."
         )
-        made.set_defaults(run=run)
+        subparser.set_defaults(run=run)
         if name != "ui":
-            made.add_argument("--json", action="store_true", help="report as JSON on stdout")
-        return made
+            subparser.add_argument("--json", action="store_true", help="report as JSON on stdout")
+        return subparser
 
     train_commands.add(command)
     adapter_commands.add(command)
@@ -112,8 +112,8 @@ def run_options(args: argparse.Namespace) -> int:
         print_lines(options_page().rstrip("\n"))
     else:
         for option in configuration.options():
-            known = describe_option(option)
-            print_lines(f"{option.key} = {known['default']}  ({known['values']})", f"    {option.help}")
+            described = describe_option(option)
+            print_lines(f"{option.key} = {described['default']}  ({described['values']})", f"    {option.help}")
     return 0
 
 
@@ -169,8 +169,8 @@ def options_page() -> str:
         lines += ["", f"## {section}", "", purpose, "", "| Option | Default | Values | |", "| --- | --- | --- | --- |"]
         for option in configuration.options():
             if option.section == section:
-                known = describe_option(option)
-                lines.append(f"| `{option.key}` | `{known['default']}` | {known['values']} | {option.help} |")
+                described = describe_option(option)
+                lines.append(f"| `{option.key}` | `{described['default']}` | {described['values']} | {option.help} |")
     return "\n".join(lines) + "\n"
 
 

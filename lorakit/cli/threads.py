@@ -21,9 +21,9 @@ def use_idle_cores() -> None:
         os.environ[THREADS] = str(idle_cores(psutil.cpu_percent(SAMPLE_SECONDS), available_cores()))
 
 
-def idle_cores(busy: float, cores: int) -> int:
-    """Number of `cores` that a load of `busy` percent leaves idle, rounded; at least one."""
-    return max(1, round(cores * (1 - busy / 100)))
+def idle_cores(busy: float, total: int) -> int:
+    """Number of the `total` cores that a load of `busy` percent leaves idle, rounded; at least one."""
+    return max(1, round(total * (1 - busy / 100)))
 
 
 def available_cores() -> int:

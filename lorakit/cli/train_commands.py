@@ -86,14 +86,14 @@ def run_check(args: argparse.Namespace) -> int:
     threads.use_idle_cores()
     from lorakit.runs.preflight import preflight
 
-    found = preflight(resolve(args, _terminal(args)))
+    result = preflight(resolve(args, _terminal(args)))
     if args.json:
-        print_json(found.to_json())
-    elif text := found.to_text():
+        print_json(result.to_json())
+    elif text := result.to_text():
         print_lines(text)
-    if found.problems:
-        complain("\n".join(found.problems))
-    return 1 if found.problems else 0
+    if result.problems:
+        complain("\n".join(result.problems))
+    return 1 if result.problems else 0
 
 
 def run_train(args: argparse.Namespace) -> int:

@@ -117,7 +117,7 @@ def gradient_checkpointing(family: Any, blocks: Collection[str], *, random: bool
     are left alone: 77 tokens take next to nothing.
 
     Args:
-        blocks: their paths in the UNet, see `footprint.recomputed`.
+        blocks: their paths in the UNet, see `memory_estimate.recomputed_blocks`.
         random: they draw random numbers, which must come again.
     """
     for path in blocks:

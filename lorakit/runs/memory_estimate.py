@@ -21,12 +21,12 @@ from lorakit.families.spec import LayerUse
 
 GIB = 2**30
 # Activations kept for the backward pass, as multiples of the values that come out of layers: of blocks, and of the
-# largest block that is gone through again in it. First by layers that keep as little as they can, then by others.
+# largest recomputed block. First of layers that save as little as they can, then of others.
 SAVE_LESS_FACTORS = {"attention": (1.15, 2.1), "linear": (1.22, 3.2), "linear+conv": (1.35, 4.2)}
 SAVE_ALL_FACTORS = {"attention": (1.75, 3.4), "linear": (1.95, 3.4), "linear+conv": (2.05, 3.4)}
-# The same of what comes out of layers that are in no block, and goes into blocks that are gone through again.
+# The same for the outputs of layers that are in no block, and for the inputs of recomputed blocks.
 OUTSIDE, INPUTS = 0.9, 0.6
-# A block that can be gone through again, by its path in the UNet.
+# A block that can be recomputed, by its path in the UNet.
 BLOCK = re.compile(r"(?:.+\.)?(?:transformer_blocks|resnets)\.\d+")
 # Share of the window of streamed weights that is filled at the peak: where pictures are largest weights are smallest.
 FILLED = 0.65
@@ -34,7 +34,7 @@ FILLED = 0.65
 RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
 # Stable Diffusion's autoencoder in float32: its weights, and what a pixel takes to encode, to decode, and to do either
 # by strips, which `families.strips` does on a card that has no room for more.
-VAE_BYTES, ENCODING, DECODING, BY_STRIPS = 335_000_000, 2560, 3072, 288
+VAE_BYTES, ENCODING, DECODING, TILED_VAE = 335_000_000, 2560, 3072, 288
 # Rows of CLIP's table of words, which is no layer.
 VOCABULARY = 49408
 
@@ -48,14 +48,14 @@ def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], 
         device: "cpu", "cuda" or "mps".
 
     Raises:
-        LorakitError: as `recomputed`.
+        LorakitError: as `recomputed_blocks`.
     """
-    again = set(recomputed(config, info, modules, device))
+    recomputed = set(recomputed_blocks(config, info, modules, device))
     rest = _rest(config, info, modules, device)
     return {
         "base": rest["base"],
         "adapter and optimizer": rest["adapter and optimizer"],
-        "activations": _activations(config, _blocks(config, info), device, again),
+        "activations": _activations(config, _blocks(config, info), device, recomputed),
         "runtime": rest["runtime"],
     }
 
@@ -89,7 +89,7 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
         return {"encoding": encoding, "training": sum(step.values()), "samples": samples}
     width = _width(config, device)
     unet, texts = _unet(config, info, device)[0], sum(_encoders(info, width).values())
-    pictures = _vae(info) + (BY_STRIPS if device == "cuda" else DECODING) * pixels
+    pictures = _vae(info) + (TILED_VAE if device == "cuda" else DECODING) * pixels
     # Class images and samples are drawn once their texts are embedded. What is trained never leaves.
     drawing = unet + pictures
     encoding = max(texts, drawing if config.train.prior == "images" else pictures)
@@ -108,7 +108,7 @@ def use_save_less(config: Config, device: str) -> bool:
     return device == "cuda" and not config.memory.compile
 
 
-def recomputed(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> list[str]:
+def recomputed_blocks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> list[str]:
     """The UNet's blocks (their paths in it) that a step computes again in the backward pass: none, all, or those that
     `memory.limit_gib` asks for, first those where an operation saves most.
 
@@ -120,8 +120,8 @@ def recomputed(config: Config, info: Any, modules: Mapping[str, tuple[int, int]]
     limit = config.memory.limit_gib
     if limit is None:
         return paths if config.memory.gradient_checkpointing else []
-    kept, _ = _factors(config, device)
-    order = sorted(paths, key=lambda path: blocks[path].saved(kept) / blocks[path].flop, reverse=True)
+    factor, _ = _factors(config, device)
+    order = sorted(paths, key=lambda path: blocks[path].saved(factor) / blocks[path].flop, reverse=True)
     rest = sum(_rest(config, info, modules, device).values())
     for count in range(len(order) + 1):
         size = rest + _activations(config, blocks, device, set(order[:count]))
@@ -143,30 +143,30 @@ class _Block:
     outputs: int = 0
     flop: float = 0
 
-    def saved(self, kept: float) -> float:
-        return kept * self.outputs - INPUTS * self.inputs
+    def saved(self, factor: float) -> float:
+        return factor * self.outputs - INPUTS * self.inputs
 
 
 def _blocks(config: Config, info: Any) -> dict[str, _Block]:
     """Path -> block; what is in none is under ""."""
     side = config.data.resolution // info.downscale
-    found: dict[str, _Block] = {}
+    result: dict[str, _Block] = {}
     for use in registry.family_of(info.family).layer_uses(info.layers, side, side, info.text_tokens):
         path = match[0] if (match := BLOCK.match(use.name.removeprefix("unet."))) else ""
-        block = found.setdefault(path, _Block(use.shape[1] * use.places))
+        block = result.setdefault(path, _Block(use.shape[1] * use.places))
         block.outputs += use.shape[0] * use.places
         block.flop += flop(use)
-    return found
+    return result
 
 
-def _activations(config: Config, blocks: Mapping[str, _Block], device: str, again: set[str]) -> int:
-    """Bytes kept for the backward pass, where the blocks in `again` are computed again."""
-    kept, repeated = _factors(config, device)
+def _activations(config: Config, blocks: Mapping[str, _Block], device: str, recomputed: set[str]) -> int:
+    """Bytes saved for the backward pass when the blocks in `recomputed` are computed again in it."""
+    factor, recomputed_factor = _factors(config, device)
     inner = {path: block for path, block in blocks.items() if path}
     total = OUTSIDE * (blocks[""].outputs if "" in blocks else 0)
-    total += kept * sum(block.outputs for path, block in inner.items() if path not in again)
-    total += INPUTS * sum(inner[path].inputs for path in again)
-    total += repeated * max((inner[path].outputs for path in again), default=0)
+    total += factor * sum(block.outputs for path, block in inner.items() if path not in recomputed)
+    total += INPUTS * sum(inner[path].inputs for path in recomputed)
+    total += recomputed_factor * max((inner[path].outputs for path in recomputed), default=0)
     pictures = config.train.batch_size * (1 if config.train.prior == "none" else 2)
     return round(total * _width(config, device) * pictures)
 
@@ -208,7 +208,7 @@ def _width(config: Config, device: str) -> int:
     return 2 if chosen in ("bf16", "fp16") or (chosen == "auto" and device == "cuda") else 4
 
 
-def on_host(config: Config, info: Any, device: str) -> int:
+def host_bytes(config: Config, info: Any, device: str) -> int:
     """Bytes of the host's memory that the UNet's weights take where they are streamed to a device, else 0."""
     return _unet(config, info, device)[1]
 
@@ -237,11 +237,11 @@ def _vae(info: Any) -> int:
 
 def _encoders(info: Any, width: int) -> dict[str, int]:
     """Text encoder -> bytes of its weights."""
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for name, shape in info.layers.items():
         component = name.partition(".")[0]
         if component != "unet":
-            if component not in found:  # the first layer is as wide as the table of words
-                found[component] = VOCABULARY * shape[1] * width
-            found[component] += math.prod(shape) * width
-    return found
+            if component not in result:  # the first layer is as wide as the table of words
+                result[component] = VOCABULARY * shape[1] * width
+            result[component] += math.prod(shape) * width
+    return result

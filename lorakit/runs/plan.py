@@ -34,9 +34,9 @@ PASSES, PASSES_WITH_CHECKPOINTING = 2.2, 2.95
 # a forward pass, in seconds. Fitted to a UNet of 132 layers at batch 1, 8 and 16, one thread of an EPYC of 2023.
 CPU_SHARE, CPU_LAYER_SECONDS = 0.55, 1.4e-4
 # Steps below which a run is said to be short: what the bundled base took, as docs/pocket.md tells it.
-ENOUGH = 200
-FEW = (
-    f"note: fewer than {ENOUGH} steps teach little (the bundled base took 200 for 16 pictures, 400 for 5 photos); "
+MIN_STEPS = 200
+SHORT_RUN = (
+    f"note: fewer than {MIN_STEPS} steps teach little (the bundled base took 200 for 16 pictures, 400 for 5 photos); "
     "raise train.steps_per_image"
 )
 COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it"
@@ -46,7 +46,7 @@ ASSUMED_STATE = (
 # Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
 SAMPLE_GRIDS = 6
 # Share of the host's memory above which weights that are pinned in it leave others too little.
-MUCH = 0.5
+MAX_RAM_SHARE = 0.5
 # Linux keeps this file where an NVIDIA driver is loaded.
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -107,16 +107,16 @@ class Plan:
         """The plan as a person reads it."""
         trained = ", ".join(f"{part} {m} modules ({_millions(p)} weights)" for part, (m, p) in self.modules.items())
         memory = ", ".join(f"{part} {_gib(size)}" for part, size in self.memory.items())
-        held = f", {self.held_out} held out for validation" if self.held_out else ", none held out"
+        validation = f", {self.held_out} held out for validation" if self.held_out else ", none held out"
         spent = "measured in the first steps" if self.seconds is None else f"about {duration(self.seconds)} (estimate)"
         return [
             f"base: {self.base} ({self.family}, predicts {self.prediction_type})",
             *self.notes,
-            f"photos: {self.photos} to train on{held}",
+            f"photos: {self.photos} to train on{validation}",
             f"adapter: {self.method}, {trained}",
             f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}",
             f"length: {self.length}",
-            *([FEW] if self.steps < ENOUGH else []),
+            *([SHORT_RUN] if self.steps < MIN_STEPS else []),
             f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory}); "
             f"{_gib(self.peaks['encoding'])} to encode the photos, {_gib(self.peaks['samples'])} to draw samples",
             *self._limited(),
@@ -132,11 +132,13 @@ class Plan:
 
     def _on_host(self) -> str:
         """What is asked of the host's memory."""
-        told = f"host: {_gib(self.host)} of memory for the base's weights"
+        line = f"host: {_gib(self.host)} of memory for the base's weights"
         if not self.ram:
-            return told
-        many = "; that is much: keep them smaller with memory.base_storage" if self.host > MUCH * self.ram else ""
-        return f"{told}, of {_gib(self.ram)}{many}"
+            return line
+        many = (
+            "; that is much: keep them smaller with memory.base_storage" if self.host > MAX_RAM_SHARE * self.ram else ""
+        )
+        return f"{line}, of {_gib(self.ram)}{many}"
 
 
 def make(config: Config, info: Any, report: Any) -> Plan:
@@ -159,7 +161,7 @@ def make(config: Config, info: Any, report: Any) -> Plan:
     steps, length = run_length(config, len(sizes), batches)
     device = guess_device(config.memory.device)
     spec = registry.optimizer(config.optimizer.name)
-    host = memory_estimate.on_host(config, info, device)
+    host = memory_estimate.host_bytes(config, info, device)
     alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
     return Plan(
         base=info.title,
@@ -185,7 +187,7 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         peaks=memory_estimate.peaks(config, info, modules, device),
         seconds=estimate_seconds(config, info, steps) if device == "cpu" else None,
         device=device,
-        recomputed=len(memory_estimate.recomputed(config, info, modules, device)),
+        recomputed=len(memory_estimate.recomputed_blocks(config, info, modules, device)),
         limit_gib=config.memory.limit_gib,
         host=host,
         ram=_ram() if host else 0,
@@ -195,19 +197,19 @@ def make(config: Config, info: Any, report: Any) -> Plan:
 def problems(config: Config, info: Any) -> list[str]:
     """Why there can be no plan for a base, whatever the photos are: the adapter would have no layer, a step cannot be
     kept within `memory.limit_gib`, or weights are to be streamed to a device that computes in the host's memory."""
-    found = []
+    result = []
     device = guess_device(config.memory.device)
     if config.memory.stream_base and not may_be_cuda(config.memory.device):
-        found.append(OFFLOAD_NEEDS_CUDA.format(device=device))
+        result.append(OFFLOAD_NEEDS_CUDA.format(device=device))
     selected = _selected(config, info)
     if not selected:
-        found.append(f"adapter.target_modules = {config.adapter.target_modules!r} selects no layer of this base")
-        return found
+        result.append(f"adapter.target_modules = {config.adapter.target_modules!r} selects no layer of this base")
+        return result
     try:
-        memory_estimate.recomputed(config, info, count_weights(selected, info.layers, config.adapter), device)
+        memory_estimate.recomputed_blocks(config, info, count_weights(selected, info.layers, config.adapter), device)
     except LorakitError as error:
-        found.append(str(error))
-    return found
+        result.append(str(error))
+    return result
 
 
 def _selected(config: Config, info: Any) -> list[str]:

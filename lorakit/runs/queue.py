@@ -116,13 +116,13 @@ class Queue:
 
     def jobs(self) -> list[Job]:
         """All jobs, in order; one whose process and worker are both gone is told as it ended."""
-        found = [self._read(file) for file in sorted(self.folder.glob("??????.json"))]
-        return [self._corrected(job) for job in found if job is not None]
+        jobs = [self._read(file) for file in sorted(self.folder.glob("??????.json"))]
+        return [self._corrected(job) for job in jobs if job is not None]
 
     def job(self, number: int) -> Job | None:
         """One job, or None where there is no such number."""
-        found = self._read(self._file(number, "json"))
-        return self._corrected(found) if found else None
+        job = self._read(self._file(number, "json"))
+        return self._corrected(job) if job else None
 
     def log(self, number: int) -> str:
         """What the job printed so far."""
@@ -242,8 +242,8 @@ class Queue:
     @staticmethod
     def _read(file: Path) -> Job | None:
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            return Job(**told | {"arguments": tuple(told["arguments"])})
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return Job(**values | {"arguments": tuple(values["arguments"])})
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

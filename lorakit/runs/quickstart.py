@@ -12,16 +12,16 @@ from lorakit.core import registry
 from lorakit.families import hub
 
 # The options that everybody has to answer for; all others have a preset's value.
-PHOTOS, KIND, NAME, BASE = QUESTIONS = ("data.folder", "data.kind", "data.name", "model.base")
+PHOTOS, KIND, NAME, BASE = BASIC_OPTIONS = ("data.folder", "data.kind", "data.name", "model.base")
 # Decided by whoever starts a run, not asked.
-GIVEN = ("output.folder",)
+SET_BY_CALLER = ("output.folder",)
 # Exactly one of these is set.
 LENGTH_KEYS = tuple(f"train.{name}" for name in LENGTHS)
 # How much longer or shorter than its preset a run is.
-QUALITIES = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
+LENGTH_FACTORS = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
 
 
-def suggest(
+def config_for_answers(
     answers: Mapping[str, Any], quality: str, preset: str | None = None, changed: Mapping[str, Any] | None = None
 ) -> Config:
     """The config for some answers (an option's key -> value); what is not answered is as the preset has it.
@@ -33,17 +33,17 @@ def suggest(
         LorakitError: the base, which decides the preset where none is named, cannot be read.
         ConfigError: an answer is no value of its option.
     """
-    known = {key: answers[key] for key in QUESTIONS if key in answers}
+    values = {key: answers[key] for key in BASIC_OPTIONS if key in answers}
     if preset is None:
-        preset, _ = default_preset(known.get(BASE, "pocket"), known.get(KIND, "subject"))
+        preset, _ = default_preset(values.get(BASE, "pocket"), values.get(KIND, "subject"))
     changed = changed or {}
     if not any(key in changed for key in LENGTH_KEYS):
         config = configuration.load(preset)
         for key in LENGTH_KEYS:
             length = getattr(config.train, key.partition(".")[2])
             if length is not None:
-                known[key] = max(1, round(length * QUALITIES[quality]))
-    return configuration.load(preset, known | dict(changed))
+                values[key] = max(1, round(length * LENGTH_FACTORS[quality]))
+    return configuration.load(preset, values | dict(changed))
 
 
 def default_preset(base: str, kind: str) -> tuple[str, str]:

@@ -57,7 +57,7 @@ def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[
         adapter.load(formats.read(Path(config.train.init_from)))
         say(f"starting from the weights of {Path(config.train.init_from).name}")
     adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(config, family.device.type))
-    blocks = memory_estimate.recomputed(config, ready.info, ready.plan.modules, family.device.type)
+    blocks = memory_estimate.recomputed_blocks(config, ready.info, ready.plan.modules, family.device.type)
     devices.gradient_checkpointing(family, blocks, random=adapter.dropout > 0)
     loss_step = LossStep(family, adapter, inputs, config.train)
     optimizer_step = OptimizerStep(config, loss_step, ready.plan.steps, say)

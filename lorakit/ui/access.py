@@ -11,7 +11,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.data import folder as photo_folder
 
 # Looking for folders of photos ends after this many folders: a suggestion must not read a whole disk.
-MOST_FOLDERS = 2000
+MAX_FOLDERS = 2000
 LEVELS = 3
 
 
@@ -55,14 +55,14 @@ class Roots:
 
     def photo_folders(self) -> list[Path]:
         """Folders below the roots that hold pictures, to suggest; nearest first."""
-        found = []
-        for seen, path in enumerate(self._folders()):
-            if seen >= MOST_FOLDERS:
+        folders = []
+        for number, path in enumerate(self._folders()):
+            if number >= MAX_FOLDERS:
                 break
             with os.scandir(path) as entries:
                 if any(entry.name.lower().endswith(photo_folder.FORMATS) and entry.is_file() for entry in entries):
-                    found.append(path)
-        return found
+                    folders.append(path)
+        return folders
 
     def _folders(self) -> Iterator[Path]:
         """Readable folders, level by level."""

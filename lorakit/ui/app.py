@@ -31,7 +31,7 @@ from lorakit.ui.pages.photos import PAGE, PhotosPage
 from lorakit.ui.pages.runs import RunsPage
 from lorakit.ui.pages.train import TrainPage
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
-from lorakit.ui.workspace import Desk
+from lorakit.ui.workspace import Workspace
 
 USER = "lorakit"
 STYLE = Path(__file__).with_name("style.css")
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         access.require_password(args.host, args.share, args.password)
-        desk = Desk(Path(args.runs), [Path(root) for root in args.root or default_roots()])
-        serve(desk, args)
+        workspace = Workspace(Path(args.runs), [Path(root) for root in args.root or default_roots()])
+        serve(workspace, args)
     except (LorakitError, OSError) as problem:
         print(f"lorakit: {problem}", file=sys.stderr)
         return 1
@@ -54,27 +54,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `lorakit ui`."""
-    made = argparse.ArgumentParser(prog="lorakit ui", description="Start the front end in the browser.")
-    made.add_argument("--runs", default="runs", metavar="DIR", help="where runs are written (default: runs)")
-    made.add_argument(
+    options = argparse.ArgumentParser(prog="lorakit ui", description="Start the front end in the browser.")
+    options.add_argument("--runs", default="runs", metavar="DIR", help="where runs are written (default: runs)")
+    options.add_argument(
         "--root",
         action="append",
         metavar="DIR",
         help="folder that may be read, with all below it; may be repeated (default: this folder, and Pictures)",
     )
-    made.add_argument(
+    options.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a password"
     )
-    made.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
-    made.add_argument("--share", action="store_true", help="a public address through Gradio; needs a password")
-    made.add_argument(
+    options.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    options.add_argument("--share", action="store_true", help="a public address through Gradio; needs a password")
+    options.add_argument(
         "--password",
         default=os.environ.get("LORAKIT_PASSWORD", ""),
         help=f"ask for it, with the user name {USER!r}; better set in LORAKIT_PASSWORD, as others see command lines",
     )
-    made.add_argument("--max-upload", type=int, default=500, metavar="MB", help="largest file taken in (default: 500)")
-    made.add_argument("--open", action="store_true", help="open the browser")
-    return made
+    options.add_argument(
+        "--max-upload", type=int, default=500, metavar="MB", help="largest file taken in (default: 500)"
+    )
+    options.add_argument("--open", action="store_true", help="open the browser")
+    return options
 
 
 def default_roots() -> list[Path]:
@@ -96,13 +98,13 @@ class _Server(http_server.Server):  # type: ignore[misc]
             time.sleep(0.01)
 
 
-def serve(desk: Desk, args: argparse.Namespace, *, block: bool = True) -> str:
+def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True) -> str:
     """Serve the front end; its address, where it does not block."""
     t = gr.I18n(**texts.tables())
     if args.port and not _is_free(args.host, args.port):
         raise LorakitError(f"port {args.port} of {args.host} is taken; choose another --port, or leave it out")
     http_server.Server = _Server
-    _, address, _ = build(desk, t).launch(
+    _, address, _ = build(workspace, t).launch(
         server_name=args.host,
         server_port=args.port,
         share=args.share,
@@ -166,7 +168,7 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def build(desk: Desk, t: gr.I18n) -> gr.Blocks:
+def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
     """The whole page, wired."""
     with gr.Blocks(title="lorakit", analytics_enabled=False) as page:
         widgets.html("<header class=lk-head><h1>lorakit</h1></header>")
@@ -177,15 +179,15 @@ def build(desk: Desk, t: gr.I18n) -> gr.Blocks:
         chosen = gr.BrowserState(None, storage_key="lorakit-run", secret="lorakit")
         with gr.Tabs(elem_id="pages") as tabs:
             with gr.Tab(t("tab.photos"), id="photos") as photos_tab:
-                photos = PhotosPage(desk, t)
+                photos = PhotosPage(workspace, t)
             with gr.Tab(t("tab.train"), id="train") as train_tab:
-                train = TrainPage(desk, t, draft)
+                train = TrainPage(workspace, t, draft)
             with gr.Tab(t("tab.run"), id="runs"):
-                runs = RunsPage(desk, t, chosen)
+                runs = RunsPage(workspace, t, chosen)
             with gr.Tab(t("tab.compare"), id="compare") as compare_tab:
-                compare = ComparePage(desk, t)
+                compare = ComparePage(workspace, t)
             with gr.Tab(t("tab.adapter"), id="adapter") as adapter_tab:
-                adapter = AdapterPage(desk, t)
+                adapter = AdapterPage(workspace, t)
         _wire_train(train, [train_tab.select, photos.next_step.click], tabs, runs)
         _wire_photos(page, photos, photos_tab, train, tabs)
         runs.wire(page)
@@ -211,8 +213,8 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
 
     def plan(data: dict[Any, Any], request: gr.Request) -> tuple[Any, Any]:
         asked = data[train.asked].number
-        made = train.plan(_values(train, data), say_for(request))
-        return made if asked == data[train.asked].number else (gr.skip(), gr.skip())
+        result = train.plan(_values(train, data), say_for(request))
+        return result if asked == data[train.asked].number else (gr.skip(), gr.skip())
 
     def difference(data: dict[Any, Any], request: gr.Request) -> str:
         return train.difference_of(data[train.preset], data[train.quality], _values(train, data), say_for(request))
@@ -271,12 +273,12 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
 
     def checked(data: dict[Any, Any], request: gr.Request) -> list[Any]:
         asked = data[photos.asked].number
-        made = photos.checked(data[photos.folder] or "", data[photos.first], config_of(data), say_for(request))
-        return made if asked == data[photos.asked].number else [gr.skip(), gr.skip()]
+        result = photos.checked(data[photos.folder] or "", data[photos.first], config_of(data), say_for(request))
+        return result if asked == data[photos.asked].number else [gr.skip(), gr.skip()]
 
     def keep(data: dict[Any, Any]) -> dict[str, Any]:
         shown = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
-        return train.kept(data[train.quality], data[train.marks], shown)
+        return train.draft_of(data[train.quality], data[train.marks], shown)
 
     def choose(data: dict[Any, Any]) -> tuple[Any, ...]:
         return "", data[photos.folder], keep(data)

@@ -86,14 +86,14 @@ def _number(text: str) -> float | str | None:
 
 def fields() -> dict[str, Field]:
     """Every option of every adapter method, by key, in the order of the config."""
-    found: dict[str, Field] = {}
+    by_key: dict[str, Field] = {}
     for method in configuration.ADAPTER_SECTIONS:
         for option in configuration.options(method):
-            found.setdefault(option.key, _field(option))
+            by_key.setdefault(option.key, _field(option))
     order = list(configuration.SECTIONS)
     # The adapter's method says which other options there are.
     return dict(
-        sorted(found.items(), key=lambda item: (order.index(item[1].option.section), item[0] != "adapter.method"))
+        sorted(by_key.items(), key=lambda item: (order.index(item[1].option.section), item[0] != "adapter.method"))
     )
 
 
@@ -116,11 +116,11 @@ def _field(option: Option) -> Field:
 
 def values(config: Config) -> dict[str, Any]:
     """Every option's value as its widget holds it."""
-    known = fields()
+    by_key = fields()
     tables = {section: getattr(config, section) for section in configuration.SECTIONS}
     return {
         key: field.shown(getattr(tables[field.option.section], field.option.name))
-        for key, field in known.items()
+        for key, field in by_key.items()
         if hasattr(tables[field.option.section], field.option.name)
     }
 
@@ -130,7 +130,7 @@ def read(shown: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[st
 
     Paths are resolved below the roots. An option of another adapter method is left out.
     """
-    known = fields()
+    by_key = fields()
     method = shown.get("adapter.method", "lora")
     of_method = {k.key for k in configuration.options(method if method in configuration.ADAPTER_SECTIONS else "lora")}
     problems: dict[str, list[str]] = {}
@@ -138,8 +138,8 @@ def read(shown: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[st
     for key, value in shown.items():
         if key not in of_method:
             continue
-        given[key] = known[key].read(value)
-        if known[key].option.path and given[key] not in ("", known[key].option.default):
+        given[key] = by_key[key].read(value)
+        if by_key[key].option.path and given[key] not in ("", by_key[key].option.default):
             try:
                 given[key] = located(key, given[key], roots)
             except LorakitError as error:
@@ -148,7 +148,7 @@ def read(shown: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[st
         config = configuration.load(None, given)
     except ConfigError as error:
         for problem in error.problems:
-            problems.setdefault(field_of(problem, known), []).append(problem)
+            problems.setdefault(field_of(problem, by_key), []).append(problem)
         return None, problems
     return (None if problems else config), problems
 
@@ -163,16 +163,16 @@ def located(key: str, text: str, roots: Roots) -> str:
     return text if key == quickstart.BASE and not path.exists() and quickstart.is_hub_id(text) else str(path)
 
 
-def field_of(problem: str, known: Mapping[str, Any]) -> str:
+def field_of(problem: str, by_key: Mapping[str, Any]) -> str:
     """The key of the option that a message speaks of first, or ""."""
-    return next((key for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", problem) if key in known), "")
+    return next((key for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", problem) if key in by_key), "")
 
 
 def changed(shown: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Key -> (the preset's value, the form's) where they differ."""
-    known = fields()
+    by_key = fields()
     return {
         key: (preset[key], shown[key])
-        for key in known
-        if key in preset and key in shown and known[key].read(shown[key]) != known[key].read(preset[key])
+        for key in by_key
+        if key in preset and key in shown and by_key[key].read(shown[key]) != by_key[key].read(preset[key])
     }

@@ -18,7 +18,7 @@ from lorakit.data.decode import Unreadable, decode, measure
 
 SIDE = 256
 # About 15 KiB each.
-MOST = 4000
+MAX_THUMBNAILS = 4000
 QUALITY = 80
 
 
@@ -35,7 +35,7 @@ class Thumbnails:
     """Makes and keeps thumbnails; safe to use from several threads."""
 
     def __init__(self, workers: int = 4):
-        self._made: OrderedDict[tuple[Path, int, int, int], Thumbnail] = OrderedDict()
+        self._cache: OrderedDict[tuple[Path, int, int, int], Thumbnail] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="thumbnail")
 
@@ -47,15 +47,15 @@ class Thumbnails:
             return Thumbnail(problem=f"{path.name}: {error.strerror or error}")
         key = (path, status.st_mtime_ns, status.st_size, side)
         with self._lock:
-            if key in self._made:
-                self._made.move_to_end(key)
-                return self._made[key]
-        made = _make(path, side)
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        thumbnail = _make(path, side)
         with self._lock:
-            self._made[key] = made
-            while len(self._made) > MOST:
-                self._made.popitem(last=False)
-        return made
+            self._cache[key] = thumbnail
+            while len(self._cache) > MAX_THUMBNAILS:
+                self._cache.popitem(last=False)
+        return thumbnail
 
     def several(self, paths: Sequence[Path], side: int = SIDE) -> list[Thumbnail]:
         """Several at once; decoding leaves Python's lock, so it runs on every core."""

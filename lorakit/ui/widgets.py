@@ -125,10 +125,10 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
     return gr.Textbox(value=shown, lines=3 if field.kind == "lines" else 1, **common)
 
 
-def answered(made: Any) -> Any:
+def answered(component: Any) -> Any:
     """The event of a widget that somebody changed. A text field's `input` comes with a key that prints and with nothing
     else: not with what is pasted, deleted, or written by an input method, as Chinese is."""
-    return made.change if isinstance(made, gr.Textbox) else made.input
+    return component.change if isinstance(component, gr.Textbox) else component.input
 
 
 def element_id(key: str) -> str:

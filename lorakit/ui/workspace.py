@@ -28,10 +28,10 @@ from lorakit.ui.access import Roots
 from lorakit.ui.thumbnails import Thumbnails
 
 # Reports kept; each is small.
-MOST_REPORTS = 20
+MAX_REPORTS = 20
 
 
-class Desk:
+class Workspace:
     """One for a front end; safe to use from several threads.
 
     Args:
@@ -61,17 +61,17 @@ class Desk:
         with self._lock:
             if key not in self._reports:
                 self._reports[key] = self._pool.submit(checks.check, config.data, info, cache=self._measurements)
-                while len(self._reports) > MOST_REPORTS:
+                while len(self._reports) > MAX_REPORTS:
                     self._reports.popitem(last=False)
             return self._reports[key]
 
     def preflight(self, config: Config) -> Preflight:
         """What `lorakit check` says of a run that the queue would start; waits until the photos are looked at."""
         folder = str(self.queue.new_folder(config))
-        found = preflight(
+        result = preflight(
             replace(config, output=replace(config.output, folder=folder)), check=lambda *_: self.report(config).result()
         )
-        return replace(found, config=replace(found.config, output=config.output))
+        return replace(result, config=replace(result.config, output=config.output))
 
     def take_in(self, files: Sequence[Path]) -> tuple[Path | None, int, list[str]]:
         """Copy uploaded photos that can be decoded into a new folder of their own.
@@ -80,12 +80,12 @@ class Desk:
             The folder (None if nothing could be used), the number of photos in it, and a line for each refused file.
         """
         refused: list[str] = []
-        kept: dict[str, bytes] = {}
+        contents: dict[str, bytes] = {}
         for file in files:
             name = Path(file.name).name.lstrip(".") or "photo"
             raw = file.read_bytes()
             if file.suffix.lower() in folder.CAPTIONS:
-                kept[name] = raw[:10_000]
+                contents[name] = raw[:10_000]
                 continue
             try:
                 decode(raw, name)
@@ -93,16 +93,16 @@ class Desk:
                 refused.append(str(problem))
                 continue
             stem, number = Path(name), 1
-            while name in kept:
+            while name in contents:
                 number += 1
                 name = f"{stem.stem}-{number}{stem.suffix}"
-            kept[name] = raw
-        photos = sum(not name.lower().endswith(folder.CAPTIONS) for name in kept)
+            contents[name] = raw
+        photos = sum(not name.lower().endswith(folder.CAPTIONS) for name in contents)
         if not photos:
             return None, 0, refused
         place = self.runs / "uploads" / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}"
         place.mkdir(parents=True)
-        for name, raw in kept.items():
+        for name, raw in contents.items():
             atomic.write(place / name, raw)
         return place, photos, refused
 

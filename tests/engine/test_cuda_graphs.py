@@ -56,7 +56,7 @@ def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = t
         if name.endswith("up"):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(device).manual_seed(len(name)))
     adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(settings, device))
-    devices.gradient_checkpointing(family, memory_estimate.recomputed(settings, info, {}, device))
+    devices.gradient_checkpointing(family, memory_estimate.recomputed_blocks(settings, info, {}, device))
     return step, adapter
 
 

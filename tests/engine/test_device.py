@@ -174,7 +174,7 @@ def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: in
     """Those that were asked for run twice, the others once; gradients are the same to the bit."""
     info, found = families.describe(tiny_sd1), []
     settings = config.load(None, {"train.steps": 1, "memory.gradient_checkpointing": True})
-    blocks = memory_estimate.recomputed(settings, info, {}, "cpu")[:count]
+    blocks = memory_estimate.recomputed_blocks(settings, info, {}, "cpu")[:count]
     for again in ([], blocks):
         family = families.load(info, "cpu", torch.float32)
         layers = LoraConfig(rank=4, dropout=dropout, target_modules="linear+conv")

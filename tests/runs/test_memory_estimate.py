@@ -118,7 +118,7 @@ def test_a_limit_recomputes_as_little_as_it_needs() -> None:
 
     def found(limit: float | None, **more: object) -> list[str]:
         settings = chosen(1024, **({"memory__limit_gib": limit} if limit else {}), **more)
-        return memory_estimate.recomputed(settings, info, trained(settings, info), "cuda")
+        return memory_estimate.recomputed_blocks(settings, info, trained(settings, info), "cuda")
 
     everything = found(None, memory__gradient_checkpointing=True)
     # SDXL's UNet has 70 transformer blocks and 17 resnets.

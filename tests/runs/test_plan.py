@@ -106,7 +106,7 @@ def test_length_is_exact_and_said_in_words(sd15: Info, changes: dict[str, Any], 
 
 def test_a_run_that_is_too_short_to_teach_much_says_so(sd15: Info) -> None:
     short, enough = (make(sd15, [SQUARE] * 10, train__steps_per_image=each) for each in (19, 20))
-    assert plan.FEW in short.lines() and plan.FEW not in enough.lines()
+    assert plan.SHORT_RUN in short.lines() and plan.SHORT_RUN not in enough.lines()
 
 
 def test_what_compiling_on_a_cpu_comes_to_is_said(sd15: Info) -> None:

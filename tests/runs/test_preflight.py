@@ -296,12 +296,12 @@ def test_check_train_and_the_front_end_give_one_answer(
 def seen_by_the_page(tiny_sd1: Path, here: Path) -> Callable[[config.Config], tuple[bool, set[str]]]:
     """What the front end says of a config: it may start, and its problems."""
     pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
-    from lorakit.ui.workspace import Desk
+    from lorakit.ui.workspace import Workspace
 
-    desk = Desk(here / "runs", [here, tiny_sd1.parent])
+    workspace = Workspace(here / "runs", [here, tiny_sd1.parent])
 
     def answer(asked: config.Config) -> tuple[bool, set[str]]:
-        found: Preflight = desk.preflight(asked)
+        found: Preflight = workspace.preflight(asked)
         assert found.config.output == asked.output
         return not found.problems, set(found.problems)
 

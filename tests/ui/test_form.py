@@ -75,8 +75,8 @@ def test_what_differs_from_the_preset():
 
 def test_quality_is_a_factor_on_the_presets_length():
     lengths = {}
-    for quality in quickstart.QUALITIES:
-        suggested = quickstart.suggest({}, quality)
+    for quality in quickstart.LENGTH_FACTORS:
+        suggested = quickstart.config_for_answers({}, quality)
         (lengths[quality],) = [
             v for key in quickstart.LENGTH_KEYS if (v := getattr(suggested.train, key.split(".")[1]))
         ]
@@ -94,7 +94,7 @@ def test_neither_language_lacks_a_line():
 
 
 def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
-    code = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "lorakit/ui").glob("*.py"))
+    code = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "lorakit/ui").rglob("*.py"))
     asked = set(re.findall(r"\b(?:say|t)\(\s*[\"']([\w.]+)[\"']", code))
     made = ("state.", "quality.", "section.", "option.", "help.", "photos.errors", "photos.warnings", "photos.notes")
     assert asked <= set(texts.table("en"))

@@ -16,31 +16,31 @@ from lorakit.ui.pages.adapter import AdapterPage  # noqa: E402
 from lorakit.ui.pages.compare import ComparePage  # noqa: E402
 from lorakit.ui.pages.photos import PAGE, PhotosPage  # noqa: E402
 from lorakit.ui.pages.train import TrainPage  # noqa: E402
-from lorakit.ui.workspace import Desk  # noqa: E402
+from lorakit.ui.workspace import Workspace  # noqa: E402
 
 SAY = texts.sayer("en")
 T = gr.I18n(**texts.tables())
 
 
 @pytest.fixture
-def desk(tmp_path: Path, tiny_sd1: Path) -> Desk:
+def workspace(tmp_path: Path, tiny_sd1: Path) -> Workspace:
     (tmp_path / "photos").mkdir()
     for number in range(3):
         Image.effect_noise((90, 64), 50 + 20 * number).convert("RGB").save(tmp_path / "photos" / f"{number}.png")
-    return Desk(tmp_path / "runs", [tmp_path / "photos", tiny_sd1])
+    return Workspace(tmp_path / "runs", [tmp_path / "photos", tiny_sd1])
 
 
 @pytest.fixture
-def train(desk: Desk) -> TrainPage:
+def train(workspace: Workspace) -> TrainPage:
     with gr.Blocks():
-        return TrainPage(desk, T, gr.BrowserState())
+        return TrainPage(workspace, T, gr.BrowserState())
 
 
 def answered(train: TrainPage, base: Path, **more: object) -> tuple[list[object], dict[str, object]]:
     """Values of all widgets, and what the page remembers, for somebody who answered the questions."""
     marks = dict(train.marks.value)
     shown = {key: marks["values"][key] for key in train.keys} | {
-        quickstart.PHOTOS: str(train.desk.roots.paths[0]),
+        quickstart.PHOTOS: str(train.workspace.roots.paths[0]),
         quickstart.NAME: "sks toy",
         quickstart.BASE: str(base),
     }
@@ -48,8 +48,8 @@ def answered(train: TrainPage, base: Path, **more: object) -> tuple[list[object]
     return [shown[key] for key in train.keys], marks
 
 
-def test_the_whole_page_is_built(desk: Desk):
-    page = app.build(desk, T)
+def test_the_whole_page_is_built(workspace: Workspace):
+    page = app.build(workspace, T)
     assert page.enable_queue
 
 
@@ -77,7 +77,7 @@ def test_the_page_refuses_what_a_run_refuses(train: TrainPage, tiny_sd1: Path):
     plan, start = train.plan(values, SAY)
     assert plan.count("format cannot carry this DoRA") == 2 and start["interactive"] is False
     message, name = train.begin(values, SAY)
-    assert message.count("format cannot carry this DoRA") == 2 and name is None and not train.desk.queue.jobs()
+    assert message.count("format cannot carry this DoRA") == 2 and name is None and not train.workspace.queue.jobs()
     assert "裝不下這個 DoRA" in train.plan(values, texts.sayer("zh-Hant"))[0]
     # What a program does not read keeps nobody from training.
     values, _ = answered(train, tiny_sd1, adapter__method="dora")
@@ -155,7 +155,7 @@ def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
         assert dict(zip(train.keys, updates, strict=True))[quickstart.BASE]["info"].startswith(f"✕ {told}")
         assert told in train.plan(values, SAY)[0]
         message, name = train.begin(values, SAY)
-        assert told in message and name is None and not train.desk.queue.jobs()
+        assert told in message and name is None and not train.workspace.queue.jobs()
         assert asked == [], "typing, planning and starting ask nothing of the network"
         assert "org/tiny is on this machine now" in train.fetch_base(values, SAY)
         assert asked
@@ -172,7 +172,7 @@ def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
 
 
 def test_a_path_that_looks_like_a_hub_id_is_a_path(train: TrainPage, tiny_sd1: Path, hub_cache: Path):
-    place = train.desk.roots.paths[0] / "mine"
+    place = train.workspace.roots.paths[0] / "mine"
     (place).mkdir()
     (place / "model").symlink_to(tiny_sd1)
     values, _ = answered(train, Path("mine/model"))
@@ -182,10 +182,10 @@ def test_a_path_that_looks_like_a_hub_id_is_a_path(train: TrainPage, tiny_sd1: P
     assert config is not None and quickstart.describe(config.model.base).path == tiny_sd1
 
 
-def test_photos_are_shown_whatever_the_base_is(desk: Desk, train: TrainPage, hub_cache: Path):
+def test_photos_are_shown_whatever_the_base_is(workspace: Workspace, train: TrainPage, hub_cache: Path):
     with gr.Blocks():
-        photos = PhotosPage(desk, T)
-    folder = str(desk.roots.paths[0])
+        photos = PhotosPage(workspace, T)
+    folder = str(workspace.roots.paths[0])
     for base in ("org/tiny", "no/such/base", "/etc"):
         values, _ = answered(train, Path(base))
         summary, cards = photos.checked(folder, 0, train.config_of_photos(train.form_values(values)), SAY)
@@ -199,14 +199,14 @@ def test_what_a_browser_kept_may_be_anything(train: TrainPage, kept: object):
     assert len(train.restore(kept)) == 4 + len(train.keys)
 
 
-def test_a_page_of_photos(desk: Desk, train: TrainPage, tiny_sd1: Path):
+def test_a_page_of_photos(workspace: Workspace, train: TrainPage, tiny_sd1: Path):
     for number in range(3, PAGE + 2):
-        Image.new("RGB", (64, 64), (number, 0, 0)).save(desk.roots.paths[0] / f"{number:03d}.png")
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(workspace.roots.paths[0] / f"{number:03d}.png")
     with gr.Blocks():
-        photos = PhotosPage(desk, T)
+        photos = PhotosPage(workspace, T)
     values, _ = answered(train, tiny_sd1, data__resolution=64.0)
     config = train.config_of_photos(train.form_values(values))
-    folder = str(desk.roots.paths[0])
+    folder = str(workspace.roots.paths[0])
     summary, cards, pager, previous, _, following, _, first = photos.show(folder, 0, config, SAY)
     assert cards.count('<li class="lk-card') == PAGE and first == 0 and pager["visible"]
     assert "Looking at every photo" in summary and "trained at" not in cards
@@ -221,34 +221,34 @@ def test_a_page_of_photos(desk: Desk, train: TrainPage, tiny_sd1: Path):
     assert previous["interactive"] and not following["interactive"]
 
 
-def test_no_folder_is_no_error(desk: Desk, train: TrainPage):
+def test_no_folder_is_no_error(workspace: Workspace, train: TrainPage):
     with gr.Blocks():
-        photos = PhotosPage(desk, T)
+        photos = PhotosPage(workspace, T)
     assert "No photos yet" in photos.show("", 0, None, SAY)[0]
     assert photos.checked("", 0, None, SAY) == [gr.skip(), gr.skip()]
 
 
-def test_grids_that_are_drawn_are_followed(desk: Desk):
+def test_grids_that_are_drawn_are_followed(workspace: Workspace):
     with gr.Blocks():
-        page = ComparePage(desk, T)
+        page = ComparePage(workspace, T)
     assert page.drawn(None, SAY)[2].active is False
-    run = desk.runs / "one"
-    job = desk.queue.command(["sample", "nothing"], run / "compare" / "grid")
+    run = workspace.runs / "one"
+    job = workspace.queue.command(["sample", "nothing"], run / "compare" / "grid")
     message, grids, timer = page.drawn("one", SAY)
     assert "Drawing … (waiting)" in message and grids == "" and timer.active is True
-    desk.queue.work()
+    workspace.queue.work()
     message, _, timer = page.drawn("one", SAY)
-    assert desk.why(job.number) in message and "lk-problem" in message and timer.active is False
+    assert workspace.why(job.number) in message and "lk-problem" in message and timer.active is False
 
 
-def test_a_run_that_was_deleted_while_its_page_was_open_is_told(desk: Desk):
+def test_a_run_that_was_deleted_while_its_page_was_open_is_told(workspace: Workspace):
     with gr.Blocks():
-        page = ComparePage(desk, T)
+        page = ComparePage(workspace, T)
     gone = "not there any more"
     assert gone in page.show("gone", SAY)[0] and gone in page.mark_best("gone", 2, SAY)
     assert "is not a run folder" in page.export_step("gone", 2, "kohya", SAY)[0]
     assert "lk-problem" in page.draw_grids("gone", ["a.safetensors"], "", "1", SAY)[0]
-    assert not (desk.runs / "gone").exists()
+    assert not (workspace.runs / "gone").exists()
     # Nothing chosen at all.
     for message in (page.export_step(None, None, "kohya", SAY)[0], page.draw_grids(None, [], "", "1", SAY)[0]):
         assert "lk-problem" in message and "No pictures yet" in message
@@ -258,25 +258,25 @@ def test_a_run_that_was_deleted_while_its_page_was_open_is_told(desk: Desk):
     ("content", "message"),
     [(b"\x80\x02}q\x00.", "pickle"), (b"PK\x03\x04", "pickle"), (b"", "empty"), (b"hello world", "not a safetensors")],
 )
-def test_no_pickle_is_opened(desk: Desk, content: bytes, message: str):
+def test_no_pickle_is_opened(workspace: Workspace, content: bytes, message: str):
     with gr.Blocks():
-        page = AdapterPage(desk, T)
-    file = desk.runs / "adapter.safetensors"
+        page = AdapterPage(workspace, T)
+    file = workspace.runs / "adapter.safetensors"
     file.write_bytes(content)
     report, inspected, *_ = page.look(str(file), None, SAY)
     assert message in report and inspected == ""
     report, *_ = page.look("", str(file), SAY)
-    assert message in report and str(desk.runs) not in report, "where an upload lies is not told"
+    assert message in report and str(workspace.runs) not in report, "where an upload lies is not told"
 
 
-def test_a_base_is_described(desk: Desk, tiny_sd1: Path):
+def test_a_base_is_described(workspace: Workspace, tiny_sd1: Path):
     with gr.Blocks():
-        page = AdapterPage(desk, T)
+        page = AdapterPage(workspace, T)
     report, inspected, convertible, *_ = page.look(str(tiny_sd1), None, SAY)
     assert inspected == str(tiny_sd1) and convertible["visible"] is False
     assert "lk-panel" in report
 
 
-def test_a_run_name_is_not_a_path(desk: Desk):
+def test_a_run_name_is_not_a_path(workspace: Workspace):
     with pytest.raises(LorakitError, match="is no run"):
-        desk.run("../photos")
+        workspace.run("../photos")

@@ -61,8 +61,8 @@ def test_a_sentence_keeps_what_stands_in_its_holes():
 
 def test_english_is_said_as_it_is_and_chinese_line_by_line():
     said = "adapter.rank = 0: must be between 1 and 1024\nsomething new\nblurred"
-    assert texts.sayer("en").told(said) == said
-    assert texts.sayer("zh-Hant").told(said).split("\n") == [
+    assert texts.sayer("en").translate(said) == said
+    assert texts.sayer("zh-Hant").translate(said).split("\n") == [
         "adapter.rank = 0：必須介於 1 與 1024 之間", "something new", "模糊",
     ]  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_every_line_of_a_plan_is_said(tiny_sd1: Path, monkeypatch: pytest.Monkey
     lines = [line for one in made for line in one.lines()]
     assert lacking(lines) == []
     # As someone reads it: no English word but names of the field's.
-    told = texts.sayer("zh-Hant").told("\n".join(made[1].lines()))
+    told = texts.sayer("zh-Hant").translate("\n".join(made[1].lines()))
     assert not re.search(r"\b(photos?|steps?|about|modules|weights|each|draw|encode|held|estimate)\b", told), told
 
 
@@ -141,8 +141,8 @@ def test_what_is_told_of_a_base_is_said():
         *(f"base x.safetensors {kind}" for kind in _KINDS.values()),
     ]
     assert lacking(notes) == []
-    assert "不大於" in texts.sayer("zh-Hant").told(notes[3])
-    assert texts.sayer("zh-Hant").told(sure) == "預測類型：v_prediction（終端 SNR 為零），依檔案中的鍵 v_pred"
+    assert "不大於" in texts.sayer("zh-Hant").translate(notes[3])
+    assert texts.sayer("zh-Hant").translate(sure) == "預測類型：v_prediction（終端 SNR 為零），依檔案中的鍵 v_pred"
 
 
 def bad_photos(photos: Path) -> None:
@@ -230,7 +230,7 @@ def test_why_a_folder_is_refused_is_said(found: str, tmp_path: Path):
     with pytest.raises(LorakitError) as caught:
         folder.scan(place)
     assert lacking([str(caught.value)]) == []
-    told = texts.sayer("zh-Hant").told(str(caught.value)).replace(str(tmp_path), "")
+    told = texts.sayer("zh-Hant").translate(str(caught.value)).replace(str(tmp_path), "")
     assert not re.search(r"found|nothing|without|only|level|mean", told), told
 
 

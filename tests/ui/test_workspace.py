@@ -11,7 +11,7 @@ from PIL import Image
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
 from lorakit.ui.thumbnails import Thumbnails
-from lorakit.ui.workspace import Desk
+from lorakit.ui.workspace import Workspace
 
 
 def photo(path: Path, size: tuple[int, int] = (60, 40), colour: str = "red", **more: object) -> Path:
@@ -68,35 +68,35 @@ def test_a_page_of_large_photos_is_quick(tmp_path: Path):
 
 
 def test_uploads_are_decoded_and_copied(tmp_path: Path):
-    desk = Desk(tmp_path / "runs", [])
+    workspace = Workspace(tmp_path / "runs", [])
     good = photo(tmp_path / "up" / "a.png")
     again = photo(tmp_path / "up2" / "a.png", colour="blue")
     bad = tmp_path / "up" / "bad.jpg"
     bad.write_text("hello")
     caption = tmp_path / "up" / "a.txt"
     caption.write_text("a photo of sks dog")
-    place, count, refused = desk.take_in([good, again, bad, caption])
+    place, count, refused = workspace.take_in([good, again, bad, caption])
     assert count == 2 and len(refused) == 1 and refused[0].startswith("bad.jpg: text, not a picture")
-    assert place is not None and place.is_relative_to(desk.runs)
+    assert place is not None and place.is_relative_to(workspace.runs)
     assert {path.name for path in place.iterdir()} == {"a.png", "a-2.png", "a.txt"}
     assert (place / "a.png").read_bytes() == good.read_bytes()
-    assert desk.take_in([bad])[0] is None
-    assert desk.roots.resolve(place) == place
+    assert workspace.take_in([bad])[0] is None
+    assert workspace.roots.resolve(place) == place
 
 
 def test_a_caption_is_written_beside_its_photo_and_nowhere_else(tmp_path: Path):
-    desk = Desk(tmp_path / "runs", [tmp_path / "photos"])
+    workspace = Workspace(tmp_path / "runs", [tmp_path / "photos"])
     path = photo(tmp_path / "photos" / "a.png")
     before = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert desk.save_caption(tmp_path / "photos", "a.png", " a dog\n on grass ").read_text() == "a dog on grass\n"
+    assert workspace.save_caption(tmp_path / "photos", "a.png", " a dog\n on grass ").read_text() == "a dog on grass\n"
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
     (tmp_path / "outside").mkdir()
     outside = photo(tmp_path / "outside" / "b.png")
     for folder, name in ((tmp_path / "photos", "../outside/b.png"), (tmp_path / "outside", "b.png")):
         with pytest.raises(LorakitError, match="outside of"):
-            desk.save_caption(folder, name, "x")
+            workspace.save_caption(folder, name, "x")
     with pytest.raises(LorakitError, match=r"c\.png: no such photo"):
-        desk.save_caption(tmp_path / "photos", "c.png", "x")
+        workspace.save_caption(tmp_path / "photos", "c.png", "x")
     assert sorted(p.name for p in (tmp_path / "photos").iterdir()) == ["a.png", "a.txt"]
     assert [p.name for p in outside.parent.iterdir()] == ["b.png"]
 
@@ -104,54 +104,66 @@ def test_a_caption_is_written_beside_its_photo_and_nowhere_else(tmp_path: Path):
 @pytest.mark.parametrize("name", ["", "..", "../x", ".queue", "a/b", "/etc"])
 def test_a_run_is_a_name_below_the_runs(tmp_path: Path, name: str):
     with pytest.raises(LorakitError, match="is no run"):
-        Desk(tmp_path, []).run(name)
+        Workspace(tmp_path, []).run(name)
 
 
 def test_the_photos_are_looked_at_once(tmp_path: Path, tiny_sd1: Path):
-    desk = Desk(tmp_path / "runs", [tmp_path])
+    workspace = Workspace(tmp_path / "runs", [tmp_path])
     for number in range(3):
         photo(tmp_path / "photos" / f"{number}.png", (64, 64), ("red", "green", "blue")[number])
-    config = quickstart.suggest({quickstart.PHOTOS: str(tmp_path / "photos"), quickstart.BASE: str(tiny_sd1)}, "quick")
-    first = desk.report(config)
-    assert desk.report(config) is first
+    config = quickstart.config_for_answers(
+        {quickstart.PHOTOS: str(tmp_path / "photos"), quickstart.BASE: str(tiny_sd1)}, "quick"
+    )
+    first = workspace.report(config)
+    assert workspace.report(config) is first
     assert len(first.result().items) == 3
     (tmp_path / "photos" / "0.txt").write_text("a caption")
-    assert desk.report(config) is not first
+    assert workspace.report(config) is not first
 
 
 def test_a_word_changed_decodes_no_photo_again(tmp_path: Path, tiny_sd1: Path):
-    desk = Desk(tmp_path / "runs", [tmp_path])
+    workspace = Workspace(tmp_path / "runs", [tmp_path])
     path = photo(tmp_path / "photos" / "0.png", (64, 64))
     answers = {quickstart.PHOTOS: str(tmp_path / "photos"), quickstart.BASE: str(tiny_sd1)}
-    assert desk.report(quickstart.suggest(answers | {quickstart.NAME: "sks dog"}, "quick")).result().items[0].readable
+    assert (
+        workspace.report(quickstart.config_for_answers(answers | {quickstart.NAME: "sks dog"}, "quick"))
+        .result()
+        .items[0]
+        .readable
+    )
     # The same size and time, but no picture any more: who decoded it again would find it out.
     before = path.stat()
     path.write_bytes(b"x" * before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    (item,) = desk.report(quickstart.suggest(answers | {quickstart.NAME: "sks cat"}, "quick")).result().items
+    (item,) = (
+        workspace.report(quickstart.config_for_answers(answers | {quickstart.NAME: "sks cat"}, "quick")).result().items
+    )
     assert item.readable and item.text == "a photo of a sks cat"
     path.write_bytes(b"x")
     assert (
-        not desk.report(quickstart.suggest(answers | {quickstart.NAME: "sks cat"}, "quick")).result().items[0].readable
+        not workspace.report(quickstart.config_for_answers(answers | {quickstart.NAME: "sks cat"}, "quick"))
+        .result()
+        .items[0]
+        .readable
     )
 
 
 def test_a_run_that_waits_or_never_began_is_listed(tmp_path: Path):
-    desk = Desk(tmp_path / "runs", [])
+    workspace = Workspace(tmp_path / "runs", [])
     wrong = ["train", "none", "--preset", "subject-pocket", "--set", "adapter.rank=0"]
-    failed = desk.queue.command(wrong, desk.runs / "one")
-    desk.queue.work()
-    waiting = desk.queue.command(["train"], desk.runs / "two")
-    (first, state), (second, problem) = desk.runs_and_jobs()
+    failed = workspace.queue.command(wrong, workspace.runs / "one")
+    workspace.queue.work()
+    waiting = workspace.queue.command(["train"], workspace.runs / "two")
+    (first, state), (second, problem) = workspace.runs_and_jobs()
     assert (first, state.state) == (Path(waiting.folder).name, "waiting")
     assert (second, problem.state) == (Path(failed.folder).name, "failed")
     assert problem.message == "adapter.rank = 0: must be between 1 and 1024"
 
 
 def test_a_download_is_staged_once(tmp_path: Path):
-    desk = Desk(tmp_path / "runs", [])
+    workspace = Workspace(tmp_path / "runs", [])
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"abc")
-    staged = desk.staged(file)
+    staged = workspace.staged(file)
     assert staged.name == file.name and staged.read_bytes() == b"abc" and not staged.is_relative_to(tmp_path)
-    assert desk.staged(file) == staged
+    assert workspace.staged(file) == staged

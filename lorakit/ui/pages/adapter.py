@@ -15,14 +15,14 @@ from lorakit.formats import inspect
 from lorakit.ui import commands, form, widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW, say_for
-from lorakit.ui.workspace import Desk
+from lorakit.ui.workspace import Workspace
 
 
 class AdapterPage:
     """Builds and wires the page."""
 
-    def __init__(self, desk: Desk, t: gr.I18n):
-        self.desk = desk
+    def __init__(self, workspace: Workspace, t: gr.I18n):
+        self.workspace = workspace
         gr.Markdown(t("adapter.lead"), elem_classes="lk-lead")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=280), gr.Group():
@@ -31,7 +31,7 @@ class AdapterPage:
                     value=None,
                     allow_custom_value=True,
                     label=t("adapter.path"),
-                    info=", ".join(map(str, desk.roots.paths)),
+                    info=", ".join(map(str, workspace.roots.paths)),
                     elem_id="adapter-path",
                 )
                 self.inspect = gr.Button(t("adapter.inspect"), variant="primary", elem_id="adapter-inspect")
@@ -73,8 +73,8 @@ class AdapterPage:
 
     def adapters(self) -> list[str]:
         """Adapters of all runs, newest first."""
-        found = sorted(self.desk.runs.glob("*/*.safetensors"), key=lambda path: -path.stat().st_mtime)
-        return [str(path) for path in found]
+        files = sorted(self.workspace.runs.glob("*/*.safetensors"), key=lambda path: -path.stat().st_mtime)
+        return [str(path) for path in files]
 
     def look(self, path: str, upload: str | None, say: Say) -> list[Any]:
         """Say what a file below the roots, or one that was uploaded, is."""
@@ -82,10 +82,10 @@ class AdapterPage:
         if not path and not upload:
             return [widgets.problem(say("adapter.none")), "", hidden, "", hidden]
         try:
-            file = Path(upload) if upload else self.desk.roots.resolve(path)
+            file = Path(upload) if upload else self.workspace.roots.resolve(path)
             report = inspect.inspect(file)
         except LorakitError as problem:
-            return [widgets.problem(say.told(_without_place(str(problem), upload))), "", hidden, "", hidden]
+            return [widgets.problem(say.translate(_without_place(str(problem), upload))), "", hidden, "", hidden]
         convertible = gr.update(visible=bool(report.format))
         return [report_card(report, say), str(file), convertible, "", hidden]
 
@@ -95,12 +95,12 @@ class AdapterPage:
         if not inspected:
             return widgets.problem(say("adapter.none")), hidden
         try:
-            written = commands.export(Path(inspected), kind, self.desk.unused("converted"), dtype)
+            written = commands.export(Path(inspected), kind, self.workspace.unused("converted"), dtype)
         except LorakitError as problem:
-            return widgets.problem(say.told(str(problem))), hidden
-        staged = [str(self.desk.staged(path)) for path in written if path.is_file()]
-        told = ", ".join(str(path) for path in written)
-        return widgets.good(say("adapter.converted", name=told)), gr.update(visible=bool(staged), value=staged or None)
+            return widgets.problem(say.translate(str(problem))), hidden
+        staged = [str(self.workspace.staged(path)) for path in written if path.is_file()]
+        names = ", ".join(str(path) for path in written)
+        return widgets.good(say("adapter.converted", name=names)), gr.update(visible=bool(staged), value=staged or None)
 
 
 def report_card(report: inspect.Report, say: Say) -> str:
@@ -109,7 +109,7 @@ def report_card(report: inspect.Report, say: Say) -> str:
     rank = ", ".join(sorted({f"{r:g}" for component in report.components.values() for r in component.ranks}))
     figures = widgets.facts(
         [
-            (say("file.family"), report.family or "", say.told(report.family_told_by)),
+            (say("file.family"), report.family or "", say.translate(report.family_told_by)),
             (say("file.method"), report.method, ""),
             (say("file.rank"), rank, ""),
             (say("file.trigger"), report.trigger, ""),
@@ -118,13 +118,13 @@ def report_card(report: inspect.Report, say: Say) -> str:
     )
     readers = "".join(
         f"<li class=lk-{'fine' if reading.complete else 'bad'}><b>{'✓' if reading.complete else '✕'} "
-        f"{escape(reading.title)}</b> {escape(say.told(reading.line()))}</li>"
+        f"{escape(reading.title)}</b> {escape(say.translate(reading.line()))}</li>"
         for reading in report.readers.values()
     )
     listed = f"<h4>{escape(say('adapter.readers'))}</h4><ul class=lk-readers>{readers}</ul>" if readers else ""
     return (
         f"<section class=lk-panel><h3>{escape(report.name)}</h3>"
-        f"<p>{escape(say.told(report.description))} · {escape(size)}</p>"
+        f"<p>{escape(say.translate(report.description))} · {escape(size)}</p>"
         f"{figures}{listed}<details><summary>lorakit inspect</summary><pre tabindex=0>{escape(report.to_text())}</pre>"
         "</details></section>"
     )

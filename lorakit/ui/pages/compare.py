@@ -27,11 +27,11 @@ from lorakit.runs.folder import RunFolder
 from lorakit.ui import commands, widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW, say_for
-from lorakit.ui.workspace import Desk
+from lorakit.ui.workspace import Workspace
 
 CELL = 320
 # Photos among which the nearest is looked for, and the side (pixels) at which they are compared.
-MOST_PHOTOS, LOOK = 200, 16
+MAX_PHOTOS, LOOK = 200, 16
 CHOICE = "choice.json"
 # Folder of a run for the grids that were asked for, and seconds between looks for them.
 GRIDS, EVERY = "compare", 1.0
@@ -40,8 +40,8 @@ GRIDS, EVERY = "compare", 1.0
 class ComparePage:
     """Builds and wires the page."""
 
-    def __init__(self, desk: Desk, t: gr.I18n):
-        self.desk = desk
+    def __init__(self, workspace: Workspace, t: gr.I18n):
+        self.workspace = workspace
         gr.Markdown(t("compare.lead"), elem_classes="lk-lead")
         self.run = gr.Dropdown(choices=[], label=t("compare.run"), filterable=False, elem_id="compare-run")
         self.table = widgets.html(elem_id="compare-table")
@@ -103,7 +103,7 @@ class ComparePage:
 
     def runs(self) -> list[str]:
         """Runs that have pictures, newest first."""
-        return [path.name for path, _ in run_folder.list_runs(self.desk.runs) if RunFolder(path).sample_grids()]
+        return [path.name for path, _ in run_folder.list_runs(self.workspace.runs) if RunFolder(path).sample_grids()]
 
     def show(self, name: str | None, say: Say) -> list[Any]:
         """Everything of one run."""
@@ -112,7 +112,7 @@ class ComparePage:
             none = gr.update(choices=[], value=None)
             unknown = gr.update(choices=[], value=[])
             return [widgets.quiet(say("compare.none")), hidden, none, unknown, "", "", hidden]
-        run = RunFolder(self.desk.run(name))
+        run = RunFolder(self.workspace.run(name))
         if not run.sample_grids():  # deleted while the page was open
             hidden = gr.update(visible=False)
             return [widgets.problem(say("error.gone")), hidden, gr.skip(), gr.skip(), "", "", hidden]
@@ -133,11 +133,11 @@ class ComparePage:
 
     def table_of(self, name: str, say: Say) -> str:
         """A row for each checkpoint, a column for each prompt, the base model first."""
-        run = RunFolder(self.desk.run(name))
+        run = RunFolder(self.workspace.run(name))
         grids = run.sample_grids()
         if not grids:
             return widgets.quiet(say("compare.none"))
-        marked, photos = marked_step(run), _photos_of(run, self.desk)
+        marked, photos = marked_step(run), _photos_of(run, self.workspace)
         head = "".join(f"<th scope=col>{escape(prompt)}</th>" for prompt in _prompts(run, max(grids)))
         rows = []
         for step in grids:
@@ -151,23 +151,23 @@ class ComparePage:
         )
 
     def _cell(self, path: Path, title: str, photos: Sequence[tuple[Path, np.ndarray]], say: Say) -> str:
-        picture = self.desk.thumbnails.get(path, CELL)
+        picture = self.workspace.thumbnails.get(path, CELL)
         shown = f'<img src="{picture.address}" alt="{escape(title)}">'
         if photos and (look := _look(path, path.stat().st_mtime_ns)) is not None:
             alike, nearest = max(((float(look @ other), photo) for photo, other in photos), key=lambda pair: pair[0])
-            told = escape(say("compare.nearest", percent=round(100 * max(0.0, alike))))
-            small = self.desk.thumbnails.get(nearest, 96)
+            text = escape(say("compare.nearest", percent=round(100 * max(0.0, alike))))
+            small = self.workspace.thumbnails.get(nearest, 96)
             photo = f'<img src="{small.address}" alt="{escape(nearest.name)}">'
-            shown += f"<span class=lk-nearest>{photo}<small>{told}</small></span>"
+            shown += f"<span class=lk-nearest>{photo}<small>{text}</small></span>"
         return f"<td>{shown}</td>"
 
     def mark_best(self, name: str, step: int | None, say: Say) -> str:
         """Remember which checkpoint the person likes best."""
         if step is None:
             return widgets.problem(say("compare.none"))
-        if not self.desk.run(name).is_dir():
+        if not self.workspace.run(name).is_dir():
             return widgets.problem(say("error.gone"))
-        atomic.write(self.desk.run(name) / CHOICE, json.dumps({"step": int(step), "time": round(time.time())}))
+        atomic.write(self.workspace.run(name) / CHOICE, json.dumps({"step": int(step), "time": round(time.time())}))
         return widgets.good(say("compare.marked_done", step=step))
 
     def export_step(self, name: str | None, step: int | None, kind: str, say: Say) -> tuple[str, Any]:
@@ -175,17 +175,17 @@ class ComparePage:
         hidden = gr.update(visible=False)
         if not name:
             return widgets.problem(say("compare.none")), hidden
-        run = RunFolder(self.desk.run(name))
+        run = RunFolder(self.workspace.run(name))
         try:
             source = file_of_step(run, int(step or 0))
             if source is None:
                 return widgets.problem(say("compare.not_there", step=step)), hidden
-            written = commands.export(source, kind, self.desk.unused(f"{run.path.name}/exports"))
+            written = commands.export(source, kind, self.workspace.unused(f"{run.path.name}/exports"))
         except LorakitError as problem:
-            return widgets.problem(say.told(str(problem))), hidden
-        staged = [str(self.desk.staged(path)) for path in written if path.is_file()]
-        told = ", ".join(str(path.relative_to(run.path)) for path in written)
-        return widgets.good(say("compare.exported", name=told)), gr.update(visible=bool(staged), value=staged or None)
+            return widgets.problem(say.translate(str(problem))), hidden
+        staged = [str(self.workspace.staged(path)) for path in written if path.is_file()]
+        text = ", ".join(str(path.relative_to(run.path)) for path in written)
+        return widgets.good(say("compare.exported", name=text)), gr.update(visible=bool(staged), value=staged or None)
 
     def draw_grids(
         self, name: str | None, files: Sequence[str], prompts: str, strengths: str, say: Say
@@ -193,56 +193,56 @@ class ComparePage:
         """Put a grid for each adapter into the queue; (message, the timer that looks for them)."""
         if not name:
             return widgets.problem(say("compare.none")), gr.skip()
-        run = RunFolder(self.desk.run(name))
+        run = RunFolder(self.workspace.run(name))
         try:
             adapters = [self._adapter(run, file) for file in files]
             base = quickstart.base_of(run.config_file)
         except LorakitError as problem:
-            return widgets.problem(say.told(str(problem))), gr.skip()
+            return widgets.problem(say.translate(str(problem))), gr.skip()
         for number, adapter in enumerate(adapters):
             target = run.path / GRIDS / f"{datetime.now():%Y-%m-%d-%H%M%S}-{number + 1}-{adapter.stem}"
             arguments = ["sample", str(adapter), f"--strength={strengths.replace(' ', '') or 1}"]
             arguments += ["--output", str(target), "--base", base]
             arguments += [f"--prompt={line.strip()}" for line in prompts.splitlines() if line.strip()]
-            self.desk.queue.command(arguments, target)
+            self.workspace.queue.command(arguments, target)
         if not adapters:
             return widgets.problem(say("adapter.none")), gr.skip()
-        self.desk.queue.start()
+        self.workspace.queue.start()
         return widgets.quiet(say("compare.drawing", state=say("state.waiting"))), gr.Timer(active=True)
 
     def drawn(self, name: str | None, say: Say) -> list[Any]:
         """How the drawing of grids stands, the grids so far, and whether to look again."""
         if not name:
             return ["", "", gr.Timer(active=False)]
-        folder = self.desk.run(name) / GRIDS
-        jobs = [job for job in self.desk.queue.jobs() if Path(job.folder).parent == folder]
+        folder = self.workspace.run(name) / GRIDS
+        jobs = [job for job in self.workspace.queue.jobs() if Path(job.folder).parent == folder]
         going = [job for job in jobs if job.state in ("waiting", "running")]
-        told = ""
+        text = ""
         if going:
-            told = widgets.quiet(say("compare.drawing", state=say(f"state.{going[0].state}")))
+            text = widgets.quiet(say("compare.drawing", state=say(f"state.{going[0].state}")))
         elif jobs and jobs[-1].state != "done":
-            told = widgets.problem(say.told(self.desk.why(jobs[-1].number)) or say(f"state.{jobs[-1].state}"))
-        return [told, self.grids_of(name, say), gr.Timer(active=bool(going))]
+            text = widgets.problem(say.translate(self.workspace.why(jobs[-1].number)) or say(f"state.{jobs[-1].state}"))
+        return [text, self.grids_of(name, say), gr.Timer(active=bool(going))]
 
     def _adapter(self, run: RunFolder, name: str) -> Path:
         """The adapter file of that name; a checkpoint's is exported first, once."""
         if name.endswith(".safetensors"):
-            return self.desk.roots.resolve(run.path / Path(name).name)
+            return self.workspace.roots.resolve(run.path / Path(name).name)
         if not re.fullmatch(r"step-\d+", name):
             raise LorakitError(f"{name!r} is no checkpoint")
         place = run.path / "exports" / name
         kind = next(iter(FORMATS))
-        found = list(place.glob("*.safetensors"))
-        found = found or commands.export(run.checkpoints / name, kind, place)
-        return found[0]
+        files = list(place.glob("*.safetensors"))
+        files = files or commands.export(run.checkpoints / name, kind, place)
+        return files[0]
 
     def grids_of(self, name: str, say: Say) -> str:
         """Every grid that was drawn of a run, newest first."""
-        found = sorted((self.desk.run(name) / GRIDS).glob("*/grid.png"), reverse=True)
+        files = sorted((self.workspace.run(name) / GRIDS).glob("*/grid.png"), reverse=True)
         shown = "".join(
-            f'<figure><img src="{self.desk.thumbnails.get(path, 1024).address}" alt="{escape(path.parent.name)}">'
+            f'<figure><img src="{self.workspace.thumbnails.get(path, 1024).address}" alt="{escape(path.parent.name)}">'
             f"<figcaption>{escape(path.parent.name)}</figcaption></figure>"
-            for path in found
+            for path in files
         )
         return f"<h3>{escape(say('compare.grids'))}</h3><div class=lk-grids>{shown}</div>" if shown else ""
 
@@ -274,21 +274,21 @@ def file_of_step(run: RunFolder, step: int) -> Path | None:
 
 def _prompts(run: RunFolder, step: int) -> list[str]:
     """What each picture of a step was drawn from, as its file says."""
-    found = []
+    files = []
     for path in run.sample_pictures(step):
         with Image.open(path) as image:
             try:
-                found.append(str(json.loads(str(image.info.get("lorakit", "{}"))).get("prompt", "")))
+                files.append(str(json.loads(str(image.info.get("lorakit", "{}"))).get("prompt", "")))
             except ValueError:
-                found.append("")
-    return found
+                files.append("")
+    return files
 
 
-def _photos_of(run: RunFolder, desk: Desk) -> list[tuple[Path, np.ndarray]]:
+def _photos_of(run: RunFolder, workspace: Workspace) -> list[tuple[Path, np.ndarray]]:
     """The run's training photos and how each looks; none where they are not below the roots any more."""
     try:
-        place = desk.roots.resolve(quickstart.photo_folder(configuration.load(run.config_file)))
-        photos = folder.scan(place).photos[:MOST_PHOTOS]
+        place = workspace.roots.resolve(quickstart.photo_folder(configuration.load(run.config_file)))
+        photos = folder.scan(place).photos[:MAX_PHOTOS]
     except LorakitError:
         return []
     looks = [(photo.path, _look(photo.path, photo.path.stat().st_mtime_ns)) for photo in photos]

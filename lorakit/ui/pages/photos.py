@@ -15,7 +15,7 @@ from lorakit.data.folder import Photo
 from lorakit.ui import widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.thumbnails import Thumbnail
-from lorakit.ui.workspace import Desk
+from lorakit.ui.workspace import Workspace
 
 # Photos on a page.
 PAGE = 48
@@ -45,10 +45,12 @@ new MutationObserver(() => {
 """
 
 
-def cards(desk: Desk, photos: list[Photo], report: checks.Report | None, config: Config | None, say: Say) -> str:
+def cards(
+    workspace: Workspace, photos: list[Photo], report: checks.Report | None, config: Config | None, say: Say
+) -> str:
     """One page of photos as HTML."""
     items = {item.relative: item for item in report.items} if report else {}
-    thumbnails = desk.thumbnails.several([photo.path for photo in photos])
+    thumbnails = workspace.thumbnails.several([photo.path for photo in photos])
     shown = [
         _card(photo, thumbnail, items.get(photo.relative), report, config, say)
         for photo, thumbnail in zip(photos, thumbnails, strict=True)
@@ -78,7 +80,7 @@ def _card(
         if item.cropped >= 0.005:
             facts.append(say("photos.cropped", share=round(100 * item.cropped)))
     problems = [thumbnail.problem] if thumbnail.problem else list(item.findings if item else [])
-    listed = "".join(f"<li>{escape(say.told(problem))}</li>" for problem in problems)
+    listed = "".join(f"<li>{escape(say.translate(problem))}</li>" for problem in problems)
     hint = escape(say("photos.no_caption", text=item.text)) if item and not photo.caption else ""
     label = escape(say("photos.caption", name=photo.relative))
     mark = "bad" if thumbnail.problem else "warn" if problems else "fine"
@@ -110,7 +112,7 @@ def summary(report: checks.Report | None, count: int, say: Say) -> str:
     parts = [head]
     for kind, lines in (("errors", report.errors), ("warnings", report.warnings), ("notes", report.notes)):
         if lines:
-            listed = "".join(f"<li>{escape(say.told(line))}</li>" for line in lines)
+            listed = "".join(f"<li>{escape(say.translate(line))}</li>" for line in lines)
             parts.append(
                 f"<h4 class='lk-{kind}'>{escape(say(f'photos.{kind}'))}</h4><ul class='lk-{kind}'>{listed}</ul>"
             )
@@ -122,17 +124,17 @@ def summary(report: checks.Report | None, count: int, say: Say) -> str:
 class PhotosPage:
     """Builds the page; `folder` is the field that the rest of the front end reads."""
 
-    def __init__(self, desk: Desk, t: gr.I18n):
-        self.desk = desk
+    def __init__(self, workspace: Workspace, t: gr.I18n):
+        self.workspace = workspace
         gr.Markdown(t("photos.lead"), elem_classes="lk-lead")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=280), gr.Group():
                 self.folder = gr.Dropdown(
-                    choices=[str(path) for path in desk.roots.photo_folders()],
+                    choices=[str(path) for path in workspace.roots.photo_folders()],
                     value=None,
                     allow_custom_value=True,
                     label=t("photos.folder"),
-                    info=", ".join(map(str, desk.roots.paths)),
+                    info=", ".join(map(str, workspace.roots.paths)),
                     elem_id="photos-folder",
                 )
                 self.open = gr.Button(t("photos.open"), variant="primary", elem_id="photos-open")
@@ -173,18 +175,18 @@ class PhotosPage:
         if not path:
             return [widgets.quiet(say("photos.empty")), *nothing]
         try:
-            found = folder.scan(self.desk.roots.resolve(path)).photos
-            count = len(found)
+            photos = folder.scan(self.workspace.roots.resolve(path)).photos
+            count = len(photos)
             first = min(max(0, first), (count - 1) // PAGE * PAGE)
             last = min(first + PAGE, count)
             # Before the check begins, which takes every core.
-            self.desk.thumbnails.several([photo.path for photo in found[first:last]])
+            self.workspace.thumbnails.several([photo.path for photo in photos[first:last]])
             report = self._report(config, wait=False)
         except LorakitError as problem:
-            return [widgets.problem(say.told(str(problem))), *nothing]
+            return [widgets.problem(say.translate(str(problem))), *nothing]
         return [
             summary(report, count, say),
-            cards(self.desk, found[first:last], report, config, say),
+            cards(self.workspace, photos[first:last], report, config, say),
             gr.update(visible=count > PAGE),
             gr.update(interactive=first > 0),
             widgets.quiet(say("photos.page", first=first + 1, last=last, count=count)),
@@ -198,32 +200,32 @@ class PhotosPage:
         if not path:
             return [gr.skip(), gr.skip()]
         try:
-            found = folder.scan(self.desk.roots.resolve(path)).photos
+            photos = folder.scan(self.workspace.roots.resolve(path)).photos
             report = self._report(config, wait=True)
         except LorakitError as problem:
-            return [widgets.problem(say.told(str(problem))), gr.skip()]
-        page = found[first : first + PAGE]
-        return [summary(report, len(found), say), cards(self.desk, page, report, config, say)]
+            return [widgets.problem(say.translate(str(problem))), gr.skip()]
+        page = photos[first : first + PAGE]
+        return [summary(report, len(photos), say), cards(self.workspace, page, report, config, say)]
 
     def _report(self, config: Config | None, wait: bool) -> checks.Report | None:
         """What the check says; None where there is nothing to check yet, or it is not through and need not be."""
         if config is None:
             return None
-        asked = self.desk.report(config)
+        asked = self.workspace.report(config)
         return asked.result() if wait or asked.done() else None
 
     def take_in(self, files: list[str] | None, say: Say) -> tuple[str, str | None]:
         """Uploaded files into a folder of their own; (message, the folder or None)."""
-        place, count, refused = self.desk.take_in([Path(file) for file in files or []])
+        place, count, refused = self.workspace.take_in([Path(file) for file in files or []])
         parts = [widgets.good(say("photos.uploaded", count=count))] if count else []
         if refused:
-            parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.told, refused)))))
+            parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.translate, refused)))))
         return "".join(parts), str(place) if place else None
 
     def save_caption(self, path: str, photo: str, text: str, say: Say) -> str:
         """Save one caption; the line that says so."""
         try:
-            self.desk.save_caption(Path(path), photo, text)
+            self.workspace.save_caption(Path(path), photo, text)
         except LorakitError as problem:
-            return widgets.problem(say.told(str(problem)))
+            return widgets.problem(say.translate(str(problem)))
         return widgets.good(say("photos.saved", name=photo))

@@ -18,7 +18,7 @@ from lorakit.runs.folder import LIVE, RunFolder, State, read
 from lorakit.ui import widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
-from lorakit.ui.workspace import Desk
+from lorakit.ui.workspace import Workspace
 
 # Seconds between looks at the run folder.
 EVERY = 1.0
@@ -39,10 +39,10 @@ element.addEventListener('click', (event) => {
 class RunsPage:
     """Builds the page. `chosen` holds the name of the run that is shown, in the browser."""
 
-    def __init__(self, desk: Desk, t: gr.I18n, chosen: gr.BrowserState):
-        self.desk, self.chosen = desk, chosen
+    def __init__(self, workspace: Workspace, t: gr.I18n, chosen: gr.BrowserState):
+        self.workspace, self.chosen = workspace, chosen
         # What is on the screen, so that only what changed is sent again.
-        self.seen = gr.State({})
+        self.shown = gr.State({})
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
                 self.list = widgets.html(elem_id="runs-list", js_on_load=CHOOSE)
@@ -63,8 +63,8 @@ class RunsPage:
         """Which event calls what. Whatever was done, the files are looked at next, always by the same listener: two
         that overlap could each take the other's for what is on the screen."""
 
-        def poll(chosen: str, seen: dict[str, Any], request: gr.Request) -> list[Any]:
-            return self.poll(chosen or "", seen, say_for(request))
+        def poll(chosen: str, shown: dict[str, Any], request: gr.Request) -> list[Any]:
+            return self.poll(chosen or "", shown, say_for(request))
 
         def choose(event: gr.EventData) -> tuple[str, str]:
             return event.run, ""
@@ -76,23 +76,23 @@ class RunsPage:
             return acted
 
         looks = [gr.Timer(EVERY).tick, page.load, self.chosen.change, self.message.change]
-        gr.on(looks, poll, [self.chosen, self.seen], self.outputs, **FOLLOW)
+        gr.on(looks, poll, [self.chosen, self.shown], self.outputs, **FOLLOW)
         self.list.select(choose, None, [self.chosen, self.message], **EACH)
         for button, act in ((self.stop, self.ask_stop), (self.resume, self.go_on), (self.cancel, self.take_out)):
             button.click(with_words(act), self.chosen, self.message, **ACT)
-        self.work.click(lambda: self.desk.queue.start(), None, None, **ACT)
+        self.work.click(lambda: self.workspace.queue.start(), None, None, **ACT)
 
     @property
     def outputs(self) -> list[Any]:
         """What `poll` fills."""
         return [
-            self.chosen, self.seen, self.list, self.work, self.status, self.stop, self.resume, self.cancel,
+            self.chosen, self.shown, self.list, self.work, self.status, self.stop, self.resume, self.cancel,
             self.download, self.samples, self.curves, self.log,
         ]  # fmt: skip
 
-    def poll(self, chosen: str, seen: dict[str, Any], say: Say) -> list[Any]:
+    def poll(self, chosen: str, shown: dict[str, Any], say: Say) -> list[Any]:
         """The page as the files have it now; what has not changed since `seen` is not sent."""
-        runs = self.desk.runs_and_jobs()
+        runs = self.workspace.runs_and_jobs()
         names = [name for name, _ in runs]
         if chosen not in names:
             live = [name for name, state in runs if state.state in LIVE]
@@ -100,11 +100,11 @@ class RunsPage:
         else:
             chosen_now = chosen
         waiting = sum(state.state == "waiting" for _, state in runs)
-        idle = waiting > 0 and not self.desk.queue.is_working()
+        idle = waiting > 0 and not self.workspace.queue.is_working()
         parts = {"list": _list(runs, chosen_now, idle, say), "work": idle}
         parts |= self._run(chosen_now, dict(runs).get(chosen_now), say)
         fresh = {part: hash(str(value)) for part, value in parts.items()}
-        sent = {part: value if seen.get(part) != fresh[part] else gr.skip() for part, value in parts.items()}
+        sent = {part: value if shown.get(part) != fresh[part] else gr.skip() for part, value in parts.items()}
         visible = {
             part: gr.update(visible=sent[part]) if isinstance(sent[part], bool) else sent[part]
             for part in ("work", "stop", "resume", "cancel")
@@ -113,7 +113,7 @@ class RunsPage:
             sent["download"] = gr.update(visible=bool(sent["download"]), value=sent["download"] or None)
         return [
             gr.skip() if chosen_now == chosen else chosen_now,
-            gr.skip() if fresh == seen else fresh,
+            gr.skip() if fresh == shown else fresh,
             sent["list"], visible["work"], sent["status"], visible["stop"], visible["resume"], visible["cancel"],
             sent["download"], sent["samples"], sent["curves"], sent["log"],
         ]  # fmt: skip
@@ -122,7 +122,7 @@ class RunsPage:
         hidden: dict[str, Any] = dict.fromkeys(("stop", "resume", "cancel"), False) | {"download": ""}
         if state is None:
             return hidden | {"status": widgets.quiet(say("run.none")), "samples": "", "curves": "", "log": ""}
-        run = RunFolder(self.desk.run(name))
+        run = RunFolder(self.workspace.run(name))
         begun = run.state_file.is_file()
         buttons = hidden | {
             "stop": state.state in LIVE and begun and not run.stop_requested,
@@ -133,47 +133,47 @@ class RunsPage:
         output = self._output(name)
         return buttons | {
             "status": _status(name, state, run, say),
-            "samples": _samples(self.desk, run, state, say),
+            "samples": _samples(self.workspace, run, state, say),
             "curves": _curves(run, state, say) if begun else "",
             "log": _log(run, output, say),
         }
 
     def _output(self, name: str) -> str:
         """The last lines that the run's process printed."""
-        jobs = [job for job in self.desk.queue.jobs() if Path(job.folder).name == name]
-        return "\n".join(self.desk.queue.log(jobs[-1].number).splitlines()[-OUTPUT_LINES:]) if jobs else ""
+        jobs = [job for job in self.workspace.queue.jobs() if Path(job.folder).name == name]
+        return "\n".join(self.workspace.queue.log(jobs[-1].number).splitlines()[-OUTPUT_LINES:]) if jobs else ""
 
     def ask_stop(self, name: str, say: Say) -> str:
         """Ask the run to stop; what happens next, for the person."""
         try:
-            path = self.desk.run(name)
+            path = self.workspace.run(name)
             read(path)
             RunFolder(path).request_stop()
         except LorakitError as problem:
-            return widgets.problem(say.told(str(problem)))
+            return widgets.problem(say.translate(str(problem)))
         return widgets.good(say("run.stop_asked"))
 
     def go_on(self, name: str, say: Say) -> str:
         """Put the continuation of a run into the queue."""
         try:
-            path = self.desk.run(name)
+            path = self.workspace.run(name)
             read(path)
-            self.desk.queue.resume(path)
+            self.workspace.queue.resume(path)
         except LorakitError as problem:
-            return widgets.problem(say.told(str(problem)))
-        self.desk.queue.start()
+            return widgets.problem(say.translate(str(problem)))
+        self.workspace.queue.start()
         return widgets.good(say("run.resumed", name=name))
 
     def take_out(self, name: str, say: Say) -> str:
         """Take a waiting run out of the queue."""
-        for job in self.desk.queue.waiting():
-            if Path(job.folder).name == name and self.desk.queue.cancel(job.number):
+        for job in self.workspace.queue.waiting():
+            if Path(job.folder).name == name and self.workspace.queue.cancel(job.number):
                 return widgets.good(say("run.cancelled", name=name))
         return widgets.problem(say("error.gone"))
 
     def _download(self, run: RunFolder, state: State) -> str:
         adapter = run.path / Path(state.adapter).name
-        return str(self.desk.staged(adapter)) if state.adapter and adapter.is_file() else ""
+        return str(self.workspace.staged(adapter)) if state.adapter and adapter.is_file() else ""
 
 
 def _list(runs: list[tuple[str, State]], chosen: str, idle: bool, say: Say) -> str:
@@ -204,14 +204,14 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
         (say("run.left"), widgets.duration(state.eta_s, say) if live and state.eta_s is not None else "", ""),
         (say("run.adapter"), state.adapter, ""),
     ]
-    lines = [say.told(state.message)] if state.message and not live else []
+    lines = [say.translate(state.message)] if state.message and not live else []
     if state.best:
-        lines.append(say("run.best", reason=say.told(state.best["reason"])))
+        lines.append(say("run.best", reason=say.translate(state.best["reason"])))
     if live and run.stop_requested:
         lines.append(say("run.stop_asked"))
     if live and time.time() - state.updated > SILENT:
         lines.append(say("run.updated", ago=widgets.ago(state.updated, say)))
-    told = "".join(f"<p>{escape(line)}</p>" for line in lines) + _findings(run, say)
+    text = "".join(f"<p>{escape(line)}</p>" for line in lines) + _findings(run, say)
     bar = (
         f'<div class="lk-bar" role="progressbar" aria-label="{escape(say("run.step"))}" aria-valuemin="0" '
         f'aria-valuemax="{state.steps}" aria-valuenow="{state.step}"><i style="width:{share:.1%}"></i></div>'
@@ -220,31 +220,31 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
     )
     return (
         f'<section class=lk-panel data-state="{state.state}" data-step="{state.step}"><h3>{escape(name)} '
-        f"{widgets.badge(state.state, say)}</h3>{bar}{widgets.facts(numbers)}{told}</section>"
+        f"{widgets.badge(state.state, say)}</h3>{bar}{widgets.facts(numbers)}{text}</section>"
     )
 
 
 def _findings(run: RunFolder, say: Say) -> str:
     """What the run's self-check found of the exported file."""
     try:
-        found = json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
+        findings = json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
         listed = "".join(
             f"<li class=lk-{'fine' if one['passed'] else 'bad'}><b>{'✓' if one['passed'] else '✕'}</b> "
-            f"{escape(say.told('{name}: {detail}'.format_map(one)))}</li>"
-            for one in found
+            f"{escape(say.translate('{name}: {detail}'.format_map(one)))}</li>"
+            for one in findings
         )
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f"<h4>{escape(say('run.checks'))}</h4><ul class=lk-readers>{listed}</ul>" if listed else ""
 
 
-def _samples(desk: Desk, run: RunFolder, state: State, say: Say) -> str:
+def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> str:
     grids = run.sample_grids()
     if not grids:
         return widgets.quiet(say("run.no_samples")) if state.state in LIVE else ""
     shown = []
     for step, path in reversed(grids.items()):
-        picture = desk.thumbnails.get(path, SAMPLE_SIDE)
+        picture = workspace.thumbnails.get(path, SAMPLE_SIDE)
         title = escape(say("compare.step", step=step) if step else say("compare.base"))
         shown.append(f'<figure><img src="{picture.address}" alt="{title}"><figcaption>{title}</figcaption></figure>')
     return f"<h3>{escape(say('run.samples'))}</h3><div class=lk-samples tabindex=0>{''.join(shown)}</div>"

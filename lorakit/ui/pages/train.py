@@ -16,7 +16,7 @@ from lorakit.runs.plan import Plan
 from lorakit.runs.preflight import Preflight
 from lorakit.ui import commands, form, widgets
 from lorakit.ui.texts import Say
-from lorakit.ui.workspace import Desk
+from lorakit.ui.workspace import Workspace
 
 AUTOMATIC = ""
 
@@ -28,21 +28,21 @@ class TrainPage:
     "moved": {key: a value that gave way to one changed by hand}, "shown": {key: "changed", a problem or ""}}.
     """
 
-    def __init__(self, desk: Desk, t: gr.I18n, draft: gr.BrowserState):
-        self.desk, self.draft = desk, draft
+    def __init__(self, workspace: Workspace, t: gr.I18n, draft: gr.BrowserState):
+        self.workspace, self.draft = workspace, draft
         self.fields = form.fields()
-        start = form.values(quickstart.suggest({}, "balanced"))
+        start = form.values(quickstart.config_for_answers({}, "balanced"))
         self.widgets: dict[str, Any] = {}
         gr.Markdown(t("train.lead"), elem_classes="lk-lead")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
-                for key in quickstart.QUESTIONS:
+                for key in quickstart.BASIC_OPTIONS:
                     more = {"allow_custom_value": True} if key in (quickstart.PHOTOS, quickstart.BASE) else {}
                     self.widgets[key] = self._question(key, start[key], t, **more)
                 self.fetch = gr.Button(t("train.fetch"), visible=False, elem_id="base-fetch")
                 self.fetched = widgets.html(elem_id="base-fetched")
                 self.quality = gr.Radio(
-                    choices=[(t(f"quality.{name}"), name) for name in quickstart.QUALITIES],
+                    choices=[(t(f"quality.{name}"), name) for name in quickstart.LENGTH_FACTORS],
                     value="balanced",
                     label=t("train.quality"),
                     info=t("train.quality_help"),
@@ -71,8 +71,8 @@ class TrainPage:
             self.difference = widgets.html(elem_id="preset-difference")
             self.changed = widgets.html(elem_id="train-changed")
             for section in configuration.SECTIONS:
-                told = (*quickstart.QUESTIONS, *quickstart.GIVEN)
-                keys = [key for key, f in self.fields.items() if f.option.section == section and key not in told]
+                shown_above = (*quickstart.BASIC_OPTIONS, *quickstart.SET_BY_CALLER)
+                keys = [key for key, f in self.fields.items() if f.option.section == section and key not in shown_above]
                 if keys:
                     gr.Markdown(t(f"section.{section}"), elem_classes="lk-section")
                     with gr.Row(equal_height=False, elem_classes="lk-options"):
@@ -88,7 +88,9 @@ class TrainPage:
             return widgets.widget(field, value, t)
         common = {"label": t(f"option.{key}"), "info": t(f"help.{key}"), "elem_id": widgets.element_id(key)}
         default = field.option.default
-        folders = [str(path) for path in self.desk.roots.photo_folders()] if key == quickstart.PHOTOS else [default]
+        folders = (
+            [str(path) for path in self.workspace.roots.photo_folders()] if key == quickstart.PHOTOS else [default]
+        )
         return gr.Dropdown(choices=folders, value=value or None, **common, **more)
 
     @property
@@ -113,7 +115,7 @@ class TrainPage:
         marks, moved = self._follow(quality, marks, shown)
         shown |= moved
         config, problems = self.read(shown, say)
-        changed = form.changed(shown, {k: v for k, v in marks["values"].items() if k not in quickstart.QUESTIONS})
+        changed = form.changed(shown, {k: v for k, v in marks["values"].items() if k not in quickstart.BASIC_OPTIONS})
         wanted = {
             key: "\n".join(problems[key]) if key in problems else "changed" if key in changed else ""
             for key in self.keys
@@ -123,8 +125,8 @@ class TrainPage:
         if config is None:
             plan: Any = _problems(problems, say)
         else:
-            plan = gr.skip() if self.desk.report(config).done() else widgets.quiet(say("plan.working"))
-        draft = self.kept(quality, marks, shown)
+            plan = gr.skip() if self.workspace.report(config).done() else widgets.quiet(say("plan.working"))
+        draft = self.draft_of(quality, marks, shown)
         fetch = gr.update(visible=self.lacking(shown) is not None)
         return [plan, _changes(changed, say), gr.update(interactive=False), fetch, marks, draft, *updates]
 
@@ -135,18 +137,18 @@ class TrainPage:
         refused = gr.update(interactive=False)
         if config is None:
             return _problems(problems, say), refused
-        found = self.desk.preflight(config)
-        if found.problems or found.plan is None:
-            return _problems(self._by_field(found, say), say), refused
-        return plan_card(found.plan, found.warnings, say), gr.update(interactive=True)
+        result = self.workspace.preflight(config)
+        if result.problems or result.plan is None:
+            return _problems(self._by_field(result, say), say), refused
+        return plan_card(result.plan, result.warnings, say), gr.update(interactive=True)
 
-    def _by_field(self, found: Preflight, say: Say) -> dict[str, list[str]]:
+    def _by_field(self, result: Preflight, say: Say) -> dict[str, list[str]]:
         """The problems of a preflight by the key of the option that each names first, those of the photos by theirs."""
-        photos = found.photos.errors if found.photos else []
+        photos = result.photos.errors if result.photos else []
         problems: dict[str, list[str]] = {}
-        for line in found.problems:
+        for line in result.problems:
             key = quickstart.PHOTOS if line in photos else form.field_of(line, self.fields)
-            problems.setdefault(key, []).append(say.told(line))
+            problems.setdefault(key, []).append(say.translate(line))
         return problems
 
     def _follow(
@@ -158,7 +160,7 @@ class TrainPage:
         by_hand = {
             key: now
             for key, (_, now) in form.changed(shown, marks["values"]).items()
-            if key not in quickstart.QUESTIONS and not (key in moved and now == moved[key])
+            if key not in quickstart.BASIC_OPTIONS and not (key in moved and now == moved[key])
         }
         try:
             suggested = self._suggest(shown, quality, marks["preset"])
@@ -171,7 +173,7 @@ class TrainPage:
         follows = {
             key: value
             for key, value in laid.items()
-            if key in self.widgets and key not in quickstart.QUESTIONS and key not in by_hand
+            if key in self.widgets and key not in quickstart.BASIC_OPTIONS and key not in by_hand
         }
         moved = {key: value for key, value in follows.items() if value != suggested.get(key)}
         marks = marks | {"values": suggested, "moved": moved}
@@ -187,14 +189,16 @@ class TrainPage:
         """
         base = shown.get(quickstart.BASE) or ""
         bundled = base == self.fields[quickstart.BASE].option.default
-        inside = base if bundled else form.located(quickstart.BASE, base, self.desk.roots)
+        inside = base if bundled else form.located(quickstart.BASE, base, self.workspace.roots)
         changed = {key: self.fields[key].read(value) for key, value in (by_hand or {}).items()}
-        return form.values(quickstart.suggest({**shown, quickstart.BASE: inside}, quality, preset or None, changed))
+        return form.values(
+            quickstart.config_for_answers({**shown, quickstart.BASE: inside}, quality, preset or None, changed)
+        )
 
     def read(self, shown: Mapping[str, Any], say: Say) -> tuple[Config | None, dict[str, list[str]]]:
         """The config of a filled-in form, or every problem by field; an unanswered question is one."""
-        config, problems = form.read(shown, self.desk.roots)
-        for key in quickstart.QUESTIONS:
+        config, problems = form.read(shown, self.workspace.roots)
+        for key in quickstart.BASIC_OPTIONS:
             if not str(shown.get(key) or "").strip():
                 problems.setdefault(key, []).append(say("train.required"))
         if name := self.lacking(shown):
@@ -204,13 +208,13 @@ class TrainPage:
                 quickstart.describe(form.values(config)[quickstart.BASE])
             except LorakitError as problem:
                 problems[quickstart.BASE] = [str(problem)]
-        told = {key: [say.told(line) for line in lines] for key, lines in problems.items()}
-        return (None if problems else config), told
+        text = {key: [say.translate(line) for line in lines] for key, lines in problems.items()}
+        return (None if problems else config), text
 
     def lacking(self, shown: Mapping[str, Any]) -> str | None:
         """The base's hub id where only the network has it; the network is not asked."""
         try:
-            base = form.located(quickstart.BASE, str(shown.get(quickstart.BASE) or "").strip(), self.desk.roots)
+            base = form.located(quickstart.BASE, str(shown.get(quickstart.BASE) or "").strip(), self.workspace.roots)
         except LorakitError:
             return None
         return base if quickstart.must_be_fetched(base) else None
@@ -223,37 +227,37 @@ class TrainPage:
         try:
             commands.fetch(name)
         except LorakitError as problem:
-            return widgets.problem(say.told(str(problem)))
+            return widgets.problem(say.translate(str(problem)))
         return widgets.good(say("train.fetched", name=name))
 
     def config_of_photos(self, shown: Mapping[str, Any]) -> Config | None:
         """A config that is enough to look at the photos, whatever else is still unanswered or wrong."""
-        config, _ = form.read(shown, self.desk.roots)
+        config, _ = form.read(shown, self.workspace.roots)
         try:
             if config is not None and quickstart.describe(form.values(config)[quickstart.BASE]):
                 return config
         except LorakitError:  # the base will be told of where it is chosen
             pass
-        start = form.values(quickstart.suggest({}, "balanced"))
-        return form.read(start | {quickstart.PHOTOS: shown[quickstart.PHOTOS]}, self.desk.roots)[0]
+        start = form.values(quickstart.config_for_answers({}, "balanced"))
+        return form.read(start | {quickstart.PHOTOS: shown[quickstart.PHOTOS]}, self.workspace.roots)[0]
 
-    def kept(self, quality: str, marks: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
+    def draft_of(self, quality: str, marks: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
         """The answers as the browser keeps them, for `restore`."""
         return {"quality": quality, "preset": marks["preset"], "moved": marks["moved"], "values": dict(shown)}
 
-    def restore(self, kept: Mapping[str, Any]) -> list[Any]:
+    def restore(self, saved: Mapping[str, Any]) -> list[Any]:
         """The answers that the browser kept: photos' folder, quality, marks, preset, then each widget."""
-        if not isinstance(kept, dict) or not isinstance(kept.get("values"), dict):
+        if not isinstance(saved, dict) or not isinstance(saved.get("values"), dict):
             return [gr.skip()] * (4 + len(self.keys))
-        start = form.values(quickstart.suggest({}, "balanced"))
-        values = start | {key: value for key, value in kept["values"].items() if key in self.widgets}
-        quality = kept["quality"] if kept.get("quality") in quickstart.QUALITIES else "balanced"
-        preset = kept["preset"] if kept.get("preset") in configuration.preset_names() else AUTOMATIC
+        start = form.values(quickstart.config_for_answers({}, "balanced"))
+        values = start | {key: value for key, value in saved["values"].items() if key in self.widgets}
+        quality = saved["quality"] if saved.get("quality") in quickstart.LENGTH_FACTORS else "balanced"
+        preset = saved["preset"] if saved.get("preset") in configuration.preset_names() else AUTOMATIC
         try:
             suggested = self._suggest(values, quality, preset)
         except LorakitError:
             suggested = start
-        moved = kept["moved"] if isinstance(kept.get("moved"), dict) else {}
+        moved = saved["moved"] if isinstance(saved.get("moved"), dict) else {}
         marks = {"preset": preset, "values": suggested, "moved": moved, "shown": {}}
         values[quickstart.PHOTOS] = values[quickstart.PHOTOS] or None
         return [values[quickstart.PHOTOS], quality, marks, preset, *(values[key] for key in self.keys)]
@@ -273,13 +277,13 @@ class TrainPage:
         try:
             suggested = self._suggest(shown, quality, preset)
         except LorakitError as problem:
-            return widgets.problem(say.told(str(problem)))
-        differences = form.changed(suggested, {k: v for k, v in shown.items() if k not in quickstart.QUESTIONS})
+            return widgets.problem(say.translate(str(problem)))
+        differences = form.changed(suggested, {k: v for k, v in shown.items() if k not in quickstart.BASIC_OPTIONS})
         if not differences:
             return widgets.quiet(say("train.same"))
         head = [say("train.option"), say("train.now"), say("train.then")]
         return widgets.table(
-            head, [[key, _told(now, say), _told(then, say)] for key, (now, then) in differences.items()]
+            head, [[key, _in_words(now, say), _in_words(then, say)] for key, (now, then) in differences.items()]
         )
 
     def apply_preset(self, preset: str, quality: str, marks: dict[str, Any], values: Sequence[Any]) -> list[Any]:
@@ -291,7 +295,7 @@ class TrainPage:
             return [gr.skip()] * (1 + len(self.keys))
         updates = [
             gr.skip()
-            if key in quickstart.QUESTIONS or suggested.get(key) == shown[key]
+            if key in quickstart.BASIC_OPTIONS or suggested.get(key) == shown[key]
             else gr.update(value=suggested[key])
             for key in self.keys
         ]
@@ -305,10 +309,10 @@ class TrainPage:
                 say("train.cannot", problem="\n".join(p for one in problems.values() for p in one))
             ), None
         try:
-            job = self.desk.queue.train(self.desk.preflight(config).or_raise().config)
+            job = self.workspace.queue.train(self.workspace.preflight(config).or_raise().config)
         except LorakitError as problem:
-            return widgets.problem(say("train.cannot", problem=say.told(str(problem)))), None
-        self.desk.queue.start()
+            return widgets.problem(say("train.cannot", problem=say.translate(str(problem)))), None
+        self.workspace.queue.start()
         name = job.folder.rpartition("/")[2].rpartition("\\")[2]
         return widgets.good(say("train.started", name=name)), name
 
@@ -317,7 +321,7 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
     """The plan's figures, and below them its lines as the command line has them."""
     memory = widgets.memory(max(plan.peaks.values()), say)
     spent = say("plan.measured") if plan.seconds is None else widgets.duration(plan.seconds, say)
-    held = say("plan.held", count=plan.held_out) if plan.held_out else ""
+    validation = say("plan.held", count=plan.held_out) if plan.held_out else ""
     weights = f"{sum(count for _, count in plan.modules.values()) / 1e6:.2f} M"
     estimate = say("plan.estimate")
     figures = widgets.facts(
@@ -325,12 +329,12 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
             (say("plan.steps"), str(plan.steps), ""),
             (say("plan.time"), spent, estimate if plan.seconds is not None else ""),
             (say("plan.memory"), memory, f"{estimate}, {say('plan.device', device=plan.device)}"),
-            (say("plan.photos"), str(plan.photos), held),
+            (say("plan.photos"), str(plan.photos), validation),
             (say("plan.trained"), weights, ""),
         ]
     )
-    warned = "".join(f"<li>{escape(say.told(line))}</li>" for line in warnings)
-    lines = "".join(f"<li>{escape(say.told(line))}</li>" for line in plan.lines())
+    warned = "".join(f"<li>{escape(say.translate(line))}</li>" for line in warnings)
+    lines = "".join(f"<li>{escape(say.translate(line))}</li>" for line in plan.lines())
     return (
         f"<section class=lk-panel><h3>{escape(say('plan.title'))}</h3>{figures}"
         f"{f'<ul class=lk-warnings>{warned}</ul>' if warned else ''}<ul class=lk-lines>{lines}</ul></section>"
@@ -346,11 +350,11 @@ def _problems(problems: Mapping[str, Sequence[str]], say: Say) -> str:
 def _changes(changed: Mapping[str, tuple[Any, Any]], say: Say) -> str:
     if not changed:
         return widgets.quiet(say("train.unchanged"))
-    told = "; ".join(f"{key}: {_told(was, say)} → {_told(now, say)}" for key, (was, now) in changed.items())
-    return f"<p class=lk-changes>● {escape(say('train.changed'))}: {escape(told)}</p>"
+    text = "; ".join(f"{key}: {_in_words(was, say)} → {_in_words(now, say)}" for key, (was, now) in changed.items())
+    return f"<p class=lk-changes>● {escape(say('train.changed'))}: {escape(text)}</p>"
 
 
-def _told(value: Any, say: Say) -> str:
+def _in_words(value: Any, say: Say) -> str:
     if value is None or value == "":
         return say("train.unset")
     if isinstance(value, list):

@@ -27,12 +27,12 @@ class Say:
         text = table(self.language)[key]
         return text.format(**facts) if facts else text
 
-    def told(self, said: str) -> str:
+    def translate(self, text: str) -> str:
         """What another room said, line by line; as it was said where the language has no sentence for it."""
-        known = SENTENCES.get(self.language)
-        if known is None:
-            return said
-        return "\n".join(known.translated(line) or line for line in said.split("\n"))
+        sentences = SENTENCES.get(self.language)
+        if sentences is None:
+            return text
+        return "\n".join(sentences.translated(line) or line for line in text.split("\n"))
 
 
 @cache
@@ -42,8 +42,8 @@ def table(language: str) -> dict[str, str]:
     texts = dict(module.TEXTS)
     texts |= {f"section.{name}": title for name, title in module.SECTIONS.items()}
     for key, field in form.fields().items():
-        spelled = field.option.name.replace("_", " ").capitalize()
-        plain = (module.NAMES.get(key, spelled), field.option.help)
+        name = field.option.name.replace("_", " ").capitalize()
+        plain = (module.NAMES.get(key, name), field.option.help)
         name, help = module.OPTIONS.get(key, plain)
         texts |= {f"option.{key}": name, f"help.{key}": f"{help} ({field.bounds()})" if field.bounds() else help}
     return texts

@@ -22,19 +22,19 @@ class Sentences:
 
     def __init__(self, sentences: Mapping[str, str], phrases: Mapping[str, str]):
         self._sentences, self._phrases = sentences, phrases
-        self._known: dict[str, str | None] = {}
+        self._cache: dict[str, str | None] = {}
 
-    def translated(self, said: str) -> str | None:
+    def translated(self, text: str) -> str | None:
         """A whole sentence, or None where none of the table is like it."""
-        if said not in self._known:
-            if len(self._known) > 10_000:
-                self._known.clear()
-            self._known[said] = next((made for made in self._fitting(said) if made is not None), None)
-        return self._known[said]
+        if text not in self._cache:
+            if len(self._cache) > 10_000:
+                self._cache.clear()
+            self._cache[text] = next((patterns for patterns in self._fitting(text) if patterns is not None), None)
+        return self._cache[text]
 
-    def _fitting(self, said: str) -> Iterator[str | None]:
+    def _fitting(self, text: str) -> Iterator[str | None]:
         for pattern, template in self._patterns:
-            if match := pattern.fullmatch(said):
+            if match := pattern.fullmatch(text):
                 yield self._filled(template, match)
 
     def _filled(self, template: str, match: re.Match[str]) -> str | None:
@@ -75,13 +75,13 @@ class Sentences:
 def _compiled(table: Mapping[str, str], hole: str) -> list[tuple[re.Pattern[str], str]]:
     """A pattern for each line. What fits several means the most particular: those that begin with a word of their own
     come first, then those that say most."""
-    made = []
+    patterns = []
     for english, template in table.items():
         parts = list(string.Formatter().parse(english))
         text = "".join(re.escape(literal) + (hole.format(name) if name else "") for literal, name, *_ in parts)
         # "1 photo" is no part of "11 photos".
         text = rf"(?<!\w){text}" if english[0].isalnum() else text
         text = rf"{text}(?!\w)" if english[-1].isalnum() else text
-        said = bool(parts[0][0]), sum(len(literal) for literal, *_ in parts)
-        made.append((said, re.compile(text, re.DOTALL), template))
-    return [(pattern, template) for _, pattern, template in sorted(made, key=lambda one: one[0], reverse=True)]
+        order = bool(parts[0][0]), sum(len(literal) for literal, *_ in parts)
+        patterns.append((order, re.compile(text, re.DOTALL), template))
+    return [(pattern, template) for _, pattern, template in sorted(patterns, key=lambda one: one[0], reverse=True)]
