@@ -34,7 +34,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     chosen = targets.select(family, paths, config.target_modules, config.train_text_encoder)
     if not chosen:
         raise LorakitError(f"adapter.target_modules = {config.target_modules!r} selects no layer of this base")
-    layers = _inject(modules, {name: paths[name] for name in chosen}, config)
+    layers = _inject(modules, {name: paths[name] for name in chosen}, config, plain=getattr(target, "plain", False))
     adapter = Adapter(modules, layers, family, config.method, getattr(config, "dropout", 0.0))
     adapter.reset(seed)
     if config.new_tokens:
@@ -70,7 +70,8 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     # Most layers share one rank; PEFT makes those, and `fill` puts the others' factors in their place.
     rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
     config = ADAPTER_SECTIONS[method](rank=rank)
-    layers = _inject(modules, {name: paths[name] for name in weights.layers}, config)
+    chosen = {name: paths[name] for name in weights.layers}
+    layers = _inject(modules, chosen, config, plain=getattr(target, "plain", False))
     adapter = Adapter(modules, layers, family, method, 0.0)
     adapter.fill(weights)
     try:
@@ -351,15 +352,18 @@ def _layer_paths(modules: dict[str, Any]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _inject(modules: dict[str, Any], chosen: dict[str, tuple[str, str]], config: AdapterConfig) -> dict[str, Any]:
-    """Let PEFT put its layers in; canonical name -> layer."""
+def _inject(
+    modules: dict[str, Any], chosen: dict[str, tuple[str, str]], config: AdapterConfig, *, plain: bool
+) -> dict[str, Any]:
+    """Let PEFT put its layers in; canonical name -> layer. `plain`: its own, not those of `engine.fused_lora`."""
     method: Method = registry.load(registry.ADAPTERS, config.method)
     # PEFT's layers draw first weights that `reset` replaces; that must not move the global generator.
     with torch.random.fork_rng(devices=[]):
         for component, module in modules.items():
             paths = [path for part, path in chosen.values() if part == component]
             if paths:
-                module.add_adapter(method.peft(config, paths), adapter_name=NAME)
+                peft = method.peft(config, paths)
+                module.add_adapter(peft if plain else method.fuse(peft), adapter_name=NAME)
     return {name: modules[component].get_submodule(path) for name, (component, path) in chosen.items()}
 
 

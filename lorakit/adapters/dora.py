@@ -120,4 +120,4 @@ def _add_magnitude(layer: Any, name: str) -> None:
     layer.lora_magnitude_vector[name] = Magnitude(column_norms(layer.base_layer.weight.detach().float()))
 
 
-DORA = replace(lora.LORA, peft=dora)
+DORA = replace(lora.LORA, peft=dora, fuse=lambda config: config)

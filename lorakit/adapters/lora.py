@@ -35,8 +35,13 @@ def _peft_config(config: LowRankConfig, modules: list[str], **options: Any) -> P
         init_lora_weights=False,
         **options,
     )
-    made._register_custom_module({nn.Linear: fused_lora.FusedLinear, nn.Conv2d: fused_lora.FusedConv2d})
     return made
+
+
+def fuse(config: PeftConfig) -> PeftConfig:
+    """Let PEFT put in the fused layers of the engine instead of its own."""
+    config._register_custom_module({nn.Linear: fused_lora.FusedLinear, nn.Conv2d: fused_lora.FusedConv2d})
+    return config
 
 
 def begin(layer: Any, draw: torch.Generator) -> None:
@@ -67,5 +72,5 @@ def fill(layer: Any, weights: AnyLayer) -> None:
         del magnitudes[NAME]
 
 
-LORA = Method(lora, begin, factors, fill)
+LORA = Method(lora, begin, factors, fill, fuse=fuse)
 RSLORA = replace(LORA, peft=rslora)

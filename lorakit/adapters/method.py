@@ -31,6 +31,7 @@ class Method:
         factors: layer -> what is trained, named as `weights.from_factors` knows it, float32.
         fill: (layer, weights): take factors of any rank and scale as they are; None where only training makes such.
         constants: layer -> what is not trained and yet belongs to the adapter, named in the same way.
+        fuse: changes PEFT's config so that it makes fused layers, where there are such; unused by the plain engine.
         scale: layer -> what the product of the factors is multiplied by, as the layer was made.
     """
 
@@ -39,6 +40,7 @@ class Method:
     factors: Callable[[Any], Factors]
     fill: Callable[[Any, AnyLayer], None] | None
     constants: Callable[[Any], dict[str, torch.Tensor]] = lambda layer: {}
+    fuse: Callable[[PeftConfig], PeftConfig] = lambda config: config
     scale: Callable[[Any], float] = lambda layer: float(layer.scaling[NAME])
 
 

@@ -120,4 +120,4 @@ def _pairs(layer: Any, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Ten
     return [(left.to(dtype), right.to(dtype)) for left, right in pairs]
 
 
-PISSA = replace(lora.LORA, peft=peft, begin=begin, fill=None, constants=constants)
+PISSA = replace(lora.LORA, peft=peft, begin=begin, fill=None, constants=constants, fuse=lambda config: config)

@@ -130,7 +130,9 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
     device = devices.device(config.memory)
     info = families.describe(config.model)
     storage, stream = config.memory.base_storage, devices.streams(config.memory, device)
-    family = families.load(info, device, devices.dtype(config.memory, device), storage, stream)
+    family = families.load(
+        info, device, devices.dtype(config.memory, device), storage, stream, config.memory.engine == "plain"
+    )
 
     def draw() -> list[Any]:
         drawn = []

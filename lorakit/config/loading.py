@@ -213,6 +213,10 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(f"data.resolution = {data.resolution}: must be a multiple of 8")
     if config.memory.compile and (config.memory.base_storage != "full" or config.memory.stream_base):
         problems.append("memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'")
+    if config.memory.engine == "plain" and config.memory.compile:
+        problems.append("memory.compile compiles fused blocks: set memory.engine = 'fused'")
+    if config.memory.engine == "plain" and (config.memory.base_storage != "full" or config.memory.stream_base):
+        problems.append("memory.base_storage and memory.stream_base need memory.engine = 'fused'")
     if config.memory.compile and (config.memory.gradient_checkpointing or config.memory.limit_gib is not None):
         problems.append("memory.compile goes neither with memory.gradient_checkpointing nor with memory.limit_gib")
     if config.memory.compile and getattr(adapter, "dropout", 0.0) > 0:

@@ -230,6 +230,10 @@ class MemoryConfig:
         "Keep the UNet's frozen weights in the host's memory and copy each to the card in time: less memory, slower.",
     )
     compile: bool = option(False, "Compile the UNet's blocks for training; the first step of each batch shape pays.")
+    engine: Literal["fused", "plain"] = option(
+        "fused", "plain: diffusers' blocks and PEFT's layers as they are. Same training within rounding, slower."
+    )
+    cuda_graphs: bool = option(True, "Replay steps as CUDA graphs where possible; false: same training, slower.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ from lorakit.config import Config
 # Graphs for at most this many batch shapes: each takes memory. Batches of further shapes run without a graph.
 MAX_GRAPHS = 16
 
+SLOWER = "Training is correct, only slower."
+
 Compute = Callable[[], torch.Tensor]
 # Takes a computation and the generators that it draws from; returns its replay, which draws from the generators in
 # their current state.
@@ -36,12 +38,13 @@ def capturer(config: Config, device: torch.device) -> tuple[Capture | None, str]
     drops = getattr(config.adapter, "dropout", 0.0) > 0
     checkpointing = config.memory.gradient_checkpointing or config.memory.limit_gib is not None
     reasons = {
+        "memory.cuda_graphs = false": not config.memory.cuda_graphs,
         "with gradient checkpointing, dropout would draw different numbers on replay": drops and checkpointing,
         "memory.stream_base copies weights during the step": config.memory.stream_base,
     }
     for reason, applies in reasons.items():
         if applies:
-            return None, f"CUDA graphs are off: {reason}. Training is correct, only slower."
+            return None, f"CUDA graphs are off: {reason}. {SLOWER}"
     return CudaCapturer(), f"CUDA graphs are on: each batch shape is captured at its first step, at most {MAX_GRAPHS}"
 
 

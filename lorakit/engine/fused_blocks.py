@@ -8,10 +8,11 @@ cross-attention. Their weights and factors become slices of shared tensors; laye
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional
@@ -24,6 +25,52 @@ from lorakit.engine.recompute import Recompute, get_recompute, load_saved, save_
 _NAME = "default"
 # Up to this many keys, attention in half precision is computed in float32 on a CPU.
 MAX_KEYS_IN_FLOAT32 = 512
+
+
+# Processors that `FusedAttention` replaces, and those that stay as they are.
+_FUSED_PROCESSOR = AttnProcessor2_0
+_OTHER_PROCESSORS = (JointAttnProcessor2_0,)
+
+
+def unknown_block(unet: nn.Module) -> str | None:
+    """The path and class of a block that this file would replace but does not know: its class, processor or forward is
+    not the one that the fused classes reproduce. None if there is none."""
+    for path, module in unet.named_modules():
+        if not isinstance(module, (ResnetBlock2D, Attention)):
+            continue
+        known: Any = ResnetBlock2D if isinstance(module, ResnetBlock2D) else Attention
+        if type(module) is not known or "forward" in vars(module) or _differing_class() is known:
+            return f"{path}: {type(module).__name__}"
+        if known is Attention and type(module.processor) not in (_FUSED_PROCESSOR, *_OTHER_PROCESSORS):
+            return f"{path}: {type(module.processor).__name__}"
+    return None
+
+
+@functools.cache
+def _differing_class() -> type | None:
+    """A class whose forward in the installed diffusers computes something else than the fused class, if any. Both are
+    compared once, on small blocks."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        x, time, text = torch.randn(1, 32, 4, 4), torch.randn(1, 16), torch.randn(1, 5, 24)
+        tokens = x.flatten(2).transpose(1, 2)
+        resnet = ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=16).eval()
+        attention = Attention(query_dim=32, cross_attention_dim=24, heads=2, dim_head=16).eval()
+        cases: list[tuple[Any, Any, tuple[torch.Tensor, ...]]] = [
+            (resnet, FusedResnet, (x, time)),
+            (attention, FusedAttention, (tokens, text)),
+        ]
+        for module, fused, inputs in cases:
+            known = type(module)
+            expected = module(*inputs)
+            module.__class__ = fused
+            try:
+                agrees = torch.allclose(module(*inputs), expected, rtol=1e-4, atol=1e-5)
+            except (AttributeError, RuntimeError, TypeError, ValueError):  # its attributes or arguments changed
+                agrees = False
+            if not agrees:
+                return known
+    return None
 
 
 def optimize_blocks(unet: nn.Module, *, save_less: bool = False) -> None:

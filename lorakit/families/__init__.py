@@ -38,6 +38,7 @@ class Family(Protocol):
         unet: the denoiser.
         text_encoders: "text_encoder" and, where there are more, "text_encoder_2" and "text_encoder_3" -> module.
         vae: the autoencoder.
+        plain: whether it computes without `lorakit.engine`, as `memory.engine` has it. Adapters follow it.
     """
 
     info: BaseInfo
@@ -49,6 +50,7 @@ class Family(Protocol):
     unet: torch.nn.Module
     text_encoders: dict[str, torch.nn.Module]
     vae: torch.nn.Module
+    plain: bool
 
     def encode_text(self, texts: list[str]) -> Conditioning:
         """Embeddings of texts, cut and padded as the diffusers pipeline does it; `time_ids` is left None."""
@@ -89,16 +91,28 @@ class Family(Protocol):
 
 
 def load(
-    info: BaseInfo, device: torch.device | str, dtype: torch.dtype, storage: str = "full", stream: bool = False
+    info: BaseInfo,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    storage: str = "full",
+    stream: bool = False,
+    plain: bool = False,
 ) -> Family:
     """Load a described base: UNet and text encoders in `dtype`, the VAE in float32, from local files only.
 
     Args:
         storage: how the UNet's weights are kept, as `memory.base_storage` has it; it computes in `dtype` always.
         stream: whether they stay in the host's memory, as `memory.stream_base` has it.
+        plain: leave diffusers' and PEFT's modules as they are. A UNet with blocks that the engine does not know is
+            plain in any case.
 
     Raises:
         LorakitError: a file is missing, damaged, or does not fit its configuration.
     """
+    from lorakit.engine import fused_blocks, onednn_linear
+
     family: Family = registry.resolve(info.spec.loader)(info, device, dtype, storage, stream)
+    family.plain = plain or fused_blocks.unknown_block(family.unet) is not None
+    if not family.plain and family.device.type == "cpu" and storage == "full" and not stream:
+        onednn_linear.use_onednn_linear(family.unet)
     return family

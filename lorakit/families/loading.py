@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.engine import onednn_linear, quantized_weight
+from lorakit.engine import quantized_weight
 from lorakit.families import ldm, tiled_vae
 from lorakit.families.describe import BaseInfo
 
@@ -95,8 +95,6 @@ def load_unet(
     """The denoiser, its weights kept in full, or as `lorakit.engine.quantized_weight` keeps them."""
     unet = load_module(info, "unet", getattr(diffusers, info.spec.denoiser_class), dtype)
     if storage == "full" and not stream:
-        if device.type == "cpu":
-            onednn_linear.use_onednn_linear(unet)
         return unet
     # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
     quantized_weight.store_layers(unet, storage, device, offload=stream)

@@ -199,7 +199,9 @@ def draw_weights(
     device = placement.device(where)
     # A file may come from a run on a card that streamed; elsewhere there is nowhere to, and the pictures are the same.
     stream = where.stream_base and device.type == "cuda"
-    family = families.load(info, device, placement.dtype(where, device), where.base_storage, stream)
+    family = families.load(
+        info, device, placement.dtype(where, device), where.base_storage, stream, where.engine == "plain"
+    )
     applied = adapters.apply(family, weights)
     texts = []
     for strength in strengths:  # all of them before the UNet comes to the device

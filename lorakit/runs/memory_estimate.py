@@ -104,8 +104,8 @@ def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
 
 def use_save_less(config: Config, device: str) -> bool:
     """Whether layers save less for the backward pass (`engine.recompute`): on a GPU memory is scarce, on a CPU time is.
-    Compiled blocks save what the compiler chooses."""
-    return device == "cuda" and not config.memory.compile
+    Compiled blocks save what the compiler chooses, plain blocks what autograd saves."""
+    return device == "cuda" and not config.memory.compile and config.memory.engine == "fused"
 
 
 def recomputed_blocks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> list[str]:
@@ -191,9 +191,10 @@ def _ways(config: Config | None, device: str) -> str:
         ways.append(f"a lower memory.limit_gib (now {config.memory.limit_gib:g})")
     elif config is None or not config.memory.gradient_checkpointing:
         ways.append("memory.gradient_checkpointing = true")
-    if config is None or config.memory.base_storage == "full":
+    fused = config is None or config.memory.engine == "fused"
+    if config is None or (fused and config.memory.base_storage == "full"):
         ways.append("memory.base_storage = 'nf4'")
-    if device == "cuda" and (config is None or not config.memory.stream_base):
+    if device == "cuda" and (config is None or (fused and not config.memory.stream_base)):
         ways.append("memory.stream_base = true")
     if config is None or config.train.batch_size > 1:
         pictures = "..." if config is None else config.train.batch_size * config.train.gradient_accumulation_steps

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorakit import adapters
 from lorakit.config import Config
@@ -20,28 +22,33 @@ class OptimizerStep:
 
     Args:
         config: the whole config.
-        step: what computes a batch's loss. Its adapter is attached; its parameters are flattened here.
+        step: what computes a batch's loss. Its adapter is attached; its parameters are flattened here, unless the base
+            is plain.
         total: optimizer steps of the run, for the learning rate's schedule.
         say: takes a line for the person.
 
     Attributes:
-        optimizer: of `optim.build`; its state is saved and loaded parameter by parameter.
+        flats: the parameters of each component in one tensor; none for a plain base.
+        parameters: all trained parameters.
+        optimizer: of `optimizers.build`; its state is saved and loaded parameter by parameter.
     """
 
     def __init__(self, config: Config, step: LossStep, total: int, say: Callable[[str], Any]):
         self.config, self.step, self.total, self.say = config, step, total, say
         # Where memory comes first there are no copies.
         copies = not config.memory.gradient_checkpointing and config.memory.limit_gib is None
-        self.flats = adapters.flatten(step.family, step.adapter, copies=copies)
+        plain = step.family.plain
+        self.flats = [] if plain else adapters.flatten(step.family, step.adapter, copies=copies)
         spec = registry.optimizer(config.optimizer.name)
-        whole = spec.elementwise
-        groups = [(each.name, [each.weights] if whole else each.parameters) for each in self.flats]
+        groups = step.adapter.groups()
+        self.parameters = [parameter for _, group in groups for parameter in group]
+        if spec.elementwise and not plain:
+            groups = [(each.name, [each.weights]) for each in self.flats]
         self.optimizer = optimizers.build(config.optimizer, groups)
-        if whole:
+        if spec.elementwise and not plain:
             flat_parameters.save_per_parameter(self.optimizer, self.flats)
-        parameters = [parameter for each in self.flats for parameter in each.parameters]
-        self._blocks = compile.blocks(config, step.family, parameters, say)
-        capture, line = cuda_graphs.capturer(config, step.family.device)
+        self._blocks = None if plain else compile.blocks(config, step.family, self.parameters, say)
+        capture, line = (None, "") if plain else cuda_graphs.capturer(config, step.family.device)
         weights, generators = [each.weights for each in self.flats], list(step.generators.values())
         self._graphed_backward: cuda_graphs.GraphedBackward | None = None
         self._graphed_step: cuda_graphs.GraphedOptimizerStep | None = None
@@ -63,6 +70,8 @@ class OptimizerStep:
             if not each.ensure_views() and self._graphed_backward is not None:
                 self._graphed_backward.discard_graphs()
             each.gradient.zero_()
+        if not self.flats:
+            self._zero_gradients()
         for part in range(parts):
             loss += self._pass(number * parts + part)
         return loss, self._optimizer_step()
@@ -71,6 +80,15 @@ class OptimizerStep:
         """Free all CUDA graphs; return whether there were any. The next steps capture anew."""
         graphs = [each for each in (self._graphed_backward, self._graphed_step) if each is not None]
         return sum(each.discard_graphs() for each in graphs) > 0
+
+    def _zero_gradients(self) -> None:
+        """Zeros instead of None also for parameters that no pass reaches: they decay and have optimizer state, as they
+        do in `flat_parameters`."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
 
     def _pass(self, index: int) -> torch.Tensor:
         """Forward and backward of the `index`-th batch; its share of the step's loss."""
@@ -111,7 +129,11 @@ class OptimizerStep:
         return self._clip_and_step()
 
     def _clip_and_step(self) -> torch.Tensor:
-        norm = flat_parameters.clip(self.flats, self.config.train.max_grad_norm)
+        max_norm = self.config.train.max_grad_norm
+        if self.flats:
+            norm = flat_parameters.clip(self.flats, max_norm)
+        else:
+            norm = nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
         optimizers.step(self.optimizer)
         return norm
 

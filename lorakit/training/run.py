@@ -230,7 +230,7 @@ def _loader(run: Run) -> Callable[[], Family]:
     run.folder.update(threads=threads)
     where = f"cpu ({threads} thread{'s'[: threads > 1]})" if device.type == "cpu" else str(device)
     run.events.say(f"device: {where}, base in {str(dtype).removeprefix('torch.')}{kept}, adapter in float32")
-    return functools.partial(families.load, run.ready.info, device, dtype, storage, streams)
+    return functools.partial(families.load, run.ready.info, device, dtype, storage, streams, memory.engine == "plain")
 
 
 @contextlib.contextmanager

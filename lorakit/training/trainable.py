@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit import adapters, formats
-from lorakit.engine import device as devices
+from lorakit.engine import device as devices, fused_blocks
+from lorakit.engine.cuda_graphs import SLOWER
 from lorakit.runs import memory_estimate
 from lorakit.training.loss_step import LossStep
 from lorakit.training.optimizer_step import OptimizerStep
@@ -56,7 +57,11 @@ def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[
     if config.train.init_from:
         adapter.load(formats.read(Path(config.train.init_from)))
         say(f"starting from the weights of {Path(config.train.init_from).name}")
-    adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(config, family.device.type))
+    if not family.plain:
+        adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(config, family.device.type))
+    elif config.memory.engine != "plain":
+        block = fused_blocks.unknown_block(family.unet)
+        say(f"the UNet has a block that lorakit cannot fuse ({block}): memory.engine = 'plain' is used. {SLOWER}")
     blocks = memory_estimate.recomputed_blocks(config, ready.info, ready.plan.modules, family.device.type)
     devices.gradient_checkpointing(family, blocks, random=adapter.dropout > 0)
     loss_step = LossStep(family, adapter, inputs, config.train)

@@ -194,6 +194,9 @@ def test_unset_is_allowed_where_it_means_something() -> None:
         ({**STEPS, "memory.compile": True, "memory.stream_base": True}, "memory.compile needs the weights whole"),
         ({**STEPS, "memory.compile": True, "memory.gradient_checkpointing": True}, "memory.compile goes neither with"),
         ({**STEPS, "memory.compile": True, "memory.limit_gib": 4.0}, "memory.compile goes neither with"),
+        ({**STEPS, "memory.engine": "plain", "memory.compile": True}, "memory.compile compiles fused blocks"),
+        ({**STEPS, "memory.engine": "plain", "memory.base_storage": "nf4"}, "need memory.engine = 'fused'"),
+        ({**STEPS, "memory.engine": "plain", "memory.stream_base": True}, "need memory.engine = 'fused'"),
         ({**STEPS, "memory.compile": True, "adapter.dropout": 0.1}, "memory.compile needs adapter.dropout = 0"),
         ({**STEPS, "data.resolution": 516}, "data.resolution = 516: must be a multiple of 8"),
         (

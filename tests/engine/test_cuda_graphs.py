@@ -270,6 +270,7 @@ def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
     assert cuda_graphs.capturer(settings, torch.device("cpu")) == (None, "")
     for section, change, reason in (
         ("memory", {"stream_base": True}, "memory.stream_base copies weights during the step"),
+        ("memory", {"cuda_graphs": False}, "memory.cuda_graphs = false"),
         ("memory", {"gradient_checkpointing": True}, "dropout would draw different numbers on replay"),
     ):
         changed = replace(settings, **{section: replace(getattr(settings, section), **change)})

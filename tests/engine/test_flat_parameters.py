@@ -209,7 +209,7 @@ def test_in_half_precision_gradients_are_those_by_autograd(
     kinds = {type(layer.half_copies) for layer in family.unet.modules() if isinstance(layer, fused_lora.FusedLinear)}
     assert kinds == {fused_lora.HalfCopies}
     groups = [m.fused_qkv for m in family.unet.modules() if isinstance(m, fused_blocks.FusedAttention)]
-    assert groups and all(group.half_copies is not None and group.holds() for group in groups)
+    assert groups and all(group.half_copies is not None and group.is_valid() for group in groups)
     for _ in range(2):
         with torch.no_grad():  # as an optimizer would: copies of before must not be used
             for weights in [*other.parameters().values(), *(each.weights for each in made)]:

@@ -211,6 +211,8 @@ def test_ways_out_are_only_those_that_are_open() -> None:
     # Elsewhere than on a card there is nowhere to stream from.
     assert "memory.stream_base" in memory_estimate.advice("step 3", last)
     assert "memory.stream_base" not in memory_estimate.advice("step 3", last, "mps")
+    plain = memory_estimate.advice("step 3", replace(last, memory=replace(last.memory, engine="plain")))
+    assert "memory.stream_base" not in plain and "memory.base_storage" not in plain
 
 
 def test_strips_take_what_the_room_of_families_says() -> None:

@@ -175,6 +175,7 @@ NAMES = {
     "memory.limit_gib": "Limit in GiB",
     "memory.stream_base": "Weights in the host's memory",
     "memory.compile": "Compile the UNet",
+    "memory.cuda_graphs": "CUDA graphs",
     "output.dtype": "Precision of the file",
 }
 SECTIONS = {

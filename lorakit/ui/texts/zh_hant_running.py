@@ -80,6 +80,12 @@ RUNNING = {
     "memory.compile goes neither with memory.gradient_checkpointing nor with memory.limit_gib": (
         "memory.compile 不能與 memory.gradient_checkpointing 或 memory.limit_gib 併用"
     ),
+    "memory.compile compiles fused blocks: set memory.engine = 'fused'": (
+        "memory.compile 編譯的是融合後的區塊：請設 memory.engine = 'fused'"
+    ),
+    "memory.base_storage and memory.stream_base need memory.engine = 'fused'": (
+        "memory.base_storage 與 memory.stream_base 需要 memory.engine = 'fused'"
+    ),
     "memory.compile needs adapter.dropout = 0: compiled code would draw other numbers": (
         "memory.compile 需要 adapter.dropout = 0：編譯後會抽到不同的隨機數"
     ),
