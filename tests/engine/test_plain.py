@@ -64,7 +64,7 @@ def test_both_engines_train_the_same(request: Any, photos: Path, tmp_path: Path,
         pytest.skip("the format that carries DoRA does not carry SD3")
     changes: dict[str, Any] = {"adapter__method": method, "train__gradient_accumulation_steps": 2}
     if name == "sd3":
-        changes["output__formats"] = ["diffusers"] if method == "lora" else ["kohya"]
+        changes["output__formats"] = ["peft"]
     fused = run(base, photos, tmp_path / "fused", "fused", **changes)
     plain = run(base, photos, tmp_path / "plain", "plain", **changes)
     assert losses(plain.folder) == pytest.approx(losses(fused.folder), rel=LOSS)
@@ -93,7 +93,7 @@ def test_a_plain_unet_has_no_class_of_lorakit(
         with monkeypatch.context() as patch:
             patch.setattr(OptimizerStep, "__call__", watched)
             with pytest.raises(KeyboardInterrupt):
-                formats = {"output__formats": ["diffusers"]} if name == "tiny_sd3" and "lora" in method else {}
+                formats = {"output__formats": ["peft"]} if name == "tiny_sd3" else {}
                 run(request.getfixturevalue(name), photos, tmp_path / engine, engine, adapter__method=method, **formats)
     assert classes["plain"] == set() and classes["fused"]
 
