@@ -148,7 +148,7 @@ def words(identifier: str) -> set[str]:
 
 def comparisons(path: Path) -> list[int]:
     """Lines of a file that compare something with the name of a family, method, optimizer, format or prediction."""
-    tables = (registry.FAMILIES, registry.ADAPTERS, registry.OPTIMIZERS, registry.FORMATS)
+    tables = (registry.FAMILIES, registry.METHODS, registry.OPTIMIZERS, registry.FORMATS)
     names = PREDICTIONS | {"sd1", "sd2"} | {name for table in tables for name in table}
     lines = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

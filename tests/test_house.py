@@ -268,15 +268,6 @@ def test_no_path_of_a_machine_is_in_the_repository() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("table", ["ADAPTERS"])
-def test_every_name_of_the_registry_loads(table: str) -> None:
-    names = getattr(registry, table)
-    for name in names:
-        assert registry.load(names, name) is not None
-    with pytest.raises(ValueError, match="unknown name 'nothing'; known: "):
-        registry.load(names, "nothing")
-
-
 def test_every_optimizer_of_the_registry_is_there() -> None:
     for spec in registry.OPTIMIZERS.values():
         assert callable(registry.resolve(spec.build))
@@ -292,7 +283,9 @@ def test_every_format_of_the_registry_is_there() -> None:
 
 
 def test_the_registry_and_the_adapter_sections_name_the_same_methods() -> None:
-    assert set(registry.ADAPTERS) == set(config.ADAPTER_SECTIONS)
+    for name, spec in registry.METHODS.items():
+        assert config.ADAPTER_SECTIONS[name]().method == name
+        assert callable(registry.resolve(spec.functions).begin)
 
 
 @pytest.mark.parametrize("name", config.preset_names())

@@ -92,7 +92,7 @@ class Adapter:
     Attributes:
         layers: canonical names, in a fixed order.
         family: "sd1", "sd2", "sdxl" or "sd3".
-        method: a name of `registry.ADAPTERS`.
+        method: a name of `registry.METHODS`.
         dropout: on the adapters' input while `train(True)`.
     """
 
@@ -100,7 +100,7 @@ class Adapter:
         self._modules, self._layers = modules, layers
         self.layers = list(layers)
         self.family, self.method, self.dropout = family, method, dropout
-        self._method: Method = registry.load(registry.ADAPTERS, method)
+        self._method: Method = registry.resolve(registry.METHODS[method].functions)
         self._scales = {name: self._method.scale(layer) for name, layer in layers.items()}
         self._off = False
         self._word, self._tokens = "", dict[str, LearnedToken]()
@@ -204,7 +204,7 @@ class Adapter:
             )
         if weights.family != self.family:
             raise LorakitError(f"the adapter to start from is for {weights.family}, this base is {self.family}")
-        theirs, mine = _method(weights), "lora" if self.method == "rslora" else self.method
+        theirs, mine = _method(weights), registry.METHODS[self.method].layers
         if theirs != mine:
             raise LorakitError(f"the adapter to start from is {theirs}: set adapter.method = {theirs!r}")
         missing = [name for name in self.layers if name not in weights.layers]
@@ -356,7 +356,7 @@ def _inject(
     modules: dict[str, Any], chosen: dict[str, tuple[str, str]], config: AdapterConfig, *, plain: bool
 ) -> dict[str, Any]:
     """Let PEFT put its layers in; canonical name -> layer. `plain`: its own, not those of `engine.fused_lora`."""
-    method: Method = registry.load(registry.ADAPTERS, config.method)
+    method: Method = registry.resolve(registry.METHODS[config.method].functions)
     # PEFT's layers draw first weights that `reset` replaces; that must not move the global generator.
     with torch.random.fork_rng(devices=[]):
         for component, module in modules.items():
@@ -375,7 +375,8 @@ def _method(weights: AdapterWeights) -> str:
     """
     found = {layer.method for layer in weights.layers.values()}
     # Among DoRA's layers there may be plain ones.
-    found = found - {"lora"} if "dora" in found else found
+    if any(layer.magnitude is not None for layer in weights.layers.values()):
+        found -= {LoraLayer.PLAIN}
     if len(found) > 1:
         raise LorakitError(f"the adapter mixes {' and '.join(sorted(found))}: only one method at a time can be applied")
     return next(iter(found))

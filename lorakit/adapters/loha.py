@@ -22,8 +22,7 @@ SPREAD = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0
 
 def peft(config: LohaConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules`."""
-    alpha = config.rank if config.alpha is None else config.alpha
-    return PeftConfig(r=config.rank, alpha=alpha, target_modules=modules, init_weights=False)
+    return PeftConfig(r=config.rank, alpha=config.effective_alpha, target_modules=modules, init_weights=False)
 
 
 def begin(layer: Any, draw: torch.Generator) -> None:

@@ -21,8 +21,7 @@ PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b
 
 def peft(config: LokrConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules`."""
-    alpha = config.rank if config.alpha is None else config.alpha
-    return PeftConfig(r=config.rank, alpha=alpha, target_modules=modules, init_weights=False)
+    return PeftConfig(r=config.rank, alpha=config.effective_alpha, target_modules=modules, init_weights=False)
 
 
 def begin(layer: Any, draw: torch.Generator) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,24 +15,15 @@ from lorakit.engine import fused_lora
 
 
 def lora(config: LowRankConfig, modules: list[str]) -> PeftConfig:
-    """PEFT's config for `modules` (full paths inside one component): scale alpha / rank."""
-    return _peft_config(config, modules)
-
-
-def rslora(config: LowRankConfig, modules: list[str]) -> PeftConfig:
-    """The same with scale alpha / sqrt(rank) (arXiv 2312.03732)."""
-    return _peft_config(config, modules, use_rslora=True)
-
-
-def _peft_config(config: LowRankConfig, modules: list[str], **options: Any) -> PeftConfig:
+    """PEFT's config for `modules` (full paths inside one component)."""
     made = PeftConfig(
         r=config.rank,
-        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        lora_alpha=config.effective_alpha,
         lora_dropout=config.dropout,
         target_modules=modules,
+        use_rslora=config.rank_stabilized,
         # The weights are drawn by `Adapter`, from a generator of its own.
         init_lora_weights=False,
-        **options,
     )
     return made
 
@@ -73,4 +63,3 @@ def fill(layer: Any, weights: AnyLayer) -> None:
 
 
 LORA = Method(lora, begin, factors, fill, fuse=fuse)
-RSLORA = replace(LORA, peft=rslora)

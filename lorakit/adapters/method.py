@@ -1,5 +1,5 @@
 """What an adapter method is to `Adapter`: five functions on one of PEFT's layers. One file and one line of
-`registry.ADAPTERS` for each method."""
+`registry.METHODS` for each method."""
 
 from __future__ import annotations
 

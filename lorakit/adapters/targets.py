@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lorakit.adapters.weights import factorization
-from lorakit.config import AdapterConfig
+from lorakit.config import LayersConfig
 from lorakit.core import registry
+from lorakit.core.registry import METHODS, resolve
 
 # Always all four of an attention: A1111 reads none of them where one is missing.
 _TEXT_ATTENTION = r"\.self_attn\.(q|k|v|out)_proj$"
@@ -39,15 +40,29 @@ def select(family: str, layers: Iterable[str], target_modules: str, train_text_e
     return [name for name, component, module in parts if component in rules and re.search(rules[component], module)]
 
 
-def trained(adapter: AdapterConfig, shape: Sequence[int]) -> int:
+def trained(adapter: LayersConfig, shape: Sequence[int]) -> int:
     """How many numbers a method trains in one layer, whose weight is `[out, in]` or `[out, in, kh, kw]`."""
-    out, into, *kernel = shape
-    columns, rank = into * math.prod(kernel), adapter.rank
-    if adapter.method == "loha":
-        return 2 * rank * (out + columns)
-    if adapter.method == "lokr":
-        (a, b), (c, d) = factorization(out), factorization(into)
-        whole = rank >= max(b, d) / 2
-        d *= math.prod(kernel)
-        return a * c + (b * d if whole else rank * (b + d))
-    return rank * (out + columns) + (into if adapter.method == "dora" else 0)
+    return int(resolve(METHODS[adapter.method].trained_weights)(adapter, shape))
+
+
+def lora_weights(adapter: LayersConfig, shape: Sequence[int]) -> int:
+    """The numbers of A and B."""
+    return adapter.rank * (shape[0] + math.prod(shape[1:]))
+
+
+def dora_weights(adapter: LayersConfig, shape: Sequence[int]) -> int:
+    """LoRA's, and a magnitude for each input."""
+    return lora_weights(adapter, shape) + shape[1]
+
+
+def loha_weights(adapter: LayersConfig, shape: Sequence[int]) -> int:
+    """Two products of LoRA's size."""
+    return 2 * lora_weights(adapter, shape)
+
+
+def lokr_weights(adapter: LayersConfig, shape: Sequence[int]) -> int:
+    """The numbers of w1, and of w2 or its two factors."""
+    (a, b), (c, d) = factorization(shape[0]), factorization(shape[1])
+    whole = adapter.rank >= max(b, d) / 2
+    d *= math.prod(shape[2:])
+    return a * c + (b * d if whole else adapter.rank * (b + d))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +37,17 @@ class LoraLayer:
     alpha: float
     magnitude: torch.Tensor | None = None
 
+    PLAIN: ClassVar[str] = "lora"  # the kind of a layer without a magnitude
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is LoRA as every program reads it, without a magnitude."""
+        return self.magnitude is None
+
     @property
     def method(self) -> str:
         """ "lora", or "dora" with a magnitude."""
-        return "lora" if self.magnitude is None else "dora"
+        return self.PLAIN if self.magnitude is None else "dora"
 
     @property
     def rank(self) -> int:
@@ -93,6 +100,7 @@ class LohaLayer:
 
     method = "loha"
     magnitude = None
+    is_plain = False
 
     @property
     def rank(self) -> int:
@@ -144,6 +152,7 @@ class LokrLayer:
 
     method = "lokr"
     magnitude = None
+    is_plain = False
 
     @property
     def rank(self) -> int:
@@ -236,7 +245,7 @@ class AdapterWeights:
 
     Attributes:
         family: "sd1", "sd2", "sdxl" or "sd3".
-        method: how it was trained, a name of `registry.ADAPTERS`.
+        method: how it was trained, a name of `registry.METHODS`.
         layers: canonical name -> layer.
         metadata: what a file said of itself (empty for weights that come from training).
         embeddings: word -> text encoder ("text_encoder", "text_encoder_2") -> vectors `[n, width]` that stand for it.

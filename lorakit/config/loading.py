@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lorakit.config.option import Option, check_value, suggest, to_text
 from lorakit.config.schema import ADAPTER_SECTIONS, LENGTHS, SECTIONS, Config, TrainConfig, options, section_type
 from lorakit.core.errors import ConfigError
+from lorakit.core.registry import METHODS
 
 DEFAULT_PRESET = "subject-pocket"
 
@@ -196,8 +197,10 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens")
     if adapter.new_tokens and not re.fullmatch(r"[\w-]+", data.trigger):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
-    if train.init_from and adapter.method == "pissa":
-        problems.append("train.init_from makes no sense with adapter.method = 'pissa', which begins from the base")
+    if train.init_from and METHODS[adapter.method].begins_from_base:
+        problems.append(
+            f"train.init_from makes no sense with adapter.method = {adapter.method!r}, which begins from the base"
+        )
     if train.prior == "none" and train.prior_loss_weight != TrainConfig.prior_loss_weight:
         problems.append("train.prior_loss_weight has no effect with train.prior = 'none': choose 'images' or 'teacher'")
     if train.prior != "images" and train.class_images != TrainConfig.class_images:

@@ -9,12 +9,14 @@ This module never imports torch: a preset is checked in a tenth of a second.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lorakit.config.option import Option, option
-from lorakit.core.registry import ADAPTERS, FORMATS, OPTIMIZERS
+from lorakit.core.registry import FORMATS, METHODS, OPTIMIZERS, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,20 @@ class LayersConfig:
         0, "Vectors to learn for the trigger as a word of its own (pivotal tuning).", low=0, high=32
     )
 
+    method: str = ""
+
+    rank_stabilized: ClassVar[bool] = False  # whether the scale is alpha / sqrt(rank) and not alpha / rank
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.effective_alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    @property
+    def effective_alpha(self) -> float:
+        """`alpha`, or the rank where it is unset."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
     @property
     def trains_text(self) -> bool:
         """Whether texts mean something else after each step."""
@@ -92,7 +108,6 @@ class LayersConfig:
 class LowRankConfig(LayersConfig):
     """What LoRA and the methods built on it have."""
 
-    method: str = "lora"
     dropout: float = option(0.0, "Dropout on the adapter's input.", low=0, high=0.9)
 
 
@@ -107,46 +122,56 @@ class LoraConfig(LowRankConfig):
 class RsLoraConfig(LowRankConfig):
     """Rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732): the scale is alpha / sqrt(rank)."""
 
-    method: Literal["rslora"] = "rslora"
+    method: str = "rslora"
+    rank_stabilized: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoraConfig(LowRankConfig):
     """DoRA (Liu et al. 2024, arXiv 2402.09353): direction by LoRA, magnitude learned on its own."""
 
-    method: Literal["dora"] = "dora"
+    method: str = "dora"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PissaConfig(LowRankConfig):
     """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that begins as the weight's principal part."""
 
-    method: Literal["pissa"] = "pissa"
+    method: str = "pissa"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LohaConfig(LayersConfig):
     """LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098): two low ranks, multiplied element by element."""
 
-    method: Literal["loha"] = "loha"
+    method: str = "loha"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LokrConfig(LayersConfig):
     """LoKr (Yeh et al. 2023, arXiv 2309.14859): a LokrLayer product of two small matrices."""
 
-    method: Literal["lokr"] = "lokr"
+    method: str = "lokr"
 
 
-AdapterConfig = LoraConfig | RsLoraConfig | DoraConfig | PissaConfig | LohaConfig | LokrConfig
-ADAPTER_SECTIONS: dict[str, type[Any]] = {
-    "lora": LoraConfig,
-    "rslora": RsLoraConfig,
-    "dora": DoraConfig,
-    "pissa": PissaConfig,
-    "loha": LohaConfig,
-    "lokr": LokrConfig,
-}
+AdapterConfig = LayersConfig
+
+
+class _AdapterSections(Mapping[str, type[LayersConfig]]):
+    """Method -> its section of the config, as `registry.METHODS` names it."""
+
+    def __getitem__(self, method: str) -> type[LayersConfig]:
+        section: type[LayersConfig] = resolve(METHODS[method].section)
+        return section
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(METHODS)
+
+    def __len__(self) -> int:
+        return len(METHODS)
+
+
+ADAPTER_SECTIONS = _AdapterSections()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +319,7 @@ def options(method: str = "lora") -> list[Option]:
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             if section == "adapter" and f.name == "method":
-                result.append(Option(section, "method", str, "lora", "Adapter method.", choices=tuple(ADAPTERS)))
+                result.append(Option(section, "method", str, "lora", "Adapter method.", choices=tuple(METHODS)))
                 continue
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             facts = {**f.metadata, "choices": tuple(f.metadata.get("choices", ()))}

@@ -69,6 +69,25 @@ def resolve(path: str) -> Any:
 
 
 @dataclass(frozen=True)
+class MethodSpec:
+    """One adapter method. Whatever needs torch is named, and imported when it is used.
+
+    Attributes:
+        section: "module:Class" of its section of the config, a `config.LayersConfig`; the config check imports it.
+        functions: "module:attribute" of an `adapters.method.Method`: PEFT's config, the first weights, the factors.
+        trained_weights: "module:function" of (section, shape of a layer's weight) -> how many numbers it trains there.
+        layers: kind of the layers that it gives ("lora", "dora", "loha" or "lokr"); a format carries kinds of layers.
+        begins_from_base: its first weights are taken from the base, so it cannot start from an adapter.
+    """
+
+    section: str
+    functions: str
+    trained_weights: str = "lorakit.adapters.targets:lora_weights"
+    layers: str = "lora"
+    begins_from_base: bool = False
+
+
+@dataclass(frozen=True)
 class OptimizerSpec:
     """One optimizer.
 
@@ -127,14 +146,32 @@ FAMILIES = Registry["FamilySpec"](
     },
 )
 
-ADAPTERS = {
-    "lora": "lorakit.adapters.lora:LORA",
-    "rslora": "lorakit.adapters.lora:RSLORA",
-    "dora": "lorakit.adapters.dora:DORA",
-    "pissa": "lorakit.adapters.pissa:PISSA",
-    "loha": "lorakit.adapters.loha:LOHA",
-    "lokr": "lorakit.adapters.lokr:LOKR",
-}
+METHODS = Registry[MethodSpec](
+    "lorakit.adapters",
+    {
+        "lora": MethodSpec("lorakit.config.schema:LoraConfig", "lorakit.adapters.lora:LORA"),
+        "rslora": MethodSpec("lorakit.config.schema:RsLoraConfig", "lorakit.adapters.lora:LORA"),
+        "dora": MethodSpec(
+            "lorakit.config.schema:DoraConfig",
+            "lorakit.adapters.dora:DORA",
+            trained_weights="lorakit.adapters.targets:dora_weights",
+            layers="dora",
+        ),
+        "pissa": MethodSpec("lorakit.config.schema:PissaConfig", "lorakit.adapters.pissa:PISSA", begins_from_base=True),
+        "loha": MethodSpec(
+            "lorakit.config.schema:LohaConfig",
+            "lorakit.adapters.loha:LOHA",
+            trained_weights="lorakit.adapters.targets:loha_weights",
+            layers="loha",
+        ),
+        "lokr": MethodSpec(
+            "lorakit.config.schema:LokrConfig",
+            "lorakit.adapters.lokr:LOKR",
+            trained_weights="lorakit.adapters.targets:lokr_weights",
+            layers="lokr",
+        ),
+    },
+)
 
 # Adafactor knows rows and columns, and 8-bit state has blocks that must not reach from one matrix into the next: so
 # neither is elementwise. Only torch's AdamW is capturable; the others compute the rate on the host.
@@ -162,19 +199,6 @@ FORMATS: Registry[FormatSpec] = Registry(
         "peft": "lorakit.formats.peft:SPEC",
     },
 )
-
-
-def load(table: dict[str, str], name: str) -> Any:
-    """The object behind `name` in one of the tables above (a module where the entry names no attribute).
-
-    Raises:
-        ValueError: `name` is not in the table.
-    """
-    if name not in table:
-        raise ValueError(f"unknown name {name!r}; known: {', '.join(table)}")
-    module, _, attribute = table[name].partition(":")
-    loaded = import_module(module)
-    return getattr(loaded, attribute) if attribute else loaded
 
 
 def versions() -> dict[str, tuple[FamilySpec, ModelVersion]]:

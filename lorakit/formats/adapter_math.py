@@ -40,7 +40,7 @@ def require_writable(weights: AdapterWeights, refusal: str | None) -> None:
 
 def method(weights: AdapterWeights) -> str:
     """What the tensors are, whatever the weights are labelled; what is plain LoRA is called as it was trained."""
-    found = {layer.method for layer in weights.layers.values()} - {"lora"}
+    found = {layer.method for layer in weights.layers.values() if not layer.is_plain}
     return min(found) if found else weights.method
 
 

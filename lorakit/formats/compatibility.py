@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from lorakit.config import ADAPTER_SECTIONS
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
 from lorakit.formats.identify import Module, Shapes, modules
 from lorakit.formats.keys import COMPONENTS, kernel
+from lorakit.formats.metadata import rank_stabilized
 
 _SGM_STARTS = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
 _BLOCK_STARTS = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
@@ -272,12 +274,13 @@ def _unscaled(
 
     No program knows rank stabilisation: the scale has to be in the alpha, or the adapter is sqrt(rank) times too weak.
     """
-    if metadata.get("lorakit.method") != "rslora":
+    method = metadata.get("lorakit.method", "")
+    if not rank_stabilized(method):
         return {}
     try:
         told = json.loads(metadata["lorakit.config"])["adapter"]
-        scale = float(told.get("alpha", told["rank"])) / math.sqrt(told["rank"])
-    except (KeyError, ValueError, TypeError, AttributeError):
+        scale = ADAPTER_SECTIONS[method](rank=told["rank"], alpha=told.get("alpha")).scale
+    except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError):
         return {}
     result: dict[str, str] = {}
     for stem, module in found.items():

@@ -14,6 +14,8 @@ import torch
 from lorakit.adapters.weights import AnyLayer, LohaLayer, LokrLayer, from_factors
 from lorakit.core.errors import LorakitError
 
+# Method -> the small kernel of Tucker's form, and the side that it belongs to.
+KERNELS = {"loha": ("hada_t1 hada_w1", "hada_t2 hada_w2"), "lokr": ("lokr_t2 lokr_w2",)}
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
@@ -26,13 +28,12 @@ def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) 
     if "magnitude" in parts:
         raise LorakitError(f"{path}: {stem} is {method} with a DoRA magnitude, which lorakit does not read")
     own = dict(parts)
-    tuckers = {"loha": ("hada_t1 hada_w1", "hada_t2 hada_w2"), "lokr": ("lokr_t2 lokr_w2",)}
-    for kernel, side in (names.split() for names in tuckers[method]):
+    for kernel, side in (names.split() for names in KERNELS[method]):
         if kernel in own:
             core = own.pop(kernel)
             a, b = _part(path, stem, own, f"{side}_a"), _part(path, stem, own, f"{side}_b")
             own[f"{side}_a"], own[f"{side}_b"] = a.T, _product(path, stem, core, b).flatten(1)
-    for name in _HADA if method == "loha" else (_side(own, "lokr_w1"), _side(own, "lokr_w2")):
+    for name in _HADA if "hada_w1_a" in own else (_side(own, "lokr_w1"), _side(own, "lokr_w2")):
         _part(path, stem, own, name)
     for left in [name for name in own if name.endswith("_a")]:
         a, b = own[left], _part(path, stem, own, f"{left[:-1]}b")

@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit import __version__
-from lorakit.config import Config, without_paths
+from lorakit.adapters.weights import LoraLayer
+from lorakit.config import ADAPTER_SECTIONS, Config, without_paths
 from lorakit.core import registry
 from lorakit.families.spec import MODELSPEC_PREDICTIONS
 from lorakit.formats import keys
@@ -121,6 +122,11 @@ def _public(config: Config) -> dict[str, dict[str, Any]]:
     return {s: {n: v for n, v in t.items() if n not in _PRIVATE.get(s, ())} for s, t in tables.items()}
 
 
+def rank_stabilized(method: str) -> bool:
+    """Whether the scale of the method is alpha / sqrt(rank), which a file's alpha then has to carry."""
+    return method in ADAPTER_SECTIONS and ADAPTER_SECTIONS[method].rank_stabilized
+
+
 def of_weights(weights: AdapterWeights) -> dict[str, str]:
     """What follows from the weights alone."""
     from lorakit.formats import adapter_math  # needs torch; the rest of this page does not
@@ -128,7 +134,7 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     tags = registry.version_of(weights.family).tags
     layers = adapter_math.uniform(weights)
     first = next(iter(layers.values()))
-    lycoris = first.method in ("loha", "lokr")
+    lycoris = not isinstance(first, LoraLayer)
     folded = any(not math.isclose(layer.scale, weights.layers[name].scale) for name, layer in layers.items())
     found = {
         "ss_base_model_version": tags.version,
@@ -142,7 +148,7 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
         "lorakit.version": __version__,
         "lorakit.family": weights.family,
         # With its scale in the factors, a rank-stabilised adapter is a plain one.
-        "lorakit.method": "lora" if folded and weights.method == "rslora" else weights.method,
+        "lorakit.method": "lora" if folded and rank_stabilized(weights.method) else weights.method,
     }
     if lycoris:
         found["ss_network_args"] = json.dumps({"algo": first.method})

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, LokrLayer, LoraLayer
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.formats import embeddings, identify, keys, lycoris
+from lorakit.formats import embeddings, identify, keys, lycoris, metadata as meta
 
 Scaling = Mapping[str, Any]
 READ = ("lora", "dora", "loha", "lokr", "LoCon (tucker)")
@@ -114,10 +114,10 @@ def _weights(
             raise LorakitError(f"{path}: {name} is there twice, the second time as {module.stem}")
         scaling = scalings.get(keys.component(name), {})
         layers[name] = _layer(path, module, tensors, scaling)
-    special = {layer.method for layer in layers.values()} - {"lora"}
+    special = {layer.method for layer in layers.values() if not layer.is_plain}
     method = metadata.get("lorakit.method") or (min(special) if special else "lora")
     if (
-        method == "rslora"
+        meta.rank_stabilized(method)
         and not any(scalings.values())
         and not any("alpha" in module.parts for module in found.values())
     ):
@@ -131,7 +131,7 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
     if "row_magnitude" in module.parts:
         raise LorakitError(f"{path}: {module.stem} is PEFT's DoRA, per output row; lorakit reads DoRA per input column")
     parts = {part: tensors[name].float() for part, name in module.parts.items() if part != "alpha"}
-    if module.method in ("loha", "lokr"):
+    if module.method in lycoris.KERNELS:
         layer = lycoris.read(path, module.stem, module.method, parts)
         # PEFT divides by the rank it was told, even where a LoKr has none; everyone else goes by the file.
         whole = isinstance(layer, LokrLayer) and layer.whole

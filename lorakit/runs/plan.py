@@ -162,7 +162,6 @@ def make(config: Config, info: Any, report: Any) -> Plan:
     device = guess_device(config.memory.device)
     spec = registry.optimizer(config.optimizer.name)
     host = memory_estimate.host_bytes(config, info, device)
-    alpha = float(config.adapter.rank if config.adapter.alpha is None else config.adapter.alpha)
     return Plan(
         base=info.title,
         notes=(
@@ -174,8 +173,8 @@ def make(config: Config, info: Any, report: Any) -> Plan:
         prediction_type=info.prediction_type,
         method=config.adapter.method,
         rank=config.adapter.rank,
-        alpha=alpha,
-        scale=alpha / (math.sqrt(config.adapter.rank) if config.adapter.method == "rslora" else config.adapter.rank),
+        alpha=config.adapter.effective_alpha,
+        scale=config.adapter.scale,
         modules=modules,
         photos=len(sizes),
         held_out=held_out,

@@ -108,9 +108,10 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         return Preflight(config, None, None, None, tuple(problems), ())
     problems += families.unsuited(info, config)
     warnings = []
+    layers = registry.METHODS[config.adapter.method].layers
     for name in config.output.formats:
-        problems += _line(registry.FORMATS[name].check(config.adapter.method, info.family))
-        warnings += _line(compatibility.warning(config.adapter.method, name))
+        problems += _line(registry.FORMATS[name].check(layers, info.family))
+        warnings += _line(compatibility.warning(layers, name))
     problems += plan.problems(config, info)
     photos = None
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,14 +47,11 @@ def read(path: Path) -> AdapterWeights:
         started=changed,
         finished=changed,
     )
-    rank = config.adapter.rank
-    alpha = float(rank if config.adapter.alpha is None else config.adapter.alpha)
-    scale = alpha / (math.sqrt(rank) if config.adapter.method == "rslora" else rank)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in saved.adapter.items():
         layer, _, factor = name.rpartition(".")
         layers.setdefault(layer, {})[factor] = tensor
     words = {part: factors.pop("token") for part, factors in layers.items() if "token" in factors}
     tokens = {config.data.trigger: words} if words else {}
-    made = {name: from_factors(factors, scale) for name, factors in layers.items() if factors}
+    made = {name: from_factors(factors, config.adapter.scale) for name, factors in layers.items() if factors}
     return AdapterWeights(info.family, config.adapter.method, made, facts, tokens)

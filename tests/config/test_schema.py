@@ -11,7 +11,8 @@ import pytest
 
 from lorakit import config
 from lorakit.config import ConfigError
-from lorakit.config.option import Option, check_value
+from lorakit.config.option import Option, check_value, option as new_option
+from lorakit.core.registry import METHODS, MethodSpec
 
 STEPS = {"train.steps": 1}
 
@@ -61,15 +62,17 @@ def test_a_section_must_be_a_table() -> None:
     assert problems({}, {"train": 3})[0] == "[train] must be a table, not 3"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block(config.LoraConfig):
+    method: str = "block"
+    block_size: int = new_option(4, "Rows of a block.", low=1)
+
+
 def test_an_option_of_another_method_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """`adapter` is a union on `method`: what only one method has is unknown under another."""
 
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Block(config.LoraConfig):
-        method: typing.Literal["block"] = "block"  # type: ignore[assignment]
-        block_size: int = config.schema.option(4, "Rows of a block.", low=1)
-
-    monkeypatch.setitem(config.ADAPTER_SECTIONS, "block", Block)
+    spec = MethodSpec(f"{__name__}:Block", "lorakit.adapters.lora:LORA")
+    monkeypatch.setitem(METHODS.own, "block", spec)
     assert config.from_tables({}, {**STEPS, "adapter.method": "block", "adapter.block_size": 8}).adapter.block_size == 8  # type: ignore[union-attr]
     assert problem("adapter.block_size", 8).startswith("unknown option adapter.block_size")
 

@@ -11,7 +11,6 @@ import torch
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, LohaLayer, LokrLayer, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import keys
-from lorakit.formats.adapter_math import method
 
 
 def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | None = None) -> AdapterWeights:
@@ -36,7 +35,8 @@ def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | 
     if energy is not None and not 0 < energy <= 1:
         raise LorakitError(f"resize: energy = {energy:g}: must be above 0 and at most 1")
     layers: dict[str, AnyLayer] = {n: _resized(layer, rank, energy) for n, layer in plain(weights).items()}
-    return replace(weights, method="dora" if method(weights) == "dora" else "lora", layers=layers)
+    kinds = {layer.method for layer in layers.values() if not layer.is_plain}
+    return replace(weights, method=min(kinds, default="lora"), layers=layers)
 
 
 def plain(weights: AdapterWeights) -> dict[str, LoraLayer]:
@@ -101,7 +101,7 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
     families = sorted({weights.family for weights, _ in parts})
     if len(families) > 1:
         raise LorakitError(f"combine: adapters for {' and '.join(families)} do not go together")
-    if any(method(weights) == "dora" for weights, _ in parts):
+    if any(layer.magnitude is not None for weights, _ in parts for layer in weights.layers.values()):
         raise LorakitError("combine: DoRA adapters do not add up; merge them into a base one after the other")
     collected: dict[str, list[LoraLayer]] = {}
     for weights, strength in parts:
