@@ -50,16 +50,16 @@ def grid(pictures: np.ndarray, columns: int, zoom: int = 1) -> Image.Image:
     return Image.fromarray(np.repeat(np.repeat(sheet, zoom, 0), zoom, 1))
 
 
-def reconstruction_loss(made: Tensor, real: Tensor) -> Tensor:
+def reconstruction_loss(output: Tensor, real: Tensor) -> Tensor:
     """L1 and squared error of the pixels, and L1 of their differences: edges count more than flat areas."""
-    error = made - real
+    error = output - real
     across, down = error[:, :, :, 1:] - error[:, :, :, :-1], error[:, :, 1:] - error[:, :, :-1]
     return error.abs().mean() + error.square().mean() + across.abs().mean() + down.abs().mean()
 
 
-def psnr(made: Tensor, real: Tensor) -> float:
+def psnr(output: Tensor, real: Tensor) -> float:
     """Decibels; both in [-1, 1]."""
-    return float(10 * torch.log10(4.0 / (made.float().clamp(-1, 1) - real).square().mean()))
+    return float(10 * torch.log10(4.0 / (output.float().clamp(-1, 1) - real).square().mean()))
 
 
 def train(worker: Worker, recipe: Recipe, work: Path) -> None:
@@ -82,24 +82,24 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     while not run.done:
         rng = np.random.default_rng((recipe.seed, run.seen, worker.rank))
         # Late in training whole pictures take the place of crops now and then: borders and far context count too.
-        whole = run.seen > 0.8 * recipe.vae_pictures
+        full_size = run.seen > 0.8 * recipe.vae_pictures
         source = [textures if rng.random() < 0.12 else pictures for _ in range(run.batch)]
-        size = recipe.size if whole else crop
-        chosen = []
-        for array in source[: run.batch // 4 if whole else run.batch]:
+        size = recipe.size if full_size else crop
+        crops = []
+        for array in source[: run.batch // 4 if full_size else run.batch]:
             x, y = rng.integers(0, recipe.size - size + 1, 2)
             picture = array[rng.integers(len(array)), y : y + size, x : x + size]
-            chosen.append(picture[:, ::-1] if rng.random() < 0.5 else picture)
-        real = to_tensor(np.stack(chosen)).to(worker.device)
+            crops.append(picture[:, ::-1] if rng.random() < 0.5 else picture)
+        real = to_tensor(np.stack(crops)).to(worker.device)
         with worker.autocast(recipe.bf16):
             posterior = model.encode(real).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=run.generator).to(mean.device)
-            made = model.decode(latents).sample.float()
+            output = model.decode(latents).sample.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = reconstruction_loss(made, real) + recipe.kl_weight * kl
+        loss = reconstruction_loss(output, real) + recipe.kl_weight * kl
         run.step(loss)
-        run.note(loss=float(loss.detach()), psnr=psnr(made.detach(), real), kl=float(kl.detach()))
+        run.note(loss=float(loss.detach()), psnr=psnr(output.detach(), real), kl=float(kl.detach()))
         if (
             worker.first
             and run.seen // (100 * run.batch) % 8 == 0
@@ -116,9 +116,9 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
 def preview(model: AutoencoderKL, pictures: np.ndarray, file: Path, count: int = 16) -> float:
     """Save pictures above their round trips; return the decibels."""
     real = to_tensor(pictures[:count]).to(model.device)
-    made = model.decode(model.encode(real).latent_dist.mean).sample
-    grid(np.concatenate([pictures[:count], to_pictures(made)]), count, 2).save(file)
-    return psnr(made, real)
+    output = model.decode(model.encode(real).latent_dist.mean).sample
+    grid(np.concatenate([pictures[:count], to_pictures(output)]), count, 2).save(file)
+    return psnr(output, real)
 
 
 @torch.no_grad()

@@ -37,8 +37,8 @@ def labels_of(seed: int) -> np.ndarray:
 
 def render_shard(folder: Path, shard: int, size: int, count: int) -> int:
     """Pictures [shard * SHARD, ...): `pictures-N.npy`, `labels-N.npy` and `captions-N.json`, whole or not at all."""
-    done = folder / f"captions-{shard:04d}.json"
-    if done.exists():
+    captions_file = folder / f"captions-{shard:04d}.json"
+    if captions_file.exists():
         return shard
     seeds = range(shard * SHARD, shard * SHARD + count)
     pictures = np.stack([np.asarray(render(random_spec(s), s, size)) for s in seeds])
@@ -46,9 +46,9 @@ def render_shard(folder: Path, shard: int, size: int, count: int) -> int:
     np.save(folder / f"labels-{shard:04d}.npy", np.stack([labels_of(s) for s in seeds]))
     if shard % TEXTURE_EVERY == 0:
         np.save(folder / f"textures-{shard:04d}.npy", np.stack([np.asarray(texture(s, size)) for s in seeds]))
-    partial = done.with_suffix(".partial")
+    partial = captions_file.with_suffix(".partial")
     partial.write_text(json.dumps([[caption(random_spec(s), s, v) for v in range(VARIANTS)] for s in seeds]))
-    partial.replace(done)
+    partial.replace(captions_file)
     return shard
 
 

@@ -27,9 +27,9 @@ def critic(width: int = 32) -> nn.Sequential:
     )  # fmt: skip
 
 
-def look_alike(judge: Net, made: Tensor, real: Tensor) -> Tensor:
+def feature_distance(judge: Net, output: Tensor, real: Tensor) -> Tensor:
     """Distance in the judge's first feature maps: edges and textures rather than single pixels."""
-    total, a, b = torch.zeros((), device=made.device), made, real
+    total, a, b = torch.zeros((), device=output.device), output, real
     for layer in list(judge.trunk)[:12]:
         a, b = layer(a), layer(b)
         if isinstance(layer, nn.ReLU):
@@ -40,9 +40,9 @@ def look_alike(judge: Net, made: Tensor, real: Tensor) -> Tensor:
 def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     """Decoder against critic on whole pictures, from latents with the noise that their posterior has."""
     torch.manual_seed(recipe.seed)
-    model, rival = autoencoder.build(recipe), critic()
+    model, discriminator = autoencoder.build(recipe), critic()
     model.load_state_dict(torch.load(work / "vae.pt", map_location="cpu", weights_only=True))
-    model, rival = model.to(worker.device), rival.to(worker.device)
+    model, discriminator = model.to(worker.device), discriminator.to(worker.device)
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
     judge = Classifier.load(work / "classifier.safetensors").model.to(worker.device).requires_grad_(False)
@@ -53,30 +53,34 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
         "save_seconds": recipe.save_seconds,
     }
     run = Run(worker, {"vae": model}, work / "decoder.state", rate=recipe.decoder_rate, decay=0.995, **common)
-    opponent = Run(worker, {"critic": rival}, work / "critic.state", rate=recipe.decoder_rate, decay=0.9, **common)
+    opponent = Run(
+        worker, {"critic": discriminator}, work / "critic.state", rate=recipe.decoder_rate, decay=0.9, **common
+    )
     pictures = dataset.load(work / "renders", "pictures")
     mean, deviation = np.load(work / "mean.npy", mmap_mode="r"), np.load(work / "deviation.npy", mmap_mode="r")
     while not run.done:
         rng = np.random.default_rng((recipe.seed, run.seen, worker.rank, 6))
-        chosen = np.sort(rng.integers(0, len(pictures), run.batch))
-        real = autoencoder.to_tensor(pictures[chosen]).to(worker.device)
-        latents = torch.from_numpy(mean[chosen]).float()
+        rows = np.sort(rng.integers(0, len(pictures), run.batch))
+        real = autoencoder.to_tensor(pictures[rows]).to(worker.device)
+        latents = torch.from_numpy(mean[rows]).float()
         latents = (
-            latents + torch.from_numpy(deviation[chosen]).float() * torch.randn(latents.shape, generator=run.generator)
+            latents + torch.from_numpy(deviation[rows]).float() * torch.randn(latents.shape, generator=run.generator)
         ).to(worker.device)
         with worker.autocast(recipe.bf16):
-            made = model.decode(latents).sample
-        made = made.float()
-        rival.requires_grad_(False)
-        fooled = -rival(made).mean()
-        loss = autoencoder.reconstruction_loss(made, real) + 0.1 * look_alike(judge, made, real)
+            output = model.decode(latents).sample
+        output = output.float()
+        discriminator.requires_grad_(False)
+        adversarial_loss = -discriminator(output).mean()
+        loss = autoencoder.reconstruction_loss(output, real) + 0.1 * feature_distance(judge, output, real)
         # The critic joins after a tenth: before, it would only learn what is blurred anyway.
         weight = recipe.adversarial_weight if run.seen > 0.1 * run.total else 0.0
-        run.step(loss + weight * fooled)
-        rival.requires_grad_(True)
-        against = F.relu(1 - rival(real)).mean() + F.relu(1 + rival(made.detach())).mean()
-        opponent.step(against)
-        run.note(loss=float(loss.detach()), psnr=autoencoder.psnr(made.detach(), real), critic=float(against.detach()))
+        run.step(loss + weight * adversarial_loss)
+        discriminator.requires_grad_(True)
+        critic_loss = F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(output.detach())).mean()
+        opponent.step(critic_loss)
+        run.note(
+            loss=float(loss.detach()), psnr=autoencoder.psnr(output.detach(), real), critic=float(critic_loss.detach())
+        )
     run.use_average()
     if worker.first:
         autoencoder.preview(model, pictures, work / "preview-decoder.png")

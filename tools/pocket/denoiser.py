@@ -102,17 +102,17 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
         recipe.unet_every,
     )
     worker.say(f"unet: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, latent scale {scale:.4f}")
-    shown = run.seconds
+    preview_time = run.seconds
     while not run.done:
         rng, generator = np.random.default_rng((recipe.seed, run.seen, worker.rank, 4)), run.generator
-        chosen = np.sort(rng.integers(0, len(mean), run.batch))
-        sample = torch.from_numpy(mean[chosen]).float()
+        rows = np.sort(rng.integers(0, len(mean), run.batch))
+        sample = torch.from_numpy(mean[rows]).float()
         sample = (
-            sample + torch.from_numpy(deviation[chosen]).float() * torch.randn(sample.shape, generator=generator)
+            sample + torch.from_numpy(deviation[rows]).float() * torch.randn(sample.shape, generator=generator)
         ) * scale
         sample = sample.to(worker.device)
         condition = np.stack(
-            [states[i, v] for i, v in zip(chosen, rng.integers(0, states.shape[1], run.batch), strict=True)]
+            [states[i, v] for i, v in zip(rows, rng.integers(0, states.shape[1], run.batch), strict=True)]
         )
         condition[rng.random(run.batch) < recipe.empty_captions] = empty
         # One timestep from each of `batch` equal bands: the same mean as independent draws, less spread.
@@ -123,14 +123,14 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
         noise = torch.randn(sample.shape, generator=generator).to(worker.device)
         # For so few tokens the plain attention kernel makes a step a quarter faster than the flash kernel.
         with worker.autocast(recipe.bf16), sdpa_kernel(SDPBackend.MATH):
-            made = model(
+            output = model(
                 signal * sample + spread * noise, steps, torch.from_numpy(condition).float().to(worker.device)
             ).sample
-        loss = F.mse_loss(made.float(), signal * noise - spread * sample)
+        loss = F.mse_loss(output.float(), signal * noise - spread * sample)
         run.step(loss)
         run.note(loss=float(loss.detach()))
-        if worker.first and run.seconds > shown + PREVIEW_SECONDS:
-            shown = run.seconds
+        if worker.first and run.seconds > preview_time + PREVIEW_SECONDS:
+            preview_time = run.seconds
             preview(run.average, recipe, work)
     if worker.first:
         run.use_average()
@@ -153,7 +153,7 @@ def preview(average: list[Tensor], recipe: Recipe, work: Path) -> None:
     (work / "preview-unet.txt").write_text("\n".join(prompts) + "\n")
 
 
-def averaged(recipe: Recipe, work: Path) -> UNet2DConditionModel:
+def load_average(recipe: Recipe, work: Path) -> UNet2DConditionModel:
     """The averaged weights of the newest state file, finished or not."""
     model = build(recipe)
     state = torch.load(work / "unet.state", map_location="cpu", weights_only=True)
@@ -180,7 +180,9 @@ def sample(
     both = torch.cat([empty.expand_as(condition), condition])
     for step in noise_scheduler.timesteps:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            made = unet(torch.cat([latents, latents]), step, both).sample.float()
-        without, given = made.chunk(2)
-        latents = noise_scheduler.step(without + guidance * (given - without), step, latents).prev_sample
+            output = unet(torch.cat([latents, latents]), step, both).sample.float()
+        unconditional, conditional = output.chunk(2)
+        latents = noise_scheduler.step(
+            unconditional + guidance * (conditional - unconditional), step, latents
+        ).prev_sample
     return latents

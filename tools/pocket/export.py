@@ -38,7 +38,7 @@ def export(recipe: Recipe, work: Path, output: Path) -> None:
     _, words = text.load(recipe, work)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    denoiser.averaged(recipe, work).save_pretrained(partial / "unet")
+    denoiser.load_average(recipe, work).save_pretrained(partial / "unet")
     vae.save_pretrained(partial / "vae")
     words.save_pretrained(partial / "text_encoder")
     denoiser.scheduler().save_pretrained(partial / "scheduler")

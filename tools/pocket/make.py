@@ -64,10 +64,10 @@ def stages(recipe: Recipe, work: Path, output: Path, processes: int) -> dict[str
 def make(recipe: Recipe, work: Path, output: Path, processes: int, only: list[str] | None = None) -> None:
     """Run every stage (or `only` these) that is not done yet, and note how long each took."""
     work.mkdir(parents=True, exist_ok=True)
-    for name, (done, run) in stages(recipe, work, output, processes).items():
+    for name, (result_file, run) in stages(recipe, work, output, processes).items():
         if only and name not in only:
             continue
-        if done.exists():
+        if result_file.exists():
             print(f"{name}: done before", flush=True)
             continue
         print(f"{name}: starts", flush=True)
@@ -98,14 +98,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--processes", type=int, default=2, help="one-thread workers; 1 on a GPU (default: %(default)s)"
     )
     parser.add_argument("--stages", nargs="+", help="run only these")
-    chosen = parser.parse_args(arguments)
-    if chosen.processes < 1:
+    options = parser.parse_args(arguments)
+    if options.processes < 1:
         parser.error("--processes must be 1 or more")
     _quiet()
-    known = list(stages(SMOKE, chosen.work, chosen.output, 1))
-    if unknown := [name for name in chosen.stages or () if name not in known]:
-        parser.error(f"unknown stage {', '.join(unknown)}; there are {', '.join(known)}")
-    make(SMOKE if chosen.smoke else SHIPPED, chosen.work, chosen.output, chosen.processes, chosen.stages)
+    stage_names = list(stages(SMOKE, options.work, options.output, 1))
+    if unknown := [name for name in options.stages or () if name not in stage_names]:
+        parser.error(f"unknown stage {', '.join(unknown)}; there are {', '.join(stage_names)}")
+    make(SMOKE if options.smoke else SHIPPED, options.work, options.output, options.processes, options.stages)
 
 
 if __name__ == "__main__":

@@ -37,18 +37,18 @@ def real_pictures(specs: Sequence[Spec], seed: int = 3_000_000_000) -> list[Imag
 @torch.no_grad()
 def round_trip(vae: Any, images: Sequence[Image.Image]) -> tuple[list[Image.Image], float]:
     """Through the autoencoder and back; and how near, in decibels."""
-    made = []
+    outputs = []
     for start in range(0, len(images), 32):
         batch = autoencoder.to_tensor(np.stack([np.asarray(image) for image in images[start : start + 32]])).to(
             vae.device, vae.dtype
         )
-        made.append(vae.decode(vae.encode(batch).latent_dist.mean).sample.float().cpu())
-    every = torch.cat(made)
-    decibels = autoencoder.psnr(every, autoencoder.to_tensor(np.stack([np.asarray(image) for image in images])))
-    return [Image.fromarray(picture) for picture in autoencoder.to_pictures(every)], decibels
+        outputs.append(vae.decode(vae.encode(batch).latent_dist.mean).sample.float().cpu())
+    pictures = torch.cat(outputs)
+    decibels = autoencoder.psnr(pictures, autoencoder.to_tensor(np.stack([np.asarray(image) for image in images])))
+    return [Image.fromarray(picture) for picture in autoencoder.to_pictures(pictures)], decibels
 
 
-def drawn(
+def generate(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[str],
     guidance: float = 4.0,
@@ -61,8 +61,8 @@ def drawn(
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
         generator = torch.Generator().manual_seed(seed + start)
-        asked = list(prompts[start : start + batch])
-        images += pipeline(asked, num_inference_steps=steps, guidance_scale=guidance, generator=generator).images
+        chunk = list(prompts[start : start + batch])
+        images += pipeline(chunk, num_inference_steps=steps, guidance_scale=guidance, generator=generator).images
     return images
 
 
@@ -77,16 +77,20 @@ def table(
 ) -> tuple[dict[str, Any], list[Image.Image]]:
     """Accuracies on renders (the ceiling), after the autoencoder and on what the model draws; and these pictures."""
     judge, pipeline, specs = Classifier.load(folder / "classifier.safetensors"), load(folder, device), requests(count)
-    asked = [spec.words for spec in specs]
+    words = [spec.words for spec in specs]
     renders = real_pictures(specs)
-    through, decibels = round_trip(pipeline.vae, renders)
+    round_trips, decibels = round_trip(pipeline.vae, renders)
     start = time.monotonic()
-    images = drawn(pipeline, [full_caption(spec) for spec in specs], guidance, steps)
+    images = generate(pipeline, [full_caption(spec) for spec in specs], guidance, steps)
     seconds = time.monotonic() - start
-    ceiling, after, scores = judge.scores(renders, asked), judge.scores(through, asked), judge.scores(images, asked)
+    ceiling, round_trip_scores, scores = (
+        judge.scores(renders, words),
+        judge.scores(round_trips, words),
+        judge.scores(images, words),
+    )
     rows = {
         field: {
-            "ceiling": ceiling[field], "after_autoencoder": after[field], "drawn": scores[field],
+            "ceiling": ceiling[field], "after_autoencoder": round_trip_scores[field], "drawn": scores[field],
             "of_ceiling": scores[field] / max(ceiling[field], 1e-9), "mark": MARKS[field],
         }
         for field in FIELDS

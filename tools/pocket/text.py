@@ -46,10 +46,10 @@ class Reader(nn.Module):
         self.word = nn.Linear(width, vocabulary)
 
 
-def truth_of(text: str) -> list[int]:
+def target_classes(text: str) -> list[int]:
     """Class of every field as said (the last class: not said), then of a toy's ears and their colour."""
-    said = parse(text)
-    values = [options.index(said[name]) if name in said else len(options) for name, options in FIELDS.items()]
+    fields = parse(text)
+    values = [options.index(fields[name]) if name in fields else len(options) for name, options in FIELDS.items()]
     ears, second = len(EARS), len(COLOURS)
     if " with " in text:
         tail = text.split(" with ")[1]
@@ -63,8 +63,8 @@ def truth_of(text: str) -> list[int]:
 def texts(recipe: Recipe, count: int) -> list[str]:
     """Captions of all combinations: of the held-out ones the words are no secret, only the pictures."""
     half = count // 2
-    seen = [caption(random_spec(s, unseen=False), s, 5) for s in range(half)]
-    return seen + [caption(random_spec(s, unseen=True), s, 5) for s in range(half, count)]
+    training_texts = [caption(random_spec(s, unseen=False), s, 5) for s in range(half)]
+    return training_texts + [caption(random_spec(s, unseen=True), s, 5) for s in range(half, count)]
 
 
 def train(worker: Worker, recipe: Recipe, work: Path) -> None:
@@ -77,13 +77,13 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
             words, padding="max_length", max_length=recipe.max_tokens, truncation=True, return_tensors="np"
         ).input_ids
     )
-    truth = torch.tensor([truth_of(text) for text in words])
+    targets = torch.tensor([target_classes(text) for text in words])
     model, reader = build(recipe, len(tokens)), Reader(recipe.text_width, len(tokens))
-    model, reader, ids, truth = (
+    model, reader, ids, targets = (
         model.train().to(worker.device),
         reader.to(worker.device),
         ids.to(worker.device),
-        truth.to(worker.device),
+        targets.to(worker.device),
     )
     run = Run(
         worker,
@@ -98,28 +98,28 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     )
     while not run.done:
         rng = np.random.default_rng((recipe.seed, run.seen, worker.rank, 2))
-        chosen = torch.from_numpy(rng.integers(0, len(ids), run.batch)).to(worker.device)
-        batch, labels = ids[chosen], truth[chosen]
+        picks = torch.from_numpy(rng.integers(0, len(ids), run.batch)).to(worker.device)
+        batch, labels = ids[picks], targets[picks]
         with worker.autocast(recipe.bf16):
             states = model(input_ids=batch).last_hidden_state
         states = states.float()
         ends = (batch == tokens.eos_token_id).float().argmax(dim=1)
-        later = ends + torch.from_numpy(rng.integers(0, 1 << 20, run.batch)).to(worker.device) % (
+        tails = ends + torch.from_numpy(rng.integers(0, 1 << 20, run.batch)).to(worker.device) % (
             recipe.max_tokens - ends
         )
         loss, rows = torch.zeros((), device=worker.device), torch.arange(run.batch, device=worker.device)
-        right = []
-        for at in (ends, later):
+        accuracies = []
+        for at in (ends, tails):
             for i, head in enumerate(reader.fields.values()):
-                answer = head(states[rows, at])
-                loss = loss + F.cross_entropy(answer, labels[:, i])
-                right.append((answer.argmax(1) == labels[:, i]).float().mean())
-        said = batch[:, 1:].clone()
-        said[:, 1:][batch[:, 1:-1] == tokens.eos_token_id] = -100  # the padding is not guessed
+                logits = head(states[rows, at])
+                loss = loss + F.cross_entropy(logits, labels[:, i])
+                accuracies.append((logits.argmax(1) == labels[:, i]).float().mean())
+        next_words = batch[:, 1:].clone()
+        next_words[:, 1:][batch[:, 1:-1] == tokens.eos_token_id] = -100  # the padding is not guessed
         guess = reader.word(states[:, :-1])
-        loss = loss + 0.5 * F.cross_entropy(guess.flatten(0, 1), said.flatten(), ignore_index=-100)
+        loss = loss + 0.5 * F.cross_entropy(guess.flatten(0, 1), next_words.flatten(), ignore_index=-100)
         run.step(loss)
-        run.note(loss=float(loss.detach()), right=float(torch.stack(right).mean()))
+        run.note(loss=float(loss.detach()), accuracy=float(torch.stack(accuracies).mean()))
     run.use_average()
     if worker.first:
         # Positions after the last one that is ever fed: other programs feed all 77, so they must not be noise.

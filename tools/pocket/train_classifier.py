@@ -51,20 +51,24 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     pictures, labels = dataset.load(work / "renders", "pictures"), dataset.load(work / "renders", "labels")
     while not run.done:
         rng = np.random.default_rng((recipe.seed, run.seen, worker.rank, 1))
-        chosen = rng.integers(0, len(pictures), run.batch)
-        real = soften(to_tensor(pictures[chosen]).to(worker.device), rng)
+        rows = rng.integers(0, len(pictures), run.batch)
+        real = soften(to_tensor(pictures[rows]).to(worker.device), rng)
         if rng.random() < 0.5:
             real = real.flip(3)
-        truth = torch.from_numpy(labels[chosen].astype(np.int64)).to(worker.device)
+        targets = torch.from_numpy(labels[rows].astype(np.int64)).to(worker.device)
         with worker.autocast(recipe.bf16):
-            answers = model(real)
+            logits = model(real)
         loss = torch.zeros((), device=worker.device)
         for i, name in enumerate(dataset.LABELS):
-            if (truth[:, i] >= 0).any():
-                loss = loss + F.cross_entropy(answers[name].float(), truth[:, i], ignore_index=-1, label_smoothing=0.02)
+            if (targets[:, i] >= 0).any():
+                loss = loss + F.cross_entropy(
+                    logits[name].float(), targets[:, i], ignore_index=-1, label_smoothing=0.02
+                )
         run.step(loss)
-        right = {name: float((answers[name].argmax(1) == truth[:, i]).float().mean()) for i, name in enumerate(FIELDS)}
-        run.note(loss=float(loss.detach()), **right)
+        accuracies = {
+            name: float((logits[name].argmax(1) == targets[:, i]).float().mean()) for i, name in enumerate(FIELDS)
+        }
+        run.note(loss=float(loss.detach()), **accuracies)
     if worker.first:
         run.use_average()
         _settle(model, pictures)

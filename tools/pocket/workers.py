@@ -47,14 +47,14 @@ class Worker:
             return
         buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
         size = buffer.numel()
-        self._shown(self.rank, size).copy_(buffer)
+        self._shared(self.rank, size).copy_(buffer)
         self.wait()
-        mean = torch.stack([self._shown(rank, size) for rank in range(self.world)]).mean(dim=0)
+        mean = torch.stack([self._shared(rank, size) for rank in range(self.world)]).mean(dim=0)
         self.wait()  # nobody writes anew while another still reads
         for tensor, piece in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))
 
-    def _shown(self, rank: int, size: int) -> Tensor:
+    def _shared(self, rank: int, size: int) -> Tensor:
         return torch.from_file(str(self.folder / f"{rank}-{size}"), shared=True, size=size)
 
     def wait(self) -> None:
@@ -116,7 +116,7 @@ class Run:
             self.parameters, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         self.average = [p.detach().clone() for p in self.parameters]
-        self._saved = self._said = self._tick = time.monotonic()
+        self._last_save = self._last_report = self._tick = time.monotonic()
         if self.file.exists():
             state = torch.load(self.file, map_location=self.worker.device, weights_only=True)
             for name, module in self.modules.items():
@@ -152,28 +152,28 @@ class Run:
         self.optimizer.step()
         self.seen += self.batch * self.worker.world
         step = self.seen // (self.batch * self.worker.world)
-        together = step % self.every == 0 or self.done
-        if together:
+        synchronized = step % self.every == 0 or self.done
+        if synchronized:
             weights = [p.detach() for p in self.parameters]
             if self.every > 1:
                 self.worker.average(weights)
             decay = min(self.decay, (1 + step) / (10 + step)) ** self.every
             torch._foreach_lerp_(self.average, weights, 1 - decay)
-        self._after(together)
+        self._after(synchronized)
 
-    def _after(self, together: bool) -> None:
+    def _after(self, synchronized: bool) -> None:
         now = time.monotonic()
         self.seconds, self._tick = self.seconds + now - self._tick, now
         if not self.worker.first:
             return
-        if now - self._said > 20 or self.done:
-            self._said = now
+        if now - self._last_report > 20 or self.done:
+            self._last_report = now
             tail = " ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
             self.worker.say(
                 f"{self.file.stem}: {self.seen}/{self.total} {self.seen / max(self.seconds, 1e-6):.0f}/s {tail}"
             )
-        if together and (now - self._saved > self.save_seconds or self.done):
-            self._saved = now
+        if synchronized and (now - self._last_save > self.save_seconds or self.done):
+            self._last_save = now
             self.save()
 
     def save(self) -> None:

@@ -52,26 +52,26 @@ def article(words: str) -> str:
 
 
 def caption(spec: Spec, seed: int, variant: int = 0) -> str:
-    """One of the ways to say the picture `render(spec, seed)`, another for each variant.
+    """A caption of the picture `render(spec, seed)`, a different one for each variant.
 
-    Now and then a part is left unsaid or a trigger word stands before the noun.
+    Sometimes a field is omitted, or a trigger word is before the noun.
     """
     rng = np.random.default_rng((seed, 7, variant))
 
     def pick(values: tuple[str, ...]) -> str:
         return values[int(rng.integers(len(values)))]
 
-    said = {field: rng.random() >= OMIT_SHARE for field in FIELDS}
+    includes = {field: rng.random() >= OMIT_SHARE for field in FIELDS}
     trigger = rng.random() < TRIGGER_SHARE
     words = [pick(TRIGGERS)] if trigger else []
-    words += [spec.colour] if said["colour"] else []
-    words += [pick(PATTERN_WORDS[spec.pattern])] if said["pattern"] else []
+    words += [spec.colour] if includes["colour"] else []
+    words += [pick(PATTERN_WORDS[spec.pattern])] if includes["pattern"] else []
     noun = article(" ".join(word for word in (*words, spec.kind) if word))
     if spec.kind == "toy" and rng.random() < LOOK_SHARE:
         look = look_of(spec, seed)
         noun += f" with {look.second} {EAR_WORDS[look.ears]}" if look.ears != "none" else " with no ears"
-    text = f"{pick(MANNER_WORDS[spec.manner])} {noun}" if said["manner"] or spec.manner != "photo" else noun
-    if said["scene"]:
+    text = f"{pick(MANNER_WORDS[spec.manner])} {noun}" if includes["manner"] or spec.manner != "photo" else noun
+    if includes["scene"]:
         text += " " + pick(SCENE_WORDS[spec.scene])
     if rng.random() < 0.03:
         text += f", {pick(TRIGGERS)} style"
@@ -79,29 +79,29 @@ def caption(spec: Spec, seed: int, variant: int = 0) -> str:
 
 
 def full_caption(spec: Spec) -> str:
-    """The plainest full sentence, used to ask a model for this combination."""
+    """A caption with every field, in the plainest words: the prompt for this combination."""
     words = " ".join(word for word in (spec.colour, PATTERN_WORDS[spec.pattern][0], spec.kind) if word)
     return f"{MANNER_WORDS[spec.manner][0]} {article(words)} {SCENE_WORDS[spec.scene][0]}"
 
 
 def parse(text: str) -> dict[str, str]:
-    """The fields a caption says, by name; what it leaves unsaid is missing."""
-    found: dict[str, str] = {}
+    """The fields that a caption names: field -> value."""
+    fields: dict[str, str] = {}
     body = text.lower()
     for field, table in (("manner", MANNER_WORDS), ("scene", SCENE_WORDS)):
         for name, phrases in table.items():
             for phrase in sorted(phrases, key=len, reverse=True):
                 if re.search(rf"(^| ){re.escape(phrase)}( |,|$)", body):
-                    found[field], body = name, body.replace(phrase, " ")
+                    fields[field], body = name, body.replace(phrase, " ")
                     break
     body = body.split(" with ")[0]
     tokens = re.findall(r"[a-z]+", body)
     patterns = {word: name for name in PATTERNS for word in PATTERN_WORDS[name] if word}
     for token in tokens:
         if token in COLOURS:
-            found["colour"] = token
+            fields["colour"] = token
         elif token in patterns:
-            found["pattern"] = patterns[token]
+            fields["pattern"] = patterns[token]
         elif token in KINDS:
-            found["kind"] = token
-    return found
+            fields["kind"] = token
+    return fields

@@ -1,4 +1,4 @@
-"""The judge: a small classifier trained on renders only: what a picture shows, how near it is to a subject."""
+"""A small classifier trained on renders only: labels of a picture, and its similarity to a subject."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 class Classifier:
-    """Says what pictures show. Load it once: `Classifier.load()`."""
+    """Labels pictures. Load it once: `Classifier.load()`."""
 
     def __init__(self, model: Net) -> None:
         self.model = model.eval()
@@ -48,7 +48,7 @@ class Classifier:
 
     @classmethod
     def load(cls, file: Path | None = None) -> Classifier:
-        """The bundled judge, or the one in `file`."""
+        """The bundled classifier, or the one in `file`."""
         from safetensors import safe_open
 
         file = path() / "classifier.safetensors" if file is None else file
@@ -82,22 +82,22 @@ class Classifier:
 
     @torch.no_grad()
     def labels(self, images: Sequence[Image.Image]) -> dict[str, list[str]]:
-        """The likeliest kind, colour, pattern, scene and manner of every picture."""
-        found: dict[str, list[str]] = {field: [] for field in FIELDS}
+        """The most probable kind, colour, pattern, scene and manner of every picture."""
+        result: dict[str, list[str]] = {field: [] for field in FIELDS}
         for start in range(0, len(images), 64):
-            answers = self.model(self._batch(images[start : start + 64]))
+            logits = self.model(self._batch(images[start : start + 64]))
             for field, options in FIELDS.items():
-                found[field] += [options[i] for i in answers[field].argmax(1).tolist()]
-        return found
+                result[field] += [options[i] for i in logits[field].argmax(1).tolist()]
+        return result
 
-    def scores(self, images: Sequence[Image.Image], asked: Sequence[dict[str, str]]) -> dict[str, float]:
-        """Share of pictures that show what was asked, by field; a field that nothing was asked of is left out."""
-        if len(images) != len(asked):
-            raise ValueError(f"{len(images)} pictures but {len(asked)} requests")
-        found = self.labels(images)
+    def scores(self, images: Sequence[Image.Image], requests: Sequence[dict[str, str]]) -> dict[str, float]:
+        """Accuracy by field: share of pictures with the requested label. Fields without requests are absent."""
+        if len(images) != len(requests):
+            raise ValueError(f"{len(images)} pictures but {len(requests)} requests")
+        predictions = self.labels(images)
         shares = {}
         for field in FIELDS:
-            hits = [found[field][i] == words[field] for i, words in enumerate(asked) if field in words]
+            hits = [predictions[field][i] == words[field] for i, words in enumerate(requests) if field in words]
             if hits:
                 shares[field] = sum(hits) / len(hits)
         return shares
@@ -113,9 +113,9 @@ class Classifier:
         return self._centroids
 
     def nearest(self, images: Sequence[Image.Image]) -> list[str]:
-        """The kind, subject or style whose real renders each picture is nearest to.
+        """The kind, subject or style with the nearest centroid, for each picture.
 
-        By cosine around the middle of all of them: what every picture has in common says nothing.
+        The distance is the cosine after the mean of all centroids is subtracted.
         """
         names, centroids = list(self.centroids()), np.stack(list(self.centroids().values()))
         middle = centroids.mean(axis=0)
@@ -124,8 +124,8 @@ class Classifier:
         return [names[i] for i in nearness.argmax(axis=1)]
 
     def subject_score(self, images: Sequence[Image.Image], name: str) -> float:
-        """Share of pictures that are nearer to the real renders of this subject (or style) than to any other's."""
+        """Share of pictures whose nearest centroid is that of this subject or style."""
         if name not in self.centroids():
             raise ValueError(f"{name!r} is no subject; there are {', '.join(self.centroids())}")
-        nearest = self.nearest(images)
-        return sum(found == name for found in nearest) / len(nearest)
+        matches = self.nearest(images)
+        return sum(match == name for match in matches) / len(matches)

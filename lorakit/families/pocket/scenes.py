@@ -54,20 +54,20 @@ def compose(spec: Spec, seed: int, size: int) -> Layers:
     index = Image.new("L", (canvas, canvas), 0)
     draw = ImageDraw.Draw(index)
     main = np.clip(np.array(COLOURS[spec.colour]) + rng.normal(0, 6, 3), 0, 255)
-    table, patterned = [np.zeros(3)], [0.0]
+    table, has_pattern = [np.zeros(3)], [0.0]
     for points, paint in parts_of(spec.kind, look_of(spec, seed)):
         px, py = points[:, 0] * mirror, points[:, 1]
         corners = np.stack([x + half * (px * cos - py * sin), y + half * (px * sin + py * cos)], axis=1) * canvas
         draw.polygon([tuple(c) for c in corners.tolist()], fill=0 if paint is None else len(table))
         if paint is not None:
             table.append(main * SHADES[paint] if isinstance(paint, str) else np.array(paint, np.float64))
-            patterned.append(1.0 if paint == "main" else 0.0)
+            has_pattern.append(1.0 if paint == "main" else 0.0)
     parts = np.asarray(index)
     colour = np.array(table, np.float32)[parts]
     if spec.pattern != "plain":
         ys, xs = np.mgrid[0:canvas, 0:canvas].astype(np.float32) / canvas
         u, v = ((xs - x) * cos + (ys - y) * sin) / half, ((ys - y) * cos - (xs - x) * sin) / half
-        where = (pattern(spec.pattern, u, v, rng) * np.array(patterned, np.float32)[parts])[:, :, None]
+        where = (pattern(spec.pattern, u, v, rng) * np.array(has_pattern, np.float32)[parts])[:, :, None]
         colour = colour * (1 - where) + np.array(contrast(COLOURS[spec.colour]), np.float32) * where
     mask = (parts > 0).astype(np.float32)
     return Layers(np.asarray(backdrop, np.float32), colour, mask, parts, (x, y), half)

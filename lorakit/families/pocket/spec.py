@@ -72,9 +72,9 @@ class Spec:
     look: Look | None = None
 
     def __post_init__(self) -> None:
-        for field, allowed in FIELDS.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}, not {getattr(self, field)!r}")
+        for field, values in FIELDS.items():
+            if getattr(self, field) not in values:
+                raise ValueError(f"{field} must be one of {', '.join(values)}, not {getattr(self, field)!r}")
 
     @property
     def words(self) -> dict[str, str]:

@@ -32,12 +32,12 @@ def outlines(parts: np.ndarray, width: int) -> np.ndarray:
     return edge
 
 
-def over(layers: Layers, colour: np.ndarray) -> np.ndarray:
+def composite(layers: Layers, colour: np.ndarray) -> np.ndarray:
     """The object in front of its backdrop."""
     return np.where(layers.mask[:, :, None] > 0, colour, layers.backdrop)
 
 
-def lit(layers: Layers, rng: Rng) -> np.ndarray:
+def shade(layers: Layers, rng: Rng) -> np.ndarray:
     """The scene with light from above, left or right, and a shadow on the ground."""
     canvas = layers.mask.shape[0]
     radius = layers.half * canvas * 0.3
@@ -61,7 +61,7 @@ def lit(layers: Layers, rng: Rng) -> np.ndarray:
 
 def photo(layers: Layers, rng: Rng) -> np.ndarray:
     """Light, shadow, a darker rim and a little noise."""
-    pixels = shrink(lit(layers, rng))
+    pixels = shrink(shade(layers, rng))
     axis = np.linspace(-1, 1, pixels.shape[0], dtype=np.float32) ** 2
     return pixels * rng.uniform(0.94, 1.05) * (1 - 0.09 * (axis[:, None] + axis[None, :]))[:, :, None] + rng.normal(
         0, 1.5, (*pixels.shape[:2], 1)
@@ -85,10 +85,10 @@ def pixel(layers: Layers, rng: Rng) -> np.ndarray:
     size = canvas // 2
     block = max(1, round(size / 21))
     count = -(-size // block)
-    crisp = Image.fromarray(np.clip(over(layers, layers.colour), 0, 255).astype(np.uint8))
-    small = crisp.filter(ImageFilter.BoxBlur(size / 64)).resize((count, count), Image.Resampling.NEAREST)
-    few = np.round(np.asarray(small, np.float32) / 42.0) * 42.0
-    return np.repeat(np.repeat(few, block, 0), block, 1)[:size, :size]
+    image = Image.fromarray(np.clip(composite(layers, layers.colour), 0, 255).astype(np.uint8))
+    small = image.filter(ImageFilter.BoxBlur(size / 64)).resize((count, count), Image.Resampling.NEAREST)
+    colours = np.round(np.asarray(small, np.float32) / 42.0) * 42.0
+    return np.repeat(np.repeat(colours, block, 0), block, 1)[:size, :size]
 
 
 def flat(layers: Layers, rng: Rng) -> np.ndarray:
@@ -103,7 +103,7 @@ def flat(layers: Layers, rng: Rng) -> np.ndarray:
 def painting(layers: Layers, rng: Rng) -> np.ndarray:
     """Slanted strokes that drag the colours, and more of them."""
     canvas = layers.mask.shape[0]
-    pixels = lit(layers, rng)
+    pixels = shade(layers, rng)
     ys, xs = np.mgrid[0:canvas, 0:canvas]
     unit = canvas / 128
     stroke = ((xs + ys) // (6 * unit)).astype(np.int64) * 97 + ((xs - ys) // (14 * unit)).astype(np.int64)

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from lorakit.families.pocket.layers import Layers
 from lorakit.families.pocket.scenes import compose, render
 from lorakit.families.pocket.spec import COLOURS, KINDS, PATTERNS, SCENES, Look, Spec
-from lorakit.families.pocket.styles import GREY, lit, outlines, shrink
+from lorakit.families.pocket.styles import GREY, outlines, shade, shrink
 
 # Every subject has a part (`extra`, a `cone` body, or `wings`, `stalks`, `leaves` for ears) that no training toy can
 # have: being unseen is a matter of construction, not of luck.
@@ -33,7 +33,7 @@ SUBJECTS: dict[str, Spec] = {
 
 def duotone(layers: Layers, rng: np.random.Generator) -> np.ndarray:
     """Two inks: dark violet in the shadows, warm peach in the light."""
-    light = np.clip(shrink(lit(layers, rng)) @ GREY / 255.0 * 1.15 - 0.05, 0, 1)[:, :, None]
+    light = np.clip(shrink(shade(layers, rng)) @ GREY / 255.0 * 1.15 - 0.05, 0, 1)[:, :, None]
     dark, bright = np.array((46, 22, 92), np.float32), np.array((255, 206, 150), np.float32)
     inked: np.ndarray = dark * (1 - light) + bright * light
     return inked
@@ -85,7 +85,7 @@ def pictures(
     if name not in SUBJECTS and name not in STYLES:
         raise ValueError(f"{name!r} is no subject or style; there are {', '.join((*SUBJECTS, *STYLES))}")
     places = tuple(scenes) if scenes else SCENES
-    made = []
+    results = []
     for i in range(count):
         number = 1_000_000_000 + seed * 10_000 + i  # far from the seeds that training uses
         rng = np.random.default_rng((number, 31))
@@ -93,15 +93,15 @@ def pictures(
         if name in SUBJECTS:
             base = SUBJECTS[name]
             spec = Spec(base.kind, base.colour, base.pattern, scene, "photo", base.look)
-            made.append((render(spec, number, size), spec))
+            results.append((render(spec, number, size), spec))
             continue
         kind, colour = KINDS[int(rng.integers(len(KINDS) - 1))], tuple(COLOURS)[int(rng.integers(len(COLOURS)))]
         spec = Spec(
             kind, colour, PATTERNS[int(rng.integers(len(PATTERNS))) if rng.random() < 0.4 else 0], scene, "photo"
         )
         pixels = STYLES[name](compose(spec, number, size), np.random.default_rng((number, 9)))
-        made.append((Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), spec))
-    return made
+        results.append((Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), spec))
+    return results
 
 
 def photos(
@@ -114,7 +114,7 @@ def photos(
 @cache
 def references(count: int = 48) -> dict[str, list[Image.Image]]:
     """Real pictures of every kind, subject and style, on all scenes: what the judge compares with."""
-    found: dict[str, list[Image.Image]] = {}
+    images_by_name: dict[str, list[Image.Image]] = {}
     for k, kind in enumerate(KINDS):
         numbers = range(2_000_000_000 + k * 1000, 2_000_000_000 + k * 1000 + count)
         specs = [
@@ -127,7 +127,7 @@ def references(count: int = 48) -> dict[str, list[Image.Image]]:
             )
             for i in range(count)
         ]
-        found[kind] = [render(spec, number) for spec, number in zip(specs, numbers, strict=True)]
+        images_by_name[kind] = [render(spec, number) for spec, number in zip(specs, numbers, strict=True)]
     for name in (*SUBJECTS, *STYLES):
-        found[name] = [image for image, _ in pictures(name, count, seed=77)]
-    return found
+        images_by_name[name] = [image for image, _ in pictures(name, count, seed=77)]
+    return images_by_name

@@ -33,8 +33,8 @@ def pink_noise(seed: int, size: int = 64) -> Image.Image:
         axis=-1,
     )
     planes = planes / (planes.std(axis=(0, 1)) + 1e-6)
-    mixed = planes @ (np.full((3, 3), 0.45) + 0.4 * rng.random((3, 3)))
-    return Image.fromarray(np.clip(128 + 45 * mixed + rng.normal(0, 25, 3), 0, 255).astype(np.uint8))
+    channels = planes @ (np.full((3, 3), 0.45) + 0.4 * rng.random((3, 3)))
+    return Image.fromarray(np.clip(128 + 45 * channels + rng.normal(0, 25, 3), 0, 255).astype(np.uint8))
 
 
 def texture(seed: int, size: int = 64) -> Image.Image:
