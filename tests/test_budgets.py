@@ -37,6 +37,9 @@ MANY_PARAMETERS = {
     "lorakit/inference/sampling.py:from_file": 8,
     "lorakit/inference/sampling.py:draw_weights": 8,
 }
+# Arguments and results of functions that are `Any` and nothing more. What stays: `ctx` of torch.autograd.Function, what
+# is passed through to a library as it came, values of options, and what diffusers and PEFT have no one type for.
+ANY = 141
 # Words that are no names: participles, adverbs, moods and sizes. Word -> identifiers of lorakit/ that still have it.
 BANNED = {
     "slim": 2,
@@ -271,9 +274,32 @@ def test_attributes_are_made_by_init() -> None:
     assert len(late) <= LATE_ATTRIBUTES, late
 
 
+def untyped(path: Path) -> Iterator[str]:
+    """Arguments and results whose annotation is `Any`, as "function: argument"."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        given = node.args
+        arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+        annotated = {argument.arg: argument.annotation for argument in arguments if argument is not None}
+        for name, annotation in (annotated | {"return": node.returns}).items():
+            if isinstance(annotation, ast.Name) and annotation.id == "Any":
+                yield f"{node.name}: {name}"
+
+
+def test_signatures_name_their_types() -> None:
+    found = [f"{path.relative_to(ROOT)}:{place}" for path in sources() for place in untyped(path)]
+    assert len(found) <= ANY, found
+
+
 @pytest.mark.parametrize(
     ("source", "measure", "expected"),
     [
+        (
+            "def f(a: Any, b: list[Any], *c: Any, d=1) -> Any: ...\nclass A:\n    async def g(self) -> int: ...\n",
+            lambda path: list(untyped(path)),
+            ["f: a", "f: c", "f: return"],
+        ),
         ("def f(held_out: Any) -> None:\n    lean = 1\n", identifiers, {"f", "held_out", "lean"}),
         ("if a.method == 'dora' or b in ('sd1', 'x'):\n    pass\n", comparisons, [1, 1]),
         (
@@ -282,7 +308,7 @@ def test_attributes_are_made_by_init() -> None:
             ["A.y"],
         ),
     ],
-    ids=["identifiers", "comparisons", "late attributes"],
+    ids=["untyped", "identifiers", "comparisons", "late attributes"],
 )
 def test_what_is_counted(tmp_path: Path, source: str, measure, expected) -> None:
     path = tmp_path / "source.py"

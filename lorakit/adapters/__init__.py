@@ -6,18 +6,21 @@ Used by: formats, inference, runs, training, cli.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from lorakit.adapters.adapter import Adapter
     from lorakit.adapters.weights import AdapterWeights
     from lorakit.config import AdapterConfig
     from lorakit.engine.flat_parameters import FlatParameters
+    from lorakit.families import Family
 
 __all__ = ["apply", "attach", "flatten", "optimize_blocks"]
 
 
-def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = "") -> Adapter:
+def attach(target: Family | DiffusionPipeline, config: AdapterConfig, *, seed: int = 0, trigger: str = "") -> Adapter:
     """Put a new adapter into a base, ready to be trained; until it is, the base's output is unchanged to the bit.
 
     Args:
@@ -34,7 +37,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     return adapter.attach(target, config, seed=seed, trigger=trigger)
 
 
-def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapter:
+def apply(target: Family | DiffusionPipeline, weights: AdapterWeights, strength: float = 1.0) -> Adapter:
     """Put a finished adapter into a base, of any method, rank and set of layers; `set_strength` turns it up and down.
 
     Raises:
@@ -45,7 +48,7 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     return adapter.apply(target, weights, strength)
 
 
-def optimize_blocks(target: Any, *, save_less: bool = False) -> None:
+def optimize_blocks(target: Family | DiffusionPipeline, *, save_less: bool = False) -> None:
     """Let the UNet of a base, with its adapter attached, compute in fewer operations; for training.
 
     Args:
@@ -57,7 +60,7 @@ def optimize_blocks(target: Any, *, save_less: bool = False) -> None:
     fused_blocks.optimize_blocks(target.unet, save_less=save_less)
 
 
-def flatten(target: Any, adapter: Adapter, *, copies: bool = True) -> list[FlatParameters]:
+def flatten(target: Family | DiffusionPipeline, adapter: Adapter, *, copies: bool = True) -> list[FlatParameters]:
     """Make an adapter's parameters views of one tensor for each of its groups; for training, after
     `optimize_blocks`.
 

@@ -9,7 +9,7 @@ input, and W' is never made.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -19,6 +19,9 @@ from torch import nn
 from lorakit.adapters import lora
 from lorakit.config import DoraConfig
 from lorakit.core.errors import LorakitError
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 def dora(config: DoraConfig, modules: list[str]) -> PeftConfig:
@@ -41,7 +44,7 @@ def column_norms(weight: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(weight, dim=[axis for axis in range(weight.ndim) if axis != 1], keepdim=True)  # type: ignore[no-any-return]
 
 
-def input_scale(layer: Any, name: str) -> torch.Tensor:
+def input_scale(layer: LoraLayer, name: str) -> torch.Tensor:
     """s = m / ||V||, float32, in the shape of the magnitude. The norm is a constant to the gradient, as in the
     paper's section 4.3."""
     weight, down, up = layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -52,7 +55,7 @@ def input_scale(layer: Any, name: str) -> torch.Tensor:
     return layer.lora_magnitude_vector[name].weight / norms.clamp(min=torch.finfo(norms.dtype).tiny)  # type: ignore[no-any-return]
 
 
-def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
     """y = W ((1 + t (s - 1)) * x) + t * scale * B A (s * x): at strength t the weight is W + t (W' - W)."""
     (name,) = layer.active_adapters
     strength = layer.scaling[name] / layer.full_scaling[name]
@@ -110,12 +113,12 @@ class DoraConv2d(Conv2d):  # type: ignore[misc]
 NO_MERGE = "a DoRA adapter cannot be fused into the base here: draw with it as it is"
 
 
-def _has_magnitude(layer: Any) -> bool:
+def _has_magnitude(layer: LoraLayer) -> bool:
     """Whether this layer is on and is DoRA's: files may have layers that are plain LoRA among them."""
     return not layer.disable_adapters and any(name in layer.lora_magnitude_vector for name in layer.active_adapters)
 
 
-def _add_magnitude(layer: Any, name: str) -> None:
+def _add_magnitude(layer: LoraLayer, name: str) -> None:
     layer.full_scaling = {name: layer.scaling[name]}
     layer.lora_magnitude_vector[name] = Magnitude(column_norms(layer.base_layer.weight.detach().float()))
 

@@ -6,7 +6,7 @@ each product and dropped, in training twice: slower than LoRA.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoHaConfig as PeftConfig
@@ -14,6 +14,9 @@ from peft import LoHaConfig as PeftConfig
 from lorakit.adapters.method import NAME, Factors, Method, made_anew, parameter
 from lorakit.adapters.weights import AnyLayer
 from lorakit.config import LohaConfig
+
+if TYPE_CHECKING:
+    from peft.tuners.loha import LoHaLayer
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 # LyCORIS modules/loha.py; one factor of zeros makes delta W zero.
@@ -25,7 +28,7 @@ def peft(config: LohaConfig, modules: list[str]) -> PeftConfig:
     return PeftConfig(r=config.rank, alpha=config.effective_alpha, target_modules=modules, init_weights=False)
 
 
-def begin(layer: Any, draw: torch.Generator) -> None:
+def begin(layer: LoHaLayer, draw: torch.Generator) -> None:
     """Normal numbers as LyCORIS has them."""
     made_anew(layer)
     for part, spread in SPREAD.items():
@@ -33,12 +36,12 @@ def begin(layer: Any, draw: torch.Generator) -> None:
         getattr(layer, part)[NAME] = parameter(torch.empty(shape).normal_(generator=draw) * spread, layer)
 
 
-def factors(layer: Any) -> Factors:
+def factors(layer: LoHaLayer) -> Factors:
     """The four matrices."""
     return {part: getattr(layer, part)[NAME] for part in PARTS}
 
 
-def fill(layer: Any, weights: AnyLayer) -> None:
+def fill(layer: LoHaLayer, weights: AnyLayer) -> None:
     """Take these matrices."""
     for part, weight in weights.factors().items():
         getattr(layer, part)[NAME] = parameter(weight, layer)

@@ -7,7 +7,7 @@ alpha / rank, and 1 where w2 is whole. delta W is made for each product and drop
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoKrConfig as PeftConfig
@@ -15,6 +15,9 @@ from peft import LoKrConfig as PeftConfig
 from lorakit.adapters.method import NAME, Factors, Method, made_anew, parameter, uniform
 from lorakit.adapters.weights import AnyLayer
 from lorakit.config import LokrConfig
+
+if TYPE_CHECKING:
+    from peft.tuners.lokr import LoKrLayer
 
 PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
@@ -24,7 +27,7 @@ def peft(config: LokrConfig, modules: list[str]) -> PeftConfig:
     return PeftConfig(r=config.rank, alpha=config.effective_alpha, target_modules=modules, init_weights=False)
 
 
-def begin(layer: Any, draw: torch.Generator) -> None:
+def begin(layer: LoKrLayer, draw: torch.Generator) -> None:
     """As LyCORIS: zeros in w2 or its second factor, uniform numbers in the rest."""
     made_anew(layer)
     for part, weight in factors(layer).items():
@@ -33,12 +36,12 @@ def begin(layer: Any, draw: torch.Generator) -> None:
         getattr(layer, part)[NAME] = parameter(first, layer)
 
 
-def factors(layer: Any) -> Factors:
+def factors(layer: LoKrLayer) -> Factors:
     """w1, and w2 or its factors."""
     return {part: held[NAME] for part in PARTS if NAME in (held := getattr(layer, part))}
 
 
-def fill(layer: Any, weights: AnyLayer) -> None:
+def fill(layer: LoKrLayer, weights: AnyLayer) -> None:
     """Take these matrices, factorised or whole."""
     for part in PARTS:
         if NAME in getattr(layer, part):
@@ -48,7 +51,7 @@ def fill(layer: Any, weights: AnyLayer) -> None:
     layer.r[NAME], layer.alpha[NAME], layer.scaling[NAME] = weights.rank, weights.alpha, weights.scale
 
 
-def scale(layer: Any) -> float:
+def scale(layer: LoKrLayer) -> float:
     """alpha / rank, or 1 where there is no rank."""
     return 1.0 if NAME in layer.lokr_w1 and NAME in layer.lokr_w2 else float(layer.scaling[NAME])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -12,6 +12,9 @@ from lorakit.adapters.method import NAME, Factors, Method, parameter, uniform
 from lorakit.adapters.weights import AnyLayer
 from lorakit.config import LowRankConfig
 from lorakit.engine import fused_lora
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 def lora(config: LowRankConfig, modules: list[str]) -> PeftConfig:
@@ -34,14 +37,14 @@ def fuse(config: PeftConfig) -> PeftConfig:
     return config
 
 
-def begin(layer: Any, draw: torch.Generator) -> None:
+def begin(layer: LoraLayer, draw: torch.Generator) -> None:
     """A uniform, B zero."""
     down, up = layer.lora_A[NAME], layer.lora_B[NAME]
     down.weight = parameter(uniform(down.weight.shape, draw), layer)
     up.weight = parameter(torch.zeros(up.weight.shape), layer)
 
 
-def factors(layer: Any) -> Factors:
+def factors(layer: LoraLayer) -> Factors:
     """A, B and, for DoRA, the magnitude."""
     found = {"down": layer.lora_A[NAME].weight, "up": layer.lora_B[NAME].weight}
     if NAME in layer.lora_magnitude_vector:
@@ -49,7 +52,7 @@ def factors(layer: Any) -> Factors:
     return found
 
 
-def fill(layer: Any, weights: AnyLayer) -> None:
+def fill(layer: LoraLayer, weights: AnyLayer) -> None:
     """Take these factors; among DoRA's layers there may be plain ones."""
     given, magnitudes = weights.factors(), layer.lora_magnitude_vector
     layer.lora_A[NAME].weight = parameter(given["down"], layer)

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
@@ -15,6 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.adapters.weights import AnyLayer
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 # PEFT's name for the adapter. One at a time: what is trained or drawn is then exactly what was attached.
 NAME = "default"
@@ -44,7 +47,7 @@ class Method:
     scale: Callable[[Any], float] = lambda layer: float(layer.scaling[NAME])
 
 
-def parameter(weight: torch.Tensor, layer: Any) -> nn.Parameter:
+def parameter(weight: torch.Tensor, layer: BaseTunerLayer) -> nn.Parameter:
     """A float32 parameter on the base layer's device; PEFT makes its own in the base's precision."""
     device = layer.base_layer.weight.device
     return nn.Parameter(weight.detach().to(device, torch.float32, copy=True))
@@ -56,7 +59,7 @@ def uniform(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=draw)
 
 
-def made_anew(layer: Any) -> None:
+def made_anew(layer: BaseTunerLayer) -> None:
     """Let a layer that makes delta W whole do so once more for the backward pass, rather than keep it until then: kept
     for all layers it would take as much memory as the base in float32."""
     compute = functools.partial(type(layer)._get_delta_activations, layer)

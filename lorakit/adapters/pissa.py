@@ -12,7 +12,7 @@ exported: plain LoRA of twice the rank, on the base as everybody has it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -24,6 +24,9 @@ from lorakit.adapters import lora
 from lorakit.adapters.method import NAME, parameter
 from lorakit.config import PissaConfig
 from lorakit.core.errors import LorakitError
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 # Of the randomised SVD (Halko et al. 2009, arXiv 0909.4061): directions more than are asked for, and power iterations.
 OVERSAMPLING, ITERATIONS = 8, 6
@@ -37,7 +40,7 @@ def peft(config: PissaConfig, modules: list[str]) -> PeftConfig:
     return made
 
 
-def begin(layer: Any, draw: torch.Generator) -> None:
+def begin(layer: LoraLayer, draw: torch.Generator) -> None:
     """A and B, and A0 and B0 that stay: the principal part of the weight shared out between both, by its roots."""
     down, up = layer.lora_A[NAME], layer.lora_B[NAME]
     weight, rank = layer.base_layer.weight.detach().float().flatten(1), len(down.weight)
@@ -64,7 +67,7 @@ def _principal(
     return left, functional.pad(values[:count], (0, short)), right
 
 
-def constants(layer: Any) -> dict[str, torch.Tensor]:
+def constants(layer: LoraLayer) -> dict[str, torch.Tensor]:
     """A0 and B0."""
     return {"down_0": layer.down_0, "up_0": layer.up_0}
 
@@ -113,7 +116,7 @@ class PissaConv2d(Conv2d):  # type: ignore[misc]
         raise LorakitError(NO_MERGE)
 
 
-def _pairs(layer: Any, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _pairs(layer: LoraLayer, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(A, B - B0) and (A - A0, B0), differences taken in float32."""
     down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
     pairs = [(down, up - layer.up_0), (down - layer.down_0, layer.up_0)]

@@ -8,11 +8,14 @@ largest id, or the first that ends it) as it is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer, PreTrainedModel
 
 
 class LearnedToken:
@@ -25,7 +28,14 @@ class LearnedToken:
         vectors: `[n, width]`; None: the word's own, over and over until there are `count`.
     """
 
-    def __init__(self, encoder: Any, tokenizer: Any, word: str, count: int, vectors: torch.Tensor | None = None):
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        tokenizer: CLIPTokenizer,
+        word: str,
+        count: int,
+        vectors: torch.Tensor | None = None,
+    ):
         table = encoder.get_input_embeddings()
         self.encoder, self.off = encoder, False
         ids = tokenizer(word, add_special_tokens=False).input_ids

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+    from lorakit.adapters.weights import AdapterWeights
 
 
 class Trainable(Protocol):
@@ -31,7 +33,7 @@ class Trainable(Protocol):
     def disabled(self) -> AbstractContextManager[None]:
         """Inside, the base computes as without it."""
 
-    def weights(self) -> Any:
+    def weights(self) -> AdapterWeights:
         """A copy of the trained weights on the CPU, ready to be exported."""
 
     def state(self) -> Mapping[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from lorakit.config import Config
 from lorakit.core.cache_dir import cache_dir
 from lorakit.engine import cuda_graphs
 from lorakit.engine.cuda_graphs import Compute
+
+if TYPE_CHECKING:
+    from lorakit.families import Family
 
 # From a function of a block and its inputs to the same, compiled.
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -50,7 +53,7 @@ def inductor(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def blocks(
-    config: Config, family: Any, parameters: Sequence[torch.Tensor], say: Callable[[str], Any]
+    config: Config, family: Family, parameters: Sequence[torch.Tensor], say: Callable[[str], Any]
 ) -> CompiledBlocks | None:
     """The blocks to compile of a base with its adapter, after `optimize_blocks`; None without memory.compile."""
     if not config.memory.compile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.config import OFFLOAD_NEEDS_CUDA, MemoryConfig
 from lorakit.core.errors import LorakitError
+
+if TYPE_CHECKING:
+    from lorakit.families import Family
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -67,7 +70,7 @@ def streams(config: MemoryConfig, device: torch.device) -> bool:
     return config.stream_base
 
 
-def attention(config: MemoryConfig, family: Any) -> str:
+def attention(config: MemoryConfig, family: Family) -> str:
     """Give the UNet its attention kernel, and say which in one line. xformers is tested against SDPA first, and SDPA
     kept where it fails.
 
@@ -83,7 +86,7 @@ def attention(config: MemoryConfig, family: Any) -> str:
     problem = attention_problem(lambda q, k, v: memory_efficient_attention(q, k, v), family.device, family.dtype)
     if problem:
         return f"attention: sdpa, because xformers failed its self-test ({problem})"
-    family.unet.enable_xformers_memory_efficient_attention()
+    family.unet.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
     return "attention: xformers, which agrees with sdpa forward and backward"
 
 
@@ -112,7 +115,7 @@ def attention_problem(candidate: Attention, device: torch.device, dtype: torch.d
     return None
 
 
-def gradient_checkpointing(family: Any, blocks: Collection[str], *, random: bool = False) -> None:
+def gradient_checkpointing(family: Family, blocks: Collection[str], *, random: bool = False) -> None:
     """Recompute these blocks of the UNet in the backward pass instead of keeping what they computed. The text encoders
     are left alone: 77 tokens take next to nothing.
 

@@ -12,12 +12,15 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lorakit.engine import fused_blocks, fused_lora
+
+if TYPE_CHECKING:
+    from lorakit.adapters.adapter import Adapter
 
 # Each parameter starts at a multiple of this many numbers: kernels read aligned memory fastest.
 ALIGNMENT = 64
@@ -26,7 +29,7 @@ ALIGNMENT = 64
 ROW_LENGTH = 1024
 
 
-def flatten(target: Any, adapter: Any, *, copies: bool = True) -> list[FlatParameters]:
+def flatten(target: Any, adapter: Adapter, *, copies: bool = True) -> list[FlatParameters]:
     """See `lorakit.adapters.flatten`."""
     modules, half = target.modules(), target.dtype if copies and target.dtype is not torch.float32 else None
     return [

@@ -10,13 +10,14 @@ A family is one folder (`spec.py`: what it is, as data; `model.py`: the loaded b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lorakit.core import registry
 from lorakit.families.describe import BaseInfo, describe, of_pipeline, pin, unsuited
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
 
     from lorakit.families.conditioning import Conditioning
 
@@ -83,7 +84,7 @@ class Family(Protocol):
         """Move them to `device`, or one text encoder by its name. All parts begin on the CPU, and come by themselves
         with what needs them: `tokens`, `encode_text`, `encode_tokens`, `encode_image`, `decode` and `predict`."""
 
-    def pipeline(self) -> Any:
+    def pipeline(self) -> DiffusionPipeline:
         """The diffusers pipeline of these same modules, wherever they are, with a scheduler of its own."""
 
     def modules(self) -> dict[str, torch.nn.Module]:

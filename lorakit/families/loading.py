@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -17,6 +17,10 @@ from lorakit.core.errors import LorakitError
 from lorakit.engine import quantized_weight
 from lorakit.families import ldm, tiled_vae
 from lorakit.families.describe import BaseInfo
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin
+    from transformers import CLIPTokenizer
 
 # Where parts of a base wait until they are needed.
 HOST = torch.device("cpu")
@@ -101,7 +105,7 @@ def load_unet(
     return unet.to(HOST)
 
 
-def load_vae(info: BaseInfo) -> Any:
+def load_vae(info: BaseInfo) -> AutoencoderKL:
     """The autoencoder in float32: in half precision, SDXL's overflows. Whatever it is given to decode is cast to that,
     so that a pipeline in half precision can draw with it."""
     vae = load_module(info, "vae", AutoencoderKL, torch.float32)
@@ -110,7 +114,7 @@ def load_vae(info: BaseInfo) -> Any:
     return vae
 
 
-def mask_everything(unet: Any, vae: Any) -> None:
+def mask_everything(unet: Any, vae: AutoencoderKL) -> None:
     """Let an inpainting UNet be given latents alone, in training and in pipelines that draw from text: the rest of its
     input is then that of a picture of which everything is masked. Other UNets are left as they are.
 
@@ -137,7 +141,7 @@ def mask_everything(unet: Any, vae: Any) -> None:
     unet.conv_in.register_forward_pre_hook(complete)
 
 
-def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> Any:
+def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> CLIPTokenizer:
     """A CLIP tokenizer that fits its text encoder.
 
     Raises:
@@ -158,7 +162,7 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> Any:
 class TokenIds:
     """Token ids of texts, padded and cut as the diffusers pipelines do it, kept on the device once computed."""
 
-    def __init__(self, tokenizer: Any, device: torch.device, length: int | None = None):
+    def __init__(self, tokenizer: CLIPTokenizer, device: torch.device, length: int | None = None):
         self.tokenizer, self.device, self.length = tokenizer, device, length or tokenizer.model_max_length
         self._known: dict[str, torch.Tensor] = {}
 
@@ -177,7 +181,7 @@ class TokenIds:
         return torch.stack([self._known[text] for text in texts])
 
 
-def load_scheduler(info: BaseInfo) -> Any:
+def load_scheduler(info: BaseInfo) -> SchedulerMixin:
     """The scheduler that the base names, for drawing.
 
     Raises:
@@ -191,13 +195,13 @@ def load_scheduler(info: BaseInfo) -> Any:
     return cls.from_config(config)
 
 
-def noise_schedule(scheduler: Any, device: torch.device) -> torch.Tensor:
+def noise_schedule(scheduler: SchedulerMixin, device: torch.device) -> torch.Tensor:
     """alphas_cumprod float32 `[1000]` as the model was trained: zero terminal SNR (Lin et al. 2023, arXiv 2305.08891)
     where the configuration has `rescale_betas_zero_snr`. Samplers round that zero up; in training it is exact."""
     return DDPMScheduler.from_config(scheduler.config).alphas_cumprod.to(device, torch.float32)  # type: ignore[no-any-return]
 
 
-def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_scale(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
     """(offset, factor), each broadcastable to `[B, C, h, w]`: the UNet's latents are (VAE's - offset) * factor."""
     config = vae.config
     factor = torch.tensor(float(config.scaling_factor), device=vae.device)
@@ -208,7 +212,7 @@ def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def encode_image(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Family.encode_image`."""
     if tiled_vae.fits(vae, pixels[:, 0].numel(), tiled_vae.ENCODING):
         posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
@@ -219,7 +223,7 @@ def encode_image(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 @torch.no_grad()
-def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """See `Family.decode`."""
     offset, factor = latent_scale(vae)
     latents = latents.to(vae.device, torch.float32) / factor + offset
@@ -241,7 +245,7 @@ def widen(prediction: torch.Tensor, scale: float) -> torch.Tensor:
     return prediction
 
 
-def by_name(unet: Any, vae: Any, text_encoders: dict[str, Any]) -> dict[str, list[Any]]:
+def by_name(unet: Any, vae: AutoencoderKL, text_encoders: dict[str, Any]) -> dict[str, list[Any]]:
     """Name -> modules, for `move`: "unet", "vae", "text_encoders", and each text encoder by its own."""
     each = {name: [encoder] for name, encoder in text_encoders.items()}
     return {"unet": [unet], "vae": [vae], "text_encoders": list(text_encoders.values()), **each}

@@ -9,10 +9,15 @@ other norms, and so other latents, than the picture; these have not.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
 
 # Bytes of one strip's widest activation; a handful of them are on the device at a time.
 STRIP = 32 * 2**20
@@ -21,7 +26,7 @@ STRIP = 32 * 2**20
 ENCODING, DECODING = 2560, 3072
 
 
-def fits(vae: Any, pixels: int, bytes_per_pixel: int) -> bool:
+def fits(vae: AutoencoderKL, pixels: int, bytes_per_pixel: int) -> bool:
     """Whether the device has room for so many pixels at once. Only CUDA can tell; elsewhere there is no other memory
     to put them into."""
     if vae.device.type != "cuda":
@@ -31,17 +36,17 @@ def fits(vae: Any, pixels: int, bytes_per_pixel: int) -> bool:
     return pixels * bytes_per_pixel * vae.config.block_out_channels[0] / 128 < 0.9 * free  # type: ignore[no-any-return]
 
 
-def encode(vae: Any, pixels: torch.Tensor, strip: int = STRIP) -> torch.Tensor:
+def encode(vae: AutoencoderKL, pixels: torch.Tensor, strip: int = STRIP) -> torch.Tensor:
     """Pixels `[B, 3, H, W]` -> the posterior's mean and log variance `[B, 2 C, h, w]`, float32 on the VAE's device."""
     return torch.cat([_encode(vae, picture[None].cpu().float(), strip) for picture in pixels])
 
 
-def decode(vae: Any, latents: torch.Tensor, strip: int = STRIP) -> torch.Tensor:
+def decode(vae: AutoencoderKL, latents: torch.Tensor, strip: int = STRIP) -> torch.Tensor:
     """The VAE's latents `[B, C, h, w]` -> pixels `[B, 3, H, W]`, float32 on the CPU."""
     return torch.cat([_decode(vae, latent[None].cpu().float(), strip) for latent in latents])
 
 
-def _encode(vae: Any, x: torch.Tensor, strip: int) -> torch.Tensor:
+def _encode(vae: AutoencoderKL, x: torch.Tensor, strip: int) -> torch.Tensor:
     encoder = vae.encoder
     x = _layer(x, encoder.conv_in, strip)
     for block in encoder.down_blocks:
@@ -54,7 +59,7 @@ def _encode(vae: Any, x: torch.Tensor, strip: int) -> torch.Tensor:
     return x if vae.quant_conv is None else vae.quant_conv(x)
 
 
-def _decode(vae: Any, x: torch.Tensor, strip: int) -> torch.Tensor:
+def _decode(vae: AutoencoderKL, x: torch.Tensor, strip: int) -> torch.Tensor:
     decoder = vae.decoder
     x = x if vae.post_quant_conv is None else vae.post_quant_conv(x.to(vae.device)).cpu()
     x = _layer(x, decoder.conv_in, strip)
@@ -74,7 +79,7 @@ def _middle(x: torch.Tensor, block: Any, strip: int) -> torch.Tensor:
     return x
 
 
-def _attend(x: torch.Tensor, attention: Any, strip: int) -> torch.Tensor:
+def _attend(x: torch.Tensor, attention: Attention, strip: int) -> torch.Tensor:
     """Self-attention over a picture's places; not every kernel for heads this wide spares itself the whole table."""
     places = attention.group_norm(x.flatten(2)).transpose(1, 2)
     query, key, value = (
@@ -87,7 +92,7 @@ def _attend(x: torch.Tensor, attention: Any, strip: int) -> torch.Tensor:
     return (made + x) / attention.rescale_output_factor  # type: ignore[no-any-return]
 
 
-def _resnet(x: torch.Tensor, resnet: Any, strip: int) -> torch.Tensor:
+def _resnet(x: torch.Tensor, resnet: ResnetBlock2D, strip: int) -> torch.Tensor:
     inner = _layer(x, resnet.conv1, strip, norm=resnet.norm1)
     beside = x if resnet.conv_shortcut is None else _layer(x, resnet.conv_shortcut, strip)
     return _layer(inner, resnet.conv2, strip, norm=resnet.norm2, beside=beside, factor=1 / resnet.output_scale_factor)

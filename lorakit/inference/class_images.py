@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.core.image_grid import save
 from lorakit.inference.sampling import draw_batch, sampling_pipeline
+
+if TYPE_CHECKING:
+    from lorakit.families import Family
 
 # Class images are drawn as many at a time as have this many pixels together.
 BATCH_PIXELS = 2 * 512 * 512
@@ -32,7 +35,7 @@ CLASS_STEPS = 20
 
 
 def class_images(
-    family: Any,
+    family: Family,
     prompt: str,
     text: Mapping[str, Any],
     count: int,

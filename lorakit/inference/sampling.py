@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -30,9 +30,14 @@ from lorakit.engine import device as placement
 from lorakit.inference.mode import inference
 from lorakit.inference.recipe import picture_info
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from lorakit.families import Family
+
 
 def draw(
-    family: Any,
+    family: Family,
     prompts: Sequence[str],
     sample: SampleConfig,
     size: int | tuple[int, int],
@@ -71,7 +76,7 @@ def draw(
     return drawn
 
 
-def embed(family: Any, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, Any]]:
+def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, Any]]:
     """What the text encoders, as they are, make of each prompt and of the negative prompt: by the names under which the
     family's pipeline takes it. They have the device to themselves, but for what is trained."""
     family.release("unet", "vae")
@@ -235,7 +240,7 @@ def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Conf
         return defaults
 
 
-def sampling_pipeline(family: Any) -> tuple[Any, str]:
+def sampling_pipeline(family: Family) -> tuple[DiffusionPipeline, str]:
     """The family's pipeline for texts that are embedded already, with a fresh sampler, and the name that web UIs give
     the sampler. The text encoders leave the device."""
     family.release("text_encoders")
@@ -251,7 +256,12 @@ def sampling_pipeline(family: Any) -> tuple[Any, str]:
 
 
 def draw_batch(
-    family: Any, pipeline: Any, text: Mapping[str, Any], seeds: list[int], sample: SampleConfig, size: tuple[int, int]
+    family: Family,
+    pipeline: DiffusionPipeline,
+    text: Mapping[str, Any],
+    seeds: list[int],
+    sample: SampleConfig,
+    size: tuple[int, int],
 ) -> list[Image.Image]:
     """One batch, a picture a seed, through the pipeline, decoded by the family's VAE (float32 in every precision)."""
     width, height = size
@@ -278,7 +288,7 @@ def _times(value: Any, count: int) -> Any:
     return None if value is None else value.repeat_interleave(count, dim=0)
 
 
-def _sampler(config: Any) -> tuple[Any, str]:
+def _sampler(config: Any) -> tuple[DiffusionPipeline, str]:
     """A sampler on a base's own noise schedule (its scheduler's config), and the name that web UIs give it.
 
     DPM++ 2M (Lu et al. 2022, arXiv 2211.01095), on timesteps that begin at pure noise. A schedule that ends in zero

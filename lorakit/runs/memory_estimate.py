@@ -11,13 +11,16 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lorakit.config import Config
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.engine import weight_storage
 from lorakit.families.spec import LayerUse
+
+if TYPE_CHECKING:
+    from lorakit.families.describe import BaseInfo
 
 GIB = 2**30
 # Activations kept for the backward pass, as multiples of the values that come out of layers: of blocks, and of the
@@ -39,7 +42,7 @@ VAE_BYTES, ENCODING, DECODING, TILED_VAE = 335_000_000, 2560, 3072, 288
 VOCABULARY = 49408
 
 
-def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
+def training(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
     """Part -> bytes at the peak of a training step.
 
     Args:
@@ -60,7 +63,7 @@ def training(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], 
     }
 
 
-def _rest(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
+def _rest(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
     """What a step takes beside activations."""
     width = _width(config, device)
     # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
@@ -76,7 +79,7 @@ def _rest(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], dev
     }
 
 
-def peaks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
+def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
     """Phase -> bytes that it needs: "encoding" the photos, "training", drawing "samples".
 
     On a GPU each part of the base is there alone while it encodes, and the autoencoder makes do with strips.
@@ -108,7 +111,7 @@ def use_save_less(config: Config, device: str) -> bool:
     return device == "cuda" and not config.memory.compile and config.memory.engine == "fused"
 
 
-def recomputed_blocks(config: Config, info: Any, modules: Mapping[str, tuple[int, int]], device: str) -> list[str]:
+def recomputed_blocks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str) -> list[str]:
     """The UNet's blocks (their paths in it) that a step computes again in the backward pass: none, all, or those that
     `memory.limit_gib` asks for, first those where an operation saves most.
 
@@ -147,7 +150,7 @@ class _Block:
         return factor * self.outputs - INPUTS * self.inputs
 
 
-def _blocks(config: Config, info: Any) -> dict[str, _Block]:
+def _blocks(config: Config, info: BaseInfo) -> dict[str, _Block]:
     """Path -> block; what is in none is under ""."""
     side = config.data.resolution // info.downscale
     result: dict[str, _Block] = {}
@@ -209,12 +212,12 @@ def _width(config: Config, device: str) -> int:
     return 2 if chosen in ("bf16", "fp16") or (chosen == "auto" and device == "cuda") else 4
 
 
-def host_bytes(config: Config, info: Any, device: str) -> int:
+def host_bytes(config: Config, info: BaseInfo, device: str) -> int:
     """Bytes of the host's memory that the UNet's weights take where they are streamed to a device, else 0."""
     return _unet(config, info, device)[1]
 
 
-def _unet(config: Config, info: Any, device: str) -> tuple[int, int]:
+def _unet(config: Config, info: BaseInfo, device: str) -> tuple[int, int]:
     """Bytes of the UNet's weights as they are stored: on the device, and in the host's memory to be streamed there."""
     kind, width = config.memory.base_storage, _width(config, device)
     streamed = config.memory.stream_base and device == "cuda"
@@ -229,14 +232,14 @@ def _unet(config: Config, info: Any, device: str) -> tuple[int, int]:
     return there + min(host, round(FILLED * weight_storage.WINDOW_BYTES)), host
 
 
-def _vae(info: Any) -> int:
+def _vae(info: BaseInfo) -> int:
     """Bytes of the autoencoder's weights. On disk they may be in half precision; in memory they never are."""
     if info.slots is not None:
         return sum(4 * math.prod(slot.shape) for slot in info.slots["vae"].values())
     return int(info.bytes.get("vae", VAE_BYTES)) * (2 if info.variants.get("vae") else 1)
 
 
-def _encoders(info: Any, width: int) -> dict[str, int]:
+def _encoders(info: BaseInfo, width: int) -> dict[str, int]:
     """Text encoder -> bytes of its weights."""
     result: dict[str, int] = {}
     for name, shape in info.layers.items():

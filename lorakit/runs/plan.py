@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import targets
 from lorakit.config import OFFLOAD_NEEDS_CUDA, AdapterConfig, Config
@@ -26,6 +26,10 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
 from lorakit.data import captions, holdout
 from lorakit.runs import memory_estimate
+
+if TYPE_CHECKING:
+    from lorakit.data.checks import Report
+    from lorakit.families.describe import BaseInfo
 
 # A training step in forward passes: 1 forward and 1.2 backward (only the adapter has weight gradients), and with
 # gradient checkpointing another 0.7.
@@ -141,7 +145,7 @@ class Plan:
         return f"{line}, of {_gib(self.ram)}{many}"
 
 
-def make(config: Config, info: Any, report: Any) -> Plan:
+def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     """The plan of a run.
 
     Args:
@@ -193,7 +197,7 @@ def make(config: Config, info: Any, report: Any) -> Plan:
     )
 
 
-def problems(config: Config, info: Any) -> list[str]:
+def problems(config: Config, info: BaseInfo) -> list[str]:
     """Why there can be no plan for a base, whatever the photos are: the adapter would have no layer, a step cannot be
     kept within `memory.limit_gib`, or weights are to be streamed to a device that computes in the host's memory."""
     result = []
@@ -211,7 +215,7 @@ def problems(config: Config, info: Any) -> list[str]:
     return result
 
 
-def _selected(config: Config, info: Any) -> list[str]:
+def _selected(config: Config, info: BaseInfo) -> list[str]:
     """The layers that get an adapter."""
     return targets.select(info.family, info.layers, config.adapter.target_modules, config.adapter.train_text_encoder)
 
@@ -260,7 +264,7 @@ def forward_flop(family: str, shapes: Mapping[str, Sequence[int]], height: int, 
     return sum(map(memory_estimate.flop, registry.family_of(family).layer_uses(shapes, height, width, tokens)))
 
 
-def estimate_seconds(config: Config, info: Any, steps: int) -> float:
+def estimate_seconds(config: Config, info: BaseInfo, steps: int) -> float:
     """Duration on this CPU: training, class images and sample grids; loading and validation are small beside them."""
     train, sample = config.train, config.sample
     side = config.data.resolution // info.downscale
@@ -316,9 +320,9 @@ def _torch_version() -> str:
         return ""
 
 
-def _training_sizes(config: Config, report: Any) -> tuple[list[tuple[int, int]], int]:
+def _training_sizes(config: Config, report: Report) -> tuple[list[tuple[int, int]], int]:
     """(width, height) at which each photo is trained that is not held out, and how many are held out."""
-    buckets = {item.photo.relative: item.bucket for item in report.items}
+    buckets = {item.photo.relative: item.bucket for item in report.items if item.bucket is not None}
     trained, held_out = holdout.split(report.photos, config.train.holdout, config.train.seed)
     return [buckets[photo.relative] for photo in trained], len(held_out)
 

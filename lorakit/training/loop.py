@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,15 @@ class Run:
         )
         return formats.save(weights, self.folder.path, name, output.formats, output.dtype, facts, say=self.events.say)
 
-    def draw(self, family: Family, inputs: SampleInputs, texts: Any, step: int, *, adapter: str = "") -> None:
+    def draw(
+        self,
+        family: Family,
+        inputs: SampleInputs,
+        texts: Sequence[Mapping[str, Any]] | None,
+        step: int,
+        *,
+        adapter: str = "",
+    ) -> None:
         """Draw the sample prompts and keep them as the grid of a step.
 
         Raises:

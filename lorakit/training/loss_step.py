@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +20,11 @@ from lorakit.data.dataset import Batch
 from lorakit.training import objective, prior
 from lorakit.training.objective import LossTerm
 from lorakit.training.precompute import Precomputed
+
+if TYPE_CHECKING:
+    from lorakit.adapters.adapter import Adapter
+    from lorakit.families import Family
+    from lorakit.families.conditioning import Conditioning
 
 # What is drawn for photos or class images, each from a generator of its own.
 PURPOSES = ("posterior", "noise", "timesteps")
@@ -42,8 +47,8 @@ class LossStep:
 
     def __init__(
         self,
-        family: Any,
-        adapter: Any,
+        family: Family,
+        adapter: Adapter,
         encoded: Precomputed,
         train: TrainConfig,
         *,
@@ -139,7 +144,9 @@ class LossStep:
         mask = bucket.mask[entries] if bucket.mask is not None else None
         return LossTerm(noisy, timesteps, condition, target, mask, 1.0)
 
-    def condition(self, tokens: list[torch.Tensor] | None, conditions: Any, chosen: torch.Tensor) -> Any:
+    def condition(
+        self, tokens: list[torch.Tensor] | None, conditions: Conditioning, chosen: torch.Tensor
+    ) -> Conditioning:
         """Embeddings of the chosen texts, int64 `[b]`: rows of `conditions`, or anew where a text encoder is trained.
 
         That encoder reads the chosen texts or all of them, whichever are fewer: the host does not know which are equal.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,11 @@ from lorakit.data import captions, latents
 from lorakit.data.dataset import Dataset
 from lorakit.inference import class_images, sampling
 from lorakit.inference.mode import polled
+
+if TYPE_CHECKING:
+    from lorakit.core.protocols import Trainable
+    from lorakit.data.checks import Report
+    from lorakit.families import Family
 
 # Pictures that the autoencoder is given together on a card: as many as have so many pixels; one of that size keeps it
 # busy. A CPU is quicker with one at a time, and a latent is then the same to the bit whatever else is encoded.
@@ -85,9 +90,9 @@ class Precomputed:
 
 def precompute(
     config: Config,
-    family: Any,
-    adapter: Any,
-    photos: Any,
+    family: Family,
+    adapter: Trainable | None,
+    photos: Report,
     say: Callable[[str], object],
     poll: Callable[[], object] = lambda: None,
 ) -> Precomputed:
@@ -141,7 +146,7 @@ def precompute(
 
 
 def _photos(
-    config: Config, family: Any, photos: Any, encode_image: latents.EncodeImage, say: Callable[[str], object]
+    config: Config, family: Family, photos: Report, encode_image: latents.EncodeImage, say: Callable[[str], object]
 ) -> tuple[Dataset, Dataset | None]:
     """The photos to train on, and those kept for validation."""
     return latents.build(
@@ -157,7 +162,7 @@ def _photos(
     )
 
 
-def embed(family: Any, tokens: list[torch.Tensor]) -> Any:
+def embed(family: Family, tokens: list[torch.Tensor]) -> Any:
     """The embeddings of what `Family.tokens` made of texts, a row each, by the encoders as they are."""
     with torch.no_grad():
         parts = [
@@ -170,12 +175,12 @@ def _at_once(pixels: int, device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, PIXELS // pixels)
 
 
-def _tokens(family: Any, texts: list[str]) -> list[torch.Tensor]:
+def _tokens(family: Family, texts: list[str]) -> list[torch.Tensor]:
     parts = [family.tokens(texts[at : at + TEXTS]) for at in range(0, len(texts), TEXTS)]
     return [torch.cat(tables) for tables in zip(*parts, strict=True)]
 
 
-def _samples(config: Config, family: Any) -> SampleInputs:
+def _samples(config: Config, family: Family) -> SampleInputs:
     prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
     if config.adapter.trains_text:
         return SampleInputs(prompts, None, None)
@@ -184,7 +189,7 @@ def _samples(config: Config, family: Any) -> SampleInputs:
 
 def _class_latents(
     config: Config,
-    family: Any,
+    family: Family,
     class_texts: list[str],
     encode_image: latents.EncodeImage,
     say: Callable[[str], object],

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from lorakit.core import rng
 from lorakit.core.layer_names import canonical
 from lorakit.core.registry import FORMATS
 from lorakit.formats import verify
+
+if TYPE_CHECKING:
+    from lorakit.families import Family
 
 # How far the file may be from the model in memory, as a share of the adapter's own effect: rounding of its factors to
 # float16 or bfloat16, and the order of additions.
@@ -51,7 +54,7 @@ class Probe:
     embeddings: torch.Tensor
 
 
-def probe(family: Any, prompt: str, size: tuple[int, int], condition: Any = None) -> Probe:
+def probe(family: Family, prompt: str, size: tuple[int, int], condition: Any = None) -> Probe:
     """One forward of text encoder and UNet at a middle timestep, each alone on the device.
 
     Args:
@@ -135,7 +138,7 @@ def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Seq
     return [Finding(f"{name} file", False, shown)]
 
 
-def read_by_diffusers(name: str, path: Path, family: Any, weights: AdapterWeights, tolerance: float) -> Finding:
+def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWeights, tolerance: float) -> Finding:
     """Load the file with `load_lora_weights`, compare every layer that is then in the base, and take it out again."""
     pipeline = family.pipeline()
     with _quiet():

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorakit.core import rng
 from lorakit.inference.mode import inference
 from lorakit.training import objective
+
+if TYPE_CHECKING:
+    from lorakit.core.protocols import Trainable
+    from lorakit.data.dataset import Dataset, LatentBucket
+    from lorakit.families import Family
+    from lorakit.families.conditioning import Conditioning
 
 # The timesteps are cut into so many bands of equal width, from little noise to nothing but noise.
 BANDS = 4
@@ -45,7 +51,14 @@ class Validation:
     """
 
     def __init__(
-        self, family: Any, dataset: Any, conditions: Any, class_condition: Any, seed: int, *, held_out: bool = False
+        self,
+        family: Family,
+        dataset: Dataset,
+        conditions: Conditioning,
+        class_condition: Conditioning,
+        seed: int,
+        *,
+        held_out: bool = False,
     ):
         self.family, self.dataset, self.conditions, self.seed = family, dataset, conditions, seed
         self.class_condition = class_condition
@@ -57,7 +70,9 @@ class Validation:
         # (noisy latents, timesteps, what the base says of them) under the class prompt; from the first run on.
         self._class_points: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def run(self, adapter: Any, *, conditions: Any = None, class_condition: Any = None) -> dict[str, Any]:
+    def run(
+        self, adapter: Trainable, *, conditions: Conditioning | None = None, class_condition: Conditioning | None = None
+    ) -> dict[str, Any]:
         """Examine the weights as they are.
 
         Args:
@@ -118,11 +133,11 @@ class Validation:
         return points
 
     @property
-    def _largest(self) -> Any:
+    def _largest(self) -> LatentBucket:
         """The bucket with the most rows: its size stands for the class pictures."""
         return max(self.dataset.buckets, key=lambda bucket: len(bucket.mean))
 
-    def _class_sized(self, condition: Any) -> Any:
+    def _class_sized(self, condition: Conditioning) -> Conditioning:
         """The class prompt for a batch of class pictures, with the sizes of a photo."""
         ids, expanded = self._largest.time_ids, condition.expand(CLASS_BATCH)
         return expanded if ids is None else expanded.with_sizes(ids[:1].to(self.family.device).expand(CLASS_BATCH, -1))
@@ -182,7 +197,7 @@ def choose_best(history: Sequence[dict[str, Any]]) -> tuple[int, str]:
     )
 
 
-def _plain_rows(dataset: Any) -> list[tuple[int, int, int]]:
+def _plain_rows(dataset: Dataset) -> list[tuple[int, int, int]]:
     """(bucket, row, text) of each photo as it is (variant 0) with its own text, in the photos' order."""
     rows = [
         (photo, number, row, text)
@@ -204,7 +219,7 @@ def _edge(band: int, steps: int) -> int:
     return band * steps // BANDS
 
 
-def _sized(condition: Any, time_ids: torch.Tensor | None) -> Any:
+def _sized(condition: Conditioning, time_ids: torch.Tensor | None) -> Conditioning:
     return condition if time_ids is None else condition.with_sizes(time_ids)
 
 

@@ -18,7 +18,7 @@ from lorakit.families.pocket.spec import FIELDS, Spec, random_spec
 from tools.pocket import autoencoder
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 # Shares of what the ceiling allows that the project asks of itself.
 MARKS = {"kind": 0.80, "colour": 0.90, "pattern": 0.70, "scene": 0.90, "manner": 0.90}
@@ -35,7 +35,7 @@ def real_pictures(specs: Sequence[Spec], seed: int = 3_000_000_000) -> list[Imag
 
 
 @torch.no_grad()
-def round_trip(vae: Any, images: Sequence[Image.Image]) -> tuple[list[Image.Image], float]:
+def round_trip(vae: AutoencoderKL, images: Sequence[Image.Image]) -> tuple[list[Image.Image], float]:
     """Through the autoencoder and back; and how near, in decibels."""
     outputs = []
     for start in range(0, len(images), 32):
