@@ -195,7 +195,7 @@ def compare(
         wrong = verify.verify_effect({part: before}, {part: trained}, {part: read}, tolerance=tolerance, floor=floor)
         effect = (trained - before).norm() / before.norm()
         error = (read - trained).norm() / (trained - before).norm().clamp_min(1e-30)
-        detail = f"the adapter changes the output by {effect:.2%}; the file's is {error:.2%} of that away"
+        detail = f"the file reproduces the trained adapter: effect {effect:.2%}, difference {error:.2%} of the effect"
         detail = "; ".join(finding.problem for finding in wrong) or detail
         findings.append(Finding(f"{name} {part}", not wrong, detail))
     return findings

@@ -159,7 +159,7 @@ RUNNING = {
     "the adapter has no effect: every module is zero; was the learning rate 0?": (
         "adapter 沒有作用：每個模組都是零；學習率是不是 0？"
     ),
-    "the adapter changes the output by {effect}; the file's is {error} of that away": (
-        "adapter 使輸出改變 {effect}；檔案與它的差距為其中的 {error}"
+    "the file reproduces the trained adapter: effect {effect}, difference {error} of the effect": (
+        "檔案重現了訓練所得的 adapter：影響 {effect}，差距為其中的 {error}"
     ),
 }
