@@ -1,7 +1,7 @@
 """The photos: folder, captions, buckets, augmentation, checks, and latents.
 
 May import: core, config.
-Used by: inference, runs, training, cli, ui.
+Used by: inference, runs, training, ui.
 
 Modules: folder (find) · decode (read) · captions (text) · buckets (size) · augment (flip and jitter) · checks (what is
 wrong with these photos) · holdout · dataset (rows and batches) · latents. The last two import torch, no other does.

@@ -1,7 +1,7 @@
 """Base models: describe a folder or file without torch, and load it behind one protocol, `Family`.
 
 May import: core, config, data, engine.
-Used by: formats, inference, runs, training, cli.
+Used by: formats, inference, runs, training, cli, ui.
 
 A family is one folder (`spec.py`: what it is, as data; `model.py`: the loaded base) and one line in
 `registry.FAMILIES` or an entry point of the group `lorakit.families`. Everything outside this room knows only

@@ -89,6 +89,8 @@ class _Server(http_server.Server):  # type: ignore[misc]
     """Waits for its start while its thread lives. Gradio's own gives up after five seconds, which is too short on a
     busy machine."""
 
+    thread: threading.Thread
+
     def run_in_thread(self) -> None:
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
