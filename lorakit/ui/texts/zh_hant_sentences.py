@@ -226,8 +226,8 @@ SENTENCES = {
     "adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'": (
         "adapter.new_tokens 需要由字母與數字組成的觸發詞：請讓 data.name 以它開頭，例如「sks dog」"
     ),
-    "train.init_from makes no sense with adapter.method = 'pissa', which begins from the base": (
-        "train.init_from 不能與 adapter.method = 'pissa' 並用，因為它從基礎模型開始"
+    "train.init_from makes no sense with adapter.method = {method}, which begins from the base": (
+        "train.init_from 不能與 adapter.method = {method} 並用，因為它從基礎模型開始"
     ),
     "train.prior_loss_weight has no effect with train.prior = 'none': choose 'images' or 'teacher'": (
         "train.prior = 'none' 時 train.prior_loss_weight 沒有作用：請選 'images' 或 'teacher'"
