@@ -83,6 +83,7 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
     """A `families.Family` with random weights, as far as a training step needs one; made on the device in `dtype`."""
     from diffusers import UNet2DConditionModel
 
+    from lorakit.families.prediction import Epsilon
     from lorakit.families.sd.model import StableDiffusion
     from lorakit.families.sdxl.model import StableDiffusionXL
 
@@ -97,10 +98,11 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
     finally:
         torch.set_default_dtype(before)
     onednn_linear.use_onednn_linear(family.unet)
-    family.device, family.dtype, family.prediction_type, family.gradient_scale = device, dtype, "epsilon", 1.0
+    family.device, family.dtype, family.gradient_scale = device, dtype, 1.0
     family.info = SimpleNamespace(family="sdxl" if kind == "sdxl" else "sd1")
     family.text_encoders, family.vae = {}, None
-    family.alphas_cumprod = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=device) ** 2).cumprod(0)
+    schedule = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=device) ** 2).cumprod(0)
+    family.prediction = Epsilon(schedule)
     return family
 
 

@@ -32,8 +32,9 @@ from lorakit.core import image_grid
 from lorakit.engine import device as devices
 from lorakit.families.pocket import captions, spec, subjects
 from lorakit.families.pocket.classifier import Classifier
+from lorakit.families.prediction import Epsilon, VPrediction
 from lorakit.inference import sampling
-from lorakit.training import objective, run as train
+from lorakit.training import run as train
 
 PHOTOS = 16
 TRIGGER = "sks"
@@ -148,12 +149,17 @@ def _measure(name: str, chosen: config.Config, adapter: Path, noun: str, grids: 
 
 def shuffle_targets() -> None:
     """Break the trainer on purpose: every picture of a batch gets its neighbour's target."""
-    right = objective.target
+    for cls in (Epsilon, VPrediction):
+        _shuffle(cls)
+
+
+def _shuffle(cls: Any) -> None:
+    right = cls.target
 
     def wrong(*arguments: Any) -> torch.Tensor:
         return right(*arguments).roll(1, 0)
 
-    objective.target = wrong
+    cls.target = wrong
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import torch
 from lorakit import adapters, config, families, formats
 from lorakit.families.pocket import captions, subjects
 from lorakit.families.pocket.classifier import Classifier
+from lorakit.families.prediction import VPrediction
 from lorakit.inference import sampling
 from lorakit.runs.folder import RunFolder
-from lorakit.training import objective, run as train
+from lorakit.training import run as train
 
 SUBJECT = "zib"
 SHOWN = ("beach", "meadow", "table", "brick")
@@ -90,7 +91,7 @@ def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(
 def test_a_broken_trainer_is_noticed(photos, base_share, cache, tmp_path, monkeypatch):
     """Each picture of a batch gets its neighbour's target: everything runs, the file checks, and nothing is learned."""
     monkeypatch.setenv("LORAKIT_CACHE", str(cache))
-    right = objective.target
-    monkeypatch.setattr(objective, "target", lambda *given: right(*given).roll(1, 0))
+    right = VPrediction.target  # the bundled base predicts v
+    monkeypatch.setattr(VPrediction, "target", lambda *given: right(*given).roll(1, 0))
     result = taught(photos, tmp_path / "run")
     assert share_of_the_subject(result.adapter) < base_share + LUCK

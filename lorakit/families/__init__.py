@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from lorakit.families.conditioning import Conditioning
+    from lorakit.families.prediction import Prediction
 
 __all__ = ["BaseInfo", "Family", "describe", "load", "of_pipeline", "pin", "unsuited"]
 
@@ -29,9 +30,7 @@ class Family(Protocol):
 
     Attributes:
         info: what it was loaded from.
-        prediction_type: "epsilon", "v_prediction" or "flow_prediction".
-        alphas_cumprod: the share of the signal in the variance of noisy latents, by timestep, float32 `[1000]` on
-            `device`, falling; of a diffusion model the cumulative products of 1 - beta.
+        prediction: what the denoiser predicts, how noise is added and how timesteps are sampled.
         device: where its parts compute.
         dtype: precision of UNet and text encoders; the VAE is always float32.
         gradient_scale: gradients are this many times too large inside the base, from the prediction backwards; whoever
@@ -43,8 +42,7 @@ class Family(Protocol):
     """
 
     info: BaseInfo
-    prediction_type: str
-    alphas_cumprod: torch.Tensor
+    prediction: Prediction
     device: torch.device
     dtype: torch.dtype
     gradient_scale: float
@@ -74,7 +72,7 @@ class Family(Protocol):
         """Size conditioning from (height, width), (top, left), (height, width); None where the family has none."""
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
-        """What the UNet says of `noisy` `[B, C, h, w]` at `timesteps` int64 `[B]`: float32 `[B, C, h, w]`."""
+        """What the UNet says of `noisy` `[B, C, h, w]` at `timesteps` `[B]`: float32 `[B, C, h, w]`."""
 
     def release(self, *components: str) -> None:
         """Move "unet", "vae" or "text_encoders" to the CPU and give their memory back. Where weights are trained the

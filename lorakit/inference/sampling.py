@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 
 from lorakit import adapters, families, formats
@@ -247,10 +246,7 @@ def sampling_pipeline(family: Family) -> tuple[DiffusionPipeline, str]:
     pipeline = family.pipeline()
     for name in family.text_encoders:
         setattr(pipeline, name, None)
-    if family.prediction_type == "flow_prediction":
-        name = "Euler"  # the scheduler that the base names: straight lines need nothing better
-    else:
-        pipeline.scheduler, name = _sampler(pipeline.scheduler.config)
+    pipeline.scheduler, name = family.prediction.default_sampler(pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, name
 
@@ -286,16 +282,3 @@ def draw_batch(
 def _times(value: Any, count: int) -> Any:
     """The one row of an embedding that often; without guidance there is none of the negative prompt."""
     return None if value is None else value.repeat_interleave(count, dim=0)
-
-
-def _sampler(config: Any) -> tuple[DiffusionPipeline, str]:
-    """A sampler on a base's own noise schedule (its scheduler's config), and the name that web UIs give it.
-
-    DPM++ 2M (Lu et al. 2022, arXiv 2211.01095), on timesteps that begin at pure noise. A schedule that ends in zero
-    signal-to-noise has no such step for it; there DDIM begins at the last timestep (Lin et al. 2023, arXiv 2305.08891).
-    """
-    ddim: Any = DDIMScheduler
-    solver: Any = DPMSolverMultistepScheduler
-    if config.get("rescale_betas_zero_snr"):
-        return ddim.from_config(config, timestep_spacing="trailing", clip_sample=False), "DDIM"
-    return solver.from_config(config, timestep_spacing="linspace"), "DPM++ 2M"

@@ -9,6 +9,7 @@ let a CUDA graph repeat it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -101,9 +102,7 @@ class LossStep:
         targets = [term.target if term.target is not None else prior.teacher_target(self, term) for term in terms]
         total = torch.zeros((), device=self.family.device)
         for term, target, prediction in zip(terms, targets, self._predict(terms), strict=True):
-            weight = objective.weights(
-                self.family.prediction_type, term.timesteps, self.family.alphas_cumprod, self.train.min_snr_gamma
-            )
+            weight = self.family.prediction.min_snr_weights(term.timesteps, self.train.min_snr_gamma)
             total = total + term.factor * objective.loss(prediction, target, self.train.loss, weight, term.mask)
         return total
 
@@ -127,12 +126,9 @@ class LossStep:
         posterior, spread, place = (self.generators[f"{whose} {purpose}"] for purpose in PURPOSES)
         latents = mean + std * torch.randn(mean.shape, generator=posterior, device=family.device)
         noise = objective.sample_noise(spread, mean.shape, family.device, self.train.noise_offset)
-        # One uniform offset for the whole batch spreads its timesteps evenly; each alone is still uniform.
-        offset = torch.rand((), generator=place, device=family.device)
-        share = (torch.arange(count, device=family.device) + offset) / count
-        timesteps = (share * len(family.alphas_cumprod)).long().clamp_(max=len(family.alphas_cumprod) - 1)
-        noisy = objective.add_noise(latents, noise, timesteps, family.alphas_cumprod)
-        target = objective.target(family.prediction_type, latents, noise, timesteps, family.alphas_cumprod)
+        timesteps = family.prediction.sample_timesteps(count, place, family.device, math.prod(mean.shape[2:]))
+        noisy = family.prediction.add_noise(latents, noise, timesteps)
+        target = family.prediction.target(latents, noise, timesteps)
         return noisy, timesteps, target
 
     def _instance_term(self, batch: Batch) -> LossTerm:

@@ -1,7 +1,7 @@
-"""What the model is asked to say, and how far it is from saying it: pure functions of tensors, no model, no host sync.
+"""How far a prediction is from its target, and the noise: pure functions of tensors, no model, no host sync.
 
-`alphas_cumprod` is float32 `[1000]`; alpha_bar below is its entry at a timestep. Latents, noise and predictions are
-float32 `[B, C, h, w]`, timesteps int64 `[B]`.
+What the target is belongs to the family (`families.prediction`). Latents, noise and predictions are float32
+`[B, C, h, w]`.
 """
 
 from __future__ import annotations
@@ -30,60 +30,6 @@ class LossTerm:
     mask: torch.Tensor | None
     factor: float
     teacher: Any = None
-
-
-def add_noise(
-    latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
-) -> torch.Tensor:
-    """sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise (Ho et al. 2020, arXiv 2006.11239, equation 4)."""
-    signal, spread = _roots(timesteps, alphas_cumprod)
-    return signal * latents + spread * noise
-
-
-def target(
-    prediction_type: str,
-    latents: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
-) -> torch.Tensor:
-    """What the model should predict.
-
-    epsilon: the noise (arXiv 2006.11239). v_prediction: sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x (Salimans and Ho
-    2022, arXiv 2202.00512, appendix D). flow_prediction: noise - x (Liu et al. 2022, arXiv 2209.03003).
-
-    Raises:
-        ValueError: any other type.
-    """
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "v_prediction":
-        signal, spread = _roots(timesteps, alphas_cumprod)
-        return signal * noise - spread * latents
-    if prediction_type == "flow_prediction":
-        return noise - latents
-    raise ValueError(f"unknown prediction type {prediction_type!r}")
-
-
-def weights(
-    prediction_type: str, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, min_snr_gamma: float | None
-) -> torch.Tensor | None:
-    """Min-SNR weights `[B]` (Hang et al. 2023, arXiv 2303.09556), or None where `min_snr_gamma` is.
-
-    With SNR = a / (1 - a), a = alpha_bar: epsilon min(SNR, gamma) / SNR, v min(SNR, gamma) / (SNR + 1). They are
-    written out so that nothing is divided by zero where a zero-terminal schedule has a = 0.
-
-    Raises:
-        ValueError: the weights are not defined for this type.
-    """
-    if min_snr_gamma is None:
-        return None
-    signal = alphas_cumprod[timesteps]
-    if prediction_type == "epsilon":
-        return (min_snr_gamma * (1 - signal) / signal).clamp(max=1.0)
-    if prediction_type == "v_prediction":
-        return torch.minimum(signal, min_snr_gamma * (1 - signal))
-    raise ValueError(f"min-SNR weights are not defined for {prediction_type!r}")
 
 
 def loss(
@@ -122,9 +68,3 @@ def sample_noise(
     if offset:
         noise += offset * torch.randn((*shape[:2], 1, 1), generator=generator, device=device)
     return noise
-
-
-def _roots(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sqrt(alpha_bar), sqrt(1 - alpha_bar)), `[B, 1, 1, 1]`."""
-    signal = alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
-    return signal.sqrt(), (1 - signal).sqrt()

@@ -64,7 +64,7 @@ def probe(family: Family, prompt: str, size: tuple[int, int], condition: Any = N
     width, height = (side // family.info.downscale for side in size)
     shape = (1, family.info.latent_channels, height, width)
     noisy = torch.randn(shape, generator=rng.generator(0, 0, "self-check")).to(family.device)
-    timesteps = torch.full((1,), len(family.alphas_cumprod) // 2, device=family.device, dtype=torch.int64)
+    timesteps = family.prediction.timesteps_at(torch.full((1,), 0.5, device=family.device))
     with torch.no_grad():
         if condition is None:
             family.release("unet")

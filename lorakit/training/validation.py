@@ -15,7 +15,6 @@ import torch
 
 from lorakit.core import rng
 from lorakit.inference.mode import inference
-from lorakit.training import objective
 
 if TYPE_CHECKING:
     from lorakit.core.protocols import Trainable
@@ -101,11 +100,11 @@ class Validation:
                 drifts.append((moved - without).square().sum((1, 2, 3)) / without.square().sum((1, 2, 3)))
         # One transfer; added up in float64 on the CPU, where the order is always the same.
         totals = torch.stack(sums).cpu().double().sum(0)
-        steps = len(family.alphas_cumprod)
-        bands = [
-            {"timesteps": [_edge(band, steps), _edge(band + 1, steps) - 1], **_figures(totals[:, band])}
-            for band in range(BANDS)
-        ]
+        # The last timestep of a band lies just below the first of the next.
+        shares = torch.arange(BANDS, dtype=torch.float64) / BANDS
+        edges = torch.stack([shares, shares + 1 / BANDS - 1e-9], dim=1).to(family.device)
+        first_and_last = family.prediction.timesteps_at(edges).long().tolist()
+        bands = [{"timesteps": first_and_last[band], **_figures(totals[:, band])} for band in range(BANDS)]
         drift = torch.stack(drifts).cpu().double().mean().item()
         whole = _figures(totals.sum(1))
         return {**whole, "prior_drift": drift, "bands": bands, "photos": self.photos, "source": self.source}
@@ -115,21 +114,22 @@ class Validation:
         was shown and said in the middle of each band. Photos would not do: they are of the subject, on which the
         adapter is meant to change what the model says."""
         family, device = self.family, self.family.device
-        steps = len(family.alphas_cumprod)
-        times = [steps * place // CLASS_STEPS - 1 for place in range(CLASS_STEPS, 0, -1)]
+        # Just below each edge of equal shares of the timesteps in training.
+        shares = torch.arange(CLASS_STEPS, 0, -1, dtype=torch.float64) / CLASS_STEPS - 1e-9
+        times = family.prediction.timesteps_at(shares.to(device))
         shape = (CLASS_BATCH, *self._largest.mean.shape[1:])
         points = []
         for number in range(CLASS_PICTURES // CLASS_BATCH):
             draw = rng.generator(self.seed, number, "prior drift")
             latents = torch.randn(shape, generator=draw).to(device)
             for place, time in enumerate(times):
-                timesteps = torch.full((CLASS_BATCH,), time, device=device)
+                timesteps = time.expand(CLASS_BATCH)
                 said = family.predict(latents, timesteps, self._class_sized(self.class_condition))
                 if place % 2:
                     points.append((latents, timesteps, said))
-                clean, noise = _parted(family.prediction_type, latents, said, family.alphas_cumprod[time])
-                below = torch.full_like(timesteps, times[min(place + 1, len(times) - 1)])
-                latents = objective.add_noise(clean, noise, below, family.alphas_cumprod)
+                clean, noise = family.prediction.to_x0_noise(latents, said, timesteps)
+                below = times[min(place + 1, len(times) - 1)].expand(CLASS_BATCH)
+                latents = family.prediction.add_noise(clean, noise, below)
         return points
 
     @property
@@ -151,18 +151,12 @@ class Validation:
         # Drawn on the CPU, so that the examination is the same on every device.
         draw = rng.generator(self.seed, number, "validation")
         noise = torch.randn(latents.shape, generator=draw).to(device)
-        steps = len(family.alphas_cumprod)
         # Over the points, the places within a band are spread evenly: a stratified sample.
         place = (number + torch.rand(BANDS, generator=draw, dtype=torch.float64)) / len(self.places)
-        timesteps = torch.tensor(
-            [
-                _edge(band, steps) + int(place[band].item() * (_edge(band + 1, steps) - _edge(band, steps)))
-                for band in range(BANDS)
-            ],
-            device=device,
-        )
-        noisy = objective.add_noise(latents, noise, timesteps, family.alphas_cumprod)
-        target = objective.target(family.prediction_type, latents, noise, timesteps, family.alphas_cumprod)
+        shares = (torch.arange(BANDS, dtype=torch.float64) + place) / BANDS
+        timesteps = family.prediction.timesteps_at(shares.to(device))
+        noisy = family.prediction.add_noise(latents, noise, timesteps)
+        target = family.prediction.target(latents, noise, timesteps)
         ids = None if bucket.time_ids is None else bucket.time_ids[row].to(device).expand(BANDS, -1)
         return noisy, timesteps, target, torch.full((BANDS,), text, device=device), ids
 
@@ -215,26 +209,8 @@ def _spread(rows: list[tuple[int, int, int]], most: int) -> list[tuple[int, int,
     return rows if len(rows) <= most else [rows[number * len(rows) // most] for number in range(most)]
 
 
-def _edge(band: int, steps: int) -> int:
-    return band * steps // BANDS
-
-
 def _sized(condition: Conditioning, time_ids: torch.Tensor | None) -> Conditioning:
     return condition if time_ids is None else condition.with_sizes(time_ids)
-
-
-def _parted(
-    prediction_type: str, noisy: torch.Tensor, said: torch.Tensor, alpha_bar: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The picture and the noise that a prediction takes `noisy` to be made of: `objective.target` undone."""
-    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    if prediction_type == "epsilon":
-        return (noisy - spread * said) / signal, said
-    if prediction_type == "flow_prediction":
-        # noisy = signal x + spread n and said = n - x.
-        whole = signal + spread
-        return (noisy - spread * said) / whole, (noisy + signal * said) / whole
-    return signal * noisy - spread * said, spread * noisy + signal * said
 
 
 def _sums(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

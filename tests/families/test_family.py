@@ -122,13 +122,13 @@ def test_sdxls_prediction_sees_pooled_text_and_sizes(sdxl: Any) -> None:
 
 def test_the_schedule_is_the_published_one(sd1: Any) -> None:
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    np.testing.assert_allclose(sd1.alphas_cumprod.numpy(), np.cumprod(1 - betas), rtol=2e-5)
-    assert sd1.alphas_cumprod.dtype is torch.float32
+    np.testing.assert_allclose(sd1.prediction.alphas_cumprod.numpy(), np.cumprod(1 - betas), rtol=2e-5)
+    assert sd1.prediction.alphas_cumprod.dtype is torch.float32
 
 
 def test_zero_terminal_snr_is_honoured_and_trains_without_nan(tmp_path: Path) -> None:
     family = load(tiny.save_sd1(tmp_path / "zero", "v_prediction", zero_snr=True))
-    schedule = family.alphas_cumprod
+    schedule = family.prediction.alphas_cumprod
     assert schedule[-1] == 0
     # Lin et al. 2023, algorithm 1: the square roots are shifted and stretched, first kept, last 0.
     roots = np.sqrt(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2))
@@ -136,13 +136,13 @@ def test_zero_terminal_snr_is_honoured_and_trains_without_nan(tmp_path: Path) ->
     np.testing.assert_allclose(schedule.numpy(), stretched**2, rtol=1e-3, atol=1e-7)
     latents, noise = torch.randn((2, 4, 8, 8)), torch.randn((2, 4, 8, 8))
     timesteps = torch.tensor([999, 999])
-    noisy = objective.add_noise(latents, noise, timesteps, schedule)
+    noisy = family.prediction.add_noise(latents, noise, timesteps)
     assert torch.equal(noisy, noise)
-    target = objective.target("v_prediction", latents, noise, timesteps, schedule)
+    target = family.prediction.target(latents, noise, timesteps)
     torch.testing.assert_close(target, -latents)
     prediction = family.predict(noisy, timesteps, family.encode_text(["a", "b"]))
     for gamma in (None, 5.0):
-        weight = objective.weights("v_prediction", timesteps, schedule, gamma)
+        weight = family.prediction.min_snr_weights(timesteps, gamma)
         assert torch.isfinite(objective.loss(prediction, target, weight=weight))
 
 

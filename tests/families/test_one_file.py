@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from lorakit import config, families, formats
 from lorakit.cli import main as cli
-from lorakit.inference import sampling
+from lorakit.families.prediction import VPrediction
 from lorakit.runs.folder import RunFolder
-from lorakit.training import objective, run as train
+from lorakit.training import run as train
 from lorakit.training.optimizer_step import OptimizerStep
 from lorakit.training.run import Stopped
 
@@ -118,14 +118,14 @@ def test_sdxl_that_predicts_v_with_zero_terminal_snr(
     base = whole.write(tmp_path / "base.safetensors", "sdxl", pipeline, extra=marks)
     steps: list[int] = []
     ids: list[list[int]] = []
-    noised = objective.add_noise
+    noised = VPrediction.add_noise
 
-    def watch(latents: Any, noise: Any, timesteps: Any, alphas: Any) -> Any:
+    def watch(self: Any, latents: Any, noise: Any, timesteps: Any) -> Any:
         steps.extend(timesteps.tolist())
-        assert alphas[999] == 0 and alphas[0] == pytest.approx(1 - 0.00085, abs=1e-6)
-        return noised(latents, noise, timesteps, alphas)
+        assert self.alphas_cumprod[999] == 0 and self.alphas_cumprod[0] == pytest.approx(1 - 0.00085, abs=1e-6)
+        return noised(self, latents, noise, timesteps)
 
-    monkeypatch.setattr(objective, "add_noise", watch)
+    monkeypatch.setattr(VPrediction, "add_noise", watch)
     # Of the places from 0 to 1, the last: timestep 999 in every step.
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **how: rand(*size, **how) * 0 + (1 - 1e-7))
@@ -153,8 +153,8 @@ def test_sdxl_that_predicts_v_with_zero_terminal_snr(
     # Original height and width, what was cut from top and left, and the target's sides; a mirrored variant's too.
     assert {tuple(row) for row in ids} >= {(64, 70, 0, 3, 64, 64), (72, 64, 4, 0, 64, 64)}
     family = families.load(families.describe(chosen.model), "cpu", torch.float32)
-    assert family.prediction_type == "v_prediction" and family.alphas_cumprod[-1] == 0
-    sampler, name = sampling._sampler(family.pipeline().scheduler.config)
+    assert family.prediction.name == "v_prediction" and family.prediction.alphas_cumprod[-1] == 0
+    sampler, name = family.prediction.default_sampler(family.pipeline().scheduler)
     sampler.set_timesteps(10)
     assert name == "DDIM" and sampler.timesteps[0] == 999
     assert sampler.config.rescale_betas_zero_snr and sampler.config.timestep_spacing == "trailing"

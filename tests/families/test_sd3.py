@@ -18,12 +18,12 @@ from lorakit import config, families, formats
 from lorakit.adapters import targets
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks
-from lorakit.families.sd3 import model as family_file
+from lorakit.families.prediction import Flow
 from lorakit.formats import inspect, keys
 from lorakit.formats.edit import extract, merge
 from lorakit.inference import sampling
 from lorakit.runs import plan
-from lorakit.training import objective, run as train, validation
+from lorakit.training import run as train
 
 TEXTS = ["a photo of sks toy", "", "a very long text " * 30]
 # 3.5 medium as published (stabilityai/stable-diffusion-3.5-medium, transformer/config.json).
@@ -129,26 +129,17 @@ def test_prediction_is_the_transformers_on_the_straight_line(sd3: Any) -> None:
     """z = (1 - s) x + s n at time 1000 s, written down without alpha_bar."""
     draw = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn((2, 16, 8, 8), generator=draw) for _ in range(2))
-    timesteps = torch.tensor([100, 900])
-    share = torch.special.ndtri((timesteps.double() + 0.5) / 1000).sigmoid()
-    sigma = (3.0 * share / (1 + 2.0 * share)).float()
+    timesteps = torch.tensor([100.0, 900.0])
+    sigma = timesteps / 1000
     straight = (1 - sigma).reshape(-1, 1, 1, 1) * latents + sigma.reshape(-1, 1, 1, 1) * noise
     condition = sd3.encode_text(["a photo", "sks"])
     with torch.no_grad():
         expected = sd3.unet(straight, condition.encoder_hidden_states, condition.pooled, 1000 * sigma).sample
-        noisy = objective.add_noise(latents, noise, timesteps, sd3.alphas_cumprod)
+        noisy = sd3.prediction.add_noise(latents, noise, timesteps)
         found = sd3.predict(noisy, timesteps, condition)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    target = objective.target(sd3.prediction_type, latents, noise, timesteps, sd3.alphas_cumprod)
+    target = sd3.prediction.target(latents, noise, timesteps)
     assert torch.equal(target, noise - latents)
-
-
-def test_a_prediction_is_taken_apart_into_picture_and_noise(sd3: Any) -> None:
-    latents, noise = torch.randn(2, 1, 16, 8, 8, generator=torch.Generator().manual_seed(1)).unbind()
-    for time in (0, 400, 999):
-        noisy = objective.add_noise(latents, noise, torch.tensor([time]), sd3.alphas_cumprod)
-        parted = validation._parted("flow_prediction", noisy, noise - latents, sd3.alphas_cumprod[time])
-        torch.testing.assert_close(parted, (latents, noise), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -157,10 +148,9 @@ def test_a_uniform_timestep_is_one_of_the_models_training(shift: float) -> None:
     table = tiny_sd3.FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)
     places = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).sigmoid()
     drawn = table[(places * 1000).long()].sort().values
-    alpha_bar = family_file.noise_schedule(shift, torch.device("cpu"))
-    spread, signal = (1 - alpha_bar).sqrt(), alpha_bar.sqrt()
-    ours = spread / (signal + spread)
-    assert (ours.diff() > 0).all() and len(ours) == 1000
+    shares = torch.arange(1000, dtype=torch.float64) / 1000
+    ours = Flow(shift).timesteps_at(shares) / 1000
+    assert (ours.diff() > 0).all() and ours.dtype is torch.float32
     for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
         assert abs(ours[int(1000 * quantile)] - drawn[int(len(drawn) * quantile)]) < 0.01
 
@@ -205,11 +195,8 @@ def test_diffusers_draws_with_the_file(result: train.Result, folder: Path) -> No
     noisy, timesteps = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     condition = family.encode_text([prompt])
     torch.testing.assert_close(condition.encoder_hidden_states, states, rtol=1e-4, atol=1e-5)
-    alpha_bar = family.alphas_cumprod[timesteps]
-    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     with torch.no_grad():
-        time = 1000 * spread / (signal + spread)
-        theirs = loaded.transformer(noisy / (signal + spread).item(), states, pooled, time).sample
+        theirs = loaded.transformer(noisy, states, pooled, timesteps).sample
         ours = family.predict(noisy, timesteps, condition)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

@@ -79,7 +79,7 @@ def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str,
     torch.testing.assert_close(*said, rtol=1e-5, atol=1e-5)
     pixels = torch.rand((1, 3, 64, 64)) * 2 - 1
     torch.testing.assert_close(one.encode_image(pixels)[0], other.encode_image(pixels)[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(one.alphas_cumprod, other.alphas_cumprod)
+    assert torch.equal(one.prediction.alphas_cumprod, other.prediction.alphas_cumprod)
     assert type(one.pipeline()) is type(other.pipeline())
 
 
@@ -264,7 +264,7 @@ def test_the_user_has_the_last_word_on_the_prediction_type(made: Any) -> None:
         same = families.describe(ModelConfig(base=str(base), prediction_type="epsilon"))
         assert (same.hash, same.prediction_type) == (plain.hash, "epsilon")
     info = describe(file, folder, prediction_type="v_prediction_zero_snr")
-    assert families.load(info, "cpu", torch.float32).alphas_cumprod[-1] == 0
+    assert families.load(info, "cpu", torch.float32).prediction.alphas_cumprod[-1] == 0
 
 
 def test_every_precision_that_files_come_in_is_read(made: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import runs
+from lorakit.families.prediction import Epsilon, Flow, VPrediction
 from lorakit.training import objective, optimizers
 
 # Relative differences: of each loss, of each gradient's norm, and of all trained numbers taken as one vector.
@@ -59,8 +60,9 @@ def wrong_noise_offset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_target(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.1 % off."""
-    right = objective.target
-    monkeypatch.setattr(objective, "target", lambda *given: right(*given) * 1.001)
+    for cls in (Epsilon, VPrediction, Flow):
+        right = cls.target
+        monkeypatch.setattr(cls, "target", lambda *given, right=right: right(*given) * 1.001)
 
 
 def wrong_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +77,7 @@ def wrong_huber(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_min_snr(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of v-prediction, where the model predicts epsilon."""
-    right = objective.weights
-    monkeypatch.setattr(objective, "weights", lambda _, *given: right("v_prediction", *given))
+    monkeypatch.setattr(Epsilon, "min_snr_weights", VPrediction.min_snr_weights)
 
 
 def wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from lorakit import adapters, families
 from lorakit.config import LoraConfig
+from lorakit.families import prediction
 from lorakit.training import objective
 
 DRAW = np.random.default_rng(0)
@@ -33,32 +34,70 @@ def reference_weight(prediction_type: str, a: np.ndarray, gamma: float) -> np.nd
     return np.minimum(snr, gamma) / (snr if prediction_type == "epsilon" else snr + 1)
 
 
-def test_noise_is_added_by_the_formula() -> None:
+def prediction_of(prediction_type: str) -> prediction.Prediction:
+    return prediction.of_schedule(prediction_type, *tensors(SCHEDULE))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_noise_target_and_snr_are_those_of_the_formulas(prediction_type: str) -> None:
     a = SCHEDULE[TIMESTEPS].reshape(-1, 1, 1, 1)
-    found = objective.add_noise(*tensors(LATENTS, NOISE, TIMESTEPS, SCHEDULE)).numpy()
-    np.testing.assert_allclose(found, np.sqrt(a) * LATENTS + np.sqrt(1 - a) * NOISE, rtol=1e-4, atol=1e-5)
+    latents, noise, timesteps = tensors(LATENTS, NOISE, TIMESTEPS)
+    of = prediction_of(prediction_type)
+    noisy, target = of.add_noise(latents, noise, timesteps), of.target(latents, noise, timesteps)
+    np.testing.assert_allclose(noisy.numpy(), np.sqrt(a) * LATENTS + np.sqrt(1 - a) * NOISE, rtol=1e-4, atol=1e-5)
+    expected = reference_target(prediction_type, LATENTS, NOISE, a)
+    np.testing.assert_allclose(target.numpy(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(of.snr(timesteps).numpy(), (a / (1 - a)).reshape(-1), rtol=2e-4)
+    # A right prediction gives picture and noise back; at the most noise, epsilon loses them in rounding.
+    for found, wanted in zip(of.to_x0_noise(noisy, target, timesteps), (latents, noise), strict=True):
+        torch.testing.assert_close(found[:3], wanted[:3], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
-def test_targets(prediction_type: str) -> None:
-    a = SCHEDULE[TIMESTEPS].reshape(-1, 1, 1, 1)
-    found = objective.target(prediction_type, *tensors(LATENTS, NOISE, TIMESTEPS, SCHEDULE)).numpy()
-    np.testing.assert_allclose(found, reference_target(prediction_type, LATENTS, NOISE, a), rtol=1e-4, atol=1e-5)
+def test_flow_is_that_of_diffusers_scheduler_and_of_the_closed_forms() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler, flow = FlowMatchEulerDiscreteScheduler(shift=3.0), prediction.Flow(3.0)
+    timesteps = scheduler.timesteps[[0, 100, 500, 999]]
+    latents, noise = tensors(LATENTS, NOISE)
+    noisy, target = flow.add_noise(latents, noise, timesteps), flow.target(latents, noise, timesteps)
+    torch.testing.assert_close(noisy, scheduler.scale_noise(latents, timesteps, noise))
+    assert torch.equal(target, noise - latents)
+    torch.testing.assert_close(flow.to_x0_noise(noisy, target, timesteps), (latents, noise), rtol=1e-4, atol=1e-5)
+    sigma = timesteps / 1000
+    torch.testing.assert_close(flow.snr(timesteps), (1 - sigma) ** 2 / sigma**2)
+    with pytest.raises(ValueError, match="min-SNR weights are not defined for 'flow_prediction'"):
+        flow.min_snr_weights(timesteps, 5.0)
+    assert flow.default_sampler(scheduler) == (scheduler, "Euler")
 
 
-def test_a_right_v_gives_the_latents_back() -> None:
-    latents, noise, timesteps, schedule = tensors(LATENTS, NOISE, TIMESTEPS, SCHEDULE)
-    noisy = objective.add_noise(latents, noise, timesteps, schedule)
-    v = objective.target("v_prediction", latents, noise, timesteps, schedule)
-    a = schedule[timesteps].reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(a.sqrt() * noisy - (1 - a).sqrt() * v, latents, rtol=1e-4, atol=1e-4)
+def test_a_shift_of_flow_may_depend_on_the_size() -> None:
+    flow = prediction.Flow(3.0, shift_for=lambda cells: cells / 1024)
+    shares = torch.tensor([0.1, 0.5, 0.9])
+    plain = prediction.Flow().timesteps_at(shares)
+    assert torch.equal(flow.timesteps_at(shares, 1024), plain)
+    assert torch.equal(flow.timesteps_at(shares), prediction.Flow(3.0).timesteps_at(shares))
+    moved = 4 * plain / (1 + 3 * plain / 1000)
+    torch.testing.assert_close(flow.timesteps_at(shares, 4096), moved)
+
+
+@pytest.mark.parametrize("of", [prediction.Flow(3.0), prediction.of_schedule("epsilon", torch.linspace(1, 0, 1000))])
+def test_timesteps_are_a_function_of_the_generator_and_finite(of: prediction.Prediction) -> None:
+    one, other = (of.sample_timesteps(16, torch.Generator().manual_seed(3), "cpu") for _ in range(2))
+    assert torch.equal(one, other) and (one.diff() >= 0).all() and len(one.unique()) == 16
+    ends = of.timesteps_at(torch.tensor([0.0, 1.0]))
+    assert ends[0] == 0 and 999 <= ends[1] <= 1000
+
+
+def test_an_unknown_prediction_type_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown prediction type 'sample'; known: epsilon, v_prediction"):
+        prediction_of("sample")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights(prediction_type: str, gamma: float) -> None:
     everywhere = np.arange(1000)
-    found = objective.weights(prediction_type, *tensors(everywhere, SCHEDULE), gamma)
+    found = prediction_of(prediction_type).min_snr_weights(*tensors(everywhere), gamma)
     assert found is not None
     np.testing.assert_allclose(found.numpy(), reference_weight(prediction_type, SCHEDULE, gamma), rtol=2e-4)
 
@@ -67,19 +106,12 @@ def test_min_snr_is_finite_where_the_schedule_ends_in_zero() -> None:
     schedule = torch.tensor([0.9, 0.5, 0.0])
     timesteps = torch.arange(3)
     # The limits: SNR / SNR = 1 for epsilon, 0 / 1 = 0 for v.
-    assert objective.weights("epsilon", timesteps, schedule, 5.0).tolist() == pytest.approx([5 / 9, 1, 1])
-    assert objective.weights("v_prediction", timesteps, schedule, 5.0).tolist() == pytest.approx([0.5, 0.5, 0])
+    assert prediction.Epsilon(schedule).min_snr_weights(timesteps, 5.0).tolist() == pytest.approx([5 / 9, 1, 1])
+    assert prediction.VPrediction(schedule).min_snr_weights(timesteps, 5.0).tolist() == pytest.approx([0.5, 0.5, 0])
 
 
 def test_without_gamma_there_are_no_weights() -> None:
-    assert objective.weights("epsilon", *tensors(TIMESTEPS, SCHEDULE), None) is None
-
-
-def test_other_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown prediction type 'sample'"):
-        objective.target("sample", *tensors(LATENTS, NOISE, TIMESTEPS, SCHEDULE))
-    with pytest.raises(ValueError, match="not defined for 'flow_prediction'"):
-        objective.weights("flow_prediction", *tensors(TIMESTEPS, SCHEDULE), 5.0)
+    assert prediction_of("epsilon").min_snr_weights(*tensors(TIMESTEPS), None) is None
 
 
 @pytest.mark.parametrize("kind", ["mse", "huber"])
@@ -149,14 +181,14 @@ def test_the_first_loss_is_the_bases_by_an_independent_reckoning(
         added = {"text_embeds": condition.pooled, "time_ids": torch.tensor([[100.0, 80, 8, 0, 64, 64]] * 3)}
     with torch.no_grad():
         said = family.unet(noisy, timesteps, condition.encoder_hidden_states, added_cond_kwargs=added).sample.numpy()
-    target = reference_target(family.prediction_type, latents.numpy(), noise.numpy(), a)
+    target = reference_target(family.prediction.name, latents.numpy(), noise.numpy(), a)
     each = ((said - target) ** 2).mean(axis=(1, 2, 3))
     if gamma is not None:
-        each = each * reference_weight(family.prediction_type, a.reshape(-1), gamma)
+        each = each * reference_weight(family.prediction.name, a.reshape(-1), gamma)
 
     adapters.attach(family, LoraConfig(rank=2, target_modules="linear+conv", train_text_encoder=True))
-    schedule = family.alphas_cumprod
-    prediction = family.predict(objective.add_noise(latents, noise, timesteps, schedule), timesteps, condition)
-    goal = objective.target(family.prediction_type, latents, noise, timesteps, schedule)
-    weight = objective.weights(family.prediction_type, timesteps, schedule, gamma)
-    assert objective.loss(prediction, goal, weight=weight).item() == pytest.approx(each.mean(), rel=1e-4)
+    of = family.prediction
+    predicted = family.predict(of.add_noise(latents, noise, timesteps), timesteps, condition)
+    goal = of.target(latents, noise, timesteps)
+    weight = of.min_snr_weights(timesteps, gamma)
+    assert objective.loss(predicted, goal, weight=weight).item() == pytest.approx(each.mean(), rel=1e-4)

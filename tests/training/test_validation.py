@@ -10,6 +10,7 @@ import torch
 
 from lorakit import adapters, config, families
 from lorakit.core import rng
+from lorakit.families.prediction import Epsilon
 from lorakit.inference.mode import inference
 from lorakit.training import validation as evaluate
 
@@ -32,10 +33,10 @@ class Conditioning:
 class Family:
     """Says for every pixel `factor * noisy + what the text says + what the adapter adds`; epsilon prediction."""
 
-    prediction_type, device = "epsilon", torch.device("cpu")
+    device = torch.device("cpu")
 
     def __init__(self, factor: float = 0.5):
-        self.alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
+        self.prediction = Epsilon(torch.linspace(0.999, 0.001, 1000))
         self.factor, self.shift, self.calls = factor, 0.0, 0
         self.net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
 
@@ -100,7 +101,7 @@ def by_hand(family: Family, validation: evaluate.Validation, data) -> dict[str, 
             for band in range(4):
                 t = 250 * band + int(places[band] * 250)
                 steps.append(t)
-                a = family.alphas_cumprod[t].double()
+                a = family.prediction.alphas_cumprod[t].double()
                 noisy = a.sqrt() * data.buckets[0].mean[photo].double() + (1 - a).sqrt() * noise[band]
                 predictions[band].append((0.5 * noisy + 0.01 * photo + family.shift).numpy())
                 targets[band].append(noise[band].numpy())

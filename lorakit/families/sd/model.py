@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
-from lorakit.families import loading
+from lorakit.families import loading, prediction
 from lorakit.families.conditioning import Conditioning
 from lorakit.families.describe import BaseInfo
 
@@ -33,9 +33,9 @@ class StableDiffusion:
             self.tokenizer = loading.load_tokenizer(info, "tokenizer", encoder)
             self.scheduler = loading.load_scheduler(info)
         self.text_encoders: dict[str, Any] = {"text_encoder": encoder}
-        self.prediction_type = info.prediction_type
         self.gradient_scale = loading.gradient_scale(dtype)
-        self.alphas_cumprod = loading.noise_schedule(self.scheduler, self.device)
+        schedule = loading.noise_schedule(self.scheduler, self.device)
+        self.prediction = prediction.of_schedule(info.prediction_type, schedule)
         self._ids = [loading.TokenIds(self.tokenizer, self.device)]
 
     def encode_text(self, texts: list[str]) -> Conditioning:
@@ -70,8 +70,8 @@ class StableDiffusion:
         """See `families.Family`."""
         self.acquire("unet")
         states = condition.encoder_hidden_states.to(self.dtype)
-        prediction = self.unet(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
-        return loading.widen(prediction, self.gradient_scale)
+        predicted = self.unet(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
+        return loading.widen(predicted, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""

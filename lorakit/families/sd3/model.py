@@ -13,17 +13,15 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderMo
 from lorakit.families import loading
 from lorakit.families.conditioning import Conditioning
 from lorakit.families.describe import BaseInfo
+from lorakit.families.prediction import Flow
 
-TIMESTEPS = 1000
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 
 
 class StableDiffusion3:
     """See `families.Family`; Esser et al. 2024, arXiv 2403.03206.
 
-    The model was trained on z = (1 - s) x + s n and says n - x. With signal a = sqrt(alpha_bar) and spread
-    b = sqrt(1 - alpha_bar), as the rest of lorakit mixes x and n, s = b / (a + b) and z = (a x + b n) / (a + b): the
-    same point on the same line, at another scale. So `predict` scales, and nobody outside has to know.
+    It says noise - x on the line z = (1 - sigma) x + sigma noise, at timesteps of 1000 sigma (see `prediction.Flow`).
     """
 
     def __init__(
@@ -56,9 +54,8 @@ class StableDiffusion3:
                 self._t5_ids = loading.TokenIds(tokenizer, self.device, self._t5_tokens)
             self.vae = loading.load_vae(info)
             self.scheduler = loading.load_scheduler(info)
-        self.prediction_type = info.prediction_type
         self.gradient_scale = loading.gradient_scale(dtype)
-        self.alphas_cumprod = noise_schedule(float(self.scheduler.config.shift), self.device)
+        self.prediction = Flow(float(self.scheduler.config.shift))
 
     def encode_text(self, texts: list[str]) -> Conditioning:
         """See `families.Family`."""
@@ -105,12 +102,9 @@ class StableDiffusion3:
         """See `families.Family`. The condition must have pooled text."""
         assert condition.pooled is not None, "Stable Diffusion 3 needs pooled text"
         self.acquire("unet")
-        alpha_bar = self.alphas_cumprod[timesteps]
-        signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        straight = noisy / (signal + spread).reshape(-1, 1, 1, 1)
         prediction = self.unet(
-            hidden_states=straight.to(self.dtype),
-            timestep=TIMESTEPS * spread / (signal + spread),
+            hidden_states=noisy.to(self.dtype),
+            timestep=timesteps,
             encoder_hidden_states=condition.encoder_hidden_states.to(self.dtype),
             pooled_projections=condition.pooled.to(self.dtype),
             return_dict=False,
@@ -152,13 +146,3 @@ class StableDiffusion3:
     @staticmethod
     def _named(parts: tuple[str, ...]) -> tuple[str, ...]:
         return (*parts, T5) if "text_encoders" in parts else parts
-
-
-def noise_schedule(shift: float, device: torch.device) -> torch.Tensor:
-    """alpha_bar float32 `[1000]`, so spread that a uniform timestep is one of the model's own training: logit-normal
-    (arXiv 2403.03206, section 3.1), and moved towards noise by the scheduler's `shift` (section 5.3.2)."""
-    middle = (torch.arange(TIMESTEPS, dtype=torch.float64) + 0.5) / TIMESTEPS
-    share = torch.special.ndtri(middle).sigmoid()
-    sigma = shift * share / (1 + (shift - 1) * share)
-    signal, spread = (1 - sigma).square(), sigma.square()
-    return (signal / (signal + spread)).to(device, torch.float32)  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from lorakit.families import loading
+from lorakit.families import loading, prediction
 from lorakit.families.conditioning import Conditioning
 from lorakit.families.describe import BaseInfo
 
@@ -37,9 +37,9 @@ class StableDiffusionXL:
             ]
             self.scheduler = loading.load_scheduler(info)
         self.text_encoders: dict[str, Any] = {"text_encoder": first, "text_encoder_2": second}
-        self.prediction_type = info.prediction_type
         self.gradient_scale = loading.gradient_scale(dtype)
-        self.alphas_cumprod = loading.noise_schedule(self.scheduler, self.device)
+        schedule = loading.noise_schedule(self.scheduler, self.device)
+        self.prediction = prediction.of_schedule(info.prediction_type, schedule)
         self._ids = [loading.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
 
     def encode_text(self, texts: list[str]) -> Conditioning:
@@ -82,8 +82,8 @@ class StableDiffusionXL:
         # The pipeline casts the ids to the UNet's precision; so do we, to train what will be sampled.
         added = {"text_embeds": condition.pooled.to(self.dtype), "time_ids": condition.time_ids.to(self.dtype)}
         states = condition.encoder_hidden_states.to(self.dtype)
-        prediction = self.unet(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
-        return loading.widen(prediction, self.gradient_scale)
+        predicted = self.unet(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
+        return loading.widen(predicted, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""

@@ -1,0 +1,238 @@
+"""The prediction types as objects: what noise does to latents, what the model predicts, and how to undo it.
+
+A loaded family holds one (`Family.prediction`). Latents, noise and predictions are float32 `[B, C, h, w]`, timesteps
+`[B]`; everything is a function of tensors on the device that reads no value back, so a CUDA graph can replay it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from lorakit.families.spec import EPSILON, FLOW, VELOCITY
+
+
+class Prediction(ABC):
+    """What a denoiser predicts, on the noise schedule that it was trained on.
+
+    Attributes:
+        name: the prediction type, as `BaseInfo.prediction_type` has it.
+        last: the timestep of the most noise is at most this.
+    """
+
+    name: str
+    last = 999
+
+    @abstractmethod
+    def timesteps_at(self, shares: torch.Tensor, cells: int | None = None) -> torch.Tensor:
+        """Quantiles of the distribution of timesteps in training: a uniform share in [0, 1) gives a timestep `[B]`.
+
+        Args:
+            cells: latent cells of a picture, where the distribution depends on its size.
+        """
+
+    @abstractmethod
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Noisy latents at `timesteps`."""
+
+    @abstractmethod
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the denoiser should predict of them."""
+
+    @abstractmethod
+    def to_x0_noise(
+        self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The picture and the noise that a prediction takes `noisy` to be made of: `add_noise` and `target` undone."""
+
+    @abstractmethod
+    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Signal-to-noise ratio `[B]`: variance of the signal over that of the noise."""
+
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | None:
+        """Min-SNR weights `[B]` (Hang et al. 2023, arXiv 2303.09556), or None where `gamma` is.
+
+        Raises:
+            ValueError: the weights are not defined for this type.
+        """
+        if gamma is None:
+            return None
+        raise ValueError(f"min-SNR weights are not defined for {self.name!r}")
+
+    @abstractmethod
+    def default_sampler(self, scheduler: Any) -> tuple[Any, str]:
+        """A sampler for the base whose own scheduler this is, and the name that web UIs give the sampler."""
+
+    def sample_timesteps(
+        self, count: int, generator: torch.Generator, device: torch.device | str, cells: int | None = None
+    ) -> torch.Tensor:
+        """Timesteps `[count]` of a training batch.
+
+        One uniform offset for the whole batch spreads them evenly; each alone is still distributed as in training.
+        """
+        offset = torch.rand((), generator=generator, device=device)
+        return self.timesteps_at((torch.arange(count, device=device) + offset) / count, cells)
+
+
+class _Diffusion(Prediction):
+    """sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise (Ho et al. 2020, arXiv 2006.11239, equation 4).
+
+    Args:
+        alphas_cumprod: alpha_bar by timestep, the cumulative products of 1 - beta: float32 `[1000]`, falling.
+    """
+
+    def __init__(self, alphas_cumprod: torch.Tensor):
+        self.alphas_cumprod = alphas_cumprod
+        self.last = len(alphas_cumprod) - 1
+
+    def timesteps_at(self, shares: torch.Tensor, cells: int | None = None) -> torch.Tensor:
+        """See `Prediction`: uniform, int64."""
+        return (shares * len(self.alphas_cumprod)).long().clamp_(max=self.last)
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Prediction`."""
+        signal, spread = self._roots(timesteps)
+        return signal * latents + spread * noise
+
+    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Prediction`."""
+        alpha_bar = self.alphas_cumprod[timesteps]
+        return alpha_bar / (1 - alpha_bar)
+
+    def default_sampler(self, scheduler: Any) -> tuple[Any, str]:
+        """See `Prediction`: DPM++ 2M (Lu et al. 2022, arXiv 2211.01095), on timesteps that begin at pure noise.
+
+        A schedule that ends in zero signal-to-noise has no such step for it; there DDIM begins at the last timestep
+        (Lin et al. 2023, arXiv 2305.08891).
+        """
+        ddim: Any = DDIMScheduler
+        solver: Any = DPMSolverMultistepScheduler
+        if scheduler.config.get("rescale_betas_zero_snr"):
+            return ddim.from_config(scheduler.config, timestep_spacing="trailing", clip_sample=False), "DDIM"
+        return solver.from_config(scheduler.config, timestep_spacing="linspace"), "DPM++ 2M"
+
+    def _roots(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sqrt(alpha_bar), sqrt(1 - alpha_bar)), `[B, 1, 1, 1]`."""
+        alpha_bar = self.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+class Epsilon(_Diffusion):
+    """Predicts the noise (arXiv 2006.11239)."""
+
+    name = EPSILON
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Prediction`."""
+        return noise
+
+    def to_x0_noise(
+        self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Prediction`."""
+        signal, spread = self._roots(timesteps)
+        return (noisy - spread * prediction) / signal, prediction
+
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | None:
+        """min(SNR, gamma) / SNR, written so that nothing is divided by zero where alpha_bar is 1."""
+        if gamma is None:
+            return None
+        alpha_bar = self.alphas_cumprod[timesteps]
+        return (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1.0)
+
+
+class VPrediction(_Diffusion):
+    """Predicts v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x (Salimans and Ho 2022, arXiv 2202.00512, app. D)."""
+
+    name = VELOCITY
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Prediction`."""
+        signal, spread = self._roots(timesteps)
+        return signal * noise - spread * latents
+
+    def to_x0_noise(
+        self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Prediction`."""
+        signal, spread = self._roots(timesteps)
+        return signal * noisy - spread * prediction, spread * noisy + signal * prediction
+
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | None:
+        """min(SNR, gamma) / (SNR + 1), written so that nothing is divided by zero where alpha_bar is 0."""
+        if gamma is None:
+            return None
+        alpha_bar = self.alphas_cumprod[timesteps]
+        return torch.minimum(alpha_bar, gamma * (1 - alpha_bar))
+
+
+class Flow(Prediction):
+    """Predicts noise - x on the straight line z = (1 - sigma) x + sigma noise (Liu et al. 2022, arXiv 2209.03003).
+
+    Timesteps are 1000 sigma, float32. In training sigma is logit-normal and moved towards noise by a shift (Esser et
+    al. 2024, arXiv 2403.03206, sections 3.1 and 5.3.2).
+
+    Args:
+        shift: the scheduler's; 1 moves nothing.
+        shift_for: latent cells of a picture -> shift, of a model whose shift depends on the size; `shift` where no size
+            is known.
+    """
+
+    name = FLOW
+    steps = 1000
+
+    def __init__(self, shift: float = 1.0, shift_for: Callable[[int], float] | None = None):
+        self.shift, self.shift_for = shift, shift_for
+
+    def timesteps_at(self, shares: torch.Tensor, cells: int | None = None) -> torch.Tensor:
+        """See `Prediction`."""
+        shift = self.shift if cells is None or self.shift_for is None else self.shift_for(cells)
+        normal = math.sqrt(2) * torch.erfinv(2 * shares - 1)
+        plain = normal.sigmoid()
+        return (self.steps * (shift * plain / (1 + (shift - 1) * plain))).float()
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Prediction`."""
+        sigma = self._sigma(timesteps)
+        return (1 - sigma) * latents + sigma * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Prediction`."""
+        return noise - latents
+
+    def to_x0_noise(
+        self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Prediction`."""
+        sigma = self._sigma(timesteps)
+        return noisy - sigma * prediction, noisy + (1 - sigma) * prediction
+
+    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Prediction`."""
+        sigma = timesteps / self.steps
+        return ((1 - sigma) / sigma).square()
+
+    def default_sampler(self, scheduler: Any) -> tuple[Any, str]:
+        """See `Prediction`: the base's own, which follows straight lines by Euler's method."""
+        return scheduler, "Euler"
+
+    def _sigma(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """`[B, 1, 1, 1]`."""
+        return (timesteps / self.steps).reshape(-1, 1, 1, 1)
+
+
+def of_schedule(prediction_type: str, alphas_cumprod: torch.Tensor) -> Prediction:
+    """The prediction type of a diffusion model by its name.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    types: dict[str, type[_Diffusion]] = {cls.name: cls for cls in (Epsilon, VPrediction)}
+    if prediction_type not in types:
+        raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(types)}")
+    return types[prediction_type](alphas_cumprod)
