@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorakit import adapters, config, families, formats
+from lorakit import __version__, adapters, config, families, formats
 from lorakit.config import SampleConfig
 from lorakit.core import image_grid, registry
 from lorakit.core.errors import LorakitError
@@ -119,7 +119,7 @@ def test_a_zero_snr_base_is_sampled_from_its_last_timestep(tmp_path):
     import tiny
 
     family = family_of(tiny.save_sd1(tmp_path / "zero", "v_prediction", zero_snr=True))
-    pipeline, name = sampling._pipeline(family)
+    pipeline, name = sampling.sampling_pipeline(family)
     pipeline.scheduler.set_timesteps(3)
     assert name == "DDIM" and pipeline.scheduler.timesteps[0] == 999
     (image,) = sampling.draw(family, ["x"], QUICK, 64)
@@ -136,7 +136,7 @@ def test_the_recipe_is_in_the_file(family, tmp_path):
     assert info["parameters"] == (
         "sks toy in the snow <lora:sks-toy:0.5>\nNegative prompt: 雨, blur\n"
         f"Steps: 3, Sampler: DPM++ 2M, Schedule type: Uniform, CFG scale: 4.5, Seed: 6, Size: 64x64, Model: {title}, "
-        f"RNG: CPU, Version: lorakit {sampling.__version__}"
+        f"RNG: CPU, Version: lorakit {__version__}"
     )
     recipe = json.loads(info["lorakit"])
     expected = {"prompt": PROMPTS[1], "seed": 6, "steps": 3, "guidance": 4.5, "width": 64, "height": 64}
@@ -250,13 +250,13 @@ def test_embedded_texts_are_not_embedded_again(family, monkeypatch):
 def drawn_numbers(monkeypatch) -> list[int]:
     """How many pictures each call of the pipeline draws, from now on."""
     counts: list[int] = []
-    original = sampling._pictures
+    original = class_images.draw_batch
 
     def counted(family, pipeline, text, seeds, *rest):
         counts.append(len(seeds))
         return original(family, pipeline, text, seeds, *rest)
 
-    monkeypatch.setattr(sampling, "_pictures", counted)
+    monkeypatch.setattr(class_images, "draw_batch", counted)
     return counts
 
 
@@ -273,8 +273,8 @@ def test_class_images_are_drawn_once_and_counted_right(family, tmp_path, monkeyp
 
 def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
     whole = drawn_class_images(family, 20, tmp_path / "whole")
-    monkeypatch.setattr(sampling, "LARGEST_BATCH", 7)
-    original, calls = sampling._pictures, []
+    monkeypatch.setattr(class_images, "LARGEST_BATCH", 7)
+    original, calls = class_images.draw_batch, []
 
     def interrupted(*arguments):
         if calls:
@@ -282,10 +282,10 @@ def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
         calls.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(sampling, "_pictures", interrupted)
+    monkeypatch.setattr(class_images, "draw_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         drawn_class_images(family, 20, tmp_path / "cut")
-    monkeypatch.setattr(sampling, "_pictures", original)
+    monkeypatch.setattr(class_images, "draw_batch", original)
     counts = drawn_numbers(monkeypatch)
     after = drawn_class_images(family, 20, tmp_path / "cut")
     assert sum(counts) == 13 and len(after) == 20
