@@ -44,6 +44,9 @@ class Consumer:
         unknown_limit: tensors without a match that it tolerates before it refuses the file; None: any number.
         lone_alpha: whether a module without factors makes it refuse the file.
         flat_conv: whether it reads a 1x1 convolution whose factors are stored as matrices.
+        reads_folders: whether it reads a PEFT folder.
+        converts_kohya: it rewrites kohya names to its own, and refuses a file where that fails.
+        common_alpha: it may apply a component's most common alpha to a module that has another.
     """
 
     title: str
@@ -53,6 +56,9 @@ class Consumer:
     unknown_limit: int | None = None
     lone_alpha: bool = False
     flat_conv: bool = True
+    reads_folders: bool = False
+    converts_kohya: bool = False
+    common_alpha: bool = False
 
 
 CONSUMERS: dict[str, Consumer] = {
@@ -88,8 +94,10 @@ CONSUMERS: dict[str, Consumer] = {
         unknown_limit=0,
         lone_alpha=True,
         flat_conv=False,
+        converts_kohya=True,
+        common_alpha=True,
     ),
-    "peft": Consumer(title="PEFT"),
+    "peft": Consumer(title="PEFT", reads_folders=True),
 }
 
 
@@ -187,7 +195,9 @@ def _reading(
     folder: bool,
 ) -> Reading:
     patterns = [re.compile(pattern) for pattern in _reads(key, family).names]
-    matched = {stem for stem in found if (key == "peft" or not folder) and any(p.fullmatch(stem) for p in patterns)}
+    matched = {
+        stem for stem in found if (consumer.reads_folders or not folder) and any(p.fullmatch(stem) for p in patterns)
+    }
     unmatched = [stem for stem in found if stem not in matched]
     wrong = {stem: why for stem, why in defects.items() if stem in matched}
     for stem in sorted(matched - wrong.keys()):
@@ -197,7 +207,7 @@ def _reading(
             why = consumer.misread_convolutions[method]
         if why:
             wrong[stem] = why
-    for stem, why in _special(key, found, shapes, family, alphas).items():
+    for stem, why in _special(key, consumer, found, shapes, family, alphas).items():
         if stem in matched:
             wrong.setdefault(stem, why)
     refused = _refused(key, consumer, found, [*unmatched, *loose], shapes, family, metadata) if not folder else ""
@@ -233,7 +243,7 @@ def _defects(found: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
             elif some_alpha and "alpha" not in module.parts:
                 result[stem] = "its alpha is missing, so it is applied with alpha = rank"
             continue
-        if module.method not in ("lora", "dora"):
+        if module.is_lycoris:
             continue
         missing = [part for part in ("down", "up") if part not in module.parts]
         if missing:
@@ -250,6 +260,7 @@ def _defects(found: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
 
 
 _PAIRS = {"loha": ("hada_w1", "hada_w2"), "lokr": ("lokr_w1", "lokr_w2")}
+_WHOLE_SIDES = _PAIRS["lokr"]  # those that may be one matrix instead of two factors
 
 
 def _lycoris_defect(module: Module, shapes: Shapes) -> str:
@@ -257,7 +268,7 @@ def _lycoris_defect(module: Module, shapes: Shapes) -> str:
     there = {part: shapes[name] for part, name in module.parts.items()}
     for side in _PAIRS[module.method]:
         a, b = there.get(f"{side}_a"), there.get(f"{side}_b")
-        if module.method == "lokr" and side in there:
+        if side in _WHOLE_SIDES and side in there:
             continue
         if a is None or b is None:
             return f"its {side} is missing" if a is b else f"its {side}_{'b' if a else 'a'} factor is missing"
@@ -295,6 +306,7 @@ def _unscaled(
 
 def _special(
     key: str,
+    consumer: Consumer,
     found: Mapping[str, Module],
     shapes: Shapes,
     family: str,
@@ -320,7 +332,7 @@ def _special(
             result[stem] = "takes in_features for the rank, so it is far too weak"
         if key == "sd.cpp" and {"hada_t1", "lokr_t2"} & set(module.parts):
             result[stem] = "applies Tucker's form wrongly"
-    if key == "diffusers" and alphas:
+    if consumer.common_alpha and alphas:
         result |= _minority_alphas(found, alphas)
     return result
 
@@ -352,7 +364,7 @@ def _refused(
     metadata: Mapping[str, str],
 ) -> str:
     """Why a program refuses the whole file, or ""."""
-    kohya = any(module.spelling == "kohya" for module in found.values())
+    kohya = any(module.has_kohya_name for module in found.values())
     for module in found.values():
         if module.method in consumer.refused:
             return f"{module.stem} is {module.method}; {consumer.refused[module.method]}"
@@ -363,7 +375,7 @@ def _refused(
             return "it reads kohya names only"
         if any(stem.startswith(_SGM_STARTS) for stem in found) and any(s.startswith(_BLOCK_STARTS) for s in found):
             return "it mixes sgm and diffusers names"
-    if key == "diffusers" and kohya:
+    if consumer.converts_kohya and kohya:
         if any(name.startswith("bundle_emb.") for name in shapes):
             return "embeddings are bundled in"
         if "lora_adapter_metadata" in metadata:
@@ -377,7 +389,7 @@ def _refused(
         pointwise = (*_POINTWISE, *_PROJECTIONS) if projections else _POINTWISE
         for module in found.values():
             down = shapes.get(module.parts.get("down", ""), ())
-            if len(down) == 2 and module.spelling == "kohya" and module.stem.endswith(pointwise):
+            if len(down) == 2 and module.has_kohya_name and module.stem.endswith(pointwise):
                 return f"{module.stem} is a convolution whose factors are stored as matrices"
     if consumer.unknown_limit is not None:
         tensors = sum(len(found[name].parts) if name in found else 1 for name in unknown)

@@ -74,6 +74,21 @@ class Module:
     parts: dict[str, str] = field(default_factory=dict)
 
     @property
+    def has_kohya_name(self) -> bool:
+        """Whether the stem is a kohya name: underscores in place of dots."""
+        return self.spelling == "kohya"
+
+    @property
+    def is_peft(self) -> bool:
+        """Whether the parts have PEFT's names."""
+        return self.spelling == "peft"
+
+    @property
+    def is_lycoris(self) -> bool:
+        """Whether it is another thing than a pair of factors, with or without a magnitude."""
+        return not _LYCORIS.keys().isdisjoint(self.parts)
+
+    @property
     def method(self) -> str:
         """ "lora", "dora", "loha", "lokr", or what LyCORIS calls another."""
         for part, name in _LYCORIS.items():

@@ -137,7 +137,7 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         whole = isinstance(layer, LokrLayer) and layer.whole
         told = _alpha(path, module, tensors, int(scaling.get("r", 1)) if whole else layer.rank, scaling)
         if isinstance(layer, LokrLayer) and whole:
-            by_peft = told / scaling["r"] if module.spelling == "peft" and "r" in scaling else 1.0
+            by_peft = told / scaling["r"] if module.is_peft and "r" in scaling else 1.0
             return replace(layer, w1=(layer.w1[0] * by_peft,))
         return replace(layer, alpha=told)
     missing = [part for part in ("down", "up") if part not in parts]
