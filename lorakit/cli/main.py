@@ -156,11 +156,11 @@ def describe_option(option: configuration.Option) -> dict[str, Any]:
 
 
 def options_page() -> str:
-    """docs/options.md: every option, section by section, with what config.py says of it."""
+    """docs/options.md: every option, section by section, with what config/schema.py says of it."""
     lines = [
         "# Options",
         "",
-        "Made from `lorakit/config.py` by `lorakit options --markdown`; do not edit it by hand.",
+        "Made from `lorakit/config/schema.py` by `lorakit options --markdown`; do not edit it by hand.",
         "",
     ]
     lines += ["Any of them may stand in a preset (`[train]`, `steps = 200`) or behind `--set` (`train.steps=200`)."]

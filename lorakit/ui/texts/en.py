@@ -162,7 +162,7 @@ TEXTS = {
     "error.gone": "This run is not there any more.",
 }
 
-# Help of options comes from config.py, and their names but for the questions that everybody answers.
+# Help of options comes from config/schema.py, and their names but for the questions that everybody answers.
 OPTIONS: dict[str, tuple[str, str]] = {}
 NAMES = {
     "data.folder": "Photos",

@@ -3,7 +3,7 @@
 from lorakit.ui.texts.zh_hant_running import RUNNING
 
 SENTENCES = {
-    # -- 計畫 plan.py, families/base.py
+    # -- 計畫 plan.py, families/describe.py
     "base: {name} ({family}, predicts {kind})": "基礎模型：{name}（{family}，預測 {kind}）",
     "from the hub: {source}": "來自 hub：{source}",
     "inpainting model: trained and drawn with the whole picture masked, that is from text alone": (
@@ -175,7 +175,7 @@ SENTENCES = {
     "{folder}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt)": (
         "{folder}：沒有分詞器（tokenizer.json，或 vocab.json 與 merges.txt）"
     ),
-    # -- 設定 config.py, option.py
+    # -- 設定 config/schema.py, config/option.py
     "unknown section [{name}]": "沒有 [{name}] 這一節",
     "unknown section [{name}] (did you mean {near}?)": "沒有 [{name}] 這一節（是不是 {near}？）",
     "[{name}] must be a table, not {value}": "[{name}] 必須是表格，而不是 {value}",
