@@ -1,4 +1,4 @@
-"""The front end: `python ui.py`, or `lorakit ui`. Its pages are in lorakit/ui; their widgets follow from config/schema.py."""
+"""The front end: `python ui.py`, or `lorakit ui`. The widgets of its pages follow from lorakit/config/schema.py."""
 
 import sys
 
