@@ -40,8 +40,8 @@ def require_writable(weights: AdapterWeights, refusal: str | None) -> None:
 
 def method(weights: AdapterWeights) -> str:
     """What the tensors are, whatever the weights are labelled; what is plain LoRA is called as it was trained."""
-    found = {layer.method for layer in weights.layers.values() if not layer.is_plain}
-    return min(found) if found else weights.method
+    methods = {layer.method for layer in weights.layers.values() if not layer.is_plain}
+    return min(methods) if methods else weights.method
 
 
 def uniform(weights: AdapterWeights) -> dict[str, AnyLayer]:
@@ -112,13 +112,13 @@ def lossy(weights: AdapterWeights, dtype: str) -> str | None:
         return None
     for name, layer in uniform(weights).items():
         for tensor in (*layer.factors().values(), *layer.rescaled(1).factors().values()):
-            kept = tensor.to(DTYPES[dtype])
-            if not bool(torch.isfinite(kept).all()):
+            rounded = tensor.to(DTYPES[dtype])
+            if not bool(torch.isfinite(rounded).all()):
                 return f"{name} has numbers too large for {dtype}"
-            before, after = int(torch.count_nonzero(tensor)), int(torch.count_nonzero(kept))
+            before, after = int(torch.count_nonzero(tensor)), int(torch.count_nonzero(rounded))
             if after < MIN_KEPT * before:
                 return f"{100 - 100 * after // before} % of the numbers of {name} would become 0 in {dtype}"
-            error = float(torch.linalg.vector_norm(kept.float() - tensor))
+            error = float(torch.linalg.vector_norm(rounded.float() - tensor))
             if error > MAX_ROUNDING[dtype] * float(torch.linalg.vector_norm(tensor)):
                 return f"the numbers of {name} are too small for {dtype}"
     return None

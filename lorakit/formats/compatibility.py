@@ -149,11 +149,11 @@ def names(targets: Iterable[str]) -> list[str]:
     Raises:
         LorakitError: a name that is not in CONSUMERS.
     """
-    wanted = [target.strip().lower() for target in targets if target.strip()]
-    for target in wanted:
+    consumers = [target.strip().lower() for target in targets if target.strip()]
+    for target in consumers:
         if target != "all" and target not in CONSUMERS:
             raise LorakitError(f"unknown target {target!r}: choose from {', '.join(CONSUMERS)}, all")
-    return list(CONSUMERS) if "all" in wanted else wanted
+    return list(CONSUMERS) if "all" in consumers else consumers
 
 
 def read_report(
@@ -172,12 +172,12 @@ def read_report(
         metadata: the file's.
         folder: whether it is a PEFT folder, which PEFT alone reads.
     """
-    found = modules(shapes)
-    known = {name for module in found.values() for name in module.parts.values()}
-    loose = [name for name in shapes if name not in known and not name.startswith("bundle_emb.")]
-    defects = _defects(found, shapes) | _unscaled(found, shapes, alphas or {}, metadata or {})
+    by_stem = modules(shapes)
+    names_of_parts = {name for module in by_stem.values() for name in module.parts.values()}
+    loose = [name for name in shapes if name not in names_of_parts and not name.startswith("bundle_emb.")]
+    defects = _defects(by_stem, shapes) | _unscaled(by_stem, shapes, alphas or {}, metadata or {})
     return {
-        key: _reading(key, consumer, found, loose, defects, shapes, family, alphas or {}, metadata or {}, folder)
+        key: _reading(key, consumer, by_stem, loose, defects, shapes, family, alphas or {}, metadata or {}, folder)
         for key, consumer in CONSUMERS.items()
     }
 
@@ -185,7 +185,7 @@ def read_report(
 def _reading(
     key: str,
     consumer: Consumer,
-    found: Mapping[str, Module],
+    by_stem: Mapping[str, Module],
     loose: list[str],
     defects: Mapping[str, str],
     shapes: Shapes,
@@ -196,22 +196,22 @@ def _reading(
 ) -> Reading:
     patterns = [re.compile(pattern) for pattern in _reads(key, family).names]
     matched = {
-        stem for stem in found if (consumer.reads_folders or not folder) and any(p.fullmatch(stem) for p in patterns)
+        stem for stem in by_stem if (consumer.reads_folders or not folder) and any(p.fullmatch(stem) for p in patterns)
     }
-    unmatched = [stem for stem in found if stem not in matched]
+    unmatched = [stem for stem in by_stem if stem not in matched]
     wrong = {stem: why for stem, why in defects.items() if stem in matched}
     for stem in sorted(matched - wrong.keys()):
-        method = found[stem].method
+        method = by_stem[stem].method
         why = consumer.misread.get(method, "")
-        if not why and method in consumer.misread_convolutions and _convolution(found[stem], family):
+        if not why and method in consumer.misread_convolutions and _convolution(by_stem[stem], family):
             why = consumer.misread_convolutions[method]
         if why:
             wrong[stem] = why
-    for stem, why in _special(key, consumer, found, shapes, family, alphas).items():
+    for stem, why in _special(key, consumer, by_stem, shapes, family, alphas).items():
         if stem in matched:
             wrong.setdefault(stem, why)
-    refused = _refused(key, consumer, found, [*unmatched, *loose], shapes, family, metadata) if not folder else ""
-    totals = Counter(_component(stem) for stem in found)
+    refused = _refused(key, consumer, by_stem, [*unmatched, *loose], shapes, family, metadata) if not folder else ""
+    totals = Counter(_component(stem) for stem in by_stem)
     good = Counter(_component(stem) for stem in matched if stem not in wrong and not refused)
     counts = {part: (good[part], totals[part]) for part in COMPONENTS if part in totals}
     return Reading(consumer.title, counts, (*unmatched, *loose), wrong, refused)
@@ -231,11 +231,11 @@ def _convolution(module: Module, family: str) -> bool:
     return bool(module.canonical and kernel(module.canonical, family))
 
 
-def _defects(found: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
+def _defects(by_stem: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
     """Modules that no program can read rightly, and why."""
     result: dict[str, str] = {}
-    some_alpha = any("alpha" in module.parts for module in found.values())
-    for stem, module in found.items():
+    some_alpha = any("alpha" in module.parts for module in by_stem.values())
+    for stem, module in by_stem.items():
         if module.method in _PAIRS:
             problem = _lycoris_defect(module, shapes)
             if problem:
@@ -279,7 +279,7 @@ def _lycoris_defect(module: Module, shapes: Shapes) -> str:
 
 
 def _unscaled(
-    found: Mapping[str, Module], shapes: Shapes, alphas: Mapping[str, float], metadata: Mapping[str, str]
+    by_stem: Mapping[str, Module], shapes: Shapes, alphas: Mapping[str, float], metadata: Mapping[str, str]
 ) -> dict[str, str]:
     """Modules of a rank-stabilised adapter whose alpha / rank is not alpha / sqrt(rank) of the run that it tells of.
 
@@ -289,12 +289,12 @@ def _unscaled(
     if not rank_stabilized(method):
         return {}
     try:
-        told = json.loads(metadata["lorakit.config"])["adapter"]
-        scale = ADAPTER_SECTIONS[method](rank=told["rank"], alpha=told.get("alpha")).scale
+        adapter = json.loads(metadata["lorakit.config"])["adapter"]
+        scale = ADAPTER_SECTIONS[method](rank=adapter["rank"], alpha=adapter.get("alpha")).scale
     except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError):
         return {}
     result: dict[str, str] = {}
-    for stem, module in found.items():
+    for stem, module in by_stem.items():
         alpha = alphas.get(module.parts.get("alpha", _component(stem)))
         if alpha is None or "down" not in module.parts:
             continue
@@ -307,7 +307,7 @@ def _unscaled(
 def _special(
     key: str,
     consumer: Consumer,
-    found: Mapping[str, Module],
+    by_stem: Mapping[str, Module],
     shapes: Shapes,
     family: str,
     alphas: Mapping[str, float],
@@ -315,36 +315,36 @@ def _special(
     """Modules that one program alone reads wrongly, and why."""
     result: dict[str, str] = {}
     for prefix in _reads(key, family).whole_attention:
-        layers = Counter(stem.rpartition("_self_attn_")[0] for stem in found if stem.startswith(prefix))
-        for stem in found:
+        layers = Counter(stem.rpartition("_self_attn_")[0] for stem in by_stem if stem.startswith(prefix))
+        for stem in by_stem:
             layer, attention, _ = stem.rpartition("_self_attn_")
             if attention and stem.startswith(prefix) and layers[layer] < 4:
                 result[stem] = "drops it, as not all of q, k, v and out are there"
-    for stem in found:
+    for stem in by_stem:
         layer, attention, part = stem.rpartition("_self_attn_")
         if attention and stem.startswith(_reads(key, family).ordered_attention):
             before = _FUSED[: _FUSED.index(part)] if part in _FUSED else ()
-            if any(f"{layer}_self_attn_{other}" not in found for other in before):
+            if any(f"{layer}_self_attn_{other}" not in by_stem for other in before):
                 result[stem] = "drops it, as one of q and k before it is missing"
-    for stem, module in found.items():
+    for stem, module in by_stem.items():
         down = shapes.get(module.parts.get("down", ""), (2,))
         if key == "sd.cpp" and down[0] == 1:
             result[stem] = "takes in_features for the rank, so it is far too weak"
         if key == "sd.cpp" and {"hada_t1", "lokr_t2"} & set(module.parts):
             result[stem] = "applies Tucker's form wrongly"
     if consumer.common_alpha and alphas:
-        result |= _minority_alphas(found, alphas)
+        result |= _minority_alphas(by_stem, alphas)
     return result
 
 
-def _minority_alphas(found: Mapping[str, Module], alphas: Mapping[str, float]) -> dict[str, str]:
+def _minority_alphas(by_stem: Mapping[str, Module], alphas: Mapping[str, float]) -> dict[str, str]:
     """Attention and text-encoder modules whose alpha is not their component's most common one.
 
     diffusers looks such exceptions up under a name that it has rewritten, and applies the common alpha instead.
     """
-    values = {stem: alphas.get(module.parts.get("alpha", "")) for stem, module in found.items()}
+    values = {stem: alphas.get(module.parts.get("alpha", "")) for stem, module in by_stem.items()}
     result = {}
-    for part in {_component(stem) for stem in found}:
+    for part in {_component(stem) for stem in by_stem}:
         inside = {stem: value for stem, value in values.items() if _component(stem) == part and value is not None}
         common = Counter(inside.values()).most_common(1)
         for stem, value in inside.items():
@@ -357,15 +357,15 @@ def _minority_alphas(found: Mapping[str, Module], alphas: Mapping[str, float]) -
 def _refused(
     key: str,
     consumer: Consumer,
-    found: Mapping[str, Module],
+    by_stem: Mapping[str, Module],
     unknown: list[str],
     shapes: Shapes,
     family: str,
     metadata: Mapping[str, str],
 ) -> str:
     """Why a program refuses the whole file, or ""."""
-    kohya = any(module.has_kohya_name for module in found.values())
-    for module in found.values():
+    kohya = any(module.has_kohya_name for module in by_stem.values())
+    for module in by_stem.values():
         if module.method in consumer.refused:
             return f"{module.stem} is {module.method}; {consumer.refused[module.method]}"
         if consumer.lone_alpha and set(module.parts) == {"alpha"}:
@@ -373,26 +373,26 @@ def _refused(
     if key == "invokeai":
         if not kohya:
             return "it reads kohya names only"
-        if any(stem.startswith(_SGM_STARTS) for stem in found) and any(s.startswith(_BLOCK_STARTS) for s in found):
+        if any(stem.startswith(_SGM_STARTS) for stem in by_stem) and any(s.startswith(_BLOCK_STARTS) for s in by_stem):
             return "it mixes sgm and diffusers names"
     if consumer.converts_kohya and kohya:
         if any(name.startswith("bundle_emb.") for name in shapes):
             return "embeddings are bundled in"
         if "lora_adapter_metadata" in metadata:
             return "it has kohya names and lora_adapter_metadata"
-        text = [stem for stem in found if stem.startswith("lora_te")]
+        text = [stem for stem in by_stem if stem.startswith("lora_te")]
         for prefix in {stem.partition("_text_model")[0] for stem in text}:
             if not any(s.startswith(prefix) and s.endswith(("out_proj", "_mlp_fc1", "_mlp_fc2")) for s in text):
                 return f"the {prefix} part has neither out_proj nor mlp"
     if not consumer.flat_conv:
         projections = registry.version_of(family).kohya.conv_projections
         pointwise = (*_POINTWISE, *_PROJECTIONS) if projections else _POINTWISE
-        for module in found.values():
+        for module in by_stem.values():
             down = shapes.get(module.parts.get("down", ""), ())
             if len(down) == 2 and module.has_kohya_name and module.stem.endswith(pointwise):
                 return f"{module.stem} is a convolution whose factors are stored as matrices"
     if consumer.unknown_limit is not None:
-        tensors = sum(len(found[name].parts) if name in found else 1 for name in unknown)
+        tensors = sum(len(by_stem[name].parts) if name in by_stem else 1 for name in unknown)
         if tensors > consumer.unknown_limit:
             return f"{tensors} tensors have names it has no rule for, e.g. {unknown[0]}"
     return ""

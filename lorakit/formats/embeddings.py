@@ -57,23 +57,23 @@ def bundled(tokens: Tokens) -> dict[str, torch.Tensor]:
     }
 
 
-def write(weights: AdapterWeights, place: Path, told: Mapping[str, str]) -> list[Path]:
+def write(weights: AdapterWeights, place: Path, adapter_metadata: Mapping[str, str]) -> list[Path]:
     """Write every word's embedding file into the folder `place`, with what the adapter says of itself."""
-    written = []
+    paths = []
     for word, vectors in weights.embeddings.items():
-        header = metadata.complete(weights, told)
+        header = metadata.complete(weights, adapter_metadata)
         architecture = header["modelspec.architecture"].replace("/lora", "/textual-inversion")
         header |= {"modelspec.architecture": architecture, "modelspec.title": word, "ss_output_name": word}
-        kept = {key: value for key, value in header.items() if not key.startswith("ss_network_")}
-        files.write_safetensors(place / f"{word}.safetensors", tensors(vectors), kept)
-        written.append(place / f"{word}.safetensors")
-    return written
+        embedding_header = {key: value for key, value in header.items() if not key.startswith("ss_network_")}
+        files.write_safetensors(place / f"{word}.safetensors", tensors(vectors), embedding_header)
+        paths.append(place / f"{word}.safetensors")
+    return paths
 
 
-def unbundle(stored: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Tokens]:
+def unbundle(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Tokens]:
     """An adapter's tensors taken apart: the adapter's own, and the words bundled with it."""
     own, tokens = {}, Tokens()
-    for name, tensor in stored.items():
+    for name, tensor in tensors.items():
         match = _BUNDLED.fullmatch(name)
         if match:
             tokens.setdefault(match[1], {})[_ENCODERS[match[2]]] = tensor.float()
@@ -82,14 +82,14 @@ def unbundle(stored: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
     return own, tokens
 
 
-def read(path: Path, told: Mapping[str, str]) -> Tokens:
+def read(path: Path, adapter_metadata: Mapping[str, str]) -> Tokens:
     """The words that belong to the adapter at `path`, from the files beside it.
 
     Raises:
         LorakitError: the adapter says that it has a word, and its file is not there or is something else.
     """
-    found = Tokens()
-    for word in filter(None, told.get(metadata.WORDS, "").split()):
+    result = Tokens()
+    for word in filter(None, adapter_metadata.get(metadata.WORDS, "").split()):
         file = folder(path) / f"{word}.safetensors"
         if not file.is_file():
             raise LorakitError(f"{path}: its embedding {file.parent.name}/{file.name} is not beside it: put it back")
@@ -97,15 +97,15 @@ def read(path: Path, told: Mapping[str, str]) -> Tokens:
         parts = load_file(file)
         if not parts or not parts.keys() <= _ENCODERS.keys() or any(rows.ndim != 2 for rows in parts.values()):
             raise LorakitError(f"{file}: not the embedding that {path.name} needs")
-        found[word] = {_ENCODERS[name]: rows.float() for name, rows in parts.items()}
-    return found
+        result[word] = {_ENCODERS[name]: rows.float() for name, rows in parts.items()}
+    return result
 
 
-def problems(stored: Tokens, trained: Tokens) -> list[tuple[str, str]]:
-    """(word, what is wrong) where stored words are not the trained ones."""
-    wrong = [(word, "embedding that was not trained") for word in stored if word not in trained]
+def problems(tokens: Tokens, trained: Tokens) -> list[tuple[str, str]]:
+    """(word, what is wrong) where the words of a file are not the trained ones."""
+    wrong = [(word, "embedding that was not trained") for word in tokens if word not in trained]
     for word, vectors in trained.items():
-        there = stored.get(word, {})
+        there = tokens.get(word, {})
         if there.keys() != vectors.keys():
             wrong.append((word, "embedding missing" if not there else "embedding of a text encoder missing"))
             continue

@@ -99,9 +99,9 @@ class Module:
 
 def kind(shapes: Shapes) -> str:
     """`safetensors_header.kind`, and "adapter" where a format of its own spelling has such names."""
-    found = safetensors_header.kind(dict(shapes))
+    file_kind = safetensors_header.kind(dict(shapes))
     patterns = [spelling.pattern for spelling in _other_spellings().values()]
-    return "adapter" if any(pattern.fullmatch(name) for pattern in patterns for name in shapes) else found
+    return "adapter" if any(pattern.fullmatch(name) for pattern in patterns for name in shapes) else file_kind
 
 
 def _other_spellings() -> dict[str, Spelling]:
@@ -111,7 +111,7 @@ def _other_spellings() -> dict[str, Spelling]:
 
 def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PER_BLOCK) -> dict[str, Module]:
     """The adapted modules among a file's tensors, by stem, in the file's order; other tensors are left out."""
-    found: dict[str, Module] = {}
+    result: dict[str, Module] = {}
     others = _other_spellings()
     spellings = _SPELLINGS | {name: (own.pattern, dict(own.parts)) for name, own in others.items()}
     for name in names:
@@ -120,13 +120,13 @@ def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PE
             if not match:
                 continue
             stem, part = match.groups()
-            if stem not in found:
+            if stem not in result:
                 own = others.get(spelling)
                 layer = own.canonical(stem) if own else _canonical(stem, spelling, layers_per_block)
-                found[stem] = Module(stem, spelling, layer)
-            found[stem].parts[parts.get(part, part)] = name
+                result[stem] = Module(stem, spelling, layer)
+            result[stem].parts[parts.get(part, part)] = name
             break
-    return found
+    return result
 
 
 def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
@@ -175,25 +175,25 @@ def inputs(module: Module, shapes: Shapes) -> int | None:
 
 def layers_per_block(metadata: Mapping[str, str]) -> int:
     """How many resnets a down block has where sgm names are read: told by the file, else 2."""
-    told = metadata.get("lorakit.layers_per_block", "")
-    return int(told) if told.isdecimal() and int(told) > 0 else keys.DEFAULT_LAYERS_PER_BLOCK
+    count = metadata.get("lorakit.layers_per_block", "")
+    return int(count) if count.isdecimal() and int(count) > 0 else keys.DEFAULT_LAYERS_PER_BLOCK
 
 
-def adapter_family(found: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, str]:
-    """An adapter's family, and how it was told: from its metadata, its names, or the width of the text it attends to.
+def adapter_family(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, str]:
+    """An adapter's family and its source: its metadata, its names, or the width of the text it attends to.
 
     Where nothing tells, the first family's; the second value then says so.
     """
-    told = meta.family(metadata)
-    if told:
-        return told, "metadata"
-    for module in found.values():
+    family_tag = meta.family(metadata)
+    if family_tag:
+        return family_tag, "metadata"
+    for module in by_stem.values():
         if family := keys.family_of_layer(module.canonical or ""):
             return family, "names"
     for family, (_, version) in registry.versions().items():
-        if version.key_prefixes and any(stem.startswith(version.key_prefixes) for stem in found):
+        if version.key_prefixes and any(stem.startswith(version.key_prefixes) for stem in by_stem):
             return family, "names"
-    for module in found.values():
+    for module in by_stem.values():
         name = module.canonical or ""
         if name.endswith(("attn2.to_k", "attn2.to_v")):
             width = inputs(module, shapes)

@@ -53,17 +53,17 @@ class Report:
         Raises:
             LorakitError: an unknown target, or the file is not an adapter.
         """
-        wanted = compatibility.names(targets)
-        if wanted and not self.readers:
+        consumers = compatibility.names(targets)
+        if consumers and not self.readers:
             raise LorakitError(f"{self.name} is {self.description}: no program reads it as an adapter")
-        return [f"{key}: {self.readers[key].line()}" for key in wanted if not self.readers[key].complete]
+        return [f"{key}: {self.readers[key].line()}" for key in consumers if not self.readers[key].complete]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain tables."""
-        told = dataclasses.asdict(self)
+        table = dataclasses.asdict(self)
         for key, reading in self.readers.items():
-            told["readers"][key] |= {"complete": reading.complete, "summary": reading.line()}
-        return told
+            table["readers"][key] |= {"complete": reading.complete, "summary": reading.line()}
+        return table
 
     def to_text(self) -> str:
         """Everything, for a person."""
@@ -75,7 +75,7 @@ class Report:
             "trigger": self.trigger,
         }
         for part, component in self.components.items():
-            ranks, alphas = (_listed(values) for values in (component.ranks, component.alphas))
+            ranks, alphas = (_join(values) for values in (component.ranks, component.alphas))
             facts[part] = f"{component.modules} modules, rank {ranks}, alpha {alphas or '= rank'}"
         lines += [f"  {name:<15} {text}" for name, text in facts.items() if text]
         if self.readers:
@@ -107,10 +107,10 @@ def inspect(path: Path) -> Report:
         family, by, what = identify.base_family(shapes), "the width of the text it attends to", ""
         if kind == "checkpoint":
             with contextlib.suppress(LorakitError):  # of another architecture, or in part: told as far as it goes
-                found = ldm.read(head)
-                family, by = found.family, "its keys"
-                zero = " with zero terminal SNR" if found.prediction.zero_snr else ""
-                what = f"; it predicts {found.prediction.type}{zero}, {found.prediction.told_by}"
+                checkpoint = ldm.read(head)
+                family, by = checkpoint.family, "its keys"
+                zero = " with zero terminal SNR" if checkpoint.prediction.zero_snr else ""
+                what = f"; it predicts {checkpoint.prediction.type}{zero}, {checkpoint.prediction.told_by}"
         return Report(
             path.name,
             kind,
@@ -131,28 +131,28 @@ def _folder(path: Path) -> Report:
         return _peft_folder(path, parts)
     if (path / "model_index.json").is_file():
         return _base_folder(path)
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return inspect(found[0])
-    holds = f"it holds {len(found)} .safetensors files"
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return inspect(files[0])
+    holds = f"it holds {len(files)} .safetensors files"
     raise LorakitError(f"{path}: neither a PEFT folder nor a base model (no model_index.json); {holds}")
 
 
 def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
     heads: list[safetensors_header.Header] = []
-    told: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     alphas: dict[str, float] = {}
     for part, folder in parts.items():
         head = safetensors_header.read(folder / identify.PEFT_MODEL)
         config = _json(folder / identify.PEFT_CONFIG)
         heads.append(head)
-        told |= head.metadata
-        for name, whole in identify.peft_names(part, head.tensors).items():
-            shapes[whole] = head.tensors[name].shape
+        metadata |= head.metadata
+        for name, full_name in identify.peft_names(part, head.tensors).items():
+            shapes[full_name] = head.tensors[name].shape
         alphas[part] = float(config.get("lora_alpha", config.get("alpha", 0)))
     size = sum(head.path.stat().st_size for head in heads)
-    return _adapter(path.name, "adapter", size, heads, shapes, alphas, told, folder=True)
+    return _adapter(path.name, "adapter", size, heads, shapes, alphas, metadata, folder=True)
 
 
 def _base_folder(path: Path) -> Report:
@@ -192,24 +192,24 @@ def _adapter(
     heads: list[safetensors_header.Header],
     shapes: identify.Shapes,
     alphas: dict[str, float],
-    told: dict[str, str],
+    metadata: dict[str, str],
     folder: bool = False,
 ) -> Report:
-    found = identify.modules(shapes, identify.layers_per_block(told))
-    if not found:
+    modules = identify.modules(shapes, identify.layers_per_block(metadata))
+    if not modules:
         raise LorakitError(
             f"{name}: an adapter, but not for Stable Diffusion: its names are of no program known here, such as "
             f"{next(iter(shapes))}"
         )
-    family, source = identify.adapter_family(found, shapes, told)
+    family, source = identify.adapter_family(modules, shapes, metadata)
     components: dict[str, Component] = {}
     for part in keys.COMPONENTS:
-        inside = [m for m in found.values() if _part(m) == part]
+        inside = [m for m in modules.values() if _part(m) == part]
         if inside:
             ranks = Counter(rank for m in inside if (rank := identify.rank(m, shapes)) is not None)
             scales = Counter(alphas[key] for m in inside if (key := m.parts.get("alpha", part)) in alphas)
             components[part] = Component(len(inside), _ordered(ranks), _ordered(scales))
-    methods = Counter(module.method for module in found.values())
+    methods = Counter(module.method for module in modules.values())
     return Report(
         name,
         kind,
@@ -217,13 +217,13 @@ def _adapter(
         size,
         family,
         source,
-        "PEFT folder" if folder else Counter(m.spelling for m in found.values()).most_common(1)[0][0],
-        told.get("lorakit.method") or " and ".join(_ordered(methods)),
+        "PEFT folder" if folder else Counter(m.spelling for m in modules.values()).most_common(1)[0][0],
+        metadata.get("lorakit.method") or " and ".join(_ordered(methods)),
         _dtype(heads),
-        told.get("modelspec.trigger_phrase", ""),
+        metadata.get("modelspec.trigger_phrase", ""),
         components,
-        compatibility.read_report(shapes, family, alphas=alphas, metadata=told, folder=folder),
-        told,
+        compatibility.read_report(shapes, family, alphas=alphas, metadata=metadata, folder=folder),
+        metadata,
     )
 
 
@@ -253,7 +253,7 @@ def _dtype(heads: list[safetensors_header.Header]) -> str:
     return sizes.most_common(1)[0][0] if sizes else ""
 
 
-def _listed(values: Iterable[float]) -> str:
+def _join(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 

@@ -86,7 +86,7 @@ def build(
     version, architecture = tags.of(base.prediction_type)
     side = config.data.resolution
     trigger = config.data.name.strip()
-    found = {
+    result = {
         "ss_base_model_version": version,
         "ss_v2": tags.v2,
         "ss_output_name": name,
@@ -109,12 +109,12 @@ def build(
         "lorakit.config": json.dumps(_public(config), ensure_ascii=False, sort_keys=True),
     }
     if base.source:
-        found["lorakit.base_source"] = base.source
+        result["lorakit.base_source"] = base.source
     if trigger:
-        found["modelspec.trigger_phrase"] = trigger
+        result["modelspec.trigger_phrase"] = trigger
         # A1111 shows this as the tag cloud; it must be a JSON object of objects.
-        found["ss_tag_frequency"] = json.dumps({"photos": {trigger: images}}, ensure_ascii=False)
-    return found
+        result["ss_tag_frequency"] = json.dumps({"photos": {trigger: images}}, ensure_ascii=False)
+    return result
 
 
 def _public(config: Config) -> dict[str, dict[str, Any]]:
@@ -136,7 +136,7 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     first = next(iter(layers.values()))
     lycoris = not isinstance(first, LoraLayer)
     folded = any(not math.isclose(layer.scale, weights.layers[name].scale) for name, layer in layers.items())
-    found = {
+    result = {
         "ss_base_model_version": tags.version,
         "ss_v2": tags.v2,
         "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
@@ -151,13 +151,13 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
         "lorakit.method": "lora" if folded and rank_stabilized(weights.method) else weights.method,
     }
     if lycoris:
-        found["ss_network_args"] = json.dumps({"algo": first.method})
+        result["ss_network_args"] = json.dumps({"algo": first.method})
     if weights.embeddings:
-        found[WORDS] = " ".join(weights.embeddings)
+        result[WORDS] = " ".join(weights.embeddings)
     per_block = keys.layers_per_block(weights.layers)
     if registry.version_of(weights.family).kohya.sgm and per_block != keys.DEFAULT_LAYERS_PER_BLOCK:
-        found["lorakit.layers_per_block"] = str(per_block)
-    return found
+        result["lorakit.layers_per_block"] = str(per_block)
+    return result
 
 
 def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -165,8 +165,8 @@ def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, 
 
     Whatever else a converted file carried (folder names, captions, another tool's settings) stays behind.
     """
-    told = {key: value for key, value in metadata.items() if key in ALLOWED - _OF_WEIGHTS and isinstance(value, str)}
-    return of_weights(weights) | told
+    extra = {key: value for key, value in metadata.items() if key in ALLOWED - _OF_WEIGHTS and isinstance(value, str)}
+    return of_weights(weights) | extra
 
 
 def family(metadata: Mapping[str, str]) -> str | None:
@@ -175,21 +175,21 @@ def family(metadata: Mapping[str, str]) -> str | None:
         return metadata["lorakit.family"]
     version, architecture = (metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
     second = metadata.get("ss_v2") == "True"
-    for name, (_, told) in reversed(registry.versions().items()):
-        begins = version.startswith(told.tag_prefixes[0]) or architecture.startswith(told.tag_prefixes[1])
-        if begins or (second and told.tags.v2 == "True"):
+    for name, (_, candidate) in reversed(registry.versions().items()):
+        begins = version.startswith(candidate.tag_prefixes[0]) or architecture.startswith(candidate.tag_prefixes[1])
+        if begins or (second and candidate.tags.v2 == "True"):
             return name
     return None
 
 
 def sidecar(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What `<name>.json` beside the adapter says: A1111 and InvokeAI take trigger words and weight from there."""
-    told = registry.version_of(family(metadata) or next(iter(registry.versions()))).tags.label
+    label = registry.version_of(family(metadata) or next(iter(registry.versions()))).tags.label
     return {
         "activation text": metadata.get("modelspec.trigger_phrase", ""),
         "preferred weight": 1.0,
         "negative text": "",
         "description": metadata.get("modelspec.description", ""),
         "notes": f"trained with lorakit {__version__}",
-        "sd version": told,
+        "sd version": label,
     }

@@ -70,19 +70,19 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
         raise LorakitError(f"{path}: exists and is not a PEFT folder; choose another name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    written = []
+    paths = []
     try:
         for part, layers in _components(weights).items():
             folder = temporary / part
             files.write_safetensors(folder / PEFT_MODEL, _tensors(layers, dtype), complete(weights, metadata))
             text = json.dumps(_config(part, layers, weights.family), indent=2, sort_keys=True)
             files.write_bytes(folder / PEFT_CONFIG, text.encode())
-            written += [path / part / PEFT_CONFIG, path / part / PEFT_MODEL]
+            paths += [path / part / PEFT_CONFIG, path / part / PEFT_MODEL]
         _swap(temporary, path, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    return written
+    return paths
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:
@@ -171,8 +171,8 @@ def _config(part: str, layers: Mapping[str, AnyLayer], family: str) -> dict[str,
         lora = {"peft_type": "LORA", "r": one.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "init_lora_weights": True}
         return common | flags | lora
     rank = one.rank if isinstance(one, LohaLayer) else _lokr_rank(layers, family)
-    made = common | {"peft_type": one.method.upper(), "r": rank, "alpha": rank, "init_weights": True}
-    return made | ({} if isinstance(one, LohaLayer) else {"decompose_both": False, "decompose_factor": -1})
+    lycoris = common | {"peft_type": one.method.upper(), "r": rank, "alpha": rank, "init_weights": True}
+    return lycoris | ({} if isinstance(one, LohaLayer) else {"decompose_both": False, "decompose_factor": -1})
 
 
 def _lokr_rank(layers: Mapping[str, AnyLayer], family: str) -> int:
@@ -191,9 +191,9 @@ def _lokr_rank(layers: Mapping[str, AnyLayer], family: str) -> int:
         assert isinstance(layer, LokrLayer)
         kernel = math.prod(layer.kernel or keys.kernel(name, family))
         (a, b), (c, d) = factorization(layer.size[0]), factorization(layer.size[1] // kernel)
-        whole = rank >= max(b, d) / 2
+        is_whole = rank >= max(b, d) / 2
         shapes = (len(layer.w1[0]), layer.w1[-1].shape[1], len(layer.w2[0]), layer.w2[-1].shape[1] // kernel)
-        if shapes != (a, c, b, d) or layer.whole is not whole or len(layer.w1) > 1:
+        if shapes != (a, c, b, d) or layer.whole is not is_whole or len(layer.w1) > 1:
             raise LorakitError(
                 f"the PEFT format cannot carry {name}: PEFT cuts a LoKr in another way; export it as kohya"
             )

@@ -44,10 +44,10 @@ def read(path: Path) -> AdapterWeights:
         return _read_peft(path, parts)
     if (path / identify.PEFT_CONFIG).is_file():
         return _read_peft(path, {_component(path / identify.PEFT_MODEL): path})
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
-        raise LorakitError(f"{path}: holds {len(found)} .safetensors files and no PEFT adapter: name the file itself")
-    return _read_file(found[0])
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise LorakitError(f"{path}: holds {len(files)} .safetensors files and no PEFT adapter: name the file itself")
+    return _read_file(files[0])
 
 
 def _read_file(path: Path) -> AdapterWeights:
@@ -58,15 +58,15 @@ def _read_file(path: Path) -> AdapterWeights:
     if all(name.startswith(identify.PEFT_PREFIX) for name in head.tensors):
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
     try:
-        told = json.loads(head.metadata.get("lora_adapter_metadata", "{}"))
+        adapter_config = json.loads(head.metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
         raise LorakitError(f"{path}: its lora_adapter_metadata is not JSON") from None
     scalings: dict[str, dict[str, Any]] = {part: {} for part in keys.COMPONENTS}
-    for key, value in told.items():
+    for key, value in adapter_config.items():
         part, _, name = key.partition(".")
         scalings.setdefault(keys.canonical_part(part), {})[name] = value
-    stored, tokens = embeddings.unbundle(load_file(path))
-    return _weights(path, stored, head.metadata, scalings, tokens)
+    tensors, tokens = embeddings.unbundle(load_file(path))
+    return _weights(path, tensors, head.metadata, scalings, tokens)
 
 
 def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
@@ -80,8 +80,8 @@ def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
             scalings[part] = json.loads((folder / identify.PEFT_CONFIG).read_text(encoding="utf-8"))
         except ValueError:
             raise LorakitError(f"{folder / identify.PEFT_CONFIG}: not JSON") from None
-        stored = load_file(folder / identify.PEFT_MODEL)
-        tensors |= {path: stored[name] for name, path in identify.peft_names(part, stored).items()}
+        weights = load_file(folder / identify.PEFT_MODEL)
+        tensors |= {path: weights[name] for name, path in identify.peft_names(part, weights).items()}
     return _weights(path, tensors, metadata, scalings)
 
 
@@ -100,15 +100,15 @@ def _weights(
     tokens: embeddings.Tokens | None = None,
 ) -> AdapterWeights:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    found = identify.modules(tensors, identify.layers_per_block(metadata))
-    known = {name for module in found.values() for name in module.parts.values()}
-    strange = [name for name in tensors if name not in known]
-    strange += [module.stem for module in found.values() if module.canonical is None]
+    modules = identify.modules(tensors, identify.layers_per_block(metadata))
+    names = {name for module in modules.values() for name in module.parts.values()}
+    strange = [name for name in tensors if name not in names]
+    strange += [module.stem for module in modules.values() if module.canonical is None]
     if strange:
         raise LorakitError(f"{path}: {len(strange)} names are of no layer of Stable Diffusion, e.g. {strange[0]}")
-    family, _ = identify.adapter_family(found, shapes, metadata)
+    family, _ = identify.adapter_family(modules, shapes, metadata)
     layers: dict[str, AnyLayer] = {}
-    for module in found.values():
+    for module in modules.values():
         name = str(module.canonical)
         if name in layers:
             raise LorakitError(f"{path}: {name} is there twice, the second time as {module.stem}")
@@ -119,7 +119,7 @@ def _weights(
     if (
         meta.rank_stabilized(method)
         and not any(scalings.values())
-        and not any("alpha" in module.parts for module in found.values())
+        and not any("alpha" in module.parts for module in modules.values())
     ):
         method = "lora"  # its scale is in the factors, where it is nobody's business any more
     return AdapterWeights(family, method, layers, dict(metadata), tokens or embeddings.read(path, metadata))
@@ -134,12 +134,12 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
     if module.method in lycoris.KERNELS:
         layer = lycoris.read(path, module.stem, module.method, parts)
         # PEFT divides by the rank it was told, even where a LoKr has none; everyone else goes by the file.
-        whole = isinstance(layer, LokrLayer) and layer.whole
-        told = _alpha(path, module, tensors, int(scaling.get("r", 1)) if whole else layer.rank, scaling)
-        if isinstance(layer, LokrLayer) and whole:
-            by_peft = told / scaling["r"] if module.is_peft and "r" in scaling else 1.0
+        is_whole = isinstance(layer, LokrLayer) and layer.whole
+        alpha = _alpha(path, module, tensors, int(scaling.get("r", 1)) if is_whole else layer.rank, scaling)
+        if isinstance(layer, LokrLayer) and is_whole:
+            by_peft = alpha / scaling["r"] if module.is_peft and "r" in scaling else 1.0
             return replace(layer, w1=(layer.w1[0] * by_peft,))
-        return replace(layer, alpha=told)
+        return replace(layer, alpha=alpha)
     missing = [part for part in ("down", "up") if part not in parts]
     if missing:
         raise LorakitError(f"{path}: {module.stem} has no {missing[0]} factor")
@@ -157,25 +157,25 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
 def _without_padding(layer: LoraLayer) -> LoraLayer:
     """The layer without the ranks whose row and column are both zero, with which exporters fill up: scale and delta W
     are what they were. A layer that is nothing but zeros stays as it is."""
-    used = layer.down.flatten(1).any(1) | layer.up.flatten(1).any(0)
-    count = int(used.sum())
+    nonzero = layer.down.flatten(1).any(1) | layer.up.flatten(1).any(0)
+    count = int(nonzero.sum())
     if count in (0, layer.rank):
         return layer
-    return replace(layer, down=layer.down[used], up=layer.up[:, used], alpha=layer.scale * count)
+    return replace(layer, down=layer.down[nonzero], up=layer.up[:, nonzero], alpha=layer.scale * count)
 
 
 def _alpha(
     path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], rank: int, scaling: Scaling
 ) -> float:
     if "alpha" not in module.parts:
-        return _told_alpha(module, rank, scaling)
+        return _config_alpha(module, rank, scaling)
     value = tensors[module.parts["alpha"]]
     if value.numel() != 1:
         raise LorakitError(f"{path}: the alpha of {module.stem} is not one number")
     return float(value)
 
 
-def _told_alpha(module: identify.Module, rank: int, scaling: Scaling) -> float:
+def _config_alpha(module: identify.Module, rank: int, scaling: Scaling) -> float:
     """The alpha that an adapter config tells for a module; its rank where there is none.
 
     Follows PEFT: patterns match the end of the module's name, and rank-stabilised adapters divide by sqrt(rank).

@@ -50,9 +50,9 @@ def save(
     if loss:
         say(f"export: {loss}; float32 is written instead")
         dtype = "fp32"
-    written: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for fmt, spec in specs.items():
-        path = written[fmt] = destination(Path(folder), name, fmt)
+        path = paths[fmt] = destination(Path(folder), name, fmt)
         spec.write(weights, path, dtype=dtype, metadata=metadata)
         if spec.bundles_embeddings and weights.embeddings:
             tensors = spec.tensors(weights, dtype) | embeddings.bundled(weights.embeddings)
@@ -61,7 +61,7 @@ def save(
             spec.write_side_files(weights, path, dtype=dtype, metadata=metadata, preview=preview)
     if weights.embeddings:
         embeddings.write(weights, embeddings.folder(Path(folder) / f"{name}.safetensors"), metadata)
-    return written
+    return paths
 
 
 def save_adapter(

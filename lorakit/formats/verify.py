@@ -49,26 +49,26 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
     try:
         heads = _headers(path)
         spec = of_file(Path(path), (name for head in heads.values() for name in head.tensors))
-        stored = read(path)
+        copy = read(path)
     except LorakitError as error:
         return [Finding(Path(path).name, str(error))]
     findings += _tensor_findings(spec, weights, heads)
     dtypes = {info.dtype for head in heads.values() for name, info in head.tensors.items() if _is_factor(name)}
     tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
-    if stored.family != weights.family:
-        findings.append(Finding(Path(path).name, f"reads as {stored.family}, not {weights.family}"))
+    if copy.family != weights.family:
+        findings.append(Finding(Path(path).name, f"reads as {copy.family}, not {weights.family}"))
     for name in layers:
         if name not in weights.layers:
             findings.append(Finding(name, "announced, but not trained"))
-        elif name not in stored.layers:
+        elif name not in copy.layers:
             findings.append(Finding(name, "announced, but not in the file"))
         else:
-            problem = difference(weights.layers[name], stored.layers[name], tolerance)
+            problem = difference(weights.layers[name], copy.layers[name], tolerance)
             findings += [Finding(name, problem)] if problem else []
-    for name, layer in stored.layers.items():
+    for name, layer in copy.layers.items():
         if name not in weights.layers and bool(torch.count_nonzero(layer.delta())):
             findings.append(Finding(name, "in the file, but not trained"))
-    findings += [Finding(word, problem) for word, problem in embeddings.problems(stored.embeddings, weights.embeddings)]
+    findings += [Finding(word, problem) for word, problem in embeddings.problems(copy.embeddings, weights.embeddings)]
     if spec.bundles_embeddings and weights.embeddings:
         findings += _bundle_findings(embeddings.bundle(Path(path)), load_file(Path(path)), weights)
     return findings
@@ -105,35 +105,35 @@ def _tensor_findings(
     expected = tensors if spec.is_folder else {"": tensors}
     findings = [Finding(part, "component missing") for part in expected.keys() - heads.keys()]
     for part in expected.keys() & heads.keys():
-        wanted = {name: tuple(tensor.shape) for name, tensor in expected[part].items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in expected[part].items()}
         there = heads[part].shapes()
-        findings += [Finding(name, "missing") for name in wanted if name not in there]
-        findings += [Finding(name, "not expected") for name in there if name not in wanted]
+        findings += [Finding(name, "missing") for name in shapes if name not in there]
+        findings += [Finding(name, "not expected") for name in there if name not in shapes]
         findings += [
             Finding(name, f"shape {there[name]}, expected {shape}")
-            for name, shape in wanted.items()
+            for name, shape in shapes.items()
             if there.get(name, shape) != shape
         ]
     return findings
 
 
-def difference(trained: AnyLayer, stored: AnyLayer, tolerance: float) -> str | None:
-    """What is wrong with a stored layer, or None; `tolerance` is relative to the norm of the trained delta W."""
-    shapes = [_shape(layer) for layer in (trained, stored)]
+def difference(trained: AnyLayer, copy: AnyLayer, tolerance: float) -> str | None:
+    """What is wrong with a layer from a file, or None; `tolerance` is relative to the norm of the trained delta W."""
+    shapes = [_shape(layer) for layer in (trained, copy)]
     if shapes[0] != shapes[1]:
         return f"delta W is {shapes[1]}, expected {shapes[0]}"
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in stored.factors().values()):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in copy.factors().values()):
         return "not finite"
-    if trained.magnitude is None and _norm([stored]) == 0:
+    if trained.magnitude is None and _norm([copy]) == 0:
         return "zero: it has no effect"
-    error, size = _norm([stored, trained], [1, -1]), _norm([trained])
+    error, size = _norm([copy, trained], [1, -1]), _norm([trained])
     if not error <= tolerance * size:  # so written that NaN, of an alpha for example, is not let through
         return f"delta W is off by {100 * error / max(size, 1e-30):.3g} %"
-    if (trained.magnitude is None) != (stored.magnitude is None):
-        return "DoRA magnitude missing" if stored.magnitude is None else "DoRA magnitude that was not trained"
-    if trained.magnitude is None or stored.magnitude is None:
+    if (trained.magnitude is None) != (copy.magnitude is None):
+        return "DoRA magnitude missing" if copy.magnitude is None else "DoRA magnitude that was not trained"
+    if trained.magnitude is None or copy.magnitude is None:
         return None
-    close = torch.allclose(trained.magnitude.float().flatten(), stored.magnitude.flatten(), rtol=1e-5, atol=0)
+    close = torch.allclose(trained.magnitude.float().flatten(), copy.magnitude.flatten(), rtol=1e-5, atol=0)
     return None if close else "DoRA magnitude differs"
 
 

@@ -83,8 +83,8 @@ def class_images(
             numbers = missing[start : start + batch]
             # A seed range of their own, far from the samples' (both are below 2**31).
             seeds = [2**32 + seed * 2**20 + number for number in numbers]
-            drawn = draw_batch(family, pipeline, text, seeds, sample, (side, side))
-            for number, picture in zip(numbers, drawn, strict=True):
+            batch_images = draw_batch(family, pipeline, text, seeds, sample, (side, side))
+            for number, picture in zip(numbers, batch_images, strict=True):
                 save(picture, files[number])
     except OSError as error:
         raise LorakitError(f"cannot keep class images in {place}: {error.strerror}; set LORAKIT_CACHE") from None

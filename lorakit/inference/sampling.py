@@ -64,15 +64,15 @@ def draw(
     width, height = (size, size) if isinstance(size, int) else size
     texts = embed(family, prompts, sample) if texts is None else texts
     pipeline, sampler = sampling_pipeline(family)
-    drawn = []
+    images = []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         seed = sample.seed + number
         (picture,) = draw_batch(family, pipeline, text, [seed], sample, (width, height))
         picture.info.update(
             picture_info(family.info, sampler, prompt, seed, sample, (width, height), adapter, strength)
         )
-        drawn.append(picture)
-    return drawn
+        images.append(picture)
+    return images
 
 
 def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, Any]]:
@@ -85,14 +85,14 @@ def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[
     texts = []
     for prompt in prompts:
         with inference(family.text_encoders.values()):
-            made = pipeline.encode_prompt(
+            embeds = pipeline.encode_prompt(
                 prompt=[prompt],
                 device=family.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=sample.guidance > 1,
                 negative_prompt=[sample.negative_prompt],
             )
-        texts.append(dict(zip(names, made, strict=False)))
+        texts.append(dict(zip(names, embeds, strict=False)))
     return texts
 
 

@@ -111,9 +111,9 @@ def _file_to_file(
         for name, slot in slots.items():
             if merger.name(part, name):
                 inside.setdefault(slot.key, []).append((part, name, slot))
-    kept = {key: info for key, info in header.tensors.items() if not key.startswith(ldm.AVERAGE)}
-    order = sorted(kept, key=lambda key: kept[key].start)
-    told = {key: text for key, text in header.metadata.items() if key not in STALE}
+    entries = {key: info for key, info in header.tensors.items() if not key.startswith(ldm.AVERAGE)}
+    order = sorted(entries, key=lambda key: entries[key].start)
+    header_metadata = {key: text for key, text in header.metadata.items() if key not in STALE}
 
     def tensors() -> Iterator[torch.Tensor]:
         for key, tensor in safetensors_header.tensors(header, order):
@@ -121,14 +121,14 @@ def _file_to_file(
                 ldm.view(tensor, slot).copy_(merger(part, name, ldm.view(tensor, slot)))
             yield tensor
 
-    files.stream(output, [(key, kept[key].dtype, kept[key].shape) for key in order], told, tensors())
+    files.stream(output, [(key, entries[key].dtype, entries[key].shape) for key in order], header_metadata, tensors())
     return output
 
 
 def _folder_to_file(base: Base, output: Path, merger: _Merger) -> Path:
     if base.family not in ldm.PREFIXES:
         raise LorakitError(f"{base.path.name} cannot be written as one file: --output must be a new folder")
-    sources = {part: list(_stored(base.path / part)) for part in ldm.PREFIXES[base.family]}
+    sources = {part: list(_headers(base.path / part)) for part in ldm.PREFIXES[base.family]}
     shapes = {
         part: {_portable(part, name): head.tensors[name].shape for head in heads for name in head.tensors}
         for part, heads in sources.items()
@@ -169,8 +169,8 @@ def _folder_to_file(base: Base, output: Path, merger: _Merger) -> Path:
 
     marks = _marks(base)
     entries += [(key, "F32", (0,)) for key in marks]
-    told = _told(base, output.stem)
-    files.stream(output, entries, told, _chained(tensors(), [torch.zeros(0)] * len(marks)))
+    metadata = _metadata(base, output.stem)
+    files.stream(output, entries, metadata, _chained(tensors(), [torch.zeros(0)] * len(marks)))
     return output
 
 
@@ -208,11 +208,11 @@ def _file_to_folder(
     return output
 
 
-def _stored(folder: Path) -> Iterator[safetensors_header.Header]:
+def _headers(folder: Path) -> Iterator[safetensors_header.Header]:
     """The headers of a part's files in full precision; of a variant where there are only those."""
-    found = sorted(folder.glob("*.safetensors"))
-    whole = [path for path in found if not path.name.endswith((".fp16.safetensors", ".bf16.safetensors"))]
-    for path in whole or found:
+    paths = sorted(folder.glob("*.safetensors"))
+    full_precision = [path for path in paths if not path.name.endswith((".fp16.safetensors", ".bf16.safetensors"))]
+    for path in full_precision or paths:
         yield safetensors_header.read(path)
 
 
@@ -241,7 +241,7 @@ def _marks(base: Base) -> list[str]:
     return ["v_pred", "ztsnr"] if scheduler.get("rescale_betas_zero_snr") else ["v_pred"]
 
 
-def _told(base: Base, title: str) -> dict[str, str]:
+def _metadata(base: Base, title: str) -> dict[str, str]:
     tags = registry.version_of(base.family).tags
     _, architecture = tags.of(base.prediction_type)
     return {
@@ -263,8 +263,8 @@ def _copy_tokenizer(source: Path, target: Path, encoder: Mapping[str, Any]) -> N
     words = {number: word for word, number in json.loads(vocabulary.read_text(encoding="utf-8")).items()}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (target / name).is_file():
-            told = json.loads((target / name).read_text(encoding="utf-8"))
-            _write_json(target / name, told | {"pad_token": words[encoder["pad_token_id"]]})
+            table = json.loads((target / name).read_text(encoding="utf-8"))
+            _write_json(target / name, table | {"pad_token": words[encoder["pad_token_id"]]})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

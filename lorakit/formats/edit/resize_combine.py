@@ -74,19 +74,19 @@ def _resized(layer: LoraLayer, rank: int | None, energy: float | None) -> LoraLa
     left, left_core = torch.linalg.qr(layer.up.flatten(1).double())
     right, right_core = torch.linalg.qr(layer.down.flatten(1).double().T)
     core_left, values, core_right = torch.linalg.svd(left_core @ right_core.T * layer.scale)
-    kept = min(rank or len(values), len(values))
+    new_rank = min(rank or len(values), len(values))
     if energy is not None:
         squares = values.square()
         shares = squares.cumsum(0) / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        kept = min(int((shares < energy - 1e-12).sum()) + 1, len(values))
-    root = values[:kept].sqrt()
-    up = (left @ core_left[:, :kept] * root).float()
-    down = (root[:, None] * (core_right[:kept] @ right.T)).float()
+        new_rank = min(int((shares < energy - 1e-12).sum()) + 1, len(values))
+    root = values[:new_rank].sqrt()
+    up = (left @ core_left[:, :new_rank] * root).float()
+    down = (root[:, None] * (core_right[:new_rank] @ right.T)).float()
     return replace(
         layer,
-        down=down.reshape(kept, *layer.down.shape[1:]),
-        up=up.reshape(layer.up.shape[0], kept, *layer.up.shape[2:]),
-        alpha=float(kept),
+        down=down.reshape(new_rank, *layer.down.shape[1:]),
+        up=up.reshape(layer.up.shape[0], new_rank, *layer.up.shape[2:]),
+        alpha=float(new_rank),
     )
 
 
