@@ -137,7 +137,7 @@ def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
     if spelling == "diffusers-old":
         name = _OLD_UNET.sub(lambda m: f"{m[1]}.to_{m[2]}{'.0' * (m[2] == 'out')}", name)
         name = _OLD_TEXT.sub(lambda m: f"{m[1]}.self_attn.{m[2]}_proj", name)
-    return name if keys.is_known(name) else None
+    return name if keys.is_canonical(name) else None
 
 
 def peft_parts(path: Path) -> dict[str, Path]:

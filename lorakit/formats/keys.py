@@ -164,7 +164,7 @@ def component(name: str) -> str:
     return name.partition(".")[0]
 
 
-def is_known(name: str) -> bool:
+def is_canonical(name: str) -> bool:
     """Whether `name` is a canonical name of these tables, portable or not."""
     part, _, path = name.partition(".")
     return is_read_everywhere(name) or (part == "unet" and path in TOP)

@@ -106,11 +106,11 @@ def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:
         header = safetensors_header.read(folder)
         loaded = ldm.tensors(header, ldm.read(header).parts[part])
         return {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in loaded}
-    found = sorted((folder / place).glob("*.safetensors"))
-    if not found:
+    paths = sorted((folder / place).glob("*.safetensors"))
+    if not paths:
         raise LorakitError(f"{folder}: not a base model in diffusers layout (no {place}/*.safetensors)")
     tensors: dict[str, torch.Tensor] = {}
-    for path in found:
+    for path in paths:
         safetensors_header.read(path)
         tensors |= {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in load_file(path).items()}
     return tensors
