@@ -308,7 +308,7 @@ def _modules(target: Any) -> dict[str, Any]:
     else:
         modules = target.modules() if hasattr(target, "info") else {}
     if "unet" not in modules:
-        raise LorakitError(f"{type(target).__name__} has no UNet: give a Stable Diffusion 1.x, 2.x, XL or 3 pipeline")
+        raise LorakitError(f"{type(target).__name__} has no UNet: give a pipeline of {registry.version_titles()}")
     for component, module in modules.items():
         if getattr(module, "peft_config", None):
             raise LorakitError(f"{component} already carries an adapter: take it out first (unload_lora_weights)")
@@ -339,7 +339,8 @@ def _family(target: Any, modules: dict[str, Any]) -> str:
         return str(target.info.family)
     spec = _pipeline_family(target)
     assert spec is not None, "_modules found its denoiser"
-    return spec.version(getattr(modules["unet"].config, "cross_attention_dim", None)).name
+    config = getattr(modules["unet"], "config", None)
+    return spec.version(getattr(config, "cross_attention_dim", None)).name
 
 
 def _layer_paths(modules: dict[str, Any]) -> dict[str, tuple[str, str]]:

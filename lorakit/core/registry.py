@@ -2,8 +2,8 @@
 
 This module imports nothing heavy, so `--help` and the config check can read the names without loading torch. A new
 model family, method, optimizer or export format is one file (an optimizer: one function) and one line here. A package
-of somebody else's adds the same by an entry point in the group `lorakit.adapters`, `lorakit.optimizers` or
-`lorakit.formats`.
+of somebody else's adds the same by an entry point in the group `lorakit.families`, `lorakit.adapters`,
+`lorakit.optimizers` or `lorakit.formats`.
 """
 
 from __future__ import annotations
@@ -204,6 +204,11 @@ FORMATS: Registry[FormatSpec] = Registry(
 def versions() -> dict[str, tuple[FamilySpec, ModelVersion]]:
     """What adapters for it are called ("sd1") -> the family and its version."""
     return {version.name: (spec, version) for spec in FAMILIES.values() for version in spec.versions}
+
+
+def version_titles() -> str:
+    """The bases that can be trained, for a person: "Stable Diffusion 1, Stable Diffusion 2, ..."."""
+    return ", ".join(version.title for _, version in versions().values())
 
 
 def denoisers() -> set[str]:

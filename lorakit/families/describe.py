@@ -318,8 +318,7 @@ def _family(path: Path, index: dict[str, Any]) -> FamilySpec:
     spec = of_pipeline(name)
     if spec is not None:
         return spec
-    trained = ", ".join(version.title for _, version in registry.versions().values())
-    raise LorakitError(f"base {path} is a {name}; lorakit trains {trained}")
+    raise LorakitError(f"base {path} is a {name}; lorakit trains {registry.version_titles()}")
 
 
 def _check_channels(path: Path, into: int, latent: int) -> None:

@@ -20,7 +20,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
 from lorakit.formats.identify import Module, Shapes, modules
-from lorakit.formats.keys import COMPONENTS, kernel
+from lorakit.formats.keys import COMPONENTS, UNET_PREFIX, canonical_part, component, kernel
 from lorakit.formats.metadata import rank_stabilized
 
 _SGM_STARTS = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
@@ -224,7 +224,7 @@ def _reads(key: str, family: str) -> Reads:
 def _component(stem: str) -> str:
     if stem.startswith(("lora_te2_", "text_encoder_2.")):
         return "text_encoder_2"
-    return "unet" if stem.startswith(("lora_unet_", "unet.", "transformer.")) else "text_encoder"
+    return "unet" if stem.startswith(UNET_PREFIX) or canonical_part(component(stem)) == "unet" else "text_encoder"
 
 
 def _convolution(module: Module, family: str) -> bool:

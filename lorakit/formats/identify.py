@@ -18,11 +18,11 @@ from lorakit.formats.spec import Spelling
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_COMPONENT = r"(?:unet|transformer|text_encoder|text_encoder_2)"
-# spelling -> (pattern of a tensor's name: module, part; part in the file -> part of a LoraLayer)
-_SPELLINGS: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {
+# spelling -> (pattern of a tensor's name: module, part; part in the file -> part of a LoraLayer). COMPONENT stands for
+# the names of the components, which the families have.
+_SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
     "kohya": (
-        re.compile(r"(lora_(?:unet|te\d?)_[^.]+)\.(.+)"),
+        r"(lora_(?:unet|te\d?)_[^.]+)\.(.+)",
         {
             "lora_down.weight": "down",
             "lora_up.weight": "up",
@@ -32,18 +32,16 @@ _SPELLINGS: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {
         },
     ),
     "peft": (
-        re.compile(
-            rf"({_COMPONENT}\..+?)\.(lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+)"
-            r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
-        ),
+        r"(COMPONENT\..+?)\.(lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+)"
+        r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?",
         {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "row_magnitude"},
     ),
     "diffusers": (
-        re.compile(rf"({_COMPONENT}\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight"),
+        r"(COMPONENT\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight",
         {"down": "down", "up": "up"},
     ),
     "diffusers-old": (
-        re.compile(rf"({_COMPONENT}\..+?\.to_(?:q|k|v|out)_lora)\.(down|up)\.weight"),
+        r"(COMPONENT\..+?\.to_(?:q|k|v|out)_lora)\.(down|up)\.weight",
         {"down": "down", "up": "up"},
     ),
 }
@@ -113,7 +111,12 @@ def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PE
     """The adapted modules among a file's tensors, by stem, in the file's order; other tensors are left out."""
     result: dict[str, Module] = {}
     others = _other_spellings()
-    spellings = _SPELLINGS | {name: (own.pattern, dict(own.parts)) for name, own in others.items()}
+    components = "|".join(sorted(registry.denoisers() | set(keys.COMPONENTS)))
+    spellings = {
+        name: (re.compile(pattern.replace("COMPONENT", f"(?:{components})")), parts)
+        for name, (pattern, parts) in _SPELLINGS.items()
+    }
+    spellings |= {name: (own.pattern, dict(own.parts)) for name, own in others.items()}
     for name in names:
         for spelling, (pattern, parts) in spellings.items():
             match = pattern.fullmatch(name)

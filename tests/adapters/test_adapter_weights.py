@@ -176,7 +176,7 @@ def test_applying_what_does_not_fit_says_why(sd1: Any, attach: Any) -> None:
     wrong = replace(layer, down=torch.zeros(2, 3))
     with pytest.raises(LorakitError, match=r"in the base, .* in the adapter"):
         adapters.apply(sd1, replace(weights, layers={name: wrong}))
-    with pytest.raises(LorakitError, match="object has no UNet"):
+    with pytest.raises(LorakitError, match="object has no UNet: give a pipeline of Stable Diffusion 1, "):
         adapters.attach(object(), LoraConfig())
     bare = SimpleNamespace(components={"unet": torch.nn.Sequential(torch.nn.Linear(2, 2))})
     with pytest.raises(LorakitError, match="'linear' selects no layer of this base"):

@@ -1,0 +1,119 @@
+"""A family is one folder and one line of the registry: a copy of `families/_template` works in `check`, `train`,
+`export` and `inspect`; without the line, the error names the base's class and the families that there are."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import short_run
+import tiny
+
+from lorakit.cli.main import main
+from lorakit.core import registry
+from lorakit.families import _template
+from lorakit.families._template.spec import SPEC
+from lorakit.formats import compatibility, identify
+
+RENAMED = {"lorakit.families._template": "aurora", "ExampleDiffusion": "AuroraDiffusion", "example": "aurora"}
+RENAMED |= {"Example Diffusion": "Aurora"}
+
+
+@pytest.fixture
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package with a copy of the template under other names; the "module:attribute" of its spec."""
+    package = tmp_path / "modules" / "aurora"
+    package.mkdir(parents=True)
+    for path in Path(_template.__file__).parent.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for name, other in RENAMED.items():
+            text = text.replace(name, other)
+        (package / path.name).write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(package.parent))
+    return "aurora.spec:SPEC"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base of that family."""
+    folder = tiny.save_sd1(tmp_path / "base")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["_class_name"] = "AuroraDiffusionPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def lorakit(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs a command in this process; its exit status and what it printed, notes included."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return code, "".join(capsys.readouterr())
+
+    return run
+
+
+def options(base: Path) -> list[str]:
+    given = {"model.base": str(base), "data.name": "sks toy", "data.resolution": "64", "adapter.rank": "4"}
+    given |= {"train.steps": "2", "train.batch_size": "1", "sample.prompts": "a toy", "sample.steps": "1"}
+    given |= {"sample.every": "2", "memory.device": "cpu", "output.dtype": "fp32"}
+    given |= {"adapter.train_text_encoder": "true"}
+    return [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    return short_run.noise(tmp_path / "photos", 2)
+
+
+def test_a_family_is_one_folder_and_one_line(
+    family: str,
+    base: Path,
+    photos: Path,
+    lorakit: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(registry.FAMILIES.own, "aurora", family)
+
+    def successful(*arguments: object) -> str:
+        code, printed = lorakit(*arguments)
+        assert code == 0, printed
+        return printed
+
+    assert "base: base (aurora" in successful("check", photos, *options(base))
+    run = tmp_path / "run"
+    successful("train", photos, "--output", run, *options(base))
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    adapter = run / "sks-toy.safetensors"
+    trained = successful("inspect", adapter)
+    assert re.search(r"for +Aurora \(told by metadata\)", trained) and "ss_base_model_version = aurora_v1" in trained
+    for name in ("diffusers", "peft"):  # diffusers reads PEFT's names
+        exported = successful("export", adapter, "--to", name, "--output", tmp_path / name).splitlines()[0]
+        assert re.search(r"for +Aurora(.|\n)+format +(peft|PEFT)", successful("inspect", exported))
+
+
+def test_without_the_line_the_base_is_refused(
+    family: str, base: Path, photos: Path, lorakit: Callable[..., tuple[int, str]]
+) -> None:
+    code, printed = lorakit("check", photos, *options(base))
+    assert code != 0
+    there = "Stable Diffusion 1, Stable Diffusion 2, Stable Diffusion XL, Stable Diffusion 3"
+    assert re.search(rf"base \S+ is a AuroraDiffusionPipeline; lorakit trains {there}", printed)
+
+
+def test_files_of_a_family_have_its_own_name_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = "prior.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    shapes = {f"{layer}.lora_A.weight": (4, 8), f"{layer}.lora_B.weight": (8, 4)}
+    assert not identify.modules(shapes)
+    monkeypatch.setitem(registry.FAMILIES.own, "example", replace(SPEC, denoiser="prior"))
+    assert identify.modules(shapes)[layer].canonical == layer.replace("prior", "unet")
+    assert compatibility._component(layer) == "unet"
