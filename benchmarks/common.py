@@ -122,7 +122,7 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
     bucket = LatentBucket(side * 8, side * 8, mean, torch.full_like(mean, 0.1), None, ids, rows, rows * 0, rows)
     names: Any = [SimpleNamespace(relative=f"{number}.png") for number in range(PHOTOS)]
     dataset = Dataset([bucket], names, [str(n) for n in range(PHOTOS)], [[n] for n in range(PHOTOS)], 0, 0.0)
-    texts = Conditioning(states, pooled=pooled)
+    texts = Conditioning(encoder_hidden_states=states).with_rows(pooled=pooled)
     first = texts.index(torch.zeros(1, dtype=torch.int64, device=device))
     return Precomputed(
         dataset=dataset,
@@ -190,7 +190,7 @@ def peft_loop(
 
     def step(index: int) -> None:
         rows = (torch.arange(batch, device=device) + index * batch) % PHOTOS
-        latents, states = bucket.mean[rows], texts.encoder_hidden_states[rows]
+        latents, states = bucket.mean[rows], texts["encoder_hidden_states"][rows]
         if encode is not None:
             latents, states = encode(batch)
         noise = torch.randn_like(latents)
@@ -198,7 +198,7 @@ def peft_loop(
         noisy = scheduler.add_noise(latents, noise, timesteps)
         added = {}
         if bucket.time_ids is not None:
-            added = {"text_embeds": texts.pooled[rows].to(dtype), "time_ids": bucket.time_ids[rows].to(dtype)}
+            added = {"text_embeds": texts["pooled"][rows].to(dtype), "time_ids": bucket.time_ids[rows].to(dtype)}
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             said = unet(noisy.to(dtype), timesteps, states.to(dtype), added_cond_kwargs=added).sample
         loss = torch.nn.functional.mse_loss(said.float(), noise.float())

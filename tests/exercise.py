@@ -18,7 +18,7 @@ def predict(family: Any, grad: bool = False) -> torch.Tensor:
     condition = family.encode_tokens(family.tokens(TEXTS), grad=grad)
     ids = family.time_ids((64, 64), (0, 0), (64, 64))
     if ids is not None:
-        condition = condition.with_sizes(torch.tensor([ids, ids]))
+        condition = condition.with_rows(time_ids=torch.tensor([ids, ids]))
     with torch.set_grad_enabled(grad):
         return family.predict(noisy, torch.tensor([100, 700]), condition)
 

@@ -241,14 +241,14 @@ def test_the_prior_answers_to_the_class_and_the_photo_to_its_caption(
     with torch.no_grad():
         own = family.encode_text([texts[i] for i in batch.texts.tolist()])
     assert all("sks" in text for text in texts)
-    assert torch.allclose(instance.condition.encoder_hidden_states, own.encoder_hidden_states, atol=1e-6)
+    assert torch.allclose(instance.condition["encoder_hidden_states"], own["encoder_hidden_states"], atol=1e-6)
     classes = set(step.encoded.class_texts)
     assert classes == {"a photo of a toy", *(f"toy, tag {number}, on a beach, at night" for number in range(4))}
-    places = {text: family.encode_text([text]).encoder_hidden_states[0] for text in classes}
-    for row in kept.condition.encoder_hidden_states:
+    places = {text: family.encode_text([text])["encoder_hidden_states"][0] for text in classes}
+    for row in kept.condition["encoder_hidden_states"]:
         assert any(torch.allclose(row, known, atol=1e-6) for known in places.values())
     if prior == "teacher":
-        for row, index in zip(kept.condition.encoder_hidden_states, batch.texts.tolist(), strict=True):
+        for row, index in zip(kept.condition["encoder_hidden_states"], batch.texts.tolist(), strict=True):
             assert torch.allclose(row, places[texts[index].replace("sks ", "")], atol=1e-6)
 
 

@@ -52,7 +52,7 @@ class Family(Protocol):
     plain: bool
 
     def encode_text(self, texts: list[str]) -> Conditioning:
-        """Embeddings of texts, cut and padded as the diffusers pipeline does it; `time_ids` is left None."""
+        """Embeddings of texts, cut and padded as the diffusers pipeline does it; "time_ids" is not among them."""
 
     def tokens(self, texts: list[str]) -> list[torch.Tensor]:
         """What `encode_tokens` takes for texts, on `device`, a row each: token ids, int64 `[B, T]`, for a text encoder

@@ -136,7 +136,7 @@ class LossStep:
         noisy, timesteps, target = self.add_noise("instance", bucket.mean[entries], bucket.std[entries])
         condition = self.condition(self.encoded.tokens, self.encoded.conditions, batch.texts)
         if bucket.time_ids is not None:
-            condition = condition.with_sizes(bucket.time_ids[entries])
+            condition = condition.with_rows(time_ids=bucket.time_ids[entries])
         mask = bucket.mask[entries] if bucket.mask is not None else None
         return LossTerm(noisy, timesteps, condition, target, mask, 1.0)
 

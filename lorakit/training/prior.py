@@ -27,10 +27,9 @@ def class_image_term(step: LossStep, count: int) -> LossTerm:
 
 def teacher_term(step: LossStep, batch: Batch, instance: LossTerm) -> LossTerm:
     """The noisy photos of `instance` under their texts without the trigger; the base gives the target."""
-    sizes = instance.condition.time_ids
+    sizes = instance.condition.get("time_ids")
     texts = step.encoded.class_of[batch.texts]
-    base = step.encoded.class_conditions.index(texts)
-    base = base if sizes is None else base.with_sizes(sizes)
+    base = step.encoded.class_conditions.index(texts).with_rows(time_ids=sizes)
     condition = _class_condition(step, texts, sizes)
     return LossTerm(instance.noisy, instance.timesteps, condition, None, None, step.train.prior_loss_weight, base)
 
@@ -44,4 +43,4 @@ def teacher_target(step: LossStep, term: LossTerm) -> torch.Tensor:
 
 def _class_condition(step: LossStep, texts: torch.Tensor, time_ids: torch.Tensor | None) -> Any:
     condition = step.condition(step.encoded.class_tokens, step.encoded.class_conditions, texts)
-    return condition if time_ids is None else condition.with_sizes(time_ids)
+    return condition.with_rows(time_ids=time_ids)

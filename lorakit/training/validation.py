@@ -90,7 +90,7 @@ class Validation:
         with inference(family.modules().values()):
             for number in range(len(self.places)):
                 noisy, timesteps, target, text, ids = self._point(number)
-                prediction = family.predict(noisy, timesteps, _sized(conditions.index(text), ids))
+                prediction = family.predict(noisy, timesteps, conditions.index(text).with_rows(time_ids=ids))
                 sums.append(_sums(prediction, target))
             if not self._class_points:
                 with adapter.disabled():
@@ -139,8 +139,9 @@ class Validation:
 
     def _class_sized(self, condition: Conditioning) -> Conditioning:
         """The class prompt for a batch of class pictures, with the sizes of a photo."""
-        ids, expanded = self._largest.time_ids, condition.expand(CLASS_BATCH)
-        return expanded if ids is None else expanded.with_sizes(ids[:1].to(self.family.device).expand(CLASS_BATCH, -1))
+        ids = self._largest.time_ids
+        ids = None if ids is None else ids[:1].to(self.family.device).expand(CLASS_BATCH, -1)
+        return condition.expand(CLASS_BATCH).with_rows(time_ids=ids)
 
     def _point(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """One photo, once in each band: noisy latents `[BANDS, C, h, w]`, timesteps, target, text and time ids."""
@@ -207,10 +208,6 @@ def _plain_rows(dataset: Dataset) -> list[tuple[int, int, int]]:
 def _spread(rows: list[tuple[int, int, int]], most: int) -> list[tuple[int, int, int]]:
     """At most `most` of them, evenly spread."""
     return rows if len(rows) <= most else [rows[number * len(rows) // most] for number in range(most)]
-
-
-def _sized(condition: Conditioning, time_ids: torch.Tensor | None) -> Conditioning:
-    return condition if time_ids is None else condition.with_sizes(time_ids)
 
 
 def _sums(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

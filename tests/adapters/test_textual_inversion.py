@@ -94,11 +94,11 @@ def test_vectors_learn_are_switched_off_and_leave_no_trace(
 
 def test_the_end_of_the_text_is_found_with_vectors_in_it(sdxl: Any, attach: Any) -> None:
     """The pooled text is that of the last token: the same with the trigger's own vectors as with the trigger."""
-    before = sdxl.encode_text(["a photo of sks toy"]).pooled
+    before = sdxl.encode_text(["a photo of sks toy"])["pooled"]
     attach(sdxl, LoraConfig(rank=2, new_tokens=1), trigger="sks")
     for text_encoder in sdxl.text_encoders.values():
         text_encoder.config.eos_token_id = 2  # as published checkpoints have it: the largest id ends the text
-    assert torch.equal(sdxl.encode_text(["a photo of sks toy"]).pooled, before)
+    assert torch.equal(sdxl.encode_text(["a photo of sks toy"])["pooled"], before)
 
 
 def test_what_does_not_fit_is_said(sd1: Any, attach: Any) -> None:

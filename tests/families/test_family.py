@@ -43,18 +43,18 @@ def sdxl_pipeline(tiny_sdxl: Path) -> StableDiffusionXLPipeline:
 def test_texts_are_encoded_as_the_pipeline_does_it(sd1: Any, sd1_pipeline: Any) -> None:
     expected = sd1_pipeline.encode_prompt(TEXTS, "cpu", 1, False)[0]
     condition = sd1.encode_text(TEXTS)
-    assert torch.equal(condition.encoder_hidden_states, expected)
-    assert condition.encoder_hidden_states.shape == (3, 77, 32)
-    assert condition.pooled is None
-    assert condition.time_ids is None
+    assert torch.equal(condition["encoder_hidden_states"], expected)
+    assert condition["encoder_hidden_states"].shape == (3, 77, 32)
+    assert condition.get("pooled") is None
+    assert condition.get("time_ids") is None
 
 
 def test_sdxls_two_encoders_too(sdxl: Any, sdxl_pipeline: Any) -> None:
     expected, _, pooled, _ = sdxl_pipeline.encode_prompt(TEXTS, device="cpu", do_classifier_free_guidance=False)
     condition = sdxl.encode_text(TEXTS)
-    assert torch.equal(condition.encoder_hidden_states, expected)
-    assert torch.equal(condition.pooled, pooled)
-    assert condition.encoder_hidden_states.shape == (3, 77, 64)
+    assert torch.equal(condition["encoder_hidden_states"], expected)
+    assert torch.equal(condition["pooled"], pooled)
+    assert condition["encoder_hidden_states"].shape == (3, 77, 64)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
@@ -63,8 +63,8 @@ def test_texts_carry_gradients_only_when_asked(request: pytest.FixtureRequest, n
     bias = family.text_encoders["text_encoder"].get_submodule("encoder.layers.0.mlp.fc1").bias
     bias.requires_grad_(True)
     try:
-        assert not family.encode_text(["a"]).encoder_hidden_states.requires_grad
-        assert family.encode_tokens(family.tokens(["a"]), grad=True).encoder_hidden_states.requires_grad
+        assert not family.encode_text(["a"])["encoder_hidden_states"].requires_grad
+        assert family.encode_tokens(family.tokens(["a"]), grad=True)["encoder_hidden_states"].requires_grad
     finally:
         bias.requires_grad_(False)
 
@@ -100,7 +100,7 @@ def test_prediction_is_the_unets(sd1: Any) -> None:
     noisy, timesteps = torch.randn((2, 4, 8, 8)), torch.tensor([3, 900])
     condition = sd1.encode_text(["a", "b"])
     with torch.no_grad():
-        expected = sd1.unet(noisy, timesteps, encoder_hidden_states=condition.encoder_hidden_states).sample
+        expected = sd1.unet(noisy, timesteps, encoder_hidden_states=condition["encoder_hidden_states"]).sample
         assert torch.equal(sd1.predict(noisy, timesteps, condition), expected)
 
 
@@ -108,14 +108,14 @@ def test_sdxls_prediction_sees_pooled_text_and_sizes(sdxl: Any) -> None:
     noisy, timesteps = torch.randn((2, 4, 8, 8)), torch.tensor([3, 900])
     ids = sdxl.time_ids((1000, 800), (16, 8), (64, 48))
     assert ids == [1000, 800, 16, 8, 64, 48]
-    condition = sdxl.encode_text(["a", "b"]).with_sizes(torch.tensor([ids, ids]))
-    added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids.float()}
+    condition = sdxl.encode_text(["a", "b"]).with_rows(time_ids=torch.tensor([ids, ids]))
+    added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"].float()}
     with torch.no_grad():
         expected = sdxl.unet(
-            noisy, timesteps, encoder_hidden_states=condition.encoder_hidden_states, added_cond_kwargs=added
+            noisy, timesteps, encoder_hidden_states=condition["encoder_hidden_states"], added_cond_kwargs=added
         ).sample
         found = sdxl.predict(noisy, timesteps, condition)
-        moved = sdxl.predict(noisy, timesteps, condition.with_sizes(condition.time_ids + 8))
+        moved = sdxl.predict(noisy, timesteps, condition.with_rows(time_ids=condition["time_ids"] + 8))
     assert torch.equal(found, expected)
     assert not torch.equal(moved, expected)
 
@@ -164,9 +164,9 @@ def test_in_half_precision_the_autoencoder_stays_whole_and_the_pipeline_draws(
     assert {p.dtype for module in family.modules().values() for p in module.parameters()} == {dtype}
     assert {p.dtype for p in family.vae.parameters()} == {torch.float32}
     condition = family.encode_text(["a"])
-    assert condition.encoder_hidden_states.dtype is dtype
+    assert condition["encoder_hidden_states"].dtype is dtype
     ids = family.time_ids((64, 64), (0, 0), (64, 64))
-    condition = condition if ids is None else condition.with_sizes(torch.tensor([ids]))
+    condition = condition if ids is None else condition.with_rows(time_ids=torch.tensor([ids]))
     with torch.no_grad():
         assert family.predict(torch.randn((1, 4, 8, 8)), torch.tensor([5]), condition).dtype is torch.float32
     mean, _ = family.encode_image(torch.zeros((1, 3, 64, 64)))
@@ -232,27 +232,53 @@ def test_the_hub_is_never_asked(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
 def condition(rows: int, sizes: bool = True) -> Conditioning:
     states = torch.arange(rows * 6.0).reshape(rows, 2, 3)
     ids = torch.arange(rows * 6).reshape(rows, 6) if sizes else None
-    return Conditioning(states, torch.arange(rows * 2.0).reshape(rows, 2), ids)
+    pooled = torch.arange(rows * 2.0).reshape(rows, 2)
+    return Conditioning(encoder_hidden_states=states, pooled=pooled).with_rows(time_ids=ids)
 
 
 def test_conditions_are_indexed_joined_and_repeated() -> None:
     three = condition(3)
     picked = three.index(torch.tensor([2, 0, 2]))
-    assert torch.equal(picked.encoder_hidden_states, three.encoder_hidden_states[[2, 0, 2]])
-    assert torch.equal(picked.time_ids, three.time_ids[[2, 0, 2]])
+    assert torch.equal(picked["encoder_hidden_states"], three["encoder_hidden_states"][[2, 0, 2]])
+    assert torch.equal(picked["time_ids"], three["time_ids"][[2, 0, 2]])
     joined = Conditioning.cat([three, picked])
     assert len(joined) == 6
-    assert torch.equal(joined.pooled, torch.cat([three.pooled, picked.pooled]))
+    assert torch.equal(joined["pooled"], torch.cat([three["pooled"], picked["pooled"]]))
     repeated = condition(1).expand(4)
-    assert repeated.encoder_hidden_states.shape == (4, 2, 3)
-    assert repeated.time_ids.shape == (4, 6)
+    assert repeated["encoder_hidden_states"].shape == (4, 2, 3)
+    assert repeated["time_ids"].shape == (4, 6)
     bare = condition(2, sizes=False)
-    assert Conditioning.cat([bare, bare]).time_ids is None
-    assert torch.equal(bare.with_sizes(three.time_ids[:2]).time_ids, three.time_ids[:2])
+    assert Conditioning.cat([bare, bare]).get("time_ids") is None
+    assert torch.equal(bare.with_rows(time_ids=three["time_ids"][:2])["time_ids"], three["time_ids"][:2])
 
 
 def test_moving_a_condition_keeps_its_sizes_whole() -> None:
     moved = condition(2).to("cpu", torch.bfloat16)
-    assert moved.encoder_hidden_states.dtype is torch.bfloat16
-    assert moved.pooled.dtype is torch.bfloat16
-    assert moved.time_ids.dtype is torch.int64
+    assert moved["encoder_hidden_states"].dtype is torch.bfloat16
+    assert moved["pooled"].dtype is torch.bfloat16
+    assert moved["time_ids"].dtype is torch.int64
+
+
+def test_a_family_adds_a_row_of_its_own_name() -> None:
+    angles = torch.arange(6.0).reshape(3, 2)
+    three = condition(3).with_rows(angles=angles, absent=None)
+    assert three.get("absent") is None
+    picked = three.index(torch.tensor([2, 0]))
+    assert torch.equal(picked["angles"], angles[[2, 0]])
+    joined = Conditioning.cat([three, picked])
+    assert len(joined) == 5
+    assert torch.equal(joined["angles"], torch.cat([angles, angles[[2, 0]]]))
+    assert torch.equal(three.index(torch.tensor([1])).expand(4)["angles"], angles[[1, 1, 1, 1]])
+    moved = three.to("cpu", torch.bfloat16)
+    assert moved["angles"].dtype is torch.bfloat16
+    assert torch.equal(moved["angles"].float(), angles)
+    assert torch.equal(three["angles"], angles)
+
+
+def test_conditions_with_other_names_or_counts_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="need the same names"):
+        Conditioning.cat([condition(2), condition(2, sizes=False)])
+    with pytest.raises(ValueError, match=r"equally many rows, not \{.*'time_ids': 3"):
+        condition(2).with_rows(time_ids=torch.zeros((3, 6)))
+    with pytest.raises(KeyError, match="time_ids"):
+        condition(2, sizes=False)["time_ids"]

@@ -47,10 +47,10 @@ def test_it_says_what_the_inpainting_pipeline_shows_it_under_a_whole_mask(made: 
     assert (grey - mean).abs().max() < 6 * family.encode_image(torch.zeros((1, 3, 64, 48)))[1].max()
     inputs = torch.cat([noisy, mask.expand(2, -1, -1, -1), mean.expand(2, -1, -1, -1)], dim=1)
     with torch.no_grad():
-        expected = pipeline.unet(inputs, steps, condition.encoder_hidden_states).sample
+        expected = pipeline.unet(inputs, steps, condition["encoder_hidden_states"]).sample
         torch.testing.assert_close(family.predict(noisy, steps, condition), expected, rtol=1e-5, atol=1e-6)
         # Nine channels are taken as they are.
-        found = family.unet(inputs, steps, condition.encoder_hidden_states).sample
+        found = family.unet(inputs, steps, condition["encoder_hidden_states"]).sample
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 

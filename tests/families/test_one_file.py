@@ -134,7 +134,7 @@ def test_sdxl_that_predicts_v_with_zero_terminal_snr(
     predicted = StableDiffusionXL.predict
 
     def predict(self: Any, noisy: Any, timesteps: Any, condition: Any) -> Any:
-        ids.extend(condition.time_ids.tolist())
+        ids.extend(condition["time_ids"].tolist())
         return predicted(self, noisy, timesteps, condition)
 
     monkeypatch.setattr(StableDiffusionXL, "predict", predict)

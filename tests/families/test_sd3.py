@@ -108,8 +108,8 @@ def test_what_the_folder_is(folder: Path) -> None:
 def test_texts_are_encoded_as_the_pipeline_does_it(sd3: Any, pipeline: Any) -> None:
     expected, _, pooled, _ = pipeline.encode_prompt(TEXTS, None, None, "cpu", do_classifier_free_guidance=False)
     condition = sd3.encode_text(TEXTS)
-    torch.testing.assert_close(condition.encoder_hidden_states, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(condition.pooled, pooled, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(condition["encoder_hidden_states"], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(condition["pooled"], pooled, rtol=1e-4, atol=1e-4)
     assert expected.shape == (3, 77 + 256, 80)
 
 
@@ -121,7 +121,7 @@ def test_without_t5_its_states_are_zeros_as_in_the_pipeline(tmp_path: Path) -> N
     absent = {"text_encoder_3": None, "tokenizer_3": None}
     loaded = StableDiffusion3Pipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True, **absent)
     expected = loaded.encode_prompt(TEXTS, None, None, "cpu", do_classifier_free_guidance=False)[0]
-    torch.testing.assert_close(condition.encoder_hidden_states, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(condition["encoder_hidden_states"], expected, rtol=1e-4, atol=1e-4)
     assert torch.count_nonzero(expected[:, 77:]) == 0
 
 
@@ -134,7 +134,7 @@ def test_prediction_is_the_transformers_on_the_straight_line(sd3: Any) -> None:
     straight = (1 - sigma).reshape(-1, 1, 1, 1) * latents + sigma.reshape(-1, 1, 1, 1) * noise
     condition = sd3.encode_text(["a photo", "sks"])
     with torch.no_grad():
-        expected = sd3.unet(straight, condition.encoder_hidden_states, condition.pooled, 1000 * sigma).sample
+        expected = sd3.unet(straight, condition["encoder_hidden_states"], condition["pooled"], 1000 * sigma).sample
         noisy = sd3.prediction.add_noise(latents, noise, timesteps)
         found = sd3.predict(noisy, timesteps, condition)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -194,7 +194,7 @@ def test_diffusers_draws_with_the_file(result: train.Result, folder: Path) -> No
     states, _, pooled, _ = loaded.encode_prompt(prompt, None, None, "cpu", do_classifier_free_guidance=False)
     noisy, timesteps = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     condition = family.encode_text([prompt])
-    torch.testing.assert_close(condition.encoder_hidden_states, states, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(condition["encoder_hidden_states"], states, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         theirs = loaded.transformer(noisy, states, pooled, timesteps).sample
         ours = family.predict(noisy, timesteps, condition)

@@ -67,12 +67,12 @@ def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str,
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     texts = ["a photo of sks toy", "", "sks " * 99]
     conditions = [loaded.encode_text(texts) for loaded in (one, other)]
-    assert torch.equal(*(condition.encoder_hidden_states for condition in conditions))
+    assert torch.equal(*(condition["encoder_hidden_states"] for condition in conditions))
     noisy, steps = torch.randn((3, 4, 8, 8)), torch.tensor([1, 500, 999])
     ids = torch.tensor([[64, 64, 0, 0, 64, 64]] * 3)
     if family == "sdxl":
-        assert torch.equal(*(condition.pooled for condition in conditions))
-        conditions = [condition.with_sizes(ids) for condition in conditions]
+        assert torch.equal(*(condition["pooled"] for condition in conditions))
+        conditions = [condition.with_rows(time_ids=ids) for condition in conditions]
     with torch.no_grad():
         said = [f.predict(noisy, steps, c) for f, c in zip((one, other), conditions, strict=True)]
     # Not to the bit: kernels round by the alignment of the weights in memory.

@@ -72,7 +72,7 @@ def test_diffusers_draws_with_the_embedding_what_lorakit_draws(tiny_sd1, tmp_pat
     pipeline.load_textual_inversion(tmp_path / "toy-embedding", weight_name="sks.safetensors", token="<sks>")
     theirs = pipeline.encode_prompt("a photo of <sks> toy", "cpu", 1, False)[0]
     applied = adapters.apply(family, made)
-    torch.testing.assert_close(family.encode_text(["a photo of sks toy"]).encoder_hidden_states, theirs)
+    torch.testing.assert_close(family.encode_text(["a photo of sks toy"])["encoder_hidden_states"], theirs)
     # The same through the pipeline that pictures are drawn with.
     ours = family.pipeline().encode_prompt("a photo of sks toy", "cpu", 1, False)[0]
     torch.testing.assert_close(ours, theirs)

@@ -172,15 +172,15 @@ def test_the_first_loss_is_the_bases_by_an_independent_reckoning(
     condition = family.encode_text(["a", "b", "c"])
     ids = family.time_ids((100, 80), (8, 0), (64, 64))
     if ids is not None:
-        condition = condition.with_sizes(torch.tensor([ids] * 3))
+        condition = condition.with_rows(time_ids=torch.tensor([ids] * 3))
 
     a = SCHEDULE[timesteps.numpy()].reshape(-1, 1, 1, 1)
     noisy = torch.from_numpy(np.sqrt(a) * latents.numpy() + np.sqrt(1 - a) * noise.numpy()).float()
     added = {}
     if ids is not None:
-        added = {"text_embeds": condition.pooled, "time_ids": torch.tensor([[100.0, 80, 8, 0, 64, 64]] * 3)}
+        added = {"text_embeds": condition["pooled"], "time_ids": torch.tensor([[100.0, 80, 8, 0, 64, 64]] * 3)}
     with torch.no_grad():
-        said = family.unet(noisy, timesteps, condition.encoder_hidden_states, added_cond_kwargs=added).sample.numpy()
+        said = family.unet(noisy, timesteps, condition["encoder_hidden_states"], added_cond_kwargs=added).sample.numpy()
     target = reference_target(family.prediction.name, latents.numpy(), noise.numpy(), a)
     each = ((said - target) ** 2).mean(axis=(1, 2, 3))
     if gamma is not None:

@@ -122,8 +122,8 @@ def test_many_texts_do_not_need_more_memory_than_a_few(tiny_sdxl: Path, monkeypa
     monkeypatch.undo()
     for place, text in enumerate(texts):
         alone, row = family.encode_text([text]), found.index(torch.tensor([place]))
-        torch.testing.assert_close(row.encoder_hidden_states, alone.encoder_hidden_states)
-        torch.testing.assert_close(row.pooled, alone.pooled)
+        torch.testing.assert_close(row["encoder_hidden_states"], alone["encoder_hidden_states"])
+        torch.testing.assert_close(row["pooled"], alone["pooled"])
 
 
 class Somewhere:

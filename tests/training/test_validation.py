@@ -1,7 +1,6 @@
 """Validation: figures against formulas done by hand, equal to the bit twice, and without a trace in training."""
 
 import math
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,24 +9,12 @@ import torch
 
 from lorakit import adapters, config, families
 from lorakit.core import rng
+from lorakit.families.conditioning import Conditioning
 from lorakit.families.prediction import Epsilon
 from lorakit.inference.mode import inference
 from lorakit.training import validation as evaluate
 
 CHANNELS, SIDE = 4, 8
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Embeddings of one number each."""
-
-    values: torch.Tensor
-
-    def index(self, rows: torch.Tensor) -> "Conditioning":
-        return Conditioning(self.values[rows])
-
-    def expand(self, count: int) -> "Conditioning":
-        return Conditioning(self.values.expand(count))
 
 
 class Family:
@@ -46,7 +33,7 @@ class Family:
     def predict(self, noisy, timesteps, condition):
         assert not torch.is_grad_enabled() and not self.net[1].training
         self.calls += 1
-        return self.factor * noisy + condition.values[:, None, None, None] + self.shift
+        return self.factor * noisy + condition["values"][:, None, None, None] + self.shift
 
 
 class Adapter:
@@ -83,10 +70,10 @@ def dataset(count: int = 3, variants: int = 1, seed: int = 0):
 
 
 def conditions(count: int = 3) -> Conditioning:
-    return Conditioning(torch.arange(count) * 0.01)
+    return Conditioning(values=torch.arange(count) * 0.01)
 
 
-CLASS = Conditioning(torch.tensor([0.2]))
+CLASS = Conditioning(values=torch.tensor([0.2]))
 
 
 def by_hand(family: Family, validation: evaluate.Validation, data) -> dict[str, np.ndarray]:
@@ -138,7 +125,7 @@ def test_drift_is_the_relative_change_on_the_class_prompt():
     assert validation.run(Adapter(family, 0.1))["prior_drift"] == pytest.approx(0.25, rel=1e-5)
     assert validation.run(Adapter(family, 0.0))["prior_drift"] == 0.0
     # A trained text encoder moves the class prompt itself; the base's part stays that of the base.
-    moved = validation.run(Adapter(family, 0.0), class_condition=Conditioning(torch.tensor([0.4])))
+    moved = validation.run(Adapter(family, 0.0), class_condition=Conditioning(values=torch.tensor([0.4])))
     assert moved["prior_drift"] == pytest.approx(1.0, rel=1e-5)
     assert validation.source == "training photos"
 

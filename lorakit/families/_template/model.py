@@ -54,7 +54,7 @@ class ExampleDiffusion:
         """See `families.Family`."""
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
-            return Conditioning(self.text_encoders["text_encoder"](tokens[0])[0])
+            return Conditioning(encoder_hidden_states=self.text_encoders["text_encoder"](tokens[0])[0])
 
     # The next two scale latents as the VAE's configuration says. Other autoencoders than AutoencoderKL need their own.
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ class ExampleDiffusion:
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """See `families.Family`."""
         self.acquire("unet")
-        states = condition.encoder_hidden_states.to(self.dtype)
+        states = condition["encoder_hidden_states"].to(self.dtype)
         predicted = self.unet(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
         return loading.widen(predicted, self.gradient_scale)
 

@@ -82,7 +82,8 @@ class StableDiffusion3:
             )
             clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
             states = torch.cat([functional.pad(clip, (0, long.shape[-1] - clip.shape[-1])), long], dim=1)
-            return Conditioning(states, pooled=torch.cat([first.text_embeds, second.text_embeds], dim=-1))
+            pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+            return Conditioning(encoder_hidden_states=states, pooled=pooled)
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""
@@ -100,13 +101,12 @@ class StableDiffusion3:
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """See `families.Family`. The condition must have pooled text."""
-        assert condition.pooled is not None, "Stable Diffusion 3 needs pooled text"
         self.acquire("unet")
         prediction = self.unet(
             hidden_states=noisy.to(self.dtype),
             timestep=timesteps,
-            encoder_hidden_states=condition.encoder_hidden_states.to(self.dtype),
-            pooled_projections=condition.pooled.to(self.dtype),
+            encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
+            pooled_projections=condition["pooled"].to(self.dtype),
             return_dict=False,
         )[0]
         return loading.widen(prediction, self.gradient_scale)

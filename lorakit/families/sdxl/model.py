@@ -59,7 +59,7 @@ class StableDiffusionXL:
                 for encoder, ids in zip(self.text_encoders.values(), tokens, strict=True)
             )
             states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-            return Conditioning(states, pooled=second.text_embeds)
+            return Conditioning(encoder_hidden_states=states, pooled=second.text_embeds)
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `families.Family`."""
@@ -77,11 +77,10 @@ class StableDiffusionXL:
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """See `families.Family`. The condition must have pooled text and time ids."""
-        assert condition.pooled is not None and condition.time_ids is not None, "SDXL needs Conditioning.with_sizes"
         self.acquire("unet")
         # The pipeline casts the ids to the UNet's precision; so do we, to train what will be sampled.
-        added = {"text_embeds": condition.pooled.to(self.dtype), "time_ids": condition.time_ids.to(self.dtype)}
-        states = condition.encoder_hidden_states.to(self.dtype)
+        added = {"text_embeds": condition["pooled"].to(self.dtype), "time_ids": condition["time_ids"].to(self.dtype)}
+        states = condition["encoder_hidden_states"].to(self.dtype)
         predicted = self.unet(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
         return loading.widen(predicted, self.gradient_scale)
 
