@@ -128,7 +128,7 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
 def unsuited(info: BaseInfo, config: Config) -> list[str]:
     """What a config asks for that a base of this kind cannot do, a line each."""
     problems = []
-    if info.spec.prediction == FLOW and config.train.min_snr_gamma is not None:
+    if info.spec.predicts_flow and config.train.min_snr_gamma is not None:
         problems.append(
             f"train.min_snr_gamma is not defined for base {info.title}, which predicts the flow: leave it unset"
         )
@@ -239,7 +239,7 @@ def _info(model: ModelConfig, **known: Any) -> BaseInfo:
         _check_tokenizer(folder, model.tokenizer)
     if configs["unet"].get("in_channels", 4) != channels:
         known["notes"] = (*known["notes"], INPAINTING)
-    if spec.prediction == FLOW and model.prediction_type != "auto":
+    if spec.predicts_flow and model.prediction_type != "auto":
         raise LorakitError(f"base {path} predicts the flow: leave model.prediction_type")
     configs["scheduler"], said = _as_told(configs["scheduler"], model.prediction_type)
     if said:

@@ -168,6 +168,11 @@ class FamilySpec:
     dead_end_layers: tuple[str, ...] = ()
     format_refusals: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def predicts_flow(self) -> bool:
+        """Whether its bases are trained by flow matching: they have no signal-to-noise weights and no other type."""
+        return self.prediction == FLOW
+
     def version(self, cross_dim: int | None) -> ModelVersion:
         """The version whose text is so wide; the first where none is."""
         return next((version for version in self.versions if version.cross_dim == cross_dim), self.versions[0])
