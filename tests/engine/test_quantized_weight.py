@@ -327,7 +327,7 @@ def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
     (stream,) = streams_of(family.unet)
     weights = {path: layer.weight for path, layer in family.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
     for path, weight in weights.items():
-        assert isinstance(weight, quantized_weight.QuantizedWeight) != weight_storage.is_quantizable(
+        assert isinstance(weight, quantized_weight.QuantizedWeight) == weight_storage.is_quantizable(
             path, weight.numel()
         )
     there = [weight for weight in weights.values() if isinstance(weight, quantized_weight.QuantizedWeight)]
