@@ -94,10 +94,10 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
     try:
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(0)
-            family.unet = UNet2DConditionModel(**unet_config(kind, width)).eval().requires_grad_(False)
+            family.denoiser = UNet2DConditionModel(**unet_config(kind, width)).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    onednn_linear.use_onednn_linear(family.unet)
+    onednn_linear.use_onednn_linear(family.denoiser)
     family.device, family.dtype, family.gradient_scale = device, dtype, 1.0
     family.info = SimpleNamespace(family="sdxl" if kind == "sdxl" else "sd1")
     family.text_encoders, family.vae = {}, None
@@ -115,7 +115,7 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
     device, sized = family.device, family.info.family == "sdxl"
     draw = torch.Generator(device).manual_seed(0)
     mean = torch.randn(PHOTOS, 4, side, side, device=device, generator=draw)
-    states = torch.randn(PHOTOS, TOKENS, family.unet.config.cross_attention_dim, device=device, generator=draw)
+    states = torch.randn(PHOTOS, TOKENS, family.denoiser.config.cross_attention_dim, device=device, generator=draw)
     pooled = torch.randn(PHOTOS, pooled_width(width), device=device, generator=draw) if sized else None
     ids = torch.tensor([[side * 8.0, side * 8, 0, 0, side * 8, side * 8]] * PHOTOS, device=device) if sized else None
     rows = torch.arange(PHOTOS)
@@ -151,7 +151,7 @@ def lorakit_loop(
     adapter = adapters.attach(family, chosen.adapter, seed=0)
     adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(chosen, device or family.device.type))
     if chosen.memory.gradient_checkpointing:
-        blocks = [path for path, _ in family.unet.named_modules() if memory_estimate.BLOCK.fullmatch(path)]
+        blocks = [path for path, _ in family.denoiser.named_modules() if memory_estimate.BLOCK.fullmatch(path)]
         devices.gradient_checkpointing(family, blocks)
     adapter.train(True)
     return steps_of(OptimizerStep(chosen, LossStep(family, adapter, data, chosen.train), 1000, say))
@@ -176,7 +176,7 @@ def peft_loop(
     from diffusers import DDPMScheduler
     from peft import LoraConfig
 
-    unet, device, dtype = family.unet, family.device, family.dtype
+    unet, device, dtype = family.denoiser, family.device, family.dtype
     torchs_own(unet)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=ATTENTION))
     parameters = [p for p in unet.parameters() if p.requires_grad]

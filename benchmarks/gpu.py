@@ -121,7 +121,7 @@ def makers(
     def checkpointed(stream: bool) -> common.Loop:
         family, data = model()
         if stream:
-            quantized_weight.store_layers(family.unet, "full", device, offload=True)
+            quantized_weight.store_layers(family.denoiser, "full", device, offload=True)
             if device.type == "cuda":  # what is in the host's memory now was on the card before
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -144,7 +144,7 @@ def makers(
 
     def channels_last() -> common.Loop:
         family, data = model()
-        family.unet.to(memory_format=torch.channels_last)
+        family.denoiser.to(memory_format=torch.channels_last)
         return common.lorakit_loop(family, data, chosen)
 
     if asked.convolutions:
@@ -174,7 +174,7 @@ def encoders(kind: str, family: Any, side: int, width: int | None) -> Callable[[
     channels = (16, 16, 16, 16) if narrow else (128, 256, 512, 512)
     precision = torch.float32 if kind == "sdxl" or device.type == "cpu" else torch.bfloat16
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    wide = family.unet.config.cross_attention_dim
+    wide = family.denoiser.config.cross_attention_dim
     sizes = [wide] if kind == "sd15" or narrow else [768, 1280]
     with torch.random.fork_rng(), torch.device(device):
         vae = AutoencoderKL(

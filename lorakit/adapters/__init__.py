@@ -57,7 +57,7 @@ def optimize_blocks(target: Family | DiffusionPipeline, *, save_less: bool = Fal
     """
     from lorakit.engine import fused_blocks
 
-    fused_blocks.optimize_blocks(target.unet, save_less=save_less)
+    fused_blocks.optimize_blocks(target.denoiser, save_less=save_less)
 
 
 def flatten(target: Family | DiffusionPipeline, adapter: Adapter, *, copies: bool = True) -> list[FlatParameters]:

@@ -58,7 +58,7 @@ def blocks(
     """The blocks to compile of a base with its adapter, after `optimize_blocks`; None without memory.compile."""
     if not config.memory.compile:
         return None
-    return CompiledBlocks(family.unet, parameters, say, inductor, FULL if family.dtype is torch.float32 else HALF)
+    return CompiledBlocks(family.denoiser, parameters, say, inductor, FULL if family.dtype is torch.float32 else HALF)
 
 
 def folder() -> Path:

@@ -86,7 +86,7 @@ def attention(config: MemoryConfig, family: Family) -> str:
     problem = attention_problem(lambda q, k, v: memory_efficient_attention(q, k, v), family.device, family.dtype)
     if problem:
         return f"attention: sdpa, because xformers failed its self-test ({problem})"
-    family.unet.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
+    family.denoiser.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
     return "attention: xformers, which agrees with sdpa forward and backward"
 
 
@@ -124,7 +124,7 @@ def gradient_checkpointing(family: Family, blocks: Collection[str], *, random: b
         random: they draw random numbers, which must come again.
     """
     for path in blocks:
-        block = family.unet.get_submodule(path)
+        block = family.denoiser.get_submodule(path)
         block.forward = functools.partial(_recomputed, block.forward, random)
 
 

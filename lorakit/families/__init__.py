@@ -35,7 +35,7 @@ class Family(Protocol):
         dtype: precision of UNet and text encoders; the VAE is always float32.
         gradient_scale: gradients are this many times too large inside the base, from the prediction backwards; whoever
             trains a weight in there divides by it (see `components.widen`).
-        unet: the denoiser.
+        denoiser: the UNet or transformer. Parts, adapters' keys and `modules()` call it "unet" in every family.
         text_encoders: "text_encoder" and, where there are more, "text_encoder_2" and "text_encoder_3" -> module.
         vae: the autoencoder.
         plain: whether it computes without `lorakit.engine`, as `memory.engine` has it. Adapters follow it.
@@ -46,7 +46,7 @@ class Family(Protocol):
     device: torch.device
     dtype: torch.dtype
     gradient_scale: float
-    unet: torch.nn.Module
+    denoiser: torch.nn.Module
     text_encoders: dict[str, torch.nn.Module]
     vae: torch.nn.Module
     plain: bool
@@ -111,7 +111,7 @@ def load(
     from lorakit.engine import fused_blocks, onednn_linear
 
     family: Family = registry.resolve(info.spec.loader)(info, device, dtype, storage, stream)
-    family.plain = plain or fused_blocks.unknown_block(family.unet) is not None
+    family.plain = plain or fused_blocks.unknown_block(family.denoiser) is not None
     if not family.plain and family.device.type == "cpu" and storage == "full" and not stream:
-        onednn_linear.use_onednn_linear(family.unet)
+        onednn_linear.use_onednn_linear(family.denoiser)
     return family

@@ -60,7 +60,7 @@ def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[
     if not family.plain:
         adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(config, family.device.type))
     elif config.memory.engine != "plain":
-        block = fused_blocks.unknown_block(family.unet)
+        block = fused_blocks.unknown_block(family.denoiser)
         say(f"the UNet has a block that lorakit cannot fuse ({block}): memory.engine = 'plain' is used. {SLOWER}")
     blocks = memory_estimate.recomputed_blocks(config, ready.info, ready.plan.modules, family.device.type)
     devices.gradient_checkpointing(family, blocks, random=adapter.dropout > 0)

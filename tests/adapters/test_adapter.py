@@ -60,9 +60,9 @@ def test_after_two_steps_every_announced_layer_has_learned(
     adapter = attach(family, METHODS[method](rank=2, target_modules="linear+conv", train_text_encoder=text))
     before = adapter.weights().layers
     if checkpointing:
-        family.unet.enable_gradient_checkpointing()
+        family.denoiser.enable_gradient_checkpointing()
     train(family, adapter)
-    family.unet.disable_gradient_checkpointing()
+    family.denoiser.disable_gradient_checkpointing()
     assert len(adapter.layers) == sum(modules for modules, _ in adapter.describe().values())
     assert set(adapter.describe()) == {"unet", *(family.text_encoders if text else ())}
     for layer, weights in adapter.weights().layers.items():
@@ -75,7 +75,7 @@ def test_gradients_are_the_same_with_checkpointing_and_blocks_run_twice(sd1: Any
     adapter = attach(sd1, LoraConfig(rank=4, target_modules="linear+conv"))
     randomize(adapter)
     calls = []
-    block = sd1.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    block = sd1.denoiser.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
     hook = block.register_forward_hook(lambda *_: calls.append(1))
 
     def gradients() -> tuple[list[torch.Tensor], int]:
@@ -84,9 +84,9 @@ def test_gradients_are_the_same_with_checkpointing_and_blocks_run_twice(sd1: Any
         return list(torch.autograd.grad(predict(sd1, grad=True).square().mean(), parameters)), len(calls)
 
     plain, once = gradients()
-    sd1.unet.enable_gradient_checkpointing()
+    sd1.denoiser.enable_gradient_checkpointing()
     again, twice = gradients()
-    sd1.unet.disable_gradient_checkpointing()
+    sd1.denoiser.disable_gradient_checkpointing()
     hook.remove()
     assert (once, twice) == (1, 2)
     for a, b in zip(plain, again, strict=True):
@@ -237,18 +237,18 @@ def test_rslora_folds_its_scale_into_alpha(sd1: Any, attach: Any) -> None:
 
 def test_rank_dropout_and_targets_reach_pefts_layers(sd1: Any, attach: Any) -> None:
     adapter = attach(sd1, LoraConfig(rank=7, alpha=5.0, dropout=0.25))
-    config = sd1.unet.peft_config["default"]
+    config = sd1.denoiser.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (7, 5.0, 0.25)
-    layer = sd1.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    layer = sd1.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     assert layer.lora_A["default"].weight.shape == (7, 64)
     assert layer.lora_dropout["default"].p == 0.25
-    assert len(adapter.layers) == len([m for m in sd1.unet.modules() if hasattr(m, "lora_A")])
+    assert len(adapter.layers) == len([m for m in sd1.denoiser.modules() if hasattr(m, "lora_A")])
 
 
 @pytest.mark.parametrize("convolution", [False, True])
 def test_dora_gradients_are_those_of_the_formula_with_the_norm_held(sd1: Any, attach: Any, convolution: bool) -> None:
     attach(sd1, DoraConfig(rank=4, target_modules="linear+conv"))
-    block = sd1.unet.mid_block
+    block = sd1.denoiser.mid_block
     layer = block.resnets[0].conv1 if convolution else block.attentions[0].transformer_blocks[0].attn1.to_q
     draw = torch.Generator().manual_seed(1)
     shape = (2, 64, 4, 4) if convolution else (2, 16, 64)
@@ -280,7 +280,7 @@ def test_dora_learns_its_magnitude_in_a_bfloat16_base(tiny_sd1: Path) -> None:
     # Around 1, bfloat16 has steps of 0.8 %: s itself must not be rounded to it, only the product.
     family = families.load(families.describe(tiny_sd1), "cpu", torch.bfloat16)
     adapters.attach(family, DoraConfig(rank=2))
-    layer = family.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    layer = family.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     x = torch.randn((64, 64), generator=torch.Generator().manual_seed(0)).bfloat16()
     before = layer(x).float()
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_dora_learns_its_magnitude_in_a_bfloat16_base(tiny_sd1: Path) -> None:
 
 
 def test_dora_survives_a_column_of_zeros(sd1: Any, attach: Any) -> None:
-    weight = sd1.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    weight = sd1.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     before = weight.detach().clone()
     with torch.no_grad():
         weight[:, 3] = 0
@@ -305,6 +305,6 @@ def test_dora_survives_a_column_of_zeros(sd1: Any, attach: Any) -> None:
 def test_dora_is_not_fused_into_the_base(sd1: Any, attach: Any) -> None:
     attach(sd1, DoraConfig(rank=2, target_modules="linear+conv"))
     with pytest.raises(LorakitError, match="DoRA adapter cannot be fused"):
-        sd1.unet.fuse_lora()
+        sd1.denoiser.fuse_lora()
     with pytest.raises(LorakitError, match="DoRA adapter cannot be fused"):
-        sd1.unet.mid_block.resnets[0].conv1.merge()
+        sd1.denoiser.mid_block.resnets[0].conv1.merge()

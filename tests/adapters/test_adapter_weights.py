@@ -186,7 +186,7 @@ def test_applying_what_does_not_fit_says_why(sd1: Any, attach: Any) -> None:
 def test_it_stays_a_peft_model_to_everyone_else(sd1: Any, attach: Any) -> None:
     adapter = attach(sd1, LoraConfig(rank=2))
     randomize(adapter)
-    state = get_peft_model_state_dict(sd1.unet)
+    state = get_peft_model_state_dict(sd1.denoiser)
     assert len(state) == 2 * len(adapter.layers)
     for name, layer in adapter.weights().layers.items():
         module = name.removeprefix("unet.")

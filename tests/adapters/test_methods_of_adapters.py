@@ -79,7 +79,7 @@ def test_pissa_of_a_rank_above_the_layers_own(sd1: Any, attach: Any) -> None:
 
 def test_pissa_is_not_fused_into_the_base(sd1: Any, attach: Any) -> None:
     attach(sd1, PissaConfig(rank=2, target_modules="linear+conv"))
-    block = sd1.unet.mid_block
+    block = sd1.denoiser.mid_block
     for layer in (block.resnets[0].conv1, block.attentions[0].transformer_blocks[0].attn1.to_q):
         with pytest.raises(LorakitError, match="PiSSA adapter that is being trained cannot be fused"):
             layer.merge()
@@ -112,14 +112,14 @@ def test_a_whole_lokr_has_no_scale(sd1: Any, attach: Any) -> None:
 @pytest.mark.parametrize(("config", "kind"), [(LohaConfig, "LOHA"), (LokrConfig, "LOKR"), (LoraConfig, "LORA")])
 def test_peft_knows_what_it_holds(sd1: Any, attach: Any, config: Any, kind: str) -> None:
     attach(sd1, config(rank=4, alpha=2.0))
-    assert sd1.unet.peft_config["default"].peft_type == kind
+    assert sd1.denoiser.peft_config["default"].peft_type == kind
 
 
 @pytest.mark.parametrize("config", [LohaConfig, LokrConfig])
 @pytest.mark.parametrize("conv", [False, True])
 def test_no_delta_is_kept_for_the_backward_pass(sd1: Any, attach: Any, config: Any, conv: bool) -> None:
     attach(sd1, config(rank=2, target_modules="linear+conv"))
-    block = sd1.unet.mid_block
+    block = sd1.denoiser.mid_block
     layer = block.resnets[0].conv1 if conv else block.attentions[0].transformer_blocks[0].attn1.to_q
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):

@@ -117,4 +117,4 @@ def test_what_does_not_fit_is_said(sd1: Any, attach: Any) -> None:
     two = replace(weights, embeddings={**weights.embeddings, "ohwx": weights.embeddings["sks"]})
     with pytest.raises(LorakitError, match="has vectors for 'sks' and 'ohwx': only one word can be applied"):
         adapters.apply(sd1, two)
-    assert not hasattr(sd1.unet, "peft_config")
+    assert not hasattr(sd1.denoiser, "peft_config")

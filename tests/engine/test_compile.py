@@ -44,7 +44,7 @@ class Small:
     def __init__(self, compiler: compile.Compiler, width: int = 16, dtype: torch.dtype = torch.float32, **asked: Any):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.unet = UNet2DConditionModel(
+            self.denoiser = UNet2DConditionModel(
                 sample_size=8,
                 block_out_channels=(width,),
                 layers_per_block=1,
@@ -55,9 +55,12 @@ class Small:
                 up_block_types=("UpBlock2D",),
                 mid_block_type=None,
             )
-        self.unet.to(dtype).eval().requires_grad_(False)
+        self.denoiser.to(dtype).eval().requires_grad_(False)
         family: Any = SimpleNamespace(
-            unet=self.unet, info=SimpleNamespace(family="sd1"), modules=lambda: {"unet": self.unet}, dtype=dtype
+            denoiser=self.denoiser,
+            info=SimpleNamespace(family="sd1"),
+            modules=lambda: {"unet": self.denoiser},
+            dtype=dtype,
         )
         chosen = config.load(None, {"train.steps": 1, **{f"adapter.{name}": value for name, value in asked.items()}})
         adapter = adapters.attach(family, replace(chosen.adapter, rank=4), seed=0)
@@ -75,14 +78,14 @@ class Small:
 
             return call
 
-        self.blocks = compile.CompiledBlocks(self.unet, self.parameters, self.said.append, counted)
+        self.blocks = compile.CompiledBlocks(self.denoiser, self.parameters, self.said.append, counted)
 
     def step(self, batch: int = 2) -> torch.Tensor:
         draw = torch.Generator().manual_seed(batch)
         noisy, towards = (torch.randn(batch, 4, 8, 8, generator=draw) for _ in range(2))
         states = torch.randn(batch, 5, 16, generator=draw)
         times = torch.arange(batch) * 400
-        said = self.unet(noisy.to(self.dtype), times, states.to(self.dtype), return_dict=False)[0]
+        said = self.denoiser(noisy.to(self.dtype), times, states.to(self.dtype), return_dict=False)[0]
         loss = (said.float() - towards).square().mean()
         loss.backward()
         return loss.detach()
@@ -132,7 +135,7 @@ def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
 
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
     small = Small(compiler)
-    names, random = list(small.unet.state_dict()), torch.get_rng_state()
+    names, random = list(small.denoiser.state_dict()), torch.get_rng_state()
     small.train()
     weights = small.flat.weights.detach().clone()
     without = small.found(by_compiled=False)
@@ -144,7 +147,7 @@ def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
     (line,) = small.said
     told = COMPILED.match(line)
     assert told and told[1] == str(cache)
-    assert list(small.unet.state_dict()) == names and torch.equal(torch.get_rng_state(), random)
+    assert list(small.denoiser.state_dict()) == names and torch.equal(torch.get_rng_state(), random)
     assert torch.equal(small.flat.weights, weights)
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.so")}
     assert len(kept) > 2
@@ -192,8 +195,8 @@ def test_what_has_no_gradients_to_come_is_not_compiled() -> None:
     small.found(by_compiled=True)
     before = small.calls
     with small.blocks.compiled(2, lambda: small.step(2)), torch.no_grad():
-        small.unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 5, 16))
-    small.unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 5, 16))
+        small.denoiser(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 5, 16))
+    small.denoiser(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 5, 16))
     assert small.calls == before
 
 
@@ -234,7 +237,7 @@ def test_the_transformer_of_stable_diffusion_3_has_blocks_too() -> None:
 def test_layers_whose_memory_was_moved_are_computed_without() -> None:
     small = Small(untouched)
     small.found(by_compiled=True)
-    for layer in small.unet.modules():
+    for layer in small.denoiser.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.weight.data = layer.weight.data.clone()
     before = small.calls

@@ -139,9 +139,9 @@ def test_xformers_is_used_only_where_it_passes_and_it_is_said(monkeypatch: pytes
         ),
     ]:
         stub_xformers(monkeypatch, kernel)
-        family = SimpleNamespace(unet=UnetThatCounts(), device=CPU, dtype=torch.float32)
+        family = SimpleNamespace(denoiser=UnetThatCounts(), device=CPU, dtype=torch.float32)
         assert devices.attention(chosen, family) == said
-        assert family.unet.on is on
+        assert family.denoiser.on is on
     assert devices.attention(MemoryConfig(), family) == "attention: sdpa"
 
 
@@ -184,18 +184,18 @@ def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: in
             parameter.data.fill_(0.01)
         adapters.optimize_blocks(family)
         runs: Counter[str] = Counter()
-        paths = {path for path, _ in family.unet.named_modules() if memory_estimate.BLOCK.fullmatch(path)}
+        paths = {path for path, _ in family.denoiser.named_modules() if memory_estimate.BLOCK.fullmatch(path)}
         for path in paths:
-            first = family.unet.get_submodule(path).norm1
+            first = family.denoiser.get_submodule(path).norm1
             first.register_forward_pre_hook(lambda *_, path=path, runs=runs: runs.update([path]))
         devices.gradient_checkpointing(family, again, random=dropout > 0)
         torch.manual_seed(0)
         noisy, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
-        predicted = family.unet(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
+        predicted = family.denoiser(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
         found.append(torch.autograd.grad(predicted.square().mean(), list(adapter.parameters().values())))
         assert set(again) <= paths and runs == Counter([*paths, *again])
         with torch.no_grad():
-            family.unet(noisy, torch.tensor([10, 700]), text)
+            family.denoiser(noisy, torch.tensor([10, 700]), text)
         assert runs == Counter([*paths, *paths, *again])
     assert count is not None or set(blocks) == paths
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -206,9 +206,11 @@ def test_in_half_precision_gradients_are_those_by_autograd(
     plain, other = attached(tiny_sd1, config, dtype)
     family, adapter = attached(tiny_sd1, config, dtype)
     made = adapters.flatten(family, adapter)
-    kinds = {type(layer.half_copies) for layer in family.unet.modules() if isinstance(layer, fused_lora.FusedLinear)}
+    kinds = {
+        type(layer.half_copies) for layer in family.denoiser.modules() if isinstance(layer, fused_lora.FusedLinear)
+    }
     assert kinds == {fused_lora.HalfCopies}
-    groups = [m.fused_qkv for m in family.unet.modules() if isinstance(m, fused_blocks.FusedAttention)]
+    groups = [m.fused_qkv for m in family.denoiser.modules() if isinstance(m, fused_blocks.FusedAttention)]
     assert groups and all(group.half_copies is not None and group.is_valid() for group in groups)
     for _ in range(2):
         with torch.no_grad():  # as an optimizer would: copies of before must not be used

@@ -37,7 +37,7 @@ def pair(folder: Any, dtype: torch.dtype, alpha: float = 2.0) -> tuple[Any, Any,
     for name, parameter in adapter.parameters().items():
         component, _, path = name.partition(".")
         path, _, factor = path.rpartition(".")
-        own = family.unet.get_submodule(path) if component == "unet" else None
+        own = family.denoiser.get_submodule(path) if component == "unet" else None
         peft = theirs.get_submodule(path)
         assert own is not None
         weight = 0.2 * torch.randn(parameter.shape, generator=draw)
@@ -59,11 +59,11 @@ def peft_parameters(unet: Any, names: list[str]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("alpha", [4.0, 2.0])
 def test_an_optimized_unet_predicts_and_learns_as_pefts(tiny_sd1: Any, alpha: float) -> None:
     family, adapter, theirs = pair(tiny_sd1, torch.float32, alpha)
-    fused_blocks.optimize_blocks(family.unet)
-    kinds = {type(module) for module in family.unet.modules()}
+    fused_blocks.optimize_blocks(family.denoiser)
+    kinds = {type(module) for module in family.denoiser.modules()}
     assert fused_blocks.FusedAttention in kinds and fused_blocks.FusedResnet in kinds
     mine, expected = adapter.parameters(), peft_parameters(theirs, list(adapter.parameters()))
-    (a, own), (b, other) = outcome(family.unet, mine, torch.float32), outcome(theirs, expected, torch.float32)
+    (a, own), (b, other) = outcome(family.denoiser, mine, torch.float32), outcome(theirs, expected, torch.float32)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for name in own:
         assert (own[name] - other[name]).norm() <= 1e-5 * other[name].norm() + 1e-9, name
@@ -72,9 +72,9 @@ def test_an_optimized_unet_predicts_and_learns_as_pefts(tiny_sd1: Any, alpha: fl
 def test_in_bfloat16_the_gradients_are_float32_and_near(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.bfloat16)
     full, wanted, _ = pair(tiny_sd1, torch.float32)
-    fused_blocks.optimize_blocks(family.unet)
-    _, own = outcome(family.unet, adapter.parameters(), torch.bfloat16)
-    _, other = outcome(full.unet, wanted.parameters(), torch.float32)
+    fused_blocks.optimize_blocks(family.denoiser)
+    _, own = outcome(family.denoiser, adapter.parameters(), torch.bfloat16)
+    _, other = outcome(full.denoiser, wanted.parameters(), torch.float32)
     assert {gradient.dtype for gradient in own.values()} == {torch.float32}
     a, b = (torch.cat([g.flatten() for g in found.values()]) for found in (own, other))
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99
@@ -83,40 +83,40 @@ def test_in_bfloat16_the_gradients_are_float32_and_near(tiny_sd1: Any) -> None:
 def test_switched_off_it_is_the_base_and_detached_it_leaves_nothing(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.float32)
     plain = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
-    fused_blocks.optimize_blocks(family.unet)
+    fused_blocks.optimize_blocks(family.denoiser)
     with torch.no_grad():
-        expected = plain.unet(*inputs(), return_dict=False)[0]
+        expected = plain.denoiser(*inputs(), return_dict=False)[0]
         with adapter.disabled():
-            torch.testing.assert_close(family.unet(*inputs(), return_dict=False)[0], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(family.denoiser(*inputs(), return_dict=False)[0], expected, rtol=1e-4, atol=1e-5)
         adapter.detach()
-        torch.testing.assert_close(family.unet(*inputs(), return_dict=False)[0], expected, rtol=1e-4, atol=1e-5)
-    own, other = family.unet.state_dict(), plain.unet.state_dict()
+        torch.testing.assert_close(family.denoiser(*inputs(), return_dict=False)[0], expected, rtol=1e-4, atol=1e-5)
+    own, other = family.denoiser.state_dict(), plain.denoiser.state_dict()
     assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
 
 
 def test_shared_tensors_follow_the_optimizer_and_a_restored_state(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.float32)
-    fused_blocks.optimize_blocks(family.unet)
+    fused_blocks.optimize_blocks(family.denoiser)
     state = adapter.state()
     with torch.no_grad():
-        before = family.unet(*inputs(), return_dict=False)[0]
+        before = family.denoiser(*inputs(), return_dict=False)[0]
         for parameter in adapter.parameters().values():
             parameter.mul_(3)
-        assert not torch.equal(family.unet(*inputs(), return_dict=False)[0], before)
+        assert not torch.equal(family.denoiser(*inputs(), return_dict=False)[0], before)
         adapter.load_state(state)
-        assert torch.equal(family.unet(*inputs(), return_dict=False)[0], before)
+        assert torch.equal(family.denoiser(*inputs(), return_dict=False)[0], before)
 
 
 def test_a_layer_given_another_weight_is_asked_by_itself(tiny_sd1: Any) -> None:
     family, adapter, theirs = pair(tiny_sd1, torch.float32)
-    fused_blocks.optimize_blocks(family.unet)
+    fused_blocks.optimize_blocks(family.denoiser)
     name = next(name for name in adapter.parameters() if "attn1.to_q.down" in name)
     path = name.removeprefix("unet.").removesuffix(".down")
-    matrix = family.unet.get_submodule(path).lora_A["default"]
+    matrix = family.denoiser.get_submodule(path).lora_A["default"]
     matrix.weight = torch.nn.Parameter(matrix.weight.detach() * 2)
     peft_parameters(theirs, [name])[name].data.mul_(2)
     with torch.no_grad():
-        found, expected = (unet(*inputs(), return_dict=False)[0] for unet in (family.unet, theirs))
+        found, expected = (unet(*inputs(), return_dict=False)[0] for unet in (family.denoiser, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -126,9 +126,9 @@ def test_dropout_is_left_to_peft(tiny_sd1: Any) -> None:
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):
             parameter.data.fill_(0.1)
-    fused_blocks.optimize_blocks(family.unet)
+    fused_blocks.optimize_blocks(family.denoiser)
     adapter.train(True)
     with torch.no_grad():
         torch.manual_seed(0)
-        first = family.unet(*inputs(), return_dict=False)[0]
-        assert not torch.equal(family.unet(*inputs(), return_dict=False)[0], first)
+        first = family.denoiser(*inputs(), return_dict=False)[0]
+        assert not torch.equal(family.denoiser(*inputs(), return_dict=False)[0], first)

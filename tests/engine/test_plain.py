@@ -84,7 +84,7 @@ def test_a_plain_unet_has_no_class_of_lorakit(
     classes: dict[str, set[str]] = {}
 
     def watched(self: OptimizerStep, number: int) -> Any:
-        unet = self.step.family.unet
+        unet = self.step.family.denoiser
         classes[engine] = {type(m).__module__ for m in unet.modules() if type(m).__module__.startswith("lorakit")}
         assert engine == "fused" or not self.flats
         raise KeyboardInterrupt
@@ -182,7 +182,7 @@ def test_a_unet_with_an_unknown_block_is_trained_plainly_and_says_so(
 
 def test_a_known_unet_is_fused_and_says_nothing(tiny_sd1: Path, photos: Path, tmp_path: Path) -> None:
     family = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
-    assert fused_blocks.unknown_block(family.unet) is None and family.plain is False
+    assert fused_blocks.unknown_block(family.denoiser) is None and family.plain is False
     result = run(tiny_sd1, photos, tmp_path / "run", "fused")
     assert "cannot fuse" not in (result.folder / "log.jsonl").read_text(encoding="utf-8")
 
@@ -197,7 +197,7 @@ def test_a_forward_that_changed_in_diffusers_is_noticed(
     monkeypatch.setattr(fused_blocks.FusedResnet, "forward", changed)
     fused_blocks._differing_class.cache_clear()
     try:
-        found = fused_blocks.unknown_block(family.unet)
+        found = fused_blocks.unknown_block(family.denoiser)
         assert found is not None and found.endswith(": ResnetBlock2D")
     finally:
         fused_blocks._differing_class.cache_clear()
@@ -208,4 +208,4 @@ def test_a_finished_adapter_is_applied_with_pefts_layers(tiny_sd1: Path) -> None
     family = families.load(info, "cpu", torch.float32, "full", False, True)
     weights = adapters.attach(families.load(info, "cpu", torch.float32), settings).weights()
     adapters.apply(family, weights)
-    assert not any(type(module).__module__.startswith("lorakit") for module in family.unet.modules())
+    assert not any(type(module).__module__.startswith("lorakit") for module in family.denoiser.modules())

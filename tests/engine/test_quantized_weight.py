@@ -195,22 +195,24 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
     full, small = load(folder, "full"), load(folder, kind)
     left = {
         path.partition(".")[0]
-        for path, layer in small.unet.named_modules()
+        for path, layer in small.denoiser.named_modules()
         if isinstance(layer, KINDS_OF_LAYER) and not isinstance(layer.weight, quantized_weight.QuantizedWeight)
     }
     assert left == set(weight_storage.UNQUANTIZED_LAYERS) & {
-        path for path, child in small.unet.named_children() if list(child.parameters())
+        path for path, child in small.denoiser.named_children() if list(child.parameters())
     }
     others = [*small.vae.parameters(), *(p for e in small.text_encoders.values() for p in e.parameters())]
     assert not any(isinstance(parameter, quantized_weight.QuantizedWeight) for parameter in others)
-    assert not any(parameter.requires_grad for parameter in small.unet.parameters())
+    assert not any(parameter.requires_grad for parameter in small.denoiser.parameters())
     with torch.no_grad():
         error = relative(predict(small), predict(full))
     assert 0 < error < {"int8": 0.02, "nf4": 0.35}[kind]
-    weights = {path: layer.weight for path, layer in small.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
-    rest = sum(p.nbytes for path, p in small.unet.named_parameters() if path.removesuffix(".weight") not in weights)
+    weights = {
+        path: layer.weight for path, layer in small.denoiser.named_modules() if isinstance(layer, KINDS_OF_LAYER)
+    }
+    rest = sum(p.nbytes for path, p in small.denoiser.named_parameters() if path.removesuffix(".weight") not in weights)
     predicted = sum(weight_storage.weight_nbytes(path, weight.shape, kind, 4) for path, weight in weights.items())
-    assert quantized_weight.storage_nbytes(small.unet) == predicted + rest
+    assert quantized_weight.storage_nbytes(small.denoiser) == predicted + rest
     assert predicted < 0.4 * sum(weight.numel() * 4 for weight in weights.values())
 
 
@@ -220,14 +222,14 @@ def test_an_adapter_learns_on_it_as_on_its_whole_weights(tiny_sd1: Path, kind: s
     """Gradients equal those on a plain base whose weights are the dequantized ones, with checkpointing too."""
     small, plain = load(tiny_sd1, kind), load(tiny_sd1, "full")
     with torch.no_grad():
-        for place, parameter in small.unet.named_parameters():
+        for place, parameter in small.denoiser.named_parameters():
             if isinstance(parameter, quantized_weight.QuantizedWeight):
-                plain.unet.get_parameter(place).copy_(parameter.dequantize())
+                plain.denoiser.get_parameter(place).copy_(parameter.dequantize())
     on_small, on_plain = adapters.attach(small, config), adapters.attach(plain, config)
     gradients = []
     for family, adapter, checkpointing in ((small, on_small, False), (small, on_small, True), (plain, on_plain, False)):
         if checkpointing:
-            family.unet.enable_gradient_checkpointing()
+            family.denoiser.enable_gradient_checkpointing()
         for name, parameter in adapter.parameters().items():
             parameter.grad = None
             if name.endswith(".up"):
@@ -293,10 +295,10 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
     results: list[list[torch.Tensor]] = []
     for stream in (False, True):
         family = load(tiny_sd1, kind, stream=stream, dtype=dtype)
-        for layer in family.unet.modules():
+        for layer in family.denoiser.modules():
             if type(layer) is onednn_linear.FrozenLinear:
                 layer.__class__ = nn.Linear
-        for parameter in family.unet.parameters():
+        for parameter in family.denoiser.parameters():
             if not isinstance(parameter, quantized_weight.QuantizedWeight):
                 # What a file holds lies in memory as it does in the file, and MKL's last bits are by the address.
                 parameter.data = parameter.clone()
@@ -307,7 +309,7 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
             adapters.optimize_blocks(family)
         results.append([])
         for checkpointing in (False, True):
-            (family.unet.enable_gradient_checkpointing if checkpointing else lambda: None)()
+            (family.denoiser.enable_gradient_checkpointing if checkpointing else lambda: None)()
             for _ in range(2):
                 for parameter in adapter.parameters().values():
                     parameter.grad = None
@@ -316,7 +318,7 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
                 results[-1] += [prediction.detach(), *(p.grad.clone() for p in adapter.parameters().values())]
     for right, found in zip(*results, strict=True):
         assert torch.equal(found, right)
-    (made,) = streams_of(family.unet)
+    (made,) = streams_of(family.denoiser)
     # Each of the two kinds of step is known the second time.
     assert made.misses < 0.5 * made.requests
 
@@ -324,8 +326,10 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
 def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
     """Wherever its module is moved; and what stays resident is what stays in full."""
     family, plain = load(tiny_sdxl, "full", stream=True), load(tiny_sdxl, "full")
-    (stream,) = streams_of(family.unet)
-    weights = {path: layer.weight for path, layer in family.unet.named_modules() if isinstance(layer, KINDS_OF_LAYER)}
+    (stream,) = streams_of(family.denoiser)
+    weights = {
+        path: layer.weight for path, layer in family.denoiser.named_modules() if isinstance(layer, KINDS_OF_LAYER)
+    }
     for path, weight in weights.items():
         assert isinstance(weight, quantized_weight.QuantizedWeight) == weight_storage.is_quantizable(
             path, weight.numel()
@@ -337,12 +341,12 @@ def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
         predict(family)
         predict(family)
         assert stream._on_device
-        family.unet.to("meta")
+        family.denoiser.to("meta")
     assert not stream._on_device  # a base that leaves the device takes its window along
-    there = [p for p in family.unet.parameters() if isinstance(p, quantized_weight.QuantizedWeight)]
+    there = [p for p in family.denoiser.parameters() if isinstance(p, quantized_weight.QuantizedWeight)]
     assert {weight.device.type for weight in there} == {"meta"} and [w.qdata.data_ptr() for w in there] == places
-    for path, right in plain.unet.named_parameters():
-        found = family.unet.get_parameter(path)
+    for path, right in plain.denoiser.named_parameters():
+        found = family.denoiser.get_parameter(path)
         if isinstance(found, quantized_weight.QuantizedWeight):
             assert not found.requires_grad and torch.equal(found.to("cpu").dequantize(), right)
 

@@ -125,10 +125,10 @@ def learned(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> tu
     noisy, text = normal(2, 4, 8, 8, dtype=dtype), normal(2, 77, 32, dtype=dtype)
 
     def predict() -> torch.Tensor:
-        made: torch.Tensor = family.unet(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
+        made: torch.Tensor = family.denoiser(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
         return made
 
-    kept, predicted = kept_bytes(predict, family.unet)
+    kept, predicted = kept_bytes(predict, family.denoiser)
     gradients = torch.autograd.grad(predicted.float().square().mean(), list(parameters.values()))
     return kept, {"prediction": predicted.detach(), **dict(zip(parameters, gradients, strict=True))}
 

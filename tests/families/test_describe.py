@@ -144,7 +144,7 @@ def test_a_half_precision_variant_is_loaded(copy: Copy) -> None:
     for path in list(folder.rglob("*.safetensors")):
         path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
     family = families.load(families.describe(folder), "cpu", torch.float32)
-    assert family.unet.dtype is torch.float32
+    assert family.denoiser.dtype is torch.float32
 
 
 def test_max_tokens_are_the_text_encoders_where_the_tokenizer_knows_none(copy: Copy) -> None:

@@ -100,7 +100,7 @@ def test_prediction_is_the_unets(sd1: Any) -> None:
     noisy, timesteps = torch.randn((2, 4, 8, 8)), torch.tensor([3, 900])
     condition = sd1.encode_text(["a", "b"])
     with torch.no_grad():
-        expected = sd1.unet(noisy, timesteps, encoder_hidden_states=condition["encoder_hidden_states"]).sample
+        expected = sd1.denoiser(noisy, timesteps, encoder_hidden_states=condition["encoder_hidden_states"]).sample
         assert torch.equal(sd1.predict(noisy, timesteps, condition), expected)
 
 
@@ -111,7 +111,7 @@ def test_sdxls_prediction_sees_pooled_text_and_sizes(sdxl: Any) -> None:
     condition = sdxl.encode_text(["a", "b"]).with_rows(time_ids=torch.tensor([ids, ids]))
     added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"].float()}
     with torch.no_grad():
-        expected = sdxl.unet(
+        expected = sdxl.denoiser(
             noisy, timesteps, encoder_hidden_states=condition["encoder_hidden_states"], added_cond_kwargs=added
         ).sample
         found = sdxl.predict(noisy, timesteps, condition)
@@ -183,7 +183,7 @@ def test_the_pipeline_is_of_the_same_modules_and_draws_what_diffusers_draws(
     family, reference = request.getfixturevalue(name), request.getfixturevalue(f"{name}_pipeline")
     reference.set_progress_bar_config(disable=True)
     pipeline = family.pipeline()
-    assert pipeline.unet is family.unet
+    assert pipeline.unet is family.denoiser
     assert pipeline.vae is family.vae
     assert pipeline.scheduler is not family.pipeline().scheduler
     images = [

@@ -29,7 +29,7 @@ def test_both_layouts_are_known_for_what_they_are(made: tuple[Path, Path]) -> No
             "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
         )
         assert (info.latent_channels, info.prediction_type) == (4, "epsilon")
-        assert families.load(info, "cpu", torch.float32).unet.config.in_channels == 9
+        assert families.load(info, "cpu", torch.float32).denoiser.config.in_channels == 9
 
 
 def test_it_says_what_the_inpainting_pipeline_shows_it_under_a_whole_mask(made: tuple[Path, Path]) -> None:
@@ -50,7 +50,7 @@ def test_it_says_what_the_inpainting_pipeline_shows_it_under_a_whole_mask(made: 
         expected = pipeline.unet(inputs, steps, condition["encoder_hidden_states"]).sample
         torch.testing.assert_close(family.predict(noisy, steps, condition), expected, rtol=1e-5, atol=1e-6)
         # Nine channels are taken as they are.
-        found = family.unet(inputs, steps, condition["encoder_hidden_states"]).sample
+        found = family.denoiser(inputs, steps, condition["encoder_hidden_states"]).sample
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -134,7 +134,7 @@ def test_prediction_is_the_transformers_on_the_straight_line(sd3: Any) -> None:
     straight = (1 - sigma).reshape(-1, 1, 1, 1) * latents + sigma.reshape(-1, 1, 1, 1) * noise
     condition = sd3.encode_text(["a photo", "sks"])
     with torch.no_grad():
-        expected = sd3.unet(straight, condition["encoder_hidden_states"], condition["pooled"], 1000 * sigma).sample
+        expected = sd3.denoiser(straight, condition["encoder_hidden_states"], condition["pooled"], 1000 * sigma).sample
         noisy = sd3.prediction.add_noise(latents, noise, timesteps)
         found = sd3.predict(noisy, timesteps, condition)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -273,7 +273,7 @@ def test_every_precision_that_files_come_in_is_read(made: Any, tmp_path: Path) -
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         file = whole.write(tmp_path / "x.safetensors", "sd1", pipeline, dtype)
         family = families.load(describe(file, folder), "cpu", torch.float32)
-        assert torch.equal(family.unet.conv_in.weight, weight.to(dtype).float())
+        assert torch.equal(family.denoiser.conv_in.weight, weight.to(dtype).float())
 
 
 def test_a_file_that_is_read_may_be_replaced_meanwhile(made: Any, tmp_path: Path) -> None:
@@ -281,9 +281,9 @@ def test_a_file_that_is_read_may_be_replaced_meanwhile(made: Any, tmp_path: Path
     pipeline, folder, _ = made["sd1"]
     file = whole.write(tmp_path / "x.safetensors", "sd1", pipeline)
     family = families.load(describe(file, folder), "cpu", torch.float32)
-    before = family.unet.conv_in.weight.clone()
+    before = family.denoiser.conv_in.weight.clone()
     file.write_bytes(bytes(file.stat().st_size))
-    assert torch.equal(family.unet.conv_in.weight, before)
+    assert torch.equal(family.denoiser.conv_in.weight, before)
 
 
 def test_the_identity_is_of_the_content_not_of_the_name(made: Any, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_width_and_height_are_in_this_order(family):
 
 def test_drawing_leaves_no_trace(family):
     pipeline = family.pipeline()
-    scheduler, unet = pipeline.scheduler, family.unet
+    scheduler, unet = pipeline.scheduler, family.denoiser
     scheduler.set_timesteps(7)
     before = (torch.random.get_rng_state(), scheduler.timesteps.tolist(), dict(scheduler.config))
     unet.train()
@@ -84,7 +84,7 @@ def test_dropout_is_off_while_drawing(tiny_sd1):
     family = family_of(tiny_sd1)
     adapter = noisy_adapter(family)
     plain = arrays(sampling.draw(family, ["x"], QUICK, 64))
-    for part in family.unet.modules():
+    for part in family.denoiser.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.9
     adapter.train(True)

@@ -180,7 +180,9 @@ def test_the_first_loss_is_the_bases_by_an_independent_reckoning(
     if ids is not None:
         added = {"text_embeds": condition["pooled"], "time_ids": torch.tensor([[100.0, 80, 8, 0, 64, 64]] * 3)}
     with torch.no_grad():
-        said = family.unet(noisy, timesteps, condition["encoder_hidden_states"], added_cond_kwargs=added).sample.numpy()
+        said = family.denoiser(
+            noisy, timesteps, condition["encoder_hidden_states"], added_cond_kwargs=added
+        ).sample.numpy()
     target = reference_target(family.prediction.name, latents.numpy(), noise.numpy(), a)
     each = ((said - target) ** 2).mean(axis=(1, 2, 3))
     if gamma is not None:

@@ -30,7 +30,7 @@ class Watched:
         return getattr(self.family, name)
 
     def release(self, *names: str) -> None:
-        adapted = any(weight.requires_grad for weight in self.family.unet.parameters())
+        adapted = any(weight.requires_grad for weight in self.family.denoiser.parameters())
         self.there -= set(names) - ({"unet"} if adapted else set())
 
     def acquire(self, *names: str) -> None:

@@ -295,7 +295,7 @@ def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path,
     def counted(*args):
         others.append(sum(part() is not None for part in made))
         family = load(*args)
-        made.extend(weakref.ref(part) for part in family.unet.modules())
+        made.extend(weakref.ref(part) for part in family.denoiser.modules())
         return family
 
     monkeypatch.setattr(families, "load", counted)

@@ -28,7 +28,7 @@ class ExampleDiffusion:
         # stays on the CPU until `acquire`. Change: the class of each text encoder, and one tokenizer for each.
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with loading.quiet():
-            self.unet = loading.load_unet(info, self.device, dtype, storage, stream)
+            self.denoiser = loading.load_unet(info, self.device, dtype, storage, stream)
             encoder = loading.load_module(info, "text_encoder", CLIPTextModel, dtype)
             self.vae = loading.load_vae(info)
             self.tokenizer = loading.load_tokenizer(info, "tokenizer", encoder)
@@ -77,7 +77,7 @@ class ExampleDiffusion:
         """See `families.Family`."""
         self.acquire("unet")
         states = condition["encoder_hidden_states"].to(self.dtype)
-        predicted = self.unet(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
+        predicted = self.denoiser(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
         return loading.widen(predicted, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
@@ -96,7 +96,7 @@ class ExampleDiffusion:
                 vae=self.vae,
                 text_encoder=self.text_encoders["text_encoder"],
                 tokenizer=self.tokenizer,
-                unet=self.unet,
+                unet=self.denoiser,
                 scheduler=type(self.scheduler).from_config(self.scheduler.config),
                 safety_checker=None,
                 feature_extractor=None,
@@ -108,7 +108,7 @@ class ExampleDiffusion:
     # What adapters may enter. The denoiser is always "unet", whatever its class is.
     def modules(self) -> dict[str, Any]:
         """See `families.Family`."""
-        return {"unet": self.unet, **self.text_encoders}
+        return {"unet": self.denoiser, **self.text_encoders}
 
     def _parts(self) -> dict[str, list[Any]]:
-        return loading.by_name(self.unet, self.vae, self.text_encoders)
+        return loading.by_name(self.denoiser, self.vae, self.text_encoders)

@@ -26,10 +26,10 @@ class StableDiffusion:
     ):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with loading.quiet():
-            self.unet = loading.load_unet(info, self.device, dtype, storage, stream)
+            self.denoiser = loading.load_unet(info, self.device, dtype, storage, stream)
             encoder = loading.load_module(info, "text_encoder", CLIPTextModel, dtype)
             self.vae = loading.load_vae(info)
-            loading.mask_everything(self.unet, self.vae)
+            loading.mask_everything(self.denoiser, self.vae)
             self.tokenizer = loading.load_tokenizer(info, "tokenizer", encoder)
             self.scheduler = loading.load_scheduler(info)
         self.text_encoders: dict[str, Any] = {"text_encoder": encoder}
@@ -70,7 +70,7 @@ class StableDiffusion:
         """See `families.Family`."""
         self.acquire("unet")
         states = condition["encoder_hidden_states"].to(self.dtype)
-        predicted = self.unet(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
+        predicted = self.denoiser(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
         return loading.widen(predicted, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
@@ -88,7 +88,7 @@ class StableDiffusion:
                 vae=self.vae,
                 text_encoder=self.text_encoders["text_encoder"],
                 tokenizer=self.tokenizer,
-                unet=self.unet,
+                unet=self.denoiser,
                 scheduler=type(self.scheduler).from_config(self.scheduler.config),
                 safety_checker=None,
                 feature_extractor=None,
@@ -99,7 +99,7 @@ class StableDiffusion:
 
     def modules(self) -> dict[str, Any]:
         """See `families.Family`."""
-        return {"unet": self.unet, **self.text_encoders}
+        return {"unet": self.denoiser, **self.text_encoders}
 
     def _parts(self) -> dict[str, list[Any]]:
-        return loading.by_name(self.unet, self.vae, self.text_encoders)
+        return loading.by_name(self.denoiser, self.vae, self.text_encoders)

@@ -34,7 +34,7 @@ class StableDiffusion3:
     ):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with loading.quiet():
-            self.unet = loading.load_unet(info, self.device, dtype, storage, stream)
+            self.denoiser = loading.load_unet(info, self.device, dtype, storage, stream)
             self.text_encoders: dict[str, Any] = {
                 name: loading.load_module(info, name, CLIPTextModelWithProjection, dtype) for name in CLIPS
             }
@@ -102,7 +102,7 @@ class StableDiffusion3:
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """See `families.Family`. The condition must have pooled text."""
         self.acquire("unet")
-        prediction = self.unet(
+        prediction = self.denoiser(
             hidden_states=noisy.to(self.dtype),
             timestep=timesteps,
             encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
@@ -124,7 +124,7 @@ class StableDiffusion3:
         absent = {"text_encoder_3": None, "tokenizer_3": None}
         with loading.quiet():
             pipeline = StableDiffusion3Pipeline(
-                transformer=self.unet,
+                transformer=self.denoiser,
                 scheduler=type(self.scheduler).from_config(self.scheduler.config),
                 vae=self.vae,
                 **(absent | self.text_encoders | self.tokenizers),
@@ -136,11 +136,11 @@ class StableDiffusion3:
 
     def modules(self) -> dict[str, Any]:
         """See `families.Family`: T5 is never trained."""
-        return {"unet": self.unet, **{name: self.text_encoders[name] for name in CLIPS}}
+        return {"unet": self.denoiser, **{name: self.text_encoders[name] for name in CLIPS}}
 
     def _parts(self) -> dict[str, list[Any]]:
         # T5, never trained and the largest of all, comes and goes by itself.
-        parts = loading.by_name(self.unet, self.vae, {name: self.text_encoders[name] for name in CLIPS})
+        parts = loading.by_name(self.denoiser, self.vae, {name: self.text_encoders[name] for name in CLIPS})
         return parts | {T5: [self.text_encoders[T5]] if T5 in self.text_encoders else []}
 
     @staticmethod

@@ -26,11 +26,11 @@ class StableDiffusionXL:
     ):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         with loading.quiet():
-            self.unet = loading.load_unet(info, self.device, dtype, storage, stream)
+            self.denoiser = loading.load_unet(info, self.device, dtype, storage, stream)
             first = loading.load_module(info, "text_encoder", CLIPTextModel, dtype)
             second = loading.load_module(info, "text_encoder_2", CLIPTextModelWithProjection, dtype)
             self.vae = loading.load_vae(info)
-            loading.mask_everything(self.unet, self.vae)
+            loading.mask_everything(self.denoiser, self.vae)
             self.tokenizers = [
                 loading.load_tokenizer(info, "tokenizer", first),
                 loading.load_tokenizer(info, "tokenizer_2", second),
@@ -81,7 +81,9 @@ class StableDiffusionXL:
         # The pipeline casts the ids to the UNet's precision; so do we, to train what will be sampled.
         added = {"text_embeds": condition["pooled"].to(self.dtype), "time_ids": condition["time_ids"].to(self.dtype)}
         states = condition["encoder_hidden_states"].to(self.dtype)
-        predicted = self.unet(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
+        predicted = self.denoiser(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[
+            0
+        ]
         return loading.widen(predicted, self.gradient_scale)
 
     def release(self, *parts: str) -> None:
@@ -101,7 +103,7 @@ class StableDiffusionXL:
                 **self.text_encoders,
                 tokenizer=self.tokenizers[0],
                 tokenizer_2=self.tokenizers[1],
-                unet=self.unet,
+                unet=self.denoiser,
                 scheduler=type(self.scheduler).from_config(self.scheduler.config),
                 force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
                 add_watermarker=False,
@@ -111,7 +113,7 @@ class StableDiffusionXL:
 
     def modules(self) -> dict[str, Any]:
         """See `families.Family`."""
-        return {"unet": self.unet, **self.text_encoders}
+        return {"unet": self.denoiser, **self.text_encoders}
 
     def _parts(self) -> dict[str, list[Any]]:
-        return loading.by_name(self.unet, self.vae, self.text_encoders)
+        return loading.by_name(self.denoiser, self.vae, self.text_encoders)
