@@ -24,7 +24,17 @@ def test_what_is_for_a_card_holds_on_a_make_believe_one(tmp_path: Path) -> None:
     if torch.backends.cuda.is_built() or not sys.platform.startswith("linux") or compiler is None:
         pytest.skip("needs a torch without CUDA, whose place the make-believe card takes, and a C++ compiler, on Linux")
     library = card.build(tmp_path, compiler)
-    asked = ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu", *(str(TESTS / name) for name in FILES)]
+    asked = [
+        "-o",
+        "addopts=",
+        "-o",
+        "filterwarnings=",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        *(str(TESTS / name) for name in FILES),
+    ]
     command = [sys.executable, str(TESTS / "card" / "card.py"), str(library), *asked]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -17,7 +17,8 @@ def test_photos_show_the_subject_on_no_scene_of_the_comparison(tmp_path: Path) -
     assert len(pictures) == demo.PHOTOS
     unseen = [words for scene in demo.UNSEEN for words in captions.SCENE_WORDS[scene]]
     for picture in pictures:
-        assert Image.open(picture).size == (64, 64)
+        with Image.open(picture) as image:
+            assert image.size == (64, 64)
         text = picture.with_suffix(".txt").read_text(encoding="utf-8")
         assert text.startswith("a photo of a sks toy ")
         assert not any(words in text for words in unseen)

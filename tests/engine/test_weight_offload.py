@@ -48,7 +48,7 @@ def test_weights_share_slabs_and_none_overlaps_another() -> None:
     with gzip.open(KEYS, "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file]
     counts = {row[0][5:]: math.prod(map(int, row[-1].split("x"))) for row in rows if row[0].startswith("unet.")}
-    sizes = [2 * count for path, count in counts.items() if not weight_storage.is_quantizable(path, count)]
+    sizes = [2 * count for path, count in counts.items() if weight_storage.is_quantizable(path, count)]
     places, lengths = weight_storage.pack_into_slabs(sizes)
     assert len(places) == len(sizes) > 700
     for number, length in enumerate(lengths):
@@ -126,7 +126,7 @@ def test_what_was_learned_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     order = AccessOrder()
     for number in STEP * 5:
         assert len(order.observe(number)) <= weight_offload.MAX_LOOKAHEAD
-        assert len(order._seen) <= 50
+        assert len(order._history) <= 50
 
 
 # -- copies ---------------------------------------------------------------------------------------------------------

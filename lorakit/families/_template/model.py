@@ -16,6 +16,8 @@ from lorakit.families.describe import BaseInfo
 class ExampleDiffusion:
     """See `families.Family`. `families.load` sets `plain` afterwards."""
 
+    plain = False
+
     def __init__(
         self,
         info: BaseInfo,
@@ -106,9 +108,9 @@ class ExampleDiffusion:
         return pipeline
 
     # What adapters may enter. The denoiser is always "unet", whatever its class is.
-    def modules(self) -> dict[str, Any]:
+    def modules(self) -> dict[str, torch.nn.Module]:
         """See `families.Family`."""
         return {"unet": self.denoiser, **self.text_encoders}
 
-    def _parts(self) -> dict[str, list[Any]]:
+    def _parts(self) -> dict[str, list[torch.nn.Module]]:
         return loading.by_name(self.denoiser, self.vae, self.text_encoders)

@@ -16,6 +16,8 @@ from lorakit.families.describe import BaseInfo
 class StableDiffusion:
     """See `families.Family`."""
 
+    plain = False
+
     def __init__(
         self,
         info: BaseInfo,

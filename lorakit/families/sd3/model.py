@@ -24,6 +24,8 @@ class StableDiffusion3:
     It says noise - x on the line z = (1 - sigma) x + sigma noise, at timesteps of 1000 sigma (see `prediction.Flow`).
     """
 
+    plain = False
+
     def __init__(
         self,
         info: BaseInfo,

@@ -16,6 +16,8 @@ from lorakit.families.describe import BaseInfo
 class StableDiffusionXL:
     """See `families.Family`; Podell et al. 2023, arXiv 2307.01952."""
 
+    plain = False
+
     def __init__(
         self,
         info: BaseInfo,
