@@ -133,7 +133,7 @@ class LohaLayer:
 
 @dataclass(frozen=True)
 class LokrLayer:
-    """One layer with LoKr (Yeh et al. 2023, arXiv 2309.14859; LyCORIS): a LokrLayer product of two small matrices.
+    """One layer with LoKr (Yeh et al. 2023, arXiv 2309.14859; LyCORIS): a Kronecker product of two small matrices.
 
     delta W = scale * kron(w1, w2), either of which may be a product of two factors. The scale is alpha / rank, and 1
     where both are whole, as there is no rank then.

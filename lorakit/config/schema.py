@@ -149,7 +149,7 @@ class LohaConfig(LayersConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LokrConfig(LayersConfig):
-    """LoKr (Yeh et al. 2023, arXiv 2309.14859): a LokrLayer product of two small matrices."""
+    """LoKr (Yeh et al. 2023, arXiv 2309.14859): a Kronecker product of two small matrices."""
 
     method: str = "lokr"
 

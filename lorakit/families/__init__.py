@@ -34,7 +34,7 @@ class Family(Protocol):
         device: where its parts compute.
         dtype: precision of UNet and text encoders; the VAE is always float32.
         gradient_scale: gradients are this many times too large inside the base, from the prediction backwards; whoever
-            trains a weight in there divides by it (see `components.widen`).
+            trains a weight in there divides by it (see `loading.widen`).
         denoiser: the UNet or transformer. Parts, adapters' keys and `modules()` call it "unet" in every family.
         text_encoders: "text_encoder" and, where there are more, "text_encoder_2" and "text_encoder_3" -> module.
         vae: the autoencoder.

@@ -195,7 +195,7 @@ def to_diffusers_name(name: str, family: str) -> str:
 
 
 def canonical_part(name: str) -> str:
-    """The component that one of `spelled`'s is: "unet" for "transformer"."""
+    """The canonical component of a diffusers name: "unet" for "transformer"."""
     return "unet" if name in registry.denoisers() else name
 
 
