@@ -20,7 +20,7 @@ from lorakit import families
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
 from lorakit.families import loading
-from lorakit.training import run as train
+from lorakit.training import loop, run as train
 from lorakit.training.optimizer_step import OptimizerStep
 
 card: Any = torch.cuda.card
@@ -137,7 +137,7 @@ def test_nothing_is_waited_for_in_a_step(bases, photos, tmp_path, monkeypatch, c
         return made
 
     monkeypatch.setattr(OptimizerStep, "__call__", counted)
-    monkeypatch.setattr(train, "READ_EVERY", STEPS)
+    monkeypatch.setattr(loop, "READ_EVERY", STEPS)
     train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__batch_size=5, **changes))
     # At the first step a graph is compared with the pass without it, at the second another with the optimizer's step.
     assert [waits for waits, _ in seen[2:]] == [0] * (STEPS - 2)
