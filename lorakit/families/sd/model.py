@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
@@ -11,12 +9,11 @@ from transformers import CLIPTextModel
 from lorakit.families import loading, prediction
 from lorakit.families.conditioning import Conditioning
 from lorakit.families.describe import BaseInfo
+from lorakit.families.loaded import LoadedFamily
 
 
-class StableDiffusion:
+class StableDiffusion(LoadedFamily):
     """See `families.Family`."""
-
-    plain = False
 
     def __init__(
         self,
@@ -26,7 +23,7 @@ class StableDiffusion:
         storage: str = "full",
         stream: bool = False,
     ):
-        self.info, self.device, self.dtype = info, torch.device(device), dtype
+        super().__init__(info, device, dtype)
         with loading.quiet():
             self.denoiser = loading.load_unet(info, self.device, dtype, storage, stream)
             encoder = loading.load_module(info, "text_encoder", CLIPTextModel, dtype)
@@ -34,19 +31,10 @@ class StableDiffusion:
             loading.mask_everything(self.denoiser, self.vae)
             self.tokenizer = loading.load_tokenizer(info, "tokenizer", encoder)
             self.scheduler = loading.load_scheduler(info)
-        self.text_encoders: dict[str, Any] = {"text_encoder": encoder}
-        self.gradient_scale = loading.gradient_scale(dtype)
+        self.text_encoders = {"text_encoder": encoder}
         schedule = loading.noise_schedule(self.scheduler, self.device)
         self.prediction = prediction.of_schedule(info.prediction_type, schedule)
         self._ids = [loading.TokenIds(self.tokenizer, self.device)]
-
-    def encode_text(self, texts: list[str]) -> Conditioning:
-        """See `families.Family`."""
-        return self.encode_tokens(self.tokens(texts))
-
-    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
-        """See `families.Family`."""
-        return [ids(texts) for ids in self._ids]
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """See `families.Family`."""
@@ -54,34 +42,12 @@ class StableDiffusion:
         with torch.set_grad_enabled(grad):
             return Conditioning(encoder_hidden_states=self.text_encoders["text_encoder"](tokens[0])[0])
 
-    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `families.Family`."""
-        self.acquire("vae")
-        return loading.encode_image(self.vae, pixels)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """See `families.Family`."""
-        self.acquire("vae")
-        return loading.decode(self.vae, latents)
-
-    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> None:
-        """None: the family knows nothing of sizes."""
-        return None
-
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """See `families.Family`."""
         self.acquire("unet")
         states = condition["encoder_hidden_states"].to(self.dtype)
         predicted = self.denoiser(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
         return loading.widen(predicted, self.gradient_scale)
-
-    def release(self, *parts: str) -> None:
-        """See `families.Family`."""
-        loading.move(self._parts(), parts, loading.HOST)
-
-    def acquire(self, *parts: str) -> None:
-        """See `families.Family`."""
-        loading.move(self._parts(), parts, self.device)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """See `families.Family`."""
@@ -98,10 +64,3 @@ class StableDiffusion:
             )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-    def modules(self) -> dict[str, Any]:
-        """See `families.Family`."""
-        return {"unet": self.denoiser, **self.text_encoders}
-
-    def _parts(self) -> dict[str, list[Any]]:
-        return loading.by_name(self.denoiser, self.vae, self.text_encoders)

@@ -13,18 +13,17 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderMo
 from lorakit.families import loading
 from lorakit.families.conditioning import Conditioning
 from lorakit.families.describe import BaseInfo
+from lorakit.families.loaded import LoadedFamily
 from lorakit.families.prediction import Flow
 
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 
 
-class StableDiffusion3:
+class StableDiffusion3(LoadedFamily):
     """See `families.Family`; Esser et al. 2024, arXiv 2403.03206.
 
     It says noise - x on the line z = (1 - sigma) x + sigma noise, at timesteps of 1000 sigma (see `prediction.Flow`).
     """
-
-    plain = False
 
     def __init__(
         self,
@@ -34,10 +33,10 @@ class StableDiffusion3:
         storage: str = "full",
         stream: bool = False,
     ):
-        self.info, self.device, self.dtype = info, torch.device(device), dtype
+        super().__init__(info, device, dtype)
         with loading.quiet():
             self.denoiser = loading.load_unet(info, self.device, dtype, storage, stream)
-            self.text_encoders: dict[str, Any] = {
+            self.text_encoders = {
                 name: loading.load_module(info, name, CLIPTextModelWithProjection, dtype) for name in CLIPS
             }
             self.tokenizers = {
@@ -56,12 +55,7 @@ class StableDiffusion3:
                 self._t5_ids = loading.TokenIds(tokenizer, self.device, self._t5_tokens)
             self.vae = loading.load_vae(info)
             self.scheduler = loading.load_scheduler(info)
-        self.gradient_scale = loading.gradient_scale(dtype)
         self.prediction = Flow(float(self.scheduler.config.shift))
-
-    def encode_text(self, texts: list[str]) -> Conditioning:
-        """See `families.Family`."""
-        return self.encode_tokens(self.tokens(texts))
 
     def tokens(self, texts: list[str]) -> list[torch.Tensor]:
         """See `families.Family`: both CLIPs' token ids, and T5's last hidden states; zeros without T5."""
@@ -87,20 +81,6 @@ class StableDiffusion3:
             pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
             return Conditioning(encoder_hidden_states=states, pooled=pooled)
 
-    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `families.Family`."""
-        self.acquire("vae")
-        return loading.encode_image(self.vae, pixels)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """See `families.Family`."""
-        self.acquire("vae")
-        return loading.decode(self.vae, latents)
-
-    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> None:
-        """None: the family knows nothing of sizes."""
-        return None
-
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """See `families.Family`. The condition must have pooled text."""
         self.acquire("unet")
@@ -115,11 +95,11 @@ class StableDiffusion3:
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""
-        loading.move(self._parts(), self._named(parts), loading.HOST)
+        super().release(*self._named(parts))
 
     def acquire(self, *parts: str) -> None:
         """See `families.Family`."""
-        loading.move(self._parts(), self._named(parts), self.device)
+        super().acquire(*self._named(parts))
 
     def pipeline(self) -> StableDiffusion3Pipeline:
         """See `families.Family`."""

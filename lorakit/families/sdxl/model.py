@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -11,12 +9,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lorakit.families import loading, prediction
 from lorakit.families.conditioning import Conditioning
 from lorakit.families.describe import BaseInfo
+from lorakit.families.loaded import LoadedFamily
 
 
-class StableDiffusionXL:
+class StableDiffusionXL(LoadedFamily):
     """See `families.Family`; Podell et al. 2023, arXiv 2307.01952."""
-
-    plain = False
 
     def __init__(
         self,
@@ -26,7 +23,7 @@ class StableDiffusionXL:
         storage: str = "full",
         stream: bool = False,
     ):
-        self.info, self.device, self.dtype = info, torch.device(device), dtype
+        super().__init__(info, device, dtype)
         with loading.quiet():
             self.denoiser = loading.load_unet(info, self.device, dtype, storage, stream)
             first = loading.load_module(info, "text_encoder", CLIPTextModel, dtype)
@@ -38,19 +35,10 @@ class StableDiffusionXL:
                 loading.load_tokenizer(info, "tokenizer_2", second),
             ]
             self.scheduler = loading.load_scheduler(info)
-        self.text_encoders: dict[str, Any] = {"text_encoder": first, "text_encoder_2": second}
-        self.gradient_scale = loading.gradient_scale(dtype)
+        self.text_encoders = {"text_encoder": first, "text_encoder_2": second}
         schedule = loading.noise_schedule(self.scheduler, self.device)
         self.prediction = prediction.of_schedule(info.prediction_type, schedule)
         self._ids = [loading.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
-
-    def encode_text(self, texts: list[str]) -> Conditioning:
-        """See `families.Family`."""
-        return self.encode_tokens(self.tokens(texts))
-
-    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
-        """See `families.Family`."""
-        return [ids(texts) for ids in self._ids]
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """See `families.Family`: the encoders' last hidden states but one, side by side, and the second's pooled."""
@@ -62,16 +50,6 @@ class StableDiffusionXL:
             )
             states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
             return Conditioning(encoder_hidden_states=states, pooled=second.text_embeds)
-
-    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `families.Family`."""
-        self.acquire("vae")
-        return loading.encode_image(self.vae, pixels)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """See `families.Family`."""
-        self.acquire("vae")
-        return loading.decode(self.vae, latents)
 
     def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int]:
         """Original height and width, crop top and left, target height and width (arXiv 2307.01952, section 2.2)."""
@@ -87,14 +65,6 @@ class StableDiffusionXL:
             0
         ]
         return loading.widen(predicted, self.gradient_scale)
-
-    def release(self, *parts: str) -> None:
-        """See `families.Family`."""
-        loading.move(self._parts(), parts, loading.HOST)
-
-    def acquire(self, *parts: str) -> None:
-        """See `families.Family`."""
-        loading.move(self._parts(), parts, self.device)
 
     def pipeline(self) -> StableDiffusionXLPipeline:
         """See `families.Family`."""
@@ -112,10 +82,3 @@ class StableDiffusionXL:
             )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-    def modules(self) -> dict[str, Any]:
-        """See `families.Family`."""
-        return {"unet": self.denoiser, **self.text_encoders}
-
-    def _parts(self) -> dict[str, list[Any]]:
-        return loading.by_name(self.denoiser, self.vae, self.text_encoders)

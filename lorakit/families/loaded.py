@@ -1,0 +1,77 @@
+"""What all loaded families have in common; a family's model.py adds what is its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.families import loading
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from lorakit.families.conditioning import Conditioning
+    from lorakit.families.describe import BaseInfo
+
+
+class LoadedFamily:
+    """The shared half of `families.Family`: text ids, VAE, and where the parts are.
+
+    A subclass loads `denoiser`, `text_encoders`, `vae`, `prediction` and `_ids`, and defines `encode_tokens`,
+    `predict` and `pipeline`.
+
+    Attributes:
+        plain: set by `families.load`.
+    """
+
+    plain = False
+    denoiser: Any
+    text_encoders: dict[str, Any]
+    vae: AutoencoderKL
+    _ids: list[loading.TokenIds]
+
+    def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype):
+        self.info, self.device, self.dtype = info, torch.device(device), dtype
+        self.gradient_scale = loading.gradient_scale(dtype)
+
+    def encode_text(self, texts: list[str]) -> Conditioning:
+        """See `families.Family`."""
+        return self.encode_tokens(self.tokens(texts))
+
+    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
+        """See `families.Family`."""
+        return [ids(texts) for ids in self._ids]
+
+    def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
+        """See `families.Family`."""
+        raise NotImplementedError
+
+    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `families.Family`."""
+        self.acquire("vae")
+        return loading.encode_image(self.vae, pixels)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """See `families.Family`."""
+        self.acquire("vae")
+        return loading.decode(self.vae, latents)
+
+    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int] | None:
+        """None: the denoiser is not conditioned on sizes."""
+        return None
+
+    def release(self, *parts: str) -> None:
+        """See `families.Family`."""
+        loading.move(self._parts(), parts, loading.HOST)
+
+    def acquire(self, *parts: str) -> None:
+        """See `families.Family`."""
+        loading.move(self._parts(), parts, self.device)
+
+    def modules(self) -> dict[str, Any]:
+        """See `families.Family`."""
+        return {"unet": self.denoiser, **self.text_encoders}
+
+    def _parts(self) -> dict[str, list[Any]]:
+        return loading.by_name(self.denoiser, self.vae, self.text_encoders)
