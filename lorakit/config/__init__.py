@@ -19,9 +19,11 @@ from lorakit.config.loading import (
 from lorakit.config.option import Option
 from lorakit.config.schema import (
     ADAPTER_SECTIONS,
+    DEVICE_MISSING,
     LENGTHS,
     OFFLOAD_NEEDS_CUDA,
     SECTIONS,
+    XFORMERS_MISSING,
     AdapterConfig,
     Config,
     DataConfig,
@@ -47,9 +49,11 @@ from lorakit.core.errors import ConfigError
 __all__ = [
     "ADAPTER_SECTIONS",
     "DEFAULT_PRESET",
+    "DEVICE_MISSING",
     "LENGTHS",
     "OFFLOAD_NEEDS_CUDA",
     "SECTIONS",
+    "XFORMERS_MISSING",
     "AdapterConfig",
     "Config",
     "ConfigError",

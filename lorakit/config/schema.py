@@ -298,6 +298,12 @@ class Config:
 
 
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Config))
+# Refusals that are said before a run, and again where a library is used without it.
+DEVICE_MISSING = (
+    "memory.device = {device!r}: torch {version} finds no such device here; "
+    "`lorakit doctor` says why, memory.device = 'auto' takes what there is"
+)
+XFORMERS_MISSING = "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'"
 OFFLOAD_NEEDS_CUDA = (
     "memory.stream_base = true needs a CUDA card to copy weights to, and this is {device}: set it to false"
 )

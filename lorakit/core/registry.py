@@ -136,6 +136,21 @@ def missing_package(name: str) -> str | None:
     return f"optimizer.name = {name!r}: the package {spec.package} is not installed"
 
 
+def unmet_needs(name: str, *, has_cuda: bool, one_rate: bool) -> list[str]:
+    """What `optimizer.name` needs of a run and this run does not have, a line each.
+
+    Args:
+        has_cuda: the parameters are, or may come, on a CUDA device.
+        one_rate: all groups of parameters have the same learning rate.
+    """
+    spec, lines = optimizer(name), []
+    if spec.needs_cuda and not has_cuda:
+        lines.append(f"optimizer.name = {name!r} needs a CUDA device: choose 'adamw8bit' or 'adamw'")
+    if spec.single_rate and not one_rate:
+        lines.append(f"optimizer.name = {name!r} has one rate: leave optimizer.text_encoder_learning_rate unset")
+    return lines
+
+
 # A family is recognised from the base's own configuration.
 FAMILIES = Registry["FamilySpec"](
     "lorakit.families",

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lorakit.config import OFFLOAD_NEEDS_CUDA, MemoryConfig
+from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, XFORMERS_MISSING, MemoryConfig
 from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ def device(config: MemoryConfig) -> torch.device:
     if config.device == "auto":
         return torch.device(next(name for name, found in there.items() if found))
     if not there[config.device]:
-        raise LorakitError(
-            f"memory.device = {config.device!r}: torch {torch.__version__} finds no such device here; "
-            "`lorakit doctor` says why, memory.device = 'auto' takes what there is"
-        )
+        raise LorakitError(DEVICE_MISSING.format(device=config.device, version=torch.__version__))
     return torch.device(config.device)
 
 
@@ -82,7 +79,7 @@ def attention(config: MemoryConfig, family: Family) -> str:
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError:
-        raise LorakitError("memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'") from None
+        raise LorakitError(XFORMERS_MISSING) from None
     problem = attention_problem(lambda q, k, v: memory_efficient_attention(q, k, v), family.device, family.dtype)
     if problem:
         return f"attention: sdpa, because xformers failed its self-test ({problem})"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import targets
-from lorakit.config import OFFLOAD_NEEDS_CUDA, AdapterConfig, Config
+from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, AdapterConfig, Config
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
@@ -301,10 +301,7 @@ def device_problem(wanted: str) -> str | None:
     """Why `memory.device` cannot be there, as far as it can be told without torch, or None."""
     if not (wanted == "cuda" and _no_cuda()) and not (wanted == "mps" and sys.platform != "darwin"):
         return None
-    return (
-        f"memory.device = {wanted!r}: torch {_torch_version()} finds no such device here; "
-        "`lorakit doctor` says why, memory.device = 'auto' takes what there is"
-    )
+    return DEVICE_MISSING.format(device=wanted, version=_torch_version())
 
 
 def _no_cuda() -> bool:

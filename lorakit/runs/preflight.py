@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import families
-from lorakit.config import Config, DataConfig
+from lorakit.config import XFORMERS_MISSING, Config, DataConfig
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, folder as photo_folder
@@ -112,7 +112,8 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     for name in config.output.formats:
         problems += _line(registry.FORMATS[name].check(layers, info.family))
         warnings += _line(compatibility.warning(layers, name))
-    problems += plan.problems(config, info)
+    planning = plan.problems(config, info)
+    problems += planning
     photos = None
     try:
         photos = check(config.data, info)
@@ -123,8 +124,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     problems += photos.errors
     if config.train.masked_loss and not any(photo.mask for photo in photos.photos):
         problems.append(checks.NO_MASK)
-    feasible = not photos.errors and not plan.problems(config, info)
-    planned = plan.make(config, info, photos) if feasible else None
+    planned = None if photos.errors or planning else plan.make(config, info, photos)
     return Preflight(config, info, photos, planned, tuple(problems), (*warnings, *photos.warnings))
 
 
@@ -136,19 +136,16 @@ def _missing_packages(config: Config) -> list[str]:
             "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'"
         )
     if config.memory.attention == "xformers" and find_spec("xformers") is None:
-        problems.append("memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'")
+        problems.append(XFORMERS_MISSING)
     return problems
 
 
 def _device_problems(config: Config) -> list[str]:
     """What the device, as far as it is known without torch, and the optimizer rule out."""
     problems = _line(plan.device_problem(config.memory.device))
-    name, spec = config.optimizer.name, registry.optimizer(config.optimizer.name)
-    if spec.needs_cuda and not plan.may_be_cuda(config.memory.device):
-        problems.append(f"optimizer.name = {name!r} needs a CUDA device: choose 'adamw8bit' or 'adamw'")
-    if spec.single_rate and config.optimizer.text_encoder_learning_rate not in (None, config.optimizer.learning_rate):
-        problems.append(f"optimizer.name = {name!r} has one rate: leave optimizer.text_encoder_learning_rate unset")
-    return problems
+    one_rate = config.optimizer.text_encoder_learning_rate in (None, config.optimizer.learning_rate)
+    has_cuda = plan.may_be_cuda(config.memory.device)
+    return problems + registry.unmet_needs(config.optimizer.name, has_cuda=has_cuda, one_rate=one_rate)
 
 
 def _init_from_problem(config: Config) -> str | None:

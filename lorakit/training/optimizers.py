@@ -28,6 +28,9 @@ def build(config: OptimizerConfig, groups: list[tuple[str, list[torch.nn.Paramet
     """
     builder = require(config)
     named = [{"params": params, "name": name, "lr": peak(config, name)} for name, params in groups]
+    one_rate = len({group["lr"] for group in named}) == 1
+    if lines := registry.unmet_needs(config.name, has_cuda=groups[0][1][0].is_cuda, one_rate=one_rate):
+        raise LorakitError("\n".join(lines))
     if isinstance(builder, type):
         return construct(builder, named, config)
     try:
@@ -159,13 +162,7 @@ def adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 def paged_adamw8bit(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW with 8-bit state (Dettmers et al. 2021, arXiv 2110.02861), in memory that CUDA moves to the host when the
-    card is full.
-
-    Raises:
-        LorakitError: the parameters are not on a CUDA device.
-    """
-    if groups[0]["params"][0].device.type != "cuda":
-        raise LorakitError("optimizer.name = 'paged_adamw8bit' needs a CUDA device: choose 'adamw8bit' or 'adamw'")
+    card is full."""
     return construct(import_module("bitsandbytes.optim").PagedAdamW8bit, groups, config)
 
 
@@ -185,13 +182,7 @@ def adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 
 def prodigy(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) finds the rate itself; `learning_rate` is a factor on it.
-
-    Raises:
-        LorakitError: two groups have different rates.
-    """
-    if len({group["lr"] for group in groups}) > 1:
-        raise LorakitError("optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate unset")
+    """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) finds the rate itself; `learning_rate` is a factor."""
     from prodigyopt import Prodigy
 
     defaults = {"use_bias_correction": True, "safeguard_warmup": True}
