@@ -171,7 +171,7 @@ def steps_of(update: OptimizerStep) -> Loop:
 def peft_loop(
     family: Any, data: Any, batch: int, rank: int, *, autocast: bool = True, encode: Callable[[int], Any] | None = None
 ) -> Loop:
-    """A function that runs so many steps of a plain loop; with `encode`, which gives latents and texts anew for each
+    """A function that runs so many steps of a plain loop; with `encode`, which gives latents and texts again for each
     batch, and the loss read each time, it is the loop of diffusers' scripts."""
     from diffusers import DDPMScheduler
     from peft import LoraConfig

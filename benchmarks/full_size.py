@@ -97,7 +97,7 @@ def measure(room: Path, photos: Path, steps: int, resolution: int) -> dict[str, 
 
 
 def watch(arguments: list[str], stop_at: Path | None = None) -> dict[str, Any]:
-    """Run lorakit as a process of its own; interrupt it once a file is there."""
+    """Run lorakit as its own process; interrupt it once a file is there."""
     start = time.monotonic()
     process = psutil.Popen([sys.executable, "-m", "lorakit", *arguments], cwd=ROOT, env=os.environ)
     peak = {"rss": 0, "own": 0}

@@ -107,7 +107,7 @@ def case(kind: str, batch: int, asked: Any, device: torch.device, peak: float) -
 def makers(
     kind: str, batch: int, asked: Any, device: torch.device, width: int | None, side: int
 ) -> dict[str, Callable[[], common.Loop]]:
-    """Name -> what makes the loop, on a model of its own."""
+    """Name -> what makes the loop, on its own model."""
     chosen = common.settings(batch, asked.rank, **{"memory.gradient_checkpointing": asked.stream})
 
     def model() -> tuple[Any, Any]:
@@ -165,7 +165,7 @@ def makers(
 def encoders(kind: str, family: Any, side: int, width: int | None) -> Callable[[int], Any]:
     """VAE and text encoders as the scripts run them in each step: (latents, hidden states) of random photos and texts.
 
-    The VAE is in float32 for SDXL, as there; of SDXL's texts only the states are computed anew.
+    The VAE is in float32 for SDXL, as there; of SDXL's texts only the states are computed again.
     """
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel

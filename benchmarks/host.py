@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def loops(kind: str, asked: Any, dtype: torch.dtype) -> dict[str, common.Loop]:
-    """The plain loop and ours on models of their own."""
+    """The plain loop and ours on their own models."""
     device = torch.device("cpu")
 
     def model() -> tuple[Any, Any]:

@@ -244,7 +244,7 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
             stream = quantized_weight.store_layers(unet, settings.memory.base_storage, "cpu", offload=True)
             base = sum(p.nbytes for p in unet.parameters() if not isinstance(p, quantized_weight.QuantizedWeight))
             base -= sum(p.nbytes for p in adapter.parameters().values())
-        host = 0 if stream is None else stream.host
+        host = 0 if stream is None else stream.host_bytes
         adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(settings, "cuda"))
         devices.gradient_checkpointing(family, blocks)
         noisy = torch.randn(batch, 4, side, side)

@@ -32,7 +32,7 @@ GIB = 2**30
 
 
 def main() -> None:
-    """Build card and base in processes of their own (torch looks for a card once), then run and print."""
+    """Build card and base in their own processes (torch looks for a card once), then run and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photo", type=Path)
     parser.add_argument("--family", choices=("sd1", "sdxl"), default="sd1")
@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     import torch
 
     from lorakit import config
-    from lorakit.cli import main as cli
+    from lorakit.cli import train_commands
     from lorakit.engine import cuda_graphs
     from lorakit.families import tiled_vae
     from lorakit.runs import report
@@ -111,10 +111,17 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     report.write = lambda *_: None  # type: ignore[assignment]
     cuda_graphs.capturer = lambda *_: (None, "")
     tiled_vae.fits = lambda *_: False
+    preset, settings = run_settings(args)
+    train.train(config.load(preset, settings | train_commands.read_overrides(args.set)))
+    return found
+
+
+def run_settings(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Preset and options of a run of two steps on one photo."""
     photos = Path(tempfile.mkdtemp(dir=args.folder))
     (photos / args.photo.name).write_bytes(args.photo.read_bytes())
     preset = args.preset or f"style-{'sd15' if args.family == 'sd1' else 'sdxl'}-lowmem"
-    settings = {
+    return preset, {
         "model.base": str(args.folder / f"{args.family}-random.safetensors"),
         "data.folder": str(photos),
         "data.name": "sks thing",
@@ -128,8 +135,6 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
         "optimizer.learning_rate": 0.01,
         "output.folder": str(photos / "run"),
     }
-    train.train(config.load(preset, settings | cli._overrides(args.set)))
-    return found
 
 
 if __name__ == "__main__":

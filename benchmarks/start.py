@@ -2,7 +2,7 @@
 
     python benchmarks/start.py [--quick] [--json FILE]
 
-Each run is a process of its own that trains the bundled model on 16 random pictures for one step. Seconds are counted
+Each run is its own process that trains the bundled model on 16 random pictures for one step. Seconds are counted
 from the moment it is started to its first line about the base, and to lines of its log. `--quick` leaves out the
 second, cached run.
 """

@@ -5,7 +5,7 @@
 The plain loop is what a competent reader of the diffusers examples writes: a DataLoader that decodes and crops, VAE and
 text encoder in the loop, PEFT's LoRA layers, `loss.item()` each step. The two take turns in one process, so that the
 machine's moods fall on both; the ratio of each pair is what to quote. Memory is each loop's peak of live tensor bytes
-on the device (CUDA); on the CPU, where one process cannot tell the two apart, the peak of a process of its own.
+on the device (CUDA); on the CPU, where one process cannot tell the two apart, the peak of its own process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -109,7 +110,7 @@ def random_photos(folder: Path, size: int) -> Path:
 
 
 def base_of(chosen: config.Config) -> families.Family:
-    """The base, loaded anew, in the precision the config asks for."""
+    """The base, loaded again, in the precision the config asks for."""
     device = devices.device(chosen.memory)
     return families.load(families.describe(chosen.model.base), device, devices.dtype(chosen.memory, device))
 
@@ -126,6 +127,24 @@ def ours(chosen: config.Config) -> Callable[[int], None]:
     adapters.optimize_blocks(family)
     adapter.train(True)
     return common.steps_of(OptimizerStep(chosen, step, 1000, print))
+
+
+class Photos(torch.utils.data.Dataset):
+    """Pixels and token ids of each photo, decoded whenever it is asked for."""
+
+    def __init__(self, folder: Path, size: int, tokenizer: Any):
+        self.files, self.size, self.tokenizer = sorted(folder.iterdir()), size, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        side = (self.size, self.size)
+        picture = Image.open(self.files[index]).convert("RGB").resize(side, Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
+        length = self.tokenizer.model_max_length
+        ids = self.tokenizer("a photo of a sks toy", padding="max_length", max_length=length, return_tensors="pt")
+        return {"pixels": pixels, "ids": ids.input_ids[0]}
 
 
 def plain(chosen: config.Config) -> Callable[[int], None]:
@@ -147,22 +166,8 @@ def plain(chosen: config.Config) -> Callable[[int], None]:
     for parameter in parameters:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=chosen.optimizer.learning_rate)
-    files = sorted(Path(chosen.data.folder).iterdir())
-    size = chosen.data.resolution
-
-    class Photos(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return len(files)
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            picture = Image.open(files[index]).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-            pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
-            ids = tokenizer(
-                "a photo of a sks toy", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
-            ).input_ids[0]
-            return {"pixels": pixels, "ids": ids}
-
-    loader = torch.utils.data.DataLoader(Photos(), batch_size=chosen.train.batch_size, shuffle=True)
+    photos = Photos(Path(chosen.data.folder), chosen.data.resolution, tokenizer)
+    loader = torch.utils.data.DataLoader(photos, batch_size=chosen.train.batch_size, shuffle=True)
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(family.dtype, "no")
     accelerator = Accelerator(mixed_precision=precision, cpu=family.device.type == "cpu")
     unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)

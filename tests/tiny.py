@@ -35,7 +35,7 @@ def byte_characters() -> list[str]:
 
 
 def save_tokenizer(folder: Path, pad_token: str = SPECIAL[1], size: int = 0) -> CLIPTokenizer:
-    """Write a byte-complete CLIP tokenizer as real checkpoints have it, and return it loaded anew. With `size`, it is
+    """Write a byte-complete CLIP tokenizer as real checkpoints have it, and return it loaded again. With `size`, it is
     filled up to so many words, as bases in one file want as many as their text encoder has."""
     folder.mkdir(parents=True)
     letters = byte_characters()

@@ -25,7 +25,7 @@ def lora(config: LowRankConfig, modules: list[str]) -> PeftConfig:
         lora_dropout=config.dropout,
         target_modules=modules,
         use_rslora=config.rank_stabilized,
-        # The weights are drawn by `Adapter`, from a generator of its own.
+        # The weights are drawn by `Adapter`, from its own generator.
         init_lora_weights=False,
     )
     return made

@@ -1,4 +1,4 @@
-"""A trigger as a word of its own (textual inversion, Gal et al. 2022, arXiv 2208.01618), learned beside an adapter.
+"""A trigger as its own word (textual inversion, Gal et al. 2022, arXiv 2208.01618), learned beside an adapter.
 
 Neither tokenizer nor text is touched. Where the tokens of the trigger stand, the text encoder is given the learned
 vectors instead, as many as there are, and the rest of the text moves up or down: what A1111 and ComfyUI do with an

@@ -93,7 +93,7 @@ def _cell(size: tuple[int, int], largest: int) -> tuple[int, int]:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Break the text into lines of at most `width` pixels. A wider word is a line of its own."""
+    """Break the text into lines of at most `width` pixels. A wider word is its own line."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

@@ -49,7 +49,7 @@ def capturer(config: Config, device: torch.device) -> tuple[Capture | None, str]
 
 
 class CudaCapturer:
-    """Captures computations on a stream of its own. Graphs share one memory pool: only one runs at a time."""
+    """Captures computations on its own stream. Graphs share one memory pool: only one runs at a time."""
 
     def __init__(self) -> None:
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -154,7 +154,7 @@ class GraphedBackward:
 
     def discard_graphs(self) -> bool:
         """Free the graphs, because the model was moved or memory is needed; return whether there were any. The next
-        steps capture anew."""
+        steps capture again."""
         graphs, self._graphs = self._graphs, {}
         return bool(graphs)
 
@@ -198,7 +198,7 @@ class GraphedOptimizerStep:
         return self._replay()
 
     def discard_graphs(self) -> bool:
-        """Free the graph; return whether there was one. The next step captures anew."""
+        """Free the graph; return whether there was one. The next step captures again."""
         replay, self._replay = self._replay, None
         return replay is not None
 

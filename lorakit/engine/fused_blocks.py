@@ -122,7 +122,7 @@ class FusedQKV:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the addresses of the factors anew, after they have moved together."""
+        """Read the addresses of the factors again, after they have moved together."""
         self._factors = self._weights()
         if self._factors:
             count = len(self.layers)

@@ -16,7 +16,7 @@ from lorakit.engine import weight_storage
 
 # At most this many weights ahead are prefetched; the window ends sooner except for tiny weights.
 MAX_LOOKAHEAD = 64
-# After this many accesses (400 steps of SDXL) the history starts anew, so that it takes at most 8 MB.
+# After this many accesses (400 steps of SDXL) the history starts again, so that it takes at most 8 MB.
 MAX_HISTORY = 2**20
 
 

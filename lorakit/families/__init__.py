@@ -83,7 +83,7 @@ class Family(Protocol):
         with what needs them: `tokens`, `encode_text`, `encode_tokens`, `encode_image`, `decode` and `predict`."""
 
     def pipeline(self) -> DiffusionPipeline:
-        """The diffusers pipeline of these same modules, wherever they are, with a scheduler of its own."""
+        """The diffusers pipeline of these same modules, wherever they are, with its own scheduler."""
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """Modules that adapters may enter: "unet" and the text encoders."""

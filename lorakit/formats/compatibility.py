@@ -1,6 +1,6 @@
 """What each program makes of an adapter file: its name rules as data, and a report of what it reads, drops or misreads.
 
-The rules were read in each program's loader and measured by running it; they are written as patterns of their own, not
+The rules were read in each program's loader and measured by running it; they are written as their own patterns, not
 made from lorakit's key tables, so that a mistake there is seen here. Versions: diffusers 0.42, AUTOMATIC1111 1.10.1,
 Forge 2025-06, ComfyUI 2025-10, InvokeAI 6.14, sd-scripts 2026-02, stable-diffusion.cpp (python 0.4.7), PEFT 0.21.
 """

@@ -1,4 +1,4 @@
-"""The vectors of a trained word, in files of their own and bundled with the adapter.
+"""The vectors of a trained word, in their own files and bundled with the adapter.
 
 `<name>-embedding/<word>.safetensors` is what A1111, ComfyUI and diffusers call a textual-inversion embedding; its name
 is the word. `<name>-bundled.safetensors` is the kohya file with `bundle_emb.<word>.*` in it: A1111 takes the word from

@@ -96,7 +96,7 @@ class Module:
 
 
 def kind(shapes: Shapes) -> str:
-    """`safetensors_header.kind`, and "adapter" where a format of its own spelling has such names."""
+    """`safetensors_header.kind`, and "adapter" where a format's own spelling has such names."""
     file_kind = safetensors_header.kind(dict(shapes))
     patterns = [spelling.pattern for spelling in _other_spellings().values()]
     return "adapter" if any(pattern.fullmatch(name) for pattern in patterns for name in shapes) else file_kind

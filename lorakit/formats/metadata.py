@@ -37,7 +37,7 @@ ALLOWED = frozenset(
         *("lorakit.base", "lorakit.base_source", "lorakit.config"),
     }
 )
-# Made anew by every writer from the weights themselves, so never carried from one file to another.
+# Made again by every writer from the weights themselves, so never carried from one file to another.
 _OF_WEIGHTS = frozenset(
     {"ss_network_module", "ss_network_dim", "ss_network_alpha", "lorakit.layers_per_block", "lorakit.method", WORDS}
 )

@@ -1,4 +1,4 @@
-"""Proof that an exported file is the adapter that was trained: it is opened anew and compared, layer by layer."""
+"""Proof that an exported file is the adapter that was trained: it is opened again and compared, layer by layer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Finding:
 
 
 def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> list[Finding]:
-    """Open an exported file or PEFT folder anew and compare it with the weights in memory.
+    """Open an exported file or PEFT folder again and compare it with the weights in memory.
 
     Checked: exactly the tensors that the format must have, of the right shapes; every announced layer finite, not
     zero, and with its delta W (and magnitude) equal within the file's precision; nothing else but zero fill-ins.

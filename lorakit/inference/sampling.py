@@ -1,6 +1,6 @@
 """Pictures: while a run goes on, from a finished file, and of the class for prior preservation.
 
-Nothing here can disturb training: each picture has a generator of its own, the scheduler is made afresh, and train
+Nothing here can disturb training: each picture has its own generator, the scheduler is made afresh, and train
 flags are put back. A picture depends on its prompt and its seed alone, not on what is drawn beside it: seeds count up
 from `sample.seed` as web UIs count them, and the noise is drawn on the CPU: a web UI set to CPU noise starts from the
 same.

@@ -31,7 +31,7 @@ from lorakit.core.names import step_name
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 MARKER = "complete"
-# Where a step is saved anew, the earlier one is called so for the moment between two renames.
+# Where a step is saved again, the earlier one is called so for the moment between two renames.
 REPLACED = ".replaced-"
 
 
@@ -88,11 +88,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        # safetensors wants every tensor to own its memory; optimizers share tables among parameters.
-        atomic.write(building / FILES[0], serialise({name: _own(tensor) for name, tensor in adapter.items()}))
-        atomic.write(building / FILES[1], serialise({name: _own(tensor) for name, tensor in tensors.items()}))
-        atomic.write(building / FILES[2], json.dumps(state))
-        atomic.write(building / MARKER, json.dumps({name: _digest(building / name) for name in FILES}))
+        _write_files(building, adapter, tensors, state)
         replaced = folder / f"{REPLACED}{step_name(step)}"
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -104,9 +100,20 @@ def save(
         shutil.rmtree(building, ignore_errors=True)
         raise LorakitError(
             f"step {step}: no checkpoint could be written to {folder} ({error.strerror or error}); those before it are "
-            "intact. Mend that and go on with: lorakit resume"
+            "intact. Fix it, then continue with: lorakit resume"
         ) from None
     return final
+
+
+def _write_files(
+    folder: Path, adapter: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], state: dict[str, Any]
+) -> None:
+    """Write the files of a checkpoint; the marker, which makes it complete, comes last."""
+    # safetensors wants every tensor to own its memory; optimizers share tables among parameters.
+    atomic.write(folder / FILES[0], serialise({name: _own(tensor) for name, tensor in adapter.items()}))
+    atomic.write(folder / FILES[1], serialise({name: _own(tensor) for name, tensor in optimizer.items()}))
+    atomic.write(folder / FILES[2], json.dumps(state))
+    atomic.write(folder / MARKER, json.dumps({name: _digest(folder / name) for name in FILES}))
 
 
 def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str] | None = None) -> Saved:

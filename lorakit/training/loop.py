@@ -285,7 +285,7 @@ class Milestones:
         self.run.folder.update(best={"step": best, "reason": reason})
 
     def _measure(self) -> dict[str, Any]:
-        """The figures of the weights as they are; trained text encoders read the texts anew."""
+        """The figures of the weights as they are; trained text encoders read the texts again."""
         tokens, class_tokens, family = self.inputs.tokens, self.inputs.class_tokens, self.model.family
         if tokens is None or class_tokens is None:
             return self.model.validation.run(self.model.adapter)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
-# What is drawn for photos or class images, each from a generator of its own.
+# What is drawn for photos or class images, each from its own generator.
 PURPOSES = ("posterior", "noise", "timesteps")
 
 
@@ -143,7 +143,7 @@ class LossStep:
     def condition(
         self, tokens: list[torch.Tensor] | None, conditions: Conditioning, chosen: torch.Tensor
     ) -> Conditioning:
-        """Embeddings of the chosen texts, int64 `[b]`: rows of `conditions`, or anew where a text encoder is trained.
+        """Embeddings of the chosen texts, int64 `[b]`: rows of `conditions`; computed where a text encoder is trained.
 
         That encoder reads the chosen texts or all of them, whichever are fewer: the host does not know which are equal.
         """

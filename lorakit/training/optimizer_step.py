@@ -77,7 +77,7 @@ class OptimizerStep:
         return loss, self._optimizer_step()
 
     def discard_graphs(self) -> bool:
-        """Free all CUDA graphs; return whether there were any. The next steps capture anew."""
+        """Free all CUDA graphs; return whether there were any. The next steps capture again."""
         graphs = [each for each in (self._graphed_backward, self._graphed_step) if each is not None]
         return sum(each.discard_graphs() for each in graphs) > 0
 

@@ -130,15 +130,15 @@ def precompute(
         if config.train.prior == "images":
             class_latents = _class_latents(config, family, class_texts, encode_image, say)
     family.release("vae", "text_encoders")
-    anew = config.adapter.trains_text
+    trains_text = config.adapter.trains_text
     return Precomputed(
         dataset=dataset,
         held_out=held_out,
         conditions=conditions,
-        tokens=tokens if anew else None,
+        tokens=tokens if trains_text else None,
         class_texts=class_texts,
         class_conditions=class_conditions,
-        class_tokens=class_tokens if anew else None,
+        class_tokens=class_tokens if trains_text else None,
         class_of=class_of,
         class_latents=class_latents,
         samples=samples,

@@ -131,7 +131,7 @@ def _say(ready: Ready, listeners: Sequence[Listener]) -> None:
 def _run(
     ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None, saved: Path | None
 ) -> Result:
-    """The story. The model of `_fit` has left memory when the files are checked in bases loaded anew."""
+    """The story. The model of `_fit` has left memory when the files are checked in bases loaded again."""
     with _outcome(folder):
         folder.write_plan(ready.plan.to_json())
         for line in ready.lines():
@@ -170,7 +170,7 @@ def _fit(run: Run, load: Callable[[], Family], saved: Path | None) -> TrainingRe
 
 
 def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Result:
-    """Check each exported file in a base loaded anew, draw from the first, and report.
+    """Check each exported file in a base loaded again, draw from the first, and report.
 
     Raises:
         LorakitError: the self-check failed.

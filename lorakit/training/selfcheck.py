@@ -1,9 +1,10 @@
 """The end of every run: does the file on disk do what the model in memory does?
 
-Three looks at every exported file. Its tensors, opened anew: is every layer there, finite, not nil and as trained? What
-diffusers' own loader, which shares no code with the exporter, puts into a base loaded anew: is each delta W the trained
-one? And a probe, one forward of UNet and text encoder on fixed inputs, of the trained model in memory, of the base, and
-of a fresh base with the file in it: only where the last equals the first, and differs from the second, does it work.
+Every exported file is examined in three ways. Its tensors, read again: is every layer there, finite, not zero and as
+trained? What diffusers' own loader, which shares no code with the exporter, puts into a base loaded again: is each
+delta W the trained one?
+And a probe, one forward of UNet and text encoder on fixed inputs, of the trained model in memory, of the base, and of a
+fresh base with the file in it: only where the last equals the first, and differs from the second, does it work.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def examine(
     dtype: str,
     untrained_layers: Collection[str] = (),
 ) -> Iterator[tuple[str, list[Finding], Any]]:
-    """Each exported file in a base of its own, loaded anew: (format, findings, the base with the file in it).
+    """Each exported file in its own base, loaded again: (format, findings, the base with the file in it).
 
     The base is None where the file itself is already wrong.
 
@@ -97,7 +98,7 @@ def examine(
         exports: format -> file or folder.
         weights: the adapter in memory.
         base, memory: probes of the base and of the trained model.
-        load: loads the base anew.
+        load: loads the base again.
         prompt, size: as for the probes.
         dtype: what the file was written in.
         untrained_layers: layers that no gradient reaches, whatever is trained; they are in the file and may be zero.
@@ -123,7 +124,7 @@ def examine(
 
 
 def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Sequence[str]) -> list[Finding]:
-    """The exported file, opened anew: is every announced layer there, finite, not nil and as trained?"""
+    """The exported file, opened again: is every announced layer there, finite, not nil and as trained?"""
     wrong = verify.verify_file(path, weights, announced)
     if not wrong:
         return [

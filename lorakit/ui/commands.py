@@ -1,4 +1,4 @@
-"""Commands of lorakit that a page waits for, each in a process of its own: torch never enters the front end."""
+"""Commands of lorakit that a page waits for, each in its own process: torch never enters the front end."""
 
 from __future__ import annotations
 

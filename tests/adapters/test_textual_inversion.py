@@ -1,4 +1,4 @@
-"""A trigger as a word of its own: where its vectors stand, what they begin as, and that nothing else changes."""
+"""A trigger as its own word: where its vectors stand, what they begin as, and that nothing else changes."""
 
 from dataclasses import replace
 from typing import Any

@@ -332,7 +332,7 @@ def test_check_ends_with_the_plan(run: Run, photos: Path, tiny_sd1: Path) -> Non
 
 
 def scripted(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A script in a Python of its own."""
+    """A script in its own Python."""
     command, root = [sys.executable, "-c", script, *arguments], Path(cli.__file__).parents[2]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
 

@@ -22,7 +22,7 @@ class Screen(io.StringIO):
         return True
 
     def shown(self) -> list[str]:
-        """The lines as a terminal leaves them: a carriage return begins the line anew and overwrites."""
+        """The lines as a terminal leaves them: a carriage return begins the line again and overwrites."""
         lines = []
         for text in self.getvalue().split("\n"):
             line: list[str] = []

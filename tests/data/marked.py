@@ -1,4 +1,4 @@
-"""Pictures that say what they are: each has a colour of its own and a white mark in its upper left corner."""
+"""Pictures that say what they are: each has its own colour and a white mark in its upper left corner."""
 
 import hashlib
 from pathlib import Path

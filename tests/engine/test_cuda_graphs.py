@@ -1,6 +1,6 @@
 """A step by replay gives what the step gives; where it cannot, it is not used.
 
-Without a CUDA device a stand-in takes the graph's place: it computes anew from the tensors that it was captured with.
+Without a CUDA device a stand-in takes the graph's place: it computes again from the tensors that it was captured with.
 """
 
 import json
@@ -238,7 +238,7 @@ def test_shapes_beyond_the_most_run_without(monkeypatch):
 
 
 def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatch):
-    """Recorded anew afterwards, with the results that there would have been."""
+    """Recorded again afterwards, with the results that there would have been."""
     captured: list[Any] = []
 
     def capture(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:

@@ -28,7 +28,7 @@ from lorakit.training import run as train
 
 KINDS = ("int8", "nf4")
 KINDS_OF_LAYER = (nn.Linear, nn.Conv2d)
-# Root mean square error of normally distributed weights, as a share of their own.
+# Root mean square error of normally distributed weights, relative to their own.
 ERROR = {"int8": (0.005, 0.012), "nf4": (0.085, 0.1)}
 
 

@@ -141,7 +141,7 @@ except LorakitError as error:
 
 
 def describe(base: str, endpoint: str, home: Path) -> Any:
-    """What a process of its own says of a base, with a cache of its own and the hub at `endpoint`."""
+    """What another process says of a base, with its own cache and the hub at `endpoint`."""
     env = os.environ | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM, base], capture_output=True, text=True, check=True, env=env)
     return json.loads(done.stdout)

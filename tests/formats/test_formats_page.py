@@ -1,7 +1,7 @@
 """The tables in docs/formats.md are what a run gives: `read_report` on whole files at true dimensions, and adapters of
 every method and format on small bases in every kind of storage.
 
-`python tests/formats/test_formats_page.py` prints them anew.
+`python tests/formats/test_formats_page.py` prints them again.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Record the golden results, or compare with them to the bit on the machine that recorded them.
 
-python tests/golden/record.py             write all of them anew
+python tests/golden/record.py             write all of them again
 python tests/golden/record.py --check     compare; exit code 1 where a bit differs
 python tests/golden/record.py --check sd1-lora pocket
 """

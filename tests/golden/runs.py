@@ -1,6 +1,6 @@
 """The short training runs whose results are kept: 20 losses and the adapter, for each family and method.
 
-`python tests/golden/record.py` writes them anew, `python tests/golden/record.py --check` compares to the bit. Both are
+`python tests/golden/record.py` writes them again, `python tests/golden/record.py --check` compares to the bit. Both are
 for one machine: another processor rounds differently, and the tests allow for that.
 """
 

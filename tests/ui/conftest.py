@@ -16,7 +16,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
 class FrontEnd:
-    """`lorakit ui` as a process of its own; `address` once it serves."""
+    """`lorakit ui` as its own process; `address` once it serves."""
 
     def __init__(self, room: Path, *arguments: str):
         self.room = room

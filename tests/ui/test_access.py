@@ -60,6 +60,8 @@ def test_folders_of_photos_are_suggested(home: Path):
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])
 def test_this_machine_needs_no_password(host: str):
     access.require_password(host, False, "")
+    with pytest.raises(LorakitError, match="--share lets others in"):
+        access.require_password(host, True, "")
 
 
 @pytest.mark.parametrize(

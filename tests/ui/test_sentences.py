@@ -331,7 +331,7 @@ def _text(node: ast.expr) -> Iterator[str]:
         yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
 
 
-# What a hole may hold that has to be known: a hint, or a sentence of its own.
+# What a hole may hold that has to be known: a hint, or another sentence.
 PARTS = (
     "",
     "1 of 2 photos have no caption",

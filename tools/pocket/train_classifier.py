@@ -77,7 +77,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
 
 @torch.no_grad()
 def _settle(model: Net, pictures: np.ndarray) -> None:
-    """Measure the batch norms' statistics anew for the averaged weights."""
+    """Measure the batch norms' statistics again for the averaged weights."""
     from tools.pocket.autoencoder import to_tensor
 
     for module in model.modules():

@@ -50,7 +50,7 @@ class Worker:
         self._shared(self.rank, size).copy_(buffer)
         self.wait()
         mean = torch.stack([self._shared(rank, size) for rank in range(self.world)]).mean(dim=0)
-        self.wait()  # nobody writes anew while another still reads
+        self.wait()  # nobody writes again while another still reads
         for tensor, piece in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))
 

@@ -215,7 +215,7 @@ class PhotosPage:
         return asked.result() if wait or asked.done() else None
 
     def take_in(self, files: list[str] | None, say: Say) -> tuple[str, str | None]:
-        """Uploaded files into a folder of their own; (message, the folder or None)."""
+        """Uploaded files into their own folder; (message, the folder or None)."""
         place, count, refused = self.workspace.take_in([Path(file) for file in files or []])
         parts = [widgets.good(say("photos.uploaded", count=count))] if count else []
         if refused:
