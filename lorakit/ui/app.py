@@ -178,14 +178,14 @@ def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
         # Kept in the browser: a reload or a restarted program loses neither. Inside of a tab they would be read when it
         # is opened first, and what the page holds by then would be written over them.
         draft = gr.BrowserState(None, storage_key="lorakit-draft", secret="lorakit")
-        chosen = gr.BrowserState(None, storage_key="lorakit-run", secret="lorakit")
+        run_name = gr.BrowserState(None, storage_key="lorakit-run", secret="lorakit")
         with gr.Tabs(elem_id="pages") as tabs:
             with gr.Tab(t("tab.photos"), id="photos") as photos_tab:
                 photos = PhotosPage(workspace, t)
             with gr.Tab(t("tab.train"), id="train") as train_tab:
                 train = TrainPage(workspace, t, draft)
             with gr.Tab(t("tab.run"), id="runs"):
-                runs = RunsPage(workspace, t, chosen)
+                runs = RunsPage(workspace, t, run_name)
             with gr.Tab(t("tab.compare"), id="compare") as compare_tab:
                 compare = ComparePage(workspace, t)
             with gr.Tab(t("tab.adapter"), id="adapter") as adapter_tab:
@@ -210,13 +210,13 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
     """`visits` are the events that bring somebody to the page."""
 
     def answer(data: dict[Any, Any], request: gr.Request) -> list[Any]:
-        data[train.asked].again()
+        data[train.requests].count_request()
         return train.answer(data[train.quality], data[train.marks], _values(train, data), say_for(request))
 
     def plan(data: dict[Any, Any], request: gr.Request) -> tuple[Any, Any]:
-        asked = data[train.asked].number
+        number = data[train.requests].number
         result = train.plan(_values(train, data), say_for(request))
-        return result if asked == data[train.asked].number else (gr.skip(), gr.skip())
+        return result if number == data[train.requests].number else (gr.skip(), gr.skip())
 
     def difference(data: dict[Any, Any], request: gr.Request) -> str:
         return train.difference_of(data[train.preset], data[train.quality], _values(train, data), say_for(request))
@@ -232,7 +232,7 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
         return message, name, gr.Tabs(selected="runs"), gr.update(interactive=False)
 
     every = [train.widgets[key] for key in train.keys]
-    inputs = {*train.inputs, train.asked}
+    inputs = {*train.inputs, train.requests}
     # One listener for all: a later answer waits for an earlier one, which so cannot overwrite what came after it.
     answered = [widgets.answered(widget) for widget in every] + [train.quality.input, *visits]
     planned = (plan, inputs, [train.plan_card, train.start])
@@ -250,20 +250,20 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
     applied = train.apply.click(apply, with_preset, [train.marks, *every], **ACT)
     applied.then(answer, inputs, train.outputs, **FOLLOW).then(*planned, **FOLLOW)
     applied.then(difference, with_preset, train.difference, **FOLLOW)
-    train.start.click(begin, inputs, [train.message, runs.chosen, tabs, train.start], **ACT)
+    train.start.click(begin, inputs, [train.message, runs.run_name, tabs, train.start], **ACT)
 
 
 def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainPage, tabs: gr.Tabs) -> None:
     every = [train.widgets[key] for key in train.keys]
     field = train.widgets[quickstart.PHOTOS]
-    inputs = {*train.inputs, photos.folder, photos.first, photos.upload, photos.asked}
+    inputs = {*train.inputs, photos.folder, photos.first, photos.upload, photos.requests}
 
     def config_of(data: dict[Any, Any]) -> Any:
-        shown = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
-        return train.config_of_photos(shown)
+        answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
+        return train.config_of_photos(answers)
 
     def show(data: dict[Any, Any], request: gr.Request, turned: int = 0) -> list[Any]:
-        data[photos.asked].again()
+        data[photos.requests].count_request()
         first = data[photos.first] + turned
         return photos.show(data[photos.folder] or "", first, config_of(data), say_for(request))
 
@@ -274,13 +274,13 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
         return show(data, request, -PAGE)
 
     def checked(data: dict[Any, Any], request: gr.Request) -> list[Any]:
-        asked = data[photos.asked].number
+        number = data[photos.requests].number
         result = photos.checked(data[photos.folder] or "", data[photos.first], config_of(data), say_for(request))
-        return result if asked == data[photos.asked].number else [gr.skip(), gr.skip()]
+        return result if number == data[photos.requests].number else [gr.skip(), gr.skip()]
 
     def keep(data: dict[Any, Any]) -> dict[str, Any]:
-        shown = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
-        return train.draft_of(data[train.quality], data[train.marks], shown)
+        answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
+        return train.draft_of(data[train.quality], data[train.marks], answers)
 
     def choose(data: dict[Any, Any]) -> tuple[Any, ...]:
         return "", data[photos.folder], keep(data)
@@ -298,10 +298,10 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
         """Show the folder, and again with what the check says."""
         after(show, inputs, photos.outputs, **FOLLOW).then(checked, inputs, photos.checked_outputs, **FOLLOW)
 
-    chosen = [photos.open.click, photos.folder.input]
-    look(gr.on(chosen, choose, inputs, [photos.message, field, train.draft], **FOLLOW).then)
-    taken = [photos.message, photos.folder, field, photos.upload, train.draft]
-    look(photos.upload.upload(take_in, inputs, taken, **FOLLOW).then)
+    opening_events = [photos.open.click, photos.folder.input]
+    look(gr.on(opening_events, choose, inputs, [photos.message, field, train.draft], **FOLLOW).then)
+    upload_outputs = [photos.message, photos.folder, field, photos.upload, train.draft]
+    look(photos.upload.upload(take_in, inputs, upload_outputs, **FOLLOW).then)
     look(tab.select)
     for button, act in ((photos.previous, turn_back), (photos.next, turn)):
         turned = button.click(act, inputs, photos.outputs, **ACT)

@@ -28,7 +28,7 @@ def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> l
     arguments = ["export", str(source), "--to", kind, "--output", str(folder), "--json"]
     arguments += ["--dtype", dtype] if dtype else []
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "lorakit", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -39,9 +39,9 @@ def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> l
         )
     except subprocess.TimeoutExpired:
         raise LorakitError(f"{source.name}: not converted after {PATIENCE} s") from None
-    if done.returncode:
-        raise LorakitError(_complaint(done) or f"{source.name}: the conversion ended with code {done.returncode}")
-    return [Path(path) for path in json.loads(done.stdout).values()]
+    if result.returncode:
+        raise LorakitError(_complaint(result) or f"{source.name}: the conversion ended with code {result.returncode}")
+    return [Path(path) for path in json.loads(result.stdout).values()]
 
 
 def fetch(base: str) -> None:
@@ -50,7 +50,7 @@ def fetch(base: str) -> None:
     Raises:
         LorakitError: why it cannot be had.
     """
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "lorakit.ui.commands", base],
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -59,13 +59,13 @@ def fetch(base: str) -> None:
         env=os.environ | {"HF_HUB_OFFLINE": USERS},
         check=False,
     )
-    if done.returncode:
-        raise LorakitError(_complaint(done) or f"{base}: the download ended with code {done.returncode}")
+    if result.returncode:
+        raise LorakitError(_complaint(result) or f"{base}: the download ended with code {result.returncode}")
 
 
-def _complaint(done: subprocess.CompletedProcess[str]) -> str:
+def _complaint(result: subprocess.CompletedProcess[str]) -> str:
     """What a command said was wrong."""
-    lines = [line.removeprefix("lorakit: ") for line in done.stderr.splitlines() if line.startswith("lorakit: ")]
+    lines = [line.removeprefix("lorakit: ") for line in result.stderr.splitlines() if line.startswith("lorakit: ")]
     return "\n".join(lines)
 
 

@@ -40,7 +40,7 @@ class Field:
         """A number that may be left out is a text field: a browser's number field has no empty."""
         return self.optional and self.kind in ("number", "whole")
 
-    def shown(self, value: Any) -> Any:
+    def to_widget(self, value: Any) -> Any:
         """The option's value as its widget holds it."""
         if self.kind == "lines":
             return "\n".join(value)
@@ -98,19 +98,19 @@ def fields() -> dict[str, Field]:
 
 
 def _field(option: Option) -> Field:
-    wanted, optional = option.type, False
-    if typing.get_origin(wanted) in (types.UnionType, typing.Union):
+    value_type, optional = option.type, False
+    if typing.get_origin(value_type) in (types.UnionType, typing.Union):
         optional = True
-        (wanted,) = (part for part in typing.get_args(wanted) if part is not type(None))
-    choices = typing.get_args(wanted) if typing.get_origin(wanted) is typing.Literal else option.choices
-    if typing.get_origin(wanted) is tuple:
+        (value_type,) = (part for part in typing.get_args(value_type) if part is not type(None))
+    choices = typing.get_args(value_type) if typing.get_origin(value_type) is typing.Literal else option.choices
+    if typing.get_origin(value_type) is tuple:
         kind = "choices" if choices else "lines"
-    elif typing.get_origin(wanted) is dict:
+    elif typing.get_origin(value_type) is dict:
         kind = "table"
     elif choices:
         kind = "choice"
     else:
-        kind = {int: "whole", float: "number", bool: "switch", str: "text"}[wanted]
+        kind = {int: "whole", float: "number", bool: "switch", str: "text"}[value_type]
     return Field(option, kind, optional, tuple(choices))
 
 
@@ -119,33 +119,33 @@ def values(config: Config) -> dict[str, Any]:
     by_key = fields()
     tables = {section: getattr(config, section) for section in configuration.SECTIONS}
     return {
-        key: field.shown(getattr(tables[field.option.section], field.option.name))
+        key: field.to_widget(getattr(tables[field.option.section], field.option.name))
         for key, field in by_key.items()
         if hasattr(tables[field.option.section], field.option.name)
     }
 
 
-def read(shown: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[str, list[str]]]:
+def read(answers: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[str, list[str]]]:
     """The config that a filled-in form means, or None and every problem by the key of its field ("" for none).
 
     Paths are resolved below the roots. An option of another adapter method is left out.
     """
     by_key = fields()
-    method = shown.get("adapter.method", "lora")
+    method = answers.get("adapter.method", "lora")
     of_method = {k.key for k in configuration.options(method if method in configuration.ADAPTER_SECTIONS else "lora")}
     problems: dict[str, list[str]] = {}
-    given: dict[str, Any] = {}
-    for key, value in shown.items():
+    overrides: dict[str, Any] = {}
+    for key, value in answers.items():
         if key not in of_method:
             continue
-        given[key] = by_key[key].read(value)
-        if by_key[key].option.path and given[key] not in ("", by_key[key].option.default):
+        overrides[key] = by_key[key].read(value)
+        if by_key[key].option.path and overrides[key] not in ("", by_key[key].option.default):
             try:
-                given[key] = located(key, given[key], roots)
+                overrides[key] = located(key, overrides[key], roots)
             except LorakitError as error:
                 problems.setdefault(key, []).append(str(error))
     try:
-        config = configuration.load(None, given)
+        config = configuration.load(None, overrides)
     except ConfigError as error:
         for problem in error.problems:
             problems.setdefault(field_of(problem, by_key), []).append(problem)
@@ -168,11 +168,11 @@ def field_of(problem: str, by_key: Mapping[str, Any]) -> str:
     return next((key for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", problem) if key in by_key), "")
 
 
-def changed(shown: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed(current: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Key -> (the preset's value, the form's) where they differ."""
     by_key = fields()
     return {
-        key: (preset[key], shown[key])
+        key: (preset[key], current[key])
         for key in by_key
-        if key in preset and key in shown and by_key[key].read(shown[key]) != by_key[key].read(preset[key])
+        if key in preset and key in current and by_key[key].read(current[key]) != by_key[key].read(preset[key])
     }

@@ -21,13 +21,13 @@ ACT: dict[str, Any] = FOLLOW | {"trigger_mode": "once"}
 EACH: dict[str, Any] = FOLLOW | {"trigger_mode": "multiple"}
 
 
-class Asked:
+class RequestCounter:
     """Counts what a browser asked for, so that an answer that took long knows whether it comes too late."""
 
     def __init__(self) -> None:
         self.number = 0
 
-    def again(self) -> None:
+    def count_request(self) -> None:
         """Something newer is asked."""
         self.number += 1
 
@@ -65,12 +65,12 @@ def badge(state: str, say: Say) -> str:
 
 def facts(pairs: list[tuple[str, str, str]]) -> str:
     """Name, value and remark of several numbers, side by side."""
-    shown = []
+    items = []
     for name, value, remark in pairs:
         small = f"<small>{escape(remark)}</small>" if remark else ""
         long = " class=lk-long" if len(value) > 14 else ""
-        shown += [f"<div><dt>{escape(name)}</dt><dd{long}>{escape(value)}{small}</dd></div>"] if value else []
-    return f"<dl class=lk-facts>{''.join(shown)}</dl>"
+        items += [f"<div><dt>{escape(name)}</dt><dd{long}>{escape(value)}{small}</dd></div>"] if value else []
+    return f"<dl class=lk-facts>{''.join(items)}</dl>"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -110,19 +110,19 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
         "info": t(f"help.{field.key}"),
         "elem_id": element_id(field.key),
     } | more
-    shown = field.shown(value)
+    widget_value = field.to_widget(value)
     if field.kind == "switch":
-        return gr.Checkbox(value=shown, **common)
+        return gr.Checkbox(value=widget_value, **common)
     if field.kind == "choices":
-        return gr.CheckboxGroup(choices=list(field.choices), value=shown, **common)
+        return gr.CheckboxGroup(choices=list(field.choices), value=widget_value, **common)
     if field.kind == "choice":
         if len(field.choices) <= 3:
-            return gr.Radio(choices=list(field.choices), value=shown, **common)
+            return gr.Radio(choices=list(field.choices), value=widget_value, **common)
         free = field.option.import_path
-        return gr.Dropdown(list(field.choices), value=shown, filterable=free, allow_custom_value=free, **common)
+        return gr.Dropdown(list(field.choices), value=widget_value, filterable=free, allow_custom_value=free, **common)
     if field.kind in ("number", "whole") and not field.in_words:
-        return gr.Number(value=shown, **common)
-    return gr.Textbox(value=shown, lines=3 if field.kind == "lines" else 1, **common)
+        return gr.Number(value=widget_value, **common)
+    return gr.Textbox(value=widget_value, lines=3 if field.kind == "lines" else 1, **common)
 
 
 def answered(component: Any) -> Any:

@@ -231,13 +231,13 @@ def test_no_folder_is_no_error(workspace: Workspace, train: TrainPage):
 def test_grids_that_are_drawn_are_followed(workspace: Workspace):
     with gr.Blocks():
         page = ComparePage(workspace, T)
-    assert page.drawn(None, SAY)[2].active is False
+    assert page.grid_status(None, SAY)[2].active is False
     run = workspace.runs / "one"
     job = workspace.queue.command(["sample", "nothing"], run / "compare" / "grid")
-    message, grids, timer = page.drawn("one", SAY)
+    message, grids, timer = page.grid_status("one", SAY)
     assert "Drawing … (waiting)" in message and grids == "" and timer.active is True
     workspace.queue.work()
-    message, _, timer = page.drawn("one", SAY)
+    message, _, timer = page.grid_status("one", SAY)
     assert workspace.why(job.number) in message and "lk-problem" in message and timer.active is False
 
 

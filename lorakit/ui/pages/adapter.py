@@ -64,9 +64,9 @@ class AdapterPage:
         def convert(inspected: str, kind: str, dtype: str, request: gr.Request) -> tuple[str, Any]:
             return self.write(inspected, kind, dtype, say_for(request))
 
-        shown = [self.report, self.inspected, self.converting, self.message, self.file]
-        gr.on([self.inspect.click, self.path.input], look, self.path, shown, **FOLLOW)
-        self.upload.upload(look_upload, self.upload, shown, **FOLLOW)
+        outputs = [self.report, self.inspected, self.converting, self.message, self.file]
+        gr.on([self.inspect.click, self.path.input], look, self.path, outputs, **FOLLOW)
+        self.upload.upload(look_upload, self.upload, outputs, **FOLLOW)
         tab.select(lambda: gr.update(choices=self.adapters()), None, self.path, **FOLLOW)
         waiting = ACT | {"show_progress": "full", "show_progress_on": self.message}
         self.convert.click(convert, [self.inspected, self.format, self.dtype], [self.message, self.file], **waiting)
@@ -95,11 +95,11 @@ class AdapterPage:
         if not inspected:
             return widgets.problem(say("adapter.none")), hidden
         try:
-            written = commands.export(Path(inspected), kind, self.workspace.unused("converted"), dtype)
+            files = commands.export(Path(inspected), kind, self.workspace.unused("converted"), dtype)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem))), hidden
-        staged = [str(self.workspace.staged(path)) for path in written if path.is_file()]
-        names = ", ".join(str(path) for path in written)
+        staged = [str(self.workspace.staged(path)) for path in files if path.is_file()]
+        names = ", ".join(str(path) for path in files)
         return widgets.good(say("adapter.converted", name=names)), gr.update(visible=bool(staged), value=staged or None)
 
 
@@ -121,11 +121,11 @@ def report_card(report: inspect.Report, say: Say) -> str:
         f"{escape(reading.title)}</b> {escape(say.translate(reading.line()))}</li>"
         for reading in report.readers.values()
     )
-    listed = f"<h4>{escape(say('adapter.readers'))}</h4><ul class=lk-readers>{readers}</ul>" if readers else ""
+    section = f"<h4>{escape(say('adapter.readers'))}</h4><ul class=lk-readers>{readers}</ul>" if readers else ""
     return (
         f"<section class=lk-panel><h3>{escape(report.name)}</h3>"
         f"<p>{escape(say.translate(report.description))} · {escape(size)}</p>"
-        f"{figures}{listed}<details><summary>lorakit inspect</summary><pre tabindex=0>{escape(report.to_text())}</pre>"
+        f"{figures}{section}<details><summary>lorakit inspect</summary><pre tabindex=0>{escape(report.to_text())}</pre>"
         "</details></section>"
     )
 

@@ -66,18 +66,18 @@ class ComparePage:
     def wire(self, tab: gr.Tab) -> None:
         """Which event calls what. A timer inside of a tab would tick only while that is open."""
         timer = gr.Timer(EVERY, active=False)
-        drawn_outputs = [self.drawing, self.grids, timer]
-        shown = [self.table, self.choice, self.step, self.files, self.prompts, self.message, self.file]
+        grid_outputs = [self.drawing, self.grids, timer]
+        outputs = [self.table, self.choice, self.step, self.files, self.prompts, self.message, self.file]
 
-        def runs(chosen: str | None) -> Any:
+        def runs(run_name: str | None) -> Any:
             names = self.runs()
-            return gr.update(choices=names, value=chosen if chosen in names else next(iter(names), None))
+            return gr.update(choices=names, value=run_name if run_name in names else next(iter(names), None))
 
         def show(name: str | None, request: gr.Request) -> list[Any]:
             return self.show(name, say_for(request))
 
-        def drawn(name: str | None, request: gr.Request) -> list[Any]:
-            return self.drawn(name, say_for(request))
+        def grid_status(name: str | None, request: gr.Request) -> list[Any]:
+            return self.grid_status(name, say_for(request))
 
         def mark(name: str, step: int, request: gr.Request) -> tuple[str, str]:
             say = say_for(request)
@@ -90,16 +90,16 @@ class ComparePage:
             return self.draw_grids(name, files, prompts, strengths, say_for(request))
 
         visited = tab.select(runs, self.run, self.run, **FOLLOW)
-        for asked in (visited.then, self.run.input):
-            asked(show, self.run, shown, **FOLLOW).then(drawn, self.run, drawn_outputs, **FOLLOW)
-        timer.tick(drawn, self.run, drawn_outputs, **FOLLOW)
+        for listener in (visited.then, self.run.input):
+            listener(show, self.run, outputs, **FOLLOW).then(grid_status, self.run, grid_outputs, **FOLLOW)
+        timer.tick(grid_status, self.run, grid_outputs, **FOLLOW)
         self.mark.click(mark, [self.run, self.step], [self.message, self.table], **ACT)
         export_of = [self.run, self.step, self.format]
         waiting = ACT | {"show_progress": "full", "show_progress_on": self.message}
         self.export.click(export, export_of, [self.message, self.file], **waiting)
-        asked_for = [self.run, self.files, self.prompts, self.strengths]
+        draw_inputs = [self.run, self.files, self.prompts, self.strengths]
         waiting["show_progress_on"] = self.drawing
-        self.draw.click(draw, asked_for, [self.drawing, timer], **waiting)
+        self.draw.click(draw, draw_inputs, [self.drawing, timer], **waiting)
 
     def runs(self) -> list[str]:
         """Runs that have pictures, newest first."""
@@ -152,14 +152,14 @@ class ComparePage:
 
     def _cell(self, path: Path, title: str, photos: Sequence[tuple[Path, np.ndarray]], say: Say) -> str:
         picture = self.workspace.thumbnails.get(path, CELL)
-        shown = f'<img src="{picture.address}" alt="{escape(title)}">'
+        content = f'<img src="{picture.address}" alt="{escape(title)}">'
         if photos and (look := _look(path, path.stat().st_mtime_ns)) is not None:
             alike, nearest = max(((float(look @ other), photo) for photo, other in photos), key=lambda pair: pair[0])
             text = escape(say("compare.nearest", percent=round(100 * max(0.0, alike))))
             small = self.workspace.thumbnails.get(nearest, 96)
             photo = f'<img src="{small.address}" alt="{escape(nearest.name)}">'
-            shown += f"<span class=lk-nearest>{photo}<small>{text}</small></span>"
-        return f"<td>{shown}</td>"
+            content += f"<span class=lk-nearest>{photo}<small>{text}</small></span>"
+        return f"<td>{content}</td>"
 
     def mark_best(self, name: str, step: int | None, say: Say) -> str:
         """Remember which checkpoint the person likes best."""
@@ -180,11 +180,11 @@ class ComparePage:
             source = file_of_step(run, int(step or 0))
             if source is None:
                 return widgets.problem(say("compare.not_there", step=step)), hidden
-            written = commands.export(source, kind, self.workspace.unused(f"{run.path.name}/exports"))
+            files = commands.export(source, kind, self.workspace.unused(f"{run.path.name}/exports"))
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem))), hidden
-        staged = [str(self.workspace.staged(path)) for path in written if path.is_file()]
-        text = ", ".join(str(path.relative_to(run.path)) for path in written)
+        staged = [str(self.workspace.staged(path)) for path in files if path.is_file()]
+        text = ", ".join(str(path.relative_to(run.path)) for path in files)
         return widgets.good(say("compare.exported", name=text)), gr.update(visible=bool(staged), value=staged or None)
 
     def draw_grids(
@@ -210,7 +210,7 @@ class ComparePage:
         self.workspace.queue.start()
         return widgets.quiet(say("compare.drawing", state=say("state.waiting"))), gr.Timer(active=True)
 
-    def drawn(self, name: str | None, say: Say) -> list[Any]:
+    def grid_status(self, name: str | None, say: Say) -> list[Any]:
         """How the drawing of grids stands, the grids so far, and whether to look again."""
         if not name:
             return ["", "", gr.Timer(active=False)]
@@ -239,12 +239,12 @@ class ComparePage:
     def grids_of(self, name: str, say: Say) -> str:
         """Every grid that was drawn of a run, newest first."""
         files = sorted((self.workspace.run(name) / GRIDS).glob("*/grid.png"), reverse=True)
-        shown = "".join(
+        figures = "".join(
             f'<figure><img src="{self.workspace.thumbnails.get(path, 1024).address}" alt="{escape(path.parent.name)}">'
             f"<figcaption>{escape(path.parent.name)}</figcaption></figure>"
             for path in files
         )
-        return f"<h3>{escape(say('compare.grids'))}</h3><div class=lk-grids>{shown}</div>" if shown else ""
+        return f"<h3>{escape(say('compare.grids'))}</h3><div class=lk-grids>{figures}</div>" if figures else ""
 
 
 def marked_step(run: RunFolder) -> int | None:
@@ -268,8 +268,8 @@ def file_of_step(run: RunFolder, step: int) -> Path | None:
     best = run.path / "best.safetensors"
     if state.best and step == state.best["step"] and best.is_file():
         return best
-    saved = run.checkpoints / names.step_name(step)
-    return saved if (saved / "complete").is_file() else None
+    checkpoint = run.checkpoints / names.step_name(step)
+    return checkpoint if (checkpoint / "complete").is_file() else None
 
 
 def _prompts(run: RunFolder, step: int) -> list[str]:

@@ -51,11 +51,11 @@ def cards(
     """One page of photos as HTML."""
     items = {item.relative: item for item in report.items} if report else {}
     thumbnails = workspace.thumbnails.several([photo.path for photo in photos])
-    shown = [
+    card_items = [
         _card(photo, thumbnail, items.get(photo.relative), report, config, say)
         for photo, thumbnail in zip(photos, thumbnails, strict=True)
     ]
-    return f'<ul class="lk-cards">{"".join(shown)}</ul>'
+    return f'<ul class="lk-cards">{"".join(card_items)}</ul>'
 
 
 def _card(
@@ -80,13 +80,13 @@ def _card(
         if item.cropped >= 0.005:
             facts.append(say("photos.cropped", share=round(100 * item.cropped)))
     problems = [thumbnail.problem] if thumbnail.problem else list(item.findings if item else [])
-    listed = "".join(f"<li>{escape(say.translate(problem))}</li>" for problem in problems)
+    lines = "".join(f"<li>{escape(say.translate(problem))}</li>" for problem in problems)
     hint = escape(say("photos.no_caption", text=item.text)) if item and not photo.caption else ""
     label = escape(say("photos.caption", name=photo.relative))
     mark = "bad" if thumbnail.problem else "warn" if problems else "fine"
     return (
         f'<li class="lk-card lk-{mark}">{picture}<div class="lk-body"><strong title="{name}">{name}</strong>'
-        f"<small>{escape(' · '.join(facts))}</small>{f'<ul class=lk-findings>{listed}</ul>' if listed else ''}"
+        f"<small>{escape(' · '.join(facts))}</small>{f'<ul class=lk-findings>{lines}</ul>' if lines else ''}"
         f'<textarea rows="2" data-photo="{name}" aria-label="{label}" placeholder="{hint}">'
         f"{escape(photo.caption or '')}</textarea></div></li>"
     )
@@ -112,9 +112,9 @@ def summary(report: checks.Report | None, count: int, say: Say) -> str:
     parts = [head]
     for kind, lines in (("errors", report.errors), ("warnings", report.warnings), ("notes", report.notes)):
         if lines:
-            listed = "".join(f"<li>{escape(say.translate(line))}</li>" for line in lines)
+            line_items = "".join(f"<li>{escape(say.translate(line))}</li>" for line in lines)
             parts.append(
-                f"<h4 class='lk-{kind}'>{escape(say(f'photos.{kind}'))}</h4><ul class='lk-{kind}'>{listed}</ul>"
+                f"<h4 class='lk-{kind}'>{escape(say(f'photos.{kind}'))}</h4><ul class='lk-{kind}'>{line_items}</ul>"
             )
     if not report.errors and not report.warnings:
         parts.append(f"<p class=lk-good>✓ {escape(say('photos.fine'))}</p>")
@@ -155,7 +155,7 @@ class PhotosPage:
             self.next = gr.Button(t("photos.next"), size="sm", min_width=80)
         self.next_step = gr.Button(t("photos.next_step"), variant="primary", visible=False, elem_id="photos-next")
         self.first = gr.State(0)
-        self.asked = gr.State(widgets.Asked())
+        self.requests = gr.State(widgets.RequestCounter())
 
     @property
     def outputs(self) -> list[Any]:
@@ -211,8 +211,8 @@ class PhotosPage:
         """What the check says; None where there is nothing to check yet, or it is not through and need not be."""
         if config is None:
             return None
-        asked = self.workspace.report(config)
-        return asked.result() if wait or asked.done() else None
+        future = self.workspace.report(config)
+        return future.result() if wait or future.done() else None
 
     def take_in(self, files: list[str] | None, say: Say) -> tuple[str, str | None]:
         """Uploaded files into their own folder; (message, the folder or None)."""

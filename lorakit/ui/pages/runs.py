@@ -37,12 +37,12 @@ element.addEventListener('click', (event) => {
 
 
 class RunsPage:
-    """Builds the page. `chosen` holds the name of the run that is shown, in the browser."""
+    """Builds the page. `run_name` holds the name of the run on display, in the browser."""
 
-    def __init__(self, workspace: Workspace, t: gr.I18n, chosen: gr.BrowserState):
-        self.workspace, self.chosen = workspace, chosen
+    def __init__(self, workspace: Workspace, t: gr.I18n, run_name: gr.BrowserState):
+        self.workspace, self.run_name = workspace, run_name
         # What is on the screen, so that only what changed is sent again.
-        self.shown = gr.State({})
+        self.screen_hashes = gr.State({})
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
                 self.list = widgets.html(elem_id="runs-list", js_on_load=CHOOSE)
@@ -63,48 +63,48 @@ class RunsPage:
         """Which event calls what. Whatever was done, the files are looked at next, always by the same listener: two
         that overlap could each take the other's for what is on the screen."""
 
-        def poll(chosen: str, shown: dict[str, Any], request: gr.Request) -> list[Any]:
-            return self.poll(chosen or "", shown, say_for(request))
+        def poll(run_name: str, screen_hashes: dict[str, Any], request: gr.Request) -> list[Any]:
+            return self.poll(run_name or "", screen_hashes, say_for(request))
 
         def choose(event: gr.EventData) -> tuple[str, str]:
             return event.run, ""
 
         def with_words(act: Callable[[str, Say], str]) -> Callable[[str, gr.Request], str]:
-            def acted(chosen: str, request: gr.Request) -> str:
-                return act(chosen or "", say_for(request))
+            def acted(run_name: str, request: gr.Request) -> str:
+                return act(run_name or "", say_for(request))
 
             return acted
 
-        looks = [gr.Timer(EVERY).tick, page.load, self.chosen.change, self.message.change]
-        gr.on(looks, poll, [self.chosen, self.shown], self.outputs, **FOLLOW)
-        self.list.select(choose, None, [self.chosen, self.message], **EACH)
+        looks = [gr.Timer(EVERY).tick, page.load, self.run_name.change, self.message.change]
+        gr.on(looks, poll, [self.run_name, self.screen_hashes], self.outputs, **FOLLOW)
+        self.list.select(choose, None, [self.run_name, self.message], **EACH)
         for button, act in ((self.stop, self.ask_stop), (self.resume, self.go_on), (self.cancel, self.take_out)):
-            button.click(with_words(act), self.chosen, self.message, **ACT)
+            button.click(with_words(act), self.run_name, self.message, **ACT)
         self.work.click(lambda: self.workspace.queue.start(), None, None, **ACT)
 
     @property
     def outputs(self) -> list[Any]:
         """What `poll` fills."""
         return [
-            self.chosen, self.shown, self.list, self.work, self.status, self.stop, self.resume, self.cancel,
+            self.run_name, self.screen_hashes, self.list, self.work, self.status, self.stop, self.resume, self.cancel,
             self.download, self.samples, self.curves, self.log,
         ]  # fmt: skip
 
-    def poll(self, chosen: str, shown: dict[str, Any], say: Say) -> list[Any]:
-        """The page as the files have it now; what has not changed since `seen` is not sent."""
+    def poll(self, run_name: str, screen_hashes: dict[str, Any], say: Say) -> list[Any]:
+        """The page as the files have it now; a part with the hash of `screen_hashes` is not sent again."""
         runs = self.workspace.runs_and_jobs()
         names = [name for name, _ in runs]
-        if chosen not in names:
+        if run_name not in names:
             live = [name for name, state in runs if state.state in LIVE]
-            chosen_now = (live or names or [""])[0]
+            current_name = (live or names or [""])[0]
         else:
-            chosen_now = chosen
+            current_name = run_name
         waiting = sum(state.state == "waiting" for _, state in runs)
         idle = waiting > 0 and not self.workspace.queue.is_working()
-        parts = {"list": _list(runs, chosen_now, idle, say), "work": idle}
-        parts |= self._run(chosen_now, dict(runs).get(chosen_now), say)
+        parts = {"list": _list(runs, current_name, idle, say), "work": idle}
+        parts |= self._run(current_name, dict(runs).get(current_name), say)
         fresh = {part: hash(str(value)) for part, value in parts.items()}
-        sent = {part: value if shown.get(part) != fresh[part] else gr.skip() for part, value in parts.items()}
+        sent = {part: value if screen_hashes.get(part) != fresh[part] else gr.skip() for part, value in parts.items()}
         visible = {
             part: gr.update(visible=sent[part]) if isinstance(sent[part], bool) else sent[part]
             for part in ("work", "stop", "resume", "cancel")
@@ -112,8 +112,8 @@ class RunsPage:
         if isinstance(sent["download"], str):
             sent["download"] = gr.update(visible=bool(sent["download"]), value=sent["download"] or None)
         return [
-            gr.skip() if chosen_now == chosen else chosen_now,
-            gr.skip() if fresh == shown else fresh,
+            gr.skip() if current_name == run_name else current_name,
+            gr.skip() if fresh == screen_hashes else fresh,
             sent["list"], visible["work"], sent["status"], visible["stop"], visible["resume"], visible["cancel"],
             sent["download"], sent["samples"], sent["curves"], sent["log"],
         ]  # fmt: skip
@@ -176,20 +176,20 @@ class RunsPage:
         return str(self.workspace.staged(adapter)) if state.adapter and adapter.is_file() else ""
 
 
-def _list(runs: list[tuple[str, State]], chosen: str, idle: bool, say: Say) -> str:
+def _list(runs: list[tuple[str, State]], run_name: str, idle: bool, say: Say) -> str:
     if not runs:
         return ""
-    shown = []
+    items = []
     for name, state in runs:
         share = f"{100 * state.step // state.steps} %" if state.steps else ""
-        current = " aria-current=true" if name == chosen else ""
-        shown.append(
+        current = " aria-current=true" if name == run_name else ""
+        items.append(
             f'<li><button type="button" data-run="{escape(name)}"{current}><span>{escape(name)}</span>'
             f"<span>{widgets.badge(state.state, say)} <small>{share}</small></span></button></li>"
         )
     waiting = sum(state.state == "waiting" for _, state in runs)
     warned = widgets.problem(say("run.idle_queue", count=waiting)) if idle else ""
-    return f"<h3>{escape(say('run.list'))}</h3>{warned}<ul class=lk-runs>{''.join(shown)}</ul>"
+    return f"<h3>{escape(say('run.list'))}</h3>{warned}<ul class=lk-runs>{''.join(items)}</ul>"
 
 
 def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
@@ -228,26 +228,26 @@ def _findings(run: RunFolder, say: Say) -> str:
     """What the run's self-check found of the exported file."""
     try:
         findings = json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
-        listed = "".join(
+        items = "".join(
             f"<li class=lk-{'fine' if one['passed'] else 'bad'}><b>{'✓' if one['passed'] else '✕'}</b> "
             f"{escape(say.translate('{name}: {detail}'.format_map(one)))}</li>"
             for one in findings
         )
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return f"<h4>{escape(say('run.checks'))}</h4><ul class=lk-readers>{listed}</ul>" if listed else ""
+    return f"<h4>{escape(say('run.checks'))}</h4><ul class=lk-readers>{items}</ul>" if items else ""
 
 
 def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> str:
     grids = run.sample_grids()
     if not grids:
         return widgets.quiet(say("run.no_samples")) if state.state in LIVE else ""
-    shown = []
+    figures = []
     for step, path in reversed(grids.items()):
         picture = workspace.thumbnails.get(path, SAMPLE_SIDE)
         title = escape(say("compare.step", step=step) if step else say("compare.base"))
-        shown.append(f'<figure><img src="{picture.address}" alt="{title}"><figcaption>{title}</figcaption></figure>')
-    return f"<h3>{escape(say('run.samples'))}</h3><div class=lk-samples tabindex=0>{''.join(shown)}</div>"
+        figures.append(f'<figure><img src="{picture.address}" alt="{title}"><figcaption>{title}</figcaption></figure>')
+    return f"<h3>{escape(say('run.samples'))}</h3><div class=lk-samples tabindex=0>{''.join(figures)}</div>"
 
 
 def _curves(run: RunFolder, state: State, say: Say) -> str:
@@ -256,9 +256,9 @@ def _curves(run: RunFolder, state: State, say: Say) -> str:
     except OSError:
         return ""
     labels = tuple(say(f"chart.{key}") for key in charts.ENGLISH)
-    shown = "".join(_charts(run.log_file, size, state.best["step"] if state.best else None, labels))
+    figures = "".join(_charts(run.log_file, size, state.best["step"] if state.best else None, labels))
     title = escape(say("run.curves"))
-    return f"<style>{charts.STYLE}</style><h3>{title}</h3><div class=lk-charts>{shown}</div>" if shown else ""
+    return f"<style>{charts.STYLE}</style><h3>{title}</h3><div class=lk-charts>{figures}</div>" if figures else ""
 
 
 @functools.lru_cache(maxsize=8)

@@ -71,8 +71,8 @@ class TrainPage:
             self.difference = widgets.html(elem_id="preset-difference")
             self.changed = widgets.html(elem_id="train-changed")
             for section in configuration.SECTIONS:
-                shown_above = (*quickstart.BASIC_OPTIONS, *quickstart.SET_BY_CALLER)
-                keys = [key for key, f in self.fields.items() if f.option.section == section and key not in shown_above]
+                basic_keys = (*quickstart.BASIC_OPTIONS, *quickstart.SET_BY_CALLER)
+                keys = [key for key, f in self.fields.items() if f.option.section == section and key not in basic_keys]
                 if keys:
                     gr.Markdown(t(f"section.{section}"), elem_classes="lk-section")
                     with gr.Row(equal_height=False, elem_classes="lk-options"):
@@ -80,7 +80,7 @@ class TrainPage:
                             self.widgets[key] = widgets.widget(self.fields[key], start[key], t, min_width=240)
         self.keys = list(self.widgets)
         self.marks = gr.State({"preset": AUTOMATIC, "values": start, "moved": {}, "shown": {}})
-        self.asked = gr.State(widgets.Asked())
+        self.requests = gr.State(widgets.RequestCounter())
 
     def _question(self, key: str, value: Any, t: gr.I18n, **more: Any) -> Any:
         field = self.fields[key]
@@ -111,23 +111,25 @@ class TrainPage:
     def answer(self, quality: str, marks: dict[str, Any], values: Sequence[Any], say: Say) -> list[Any]:
         """Follow an answer, at once: options that were not changed by hand go with the preset, problems go to their
         fields. The plan follows in `plan`: the photos may not have been looked at yet."""
-        shown = self.form_values(values)
-        marks, moved = self._follow(quality, marks, shown)
-        shown |= moved
-        config, problems = self.read(shown, say)
-        changed = form.changed(shown, {k: v for k, v in marks["values"].items() if k not in quickstart.BASIC_OPTIONS})
-        wanted = {
+        answers = self.form_values(values)
+        marks, adjustments = self._follow(quality, marks, answers)
+        answers |= adjustments
+        config, problems = self.read(answers, say)
+        changed = form.changed(answers, {k: v for k, v in marks["values"].items() if k not in quickstart.BASIC_OPTIONS})
+        new_marks = {
             key: "\n".join(problems[key]) if key in problems else "changed" if key in changed else ""
             for key in self.keys
         }
-        updates = [self._update(key, wanted[key], marks["shown"].get(key, ""), moved, say) for key in self.keys]
-        marks = marks | {"shown": {key: mark for key, mark in wanted.items() if mark}}
+        updates = [
+            self._update(key, new_marks[key], marks["shown"].get(key, ""), adjustments, say) for key in self.keys
+        ]
+        marks = marks | {"shown": {key: mark for key, mark in new_marks.items() if mark}}
         if config is None:
             plan: Any = _problems(problems, say)
         else:
             plan = gr.skip() if self.workspace.report(config).done() else widgets.quiet(say("plan.working"))
-        draft = self.draft_of(quality, marks, shown)
-        fetch = gr.update(visible=self.lacking(shown) is not None)
+        draft = self.draft_of(quality, marks, answers)
+        fetch = gr.update(visible=self.lacking(answers) is not None)
         return [plan, _changes(changed, say), gr.update(interactive=False), fetch, marks, draft, *updates]
 
     def plan(self, values: Sequence[Any], say: Say) -> tuple[str, Any]:
@@ -152,22 +154,22 @@ class TrainPage:
         return problems
 
     def _follow(
-        self, quality: str, marks: dict[str, Any], shown: Mapping[str, Any]
+        self, quality: str, marks: dict[str, Any], answers: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The preset that the answers suggest now, and the new values of options that were not changed by hand: the
         preset's, but for what gives way to a change (a length of one's own to the preset's, say)."""
-        moved = marks["moved"]
+        adjustments = marks["moved"]
         by_hand = {
             key: now
-            for key, (_, now) in form.changed(shown, marks["values"]).items()
-            if key not in quickstart.BASIC_OPTIONS and not (key in moved and now == moved[key])
+            for key, (_, now) in form.changed(answers, marks["values"]).items()
+            if key not in quickstart.BASIC_OPTIONS and not (key in adjustments and now == adjustments[key])
         }
         try:
-            suggested = self._suggest(shown, quality, marks["preset"])
+            suggested = self._suggest(answers, quality, marks["preset"])
         except LorakitError:
             return marks, {}
         try:
-            laid = self._suggest(shown, quality, marks["preset"], by_hand)
+            laid = self._suggest(answers, quality, marks["preset"], by_hand)
         except LorakitError:  # what was changed is wrong, and will be told where it is
             laid = suggested
         follows = {
@@ -175,33 +177,33 @@ class TrainPage:
             for key, value in laid.items()
             if key in self.widgets and key not in quickstart.BASIC_OPTIONS and key not in by_hand
         }
-        moved = {key: value for key, value in follows.items() if value != suggested.get(key)}
-        marks = marks | {"values": suggested, "moved": moved}
-        return marks, {key: value for key, value in follows.items() if shown.get(key) != value}
+        adjustments = {key: value for key, value in follows.items() if value != suggested.get(key)}
+        marks = marks | {"values": suggested, "moved": adjustments}
+        return marks, {key: value for key, value in follows.items() if answers.get(key) != value}
 
     def _suggest(
-        self, shown: Mapping[str, Any], quality: str, preset: str, by_hand: Mapping[str, Any] | None = None
+        self, answers: Mapping[str, Any], quality: str, preset: str, by_hand: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """What preset and answers suggest for every field; a base outside of the roots is not even looked at.
 
         Raises:
-            LorakitError: as `guide.suggest`, and where the base is outside.
+            LorakitError: as `quickstart.config_for_answers`, and where the base is outside.
         """
-        base = shown.get(quickstart.BASE) or ""
+        base = answers.get(quickstart.BASE) or ""
         bundled = base == self.fields[quickstart.BASE].option.default
         inside = base if bundled else form.located(quickstart.BASE, base, self.workspace.roots)
         changed = {key: self.fields[key].read(value) for key, value in (by_hand or {}).items()}
         return form.values(
-            quickstart.config_for_answers({**shown, quickstart.BASE: inside}, quality, preset or None, changed)
+            quickstart.config_for_answers({**answers, quickstart.BASE: inside}, quality, preset or None, changed)
         )
 
-    def read(self, shown: Mapping[str, Any], say: Say) -> tuple[Config | None, dict[str, list[str]]]:
+    def read(self, answers: Mapping[str, Any], say: Say) -> tuple[Config | None, dict[str, list[str]]]:
         """The config of a filled-in form, or every problem by field; an unanswered question is one."""
-        config, problems = form.read(shown, self.workspace.roots)
+        config, problems = form.read(answers, self.workspace.roots)
         for key in quickstart.BASIC_OPTIONS:
-            if not str(shown.get(key) or "").strip():
+            if not str(answers.get(key) or "").strip():
                 problems.setdefault(key, []).append(say("train.required"))
-        if name := self.lacking(shown):
+        if name := self.lacking(answers):
             problems.setdefault(quickstart.BASE, []).append(say("train.must_fetch", name=name))
         elif config is not None and not problems:
             try:
@@ -211,10 +213,10 @@ class TrainPage:
         text = {key: [say.translate(line) for line in lines] for key, lines in problems.items()}
         return (None if problems else config), text
 
-    def lacking(self, shown: Mapping[str, Any]) -> str | None:
+    def lacking(self, answers: Mapping[str, Any]) -> str | None:
         """The base's hub id where only the network has it; the network is not asked."""
         try:
-            base = form.located(quickstart.BASE, str(shown.get(quickstart.BASE) or "").strip(), self.workspace.roots)
+            base = form.located(quickstart.BASE, str(answers.get(quickstart.BASE) or "").strip(), self.workspace.roots)
         except LorakitError:
             return None
         return base if quickstart.must_be_fetched(base) else None
@@ -230,40 +232,40 @@ class TrainPage:
             return widgets.problem(say.translate(str(problem)))
         return widgets.good(say("train.fetched", name=name))
 
-    def config_of_photos(self, shown: Mapping[str, Any]) -> Config | None:
+    def config_of_photos(self, answers: Mapping[str, Any]) -> Config | None:
         """A config that is enough to look at the photos, whatever else is still unanswered or wrong."""
-        config, _ = form.read(shown, self.workspace.roots)
+        config, _ = form.read(answers, self.workspace.roots)
         try:
             if config is not None and quickstart.describe(form.values(config)[quickstart.BASE]):
                 return config
         except LorakitError:  # the base will be told of where it is chosen
             pass
         start = form.values(quickstart.config_for_answers({}, "balanced"))
-        return form.read(start | {quickstart.PHOTOS: shown[quickstart.PHOTOS]}, self.workspace.roots)[0]
+        return form.read(start | {quickstart.PHOTOS: answers[quickstart.PHOTOS]}, self.workspace.roots)[0]
 
-    def draft_of(self, quality: str, marks: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
+    def draft_of(self, quality: str, marks: Mapping[str, Any], answers: Mapping[str, Any]) -> dict[str, Any]:
         """The answers as the browser keeps them, for `restore`."""
-        return {"quality": quality, "preset": marks["preset"], "moved": marks["moved"], "values": dict(shown)}
+        return {"quality": quality, "preset": marks["preset"], "moved": marks["moved"], "values": dict(answers)}
 
-    def restore(self, saved: Mapping[str, Any]) -> list[Any]:
+    def restore(self, draft: Mapping[str, Any]) -> list[Any]:
         """The answers that the browser kept: photos' folder, quality, marks, preset, then each widget."""
-        if not isinstance(saved, dict) or not isinstance(saved.get("values"), dict):
+        if not isinstance(draft, dict) or not isinstance(draft.get("values"), dict):
             return [gr.skip()] * (4 + len(self.keys))
         start = form.values(quickstart.config_for_answers({}, "balanced"))
-        values = start | {key: value for key, value in saved["values"].items() if key in self.widgets}
-        quality = saved["quality"] if saved.get("quality") in quickstart.LENGTH_FACTORS else "balanced"
-        preset = saved["preset"] if saved.get("preset") in configuration.preset_names() else AUTOMATIC
+        values = start | {key: value for key, value in draft["values"].items() if key in self.widgets}
+        quality = draft["quality"] if draft.get("quality") in quickstart.LENGTH_FACTORS else "balanced"
+        preset = draft["preset"] if draft.get("preset") in configuration.preset_names() else AUTOMATIC
         try:
             suggested = self._suggest(values, quality, preset)
         except LorakitError:
             suggested = start
-        moved = saved["moved"] if isinstance(saved.get("moved"), dict) else {}
-        marks = {"preset": preset, "values": suggested, "moved": moved, "shown": {}}
+        adjustments = draft["moved"] if isinstance(draft.get("moved"), dict) else {}
+        marks = {"preset": preset, "values": suggested, "moved": adjustments, "shown": {}}
         values[quickstart.PHOTOS] = values[quickstart.PHOTOS] or None
         return [values[quickstart.PHOTOS], quality, marks, preset, *(values[key] for key in self.keys)]
 
-    def _update(self, key: str, mark: str, before: str, moved: Mapping[str, Any], say: Say) -> Any:
-        change: dict[str, Any] = {"value": moved[key]} if key in moved else {}
+    def _update(self, key: str, mark: str, before: str, adjustments: Mapping[str, Any], say: Say) -> Any:
+        change: dict[str, Any] = {"value": adjustments[key]} if key in adjustments else {}
         if mark != before:
             wrong = mark not in ("", "changed")
             help = say(f"help.{key}")
@@ -273,12 +275,12 @@ class TrainPage:
 
     def difference_of(self, preset: str, quality: str, values: Sequence[Any], say: Say) -> str:
         """What the preset would change, as a table."""
-        shown = self.form_values(values)
+        answers = self.form_values(values)
         try:
-            suggested = self._suggest(shown, quality, preset)
+            suggested = self._suggest(answers, quality, preset)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem)))
-        differences = form.changed(suggested, {k: v for k, v in shown.items() if k not in quickstart.BASIC_OPTIONS})
+        differences = form.changed(suggested, {k: v for k, v in answers.items() if k not in quickstart.BASIC_OPTIONS})
         if not differences:
             return widgets.quiet(say("train.same"))
         head = [say("train.option"), say("train.now"), say("train.then")]
@@ -288,14 +290,14 @@ class TrainPage:
 
     def apply_preset(self, preset: str, quality: str, marks: dict[str, Any], values: Sequence[Any]) -> list[Any]:
         """Every option as the preset has it: the new `marks`, then an update for each widget."""
-        shown = self.form_values(values)
+        answers = self.form_values(values)
         try:
-            suggested = self._suggest(shown, quality, preset)
+            suggested = self._suggest(answers, quality, preset)
         except LorakitError:
             return [gr.skip()] * (1 + len(self.keys))
         updates = [
             gr.skip()
-            if key in quickstart.BASIC_OPTIONS or suggested.get(key) == shown[key]
+            if key in quickstart.BASIC_OPTIONS or suggested.get(key) == answers[key]
             else gr.update(value=suggested[key])
             for key in self.keys
         ]
@@ -320,14 +322,14 @@ class TrainPage:
 def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
     """The plan's figures, and below them its lines as the command line has them."""
     memory = widgets.memory(max(plan.peaks.values()), say)
-    spent = say("plan.measured") if plan.seconds is None else widgets.duration(plan.seconds, say)
+    run_time = say("plan.measured") if plan.seconds is None else widgets.duration(plan.seconds, say)
     validation = say("plan.held", count=plan.held_out) if plan.held_out else ""
     weights = f"{sum(count for _, count in plan.modules.values()) / 1e6:.2f} M"
     estimate = say("plan.estimate")
     figures = widgets.facts(
         [
             (say("plan.steps"), str(plan.steps), ""),
-            (say("plan.time"), spent, estimate if plan.seconds is not None else ""),
+            (say("plan.time"), run_time, estimate if plan.seconds is not None else ""),
             (say("plan.memory"), memory, f"{estimate}, {say('plan.device', device=plan.device)}"),
             (say("plan.photos"), str(plan.photos), validation),
             (say("plan.trained"), weights, ""),
@@ -343,8 +345,8 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
 
 def _problems(problems: Mapping[str, Sequence[str]], say: Say) -> str:
     titles = {key: f"<b>{escape(say(f'option.{key}'))}</b>: " if key else "" for key in problems}
-    listed = "".join(f"<li>{titles[key]}{escape(line)}</li>" for key, lines in problems.items() for line in lines)
-    return f"<section class=lk-panel><h3>{escape(say('plan.problems'))}</h3><ul class=lk-errors>{listed}</ul></section>"
+    items = "".join(f"<li>{titles[key]}{escape(line)}</li>" for key, lines in problems.items() for line in lines)
+    return f"<section class=lk-panel><h3>{escape(say('plan.problems'))}</h3><ul class=lk-errors>{items}</ul></section>"
 
 
 def _changes(changed: Mapping[str, tuple[Any, Any]], say: Say) -> str:
