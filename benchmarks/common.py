@@ -126,7 +126,7 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
     first = texts.index(torch.zeros(1, dtype=torch.int64, device=device))
     return Precomputed(
         dataset=dataset,
-        held_out=None,
+        holdout=None,
         conditions=texts,
         tokens=None,
         class_texts=["x"],

@@ -31,10 +31,12 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     modules = _modules(target)
     paths = _layer_paths(modules)
     family = _family(target, modules)
-    chosen = targets.select(family, paths, config.target_modules, config.train_text_encoder)
-    if not chosen:
+    layer_names = targets.select(family, paths, config.target_modules, config.train_text_encoder)
+    if not layer_names:
         raise LorakitError(f"adapter.target_modules = {config.target_modules!r} selects no layer of this base")
-    layers = _inject(modules, {name: paths[name] for name in chosen}, config, plain=getattr(target, "plain", False))
+    layers = _inject(
+        modules, {name: paths[name] for name in layer_names}, config, plain=getattr(target, "plain", False)
+    )
     adapter = Adapter(modules, layers, family, config.method, getattr(config, "dropout", 0.0))
     adapter.reset(seed)
     if config.new_tokens:
@@ -61,17 +63,17 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
         component, path = paths[name]
         expected = tuple(modules[component].get_submodule(path).weight.shape)
         fits = layer.size == (expected[0], math.prod(expected[1:]))
-        found = (
+        actual = (
             (len(layer.up), *layer.down.shape[1:]) if isinstance(layer, LoraLayer) else expected if fits else layer.size
         )
-        if expected != found:
-            raise LorakitError(f"{name} is {expected} in the base, {found} in the adapter: it is for another base")
+        if expected != actual:
+            raise LorakitError(f"{name} is {expected} in the base, {actual} in the adapter: it is for another base")
     method = _method(weights)
     # Most layers share one rank; PEFT makes those, and `fill` puts the others' factors in their place.
     rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
     config = ADAPTER_SECTIONS[method](rank=rank)
-    chosen = {name: paths[name] for name in weights.layers}
-    layers = _inject(modules, chosen, config, plain=getattr(target, "plain", False))
+    layer_paths = {name: paths[name] for name in weights.layers}
+    layers = _inject(modules, layer_paths, config, plain=getattr(target, "plain", False))
     adapter = Adapter(modules, layers, family, method, 0.0)
     adapter.fill(weights)
     try:
@@ -129,29 +131,29 @@ class Adapter:
         if self._tokens:
             raise LorakitError(f"the adapter has vectors for {self._word!r} and {word!r}: only one word can be applied")
         for part, tokenizer in tokenizers.items():
-            given = None if vectors is None else vectors.get(part)
+            initial = None if vectors is None else vectors.get(part)
             width = self._modules[part].get_input_embeddings().weight.shape[1]
-            if vectors is not None and (given is None or given.shape[1] != width):
+            if vectors is not None and (initial is None or initial.shape[1] != width):
                 raise LorakitError(f"the embedding of {word!r} does not fit {part}: it is for another base")
-            self._tokens[part] = LearnedToken(self._modules[part], tokenizer, word, count, given)
+            self._tokens[part] = LearnedToken(self._modules[part], tokenizer, word, count, initial)
         self._word = word
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """`<canonical>.<factor>` -> float32 parameter, in the order of `layers`. Factors are what `weights` calls them:
         `down`, `up`, `magnitude`; `hada_w1_a`, ...; `lokr_w1`, ... Then `<component>.token`, the vectors of a word."""
-        found = {
+        factors = {
             f"{name}.{factor}": parameter
             for name, layer in self._layers.items()
             for factor, parameter in self._method.factors(layer).items()
         }
-        return found | {f"{part}.token": token.vectors for part, token in self._tokens.items()}
+        return factors | {f"{part}.token": token.vectors for part, token in self._tokens.items()}
 
     def groups(self) -> list[tuple[str, list[nn.Parameter]]]:
         """Parameters by component, for the optimizer: [("unet", [...]), ("text_encoder", [...]), ...]."""
-        found: dict[str, list[nn.Parameter]] = {}
+        groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.parameters().items():
-            found.setdefault(name.partition(".")[0], []).append(parameter)
-        return list(found.items())
+            groups.setdefault(name.partition(".")[0], []).append(parameter)
+        return list(groups.items())
 
     def describe(self) -> dict[str, tuple[int, int]]:
         """Component -> (adapted modules, parameters)."""
@@ -214,8 +216,8 @@ class Adapter:
                 f"the adapter to start from has other layers: {len(missing)} lacking, {len(extra)} too many, "
                 f"e.g. {(missing or extra)[0]}; set adapter.target_modules and train_text_encoder as it was made"
             )
-        given = {name: layer.rescaled(self._scales[name]).factors() for name, layer in weights.layers.items()}
-        for name, factors in given.items():
+        new_factors = {name: layer.rescaled(self._scales[name]).factors() for name, layer in weights.layers.items()}
+        for name, factors in new_factors.items():
             own, rank = self._method.factors(self._layers[name]), weights.layers[name].rank
             if {key: tensor.shape for key, tensor in own.items()} == {key: t.shape for key, t in factors.items()}:
                 continue
@@ -224,7 +226,7 @@ class Adapter:
             raise LorakitError(f"the adapter to start from has another shape in {name}: it is of another base")
         words = self._fitting_tokens(weights)
         with torch.no_grad():
-            for name, factors in given.items():
+            for name, factors in new_factors.items():
                 for key, parameter in self._method.factors(self._layers[name]).items():
                     parameter.copy_(factors[key])
             for part, vectors in words.items():
@@ -250,7 +252,7 @@ class Adapter:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Exact copies of the parameters on the CPU, for a checkpoint."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self._kept().items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._state().items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put a checkpoint's parameters back, in place: the optimizer keeps its hold on them.
@@ -258,7 +260,7 @@ class Adapter:
         Raises:
             LorakitError: a tensor is missing, too many or of another shape.
         """
-        own = self._kept()
+        own = self._state()
         wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if p.shape != state[n].shape]
         if wrong:
             raise LorakitError(f"the checkpoint does not fit this adapter: {wrong[0]} ({len(wrong)} such)")
@@ -272,14 +274,14 @@ class Adapter:
             token.remove()
         own = set(self._layers.values())
         for module in self._modules.values():
-            found = [(path, layer) for path, layer in module.named_modules() if layer in own]
-            for path, layer in found:
+            layers = [(path, layer) for path, layer in module.named_modules() if layer in own]
+            for path, layer in layers:
                 module.set_submodule(path, layer.base_layer)
-            if found:
+            if layers:
                 del module.peft_config
                 module._hf_peft_config_loaded = False
 
-    def _kept(self) -> dict[str, torch.Tensor]:
+    def _state(self) -> dict[str, torch.Tensor]:
         """Parameters, and what else the adapter would not be the same without."""
         constants = {
             f"{name}.{factor}": tensor
@@ -329,8 +331,10 @@ def _pipeline_family(pipeline: Any) -> FamilySpec | None:
 def _tokenizers(target: Any) -> dict[str, Any]:
     """Text encoder -> its tokenizer."""
     parts = target.components if hasattr(target, "components") else target.pipeline().components
-    found = {name: parts.get(name.replace("text_encoder", "tokenizer")) for name in ("text_encoder", "text_encoder_2")}
-    return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
+    tokenizers = {
+        name: parts.get(name.replace("text_encoder", "tokenizer")) for name in ("text_encoder", "text_encoder_2")
+    }
+    return {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
 
 
 def _family(target: Any, modules: dict[str, Any]) -> str:
@@ -354,18 +358,18 @@ def _layer_paths(modules: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _inject(
-    modules: dict[str, Any], chosen: dict[str, tuple[str, str]], config: AdapterConfig, *, plain: bool
+    modules: dict[str, Any], layer_paths: dict[str, tuple[str, str]], config: AdapterConfig, *, plain: bool
 ) -> dict[str, Any]:
     """Let PEFT put its layers in; canonical name -> layer. `plain`: its own, not those of `engine.fused_lora`."""
     method: Method = registry.resolve(registry.METHODS[config.method].functions)
     # PEFT's layers draw first weights that `reset` replaces; that must not move the global generator.
     with torch.random.fork_rng(devices=[]):
         for component, module in modules.items():
-            paths = [path for part, path in chosen.values() if part == component]
+            paths = [path for part, path in layer_paths.values() if part == component]
             if paths:
                 peft = method.peft(config, paths)
                 module.add_adapter(peft if plain else method.fuse(peft), adapter_name=NAME)
-    return {name: modules[component].get_submodule(path) for name, (component, path) in chosen.items()}
+    return {name: modules[component].get_submodule(path) for name, (component, path) in layer_paths.items()}
 
 
 def _method(weights: AdapterWeights) -> str:
@@ -374,10 +378,12 @@ def _method(weights: AdapterWeights) -> str:
     Raises:
         LorakitError: several methods in one adapter.
     """
-    found = {layer.method for layer in weights.layers.values()}
+    methods = {layer.method for layer in weights.layers.values()}
     # Among DoRA's layers there may be plain ones.
     if any(layer.magnitude is not None for layer in weights.layers.values()):
-        found -= {LoraLayer.PLAIN}
-    if len(found) > 1:
-        raise LorakitError(f"the adapter mixes {' and '.join(sorted(found))}: only one method at a time can be applied")
-    return next(iter(found))
+        methods -= {LoraLayer.PLAIN}
+    if len(methods) > 1:
+        raise LorakitError(
+            f"the adapter mixes {' and '.join(sorted(methods))}: only one method at a time can be applied"
+        )
+    return next(iter(methods))

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 def dora(config: DoraConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules`, with the layers of this file in place of PEFT's DoRA."""
-    made = lora.lora(config, modules)
-    made._register_custom_module({nn.Linear: DoraLinear, nn.Conv2d: DoraConv2d})
-    return made
+    peft_config = lora.lora(config, modules)
+    peft_config._register_custom_module({nn.Linear: DoraLinear, nn.Conv2d: DoraConv2d})
+    return peft_config
 
 
 class Magnitude(nn.Module):

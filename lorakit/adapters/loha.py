@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoHaConfig as PeftConfig
 
-from lorakit.adapters.method import NAME, Factors, Method, made_anew, parameter
+from lorakit.adapters.method import NAME, Factors, Method, parameter, recompute_delta
 from lorakit.adapters.weights import AnyLayer
 from lorakit.config import LohaConfig
 
@@ -30,7 +30,7 @@ def peft(config: LohaConfig, modules: list[str]) -> PeftConfig:
 
 def begin(layer: LoHaLayer, draw: torch.Generator) -> None:
     """Normal numbers as LyCORIS has them."""
-    made_anew(layer)
+    recompute_delta(layer)
     for part, spread in SPREAD.items():
         shape = getattr(layer, part)[NAME].shape
         getattr(layer, part)[NAME] = parameter(torch.empty(shape).normal_(generator=draw) * spread, layer)

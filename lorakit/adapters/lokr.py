@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoKrConfig as PeftConfig
 
-from lorakit.adapters.method import NAME, Factors, Method, made_anew, parameter, uniform
+from lorakit.adapters.method import NAME, Factors, Method, parameter, recompute_delta, uniform
 from lorakit.adapters.weights import AnyLayer
 from lorakit.config import LokrConfig
 
@@ -29,7 +29,7 @@ def peft(config: LokrConfig, modules: list[str]) -> PeftConfig:
 
 def begin(layer: LoKrLayer, draw: torch.Generator) -> None:
     """As LyCORIS: zeros in w2 or its second factor, uniform numbers in the rest."""
-    made_anew(layer)
+    recompute_delta(layer)
     for part, weight in factors(layer).items():
         still = part in ("lokr_w2", "lokr_w2_b")
         first = torch.zeros(weight.shape) if still else uniform(weight.shape, draw)
@@ -38,7 +38,7 @@ def begin(layer: LoKrLayer, draw: torch.Generator) -> None:
 
 def factors(layer: LoKrLayer) -> Factors:
     """w1, and w2 or its factors."""
-    return {part: held[NAME] for part in PARTS if NAME in (held := getattr(layer, part))}
+    return {part: parameters[NAME] for part in PARTS if NAME in (parameters := getattr(layer, part))}
 
 
 def fill(layer: LoKrLayer, weights: AnyLayer) -> None:

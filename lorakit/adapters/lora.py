@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def lora(config: LowRankConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules` (full paths inside one component)."""
-    made = PeftConfig(
+    peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.effective_alpha,
         lora_dropout=config.dropout,
@@ -28,7 +28,7 @@ def lora(config: LowRankConfig, modules: list[str]) -> PeftConfig:
         # The weights are drawn by `Adapter`, from its own generator.
         init_lora_weights=False,
     )
-    return made
+    return peft_config
 
 
 def fuse(config: PeftConfig) -> PeftConfig:
@@ -46,20 +46,20 @@ def begin(layer: LoraLayer, draw: torch.Generator) -> None:
 
 def factors(layer: LoraLayer) -> Factors:
     """A, B and, for DoRA, the magnitude."""
-    found = {"down": layer.lora_A[NAME].weight, "up": layer.lora_B[NAME].weight}
+    tensors = {"down": layer.lora_A[NAME].weight, "up": layer.lora_B[NAME].weight}
     if NAME in layer.lora_magnitude_vector:
-        found["magnitude"] = layer.lora_magnitude_vector[NAME].weight
-    return found
+        tensors["magnitude"] = layer.lora_magnitude_vector[NAME].weight
+    return tensors
 
 
 def fill(layer: LoraLayer, weights: AnyLayer) -> None:
     """Take these factors; among DoRA's layers there may be plain ones."""
-    given, magnitudes = weights.factors(), layer.lora_magnitude_vector
-    layer.lora_A[NAME].weight = parameter(given["down"], layer)
-    layer.lora_B[NAME].weight = parameter(given["up"], layer)
+    tensors, magnitudes = weights.factors(), layer.lora_magnitude_vector
+    layer.lora_A[NAME].weight = parameter(tensors["down"], layer)
+    layer.lora_B[NAME].weight = parameter(tensors["up"], layer)
     layer.r[NAME], layer.lora_alpha[NAME], layer.scaling[NAME] = weights.rank, weights.alpha, weights.scale
-    if "magnitude" in given:
-        magnitudes[NAME].weight = parameter(given["magnitude"], layer)
+    if "magnitude" in tensors:
+        magnitudes[NAME].weight = parameter(tensors["magnitude"], layer)
         layer.full_scaling[NAME] = weights.scale
     elif NAME in magnitudes:
         del magnitudes[NAME]

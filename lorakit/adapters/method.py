@@ -59,7 +59,7 @@ def uniform(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=draw)
 
 
-def made_anew(layer: BaseTunerLayer) -> None:
+def recompute_delta(layer: BaseTunerLayer) -> None:
     """Let a layer that makes delta W whole do so once more for the backward pass, rather than keep it until then: kept
     for all layers it would take as much memory as the base in float32."""
     compute = functools.partial(type(layer)._get_delta_activations, layer)

@@ -35,9 +35,9 @@ NO_MERGE = "a PiSSA adapter that is being trained cannot be fused into the base:
 
 def peft(config: PissaConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules`, with the layers of this file."""
-    made = lora.lora(config, modules)
-    made._register_custom_module({nn.Linear: PissaLinear, nn.Conv2d: PissaConv2d})
-    return made
+    peft_config = lora.lora(config, modules)
+    peft_config._register_custom_module({nn.Linear: PissaLinear, nn.Conv2d: PissaConv2d})
+    return peft_config
 
 
 def begin(layer: LoraLayer, draw: torch.Generator) -> None:
@@ -58,10 +58,10 @@ def _principal(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The first `rank` singular triples (U, S, V) of a matrix; zeros beyond what it has."""
     count = min(rank, *weight.shape)
-    wanted = min(count + OVERSAMPLING, *weight.shape)
+    sketch_rank = min(count + OVERSAMPLING, *weight.shape)
     with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=draw)))
-        left, values, right = torch.svd_lowrank(weight, wanted, ITERATIONS)
+        left, values, right = torch.svd_lowrank(weight, sketch_rank, ITERATIONS)
     short = rank - count
     left, right = (functional.pad(side[:, :count], (0, short)) for side in (left, right))
     return left, functional.pad(values[:count], (0, short)), right
@@ -79,8 +79,8 @@ class PissaLinear(Linear):  # type: ignore[misc]
         """`[..., in]` -> `[..., out]`."""
         if self.disable_adapters:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        given = self.lora_dropout[NAME](x)
-        updates = [functional.linear(functional.linear(given, down), up) for down, up in _pairs(self, x.dtype)]
+        dropout_output = self.lora_dropout[NAME](x)
+        updates = [functional.linear(functional.linear(dropout_output, down), up) for down, up in _pairs(self, x.dtype)]
         return self.base_layer(x) + (updates[0] + updates[1]) * self.scaling[NAME]  # type: ignore[no-any-return]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -100,9 +100,11 @@ class PissaConv2d(Conv2d):  # type: ignore[misc]
         base = self.base_layer
         if self.disable_adapters:
             return base(x)  # type: ignore[no-any-return]
-        given = self.lora_dropout[NAME](x)
+        dropout_output = self.lora_dropout[NAME](x)
         updates = [
-            functional.conv2d(functional.conv2d(given, down, None, base.stride, base.padding, base.dilation), up)
+            functional.conv2d(
+                functional.conv2d(dropout_output, down, None, base.stride, base.padding, base.dilation), up
+            )
             for down, up in _pairs(self, x.dtype)
         ]
         return base(x) + (updates[0] + updates[1]) * self.scaling[NAME]  # type: ignore[no-any-return]

@@ -39,7 +39,7 @@ class LearnedToken:
         table = encoder.get_input_embeddings()
         self.encoder, self.off = encoder, False
         ids = tokenizer(word, add_special_tokens=False).input_ids
-        self.found, self.end = torch.tensor(ids, device=table.weight.device), int(tokenizer.eos_token_id)
+        self.word_ids, self.end = torch.tensor(ids, device=table.weight.device), int(tokenizer.eos_token_id)
         if vectors is None:
             vectors = table.weight.detach()[[ids[n % len(ids)] for n in range(count)]]
         self.embedding = _Embedding(table, vectors)
@@ -60,7 +60,7 @@ class LearnedToken:
         if self.off:
             return None
         ids = args[0] if args else kwargs["input_ids"]
-        ids = placed(ids, self.found.to(ids.device), len(self.vectors), self.end)
+        ids = mark_token(ids, self.word_ids.to(ids.device), len(self.vectors), self.end)
         return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": ids})
 
 
@@ -74,33 +74,33 @@ class _Embedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """`[B, T]` -> `[B, T, width]`."""
-        known = self.table(ids.clamp(min=0))
+        pretrained = self.table(ids.clamp(min=0))
         learned = functional.embedding((-1 - ids).clamp(0, len(self.vectors) - 1), self.vectors)
-        return torch.where((ids < 0)[..., None], learned.to(known.dtype), known)
+        return torch.where((ids < 0)[..., None], learned.to(pretrained.dtype), pretrained)
 
 
-def placed(ids: torch.Tensor, found: torch.Tensor, count: int, end: int) -> torch.Tensor:
-    """Token ids with -1, -2, ..., -count wherever the ids `found` stand in a row. Nothing is read back from the device.
+def mark_token(ids: torch.Tensor, word_ids: torch.Tensor, count: int, end: int) -> torch.Tensor:
+    """Token ids with -1, ..., -count where the ids `word_ids` stand in a row. Nothing is read back from the device.
 
     Args:
         ids: `[B, T]`, padded with the token that stands last; texts that grow too long are cut and still end.
-        found: `[k]`.
+        word_ids: `[k]`.
         end: id of the token that ends a text.
     """
     length, wide = ids.shape[1], ids.shape[1] * max(1, count)
     start = torch.zeros_like(ids, dtype=torch.bool)
-    rows = ids.unfold(1, len(found), 1)
-    start[:, : rows.shape[1]] = (rows == found).all(-1)
+    rows = ids.unfold(1, len(word_ids), 1)
+    start[:, : rows.shape[1]] = (rows == word_ids).all(-1)
     inside = start.clone()
-    for step in range(1, len(found)):
+    for step in range(1, len(word_ids)):
         inside[:, step:] |= start[:, :-step]
     sizes = torch.where(start, count, torch.where(inside, 0, 1))
     places = sizes.cumsum(1) - sizes
     # One column more than is ever read takes what is left out.
-    made = ids[:, -1:].repeat(1, wide + 1)
-    made.scatter_(1, torch.where(inside, wide, places), ids)
+    output = ids[:, -1:].repeat(1, wide + 1)
+    output.scatter_(1, torch.where(inside, wide, places), ids)
     for number in range(count):
-        made.scatter_(1, torch.where(start, places + number, wide), torch.full_like(ids, -1 - number))
-    made = made[:, :length]
-    ended = (made == end).any(1, keepdim=True)
-    return torch.cat([made[:, :-1], torch.where(ended, made[:, -1:], end)], dim=1)
+        output.scatter_(1, torch.where(start, places + number, wide), torch.full_like(ids, -1 - number))
+    output = output[:, :length]
+    ended = (output == end).any(1, keepdim=True)
+    return torch.cat([output[:, :-1], torch.where(ended, output[:, -1:], end)], dim=1)

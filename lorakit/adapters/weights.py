@@ -179,12 +179,12 @@ class LokrLayer:
 
     def factors(self) -> dict[str, torch.Tensor]:
         """LyCORIS' name -> tensor, all that is trained; a convolution's whole w2 is `[b, d, kh, kw]`."""
-        found: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, parts in (("lokr_w1", self.w1), ("lokr_w2", self.w2)):
-            found |= {name: parts[0]} if len(parts) == 1 else {f"{name}_a": parts[0], f"{name}_b": parts[1]}
-        if self.kernel and "lokr_w2" in found:
-            found["lokr_w2"] = found["lokr_w2"].reshape(len(self.w2[0]), -1, *self.kernel)
-        return found
+            tensors |= {name: parts[0]} if len(parts) == 1 else {f"{name}_a": parts[0], f"{name}_b": parts[1]}
+        if self.kernel and "lokr_w2" in tensors:
+            tensors["lokr_w2"] = tensors["lokr_w2"].reshape(len(self.w2[0]), -1, *self.kernel)
+        return tensors
 
     def delta(self) -> torch.Tensor:
         """delta W `[out, in * kh * kw]` in float32."""

@@ -53,12 +53,12 @@ def add(command: Command) -> None:
     resize = command("resize", run_resize, "reduce the rank of an adapter")
     resize.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
     _add_size(resize)
-    _add_written(resize)
+    _add_format(resize)
 
     combine = command("combine", run_combine, "add several adapters into one")
     combine.add_argument("adapters", nargs="+", metavar="ADAPTER[=STRENGTH]", help="adapters; strength 1 unless given")
     combine.add_argument("--name", default="combined", help="name of the new adapter (default: combined)")
-    _add_written(combine)
+    _add_format(combine)
 
     merge = command("merge", run_merge, "merge an adapter into a base and write the whole model")
     merge.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
@@ -70,7 +70,7 @@ def add(command: Command) -> None:
     extract.add_argument("tuned", metavar="TUNED", help="folder of the model that was trained further")
     extract.add_argument("--base", required=True, metavar="FOLDER", help="folder of the model that it was made from")
     _add_size(extract)
-    _add_written(extract)
+    _add_format(extract)
 
 
 def _add_size(command: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def _add_size(command: argparse.ArgumentParser) -> None:
     size.add_argument("--energy", type=float, metavar="0.95", help="smallest ranks that keep this share of the squares")
 
 
-def _add_written(command: argparse.ArgumentParser) -> None:
+def _add_format(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", choices=tuple(FORMATS), default="kohya", help="format to write (default: kohya)")
     _add_output(command)
 
@@ -150,11 +150,11 @@ def run_combine(args: argparse.Namespace) -> int:
     from lorakit import formats
     from lorakit.formats.edit.resize_combine import combine
 
-    asked = [_with_strength(text) for text in args.adapters]
-    parts = [(formats.read(path), strength) for path, strength in asked]
+    sources = [_with_strength(text) for text in args.adapters]
+    parts = [(formats.read(path), strength) for path, strength in sources]
     triggers = dict.fromkeys(weights.metadata.get(TRIGGER, "") for weights, _ in parts)
     metadata = {TRIGGER: ", ".join(filter(None, triggers)), ALIAS: args.name, TITLE: args.name}
-    return _write(args, combine(parts), args.name, metadata, [path for path, _ in asked])
+    return _write(args, combine(parts), args.name, metadata, [path for path, _ in sources])
 
 
 def run_merge(args: argparse.Namespace) -> int:
@@ -212,12 +212,12 @@ def _write(
     return 0
 
 
-def _tell(args: argparse.Namespace, written: Mapping[str, Path]) -> None:
+def _tell(args: argparse.Namespace, files: Mapping[str, Path]) -> None:
     """Where it went, for a person or for a program."""
     if args.json:
-        print(json.dumps({name: str(path) for name, path in written.items()}, indent=2))
+        print(json.dumps({name: str(path) for name, path in files.items()}, indent=2))
     else:
-        print("\n".join(map(str, written.values())))
+        print("\n".join(map(str, files.values())))
 
 
 def _strengths(text: str) -> tuple[float, ...]:

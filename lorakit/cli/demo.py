@@ -135,11 +135,11 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
     )
 
     def draw() -> list[Any]:
-        drawn = []
+        images = []
         for seed in range(PICTURES_PER_SCENE):
             settings = dataclasses.replace(config.sample, seed=config.sample.seed + seed)
-            drawn += sampling.draw(family, list(config.sample.prompts), settings, config.data.resolution)
-        return drawn
+            images += sampling.draw(family, list(config.sample.prompts), settings, config.data.resolution)
+        return images
 
     base = draw()
     adapters.apply(family, formats.read(adapter))

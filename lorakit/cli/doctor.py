@@ -47,14 +47,14 @@ def to_text(lines: Sequence[Line]) -> str:
     """The findings as a person reads them."""
     marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
     width = max(len(line.name) for line in lines)
-    shown = []
+    rows = []
     for line in lines:
-        shown.append(f"{marks[line.state]} {line.name:{width}}  {line.detail}")
+        rows.append(f"{marks[line.state]} {line.name:{width}}  {line.detail}")
         if line.fix:
-            shown.append(f"     {'':{width}}  {line.fix}")
+            rows.append(f"     {'':{width}}  {line.fix}")
     bad = [line.name for line in lines if line.state == "bad"]
-    shown.append(f"not ready: {', '.join(bad)}" if bad else "ready")
-    return "\n".join(shown)
+    rows.append(f"not ready: {', '.join(bad)}" if bad else "ready")
+    return "\n".join(rows)
 
 
 def to_json(lines: Sequence[Line]) -> dict[str, Any]:
@@ -144,12 +144,12 @@ def cuda_lines(
         capability: (major, minor) of the device.
         architectures: what this torch was built for (`torch.cuda.get_arch_list()`).
     """
-    wanted = f"sm_{capability[0]}{capability[1]}"
-    lines = [Line(device, "ok", f"{name}, {memory / 2**30:.0f} GiB, {wanted}")]
+    architecture = f"sm_{capability[0]}{capability[1]}"
+    lines = [Line(device, "ok", f"{name}, {memory / 2**30:.0f} GiB, {architecture}")]
     if not _runs_on(capability, architectures):
         built = ", ".join(architectures) or "no CUDA device"
         fix = "install a torch whose CUDA build has it: https://pytorch.org/get-started/locally/"
-        lines.append(Line(f"{device} kernels", "bad", f"this torch is built for {built}, not for {wanted}", fix))
+        lines.append(Line(f"{device} kernels", "bad", f"this torch is built for {built}, not for {architecture}", fix))
     lines.append(Line(f"{device} bf16", "ok", "yes") if bf16 else Line(f"{device} bf16", "note", "no; fp16 is used"))
     return lines
 
@@ -162,7 +162,9 @@ def optional_extras() -> dict[str, tuple[str, str]]:
         if spec.extra:
             modules[spec.extra] = spec.package
             names.setdefault(spec.extra, []).append(name)
-    return EXTRAS | {extra: (modules[extra], f"optimizer.name = {', '.join(used)}") for extra, used in names.items()}
+    return EXTRAS | {
+        extra: (modules[extra], f"optimizer.name = {', '.join(optimizers)}") for extra, optimizers in names.items()
+    }
 
 
 def extras(find: Callable[[str], Any] = importlib.util.find_spec) -> list[Line]:

@@ -119,15 +119,15 @@ class Terminal:
 
     def say(self, line: str = "", *, warning: bool = False) -> None:
         """One line. A warning says that it is one."""
-        drawn = self.bar is not None and self.bar.clear()
+        redraw = self.bar is not None and self.bar.clear()
         self.write(("warning: " if warning else "") + line + "\n")
-        if drawn and self.bar is not None:
+        if redraw and self.bar is not None:
             self.bar.draw()
 
     @contextmanager
-    def progress(self, total: int, done: int = 0, what: str = "training") -> Iterator[Bar]:
+    def progress(self, total: int, start: int = 0, what: str = "training") -> Iterator[Bar]:
         """A bar from `done` to `total`; lines said meanwhile appear above it."""
-        self.bar = bar = Bar(self, total, done, what)
+        self.bar = bar = Bar(self, total, start, what)
         try:
             yield bar
         finally:
@@ -148,16 +148,16 @@ class Terminal:
 class Bar:
     """Progress of one run."""
 
-    def __init__(self, terminal: Terminal, total: int, done: int, what: str):
-        self.terminal, self.total, self.done, self.what = terminal, total, done, what
+    def __init__(self, terminal: Terminal, total: int, start: int, what: str):
+        self.terminal, self.total, self.position, self.what = terminal, total, start, what
         self._facts: list[str] = []
-        self._drawn_at = -1e9
-        self._said_at = done
+        self._draw_time = -1e9
+        self._line_step = start
         self._width = 0
 
     def step(
         self,
-        done: int,
+        step: int,
         loss: float | None = None,
         learning_rate: float | None = None,
         *,
@@ -166,15 +166,15 @@ class Bar:
         eta_s: float | None = None,
     ) -> None:
         """`done` steps are done; `loss` is smoothed already. Facts that are None are not shown."""
-        self.done = done
-        shown = {
+        self.position = step
+        figures = {
             "loss {:.4f}": loss,
             "lr {:.1e}": learning_rate,
             "{:.1f} images/s": images_per_second,
             "{:.0f} MiB": memory_mib,
         }
-        self._facts = [form.format(value) for form, value in shown.items() if value is not None]
-        if eta_s is not None and done < self.total:
+        self._facts = [form.format(value) for form, value in figures.items() if value is not None]
+        if eta_s is not None and step < self.total:
             self._facts.append(f"{duration(eta_s)} left")
         self._show()
 
@@ -192,14 +192,14 @@ class Bar:
         text = self.line()[:columns]
         room = columns - len(text) - 4
         if room >= 10:
-            filled = round(min(room, 40) * self.done / max(self.total, 1))
+            filled = round(min(room, 40) * self.position / max(self.total, 1))
             text = f"[{'#' * filled}{'.' * (min(room, 40) - filled)}] {text}"
         self.terminal.write("\r" + text + " " * max(0, self._width - len(text)))
-        self._width, self._drawn_at = len(text), self.terminal.clock()
+        self._width, self._draw_time = len(text), self.terminal.clock()
 
     def line(self) -> str:
         """What is known, as one line."""
-        return "  ".join([f"{self.what} {self.done}/{self.total}", *self._facts])
+        return "  ".join([f"{self.what} {self.position}/{self.total}", *self._facts])
 
     def close(self) -> None:
         """Leave the last state on the screen and end the line."""
@@ -207,16 +207,19 @@ class Bar:
             self.draw()
             self.terminal.write("\n")
             self._width = 0
-        elif not self.terminal.in_place and self.done > self._said_at:
+        elif not self.terminal.in_place and self.position > self._line_step:
             self._say_line()
 
     def _show(self) -> None:
         if self.terminal.in_place:
-            if self.terminal.clock() - self._drawn_at >= REDRAW_SECONDS or self.done == self.total:
+            if self.terminal.clock() - self._draw_time >= REDRAW_SECONDS or self.position == self.total:
                 self.draw()
-        elif self.done - self._said_at >= SHARE_OF_A_LINE * self.total or self.done >= self.total > self._said_at:
+        elif (
+            self.position - self._line_step >= SHARE_OF_A_LINE * self.total
+            or self.position >= self.total > self._line_step
+        ):
             self._say_line()
 
     def _say_line(self) -> None:
-        self._said_at = self.done
+        self._line_step = self.position
         self.terminal.write(self.line() + "\n")

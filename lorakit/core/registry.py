@@ -250,10 +250,10 @@ def version_of(version: str) -> ModelVersion:
 
 
 def _version(name: str) -> tuple[FamilySpec, ModelVersion]:
-    known = versions()
-    if name not in known:
+    by_name = versions()
+    if name not in by_name:
         raise ValueError(
-            f"unknown family {name!r}; known: {', '.join(known)}. A family is named in registry.FAMILIES or by an "
+            f"unknown family {name!r}; known: {', '.join(by_name)}. A family is named in registry.FAMILIES or by an "
             f"entry point of the group {FAMILIES.group}"
         )
-    return known[name]
+    return by_name[name]

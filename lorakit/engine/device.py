@@ -29,10 +29,10 @@ def device(config: MemoryConfig) -> torch.device:
     Raises:
         LorakitError: the one that was asked for is not there.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if config.device == "auto":
-        return torch.device(next(name for name, found in there.items() if found))
-    if not there[config.device]:
+        return torch.device(next(name for name, is_available in available.items() if is_available))
+    if not available[config.device]:
         raise LorakitError(DEVICE_MISSING.format(device=config.device, version=torch.__version__))
     return torch.device(config.device)
 
@@ -101,10 +101,10 @@ def attention_problem(candidate: Attention, device: torch.device, dtype: torch.d
         *qkv, towards = inputs
         expected = _outputs_and_gradients(_sdpa, [tensor.float() for tensor in qkv], towards.float())
         try:
-            found = _outputs_and_gradients(candidate, qkv, towards)
+            results = _outputs_and_gradients(candidate, qkv, towards)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             return (str(error).splitlines() or [type(error).__name__])[0]
-        for name, right, got in zip(("output", "query", "key", "value"), expected, found, strict=True):
+        for name, right, got in zip(("output", "query", "key", "value"), expected, results, strict=True):
             off = ((got.float() - right).norm() / right.norm()).item()
             if not off <= allowed:
                 what = "output" if name == "output" else f"gradient of the {name}"
@@ -142,8 +142,8 @@ def peak(device: torch.device) -> int:
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_rss if sys.platform == "darwin" else peak_rss * 1024
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

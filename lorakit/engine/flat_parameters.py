@@ -176,29 +176,29 @@ def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatPar
     """Let an optimizer with one `FlatParameters.weights` in each group save and load its state parameter by parameter,
     like an optimizer that has the parameters themselves."""
 
-    def split(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    def split(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         state: dict[int, dict[str, Any]] = {}
         groups = []
-        for flat, group in zip(flats, saved["param_groups"], strict=True):
+        for flat, group in zip(flats, state_dict["param_groups"], strict=True):
             numbers = _indices(flats, flat)
-            for key, value in saved["state"].get(group["params"][0], {}).items():
-                whole = isinstance(value, torch.Tensor) and value.shape == flat.weights.shape
-                parts = flat.split(value) if whole else [copy.deepcopy(value) for _ in numbers]
+            for key, value in state_dict["state"].get(group["params"][0], {}).items():
+                is_flat = isinstance(value, torch.Tensor) and value.shape == flat.weights.shape
+                parts = flat.split(value) if is_flat else [copy.deepcopy(value) for _ in numbers]
                 for number, part in zip(numbers, parts, strict=True):
                     state.setdefault(number, {})[key] = part
             groups.append({**group, "lr": float(group["lr"]), "params": list(numbers)})
-        return {**saved, "state": state, "param_groups": groups}
+        return {**state_dict, "state": state, "param_groups": groups}
 
-    def join(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    def join(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         state: dict[int, dict[str, Any]] = {}
         groups = []
-        for at, (flat, group) in enumerate(zip(flats, saved["param_groups"], strict=True)):
-            parts = [saved["state"].get(number, {}) for number in group["params"]]
+        for at, (flat, group) in enumerate(zip(flats, state_dict["param_groups"], strict=True)):
+            parts = [state_dict["state"].get(number, {}) for number in group["params"]]
             for key, first in next((part for part in parts if part), {}).items():
-                whole = isinstance(first, torch.Tensor) and first.ndim > 0
-                state.setdefault(at, {})[key] = flat.join([part.get(key) for part in parts]) if whole else first
+                is_flat = isinstance(first, torch.Tensor) and first.ndim > 0
+                state.setdefault(at, {})[key] = flat.join([part.get(key) for part in parts]) if is_flat else first
             groups.append({**group, "params": [at]})
-        return {**saved, "state": state, "param_groups": groups}
+        return {**state_dict, "state": state, "param_groups": groups}
 
     optimizer.register_state_dict_post_hook(split)
     optimizer.register_load_state_dict_pre_hook(join)

@@ -38,10 +38,10 @@ def unknown_block(unet: nn.Module) -> str | None:
     for path, module in unet.named_modules():
         if not isinstance(module, (ResnetBlock2D, Attention)):
             continue
-        known: Any = ResnetBlock2D if isinstance(module, ResnetBlock2D) else Attention
-        if type(module) is not known or "forward" in vars(module) or _differing_class() is known:
+        expected_class: Any = ResnetBlock2D if isinstance(module, ResnetBlock2D) else Attention
+        if type(module) is not expected_class or "forward" in vars(module) or _differing_class() is expected_class:
             return f"{path}: {type(module).__name__}"
-        if known is Attention and type(module.processor) not in (_FUSED_PROCESSOR, *_OTHER_PROCESSORS):
+        if expected_class is Attention and type(module.processor) not in (_FUSED_PROCESSOR, *_OTHER_PROCESSORS):
             return f"{path}: {type(module.processor).__name__}"
     return None
 
@@ -61,7 +61,7 @@ def _differing_class() -> type | None:
             (attention, FusedAttention, (tokens, text)),
         ]
         for module, fused, inputs in cases:
-            known = type(module)
+            original_class = type(module)
             expected = module(*inputs)
             module.__class__ = fused
             try:
@@ -69,7 +69,7 @@ def _differing_class() -> type | None:
             except (AttributeError, RuntimeError, TypeError, ValueError):  # its attributes or arguments changed
                 agrees = False
             if not agrees:
-                return known
+                return original_class
     return None
 
 
@@ -80,10 +80,10 @@ def optimize_blocks(unet: nn.Module, *, save_less: bool = False) -> None:
         save_less: let frozen layers save less for the backward pass (`engine.recompute`); the host takes 7 % longer.
     """
     for path, module in unet.named_modules():
-        if type(module) is ResnetBlock2D and _is_known_resnet(module):
+        if type(module) is ResnetBlock2D and _is_fusable_resnet(module):
             module.__class__ = FusedResnet
             module.save_less = save_less
-        elif type(module) is Attention and _is_known_attention(module):
+        elif type(module) is Attention and _is_fusable_attention(module):
             module.__class__ = FusedAttention
             own = module.cross_attention_dim == module.query_dim and not module.is_cross_attention
             shared = [module.to_q, module.to_k, module.to_v] if own else [module.to_k, module.to_v]
@@ -299,14 +299,14 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
     return functional.scaled_dot_product_attention(query, key, value)
 
 
-def _is_known_attention(module: Any) -> bool:
+def _is_fusable_attention(module: Any) -> bool:
     changes = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "residual_connection", "add_k_proj")
     if type(module.processor) is not AttnProcessor2_0:
         return False
     return module.rescale_output_factor == 1 and not any(getattr(module, name, None) for name in changes)
 
 
-def _is_known_resnet(module: Any) -> bool:
+def _is_fusable_resnet(module: Any) -> bool:
     sampler = module.upsample is not None or module.downsample is not None
     embeds = module.time_emb_proj is not None and not module.skip_time_act and module.time_embedding_norm == "default"
     acts = type(module.nonlinearity) is nn.SiLU and all(type(n) is nn.GroupNorm for n in (module.norm1, module.norm2))
@@ -347,5 +347,5 @@ def _per_layer(rows: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def _merge_weights(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
     """W + s B A of each layer, `[G * out, in]`."""
-    apart = weight.view(*up.shape[:2], -1)
-    return torch.baddbmm(apart, up, down.view(len(up), -1, apart.shape[-1]), alpha=scale).flatten(0, 1)
+    per_layer = weight.view(*up.shape[:2], -1)
+    return torch.baddbmm(per_layer, up, down.view(len(up), -1, per_layer.shape[-1]), alpha=scale).flatten(0, 1)

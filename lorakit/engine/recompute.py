@@ -73,8 +73,8 @@ def save_for_backward(ctx: Any, x: Recompute, *others: Tensor | None) -> None:
 
 def load_saved(ctx: Any) -> tuple[Any, ...]:
     """Return x, recomputed, and the other tensors that `save_for_backward` was given."""
-    saved = ctx.saved_tensors
-    return ctx.function(*saved[: ctx.input_count]), *saved[ctx.input_count :]
+    tensors = ctx.saved_tensors
+    return ctx.function(*tensors[: ctx.input_count]), *tensors[ctx.input_count :]
 
 
 class FrozenConv2d(nn.Conv2d):

@@ -116,17 +116,17 @@ class WeightOffloader:
     def _prefetch(self, number: int, expected: Sequence[int]) -> None:
         """Start copies of the weights expected next, as many as fit in the window, and free the others."""
         room = self.window - self.sizes[number]
-        wanted: dict[int, None] = {}
+        next_weights: dict[int, None] = {}
         for other in expected:
-            if other in wanted:
+            if other in next_weights:
                 continue
             if other != number:
                 room -= self.sizes[other]
             if room < 0:
                 break
-            wanted[other] = None
-        self._release(self._on_device.keys() - wanted.keys())
-        for other in wanted:
+            next_weights[other] = None
+        self._release(self._on_device.keys() - next_weights.keys())
+        for other in next_weights:
             if other not in self._on_device:
                 self._on_device[other] = self._copy(other, ahead=True)
 

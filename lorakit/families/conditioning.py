@@ -47,8 +47,8 @@ class Conditioning:
 
     def with_rows(self, **tensors: torch.Tensor | None) -> Conditioning:
         """The same texts with more tensors, or others of the same names; those that are None are left out."""
-        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return Conditioning(**{**self._tensors, **given})
+        new = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return Conditioning(**{**self._tensors, **new})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:

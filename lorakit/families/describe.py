@@ -118,11 +118,11 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
     path = Path(model.base).expanduser()
     if path.is_file():
         return _of_file(path, model)
-    asked = None if path.is_dir() else hub.parse(model.base)
-    if asked is None:
+    hub_id = None if path.is_dir() else hub.parse(model.base)
+    if hub_id is None:
         return _of_folder(path, model, title=path.resolve().name)
-    folder, commit = hub.find(asked)
-    return _of_folder(folder, model, title=asked.name.partition("/")[2], source=f"{asked.name}@{commit}")
+    folder, commit = hub.find(hub_id)
+    return _of_folder(folder, model, title=hub_id.name.partition("/")[2], source=f"{hub_id.name}@{commit}")
 
 
 def unsuited(info: BaseInfo, config: Config) -> list[str]:
@@ -146,8 +146,8 @@ def pin(model: ModelConfig) -> ModelConfig:
     Raises:
         LorakitError: as `describe`, where a hub id cannot be found.
     """
-    asked = hub.parse(model.base) if model.base != BUNDLED and not Path(model.base).expanduser().exists() else None
-    return model if asked is None else replace(model, base=f"{asked.name}@{hub.find(asked)[1]}")
+    hub_id = hub.parse(model.base) if model.base != BUNDLED and not Path(model.base).expanduser().exists() else None
+    return model if hub_id is None else replace(model, base=f"{hub_id.name}@{hub.find(hub_id)[1]}")
 
 
 def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") -> BaseInfo:
@@ -158,20 +158,22 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     encoders = [encoder.name for encoder in spec.text_encoders if encoder.name not in absent]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     folders = {"unet": path / spec.denoiser, "vae": path / "vae", **{name: path / name for name in encoders}}
-    wanted = (spec.denoiser, "vae", "scheduler", *encoders, *tokenizers)
-    missing = [name for name in wanted if not (path / name).is_dir()]
+    subfolders = (spec.denoiser, "vae", "scheduler", *encoders, *tokenizers)
+    missing = [name for name in subfolders if not (path / name).is_dir()]
     if missing:
         raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again")
     if model.tokenizer:
         raise LorakitError(f"base {path} has a tokenizer of its own: model.tokenizer is for bases in a single file")
     configs = {name: weight_files.read_json(folder / "config.json") for name, folder in folders.items()}
     configs["scheduler"] = weight_files.read_json(path / "scheduler" / "scheduler_config.json")
-    found = {name: weight_files.weight_files(folder, WEIGHTS.get(name, "model")) for name, folder in folders.items()}
+    weights = {name: weight_files.weight_files(folder, WEIGHTS.get(name, "model")) for name, folder in folders.items()}
     layers: dict[str, tuple[int, ...]] = {}
     for component in ("unet", *encoders):
-        layers |= _layers(component, weight_files.shapes(found[component][0]))
+        layers |= _layers(component, weight_files.shapes(weights[component][0]))
     # With the same weights, another prediction type or schedule makes another base.
-    told = [folders[name] / "config.json" for name in ("unet", "vae")] + [path / "scheduler" / "scheduler_config.json"]
+    config_files = [folders[name] / "config.json" for name in ("unet", "vae")] + [
+        path / "scheduler" / "scheduler_config.json"
+    ]
     notes = [f"from the hub: {source}"] if source else []
     notes += [f"without {name}" for name in absent]
     return _info(
@@ -180,12 +182,12 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
         family=spec.version(_cross_dim(configs["unet"])).name,
         loader=spec.name,
         layers=layers,
-        bytes={name: sum(file.stat().st_size for file in files) for name, (files, _) in found.items()},
-        variants={name: variant for name, (_, variant) in found.items()},
+        bytes={name: sum(file.stat().st_size for file in files) for name, (files, _) in weights.items()},
+        variants={name: variant for name, (_, variant) in weights.items()},
         configs=configs | {"model_index": index},
         tokenizers={name: path / name for name in tokenizers},
         slots=None,
-        hash=weight_files.identity([*told, *(file for files, _ in found.values() for file in files)]),
+        hash=weight_files.identity([*config_files, *(file for files, _ in weights.values() for file in files)]),
         title=title,
         source=source,
         notes=tuple(notes),
@@ -206,10 +208,12 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
         sizes[component] = sum(info.end - info.start for info in lengths.values())
         if component != "vae":
             layers |= _layers(component, {name: slot.shape for name, slot in slots.items()})
-    told = checkpoint.prediction
-    zero = " with zero terminal SNR" if told.zero_snr else ""
-    unsure = "" if told.certain or model.prediction_type != "auto" else "; if that is wrong, set model.prediction_type"
-    note = f"prediction type: {told.type}{zero}, {told.told_by}{unsure}"
+    prediction = checkpoint.prediction
+    zero = " with zero terminal SNR" if prediction.zero_snr else ""
+    unsure = (
+        "" if prediction.certain or model.prediction_type != "auto" else "; if that is wrong, set model.prediction_type"
+    )
+    note = f"prediction type: {prediction.type}{zero}, {prediction.told_by}{unsure}"
     folder = single_file.tokenizer(model.tokenizer, path)
     encoders = [name for name in configs if name.startswith("text")] if folder else []
     return _info(
@@ -230,32 +234,32 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
     )
 
 
-def _info(model: ModelConfig, **known: Any) -> BaseInfo:
+def _info(model: ModelConfig, **facts: Any) -> BaseInfo:
     """What follows from the configurations, for both layouts, with what the user says of the prediction type."""
-    path, configs, spec = known["path"], known["configs"], registry.FAMILIES[known["loader"]]
+    path, configs, spec = facts["path"], facts["configs"], registry.FAMILIES[facts["loader"]]
     vae, channels = configs["vae"], configs["vae"].get("latent_channels", 4)
     _check_channels(path, configs["unet"].get("in_channels", 4), channels)
-    for folder in known["tokenizers"].values():
+    for folder in facts["tokenizers"].values():
         _check_tokenizer(folder, model.tokenizer)
     if configs["unet"].get("in_channels", 4) != channels:
-        known["notes"] = (*known["notes"], INPAINTING)
+        facts["notes"] = (*facts["notes"], INPAINTING)
     if spec.predicts_flow and model.prediction_type != "auto":
         raise LorakitError(f"base {path} predicts the flow: leave model.prediction_type")
-    configs["scheduler"], said = _as_told(configs["scheduler"], model.prediction_type)
-    if said:
-        known["notes"] = (*known["notes"], said)
+    configs["scheduler"], note = _override_prediction(configs["scheduler"], model.prediction_type)
+    if note:
+        facts["notes"] = (*facts["notes"], note)
         # With the same weights, another prediction type or schedule makes another base.
-        known["hash"] = hashlib.sha256(f"{known['hash']}/{model.prediction_type}".encode()).hexdigest()
+        facts["hash"] = hashlib.sha256(f"{facts['hash']}/{model.prediction_type}".encode()).hexdigest()
     prediction = spec.prediction or configs["scheduler"].get("prediction_type", EPSILON)
     if prediction not in (*PREDICTIONS, FLOW):
         raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
     clip = min(
-        _max_tokens(known["tokenizers"].get(name.replace("text_encoder", "tokenizer")), config)
+        _max_tokens(facts["tokenizers"].get(name.replace("text_encoder", "tokenizer")), config)
         for name, config in configs.items()
         if name.startswith("text_encoder")
     )
     return BaseInfo(
-        **known,
+        **facts,
         prediction_type=prediction,
         latent_channels=channels,
         downscale=2 ** (len(vae["block_out_channels"]) - 1),
@@ -264,10 +268,10 @@ def _info(model: ModelConfig, **known: Any) -> BaseInfo:
         cross_dim=_cross_dim(configs["unet"]),
         untrained_layers=frozenset(
             [
-                *(_of_last(known["layers"], r"text_encoder\..*\.layers") if spec.first_encoder_ends_early else ()),
+                *(_of_last(facts["layers"], r"text_encoder\..*\.layers") if spec.first_encoder_ends_early else ()),
                 *(
                     name
-                    for name in _of_last(known["layers"], r"unet\.transformer_blocks")
+                    for name in _of_last(facts["layers"], r"unet\.transformer_blocks")
                     if name.endswith(spec.dead_end_layers)
                 ),
             ]
@@ -280,18 +284,18 @@ def _cross_dim(denoiser: dict[str, Any]) -> int:
     return int(denoiser.get("joint_attention_dim") or denoiser["cross_attention_dim"])
 
 
-def _as_told(scheduler: dict[str, Any], wanted: str) -> tuple[dict[str, Any], str]:
+def _override_prediction(scheduler: dict[str, Any], option: str) -> tuple[dict[str, Any], str]:
     """The schedule with the prediction type that `model.prediction_type` asks for, and a line where that changes it."""
     before = scheduler.get("prediction_type", EPSILON), bool(scheduler.get("rescale_betas_zero_snr"))
-    if wanted == "auto":
+    if option == "auto":
         return scheduler, ""
-    zero = wanted.endswith("_zero_snr")
-    prediction = wanted.removesuffix("_zero_snr")
+    zero = option.endswith("_zero_snr")
+    prediction = option.removesuffix("_zero_snr")
     if (prediction, zero) == before:
         return scheduler, ""
     changed = scheduler | {"prediction_type": prediction, "rescale_betas_zero_snr": zero}
-    told = f"{before[0]}{' with zero terminal SNR' if before[1] else ''}"
-    return changed, f"prediction type: {wanted}, as model.prediction_type says; the base itself says {told}"
+    original = f"{before[0]}{' with zero terminal SNR' if before[1] else ''}"
+    return changed, f"prediction type: {option}, as model.prediction_type says; the base itself says {original}"
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -302,8 +306,8 @@ def _index(path: Path) -> dict[str, Any]:
         if (path / "adapter_config.json").is_file():
             raise LorakitError(f"base {path} is a PEFT adapter, not a base model")
         inside = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
-        found = f"it holds {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}" if inside else "it is empty"
-        raise LorakitError(f"base {path} is not a folder in diffusers layout: no model_index.json; {found}")
+        content = f"it holds {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}" if inside else "it is empty"
+        raise LorakitError(f"base {path} is not a folder in diffusers layout: no model_index.json; {content}")
     return weight_files.read_json(path / "model_index.json")
 
 
@@ -327,14 +331,14 @@ def _check_channels(path: Path, into: int, latent: int) -> None:
     raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
 
 
-def _check_tokenizer(folder: Path, given: str) -> None:
+def _check_tokenizer(folder: Path, option: str) -> None:
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
-                told = (
-                    "get the base again" if not given else "model.tokenizer must name a folder with both, or a base's"
+                remedy = (
+                    "get the base again" if not option else "model.tokenizer must name a folder with both, or a base's"
                 )
-                raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: {told}")
+                raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: {remedy}")
 
 
 def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:
@@ -343,8 +347,8 @@ def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:
     if tokenizer is None:
         return positions
     config = tokenizer / "tokenizer_config.json"
-    said = weight_files.read_json(config).get("model_max_length", positions) if config.is_file() else positions
-    return int(min(said, positions))
+    limit = weight_files.read_json(config).get("model_max_length", positions) if config.is_file() else positions
+    return int(min(limit, positions))
 
 
 # CLIP's and T5's tables of words and places.

@@ -87,15 +87,17 @@ def _attend(x: torch.Tensor, attention: Attention, strip: int) -> torch.Tensor:
         for projection in (attention.to_q, attention.to_k, attention.to_v)
     )
     some = query.split(max(1, strip // (4 * places.shape[1])), dim=2)
-    seen = torch.cat([functional.scaled_dot_product_attention(part, key, value) for part in some], dim=2)
-    made = attention.to_out[0](seen.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
-    return (made + x) / attention.rescale_output_factor  # type: ignore[no-any-return]
+    values = torch.cat([functional.scaled_dot_product_attention(part, key, value) for part in some], dim=2)
+    output = attention.to_out[0](values.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
+    return (output + x) / attention.rescale_output_factor  # type: ignore[no-any-return]
 
 
 def _resnet(x: torch.Tensor, resnet: ResnetBlock2D, strip: int) -> torch.Tensor:
     inner = _layer(x, resnet.conv1, strip, norm=resnet.norm1)
-    beside = x if resnet.conv_shortcut is None else _layer(x, resnet.conv_shortcut, strip)
-    return _layer(inner, resnet.conv2, strip, norm=resnet.norm2, beside=beside, factor=1 / resnet.output_scale_factor)
+    residual = x if resnet.conv_shortcut is None else _layer(x, resnet.conv_shortcut, strip)
+    return _layer(
+        inner, resnet.conv2, strip, norm=resnet.norm2, residual=residual, factor=1 / resnet.output_scale_factor
+    )
 
 
 def _layer(
@@ -104,7 +106,7 @@ def _layer(
     strip: int,
     *,
     norm: Any = None,
-    beside: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     factor: float = 1.0,
     doubled: bool = False,
 ) -> torch.Tensor:
@@ -117,7 +119,7 @@ def _layer(
     # diffusers' downsampler has no padding of its own: a row below and a column to the right are added before it.
     after = 1 if stride == 2 and margin == 0 else margin
     out_height, out_width = ((side + margin + after - size) // stride + 1 for side in (height, width))
-    made = x.new_empty(1, conv.out_channels, out_height, out_width)
+    output = x.new_empty(1, conv.out_channels, out_height, out_width)
     rows = max(1, strip // (4 * max(conv.in_channels * stride**2, conv.out_channels) * out_width))
     for start in range(0, out_height, rows):
         end = min(start + rows, out_height)
@@ -131,10 +133,10 @@ def _layer(
             piece = piece.narrow(2, top % 2, bottom - top)
         piece = functional.pad(piece, (margin, after, top - first, last - bottom))
         piece = functional.conv2d(piece, conv.weight, conv.bias, stride)
-        if beside is not None:
-            piece = (piece + beside[:, :, start:end].to(device)) * factor
-        made[:, :, start:end] = piece
-    return made
+        if residual is not None:
+            piece = (piece + residual[:, :, start:end].to(device)) * factor
+        output[:, :, start:end] = piece
+    return output
 
 
 def _affine(x: torch.Tensor, norm: Any, device: torch.device, strip: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -130,11 +130,11 @@ def chart(title: str, lines: Sequence[Line], *, top: float | None = None, mark: 
         top: upper end of the scale; larger values are drawn at it.
         mark: a step and its name, drawn as an upright line.
     """
-    shown = [line for line in lines if line.points]
-    if not shown:
+    drawable = [line for line in lines if line.points]
+    if not drawable:
         return ""
-    low, high = _scale([value for line in shown for _, value in line.points], top)
-    last = max(1.0, *(step for line in shown for step, _ in line.points))
+    low, high = _scale([value for line in drawable for _, value in line.points], top)
+    last = max(1.0, *(step for line in drawable for step, _ in line.points))
 
     def x(step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / last
@@ -142,13 +142,13 @@ def chart(title: str, lines: Sequence[Line], *, top: float | None = None, mark: 
     def y(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - min(value, high)) / (high - low)
 
-    parts = [f'<text class="lk-title" x="{LEFT}" y="16">{escape(title)}</text>', *_legend(shown)]
+    parts = [f'<text class="lk-title" x="{LEFT}" y="16">{escape(title)}</text>', *_legend(drawable)]
     for tick in _ticks(low, high):
         parts.append(f'<line class="lk-grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
     for tick in _ticks(0, last):
         parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:g}</text>')
-    for line in shown:
+    for line in drawable:
         points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thinned(line.points))
         faint = " lk-faint" if line.faint else ""
         parts.append(f'<polyline class="lk-{line.colour}{faint}" points="{points}"/>')
@@ -163,7 +163,7 @@ def chart(title: str, lines: Sequence[Line], *, top: float | None = None, mark: 
         parts.append(
             f'<text x="{at + dx:.1f}" y="{HEIGHT - BOTTOM - 6}" text-anchor="{anchor}">{escape(mark[1])}</text>'
         )
-    values = "; ".join(f"{line.name} {line.points[-1][1]:.4g}".lstrip() for line in shown)
+    values = "; ".join(f"{line.name} {line.points[-1][1]:.4g}".lstrip() for line in drawable)
     label = escape(f"{title}: {values}")
     return (
         f'<svg class="lk-chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

@@ -172,8 +172,8 @@ class RunFolder:
 
     def write_report(self, findings: Iterable[dict[str, Any]]) -> None:
         """Keep what the self-check found, each a dict with name, passed and detail."""
-        found = [_plain(finding) for finding in findings]
-        verdict = {"passed": all(finding["passed"] for finding in found), "findings": found}
+        rows = [_plain(finding) for finding in findings]
+        verdict = {"passed": all(finding["passed"] for finding in rows), "findings": rows}
         atomic.write(self.report_file, json.dumps(verdict, indent=1, ensure_ascii=False))
 
     def save_samples(self, step: int, images: Sequence[Image.Image], prompts: Sequence[str]) -> Path:
@@ -243,9 +243,9 @@ def read(path: str | Path) -> State:
         LorakitError: there is no readable state.json.
     """
     file = Path(path) / "state.json"
-    known = {field.name for field in fields(State)}
+    names = {field.name for field in fields(State)}
     try:
-        state = State(**{k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k in known})
+        state = State(**{k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k in names})
     except OSError:
         raise LorakitError(f"{path} is not a run folder: it has no state.json") from None
     except (ValueError, AttributeError):
@@ -262,13 +262,13 @@ def status(path: str | Path) -> States:
 
 def list_runs(root: str | Path) -> list[tuple[Path, State]]:
     """The runs directly in `root`, last changed first; what is not a run folder is passed over."""
-    found = []
+    runs = []
     for file in Path(root).glob("*/state.json"):
         try:
-            found.append((file.parent, read(file.parent)))
+            runs.append((file.parent, read(file.parent)))
         except LorakitError:
             continue
-    return sorted(found, key=lambda run: (run[1].updated, run[0].name), reverse=True)
+    return sorted(runs, key=lambda run: (run[1].updated, run[0].name), reverse=True)
 
 
 def place(config: Config) -> Path:

@@ -87,8 +87,8 @@ def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
     step = training(config, info, modules, device)
     pixels = config.data.resolution**2
     if device == "cpu":
-        beside = step["base"] + step["runtime"]
-        encoding, samples = beside + ENCODING * pixels, beside + DECODING * pixels + step["adapter and optimizer"]
+        resident = step["base"] + step["runtime"]
+        encoding, samples = resident + ENCODING * pixels, resident + DECODING * pixels + step["adapter and optimizer"]
         return {"encoding": encoding, "training": sum(step.values()), "samples": samples}
     width = _width(config, device)
     unet, texts = _unet(config, info, device)[0], sum(_encoders(info, width).values())
@@ -124,7 +124,7 @@ def recomputed_blocks(config: Config, info: BaseInfo, modules: Mapping[str, tupl
     if limit is None:
         return paths if config.memory.gradient_checkpointing else []
     factor, _ = _factors(config, device)
-    order = sorted(paths, key=lambda path: blocks[path].saved(factor) / blocks[path].flop, reverse=True)
+    order = sorted(paths, key=lambda path: blocks[path].memory_gain(factor) / blocks[path].flop, reverse=True)
     rest = sum(_rest(config, info, modules, device).values())
     for count in range(len(order) + 1):
         size = rest + _activations(config, blocks, device, set(order[:count]))
@@ -146,7 +146,7 @@ class _Block:
     outputs: int = 0
     flop: float = 0
 
-    def saved(self, factor: float) -> float:
+    def memory_gain(self, factor: float) -> float:
         return factor * self.outputs - INPUTS * self.inputs
 
 
@@ -208,8 +208,8 @@ def _ways(config: Config | None, device: str) -> str:
 
 def _width(config: Config, device: str) -> int:
     """Bytes of one of the base's weights in full."""
-    chosen = config.memory.mixed_precision
-    return 2 if chosen in ("bf16", "fp16") or (chosen == "auto" and device == "cuda") else 4
+    precision = config.memory.mixed_precision
+    return 2 if precision in ("bf16", "fp16") or (precision == "auto" and device == "cuda") else 4
 
 
 def host_bytes(config: Config, info: BaseInfo, device: str) -> int:

@@ -61,7 +61,7 @@ class Plan:
 
     Attributes:
         modules: component -> (number of adapted layers, number of trained weights).
-        photos, held_out: photos trained on, and kept for validation.
+        photos, holdout_count: photos trained on, and kept for validation.
         batches: batches in one pass over the photos; no batch mixes sizes.
         steps: optimizer steps of the whole run.
         length: how `steps` came about, in words.
@@ -86,7 +86,7 @@ class Plan:
     scale: float
     modules: dict[str, tuple[int, int]]
     photos: int
-    held_out: int
+    holdout_count: int
     batches: int
     steps: int
     length: str
@@ -111,8 +111,10 @@ class Plan:
         """The plan as a person reads it."""
         trained = ", ".join(f"{part} {m} modules ({_millions(p)} weights)" for part, (m, p) in self.modules.items())
         memory = ", ".join(f"{part} {_gib(size)}" for part, size in self.memory.items())
-        validation = f", {self.held_out} held out for validation" if self.held_out else ", none held out"
-        spent = "measured in the first steps" if self.seconds is None else f"about {duration(self.seconds)} (estimate)"
+        validation = f", {self.holdout_count} held out for validation" if self.holdout_count else ", none held out"
+        run_time = (
+            "measured in the first steps" if self.seconds is None else f"about {duration(self.seconds)} (estimate)"
+        )
         return [
             f"base: {self.base} ({self.family}, predicts {self.prediction_type})",
             *self.notes,
@@ -125,7 +127,7 @@ class Plan:
             f"{_gib(self.peaks['encoding'])} to encode the photos, {_gib(self.peaks['samples'])} to draw samples",
             *self._limited(),
             *([self._on_host()] if self.host else []),
-            f"time: {spent}",
+            f"time: {run_time}",
         ]
 
     def _limited(self) -> list[str]:
@@ -155,7 +157,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     Raises:
         LorakitError: with all of `problems`, or no photo is left to train on.
     """
-    sizes, held_out = _training_sizes(config, report)
+    sizes, holdout_count = _training_sizes(config, report)
     if not sizes:
         raise LorakitError("no photo can be used for training; `lorakit check` says what is wrong with each")
     if wrong := problems(config, info):
@@ -181,7 +183,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         scale=config.adapter.scale,
         modules=modules,
         photos=len(sizes),
-        held_out=held_out,
+        holdout_count=holdout_count,
         batches=batches,
         steps=steps,
         length=length,
@@ -283,25 +285,25 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int) -> float:
     return seconds
 
 
-def guess_device(wanted: str) -> str:
+def guess_device(option: str) -> str:
     """The device that `memory.device = "auto"` will most likely come to, told without importing torch."""
-    if wanted != "auto":
-        return wanted
-    if may_be_cuda(wanted) and NVIDIA_DRIVER.exists():
+    if option != "auto":
+        return option
+    if may_be_cuda(option) and NVIDIA_DRIVER.exists():
         return "cuda"
     return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
 
 
-def may_be_cuda(wanted: str) -> bool:
+def may_be_cuda(option: str) -> bool:
     """False where `memory.device` cannot come to CUDA; where it says "auto" there may be none nevertheless."""
-    return wanted == "cuda" or (wanted == "auto" and not _no_cuda())
+    return option == "cuda" or (option == "auto" and not _no_cuda())
 
 
-def device_problem(wanted: str) -> str | None:
+def device_problem(option: str) -> str | None:
     """Why `memory.device` cannot be there, as far as it can be told without torch, or None."""
-    if not (wanted == "cuda" and _no_cuda()) and not (wanted == "mps" and sys.platform != "darwin"):
+    if not (option == "cuda" and _no_cuda()) and not (option == "mps" and sys.platform != "darwin"):
         return None
-    return DEVICE_MISSING.format(device=wanted, version=_torch_version())
+    return DEVICE_MISSING.format(device=option, version=_torch_version())
 
 
 def _no_cuda() -> bool:
@@ -320,8 +322,8 @@ def _torch_version() -> str:
 def _training_sizes(config: Config, report: Report) -> tuple[list[tuple[int, int]], int]:
     """(width, height) at which each photo is trained that is not held out, and how many are held out."""
     buckets = {item.photo.relative: item.bucket for item in report.items if item.bucket is not None}
-    trained, held_out = holdout.split(report.photos, config.train.holdout, config.train.seed)
-    return [buckets[photo.relative] for photo in trained], len(held_out)
+    trained, holdout_photos = holdout.split(report.photos, config.train.holdout, config.train.seed)
+    return [buckets[photo.relative] for photo in trained], len(holdout_photos)
 
 
 def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:
@@ -330,11 +332,11 @@ def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:
 
     left = numpy.ones((side, side), numpy.float32)
     numpy.matmul(left, left)
-    done, start = 0, time.perf_counter()
+    count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         numpy.matmul(left, left)
-        done += 1
-    return 2.0 * side**3 * done / (time.perf_counter() - start)
+        count += 1
+    return 2.0 * side**3 * count / (time.perf_counter() - start)
 
 
 def _ram() -> int:

@@ -83,11 +83,11 @@ class Queue:
 
     def new_folder(self, config: Config) -> Path:
         """A run folder that no run and no job has."""
-        taken = {Path(job.folder) for job in self.jobs()}
+        folders = {Path(job.folder) for job in self.jobs()}
         name = names.slug(config.data.name) or names.slug(Path(config.data.folder).name) or "adapter"
         first = self.runs / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
         folder, number = first, 1
-        while folder in taken or folder.exists():
+        while folder in folders or folder.exists():
             number += 1
             folder = first.with_name(f"{first.name}-{number}")
         return folder

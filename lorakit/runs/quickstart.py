@@ -69,8 +69,8 @@ def is_hub_id(base: str) -> bool:
 
 def must_be_fetched(base: str) -> bool:
     """Whether only the network has a base: it is a hub id, and not in the cache. The network is not asked."""
-    asked = hub.parse(base) if is_hub_id(base) else None
-    return asked is not None and hub.cached(asked) is None
+    hub_id = hub.parse(base) if is_hub_id(base) else None
+    return hub_id is not None and hub.cached(hub_id) is None
 
 
 def base_of(config_file: Path) -> str:

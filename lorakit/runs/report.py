@@ -91,7 +91,7 @@ def html(
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     findings = list(findings)
     rows = _samples(folder)
-    shown, left_out = _photos(config, photos)
+    photo_rows, left_out = _photos(config, photos)
     best = _best(folder)
     return pages.get_template("report.html.jinja").render(
         title=config.data.name or folder.path.name,
@@ -108,7 +108,7 @@ def html(
         charts_style=charts.PALETTE + charts.STYLE,
         best=best if history else None,
         history=history,
-        photos=shown,
+        photos=photo_rows,
         photos_left_out=left_out,
         warnings=photos.warnings,
         environment=environment(folder),
@@ -118,18 +118,18 @@ def html(
 
 def environment(folder: RunFolder) -> dict[str, str]:
     """Versions, system and device; nothing that names the machine or its user."""
-    found = {
+    versions = {
         "lorakit": __version__,
         "Python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
     device = next((e["message"] for e in folder.events("message") if e["message"].startswith("device: ")), "")
-    return {"device": device.removeprefix("device: "), **found} if device else found
+    return {"device": device.removeprefix("device: "), **versions} if device else versions
 
 
 def _samples(folder: RunFolder) -> list[dict[str, Any]]:
@@ -150,7 +150,7 @@ def _charts(folder: RunFolder) -> list[str]:
 
 def _photos(config: Config, report: Report) -> tuple[list[dict[str, str]], int]:
     """Each photo cut and scaled as it was trained, with its text; and how many are not shown."""
-    shown = []
+    rows = []
     items = [item for item in report.items if item.readable]
     for item in items[:PHOTOS]:
         try:
@@ -160,8 +160,8 @@ def _photos(config: Config, report: Report) -> tuple[list[dict[str, str]], int]:
         placed = buckets.assign(decoded.size, config.data.resolution, report.step)
         image = Image.fromarray(augment.render(decoded.pixels, augment.Variant(placed.bucket, placed.box)))
         size = f"{image.width}x{image.height}" + (f", {item.cropped:.0%} cropped" if item.cropped >= 0.005 else "")
-        shown.append({"source": _source(image, PHOTO_SIDE), "text": item.text, "size": size})
-    return shown, max(0, len(items) - PHOTOS)
+        rows.append({"source": _source(image, PHOTO_SIDE), "text": item.text, "size": size})
+    return rows, max(0, len(items) - PHOTOS)
 
 
 def _options(config: Config) -> str:

@@ -36,7 +36,7 @@ REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True)
-class Saved:
+class Checkpoint:
     """What was saved: the step, the adapter's tensors, the optimizer's `state_dict()`, and the caller's own values."""
 
     step: int
@@ -116,7 +116,7 @@ def _write_files(
     atomic.write(folder / MARKER, json.dumps({name: _digest(folder / name) for name in FILES}))
 
 
-def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str] | None = None) -> Saved:
+def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str] | None = None) -> Checkpoint:
     """Read a checkpoint, on the CPU.
 
     Raises:
@@ -133,9 +133,9 @@ def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str
     except (OSError, ValueError, KeyError) as error:
         raise LorakitError(f"{path} is not a complete checkpoint ({error}); resume from another one") from None
     _same_names(path / FILES[0], set(adapter), set(state["adapter"]))
-    wanted: set[str] = set()
-    optimizer = _put_tensors(state["optimizer"], tensors, wanted)
-    _same_names(path / FILES[1], set(tensors), wanted)
+    expected: set[str] = set()
+    optimizer = _put_tensors(state["optimizer"], tensors, expected)
+    _same_names(path / FILES[1], set(tensors), expected)
     if config is not None and state["config"] is not None:
         _same_config(path, state["config"], _compared(config))
     for what, value in (identity or {}).items():
@@ -144,21 +144,21 @@ def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str
                 f"the {what} changed since {path.name} was saved, so the run cannot go on exactly where it stopped; "
                 "start a new one from its weights with: lorakit train --init-from"
             )
-    return Saved(state["step"], {name: adapter[name] for name in state["adapter"]}, optimizer, state["extra"])
+    return Checkpoint(state["step"], {name: adapter[name] for name in state["adapter"]}, optimizer, state["extra"])
 
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints, earliest step first."""
-    found = {path.parent.name: path.parent for path in folder.glob(f"{REPLACED}step-*/{MARKER}")}
-    found = {name.removeprefix(REPLACED): path for name, path in found.items()}
-    found |= {path.parent.name: path.parent for path in folder.glob(f"step-*/{MARKER}")}
-    return [found[name] for name in sorted(found, key=lambda name: int(name.removeprefix("step-")))]
+    by_name = {path.parent.name: path.parent for path in folder.glob(f"{REPLACED}step-*/{MARKER}")}
+    by_name = {name.removeprefix(REPLACED): path for name, path in by_name.items()}
+    by_name |= {path.parent.name: path.parent for path in folder.glob(f"step-*/{MARKER}")}
+    return [by_name[name] for name in sorted(by_name, key=lambda name: int(name.removeprefix("step-")))]
 
 
 def latest(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step, or None."""
-    found = complete(folder)
-    return found[-1] if found else None
+    checkpoints = complete(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def step_of(path: Path) -> int:
@@ -172,9 +172,9 @@ def rotate(folder: Path, keep: int) -> None:
         # Without its marker first: a kill in between leaves no folder that looks complete.
         (path / MARKER).unlink()
         shutil.rmtree(path)
-    kept = set(complete(folder))
+    remaining = set(complete(folder))
     for path in [*folder.glob(".building-*"), *folder.glob(f"{REPLACED}*"), *folder.glob("step-*")]:
-        if path not in kept:
+        if path not in remaining:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -201,22 +201,22 @@ def _take_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> An
     return ["value", value]
 
 
-def _put_tensors(node: Any, tensors: Mapping[str, torch.Tensor], wanted: set[str]) -> Any:
+def _put_tensors(node: Any, tensors: Mapping[str, torch.Tensor], expected: set[str]) -> Any:
     """The inverse of `_take_tensors`; a tensor that is not there is left out here and reported by name later."""
     kind, content = node
     if kind == "tensor":
-        wanted.add(content)
+        expected.add(content)
         return tensors.get(content)
     if kind == "dict":
-        return {key: _put_tensors(item, tensors, wanted) for key, item in content}
+        return {key: _put_tensors(item, tensors, expected) for key, item in content}
     if kind in ("list", "tuple"):
-        items = [_put_tensors(item, tensors, wanted) for item in content]
+        items = [_put_tensors(item, tensors, expected) for item in content]
         return tuple(items) if kind == "tuple" else items
     return float.fromhex(content) if kind == "float" else content
 
 
-def _same_names(file: Path, found: set[str], wanted: set[str]) -> None:
-    for what, names in (("lacks", wanted - found), ("has an unknown", found - wanted)):
+def _same_names(file: Path, actual: set[str], expected: set[str]) -> None:
+    for what, names in (("lacks", expected - actual), ("has an unknown", actual - expected)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise LorakitError(f"{file} {what} tensor {min(names)}{more}; resume from another checkpoint")
@@ -233,14 +233,16 @@ def _compared(config: Config) -> dict[str, Any]:
 def _same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
-        told = ", ".join(f"{key} (was {_shown(before.get(key))}, is {_shown(now.get(key))})" for key in changed)
+        differences = ", ".join(
+            f"{key} (was {_value_text(before.get(key))}, is {_value_text(now.get(key))})" for key in changed
+        )
         raise LorakitError(
-            f"{path.name} was saved with another config: {told}; a resumed run goes on exactly as it began. "
+            f"{path.name} was saved with another config: {differences}; a resumed run goes on exactly as it began. "
             "Undo that, or start a new run from its weights with: lorakit train --init-from"
         )
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return "unset" if value is None else repr(value)
 
 

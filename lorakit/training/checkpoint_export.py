@@ -29,7 +29,7 @@ def read(path: Path) -> AdapterWeights:
         LorakitError: the checkpoint is damaged, or the run's config, plan or base are not there any more.
     """
     run = RunFolder(path.parent.parent)
-    config, saved = configuration.load(run.config_file), checkpoint.load(path)
+    config, state = configuration.load(run.config_file), checkpoint.load(path)
     info = families.describe(config.model)
     try:
         plan = json.loads(run.plan_file.read_text(encoding="utf-8"))
@@ -42,16 +42,16 @@ def read(path: Path) -> AdapterWeights:
         info,
         name=f"{run.adapter_name}-{path.name}",
         images=photos,
-        steps=saved.step,
-        epochs=saved.step * config.train.gradient_accumulation_steps // max(1, batches),
+        steps=state.step,
+        epochs=state.step * config.train.gradient_accumulation_steps // max(1, batches),
         started=changed,
         finished=changed,
     )
     layers: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in saved.adapter.items():
+    for name, tensor in state.adapter.items():
         layer, _, factor = name.rpartition(".")
         layers.setdefault(layer, {})[factor] = tensor
     words = {part: factors.pop("token") for part, factors in layers.items() if "token" in factors}
     tokens = {config.data.trigger: words} if words else {}
-    made = {name: from_factors(factors, config.adapter.scale) for name, factors in layers.items() if factors}
-    return AdapterWeights(info.family, config.adapter.method, made, facts, tokens)
+    adapter_layers = {name: from_factors(factors, config.adapter.scale) for name, factors in layers.items() if factors}
+    return AdapterWeights(info.family, config.adapter.method, adapter_layers, facts, tokens)

@@ -130,7 +130,7 @@ class TrainingState:
     best: Path | None
 
 
-def loop(model: Model, inputs: Precomputed, run: Run, saved: Path | None = None) -> TrainingState:
+def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None = None) -> TrainingState:
     """Do optimizer steps from the checkpoint `saved`, or from nothing, to the last one of the plan.
 
     Raises:
@@ -140,7 +140,7 @@ def loop(model: Model, inputs: Precomputed, run: Run, saved: Path | None = None)
     total, mean = run.ready.plan.steps, RunningMean()
     readings = Readings(model, inputs, run, mean)
     milestones = Milestones(model, inputs, run, mean)
-    step, due = milestones.restore(saved) if saved else (0, ["save", "sample"])
+    step, due = milestones.restore(resume_from) if resume_from else (0, ["save", "sample"])
     run.folder.update(state="running", step=step, steps=total)
     run.events.emit("phase", step, phase="training", steps=total)
     milestones.reach(step, due)
@@ -219,8 +219,8 @@ class Readings:
         for index in range(number * parts, (number + 1) * parts):
             batch = self.model.loss_step.batch(index)
             names |= {self.dataset.names(batch.bucket)[i] for i in batch.entries.tolist()}
-        saved = checkpoint.latest(self.run.folder.checkpoints)
-        intact = f"; {saved.name} is intact" if saved else ""
+        latest = checkpoint.latest(self.run.folder.checkpoints)
+        intact = f"; {latest.name} is intact" if latest else ""
         return (
             f"step {number + 1}: the {figure} is not finite ({', '.join(sorted(names))}); "
             f"lower optimizer.learning_rate or use memory.mixed_precision = 'fp32'{intact}"
@@ -327,13 +327,13 @@ class Milestones:
         checkpoint.rotate(folder.checkpoints, config.train.keep_checkpoints)
         self.run.events.emit("checkpoint", step)
 
-    def restore(self, saved: Path) -> tuple[int, list[str]]:
+    def restore(self, path: Path) -> tuple[int, list[str]]:
         """Put a checkpoint back: its step, and what is still due there.
 
         Raises:
             LorakitError: the checkpoint is damaged, or config, photos or base have changed since.
         """
-        state = checkpoint.load(saved, config=self.run.config, identity=self.run.identity)
+        state = checkpoint.load(path, config=self.run.config, identity=self.run.identity)
         self.model.adapter.load_state(state.adapter)
         self.model.optimizer_step.optimizer.load_state_dict(state.optimizer)
         self.history = list(state.extra["history"])
@@ -349,10 +349,10 @@ class Milestones:
         Raises:
             NotFinite: `problem`, where that is not wanted, or was done before, or there is no checkpoint.
         """
-        saved = checkpoint.latest(self.run.folder.checkpoints)
-        if self.run.config.train.on_nan != "rollback" or self.retry or saved is None:
+        latest = checkpoint.latest(self.run.folder.checkpoints)
+        if self.run.config.train.on_nan != "rollback" or self.retry or latest is None:
             raise problem
         self.retry += 1
-        step, _ = self.restore(saved)
-        self.run.events.say(f"{problem}; going back to {saved.name} once, with other noise", warning=True)
+        step, _ = self.restore(latest)
+        self.run.events.say(f"{problem}; going back to {latest.name} once, with other noise", warning=True)
         return step

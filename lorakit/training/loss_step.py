@@ -141,17 +141,17 @@ class LossStep:
         return LossTerm(noisy, timesteps, condition, target, mask, 1.0)
 
     def condition(
-        self, tokens: list[torch.Tensor] | None, conditions: Conditioning, chosen: torch.Tensor
+        self, tokens: list[torch.Tensor] | None, conditions: Conditioning, rows: torch.Tensor
     ) -> Conditioning:
         """Embeddings of the chosen texts, int64 `[b]`: rows of `conditions`; computed where a text encoder is trained.
 
         That encoder reads the chosen texts or all of them, whichever are fewer: the host does not know which are equal.
         """
         if tokens is None:
-            return conditions.index(chosen)
-        if len(tokens[0]) <= len(chosen):
-            return self.family.encode_tokens(tokens, grad=True).index(chosen)
-        return self.family.encode_tokens([table[chosen] for table in tokens], grad=True)
+            return conditions.index(rows)
+        if len(tokens[0]) <= len(rows):
+            return self.family.encode_tokens(tokens, grad=True).index(rows)
+        return self.family.encode_tokens([table[rows] for table in tokens], grad=True)
 
     def _predict(self, terms: list[LossTerm]) -> list[torch.Tensor]:
         """One pass where the shapes agree, which is what a device likes; else one for each term."""

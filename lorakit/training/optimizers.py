@@ -76,15 +76,15 @@ def construct(cls: type[torch.optim.Optimizer], groups: Groups, config: Optimize
     Raises:
         LorakitError: the class refuses a value, or has no weight decay although one was asked for.
     """
-    given = dict(config.args)
+    kwargs = dict(config.args)
     if "weight_decay" in (accepted := _parameters(cls) or ()):
-        given.setdefault("weight_decay", config.weight_decay)
-    elif config.weight_decay != OptimizerConfig.weight_decay and "weight_decay" not in given:
+        kwargs.setdefault("weight_decay", config.weight_decay)
+    elif config.weight_decay != OptimizerConfig.weight_decay and "weight_decay" not in kwargs:
         raise LorakitError(f"optimizer.weight_decay: {cls.__name__} has no weight decay: leave it out")
     if "lr" in accepted:
-        given.setdefault("lr", config.learning_rate)
+        kwargs.setdefault("lr", config.learning_rate)
     try:
-        return cls(groups, **given)
+        return cls(groups, **kwargs)
     except (TypeError, ValueError) as error:
         raise LorakitError(f"optimizer.args: {cls.__name__} refuses them: {error}") from None
 
@@ -113,11 +113,11 @@ def factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
     if config.lr_scheduler == "linear":
-        return max(0.0, 1 - done)
+        return max(0.0, 1 - progress)
     if config.lr_scheduler == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return 1.0
 
 

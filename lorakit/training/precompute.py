@@ -66,7 +66,7 @@ class Precomputed:
     """Everything a run trains and is examined on.
 
     Attributes:
-        dataset: the photos to train on; held_out: those kept for validation, or None.
+        dataset: the photos to train on; holdout: those kept for validation, or None.
         conditions: the base's embeddings of `dataset.texts`, a row each.
         tokens: `dataset.texts` as `Family.encode_tokens` takes them where a text encoder is trained, else None.
         class_texts: the class prompt, then every other text that a photo's becomes without the trigger.
@@ -77,7 +77,7 @@ class Precomputed:
     """
 
     dataset: Dataset
-    held_out: Dataset | None
+    holdout: Dataset | None
     conditions: Any
     tokens: list[torch.Tensor] | None
     class_texts: list[str]
@@ -116,7 +116,7 @@ def precompute(
         return encoded
 
     family.release("unet", "text_encoders")
-    dataset, held_out = _photos(config, family, photos, encode_image, say)
+    dataset, holdout = _photos(config, family, photos, encode_image, say)
     without = [captions.class_text(text, config.data) for text in dataset.texts]
     class_texts = list(dict.fromkeys([captions.class_prompt(config.data), *without]))
     class_of = torch.tensor([class_texts.index(text) for text in without], device=family.device)
@@ -133,7 +133,7 @@ def precompute(
     trains_text = config.adapter.trains_text
     return Precomputed(
         dataset=dataset,
-        held_out=held_out,
+        holdout=holdout,
         conditions=conditions,
         tokens=tokens if trains_text else None,
         class_texts=class_texts,

@@ -19,9 +19,9 @@ def class_image_term(step: LossStep, count: int) -> LossTerm:
     assert latents is not None, "prior = 'images' comes with class latents"
     mean, std, ids = latents.mean, latents.std, latents.time_ids
     order = step.generators["class order"]
-    chosen = torch.randint(len(mean), (count,), generator=order, device=step.family.device)
-    noisy, timesteps, target = step.add_noise("class", mean[chosen], std[chosen])
-    condition = _class_condition(step, latents.texts[chosen], None if ids is None else ids.expand(count, -1))
+    rows = torch.randint(len(mean), (count,), generator=order, device=step.family.device)
+    noisy, timesteps, target = step.add_noise("class", mean[rows], std[rows])
+    condition = _class_condition(step, latents.texts[rows], None if ids is None else ids.expand(count, -1))
     return LossTerm(noisy, timesteps, condition, target, None, step.train.prior_loss_weight)
 
 

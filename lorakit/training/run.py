@@ -110,17 +110,17 @@ def resume(folder: str | Path, *, listeners: Sequence[Listener] = (), stop: Stop
     Raises: as `train`; LorakitError also where there is no checkpoint, or photos or base have changed.
     """
     run = RunFolder.open(Path(folder))
-    saved = checkpoint.latest(run.checkpoints)
-    if saved is None and any(run.events("step")):
+    latest = checkpoint.latest(run.checkpoints)
+    if latest is None and any(run.events("step")):
         raise LorakitError(f"{run.path}: no complete checkpoint to resume from; start anew with: lorakit train")
-    run.update(step=checkpoint.step_of(saved) if saved else 0)
+    run.update(step=checkpoint.step_of(latest) if latest else 0)
     config = configuration.load(run.config_file)
     if run.threads:
         torch.set_num_threads(run.threads)  # another number adds floats up in another order: other last bits
     with _outcome(run):
         ready = preflight(config, resume=True).or_raise()
     _say(ready, listeners)
-    return _run(ready, run, listeners, stop, saved)
+    return _run(ready, run, listeners, stop, latest)
 
 
 def _say(ready: Ready, listeners: Sequence[Listener]) -> None:
@@ -129,7 +129,7 @@ def _say(ready: Ready, listeners: Sequence[Listener]) -> None:
 
 
 def _run(
-    ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None, saved: Path | None
+    ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None, resume_from: Path | None
 ) -> Result:
     """The story. The model of `_fit` has left memory when the files are checked in bases loaded again."""
     with _outcome(folder):
@@ -142,10 +142,10 @@ def _run(
             identity = {"base": ready.info.hash, "photos": photo_folder.digest(ready.photos.photos)}
             run = Run(ready, folder, events, StopRequest(events, *sources), time.time(), identity)
             load = _loader(run)
-            return finish(_fit(run, load, saved), run, load)
+            return finish(_fit(run, load, resume_from), run, load)
 
 
-def _fit(run: Run, load: Callable[[], Family], saved: Path | None) -> TrainingResult:
+def _fit(run: Run, load: Callable[[], Family], resume_from: Path | None) -> TrainingResult:
     """Load, precompute, train, export."""
     ready, config, say = run.ready, run.config, run.events.say
     with run.phase("loading the base"):
@@ -156,7 +156,7 @@ def _fit(run: Run, load: Callable[[], Family], saved: Path | None) -> TrainingRe
         inputs = precompute(config, family, None, ready.photos, say, poll)
     with run.phase("attaching the adapter"):
         model = trainable(family, inputs, ready, say)
-    state = loop(model, inputs, run, saved)
+    state = loop(model, inputs, run, resume_from)
     with run.phase("checking the exported file"):
         model.adapter.train(False)
         weights = model.adapter.weights()
@@ -198,7 +198,7 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
     """
     config, exports = run.config, result.exports
     findings: list[selfcheck.Finding] = []
-    for name, found, family in selfcheck.examine(
+    for name, file_findings, family in selfcheck.examine(
         exports,
         result.weights,
         result.base,
@@ -209,7 +209,7 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
         dtype=config.output.dtype,
         untrained_layers=run.ready.info.untrained_layers,
     ):
-        findings += found
+        findings += file_findings
         if family is not None and name == config.output.formats[0]:
             run.draw(family, result.samples, None, run.ready.plan.steps, adapter=exports[name].stem)
         del family  # the next one needs its room
@@ -225,11 +225,11 @@ def _loader(run: Run) -> Callable[[], Family]:
     dtype = devices.dtype(memory, device)
     storage, streams = memory.base_storage, devices.streams(memory, device)
     places = [storage] * (storage != "full") + ["the host's memory"] * streams
-    kept = f" (the UNet's weights kept in {' in '.join(places)})" if places else ""
+    placement = f" (the UNet's weights kept in {' in '.join(places)})" if places else ""
     threads = torch.get_num_threads()
     run.folder.update(threads=threads)
     where = f"cpu ({threads} thread{'s'[: threads > 1]})" if device.type == "cpu" else str(device)
-    run.events.say(f"device: {where}, base in {str(dtype).removeprefix('torch.')}{kept}, adapter in float32")
+    run.events.say(f"device: {where}, base in {str(dtype).removeprefix('torch.')}{placement}, adapter in float32")
     return functools.partial(families.load, run.ready.info, device, dtype, storage, streams, memory.engine == "plain")
 
 

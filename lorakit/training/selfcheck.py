@@ -135,8 +135,8 @@ def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Seq
         return [
             Finding(f"{name} file", False, "the adapter has no effect: every module is zero; was the learning rate 0?")
         ]
-    shown = "; ".join(map(str, wrong[:3])) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    return [Finding(f"{name} file", False, shown)]
+    detail = "; ".join(map(str, wrong[:3])) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    return [Finding(f"{name} file", False, detail)]
 
 
 def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWeights, tolerance: float) -> Finding:
@@ -144,18 +144,18 @@ def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWei
     pipeline = family.pipeline()
     with _quiet():
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="selfcheck")
-    found = {
+    layers = {
         canonical(component, place): layer
         for component, module in family.modules().items()
         for place, layer in module.named_modules()
         if "selfcheck" in getattr(layer, "lora_A", {})
     }
-    wrong = [f"{layer}: not applied" for layer in weights.layers if layer not in found]
-    for layer in weights.layers.keys() & found.keys():
-        applied = found[layer]
+    wrong = [f"{layer}: not applied" for layer in weights.layers if layer not in layers]
+    for layer in weights.layers.keys() & layers.keys():
+        applied = layers[layer]
         down, up = (factors["selfcheck"].weight.detach() for factors in (applied.lora_A, applied.lora_B))
-        stored = LoraLayer(down.float().cpu(), up.float().cpu(), applied.scaling["selfcheck"] * len(down))
-        problem = verify.difference(weights.layers[layer], stored, tolerance + CAST[family.dtype])
+        file_layer = LoraLayer(down.float().cpu(), up.float().cpu(), applied.scaling["selfcheck"] * len(down))
+        problem = verify.difference(weights.layers[layer], file_layer, tolerance + CAST[family.dtype])
         # What is zero in memory (a layer that no gradient reaches) is rightly zero here.
         if problem and torch.count_nonzero(weights.layers[layer].delta()):
             wrong.append(f"{layer}: {problem}")

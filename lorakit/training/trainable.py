@@ -68,10 +68,10 @@ def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[
     optimizer_step = OptimizerStep(config, loss_step, ready.plan.steps, say)
     validation = Validation(
         family,
-        inputs.held_out or inputs.dataset.plain(),
+        inputs.holdout or inputs.dataset.plain(),
         inputs.conditions,
         inputs.class_conditions.index(torch.zeros(1, dtype=torch.int64, device=family.device)),
         config.train.seed,
-        held_out=inputs.held_out is not None,
+        from_holdout=inputs.holdout is not None,
     )
     return Model(family, adapter, loss_step, optimizer_step, validation)

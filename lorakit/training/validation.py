@@ -46,7 +46,7 @@ class Validation:
         conditions: embeddings of `dataset.texts` by the base.
         class_condition: embedding of the class prompt by the base, one row.
         seed: of the run.
-        held_out: what the figures may be called.
+        from_holdout: what the figures may be called.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Validation:
         class_condition: Conditioning,
         seed: int,
         *,
-        held_out: bool = False,
+        from_holdout: bool = False,
     ):
         self.family, self.dataset, self.conditions, self.seed = family, dataset, conditions, seed
         self.class_condition = class_condition
-        self.source = "held-out photos" if held_out else "training photos"
+        self.source = "held-out photos" if from_holdout else "training photos"
         photos = _spread(_plain_rows(dataset), PHOTOS)
         # (bucket, row, text) of each examination; a photo is examined several times where there are few.
         self.places = photos * math.ceil(POINTS / len(photos))
@@ -96,8 +96,8 @@ class Validation:
                 with adapter.disabled():
                     self._class_points = self._follow_the_base()
             for noisy, timesteps, without in self._class_points:
-                moved = family.predict(noisy, timesteps, self._class_sized(class_condition))
-                drifts.append((moved - without).square().sum((1, 2, 3)) / without.square().sum((1, 2, 3)))
+                adapted = family.predict(noisy, timesteps, self._class_sized(class_condition))
+                drifts.append((adapted - without).square().sum((1, 2, 3)) / without.square().sum((1, 2, 3)))
         # One transfer; added up in float64 on the CPU, where the order is always the same.
         totals = torch.stack(sums).cpu().double().sum(0)
         # The last timestep of a band lies just below the first of the next.
@@ -106,8 +106,8 @@ class Validation:
         first_and_last = family.prediction.timesteps_at(edges).long().tolist()
         bands = [{"timesteps": first_and_last[band], **_figures(totals[:, band])} for band in range(BANDS)]
         drift = torch.stack(drifts).cpu().double().mean().item()
-        whole = _figures(totals.sum(1))
-        return {**whole, "prior_drift": drift, "bands": bands, "photos": self.photos, "source": self.source}
+        overall = _figures(totals.sum(1))
+        return {**overall, "prior_drift": drift, "bands": bands, "photos": self.photos, "source": self.source}
 
     def _follow_the_base(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Draw pictures of the class in a few DDIM steps (Song et al. 2020, arXiv 2010.02502), and keep what the base
@@ -124,10 +124,10 @@ class Validation:
             latents = torch.randn(shape, generator=draw).to(device)
             for place, time in enumerate(times):
                 timesteps = time.expand(CLASS_BATCH)
-                said = family.predict(latents, timesteps, self._class_sized(self.class_condition))
+                prediction = family.predict(latents, timesteps, self._class_sized(self.class_condition))
                 if place % 2:
-                    points.append((latents, timesteps, said))
-                clean, noise = family.prediction.to_x0_noise(latents, said, timesteps)
+                    points.append((latents, timesteps, prediction))
+                clean, noise = family.prediction.to_x0_noise(latents, prediction, timesteps)
                 below = times[min(place + 1, len(times) - 1)].expand(CLASS_BATCH)
                 latents = family.prediction.add_noise(clean, noise, below)
         return points

@@ -8,7 +8,7 @@ import torch
 from exercise import predict, train
 
 from lorakit import adapters
-from lorakit.adapters.textual_inversion import placed
+from lorakit.adapters.textual_inversion import mark_token
 from lorakit.config import LohaConfig, LoraConfig
 from lorakit.core.errors import LorakitError
 
@@ -43,7 +43,7 @@ def test_the_vectors_stand_where_the_word_stood(found: list[int], count: int) ->
     wide = max(map(len, texts))
     rows = [text + [text[-1]] * (wide - len(text)) for text in texts]
     expected = [by_hand(row, found, count) for row in rows]
-    assert placed(torch.tensor(rows), torch.tensor(found), count, END).tolist() == expected
+    assert mark_token(torch.tensor(rows), torch.tensor(found), count, END).tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])

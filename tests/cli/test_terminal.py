@@ -166,7 +166,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
     terminal.say("nobody reads this")
     with terminal.progress(1) as bar:
         bar.step(1, 1.0)
-    assert bar.done == 1
+    assert bar.position == 1
     closed = io.StringIO()
     terminal = Terminal(closed)
     closed.close()

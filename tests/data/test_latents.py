@@ -117,8 +117,8 @@ def test_photos_of_a_size_are_encoded_together_and_stay_in_their_order(build: Bu
 def test_an_epoch_shows_every_photo_once(build: Builder, photos: Path, batch_size: int) -> None:
     """S5: no remainder is dropped, no bucket too small."""
     fill(photos, 7)
-    dataset, held_out = build()
-    assert held_out is None
+    dataset, holdout = build()
+    assert holdout is None
     for epoch in range(4):
         batches = dataset.batches(0, epoch, batch_size)
         assert Counter(n for batch in batches for n in shown(dataset, batch)) == Counter(range(7))
@@ -241,19 +241,19 @@ def test_a_thousand_draws_keep_the_trigger(build: Builder, photos: Path) -> None
 def test_held_out_photos_are_never_trained_on(build: Builder, photos: Path) -> None:
     fill(photos, 20)
     data = DataConfig(name="sks toy", resolution=64, flip=True, variants=2)
-    dataset, held_out = build(data, TrainConfig(holdout=0.1))
-    assert held_out is not None
+    dataset, holdout = build(data, TrainConfig(holdout=0.1))
+    assert holdout is not None
     assert build.said[0] == "validation: 2 of 20 photos are kept back and never trained on"
-    kept = {photo.relative for photo in held_out.photos}
+    kept = {photo.relative for photo in holdout.photos}
     trained = {photo.relative for photo in dataset.photos}
     assert len(kept) == 2
     assert len(trained) == 18
     assert not kept & trained
-    assert held_out.texts is dataset.texts
+    assert holdout.texts is dataset.texts
     # as they are: one row each, no flip
-    assert sum(len(bucket.mean) for bucket in held_out.buckets) == 2
+    assert sum(len(bucket.mean) for bucket in holdout.buckets) == 2
     assert sum(len(bucket.mean) for bucket in dataset.buckets) == 36
-    assert all(bucket.variant.tolist() == [0] * len(bucket.mean) for bucket in held_out.buckets)
+    assert all(bucket.variant.tolist() == [0] * len(bucket.mean) for bucket in holdout.buckets)
     again, _ = build(data, TrainConfig(holdout=0.1))
     assert {photo.relative for photo in again.photos} == trained
     other, _ = build(data, TrainConfig(holdout=0.1, seed=1))

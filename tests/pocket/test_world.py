@@ -23,7 +23,7 @@ from lorakit.families.pocket.spec import (
     PATTERNS,
     SCENES,
     Spec,
-    held_out,
+    is_holdout,
     look_of,
     random_look,
     random_spec,
@@ -121,10 +121,10 @@ def test_triggers_come_before_the_noun_in_about_one_caption_in_fourteen() -> Non
 
 
 def test_held_out_combinations_never_come_in_training() -> None:
-    assert not any(held_out(random_spec(seed)) for seed in range(2000))
-    assert all(held_out(random_spec(seed, unseen=True)) for seed in range(500))
+    assert not any(is_holdout(random_spec(seed)) for seed in range(2000))
+    assert all(is_holdout(random_spec(seed, unseen=True)) for seed in range(500))
     share = np.mean(
-        [held_out(Spec(*words)) for words in itertools.product(KINDS, COLOURS, PATTERNS[:2], SCENES[:3], MANNERS[:2])]
+        [is_holdout(Spec(*words)) for words in itertools.product(KINDS, COLOURS, PATTERNS[:2], SCENES[:3], MANNERS[:2])]
     )
     assert 0.04 < share < 0.09
 

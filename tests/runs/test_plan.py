@@ -127,10 +127,10 @@ def test_one_photo_is_one_photo(sd15: Info) -> None:
 
 def test_photos_held_out_are_not_trained_on(sd15: Info) -> None:
     made = make(sd15, [SQUARE] * 20, train__steps_per_image=1, train__holdout=0.1)
-    assert (made.photos, made.held_out, made.steps) == (18, 2, 18)
+    assert (made.photos, made.holdout_count, made.steps) == (18, 2, 18)
     assert "photos: 18 to train on, 2 held out for validation" in made.lines()
     few = make(sd15, [SQUARE] * 9, train__steps_per_image=1, train__holdout=0.1)
-    assert (few.photos, few.held_out) == (9, 0)
+    assert (few.photos, few.holdout_count) == (9, 0)
     assert "photos: 9 to train on, none held out" in few.lines()
 
 

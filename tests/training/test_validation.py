@@ -99,7 +99,7 @@ def by_hand(family: Family, validation: evaluate.Validation, data) -> dict[str, 
 
 def test_figures_are_those_of_the_formulas():
     family, data = Family(), dataset()
-    validation = evaluate.Validation(family, data, conditions(), CLASS, 5, held_out=True)
+    validation = evaluate.Validation(family, data, conditions(), CLASS, 5, from_holdout=True)
     found = validation.run(Adapter(family, 0.1))
     expected = by_hand(family, validation, data)
     groups = [(found, expected["prediction"].ravel(), expected["target"].ravel())]

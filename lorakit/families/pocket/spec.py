@@ -82,7 +82,7 @@ class Spec:
         return {field: getattr(self, field) for field in FIELDS}
 
 
-def held_out(spec: Spec) -> bool:
+def is_holdout(spec: Spec) -> bool:
     """Whether this combination is kept out of training: a sixteenth of all, by a hash that no seed changes."""
     return zlib.crc32("/".join(spec.words.values()).encode()) % 16 == 0
 
@@ -126,7 +126,7 @@ def random_spec(seed: int, unseen: bool = False) -> Spec:
             MANNERS[rng.choice(len(MANNERS), p=manners / manners.sum())],
         )
         spec = Spec(*draw)
-        if held_out(spec) == unseen:
+        if is_holdout(spec) == unseen:
             return spec
 
 

@@ -323,7 +323,7 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
     """The plan's figures, and below them its lines as the command line has them."""
     memory = widgets.memory(max(plan.peaks.values()), say)
     run_time = say("plan.measured") if plan.seconds is None else widgets.duration(plan.seconds, say)
-    validation = say("plan.held", count=plan.held_out) if plan.held_out else ""
+    validation = say("plan.held", count=plan.holdout_count) if plan.holdout_count else ""
     weights = f"{sum(count for _, count in plan.modules.values()) / 1e6:.2f} M"
     estimate = say("plan.estimate")
     figures = widgets.facts(
