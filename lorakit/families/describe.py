@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable
@@ -47,7 +48,8 @@ class BaseInfo:
         configs: component -> its configuration; "scheduler" and "model_index" too.
         tokenizers: "tokenizer" and, for SDXL, "tokenizer_2" -> folder; empty for a file without any (see `tokenizer`).
         slots: of a single file, component -> where each tensor lies in it; None for a folder.
-        hash: identity of weights and configuration, cheap to compute.
+        content: the files whose content is the base: configurations and weights.
+        prediction_override: `model.prediction_type` where it is not what the base says itself.
         title: name to call it by.
         source: hub id with the commit, as `owner/name@commit`; empty for what lies on the machine.
         notes: how what the base does not say was decided, a line each.
@@ -69,10 +71,19 @@ class BaseInfo:
     configs: dict[str, dict[str, Any]] = field(repr=False)
     tokenizers: dict[str, Path] = field(repr=False)
     slots: dict[str, dict[str, ldm.Slot]] | None = field(repr=False)
-    hash: str
+    content: tuple[Path, ...] = field(repr=False)
     title: str
+    prediction_override: str = ""
     source: str = ""
     notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Identity of weights and configuration. It reads all of the files, unless the cache knows them."""
+        content = weight_files.identity(self.content)
+        if not self.prediction_override:
+            return content
+        return hashlib.sha256(f"{content}/{self.prediction_override}".encode()).hexdigest()
 
     @property
     def spec(self) -> FamilySpec:
@@ -187,7 +198,7 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
         configs=configs | {"model_index": index},
         tokenizers={name: path / name for name in tokenizers},
         slots=None,
-        hash=weight_files.identity([*config_files, *(file for files, _ in weights.values() for file in files)]),
+        content=(*config_files, *(file for files, _ in weights.values() for file in files)),
         title=title,
         source=source,
         notes=tuple(notes),
@@ -227,7 +238,7 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
         configs=configs,
         tokenizers={name.replace("text_encoder", "tokenizer"): folder for name in encoders},
         slots=checkpoint.parts,
-        hash=single_file.identity(header),
+        content=(path,),
         title=path.stem,
         source="",
         notes=(note,),
@@ -249,7 +260,7 @@ def _info(model: ModelConfig, **facts: Any) -> BaseInfo:
     if note:
         facts["notes"] = (*facts["notes"], note)
         # With the same weights, another prediction type or schedule makes another base.
-        facts["hash"] = hashlib.sha256(f"{facts['hash']}/{model.prediction_type}".encode()).hexdigest()
+        facts["prediction_override"] = model.prediction_type
     prediction = spec.prediction or configs["scheduler"].get("prediction_type", EPSILON)
     if prediction not in (*PREDICTIONS, FLOW):
         raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")

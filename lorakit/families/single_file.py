@@ -6,13 +6,11 @@ published model in diffusers layout (CompVis, StabilityAI).
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.core import safetensors_header
 from lorakit.families import ldm
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -24,7 +22,6 @@ SIDES = {"sd1": 512, "sd2": 512, "sdxl": 1024}
 # Width of an attention head; SD1 has eight heads whatever their width.
 HEAD, SD1_HEADS = 64, 8
 _SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-_BLOCKS = 64
 
 
 def configs(checkpoint: ldm.Checkpoint) -> dict[str, dict[str, Any]]:
@@ -144,22 +141,6 @@ def model_index(family: str, found: Mapping[str, Any]) -> dict[str, Any]:
     if family == "sdxl":
         return index | {"force_zeros_for_empty_prompt": True}
     return index | {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-
-
-def identity(header: safetensors_header.Header) -> str:
-    """SHA-256 of the header and of 64 blocks of 64 KiB spread over the file: cheap, and other for another model.
-
-    A fine-tuned model has the header of the one it was made of, and often its text encoder and VAE; the blocks are
-    spread so that the UNet, most of the file, is hit many times.
-    """
-    size = header.path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with header.path.open("rb") as file:
-        digest.update(file.read(header.data_start))
-        for number in range(_BLOCKS):
-            file.seek(header.data_start + (size - header.data_start) * number // _BLOCKS)
-            digest.update(file.read(2**16))
-    return digest.hexdigest()
 
 
 def tokenizer(given: str, file: Path) -> Path | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lorakit.core import safetensors_header
+from lorakit.core.cache_dir import file_hash
 from lorakit.core.errors import LorakitError
 
 PRECISIONS = ("fp16", "bf16")
@@ -67,11 +69,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def identity(paths: list[Path]) -> str:
-    """SHA-256 over name, size and first MiB (a header is all of it) of each file: cheap, and other for another base."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.parent.name}/{path.name}/{path.stat().st_size}/".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-    return digest.hexdigest()
+def identity(paths: Iterable[Path]) -> str:
+    """SHA-256 of the content of each file, in their order: another for any change of a tensor or a setting."""
+    return hashlib.sha256("/".join(file_hash(path) for path in paths).encode()).hexdigest()

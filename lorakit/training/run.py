@@ -139,7 +139,7 @@ def _run(
         boards = [TensorBoard(folder.path)] if ready.config.output.tensorboard else []
         with Events(folder.record, *boards, *listeners) as events:
             sources = [lambda: folder.stop_requested, *([stop] if stop else [])]
-            identity = {"base": ready.info.hash, "photos": photo_folder.digest(ready.photos.photos)}
+            identity = {"base weights": ready.info.hash, "photos": photo_folder.digest(ready.photos.photos)}
             run = Run(ready, folder, events, StopRequest(events, *sources), time.time(), identity)
             load = _loader(run)
             return finish(_fit(run, load, resume_from), run, load)

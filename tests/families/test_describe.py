@@ -1,6 +1,8 @@
 """What a folder holds is read from its configuration and headers; what is not a base is named for what it is."""
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from lorakit import families
+from lorakit.core import cache_dir, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.families import weight_files
 
@@ -115,6 +118,51 @@ def test_the_hash_is_of_weights_and_configuration_not_of_the_place(copy: Copy, t
     content[-1] ^= 1
     path.write_bytes(content)
     assert len({before, other, families.describe(folder).hash}) == 3
+
+
+def flip_last_bit(path: Path, tensor: str) -> None:
+    info = safetensors_header.read(path).tensors[tensor]
+    content = bytearray(path.read_bytes())
+    content[info.end - 1] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_bit_of_any_tensor_makes_another_base(copy: Copy, tiny_sd1: Path) -> None:
+    folder, before = copy(), families.describe(tiny_sd1).hash
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    names = list(safetensors_header.read(path).tensors)
+    hashes = {before}
+    for name in (names[0], names[len(names) // 2], names[-1]):
+        flip_last_bit(path, name)
+        hashes.add(families.describe(folder).hash)
+    assert len(hashes) == 4
+
+
+def test_a_change_under_the_old_size_and_time_makes_another_base(
+    copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `cp --preserve` or `rsync --times` over the file do; the hash of the file before is in the cache."""
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache_dir, "CLOCK_TICK", -1.0)
+    folder = copy()
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    before, stat = families.describe(folder).hash, path.stat()
+    flip_last_bit(path, next(iter(safetensors_header.read(path).tensors)))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert families.describe(folder).hash != before
+
+
+def test_the_hash_of_a_large_file_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache_dir, "CLOCK_TICK", -1.0)
+    (tmp_path / "base").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert cache_dir.file_hash(tmp_path / "base") == digest
+    (entry,) = (tmp_path / "cache" / "file-hashes").iterdir()
+    entry.write_text("a" * 64)
+    assert cache_dir.file_hash(tmp_path / "base") == "a" * 64
+    entry.write_text("damaged")
+    assert cache_dir.file_hash(tmp_path / "base") == digest == entry.read_text()
 
 
 def test_half_precision_files_and_shards_are_found(copy: Copy, tiny_sd1: Path) -> None:
