@@ -80,9 +80,7 @@ class LayersConfig:
         "attention: q, k, v, out; linear: every attention-block layer; linear+conv: resnets and samplers too.",
     )
     train_text_encoder: bool = option(False, "Train adapters in the text encoder(s) too.")
-    new_tokens: int = option(
-        0, "Vectors to learn for the trigger as a word of its own (pivotal tuning).", low=0, high=32
-    )
+    new_tokens: int = option(0, "Vectors to learn for the trigger as a new token (pivotal tuning).", low=0, high=32)
 
     method: str = ""
 
@@ -256,7 +254,9 @@ class MemoryConfig:
     )
     compile: bool = option(False, "Compile the UNet's blocks for training; the first step of each batch shape pays.")
     engine: Literal["fused", "plain"] = option(
-        "fused", "plain: diffusers' blocks and PEFT's layers as they are. Same training within rounding, slower."
+        "fused",
+        "plain: diffusers' blocks and PEFT's layers as they are, without CUDA graphs, flat buffers or compilation. "
+        "Same training within rounding, slower.",
     )
     cuda_graphs: bool = option(True, "Replay steps as CUDA graphs where possible; false: same training, slower.")
 

@@ -174,7 +174,7 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     if missing:
         raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again")
     if model.tokenizer:
-        raise LorakitError(f"base {path} has a tokenizer of its own: model.tokenizer is for bases in a single file")
+        raise LorakitError(f"base {path} has its own tokenizer: model.tokenizer is for bases in a single file")
     configs = {name: weight_files.read_json(folder / "config.json") for name, folder in folders.items()}
     configs["scheduler"] = weight_files.read_json(path / "scheduler" / "scheduler_config.json")
     weights = {name: weight_files.weight_files(folder, WEIGHTS.get(name, "model")) for name, folder in folders.items()}

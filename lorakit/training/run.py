@@ -29,7 +29,7 @@ from lorakit.training import checkpoint, optimizers, selfcheck
 from lorakit.training.loop import NotFinite, Run, TrainingState, loop
 from lorakit.training.precompute import SampleInputs, precompute
 from lorakit.training.tensorboard import TensorBoard
-from lorakit.training.trainable import trainable
+from lorakit.training.trainable import Model, trainable
 
 if TYPE_CHECKING:
     from lorakit.adapters.weights import AdapterWeights
@@ -112,7 +112,7 @@ def resume(folder: str | Path, *, listeners: Sequence[Listener] = (), stop: Stop
     run = RunFolder.open(Path(folder))
     latest = checkpoint.latest(run.checkpoints)
     if latest is None and any(run.events("step")):
-        raise LorakitError(f"{run.path}: no complete checkpoint to resume from; start anew with: lorakit train")
+        raise LorakitError(f"{run.path}: no complete checkpoint to resume from; start again with: lorakit train")
     run.update(step=checkpoint.step_of(latest) if latest else 0)
     config = configuration.load(run.config_file)
     if run.threads:
@@ -131,42 +131,48 @@ def _say(ready: Ready, listeners: Sequence[Listener]) -> None:
 def _run(
     ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None, resume_from: Path | None
 ) -> Result:
-    """The story. The model of `_fit` has left memory when the files are checked in bases loaded again."""
-    with _outcome(folder):
-        folder.write_plan(ready.plan.to_json())
-        for line in ready.lines():
-            folder.event("message", message=line)
-        boards = [TensorBoard(folder.path)] if ready.config.output.tensorboard else []
-        with Events(folder.record, *boards, *listeners) as events:
-            sources = [lambda: folder.stop_requested, *([stop] if stop else [])]
-            identity = {"base weights": ready.info.hash, "photos": photo_folder.digest(ready.photos.photos)}
-            run = Run(ready, folder, events, StopRequest(events, *sources), time.time(), identity)
-            load = _loader(run)
-            return finish(_fit(run, load, resume_from), run, load)
+    """Load the base, precompute, train, export, and check the files."""
+    with _outcome(folder), _begin(ready, folder, listeners, stop) as run:
+        load = _loader(run)
+        with run.phase("loading the base"):
+            family = load()
+            run.events.say(devices.attention(run.config.memory, family))
+        with run.phase("encoding the photos"):
+            poll = functools.partial(run.stop.poll, "class images and latents that are complete are kept")
+            inputs = precompute(run.config, family, None, ready.photos, run.events.say, poll)
+        with run.phase("attaching the adapter"):
+            model = trainable(family, inputs, ready, run.events.say)
+        state = loop(model, inputs, run, resume_from)
+        with run.phase("checking the exported file"):
+            result = _export(run, family, model, inputs.samples, state)
+        del family, inputs, model  # to free their memory: the files are checked in bases that are loaded again
+        return finish(result, run, load)
 
 
-def _fit(run: Run, load: Callable[[], Family], resume_from: Path | None) -> TrainingResult:
-    """Load, precompute, train, export."""
-    ready, config, say = run.ready, run.config, run.events.say
-    with run.phase("loading the base"):
-        family = load()
-        say(devices.attention(config.memory, family))
-    with run.phase("encoding the photos"):
-        poll = functools.partial(run.stop.poll, "class images and latents that are complete are kept")
-        inputs = precompute(config, family, None, ready.photos, say, poll)
-    with run.phase("attaching the adapter"):
-        model = trainable(family, inputs, ready, say)
-    state = loop(model, inputs, run, resume_from)
-    with run.phase("checking the exported file"):
-        model.adapter.train(False)
-        weights = model.adapter.weights()
-        exports = run.export(weights, run.folder.adapter_name, ready.plan.steps)
-        model.optimizer_step.discard_graphs()
-        prompt, size = inputs.samples.prompts[0], (config.data.resolution, config.data.resolution)
-        adapted = selfcheck.probe(family, prompt, size, inputs.samples.condition)
-        model.adapter.detach()
-        base = selfcheck.probe(family, prompt, size, inputs.samples.condition)
-    return TrainingResult(state, weights, exports, base, adapted, inputs.samples)
+@contextlib.contextmanager
+def _begin(ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None) -> Iterator[Run]:
+    """Write the plan and open the log; inside, events reach the listeners."""
+    folder.write_plan(ready.plan.to_json())
+    for line in ready.lines():
+        folder.event("message", message=line)
+    boards = [TensorBoard(folder.path)] if ready.config.output.tensorboard else []
+    with Events(folder.record, *boards, *listeners) as events:
+        sources = [lambda: folder.stop_requested, *([stop] if stop else [])]
+        identity = {"base weights": ready.info.hash, "photos": photo_folder.digest(ready.photos.photos)}
+        yield Run(ready, folder, events, StopRequest(events, *sources), time.time(), identity)
+
+
+def _export(run: Run, family: Family, model: Model, samples: SampleInputs, state: TrainingState) -> TrainingResult:
+    """Export the adapter, probe the base with it and without it, and detach it."""
+    model.adapter.train(False)
+    weights = model.adapter.weights()
+    exports = run.export(weights, run.folder.adapter_name, run.ready.plan.steps)
+    model.optimizer_step.discard_graphs()
+    prompt, size = samples.prompts[0], (run.config.data.resolution, run.config.data.resolution)
+    adapted = selfcheck.probe(family, prompt, size, samples.condition)
+    model.adapter.detach()
+    base = selfcheck.probe(family, prompt, size, samples.condition)
+    return TrainingResult(state, weights, exports, base, adapted, samples)
 
 
 def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Result:

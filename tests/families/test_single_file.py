@@ -361,7 +361,7 @@ def test_a_tokenizer_that_does_not_fit_is_named_with_the_option(made: Any, tmp_p
     empty.mkdir()
     words = refusal(file, tokenizer=str(empty))
     assert "vocab.json is missing in" in words and "model.tokenizer must name a folder with both" in words
-    assert "has a tokenizer of its own" in refusal(folder, tokenizer=str(folder))
+    assert "has its own tokenizer" in refusal(folder, tokenizer=str(folder))
 
 
 def test_words_that_fill_up_are_each_encoder_s_own(made: Any) -> None:

@@ -136,7 +136,7 @@ TEXTS = {
     "compare.export": "Export it",
     "compare.exported": "Exported: {name}",
     "compare.marked_done": "Step {step} is marked as best.",
-    "compare.not_there": "Step {step} has no file of its own any more; the best by validation and the last have.",
+    "compare.not_there": "Step {step} no longer has its own file; the best by validation and the last have.",
     # Adapter
     "adapter.lead": "What is this file, and who can read it? Nothing in it is run.",
     "adapter.path": "File or folder on this machine",

@@ -244,7 +244,11 @@ OPTIONS = {
         "UNet 凍結的權重留在主記憶體，輪到哪一層計算就把它複製到顯示卡：省下許多顯示記憶體，較慢。",
     ),
     "memory.compile": ("編譯 UNet", "訓練時編譯 UNet 的區塊；每種批次形狀的第一步要付出編譯時間。"),
-    "memory.engine": ("計算引擎", "plain：原封不動使用 diffusers 的區塊與 PEFT 的層；訓練結果在捨入誤差內相同，較慢。"),
+    "memory.engine": (
+        "計算引擎",
+        "plain：原封不動使用 diffusers 的區塊與 PEFT 的層，不用 CUDA 圖、扁平緩衝區與編譯；"
+        "訓練結果在捨入誤差內相同，較慢。",
+    ),
     "memory.cuda_graphs": ("CUDA graphs", "可能時以 CUDA graphs 重播每一步；false：訓練結果相同，較慢。"),
     "sample.every": ("樣張間隔", "兩次樣張之間的步數（第 0 步會畫一次）；0：每次執行五次。"),
     "sample.prompts": ("樣張提示詞", "要畫的提示詞。留空：由種類與名稱產生。"),

@@ -26,7 +26,7 @@ RUNNING = {
     "{path} is not a run folder: it has no {file}": "{path} 不是執行資料夾：沒有 {file}",
     "{path} is being trained by process {pid}; stop that first": "{path} 正由程序 {pid} 訓練中；請先停止它",
     "{path} is damaged; the checkpoints beside it are not touched by that": "{path} 已損壞；旁邊的檢查點不受影響",
-    "{path}: no complete checkpoint to resume from; start anew with: lorakit train": (
+    "{path}: no complete checkpoint to resume from; start again with: lorakit train": (
         "{path}：沒有完整的檢查點可以繼續；請重新開始訓練"
     ),
     "step {step}: the loss is not finite ({names}); {advice}": (

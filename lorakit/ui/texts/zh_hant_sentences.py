@@ -265,7 +265,7 @@ SENTENCES = {
     ),
     "without {encoder}": "沒有 {encoder}",
     "base {path} lacks {parts}: get the base again": "基礎模型 {path} 缺少 {parts}：請重新取得",
-    "base {path} has a tokenizer of its own: model.tokenizer is for bases in a single file": (
+    "base {path} has its own tokenizer: model.tokenizer is for bases in a single file": (
         "基礎模型 {path} 自有分詞器：model.tokenizer 只用於單一檔案的基礎模型"
     ),
     "base {file} has no tokenizer with it: set model.tokenizer to the folder of one {hint}": (
