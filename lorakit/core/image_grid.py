@@ -76,6 +76,13 @@ def save(image: Image.Image, path: Path) -> None:
     atomic.write(path, buffer.getvalue())
 
 
+def read(path: Path) -> Image.Image:
+    """A PNG as `save` writes it, with its texts in `image.info`; no other format is tried."""
+    with Image.open(path, formats=["PNG"]) as image:
+        image.load()
+        return image
+
+
 def thumbnail(image: Image.Image, side: int) -> Image.Image:
     """A copy whose longer side is at most `side`."""
     small = image.convert("RGB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 
@@ -23,3 +24,21 @@ def unique_path(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def printable(text: str) -> str:
+    """`text` on one line, safe to show: control and direction characters, and bytes that are not text, as escapes.
+
+    A file name may hold any of them: a newline breaks a table, an escape code commands the terminal, and a byte that
+    is not UTF-8 cannot be written to any file of text.
+    """
+    return text if text.isascii() and text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    kind, code = unicodedata.category(character), ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that was not UTF-8, as `os.fsdecode` gives it
+        return f"\\x{code - 0xDC00:02x}"
+    # The joiners (U+200C, U+200D) make emoji and words of some scripts.
+    hidden = kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and character not in "\u200c\u200d")
+    return character.encode("unicode_escape").decode("ascii") if hidden else character

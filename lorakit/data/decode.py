@@ -1,13 +1,17 @@
 """Decode the bytes of a picture to pixels: upright, in sRGB, 8 bits, transparency on white.
 
-Imports Pillow and numpy only. Everything that shows, checks or encodes a photo calls `decode`.
+Imports Pillow and numpy only. Everything that shows, checks or encodes a photo calls `decode`. The content of a file
+decides its format, and only the formats of `CODECS` are tried. Each error of a decoder becomes one that names the file.
 """
 
 from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,26 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import printable
 
+# Pillow's decoders of the formats that `folder.FORMATS` lists. Pillow has many more, of which one runs another program
+# (PostScript), and finds them by content, whatever a file is called.
+CODECS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF", "HEIF")
+# First bytes of files that people have under the name of a picture, and what they are.
+OTHER_FORMATS = {
+    b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "PostScript", b"%PDF": "PDF", b"8BPS": "Photoshop",
+    b"DDS ": "DirectDraw", b"icns": "an Apple icon", b"\0\0\1\0": "a Windows icon", b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000", b"PK\3\4": "a zip archive",
+}  # fmt: skip
 # Pillow refuses more pixels than this (twice its warning limit). Phones and cameras have fewer; stitched scans do not.
 MAX_PIXELS = 178_956_970
+# A file of `MAX_PIXELS` without compression has 0.5 GB, or 1 GB with 16 bits.
+MAX_BYTES = 2**30 + 2**26
+# Larger pictures are decoded one at a time, and every picture in strips of so many pixels: the largest needs 1.5 GB.
+LARGE_PIXELS, STRIP_PIXELS = 32_000_000, 8_000_000
+_LARGE = threading.RLock()
+# Pages of a file are counted up to this number.
+MAX_PAGES = 100
 ORIENTATION = 0x0112
 ROTATIONS = {
     2: "mirrored", 3: "turned 180°", 4: "mirrored, turned 180°", 5: "mirrored, turned 90° left",
@@ -75,20 +96,23 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None)
     Raises:
         Unreadable: with the file's name, the cause, and what to do.
     """
-    name = name or (source.name if isinstance(source, Path) else "picture")
+    name = name or (printable(source.name) if isinstance(source, Path) else "picture")
     image = _open(source, name)
-    if at_least is not None:
-        image.draft(None, (at_least, at_least))
-    notes = _note_frames(image)
-    orientation = _orientation(image)  # before the pixels: Pillow turns a TIFF while it loads and forgets the tag
-    try:
+    with turn(image.size), _errors_of(name):
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        notes = _note_frames(image)
+        orientation = _orientation(image)  # before the pixels: Pillow turns a TIFF while it loads and forgets the tag
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise Unreadable(name, f"damaged or cut off ({error}); copy it again from where it came") from None
-    if orientation in ROTATIONS:
-        image = ImageOps.exif_transpose(image)
-    rgb, alpha = _to_srgb(image, notes)
-    return Picture(np.array(rgb), alpha, ROTATIONS.get(orientation, ""), tuple(notes))
+        if orientation in ROTATIONS:
+            image = ImageOps.exif_transpose(image)
+        pixels, alpha = _to_srgb(image, notes)
+    return Picture(pixels, alpha, ROTATIONS.get(orientation, ""), tuple(dict.fromkeys(notes)))
+
+
+def turn(size: tuple[int, int]) -> AbstractContextManager[object]:
+    """Wait while another thread works on a large picture, if one of this size is large."""
+    return _LARGE if size[0] * size[1] > LARGE_PIXELS else nullcontext()
 
 
 def measure(source: Path | bytes, name: str = "") -> tuple[int, int]:
@@ -97,10 +121,9 @@ def measure(source: Path | bytes, name: str = "") -> tuple[int, int]:
     Raises:
         Unreadable: as `decode`.
     """
-    image = _open(source, name or (source.name if isinstance(source, Path) else "picture"))
-    swaps_sides = (
-        _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"
-    )  # a TIFF's size is already the upright one
+    image = _open(source, name or (printable(source.name) if isinstance(source, Path) else "picture"))
+    # A TIFF's size is already the upright one.
+    swaps_sides = _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"
     return (image.height, image.width) if swaps_sides else (image.width, image.height)
 
 
@@ -110,34 +133,59 @@ def decode_mask(path: Path, size: tuple[int, int], name: str = "") -> Pixels:
     Raises:
         Unreadable: as `decode`, and if its size is not the photo's.
     """
-    name = name or path.name
+    name = name or printable(path.name)
     picture = decode(path, name)
     if picture.size != size:
         raise Unreadable(name, "mask is {} x {}, its photo {} x {}: make them equal".format(*picture.size, *size))
     return np.array(Image.fromarray(picture.pixels).convert("L"))
 
 
-def _open(source: Path | bytes, name: str) -> Image.Image:
+def read(path: Path, name: str) -> bytes:
+    """The bytes of a file that may be a picture.
+
+    Raises:
+        Unreadable: it cannot be read, is empty, or is larger than any picture that can be decoded.
+    """
     try:
-        raw = source if isinstance(source, bytes) else source.read_bytes()
+        raw = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
     except OSError as error:
         raise Unreadable(name, f"cannot be read ({error.strerror or error})") from None
+    if raw is None:
+        raise Unreadable(name, f"larger than {MAX_BYTES >> 20} MiB; save it smaller, as jpg or png")
+    return raw
+
+
+def _open(source: Path | bytes, name: str) -> Image.Image:
+    raw = source if isinstance(source, bytes) else read(source, name)
     if not raw:
         raise Unreadable(name, "empty, 0 bytes; copy it again from where it came")
-    heic = raw[4:8] == b"ftyp" and raw[8:12] in HEIC_BRANDS
-    if heic:
+    if raw[4:8] == b"ftyp" and raw[8:12] in HEIC_BRANDS:
         _register_heif(name)
-    try:
-        image = Image.open(io.BytesIO(raw))
-    except Image.DecompressionBombError:
-        raise Unreadable(name, _too_large_reason()) from None
-    except UnidentifiedImageError:
-        raise Unreadable(name, _not_a_picture_reason(raw)) from None
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise Unreadable(name, f"damaged or cut off ({error}); copy it again from where it came") from None
+    Image.init()
+    with _errors_of(name):
+        try:
+            image = Image.open(io.BytesIO(raw), formats=[codec for codec in CODECS if codec in Image.OPEN])
+        except UnidentifiedImageError:
+            raise Unreadable(name, _not_a_picture_reason(raw)) from None
     if image.width * image.height > MAX_PIXELS:
         raise Unreadable(name, _too_large_reason())
     return image
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Whatever a decoder raises becomes `Unreadable`: it reads bytes that anybody may have written."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Image.DecompressionBombError:
+        raise Unreadable(name, _too_large_reason()) from None
+    except MemoryError:
+        raise Unreadable(name, "needs more memory than there is; save it smaller") from None
+    except Exception as error:
+        why = printable(str(error)) or type(error).__name__
+        raise Unreadable(name, f"damaged or cut off ({why}); copy it again from where it came") from None
 
 
 def _register_heif(name: str) -> None:
@@ -154,6 +202,9 @@ def _too_large_reason() -> str:
 
 def _not_a_picture_reason(raw: bytes) -> str:
     head = raw[:512]
+    for start, kind in OTHER_FORMATS.items():
+        if head.startswith(start):
+            return f"{kind}, whatever its name says; save it as jpg or png"
     if b"\0" not in head:
         try:
             head.decode("utf-8")
@@ -169,7 +220,7 @@ def _note_frames(image: Image.Image) -> list[str]:
     if image.format in ("MPO", "JPEG"):
         return []
     try:
-        count = int(getattr(image, "n_frames", 1))
+        count = _pages(image) if image.format == "TIFF" else int(getattr(image, "n_frames", 1))
         image.seek(0)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error):
         return []  # the damage is named when the pixels are loaded
@@ -177,6 +228,16 @@ def _note_frames(image: Image.Image) -> list[str]:
         return []
     noun = "page" if image.format == "TIFF" else "picture"
     return [f"holds {count} {noun}s: the first is used"]
+
+
+def _pages(image: Image.Image) -> int:
+    """Pages of a TIFF, up to `MAX_PAGES`: Pillow's own count takes minutes where a file lists very many."""
+    for page in range(1, MAX_PAGES):
+        try:
+            image.seek(page)
+        except EOFError:
+            return page
+    return MAX_PAGES
 
 
 def _orientation(image: Image.Image) -> int:
@@ -188,11 +249,30 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Pixels | None]:
-    """Convert any mode of Pillow to RGB on white and an alpha channel."""
+def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Pixels, Pixels | None]:
+    """Convert any mode of Pillow to RGB on white and an alpha channel, strip by strip."""
+    is_deep = image.mode.startswith("I") or image.mode == "F"
+    white = _white(image) if is_deep else 0.0
+    pixels, alpha = np.empty((image.height, image.width, 3), np.uint8), None
+    for rows, strip in _strips(image):
+        rgb, opacity = _strip_to_srgb(_scale_grey(strip, white) if is_deep else strip, notes)
+        pixels[rows] = np.asarray(rgb)
+        if opacity is not None:
+            alpha = np.full(pixels.shape[:2], 255, np.uint8) if alpha is None else alpha
+            alpha[rows] = opacity
+    return pixels, alpha
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """The picture in parts of whole rows, `STRIP_PIXELS` each; most pictures are one part."""
+    step = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        yield slice(top, bottom), image if step >= image.height else image.crop((0, top, image.width, bottom))
+
+
+def _strip_to_srgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Pixels | None]:
     profile = image.info.get("icc_profile")
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _scale_grey(image)
     alpha = None
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -206,15 +286,28 @@ def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Pixels 
     return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), Image.fromarray(alpha)), alpha
 
 
-def _scale_grey(image: Image.Image) -> Image.Image:
-    """Scale grey of 16 or 32 bits to 8 bits. Pillow's own conversion clips at 255."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    maximum = float(values.max(initial=0.0))
+def _white(image: Image.Image) -> float:
+    """The value of white in a picture of 16 or 32 bits."""
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    maximum = max(float(_finite(strip).max(initial=0.0)) for _, strip in _strips(image))
     if image.mode == "F":
-        white = 1.0 if maximum <= 1 else 255.0 if maximum <= 255 else max(maximum, 1.0)
-    else:
-        white = 65535.0 if maximum <= 65535 else 2.0**32 - 1 if maximum > 2**31 - 1 else 2.0**31 - 1
-    return Image.fromarray(np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8))
+        return 1.0 if maximum <= 1 else 255.0 if maximum <= 255 else maximum
+    return 65535.0 if maximum <= 65535 else 2.0**32 - 1 if maximum > 2**31 - 1 else 2.0**31 - 1
+
+
+def _finite(image: Image.Image) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _scale_grey(image: Image.Image, white: float) -> Image.Image:
+    """Scale grey of 16 or 32 bits to 8 bits, which Pillow's own conversion clips at 255; keep its transparent value."""
+    scaled = Image.fromarray(np.clip(np.rint(_finite(image) * (255.0 / white)), 0, 255).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        scaled.putalpha(Image.fromarray(np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8)))
+    scaled.info["icc_profile"] = image.info.get("icc_profile")
+    return scaled
 
 
 def _convert_by_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image | None:

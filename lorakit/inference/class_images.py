@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from lorakit.config import SampleConfig
+from lorakit.core import image_grid
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
-from lorakit.core.image_grid import save
 from lorakit.inference.sampling import draw_batch, sampling_pipeline
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def class_images(
             seeds = [2**32 + seed * 2**20 + number for number in numbers]
             batch_images = draw_batch(family, pipeline, text, seeds, sample, (side, side))
             for number, picture in zip(numbers, batch_images, strict=True):
-                save(picture, files[number])
+                image_grid.save(picture, files[number])
     except OSError as error:
         raise LorakitError(f"cannot keep class images in {place}: {error.strerror}; set LORAKIT_CACHE") from None
     return [_open(file) for file in files]
@@ -107,5 +107,4 @@ def _opens(file: Path) -> bool:
 
 
 def _open(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")
+    return image_grid.read(file).convert("RGB")

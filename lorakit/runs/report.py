@@ -67,7 +67,7 @@ def best_step(folder: RunFolder) -> int | None:
 def contact_sheet(folder: RunFolder) -> Image.Image | None:
     """Every sample of the run: a row for each step, a column for each prompt. None where nothing was drawn."""
     steps = [step for step in folder.sample_grids() if folder.sample_pictures(step)]
-    rows = {step: [_read(file) for file in folder.sample_pictures(step)] for step in steps}
+    rows = {step: [image_grid.read(file) for file in folder.sample_pictures(step)] for step in steps}
     if not rows:
         return None
     columns = max(map(len, rows.values()))
@@ -135,7 +135,7 @@ def environment(folder: RunFolder) -> dict[str, str]:
 def _samples(folder: RunFolder) -> list[dict[str, Any]]:
     rows = []
     for step in folder.sample_grids():
-        images = [_read(file) for file in folder.sample_pictures(step)]
+        images = [image_grid.read(file) for file in folder.sample_pictures(step)]
         samples = [
             {"source": _source(image, SAMPLE_SIDE), "prompt": _prompt(image), "side": max(image.size)}
             for image in images
@@ -178,13 +178,6 @@ def _source(image: Image.Image, side: int) -> str:
     kind = "png" if max(small.size) <= 128 else "jpeg"
     small.save(buffer, kind, quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _read(file: Path) -> Image.Image:
-    """A sample with its recipe in `info`."""
-    with Image.open(file) as image:
-        image.load()
-        return image
 
 
 def _prompt(image: Image.Image) -> str:

@@ -3,6 +3,7 @@
 import io
 import struct
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -272,6 +273,9 @@ def test_grey_with_an_rgb_profile_and_rgb_with_a_grey_one() -> None:
         (b"", r"empty, 0 bytes; copy it again from where it came"),
         (b"a holiday photo\n", r"text, not a picture, whatever its name says; remove it or save the picture again"),
         (b"\0\1\2\3" * 30, r"not a picture that can be read; save it as jpg or png"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "PostScript, whatever its name says; save it as jpg or png"),
+        (b"%PDF-1.7\n", "PDF, whatever its name says; save it as jpg or png"),
+        (b"8BPS\0\1", "Photoshop, whatever its name says; save it as jpg or png"),
     ],
 )
 def test_what_is_no_picture_is_named(tmp_path: Path, raw: bytes, reason: str) -> None:
@@ -280,6 +284,107 @@ def test_what_is_no_picture_is_named(tmp_path: Path, raw: bytes, reason: str) ->
     for read in (decode.decode, decode.measure):
         with pytest.raises(Unreadable, match=rf"^x\.jpg: {reason}$"):
             read(path)
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 64 64
+%%EndComments
+0 0 moveto 64 64 lineto stroke showpage
+%%EOF
+"""
+
+
+@pytest.mark.parametrize("format", ["EPS", "PPM", "ICO", "DDS", "TGA", "PCX", "JPEG2000", "SGI", "IM", "ICNS", "XBM"])
+def test_no_decoder_but_those_that_are_listed_is_tried(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.init()
+    if format == "EPS":
+        log = tmp_path / "log"
+        for program in ("gs", "gswin64c", "gswin32c"):  # what Pillow would run
+            path = tmp_path / program
+            path.write_text(f"#!/bin/sh\ntouch {log}\n")
+            path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        raw = EPS
+    else:
+        raw = encoded(Image.new("1" if format == "XBM" else "RGB", (32, 32)), format)
+        assert Image.open(io.BytesIO(raw)).format == format
+    for read in (decode.decode, decode.measure):
+        with pytest.raises(Unreadable, match=r"^photo\.jpg: "):
+            read(raw, "photo.jpg")
+    assert not (tmp_path / "log").exists()
+    assert set(decode.CODECS) <= {*Image.OPEN, "MPO", "HEIF", "AVIF"}
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("pixel format"), KeyError(7), RecursionError(), Image.DecompressionBombError("big")]
+)
+def test_whatever_a_decoder_raises_names_the_file(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: object) -> None:
+        raise error
+
+    raw = encoded(Image.new("RGB", (8, 8)), "PNG")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(Unreadable, match=r"^odd\.png: (damaged or cut off \(\S.*\); copy|more than 178 megapixels)"):
+        decode.decode(raw, "odd.png")
+
+
+def test_too_little_memory_and_too_many_bytes_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    monkeypatch.setattr(decode, "MAX_BYTES", 10)
+    with pytest.raises(Unreadable, match=r"^a\.png: larger than 0 MiB; save it smaller, as jpg or png$"):
+        decode.decode(path)
+    monkeypatch.setattr(decode, "MAX_BYTES", 2**30)
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decode, "_to_srgb", no_memory)
+    with pytest.raises(Unreadable, match=r"^a\.png: needs more memory than there is; save it smaller$"):
+        decode.decode(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_strips_are_the_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large picture is converted in strips: the pixels are those of the whole at once."""
+    rng = np.random.default_rng(3)
+    if mode in ("I;16", "I", "F"):
+        image = Image.fromarray(rng.integers(0, 60_000, (50, 40)).astype({"I;16": "u2", "I": "i4", "F": "f4"}[mode]))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (50, 40, 4), dtype=np.uint8), "RGBA").convert(mode)
+    raw = encoded(image, "PNG" if mode not in ("CMYK", "F", "I") else "TIFF")
+    whole = decode.decode(raw)
+    monkeypatch.setattr(decode, "STRIP_PIXELS", 7 * 40)
+    strips = decode.decode(raw)
+    assert np.array_equal(whole.pixels, strips.pixels) and whole.notes == strips.notes
+    assert whole.alpha is strips.alpha or np.array_equal(whole.alpha, strips.alpha)
+
+
+def test_a_deep_picture_needs_little_more_memory_than_its_pixels() -> None:
+    """16 bits of grey: numpy's share of the peak, of which the pixels themselves are 75 MB."""
+    raw = encoded(Image.new("I;16", (5000, 5000), 40_000), "PNG")
+    tracemalloc.start()
+    try:
+        pixels = decode.decode(raw).pixels
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert int(pixels[0, 0, 0]) == round(40_000 / 257) and peak < 4 * pixels.nbytes
+
+
+def test_the_transparent_value_of_deep_grey_is_transparent() -> None:
+    deep = Image.fromarray(np.array([[0, 1000], [65535, 1000]], np.uint16))
+    decoded = decode.decode(encoded(deep, "PNG", transparency=1000))
+    assert decoded.alpha is not None and decoded.alpha.tolist() == [[255, 0], [255, 0]]
+    assert decoded.pixels[..., 0].tolist() == [[0, 255], [255, 255]]
+
+
+def test_a_tiff_of_very_many_pages_is_quick() -> None:
+    pages = [Image.new("L", (1, 1))] * 150
+    raw = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    assert decode.decode(raw).notes == (f"holds {decode.MAX_PAGES} pages: the first is used",)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "GIF"])

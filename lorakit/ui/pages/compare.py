@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from lorakit import config as configuration
-from lorakit.core import atomic, names
+from lorakit.core import atomic, image_grid, names
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.data import folder
@@ -276,11 +276,10 @@ def _prompts(run: RunFolder, step: int) -> list[str]:
     """What each picture of a step was drawn from, as its file says."""
     files = []
     for path in run.sample_pictures(step):
-        with Image.open(path) as image:
-            try:
-                files.append(str(json.loads(str(image.info.get("lorakit", "{}"))).get("prompt", "")))
-            except ValueError:
-                files.append("")
+        try:
+            files.append(str(json.loads(str(image_grid.read(path).info.get("lorakit", "{}"))).get("prompt", "")))
+        except (OSError, SyntaxError, ValueError):
+            files.append("")
     return files
 
 

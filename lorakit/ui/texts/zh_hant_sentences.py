@@ -113,6 +113,9 @@ SENTENCES = {
     "empty, 0 bytes; copy it again from where it came": "空檔，0 位元組；請從原處重新複製",
     "damaged or cut off ({why}); copy it again from where it came": "檔案損壞或不完整（{why}）；請從原處重新複製",
     "more than {count} megapixels; save it smaller": "超過 {count} 百萬像素；請存成較小的圖",
+    "larger than {size} MiB; save it smaller, as jpg or png": "超過 {size} MiB；請存成較小的 jpg 或 png",
+    "needs more memory than there is; save it smaller": "記憶體不足以讀取；請存成較小的圖",
+    "{kind}, whatever its name says; save it as jpg or png": "無論檔名為何，內容是 {kind}；請存成 jpg 或 png",
     "text, not a picture, whatever its name says; remove it or save the picture again": (
         "內容是文字，不是圖片；請移除，或重新儲存這張圖"
     ),
