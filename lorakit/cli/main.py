@@ -14,12 +14,11 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, TextIO
 
 from lorakit import __version__, config as configuration
 from lorakit.cli import adapter_commands, train_commands
-from lorakit.cli.terminal import complain, print_json, print_lines, quiet_libraries
+from lorakit.cli.terminal import complain, open_streams, print_json, print_lines, quiet_libraries
 from lorakit.config.option import format_bound
 from lorakit.core.errors import LorakitError
 from lorakit.runs import memory_estimate
@@ -30,6 +29,7 @@ ALIASES = {"options": ["knobs"]}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. User mistakes are told in a line each, without a traceback."""
+    open_streams()
     quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         _tolerate_any_character(stream)
@@ -187,12 +187,15 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def _log(error: BaseException) -> Path:
-    """Keep the traceback of an unexpected error in a file; where."""
-    handle, name = tempfile.mkstemp(prefix="lorakit-error-", suffix=".log")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write("".join(traceback.format_exception(error)))
-    return Path(name)
+def _log(error: BaseException) -> str:
+    """Keep the traceback of an unexpected error in a file; its path."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="lorakit-error-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)))
+        return name
+    except OSError:
+        return "no file: none can be written"
 
 
 def _has(module: str) -> bool:

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM as a request to stop a run."""
+"""SIGINT (Ctrl-C), SIGTERM and the end of the terminal as a request to stop a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 NOTICE = b"lorakit: stopping, and saving what there is; Ctrl-C again ends at once\n"
+# The terminal was closed; Windows has no such signal.
+HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 
 
 @contextlib.contextmanager
@@ -20,7 +22,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and number != HANGUP:  # terminal and shell may both send that one
             raise KeyboardInterrupt
         received.append(number)
         # Not by print: the handler may interrupt one.
@@ -28,7 +30,10 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
             os.write(2, NOTICE)
 
     try:
-        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(HANGUP)
+        before = {number: signal.signal(number, receive) for number in numbers}
     except ValueError:
         before = {}
     try:

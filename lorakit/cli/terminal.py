@@ -1,7 +1,7 @@
 """What the person at the terminal sees: lines, one progress bar, and nothing from any library.
 
-On a terminal the bar is redrawn in place; in a pipe or a file it is a line every twentieth of the run. A reader that
-goes away (`| head`) never ends a run: what cannot be written is dropped.
+On a terminal the bar is redrawn in place; in a pipe or a file it is a line every twentieth of the run. Output never
+ends a run: where the reader or the terminal has gone, or the disk of a redirection is full, lines are dropped.
 """
 
 from __future__ import annotations
@@ -62,11 +62,37 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore")
 
 
+def open_streams() -> None:
+    """Give the process a stdin, stdout and stderr where it has none: closed by the shell, or under pythonw.
+
+    A file that is opened later could get the number of the closed stream, and the lines that libraries write with it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+
+
+def write(stream: TextIO, text: str) -> bool:
+    """Write at once; False where that cannot be done. Then nothing is written to the stream any more."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+        return True
+    except (OSError, ValueError):  # ValueError: the stream was closed
+        # Python would try once more at exit to write what is in the buffer, and complain.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+
+
 def print_lines(*lines: str) -> None:
     """Each line to stdout, at once."""
-    for line in lines:
-        print(line)
-    sys.stdout.flush()
+    write(sys.stdout, "".join(f"{line}\n" for line in lines))
 
 
 def print_json(value: Any) -> None:
@@ -75,11 +101,8 @@ def print_json(value: Any) -> None:
 
 
 def complain(text: str) -> None:
-    """Each line to stderr, prefixed. A closed stderr is no reason to fail differently."""
-    with contextlib.suppress(BrokenPipeError, ValueError):
-        for line in text.splitlines() or [""]:
-            print(f"lorakit: {line}", file=sys.stderr)
-        sys.stderr.flush()
+    """Each line to stderr, prefixed."""
+    write(sys.stderr, "".join(f"lorakit: {line}\n" for line in text.splitlines() or [""]))
 
 
 class Terminal:
@@ -95,7 +118,7 @@ class Terminal:
         self.clock = clock
         self.in_place = bool(getattr(self.stream, "isatty", lambda: False)()) and os.environ.get("TERM") != "dumb"
         self.bar: Bar | None = None
-        self._reader_is_there = True
+        self._is_open = True
 
     def __call__(self, event: Event) -> None:
         """Show an event of a run: lines, and a bar while it trains."""
@@ -134,15 +157,8 @@ class Terminal:
             self.close()
 
     def write(self, text: str) -> None:
-        """Write at once; never fail because nobody reads any more, or for a character the terminal does not know."""
-        if not self._reader_is_there:
-            return
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        try:
-            self.stream.write(text.encode(encoding, "replace").decode(encoding))
-            self.stream.flush()
-        except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
-            self._reader_is_there = False
+        """Write at once; never fail because it cannot be written, or for a character the terminal does not know."""
+        self._is_open = self._is_open and write(self.stream, text)
 
 
 class Bar:

@@ -1,19 +1,48 @@
 """Files that are either whole or not there: temporary file, fsync, rename.
 
-A reader never sees half a file, and a kill or a power cut leaves the version before.
+A reader never sees half a file, and a kill or a power cut leaves the version before. What a kill leaves is a temporary
+file; the next write to its folder removes stale ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import secrets
+import shutil
 import time
 from pathlib import Path
+
+# Seconds after which nobody writes to a temporary file any more. Another container may share the folder, so no process
+# number says whether its writer is alive.
+STALE = 3600
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_swept: set[Path] = set()
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other process has, in another container either. Stale ones are removed, once."""
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        sweep(path.parent)
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def sweep(folder: Path, seconds: float = STALE) -> None:
+    """Remove the temporary files that kills left in a folder, if nobody wrote to them for so many seconds."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if TEMPORARY.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    if time.time() - path.lstat().st_mtime >= seconds:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write(path: Path, content: str | bytes) -> None:
     """Put `content` at `path`, text as UTF-8; what was there before is replaced in one instant."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -95,7 +95,7 @@ def stream(
         at += size
     head = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = atomic.temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

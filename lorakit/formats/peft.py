@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -68,8 +67,8 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
 
     if path.exists() and not _is_ours(path):
         raise LorakitError(f"{path}: exists and is not a PEFT folder; choose another name")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary = atomic.temporary_path(path)
+    old = temporary.with_suffix(".old")
     paths = []
     try:
         for part, layers in _components(weights).items():

@@ -226,6 +226,15 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.stdout == 'model.base = "pocket"  (text)\n'
 
 
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_output_that_cannot_be_written_is_no_error(redirection: str) -> None:
+    """Python gives no stdout at all where it was closed, and complains at exit of what it could not flush."""
+    done = shell(f"lorakit options {redirection}")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = shell(f"lorakit train nowhere {redirection}")
+    assert done.returncode == 1 and "internal error" not in done.stderr
+
+
 def test_names_that_the_locale_does_not_know_are_shown_with_question_marks(tmp_path: Path) -> None:
     (tmp_path / "фото").mkdir()
     done = shell(f"lorakit check '{tmp_path}/фото'", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")

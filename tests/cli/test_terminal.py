@@ -1,5 +1,6 @@
 """What is written to a terminal and to a pipe, and that nothing written can end a run."""
 
+import errno
 import io
 import logging
 import os
@@ -157,12 +158,17 @@ def test_the_events_of_a_run_are_lines_and_a_bar() -> None:
 
 
 class Gone(io.StringIO):
+    def __init__(self, code: int):
+        super().__init__()
+        self.code = code
+
     def write(self, text: str) -> int:
-        raise BrokenPipeError
+        raise OSError(self.code, os.strerror(self.code))
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
-    terminal = Terminal(Gone())
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EBADF])
+def test_a_terminal_that_goes_away_does_not_end_the_run(code: int) -> None:
+    terminal = Terminal(Gone(code))
     terminal.say("nobody reads this")
     with terminal.progress(1) as bar:
         bar.step(1, 1.0)

@@ -241,3 +241,17 @@ def test_ctrl_c_while_class_images_are_drawn_ends_the_process(photos, tmp_path):
     assert "lorakit: stopping, and saving what there is" in output
     assert f"lorakit: stopped before the first step; go on with: lorakit resume {folder}" in output
     assert json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"] == "stopped"
+
+
+def test_a_closed_terminal_is_a_request_to_stop_unless_it_is_ignored() -> None:
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)

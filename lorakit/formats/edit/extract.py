@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, LoraLayer
-from lorakit.core import registry, safetensors_header
+from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import ldm
@@ -46,7 +46,7 @@ def merge(weights: AdapterWeights, base: Path, output: Path, strength: float = 1
     if not (base / "model_index.json").is_file():
         raise LorakitError(f"{base}: not a base model in diffusers layout (no model_index.json)")
     files.require_space(_existing(output), sum(f.stat().st_size for f in base.rglob("*.safetensors")))
-    temporary = output.with_name(f".{output.name}.tmp")
+    temporary = atomic.temporary_path(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         shutil.copytree(base, temporary, ignore=shutil.ignore_patterns("*.bin", "*.ckpt", "*.msgpack", ".*"))

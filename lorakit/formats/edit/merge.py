@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from lorakit.adapters.weights import AdapterWeights
-from lorakit.core import registry, safetensors_header
+from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import ldm
@@ -183,7 +183,7 @@ def _file_to_folder(
 ) -> Path:
     names = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
     tokenizers = {name: base.tokenizer(name) for name in names}
-    temporary = output.with_name(f".{output.name}.tmp")
+    temporary = atomic.temporary_path(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         for part, slots in parts.items():

@@ -1,0 +1,51 @@
+"""Files are whole or not there, and what kills leave is removed."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lorakit.core import atomic
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "_swept", set())
+
+
+def test_writers_with_one_process_number_do_not_meet(tmp_path: Path) -> None:
+    """Two containers give the same numbers; threads of one process have one number too."""
+    problems: list[Exception] = []
+
+    def write() -> None:
+        try:
+            for number in range(100):
+                atomic.write(tmp_path / "shared", str(number))
+        except OSError as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == [] and [path.name for path in tmp_path.iterdir()] == ["shared"]
+
+
+def test_what_a_kill_left_goes_once_nobody_can_be_writing_it(tmp_path: Path) -> None:
+    stale, fresh, foreign = (
+        atomic.temporary_path(tmp_path / "x"),
+        atomic.temporary_path(tmp_path / "x"),
+        tmp_path / ".a.tmp",
+    )
+    for path in (stale, fresh, foreign):
+        path.touch()
+    for path in (stale, foreign):
+        os.utime(path, (time.time() - 2 * atomic.STALE,) * 2)
+    atomic._swept.clear()
+    atomic.write(tmp_path / "y", "text")
+    assert not stale.exists() and fresh.exists() and foreign.exists()
