@@ -56,6 +56,7 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     if weights.family != family:
         raise LorakitError(f"the adapter is for {weights.family}, the base is {family}")
     paths = _layer_paths(modules)
+    method = _method(weights)
     missing = [name for name in weights.layers if name not in paths]
     if missing:
         raise LorakitError(f"the base has no layer {missing[0]}, which the adapter adapts ({len(missing)} such)")
@@ -68,7 +69,6 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
         )
         if expected != actual:
             raise LorakitError(f"{name} is {expected} in the base, {actual} in the adapter: it is for another base")
-    method = _method(weights)
     # Most layers share one rank; PEFT makes those, and `fill` puts the others' factors in their place.
     rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
     config = ADAPTER_SECTIONS[method](rank=rank)
@@ -378,7 +378,15 @@ def _method(weights: AdapterWeights) -> str:
     Raises:
         LorakitError: several methods in one adapter.
     """
+    rows = any(layer.magnitude is not None and len(layer.magnitude) > 1 for layer in weights.layers.values())
     methods = {layer.method for layer in weights.layers.values()}
+    foreign = sorted(methods - {spec.layers for spec in registry.METHODS.values()} - {LoraLayer.PLAIN})
+    mixed = any(layer.magnitude is not None and not isinstance(layer, LoraLayer) for layer in weights.layers.values())
+    if rows or mixed or foreign or weights.biases:
+        what = " and ".join(foreign) or ("DoRA per output row" if rows else "DoRA over LyCORIS" if mixed else "biases")
+        raise LorakitError(
+            f"the adapter has {what}, which lorakit does not put into a model in use: merge it into a base"
+        )
     # Among DoRA's layers there may be plain ones.
     if any(layer.magnitude is not None for layer in weights.layers.values()):
         methods -= {LoraLayer.PLAIN}

@@ -11,9 +11,11 @@ component in front, whatever the installed transformers calls its modules:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
+
+from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,7 @@ class LoraLayer:
             the true scale for every reader.
         magnitude: DoRA's column magnitudes `[1, in]` (`[1, in, 1, 1]` for a convolution), the axis web UIs read, or
             None. W' = magnitude * V / ||V||, V = W + delta W, the norm taken over every axis but the input axis.
+            Other programs' files may have row magnitudes `[out, 1]`, with the norm of each row.
     """
 
     down: torch.Tensor
@@ -97,9 +100,9 @@ class LohaLayer:
     w2_a: torch.Tensor
     w2_b: torch.Tensor
     alpha: float
+    magnitude: torch.Tensor | None = None  # DoRA's, as `LoraLayer` has it; from other programs' files
 
     method = "loha"
-    magnitude = None
     is_plain = False
 
     @property
@@ -119,7 +122,8 @@ class LohaLayer:
 
     def factors(self) -> dict[str, torch.Tensor]:
         """LyCORIS' name -> tensor, all that is trained."""
-        return {f"hada_{part}": getattr(self, part) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
+        tensors = {f"hada_{part}": getattr(self, part) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
+        return tensors | ({} if self.magnitude is None else {"magnitude": self.magnitude})
 
     def delta(self) -> torch.Tensor:
         """delta W `[out, in * kh * kw]` in float32."""
@@ -149,9 +153,9 @@ class LokrLayer:
     w2: tuple[torch.Tensor, ...]
     alpha: float
     kernel: tuple[int, ...] = ()
+    magnitude: torch.Tensor | None = None  # DoRA's, as `LoraLayer` has it; from other programs' files
 
     method = "lokr"
-    magnitude = None
     is_plain = False
 
     @property
@@ -184,7 +188,7 @@ class LokrLayer:
             tensors |= {name: parts[0]} if len(parts) == 1 else {f"{name}_a": parts[0], f"{name}_b": parts[1]}
         if self.kernel and "lokr_w2" in tensors:
             tensors["lokr_w2"] = tensors["lokr_w2"].reshape(len(self.w2[0]), -1, *self.kernel)
-        return tensors
+        return tensors | ({} if self.magnitude is None else {"magnitude": self.magnitude})
 
     def delta(self) -> torch.Tensor:
         """delta W `[out, in * kh * kw]` in float32."""
@@ -202,7 +206,51 @@ class LokrLayer:
         return replace(self, w1=(first * (self.scale / scale), *rest), alpha=float(scale * self.rank))
 
 
-AnyLayer = LoraLayer | LohaLayer | LokrLayer
+@dataclass(frozen=True)
+class ForeignLayer:
+    """One layer of a method that lorakit reads and does not train: full differences, norms, GLoRA, (IA)^3, OFT, BOFT.
+
+    Attributes:
+        method: what LyCORIS calls it.
+        parts: name in LyCORIS' files -> tensor.
+        alpha: as in the file; GLoRA's numerator of the scale, OFT's constraint.
+        change: (weight in float32, layer, strength) -> what is added to the weight.
+    """
+
+    method: str
+    parts: Mapping[str, torch.Tensor]
+    alpha: float
+    change: Callable[[torch.Tensor, ForeignLayer, float], torch.Tensor]
+
+    magnitude = None
+    is_plain = False
+    rank, scale = 1, 1.0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, columns) of delta W, where the layer holds it whole."""
+        return len(self.delta()), self.delta()[0].numel()
+
+    def factors(self) -> dict[str, torch.Tensor]:
+        """LyCORIS' name -> tensor."""
+        return dict(self.parts)
+
+    def delta(self) -> torch.Tensor:
+        """delta W in float32, where it does not depend on the weight."""
+        whole = self.parts.get("diff", self.parts.get("w_norm"))
+        if whole is None:
+            raise LorakitError(
+                f"{self.method} is computed from the weights of a base and has no change of its own: merge it into its "
+                "base first, then extract a LoRA from the merged model"
+            )
+        return whole.float()
+
+    def rescaled(self, scale: float) -> ForeignLayer:
+        """Itself: it has no scale."""
+        return self
+
+
+AnyLayer = LoraLayer | LohaLayer | LokrLayer | ForeignLayer
 
 
 def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
@@ -249,6 +297,7 @@ class AdapterWeights:
         layers: canonical name -> layer.
         metadata: what a file said of itself (empty for weights that come from training).
         embeddings: word -> text encoder ("text_encoder", "text_encoder_2") -> vectors `[n, width]` that stand for it.
+        biases: canonical name -> what is added to the layer's bias; other programs' files have such.
     """
 
     family: str
@@ -256,3 +305,4 @@ class AdapterWeights:
     layers: dict[str, AnyLayer]
     metadata: dict[str, str] = field(default_factory=dict)
     embeddings: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -87,6 +87,7 @@ def _add_format(command: argparse.ArgumentParser) -> None:
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="precision (default: fp16)")
     command.add_argument("--output", default=".", metavar="DIR", help="where to write (default: here)")
+    command.add_argument("--force", action="store_true", help="write over files that are there already")
 
 
 def run_sample(args: argparse.Namespace) -> int:
@@ -200,13 +201,16 @@ def _write(
 ) -> int:
     """Save as asked for; what was read is never written over."""
     from lorakit import formats
-    from lorakit.formats.saving import destination
+    from lorakit.formats.saving import destination, occupied
 
     folder = Path(args.output)
     target = destination(folder, name, args.to).resolve()
     for source in sources:
         if Path(str(source)).resolve() == target:
             raise LorakitError(f"{source} would be written over: name another folder with --output")
+    there = [] if args.force else occupied(folder, name, args.to)
+    if there:
+        raise LorakitError(f"{there[0]} exists already: name another folder with --output, or give --force")
     say = functools.partial(print, file=sys.stderr)
     _tell(args, formats.save(weights, folder, name, [args.to], args.dtype, metadata, say=say))
     return 0

@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import torch
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, LoraLayer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import keys
 
+BIAS = "bias"  # what an adapter is that changes biases
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIN_RANK = 2  # stable-diffusion.cpp takes in_features for the rank of a rank-1 file
 MIN_KEPT = 0.99  # share of non-zero numbers that must survive the cast to a half precision
@@ -40,7 +41,10 @@ def require_writable(weights: AdapterWeights, refusal: str | None) -> None:
 
 def method(weights: AdapterWeights) -> str:
     """What the tensors are, whatever the weights are labelled; what is plain LoRA is called as it was trained."""
-    methods = {layer.method for layer in weights.layers.values() if not layer.is_plain}
+    layers = weights.layers.values()
+    if weights.biases or any(isinstance(layer, ForeignLayer) for layer in layers):
+        return next((layer.method for layer in layers if isinstance(layer, ForeignLayer)), BIAS)
+    methods = {"dora" if layer.magnitude is not None else layer.method for layer in layers if not layer.is_plain}
     return min(methods) if methods else weights.method
 
 

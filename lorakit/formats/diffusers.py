@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.formats import keys
 from lorakit.formats.metadata import complete
-from lorakit.formats.spec import FormatSpec
+from lorakit.formats.spec import FormatSpec, kohya_only
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ REFUSALS = {
 
 def check(method: str, family: str) -> str | None:
     """Why this format cannot carry `method` for `family`, or None."""
-    return REFUSALS.get(method)
+    return REFUSALS.get(method) or kohya_only(method, "diffusers")
 
 
 def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # the names of the components, which the families have.
 _SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
     "kohya": (
-        r"(lora_(?:unet|te\d?)_[^.]+)\.(.+)",
+        r"((?:lora_(?:unet|te\d?)|lycoris)_[^.]+)\.(.+)",
         {
             "lora_down.weight": "down",
             "lora_up.weight": "up",
@@ -41,16 +41,53 @@ _SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
         {"down": "down", "up": "up"},
     ),
     "diffusers-old": (
-        r"(COMPONENT\..+?\.to_(?:q|k|v|out)_lora)\.(down|up)\.weight",
+        r"((?:COMPONENT|down_blocks|mid_block|up_blocks)\..+?\.to_(?:q|k|v|out)_lora)\.(down|up)\.weight",
         {"down": "down", "up": "up"},
     ),
+    "dotted": (
+        r"((?:diffusion_model|text_encoders|COMPONENT)\..+?)\.(DOTTED)",
+        {
+            **{
+                "lora_down.weight": "down",
+                "lora_A.weight": "down",
+                "lora_mid.weight": "mid",
+                "dora_scale": "magnitude",
+            },
+            **{"lora_up.weight": "up", "lora_B.weight": "up"},
+        },
+    ),
 }
+# What a tensor's name ends in that is part of an adapter, of whatever model.
+_ADAPTER_PART = re.compile(
+    r"\.(?:lora_(?:down|up|mid|A|B)\b.*|lora_magnitude_vector\b.*|(?:hada|lokr|oft)_\w+|[wb]_norm|diff|diff_b|on_input"
+    r"|dora_scale|[ab][12]\.weight|(?:lora|lora_linear_layer)\.(?:down|up)\.weight)$|_lora\d?\.(?:down|up)\.weight$"
+)
+# The parts by which ComfyUI, OneTrainer and LyCORIS call them, where the module's name has dots.
+_DOTTED_PARTS = (
+    r"lora_(?:down|up|mid)\.weight|lora_[AB]\.weight|alpha|dora_scale|diff|diff_b|[wb]_norm|oft_blocks|rescale"
+    r"|(?:hada|lokr)_\w+|[ab][12m]\.weight"
+)
+# Text encoder of a ComfyUI checkpoint -> ours.
+_COMFY_TEXT = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 _OLD_UNET = re.compile(r"(unet\..+)\.processor\.to_(q|k|v|out)_lora")
 _OLD_TEXT = re.compile(r"(text_encoder.*)\.self_attn\.to_(q|k|v|out)_lora")
-# Parts of a kohya module that say it is not plain LoRA.
-_LYCORIS = {"hada_w1_a": "loha", "hada_w1_b": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "lokr_w2": "lokr"}
-_LYCORIS |= {"lokr_w2_a": "lokr", "mid": "LoCon (tucker)"}
-_LYCORIS |= {"diff": "full difference", "w_norm": "norm", "on_input": "IA3", "oft_blocks": "OFT"}
+# Part -> the method of a module that has it; the first counts. Then what parts a module of each method may have: any
+# other is not understood, and the file is refused rather than read in part.
+_MARKS = {"hada_w1_a": "loha", "hada_w1_b": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "lokr_w2": "lokr"}
+_MARKS |= {"lokr_w2_a": "lokr", "mid": "LoCon (tucker)", "diff": "full difference", "w_norm": "norm"}
+_MARKS |= {"on_input": "IA3", "oft_blocks": "OFT", "a1.weight": "GLoRA"}
+_COMMON = {"alpha", "magnitude", "row_magnitude", "diff_b", "b_norm"}
+PARTS: dict[str, set[str]] = {
+    "lora": {"down", "up"},
+    "LoCon (tucker)": {"down", "up", "mid"},
+    "loha": {f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    "lokr": {f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "full difference": {"diff"},
+    "norm": {"w_norm"},
+    "IA3": {"weight", "on_input"},
+    "OFT": {"oft_blocks", "rescale"},
+    "GLoRA": {f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")},
+}
 # A PEFT folder: what its files are called, and what stands before every module path in it.
 PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -84,19 +121,30 @@ class Module:
     @property
     def is_lycoris(self) -> bool:
         """Whether it is another thing than a pair of factors, with or without a magnitude."""
-        return not _LYCORIS.keys().isdisjoint(self.parts)
+        return not _MARKS.keys().isdisjoint(self.parts)
 
     @property
     def method(self) -> str:
-        """ "lora", "dora", "loha", "lokr", or what LyCORIS calls another."""
-        for part, name in _LYCORIS.items():
+        """ "lora", "dora", "bias", or one of `PARTS`."""
+        for part, name in _MARKS.items():
             if part in self.parts:
                 return name
+        if self.parts and self.parts.keys() <= {"diff_b", "b_norm"}:
+            return "bias"
         return "dora" if {"magnitude", "row_magnitude"} & set(self.parts) else "lora"
+
+    @property
+    def strange_parts(self) -> list[str]:
+        """The names of the tensors that a module of this method does not have."""
+        parts = PARTS.get(self.method, PARTS["lora"]) | _COMMON
+        return [name for part, name in self.parts.items() if part not in parts]
 
 
 def kind(shapes: Shapes) -> str:
-    """`safetensors_header.kind`, and "adapter" where a format's own spelling has such names."""
+    """`safetensors_header.kind`, and "adapter" where a format's own spelling has such names, or where a third of the
+    names are those of an adapter's parts, whatever stands before them."""
+    if 3 * sum(_ADAPTER_PART.search(name) is not None for name in shapes) >= max(1, len(shapes)):
+        return "adapter"
     file_kind = safetensors_header.kind(dict(shapes))
     patterns = [spelling.pattern for spelling in _other_spellings().values()]
     return "adapter" if any(pattern.fullmatch(name) for pattern in patterns for name in shapes) else file_kind
@@ -113,7 +161,7 @@ def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PE
     others = _other_spellings()
     components = "|".join(sorted(registry.denoisers() | set(keys.COMPONENTS)))
     spellings = {
-        name: (re.compile(pattern.replace("COMPONENT", f"(?:{components})")), parts)
+        name: (re.compile(pattern.replace("COMPONENT", f"(?:{components})").replace("DOTTED", _DOTTED_PARTS)), parts)
         for name, (pattern, parts) in _SPELLINGS.items()
     }
     spellings |= {name: (own.pattern, dict(own.parts)) for name, own in others.items()}
@@ -134,8 +182,17 @@ def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PE
 
 def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
     if spelling == "kohya":
-        return keys.from_kohya(stem, layers_per_block)
+        own = stem.removeprefix("lycoris_")
+        return keys.from_kohya(stem if own == stem else keys.UNET_PREFIX + own, layers_per_block)
     part, _, path = stem.partition(".")
+    if part == "diffusion_model":
+        return keys.from_kohya(keys.UNET_PREFIX + path.replace(".", "_"), layers_per_block)
+    if part == "text_encoders":
+        encoder, _, path = path.partition(".transformer.")
+        part = _COMFY_TEXT.get(encoder, encoder)
+    elif spelling == "diffusers-old" and part.endswith(("_blocks", "_block")):
+        part, path = "unet", stem
+        stem = f"unet.{stem}"
     name = canonical(keys.canonical_part(part), path)
     if spelling == "diffusers-old":
         name = _OLD_UNET.sub(lambda m: f"{m[1]}.to_{m[2]}{'.0' * (m[2] == 'out')}", name)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.weights import AdapterWeights
+from lorakit.adapters.weights import AdapterWeights, ForeignLayer
 from lorakit.core import registry
 from lorakit.formats import keys
 from lorakit.formats.metadata import complete, sidecar
@@ -43,13 +43,19 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
     layers = adapter_math.complete(weights)
     result: dict[str, torch.Tensor] = {}
-    for name, stem in keys.to_kohya_name(layers, weights.family).items():
+    for name, stem in keys.to_kohya_name(dict.fromkeys((*layers, *weights.biases)), weights.family).items():
+        if name in weights.biases:
+            part = "b_norm" if name in layers and "w_norm" in layers[name].factors() else "diff_b"
+            result |= adapter_math.cast({f"{stem}.{part}": weights.biases[name]}, dtype)
+        if name not in layers:
+            continue
         layer = layers[name]
         for part, tensor in layer.factors().items():
             # alpha and magnitude stay float32: a rounded alpha rescales the layer, magnitudes carry the whole weight.
             precision = "fp32" if part == "magnitude" else dtype
             result |= adapter_math.cast({f"{stem}.{PARTS.get(part, part)}": tensor}, precision)
-        result[f"{stem}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
+        if not isinstance(layer, ForeignLayer) or layer.alpha:
+            result[f"{stem}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
     return result
 
 

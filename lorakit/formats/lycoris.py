@@ -1,17 +1,19 @@
-"""LyCORIS' LoHa and LoKr from the tensors of a file, and Tucker's decomposition of a convolution taken apart.
+"""The parameterizations of adapter files: what makes a layer of a module's tensors, by LyCORIS' names for them.
 
 Tucker keeps a small kernel `t` `[i, j, kh, kw]` between two matrices, `sum_ij t_ij.. a_ip b_jr` (LyCORIS
 functional/general.py, `rebuild_tucker`). Put into the second matrix it is the plain form, of the same rank.
+`CHANGES` has the methods whose layers lorakit keeps as they are in the file, each with its formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lorakit.adapters.weights import AnyLayer, LohaLayer, LokrLayer, from_factors
+from lorakit.adapters.weights import AnyLayer, ForeignLayer, LohaLayer, LokrLayer, from_factors
 from lorakit.core.errors import LorakitError
 
 # Method -> the small kernel of Tucker's form, and the side that it belongs to.
@@ -23,11 +25,10 @@ def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) 
     """A layer of method "loha" or "lokr"; its alpha is still to be set.
 
     Raises:
-        LorakitError: a factor is missing, they do not fit together, or it has a DoRA magnitude.
+        LorakitError: a factor is missing, or they do not fit together.
     """
-    if "magnitude" in parts:
-        raise LorakitError(f"{path}: {stem} is {method} with a DoRA magnitude, which lorakit does not read")
     own = dict(parts)
+    scales = own.pop("magnitude", None)
     for kernel, side in (names.split() for names in KERNELS[method]):
         if kernel in own:
             core = own.pop(kernel)
@@ -44,12 +45,103 @@ def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) 
     if isinstance(layer, LohaLayer) and (len(layer.w1_a), *layer.w1_b.shape) != (len(layer.w2_a), *layer.w2_b.shape):
         raise LorakitError(f"{path}: the two products of {stem} do not fit together: {_shapes(layer.w1_b, layer.w2_b)}")
     assert isinstance(layer, LohaLayer | LokrLayer)
-    return layer
+    return layer if scales is None else replace(layer, magnitude=scales)
 
 
 def untucked_down(path: Path, stem: str, mid: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """LoCon's `lora_down` `[r, in, 1, 1]` with `lora_mid` `[r, r, kh, kw]` put into it: `[r, in, kh, kw]`."""
     return _product(path, stem, mid, down.flatten(1))
+
+
+def magnitude(path: Path, stem: str, scales: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """DoRA's magnitude, checked: `[1, in, ...]` for each input column or `[out, 1, ...]` for each output row."""
+    outputs, columns = size
+    length = scales.numel()
+    is_rows = tuple(scales.shape[:2]) == (length, 1) and length == outputs
+    is_columns = tuple(scales.shape[:2]) == (1, length) and columns % length == 0
+    if not (is_rows or is_columns):
+        raise LorakitError(f"{path}: the DoRA magnitude of {stem} does not fit: {_shapes(scales)} for {size}")
+    return scales
+
+
+def _added(name: str) -> Callable[[torch.Tensor, ForeignLayer, float], torch.Tensor]:
+    return lambda weight, layer, strength: strength * layer.parts[name].float().reshape(weight.shape)
+
+
+def _scaled_channels(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.Tensor:
+    """(IA)^3: each output, or each input, is multiplied by one number more than 1 (LyCORIS modules/ia3.py)."""
+    on_input = bool(layer.parts["on_input"].any())
+    scales = layer.parts["weight"].flatten()
+    rest = (1,) * (weight.ndim - 2)
+    return strength * weight * (scales.reshape(1, -1, *rest) if on_input else scales.reshape(-1, 1, *rest))
+
+
+def _glora(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.Tensor:
+    """GLoRA: (W a1 a2 + b1 b2) * alpha / rank, a1 and a2 on the input axis (LyCORIS modules/glora.py)."""
+    a1, a2, b1, b2 = (layer.parts[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
+    if "bm.weight" in layer.parts:
+        b2 = torch.einsum("rj...,ji->ri...", layer.parts["bm.weight"], b2.flatten(1))
+    added = torch.einsum("or,r...->o...", b1.flatten(1), b2).reshape(weight.shape)
+    turned = torch.einsum("oi...,ij->oj...", weight, a1.flatten(1) @ a2.flatten(1))
+    return strength * layer.alpha / len(a2) * (turned + added)
+
+
+def _rotation(layer: ForeignLayer, outputs: int) -> torch.Tensor:
+    """Cayley's transform of each block: (I + Q)(I - Q)^-1, Q = B - B^T, its norm at most alpha * outputs."""
+    blocks = layer.parts["oft_blocks"]
+    skew, limit = blocks - blocks.transpose(-1, -2), layer.alpha * outputs
+    norm = float(skew.norm()) + 1e-8
+    skew = skew * (limit / norm) if 0 < limit < norm else skew
+    one = torch.eye(blocks.shape[-1])
+    return torch.matmul(one + skew, torch.linalg.inv(one - skew))
+
+
+def _rotated(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.Tensor:
+    """OFT turns blocks of outputs; BOFT (four axes) does it stage by stage, between outputs ever farther apart."""
+    turns = _rotation(layer, len(weight))
+    turns = strength * turns + (1 - strength) * torch.eye(turns.shape[-1])
+    result, half = weight, turns.shape[-1] // 2
+    if turns.ndim == 3:
+        result = torch.einsum("bnm,bn...->bm...", turns, weight.unflatten(0, turns.shape[:2])).flatten(0, 1)
+    else:
+        for stage, turn in enumerate(turns):
+            apart = 2**stage * half
+            mixed = result.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2)
+            mixed = torch.einsum("bij,bj...->bi...", turn, mixed.unflatten(0, turn.shape[:2]))
+            result = mixed.flatten(0, 1).unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
+    if "rescale" in layer.parts:
+        scales = layer.parts["rescale"].reshape(-1, *(1 for _ in weight.shape[1:]))
+        result = result * (1 + strength * (scales - 1))
+    return torch.sub(result, weight)
+
+
+# Method -> its necessary parts, and (weight, layer, strength) -> what is added to the weight.
+CHANGES: dict[str, tuple[tuple[str, ...], Callable[[torch.Tensor, ForeignLayer, float], torch.Tensor]]] = {
+    "full difference": (("diff",), _added("diff")),
+    "norm": (("w_norm",), _added("w_norm")),
+    "IA3": (("weight", "on_input"), _scaled_channels),
+    "GLoRA": (("a1.weight", "a2.weight", "b1.weight", "b2.weight"), _glora),
+    "OFT": (("oft_blocks",), _rotated),
+}
+
+
+def foreign(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor], alpha: float | None) -> ForeignLayer:
+    """A layer of one of `CHANGES`, its parts as in the file.
+
+    Raises:
+        LorakitError: a part is missing, or it has a magnitude, which nobody defines for it.
+    """
+    needed, change = CHANGES[method]
+    for name in needed:
+        _part(path, stem, parts, name)
+    if "magnitude" in parts:
+        raise LorakitError(f"{path}: {stem} is {method} with a DoRA magnitude, which lorakit does not read")
+    if method == "GLoRA":
+        a1, a2, b1, b2 = (parts[name] for name in needed)
+        if not a1.shape[:2] == a2.shape[1::-1] or b1.shape[1] != len(b2) or len(a2) != len(b2):
+            raise LorakitError(f"{path}: the factors of {stem} do not fit together: {_shapes(a1, a2, b1, b2)}")
+    missing = len(parts["a2.weight"]) if method == "GLoRA" else 0  # the rank; no constraint
+    return ForeignLayer(method, parts, float(missing) if alpha is None else alpha, change)
 
 
 def _product(path: Path, stem: str, core: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

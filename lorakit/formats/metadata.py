@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit import __version__
-from lorakit.adapters.weights import LoraLayer
+from lorakit.adapters.weights import ForeignLayer, LoraLayer
 from lorakit.config import ADAPTER_SECTIONS, Config, without_paths
 from lorakit.core import registry
 from lorakit.families.spec import MODELSPEC_PREDICTIONS
@@ -133,8 +133,9 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
 
     tags = registry.version_of(weights.family).tags
     layers = adapter_math.uniform(weights)
-    first = next(iter(layers.values()))
-    lycoris = not isinstance(first, LoraLayer)
+    # Of a file of several methods, the one that has a rank.
+    first = min(layers.values(), key=lambda layer: isinstance(layer, ForeignLayer))
+    lycoris = not all(isinstance(layer, LoraLayer) for layer in layers.values())
     folded = any(not math.isclose(layer.scale, weights.layers[name].scale) for name, layer in layers.items())
     result = {
         "ss_base_model_version": tags.version,

@@ -22,7 +22,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.formats import keys
 from lorakit.formats.identify import PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX
 from lorakit.formats.metadata import complete
-from lorakit.formats.spec import FormatSpec
+from lorakit.formats.spec import FormatSpec, kohya_only
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ REFUSALS = {
 
 def check(method: str, family: str) -> str | None:
     """Why this format cannot carry `method` for `family`, or None."""
-    return REFUSALS.get(method)
+    return REFUSALS.get(method) or kohya_only(method, "PEFT")
 
 
 def tensors(weights: AdapterWeights, dtype: str) -> dict[str, dict[str, torch.Tensor]]:

@@ -24,7 +24,9 @@ from lorakit.core.errors import LorakitError
 from lorakit.formats import embeddings, identify, keys, lycoris, metadata as meta
 
 Scaling = Mapping[str, Any]
-READ = ("lora", "dora", "loha", "lokr", "LoCon (tucker)")
+_BIASES = {"diff_b", "b_norm"}
+# A pattern that may be run: no group is repeated and little else, so that its time is bounded (PEFT runs any).
+_MAX_REPEATS = 3
 
 
 def read(path: Path) -> AdapterWeights:
@@ -104,16 +106,22 @@ def _weights(
     names = {name for module in modules.values() for name in module.parts.values()}
     strange = [name for name in tensors if name not in names]
     strange += [module.stem for module in modules.values() if module.canonical is None]
+    _require_finite(path, tensors)
     if strange:
         raise LorakitError(f"{path}: {len(strange)} names are of no layer of Stable Diffusion, e.g. {strange[0]}")
+    if parts := [name for module in modules.values() for name in module.strange_parts]:
+        raise LorakitError(f"{path}: {len(parts)} tensors are of no method that lorakit reads, e.g. {parts[0]}")
     family, _ = identify.adapter_family(modules, shapes, metadata)
-    layers: dict[str, AnyLayer] = {}
+    layers, biases = dict[str, AnyLayer](), dict[str, torch.Tensor]()
     for module in modules.values():
         name = str(module.canonical)
-        if name in layers:
+        if name in layers or name in biases:
             raise LorakitError(f"{path}: {name} is there twice, the second time as {module.stem}")
         scaling = scalings.get(keys.component(name), {})
-        layers[name] = _layer(path, module, tensors, scaling)
+        for part in _BIASES & module.parts.keys():
+            biases[name] = tensors[module.parts[part]].float()
+        if module.method != "bias" and not _has_rank_0(module, shapes):
+            layers[name] = _layer(path, module, tensors, scaling)
     special = {layer.method for layer in layers.values() if not layer.is_plain}
     method = metadata.get("lorakit.method") or (min(special) if special else "lora")
     if (
@@ -122,17 +130,34 @@ def _weights(
         and not any("alpha" in module.parts for module in modules.values())
     ):
         method = "lora"  # its scale is in the factors, where it is nobody's business any more
-    return AdapterWeights(family, method, layers, dict(metadata), tokens or embeddings.read(path, metadata))
+    words = tokens or embeddings.read(path, metadata)
+    return AdapterWeights(family, method, layers, dict(metadata), words, biases)
+
+
+def _require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise LorakitError, naming the first tensor with a number that is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise LorakitError(f"{path}: {name} holds NaN or infinity: the file is damaged; make or download it again")
+
+
+def _has_rank_0(module: identify.Module, shapes: identify.Shapes) -> bool:
+    """Whether its factors have no rows: such a module changes nothing and is passed over."""
+    return identify.rank(module, shapes) == 0
 
 
 def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], scaling: Scaling) -> AnyLayer:
-    if module.method not in READ:
-        raise LorakitError(f"{path}: {module.stem} is {module.method}, which lorakit does not read")
-    if "row_magnitude" in module.parts:
-        raise LorakitError(f"{path}: {module.stem} is PEFT's DoRA, per output row; lorakit reads DoRA per input column")
-    parts = {part: tensors[name].float() for part, name in module.parts.items() if part != "alpha"}
+    parts = {part: tensors[name].float() for part, name in module.parts.items() if part not in ("alpha", *_BIASES)}
+    rows = parts.pop("row_magnitude", None)
+    if rows is not None:  # PEFT's, [out] or [1, out, 1, 1]
+        parts["magnitude"] = rows.flatten().reshape(-1, *(1 for _ in parts.get("down", rows).shape[1:] or (1,)))
+    if module.method in lycoris.CHANGES:
+        there = _alpha(path, module, tensors, 0, scaling) if "alpha" in module.parts else None
+        return lycoris.foreign(path, module.stem, module.method, parts, there)
     if module.method in lycoris.KERNELS:
         layer = lycoris.read(path, module.stem, module.method, parts)
+        if layer.magnitude is not None:
+            lycoris.magnitude(path, module.stem, layer.magnitude, layer.size)
         # PEFT divides by the rank it was told, even where a LoKr has none; everyone else goes by the file.
         is_whole = isinstance(layer, LokrLayer) and layer.whole
         alpha = _alpha(path, module, tensors, int(scaling.get("r", 1)) if is_whole else layer.rank, scaling)
@@ -149,8 +174,8 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         raise LorakitError(f"{path}: the factors of {module.stem} do not fit together: {shapes}")
     if "mid" in parts:
         down = lycoris.untucked_down(path, module.stem, parts["mid"], down)
-    if magnitude is not None and tuple(magnitude.shape) != (1, down.shape[1], *(1 for _ in down.shape[2:])):
-        raise LorakitError(f"{path}: {module.stem} is DoRA per output row; lorakit reads DoRA per input column")
+    if magnitude is not None:
+        lycoris.magnitude(path, module.stem, magnitude, (len(up), down[0].numel()))
     return _without_padding(LoraLayer(down, up, _alpha(path, module, tensors, len(down), scaling), magnitude))
 
 
@@ -183,7 +208,27 @@ def _config_alpha(module: identify.Module, rank: int, scaling: Scaling) -> float
     name = str(module.canonical).partition(".")[2]
     alpha = scaling.get("lora_alpha", scaling.get("alpha", rank))
     for pattern, value in (scaling.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if _matches_end(pattern, name):
             alpha = value
             break
-    return float(alpha) * (math.sqrt(rank) if scaling.get("use_rslora") else 1.0)
+    try:
+        return float(alpha) * (math.sqrt(rank) if scaling.get("use_rslora") else 1.0)
+    except (TypeError, ValueError):
+        raise LorakitError(f"{module.stem}: the alpha in its config is not a number: {alpha!r}") from None
+
+
+def _matches_end(pattern: str, name: str) -> bool:
+    """PEFT's rule, `(.*\\.)?(pattern)$`, by plain comparison in the usual case, a name.
+
+    Raises:
+        LorakitError: a regular expression that is wrong, or one that could take for ever.
+    """
+    if not re.search(r"[^\w.]", pattern):
+        return name == pattern or name.endswith(f".{pattern}")
+    repeats = len(re.findall(r"[*+{]", pattern))
+    if repeats > _MAX_REPEATS or re.search(r"\)[*+?{]|\(\?", pattern) or len(pattern) > 500:
+        raise LorakitError(f"the alpha_pattern {pattern[:80]!r} is not run, as it could take for ever")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise LorakitError(f"the alpha_pattern {pattern[:80]!r} is no regular expression: {error}") from None

@@ -20,6 +20,16 @@ def destination(folder: Path, name: str, fmt: str) -> Path:
     return folder / (name + FORMATS[fmt].ending)
 
 
+def occupied(folder: Path, name: str, fmt: str) -> list[Path]:
+    """What is there already of all that `save` may write for one format, side files too."""
+    path = destination(folder, name, fmt)
+    mine = [path]
+    if FORMATS[fmt].write_side_files is not None:
+        mine += [path.with_suffix(".json"), path.with_suffix(".png")]
+    mine += [embeddings.bundle(path), embeddings.folder(folder / f"{name}.safetensors")]
+    return [file for file in mine if file.exists() or file.is_symlink()]
+
+
 def save(
     weights: AdapterWeights,
     folder: Path,

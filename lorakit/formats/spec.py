@@ -76,6 +76,21 @@ class FormatSpec:
     write_side_files: WriteSideFiles | None = None
 
 
+# What lorakit reads out of other programs' files and only kohya's format has a place for.
+_KOHYA_ONLY = {
+    "bias": "changes of biases",
+    "full difference": "full differences",
+    "norm": "changes of norms",
+    **{method: method for method in ("GLoRA", "IA3", "OFT")},
+}
+
+
+def kohya_only(method: str, fmt: str) -> str | None:
+    """Why the format `fmt`, which is not kohya's, cannot carry what some other programs write, or None."""
+    what = _KOHYA_ONLY.get(method)
+    return f"the {fmt} format cannot carry {what}: export it as kohya, or merge it into a base" if what else None
+
+
 def of_file(path: Path, names: Iterable[str]) -> FormatSpec:
     """The format of an adapter file or folder, from its tensors' names.
 

@@ -81,3 +81,20 @@ def test_merge_and_extract(toy: Path, tiny_sd1: Path, tiny_sdxl: Path, tmp_path:
     assert "toy.safetensors was made for sd1 and" in capsys.readouterr().err
     assert run("extract", tuned, "--base", tiny_sdxl, "--rank", 4) == 1
     assert "nothing to compare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fmt", ["kohya", "peft"])
+@pytest.mark.parametrize("command", [["resize", "--rank", 2], ["combine", "--name", "toy-resized"], ["export"]])
+def test_nothing_is_written_over_without_force(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fmt: str, command: list[object]
+) -> None:
+    arguments = [command[0], toy, *command[1:], "--to", fmt, "--output", tmp_path / "out"]
+    assert run(*arguments) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert run(*arguments) == 1
+    assert "exists already: name another folder with --output, or give --force" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert run(*arguments, "--force") == 0
+    if fmt == "kohya":  # a lone side file of another adapter is as precious
+        next(path for path in before if path.suffix == ".safetensors").unlink()
+        assert run(*arguments) == 1

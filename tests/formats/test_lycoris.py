@@ -80,7 +80,7 @@ BROKEN = {
         {"lokr_w1": (4, 4), "lokr_w2_a": (2, 8), "lokr_w2_b": (2, 6), "lokr_t2": (3, 3, 3, 3)},
         "do not fit together",
     ),
-    "with a magnitude": ({"lokr_w1": (4, 4), "lokr_w2": (8, 6), "dora_scale": (1, 24)}, "lokr with a DoRA magnitude"),
+    "with a magnitude": ({"lokr_w1": (4, 4), "lokr_w2": (8, 6), "dora_scale": (1, 5)}, "magnitude of .* does not fit"),
 }
 
 

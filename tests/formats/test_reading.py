@@ -85,6 +85,34 @@ def test_alpha_patterns(tmp_path, weights):
     assert found.layers[f"{UNET}to_q"].alpha == 12 and found.layers[f"{UNET}to_out.0"].alpha == 4
 
 
+@pytest.mark.parametrize(
+    ("pattern", "alpha"),
+    [("attn1.to_q", 12), ("tn1.to_q", 4), (r"attn\d\.to_q", 12), (r"^down_blocks\.0.*to_q", 12), ("to_v|to_q", 12)],
+)
+def test_alpha_patterns_are_those_of_peft(tmp_path, weights, pattern, alpha):
+    from peft.utils.other import get_pattern_key
+
+    told = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 12}}
+    path = stored(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(told)})
+    name = f"{UNET}to_q".removeprefix("unet.")
+    assert read(path).layers[f"{UNET}to_q"].alpha == alpha == (12 if get_pattern_key([pattern], name) == pattern else 4)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("([a-z0-9_.]+)+X", "could take for ever"),
+        (".*.*.*.*.*X", "could take for ever"),
+        ("(", "no regular expression"),
+    ],
+)
+def test_a_pattern_without_a_bound_is_not_run(tmp_path, weights, pattern, message):
+    told = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 8}}
+    path = stored(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(told)})
+    with pytest.raises(LorakitError, match=message):
+        read(path)
+
+
 def test_rank_stabilised_peft_folder(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sd1", rank=16, alpha=16)
     peft.write(weights, tmp_path / "p", dtype="fp32", metadata={})
@@ -122,6 +150,7 @@ def test_sgm_names_at_another_depth_are_read_back(tmp_path):
 
 DOWN, UP = f"{STEM}.lora_down.weight", f"{STEM}.lora_up.weight"
 GOOD = {DOWN: torch.ones(4, 8), UP: torch.ones(8, 4)}
+UP1 = torch.ones(1)
 REFUSED = {
     "1 names are of no layer of Stable Diffusion, e.g. lora_unet_flux_blocks_0": {
         **GOOD,
@@ -130,15 +159,13 @@ REFUSED = {
     f"{STEM} has no up factor": {DOWN: torch.ones(4, 8)},
     f"the factors of {STEM} do not fit together": {DOWN: torch.ones(4, 8), UP: torch.ones(8, 3)},
     f"the alpha of {STEM} is not one number": {**GOOD, f"{STEM}.alpha": torch.ones(2)},
-    f"{STEM} is DoRA per output row": {**GOOD, f"{STEM}.dora_scale": torch.ones(8, 1)},
+    f"the DoRA magnitude of {STEM} does not fit": {**GOOD, f"{STEM}.dora_scale": torch.ones(7, 1)},
+    f"1 tensors are of no method that lorakit reads, e.g. {STEM}.lora_extra": {**GOOD, f"{STEM}.lora_extra": UP1},
+    f"{STEM}.lora_up.weight holds NaN or infinity": {DOWN: GOOD[DOWN], UP: GOOD[UP] * float("nan")},
+    f"{STEM}.alpha holds NaN or infinity": {**GOOD, f"{STEM}.alpha": torch.tensor(float("inf"))},
     "is there twice, the second time as lora_unet_middle_block_1_proj_in": {
         **GOOD,
         "lora_unet_middle_block_1_proj_in.lora_down.weight": torch.ones(4, 8),
-    },
-    "is PEFT's DoRA, per output row": {
-        "unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(4, 8),
-        "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(8, 4),
-        "unet.mid_block.attentions.0.proj_in.lora_magnitude_vector": torch.ones(8),
     },
 }
 

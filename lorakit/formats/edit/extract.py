@@ -6,32 +6,93 @@ All arithmetic is in float32.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, LoraLayer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer
 from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import ldm
 from lorakit.formats import files, keys
-from lorakit.formats.edit.resize_combine import resize
+from lorakit.formats.edit.resize_combine import full_rank, resize
 
 
 def merged(weight: torch.Tensor, layer: AnyLayer, strength: float = 1.0) -> torch.Tensor:
     """A layer's weight with its adapter inside, in float32: W + strength * (W' - W).
 
-    W' is W + delta W, for DoRA magnitude * V / ||V|| with V = W + delta W and the norm of each input column.
+    W' is W + delta W, for DoRA magnitude * V / ||V|| with V = W + delta W and the norm of each input column, or of each
+    output row where there is a magnitude for each.
+
+    Raises:
+        RuntimeError: the layer is for a weight of another shape.
     """
     plain = weight.float()
+    if isinstance(layer, ForeignLayer):
+        return plain + layer.change(plain, layer, strength)
+    if layer.size != (len(plain), plain[0].numel()):
+        raise RuntimeError("another shape")
     adapted = plain + layer.delta().reshape(plain.shape)
     if layer.magnitude is not None:
-        norms = adapted.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *(1 for _ in plain.shape[2:]))
-        adapted = adapted * (layer.magnitude.float() / norms.clamp_min(torch.finfo(torch.float32).tiny))
+        scales = layer.magnitude.float()
+        axis = int(scales.shape[0] == 1)
+        norms = adapted.transpose(0, axis).flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        shape = (-1, 1) if axis == 0 else (1, -1)
+        factors = (scales.flatten() / norms).reshape(*shape, *(1 for _ in plain.shape[2:]))
+        adapted = adapted * factors
     return plain + strength * (adapted - plain)
+
+
+class Merger:
+    """Puts an adapter's layers into weights that come by one at a time; `only`: those of one component."""
+
+    def __init__(self, weights: AdapterWeights, strength: float, only: str = ""):
+        def chosen(name: str) -> bool:
+            return not only or keys.component(name) == only
+
+        self.strength = strength
+        self.layers = {name: layer for name, layer in weights.layers.items() if chosen(name)}
+        self.biases = {name: bias for name, bias in weights.biases.items() if chosen(name)}
+
+    def name(self, component: str, tensor: str) -> str | None:
+        """The canonical name of an adapted layer whose weight or bias is called so, or None."""
+        stem, _, kind = tensor.rpartition(".")
+        name = canonical(component, stem)
+        adapted = (kind == "weight" and name in self.layers) or (kind == "bias" and name in self.biases)
+        return name if adapted else None
+
+    def require(self, parts: Mapping[str, Iterable[str]]) -> None:
+        """Raise LorakitError where a layer of the adapter is not among the tensors of the base."""
+        there = {canonical(part, tensor) for part, tensors in parts.items() for tensor in tensors}
+        wanted = {f"{name}.weight" for name in self.layers} | {f"{name}.bias" for name in self.biases}
+        if missing := wanted - there:
+            name = min(missing).removesuffix(".weight")
+            raise LorakitError(f"the base has no layer {name}; the adapter is for another base")
+
+    def __call__(self, component: str, tensor: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with its adapter inside, in its own dtype; others as they are.
+
+        Raises:
+            LorakitError: another shape, or a number that is not finite, of the base or of the two together.
+        """
+        name = self.name(component, tensor)
+        if name is None:
+            return weight
+        try:
+            if tensor.endswith(".bias"):
+                adapted = weight.float() + self.strength * self.biases[name].reshape(weight.shape)
+            else:
+                adapted = merged(weight, self.layers[name], self.strength)
+        except RuntimeError:
+            raise LorakitError(f"{name} has another shape in the base; the adapter is for another base") from None
+        if not bool(torch.isfinite(weight.float()).all()):
+            raise LorakitError(f"{component}.{tensor} of the base holds NaN or infinity: the base is damaged")
+        if not bool(torch.isfinite(adapted.to(weight.dtype).float()).all()):
+            raise LorakitError(f"{name} would hold NaN or infinity in {weight.dtype} at strength {self.strength:g}")
+        return adapted.to(weight.dtype)
 
 
 def merge(weights: AdapterWeights, base: Path, output: Path, strength: float = 1.0) -> Path:
@@ -50,9 +111,9 @@ def merge(weights: AdapterWeights, base: Path, output: Path, strength: float = 1
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         shutil.copytree(base, temporary, ignore=shutil.ignore_patterns("*.bin", "*.ckpt", "*.msgpack", ".*"))
-        for part in {keys.component(name) for name in weights.layers}:
-            layers = {name: layer for name, layer in weights.layers.items() if keys.component(name) == part}
-            _merge_component(temporary / keys.to_diffusers_name(part, weights.family), part, layers, strength)
+        for part in {keys.component(name) for name in (*weights.layers, *weights.biases)}:
+            folder = temporary / keys.to_diffusers_name(part, weights.family)
+            _merge_component(folder, part, Merger(weights, strength, only=part))
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -81,23 +142,12 @@ def extract(
                 )
             difference = after[name].float() - before[name].float()
             if bool(difference.any()):
-                layers[name] = _exact(difference)
+                layers[name] = full_rank(difference)
     if not layers:
         raise LorakitError(
             f"{Path(tuned).name} does not differ from {Path(base).name} in any layer that an adapter holds"
         )
     return resize(AdapterWeights(family, "lora", layers), rank=rank, energy=energy)
-
-
-def _exact(difference: torch.Tensor) -> LoraLayer:
-    """A layer of full rank whose delta W is `difference`: one factor is the identity."""
-    outputs, inputs = difference.shape[0], difference[0].numel()
-    kernel = difference.shape[2:]
-    if outputs <= inputs:
-        up = torch.eye(outputs).reshape(outputs, outputs, *(1 for _ in kernel))
-        return LoraLayer(difference, up, float(outputs))
-    up = difference.reshape(outputs, inputs, *(1 for _ in kernel))
-    return LoraLayer(torch.eye(inputs).reshape(inputs, *difference.shape[1:]), up, float(inputs))
 
 
 def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:
@@ -121,19 +171,11 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def _merge_component(folder: Path, part: str, layers: Mapping[str, AnyLayer], strength: float) -> None:
+def _merge_component(folder: Path, part: str, merger: Merger) -> None:
     """Merge one component's layers into every safetensors file of its folder that has them (variants, shards)."""
-    missing = set(layers)
-    for path in sorted(folder.glob("*.safetensors")):
+    paths = sorted(folder.glob("*.safetensors"))
+    merger.require({part: [name for path in paths for name in safetensors_header.read(path).tensors]})
+    for path in paths:
         head = safetensors_header.read(path)
-        tensors = load_file(path)
-        names = {canonical(part, key.removesuffix(".weight")): key for key in tensors}
-        for name in layers.keys() & names.keys():
-            tensor, layer = tensors[names[name]], layers[name]
-            if (len(tensor), tensor[0].numel()) != layer.size:
-                raise LorakitError(f"{name} has another shape in the base; the adapter is for another base")
-            tensors[names[name]] = merged(tensor, layer, strength).to(tensor.dtype)
-        missing -= names.keys()
+        tensors = {name: merger(part, name, tensor) for name, tensor in load_file(path).items()}
         files.write_bytes(path, save(tensors, head.metadata))
-    if missing:
-        raise LorakitError(f"the base has no layer {min(missing)}; the adapter is for another base")

@@ -22,6 +22,7 @@ from lorakit.families import ldm
 from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
 from lorakit.formats import files
 from lorakit.formats.edit import extract
+from lorakit.formats.edit.extract import Merger
 
 # Of a base's metadata, what is not true of the merged one.
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
@@ -64,7 +65,7 @@ def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1
     room = next(parent for parent in output.absolute().parents if parent.is_dir())
     own = [base.path] if base.path.is_file() else base.path.rglob("*.safetensors")
     files.require_space(room, sum(file.stat().st_size for file in own))
-    merger = _Merger(weights, strength)
+    merger = Merger(weights, strength)
     if base.slots is None:
         return _folder_to_file(base, output, merger)
     merger.require(base.slots)
@@ -74,36 +75,8 @@ def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1
     return _file_to_folder(header, base, base.slots, output, merger)
 
 
-class _Merger:
-    """Puts an adapter's layers into weights that come by one at a time."""
-
-    def __init__(self, weights: AdapterWeights, strength: float):
-        self.layers, self.strength = weights.layers, strength
-
-    def name(self, component: str, tensor: str) -> str | None:
-        """The canonical name of an adapted layer whose weight is called so, or None."""
-        name = canonical(component, tensor.removesuffix(".weight"))
-        return name if tensor.endswith(".weight") and name in self.layers else None
-
-    def require(self, parts: Mapping[str, Iterable[str]]) -> None:
-        """Raise LorakitError where a layer of the adapter is not among the tensors of the base."""
-        there = {self.name(part, tensor) for part, tensors in parts.items() for tensor in tensors}
-        if missing := self.layers.keys() - there:
-            raise LorakitError(f"the base has no layer {min(missing)}; the adapter is for another base")
-
-    def __call__(self, component: str, tensor: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with its adapter inside, in its own dtype; others as they are."""
-        name = self.name(component, tensor)
-        if name is None:
-            return weight
-        try:
-            return extract.merged(weight, self.layers[name], self.strength).to(weight.dtype)
-        except RuntimeError:
-            raise LorakitError(f"{name} has another shape in the base; the adapter is for another base") from None
-
-
 def _file_to_file(
-    header: safetensors_header.Header, parts: Mapping[str, Mapping[str, ldm.Slot]], output: Path, merger: _Merger
+    header: safetensors_header.Header, parts: Mapping[str, Mapping[str, ldm.Slot]], output: Path, merger: Merger
 ) -> Path:
     """Tensor by tensor, in the file's order, so that a model of any size takes the memory of one tensor."""
     inside: dict[str, list[tuple[str, str, ldm.Slot]]] = {}
@@ -125,7 +98,7 @@ def _file_to_file(
     return output
 
 
-def _folder_to_file(base: Base, output: Path, merger: _Merger) -> Path:
+def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
     if base.family not in ldm.PREFIXES:
         raise LorakitError(f"{base.path.name} cannot be written as one file: --output must be a new folder")
     sources = {part: list(_headers(base.path / part)) for part in ldm.PREFIXES[base.family]}
@@ -179,7 +152,7 @@ def _file_to_folder(
     base: Base,
     parts: Mapping[str, Mapping[str, ldm.Slot]],
     output: Path,
-    merger: _Merger,
+    merger: Merger,
 ) -> Path:
     names = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
     tokenizers = {name: base.tokenizer(name) for name in names}
@@ -217,7 +190,7 @@ def _headers(folder: Path) -> Iterator[safetensors_header.Header]:
 
 
 def _loaded(
-    part: str, heads: Iterable[safetensors_header.Header], merger: _Merger
+    part: str, heads: Iterable[safetensors_header.Header], merger: Merger
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for head in heads:
         for name, tensor in safetensors_header.tensors(head, head.tensors):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, LohaLayer, LokrLayer, LoraLayer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LohaLayer, LokrLayer, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import keys
 
@@ -34,22 +34,31 @@ def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | 
         raise LorakitError(f"resize: rank = {rank}: must be 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise LorakitError(f"resize: energy = {energy:g}: must be above 0 and at most 1")
-    layers: dict[str, AnyLayer] = {n: _resized(layer, rank, energy) for n, layer in plain(weights).items()}
+    layers: dict[str, AnyLayer] = {
+        name: layer if isinstance(layer, ForeignLayer) else _resized(layer, rank, energy)
+        for name, layer in plain(weights).items()
+    }
     kinds = {layer.method for layer in layers.values() if not layer.is_plain}
     return replace(weights, method=min(kinds, default="lora"), layers=layers)
 
 
-def plain(weights: AdapterWeights) -> dict[str, LoraLayer]:
+def plain(weights: AdapterWeights) -> dict[str, LoraLayer | ForeignLayer]:
     """Every layer as LoRA with the same delta W, of whatever rank that takes: rank * rank for LoHa, and for LoKr the
-    product of the ranks of w1 and w2."""
+    product of the ranks of w1 and w2. The change of a vector, as a norm has, stays as it is.
+
+    Raises:
+        LorakitError: a layer whose change depends on the base.
+    """
     return {
         name: layer if isinstance(layer, LoraLayer) else _as_lora(layer, keys.kernel(name, weights.family))
         for name, layer in weights.layers.items()
     }
 
 
-def _as_lora(layer: LohaLayer | LokrLayer, kernel: tuple[int, ...]) -> LoraLayer:
+def _as_lora(layer: LohaLayer | LokrLayer | ForeignLayer, kernel: tuple[int, ...]) -> LoraLayer | ForeignLayer:
     """(A B) * (C D) has the columns a_i * c_j and the rows b_i * d_j; kron(A B, C D) = kron(A, C) kron(B, D)."""
+    if isinstance(layer, ForeignLayer):
+        return layer if layer.delta().ndim == 1 else full_rank(layer.delta())
     if isinstance(layer, LohaLayer):
         up = (layer.w1_a[:, :, None] * layer.w2_a[:, None, :]).flatten(1)
         down = (layer.w1_b[:, None, :] * layer.w2_b[None, :, :]).flatten(0, 1)
@@ -58,7 +67,18 @@ def _as_lora(layer: LohaLayer | LokrLayer, kernel: tuple[int, ...]) -> LoraLayer
         up, down = torch.kron(a, c), torch.kron(b, d)
     rank = len(down)
     columns = down.reshape(rank, down.shape[1] // math.prod(kernel), *kernel)
-    return LoraLayer(columns, up.reshape(*up.shape, *(1 for _ in kernel)), layer.scale * rank)
+    return LoraLayer(columns, up.reshape(*up.shape, *(1 for _ in kernel)), layer.scale * rank, layer.magnitude)
+
+
+def full_rank(difference: torch.Tensor) -> LoraLayer:
+    """A layer of full rank whose delta W is `difference`: one factor is the identity."""
+    outputs, inputs = difference.shape[0], difference[0].numel()
+    kernel = difference.shape[2:]
+    if outputs <= inputs:
+        up = torch.eye(outputs).reshape(outputs, outputs, *(1 for _ in kernel))
+        return LoraLayer(difference, up, float(outputs))
+    up = difference.reshape(outputs, inputs, *(1 for _ in kernel))
+    return LoraLayer(torch.eye(inputs).reshape(inputs, *difference.shape[1:]), up, float(inputs))
 
 
 def _pair(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,15 +124,24 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
     if any(layer.magnitude is not None for weights, _ in parts for layer in weights.layers.values()):
         raise LorakitError("combine: DoRA adapters do not add up; merge them into a base one after the other")
     collected: dict[str, list[LoraLayer]] = {}
+    biases: dict[str, torch.Tensor] = {}
+    stacked: dict[str, AnyLayer] = {}
     for weights, strength in parts:
+        for name, bias in weights.biases.items():
+            biases[name] = biases.get(name, 0) + strength * bias
         for name, layer in plain(weights).items():
+            if isinstance(layer, ForeignLayer):  # of a vector
+                before = stacked.get(name)
+                total = strength * layer.delta() + (0 if before is None else before.delta())
+                stacked[name] = replace(layer, parts=dict.fromkeys(layer.parts, total))
+                continue
             scaled = replace(layer, up=layer.up.float() * (layer.scale * strength), alpha=float(layer.rank))
             collected.setdefault(name, []).append(scaled)
-    stacked: dict[str, AnyLayer] = {name: _stacked(name, layers) for name, layers in collected.items()}
+    stacked |= {name: _stacked(name, layers) for name, layers in collected.items()}
     words = [(word, vectors) for weights, _ in parts for word, vectors in weights.embeddings.items()]
     if len({word for word, _ in words}) < len(words):
         raise LorakitError(f"combine: several adapters have an embedding of their own for {words[0][0]!r}")
-    return AdapterWeights(families[0], "lora", stacked, embeddings=dict(words))
+    return AdapterWeights(families[0], "lora", stacked, embeddings=dict(words), biases=biases)
 
 
 def _stacked(name: str, layers: list[LoraLayer]) -> LoraLayer:

@@ -1,0 +1,116 @@
+"""Methods that lorakit reads and does not train: the weight after a merge is that of the program that defines them."""
+
+import pytest
+import torch
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.full import FullModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from safetensors.torch import load_file, save_file
+
+from lorakit.core.errors import LorakitError
+from lorakit.formats import diffusers, kohya, peft, read
+from lorakit.formats.edit.extract import Merger
+from lorakit.formats.edit.resize_combine import combine, resize
+
+CONV = "lora_unet_mid_block_resnets_0_conv1", "unet.mid_block.resnets.0.conv1"
+LINEAR = (
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+)
+NORM = "lora_unet_mid_block_resnets_0_norm1", "unet.mid_block.resnets.0.norm1"
+ROWS, COLUMNS = ({"weight_decompose": True, "wd_on_out": rows} for rows in (True, False))
+MODULES = {
+    "IA3": (IA3Module, {}),
+    "IA3 on input": (IA3Module, {"train_on_input": True}),
+    "OFT": (DiagOFTModule, {}),
+    "OFT with a constraint": (DiagOFTModule, {"constraint": 0.01}),
+    "OFT rescaled": (DiagOFTModule, {"rescaled": True}),
+    "BOFT": (ButterflyOFTModule, {}),
+    "GLoRA": (GLoRAModule, {}),
+    "GLoRA tucker": (GLoRAModule, {"use_tucker": True}),
+    "LoRA rows": (LoConModule, ROWS),
+    "LoHa rows": (LohaModule, ROWS),
+    "LoKr rows": (LokrModule, ROWS),
+    "LoHa columns": (LohaModule, COLUMNS),
+}
+
+
+def theirs(kind: str, layer: torch.nn.Module, stem: str) -> torch.nn.Module:
+    cls, options = MODULES[kind]
+    module = cls(stem, layer, lora_dim=4, alpha=options.get("alpha", 2.0), **options)
+    draw = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return module
+
+
+def stored(folder, stem, tensors):
+    path = folder / "theirs.safetensors"
+    save_file({f"{stem}.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_merged_weight_is_that_of_the_package(tmp_path, kind, conv):
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(24, 32, 3, padding=1) if conv else torch.nn.Linear(24, 32)
+    stem, name = CONV if conv else LINEAR
+    module = theirs(kind, layer, stem)
+    path = stored(tmp_path, stem, module.state_dict())
+    weights = read(path)
+    x = torch.randn(2, 24, 5, 5) if conv else torch.randn(2, 24)
+    with torch.no_grad():
+        expected = module(x)
+        layer.weight.copy_(Merger(weights, 1.0)("unet", f"{name.removeprefix('unet.')}.weight", layer.weight))
+        assert torch.allclose(layer(x), expected, atol=2e-5)
+    (copy,) = kohya.write(weights, tmp_path / "ours.safetensors", dtype="fp32", metadata={})
+    before, after = load_file(path), load_file(copy)
+    assert after.keys() >= {key for key in before if not key.endswith(".alpha")}
+    for key in before.keys() & after.keys() - {f"{stem}.alpha"}:
+        assert torch.equal(after[key].float().flatten(), before[key].float().flatten()), key
+    if kind[:3] in ("IA3", "OFT", "BOF", "GLo"):
+        for writer in diffusers, peft:
+            with pytest.raises(LorakitError, match="format cannot carry"):
+                writer.tensors(weights, "fp16")
+        with pytest.raises(LorakitError, match="computed from the weights of a base"):
+            resize(weights, rank=1)
+    elif "LoRA" in kind:
+        assert torch.allclose(resize(weights, energy=1).layers[name].delta(), weights.layers[name].delta(), atol=1e-5)
+
+
+def test_biases_beside_lora_are_carried_by_every_command(tmp_path):
+    """As ComfyUI's nodes write them."""
+    draw = torch.Generator().manual_seed(1)
+    down, up = torch.randn(4, 24, generator=draw), torch.randn(32, 4, generator=draw)
+    bias = torch.randn(32, generator=draw)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "diff_b": bias}
+    weights = read(stored(tmp_path, LINEAR[0], tensors))
+    path = LINEAR[1].removeprefix("unet.")
+    merger = Merger(weights, 0.5)
+    assert torch.allclose(merger("unet", f"{path}.bias", torch.ones(32)), 1 + 0.5 * bias)
+    assert torch.allclose(merger("unet", f"{path}.weight", torch.ones(32, 24)), 1 + 0.5 * up @ down, atol=1e-5)
+    assert torch.equal(kohya.tensors(resize(weights, rank=2), "fp32")[f"{LINEAR[0]}.diff_b"], bias)
+    both = combine([(weights, 1.0), (weights, 0.5)])
+    assert torch.allclose(kohya.tensors(both, "fp32")[f"{LINEAR[0]}.diff_b"], 1.5 * bias)
+    with pytest.raises(LorakitError, match="cannot carry changes of biases"):
+        diffusers.tensors(weights, "fp16")
+
+
+def test_full_differences_are_read(tmp_path):
+    layer = torch.nn.Linear(24, 32)
+    draw = torch.Generator().manual_seed(2)
+    weights = read(stored(tmp_path, LINEAR[0], {"diff": torch.randn(32, 24, generator=draw), "diff_b": torch.ones(32)}))
+    delta = weights.layers[LINEAR[1]].delta()
+    module = FullModule("x", layer)
+    module.load_state_dict({"diff": delta, "diff_b": torch.ones(32)})
+    merged = Merger(weights, 1.0)("unet", f"{LINEAR[1].removeprefix('unet.')}.weight", layer.weight.detach())
+    assert torch.allclose(merged, module.make_weight()[0] if isinstance(module.make_weight(), tuple) else merged)
+    assert torch.allclose(merged, layer.weight + delta)
+    assert torch.allclose(resize(weights, energy=1).layers[LINEAR[1]].delta(), delta, atol=1e-4)
