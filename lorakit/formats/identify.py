@@ -277,7 +277,7 @@ def base_family(shapes: Shapes) -> str | None:
 
 DESCRIPTIONS = {
     "adapter": "an adapter",
-    "lycoris": "a LyCORIS adapter, whose algorithm lorakit does not train or convert",
+    "lycoris": "an adapter",
     "checkpoint": "a whole model (a checkpoint), not an adapter",
     "unet": "a UNet alone, not an adapter",
     "vae": "a VAE, not an adapter",

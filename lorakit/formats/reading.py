@@ -109,8 +109,6 @@ def _weights(
     _require_finite(path, tensors)
     if strange:
         raise LorakitError(f"{path}: {len(strange)} names are of no layer of Stable Diffusion, e.g. {strange[0]}")
-    if parts := [name for module in modules.values() for name in module.strange_parts]:
-        raise LorakitError(f"{path}: {len(parts)} tensors are of no method that lorakit reads, e.g. {parts[0]}")
     family, _ = identify.adapter_family(modules, shapes, metadata)
     layers, biases = dict[str, AnyLayer](), dict[str, torch.Tensor]()
     for module in modules.values():
@@ -122,6 +120,8 @@ def _weights(
             biases[name] = tensors[module.parts[part]].float()
         if module.method != "bias" and not _has_rank_0(module, shapes):
             layers[name] = _layer(path, module, tensors, scaling)
+    if parts := [name for module in modules.values() for name in module.strange_parts]:
+        raise LorakitError(f"{path}: {len(parts)} tensors are of no method that lorakit reads, e.g. {parts[0]}")
     special = {layer.method for layer in layers.values() if not layer.is_plain}
     method = metadata.get("lorakit.method") or (min(special) if special else "lora")
     if (

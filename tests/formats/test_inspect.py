@@ -194,11 +194,11 @@ def test_what_is_not_an_adapter_is_named(tmp_path, description):
 
 def test_lycoris_is_named(tmp_path):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
-    save_file({f"{stem}.oft_blocks": torch.zeros(4, 2), f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    blocks = {f"{stem}.oft_blocks": torch.zeros(4, 2, 2), f"{stem}.alpha": torch.tensor(0.0)}
+    save_file(blocks, tmp_path / "x.safetensors")
     report = inspect(tmp_path / "x.safetensors")
-    assert (report.kind, report.method) == ("lycoris", "OFT")
-    with pytest.raises(LorakitError, match="LyCORIS adapter, whose algorithm lorakit does not train or convert"):
-        read(tmp_path / "x.safetensors")
+    assert (report.kind, report.method) == ("adapter", "OFT")
+    assert read(tmp_path / "x.safetensors").layers["unet.mid_block.attentions.0.proj_in"].method == "OFT"
 
 
 def test_base_folders_are_described(tiny_sd1, tiny_sdxl):

@@ -65,7 +65,7 @@ MUTATIONS = {
     "one module renamed to nothing": (rename("attn2_to_k", "attn2_to_kk"), "of no layer of Stable Diffusion"),
     "one module renamed to another": (rename("attn2_to_k", "attn2_to_v"), "attn2.to_k: announced, but not in the file"),
     "one alpha missing": (removed(f"{STEM}.alpha"), f"{STEM}.alpha: missing"),
-    "one alpha not a number": (replaced(f"{STEM}.alpha", lambda t: t * math.nan), "attn2.to_k: delta W is off by nan"),
+    "one alpha not a number": (replaced(f"{STEM}.alpha", lambda t: t * math.nan), "attn2_to_k.alpha holds NaN"),
     "one alpha doubled": (replaced(f"{STEM}.alpha", lambda t: t * 2), "attn2.to_k: delta W is off by 100 %"),
     "down transposed": (replaced(f"{STEM}.lora_down.weight", torch.t), "do not fit together"),
     "up transposed": (replaced(f"{STEM}.lora_up.weight", torch.t), "do not fit together"),
@@ -77,7 +77,7 @@ MUTATIONS = {
     "text_model dropped": (rename("te_text_model_", "te_"), "self_attn_q_proj.lora_down.weight: missing"),
     "text encoder dropped": (removed("lora_te_"), "mlp.fc1: announced, but not in the file"),
     "a layer is zero": (zeroed(STEM), "attn2.to_k: zero: it has no effect"),
-    "not finite": (replaced(f"{STEM}.lora_up.weight", lambda t: t * math.nan), "attn2.to_k: not finite"),
+    "not finite": (replaced(f"{STEM}.lora_up.weight", lambda t: t * math.nan), "lora_up.weight holds NaN"),
     "one number off": (replaced(f"{STEM}.lora_up.weight", lambda t: t * 1.01), "attn2.to_k: delta W is off by 1 %"),
 }
 
