@@ -14,6 +14,7 @@ from lorakit.core import registry, safetensors_header
 from lorakit.core.layer_names import canonical
 from lorakit.core.registry import FORMATS
 from lorakit.formats import keys, metadata as meta
+from lorakit.formats.facts import models
 from lorakit.formats.spec import Spelling
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -67,6 +68,8 @@ _DOTTED_PARTS = (
     r"lora_(?:down|up|mid)\.weight|lora_[AB]\.weight|alpha|dora_scale|diff|diff_b|[wb]_norm|oft_blocks|rescale"
     r"|(?:hada|lokr)_\w+|[ab][12m]\.weight"
 )
+_SEVERAL = re.compile(r"transformer_blocks[._][1-9]|^lora_unet_(?:input|middle|output)_block")
+_SHALLOW = re.compile(r"input_blocks[._][12][._]1|down_blocks[._]0[._]attentions")  # attention that SDXL lacks
 # Text encoder of a ComfyUI checkpoint -> ours.
 _COMFY_TEXT = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 _OLD_UNET = re.compile(r"(unet\..+)\.processor\.to_(q|k|v|out)_lora")
@@ -206,6 +209,14 @@ def peft_parts(path: Path) -> dict[str, Path]:
     return {keys.canonical_part(name): folder for name, folder in folders.items() if (folder / PEFT_CONFIG).is_file()}
 
 
+def peft_component(shapes: Shapes) -> str:
+    """Which component a lone PEFT adapter belongs to: CLIP has `encoder.layers`, SDXL's second has 1280 channels."""
+    text = [shape for name, shape in shapes.items() if "encoder.layers." in name and name.endswith("lora_A.weight")]
+    if not text and not any("encoder.layers." in name for name in shapes):
+        return "unet"
+    return "text_encoder_2" if text and min(shape[-1] for shape in text) == 1280 else "text_encoder"
+
+
 def peft_names(part: str, names: Iterable[str]) -> dict[str, str]:
     """Tensor name in one component's file of a PEFT folder -> the same as in a file, with the component in front.
 
@@ -239,14 +250,38 @@ def layers_per_block(metadata: Mapping[str, str]) -> int:
     return int(count) if count.isdecimal() and int(count) > 0 else keys.DEFAULT_LAYERS_PER_BLOCK
 
 
+def other_model(shapes: Shapes, metadata: Mapping[str, str]) -> tuple[models.Model, str] | None:
+    """The model that an adapter is for and what tells so, where it is none with Stable Diffusion's UNet."""
+    if metadata.get("lorakit.family") in registry.versions():
+        return None
+    stems = {_ADAPTER_PART.sub("", name).removesuffix(".alpha") for name in shapes}
+    widths = {
+        size for name, shape in shapes.items() if len(shape) == 2 and _ADAPTER_PART.search(name) for size in shape
+    }
+    result = models.find(stems, widths, metadata)
+    tagged = meta.family(metadata)
+    if result is None or tagged is None or tagged == result[0].family:
+        return result
+    return result[0], f"{result[1]}; its metadata says {registry.version_of(tagged).title}, which is not so"
+
+
 def adapter_family(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, str]:
     """An adapter's family and its source: its metadata, its names, or the width of the text it attends to.
 
-    Where nothing tells, the first family's; the second value then says so.
+    Metadata of another program that contradicts names and widths is not believed. Where nothing tells, the first
+    family's; the second value then says so.
     """
-    family_tag = meta.family(metadata)
-    if family_tag:
-        return family_tag, "metadata"
+    tagged, evidence = meta.family(metadata), _evidence(by_stem, shapes)
+    if tagged and (evidence is None or evidence[0] == tagged or metadata.get("lorakit.family") == tagged):
+        return tagged, "metadata"
+    if evidence:
+        title = registry.version_of(tagged).title if tagged else ""
+        return evidence[0], evidence[1] + (f"; its metadata says {title}, which is not so" if title else "")
+    return next(iter(registry.versions())), "a guess: nothing in the file tells"
+
+
+def _evidence(by_stem: Mapping[str, Module], shapes: Shapes) -> tuple[str, str] | None:
+    """The family that names and widths tell, and how; None where they do not."""
     for module in by_stem.values():
         if family := keys.family_of_layer(module.canonical or ""):
             return family, "names"
@@ -259,7 +294,11 @@ def adapter_family(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapp
             width = inputs(module, shapes)
             if width in (dims := cross_dims()):
                 return dims[width], f"attends to text of width {width}"
-    return next(iter(registry.versions())), "a guess: nothing in the file tells"
+    # Of the UNets only SDXL's has several transformers in a row; sd-scripts uses sgm's names for SDXL alone.
+    deep = next((name for name, (_, version) in registry.versions().items() if version.kohya.sgm), None)
+    if deep and any(_SEVERAL.search(stem) for stem in by_stem) and not any(_SHALLOW.search(stem) for stem in by_stem):
+        return deep, "names"
+    return None
 
 
 def cross_dims() -> dict[int, str]:

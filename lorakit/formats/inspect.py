@@ -46,6 +46,7 @@ class Report:
     components: dict[str, Component] = dataclasses.field(default_factory=dict)
     readers: dict[str, Reading] = dataclasses.field(default_factory=dict)
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    model: str = ""
 
     def failures(self, targets: Iterable[str]) -> list[str]:
         """One line for each named program that does not read all of it rightly.
@@ -54,6 +55,8 @@ class Report:
             LorakitError: an unknown target, or the file is not an adapter.
         """
         consumers = compatibility.names(targets)
+        if consumers and self.model:
+            raise LorakitError(f"{self.name} is {self.description}: lorakit does not know which programs read such")
         if consumers and not self.readers:
             raise LorakitError(f"{self.name} is {self.description}: no program reads it as an adapter")
         return [f"{key}: {self.readers[key].line()}" for key in consumers if not self.readers[key].complete]
@@ -67,9 +70,10 @@ class Report:
 
     def to_text(self) -> str:
         """Everything, for a person."""
+        title = self.model or (registry.version_of(self.family).title if self.family else "")
         lines = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
         facts = {
-            "for": f"{registry.version_of(self.family).title} (told by {self.family_told_by})" if self.family else "",
+            "for": f"{title} (told by {self.family_told_by})" if title else "",
             "format": f"{self.format}, {self.dtype}" if self.format else "",
             "method": self.method,
             "trigger": self.trigger,
@@ -102,6 +106,8 @@ def inspect(path: Path) -> Report:
     kind = identify.kind(shapes)
     size = path.stat().st_size
     if kind in ("adapter", "lycoris") and all(name.startswith(identify.PEFT_PREFIX) for name in shapes):
+        if path.name == identify.PEFT_MODEL and (path.parent / identify.PEFT_CONFIG).is_file():
+            return _folder(path.parent)
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
     if kind not in ("adapter", "lycoris"):
         family, by, what = identify.base_family(shapes), "the width of the text it attends to", ""
@@ -129,6 +135,9 @@ def _folder(path: Path) -> Report:
     parts = identify.peft_parts(path)
     if parts:
         return _peft_folder(path, parts)
+    if (path / identify.PEFT_CONFIG).is_file():
+        shapes = safetensors_header.read(path / identify.PEFT_MODEL).shapes()
+        return _peft_folder(path, {identify.peft_component(shapes): path})
     if (path / "model_index.json").is_file():
         return _base_folder(path)
     files = sorted(path.glob("*.safetensors"))
@@ -150,7 +159,9 @@ def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
         metadata |= head.metadata
         for name, full_name in identify.peft_names(part, head.tensors).items():
             shapes[full_name] = head.tensors[name].shape
-        alphas[part] = float(config.get("lora_alpha", config.get("alpha", 0)))
+        alpha = config.get("lora_alpha", config.get("alpha"))
+        if isinstance(alpha, int | float):
+            alphas[part] = float(alpha)
     size = sum(head.path.stat().st_size for head in heads)
     return _adapter(path.name, "adapter", size, heads, shapes, alphas, metadata, folder=True)
 
@@ -196,6 +207,23 @@ def _adapter(
     folder: bool = False,
 ) -> Report:
     modules = identify.modules(shapes, identify.layers_per_block(metadata))
+    other = identify.other_model(shapes, metadata)
+    names = {name for module in modules.values() if module.canonical for name in module.parts.values()}
+    if other and (other[0].family is None or names != set(shapes)):
+        model, source = other
+        return Report(
+            name,
+            kind,
+            f"an adapter for {model.title}",
+            size,
+            model.family,
+            source,
+            method=" and ".join(_ordered(Counter(module.method for module in modules.values()))),
+            dtype=_dtype(heads),
+            trigger=metadata.get("modelspec.trigger_phrase", ""),
+            metadata=metadata,
+            model=model.title,
+        )
     if not modules:
         raise LorakitError(
             f"{name}: an adapter, but not for Stable Diffusion: its names are of no program known here, such as "

@@ -58,6 +58,8 @@ def _read_file(path: Path) -> AdapterWeights:
     if what != "adapter":
         raise LorakitError(f"{path}: this is {identify.DESCRIPTIONS[what]}")
     if all(name.startswith(identify.PEFT_PREFIX) for name in head.tensors):
+        if path.name == identify.PEFT_MODEL and (path.parent / identify.PEFT_CONFIG).is_file():
+            return _read_peft(path.parent, {_component(path): path.parent})
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
     try:
         adapter_config = json.loads(head.metadata.get("lora_adapter_metadata", "{}"))
@@ -88,10 +90,7 @@ def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
 
 
 def _component(path: Path) -> str:
-    """Which component a lone PEFT adapter belongs to: CLIP has `encoder.layers`, a UNet has not."""
-    return (
-        "text_encoder" if any("encoder.layers." in name for name in safetensors_header.read(path).tensors) else "unet"
-    )
+    return identify.peft_component(safetensors_header.read(path).shapes())
 
 
 def _weights(
@@ -102,11 +101,19 @@ def _weights(
     tokens: embeddings.Tokens | None = None,
 ) -> AdapterWeights:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    other = identify.other_model(shapes, metadata)
+    if other and other[0].family is None:
+        raise LorakitError(f"{path}: this is an adapter for {other[0].title}; lorakit has no base of that kind")
     modules = identify.modules(tensors, identify.layers_per_block(metadata))
     names = {name for module in modules.values() for name in module.parts.values()}
     strange = [name for name in tensors if name not in names]
     strange += [module.stem for module in modules.values() if module.canonical is None]
     _require_finite(path, tensors)
+    if strange and other:
+        raise LorakitError(
+            f"{path}: this is an adapter for {other[0].title} with another program's names, such as {strange[0]}; "
+            "lorakit reads those of diffusers only"
+        )
     if strange:
         raise LorakitError(f"{path}: {len(strange)} names are of no layer of Stable Diffusion, e.g. {strange[0]}")
     family, _ = identify.adapter_family(modules, shapes, metadata)

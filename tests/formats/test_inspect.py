@@ -259,9 +259,11 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path, kind):
 
 def test_a_part_of_a_peft_folder(tmp_path):
     folder = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["peft"], "fp16", {})["peft"]
+    assert inspect(folder / "unet" / "adapter_model.safetensors").components["unet"].modules == 2
+    alone = (folder / "unet" / "adapter_model.safetensors").rename(tmp_path / "alone.safetensors")
     for open_it in (inspect, read):
         with pytest.raises(LorakitError, match=r"this is one part of a PEFT folder: give the folder"):
-            open_it(folder / "unet" / "adapter_model.safetensors")
+            open_it(alone)
 
 
 def test_nothing_there(tmp_path):

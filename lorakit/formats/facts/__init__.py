@@ -1,0 +1,1 @@
+"""Facts of an adapter file that `inspect` reports."""

@@ -1,0 +1,150 @@
+"""Which model an adapter is for, where that is none with a UNet as Stable Diffusion has it; no torch.
+
+Names of layers decide, as they cannot lie. Where several models share them, metadata and widths choose among those.
+Sources of the names: each model's own code, diffusers, ComfyUI, sd-scripts, musubi-tuner, OneTrainer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+# What stands before a layer's path: kohya's, OneTrainer's, LyCORIS', ComfyUI's, diffusers' and PEFT's prefixes.
+_PREFIX = re.compile(
+    r"^(?:base_model\.model\.)?(?:lora_unet_|lora_transformer_|lycoris_|(?:model\.)?diffusion_model\.|transformer\."
+    r"|unet\.|net\.)?"
+)
+_TAGS = ("ss_base_model_version", "modelspec.architecture", "ss_network_module", "ss_sd_model_name", "lorakit.family")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model. All patterns are of layer paths with underscores for dots, without their prefix.
+
+    Attributes:
+        title: what people call it.
+        marks: layers that it alone has.
+        layers: layers that it shares with others.
+        tags: what metadata calls it.
+        widths: of its layers; they choose among models that share the names.
+        lacks: layers that exclude it.
+        family: lorakit's name, where it can be trained here.
+    """
+
+    title: str
+    marks: str
+    layers: str
+    tags: str
+    widths: tuple[int, ...] = ()
+    lacks: str = r"(?!)"
+    family: str | None = None
+
+
+_NEVER = r"(?!)"
+_FLUX_LAYERS = r"^(?:double|single)_blocks_\d|^single_transformer_blocks_\d|^transformer_blocks_\d+_(?:attn|ff)_"
+_JOINT = r"^transformer_blocks_\d+_(?:attn2?|ff|ff_context|norm1|norm1_context)_"
+_PIXART = r"^transformer_blocks_\d+_(?:attn[12]|ff)_"
+_NEXT_DIT = r"^layers_\d+_|^(?:noise|context)_refiner_\d"
+_LATE = r"(?:19|[2-9]\d)"  # blocks that FLUX.1 does not have
+MODELS = (
+    Model(
+        "Stable Cascade",
+        r"^lora_prior_|^prior_(?:unet|te)|^(?:down|up)_blocks_\d+_\d+_",
+        _NEVER,
+        r"cascade|wuerstchen",
+    ),
+    Model(
+        "Stable Diffusion 3",
+        r"^joint_blocks_\d|_x_block_|_context_block_|^transformer_blocks_\d+_(?:ff_context|norm1_context)|_attn2_to_out",
+        _JOINT,
+        r"sd3|stable-diffusion-(?:v?)3",
+        (1536, 2432),
+        r"^single_|^transformer_blocks_\d+_attn1_|_(?:img|txt)_(?:mlp|mod)_",
+        "sd3",
+    ),
+    Model("FLUX.1", r"^transformer_single_|_(?:img|txt)_mod_lin(?:_|$)", _FLUX_LAYERS, r"flux", (3072,)),
+    Model("FLUX.2", r"_attn_to_qkv_mlp_proj|_stream_modulation", _FLUX_LAYERS, r"flux-?_?\.?2", (6144,)),
+    Model("Chroma", r"^distilled_guidance_layer", _FLUX_LAYERS, r"chroma"),
+    Model(
+        "HunyuanVideo",
+        rf"token_refiner|_(?:img|txt)_mlp_fc[12]|_(?:img|txt)_mod_linear|_modulation_linear|^double_blocks_{_LATE}_"
+        r"|^single(?:_transformer)?_blocks_(?:38|39)_",
+        r"^(?:double|single)_blocks_\d|^single_transformer_blocks_\d",
+        r"hunyuan-?_?video",
+    ),
+    Model(
+        "Qwen-Image",
+        r"^transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)_|^transformer_blocks_[45]\d_attn_add_",
+        r"^transformer_blocks_\d+_attn_(?:to|add)_",
+        r"qwen",
+        (3072,),
+        r"^single_|_ff_context_",
+    ),
+    Model("AuraFlow", r"^joint_transformer_blocks_\d|^(?:double|single)_layers_\d", _NEVER, r"aura-?_?flow|pony-?_?v7"),
+    Model("HiDream", r"^(?:double|single)_stream_blocks_\d", _NEVER, r"hidream"),
+    Model(
+        "Z-Image",
+        r"^layers_(?:2[6-9])_|^layers_\d+_attention_to_|_adaLN_modulation_0_z$",
+        _NEXT_DIT,
+        r"z-?_?image",
+        (3840,),
+    ),
+    Model("Lumina Image 2", r"^layers_\d+_attn_to_", _NEXT_DIT, r"lumina", (2304,)),
+    Model(
+        "Wan",
+        r"^blocks_\d+_(?:self|cross)_attn_(?:[qkvo](?:_img)?$|norm)|^blocks_\d+_ffn_|^blocks_\d+_attn2_add_[kv]_proj"
+        r"|^vace_blocks_\d|^head_head$",
+        r"^blocks_\d+_attn[12]_to_",
+        r"wan(?:\b|_|\d|-)",
+        (1536, 3072, 5120),
+    ),
+    Model(
+        "HunyuanDiT",
+        r"^blocks_\d+_attn[12]_(?:Wqkv|q_proj|kv_proj)|^blocks_\d+_skip_linear|^blocks_\d+_default_modulation",
+        r"^blocks_\d+_(?:attn[12]_to_|mlp_fc|ff_net)",
+        r"hunyuan-?_?dit|hydit",
+        (1408,),
+    ),
+    Model("PixArt", r"^blocks_\d+_cross_attn_(?:q|kv)_linear|^caption_projection_linear", _PIXART, r"pixart", (1152,)),
+    Model("Sana", r"_ff_conv_(?:inverted|point)", _PIXART, r"sana", (2240,)),
+    Model("LTX-Video", r"^patchify_proj", _PIXART, r"ltx", (2048, 4096)),
+    Model("CogVideoX", r"^patch_embed_text_proj", r"^transformer_blocks_\d+_(?:attn1|ff)_", r"cogvideo", (1920,)),
+    Model("Mochi", r"^blocks_\d+_attn_(?:qkv|proj)_[xy]", _NEVER, r"mochi"),
+    Model("Cosmos or Anima", r"^blocks_\d+_(?:self|cross)_attn_(?:q_proj|output_proj)", _NEVER, r"cosmos|anima"),
+)
+
+
+def find(stems: Iterable[str], widths: Iterable[int], metadata: Mapping[str, str]) -> tuple[Model, str] | None:
+    """The model that an adapter is for, and what tells so; None where its layers are those of a UNet, or nobody's.
+
+    Args:
+        stems: what stands before the adapter's parts in the tensors' names.
+        widths: of the layers' inputs and outputs.
+    """
+    paths = [_PREFIX.sub("", stem).replace(".", "_") for stem in stems]
+    text = " ".join(metadata.get(key, "") for key in _TAGS).lower()
+    pool = _having(paths, "marks") or _having(paths, "layers")
+    tagged = [model for model in MODELS if re.search(model.tags, text)]
+    if not pool:
+        is_unet = any(
+            re.match(r"(?:down|up|input|output)_blocks_|mid_block|middle_block|lora_te|text_", p) for p in paths
+        )
+        return None if is_unet or not tagged else (tagged[0], "metadata")
+    if agreed := [model for model in pool if model in tagged]:
+        return agreed[0], "names of its layers and metadata"
+    contradiction = f"; its metadata says {tagged[0].title}, which is not so" if tagged else ""
+    sizes = set(widths)
+    fitting = [model for model in pool if sizes.intersection(model.widths)]
+    source = "names and widths of its layers" if fitting and len(pool) > 1 else "names of its layers"
+    return (fitting or pool)[0], source + contradiction
+
+
+def _having(paths: list[str], what: str) -> list[Model]:
+    """The models with such layers and none that excludes them."""
+    result = []
+    for model in MODELS:
+        pattern = re.compile(getattr(model, what))
+        if any(pattern.search(path) for path in paths) and not any(re.search(model.lacks, path) for path in paths):
+            result.append(model)
+    return result
