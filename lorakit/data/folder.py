@@ -9,10 +9,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import printable
+from lorakit.data import masks
+from lorakit.data.entries import Names, is_hidden, some_names, usable
 
 FORMATS = (
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "avif", "mpo", "heic", "heif", "gif",
@@ -21,8 +24,6 @@ CAPTIONS = (".txt", ".caption")
 METADATA = "metadata.jsonl"
 MASK = ".mask.png"
 TEXT_KEYS = ("text", "caption", "prompt")
-# Folders that operating systems create and do not show.
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
 # At most so many folders are searched for photos on deeper levels: the user's folder may be a whole disk.
 MAX_FOLDERS = 1000
 KOHYA = re.compile(r"\d+_.+")
@@ -71,17 +72,20 @@ def scan(folder: str | Path) -> Folder:
     other_files: Counter[str] = Counter()
     metadata: dict[str, tuple[str, str]] = {}
     try:
-        below = [entry for entry in _sort_by_name(path.iterdir()) if entry.is_dir() and not _is_hidden(entry)]
+        below = [entry for entry in usable(path, path, []) if entry.is_dir()]
         for level in (path, *below):
             _read_level(result, level, metadata, other_files)
-        deep_folders = _deep_folders(path, below)
+        mask_folders = _take_masks(result)
+        deep_folders = _deep_folders(path, [folder for folder in below if folder not in mask_folders])
     except OSError as error:
         raise LorakitError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+    deep_folders = {name: count for name, count in deep_folders.items() if path / name not in mask_folders}
     if not result.photos:
-        raise LorakitError(_no_photos_message(path, other_files, deep_folders))
+        refused = "".join(f"; {line}" for line in result.warnings)
+        raise LorakitError(_no_photos_message(path, other_files, deep_folders) + refused)
     absent = [name for name in metadata if name not in {photo.relative for photo in result.photos}]
     if absent:
-        result.warnings.append(f"{METADATA} names files that are not there: {_some_names(absent)}")
+        result.warnings.append(f"{METADATA} names files that are not there: {some_names(absent)}")
     if deep_folders:
         folders = ", ".join(f"{name}/ ({count})" for name, count in deep_folders.items())
         result.warnings.append(f"pictures more than one folder down are not read: {folders}")
@@ -105,7 +109,7 @@ def digest(photos: Iterable[Photo]) -> str:
                 total.update(hashlib.sha256(part.read_bytes() if part else b"").digest())
             except OSError as error:
                 raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
-        total.update(f"{photo.relative}\0{photo.caption}\0".encode())
+        total.update(f"{photo.relative}\0{photo.caption}\0".encode("utf-8", "surrogatepass"))
     return total.hexdigest()
 
 
@@ -123,55 +127,57 @@ def _require_folder(path: Path) -> None:
     raise LorakitError(f"{path} is a file; give a folder of photos")
 
 
-def _sort_by_name(entries: Iterable[Path]) -> list[Path]:
-    return sorted(entries, key=lambda entry: entry.name)
-
-
-def _is_hidden(entry: Path) -> bool:
-    return entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS
-
-
 def _kind(entry: Path) -> str:
     return entry.suffix[1:].lower()
 
 
 def _is_photo(entry: Path) -> bool:
     return (
-        _kind(entry) in FORMATS and not entry.name.lower().endswith(MASK) and not _is_hidden(entry) and entry.is_file()
+        _kind(entry) in FORMATS and not entry.name.lower().endswith(MASK) and not is_hidden(entry) and entry.is_file()
     )
 
 
 def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]], other_files: Counter[str]) -> None:
     """Add the photos directly in `level`, with captions and masks. Add the rows of metadata.jsonl to `metadata`."""
-    entries = [entry for entry in _sort_by_name(level.iterdir()) if not _is_hidden(entry) and entry.is_file()]
+    entries = [entry for entry in usable(level, result.path, result.warnings) if entry.is_file()]
     by_name = {entry.name.lower(): entry for entry in entries}
-    inside = "" if level == result.path else f"{level.name}/"
+    inside = "" if level == result.path else f"{printable(level.name)}/"
     if METADATA in by_name:
         _read_metadata(result, by_name[METADATA], inside, metadata)
-    matches = set()
     paths = [entry for entry in entries if _is_photo(entry)]
+    names = Names({entry.name: entry for entry in entries}, paths)
+    matches = set()
     for path in paths:
-        relative = inside + path.name
-        candidates: list[tuple[str, str]] = []
-        for suffix in CAPTIONS:
-            # `photo.jpg.txt` is what some taggers write.
-            for name in (path.stem.lower() + suffix, path.name.lower() + suffix):
-                if name in by_name:
-                    matches.add(name)
-                    candidates.append((by_name[name].name, _read_caption(result, by_name[name])))
+        relative = inside + printable(path.name)
+        # `photo.jpg.txt` is what some taggers write.
+        sources = [file for suffix in CAPTIONS for file in names.every(path, suffix)]
+        candidates = [(printable(file.name), _read_caption(result, file)) for file in sources]
         if relative in metadata:
             candidates.append(metadata[relative])
-        mask = by_name.get(path.stem.lower() + MASK)
-        matches.add(path.stem.lower() + MASK)
+        mask = names.beside(path, MASK)
+        matches.update(sources if mask is None else [*sources, mask])
         source, caption = _choose_caption(result, relative, candidates)
         result.photos.append(Photo(path, relative, caption, source, mask))
-    belongings = {name for name in by_name if name.endswith((*CAPTIONS, MASK))}
-    if paths and belongings - matches:
-        orphans = [inside + by_name[name].name for name in sorted(belongings - matches)]
-        result.warnings.append(f"no photo has the name of {_some_names(orphans)}: not used")
+    orphans = [file for file in entries if file.name.lower().endswith((*CAPTIONS, MASK)) and file not in matches]
+    if paths and orphans:
+        labels = some_names(inside + printable(file.name) for file in orphans)
+        result.warnings.append(f"no photo has the name of {labels}: not used")
     other_files.update(
         _kind(entry) or "without an ending" for entry in entries if not _is_photo(entry) and not _is_mask(entry)
     )
+
+
+def _take_masks(result: Folder) -> set[Path]:
+    """Give photos their masks by the names of other programs; the folders that hold nothing but masks."""
+    matches = masks.find(result.photos, result.path)
+    used = set(matches.of.values())
+    result.photos = [
+        replace(photo, mask=photo.mask or matches.of.get(photo.path))
+        for photo in result.photos
+        if photo.path not in used and photo.path.parent not in matches.folders
+    ]
+    result.warnings += matches.warnings
+    return matches.folders
 
 
 def _is_mask(entry: Path) -> bool:
@@ -206,7 +212,7 @@ def _decode_text(result: Folder, path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         pass
-    name = path.relative_to(result.path).as_posix()
+    name = printable(path.relative_to(result.path).as_posix())
     try:
         text = raw.decode("cp1252")
     except UnicodeDecodeError:
@@ -217,7 +223,7 @@ def _decode_text(result: Folder, path: Path) -> str:
 
 def _read_metadata(result: Folder, path: Path, inside: str, metadata: dict[str, tuple[str, str]]) -> None:
     """Add the rows of a metadata.jsonl (format of the `datasets` library): relative path -> (source, text)."""
-    source = inside + path.name
+    source = inside + printable(path.name)
     for number, line in enumerate(_decode_text(result, path).splitlines(), 1):
         if not line.strip():
             continue
@@ -230,7 +236,7 @@ def _read_metadata(result: Folder, path: Path, inside: str, metadata: dict[str, 
         text = next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), None)
         if text is None:
             raise LorakitError(f"{source} line {number}: needs one of {', '.join(TEXT_KEYS)}")
-        name = inside + row["file_name"].removeprefix("./")
+        name = inside + printable(row["file_name"].removeprefix("./"))
         entry = (source, " ".join(text.split()))
         if metadata.setdefault(name, entry)[1] != entry[1]:
             result.warnings.append(f"{name}: {source} line {number} says something else than before; not used")
@@ -242,14 +248,14 @@ def _deep_folders(path: Path, below: list[Path]) -> dict[str, int]:
     visits = 0
     for entry in below:
         for root, folders, _ in os.walk(entry):
-            folders[:] = sorted(name for name in folders if not _is_hidden(Path(name)))
+            folders[:] = sorted(name for name in folders if not is_hidden(Path(name)))
             visits += 1
             if visits > MAX_FOLDERS:
                 return counts
             folder = Path(root)
             count = sum(_is_photo(p) for p in folder.iterdir()) if folder != entry else 0
             if count:
-                counts[folder.relative_to(path).as_posix()] = count
+                counts[printable(folder.relative_to(path).as_posix())] = count
     return counts
 
 
@@ -261,7 +267,7 @@ def _describe_folders(result: Folder, below: list[Path]) -> None:
     kohya = [entry.name for entry in below if KOHYA.fullmatch(entry.name) and entry.name in counts]
     if kohya:
         result.notes.append(
-            f"{_some_names(kohya)}: the number in front (repeats) is not used, every photo counts once an epoch; "
+            f"{some_names(kohya)}: the number in front (repeats) is not used, every photo counts once an epoch; "
             "length is train.steps_per_image"
         )
 
@@ -275,10 +281,3 @@ def _no_photos_message(path: Path, other_files: Counter[str], deep_folders: dict
 def _count_kinds(kinds: dict[str, int]) -> str:
     pairs = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {kind if ' ' in kind else '.' + kind}" for kind, count in pairs)
-
-
-def _some_names(names: Iterable[str], limit: int = 4) -> str:
-    """The first `limit` names, and the number of the remaining ones."""
-    items = list(names)
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

@@ -1,6 +1,7 @@
 """Finding photos, captions and masks; the folder is only ever read."""
 
 import json
+import os
 from pathlib import Path
 
 import marked
@@ -211,3 +212,108 @@ def test_what_is_no_folder_is_named(photos: Path) -> None:
     with pytest.raises(LorakitError) as error:
         folder.scan(photos / "zzz" / "deep")
     assert str(error.value) == f"folder {photos / 'zzz' / 'deep'} does not exist"
+
+
+@pytest.mark.parametrize(
+    ("photo", "mask"),
+    [
+        ("a.jpg", "a-masklabel.png"),
+        ("a.jpg", "a_mask.png"),
+        ("a.jpg", "a-mask.jpg"),
+        ("a.jpg", "a.mask.webp"),
+        ("a.png", "a.mask.png"),
+        ("a.jpg", "a.jpg.mask.png"),
+        ("a.jpg", "mask/a.png"),
+        ("a.jpg", "masks/a.jpg"),
+        ("a.jpg", "masks/a_mask.png"),
+        ("10_sks dog/a.jpg", "10_sks dog/masks/a.png"),
+        ("images/a.jpg", "masks/a.png"),
+    ],
+)
+def test_masks_of_other_programs_are_no_photos(tmp_path: Path, photo: str, mask: str) -> None:
+    for name in (photo, photo.replace("a.", "b."), mask):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        marked.save(tmp_path / name, marked.picture(3))
+    result = folder.scan(tmp_path)
+    assert {p.relative: p.mask for p in result.photos} == {photo: tmp_path / mask, photo.replace("a.", "b."): None}
+    assert result.warnings == []
+
+
+def test_what_only_looks_like_a_mask_is_a_photo_or_named(tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    for name in ("bull_mask.png", "a.png", "masks/a.png", "masks/c.png"):
+        marked.save(tmp_path / name, marked.picture(3))
+    result = folder.scan(tmp_path)
+    assert [photo.relative for photo in result.photos] == ["a.png", "bull_mask.png"]
+    assert result.warnings == ["no photo has the name of masks/c.png: not used"]
+
+
+def test_the_exact_name_comes_first(tmp_path: Path) -> None:
+    """Names that differ by case only: no photo gets what belongs to another."""
+    for name in ("a.png", "A.png", "b.png", "B.png", "c.png"):
+        marked.save(tmp_path / name, marked.picture(3))
+    for name in ("a.txt", "A.txt", "B.txt", "C.TXT", "A.mask.png", "B.mask.png", "b.mask.png"):
+        (tmp_path / name).write_text(name)
+    photos = {photo.relative: photo for photo in folder.scan(tmp_path).photos}
+    assert {name: photo.caption for name, photo in photos.items()} == {
+        "a.png": "a.txt", "A.png": "A.txt", "B.png": "B.txt", "b.png": None, "c.png": "C.TXT",
+    }  # fmt: skip
+    masks = {name: photo.mask and photo.mask.name for name, photo in photos.items()}
+    assert masks == {
+        "a.png": None, "A.png": "A.mask.png", "B.png": "B.mask.png", "b.png": "b.mask.png", "c.png": None,
+    }  # fmt: skip
+
+
+def test_links_that_lead_out_up_or_nowhere_are_named_and_not_followed(tmp_path: Path) -> None:
+    root, outside = tmp_path / "photos", tmp_path / "outside"
+    (root / "below").mkdir(parents=True)
+    outside.mkdir()
+    for place in (root, root / "below", outside):
+        marked.save(place / "a.png", marked.picture(3))
+    (outside / "secret").write_text("a secret")
+    links = {
+        "b.png": outside / "a.png", "a.txt": outside / "secret", "a.mask.png": outside / "a.png", "away": outside,
+        "c.png": tmp_path / "gone.png", "d.png": "d.png", "up": "..", "here": ".", "within.png": "below/a.png",
+    }  # fmt: skip
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    os.mkfifo(root / "pipe.jpg")
+    result = folder.scan(root)
+    assert [(photo.relative, photo.caption, photo.mask) for photo in result.photos] == [
+        ("a.png", None, None), ("within.png", None, None), ("below/a.png", None, None),
+    ]  # fmt: skip
+    assert sorted(result.warnings) == [
+        "a.mask.png, a.txt, away, b.png: links out of the folder of photos; not followed, copy the files into it",
+        "c.png, d.png: links to what is not there; not read",
+        "here, up: links to a folder above them; not followed",
+        "pipe.jpg: cannot be opened: neither files nor folders",
+    ]
+    link = tmp_path / "link"
+    link.symlink_to(root)
+    assert len(folder.scan(link).photos) == 3
+    (outside / "a.png").unlink()
+    (outside / "e.png").symlink_to(root / "a.png")
+    with pytest.raises(LorakitError, match=r"^0 images in .*; e\.png: links out of the folder of photos; not followed"):
+        folder.scan(outside)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        (b"caf\xe9.png", "caf\\xe9.png"),
+        (b"new\nline.png", "new\\nline.png"),
+        (b"esc\x1b[31m\x07.png", "esc\\x1b[31m\\x07.png"),
+        ("\u202egnp.png".encode(), "\\u202egnp.png"),
+        ("\U0001f468\u200d\U0001f469.png".encode(), "\U0001f468\u200d\U0001f469.png"),
+    ],
+)
+def test_names_that_cannot_be_shown_are_read_and_escaped(tmp_path: Path, name: bytes, label: str) -> None:
+    marked.save(tmp_path / "a.png", marked.picture(3))
+    path = tmp_path / os.fsdecode(name)
+    (tmp_path / "a.png").rename(path)
+    path.with_suffix(".txt").write_text("a zib")
+    photos = folder.scan(tmp_path).photos
+    assert [(p.relative, p.path, p.caption, p.caption_source) for p in photos] == [
+        (label, path, "a zib", label.replace(".png", ".txt"))
+    ]
+    assert len(folder.digest(photos)) == 64

@@ -102,6 +102,12 @@ SENTENCES = {
     "{name}: {file} line {line} says something else than before; not used": (
         "{name}：{file} 第 {line} 行與前面不同，不採用"
     ),
+    "{names:words}: links to what is not there; not read": "{names:words}：連結指向不存在的東西；不讀取",
+    "{names:words}: links to a folder above them; not followed": "{names:words}：連結指向上層資料夾；不跟隨",
+    "{names:words}: links out of the folder of photos; not followed, copy the files into it": (
+        "{names:words}：連結指向照片資料夾之外；不跟隨，請把檔案複製進來"
+    ),
+    "{names:words}: cannot be opened: neither files nor folders": "{names:words}：無法開啟：既不是檔案也不是資料夾",
     "not pictures, left alone: {kinds:words}": "不是圖片，略過：{kinds:words}",
     "subfolders: {names}": "子資料夾：{names}",
     "{names:words}: the number in front (repeats) is not used, every photo counts once an epoch; "

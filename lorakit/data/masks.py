@@ -1,0 +1,65 @@
+"""Masks by the names that other programs give them: `x-masklabel.png`, `x_mask.png`, `masks/x.png`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.core.names import printable
+from lorakit.data.entries import Names, some_names, usable
+
+if TYPE_CHECKING:
+    from lorakit.data.folder import Photo
+
+# What stands between the name of a photo and the ending of its mask; `x.mask.png` itself is read with the photos.
+MARKS = (".mask", "-masklabel", "_masklabel", "_mask", "-mask")
+FOLDERS = ("mask", "masks")
+
+
+@dataclass
+class Masks:
+    """The mask of each photo that has one, and the pictures that are masks and no photos."""
+
+    of: dict[Path, Path] = field(default_factory=dict)
+    folders: set[Path] = field(default_factory=set)
+    warnings: list[str] = field(default_factory=list)
+
+    def match(self, photos: list[Path], files: dict[str, Path], marks: tuple[str, ...]) -> bool:
+        """Give each photo without a mask the first of `files` with its name and a mark; whether there was one."""
+        names = Names(files, photos)
+        before = len(self.of)
+        for photo in photos:
+            mask = next((file for mark in marks if (file := names.beside(photo, mark))), None)
+            if mask is not None and mask != photo:
+                self.of.setdefault(photo, mask)
+        return len(self.of) > before
+
+
+def find(photos: list[Photo], root: Path) -> Masks:
+    """The masks among the pictures of `root` and its subfolders, and in a folder of masks below a subfolder.
+
+    A picture is a mask if its name is that of a photo with a mark of `MARKS`, or if it has the name of a photo and is
+    in a folder of `FOLDERS` below or beside the folder of the photo.
+    """
+    masks = Masks()
+    levels: dict[Path, list[Path]] = {}
+    for photo in photos:
+        levels.setdefault(photo.path.parent, []).append(photo.path)
+    photo_levels = {level: files for level, files in levels.items() if level.name.lower() not in FOLDERS}
+    for level, files in photo_levels.items():
+        masks.match(files, {file.stem: file for file in files}, MARKS)
+        folders = [path for path in levels if path not in photo_levels and path.parent in (level, level.parent)]
+        if level != root:
+            inside = usable(level, root, [])
+            folders += [entry for entry in inside if entry.is_dir() and entry.name.lower() in FOLDERS]
+        for folder in folders:
+            entries = levels.get(folder) or [entry for entry in usable(folder, root, masks.warnings) if entry.is_file()]
+            if masks.match(files, {entry.stem: entry for entry in entries}, ("", *MARKS)):
+                masks.folders.add(folder)
+    used = set(masks.of.values())
+    orphans = [file for folder in sorted(masks.folders) for file in levels.get(folder, []) if file not in used]
+    if orphans:
+        names = some_names(printable(file.relative_to(root).as_posix()) for file in orphans)
+        masks.warnings.append(f"no photo has the name of {names}: not used")
+    return masks
