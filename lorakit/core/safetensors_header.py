@@ -9,6 +9,7 @@ then the tensors' bytes (https://github.com/huggingface/safetensors#format).
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -130,6 +131,9 @@ def kind(shapes: dict[str, tuple[int, ...]]) -> str:
 
     One of "adapter", "lycoris", "checkpoint", "unet", "vae", "text encoder", "embedding", "controlnet", "unknown".
     """
+    adapted = sum(1 for name in shapes if re.search(f"{_KINDS['lycoris']}|{_KINDS['adapter']}", name))
+    if adapted and sum(1 for name in shapes if re.search(_KINDS["checkpoint"], name)) > 2 * adapted:
+        return "checkpoint"  # with a few layers of an adapter left in it by a tool
     for word, pattern in _KINDS.items():
         if any(re.search(pattern, name) for name in shapes):
             return word
@@ -145,16 +149,28 @@ def scalars(header: Header, suffix: str) -> dict[str, float]:
 
 
 def values(header: Header, name: str) -> list[float]:
-    """The numbers of one tensor in memory order; [] if its dtype is not F64, F32, F16, BF16, I64 or I32."""
+    """The numbers of one tensor in memory order; [] if its dtype is none of F64, F32, F16, BF16, F8, I64 and I32."""
     formats = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i"}
     info = header.tensors[name]
     with header.path.open("rb") as file:
         file.seek(info.start)
         raw = file.read(info.end - info.start)
     dtype = info.dtype
+    if dtype == "F8_E4M3":
+        return [_fp8_e4m3(byte) for byte in raw]
+    if dtype == "F8_E5M2":  # the upper half of a float16
+        dtype, raw = "F16", b"".join(b"\0" + raw[at : at + 1] for at in range(len(raw)))
     if dtype == "BF16":  # the upper half of a float32
         dtype, raw = "F32", b"".join(b"\0\0" + raw[at : at + 2] for at in range(0, len(raw), 2))
     return [float(value[0]) for value in struct.iter_unpack(f"<{formats[dtype]}", raw)] if dtype in formats else []
+
+
+def _fp8_e4m3(byte: int) -> float:
+    """One sign, four bits of exponent, three of mantissa; no infinity (Micikevicius et al. 2022, arXiv 2209.05433)."""
+    sign, exponent, mantissa = -1.0 if byte & 128 else 1.0, byte >> 3 & 15, byte & 7
+    if byte & 127 == 127:
+        return math.nan
+    return sign * (math.ldexp(8 + mantissa, exponent - 10) if exponent else math.ldexp(mantissa, -9))
 
 
 # safetensors' name of a dtype -> torch's.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,9 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
     unsure = (
         "" if prediction.certain or model.prediction_type != "auto" else "; if that is wrong, set model.prediction_type"
     )
-    note = f"prediction type: {prediction.type}{zero}, {prediction.told_by}{unsure}"
+    notes = [f"prediction type: {prediction.type}{zero}, {prediction.told_by}{unsure}"]
+    if checkpoint.ignored:
+        notes.append(f"keys that are not of such a model, ignored: {_summary(checkpoint.ignored)}")
     folder = single_file.tokenizer(model.tokenizer, path)
     encoders = [name for name in configs if name.startswith("text")] if folder else []
     return _info(
@@ -241,8 +244,15 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
         content=(path,),
         title=path.stem,
         source="",
-        notes=(note,),
+        notes=tuple(notes),
     )
+
+
+def _summary(keys: Collection[str]) -> str:
+    """Where keys stand, and how many there are in each place."""
+    places = Counter(".".join(key.split(".")[:-1][:2]) or key for key in keys)
+    words = [f"{place}.* ({count})" if place not in keys else place for place, count in sorted(places.items())]
+    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
 
 def _info(model: ModelConfig, **facts: Any) -> BaseInfo:

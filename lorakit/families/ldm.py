@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.families import scaled_weight
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,11 @@ UNUSED = {("sd2", "text_encoder")}
 USED_LAYERS = 23
 # Tensors that no module of diffusers has: buffers, and what only CLIP's own training needs.
 NOT_WEIGHTS = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask)$")
+# Keys of so many files that nothing is said of them: the noise schedule, marks, projections that nothing reads.
+USUAL = re.compile(
+    rf"(betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_\w+|posterior_\w+|logvar|scale_factor|v_pred|ztsnr"
+    rf"|denoiser\..*)|.*({NOT_WEIGHTS.pattern}|(^|\.)text_projection(\.weight)?$|{scaled_weight.MARKS.pattern})"
+)
 # Families that were published in two kinds, with the same keys and shapes, that predict different things.
 TWO_KINDS = {"sd2"}
 # What stands before the weights' moving average, which is of training and of no use here.
@@ -86,6 +92,19 @@ _OPENCLIP_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(wei
 _HF_UNFUSED = re.compile(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.(q|k|v)_proj\.(weight|bias)")
 _THIRDS = ("q", "k", "v")
 _LAYER = r"text_model\.encoder\.layers\.(\d+)\."
+_RESNETS = r"\w+(\.\d+)?\.resnets\.\d+\.(norm[12]|conv[12]|time_emb_proj|conv_shortcut)|\w+\.\d\.\w+samplers\.0\.conv"
+_CLIP = r"embeddings\.(token|position)_embedding|final_layer_norm|encoder\.layers\.\d+\.(layer_norm[12]|mlp\.fc[12]"
+# What diffusers calls the modules that a component has.
+_MODULES = {
+    "unet": rf"(time|add)_embedding\.linear_[12]|conv_in|conv_norm_out|conv_out|{_RESNETS}"
+    r"|\w+(\.\d+)?\.attentions\.\d+\.(norm|proj_in|proj_out|transformer_blocks\.\d+\."
+    r"(norm[123]|attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2)))",
+    "vae": rf"(post_)?quant_conv|(en|de)coder\.(conv_in|conv_norm_out|conv_out|{_RESNETS}"
+    r"|mid_block\.attentions\.0\.(group_norm|to_([qkv]|out\.0)))",
+    "text_encoder": rf"text_model\.({_CLIP}|self_attn\.([qkv]|out)_proj))|text_projection",
+}
+# One of several modules that are alike.
+_ONE_OF_MANY = re.compile(r"(.*\.(resnets|attentions|transformer_blocks|layers)\.)\d+\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -97,12 +116,14 @@ class Slot:
         shape: in diffusers; the file's may differ by axes of length 1.
         third: 0, 1 or 2 where it is that third of the file's rows (q, k, v in one), else None.
         transposed: whether the file has it transposed.
+        scale: the tensor in the file by which its numbers are multiplied, if there is one (see `scaled_weight`).
     """
 
     key: str
     shape: tuple[int, ...]
     third: int | None = None
     transposed: bool = False
+    scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +138,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file in this layout, taken apart: component -> diffusers' tensor name -> Slot."""
+    """A file in this layout, taken apart: component -> diffusers' tensor name -> Slot.
+
+    Attributes:
+        ignored: keys that such a model does not have and that every program ignores.
+    """
 
     family: str
     parts: dict[str, dict[str, Slot]]
     prediction: Prediction
+    ignored: tuple[str, ...] = ()
 
 
 def unet_table(levels: int, layers: int, attention_ups: Collection[int]) -> dict[str, str]:
@@ -192,13 +218,44 @@ def read(header: safetensors_header.Header) -> Checkpoint:
     shapes, name = header.shapes(), header.path.name
     family = _family(shapes, name)
     parts: dict[str, dict[str, Slot]] = {}
+    rest = set(shapes)
     for component, prefixes in PREFIXES[family].items():
         prefix = next((p for p in prefixes if any(key.startswith(p) for key in shapes)), prefixes[0])
         inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         if not inside:
             raise LorakitError(f"{name} lacks its {component} ({prefixes[0]}*): get the whole checkpoint")
-        parts[component] = _slots(name, family, component, prefix, inside)
-    return Checkpoint(family, parts, prediction(header, family))
+        for key in inside:
+            dtype = header.tensors[prefix + key].dtype
+            if key.endswith("weight") and dtype not in scaled_weight.READABLE:
+                raise LorakitError(f"{name} has {prefix}{key} in {dtype}, a quantization not read here: get it in fp16")
+        parts[component] = slots = _slots(name, family, component, prefix, inside)
+        rest -= {key for slot in slots.values() for key in (slot.key, slot.scale) if key}
+        _require_whole(name, component, slots)
+    lost = sorted(key for key in rest if scaled_weight.SCALE.search(key) and not key.startswith(AVERAGE))
+    if lost:
+        raise LorakitError(f"{name} has {lost[0]}, a scale that belongs to no weight: get the file in fp16")
+    ignored = tuple(sorted(key for key in rest if not USUAL.fullmatch(key)))
+    unused = {key for key in ignored if (family, "text_encoder") in UNUSED and ".resblocks." in key}
+    return Checkpoint(family, parts, prediction(header, family), tuple(key for key in ignored if key not in unused))
+
+
+def _require_whole(file: str, component: str, slots: Mapping[str, Slot]) -> None:
+    """Refuse a part that lacks a tensor that others of its blocks have."""
+    groups: dict[str, set[str]] = {}
+    members: dict[str, set[str]] = {}
+    for ours in slots:
+        if match := _ONE_OF_MANY.fullmatch(ours):
+            place = ours.removesuffix(match[3])
+            kind = f"{component}.{match[2]}"
+            members.setdefault(place, set()).add(match[3])
+            if "conv_shortcut" not in match[3]:
+                groups.setdefault(kind, set()).add(match[3])
+    for place, leaves in members.items():
+        kind = place.split(".")[-3]
+        if missing := groups.get(f"{component}.{kind}", set()) - leaves:
+            raise LorakitError(
+                f"{file} lacks {component}.{place}{min(missing)}, which its other blocks have: get the whole checkpoint"
+            )
 
 
 def place(family: str, parts: Mapping[str, Shapes]) -> dict[str, dict[str, Slot]]:
@@ -237,9 +294,11 @@ def tensors(header: safetensors_header.Header, slots: Mapping[str, Slot]) -> Ite
     by_key: dict[str, list[str]] = {}
     for name, slot in slots.items():
         by_key.setdefault(slot.key, []).append(name)
+    scales = dict(safetensors_header.tensors(header, {slot.scale for slot in slots.values() if slot.scale}))
     for key, tensor in safetensors_header.tensors(header, by_key):
         for name in by_key[key]:
-            yield name, view(tensor, slots[name])
+            scale = scales.get(slots[name].scale or "")
+            yield name, view(tensor if scale is None else scaled_weight.dequantize(tensor, scale), slots[name])
 
 
 def assemble(parts: list[torch.Tensor], slots: list[Slot], component: str) -> torch.Tensor:
@@ -282,7 +341,7 @@ def prediction(header: safetensors_header.Header, family: str) -> Prediction:
     # Of the released models, those that predict v have this bias spread wider.
     pattern = rf"{re.escape(UNET)}output_blocks\.(\d+)\.1\.transformer_blocks\.0\.norm1\.bias"
     found = {int(match[1]): name for name in shapes if (match := re.fullmatch(pattern, name))}
-    values = safetensors_header.values(header, found[max(found)]) if found else [0.0]
+    values = (safetensors_header.values(header, found[max(found)]) if found else []) or [0.0]
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
     kind, side = ("v_prediction", "above") if spread > 0.09 else ("epsilon", "not above")
@@ -314,9 +373,11 @@ def _family(shapes: Shapes, name: str) -> str:
 def _slots(file: str, family: str, component: str, prefix: str, shapes: Shapes) -> dict[str, Slot]:
     table = _table(family, component, shapes, theirs=True)
     openclip = (family, component) in OPENCLIP
+    modules = re.compile(rf"({_MODULES[component.removesuffix('_2')]})\.(weight|bias)")
+    projection = component == "text_encoder_2" or openclip
     slots: dict[str, Slot] = {}
     for name, shape in shapes.items():
-        if NOT_WEIGHTS.search(name):
+        if NOT_WEIGHTS.search(name) or scaled_weight.MARKS.search(name) or scaled_weight.SCALE.search(name):
             continue
         fused = _OPENCLIP_FUSED.fullmatch(name) if openclip else None
         if fused:
@@ -325,14 +386,21 @@ def _slots(file: str, family: str, component: str, prefix: str, shapes: Shapes) 
                 slots[ours] = Slot(prefix + name, (shape[0] // 3, *shape[1:]), third)
             continue
         # Some early files of SD1 lack the level `text_model`.
-        clip = f"text_model.{name.removeprefix('text_model.')}"
+        clip = name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
         renamed = _renamed(name, table) if table else clip
-        if renamed is None:
-            raise LorakitError(f"{file} has a tensor {prefix}{name} that Stable Diffusion does not have")
+        if renamed is None or not modules.fullmatch(renamed):
+            # Programs read the other parts without a look at what else is there.
+            if component == "unet":
+                raise LorakitError(f"{file} has a tensor {prefix}{name} that Stable Diffusion does not have")
+            continue
+        if renamed == "text_projection.weight" and not projection:
+            continue
         # What is a 1x1 convolution in the autoencoder's attention there is linear here.
         flat = shape[:2] if component == "vae" and ".attentions." in renamed else shape
         transposed = openclip and name == "text_projection"
-        slots[renamed] = Slot(prefix + name, flat[::-1] if transposed else flat, transposed=transposed)
+        scale = scaled_weight.scale_of(name, shapes) if name.endswith(".weight") else None
+        shape = flat[::-1] if transposed else flat
+        slots[renamed] = Slot(prefix + name, shape, transposed=transposed, scale=scale and prefix + scale)
     return slots if (family, component) not in UNUSED else _used(slots)
 
 

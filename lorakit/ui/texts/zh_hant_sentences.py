@@ -265,6 +265,16 @@ SENTENCES = {
     "{file} is {kind}; in one file lorakit reads Stable Diffusion 1.x, 2.x and XL": (
         "{file} 是其他模型（{kind}）；單一檔案只能是 Stable Diffusion 1.x、2.x 或 XL"
     ),
+    "keys that are not of such a model, ignored: {keys}": "略過不屬於這種模型的鍵：{keys}",
+    "{file} has {key}, a scale that belongs to no weight: get the file in fp16": (
+        "{file} 有 {key}，這個縮放係數不屬於任何權重：請改用 fp16 的檔案"
+    ),
+    "{file} has {key} in {dtype}, a quantization not read here: get it in fp16": (
+        "{file} 的 {key} 是 {dtype}，無法讀取這種量化：請改用 fp16 的檔案"
+    ),
+    "{file} lacks {part}, which its other blocks have: get the whole checkpoint": (
+        "{file} 缺少 {part}，其他區塊都有：請取得完整的模型檔"
+    ),
     "base {path} predicts the flow: leave model.prediction_type": "基礎模型 {path} 預測 flow：請勿更改此項",
     "train.min_snr_gamma is not defined for base {name}, which predicts the flow: leave it unset": (
         "基礎模型 {name} 預測 flow，train.min_snr_gamma 對它沒有定義：請不要設定"
