@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lorakit.config.option import Option, check_value, suggest, to_text
 from lorakit.config.schema import ADAPTER_SECTIONS, LENGTHS, SECTIONS, Config, TrainConfig, options, section_type
 from lorakit.core.errors import ConfigError
-from lorakit.core.registry import METHODS
+from lorakit.core.registry import METHODS, own_learning_rate
 
 DEFAULT_PRESET = "subject-pocket"
 
@@ -60,8 +60,13 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     overridden_keys = {"train.class_images", "train.prior_loss_weight"} if "train.prior" in overrides else set()
     if any(f"train.{name}" in overrides for name in LENGTHS):
         overridden_keys |= {f"train.{name}" for name in LENGTHS}
+    own_rate = own_learning_rate(overrides.get("optimizer.name", flat.get("optimizer.name")))
+    if own_rate != own_learning_rate(flat.get("optimizer.name")):  # a rate and a factor are not comparable
+        overridden_keys |= {"optimizer.learning_rate", "optimizer.text_encoder_learning_rate"}
     flat = {key: value for key, value in flat.items() if key not in overridden_keys}
     flat.update(overrides)
+    if own_rate is not None:
+        flat.setdefault("optimizer.learning_rate", own_rate)
 
     method = flat.get("adapter.method", "lora")
     if method not in tuple(ADAPTER_SECTIONS):  # a tuple, as the value may be of any type
@@ -120,7 +125,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, tuple(part.strip() for part in value.split(","))
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # ValueError: a number of more digits than Python reads, too
         return key, value
 
 
@@ -181,7 +186,7 @@ def _preset_path(preset: str | Path) -> Path:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError([f"{path.name}: not valid TOML: {error}"]) from None
 
 
@@ -193,7 +198,14 @@ def _contradictions(config: Config) -> list[str]:
     if len(lengths) != 1:
         detail = f"{' and '.join(lengths)} are set" if lengths else "none is set"
         problems.append(f"set exactly one of {', '.join('train.' + n for n in LENGTHS)}: {detail}")
-    if optimizer.text_encoder_learning_rate is not None and not adapter.trains_text:
+    if optimizer.learning_rate == 0:
+        problems.append("optimizer.learning_rate = 0 trains nothing: give a rate above 0")
+    if optimizer.text_encoder_learning_rate == 0:
+        problems.append(
+            "optimizer.text_encoder_learning_rate = 0 trains no text encoder: leave it out, with "
+            "adapter.train_text_encoder and adapter.new_tokens"
+        )
+    elif optimizer.text_encoder_learning_rate is not None and not adapter.trains_text:
         problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens")
     if adapter.new_tokens and not re.fullmatch(r"[\w-]+", data.trigger):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")

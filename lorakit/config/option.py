@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # "package.module:Class".
+# Characters of a value that a message shows.
+MAX_SHOWN = 80
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -69,7 +71,11 @@ def suggest(word: Any, candidates: Iterable[str]) -> str:
 
 def to_text(value: Any) -> str:
     """A value for a message."""
-    return repr(list(value) if isinstance(value, tuple) else value)
+    try:
+        text = repr(list(value) if isinstance(value, tuple) else value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes
+        return f"a value of type {type(value).__name__} that is too long to show"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
@@ -114,7 +120,10 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
             )
         return None, value
     if value_type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            return f"{opt.key} = {to_text(value)}: the number is too large", None
     if type(value) is not value_type:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         return f"{opt.key} = {to_text(value)}: must be {names[value_type]}", None

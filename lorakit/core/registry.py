@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -101,6 +102,7 @@ class OptimizerSpec:
         needs_cuda: it runs on CUDA devices only.
         single_rate: it has one learning rate for all groups of parameters.
         is_guess: `state_bytes` is not known but assumed.
+        learning_rate: its own default, where `optimizer.learning_rate` is a factor of the rate that it finds.
     """
 
     build: str
@@ -112,10 +114,13 @@ class OptimizerSpec:
     needs_cuda: bool = False
     single_rate: bool = False
     is_guess: bool = False
+    learning_rate: float | None = None
 
 
 # Two float32 numbers for each weight, as Adam has; few optimizers have more.
 ASSUMED_STATE_BYTES = 8
+# Classes of other packages whose learning rate is a factor, as that of prodigy.
+FINDS_THE_RATE = re.compile(r"prodigy|dadapt|adadelta", re.IGNORECASE)
 
 
 def optimizer(name: str) -> OptimizerSpec:
@@ -123,7 +128,13 @@ def optimizer(name: str) -> OptimizerSpec:
     if ":" not in name:
         return OPTIMIZERS[name]
     package = name.partition(":")[0].partition(".")[0]
-    return OptimizerSpec(name, ASSUMED_STATE_BYTES, package=package, is_guess=True)
+    rate = 1.0 if FINDS_THE_RATE.search(name) else None
+    return OptimizerSpec(name, ASSUMED_STATE_BYTES, package=package, is_guess=True, learning_rate=rate)
+
+
+def own_learning_rate(name: object) -> float | None:
+    """See `OptimizerSpec.learning_rate`; None for what is no optimizer too."""
+    return optimizer(name).learning_rate if isinstance(name, str) and (":" in name or name in OPTIMIZERS) else None
 
 
 def missing_package(name: str) -> str | None:
@@ -201,7 +212,12 @@ OPTIMIZERS = Registry[OptimizerSpec](
         "lion": OptimizerSpec("lorakit.training.optimizers:lion", 4, elementwise=True),
         "adafactor": OptimizerSpec("lorakit.training.optimizers:adafactor", 1),
         "prodigy": OptimizerSpec(
-            "lorakit.training.optimizers:prodigy", 16, package="prodigyopt", extra="prodigy", single_rate=True
+            "lorakit.training.optimizers:prodigy",
+            16,
+            package="prodigyopt",
+            extra="prodigy",
+            single_rate=True,
+            learning_rate=1.0,
         ),
     },
 )

@@ -163,6 +163,7 @@ def verify_effect(
     *,
     tolerance: float = 0.02,
     floor: float = 1e-5,
+    no_effect: float = NO_EFFECT,
 ) -> list[Finding]:
     """Compare outputs of each adapted component: without the adapter, as trained, and from the file in a fresh model.
 
@@ -170,6 +171,7 @@ def verify_effect(
         base, memory, reloaded: component ("unet", "text_encoder", ...) -> one output for the same input.
         tolerance: how far `reloaded` may be from `memory`, relative to the adapter's effect.
         floor: the same relative to the output itself, for the rounding of the forward pass.
+        no_effect: how far `memory` is at least from `base`, relative to the output: above what rounding alone gives.
     """
     findings = []
     for part, plain in base.items():
@@ -179,8 +181,10 @@ def verify_effect(
         error = float(torch.linalg.vector_norm(loaded - trained))
         if not all(bool(torch.isfinite(t).all()) for t in (plain, trained, loaded)):
             findings.append(Finding(part, "its output is not finite"))
-        elif effect <= NO_EFFECT * size:
-            findings.append(Finding(part, "the adapter has no effect on its output"))
+        elif effect <= no_effect * size:
+            share = 100 * effect / max(size, 1e-30)
+            problem = f"the adapter has no effect on its output: {share:.2g} % is no more than rounding"
+            findings.append(Finding(part, f"{problem}; raise optimizer.learning_rate or the number of steps"))
         elif error > tolerance * effect + floor * size:
             share = 100 * error / effect
             findings.append(Finding(part, f"from the file its output is off by {share:.3g} % of the adapter's effect"))

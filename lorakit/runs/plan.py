@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import targets
-from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, AdapterConfig, Config
+from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, AdapterConfig, Config, OptimizerConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
@@ -173,6 +173,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         notes=(
             *info.notes,
             *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else []),
+            *filter(None, [warmup_problem(config.optimizer, steps)]),
             *([ASSUMED_STATE.format(name=config.optimizer.name, bytes=spec.state_bytes)] if spec.is_guess else []),
         ),
         family=info.family,
@@ -242,19 +243,31 @@ def count_weights(
 def run_length(config: Config, photos: int, batches: int) -> tuple[int, str]:
     """Optimizer steps, and the arithmetic in words. `batches` is the number of batches that shows every photo once."""
     train = config.train
-    a_step = train.batch_size * train.gradient_accumulation_steps
-    of = f" of {a_step} photos" if a_step > 1 else ""
+    parts = train.gradient_accumulation_steps
+    a_step = photos / batches * parts  # a batch has no more photos than there are of its size
+    of = f" of {a_step:.3g} photos" if a_step > 1 else ""
     count = "1 photo" if photos == 1 else f"{photos} photos"
     if train.steps_per_image is not None:
         steps = train.steps_per_image * photos
         return steps, f"{count} x {train.steps_per_image} steps each = {steps} steps{of}"
     if train.epochs is not None:
-        parts = train.gradient_accumulation_steps
-        steps = train.epochs * math.ceil(batches / parts)
+        steps = math.ceil(train.epochs * batches / parts)
         accumulated = f" / {parts} accumulated" if parts > 1 else ""
-        return steps, f"{train.epochs} epochs x {batches} batches of {count}{accumulated} = {steps} steps"
+        trained = f" ({steps * parts / batches:.4g} epochs)" if train.epochs * batches % parts else ""
+        return steps, f"{train.epochs} epochs x {batches} batches of {count}{accumulated} = {steps} steps{trained}"
     assert train.steps is not None, "the config has exactly one length"
-    return train.steps, f"{train.steps} steps{of}, {train.steps / photos:.3g} for each of {count}"
+    return train.steps, f"{train.steps} steps{of}, each of {count} seen {train.steps * parts / batches:.3g} times"
+
+
+def warmup_problem(optimizer: OptimizerConfig, steps: int) -> str | None:
+    """What a warm-up does that is no shorter than the run, or None."""
+    warmup = optimizer.warmup_steps
+    if warmup < steps or warmup == 0:
+        return None
+    return (
+        f"optimizer.warmup_steps = {warmup}: the run has {steps} steps, so the learning rate rises to the end and "
+        f"comes to {steps / warmup:.0%} of optimizer.learning_rate"
+    )
 
 
 def forward_flop(family: str, shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int = 77) -> float:

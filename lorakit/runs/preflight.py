@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import families
-from lorakit.config import XFORMERS_MISSING, Config, DataConfig
+from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, folder as photo_folder
@@ -107,7 +107,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         problems += [*_lines(error), *_folder_problems(config.data)]
         return Preflight(config, None, None, None, tuple(problems), ())
     problems += families.unsuited(info, config)
-    warnings = []
+    warnings = [*_line(_rate_warning(config.optimizer))]
     layers = registry.METHODS[config.adapter.method].layers
     for name in config.output.formats:
         problems += _line(registry.FORMATS[name].check(layers, info.family))
@@ -146,6 +146,17 @@ def _device_problems(config: Config) -> list[str]:
     one_rate = config.optimizer.text_encoder_learning_rate in (None, config.optimizer.learning_rate)
     has_cuda = plan.may_be_cuda(config.memory.device)
     return problems + registry.unmet_needs(config.optimizer.name, has_cuda=has_cuda, one_rate=one_rate)
+
+
+def _rate_warning(optimizer: OptimizerConfig) -> str | None:
+    """A learning rate that was meant for another optimizer, or None."""
+    usual = registry.own_learning_rate(optimizer.name)
+    if usual is None or optimizer.learning_rate >= usual / 10:
+        return None
+    return (
+        f"optimizer.learning_rate = {optimizer.learning_rate:g}: for {optimizer.name} it is a factor, {usual:g} is "
+        "usual; with so little the adapter hardly changes"
+    )
 
 
 def _init_from_problem(config: Config) -> str | None:

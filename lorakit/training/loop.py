@@ -200,7 +200,8 @@ class Readings:
             smoothed = self.mean.add(loss)
             figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "smoothed_loss": smoothed}
             self.run.events.emit("step", number + 1, **figures)
-        images = config.train.batch_size * config.train.gradient_accumulation_steps
+        plan = self.run.ready.plan
+        images = plan.photos / plan.batches * config.train.gradient_accumulation_steps
         self.run.events.emit(
             "progress",
             step,

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 # What rounding alone may do to the output of a forward pass in the base's precision, as a share of the output.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# An effect that is no more than this share of the output is none: rounding of a number, or less than is worth a file.
+NO_EFFECT = {torch.float32: 5e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 # How far factors may be off that diffusers has cast to the base's precision.
 CAST = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -116,9 +118,8 @@ def examine(
         if plain and "diffusers" in FORMATS[name].consumers:
             findings.append(read_by_diffusers(name, path, family, weights, TOLERANCE[dtype] / 4))
         adapters.apply(family, formats.read(path))
-        floor = ROUNDING[family.dtype]
         read = probe(family, prompt, size)
-        findings += compare(name, base, memory, read, tolerance=TOLERANCE[dtype], floor=floor, weights=weights)
+        findings += compare(name, base, memory, read, tolerance=TOLERANCE[dtype], dtype=family.dtype, weights=weights)
         yield name, findings, family
         del family  # the next one needs its room
 
@@ -184,7 +185,7 @@ def compare(
     file: Probe,
     *,
     tolerance: float,
-    floor: float,
+    dtype: torch.dtype,
     weights: AdapterWeights,
 ) -> list[Finding]:
     """Findings from the probes of the base, of the model in memory and of the file, for each adapted component."""
@@ -193,7 +194,8 @@ def compare(
         outputs["text encoder"] = (base.embeddings, memory.embeddings, file.embeddings)
     findings = []
     for part, (before, trained, read) in outputs.items():
-        wrong = verify.verify_effect({part: before}, {part: trained}, {part: read}, tolerance=tolerance, floor=floor)
+        bounds = {"tolerance": tolerance, "floor": ROUNDING[dtype], "no_effect": NO_EFFECT[dtype]}
+        wrong = verify.verify_effect({part: before}, {part: trained}, {part: read}, **bounds)
         effect = (trained - before).norm() / before.norm()
         error = (read - trained).norm() / (trained - before).norm().clamp_min(1e-30)
         detail = f"the file reproduces the trained adapter: effect {effect:.2%}, difference {error:.2%} of the effect"

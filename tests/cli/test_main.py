@@ -444,7 +444,7 @@ def test_train_inspect_export_sample(run: Run, photos: Path, tiny_sd1: Path, tmp
 
 
 def test_a_run_without_an_effect_fails(run: Run, photos: Path, tiny_sd1: Path) -> None:
-    still = ["--set", "optimizer.learning_rate=0"]
+    still = ["--set", "optimizer.learning_rate=1e-8"]
     code, _, err = run("train", photos, *small(tiny_sd1), *still, "--output", "run")
     assert code == 1
     assert "self-check failed" in err

@@ -86,14 +86,19 @@ SQUARE = (512, 512)
         (
             {"train__steps": 100, "train__batch_size": 2, "train__gradient_accumulation_steps": 3},
             100,
-            "100 steps of 6 photos, 6.25 for each of 16 photos",
+            "100 steps of 6 photos, each of 16 photos seen 37.5 times",
         ),
         ({"train__epochs": 10}, 160, "10 epochs x 16 batches of 16 photos = 160 steps"),
         ({"train__epochs": 10, "train__batch_size": 5}, 40, "10 epochs x 4 batches of 16 photos = 40 steps"),
         (
             {"train__epochs": 10, "train__batch_size": 5, "train__gradient_accumulation_steps": 3},
-            20,
-            "10 epochs x 4 batches of 16 photos / 3 accumulated = 20 steps",
+            14,
+            "10 epochs x 4 batches of 16 photos / 3 accumulated = 14 steps (10.5 epochs)",
+        ),
+        (
+            {"train__epochs": 3, "train__gradient_accumulation_steps": 4},
+            12,
+            "3 epochs x 16 batches of 16 photos / 4 accumulated = 12 steps",
         ),
     ],
 )
@@ -119,6 +124,19 @@ def test_a_batch_holds_one_size(sd15: Info) -> None:
     made = make(sd15, [SQUARE] * 5 + [(640, 384)] * 3, train__epochs=1, train__batch_size=4)
     assert made.batches == 2 + 1
     assert made.steps == 3
+
+
+def test_a_batch_that_no_size_fills_is_counted_as_it_is(sd15: Info) -> None:
+    """Six photos of three sizes: a batch of four holds two, and each photo is seen once in three steps."""
+    length = make(sd15, [SQUARE, (640, 384), (384, 640)] * 2, train__steps=6, train__batch_size=4).length
+    assert length == "6 steps of 2 photos, each of 6 photos seen 2 times"
+
+
+@pytest.mark.parametrize("steps, problem", [(10, "comes to 50% of optimizer.learning_rate"), (20, "100%"), (21, "")])
+def test_a_warm_up_that_is_no_shorter_than_the_run_is_said(sd15: Info, steps: int, problem: str) -> None:
+    lines = make(sd15, [SQUARE], train__steps=steps, optimizer__warmup_steps=20).lines()
+    warmup = [line for line in lines if line.startswith("optimizer.warmup_steps = 20: ")]
+    assert len(warmup) == bool(problem) and all(problem in line for line in warmup)
 
 
 def test_one_photo_is_one_photo(sd15: Info) -> None:

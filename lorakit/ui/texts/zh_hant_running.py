@@ -156,6 +156,18 @@ RUNNING = {
     "{format} text encoder: {detail:said}": "{format}，文字編碼器：{detail:said}",
     "{some} of {count} modules there, finite and not zero": "{count} 個模組中有 {some} 個，皆為有限且非零",
     "{some} of {count} modules applied, each as trained": "{count} 個模組中套用了 {some} 個，皆與訓練所得相同",
+    "optimizer.learning_rate = {rate}: for {name} it is a factor, {usual} is usual; with so little the adapter hardly "
+    "changes": "optimizer.learning_rate = {rate}：對 {name} 而言這是倍率，通常為 {usual}；這麼小，adapter 幾乎不會改變",
+    "optimizer.learning_rate = 0 trains nothing: give a rate above 0": (
+        "optimizer.learning_rate = 0 什麼也不會訓練：請設為大於 0 的值"
+    ),
+    "optimizer.text_encoder_learning_rate = 0 trains no text encoder: leave it out, with "
+    "adapter.train_text_encoder and adapter.new_tokens": (
+        "optimizer.text_encoder_learning_rate = 0 不會訓練文字編碼器：請不要設定它，"
+        "也不要設定 adapter.train_text_encoder 與 adapter.new_tokens"
+    ),
+    "the adapter has no effect on its output: {share} % is no more than rounding; raise optimizer.learning_rate or the "
+    "number of steps": ("adapter 對輸出沒有作用：{share} % 不超過捨入誤差；請提高 optimizer.learning_rate 或增加步數"),
     "the adapter has no effect: every module is zero; was the learning rate 0?": (
         "adapter 沒有作用：每個模組都是零；學習率是不是 0？"
     ),

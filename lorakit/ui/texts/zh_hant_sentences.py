@@ -37,12 +37,20 @@ SENTENCES = {
     "{epochs} epochs x {batches} batches of {photos:words} = {steps} steps": (
         "{epochs} 輪 × {batches} 批（{photos:words}）= {steps} 步"
     ),
+    "{epochs} epochs x {batches} batches of {photos:words} / {parts} accumulated = {steps} steps ({trained} epochs)": (
+        "{epochs} 輪 × {batches} 批（{photos:words}）／累積 {parts} 批 = {steps} 步（實際 {trained} 輪）"
+    ),
+    "optimizer.warmup_steps = {warmup}: the run has {steps} steps, so the learning rate rises to the end and comes to "
+    "{share} of optimizer.learning_rate": (
+        "optimizer.warmup_steps = {warmup}：這次執行只有 {steps} 步，學習率會一路上升到結束，"
+        "只到 optimizer.learning_rate 的 {share}"
+    ),
     "{epochs} epochs x {batches} batches of {photos:words} / {parts} accumulated = {steps} steps": (
         "{epochs} 輪 × {batches} 批（{photos:words}）/ 累積 {parts} 批 = {steps} 步"
     ),
-    "{steps} steps, {each} for each of {photos:words}": "{steps} 步，{photos:words}，平均每張 {each} 步",
-    "{steps} steps of {size:words}, {each} for each of {photos:words}": (
-        "{steps} 步，每步 {size:words}；{photos:words}，平均每張 {each} 步"
+    "{steps} steps, each of {photos:words} seen {each} times": "{steps} 步，{photos:words}，每張 {each} 次",
+    "{steps} steps of {size:words}, each of {photos:words} seen {each} times": (
+        "{steps} 步，每步 {size:words}；{photos:words}，每張 {each} 次"
     ),
     "note: fewer than {few} steps teach little (the bundled base took {a} for {b} pictures, {c} for {d} photos); "
     "raise train.steps_per_image": (
