@@ -35,7 +35,7 @@ def require_writable(weights: AdapterWeights, refusal: str | None) -> None:
     """Raise LorakitError where a format refuses the method, or a layer is not portable or not finite."""
     if refusal:
         raise LorakitError(refusal)
-    keys.require_read_everywhere(weights.layers)
+    keys.require_canonical((*weights.layers, *weights.biases))
     require_finite(weights)
 
 

@@ -20,7 +20,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
 from lorakit.formats.identify import Module, Shapes, modules
-from lorakit.formats.keys import COMPONENTS, UNET_PREFIX, canonical_part, component, kernel
+from lorakit.formats.keys import COMPONENTS, UNET_PREFIX, canonical_part, component, is_norm, kernel
 from lorakit.formats.metadata import rank_stabilized
 
 _SGM_STARTS = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
@@ -28,7 +28,10 @@ _BLOCK_STARTS = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_b
 # Modules that are 1x1 convolutions in every UNet, and those that are in some.
 _POINTWISE, _PROJECTIONS = ("_conv_shortcut", "_skip_connection"), ("_proj_in", "_proj_out")
 _FUSED = ("q_proj", "k_proj", "v_proj")  # in the order in which OpenCLIP's in_proj holds them
-_LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3", "OFT")
+_LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3", "OFT", "GLoRA")
+_NO_BIAS = "ignores its change of the bias"
+# DoRA on the output axis, LyCORIS' default.
+_ROWS = {"dora rows": "its dora_scale is per output row, which it misreads"}
 _PLAIN = "ignores dora_scale and applies it as plain LoRA"
 
 
@@ -46,6 +49,7 @@ class Consumer:
         flat_conv: whether it reads a 1x1 convolution whose factors are stored as matrices.
         reads_folders: whether it reads a PEFT folder.
         converts_kohya: it rewrites kohya names to its own, and refuses a file where that fails.
+        reads_norms: it looks for changes of norms.
         common_alpha: it may apply a component's most common alpha to a module that has another.
     """
 
@@ -59,38 +63,58 @@ class Consumer:
     reads_folders: bool = False
     converts_kohya: bool = False
     common_alpha: bool = False
+    reads_norms: bool = False
 
 
 CONSUMERS: dict[str, Consumer] = {
     "a1111": Consumer(
         title="AUTOMATIC1111",
+        misread={"bias": _NO_BIAS} | _ROWS,
+        misread_convolutions={"IA3": "applies it wrongly on convolutions"},
         lone_alpha=True,
+        reads_norms=True,
     ),
     "forge": Consumer(
         title="Forge",
+        misread=dict.fromkeys(("IA3", "OFT"), "does not apply it") | _ROWS,
+        reads_norms=True,
         unknown_limit=12,
     ),
     "comfyui": Consumer(
         title="ComfyUI",
+        misread={"IA3": "does not apply it"} | _ROWS,
+        reads_norms=True,
     ),
     "invokeai": Consumer(
         title="InvokeAI",
+        misread={"bias": _NO_BIAS} | _ROWS,
+        refused=dict.fromkeys(("GLoRA", "OFT"), "it has no reader for it"),
+        reads_norms=True,
         lone_alpha=True,
     ),
     "sd-scripts": Consumer(
         title="kohya sd-scripts",
-        misread={"dora": _PLAIN, **dict.fromkeys(_LYCORIS, "does not apply it (networks.lora reads plain LoRA only)")},
+        misread={
+            "dora": _PLAIN,
+            "bias": _NO_BIAS,
+            **dict.fromkeys(_LYCORIS, "does not apply it (networks.lora reads plain LoRA only)"),
+        },
         flat_conv=False,
     ),
     "sd.cpp": Consumer(
         title="stable-diffusion.cpp",
-        misread={"dora": _PLAIN, "LoCon (tucker)": "applies it wrongly", "norm": "does not apply it"},
+        misread={
+            "dora": _PLAIN,
+            "bias": _NO_BIAS,
+            "LoCon (tucker)": "applies it wrongly",
+            **dict.fromkeys(("norm", "IA3", "OFT", "GLoRA"), "does not apply it"),
+        },
         misread_convolutions={"lokr": "applies it wrongly on convolutions"},
     ),
     "diffusers": Consumer(
         title="diffusers",
         misread={"dora": _PLAIN},
-        refused=dict.fromkeys(_LYCORIS, "it reads plain LoRA only"),
+        refused=dict.fromkeys((*_LYCORIS, "bias"), "it reads plain LoRA only"),
         unknown_limit=0,
         lone_alpha=True,
         flat_conv=False,
@@ -175,7 +199,9 @@ def read_report(
     by_stem = modules(shapes)
     names_of_parts = {name for module in by_stem.values() for name in module.parts.values()}
     loose = [name for name in shapes if name not in names_of_parts and not name.startswith("bundle_emb.")]
-    defects = _defects(by_stem, shapes) | _unscaled(by_stem, shapes, alphas or {}, metadata or {})
+    defects = _defects(by_stem, shapes, "lorakit.version" in (metadata or {})) | _unscaled(
+        by_stem, shapes, alphas or {}, metadata or {}
+    )
     return {
         key: _reading(key, consumer, by_stem, loose, defects, shapes, family, alphas or {}, metadata or {}, folder)
         for key, consumer in CONSUMERS.items()
@@ -198,11 +224,18 @@ def _reading(
     matched = {
         stem for stem in by_stem if (consumer.reads_folders or not folder) and any(p.fullmatch(stem) for p in patterns)
     }
+    if consumer.reads_norms and not folder:
+        norms = {stem for stem, m in by_stem.items() if m.has_kohya_name and m.canonical and is_norm(m.canonical)}
+        matched |= norms
     unmatched = [stem for stem in by_stem if stem not in matched]
     wrong = {stem: why for stem, why in defects.items() if stem in matched}
     for stem in sorted(matched - wrong.keys()):
         method = by_stem[stem].method
         why = consumer.misread.get(method, "")
+        if not why and "diff_b" in by_stem[stem].parts and method != "full difference":
+            why = consumer.misread.get("bias", "")
+        if not why and _has_row_magnitude(by_stem[stem], shapes):
+            why = consumer.misread.get("dora rows", "")
         if not why and method in consumer.misread_convolutions and _convolution(by_stem[stem], family):
             why = consumer.misread_convolutions[method]
         if why:
@@ -227,14 +260,20 @@ def _component(stem: str) -> str:
     return "unet" if stem.startswith(UNET_PREFIX) or canonical_part(component(stem)) == "unet" else "text_encoder"
 
 
+def _has_row_magnitude(module: Module, shapes: Shapes) -> bool:
+    """Whether its DoRA has a number for each output row, as LyCORIS has it by default."""
+    return "magnitude" in module.parts and shapes[module.parts["magnitude"]][1:2] == (1,)
+
+
 def _convolution(module: Module, family: str) -> bool:
     return bool(module.canonical and kernel(module.canonical, family))
 
 
-def _defects(by_stem: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
+def _defects(by_stem: Mapping[str, Module], shapes: Shapes, is_own: bool) -> dict[str, str]:
     """Modules that no program can read rightly, and why."""
     result: dict[str, str] = {}
-    some_alpha = any("alpha" in module.parts for module in by_stem.values())
+    # In lorakit's own files every module has one; elsewhere alpha = rank is what a missing alpha means.
+    some_alpha = is_own and any("alpha" in module.parts for module in by_stem.values())
     for stem, module in by_stem.items():
         if module.method in _PAIRS:
             problem = _lycoris_defect(module, shapes)
@@ -243,7 +282,7 @@ def _defects(by_stem: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
             elif some_alpha and "alpha" not in module.parts:
                 result[stem] = "its alpha is missing, so it is applied with alpha = rank"
             continue
-        if module.is_lycoris:
+        if (module.is_lycoris and "mid" not in module.parts) or module.method == "bias":
             continue
         missing = [part for part in ("down", "up") if part not in module.parts]
         if missing:
@@ -254,8 +293,6 @@ def _defects(by_stem: Mapping[str, Module], shapes: Shapes) -> dict[str, str]:
             result[stem] = f"its factors {down} and {up} do not fit together (one is transposed?)"
         elif some_alpha and "alpha" not in module.parts:
             result[stem] = "its alpha is missing, so it is applied with alpha = rank"
-        elif "magnitude" in module.parts and shapes[module.parts["magnitude"]][:2] != (1, down[1]):
-            result[stem] = "its dora_scale is per output row, which every program misreads"
     return result
 
 
@@ -368,6 +405,8 @@ def _refused(
     for module in by_stem.values():
         if module.method in consumer.refused:
             return f"{module.stem} is {module.method}; {consumer.refused[module.method]}"
+        if "diff_b" in module.parts and "bias" in consumer.refused:
+            return f"{module.stem} changes a bias; {consumer.refused['bias']}"
         if consumer.lone_alpha and set(module.parts) == {"alpha"}:
             return f"{module.stem} has an alpha and no factors"
     if key == "invokeai":

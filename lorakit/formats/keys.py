@@ -38,10 +38,15 @@ LEAVES: dict[str, dict[str, str]] = {
     "downsamplers": {"conv": "op"},
     "upsamplers": {"conv": "conv"},
 }
-# Outside the blocks: known, so that they can be named, but not portable: half of the programs drop them.
+# Norms, which LyCORIS and ComfyUI's nodes train; lorakit carries them.
+LEAVES["attentions"] |= {"norm": "norm"}
+LEAVES["attentions"] |= {f"transformer_blocks.*.norm{n}": f"transformer_blocks_*_norm{n}" for n in (1, 2, 3)}
+LEAVES["resnets"] |= {"norm1": "in_layers_0", "norm2": "out_layers_0"}
+# Outside the blocks: half of the programs drop them. lorakit carries them and does not train them.
 TOP: dict[str, str] = {
     "conv_in": "input_blocks_0_0",
     "conv_out": "out_2",
+    "conv_norm_out": "out_0",
     "time_embedding.linear_1": "time_embed_0",
     "time_embedding.linear_2": "time_embed_2",
     "add_embedding.linear_1": "label_emb_0_0",
@@ -49,6 +54,8 @@ TOP: dict[str, str] = {
 }
 TEXT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 TEXT_LEAVES = (*TEXT_ATTENTION, "mlp.fc1", "mlp.fc2")
+TEXT_NORMS = ("layer_norm1", "layer_norm2")
+TEXT_TOP = ("text_projection", "text_model.final_layer_norm")
 
 _KINDS = "|".join(LEAVES)
 _DOTTED = re.compile(rf"(?:(down|up)_blocks\.(\d+)|mid_block)\.({_KINDS})\.(\d+)\.(.+)")
@@ -167,14 +174,22 @@ def component(name: str) -> str:
 def is_canonical(name: str) -> bool:
     """Whether `name` is a canonical name of these tables, portable or not."""
     part, _, path = name.partition(".")
-    return is_read_everywhere(name) or (part == "unet" and path in TOP)
+    if part == "unet":
+        return is_read_everywhere(name) or path in TOP or _from_dotted(path) is not None
+    match = _TEXT.fullmatch(name)
+    return part in COMPONENTS and (path in TEXT_TOP or (match is not None and match[3] in TEXT_LEAVES + TEXT_NORMS))
+
+
+def is_norm(name: str) -> bool:
+    """Whether a canonical name is that of a norm."""
+    return "norm" in name.rpartition(".")[2] or name.endswith("conv_norm_out")
 
 
 def is_read_everywhere(name: str) -> bool:
     """Whether every program reads this layer: attention blocks, resnets, samplers, and CLIP's attention and MLP."""
     part, _, path = name.partition(".")
     if part == "unet":
-        return _from_dotted(path) is not None or family_of_layer(name) is not None
+        return (_from_dotted(path) is not None and not is_norm(name)) or family_of_layer(name) is not None
     match = _TEXT.fullmatch(name)
     return match is not None and match.group(3) in TEXT_LEAVES
 
@@ -203,7 +218,7 @@ def group(name: str) -> str:
     """What kind of layer a canonical name is: "attention", "conv", "text", "top", or "unknown"."""
     part, _, path = name.partition(".")
     if part != "unet":
-        return "text" if is_read_everywhere(name) else "unknown"
+        return "text" if is_read_everywhere(name) else "top" if is_canonical(name) else "unknown"
     if family_of_layer(name) is not None:
         return "attention"
     place = _from_dotted(path)
@@ -215,7 +230,7 @@ def group(name: str) -> str:
 def kernel(name: str, family: str) -> tuple[int, ...]:
     """The kernel of a layer that is a convolution, as released models have it; () for a linear layer."""
     place = _from_dotted(name.removeprefix("unet.")) if name.startswith("unet.") else None
-    if place is None or place.leaf == "time_emb_proj":
+    if place is None or place.leaf == "time_emb_proj" or is_norm(name):
         return ()
     if place.leaf in ("proj_in", "proj_out"):
         return POINTWISE if registry.version_of(family).kohya.conv_projections else ()
@@ -224,15 +239,10 @@ def kernel(name: str, family: str) -> tuple[int, ...]:
     return POINTWISE if place.leaf == "conv_shortcut" else (3, 3)
 
 
-def require_read_everywhere(names: Iterable[str]) -> None:
-    """Raise LorakitError, naming the first, where some programs would drop layers in silence."""
-    lost = [name for name in names if not is_read_everywhere(name)]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise LorakitError(
-            f"layer {lost[0]}{more} cannot be exported: not every program reads it; "
-            "adapt attention blocks, resnets, samplers and the text encoders' attention and MLP only"
-        )
+def require_canonical(names: Iterable[str]) -> None:
+    """Raise LorakitError, naming the first, where a layer is in none of the tables."""
+    if strange := [name for name in names if not is_canonical(name)]:
+        raise LorakitError(f"layer {strange[0]} cannot be exported: no program has a name for it")
 
 
 def layers_per_block(names: Iterable[str]) -> int:
@@ -274,7 +284,7 @@ def to_kohya_name(names: Iterable[str], family: str, layers: int | None = None) 
             result[name] = UNET_PREFIX + blocks
         elif part == "unet" and path in TOP:
             result[name] = UNET_PREFIX + (TOP[path] if spelling.sgm else path.replace(".", "_"))
-        elif prefix and is_read_everywhere(name):
+        elif prefix and is_canonical(name):
             result[name] = prefix + path.replace(".", "_")
         else:
             raise LorakitError(f"layer {name} is not one that a {family} adapter can have")
@@ -293,8 +303,12 @@ def from_kohya(stem: str, layers: int = DEFAULT_LAYERS_PER_BLOCK) -> str | None:
             return f"unet.{place.dotted()}"
         tops = {dotted.replace(".", "_"): dotted for dotted in TOP} | {sgm: dotted for dotted, sgm in TOP.items()}
         return f"unet.{tops[text]}" if text in tops else None
+    for prefix, part in _TEXT_PREFIXES.items():
+        for path in TEXT_TOP:
+            if stem == prefix + path.replace(".", "_"):
+                return f"{part}.{path}"
     match = _TEXT_UNDERSCORED.fullmatch(stem)
-    leaves = {leaf.replace(".", "_"): leaf for leaf in TEXT_LEAVES}
+    leaves = {leaf.replace(".", "_"): leaf for leaf in TEXT_LEAVES + TEXT_NORMS}
     if not match or match.group(3) not in leaves:
         return None
     prefix, number, leaf = match.groups()

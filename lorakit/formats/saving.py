@@ -12,7 +12,7 @@ from pathlib import Path
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
-from lorakit.formats import adapter_math, embeddings, files, metadata as meta
+from lorakit.formats import adapter_math, embeddings, files, keys, metadata as meta
 
 
 def destination(folder: Path, name: str, fmt: str) -> Path:
@@ -56,6 +56,9 @@ def save(
     specs = {fmt: FORMATS[fmt] for fmt in formats}
     for spec in specs.values():
         adapter_math.require_writable(weights, spec.check(adapter_math.method(weights), weights.family))
+    partly = [name for name in (*weights.layers, *weights.biases) if not keys.is_read_everywhere(name)]
+    if partly:
+        say(f"export: {len(partly)} layers, such as {partly[0]}, are not read by every program: see lorakit inspect")
     loss = adapter_math.lossy(weights, dtype)
     if loss:
         say(f"export: {loss}; float32 is written instead")

@@ -104,7 +104,8 @@ def test_one_key_renamed():
 def test_one_alpha_missing():
     shapes = random_adapters.kohya_shapes("sd1")
     del shapes[f"{TO_K}.alpha"]
-    report = read_report(shapes, "sd1")
+    assert "a1111" in complete(read_report(shapes, "sd1"))  # another program's file: alpha = rank is what it means
+    report = read_report(shapes, "sd1", metadata={"lorakit.version": "0.1"})
     assert complete(report) == set()
     assert report["a1111"].wrong == {TO_K: "its alpha is missing, so it is applied with alpha = rank"}
 
@@ -242,7 +243,8 @@ def test_a_broken_loha_is_read_by_nobody(change, words):
     whole = without(random_adapters.kohya_shapes("sd1"), TO_K)
     assert "a1111" in complete(read_report(whole | {f"{TO_K}.{part}": shape for part, shape in parts.items()}, "sd1"))
     change(parts)
-    report = read_report(whole | {f"{TO_K}.{part}": shape for part, shape in parts.items()}, "sd1")
+    own = {"lorakit.version": "0.1"}
+    report = read_report(whole | {f"{TO_K}.{part}": shape for part, shape in parts.items()}, "sd1", metadata=own)
     assert complete(report) == set()
     assert words in report["a1111"].wrong[TO_K]
 

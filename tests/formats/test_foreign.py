@@ -1,6 +1,7 @@
 """Methods that lorakit reads and does not train: the weight after a merge is that of the program that defines them."""
 
 import pytest
+import random_adapters
 import torch
 from lycoris.modules.boft import ButterflyOFTModule
 from lycoris.modules.diag_oft import DiagOFTModule
@@ -10,10 +11,11 @@ from lycoris.modules.ia3 import IA3Module
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
+from lycoris.modules.norms import NormModule
 from safetensors.torch import load_file, save_file
 
 from lorakit.core.errors import LorakitError
-from lorakit.formats import diffusers, kohya, peft, read
+from lorakit.formats import diffusers, keys, kohya, peft, read, save
 from lorakit.formats.edit.extract import Merger
 from lorakit.formats.edit.resize_combine import combine, resize
 
@@ -101,6 +103,48 @@ def test_biases_beside_lora_are_carried_by_every_command(tmp_path):
     assert torch.allclose(kohya.tensors(both, "fp32")[f"{LINEAR[0]}.diff_b"], 1.5 * bias)
     with pytest.raises(LorakitError, match="cannot carry changes of biases"):
         diffusers.tensors(weights, "fp16")
+
+
+TOPS = ("unet.conv_in", "unet.time_embedding.linear_1", "text_encoder_2.text_projection", "unet.conv_norm_out",
+        "unet.up_blocks.0.resnets.0.norm2", "unet.down_blocks.1.attentions.0.transformer_blocks.0.norm3",
+        "unet.down_blocks.1.attentions.0.norm", "text_encoder.text_model.encoder.layers.0.layer_norm1",
+        "text_encoder.text_model.final_layer_norm")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOPS)
+def test_layers_at_the_top_and_norms_have_names(name):
+    stem = keys.to_kohya_name([name], "sdxl")[name]
+    assert keys.from_kohya(stem) == name and keys.is_canonical(name) and not keys.is_read_everywhere(name)
+
+
+def test_a_style_and_lcm_become_one_file(tmp_path):
+    """LCM-LoRA adapts `conv_in` and the time embedding too."""
+    style = random_adapters.adapter({LINEAR[1]: (32, 24)}, "sd1")
+    lcm = random_adapters.adapter({LINEAR[1]: (32, 24), "unet.conv_in": (16, 4, 3, 3)}, "sd1", seed=1)
+    said = []
+    both = combine([(style, 1.0), (resize(lcm, rank=4), 0.5)])
+    path = save(both, tmp_path, "both", ["kohya"], "fp32", {}, say=said.append)["kohya"]
+    assert "export: 1 layers, such as unet.conv_in, are not read by every program" in said[0]
+    assert torch.allclose(
+        read(path).layers["unet.conv_in"].delta(), 0.5 * lcm.layers["unet.conv_in"].delta(), atol=1e-6
+    )
+
+
+def test_norms_are_merged_and_carried(tmp_path):
+    """As LyCORIS' `train_norm` writes them, in a file of LoCon."""
+    norm = NormModule(NORM[0], torch.nn.GroupNorm(4, 32), 1)
+    with torch.no_grad():
+        norm.w_norm.add_(torch.rand(32)), norm.b_norm.add_(torch.rand(32))
+    tensors = {f"{NORM[0]}.{name}": tensor.detach() for name, tensor in norm.state_dict().items() if "norm" in name}
+    tensors |= {f"{LINEAR[0]}.lora_down.weight": torch.ones(4, 24), f"{LINEAR[0]}.lora_up.weight": torch.ones(32, 4)}
+    save_file({k: t for k, t in tensors.items() if "org" not in k}, tmp_path / "x.safetensors")
+    weights = read(tmp_path / "x.safetensors")
+    merger, path = Merger(weights, 1.0), NORM[1].removeprefix("unet.")
+    for kind, expected in zip(("weight", "bias"), norm.get_merged_weight(), strict=True):
+        before = getattr(norm.org_module[0], kind).detach()
+        assert torch.allclose(merger("unet", f"{path}.{kind}", before), expected)
+    again = kohya.tensors(resize(weights, rank=2), "fp32")
+    assert torch.equal(again[f"{NORM[0]}.w_norm"], norm.w_norm) and torch.equal(again[f"{NORM[0]}.b_norm"], norm.b_norm)
 
 
 def test_full_differences_are_read(tmp_path):

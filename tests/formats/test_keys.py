@@ -25,10 +25,8 @@ def test_names_equal_the_frozen_list(family):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_both_block_spellings_are_read_back(family):
-    for name, by_blocks, by_sgm, group, _ in random_adapters.frozen(family):
-        known = "text_projection" not in group
-        assert keys.from_kohya(by_blocks) == (name if known else None)
-        assert keys.from_kohya(by_sgm) == (name if known else None)
+    for name, by_blocks, by_sgm, _, _ in random_adapters.frozen(family):
+        assert keys.from_kohya(by_blocks) == keys.from_kohya(by_sgm) == name
 
 
 def test_text_encoder_names_without_text_model_are_understood():
@@ -77,10 +75,11 @@ def test_depth_is_two_where_names_do_not_agree():
 
 
 def test_what_is_not_portable_is_refused_by_name():
-    with pytest.raises(LorakitError, match=r"layer unet.conv_in and 1 more cannot be exported: not every program"):
-        keys.require_read_everywhere(["unet.conv_in", "unet.mid_block.resnets.0.conv1", "unet.time_embedding.linear_1"])
-    with pytest.raises(LorakitError, match=r"layer unet.conv_norm_out is not one that a sd1 adapter can have"):
-        keys.to_kohya_name(["unet.conv_norm_out"], "sd1")
+    keys.require_canonical(["unet.conv_in", "unet.mid_block.resnets.0.conv1", "text_encoder_2.text_projection"])
+    with pytest.raises(LorakitError, match=r"layer unet.conv_mid cannot be exported: no program has a name for it"):
+        keys.require_canonical(["unet.conv_in", "unet.conv_mid"])
+    with pytest.raises(LorakitError, match=r"layer unet.conv_mid is not one that a sd1 adapter can have"):
+        keys.to_kohya_name(["unet.conv_mid"], "sd1")
     with pytest.raises(LorakitError, match=r"text_encoder_2.* is not one that a sd2 adapter can have"):
         keys.to_kohya_name(["text_encoder_2.text_model.encoder.layers.0.mlp.fc1"], "sd2")
 
