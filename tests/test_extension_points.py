@@ -143,7 +143,7 @@ def test_a_method_is_one_file_and_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module("lora_fa", METHOD)
-    spec = MethodSpec("lora_fa:Section", "lora_fa:METHOD", "lora_fa:trained_weights", begins_from_base=True)
+    spec = MethodSpec("lora_fa:METHOD", "lora_fa:trained_weights", section="lora_fa:Section", begins_from_base=True)
     monkeypatch.setitem(registry.METHODS.own, "lora_fa", spec)
     found = check_train_export_inspect(lorakit, tmp_path, "diffusers", adapter__method="lora_fa", adapter__rank="4")
     assert "adapter: lora_fa, unet" in found["plan"]

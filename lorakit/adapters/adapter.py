@@ -71,7 +71,7 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
             raise LorakitError(f"{name} is {expected} in the base, {actual} in the adapter: it is for another base")
     # Most layers share one rank; PEFT makes those, and `fill` puts the others' factors in their place.
     rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
-    config = ADAPTER_SECTIONS[method](rank=rank)
+    config = ADAPTER_SECTIONS[method](method=method, rank=rank)
     layer_paths = {name: paths[name] for name in weights.layers}
     layers = _inject(modules, layer_paths, config, plain=getattr(target, "plain", False))
     adapter = Adapter(modules, layers, family, method, 0.0)

@@ -17,14 +17,14 @@ from peft.tuners.lora import Conv2d, Linear
 from torch import nn
 
 from lorakit.adapters import lora
-from lorakit.config import DoraConfig
+from lorakit.config import LoraConfig
 from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
-def dora(config: DoraConfig, modules: list[str]) -> PeftConfig:
+def dora(config: LoraConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules`, with the layers of this file in place of PEFT's DoRA."""
     peft_config = lora.lora(config, modules)
     peft_config._register_custom_module({nn.Linear: DoraLinear, nn.Conv2d: DoraConv2d})

@@ -13,7 +13,7 @@ from peft import LoHaConfig as PeftConfig
 
 from lorakit.adapters.method import NAME, Factors, Method, parameter, recompute_delta
 from lorakit.adapters.weights import AnyLayer
-from lorakit.config import LohaConfig
+from lorakit.config import AdapterConfig
 
 if TYPE_CHECKING:
     from peft.tuners.loha import LoHaLayer
@@ -23,7 +23,7 @@ PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 SPREAD = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
 
 
-def peft(config: LohaConfig, modules: list[str]) -> PeftConfig:
+def peft(config: AdapterConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules`."""
     return PeftConfig(r=config.rank, alpha=config.effective_alpha, target_modules=modules, init_weights=False)
 

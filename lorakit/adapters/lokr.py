@@ -14,7 +14,7 @@ from peft import LoKrConfig as PeftConfig
 
 from lorakit.adapters.method import NAME, Factors, Method, parameter, recompute_delta, uniform
 from lorakit.adapters.weights import AnyLayer
-from lorakit.config import LokrConfig
+from lorakit.config import AdapterConfig
 
 if TYPE_CHECKING:
     from peft.tuners.lokr import LoKrLayer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
-def peft(config: LokrConfig, modules: list[str]) -> PeftConfig:
+def peft(config: AdapterConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules`."""
     return PeftConfig(r=config.rank, alpha=config.effective_alpha, target_modules=modules, init_weights=False)
 

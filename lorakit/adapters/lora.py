@@ -10,21 +10,22 @@ from torch import nn
 
 from lorakit.adapters.method import NAME, Factors, Method, parameter, uniform
 from lorakit.adapters.weights import AnyLayer
-from lorakit.config import LowRankConfig
+from lorakit.config import LoraConfig
+from lorakit.core.registry import METHODS
 from lorakit.engine import fused_lora
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
-def lora(config: LowRankConfig, modules: list[str]) -> PeftConfig:
+def lora(config: LoraConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules` (full paths inside one component)."""
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.effective_alpha,
         lora_dropout=config.dropout,
         target_modules=modules,
-        use_rslora=config.rank_stabilized,
+        use_rslora=METHODS[config.method].rank_stabilized,
         # The weights are drawn by `Adapter`, from its own generator.
         init_lora_weights=False,
     )

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from lorakit.adapters import lora
 from lorakit.adapters.method import NAME, parameter
-from lorakit.config import PissaConfig
+from lorakit.config import LoraConfig
 from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ OVERSAMPLING, ITERATIONS = 8, 6
 NO_MERGE = "a PiSSA adapter that is being trained cannot be fused into the base: export it, it is plain LoRA then"
 
 
-def peft(config: PissaConfig, modules: list[str]) -> PeftConfig:
+def peft(config: LoraConfig, modules: list[str]) -> PeftConfig:
     """PEFT's config for `modules`, with the layers of this file."""
     peft_config = lora.lora(config, modules)
     peft_config._register_custom_module({nn.Linear: PissaLinear, nn.Conv2d: PissaConv2d})

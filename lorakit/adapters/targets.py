@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lorakit.adapters.weights import factorization
-from lorakit.config import LayersConfig
+from lorakit.config import AdapterConfig
 from lorakit.core import registry
 from lorakit.core.registry import METHODS, resolve
 
@@ -40,27 +40,27 @@ def select(family: str, layers: Iterable[str], target_modules: str, train_text_e
     return [name for name, component, module in parts if component in rules and re.search(rules[component], module)]
 
 
-def trained(adapter: LayersConfig, shape: Sequence[int]) -> int:
+def trained(adapter: AdapterConfig, shape: Sequence[int]) -> int:
     """How many numbers a method trains in one layer, whose weight is `[out, in]` or `[out, in, kh, kw]`."""
     return int(resolve(METHODS[adapter.method].trained_weights)(adapter, shape))
 
 
-def lora_weights(adapter: LayersConfig, shape: Sequence[int]) -> int:
+def lora_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
     """The numbers of A and B."""
     return adapter.rank * (shape[0] + math.prod(shape[1:]))
 
 
-def dora_weights(adapter: LayersConfig, shape: Sequence[int]) -> int:
+def dora_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
     """LoRA's, and a magnitude for each input."""
     return lora_weights(adapter, shape) + shape[1]
 
 
-def loha_weights(adapter: LayersConfig, shape: Sequence[int]) -> int:
+def loha_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
     """Two products of LoRA's size."""
     return 2 * lora_weights(adapter, shape)
 
 
-def lokr_weights(adapter: LayersConfig, shape: Sequence[int]) -> int:
+def lokr_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
     """The numbers of w1, and of w2 or its two factors."""
     (a, b), (c, d) = factorization(shape[0]), factorization(shape[1])
     whole = adapter.rank >= max(b, d) / 2

@@ -87,6 +87,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
             problems.append(problem)
         else:
             values[by_key[key].section][by_key[key].name] = value
+    values["adapter"]["method"] = method
     config = Config(**{section: section_type(section, method)(**values[section]) for section in SECTIONS})
     problems += [] if problems else _contradictions(config)
     if problems:

@@ -13,7 +13,7 @@ import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from lorakit.config.option import Option, option
 from lorakit.core.registry import FORMATS, METHODS, OPTIMIZERS, resolve
@@ -70,8 +70,8 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayersConfig:
-    """What every method has: its size, and the layers it enters."""
+class AdapterConfig:
+    """What every method has: its size, and the layers it enters. A method without options of its own adds no class."""
 
     rank: int = option(16, "Rank of the update.", low=1, high=1024)
     alpha: float | None = option(None, "Scale is alpha / rank. Unset: alpha = rank, so that the scale is 1.", above=0)
@@ -82,14 +82,12 @@ class LayersConfig:
     train_text_encoder: bool = option(False, "Train adapters in the text encoder(s) too.")
     new_tokens: int = option(0, "Vectors to learn for the trigger as a new token (pivotal tuning).", low=0, high=32)
 
-    method: str = ""
-
-    rank_stabilized: ClassVar[bool] = False  # whether the scale is alpha / sqrt(rank) and not alpha / rank
+    method: str
 
     @property
     def scale(self) -> float:
         """What the product of the factors is multiplied by."""
-        return self.effective_alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return self.effective_alpha / (math.sqrt(self.rank) if METHODS[self.method].rank_stabilized else self.rank)
 
     @property
     def effective_alpha(self) -> float:
@@ -103,63 +101,18 @@ class LayersConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankConfig(LayersConfig):
-    """What LoRA and the methods built on it have."""
+class LoraConfig(AdapterConfig):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A. The methods built on it have its options."""
 
+    method: str = "lora"
     dropout: float = option(0.0, "Dropout on the adapter's input.", low=0, high=0.9)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig(LowRankConfig):
-    """LoRA (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A."""
-
-    method: Literal["lora"] = "lora"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RsLoraConfig(LowRankConfig):
-    """Rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732): the scale is alpha / sqrt(rank)."""
-
-    method: str = "rslora"
-    rank_stabilized: ClassVar[bool] = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoraConfig(LowRankConfig):
-    """DoRA (Liu et al. 2024, arXiv 2402.09353): direction by LoRA, magnitude learned on its own."""
-
-    method: str = "dora"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PissaConfig(LowRankConfig):
-    """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that begins as the weight's principal part."""
-
-    method: str = "pissa"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LohaConfig(LayersConfig):
-    """LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098): two low ranks, multiplied element by element."""
-
-    method: str = "loha"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LokrConfig(LayersConfig):
-    """LoKr (Yeh et al. 2023, arXiv 2309.14859): a Kronecker product of two small matrices."""
-
-    method: str = "lokr"
-
-
-AdapterConfig = LayersConfig
-
-
-class _AdapterSections(Mapping[str, type[LayersConfig]]):
+class _AdapterSections(Mapping[str, type[AdapterConfig]]):
     """Method -> its section of the config, as `registry.METHODS` names it."""
 
-    def __getitem__(self, method: str) -> type[LayersConfig]:
-        section: type[LayersConfig] = resolve(METHODS[method].section)
+    def __getitem__(self, method: str) -> type[AdapterConfig]:
+        section: type[AdapterConfig] = resolve(METHODS[method].section)
         return section
 
     def __iter__(self) -> Iterator[str]:

@@ -74,18 +74,21 @@ class MethodSpec:
     """One adapter method. Whatever needs torch is named, and imported when it is used.
 
     Attributes:
-        section: "module:Class" of its section of the config, a `config.LayersConfig`; the config check imports it.
         functions: "module:attribute" of an `adapters.method.Method`: PEFT's config, the first weights, the factors.
         trained_weights: "module:function" of (section, shape of a layer's weight) -> how many numbers it trains there.
+        section: "module:Class" of its section of the config, a `config.AdapterConfig`; a method with other options
+            than LoRA's names its own class, which the config check imports.
         layers: kind of the layers that it gives ("lora", "dora", "loha" or "lokr"); a format carries kinds of layers.
         begins_from_base: its first weights are taken from the base, so it cannot start from an adapter.
+        rank_stabilized: its scale is alpha / sqrt(rank), not alpha / rank.
     """
 
-    section: str
     functions: str
     trained_weights: str = "lorakit.adapters.targets:lora_weights"
+    section: str = "lorakit.config.schema:LoraConfig"
     layers: str = "lora"
     begins_from_base: bool = False
+    rank_stabilized: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,25 +178,21 @@ FAMILIES = Registry["FamilySpec"](
 METHODS = Registry[MethodSpec](
     "lorakit.adapters",
     {
-        "lora": MethodSpec("lorakit.config.schema:LoraConfig", "lorakit.adapters.lora:LORA"),
-        "rslora": MethodSpec("lorakit.config.schema:RsLoraConfig", "lorakit.adapters.lora:LORA"),
-        "dora": MethodSpec(
-            "lorakit.config.schema:DoraConfig",
-            "lorakit.adapters.dora:DORA",
-            trained_weights="lorakit.adapters.targets:dora_weights",
-            layers="dora",
-        ),
-        "pissa": MethodSpec("lorakit.config.schema:PissaConfig", "lorakit.adapters.pissa:PISSA", begins_from_base=True),
+        "lora": MethodSpec("lorakit.adapters.lora:LORA"),
+        # Kalajdzievski 2023, arXiv 2312.03732.
+        "rslora": MethodSpec("lorakit.adapters.lora:LORA", rank_stabilized=True),
+        "dora": MethodSpec("lorakit.adapters.dora:DORA", "lorakit.adapters.targets:dora_weights", layers="dora"),
+        "pissa": MethodSpec("lorakit.adapters.pissa:PISSA", begins_from_base=True),
         "loha": MethodSpec(
-            "lorakit.config.schema:LohaConfig",
             "lorakit.adapters.loha:LOHA",
-            trained_weights="lorakit.adapters.targets:loha_weights",
+            "lorakit.adapters.targets:loha_weights",
+            section="lorakit.config.schema:AdapterConfig",
             layers="loha",
         ),
         "lokr": MethodSpec(
-            "lorakit.config.schema:LokrConfig",
             "lorakit.adapters.lokr:LOKR",
-            trained_weights="lorakit.adapters.targets:lokr_weights",
+            "lorakit.adapters.targets:lokr_weights",
+            section="lorakit.config.schema:AdapterConfig",
             layers="lokr",
         ),
     },

@@ -327,7 +327,7 @@ def _unscaled(
         return {}
     try:
         adapter = json.loads(metadata["lorakit.config"])["adapter"]
-        scale = ADAPTER_SECTIONS[method](rank=adapter["rank"], alpha=adapter.get("alpha")).scale
+        scale = ADAPTER_SECTIONS[method](method=method, rank=adapter["rank"], alpha=adapter.get("alpha")).scale
     except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError):
         return {}
     result: dict[str, str] = {}

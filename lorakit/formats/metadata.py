@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit import __version__
 from lorakit.adapters.weights import ForeignLayer, LoraLayer
-from lorakit.config import ADAPTER_SECTIONS, Config, without_paths
+from lorakit.config import Config, without_paths
 from lorakit.core import registry
 from lorakit.families.spec import MODELSPEC_PREDICTIONS
 from lorakit.formats import keys
@@ -124,7 +124,7 @@ def _public(config: Config) -> dict[str, dict[str, Any]]:
 
 def rank_stabilized(method: str) -> bool:
     """Whether the scale of the method is alpha / sqrt(rank), which a file's alpha then has to carry."""
-    return method in ADAPTER_SECTIONS and ADAPTER_SECTIONS[method].rank_stabilized
+    return method in registry.METHODS and registry.METHODS[method].rank_stabilized
 
 
 def of_weights(weights: AdapterWeights) -> dict[str, str]:

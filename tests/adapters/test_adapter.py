@@ -10,7 +10,7 @@ from exercise import METHODS, module_of, predict, randomize, train
 
 from lorakit import adapters, families
 from lorakit.adapters.weights import LoraLayer
-from lorakit.config import DoraConfig, LoraConfig, RsLoraConfig
+from lorakit.config import LoraConfig
 from lorakit.core.errors import LorakitError
 
 
@@ -230,7 +230,7 @@ def test_the_scale_is_alpha_by_rank(sd1: Any, attach: Any, rank: int, alpha: flo
 
 
 def test_rslora_folds_its_scale_into_alpha(sd1: Any, attach: Any) -> None:
-    weights = attach(sd1, RsLoraConfig(rank=16, alpha=8.0)).weights()
+    weights = attach(sd1, LoraConfig(method="rslora", rank=16, alpha=8.0)).weights()
     assert {layer.alpha for layer in weights.layers.values()} == {8.0 * 4}
     assert {layer.scale for layer in weights.layers.values()} == {8.0 / 4}
 
@@ -247,7 +247,7 @@ def test_rank_dropout_and_targets_reach_pefts_layers(sd1: Any, attach: Any) -> N
 
 @pytest.mark.parametrize("convolution", [False, True])
 def test_dora_gradients_are_those_of_the_formula_with_the_norm_held(sd1: Any, attach: Any, convolution: bool) -> None:
-    attach(sd1, DoraConfig(rank=4, target_modules="linear+conv"))
+    attach(sd1, LoraConfig(method="dora", rank=4, target_modules="linear+conv"))
     block = sd1.denoiser.mid_block
     layer = block.resnets[0].conv1 if convolution else block.attentions[0].transformer_blocks[0].attn1.to_q
     draw = torch.Generator().manual_seed(1)
@@ -279,7 +279,7 @@ def test_dora_gradients_are_those_of_the_formula_with_the_norm_held(sd1: Any, at
 def test_dora_learns_its_magnitude_in_a_bfloat16_base(tiny_sd1: Path) -> None:
     # Around 1, bfloat16 has steps of 0.8 %: s itself must not be rounded to it, only the product.
     family = families.load(families.describe(tiny_sd1), "cpu", torch.bfloat16)
-    adapters.attach(family, DoraConfig(rank=2))
+    adapters.attach(family, LoraConfig(method="dora", rank=2))
     layer = family.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     x = torch.randn((64, 64), generator=torch.Generator().manual_seed(0)).bfloat16()
     before = layer(x).float()
@@ -294,7 +294,7 @@ def test_dora_survives_a_column_of_zeros(sd1: Any, attach: Any) -> None:
     before = weight.detach().clone()
     with torch.no_grad():
         weight[:, 3] = 0
-    adapter = attach(sd1, DoraConfig(rank=2))
+    adapter = attach(sd1, LoraConfig(method="dora", rank=2))
     train(sd1, adapter)
     assert torch.isfinite(predict(sd1)).all()
     assert all(torch.isfinite(p).all() for p in adapter.parameters().values())
@@ -303,7 +303,7 @@ def test_dora_survives_a_column_of_zeros(sd1: Any, attach: Any) -> None:
 
 
 def test_dora_is_not_fused_into_the_base(sd1: Any, attach: Any) -> None:
-    attach(sd1, DoraConfig(rank=2, target_modules="linear+conv"))
+    attach(sd1, LoraConfig(method="dora", rank=2, target_modules="linear+conv"))
     with pytest.raises(LorakitError, match="DoRA adapter cannot be fused"):
         sd1.denoiser.fuse_lora()
     with pytest.raises(LorakitError, match="DoRA adapter cannot be fused"):

@@ -15,7 +15,7 @@ import lorakit
 from lorakit import adapters
 from lorakit.adapters.dora import column_norms
 from lorakit.adapters.weights import AdapterWeights, LohaLayer, LoraLayer
-from lorakit.config import DoraConfig, LoraConfig, PissaConfig
+from lorakit.config import LoraConfig
 from lorakit.core.errors import LorakitError
 
 TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -70,7 +70,7 @@ def test_applied_weights_may_have_a_rank_and_scale_for_each_layer(sd1: Any) -> N
 
 
 def test_a_dora_file_may_have_layers_that_are_plain_lora(sd1: Any, attach: Any) -> None:
-    adapter = attach(sd1, DoraConfig(rank=4, target_modules="linear+conv"))
+    adapter = attach(sd1, LoraConfig(method="dora", rank=4, target_modules="linear+conv"))
     randomize(adapter)
     weights = adapter.weights()
     adapter.detach()
@@ -151,7 +151,7 @@ def test_starting_from_an_adapter_that_does_not_fit_says_what_to_set(sd1: Any, a
     refused(replace(weights, layers={**weights.layers, name: other}), "another shape")
     assert torch.equal(adapter.weights().layers[name].down, layer.down)
     adapter.detach()
-    adapter = attach(sd1, PissaConfig(rank=4))
+    adapter = attach(sd1, LoraConfig(method="pissa", rank=4))
     refused(weights, "pissa begins from the base's own weights and not from an adapter: set adapter.method = 'lora'")
 
 

@@ -9,7 +9,7 @@ from exercise import METHODS, predict, train
 
 from lorakit import adapters
 from lorakit.adapters import targets
-from lorakit.config import LohaConfig, LokrConfig, LoraConfig, PissaConfig
+from lorakit.config import ADAPTER_SECTIONS, AdapterConfig, LoraConfig
 from lorakit.core.errors import LorakitError
 from lorakit.runs.plan import count_weights
 
@@ -30,7 +30,7 @@ def test_vectors_of_a_word_are_announced(sd1: Any, attach: Any) -> None:
 
 
 def test_pissa_begins_as_the_principal_part_of_the_weight(sd1: Any, attach: Any) -> None:
-    adapter = attach(sd1, PissaConfig(rank=6, alpha=3.0, target_modules="linear+conv"))
+    adapter = attach(sd1, LoraConfig(method="pissa", rank=6, alpha=3.0, target_modules="linear+conv"))
     state = adapter.state()
     for name, layer in adapter._layers.items():
         weight = layer.base_layer.weight.detach().double().flatten(1).numpy()
@@ -45,7 +45,7 @@ def test_pissa_begins_as_the_principal_part_of_the_weight(sd1: Any, attach: Any)
 
 def test_pissa_changes_what_the_paper_changes(sd1: Any, attach: Any) -> None:
     """W - s B0 A0 + s B A, of which the base keeps W: what is exported is s (B A - B0 A0)."""
-    adapter = attach(sd1, PissaConfig(rank=2, target_modules="linear+conv", train_text_encoder=True))
+    adapter = attach(sd1, LoraConfig(method="pissa", rank=2, target_modules="linear+conv", train_text_encoder=True))
     before = adapter.state()
     train(sd1, adapter)
     after, weights = adapter.state(), adapter.weights()
@@ -60,7 +60,7 @@ def test_pissa_changes_what_the_paper_changes(sd1: Any, attach: Any) -> None:
 
 
 def test_pissa_is_applied_as_plain_lora(sd1: Any, attach: Any) -> None:
-    adapter = attach(sd1, PissaConfig(rank=2))
+    adapter = attach(sd1, LoraConfig(method="pissa", rank=2))
     train(sd1, adapter)
     trained, weights = predict(sd1), adapter.weights()
     adapter.detach()
@@ -72,13 +72,13 @@ def test_pissa_is_applied_as_plain_lora(sd1: Any, attach: Any) -> None:
 
 def test_pissa_of_a_rank_above_the_layers_own(sd1: Any, attach: Any) -> None:
     before = predict(sd1)
-    adapter = attach(sd1, PissaConfig(rank=200))
+    adapter = attach(sd1, LoraConfig(method="pissa", rank=200))
     assert all(torch.isfinite(parameter).all() for parameter in adapter.parameters().values())
     assert torch.equal(predict(sd1), before)
 
 
 def test_pissa_is_not_fused_into_the_base(sd1: Any, attach: Any) -> None:
-    attach(sd1, PissaConfig(rank=2, target_modules="linear+conv"))
+    attach(sd1, LoraConfig(method="pissa", rank=2, target_modules="linear+conv"))
     block = sd1.denoiser.mid_block
     for layer in (block.resnets[0].conv1, block.attentions[0].transformer_blocks[0].attn1.to_q):
         with pytest.raises(LorakitError, match="PiSSA adapter that is being trained cannot be fused"):
@@ -86,12 +86,12 @@ def test_pissa_is_not_fused_into_the_base(sd1: Any, attach: Any) -> None:
 
 
 def test_first_weights_are_lycoris(sd1: Any, attach: Any) -> None:
-    adapter = attach(sd1, LohaConfig(rank=8, target_modules="linear+conv"), seed=3)
+    adapter = attach(sd1, AdapterConfig(method="loha", rank=8, target_modules="linear+conv"), seed=3)
     for layer in adapter.weights().layers.values():
         assert not layer.w2_a.any()
         assert layer.w1_a.std() == pytest.approx(0.1, rel=0.2) and layer.w2_b.std() == pytest.approx(1, rel=0.2)
     adapter.detach()
-    adapter = attach(sd1, LokrConfig(rank=2, target_modules="linear+conv"), seed=3)
+    adapter = attach(sd1, AdapterConfig(method="lokr", rank=2, target_modules="linear+conv"), seed=3)
     for layer in adapter.weights().layers.values():
         assert not layer.w2[-1].any() and layer.w1[0].any()
         assert layer.scale == 1
@@ -99,7 +99,7 @@ def test_first_weights_are_lycoris(sd1: Any, attach: Any) -> None:
 
 def test_a_whole_lokr_has_no_scale(sd1: Any, attach: Any) -> None:
     """LyCORIS' rule: with both matrices whole there is no rank to divide alpha by."""
-    adapter = attach(sd1, LokrConfig(rank=64, alpha=1.0))
+    adapter = attach(sd1, AdapterConfig(method="lokr", rank=64, alpha=1.0))
     train(sd1, adapter)
     trained, weights = predict(sd1), adapter.weights()
     assert all(layer.whole and layer.scale == 1 for layer in weights.layers.values())
@@ -109,16 +109,16 @@ def test_a_whole_lokr_has_no_scale(sd1: Any, attach: Any) -> None:
     applied.detach()
 
 
-@pytest.mark.parametrize(("config", "kind"), [(LohaConfig, "LOHA"), (LokrConfig, "LOKR"), (LoraConfig, "LORA")])
-def test_peft_knows_what_it_holds(sd1: Any, attach: Any, config: Any, kind: str) -> None:
-    attach(sd1, config(rank=4, alpha=2.0))
+@pytest.mark.parametrize(("method", "kind"), [("loha", "LOHA"), ("lokr", "LOKR"), ("lora", "LORA")])
+def test_peft_knows_what_it_holds(sd1: Any, attach: Any, method: str, kind: str) -> None:
+    attach(sd1, ADAPTER_SECTIONS[method](method=method, rank=4, alpha=2.0))
     assert sd1.denoiser.peft_config["default"].peft_type == kind
 
 
-@pytest.mark.parametrize("config", [LohaConfig, LokrConfig])
+@pytest.mark.parametrize("method", ["loha", "lokr"])
 @pytest.mark.parametrize("conv", [False, True])
-def test_no_delta_is_kept_for_the_backward_pass(sd1: Any, attach: Any, config: Any, conv: bool) -> None:
-    attach(sd1, config(rank=2, target_modules="linear+conv"))
+def test_no_delta_is_kept_for_the_backward_pass(sd1: Any, attach: Any, method: str, conv: bool) -> None:
+    attach(sd1, ADAPTER_SECTIONS[method](method=method, rank=2, target_modules="linear+conv"))
     block = sd1.denoiser.mid_block
     layer = block.resnets[0].conv1 if conv else block.attentions[0].transformer_blocks[0].attn1.to_q
     kept = []

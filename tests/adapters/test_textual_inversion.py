@@ -9,7 +9,7 @@ from exercise import predict, train
 
 from lorakit import adapters
 from lorakit.adapters.textual_inversion import mark_token
-from lorakit.config import LohaConfig, LoraConfig
+from lorakit.config import AdapterConfig, LoraConfig
 from lorakit.core.errors import LorakitError
 
 END, PAD = 99, 0
@@ -66,7 +66,7 @@ def test_vectors_learn_are_switched_off_and_leave_no_trace(
 ) -> None:
     family = request.getfixturevalue(name)
     base, names = predict(family), {part: list(m.state_dict()) for part, m in family.modules().items()}
-    adapter = attach(family, LohaConfig(rank=2, new_tokens=3), trigger="sks")
+    adapter = attach(family, AdapterConfig(method="loha", rank=2, new_tokens=3), trigger="sks")
     first = adapter.weights().embeddings["sks"]
     train(family, adapter)
     trained, weights = predict(family), adapter.weights()
@@ -83,11 +83,11 @@ def test_vectors_learn_are_switched_off_and_leave_no_trace(
     applied = adapters.apply(family, weights)
     torch.testing.assert_close(predict(family), trained, rtol=1e-4, atol=1e-5)
     applied.detach()
-    again = attach(family, LohaConfig(rank=2, new_tokens=3), trigger="sks")
+    again = attach(family, AdapterConfig(method="loha", rank=2, new_tokens=3), trigger="sks")
     again.load_state(state)
     assert torch.equal(predict(family), trained)
     again.detach()
-    third = attach(family, LohaConfig(rank=2, new_tokens=3), trigger="sks")
+    third = attach(family, AdapterConfig(method="loha", rank=2, new_tokens=3), trigger="sks")
     third.load(weights)
     torch.testing.assert_close(predict(family), trained, rtol=1e-4, atol=1e-5)
 

@@ -174,7 +174,7 @@ CASES = [(method, {}) for method in METHODS] + [("lora", {"train_text_encoder": 
 @pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sdxl"])
 def test_an_adapters_gradients_and_what_it_shows_stay(method: str, more: Any, base: str, request: Any) -> None:
     target = request.getfixturevalue(base)
-    config = ADAPTER_SECTIONS[method](rank=4, **more)
+    config = ADAPTER_SECTIONS[method](method=method, rank=4, **more)
     plain, other = attached(target, config, torch.float32)
     family, adapter = attached(target, config, torch.float32)
     names = {name: module.state_dict().keys() for name, module in family.modules().items()}

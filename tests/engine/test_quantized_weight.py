@@ -14,7 +14,7 @@ from torch import nn
 
 from lorakit import adapters, config, families
 from lorakit.adapters import adapter as adapter_module
-from lorakit.config import ADAPTER_SECTIONS, DoraConfig, LoraConfig
+from lorakit.config import ADAPTER_SECTIONS, LoraConfig
 from lorakit.core.errors import LorakitError
 from lorakit.engine import (
     device as devices,
@@ -217,7 +217,9 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", [LoraConfig(rank=4, target_modules="linear+conv"), DoraConfig(rank=4)])
+@pytest.mark.parametrize(
+    "config", [LoraConfig(rank=4, target_modules="linear+conv"), LoraConfig(method="dora", rank=4)]
+)
 def test_an_adapter_learns_on_it_as_on_its_whole_weights(tiny_sd1: Path, kind: str, config: LoraConfig) -> None:
     """Gradients equal those on a plain base whose weights are the dequantized ones, with checkpointing too."""
     small, plain = load(tiny_sd1, kind), load(tiny_sd1, "full")
@@ -291,7 +293,7 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
 ) -> None:
     """Predictions and gradients to the bit, with checkpointing and without. Resident weights in full have products of
     their own, shared by q, k and v, which round otherwise: there the layers stay as torch and diffusers have them."""
-    config = ADAPTER_SECTIONS[method](rank=4, target_modules="linear+conv")
+    config = ADAPTER_SECTIONS[method](method=method, rank=4, target_modules="linear+conv")
     results: list[list[torch.Tensor]] = []
     for stream in (False, True):
         family = load(tiny_sd1, kind, stream=stream, dtype=dtype)

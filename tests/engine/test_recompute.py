@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from lorakit import adapters, families
-from lorakit.config import DoraConfig, LoraConfig
+from lorakit.config import LoraConfig
 from lorakit.engine import recompute
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -140,7 +140,7 @@ def learned(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> tu
         LoraConfig(rank=4),
         LoraConfig(rank=4, alpha=2.0, target_modules="linear"),
         LoraConfig(rank=4, alpha=2.0, target_modules="linear+conv"),
-        DoraConfig(rank=4, target_modules="linear+conv"),
+        LoraConfig(method="dora", rank=4, target_modules="linear+conv"),
     ],
     ids=["attention", "linear", "linear+conv", "dora"],
 )

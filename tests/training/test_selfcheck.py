@@ -42,7 +42,7 @@ def trained(tiny_sd1: Path) -> dict[str, Any]:
     """A rank-stabilised adapter of rank 4 in a base, and what the end of a run knows of it."""
     info = families.describe(tiny_sd1)
     family = families.load(info, "cpu", torch.float32)
-    adapter = adapters.attach(family, config.RsLoraConfig(rank=4, train_text_encoder=True))
+    adapter = adapters.attach(family, config.LoraConfig(method="rslora", rank=4, train_text_encoder=True))
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in adapter.parameters().values():
