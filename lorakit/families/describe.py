@@ -225,7 +225,7 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
     unsure = (
         "" if prediction.certain or model.prediction_type != "auto" else "; if that is wrong, set model.prediction_type"
     )
-    notes = [f"prediction type: {prediction.type}{zero}, {prediction.told_by}{unsure}"]
+    notes = [f"prediction type: {prediction.type}{zero}, {prediction.evidence}{unsure}"]
     if checkpoint.ignored:
         notes.append(f"keys that are not of such a model, ignored: {_summary(checkpoint.ignored)}")
     folder = single_file.tokenizer(model.tokenizer, path)

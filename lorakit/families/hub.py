@@ -40,24 +40,24 @@ def parse(base: str) -> HubId | None:
     return HubId(match[1], match[2] or "main")
 
 
-def find(asked: HubId) -> tuple[Path, str]:
+def find(hub_id: HubId) -> tuple[Path, str]:
     """Folder in the cache, and the commit that it is of. Only where the cache lacks it is the network asked.
 
     Raises:
         LorakitError: there is no such model or revision, it is gated, it is not in diffusers layout, or the network
             cannot be reached.
     """
-    folder = cached(asked) or _fetched(asked)
+    folder = cached(hub_id) or _fetch(hub_id)
     return folder, folder.name
 
 
-def cached(asked: HubId) -> Path | None:
+def cached(hub_id: HubId) -> Path | None:
     """The complete snapshot in the cache, or None. The network is not asked."""
     from huggingface_hub import errors, try_to_load_from_cache
 
     try:
-        index = try_to_load_from_cache(asked.name, "model_index.json", revision=asked.revision)
-    except errors.HFValidationError:  # the hub has no such names; `_fetched` says so
+        index = try_to_load_from_cache(hub_id.name, "model_index.json", revision=hub_id.revision)
+    except errors.HFValidationError:  # the hub has no such names; `_fetch` says so
         return None
     # Beside a path and None there is a mark for "known not to exist".
     return Path(index).parent if isinstance(index, str) and _complete(Path(index).parent) else None
@@ -75,40 +75,40 @@ def _complete(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in parts & {*COMPONENTS, *FOLDERS})
 
 
-def _fetched(asked: HubId) -> Path:
+def _fetch(hub_id: HubId) -> Path:
     from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
-    told = f"{asked.name}@{asked.revision}" if asked.revision != "main" else asked.name
+    title = f"{hub_id.name}@{hub_id.revision}" if hub_id.revision != "main" else hub_id.name
     if is_offline_mode():
         raise LorakitError(
-            f"base {told} is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a file"
+            f"base {title} is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a file"
         )
     try:
-        known = HfApi().model_info(asked.name, revision=asked.revision)
-        names = [sibling.rfilename for sibling in known.siblings or []]
-        folder = snapshot_download(asked.name, revision=asked.revision, allow_patterns=wanted(told, names))
+        info = HfApi().model_info(hub_id.name, revision=hub_id.revision)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        folder = snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=base_files(title, names))
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
-        _refuse(asked, told, error)
+        _refuse(hub_id, title, error)
     return Path(folder)
 
 
-def _refuse(asked: HubId, told: str, error: Exception) -> NoReturn:
+def _refuse(hub_id: HubId, title: str, error: Exception) -> NoReturn:
     from huggingface_hub import constants, errors
 
-    page = f"{constants.ENDPOINT}/{asked.name}"
+    page = f"{constants.ENDPOINT}/{hub_id.name}"
     if isinstance(error, errors.GatedRepoError):
         why = f"is gated: accept its terms at {page} and log in with: hf auth login"
     elif isinstance(error, errors.RepositoryNotFoundError):
         why = f"is not on the hub, or is private: look at {page}, and log in with: hf auth login"
     elif isinstance(error, errors.RevisionNotFoundError):
-        why = f"has no revision {asked.revision!r}: look at {page}"
+        why = f"has no revision {hub_id.revision!r}: look at {page}"
     else:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         why = f"is not in the cache and cannot be fetched from {constants.ENDPOINT} ({reason}): try again later"
-    raise LorakitError(f"base {told} {why}; or give a folder or a file") from error
+    raise LorakitError(f"base {title} {why}; or give a folder or a file") from error
 
 
-def wanted(told: str, names: Iterable[str]) -> list[str]:
+def base_files(title: str, names: Iterable[str]) -> list[str]:
     """Of a repository's files those that a base needs: one precision of each part's weights, and no pickles.
 
     Raises:
@@ -118,8 +118,8 @@ def wanted(told: str, names: Iterable[str]) -> list[str]:
     if "model_index.json" not in names:
         single = next((name for name in sorted(names) if name.endswith(".safetensors") and "/" not in name), None)
         instead = f"; download {single} and give that file" if single else ""
-        raise LorakitError(f"base {told} is not in diffusers layout (no model_index.json){instead}")
-    chosen = ["model_index.json", *(name for name in names if name.startswith(tuple(f"{f}/" for f in FOLDERS)))]
+        raise LorakitError(f"base {title} is not in diffusers layout (no model_index.json){instead}")
+    files = ["model_index.json", *(name for name in names if name.startswith(tuple(f"{f}/" for f in FOLDERS)))]
     for part, stem in COMPONENTS.items():
         inside = [name for name in names if name.startswith(f"{part}/")]
         if not inside:
@@ -131,6 +131,6 @@ def wanted(told: str, names: Iterable[str]) -> list[str]:
             if weights:
                 break
         else:
-            raise LorakitError(f"base {told} has no {part}/{stem}.safetensors, only weights that are not read here")
-        chosen += [*weights, *(name for name in inside if name == f"{part}/config.json")]
-    return chosen
+            raise LorakitError(f"base {title} has no {part}/{stem}.safetensors, only weights that are not read here")
+        files += [*weights, *(name for name in inside if name == f"{part}/config.json")]
+    return files

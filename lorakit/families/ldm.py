@@ -132,7 +132,7 @@ class Prediction:
 
     type: str
     zero_snr: bool
-    told_by: str
+    evidence: str
     certain: bool
 
 
@@ -305,11 +305,11 @@ def assemble(parts: list[torch.Tensor], slots: list[Slot], component: str) -> to
     """The file's tensor from the tensors of the slots that it holds, in their order: the inverse of `view`."""
     import torch
 
-    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return (whole.T if slots[0].transposed else whole).reshape(stored_shape(component, slots[0])).contiguous()
+    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return (tensor.T if slots[0].transposed else tensor).reshape(file_shape(component, slots[0])).contiguous()
 
 
-def stored_shape(component: str, slot: Slot) -> tuple[int, ...]:
+def file_shape(component: str, slot: Slot) -> tuple[int, ...]:
     """The shape that the file's tensor has."""
     if slot.third is not None:
         return (3 * slot.shape[0], *slot.shape[1:])
@@ -327,14 +327,14 @@ def view(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
 
 def prediction(header: safetensors_header.Header, family: str) -> Prediction:
     """What the model predicts: said by a key, by the metadata, or guessed as ComfyUI does it."""
-    shapes, told = header.shapes(), header.metadata
+    shapes, metadata = header.shapes(), header.metadata
     if "v_pred" in shapes:
         return Prediction("v_prediction", "ztsnr" in shapes, "as its key v_pred says", certain=True)
-    said = told.get("modelspec.prediction_type", "").lower()
+    value = metadata.get("modelspec.prediction_type", "").lower()
     for kind, words in {"v_prediction": ("v", "v_prediction", "v-prediction"), "epsilon": ("epsilon", "eps")}.items():
-        if said in words:
-            return Prediction(kind, "ztsnr" in shapes, f"as its metadata says ({said})", certain=True)
-    if "768-v" in told.get("modelspec.architecture", ""):
+        if value in words:
+            return Prediction(kind, "ztsnr" in shapes, f"as its metadata says ({value})", certain=True)
+    if "768-v" in metadata.get("modelspec.architecture", ""):
         return Prediction("v_prediction", False, "as its metadata says (768-v)", certain=True)
     if family not in TWO_KINDS or shapes[f"{UNET}input_blocks.0.0.weight"][1] != 4:
         return Prediction("epsilon", False, "as nothing in the file says otherwise", certain=False)

@@ -80,10 +80,10 @@ def _from_file(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> 
         module.load_state_dict(weights, assign=True)
         return module
     # transformers makes the buffers that are in no file, and knows by which names its version calls the weights.
-    module, said = cls.from_pretrained(
+    module, loading_info = cls.from_pretrained(
         None, config=transformers.CLIPTextConfig(**config), state_dict=weights, dtype=dtype, output_loading_info=True
     )
-    wrong = sorted(said["missing_keys"] | said["unexpected_keys"])
+    wrong = sorted(loading_info["missing_keys"] | loading_info["unexpected_keys"])
     if wrong:
         raise ValueError(f"{wrong[0]} is missing or unknown")
     return module
@@ -164,11 +164,11 @@ class TokenIds:
 
     def __init__(self, tokenizer: CLIPTokenizer, device: torch.device, length: int | None = None):
         self.tokenizer, self.device, self.length = tokenizer, device, length or tokenizer.model_max_length
-        self._known: dict[str, torch.Tensor] = {}
+        self._ids: dict[str, torch.Tensor] = {}
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """int64 `[B, T]`."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
         if new:
             ids = self.tokenizer(
                 new,
@@ -177,8 +177,8 @@ class TokenIds:
                 truncation=True,
                 return_tensors="pt",
             ).input_ids.to(self.device)
-            self._known |= dict(zip(new, ids, strict=True))
-        return torch.stack([self._known[text] for text in texts])
+            self._ids |= dict(zip(new, ids, strict=True))
+        return torch.stack([self._ids[text] for text in texts])
 
 
 def load_scheduler(info: BaseInfo) -> SchedulerMixin:
@@ -261,7 +261,7 @@ def move(parts: dict[str, list[Any]], names: tuple[str, ...], device: torch.devi
     Raises:
         ValueError: a part of another name.
     """
-    moved = False
+    changed = False
     for name in names:
         if name not in parts:
             raise ValueError(f"unknown component {name!r}: {', '.join(map(repr, parts))}")
@@ -270,6 +270,6 @@ def move(parts: dict[str, list[Any]], names: tuple[str, ...], device: torch.devi
             continue
         for module in away:
             module.to(device)
-            moved = True
-    if moved and device.type == "cpu" and torch.cuda.is_available():
+            changed = True
+    if changed and device.type == "cpu" and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -29,16 +29,16 @@ def configs(checkpoint: ldm.Checkpoint) -> dict[str, dict[str, Any]]:
     family = checkpoint.family
     shapes = {part: {name: slot.shape for name, slot in slots.items()} for part, slots in checkpoint.parts.items()}
     side = 768 if family == "sd2" and checkpoint.prediction.type == "v_prediction" else SIDES[family]
-    found = {"unet": unet(shapes["unet"], family, side), "vae": vae(shapes["vae"], family, side)}
+    parts = {"unet": unet(shapes["unet"], family, side), "vae": vae(shapes["vae"], family, side)}
     for name in [part for part in shapes if part.startswith("text_encoder")]:
-        found[name] = text(shapes[name], openclip=(family, name) in ldm.OPENCLIP)
+        parts[name] = text(shapes[name], openclip=(family, name) in ldm.OPENCLIP)
     if family == "sdxl":
-        pooled = found["text_encoder_2"]["projection_dim"]
-        wide = found["unet"]["projection_class_embeddings_input_dim"]
-        found["unet"]["addition_time_embed_dim"] = (wide - pooled) // 6
-    found["scheduler"] = scheduler(family, checkpoint.prediction.type, checkpoint.prediction.zero_snr)
-    found["model_index"] = model_index(family, found)
-    return found
+        pooled = parts["text_encoder_2"]["projection_dim"]
+        wide = parts["unet"]["projection_class_embeddings_input_dim"]
+        parts["unet"]["addition_time_embed_dim"] = (wide - pooled) // 6
+    parts["scheduler"] = scheduler(family, checkpoint.prediction.type, checkpoint.prediction.zero_snr)
+    parts["model_index"] = model_index(family, parts)
+    return parts
 
 
 def unet(shapes: Shapes, family: str, side: int) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def unet(shapes: Shapes, family: str, side: int) -> dict[str, Any]:
     middle = _count(shapes, r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
     text = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
     linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         "_class_name": CLASSES["unet"],
         "sample_size": side // 8,
         "in_channels": shapes["conv_in.weight"][1],
@@ -67,13 +67,13 @@ def unet(shapes: Shapes, family: str, side: int) -> dict[str, Any]:
         "use_linear_projection": linear,
     }
     if family == "sd2":
-        found["upcast_attention"] = True
+        config["upcast_attention"] = True
     if family == "sdxl":
-        found |= {
+        config |= {
             "addition_embed_type": "text_time",
             "projection_class_embeddings_input_dim": shapes["add_embedding.linear_1.weight"][1],
         }
-    return found
+    return config
 
 
 def vae(shapes: Shapes, family: str, side: int) -> dict[str, Any]:
@@ -118,24 +118,24 @@ def text(shapes: Shapes, *, openclip: bool) -> dict[str, Any]:
 
 def scheduler(family: str, prediction: str, zero_snr: bool) -> dict[str, Any]:
     """The sampler that the published model names, on the schedule all of them were trained with."""
-    found = {**_SCHEDULE, "prediction_type": prediction, "steps_offset": 1}
-    ddim = {"_class_name": "DDIMScheduler", **found, "clip_sample": False, "set_alpha_to_one": False}
+    config = {**_SCHEDULE, "prediction_type": prediction, "steps_offset": 1}
+    ddim = {"_class_name": "DDIMScheduler", **config, "clip_sample": False, "set_alpha_to_one": False}
     if zero_snr:
         # Lin et al. 2023, arXiv 2305.08891: sampling must begin at the last timestep, where there is noise alone.
         return ddim | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if family == "sdxl":
-        return {"_class_name": "EulerDiscreteScheduler", **found, "timestep_spacing": "leading"}
+        return {"_class_name": "EulerDiscreteScheduler", **config, "timestep_spacing": "leading"}
     if prediction == "v_prediction":
         return ddim
-    return {"_class_name": "PNDMScheduler", **found, "skip_prk_steps": True, "set_alpha_to_one": False}
+    return {"_class_name": "PNDMScheduler", **config, "skip_prk_steps": True, "set_alpha_to_one": False}
 
 
-def model_index(family: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def model_index(family: str, parts: Mapping[str, Any]) -> dict[str, Any]:
     """model_index.json's."""
     index: dict[str, Any] = {"_class_name": PIPELINES[family]}
-    for name in found:
+    for name in parts:
         library = "transformers" if name.startswith("text_encoder") else "diffusers"
-        index[name] = [library, CLASSES.get(name) or found[name]["_class_name"]]
+        index[name] = [library, CLASSES.get(name) or parts[name]["_class_name"]]
         if name.startswith("text_encoder"):
             index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
     if family == "sdxl":
@@ -143,12 +143,12 @@ def model_index(family: str, found: Mapping[str, Any]) -> dict[str, Any]:
     return index | {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
 
 
-def tokenizer(given: str, file: Path) -> Path | None:
+def tokenizer(option: str, file: Path) -> Path | None:
     """The folder of the tokenizer for a base in one file: the one given, or that beside the file, or None."""
-    folder = Path(given).expanduser() if given else file.parent
+    folder = Path(option).expanduser() if option else file.parent
     if (folder / "tokenizer").is_dir():
         return folder / "tokenizer"
-    return folder if given else None
+    return folder if option else None
 
 
 def _count(names: Mapping[str, Any], pattern: str) -> int:

@@ -17,10 +17,10 @@ PRECISIONS = ("fp16", "bf16")
 
 def shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape over all the files of one model."""
-    found: dict[str, tuple[int, ...]] = {}
+    result: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        found |= safetensors_header.read(path).shapes()
-    return found
+        result |= safetensors_header.read(path).shapes()
+    return result
 
 
 def weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:

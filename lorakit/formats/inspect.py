@@ -38,7 +38,7 @@ class Report:
     description: str
     bytes: int
     family: str | None = None
-    family_told_by: str = ""
+    family_evidence: str = ""
     format: str = ""
     method: str = ""
     dtype: str = ""
@@ -73,7 +73,7 @@ class Report:
         title = self.model or (registry.version_of(self.family).title if self.family else "")
         lines = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
         facts = {
-            "for": f"{title} (told by {self.family_told_by})" if title else "",
+            "for": f"{title} (told by {self.family_evidence})" if title else "",
             "format": f"{self.format}, {self.dtype}" if self.format else "",
             "method": self.method,
             "trigger": self.trigger,
@@ -116,7 +116,7 @@ def inspect(path: Path) -> Report:
                 checkpoint = ldm.read(head)
                 family, by = checkpoint.family, "its keys"
                 zero = " with zero terminal SNR" if checkpoint.prediction.zero_snr else ""
-                what = f"; it predicts {checkpoint.prediction.type}{zero}, {checkpoint.prediction.told_by}"
+                what = f"; it predicts {checkpoint.prediction.type}{zero}, {checkpoint.prediction.evidence}"
         return Report(
             path.name,
             kind,

@@ -195,7 +195,7 @@ def test_a_cached_base_with_a_transformer_is_complete_with_t5_or_without(cache: 
     assert families.describe("org/tiny").family == "sd3"
     folder = cache / "snapshots" / COMMIT
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    assert set(hub.wanted("org/tiny", files)) == set(files)
+    assert set(hub.base_files("org/tiny", files)) == set(files)
     shutil.rmtree(folder / "transformer")
     with pytest.raises(LorakitError, match="is not in the cache"):
         families.describe("org/tiny")
@@ -211,11 +211,11 @@ def test_what_is_fetched_of_a_repository() -> None:
         *(f"text_encoder/{text}-0000{n}-of-00002.safetensors" for n in (1, 2)),
         *("text_encoder/model.safetensors.index.json", "text_encoder/config.json", "text_encoder/flax_model.msgpack"),
     ]
-    assert set(names) - set(hub.wanted("org/x", names)) == {
+    assert set(names) - set(hub.base_files("org/x", names)) == {
         *("README.md", "v1-5.safetensors", "v1-5.ckpt", "safety_checker/model.safetensors"),
         *(f"unet/{stem}.safetensors", f"unet/{stem}.bin", f"vae/{stem}.bin", "text_encoder/flax_model.msgpack"),
     }
     with pytest.raises(LorakitError, match=r"not in diffusers layout .*; download v1-5\.safetensors and give that"):
-        hub.wanted("org/x", ["v1-5.safetensors", "README.md"])
+        hub.base_files("org/x", ["v1-5.safetensors", "README.md"])
     with pytest.raises(LorakitError, match=r"has no unet/diffusion_pytorch_model\.safetensors, only weights that"):
-        hub.wanted("org/x", ["model_index.json", f"unet/{stem}.bin"])
+        hub.base_files("org/x", ["model_index.json", f"unet/{stem}.bin"])

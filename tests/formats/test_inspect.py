@@ -54,7 +54,7 @@ def test_dora_and_sdxl_are_told(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sdxl", method="dora")
     report = inspect(save(weights, tmp_path, "toy", ["kohya"], "bf16", {})["kohya"])
     assert (report.family, report.method, report.dtype) == ("sdxl", "dora", "BF16")
-    assert report.family_told_by == "metadata"
+    assert report.family_evidence == "metadata"
 
 
 @pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl")])
@@ -63,7 +63,7 @@ def test_family_without_metadata(tmp_path, width, family):
     tensors = {f"{stem}.lora_down.weight": torch.zeros(2, width), f"{stem}.lora_up.weight": torch.zeros(8, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
     report = inspect(tmp_path / "a.safetensors")
-    assert (report.family, report.family_told_by) == (family, f"attends to text of width {width}")
+    assert (report.family, report.family_evidence) == (family, f"attends to text of width {width}")
     assert read(tmp_path / "a.safetensors").family == family
 
 

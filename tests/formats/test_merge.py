@@ -157,7 +157,7 @@ def test_v_prediction_stays_known_in_the_file(tmp_path: Path) -> None:
     info = families.describe(tmp_path / "v")
     path = merge.merge(weights_for(info), info, tmp_path / "v.safetensors")
     told = ldm.prediction(safetensors_header.read(path), "sdxl")
-    assert (told.type, told.zero_snr, told.told_by) == ("v_prediction", True, "as its key v_pred says")
+    assert (told.type, told.zero_snr, told.evidence) == ("v_prediction", True, "as its key v_pred says")
 
 
 def test_the_command_writes_a_file_and_refuses_what_it_must(made: Any, tmp_path: Path, capsys: Any) -> None:

@@ -129,7 +129,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
                 if f".resblocks.{last - 1}." in key
             }
         for key, names in by_key.items():
-            entries.append((key, dtypes[part, names[0]], ldm.stored_shape(part, slots[names[0]])))
+            entries.append((key, dtypes[part, names[0]], ldm.file_shape(part, slots[names[0]])))
             plans.append((part, names))
 
     def tensors() -> Iterator[torch.Tensor]:

@@ -109,7 +109,7 @@ def report_card(report: inspect.Report, say: Say) -> str:
     rank = ", ".join(sorted({f"{r:g}" for component in report.components.values() for r in component.ranks}))
     figures = widgets.facts(
         [
-            (say("file.family"), report.family or "", say.translate(report.family_told_by)),
+            (say("file.family"), report.family or "", say.translate(report.family_evidence)),
             (say("file.method"), report.method, ""),
             (say("file.rank"), rank, ""),
             (say("file.trigger"), report.trigger, ""),
