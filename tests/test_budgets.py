@@ -44,22 +44,43 @@ BANNED = {
     "frugal": 0,
     "lean": 0,
     "believed": 0,
-    "told": 7,
     "knob": 0,
-    "made": 7,
-    "found": 14,
-    "known": 9,
-    "kept": 4,
-    "said": 5,
-    "held": 6,
-    "seen": 1,
-    "most": 1,
-    "few": 1,
+    "told": 0,
+    "made": 0,
+    "found": 1,
+    "known": 0,
+    "kept": 0,
+    "said": 0,
+    "held": 0,
+    "seen": 0,
+    "most": 0,
+    "few": 0,
     "enough": 0,
-}
-# Names of the old dialect that are still in use. Name -> files of lorakit/ that have it.
-LEAVING = {
-    "manners": 1,
+    "asked": 0,
+    "drawn": 0,
+    "given": 0,
+    "wanted": 0,
+    "written": 0,
+    "stored": 0,
+    "listed": 0,
+    "remembered": 0,
+    "shown": 0,
+    "chosen": 0,
+    "spent": 0,
+    "grown": 0,
+    "taken": 0,
+    "noted": 0,
+    "done": 0,
+    "moved": 0,
+    "looked": 0,
+    "sent": 0,
+    "laid": 0,
+    "meant": 0,
+    "saved": 1,  # `load_saved`, as torch has `saved_tensors`
+    "again": 0,
+    "anew": 0,
+    "apart": 0,
+    "beside": 0,
 }
 # Names of the old dialect that are gone for good, as identifiers or as modules.
 GONE = {
@@ -101,11 +122,12 @@ GONE = {
     "strips",
     "_taught",
     "_told",
+    "manners",
     "knob",
     "knobs",
 }
 # Uses of `Any` in annotations, inside other types too; attributes that `__init__` does not make.
-ANY_ANYWHERE, LATE_ATTRIBUTES = 377, 0
+ANY_ANYWHERE, LATE_ATTRIBUTES = 376, 0
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -236,11 +258,6 @@ def test_banned_words_become_fewer() -> None:
 
 def test_names_of_the_old_dialect_do_not_come_back() -> None:
     assert not [f"{path.relative_to(ROOT)}:{name}" for path in sources() for name in identifiers(path) & GONE]
-
-
-def test_what_is_left_of_the_old_dialect_becomes_less() -> None:
-    used = Counter(name for path in sources() for name in identifiers(path) & set(LEAVING))
-    assert not {name: number for name, number in used.items() if number > LEAVING[name]}
 
 
 def test_any_becomes_rarer() -> None:

@@ -18,7 +18,7 @@ from lorakit.formats import keys
 BIAS = "bias"  # what an adapter is that changes biases
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIN_RANK = 2  # stable-diffusion.cpp takes in_features for the rank of a rank-1 file
-MIN_KEPT = 0.99  # share of non-zero numbers that must survive the cast to a half precision
+MIN_NONZERO_SHARE = 0.99  # share of non-zero numbers that must survive the cast to a half precision
 MAX_ROUNDING = {"fp16": 2.0**-10, "bf16": 2.0**-7}  # of a factor's norm; twice what normal numbers can lose
 
 
@@ -120,7 +120,7 @@ def lossy(weights: AdapterWeights, dtype: str) -> str | None:
             if not bool(torch.isfinite(rounded).all()):
                 return f"{name} has numbers too large for {dtype}"
             before, after = int(torch.count_nonzero(tensor)), int(torch.count_nonzero(rounded))
-            if after < MIN_KEPT * before:
+            if after < MIN_NONZERO_SHARE * before:
                 return f"{100 - 100 * after // before} % of the numbers of {name} would become 0 in {dtype}"
             error = float(torch.linalg.vector_norm(rounded.float() - tensor))
             if error > MAX_ROUNDING[dtype] * float(torch.linalg.vector_norm(tensor)):

@@ -17,7 +17,7 @@ from lorakit.families import ldm
 from lorakit.formats import compatibility, identify, keys
 from lorakit.formats.compatibility import Reading
 
-_SHOWN = 100  # characters of a metadata value
+_MAX_VALUE_LENGTH = 100  # characters of a metadata value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,4 +287,4 @@ def _join(values: Iterable[float]) -> str:
 
 def _shortened(value: str) -> str:
     text = " ".join(str(value).split())
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}... ({len(text)} characters)"

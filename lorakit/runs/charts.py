@@ -114,13 +114,13 @@ def sheet(charts: Sequence[str]) -> str:
     gap = 24
     box = f"0 0 {2 * WIDTH + gap} {-(-len(charts) // 2) * (HEIGHT + gap)}"
     size = f'width="{WIDTH}" height="{HEIGHT}"'
-    placed = [
+    panels = [
         svg.replace("<svg ", f'<svg x="{n % 2 * (WIDTH + gap)}" y="{n // 2 * (HEIGHT + gap)}" {size} ', 1)
         for n, svg in enumerate(charts)
     ]
     style = f"{LIGHT}:root {{ background: #fff; }}{STYLE}.lk-chart {{ width: {WIDTH}px; height: {HEIGHT}px; }}"
     root = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">'
-    return f"{root}<style>{style}</style>{''.join(placed)}</svg>\n"
+    return f"{root}<style>{style}</style>{''.join(panels)}</svg>\n"
 
 
 def chart(title: str, lines: Sequence[Line], *, top: float | None = None, mark: tuple[int, str] | None = None) -> str:
@@ -149,7 +149,7 @@ def chart(title: str, lines: Sequence[Line], *, top: float | None = None, mark: 
     for tick in _ticks(0, last):
         parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:g}</text>')
     for line in drawable:
-        points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thinned(line.points))
+        points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thin(line.points))
         faint = " lk-faint" if line.faint else ""
         parts.append(f'<polyline class="lk-{line.colour}{faint}" points="{points}"/>')
         if line.dots:
@@ -170,11 +170,11 @@ def chart(title: str, lines: Sequence[Line], *, top: float | None = None, mark: 
     )
 
 
-def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most about `MAX_POINTS` of them, evenly, the last always among them."""
     every = max(1, math.ceil(len(points) / MAX_POINTS))
-    few = list(points[::every])
-    return few if not points or few[-1] == points[-1] else [*few, points[-1]]
+    points_left = list(points[::every])
+    return points_left if not points or points_left[-1] == points[-1] else [*points_left, points[-1]]
 
 
 def _points(events: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

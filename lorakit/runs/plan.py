@@ -227,17 +227,17 @@ def count_weights(
     selected: Sequence[str], shapes: Mapping[str, Sequence[int]], adapter: AdapterConfig
 ) -> dict[str, tuple[int, int]]:
     """Component -> (adapted layers, trained weights), the vectors of new words among them."""
-    counted: dict[str, tuple[int, int]] = {}
+    totals: dict[str, tuple[int, int]] = {}
     for name in selected:
         component = name.partition(".")[0]
-        before = counted.get(component, (0, 0))
-        counted[component] = before[0] + 1, before[1] + targets.trained(adapter, shapes[name])
+        before = totals.get(component, (0, 0))
+        totals[component] = before[0] + 1, before[1] + targets.trained(adapter, shapes[name])
     for component in ("text_encoder", "text_encoder_2") if adapter.new_tokens else ():
         first = shapes.get(f"{component}.text_model.encoder.layers.0.self_attn.q_proj")
         if first:
-            layers, weights = counted.get(component, (0, 0))
-            counted[component] = layers, weights + adapter.new_tokens * first[1]
-    return counted
+            layers, weights = totals.get(component, (0, 0))
+            totals[component] = layers, weights + adapter.new_tokens * first[1]
+    return totals
 
 
 def run_length(config: Config, photos: int, batches: int) -> tuple[int, str]:

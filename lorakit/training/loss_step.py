@@ -90,8 +90,8 @@ class LossStep:
     def seed(self, index: int) -> Batch:
         """Seed the generators for the `index`-th batch, and return it: what the host does for a step."""
         for purpose, generator in self.generators.items():
-            salted = f"{purpose}/{self.retry}" if self.retry else purpose
-            generator.manual_seed(rng.seed_for(self.train.seed, index, salted))
+            name = f"{purpose}/{self.retry}" if self.retry else purpose
+            generator.manual_seed(rng.seed_for(self.train.seed, index, name))
         if self.adapter.dropout:
             torch.manual_seed(rng.seed_for(self.train.seed, index, f"dropout/{self.retry}"))
         return self.batch(index)

@@ -145,13 +145,13 @@ def step(optimizer: torch.optim.Optimizer) -> None:
     """Let it step, while a CUDA graph is captured too: torch asks whether that is meant, and the fused kernel no more
     than that."""
     groups = optimizer.param_groups
-    meant = groups if groups[0]["params"][0].is_cuda and torch.cuda.is_current_stream_capturing() else []
-    for group in meant:
+    captured_groups = groups if groups[0]["params"][0].is_cuda and torch.cuda.is_current_stream_capturing() else []
+    for group in captured_groups:
         group["capturable"] = True
     try:
         optimizer.step()
     finally:
-        for group in meant:
+        for group in captured_groups:
             group["capturable"] = False
 
 

@@ -205,9 +205,9 @@ def _plain_rows(dataset: Dataset) -> list[tuple[int, int, int]]:
     return [row[1:] for row in sorted(rows)]
 
 
-def _spread(rows: list[tuple[int, int, int]], most: int) -> list[tuple[int, int, int]]:
-    """At most `most` of them, evenly spread."""
-    return rows if len(rows) <= most else [rows[number * len(rows) // most] for number in range(most)]
+def _spread(rows: list[tuple[int, int, int]], count: int) -> list[tuple[int, int, int]]:
+    """At most `count` of them, evenly spread."""
+    return rows if len(rows) <= count else [rows[number * len(rows) // count] for number in range(count)]
 
 
 def _sums(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -234,22 +234,22 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
     every = [train.widgets[key] for key in train.keys]
     inputs = {*train.inputs, train.requests}
     # One listener for all: a later answer waits for an earlier one, which so cannot overwrite what came after it.
-    answered = [widgets.answered(widget) for widget in every] + [train.quality.input, *visits]
-    planned = (plan, inputs, [train.plan_card, train.start])
-    gr.on(answered, answer, inputs, train.outputs, **FOLLOW).then(*planned, **FOLLOW)
+    answer_events = [widgets.answer_event(widget) for widget in every] + [train.quality.input, *visits]
+    plan_call = (plan, inputs, [train.plan_card, train.start])
+    gr.on(answer_events, answer, inputs, train.outputs, **FOLLOW).then(*plan_call, **FOLLOW)
 
     def fetch(data: dict[Any, Any], request: gr.Request) -> str:
         return train.fetch_base(_values(train, data), say_for(request))
 
-    waiting = ACT | {"show_progress": "full", "show_progress_on": train.fetched}
-    fetched = train.fetch.click(fetch, inputs, train.fetched, **waiting)
-    fetched.then(answer, inputs, train.outputs, **FOLLOW).then(*planned, **FOLLOW)
-    train.widgets[quickstart.BASE].input(lambda: "", None, train.fetched, **FOLLOW)
+    waiting = ACT | {"show_progress": "full", "show_progress_on": train.fetch_message}
+    fetch_event = train.fetch.click(fetch, inputs, train.fetch_message, **waiting)
+    fetch_event.then(answer, inputs, train.outputs, **FOLLOW).then(*plan_call, **FOLLOW)
+    train.widgets[quickstart.BASE].input(lambda: "", None, train.fetch_message, **FOLLOW)
     with_preset = {*inputs, train.preset}
     gr.on([train.preset.input], difference, with_preset, train.difference, **FOLLOW)
-    applied = train.apply.click(apply, with_preset, [train.marks, *every], **ACT)
-    applied.then(answer, inputs, train.outputs, **FOLLOW).then(*planned, **FOLLOW)
-    applied.then(difference, with_preset, train.difference, **FOLLOW)
+    apply_event = train.apply.click(apply, with_preset, [train.marks, *every], **ACT)
+    apply_event.then(answer, inputs, train.outputs, **FOLLOW).then(*plan_call, **FOLLOW)
+    apply_event.then(difference, with_preset, train.difference, **FOLLOW)
     train.start.click(begin, inputs, [train.message, runs.run_name, tabs, train.start], **ACT)
 
 
@@ -262,9 +262,9 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
         answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
         return train.config_of_photos(answers)
 
-    def show(data: dict[Any, Any], request: gr.Request, turned: int = 0) -> list[Any]:
+    def show(data: dict[Any, Any], request: gr.Request, offset: int = 0) -> list[Any]:
         data[photos.requests].count_request()
-        first = data[photos.first] + turned
+        first = data[photos.first] + offset
         return photos.show(data[photos.folder] or "", first, config_of(data), say_for(request))
 
     def turn(data: dict[Any, Any], request: gr.Request) -> list[Any]:
@@ -304,8 +304,8 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     look(photos.upload.upload(take_in, inputs, upload_outputs, **FOLLOW).then)
     look(tab.select)
     for button, act in ((photos.previous, turn_back), (photos.next, turn)):
-        turned = button.click(act, inputs, photos.outputs, **ACT)
-        turned.then(checked, inputs, photos.checked_outputs, **FOLLOW)
+        page_turn = button.click(act, inputs, photos.outputs, **ACT)
+        page_turn.then(checked, inputs, photos.checked_outputs, **FOLLOW)
     photos.cards.submit(save_caption, photos.folder, photos.message, **EACH)
     photos.next_step.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)
     restored = [photos.folder, train.quality, train.marks, train.preset, *every]

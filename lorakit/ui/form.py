@@ -141,7 +141,7 @@ def read(answers: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[
         overrides[key] = by_key[key].read(value)
         if by_key[key].option.path and overrides[key] not in ("", by_key[key].option.default):
             try:
-                overrides[key] = located(key, overrides[key], roots)
+                overrides[key] = resolve_path(key, overrides[key], roots)
             except LorakitError as error:
                 problems.setdefault(key, []).append(str(error))
     try:
@@ -153,7 +153,7 @@ def read(answers: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[
     return (None if problems else config), problems
 
 
-def located(key: str, text: str, roots: Roots) -> str:
+def resolve_path(key: str, text: str, roots: Roots) -> str:
     """The path below the roots that somebody typed; a base's hub id as it is, unless a file there has that name.
 
     Raises:

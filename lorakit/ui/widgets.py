@@ -125,7 +125,7 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
     return gr.Textbox(value=widget_value, lines=3 if field.kind == "lines" else 1, **common)
 
 
-def answered(component: Any) -> Any:
+def answer_event(component: Any) -> Any:
     """The event of a widget that somebody changed. A text field's `input` comes with a key that prints and with nothing
     else: not with what is pasted, deleted, or written by an input method, as Chinese is."""
     return component.change if isinstance(component, gr.Textbox) else component.input

@@ -46,7 +46,7 @@ def test_values_above_the_top_of_the_scale_are_drawn_at_it() -> None:
 
 def test_thinning_keeps_the_last() -> None:
     many = [(n, float(n)) for n in range(5000)]
-    thinned = charts.thinned(many)
+    thinned = charts.thin(many)
     assert len(thinned) <= charts.MAX_POINTS + 1 and thinned[0] == many[0] and thinned[-1] == many[-1]
 
 

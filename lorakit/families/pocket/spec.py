@@ -114,16 +114,16 @@ def random_spec(seed: int, unseen: bool = False) -> Spec:
     rng = np.random.default_rng((seed, 3))
     while True:
         kinds = np.full(len(KINDS), 1.0)
-        patterns, manners = np.ones(len(PATTERNS)), np.ones(len(MANNERS))
+        patterns, manner_weights = np.ones(len(PATTERNS)), np.ones(len(MANNERS))
         if not unseen:  # toys are what users teach, plain photos what they ask for: both come more often
             kinds[KINDS.index("toy")] = 4.0
-            patterns[0], manners[0] = 2.5, 4.0
+            patterns[0], manner_weights[0] = 2.5, 4.0
         draw = (
             KINDS[rng.choice(len(KINDS), p=kinds / kinds.sum())],
             tuple(COLOURS)[int(rng.integers(len(COLOURS)))],
             PATTERNS[rng.choice(len(PATTERNS), p=patterns / patterns.sum())],
             SCENES[int(rng.integers(len(SCENES)))],
-            MANNERS[rng.choice(len(MANNERS), p=manners / manners.sum())],
+            MANNERS[rng.choice(len(MANNERS), p=manner_weights / manner_weights.sum())],
         )
         spec = Spec(*draw)
         if is_holdout(spec) == unseen:

@@ -89,8 +89,8 @@ class ComparePage:
         def draw(name: str, files: list[str], prompts: str, strengths: str, request: gr.Request) -> tuple[str, Any]:
             return self.draw_grids(name, files, prompts, strengths, say_for(request))
 
-        visited = tab.select(runs, self.run, self.run, **FOLLOW)
-        for listener in (visited.then, self.run.input):
+        visit = tab.select(runs, self.run, self.run, **FOLLOW)
+        for listener in (visit.then, self.run.input):
             listener(show, self.run, outputs, **FOLLOW).then(grid_status, self.run, grid_outputs, **FOLLOW)
         timer.tick(grid_status, self.run, grid_outputs, **FOLLOW)
         self.mark.click(mark, [self.run, self.step], [self.message, self.table], **ACT)

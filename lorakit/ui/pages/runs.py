@@ -70,10 +70,10 @@ class RunsPage:
             return event.run, ""
 
         def with_words(act: Callable[[str, Say], str]) -> Callable[[str, gr.Request], str]:
-            def acted(run_name: str, request: gr.Request) -> str:
+            def handler(run_name: str, request: gr.Request) -> str:
                 return act(run_name or "", say_for(request))
 
-            return acted
+            return handler
 
         looks = [gr.Timer(EVERY).tick, page.load, self.run_name.change, self.message.change]
         gr.on(looks, poll, [self.run_name, self.screen_hashes], self.outputs, **FOLLOW)
@@ -103,19 +103,21 @@ class RunsPage:
         idle = waiting > 0 and not self.workspace.queue.is_working()
         parts = {"list": _list(runs, current_name, idle, say), "work": idle}
         parts |= self._run(current_name, dict(runs).get(current_name), say)
-        fresh = {part: hash(str(value)) for part, value in parts.items()}
-        sent = {part: value if screen_hashes.get(part) != fresh[part] else gr.skip() for part, value in parts.items()}
+        hashes = {part: hash(str(value)) for part, value in parts.items()}
+        updates = {
+            part: value if screen_hashes.get(part) != hashes[part] else gr.skip() for part, value in parts.items()
+        }
         visible = {
-            part: gr.update(visible=sent[part]) if isinstance(sent[part], bool) else sent[part]
+            part: gr.update(visible=updates[part]) if isinstance(updates[part], bool) else updates[part]
             for part in ("work", "stop", "resume", "cancel")
         }
-        if isinstance(sent["download"], str):
-            sent["download"] = gr.update(visible=bool(sent["download"]), value=sent["download"] or None)
+        if isinstance(updates["download"], str):
+            updates["download"] = gr.update(visible=bool(updates["download"]), value=updates["download"] or None)
         return [
             gr.skip() if current_name == run_name else current_name,
-            gr.skip() if fresh == screen_hashes else fresh,
-            sent["list"], visible["work"], sent["status"], visible["stop"], visible["resume"], visible["cancel"],
-            sent["download"], sent["samples"], sent["curves"], sent["log"],
+            gr.skip() if hashes == screen_hashes else hashes,
+            updates["list"], visible["work"], updates["status"], visible["stop"], visible["resume"], visible["cancel"],
+            updates["download"], updates["samples"], updates["curves"], updates["log"],
         ]  # fmt: skip
 
     def _run(self, name: str, state: State | None, say: Say) -> dict[str, Any]:
@@ -188,8 +190,8 @@ def _list(runs: list[tuple[str, State]], run_name: str, idle: bool, say: Say) ->
             f"<span>{widgets.badge(state.state, say)} <small>{share}</small></span></button></li>"
         )
     waiting = sum(state.state == "waiting" for _, state in runs)
-    warned = widgets.problem(say("run.idle_queue", count=waiting)) if idle else ""
-    return f"<h3>{escape(say('run.list'))}</h3>{warned}<ul class=lk-runs>{''.join(items)}</ul>"
+    warning = widgets.problem(say("run.idle_queue", count=waiting)) if idle else ""
+    return f"<h3>{escape(say('run.list'))}</h3>{warning}<ul class=lk-runs>{''.join(items)}</ul>"
 
 
 def _status(name: str, state: State, run: RunFolder, say: Say) -> str:

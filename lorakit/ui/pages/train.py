@@ -40,7 +40,7 @@ class TrainPage:
                     more = {"allow_custom_value": True} if key in (quickstart.PHOTOS, quickstart.BASE) else {}
                     self.widgets[key] = self._question(key, start[key], t, **more)
                 self.fetch = gr.Button(t("train.fetch"), visible=False, elem_id="base-fetch")
-                self.fetched = widgets.html(elem_id="base-fetched")
+                self.fetch_message = widgets.html(elem_id="base-fetched")
                 self.quality = gr.Radio(
                     choices=[(t(f"quality.{name}"), name) for name in quickstart.LENGTH_FACTORS],
                     value="balanced",
@@ -165,20 +165,20 @@ class TrainPage:
             if key not in quickstart.BASIC_OPTIONS and not (key in adjustments and now == adjustments[key])
         }
         try:
-            suggested = self._suggest(answers, quality, marks["preset"])
+            suggestion = self._suggest(answers, quality, marks["preset"])
         except LorakitError:
             return marks, {}
         try:
-            laid = self._suggest(answers, quality, marks["preset"], by_hand)
+            combination = self._suggest(answers, quality, marks["preset"], by_hand)
         except LorakitError:  # what was changed is wrong, and will be told where it is
-            laid = suggested
+            combination = suggestion
         follows = {
             key: value
-            for key, value in laid.items()
+            for key, value in combination.items()
             if key in self.widgets and key not in quickstart.BASIC_OPTIONS and key not in by_hand
         }
-        adjustments = {key: value for key, value in follows.items() if value != suggested.get(key)}
-        marks = marks | {"values": suggested, "moved": adjustments}
+        adjustments = {key: value for key, value in follows.items() if value != suggestion.get(key)}
+        marks = marks | {"values": suggestion, "moved": adjustments}
         return marks, {key: value for key, value in follows.items() if answers.get(key) != value}
 
     def _suggest(
@@ -191,7 +191,7 @@ class TrainPage:
         """
         base = answers.get(quickstart.BASE) or ""
         bundled = base == self.fields[quickstart.BASE].option.default
-        inside = base if bundled else form.located(quickstart.BASE, base, self.workspace.roots)
+        inside = base if bundled else form.resolve_path(quickstart.BASE, base, self.workspace.roots)
         changed = {key: self.fields[key].read(value) for key, value in (by_hand or {}).items()}
         return form.values(
             quickstart.config_for_answers({**answers, quickstart.BASE: inside}, quality, preset or None, changed)
@@ -216,7 +216,9 @@ class TrainPage:
     def lacking(self, answers: Mapping[str, Any]) -> str | None:
         """The base's hub id where only the network has it; the network is not asked."""
         try:
-            base = form.located(quickstart.BASE, str(answers.get(quickstart.BASE) or "").strip(), self.workspace.roots)
+            base = form.resolve_path(
+                quickstart.BASE, str(answers.get(quickstart.BASE) or "").strip(), self.workspace.roots
+            )
         except LorakitError:
             return None
         return base if quickstart.must_be_fetched(base) else None
@@ -256,11 +258,11 @@ class TrainPage:
         quality = draft["quality"] if draft.get("quality") in quickstart.LENGTH_FACTORS else "balanced"
         preset = draft["preset"] if draft.get("preset") in configuration.preset_names() else AUTOMATIC
         try:
-            suggested = self._suggest(values, quality, preset)
+            suggestion = self._suggest(values, quality, preset)
         except LorakitError:
-            suggested = start
+            suggestion = start
         adjustments = draft["moved"] if isinstance(draft.get("moved"), dict) else {}
-        marks = {"preset": preset, "values": suggested, "moved": adjustments, "shown": {}}
+        marks = {"preset": preset, "values": suggestion, "moved": adjustments, "shown": {}}
         values[quickstart.PHOTOS] = values[quickstart.PHOTOS] or None
         return [values[quickstart.PHOTOS], quality, marks, preset, *(values[key] for key in self.keys)]
 
@@ -277,10 +279,10 @@ class TrainPage:
         """What the preset would change, as a table."""
         answers = self.form_values(values)
         try:
-            suggested = self._suggest(answers, quality, preset)
+            suggestion = self._suggest(answers, quality, preset)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem)))
-        differences = form.changed(suggested, {k: v for k, v in answers.items() if k not in quickstart.BASIC_OPTIONS})
+        differences = form.changed(suggestion, {k: v for k, v in answers.items() if k not in quickstart.BASIC_OPTIONS})
         if not differences:
             return widgets.quiet(say("train.same"))
         head = [say("train.option"), say("train.now"), say("train.then")]
@@ -292,16 +294,16 @@ class TrainPage:
         """Every option as the preset has it: the new `marks`, then an update for each widget."""
         answers = self.form_values(values)
         try:
-            suggested = self._suggest(answers, quality, preset)
+            suggestion = self._suggest(answers, quality, preset)
         except LorakitError:
             return [gr.skip()] * (1 + len(self.keys))
         updates = [
             gr.skip()
-            if key in quickstart.BASIC_OPTIONS or suggested.get(key) == answers[key]
-            else gr.update(value=suggested[key])
+            if key in quickstart.BASIC_OPTIONS or suggestion.get(key) == answers[key]
+            else gr.update(value=suggestion[key])
             for key in self.keys
         ]
-        return [marks | {"preset": preset, "values": suggested, "moved": {}}, *updates]
+        return [marks | {"preset": preset, "values": suggestion, "moved": {}}, *updates]
 
     def begin(self, values: Sequence[Any], say: Say) -> tuple[str, str | None]:
         """Put the run into the queue; (message, name of the run folder or None)."""
@@ -335,11 +337,11 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
             (say("plan.trained"), weights, ""),
         ]
     )
-    warned = "".join(f"<li>{escape(say.translate(line))}</li>" for line in warnings)
+    notices = "".join(f"<li>{escape(say.translate(line))}</li>" for line in warnings)
     lines = "".join(f"<li>{escape(say.translate(line))}</li>" for line in plan.lines())
     return (
         f"<section class=lk-panel><h3>{escape(say('plan.title'))}</h3>{figures}"
-        f"{f'<ul class=lk-warnings>{warned}</ul>' if warned else ''}<ul class=lk-lines>{lines}</ul></section>"
+        f"{f'<ul class=lk-warnings>{notices}</ul>' if notices else ''}<ul class=lk-lines>{lines}</ul></section>"
     )
 
 

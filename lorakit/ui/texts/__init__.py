@@ -56,14 +56,14 @@ def tables() -> dict[str, dict[str, str]]:
 
 def language_of(accept_language: str) -> str:
     """The language of ours that a browser's Accept-Language header likes best; English where it names none."""
-    weighed = []
+    weighted = []
     for part in (accept_language or "").split(","):
         name, _, weight = part.strip().partition(";q=")
         try:
-            weighed.append((float(weight or 1), name.lower()))
+            weighted.append((float(weight or 1), name.lower()))
         except ValueError:
             continue
-    for _, name in sorted(weighed, key=lambda one: -one[0]):
+    for _, name in sorted(weighted, key=lambda one: -one[0]):
         if name.startswith("zh"):
             return "zh-Hant"
         if name.startswith("en"):
