@@ -208,8 +208,7 @@ class MemoryConfig:
     compile: bool = option(False, "Compile the UNet's blocks for training; the first step of each batch shape pays.")
     engine: Literal["fused", "plain"] = option(
         "fused",
-        "plain: diffusers' blocks and PEFT's layers as they are, without CUDA graphs, flat buffers or compilation. "
-        "Same training within rounding, slower.",
+        "plain: diffusers and PEFT unchanged; no CUDA graphs, flat buffers, compile. Same within rounding, slower.",
     )
     cuda_graphs: bool = option(True, "Replay steps as CUDA graphs where possible; false: same training, slower.")
 
