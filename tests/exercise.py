@@ -1,5 +1,6 @@
 """What the tests of adapters do with a base: run it, train an adapter in it for a moment, fill it with noise."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.config import ADAPTER_SECTIONS
 from lorakit.training import objective
 
-METHODS = ADAPTER_SECTIONS
+METHODS = {name: functools.partial(section, method=name) for name, section in ADAPTER_SECTIONS.items()}
 TEXTS = ["a photo of sks toy", "a toy"]
 
 
