@@ -105,10 +105,10 @@ def _rotated(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torc
         result = torch.einsum("bnm,bn...->bm...", turns, weight.unflatten(0, turns.shape[:2])).flatten(0, 1)
     else:
         for stage, turn in enumerate(turns):
-            apart = 2**stage * half
-            mixed = result.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2)
+            stride = 2**stage * half
+            mixed = result.unflatten(0, (-1, 2, stride)).transpose(1, 2).flatten(0, 2)
             mixed = torch.einsum("bij,bj...->bi...", turn, mixed.unflatten(0, turn.shape[:2]))
-            result = mixed.flatten(0, 1).unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
+            result = mixed.flatten(0, 1).unflatten(0, (-1, stride, 2)).transpose(1, 2).flatten(0, 2)
     if "rescale" in layer.parts:
         scales = layer.parts["rescale"].reshape(-1, *(1 for _ in weight.shape[1:]))
         result = result * (1 + strength * (scales - 1))

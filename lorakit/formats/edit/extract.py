@@ -50,12 +50,12 @@ class Merger:
     """Puts an adapter's layers into weights that come by one at a time; `only`: those of one component."""
 
     def __init__(self, weights: AdapterWeights, strength: float, only: str = ""):
-        def chosen(name: str) -> bool:
+        def is_selected(name: str) -> bool:
             return not only or keys.component(name) == only
 
         self.strength = strength
-        self.layers = {name: layer for name, layer in weights.layers.items() if chosen(name)}
-        self.biases = {name: bias for name, bias in weights.biases.items() if chosen(name)}
+        self.layers = {name: layer for name, layer in weights.layers.items() if is_selected(name)}
+        self.biases = {name: bias for name, bias in weights.biases.items() if is_selected(name)}
 
     def name(self, component: str, tensor: str) -> str | None:
         """The canonical name of an adapted layer whose weight or bias is called so, or None."""
@@ -67,8 +67,8 @@ class Merger:
     def require(self, parts: Mapping[str, Iterable[str]]) -> None:
         """Raise LorakitError where a layer of the adapter is not among the tensors of the base."""
         there = {canonical(part, tensor) for part, tensors in parts.items() for tensor in tensors}
-        wanted = {f"{name}.weight" for name in self.layers} | {f"{name}.bias" for name in self.biases}
-        if missing := wanted - there:
+        expected = {f"{name}.weight" for name in self.layers} | {f"{name}.bias" for name in self.biases}
+        if missing := expected - there:
             name = min(missing).removesuffix(".weight")
             raise LorakitError(f"the base has no layer {name}; the adapter is for another base")
 
