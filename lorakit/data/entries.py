@@ -69,7 +69,7 @@ class Names:
         for name in files:
             self._loose.setdefault(_fold(name), []).append(name)
 
-    def beside(self, photo: Path, suffix: str) -> Path | None:
+    def side_file(self, photo: Path, suffix: str) -> Path | None:
         """The file with the stem or the name of a photo, then `suffix`; or None."""
         return next(iter(self.every(photo, suffix)), None)
 

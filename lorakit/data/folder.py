@@ -154,7 +154,7 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
         candidates = [(printable(file.name), _read_caption(result, file)) for file in sources]
         if relative in metadata:
             candidates.append(metadata[relative])
-        mask = names.beside(path, MASK)
+        mask = names.side_file(path, MASK)
         matches.update(sources if mask is None else [*sources, mask])
         source, caption = _choose_caption(result, relative, candidates)
         result.photos.append(Photo(path, relative, caption, source, mask))

@@ -30,7 +30,7 @@ class Masks:
         names = Names(files, photos)
         before = len(self.of)
         for photo in photos:
-            mask = next((file for mark in marks if (file := names.beside(photo, mark))), None)
+            mask = next((file for mark in marks if (file := names.side_file(photo, mark))), None)
             if mask is not None and mask != photo:
                 self.of.setdefault(photo, mask)
         return len(self.of) > before

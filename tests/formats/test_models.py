@@ -65,7 +65,7 @@ def test_what_a_file_is_for(tmp_path, stems, width, metadata, title, parts):
     report = inspect(path)
     assert f"{title} (told by" in report.to_text() and report.kind == "adapter"
     if metadata.get("ss_base_model_version", "").startswith("sd"):
-        assert "its metadata says" in report.family_told_by
+        assert "its metadata says" in report.family_evidence
     if title not in (SD3, XL):
         assert report.family is None
         with pytest.raises(LorakitError, match=f"this is an adapter for {title}; lorakit has no base of that kind"):
