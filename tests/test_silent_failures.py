@@ -135,6 +135,8 @@ SEEN_ELSEWHERE = {
     "data.folder": "every run",
     "data.kind": "test_captions.py, prompts of a style",
     "data.instance_prompt": "test_captions.py",
+    "data.concepts": "test_concepts.py",
+    "data.class_folder": "test_concepts.py",
     "data.cache": "test_latents.py, and must not reach the weights: below",
     "train.epochs": "test_plan.py",
     "train.steps_per_image": "test_plan.py",

@@ -218,6 +218,10 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("train.prior_loss_weight has no effect with train.prior = 'none': choose 'images' or 'teacher'")
     if train.prior != "images" and train.class_images != TrainConfig.class_images:
         problems.append(f"train.class_images has no effect with train.prior = {train.prior!r}: choose 'images'")
+    if train.prior != "images" and data.class_folder:
+        problems.append(f"data.class_folder has no effect with train.prior = {train.prior!r}: choose 'images'")
+    if adapter.new_tokens and data.concepts == "folders":
+        problems.append("adapter.new_tokens learns one trigger: data.concepts = 'folders' has one for each folder")
     augments = data.flip or data.crop_jitter > 0 or data.color_jitter > 0
     if data.variants > 1 and not augments:
         problems.append("data.variants > 1 needs data.flip, data.crop_jitter or data.color_jitter")

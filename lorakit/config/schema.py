@@ -49,6 +49,16 @@ class DataConfig:
     class_prompt: str = option(
         "", "Text that stands for all of the kind, for prior preservation. Empty: made from name."
     )
+    concepts: Literal["ask", "folders", "one"] = option(
+        "ask",
+        "Subfolders such as '20_ohwx man': folders: each has its own subject; one: all photos are data.name; "
+        "ask: stop where a folder names another subject.",
+    )
+    class_folder: str = option(
+        "",
+        "Folder of your own class images for prior = 'images'. Empty: reg/, class/ or regularization/ in data.folder.",
+        path=True,
+    )
     resolution: int = option(512, "Side of the training square in pixels; buckets keep its area.", low=64, high=4096)
     caption_dropout: float = option(0.0, "Share of texts replaced by the bare instance prompt.", low=0, high=1)
     shuffle_tags: bool = option(False, "Shuffle comma-separated tags; the trigger stays first.")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.config import DataConfig
 from lorakit.core.errors import LorakitError
+from lorakit.data import concepts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from lorakit.data.folder import Photo
 
 # Most orders of its tags that a photo is trained with: all are encoded before training, and no single order is learned.
 MAX_TAG_ORDERS = 8
@@ -79,6 +83,37 @@ def class_text(text: str, config: DataConfig) -> str:
     pattern = rf"(?:\b(an?)\s+)?(?<!\w){re.escape(config.trigger)}(?!\w)\s*(\w*)"
     text = re.sub(pattern, lambda match: article(match[2]) if match[1] else match[2], text, flags=re.IGNORECASE)
     return " ".join(text.split()).strip(" ,") or class_prompt(config)
+
+
+def class_text_of_any(text: str, configs: Sequence[DataConfig]) -> str:
+    """As `class_text`, for a text of any of several concepts: none of their triggers is left in it."""
+    if len(configs) == 1:
+        return class_text(text, configs[0])
+    for config in configs:
+        if text == instance_prompt(config):
+            return class_prompt(config)
+    for config in configs:
+        text = class_text(text, config) if config.trigger and has_trigger(text, config) else text
+    return text
+
+
+def sample_prompts_of_all(configs: Sequence[DataConfig]) -> list[str]:
+    """Default prompts of the samples of several concepts: two of each, and the class prompt of the first."""
+    if len(configs) == 1:
+        return sample_prompts(configs[0])
+    prompts = [prompt for config in configs for prompt in sample_prompts(config)[:2]]
+    return list(dict.fromkeys([*prompts, class_prompt(configs[0])]))
+
+
+def class_photo_text(photo: Photo, config: DataConfig) -> str:
+    """The text of one of the user's own class images: its caption, else what "1_man/" says, else the class prompt."""
+    if photo.caption:
+        return photo.caption
+    return (
+        f"a photo of {article(photo.subject)}"
+        if concepts.NUMBERED.fullmatch(photo.path.parent.name) and photo.subject
+        else class_prompt(config)
+    )
 
 
 def sample_prompts(config: DataConfig) -> list[str]:

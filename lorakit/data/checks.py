@@ -19,7 +19,7 @@ from PIL import Image
 
 from lorakit.config import DataConfig
 from lorakit.core.errors import LorakitError
-from lorakit.data import buckets, captions, decode, folder
+from lorakit.data import buckets, captions, concepts, decode, folder
 from lorakit.data.buckets import Bucket
 from lorakit.data.folder import Photo
 
@@ -109,6 +109,7 @@ class Report:
         folder: the folder of photos.
         step: every side of a bucket is a multiple of it, in pixels.
         downscale: pixels for one latent, on a side.
+        class_photos: the user's own class images, for prior preservation.
     """
 
     folder: Path
@@ -118,6 +119,7 @@ class Report:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    class_photos: list[Photo] = field(default_factory=list)
 
     @property
     def photos(self) -> list[Photo]:
@@ -171,13 +173,17 @@ def check(config: DataConfig, base: Base, *, cache: MeasurementCache | None = No
     Raises:
         LorakitError: there is no folder, or no picture in it, or the base has no tokenizer.
     """
-    files = folder.scan(require_folder(config))
+    files = folder.scan(require_folder(config), config.class_folder)
     items = [Item(photo) for photo in files.photos]
     step = base.bucket_step
-    report = Report(files.path, step, base.downscale, items, [], files.warnings, files.notes)
+    report = Report(files.path, step, base.downscale, items, [], files.warnings, files.notes, files.class_photos)
     workers = min(4, os.cpu_count() or 1)  # Pillow decodes outside the interpreter's lock; a large photo is 150 MB
     with ThreadPoolExecutor(workers) as pool:
         measurements = list(pool.map(lambda item: _measure_cached(item, config.resolution, step, cache), report.items))
+        class_problems = list(pool.map(_class_problem, files.class_photos))
+    report.errors += [problem for problem in class_problems if problem]
+    if problem := concepts.problem(files.photos, config):
+        report.errors.append(problem)
     _check_texts(report, config, captions.TokenCounter(base.tokenizer(), base.max_tokens))
     _check_readable(report, measurements)
     _check_duplicates(
@@ -253,6 +259,16 @@ def _measure(item: Item, resolution: int, step: int) -> _Measurement:
     return _Measurement("", picture.notes, (grey[:, 1:] > grey[:, :-1]).ravel(), colours)
 
 
+def _class_problem(photo: Photo) -> str:
+    try:
+        decode.decode(photo.path.read_bytes(), photo.relative)
+    except decode.Unreadable as error:
+        return str(error)
+    except OSError as error:
+        return f"{photo.relative}: cannot be read ({error.strerror or error})"
+    return ""
+
+
 def _sharpness(image: Image.Image, placement: buckets.Placement) -> float:
     """Variance of the Laplacian (Pech-Pacheco et al. 2000) over the variance of the picture, at the trained size.
 
@@ -273,7 +289,7 @@ def _sharpness(image: Image.Image, placement: buckets.Placement) -> float:
 
 def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter) -> None:
     for item in report.items:
-        item.text = captions.final_text(item.photo.caption, config)
+        item.text = captions.final_text(item.photo.caption, concepts.of_photo(item.photo, config))
         item.tokens, item.cut = counter.count(item.text)
         if item.cut:
             fit = f"its text has {item.tokens} tokens, {counter.limit} fit"
@@ -284,20 +300,28 @@ def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCoun
                 f"{item.relative}: its text says left or right, which data.flip makes untrue; "
                 "set data.flip = false or change the text"
             )
-    no_caption = [item for item in report.items if item.photo.caption is None]
+    for own in concepts.of_photos([item.photo for item in report.items], config):
+        items = [item for item in report.items if concepts.of_photo(item.photo, config) == own]
+        _check_captions(report, items, own)
+
+
+def _check_captions(report: Report, items: list[Item], config: DataConfig) -> None:
+    """Add what is wrong with the captions of the photos of one concept."""
+    no_caption = [item for item in items if item.photo.caption is None]
     prompt = captions.instance_prompt(config)
-    if no_caption and len(no_caption) == len(report.items):
-        report.notes.append(f'no captions: every photo is trained as "{prompt}"')
+    every = "every photo" if len(items) == len(report.items) else f"{_names(items)}: each"
+    if no_caption and len(no_caption) == len(items):
+        report.notes.append(f'no captions: {every} is trained as "{prompt}"')
     elif no_caption:
         for item in no_caption:
             item.findings.append("no caption")
-        count = f"{len(no_caption)} of {len(report.items)} photos have no caption"
+        count = f"{len(no_caption)} of {len(items)} photos have no caption"
         report.warnings.append(f'{count} and are trained as "{prompt}": {_names(no_caption)}')
-    no_trigger = [i for i in report.items if i.photo.caption and not captions.has_trigger(i.photo.caption, config)]
+    no_trigger = [i for i in items if i.photo.caption and not captions.has_trigger(i.photo.caption, config)]
     for item in no_trigger:
         item.findings.append("caption without the trigger")
     if no_trigger:
-        caption_count = len(report.items) - len(no_caption)
+        caption_count = len(items) - len(no_caption)
         count = f"{len(no_trigger)} of {caption_count} captions are without the trigger {config.trigger}"
         report.warnings.append(f'{count}; "{config.name}, " is put in front: {_names(no_trigger)}')
     if config.name and not config.noun and not config.class_prompt and config.kind == "subject":

@@ -59,7 +59,7 @@ class Dataset:
         photos: the photos, in order of name.
         texts: every different text. Training and validation photos share the list.
         choices: for each photo, the indices of the texts it alternates between; its own text is first.
-        instance_prompt: index of the instance prompt, which replaces a text that is dropped.
+        instance_prompts: for each photo, the index of the instance prompt, which replaces a text that is dropped.
         caption_dropout: probability that a text is dropped.
     """
 
@@ -67,7 +67,7 @@ class Dataset:
     photos: list[Photo]
     texts: list[str]
     choices: list[list[int]]
-    instance_prompt: int
+    instance_prompts: list[int]
     caption_dropout: float
 
     def to(self, device: torch.device | str) -> Dataset:
@@ -99,26 +99,35 @@ class Dataset:
         return [self.photos[photo].relative for photo in self.buckets[bucket].photo.tolist()]
 
     def batches(self, seed: int, epoch: int, batch_size: int) -> list[Batch]:
-        """The batches of one epoch: every photo once, with one of its variants and one of its texts.
+        """The batches of one epoch: every photo `repeats` times, with one of its variants and one of its texts each.
 
         The last batch of a size may be smaller. The result is a pure function of (seed, epoch, batch_size). A photo
         goes through its variants epoch by epoch from a random start, so every variant is used equally often.
         """
         draw = rng.generator(seed, epoch, "order")
         starts = rng.generator(seed, 0, "variants")
-        texts = self._texts(seed, epoch)
+        repeats = torch.tensor([photo.repeats for photo in self.photos])
+        passes = range(epoch * int(repeats.max()), (epoch + 1) * int(repeats.max()))
+        texts = [self._texts(seed, number) for number in passes]
         batches = []
-        for number, bucket in enumerate(self.buckets):
+        for index, bucket in enumerate(self.buckets):
             device = bucket.mean.device
             groups = _rows_by_photo(bucket)
             offsets = torch.randint(2**31, (len(groups),), generator=starts).tolist()
-            rows = torch.tensor([own[(start + epoch) % len(own)] for own, start in zip(groups, offsets, strict=True)])
-            rows = rows[torch.randperm(len(rows), generator=draw)]
+            pairs = [
+                (own[(start + epoch * int(repeats[bucket.photo[own[0]]]) + at) % len(own)], pass_texts)
+                for at, pass_texts in enumerate(texts)
+                for own, start in zip(groups, offsets, strict=True)
+                if at < repeats[bucket.photo[own[0]]]
+            ]
+            order = torch.randperm(len(pairs), generator=draw)
+            rows = torch.tensor([row for row, _ in pairs])[order]
+            row_texts = torch.tensor([int(of_pass[bucket.photo[row]]) for row, of_pass in pairs])[order]
             # One copy to the device for the whole epoch; the host does not wait for CUDA. The batches are views of it.
             non_blocking = device.type == "cuda"
-            entries, text_rows = (t.to(device, non_blocking=non_blocking) for t in (rows, texts[bucket.photo[rows]]))
-            pairs = zip(torch.split(entries, batch_size), torch.split(text_rows, batch_size), strict=True)
-            batches += [Batch(number, part, text) for part, text in pairs]
+            entries, text_rows = (t.to(device, non_blocking=non_blocking) for t in (rows, row_texts))
+            parts = zip(torch.split(entries, batch_size), torch.split(text_rows, batch_size), strict=True)
+            batches += [Batch(index, part, text) for part, text in parts]
         return [batches[at] for at in torch.randperm(len(batches), generator=draw).tolist()]
 
     def _texts(self, seed: int, epoch: int) -> torch.Tensor:
@@ -127,7 +136,7 @@ class Dataset:
         count = len(self.photos)
         picks, drops = torch.randint(2**31, (count,), generator=draw).tolist(), torch.rand(count, generator=draw)
         choices = torch.tensor([own[pick % len(own)] for own, pick in zip(self.choices, picks, strict=True)])
-        return torch.where(drops < self.caption_dropout, torch.tensor(self.instance_prompt), choices)
+        return torch.where(drops < self.caption_dropout, torch.tensor(self.instance_prompts), choices)
 
 
 def _rows_by_photo(bucket: LatentBucket) -> list[list[int]]:

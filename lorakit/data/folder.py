@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable
-from lorakit.data import masks
+from lorakit.data import concepts, masks
 from lorakit.data.entries import Names, is_hidden, some_names, usable
 
 FORMATS = (
@@ -26,7 +25,6 @@ MASK = ".mask.png"
 TEXT_KEYS = ("text", "caption", "prompt")
 # At most so many folders are searched for photos on deeper levels: the user's folder may be a whole disk.
 MAX_FOLDERS = 1000
-KOHYA = re.compile(r"\d+_.+")
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,8 @@ class Photo:
         caption: text of the caption, or None.
         caption_source: name of the file that has the caption, or None.
         mask: `name.mask.png` beside it, or None.
+        subject: what the name of its subfolder says without the number, "" for a photo outside subfolders.
+        repeats: how often an epoch shows it: the number in front of the name of its subfolder.
     """
 
     path: Path
@@ -46,22 +46,29 @@ class Photo:
     caption: str | None = None
     caption_source: str | None = None
     mask: Path | None = None
+    subject: str = ""
+    repeats: int = 1
 
 
 @dataclass
 class Folder:
-    """Result of `scan`. `warnings` are probable mistakes of the user; `notes` are decisions that `scan` made."""
+    """Result of `scan`. `warnings` are probable mistakes of the user; `notes` are decisions that `scan` made.
+
+    `class_photos` are class images for prior preservation. They are never trained as the subject.
+    """
 
     path: Path
     photos: list[Photo] = field(default_factory=list)
+    class_photos: list[Photo] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def scan(folder: str | Path) -> Folder:
+def scan(folder: str | Path, class_folder: str = "") -> Folder:
     """Read the photos in `folder` and in its direct subfolders, in order of name.
 
-    Kohya's `10_sks dog/` is read as a subfolder. The number of repeats is not used, and a note says so.
+    Args:
+        class_folder: folder of class images, in place of reg/, class/ or regularization/ in `folder`.
 
     Raises:
         LorakitError: the folder is missing, is a file, cannot be read, or holds no picture.
@@ -72,7 +79,10 @@ def scan(folder: str | Path) -> Folder:
     other_files: Counter[str] = Counter()
     metadata: dict[str, tuple[str, str]] = {}
     try:
+        if concepts.is_run(path):
+            raise LorakitError(f"{path} holds pictures of a run of lorakit; give the folder of the photos")
         below = [entry for entry in usable(path, path, []) if entry.is_dir()]
+        below = _read_class_folders(result, _pass_over(result, below), class_folder)
         for level in (path, *below):
             _read_level(result, level, metadata, other_files)
         mask_folders = _take_masks(result)
@@ -82,6 +92,8 @@ def scan(folder: str | Path) -> Folder:
     deep_folders = {name: count for name, count in deep_folders.items() if path / name not in mask_folders}
     if not result.photos:
         refused = "".join(f"; {line}" for line in result.warnings)
+        if result.class_photos:
+            refused += f"; {len(result.class_photos)} class images are no photos of the subject"
         raise LorakitError(_no_photos_message(path, other_files, deep_folders) + refused)
     absent = [name for name in metadata if name not in {photo.relative for photo in result.photos}]
     if absent:
@@ -89,7 +101,7 @@ def scan(folder: str | Path) -> Folder:
     if deep_folders:
         folders = ", ".join(f"{name}/ ({count})" for name, count in deep_folders.items())
         result.warnings.append(f"pictures more than one folder down are not read: {folders}")
-    _describe_folders(result, below)
+    _describe_folders(result)
     ignored = {kind: count for kind, count in other_files.items() if kind not in ("txt", "caption", "jsonl", "json")}
     if ignored:
         result.notes.append(f"not pictures, left alone: {_count_kinds(ignored)}")
@@ -111,6 +123,39 @@ def digest(photos: Iterable[Photo]) -> str:
                 raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
         total.update(f"{photo.relative}\0{photo.caption}\0".encode("utf-8", "surrogatepass"))
     return total.hexdigest()
+
+
+def _pass_over(result: Folder, below: list[Path]) -> list[Path]:
+    """The subfolders without runs and without those of 0 repeats; notes name what is passed over."""
+    runs = [entry for entry in below if concepts.is_run(entry)]
+    zero = [entry for entry in below if concepts.split_name(entry.name)[0] == 0]
+    for names, reason in ((runs, "a run of lorakit, not photos"), (zero, "0 repeats")):
+        if names:
+            result.notes.append(f"passed over ({reason}): {some_names(f'{printable(entry.name)}/' for entry in names)}")
+    return [entry for entry in below if entry not in runs and entry not in zero]
+
+
+def _read_class_folders(result: Folder, below: list[Path], class_folder: str) -> list[Path]:
+    """Read the class images. Return the subfolders that have none."""
+    folders = [entry for entry in below if concepts.is_class_folder(entry)]
+    if class_folder:
+        _require_folder(Path(class_folder).expanduser())
+        if folders:
+            result.notes.append(
+                f"passed over (data.class_folder is set): {some_names(f'{printable(f.name)}/' for f in folders)}"
+            )
+    for path in [Path(class_folder).expanduser()] if class_folder else folders:
+        part, others = Folder(path), Counter[str]()
+        for level in (path, *(entry for entry in usable(path, path, []) if entry.is_dir())):
+            _read_level(part, level, {}, others)
+        result.class_photos += [
+            replace(photo, relative=f"{printable(path.name)}/{photo.relative}") for photo in part.photos
+        ]
+        result.warnings += [f"{printable(path.name)}/: {warning}" for warning in part.warnings]
+        if not part.photos:
+            result.warnings.append(f"{printable(path.name)}/: no class images in it")
+    own = Path(class_folder).expanduser().resolve() if class_folder else None
+    return [entry for entry in below if entry not in folders and entry.resolve() != own]
 
 
 def _require_folder(path: Path) -> None:
@@ -142,6 +187,7 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
     entries = [entry for entry in usable(level, result.path, result.warnings) if entry.is_file()]
     by_name = {entry.name.lower(): entry for entry in entries}
     inside = "" if level == result.path else f"{printable(level.name)}/"
+    repeats, subject = concepts.split_name(level.name) if inside else (1, "")
     if METADATA in by_name:
         _read_metadata(result, by_name[METADATA], inside, metadata)
     paths = [entry for entry in entries if _is_photo(entry)]
@@ -157,7 +203,7 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
         mask = names.side_file(path, MASK)
         matches.update(sources if mask is None else [*sources, mask])
         source, caption = _choose_caption(result, relative, candidates)
-        result.photos.append(Photo(path, relative, caption, source, mask))
+        result.photos.append(Photo(path, relative, caption, source, mask, subject, repeats))
     orphans = [file for file in entries if file.name.lower().endswith((*CAPTIONS, MASK)) and file not in matches]
     if paths and orphans:
         labels = some_names(inside + printable(file.name) for file in orphans)
@@ -248,7 +294,9 @@ def _deep_folders(path: Path, below: list[Path]) -> dict[str, int]:
     visits = 0
     for entry in below:
         for root, folders, _ in os.walk(entry):
-            folders[:] = sorted(name for name in folders if not is_hidden(Path(name)))
+            folders[:] = sorted(
+                name for name in folders if not is_hidden(Path(name)) and not concepts.is_run(Path(root, name))
+            )
             visits += 1
             if visits > MAX_FOLDERS:
                 return counts
@@ -259,17 +307,15 @@ def _deep_folders(path: Path, below: list[Path]) -> dict[str, int]:
     return counts
 
 
-def _describe_folders(result: Folder, below: list[Path]) -> None:
+def _describe_folders(result: Folder) -> None:
     counts = Counter(photo.relative.partition("/")[0] for photo in result.photos if "/" in photo.relative)
     if not counts:
         return
     result.notes.append(f"subfolders: {', '.join(f'{name}/ ({count})' for name, count in sorted(counts.items()))}")
-    kohya = [entry.name for entry in below if KOHYA.fullmatch(entry.name) and entry.name in counts]
-    if kohya:
-        result.notes.append(
-            f"{some_names(kohya)}: the number in front (repeats) is not used, every photo counts once an epoch; "
-            "length is train.steps_per_image"
-        )
+    repeats = {photo.relative.partition("/")[0]: photo.repeats for photo in result.photos if photo.repeats > 1}
+    if repeats:
+        counts_by_name = ", ".join(f"{name}/ {count} times" for name, count in repeats.items())
+        result.notes.append(f"repeats: an epoch shows each photo of {counts_by_name}")
 
 
 def _no_photos_message(path: Path, other_files: Counter[str], deep_folders: dict[str, int]) -> str:

@@ -18,7 +18,7 @@ from lorakit.config import DataConfig, TrainConfig
 from lorakit.core import atomic
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
-from lorakit.data import augment, buckets, captions, checks, decode, holdout
+from lorakit.data import augment, buckets, captions, checks, concepts, decode, holdout
 from lorakit.data.augment import Variant
 from lorakit.data.dataset import Dataset, LatentBucket
 from lorakit.data.decode import Picture, Pixels
@@ -97,7 +97,7 @@ class _TextTable:
     def __init__(self, config: DataConfig, seed: int):
         self.config, self.seed = config, seed
         self.texts: list[str] = []
-        self.instance_prompt = self.index(captions.instance_prompt(config))
+        self.index(captions.instance_prompt(config))
 
     def index(self, text: str) -> int:
         if text not in self.texts:
@@ -105,8 +105,12 @@ class _TextTable:
         return self.texts.index(text)
 
     def choices(self, photo: Photo) -> list[int]:
-        text = captions.final_text(photo.caption, self.config)
-        return [self.index(t) for t in captions.variants(text, self.config, f"{self.seed}/{photo.relative}")]
+        config = concepts.of_photo(photo, self.config)
+        text = captions.final_text(photo.caption, config)
+        return [self.index(t) for t in captions.variants(text, config, f"{self.seed}/{photo.relative}")]
+
+    def instance_prompt(self, photo: Photo) -> int:
+        return self.index(captions.instance_prompt(concepts.of_photo(photo, self.config)))
 
 
 @dataclass
@@ -243,9 +247,8 @@ def _dataset(photos: Sequence[Photo], encoder: _Encoder, table: _TextTable, devi
     latent_buckets = [
         _latent_bucket(size, rows[size], choices, encoder.train.masked_loss).to(device) for size in sorted(rows)
     ]
-    return Dataset(
-        latent_buckets, list(photos), table.texts, choices, table.instance_prompt, encoder.config.caption_dropout
-    )
+    prompts = [table.instance_prompt(photo) for photo in photos]
+    return Dataset(latent_buckets, list(photos), table.texts, choices, prompts, encoder.config.caption_dropout)
 
 
 def _prefetch(photos: Sequence[Photo], encoder: _Encoder) -> Iterator[tuple[int, _VariantRow]]:

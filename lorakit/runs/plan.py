@@ -157,13 +157,13 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     Raises:
         LorakitError: with all of `problems`, or no photo is left to train on.
     """
-    sizes, holdout_count = _training_sizes(config, report)
+    sizes, shown, holdout_count = _training_sizes(config, report)
     if not sizes:
         raise LorakitError("no photo can be used for training; `lorakit check` says what is wrong with each")
     if wrong := problems(config, info):
         raise LorakitError("\n".join(wrong))
     modules = count_weights(_selected(config, info), info.layers, config.adapter)
-    batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
+    batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(shown).values())
     steps, length = run_length(config, len(sizes), batches)
     device = guess_device(config.memory.device)
     spec = registry.optimizer(config.optimizer.name)
@@ -191,7 +191,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         epochs=steps * config.train.gradient_accumulation_steps / batches,
         memory=memory_estimate.training(config, info, modules, device),
         peaks=memory_estimate.peaks(config, info, modules, device),
-        seconds=estimate_seconds(config, info, steps) if device == "cpu" else None,
+        seconds=estimate_seconds(config, info, steps, not report.class_photos) if device == "cpu" else None,
         device=device,
         recomputed=len(memory_estimate.recomputed_blocks(config, info, modules, device)),
         limit_gib=config.memory.limit_gib,
@@ -279,8 +279,12 @@ def forward_flop(family: str, shapes: Mapping[str, Sequence[int]], height: int, 
     return sum(map(memory_estimate.flop, registry.family_of(family).layer_uses(shapes, height, width, tokens)))
 
 
-def estimate_seconds(config: Config, info: BaseInfo, steps: int) -> float:
-    """Duration on this CPU: training, class images and sample grids; loading and validation are small beside them."""
+def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bool = True) -> float:
+    """Duration on this CPU: training, class images and sample grids; loading and validation are small beside them.
+
+    Args:
+        draws_class: False where the class images are the user's own.
+    """
     train, sample = config.train, config.sample
     side = config.data.resolution // info.downscale
     flop = forward_flop(info.family, info.layers, side, side, info.text_tokens)
@@ -293,7 +297,7 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int) -> float:
     # class images many at a time, where the fixed cost no longer counts.
     pass_of_two = 2 * flop / speed
     grids = SAMPLE_GRIDS * len(sample.prompts or captions.sample_prompts(config.data)) * (pass_of_two + overhead)
-    class_images = train.class_images * pass_of_two if train.prior == "images" else 0
+    class_images = train.class_images * pass_of_two if train.prior == "images" and draws_class else 0
     seconds: float = steps * step + sample.steps * (grids + class_images)
     return seconds
 
@@ -332,11 +336,13 @@ def _torch_version() -> str:
         return ""
 
 
-def _training_sizes(config: Config, report: Report) -> tuple[list[tuple[int, int]], int]:
-    """(width, height) at which each photo is trained that is not held out, and how many are held out."""
+def _training_sizes(config: Config, report: Report) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int]:
+    """(width, height) of each photo that is not held out; the same with repeats; and how many are held out."""
     buckets = {item.photo.relative: item.bucket for item in report.items if item.bucket is not None}
     trained, holdout_photos = holdout.split(report.photos, config.train.holdout, config.train.seed)
-    return [buckets[photo.relative] for photo in trained], len(holdout_photos)
+    shown: list[tuple[int, int]] = [buckets[photo.relative] for photo in trained for _ in range(photo.repeats)]
+    sizes: list[tuple[int, int]] = [buckets[photo.relative] for photo in trained]
+    return sizes, shown, len(holdout_photos)
 
 
 def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:

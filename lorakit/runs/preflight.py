@@ -15,7 +15,7 @@ from lorakit import families
 from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks, folder as photo_folder
+from lorakit.data import checks, concepts, folder as photo_folder
 from lorakit.families import BaseInfo
 from lorakit.formats import compatibility, identify
 from lorakit.runs import folder as run_folder, plan
@@ -95,10 +95,12 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         resume: the run folder exists and is continued.
     """
     problems = [*_missing_packages(config), *_device_problems(config)]
+    if config.data.concepts == "folders" and not config.data.name:
+        config = _with_name(config)
     if not config.data.name:
         problems.append(NO_NAME)
     if not resume:
-        problems += _line(run_folder.output_problem(run_folder.place(config)))
+        problems += _line(run_folder.output_problem(run_folder.place(config), config.data.folder))
     problems += _line(_init_from_problem(config))
     try:
         config = replace(config, model=families.pin(config.model))
@@ -125,7 +127,9 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     if config.train.masked_loss and not any(photo.mask for photo in photos.photos):
         problems.append(checks.NO_MASK)
     planned = None if photos.errors or planning else plan.make(config, info, photos)
-    return Preflight(config, info, photos, planned, tuple(problems), (*warnings, *photos.warnings))
+    return Preflight(
+        config, info, photos, planned, tuple(problems), (*warnings, *_prior_findings(config, photos), *photos.warnings)
+    )
 
 
 def _missing_packages(config: Config) -> list[str]:
@@ -169,6 +173,25 @@ def _init_from_problem(config: Config) -> str | None:
     except LorakitError as error:
         return f"train.init_from: {error}"
     return None if kind == "adapter" else f"train.init_from: {path}: this is {identify.DESCRIPTIONS[kind]}"
+
+
+def _with_name(config: Config) -> Config:
+    """The config with a name from the folders, where these name the concepts; a folder that cannot be read has none."""
+    try:
+        photos = photo_folder.scan(checks.require_folder(config.data)).photos
+    except LorakitError:
+        return config
+    return replace(config, data=concepts.with_name(config.data, photos))
+
+
+def _prior_findings(config: Config, photos: checks.Report) -> list[str]:
+    """What becomes of class images that lie in the folder, where the prior does not use them."""
+    if not photos.class_photos or config.train.prior == "images":
+        return []
+    return [
+        f"{len(photos.class_photos)} class images are not trained as the subject and not used: "
+        "train.prior = 'images' uses them"
+    ]
 
 
 def _folder_problems(data: DataConfig) -> list[str]:

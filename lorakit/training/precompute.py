@@ -6,14 +6,15 @@ What comes out lies on the device for the whole run, so that a step is nothing b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image, ImageOps
 
-from lorakit.config import Config
-from lorakit.data import captions, latents
+from lorakit.config import Config, DataConfig
+from lorakit.data import captions, concepts, decode, latents
 from lorakit.data.dataset import Dataset
 from lorakit.inference import class_images, sampling
 from lorakit.inference.mode import polled
@@ -21,6 +22,7 @@ from lorakit.inference.mode import polled
 if TYPE_CHECKING:
     from lorakit.core.protocols import Trainable
     from lorakit.data.checks import Report
+    from lorakit.data.folder import Photo
     from lorakit.families import Family
 
 # Pictures that the autoencoder is given together on a card: as many as have so many pixels; one of that size keeps it
@@ -117,8 +119,10 @@ def precompute(
 
     family.release("unet", "text_encoders")
     dataset, holdout = _photos(config, family, photos, encode_image, say)
-    without = [captions.class_text(text, config.data) for text in dataset.texts]
-    class_texts = list(dict.fromkeys([captions.class_prompt(config.data), *without]))
+    configs = concepts.of_photos(photos.photos, config.data)
+    without = [captions.class_text_of_any(text, configs) for text in dataset.texts]
+    own_class = _own_class_texts(config, photos)
+    class_texts = list(dict.fromkeys([captions.class_prompt(configs[0]), *without, *own_class.values()]))
     class_of = torch.tensor([class_texts.index(text) for text in without], device=family.device)
     family.release("vae")
     class_latents = None
@@ -126,8 +130,10 @@ def precompute(
     with disabled, polled(family.modules().values(), poll):
         tokens, class_tokens = _tokens(family, dataset.texts), _tokens(family, class_texts)
         conditions, class_conditions = embed(family, tokens), embed(family, class_tokens)
-        samples = _samples(config, family)
-        if config.train.prior == "images":
+        samples = _samples(config, family, configs)
+        if own_class:
+            class_latents = _own_class_latents(config, family, own_class, class_texts, encode_image)
+        elif config.train.prior == "images":
             class_latents = _class_latents(config, family, class_texts, encode_image, say)
     family.release("vae", "text_encoders")
     trains_text = config.adapter.trains_text
@@ -180,8 +186,8 @@ def _tokens(family: Family, texts: list[str]) -> list[torch.Tensor]:
     return [torch.cat(tables) for tables in zip(*parts, strict=True)]
 
 
-def _samples(config: Config, family: Family) -> SampleInputs:
-    prompts = list(config.sample.prompts) or captions.sample_prompts(config.data)
+def _samples(config: Config, family: Family, concept_configs: Sequence[DataConfig]) -> SampleInputs:
+    prompts = list(config.sample.prompts) or captions.sample_prompts_of_all(concept_configs)
     if config.adapter.trains_text:
         return SampleInputs(prompts, None, None)
     return SampleInputs(prompts, sampling.embed(family, prompts, config.sample), family.encode_text(prompts[:1]))
@@ -206,6 +212,36 @@ def _class_latents(
         count = len(range(place, total, len(class_texts)))
         pictures += class_images.class_images(family, prompt, text, count, config.sample, side, seed, say=say)
         texts += [place] * count
+    return _encode_class(family, pictures, texts, side, encode_image)
+
+
+def _own_class_texts(config: Config, photos: Report) -> dict[Photo, str]:
+    """The user's own class images with their texts; none where `train.prior` is not "images"."""
+    own = photos.class_photos if config.train.prior == "images" else []
+    return {photo: captions.class_photo_text(photo, config.data) for photo in own}
+
+
+def _own_class_latents(
+    config: Config,
+    family: Family,
+    own: Mapping[Photo, str],
+    class_texts: list[str],
+    encode_image: latents.EncodeImage,
+) -> ClassLatents:
+    """The user's own class images, each cropped to the square in its middle."""
+    side = config.data.resolution
+
+    def square(photo: Photo) -> Image.Image:
+        picture = decode.decode(photo.path.read_bytes(), photo.relative)
+        return ImageOps.fit(Image.fromarray(picture.pixels), (side, side), Image.Resampling.LANCZOS)
+
+    texts = [class_texts.index(text) for text in own.values()]
+    return _encode_class(family, [square(photo) for photo in own], texts, side, encode_image)
+
+
+def _encode_class(
+    family: Family, pictures: Sequence[Image.Image], texts: list[int], side: int, encode_image: latents.EncodeImage
+) -> ClassLatents:
     batches = class_images.as_pixels(pictures, _at_once(side * side, family.device))
     means, stds = zip(*(encode_image(pixels) for pixels in batches), strict=True)
     ids = family.time_ids((side, side), (0, 0), (side, side))

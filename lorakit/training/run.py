@@ -158,7 +158,10 @@ def _begin(ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop:
     boards = [TensorBoard(folder.path)] if ready.config.output.tensorboard else []
     with Events(folder.record, *boards, *listeners) as events:
         sources = [lambda: folder.stop_requested, *([stop] if stop else [])]
-        identity = {"base weights": ready.info.hash, "photos": photo_folder.digest(ready.photos.photos)}
+        identity = {
+            "base weights": ready.info.hash,
+            "photos": photo_folder.digest([*ready.photos.photos, *ready.photos.class_photos]),
+        }
         yield Run(ready, folder, events, StopRequest(events, *sources), time.time(), identity)
 
 

@@ -46,8 +46,7 @@ def test_one_level_of_subfolders_and_kohyas(photos: Path) -> None:
     assert found.warnings == ["pictures more than one folder down are not read: other/deep/ (1)"]
     assert found.notes == [
         "subfolders: 10_sks dog/ (2), other/ (1)",
-        "10_sks dog: the number in front (repeats) is not used, every photo counts once an epoch; "
-        "length is train.steps_per_image",
+        "repeats: an epoch shows each photo of 10_sks dog/ 10 times",
     ]
 
 

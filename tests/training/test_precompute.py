@@ -161,3 +161,21 @@ def test_what_is_there_already_is_not_moved() -> None:
         loading.move(parts, ("text_encoders",), torch.device("cuda"))
     assert (vae.sent, first.sent, second.sent) == (0, 1, 0)
     assert (vae.device.type, first.device.type) == ("cpu", "cuda")
+
+
+def test_class_images_of_ones_own_are_the_prior_and_none_is_drawn(tiny_sd1: Path, photos: Path) -> None:
+    for name, color in (("reg/red.png", (255, 0, 0)), ("reg/1_mug/blue.png", (0, 0, 255))):
+        (photos / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (96, 64), color).save(photos / name)
+    settings = {"data.folder": str(photos), "data.name": "sks toy", "data.resolution": 64, "train.steps": 1}
+    chosen = config.load(None, settings | {"train.prior": "images", "sample.steps": 1})
+    info = families.describe(tiny_sd1)
+    family = Watched(families.load(info, "cpu", torch.float32))
+    encoded = precompute(chosen, family, None, checks.check(chosen.data, info), lambda line: None)
+    assert "decode" not in family.seen
+    assert len(encoded.dataset.photos) == 3
+    assert encoded.class_latents is not None
+    texts = [encoded.class_texts[place] for place in encoded.class_latents.texts.tolist()]
+    assert texts == ["a photo of a toy", "a photo of a mug"]
+    red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    torch.testing.assert_close(encoded.class_latents.mean[:1], family.family.encode_image(red)[0], rtol=0, atol=1e-3)

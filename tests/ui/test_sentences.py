@@ -108,8 +108,11 @@ def plans(tiny_sd1: Path) -> Iterator[plan.Plan]:
         given = config.load(preset, {"model.base": base, "data.name": "sks toy", "memory.device": "cpu"} | changed)
         info = families.describe(given.model)
         for count in (1, 16):
-            items = [SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png"), bucket=(64, 64)) for n in range(count)]
-            report = SimpleNamespace(items=items, photos=[item.photo for item in items])
+            items = [
+                SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png", repeats=1), bucket=(64, 64))
+                for n in range(count)
+            ]
+            report = SimpleNamespace(items=items, photos=[item.photo for item in items], class_photos=[])
             yield plan.make(given, info, report)
 
 

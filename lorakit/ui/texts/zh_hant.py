@@ -179,6 +179,14 @@ OPTIONS = {
     "data.name": ("觸發詞與名稱", "觸發詞與它是什麼，例如「sks dog」或「sks style」。第一個詞就是觸發詞。"),
     "data.instance_prompt": ("照片的提示詞", "沒有說明文字的照片所用的文字。留空：由種類與名稱產生。"),
     "data.class_prompt": ("類別的提示詞", "代表整個類別的文字，用於保留先驗。留空：由名稱產生。"),
+    "data.concepts": (
+        "子資料夾的主體",
+        "「20_ohwx man」這類子資料夾：folders：各有自己的主體；one：全部都是 data.name；ask：名稱不同時停下。",
+    ),
+    "data.class_folder": (
+        "類別圖片的資料夾",
+        "用於 prior = 'images' 的自備類別圖片。留空：照片資料夾裡的 reg/、class/ 或 regularization/。",
+    ),
     "data.resolution": ("解析度", "訓練用正方形的邊長（像素）；各尺寸分組保持相同面積。"),
     "data.caption_dropout": ("略去說明文字", "有多少比例的文字會換成單純的照片提示詞。"),
     "data.shuffle_tags": ("打亂標籤", "打亂以逗號分隔的標籤；觸發詞保持在最前。"),

@@ -1,8 +1,10 @@
 """繁體中文：lorakit 各處所說的話（計畫、照片檢查、設定錯誤……）。英文在左，中文在右；見 `sentences.py`。"""
 
+from lorakit.ui.texts.zh_hant_photos import PHOTOS
 from lorakit.ui.texts.zh_hant_running import RUNNING
 
 SENTENCES = {
+    **PHOTOS,
     # -- 計畫 plan.py, families/describe.py
     "base: {name} ({family}, predicts {kind})": "基礎模型：{name}（{family}，預測 {kind}）",
     "from the hub: {source}": "來自 hub：{source}",
@@ -118,10 +120,6 @@ SENTENCES = {
     "{names:words}: cannot be opened: neither files nor folders": "{names:words}：無法開啟：既不是檔案也不是資料夾",
     "not pictures, left alone: {kinds:words}": "不是圖片，略過：{kinds:words}",
     "subfolders: {names}": "子資料夾：{names}",
-    "{names:words}: the number in front (repeats) is not used, every photo counts once an epoch; "
-    "length is train.steps_per_image": (
-        "{names:words}：前面的數字（重複次數）不會使用，每張照片每輪算一次；長度由 train.steps_per_image 決定"
-    ),
     # -- 圖檔 data/decode.py
     "cannot be read ({why})": "無法讀取（{why}）",
     "empty, 0 bytes; copy it again from where it came": "空檔，0 位元組；請從原處重新複製",

@@ -1,0 +1,95 @@
+"""The meaning of folders: subjects and repeats as in "20_ohwx man/", class images as in "reg/", and runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.config import DataConfig
+
+if TYPE_CHECKING:
+    from lorakit.data.folder import Photo
+
+# "20_ohwx man": repeats and subject. A number of four digits is a year.
+NUMBERED = re.compile(r"(\d{1,3})_(.+)")
+CLASS_IMAGES = re.compile(
+    r"(\d+_)?(regs?|reg[_ -]\S.*|(class|classes|regulari[sz]ation)([_ -]?(images?|imgs?|pictures?|photos?|data|set))?)",
+    re.IGNORECASE,
+)
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """Repeats and subject of a folder's name: "20_ohwx man" is (20, "ohwx man"); without a number, (1, its name)."""
+    match = NUMBERED.fullmatch(name)
+    return (int(match[1]), match[2].strip()) if match else (1, name)
+
+
+def is_class_folder(folder: Path) -> bool:
+    """Whether the name says that the folder has class images: reg/, class/, regularization_images/ and the like."""
+    return CLASS_IMAGES.fullmatch(folder.name) is not None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder is a run, or what `lorakit sample` writes."""
+    if (folder / "config.toml").is_file() and (folder / "state.json").is_file():
+        return True
+    return (folder / "grid.png").is_file() and any(folder.glob("*-strength-*.png"))
+
+
+def of_photo(photo: Photo, config: DataConfig) -> DataConfig:
+    """The config that gives the photo its texts: with `data.concepts = "folders"`, its folder names the subject."""
+    if config.concepts != "folders" or not photo.subject:
+        return config
+    return replace(config, name=photo.subject, instance_prompt="", class_prompt="")
+
+
+def of_photos(photos: Sequence[Photo], config: DataConfig) -> list[DataConfig]:
+    """The config of each concept, in the order of the photos."""
+    return list(dict.fromkeys(of_photo(photo, config) for photo in photos)) or [config]
+
+
+def with_name(config: DataConfig, photos: Sequence[Photo]) -> DataConfig:
+    """The config with the first folder's subject as its name, if it has none and folders name the concepts."""
+    subjects = [photo.subject for photo in photos if photo.subject]
+    if config.name or config.concepts != "folders" or not subjects:
+        return config
+    return replace(config, name=subjects[0])
+
+
+def problem(photos: Sequence[Photo], config: DataConfig) -> str | None:
+    """Why folders contradict `data.name`, or None: photos in "20_ohwx man/" would be trained as "a sks dog".
+
+    A folder without a number names a subject only beside a folder that names `data.name`. A photo whose caption has
+    the trigger contradicts nothing.
+    """
+    if config.concepts != "ask":
+        return None
+    has_own_folder = any(_words(config.name) == _words(photo.subject) for photo in photos if photo.subject)
+    others = dict.fromkeys(
+        photo.relative.partition("/")[0]
+        for photo in photos
+        if photo.subject
+        and (has_own_folder or NUMBERED.fullmatch(photo.relative.partition("/")[0]))
+        and not _names_subject(photo.subject, config)
+        and config.trigger.casefold() not in _words(photo.caption or "")
+    )
+    if not others:
+        return None
+    names = ", ".join(f"{name}/" for name in others)
+    name = f'"{config.name}"' if config.name else "any data.name (none is set)"
+    return (
+        f"{names}: the name of the folder is not {name}; data.concepts = 'folders' trains each folder under its own "
+        "name, data.concepts = 'one' trains all photos under data.name"
+    )
+
+
+def _names_subject(subject: str, config: DataConfig) -> bool:
+    words = _words(subject)
+    return bool(config.name) and (words <= _words(config.name) or config.trigger.casefold() in words)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W_]+", text.casefold()))

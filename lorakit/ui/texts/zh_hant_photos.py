@@ -1,0 +1,28 @@
+"""繁體中文：資料夾、說明文字與提示詞的各種訊息；見 `zh_hant_sentences.py`。"""
+
+PHOTOS = {
+    "passed over ({reason}): {names}": "略過（{reason}）：{names}",
+    'no captions: {photos:words} is trained as "{prompt}"': "沒有說明文字：{photos:words} 以「{prompt}」訓練",
+    "{folder}: no class images in it": "{folder}：裡面沒有類別圖片",
+    "{count} class images are not trained as the subject and not used: train.prior = 'images' uses them": (
+        "{count} 張類別圖片不會當作主體訓練，也沒有使用；train.prior = 'images' 會使用它們"
+    ),
+    "repeats: an epoch shows each photo of {names}": "重複：每輪顯示各資料夾的照片 {names}",
+    "{path} holds pictures of a run of lorakit; give the folder of the photos": (
+        "{path} 是 lorakit 的訓練結果；請給照片所在的資料夾"
+    ),
+    "{path} is inside the folder of photos, where nothing is written; give another --output": (
+        "{path} 在照片資料夾裡，那裡不會寫入任何東西；請換一個輸出資料夾"
+    ),
+    "{folders}: the name of the folder is not {name}; data.concepts = 'folders' trains each folder under its own "
+    "name, data.concepts = 'one' trains all photos under data.name": (
+        "{folders}：資料夾的名稱不是 {name}；data.concepts = 'folders' 以各資料夾自己的名稱訓練，"
+        "data.concepts = 'one' 全部以 data.name 訓練"
+    ),
+    "data.class_folder has no effect with train.prior = {prior}: choose 'images'": (
+        "train.prior = {prior} 時 data.class_folder 沒有作用：請選 'images'"
+    ),
+    "adapter.new_tokens learns one trigger: data.concepts = 'folders' has one for each folder": (
+        "adapter.new_tokens 只學一個觸發詞；data.concepts = 'folders' 則每個資料夾各有一個"
+    ),
+}
