@@ -1,6 +1,7 @@
-"""A hub in a few lines: serves one folder as `org/tiny`, as the clients of huggingface_hub ask for it."""
+"""A hub in a few lines: serves a folder as one repository, as the clients of huggingface_hub ask for it."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def serve(folder: Path, asked: list[str]) -> Iterator[str]:
+def serve(folder: Path, asked: list[str], repository: str = "org/tiny", commit: str = COMMIT) -> Iterator[str]:
     """The address, while it runs; every path that is asked for goes into `asked`."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -25,13 +26,13 @@ def serve(folder: Path, asked: list[str]) -> Iterator[str]:
                 self.answer(b"{}", 403, {"X-Error-Code": "GatedRepo"})
             elif "/org/broken" in path:
                 self.answer(b"{}", 500)
-            elif "org/tiny" not in path:
+            elif repository not in path:
                 self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
-            elif path in ("/api/models/org/tiny/revision/main", f"/api/models/org/tiny/revision/{COMMIT}"):
-                self.json({"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
-            elif path.startswith("/api/models/org/tiny/revision/"):
+            elif path in (f"/api/models/{repository}/revision/main", f"/api/models/{repository}/revision/{commit}"):
+                self.json({"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+            elif path.startswith(f"/api/models/{repository}/revision/"):
                 self.answer(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
-            elif path.startswith("/api/models/org/tiny/tree/"):
+            elif path.startswith(f"/api/models/{repository}/tree/"):
                 self.json(
                     [
                         {"type": "file", "path": name, "size": len(c), "oid": f"{n:040x}"}
@@ -39,8 +40,11 @@ def serve(folder: Path, asked: list[str]) -> Iterator[str]:
                     ]
                 )
             else:
-                content = files[path.partition(f"/resolve/{COMMIT}/")[2]]
-                self.answer(content, 200, {"ETag": f'"{hash(content) & 0xFFFFFFFF:040x}"', "X-Repo-Commit": COMMIT})
+                content = files.get(re.sub(r".*/resolve/[^/]+/", "", path))
+                if content is None:
+                    self.answer(b"{}", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+                    return
+                self.answer(content, 200, {"ETag": f'"{hash(content) & 0xFFFFFFFF:040x}"', "X-Repo-Commit": commit})
 
         do_HEAD = do_GET
 

@@ -22,6 +22,7 @@ EXTRAS = {
     "ui": ("gradio", "the front end, `lorakit ui`"),
     "xformers": ("xformers", "memory.attention = xformers"),
     "heic": ("pillow_heif", "photos of phones in HEIC"),
+    "clip": ("clip", "CLIP's vocabulary, for single files on a machine without network"),
     "tensorboard": ("tensorboard", "output.tensorboard = true"),
 }
 # Less than this much free disk does not hold a run with its checkpoints and pictures.

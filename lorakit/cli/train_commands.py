@@ -103,7 +103,7 @@ def run_train(args: argparse.Namespace) -> int:
     from lorakit.runs.preflight import preflight
 
     # Before the libraries that models need are imported, which takes seconds.
-    ready = preflight(resolve(args, terminal)).or_raise()
+    ready = preflight(resolve(args, terminal), fetch=True).or_raise()
     for line in ready.lines():
         terminal.say(line)
     from lorakit.training import run

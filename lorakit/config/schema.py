@@ -29,7 +29,9 @@ class ModelConfig:
         path=True,
     )
     tokenizer: str = option(
-        "", "Folder of the tokenizer for a base in a single file. Empty: tokenizer/ beside it.", path=True
+        "",
+        "Folder of the tokenizer for a base in a single file, or of ComfyUI or Forge. Empty: beside it, else CLIP's.",
+        path=True,
     )
     prediction_type: Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"] = option(
         "auto", "What the base predicts. auto: as it says itself, which is printed."

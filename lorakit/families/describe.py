@@ -15,7 +15,7 @@ from lorakit.config import Config, ModelConfig
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.families import hub, ldm, pocket, single_file, weight_files
+from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, weight_files
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
 
 CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
@@ -47,7 +47,7 @@ class BaseInfo:
         bytes: component -> bytes of its weights on disk.
         variants: component -> variant in its files' names ("fp16", "bf16" or None).
         configs: component -> its configuration; "scheduler" and "model_index" too.
-        tokenizers: "tokenizer" and, for SDXL, "tokenizer_2" -> folder; empty for a file without any (see `tokenizer`).
+        tokenizers: "tokenizer" and, for SDXL, "tokenizer_2" -> folder; empty where only the hub has it.
         slots: of a single file, component -> where each tensor lies in it; None for a folder.
         content: the files whose content is the base: configurations and weights.
         prediction_override: `model.prediction_type` where it is not what the base says itself.
@@ -101,18 +101,21 @@ class BaseInfo:
         return self.path / (self.spec.denoiser if component == "unet" else component)
 
     def tokenizer(self, name: str = "tokenizer") -> Path:
-        """Folder of a tokenizer.
+        """Folder of a tokenizer, which is fetched where a base in a single file has none on this machine.
 
         Raises:
-            LorakitError: the base is a file that came without one, and none was named.
+            LorakitError: it must be fetched and cannot be.
         """
         if name not in self.tokenizers:
-            raise LorakitError(
-                f"base {self.path.name} has no tokenizer with it: set model.tokenizer to the folder of one (vocab.json "
-                "and merges.txt; all Stable Diffusion models have that of openai/clip-vit-large-patch14), or put it "
-                "beside the file as tokenizer/"
-            )
+            return clip_tokenizer.fetch(self.path.name, self._words(name))
         return self.tokenizers[name]
+
+    def tokenizer_problem(self) -> str | None:
+        """Why its tokenizer, which is not on this machine, cannot be had, or None."""
+        return None if self.tokenizers else clip_tokenizer.missing(self.path.name, self._words("tokenizer"))
+
+    def _words(self, tokenizer: str) -> int:
+        return int(self.configs[tokenizer.replace("tokenizer", "text_encoder")]["vocab_size"])
 
 
 def describe(base: str | Path | ModelConfig) -> BaseInfo:
@@ -139,7 +142,7 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
 
 def unsuited(info: BaseInfo, config: Config) -> list[str]:
     """What a config asks for that a base of this kind cannot do, a line each."""
-    problems = []
+    problems = [problem] if (problem := info.tokenizer_problem()) else []
     if info.spec.predicts_flow and config.train.min_snr_gamma is not None:
         problems.append(
             f"train.min_snr_gamma is not defined for base {info.title}, which predicts the flow: leave it unset"
@@ -228,7 +231,9 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
     notes = [f"prediction type: {prediction.type}{zero}, {prediction.evidence}{unsure}"]
     if checkpoint.ignored:
         notes.append(f"keys that are not of such a model, ignored: {_summary(checkpoint.ignored)}")
-    folder = single_file.tokenizer(model.tokenizer, path)
+    words = min(config["vocab_size"] for name, config in configs.items() if name.startswith("text"))
+    folder, tokenizer_note = clip_tokenizer.find(model.tokenizer, path, words)
+    notes.append(tokenizer_note)
     encoders = [name for name in configs if name.startswith("text")] if folder else []
     return _info(
         model,
@@ -261,7 +266,7 @@ def _info(model: ModelConfig, **facts: Any) -> BaseInfo:
     vae, channels = configs["vae"], configs["vae"].get("latent_channels", 4)
     _check_channels(path, configs["unet"].get("in_channels", 4), channels)
     for folder in facts["tokenizers"].values():
-        _check_tokenizer(folder, model.tokenizer)
+        _check_tokenizer(folder)
     if configs["unet"].get("in_channels", 4) != channels:
         facts["notes"] = (*facts["notes"], INPAINTING)
     if spec.predicts_flow and model.prediction_type != "auto":
@@ -352,14 +357,10 @@ def _check_channels(path: Path, into: int, latent: int) -> None:
     raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
 
 
-def _check_tokenizer(folder: Path, option: str) -> None:
-    if not (folder / "tokenizer.json").is_file():
-        for name in ("vocab.json", "merges.txt"):
-            if not (folder / name).is_file():
-                remedy = (
-                    "get the base again" if not option else "model.tokenizer must name a folder with both, or a base's"
-                )
-                raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: {remedy}")
+def _check_tokenizer(folder: Path) -> None:
+    for name in clip_tokenizer.FILES if not (folder / "tokenizer.json").is_file() else ():
+        if not (folder / name).is_file():
+            raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: get the base again")
 
 
 def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:

@@ -147,10 +147,15 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> CLIPTokenize
     Raises:
         LorakitError: the vocabulary is broken; transformers gives an almost empty tokenizer then, and says nothing.
     """
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(info.tokenizer(component), local_files_only=True)
+    folder = info.tokenizer(component)
+    if info.slots is not None and (folder / "vocab.json").is_file():
+        # Of the vocabulary alone: what fills texts up in the place that it is from is no mark in this base's texts.
+        tokenizer = transformers.CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    else:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     words, rows = len(tokenizer), encoder.config.vocab_size
     if not 256 <= words <= rows or (info.slots is not None and words != rows):
-        whose = f"{component} of base {info.path}" if info.slots is None else f"tokenizer {info.tokenizers[component]}"
+        whose = f"{component} of base {info.path}" if info.slots is None else f"tokenizer {folder}"
         what = "get the base again" if info.slots is None else "set model.tokenizer to the folder of the base's own"
         raise LorakitError(f"{whose} knows {words} words where its text encoder has {rows}: {what}")
     if info.slots is not None:

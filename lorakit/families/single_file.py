@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lorakit.families import ldm
@@ -141,14 +140,6 @@ def model_index(family: str, parts: Mapping[str, Any]) -> dict[str, Any]:
     if family == "sdxl":
         return index | {"force_zeros_for_empty_prompt": True}
     return index | {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-
-
-def tokenizer(option: str, file: Path) -> Path | None:
-    """The folder of the tokenizer for a base in one file: the one given, or that beside the file, or None."""
-    folder = Path(option).expanduser() if option else file.parent
-    if (folder / "tokenizer").is_dir():
-        return folder / "tokenizer"
-    return folder if option else None
 
 
 def _count(names: Mapping[str, Any], pattern: str) -> int:

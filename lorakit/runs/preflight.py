@@ -87,12 +87,13 @@ class Ready(Preflight):
     plan: plan.Plan
 
 
-def preflight(config: Config, *, check: Check = checks.check, resume: bool = False) -> Preflight:
+def preflight(config: Config, *, check: Check = checks.check, resume: bool = False, fetch: bool = False) -> Preflight:
     """Look at everything that can be looked at before a model is loaded, or the libraries that models need.
 
     Args:
         check: gives the report on the photos; the front end remembers reports.
         resume: the run folder exists and is continued.
+        fetch: fetch the base's tokenizer where only the hub has it; a run needs it, a look does not.
     """
     problems = [*_missing_packages(config), *_device_problems(config)]
     if config.data.concepts == "folders" and not config.data.name:
@@ -105,6 +106,9 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     try:
         config = replace(config, model=families.pin(config.model))
         info = families.describe(config.model)
+        if fetch and not info.tokenizers and not info.tokenizer_problem():
+            info.tokenizer()
+            info = families.describe(config.model)
     except LorakitError as error:
         problems += [*_lines(error), *_folder_problems(config.data)]
         return Preflight(config, None, None, None, tuple(problems), ())

@@ -93,7 +93,9 @@ def train(config: Config, *, listeners: Sequence[Listener] = (), stop: Stop | No
         LorakitError: photos, base or machine do not allow it, training went wrong, or the self-check failed.
         Stopped: a stop was asked for; the state is saved.
     """
-    ready = preflight(config).or_raise()  # before there is a run folder: what cannot begin leaves none behind
+    ready = preflight(
+        config, fetch=True
+    ).or_raise()  # before there is a run folder: what cannot begin leaves none behind
     _say(ready, listeners)
     return start(ready, listeners=listeners, stop=stop)
 
@@ -118,7 +120,7 @@ def resume(folder: str | Path, *, listeners: Sequence[Listener] = (), stop: Stop
     if run.threads:
         torch.set_num_threads(run.threads)  # another number adds floats up in another order: other last bits
     with _outcome(run):
-        ready = preflight(config, resume=True).or_raise()
+        ready = preflight(config, resume=True, fetch=True).or_raise()
     _say(ready, listeners)
     return _run(ready, run, listeners, stop, latest)
 

@@ -15,8 +15,9 @@ class BareBase:
     max_tokens: int = 77
     bucket_step: int = 16
 
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
+    @property
+    def tokenizers(self) -> dict[str, Path]:
+        return {"tokenizer": self.path / "tokenizer"}
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from lorakit import config, families
 from lorakit.config import ConfigError, DataConfig
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, folder
+from lorakit.families import clip_tokenizer
 from lorakit.families.describe import _KINDS, INPAINTING
 from lorakit.runs import plan, quickstart
 from lorakit.ui import texts
@@ -142,6 +143,10 @@ def test_what_is_told_of_a_base_is_said():
         "prediction type: v_prediction, as its metadata says (v)",
         "prediction type: epsilon, as model.prediction_type says; the base itself says v_prediction",
         *(f"base x.safetensors {kind}" for kind in _KINDS.values()),
+        *(clip_tokenizer.FROM_HUB, clip_tokenizer.TO_FETCH, checks.NOT_COUNTED),
+        *("tokenizer: /a", "tokenizer: /a, as model.tokenizer says", "tokenizer: CLIP's, from /a (/a/b)"),
+        str(clip_tokenizer.missing("x.safetensors", 1)),
+        str(clip_tokenizer.missing("x.safetensors", clip_tokenizer.WORDS + 1)),
     ]
     assert lacking(notes) == []
     assert "不大於" in texts.sayer("zh-Hant").translate(notes[3])

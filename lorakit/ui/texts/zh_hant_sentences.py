@@ -293,9 +293,33 @@ SENTENCES = {
     "base {path} has its own tokenizer: model.tokenizer is for bases in a single file": (
         "基礎模型 {path} 自有分詞器：model.tokenizer 只用於單一檔案的基礎模型"
     ),
-    "base {file} has no tokenizer with it: set model.tokenizer to the folder of one {hint}": (
-        "基礎模型 {file} 沒有附分詞器：請把 model.tokenizer 設為分詞器的資料夾（vocab.json 與 merges.txt；"
-        "所有 Stable Diffusion 都與 openai/clip-vit-large-patch14 相同），或放在檔案旁的 tokenizer/"
+    "base {file} has no tokenizer with it, and HF_HUB_OFFLINE is set: {ways}": (
+        "基礎模型 {file} 沒有附分詞器，而且設了 HF_HUB_OFFLINE：請把 model.tokenizer 設為有 vocab.json 與 merges.txt "
+        "的資料夾，或 ComfyUI、Forge 的資料夾；或安裝附有詞彙表的 lorakit[clip]"
+    ),
+    "base {file} has no tokenizer with it, and CLIP's cannot be fetched from {hub} ({reason}): {ways}": (
+        "基礎模型 {file} 沒有附分詞器，也無法從 {hub} 取得 CLIP 的分詞器（{reason}）：請把 model.tokenizer 設為有 "
+        "vocab.json 與 merges.txt 的資料夾，或 ComfyUI、Forge 的資料夾；或安裝附有詞彙表的 lorakit[clip]"
+    ),
+    "base {file} reads {words} words, {more} more than CLIP's tokenizer has: set model.tokenizer": (
+        "基礎模型 {file} 讀 {words} 個詞，比 CLIP 的分詞器多 {more} 個：請設定 model.tokenizer"
+    ),
+    "tokenizer {folder} knows {count} words where its text encoder has {words}: {advice}": (
+        "分詞器 {folder} 有 {count} 個詞，文字編碼器卻有 {words} 個：請把 model.tokenizer 設為此模型自己的分詞器"
+    ),
+    "tokenizer {folder} has {count} merges where CLIP's has {merges}: {advice}": (
+        "分詞器 {folder} 有 {count} 條合併規則，CLIP 的有 {merges} 條：請把 model.tokenizer 設為此模型自己的分詞器"
+    ),
+    "tokenizer {folder} is damaged: {advice}": ("分詞器 {folder} 已損壞：請把 model.tokenizer 設為此模型自己的分詞器"),
+    "tokenizer: CLIP's, {name} on the hub": "分詞器：CLIP 的，來自模型庫的 {name}",
+    "tokenizer: CLIP's, {name} on the hub: it is not on this machine and is fetched once, 1.5 MB": (
+        "分詞器：CLIP 的，來自模型庫的 {name}；這台電腦上沒有，將下載一次（1.5 MB）"
+    ),
+    "tokenizer: CLIP's, from {place} ({folder})": "分詞器：CLIP 的，取自 {place}（{folder}）",
+    "tokenizer: {folder}, as model.tokenizer says": "分詞器：{folder}，依 model.tokenizer",
+    "tokenizer: {folder}": "分詞器：{folder}",
+    "tokens of the texts are not counted: the base's tokenizer is not on this machine yet": (
+        "未計算文字的 token 數：這台電腦上還沒有基礎模型的分詞器"
     ),
     "base {path} predicts {kind}: only {kinds} can be trained": "基礎模型 {path} 預測 {kind}：只能訓練 {kinds:words}",
     "base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained": (

@@ -1,0 +1,214 @@
+"""The tokenizer of a base in a single file, which has none in it: CLIP's, from the nearest place that has it. No torch.
+
+All Stable Diffusion models read texts with the vocabulary of CLIP ViT-L/14; the word that fills texts up is each text
+encoder's own (see `loading.load_tokenizer`). Places, in order: what `model.tokenizer` names, beside the file, Hugging
+Face's cache, the programs that `LORAKIT_HOSTS` names, installed packages, and last the hub.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.util
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorakit.core import atomic
+from lorakit.core.cache_dir import cache_dir
+from lorakit.core.errors import LorakitError
+
+REPOSITORY = "openai/clip-vit-large-patch14"
+REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
+FILES = ("vocab.json", "merges.txt")
+WORDS, MERGES = 49_408, 48_894
+FROM_HUB = f"tokenizer: CLIP's, {REPOSITORY}@{REVISION[:7]} on the hub"
+TO_FETCH = f"{FROM_HUB}: it is not on this machine and is fetched once, 1.5 MB"
+WAYS = (
+    "set model.tokenizer to a folder with vocab.json and merges.txt, or to that of ComfyUI or Forge; or install "
+    "'lorakit[clip]', which brings the vocabulary"
+)
+OWN = "set model.tokenizer to the folder of the base's own"
+# Where programs and their Python have CLIP's vocabulary, below the folder that a person knows them by.
+HOST_FOLDERS = (
+    "comfy/sd1_tokenizer",
+    "ComfyUI/comfy/sd1_tokenizer",
+    "backend/huggingface/*/*/tokenizer",
+    "webui/backend/huggingface/*/*/tokenizer",
+    "models--*/snapshots/*",
+    "models--*/snapshots/*/tokenizer",
+    "hub/models--*/snapshots/*",
+    "models/Diffusers/models--*/snapshots/*/tokenizer",
+    "models/*/main/*/tokenizer",
+    "*/tokenizer",
+)
+PYTHONS = "venv/lib/python* .venv/lib/python* venv/Lib .venv/Lib python_embeded/Lib system/python/Lib python/Lib"
+# Module -> the package that brings it; each has OpenAI's file.
+PACKAGES = {"clip": "clip-anytorch", "open_clip": "open_clip_torch"}
+ARCHIVE = "bpe_simple_vocab_16e6.txt.gz"
+
+
+def find(given: str, file: Path, words: int) -> tuple[Path | None, str]:
+    """The folder of the tokenizer for a base in one file, or None where only the hub has it; and where it is from.
+
+    Args:
+        given: `model.tokenizer`.
+        words: rows of the base's text encoder.
+
+    Raises:
+        LorakitError: what is named or lies beside the file is incomplete, or has another number of words.
+    """
+    if given:
+        folder = Path(given).expanduser()
+        below = [folder / "tokenizer", folder, *(folder for _, folder in _of_host(folder))]
+        folder = next((path for path in below if _fits(path, words)), below[0] if below[0].is_dir() else folder)
+        require(folder, words, "model.tokenizer must name a folder with both, or a base's")
+        return folder, f"tokenizer: {folder}, as model.tokenizer says"
+    beside = file.parent / "tokenizer"
+    if beside.is_dir():
+        require(beside, words)
+        return beside, f"tokenizer: {beside}"
+    for place, folder in [("the base's folder", file.parent), *_on_this_machine()]:
+        if _fits(folder, words):
+            return folder, FROM_HUB if folder.name == REVISION else f"tokenizer: CLIP's, from {place} ({folder})"
+    return None, TO_FETCH
+
+
+def missing(base: str, words: int) -> str | None:
+    """Why a base whose tokenizer is not on this machine cannot be used, or None where it can be fetched."""
+    from huggingface_hub import is_offline_mode
+
+    if words > WORDS:
+        return f"base {base} reads {words} words, {words - WORDS} more than CLIP's tokenizer has: set model.tokenizer"
+    return f"base {base} has no tokenizer with it, and HF_HUB_OFFLINE is set: {WAYS}" if is_offline_mode() else None
+
+
+def fetch(base: str, words: int) -> Path:
+    """CLIP's tokenizer from the hub, in Hugging Face's cache.
+
+    Raises:
+        LorakitError: the hub cannot be reached or must not be, or what it gives does not fit.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    if problem := missing(base, words):
+        raise LorakitError(problem)
+    try:
+        *_, folder = (Path(hf_hub_download(REPOSITORY, name, revision=REVISION)).parent for name in FILES)
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LorakitError(
+            f"base {base} has no tokenizer with it, and CLIP's cannot be fetched from {constants.ENDPOINT} ({reason}): "
+            f"{WAYS}"
+        ) from error
+    require(folder, words)
+    return folder
+
+
+def require(folder: Path, words: int, advice: str = OWN) -> None:
+    """Check that a folder has a tokenizer of so many words.
+
+    Raises:
+        LorakitError: a file is missing or damaged, or the number is another.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: {advice}")
+    try:
+        count, merges = _counts(folder, (folder / FILES[0]).is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise LorakitError(f"tokenizer {folder} is damaged: {OWN}") from None
+    if count != words:
+        raise LorakitError(f"tokenizer {folder} knows {count} words where its text encoder has {words}: {OWN}")
+    if words == WORDS and merges != MERGES:
+        raise LorakitError(f"tokenizer {folder} has {merges} merges where CLIP's has {MERGES}: {OWN}")
+
+
+def _fits(folder: Path, words: int) -> bool:
+    """Whether a folder has both files of CLIP's vocabulary, with so many words."""
+    try:
+        require(folder, words)
+    except LorakitError:
+        return False
+    return all((folder / name).is_file() for name in FILES)
+
+
+def _counts(folder: Path, two_files: bool) -> tuple[int, int]:
+    """Words and merges of a tokenizer: of vocab.json and merges.txt, or of tokenizer.json."""
+    paths = [folder / name for name in FILES] if two_files else [folder / "tokenizer.json"]
+    return _count_in(tuple((str(path), path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.lru_cache(maxsize=64)
+def _count_in(files: tuple[tuple[str, int], ...]) -> tuple[int, int]:
+    """As `_counts`; a file that did not change is not read again."""
+    first, *rest = [Path(path).read_text(encoding="utf-8") for path, _ in files]
+    if not rest:
+        table = json.loads(first)
+        words = {**table["model"]["vocab"], **{token["content"]: 0 for token in table.get("added_tokens", [])}}
+        return len(words), len(table["model"]["merges"])
+    return len(dict(json.loads(first))), sum(len(line.split()) == 2 for line in _lines(rest[0]))
+
+
+def _lines(merges: str) -> list[str]:
+    return [line for line in merges.split("\n") if not line.startswith("#version")]
+
+
+def _on_this_machine() -> Iterator[tuple[str, Path]]:
+    """Places that may have CLIP's vocabulary: a name for a person, and the folder."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    revisions = sorted(cache.glob("models--*/snapshots/*"), key=lambda path: (path.name != REVISION, str(path)))
+    for revision in revisions:
+        for folder in (revision, revision / "tokenizer"):
+            yield "Hugging Face's cache", folder
+    for host in filter(None, os.environ.get("LORAKIT_HOSTS", "").split(os.pathsep)):
+        yield from _of_host(Path(host).expanduser())
+    for module, package in PACKAGES.items():
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.origin is not None:
+            yield from _unpacked(f"the package {package}", Path(spec.origin).parent / ARCHIVE)
+
+
+def _of_host(host: Path) -> Iterator[tuple[str, Path]]:
+    """The same below the folder of a program: ComfyUI, A1111, Forge, SD.Next, InvokeAI, a cache of Hugging Face."""
+    for pattern in HOST_FOLDERS:
+        for folder in sorted(host.glob(pattern)):
+            yield str(host), folder
+    for pattern in PYTHONS.split():
+        for module in PACKAGES:
+            for archive in sorted(host.glob(f"{pattern}/site-packages/{module}/{ARCHIVE}")):
+                yield from _unpacked(str(host), archive)
+
+
+def _unpacked(place: str, archive: Path) -> Iterator[tuple[str, Path]]:
+    """OpenAI's file as vocab.json and merges.txt, kept in lorakit's cache; nothing where it is damaged.
+
+    The vocabulary is every byte, every byte that ends a word, the result of each merge, and two marks
+    (openai/CLIP, simple_tokenizer.py).
+    """
+    try:
+        lines = gzip.decompress(archive.read_bytes()).decode("utf-8").split("\n")[1 : MERGES + 1]
+    except (OSError, EOFError, ValueError, zlib.error):
+        return
+    letters = _byte_letters()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(line.split()) for line in lines)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = json.dumps({word: number for number, word in enumerate(words)}, ensure_ascii=False)
+    folder = cache_dir() / f"clip-tokenizer-{zlib.crc32(vocabulary.encode()):08x}"
+    if not all((folder / name).is_file() for name in FILES):
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write(folder / FILES[0], vocabulary)
+        atomic.write(folder / FILES[1], "\n".join(["#version: 0.2", *lines, ""]))
+    yield place, folder
+
+
+def _byte_letters() -> list[str]:
+    """The printable character that stands for each byte in byte-level BPE, in CLIP's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [*map(chr, printable), *(chr(256 + number) for number in range(len(others)))]
