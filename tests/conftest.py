@@ -23,7 +23,19 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # The files that take longest begin first, so that no worker is left with one of them at the end.
-LONGEST = ("test_quality.py", "test_browser.py", "test_run.py", "test_golden.py", "test_card.py", "test_house.py")
+LONGEST = (
+    "test_card.py",
+    "test_run.py",
+    "test_quality.py",
+    "test_browser.py",
+    "test_golden.py",
+    "test_plain.py",
+    "test_stop.py",
+    "test_silent_failures.py",
+    "test_compile.py",
+    "test_cuda_graphs.py",
+    "test_house.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

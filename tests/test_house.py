@@ -438,7 +438,9 @@ def test_the_core_needs_little() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=["ruff check", "ruff format", "mypy"]
+    "command",
+    [["ruff", "check"], ["ruff", "format", "--check"], pytest.param(["mypy"], marks=pytest.mark.slow)],
+    ids=["ruff check", "ruff format", "mypy"],
 )
 def test_tools_have_nothing_to_say(command: list[str]) -> None:
     paths = [] if command == ["mypy"] else ["."]

@@ -58,15 +58,17 @@ def cache(tmp_path_factory) -> Path:
 
 
 def taught(photos: Path, folder: Path) -> train.Result:
-    """A shorter run than the preset's: after 80 steps 0.6 of the pictures show the subject, after 120 all do."""
+    """A shorter run than the preset's, at three times its learning rate: all nine pictures show the subject."""
     settings = {
         "data.folder": str(photos),
         "data.name": "sks toy",
-        "train.steps": 120,
+        "optimizer.learning_rate": 3e-3,
+        "train.steps": 60,
+        "train.class_images": 24,
         "train.holdout": 0.0,
-        "train.validate_every": 120,
-        "train.save_every": 120,
-        "sample.every": 120,
+        "train.validate_every": 60,
+        "train.save_every": 60,
+        "sample.every": 60,
         "sample.prompts": ("a photo of a sks toy",),
         "sample.steps": 2,
         "output.folder": str(folder),
@@ -81,7 +83,7 @@ def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(
     monkeypatch.setenv("LORAKIT_CACHE", str(cache))
     result = taught(photos, tmp_path / "run")
     losses = [event["loss"] for event in RunFolder(result.folder).events("step")]
-    assert sum(losses[-30:]) < 0.9 * sum(losses[:30])
+    assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
     after = share_of_the_subject(result.adapter)
     assert after >= base_share + LEARNED, (base_share, after)
     assert share_of_the_subject(result.adapter, "toy") < after - 0.2

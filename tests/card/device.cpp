@@ -8,7 +8,8 @@
 // It takes the place that CUDA's library has in other builds of torch: allocator, guard, hooks, and kernels, the last by
 // one fallback that gives each operation's CPU kernel the same memory under another name.
 
-#include <torch/extension.h>
+#include <ATen/ATen.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>

@@ -58,7 +58,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def chosen(base: Path, photos: Path, folder: Path, device: str = "cuda", **changes: object) -> Config:
-    changes = {"memory__device": device, "memory__mixed_precision": "fp32"} | changes
+    short = {"memory__mixed_precision": "fp32", "sample__prompts": ("a photo of sks toy",)}
+    changes = short | {"memory__device": device} | changes
     return short_run.chosen(base, photos, folder, STEPS, **changes)
 
 

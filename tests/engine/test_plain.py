@@ -36,8 +36,15 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sd3.save_sd3(tmp_path_factory.mktemp("tiny") / "sd3", t5=False)
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> train.Result:
+    """A plain run of two steps. Shared: only read its folder."""
+    return run(tiny_sd1, photos, tmp_path_factory.mktemp("plain") / "run", "plain")
+
+
 def run(base: Path, photos: Path, folder: Path, engine: str, **changes: Any) -> train.Result:
-    changes = {"sample__every": 100, "memory__engine": engine, **changes}
+    one = {"sample__prompts": ("a photo of sks toy",), "sample__every": 100}
+    changes = {**one, "memory__engine": engine, **changes}
     return train.train(short_run.chosen(base, photos, folder, STEPS, **changes))
 
 
@@ -56,12 +63,16 @@ def differ(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+# The format that carries DoRA does not carry SD3.
+PAIRS = [(name, method) for name in ("sd1", "sdxl", "sd3") for method in METHODS if (name, method) != ("sd3", "dora")]
+QUICK = [("sd1", "lora"), ("sd1", "dora"), ("sd1", "lokr"), ("sd3", "lora")]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
+)
 def test_both_engines_train_the_same(request: Any, photos: Path, tmp_path: Path, name: str, method: str) -> None:
     base = request.getfixturevalue(f"tiny_{name}")
-    if name == "sd3" and method == "dora":
-        pytest.skip("the format that carries DoRA does not carry SD3")
     changes: dict[str, Any] = {"adapter__method": method, "train__gradient_accumulation_steps": 2}
     if name == "sd3":
         changes["output__formats"] = ["peft"]
@@ -120,10 +131,11 @@ def test_a_stopped_plain_run_continues_to_the_same_bits(
 
 
 @pytest.mark.parametrize("saving", [{"memory__gradient_checkpointing": True}, {"memory__limit_gib": 1.0}])
-def test_recomputing_blocks_works_in_plain_too(tiny_sd1: Path, photos: Path, tmp_path: Path, saving: Any) -> None:
-    without = run(tiny_sd1, photos, tmp_path / "without", "plain")
+def test_recomputing_blocks_works_in_plain_too(
+    tiny_sd1: Path, photos: Path, plain: train.Result, tmp_path: Path, saving: Any
+) -> None:
     result = run(tiny_sd1, photos, tmp_path / "run", "plain", **saving)
-    assert differ(load_file(result.adapter), load_file(without.adapter)) < WEIGHTS
+    assert differ(load_file(result.adapter), load_file(plain.adapter)) < WEIGHTS
 
 
 class OtherResnet(ResnetBlock2D):
@@ -159,7 +171,13 @@ REPLACEMENTS = [
 
 @pytest.mark.parametrize(("replace", "block"), REPLACEMENTS)
 def test_a_unet_with_an_unknown_block_is_trained_plainly_and_says_so(
-    tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Any, block: str
+    tiny_sd1: Path,
+    photos: Path,
+    plain: train.Result,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    replace: Any,
+    block: str,
 ) -> None:
     from lorakit.families import loading
 
@@ -170,7 +188,6 @@ def test_a_unet_with_an_unknown_block_is_trained_plainly_and_says_so(
         replace(unet)
         return unet
 
-    plain = run(tiny_sd1, photos, tmp_path / "plain", "plain")
     monkeypatch.setattr(loading, "load_unet", changed)
     result = run(tiny_sd1, photos, tmp_path / "run", "fused")
     said = [event["message"] for event in events(result.folder) if "message" in event]
