@@ -16,6 +16,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.families import ldm
 from lorakit.formats import compatibility, identify, keys
 from lorakit.formats.compatibility import Reading
+from lorakit.formats.facts import health
 
 _MAX_VALUE_LENGTH = 100  # characters of a metadata value
 
@@ -47,6 +48,9 @@ class Report:
     readers: dict[str, Reading] = dataclasses.field(default_factory=dict)
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     model: str = ""
+    damage: str = ""
+    words: list[str] = dataclasses.field(default_factory=list)
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def failures(self, targets: Iterable[str]) -> list[str]:
         """One line for each named program that does not read all of it rightly.
@@ -55,6 +59,8 @@ class Report:
             LorakitError: an unknown target, or the file is not an adapter.
         """
         consumers = compatibility.names(targets)
+        if consumers and self.damage:
+            return [f"{key}: the file is damaged: {self.damage}" for key in consumers]
         if consumers and self.model:
             raise LorakitError(f"{self.name} is {self.description}: lorakit does not know which programs read such")
         if consumers and not self.readers:
@@ -74,15 +80,22 @@ class Report:
         lines = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
         facts = {
             "for": f"{title} (told by {self.family_evidence})" if title else "",
+            "type": f"{self.trigger or ', '.join(self.words)}  (<lora:{Path(self.name).stem}:1> in A1111 and Forge)"
+            if self.hashes and (self.trigger or self.words)
+            else "",
+            "healthy": (f"NO: {self.damage}" if self.damage else "every number is finite") if self.hashes else "",
             "format": f"{self.format}, {self.dtype}" if self.format else "",
             "method": self.method,
             "trigger": self.trigger,
+            "hashes": ", ".join(f"{name} {value}" for name, value in self.hashes.items()),
         }
         for part, component in self.components.items():
             ranks, alphas = (_join(values) for values in (component.ranks, component.alphas))
             facts[part] = f"{component.modules} modules, rank {ranks}, alpha {alphas or '= rank'}"
         lines += [f"  {name:<15} {text}" for name, text in facts.items() if text]
-        if self.readers:
+        if self.damage:
+            lines.append("no program can use it")
+        elif self.readers:
             lines.append("who reads it, and how many modules:")
             for reading in self.readers.values():
                 lines.append(f"  {'yes' if reading.complete else 'NO ':<4}{reading.title:<21} {reading.line()}")
@@ -127,7 +140,10 @@ def inspect(path: Path) -> Report:
             dtype=_dtype([head]),
             metadata=head.metadata,
         )
-    return _adapter(path.name, kind, size, [head], shapes, safetensors_header.scalars(head, ".alpha"), head.metadata)
+    alphas = safetensors_header.scalars(head, ".alpha")
+    report = _adapter(path.name, kind, size, [head], shapes, alphas, head.metadata)
+    words = health.words(head.metadata)
+    return dataclasses.replace(report, damage=health.damage([head]), hashes=health.hashes(head), words=words)
 
 
 def _folder(path: Path) -> Report:

@@ -1,5 +1,6 @@
 """`lorakit inspect`: what a file is, and every wrong file named for what it is."""
 
+import hashlib
 import json
 import pickle
 import subprocess
@@ -288,3 +289,26 @@ def test_a_broken_peft_folder(tmp_path):
         inspect(tmp_path / "toy-peft")
     with pytest.raises(LorakitError, match=r"adapter_config.json: not JSON"):
         read(tmp_path / "toy-peft")
+
+
+def test_the_first_lines_and_the_hashes(tmp_path, capsys):
+    """AutoV2 and AutoV3 by A1111's definitions: the SHA-256 of the file, and of what follows its header."""
+    tags = {"ss_tag_frequency": json.dumps({"10_a": {"zib hat": 9, "red": 2}, "5_b": {"red": 1, "blue": 30}})}
+    path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", tags)["kohya"]
+    raw = path.read_bytes()
+    data = raw[8 + int.from_bytes(raw[:8], "little") :]
+    report = inspect(path)
+    whole, tensors = (hashlib.sha256(part).hexdigest() for part in (raw, data))
+    assert report.hashes == {"AutoV2": whole[:10], "AutoV3": tensors[:12]}
+    first = report.to_text().splitlines()[1:4]
+    assert first[0].split()[:4] == ["for", "Stable", "Diffusion", "1"]
+    assert "blue, zib hat, red" in first[1] and "<lora:toy:1>" in first[1] and "every number is finite" in first[2]
+
+
+def test_nan_is_read_by_nobody(tmp_path, capsys):
+    path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", {})["kohya"]
+    rewritten(lambda tensors: tensors[f"{TO_K}.lora_up.weight"].fill_(float("nan")))(path)
+    report = inspect(path)
+    assert report.damage == f"{TO_K}.lora_up.weight holds NaN or infinity"
+    assert report.failures(["a1111"]) == [f"a1111: the file is damaged: {report.damage}"]
+    assert "no program can use it" in report.to_text() and "NO: " in report.to_text()

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from lorakit.core.errors import LorakitError
 from lorakit.formats import read
+from lorakit.formats.edit.resize_combine import combine, resize
 
 STEM, NAME = "lora_unet_mid_block_resnets_0_conv1", "unet.mid_block.resnets.0.conv1"
 LINEAR, TO_Q = (
@@ -60,6 +61,20 @@ def test_lokr_may_be_cut_otherwise(tmp_path: Path, options: dict[str, object]) -
     layer = read(saved(tmp_path, module)).layers[NAME]
     expected = module.get_weight((32, 24, 3, 3)).detach()
     np.testing.assert_allclose(layer.delta().reshape(expected.shape).numpy(), expected.numpy(), atol=1e-6)
+
+
+def test_lokr_with_tucker_is_resized_and_combined(tmp_path: Path) -> None:
+    weights = read(saved(tmp_path, theirs("lokr", True, use_tucker=True)))
+    for plain in resize(weights, energy=1), combine([(weights, 1.0)]):
+        delta = plain.layers[NAME].delta().flatten(1)
+        np.testing.assert_allclose(delta.numpy(), weights.layers[NAME].delta().numpy(), atol=1e-6)
+
+
+def test_a_module_of_rank_0_changes_nothing(tmp_path: Path) -> None:
+    tensors = {f"{STEM}.lora_down.weight": torch.ones(0, 24, 3, 3), f"{STEM}.lora_up.weight": torch.ones(32, 0, 1, 1)}
+    tensors |= {f"{LINEAR}.lora_down.weight": torch.ones(2, 24), f"{LINEAR}.lora_up.weight": torch.ones(32, 2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert list(read(tmp_path / "x.safetensors").layers) == [TO_Q]
 
 
 BROKEN = {

@@ -63,7 +63,7 @@ def _as_lora(layer: LohaLayer | LokrLayer | ForeignLayer, kernel: tuple[int, ...
         up = (layer.w1_a[:, :, None] * layer.w2_a[:, None, :]).flatten(1)
         down = (layer.w1_b[:, None, :] * layer.w2_b[None, :, :]).flatten(0, 1)
     else:
-        (a, b), (c, d) = (_pair(parts) for parts in (layer.w1, layer.w2))
+        (a, b), (c, d) = ([t.contiguous() for t in _pair(parts)] for parts in (layer.w1, layer.w2))
         up, down = torch.kron(a, c), torch.kron(b, d)
     rank = len(down)
     columns = down.reshape(rank, down.shape[1] // math.prod(kernel), *kernel)
