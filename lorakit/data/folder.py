@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -13,16 +12,14 @@ from pathlib import Path
 
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable
-from lorakit.data import concepts, masks
+from lorakit.data import caption_files, concepts, masks
 from lorakit.data.entries import Names, is_hidden, some_names, usable
 
 FORMATS = (
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "avif", "mpo", "heic", "heif", "gif",
 )  # fmt: skip
 CAPTIONS = (".txt", ".caption")
-METADATA = "metadata.jsonl"
 MASK = ".mask.png"
-TEXT_KEYS = ("text", "caption", "prompt")
 # At most so many folders are searched for photos on deeper levels: the user's folder may be a whole disk.
 MAX_FOLDERS = 1000
 
@@ -95,14 +92,21 @@ def scan(folder: str | Path, class_folder: str = "") -> Folder:
         if result.class_photos:
             refused += f"; {len(result.class_photos)} class images are no photos of the subject"
         raise LorakitError(_no_photos_message(path, other_files, deep_folders) + refused)
-    absent = [name for name in metadata if name not in {photo.relative for photo in result.photos}]
-    if absent:
-        result.warnings.append(f"{METADATA} names files that are not there: {some_names(absent)}")
+    photo_names = {photo.relative for photo in result.photos}
+    photo_names |= {name.rpartition(".")[0] for name in photo_names}
+    for source in dict.fromkeys(source for source, _ in metadata.values()):
+        absent = [name for name, (own, _) in metadata.items() if own == source and name not in photo_names]
+        if absent:
+            result.warnings.append(f"{source} names files that are not there: {some_names(absent)}")
     if deep_folders:
         folders = ", ".join(f"{name}/ ({count})" for name, count in deep_folders.items())
         result.warnings.append(f"pictures more than one folder down are not read: {folders}")
     _describe_folders(result)
-    ignored = {kind: count for kind, count in other_files.items() if kind not in ("txt", "caption", "jsonl", "json")}
+    ignored = {
+        kind: count
+        for kind, count in other_files.items()
+        if kind not in ("txt", "caption", "jsonl", "json", "csv", "tsv")
+    }
     if ignored:
         result.notes.append(f"not pictures, left alone: {_count_kinds(ignored)}")
     return result
@@ -185,12 +189,10 @@ def _is_photo(entry: Path) -> bool:
 def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]], other_files: Counter[str]) -> None:
     """Add the photos directly in `level`, with captions and masks. Add the rows of metadata.jsonl to `metadata`."""
     entries = [entry for entry in usable(level, result.path, result.warnings) if entry.is_file()]
-    by_name = {entry.name.lower(): entry for entry in entries}
     inside = "" if level == result.path else f"{printable(level.name)}/"
     repeats, subject = concepts.split_name(level.name) if inside else (1, "")
-    if METADATA in by_name:
-        _read_metadata(result, by_name[METADATA], inside, metadata)
     paths = [entry for entry in entries if _is_photo(entry)]
+    own = _read_tables(result, entries, inside, metadata, {path.stem.lower() for path in paths})
     names = Names({entry.name: entry for entry in entries}, paths)
     matches = set()
     for path in paths:
@@ -198,8 +200,9 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
         # `photo.jpg.txt` is what some taggers write.
         sources = [file for suffix in CAPTIONS for file in names.every(path, suffix)]
         candidates = [(printable(file.name), _read_caption(result, file)) for file in sources]
-        if relative in metadata:
-            candidates.append(metadata[relative])
+        candidates += [own[path.stem.lower()]] if path.stem.lower() in own else []
+        names_in_tables = (relative, inside + printable(path.stem))
+        candidates += [metadata[name] for name in names_in_tables if name in metadata]
         mask = names.side_file(path, MASK)
         matches.update(sources if mask is None else [*sources, mask])
         source, caption = _choose_caption(result, relative, candidates)
@@ -231,7 +234,7 @@ def _is_mask(entry: Path) -> bool:
 
 
 def _choose_caption(result: Folder, relative: str, candidates: list[tuple[str, str]]) -> tuple[str | None, str | None]:
-    """Source and text of the first caption that is not empty, in the order .txt, .caption, metadata.jsonl."""
+    """Source and text of the first caption that is not empty, in the order .txt, .caption, .json, table."""
     nonempty = [(source, caption) for source, caption in candidates if caption]
     if not nonempty:
         if candidates:
@@ -250,42 +253,46 @@ def _read_caption(result: Folder, path: Path) -> str:
 
 
 def _decode_text(result: Folder, path: Path) -> str:
-    """Decode UTF-8, UTF-16 with a byte-order mark, else Windows-1252, for which a note is added."""
-    raw = path.read_bytes()
-    try:
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            return raw.decode("utf-16")
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        pass
     name = printable(path.relative_to(result.path).as_posix())
-    try:
-        text = raw.decode("cp1252")
-    except UnicodeDecodeError:
-        raise LorakitError(f"{name}: not text in UTF-8 or Windows-1252; save it as UTF-8") from None
-    result.notes.append(f"{name}: not UTF-8, read as Windows-1252")
-    return text
+    return caption_files.decode(path.read_bytes(), name, result.warnings.append)
 
 
-def _read_metadata(result: Folder, path: Path, inside: str, metadata: dict[str, tuple[str, str]]) -> None:
-    """Add the rows of a metadata.jsonl (format of the `datasets` library): relative path -> (source, text)."""
-    source = inside + printable(path.name)
-    for number, line in enumerate(_decode_text(result, path).splitlines(), 1):
-        if not line.strip():
+def _read_tables(
+    result: Folder, entries: list[Path], inside: str, metadata: dict[str, tuple[str, str]], stems: set[str]
+) -> dict[str, tuple[str, str]]:
+    """Add the rows of tables of captions to `metadata`: relative path -> (source, text). Note what is not read.
+
+    Returns:
+        the captions of JSON files that belong to one photo each, by the stem of the photo in lower case.
+    """
+    own: dict[str, tuple[str, str]] = {}
+    for path in entries:
+        source = inside + printable(path.name)
+        if path.suffix.lower() not in caption_files.TABLES:
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LorakitError(f"{source} line {number}: not JSON ({error.msg}); each line is one object") from None
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise LorakitError(f'{source} line {number}: needs "file_name", the name of a picture beside it')
-        text = next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), None)
-        if text is None:
-            raise LorakitError(f"{source} line {number}: needs one of {', '.join(TEXT_KEYS)}")
-        name = inside + printable(row["file_name"].removeprefix("./"))
-        entry = (source, " ".join(text.split()))
-        if metadata.setdefault(name, entry)[1] != entry[1]:
-            result.warnings.append(f"{name}: {source} line {number} says something else than before; not used")
+            content = _decode_text(result, path)
+            stem = path.stem.lower()
+            stem = stem if stem in stems else stem.rpartition(".")[0]
+            if path.suffix.lower() == ".json" and stem in stems:
+                text = caption_files.of_one_photo(content)
+                if text is None:
+                    result.notes.append(f"{source}: not read, it has no caption ({', '.join(caption_files.TEXT_KEYS)})")
+                else:
+                    own[stem] = (printable(path.name), " ".join(text.split()))
+                continue
+            table = list(caption_files.rows(source, content))
+        except LorakitError as error:
+            if path.name.lower() == caption_files.METADATA:
+                raise
+            result.notes.append(f"not read as captions: {error}")
+            continue
+        for number, file, text in table:
+            name = inside + caption_files.photo_key(file, path.parent)
+            entry = (source, " ".join(text.split()))
+            if metadata.setdefault(name, entry)[1] != entry[1]:
+                result.warnings.append(f"{name}: {source} line {number} says something else than before; not used")
+    return own
 
 
 def _deep_folders(path: Path, below: list[Path]) -> dict[str, int]:

@@ -112,25 +112,35 @@ def test_captions_that_are_empty_or_nobodys_are_said(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "text", "notes"),
+    ("raw", "text", "guess"),
     [
-        ("\ufeffcafé".encode(), "café", []),
-        ("café".encode("utf-16"), "café", []),
-        ("café".encode("cp1252"), "café", ["a.txt: not UTF-8, read as Windows-1252"]),
+        ("\ufeffcafé".encode(), "café", ""),
+        ("café".encode("utf-16"), "café", ""),
+        ("café".encode("utf-32"), "café", ""),
+        ("café".encode("cp1252"), "café", "Windows-1252"),
+        ("Straße, größe".encode("cp1252"), "Straße, größe", "Windows-1252"),
+        ("sks 狗在沙滩上".encode("gbk"), "sks 狗在沙滩上", "GBK"),
+        ("狗在沙灘上".encode("big5"), "狗在沙灘上", "Big5"),
+        ("可愛い犬".encode("cp932"), "可愛い犬", "Shift JIS"),
+        ("a dog".encode("utf-16-le"), "a dog", "UTF-16 without a byte-order mark"),
+        ("a 狗".encode("utf-16-be"), "a 狗", "UTF-16 without a byte-order mark"),
     ],
 )
-def test_encodings(photos: Path, raw: bytes, text: str, notes: list[str]) -> None:
+def test_encodings(photos: Path, raw: bytes, text: str, guess: str) -> None:
     fill(photos, "a.jpg")
     (photos / "a.txt").write_bytes(raw)
     found = folder.scan(photos)
     assert captions(found) == {"a.jpg": text}
-    assert found.notes == notes
+    line = f'a.txt: not UTF-8, read as {guess}: "{text}"; if that is wrong, save it as UTF-8'
+    assert found.warnings == ([line] if guess else [])
 
 
-def test_a_caption_that_is_no_text_is_named(photos: Path) -> None:
+@pytest.mark.parametrize("raw", [b"\x81\x8d\xff", b"sks\0\0\0\0 dog", b"\xff\xfea\0\0\0"])
+def test_a_caption_that_is_no_text_is_named(photos: Path, raw: bytes) -> None:
     fill(photos, "a.jpg")
-    (photos / "a.txt").write_bytes(b"\x81\x8d\xff")
-    with pytest.raises(LorakitError, match=r"^a\.txt: not text in UTF-8 or Windows-1252; save it as UTF-8$"):
+    (photos / "a.txt").write_bytes(raw)
+    message = r"^a\.txt: not text in an encoding that lorakit reads; save it as UTF-8$"
+    with pytest.raises(LorakitError, match=message):
         folder.scan(photos)
 
 
@@ -140,7 +150,10 @@ def test_a_caption_that_is_no_text_is_named(photos: Path) -> None:
         ("{", r"metadata\.jsonl line 2: not JSON \(.+\); each line is one object"),
         ("[]", r'metadata\.jsonl line 2: needs "file_name", the name of a picture beside it'),
         ('{"text": "x"}', r'metadata\.jsonl line 2: needs "file_name", the name of a picture beside it'),
-        ('{"file_name": "a.jpg"}', r"metadata\.jsonl line 2: needs one of text, caption, prompt"),
+        (
+            '{"file_name": "a.jpg"}',
+            r"metadata\.jsonl line 2: needs one of text, caption, prompt, description, tags, tag_string",
+        ),
     ],
 )
 def test_metadata_that_is_wrong_is_named_by_line(photos: Path, line: str, message: str) -> None:
@@ -148,6 +161,55 @@ def test_metadata_that_is_wrong_is_named_by_line(photos: Path, line: str, messag
     (photos / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "fine"}\n' + line)
     with pytest.raises(LorakitError, match=f"^{message}$"):
         folder.scan(photos)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions.jsonl", '{"file_name": "a.jpg", "caption": "one"}\n{"image": "sub\\\\b.jpg", "text": "two"}\n'),
+        ("meta_cap.json", '{"/data/a": {"caption": "one"}, "C:\\\\x\\\\sub\\\\b.jpg": {"tags": "two"}}'),
+        ("captions.json", '{"a.jpg": "one", "./sub/b": "two"}'),
+        ("rows.json", '[{"path": "a.jpg", "prompt": "one"}, {"path": "sub/b.jpg", "prompt": "two"}]'),
+        ("captions.csv", 'file_name,caption\n"a.jpg","one"\nsub\\b.jpg,two\n'),
+        ("table.csv", "a.jpg;one\nsub/b.jpg;two\n"),
+        ("table.tsv", "image\ttext\na.jpg\tone\nsub/b.jpg\ttwo\n"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "text": "one"}\n{"file_name": ".\\\\sub\\\\b.jpg", "text": "two"}'),
+    ],
+)
+def test_captions_in_tables_of_other_programs(photos: Path, name: str, content: str) -> None:
+    fill(photos, "a.jpg", "sub/b.jpg")
+    (photos / name).write_text(content, encoding="utf-8")
+    found = folder.scan(photos)
+    assert captions(found) == {"a.jpg": "one", "sub/b.jpg": "two"}
+    assert found.warnings == [] and found.notes == ["subfolders: sub/ (1)"]
+
+
+def test_one_json_for_each_photo(photos: Path) -> None:
+    fill(photos, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    (photos / "a.json").write_text('{"caption": "sks dog", "tags": ["grass", "sun"]}')
+    (photos / "b.jpg.json").write_text('{"tags": ["sks", "tree"]}')
+    (photos / "c.json").write_text('{"width": 3}')
+    (photos / "d.json").write_text("damaged")
+    found = folder.scan(photos)
+    assert captions(found) == {"a.jpg": "sks dog, grass, sun", "b.jpg": "sks, tree", "c.jpg": None, "d.jpg": None}
+    keys = "text, caption, prompt, description, tags, tag_string"
+    assert found.notes == [f"{name}.json: not read, it has no caption ({keys})" for name in "cd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", "{", "config.json line 1: not JSON (Expecting property name enclosed in double quotes)"),
+        ("log.jsonl", "[]", 'log.jsonl line 1: needs "file_name", the name'),
+        ("numbers.json", "[1]", 'numbers.json line 1: needs "file_name", the name'),
+        ("sizes.json", '[{"image": "a.jpg"}]', "sizes.json line 1: needs one of text, caption"),
+    ],
+)
+def test_tables_that_are_not_read_are_listed(photos: Path, name: str, content: str, reason: str) -> None:
+    fill(photos, "a.jpg")
+    (photos / name).write_text(content)
+    (note,) = folder.scan(photos).notes
+    assert note.startswith(f"not read as captions: {reason}")
 
 
 def test_masks_belong_to_their_photos(photos: Path) -> None:

@@ -1,6 +1,15 @@
 """繁體中文：資料夾、說明文字與提示詞的各種訊息；見 `zh_hant_sentences.py`。"""
 
 PHOTOS = {
+    '{file}: not UTF-8, read as {encoding}: "{text}"; if that is wrong, save it as UTF-8': (
+        "{file}：不是 UTF-8，以 {encoding} 讀取：「{text}」；若不對，請另存為 UTF-8"
+    ),
+    "{file}: not text in an encoding that lorakit reads; save it as UTF-8": (
+        "{file}：不是 lorakit 能讀的文字編碼；請另存為 UTF-8"
+    ),
+    "{file}: not read, it has no caption ({keys})": "{file}：沒有讀取，裡面沒有說明文字（{keys}）",
+    "not read as captions: {problem}": "沒有當作說明文字讀取：{problem}",
+    "{file} line {line}: not JSON ({problem})": "{file} 第 {line} 行：不是 JSON（{problem}）",
     "passed over ({reason}): {names}": "略過（{reason}）：{names}",
     'no captions: {photos:words} is trained as "{prompt}"': "沒有說明文字：{photos:words} 以「{prompt}」訓練",
     "{folder}: no class images in it": "{folder}：裡面沒有類別圖片",

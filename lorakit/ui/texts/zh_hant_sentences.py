@@ -98,10 +98,6 @@ SENTENCES = {
     "{photo}: {file} and {other} say different things; {used} is used": (
         "{photo}：{file} 與 {other} 內容不同，採用 {used}"
     ),
-    "{file}: not text in UTF-8 or Windows-1252; save it as UTF-8": (
-        "{file}：不是 UTF-8 或 Windows-1252 文字；請存成 UTF-8"
-    ),
-    "{file}: not UTF-8, read as Windows-1252": "{file}：不是 UTF-8，已當作 Windows-1252 讀取",
     "{file} line {line}: not JSON ({why}); each line is one object": (
         "{file} 第 {line} 行：不是 JSON（{why}）；每一行應是一個物件"
     ),
