@@ -223,10 +223,11 @@ def unet_tensors(model: Any) -> Iterable[tuple[str, torch.Tensor]]:
         if block.downsamplers:
             number += 1
             yield from _of(f"input_blocks.{number}.0.op", block.downsamplers[0].conv)
-    first, second = model.mid_block.resnets
-    yield from _resnet("middle_block.0", first)
-    yield from _of("middle_block.1", model.mid_block.attentions[0])
-    yield from _resnet("middle_block.2", second)
+    if model.mid_block is not None:
+        for index, resnet in enumerate(model.mid_block.resnets):
+            yield from _resnet(f"middle_block.{2 * index}", resnet)
+        for attention in (model.mid_block.attentions or [])[:1]:
+            yield from _of("middle_block.1", attention)
     number = -1
     for block in model.up_blocks:
         for index, resnet in enumerate(block.resnets):

@@ -20,6 +20,14 @@ from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
 
 CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
 PREDICTIONS = (EPSILON, VELOCITY)
+# What every Stable Diffusion before 3 was trained on.
+SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "trained_betas": None,
+}
 # Not every class whose name begins as that of a family is one of it.
 OTHERS = ("StableDiffusionUpscale", "StableDiffusionLatentUpscale", "StableDiffusionImageVariation")
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
@@ -276,6 +284,7 @@ def _info(model: ModelConfig, **facts: Any) -> BaseInfo:
         facts["notes"] = (*facts["notes"], note)
         # With the same weights, another prediction type or schedule makes another base.
         facts["prediction_override"] = model.prediction_type
+    _check_schedule(path, configs["scheduler"], flow=spec.predicts_flow)
     prediction = spec.prediction or configs["scheduler"].get("prediction_type", EPSILON)
     if prediction not in (*PREDICTIONS, FLOW):
         raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
@@ -355,6 +364,20 @@ def _check_channels(path: Path, into: int, latent: int) -> None:
     if into in (latent, 2 * latent + 1):
         return
     raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
+
+
+def _check_schedule(path: Path, scheduler: dict[str, Any], *, flow: bool) -> None:
+    """Refuse the noise schedule of another kind of model: an adapter trained on ours would not fit it."""
+    name, schedule = str(scheduler.get("_class_name", "")), ""
+    if name.startswith("EDM") or "sigma_data" in scheduler:
+        schedule = f"EDM's noise ({name})"
+    elif flow != (name.startswith("FlowMatch") or bool(scheduler.get("use_flow_sigmas"))):
+        schedule = f"{'diffusion' if flow else 'flow matching'} ({name})"
+    elif not flow:
+        other = {key: value for key in SCHEDULE if (value := scheduler.get(key)) != SCHEDULE[key]}
+        schedule = f"another noise schedule ({', '.join(f'{k} {v}' for k, v in other.items())})" if other else ""
+    if schedule:
+        raise LorakitError(f"base {path} was trained with {schedule}, which lorakit does not do: give another base")
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -334,6 +334,8 @@ def prediction(header: safetensors_header.Header, family: str) -> Prediction:
     for kind, words in {"v_prediction": ("v", "v_prediction", "v-prediction"), "epsilon": ("epsilon", "eps")}.items():
         if value in words:
             return Prediction(kind, "ztsnr" in shapes, f"as its metadata says ({value})", certain=True)
+    if any(word in value for word in ("flow", "edm", "sample")):
+        raise LorakitError(f"{header.path.name} predicts {value!r}, as its metadata says, which lorakit does not train")
     if "768-v" in metadata.get("modelspec.architecture", ""):
         return Prediction("v_prediction", False, "as its metadata says (768-v)", certain=True)
     if family not in TWO_KINDS or shapes[f"{UNET}input_blocks.0.0.weight"][1] != 4:

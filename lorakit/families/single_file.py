@@ -44,12 +44,12 @@ def unet(shapes: Shapes, family: str, side: int) -> dict[str, Any]:
     """UNet2DConditionModel's."""
     levels = _count(shapes, r"down_blocks\.(\d+)\.")
     channels = [shapes[f"down_blocks.{n}.resnets.0.conv1.weight"][0] for n in range(levels)]
-    places = [f"down_blocks.{n}.attentions.0" for n in range(levels)]
-    deep = [_count(shapes, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.") for place in places]
-    # The middle block has the depth of the last, which for SD1 and SD2 has no attention itself.
-    middle = _count(shapes, r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
+    down, up = (_depths(shapes, side, levels) for side in ("down", "up"))
+    middle = _depth(shapes, "mid_block.attentions.0")
+    # The last number is the middle block's too: SD1 and SD2 have attention there and not in the last block.
+    depths = [_uniform(depth) or 1 for depth in down[:-1]] + [_uniform(down[-1]) or middle or 1]
     text = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
-    linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
+    linear = len(next(shape for name, shape in shapes.items() if name.endswith("proj_in.weight"))) == 2
     config: dict[str, Any] = {
         "_class_name": CLASSES["unet"],
         "sample_size": side // 8,
@@ -57,14 +57,20 @@ def unet(shapes: Shapes, family: str, side: int) -> dict[str, Any]:
         "out_channels": shapes["conv_out.weight"][0],
         "block_out_channels": channels,
         "layers_per_block": _count(shapes, r"down_blocks\.0\.resnets\.(\d+)\."),
-        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in deep],
-        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(deep)],
-        "transformer_layers_per_block": [*(depth or 1 for depth in deep[:-1]), middle],
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in down],
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in up],
+        "transformer_layers_per_block": depths,
         "cross_attention_dim": text,
         # diffusers' name for the number of heads.
         "attention_head_dim": [width // HEAD for width in channels] if family != "sd1" else SD1_HEADS,
         "use_linear_projection": linear,
     }
+    # Of distilled models: SSD-1B, Vega and KOALA (of SDXL), BK-SDM (of SD1).
+    mirrored = [_uniform(depth) or 1 for depth in up]
+    if mirrored != [depth if up[n] else 1 for n, depth in enumerate(reversed(depths))]:
+        config["reverse_transformer_layers_per_block"] = mirrored
+    if not middle:
+        config["mid_block_type"] = "UNetMidBlock2D" if "mid_block.resnets.0.conv1.weight" in shapes else None
     if family == "sd2":
         config["upcast_attention"] = True
     if family == "sdxl":
@@ -73,6 +79,27 @@ def unet(shapes: Shapes, family: str, side: int) -> dict[str, Any]:
             "projection_class_embeddings_input_dim": shapes["add_embedding.linear_1.weight"][1],
         }
     return config
+
+
+def _depth(shapes: Shapes, place: str) -> int:
+    """Transformer blocks of one attention."""
+    return _count(shapes, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.")
+
+
+def _depths(shapes: Shapes, side: str, levels: int) -> list[list[int]]:
+    """Transformer blocks of each attention of each block on the way down or up."""
+    return [
+        [
+            _depth(shapes, f"{side}_blocks.{n}.attentions.{k}")
+            for k in range(_count(shapes, rf"{side}_blocks\.{n}\.attentions\.(\d+)\."))
+        ]
+        for n in range(levels)
+    ]
+
+
+def _uniform(depths: list[int]) -> int | list[int]:
+    """One number where all are equal; 0 where there are none."""
+    return depths if len(set(depths)) > 1 else next(iter(depths), 0)
 
 
 def vae(shapes: Shapes, family: str, side: int) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Single files as programs write them: left-over keys, scaled fp8, EMA, another shape; check and load agree on each."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +180,87 @@ def test_a_scale_for_a_whole_weight_has_any_shape_of_one_number() -> None:
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to(FP8)
     for scale in (torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([[2.0]])):
         assert torch.equal(scaled_weight.dequantize(weight, scale), weight.float() * 2)
+
+
+# diffusers' configurations of published distilled models, in the widths of `whole.SMALL`.
+DISTILLED: dict[str, tuple[str, dict[str, Any]]] = {
+    "SSD-1B": (
+        "sdxl",
+        {
+            "transformer_layers_per_block": (1, [2, 2], [4, 4]),
+            "reverse_transformer_layers_per_block": ([4, 4, 10], [2, 1, 1], 1),
+            "mid_block_type": "UNetMidBlock2D",
+        },
+    ),
+    "Vega": (
+        "sdxl",
+        {
+            "transformer_layers_per_block": (1, [1, 1], [2, 2]),
+            "reverse_transformer_layers_per_block": ([2, 2, 2], [1, 1, 1], 1),
+            "mid_block_type": "UNetMidBlock2D",
+        },
+    ),
+    "KOALA-700M": (
+        "sdxl",
+        {"layers_per_block": 1, "transformer_layers_per_block": (1, 2, 5), "mid_block_type": None},
+    ),
+    "KOALA-1B": ("sdxl", {"layers_per_block": 1, "transformer_layers_per_block": (1, 2, 6)}),
+    "BK-SDM-small": ("sd1", {"layers_per_block": 1, "mid_block_type": None}),
+    "BK-SDM-tiny": (
+        "sd1",
+        {
+            "layers_per_block": 1,
+            "mid_block_type": None,
+            "down_block_types": (whole.CROSS,) * 3,
+            "block_out_channels": (32, 64, 64),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distilled_models_are_read_from_their_shapes(name: str, made: Any, tmp_path: Path) -> None:
+    family, changes = DISTILLED[name]
+    folder, tensors = made[family]
+    unet = whole.unet(family, **whole.SMALL[family] | changes)
+    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(U)}
+    file = write(tmp_path, rest | {f"{U}{key}": tensor.detach() for key, tensor in whole.unet_tensors(unet)})
+    info = describe(file, folder)
+    loaded = families.load(info, "cpu", torch.float32)
+    expected, found = unet.state_dict(), loaded.denoiser.state_dict()
+    assert expected.keys() == found.keys() and info.family == family
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    condition = loaded.encode_text(["a photo"])
+    if family == "sdxl":
+        condition = condition.with_rows(time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]]))
+    assert loaded.predict(torch.randn(1, 4, 8, 8), torch.tensor([10]), condition).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}, "EDM's noise (EDMDPMSolverMultistepSch"),
+        ({"_class_name": "EDMEulerScheduler"}, "EDM's noise (EDMEulerScheduler)"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching (FlowMatchEulerDiscreteScheduler)"),
+        ({"use_flow_sigmas": True}, "flow matching ("),
+        ({"beta_schedule": "linear"}, "another noise schedule (beta_schedule linear)"),
+        ({"beta_end": 0.02}, "another noise schedule (beta_end 0.02)"),
+        ({"num_train_timesteps": 4000}, "another noise schedule (num_train_timesteps 4000)"),
+    ],
+)
+def test_a_folder_of_another_schedule_is_refused(
+    changes: dict[str, Any], words: str, made: Any, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(made["sdxl"][0], tmp_path / "base")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    assert f"was trained with {words}" in refusal(folder)
+    path.write_text((made["sdxl"][0] / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    assert families.describe(folder).prediction_type == "epsilon"
+
+
+def test_a_file_whose_metadata_names_another_prediction_is_refused(made: Any, tmp_path: Path) -> None:
+    file = write(tmp_path, made["sd1"][1], **{"modelspec.prediction_type": "rectified_flow"})
+    assert "x.safetensors predicts 'rectified_flow', as its metadata says, which lorakit does not train" in refusal(
+        file
+    )

@@ -277,6 +277,12 @@ SENTENCES = {
     "{file} lacks {part}, which its other blocks have: get the whole checkpoint": (
         "{file} 缺少 {part}，其他區塊都有：請取得完整的模型檔"
     ),
+    "base {path} was trained with {schedule}, which lorakit does not do: give another base": (
+        "基礎模型 {path} 以 {schedule} 訓練，lorakit 不支援：請改用別的基礎模型"
+    ),
+    "{file} predicts {kind}, as its metadata says, which lorakit does not train": (
+        "依檔案資訊，{file} 預測 {kind}，lorakit 不訓練這種模型"
+    ),
     "base {path} predicts the flow: leave model.prediction_type": "基礎模型 {path} 預測 flow：請勿更改此項",
     "train.min_snr_gamma is not defined for base {name}, which predicts the flow: leave it unset": (
         "基礎模型 {name} 預測 flow，train.min_snr_gamma 對它沒有定義：請不要設定"
