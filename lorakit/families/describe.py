@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
 CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
 PREDICTIONS = (EPSILON, VELOCITY)
 # What every Stable Diffusion before 3 was trained on.
-SCHEDULE: dict[str, Any] = {
+SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -366,7 +366,7 @@ def _check_channels(path: Path, into: int, latent: int) -> None:
     raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
 
 
-def _check_schedule(path: Path, scheduler: dict[str, Any], *, flow: bool) -> None:
+def _check_schedule(path: Path, scheduler: Mapping[str, object], *, flow: bool) -> None:
     """Refuse the noise schedule of another kind of model: an adapter trained on ours would not fit it."""
     name, schedule = str(scheduler.get("_class_name", "")), ""
     if name.startswith("EDM") or "sigma_data" in scheduler:
