@@ -221,3 +221,33 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, made: Any, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(LorakitError, match=r"MiB to write, 0\.0 MiB free"):
         merge.merge(weights_for(info), info, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("output", ["merged.safetensors", "merged"])
+def test_a_base_in_fp8_is_merged_in_half_precision(scaled: bool, output: str, made: Any, tmp_path: Path) -> None:
+    folder, file = made["sd1"]
+    narrow, plain = {}, {}
+    for key, tensor in load_file(file).items():
+        layer = key.startswith("model.diffusion_model.") and key.endswith(".weight") and tensor.ndim == 2
+        narrow[key] = plain[key] = tensor
+        if layer:
+            scale = tensor.abs().max() / 448 if scaled else torch.tensor(1.0)
+            narrow[key] = (tensor / scale).to(torch.float8_e4m3fn)
+            plain[key] = narrow[key].float() * scale
+            if scaled:
+                narrow[key.removesuffix("weight") + "scale_weight"] = scale
+    if scaled:
+        narrow["model.diffusion_model.scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    paths, weights = [], weights_for(describe("sd1", "file", made))
+    for name, tensors, target in (("narrow", narrow, output), ("plain", plain, "plain.out.safetensors")):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        info = families.describe(ModelConfig(base=str(tmp_path / f"{name}.safetensors"), tokenizer=str(folder)))
+        paths.append(merge.merge(weights, info, tmp_path / target))
+    found, expected = (load(path, folder) for path in paths)
+    for one, other in zip(found.denoiser.parameters(), expected.denoiser.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    if output.endswith(".safetensors"):
+        head = safetensors_header.read(paths[0])
+        assert not [key for key in head.tensors if "scale" in key and "logit" not in key]
+        assert not [key for key, info in head.tensors.items() if info.dtype.startswith("F8")]

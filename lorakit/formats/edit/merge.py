@@ -1,6 +1,7 @@
 """Merging an adapter into a base for good, where the base or what comes out is a single file in LDM layout.
 
-Arithmetic is `merging.merged`'s, in float32; every tensor keeps its dtype. Between folders `merging.merge` does it.
+Arithmetic is `merging.merged`'s, in float32; every tensor keeps its dtype, but fp8 becomes fp16. Between folders
+`merging.merge` does it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.families import ldm
+from lorakit.families import ldm, scaled_weight
 from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
 from lorakit.formats import files
 from lorakit.formats.edit import extract
@@ -84,18 +85,32 @@ def _file_to_file(
         for name, slot in slots.items():
             if merger.name(part, name):
                 inside.setdefault(slot.key, []).append((part, name, slot))
-    entries = {key: info for key, info in header.tensors.items() if not key.startswith(ldm.AVERAGE)}
+    scales = {slot.key: slot.scale for slots in parts.values() for slot in slots.values() if slot.scale}
+    factors = dict(safetensors_header.tensors(header, set(scales.values())))
+    gone = re.compile(rf"^{re.escape(ldm.AVERAGE)}|{scaled_weight.MARKS.pattern}|{scaled_weight.SCALE.pattern}")
+    entries = {key: info for key, info in header.tensors.items() if not gone.search(key)}
     order = sorted(entries, key=lambda key: entries[key].start)
     header_metadata = {key: text for key, text in header.metadata.items() if key not in STALE}
+    # Eight bits would round most of an adapter away.
+    dtypes = {key: _output_dtype(info.dtype, key in scales) for key, info in entries.items()}
 
     def tensors() -> Iterator[torch.Tensor]:
         for key, tensor in safetensors_header.tensors(header, order):
+            if key in scales:
+                tensor = scaled_weight.dequantize(tensor, factors[scales[key]])
+            elif dtypes[key] != entries[key].dtype:
+                tensor = tensor.float()
             for part, name, slot in inside.get(key, []):
                 ldm.view(tensor, slot).copy_(merger(part, name, ldm.view(tensor, slot)))
-            yield tensor
+            yield tensor.to(getattr(torch, safetensors_header.DTYPES[dtypes[key]]))
 
-    files.stream(output, [(key, entries[key].dtype, entries[key].shape) for key in order], header_metadata, tensors())
+    files.stream(output, [(key, dtypes[key], entries[key].shape) for key in order], header_metadata, tensors())
     return output
+
+
+def _output_dtype(stored: str, scaled: bool) -> str:
+    """What a tensor is written in: as it is stored, but half precision for fp8 and for what has a scale."""
+    return "F16" if scaled or stored.startswith("F8") else stored
 
 
 def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
@@ -160,7 +175,12 @@ def _file_to_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         for part, slots in parts.items():
-            tensors = {n: merger(part, n, t).contiguous() for n, t in ldm.tensors(header, slots)}
+            tensors = {}
+            for name, tensor in ldm.tensors(header, slots):
+                slot = slots[name]
+                narrow = _output_dtype(header.tensors[slot.key].dtype, bool(slot.scale)) == "F16"
+                weight = merger(part, name, tensor.float() if narrow else tensor)
+                tensors[name] = (weight.half() if narrow else weight).contiguous()
             stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
             order = [
                 (name, safetensors_header.dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()
