@@ -39,6 +39,9 @@ def add(command: Command) -> None:
 
     resume = command("resume", run_resume, "continue a run exactly where it stopped")
     resume.add_argument("folder", metavar="RUN", help="run folder, e.g. runs/2026-01-31-sks-toy")
+    resume.add_argument(
+        "--from", dest="checkpoint", default="", metavar="STEP", help="go back to this checkpoint, e.g. step-000120"
+    )
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
@@ -117,7 +120,10 @@ def run_resume(args: argparse.Namespace) -> int:
     terminal = _terminal(args)
     from lorakit.training import run
 
-    return _trained(args, terminal, lambda stop: run.resume(args.folder, listeners=[terminal], stop=stop))
+    chosen = args.checkpoint
+    return _trained(
+        args, terminal, lambda stop: run.resume(args.folder, from_checkpoint=chosen, listeners=[terminal], stop=stop)
+    )
 
 
 def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[Stop], Any]) -> int:

@@ -14,6 +14,7 @@ from lorakit.config.loading import (
     preset_names,
     to_toml,
     toml_value,
+    with_absolute_paths,
     without_paths,
 )
 from lorakit.config.option import Option
@@ -69,5 +70,6 @@ __all__ = [
     "section_type",
     "to_toml",
     "toml_value",
+    "with_absolute_paths",
     "without_paths",
 ]

@@ -17,6 +17,7 @@ from lorakit.core.errors import ConfigError
 from lorakit.core.registry import METHODS, own_learning_rate
 
 DEFAULT_PRESET = "subject-pocket"
+BUNDLED = "pocket"  # the base that is no path
 
 
 def preset_folder() -> Path:
@@ -41,8 +42,38 @@ def load(preset: str | Path | None = DEFAULT_PRESET, overrides: Mapping[str, Any
     Raises:
         ConfigError: with every problem, one line each.
     """
-    tables = {} if preset is None else _read_toml(_preset_path(preset))
+    if preset is None:
+        return from_tables({}, overrides or {})
+    file = _preset_path(preset)
+    tables = _read_toml(file)
+    _find_paths(tables, file.absolute().parent)
     return from_tables(tables, overrides or {})
+
+
+def _find_paths(tables: dict[str, dict[str, object]], place: Path) -> None:
+    """Complete relative paths that are not there from where one stands: look for them from the config's place, and from
+    the two folders above it, where the runs/ of a run are."""
+    for opt in options():
+        table = tables.get(opt.section)
+        if not isinstance(table, dict) or not opt.path or opt.key == "output.folder":
+            continue
+        value = table.get(opt.name)
+        if not isinstance(value, str) or not value:
+            continue
+        if not Path(value).expanduser().exists():
+            candidates = (folder / value for folder in (place, *place.parents[:2]))
+            table[opt.name] = next((str(path) for path in candidates if path.exists()), value)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same config, with paths that do not depend on where one stands; names of bases stay."""
+    changes: dict[str, dict[str, str]] = {}
+    for opt in options(config.adapter.method):
+        value = getattr(getattr(config, opt.section), opt.name)
+        if opt.path and value and value != BUNDLED and Path(value).expanduser().exists():
+            changes.setdefault(opt.section, {})[opt.name] = str(Path(value).expanduser().absolute())
+    sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
+    return dataclasses.replace(config, **sections)
 
 
 def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from lorakit.core.names import quote
+
 
 class LorakitError(Exception):
     """A mistake or a condition that the user can do something about.
@@ -35,4 +37,4 @@ class Stopped(Exception):
     def __init__(self, folder: Path, step: int):
         self.folder, self.step = folder, step
         when = f"after step {step}" if step else "before the first step"
-        super().__init__(f"stopped {when}; go on with: lorakit resume {folder}")
+        super().__init__(f"stopped {when}; go on with: lorakit resume {quote(folder)}")

@@ -41,13 +41,15 @@ Listener = Callable[[Event], object]
 
 
 class Events:
-    """Passes each event to all listeners, in their order. What a listener raises ends the run.
+    """Passes each event to all listeners, in their order. What a listener raises ends the run, but for an OSError: a
+    log that cannot be written is a warning to the others, once.
 
     As a context manager it closes, at the end, each listener that has a `close`.
     """
 
     def __init__(self, *listeners: Listener):
         self.listeners = listeners
+        self._unwritable: list[Listener] = []
 
     def __enter__(self) -> Events:
         return self
@@ -56,13 +58,24 @@ class Events:
         for listener in self.listeners:
             close = getattr(listener, "close", None)
             if close is not None:
-                close()
+                self._guard(listener, close)
 
     def emit(self, kind: str, step: int | None = None, **facts: Any) -> None:
         """Tell all listeners."""
         event = Event(kind, step, facts)
         for listener in self.listeners:
-            listener(event)
+            self._guard(listener, listener, event)
+
+    def _guard(self, listener: Listener, function: Callable[..., object], *arguments: Event) -> None:
+        try:
+            function(*arguments)
+        except OSError as error:
+            if listener not in self._unwritable:
+                self._unwritable.append(listener)
+                line = f"a log of the run cannot be written ({error.strerror or error}); the run goes on without it"
+                for other in self.listeners:
+                    if other not in self._unwritable:
+                        self._guard(other, other, Event("warning", None, {"message": line}))
 
     def say(self, line: str, *, warning: bool = False) -> None:
         """One line for the person."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
 import unicodedata
 from pathlib import Path
 
@@ -15,6 +18,11 @@ def step_name(step: int) -> str:
 def slug(text: str, limit: int = 40) -> str:
     """`text` as a name that is valid on every file system: letters and digits of any script, joined by hyphens."""
     return re.sub(r"[^\w]+|_+", "-", text.lower()).strip("-")[:limit].rstrip("-")
+
+
+def quote(path: str | Path) -> str:
+    """`path` as one word of a command that a person pastes into a shell."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
 def unique_path(path: Path) -> Path:

@@ -4,6 +4,7 @@
     plan.json               what was planned before the first step
     state.json              where the run stands; replaced whole at every change
     log.jsonl               everything that happened, one JSON object a line
+    .lock                   held by the process that trains; the system lets go of it when the process ends
     stop                    somebody wants the run to stop; made by the front end or `touch`
     checkpoints/step-000100/
     samples/step-000100.png, samples/step-000100/01.png ...
@@ -27,13 +28,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from filelock import FileLock, Timeout
 from PIL import Image
 
+from lorakit import config as configuration
 from lorakit.config import Config, load, to_toml
 from lorakit.core import atomic, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.core.events import Event
-from lorakit.core.names import slug, step_name, unique_path
+from lorakit.core.names import quote, slug, step_name, unique_path
 
 States = Literal["waiting", "preparing", "running", "done", "failed", "stopped", "interrupted"]
 # States in which a process must be alive; where it is not, the run was interrupted.
@@ -94,6 +97,8 @@ class RunFolder:
         self.contact_sheet_file = self.path / "contact-sheet.png"
         self.html_file = self.path / "report.html"
         self._state = State()
+        self._lock: FileLock | None = None
+        self._unwritten: OSError | None = None
 
     @property
     def threads(self) -> int:
@@ -121,7 +126,10 @@ class RunFolder:
             run = cls(path)
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             run.samples.mkdir(exist_ok=True)
-            atomic.write(run.config_file, to_toml(config))
+            run.lock()
+            if run.config_file.exists():
+                raise LorakitError(f"{path} was begun by another process just now; give another --output")
+            atomic.write(run.config_file, to_toml(configuration.with_absolute_paths(config)))
         except OSError as error:
             raise LorakitError(f"cannot write to {path}: {error.strerror or error}; give another --output") from None
         run._claim(State())
@@ -130,7 +138,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Claim an existing run for this process, to resume it; a stop asked for earlier is forgotten.
+        """Lock an existing run for this process, to resume it. Its state stays as it was until `begin`.
 
         Raises:
             LorakitError: not a run folder, or another process is still training in it.
@@ -138,33 +146,76 @@ class RunFolder:
         run = cls(path)
         if not run.config_file.is_file():
             raise LorakitError(f"{run.path} is not a run folder: it has no config.toml")
-        state = read(run.path)
+        state = _read_or_guess(run.path)
         if state.state in LIVE and state.pid != _this_process()[0]:
             raise LorakitError(f"{run.path} is being trained by process {state.pid}; stop that first")
-        run.stop_file.unlink(missing_ok=True)
-        _end_last_line(run.log_file)
-        run._claim(replace(state, message=""))
-        run.event("start", resumed=True)
+        run.lock()
+        run._state = replace(state, message="")
         return run
+
+    def begin(self, step: int) -> None:
+        """Claim an opened run, which goes on at `step`; a stop asked for earlier is forgotten."""
+        self.stop_file.unlink(missing_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        self.samples.mkdir(exist_ok=True)
+        for folder in (self.path, self.samples, *self.samples.glob("step-*/"), self.path / "tensorboard"):
+            atomic.sweep(folder, 0)
+        _end_last_line(self.log_file)
+        self._claim(replace(self._state, step=step))
+        self.event("start", resumed=True)
+
+    def lock(self) -> None:
+        """Keep other processes out of the folder until `unlock`, or the end of this process, however it ends.
+
+        Raises:
+            LorakitError: another process, or another thread of this one, has the lock.
+        """
+        # One object for each path, which a thread may take again.
+        self._lock = FileLock(self.path / ".lock", is_singleton=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            pid = _read_or_guess(self.path).pid
+            text = f"{self.path} is being trained by process {pid or 'unknown'}; stop that first"
+            raise LorakitError(text) from None
+
+    def unlock(self) -> None:
+        """Let other processes in."""
+        if self._lock is not None:
+            self._lock.release(force=True)
+            self._lock = None
 
     def update(self, **changes: Any) -> None:
         """Change fields of `State` and write it. Mere progress may be written a little later, with what follows it."""
         self._state = replace(self._state, **changes)
         if "state" in changes or time.time() - self._state.updated >= PROGRESS_EVERY:
-            self._write_state()
+            try:
+                self._write_state()
+            except OSError as error:
+                self._unwritten = error
 
     def record(self, event: Event) -> None:
-        """Listen to a run: progress goes into state.json, everything else is a line of the log."""
+        """Listen to a run: progress goes into state.json, everything else is a line of the log.
+
+        Raises:
+            OSError: state or log could not be written; the run can go on without.
+        """
         if event.kind == "progress":
             self.update(step=event.step, **event.facts)
         else:
             self.event(event.kind, **({} if event.step is None else {"step": event.step}), **event.facts)
+        error, self._unwritten = self._unwritten, None
+        if error is not None:
+            raise error
 
     def event(self, event: str, **facts: Any) -> None:
-        """Add one line to the log; it is out of this process's hands when the call returns."""
+        """Add one line to the log; it is out of this process's hands when the call returns. See `record` for errors."""
         line = json.dumps(_plain({"time": round(time.time(), 3), "event": event, **facts}), ensure_ascii=False)
-        with self.log_file.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(line + "\n")
+        try:
+            with self.log_file.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            self._unwritten = error
 
     def write_plan(self, plan: Any) -> None:
         """Keep the plan (plain JSON values)."""
@@ -255,6 +306,14 @@ def read(path: str | Path) -> State:
     return state
 
 
+def _read_or_guess(path: Path) -> State:
+    """As `read`; an interrupted run where state.json is damaged or missing, as its checkpoints say the rest."""
+    try:
+        return read(path)
+    except LorakitError:
+        return State(state="interrupted")
+
+
 def status(path: str | Path) -> States:
     """One word for how a run stands: preparing, running, done, failed, stopped or interrupted."""
     return read(path).state
@@ -284,8 +343,8 @@ def output_problem(path: Path, photos: str = "") -> str | None:
         photos: the folder of photos, which is only ever read; "" if there is none.
     """
     try:
-        if path.is_dir() and any(path.iterdir()):
-            hint = f", or go on with: lorakit resume {path}" if (path / "state.json").exists() else ""
+        if path.is_dir() and not _is_unused(path):
+            hint = f", or go on with: lorakit resume {quote(path)}" if (path / "config.toml").exists() else ""
             return f"{path} is not empty and nothing in it is overwritten; give another --output{hint}"
         if path.exists() and not path.is_dir():
             return f"{path} is a file; give --output a folder"
@@ -296,6 +355,15 @@ def output_problem(path: Path, photos: str = "") -> str | None:
     except OSError as error:
         code = error.errno or errno.EIO
     return f"cannot write to {path}: {os.strerror(code)}; give another --output" if code else None
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether a folder is empty, or has only what a run that was killed in its first moment leaves."""
+    folders = [path / "checkpoints", path / "samples"]
+    leftovers = {*folders, path / ".lock"}
+    return all(file in leftovers or atomic.TEMPORARY.fullmatch(file.name) for file in path.iterdir()) and not any(
+        folder.is_file() or (folder.is_dir() and any(folder.iterdir())) for folder in folders
+    )
 
 
 def _slug(config: Config) -> str:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save as serialise
 from lorakit.config import Config, as_tables, options
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
-from lorakit.core.names import step_name
+from lorakit.core.names import quote, step_name, unique_path
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 MARKER = "complete"
@@ -84,8 +84,9 @@ def save(
         "identity": dict(identity or {}),
     }
     final, building = folder / step_name(step), folder / f".building-{step_name(step)}-{os.getpid()}"
+    _require_folder(folder.parent, step)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         _write_files(building, adapter, tensors, state)
@@ -100,9 +101,22 @@ def save(
         shutil.rmtree(building, ignore_errors=True)
         raise LorakitError(
             f"step {step}: no checkpoint could be written to {folder} ({error.strerror or error}); those before it are "
-            "intact. Fix it, then continue with: lorakit resume"
+            f"intact. Make {_mib(adapter, tensors)} free there and the folder writable, then continue with: "
+            f"lorakit resume {quote(folder.parent)}"
         ) from None
     return final
+
+
+def _mib(*tables: Mapping[str, torch.Tensor]) -> str:
+    return f"{sum(tensor.nbytes for table in tables for tensor in table.values()) / 2**20:.0f} MiB"
+
+
+def _require_folder(run: Path, step: int) -> None:
+    if not run.is_dir():
+        raise LorakitError(
+            f"step {step}: {run} is gone: it was deleted or moved while it was trained in, so nothing can be "
+            "saved; start anew with: lorakit train"
+        )
 
 
 def _write_files(
@@ -164,6 +178,42 @@ def latest(folder: Path) -> Path | None:
 def step_of(path: Path) -> int:
     """The step of a checkpoint, from the name of its folder."""
     return int(path.name.removeprefix(REPLACED).removeprefix("step-"))
+
+
+def whole(folder: Path, say: Callable[[str], object]) -> Path | None:
+    """The newest checkpoint whose files are as they were written, or None; `say` is called with what is wrong with a
+    newer one."""
+    for path in reversed(complete(folder)):
+        try:
+            load(path)
+            return path
+        except LorakitError as error:
+            say(f"{error}; it is passed over")
+    return None
+
+
+def named(folder: Path, name: str) -> Path:
+    """The checkpoint of that name, such as step-000120, or of that step.
+
+    Raises:
+        LorakitError: there is none; the message names those that there are.
+    """
+    by_name = {path.name.removeprefix(REPLACED): path for path in complete(folder)}
+    step = step_name(int(name)) if name.isdecimal() else Path(name).name
+    if step not in by_name:
+        raise LorakitError(f"{folder.parent} has no checkpoint {name}; it has {', '.join(by_name) or 'none'}")
+    return by_name[step]
+
+
+def set_aside(folder: Path, keep: Path | None) -> list[str]:
+    """Rename the checkpoints after `keep` to unused-step-..., so that none is taken for the newest; their new names."""
+    names = []
+    for path in complete(folder):
+        if keep is None or step_of(path) > step_of(keep):
+            target = unique_path(folder / f"unused-{step_name(step_of(path))}")
+            path.rename(target)
+            names.append(target.name)
+    return names
 
 
 def rotate(folder: Path, keep: int) -> None:

@@ -113,8 +113,18 @@ class Run:
             pictures: list[Image.Image] = sampling.draw(
                 family, inputs.prompts, sample, size, texts=texts, adapter=adapter
             )
-        file = self.folder.save_samples(step, pictures, inputs.prompts)
-        self.events.emit("sample", step, file=file.name)
+        with self.optional(f"step {step}: the samples"):
+            file = self.folder.save_samples(step, pictures, inputs.prompts)
+            self.events.emit("sample", step, file=file.name)
+
+    @contextlib.contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """What is written inside is not needed to go on: a full disk is a warning."""
+        try:
+            yield
+        except OSError as error:
+            line = f"{what} cannot be written ({error.strerror or error}); the run goes on without: make room for it"
+            self.events.say(line, warning=True)
 
 
 @dataclass(frozen=True)

@@ -106,23 +106,57 @@ def start(ready: Ready, *, listeners: Sequence[Listener] = (), stop: Stop | None
     return _run(ready, RunFolder.create(ready.config), listeners, stop, None)
 
 
-def resume(folder: str | Path, *, listeners: Sequence[Listener] = (), stop: Stop | None = None) -> Result:
-    """Continue a run exactly where its last complete checkpoint stands; one that did no step begins.
+def resume(
+    folder: str | Path,
+    *,
+    from_checkpoint: str = "",
+    listeners: Sequence[Listener] = (),
+    stop: Stop | None = None,
+) -> Result:
+    """Continue a run exactly where its newest whole checkpoint stands; without one it begins anew in its folder.
 
-    Raises: as `train`; LorakitError also where there is no checkpoint, or photos or base have changed.
+    Args:
+        from_checkpoint: name or step of an earlier checkpoint to go back to; those after it are set aside.
+
+    Raises: as `train`; LorakitError also where photos or base have changed. Then the run's state is as it was.
     """
     run = RunFolder.open(Path(folder))
-    latest = checkpoint.latest(run.checkpoints)
-    if latest is None and any(run.events("step")):
-        raise LorakitError(f"{run.path}: no complete checkpoint to resume from; start again with: lorakit train")
-    run.update(step=checkpoint.step_of(latest) if latest else 0)
-    config = configuration.load(run.config_file)
+    try:
+        events = Events(*listeners)
+        config = configuration.load(run.config_file)
+        ready = preflight(config, resume=True, fetch=True).or_raise()
+        optimizers.require(ready.config.optimizer)
+        newest = _checkpoint(run, from_checkpoint, events)
+        if newest is not None:  # what has changed is told before the state does
+            checkpoint.load(newest, config=ready.config, identity=_identity(ready))
+        if unused := checkpoint.set_aside(run.checkpoints, newest):
+            events.say(f"set aside, to be deleted when you like: {', '.join(unused)}", warning=True)
+        run.begin(checkpoint.step_of(newest) if newest else 0)
+    except BaseException:
+        run.unlock()
+        raise
     if run.threads:
         torch.set_num_threads(run.threads)  # another number adds floats up in another order: other last bits
-    with _outcome(run):
-        ready = preflight(config, resume=True, fetch=True).or_raise()
     _say(ready, listeners)
-    return _run(ready, run, listeners, stop, latest)
+    return _run(ready, run, listeners, stop, newest)
+
+
+def _checkpoint(run: RunFolder, name: str, events: Events) -> Path | None:
+    """The checkpoint to go on from: the one named, else the newest whole one. None where the run begins anew."""
+    if name:
+        return checkpoint.named(run.checkpoints, name)
+    newest = checkpoint.whole(run.checkpoints, functools.partial(events.say, warning=True))
+    if newest is None and any(run.events("step")):
+        events.say(f"{run.path} has no whole checkpoint: the run begins anew", warning=True)
+    elif newest is not None and newest != checkpoint.latest(run.checkpoints):
+        events.say(f"going on from {newest.name}, the newest whole checkpoint", warning=True)
+    return newest
+
+
+def _identity(ready: Ready) -> dict[str, str]:
+    """What a checkpoint depends on beside the config."""
+    photos = [*ready.photos.photos, *ready.photos.class_photos]
+    return {"base weights": ready.info.hash, "photos": photo_folder.digest(photos)}
 
 
 def _say(ready: Ready, listeners: Sequence[Listener]) -> None:
@@ -154,17 +188,14 @@ def _run(
 @contextlib.contextmanager
 def _begin(ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None) -> Iterator[Run]:
     """Write the plan and open the log; inside, events reach the listeners."""
-    folder.write_plan(ready.plan.to_json())
     for line in ready.lines():
         folder.event("message", message=line)
+    with contextlib.suppress(OSError):  # then no line of the log can be written either, and that is said
+        folder.write_plan(ready.plan.to_json())
     boards = [TensorBoard(folder.path)] if ready.config.output.tensorboard else []
     with Events(folder.record, *boards, *listeners) as events:
         sources = [lambda: folder.stop_requested, *([stop] if stop else [])]
-        identity = {
-            "base weights": ready.info.hash,
-            "photos": photo_folder.digest([*ready.photos.photos, *ready.photos.class_photos]),
-        }
-        yield Run(ready, folder, events, StopRequest(events, *sources), time.time(), identity)
+        yield Run(ready, folder, events, StopRequest(events, *sources), time.time(), _identity(ready))
 
 
 def _export(run: Run, family: Family, model: Model, samples: SampleInputs, state: TrainingState) -> TrainingResult:
@@ -191,8 +222,9 @@ def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Resu
     adapter = result.exports[config.output.formats[0]]
     with run.phase("checking the exported file"):
         findings = _self_check(result, run, load)
-    folder.write_report([vars(finding) for finding in findings])
-    report.write(folder, config, run.ready.plan, run.ready.photos, result.state.history, findings)
+    with run.optional("the report"):
+        folder.write_report([vars(finding) for finding in findings])
+        report.write(folder, config, run.ready.plan, run.ready.photos, result.state.history, findings)
     failed = selfcheck.failures(findings)
     if failed:
         causes = "; ".join(f"{finding.name}: {finding.detail}" for finding in failed)
@@ -259,3 +291,5 @@ def _outcome(folder: RunFolder) -> Iterator[None]:
         folder.update(state="failed", message=str(error) or type(error).__name__)
         folder.event("error", message=str(error) or type(error).__name__)
         raise
+    finally:
+        folder.unlock()

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 from lorakit import config
 from lorakit.core import atomic, image_grid, names
 from lorakit.core.errors import LorakitError
+from lorakit.core.events import Events
 from lorakit.runs import folder as run_folder
 from lorakit.runs.folder import RunFolder
 
@@ -170,7 +173,10 @@ def test_open_claims_a_run_and_forgets_the_stop(tmp_path):
     run.update(state="stopped", step=4, message="stopped after step 4")
     run.request_stop()
     change_state(run, pid=DEAD)
+    before = run.state_file.read_bytes()
     resumed = RunFolder.open(run.path)
+    assert run.state_file.read_bytes() == before and run.stop_requested
+    resumed.begin(4)
     assert not resumed.stop_requested
     state = run_folder.read(run.path)
     assert (state.state, state.step, state.message, state.pid) == ("preparing", 4, "", os.getpid())
@@ -191,6 +197,66 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
         sleeper.communicate()
 
 
+def test_one_lock_keeps_others_out_until_it_is_let_go(tmp_path):
+    """Another thread stands for another process: the system treats their locks alike."""
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.update(state="stopped")
+    with ThreadPoolExecutor(1) as other:
+        with pytest.raises(LorakitError, match=f"is being trained by process {os.getpid()}; stop that first"):
+            other.submit(RunFolder.open, run.path).result()
+        run.unlock()
+        other.submit(RunFolder.open, run.path).result()
+
+
+@pytest.mark.parametrize("state", [None, "", '{"state": "runn', "[]"])
+def test_a_run_without_a_readable_state_is_opened(tmp_path, state):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.unlock()
+    if state is None:
+        run.state_file.unlink()
+    else:
+        run.state_file.write_text(state)
+    resumed = RunFolder.open(run.path)
+    resumed.begin(7)
+    assert (run_folder.read(run.path).state, run_folder.read(run.path).step) == ("preparing", 7)
+
+
+def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tmp_path):
+    path = tmp_path / "run"
+    for folder in (path / "checkpoints", path / "samples"):
+        folder.mkdir(parents=True)
+    (path / ".lock").touch()
+    atomic.temporary_path(path / "config.toml").write_text("[mod")
+    assert RunFolder.create(settings(path)).config_file.is_file()
+
+
+def test_relative_places_are_written_so_that_they_do_not_depend_on_where_one_stands(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    values = {"train.steps": 1, "data.name": "sks", "data.folder": "photos", "output.folder": str(tmp_path / "run")}
+    run = RunFolder.create(config.load(None, values))
+    monkeypatch.chdir("/")
+    loaded = config.load(run.config_file)
+    assert loaded.data.folder == str(tmp_path / "photos") and loaded.model.base == "pocket"
+    run.config_file.write_text(config.to_toml(config.load(None, values)))  # as it was written before
+    assert config.load(run.config_file).data.folder == str(tmp_path / "photos")
+
+
+def test_a_state_or_log_that_cannot_be_written_is_told_once_to_the_others(tmp_path):
+    run = RunFolder.create(settings(tmp_path / "run"))
+    run.log_file.unlink()
+    run.log_file.mkdir()
+    lines = []
+    events = Events(run.record, lambda event: lines.append(event.facts.get("message", event.kind)))
+    events.emit("step", 1, loss=0.5)
+    events.emit("step", 2, loss=0.5)
+    assert lines[1:] == ["step", "step"] and "cannot be written" in lines[0]
+    shutil.rmtree(run.path)
+    run.update(state="running")
+    events.emit("step", 3, loss=0.5)
+    assert sum("a log of the run cannot be written" in line for line in lines) == 1
+
+
 def test_what_is_not_a_run_folder_is_named(tmp_path):
     with pytest.raises(LorakitError, match=r"is not a run folder: it has no config.toml"):
         RunFolder.open(tmp_path)
@@ -209,6 +275,7 @@ def test_a_half_written_line_is_passed_over_and_the_next_one_stands_alone(tmp_pa
         log.write('{"event": "step", "st')
     assert [event["step"] for event in run.events("step")] == [1]
     resumed = RunFolder.open(run.path)
+    resumed.begin(1)
     resumed.event("step", step=2)
     assert [event["step"] for event in run.events("step")] == [1, 2]
 

@@ -267,3 +267,33 @@ def save_for_ever(folder: Path) -> None:
         with (folder / "reported.tmp").open("w") as file:
             file.write(str(number))
         (folder / "reported.tmp").rename(folder / "reported")
+
+
+def test_the_newest_whole_checkpoint_is_found_and_those_after_it_are_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, ADAPTER, EMPTY, {})
+    file = tmp_path / "step-000003" / "adapter.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    lines: list[str] = []
+    saved = checkpoint.whole(tmp_path, lines.append)
+    assert saved == tmp_path / "step-000002" and "has changed since it was saved" in lines[0]
+    assert checkpoint.set_aside(tmp_path, saved) == ["unused-step-000003"]
+    assert checkpoint.latest(tmp_path) == saved and (tmp_path / "unused-step-000003").is_dir()
+    checkpoint.rotate(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "unused-step-000003"]
+
+
+@pytest.mark.parametrize("name", ["step-000002", "2", "run/checkpoints/step-000002"])
+def test_a_checkpoint_is_named_by_its_step(tmp_path, name):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, ADAPTER, EMPTY, {})
+    assert checkpoint.named(tmp_path, name) == tmp_path / "step-000002"
+    with pytest.raises(LorakitError, match="has no checkpoint step-9; it has step-000001, step-000002"):
+        checkpoint.named(tmp_path, "step-9")
+
+
+def test_a_run_folder_that_was_deleted_is_told_in_words(tmp_path):
+    with pytest.raises(LorakitError, match="run is gone: it was deleted or moved while it was trained in"):
+        checkpoint.save(tmp_path / "run" / "checkpoints", 1, ADAPTER, EMPTY, {})

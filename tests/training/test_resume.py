@@ -1,0 +1,45 @@
+"""Resume where something was lost: state, a checkpoint, or the place where one stands."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from short_run import chosen, noise
+
+from lorakit.core.errors import LorakitError
+from lorakit.training import run as train
+
+
+def test_resume_goes_back_to_the_newest_whole_checkpoint(tiny_sd1, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    noise(tmp_path / "photos", 3)
+    monkeypatch.chdir(tmp_path)
+    once = {"train__save_every": 1, "train__prior": "none", "sample__prompts": ("sks toy",)}
+    result = train.train(chosen(tiny_sd1, "photos", tmp_path / "run", 3, **once))
+    monkeypatch.chdir("/")
+    folder, before = result.folder, load_file(result.adapter)
+
+    # A resume that cannot begin leaves a finished run as it was.
+    state = (folder / "state.json").read_bytes()
+    shutil.move(tmp_path / "photos", tmp_path / "away")
+    with pytest.raises(LorakitError, match="photos"):
+        train.resume(folder)
+    with pytest.raises(LorakitError):
+        train.resume(folder, from_checkpoint="step-000009")
+    assert (folder / "state.json").read_bytes() == state
+    shutil.move(tmp_path / "away", tmp_path / "photos")
+
+    file = folder / "checkpoints" / "step-000003" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (folder / "state.json").unlink()
+    lines: list[str] = []
+    again = train.resume(folder, listeners=[lambda event: lines.append(event.facts.get("message", ""))])
+    after = load_file(again.adapter)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any("optimizer.safetensors has changed since it was saved" in line for line in lines)
+    assert any("set aside" in line and "unused-step-000003" in line for line in lines)
