@@ -53,8 +53,8 @@ class DataConfig:
     )
     concepts: Literal["ask", "folders", "one"] = option(
         "ask",
-        "Subfolders such as '20_ohwx man': folders: each has its own subject; one: all photos are data.name; "
-        "ask: stop where a folder names another subject.",
+        "Subfolders like '20_ohwx man': folders: each its own subject; one: all are data.name; "
+        "ask: stop if names differ.",
     )
     class_folder: str = option(
         "",

@@ -184,6 +184,7 @@ def test_unset_is_allowed_where_it_means_something() -> None:
         ),
         ({**STEPS, "optimizer.text_encoder_learning_rate": 1e-5}, "needs adapter.train_text_encoder = true"),
         ({**STEPS, "train.prior_loss_weight": 0.5}, "train.prior_loss_weight has no effect with train.prior = 'none'"),
+        ({**STEPS, "data.class_folder": "x"}, "data.class_folder has no effect with train.prior = 'none'"),
         ({**STEPS, "train.class_images": 5}, "train.class_images has no effect with train.prior = 'none'"),
         (
             {**STEPS, "train.class_images": 5, "train.prior": "teacher"},
@@ -377,8 +378,10 @@ def test_resolved_text_is_utf8_and_says_everything() -> None:
 def test_no_place_on_the_machine_is_in_the_metadata() -> None:
     secret = "/somewhere/private"
     places = {option.key: secret for option in config.options() if option.path}
-    assert set(places) == {"model.base", "model.tokenizer", "data.folder", "train.init_from", "output.folder"}
-    loaded = config.load("subject-sd15", {**places, "data.name": "sks dog"})
+    assert set(places) == {
+        "model.base", "model.tokenizer", "data.folder", "data.class_folder", "train.init_from", "output.folder",
+    }  # fmt: skip
+    loaded = config.load("subject-sd15", {**places, "data.name": "sks dog", "train.prior": "images"})
     assert secret in config.to_toml(loaded)
     public = config.without_paths(loaded)
     assert secret not in str(public)
@@ -393,6 +396,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "adapter.new_tokens": {"data.name": "sks toy"},
     "train.prior_loss_weight": {"train.prior": "teacher"},
     "train.class_images": {"train.prior": "images"},
+    "data.class_folder": {"train.prior": "images"},
     "train.epochs": {"train.steps": None},
     "train.steps_per_image": {"train.steps": None},
     "data.variants": {"data.flip": True},

@@ -57,8 +57,11 @@ def sdxl() -> Info:
 
 def report(*sizes: tuple[int, int] | None) -> Any:
     """What a check found: a photo for each size, unreadable where it is None."""
-    items = [SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png"), bucket=size) for n, size in enumerate(sizes)]
-    return SimpleNamespace(items=items, photos=[item.photo for item in items if item.bucket])
+    items = [
+        SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png", repeats=1), bucket=size)
+        for n, size in enumerate(sizes)
+    ]
+    return SimpleNamespace(items=items, photos=[item.photo for item in items if item.bucket], class_photos=[])
 
 
 def make(info: Info, sizes: list[tuple[int, int] | None], **changes: Any) -> plan.Plan:
