@@ -8,7 +8,7 @@ import marked
 import pytest
 import torch
 
-from lorakit.config import DataConfig
+from lorakit.config import ConfigError, DataConfig, load
 from lorakit.core.errors import LorakitError
 from lorakit.data import captions, checks, concepts, folder
 from lorakit.data.dataset import Dataset, LatentBucket
@@ -144,6 +144,18 @@ def test_runs_among_the_photos_are_passed_over(photos: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(LorakitError, match="holds pictures of a run of lorakit"):
         folder.scan(photos / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.class_folder", "x", "data.class_folder has no effect with train.prior = 'none'"),
+        ("adapter.new_tokens", 1, "adapter.new_tokens learns one trigger"),
+    ],
+)
+def test_options_of_folders_that_contradict_others(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, {"train.steps": 1, "data.name": "sks dog", "data.concepts": "folders", key: value})
 
 
 @pytest.mark.parametrize("inside", ["out", "a/b", "."])
