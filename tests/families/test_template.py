@@ -60,7 +60,8 @@ def lorakit(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]
 
 def options(base: Path) -> list[str]:
     given = {"model.base": str(base), "data.name": "sks toy", "data.resolution": "64", "adapter.rank": "4"}
-    given |= {"train.steps": "2", "train.batch_size": "1", "sample.prompts": "a toy", "sample.steps": "1"}
+    given |= {"train.steps": "2", "optimizer.learning_rate": "1e-3", "train.batch_size": "1"}
+    given |= {"sample.prompts": "a toy", "sample.steps": "1"}
     given |= {"sample.every": "2", "memory.device": "cpu", "output.dtype": "fp32"}
     given |= {"adapter.train_text_encoder": "true"}
     return [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
