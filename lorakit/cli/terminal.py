@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from lorakit.core.events import Event
+from lorakit.core.names import printable
 from lorakit.core.units import duration
 
 # The bar is drawn at most this often, in seconds, and in a pipe once for this share of the run.
@@ -80,7 +82,7 @@ def write(stream: TextIO, text: str) -> bool:
     """Write at once; False where that cannot be done. Then nothing is written to the stream any more."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        stream.write(text.encode(encoding, "replace").decode(encoding))
+        stream.write(_safe(text).encode(encoding, "replace").decode(encoding))
         stream.flush()
         return True
     except (OSError, ValueError):  # ValueError: the stream was closed
@@ -88,6 +90,12 @@ def write(stream: TextIO, text: str) -> bool:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
+
+
+def _safe(text: str) -> str:
+    """What names, texts and metadata of files may hold is escaped; newlines, tabs and the bar's returns stay."""
+    parts = re.split(r"(\A\r|\r\Z|[\n\t])", text)
+    return "".join(part if part in ("\r", "\n", "\t") else printable(part) for part in parts)
 
 
 def print_lines(*lines: str) -> None:

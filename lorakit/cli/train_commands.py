@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit import config as configuration
 from lorakit.cli import threads
 from lorakit.cli.signals import stop_on_signals
-from lorakit.cli.terminal import Terminal, complain, print_json, print_lines
+from lorakit.cli.terminal import Bar, Terminal, complain, print_json, print_lines
 from lorakit.core.errors import Stopped
+
+if TYPE_CHECKING:
+    from lorakit.data.checks import Report
 
 # Adds a command by its name, function and help.
 Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+
+# Seconds after which the check of the photos shows how far it is.
+BAR_AFTER = 3.0
 
 Stop = Callable[[], bool]
 
@@ -89,7 +97,9 @@ def run_check(args: argparse.Namespace) -> int:
     threads.use_idle_cores()
     from lorakit.runs.preflight import preflight
 
-    result = preflight(resolve(args, _terminal(args)))
+    terminal = _terminal(args)
+    with _progress_of_photos(terminal) as check:
+        result = preflight(resolve(args, terminal), check=check)
     if args.json:
         print_json(result.to_json())
     elif text := result.to_text():
@@ -106,7 +116,8 @@ def run_train(args: argparse.Namespace) -> int:
     from lorakit.runs.preflight import preflight
 
     # Before the libraries that models need are imported, which takes seconds.
-    ready = preflight(resolve(args, terminal), fetch=True).or_raise()
+    with _progress_of_photos(terminal) as check:
+        ready = preflight(resolve(args, terminal), check=check, fetch=True).or_raise()
     for line in ready.lines():
         terminal.say(line)
     from lorakit.training import run
@@ -124,6 +135,25 @@ def run_resume(args: argparse.Namespace) -> int:
     return _trained(
         args, terminal, lambda stop: run.resume(args.folder, from_checkpoint=chosen, listeners=[terminal], stop=stop)
     )
+
+
+@contextmanager
+def _progress_of_photos(terminal: Terminal) -> Iterator[partial[Report]]:
+    """The check of the photos, with a bar where it takes more than a moment."""
+    from lorakit.data import checks
+
+    began = terminal.clock()
+
+    def progress(count: int, total: int) -> None:
+        if terminal.bar is None and terminal.clock() - began > BAR_AFTER and count < total:
+            terminal.bar = Bar(terminal, total, count, "photos")
+        if terminal.bar is not None:
+            terminal.bar.step(count)
+
+    try:
+        yield partial(checks.check, progress=progress)
+    finally:
+        terminal.close()
 
 
 def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[Stop], Any]) -> int:

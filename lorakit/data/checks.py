@@ -6,11 +6,9 @@ Errors stop a run. Warnings name probable problems. Notes say what the check dec
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +17,8 @@ from PIL import Image
 
 from lorakit.config import DataConfig
 from lorakit.core.errors import LorakitError
-from lorakit.data import buckets, captions, concepts, decode, folder
+from lorakit.core.names import printable
+from lorakit.data import buckets, captions, concepts, decode, duplicates, folder, time_limit
 from lorakit.data.buckets import Bucket
 from lorakit.data.folder import Photo
 
@@ -28,11 +27,6 @@ MAX_CROP = 0.10
 # Sharpness is the variance of the Laplacian over that of the picture, at the trained size. At 512 pixels, 46 sharp
 # photos had 0.04 to 2.5. After a Gaussian blur of 2.6 pixels, 18 of them had 0.002 or less.
 MIN_SHARPNESS = 0.004
-# Two photos look the same within this many bits of a 256-bit difference hash and this mean colour difference (of 255)
-# of 16 x 16 thumbnails. Copies saved at quality 50 or cropped by 1 % had up to 23 bits and 3.5. Four drawings of one
-# figure in other poses on white had 13 bits, and colours that differ by 5 or more. Flat pictures all have similar
-# hashes; only their colours differ.
-MAX_HASH_DISTANCE, MAX_COLOUR_DISTANCE = 24, 4.0
 # With fewer photos, the check warns.
 MIN_PHOTOS = 4
 NOT_COUNTED = "tokens of the texts are not counted: the base's tokenizer is not on this machine yet"
@@ -166,11 +160,14 @@ def require_folder(config: DataConfig) -> str:
     return config.folder
 
 
-def check(config: DataConfig, base: Base, *, cache: MeasurementCache | None = None) -> Report:
+def check(
+    config: DataConfig, base: Base, *, cache: MeasurementCache | None = None, progress: Progress | None = None
+) -> Report:
     """Check the photos of `config.folder`. Problems of single photos are in the report and raise nothing.
 
     Args:
         cache: measurements of earlier checks; a photo that did not change is not decoded again.
+        progress: called with the number of photos that were measured and of all.
 
     Raises:
         LorakitError: there is no folder, or no picture in it.
@@ -179,10 +176,15 @@ def check(config: DataConfig, base: Base, *, cache: MeasurementCache | None = No
     items = [Item(photo) for photo in files.photos]
     step = base.bucket_step
     report = Report(files.path, step, base.downscale, items, [], files.warnings, files.notes, files.class_photos)
-    workers = min(4, os.cpu_count() or 1)  # Pillow decodes outside the interpreter's lock; a large photo is 150 MB
-    with ThreadPoolExecutor(workers) as pool:
-        measurements = list(pool.map(lambda item: _measure_cached(item, config.resolution, step, cache), report.items))
-        class_problems = list(pool.map(_class_problem, files.class_photos))
+    late = f"takes longer than {time_limit.SECONDS:.0f} s to read; save it again"
+    pairs = time_limit.for_each(
+        items,
+        lambda item: _measure_cached(replace(item, findings=[]), config.resolution, step, cache),  # a copy
+        lambda item: (item, _Measurement(late)),
+        progress=progress or (lambda count, total: None),
+    )
+    report.items, measurements = [item for item, _ in pairs], [measurement for _, measurement in pairs]
+    class_problems = time_limit.for_each(files.class_photos, _class_problem, lambda photo: f"{photo.relative}: {late}")
     report.errors += [problem for problem in class_problems if problem]
     if problem := concepts.problem(files.photos, config):
         report.errors.append(problem)
@@ -192,17 +194,16 @@ def check(config: DataConfig, base: Base, *, cache: MeasurementCache | None = No
         report.notes.append(NOT_COUNTED)
     _check_texts(report, config, counter)
     _check_readable(report, measurements)
-    _check_duplicates(
-        report,
-        [(item, measurement) for item, measurement in zip(report.items, measurements, strict=True) if item.readable],
-    )
+    photos = [pair for pair in zip(report.items, measurements, strict=True) if pair[0].readable]
+    _check_duplicates(report, photos)
+    _check_twins(report, photos)
     _check_sizes(report)
     _check_folder(report, config)
-    report.notes += [
-        f"{item.relative}: {note}"
-        for item, measurement in zip(report.items, measurements, strict=True)
-        for note in measurement.notes
-    ]
+    by_note: dict[str, list[Item]] = {}
+    for item, measurement in zip(report.items, measurements, strict=True):
+        for note in measurement.notes:
+            by_note.setdefault(note, []).append(item)
+    report.notes += [f"{_names(noted)}: {note}" for note, noted in by_note.items()]
     return report
 
 
@@ -214,46 +215,51 @@ class _Measurement:
     notes: tuple[str, ...] = ()
     hash: np.ndarray[Any, np.dtype[np.bool_]] = field(default_factory=lambda: np.zeros(0, np.bool_))
     colours: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, np.float32))
+    grey: bool = False
 
 
 # (files of the photo with time and size, resolution, step) -> (cached fields of its `Item`, its measurement).
+Progress = Callable[[int, int], object]
 MeasurementCache = dict[tuple[Any, ...], tuple[dict[str, Any], _Measurement]]
 CACHED_FIELDS = ("width", "height", "orientation", "transparent", "bucket", "cropped", "scale", "sharpness", "digest")
 
 
-def _measure_cached(item: Item, resolution: int, step: int, cache: MeasurementCache | None) -> _Measurement:
+def _measure_cached(
+    item: Item, resolution: int, step: int, cache: MeasurementCache | None
+) -> tuple[Item, _Measurement]:
     """As `_measure`, from the cache if the photo and its mask did not change."""
     if cache is None:
-        return _measure(item, resolution, step)
+        return item, _measure(item, resolution, step)
     try:
         files = [(path, path.stat()) for path in (item.photo.path, item.photo.mask) if path is not None]
     except OSError:
-        return _measure(item, resolution, step)
+        return item, _measure(item, resolution, step)
     stamps = [(path, status.st_mtime_ns, status.st_size) for path, status in files]
     key = (item.relative, *stamps, resolution, step)
     if key not in cache:
         measurement = _measure(item, resolution, step)
         cache[key] = {name: getattr(item, name) for name in CACHED_FIELDS}, measurement
-        return measurement
+        return item, measurement
     values, measurement = cache[key]
-    for name, value in values.items():
-        setattr(item, name, value)
-    return measurement
+    return replace(item, **values), measurement
 
 
 def _measure(item: Item, resolution: int, step: int) -> _Measurement:
     """Decode one photo and fill the fields of its `Item`."""
     photo = item.photo
     try:
-        raw = photo.path.read_bytes()
-        picture = decode.decode(raw, photo.relative)
-        item.digest = hashlib.sha256(raw).hexdigest()
-        if photo.mask is not None:
-            decode.decode_mask(photo.mask, picture.size)
+        raw = decode.read(photo.path, photo.relative)
+        with decode.turn(decode.measure(raw, photo.relative)):
+            return _measure_picture(item, raw, resolution, step)
     except decode.Unreadable as error:
         return _Measurement(problem=error.reason if str(error).startswith(photo.relative) else str(error))
-    except OSError as error:
-        return _Measurement(problem=f"cannot be read ({error.strerror or error})")
+
+
+def _measure_picture(item: Item, raw: bytes, resolution: int, step: int) -> _Measurement:
+    picture = decode.decode(raw, item.relative)
+    if item.photo.mask is not None:
+        decode.decode_mask(item.photo.mask, picture.size)
+    item.digest = hashlib.sha256(raw).hexdigest()
     item.width, item.height = picture.size
     item.orientation, item.transparent = picture.orientation, picture.alpha is not None
     placement = buckets.assign(picture.size, resolution, step)
@@ -262,16 +268,16 @@ def _measure(item: Item, resolution: int, step: int) -> _Measurement:
     item.sharpness = _sharpness(image, placement)
     grey = np.asarray(image.resize((17, 16), Image.Resampling.BOX).convert("L"), dtype=np.int16)
     colours = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
-    return _Measurement("", picture.notes, (grey[:, 1:] > grey[:, :-1]).ravel(), colours)
+    sample = picture.pixels[:: 1 + picture.size[1] // 64, :: 1 + picture.size[0] // 64]
+    has_no_colour = bool((sample.max(axis=2) - sample.min(axis=2) <= 8).all())
+    return _Measurement("", picture.notes, (grey[:, 1:] > grey[:, :-1]).ravel(), colours, has_no_colour)
 
 
 def _class_problem(photo: Photo) -> str:
     try:
-        decode.decode(photo.path.read_bytes(), photo.relative)
+        decode.decode(photo.path, photo.relative)
     except decode.Unreadable as error:
         return str(error)
-    except OSError as error:
-        return f"{photo.relative}: cannot be read ({error.strerror or error})"
     return ""
 
 
@@ -294,19 +300,24 @@ def _sharpness(image: Image.Image, placement: buckets.Placement) -> float:
 
 
 def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter | None) -> None:
+    cuts = []
     for item in report.items:
         item.text = captions.final_text(item.photo.caption, concepts.of_photo(item.photo, config))
+        if any("\ud800" <= character <= "\udfff" for character in item.text):
+            item.text = printable(item.text)
+            report.errors.append(f"{item.relative}: its text has what is no character: {_shorten(item.text, 60)}")
         if counter is not None:
             item.tokens, item.cut = counter.count(item.text)
         if counter is not None and item.cut:
             fit = f"its text has {item.tokens} tokens, {counter.limit} fit"
-            report.warnings.append(f'{item.relative}: {fit}; cut off: "{_shorten(item.cut, 60)}"')
+            cuts.append(f'{item.relative}: {fit}; cut off: "{_shorten(item.cut, 60)}"')
         if config.flip and captions.mentions_sides(item.text):
             item.findings.append("left or right in its text")
             report.errors.append(
                 f"{item.relative}: its text says left or right, which data.flip makes untrue; "
                 "set data.flip = false or change the text"
             )
+    report.warnings += cuts if len(cuts) < 7 else [*cuts[:5], f"{len(cuts) - 5} more texts are too long and cut off"]
     for own in concepts.of_photos([item.photo for item in report.items], config):
         items = [item for item in report.items if concepts.of_photo(item.photo, config) == own]
         _check_captions(report, items, own)
@@ -349,24 +360,42 @@ def _check_duplicates(report: Report, photos: Sequence[tuple[Item, _Measurement]
     by_digest: dict[str, list[Item]] = {}
     for item, _ in photos:
         by_digest.setdefault(item.digest, []).append(item)
-    for items in by_digest.values():
-        if len(items) > 1:
-            report.warnings.append(f"{_names(items)}: the same file, counted {len(items)} times")
-            for item in items[1:]:
-                item.findings.append(f"same as {items[0].relative}")
+    copies = [items for items in by_digest.values() if len(items) > 1]
+    report.warnings += _some_lines([f"{_names(items)}: the same file, counted {len(items)} times" for items in copies])
+    for items in copies:
+        for item in items[1:]:
+            item.findings.append(f"same as {items[0].relative}")
     distinct = [(item, measurement) for item, measurement in photos if by_digest[item.digest][0] is item]
-    hashes = np.array([measurement.hash for _, measurement in distinct])
-    for at, (item, measurement) in enumerate(distinct):
-        candidates = np.flatnonzero(np.count_nonzero(hashes[:at] != measurement.hash, axis=1) <= MAX_HASH_DISTANCE)
-        matches = [
-            n
-            for n in candidates.tolist()
-            if np.abs(distinct[n][1].colours - measurement.colours).mean() <= MAX_COLOUR_DISTANCE
-        ]
-        if matches:
-            original = distinct[matches[0]][0]
-            report.warnings.append(f"{original.relative}, {item.relative}: look almost the same")
-            item.findings.append(f"almost the same as {original.relative}")
+    matches = duplicates.first_matches(
+        np.array([measurement.hash for _, measurement in distinct]),
+        np.array([measurement.colours for _, measurement in distinct]),
+    )
+    groups: dict[int, list[Item]] = {}
+    roots: dict[int, int] = {}  # a copy of a copy belongs to the group of the first
+    for at, original in matches.items():
+        root = roots[at] = roots.get(original, original)
+        distinct[at][0].findings.append(f"almost the same as {distinct[original][0].relative}")
+        groups.setdefault(root, [distinct[root][0]]).append(distinct[at][0])
+    report.warnings += _some_lines([f"{_names(items)}: look almost the same" for items in groups.values()])
+
+
+def _check_twins(report: Report, photos: Sequence[tuple[Item, _Measurement]]) -> None:
+    """Warn of a grey picture with the size and the name of a photo in colour and something more: it may be a mask."""
+    colour = {
+        (Path(item.relative).stem, item.width, item.height) for item, measurement in photos if not measurement.grey
+    }
+    twins = []
+    for item, measurement in photos:
+        stem, size = Path(item.relative).stem, (item.width, item.height)
+        parts = {*(stem[:at] for at in range(3, len(stem) + 1)), *(stem[at:] for at in range(len(stem) - 2))}
+        if measurement.grey and item.photo.mask is None and any((part, *size) in colour for part in parts | {stem}):
+            twins.append(item)
+            item.findings.append("grey, beside a photo in colour")
+    if twins:
+        report.warnings.append(
+            f"{_names(twins)}: grey, with the name and size of a photo in colour; name.mask.png is read as a mask, "
+            "this is trained as a photo"
+        )
 
 
 def _check_sizes(report: Report) -> None:
@@ -426,6 +455,14 @@ def _names(items: Iterable[Item], detail: Callable[[Item], str] | None = None, l
     labels = [item.relative if detail is None else f"{item.relative} ({detail(item)})" for item in items]
     more = f" and {len(labels) - limit} more" if len(labels) > limit else ""
     return ", ".join(labels[:limit]) + more
+
+
+def _some_lines(lines: list[str], limit: int = 5) -> list[str]:
+    """The first `limit` lines; where there are more, the last says how many, so that they bury nothing else."""
+    if len(lines) <= limit + 1:
+        return lines
+    cause = lines[-1].partition(": ")[2]
+    return [*lines[:limit], f"{len(lines) - limit} more lines like the last are in lorakit check --json: {cause}"]
 
 
 def _shorten(text: str, length: int) -> str:

@@ -124,7 +124,10 @@ class RunFolder:
             raise LorakitError(problem)
         try:
             run = cls(path)
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Captions and prompts are in the config, the report and the samples: for nobody else on this machine.
+            path.mkdir(mode=0o700, exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
             run.samples.mkdir(exist_ok=True)
             run.lock()
             if run.config_file.exists():

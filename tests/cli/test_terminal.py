@@ -230,3 +230,10 @@ def test_what_the_user_set_stays() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "info\n"
     assert logging.getLogger("lorakit").level == logging.NOTSET
+
+
+def test_what_would_command_the_terminal_is_escaped():
+    stream = io.StringIO()
+    terminal = Terminal(stream)
+    terminal.say("a\x1b[31m\x07\u202e\rb\udce9\tc\nd")
+    assert stream.getvalue() == "a\\x1b[31m\\x07\\u202e\\rb\\xe9\tc\nd\n"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import marked
@@ -12,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from lorakit.config import DataConfig
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks
+from lorakit.data import checks, decode, duplicates, time_limit
 
 GIVEN = DataConfig(name="sks toy", resolution=64)
 
@@ -238,7 +239,7 @@ import sys
 from types import SimpleNamespace
 from pathlib import Path
 from lorakit.config import DataConfig
-from lorakit.data import checks
+from lorakit.data import checks, decode, duplicates, time_limit
 tokenizer = Path({str(base.path)!r}) / "tokenizer"
 base = SimpleNamespace(tokenizers={{"tokenizer": tokenizer}}, downscale=8, max_tokens=77, bucket_step=8)
 report = checks.check(DataConfig(folder={str(photos)!r}, name="sks toy", resolution=64), base)
@@ -247,3 +248,87 @@ print(sorted(m for m in ("torch", "transformers", "diffusers", "peft", "matplotl
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={"LC_ALL": "C"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def brute_force(hashes: np.ndarray, colours: np.ndarray) -> dict[int, int]:
+    """Every pair, as the definition has it."""
+    matches = {}
+    for at in range(len(hashes)):
+        near = [
+            n
+            for n in range(at)
+            if np.count_nonzero(hashes[n] != hashes[at]) <= 24 and np.abs(colours[n] - colours[at]).mean() <= 4.0
+        ]
+        if near:
+            matches[at] = near[0]
+    return matches
+
+
+@pytest.mark.parametrize("kinds", [1, 20, 200])
+def test_photos_that_look_the_same_are_those_of_every_pair(kinds: int) -> None:
+    rng = np.random.default_rng(kinds)
+    kind = rng.integers(0, kinds, 300)
+    hashes = rng.random((kinds, 256))[kind] > 0.5
+    hashes ^= rng.random((300, 256)) < rng.choice([0.0, 0.04, 0.06], (300, 1))
+    colours = rng.uniform(0, 255, (kinds, 16, 16, 3))[kind] + rng.choice([0.0, 3.9, 4.1], (300, 1, 1, 1))
+    colours = colours.astype(np.float32)
+    matches = duplicates.first_matches(hashes, colours)
+    assert matches == brute_force(hashes, colours) and matches
+    assert duplicates.first_matches(hashes[:0], colours[:0]) == {}
+
+
+def test_many_pairs_that_look_the_same_bury_nothing(photos: Path, base) -> None:
+    for number in range(9):
+        texture(number).save(photos / f"{number}a.png")
+        texture(number).save(photos / f"{number}b.jpg", quality=60)
+    report = checks.check(DataConfig(folder=str(photos), name="sks toy", resolution=64), base)
+    lines = [line for line in report.warnings if "look almost the same" in line]
+    assert lines[0] == "0a.png, 0b.jpg: look almost the same" and len(lines) == 6
+    assert lines[-1] == "4 more lines like the last are in lorakit check --json: look almost the same"
+    assert sum(bool(item.findings) for item in report.items) == 9
+
+
+def test_a_picture_that_takes_too_long_is_named_and_left(photos: Path, base, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(photos)
+    texture(3).save(photos / "slow.png")
+    release, calls, read = threading.Event(), [], decode.read
+
+    def slow_read(path: Path, name: str) -> bytes:
+        if name == "slow.png":
+            release.wait(20)
+        return read(path, name)
+
+    monkeypatch.setattr(decode, "read", slow_read)
+    monkeypatch.setattr(time_limit, "SECONDS", 0.5)
+    monkeypatch.setattr(time_limit, "POLL_SECONDS", 0.05)
+    config = DataConfig(folder=str(photos), name="sks toy", resolution=64)
+    report = checks.check(config, base, progress=lambda *count: calls.append(count))
+    release.set()
+    assert report.errors == ["slow.png: takes longer than 0 s to read; save it again"]
+    assert len(report.photos) == len(report.items) - 1 and calls[-1] == (len(report.items),) * 2
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        time_limit.for_each([1, 0, 2], lambda job: 1 // job, lambda job: -1)
+    assert time_limit.for_each([], lambda job: job, lambda job: job) == []
+
+
+def test_a_grey_twin_of_a_photo_is_named(photos: Path, base) -> None:
+    fill(photos)
+    texture(3).save(photos / "cat.png")
+    for name in ("cat_bw.png", "mask-of-cat.png", "dog.png"):
+        texture(len(name)).convert("L").resize(texture(3).size).save(photos / name)
+    report = checks.check(DataConfig(folder=str(photos), name="sks toy", resolution=64), base)
+    line = "cat_bw.png, mask-of-cat.png: grey, with the name and size of a photo in colour"
+    assert [warning for warning in report.warnings if "grey" in warning] == [
+        f"{line}; name.mask.png is read as a mask, this is trained as a photo"
+    ]
+
+
+def test_a_text_with_half_a_character_is_an_error(photos: Path, base) -> None:
+    fill(photos)
+    name = min(path.name for path in photos.iterdir())
+    (photos / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "text": "a sks toy \\ud800"}}\n')
+    report = checks.check(DataConfig(folder=str(photos), name="sks toy", resolution=64), base)
+    assert report.errors == [f"{name}: its text has what is no character: a sks toy \\ud800"]

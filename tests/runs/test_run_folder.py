@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -364,3 +365,9 @@ def change_state(run: RunFolder, **changes: object) -> None:
     """Write into state.json what another process would have written."""
     state = json.loads(run.state_file.read_text(encoding="utf-8"))
     run.state_file.write_text(json.dumps(state | changes), encoding="utf-8")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a user's folders private by itself")
+def test_a_new_run_is_for_nobody_else(tmp_path: Path) -> None:
+    run = RunFolder.create(settings(tmp_path / "above" / "run"))
+    assert stat.S_IMODE(run.path.stat().st_mode) == 0o700

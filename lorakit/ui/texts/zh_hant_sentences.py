@@ -122,6 +122,7 @@ SENTENCES = {
     "damaged or cut off ({why}); copy it again from where it came": "檔案損壞或不完整（{why}）；請從原處重新複製",
     "more than {count} megapixels; save it smaller": "超過 {count} 百萬像素；請存成較小的圖",
     "larger than {size} MiB; save it smaller, as jpg or png": "超過 {size} MiB；請存成較小的 jpg 或 png",
+    "takes longer than {seconds} s to read; save it again": "讀取超過 {seconds} 秒；請重新儲存",
     "needs more memory than there is; save it smaller": "記憶體不足以讀取；請存成較小的圖",
     "{kind}, whatever its name says; save it as jpg or png": "無論檔名為何，內容是 {kind}；請存成 jpg 或 png",
     "text, not a picture, whatever its name says; remove it or save the picture again": (
@@ -161,7 +162,17 @@ SENTENCES = {
     ),
     "{names:words}: the same file, counted {count} times": "{names:words}：同一個檔案，會算 {count} 次",
     "same as {photo}": "與 {photo} 相同",
-    "{photo}, {other}: look almost the same": "{photo}、{other}：幾乎一樣",
+    "{names:words}: look almost the same": "{names:words}：幾乎一樣",
+    "{count} more lines like the last are in lorakit check --json: {cause:said}": (
+        "還有 {count} 行與上一行相似，見 lorakit check --json：{cause:said}"
+    ),
+    "{count} more texts are too long and cut off": "還有 {count} 則文字太長而被截去",
+    "{photo}: its text has what is no character: {text}": "{photo}：文字中有不是字元的內容：{text}",
+    "grey, beside a photo in colour": "灰階，旁邊有同名彩色照片",
+    "{names:words}: grey, with the name and size of a photo in colour; name.mask.png is read as a mask, "
+    "this is trained as a photo": (
+        "{names:words}：灰階，檔名與尺寸同一張彩色照片；name.mask.png 會當成遮罩，這張會當成照片訓練"
+    ),
     "almost the same as {photo}": "與 {photo} 幾乎一樣",
     "scaled up {times}x": "放大 {times} 倍",
     "{names:words}: smaller than the size they are trained at": "{names:words}：比訓練的尺寸小",
