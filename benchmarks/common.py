@@ -120,7 +120,7 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
     ids = torch.tensor([[side * 8.0, side * 8, 0, 0, side * 8, side * 8]] * PHOTOS, device=device) if sized else None
     rows = torch.arange(PHOTOS)
     bucket = LatentBucket(side * 8, side * 8, mean, torch.full_like(mean, 0.1), None, ids, rows, rows * 0, rows)
-    names: Any = [SimpleNamespace(relative=f"{number}.png") for number in range(PHOTOS)]
+    names: Any = [SimpleNamespace(relative=f"{number}.png", repeats=1) for number in range(PHOTOS)]
     dataset = Dataset([bucket], names, [str(n) for n in range(PHOTOS)], [[n] for n in range(PHOTOS)], [0] * PHOTOS, 0.0)
     texts = Conditioning(encoder_hidden_states=states).with_rows(pooled=pooled)
     first = texts.index(torch.zeros(1, dtype=torch.int64, device=device))

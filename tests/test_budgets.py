@@ -16,7 +16,7 @@ OPTIONS = 72
 FILE_LINES, FUNCTION_LINES, PARAMETERS, ROOM_FILES, ROOMS = 500, 60, 7, 16, 12
 # What every install gets; `lightweight` is in the first line of what lorakit is. Raised from 21,000 for the readers of
 # base models, adapter files and captions that other programs write.
-PACKAGE_LINES = 23_500
+PACKAGE_LINES = 22_500
 # "file:function" -> lines that it has more than FUNCTION_LINES allows.
 LONG_FUNCTIONS = {
     "tests/card/card.py:_play_cuda": 97,
@@ -47,7 +47,7 @@ BANNED = {
     "knob": 0,
     "told": 0,
     "made": 0,
-    "found": 3,
+    "found": 1,
     "known": 0,
     "kept": 0,
     "said": 0,
@@ -56,31 +56,31 @@ BANNED = {
     "most": 0,
     "few": 0,
     "enough": 0,
-    "asked": 2,
-    "drawn": 2,
-    "given": 2,
-    "wanted": 2,
-    "written": 2,
+    "asked": 0,
+    "drawn": 0,
+    "given": 1,
+    "wanted": 0,
+    "written": 0,
     "stored": 2,
-    "listed": 2,
-    "remembered": 2,
+    "listed": 0,
+    "remembered": 0,
     "shown": 2,
-    "chosen": 2,
-    "spent": 2,
-    "grown": 2,
-    "taken": 2,
-    "noted": 2,
-    "done": 2,
-    "moved": 2,
-    "looked": 2,
-    "sent": 2,
-    "laid": 2,
-    "meant": 2,
+    "chosen": 1,
+    "spent": 0,
+    "grown": 0,
+    "taken": 0,
+    "noted": 1,
+    "done": 0,
+    "moved": 0,
+    "looked": 0,
+    "sent": 0,
+    "laid": 0,
+    "meant": 0,
     "saved": 1,  # `load_saved`, as torch has `saved_tensors`
-    "again": 2,
-    "anew": 2,
-    "apart": 2,
-    "beside": 2,
+    "again": 0,
+    "anew": 0,
+    "apart": 0,
+    "beside": 1,
 }
 # Names of the old dialect that are gone for good, as identifiers or as modules.
 GONE = {

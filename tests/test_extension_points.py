@@ -162,6 +162,7 @@ def test_an_optimizer_is_one_function_and_one_line(
     spec = OptimizerSpec("momentum:momentum_sgd", state_bytes=4, elementwise=True)
     monkeypatch.setitem(registry.OPTIMIZERS.own, "momentum_sgd", spec)
     options = {"optimizer__name": "momentum_sgd", "optimizer__args__nesterov": "true", "adapter__rank": "4"}
+    options |= {"optimizer__learning_rate": "0.1", "optimizer__warmup_steps": "0"}  # a step of SGD is small
     found = check_train_export_inspect(lorakit, tmp_path, "diffusers", **options)
     assert "ss_optimizer = momentum_sgd" in found["trained"]
     assert "bytes of state" not in found["plan"]

@@ -144,7 +144,7 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
     hub_id = None if path.is_dir() else hub.parse(model.base)
     if hub_id is None:
         return _of_folder(path, model, title=path.resolve().name)
-    folder, commit = hub.find(hub_id)
+    folder, commit = hub.find(hub_id, _check_configs)
     return _of_folder(folder, model, title=hub_id.name.partition("/")[2], source=f"{hub_id.name}@{commit}")
 
 
@@ -170,7 +170,7 @@ def pin(model: ModelConfig) -> ModelConfig:
         LorakitError: as `describe`, where a hub id cannot be found.
     """
     hub_id = hub.parse(model.base) if model.base != BUNDLED and not Path(model.base).expanduser().exists() else None
-    return model if hub_id is None else replace(model, base=f"{hub_id.name}@{hub.find(hub_id)[1]}")
+    return model if hub_id is None else replace(model, base=f"{hub_id.name}@{hub.find(hub_id, _check_configs)[1]}")
 
 
 def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") -> BaseInfo:
@@ -352,12 +352,25 @@ def of_pipeline(name: str) -> FamilySpec | None:
     return None if name.startswith(OTHERS) else max(fitting, key=lambda spec: len(spec.pipeline), default=None)
 
 
-def _family(path: Path, index: dict[str, Any]) -> FamilySpec:
+def _check_configs(title: str, folder: Path) -> None:
+    """Refuse by its configs, as far as they are there, a model that is not trained."""
+    spec = _family(title, _index(folder))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        _check_schedule(title, weight_files.read_json(scheduler), flow=spec.predicts_flow)
+
+
+def _family(base: Path | str, index: dict[str, Any]) -> FamilySpec:
     name = str(index.get("_class_name", "unknown"))
     spec = of_pipeline(name)
-    if spec is not None:
-        return spec
-    raise LorakitError(f"base {path} is a {name}; lorakit trains {registry.version_titles()}")
+    if spec is None:
+        raise LorakitError(f"base {base} is a {name}; lorakit trains {registry.version_titles()}")
+    for encoder in spec.text_encoders:
+        if not encoder.optional and index.get(encoder.name, [None, "there"]) == [None, None]:
+            raise LorakitError(
+                f"base {base} is a {name} without {encoder.name}, as SDXL's refiner is: give the base model instead"
+            )
+    return spec
 
 
 def _check_channels(path: Path, into: int, latent: int) -> None:
@@ -366,7 +379,7 @@ def _check_channels(path: Path, into: int, latent: int) -> None:
     raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
 
 
-def _check_schedule(path: Path, scheduler: Mapping[str, object], *, flow: bool) -> None:
+def _check_schedule(base: Path | str, scheduler: Mapping[str, object], *, flow: bool) -> None:
     """Refuse the noise schedule of another kind of model: an adapter trained on ours would not fit it."""
     name, schedule = str(scheduler.get("_class_name", "")), ""
     if name.startswith("EDM") or "sigma_data" in scheduler:
@@ -377,7 +390,7 @@ def _check_schedule(path: Path, scheduler: Mapping[str, object], *, flow: bool) 
         other = {key: value for key in SCHEDULE if (value := scheduler.get(key)) != SCHEDULE[key]}
         schedule = f"another noise schedule ({', '.join(f'{k} {v}' for k, v in other.items())})" if other else ""
     if schedule:
-        raise LorakitError(f"base {path} was trained with {schedule}, which lorakit does not do: give another base")
+        raise LorakitError(f"base {base} was trained with {schedule}, which lorakit does not do: give another base")
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -431,9 +444,11 @@ _KINDS = {
 
 def _what_file(path: Path) -> str:
     """What a single file that is no whole model is, and what to do; continues "base NAME ...". Empty for a model."""
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         return f"is a pickle, which can run code when it is read; {CONVERT}"
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() == ".gguf":
+        return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
+    if path.suffix.lower() != ".safetensors":
         return "is a file, not a base model: give a .safetensors file or a folder in diffusers layout"
     kind = safetensors_header.kind(safetensors_header.read(path).shapes())
     return _KINDS.get(kind, "")

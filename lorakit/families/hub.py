@@ -7,7 +7,7 @@ for until another revision is asked for: nothing is looked up, so a run is the s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +22,11 @@ FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 # Half precision is half the download and all that a frozen base needs.
 VARIANTS = ("fp16", "bf16", None)
 _ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
+# A repository's page as the browser shows it, and one of its files.
+_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/tree/([\w./-]+?))?/?(?:[?#].*)?"
+)
+_FILE_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/(?:blob|resolve|raw)/.*")
 
 
 @dataclass(frozen=True)
@@ -33,21 +38,42 @@ class HubId:
 
 
 def parse(base: str) -> HubId | None:
-    """The hub id that a base is, or None: a path whose first folder is there, and a file's name, are none."""
+    """The hub id that a base is, or None: a path whose first folder is there, and a file's name, are none.
+
+    Raises:
+        LorakitError: a link that is no repository's page.
+    """
+    if "://" in base:
+        return _parse_link(base)
     match = _ID.fullmatch(base)
-    if not match or base.startswith(".") or base.endswith(".safetensors") or Path(base.partition("/")[0]).is_dir():
+    file = base.lower().endswith(".safetensors")
+    if not match or base.startswith(".") or file or Path(base.partition("/")[0]).is_dir():
         return None
     return HubId(match[1], match[2] or "main")
 
 
-def find(hub_id: HubId) -> tuple[Path, str]:
+def _parse_link(link: str) -> HubId:
+    if page := _PAGE.fullmatch(link):
+        return HubId(page[1], page[2] or "main")
+    if file := _FILE_PAGE.fullmatch(link):
+        raise LorakitError(
+            f"base {link} is one file: download it and give its path, or give {file[1]} for the whole model"
+        )
+    raise LorakitError(f"base {link} is a link: download the model and give its path, or give a hub id, owner/name")
+
+
+def find(hub_id: HubId, check: Callable[[str, Path], object] = lambda title, folder: None) -> tuple[Path, str]:
     """Folder in the cache, and the commit that it is of. Only where the cache lacks it is the network asked.
+
+    Args:
+        check: refuses a model by its title and a folder with model_index.json, and later the other configs; nothing
+            larger is fetched before it returns.
 
     Raises:
         LorakitError: there is no such model or revision, it is gated, it is not in diffusers layout, or the network
-            cannot be reached.
+            cannot be reached; or as `check` does.
     """
-    folder = cached(hub_id) or _fetch(hub_id)
+    folder = cached(hub_id) or _fetch(hub_id, check)
     return folder, folder.name
 
 
@@ -75,7 +101,7 @@ def _complete(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in parts & {*COMPONENTS, *FOLDERS})
 
 
-def _fetch(hub_id: HubId) -> Path:
+def _fetch(hub_id: HubId, check: Callable[[str, Path], object]) -> Path:
     from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
     title = f"{hub_id.name}@{hub_id.revision}" if hub_id.revision != "main" else hub_id.name
@@ -86,7 +112,13 @@ def _fetch(hub_id: HubId) -> Path:
     try:
         info = HfApi().model_info(hub_id.name, revision=hub_id.revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
-        folder = snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=base_files(title, names))
+        if "model_index.json" in names:
+            index = snapshot_download(hub_id.name, revision=info.sha, allow_patterns=["model_index.json"])
+            check(title, Path(index))
+        files = base_files(title, names)
+        configs = [name for name in files if name.endswith(".json")]
+        check(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=configs)))
+        folder = snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
         _refuse(hub_id, title, error)
     return Path(folder)

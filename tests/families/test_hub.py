@@ -31,16 +31,39 @@ from lorakit.training import run as train
         ("owner/name@fp16", hub.HubId("owner/name", "fp16")),
         ("owner/name.x@refs/pr/3", hub.HubId("owner/name.x", "refs/pr/3")),
         (f"owner/name@{COMMIT}", hub.HubId("owner/name", COMMIT)),
+        ("https://huggingface.co/owner/name", hub.HubId("owner/name")),
+        ("https://huggingface.co/owner/name/", hub.HubId("owner/name")),
+        ("http://hf.co/owner/name.x?library=diffusers", hub.HubId("owner/name.x")),
+        ("https://huggingface.co/owner/name/tree/main", hub.HubId("owner/name", "main")),
+        ("https://huggingface.co/owner/name/tree/refs/pr/3/", hub.HubId("owner/name", "refs/pr/3")),
         ("pocket", None),
         ("/models/sd15", None),
         ("./models/sd15", None),
         ("models/sd15/base", None),
         ("models/v1-5.safetensors", None),
+        ("models/v1-5.SAFETENSORS", None),
         ("C:\\models\\sd15", None),
     ],
 )
 def test_what_is_a_hub_id(text: str, expected: hub.HubId | None) -> None:
     assert hub.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("link", "words"),
+    [
+        (
+            "https://huggingface.co/o/n/blob/main/x.safetensors",
+            "is one file: download it and give its path, or give o/n",
+        ),
+        ("https://huggingface.co/o/n/resolve/main/x.safetensors?download=true", "or give o/n for the whole model"),
+        ("https://civitai.com/models/1?modelVersionId=2", "is a link: download the model and give its path"),
+    ],
+)
+def test_a_link_that_is_no_repository_is_refused_with_the_way(link: str, words: str) -> None:
+    with pytest.raises(LorakitError) as caught:
+        families.describe(link)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_below_a_folder_that_is_there_nothing_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +209,39 @@ def test_why_a_base_cannot_be_had_is_said(base: str, words: str, tmp_path: Path)
         said = describe(base, endpoint, tmp_path / "home")
         assert said.startswith(words.format(endpoint)) and said.endswith("or give a folder or a file")
         assert "\n" not in said
+
+
+FLUX = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+REFINER = {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]}
+EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("index", "scheduler", "words", "count"),
+    [
+        (FLUX, {}, "base org/tiny is a FluxPipeline; lorakit trains ", 1),
+        (REFINER, {}, "without text_encoder, as SDXL's refiner is: give the base model instead", 1),
+        ({"_class_name": "StableDiffusionXLPipeline"}, EDM, "base org/tiny was trained with EDM's noise", 2),
+    ],
+    ids=["flux", "refiner", "edm"],
+)
+def test_what_is_not_trained_is_refused_before_weights_are_fetched(
+    index: dict[str, Any], scheduler: dict[str, Any], words: str, count: int, tmp_path: Path
+) -> None:
+    files = {"model_index.json": json.dumps(index), "scheduler/scheduler_config.json": json.dumps(scheduler)}
+    for part, stem in hub.COMPONENTS.items():
+        files |= {f"{part}/config.json": "{}", f"{part}/{stem}.safetensors": "weights"}
+    for name, content in files.items():
+        path = tmp_path / "served" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    asked: list[str] = []
+    with hub_server.serve(tmp_path / "served", asked) as endpoint:
+        refusal = describe("org/tiny", endpoint, tmp_path / "home")
+    assert words in refusal, refusal
+    assert not [path for path in asked if path.endswith(".safetensors")]
+    assert any("model_index.json" in path for path in asked)
+    assert any("scheduler_config.json" in path for path in asked) == (count > 1)
 
 
 @pytest.mark.parametrize("t5", [True, False])

@@ -183,4 +183,17 @@ RUNNING = {
     "the file reproduces the trained adapter: effect {effect}, difference {error} of the effect": (
         "檔案重現了訓練所得的 adapter：影響 {effect}，差距為其中的 {error}"
     ),
+    # -- 基礎模型
+    "base {link} is a link: download the model and give its path, or give a hub id, owner/name": (
+        "基礎模型 {link} 是連結：請下載模型並指定其路徑，或指定 hub id（owner/name）"
+    ),
+    "base {link} is one file: download it and give its path, or give {name} for the whole model": (
+        "基礎模型 {link} 是單一檔案：請下載並指定其路徑，或指定 {name} 以使用整個模型"
+    ),
+    "base {base} is a {name} without {encoder}, as SDXL's refiner is: give the base model instead": (
+        "基礎模型 {base} 是沒有 {encoder} 的 {name}，如同 SDXL 的 refiner：請改為指定 base 模型"
+    ),
+    "base {file} is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file": (
+        "基礎模型 {file} 是 GGUF 檔，lorakit 不讀取其權重：請指定模型的 .safetensors 檔"
+    ),
 }

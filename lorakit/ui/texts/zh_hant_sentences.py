@@ -431,9 +431,6 @@ SENTENCES = {
     "{path}: not a JSON object": "{path}：不是 JSON 物件",
     "{path}: this is {what:said}": "{path}：這是{what:said}",
     "an adapter": "adapter",
-    "a LyCORIS adapter, whose algorithm lorakit does not train or convert": (
-        "LyCORIS adapter，lorakit 不訓練也不轉換它的演算法"
-    ),
     "a whole model (a checkpoint), not an adapter": "完整的模型（checkpoint），不是 adapter",
     "a whole model (a checkpoint), not an adapter; it predicts {kind:words}, {why:said}": (
         "完整的模型（checkpoint），不是 adapter；預測 {kind:words}，{why:said}"
