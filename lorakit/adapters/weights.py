@@ -240,7 +240,7 @@ class ForeignLayer:
         whole = self.parts.get("diff", self.parts.get("w_norm"))
         if whole is None:
             raise LorakitError(
-                f"{self.method} is computed from the weights of a base and has no change of its own: merge it into its "
+                f"{self.method} is computed from the weights of a base and has no change without it: merge it into its "
                 "base first, then extract a LoRA from the merged model"
             )
         return whole.float()

@@ -86,7 +86,7 @@ def write(stream: TextIO, text: str) -> bool:
         stream.flush()
         return True
     except (OSError, ValueError):  # ValueError: the stream was closed
-        # Python would try once more at exit to write what is in the buffer, and complain.
+        # At exit Python would write the rest of the buffer and report the error.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False

@@ -83,7 +83,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What every method has: its size, and the layers it enters. A method without options of its own adds no class."""
+    """What every method has: its size, and the layers it enters. A method without further options adds no class."""
 
     rank: int = option(16, "Rank of the update.", low=1, high=1024)
     alpha: float | None = option(None, "Scale is alpha / rank. Unset: alpha = rank, so that the scale is 1.", above=0)

@@ -143,6 +143,7 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
         return _of_file(path, model)
     hub_id = None if path.is_dir() else hub.parse(model.base)
     if hub_id is None:
+        hub.refuse_link(model.base)
         return _of_folder(path, model, title=path.resolve().name)
     folder, commit = hub.find(hub_id, _check_configs)
     return _of_folder(folder, model, title=hub_id.name.partition("/")[2], source=f"{hub_id.name}@{commit}")

@@ -38,13 +38,9 @@ class HubId:
 
 
 def parse(base: str) -> HubId | None:
-    """The hub id that a base is, or None: a path whose first folder is there, and a file's name, are none.
-
-    Raises:
-        LorakitError: a link that is no repository's page.
-    """
-    if "://" in base:
-        return _parse_link(base)
+    """The hub id that a base is, or None: a path whose first folder is there, and a file's name, are none."""
+    if page := _PAGE.fullmatch(base):
+        return HubId(page[1], page[2] or "main")
     match = _ID.fullmatch(base)
     file = base.lower().endswith(".safetensors")
     if not match or base.startswith(".") or file or Path(base.partition("/")[0]).is_dir():
@@ -52,9 +48,10 @@ def parse(base: str) -> HubId | None:
     return HubId(match[1], match[2] or "main")
 
 
-def _parse_link(link: str) -> HubId:
-    if page := _PAGE.fullmatch(link):
-        return HubId(page[1], page[2] or "main")
+def refuse_link(link: str) -> None:
+    """Raise for a link, none of which is a base but a repository's page."""
+    if "://" not in link:
+        return
     if file := _FILE_PAGE.fullmatch(link):
         raise LorakitError(
             f"base {link} is one file: download it and give its path, or give {file[1]} for the whole model"

@@ -268,7 +268,7 @@ def other_model(shapes: Shapes, metadata: Mapping[str, str]) -> tuple[models.Mod
 def adapter_family(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, str]:
     """An adapter's family and its source: its metadata, its names, or the width of the text it attends to.
 
-    Metadata of another program that contradicts names and widths is not believed. Where nothing tells, the first
+    Metadata of another program that contradicts names and widths is ignored. Where nothing tells, the first
     family's; the second value then says so.
     """
     tagged, evidence = meta.family(metadata), _evidence(by_stem, shapes)

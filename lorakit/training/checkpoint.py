@@ -115,7 +115,7 @@ def _require_folder(run: Path, step: int) -> None:
     if not run.is_dir():
         raise LorakitError(
             f"step {step}: {run} is gone: it was deleted or moved while it was trained in, so nothing can be "
-            "saved; start anew with: lorakit train"
+            "saved; start again with: lorakit train"
         )
 
 

@@ -113,7 +113,7 @@ def resume(
     listeners: Sequence[Listener] = (),
     stop: Stop | None = None,
 ) -> Result:
-    """Continue a run exactly where its newest whole checkpoint stands; without one it begins anew in its folder.
+    """Continue a run exactly where its newest whole checkpoint stands; without one it starts from step 0 in its folder.
 
     Args:
         from_checkpoint: name or step of an earlier checkpoint to go back to; those after it are set aside.
@@ -142,12 +142,12 @@ def resume(
 
 
 def _checkpoint(run: RunFolder, name: str, events: Events) -> Path | None:
-    """The checkpoint to go on from: the one named, else the newest whole one. None where the run begins anew."""
+    """The checkpoint to go on from: the one named, else the newest whole one. None where the run starts from step 0."""
     if name:
         return checkpoint.named(run.checkpoints, name)
     newest = checkpoint.whole(run.checkpoints, functools.partial(events.say, warning=True))
     if newest is None and any(run.events("step")):
-        events.say(f"{run.path} has no whole checkpoint: the run begins anew", warning=True)
+        events.say(f"{run.path} has no whole checkpoint: the run starts again from step 0", warning=True)
     elif newest is not None and newest != checkpoint.latest(run.checkpoints):
         events.say(f"going on from {newest.name}, the newest whole checkpoint", warning=True)
     return newest

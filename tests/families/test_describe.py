@@ -308,6 +308,8 @@ def test_pickles_and_other_files(tmp_path: Path) -> None:
         path = tmp_path / f"model.{suffix}"
         path.touch()
         assert "is a pickle" in refusal(path)
+    (tmp_path / "model.GGUF").touch()
+    assert "is a GGUF file, whose weights lorakit does not read" in refusal(tmp_path / "model.GGUF")
     (tmp_path / "photo.jpg").touch()
     assert "is a file, not a base model" in refusal(tmp_path / "photo.jpg")
     broken = safetensors_by_hand.write(tmp_path / "half.safetensors", {"x": (100,)}, missing_bytes=50)

@@ -25,13 +25,13 @@ RUNNING = {
     "cannot write to {path}: {why}; give another --output": "無法寫入 {path}：{why}；請換一個資料夾",
     "{path} is not a run folder: it has no {file}": "{path} 不是執行資料夾：沒有 {file}",
     "step {step}: {folder} is gone: it was deleted or moved while it was trained in, so nothing can be saved; start "
-    "anew with: lorakit train": "第 {step} 步：{folder} 不見了：訓練期間被刪除或移走，什麼都無法儲存；請重新開始訓練",
+    "again with: lorakit train": "第 {step} 步：{folder} 不見了：訓練期間被刪除或移走，什麼都無法儲存；請重新開始訓練",
     "{what} cannot be written ({why}); the run goes on without: make room for it": (
         "無法寫入{what}（{why}）；訓練會繼續，請騰出空間"
     ),
     "a log of the run cannot be written ({why}); the run goes on without it": "無法寫入執行紀錄（{why}）；訓練會繼續",
     "{path} was begun by another process just now; give another --output": "{path} 剛被另一個程序使用；請換一個資料夾",
-    "{path} has no whole checkpoint: the run begins anew": "{path} 沒有完好的檢查點：從頭開始訓練",
+    "{path} has no whole checkpoint: the run starts again from step 0": "{path} 沒有完好的檢查點：從頭開始訓練",
     "set aside, to be deleted when you like: {names}": "已移到一旁，可隨時刪除：{names}",
     "{path} is being trained by process {pid}; stop that first": "{path} 正由程序 {pid} 訓練中；請先停止它",
     "{path} is damaged; the checkpoints beside it are not touched by that": "{path} 已損壞；旁邊的檢查點不受影響",
