@@ -5,6 +5,8 @@ All arithmetic is in float32.
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer
 from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.families import ldm
+from lorakit.families import hub, ldm, weight_files
 from lorakit.formats import files, keys
 from lorakit.formats.edit.resize_combine import full_rank, resize
 
@@ -106,11 +108,21 @@ def merge(weights: AdapterWeights, base: Path, output: Path, strength: float = 1
         raise LorakitError(f"{output}: exists already; name a new folder")
     if not (base / "model_index.json").is_file():
         raise LorakitError(f"{base}: not a base model in diffusers layout (no model_index.json)")
-    files.require_space(_existing(output), sum(f.stat().st_size for f in base.rglob("*.safetensors")))
+    index = weight_files.read_json(base / "model_index.json")
+    parts = {name: part_files(base / name) for name, value in index.items() if isinstance(value, list)}
+    files.require_space(_existing(output), sum(file.stat().st_size for paths in parts.values() for file in paths))
     temporary = atomic.temporary_path(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.copytree(base, temporary, ignore=shutil.ignore_patterns("*.bin", "*.ckpt", "*.msgpack", ".*"))
+        for name, paths in parts.items():
+            for file in paths:
+                (temporary / name).mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, temporary / name)
+        for file in base.glob("LICEN[CS]E*"):
+            shutil.copy2(file, temporary)
+        # A part that is not there, such as the safety checker of a base from the hub, is not asked for either.
+        index |= {name: [None, None] for name, paths in parts.items() if not paths}
+        files.write_bytes(temporary / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
         for part in {keys.component(name) for name in (*weights.layers, *weights.biases)}:
             folder = temporary / keys.to_diffusers_name(part, weights.family)
             _merge_component(folder, part, Merger(weights, strength, only=part))
@@ -118,6 +130,29 @@ def merge(weights: AdapterWeights, base: Path, output: Path, strength: float = 1
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return output
+
+
+# Weights in the forms of other libraries and exporters, all of them twins of those that diffusers reads.
+_TWINS = re.compile(r"(openvino|flax|tf|rust)_model.*|.*\.(xml|onnx\w*|pb|msgpack|h5|ot|ckpt|pth?|gguf|tflite)|\..*")
+
+
+def part_files(folder: Path) -> list[Path]:
+    """The files of one part of a base that diffusers and transformers read; of its weights every precision.
+
+    Pickles are among them only where a part that lorakit does not read, such as a safety checker, has nothing else.
+    """
+    if not re.fullmatch(r"\w+", folder.name) or not folder.is_dir():
+        return []
+    plain = [path for path in sorted(folder.iterdir()) if path.is_file() and not _TWINS.fullmatch(path.name)]
+    indexes = [path for path in plain if ".safetensors.index" in path.name]
+    shards = {name for path in indexes for name in weight_files.read_json(path).get("weight_map", {}).values()}
+    stem = hub.COMPONENTS.get(folder.name, "model")
+    ours = re.compile(rf"{stem}(\.\w+)?(-\d+-of-\d+(\.\w+)?)?\.safetensors")
+    weights = [p for p in plain if p.suffix == ".safetensors" and (p.name in shards or ours.fullmatch(p.name))]
+    pickles = [path for path in plain if path.suffix == ".bin" or ".bin.index" in path.name]
+    if folder.name not in hub.COMPONENTS and not weights:
+        return plain
+    return [p for p in plain if p in weights or not (p in pickles or p.suffix == ".safetensors")]
 
 
 def extract(
@@ -156,9 +191,9 @@ def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:
         header = safetensors_header.read(folder)
         loaded = ldm.tensors(header, ldm.read(header).parts[part])
         return {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in loaded}
-    paths = sorted((folder / place).glob("*.safetensors"))
-    if not paths:
+    if not any((folder / place).glob("*.safetensors")):
         raise LorakitError(f"{folder}: not a base model in diffusers layout (no {place}/*.safetensors)")
+    paths, _ = weight_files.weight_files(folder / place, hub.COMPONENTS[place])
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
         safetensors_header.read(path)

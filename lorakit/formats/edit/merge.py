@@ -1,7 +1,7 @@
 """Merging an adapter into a base for good, where the base or what comes out is a single file in LDM layout.
 
-Arithmetic is `merging.merged`'s, in float32; every tensor keeps its dtype, but fp8 becomes fp16. Between folders
-`merging.merge` does it.
+Arithmetic is `extract.merged`'s, in float32; every tensor keeps its dtype, but fp8 becomes fp16. Between folders
+`extract.merge` does it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.families import ldm, scaled_weight
+from lorakit.families import hub, ldm, scaled_weight, weight_files
 from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
 from lorakit.formats import files
 from lorakit.formats.edit import extract
@@ -60,7 +60,7 @@ def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1
     output = Path(output)
     if output.exists():
         raise LorakitError(f"{output}: exists already; name a new one")
-    single = output.suffix == ".safetensors"
+    single = output.suffix.lower() == ".safetensors"
     if base.slots is None and not single:
         return extract.merge(weights, base.path, output, strength)
     room = next(parent for parent in output.absolute().parents if parent.is_dir())
@@ -202,10 +202,8 @@ def _file_to_folder(
 
 
 def _headers(folder: Path) -> Iterator[safetensors_header.Header]:
-    """The headers of a part's files in full precision; of a variant where there are only those."""
-    paths = sorted(folder.glob("*.safetensors"))
-    full_precision = [path for path in paths if not path.name.endswith((".fp16.safetensors", ".bf16.safetensors"))]
-    for path in full_precision or paths:
+    """The headers of a part's files, as `weight_files` chooses them."""
+    for path in weight_files.weight_files(folder, hub.COMPONENTS[folder.name])[0]:
         yield safetensors_header.read(path)
 
 
