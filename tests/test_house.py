@@ -224,8 +224,6 @@ def test_every_option_is_read_somewhere() -> None:
 MAY_COMPARE_NAMES = {
     # States the patterns of kohya's, PEFT's and diffusers' tensor names; `Module` says the spelling to everybody else.
     "formats/identify.py": "owns the spellings",
-    # Tells what a single file in the original layout leaves out. That layout exists for SD1, SD2 and SDXL only.
-    "families/single_file.py": "is about three families only",
     # Asks whether the installed diffusers, a program and not the format of that name, can read the file.
     "training/selfcheck.py": "runs diffusers' loader",
 }

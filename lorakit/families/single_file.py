@@ -1,127 +1,102 @@
-"""A base in one file: the configuration that diffusers needs of each part, from the shapes of its tensors. No torch.
+"""A base in one file: names and configurations of the parts that families share, an autoencoder and CLIP. No torch.
 
-What shapes do not tell is the same in all models of a family and written down here; each value is that of the
-published model in diffusers layout (CompVis, StabilityAI).
+What shapes do not tell is the same in all models of a version and written down in the family's `single_file.py`; each
+value is that of the published model in diffusers layout (CompVis, StabilityAI). Names: CompVis/latent-diffusion (the
+autoencoder's modules), OpenCLIP's text model.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from lorakit.families import ldm
+from lorakit.families.ldm import Pointwise, Transposed, count
+from lorakit.families.spec import Configs, FilePart, Shapes
 
-Shapes = Mapping[str, tuple[int, ...]]
-PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 CLASSES |= {"text_encoder_2": "CLIPTextModelWithProjection"}
-SCALING = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
-SIDES = {"sd1": 512, "sd2": 512, "sdxl": 1024}
-# Width of an attention head; SD1 has eight heads whatever their width.
-HEAD, SD1_HEADS = 64, 8
-_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+# Width of an attention head of CLIP.
+HEAD = 64
+# The noise schedule of every Stable Diffusion before 3.
+SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+RESNETS = r"\w+(\.\d+)?\.resnets\.\d+\.(norm[12]|conv[12]|time_emb_proj|conv_shortcut)|\w+\.\d\.\w+samplers\.0\.conv"
+_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_OPENCLIP_TOP = {
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "ln_final": "text_model.final_layer_norm",
+    "text_projection": Transposed("text_projection.weight"),
+}
+_OPENCLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
 
 
-def configs(checkpoint: ldm.Checkpoint) -> dict[str, dict[str, Any]]:
+def configs(checkpoint: ldm.Checkpoint) -> Configs:
     """What the config.json of each part in diffusers layout would say; with "scheduler" and "model_index"."""
-    family = checkpoint.family
     shapes = {part: {name: slot.shape for name, slot in slots.items()} for part, slots in checkpoint.parts.items()}
-    side = 768 if family == "sd2" and checkpoint.prediction.type == "v_prediction" else SIDES[family]
-    parts = {"unet": unet(shapes["unet"], family, side), "vae": vae(shapes["vae"], family, side)}
-    for name in [part for part in shapes if part.startswith("text_encoder")]:
-        parts[name] = text(shapes[name], openclip=(family, name) in ldm.OPENCLIP)
-    if family == "sdxl":
-        pooled = parts["text_encoder_2"]["projection_dim"]
-        wide = parts["unet"]["projection_class_embeddings_input_dim"]
-        parts["unet"]["addition_time_embed_dim"] = (wide - pooled) // 6
-    parts["scheduler"] = scheduler(family, checkpoint.prediction.type, checkpoint.prediction.zero_snr)
-    parts["model_index"] = model_index(family, parts)
-    return parts
+    prediction = checkpoint.prediction
+    return ldm.layout_of(checkpoint.family).configs(shapes, prediction.type, prediction.zero_snr)
 
 
-def unet(shapes: Shapes, family: str, side: int) -> dict[str, Any]:
-    """UNet2DConditionModel's."""
-    levels = _count(shapes, r"down_blocks\.(\d+)\.")
-    channels = [shapes[f"down_blocks.{n}.resnets.0.conv1.weight"][0] for n in range(levels)]
-    down, up = (_depths(shapes, side, levels) for side in ("down", "up"))
-    middle = _depth(shapes, "mid_block.attentions.0")
-    # The last number is the middle block's too: SD1 and SD2 have attention there and not in the last block.
-    depths = [_uniform(depth) or 1 for depth in down[:-1]] + [_uniform(down[-1]) or middle or 1]
-    text = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
-    linear = len(next(shape for name, shape in shapes.items() if name.endswith("proj_in.weight"))) == 2
-    config: dict[str, Any] = {
-        "_class_name": CLASSES["unet"],
-        "sample_size": side // 8,
-        "in_channels": shapes["conv_in.weight"][1],
-        "out_channels": shapes["conv_out.weight"][0],
-        "block_out_channels": channels,
-        "layers_per_block": _count(shapes, r"down_blocks\.0\.resnets\.(\d+)\."),
-        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in down],
-        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in up],
-        "transformer_layers_per_block": depths,
-        "cross_attention_dim": text,
-        # diffusers' name for the number of heads.
-        "attention_head_dim": [width // HEAD for width in channels] if family != "sd1" else SD1_HEADS,
-        "use_linear_projection": linear,
-    }
-    # Of distilled models: SSD-1B, Vega and KOALA (of SDXL), BK-SDM (of SD1).
-    mirrored = [_uniform(depth) or 1 for depth in up]
-    if mirrored != [depth if up[n] else 1 for n, depth in enumerate(reversed(depths))]:
-        config["reverse_transformer_layers_per_block"] = mirrored
-    if not middle:
-        config["mid_block_type"] = "UNetMidBlock2D" if "mid_block.resnets.0.conv1.weight" in shapes else None
-    if family == "sd2":
-        config["upcast_attention"] = True
-    if family == "sdxl":
-        config |= {
-            "addition_embed_type": "text_time",
-            "projection_class_embeddings_input_dim": shapes["add_embedding.linear_1.weight"][1],
-        }
-    return config
+def vae_names(shapes: Shapes, theirs: bool) -> dict[str, str]:
+    """See `FilePart.names`. The decoder has a resnet more at each level and counts levels from the bottom."""
+    level, block = (r"encoder\.down\.", r"\.block\.") if theirs else (r"encoder\.down_blocks\.", r"\.resnets\.")
+    levels, layers = count(shapes, rf"{level}(\d+)\."), count(shapes, rf"{level}0{block}(\d+)\.")
+    table = {name: name for name in ("quant_conv", "post_quant_conv")}
+    for side in ("encoder", "decoder"):
+        table |= {f"{side}.conv_in": f"{side}.conv_in", f"{side}.conv_out": f"{side}.conv_out"}
+        table[f"{side}.norm_out"] = f"{side}.conv_norm_out"
+        pairs = [(f"{side}.mid.block_{n + 1}", f"{side}.mid_block.resnets.{n}") for n in range(2)]
+        for leaf, name in _VAE_ATTENTION.items():
+            ours = f"{side}.mid_block.attentions.0.{name}"
+            table[f"{side}.mid.attn_1.{leaf}"] = ours if leaf == "norm" else Pointwise(ours)
+        way, step, resnets = ("down", "downsample", layers) if side == "encoder" else ("up", "upsample", layers + 1)
+        for n in range(levels):
+            theirs_n, ours = f"{side}.{way}.{n}", f"{side}.{way}_blocks.{n if side == 'encoder' else levels - 1 - n}"
+            pairs += [(f"{theirs_n}.block.{k}", f"{ours}.resnets.{k}") for k in range(resnets)]
+            table[f"{theirs_n}.{step}.conv"] = f"{ours}.{step}rs.0.conv"
+        for a, b in pairs:
+            table |= {f"{a}.{leaf}": f"{b}.{leaf}" for leaf in ("norm1", "conv1", "norm2", "conv2")}
+            table[f"{a}.nin_shortcut"] = f"{b}.conv_shortcut"
+    return table
 
 
-def _depth(shapes: Shapes, place: str) -> int:
-    """Transformer blocks of one attention."""
-    return _count(shapes, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.")
+def openclip_names(shapes: Shapes, theirs: bool) -> ldm.Names:
+    """See `FilePart.names`: OpenCLIP has q, k and v in one."""
+    names: dict[str, str | tuple[str, ...]] = dict(_OPENCLIP_TOP)
+    pattern = r"transformer\.resblocks\.(\d+)\." if theirs else r"text_model\.encoder\.layers\.(\d+)\."
+    for n in range(count(shapes, pattern)):
+        block, layer = f"transformer.resblocks.{n}", f"text_model.encoder.layers.{n}"
+        names |= {f"{block}.{leaf}": f"{layer}.{name}" for leaf, name in _OPENCLIP_LAYER.items()}
+        for kind in ("weight", "bias"):
+            names[f"{block}.attn.in_proj_{kind}"] = tuple(f"{layer}.self_attn.{q}_proj.{kind}" for q in "qkv")
+    return names
 
 
-def _depths(shapes: Shapes, side: str, levels: int) -> list[list[int]]:
-    """Transformer blocks of each attention of each block on the way down or up."""
-    return [
-        [
-            _depth(shapes, f"{side}_blocks.{n}.attentions.{k}")
-            for k in range(_count(shapes, rf"{side}_blocks\.{n}\.attentions\.(\d+)\."))
-        ]
-        for n in range(levels)
-    ]
-
-
-def _uniform(depths: list[int]) -> int | list[int]:
-    """One number where all are equal; 0 where there are none."""
-    return depths if len(set(depths)) > 1 else next(iter(depths), 0)
-
-
-def vae(shapes: Shapes, family: str, side: int) -> dict[str, Any]:
-    """AutoencoderKL's."""
-    levels = _count(shapes, r"encoder\.down_blocks\.(\d+)\.")
+def vae_config(shapes: Shapes, side: int, **facts: object) -> dict[str, Any]:
+    """What the config.json of an AutoencoderKL would say, with what its shapes do not tell."""
+    levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
     return {
         "_class_name": CLASSES["vae"],
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": shapes["decoder.conv_in.weight"][1],
         "block_out_channels": [shapes[f"encoder.down_blocks.{n}.resnets.0.conv1.weight"][0] for n in range(levels)],
-        "layers_per_block": _count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "layers_per_block": count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "sample_size": side,
-        "scaling_factor": SCALING[family],
-        "force_upcast": family == "sdxl",
+        **facts,
     }
 
 
-def text(shapes: Shapes, *, openclip: bool) -> dict[str, Any]:
-    """CLIPTextConfig's. OpenAI's text model has the quick GELU; OpenCLIP's the true one, and it pads with word 0."""
+def text_config(shapes: Shapes, *, openclip: bool) -> dict[str, Any]:
+    """The same of CLIP's text model. OpenAI's has the quick GELU; OpenCLIP's has the true one and pads with word 0."""
     words, width = shapes["text_model.embeddings.token_embedding.weight"]
     projection = shapes.get("text_projection.weight", (width,))[0]
     return {
@@ -130,7 +105,7 @@ def text(shapes: Shapes, *, openclip: bool) -> dict[str, Any]:
         "vocab_size": words,
         "hidden_size": width,
         "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_hidden_layers": count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": width // HEAD,
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "hidden_act": "gelu" if openclip else "quick_gelu",
@@ -142,32 +117,45 @@ def text(shapes: Shapes, *, openclip: bool) -> dict[str, Any]:
     }
 
 
-def scheduler(family: str, prediction: str, zero_snr: bool) -> dict[str, Any]:
-    """The sampler that the published model names, on the schedule all of them were trained with."""
-    config = {**_SCHEDULE, "prediction_type": prediction, "steps_offset": 1}
-    ddim = {"_class_name": "DDIMScheduler", **config, "clip_sample": False, "set_alpha_to_one": False}
-    if zero_snr:
-        # Lin et al. 2023, arXiv 2305.08891: sampling must begin at the last timestep, where there is noise alone.
-        return ddim | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if family == "sdxl":
-        return {"_class_name": "EulerDiscreteScheduler", **config, "timestep_spacing": "leading"}
-    if prediction == "v_prediction":
-        return ddim
-    return {"_class_name": "PNDMScheduler", **config, "skip_prk_steps": True, "set_alpha_to_one": False}
-
-
-def model_index(family: str, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """model_index.json's."""
-    index: dict[str, Any] = {"_class_name": PIPELINES[family]}
-    for name in parts:
-        library = "transformers" if name.startswith("text_encoder") else "diffusers"
-        index[name] = [library, CLASSES.get(name) or parts[name]["_class_name"]]
-        if name.startswith("text_encoder"):
+def model_index(pipeline: str, parts: Configs, **facts: object) -> dict[str, Any]:
+    """What model_index.json would say of a pipeline with these parts."""
+    index: dict[str, Any] = {"_class_name": pipeline}
+    for name, part in parts.items():
+        is_encoder = name.startswith("text_encoder")
+        kind = part["architectures"][0] if is_encoder else part["_class_name"]
+        index[name] = ["transformers" if is_encoder else "diffusers", kind]
+        if is_encoder:
             index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
-    if family == "sdxl":
-        return index | {"force_zeros_for_empty_prompt": True}
-    return index | {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    return index | facts
 
 
-def _count(names: Mapping[str, Any], pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+def ddim(prediction: str, zero_snr: bool) -> dict[str, Any]:
+    """A scheduler for v-prediction and for zero terminal SNR on the schedule of every Stable Diffusion before 3."""
+    config = {**SCHEDULE, "prediction_type": prediction, "steps_offset": 1}
+    result = {"_class_name": "DDIMScheduler", **config, "clip_sample": False, "set_alpha_to_one": False}
+    # Lin et al. 2023, arXiv 2305.08891: sampling must begin at the last timestep, where there is noise alone.
+    return result | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {})
+
+
+_CLIP = (
+    r"text_model\.(embeddings\.(token|position)_embedding|final_layer_norm"
+    r"|encoder\.layers\.\d+\.(layer_norm[12]|mlp\.fc[12]|self_attn\.([qkv]|out)_proj))\.(weight|bias)"
+)
+VAE = FilePart(
+    prefixes=("first_stage_model.",),
+    tensors=rf"((post_)?quant_conv|(en|de)coder\.(conv_in|conv_norm_out|conv_out|{RESNETS}"
+    r"|mid_block\.attentions\.0\.(group_norm|to_([qkv]|out\.0))))\.(weight|bias)",
+    names=vae_names,
+)
+
+
+def clip(*prefixes: str, projection: bool = False, optional: bool = False) -> FilePart:
+    """CLIP's text model under the names of transformers; some early files lack the level `text_model`."""
+    tensors = rf"{_CLIP}|text_projection\.weight" if projection else _CLIP
+    return FilePart(prefixes, tensors, level="text_model.", optional=optional)
+
+
+def openclip(*prefixes: str, used_layers: int | None = None) -> FilePart:
+    """OpenCLIP's text model under its own names."""
+    tensors = rf"{_CLIP}|text_projection\.weight"
+    return FilePart(prefixes, tensors, openclip_names, used_layers=used_layers)

@@ -9,9 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from lorakit.core.safetensors_header import Header
+    from lorakit.families.ldm import Names, Prediction
 
 Shapes = Mapping[str, Sequence[int]]
+# Component -> its configuration.
+Configs = dict[str, dict[str, Any]]
 
 EPSILON, VELOCITY, FLOW = "epsilon", "v_prediction", "flow_prediction"
 # Prediction type -> what ModelSpec calls it.
@@ -103,6 +109,51 @@ class Reads:
 
 
 @dataclass(frozen=True)
+class FilePart:
+    """How one component lies in a base that is a single file.
+
+    Attributes:
+        prefixes: what stands before its tensors' names; where there are several, the first is the usual one.
+        tensors: pattern of diffusers' names of the tensors that it has.
+        names: (shapes, theirs) -> the file's name of a module or tensor -> diffusers' (see `ldm.Names`), from the names
+            in the file (`theirs`) or from diffusers'; None where both are the same.
+        level: what diffusers' names begin with and some files leave out.
+        partial: pattern of what some of its blocks lack.
+        used_layers: how many of its layers the published model reads, where that is one less than it has; the rest is
+            not in diffusers layout.
+        optional: whether a file may do without.
+    """
+
+    prefixes: tuple[str, ...]
+    tensors: str
+    names: Callable[[Shapes, bool], Names] | None = None
+    level: str = ""
+    partial: str = "conv_shortcut"
+    used_layers: int | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """How bases of one version lie in a single file.
+
+    Attributes:
+        parts: component -> how it lies there.
+        marks: beginnings of names that tell the version.
+        configs: (component -> shapes, prediction type, zero terminal SNR) -> component -> what its config.json in
+            diffusers layout would say; with "scheduler" and "model_index".
+        others: beginning of a name -> what model has such names beside these.
+        guess: what the model predicts where neither a key nor the metadata says so.
+    """
+
+    parts: Mapping[str, FilePart]
+    marks: tuple[str, ...]
+    configs: Callable[[Mapping[str, Shapes], str, bool], Configs]
+    others: Mapping[str, str] = field(default_factory=dict)
+    guess: Callable[[Header], Prediction] | None = None
+
+
+@dataclass(frozen=True)
 class ModelVersion:
     """Bases whose adapters fit each other: a family, or a part of it that differs in width alone.
 
@@ -116,6 +167,7 @@ class ModelVersion:
         tag_prefixes: what `ss_base_model_version` and `modelspec.architecture` of its adapters begin with.
         key_prefixes: names of modules that only its adapters have begin with one of these.
         readers: program (a key of `compatibility.CONSUMERS`) -> what it reads; one that is absent reads nothing.
+        layout: how its bases lie in a single file; None where they are read as folders only.
     """
 
     name: str
@@ -127,6 +179,7 @@ class ModelVersion:
     readers: Mapping[str, Reads]
     cross_dim: int | None = None
     key_prefixes: tuple[str, ...] = ()
+    layout: FileLayout | None = None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,18 @@
-"""Facts of Stable Diffusion's UNet that its families share: targets, use of layers, names in files. No torch."""
+"""Facts of Stable Diffusion's UNet that its families share: targets, use of layers, names in files. No torch.
+
+Names in single files: CompVis/latent-diffusion and Stability-AI/generative-models (the modules themselves).
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
+from typing import Any
 
-from lorakit.families.spec import LayerUse, Shapes
+from lorakit.families.ldm import UNET, count
+from lorakit.families.single_file import CLASSES, RESNETS
+from lorakit.families.spec import FilePart, LayerUse, Shapes
 
 _ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
 _LINEAR = _ATTENTION + r"|\.attentions\.\d+\.proj_(in|out)$|\.ff\.net\.(0\.proj|2)$"
@@ -87,3 +94,129 @@ DOTTED_TEXT = (r"text_encoder(?:_2)?\..+",)
 DOTTED_ALL = (*DOTTED_UNET, *DOTTED_TEXT)
 COMFY_TEXT = (r"text_encoder(?:_2)?\.text_model\.(?!.*_lora$).+",)
 COMFY_DOTTED = (r"unet\.(?!.*\.attn[12]\.to_).+", *COMFY_TEXT)
+
+
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_TOP = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+
+# Width of an attention head.
+HEAD = 64
+
+
+def names(shapes: Shapes, theirs: bool) -> dict[str, str]:
+    """See `FilePart.names`."""
+    if not theirs:
+        levels, layers = count(shapes, r"down_blocks\.(\d+)\."), count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")
+        ups = {int(match[1]) for name in shapes if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
+        return table(levels, layers, ups)
+    samplers = count(shapes, r"input_blocks\.(\d+)\.0\.op\.") - 1
+    levels = 1 + sum(1 for name in shapes if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
+    layers = samplers // (levels - 1) - 1 if levels > 1 else count(shapes, r"input_blocks\.(\d+)\.") - 1
+    ups = {
+        int(match[1]) // (layers + 1)
+        for name in shapes
+        if (match := re.match(r"output_blocks\.(\d+)\.1\.proj_in\.", name))
+    }
+    return table(levels, layers, ups)
+
+
+def table(levels: int, layers: int, attention_ups: Collection[int]) -> dict[str, str]:
+    """LDM's name of a module -> diffusers', for `levels` resolutions with `layers` resnets each on the way down.
+
+    `attention_ups` are the up blocks with attention: there the upsampler comes third in its block, elsewhere second.
+    """
+    result, row = dict(_TOP), layers + 1
+    pairs = [("middle_block.0", "mid_block.resnets.0"), ("middle_block.2", "mid_block.resnets.1")]
+    result["middle_block.1"] = "mid_block.attentions.0"
+    for block in range(levels):
+        for n in range(layers):
+            place = f"input_blocks.{1 + row * block + n}"
+            pairs.append((f"{place}.0", f"down_blocks.{block}.resnets.{n}"))
+            result[f"{place}.1"] = f"down_blocks.{block}.attentions.{n}"
+        result[f"input_blocks.{row * (block + 1)}.0.op"] = f"down_blocks.{block}.downsamplers.0.conv"
+        for n in range(row):
+            place = f"output_blocks.{row * block + n}"
+            pairs.append((f"{place}.0", f"up_blocks.{block}.resnets.{n}"))
+            result[f"{place}.1"] = f"up_blocks.{block}.attentions.{n}"
+        slot = 2 if block in attention_ups else 1
+        result[f"output_blocks.{row * block + layers}.{slot}.conv"] = f"up_blocks.{block}.upsamplers.0.conv"
+    return result | {f"{a}.{leaf}": f"{b}.{name}" for a, b in pairs for leaf, name in _RESNET.items()}
+
+
+def config(shapes: Shapes, side: int, heads: int | None = None) -> dict[str, Any]:
+    """What the config.json of a UNet2DConditionModel would say; `heads`: how many, where that is not by their width."""
+    levels = count(shapes, r"down_blocks\.(\d+)\.")
+    channels = [shapes[f"down_blocks.{n}.resnets.0.conv1.weight"][0] for n in range(levels)]
+    down, up = (_depths(shapes, side, levels) for side in ("down", "up"))
+    middle = _depth(shapes, "mid_block.attentions.0")
+    # The last number is the middle block's too: SD1 and SD2 have attention there and not in the last block.
+    depths = [_uniform(depth) or 1 for depth in down[:-1]] + [_uniform(down[-1]) or middle or 1]
+    text = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
+    linear = len(next(shape for name, shape in shapes.items() if name.endswith("proj_in.weight"))) == 2
+    result: dict[str, Any] = {
+        "_class_name": CLASSES["unet"],
+        "sample_size": side // 8,
+        "in_channels": shapes["conv_in.weight"][1],
+        "out_channels": shapes["conv_out.weight"][0],
+        "block_out_channels": channels,
+        "layers_per_block": count(shapes, r"down_blocks\.0\.resnets\.(\d+)\."),
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in down],
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in up],
+        "transformer_layers_per_block": depths,
+        "cross_attention_dim": text,
+        # diffusers' name for the number of heads.
+        "attention_head_dim": [width // HEAD for width in channels] if heads is None else heads,
+        "use_linear_projection": linear,
+    }
+    # Of distilled models: SSD-1B, Vega and KOALA (of SDXL), BK-SDM (of SD1).
+    mirrored = [_uniform(depth) or 1 for depth in up]
+    if mirrored != [depth if up[n] else 1 for n, depth in enumerate(reversed(depths))]:
+        result["reverse_transformer_layers_per_block"] = mirrored
+    if not middle:
+        result["mid_block_type"] = "UNetMidBlock2D" if "mid_block.resnets.0.conv1.weight" in shapes else None
+    return result
+
+
+def _depth(shapes: Shapes, place: str) -> int:
+    """Transformer blocks of one attention."""
+    return count(shapes, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.")
+
+
+def _depths(shapes: Shapes, side: str, levels: int) -> list[list[int]]:
+    """Transformer blocks of each attention of each block on the way down or up."""
+    return [
+        [
+            _depth(shapes, f"{side}_blocks.{n}.attentions.{k}")
+            for k in range(count(shapes, rf"{side}_blocks\.{n}\.attentions\.(\d+)\."))
+        ]
+        for n in range(levels)
+    ]
+
+
+def _uniform(depths: list[int]) -> int | list[int]:
+    """One number where all are equal; 0 where there are none."""
+    return depths if len(set(depths)) > 1 else next(iter(depths), 0)
+
+
+FILE = FilePart(
+    prefixes=(UNET,),
+    tensors=rf"((time|add)_embedding\.linear_[12]|conv_in|conv_norm_out|conv_out|{RESNETS}"
+    r"|\w+(\.\d+)?\.attentions\.\d+\.(norm|proj_in|proj_out|transformer_blocks\.\d+\."
+    r"(norm[123]|attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))))\.(weight|bias)",
+    names=names,
+)

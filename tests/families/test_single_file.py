@@ -189,7 +189,7 @@ def test_configurations_of_the_real_models_are_the_published_ones(family: str) -
 
 
 _REST: dict[str, dict[str, Any]] = {
-    family: {part: {} for part in ldm.PREFIXES[family] if part != "unet"} for family in FAMILIES
+    family: {part: {} for part in ldm.layout_of(family).parts if part != "unet"} for family in FAMILIES
 }
 
 

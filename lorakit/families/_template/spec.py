@@ -20,6 +20,8 @@ EXAMPLE = ModelVersion(
     tag_prefixes=("example_v1", "example-diffusion-v1"),
     # Program -> the module names that it reads, from its source or measured. A program that is absent reads nothing.
     readers={"diffusers": Reads((*ALL_BLOCKS, *TE, *DOTTED_ALL)), "peft": Reads(DOTTED_ALL)},
+    # How its bases lie in a single file; None: they are read as folders only. See families/sd/single_file.py.
+    layout=None,
 )
 
 SPEC = FamilySpec(

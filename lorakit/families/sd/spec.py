@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x as data. They differ in the width of the text and in names."""
 
 from lorakit.families import unet
+from lorakit.families.sd.single_file import SD1_FILE, SD2_FILE
 from lorakit.families.spec import FamilySpec, KohyaNames, ModelVersion, Reads, Tags, TextEncoder
 from lorakit.families.unet import ALL_BLOCKS, COMFY_DOTTED, DOTTED_ALL, DOTTED_UNET, SGM, TE, TE1, TOP, TOP_SGM
 
@@ -24,6 +25,7 @@ SD1 = ModelVersion(
     tags=Tags("sd_v1", "stable-diffusion-v1/lora", "SD1", version_v="sd_v1_v"),
     tag_prefixes=("sd_v1", "stable-diffusion-v1"),
     readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1))},
+    layout=SD1_FILE,
 )
 # Only SD2's OpenCLIP is 1024 wide; whatever else has one text encoder is SD1, small models included.
 SD2 = ModelVersion(
@@ -42,6 +44,7 @@ SD2 = ModelVersion(
     ),
     tag_prefixes=("sd_v2", "stable-diffusion-v2"),
     readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE), whole_attention=("lora_te_",))},
+    layout=SD2_FILE,
 )
 SPEC = FamilySpec(
     name="sd",

@@ -1,6 +1,7 @@
 """Stable Diffusion XL as data."""
 
 from lorakit.families import unet
+from lorakit.families.sdxl.single_file import SDXL_FILE
 from lorakit.families.spec import FamilySpec, KohyaNames, ModelVersion, Reads, Tags, TextEncoder
 from lorakit.families.unet import (
     ADD,
@@ -48,6 +49,7 @@ SDXL = ModelVersion(
         "diffusers": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_TEXT, *DOTTED_ALL)),
         "peft": Reads(DOTTED_ALL),
     },
+    layout=SDXL_FILE,
 )
 SPEC = FamilySpec(
     name="sdxl",

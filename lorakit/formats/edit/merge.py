@@ -101,7 +101,7 @@ def _file_to_file(
             elif dtypes[key] != entries[key].dtype:
                 tensor = tensor.float()
             for part, name, slot in inside.get(key, []):
-                ldm.view(tensor, slot).copy_(merger(part, name, ldm.view(tensor, slot)))
+                ldm.fill(tensor, slot, merger(part, name, ldm.view(tensor, slot)))
             yield tensor.to(getattr(torch, safetensors_header.DTYPES[dtypes[key]]))
 
     files.stream(output, [(key, dtypes[key], entries[key].shape) for key in order], header_metadata, tensors())
@@ -114,9 +114,10 @@ def _output_dtype(stored: str, scaled: bool) -> str:
 
 
 def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
-    if base.family not in ldm.PREFIXES:
+    layout = registry.version_of(base.family).layout
+    if layout is None:
         raise LorakitError(f"{base.path.name} cannot be written as one file: --output must be a new folder")
-    sources = {part: list(_headers(base.path / part)) for part in ldm.PREFIXES[base.family]}
+    sources = {part: list(_headers(base.path / part)) for part in layout.parts}
     shapes = {
         part: {_portable(part, name): head.tensors[name].shape for head in heads for name in head.tensors}
         for part, heads in sources.items()
@@ -135,7 +136,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
         by_key: dict[str, list[str]] = {}
         for name, slot in sorted(slots.items(), key=lambda item: (item[1].key, item[1].third or 0)):
             by_key.setdefault(slot.key, []).append(name)
-        if (base.family, part) in ldm.UNUSED:
+        if layout.parts[part].used_layers:
             # Readers drop the last layer; what they drop is a copy of the one before, as sd-scripts writes it.
             last = 1 + max(int(match[1]) for key in by_key if (match := _RESBLOCK.search(key)))
             by_key |= {
@@ -144,7 +145,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
                 if f".resblocks.{last - 1}." in key
             }
         for key, names in by_key.items():
-            entries.append((key, dtypes[part, names[0]], ldm.file_shape(part, slots[names[0]])))
+            entries.append((key, dtypes[part, names[0]], ldm.file_shape(slots[names[0]])))
             plans.append((part, names))
 
     def tensors() -> Iterator[torch.Tensor]:
@@ -153,7 +154,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
         for part, names in plans:
             if part != current:
                 loaded, current = dict(_loaded(part, sources[part], merger)), part
-            yield ldm.assemble([loaded[name] for name in names], [placed[part][name] for name in names], part)
+            yield ldm.assemble([loaded[name] for name in names], [placed[part][name] for name in names])
 
     marks = _marks(base)
     entries += [(key, "F32", (0,)) for key in marks]
