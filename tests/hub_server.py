@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -24,6 +25,12 @@ def serve(folder: Path, asked: list[str], repository: str = "org/tiny", commit: 
             asked.append(f"{self.command} {path}")
             if "/org/gated" in path:
                 self.answer(b"{}", 403, {"X-Error-Code": "GatedRepo"})
+            elif "/org/expired" in path:
+                self.answer(b"{}", 401, {"X-Error-Message": 'User Access Token "mine" is expired'})
+            elif "/org/badtoken" in path:
+                self.answer(b"{}", 401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+            elif "/org/forbidden" in path:
+                self.answer(b"{}", 403, {"X-Error-Message": "enable access to public gated repositories"})
             elif "/org/broken" in path:
                 self.answer(b"{}", 500)
             elif repository not in path:
@@ -40,7 +47,7 @@ def serve(folder: Path, asked: list[str], repository: str = "org/tiny", commit: 
                     ]
                 )
             else:
-                content = files.get(re.sub(r".*/resolve/[^/]+/", "", path))
+                content = files.get(unquote(re.sub(r".*/resolve/[^/]+/", "", path)))
                 if content is None:
                     self.answer(b"{}", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
                     return
@@ -63,7 +70,7 @@ def serve(folder: Path, asked: list[str], repository: str = "org/tiny", commit: 
             return
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

@@ -145,8 +145,11 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
     if hub_id is None:
         hub.refuse_link(model.base)
         return _of_folder(path, model, title=path.resolve().name)
-    folder, commit = hub.find(hub_id, _check_configs)
-    return _of_folder(folder, model, title=hub_id.name.partition("/")[2], source=f"{hub_id.name}@{commit}")
+    place, commit = hub.find(hub_id, _CHECKS)
+    source = hub_id.at(commit)
+    if hub_id.file:
+        return _of_file(place, model, source)
+    return _of_folder(place, model, title=hub_id.name.partition("/")[2], source=source)
 
 
 def unsuited(info: BaseInfo, config: Config) -> list[str]:
@@ -171,7 +174,7 @@ def pin(model: ModelConfig) -> ModelConfig:
         LorakitError: as `describe`, where a hub id cannot be found.
     """
     hub_id = hub.parse(model.base) if model.base != BUNDLED and not Path(model.base).expanduser().exists() else None
-    return model if hub_id is None else replace(model, base=f"{hub_id.name}@{hub.find(hub_id, _check_configs)[1]}")
+    return model if hub_id is None else replace(model, base=hub_id.at(hub.find(hub_id, _CHECKS)[1]))
 
 
 def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") -> BaseInfo:
@@ -218,11 +221,8 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     )
 
 
-def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
-    kind = _what_file(path)
-    if kind:
-        raise LorakitError(f"base {path.name} {kind}")
-    header = safetensors_header.read(path)
+def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
+    header = _check_header(_header(path))
     checkpoint = ldm.read(header)
     configs = single_file.configs(checkpoint)
     layers: dict[str, tuple[int, ...]] = {}
@@ -237,7 +237,8 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
     unsure = (
         "" if prediction.certain or model.prediction_type != "auto" else "; if that is wrong, set model.prediction_type"
     )
-    notes = [f"prediction type: {prediction.type}{zero}, {prediction.evidence}{unsure}"]
+    notes = [f"from the hub: {source}"] if source else []
+    notes += [f"prediction type: {prediction.type}{zero}, {prediction.evidence}{unsure}"]
     if checkpoint.ignored:
         notes.append(f"keys that are not of such a model, ignored: {_summary(checkpoint.ignored)}")
     words = min(config["vocab_size"] for name, config in configs.items() if name.startswith("text"))
@@ -257,7 +258,7 @@ def _of_file(path: Path, model: ModelConfig) -> BaseInfo:
         slots=checkpoint.parts,
         content=(path,),
         title=path.stem,
-        source="",
+        source=source,
         notes=tuple(notes),
     )
 
@@ -443,13 +444,35 @@ _KINDS = {
 }
 
 
-def _what_file(path: Path) -> str:
+def _header(path: Path) -> safetensors_header.Header:
+    """Of a single file; empty where that is no .safetensors file."""
+    is_safetensors = path.suffix.lower() == ".safetensors"
+    return safetensors_header.read(path) if is_safetensors else safetensors_header.Header(path, {}, {}, 0)
+
+
+def _check_header(header: safetensors_header.Header) -> safetensors_header.Header:
+    """The header, if it is that of a model that is trained; the file itself need not be there.
+
+    Raises:
+        LorakitError: it is something else, which is named.
+    """
+    if kind := _what_file(header):
+        raise LorakitError(f"base {header.path.name} {kind}")
+    ldm.detect_family(header.shapes(), header.path.name)
+    return header
+
+
+_CHECKS = hub.Checks(_check_configs, _check_header)
+
+
+def _what_file(header: safetensors_header.Header) -> str:
     """What a single file that is no whole model is, and what to do; continues "base NAME ...". Empty for a model."""
+    path = header.path
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         return f"is a pickle, which can run code when it is read; {CONVERT}"
     if path.suffix.lower() == ".gguf":
         return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
     if path.suffix.lower() != ".safetensors":
         return "is a file, not a base model: give a .safetensors file or a folder in diffusers layout"
-    kind = safetensors_header.kind(safetensors_header.read(path).shapes())
+    kind = safetensors_header.kind(header.shapes())
     return _KINDS.get(kind, "")

@@ -1,4 +1,5 @@
-"""Bases by hub id, `owner/name` or `owner/name@revision`: taken from the local cache, fetched once where they are not.
+"""Bases by hub id, `owner/name`, `owner/name@revision` or `owner/name/file.safetensors`: taken from the local cache,
+fetched once where they are not.
 
 The cache is huggingface_hub's own, shared with diffusers. What a name stood for when it was fetched is what it stands
 for until another revision is asked for: nothing is looked up, so a run is the same tomorrow and works offline.
@@ -7,11 +8,14 @@ for until another revision is asked for: nothing is looked up, so a run is the s
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
+from urllib.parse import unquote
 
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.families import weight_files
 
@@ -21,69 +25,96 @@ COMPONENTS |= {"text_encoder": "model", "text_encoder_2": "model", "text_encoder
 FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 # Half precision is half the download and all that a frozen base needs.
 VARIANTS = ("fp16", "bf16", None)
+_REVISION = r"refs/[\w.-]+/[\w.-]+|[\w.-]+"
 _ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-# A repository's page as the browser shows it, and one of its files.
-_PAGE = re.compile(
-    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/tree/([\w./-]+?))?/?(?:[?#].*)?"
+# One file of a repository, with the revision behind the repository or behind the file.
+_FILE = re.compile(
+    rf"([\w.-]+/[\w.-]+?)(?:@({_REVISION}))?/([^@]+\.(?:safetensors|ckpt|pt|pth|bin|gguf))(?:@({_REVISION}))?", re.I
 )
-_FILE_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/(?:blob|resolve|raw)/.*")
+# What a browser shows: a repository's page, a folder, or a file.
+_LINK = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/([\w.-]+/[\w.-]+)"
+    rf"(?:/(?:tree|blob|resolve|raw)/({_REVISION})(?:/([^?#]+?))?)?/?(?:[?#].*)?"
+)
 
 
 @dataclass(frozen=True)
 class HubId:
-    """`owner/name`, and a branch, a tag or a commit."""
+    """`owner/name`, a branch, a tag or a commit, and a file in it where one file is meant."""
 
     name: str
     revision: str = "main"
+    file: str = ""
+
+    def at(self, revision: str) -> str:
+        """As it is given in `model.base`, at another revision."""
+        return f"{self.name}{self.file and '/'}{self.file}@{revision}"
+
+    @property
+    def title(self) -> str:
+        """The same for a person."""
+        return self.at(self.revision).removesuffix("@main")
+
+
+class Checks(NamedTuple):
+    """Refuse a model by its title and what is small of it; nothing larger is fetched before they return.
+
+    Attributes:
+        configs: takes a folder with model_index.json, and later the other configs.
+        header: takes the header of a single file, whose tensors are not there.
+    """
+
+    configs: Callable[[str, Path], object]
+    header: Callable[[safetensors_header.Header], object]
 
 
 def parse(base: str) -> HubId | None:
     """The hub id that a base is, or None: a path whose first folder is there, and a file's name, are none."""
-    if page := _PAGE.fullmatch(base):
-        return HubId(page[1], page[2] or "main")
-    match = _ID.fullmatch(base)
-    file = base.lower().endswith(".safetensors")
-    if not match or base.startswith(".") or file or Path(base.partition("/")[0]).is_dir():
+    if link := _LINK.fullmatch(unquote(base)):
+        name, revision, file = link.groups()
+        return HubId(name, revision or "main", file or "") if not file or _FILE.fullmatch(f"{name}/{file}") else None
+    if base.startswith(".") or "\\" in base or Path(base.partition("/")[0]).is_dir():
         return None
-    return HubId(match[1], match[2] or "main")
+    if match := _FILE.fullmatch(base):
+        return HubId(match[1], match[2] or match[4] or "main", match[3])
+    match = _ID.fullmatch(base)
+    return HubId(match[1], match[2] or "main") if match and not base.lower().endswith(".safetensors") else None
 
 
 def refuse_link(link: str) -> None:
-    """Raise for a link, none of which is a base but a repository's page."""
+    """Raise for a link, none of which is a base but a repository's page and a model's file in it."""
     if "://" not in link:
         return
-    if file := _FILE_PAGE.fullmatch(link):
-        raise LorakitError(
-            f"base {link} is one file: download it and give its path, or give {file[1]} for the whole model"
-        )
+    if inside := _LINK.fullmatch(unquote(link)):
+        raise LorakitError(f"base {link} is a part of a model: give {inside[1]} for the whole model")
     raise LorakitError(f"base {link} is a link: download the model and give its path, or give a hub id, owner/name")
 
 
-def find(hub_id: HubId, check: Callable[[str, Path], object] = lambda title, folder: None) -> tuple[Path, str]:
-    """Folder in the cache, and the commit that it is of. Only where the cache lacks it is the network asked.
-
-    Args:
-        check: refuses a model by its title and a folder with model_index.json, and later the other configs; nothing
-            larger is fetched before it returns.
+def find(hub_id: HubId, checks: Checks) -> tuple[Path, str]:
+    """Folder or file in the cache, and the commit that it is of. Only where the cache lacks it is the network asked.
 
     Raises:
-        LorakitError: there is no such model or revision, it is gated, it is not in diffusers layout, or the network
-            cannot be reached; or as `check` does.
+        LorakitError: there is no such model, revision or file, it is gated, it is not in diffusers layout, or the
+            network cannot be reached; or as `checks` do.
     """
-    folder = cached(hub_id) or _fetch(hub_id, check)
-    return folder, folder.name
+    path = cached(hub_id) or _fetch(hub_id, checks)
+    return path, path.parents[hub_id.file.count("/")].name if hub_id.file else path.name
 
 
 def cached(hub_id: HubId) -> Path | None:
-    """The complete snapshot in the cache, or None. The network is not asked."""
+    """The complete snapshot, or the file, in the cache, or None. The network is not asked."""
     from huggingface_hub import errors, try_to_load_from_cache
 
     try:
-        index = try_to_load_from_cache(hub_id.name, "model_index.json", revision=hub_id.revision)
+        path = try_to_load_from_cache(hub_id.name, hub_id.file or "model_index.json", revision=hub_id.revision)
     except errors.HFValidationError:  # the hub has no such names; `_fetch` says so
         return None
     # Beside a path and None there is a mark for "known not to exist".
-    return Path(index).parent if isinstance(index, str) and _complete(Path(index).parent) else None
+    if not isinstance(path, str):
+        return None
+    if hub_id.file:
+        return Path(path)
+    return Path(path).parent if _complete(Path(path).parent) else None
 
 
 def _complete(folder: Path) -> bool:
@@ -98,43 +129,80 @@ def _complete(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in parts & {*COMPONENTS, *FOLDERS})
 
 
-def _fetch(hub_id: HubId, check: Callable[[str, Path], object]) -> Path:
+def _fetch(hub_id: HubId, checks: Checks) -> Path:
     from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
-    title = f"{hub_id.name}@{hub_id.revision}" if hub_id.revision != "main" else hub_id.name
     if is_offline_mode():
         raise LorakitError(
-            f"base {title} is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a file"
+            f"base {hub_id.title} is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a "
+            "file"
         )
+    title = hub_id.title
     try:
         info = HfApi().model_info(hub_id.name, revision=hub_id.revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
+        if hub_id.file:
+            return _fetch_file(hub_id, str(info.sha), names, checks)
         if "model_index.json" in names:
             index = snapshot_download(hub_id.name, revision=info.sha, allow_patterns=["model_index.json"])
-            check(title, Path(index))
+            checks.configs(title, Path(index))
         files = base_files(title, names)
         configs = [name for name in files if name.endswith(".json")]
-        check(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=configs)))
+        checks.configs(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=configs)))
         folder = snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
-        _refuse(hub_id, title, error)
+        _refuse(hub_id, error)
     return Path(folder)
 
 
-def _refuse(hub_id: HubId, title: str, error: Exception) -> NoReturn:
+def _fetch_file(hub_id: HubId, commit: str, names: list[str], checks: Checks) -> Path:
+    from huggingface_hub import HfApi, errors, hf_hub_download
+
+    if hub_id.file not in names:
+        others = sorted(name for name in names if name.lower().endswith(".safetensors"))
+        there = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "") or "none"
+        raise LorakitError(f"base {hub_id.title}: {hub_id.name} has no such file; its .safetensors files: {there}")
+    tensors, metadata = {}, {}
+    if hub_id.file.lower().endswith(".safetensors"):
+        try:
+            remote = HfApi().parse_safetensors_file_metadata(hub_id.name, hub_id.file, revision=commit)
+        except (errors.SafetensorsParsingError, struct.error):
+            raise LorakitError(f"base {hub_id.title} is not a safetensors file: give another file") from None
+        metadata = remote.metadata
+        for name, info in remote.tensors.items():
+            tensors[name] = safetensors_header.TensorInfo(info.dtype, tuple(info.shape), *info.data_offsets)
+    checks.header(safetensors_header.Header(Path(hub_id.file), tensors, metadata, 0))
+    return Path(hf_hub_download(hub_id.name, hub_id.file, revision=hub_id.revision))
+
+
+def _refuse(hub_id: HubId, error: Exception) -> NoReturn:
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{hub_id.name}"
-    if isinstance(error, errors.GatedRepoError):
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", 0)
+    message = response.headers.get("X-Error-Message", "") if response is not None else ""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    absent = isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError)
+    if status == 401 and (
+        re.search(r"credential|token|expired", message, re.I) or not isinstance(error, errors.RepositoryNotFoundError)
+    ):
+        why = (
+            f"cannot be fetched: the hub refuses this machine's token ({message or 'it is wrong or expired'}); log in "
+            "again with: hf auth login, or unset HF_TOKEN"
+        )
+    elif isinstance(error, errors.GatedRepoError):
         why = f"is gated: accept its terms at {page} and log in with: hf auth login"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        why = f"is not on the hub, or is private: look at {page}, and log in with: hf auth login"
+    elif absent:
+        here = "is not a file on this machine, and its repository " if hub_id.file else ""
+        why = f"{here}is not on the hub, or is private: look at {page}, and log in with: hf auth login"
     elif isinstance(error, errors.RevisionNotFoundError):
         why = f"has no revision {hub_id.revision!r}: look at {page}"
+    elif status in (403, 451):
+        why = f"cannot be fetched: the hub refuses it ({message or reason}): look at {page} and the token's permissions"
     else:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         why = f"is not in the cache and cannot be fetched from {constants.ENDPOINT} ({reason}): try again later"
-    raise LorakitError(f"base {title} {why}; or give a folder or a file") from error
+    raise LorakitError(f"base {hub_id.title} {why}; or give a folder or a file") from error
 
 
 def base_files(title: str, names: Iterable[str]) -> list[str]:
@@ -146,7 +214,8 @@ def base_files(title: str, names: Iterable[str]) -> list[str]:
     names = list(names)
     if "model_index.json" not in names:
         single = next((name for name in sorted(names) if name.endswith(".safetensors") and "/" not in name), None)
-        instead = f"; download {single} and give that file" if single else ""
+        repository, _, revision = title.partition("@")
+        instead = f"; give {HubId(repository, revision or 'main', single).title}" if single else ""
         raise LorakitError(f"base {title} is not in diffusers layout (no model_index.json){instead}")
     files = ["model_index.json", *(name for name in names if name.startswith(tuple(f"{f}/" for f in FOLDERS)))]
     for part, stem in COMPONENTS.items():

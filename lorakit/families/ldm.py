@@ -121,7 +121,7 @@ def read(header: safetensors_header.Header) -> Checkpoint:
             tensor that such a model does not have.
     """
     shapes, name = header.shapes(), header.path.name
-    family = _family(shapes, name)
+    family = detect_family(shapes, name)
     parts: dict[str, dict[str, Slot]] = {}
     rest = set(shapes)
     for component, part in layout_of(family).parts.items():
@@ -274,7 +274,12 @@ _OTHERS = {
 }
 
 
-def _family(shapes: Shapes, name: str) -> str:
+def detect_family(shapes: Shapes, name: str) -> str:
+    """The family of a file, by its keys.
+
+    Raises:
+        LorakitError: it is of another one (named where it is known), or lacks its text encoder.
+    """
     for start, what in _OTHERS.items():
         if any(key.startswith(start) for key in shapes):
             raise LorakitError(f"{name} is {what}; in one file lorakit reads Stable Diffusion 1.x, 2.x and XL")

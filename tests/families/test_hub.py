@@ -36,6 +36,22 @@ from lorakit.training import run as train
         ("http://hf.co/owner/name.x?library=diffusers", hub.HubId("owner/name.x")),
         ("https://huggingface.co/owner/name/tree/main", hub.HubId("owner/name", "main")),
         ("https://huggingface.co/owner/name/tree/refs/pr/3/", hub.HubId("owner/name", "refs/pr/3")),
+        ("huggingface.co/owner/name", hub.HubId("owner/name")),
+        ("owner/name/v1-5.safetensors", hub.HubId("owner/name", "main", "v1-5.safetensors")),
+        ("owner/name/a b/x_v1.0.SAFETENSORS", hub.HubId("owner/name", "main", "a b/x_v1.0.SAFETENSORS")),
+        ("owner/name/x.safetensors@v1.0", hub.HubId("owner/name", "v1.0", "x.safetensors")),
+        ("owner/name@refs/pr/2/sub/x.ckpt", hub.HubId("owner/name", "refs/pr/2", "sub/x.ckpt")),
+        (
+            "https://huggingface.co/owner/name/resolve/main/a/b%20c.safetensors?download=true",
+            hub.HubId("owner/name", "main", "a/b c.safetensors"),
+        ),
+        ("https://hf.co/owner/name/blob/v2/x.safetensors", hub.HubId("owner/name", "v2", "x.safetensors")),
+        (
+            "https://huggingface.co/o/n.x/blob/refs%2Fpr%2F1/x.safetensors",
+            hub.HubId("o/n.x", "refs/pr/1", "x.safetensors"),
+        ),
+        ("https://huggingface.co/owner/name/tree/main/unet", None),
+        ("https://huggingface.co/owner/name/blob/main/README.md", None),
         ("pocket", None),
         ("/models/sd15", None),
         ("./models/sd15", None),
@@ -52,11 +68,9 @@ def test_what_is_a_hub_id(text: str, expected: hub.HubId | None) -> None:
 @pytest.mark.parametrize(
     ("link", "words"),
     [
-        (
-            "https://huggingface.co/o/n/blob/main/x.safetensors",
-            "is one file: download it and give its path, or give o/n",
-        ),
-        ("https://huggingface.co/o/n/resolve/main/x.safetensors?download=true", "or give o/n for the whole model"),
+        ("https://huggingface.co/o/n/tree/main/unet", "is a part of a model: give o/n for the whole model"),
+        ("https://huggingface.co/o/n/blob/main/model_index.json", "is a part of a model: give o/n"),
+        ("https://huggingface.co/datasets/o/n", "is a link: download the model and give its path"),
         ("https://civitai.com/models/1?modelVersionId=2", "is a link: download the model and give its path"),
     ],
 )
@@ -271,7 +285,7 @@ def test_what_is_fetched_of_a_repository() -> None:
         *("README.md", "v1-5.safetensors", "v1-5.ckpt", "safety_checker/model.safetensors"),
         *(f"unet/{stem}.safetensors", f"unet/{stem}.bin", f"vae/{stem}.bin", "text_encoder/flax_model.msgpack"),
     }
-    with pytest.raises(LorakitError, match=r"not in diffusers layout .*; download v1-5\.safetensors and give that"):
+    with pytest.raises(LorakitError, match=r"not in diffusers layout .*; give org/x/v1-5\.safetensors$"):
         hub.base_files("org/x", ["v1-5.safetensors", "README.md"])
     with pytest.raises(LorakitError, match=r"has no unet/diffusion_pytorch_model\.safetensors, only weights that"):
         hub.base_files("org/x", ["model_index.json", f"unet/{stem}.bin"])

@@ -395,8 +395,30 @@ SENTENCES = {
     "base {name} is not in diffusers layout (no model_index.json)": (
         "基礎模型 {name} 不是 diffusers 格式（沒有 model_index.json）"
     ),
-    "base {name} is not in diffusers layout (no model_index.json); download {file} and give that file": (
-        "基礎模型 {name} 不是 diffusers 格式（沒有 model_index.json）；請下載 {file}，再指定那個檔案"
+    "base {name} is not in diffusers layout (no model_index.json); give {file}": (
+        "基礎模型 {name} 不是 diffusers 格式（沒有 model_index.json）；請指定 {file}"
+    ),
+    "base {name}: {repository} has no such file; its .safetensors files: {files}": (
+        "基礎模型 {name}：{repository} 沒有這個檔案；它的 .safetensors 檔：{files}"
+    ),
+    "base {link} is a part of a model: give {name} for the whole model": (
+        "{link} 只是模型的一部分：請指定 {name}（完整的模型）"
+    ),
+    "base {name} is not a safetensors file: give another file": ("基礎模型 {name} 不是 safetensors 檔：請指定別的檔案"),
+    "base {name} cannot be fetched: the hub refuses this machine's token ({why}); log in again with: hf auth login, "
+    "or unset HF_TOKEN; or give a folder or a file": (
+        "基礎模型 {name} 無法下載：hub 不接受這台電腦的權杖（{why}）；請以 hf auth login 重新登入，"
+        "或取消設定 HF_TOKEN；或指定資料夾或檔案"
+    ),
+    "base {name} cannot be fetched: the hub refuses it ({why}): look at {page} and the token's permissions; or give "
+    "a folder or a file": (
+        "基礎模型 {name} 無法下載：hub 拒絕了（{why}）：請看 {page} 與權杖的權限；或指定資料夾或檔案"
+    ),
+    "base {name} is not a file on this machine, and its repository is not on the hub, or is private: look at {page}, "
+    "and log in with: hf auth login; or give a folder or a file": (
+        "這台電腦上沒有 {name} 這個檔案，hub 上也沒有它的儲存庫，或它不公開："
+        "請看 {page}，並以 hf auth login 登入；"
+        "或指定資料夾或檔案"
     ),
     "base {name} has no {file}, only weights that are not read here": (
         "基礎模型 {name} 沒有 {file}，只有這裡不讀取的權重"
