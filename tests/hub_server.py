@@ -10,6 +10,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# Repository of "org" that the hub refuses -> status and headers, as the hub's own.
+REFUSALS = {
+    "gated": (403, {"X-Error-Code": "GatedRepo"}),
+    "expired": (401, {"X-Error-Message": 'User Access Token "mine" is expired'}),
+    "badtoken": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+    "forbidden": (403, {"X-Error-Message": "enable access to public gated repositories"}),
+    "broken": (500, {}),
+}
 
 
 @contextmanager
@@ -23,16 +31,9 @@ def serve(folder: Path, asked: list[str], repository: str = "org/tiny", commit: 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             asked.append(f"{self.command} {path}")
-            if "/org/gated" in path:
-                self.answer(b"{}", 403, {"X-Error-Code": "GatedRepo"})
-            elif "/org/expired" in path:
-                self.answer(b"{}", 401, {"X-Error-Message": 'User Access Token "mine" is expired'})
-            elif "/org/badtoken" in path:
-                self.answer(b"{}", 401, {"X-Error-Message": "Invalid credentials in Authorization header"})
-            elif "/org/forbidden" in path:
-                self.answer(b"{}", 403, {"X-Error-Message": "enable access to public gated repositories"})
-            elif "/org/broken" in path:
-                self.answer(b"{}", 500)
+            refused = next((answer for name, answer in REFUSALS.items() if f"/org/{name}" in path), None)
+            if refused:
+                self.answer(b"{}", *refused)
             elif repository not in path:
                 self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
             elif path in (f"/api/models/{repository}/revision/main", f"/api/models/{repository}/revision/{commit}"):

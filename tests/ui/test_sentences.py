@@ -366,4 +366,4 @@ def test_whatever_those_rooms_may_say_is_known():
     assert len(found) > 80
     wanted = {text for text in found if text not in COMPOSED and not any(part in text for part in NOT_SHOWN)}
     missing = {text: found[text] for text in wanted if all(lacking([one]) for one in instances(text))}
-    assert missing == {}, "give each of them a line in lorakit/ui/texts/zh_hant_sentences.py or zh_hant_running.py"
+    assert missing == {}, "give each of them a line in lorakit/ui/texts/zh_hant_sentences.py or a file beside it"
