@@ -60,6 +60,9 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     name = command.add_mutually_exclusive_group()
     name.add_argument("--subject", metavar="'sks toy'", help="a rare word for the subject, and what it is")
     name.add_argument("--style", metavar="'sks style'", help="a rare word for the style")
+    command.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="prompt of a sample picture; may be repeated"
+    )
     command.add_argument("--base", metavar="BASE", help="base model: a file, a folder or a hub id (default: bundled)")
     add_set(command)
 
@@ -204,6 +207,7 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
         "data.name": args.subject or args.style,
         "data.kind": "subject" if args.subject else "style" if args.style else None,
         "model.base": args.base,
+        "sample.prompts": args.prompt,
         "output.folder": getattr(args, "output", None),
         "train.init_from": getattr(args, "init_from", None),
     }

@@ -17,7 +17,7 @@ from lorakit.config.loading import (
     with_absolute_paths,
     without_paths,
 )
-from lorakit.config.option import Option
+from lorakit.config.option import Option, unquote
 from lorakit.config.schema import (
     ADAPTER_SECTIONS,
     DEVICE_MISSING,
@@ -70,6 +70,7 @@ __all__ = [
     "section_type",
     "to_toml",
     "toml_value",
+    "unquote",
     "with_absolute_paths",
     "without_paths",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.config.option import Option, check_value, suggest, to_text
+from lorakit.config.option import Option, check_value, suggest, to_text, unquote
 from lorakit.config.schema import ADAPTER_SECTIONS, LENGTHS, SECTIONS, Config, TrainConfig, options, section_type
 from lorakit.core.errors import ConfigError
 from lorakit.core.registry import METHODS, own_learning_rate
@@ -154,7 +154,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if kind is str or (typing.get_origin(kind) is Literal):
         return key, value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
     if typing.get_origin(kind) is tuple and not value.startswith("["):
-        return key, tuple(part.strip() for part in value.split(","))
+        # A prompt has commas of its own; the name of a format has none.
+        return key, tuple(part.strip() for part in value.split(",")) if by_key[key].choices else value
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):  # ValueError: a number of more digits than Python reads, too
@@ -239,7 +240,7 @@ def _contradictions(config: Config) -> list[str]:
         )
     elif optimizer.text_encoder_learning_rate is not None and not adapter.trains_text:
         problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens")
-    if adapter.new_tokens and not re.fullmatch(r"[\w-]+", data.trigger):
+    if adapter.new_tokens and not re.fullmatch(r"[\w-]+", unquote(data.name).partition(" ")[0]):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
     if train.init_from and METHODS[adapter.method].begins_from_base:
         problems.append(

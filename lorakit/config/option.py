@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# "package.module:Class".
+# What stands around a text of which it is no part.
+QUOTES = ("''", '""', "``", "‘’", "“”", "„“", "«»", "「」")
 # Characters of a value that a message shows.
 MAX_SHOWN = 80
+# "package.module:Class".
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -78,6 +80,13 @@ def to_text(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
+def unquote(text: str) -> str:
+    """The text without the pair of quotes around it: cmd.exe passes `'sks dog'` with its single quotes."""
+    text = text.strip()
+    is_quoted = len(text) > 2 and text[0] + text[-1] in QUOTES and not {*text[1:-1]} & {*text[0], *text[-1]}
+    return text[1:-1].strip() if is_quoted else text
+
+
 def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
     """Check a value. Return the problem or None, and the value converted to the type of the option."""
     value_type, optional = opt.type, False
@@ -88,6 +97,9 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
         return None, None
     choices = typing.get_args(value_type) if typing.get_origin(value_type) is Literal else opt.choices
     if typing.get_origin(value_type) is tuple:
+        # One text is a list of one, "[sketch], a dog" too; what begins as a list of texts is a list with an error.
+        if isinstance(value, str) and not choices and not re.match(r"""\[\s*["']""", value):
+            return None, (value,)
         if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
             return f"{opt.key} = {to_text(value)}: must be a list of strings", None
         value = tuple(value)

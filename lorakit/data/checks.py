@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lorakit.config import DataConfig
+from lorakit.core import prompts
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable
 from lorakit.data import buckets, captions, concepts, decode, duplicates, folder, time_limit
@@ -265,7 +266,7 @@ def _measure_picture(item: Item, raw: bytes, resolution: int, step: int) -> _Mea
     placement = buckets.assign(picture.size, resolution, step)
     item.bucket, item.cropped, item.scale = placement.bucket, placement.cropped, placement.scale
     image = Image.fromarray(picture.pixels)
-    item.sharpness = _sharpness(image, placement)
+    item.sharpness = buckets.sharpness(image, placement)
     grey = np.asarray(image.resize((17, 16), Image.Resampling.BOX).convert("L"), dtype=np.int16)
     colours = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
     sample = picture.pixels[:: 1 + picture.size[1] // 64, :: 1 + picture.size[0] // 64]
@@ -279,24 +280,6 @@ def _class_problem(photo: Photo) -> str:
     except decode.Unreadable as error:
         return str(error)
     return ""
-
-
-def _sharpness(image: Image.Image, placement: buckets.Placement) -> float:
-    """Variance of the Laplacian (Pech-Pacheco et al. 2000) over the variance of the picture, at the trained size.
-
-    A photo that is smaller than its bucket is measured at its own size. A flat picture has no edges: the result is 1.
-    """
-    size = (placement.bucket.width, placement.bucket.height)
-    if placement.is_enlarged:
-        size = (max(3, round(size[0] / placement.scale)), max(3, round(size[1] / placement.scale)))
-    grey = np.asarray(
-        image.resize(size, Image.Resampling.BOX, box=placement.box, reducing_gap=2.0).convert("L"), dtype=np.float32
-    )
-    inner = grey[1:-1, 1:-1]
-    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner
-    spread = float(grey.var())
-    # Rounding to 8 bits adds noise of variance 1/12 to each of the five places, of which the middle one counts 16-fold.
-    return max(0.0, float(laplacian.var()) - 20 / 12) / spread if spread > 4 else 1.0
 
 
 def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter | None) -> None:
@@ -317,6 +300,14 @@ def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCoun
                 f"{item.relative}: its text says left or right, which data.flip makes untrue; "
                 "set data.flip = false or change the text"
             )
+    syntax = [(item, match) for item in report.items if (match := prompts.syntax(item.text))]
+    for item, match in syntax:
+        item.findings.append(f"{match} is trained as letters")
+    if syntax:
+        count = f"{len(syntax)} of {len(report.items)} texts have what web UIs read as weights or commands"
+        report.warnings.append(
+            f"{count} and training reads as letters, such as {syntax[0][1]}: {_names(item for item, _ in syntax)}"
+        )
     report.warnings += cuts if len(cuts) < 7 else [*cuts[:5], f"{len(cuts) - 5} more texts are too long and cut off"]
     for own in concepts.of_photos([item.photo for item in report.items], config):
         items = [item for item in report.items if concepts.of_photo(item.photo, config) == own]

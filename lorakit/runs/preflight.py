@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import families
-from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig
+from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig, unquote
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, concepts, folder as photo_folder
@@ -95,6 +95,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         resume: the run folder exists and is continued.
         fetch: fetch the base's tokenizer where only the hub has it; a run needs it, a look does not.
     """
+    config, unquoted = _without_quotes(config)
     problems = [*_missing_packages(config), *_device_problems(config)]
     if config.data.concepts == "folders" and not config.data.name:
         config = _with_name(config)
@@ -111,9 +112,9 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
             info = families.describe(config.model)
     except LorakitError as error:
         problems += [*_lines(error), *_folder_problems(config.data)]
-        return Preflight(config, None, None, None, tuple(problems), ())
+        return Preflight(config, None, None, None, tuple(problems), tuple(unquoted))
     problems += families.unsuited(info, config)
-    warnings = [*_line(_rate_warning(config.optimizer))]
+    warnings = [*unquoted, *_line(_rate_warning(config.optimizer))]
     layers = registry.METHODS[config.adapter.method].layers
     for name in config.output.formats:
         problems += _line(registry.FORMATS[name].check(layers, info.family))
@@ -134,6 +135,29 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     return Preflight(
         config, info, photos, planned, tuple(problems), (*warnings, *_prior_findings(config, photos), *photos.warnings)
     )
+
+
+def _without_quotes(config: Config) -> tuple[Config, list[str]]:
+    """The config without quotes around whole texts, as cmd.exe passes `--subject 'sks dog'`, and a line for each."""
+    lines = []
+
+    def unquoted(key: str, text: str) -> str:
+        if unquote(text) != text.strip():
+            lines.append(f"{key}: the quotes around {text.strip()} are left out")
+        return unquote(text)
+
+    data = replace(
+        config.data,
+        name=unquoted("data.name", config.data.name),
+        instance_prompt=unquoted("data.instance_prompt", config.data.instance_prompt),
+        class_prompt=unquoted("data.class_prompt", config.data.class_prompt),
+    )
+    sample = replace(
+        config.sample,
+        prompts=tuple(unquoted("sample.prompts", prompt) for prompt in config.sample.prompts),
+        negative_prompt=unquoted("sample.negative_prompt", config.sample.negative_prompt),
+    )
+    return (replace(config, data=data, sample=sample), lines) if lines else (config, [])
 
 
 def _missing_packages(config: Config) -> list[str]:

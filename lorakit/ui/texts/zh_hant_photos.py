@@ -1,6 +1,12 @@
 """繁體中文：資料夾、說明文字與提示詞的各種訊息；見 `zh_hant_sentences.py`。"""
 
 PHOTOS = {
+    "{key}: the quotes around {text} are left out": "{key}：去掉了 {text} 外面的引號",
+    "{syntax} is trained as letters": "{syntax} 只當作文字訓練",
+    "{count} of {all} texts have what web UIs read as weights or commands and training reads as letters, such as "
+    "{example}: {names:words}": (
+        "{all} 段文字中有 {count} 段含有網頁介面會當作權重或指令的寫法，訓練時只當作文字，例如 {example}：{names:words}"
+    ),
     '{file}: not UTF-8, read as {encoding}: "{text}"; if that is wrong, save it as UTF-8': (
         "{file}：不是 UTF-8，以 {encoding} 讀取：「{text}」；若不對，請另存為 UTF-8"
     ),

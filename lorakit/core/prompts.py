@@ -1,0 +1,97 @@
+"""Prompts as web UIs write them: weights, new chunks, and what only they read. No torch.
+
+`(a)` weighs 1.1, `(a:1.3)` 1.3, `[a]` 1 / 1.1; what is nested is multiplied; a backslash makes a bracket a letter;
+`BREAK` begins a new chunk (AUTOMATIC1111's stable-diffusion-webui, wiki "Features", "Attention/emphasis"; ComfyUI reads
+the same but for square brackets and BREAK). `<lora:NAME:1>` names an adapter there; here the adapter is named beside
+the prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+# Weight of what is in one pair of brackets.
+EMPHASIS = 1.1
+NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
+_NEW_CHUNK = re.compile(r"\s*\bBREAK\b\s*")
+_WEIGHT = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)")
+_TOKENS = re.compile(rf"\\[\\()\[\]]|[()\[\]]|{_WEIGHT.pattern}|(?:(?!{_WEIGHT.pattern})[^\\()\[\]])+|\\")
+# Prompts that change while a picture is drawn, or are drawn with others: `[a:b:0.5]`, `[a|b]`, `a AND b`.
+_SCHEDULE = re.compile(r"(?<!\\)\[[^\[\]]*(?:\||:[^\[\]]*\d)[^\[\]]*\]|\bAND\b")
+# What is more than letters to a web UI; brackets without a weight are what people write in any text.
+_SYNTAX = (NETWORK, _NEW_CHUNK, re.compile(r"\([^()]*" + _WEIGHT.pattern), re.compile(r"\\[()\[\]]"), _SCHEDULE)
+_BRACKETS = re.compile(r"\(\([^()]*\)+|\[[^\[\]]*\]")
+
+
+class Part(NamedTuple):
+    """A piece of a prompt and its weight."""
+
+    text: str
+    weight: float = 1.0
+
+
+# One tuple of parts for each `BREAK`.
+Prompt = tuple[tuple[Part, ...], ...]
+
+
+def plain(text: str) -> Prompt:
+    """A text that is read letter by letter."""
+    return ((Part(text),),)
+
+
+def parse(prompt: str) -> Prompt:
+    """A prompt as web UIs read it."""
+    return tuple(tuple(_weighted(part)) for part in _NEW_CHUNK.split(NETWORK.sub("", prompt)))
+
+
+def syntax(text: str) -> str:
+    """What in a text web UIs read as more than letters, such as "(tag:1.3)"; "" if nothing is."""
+    matches = [match for pattern in (*_SYNTAX, _BRACKETS) if (match := pattern.search(text))]
+    return min(matches, key=lambda match: match.start())[0].strip() if matches else ""
+
+
+def ignored(prompt: str) -> list[str]:
+    """What of a prompt is left out or read otherwise than by a web UI, a line each."""
+    lines = [f"{match} is left out: the adapter is named beside the prompt" for match in NETWORK.findall(prompt)]
+    if match := _SCHEDULE.search(NETWORK.sub("", prompt)):
+        lines.append(f"{match[0]} is read as letters: a prompt here stays the same while a picture is drawn")
+    return lines
+
+
+def _weighted(text: str) -> list[Part]:
+    """The parts of a prompt in order, neighbours of the same weight joined. A bracket that nothing closes goes on to
+    the end; one that closes nothing is a letter."""
+    pieces: list[tuple[str, float]] = []
+    opened: list[tuple[str, int]] = []
+
+    def close(bracket: str, weight: float, letters: str) -> None:
+        if not opened or opened[-1][0] != bracket:
+            pieces.append((letters, 1.0))
+            return
+        start = opened.pop()[1]
+        pieces[start:] = [(piece, value * weight) for piece, value in pieces[start:]]
+
+    for match in _TOKENS.finditer(text):
+        token = match[0]
+        if token[0] == "\\":
+            pieces.append((token[1:] or token, 1.0))
+        elif token in "([":
+            opened.append((token, len(pieces)))
+        elif token == ")":
+            close("(", EMPHASIS, token)
+        elif token == "]":
+            close("[", 1 / EMPHASIS, token)
+        elif match[1] is not None:
+            close("(", float(match[1]), token)
+        else:
+            pieces.append((token, 1.0))
+    while opened:
+        close(opened[-1][0], EMPHASIS if opened[-1][0] == "(" else 1 / EMPHASIS, "")
+    parts: list[Part] = []
+    for piece, weight in pieces:
+        if parts and parts[-1].weight == weight:
+            parts[-1] = Part(parts[-1].text + piece, weight)
+        else:
+            parts.append(Part(piece, weight))
+    return parts or [Part("")]
