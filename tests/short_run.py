@@ -17,7 +17,7 @@ def noise(folder: Path, count: int) -> Path:
 
 
 def chosen(base: Path, photos: Path, folder: Path, steps: int, **changes: object) -> config.Config:
-    """Batches of two; validation, samples and a checkpoint at the end. Dots in names are double underscores."""
+    """Batches of two and a checkpoint at the end; no validation, no samples. Dots in names are double underscores."""
     asked: dict[str, Any] = {
         "model.base": str(base),
         "data.folder": str(photos),
@@ -28,9 +28,12 @@ def chosen(base: Path, photos: Path, folder: Path, steps: int, **changes: object
         "train.steps": steps,
         "train.batch_size": 2,
         "train.validate_every": steps,
+        "train.validate_at_end": False,
         "train.save_every": steps,
         "train.holdout": 0.0,
         "sample.every": steps,
+        "sample.at_start": False,
+        "sample.at_end": False,
         "sample.steps": 2,
         "memory.device": "cpu",
         "output.folder": str(folder),

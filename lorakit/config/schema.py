@@ -187,6 +187,7 @@ class TrainConfig:
     masked_loss: bool = option(False, "Weigh the loss by name.mask.png or the photo's alpha.")
     holdout: float = option(0.1, "Share of photos kept for validation where there are 10 or more.", low=0, high=0.5)
     validate_every: int = option(0, "Steps between validations; 0: five times a run.", low=0)
+    validate_at_end: bool = option(True, "Validate after the last step too; it takes long on a CPU.")
     save_every: int = option(0, "Steps between checkpoints; 0: five times a run.", low=0)
     keep_checkpoints: int = option(3, "Newest checkpoints kept.", low=1)
     init_from: str = option("", "Start from this adapter's weights (a new run, not a resume).", path=True)
@@ -229,7 +230,9 @@ class MemoryConfig:
 class SampleConfig:
     """Pictures drawn while it trains and by `lorakit sample`."""
 
-    every: int = option(0, "Steps between sample grids (one is made at step 0); 0: five times a run.", low=0)
+    every: int = option(0, "Steps between sample grids; 0: five times a run.", low=0)
+    at_start: bool = option(True, "Draw a grid before the first step, of the base as it is.")
+    at_end: bool = option(True, "Draw a grid from the exported file, which shows that it works.")
     prompts: tuple[str, ...] = option((), "Prompts to draw. Empty: made from kind and name.")
     negative_prompt: str = option("", "What the pictures should not show.")
     steps: int = option(30, "Denoising steps.", low=1, high=1000)

@@ -47,8 +47,8 @@ COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps w
 ASSUMED_STATE = (
     "optimizer: {name} is not known to lorakit; the memory estimate assumes {bytes} bytes of state for each weight"
 )
-# Sample grids of a run: at the start, after each of five parts, and one of them from the exported file.
-SAMPLE_GRIDS = 6
+# What is due every so often, such as sample grids, is due after each of so many parts of a run unless an option says.
+PARTS = 5
 # Share of the host's memory above which weights that are pinned in it leave others too little.
 MAX_RAM_SHARE = 0.5
 # Linux keeps this file where an NVIDIA driver is loaded.
@@ -296,10 +296,16 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bo
     # A picture takes two passes, with and without the prompt, for each denoising step; samples are drawn one by one and
     # class images many at a time, where the fixed cost no longer counts.
     pass_of_two = 2 * flop / speed
-    grids = SAMPLE_GRIDS * len(sample.prompts or captions.sample_prompts(config.data)) * (pass_of_two + overhead)
+    grids = sample.at_start + sample.at_end + max(steps - 1, 0) // interval(sample.every, steps)
+    grid = len(sample.prompts or captions.sample_prompts(config.data)) * (pass_of_two + overhead)
     class_images = train.class_images * pass_of_two if train.prior == "images" and draws_class else 0
-    seconds: float = steps * step + sample.steps * (grids + class_images)
+    seconds: float = steps * step + sample.steps * (grids * grid + class_images)
     return seconds
+
+
+def interval(every: int, steps: int) -> int:
+    """Steps between two validations, checkpoints or sample grids, from the option's value."""
+    return every or max(1, math.ceil(steps / PARTS))
 
 
 def guess_device(option: str) -> str:

@@ -21,6 +21,7 @@ from lorakit.engine import device as devices
 from lorakit.formats import metadata
 from lorakit.inference import sampling
 from lorakit.inference.mode import polled
+from lorakit.runs import plan
 from lorakit.training import checkpoint, optimizers, out_of_memory
 from lorakit.training.precompute import embed
 from lorakit.training.validation import choose_best
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 # Losses and gradient norms stay on the device and are read together, every so many steps.
 READ_EVERY = 10
-# Where validation, checkpoints and samples are not set, this many are spread over the run.
-PARTS = 5
 
 
 class NotFinite(LorakitError):
@@ -150,7 +149,9 @@ def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None =
     total, mean = run.ready.plan.steps, RunningMean()
     readings = Readings(model, inputs, run, mean)
     milestones = Milestones(model, inputs, run, mean)
-    step, due = milestones.restore(resume_from) if resume_from else (0, ["save", "sample"])
+    step, due = (
+        milestones.restore(resume_from) if resume_from else (0, ["save"] + ["sample"] * run.config.sample.at_start)
+    )
     run.folder.update(state="running", step=step, steps=total)
     run.events.emit("phase", step, phase="training", steps=total)
     milestones.reach(step, due)
@@ -258,8 +259,8 @@ class Milestones:
         train, total = self.run.config.train, self.run.ready.plan.steps
         every = {"validate": train.validate_every, "save": train.save_every, "sample": self.run.config.sample.every}
         if step == total:  # the last samples are drawn from the exported file
-            return ["validate", "save"]
-        return [name for name, number in every.items() if step % (number or max(1, math.ceil(total / PARTS))) == 0]
+            return ["validate"] * train.validate_at_end + ["save"]
+        return [name for name, number in every.items() if step % plan.interval(number, total) == 0]
 
     def reach(self, step: int, due: list[str]) -> None:
         """Do what is due; where a stop is asked for, save the rest as still due, export and end.

@@ -235,7 +235,7 @@ def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Resu
 
 
 def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) -> list[selfcheck.Finding]:
-    """Findings of all exported files; the base that carries the first one draws the last samples.
+    """Findings of all exported files; the base that carries the first one draws the last samples, if asked for.
 
     They are what `lorakit sample` draws with the file, to the bit on a CPU.
     """
@@ -253,7 +253,7 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
         untrained_layers=run.ready.info.untrained_layers,
     ):
         findings += file_findings
-        if family is not None and name == config.output.formats[0]:
+        if family is not None and name == config.output.formats[0] and config.sample.at_end:
             run.draw(family, result.samples, None, run.ready.plan.steps, adapter=exports[name].stem)
         del family  # the next one needs its room
     for finding in findings:
