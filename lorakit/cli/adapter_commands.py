@@ -29,7 +29,7 @@ def add(command: Command) -> None:
     sample.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
     sample.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
     sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="one row for each")
-    sample.add_argument("--base", default="pocket", metavar="FOLDER", help="base model (default: the bundled one)")
+    sample.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
     sample.add_argument("--size", type=_side, metavar="PIXELS", help="side of the pictures (default: as trained)")
     add_set(sample)
     sample.add_argument("--output", metavar="DIR", help="where to write (default: runs/<time>-<name>)")
@@ -62,7 +62,7 @@ def add(command: Command) -> None:
 
     merge = command("merge", run_merge, "merge an adapter into a base and write the whole model")
     merge.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
-    merge.add_argument("--base", default="pocket", metavar="FOLDER", help="base model (default: the bundled one)")
+    merge.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
     merge.add_argument("--strength", type=float, default=1.0, help="how much of the adapter (default: 1)")
     merge.add_argument("--output", required=True, metavar="PATH", help="new folder or new .safetensors file")
 
@@ -95,10 +95,12 @@ def run_sample(args: argparse.Namespace) -> int:
     threads.use_idle_cores()
     from lorakit.inference import sampling
 
+    base = args.base or sampling.base_of(args.adapter)
+    print(f"base: {base}", file=sys.stderr)
     files = sampling.sample(
         args.adapter,
         args.prompt or (),
-        base=args.base,
+        base=base,
         strengths=args.strength,
         folder=args.output,
         size=args.size,
@@ -161,9 +163,11 @@ def run_combine(args: argparse.Namespace) -> int:
 def run_merge(args: argparse.Namespace) -> int:
     """`lorakit merge`."""
     from lorakit import families, formats
+    from lorakit.families import adapter_base
     from lorakit.formats.edit.merge import merge
 
-    weights, info = formats.read(Path(args.adapter)), families.describe(args.base)
+    weights = formats.read(Path(args.adapter))
+    info = families.describe(args.base or adapter_base.find(Path(args.adapter), weights.metadata))
     if weights.family != info.family:
         raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
     for word in weights.embeddings:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv[:1] == ["ui"]:
             return run_ui(argv[1:])
-        args = parser().parse_args(argv)
+        args = parser().parse_args(_with_whole_names(argv))
         return int(args.run(args))
     except BrokenPipeError:
         # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
@@ -87,6 +88,20 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--markdown", action="store_true", help="print docs/options.md")
     command("ui", lambda _: run_ui([]), "start the front end in the browser")
     return top
+
+
+def _with_whole_names(argv: Sequence[str]) -> list[str]:
+    """The arguments, a name in single quotes as one: cmd.exe passes each of its words by itself."""
+    result, rest = list[str](), list(argv)
+    while rest:
+        word = rest.pop(0)
+        if re.match(r"(--subject=|--style=|data\.name=)'", word) or (
+            result[-1:] in (["--subject"], ["--style"]) and word.startswith("'")
+        ):
+            end = next((at for at, part in enumerate([word, *rest]) if re.search(r"[^=]'$", part)), 0)
+            word, rest = " ".join([word, *rest[:end]]), rest[end:]
+        result.append(word)
+    return result
 
 
 # -- commands -----------------------------------------------------------------------------------------------------

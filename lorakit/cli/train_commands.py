@@ -14,7 +14,9 @@ from lorakit import config as configuration
 from lorakit.cli import threads
 from lorakit.cli.signals import stop_on_signals
 from lorakit.cli.terminal import Bar, Terminal, complain, print_json, print_lines
-from lorakit.core.errors import Stopped
+from lorakit.core import atomic
+from lorakit.core.errors import LorakitError, Stopped
+from lorakit.core.names import quote
 
 if TYPE_CHECKING:
     from lorakit.data.checks import Report
@@ -44,6 +46,10 @@ def add(command: Command) -> None:
     train.add_argument(
         "--init-from", metavar="FILE", help="start from this adapter's weights (a new run, not a resume)"
     )
+
+    importing = command("import-config", run_import_config, "write a lorakit config from one of kohya or OneTrainer")
+    importing.add_argument("file", metavar="FILE", help="TOML or JSON file of the other program")
+    importing.add_argument("--output", metavar="FILE", help="where to write (default: <name>-lorakit.toml beside it)")
 
     resume = command("resume", run_resume, "continue a run exactly where it stopped")
     resume.add_argument("folder", metavar="RUN", help="run folder, e.g. runs/2026-01-31-sks-toy")
@@ -138,6 +144,28 @@ def run_resume(args: argparse.Namespace) -> int:
     return _trained(
         args, terminal, lambda stop: run.resume(args.folder, from_checkpoint=chosen, listeners=[terminal], stop=stop)
     )
+
+
+def run_import_config(args: argparse.Namespace) -> int:
+    """`lorakit import-config`."""
+    from lorakit.config import foreign, importing
+
+    source = Path(args.file)
+    target = Path(args.output) if args.output else source.with_name(f"{source.stem}-lorakit.toml")
+    if target.exists():
+        raise configuration.ConfigError([f"{target} exists already: name another file with --output"])
+    text, rest = importing.convert(foreign.read(source))
+    try:
+        atomic.write(target, text)
+    except OSError as error:
+        raise LorakitError(f"cannot write {target}: {error.strerror or error}; give another --output") from None
+    if args.json:
+        print_json({"config": str(target), "without_twin": rest})
+        return 0
+    if rest:
+        print_lines("without a twin, left out:", *(f"  {line}" for line in rest))
+    print_lines(f"written: {target}", f"see what it does: lorakit check --preset {quote(target)}")
+    return 0
 
 
 @contextmanager

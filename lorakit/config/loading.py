@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lorakit.config import foreign
 from lorakit.config.option import Option, check_value, suggest, to_text, unquote
 from lorakit.config.schema import ADAPTER_SECTIONS, LENGTHS, SECTIONS, Config, TrainConfig, options, section_type
 from lorakit.core.errors import ConfigError
@@ -18,6 +19,7 @@ from lorakit.core.registry import METHODS, own_learning_rate
 
 DEFAULT_PRESET = "subject-pocket"
 BUNDLED = "pocket"  # the base that is no path
+SINGLE_QUOTES = r"write a path of Windows in single quotes, as in folder = 'C:\Users\me\photos'"
 
 
 def preset_folder() -> Path:
@@ -46,6 +48,7 @@ def load(preset: str | Path | None = DEFAULT_PRESET, overrides: Mapping[str, Any
         return from_tables({}, overrides or {})
     file = _preset_path(preset)
     tables = _read_toml(file)
+    foreign.refuse(file, tables)
     _find_paths(tables, file.absolute().parent)
     return from_tables(tables, overrides or {})
 
@@ -55,12 +58,14 @@ def _find_paths(tables: dict[str, dict[str, object]], place: Path) -> None:
     the two folders above it, where the runs/ of a run are."""
     for opt in options():
         table = tables.get(opt.section)
-        if not isinstance(table, dict) or not opt.path or opt.key == "output.folder":
+        if not isinstance(table, dict) or not opt.path:
             continue
         value = table.get(opt.name)
         if not isinstance(value, str) or not value:
             continue
-        if not Path(value).expanduser().exists():
+        if re.search(r"[\x00-\x1f]", value) and ("\0" in value or not Path(value).exists()):
+            raise ConfigError([f"{opt.key} = {to_text(value)}: {SINGLE_QUOTES}"])  # "C:\train" has a tab in it
+        if opt.key != "output.folder" and not Path(value).expanduser().exists():
             candidates = (folder / value for folder in (place, *place.parents[:2]))
             table[opt.name] = next((str(path) for path in candidates if path.exists()), value)
 
@@ -209,6 +214,9 @@ def _preset_path(preset: str | Path) -> Path:
         if not path.is_file():
             raise ConfigError([f"config file {path} does not exist"])
         return path
+    if path.is_file():
+        foreign.refuse(path, foreign.read(path) if path.suffix.lower() == ".json" else {})
+        raise ConfigError([f"{path} is no preset: presets of lorakit are TOML files (.toml)"])
     file = preset_folder() / f"{preset}.toml"
     if not file.is_file():
         names = preset_names()
@@ -217,10 +225,15 @@ def _preset_path(preset: str | Path) -> Path:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    text = ""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError([f"{path.name}: not valid TOML: {error}"]) from None
+        number = re.search(r"at line (\d+)", str(error))
+        line = text.splitlines()[int(number[1]) - 1] if number else ""
+        hint = f"; {SINGLE_QUOTES}" if re.search(r'"[^"]*\\', line) else ""
+        raise ConfigError([f"{path.name}: not valid TOML: {error}{hint}"]) from None
 
 
 def _contradictions(config: Config) -> list[str]:

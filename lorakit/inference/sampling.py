@@ -26,6 +26,7 @@ from lorakit.core.image_grid import grid, save
 from lorakit.core.names import unique_path
 from lorakit.data import captions
 from lorakit.engine import device as placement
+from lorakit.families import adapter_base
 from lorakit.inference.mode import inference
 from lorakit.inference.recipe import picture_info
 
@@ -100,7 +101,7 @@ def sample(
     adapter: str | Path,
     prompts: Sequence[str] = (),
     *,
-    base: str = "pocket",
+    base: str = "",
     strengths: Sequence[float] = (1.0,),
     folder: str | Path | None = None,
     size: int | None = None,
@@ -111,7 +112,7 @@ def sample(
     Args:
         adapter, strengths, folder, size: see `from_file`.
         prompts: what to draw; none: what the run drew.
-        base: base model: a folder, a file or a hub id.
+        base: base model: a folder, a file or a hub id; empty: the one that the file names, see `base_of`.
         overrides: dotted option names over the recorded ones, e.g. {"sample.steps": 20}.
 
     Returns:
@@ -124,7 +125,7 @@ def sample(
     config = recorded(Path(adapter), overrides or {})
     return from_file(
         Path(adapter),
-        replace(config.model, base=base),
+        replace(config.model, base=base or base_of(adapter)),
         prompts or config.sample.prompts,
         strengths,
         config.sample,
@@ -132,6 +133,15 @@ def sample(
         size=size,
         memory=config.memory,
     )
+
+
+def base_of(adapter: str | Path) -> str:
+    """The base that an adapter was trained on, found on this machine.
+
+    Raises:
+        LorakitError: not an adapter, or the base is not found; the message says what to give.
+    """
+    return adapter_base.find(Path(adapter), formats.read(Path(adapter)).metadata)
 
 
 def from_file(

@@ -1,0 +1,57 @@
+"""Configs of other trainers: what program they are of."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from lorakit.core.errors import ConfigError
+from lorakit.core.names import quote
+
+# Keys that only one program's configs have.
+MARKS = {
+    "kohya's sd-scripts": {"pretrained_model_name_or_path", "network_dim", "network_module", "LoRA_type", "datasets"},
+    "OneTrainer": {"training_method", "base_model_name", "concept_file_name"},
+}
+
+
+def program_of(tables: object) -> str:
+    """The program whose config it is: a key of `MARKS`, or ""."""
+    keys = {*tables, *flatten(tables)} if isinstance(tables, Mapping) else set()
+    return next((program for program, marks in MARKS.items() if keys & marks), "")
+
+
+def read(file: Path) -> dict[str, object]:
+    """The tables of a TOML or JSON file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        tables = json.loads(text) if file.suffix.lower() == ".json" else tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError([f"{file} cannot be read: {error}"]) from None
+    return tables if isinstance(tables, dict) else {}
+
+
+def refuse(file: Path, tables: object) -> None:
+    """Raise a ConfigError for a config of another program, which says what to do."""
+    if program := program_of(tables):
+        raise ConfigError(
+            [f"{file.name} is a config of {program}: lorakit import-config {quote(file)} writes one for lorakit"]
+        )
+
+
+def flatten(tables: Mapping[str, object]) -> dict[str, object]:
+    """One table of all keys: sd-scripts reads sections as if they were not there, and a data set has subsets."""
+    flat: dict[str, object] = {}
+    for key, value in tables.items():
+        parts = value if isinstance(value, list) and len(value) == 1 else [value]
+        if isinstance(parts[0], Mapping) and key not in ("optimizer", "text_encoder", "unet"):
+            flat |= flatten(parts[0])
+        else:
+            flat[key] = value
+    return flat

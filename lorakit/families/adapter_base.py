@@ -1,0 +1,57 @@
+"""The base that an adapter's file names, where it is on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from lorakit import config as configuration
+from lorakit.core.errors import LorakitError
+from lorakit.core.names import quote
+from lorakit.families import hub
+from lorakit.families.describe import BUNDLED, describe
+
+
+def find(adapter: Path, metadata: Mapping[str, str]) -> str:
+    """The base that an adapter was trained on, as its metadata names it: a path, a hub id in the cache, or "pocket".
+
+    A base that lorakit recorded must have the same content. Nothing is fetched.
+
+    Raises:
+        LorakitError: it is not here, or the file names none; the message says what to give.
+    """
+    title, expected = metadata.get("ss_sd_model_name", ""), metadata.get("lorakit.base", "")
+    source = metadata.get("lorakit.base_source", "") or (title if hub.parse(title) else "")
+    for candidate in _candidates(adapter, title, source):
+        hub_id = None if Path(candidate).expanduser().exists() else hub.parse(candidate)
+        if hub_id is not None and not hub.cached(hub_id):
+            continue
+        try:
+            info = describe(candidate)
+            if expected in ("", info.hash):
+                return candidate
+        except LorakitError:
+            continue
+    if not title:
+        raise LorakitError(f"{adapter.name} does not say what base it was trained on: give it with --base")
+    where = f"--base {quote(source)}" if source else "--base and its path"
+    raise LorakitError(f"{adapter.name} was trained on {title}, which is not found here: give {where}")
+
+
+def _candidates(adapter: Path, title: str, source: str) -> Iterator[str]:
+    """Where the base may be: bundled, in the run's config, in the hub's cache, beside the adapter, here."""
+    if title == BUNDLED:
+        yield BUNDLED
+    for run in (adapter.absolute().parent, *adapter.absolute().parents[1:3]):
+        if (run / "config.toml").is_file():
+            try:
+                yield configuration.load(run / "config.toml").model.base
+            except LorakitError:
+                continue
+    if source:
+        yield source
+    name = title.replace("\\", "/").rpartition("/")[2]
+    for folder in (adapter.absolute().parent, Path.cwd()):
+        path = folder / name
+        if name and path.exists():
+            yield str(path)

@@ -1,0 +1,122 @@
+"""Configs of other trainers, and paths of Windows in TOML: what is said, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorakit import config
+from lorakit.cli.main import _with_whole_names, main
+from lorakit.config import ConfigError, foreign, importing
+
+KOHYA = """
+[model_arguments]
+pretrained_model_name_or_path = "/models/sd15.safetensors"
+[network]
+network_module = "networks.lora"
+network_dim = 32
+unet_lr = 2e-4
+text_encoder_lr = 5e-5
+optimizer_type = "AdamW8bit"
+[training]
+max_train_epochs = 10
+resolution = "768,512"
+seed = 42
+mixed_precision = "bf16"
+network_args = ["a=1"]
+optimizer_name_of_mine = 3
+"""
+DATASET = """
+[general]
+shuffle_caption = true
+[[datasets]]
+resolution = 640
+batch_size = 4
+  [[datasets.subsets]]
+  image_dir = "photos"
+  class_tokens = "sks dog"
+  num_repeats = 10
+"""
+GUI = {"LoRA_type": "LyCORIS/LoHa", "network_dim": 8, "network_alpha": 4, "network_dropout": 0.5, "epoch": 3}
+ONE_TRAINER = {
+    "training_method": "LORA",
+    "base_model_name": "owner/name",
+    "lora_rank": 8,
+    "optimizer": {"optimizer": "PRODIGY"},
+    "epochs": 20,
+    "text_encoder": {"train": False},
+}
+
+
+def test_kohyas_options_come_over_and_the_rest_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "my run.toml"
+    source.write_text(KOHYA, encoding="utf-8")
+    assert main(["import-config", str(source)]) == 0
+    text = capsys.readouterr().out
+    assert "optimizer_name_of_mine = 3" in text and "network_args" in text and "unet_lr" not in text
+    assert f"lorakit check --preset '{tmp_path}/my run-lorakit.toml'" in text
+    made = config.load(tmp_path / "my run-lorakit.toml")
+    assert (made.adapter.rank, made.adapter.effective_alpha, made.adapter.train_text_encoder) == (32, 1.0, True)
+    assert made.adapter.target_modules == "linear" and made.model.base == "/models/sd15.safetensors"
+    assert (made.optimizer.name, made.optimizer.learning_rate) == ("adamw8bit", 2e-4)
+    assert made.optimizer.text_encoder_learning_rate == 5e-5 and made.train.epochs == 10
+    assert made.data.resolution == 624 and made.train.seed == 42 and made.memory.mixed_precision == "bf16"
+    assert main(["import-config", str(source)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_data_set_of_one_folder_and_configs_of_front_ends(tmp_path: Path) -> None:
+    (tmp_path / "d.toml").write_text(DATASET, encoding="utf-8")
+    text, rest = importing.convert(foreign.read(tmp_path / "d.toml"))
+    assert rest == ["num_repeats = 10"] and 'name = "sks dog"' in text and "resolution = 640" in text
+    text, rest = importing.convert(GUI)
+    assert 'method = "loha"' in text and "rank = 8" in text and "epochs = 3" in text
+    assert len(rest) == 1 and rest[0].startswith("adapter.dropout = 0.5 (unknown option adapter.dropout")
+    text, rest = importing.convert(ONE_TRAINER)
+    assert 'name = "prodigy"' in text and "learning_rate = 1.0" in text and "epochs = 20" in text
+    assert rest == ['training_method = "LORA"']
+    with pytest.raises(ConfigError, match="neither a config of kohya's sd-scripts nor of OneTrainer"):
+        importing.convert({"rank": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("k.toml", KOHYA, "k.toml is a config of kohya's sd-scripts: lorakit import-config .*k.toml writes one for"),
+        ("d.toml", DATASET, "d.toml is a config of kohya's sd-scripts"),
+        ("a b.json", json.dumps(GUI), "a b.json is a config of kohya's sd-scripts: lorakit import-config '.*a b.json'"),
+        ("o.json", json.dumps(ONE_TRAINER), "o.json is a config of OneTrainer"),
+        ("x.json", "{}", "x.json is no preset: presets of lorakit are TOML files"),
+        ("x.json", "{", "x.json cannot be read: "),
+        ("x.yaml", "job: 1", "x.yaml is no preset: presets of lorakit are TOML files"),
+        (
+            "w.toml",
+            '[model]\nbase = "C:\\Users\\me"\n',
+            "w.toml: not valid TOML: .*; write a path of Windows in single",
+        ),
+        ("w.toml", '[model]\nbase = "D:\\train\\base"\n', "model.base = .*: write a path of Windows in single quotes"),
+        ("w.toml", '[output]\nfolder = "D:\\new"\n', "output.folder = .*: write a path of Windows in single quotes"),
+        ("w.toml", "[model]\nbase = \n", "w.toml: not valid TOML: [^;]*$"),
+    ],
+)
+def test_what_is_no_preset_is_named(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        config.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["train", "p", "--subject", "'sks dog'"], ["train", "p", "--subject", "'sks dog'"]),
+        (["--subject", "'sks", "toy", "dog'", "p"], ["--subject", "'sks toy dog'", "p"]),
+        (["--style='sks", "style'", "p"], ["--style='sks style'", "p"]),
+        (["--set", "data.name='sks", "dog'"], ["--set", "data.name='sks dog'"]),
+        (["--prompt", "'tis the day'"], ["--prompt", "'tis the day'"]),
+        (["--subject", "'sks", "p"], ["--subject", "'sks", "p"]),
+    ],
+)
+def test_words_of_a_name_that_a_shell_parted_are_joined(argv: list[str], expected: list[str]) -> None:
+    assert _with_whole_names(argv) == expected
