@@ -116,13 +116,15 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
     draw = torch.Generator(device).manual_seed(0)
     mean = torch.randn(PHOTOS, 4, side, side, device=device, generator=draw)
     states = torch.randn(PHOTOS, TOKENS, family.denoiser.config.cross_attention_dim, device=device, generator=draw)
-    pooled = torch.randn(PHOTOS, pooled_width(width), device=device, generator=draw) if sized else None
-    ids = torch.tensor([[side * 8.0, side * 8, 0, 0, side * 8, side * 8]] * PHOTOS, device=device) if sized else None
+    texts, sizes = Conditioning(encoder_hidden_states=states), {}
+    if sized:
+        texts = texts.with_rows(pooled=torch.randn(PHOTOS, pooled_width(width), device=device, generator=draw))
+        row = [side * 8.0, side * 8, 0, 0, side * 8, side * 8]
+        sizes = {"time_ids": torch.tensor([row] * PHOTOS, device=device)}
     rows = torch.arange(PHOTOS)
-    bucket = LatentBucket(side * 8, side * 8, mean, torch.full_like(mean, 0.1), None, ids, rows, rows * 0, rows)
+    bucket = LatentBucket(side * 8, side * 8, mean, torch.full_like(mean, 0.1), None, sizes, rows, rows * 0, rows)
     names: Any = [SimpleNamespace(relative=f"{number}.png", repeats=1) for number in range(PHOTOS)]
     dataset = Dataset([bucket], names, [str(n) for n in range(PHOTOS)], [[n] for n in range(PHOTOS)], [0] * PHOTOS, 0.0)
-    texts = Conditioning(encoder_hidden_states=states).with_rows(pooled=pooled)
     first = texts.index(torch.zeros(1, dtype=torch.int64, device=device))
     return Precomputed(
         dataset=dataset,
@@ -197,8 +199,11 @@ def peft_loop(
         timesteps = torch.randint(0, 1000, (batch,), device=device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         added = {}
-        if bucket.time_ids is not None:
-            added = {"text_embeds": texts["pooled"][rows].to(dtype), "time_ids": bucket.time_ids[rows].to(dtype)}
+        if bucket.sizes:
+            added = {
+                "text_embeds": texts["pooled"][rows].to(dtype),
+                "time_ids": bucket.sizes["time_ids"][rows].to(dtype),
+            }
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             said = unet(noisy.to(dtype), timesteps, states.to(dtype), added_cond_kwargs=added).sample
         loss = torch.nn.functional.mse_loss(said.float(), noise.float())

@@ -17,9 +17,7 @@ def predict(family: Any, grad: bool = False) -> torch.Tensor:
     draw = torch.Generator().manual_seed(7)
     noisy = torch.randn((2, 4, 8, 8), generator=draw)
     condition = family.encode_tokens(family.tokens(TEXTS), grad=grad)
-    ids = family.time_ids((64, 64), (0, 0), (64, 64))
-    if ids is not None:
-        condition = condition.with_rows(time_ids=torch.tensor([ids, ids]))
+    condition = condition.with_sizes(family.size_conditions((64, 64), (0, 0), (64, 64)))
     with torch.set_grad_enabled(grad):
         return family.predict(noisy, torch.tensor([100, 700]), condition)
 

@@ -303,9 +303,9 @@ class Adapter:
 def _modules(target: Any) -> dict[str, Any]:
     """Component -> module that may be adapted, of a Family or a diffusers pipeline."""
     if hasattr(target, "components"):
-        parts = {name: target.components.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
-        spec = _pipeline_family(target)
-        parts["unet"] = None if spec is None else target.components[spec.denoiser]
+        spec, components = _pipeline_family(target), target.components
+        encoders = {name: components.get(name) for name in (() if spec is None else spec.trainable_encoders())}
+        parts = {"unet": None if spec is None else components[spec.denoiser], **encoders}
         modules = {name: part for name, part in parts.items() if part is not None}
     else:
         modules = target.modules() if hasattr(target, "info") else {}
@@ -330,10 +330,10 @@ def _pipeline_family(pipeline: Any) -> FamilySpec | None:
 
 def _tokenizers(target: Any) -> dict[str, Any]:
     """Text encoder -> its tokenizer."""
-    parts = target.components if hasattr(target, "components") else target.pipeline().components
-    tokenizers = {
-        name: parts.get(name.replace("text_encoder", "tokenizer")) for name in ("text_encoder", "text_encoder_2")
-    }
+    pipeline = target if hasattr(target, "components") else target.pipeline()
+    spec = target.info.spec if hasattr(target, "info") else _pipeline_family(target)
+    encoders = () if spec is None else spec.text_encoders
+    tokenizers = {part.name: pipeline.components.get(part.tokenizer) for part in encoders if part.trainable}
     return {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
 
 

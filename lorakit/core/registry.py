@@ -246,6 +246,11 @@ def denoisers() -> set[str]:
     return {spec.denoiser for spec in FAMILIES.values()}
 
 
+def weight_stems() -> dict[str, str]:
+    """`FamilySpec.weight_stems` of all families."""
+    return {name: stem for spec in FAMILIES.values() for name, stem in spec.weight_stems().items()}
+
+
 def family_of(version: str) -> FamilySpec:
     """The family of a version, which is what adapters name.
 

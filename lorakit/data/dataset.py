@@ -18,7 +18,7 @@ class LatentBucket:
         width, height: pixels.
         mean, std: float32 `[n, C, h, w]`, scaled for the denoiser: latents = mean + std * noise.
         mask: float32 `[n, 1, h, w]`, 0 to 1, or None if the loss uses no masks.
-        time_ids: `[n, 6]` SDXL's size and crop conditions, or None.
+        sizes: name -> `[n, ...]`, the family's `size_conditions`; empty where it has none.
         photo: int64 `[n]` on the CPU, index into `Dataset.photos`.
         variant: int64 `[n]` on the CPU, number of the variant; 0 is the photo without augmentation.
         text: int64 `[n]` on the CPU, index into `Dataset.texts` of the photo's own text.
@@ -29,7 +29,7 @@ class LatentBucket:
     mean: torch.Tensor
     std: torch.Tensor
     mask: torch.Tensor | None
-    time_ids: torch.Tensor | None
+    sizes: dict[str, torch.Tensor]
     photo: torch.Tensor
     variant: torch.Tensor
     text: torch.Tensor
@@ -37,8 +37,12 @@ class LatentBucket:
     def to(self, device: torch.device | str) -> LatentBucket:
         """Move the tensors that a step reads to `device`. The indices stay on the CPU."""
         mask = None if self.mask is None else self.mask.to(device)
-        ids = None if self.time_ids is None else self.time_ids.to(device)
-        return replace(self, mean=self.mean.to(device), std=self.std.to(device), mask=mask, time_ids=ids)
+        sizes = {name: table.to(device) for name, table in self.sizes.items()}
+        return replace(self, mean=self.mean.to(device), std=self.std.to(device), mask=mask, sizes=sizes)
+
+    def sizes_of(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The size conditions of some rows, for `Conditioning.with_rows`."""
+        return {name: table[rows] for name, table in self.sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Dataset:
                     mean=bucket.mean[device_rows],
                     std=bucket.std[device_rows],
                     mask=None if bucket.mask is None else bucket.mask[device_rows],
-                    time_ids=None if bucket.time_ids is None else bucket.time_ids[device_rows],
+                    sizes=bucket.sizes_of(device_rows),
                     photo=bucket.photo[rows],
                     variant=bucket.variant[rows],
                     text=bucket.text[rows],

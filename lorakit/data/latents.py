@@ -30,7 +30,7 @@ CACHE_VERSION = 1
 MAX_PREFETCH = 4
 
 EncodeImage = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-TimeIds = Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], list[int] | None]
+SizeConditions = Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], dict[str, list[int]]]
 BatchSize = Callable[[buckets.Bucket], int]
 Say = Callable[[str], object]
 
@@ -52,7 +52,7 @@ def build(
     train: TrainConfig,
     *,
     encode_image: EncodeImage,
-    time_ids: TimeIds,
+    size_conditions: SizeConditions,
     device: torch.device | str,
     identity: str,
     say: Say,
@@ -64,7 +64,8 @@ def build(
     Args:
         report: the report of `checks.check`.
         encode_image: pixels `[B, 3, H, W]` in [-1, 1] -> (mean, std) of the scaled latents.
-        time_ids: ((height, width), (top, left), (target height, target width)) -> six numbers, or None.
+        size_conditions: ((height, width), (top, left), (target height, target width)) -> name -> row (see
+            `Family.size_conditions`).
         identity: hash of the base; it is part of the key of latents on disk.
         say: called with each line for the user.
         batch_size: number of photos of a size that the encoder encodes in one call.
@@ -77,7 +78,9 @@ def build(
         LorakitError: a photo cannot be read any more; its latent is not finite; `train.masked_loss` is set and no photo
             has a mask.
     """
-    encoder = _Encoder(config, train, encode_image, time_ids, identity, report.step, report.downscale, batch_size)
+    encoder = _Encoder(
+        config, train, encode_image, size_conditions, identity, report.step, report.downscale, batch_size
+    )
     encoder.folder = None if config.cache == "memory" else folder or cache_dir() / "latents"
     training_photos, validation_photos = holdout.split(report.photos, train.holdout, train.seed)
     say(holdout.describe_split(len(report.photos), len(validation_photos), train.holdout))
@@ -120,7 +123,7 @@ class _VariantRow:
     variant: Variant
     number: int
     key: str
-    time_ids: list[int] | None
+    sizes: dict[str, list[int]]
     pixels: Pixels | None
     latent: tuple[torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | None
@@ -137,7 +140,7 @@ class _Encoder:
     config: DataConfig
     train: TrainConfig
     encode_image: EncodeImage
-    time_ids: TimeIds
+    size_conditions: SizeConditions
     identity: str
     step: int
     downscale: int
@@ -172,12 +175,12 @@ class _Encoder:
         rows = []
         for number, (variant, key, latent) in enumerate(zip(variants, keys, disk_latents, strict=True)):
             target = (variant.bucket.height, variant.bucket.width)
-            ids = self.time_ids((size[1], size[0]), augment.top_left(size, variant), target)
+            sizes = self.size_conditions((size[1], size[0]), augment.top_left(size, variant), target)
             pixels = augment.render(picture.pixels, variant) if picture and latent is None else None
             variant_mask = (
                 torch.from_numpy(augment.render_mask(mask, variant, self.downscale)) if mask is not None else None
             )
-            rows.append(_VariantRow(variant, number, key, ids, pixels, latent, variant_mask))
+            rows.append(_VariantRow(variant, number, key, sizes, pixels, latent, variant_mask))
         return rows
 
     def key(self, raw: bytes, variant: Variant) -> str:
@@ -277,12 +280,12 @@ def _latent_bucket(
         ones = torch.ones(mean.shape[-2:])
         masks = [ones if row.mask is None else row.mask for _, row in rows]
         mask = torch.stack(masks)[:, None]
-    ids = [row.time_ids for _, row in rows]
-    time_ids = None if ids[0] is None else torch.tensor(ids, dtype=torch.float32)
+    names = rows[0][1].sizes
+    sizes = {name: torch.tensor([row.sizes[name] for _, row in rows], dtype=torch.float32) for name in names}
     photo = torch.tensor([index for index, _ in rows])
     variant = torch.tensor([row.number for _, row in rows])
     text = torch.tensor([choices[index][0] for index, _ in rows])
-    return LatentBucket(size.width, size.height, mean, std, mask, time_ids, photo, variant, text)
+    return LatentBucket(size.width, size.height, mean, std, mask, sizes, photo, variant, text)
 
 
 def _save(path: Path, mean: torch.Tensor, std: torch.Tensor) -> None:

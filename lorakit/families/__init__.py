@@ -52,7 +52,7 @@ class Family(Protocol):
     plain: bool
 
     def encode_text(self, texts: list[str]) -> Conditioning:
-        """Embeddings of texts, cut and padded as the diffusers pipeline does it; "time_ids" is not among them."""
+        """Embeddings of texts, cut and padded as the diffusers pipeline does it, without `size_conditions`."""
 
     def tokens(self, texts: list[str]) -> list[torch.Tensor]:
         """What `encode_tokens` takes for texts, on `device`, a row each: token ids, int64 `[B, T]`, for a text encoder
@@ -68,8 +68,11 @@ class Family(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `[B, C, h, w]` -> pixels `[B, 3, H, W]`, float32, about [-1, 1]."""
 
-    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int] | None:
-        """Size conditioning from (height, width), (top, left), (height, width); None where the family has none."""
+    def size_conditions(
+        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
+    ) -> dict[str, list[int]]:
+        """Name in `Conditioning` -> a row, from (height, width), (top, left), (height, width); empty where the
+        denoiser is not conditioned on sizes."""
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """What the UNet says of `noisy` `[B, C, h, w]` at `timesteps` `[B]`: float32 `[B, C, h, w]`."""

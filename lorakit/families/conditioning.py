@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -10,8 +10,8 @@ import torch
 class Conditioning:
     """Encoded texts: name -> tensor `[B, ...]`, a row for each text. It never changes: methods return a new one.
 
-    A family adds the names that its denoiser needs. All have "encoder_hidden_states" `[B, T, D]`; SDXL and SD3 add
-    "pooled" `[B, P]`, and SDXL "time_ids" `[B, 6]`: original size, crop and target size.
+    A family adds the names that its denoiser needs. All have "encoder_hidden_states" `[B, T, D]`; some add "pooled"
+    `[B, P]` and the names of `Family.size_conditions`.
     """
 
     __slots__ = ("_tensors",)
@@ -38,17 +38,21 @@ class Conditioning:
         return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Moved, and cast where a dtype is given; integers, such as time ids, keep their dtype."""
+        """Moved, and cast where a dtype is given; integers, such as sizes, keep their dtype."""
         return self._each(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
     def expand(self, count: int) -> Conditioning:
         """One row repeated `count` times, without copying."""
         return self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
-    def with_rows(self, **tensors: torch.Tensor | None) -> Conditioning:
-        """The same texts with more tensors, or others of the same names; those that are None are left out."""
-        new = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return Conditioning(**{**self._tensors, **new})
+    def with_rows(self, **tensors: torch.Tensor) -> Conditioning:
+        """The same texts with more tensors, or others of the same names."""
+        return Conditioning(**{**self._tensors, **tensors})
+
+    def with_sizes(self, sizes: Mapping[str, Sequence[int]]) -> Conditioning:
+        """The same texts, all with the size conditions of one picture (see `Family.size_conditions`)."""
+        device = self["encoder_hidden_states"].device
+        return self.with_rows(**{name: torch.tensor([row] * len(self), device=device) for name, row in sizes.items()})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:

@@ -30,7 +30,6 @@ SCHEDULE = {
 }
 # Not every class whose name begins as that of a family is one of it.
 OTHERS = ("StableDiffusionUpscale", "StableDiffusionLatentUpscale", "StableDiffusionImageVariation")
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 BUNDLED = "pocket"
 INPAINTING = "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
 
@@ -183,7 +182,7 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     optional = [encoder.name for encoder in spec.text_encoders if encoder.optional]
     absent = [name for name in optional if index.get(name, [None, None])[1] is None]
     encoders = [encoder.name for encoder in spec.text_encoders if encoder.name not in absent]
-    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    tokenizers = [encoder.tokenizer for encoder in spec.text_encoders if encoder.name not in absent]
     folders = {"unet": path / spec.denoiser, "vae": path / "vae", **{name: path / name for name in encoders}}
     subfolders = (spec.denoiser, "vae", "scheduler", *encoders, *tokenizers)
     missing = [name for name in subfolders if not (path / name).is_dir()]
@@ -193,7 +192,8 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
         raise LorakitError(f"base {path} has its own tokenizer: model.tokenizer is for bases in a single file")
     configs = {name: weight_files.read_json(folder / "config.json") for name, folder in folders.items()}
     configs["scheduler"] = weight_files.read_json(path / "scheduler" / "scheduler_config.json")
-    weights = {name: weight_files.weight_files(folder, WEIGHTS.get(name, "model")) for name, folder in folders.items()}
+    stems = spec.weight_stems()
+    weights = {name: weight_files.weight_files(folder, stems[folder.name]) for name, folder in folders.items()}
     layers: dict[str, tuple[int, ...]] = {}
     for component in ("unet", *encoders):
         layers |= _layers(component, weight_files.shapes(weights[component][0]))

@@ -15,14 +15,10 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 from urllib.parse import unquote
 
-from lorakit.core import safetensors_header
+from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.families import weight_files
 
-COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-COMPONENTS |= {"transformer": "diffusion_pytorch_model"}
-COMPONENTS |= {"text_encoder": "model", "text_encoder_2": "model", "text_encoder_3": "model"}
-FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 # Half precision is half the download and all that a frozen base needs.
 VARIANTS = ("fp16", "bf16", None)
 _REVISION = r"refs/[\w.-]+/[\w.-]+|[\w.-]+"
@@ -121,12 +117,13 @@ def _complete(folder: Path) -> bool:
     """Whether a snapshot has every part that its index names and a base needs."""
     index = weight_files.read_json(folder / "model_index.json")
     parts = {name for name, classes in index.items() if isinstance(classes, list) and None not in classes}
+    stems = registry.weight_stems()
     try:
-        for name in COMPONENTS.keys() & parts:
-            weight_files.weight_files(folder / name, COMPONENTS[name])
+        for name in stems.keys() & parts:
+            weight_files.weight_files(folder / name, stems[name])
     except LorakitError:
         return False
-    return all((folder / name).is_dir() for name in parts & {*COMPONENTS, *FOLDERS})
+    return all((folder / name).is_dir() for name in parts & {*stems, *_folders()})
 
 
 def _fetch(hub_id: HubId, checks: Checks) -> Path:
@@ -205,6 +202,11 @@ def _refuse(hub_id: HubId, error: Exception) -> NoReturn:
     raise LorakitError(f"base {hub_id.title} {why}; or give a folder or a file") from error
 
 
+def _folders() -> set[str]:
+    """Parts of all families that have no weights."""
+    return {"scheduler", *(part.tokenizer for spec in registry.FAMILIES.values() for part in spec.text_encoders)}
+
+
 def base_files(title: str, names: Iterable[str]) -> list[str]:
     """Of a repository's files those that a base needs: one precision of each part's weights, and no pickles.
 
@@ -217,8 +219,8 @@ def base_files(title: str, names: Iterable[str]) -> list[str]:
         repository, _, revision = title.partition("@")
         instead = f"; give {HubId(repository, revision or 'main', single).title}" if single else ""
         raise LorakitError(f"base {title} is not in diffusers layout (no model_index.json){instead}")
-    files = ["model_index.json", *(name for name in names if name.startswith(tuple(f"{f}/" for f in FOLDERS)))]
-    for part, stem in COMPONENTS.items():
+    files = ["model_index.json", *(name for name in names if name.startswith(tuple(f"{f}/" for f in _folders())))]
+    for part, stem in registry.weight_stems().items():
         inside = [name for name in names if name.startswith(f"{part}/")]
         if not inside:
             continue

@@ -57,9 +57,11 @@ class LoadedFamily:
         self.acquire("vae")
         return loading.decode(self.vae, latents)
 
-    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int] | None:
-        """None: the denoiser is not conditioned on sizes."""
-        return None
+    def size_conditions(
+        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
+    ) -> dict[str, list[int]]:
+        """Empty: the denoiser is not conditioned on sizes."""
+        return {}
 
     def release(self, *parts: str) -> None:
         """See `families.Family`."""

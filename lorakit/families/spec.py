@@ -58,6 +58,11 @@ class TextEncoder:
     optional: bool = False
     extra_tokens: int = 0
 
+    @property
+    def tokenizer(self) -> str:
+        """The folder of its tokenizer in diffusers layout."""
+        return self.name.replace("text_encoder", "tokenizer")
+
 
 @dataclass(frozen=True)
 class KohyaNames:
@@ -233,3 +238,8 @@ class FamilySpec:
     def trainable_encoders(self) -> tuple[str, ...]:
         """The text encoders that an adapter may enter."""
         return tuple(encoder.name for encoder in self.text_encoders if encoder.trainable)
+
+    def weight_stems(self) -> dict[str, str]:
+        """Folder of a part with weights in diffusers layout -> what the names of its files begin with."""
+        model = dict.fromkeys((self.denoiser, "vae"), "diffusion_pytorch_model")
+        return model | {encoder.name: "model" for encoder in self.text_encoders}

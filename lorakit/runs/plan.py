@@ -232,11 +232,11 @@ def count_weights(
         component = name.partition(".")[0]
         before = totals.get(component, (0, 0))
         totals[component] = before[0] + 1, before[1] + targets.trained(adapter, shapes[name])
-    for component in ("text_encoder", "text_encoder_2") if adapter.new_tokens else ():
-        first = shapes.get(f"{component}.text_model.encoder.layers.0.self_attn.q_proj")
-        if first:
+    for name, shape in shapes.items() if adapter.new_tokens else ():
+        component, _, layer = name.partition(".")
+        if layer == "text_model.encoder.layers.0.self_attn.q_proj":
             layers, weights = totals.get(component, (0, 0))
-            totals[component] = layers, weights + adapter.new_tokens * first[1]
+            totals[component] = layers, weights + adapter.new_tokens * shape[1]
     return totals
 
 

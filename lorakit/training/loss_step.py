@@ -135,8 +135,7 @@ class LossStep:
         bucket, entries = self.encoded.dataset.buckets[batch.bucket], batch.entries
         noisy, timesteps, target = self.add_noise("instance", bucket.mean[entries], bucket.std[entries])
         condition = self.condition(self.encoded.tokens, self.encoded.conditions, batch.texts)
-        if bucket.time_ids is not None:
-            condition = condition.with_rows(time_ids=bucket.time_ids[entries])
+        condition = condition.with_rows(**bucket.sizes_of(entries))
         mask = bucket.mask[entries] if bucket.mask is not None else None
         return LossTerm(noisy, timesteps, condition, target, mask, 1.0)
 

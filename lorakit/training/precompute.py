@@ -40,13 +40,13 @@ class ClassLatents:
     Attributes:
         mean, std: `[n, C, h, w]`.
         texts: int64 `[n]`, index into `Precomputed.class_texts` of the text each was drawn for.
-        time_ids: one row, or None.
+        sizes: name -> one row, the family's `size_conditions` of all of them.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
     texts: torch.Tensor
-    time_ids: torch.Tensor | None
+    sizes: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _photos(
         config.data,
         config.train,
         encode_image=encode_image,
-        time_ids=family.time_ids,
+        size_conditions=family.size_conditions,
         device=family.device,
         identity=family.info.hash,
         say=say,
@@ -244,7 +244,8 @@ def _encode_class(
 ) -> ClassLatents:
     batches = class_images.as_pixels(pictures, _at_once(side * side, family.device))
     means, stds = zip(*(encode_image(pixels) for pixels in batches), strict=True)
-    ids = family.time_ids((side, side), (0, 0), (side, side))
+    conditions = family.size_conditions((side, side), (0, 0), (side, side))
     mean, std = (torch.cat([part.to(family.device) for part in parts]) for parts in (means, stds))
     rows = torch.tensor(texts, device=family.device)
-    return ClassLatents(mean, std, rows, None if ids is None else torch.tensor([ids], device=family.device))
+    sizes = {name: torch.tensor([row], device=family.device) for name, row in conditions.items()}
+    return ClassLatents(mean, std, rows, sizes)

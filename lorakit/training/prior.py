@@ -17,19 +17,20 @@ def class_image_term(step: LossStep, count: int) -> LossTerm:
     """`count` class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv 2208.12242)."""
     latents = step.encoded.class_latents
     assert latents is not None, "prior = 'images' comes with class latents"
-    mean, std, ids = latents.mean, latents.std, latents.time_ids
+    mean, std = latents.mean, latents.std
     order = step.generators["class order"]
     rows = torch.randint(len(mean), (count,), generator=order, device=step.family.device)
     noisy, timesteps, target = step.add_noise("class", mean[rows], std[rows])
-    condition = _class_condition(step, latents.texts[rows], None if ids is None else ids.expand(count, -1))
+    sizes = {name: row.expand(count, -1) for name, row in latents.sizes.items()}
+    condition = _class_condition(step, latents.texts[rows], sizes)
     return LossTerm(noisy, timesteps, condition, target, None, step.train.prior_loss_weight)
 
 
 def teacher_term(step: LossStep, batch: Batch, instance: LossTerm) -> LossTerm:
     """The noisy photos of `instance` under their texts without the trigger; the base gives the target."""
-    sizes = instance.condition.get("time_ids")
+    sizes = step.encoded.dataset.buckets[batch.bucket].sizes_of(batch.entries)
     texts = step.encoded.class_of[batch.texts]
-    base = step.encoded.class_conditions.index(texts).with_rows(time_ids=sizes)
+    base = step.encoded.class_conditions.index(texts).with_rows(**sizes)
     condition = _class_condition(step, texts, sizes)
     return LossTerm(instance.noisy, instance.timesteps, condition, None, None, step.train.prior_loss_weight, base)
 
@@ -41,6 +42,6 @@ def teacher_target(step: LossStep, term: LossTerm) -> torch.Tensor:
     return target
 
 
-def _class_condition(step: LossStep, texts: torch.Tensor, time_ids: torch.Tensor | None) -> Any:
+def _class_condition(step: LossStep, texts: torch.Tensor, sizes: dict[str, torch.Tensor]) -> Any:
     condition = step.condition(step.encoded.class_tokens, step.encoded.class_conditions, texts)
-    return condition.with_rows(time_ids=time_ids)
+    return condition.with_rows(**sizes)

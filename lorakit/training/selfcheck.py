@@ -73,9 +73,7 @@ def probe(family: Family, prompt: str, size: tuple[int, int], condition: Any = N
             family.release("unet")
             condition = family.encode_text([prompt])
         family.release("text_encoders")
-        ids = family.time_ids(size[::-1], (0, 0), size[::-1])
-        if ids is not None:
-            condition = condition.with_rows(time_ids=torch.tensor([ids], device=family.device))
+        condition = condition.with_sizes(family.size_conditions(size[::-1], (0, 0), size[::-1]))
         prediction = family.predict(noisy, timesteps, condition)
     return Probe(prediction.float().cpu(), condition["encoder_hidden_states"].float().cpu())
 

@@ -89,8 +89,8 @@ class Validation:
         sums, drifts = [], []
         with inference(family.modules().values()):
             for number in range(len(self.places)):
-                noisy, timesteps, target, text, ids = self._point(number)
-                prediction = family.predict(noisy, timesteps, conditions.index(text).with_rows(time_ids=ids))
+                noisy, timesteps, target, text, sizes = self._point(number)
+                prediction = family.predict(noisy, timesteps, conditions.index(text).with_rows(**sizes))
                 sums.append(_sums(prediction, target))
             if not self._class_points:
                 with adapter.disabled():
@@ -139,12 +139,14 @@ class Validation:
 
     def _class_sized(self, condition: Conditioning) -> Conditioning:
         """The class prompt for a batch of class pictures, with the sizes of a photo."""
-        ids = self._largest.time_ids
-        ids = None if ids is None else ids[:1].to(self.family.device).expand(CLASS_BATCH, -1)
-        return condition.expand(CLASS_BATCH).with_rows(time_ids=ids)
+        tables = self._largest.sizes.items()
+        sizes = {name: table[:1].to(self.family.device).expand(CLASS_BATCH, -1) for name, table in tables}
+        return condition.expand(CLASS_BATCH).with_rows(**sizes)
 
-    def _point(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """One photo, once in each band: noisy latents `[BANDS, C, h, w]`, timesteps, target, text and time ids."""
+    def _point(
+        self, number: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """One photo, once in each band: noisy latents `[BANDS, C, h, w]`, timesteps, target, text and sizes."""
         family, device = self.family, self.family.device
         bucket_index, row, text = self.places[number]
         bucket = self.dataset.buckets[bucket_index]
@@ -158,8 +160,8 @@ class Validation:
         timesteps = family.prediction.timesteps_at(shares.to(device))
         noisy = family.prediction.add_noise(latents, noise, timesteps)
         target = family.prediction.target(latents, noise, timesteps)
-        ids = None if bucket.time_ids is None else bucket.time_ids[row].to(device).expand(BANDS, -1)
-        return noisy, timesteps, target, torch.full((BANDS,), text, device=device), ids
+        sizes = {name: table[row].to(device).expand(BANDS, -1) for name, table in bucket.sizes.items()}
+        return noisy, timesteps, target, torch.full((BANDS,), text, device=device), sizes
 
 
 def choose_best(history: Sequence[dict[str, Any]]) -> tuple[int, str]:

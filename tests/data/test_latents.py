@@ -38,8 +38,8 @@ class Encoder:
         return torch.cat([mean, mean[:, :1]], 1), torch.full_like(torch.cat([mean, mean[:, :1]], 1), 0.01)
 
 
-def sdxl_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int]:
-    return [*original, *crop, *target]
+def sdxl_sizes(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> dict[str, list[int]]:
+    return {"time_ids": [*original, *crop, *target]}
 
 
 class Builder:
@@ -66,7 +66,7 @@ class Builder:
             data,
             train or TrainConfig(holdout=0.0),
             encode_image=self.encoder,
-            time_ids=sdxl_ids if ids else lambda *_: None,
+            size_conditions=sdxl_sizes if ids else lambda *_: {},
             device="cpu",
             identity=identity,
             say=self.said.append,
@@ -185,9 +185,8 @@ def test_sdxl_conditions_tell_size_and_crop_with_flip_too(build: Builder, photos
     dataset, _ = build(DataConfig(name="sks toy", resolution=64, flip=True, variants=2), ids=True)
     bucket = dataset.buckets[0]
     assert (bucket.width, bucket.height) == (112, 32)
-    assert bucket.time_ids is not None
     # 200 x 64 scaled to 112 x 35.84, the middle 32 rows cut: 1.92 from the top, nothing from the sides
-    assert bucket.time_ids.tolist() == [[64, 200, 2, 0, 32, 112]] * 2
+    assert bucket.sizes["time_ids"].tolist() == [[64, 200, 2, 0, 32, 112]] * 2
     assert bucket.variant.tolist() == [0, 1]
 
 
@@ -285,9 +284,7 @@ def test_plain_is_every_photo_as_it_is(build: Builder, photos: Path) -> None:
     for one, other in zip(plain.buckets, expected.buckets, strict=True):
         assert torch.equal(one.mean, other.mean)
         assert torch.equal(one.std, other.std)
-        assert one.time_ids is not None
-        assert other.time_ids is not None
-        assert torch.equal(one.time_ids, other.time_ids)
+        assert torch.equal(one.sizes["time_ids"], other.sizes["time_ids"])
         assert torch.equal(one.photo, other.photo)
     for epoch in range(3):
         for batch in plain.batches(0, epoch, 2):
@@ -460,7 +457,7 @@ def test_a_photo_that_went_away_is_named(build: Builder, photos: Path) -> None:
     (photos / "01.png").unlink()
     with pytest.raises(LorakitError, match=r"^01\.png: cannot be read any more \(No such file or directory\)$"):
         latents.build(
-            report, data, TrainConfig(holdout=0.0), encode_image=Encoder(), time_ids=lambda *_: None, device="cpu",
+            report, data, TrainConfig(holdout=0.0), encode_image=Encoder(), size_conditions=lambda *_: {}, device="cpu",
             identity="", say=lambda _: None,
         )  # fmt: skip
 
@@ -470,7 +467,7 @@ def test_moving_to_a_device_moves_what_a_step_gathers_from(build: Builder, photo
     dataset, _ = build(ids=True)
     meta = dataset.to("meta")
     assert {bucket.mean.device.type for bucket in meta.buckets} == {"meta"}
-    assert {bucket.time_ids.device.type for bucket in meta.buckets if bucket.time_ids is not None} == {"meta"}
+    assert {bucket.sizes["time_ids"].device.type for bucket in meta.buckets} == {"meta"}
     assert {bucket.photo.device.type for bucket in meta.buckets} == {"cpu"}
     (batch, *_) = meta.batches(0, 0, 2)
     assert batch.entries.device.type == batch.texts.device.type == "meta"

@@ -182,8 +182,7 @@ def load(folder: Path, kind: str, *, stream: bool = False, dtype: torch.dtype = 
 
 def predict(family: Any) -> torch.Tensor:
     condition = family.encode_text(["a photo of a toy"])
-    if family.info.loader == "sdxl":
-        condition = condition.with_rows(time_ids=torch.tensor([family.time_ids((64, 64), (0, 0), (64, 64))]))
+    condition = condition.with_sizes(family.size_conditions((64, 64), (0, 0), (64, 64)))
     return family.predict(normal(1, 4, 8, 8), torch.tensor([500]), condition)
 
 

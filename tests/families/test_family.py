@@ -106,9 +106,10 @@ def test_prediction_is_the_unets(sd1: Any) -> None:
 
 def test_sdxls_prediction_sees_pooled_text_and_sizes(sdxl: Any) -> None:
     noisy, timesteps = torch.randn((2, 4, 8, 8)), torch.tensor([3, 900])
-    ids = sdxl.time_ids((1000, 800), (16, 8), (64, 48))
-    assert ids == [1000, 800, 16, 8, 64, 48]
-    condition = sdxl.encode_text(["a", "b"]).with_rows(time_ids=torch.tensor([ids, ids]))
+    sizes = sdxl.size_conditions((1000, 800), (16, 8), (64, 48))
+    assert sizes == {"time_ids": [1000, 800, 16, 8, 64, 48]}
+    condition = sdxl.encode_text(["a", "b"]).with_sizes(sizes)
+    assert condition["time_ids"].tolist() == [sizes["time_ids"]] * 2
     added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"].float()}
     with torch.no_grad():
         expected = sdxl.denoiser(
@@ -165,8 +166,7 @@ def test_in_half_precision_the_autoencoder_stays_whole_and_the_pipeline_draws(
     assert {p.dtype for p in family.vae.parameters()} == {torch.float32}
     condition = family.encode_text(["a"])
     assert condition["encoder_hidden_states"].dtype is dtype
-    ids = family.time_ids((64, 64), (0, 0), (64, 64))
-    condition = condition if ids is None else condition.with_rows(time_ids=torch.tensor([ids]))
+    condition = condition.with_sizes(family.size_conditions((64, 64), (0, 0), (64, 64)))
     with torch.no_grad():
         assert family.predict(torch.randn((1, 4, 8, 8)), torch.tensor([5]), condition).dtype is torch.float32
     mean, _ = family.encode_image(torch.zeros((1, 3, 64, 64)))
@@ -231,9 +231,9 @@ def test_the_hub_is_never_asked(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
 
 def condition(rows: int, sizes: bool = True) -> Conditioning:
     states = torch.arange(rows * 6.0).reshape(rows, 2, 3)
-    ids = torch.arange(rows * 6).reshape(rows, 6) if sizes else None
+    ids = {"time_ids": torch.arange(rows * 6).reshape(rows, 6)} if sizes else {}
     pooled = torch.arange(rows * 2.0).reshape(rows, 2)
-    return Conditioning(encoder_hidden_states=states, pooled=pooled).with_rows(time_ids=ids)
+    return Conditioning(encoder_hidden_states=states, pooled=pooled).with_rows(**ids)
 
 
 def test_conditions_are_indexed_joined_and_repeated() -> None:
@@ -261,8 +261,7 @@ def test_moving_a_condition_keeps_its_sizes_whole() -> None:
 
 def test_a_family_adds_a_row_of_its_own_name() -> None:
     angles = torch.arange(6.0).reshape(3, 2)
-    three = condition(3).with_rows(angles=angles, absent=None)
-    assert three.get("absent") is None
+    three = condition(3).with_rows(angles=angles)
     picked = three.index(torch.tensor([2, 0]))
     assert torch.equal(picked["angles"], angles[[2, 0]])
     joined = Conditioning.cat([three, picked])

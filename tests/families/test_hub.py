@@ -18,6 +18,7 @@ from PIL import Image
 
 from lorakit import config, families, formats
 from lorakit.config import ModelConfig
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.families import hub
 from lorakit.training import run as train
@@ -167,6 +168,7 @@ def test_a_run_is_pinned_and_its_adapter_says_on_what_it_was_trained(cache: Path
 PROGRAM = """
 import json, sys
 from lorakit import families
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 try:
     info = families.describe(sys.argv[1])
@@ -243,7 +245,7 @@ def test_what_is_not_trained_is_refused_before_weights_are_fetched(
     index: dict[str, Any], scheduler: dict[str, Any], words: str, count: int, tmp_path: Path
 ) -> None:
     files = {"model_index.json": json.dumps(index), "scheduler/scheduler_config.json": json.dumps(scheduler)}
-    for part, stem in hub.COMPONENTS.items():
+    for part, stem in registry.weight_stems().items():
         files |= {f"{part}/config.json": "{}", f"{part}/{stem}.safetensors": "weights"}
     for name, content in files.items():
         path = tmp_path / "served" / name

@@ -1,9 +1,11 @@
 """A family is one folder and one line of the registry: a copy of `families/_template` works in `check`, `train`,
-`export` and `inspect`; without the line, the error names the base's class and the families that there are."""
+`export` and `inspect`, with size conditions and a learned word; without the line, the error names the base's class and
+the families that there are. What a family's folder says is said nowhere else: without it, something fails."""
 
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +13,29 @@ from pathlib import Path
 import pytest
 import short_run
 import tiny
+import torch
 
+from lorakit import adapters, config, families
 from lorakit.cli.main import main
 from lorakit.core import registry
-from lorakit.families import _template
+from lorakit.families import _template, hub
 from lorakit.families._template.spec import SPEC
+from lorakit.families.spec import TextEncoder
 from lorakit.formats import compatibility, identify
 
 RENAMED = {"lorakit.families._template": "aurora", "ExampleDiffusion": "AuroraDiffusion", "example": "aurora"}
 RENAMED |= {"Example Diffusion": "Aurora"}
+# The copy's denoiser is conditioned on the size of the picture, by a name that no other family has.
+SIZES = """
+    def size_conditions(self, original, crop, target):
+        return {"picture_size": [*target]}
+"""
+NO_SIZES = """
+    def size_conditions(self, original, crop, target):
+        return {}
+"""
+PREDICT = 'states = condition["encoder_hidden_states"].to(self.dtype)'
+READ_SIZES = f"{PREDICT} * (1 + condition['picture_size'].to(self.dtype).sum(1)[:, None, None] / 1e4)"
 
 
 @pytest.fixture
@@ -31,7 +47,12 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         text = path.read_text(encoding="utf-8")
         for name, other in RENAMED.items():
             text = text.replace(name, other)
+        if path.name == "model.py":
+            assert PREDICT in text
+            text = text.replace(PREDICT, READ_SIZES) + SIZES
         (package / path.name).write_text(text, encoding="utf-8")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "aurora"]:
+        monkeypatch.delitem(sys.modules, name)  # the copy of another test
     monkeypatch.syspath_prepend(str(package.parent))
     return "aurora.spec:SPEC"
 
@@ -63,7 +84,7 @@ def options(base: Path) -> list[str]:
     given |= {"train.steps": "2", "optimizer.learning_rate": "1e-3", "train.batch_size": "1"}
     given |= {"sample.prompts": "a toy", "sample.steps": "1"}
     given |= {"sample.every": "2", "memory.device": "cpu", "output.dtype": "fp32"}
-    given |= {"adapter.train_text_encoder": "true"}
+    given |= {"adapter.train_text_encoder": "true", "adapter.new_tokens": "1", "train.prior": "teacher"}
     return [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
 
 
@@ -100,6 +121,43 @@ def test_a_family_is_one_folder_and_one_line(
     for name in ("diffusers", "peft"):  # diffusers reads PEFT's names
         exported = successful("export", adapter, "--to", name, "--output", tmp_path / name).splitlines()[0]
         assert re.search(r"for +Aurora(.|\n)+format +(peft|PEFT)", successful("inspect", exported))
+
+
+def test_size_conditions_that_a_model_forgets_are_missed_by_its_denoiser(
+    family: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "modules" / "aurora" / "model.py"
+    model.write_text(model.read_text(encoding="utf-8") + NO_SIZES, encoding="utf-8")
+    monkeypatch.setitem(registry.FAMILIES.own, "aurora", family)
+    loaded = families.load(families.describe(base), "cpu", torch.float32)
+    condition = loaded.encode_text(["a"]).with_sizes(loaded.size_conditions((64, 64), (0, 0), (64, 64)))
+    with pytest.raises(KeyError, match="picture_size"):
+        loaded.predict(torch.zeros((1, 4, 8, 8)), torch.tensor([1]), condition)
+
+
+def test_a_text_encoder_that_a_spec_forgets_learns_no_words(
+    family: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = config.LoraConfig(rank=2, new_tokens=1, train_text_encoder=False)
+    for encoders, parts in {SPEC.text_encoders: ["text_encoder"], (): []}.items():
+        monkeypatch.setitem(registry.FAMILIES.own, "aurora", family)
+        loaded = families.load(families.describe(base), "cpu", torch.float32)
+        monkeypatch.setitem(
+            registry.FAMILIES.own, "aurora", replace(registry.FAMILIES["aurora"], text_encoders=encoders)
+        )
+        adapter = adapters.attach(loaded, section, trigger="sks")
+        words = [name for name in adapter.parameters() if name.endswith(".token")]
+        adapter.detach()
+        assert words == [f"{part}.token" for part in parts]
+
+
+def test_the_hub_fetches_the_parts_that_a_spec_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["prior/diffusion_pytorch_model.safetensors", "prior/config.json", "text_encoder_7/model.safetensors"]
+    parts += ["text_encoder_7/config.json", "tokenizer_7/vocab.json"]
+    assert hub.base_files("a/b", ["model_index.json", *parts]) == ["model_index.json"]
+    spec = replace(SPEC, denoiser="prior", text_encoders=(TextEncoder("text_encoder_7"),))
+    monkeypatch.setitem(registry.FAMILIES.own, "example", spec)
+    assert sorted(hub.base_files("a/b", ["model_index.json", *parts])) == sorted(["model_index.json", *parts])
 
 
 def test_without_the_line_the_base_is_refused(

@@ -106,11 +106,10 @@ def table() -> str:
 def outputs(family) -> torch.Tensor:
     """What a base says on fixed inputs: text embeddings and prediction."""
     condition = family.encode_text(["a photo of sks toy"])
-    ids = family.time_ids((64, 64), (0, 0), (64, 64))
-    told = condition if ids is None else condition.with_rows(time_ids=torch.tensor([ids]))
+    condition = condition.with_sizes(family.size_conditions((64, 64), (0, 0), (64, 64)))
     noisy = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        prediction = family.predict(noisy, torch.tensor([500]), told)
+        prediction = family.predict(noisy, torch.tensor([500]), condition)
     return torch.cat([condition["encoder_hidden_states"].flatten(), prediction.flatten()])
 
 

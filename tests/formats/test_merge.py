@@ -58,11 +58,10 @@ def weights_for(info: families.BaseInfo, method: str = "lora", seed: int = 0) ->
 
 def outputs(family: Any) -> list[torch.Tensor]:
     condition = family.encode_text(PROMPTS)
-    ids = family.time_ids((64, 64), (0, 0), (64, 64))
-    told = condition if ids is None else condition.with_rows(time_ids=torch.tensor([ids] * 2))
+    condition = condition.with_sizes(family.size_conditions((64, 64), (0, 0), (64, 64)))
     noisy = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return [condition["encoder_hidden_states"], family.predict(noisy, torch.tensor([10, 900]), told)]
+        return [condition["encoder_hidden_states"], family.predict(noisy, torch.tensor([10, 900]), condition)]
 
 
 def load(path: Path, folder: Path) -> Any:

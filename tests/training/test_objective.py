@@ -170,14 +170,13 @@ def test_the_first_loss_is_the_bases_by_an_independent_reckoning(
     latents, noise = (torch.randn((3, 4, 8, 8), generator=draw) for _ in range(2))
     timesteps = torch.tensor([10, 500, 990])
     condition = family.encode_text(["a", "b", "c"])
-    ids = family.time_ids((100, 80), (8, 0), (64, 64))
-    if ids is not None:
-        condition = condition.with_rows(time_ids=torch.tensor([ids] * 3))
+    sizes = family.size_conditions((100, 80), (8, 0), (64, 64))
+    condition = condition.with_sizes(sizes)
 
     a = SCHEDULE[timesteps.numpy()].reshape(-1, 1, 1, 1)
     noisy = torch.from_numpy(np.sqrt(a) * latents.numpy() + np.sqrt(1 - a) * noise.numpy()).float()
     added = {}
-    if ids is not None:
+    if sizes:
         added = {"text_embeds": condition["pooled"], "time_ids": torch.tensor([[100.0, 80, 8, 0, 64, 64]] * 3)}
     with torch.no_grad():
         said = family.denoiser(

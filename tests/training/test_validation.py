@@ -61,7 +61,7 @@ def dataset(count: int = 3, variants: int = 1, seed: int = 0):
     bucket = SimpleNamespace(
         mean=torch.randn(rows, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)),
         std=torch.full((rows, CHANNELS, SIDE, SIDE), 100.0),
-        time_ids=None,
+        sizes={},
         photo=torch.arange(rows) // variants,
         variant=variants - 1 - torch.arange(rows) % variants,
         text=torch.arange(rows) // variants,
@@ -193,8 +193,8 @@ def test_a_real_family_is_examined_to_the_bit_twice(base, request):
     family = families.load(info, torch.device("cpu"), torch.float32)
     adapter = adapters.attach(family, config.LoraConfig(rank=2), seed=0)
     data = dataset()
-    ids = family.time_ids((64, 64), (0, 0), (64, 64))
-    data.buckets[0].time_ids = None if ids is None else torch.tensor([ids] * 3)
+    sizes = family.size_conditions((64, 64), (0, 0), (64, 64))
+    data.buckets[0].sizes = {name: torch.tensor([row] * 3) for name, row in sizes.items()}
     with torch.no_grad():
         texts = family.encode_text(["one", "two", "three"])
         told = family.encode_text(["a photo of a toy"])

@@ -51,9 +51,11 @@ class StableDiffusionXL(LoadedFamily):
             states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
             return Conditioning(encoder_hidden_states=states, pooled=second.text_embeds)
 
-    def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> list[int]:
+    def size_conditions(
+        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
+    ) -> dict[str, list[int]]:
         """Original height and width, crop top and left, target height and width (arXiv 2307.01952, section 2.2)."""
-        return [*original, *crop, *target]
+        return {"time_ids": [*original, *crop, *target]}
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
         """See `families.Family`. The condition must have pooled text and time ids."""

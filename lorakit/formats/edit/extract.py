@@ -18,7 +18,7 @@ from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer
 from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.families import hub, ldm, weight_files
+from lorakit.families import ldm, weight_files
 from lorakit.formats import files, keys
 from lorakit.formats.edit.resize_combine import full_rank, resize
 
@@ -146,11 +146,12 @@ def part_files(folder: Path) -> list[Path]:
     plain = [path for path in sorted(folder.iterdir()) if path.is_file() and not _TWINS.fullmatch(path.name)]
     indexes = [path for path in plain if ".safetensors.index" in path.name]
     shards = {name for path in indexes for name in weight_files.read_json(path).get("weight_map", {}).values()}
-    stem = hub.COMPONENTS.get(folder.name, "model")
+    stems = registry.weight_stems()
+    stem = stems.get(folder.name, "model")
     ours = re.compile(rf"{stem}(\.\w+)?(-\d+-of-\d+(\.\w+)?)?\.safetensors")
     weights = [p for p in plain if p.suffix == ".safetensors" and (p.name in shards or ours.fullmatch(p.name))]
     pickles = [path for path in plain if path.suffix == ".bin" or ".bin.index" in path.name]
-    if folder.name not in hub.COMPONENTS and not weights:
+    if folder.name not in stems and not weights:
         return plain
     return [p for p in plain if p in weights or not (p in pickles or p.suffix == ".safetensors")]
 
@@ -193,7 +194,7 @@ def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:
         return {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in loaded}
     if not any((folder / place).glob("*.safetensors")):
         raise LorakitError(f"{folder}: not a base model in diffusers layout (no {place}/*.safetensors)")
-    paths, _ = weight_files.weight_files(folder / place, hub.COMPONENTS[place])
+    paths, _ = weight_files.weight_files(folder / place, registry.weight_stems()[place])
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
         safetensors_header.read(path)

@@ -19,7 +19,7 @@ from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.families import hub, ldm, scaled_weight, weight_files
+from lorakit.families import ldm, scaled_weight, weight_files
 from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
 from lorakit.formats import files
 from lorakit.formats.edit import extract
@@ -204,7 +204,7 @@ def _file_to_folder(
 
 def _headers(folder: Path) -> Iterator[safetensors_header.Header]:
     """The headers of a part's files, as `weight_files` chooses them."""
-    for path in weight_files.weight_files(folder, hub.COMPONENTS[folder.name])[0]:
+    for path in weight_files.weight_files(folder, registry.weight_stems()[folder.name])[0]:
         yield safetensors_header.read(path)
 
 
