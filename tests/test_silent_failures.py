@@ -132,6 +132,7 @@ SEEN_ELSEWHERE = {
     **dict.fromkeys(
         ("model.base", "model.tokenizer", "model.prediction_type"), "families: test_describe, test_single_file"
     ),
+    "model.vae": "families: test_vae_source.py",
     "data.folder": "every run",
     "data.kind": "test_captions.py, prompts of a style",
     "data.instance_prompt": "test_captions.py",

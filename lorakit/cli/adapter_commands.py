@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from lorakit.cli import threads
 from lorakit.cli.terminal import complain, print_json, print_lines
-from lorakit.cli.train_commands import Command, add_set, read_overrides
+from lorakit.cli.train_commands import Command, add_set, add_vae, read_overrides
+from lorakit.config import ModelConfig
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 
@@ -31,6 +32,7 @@ def add(command: Command) -> None:
     sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="one row for each")
     sample.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
     sample.add_argument("--size", type=_side, metavar="PIXELS", help="side of the pictures (default: as trained)")
+    add_vae(sample)
     add_set(sample)
     sample.add_argument("--output", metavar="DIR", help="where to write (default: runs/<time>-<name>)")
 
@@ -63,6 +65,7 @@ def add(command: Command) -> None:
     merge = command("merge", run_merge, "merge an adapter into a base and write the whole model")
     merge.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
     merge.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
+    add_vae(merge)
     merge.add_argument("--strength", type=float, default=1.0, help="how much of the adapter (default: 1)")
     merge.add_argument("--output", required=True, metavar="PATH", help="new folder or new .safetensors file")
 
@@ -104,7 +107,7 @@ def run_sample(args: argparse.Namespace) -> int:
         strengths=args.strength,
         folder=args.output,
         size=args.size,
-        overrides=read_overrides(args.set),
+        overrides=({"model.vae": args.vae} if args.vae else {}) | read_overrides(args.set),
     )
     if args.json:
         print_json({"grid": str(files[0]), "files": [str(file) for file in files[1:]]})
@@ -167,7 +170,8 @@ def run_merge(args: argparse.Namespace) -> int:
     from lorakit.formats.edit.merge import merge
 
     weights = formats.read(Path(args.adapter))
-    info = families.describe(args.base or adapter_base.find(Path(args.adapter), weights.metadata))
+    base = args.base or adapter_base.find(Path(args.adapter), weights.metadata)
+    info = families.describe(ModelConfig(base=base, vae=args.vae or ""))
     if weights.family != info.family:
         raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
     for word in weights.embeddings:

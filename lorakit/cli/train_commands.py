@@ -70,7 +70,12 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--prompt", action="append", metavar="TEXT", help="prompt of a sample picture; may be repeated"
     )
     command.add_argument("--base", metavar="BASE", help="base model: a file, a folder or a hub id (default: bundled)")
+    add_vae(command)
     add_set(command)
+
+
+def add_vae(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--vae", metavar="VAE", help="VAE in place of the base's own: a folder, a file or a hub id")
 
 
 def add_set(command: argparse.ArgumentParser) -> None:
@@ -236,6 +241,7 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
         "data.kind": "subject" if args.subject else "style" if args.style else None,
         "model.base": args.base,
         "sample.prompts": args.prompt,
+        "model.vae": args.vae,
         "output.folder": getattr(args, "output", None),
         "train.init_from": getattr(args, "init_from", None),
     }
@@ -244,7 +250,8 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
     if preset is None:
         from lorakit.runs.quickstart import default_preset
 
-        preset, reason = default_preset(overrides.get("model.base", "pocket"), overrides.get("data.kind", "subject"))
+        base, vae = overrides.get("model.base", "pocket"), overrides.get("model.vae", "")
+        preset, reason = default_preset(base, overrides.get("data.kind", "subject"), vae)
         terminal.say(f"preset: {preset} ({reason})")
     config = configuration.load(preset, overrides)
     if not config.data.folder:

@@ -33,6 +33,9 @@ class ModelConfig:
         "Folder of the tokenizer for a base in a single file, or of ComfyUI or Forge. Empty: beside it, else CLIP's.",
         path=True,
     )
+    vae: str = option(
+        "", "VAE in place of the base's own: a folder, a .safetensors file or a hub id. Empty: the base's.", path=True
+    )
     prediction_type: Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"] = option(
         "auto", "What the base predicts. auto: as it says itself, which is printed."
     )

@@ -15,8 +15,9 @@ from lorakit.config import Config, ModelConfig
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, weight_files
+from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, vae_source, weight_files
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
+from lorakit.families.vae_source import Source
 
 CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
 PREDICTIONS = (EPSILON, VELOCITY)
@@ -61,6 +62,8 @@ class BaseInfo:
         title: name to call it by.
         source: hub id with the commit, as `owner/name@commit`; empty for what lies on the machine.
         notes: how what the base does not say was decided, a line each.
+        warnings: what may be wrong with the base, a line each.
+        sources: component -> where its weights are, of those that are not the base's own.
     """
 
     path: Path
@@ -84,6 +87,8 @@ class BaseInfo:
     prediction_override: str = ""
     source: str = ""
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    sources: Mapping[str, Source] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -103,9 +108,14 @@ class BaseInfo:
         """What the sides of a bucket must be multiples of, in pixels."""
         return self.spec.bucket_step(self.layers, self.downscale)
 
-    def folder(self, component: str) -> Path:
-        """Where a folder in diffusers layout has a component."""
-        return self.path / (self.spec.denoiser if component == "unet" else component)
+    def weights(self, component: str) -> Source:
+        """Where the weights of a component are."""
+        if component in self.sources:
+            return self.sources[component]
+        if self.slots is not None:
+            return Source(self.path, self.slots[component])
+        folder = self.path / (self.spec.denoiser if component == "unet" else component)
+        return Source(folder, None, self.variants[component])
 
     def tokenizer(self, name: str = "tokenizer") -> Path:
         """Folder of a tokenizer, which is fetched where a base in a single file has none on this machine.
@@ -173,7 +183,9 @@ def pin(model: ModelConfig) -> ModelConfig:
         LorakitError: as `describe`, where a hub id cannot be found.
     """
     hub_id = hub.parse(model.base) if model.base != BUNDLED and not Path(model.base).expanduser().exists() else None
-    return model if hub_id is None else replace(model, base=hub_id.at(hub.find(hub_id, _CHECKS)[1]))
+    if hub_id is not None:
+        model = replace(model, base=hub_id.at(hub.find(hub_id, _CHECKS)[1]))
+    return replace(model, vae=vae_source.pin(model.vae))
 
 
 def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") -> BaseInfo:
@@ -183,14 +195,18 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     absent = [name for name in optional if index.get(name, [None, None])[1] is None]
     encoders = [encoder.name for encoder in spec.text_encoders if encoder.name not in absent]
     tokenizers = [encoder.tokenizer for encoder in spec.text_encoders if encoder.name not in absent]
-    folders = {"unet": path / spec.denoiser, "vae": path / "vae", **{name: path / name for name in encoders}}
-    subfolders = (spec.denoiser, "vae", "scheduler", *encoders, *tokenizers)
+    own_vae = ["vae"] if not model.vae or (path / "vae" / "config.json").is_file() else []
+    folders = {"unet": path / spec.denoiser, **{name: path / name for name in (*own_vae, *encoders)}}
+    subfolders = (spec.denoiser, *own_vae, "scheduler", *encoders, *tokenizers)
     missing = [name for name in subfolders if not (path / name).is_dir()]
     if missing:
-        raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again")
+        hint = ", or give a VAE by model.vae (--vae)" if "vae" in missing else ""
+        raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again{hint}")
     if model.tokenizer:
         raise LorakitError(f"base {path} has its own tokenizer: model.tokenizer is for bases in a single file")
     configs = {name: weight_files.read_json(folder / "config.json") for name, folder in folders.items()}
+    if model.vae:
+        folders.pop("vae", None)
     configs["scheduler"] = weight_files.read_json(path / "scheduler" / "scheduler_config.json")
     stems = spec.weight_stems()
     weights = {name: weight_files.weight_files(folder, stems[folder.name]) for name, folder in folders.items()}
@@ -198,9 +214,8 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     for component in ("unet", *encoders):
         layers |= _layers(component, weight_files.shapes(weights[component][0]))
     # With the same weights, another prediction type or schedule makes another base.
-    config_files = [folders[name] / "config.json" for name in ("unet", "vae")] + [
-        path / "scheduler" / "scheduler_config.json"
-    ]
+    config_files = [folders[name] / "config.json" for name in ("unet", "vae") if name in folders]
+    config_files.append(path / "scheduler" / "scheduler_config.json")
     notes = [f"from the hub: {source}"] if source else []
     notes += [f"without {name}" for name in absent]
     return _info(
@@ -223,7 +238,7 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
 
 def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
     header = _check_header(_header(path))
-    checkpoint = ldm.read(header)
+    checkpoint = ldm.read(header, vae_needed=not model.vae)
     configs = single_file.configs(checkpoint)
     layers: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, int] = {}
@@ -272,6 +287,8 @@ def _summary(keys: Collection[str]) -> str:
 
 def _info(model: ModelConfig, **facts: Any) -> BaseInfo:
     """What follows from the configurations, for both layouts, with what the user says of the prediction type."""
+    if model.vae:
+        facts |= vae_source.replacement(model.vae, facts)
     path, configs, spec = facts["path"], facts["configs"], registry.FAMILIES[facts["loader"]]
     vae, channels = configs["vae"], configs["vae"].get("latent_channels", 4)
     _check_channels(path, configs["unet"].get("in_channels", 4), channels)

@@ -7,12 +7,13 @@ for until another revision is asked for: nothing is looked up, so a run is the s
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from lorakit.core import registry, safetensors_header
@@ -113,6 +114,54 @@ def cached(hub_id: HubId) -> Path | None:
     return Path(path).parent if _complete(Path(path).parent) else None
 
 
+def find_vae(hub_id: HubId) -> tuple[Path, str]:
+    """The autoencoder of a repository in the cache, and the commit that it is of; fetched where the cache lacks it.
+
+    Raises:
+        LorakitError: as `find`, or there is no autoencoder in it.
+    """
+    from huggingface_hub import HfApi, constants, errors, is_offline_mode, snapshot_download
+
+    try:
+        if hub_id.file:
+            return find(hub_id, Checks(lambda title, folder: None, lambda header: None))
+        with contextlib.suppress(LorakitError):
+            repository = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.name.replace('/', '--')}"
+            reference = repository / "refs" / hub_id.revision
+            folder = repository / "snapshots" / (reference.read_text() if reference.is_file() else hub_id.revision)
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            return folder / _vae_files(hub_id.title, names)[0], folder.name
+        if is_offline_mode():
+            raise LorakitError(
+                f"model.vae: {hub_id.title} is not in the cache and HF_HUB_OFFLINE is set: unset it once; "
+                "or give a folder or a file"
+            )
+        info = HfApi().model_info(hub_id.name, revision=hub_id.revision)
+        place, files = _vae_files(hub_id.title, [sibling.rfilename for sibling in info.siblings or []])
+        folder = Path(snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files))
+        return folder / place, folder.name
+    except LorakitError as error:
+        why = str(error).removeprefix("base ").removeprefix("model.vae: ").removesuffix("; or give a folder or a file")
+        raise LorakitError(f"model.vae: {why}; or give a folder or a file") from error
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+        raise LorakitError(f"model.vae: {_refusal(hub_id, error)}; or give a folder or a file") from error
+
+
+def _vae_files(title: str, names: list[str]) -> tuple[str, list[str]]:
+    """Of a repository's files, the folder or the file that is an autoencoder, and the files to fetch."""
+    for place in ("", "vae/"):
+        for infix in ("", ".fp16", ".bf16"):
+            files = [f"{place}config.json", f"{place}diffusion_pytorch_model{infix}.safetensors"]
+            if set(files) <= set(names):
+                return place, files
+    single = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if len(single) == 1:
+        return single[0], single
+    raise LorakitError(
+        f"model.vae: {title} has no VAE in diffusers layout: give {title}/FILE.safetensors; or give a folder or a file"
+    )
+
+
 def _complete(folder: Path) -> bool:
     """Whether a snapshot has every part that its index names and a base needs."""
     index = weight_files.read_json(folder / "model_index.json")
@@ -148,7 +197,7 @@ def _fetch(hub_id: HubId, checks: Checks) -> Path:
         checks.configs(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=configs)))
         folder = snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
-        _refuse(hub_id, error)
+        raise LorakitError(f"base {_refusal(hub_id, error)}; or give a folder or a file") from error
     return Path(folder)
 
 
@@ -172,7 +221,8 @@ def _fetch_file(hub_id: HubId, commit: str, names: list[str], checks: Checks) ->
     return Path(hf_hub_download(hub_id.name, hub_id.file, revision=hub_id.revision))
 
 
-def _refuse(hub_id: HubId, error: Exception) -> NoReturn:
+def _refusal(hub_id: HubId, error: Exception) -> str:
+    """Why the hub does not give a model, for a person."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{hub_id.name}"
@@ -199,7 +249,7 @@ def _refuse(hub_id: HubId, error: Exception) -> NoReturn:
         why = f"cannot be fetched: the hub refuses it ({message or reason}): look at {page} and the token's permissions"
     else:
         why = f"is not in the cache and cannot be fetched from {constants.ENDPOINT} ({reason}): try again later"
-    raise LorakitError(f"base {hub_id.title} {why}; or give a folder or a file") from error
+    return f"{hub_id.title} {why}"
 
 
 def _folders() -> set[str]:

@@ -113,8 +113,11 @@ def layout_of(family: str) -> FileLayout:
     return layout
 
 
-def read(header: safetensors_header.Header) -> Checkpoint:
+def read(header: safetensors_header.Header, *, vae_needed: bool = True) -> Checkpoint:
     """Take a file apart.
+
+    Args:
+        vae_needed: refuse a file that lacks its autoencoder.
 
     Raises:
         LorakitError: a model that is not read from one file (named where it is known), one that lacks a part, or a
@@ -125,19 +128,11 @@ def read(header: safetensors_header.Header) -> Checkpoint:
     parts: dict[str, dict[str, Slot]] = {}
     rest = set(shapes)
     for component, part in layout_of(family).parts.items():
-        prefix = next((p for p in part.prefixes if any(key.startswith(p) for key in shapes)), part.prefixes[0])
-        inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-        if not inside and part.optional:
+        optional = part.optional or (component == "vae" and not vae_needed)
+        if optional and not any(key.startswith(part.prefixes) for key in shapes):
             continue
-        if not inside:
-            raise LorakitError(f"{name} lacks its {component} ({part.prefixes[0]}*): get the whole checkpoint")
-        for key in inside:
-            dtype = header.tensors[prefix + key].dtype
-            if key.endswith("weight") and dtype not in scaled_weight.READABLE:
-                raise LorakitError(f"{name} has {prefix}{key} in {dtype}, a quantization not read here: get it in fp16")
-        parts[component] = slots = _slots(name, part, component, prefix, inside)
+        parts[component] = slots = read_part(header, component, part)
         rest -= {key for slot in slots.values() for key in (slot.key, slot.scale) if key}
-        _require_whole(name, component, slots, part.partial)
     lost = sorted(key for key in rest if scaled_weight.SCALE.search(key) and not key.startswith(AVERAGE))
     if lost:
         raise LorakitError(f"{name} has {lost[0]}, a scale that belongs to no weight: get the file in fp16")
@@ -145,6 +140,27 @@ def read(header: safetensors_header.Header) -> Checkpoint:
     unused = any(part.used_layers for part in layout_of(family).parts.values())
     ignored = (key for key in sorted(rest) if not USUAL.fullmatch(key) and not (unused and ".resblocks." in key))
     return Checkpoint(family, parts, prediction(header, family), tuple(ignored))
+
+
+def read_part(header: safetensors_header.Header, component: str, part: FilePart) -> dict[str, Slot]:
+    """Where the tensors of one part lie in a file.
+
+    Raises:
+        LorakitError: it is not there, lacks a tensor, or is in a quantization that is not read.
+    """
+    shapes, name = header.shapes(), header.path.name
+    prefix = next((p for p in part.prefixes if any(key.startswith(p) for key in shapes)), part.prefixes[0])
+    inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+    if not inside:
+        hint = ", or give one by model.vae (--vae)" if component == "vae" else ""
+        raise LorakitError(f"{name} lacks its {component} ({part.prefixes[0]}*): get the whole checkpoint{hint}")
+    for key in inside:
+        dtype = header.tensors[prefix + key].dtype
+        if key.endswith("weight") and dtype not in scaled_weight.READABLE:
+            raise LorakitError(f"{name} has {prefix}{key} in {dtype}, a quantization not read here: get it in fp16")
+    slots = _slots(name, part, component, prefix, inside)
+    _require_whole(name, component, slots, part.partial)
+    return slots
 
 
 def _require_whole(file: str, component: str, slots: Mapping[str, Slot], partial: str) -> None:
@@ -175,7 +191,7 @@ def place(family: str, parts: Mapping[str, Shapes]) -> dict[str, dict[str, Slot]
     """
     placed: dict[str, dict[str, Slot]] = {}
     for component, part in layout_of(family).parts.items():
-        if part.optional and component not in parts:
+        if component not in parts:
             continue
         shapes = parts[component]
         names = part.names(shapes, False) if part.names else {}

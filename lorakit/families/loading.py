@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin
     from transformers import CLIPTokenizer
 
+    from lorakit.families.vae_source import Source
+
 # Where parts of a base wait until they are needed.
 HOST = torch.device("cpu")
 # float16 ends at 6e-8, and the gradient of a mean over a latent's values begins at about 1e-4. A fixed power of two
@@ -53,27 +55,28 @@ def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) ->
         LorakitError: its weights do not fit its configuration.
     """
     try:
-        if info.slots is not None:
-            module = _from_file(info, component, cls, dtype)
+        source = info.weights(component)
+        if source.slots is not None:
+            module = _from_file(source, info.configs[component], component, cls, dtype)
         else:
             module = cls.from_pretrained(
-                info.folder(component),
+                source.path,
                 dtype=dtype,
-                variant=info.variants[component],
+                variant=source.variant,
                 use_safetensors=True,
                 local_files_only=True,
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise LorakitError(f"cannot load {component} of base {info.path}: {reason[:200]}") from error
+        where = f"of base {info.path}" if component not in info.sources else info.sources[component].path
+        raise LorakitError(f"cannot load {component} {where}: {reason[:200]}") from error
     return module.eval().requires_grad_(False)
 
 
-def _from_file(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> Any:
+def _from_file(source: Source, config: dict[str, Any], component: str, cls: Any, dtype: torch.dtype) -> Any:
     """A part of a single file: built without weights, which are then read one by one in `dtype`."""
-    assert info.slots is not None
-    slots, config = info.slots[component], info.configs[component]
-    weights = {n: tensor.to(dtype).contiguous() for n, tensor in ldm.tensors(safetensors_header.read(info.path), slots)}
+    slots, header = source.slots or {}, safetensors_header.read(source.path)
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in ldm.tensors(header, slots)}
     if not component.startswith("text_encoder"):
         with torch.device("meta"):
             module = cls.from_config(config)

@@ -79,8 +79,10 @@ def openclip_names(shapes: Shapes, theirs: bool) -> ldm.Names:
 
 
 def vae_config(shapes: Shapes, side: int, **facts: object) -> dict[str, Any]:
-    """What the config.json of an AutoencoderKL would say, with what its shapes do not tell."""
+    """What the config.json of an AutoencoderKL would say, with what shapes do not tell; that alone without any."""
     levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
+    if not levels:
+        return {"_class_name": CLASSES["vae"], **facts}
     return {
         "_class_name": CLASSES["vae"],
         "in_channels": 3,
@@ -91,6 +93,9 @@ def vae_config(shapes: Shapes, side: int, **facts: object) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "sample_size": side,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "mid_block_add_attention": any("mid_block.attentions." in name for name in shapes),
         **facts,
     }
 

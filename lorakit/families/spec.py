@@ -149,6 +149,8 @@ class FileLayout:
             diffusers layout would say; with "scheduler" and "model_index".
         others: beginning of a name -> what model has such names beside these.
         guess: what the model predicts where neither a key nor the metadata says so.
+        scaling_factor: of its latents.
+        vae_names: pattern of the names of published autoencoders for it, which do not tell their scale.
     """
 
     parts: Mapping[str, FilePart]
@@ -156,6 +158,8 @@ class FileLayout:
     configs: Callable[[Mapping[str, Shapes], str, bool], Configs]
     others: Mapping[str, str] = field(default_factory=dict)
     guess: Callable[[Header], Prediction] | None = None
+    scaling_factor: float | None = None
+    vae_names: str = "(?!)"
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,10 @@ def _unet(config: Config, info: BaseInfo, device: str) -> tuple[int, int]:
 
 def _vae(info: BaseInfo) -> int:
     """Bytes of the autoencoder's weights. On disk they may be in half precision; in memory they never are."""
-    if info.slots is not None:
-        return sum(4 * math.prod(slot.shape) for slot in info.slots["vae"].values())
+    source = info.sources.get("vae")
+    slots = source.slots if source else (info.slots or {}).get("vae")
+    if slots is not None:
+        return sum(4 * math.prod(slot.shape) for slot in slots.values())
     return int(info.bytes.get("vae", VAE_BYTES)) * (2 if info.variants.get("vae") else 1)
 
 

@@ -114,7 +114,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         problems += [*_lines(error), *_folder_problems(config.data)]
         return Preflight(config, None, None, None, tuple(problems), tuple(unquoted))
     problems += families.unsuited(info, config)
-    warnings = [*unquoted, *_line(_rate_warning(config.optimizer))]
+    warnings = [*unquoted, *info.warnings, *_line(_rate_warning(config.optimizer))]
     layers = registry.METHODS[config.adapter.method].layers
     for name in config.output.formats:
         problems += _line(registry.FORMATS[name].check(layers, info.family))

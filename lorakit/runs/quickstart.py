@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import config as configuration, families
-from lorakit.config import LENGTHS, Config
+from lorakit.config import LENGTHS, Config, ModelConfig
 from lorakit.core import registry
-from lorakit.families import hub
+from lorakit.families import BaseInfo, hub
 
 # The options that everybody has to answer for; all others have a preset's value.
 PHOTOS, KIND, NAME, BASE = BASIC_OPTIONS = ("data.folder", "data.kind", "data.name", "model.base")
+VAE = "model.vae"
 # Decided by whoever starts a run, not asked.
 SET_BY_CALLER = ("output.folder",)
 # Exactly one of these is set.
@@ -35,7 +36,8 @@ def config_for_answers(
     """
     values = {key: answers[key] for key in BASIC_OPTIONS if key in answers}
     if preset is None:
-        preset, _ = default_preset(values.get(BASE, "pocket"), values.get(KIND, "subject"))
+        vae = str((changed or {}).get(VAE, ""))
+        preset, _ = default_preset(values.get(BASE, "pocket"), values.get(KIND, "subject"), vae)
     changed = changed or {}
     if not any(key in changed for key in LENGTH_KEYS):
         config = configuration.load(preset)
@@ -46,19 +48,19 @@ def config_for_answers(
     return configuration.load(preset, values | dict(changed))
 
 
-def default_preset(base: str, kind: str) -> tuple[str, str]:
+def default_preset(base: str, kind: str, vae: str = "") -> tuple[str, str]:
     """The preset for a base and a kind of photos where the user named none, and why."""
     if base == "pocket":
         return f"{kind}-pocket", "for the bundled base"
-    family = families.describe(base).family
+    family = describe(ModelConfig(base=base, vae=vae)).family
     return (
         f"{kind}-{registry.version_of(family).preset}",
         f"for a base of the family {family}; --preset chooses another",
     )
 
 
-def describe(base: str) -> Any:
-    """What is known of a base model without loading it (`families.BaseInfo`)."""
+def describe(base: str | ModelConfig) -> BaseInfo:
+    """What is known of a base model without loading it."""
     return families.describe(base)
 
 

@@ -160,7 +160,11 @@ def resolve_path(key: str, text: str, roots: Roots) -> str:
         LorakitError: it is outside of the roots.
     """
     path = roots.resolve(text)
-    return text if key == quickstart.BASE and not path.exists() and quickstart.is_hub_id(text) else str(path)
+    return (
+        text
+        if key in (quickstart.BASE, quickstart.VAE) and not path.exists() and quickstart.is_hub_id(text)
+        else str(path)
+    )
 
 
 def field_of(problem: str, by_key: Mapping[str, Any]) -> str:

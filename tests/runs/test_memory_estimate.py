@@ -29,6 +29,7 @@ class Info:
     bytes: dict[str, int] = field(default_factory=lambda: {"vae": memory_estimate.VAE_BYTES})
     variants: dict[str, str | None] = field(default_factory=dict)
     slots: dict[str, dict[str, ldm.Slot]] | None = None
+    sources: dict[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> str:

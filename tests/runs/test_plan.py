@@ -42,6 +42,7 @@ class Info:
     bytes: dict[str, int] = field(default_factory=dict)
     variants: dict[str, str | None] = field(default_factory=dict)
     slots: None = None
+    sources: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

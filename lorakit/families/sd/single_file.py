@@ -14,6 +14,7 @@ SCALING = 0.18215
 SD1_HEADS = 8
 # SD2 reads its text encoder before the last of the published model's 24 layers; diffusers leaves that out.
 SD2_LAYERS = 23
+_VAE_NAMES = r"ft-?(mse|ema)|840000|560000|kl-?f8|sd-?v?[12](?!\d{3})|stable-diffusion-v[12]|orangemix"
 _REFINER = {
     f"{ldm.UNET}label_emb.0.0.weight": "SDXL's refiner, which no adapter is trained on: give the SDXL base",
 }
@@ -24,7 +25,7 @@ def _configs(
 ) -> Configs:
     parts = {
         "unet": unet.config(shapes["unet"], side, heads) | ({"upcast_attention": True} if openclip else {}),
-        "vae": single_file.vae_config(shapes["vae"], side, scaling_factor=SCALING, force_upcast=False),
+        "vae": single_file.vae_config(shapes.get("vae", {}), side, scaling_factor=SCALING, force_upcast=False),
         "text_encoder": single_file.text_config(shapes["text_encoder"], openclip=openclip),
     }
     parts["scheduler"] = single_file.ddim(prediction, zero_snr)
@@ -68,6 +69,8 @@ SD1_FILE = FileLayout(
     },
     marks=("cond_stage_model.transformer.",),
     configs=_sd1_configs,
+    scaling_factor=SCALING,
+    vae_names=_VAE_NAMES,
     others=_REFINER,
 )
 _SD2_TEXT = ("cond_stage_model.model.", "conditioner.embedders.0.model.")
@@ -79,6 +82,8 @@ SD2_FILE = FileLayout(
     },
     marks=_SD2_TEXT,
     configs=_sd2_configs,
+    scaling_factor=SCALING,
+    vae_names=_VAE_NAMES,
     others=_REFINER,
     guess=_sd2_guess,
 )

@@ -13,7 +13,7 @@ SIDE, SCALING, TIME_IDS = 1024, 0.13025, 6
 def _configs(shapes: Mapping[str, Shapes], prediction: str, zero_snr: bool) -> Configs:
     parts = {
         "unet": unet.config(shapes["unet"], SIDE),
-        "vae": single_file.vae_config(shapes["vae"], SIDE, scaling_factor=SCALING, force_upcast=True),
+        "vae": single_file.vae_config(shapes.get("vae", {}), SIDE, scaling_factor=SCALING, force_upcast=True),
         "text_encoder": single_file.text_config(shapes["text_encoder"], openclip=False),
         "text_encoder_2": single_file.text_config(shapes["text_encoder_2"], openclip=True),
     }
@@ -40,4 +40,6 @@ SDXL_FILE = FileLayout(
     },
     marks=("conditioner.embedders.1.model.",),
     configs=_configs,
+    scaling_factor=SCALING,
+    vae_names=r"xl|pony|illustrious|noob",
 )

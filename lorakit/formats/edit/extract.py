@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -97,8 +97,17 @@ class Merger:
         return adapted.to(weight.dtype)
 
 
-def merge(weights: AdapterWeights, base: Path, output: Path, strength: float = 1.0) -> Path:
+def merge(
+    weights: AdapterWeights,
+    base: Path,
+    output: Path,
+    strength: float = 1.0,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> Path:
     """Write `base` with the adapter merged in to the new folder `output`; every tensor keeps its name and dtype.
+
+    Args:
+        finish: called with the folder before it gets its name.
 
     Raises:
         LorakitError: `output` exists, `base` is no diffusers folder, or it lacks a layer of the adapter.
@@ -126,6 +135,7 @@ def merge(weights: AdapterWeights, base: Path, output: Path, strength: float = 1
         for part in {keys.component(name) for name in (*weights.layers, *weights.biases)}:
             folder = temporary / keys.to_diffusers_name(part, weights.family)
             _merge_component(folder, part, Merger(weights, strength, only=part))
+        finish(temporary)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save
 
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.families import ldm, scaled_weight, weight_files
+from lorakit.families import ldm, scaled_weight, vae_source, weight_files
 from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
 from lorakit.formats import files
 from lorakit.formats.edit import extract
@@ -27,9 +28,6 @@ from lorakit.formats.edit.extract import Merger
 
 # Of a base's metadata, what is not true of the merged one.
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-# What early diffusers called the parts of the autoencoder's attention; SD1.5's own repository still does.
-_OLD_ATTENTION = re.compile(r"\.attentions\.0\.(query|key|value|proj_attn)\.")
-_OLD_WORDS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _RESBLOCK = re.compile(r"\.resblocks\.(\d+)\.")
 
 
@@ -47,6 +45,8 @@ class Base(Protocol):
     def tokenizer(self, name: str) -> Path: ...
     @property
     def slots(self) -> Mapping[str, Mapping[str, ldm.Slot]] | None: ...
+    @property
+    def sources(self) -> Mapping[str, vae_source.Source]: ...
 
 
 def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1.0) -> Path:
@@ -61,25 +61,52 @@ def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1
     if output.exists():
         raise LorakitError(f"{output}: exists already; name a new one")
     single = output.suffix.lower() == ".safetensors"
+    vae = _other_vae(base)
     if base.slots is None and not single:
-        return extract.merge(weights, base.path, output, strength)
+        return extract.merge(weights, base.path, output, strength, lambda folder: _write_vae(folder, base, vae))
     room = next(parent for parent in output.absolute().parents if parent.is_dir())
     own = [base.path] if base.path.is_file() else base.path.rglob("*.safetensors")
     files.require_space(room, sum(file.stat().st_size for file in own))
     merger = Merger(weights, strength)
     if base.slots is None:
-        return _folder_to_file(base, output, merger)
+        return _folder_to_file(base, output, merger, vae)
     merger.require(base.slots)
     header = safetensors_header.read(base.path)
     if single:
-        return _file_to_file(header, base.slots, output, merger)
-    return _file_to_folder(header, base, base.slots, output, merger)
+        return _file_to_file(header, base, output, merger, vae)
+    _file_to_folder(header, base, output, merger, vae)
+    return output
+
+
+def _other_vae(base: Base) -> dict[str, torch.Tensor]:
+    """The tensors of an autoencoder that stands in for the base's own, in diffusers' names; {} where none does."""
+    source = base.sources.get("vae")
+    if source is None:
+        return {}
+    if source.slots is not None:
+        tensors = ldm.tensors(safetensors_header.read(source.path), source.slots)
+    else:
+        paths, _ = weight_files.weight_files(source.path, vae_source.WEIGHTS)
+        tensors = _loaded("vae", map(safetensors_header.read, paths), lambda part, name, weight: weight)
+    return {name: (tensor.half() if tensor.itemsize == 1 else tensor).contiguous() for name, tensor in tensors}
+
+
+def _write_vae(folder: Path, base: Base, vae: dict[str, torch.Tensor]) -> None:
+    """Put the autoencoder in the place of the one in a folder."""
+    if not vae:
+        return
+    shutil.rmtree(folder / "vae", ignore_errors=True)
+    files.write_bytes(folder / "vae" / f"{vae_source.WEIGHTS}.safetensors", save(vae, {"format": "pt"}))
+    _write_json(folder / "vae" / "config.json", base.configs["vae"])
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    _write_json(folder / "model_index.json", index | {"vae": base.configs["model_index"]["vae"]})
 
 
 def _file_to_file(
-    header: safetensors_header.Header, parts: Mapping[str, Mapping[str, ldm.Slot]], output: Path, merger: Merger
+    header: safetensors_header.Header, base: Base, output: Path, merger: Merger, vae: dict[str, torch.Tensor]
 ) -> Path:
     """Tensor by tensor, in the file's order, so that a model of any size takes the memory of one tensor."""
+    parts = base.slots or {}
     inside: dict[str, list[tuple[str, str, ldm.Slot]]] = {}
     for part, slots in parts.items():
         for name, slot in slots.items():
@@ -88,7 +115,8 @@ def _file_to_file(
     scales = {slot.key: slot.scale for slots in parts.values() for slot in slots.values() if slot.scale}
     factors = dict(safetensors_header.tensors(header, set(scales.values())))
     gone = re.compile(rf"^{re.escape(ldm.AVERAGE)}|{scaled_weight.MARKS.pattern}|{scaled_weight.SCALE.pattern}")
-    entries = {key: info for key, info in header.tensors.items() if not gone.search(key)}
+    own = {slot.key for slot in parts.get("vae", {}).values()} if vae else set()
+    entries = {key: info for key, info in header.tensors.items() if not (key in own or gone.search(key))}
     order = sorted(entries, key=lambda key: entries[key].start)
     header_metadata = {key: text for key, text in header.metadata.items() if key not in STALE}
     # Eight bits would round most of an adapter away.
@@ -104,8 +132,16 @@ def _file_to_file(
                 ldm.fill(tensor, slot, merger(part, name, ldm.view(tensor, slot)))
             yield tensor.to(getattr(torch, safetensors_header.DTYPES[dtypes[key]]))
 
-    files.stream(output, [(key, dtypes[key], entries[key].shape) for key in order], header_metadata, tensors())
+    slots = ldm.place(base.family, {"vae": _shapes(vae)})["vae"] if vae else {}
+    rows = [(key, dtypes[key], entries[key].shape) for key in order]
+    rows += [(s.key, safetensors_header.dtype_name(vae[n]), ldm.file_shape(s)) for n, s in slots.items()]
+    ends = (ldm.assemble([vae[name]], [slot]) for name, slot in slots.items())
+    files.stream(output, rows, header_metadata, _chained(tensors(), ends))
     return output
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _output_dtype(stored: str, scaled: bool) -> str:
@@ -113,15 +149,16 @@ def _output_dtype(stored: str, scaled: bool) -> str:
     return "F16" if scaled or stored.startswith("F8") else stored
 
 
-def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
+def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, torch.Tensor]) -> Path:
     layout = registry.version_of(base.family).layout
     if layout is None:
         raise LorakitError(f"{base.path.name} cannot be written as one file: --output must be a new folder")
-    sources = {part: list(_headers(base.path / part)) for part in layout.parts}
+    sources = {part: list(_headers(base.path / part)) for part in layout.parts if part != "vae" or not vae}
     shapes = {
         part: {_portable(part, name): head.tensors[name].shape for head in heads for name in head.tensors}
         for part, heads in sources.items()
     }
+    shapes |= {"vae": _shapes(vae)} if vae else {}
     merger.require(shapes)
     placed = ldm.place(base.family, shapes)
     entries: list[tuple[str, str, tuple[int, ...]]] = []
@@ -131,7 +168,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
         for part, heads in sources.items()
         for head in heads
         for name in head.tensors
-    }
+    } | {("vae", name): safetensors_header.dtype_name(tensor) for name, tensor in vae.items()}
     for part, slots in placed.items():
         by_key: dict[str, list[str]] = {}
         for name, slot in sorted(slots.items(), key=lambda item: (item[1].key, item[1].third or 0)):
@@ -153,7 +190,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
         current = ""
         for part, names in plans:
             if part != current:
-                loaded, current = dict(_loaded(part, sources[part], merger)), part
+                loaded, current = vae if part not in sources else dict(_loaded(part, sources[part], merger)), part
             yield ldm.assemble([loaded[name] for name in names], [placed[part][name] for name in names])
 
     marks = _marks(base)
@@ -164,18 +201,17 @@ def _folder_to_file(base: Base, output: Path, merger: Merger) -> Path:
 
 
 def _file_to_folder(
-    header: safetensors_header.Header,
-    base: Base,
-    parts: Mapping[str, Mapping[str, ldm.Slot]],
-    output: Path,
-    merger: Merger,
-) -> Path:
+    header: safetensors_header.Header, base: Base, output: Path, merger: Merger, vae: dict[str, torch.Tensor]
+) -> None:
+    parts = base.slots or {}
     names = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
     tokenizers = {name: base.tokenizer(name) for name in names}
     temporary = atomic.temporary_path(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         for part, slots in parts.items():
+            if part == "vae" and vae:
+                continue
             tensors = {}
             for name, tensor in ldm.tensors(header, slots):
                 slot = slots[name]
@@ -196,10 +232,10 @@ def _file_to_folder(
             _copy_tokenizer(folder, temporary / name, base.configs[name.replace("tokenizer", "text_encoder")])
         _write_json(temporary / "scheduler" / "scheduler_config.json", base.configs["scheduler"])
         _write_json(temporary / "model_index.json", base.configs["model_index"])
+        _write_vae(temporary, base, vae)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return output
 
 
 def _headers(folder: Path) -> Iterator[safetensors_header.Header]:
@@ -209,7 +245,7 @@ def _headers(folder: Path) -> Iterator[safetensors_header.Header]:
 
 
 def _loaded(
-    part: str, heads: Iterable[safetensors_header.Header], merger: Merger
+    part: str, heads: Iterable[safetensors_header.Header], merger: Callable[[str, str, torch.Tensor], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for head in heads:
         for name, tensor in safetensors_header.tensors(head, head.tensors):
@@ -219,9 +255,8 @@ def _loaded(
 
 def _portable(part: str, name: str) -> str:
     """A tensor's name as today's diffusers has it: with CLIP's `text_model.`, and without the VAE's old words."""
-    old = _OLD_ATTENTION.search(name)
-    if part == "vae" and old:
-        return name.replace(old[0], f".attentions.0.{_OLD_WORDS[old[1]]}.")
+    if part == "vae":
+        return vae_source.current_name(name)
     return canonical(part, name).removeprefix(f"{part}.")
 
 

@@ -207,9 +207,10 @@ class TrainPage:
             problems.setdefault(quickstart.BASE, []).append(say("train.must_fetch", name=name))
         elif config is not None and not problems:
             try:
-                quickstart.describe(form.values(config)[quickstart.BASE])
+                quickstart.describe(config.model)
             except LorakitError as problem:
-                problems[quickstart.BASE] = [str(problem)]
+                key = quickstart.VAE if str(problem).startswith(quickstart.VAE) else quickstart.BASE
+                problems[key] = [str(problem)]
         text = {key: [say.translate(line) for line in lines] for key, lines in problems.items()}
         return (None if problems else config), text
 
@@ -238,7 +239,7 @@ class TrainPage:
         """A config that is enough to look at the photos, whatever else is still unanswered or wrong."""
         config, _ = form.read(answers, self.workspace.roots)
         try:
-            if config is not None and quickstart.describe(form.values(config)[quickstart.BASE]):
+            if config is not None and quickstart.describe(config.model):
                 return config
         except LorakitError:  # the base will be told of where it is chosen
             pass

@@ -176,6 +176,7 @@ OPTIONS = {
         "分詞器",
         "單檔基礎模型所用的分詞器資料夾，或 ComfyUI、Forge 的資料夾。留空：檔案旁的，否則用 CLIP 的。",
     ),
+    "model.vae": ("VAE", "取代基礎模型自己的 VAE：資料夾、.safetensors 檔，或 hub 識別名。留空：用基礎模型的。"),
     "model.prediction_type": ("預測類型", "基礎模型預測什麼。auto：依模型自述，並會顯示出來。"),
     "data.folder": ("照片", "照片所在的資料夾。只有在此介面編輯過的說明文字會以 photo.txt 存入。"),
     "data.kind": ("主體或風格", "照片的共通點：主體（subject）或風格（style）。"),

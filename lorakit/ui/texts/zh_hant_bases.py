@@ -181,4 +181,50 @@ BASES = {
         "{file}：檔案不完整：{end} 位元組中只有 {size}（{share} %）：請重新下載"
     ),
     "{file}: damaged: {size} bytes follow its last tensor": "{file}：檔案損壞：最後一個張量之後還有 {size} 位元組",
+    "vae: {place}, as model.vae says": "VAE：{place}，依 model.vae",
+    "model.vae: {name} does not exist: give a folder, a .safetensors file or a hub id": (
+        "model.vae：{name} 不存在：請給資料夾、.safetensors 檔或 hub 識別名"
+    ),
+    "model.vae: {path} has no config.json: give a folder in diffusers layout, or a file": (
+        "model.vae：{path} 沒有 config.json：請給 diffusers 格式的資料夾，或一個檔案"
+    ),
+    "model.vae: {file} is a pickle, which can run code when it is read; convert it once with diffusers: {code}": (
+        "model.vae：{file} 是 pickle，讀取時可能執行程式碼；請用 diffusers 轉換一次：{code}"
+    ),
+    "model.vae: {file} has no encoder and decoder of Stable Diffusion's VAE: give a VAE": (
+        "model.vae：{file} 沒有 Stable Diffusion VAE 的編碼器與解碼器：請給一個 VAE"
+    ),
+    "model.vae: {file} is called like a VAE of another family than {family}: colors may be wrong": (
+        "model.vae：{file} 的名稱像是 {family} 以外系列的 VAE：顏色可能不對"
+    ),
+    "model.vae: {name} is of class {kind}, and only {own} is read: give a VAE of its family": (
+        "model.vae：{name} 的類別是 {kind}，只讀 {own}：請給同系列的 VAE"
+    ),
+    "model.vae: {name} makes latents of {count} channels, and base {base} takes {into}: give a VAE of its family": (
+        "model.vae：{name} 的潛在表示有 {count} 個通道，基礎模型 {base} 要 {into} 個：請給同系列的 VAE"
+    ),
+    "model.vae: {name} makes latents of another size than those of base {base}: give a VAE of its family": (
+        "model.vae：{name} 的潛在表示大小與基礎模型 {base} 的不同：請給同系列的 VAE"
+    ),
+    "model.vae: {name} has scaling factor {one}, and base {base} has {two}: give a VAE of its family": (
+        "model.vae：{name} 的縮放係數為 {one}，基礎模型 {base} 的是 {two}：請給同系列的 VAE"
+    ),
+    "model.vae: {name} is not in the cache and HF_HUB_OFFLINE is set: unset it once; or give a folder or a file": (
+        "model.vae：{name} 不在快取中，而且設了 HF_HUB_OFFLINE：請取消一次，或給資料夾或檔案"
+    ),
+    "model.vae: {name} has no VAE in diffusers layout: give {file}; or give a folder or a file": (
+        "model.vae：{name} 沒有 diffusers 格式的 VAE：請指定 {file}，或資料夾或檔案"
+    ),
+    "model.vae: {name}; or give a folder or a file": "model.vae：{name}；或指定資料夾或檔案",
+    "model.vae: {file} is a pickle, which can run code when it is read; {how}": (
+        "model.vae：{file} 是 pickle，讀取時可能執行程式碼；{how}"
+    ),
+    "model.vae: {name} {why}: give a VAE of its family": "model.vae：{name} {why}：請給同系列的 VAE",
+    "cannot load {part} {path}: {why}": "無法載入 {part} {path}：{why}",
+    "{file} lacks its {part} ({keys}): get the whole checkpoint, or give one by model.vae (--vae)": (
+        "{file} 缺少 {part}（{keys}）：請取得完整的模型，或以 model.vae（--vae）指定"
+    ),
+    "base {path} lacks {parts}: get the base again, or give a VAE by model.vae (--vae)": (
+        "基礎模型 {path} 缺少 {parts}：請重新取得，或以 model.vae（--vae）指定 VAE"
+    ),
 }

@@ -1,0 +1,182 @@
+"""An autoencoder in place of the base's own: `model.vae` names a folder, a file or a hub id. No torch.
+
+Its latents must be those that the base was trained on: as many channels, the same size and scale. Files do not tell
+their scale, so their names and metadata are asked, and only warned of.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorakit.core import registry, safetensors_header
+from lorakit.core.errors import LorakitError
+from lorakit.families import hub, ldm, single_file, weight_files
+from lorakit.families.spec import Configs
+
+_Config = dict[str, Any]
+
+CLASS, WEIGHTS = "AutoencoderKL", "diffusion_pytorch_model"
+# diffusers' default, which early configurations leave out.
+SCALING_FACTOR = 0.18215
+SCALE_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+FACTS = (*SCALE_KEYS, "norm_num_groups", "force_upcast")
+CONVERT = "convert it once with diffusers: AutoencoderKL.from_single_file(FILE).save_pretrained(FOLDER)"
+# What early diffusers called the parts of the attention; SD1.5's own repository still does.
+_OLD_ATTENTION = re.compile(r"\.attentions\.0\.(query|key|value|proj_attn)\.")
+_OLD_WORDS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of one component are.
+
+    Attributes:
+        path: a folder in diffusers layout, or a file.
+        slots: where each tensor lies in the file; None for a folder.
+        variant: the variant in the names of the folder's files.
+    """
+
+    path: Path
+    slots: Mapping[str, ldm.Slot] | None = None
+    variant: str | None = None
+
+
+@dataclass(frozen=True)
+class Vae:
+    """An autoencoder: its place, what config.json says or would say, its files, and what a person should know."""
+
+    source: Source
+    config: _Config
+    content: tuple[Path, ...]
+    note: str
+    warning: str = ""
+
+
+def find(name: str, base: str, family: str, configs: Configs) -> Vae:
+    """The autoencoder that `model.vae` names.
+
+    Args:
+        base: the base's title, for messages.
+        configs: of the base's parts; "vae" is among them where it has one of its own.
+
+    Raises:
+        LorakitError: it is not there, is something else, or its latents are not those of the base.
+    """
+    path, note = Path(name).expanduser(), f"vae: {name}, as model.vae says"
+    if not path.exists():
+        hub_id = hub.parse(name)
+        if hub_id is None:
+            raise LorakitError(f"model.vae: {name} does not exist: give a folder, a .safetensors file or a hub id")
+        path, _ = hub.find_vae(hub_id)
+    layout = registry.version_of(family).layout
+    own = configs.get("vae") or {"scaling_factor": layout.scaling_factor if layout else None}
+    vae = _of_folder(path, note) if path.is_dir() else _of_file(path, note, family, own)
+    if problem := _misfit(vae.config, own, configs["unet"]):
+        raise LorakitError(f"model.vae: {name} {problem.format(base=base)}: give a VAE of its family")
+    return vae
+
+
+def replacement(name: str, facts: _Config) -> dict[str, Any]:
+    """What changes in the facts of a `describe.BaseInfo` with the autoencoder that `model.vae` names.
+
+    Raises:
+        LorakitError: as `find`.
+    """
+    vae = find(name, facts["title"], facts["family"], facts["configs"])
+    index = facts["configs"]["model_index"] | {"vae": ["diffusers", CLASS]}
+    return {
+        "configs": facts["configs"] | {"vae": vae.config, "model_index": index},
+        "sources": {"vae": vae.source},
+        "bytes": facts["bytes"] | {"vae": sum(path.stat().st_size for path in vae.content if path.suffix != ".json")},
+        "variants": facts["variants"] | {"vae": vae.source.variant},
+        "content": (*facts["content"], *vae.content),
+        "notes": (*facts["notes"], vae.note),
+        "warnings": tuple(filter(None, [vae.warning])),
+    }
+
+
+def pin(name: str) -> str:
+    """`model.vae` with the commit that a hub id stands for now.
+
+    Raises:
+        LorakitError: as `find`, where a hub id cannot be found.
+    """
+    hub_id = hub.parse(name) if name and not Path(name).expanduser().exists() else None
+    return name if hub_id is None else hub_id.at(hub.find_vae(hub_id)[1])
+
+
+def _of_folder(path: Path, note: str) -> Vae:
+    folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
+    if not (folder / "config.json").is_file():
+        raise LorakitError(f"model.vae: {path} has no config.json: give a folder in diffusers layout, or a file")
+    files, variant = weight_files.weight_files(folder, WEIGHTS)
+    config = weight_files.read_json(folder / "config.json")
+    return Vae(Source(folder, None, variant), config, (folder / "config.json", *files), note)
+
+
+def _of_file(path: Path, note: str, family: str, own: _Config) -> Vae:
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise LorakitError(f"model.vae: {path.name} is a pickle, which can run code when it is read; {CONVERT}")
+    header = safetensors_header.read(path)
+    slots = _slots(header)
+    if not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= slots.keys():
+        raise LorakitError(f"model.vae: {path.name} has no encoder and decoder of Stable Diffusion's VAE: give a VAE")
+    neighbor = path.parent / "config.json"
+    if path.stem.startswith(WEIGHTS) and neighbor.is_file():
+        return Vae(Source(path, slots), weight_files.read_json(neighbor), (neighbor, path), note)
+    # What shapes do not tell, its scale among it, is as in the base's own.
+    facts = {key: own[key] for key in ("sample_size", *FACTS) if own.get(key) is not None}
+    config = single_file.vae_config({name: slot.shape for name, slot in slots.items()}, 512) | facts
+    words = " ".join([path.name, header.metadata.get("modelspec.architecture", "")])
+    called = [layout for layout in ldm.layouts().values() if re.search(layout.vae_names, words, re.IGNORECASE)]
+    alien = called and not any(layout.scaling_factor == own.get("scaling_factor") for layout in called)
+    warning = f"model.vae: {path.name} is called like a VAE of another family than {family}: colors may be wrong"
+    return Vae(Source(path, slots), config, (path,), note, warning if alien else "")
+
+
+def _slots(header: safetensors_header.Header) -> dict[str, ldm.Slot]:
+    """Where its tensors lie in a file of its own or in that of a whole model, under LDM's names or diffusers'."""
+    names = {key: current_name(key) for key in header.tensors}
+    if not any(key.startswith("encoder.down_blocks.") for key in names):
+        return ldm.read_part(header, "vae", replace(single_file.VAE, prefixes=("first_stage_model.", "vae.", "")))
+    pattern, shapes = re.compile(single_file.VAE.tensors), header.shapes()
+    return {
+        ours: ldm.Slot(key, shapes[key][:2] if ".attentions." in ours else shapes[key])
+        for key, ours in names.items()
+        if pattern.fullmatch(ours)
+    }
+
+
+def current_name(name: str) -> str:
+    """The name that today's diffusers has for a tensor of its autoencoder."""
+    return _OLD_ATTENTION.sub(lambda match: f".attentions.0.{_OLD_WORDS[match[1]]}.", name)
+
+
+def _misfit(config: _Config, own: _Config, unet: _Config) -> str:
+    """Why the latents of an autoencoder are not those of a base, or "". Of the base's `own` as much as is known."""
+    if config.get("_class_name", CLASS) != CLASS:
+        return f"is of class {config['_class_name']}, and only {CLASS} is read"
+    channels, into = config.get("latent_channels", 4), unet.get("in_channels", 4)
+    if into not in (channels, 2 * channels + 1):
+        return f"makes latents of {channels} channels, and base {{base}} takes {into}"
+    if "block_out_channels" in own and len(own["block_out_channels"]) != len(config["block_out_channels"]):
+        return "makes latents of another size than those of base {base}"
+    if own.get("scaling_factor", SCALING_FACTOR) is None:
+        return ""
+    before, after = (tuple(_scale(source, key) for key in SCALE_KEYS) for source in (own, config))
+    if before != after:
+        factors = [f"{source.get('scaling_factor', SCALING_FACTOR):g}" for source in (config, own)]
+        factors[1] += ", with another offset" if factors[0] == factors[1] else ""
+        return f"has scaling factor {factors[0]}, and base {{base}} has {factors[1]}"
+    return ""
+
+
+def _scale(config: _Config, key: str) -> tuple[float, ...]:
+    value = config.get(key)
+    if value is None:
+        value = SCALING_FACTOR if key == "scaling_factor" else 0.0
+    return tuple(round(number, 4) for number in (value if isinstance(value, list) else [value]))
