@@ -56,6 +56,8 @@ def add(command: Command) -> None:
     resume.add_argument(
         "--from", dest="checkpoint", default="", metavar="STEP", help="go back to this checkpoint, e.g. step-000120"
     )
+    resume.add_argument("--steps", metavar="COUNT", help="length of the whole run, where it is to be another")
+    add_set(resume)
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
@@ -145,10 +147,9 @@ def run_resume(args: argparse.Namespace) -> int:
     terminal = _terminal(args)
     from lorakit.training import run
 
-    chosen = args.checkpoint
-    return _trained(
-        args, terminal, lambda stop: run.resume(args.folder, from_checkpoint=chosen, listeners=[terminal], stop=stop)
-    )
+    changes = read_overrides([*args.set, *([f"train.steps={args.steps}"] if args.steps else [])])
+    resume = partial(run.resume, args.folder, from_checkpoint=args.checkpoint, overrides=changes, listeners=[terminal])
+    return _trained(args, terminal, lambda stop: resume(stop=stop))
 
 
 def run_import_config(args: argparse.Namespace) -> int:

@@ -110,6 +110,11 @@ class RunFolder:
         """Optimizer steps done, as `State` has it."""
         return self._state.step
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps planned, as `State` has it."""
+        return self._state.steps
+
     # -- for the process that trains ------------------------------------------------------------------------------
 
     @classmethod
@@ -156,8 +161,11 @@ class RunFolder:
         run._state = replace(state, message="")
         return run
 
-    def begin(self, step: int) -> None:
-        """Claim an opened run, which goes on at `step`; a stop asked for earlier is forgotten."""
+    def begin(self, step: int, config: Config | None = None) -> None:
+        """Claim an opened run, which goes on at `step`, with another config where one is given; a stop asked for
+        earlier is forgotten."""
+        if config is not None:
+            atomic.write(self.config_file, to_toml(configuration.with_absolute_paths(config)))
         self.stop_file.unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         self.samples.mkdir(exist_ok=True)

@@ -92,15 +92,16 @@ class Queue:
             folder = first.with_name(f"{first.name}-{number}")
         return folder
 
-    def resume(self, folder: Path) -> Job:
-        """Add the continuation of a run.
+    def resume(self, folder: Path, steps: int = 0) -> Job:
+        """Add the continuation of a run, with so many steps in all unless 0.
 
         Raises:
             LorakitError: it is running, or waits in the queue already.
         """
         if any(Path(job.folder) == folder and job.state in ("waiting", "running") for job in self.jobs()):
             raise LorakitError(f"{folder.name} is in the queue already")
-        return self._add(lambda _: ("resume", str(folder)), folder)
+        more = ("--steps", str(steps)) if steps else ()
+        return self._add(lambda _: ("resume", str(folder), *more), folder)
 
     def command(self, arguments: Sequence[str], folder: Path) -> Job:
         """Add any other command of lorakit, which writes to `folder`."""

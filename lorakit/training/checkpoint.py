@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save as serialise
 
-from lorakit.config import Config, as_tables, options
+from lorakit.config import Config, as_tables, options, resuming
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import quote, step_name, unique_path
@@ -273,15 +273,16 @@ def _same_names(file: Path, actual: set[str], expected: set[str]) -> None:
 
 
 def _compared(config: Config) -> dict[str, Any]:
-    """Options that must not change in a resumed run: all but places on the machine (JSON values)."""
+    """Options that must not change in a resumed run: all but places on the machine and what is free (JSON values)."""
     paths = {option.key for option in options(config.adapter.method) if option.path}
     flat = {f"{section}.{name}": value for section, table in as_tables(config).items() for name, value in table.items()}
-    compared: dict[str, Any] = json.loads(json.dumps({key: v for key, v in flat.items() if key not in paths}))
-    return compared
+    compared = {key: value for key, value in flat.items() if key not in paths and not resuming.may_change(key)}
+    plain: dict[str, Any] = json.loads(json.dumps(compared))
+    return plain
 
 
 def _same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not resuming.may_change(key)]
     if changed:
         differences = ", ".join(
             f"{key} (was {_value_text(before.get(key))}, is {_value_text(now.get(key))})" for key in changed

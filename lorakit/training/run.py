@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit import config as configuration, families
-from lorakit.config import Config
+from lorakit import families
+from lorakit.config import Config, resuming
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Events, Listener, StopRequest
 from lorakit.data import folder as photo_folder
@@ -110,6 +110,7 @@ def resume(
     folder: str | Path,
     *,
     from_checkpoint: str = "",
+    overrides: Mapping[str, object] | None = None,
     listeners: Sequence[Listener] = (),
     stop: Stop | None = None,
 ) -> Result:
@@ -117,21 +118,24 @@ def resume(
 
     Args:
         from_checkpoint: name or step of an earlier checkpoint to go back to; those after it are set aside.
+        overrides: dotted option names whose values change, e.g. {"train.steps": 3000}; see `config.resuming`.
 
-    Raises: as `train`; LorakitError also where photos or base have changed. Then the run's state is as it was.
+    Raises: as `train`; LorakitError also where photos or base have changed, and where an option may not change. Then
+        the run's state is as it was.
     """
     run = RunFolder.open(Path(folder))
     try:
         events = Events(*listeners)
-        config = configuration.load(run.config_file)
+        config = resuming.load_changed(run.config_file, overrides or {})
         ready = preflight(config, resume=True, fetch=True).or_raise()
         optimizers.require(ready.config.optimizer)
         newest = _checkpoint(run, from_checkpoint, events)
         if newest is not None:  # what has changed is told before the state does
             checkpoint.load(newest, config=ready.config, identity=_identity(ready))
+            _compare_lengths(run, ready, checkpoint.step_of(newest), events)
         if unused := checkpoint.set_aside(run.checkpoints, newest):
             events.say(f"set aside, to be deleted when you like: {', '.join(unused)}", warning=True)
-        run.begin(checkpoint.step_of(newest) if newest else 0)
+        run.begin(checkpoint.step_of(newest) if newest else 0, config if overrides else None)
     except BaseException:
         run.unlock()
         raise
@@ -151,6 +155,26 @@ def _checkpoint(run: RunFolder, name: str, events: Events) -> Path | None:
     elif newest is not None and newest != checkpoint.latest(run.checkpoints):
         events.say(f"going on from {newest.name}, the newest whole checkpoint", warning=True)
     return newest
+
+
+def _compare_lengths(run: RunFolder, ready: Ready, step: int, events: Events) -> None:
+    """Say what another length does to the learning rate.
+
+    Raises:
+        LorakitError: the run is past its end already.
+    """
+    before, after, optimizer = run.steps, ready.plan.steps, ready.config.optimizer
+    if step > after:
+        raise LorakitError(
+            f"{run.path} is at step {step} already, beyond {after}: give more steps, or go back with --from"
+        )
+    if before in (0, after):
+        return
+    rates = [optimizers.learning_rate(optimizer, step, total) for total in (before, after)]
+    schedule = f"the learning rate at step {step} is {rates[1]:.3g}"
+    if rates[0] != rates[1]:
+        schedule += f", not {rates[0]:.3g}: {optimizer.lr_scheduler} now ends at step {after}"
+    events.say(f"the run now has {after} steps, not {before}; {schedule}", warning=rates[0] != rates[1])
 
 
 def _identity(ready: Ready) -> dict[str, str]:

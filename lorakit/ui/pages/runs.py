@@ -27,7 +27,7 @@ LOG_LINES, OUTPUT_LINES = 200, 60
 # A run that has written nothing for so many seconds says so.
 SILENT = 20
 SAMPLE_SIDE = 640
-RESUMABLE = ("interrupted", "stopped", "failed")
+RESUMABLE = ("interrupted", "stopped", "failed", "done")
 CHOOSE = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-run]');
@@ -52,6 +52,9 @@ class RunsPage:
                 with gr.Row():
                     self.stop = gr.Button(t("run.stop"), variant="stop", visible=False, elem_id="run-stop")
                     self.resume = gr.Button(t("run.resume"), variant="primary", visible=False, elem_id="run-resume")
+                    self.steps = gr.Number(
+                        label=t("run.steps"), precision=0, minimum=0, value=0, visible=False, elem_id="run-steps"
+                    )
                     self.cancel = gr.Button(t("run.cancel"), visible=False, elem_id="run-cancel")
                     self.download = gr.DownloadButton(t("run.download"), visible=False, elem_id="run-download")
                 self.message = widgets.html(elem_id="run-message")
@@ -78,16 +81,21 @@ class RunsPage:
         looks = [gr.Timer(EVERY).tick, page.load, self.run_name.change, self.message.change]
         gr.on(looks, poll, [self.run_name, self.screen_hashes], self.outputs, **FOLLOW)
         self.list.select(choose, None, [self.run_name, self.message], **EACH)
-        for button, act in ((self.stop, self.ask_stop), (self.resume, self.go_on), (self.cancel, self.take_out)):
+        for button, act in ((self.stop, self.ask_stop), (self.cancel, self.take_out)):
             button.click(with_words(act), self.run_name, self.message, **ACT)
+
+        def go_on(run_name: str, steps: float | None, request: gr.Request) -> str:
+            return self.go_on(run_name or "", say_for(request), int(steps or 0))
+
+        self.resume.click(go_on, [self.run_name, self.steps], self.message, **ACT)
         self.work.click(lambda: self.workspace.queue.start(), None, None, **ACT)
 
     @property
     def outputs(self) -> list[Any]:
         """What `poll` fills."""
         return [
-            self.run_name, self.screen_hashes, self.list, self.work, self.status, self.stop, self.resume, self.cancel,
-            self.download, self.samples, self.curves, self.log,
+            self.run_name, self.screen_hashes, self.list, self.work, self.status, self.stop, self.resume, self.steps,
+            self.cancel, self.download, self.samples, self.curves, self.log,
         ]  # fmt: skip
 
     def poll(self, run_name: str, screen_hashes: dict[str, Any], say: Say) -> list[Any]:
@@ -109,26 +117,28 @@ class RunsPage:
         }
         visible = {
             part: gr.update(visible=updates[part]) if isinstance(updates[part], bool) else updates[part]
-            for part in ("work", "stop", "resume", "cancel")
+            for part in ("work", "stop", "resume", "steps", "cancel")
         }
         if isinstance(updates["download"], str):
             updates["download"] = gr.update(visible=bool(updates["download"]), value=updates["download"] or None)
         return [
             gr.skip() if current_name == run_name else current_name,
             gr.skip() if hashes == screen_hashes else hashes,
-            updates["list"], visible["work"], updates["status"], visible["stop"], visible["resume"], visible["cancel"],
-            updates["download"], updates["samples"], updates["curves"], updates["log"],
+            updates["list"], visible["work"], updates["status"], visible["stop"], visible["resume"], visible["steps"],
+            visible["cancel"], updates["download"], updates["samples"], updates["curves"], updates["log"],
         ]  # fmt: skip
 
     def _run(self, name: str, state: State | None, say: Say) -> dict[str, Any]:
-        hidden: dict[str, Any] = dict.fromkeys(("stop", "resume", "cancel"), False) | {"download": ""}
+        hidden: dict[str, Any] = dict.fromkeys(("stop", "resume", "steps", "cancel"), False) | {"download": ""}
         if state is None:
             return hidden | {"status": widgets.quiet(say("run.none")), "samples": "", "curves": "", "log": ""}
         run = RunFolder(self.workspace.run(name))
         begun = run.state_file.is_file()
+        resumable = state.state in RESUMABLE and begun and any(run.checkpoints.glob("step-*"))
         buttons = hidden | {
             "stop": state.state in LIVE and begun and not run.stop_requested,
-            "resume": state.state in RESUMABLE and begun and any(run.checkpoints.glob("step-*")),
+            "resume": resumable,
+            "steps": resumable,
             "cancel": state.state == "waiting",
             "download": self._download(run, state),
         }
@@ -155,12 +165,13 @@ class RunsPage:
             return widgets.problem(say.translate(str(problem)))
         return widgets.good(say("run.stop_asked"))
 
-    def go_on(self, name: str, say: Say) -> str:
-        """Put the continuation of a run into the queue."""
+    def go_on(self, name: str, say: Say, steps: int = 0) -> str:
+        """Put the continuation of a run into the queue, with another length unless `steps` is 0."""
         try:
             path = self.workspace.run(name)
-            read(path)
-            self.workspace.queue.resume(path)
+            if read(path).state == "done" and steps <= read(path).step:
+                return widgets.problem(say("run.steps_needed"))
+            self.workspace.queue.resume(path, steps)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem)))
         self.workspace.queue.start()

@@ -79,6 +79,8 @@ TEXTS = {
     "run.stop": "Stop and save",
     "run.stop_asked": "It saves and exports what it has, and ends.",
     "run.resume": "Resume",
+    "run.steps": "Steps in all (0: as planned)",
+    "run.steps_needed": "It has ended: give more steps than it has done.",
     "run.resumed": "{name} goes on.",
     "run.cancel": "Take out of the queue",
     "run.cancelled": "{name} is out of the queue.",

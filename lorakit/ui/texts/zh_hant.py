@@ -75,6 +75,8 @@ TEXTS = {
     "run.stop": "停止並儲存",
     "run.stop_asked": "它會儲存並匯出目前的成果，然後結束。",
     "run.resume": "繼續",
+    "run.steps": "總步數（0：照原計畫）",
+    "run.steps_needed": "訓練已結束：請填入比已完成更多的步數。",
     "run.resumed": "{name} 繼續執行。",
     "run.cancel": "移出佇列",
     "run.cancelled": "{name} 已移出佇列。",

@@ -1,6 +1,25 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "{name} does not say what base it was trained on: give it with --base": "{name} 沒有說明訓練時的基礎模型：請指定",
+    "{name} was trained on {base}, which is not found here: give {where}": (
+        "{name} 是以 {base} 訓練的，但這裡找不到它：請指定基礎模型的路徑"
+    ),
+    "the run now has {after} steps, not {before}; the learning rate at step {step} is {rate}": (
+        "總步數現在是 {after}，原為 {before}；第 {step} 步的學習率為 {rate}"
+    ),
+    "the run now has {after} steps, not {before}; the learning rate at step {step} is {rate}, not {old}: {schedule} "
+    "now ends at step {end}": (
+        "總步數現在是 {after}，原為 {before}；第 {step} 步的學習率為 {rate}，原為 {old}："
+        "{schedule} 現在到第 {end} 步結束"
+    ),
+    "{path} is at step {step} already, beyond {end}: give more steps, or go back with --from": (
+        "{path} 已在第 {step} 步，超過 {end}：請填入更多步數"
+    ),
+    "{key} cannot change from {old} to {new} in a run that goes on: it would be another run; start one from its "
+    "weights with: lorakit train --init-from": (
+        "{key} 不能在繼續訓練時從 {old} 改為 {new}：那會是另一次訓練；請用它的權重開始新的訓練（train.init_from）"
+    ),
     "limit: {count} block of the UNet computed again in the backward pass, for {limit} GiB": (
         "上限：為了不超過 {limit} GiB，反向傳播時重新計算 UNet 的 {count} 個區塊"
     ),
