@@ -8,29 +8,51 @@ then the tensors' bytes (https://github.com/huggingface/safetensors#format).
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import printable
 
 if TYPE_CHECKING:
     import torch
 
 _MAX_HEADER = 100_000_000  # the library's own limit
+_EXCERPT_LENGTH = 80
+_PICKLE = "a pickle (.ckpt/.pt): it can run code when opened; convert it to .safetensors first"
+_PAGE = "a web page, not a model: the download failed"
 _MAGIC = {
-    b"PK\x03\x04": "a pickle (.ckpt/.pt): it can run code when opened; convert it to .safetensors first",
-    b"\x80\x02": "a pickle (.ckpt/.pt): it can run code when opened; convert it to .safetensors first",
+    **dict.fromkeys((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _PICKLE),
+    **dict.fromkeys((b"<!", b"<html", b"<?xml"), _PAGE),
     b"GGUF": "a GGUF file, not safetensors",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: fetch it with git lfs pull",
-    b"<!": "a web page, not a model: the download failed",
-    b"<html": "a web page, not a model: the download failed",
-    b"\x89PNG": "a picture, not a model",
+    **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff"), "a picture, not a model"),
+}
+
+
+# safetensors' dtypes -> bits of a number.
+BITS = {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8},
+    **{
+        "F8_E5M2FNUZ": 8,
+        "F8_E4M3FNUZ": 8,
+        "I16": 16,
+        "U16": 16,
+        "F16": 16,
+        "BF16": 16,
+        "I32": 32,
+        "U32": 32,
+        "F32": 32,
+    },
+    **{"C64": 64, "F64": 64, "I64": 64, "U64": 64},
 }
 
 
@@ -59,57 +81,132 @@ class Header:
 
 
 def read(path: Path) -> Header:
-    """Read and check the header of a safetensors file.
+    """Read and check the header of a safetensors file, as strictly as the safetensors library does.
 
     Raises:
         LorakitError: no such file, a file of another format (named), or a damaged or incomplete file.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(64)
-            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+            length = int.from_bytes(start[:8], "little")
             file.seek(8)
-            raw = file.read(length) if 2 <= length <= min(_MAX_HEADER, size) else b""
+            raw = file.read(length) if length <= min(_MAX_HEADER, size) else b""
     except FileNotFoundError:
         raise LorakitError(f"{path}: no such file") from None
     except OSError as error:
         raise LorakitError(f"{path}: cannot be read: {error.strerror}") from None
     if size == 0:
         raise LorakitError(f"{path}: the file is empty")
-    for magic, kind in _MAGIC.items():
-        if start.lower().startswith(magic.lower()):
-            raise LorakitError(f"{path}: this is {kind}")
-    if not raw.startswith(b"{") and start[8:9] != b"{":
+    # The length may begin with the bytes of any other format, so the brace after it has the first word.
+    if start[8:9] != b"{" or length > _MAX_HEADER:
+        for magic, kind in _MAGIC.items():
+            if start.lstrip().lower().startswith(magic.lower()):
+                raise LorakitError(f"{path}: this is {kind}")
         raise LorakitError(f"{path}: not a safetensors file")
-    if len(raw) < length or 8 + length > size:
+    if len(raw) < length:
         raise LorakitError(f"{path}: cut off inside its header ({size} bytes): download it again")
-    return _parse(path, raw, size, 8 + length)
-
-
-def _parse(path: Path, raw: bytes, size: int, data_start: int) -> Header:
-    """Parse the JSON of the header. Every offset must be inside the file."""
     try:
-        table = json.loads(raw)
-        metadata = table.pop("__metadata__", {})
-        tensors = {
-            name: TensorInfo(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                data_start + entry["data_offsets"][0],
-                data_start + entry["data_offsets"][1],
-            )
-            for name, entry in table.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise LorakitError(f"{path}: damaged: its safetensors header does not parse") from None
-    end = max((info.end for info in tensors.values()), default=data_start)
+        tensors, metadata = _parse(raw)
+        return Header(path, _placed(tensors, size, 8 + length), metadata, 8 + length)
+    except ValueError as error:
+        raise LorakitError(f"{path}: {error}") from None
+
+
+def _parse(raw: bytes) -> tuple[dict[str, object], dict[str, str]]:
+    """The tensors' entries and the metadata of a header.
+
+    Raises:
+        ValueError: it is no JSON of that form.
+    """
+    try:
+        table = json.loads(raw.decode(), object_pairs_hook=_without_twins, parse_int=_size, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("damaged: its safetensors header is nested too deep") from None
+    except UnicodeDecodeError:
+        raise ValueError("damaged: its safetensors header is not UTF-8") from None
+    except json.JSONDecodeError:
+        raise ValueError("damaged: its safetensors header does not parse") from None
+    metadata = table.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict):
+        raise ValueError("damaged: the __metadata__ in its header is no table")
+    for key, text in metadata.items():
+        if not isinstance(text, str):
+            raise ValueError(f"damaged: {_excerpt(key)} in the __metadata__ of its header is no text")
+    for text in (*table, *metadata, *metadata.values()):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"damaged: {_excerpt(text)} in its header is not Unicode")
+    return table, metadata
+
+
+def _placed(table: dict[str, object], size: int, data_start: int) -> dict[str, TensorInfo]:
+    """The tensors in the order of the header. Their bytes fill the rest of the file, without overlap or gap.
+
+    Raises:
+        ValueError: they do not, or an entry contradicts itself.
+    """
+    result = {name: _tensor(name, entry, data_start) for name, entry in table.items()}
+    end, before = data_start, ""
+    for name, info in sorted(result.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != end:
+            what = "overlaps" if info.start < end else "leaves a gap after"
+            raise ValueError(f"damaged: {_excerpt(name)} {what} {_excerpt(before) if before else 'the header'}")
+        end, before = info.end, name
     if end > size:
-        share = 100 * size // end
-        raise LorakitError(f"{path}: cut off: {size} of {end} bytes are there ({share} %): download it again")
+        raise ValueError(f"cut off: {size} of {end} bytes are there ({100 * size // end} %): download it again")
     if end < size:
-        raise LorakitError(f"{path}: damaged: {size - end} bytes follow its last tensor")
-    return Header(path, tensors, metadata, data_start)
+        raise ValueError(f"damaged: {size - end} bytes follow its last tensor")
+    return result
+
+
+def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise ValueError(f"damaged: {_excerpt(name)} has no table in the header")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{_excerpt(name)} has the dtype {_excerpt(dtype)}, which safetensors does not have")
+    if not _are_sizes(shape):
+        raise ValueError(f"damaged: the shape of {_excerpt(name)} is {_excerpt(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"damaged: the offsets of {_excerpt(name)} are {_excerpt(offsets)}")
+    size = offsets[1] - offsets[0]
+    # Bounded, as a shape of a million sides would be a number of a million digits.
+    count = functools.reduce(lambda product, side: min(product * side, 1 << 64), shape, 1)
+    if count * BITS[dtype] != 8 * size:
+        raise ValueError(f"damaged: {_excerpt(name)} has {size} bytes, and not those of {_excerpt(shape)} in {dtype}")
+    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _size(digits: str) -> int:
+    """A number of the header: none is negative, none has more than 64 bits."""
+    if digits.startswith("-") or len(digits) > 20 or int(digits) >= 1 << 64:
+        raise ValueError(f"damaged: its header has the number {_excerpt(digits)}")
+    return int(digits)
+
+
+def _refuse(word: str) -> float:
+    raise ValueError(f"damaged: its header has the number {word}")
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table: dict[str, object] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"damaged: its header has {_excerpt(name)} twice")
+        table[name] = value
+    return table
+
+
+def _excerpt(value: object) -> str:
+    """A name or value of a file on one line, cut where it is long."""
+    text = printable(value if isinstance(value, str) else repr(value))
+    return text if len(text) <= _EXCERPT_LENGTH else f"{text[:_EXCERPT_LENGTH]}..."
 
 
 # A file is of the first kind whose pattern matches the name of one of its tensors.
@@ -184,6 +281,11 @@ DTYPES = {
 def dtype_name(tensor: torch.Tensor) -> str:
     """safetensors' name of a tensor's dtype."""
     return next(name for name, torch_name in DTYPES.items() if torch_name == str(tensor.dtype).removeprefix("torch."))
+
+
+def load(header: Header) -> dict[str, torch.Tensor]:
+    """Every tensor of a file, as `tensors` gives them."""
+    return dict(tensors(header, header.tensors))
 
 
 def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 
 METADATA = "metadata.jsonl"
@@ -78,7 +79,7 @@ def _try(raw: bytes, encoding: str) -> str | None:
 def of_one_photo(content: str) -> str | None:
     """The caption in the JSON of one photo, or None."""
     try:
-        row = json.loads(content)
+        row = foreign_json.loads(content)
     except ValueError:
         return None
     return row if isinstance(row, str) else _text(row) if isinstance(row, Mapping) else None
@@ -105,7 +106,7 @@ def _json_lines(name: str, content: str) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, foreign_json.loads(line)
             except json.JSONDecodeError as error:
                 raise LorakitError(f"{name} line {number}: not JSON ({error.msg}); each line is one object") from None
 
@@ -115,7 +116,7 @@ def _table(name: str, content: str) -> Iterator[tuple[int, object]]:
         yield from _csv(content)
         return
     try:
-        table = json.loads(content)
+        table = foreign_json.loads(content)
     except json.JSONDecodeError as error:
         raise LorakitError(f"{name} line {error.lineno}: not JSON ({error.msg})") from None
     if isinstance(table, Mapping) and not any(isinstance(table.get(key), str) for key in FILE_KEYS):

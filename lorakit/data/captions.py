@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.config import DataConfig
+from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.data import concepts
 
@@ -226,7 +226,7 @@ def _clip_tokenizer(folder: Path) -> Tokenizer:
     """Build CLIP's tokenizer from vocab.json and merges.txt, like transformers."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary = foreign_json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
     merges = [(left, right) for left, right in pairs]

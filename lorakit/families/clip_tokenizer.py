@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorakit.core import atomic
+from lorakit.core import atomic, foreign_json
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 
@@ -147,10 +147,10 @@ def _count_in(files: tuple[tuple[str, int], ...]) -> tuple[int, int]:
     """As `_counts`; a file that did not change is not read again."""
     first, *rest = [Path(path).read_text(encoding="utf-8") for path, _ in files]
     if not rest:
-        table = json.loads(first)
+        table = foreign_json.loads(first)
         words = {**table["model"]["vocab"], **{token["content"]: 0 for token in table.get("added_tokens", [])}}
         return len(words), len(table["model"]["merges"])
-    return len(dict(json.loads(first))), sum(len(line.split()) == 2 for line in _lines(rest[0]))
+    return len(dict(foreign_json.loads(first))), sum(len(line.split()) == 2 for line in _lines(rest[0]))
 
 
 def _lines(merges: str) -> list[str]:

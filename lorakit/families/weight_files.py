@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lorakit.core import safetensors_header
+from lorakit.core import foreign_json, safetensors_header
 from lorakit.core.cache_dir import file_hash
 from lorakit.core.errors import LorakitError
 
@@ -59,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
         LorakitError: missing, or not JSON.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = foreign_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LorakitError(f"{path.parent.name}/{path.name} is missing in {path.parent.parent}") from None
     except ValueError:

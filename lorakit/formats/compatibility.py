@@ -7,7 +7,6 @@ Forge 2025-06, ComfyUI 2025-10, InvokeAI 6.14, sd-scripts 2026-02, stable-diffus
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lorakit.config import ADAPTER_SECTIONS
-from lorakit.core import registry
+from lorakit.core import foreign_json, registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
@@ -326,7 +325,7 @@ def _unscaled(
     if not rank_stabilized(method):
         return {}
     try:
-        adapter = json.loads(metadata["lorakit.config"])["adapter"]
+        adapter = foreign_json.loads(metadata["lorakit.config"])["adapter"]
         scale = ADAPTER_SECTIONS[method](method=method, rank=adapter["rank"], alpha=adapter.get("alpha")).scale
     except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError):
         return {}

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import printable
 from lorakit.core.registry import FORMATS
 from lorakit.formats import files, metadata
 
@@ -90,11 +90,12 @@ def read(path: Path, adapter_metadata: Mapping[str, str]) -> Tokens:
     """
     result = Tokens()
     for word in filter(None, adapter_metadata.get(metadata.WORDS, "").split()):
+        if not re.fullmatch(r"[\w-]+", word):  # it becomes a path
+            raise LorakitError(f"{path}: its metadata names the word {printable(word)!r}, which is no word")
         file = folder(path) / f"{word}.safetensors"
         if not file.is_file():
             raise LorakitError(f"{path}: its embedding {file.parent.name}/{file.name} is not beside it: put it back")
-        safetensors_header.read(file)
-        parts = load_file(file)
+        parts = safetensors_header.load(safetensors_header.read(file))
         if not parts or not parts.keys() <= _ENCODERS.keys() or any(rows.ndim != 2 for rows in parts.values()):
             raise LorakitError(f"{file}: not the embedding that {path.name} needs")
         result[word] = {_ENCODERS[name]: rows.float() for name, rows in parts.items()}

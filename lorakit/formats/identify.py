@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit.core import registry, safetensors_header
+from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
+from lorakit.core.names import printable
 from lorakit.core.registry import FORMATS
 from lorakit.formats import keys, metadata as meta
 from lorakit.formats.facts import models
@@ -79,6 +81,9 @@ _OLD_TEXT = re.compile(r"(text_encoder.*)\.self_attn\.to_(q|k|v|out)_lora")
 _MARKS = {"hada_w1_a": "loha", "hada_w1_b": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "lokr_w2": "lokr"}
 _MARKS |= {"lokr_w2_a": "lokr", "mid": "LoCon (tucker)", "diff": "full difference", "w_norm": "norm"}
 _MARKS |= {"on_input": "IA3", "oft_blocks": "OFT", "a1.weight": "GLoRA"}
+# Part -> axes that it has at least, where that is not 0.
+_AXES = dict.fromkeys(("down", "up", "mid", "oft_blocks", *(f"{part}.weight" for part in ("a1", "a2", "b1", "b2"))), 2)
+_AXES |= dict.fromkeys(("diff", "diff_b", "w_norm", "b_norm", "magnitude", "row_magnitude"), 1)
 _COMMON = {"alpha", "magnitude", "row_magnitude", "diff_b", "b_norm"}
 PARTS: dict[str, set[str]] = {
     "lora": {"down", "up"},
@@ -227,6 +232,17 @@ def peft_names(part: str, names: Iterable[str]) -> dict[str, str]:
     return {name: f"{part}.{path}" for name, path in modules.items() if f"text_model.{path}" not in twice}
 
 
+def require_shapes(by_stem: Mapping[str, Module], shapes: Shapes) -> None:
+    """Raise LorakitError, naming the first part that has too few axes, or no numbers in a module that has a rank."""
+    for module in by_stem.values():
+        axes = {part: 2 if part.startswith(("hada_", "lokr_")) else _AXES.get(part, 0) for part in module.parts}
+        bad = [name for part, name in module.parts.items() if len(shapes[name]) < axes[part]]
+        if not bad and rank(module, shapes) != 0:
+            bad = [name for name in module.parts.values() if 0 in shapes[name]]
+        if bad:
+            raise LorakitError(f"damaged: {printable(bad[0])} has the shape {list(shapes[bad[0]])}")
+
+
 def rank(module: Module, shapes: Shapes) -> int | None:
     """The rank of a module's factors, or None where it has none (a LoKr may be two whole matrices)."""
     for part in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
@@ -247,7 +263,7 @@ def inputs(module: Module, shapes: Shapes) -> int | None:
 def layers_per_block(metadata: Mapping[str, str]) -> int:
     """How many resnets a down block has where sgm names are read: told by the file, else 2."""
     count = metadata.get("lorakit.layers_per_block", "")
-    return int(count) if count.isdecimal() and int(count) > 0 else keys.DEFAULT_LAYERS_PER_BLOCK
+    return int(count) if re.fullmatch(r"[1-9]\d?", count) else keys.DEFAULT_LAYERS_PER_BLOCK
 
 
 def other_model(shapes: Shapes, metadata: Mapping[str, str]) -> tuple[models.Model, str] | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lorakit import families
-from lorakit.core import registry, safetensors_header
+from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.families import ldm
 from lorakit.formats import compatibility, identify, keys
@@ -204,12 +203,9 @@ def _base_folder(path: Path) -> Report:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        return foreign_json.loads_table(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise LorakitError(f"{path}: cannot be read as JSON") from None
-    if not isinstance(table, dict):
-        raise LorakitError(f"{path}: not a JSON object")
-    return table
+        raise LorakitError(f"{path}: cannot be read as a JSON object") from None
 
 
 def _adapter(
@@ -223,6 +219,7 @@ def _adapter(
     folder: bool = False,
 ) -> Report:
     modules = identify.modules(shapes, identify.layers_per_block(metadata))
+    identify.require_shapes(modules, shapes)
     other = identify.other_model(shapes, metadata)
     names = {name for module in modules.values() if module.canonical for name in module.parts.values()}
     if other and (other[0].family is None or names != set(shapes)):

@@ -7,7 +7,6 @@ LoHa and LoKr, Tucker's variants too.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, LokrLayer, LoraLayer
-from lorakit.core import safetensors_header
+from lorakit.core import foreign_json, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import printable
 from lorakit.formats import embeddings, identify, keys, lycoris, metadata as meta
 
 Scaling = Mapping[str, Any]
@@ -62,14 +61,14 @@ def _read_file(path: Path) -> AdapterWeights:
             return _read_peft(path.parent, {_component(path): path.parent})
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
     try:
-        adapter_config = json.loads(head.metadata.get("lora_adapter_metadata", "{}"))
+        adapter_config = foreign_json.loads_table(head.metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
-        raise LorakitError(f"{path}: its lora_adapter_metadata is not JSON") from None
+        raise LorakitError(f"{path}: its lora_adapter_metadata is no JSON object") from None
     scalings: dict[str, dict[str, Any]] = {part: {} for part in keys.COMPONENTS}
     for key, value in adapter_config.items():
         part, _, name = key.partition(".")
         scalings.setdefault(keys.canonical_part(part), {})[name] = value
-    tensors, tokens = embeddings.unbundle(load_file(path))
+    tensors, tokens = embeddings.unbundle(safetensors_header.load(head))
     return _weights(path, tensors, head.metadata, scalings, tokens)
 
 
@@ -81,10 +80,10 @@ def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
         head = safetensors_header.read(folder / identify.PEFT_MODEL)
         metadata |= head.metadata
         try:
-            scalings[part] = json.loads((folder / identify.PEFT_CONFIG).read_text(encoding="utf-8"))
+            scalings[part] = foreign_json.loads_table((folder / identify.PEFT_CONFIG).read_text(encoding="utf-8"))
         except ValueError:
-            raise LorakitError(f"{folder / identify.PEFT_CONFIG}: not JSON") from None
-        weights = load_file(folder / identify.PEFT_MODEL)
+            raise LorakitError(f"{folder / identify.PEFT_CONFIG}: no JSON object") from None
+        weights = safetensors_header.load(head)
         tensors |= {path: weights[name] for name, path in identify.peft_names(part, weights).items()}
     return _weights(path, tensors, metadata, scalings)
 
@@ -105,6 +104,7 @@ def _weights(
     if other and other[0].family is None:
         raise LorakitError(f"{path}: this is an adapter for {other[0].title}; lorakit has no base of that kind")
     modules = identify.modules(tensors, identify.layers_per_block(metadata))
+    identify.require_shapes(modules, shapes)
     names = {name for module in modules.values() for name in module.parts.values()}
     strange = [name for name in tensors if name not in names]
     strange += [module.stem for module in modules.values() if module.canonical is None]
@@ -117,6 +117,8 @@ def _weights(
     if strange:
         raise LorakitError(f"{path}: {len(strange)} names are of no layer of Stable Diffusion, e.g. {strange[0]}")
     family, _ = identify.adapter_family(modules, shapes, metadata)
+    for scaling in scalings.values():
+        _require_numbers(path, scaling)
     layers, biases = dict[str, AnyLayer](), dict[str, torch.Tensor]()
     for module in modules.values():
         name = str(module.canonical)
@@ -146,6 +148,18 @@ def _require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor.float()).all()):
             raise LorakitError(f"{path}: {name} holds NaN or infinity: the file is damaged; make or download it again")
+
+
+def _require_numbers(path: Path, scaling: Scaling) -> None:
+    """Raise LorakitError where a rank or an alpha of an adapter config is no finite number above 0."""
+    patterns = scaling.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise LorakitError(f"{path}: the alpha_pattern in its config is no table")
+    numbers = {key: scaling[key] for key in ("r", "lora_alpha", "alpha") if scaling.get(key) is not None}
+    for key, value in [*numbers.items(), *patterns.items()]:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+        if not is_number or (key == "r" and value < 1):
+            raise LorakitError(f"{path}: {printable(key)[:80]} in its config is {value!r:.80}, no usable number")
 
 
 def _has_rank_0(module: identify.Module, shapes: identify.Shapes) -> bool:

@@ -8,7 +8,6 @@ same.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -21,6 +20,7 @@ from PIL import Image
 from lorakit import adapters, families, formats
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.config import Config, ConfigError, MemoryConfig, ModelConfig, SampleConfig, from_tables, load
+from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.core.image_grid import grid, save
 from lorakit.core.names import unique_path
@@ -243,7 +243,7 @@ def recorded(adapter: Path, overrides: Mapping[str, Any]) -> Config:
 def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Config:
     defaults = load(None, {"train.steps": 1} | dict(overrides))
     try:
-        return from_tables(json.loads(metadata["lorakit.config"]), overrides)
+        return from_tables(foreign_json.loads(metadata["lorakit.config"]), overrides)
     except (KeyError, ValueError, AttributeError, ConfigError):
         # Made by another program, or by a later lorakit that has other options.
         return defaults

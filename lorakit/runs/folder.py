@@ -33,7 +33,7 @@ from PIL import Image
 
 from lorakit import config as configuration
 from lorakit.config import Config, load, to_toml
-from lorakit.core import atomic, image_grid
+from lorakit.core import atomic, foreign_json, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.core.events import Event
 from lorakit.core.names import quote, slug, step_name, unique_path
@@ -272,7 +272,7 @@ class RunFolder:
         with self.log_file.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    event = json.loads(line)
+                    event = foreign_json.loads(line)
                 except ValueError:
                     continue
                 if isinstance(event, dict) and (not kinds or event.get("event") in kinds):
@@ -307,7 +307,7 @@ def read(path: str | Path) -> State:
     file = Path(path) / "state.json"
     names = {field.name for field in fields(State)}
     try:
-        state = State(**{k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k in names})
+        state = State(**{k: v for k, v in foreign_json.loads(file.read_text(encoding="utf-8")).items() if k in names})
     except OSError:
         raise LorakitError(f"{path} is not a run folder: it has no state.json") from None
     except (ValueError, AttributeError):

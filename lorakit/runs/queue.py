@@ -26,7 +26,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lorakit.config import Config, to_toml
-from lorakit.core import atomic, names
+from lorakit.core import atomic, foreign_json, names
 from lorakit.core.errors import LorakitError
 from lorakit.runs import folder as run_folder
 
@@ -243,7 +243,7 @@ class Queue:
     @staticmethod
     def _read(file: Path) -> Job | None:
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = foreign_json.loads(file.read_text(encoding="utf-8"))
             return Job(**values | {"arguments": tuple(values["arguments"])})
         except (OSError, ValueError, TypeError, KeyError):
             return None

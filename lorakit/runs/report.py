@@ -19,7 +19,7 @@ from PIL import Image
 
 from lorakit import __version__
 from lorakit.config import Config, without_paths
-from lorakit.core import atomic, image_grid
+from lorakit.core import atomic, foreign_json, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.data import augment, buckets, decode
 from lorakit.runs import charts
@@ -181,10 +181,10 @@ def _source(image: Image.Image, side: int) -> str:
 
 
 def _prompt(image: Image.Image) -> str:
-    return str(json.loads(image.info.get("lorakit", "{}")).get("prompt", ""))
+    return str(foreign_json.loads(image.info.get("lorakit", "{}")).get("prompt", ""))
 
 
 def _best(folder: RunFolder) -> dict[str, Any] | None:
     """The step that validation prefers and why, as state.json says."""
-    state: dict[str, Any] = json.loads(folder.state_file.read_text(encoding="utf-8"))
+    state: dict[str, Any] = foreign_json.loads(folder.state_file.read_text(encoding="utf-8"))
     return state.get("best")

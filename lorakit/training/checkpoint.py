@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save as serialise
 
 from lorakit.config import Config, as_tables, options, resuming
-from lorakit.core import atomic
+from lorakit.core import atomic, foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import quote, step_name, unique_path
 
@@ -138,11 +138,11 @@ def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str
             `identity` that is not the one it was saved with; the text names what differs.
     """
     try:
-        digests = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        digests = foreign_json.loads((path / MARKER).read_text(encoding="utf-8"))
         for name in FILES:
             if _digest(path / name) != digests[name]:
                 raise LorakitError(f"{path / name} has changed since it was saved; resume from another checkpoint")
-        state = json.loads((path / FILES[2]).read_text(encoding="utf-8"))
+        state = foreign_json.loads((path / FILES[2]).read_text(encoding="utf-8"))
         adapter, tensors = load_file(path / FILES[0]), load_file(path / FILES[1])
     except (OSError, ValueError, KeyError) as error:
         raise LorakitError(f"{path} is not a complete checkpoint ({error}); resume from another one") from None

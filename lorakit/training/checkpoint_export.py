@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit import config as configuration, families
 from lorakit.adapters.weights import AdapterWeights, from_factors
+from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.formats import metadata
 from lorakit.runs.folder import RunFolder
@@ -32,7 +32,7 @@ def read(path: Path) -> AdapterWeights:
     config, state = configuration.load(run.config_file), checkpoint.load(path)
     info = families.describe(config.model)
     try:
-        plan = json.loads(run.plan_file.read_text(encoding="utf-8"))
+        plan = foreign_json.loads(run.plan_file.read_text(encoding="utf-8"))
         photos, batches = int(plan["photos"]), int(plan["batches"])
     except (OSError, ValueError, KeyError, TypeError):
         raise LorakitError(f"{run.plan_file} is not there or damaged; the checkpoints beside it are not") from None

@@ -285,9 +285,9 @@ def test_a_folder_with_one_adapter_file(tmp_path):
 def test_a_broken_peft_folder(tmp_path):
     save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["peft"], "fp16", {})
     (tmp_path / "toy-peft" / "unet" / "adapter_config.json").write_text("{")
-    with pytest.raises(LorakitError, match=r"adapter_config.json: cannot be read as JSON"):
+    with pytest.raises(LorakitError, match=r"adapter_config.json: cannot be read as a JSON object"):
         inspect(tmp_path / "toy-peft")
-    with pytest.raises(LorakitError, match=r"adapter_config.json: not JSON"):
+    with pytest.raises(LorakitError, match=r"adapter_config.json: no JSON object"):
         read(tmp_path / "toy-peft")
 
 

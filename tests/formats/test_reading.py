@@ -179,5 +179,5 @@ def test_a_malformed_adapter_is_refused_by_name(tmp_path, message):
 
 def test_metadata_that_is_not_json(tmp_path, weights):
     path = stored(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": "{"})
-    with pytest.raises(LorakitError, match="its lora_adapter_metadata is not JSON"):
+    with pytest.raises(LorakitError, match="its lora_adapter_metadata is no JSON object"):
         read(path)

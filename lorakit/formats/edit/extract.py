@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer
 from lorakit.core import atomic, registry, safetensors_header
@@ -207,8 +207,8 @@ def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:
     paths, _ = weight_files.weight_files(folder / place, registry.weight_stems()[place])
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
-        safetensors_header.read(path)
-        tensors |= {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in load_file(path).items()}
+        content = safetensors_header.load(safetensors_header.read(path))
+        tensors |= {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in content.items()}
     return tensors
 
 
@@ -223,5 +223,5 @@ def _merge_component(folder: Path, part: str, merger: Merger) -> None:
     merger.require({part: [name for path in paths for name in safetensors_header.read(path).tensors]})
     for path in paths:
         head = safetensors_header.read(path)
-        tensors = {name: merger(part, name, tensor) for name, tensor in load_file(path).items()}
+        tensors = {name: merger(part, name, tensor) for name, tensor in safetensors_header.load(head).items()}
         files.write_bytes(path, save(tensors, head.metadata))

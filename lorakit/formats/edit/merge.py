@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 
 from lorakit.adapters.weights import AdapterWeights
-from lorakit.core import atomic, registry, safetensors_header
+from lorakit.core import atomic, foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import ldm, scaled_weight, vae_source, weight_files
@@ -287,10 +287,10 @@ def _copy_tokenizer(source: Path, target: Path, encoder: Mapping[str, Any]) -> N
     vocabulary = target / "vocab.json"
     if not vocabulary.is_file():
         return
-    words = {number: word for word, number in json.loads(vocabulary.read_text(encoding="utf-8")).items()}
+    words = {number: word for word, number in foreign_json.loads(vocabulary.read_text(encoding="utf-8")).items()}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (target / name).is_file():
-            table = json.loads((target / name).read_text(encoding="utf-8"))
+            table = foreign_json.loads((target / name).read_text(encoding="utf-8"))
             _write_json(target / name, table | {"pad_token": words[encoder["pad_token_id"]]})
 
 

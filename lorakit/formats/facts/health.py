@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from lorakit.core import safetensors_header
+from lorakit.core import foreign_json, safetensors_header
 
 WORDS = 8  # as many trigger words as are reported
 
@@ -48,7 +47,7 @@ def words(metadata: Mapping[str, str]) -> list[str]:
     """The most frequent tags of `ss_tag_frequency`, sd-scripts' count of captions' parts in each folder."""
     counts: Counter[str] = Counter()
     try:
-        for folder in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
+        for folder in foreign_json.loads(metadata.get("ss_tag_frequency", "{}")).values():
             counts.update({str(tag).strip(): int(count) for tag, count in folder.items()})
     except (ValueError, TypeError, AttributeError, RecursionError):
         return []

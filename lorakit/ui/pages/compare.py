@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from lorakit import config as configuration
-from lorakit.core import atomic, image_grid, names
+from lorakit.core import atomic, foreign_json, image_grid, names
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.data import folder
@@ -250,7 +250,7 @@ class ComparePage:
 def marked_step(run: RunFolder) -> int | None:
     """The checkpoint that the person marked, else the one that validation prefers, else None."""
     try:
-        return int(json.loads((run.path / CHOICE).read_text(encoding="utf-8"))["step"])
+        return int(foreign_json.loads((run.path / CHOICE).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     try:
@@ -277,7 +277,9 @@ def _prompts(run: RunFolder, step: int) -> list[str]:
     files = []
     for path in run.sample_pictures(step):
         try:
-            files.append(str(json.loads(str(image_grid.read(path).info.get("lorakit", "{}"))).get("prompt", "")))
+            files.append(
+                str(foreign_json.loads(str(image_grid.read(path).info.get("lorakit", "{}"))).get("prompt", ""))
+            )
         except (OSError, SyntaxError, ValueError):
             files.append("")
     return files

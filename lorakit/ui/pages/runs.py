@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from html import escape
@@ -12,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.runs import charts
 from lorakit.runs.folder import LIVE, RunFolder, State, read
@@ -240,7 +240,7 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
 def _findings(run: RunFolder, say: Say) -> str:
     """What the run's self-check found of the exported file."""
     try:
-        findings = json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
+        findings = foreign_json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
         items = "".join(
             f"<li class=lk-{'fine' if one['passed'] else 'bad'}><b>{'✓' if one['passed'] else '✕'}</b> "
             f"{escape(say.translate('{name}: {detail}'.format_map(one)))}</li>"

@@ -270,8 +270,7 @@ SENTENCES = {
     "{path}: neither a PEFT folder nor a base model (no model_index.json); it holds {count} .safetensors files": (
         "{path}：不是 PEFT 資料夾，也不是基礎模型（沒有 model_index.json）；裡面有 {count} 個 .safetensors 檔"
     ),
-    "{path}: cannot be read as JSON": "{path}：無法讀作 JSON",
-    "{path}: not a JSON object": "{path}：不是 JSON 物件",
+    "{path}: cannot be read as a JSON object": "{path}：無法讀作 JSON 物件",
     "{path}: this is {what:said}": "{path}：這是{what:said}",
     "an adapter": "adapter",
     "a whole model (a checkpoint), not an adapter": "完整的模型（checkpoint），不是 adapter",

@@ -1,0 +1,34 @@
+"""Read JSON that anybody may have written."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def loads(text: str) -> Any:
+    """As `json.loads`, with one error for whatever is wrong.
+
+    Raises:
+        json.JSONDecodeError: it does not parse, is nested too deep, or has a number that Python does not read.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deep", text, 0) from None
+    except ValueError:
+        raise json.JSONDecodeError("a number of too many digits", text, 0) from None
+
+
+def loads_table(text: str) -> dict[str, Any]:
+    """As `loads`, where the whole is an object.
+
+    Raises:
+        json.JSONDecodeError: as `loads`, or it is none.
+    """
+    table = loads(text)
+    if not isinstance(table, dict):
+        raise json.JSONDecodeError("no object", text, 0)
+    return table

@@ -1,0 +1,44 @@
+"""Headers of safetensors files that nobody should write: refused in one line, as strictly as by the library."""
+
+import hostile
+import pytest
+import safetensors
+
+from lorakit.core import safetensors_header
+from lorakit.core.errors import LorakitError
+from lorakit.formats import inspect, read
+
+
+@pytest.mark.parametrize("name", hostile.DAMAGED)
+def test_damage_is_named_in_one_line(tmp_path, name):
+    content, text = hostile.DAMAGED[name]
+    path = hostile.write(tmp_path, name, content)
+    for command in (safetensors_header.read, inspect.inspect, read):
+        with pytest.raises(LorakitError) as error:
+            command(path)
+        line = str(error.value).removeprefix(f"{path}: ")
+        assert text in line and line.isprintable() and len(line) < 300, (command, line)
+    if name != "space before the brace":  # the specification forbids it, the library since 0.8 does not
+        with pytest.raises(safetensors.SafetensorError):
+            safetensors.deserialize(content)
+
+
+@pytest.mark.parametrize("name", hostile.WHOLE)
+def test_what_the_library_reads_is_read(tmp_path, name):
+    content = hostile.WHOLE[name]
+    header = safetensors_header.read(hostile.write(tmp_path, name, content))
+    assert {key: list(shape) for key, shape in header.shapes().items()} == {
+        key: value["shape"] for key, value in safetensors.deserialize(content)
+    }
+
+
+@pytest.mark.parametrize(
+    "start", [b"\x80\x02", b"\x80\x05", b"<!", b"PK\x03\x04", b"\x89PNG", b"GGUF", b"\xff\xd8\xff", b"<htm", b"<?xm"]
+)
+def test_a_length_that_begins_like_another_format(tmp_path, start):
+    length = int.from_bytes(start[:2], "little") + 65536  # as many bytes of it as a test can afford
+    content = hostile.header_of_length(length)
+    assert content[:2] == start[:2]
+    assert set(safetensors_header.read(hostile.write(tmp_path, "x", content)).tensors) == {"a", "b"}
+    with pytest.raises(LorakitError, match="cut off inside its header"):
+        safetensors_header.read(hostile.write(tmp_path, "y", content[:9000]))
