@@ -209,6 +209,7 @@ def _write(
 ) -> int:
     """Save as asked for; what was read is never written over."""
     from lorakit import formats
+    from lorakit.formats import adapter_math, compatibility
     from lorakit.formats.saving import destination, occupied
 
     folder = Path(args.output)
@@ -220,6 +221,9 @@ def _write(
     if there:
         raise LorakitError(f"{there[0]} exists already: name another folder with --output, or give --force")
     say = functools.partial(print, file=sys.stderr)
+    for kind in adapter_math.kinds(weights):
+        if warning := compatibility.warning(kind, args.to):
+            say(f"export: {warning}")
     _tell(args, formats.save(weights, folder, name, [args.to], args.dtype, metadata, say=say))
     return 0
 

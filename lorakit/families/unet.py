@@ -93,7 +93,15 @@ DOTTED_UNET = (r"unet\..+",)
 DOTTED_TEXT = (r"text_encoder(?:_2)?\..+",)
 DOTTED_ALL = (*DOTTED_UNET, *DOTTED_TEXT)
 COMFY_TEXT = (r"text_encoder(?:_2)?\.text_model\.(?!.*_lora$).+",)
-COMFY_DOTTED = (r"unet\.(?!.*\.attn[12]\.to_).+", *COMFY_TEXT)
+# LyCORIS' names as SimpleTuner writes them, and a checkpoint's own names, which ComfyUI's nodes and OneTrainer write.
+LYCORIS = tuple(pattern.replace("lora_unet_", "lycoris_", 1) for pattern in (*ALL_BLOCKS, *TOP, *ADD))
+CHECKPOINT_BLOCKS = (r"diffusion_model\.(?:input_blocks|output_blocks|middle_block)\..+",)
+CHECKPOINT = (*CHECKPOINT_BLOCKS, r"diffusion_model\.(?:time_embed|label_emb|out)\..+")
+FORGE_DOTTED = (
+    r"(?:unet\.|(?=(?:down|up)_blocks\.|mid_block\.))(?!.*\.attn[12]\.to_).+",
+    *(*COMFY_TEXT, *LYCORIS, *CHECKPOINT),
+)
+COMFY_DOTTED = (*FORGE_DOTTED, r"text_encoders\.clip_[lhg]\.transformer\..+")
 
 
 _RESNET = {

@@ -6,7 +6,7 @@ or refuse a text encoder that lacks some of q, k, v and out. All three are mende
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,8 +14,8 @@ import torch
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import keys
+from lorakit.formats.facts.consumers import BIAS, DORA_ROWS
 
-BIAS = "bias"  # what an adapter is that changes biases
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIN_RANK = 2  # stable-diffusion.cpp takes in_features for the rank of a rank-1 file
 MIN_NONZERO_SHARE = 0.99  # share of non-zero numbers that must survive the cast to a half precision
@@ -31,21 +31,28 @@ def require_finite(weights: AdapterWeights) -> None:
             raise LorakitError(f"layer {name} is not finite (NaN or infinity): the adapter is not written")
 
 
-def require_writable(weights: AdapterWeights, refusal: str | None) -> None:
-    """Raise LorakitError where a format refuses the method, or a layer is not portable or not finite."""
-    if refusal:
-        raise LorakitError(refusal)
+def require_writable(weights: AdapterWeights, check: Callable[[str, str], str | None]) -> None:
+    """Raise LorakitError where a format's `check` refuses a kind of layer, or one is not portable or not finite."""
+    for kind in kinds(weights):
+        if refusal := check(kind, weights.family):
+            raise LorakitError(refusal)
     keys.require_canonical((*weights.layers, *weights.biases))
     require_finite(weights)
 
 
-def method(weights: AdapterWeights) -> str:
+def kinds(weights: AdapterWeights) -> list[str]:
     """What the tensors are, whatever the weights are labelled; what is plain LoRA is called as it was trained."""
-    layers = weights.layers.values()
-    if weights.biases or any(isinstance(layer, ForeignLayer) for layer in layers):
-        return next((layer.method for layer in layers if isinstance(layer, ForeignLayer)), BIAS)
-    methods = {"dora" if layer.magnitude is not None else layer.method for layer in layers if not layer.is_plain}
-    return min(methods) if methods else weights.method
+    result = {_kind(layer) for layer in weights.layers.values() if not layer.is_plain}
+    result |= {BIAS} if weights.biases else set()
+    return sorted(result) or [weights.method]
+
+
+def _kind(layer: AnyLayer) -> str:
+    if layer.magnitude is None or isinstance(layer, ForeignLayer):
+        return layer.method
+    if not isinstance(layer, LoraLayer):
+        return f"DoRA over {layer.method}"
+    return "dora" if layer.magnitude.shape[0] == 1 else DORA_ROWS
 
 
 def uniform(weights: AdapterWeights) -> dict[str, AnyLayer]:
@@ -101,8 +108,11 @@ def complete(weights: AdapterWeights) -> dict[str, AnyLayer]:
 
 
 def cast(tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """Contiguous CPU copies in a file's dtype ("fp16", "bf16" or "fp32")."""
-    return {name: t.detach().to("cpu", DTYPES[dtype], copy=True).contiguous() for name, t in tensors.items()}
+    """Contiguous CPU copies in a file's dtype ("fp16", "bf16" or "fp32"); PEFT's magnitudes stay float32."""
+    return {
+        name: t.detach().to("cpu", DTYPES["fp32" if "magnitude" in name else dtype], copy=True).contiguous()
+        for name, t in tensors.items()
+    }
 
 
 def lossy(weights: AdapterWeights, dtype: str) -> str | None:

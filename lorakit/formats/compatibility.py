@@ -1,8 +1,7 @@
-"""What each program makes of an adapter file: its name rules as data, and a report of what it reads, drops or misreads.
+"""What each program makes of an adapter file: a report of what it reads, drops or misreads.
 
-The rules were read in each program's loader and measured by running it; they are written as their own patterns, not
-made from lorakit's key tables, so that a mistake there is seen here. Versions: diffusers 0.42, AUTOMATIC1111 1.10.1,
-Forge 2025-06, ComfyUI 2025-10, InvokeAI 6.14, sd-scripts 2026-02, stable-diffusion.cpp (python 0.4.7), PEFT 0.21.
+The rules are data: those of names in the families' `Reads`, written as patterns of their own and not made from
+lorakit's key tables, so that a mistake there is seen here; all others in `facts.consumers`.
 """
 
 from __future__ import annotations
@@ -11,15 +10,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lorakit.config import ADAPTER_SECTIONS
 from lorakit.core import foreign_json, registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
+from lorakit.formats.facts.consumers import BIAS, CONSUMERS, DORA_ROWS, Consumer
 from lorakit.formats.identify import Module, Shapes, modules
-from lorakit.formats.keys import COMPONENTS, UNET_PREFIX, canonical_part, component, is_norm, kernel
+from lorakit.formats.keys import COMPONENTS, canonical_part, is_norm, kernel
 from lorakit.formats.metadata import rank_stabilized
 
 _SGM_STARTS = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
@@ -27,101 +27,7 @@ _BLOCK_STARTS = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_b
 # Modules that are 1x1 convolutions in every UNet, and those that are in some.
 _POINTWISE, _PROJECTIONS = ("_conv_shortcut", "_skip_connection"), ("_proj_in", "_proj_out")
 _FUSED = ("q_proj", "k_proj", "v_proj")  # in the order in which OpenCLIP's in_proj holds them
-_LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3", "OFT", "GLoRA")
-_NO_BIAS = "ignores its change of the bias"
-# DoRA on the output axis, LyCORIS' default.
-_ROWS = {"dora rows": "its dora_scale is per output row, which it misreads"}
-_PLAIN = "ignores dora_scale and applies it as plain LoRA"
-
-
-@dataclass(frozen=True)
-class Consumer:
-    """One program; which names it reads is the family's (`ModelVersion.readers`).
-
-    Attributes:
-        title: what people call it.
-        misread: method -> what it does to a module of that method; a method not named here is applied as it should be.
-        misread_convolutions: the same, of modules that are convolutions.
-        refused: method -> why a file with such a module is refused as a whole.
-        unknown_limit: tensors without a match that it tolerates before it refuses the file; None: any number.
-        lone_alpha: whether a module without factors makes it refuse the file.
-        flat_conv: whether it reads a 1x1 convolution whose factors are stored as matrices.
-        reads_folders: whether it reads a PEFT folder.
-        converts_kohya: it rewrites kohya names to its own, and refuses a file where that fails.
-        reads_norms: it looks for changes of norms.
-        common_alpha: it may apply a component's most common alpha to a module that has another.
-    """
-
-    title: str
-    misread: Mapping[str, str] = field(default_factory=dict)
-    misread_convolutions: Mapping[str, str] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    unknown_limit: int | None = None
-    lone_alpha: bool = False
-    flat_conv: bool = True
-    reads_folders: bool = False
-    converts_kohya: bool = False
-    common_alpha: bool = False
-    reads_norms: bool = False
-
-
-CONSUMERS: dict[str, Consumer] = {
-    "a1111": Consumer(
-        title="AUTOMATIC1111",
-        misread={"bias": _NO_BIAS} | _ROWS,
-        misread_convolutions={"IA3": "applies it wrongly on convolutions"},
-        lone_alpha=True,
-        reads_norms=True,
-    ),
-    "forge": Consumer(
-        title="Forge",
-        misread=dict.fromkeys(("IA3", "OFT"), "does not apply it") | _ROWS,
-        reads_norms=True,
-        unknown_limit=12,
-    ),
-    "comfyui": Consumer(
-        title="ComfyUI",
-        misread={"IA3": "does not apply it"} | _ROWS,
-        reads_norms=True,
-    ),
-    "invokeai": Consumer(
-        title="InvokeAI",
-        misread={"bias": _NO_BIAS} | _ROWS,
-        refused=dict.fromkeys(("GLoRA", "OFT"), "it has no reader for it"),
-        reads_norms=True,
-        lone_alpha=True,
-    ),
-    "sd-scripts": Consumer(
-        title="kohya sd-scripts",
-        misread={
-            "dora": _PLAIN,
-            "bias": _NO_BIAS,
-            **dict.fromkeys(_LYCORIS, "does not apply it (networks.lora reads plain LoRA only)"),
-        },
-        flat_conv=False,
-    ),
-    "sd.cpp": Consumer(
-        title="stable-diffusion.cpp",
-        misread={
-            "dora": _PLAIN,
-            "bias": _NO_BIAS,
-            "LoCon (tucker)": "applies it wrongly",
-            **dict.fromkeys(("norm", "IA3", "OFT", "GLoRA"), "does not apply it"),
-        },
-        misread_convolutions={"lokr": "applies it wrongly on convolutions"},
-    ),
-    "diffusers": Consumer(
-        title="diffusers",
-        misread={"dora": _PLAIN},
-        refused=dict.fromkeys((*_LYCORIS, "bias"), "it reads plain LoRA only"),
-        unknown_limit=0,
-        lone_alpha=True,
-        flat_conv=False,
-        converts_kohya=True,
-        common_alpha=True,
-    ),
-    "peft": Consumer(title="PEFT", reads_folders=True),
-}
+_NAMED_FACTOR = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)[^.]+\.weight$")
 
 
 @dataclass(frozen=True)
@@ -224,29 +130,74 @@ def _reading(
         stem for stem in by_stem if (consumer.reads_folders or not folder) and any(p.fullmatch(stem) for p in patterns)
     }
     if consumer.reads_norms and not folder:
-        norms = {stem for stem, m in by_stem.items() if m.has_kohya_name and m.canonical and is_norm(m.canonical)}
-        matched |= norms
+        matched |= {
+            stem for stem, m in by_stem.items() if stem.startswith("lora_") and m.canonical and is_norm(m.canonical)
+        }
+    matched -= {stem for stem in matched if not _has_reader(consumer, by_stem[stem])}
     unmatched = [stem for stem in by_stem if stem not in matched]
     wrong = {stem: why for stem, why in defects.items() if stem in matched}
+    module_traits = {stem: traits(module, shapes, family, alphas) for stem, module in by_stem.items()}
     for stem in sorted(matched - wrong.keys()):
-        method = by_stem[stem].method
-        why = consumer.misread.get(method, "")
-        if not why and "diff_b" in by_stem[stem].parts and method != "full difference":
-            why = consumer.misread.get("bias", "")
-        if not why and _has_row_magnitude(by_stem[stem], shapes):
-            why = consumer.misread.get("dora rows", "")
-        if not why and method in consumer.misread_convolutions and _convolution(by_stem[stem], family):
-            why = consumer.misread_convolutions[method]
-        if why:
-            wrong[stem] = why
-    for stem, why in _special(key, consumer, by_stem, shapes, family, alphas).items():
+        if whys := [consumer.misread[trait] for trait in module_traits[stem] if trait in consumer.misread]:
+            wrong[stem] = whys[0]
+    for stem, why in _special(key, consumer, by_stem, family, alphas, metadata).items():
         if stem in matched:
             wrong.setdefault(stem, why)
-    refused = _refused(key, consumer, by_stem, [*unmatched, *loose], shapes, family, metadata) if not folder else ""
+    strange = [
+        name
+        for stem in matched - wrong.keys()
+        for name in by_stem[stem].strange_parts
+        if name.removeprefix(f"{stem}.") not in consumer.parts
+    ]
+    unknown = [*unmatched, *loose, *strange]
+    refused = _refused(key, consumer, by_stem, unknown, shapes, family, metadata) if not folder else ""
+    for stem, module in by_stem.items() if not folder and not refused else ():
+        if trait := next((trait for trait in module_traits[stem] if trait in consumer.refused), ""):
+            what = {"bias beside": "changes a bias", "rank 0": "has rank 0"}.get(trait, f"is {module.method}")
+            refused = f"{stem} {what}; {consumer.refused[trait]}"
+            break
     totals = Counter(_component(stem) for stem in by_stem)
     good = Counter(_component(stem) for stem in matched if stem not in wrong and not refused)
     counts = {part: (good[part], totals[part]) for part in COMPONENTS if part in totals}
-    return Reading(consumer.title, counts, (*unmatched, *loose), wrong, refused)
+    return Reading(consumer.title, counts, tuple(unknown), wrong, refused)
+
+
+def _has_reader(consumer: Consumer, module: Module) -> bool:
+    """Whether a program has a rule for what follows the name of a module that it knows."""
+    factors = [module.parts[part] for part in ("down", "up", "mid") if part in module.parts]
+    if module.has_kohya_name and any(
+        not re.fullmatch(consumer.factors, name.removeprefix(f"{module.stem}.")) for name in factors
+    ):
+        return False
+    return module.method not in consumer.unread
+
+
+def traits(module: Module, shapes: Shapes, family: str, alphas: Mapping[str, float]) -> list[str]:
+    """What programs treat in a way of their own: the module's method, and what is peculiar to it."""
+    parts = module.parts
+    there = {part: shapes[name] for part, name in parts.items()}
+    alpha = alphas.get(parts.get("alpha", ""), 0.0)
+    scales, blocks = there.get("magnitude"), there.get("oft_blocks", ())
+    down = there.get("down", ())
+    conditions = {
+        module.method: module.is_lycoris or (scales is None and "row_magnitude" not in parts),
+        DORA_ROWS: scales is not None and scales[1:2] in ((1,), ()),
+        "dora": scales is not None,
+        "dora vector": "row_magnitude" in parts,
+        "DoRA over LyCORIS": scales is not None and module.is_lycoris,
+        "bias beside": "diff_b" in parts and module.method not in ("bias", "full difference"),
+        "PEFT's bias": "up_bias" in parts,
+        "GLoRA with bm": "bm.weight" in parts,
+        "OFT rescaled": len(blocks) == 3 and "rescale" in parts,
+        "OFT with a constraint": bool(blocks) and alpha > 0,
+        f"{module.method} on convolutions": bool(module.canonical and kernel(module.canonical, family)),
+        "Tucker": not {"hada_t1", "lokr_t2"}.isdisjoint(parts),
+        "rank 0": down[:1] == (0,),
+        "rank 1": down[:1] == (1,),
+        "alpha 0": bool(down) and alphas.get(parts.get("alpha", ""), 1.0) == 0,
+        "names of an adapter": any(_NAMED_FACTOR.search(name) for name in parts.values()),
+    }
+    return [trait for trait, holds in conditions.items() if holds]
 
 
 def _reads(key: str, family: str) -> Reads:
@@ -254,18 +205,9 @@ def _reads(key: str, family: str) -> Reads:
 
 
 def _component(stem: str) -> str:
-    if stem.startswith(("lora_te2_", "text_encoder_2.")):
+    if stem.startswith(("lora_te2_", "text_encoder_2.", "text_encoders.clip_g")):
         return "text_encoder_2"
-    return "unet" if stem.startswith(UNET_PREFIX) or canonical_part(component(stem)) == "unet" else "text_encoder"
-
-
-def _has_row_magnitude(module: Module, shapes: Shapes) -> bool:
-    """Whether its DoRA has a number for each output row, as LyCORIS has it by default."""
-    return "magnitude" in module.parts and shapes[module.parts["magnitude"]][1:2] == (1,)
-
-
-def _convolution(module: Module, family: str) -> bool:
-    return bool(module.canonical and kernel(module.canonical, family))
+    return "text_encoder" if stem.startswith(("lora_te", "text_encoder")) else "unet"
 
 
 def _defects(by_stem: Mapping[str, Module], shapes: Shapes, is_own: bool) -> dict[str, str]:
@@ -344,11 +286,11 @@ def _special(
     key: str,
     consumer: Consumer,
     by_stem: Mapping[str, Module],
-    shapes: Shapes,
     family: str,
     alphas: Mapping[str, float],
+    metadata: Mapping[str, str],
 ) -> dict[str, str]:
-    """Modules that one program alone reads wrongly, and why."""
+    """Modules that one program alone reads wrongly because of others in the file, and why."""
     result: dict[str, str] = {}
     for prefix in _reads(key, family).whole_attention:
         layers = Counter(stem.rpartition("_self_attn_")[0] for stem in by_stem if stem.startswith(prefix))
@@ -362,14 +304,28 @@ def _special(
             before = _FUSED[: _FUSED.index(part)] if part in _FUSED else ()
             if any(f"{layer}_self_attn_{other}" not in by_stem for other in before):
                 result[stem] = "drops it, as one of q and k before it is missing"
+    scales = {} if consumer.reads_config else config_scales(metadata)
     for stem, module in by_stem.items():
-        down = shapes.get(module.parts.get("down", ""), (2,))
-        if key == "sd.cpp" and down[0] == 1:
-            result[stem] = "takes in_features for the rank, so it is far too weak"
-        if key == "sd.cpp" and {"hada_t1", "lokr_t2"} & set(module.parts):
-            result[stem] = "applies Tucker's form wrongly"
+        scale = scales.get(_component(stem), 1.0)
+        if scale != 1 and "alpha" not in module.parts and not module.has_kohya_name:
+            result[stem] = f"ignores the alpha in its metadata, which is {scale:g} times the rank"
     if consumer.common_alpha and alphas:
         result |= _minority_alphas(by_stem, alphas)
+    return result
+
+
+def config_scales(metadata: Mapping[str, str]) -> dict[str, float]:
+    """Component -> the scale in `lora_adapter_metadata`, where diffusers keeps PEFT's config."""
+    result: dict[str, float] = {}
+    try:
+        config = foreign_json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        for name, rank in config.items():
+            part, _, option = name.partition(".")
+            if option == "r":
+                root = math.sqrt(rank) if config.get(f"{part}.use_rslora") else rank
+                result[canonical_part(part)] = config.get(f"{part}.lora_alpha", rank) / root
+    except (ValueError, TypeError, AttributeError, ArithmeticError):
+        return {}
     return result
 
 
@@ -387,6 +343,9 @@ def _minority_alphas(by_stem: Mapping[str, Module], alphas: Mapping[str, float])
             rewritten = part != "unet" or re.search(r"_attn[12]_to_", stem)
             if rewritten and value != common[0][0]:
                 result[stem] = f"applies alpha {common[0][0]:g} instead of {value:g}"
+        for stem in values if common else ():
+            if _component(stem) == part and values[stem] is None and by_stem[stem].has_kohya_name:
+                result[stem] = f"applies alpha {common[0][0]:g} where there is none"
     return result
 
 
@@ -402,12 +361,10 @@ def _refused(
     """Why a program refuses the whole file, or ""."""
     kohya = any(module.has_kohya_name for module in by_stem.values())
     for module in by_stem.values():
-        if module.method in consumer.refused:
-            return f"{module.stem} is {module.method}; {consumer.refused[module.method]}"
-        if "diff_b" in module.parts and "bias" in consumer.refused:
-            return f"{module.stem} changes a bias; {consumer.refused['bias']}"
         if consumer.lone_alpha and set(module.parts) == {"alpha"}:
             return f"{module.stem} has an alpha and no factors"
+        if consumer.lone_alpha and module.has_kohya_name and not _has_reader(consumer, module):
+            return f"it does not know factors with names like {module.parts.get('down', module.stem)}"
     if key == "invokeai":
         if not kohya:
             return "it reads kohya names only"
@@ -429,6 +386,12 @@ def _refused(
             down = shapes.get(module.parts.get("down", ""), ())
             if len(down) == 2 and module.has_kohya_name and module.stem.endswith(pointwise):
                 return f"{module.stem} is a convolution whose factors are stored as matrices"
+    if consumer.converts_kohya and (without := [name for name in shapes if not re.search("lora", name)]):
+        return f"{without[0]} has no 'lora' in its name"
+    if consumer.converts_kohya and not kohya:
+        magnitudes = {(_component(stem), "row_magnitude" in module.parts) for stem, module in by_stem.items()}
+        several = len(magnitudes) > len({part for part, _ in magnitudes})
+        return "some layers of a part have DoRA's magnitude and some have not" if several else ""
     if consumer.unknown_limit is not None:
         tensors = sum(len(by_stem[name].parts) if name in by_stem else 1 for name in unknown)
         if tensors > consumer.unknown_limit:
@@ -440,18 +403,22 @@ def predict_compatibility(method: str, fmt: str) -> dict[str, str]:
     """Before training: consumer -> "" where it will read a file of this method and format, else what it will do."""
     result = {}
     for key, consumer in CONSUMERS.items():
-        problem = consumer.refused.get(method) or consumer.misread.get(method)
-        problem = problem or consumer.misread_convolutions.get(method, "")
+        problems = [consumer.refused.get(method), consumer.misread.get(method)]
+        problems += ["does not apply it"] if method in consumer.unread else []
+        problem = next(filter(None, problems), consumer.misread.get(f"{method} on convolutions", ""))
         result[key] = problem if key in FORMATS[fmt].consumers else f"does not read the {fmt} format"
     return result
 
 
 def warning(method: str, fmt: str) -> str | None:
-    """One line, to be said before training, where a program that reads the format will not honour the method."""
+    """One line, before training or an export, where a program that reads the format will not honour the method."""
+    if len(FORMATS[fmt].consumers) == 1:
+        return None  # by its `check` such a format refuses what its one program does not read
     titles: dict[str, list[str]] = {}
     for key, problem in predict_compatibility(method, fmt).items():
         if key in FORMATS[fmt].consumers:
             titles.setdefault(problem, []).append(CONSUMERS[key].title)
     good = ", ".join(titles.pop("", []))
     bad = "; ".join(f"{', '.join(programs)}: {problem}" for problem, programs in titles.items())
-    return f"{method} in the {fmt} format is honoured by {good}; not by {bad}" if bad else None
+    kind = {DORA_ROWS: "DoRA with a magnitude for each output row", BIAS: "a change of biases"}.get(method, method)
+    return f"{kind} in the {fmt} format is honoured by {good or 'no program'}; not by {bad}" if bad else None

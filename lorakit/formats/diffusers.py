@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.weights import AdapterWeights
+from lorakit.core.errors import LorakitError
 from lorakit.formats import keys
 from lorakit.formats.metadata import complete
+from lorakit.formats.peft import magnitude_vector
 from lorakit.formats.spec import FormatSpec, kohya_only
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ _LYCORIS = (
 REFUSALS = {
     "dora": (
         "the diffusers format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
-        "lorakit's is one per input column, which is what web UIs read; export it as kohya"
+        "this one has one per input column, which is what web UIs read; export it as kohya"
     ),
     **{kind: _LYCORIS.format(kind=kind) for kind in ("loha", "lokr")},
 }
@@ -46,13 +48,20 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     """
     from lorakit.formats import adapter_math
 
-    adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
+    adapter_math.require_writable(weights, check)
     result: dict[str, torch.Tensor] = {}
-    for name, layer in adapter_math.complete(weights).items():
+    layers = adapter_math.complete(weights)
+    if len({(keys.component(name), layer.is_plain) for name, layer in layers.items()}) > len(
+        {keys.component(name) for name in layers}
+    ):
+        raise LorakitError("the diffusers format has DoRA in all layers of a part or in none: export it as kohya")
+    for name, layer in layers.items():
         folded = layer.rescaled(1).factors()
         stem = keys.to_diffusers_name(name, weights.family)
         result[f"{stem}.lora_A.weight"] = folded["down"]
         result[f"{stem}.lora_B.weight"] = folded["up"]
+        if "magnitude" in folded:
+            result[f"{stem}.lora_magnitude_vector.weight"] = magnitude_vector(folded["magnitude"])
     return adapter_math.cast(result, dtype)
 
 

@@ -23,21 +23,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # spelling -> (pattern of a tensor's name: module, part; part in the file -> part of a LoraLayer). COMPONENT stands for
 # the names of the components, which the families have.
+# The names of the factors that ComfyUI takes beside any module's name.
+_FACTORS = {
+    **dict.fromkeys(("lora_down.weight", "lora_A.weight", "lora_A", "lora_A.default.weight"), "down"),
+    **dict.fromkeys(("lora_up.weight", "lora_B.weight", "lora_B", "lora_B.default.weight"), "up"),
+    **{f"{name}.{side}.weight": side for name in ("lora", "lora_linear_layer") for side in ("down", "up")},
+    **{"lora_mid.weight": "mid", "alpha": "alpha", "dora_scale": "magnitude", "lora_B.bias": "up_bias"},
+}
 _SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
-    "kohya": (
-        r"((?:lora_(?:unet|te\d?)|lycoris)_[^.]+)\.(.+)",
-        {
-            "lora_down.weight": "down",
-            "lora_up.weight": "up",
-            "lora_mid.weight": "mid",
-            "alpha": "alpha",
-            "dora_scale": "magnitude",
-        },
-    ),
+    "kohya": (r"((?:lora_(?:unet|te\d?)|lycoris)_[^.]+)\.(.+)", _FACTORS),
     "peft": (
-        r"(COMPONENT\..+?)\.(lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+)"
-        r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?",
-        {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "row_magnitude"},
+        r"(COMPONENT\..+?)\.(lora_A|lora_B\.bias|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+)"
+        r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?",
+        {"lora_A": "down", "lora_B": "up", "lora_B.bias": "up_bias", "lora_magnitude_vector": "row_magnitude"},
     ),
     "diffusers": (
         r"(COMPONENT\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight",
@@ -49,15 +47,7 @@ _SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "dotted": (
         r"((?:diffusion_model|text_encoders|COMPONENT)\..+?)\.(DOTTED)",
-        {
-            **{
-                "lora_down.weight": "down",
-                "lora_A.weight": "down",
-                "lora_mid.weight": "mid",
-                "dora_scale": "magnitude",
-            },
-            **{"lora_up.weight": "up", "lora_B.weight": "up"},
-        },
+        _FACTORS,
     ),
 }
 # What a tensor's name ends in that is part of an adapter, of whatever model.
@@ -67,7 +57,8 @@ _ADAPTER_PART = re.compile(
 )
 # The parts by which ComfyUI, OneTrainer and LyCORIS call them, where the module's name has dots.
 _DOTTED_PARTS = (
-    r"lora_(?:down|up|mid)\.weight|lora_[AB]\.weight|alpha|dora_scale|diff|diff_b|[wb]_norm|oft_blocks|rescale"
+    r"lora_(?:down|up|mid)\.weight|lora_[AB](?:\.default)?(?:\.weight)?|lora_B\.bias|lora(?:_linear_layer)?\.(?:down|up)"
+    r"\.weight|alpha|dora_scale|diff|diff_b|[wb]_norm|oft_blocks|rescale"
     r"|(?:hada|lokr)_\w+|[ab][12m]\.weight"
 )
 _SEVERAL = re.compile(r"transformer_blocks[._][1-9]|^lora_unet_(?:input|middle|output)_block")
@@ -84,7 +75,7 @@ _MARKS |= {"on_input": "IA3", "oft_blocks": "OFT", "a1.weight": "GLoRA"}
 # Part -> axes that it has at least, where that is not 0.
 _AXES = dict.fromkeys(("down", "up", "mid", "oft_blocks", *(f"{part}.weight" for part in ("a1", "a2", "b1", "b2"))), 2)
 _AXES |= dict.fromkeys(("diff", "diff_b", "w_norm", "b_norm", "magnitude", "row_magnitude"), 1)
-_COMMON = {"alpha", "magnitude", "row_magnitude", "diff_b", "b_norm"}
+_COMMON = {"alpha", "magnitude", "row_magnitude", "diff_b", "b_norm", "up_bias"}
 PARTS: dict[str, set[str]] = {
     "lora": {"down", "up"},
     "LoCon (tucker)": {"down", "up", "mid"},
@@ -153,7 +144,7 @@ def kind(shapes: Shapes) -> str:
     names are those of an adapter's parts, whatever stands before them."""
     if 3 * sum(_ADAPTER_PART.search(name) is not None for name in shapes) >= max(1, len(shapes)):
         return "adapter"
-    file_kind = safetensors_header.kind(dict(shapes))
+    file_kind = safetensors_header.kind(dict(shapes)).replace("lycoris", "adapter")
     patterns = [spelling.pattern for spelling in _other_spellings().values()]
     return "adapter" if any(pattern.fullmatch(name) for pattern in patterns for name in shapes) else file_kind
 
@@ -332,7 +323,6 @@ def base_family(shapes: Shapes) -> str | None:
 
 DESCRIPTIONS = {
     "adapter": "an adapter",
-    "lycoris": "an adapter",
     "checkpoint": "a whole model (a checkpoint), not an adapter",
     "unet": "a UNet alone, not an adapter",
     "vae": "a VAE, not an adapter",

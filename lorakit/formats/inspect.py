@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import families
+from lorakit.adapters.weights import LoraLayer
 from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.families import ldm
@@ -117,11 +118,11 @@ def inspect(path: Path) -> Report:
     shapes = head.shapes()
     kind = identify.kind(shapes)
     size = path.stat().st_size
-    if kind in ("adapter", "lycoris") and all(name.startswith(identify.PEFT_PREFIX) for name in shapes):
+    if kind == "adapter" and all(name.startswith(identify.PEFT_PREFIX) for name in shapes):
         if path.name == identify.PEFT_MODEL and (path.parent / identify.PEFT_CONFIG).is_file():
             return _folder(path.parent)
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
-    if kind not in ("adapter", "lycoris"):
+    if kind != "adapter":
         family, by, what = identify.base_family(shapes), "the width of the text it attends to", ""
         if kind == "checkpoint":
             with contextlib.suppress(LorakitError):  # of another architecture, or in part: told as far as it goes
@@ -259,7 +260,9 @@ def _adapter(
         family,
         source,
         "PEFT folder" if folder else Counter(m.spelling for m in modules.values()).most_common(1)[0][0],
-        metadata.get("lorakit.method") or " and ".join(_ordered(methods)),
+        metadata.get("lorakit.method", LoraLayer.PLAIN)
+        if set(methods) == {LoraLayer.PLAIN}
+        else " and ".join(_ordered(methods)),
         _dtype(heads),
         metadata.get("modelspec.trigger_phrase", ""),
         components,

@@ -40,7 +40,7 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
 
     from lorakit.formats import adapter_math
 
-    adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
+    adapter_math.require_writable(weights, check)
     layers = adapter_math.complete(weights)
     result: dict[str, torch.Tensor] = {}
     for name, stem in keys.to_kohya_name(dict.fromkeys((*layers, *weights.biases)), weights.family).items():

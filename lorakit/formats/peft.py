@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _TEXT_MODEL = "text_model."
 # LoRA's factors are modules in PEFT, LoHa's and LoKr's are parameters by LyCORIS' names.
-_NAMES = {"down": "lora_A.weight", "up": "lora_B.weight"}
+_NAMES = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # A CLIPTextModel. text_encoder_2 is a CLIPTextModelWithProjection, whose paths are what they were.
 _BOTH_NAMES = ("text_encoder",)
 
@@ -38,7 +38,7 @@ _BOTH_NAMES = ("text_encoder",)
 REFUSALS = {
     "dora": (
         "the PEFT format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
-        "lorakit's is one per input column, which is what web UIs read; export it as kohya"
+        "this one has one per input column, which is what web UIs read; export it as kohya"
     )
 }
 
@@ -84,6 +84,11 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
     return paths
 
 
+def magnitude_vector(rows: torch.Tensor) -> torch.Tensor:
+    """DoRA's magnitude of each output row as PEFT has it: `[out]`, of a convolution `[1, out, 1, 1]`."""
+    return rows.flatten() if rows.ndim == 2 else rows.reshape(1, -1, 1, 1)
+
+
 def _swap(new: Path, path: Path, old: Path) -> None:
     """Put the folder `new` at `path`, what was there at `old`; where that fails, what was there is there again."""
     try:
@@ -107,7 +112,7 @@ def _is_ours(path: Path) -> bool:
 def _components(weights: AdapterWeights) -> dict[str, dict[str, AnyLayer]]:
     from lorakit.formats import adapter_math
 
-    adapter_math.require_writable(weights, check(adapter_math.method(weights), weights.family))
+    adapter_math.require_writable(weights, check)
     parts: dict[str, dict[str, AnyLayer]] = {}
     for name, layer in adapter_math.complete(weights).items():
         parts.setdefault(keys.to_diffusers_name(keys.component(name), weights.family), {})[name] = layer
@@ -154,6 +159,8 @@ def _tensors(layers: Mapping[str, AnyLayer], dtype: str) -> dict[str, torch.Tens
         shorter = [module.removeprefix(_TEXT_MODEL)] if part in _BOTH_NAMES else []
         for path in (module, *shorter):
             for part, tensor in layer.factors().items():
+                if part == "magnitude":
+                    tensor = magnitude_vector(tensor)
                 result[f"{PEFT_PREFIX}{path}.{_NAMES.get(part, part)}"] = tensor
     return adapter_math.cast(result, dtype)
 
@@ -166,7 +173,7 @@ def _config(part: str, layers: Mapping[str, AnyLayer], family: str) -> dict[str,
     common["inference_mode"] = True
     if isinstance(one, LoraLayer):
         alpha = int(one.alpha) if one.alpha.is_integer() else one.alpha
-        flags = {"bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
+        flags = {"bias": "none", "use_rslora": False, "use_dora": not one.is_plain, "fan_in_fan_out": False}
         lora = {"peft_type": "LORA", "r": one.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "init_lora_weights": True}
         return common | flags | lora
     rank = one.rank if isinstance(one, LohaLayer) else _lokr_rank(layers, family)

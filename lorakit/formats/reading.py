@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lorakit.core.names import printable
 from lorakit.formats import embeddings, identify, keys, lycoris, metadata as meta
 
 Scaling = Mapping[str, Any]
-_BIASES = {"diff_b", "b_norm"}
+_BIASES = {"diff_b", "b_norm", "up_bias"}
 # A pattern that may be run: no group is repeated and little else, so that its time is bounded (PEFT runs any).
 _MAX_REPEATS = 3
 
@@ -115,7 +115,10 @@ def _weights(
             "lorakit reads those of diffusers only"
         )
     if strange:
-        raise LorakitError(f"{path}: {len(strange)} names are of no layer of Stable Diffusion, e.g. {strange[0]}")
+        raise LorakitError(
+            f"{path}: {len(strange)} names are of no layer of Stable Diffusion and of no part that lorakit reads, e.g. "
+            f"{strange[0]}"
+        )
     family, _ = identify.adapter_family(modules, shapes, metadata)
     for scaling in scalings.values():
         _require_numbers(path, scaling)
@@ -125,14 +128,14 @@ def _weights(
         if name in layers or name in biases:
             raise LorakitError(f"{path}: {name} is there twice, the second time as {module.stem}")
         scaling = scalings.get(keys.component(name), {})
-        for part in _BIASES & module.parts.keys():
-            biases[name] = tensors[module.parts[part]].float()
         if module.method != "bias" and not _has_rank_0(module, shapes):
             layers[name] = _layer(path, module, tensors, scaling)
-    if parts := [name for module in modules.values() for name in module.strange_parts]:
-        raise LorakitError(f"{path}: {len(parts)} tensors are of no method that lorakit reads, e.g. {parts[0]}")
+        for part in _BIASES & module.parts.keys():
+            scale = layers[name].scale if part == "up_bias" and name in layers else 1.0
+            biases[name] = biases.get(name, 0) + scale * tensors[module.parts[part]].float()
+    _require_parts(path, modules.values())
     special = {layer.method for layer in layers.values() if not layer.is_plain}
-    method = metadata.get("lorakit.method") or (min(special) if special else "lora")
+    method = min(special) if special else metadata.get("lorakit.method", "lora")
     if (
         meta.rank_stabilized(method)
         and not any(scalings.values())
@@ -162,6 +165,12 @@ def _require_numbers(path: Path, scaling: Scaling) -> None:
             raise LorakitError(f"{path}: {printable(key)[:80]} in its config is {value!r:.80}, no usable number")
 
 
+def _require_parts(path: Path, modules: Iterable[identify.Module]) -> None:
+    """Raise LorakitError, naming the first, where a tensor is none that a module of its method has."""
+    if parts := [name for module in modules for name in module.strange_parts]:
+        raise LorakitError(f"{path}: {len(parts)} tensors are of no method that lorakit reads, e.g. {parts[0]}")
+
+
 def _has_rank_0(module: identify.Module, shapes: identify.Shapes) -> bool:
     """Whether its factors have no rows: such a module changes nothing and is passed over."""
     return identify.rank(module, shapes) == 0
@@ -170,6 +179,9 @@ def _has_rank_0(module: identify.Module, shapes: identify.Shapes) -> bool:
 def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], scaling: Scaling) -> AnyLayer:
     parts = {part: tensors[name].float() for part, name in module.parts.items() if part not in ("alpha", *_BIASES)}
     rows = parts.pop("row_magnitude", None)
+    flat = parts.get("magnitude")
+    if flat is not None and flat.ndim == 1:  # as diffusers' converter to kohya's names leaves PEFT's
+        rows = parts.pop("magnitude")
     if rows is not None:  # PEFT's, [out] or [1, out, 1, 1]
         parts["magnitude"] = rows.flatten().reshape(-1, *(1 for _ in parts.get("down", rows).shape[1:] or (1,)))
     if module.method in lycoris.CHANGES:
@@ -187,6 +199,8 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
             return replace(layer, w1=(layer.w1[0] * by_peft,))
         return replace(layer, alpha=alpha)
     missing = [part for part in ("down", "up") if part not in parts]
+    if len(missing) == 2:  # of another method
+        _require_parts(path, [module])
     if missing:
         raise LorakitError(f"{path}: {module.stem} has no {missing[0]} factor")
     down, up, magnitude = parts["down"], parts["up"], parts.get("magnitude")

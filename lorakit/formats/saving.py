@@ -55,7 +55,7 @@ def save(
         raise LorakitError(f"{name!r} cannot be a file name: leave out slashes")
     specs = {fmt: FORMATS[fmt] for fmt in formats}
     for spec in specs.values():
-        adapter_math.require_writable(weights, spec.check(adapter_math.method(weights), weights.family))
+        adapter_math.require_writable(weights, spec.check)
     partly = [name for name in (*weights.layers, *weights.biases) if not keys.is_read_everywhere(name)]
     if partly:
         say(f"export: {len(partly)} layers, such as {partly[0]}, are not read by every program: see lorakit inspect")

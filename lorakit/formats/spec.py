@@ -81,7 +81,7 @@ _KOHYA_ONLY = {
     "bias": "changes of biases",
     "full difference": "full differences",
     "norm": "changes of norms",
-    **{method: method for method in ("GLoRA", "IA3", "OFT")},
+    **{method: method for method in ("GLoRA", "IA3", "OFT", "DoRA over loha", "DoRA over lokr")},
 }
 
 

@@ -152,7 +152,7 @@ DOWN, UP = f"{STEM}.lora_down.weight", f"{STEM}.lora_up.weight"
 GOOD = {DOWN: torch.ones(4, 8), UP: torch.ones(8, 4)}
 UP1 = torch.ones(1)
 REFUSED = {
-    "1 names are of no layer of Stable Diffusion, e.g. lora_unet_flux_blocks_0": {
+    "1 names are of no layer of Stable Diffusion and of no part that lorakit reads, e.g. lora_unet_flux_blocks_0": {
         **GOOD,
         "lora_unet_flux_blocks_0.lora_down.weight": torch.ones(4, 8),
     },

@@ -3,14 +3,26 @@
 from lorakit.families import unet
 from lorakit.families.sd.single_file import SD1_FILE, SD2_FILE
 from lorakit.families.spec import FamilySpec, KohyaNames, ModelVersion, Reads, Tags, TextEncoder
-from lorakit.families.unet import ALL_BLOCKS, COMFY_DOTTED, DOTTED_ALL, DOTTED_UNET, SGM, TE, TE1, TOP, TOP_SGM
+from lorakit.families.unet import (
+    ALL_BLOCKS,
+    CHECKPOINT_BLOCKS,
+    COMFY_DOTTED,
+    DOTTED_ALL,
+    DOTTED_UNET,
+    FORGE_DOTTED,
+    SGM,
+    TE,
+    TE1,
+    TOP,
+    TOP_SGM,
+)
 
 _BOTH = {
-    "forge": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1)),
+    "forge": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1, *FORGE_DOTTED)),
     "comfyui": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1, *COMFY_DOTTED)),
     "invokeai": Reads((*ALL_BLOCKS, *TOP, *TE)),
     "sd-scripts": Reads((*ALL_BLOCKS, *TE)),
-    "sd.cpp": Reads((*ALL_BLOCKS, *SGM, *TE, *TE1, *DOTTED_UNET)),
+    "sd.cpp": Reads((*ALL_BLOCKS, *SGM, *TE, *TE1, *DOTTED_UNET, *CHECKPOINT_BLOCKS)),
     "diffusers": Reads((*ALL_BLOCKS, *TOP, *TE, *TE1, *DOTTED_ALL)),
     "peft": Reads(DOTTED_ALL),
 }

@@ -8,9 +8,11 @@ from lorakit.families.unet import (
     ADD_SGM,
     ALL_BLOCKS,
     BLOCKS,
+    CHECKPOINT_BLOCKS,
     COMFY_DOTTED,
     DOTTED_ALL,
     DOTTED_UNET,
+    FORGE_DOTTED,
     PROJECTION,
     SGM,
     TE1,
@@ -41,11 +43,13 @@ SDXL = ModelVersion(
         "a1111": Reads(
             (*BLOCKS, *UPSAMPLERS_BUT_FIRST, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_TEXT), whole_attention=("lora_te2_",)
         ),
-        "forge": Reads(_FULL),
+        "forge": Reads((*_FULL, *FORGE_DOTTED)),
         "comfyui": Reads((*_FULL, *COMFY_DOTTED)),
         "invokeai": Reads(_FULL),
         "sd-scripts": Reads((*ALL_BLOCKS, *SGM, *_TEXT)),
-        "sd.cpp": Reads((*ALL_BLOCKS, *SGM, *ADD_SGM, *_TEXT, *DOTTED_UNET), ordered_attention=("lora_te2_",)),
+        "sd.cpp": Reads(
+            (*ALL_BLOCKS, *SGM, *ADD_SGM, *_TEXT, *DOTTED_UNET, *CHECKPOINT_BLOCKS), ordered_attention=("lora_te2_",)
+        ),
         "diffusers": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_TEXT, *DOTTED_ALL)),
         "peft": Reads(DOTTED_ALL),
     },

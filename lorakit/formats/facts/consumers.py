@@ -1,0 +1,151 @@
+"""What each program does with the methods and parts of adapter files, as data; no torch.
+
+The rules were read in each program's loader or measured by running it. Versions: diffusers 0.42, AUTOMATIC1111 1.10.1,
+Forge 2025-06, ComfyUI 2025-10, InvokeAI 6.14, sd-scripts 2026-02, stable-diffusion.cpp (python 0.4.7), PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+BIAS = "bias"  # what a module is that changes a bias and nothing else
+DORA_ROWS = "dora rows"  # DoRA with a magnitude for each output row, as PEFT has it
+_LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3", "OFT", "GLoRA")
+_NO_BIAS = "ignores its change of the bias"
+# DoRA on the output axis, LyCORIS' default.
+_ROWS = {DORA_ROWS: "its dora_scale is per output row, which it misreads"}
+_PLAIN = "ignores dora_scale and applies it as plain LoRA"
+_VECTOR = {"dora vector": "ignores its magnitude and applies it as plain LoRA"}
+_MIDDLE = {"GLoRA with bm": "ignores its bm"}
+_DEFAULT_FACTORS = r"lora_(?:down|up|mid)\.weight"
+# The names of factors that ComfyUI and Forge share.
+_FACTORS = rf"{_DEFAULT_FACTORS}|lora_[AB]\.weight|lora(?:_linear_layer)?\.(?:down|up)\.weight"
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One program; which names it reads is the family's (`ModelVersion.readers`). Its rules are for the traits of a
+    module, see `compatibility.traits`.
+
+    Attributes:
+        title: what people call it.
+        misread: trait -> what it does to such a module; one that is not named here is applied as it should be.
+        refused: trait -> why a file with such a module is refused as a whole.
+        unread: methods whose tensors it has no rule for.
+        factors: pattern of the factors' names that it reads beside kohya's names of modules.
+        parts: of the parts that lorakit does not know, those that it reads.
+        unknown_limit: tensors without a match that it tolerates before it refuses the file; None: any number.
+        lone_alpha: whether a module without factors makes it refuse the file.
+        flat_conv: whether it reads a 1x1 convolution whose factors are stored as matrices.
+        reads_folders: whether it reads a PEFT folder.
+        converts_kohya: it rewrites kohya names to its own, and refuses a file where that fails.
+        reads_norms: it looks for changes of norms.
+        common_alpha: it may apply a component's most common alpha to a module that has another.
+        reads_config: it reads the alpha in `lora_adapter_metadata`.
+    """
+
+    title: str
+    misread: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    factors: str = _DEFAULT_FACTORS
+    parts: tuple[str, ...] = ()
+    unknown_limit: int | None = None
+    lone_alpha: bool = False
+    flat_conv: bool = True
+    reads_folders: bool = False
+    converts_kohya: bool = False
+    common_alpha: bool = False
+    reads_norms: bool = False
+    reads_config: bool = False
+
+
+CONSUMERS: dict[str, Consumer] = {
+    "a1111": Consumer(
+        title="AUTOMATIC1111",
+        misread={
+            "bias beside": _NO_BIAS,
+            "IA3 on convolutions": "applies it wrongly on convolutions",
+            "GLoRA": "does not apply it, as it knows an older form of it",
+            **_ROWS,
+        },
+        refused={BIAS: "it has no reader for a bias alone"},
+        parts=("scale",),
+        lone_alpha=True,
+        reads_norms=True,
+    ),
+    "forge": Consumer(
+        title="Forge",
+        misread=_ROWS | _VECTOR | _MIDDLE,
+        unread=("IA3", "OFT"),
+        factors=_FACTORS,
+        reads_norms=True,
+        unknown_limit=12,
+    ),
+    "comfyui": Consumer(
+        title="ComfyUI",
+        misread={
+            "PEFT's bias": _NO_BIAS,
+            "OFT rescaled": "ignores its rescale",
+            "OFT with a constraint": "limits its rotation more than it should",
+            **_ROWS,
+            **_VECTOR,
+            **_MIDDLE,
+        },
+        unread=("IA3",),
+        factors=rf"{_FACTORS}|lora_[AB]|lora_[AB]\.default\.weight",
+        parts=("set_weight", "reshape_weight"),
+        reads_norms=True,
+    ),
+    "invokeai": Consumer(
+        title="InvokeAI",
+        misread={"bias beside": _NO_BIAS, "IA3 on convolutions": "fails on convolutions", **_ROWS},
+        refused=dict.fromkeys(("GLoRA", "OFT", BIAS, "DoRA over LyCORIS"), "it has no reader for it"),
+        reads_norms=True,
+        lone_alpha=True,
+    ),
+    "sd-scripts": Consumer(
+        title="kohya sd-scripts",
+        misread={
+            **dict.fromkeys(("dora", DORA_ROWS), _PLAIN),
+            **dict.fromkeys((BIAS, "bias beside"), _NO_BIAS),
+            "alpha 0": "takes an alpha of 0 for the rank",
+            **dict.fromkeys(_LYCORIS, "does not apply it (networks.lora reads plain LoRA only)"),
+        },
+        flat_conv=False,
+    ),
+    "sd.cpp": Consumer(
+        title="stable-diffusion.cpp",
+        misread={
+            **dict.fromkeys(("dora", DORA_ROWS), _PLAIN),
+            **_VECTOR,
+            "PEFT's bias": _NO_BIAS,
+            "LoCon (tucker)": "applies it wrongly",
+            "lokr on convolutions": "applies it wrongly on convolutions",
+            "Tucker": "applies Tucker's form wrongly",
+            "rank 1": "takes in_features for the rank, so it is far too weak",
+            **dict.fromkeys(("norm", "IA3", "OFT", "GLoRA"), "does not apply it"),
+        },
+        factors=rf"{_FACTORS}|lora_[AB]|lora_[AB]\.default\.weight",
+        parts=("scale",),
+    ),
+    "diffusers": Consumer(
+        title="diffusers",
+        misread={
+            **dict.fromkeys(("dora", DORA_ROWS), _PLAIN),
+            "names of an adapter": "does not apply factors with an adapter's name in theirs",
+        },
+        refused={
+            **dict.fromkeys((*_LYCORIS, BIAS, "bias beside"), "it reads plain LoRA only"),
+            "rank 0": "it takes none of that",
+        },
+        unknown_limit=0,
+        lone_alpha=True,
+        flat_conv=False,
+        converts_kohya=True,
+        common_alpha=True,
+        reads_config=True,
+    ),
+    "peft": Consumer(title="PEFT", reads_folders=True, reads_config=True),
+}
