@@ -54,6 +54,9 @@ def settings(base: Path, photos: Path, **changes: Any) -> Config:
         "train.batch_size": 2,
         "train.holdout": 0.0,
         "sample.steps": 2,
+        "sample.at_start": False,
+        "sample.at_end": False,
+        "train.validate_at_end": False,
         "memory.device": "cpu",
         "memory.mixed_precision": "fp32",
     }
@@ -144,6 +147,7 @@ SEEN_ELSEWHERE = {
     "train.holdout": "test_latents.py, photos held out are never trained on",
     "train.init_from": "test_adapter_weights.py, starting from another adapter",
     "train.validate_every": "test_run.py; must not reach the weights",
+    "train.validate_at_end": "test_milestones.py",
     "train.save_every": "test_run.py; must not reach the weights",
     "train.keep_checkpoints": "test_checkpoint.py, rotation",
     "train.on_nan": "test_run.py, rollback",

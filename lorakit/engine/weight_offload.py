@@ -53,7 +53,7 @@ class WeightOffloader:
     Args:
         sizes: bytes of each weight.
         device: where the weights are used.
-        window: bytes on the device for the weight in use and the prefetched ones together.
+        window: bytes on the device for the weight in use and the prefetched ones together; None: `WINDOW_BYTES`.
 
     Attributes:
         requests: number of calls of `fetch`.
@@ -62,8 +62,9 @@ class WeightOffloader:
         host_bytes: bytes of host memory in use.
     """
 
-    def __init__(self, sizes: Sequence[int], device: torch.device | str, window: int = weight_storage.WINDOW_BYTES):
-        self.sizes, self.device, self.window = list(sizes), torch.device(device), window
+    def __init__(self, sizes: Sequence[int], device: torch.device | str, window: int | None = None):
+        self.sizes, self.device = list(sizes), torch.device(device)
+        self.window = weight_storage.WINDOW_BYTES if window is None else window
         self.requests = self.misses = self.bytes_copied = self.host_bytes = 0
         self._slots, self._lengths = weight_storage.pack_into_slabs(sizes)
         self._slabs: dict[int, torch.Tensor] = {}

@@ -374,18 +374,24 @@ def test_a_streamed_weight_cannot_be_changed() -> None:
         layer.weight += 1
 
 
+WIDTH = 512
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["full", "int8", "nf4"])
-def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(kind: str) -> None:
-    """64 layers, more than the window holds, checkpointed by eight: gradients to the bit, peak below."""
+def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 layers, of which the window holds a few, checkpointed by eight: gradients to the bit, peak below."""
+    monkeypatch.setattr(weight_storage, "WINDOW_BYTES", 8 * 2 * WIDTH**2)
     peaks, gradients = [], []
     for streamed in (False, True):
         with torch.random.fork_rng(devices=["cuda"]):
             torch.manual_seed(0)
-            blocks = [nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8))) for _ in range(8)]
+            blocks = [nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(8))) for _ in range(8)]
             model = nn.Sequential(*blocks).to(torch.bfloat16).requires_grad_(False)
-            value = torch.randn(16, 2048, dtype=torch.bfloat16)
+            value = torch.randn(16, WIDTH, dtype=torch.bfloat16)
         if kind != "full" or streamed:
             made = quantized_weight.store_layers(model, kind, "cuda", offload=streamed)
         model.to("cuda")
@@ -402,7 +408,7 @@ def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(kind: str)
         gradients.append(leaf.grad.clone())
         del model, blocks, block
     assert torch.equal(*gradients)
-    weights = 64 * 2048 * 2048 * {"full": 2, "int8": 1, "nf4": 0.5}[kind]
+    weights = 64 * WIDTH**2 * {"full": 2, "int8": 1, "nf4": 0.5}[kind]
     if kind == "full":
         assert peaks[1] < peaks[0] - weights / 2
     assert made is not None and made.misses < made.requests / 2

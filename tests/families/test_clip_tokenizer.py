@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def test_a_hub_that_does_not_answer_and_one_that_gives_something_else(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
         )
         patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        patch.setattr(time, "sleep", lambda _: None)  # between two tries
         with pytest.raises(
             LorakitError, match=r"^base sd1\.safetensors has no .* cannot be fetched from http://127"
         ) as e:

@@ -85,6 +85,9 @@ def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[s
         "adapter.train_text_encoder": True,
         "optimizer.learning_rate": 1e-3,
         "sample.steps": 2,
+        "sample.at_start": False,
+        "sample.at_end": False,
+        "train.validate_at_end": False,
     }
     return asked | {key.replace("__", "."): value for key, value in changes.items()}
 

@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[str, object]:
-    """A short run; dots in option names are written as double underscores."""
+    """A short run without validation and samples; dots in option names are written as double underscores."""
     short = {
         "model.base": str(base),
         "data.folder": str(photos),
@@ -55,7 +55,10 @@ def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[s
         "train.prior": "none",
         "train.save_every": 3,
         "train.validate_every": 6,
+        "train.validate_at_end": False,
         "sample.every": 6,
+        "sample.at_start": False,
+        "sample.at_end": False,
         "sample.steps": 2,
         "sample.prompts": ("a photo of sks toy",),
         "memory.device": "cpu",
@@ -87,6 +90,7 @@ def plain(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory
     """A run as `options` has it, in every format and followed by TensorBoard. Shared: only read its folder."""
     before = hashes(photos)
     everything = {"output__formats": ("kohya", "diffusers", "peft"), "output__tensorboard": True}
+    everything |= {"sample__at_start": True, "sample__at_end": True, "train__validate_at_end": True}
     result = run(tiny_sd1, photos, tmp_path_factory.mktemp("plain") / "run", **everything)
     assert hashes(photos) == before
     return result
@@ -416,7 +420,7 @@ def test_too_little_memory_for_samples_does_not_end_the_run(tiny_sd1, photos, tm
         return draw(*given, **named)
 
     monkeypatch.setattr(sampling, "draw", full_once)
-    result = run(tiny_sd1, photos, tmp_path / "run")
+    result = run(tiny_sd1, photos, tmp_path / "run", sample__at_start=True, sample__at_end=True)
     assert [event["message"] for event in events(result.folder, "warning")] == [
         "step 0: not enough memory to draw samples; training goes on without them"
     ]
@@ -479,7 +483,7 @@ def test_ctrl_c_saves_exports_and_exits_130(tiny_sd1, photos, tmp_path):
     folder = tmp_path / "run"
     never = {"train__steps": 5000, "train__save_every": 5000, "train__validate_every": 5000, "sample__every": 5000}
     asked = options(tiny_sd1, photos, folder, **never)
-    written = {key: ",".join(value) if isinstance(value, tuple) else value for key, value in asked.items()}
+    written = {key: json.dumps(value) for key, value in asked.items()}
     sets = [f"--set={key}={value}" for key, value in written.items() if key not in ("data.folder", "output.folder")]
     command = [sys.executable, "-m", "lorakit", "train", str(photos), "--output", str(folder), *sets]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}

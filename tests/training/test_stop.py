@@ -70,6 +70,7 @@ def straight(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> run.Re
 
 def settings(base: Path, photos: Path, folder: Path, **changes: Any) -> config.Config:
     asked = {"train__validate_every": 3, "train__save_every": 3, "sample__every": 3, "train__prior": "none"}
+    asked |= {"sample__at_start": True, "sample__at_end": True, "train__validate_at_end": True}
     return chosen(base, photos, folder, STEPS, **asked | changes)
 
 
