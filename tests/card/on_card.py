@@ -68,9 +68,10 @@ def told(run: Path, event: str = "message") -> list[str]:
     return [entry["message"] for entry in log if entry["event"] == event]
 
 
+ALL: dict[str, object] = {"sample__at_start": True, "sample__at_end": True, "train__validate_at_end": True}
 # What differs from an ordinary run, and how the steps are said to be issued.
 CASES: list[tuple[str, dict[str, object], str]] = [
-    ("sd1", {"optimizer__lr_scheduler": "cosine", "optimizer__warmup_steps": 2}, GRAPH),
+    ("sd1", {"optimizer__lr_scheduler": "cosine", "optimizer__warmup_steps": 2, **ALL}, GRAPH),
     ("sd1", {"adapter__dropout": 0.3, "optimizer__name": "lion"}, PASS),
     (
         "sd1",
@@ -171,7 +172,7 @@ def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, mon
         alone.add(tuple(name for name, part in family.modules().items() if where(part) == "cuda"))
 
     watch(monkeypatch, look, "unet", "text_encoder")
-    train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=2))
+    train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=2, **ALL))
     assert alone == {("unet",), ("text_encoder",)}
 
 
@@ -184,7 +185,7 @@ def test_t5_has_left_the_card_when_the_unet_computes(bases, photos, tmp_path, mo
         there.add(tuple(where(encoder) for encoder in family.text_encoders.values()))
 
     watch(monkeypatch, look, "unet")
-    changes = {"adapter__train_text_encoder": True, "output__formats": ["diffusers"]}
+    changes = {"adapter__train_text_encoder": True, "output__formats": ["diffusers"], **ALL}
     train.train(chosen(bases["sd3"], photos, tmp_path / "run", **changes))
     assert there == {("cuda", "cuda", "cpu"), ("cpu", "cpu", "cpu")}  # the latter in the check of the file
 
@@ -205,7 +206,7 @@ def test_small_pictures_are_encoded_together(bases, photos, tmp_path, monkeypatc
 
 @pytest.mark.gpu
 def test_a_card_that_is_full_is_told_with_what_to_change(bases, photos, tmp_path):
-    wanted = chosen(bases["sd1"], photos, tmp_path / "run")
+    wanted = chosen(bases["sd1"], photos, tmp_path / "run", sample__at_start=True)
     card.set_room(card.live() + families.describe(wanted.model).bytes["unet"] + 2**18)
     with pytest.raises(LorakitError, match=r"^step 1: not enough memory on the device; cheapest first, set memory\."):
         train.train(wanted)
