@@ -1,13 +1,23 @@
 """What is due between steps, and what is left out where an option says so."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import short_run
+import torch
 
+from lorakit.inference import sampling
 from lorakit.runs import plan, report
 from lorakit.runs.folder import RunFolder
 from lorakit.training import run as train
+
+
+def run(base: Path, room: Path, **changes: object) -> train.Result:
+    """Three steps on two photos."""
+    (room / "photos").mkdir()
+    photos = short_run.noise(room / "photos", 2)
+    return train.train(short_run.chosen(base, photos, room / "run", 3, **{"sample__prompts": ("a toy",), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -27,10 +37,7 @@ def test_grids_and_validations_come_when_asked_for(
     validations: list[int],
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "photos").mkdir()
-    photos = short_run.noise(tmp_path / "photos", 2)
-    changes = {"sample__prompts": ("a toy",), **changes}
-    result = train.train(short_run.chosen(tiny_sd1, photos, tmp_path / "run", 3, **changes))
+    result = run(tiny_sd1, tmp_path, **changes)
     folder = RunFolder(result.folder)
     assert [event["step"] for event in folder.events("sample")] == grids
     assert {picture.name for picture in (result.folder / "samples").glob("*.png")} == {
@@ -44,3 +51,21 @@ def test_grids_and_validations_come_when_asked_for(
 @pytest.mark.parametrize(("every", "steps", "expected"), [(0, 100, 20), (0, 3, 1), (0, 101, 21), (7, 100, 7)])
 def test_an_interval_of_zero_is_a_fifth_of_the_run(every: int, steps: int, expected: int) -> None:
     assert plan.interval(every, steps) == expected
+
+
+def test_too_little_memory_for_samples_does_not_end_the_run(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, left = sampling.draw, [1]
+
+    def full_once(*args: Any, **options: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError
+        return draw(*args, **options)
+
+    monkeypatch.setattr(sampling, "draw", full_once)
+    result = run(tiny_sd1, tmp_path, sample__at_start=True, sample__at_end=True)
+    assert [event["message"] for event in RunFolder(result.folder).events("warning")] == [
+        "step 0: not enough memory to draw samples; training goes on without them"
+    ]

@@ -410,22 +410,6 @@ def test_too_little_memory_before_the_first_step_is_told_too(tiny_sd1, photos, t
     assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["state"] == "failed"
 
 
-def test_too_little_memory_for_samples_does_not_end_the_run(tiny_sd1, photos, tmp_path, monkeypatch):
-    draw, left = sampling.draw, [1]
-
-    def full_once(*given, **named):
-        if left[0]:
-            left[0] -= 1
-            raise torch.OutOfMemoryError
-        return draw(*given, **named)
-
-    monkeypatch.setattr(sampling, "draw", full_once)
-    result = run(tiny_sd1, photos, tmp_path / "run", sample__at_start=True, sample__at_end=True)
-    assert [event["message"] for event in events(result.folder, "warning")] == [
-        "step 0: not enough memory to draw samples; training goes on without them"
-    ]
-
-
 def test_rollback_goes_on_from_the_last_checkpoint_once(tiny_sd1, photos, tmp_path, monkeypatch):
     not_finite_at(4, 1, monkeypatch)
     result = run(tiny_sd1, photos, tmp_path / "run", train__on_nan="rollback")
