@@ -47,7 +47,7 @@ BANNED = {
     "knob": 0,
     "told": 0,
     "made": 0,
-    "found": 1,
+    "found": 0,
     "known": 0,
     "kept": 0,
     "said": 0,
@@ -58,29 +58,33 @@ BANNED = {
     "enough": 0,
     "asked": 0,
     "drawn": 0,
-    "given": 1,
+    "given": 0,
     "wanted": 0,
     "written": 0,
-    "stored": 2,
+    "stored": 0,
     "listed": 0,
     "remembered": 0,
-    "shown": 2,
-    "chosen": 1,
+    "shown": 0,
+    "chosen": 0,
     "spent": 0,
     "grown": 0,
     "taken": 0,
-    "noted": 1,
+    "noted": 0,
     "done": 0,
     "moved": 0,
     "looked": 0,
     "sent": 0,
     "laid": 0,
     "meant": 0,
-    "saved": 1,  # `load_saved`, as torch has `saved_tensors`
+    "saved": 0,
     "again": 0,
     "anew": 0,
     "apart": 0,
-    "beside": 1,
+    "beside": 0,
+}
+# Words with one meaning -> where names may have them. `plain`: `memory.engine = "plain"`.
+ONE_MEANING = {
+    "plain": {"adapters/adapter.py", "families/__init__.py", "families/loaded.py", "training/optimizer_step.py"},
 }
 # Names of the old dialect that are gone for good, as identifiers or as modules.
 GONE = {
@@ -254,6 +258,17 @@ def test_banned_words_become_fewer() -> None:
                 found[word].append(f"{path.relative_to(ROOT)}:{identifier}")
     wrong = {word: names for word, names in found.items() if len(names) > BANNED[word]}
     assert not wrong
+
+
+def test_words_with_one_meaning_stay_where_they_mean_it() -> None:
+    others = {
+        f"{path.relative_to(ROOT)}:{identifier}"
+        for path in sources()
+        for word, files in ONE_MEANING.items()
+        for identifier in identifiers(path)
+        if word in words(identifier) and str(path.relative_to(PACKAGE)) not in files
+    }
+    assert not others
 
 
 def test_names_of_the_old_dialect_do_not_come_back() -> None:

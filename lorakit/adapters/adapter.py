@@ -380,7 +380,7 @@ def _method(weights: AdapterWeights) -> str:
     """
     rows = any(layer.magnitude is not None and len(layer.magnitude) > 1 for layer in weights.layers.values())
     methods = {layer.method for layer in weights.layers.values()}
-    foreign = sorted(methods - {spec.layers for spec in registry.METHODS.values()} - {LoraLayer.PLAIN})
+    foreign = sorted(methods - {spec.layers for spec in registry.METHODS.values()} - {LoraLayer.METHOD})
     mixed = any(layer.magnitude is not None and not isinstance(layer, LoraLayer) for layer in weights.layers.values())
     if rows or mixed or foreign or weights.biases:
         what = " and ".join(foreign) or ("DoRA per output row" if rows else "DoRA over LyCORIS" if mixed else "biases")
@@ -389,7 +389,7 @@ def _method(weights: AdapterWeights) -> str:
         )
     # Among DoRA's layers there may be plain ones.
     if any(layer.magnitude is not None for layer in weights.layers.values()):
-        methods -= {LoraLayer.PLAIN}
+        methods -= {LoraLayer.METHOD}
     if len(methods) > 1:
         raise LorakitError(
             f"the adapter mixes {' and '.join(sorted(methods))}: only one method at a time can be applied"

@@ -92,8 +92,8 @@ def mark_token(ids: torch.Tensor, word_ids: torch.Tensor, count: int, end: int) 
     rows = ids.unfold(1, len(word_ids), 1)
     start[:, : rows.shape[1]] = (rows == word_ids).all(-1)
     inside = start.clone()
-    for step in range(1, len(word_ids)):
-        inside[:, step:] |= start[:, :-step]
+    for offset in range(1, len(word_ids)):
+        inside[:, offset:] |= start[:, :-offset]
     sizes = torch.where(start, count, torch.where(inside, 0, 1))
     places = sizes.cumsum(1) - sizes
     # One column more than is ever read takes what is left out.

@@ -40,17 +40,17 @@ class LoraLayer:
     alpha: float
     magnitude: torch.Tensor | None = None
 
-    PLAIN: ClassVar[str] = "lora"  # the kind of a layer without a magnitude
+    METHOD: ClassVar[str] = "lora"  # the kind of a layer without a magnitude
 
     @property
-    def is_plain(self) -> bool:
+    def is_lora(self) -> bool:
         """Whether it is LoRA as every program reads it, without a magnitude."""
         return self.magnitude is None
 
     @property
     def method(self) -> str:
         """ "lora", or "dora" with a magnitude."""
-        return self.PLAIN if self.magnitude is None else "dora"
+        return self.METHOD if self.magnitude is None else "dora"
 
     @property
     def rank(self) -> int:
@@ -103,7 +103,7 @@ class LohaLayer:
     magnitude: torch.Tensor | None = None  # DoRA's, as `LoraLayer` has it; from other programs' files
 
     method = "loha"
-    is_plain = False
+    is_lora = False
 
     @property
     def rank(self) -> int:
@@ -156,7 +156,7 @@ class LokrLayer:
     magnitude: torch.Tensor | None = None  # DoRA's, as `LoraLayer` has it; from other programs' files
 
     method = "lokr"
-    is_plain = False
+    is_lora = False
 
     @property
     def rank(self) -> int:
@@ -223,7 +223,7 @@ class ForeignLayer:
     change: Callable[[torch.Tensor, ForeignLayer, float], torch.Tensor]
 
     magnitude = None
-    is_plain = False
+    is_lora = False
     rank, scale = 1, 1.0
 
     @property

@@ -16,7 +16,7 @@ from typing import Any, Literal
 # What stands around a text of which it is no part.
 QUOTES = ("''", '""', "``", "‘’", "“”", "„“", "«»", "「」")
 # Characters of a value that a message shows.
-MAX_SHOWN = 80
+MAX_VALUE_LENGTH = 80
 # "package.module:Class".
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -77,7 +77,7 @@ def to_text(value: Any) -> str:
         text = repr(list(value) if isinstance(value, tuple) else value)
     except (ValueError, RecursionError):  # a number of more digits than Python writes
         return f"a value of type {type(value).__name__} that is too long to show"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[:MAX_VALUE_LENGTH]}..."
 
 
 def unquote(text: str) -> str:

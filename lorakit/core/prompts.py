@@ -35,7 +35,7 @@ class Part(NamedTuple):
 Prompt = tuple[tuple[Part, ...], ...]
 
 
-def plain(text: str) -> Prompt:
+def literal(text: str) -> Prompt:
     """A text that is read letter by letter."""
     return ((Part(text),),)
 

@@ -9,12 +9,12 @@ import hashlib
 import torch
 
 
-def seed_for(seed: int, step: int, purpose: str) -> int:
+def seed_for(seed: int, index: int, purpose: str) -> int:
     """A 63-bit seed for one purpose at one step; SHA-256, so that neighbours are unrelated."""
-    digest = hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{index}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generator(seed: int, step: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+def generator(seed: int, index: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on `device`, seeded with `seed_for`."""
-    return torch.Generator(device).manual_seed(seed_for(seed, step, purpose))
+    return torch.Generator(device).manual_seed(seed_for(seed, index, purpose))

@@ -50,13 +50,13 @@ class Placement:
 
 
 @cache
-def sizes(resolution: int, step: int) -> tuple[Bucket, ...]:
-    """Every bucket of a resolution: sides are multiples of `step`, area within `MAX_AREA_FACTOR` of resolution^2.
+def sizes(resolution: int, multiple: int) -> tuple[Bucket, ...]:
+    """Every bucket of a resolution: sides are multiples of `multiple`, area within `MAX_AREA_FACTOR` of resolution^2.
 
-    If the resolution is no multiple of `step`, the nearest square is one of them.
+    If the resolution is no multiple of it, the nearest square is one of them.
     """
     area = resolution**2
-    sides = range(step, MAX_SIDE_FACTOR * resolution + 1, step)
+    sides = range(multiple, MAX_SIDE_FACTOR * resolution + 1, multiple)
     candidates = [
         Bucket(width, height)
         for width in sides
@@ -64,15 +64,15 @@ def sizes(resolution: int, step: int) -> tuple[Bucket, ...]:
         if area / MAX_AREA_FACTOR <= width * height <= area * MAX_AREA_FACTOR
         and min(width, height) * MAX_SIDE_FACTOR >= resolution
     ]
-    square = max(step, round(resolution / step) * step)
+    square = max(multiple, round(resolution / multiple) * multiple)
     return tuple(sorted({*candidates, Bucket(square, square)}))
 
 
-def assign(size: tuple[int, int], resolution: int, step: int) -> Placement:
+def assign(size: tuple[int, int], resolution: int, multiple: int) -> Placement:
     """The bucket of a photo of `size` (width, height), and the centred crop that fills it.
 
     Args:
-        step: every side of a bucket is a multiple of it; see `checks.step_of`.
+        multiple: every side of a bucket is a multiple of it; see `BaseInfo.bucket_multiple`.
     """
     width, height = size
 
@@ -80,7 +80,7 @@ def assign(size: tuple[int, int], resolution: int, step: int) -> Placement:
         area = abs(math.log(bucket.width * bucket.height / resolution**2))
         return _crop_share(width / height, bucket) + AREA_WEIGHT * area, bucket
 
-    bucket = min(sizes(resolution, step), key=cost)
+    bucket = min(sizes(resolution, multiple), key=cost)
     scale = max(bucket.width / width, bucket.height / height)
     crop_width, crop_height = min(width, bucket.width / scale), min(height, bucket.height / scale)
     left, top = (width - crop_width) / 2, (height - crop_height) / 2

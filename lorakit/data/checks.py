@@ -49,7 +49,7 @@ class Base(Protocol):
     @property
     def max_tokens(self) -> int: ...
     @property
-    def bucket_step(self) -> int: ...
+    def bucket_multiple(self) -> int: ...
 
 
 @dataclass
@@ -104,13 +104,13 @@ class Report:
 
     Attributes:
         folder: the folder of photos.
-        step: every side of a bucket is a multiple of it, in pixels.
+        multiple: every side of a bucket is a multiple of it, in pixels.
         downscale: pixels for one latent, on a side.
         class_photos: the user's own class images, for prior preservation.
     """
 
     folder: Path
-    step: int
+    multiple: int
     downscale: int
     items: list[Item] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -175,12 +175,12 @@ def check(
     """
     files = folder.scan(require_folder(config), config.class_folder)
     items = [Item(photo) for photo in files.photos]
-    step = base.bucket_step
-    report = Report(files.path, step, base.downscale, items, [], files.warnings, files.notes, files.class_photos)
+    multiple = base.bucket_multiple
+    report = Report(files.path, multiple, base.downscale, items, [], files.warnings, files.notes, files.class_photos)
     late = f"takes longer than {time_limit.SECONDS:.0f} s to read; save it again"
     pairs = time_limit.for_each(
         items,
-        lambda item: _measure_cached(replace(item, findings=[]), config.resolution, step, cache),  # a copy
+        lambda item: _measure_cached(replace(item, findings=[]), config.resolution, multiple, cache),  # a copy
         lambda item: (item, _Measurement(late)),
         progress=progress or (lambda count, total: None),
     )
@@ -204,7 +204,7 @@ def check(
     for item, measurement in zip(report.items, measurements, strict=True):
         for note in measurement.notes:
             by_note.setdefault(note, []).append(item)
-    report.notes += [f"{_names(noted)}: {note}" for note, noted in by_note.items()]
+    report.notes += [f"{_names(group)}: {note}" for note, group in by_note.items()]
     return report
 
 
@@ -219,51 +219,51 @@ class _Measurement:
     grey: bool = False
 
 
-# (files of the photo with time and size, resolution, step) -> (cached fields of its `Item`, its measurement).
+# (files of the photo with time and size, resolution, multiple) -> (cached fields of its `Item`, its measurement).
 Progress = Callable[[int, int], object]
 MeasurementCache = dict[tuple[Any, ...], tuple[dict[str, Any], _Measurement]]
 CACHED_FIELDS = ("width", "height", "orientation", "transparent", "bucket", "cropped", "scale", "sharpness", "digest")
 
 
 def _measure_cached(
-    item: Item, resolution: int, step: int, cache: MeasurementCache | None
+    item: Item, resolution: int, multiple: int, cache: MeasurementCache | None
 ) -> tuple[Item, _Measurement]:
     """As `_measure`, from the cache if the photo and its mask did not change."""
     if cache is None:
-        return item, _measure(item, resolution, step)
+        return item, _measure(item, resolution, multiple)
     try:
         files = [(path, path.stat()) for path in (item.photo.path, item.photo.mask) if path is not None]
     except OSError:
-        return item, _measure(item, resolution, step)
+        return item, _measure(item, resolution, multiple)
     stamps = [(path, status.st_mtime_ns, status.st_size) for path, status in files]
-    key = (item.relative, *stamps, resolution, step)
+    key = (item.relative, *stamps, resolution, multiple)
     if key not in cache:
-        measurement = _measure(item, resolution, step)
+        measurement = _measure(item, resolution, multiple)
         cache[key] = {name: getattr(item, name) for name in CACHED_FIELDS}, measurement
         return item, measurement
     values, measurement = cache[key]
     return replace(item, **values), measurement
 
 
-def _measure(item: Item, resolution: int, step: int) -> _Measurement:
+def _measure(item: Item, resolution: int, multiple: int) -> _Measurement:
     """Decode one photo and fill the fields of its `Item`."""
     photo = item.photo
     try:
         raw = decode.read(photo.path, photo.relative)
         with decode.turn(decode.measure(raw, photo.relative)):
-            return _measure_picture(item, raw, resolution, step)
+            return _measure_picture(item, raw, resolution, multiple)
     except decode.Unreadable as error:
         return _Measurement(problem=error.reason if str(error).startswith(photo.relative) else str(error))
 
 
-def _measure_picture(item: Item, raw: bytes, resolution: int, step: int) -> _Measurement:
+def _measure_picture(item: Item, raw: bytes, resolution: int, multiple: int) -> _Measurement:
     picture = decode.decode(raw, item.relative)
     if item.photo.mask is not None:
         decode.decode_mask(item.photo.mask, picture.size)
     item.digest = hashlib.sha256(raw).hexdigest()
     item.width, item.height = picture.size
     item.orientation, item.transparent = picture.orientation, picture.alpha is not None
-    placement = buckets.assign(picture.size, resolution, step)
+    placement = buckets.assign(picture.size, resolution, multiple)
     item.bucket, item.cropped, item.scale = placement.bucket, placement.cropped, placement.scale
     image = Image.fromarray(picture.pixels)
     item.sharpness = buckets.sharpness(image, placement)

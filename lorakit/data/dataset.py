@@ -78,7 +78,7 @@ class Dataset:
         """Move every bucket to `device`."""
         return replace(self, buckets=[bucket.to(device) for bucket in self.buckets])
 
-    def plain(self) -> Dataset:
+    def unaugmented(self) -> Dataset:
         """The same photos for validation: variant 0 only, each with its own text only."""
         latent_buckets = []
         for bucket in self.buckets:

@@ -265,10 +265,10 @@ def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Pixels, Pixels | Non
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
     """The picture in parts of whole rows, `STRIP_PIXELS` each; most pictures are one part."""
-    step = max(1, STRIP_PIXELS // image.width)
-    for top in range(0, image.height, step):
-        bottom = min(top + step, image.height)
-        yield slice(top, bottom), image if step >= image.height else image.crop((0, top, image.width, bottom))
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        yield slice(top, bottom), image if rows >= image.height else image.crop((0, top, image.width, bottom))
 
 
 def _strip_to_srgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Pixels | None]:

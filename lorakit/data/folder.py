@@ -219,11 +219,11 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
 def _take_masks(result: Folder) -> set[Path]:
     """Give photos their masks by the names of other programs; the folders that hold nothing but masks."""
     matches = masks.find(result.photos, result.path)
-    used = set(matches.of.values())
+    matched = set(matches.of.values())
     result.photos = [
         replace(photo, mask=photo.mask or matches.of.get(photo.path))
         for photo in result.photos
-        if photo.path not in used and photo.path.parent not in matches.folders
+        if photo.path not in matched and photo.path.parent not in matches.folders
     ]
     result.warnings += matches.warnings
     return matches.folders

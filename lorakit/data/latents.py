@@ -41,7 +41,7 @@ class PhotoSource(Protocol):
     @property
     def photos(self) -> list[Photo]: ...
     @property
-    def step(self) -> int: ...
+    def multiple(self) -> int: ...
     @property
     def downscale(self) -> int: ...
 
@@ -79,7 +79,7 @@ def build(
             has a mask.
     """
     encoder = _Encoder(
-        config, train, encode_image, size_conditions, identity, report.step, report.downscale, batch_size
+        config, train, encode_image, size_conditions, identity, report.multiple, report.downscale, batch_size
     )
     encoder.folder = None if config.cache == "memory" else folder or cache_dir() / "latents"
     training_photos, validation_photos = holdout.split(report.photos, train.holdout, train.seed)
@@ -87,7 +87,7 @@ def build(
     table = _TextTable(config, train.seed)
     dataset = _dataset(training_photos, encoder, table, device)
     encoder.config = replace(config, variants=1)  # validation uses variant 0 alone
-    validation = _dataset(validation_photos, encoder, table, device).plain() if validation_photos else None
+    validation = _dataset(validation_photos, encoder, table, device).unaugmented() if validation_photos else None
     if train.masked_loss and encoder.masks == 0:
         raise LorakitError(checks.NO_MASK)
     say(encoder.describe(len(report.photos)))
@@ -142,7 +142,7 @@ class _Encoder:
     encode_image: EncodeImage
     size_conditions: SizeConditions
     identity: str
-    step: int
+    multiple: int
     downscale: int
     batch_size: BatchSize
     folder: Path | None = None
@@ -165,7 +165,7 @@ class _Encoder:
         except OSError as error:
             raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
         size = decode.measure(raw, photo.relative)
-        placement = buckets.assign(size, self.config.resolution, self.step)
+        placement = buckets.assign(size, self.config.resolution, self.multiple)
         variants = augment.of_photo(size, placement, self.config, self.train.seed, photo.relative)
         keys = [self.key(raw, variant) for variant in variants]
         disk_latents = [self._load(key, variant) for key, variant in zip(keys, variants, strict=True)]

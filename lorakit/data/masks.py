@@ -57,8 +57,8 @@ def find(photos: list[Photo], root: Path) -> Masks:
             entries = levels.get(folder) or [entry for entry in usable(folder, root, masks.warnings) if entry.is_file()]
             if masks.match(files, {entry.stem: entry for entry in entries}, ("", *MARKS)):
                 masks.folders.add(folder)
-    used = set(masks.of.values())
-    orphans = [file for folder in sorted(masks.folders) for file in levels.get(folder, []) if file not in used]
+    matched = set(masks.of.values())
+    orphans = [file for folder in sorted(masks.folders) for file in levels.get(folder, []) if file not in matched]
     if orphans:
         names = some_names(printable(file.relative_to(root).as_posix()) for file in orphans)
         masks.warnings.append(f"no photo has the name of {names}: not used")

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from lorakit.engine import fused_lora, recompute
 from lorakit.engine.onednn_linear import frozen_linear, linear
-from lorakit.engine.recompute import Recompute, get_recompute, load_saved, save_for_backward
+from lorakit.engine.recompute import Recompute, get_recompute, load_for_backward, save_for_backward
 
 # PEFT's name of the adapter.
 _NAME = "default"
@@ -210,7 +210,7 @@ class FusedQKVLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x and of the factors; theirs in float32."""
-        x, inner, weight, down, up = load_saved(ctx)
+        x, inner, weight, down, up = load_for_backward(ctx)
         x, scale, half_copies = x.reshape(-1, x.shape[-1]), ctx.scale, ctx.half_copies
         full = x.dtype is torch.float32
         gradient = torch.cat(gradients, dim=-1)

@@ -73,7 +73,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
-        x, weight, down, up = recompute.load_saved(ctx)
+        x, weight, down, up = recompute.load_for_backward(ctx)
         x, to_x = x.reshape(-1, x.shape[-1]), None
         if ctx.needs_input_grad[0]:
             to_x = linear(gradient, torch.addmm(weight, up, down, alpha=ctx.scale).t())
@@ -113,7 +113,7 @@ class HalfLoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B; the factors' in float32."""
-        x, inner, weight, down, up = recompute.load_saved(ctx)
+        x, inner, weight, down, up = recompute.load_for_backward(ctx)
         x, scale, half_copies = x.reshape(-1, x.shape[-1]), ctx.scale, ctx.half_copies
         to_inner = gradient @ up
         to_x = (gradient @ weight).addmm_(to_inner, down, alpha=scale) if ctx.needs_input_grad[0] else None
@@ -150,7 +150,7 @@ class LoraConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
-        x, weight, down, up = recompute.load_saved(ctx)
+        x, weight, down, up = recompute.load_for_backward(ctx)
         to_x = None
         if ctx.needs_input_grad[0]:
             merged = _merge_weights(weight, down, up, ctx.scale)
@@ -188,7 +188,7 @@ class HalfLoraConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B; the factors' in float32."""
-        x, inner, weight, down, up = recompute.load_saved(ctx)
+        x, inner, weight, down, up = recompute.load_for_backward(ctx)
         wants_x = ctx.needs_input_grad[0]
         to_inner, to_up = convolution_gradients(gradient, inner, up, POINTWISE, to_x=True, to_weight=True)
         to_x, to_down = convolution_gradients(to_inner, x, down, ctx.geometry, to_x=wants_x, to_weight=True)

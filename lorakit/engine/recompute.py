@@ -71,7 +71,7 @@ def save_for_backward(ctx: Any, x: Recompute, *others: Tensor | None) -> None:
     ctx.save_for_backward(*x.inputs, *others)
 
 
-def load_saved(ctx: Any) -> tuple[Any, ...]:
+def load_for_backward(ctx: Any) -> tuple[Any, ...]:
     """Return x, recomputed, and the other tensors that `save_for_backward` was given."""
     tensors = ctx.saved_tensors
     return ctx.function(*tensors[: ctx.input_count]), *tensors[ctx.input_count :]

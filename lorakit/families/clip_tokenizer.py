@@ -50,26 +50,26 @@ PACKAGES = {"clip": "clip-anytorch", "open_clip": "open_clip_torch"}
 ARCHIVE = "bpe_simple_vocab_16e6.txt.gz"
 
 
-def find(given: str, file: Path, words: int) -> tuple[Path | None, str]:
+def find(setting: str, file: Path, words: int) -> tuple[Path | None, str]:
     """The folder of the tokenizer for a base in one file, or None where only the hub has it; and where it is from.
 
     Args:
-        given: `model.tokenizer`.
+        setting: `model.tokenizer`.
         words: rows of the base's text encoder.
 
     Raises:
         LorakitError: what is named or lies beside the file is incomplete, or has another number of words.
     """
-    if given:
-        folder = Path(given).expanduser()
+    if setting:
+        folder = Path(setting).expanduser()
         below = [folder / "tokenizer", folder, *(folder for _, folder in _of_host(folder))]
         folder = next((path for path in below if _fits(path, words)), below[0] if below[0].is_dir() else folder)
         require(folder, words, "model.tokenizer must name a folder with both, or a base's")
         return folder, f"tokenizer: {folder}, as model.tokenizer says"
-    beside = file.parent / "tokenizer"
-    if beside.is_dir():
-        require(beside, words)
-        return beside, f"tokenizer: {beside}"
+    neighbour = file.parent / "tokenizer"
+    if neighbour.is_dir():
+        require(neighbour, words)
+        return neighbour, f"tokenizer: {neighbour}"
     for place, folder in [("the base's folder", file.parent), *_on_this_machine()]:
         if _fits(folder, words):
             return folder, FROM_HUB if folder.name == REVISION else f"tokenizer: CLIP's, from {place} ({folder})"

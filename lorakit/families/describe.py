@@ -104,9 +104,9 @@ class BaseInfo:
         return registry.FAMILIES[self.loader]
 
     @property
-    def bucket_step(self) -> int:
+    def bucket_multiple(self) -> int:
         """What the sides of a bucket must be multiples of, in pixels."""
-        return self.spec.bucket_step(self.layers, self.downscale)
+        return self.spec.bucket_multiple(self.layers, self.downscale)
 
     def weights(self, component: str) -> Source:
         """Where the weights of a component are."""

@@ -184,7 +184,7 @@ class Flow(Prediction):
     """
 
     name = FLOW
-    steps = 1000
+    num_train_timesteps = 1000
 
     def __init__(self, shift: float = 1.0, shift_for: Callable[[int], float] | None = None):
         self.shift, self.shift_for = shift, shift_for
@@ -193,8 +193,8 @@ class Flow(Prediction):
         """See `Prediction`."""
         shift = self.shift if cells is None or self.shift_for is None else self.shift_for(cells)
         normal = math.sqrt(2) * torch.erfinv(2 * shares - 1)
-        plain = normal.sigmoid()
-        return (self.steps * (shift * plain / (1 + (shift - 1) * plain))).float()
+        unshifted = normal.sigmoid()
+        return (self.num_train_timesteps * (shift * unshifted / (1 + (shift - 1) * unshifted))).float()
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """See `Prediction`."""
@@ -214,7 +214,7 @@ class Flow(Prediction):
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """See `Prediction`."""
-        sigma = timesteps / self.steps
+        sigma = timesteps / self.num_train_timesteps
         return ((1 - sigma) / sigma).square()
 
     def default_sampler(self, scheduler: Any) -> tuple[Any, str]:
@@ -223,7 +223,7 @@ class Flow(Prediction):
 
     def _sigma(self, timesteps: torch.Tensor) -> torch.Tensor:
         """`[B, 1, 1, 1]`."""
-        return (timesteps / self.steps).reshape(-1, 1, 1, 1)
+        return (timesteps / self.num_train_timesteps).reshape(-1, 1, 1, 1)
 
 
 def of_schedule(prediction_type: str, alphas_cumprod: torch.Tensor) -> Prediction:

@@ -28,9 +28,9 @@ def scale_of(weight: str, names: Container[str]) -> str | None:
     return next((name for kind in SCALE_NAMES if (name := f"{stem}.{kind}") in names), None)
 
 
-def dequantize(stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The weight in float32. A scale is for the whole weight, for a row, or for a block of a row."""
-    weight, scale = stored.float(), scale.float()
+    weight, scale = weight.float(), scale.float()
     if scale.numel() == 1:
         return weight * scale.reshape(())
     rows = len(weight)

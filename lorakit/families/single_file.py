@@ -55,11 +55,13 @@ def vae_names(shapes: Shapes, theirs: bool) -> dict[str, str]:
         for leaf, name in _VAE_ATTENTION.items():
             ours = f"{side}.mid_block.attentions.0.{name}"
             table[f"{side}.mid.attn_1.{leaf}"] = ours if leaf == "norm" else Pointwise(ours)
-        way, step, resnets = ("down", "downsample", layers) if side == "encoder" else ("up", "upsample", layers + 1)
+        way, resampler, resnets = (
+            ("down", "downsample", layers) if side == "encoder" else ("up", "upsample", layers + 1)
+        )
         for n in range(levels):
             theirs_n, ours = f"{side}.{way}.{n}", f"{side}.{way}_blocks.{n if side == 'encoder' else levels - 1 - n}"
             pairs += [(f"{theirs_n}.block.{k}", f"{ours}.resnets.{k}") for k in range(resnets)]
-            table[f"{theirs_n}.{step}.conv"] = f"{ours}.{step}rs.0.conv"
+            table[f"{theirs_n}.{resampler}.conv"] = f"{ours}.{resampler}rs.0.conv"
         for a, b in pairs:
             table |= {f"{a}.{leaf}": f"{b}.{leaf}" for leaf in ("norm1", "conv1", "norm2", "conv2")}
             table[f"{a}.nin_shortcut"] = f"{b}.conv_shortcut"

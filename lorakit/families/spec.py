@@ -207,7 +207,7 @@ class FamilySpec:
         prediction: the prediction type, or None where the scheduler's configuration says.
         target_patterns: `adapter.target_modules` -> pattern of the denoiser's layers, without "unet" in front.
         layer_uses: (layers, height, width, tokens) -> use of each layer for a picture of so many latent cells.
-        bucket_step: (layers, pixels to a latent) -> what the sides of a bucket must be multiples of, in pixels.
+        bucket_multiple: (layers, pixels to a latent) -> what the sides of a bucket must be multiples of, in pixels.
         block_layers: the denoiser's layers that programs read, where they are not those of Stable Diffusion's UNet.
         first_encoder_ends_early: whether its first text encoder is read before the last layer, and for nothing else.
         dead_end_layers: endings of layers whose output nothing reads in the last block.
@@ -221,7 +221,7 @@ class FamilySpec:
     versions: tuple[ModelVersion, ...]
     target_patterns: Mapping[str, str]
     layer_uses: Callable[[Shapes, int, int, int], list[LayerUse]]
-    bucket_step: Callable[[Shapes, int], int]
+    bucket_multiple: Callable[[Shapes, int], int]
     denoiser: str = "unet"
     denoiser_class: str = "UNet2DConditionModel"
     prediction: str | None = None

@@ -59,8 +59,8 @@ def _level(name: str, levels: int) -> int:
     return levels - 1 - int(block[2]) - ("upsamplers" in name)
 
 
-def bucket_step(shapes: Shapes, downscale: int) -> int:
-    """See `FamilySpec.bucket_step`: the pixels of a latent, doubled for each downsampler."""
+def bucket_multiple(shapes: Shapes, downscale: int) -> int:
+    """See `FamilySpec.bucket_multiple`: the pixels of a latent, doubled for each downsampler."""
     return int(downscale * 2 ** sum(name.startswith("unet.") and ".downsamplers." in name for name in shapes))
 
 

@@ -42,7 +42,7 @@ def require_writable(weights: AdapterWeights, check: Callable[[str, str], str | 
 
 def kinds(weights: AdapterWeights) -> list[str]:
     """What the tensors are, whatever the weights are labelled; what is plain LoRA is called as it was trained."""
-    result = {_kind(layer) for layer in weights.layers.values() if not layer.is_plain}
+    result = {_kind(layer) for layer in weights.layers.values() if not layer.is_lora}
     result |= {BIAS} if weights.biases else set()
     return sorted(result) or [weights.method]
 
@@ -63,9 +63,9 @@ def uniform(weights: AdapterWeights) -> dict[str, AnyLayer]:
     result: dict[str, AnyLayer] = {}
     for part in keys.COMPONENTS:
         inside = {name: layer for name, layer in weights.layers.items() if keys.component(name) == part}
-        plain = {name: layer for name, layer in inside.items() if isinstance(layer, LoraLayer)}
-        rank = max((MIN_RANK, *(layer.rank for layer in plain.values())))
-        padded = {name: _padded(layer, rank) for name, layer in plain.items()}
+        lora_layers = {name: layer for name, layer in inside.items() if isinstance(layer, LoraLayer)}
+        rank = max((MIN_RANK, *(layer.rank for layer in lora_layers.values())))
+        padded = {name: _padded(layer, rank) for name, layer in lora_layers.items()}
         if len({layer.alpha for layer in padded.values()}) > 1:
             padded = {name: layer.rescaled(1) for name, layer in padded.items()}
         result |= inside | padded

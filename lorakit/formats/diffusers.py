@@ -51,7 +51,7 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     adapter_math.require_writable(weights, check)
     result: dict[str, torch.Tensor] = {}
     layers = adapter_math.complete(weights)
-    if len({(keys.component(name), layer.is_plain) for name, layer in layers.items()}) > len(
+    if len({(keys.component(name), layer.is_lora) for name, layer in layers.items()}) > len(
         {keys.component(name) for name in layers}
     ):
         raise LorakitError("the diffusers format has DoRA in all layers of a part or in none: export it as kohya")

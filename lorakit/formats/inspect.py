@@ -260,8 +260,8 @@ def _adapter(
         family,
         source,
         "PEFT folder" if folder else Counter(m.spelling for m in modules.values()).most_common(1)[0][0],
-        metadata.get("lorakit.method", LoraLayer.PLAIN)
-        if set(methods) == {LoraLayer.PLAIN}
+        metadata.get("lorakit.method", LoraLayer.METHOD)
+        if set(methods) == {LoraLayer.METHOD}
         else " and ".join(_ordered(methods)),
         _dtype(heads),
         metadata.get("modelspec.trigger_phrase", ""),

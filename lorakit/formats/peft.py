@@ -173,7 +173,7 @@ def _config(part: str, layers: Mapping[str, AnyLayer], family: str) -> dict[str,
     common["inference_mode"] = True
     if isinstance(one, LoraLayer):
         alpha = int(one.alpha) if one.alpha.is_integer() else one.alpha
-        flags = {"bias": "none", "use_rslora": False, "use_dora": not one.is_plain, "fan_in_fan_out": False}
+        flags = {"bias": "none", "use_rslora": False, "use_dora": not one.is_lora, "fan_in_fan_out": False}
         lora = {"peft_type": "LORA", "r": one.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "init_lora_weights": True}
         return common | flags | lora
     rank = one.rank if isinstance(one, LohaLayer) else _lokr_rank(layers, family)

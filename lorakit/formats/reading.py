@@ -134,7 +134,7 @@ def _weights(
             scale = layers[name].scale if part == "up_bias" and name in layers else 1.0
             biases[name] = biases.get(name, 0) + scale * tensors[module.parts[part]].float()
     _require_parts(path, modules.values())
-    special = {layer.method for layer in layers.values() if not layer.is_plain}
+    special = {layer.method for layer in layers.values() if not layer.is_lora}
     method = min(special) if special else metadata.get("lorakit.method", "lora")
     if (
         meta.rank_stabilized(method)

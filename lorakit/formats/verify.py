@@ -74,12 +74,12 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
     return findings
 
 
-def _bundle_findings(bundle: Path, plain: Mapping[str, torch.Tensor], weights: AdapterWeights) -> list[Finding]:
+def _bundle_findings(bundle: Path, tensors: Mapping[str, torch.Tensor], weights: AdapterWeights) -> list[Finding]:
     """The kohya file with the words in it: the same tensors, and the words."""
     if not bundle.is_file():
         return [Finding(bundle.name, "missing")]
     own, words = embeddings.unbundle(load_file(bundle))
-    equal = own.keys() == plain.keys() and all(torch.equal(own[name], plain[name]) for name in own)
+    equal = own.keys() == tensors.keys() and all(torch.equal(own[name], tensors[name]) for name in own)
     findings = [] if equal else [Finding(bundle.name, "its adapter is not that of the file beside it")]
     return findings + [
         Finding(f"{bundle.name} {word}", text) for word, text in embeddings.problems(words, weights.embeddings)
@@ -144,14 +144,15 @@ def _shape(layer: AnyLayer) -> tuple[int, ...]:
 
 def _norm(layers: Sequence[AnyLayer], signs: Sequence[int] = (1,)) -> float:
     """Frobenius norm of the sum of delta W; LoRA's without making any: |A B| = |R_a R_b^T| of the QR decompositions."""
-    plain = [layer for layer in layers if isinstance(layer, LoraLayer)]
-    if len(plain) < len(layers):
+    lora_layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    if len(lora_layers) < len(layers):
         total = sum(sign * layer.delta().flatten(1) for sign, layer in zip(signs, layers, strict=True))
         return float(torch.linalg.vector_norm(torch.as_tensor(total), dtype=torch.float64))
     up = torch.cat(
-        [layer.up.double().flatten(1) * layer.scale * sign for sign, layer in zip(signs, plain, strict=True)], dim=1
+        [layer.up.double().flatten(1) * layer.scale * sign for sign, layer in zip(signs, lora_layers, strict=True)],
+        dim=1,
     )
-    down = torch.cat([layer.down.double().flatten(1) for layer in plain])
+    down = torch.cat([layer.down.double().flatten(1) for layer in lora_layers])
     left, right = (torch.linalg.qr(thin, mode="r").R for thin in (up, down.T))
     return float(torch.linalg.vector_norm(left @ right.T))
 
@@ -174,12 +175,12 @@ def verify_effect(
         no_effect: how far `memory` is at least from `base`, relative to the output: above what rounding alone gives.
     """
     findings = []
-    for part, plain in base.items():
-        trained, loaded, plain = memory[part].float(), reloaded[part].float(), plain.float()
-        size = float(torch.linalg.vector_norm(plain))
-        effect = float(torch.linalg.vector_norm(trained - plain))
+    for part, reference in base.items():
+        trained, loaded, reference = memory[part].float(), reloaded[part].float(), reference.float()
+        size = float(torch.linalg.vector_norm(reference))
+        effect = float(torch.linalg.vector_norm(trained - reference))
         error = float(torch.linalg.vector_norm(loaded - trained))
-        if not all(bool(torch.isfinite(t).all()) for t in (plain, trained, loaded)):
+        if not all(bool(torch.isfinite(t).all()) for t in (reference, trained, loaded)):
             findings.append(Finding(part, "its output is not finite"))
         elif effect <= no_effect * size:
             share = 100 * effect / max(size, 1e-30)

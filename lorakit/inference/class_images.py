@@ -31,7 +31,7 @@ LARGEST_BATCH = 8
 
 
 # Denoising steps of class images, at most: the sampler's pictures hardly change beyond, and there are many to draw.
-CLASS_STEPS = 20
+DENOISING_STEPS = 20
 
 
 def class_images(
@@ -59,7 +59,7 @@ def class_images(
         LorakitError: the cache cannot be written.
     """
     pipeline, sampler = sampling_pipeline(family)
-    sample = replace(sample, steps=min(sample.steps, CLASS_STEPS))
+    sample = replace(sample, steps=min(sample.steps, DENOISING_STEPS))
     recipe = {
         "base": family.info.hash,
         "prompt": prompt,

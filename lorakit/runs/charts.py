@@ -189,7 +189,8 @@ def _bands(validations: Sequence[Mapping[str, Any]]) -> list[Line]:
         return []
     names = ["t {}-{}".format(*band["timesteps"]) for band in bands[-1][1]]
     return [
-        Line(name, [(step, of_step[n]["mse"]) for step, of_step in bands], f"t{n + 1}") for n, name in enumerate(names)
+        Line(name, [(step, bands_of_event[n]["mse"]) for step, bands_of_event in bands], f"t{n + 1}")
+        for n, name in enumerate(names)
     ]
 
 
@@ -216,6 +217,6 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers between low and high."""
     raw = (high - low) / count
     size = 10 ** math.floor(math.log10(raw))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= raw)
-    first = math.ceil(low / step)
-    return [number * step for number in range(first, math.floor(high / step) + 1)]
+    tick = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= raw)
+    first = math.ceil(low / tick)
+    return [number * tick for number in range(first, math.floor(high / tick) + 1)]

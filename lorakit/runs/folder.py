@@ -221,7 +221,7 @@ class RunFolder:
 
     def event(self, event: str, **facts: Any) -> None:
         """Add one line to the log; it is out of this process's hands when the call returns. See `record` for errors."""
-        line = json.dumps(_plain({"time": round(time.time(), 3), "event": event, **facts}), ensure_ascii=False)
+        line = json.dumps(_json_value({"time": round(time.time(), 3), "event": event, **facts}), ensure_ascii=False)
         try:
             with self.log_file.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(line + "\n")
@@ -230,11 +230,11 @@ class RunFolder:
 
     def write_plan(self, plan: Any) -> None:
         """Keep the plan (plain JSON values)."""
-        atomic.write(self.plan_file, json.dumps(_plain(plan), indent=1, ensure_ascii=False))
+        atomic.write(self.plan_file, json.dumps(_json_value(plan), indent=1, ensure_ascii=False))
 
     def write_report(self, findings: Iterable[dict[str, Any]]) -> None:
         """Keep what the self-check found, each a dict with name, passed and detail."""
-        rows = [_plain(finding) for finding in findings]
+        rows = [_json_value(finding) for finding in findings]
         verdict = {"passed": all(finding["passed"] for finding in rows), "findings": rows}
         atomic.write(self.report_file, json.dumps(verdict, indent=1, ensure_ascii=False))
 
@@ -295,7 +295,7 @@ class RunFolder:
 
     def _write_state(self) -> None:
         self._state = replace(self._state, updated=time.time())
-        atomic.write(self.state_file, json.dumps(_plain(asdict(self._state)), indent=1, ensure_ascii=False))
+        atomic.write(self.state_file, json.dumps(_json_value(asdict(self._state)), indent=1, ensure_ascii=False))
 
 
 def read(path: str | Path) -> State:
@@ -405,12 +405,12 @@ def _end_last_line(log: Path) -> None:
                 file.write(b"\n")
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """JSON values: paths become names (a log never tells where on the machine), non-finite numbers null."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_json_value(item) for item in value]
     if isinstance(value, Path):
         return value.name
     if isinstance(value, float) and not math.isfinite(value):

@@ -84,24 +84,27 @@ def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
 
     On a GPU each part of the base is there alone while it encodes, and the autoencoder makes do with strips.
     """
-    step = training(config, info, modules, device)
+    training_bytes = training(config, info, modules, device)
     pixels = config.data.resolution**2
     if device == "cpu":
-        resident = step["base"] + step["runtime"]
-        encoding, samples = resident + ENCODING * pixels, resident + DECODING * pixels + step["adapter and optimizer"]
-        return {"encoding": encoding, "training": sum(step.values()), "samples": samples}
+        resident = training_bytes["base"] + training_bytes["runtime"]
+        encoding, samples = (
+            resident + ENCODING * pixels,
+            resident + DECODING * pixels + training_bytes["adapter and optimizer"],
+        )
+        return {"encoding": encoding, "training": sum(training_bytes.values()), "samples": samples}
     width = _width(config, device)
     unet, texts = _unet(config, info, device)[0], sum(_encoders(info, width).values())
     pictures = _vae(info) + (TILED_VAE if device == "cuda" else DECODING) * pixels
     # Class images and samples are drawn once their texts are embedded. What is trained never leaves.
     drawing = unet + pictures
     encoding = max(texts, drawing if config.train.prior == "images" else pictures)
-    trained = step["base"] - unet
+    trained = training_bytes["base"] - unet
     samples = max(unet + texts, drawing + trained) if trained else drawing
     return {
-        "encoding": encoding + step["runtime"],
-        "training": sum(step.values()),
-        "samples": samples + step["adapter and optimizer"] + step["runtime"],
+        "encoding": encoding + training_bytes["runtime"],
+        "training": sum(training_bytes.values()),
+        "samples": samples + training_bytes["adapter and optimizer"] + training_bytes["runtime"],
     }
 
 

@@ -157,13 +157,13 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     Raises:
         LorakitError: with all of `problems`, or no photo is left to train on.
     """
-    sizes, shown, holdout_count = _training_sizes(config, report)
+    sizes, repeated_sizes, holdout_count = _training_sizes(config, report)
     if not sizes:
         raise LorakitError("no photo can be used for training; `lorakit check` says what is wrong with each")
     if wrong := problems(config, info):
         raise LorakitError("\n".join(wrong))
     modules = count_weights(_selected(config, info), info.layers, config.adapter)
-    batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(shown).values())
+    batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(repeated_sizes).values())
     steps, length = run_length(config, len(sizes), batches)
     device = guess_device(config.memory.device)
     spec = registry.optimizer(config.optimizer.name)
@@ -244,8 +244,8 @@ def run_length(config: Config, photos: int, batches: int) -> tuple[int, str]:
     """Optimizer steps, and the arithmetic in words. `batches` is the number of batches that shows every photo once."""
     train = config.train
     parts = train.gradient_accumulation_steps
-    a_step = photos / batches * parts  # a batch has no more photos than there are of its size
-    of = f" of {a_step:.3g} photos" if a_step > 1 else ""
+    photos_per_step = photos / batches * parts  # a batch has no more photos than there are of its size
+    of = f" of {photos_per_step:.3g} photos" if photos_per_step > 1 else ""
     count = "1 photo" if photos == 1 else f"{photos} photos"
     if train.steps_per_image is not None:
         steps = train.steps_per_image * photos
@@ -292,14 +292,16 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bo
     overhead = CPU_LAYER_SECONDS * sum(name.startswith("unet.") for name in info.layers)
     passes = PASSES_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else PASSES
     with_prior = {"none": passes, "images": 2 * passes, "teacher": 2 * passes + 1}[train.prior]
-    step = train.gradient_accumulation_steps * (train.batch_size * flop * with_prior / speed + overhead * passes)
+    step_seconds = train.gradient_accumulation_steps * (
+        train.batch_size * flop * with_prior / speed + overhead * passes
+    )
     # A picture takes two passes, with and without the prompt, for each denoising step; samples are drawn one by one and
     # class images many at a time, where the fixed cost no longer counts.
     pass_of_two = 2 * flop / speed
     grids = sample.at_start + sample.at_end + max(steps - 1, 0) // interval(sample.every, steps)
     grid = len(sample.prompts or captions.sample_prompts(config.data)) * (pass_of_two + overhead)
     class_images = train.class_images * pass_of_two if train.prior == "images" and draws_class else 0
-    seconds: float = steps * step + sample.steps * (grids * grid + class_images)
+    seconds: float = steps * step_seconds + sample.steps * (grids * grid + class_images)
     return seconds
 
 
@@ -346,9 +348,9 @@ def _training_sizes(config: Config, report: Report) -> tuple[list[tuple[int, int
     """(width, height) of each photo that is not held out; the same with repeats; and how many are held out."""
     buckets = {item.photo.relative: item.bucket for item in report.items if item.bucket is not None}
     trained, holdout_photos = holdout.split(report.photos, config.train.holdout, config.train.seed)
-    shown: list[tuple[int, int]] = [buckets[photo.relative] for photo in trained for _ in range(photo.repeats)]
+    repeated_sizes: list[tuple[int, int]] = [buckets[photo.relative] for photo in trained for _ in range(photo.repeats)]
     sizes: list[tuple[int, int]] = [buckets[photo.relative] for photo in trained]
-    return sizes, shown, len(holdout_photos)
+    return sizes, repeated_sizes, len(holdout_photos)
 
 
 def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:

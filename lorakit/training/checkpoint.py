@@ -277,8 +277,8 @@ def _compared(config: Config) -> dict[str, Any]:
     paths = {option.key for option in options(config.adapter.method) if option.path}
     flat = {f"{section}.{name}": value for section, table in as_tables(config).items() for name, value in table.items()}
     compared = {key: value for key, value in flat.items() if key not in paths and not resuming.may_change(key)}
-    plain: dict[str, Any] = json.loads(json.dumps(compared))
-    return plain
+    values: dict[str, Any] = json.loads(json.dumps(compared))
+    return values
 
 
 def _same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -33,23 +33,23 @@ class OptimizerStep:
         optimizer: of `optimizers.build`; its state is saved and loaded parameter by parameter.
     """
 
-    def __init__(self, config: Config, step: LossStep, total: int, say: Callable[[str], Any]):
-        self.config, self.step, self.total, self.say = config, step, total, say
+    def __init__(self, config: Config, loss_step: LossStep, total: int, say: Callable[[str], Any]):
+        self.config, self.loss_step, self.total, self.say = config, loss_step, total, say
         # Where memory comes first there are no copies.
         copies = not config.memory.gradient_checkpointing and config.memory.limit_gib is None
-        plain = step.family.plain
-        self.flats = [] if plain else adapters.flatten(step.family, step.adapter, copies=copies)
+        plain = loss_step.family.plain
+        self.flats = [] if plain else adapters.flatten(loss_step.family, loss_step.adapter, copies=copies)
         spec = registry.optimizer(config.optimizer.name)
-        groups = step.adapter.groups()
+        groups = loss_step.adapter.groups()
         self.parameters = [parameter for _, group in groups for parameter in group]
         if spec.elementwise and not plain:
             groups = [(each.name, [each.weights]) for each in self.flats]
         self.optimizer = optimizers.build(config.optimizer, groups)
         if spec.elementwise and not plain:
             flat_parameters.save_per_parameter(self.optimizer, self.flats)
-        self._blocks = None if plain else compile.blocks(config, step.family, self.parameters, say)
-        capture, line = (None, "") if plain else cuda_graphs.capturer(config, step.family.device)
-        weights, generators = [each.weights for each in self.flats], list(step.generators.values())
+        self._blocks = None if plain else compile.blocks(config, loss_step.family, self.parameters, say)
+        capture, line = (None, "") if plain else cuda_graphs.capturer(config, loss_step.family.device)
+        weights, generators = [each.weights for each in self.flats], list(loss_step.generators.values())
         self._graphed_backward: cuda_graphs.GraphedBackward | None = None
         self._graphed_step: cuda_graphs.GraphedOptimizerStep | None = None
         if capture is not None:
@@ -65,7 +65,7 @@ class OptimizerStep:
         parts = self.config.train.gradient_accumulation_steps
         on_device = self._graphed_step is not None
         optimizers.set_learning_rate(self.optimizer, self.config.optimizer, number, self.total, on_device=on_device)
-        loss = torch.zeros((), device=self.step.family.device)
+        loss = torch.zeros((), device=self.loss_step.family.device)
         for each in self.flats:
             if not each.ensure_views() and self._graphed_backward is not None:
                 self._graphed_backward.discard_graphs()
@@ -94,23 +94,23 @@ class OptimizerStep:
         """Forward and backward of the `index`-th batch; its share of the step's loss."""
         if self._blocks is None:
             return self._run_pass(index)
-        batch = self.step.batch(index)
+        batch = self.loss_step.batch(index)
         shape = batch.bucket, len(batch.entries)
-        with self._blocks.compiled(shape, lambda: self._forward_backward(lambda: self.step.loss(index))):
+        with self._blocks.compiled(shape, lambda: self._forward_backward(lambda: self.loss_step.loss(index))):
             return self._run_pass(index)
 
     def _run_pass(self, index: int) -> torch.Tensor:
         if self._graphed_backward is not None:
             try:
-                with self.step.scoped_rng():
-                    return self._graphed_backward(lambda: self.step.seed(index))
+                with self.loss_step.scoped_rng():
+                    return self._graphed_backward(lambda: self.loss_step.seed(index))
             except cuda_graphs.CaptureFailed as problem:
                 self.say(f"CUDA graphs are off, training continues without them: {problem}")
                 self._graphed_backward = None
-        return self._forward_backward(lambda: self.step.loss(index))
+        return self._forward_backward(lambda: self.loss_step.loss(index))
 
     def _backward(self, batch: Any) -> torch.Tensor:
-        return self._forward_backward(lambda: self.step.loss_of(batch))
+        return self._forward_backward(lambda: self.loss_step.loss_of(batch))
 
     def _forward_backward(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         with flat_parameters.half_precision_pass(self.flats):

@@ -13,35 +13,35 @@ if TYPE_CHECKING:
     from lorakit.training.loss_step import LossStep
 
 
-def class_image_term(step: LossStep, count: int) -> LossTerm:
+def class_image_term(loss_step: LossStep, count: int) -> LossTerm:
     """`count` class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv 2208.12242)."""
-    latents = step.encoded.class_latents
+    latents = loss_step.encoded.class_latents
     assert latents is not None, "prior = 'images' comes with class latents"
     mean, std = latents.mean, latents.std
-    order = step.generators["class order"]
-    rows = torch.randint(len(mean), (count,), generator=order, device=step.family.device)
-    noisy, timesteps, target = step.add_noise("class", mean[rows], std[rows])
+    order = loss_step.generators["class order"]
+    rows = torch.randint(len(mean), (count,), generator=order, device=loss_step.family.device)
+    noisy, timesteps, target = loss_step.add_noise("class", mean[rows], std[rows])
     sizes = {name: row.expand(count, -1) for name, row in latents.sizes.items()}
-    condition = _class_condition(step, latents.texts[rows], sizes)
-    return LossTerm(noisy, timesteps, condition, target, None, step.train.prior_loss_weight)
+    condition = _class_condition(loss_step, latents.texts[rows], sizes)
+    return LossTerm(noisy, timesteps, condition, target, None, loss_step.train.prior_loss_weight)
 
 
-def teacher_term(step: LossStep, batch: Batch, instance: LossTerm) -> LossTerm:
+def teacher_term(loss_step: LossStep, batch: Batch, instance: LossTerm) -> LossTerm:
     """The noisy photos of `instance` under their texts without the trigger; the base gives the target."""
-    sizes = step.encoded.dataset.buckets[batch.bucket].sizes_of(batch.entries)
-    texts = step.encoded.class_of[batch.texts]
-    base = step.encoded.class_conditions.index(texts).with_rows(**sizes)
-    condition = _class_condition(step, texts, sizes)
-    return LossTerm(instance.noisy, instance.timesteps, condition, None, None, step.train.prior_loss_weight, base)
+    sizes = loss_step.encoded.dataset.buckets[batch.bucket].sizes_of(batch.entries)
+    texts = loss_step.encoded.class_of[batch.texts]
+    base = loss_step.encoded.class_conditions.index(texts).with_rows(**sizes)
+    condition = _class_condition(loss_step, texts, sizes)
+    return LossTerm(instance.noisy, instance.timesteps, condition, None, None, loss_step.train.prior_loss_weight, base)
 
 
-def teacher_target(step: LossStep, term: LossTerm) -> torch.Tensor:
+def teacher_target(loss_step: LossStep, term: LossTerm) -> torch.Tensor:
     """What the base predicts without the adapter."""
-    with torch.no_grad(), step.adapter.disabled():
-        target: torch.Tensor = step.family.predict(term.noisy, term.timesteps, term.teacher)
+    with torch.no_grad(), loss_step.adapter.disabled():
+        target: torch.Tensor = loss_step.family.predict(term.noisy, term.timesteps, term.teacher)
     return target
 
 
-def _class_condition(step: LossStep, texts: torch.Tensor, sizes: dict[str, torch.Tensor]) -> Any:
-    condition = step.condition(step.encoded.class_tokens, step.encoded.class_conditions, texts)
+def _class_condition(loss_step: LossStep, texts: torch.Tensor, sizes: dict[str, torch.Tensor]) -> Any:
+    condition = loss_step.condition(loss_step.encoded.class_tokens, loss_step.encoded.class_conditions, texts)
     return condition.with_rows(**sizes)

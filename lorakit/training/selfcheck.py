@@ -112,8 +112,8 @@ def examine(
         gc.collect()  # what the caller has let go of: blocks that were changed refer to themselves
         family = load()
         # Neither DoRA in the web UIs' axis, LyCORIS' methods nor a PEFT folder is something that this loader reads.
-        plain = all(layer.is_plain for layer in weights.layers.values())
-        if plain and "diffusers" in FORMATS[name].consumers:
+        only_lora = all(layer.is_lora for layer in weights.layers.values())
+        if only_lora and "diffusers" in FORMATS[name].consumers:
             findings.append(read_by_diffusers(name, path, family, weights, TOLERANCE[dtype] / 4))
         adapters.apply(family, formats.read(path))
         read = probe(family, prompt, size)

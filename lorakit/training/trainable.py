@@ -68,7 +68,7 @@ def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[
     optimizer_step = OptimizerStep(config, loss_step, ready.plan.steps, say)
     validation = Validation(
         family,
-        inputs.holdout or inputs.dataset.plain(),
+        inputs.holdout or inputs.dataset.unaugmented(),
         inputs.conditions,
         inputs.class_conditions.index(torch.zeros(1, dtype=torch.int64, device=family.device)),
         config.train.seed,

@@ -31,7 +31,7 @@ POINTS = 8
 # Pictures of the class that the base is followed through for the drift, so many at a time, and the steps of each: every
 # second one is in the middle of a band.
 CLASS_PICTURES, CLASS_BATCH = 8, 4
-CLASS_STEPS = 2 * BANDS
+DENOISING_STEPS = 2 * BANDS
 
 
 class Validation:
@@ -62,7 +62,7 @@ class Validation:
         self.family, self.dataset, self.conditions, self.seed = family, dataset, conditions, seed
         self.class_condition = class_condition
         self.source = "held-out photos" if from_holdout else "training photos"
-        photos = _spread(_plain_rows(dataset), PHOTOS)
+        photos = _spread(_unaugmented_rows(dataset), PHOTOS)
         # (bucket, row, text) of each examination; a photo is examined several times where there are few.
         self.places = photos * math.ceil(POINTS / len(photos))
         self.photos = len(photos)
@@ -115,7 +115,7 @@ class Validation:
         adapter is meant to change what the model says."""
         family, device = self.family, self.family.device
         # Just below each edge of equal shares of the timesteps in training.
-        shares = torch.arange(CLASS_STEPS, 0, -1, dtype=torch.float64) / CLASS_STEPS - 1e-9
+        shares = torch.arange(DENOISING_STEPS, 0, -1, dtype=torch.float64) / DENOISING_STEPS - 1e-9
         times = family.prediction.timesteps_at(shares.to(device))
         shape = (CLASS_BATCH, *self._largest.mean.shape[1:])
         points = []
@@ -194,7 +194,7 @@ def choose_best(history: Sequence[dict[str, Any]]) -> tuple[int, str]:
     )
 
 
-def _plain_rows(dataset: Dataset) -> list[tuple[int, int, int]]:
+def _unaugmented_rows(dataset: Dataset) -> list[tuple[int, int, int]]:
     """(bucket, row, text) of each photo as it is (variant 0) with its own text, in the photos' order."""
     rows = [
         (photo, number, row, text)

@@ -190,7 +190,7 @@ def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
                 compare = ComparePage(workspace, t)
             with gr.Tab(t("tab.adapter"), id="adapter") as adapter_tab:
                 adapter = AdapterPage(workspace, t)
-        _wire_train(train, [train_tab.select, photos.next_step.click], tabs, runs)
+        _wire_train(train, [train_tab.select, photos.next_page.click], tabs, runs)
         _wire_photos(page, photos, photos_tab, train, tabs)
         runs.wire(page)
         compare.wire(compare_tab)
@@ -307,7 +307,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
         page_turn = button.click(act, inputs, photos.outputs, **ACT)
         page_turn.then(checked, inputs, photos.checked_outputs, **FOLLOW)
     photos.cards.submit(save_caption, photos.folder, photos.message, **EACH)
-    photos.next_step.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)
+    photos.next_page.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)
     restored = [photos.folder, train.quality, train.marks, train.preset, *every]
     loaded = page.load(train.restore, train.draft, restored, **FOLLOW)
     look(loaded.then)

@@ -13,7 +13,7 @@ class BareBase:
     path: Path
     downscale: int = 4
     max_tokens: int = 77
-    bucket_step: int = 16
+    bucket_multiple: int = 16
 
     @property
     def tokenizers(self) -> dict[str, Path]:

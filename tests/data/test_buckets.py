@@ -8,27 +8,27 @@ from lorakit.data import buckets
 from lorakit.data.buckets import Bucket
 
 
-@pytest.mark.parametrize(("resolution", "step"), [(64, 16), (64, 32), (512, 64), (768, 64), (1024, 64), (1024, 32)])
-def test_every_size_keeps_the_area_and_the_step(resolution: int, step: int) -> None:
-    sizes = buckets.sizes(resolution, step)
+@pytest.mark.parametrize(("resolution", "multiple"), [(64, 16), (64, 32), (512, 64), (768, 64), (1024, 64), (1024, 32)])
+def test_every_size_keeps_the_area_and_the_multiple(resolution: int, multiple: int) -> None:
+    sizes = buckets.sizes(resolution, multiple)
     assert Bucket(resolution, resolution) in sizes
     for width, height in sizes:
-        assert width % step == height % step == 0
+        assert width % multiple == height % multiple == 0
         assert 0.8 <= width * height / resolution**2 <= 1.25
         assert resolution / 2 <= min(width, height) <= max(width, height) <= 2 * resolution
     assert {(height, width) for width, height in sizes} == set(sizes)
 
 
 @pytest.mark.parametrize("resolution", [64, 72, 512, 600, 1000])
-@pytest.mark.parametrize("step", [8, 16, 64, 128])
-def test_there_is_always_a_size(resolution: int, step: int) -> None:
-    sizes = buckets.sizes(resolution, step)
+@pytest.mark.parametrize("multiple", [8, 16, 64, 128])
+def test_there_is_always_a_size(resolution: int, multiple: int) -> None:
+    sizes = buckets.sizes(resolution, multiple)
     assert sizes
-    assert all(width % step == height % step == 0 for width, height in sizes)
+    assert all(width % multiple == height % multiple == 0 for width, height in sizes)
 
 
 @pytest.mark.parametrize(
-    ("size", "resolution", "step", "bucket"),
+    ("size", "resolution", "multiple", "bucket"),
     [
         ((1280, 1280), 64, 16, (64, 64)),
         ((1000, 950), 64, 16, (64, 64)),
@@ -41,8 +41,8 @@ def test_there_is_always_a_size(resolution: int, step: int) -> None:
         ((10_000, 500), 512, 64, (1024, 256)),
     ],
 )
-def test_common_photos(size: tuple[int, int], resolution: int, step: int, bucket: tuple[int, int]) -> None:
-    assert buckets.assign(size, resolution, step).bucket == bucket
+def test_common_photos(size: tuple[int, int], resolution: int, multiple: int, bucket: tuple[int, int]) -> None:
+    assert buckets.assign(size, resolution, multiple).bucket == bucket
 
 
 def test_no_other_size_loses_much_less() -> None:

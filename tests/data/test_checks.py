@@ -241,7 +241,7 @@ from pathlib import Path
 from lorakit.config import DataConfig
 from lorakit.data import checks, decode, duplicates, time_limit
 tokenizer = Path({str(base.path)!r}) / "tokenizer"
-base = SimpleNamespace(tokenizers={{"tokenizer": tokenizer}}, downscale=8, max_tokens=77, bucket_step=8)
+base = SimpleNamespace(tokenizers={{"tokenizer": tokenizer}}, downscale=8, max_tokens=77, bucket_multiple=8)
 report = checks.check(DataConfig(folder={str(photos)!r}, name="sks toy", resolution=64), base)
 assert len(report.photos) == 6 and not report.errors
 print(sorted(m for m in ("torch", "transformers", "diffusers", "peft", "matplotlib") if m in sys.modules))

@@ -273,23 +273,23 @@ def test_the_split_is_said(build: Builder, photos: Path, count: int, holdout: fl
     assert build.said[0] == line
 
 
-def test_plain_is_every_photo_as_it_is(build: Builder, photos: Path) -> None:
+def test_unaugmented_has_variant_0_of_every_photo_with_its_own_text(build: Builder, photos: Path) -> None:
     fill(photos, 6)
     for number in range(6):
         (photos / f"{number:02}.txt").write_text(f"sks toy, a, b, {number}")
     data = DataConfig(name="sks toy", resolution=64, flip=True, variants=4, caption_dropout=0.9, shuffle_tags=True)
     dataset, _ = build(data, ids=True)
-    plain = dataset.plain()
+    unaugmented = dataset.unaugmented()
     expected, _ = build(ids=True)
-    for one, other in zip(plain.buckets, expected.buckets, strict=True):
+    for one, other in zip(unaugmented.buckets, expected.buckets, strict=True):
         assert torch.equal(one.mean, other.mean)
         assert torch.equal(one.std, other.std)
         assert torch.equal(one.sizes["time_ids"], other.sizes["time_ids"])
         assert torch.equal(one.photo, other.photo)
     for epoch in range(3):
-        for batch in plain.batches(0, epoch, 2):
-            told = [plain.texts[text] for text in batch.texts.tolist()]
-            assert told == [f"sks toy, a, b, {number}" for number in shown(plain, batch)]
+        for batch in unaugmented.batches(0, epoch, 2):
+            texts = [unaugmented.texts[text] for text in batch.texts.tolist()]
+            assert texts == [f"sks toy, a, b, {number}" for number in shown(unaugmented, batch)]
 
 
 # -- on disk ------------------------------------------------------------------------------------------------------

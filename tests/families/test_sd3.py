@@ -104,7 +104,7 @@ def test_what_the_folder_is(folder: Path) -> None:
     assert info.text_tokens == 77 + 256
     assert set(info.bytes) == {"unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     # Sixteen pixels to a patch: two latents of eight.
-    assert info.bucket_step == 16
+    assert info.bucket_multiple == 16
     assert info.untrained_layers == {f"unet.transformer_blocks.{tiny_sd3.BLOCKS - 1}.attn.add_q_proj"}
 
 

@@ -71,7 +71,7 @@ def test_the_sides_of_buckets_are_multiples_of_what_the_unet_halves() -> None:
         "unet.down_blocks.1.downsamplers.0.conv": (64, 64, 3, 3),
         "unet.up_blocks.0.upsamplers.0.conv": (64, 64, 3, 3),
     }
-    assert unet.bucket_step(layers, 4) == 16
+    assert unet.bucket_multiple(layers, 4) == 16
 
 
 def test_attention_is_counted_with_its_queries() -> None:

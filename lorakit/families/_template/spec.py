@@ -45,5 +45,5 @@ SPEC = FamilySpec(
     # How often each layer is applied, for the estimates of memory and time.
     layer_uses=unet.layer_uses,
     # What the sides of training pictures must be multiples of.
-    bucket_step=unet.bucket_step,
+    bucket_multiple=unet.bucket_multiple,
 )

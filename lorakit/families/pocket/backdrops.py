@@ -111,14 +111,14 @@ def _night(rng: Rng, size: int) -> tuple[Image.Image, Ground]:
 def _table(rng: Rng, size: int) -> tuple[Image.Image, Ground]:
     image = ramp((228, 216, 196), (206, 190, 166), size)
     brush, edge = Brush(image), rng.uniform(0.5, 0.6)
-    y, step, dark = edge, 0.07, False
+    y, height, dark = edge, 0.07, False
     while y < 1:
         tone = int(rng.integers(-10, 11))
         brush.box(
-            0, y, 1, y + step, (168 + tone, 110 + tone, 62 + tone) if not dark else (150 + tone, 96 + tone, 52 + tone)
+            0, y, 1, y + height, (168 + tone, 110 + tone, 62 + tone) if not dark else (150 + tone, 96 + tone, 52 + tone)
         )
         brush.box(0, y, 1, y + 0.016, (104, 64, 36))
-        y, step, dark = y + step, step * 1.35, not dark
+        y, height, dark = y + height, height * 1.35, not dark
     return grain(image, rng, 16, 8, edge), (0.8, 0.95)
 
 

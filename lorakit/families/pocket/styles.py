@@ -27,8 +27,8 @@ def outlines(parts: np.ndarray, width: int) -> np.ndarray:
     edge[:-1] |= parts[:-1] != parts[1:]
     edge[:, :-1] |= parts[:, :-1] != parts[:, 1:]
     for axis in (0, 1):
-        for step in range(1, width):
-            edge |= np.roll(edge, step - width // 2, axis)
+        for offset in range(1, width):
+            edge |= np.roll(edge, offset - width // 2, axis)
     return edge
 
 

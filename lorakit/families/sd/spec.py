@@ -66,5 +66,5 @@ SPEC = FamilySpec(
     versions=(SD1, SD2),
     target_patterns=unet.TARGET_PATTERNS,
     layer_uses=unet.layer_uses,
-    bucket_step=unet.bucket_step,
+    bucket_multiple=unet.bucket_multiple,
 )

@@ -48,8 +48,8 @@ def layer_uses(shapes: Shapes, height: int, width: int, tokens: int) -> list[Lay
     return uses
 
 
-def bucket_step(shapes: Shapes, downscale: int) -> int:
-    """See `FamilySpec.bucket_step`: the pixels of a patch."""
+def bucket_multiple(shapes: Shapes, downscale: int) -> int:
+    """See `FamilySpec.bucket_multiple`: the pixels of a patch."""
     return int(downscale * shapes[PATCHES][-1])
 
 
@@ -83,7 +83,7 @@ SPEC = FamilySpec(
     prediction=FLOW,
     target_patterns={"attention": _ATTENTION, "linear": _LINEAR, "linear+conv": _LINEAR},
     layer_uses=layer_uses,
-    bucket_step=bucket_step,
+    bucket_multiple=bucket_multiple,
     block_layers=re.compile(
         r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         r"|attn2\.(?:to_[qkv]|to_out\.0)|ff(?:_context)?\.net\.(?:0\.proj|2))"

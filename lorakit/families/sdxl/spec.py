@@ -63,6 +63,6 @@ SPEC = FamilySpec(
     versions=(SDXL,),
     target_patterns=unet.TARGET_PATTERNS,
     layer_uses=unet.layer_uses,
-    bucket_step=unet.bucket_step,
+    bucket_multiple=unet.bucket_multiple,
     first_encoder_ends_early=True,
 )

@@ -32,20 +32,20 @@ def merged(weight: torch.Tensor, layer: AnyLayer, strength: float = 1.0) -> torc
     Raises:
         RuntimeError: the layer is for a weight of another shape.
     """
-    plain = weight.float()
+    original = weight.float()
     if isinstance(layer, ForeignLayer):
-        return plain + layer.change(plain, layer, strength)
-    if layer.size != (len(plain), plain[0].numel()):
+        return original + layer.change(original, layer, strength)
+    if layer.size != (len(original), original[0].numel()):
         raise RuntimeError("another shape")
-    adapted = plain + layer.delta().reshape(plain.shape)
+    adapted = original + layer.delta().reshape(original.shape)
     if layer.magnitude is not None:
         scales = layer.magnitude.float()
         axis = int(scales.shape[0] == 1)
         norms = adapted.transpose(0, axis).flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         shape = (-1, 1) if axis == 0 else (1, -1)
-        factors = (scales.flatten() / norms).reshape(*shape, *(1 for _ in plain.shape[2:]))
+        factors = (scales.flatten() / norms).reshape(*shape, *(1 for _ in original.shape[2:]))
         adapted = adapted * factors
-    return plain + strength * (adapted - plain)
+    return original + strength * (adapted - original)
 
 
 class Merger:
@@ -153,17 +153,17 @@ def part_files(folder: Path) -> list[Path]:
     """
     if not re.fullmatch(r"\w+", folder.name) or not folder.is_dir():
         return []
-    plain = [path for path in sorted(folder.iterdir()) if path.is_file() and not _TWINS.fullmatch(path.name)]
-    indexes = [path for path in plain if ".safetensors.index" in path.name]
+    entries = [path for path in sorted(folder.iterdir()) if path.is_file() and not _TWINS.fullmatch(path.name)]
+    indexes = [path for path in entries if ".safetensors.index" in path.name]
     shards = {name for path in indexes for name in weight_files.read_json(path).get("weight_map", {}).values()}
     stems = registry.weight_stems()
     stem = stems.get(folder.name, "model")
     ours = re.compile(rf"{stem}(\.\w+)?(-\d+-of-\d+(\.\w+)?)?\.safetensors")
-    weights = [p for p in plain if p.suffix == ".safetensors" and (p.name in shards or ours.fullmatch(p.name))]
-    pickles = [path for path in plain if path.suffix == ".bin" or ".bin.index" in path.name]
+    weights = [p for p in entries if p.suffix == ".safetensors" and (p.name in shards or ours.fullmatch(p.name))]
+    pickles = [path for path in entries if path.suffix == ".bin" or ".bin.index" in path.name]
     if folder.name not in stems and not weights:
-        return plain
-    return [p for p in plain if p in weights or not (p in pickles or p.suffix == ".safetensors")]
+        return entries
+    return [p for p in entries if p in weights or not (p in pickles or p.suffix == ".safetensors")]
 
 
 def extract(

@@ -144,9 +144,9 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _output_dtype(stored: str, scaled: bool) -> str:
+def _output_dtype(dtype: str, scaled: bool) -> str:
     """What a tensor is written in: as it is stored, but half precision for fp8 and for what has a scale."""
-    return "F16" if scaled or stored.startswith("F8") else stored
+    return "F16" if scaled or dtype.startswith("F8") else dtype
 
 
 def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, torch.Tensor]) -> Path:

@@ -36,13 +36,13 @@ def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | 
         raise LorakitError(f"resize: energy = {energy:g}: must be above 0 and at most 1")
     layers: dict[str, AnyLayer] = {
         name: layer if isinstance(layer, ForeignLayer) else _resized(layer, rank, energy)
-        for name, layer in plain(weights).items()
+        for name, layer in to_lora(weights).items()
     }
-    kinds = {layer.method for layer in layers.values() if not layer.is_plain}
+    kinds = {layer.method for layer in layers.values() if not layer.is_lora}
     return replace(weights, method=min(kinds, default="lora"), layers=layers)
 
 
-def plain(weights: AdapterWeights) -> dict[str, LoraLayer | ForeignLayer]:
+def to_lora(weights: AdapterWeights) -> dict[str, LoraLayer | ForeignLayer]:
     """Every layer as LoRA with the same delta W, of whatever rank that takes: rank * rank for LoHa, and for LoKr the
     product of the ranks of w1 and w2. The change of a vector, as a norm has, stays as it is.
 
@@ -129,7 +129,7 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
     for weights, strength in parts:
         for name, bias in weights.biases.items():
             biases[name] = biases.get(name, 0) + strength * bias
-        for name, layer in plain(weights).items():
+        for name, layer in to_lora(weights).items():
             if isinstance(layer, ForeignLayer):  # of a vector
                 before = stacked.get(name)
                 total = strength * layer.delta() + (0 if before is None else before.delta())

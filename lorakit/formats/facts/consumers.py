@@ -15,7 +15,7 @@ _LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3", 
 _NO_BIAS = "ignores its change of the bias"
 # DoRA on the output axis, LyCORIS' default.
 _ROWS = {DORA_ROWS: "its dora_scale is per output row, which it misreads"}
-_PLAIN = "ignores dora_scale and applies it as plain LoRA"
+_IGNORES_DORA = "ignores dora_scale and applies it as plain LoRA"
 _VECTOR = {"dora vector": "ignores its magnitude and applies it as plain LoRA"}
 _MIDDLE = {"GLoRA with bm": "ignores its bm"}
 _DEFAULT_FACTORS = r"lora_(?:down|up|mid)\.weight"
@@ -108,7 +108,7 @@ CONSUMERS: dict[str, Consumer] = {
     "sd-scripts": Consumer(
         title="kohya sd-scripts",
         misread={
-            **dict.fromkeys(("dora", DORA_ROWS), _PLAIN),
+            **dict.fromkeys(("dora", DORA_ROWS), _IGNORES_DORA),
             **dict.fromkeys((BIAS, "bias beside"), _NO_BIAS),
             "alpha 0": "takes an alpha of 0 for the rank",
             **dict.fromkeys(_LYCORIS, "does not apply it (networks.lora reads plain LoRA only)"),
@@ -118,7 +118,7 @@ CONSUMERS: dict[str, Consumer] = {
     "sd.cpp": Consumer(
         title="stable-diffusion.cpp",
         misread={
-            **dict.fromkeys(("dora", DORA_ROWS), _PLAIN),
+            **dict.fromkeys(("dora", DORA_ROWS), _IGNORES_DORA),
             **_VECTOR,
             "PEFT's bias": _NO_BIAS,
             "LoCon (tucker)": "applies it wrongly",
@@ -133,7 +133,7 @@ CONSUMERS: dict[str, Consumer] = {
     "diffusers": Consumer(
         title="diffusers",
         misread={
-            **dict.fromkeys(("dora", DORA_ROWS), _PLAIN),
+            **dict.fromkeys(("dora", DORA_ROWS), _IGNORES_DORA),
             "names of an adapter": "does not apply factors with an adapter's name in theirs",
         },
         refused={

@@ -95,7 +95,7 @@ def _card(
 def _crop(thumbnail: Thumbnail, report: checks.Report, config: Config, say: Say) -> str:
     """The part that is trained, as a frame over the picture, in percent of its sides."""
     width, height = thumbnail.size
-    box = buckets.assign(thumbnail.size, config.data.resolution, report.step).box
+    box = buckets.assign(thumbnail.size, config.data.resolution, report.multiple).box
     left, top, right, bottom = box[0] / width, box[1] / height, box[2] / width, box[3] / height
     if (right - left) * (bottom - top) > 0.995:
         return ""
@@ -153,14 +153,14 @@ class PhotosPage:
             self.previous = gr.Button(t("photos.previous"), size="sm", min_width=80)
             self.where = widgets.html()
             self.next = gr.Button(t("photos.next"), size="sm", min_width=80)
-        self.next_step = gr.Button(t("photos.next_step"), variant="primary", visible=False, elem_id="photos-next")
+        self.next_page = gr.Button(t("photos.next_page"), variant="primary", visible=False, elem_id="photos-next")
         self.first = gr.State(0)
         self.requests = gr.State(widgets.RequestCounter())
 
     @property
     def outputs(self) -> list[Any]:
         """What `show` fills."""
-        around = [self.pager, self.previous, self.where, self.next, self.next_step, self.first]
+        around = [self.pager, self.previous, self.where, self.next, self.next_page, self.first]
         return [self.summary, self.cards, *around]
 
     @property

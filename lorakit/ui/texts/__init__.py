@@ -43,8 +43,8 @@ def table(language: str) -> dict[str, str]:
     texts |= {f"section.{name}": title for name, title in module.SECTIONS.items()}
     for key, field in form.fields().items():
         name = field.option.name.replace("_", " ").capitalize()
-        plain = (module.NAMES.get(key, name), field.option.help)
-        name, help = module.OPTIONS.get(key, plain)
+        default = (module.NAMES.get(key, name), field.option.help)
+        name, help = module.OPTIONS.get(key, default)
         texts |= {f"option.{key}": name, f"help.{key}": f"{help} ({field.bounds()})" if field.bounds() else help}
     return texts
 

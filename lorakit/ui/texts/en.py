@@ -33,7 +33,7 @@ TEXTS = {
     "photos.crop_hint": "The bright part is what is trained.",
     "photos.uploaded": "{count} photos taken in.",
     "photos.refused": "Not taken in: {problems}",
-    "photos.next_step": "Go on to Train",
+    "photos.next_page": "Go on to Train",
     # Train
     "train.lead": "Five answers and a button. All else is set to what usually works.",
     "train.quality": "Quality",

@@ -31,7 +31,7 @@ TEXTS = {
     "photos.crop_hint": "明亮的部分就是會拿來訓練的範圍。",
     "photos.uploaded": "已收下 {count} 張照片。",
     "photos.refused": "未收下：{problems}",
-    "photos.next_step": "前往訓練",
+    "photos.next_page": "前往訓練",
     "train.lead": "回答五個問題，按一個按鈕。其餘選項都已設為通常可行的值。",
     "train.quality": "品質",
     "train.quality_help": "學習多久：平常時間的一半、一倍或兩倍。",
