@@ -1,4 +1,4 @@
-"""Commands that take an adapter: sample, inspect, export, resize, combine, merge into a base; and extract one."""
+"""Commands that take an adapter: sample, inspect, export, resize, combine, merge; extract one; convert a pickle."""
 
 from __future__ import annotations
 
@@ -74,6 +74,11 @@ def add(command: Command) -> None:
     extract.add_argument("--base", required=True, metavar="FOLDER", help="folder of the model that it was made from")
     _add_size(extract)
     _add_format(extract)
+
+    convert = command(
+        "convert", run_convert, "write pickled weights as .safetensors beside them; no code in them is run"
+    )
+    convert.add_argument("path", metavar="FILE", help=".ckpt, .pt or .bin file, or a folder in diffusers layout")
 
 
 def _add_size(command: argparse.ArgumentParser) -> None:
@@ -191,6 +196,14 @@ def run_extract(args: argparse.Namespace) -> int:
     weights = extract(base.path, tuned.path, base.family, rank=args.rank, energy=args.energy)
     name = f"{tuned.path.name}-extracted"
     return _write(args, weights, name, {ALIAS: name, TITLE: name}, [])
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """`lorakit convert`."""
+    from lorakit.formats.edit.convert import convert
+
+    _tell(args, convert(Path(args.path)))
+    return 0
 
 
 def _with_strength(text: str) -> tuple[Path, float]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _MAX_HEADER = 100_000_000  # the library's own limit
 _EXCERPT_LENGTH = 80
-_PICKLE = "a pickle (.ckpt/.pt): it can run code when opened; convert it to .safetensors first"
+_PICKLE = "a pickle (.ckpt/.pt): it can run code when opened; convert it once: lorakit convert FILE"
 _PAGE = "a web page, not a model: the download failed"
 _MAGIC = {
     **dict.fromkeys((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _PICKLE),

@@ -19,7 +19,6 @@ from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, vae_
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
 from lorakit.families.vae_source import Source
 
-CONVERT = "convert it once with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
 PREDICTIONS = (EPSILON, VELOCITY)
 # What every Stable Diffusion before 3 was trained on.
 SCHEDULE = {
@@ -486,7 +485,7 @@ def _what_file(header: safetensors_header.Header) -> str:
     """What a single file that is no whole model is, and what to do; continues "base NAME ...". Empty for a model."""
     path = header.path
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        return f"is a pickle, which can run code when it is read; {CONVERT}"
+        return "is a pickle, which can run code when it is read; convert it once: lorakit convert FILE"
     if path.suffix.lower() == ".gguf":
         return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
     if path.suffix.lower() != ".safetensors":

@@ -281,6 +281,17 @@ def base_files(title: str, names: Iterable[str]) -> list[str]:
             if weights:
                 break
         else:
-            raise LorakitError(f"base {title} has no {part}/{stem}.safetensors, only weights that are not read here")
+            raise LorakitError(_unread(title, f"{part}/{stem}.safetensors", inside))
         files += [*weights, *(name for name in inside if name == f"{part}/config.json")]
     return files
+
+
+def _unread(title: str, missing: str, names: Iterable[str]) -> str:
+    """Why a part of a repository that has no .safetensors file cannot be used, and the ways out."""
+    pickle = next((name for name in sorted(names) if name.endswith((".bin", ".ckpt"))), None)
+    if pickle is None:
+        return f"base {title} has no {missing}, only weights that are not read here"
+    repository, _, revision = title.partition("@")
+    tried = revision.startswith("refs/pr/")
+    offer = "" if tried else f"try {repository}@refs/pr/1, where the hub's bot often offers .safetensors, or "
+    return f"base {title} has no {missing}, only pickles ({pickle}): {offer}download it and run: lorakit convert FOLDER"

@@ -45,8 +45,8 @@ def weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
     pickled = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt") for path in folder.glob(pattern))
     if pickled:
         raise LorakitError(
-            f"{folder.name}/{pickled[0]} is a pickle, which can run code when it is read; convert it once with "
-            "diffusers: DiffusionPipeline.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
+            f"{folder.name}/{pickled[0]} is a pickle, which can run code when it is read; convert it once: "
+            f"lorakit convert {folder.parent}"
         )
     raise LorakitError(f"{folder.name}/{stem}.safetensors is missing in {folder.parent}: get the base again")
 

@@ -289,5 +289,12 @@ def test_what_is_fetched_of_a_repository() -> None:
     }
     with pytest.raises(LorakitError, match=r"not in diffusers layout .*; give org/x/v1-5\.safetensors$"):
         hub.base_files("org/x", ["v1-5.safetensors", "README.md"])
+    ways = {
+        "org/x": r"only pickles \(unet/.*\.bin\): try org/x@refs/pr/1, where the hub's bot often",
+        "org/x@refs/pr/1": (r"only pickles \(unet/.*\.bin\): download it and run: lorakit convert FOLDER$"),
+    }
+    for title, words in ways.items():
+        with pytest.raises(LorakitError, match=r"has no unet/diffusion_pytorch_model\.safetensors, " + words):
+            hub.base_files(title, ["model_index.json", f"unet/{stem}.bin"])
     with pytest.raises(LorakitError, match=r"has no unet/diffusion_pytorch_model\.safetensors, only weights that"):
-        hub.base_files("org/x", ["model_index.json", f"unet/{stem}.bin"])
+        hub.base_files("org/x", ["model_index.json", "unet/diffusion_flax_model.msgpack"])

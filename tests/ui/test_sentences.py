@@ -314,7 +314,8 @@ ROOMS += tuple(f"runs/{name}.py" for name in ("folder", "memory_estimate", "plan
 # Told on the command line only, or before the page is there.
 NOT_SHOWN = ("lets others in", "is taken; choose another --port", "has no name in a single file")
 # Put together from parts; the tests above make each of them.
-COMPOSED = ("{}: {}", "base {} {}", "base {}; or give a folder or a file", "length: {}", "{}{}")
+COMPOSED = ("{}: {}", "base {} {}", "base {}; or give a folder or a file", "length: {}", "{}{}", "{} is {}")
+COMPOSED += ("{} and training reads as letters, such as {}: {}",)
 
 
 def written(path: Path) -> Iterator[str]:

@@ -91,11 +91,19 @@ BASES = {
     "base {file} is a file, not a base model: give a .safetensors file or a folder in diffusers layout": (
         "{file} 是檔案，但不是基礎模型：請指定 .safetensors 檔，或 diffusers 格式的資料夾"
     ),
-    "base {file} is a pickle, which can run code when it is read; convert it once with diffusers: {how}": (
-        "{file} 是 pickle，讀取時可能執行程式碼；請用 diffusers 轉換一次：{how}"
+    "base {file} is a pickle, which can run code when it is read; convert it once: {how}": (
+        "{file} 是 pickle，讀取時可能執行程式碼；請轉換一次：{how}"
     ),
-    "{file} is a pickle, which can run code when it is read; convert it once with diffusers: {how}": (
-        "{file} 是 pickle，讀取時可能執行程式碼；請用 diffusers 轉換一次：{how}"
+    "{file} is a pickle, which can run code when it is read; convert it once: {how}": (
+        "{file} 是 pickle，讀取時可能執行程式碼；請轉換一次：{how}"
+    ),
+    "base {name} has no {file}, only pickles ({pickle}): download it and run: {how}": (
+        "基礎模型 {name} 沒有 {file}，只有 pickle（{pickle}）：請下載後執行：{how}"
+    ),
+    "base {name} has no {file}, only pickles ({pickle}): try {other}, where the hub's bot often offers .safetensors, "
+    "or download it and run: {how}": (
+        "基礎模型 {name} 沒有 {file}，只有 pickle（{pickle}）：請試 {other}（hub 的機器人常在那裡提供 .safetensors），"
+        "或下載後執行：{how}"
     ),
     "{file} is missing in {folder}: get the base again": "{folder} 中缺少 {file}：請重新取得基礎模型",
     "{file} is missing in {folder}: model.tokenizer must name a folder with both, or a base's": (
@@ -163,8 +171,8 @@ BASES = {
     "{file}: no such file": "{file}：沒有這個檔案",
     "{file}: cannot be read: {why}": "{file}：無法讀取：{why}",
     "{file}: the file is empty": "{file}：檔案是空的",
-    "{file}: this is a pickle (.ckpt/.pt): it can run code when opened; convert it to .safetensors first": (
-        "{file}：這是 pickle（.ckpt/.pt），開啟時可能執行程式碼；請先轉換成 .safetensors"
+    "{file}: this is a pickle (.ckpt/.pt): it can run code when opened; convert it once: {how}": (
+        "{file}：這是 pickle（.ckpt/.pt），開啟時可能執行程式碼；請轉換一次：{how}"
     ),
     "{file}: this is a GGUF file, not safetensors": "{file}：這是 GGUF 檔，不是 safetensors",
     "{file}: this is a Git LFS pointer, not the file itself: fetch it with git lfs pull": (
@@ -226,5 +234,11 @@ BASES = {
     ),
     "base {path} lacks {parts}: get the base again, or give a VAE by model.vae (--vae)": (
         "基礎模型 {path} 缺少 {parts}：請重新取得，或以 model.vae（--vae）指定 VAE"
+    ),
+    "{file} does not say what base it was trained on: give it with --base": (
+        "{file} 沒有說明用哪個基礎模型訓練：請以 --base 指定"
+    ),
+    "{file} was trained on {base}, which is not found here: give {how}": (
+        "{file} 以 {base} 訓練，這裡找不到它：請指定 {how}"
     ),
 }

@@ -1,0 +1,156 @@
+"""Pickled weights (.ckpt, .pt, .bin) as .safetensors beside them; no code of the file is run.
+
+A process of its own reads the pickle by `torch.load(weights_only=True)`, which calls nothing but what makes tensors.
+What training programs leave in checkpoints is replaced by objects that do nothing; any other name refuses the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.core import registry, safetensors_header
+from lorakit.core.errors import LorakitError
+from lorakit.formats import files
+
+if TYPE_CHECKING:
+    import torch
+
+# Packages whose objects training programs leave beside the weights (callbacks, numbers, configurations).
+_LEFT_BEHIND = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|numpy|_codecs|omegaconf|ldm|sgm|diffusers|transformers|argparse"
+    r"|pathlib|typing|collections)\..+"
+)
+
+
+def convert(path: Path) -> dict[str, Path]:
+    """Write the weights of a file, or of each part of a folder in diffusers layout, as .safetensors beside it.
+
+    Returns:
+        Pickle -> the file that was written.
+
+    Raises:
+        LorakitError: it is no pickle of weights, holds something else than weights, or there is a .safetensors already.
+    """
+    if path.is_dir():
+        pairs = {file: target for part in registry.weight_stems() for file, target in _pickles(path / part)}
+        if not pairs:
+            raise LorakitError(f"{path}: no part of it has weights in .bin alone: there is nothing to convert")
+    elif path.suffix.lower() == ".safetensors":
+        raise LorakitError(f"{path}: is named .safetensors already; if it is a pickle, rename it to .ckpt first")
+    else:
+        pairs = {path: path.with_suffix(".safetensors")}
+    for source, target in pairs.items():
+        if not source.is_file():
+            raise LorakitError(f"{source}: no such file")
+        if target.exists():
+            raise LorakitError(f"{target} exists already: move it away, or use it")
+        files.require_space(source.absolute().parent, source.stat().st_size)
+    _in_a_process([str(path) for pair in pairs.items() for path in pair])
+    return {str(source): target for source, target in pairs.items()}
+
+
+def _pickles(folder: Path) -> Iterable[tuple[Path, Path]]:
+    """The pickled weights of a part that has no others, and the names that they get."""
+    stem = registry.weight_stems()[folder.name]
+    for file in sorted(folder.glob("*.bin")):
+        match = re.fullmatch(rf"(?:{stem}|pytorch_model)(\.\w+)?\.bin", file.name)
+        target = folder / f"{stem}{match[1] or ''}.safetensors" if match else None
+        if target and not target.exists():
+            yield file, target
+
+
+def _in_a_process(paths: list[str]) -> None:
+    """Convert by a process of its own: a source, its target, the next source and so on."""
+    # -P: what lies in the folder where the command is given is not imported.
+    command = [sys.executable, "-P", "-m", __name__, *paths]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
+    child = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
+    if child.returncode:
+        lines = child.stdout.strip().splitlines()
+        reason = lines[-1] if lines else f"{paths[0]}: cannot be converted (its process ended with {child.returncode})"
+        raise LorakitError(reason)
+
+
+class _Nothing:
+    """Stands for an object of a training program."""
+
+    def __new__(cls, *_: object) -> _Nothing:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        return None
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    """Name -> tensor.
+
+    Raises:
+        LorakitError: it is no pickle of weights, or holds something else.
+    """
+    import pickle
+    import warnings
+
+    import torch
+    from torch.serialization import safe_globals
+
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
+    names: list[str] = []
+    warnings.simplefilter("ignore")  # of files that are refused
+    while True:
+        try:
+            with safe_globals([(_Nothing, name) for name in names]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+            break
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            LookupError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+        ) as error:
+            name = match[1] if (match := re.search(r"GLOBAL (\S+)", str(error))) else ""
+            if not name:
+                raise LorakitError(f"{path}: is no pickle of weights") from None
+            if name in names or not _LEFT_BEHIND.fullmatch(name):
+                raise LorakitError(f"{path}: names {name}, which could run code: do not open this file") from None
+            names.append(name)
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    entries = content.items() if isinstance(content, Mapping) else ()
+    tensors = {str(name): value for name, value in entries if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise LorakitError(f"{path}: holds no weights under names")
+    return tensors
+
+
+def _write(source: Path, target: Path) -> None:
+    tensors = _weights(source)
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in safetensors_header.DTYPES.values() or str(tensor.layout) != "torch.strided":
+            raise LorakitError(f"{source}: {name} is a tensor of a kind that .safetensors does not have ({dtype})")
+    entries = [(name, safetensors_header.dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    files.stream(target, entries, {"format": "pt"}, (tensor.detach().contiguous() for tensor in tensors.values()))
+
+
+def _main(paths: list[str]) -> int:
+    try:
+        for source, target in zip(paths[::2], paths[1::2], strict=True):
+            _write(Path(source), Path(target))
+    except LorakitError as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
