@@ -238,8 +238,12 @@ class SampleConfig:
     at_end: bool = option(True, "Draw a grid from the exported file, which shows that it works.")
     prompts: tuple[str, ...] = option((), "Prompts to draw. Empty: made from kind and name.")
     negative_prompt: str = option("", "What the pictures should not show.")
-    steps: int = option(30, "Denoising steps.", low=1, high=1000)
-    guidance: float = option(7.5, "Classifier-free guidance.", low=0, high=50)
+    steps: int | None = option(
+        None, "Denoising steps. Unset: 30, or as few as a distilled base needs.", low=1, high=1000
+    )
+    guidance: float | None = option(
+        None, "Classifier-free guidance. Unset: as the base needs: 7.5, SDXL 6, SD3 5, distilled 1.", low=0, high=50
+    )
     seed: int = option(0, "Seed of the pictures.", low=0, high=2**31 - 1)
 
 

@@ -16,20 +16,15 @@ from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, vae_source, weight_files
+from lorakit.families.facts import distilled, schedule
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
 from lorakit.families.vae_source import Source
 
 PREDICTIONS = (EPSILON, VELOCITY)
-# What every Stable Diffusion before 3 was trained on.
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "trained_betas": None,
-}
 # Not every class whose name begins as that of a family is one of it.
 OTHERS = ("StableDiffusionUpscale", "StableDiffusionLatentUpscale", "StableDiffusionImageVariation")
+# Pipelines whose parts are those of another.
+PIPELINES = {"LatentConsistencyModelPipeline": "StableDiffusionPipeline"}
 BUNDLED = "pocket"
 INPAINTING = "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
 
@@ -63,6 +58,7 @@ class BaseInfo:
         notes: how what the base does not say was decided, a line each.
         warnings: what may be wrong with the base, a line each.
         sources: component -> where its weights are, of those that are not the base's own.
+        distilled: how it was distilled and what samples need, or None.
     """
 
     path: Path
@@ -88,6 +84,7 @@ class BaseInfo:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     sources: Mapping[str, Source] = field(default_factory=dict, repr=False)
+    distilled: distilled.Distilled | None = None
 
     @functools.cached_property
     def hash(self) -> str:
@@ -274,6 +271,7 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
         title=path.stem,
         source=source,
         notes=tuple(notes),
+        titles=tuple(header.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")),
     )
 
 
@@ -284,7 +282,7 @@ def _summary(keys: Collection[str]) -> str:
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
 
-def _info(model: ModelConfig, **facts: Any) -> BaseInfo:
+def _info(model: ModelConfig, *, titles: tuple[str, ...] = (), **facts: Any) -> BaseInfo:
     """What follows from the configurations, for both layouts, with what the user says of the prediction type."""
     if model.vae:
         facts |= vae_source.replacement(model.vae, facts)
@@ -297,12 +295,12 @@ def _info(model: ModelConfig, **facts: Any) -> BaseInfo:
         facts["notes"] = (*facts["notes"], INPAINTING)
     if spec.predicts_flow and model.prediction_type != "auto":
         raise LorakitError(f"base {path} predicts the flow: leave model.prediction_type")
-    configs["scheduler"], note = _override_prediction(configs["scheduler"], model.prediction_type)
+    configs["scheduler"], note = schedule.override(configs["scheduler"], model.prediction_type)
     if note:
         facts["notes"] = (*facts["notes"], note)
         # With the same weights, another prediction type or schedule makes another base.
         facts["prediction_override"] = model.prediction_type
-    _check_schedule(path, configs["scheduler"], flow=spec.predicts_flow)
+    schedule.check(path, configs["scheduler"], flow=spec.predicts_flow)
     prediction = spec.prediction or configs["scheduler"].get("prediction_type", EPSILON)
     if prediction not in (*PREDICTIONS, FLOW):
         raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
@@ -311,8 +309,12 @@ def _info(model: ModelConfig, **facts: Any) -> BaseInfo:
         for name, config in configs.items()
         if name.startswith("text_encoder")
     )
+    kind = distilled.find((facts["title"], facts["source"]), titles, configs["unet"], configs["scheduler"])
+    if kind is not None:
+        facts["notes"] = (*facts["notes"], kind.note(), distilled.UNDONE)
     return BaseInfo(
         **facts,
+        distilled=kind,
         prediction_type=prediction,
         latent_channels=channels,
         downscale=2 ** (len(vae["block_out_channels"]) - 1),
@@ -337,20 +339,6 @@ def _cross_dim(denoiser: dict[str, Any]) -> int:
     return int(denoiser.get("joint_attention_dim") or denoiser["cross_attention_dim"])
 
 
-def _override_prediction(scheduler: dict[str, Any], option: str) -> tuple[dict[str, Any], str]:
-    """The schedule with the prediction type that `model.prediction_type` asks for, and a line where that changes it."""
-    before = scheduler.get("prediction_type", EPSILON), bool(scheduler.get("rescale_betas_zero_snr"))
-    if option == "auto":
-        return scheduler, ""
-    zero = option.endswith("_zero_snr")
-    prediction = option.removesuffix("_zero_snr")
-    if (prediction, zero) == before:
-        return scheduler, ""
-    changed = scheduler | {"prediction_type": prediction, "rescale_betas_zero_snr": zero}
-    original = f"{before[0]}{' with zero terminal SNR' if before[1] else ''}"
-    return changed, f"prediction type: {option}, as model.prediction_type says; the base itself says {original}"
-
-
 def _index(path: Path) -> dict[str, Any]:
     """The folder's model_index.json, or what is there instead."""
     if not path.is_dir():
@@ -366,6 +354,7 @@ def _index(path: Path) -> dict[str, Any]:
 
 def of_pipeline(name: str) -> FamilySpec | None:
     """The family of a pipeline class, or None."""
+    name = PIPELINES.get(name, name)
     fitting = [spec for spec in registry.FAMILIES.values() if name.startswith(spec.pipeline)]
     return None if name.startswith(OTHERS) else max(fitting, key=lambda spec: len(spec.pipeline), default=None)
 
@@ -375,7 +364,7 @@ def _check_configs(title: str, folder: Path) -> None:
     spec = _family(title, _index(folder))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        _check_schedule(title, weight_files.read_json(scheduler), flow=spec.predicts_flow)
+        schedule.check(title, weight_files.read_json(scheduler), flow=spec.predicts_flow)
 
 
 def _family(base: Path | str, index: dict[str, Any]) -> FamilySpec:
@@ -395,20 +384,6 @@ def _check_channels(path: Path, into: int, latent: int) -> None:
     if into in (latent, 2 * latent + 1):
         return
     raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
-
-
-def _check_schedule(base: Path | str, scheduler: Mapping[str, object], *, flow: bool) -> None:
-    """Refuse the noise schedule of another kind of model: an adapter trained on ours would not fit it."""
-    name, schedule = str(scheduler.get("_class_name", "")), ""
-    if name.startswith("EDM") or "sigma_data" in scheduler:
-        schedule = f"EDM's noise ({name})"
-    elif flow != (name.startswith("FlowMatch") or bool(scheduler.get("use_flow_sigmas"))):
-        schedule = f"{'diffusion' if flow else 'flow matching'} ({name})"
-    elif not flow:
-        other = {key: value for key in SCHEDULE if (value := scheduler.get(key)) != SCHEDULE[key]}
-        schedule = f"another noise schedule ({', '.join(f'{k} {v}' for k, v in other.items())})" if other else ""
-    if schedule:
-        raise LorakitError(f"base {base} was trained with {schedule}, which lorakit does not do: give another base")
 
 
 def _check_tokenizer(folder: Path) -> None:

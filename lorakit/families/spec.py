@@ -212,6 +212,7 @@ class FamilySpec:
         first_encoder_ends_early: whether its first text encoder is read before the last layer, and for nothing else.
         dead_end_layers: endings of layers whose output nothing reads in the last block.
         format_refusals: format -> why it cannot carry adapters of this family.
+        guidance: classifier-free guidance of samples where nothing else is said.
     """
 
     name: str
@@ -229,6 +230,7 @@ class FamilySpec:
     first_encoder_ends_early: bool = False
     dead_end_layers: tuple[str, ...] = ()
     format_refusals: Mapping[str, str] = field(default_factory=dict)
+    guidance: float = 7.5
 
     @property
     def predicts_flow(self) -> bool:

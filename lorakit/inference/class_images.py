@@ -17,6 +17,7 @@ from lorakit.config import SampleConfig
 from lorakit.core import image_grid
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
+from lorakit.families.facts.distilled import complete
 from lorakit.inference.sampling import draw_batch, sampling_pipeline
 
 if TYPE_CHECKING:
@@ -58,15 +59,16 @@ def class_images(
     Raises:
         LorakitError: the cache cannot be written.
     """
-    pipeline, sampler = sampling_pipeline(family)
-    sample = replace(sample, steps=min(sample.steps, DENOISING_STEPS))
+    sampling = complete(sample, family.info)
+    sampling = replace(sampling, steps=min(sampling.steps, DENOISING_STEPS))
+    pipeline, sampler = sampling_pipeline(family, sampling.steps)
     recipe = {
         "base": family.info.hash,
         "prompt": prompt,
-        "negative_prompt": sample.negative_prompt,
+        "negative_prompt": sampling.negative_prompt,
         "size": side,
-        "steps": sample.steps,
-        "guidance": sample.guidance,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
         "sampler": sampler,
         "seed": seed,
     }
@@ -83,7 +85,7 @@ def class_images(
             numbers = missing[start : start + batch]
             # A seed range of their own, far from the samples' (both are below 2**31).
             seeds = [2**32 + seed * 2**20 + number for number in numbers]
-            batch_images = draw_batch(family, pipeline, text, seeds, sample, (side, side))
+            batch_images = draw_batch(family, pipeline, text, seeds, sampling, (side, side))
             for number, picture in zip(numbers, batch_images, strict=True):
                 image_grid.save(picture, files[number])
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from lorakit import __version__, families
-from lorakit.config import SampleConfig
+from lorakit.families.facts.distilled import Sampling
 
 
 def picture_info(
@@ -13,7 +13,7 @@ def picture_info(
     sampler: str,
     prompt: str,
     seed: int,
-    sample: SampleConfig,
+    sample: Sampling,
     size: tuple[int, int],
     adapter: str,
     strength: float,
@@ -22,8 +22,9 @@ def picture_info(
     width, height = size
     tag = f" <lora:{adapter}:{strength:g}>" if adapter else ""
     negative = f"\nNegative prompt: {sample.negative_prompt}" if sample.negative_prompt else ""
+    spacing = "Uniform" if info.distilled is None else "SGM Uniform"
     parameters = (
-        f"{prompt}{tag}{negative}\nSteps: {sample.steps}, Sampler: {sampler}, Schedule type: Uniform, "
+        f"{prompt}{tag}{negative}\nSteps: {sample.steps}, Sampler: {sampler}, Schedule type: {spacing}, "
         f"CFG scale: {sample.guidance:g}, Seed: {seed}, Size: {width}x{height}, "
         f"Model: {info.title}, RNG: CPU, Version: lorakit {__version__}"
     )

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from PIL import Image
 
@@ -26,7 +27,8 @@ from lorakit.core.image_grid import grid, save
 from lorakit.core.names import unique_path
 from lorakit.data import captions
 from lorakit.engine import device as placement
-from lorakit.families import adapter_base
+from lorakit.families import adapter_base, loading
+from lorakit.families.facts.distilled import Sampling, complete
 from lorakit.inference.mode import inference
 from lorakit.inference.recipe import picture_info
 
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from lorakit.families import Family
+
+# diffusers' samplers of distilled models -> the names that web UIs give them.
+SAMPLERS = {"EulerDiscreteScheduler": "Euler", "LCMScheduler": "LCM"}
+# Steps of the solver that an LCM was distilled from; it draws on a part of them.
+LCM_STEPS = 50
 
 
 def draw(
@@ -63,8 +70,9 @@ def draw(
         it, "lorakit" as JSON.
     """
     width, height = (size, size) if isinstance(size, int) else size
+    sample = complete(sample, family.info)
     texts = embed(family, prompts, sample) if texts is None else texts
-    pipeline, sampler = sampling_pipeline(family)
+    pipeline, sampler = sampling_pipeline(family, sample.steps)
     images = []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         seed = sample.seed + number
@@ -82,6 +90,7 @@ def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[
     family.release("unet", "vae")
     family.acquire("text_encoders")
     pipeline = family.pipeline()
+    guidance = complete(sample, family.info).guidance
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     texts = []
     for prompt in prompts:
@@ -90,7 +99,7 @@ def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[
                 prompt=[prompt],
                 device=family.device,
                 num_images_per_prompt=1,
-                do_classifier_free_guidance=sample.guidance > 1,
+                do_classifier_free_guidance=guidance > 1,
                 negative_prompt=[sample.negative_prompt],
             )
         texts.append(dict(zip(names, embeds, strict=False)))
@@ -249,14 +258,22 @@ def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Conf
         return defaults
 
 
-def sampling_pipeline(family: Family) -> tuple[DiffusionPipeline, str]:
+def sampling_pipeline(family: Family, steps: int = 1) -> tuple[DiffusionPipeline, str]:
     """The family's pipeline for texts that are embedded already, with a fresh sampler, and the name that web UIs give
-    the sampler. The text encoders leave the device."""
+    the sampler, which can take so many steps. The text encoders leave the device."""
     family.release("text_encoders")
     pipeline = family.pipeline()
     for name in family.text_encoders:
         setattr(pipeline, name, None)
-    pipeline.scheduler, name = family.prediction.default_sampler(pipeline.scheduler)
+    own = pipeline.scheduler
+    pipeline.scheduler, name = family.prediction.default_sampler(own)
+    kind = family.info.distilled
+    if kind is not None and not family.info.spec.predicts_flow:
+        solver_steps = LCM_STEPS if steps <= LCM_STEPS else own.config.num_train_timesteps
+        changes = {"timestep_spacing": "trailing", "original_inference_steps": solver_steps}
+        with loading.quiet():  # about settings of other samplers
+            pipeline.scheduler = getattr(diffusers, kind.scheduler).from_config(own.config, **changes)
+        name = SAMPLERS[kind.scheduler]
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, name
 
@@ -266,14 +283,15 @@ def draw_batch(
     pipeline: DiffusionPipeline,
     text: Mapping[str, Any],
     seeds: list[int],
-    sample: SampleConfig,
+    sample: Sampling,
     size: tuple[int, int],
 ) -> list[Image.Image]:
     """One batch, a picture a seed, through the pipeline, decoded by the family's VAE (float32 in every precision)."""
     width, height = size
     family.acquire("unet", "vae")
     shape = (family.info.latent_channels, height // family.info.downscale, width // family.info.downscale)
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     with inference([*family.modules().values(), family.vae]):
         latents = pipeline(
             **{name: _times(value, len(seeds)) for name, value in text.items()},
@@ -282,6 +300,7 @@ def draw_batch(
             num_inference_steps=sample.steps,
             guidance_scale=sample.guidance,
             latents=noise.to(family.device, family.dtype),
+            generator=generators,  # of samplers that add noise
             output_type="latent",
         ).images
         pixels = family.decode(latents.float())

@@ -25,6 +25,7 @@ from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
 from lorakit.data import captions, holdout
+from lorakit.families.facts.distilled import complete
 from lorakit.runs import memory_estimate
 
 if TYPE_CHECKING:
@@ -285,7 +286,7 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bo
     Args:
         draws_class: False where the class images are the user's own.
     """
-    train, sample = config.train, config.sample
+    train, sample = config.train, complete(config.sample, info)
     side = config.data.resolution // info.downscale
     flop = forward_flop(info.family, info.layers, side, side, info.text_tokens)
     speed = CPU_SHARE * _matmul_speed()

@@ -43,6 +43,7 @@ class Info:
     variants: dict[str, str | None] = field(default_factory=dict)
     slots: None = None
     sources: dict[str, Any] = field(default_factory=dict)
+    distilled: None = None
     notes: tuple[str, ...] = ()
 
 

@@ -84,6 +84,7 @@ SPEC = FamilySpec(
     target_patterns={"attention": _ATTENTION, "linear": _LINEAR, "linear+conv": _LINEAR},
     layer_uses=layer_uses,
     bucket_multiple=bucket_multiple,
+    guidance=5.0,
     block_layers=re.compile(
         r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         r"|attn2\.(?:to_[qkv]|to_out\.0)|ff(?:_context)?\.net\.(?:0\.proj|2))"

@@ -64,5 +64,6 @@ SPEC = FamilySpec(
     target_patterns=unet.TARGET_PATTERNS,
     layer_uses=unet.layer_uses,
     bucket_multiple=unet.bucket_multiple,
+    guidance=6.0,
     first_encoder_ends_early=True,
 )

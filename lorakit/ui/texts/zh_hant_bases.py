@@ -1,6 +1,18 @@
 """繁體中文：關於基礎模型、分詞器與模型檔的話（families/*、core/safetensors_header.py）。見 `zh_hant_sentences.py`。"""
 
 BASES = {
+    "distilled model ({kind}, {why:said}): samples take {steps} steps at guidance {guidance} unless sample.steps and "
+    "sample.guidance are set": (
+        "蒸餾模型（{kind}，{why:said}）：除非設定 sample.steps 與 sample.guidance，樣張用 {steps} 步、"
+        "引導強度 {guidance}"
+    ),
+    "the usual loss slowly undoes distillation: train on the model that it was made from, if you have it": (
+        "一般的損失會慢慢抵消蒸餾：若有蒸餾前的模型，請在那上面訓練"
+    ),
+    "as its scheduler says": "依其排程器",
+    "as its UNet says": "依其 UNet",
+    "as its metadata says": "依檔案的中繼資料",
+    "as its name says": "依其名稱",
     "base {path} does not exist": "基礎模型 {path} 不存在",
     "base {path} is a PEFT adapter, not a base model": "{path} 是 PEFT adapter，不是基礎模型",
     "base {path} is not a folder in diffusers layout: no model_index.json; it is empty": (

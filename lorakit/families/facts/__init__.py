@@ -1,0 +1,1 @@
+"""Facts of a base that its configurations, metadata and names tell."""

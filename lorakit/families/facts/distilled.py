@@ -1,0 +1,123 @@
+"""Distilled models, which draw in a few steps without guidance: how they are recognised, and how samples are drawn.
+
+A scheduler or a UNet says it for certain; metadata and names are hints. Steps are those of the papers and the model
+cards: Turbo (arXiv 2311.17042), Lightning (2402.13929), LCM (2310.04378), Hyper-SD (2404.13686), DMD2 (2405.14867),
+TCD (2402.19159).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lorakit.config import SampleConfig
+from lorakit.core import registry
+from lorakit.families.spec import EPSILON
+
+if TYPE_CHECKING:
+    from lorakit.families.describe import BaseInfo
+
+STEPS = 30
+UNDONE = "the usual loss slowly undoes distillation: train on the model that it was made from, if you have it"
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A way of distilling, and what samples need.
+
+    Attributes:
+        kind: its name.
+        steps, guidance: of a sample.
+        scheduler: diffusers' sampler, on timesteps that begin at the last.
+        evidence: how it was recognised, in words.
+    """
+
+    kind: str
+    steps: int
+    guidance: float = 1.0
+    scheduler: str = "EulerDiscreteScheduler"
+    evidence: str = ""
+
+    def note(self) -> str:
+        """A line for the plan."""
+        return (
+            f"distilled model ({self.kind}, {self.evidence}): samples take {self.steps} steps at guidance "
+            f"{self.guidance:g} unless sample.steps and sample.guidance are set"
+        )
+
+
+_LCM = "LCMScheduler"
+# Pattern of a name or a title -> the kind. Case counts where a kind is a part of common words.
+_KINDS = {
+    r"(?i:lightning)": Distilled("Lightning", 4),
+    r"(?i:turbo)": Distilled("Turbo", 4),
+    r"(?i:hyper)(?i:[-_ ]?(sd|xl|vae|\d|lora)|(?=[-_ .]|$))(?!(?i:[-_ ]?(real|detail|photo)))": Distilled("Hyper", 8),
+    r"LCM(?![A-Z])|(?<![a-z])lcm(?![a-z])": Distilled("LCM", 8, scheduler=_LCM),
+    r"DMD2?(?![A-Z])|(?<![a-z])dmd2?(?![a-z])": Distilled("DMD2", 4, scheduler=_LCM),
+    r"TCD(?![A-Z])|(?<![a-z])tcd(?![a-z])": Distilled("TCD", 8),
+}
+_BY_SCHEDULER = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}
+_STEP_COUNT = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
+# A name alone is no sure sign, and merged models need a few steps more.
+STEPS_BY_NAME = 8
+# The guidance that an LCM is told as a number, not by a second pass.
+EMBEDDED_GUIDANCE = 8.0
+
+
+def find(
+    names: Iterable[str], titles: Iterable[str], unet: Mapping[str, object], scheduler: Mapping[str, object]
+) -> Distilled | None:
+    """The way that a model was distilled, or None.
+
+    Args:
+        names: of its file or folder and its repository.
+        titles: what its metadata call it.
+        unet, scheduler: their configurations.
+    """
+    name, title = " ".join(names), " ".join(titles)
+    in_name, in_title = _kind(name), _kind(title)
+    sampler = str(scheduler.get("_class_name", ""))
+    trailing = sampler.startswith("Euler") and scheduler.get("timestep_spacing") == "trailing"
+    usual = scheduler.get("prediction_type", EPSILON) == EPSILON and not scheduler.get("rescale_betas_zero_snr")
+    if unet.get("time_cond_proj_dim") is not None:
+        return _of(name, Distilled("LCM", 4, EMBEDDED_GUIDANCE, _LCM, "as its UNet says"))
+    if sampler in _BY_SCHEDULER or (trailing and usual):
+        by_scheduler = next(kind for kind in _KINDS.values() if kind.kind == _BY_SCHEDULER.get(sampler, "Turbo"))
+        return _of(name, replace(in_name or in_title or by_scheduler, evidence="as its scheduler says"))
+    if in_title:
+        return _of(f"{name} {title}", replace(in_title, evidence="as its metadata says"))
+    if in_name:
+        return _of(name, replace(in_name, steps=STEPS_BY_NAME, evidence="as its name says"))
+    return None
+
+
+def _kind(text: str) -> Distilled | None:
+    return next((kind for pattern, kind in _KINDS.items() if re.search(pattern, text)), None)
+
+
+def _of(name: str, kind: Distilled) -> Distilled:
+    """The kind, with the number of steps that a name has, as in `sdxl_lightning_8step`."""
+    count = _STEP_COUNT.search(name)
+    return replace(kind, steps=int(count[1])) if count and int(count[1]) > 0 else kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SampleConfig):
+    """The section `sample` of the config with nothing left unset."""
+
+    steps: int = STEPS
+    guidance: float = 1.0
+
+
+def complete(sample: SampleConfig, info: BaseInfo) -> Sampling:
+    """Steps and guidance, where they are unset, as the base needs them."""
+    kind = info.distilled
+    steps = kind.steps if kind else STEPS
+    guidance = kind.guidance if kind else registry.family_of(info.family).guidance
+    needs = {
+        "steps": steps if sample.steps is None else sample.steps,
+        "guidance": guidance if sample.guidance is None else sample.guidance,
+    }
+    return Sampling(**{**vars(sample), **needs})

@@ -1,0 +1,176 @@
+"""Distilled bases: recognised by their configs, metadata or names, said, and drawn with as few steps as they need."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import whole
+from diffusers import EulerDiscreteScheduler, LCMScheduler
+from PIL import Image
+
+from lorakit import families
+from lorakit.config import Config, ModelConfig, SampleConfig, load
+from lorakit.core.errors import LorakitError
+from lorakit.families.facts import distilled
+from lorakit.inference import sampling
+from lorakit.runs.preflight import preflight
+from lorakit.ui import texts
+
+LEADING = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+NAMES = {
+    "sd_xl_turbo_1.0_fp16": ("Turbo", 8),
+    "DreamShaperXL_Turbo_v2_1": ("Turbo", 8),
+    "sdxl_lightning_4step": ("Lightning", 4),
+    "SDXL-Lightning-8steps": ("Lightning", 8),
+    "juggernautXL_v9Rdphoto2Lightning": ("Lightning", 8),
+    "Hyper-SDXL-1step-lora": ("Hyper", 1),
+    "realisticVisionV60B1_v51HyperVAE": ("Hyper", 8),
+    "epicrealismXL_vxiAbeast4SHyper": ("Hyper", 8),
+    "LCM_Dreamshaper_v7": ("LCM", 8),
+    "dreamshaper_8LCM": ("LCM", 8),
+    "photonLCM_v10": ("LCM", 8),
+    "lcm-sdxl": ("LCM", 8),
+    "bigasp_DMD2": ("DMD2", 8),
+    "dmd2_sdxl_4step_unet": ("DMD2", 4),
+    "hyper-sd15-tcd": ("Hyper", 8),
+    "mySdxl_TCD": ("TCD", 8),
+}
+PLAIN = [
+    "hyperrealism_v3", "Hyper_Realism_1.2", "HyperDetail", "v1-5-pruned", "sd_xl_base_1.0", "calcmix", "hypernetwork",
+    "step4", "noobai-XL",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind", "steps"), [(name, *known) for name, known in NAMES.items()])
+def test_a_name_is_a_hint(name: str, kind: str, steps: int) -> None:
+    found = distilled.find([name], [], {}, LEADING)
+    assert found is not None and (found.kind, found.steps, found.guidance) == (kind, steps, 1.0)
+    assert found.evidence == "as its name says"
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_other_names_are_none(name: str) -> None:
+    assert distilled.find([name], [name], {}, LEADING) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "unet", "scheduler", "kind", "steps", "guidance"),
+    [
+        ("x", {}, {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}, "Turbo", 4, 1),
+        (
+            "x-lightning",
+            {},
+            {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
+            "Lightning",
+            4,
+            1,
+        ),
+        ("x", {}, {"_class_name": "LCMScheduler"}, "LCM", 8, 1),
+        ("x", {}, {"_class_name": "TCDScheduler"}, "TCD", 8, 1),
+        ("x-2step", {"time_cond_proj_dim": 256}, {"_class_name": "LCMScheduler"}, "LCM", 2, 8),
+    ],
+)
+def test_configurations_say_it(
+    name: str, unet: dict[str, Any], scheduler: dict[str, Any], kind: str, steps: int, guidance: float
+) -> None:
+    found = distilled.find([name], [], unet, scheduler)
+    assert found is not None and (found.kind, found.steps, found.guidance) == (kind, steps, guidance)
+    assert found.evidence in ("as its scheduler says", "as its UNet says")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+        {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"},
+        {"_class_name": "PNDMScheduler"},
+    ],
+)
+def test_other_schedulers_do_not(scheduler: dict[str, Any]) -> None:
+    """Zero terminal SNR needs trailing timesteps too."""
+    assert distilled.find(["x"], [], {}, scheduler) is None
+
+
+def with_scheduler(base: Path, target: Path, **changes: Any) -> Path:
+    shutil.copytree(base, target)
+    path = target / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return target
+
+
+def settings(base: Path, photos: Path, **changes: Any) -> Config:
+    photos.mkdir(exist_ok=True)
+    Image.effect_noise((64, 64), 60).convert("RGB").save(photos / "a.png")
+    given = {"model.base": str(base), "data.folder": str(photos), "data.name": "sks toy", "data.resolution": 64}
+    return load(None, given | {"train.steps": 1} | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def test_the_plan_says_it_and_its_samples_are_few_steps(tiny_sd1: Path, tmp_path: Path) -> None:
+    base = with_scheduler(tiny_sd1, tmp_path / "x", _class_name="EulerDiscreteScheduler", timestep_spacing="trailing")
+    ready = preflight(settings(base, tmp_path / "photos"))
+    line = "distilled model (Turbo, as its scheduler says): samples take 4 steps at guidance 1"
+    assert any(text.startswith(line) for text in ready.lines()) and distilled.UNDONE in ready.lines()
+    assert all(texts.SENTENCES["zh-Hant"].translated(line) for line in ready.info.notes)
+    plain = preflight(settings(tiny_sd1, tmp_path / "photos"))
+    assert not any("distilled" in text for text in plain.lines())
+    for config, steps, guidance in [(SampleConfig(), 4, 1.0), (SampleConfig(steps=9, guidance=3.0), 9, 3.0)]:
+        done = distilled.complete(config, ready.info)
+        assert (done.steps, done.guidance) == (steps, guidance)
+    assert distilled.complete(SampleConfig(), plain.info).guidance == 7.5
+
+
+def test_single_files_say_it_by_metadata_or_name(tmp_path: Path) -> None:
+    pipeline = whole.small("sdxl", tmp_path / "sdxl")
+    titles = {"modelspec.title": "SDXL Lightning 2step"}
+    whole.write(tmp_path / "a.safetensors", "sdxl", pipeline, metadata=titles)
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "hyper.safetensors")
+    info = families.describe(ModelConfig(base=str(tmp_path / "a.safetensors"), tokenizer=str(tmp_path / "sdxl")))
+    assert info.distilled is not None and (info.distilled.kind, info.distilled.steps) == ("Lightning", 2)
+    assert distilled.complete(SampleConfig(guidance=2.0), info).guidance == 2.0
+    plain = families.describe(tmp_path / "sdxl")
+    assert plain.distilled is None and distilled.complete(SampleConfig(), plain).guidance == 6.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "scheduler", "title"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, EulerDiscreteScheduler, "Euler"),
+        ({"_class_name": "LCMScheduler"}, LCMScheduler, "LCM"),
+    ],
+)
+def test_samples_are_drawn_so(changes: dict[str, Any], scheduler: type, title: str, sd1: Any, tmp_path: Path) -> None:
+    """With the sampler that it needs; a picture is still a function of its seed alone."""
+    base = with_scheduler(sd1.info.path, tmp_path / "base", **changes)
+    family = families.load(families.describe(base), "cpu", torch.float32)
+    kind = family.info.distilled
+    state = torch.get_rng_state()
+    first, second = sampling.draw(family, ["a toy", "a toy"], SampleConfig(seed=5), 64)
+    assert torch.equal(state, torch.get_rng_state())
+    (alone,) = sampling.draw(family, ["a toy"], SampleConfig(seed=6), 64)
+    assert np.array_equal(np.asarray(second), np.asarray(alone)) and first.tobytes() != second.tobytes()
+    assert (
+        f"Steps: {kind.steps}, Sampler: {title}, Schedule type: SGM Uniform, CFG scale: 1," in first.info["parameters"]
+    )
+    pipeline, _ = sampling.sampling_pipeline(family, 60)
+    assert isinstance(pipeline.scheduler, scheduler)
+    pipeline.scheduler.set_timesteps(4)
+    assert pipeline.scheduler.timesteps[0] == 999
+    pipeline.scheduler.set_timesteps(60)  # as many as a person sets
+
+
+def test_an_lcm_folder_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
+    """As SimianLuo/LCM_Dreamshaper_v7 is: another pipeline of the same parts."""
+    base = with_scheduler(tiny_sd1, tmp_path / "base", _class_name="LCMScheduler")
+    index = json.loads((base / "model_index.json").read_text()) | {"_class_name": "LatentConsistencyModelPipeline"}
+    (base / "model_index.json").write_text(json.dumps(index))
+    info = families.describe(base)
+    assert info.family == "sd1" and info.distilled is not None and info.distilled.kind == "LCM"
+    index["_class_name"] = "LatentSomethingPipeline"
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(LorakitError, match="is a LatentSomethingPipeline"):
+        families.describe(base)
