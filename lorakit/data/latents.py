@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from lorakit.config import DataConfig, TrainConfig
-from lorakit.core import atomic
+from lorakit.core import atomic, safetensors_header
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.data import augment, buckets, captions, checks, concepts, decode, holdout
@@ -25,7 +25,8 @@ from lorakit.data.decode import Picture, Pixels
 from lorakit.data.folder import Photo
 
 # Part of every key on disk. Raise it when decoding, cropping or the saved tensors change.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+CHECKSUM = "blake2b"
 # Number of photos that are decoded before the encoder needs them. A decoded photo may have a hundred megabytes.
 MAX_PREFETCH = 4
 
@@ -147,6 +148,7 @@ class _Encoder:
     batch_size: BatchSize
     folder: Path | None = None
     hits: int = 0
+    damaged: set[str] = field(default_factory=set)
     encoded: int = 0
     masks: int = 0
 
@@ -156,7 +158,8 @@ class _Encoder:
         of = f" ({photo_count} photos with their variants)" if rows > photo_count else ""
         if self.folder is None:
             return f"latents: {self.encoded} encoded{of}"
-        return f"latents: {self.hits} hits, {self.encoded} encoded{of}, kept in {self.folder}"
+        suffix = f"; {len(self.damaged)} on disk were damaged and are encoded again" if self.damaged else ""
+        return f"latents: {self.hits} hits, {self.encoded} encoded{of}, kept in {self.folder}{suffix}"
 
     def prepare(self, photo: Photo) -> list[_VariantRow]:
         """All variants of a photo. The photo is decoded only if one of them is not on disk or the loss uses masks."""
@@ -203,17 +206,29 @@ class _Encoder:
             row.pixels, row.latent = None, (mean, std)
 
     def _load(self, key: str, variant: Variant) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The latent on disk for a key, or None. A damaged file counts as absent and is written again."""
-        if self.folder is None:
+        """The latent on disk for a key, or None. A damaged file is counted, and written again."""
+        if self.folder is None or not _cache_path(self.folder, key).is_file():
             return None
         try:
-            tensors = safetensors.torch.load(_cache_path(self.folder, key).read_bytes())
+            head = safetensors_header.read(_cache_path(self.folder, key))
+            tensors = safetensors_header.load(head)
             mean, std = tensors["mean"], tensors["std"]
-        except (OSError, KeyError, safetensors.SafetensorError):
+            whole = head.metadata[CHECKSUM] == _checksum(mean, std)
+        except (KeyError, LorakitError):
+            whole = False
+        if not whole:
+            self.damaged.add(key)
             return None
         size = (variant.bucket.height // self.downscale, variant.bucket.width // self.downscale)
         shape_matches = mean.shape == std.shape and tuple(mean.shape[1:]) == size
         return (mean, std) if shape_matches and bool(torch.isfinite(mean).all() and torch.isfinite(std).all()) else None
+
+
+def _checksum(mean: torch.Tensor, std: torch.Tensor) -> str:
+    """Of the bytes of a latent. It shows a bit that flipped on disk, which nothing else would."""
+    digest = hashlib.blake2b(mean.contiguous().numpy().data, digest_size=16)
+    digest.update(std.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _cache_path(folder: Path, key: str) -> Path:
@@ -296,7 +311,8 @@ def _save(path: Path, mean: torch.Tensor, std: torch.Tensor) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        atomic.write(path, safetensors.torch.save({"mean": mean.contiguous(), "std": std.contiguous()}))
+        tensors = {"mean": mean.contiguous(), "std": std.contiguous()}
+        atomic.write(path, safetensors.torch.save(tensors, {CHECKSUM: _checksum(mean, std)}))
     except OSError as error:
         hint = "set data.cache = 'memory' or LORAKIT_CACHE"
         raise LorakitError(f"{path.parent}: latents cannot be kept there ({error.strerror}); {hint}") from None

@@ -23,6 +23,7 @@ from lorakit.inference.sampling import draw_batch, sampling_pipeline
 if TYPE_CHECKING:
     from lorakit.families import Family
 
+CHECKSUM = "blake2b"  # the name of the digest of a picture's pixels among its texts
 # Class images are drawn as many at a time as have this many pixels together.
 BATCH_PIXELS = 2 * 512 * 512
 
@@ -75,8 +76,10 @@ def class_images(
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     place = (folder or cache_dir()) / "class-images" / key
     files = [place / f"{number:05d}.png" for number in range(count)]
-    missing = [number for number, file in enumerate(files) if not _opens(file)]
-    say(f"class images: {count - len(missing)} of {count} in the cache, {len(missing)} to draw ({prompt!r})")
+    missing = [number for number, file in enumerate(files) if not _is_whole(file)]
+    damaged = sum(files[number].exists() for number in missing)
+    suffix = f"; {damaged} in the cache were damaged and are drawn again" if damaged else ""
+    say(f"class images: {count - len(missing)} of {count} in the cache, {len(missing)} to draw ({prompt!r}){suffix}")
     try:
         place.mkdir(parents=True, exist_ok=True)
         (place / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
@@ -87,6 +90,7 @@ def class_images(
             seeds = [2**32 + seed * 2**20 + number for number in numbers]
             batch_images = draw_batch(family, pipeline, text, seeds, sampling, (side, side))
             for number, picture in zip(numbers, batch_images, strict=True):
+                picture.info[CHECKSUM] = _checksum(picture)
                 image_grid.save(picture, files[number])
     except OSError as error:
         raise LorakitError(f"cannot keep class images in {place}: {error.strerror}; set LORAKIT_CACHE") from None
@@ -100,12 +104,16 @@ def as_pixels(images: Sequence[Image.Image], batch: int) -> Iterator[torch.Tenso
         yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _opens(file: Path) -> bool:
+def _is_whole(file: Path) -> bool:
     try:
-        _open(file)
-    except (OSError, SyntaxError):
+        picture = image_grid.read(file)
+    except (OSError, SyntaxError, ValueError):
         return False
-    return True
+    return picture.info.get(CHECKSUM) == _checksum(picture)
+
+
+def _checksum(picture: Image.Image) -> str:
+    return hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
 
 
 def _open(file: Path) -> Image.Image:

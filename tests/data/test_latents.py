@@ -350,7 +350,20 @@ def test_renamed_photos_are_found_again(build: Builder, photos: Path) -> None:
     assert build.said[-1].startswith("latents: 3 hits, 0 encoded")
 
 
-@pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[: len(raw) // 2], lambda raw: b"x" * len(raw)])
+def flipped(at: float) -> Callable[[bytes], bytes]:
+    """Flips one bit, at that share of a file."""
+
+    def flip(raw: bytes) -> bytes:
+        place = min(int(at * len(raw)), len(raw) - 1)
+        return raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+
+    return flip
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda raw: b"", lambda raw: raw[: len(raw) // 2], lambda raw: b"x" * len(raw), *map(flipped, (0, 0.03, 0.5, 1))],
+)
 def test_a_damaged_latent_is_made_anew(
     build: Builder, photos: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
@@ -361,8 +374,9 @@ def test_a_damaged_latent_is_made_anew(
     files[0].write_bytes(damage(files[0].read_bytes()))
     build(DISK)
     assert build.said[-1].startswith("latents: 1 hits, 1 encoded")
+    assert build.said[-1].endswith("; 1 on disk were damaged and are encoded again")
     build(DISK)
-    assert build.said[-1].startswith("latents: 2 hits, 0 encoded")
+    assert build.said[-1].startswith("latents: 2 hits, 0 encoded") and "; " not in build.said[-1]
 
 
 def test_the_cache_is_private_and_whole(build: Builder, photos: Path, tmp_path: Path) -> None:

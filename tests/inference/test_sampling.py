@@ -296,10 +296,18 @@ def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
 def test_a_damaged_class_image_is_drawn_anew(family, tmp_path, monkeypatch):
     first = drawn_class_images(family, 3, tmp_path)
     (file,) = tmp_path.glob("class-images/*/00001.png")
-    file.write_bytes(file.read_bytes()[:100])
-    counts = drawn_numbers(monkeypatch)
-    again = drawn_class_images(family, 3, tmp_path)
-    assert counts == [1] and np.abs(arrays(again) - arrays(first)).max() <= 1
+    raw, pixels = file.read_bytes(), image_grid.read(file)
+    counts, lines = drawn_numbers(monkeypatch), []
+    for damage in ("cut", "one pixel"):
+        file.write_bytes(raw[:100])
+        if damage == "one pixel":  # as a bit that flipped on disk and that no check of PNG's notices
+            changed = pixels.copy()
+            changed.putpixel((0, 0), (pixels.getpixel((0, 0))[0] ^ 1, 0, 0))
+            image_grid.save(changed, file)
+        again = drawn_class_images(family, 3, tmp_path, lines)
+        assert np.abs(arrays(again) - arrays(first)).max() <= 1
+        assert lines[-1].endswith("; 1 in the cache were damaged and are drawn again")
+    assert counts == [1, 1]
 
 
 @pytest.mark.parametrize(
