@@ -39,12 +39,17 @@ def add(command: Command) -> None:
     inspect = command(
         "inspect", run_inspect, "show what a file is: adapter or base, method, rank, trigger, which programs read it"
     )
-    inspect.add_argument("file", metavar="FILE", help="a safetensors file, a PEFT folder or a base model folder")
+    inspect.add_argument(
+        "file", metavar="FILE", help="a safetensors file, or a folder: PEFT's, of a base, a checkpoint"
+    )
     inspect.add_argument(
         "--targets",
         default="",
         metavar="a1111,comfyui",
         help="fail if one of these programs does not read all of it",
+    )
+    inspect.add_argument(
+        "--plot", metavar="FILE.png", help="draw the size of each module's change; no file is replaced"
     )
 
     export = command("export", run_export, "write an adapter in another format")
@@ -124,8 +129,18 @@ def run_sample(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     """`lorakit inspect`: 1 where a program named in `--targets` does not read all of the file."""
     from lorakit.formats import inspect
+    from lorakit.formats.facts import strength
+    from lorakit.runs.folder import RunFolder
 
-    report = inspect.inspect(Path(args.file))
+    path = Path(args.file)
+    if path.is_dir() and path.parent == RunFolder(path.parent.parent).checkpoints:
+        from lorakit.training import checkpoint_export  # needs torch
+
+        report = checkpoint_export.inspect(path)
+    else:
+        report = inspect.inspect(path)
+    if args.plot:
+        strength.plot(report.strength, Path(args.plot), report.name)
     failures = report.failures(args.targets.split(","))
     if args.json:
         print_json(report.to_json() | {"failures": failures})

@@ -254,7 +254,7 @@ def values(header: Header, name: str) -> list[float]:
         raw = file.read(info.end - info.start)
     dtype = info.dtype
     if dtype == "F8_E4M3":
-        return [_fp8_e4m3(byte) for byte in raw]
+        return [fp8_e4m3(byte) for byte in raw]
     if dtype == "F8_E5M2":  # the upper half of a float16
         dtype, raw = "F16", b"".join(b"\0" + raw[at : at + 1] for at in range(len(raw)))
     if dtype == "BF16":  # the upper half of a float32
@@ -262,7 +262,7 @@ def values(header: Header, name: str) -> list[float]:
     return [float(value[0]) for value in struct.iter_unpack(f"<{formats[dtype]}", raw)] if dtype in formats else []
 
 
-def _fp8_e4m3(byte: int) -> float:
+def fp8_e4m3(byte: int) -> float:
     """One sign, four bits of exponent, three of mantissa; no infinity (Micikevicius et al. 2022, arXiv 2209.05433)."""
     sign, exponent, mantissa = -1.0 if byte & 128 else 1.0, byte >> 3 & 15, byte & 7
     if byte & 127 == 127:

@@ -11,17 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable
 from lorakit.core.registry import FORMATS
-from lorakit.formats import files, metadata
+from lorakit.formats import metadata
 
-Tokens = dict[str, dict[str, torch.Tensor]]
+if TYPE_CHECKING:
+    import torch
+
+Tokens = dict[str, dict[str, "torch.Tensor"]]
 # Text encoder -> what its vectors are called, where there is one encoder and where there are two.
 ONE, TWO = {"text_encoder": "emb_params"}, {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _BUNDLED = re.compile(r"bundle_emb\.(.+)\.(string_to_param\.\*|emb_params|clip_l|clip_g)")
@@ -59,6 +61,8 @@ def bundled(tokens: Tokens) -> dict[str, torch.Tensor]:
 
 def write(weights: AdapterWeights, place: Path, adapter_metadata: Mapping[str, str]) -> list[Path]:
     """Write every word's embedding file into the folder `place`, with what the adapter says of itself."""
+    from lorakit.formats import files
+
     paths = []
     for word, vectors in weights.embeddings.items():
         header = metadata.complete(weights, adapter_metadata)
@@ -104,6 +108,8 @@ def read(path: Path, adapter_metadata: Mapping[str, str]) -> Tokens:
 
 def problems(tokens: Tokens, trained: Tokens) -> list[tuple[str, str]]:
     """(word, what is wrong) where the words of a file are not the trained ones."""
+    import torch
+
     wrong = [(word, "embedding that was not trained") for word in tokens if word not in trained]
     for word, vectors in trained.items():
         there = tokens.get(word, {})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,24 @@ from lorakit.adapters.weights import LoraLayer
 from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.families import ldm
-from lorakit.formats import compatibility, identify, keys
+from lorakit.formats import compatibility, embeddings, identify, keys, metadata as meta
 from lorakit.formats.compatibility import Reading
 from lorakit.formats.facts import health
+from lorakit.formats.facts.strength import Places, Strength, measure
 
 _MAX_VALUE_LENGTH = 100  # characters of a metadata value
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """One adapted part of the model: how many modules, and the ranks and alphas that occur, most common first."""
+    """One adapted part of the model: how many modules, and the ranks and alphas that occur, most common first, with how
+    many modules have each."""
 
     modules: int
     ranks: list[int]
     alphas: list[float]
+    rank_counts: list[int] = dataclasses.field(default_factory=list)
+    alpha_counts: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Report:
     damage: str = ""
     words: list[str] = dataclasses.field(default_factory=list)
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+    strength: Strength = dataclasses.field(default_factory=Strength)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def failures(self, targets: Iterable[str]) -> list[str]:
         """One line for each named program that does not read all of it rightly.
@@ -80,19 +87,23 @@ class Report:
         lines = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
         facts = {
             "for": f"{title} (told by {self.family_evidence})" if title else "",
-            "type": f"{self.trigger or ', '.join(self.words)}  (<lora:{Path(self.name).stem}:1> in A1111 and Forge)"
-            if self.hashes and (self.trigger or self.words)
-            else "",
-            "healthy": (f"NO: {self.damage}" if self.damage else "every number is finite") if self.hashes else "",
+            "type": self._typed(),
+            "healthy": self._health(),
+            "note": "; ".join(self.notes),
+            "trained": health.history(self.metadata) if self.kind == "adapter" else "",
             "format": f"{self.format}, {self.dtype}" if self.format else "",
             "method": self.method,
             "trigger": self.trigger,
             "hashes": ", ".join(f"{name} {value}" for name, value in self.hashes.items()),
         }
         for part, component in self.components.items():
-            ranks, alphas = (_join(values) for values in (component.ranks, component.alphas))
-            facts[part] = f"{component.modules} modules, rank {ranks}, alpha {alphas or '= rank'}"
+            ranks = _counted(component.ranks, component.rank_counts)
+            alphas = _counted(component.alphas, component.alpha_counts) or ("= rank" if ranks else "")
+            values = [f"rank {ranks}" if ranks else "", f"alpha {alphas}" if alphas else ""]
+            facts[part] = ", ".join(filter(None, (f"{component.modules} modules", *values)))
         lines += [f"  {name:<15} {text}" for name, text in facts.items() if text]
+        if self.strength.modules:
+            lines += ["size of the change of each block (norm of delta W):", *self.strength.lines()]
         if self.damage:
             lines.append("no program can use it")
         elif self.readers:
@@ -103,6 +114,27 @@ class Report:
             lines.append("metadata:")
             lines += [f"  {key} = {_shortened(value)}" for key, value in sorted(self.metadata.items())]
         return "\n".join(lines)
+
+    def _typed(self) -> str:
+        """What to type into a program, of an adapter."""
+        if self.kind != "adapter":
+            return ""
+        words = self.trigger or ", ".join(self.words) or "nothing, as far as the file tells"
+        is_tagged = any(self.readers[key].complete for key in ("a1111", "forge") if key in self.readers)
+        return words + (f"  (<lora:{Path(self.name).stem}:1> in A1111 and Forge)" if is_tagged else "")
+
+    def _health(self) -> str:
+        """Whether an adapter's numbers look well."""
+        if self.kind != "adapter":
+            return ""
+        odd = self.strength.health()
+        return (
+            f"NO: {self.damage}"
+            if self.damage
+            else f"LOOK: {odd}"
+            if odd
+            else "every number is finite, none stands out"
+        )
 
 
 def inspect(path: Path) -> Report:
@@ -141,9 +173,21 @@ def inspect(path: Path) -> Report:
             metadata=head.metadata,
         )
     alphas = safetensors_header.scalars(head, ".alpha")
-    report = _adapter(path.name, kind, size, [head], shapes, alphas, head.metadata)
-    words = health.words(head.metadata)
-    return dataclasses.replace(report, damage=health.damage([head]), hashes=health.hashes(head), words=words)
+    places = {name: (head, name) for name in shapes}
+    report = _adapter(path.name, size, places, shapes, alphas, head.metadata)
+    notes = [*report.notes, *_word_notes(path, head)]
+    return dataclasses.replace(report, hashes=health.hashes(head), notes=notes)
+
+
+def _word_notes(path: Path, head: safetensors_header.Header) -> list[str]:
+    """The words that an adapter carries in itself, and those whose embeddings belong beside it."""
+    carried = sorted({match[1] for name in head.tensors if (match := re.match(r"bundle_emb\.(.+?)\.", name))})
+    notes = [f"carries the word {word!r}, which A1111 learns from it" for word in carried]
+    for word in head.metadata.get(meta.WORDS, "").split():
+        file = embeddings.folder(path) / f"{Path(word).name}.safetensors"
+        there = "which is beside it" if file.is_file() else "which is not there"
+        notes += [] if word in carried else [f"needs its embedding {file.parent.name}/{file.name}, {there}"]
+    return notes
 
 
 def _folder(path: Path) -> Report:
@@ -164,22 +208,22 @@ def _folder(path: Path) -> Report:
 
 
 def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
-    heads: list[safetensors_header.Header] = []
+    places: dict[str, tuple[safetensors_header.Header, str]] = {}
     metadata: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     alphas: dict[str, float] = {}
     for part, folder in parts.items():
         head = safetensors_header.read(folder / identify.PEFT_MODEL)
         config = _json(folder / identify.PEFT_CONFIG)
-        heads.append(head)
         metadata |= head.metadata
         for name, full_name in identify.peft_names(part, head.tensors).items():
             shapes[full_name] = head.tensors[name].shape
+            places[full_name] = head, name
         alpha = config.get("lora_alpha", config.get("alpha"))
         if isinstance(alpha, int | float):
             alphas[part] = float(alpha)
-    size = sum(head.path.stat().st_size for head in heads)
-    return _adapter(path.name, "adapter", size, heads, shapes, alphas, metadata, folder=True)
+    size = sum((folder / identify.PEFT_MODEL).stat().st_size for folder in parts.values())
+    return _adapter(path.name, size, places, shapes, alphas, metadata, folder=True)
 
 
 def _base_folder(path: Path) -> Report:
@@ -211,64 +255,74 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _adapter(
     name: str,
-    kind: str,
     size: int,
-    heads: list[safetensors_header.Header],
+    places: Places,
     shapes: identify.Shapes,
     alphas: dict[str, float],
     metadata: dict[str, str],
     folder: bool = False,
 ) -> Report:
     modules = identify.modules(shapes, identify.layers_per_block(metadata))
-    identify.require_shapes(modules, shapes)
     other = identify.other_model(shapes, metadata)
     names = {name for module in modules.values() if module.canonical for name in module.parts.values()}
+    heads = list({head.path: head for head, _ in places.values()}.values())
+    common: dict[str, Any] = {"dtype": _dtype(heads), "metadata": metadata, "damage": health.damage(heads)}
+    common |= {"trigger": metadata.get("modelspec.trigger_phrase", ""), "words": health.words(metadata)}
+    methods = " and ".join(_ordered(Counter(module.method for module in modules.values())))
     if other and (other[0].family is None or names != set(shapes)):
-        model, source = other
-        return Report(
-            name,
-            kind,
-            f"an adapter for {model.title}",
-            size,
-            model.family,
-            source,
-            method=" and ".join(_ordered(Counter(module.method for module in modules.values()))),
-            dtype=_dtype(heads),
-            trigger=metadata.get("modelspec.trigger_phrase", ""),
-            metadata=metadata,
-            model=model.title,
-        )
+        model, by = other
+        title = model.title
+        report = Report(name, "adapter", f"an adapter for {title}", size, model.family, by, method=methods, model=title)
+        return dataclasses.replace(report, **common)
     if not modules:
         raise LorakitError(
             f"{name}: an adapter, but not for Stable Diffusion: its names are of no program known here, such as "
             f"{next(iter(shapes))}"
         )
     family, source = identify.adapter_family(modules, shapes, metadata)
-    components: dict[str, Component] = {}
-    for part in keys.COMPONENTS:
-        inside = [m for m in modules.values() if _part(m) == part]
-        if inside:
-            ranks = Counter(rank for m in inside if (rank := identify.rank(m, shapes)) is not None)
-            scales = Counter(alphas[key] for m in inside if (key := m.parts.get("alpha", part)) in alphas)
-            components[part] = Component(len(inside), _ordered(ranks), _ordered(scales))
-    methods = Counter(module.method for module in modules.values())
+    components, scales = _components(modules, shapes, alphas, metadata)
+    ranks = {rank for component in components.values() for rank in component.ranks}
     return Report(
         name,
-        kind,
-        identify.DESCRIPTIONS[kind],
+        "adapter",
+        identify.DESCRIPTIONS["adapter"],
         size,
         family,
         source,
         "PEFT folder" if folder else Counter(m.spelling for m in modules.values()).most_common(1)[0][0],
-        metadata.get("lorakit.method", LoraLayer.METHOD)
-        if set(methods) == {LoraLayer.METHOD}
-        else " and ".join(_ordered(methods)),
-        _dtype(heads),
-        metadata.get("modelspec.trigger_phrase", ""),
-        components,
-        compatibility.read_report(shapes, family, alphas=alphas, metadata=metadata, folder=folder),
-        metadata,
+        metadata.get("lorakit.method", LoraLayer.METHOD) if methods == LoraLayer.METHOD else methods,
+        components=components,
+        readers=compatibility.read_report(shapes, family, alphas=alphas, metadata=metadata, folder=folder),
+        strength=Strength() if common["damage"] else measure(modules, places, scales),
+        notes=health.contradictions(metadata, ranks, scales.values() or [1.0]),
+        **common,
     )
+
+
+def _components(
+    modules: Mapping[str, identify.Module],
+    shapes: identify.Shapes,
+    alphas: Mapping[str, float],
+    metadata: dict[str, str],
+) -> tuple[dict[str, Component], dict[str, float]]:
+    """Component -> its ranks and alphas; and stem -> alpha / rank."""
+    config = compatibility.config_scales(metadata)
+    components, scales = dict[str, Component](), dict[str, float]()
+    for part in keys.COMPONENTS:
+        inside = [module for module in modules.values() if _part(module) == part]
+        ranks, values = Counter[float](), Counter[float]()
+        for module in inside:
+            rank = identify.rank(module, shapes)
+            alpha = alphas.get(
+                module.parts.get("alpha", part), config[part] * rank if rank and part in config else None
+            )
+            ranks.update([] if rank is None else [rank])
+            values.update([] if alpha is None else [alpha])
+            scales[module.stem] = alpha / rank if alpha is not None and rank else 1.0
+        if inside:
+            counts = [[n for _, n in counter.most_common()] for counter in (ranks, values)]
+            components[part] = Component(len(inside), _ordered(ranks), _ordered(values), *counts)
+    return components, scales
 
 
 def _part(module: identify.Module) -> str:
@@ -297,8 +351,10 @@ def _dtype(heads: list[safetensors_header.Header]) -> str:
     return sizes.most_common(1)[0][0] if sizes else ""
 
 
-def _join(values: Iterable[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
+def _counted(values: Iterable[float], counts: Sequence[int]) -> str:
+    """Values with how many modules have each, where there are several."""
+    pairs = zip(values, counts, strict=True)
+    return ", ".join(f"{value:g} ({count})" if len(counts) > 1 else f"{value:g}" for value, count in pairs)
 
 
 def _shortened(value: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,17 +11,37 @@ from lorakit import config as configuration, families
 from lorakit.adapters.weights import AdapterWeights, from_factors
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
-from lorakit.formats import metadata
+from lorakit.core.registry import FORMATS
+from lorakit.formats import adapter_math, inspect as inspection, metadata, save
 from lorakit.runs.folder import RunFolder
 from lorakit.training import checkpoint
 
 if TYPE_CHECKING:
     import torch
 
+    from lorakit.formats.inspect import Report
+
 
 def is_checkpoint(path: Path) -> bool:
     """Whether the path is a complete checkpoint inside a run folder."""
     return (path / checkpoint.MARKER).is_file() and RunFolder(path.parent.parent).config_file.is_file()
+
+
+def inspect(path: Path) -> Report:
+    """What a checkpoint holds, as `inspect` says it of an export: of the first format that carries the adapter.
+
+    Raises:
+        LorakitError: see `read`; the folder is no checkpoint of a run.
+    """
+    if not is_checkpoint(path):
+        raise LorakitError(f"{path}: not a checkpoint inside a run folder")
+    weights = read(path)
+    kinds = adapter_math.kinds(weights)
+    carriers = (n for n, spec in FORMATS.items() if not any(spec.check(kind, weights.family) for kind in kinds))
+    with tempfile.TemporaryDirectory() as folder:
+        saved = save(weights, Path(folder), path.name, [next(carriers)], "fp32", {}, say=lambda line: None)
+        report = inspection.inspect(next(iter(saved.values())))
+    return replace(report, name=path.name, description="a checkpoint of a run, as it would be exported", hashes={})
 
 
 def read(path: Path) -> AdapterWeights:

@@ -54,3 +54,15 @@ def test_a_run_without_its_plan_is_named(saved: Path):
     (saved.parent.parent / "plan.json").write_text("{")
     with pytest.raises(LorakitError, match=r"plan\.json is not there or damaged"):
         checkpoint_export.read(saved)
+
+
+def test_inspect_says_what_a_checkpoint_holds(saved: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["inspect", str(saved)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{saved.name}: a checkpoint of a run, as it would be exported")
+    assert any("Stable Diffusion 1" in line for line in lines) and any("rslora" in line for line in lines)
+    size = float(torch.linalg.vector_norm(checkpoint_export.read(saved).layers[LAYER].delta()))
+    assert any(line.split()[:3] == ["down", "0", f"{size:.3g}"] for line in lines)
+    (saved / checkpoint.MARKER).unlink()
+    assert cli.main(["inspect", str(saved)]) == 1
+    assert "not a checkpoint inside a run folder" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -32,6 +34,26 @@ def damage(heads: Iterable[safetensors_header.Header]) -> str:
     return ""
 
 
+def numbers(head: safetensors_header.Header, name: str) -> np.ndarray:
+    """One tensor in float32, or wider where it is; zeros of its shape where numpy has no such dtype."""
+    info = head.tensors[name]
+    with head.path.open("rb") as file:
+        file.seek(info.start)
+        raw = file.read(info.end - info.start)
+    wide = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "BOOL": "?"}
+    if info.dtype in wide:
+        array = np.frombuffer(raw, wide[info.dtype])
+    elif info.dtype == "BF16":  # the upper half of a float32
+        array = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    elif info.dtype == "F8_E5M2":  # the upper half of a float16
+        array = (np.frombuffer(raw, "u1").astype(np.uint16) << 8).view(np.float16)
+    elif info.dtype == "F8_E4M3":
+        array = np.array([safetensors_header.fp8_e4m3(byte) for byte in range(256)])[np.frombuffer(raw, "u1")]
+    else:
+        array = np.zeros(info.shape)
+    return array.reshape(info.shape).astype(np.result_type(array.dtype, np.float32), copy=False)
+
+
 def hashes(head: safetensors_header.Header) -> dict[str, str]:
     """The names by which A1111 and Civitai look a file up: AutoV2 of the whole file, AutoV3 of its tensors alone."""
     whole, tensors = hashlib.sha256(), hashlib.sha256()
@@ -41,6 +63,36 @@ def hashes(head: safetensors_header.Header) -> dict[str, str]:
             whole.update(block)
             tensors.update(block)
     return {"AutoV2": whole.hexdigest()[:10], "AutoV3": tensors.hexdigest()[:12]}
+
+
+def history(metadata: Mapping[str, str]) -> str:
+    """What metadata of sd-scripts and ModelSpec says of the training, in words."""
+    steps, side = (
+        metadata.get("ss_steps", ""),
+        metadata.get("ss_resolution") or metadata.get("modelspec.resolution", ""),
+    )
+    sides = re.findall(r"\d+", side)
+    facts = {
+        "on {}": metadata.get("ss_sd_model_name", ""),
+        "{} images": metadata.get("ss_num_train_images", ""),
+        "{} epochs": metadata.get("ss_num_epochs", ""),
+        "{} steps": steps or metadata.get("ss_max_train_steps", ""),
+        "at {}": "x".join(sides[:2] if len(sides) > 1 else sides * 2),
+        "learning rate {}": metadata.get("ss_learning_rate", ""),
+        "clip skip {}": metadata.get("ss_clip_skip", ""),
+    }
+    return ", ".join(text.format(value) for text, value in facts.items() if value not in ("", "None"))
+
+
+def contradictions(metadata: Mapping[str, str], ranks: Iterable[int], scales: Iterable[float]) -> list[str]:
+    """Where rank and alpha of the metadata are not those of the tensors, by which every program goes."""
+    try:
+        rank, alpha = (float(metadata[f"ss_network_{name}"]) for name in ("dim", "alpha"))
+        wrong = rank not in set(ranks) or not any(math.isclose(alpha / rank, scale, rel_tol=1e-2) for scale in scales)
+    except (KeyError, ValueError, ZeroDivisionError):
+        return []
+    words = f"its metadata says rank {rank:g} and alpha {alpha:g}, which is not so: programs go by the tensors"
+    return [words] if wrong else []
 
 
 def words(metadata: Mapping[str, str]) -> list[str]:

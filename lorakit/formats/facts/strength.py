@@ -1,0 +1,178 @@
+"""How much each module of an adapter changes, from its numbers alone; no torch.
+
+The size of a change is the Frobenius norm of delta W. What depends on a base (OFT, (IA)^3, GLoRA) has none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorakit.core import image_grid
+from lorakit.core.errors import LorakitError
+from lorakit.formats.facts.health import numbers
+
+if TYPE_CHECKING:
+    from lorakit.core.safetensors_header import Header
+    from lorakit.formats.identify import Module
+
+# Tensor name -> the header that has it, and its name there.
+Places = Mapping[str, tuple["Header", str]]
+OUTLIER = 10.0  # times the median of its kind
+_KIND_SIZE = 4  # of fewer modules a median says nothing
+# Of the picture, in pixels.
+WIDTH, ROW, TOP, LEFT, BAR = 960, 64, 40, 130, (70, 110, 180)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """The sizes of an adapter's changes.
+
+    Attributes:
+        modules: stem -> size, in the order of the network.
+        blocks: block -> the sizes of its modules.
+        dead: stems of modules that change nothing.
+        outliers: stem -> how many times the median of its kind it is.
+    """
+
+    modules: dict[str, float] = field(default_factory=dict)
+    blocks: dict[str, list[float]] = field(default_factory=dict)
+    dead: list[str] = field(default_factory=list)
+    outliers: dict[str, float] = field(default_factory=dict)
+
+    def health(self) -> str:
+        """What stands out, in words, or ""."""
+        lines = []
+        if self.dead and len(self.dead) == len(self.modules):
+            return "every module is zero: it changes nothing"
+        if self.dead:
+            lines.append(f"{len(self.dead)} of {len(self.modules)} modules are zero, such as {self.dead[0]}")
+        if self.outliers:
+            stem, times = max(self.outliers.items(), key=lambda item: item[1])
+            lines.append(f"{len(self.outliers)} of {len(self.modules)} modules stand out: {stem} by {times:.0f} times")
+        return "; ".join(lines)
+
+    def lines(self) -> list[str]:
+        """A line with a bar for each block."""
+        totals = {name: math.hypot(*sizes) for name, sizes in self.blocks.items()}
+        highest = max(totals.values(), default=0.0) or 1.0
+        return [f"  {name:<15} {size:<9.3g} {'#' * round(30 * size / highest)}" for name, size in totals.items()]
+
+
+def measure(modules: Mapping[str, Module], places: Places, scales: Mapping[str, float]) -> Strength:
+    """The sizes of all modules; `scales`: stem -> alpha / rank, where it is not 1."""
+    names = {stem: module.canonical or stem for stem, module in modules.items()}
+    sizes: dict[str, float] = {}
+    blocks: dict[str, list[float]] = {}
+    kinds: dict[str, list[float]] = {}
+    for stem in sorted(modules, key=lambda stem: _position(names[stem])):
+        size = _size({part: numbers(*places[name]) for part, name in modules[stem].parts.items() if name in places})
+        if size is not None:
+            sizes[stem] = size * scales.get(stem, 1.0)
+            blocks.setdefault(block(names[stem]), []).append(sizes[stem])
+            kinds.setdefault(_kind(names[stem]), []).append(sizes[stem])
+    medians = {kind: statistics.median(values) for kind, values in kinds.items() if len(values) >= _KIND_SIZE}
+    times = {stem: size / median for stem, size in sizes.items() if (median := medians.get(_kind(names[stem]), 0.0))}
+    dead = [stem for stem, size in sizes.items() if size == 0 and not _may_be_zero(stem)]
+    return Strength(sizes, blocks, dead, {stem: ratio for stem, ratio in times.items() if ratio > OUTLIER})
+
+
+def _may_be_zero(stem: str) -> bool:
+    """Whether exporters write it with zeros on purpose: what is missing of a text encoder's q, k, v and out."""
+    return bool(re.search(r"self_attn[._](?:[qkv]|out)_proj$", stem))
+
+
+def block(name: str) -> str:
+    """The block of a canonical name, for a person."""
+    part, _, path = name.partition(".")
+    if match := re.match(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.", path):
+        return f"{match[1]} {match[2]}" if match[1] else "mid"
+    if match := re.match(r"transformer_blocks\.(\d+)\.", path):
+        return f"block {match[1]}"
+    return part.replace("_", " ") if part.startswith("text") else "top"
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "", name.partition(".")[0] + "." + ".".join(name.split(".")[-3:]))
+
+
+def _position(name: str) -> tuple[int, list[int]]:
+    sides = ("text_encoder.", "text_encoder_2.", "unet.down", "unet.mid", "unet.up", "unet.transformer")
+    side = next((number for number, start in enumerate(sides) if name.startswith(start)), len(sides))
+    return side, [int(digits) for digits in re.findall(r"\d+", name)]
+
+
+def _size(parts: Mapping[str, np.ndarray]) -> float | None:
+    """The norm of delta W without its scale; None where the parts are not of a change that holds by itself."""
+    try:
+        if "mid" in parts:
+            whole = np.einsum("mnhw,im,nj->ijhw", parts["mid"], _flat(parts["up"]), _flat(parts["down"]))
+            return float(np.linalg.norm(whole))
+        if "down" in parts:
+            down, up = _flat(parts["down"]), _flat(parts["up"])
+            return math.sqrt(max(0.0, float(((down @ down.T) * (up.T @ up)).sum())))
+        if "hada_w1_a" in parts:
+            return float(np.linalg.norm(_hada(parts, "1") * _hada(parts, "2")))
+        if {"lokr_w1", "lokr_w1_a"} & parts.keys():
+            return float(np.linalg.norm(_kron(parts, "1")) * np.linalg.norm(_kron(parts, "2")))
+    except (KeyError, ValueError):
+        return None  # parts that are missing or do not fit together, which `compatibility` reports
+    whole = parts.get("diff", parts.get("w_norm", parts.get("diff_b")))
+    return None if whole is None else float(np.linalg.norm(whole))
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), -1)
+
+
+def _hada(parts: Mapping[str, np.ndarray], side: str) -> np.ndarray:
+    return _product(parts[f"hada_w{side}_a"], parts[f"hada_w{side}_b"], parts.get(f"hada_t{side}"))
+
+
+def _kron(parts: Mapping[str, np.ndarray], side: str) -> np.ndarray:
+    if f"lokr_w{side}" in parts:
+        return parts[f"lokr_w{side}"]
+    return _product(parts[f"lokr_w{side}_a"], parts[f"lokr_w{side}_b"], parts.get(f"lokr_t{side}"))
+
+
+def _product(a: np.ndarray, b: np.ndarray, kernel: np.ndarray | None) -> np.ndarray:
+    """Two factors put together, with Tucker's small kernel between them where there is one."""
+    whole: np.ndarray = _flat(a) @ _flat(b) if kernel is None else np.einsum("ijkl,ip,jr->prkl", kernel, a, b)
+    return whole
+
+
+def plot(strength: Strength, path: Path, title: str) -> None:
+    """Draw a bar for each module, block by block.
+
+    Raises:
+        LorakitError: no module has a size; the file is there, is no PNG by its name, or cannot be written.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    if path.exists() or path.suffix.lower() != ".png":
+        raise LorakitError(f"{path}: name a new file that ends in .png")
+    if not strength.modules:
+        raise LorakitError(f"{title}: its changes have no size without a base, so there is nothing to draw")
+    highest, font = max(strength.modules.values()) or 1.0, ImageFont.load_default(image_grid.FONT_SIZE)
+    picture = Image.new("RGB", (WIDTH, TOP + ROW * len(strength.blocks)), image_grid.PAPER)
+    draw = ImageDraw.Draw(picture)
+    text = f"{title}: size of the change (norm of delta W) of each module; the highest is {highest:.3g}"
+    draw.text((8, 10), text, image_grid.INK, font)
+    step = (WIDTH - LEFT - 8) / max(map(len, strength.blocks.values()))
+    for number, (name, sizes) in enumerate(strength.blocks.items()):
+        foot = TOP + ROW * (number + 1) - 8
+        draw.text((8, foot - image_grid.FONT_SIZE), name, image_grid.INK, font)
+        for at, size in enumerate(sizes):
+            x = LEFT + at * step
+            draw.rectangle((x, foot - (ROW - 16) * size / highest, x + max(1, step - 2), foot), BAR)
+    try:
+        image_grid.save(picture, path)
+    except OSError as error:
+        raise LorakitError(f"{path}: cannot be written: {error.strerror or error}") from None
