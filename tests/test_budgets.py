@@ -16,7 +16,7 @@ OPTIONS = 76
 FILE_LINES, FUNCTION_LINES, PARAMETERS, ROOM_FILES, ROOMS = 500, 60, 7, 16, 12
 # What every install gets; `lightweight` is in the first line of what lorakit is. Raised from 21,000 for the readers of
 # base models, adapter files and captions that other programs write, and for prompts as web UIs read them.
-PACKAGE_LINES = 24_200
+PACKAGE_LINES = 24_520
 # "file:function" -> lines that it has more than FUNCTION_LINES allows.
 LONG_FUNCTIONS = {
     "tests/card/card.py:_play_cuda": 97,
@@ -27,7 +27,6 @@ MANY_PARAMETERS = {
     "lorakit/formats/compatibility.py:_reading": 10,
     "lorakit/training/selfcheck.py:examine": 9,
     "lorakit/inference/class_images.py:class_images": 9,
-    "lorakit/formats/inspect.py:_adapter": 8,
     "lorakit/formats/metadata.py:build": 8,
     "lorakit/formats/saving.py:save": 8,
     "lorakit/inference/recipe.py:picture_info": 8,

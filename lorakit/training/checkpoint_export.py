@@ -39,8 +39,8 @@ def inspect(path: Path) -> Report:
     kinds = adapter_math.kinds(weights)
     carriers = (n for n, spec in FORMATS.items() if not any(spec.check(kind, weights.family) for kind in kinds))
     with tempfile.TemporaryDirectory() as folder:
-        saved = save(weights, Path(folder), path.name, [next(carriers)], "fp32", {}, say=lambda line: None)
-        report = inspection.inspect(next(iter(saved.values())))
+        paths = save(weights, Path(folder), path.name, [next(carriers)], "fp32", {}, say=lambda line: None)
+        report = inspection.inspect(next(iter(paths.values())))
     return replace(report, name=path.name, description="a checkpoint of a run, as it would be exported", hashes={})
 
 
