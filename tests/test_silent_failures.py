@@ -103,6 +103,7 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.color_jitter": (0.3, VARIED),
     "data.variants": (4, {"data__crop_jitter": 0.2, "data__variants": 2}),
     "data.class_prompt": ("a photo of a mug", {"train__prior": "teacher"}),
+    "data.max_tokens": (75, {"data__caption_dropout": 1.0, "data__instance_prompt": "sks toy " * 40}),
     "adapter.method": ("dora", {}),
     "adapter.rank": (4, {}),
     "adapter.alpha": (1.0, {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
         modules, {name: paths[name] for name in layer_names}, config, plain=getattr(target, "plain", False)
     )
     adapter = Adapter(modules, layers, family, config.method, getattr(config, "dropout", 0.0))
+    adapter._reserve = getattr(target, "reserve", adapter._reserve)
     adapter.reset(seed)
     if config.new_tokens:
         adapter.add_tokens(trigger, _tokenizers(target), config.new_tokens)
@@ -75,6 +76,7 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     layer_paths = {name: paths[name] for name in weights.layers}
     layers = _inject(modules, layer_paths, config, plain=getattr(target, "plain", False))
     adapter = Adapter(modules, layers, family, method, 0.0)
+    adapter._reserve = getattr(target, "reserve", adapter._reserve)
     adapter.fill(weights)
     try:
         for word, vectors in weights.embeddings.items():
@@ -106,6 +108,8 @@ class Adapter:
         self._scales = {name: self._method.scale(layer) for name, layer in layers.items()}
         self._off = False
         self._word, self._tokens = "", dict[str, LearnedToken]()
+        # Tells the base how many places the word takes in a text.
+        self._reserve: Callable[[str, int], None] = lambda word, places: None
         for layer in layers.values():
             layer.eval()
         self.set_strength(1)
@@ -137,6 +141,7 @@ class Adapter:
                 raise LorakitError(f"the embedding of {word!r} does not fit {part}: it is for another base")
             self._tokens[part] = LearnedToken(self._modules[part], tokenizer, word, count, initial)
         self._word = word
+        self._reserve(word, max(len(token.vectors) for token in self._tokens.values()))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """`<canonical>.<factor>` -> float32 parameter, in the order of `layers`. Factors are what `weights` calls them:
@@ -272,6 +277,7 @@ class Adapter:
         """Take the adapter out; the base is as it was before `attach`."""
         for token in self._tokens.values():
             token.remove()
+        self._reserve("", 0)
         own = set(self._layers.values())
         for module in self._modules.values():
             layers = [(path, layer) for path, layer in module.named_modules() if layer in own]

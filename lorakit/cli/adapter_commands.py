@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lorakit.cli import threads
 from lorakit.cli.terminal import complain, print_json, print_lines
 from lorakit.cli.train_commands import Command, add_set, add_vae, read_overrides
-from lorakit.config import ModelConfig
+from lorakit.config import ModelConfig, unquote
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 
@@ -110,14 +110,18 @@ def run_sample(args: argparse.Namespace) -> int:
 
     base = args.base or sampling.base_of(args.adapter)
     print(f"base: {base}", file=sys.stderr)
+    overrides = ({"model.vae": args.vae} if args.vae else {}) | read_overrides(args.set)
+    prompts = [unquote(prompt) for prompt in args.prompt or ()]
+    for line in sampling.findings(args.adapter, prompts, base=base, overrides=overrides):
+        print(line, file=sys.stderr)
     files = sampling.sample(
         args.adapter,
-        args.prompt or (),
+        prompts,
         base=base,
         strengths=args.strength,
         folder=args.output,
         size=args.size,
-        overrides=({"model.vae": args.vae} if args.vae else {}) | read_overrides(args.set),
+        overrides=overrides,
     )
     if args.json:
         print_json({"grid": str(files[0]), "files": [str(file) for file in files[1:]]})

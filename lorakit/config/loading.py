@@ -274,6 +274,8 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("data.flip, data.crop_jitter and data.color_jitter need data.variants of 2 or more")
     if config.memory.gradient_checkpointing and config.memory.limit_gib is not None:
         problems.append("memory.limit_gib chooses the blocks to recompute: leave out memory.gradient_checkpointing")
+    if data.max_tokens is not None and data.max_tokens % 75:
+        problems.append(f"data.max_tokens = {data.max_tokens}: texts are read in chunks of 75: set 75, 150 or 225")
     if data.resolution % 8:
         problems.append(f"data.resolution = {data.resolution}: must be a multiple of 8")
     if config.memory.compile and (config.memory.base_storage != "full" or config.memory.stream_base):

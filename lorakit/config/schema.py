@@ -59,6 +59,12 @@ class DataConfig:
         "Subfolders like '20_ohwx man': folders: each its own subject; one: all are data.name; "
         "ask: stop if names differ.",
     )
+    max_tokens: int | None = option(
+        None,
+        "Tokens of a text that are read, 75 and its multiples: in chunks of 75, as web UIs do. Unset: 225 if needed.",
+        low=75,
+        high=750,
+    )
     class_folder: str = option(
         "",
         "Folder of your own class images for prior = 'images'. Empty: reg/, class/ or regularization/ in data.folder.",

@@ -1,4 +1,4 @@
-"""Names of files and folders."""
+"""Names of files and folders, and texts as they are shown."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ def unique_path(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def shorten(text: str, length: int) -> str:
+    """`text`, or its beginning and an ellipsis where it is longer."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def printable(text: str) -> str:

@@ -8,18 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.config import DataConfig
-from lorakit.core import foreign_json
+from lorakit.config import DataConfig, SampleConfig
+from lorakit.core import foreign_json, prompts
 from lorakit.core.errors import LorakitError
 from lorakit.data import concepts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from lorakit.data.checks import Base
     from lorakit.data.folder import Photo
 
 # Most orders of its tags that a photo is trained with: all are encoded before training, and no single order is learned.
 MAX_TAG_ORDERS = 8
+# Tokens of a text in a chunk of CLIP, and how many are read where `data.max_tokens` is not set.
+CHUNK, MAX_TOKENS = 75, 225
 # How CLIP splits text before its byte-pair encoding (openai/CLIP, simple_tokenizer.py).
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # Words that begin with a vowel sound, or with a consonant sound, against their first letter.
@@ -101,8 +104,8 @@ def sample_prompts_of_all(configs: Sequence[DataConfig]) -> list[str]:
     """Default prompts of the samples of several concepts: two of each, and the class prompt of the first."""
     if len(configs) == 1:
         return sample_prompts(configs[0])
-    prompts = [prompt for config in configs for prompt in sample_prompts(config)[:2]]
-    return list(dict.fromkeys([*prompts, class_prompt(configs[0])]))
+    texts = [prompt for config in configs for prompt in sample_prompts(config)[:2]]
+    return list(dict.fromkeys([*texts, class_prompt(configs[0])]))
 
 
 def class_photo_text(photo: Photo, config: DataConfig) -> str:
@@ -120,11 +123,11 @@ def sample_prompts(config: DataConfig) -> list[str]:
     """Default prompts of the samples. The last one is the class prompt; it shows whether the class changes."""
     if config.kind == "style":
         style = f" in {_style_phrase(config.name)}" if config.name else ""
-        prompts = [f"a picture of {noun}{style}" for noun in ("a house", "a cat", "a tree")] + ["a picture of a house"]
+        texts = [f"a picture of {noun}{style}" for noun in ("a house", "a cat", "a tree")] + ["a picture of a house"]
     else:
         subject = f"a photo of {_subject_phrase(config)}" if config.name else "a photo"
-        prompts = [subject, f"{subject} on a beach", f"{subject} in the snow", class_prompt(config)]
-    return list(dict.fromkeys(prompts))
+        texts = [subject, f"{subject} on a beach", f"{subject} in the snow", class_prompt(config)]
+    return list(dict.fromkeys(texts))
 
 
 def _subject_phrase(config: DataConfig) -> str:
@@ -187,19 +190,30 @@ def mentions_sides(text: str) -> bool:
     return re.search(r"(?<!\w)(left|right)(?!\w)", text, re.IGNORECASE) is not None
 
 
+def max_chunks(config: DataConfig, chunked: bool = True) -> int:
+    """The number of chunks of a text encoder that are read of a text at most; 1 where a base reads no more."""
+    return (config.max_tokens or MAX_TOKENS) // CHUNK if chunked else 1
+
+
 class TokenCounter:
     """Counts tokens with the base's tokenizer. No text encoder is loaded.
 
     Args:
         folder: the base's `tokenizer` folder, with tokenizer.json or with vocab.json and merges.txt.
         limit: positions of the text encoder (77 for CLIP), including the start and the end token.
+        chunks: how often so many are read at most.
+
+    Attributes:
+        room: tokens of a text in a chunk.
+        limit: tokens of a text that are read.
 
     Raises:
         LorakitError: there is no tokenizer in the folder.
     """
 
-    def __init__(self, folder: Path, limit: int):
-        self.limit = limit - 2
+    def __init__(self, folder: Path, limit: int, chunks: int = 1):
+        self.room = limit - 2
+        self.limit = self.room * chunks
         self._tokenizer = _load_tokenizer(folder)
 
     def count(self, text: str) -> tuple[int, str]:
@@ -207,6 +221,20 @@ class TokenCounter:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         count = len(encoding.ids)
         return count, text[encoding.offsets[self.limit][0] :].strip() if count > self.limit else ""
+
+
+def prompt_findings(sample: SampleConfig, base: Base) -> list[str]:
+    """What of the prompts is cut, left out, or read otherwise than by web UIs, a line each."""
+    tokenizer = base.tokenizers.get("tokenizer")
+    findings = []
+    for prompt in (*sample.prompts, sample.negative_prompt):
+        lines = prompts.ignored(prompt)
+        if tokenizer is not None and not base.chunked_texts:
+            counter = TokenCounter(tokenizer, base.max_tokens)
+            count, cut = counter.count("".join(part.text for group in prompts.parse(prompt) for part in group))
+            lines += [f'CLIP reads {counter.limit} of {count} tokens; cut off: "{cut}"'] if cut else []
+        findings += [f'prompt "{prompt}": {line}' for line in lines]
+    return findings
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:

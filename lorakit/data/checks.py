@@ -18,7 +18,7 @@ from PIL import Image
 from lorakit.config import DataConfig
 from lorakit.core import prompts
 from lorakit.core.errors import LorakitError
-from lorakit.core.names import printable
+from lorakit.core.names import printable, shorten
 from lorakit.data import buckets, captions, concepts, decode, duplicates, folder, time_limit
 from lorakit.data.buckets import Bucket
 from lorakit.data.folder import Photo
@@ -50,6 +50,8 @@ class Base(Protocol):
     def max_tokens(self) -> int: ...
     @property
     def bucket_multiple(self) -> int: ...
+    @property
+    def chunked_texts(self) -> bool: ...
 
 
 @dataclass
@@ -107,6 +109,7 @@ class Report:
         multiple: every side of a bucket is a multiple of it, in pixels.
         downscale: pixels for one latent, on a side.
         class_photos: the user's own class images, for prior preservation.
+        chunks: chunks of the text encoder that the longest text takes.
     """
 
     folder: Path
@@ -117,6 +120,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     class_photos: list[Photo] = field(default_factory=list)
+    chunks: int = 1
 
     @property
     def photos(self) -> list[Photo]:
@@ -190,7 +194,8 @@ def check(
     if problem := concepts.problem(files.photos, config):
         report.errors.append(problem)
     tokenizer = base.tokenizers.get("tokenizer")
-    counter = captions.TokenCounter(tokenizer, base.max_tokens) if tokenizer else None
+    chunks = captions.max_chunks(config, base.chunked_texts)
+    counter = captions.TokenCounter(tokenizer, base.max_tokens, chunks) if tokenizer else None
     if counter is None:
         report.notes.append(NOT_COUNTED)
     _check_texts(report, config, counter)
@@ -288,25 +293,33 @@ def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCoun
         item.text = captions.final_text(item.photo.caption, concepts.of_photo(item.photo, config))
         if any("\ud800" <= character <= "\udfff" for character in item.text):
             item.text = printable(item.text)
-            report.errors.append(f"{item.relative}: its text has what is no character: {_shorten(item.text, 60)}")
+            report.errors.append(f"{item.relative}: its text has what is no character: {shorten(item.text, 60)}")
         if counter is not None:
             item.tokens, item.cut = counter.count(item.text)
         if counter is not None and item.cut:
             fit = f"its text has {item.tokens} tokens, {counter.limit} fit"
-            cuts.append(f'{item.relative}: {fit}; cut off: "{_shorten(item.cut, 60)}"')
+            cuts.append(f'{item.relative}: {fit}; cut off: "{shorten(item.cut, 60)}"')
         if config.flip and captions.mentions_sides(item.text):
             item.findings.append("left or right in its text")
             report.errors.append(
                 f"{item.relative}: its text says left or right, which data.flip makes untrue; "
                 "set data.flip = false or change the text"
             )
+    long = [item for item in report.items if counter is not None and item.tokens > counter.room]
+    if counter is not None and long:
+        report.chunks = -(-min(counter.limit, max(item.tokens for item in long)) // counter.room)
+    if counter is not None and report.chunks > 1:
+        report.notes.append(
+            f"{len(long)} of {len(report.items)} texts have more than {counter.room} tokens: they are read in up to "
+            f"{report.chunks} chunks of {counter.room}, as web UIs read them"
+        )
     syntax = [(item, match) for item in report.items if (match := prompts.syntax(item.text))]
     for item, match in syntax:
         item.findings.append(f"{match} is trained as letters")
     if syntax:
-        count = f"{len(syntax)} of {len(report.items)} texts have what web UIs read as weights or commands"
         report.warnings.append(
-            f"{count} and training reads as letters, such as {syntax[0][1]}: {_names(item for item, _ in syntax)}"
+            f"{len(syntax)} of {len(report.items)} texts have what web UIs read as weights or commands and training "
+            f"reads as letters, such as {syntax[0][1]}: {_names(item for item, _ in syntax)}"
         )
     report.warnings += cuts if len(cuts) < 7 else [*cuts[:5], f"{len(cuts) - 5} more texts are too long and cut off"]
     for own in concepts.of_photos([item.photo for item in report.items], config):
@@ -456,10 +469,6 @@ def _some_lines(lines: list[str], limit: int = 5) -> list[str]:
     return [*lines[:limit], f"{len(lines) - limit} more lines like the last are in lorakit check --json: {cause}"]
 
 
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
-
-
 def _table(report: Report) -> list[str]:
     """One row for each photo. A text that all photos share is in the title instead."""
     texts = {item.text for item in report.items}
@@ -468,7 +477,7 @@ def _table(report: Report) -> list[str]:
     columns = ["photo", "size", "trained at", "cropped", "scaled", "tokens"]
     rows = [
         [
-            _shorten(item.relative, 40),
+            shorten(item.relative, 40),
             f"{item.width}x{item.height}" if item.readable else "unreadable",
             str(item.bucket or "-"),
             f"{item.cropped:.0%}" if item.cropped >= 0.005 else "-",
@@ -482,7 +491,7 @@ def _table(report: Report) -> list[str]:
     else:
         columns.append("text")
         for row, item in zip(rows, report.items, strict=True):
-            row.append(_shorten(item.text, 60))
+            row.append(shorten(item.text, 60))
     widths = [max(len(row[at]) for row in [columns, *rows]) for at in range(len(columns))]
     lines = [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

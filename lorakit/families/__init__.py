@@ -16,9 +16,12 @@ from lorakit.core import registry
 from lorakit.families.describe import BaseInfo, describe, of_pipeline, pin, unsuited
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from diffusers import DiffusionPipeline
 
+    from lorakit.core.prompts import Prompt
     from lorakit.families.conditioning import Conditioning
     from lorakit.families.prediction import Prediction
 
@@ -54,9 +57,18 @@ class Family(Protocol):
     def encode_text(self, texts: list[str]) -> Conditioning:
         """Embeddings of texts, cut and padded as the diffusers pipeline does it, without `size_conditions`."""
 
-    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
-        """What `encode_tokens` takes for texts, on `device`, a row each: token ids, int64 `[B, T]`, for a text encoder
-        that can be trained; what one that cannot makes of them."""
+    def encode_prompt(self, prompt: str) -> Conditioning:
+        """The embedding of one prompt, read as web UIs read it (see `core.prompts`), however long it is."""
+
+    def tokens(self, texts: Sequence[str | Prompt], chunks: int = 1) -> list[torch.Tensor]:
+        """What `encode_tokens` takes for texts, on `device`, a row each: token ids, int64 `[B, chunks * T]`, for a text
+        encoder that can be trained; what one that cannot makes of them."""
+
+    def chunks(self, texts: Sequence[str | Prompt]) -> int:
+        """The number of chunks that the longest of the texts takes; 1 where the family reads no more of a text."""
+
+    def reserve(self, word: str, places: int) -> None:
+        """Count a word with as many tokens as vectors are learned for it; none for no word."""
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """`encode_text` of texts in that form, which the host does not look at; autograd does, if asked."""

@@ -104,6 +104,11 @@ class BaseInfo:
         """What the sides of a bucket must be multiples of, in pixels."""
         return self.spec.bucket_multiple(self.layers, self.downscale)
 
+    @property
+    def chunked_texts(self) -> bool:
+        """Whether long texts are read in chunks."""
+        return self.spec.chunked_texts
+
     def weights(self, component: str) -> Source:
         """Where the weights of a component are."""
         if component in self.sources:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorakit.core import prompts
 from lorakit.families import loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from lorakit.core.prompts import Prompt
     from lorakit.families.conditioning import Conditioning
     from lorakit.families.describe import BaseInfo
 
@@ -39,9 +42,37 @@ class LoadedFamily:
         """See `families.Family`."""
         return self.encode_tokens(self.tokens(texts))
 
-    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
+    def encode_prompt(self, prompt: str) -> Conditioning:
+        """See `families.Family`.
+
+        A weight moves a token's states away from those that an empty text has in its place, or towards them, as
+        ComfyUI does it (comfy/sd1_clip.py, ClipTokenWeightEncoder)."""
+        parsed = prompts.parse(prompt)
+        chunks = self.chunks([parsed])
+        condition, weights = self.encode_tokens(self.tokens([parsed], chunks)), self._weights(parsed, chunks)
+        if bool((weights == 1).all()):
+            return condition
+        states = condition["encoder_hidden_states"]
+        empty = self.encode_tokens(self.tokens([""], chunks))["encoder_hidden_states"]
+        weighted = empty + (states - empty) * weights[:, None].to(states.dtype)
+        return condition.with_rows(encoder_hidden_states=torch.where(weights[:, None] == 1, states, weighted))
+
+    def tokens(self, texts: Sequence[str | Prompt], chunks: int = 1) -> list[torch.Tensor]:
         """See `families.Family`."""
-        return [ids(texts) for ids in self._ids]
+        return [ids(texts, chunks) for ids in self._ids]
+
+    def chunks(self, texts: Sequence[str | Prompt]) -> int:
+        """See `families.Family`."""
+        return max((ids.chunks(text) for ids in self._ids for text in texts), default=1)
+
+    def reserve(self, word: str, places: int) -> None:
+        """See `families.Family`."""
+        for ids in self._ids:
+            ids.reserve(word, places)
+
+    def _weights(self, prompt: Prompt, chunks: int) -> torch.Tensor:
+        """The weight of each of the states that the denoiser attends to."""
+        return self._ids[0].weights(prompt, chunks)
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """See `families.Family`."""

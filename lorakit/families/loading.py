@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -12,7 +12,7 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from lorakit.core import safetensors_header
+from lorakit.core import prompts, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.engine import quantized_weight
 from lorakit.families import ldm, tiled_vae
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin
     from transformers import CLIPTokenizer
 
+    from lorakit.core.prompts import Prompt
     from lorakit.families.vae_source import Source
 
 # Where parts of a base wait until they are needed.
@@ -168,25 +169,95 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> CLIPTokenize
 
 
 class TokenIds:
-    """Token ids of texts, padded and cut as the diffusers pipelines do it, kept on the device once computed."""
+    """Token ids of texts, padded as the diffusers pipelines do it, kept on the device once computed.
 
-    def __init__(self, tokenizer: CLIPTokenizer, device: torch.device, length: int | None = None):
+    A long text is read in chunks of `length` tokens, each with a start and an end of its own, side by side: so A1111,
+    ComfyUI and sd-scripts (`max_token_length`) read it. A text with fewer chunks than another ends with empty ones.
+
+    Args:
+        length: tokens of a chunk, start and end included; by default the tokenizer's.
+        chunked: False where one chunk is all that a text encoder reads of a text.
+    """
+
+    def __init__(
+        self, tokenizer: CLIPTokenizer, device: torch.device, length: int | None = None, *, chunked: bool = True
+    ):
         self.tokenizer, self.device, self.length = tokenizer, device, length or tokenizer.model_max_length
-        self._ids: dict[str, torch.Tensor] = {}
+        self.chunked = chunked
+        self._begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self._word: list[int] = []
+        self._places = 0
+        self._ids: dict[tuple[str | Prompt, int], torch.Tensor] = {}
 
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        """int64 `[B, T]`."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
-        if new:
-            ids = self.tokenizer(
-                new,
-                padding="max_length",
-                max_length=self.length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(self.device)
-            self._ids |= dict(zip(new, ids, strict=True))
-        return torch.stack([self._ids[text] for text in texts])
+    def reserve(self, word: str, places: int) -> None:
+        """Let a word take so many places of a chunk, as many as vectors are learned for it; none for no word."""
+        self._word = self.tokenizer(word, add_special_tokens=False).input_ids if places else []
+        self._places = max(places, len(self._word))
+        self._ids.clear()
+
+    def __call__(self, texts: Sequence[str | Prompt], chunks: int = 1) -> torch.Tensor:
+        """int64 `[B, chunks * length]`; what does not fit is cut."""
+        for text in texts:
+            if (text, chunks) not in self._ids:
+                rows = [id for id, _ in self._row(text, chunks)]
+                self._ids[text, chunks] = torch.tensor(rows, device=self.device)
+        return torch.stack([self._ids[text, chunks] for text in texts])
+
+    def weights(self, prompt: Prompt, chunks: int = 1) -> torch.Tensor:
+        """The weight of each of those ids, `[chunks * length]`."""
+        return torch.tensor([weight for _, weight in self._row(prompt, chunks)], device=self.device)
+
+    def chunks(self, text: str | Prompt) -> int:
+        """How many chunks the whole text takes."""
+        return len(self._chunks(text)) if self.chunked else 1
+
+    def _row(self, text: str | Prompt, chunks: int) -> list[tuple[int, float]]:
+        """The ids of `chunks` chunks with their weights."""
+        row: list[tuple[int, float]] = []
+        parts = self._chunks(text)[:chunks]
+        for part in (*parts, *([] for _ in range(chunks - len(parts)))):
+            ids = [*((id, 1.0) for id in self._begin), *part, (int(self.tokenizer.eos_token_id), 1.0)]
+            row += [*ids, *([(int(self.tokenizer.pad_token_id), 1.0)] * (self.length - len(ids)))]
+        return row
+
+    def _chunks(self, text: str | Prompt) -> list[list[tuple[int, float]]]:
+        """The text's own ids with their weights, chunk by chunk; a word that is reserved is in one chunk."""
+        groups = prompts.literal(text) if isinstance(text, str) else text
+        if not self.chunked:
+            groups = (tuple(part for group in groups for part in group),)
+        room, word = self.length - len(self._begin) - 1, self._word
+        chunks: list[list[tuple[int, float]]] = []
+        for group in groups:
+            ids = [
+                (id, part.weight)
+                for part in group
+                for id in self.tokenizer(part.text, add_special_tokens=False).input_ids
+            ]
+            place, left = 0, 0
+            while place < len(ids):
+                is_word = bool(word) and [id for id, _ in ids[place : place + len(word)]] == word
+                width, places = (len(word), self._places) if is_word else (1, 1)
+                if places > left:
+                    chunks.append([])
+                    left = room
+                chunks[-1] += ids[place : place + width]
+                place, left = place + width, left - places
+        return chunks or [[]]
+
+
+def chunk_rows(ids: torch.Tensor, length: int) -> torch.Tensor:
+    """Ids `[B, n * length]` as a text encoder takes them: `[B * n, length]`."""
+    return ids.reshape(-1, length)
+
+
+def join_chunks(states: torch.Tensor, count: int) -> torch.Tensor:
+    """What an encoder makes of `chunk_rows` of `count` texts, the chunks of each side by side: `[count, ., D]`."""
+    return states.reshape(count, -1, states.shape[-1])
+
+
+def first_chunks(pooled: torch.Tensor, count: int) -> torch.Tensor:
+    """Pooled output `[B * n, P]` of each text's first chunk, which counts for all in A1111 and ComfyUI."""
+    return pooled.reshape(count, -1, pooled.shape[-1])[:, 0]
 
 
 def load_scheduler(info: BaseInfo) -> SchedulerMixin:

@@ -210,6 +210,7 @@ class FamilySpec:
         bucket_multiple: (layers, pixels to a latent) -> what the sides of a bucket must be multiples of, in pixels.
         block_layers: the denoiser's layers that programs read, where they are not those of Stable Diffusion's UNet.
         first_encoder_ends_early: whether its first text encoder is read before the last layer, and for nothing else.
+        chunked_texts: whether programs read long texts of its CLIP encoders in chunks.
         dead_end_layers: endings of layers whose output nothing reads in the last block.
         format_refusals: format -> why it cannot carry adapters of this family.
         guidance: classifier-free guidance of samples where nothing else is said.
@@ -228,6 +229,7 @@ class FamilySpec:
     prediction: str | None = None
     block_layers: re.Pattern[str] | None = None
     first_encoder_ends_early: bool = False
+    chunked_texts: bool = True
     dead_end_layers: tuple[str, ...] = ()
     format_refusals: Mapping[str, str] = field(default_factory=dict)
     guidance: float = 7.5

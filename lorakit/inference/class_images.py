@@ -72,7 +72,7 @@ def class_images(
         "guidance": sampling.guidance,
         "sampler": sampler,
         "seed": seed,
-    }
+    } | ({"tokens": tokens} if (tokens := text["prompt_embeds"].shape[1]) > family.info.text_tokens else {})
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     place = (folder or cache_dir()) / "class-images" / key
     files = [place / f"{number:05d}.png" for number in range(count)]

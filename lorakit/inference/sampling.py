@@ -8,7 +8,9 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from lorakit.families import Family
+    from lorakit.families.conditioning import Conditioning
 
 # diffusers' samplers of distilled models -> the names that web UIs give them.
 SAMPLERS = {"EulerDiscreteScheduler": "Euler", "LCMScheduler": "LCM"}
@@ -84,26 +87,38 @@ def draw(
     return images
 
 
-def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, Any]]:
+def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, torch.Tensor]]:
     """What the text encoders, as they are, make of each prompt and of the negative prompt: by the names under which the
     family's pipeline takes it. They have the device to themselves, but for what is trained."""
+    return embed_each(family, [functools.partial(family.encode_prompt, prompt) for prompt in prompts], sample)
+
+
+def embed_each(
+    family: Family, encoders: Sequence[Callable[[], Conditioning]], sample: SampleConfig
+) -> list[dict[str, torch.Tensor]]:
+    """As `embed`, for texts that are not read as web UIs read prompts: each is encoded by a function of its own."""
     family.release("unet", "vae")
-    family.acquire("text_encoders")
-    pipeline = family.pipeline()
-    guidance = complete(sample, family.info).guidance
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    texts = []
-    for prompt in prompts:
-        with inference(family.text_encoders.values()):
-            embeds = pipeline.encode_prompt(
-                prompt=[prompt],
-                device=family.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=guidance > 1,
-                negative_prompt=[sample.negative_prompt],
-            )
-        texts.append(dict(zip(names, embeds, strict=False)))
+    texts, guides = [], complete(sample, family.info).guidance > 1
+    with inference(family.text_encoders.values()):
+        negative = family.encode_prompt(sample.negative_prompt) if guides else None
+        for encode in encoders:
+            condition = encode()
+            text: dict[str, torch.Tensor] = {}
+            for name, part in (("", condition), ("negative_", negative)):
+                if part is not None:
+                    rows, other = part["encoder_hidden_states"], negative if part is condition else condition
+                    text[f"{name}prompt_embeds"] = rows if other is None else _as_long_as(rows, other)
+                    if part.get("pooled") is not None:
+                        text[f"{name}pooled_prompt_embeds"] = part["pooled"]
+            texts.append(text)
     return texts
+
+
+def _as_long_as(rows: torch.Tensor, other: Conditioning) -> torch.Tensor:
+    """States `[1, T, D]` over and over until another's, over and over, are as many: attention to states that are all
+    there equally often is attention to them once (ComfyUI does the same)."""
+    length = math.lcm(rows.shape[1], other["encoder_hidden_states"].shape[1])
+    return rows.repeat(1, length // rows.shape[1], 1)
 
 
 def sample(
@@ -151,6 +166,13 @@ def base_of(adapter: str | Path) -> str:
         LorakitError: not an adapter, or the base is not found; the message says what to give.
     """
     return adapter_base.find(Path(adapter), formats.read(Path(adapter)).metadata)
+
+
+def findings(adapter: str | Path, prompts: Sequence[str], *, base: str, overrides: Mapping[str, object]) -> list[str]:
+    """What of the prompts `sample` leaves out or reads otherwise than web UIs do, a line each."""
+    config = recorded(Path(adapter), overrides)
+    settings = replace(config.sample, prompts=tuple(prompts) or config.sample.prompts)
+    return captions.prompt_findings(settings, families.describe(replace(config.model, base=base)))
 
 
 def from_file(

@@ -15,7 +15,7 @@ from lorakit import families
 from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig, unquote
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks, concepts, folder as photo_folder
+from lorakit.data import captions, checks, concepts, folder as photo_folder
 from lorakit.families import BaseInfo
 from lorakit.formats import compatibility, identify
 from lorakit.runs import folder as run_folder, plan
@@ -113,7 +113,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     except LorakitError as error:
         problems += [*_lines(error), *_folder_problems(config.data)]
         return Preflight(config, None, None, None, tuple(problems), tuple(unquoted))
-    problems += families.unsuited(info, config)
+    problems += [*families.unsuited(info, config), *_line(_max_tokens_problem(config, info))]
     warnings = [*unquoted, *info.warnings, *_line(_rate_warning(config.optimizer))]
     layers = registry.METHODS[config.adapter.method].layers
     for name in config.output.formats:
@@ -133,7 +133,12 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         problems.append(checks.NO_MASK)
     planned = None if photos.errors or planning else plan.make(config, info, photos)
     return Preflight(
-        config, info, photos, planned, tuple(problems), (*warnings, *_prior_findings(config, photos), *photos.warnings)
+        config,
+        info,
+        photos,
+        planned,
+        tuple(problems),
+        (*warnings, *_prior_findings(config, photos), *captions.prompt_findings(config.sample, info), *photos.warnings),
     )
 
 
@@ -170,6 +175,16 @@ def _missing_packages(config: Config) -> list[str]:
     if config.memory.attention == "xformers" and find_spec("xformers") is None:
         problems.append(XFORMERS_MISSING)
     return problems
+
+
+def _max_tokens_problem(config: Config, info: BaseInfo) -> str | None:
+    """Why a base cannot read texts as long as the config has it, or None."""
+    if (config.data.max_tokens or 0) <= captions.CHUNK or info.chunked_texts:
+        return None
+    return (
+        f"data.max_tokens = {config.data.max_tokens}: CLIP reads {captions.CHUNK} tokens of a text in base "
+        f"{info.title}, as in other programs: leave it unset"
+    )
 
 
 def _device_problems(config: Config) -> list[str]:

@@ -6,7 +6,8 @@ What comes out lies on the device for the whole run, so that a step is nothing b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,13 +129,13 @@ def precompute(
     class_latents = None
     disabled = adapter.disabled() if adapter is not None else contextlib.nullcontext()
     with disabled, polled(family.modules().values(), poll):
-        tokens, class_tokens = _tokens(family, dataset.texts), _tokens(family, class_texts)
+        tokens, class_tokens = _tokens(config, family, dataset.texts, class_texts)
         conditions, class_conditions = embed(family, tokens), embed(family, class_tokens)
         samples = _samples(config, family, configs)
         if own_class:
             class_latents = _own_class_latents(config, family, own_class, class_texts, encode_image)
         elif config.train.prior == "images":
-            class_latents = _class_latents(config, family, class_texts, encode_image, say)
+            class_latents = _class_latents(config, family, class_texts, class_tokens, encode_image, say)
     family.release("vae", "text_encoders")
     trains_text = config.adapter.trains_text
     return Precomputed(
@@ -181,9 +182,13 @@ def _at_once(pixels: int, device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, PIXELS // pixels)
 
 
-def _tokens(family: Family, texts: list[str]) -> list[torch.Tensor]:
-    parts = [family.tokens(texts[at : at + TEXTS]) for at in range(0, len(texts), TEXTS)]
-    return [torch.cat(tables) for tables in zip(*parts, strict=True)]
+def _tokens(config: Config, family: Family, *lists: list[str]) -> Iterator[list[torch.Tensor]]:
+    """The tokens of lists of texts, all of one length: what a step computes does not depend on which texts it has."""
+    family.reserve(config.data.trigger, config.adapter.new_tokens)
+    chunks = min(family.chunks([text for texts in lists for text in texts]), captions.max_chunks(config.data))
+    for texts in lists:
+        parts = [family.tokens(texts[at : at + TEXTS], chunks) for at in range(0, len(texts), TEXTS)]
+        yield [torch.cat(tables) for tables in zip(*parts, strict=True)]
 
 
 def _samples(config: Config, family: Family, concept_configs: Sequence[DataConfig]) -> SampleInputs:
@@ -197,6 +202,7 @@ def _class_latents(
     config: Config,
     family: Family,
     class_texts: list[str],
+    class_tokens: list[torch.Tensor],
     encode_image: latents.EncodeImage,
     say: Callable[[str], object],
 ) -> ClassLatents:
@@ -208,7 +214,10 @@ def _class_latents(
     total, seed = config.train.class_images, config.train.seed
     pictures, texts = [], []
     prompts = class_texts[:total]
-    for place, (prompt, text) in enumerate(zip(prompts, sampling.embed(family, prompts, config.sample), strict=True)):
+    # As training reads them, letter by letter.
+    rows = [[table[place : place + 1] for table in class_tokens] for place in range(len(prompts))]
+    embeds = sampling.embed_each(family, [functools.partial(family.encode_tokens, row) for row in rows], config.sample)
+    for place, (prompt, text) in enumerate(zip(prompts, embeds, strict=True)):
         count = len(range(place, total, len(class_texts)))
         pictures += class_images.class_images(family, prompt, text, count, config.sample, side, seed, say=say)
         texts += [place] * count

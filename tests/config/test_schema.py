@@ -416,7 +416,7 @@ def another(option: Option) -> Any:
     if option.type is str:
         return "something else"
     if option.type is int or int in kinds:
-        return 8 if option.default is None else option.default + 8
+        return max(8, option.low or 0) if option.default is None else option.default + 8
     return 0.5 if option.high is None else option.high / 2
 
 

@@ -14,6 +14,7 @@ class BareBase:
     downscale: int = 4
     max_tokens: int = 77
     bucket_multiple: int = 16
+    chunked_texts: bool = True
 
     @property
     def tokenizers(self) -> dict[str, Path]:

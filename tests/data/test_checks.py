@@ -190,7 +190,8 @@ def test_missing_captions_and_triggers(photos: Path, base) -> None:
 def test_text_that_does_not_fit_is_shown(photos: Path, base) -> None:
     fill(photos)
     (photos / "0.txt").write_text("sks toy " + "photo " * 80 + "of")
-    report = report_of(photos, base)
+    assert not [line for line in report_of(photos, base).warnings if "tokens" in line]
+    report = report_of(photos, base, max_tokens=75)
     (line,) = [line for line in report.warnings if "tokens" in line]
     assert line == ('0.png: its text has 83 tokens, 75 fit; cut off: "photo photo photo photo photo photo photo of"')
     assert (report.items[0].tokens, report.items[0].cut) == (83, "photo " * 7 + "of")
@@ -241,7 +242,8 @@ from pathlib import Path
 from lorakit.config import DataConfig
 from lorakit.data import checks, decode, duplicates, time_limit
 tokenizer = Path({str(base.path)!r}) / "tokenizer"
-base = SimpleNamespace(tokenizers={{"tokenizer": tokenizer}}, downscale=8, max_tokens=77, bucket_multiple=8)
+base = SimpleNamespace(tokenizers={{"tokenizer": tokenizer}}, downscale=8, max_tokens=77, bucket_multiple=8,
+    chunked_texts=True)
 report = checks.check(DataConfig(folder={str(photos)!r}, name="sks toy", resolution=64), base)
 assert len(report.photos) == 6 and not report.errors
 print(sorted(m for m in ("torch", "transformers", "diffusers", "peft", "matplotlib") if m in sys.modules))

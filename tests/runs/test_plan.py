@@ -63,7 +63,7 @@ def report(*sizes: tuple[int, int] | None) -> Any:
         SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png", repeats=1), bucket=size)
         for n, size in enumerate(sizes)
     ]
-    return SimpleNamespace(items=items, photos=[item.photo for item in items if item.bucket], class_photos=[])
+    return SimpleNamespace(items=items, photos=[item.photo for item in items if item.bucket], class_photos=[], chunks=1)
 
 
 def make(info: Info, sizes: list[tuple[int, int] | None], **changes: Any) -> plan.Plan:

@@ -53,7 +53,12 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     folder = RunFolder.create(chosen)
     tokenizer = tmp_path / "base" / "tokenizer"
     base = SimpleNamespace(
-        tokenizers={"tokenizer": tokenizer}, downscale=8, bucket_multiple=64, max_tokens=77, layers={}
+        tokenizers={"tokenizer": tokenizer},
+        downscale=8,
+        bucket_multiple=64,
+        max_tokens=77,
+        chunked_texts=True,
+        layers={},
     )
     found = checks.check(chosen.data, base)
     folder.event("message", message="device: cpu, base in float32")

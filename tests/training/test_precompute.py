@@ -48,6 +48,10 @@ class Watched:
         self._use("text_encoders", "encode_text")
         return self.family.encode_text(texts)
 
+    def encode_prompt(self, prompt: str) -> Any:
+        self._use("text_encoders", "encode_prompt")
+        return self.family.encode_prompt(prompt)
+
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Any:
         self._use("text_encoders", "encode_tokens")
         return self.family.encode_tokens(tokens, grad=grad)
@@ -89,8 +93,9 @@ def test_each_part_of_the_base_has_the_device_to_itself(
     info = families.describe(tiny_sd1)
     family = Watched(families.load(info, "cpu", torch.float32))
     encoded = precompute(chosen, family, None, checks.check(chosen.data, info), lambda line: None)
-    assert family.seen["encode_text"] == family.seen["encode_tokens"] == {frozenset({"text_encoders"})}
-    assert not any({"unet", "text_encoders"} <= there for there in family.seen["pipeline"])
+    for doing in ("encode_text", "encode_tokens", "encode_prompt"):
+        assert family.seen[doing] == {frozenset({"text_encoders"})}
+    assert not any({"unet", "text_encoders"} <= there for there in family.seen.get("pipeline", set()))
     drawing = {frozenset({"unet", "vae"})} if prior == "images" else set()
     assert family.seen.get("decode", set()) == drawing
     assert family.seen["encode_image"] == {frozenset({"vae"})} | drawing

@@ -113,7 +113,7 @@ def plans(tiny_sd1: Path) -> Iterator[plan.Plan]:
                 SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png", repeats=1), bucket=(64, 64))
                 for n in range(count)
             ]
-            report = SimpleNamespace(items=items, photos=[item.photo for item in items], class_photos=[])
+            report = SimpleNamespace(items=items, photos=[item.photo for item in items], class_photos=[], chunks=1)
             yield plan.make(given, info, report)
 
 

@@ -49,7 +49,8 @@ class ExampleDiffusion(LoadedFamily):
         """See `families.Family`."""
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
-            return Conditioning(encoder_hidden_states=self.text_encoders["text_encoder"](tokens[0])[0])
+            states = self.text_encoders["text_encoder"](loading.chunk_rows(tokens[0], self.info.max_tokens))[0]
+            return Conditioning(encoder_hidden_states=loading.join_chunks(states, len(tokens[0])))
 
     # One call of the denoiser. Change: its arguments. Keep `widen`: it applies `gradient_scale` in float16.
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -15,6 +16,9 @@ from lorakit.families.conditioning import Conditioning
 from lorakit.families.describe import BaseInfo
 from lorakit.families.loaded import LoadedFamily
 from lorakit.families.prediction import Flow
+
+if TYPE_CHECKING:
+    from lorakit.core.prompts import Prompt
 
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 
@@ -46,18 +50,20 @@ class StableDiffusion3(LoadedFamily):
                 for name, encoder in self.text_encoders.items()
             }
             self._t5_tokens = info.text_tokens - info.max_tokens
-            self._ids = [loading.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers.values()]
+            self._ids = [
+                loading.TokenIds(tokenizer, self.device, chunked=False) for tokenizer in self.tokenizers.values()
+            ]
             self._t5_ids: loading.TokenIds | None = None
             if T5 in info.configs:
                 self.text_encoders[T5] = loading.load_module(info, T5, T5EncoderModel, dtype)
                 tokenizer = AutoTokenizer.from_pretrained(info.tokenizer("tokenizer_3"), local_files_only=True)
                 self.tokenizers["tokenizer_3"] = tokenizer
-                self._t5_ids = loading.TokenIds(tokenizer, self.device, self._t5_tokens)
+                self._t5_ids = loading.TokenIds(tokenizer, self.device, self._t5_tokens, chunked=False)
             self.vae = loading.load_vae(info)
             self.scheduler = loading.load_scheduler(info)
         self.prediction = Flow(float(self.scheduler.config.shift))
 
-    def tokens(self, texts: list[str]) -> list[torch.Tensor]:
+    def tokens(self, texts: Sequence[str | Prompt], chunks: int = 1) -> list[torch.Tensor]:
         """See `families.Family`: both CLIPs' token ids, and T5's last hidden states; zeros without T5."""
         first, second = (ids(texts) for ids in self._ids)
         if self._t5_ids is None:
@@ -66,6 +72,11 @@ class StableDiffusion3(LoadedFamily):
         self.acquire(T5)
         with torch.no_grad():
             return [first, second, self.text_encoders[T5](self._t5_ids(texts))[0]]
+
+    def _weights(self, prompt: Prompt, chunks: int) -> torch.Tensor:
+        clip = super()._weights(prompt, chunks)
+        long = torch.ones(self._t5_tokens, device=clip.device) if self._t5_ids is None else self._t5_ids.weights(prompt)
+        return torch.cat([clip, long])
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """See `families.Family`: both CLIPs' last hidden states but one, side by side and filled up with zeros to T5's

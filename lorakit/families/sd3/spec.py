@@ -81,6 +81,7 @@ SPEC = FamilySpec(
     denoiser="transformer",
     denoiser_class="SD3Transformer2DModel",
     prediction=FLOW,
+    chunked_texts=False,
     target_patterns={"attention": _ATTENTION, "linear": _LINEAR, "linear+conv": _LINEAR},
     layer_uses=layer_uses,
     bucket_multiple=bucket_multiple,

@@ -45,11 +45,15 @@ class StableDiffusionXL(LoadedFamily):
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
             first, second = (
-                encoder(ids, output_hidden_states=True)
+                encoder(loading.chunk_rows(ids, self.info.max_tokens), output_hidden_states=True)
                 for encoder, ids in zip(self.text_encoders.values(), tokens, strict=True)
             )
             states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-            return Conditioning(encoder_hidden_states=states, pooled=second.text_embeds)
+            count = len(tokens[0])
+            return Conditioning(
+                encoder_hidden_states=loading.join_chunks(states, count),
+                pooled=loading.first_chunks(second.text_embeds, count),
+            )
 
     def size_conditions(
         self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]

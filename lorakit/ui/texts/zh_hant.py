@@ -189,6 +189,10 @@ OPTIONS = {
         "子資料夾的主體",
         "「20_ohwx man」這類子資料夾：folders：各有自己的主體；one：全部都是 data.name；ask：名稱不同時停下。",
     ),
+    "data.max_tokens": (
+        "文字長度上限",
+        "每段文字讀取的 token 數，75 或其倍數：像網頁介面那樣以 75 個一段讀取。留空：需要時最多 225。",
+    ),
     "data.class_folder": (
         "類別圖片的資料夾",
         "用於 prior = 'images' 的自備類別圖片。留空：照片資料夾裡的 reg/、class/ 或 regularization/。",

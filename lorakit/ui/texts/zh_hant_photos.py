@@ -1,6 +1,28 @@
 """繁體中文：資料夾、說明文字與提示詞的各種訊息；見 `zh_hant_sentences.py`。"""
 
 PHOTOS = {
+    "{count} of {all} texts have more than {room} tokens: they are read in up to {chunks} chunks of {same}, as web UIs "
+    "read them": (
+        "{all} 段文字中有 {count} 段超過 {room} 個 token：會像網頁介面那樣，以每段 {same} 個分成最多 {chunks} 段讀取"
+    ),
+    "texts: all are filled up to {tokens} tokens, as the longest needs; a pass of the UNet computes {share} more than "
+    "with {few}; data.max_tokens = 75 would cut them": (
+        "文字：全部補到 {tokens} 個 token，配合最長的一段；UNet 每次計算比 {few} 個多 {share}；"
+        "data.max_tokens = 75 會截短它們"
+    ),
+    "data.max_tokens = {tokens}: texts are read in chunks of 75: set 75, 150 or 225": (
+        "data.max_tokens = {tokens}：文字以每段 75 個 token 讀取，請設為 75、150 或 225"
+    ),
+    "data.max_tokens = {tokens}: CLIP reads {few} tokens of a text in base {name}, as in other programs: leave it "
+    "unset": ("data.max_tokens = {tokens}：在基礎模型 {name} 中，CLIP 與其他程式一樣只讀 75 個 token：請留空"),
+    'prompt "{prompt}": {what:said}': "提示詞「{prompt}」：{what:said}",
+    "{part} is left out: the adapter is named beside the prompt": "{part} 略去：adapter 不寫在提示詞裡",
+    "{part} is read as letters: a prompt here stays the same while a picture is drawn": (
+        "{part} 只當作文字：這裡的提示詞在作圖過程中不會改變"
+    ),
+    'CLIP reads {limit} of {count} tokens; cut off: "{cut}"': (
+        "CLIP 只讀 {count} 個 token 中的 {limit} 個；截去「{cut}」"
+    ),
     "{key}: the quotes around {text} are left out": "{key}：去掉了 {text} 外面的引號",
     "{syntax} is trained as letters": "{syntax} 只當作文字訓練",
     "{count} of {all} texts have what web UIs read as weights or commands and training reads as letters, such as "
