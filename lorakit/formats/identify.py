@@ -287,6 +287,21 @@ def adapter_family(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapp
     return next(iter(registry.versions())), "a guess: nothing in the file tells"
 
 
+def misfit(shapes: Shapes, metadata: Mapping[str, str], family: str, layers: str) -> str | None:
+    """Why an adapter is no start for one of another family, or of layers of another kind ("lora", "loha", ...)."""
+    if (other := other_model(shapes, metadata)) and other[0].family != family:
+        return f"the adapter to start from is for {other[0].title}, this base is {family}"
+    by_stem = modules(shapes, layers_per_block(metadata))
+    own, _ = adapter_family(by_stem, shapes, metadata)
+    if own != family:
+        return f"the adapter to start from is for {own}, this base is {family}"
+    trained = {spec.layers for spec in registry.METHODS.values()}
+    theirs = " ".join({module.method for module in by_stem.values()})
+    if theirs in trained and theirs != layers:
+        return f"the adapter to start from is {theirs}: set adapter.method = {theirs!r}"
+    return None
+
+
 def _evidence(by_stem: Mapping[str, Module], shapes: Shapes) -> tuple[str, str] | None:
     """The family that names and widths tell, and how; None where they do not."""
     for module in by_stem.values():

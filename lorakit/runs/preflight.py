@@ -103,7 +103,8 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         problems.append(NO_NAME)
     if not resume:
         problems += _line(run_folder.output_problem(run_folder.place(config), config.data.folder))
-    problems += _line(_init_from_problem(config))
+    start_problem = _init_from_problem(config)
+    problems += _line(start_problem)
     try:
         config = replace(config, model=families.pin(config.model))
         info = families.describe(config.model)
@@ -119,6 +120,9 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     for name in config.output.formats:
         problems += _line(registry.FORMATS[name].check(layers, info.family))
         warnings += _line(compatibility.warning(layers, name))
+    if config.train.init_from and start_problem is None and Path(config.train.init_from).is_file():
+        head = safetensors_header.read(Path(config.train.init_from))
+        problems += _line(identify.misfit(head.shapes(), head.metadata, info.family, layers))
     planning = plan.problems(config, info)
     problems += planning
     photos = None
@@ -207,12 +211,12 @@ def _rate_warning(optimizer: OptimizerConfig) -> str | None:
 
 
 def _init_from_problem(config: Config) -> str | None:
-    """Why `train.init_from` is no adapter, or None. Whether it fits the base is seen once it is loaded."""
+    """Why `train.init_from` is no adapter, or None. Whether its layers fit is seen once the base is loaded."""
     path = Path(config.train.init_from)
     if not config.train.init_from or path.is_dir():
         return None
     try:
-        kind = safetensors_header.kind(safetensors_header.read(path).shapes())
+        kind = identify.kind(safetensors_header.read(path).shapes())
     except LorakitError as error:
         return f"train.init_from: {error}"
     return None if kind == "adapter" else f"train.init_from: {path}: this is {identify.DESCRIPTIONS[kind]}"

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from lorakit import config, families
 from lorakit.cli import main as cli
@@ -169,6 +171,29 @@ def test_all_problems_are_found_at_once(tiny_sd3: Path, here: Path) -> None:
     assert [sum(part in line for line in found.problems) for part in wanted] == [1] * len(wanted), found.problems
     assert len(found.problems) == len(wanted)
     assert found.plan is None and found.photos is not None
+
+
+LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k."
+STARTS = {
+    "the adapter to start from is for sdxl, this base is sd1": {
+        "lora_down.weight": (4, 2048),
+        "lora_up.weight": (32, 4),
+    },
+    "the adapter to start from is loha: set adapter.method = 'loha'": {
+        **{f"hada_w{side}_a": (32, 4) for side in "12"},
+        **{f"hada_w{side}_b": (4, 768) for side in "12"},
+    },
+    "the adapter to start from is for FLUX.1, this base is sd1": {},
+}
+
+
+@pytest.mark.parametrize("problem", STARTS)
+def test_an_adapter_that_is_no_start_is_a_problem(tiny_sd1: Path, photos: Path, here: Path, problem: str) -> None:
+    tensors = {LINEAR + part: torch.ones(shape) for part, shape in STARTS[problem].items()}
+    flux = "transformer.single_transformer_blocks.0.attn.to_q"
+    other = {f"{flux}.lora_A.weight": torch.ones(4, 3072), f"{flux}.lora_B.weight": torch.ones(3072, 4)}
+    save_file(tensors or other, "start.safetensors")
+    assert preflight(asked(tiny_sd1, photos, train__init_from="start.safetensors")).problems == (problem,)
 
 
 def test_without_a_base_the_rest_is_looked_at(here: Path) -> None:

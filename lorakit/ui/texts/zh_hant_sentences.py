@@ -253,6 +253,12 @@ SENTENCES = {
     "train.init_from makes no sense with adapter.method = {method}, which begins from the base": (
         "train.init_from 不能與 adapter.method = {method} 並用，因為它從基礎模型開始"
     ),
+    "the adapter to start from is for {theirs}, this base is {family}": (
+        "起始 adapter 是給 {theirs} 的，這個基礎模型是 {family}"
+    ),
+    "the adapter to start from is {theirs}: set adapter.method = {method}": (
+        "起始 adapter 是 {theirs}：請設 adapter.method = {method}"
+    ),
     "train.prior_loss_weight has no effect with train.prior = 'none': choose 'images' or 'teacher'": (
         "train.prior = 'none' 時 train.prior_loss_weight 沒有作用：請選 'images' 或 'teacher'"
     ),
