@@ -20,7 +20,7 @@ from lorakit.adapters.weights import AdapterWeights, LokrLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import diffusers, kohya, peft, read
 from lorakit.formats.compatibility import predict_compatibility
-from lorakit.formats.edit.resize_combine import combine, plain, resize
+from lorakit.formats.edit.resize_combine import combine, resize, to_lora
 from lorakit.formats.inspect import inspect
 from lorakit.formats.verify import verify_file
 
@@ -148,7 +148,7 @@ def test_plain_lora_of_the_same_delta(base, tmp_path, method):
     """As `resize --energy 1`, which the refusal names, and as `combine` adds them up."""
     family, pipeline, shapes = base
     weights = made(family, shapes, method, 2.0)
-    assert_equal({name: layer.delta() for name, layer in plain(weights).items()}, weights)
+    assert_equal({name: layer.delta() for name, layer in to_lora(weights).items()}, weights)
     for changed in (resize(weights, energy=1.0), combine([(weights, 1.0)])):
         assert changed.method == "lora"
         assert_equal({name: layer.delta() for name, layer in changed.layers.items()}, weights)
