@@ -242,7 +242,9 @@ class SampleConfig:
     every: int = option(0, "Steps between sample grids; 0: five times a run.", low=0)
     at_start: bool = option(True, "Draw a grid before the first step, of the base as it is.")
     at_end: bool = option(True, "Draw a grid from the exported file, which shows that it works.")
-    prompts: tuple[str, ...] = option((), "Prompts to draw. Empty: made from kind and name.")
+    prompts: tuple[str, ...] = option(
+        (), "Prompts to draw, each with own settings if you like: 'a dog --w 768 --d 7'. Empty: made."
+    )
     negative_prompt: str = option("", "What the pictures should not show.")
     steps: int | None = option(
         None, "Denoising steps. Unset: 30, or as few as a distilled base needs.", low=1, high=1000
@@ -251,6 +253,8 @@ class SampleConfig:
         None, "Classifier-free guidance. Unset: as the base needs: 7.5, SDXL 6, SD3 5, distilled 1.", low=0, high=50
     )
     seed: int = option(0, "Seed of the pictures.", low=0, high=2**31 - 1)
+    width: int = option(0, "Width of the pictures; 0: data.resolution.", low=0, high=4096)
+    height: int = option(0, "Height of the pictures; 0: data.resolution.", low=0, high=4096)
 
 
 @dataclass(frozen=True, kw_only=True)

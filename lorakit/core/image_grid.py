@@ -34,8 +34,8 @@ def grid(
         raise ValueError(f"{len(images)} pictures do not fill {len(rows)} rows and {len(columns)} columns")
     font = ImageFont.load_default(FONT_SIZE)
     line = FONT_SIZE + 5
-    first = next(image for image in images if image is not None)
-    width, height = _cell(first.size, largest)
+    sizes = [image.size for image in images if image is not None]
+    width, height = _cell((max(size[0] for size in sizes), max(size[1] for size in sizes)), largest)
     captions = [_wrap(text, font, width) for text in columns]
     left = max((int(font.getlength(text)) for text in rows), default=0)
     left += 2 * GAP if left else GAP
@@ -50,12 +50,10 @@ def grid(
             draw.rectangle((*place, place[0] + width - 1, place[1] + height - 1), fill=EMPTY)
             continue
         enlarge = width % image.width == 0 and width > image.width
-        sheet.paste(
-            image.convert("RGB").resize(
-                (width, height), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
-            ),
-            place,
-        )
+        scale = min(width / image.width, height / image.height)
+        side = (round(image.width * scale), round(image.height * scale))
+        resample = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
+        sheet.paste(image.convert("RGB").resize(side, resample), place)
     for row, text in enumerate(rows):
         draw.text((GAP, GAP + row * (height + GAP) + height // 2 - line // 2), text, INK, font)
     for column, lines in enumerate(captions):

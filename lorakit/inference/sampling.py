@@ -23,6 +23,7 @@ from PIL import Image
 from lorakit import adapters, families, formats
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.config import Config, ConfigError, MemoryConfig, ModelConfig, SampleConfig, from_tables, load
+from lorakit.config.prompts import default_size, parse_all
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.core.image_grid import grid, save
@@ -62,7 +63,7 @@ def draw(
 
     Args:
         family: the loaded base, with an adapter or without.
-        prompts: the n-th is drawn with seed `sample.seed + n`.
+        prompts: the n-th is drawn with seed `sample.seed + n`; each may have settings of its own, see `config.prompts`.
         size: side, or (width, height), in pixels.
         texts: what `embed` makes of the prompts; by default it is asked.
         adapter: stem of the adapter's file, for the recipe.
@@ -72,25 +73,25 @@ def draw(
         RGB pictures; `info` holds the recipe, which `pictures.save` writes into the file: "parameters" as web UIs read
         it, "lorakit" as JSON.
     """
-    width, height = (size, size) if isinstance(size, int) else size
-    sample = complete(sample, family.info)
     texts = embed(family, prompts, sample) if texts is None else texts
-    pipeline, sampler = sampling_pipeline(family, sample.steps)
     images = []
-    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        seed = sample.seed + number
-        (picture,) = draw_batch(family, pipeline, text, [seed], sample, (width, height))
-        picture.info.update(
-            picture_info(family.info, sampler, prompt, seed, sample, (width, height), adapter, strength)
-        )
+    side = (size, size) if isinstance(size, int) else size
+    for prompt, text in zip(parse_all(list(prompts), sample, side), texts, strict=True):
+        own, seed = complete(prompt.sample, family.info), prompt.sample.seed
+        pipeline, sampler = sampling_pipeline(family, own.steps)
+        (picture,) = draw_batch(family, pipeline, text, [seed], own, prompt.size)
+        picture.info.update(picture_info(family.info, sampler, prompt.text, seed, own, prompt.size, adapter, strength))
         images.append(picture)
     return images
 
 
 def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, torch.Tensor]]:
-    """What the text encoders, as they are, make of each prompt and of the negative prompt: by the names under which the
+    """What the text encoders, as they are, make of each prompt and of its negative prompt: by the names under which the
     family's pipeline takes it. They have the device to themselves, but for what is trained."""
-    return embed_each(family, [functools.partial(family.encode_prompt, prompt) for prompt in prompts], sample)
+    texts = []
+    for own in parse_all(list(prompts), sample, (0, 0)):
+        texts += embed_each(family, [functools.partial(family.encode_prompt, own.text)], own.sample)
+    return texts
 
 
 def embed_each(
@@ -195,7 +196,7 @@ def from_file(
         adapter: a file or a PEFT folder.
         prompts: what to draw; none: what a run draws for the trigger that the file names.
         folder: where to write, new or empty; by default runs/<time>-<name>-samples.
-        size: side in pixels; by default the side it was trained at.
+        size: side in pixels; by default `sample.width` and `sample.height`, else the side it was trained at.
 
     Raises:
         LorakitError: not an adapter, or one for another family than the base's; no prompt and no trigger; a folder
@@ -209,8 +210,8 @@ def from_file(
     folder = folder or unique_path(Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{adapter.stem}-samples")
     if folder.is_dir() and any(folder.iterdir()):
         raise LorakitError(f"{folder} is not empty and nothing in it is overwritten; give another --output")
-    size = size or config.data.resolution
-    rows = draw_weights(weights, base, prompts, strengths, sample, size, name=adapter.stem, memory=memory)
+    side = (size, size) if size else default_size(sample, config.data.resolution)
+    rows = draw_weights(weights, base, prompts, strengths, sample, side, name=adapter.stem, memory=memory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         table = grid([p for row in rows for p in row], [f"strength {value:g}" for value in strengths], prompts)

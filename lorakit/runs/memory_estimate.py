@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.config import Config
+from lorakit.config import Config, prompts
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.engine import weight_storage
@@ -86,12 +86,14 @@ def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
     """
     training_bytes = training(config, info, modules, device)
     pixels = config.data.resolution**2
+    sizes = prompts.parse_all(
+        list(config.sample.prompts) or [""], config.sample, prompts.default_size(config.sample, config.data.resolution)
+    )
+    sample_pixels = max(math.prod(prompt.size) for prompt in sizes)
     if device == "cpu":
         resident = training_bytes["base"] + training_bytes["runtime"]
-        encoding, samples = (
-            resident + ENCODING * pixels,
-            resident + DECODING * pixels + training_bytes["adapter and optimizer"],
-        )
+        encoding = resident + ENCODING * pixels
+        samples = resident + DECODING * sample_pixels + training_bytes["adapter and optimizer"]
         return {"encoding": encoding, "training": sum(training_bytes.values()), "samples": samples}
     width = _width(config, device)
     unet, texts = _unet(config, info, device)[0], sum(_encoders(info, width).values())
@@ -100,6 +102,7 @@ def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
     drawing = unet + pictures
     encoding = max(texts, drawing if config.train.prior == "images" else pictures)
     trained = training_bytes["base"] - unet
+    drawing = unet + _vae(info) + (TILED_VAE if device == "cuda" else DECODING) * sample_pixels
     samples = max(unet + texts, drawing + trained) if trained else drawing
     return {
         "encoding": encoding + training_bytes["runtime"],

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import targets
-from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, AdapterConfig, Config, OptimizerConfig
+from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, AdapterConfig, Config, OptimizerConfig, prompts
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
@@ -314,9 +314,13 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bo
     # class images many at a time, where the fixed cost no longer counts.
     pass_of_two = 2 * flop / speed
     grids = sample.at_start + sample.at_end + max(steps - 1, 0) // interval(sample.every, steps)
-    grid = len(sample.prompts or captions.sample_prompts(config.data)) * (pass_of_two + overhead)
+    grid = 0.0
+    texts = list(sample.prompts or captions.sample_prompts(config.data))
+    for prompt in prompts.parse_all(texts, sample, prompts.default_size(sample, config.data.resolution)):
+        share = math.prod(prompt.size) / config.data.resolution**2
+        grid += complete(prompt.sample, info).steps * (pass_of_two * share + overhead)
     class_images = train.class_images * pass_of_two if train.prior == "images" and draws_class else 0
-    seconds: float = steps * step_seconds + sample.steps * (grids * grid + class_images)
+    seconds: float = steps * step_seconds + grids * grid + sample.steps * class_images
     return seconds
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit import formats
+from lorakit.config.prompts import default_size
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Events, StopRequest
 from lorakit.core.smoothing import RunningMean
@@ -106,7 +107,8 @@ class Run:
         Raises:
             StopRequested: somebody asked for a stop; nothing was written.
         """
-        sample, size = self.config.sample, self.config.data.resolution
+        sample = self.config.sample
+        size = default_size(sample, self.config.data.resolution)
         poll = functools.partial(self.stop.poll, "the samples are not finished")
         with polled(family.modules().values(), poll):
             pictures: list[Image.Image] = sampling.draw(

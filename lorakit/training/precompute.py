@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageOps
 
-from lorakit.config import Config, DataConfig
+from lorakit.config import Config, DataConfig, SampleConfig
+from lorakit.config.prompts import parse
 from lorakit.data import captions, concepts, decode, latents
 from lorakit.data.dataset import Dataset
 from lorakit.inference import class_images, sampling
@@ -62,6 +63,11 @@ class SampleInputs:
     prompts: list[str]
     texts: list[dict[str, Any]] | None
     condition: Any
+
+    @property
+    def first(self) -> str:
+        """The first prompt without settings of its own."""
+        return parse(self.prompts[0], SampleConfig(), (0, 0)).text
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,8 @@ def _samples(config: Config, family: Family, concept_configs: Sequence[DataConfi
     prompts = list(config.sample.prompts) or captions.sample_prompts_of_all(concept_configs)
     if config.adapter.trains_text:
         return SampleInputs(prompts, None, None)
-    return SampleInputs(prompts, sampling.embed(family, prompts, config.sample), family.encode_text(prompts[:1]))
+    texts = sampling.embed(family, prompts, config.sample)
+    return SampleInputs(prompts, texts, family.encode_text([SampleInputs(prompts, None, None).first]))
 
 
 def _class_latents(

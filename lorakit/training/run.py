@@ -228,7 +228,7 @@ def _export(run: Run, family: Family, model: Model, samples: SampleInputs, state
     weights = model.adapter.weights()
     exports = run.export(weights, run.folder.adapter_name, run.ready.plan.steps)
     model.optimizer_step.discard_graphs()
-    prompt, size = samples.prompts[0], (run.config.data.resolution, run.config.data.resolution)
+    prompt, size = samples.first, (run.config.data.resolution, run.config.data.resolution)
     adapted = selfcheck.probe(family, prompt, size, samples.condition)
     model.adapter.detach()
     base = selfcheck.probe(family, prompt, size, samples.condition)
@@ -271,7 +271,7 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
         result.base,
         result.adapted,
         load=load,
-        prompt=result.samples.prompts[0],
+        prompt=result.samples.first,
         size=(config.data.resolution, config.data.resolution),
         dtype=config.output.dtype,
         untrained_layers=run.ready.info.untrained_layers,

@@ -416,7 +416,8 @@ def another(option: Option) -> Any:
     if option.type is str:
         return "something else"
     if option.type is int or int in kinds:
-        return max(8, option.low or 0) if option.default is None else option.default + 8
+        higher = 64 if option.high == 4096 else 8
+        return max(8, option.low or 0) if option.default is None else option.default + higher
     return 0.5 if option.high is None else option.high / 2
 
 

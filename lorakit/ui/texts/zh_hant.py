@@ -276,6 +276,8 @@ OPTIONS = {
     "sample.negative_prompt": ("負面提示詞", "圖中不應出現的東西。"),
     "sample.steps": ("去噪步數", "去噪的步數。留空：30，蒸餾模型則依其所需。"),
     "sample.guidance": ("引導強度", "無分類器引導的強度。留空：依基礎模型：7.5，SDXL 6，SD3 5，蒸餾模型 1。"),
+    "sample.width": ("樣張寬度", "圖片的寬度（像素）；0：與 data.resolution 相同。"),
+    "sample.height": ("樣張高度", "圖片的高度（像素）；0：與 data.resolution 相同。"),
     "sample.seed": ("樣張種子", "樣張的種子。"),
     "output.folder": ("執行資料夾", "執行資料夾。留空：runs/<時間>-<名稱>。"),
     "output.formats": ("格式", "匯出 adapter 的格式。"),

@@ -1,6 +1,18 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "sample.prompts: {row}: a table needs a prompt": "sample.prompts：{row}：表格必須有 prompt",
+    "sample.prompts: unknown key {key}{hint}": "sample.prompts：沒有 {key} 這個鍵",
+    "sample.prompts: {text}: --{letter} is none of {letters}": "sample.prompts：{text}：--{letter} 不在 {letters} 之中",
+    "sample.prompts: {text}: --{letter} must be between {low} and {high}": (
+        "sample.prompts：{text}：--{letter} 必須介於 {low} 與 {high} 之間"
+    ),
+    "sample.prompts: {text}: --{letter} must be a multiple of 8 between {low} and {high}": (
+        "sample.prompts：{text}：--{letter} 必須是 {low} 與 {high} 之間的 8 的倍數"
+    ),
+    "sample.width and sample.height must be multiples of 8 and 64 or more, or 0": (
+        "sample.width 與 sample.height 必須是 64 以上的 8 的倍數，或 0"
+    ),
     "{name} does not say what base it was trained on: give it with --base": "{name} 沒有說明訓練時的基礎模型：請指定",
     "{name} was trained on {base}, which is not found here: give {where}": (
         "{name} 是以 {base} 訓練的，但這裡找不到它：請指定基礎模型的路徑"

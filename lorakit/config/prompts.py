@@ -1,0 +1,108 @@
+"""One sample prompt with settings of its own: "a dog --w 768 --h 512 --d 7", as kohya's files have it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lorakit.config.option import suggest, to_text
+from lorakit.config.schema import SampleConfig
+from lorakit.core.errors import ConfigError
+
+# Letter in a prompt, name in a table of TOML, name of the option, and the type of its value.
+SETTINGS = {
+    "w": ("width", int),
+    "h": ("height", int),
+    "d": ("seed", int),
+    "s": ("steps", int),
+    "l": ("guidance", float),
+    "n": ("negative_prompt", str),
+}
+_LIMITS = {"width": (64, 4096), "height": (64, 4096), "seed": (0, 2**31 - 1), "steps": (1, 1000), "guidance": (0, 50)}
+# sd-scripts has more letters, which mean nothing here: a sampler, a control image and the like.
+_FLAG = re.compile(r"\s--([a-z]{1,2})(?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one picture is drawn by.
+
+    Attributes:
+        text: the prompt without its settings.
+        size: (width, height) in pixels.
+        sample: the section of the config with the prompt's own settings in it.
+    """
+
+    text: str
+    size: tuple[int, int]
+    sample: SampleConfig
+
+
+def parse(text: str, sample: SampleConfig, size: tuple[int, int], number: int = 0) -> Prompt:
+    """The prompt with its own settings over those of the config; without an own seed, `number` is added to the seed.
+
+    Raises:
+        ConfigError: a setting is unknown, or its value is out of range.
+    """
+    prompt, *rest = _FLAG.split(f" {text}")
+    values: dict[str, int | float | str] = {"seed": sample.seed + number}
+    for letter, value in zip(rest[::2], rest[1::2], strict=True):
+        if letter not in SETTINGS:
+            raise ConfigError([f"sample.prompts: {to_text(text)}: --{letter} is none of --{', --'.join(SETTINGS)}"])
+        name, kind = SETTINGS[letter]
+        low, high = _LIMITS.get(name, (0, 0))
+        try:
+            values[name] = kind(value.strip())
+            wrong = kind is not str and not low <= float(value) <= high
+        except ValueError:
+            wrong = True
+        if wrong or (name in ("width", "height") and int(value) % 8):
+            of_eight = "a multiple of 8 " if name in ("width", "height") else ""
+            raise ConfigError(
+                [f"sample.prompts: {to_text(text)}: --{letter} must be {of_eight}between {low} and {high}"]
+            )
+    width, height = (int(values.pop(name, side)) for name, side in zip(("width", "height"), size, strict=True))
+    return Prompt(prompt.strip(), (width, height), replace(sample, **values))  # type: ignore[arg-type]
+
+
+def parse_all(prompts: list[str], sample: SampleConfig, size: tuple[int, int]) -> list[Prompt]:
+    """As `parse`, of each prompt; seeds count up."""
+    return [parse(prompt, sample, size, number) for number, prompt in enumerate(prompts)]
+
+
+def default_size(sample: SampleConfig, resolution: int) -> tuple[int, int]:
+    """(width, height) of the samples: as the config says, else the training square."""
+    return sample.width or resolution, sample.height or resolution
+
+
+def problems(sample: SampleConfig) -> list[str]:
+    """What is wrong with the sizes and the prompts of a config, a line each."""
+    problems = []
+    if any(side % 8 or 0 < side < 64 for side in (sample.width, sample.height)):
+        problems.append("sample.width and sample.height must be multiples of 8 and 64 or more, or 0")
+    for prompt in sample.prompts:
+        try:
+            parse(prompt, sample, (0, 0))
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def from_table(table: Mapping[str, object]) -> str:
+    """A table such as {prompt = "a dog", width = 768} of `sample.prompts` as one text.
+
+    Raises:
+        ConfigError: a key is unknown, or there is no prompt.
+    """
+    letters = {name: letter for letter, (name, _) in SETTINGS.items()}
+    problems = [
+        f"sample.prompts: unknown key {key}{suggest(key, [*letters, 'prompt'])}"
+        for key in table
+        if key not in letters and key != "prompt"
+    ]
+    if not isinstance(table.get("prompt"), str):
+        problems.append(f"sample.prompts: {to_text(dict(table))}: a table needs a prompt")
+    if problems:
+        raise ConfigError(problems)
+    return str(table["prompt"]) + "".join(f" --{letters[key]} {table[key]}" for key in table if key != "prompt")
