@@ -178,12 +178,14 @@ def run_resize(args: argparse.Namespace) -> int:
 def run_combine(args: argparse.Namespace) -> int:
     """`lorakit combine`. Triggers of all the adapters are the new one's."""
     from lorakit import formats
+    from lorakit.formats import metadata as meta
     from lorakit.formats.edit.resize_combine import combine
 
     sources = [_with_strength(text) for text in args.adapters]
     parts = [(formats.read(path), strength) for path, strength in sources]
     triggers = dict.fromkeys(weights.metadata.get(TRIGGER, "") for weights, _ in parts)
-    metadata = {TRIGGER: ", ".join(filter(None, triggers)), ALIAS: args.name, TITLE: args.name}
+    metadata = meta.shared([weights.metadata for weights, _ in parts])
+    metadata |= {TRIGGER: ", ".join(filter(None, triggers)), ALIAS: args.name, TITLE: args.name}
     return _write(args, combine(parts), args.name, metadata, [path for path, _ in sources])
 
 

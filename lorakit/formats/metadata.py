@@ -6,16 +6,18 @@ is of no use without it. `ss_*` keys are sd-scripts' (train_network.py), `models
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit import __version__
 from lorakit.adapters.weights import ForeignLayer, LoraLayer
 from lorakit.config import Config, without_paths
-from lorakit.core import registry
+from lorakit.core import foreign_json, registry
 from lorakit.families.spec import MODELSPEC_PREDICTIONS
 from lorakit.formats import keys
 
@@ -39,8 +41,26 @@ ALLOWED = frozenset(
 )
 # Made again by every writer from the weights themselves, so never carried from one file to another.
 _OF_WEIGHTS = frozenset(
-    {"ss_network_module", "ss_network_dim", "ss_network_alpha", "lorakit.layers_per_block", "lorakit.method", WORDS}
+    {
+        *("ss_v2", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", WORDS),
+        *(
+            "modelspec.implementation",
+            "lorakit.version",
+            "lorakit.family",
+            "lorakit.method",
+            "lorakit.layers_per_block",
+        ),
+    }
 )
+# What other programs write that goes along too, but for what names folders of photos, or is of one file or run alone.
+_FOREIGN = re.compile(
+    r"(?:ss_|ssmd_|modelspec\.).+|license|author|tags|description|trigger_words|trained_words|website"
+)
+_LEFT = re.compile(r"ss_(?:datasets|(?:reg_)?dataset_dirs|session_id|network_.+)|modelspec\.hash_sha256|lorakit\..+")
+_PATH = re.compile(r"(?:^|[\s\"'=(\[])(?:~?/|[A-Za-z]:[\\/]|\\\\)[^\s\"']")
+_NAMES = ("ss_sd_model_name", "ss_vae_name")  # of files; sd-scripts writes the path of some
+# Of several adapters in one, those of all.
+_JOINED = ("modelspec.author", "modelspec.license", "author", "license")
 # Texts of the user's that the run needed and that readers of the adapter do not.
 _PRIVATE = {"data": ("instance_prompt", "class_prompt"), "sample": ("prompts", "negative_prompt")}
 
@@ -162,12 +182,44 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
 
 
 def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, str]:
-    """The header of a file: what follows from the weights, and of `metadata` what is on the allow-list.
-
-    Whatever else a converted file carried (folder names, captions, another tool's settings) stays behind.
-    """
-    extra = {key: value for key, value in metadata.items() if key in ALLOWED - _OF_WEIGHTS and isinstance(value, str)}
+    """The header of a file: what follows from the weights, and of `metadata` what is `harmless` and fits them."""
+    extra, version = harmless(metadata), registry.version_of(weights.family)
+    for key, begins in zip(("ss_base_model_version", "modelspec.architecture"), version.tag_prefixes, strict=True):
+        if not extra.get(key, "").startswith(begins):
+            extra.pop(key, None)
     return of_weights(weights) | extra
+
+
+def harmless(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What may be written into a file that is made of another: settings of the training, words, author, license.
+
+    Hashes, folders of photos, paths, and what follows from the weights stay behind.
+    """
+    result = {}
+    for key, value in metadata.items():
+        if key in _OF_WEIGHTS or not isinstance(value, str):
+            continue
+        if key in _NAMES:
+            value = re.split(r"[\\/]", value)[-1]
+        is_foreign = _FOREIGN.fullmatch(key) and not _LEFT.fullmatch(key) and not _PATH.search(value)
+        if key in ALLOWED or is_foreign:
+            result[key] = value
+    return result
+
+
+def shared(several: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What is true of several adapters in one: what they agree in, and the authors, licenses and tags of all."""
+    tables = [harmless(metadata) for metadata in several]
+    result = {key: value for key, value in tables[0].items() if all(table.get(key) == value for table in tables)}
+    for key in _JOINED:
+        if values := dict.fromkeys(table[key] for table in tables if key in table):
+            result[key] = ", ".join(values)
+    counts: dict[str, Any] = {}
+    for number, table in enumerate(tables, 1):
+        with contextlib.suppress(ValueError, AttributeError):
+            tags = foreign_json.loads(table.get("ss_tag_frequency", "{}"))
+            counts |= {f"{name} ({number})" if name in counts else name: value for name, value in tags.items()}
+    return result | ({"ss_tag_frequency": json.dumps(counts, ensure_ascii=False)} if counts else {})
 
 
 def family(metadata: Mapping[str, str]) -> str | None:
@@ -191,6 +243,6 @@ def sidecar(metadata: Mapping[str, str]) -> dict[str, Any]:
         "preferred weight": 1.0,
         "negative text": "",
         "description": metadata.get("modelspec.description", ""),
-        "notes": f"trained with lorakit {__version__}",
+        "notes": f"{'trained' if 'lorakit.config' in metadata else 'written'} with lorakit {__version__}",
         "sd version": label,
     }

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import random_adapters
-from safetensors.torch import load_file, save
+import torch
+from safetensors.torch import load_file, save, save_file
 
 from lorakit import config as configuration
+from lorakit.cli import main as cli
 from lorakit.core import safetensors_header
 from lorakit.formats import kohya, metadata, save as export_save
 
@@ -146,3 +148,70 @@ def test_family_is_unknown_where_nothing_tells():
 def test_without_a_trigger_none_is_claimed():
     told = made(**{"data.name": ""})
     assert "modelspec.trigger_phrase" not in told and "ss_tag_frequency" not in told
+
+
+# What sd-scripts, SwarmUI, Civitai's and A1111's tools write.
+FOREIGN = {
+    **{"ss_optimizer": "bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)", "ss_lr_scheduler": "cosine"},
+    **{"ss_clip_skip": "2", "ss_min_snr_gamma": "5.0", "ss_training_comment": "my best", "ss_noise_offset": "0.05"},
+    **{"ss_tag_frequency": json.dumps({"10_zib": {"zib hat": 10}}), "ss_sd_model_name": "v1-5.safetensors"},
+    **{"modelspec.author": "Ada", "modelspec.license": "CC-BY-4.0", "modelspec.tags": "hat, red", "license": "mit"},
+    **{"modelspec.thumbnail": "data:image/jpeg;base64,/9j/4AAQ", "modelspec.usage_hint": "at 0.8"},
+}
+BEHIND = {
+    **{"ss_dataset_dirs": json.dumps({"10_zib": {"n_repeats": 10}}), "ss_session_id": "12", "ss_datasets": "[]"},
+    **{"ss_network_dim": "99", "ss_network_args": '{"conv_dim": 3}', "sshs_model_hash": "old", "ss_v2": "True"},
+    **{"modelspec.hash_sha256": "0xold", "sshs_legacy_hash": "old", "ot_branch": "omi_format", "lorakit.secret": "1"},
+    **{
+        "ss_training_comment2": "from /srv/ada/photos",
+        "ss_log": r'{"dir": "C:\\Users\\ada"}',
+        "lora_adapter_metadata": "{}",
+    },
+    **{"ss_base_model_version": "sdxl_base_v1-0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
+}
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A LoRA for SD1 with the header of another program, in part wrong."""
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{stem}.lora_down.weight": torch.ones(4, 768), f"{stem}.lora_up.weight": torch.ones(8, 4)}
+    told = FOREIGN | BEHIND | {"ss_vae_name": "/srv/ada/vae/kl.safetensors", "modelspec.trigger_phrase": "zib"}
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "hat.safetensors", metadata=told)
+    return tmp_path / "in" / "hat.safetensors"
+
+
+@pytest.mark.parametrize(
+    "command", [["export", "--to", "kohya"], ["export", "--to", "diffusers"], ["resize", "--rank", "2"], ["combine"]]
+)
+def test_harmless_metadata_of_others_goes_along_and_the_rest_does_not(foreign, tmp_path, command):
+    name, *options = command
+    assert cli.main([name, str(foreign), *options, "--output", str(tmp_path / "out")]) == 0
+    (path,) = (tmp_path / "out").glob("*.safetensors")
+    head = safetensors_header.read(path).metadata
+    assert {key: head.get(key) for key in FOREIGN} == FOREIGN
+    assert head["ss_vae_name"] == "kl.safetensors" and head["modelspec.trigger_phrase"] == "zib"
+    assert not {key for key, value in BEHIND.items() if head.get(key) == value}
+    assert (head["ss_base_model_version"], head["modelspec.architecture"]) == ("sd_v1", "stable-diffusion-v1/lora")
+    raw = path.read_bytes()
+    assert head["sshs_model_hash"] == hashlib.sha256(raw[8 + struct.unpack("<Q", raw[:8])[0] :]).hexdigest()
+    assert "/srv" not in str(head) and "Users" not in str(head)
+    assert head["ss_network_dim"] == ("2" if name == "resize" else "4")
+    if path.with_suffix(".json").is_file():
+        side = json.loads(path.with_suffix(".json").read_text())
+        assert side["activation text"] == "zib" and side["notes"].startswith("written with lorakit")
+
+
+def test_of_several_adapters_what_is_true_of_all(tmp_path, foreign):
+    told = {
+        "modelspec.author": "Bob",
+        "license": "mit",
+        "ss_clip_skip": "1",
+        "ss_tag_frequency": '{"10_zib": {"cup": 3}}',
+    }
+    both = metadata.shared([safetensors_header.read(foreign).metadata, told])
+    assert (both["modelspec.author"], both["license"], both["modelspec.license"]) == ("Ada, Bob", "mit", "CC-BY-4.0")
+    assert json.loads(both["ss_tag_frequency"]) == {"10_zib": {"zib hat": 10}, "10_zib (2)": {"cup": 3}}
+    assert "ss_clip_skip" not in both and "modelspec.tags" not in both
+    assert metadata.shared([{"ss_tag_frequency": "["}]) == {"ss_tag_frequency": "["}
