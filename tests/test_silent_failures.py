@@ -151,7 +151,7 @@ SEEN_ELSEWHERE = {
     "train.validate_at_end": "test_milestones.py",
     "train.save_every": "test_run.py; must not reach the weights",
     "train.keep_checkpoints": "test_checkpoint.py, rotation",
-    "train.on_nan": "test_run.py, rollback",
+    "train.on_nan": "test_not_finite.py, rollback",
     **dict.fromkeys(
         (option.key for option in config.options() if option.section == "memory"), "test_device.py, test_run.py"
     ),

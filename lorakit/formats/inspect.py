@@ -220,7 +220,7 @@ def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
             shapes[full_name] = head.tensors[name].shape
             places[full_name] = head, name
         alpha = config.get("lora_alpha", config.get("alpha"))
-        if isinstance(alpha, int | float):
+        if isinstance(alpha, int | float) and abs(alpha) < 1e30:
             alphas[part] = float(alpha)
     size = sum((folder / identify.PEFT_MODEL).stat().st_size for folder in parts.values())
     return _adapter(path.name, size, places, shapes, alphas, metadata, folder=True)

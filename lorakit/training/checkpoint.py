@@ -35,6 +35,10 @@ MARKER = "complete"
 REPLACED = ".replaced-"
 
 
+class NotFinite(LorakitError):
+    """A loss, a gradient, a weight or the optimizer's state is NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What was saved: the step, the adapter's tensors, the optimizer's `state_dict()`, and the caller's own values."""
@@ -66,15 +70,13 @@ def save(
         identity: what the run depends on beside the config, e.g. {"base": hash, "photos": hash}; compared too.
 
     Raises:
-        LorakitError: a tensor is not finite (nothing is written then), or the disk is full; complete checkpoints stay.
+        NotFinite: a tensor is not finite; nothing is written.
+        LorakitError: the disk is full; complete checkpoints stay.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _take_tensors(optimizer, "optimizer", tensors)
-    for name, tensor in [*adapter.items(), *tensors.items()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise LorakitError(
-                f"step {step}: {name} is not finite, so no checkpoint was written; lower the learning rate"
-            )
+    if name := _not_finite(adapter, tensors):
+        raise NotFinite(f"step {step}: {name} is not finite, so no checkpoint was written; lower the learning rate")
     state = {
         "step": step,
         "adapter": list(adapter),
@@ -105,6 +107,19 @@ def save(
             f"lorakit resume {quote(folder.parent)}"
         ) from None
     return final
+
+
+def require_finite(step: int, adapter: Mapping[str, torch.Tensor], optimizer: Mapping[str, object]) -> None:
+    """Raise NotFinite, naming the first tensor of weights and optimizer that has NaN or infinity."""
+    tensors: dict[str, torch.Tensor] = {}
+    _take_tensors(optimizer, "optimizer", tensors)
+    if name := _not_finite(adapter, tensors):
+        raise NotFinite(f"step {step}: {name} is not finite; lower the learning rate")
+
+
+def _not_finite(*tables: Mapping[str, torch.Tensor]) -> str:
+    named = (item for table in tables for item in table.items())
+    return next((name for name, x in named if x.is_floating_point() and not torch.isfinite(x).all()), "")
 
 
 def _mib(*tables: Mapping[str, torch.Tensor]) -> str:
@@ -150,6 +165,8 @@ def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str
     expected: set[str] = set()
     optimizer = _put_tensors(state["optimizer"], tensors, expected)
     _same_names(path / FILES[1], set(tensors), expected)
+    if name := _not_finite(adapter, tensors):
+        raise LorakitError(f"{path}: {name} is not finite; resume from another checkpoint")
     if config is not None and state["config"] is not None:
         _same_config(path, state["config"], _compared(config))
     for what, value in (identity or {}).items():

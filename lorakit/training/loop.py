@@ -15,7 +15,7 @@ import torch
 
 from lorakit import formats
 from lorakit.config.prompts import default_size
-from lorakit.core.errors import LorakitError, Stopped, StopRequested
+from lorakit.core.errors import Stopped, StopRequested
 from lorakit.core.events import Events, StopRequest
 from lorakit.core.smoothing import RunningMean
 from lorakit.engine import device as devices
@@ -24,6 +24,7 @@ from lorakit.inference import sampling
 from lorakit.inference.mode import polled
 from lorakit.runs import plan
 from lorakit.training import checkpoint, optimizers, out_of_memory
+from lorakit.training.checkpoint import NotFinite
 from lorakit.training.precompute import embed
 from lorakit.training.validation import choose_best
 
@@ -40,10 +41,6 @@ if TYPE_CHECKING:
 
 # Losses and gradient norms stay on the device and are read together, every so many steps.
 READ_EVERY = 10
-
-
-class NotFinite(LorakitError):
-    """A loss or a gradient is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +164,10 @@ def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None =
         if run.stop(f"step {step} is saved and exported") or due or step % READ_EVERY == 0:
             try:
                 readings.read(step)
+                milestones.reach(step, due)
             except NotFinite as problem:
-                step, due = milestones.roll_back(problem), []
-            milestones.reach(step, due)
+                step = milestones.roll_back(problem)
+                milestones.reach(step, [])
             readings.start(step)
     return TrainingState(milestones.history, milestones.best)
 
@@ -269,7 +267,11 @@ class Milestones:
 
         Raises:
             Stopped: somebody asked for a stop.
+            NotFinite: weights or optimizer state have NaN or infinity, which losses show a step later; nothing is done.
         """
+        if due or self.run.stop.requested:
+            adapter, optimizer = self.model.adapter, self.model.optimizer_step.optimizer
+            checkpoint.require_finite(step, adapter.state(), optimizer.state_dict())
         tasks = {"validate": self.validate, "save": self.save, "sample": self.sample}
         left, stop = list(due), self.run.stop
         with contextlib.suppress(StopRequested):
@@ -358,13 +360,16 @@ class Milestones:
         return state.step, [name for name in state.extra["due"] if name not in complete]
 
     def roll_back(self, problem: NotFinite) -> int:
-        """Go back to the last checkpoint once, with other noise; its step.
+        """Go back to the newest whole checkpoint once, with other noise; its step.
 
         Raises:
-            NotFinite: `problem`, where that is not wanted, or was done before, or there is no checkpoint.
+            NotFinite: `problem`, where that is not wanted, or was done before, or there is no
+                whole checkpoint.
         """
-        latest = checkpoint.latest(self.run.folder.checkpoints)
-        if self.run.config.train.on_nan != "rollback" or self.retry or latest is None:
+        if self.run.config.train.on_nan != "rollback" or self.retry:
+            raise problem
+        latest = checkpoint.whole(self.run.folder.checkpoints, functools.partial(self.run.events.say, warning=True))
+        if latest is None:
             raise problem
         self.retry += 1
         step, _ = self.restore(latest)

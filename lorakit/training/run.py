@@ -26,7 +26,8 @@ from lorakit.runs import report
 from lorakit.runs.folder import RunFolder
 from lorakit.runs.preflight import Ready, preflight
 from lorakit.training import checkpoint, optimizers, selfcheck
-from lorakit.training.loop import NotFinite, Run, TrainingState, loop
+from lorakit.training.checkpoint import NotFinite
+from lorakit.training.loop import Run, TrainingState, loop
 from lorakit.training.precompute import SampleInputs, precompute
 from lorakit.training.tensorboard import TensorBoard
 from lorakit.training.trainable import Model, trainable

@@ -159,6 +159,21 @@ def reseal(path: Path) -> None:
     (path / checkpoint.MARKER).write_text(json.dumps(digests))
 
 
+def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path):
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, step, ADAPTER, trained(adamw)[1].state_dict(), {})
+    file = path / "optimizer.safetensors"
+    states = load_file(file)
+    states["optimizer.state.0.exp_avg"].flatten()[0] = float("nan")
+    save_file(states, file)
+    reseal(path)
+    with pytest.raises(LorakitError, match=r"step-000002: optimizer.state.0.exp_avg is not finite; resume from anoth"):
+        checkpoint.load(path)
+    lines: list[str] = []
+    assert checkpoint.whole(tmp_path, lines.append) == tmp_path / "step-000001"
+    assert len(lines) == 1 and lines[0].endswith("it is passed over")
+
+
 def test_a_missing_or_unknown_tensor_is_named(tmp_path):
     path = checkpoint.save(tmp_path, 1, ADAPTER, trained(adamw)[1].state_dict(), {})
     file = path / "adapter.safetensors"

@@ -319,31 +319,6 @@ def test_sampling_and_validation_do_not_disturb_training(plain, tiny_sd1, photos
     assert same_adapter(plain, busy)
 
 
-def not_finite_at(index: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of one batch is NaN, so many times."""
-    loss, left = LossStep.loss, [times]
-
-    def poisoned(self, at):
-        value = loss(self, at)
-        if at == index and left[0]:
-            left[0] -= 1
-            return value * float("nan")
-        return value
-
-    monkeypatch.setattr(LossStep, "loss", poisoned)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(tiny_sd1, photos, tmp_path, monkeypatch):
-    not_finite_at(4, 1, monkeypatch)
-    with pytest.raises(LorakitError, match=r"step 5: the loss is not finite \(.*\.png") as caught:
-        run(tiny_sd1, photos, tmp_path / "run")
-    assert "\n" not in str(caught.value)
-    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
-    assert saved is not None and saved.name == "step-000003"
-    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.load(saved).adapter.values())
-    assert not list((tmp_path / "run").glob("*.safetensors"))
-
-
 def updates_in(precision: str, base: Path, photos: Path, folder: Path) -> torch.Tensor:
     """What the up factors learn in twenty steps."""
     result = run(base, photos, folder, train__steps=20, train__save_every=20, memory__mixed_precision=precision)
@@ -408,20 +383,6 @@ def test_too_little_memory_before_the_first_step_is_told_too(tiny_sd1, photos, t
     with pytest.raises(LorakitError, match=r"^loading the base: not enough memory on the device; cheapest first, set "):
         run(tiny_sd1, photos, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["state"] == "failed"
-
-
-def test_rollback_goes_on_from_the_last_checkpoint_once(tiny_sd1, photos, tmp_path, monkeypatch):
-    not_finite_at(4, 1, monkeypatch)
-    result = run(tiny_sd1, photos, tmp_path / "run", train__on_nan="rollback")
-    assert result.steps == 6
-    warnings = [event["message"] for event in events(result.folder, "warning")]
-    assert any("step 5" in line and "going back to step-000003" in line for line in warnings)
-
-
-def test_rollback_does_not_go_round_for_ever(tiny_sd1, photos, tmp_path, monkeypatch):
-    not_finite_at(4, 100, monkeypatch)
-    with pytest.raises(LorakitError, match="step 5: the loss is not finite"):
-        run(tiny_sd1, photos, tmp_path / "run", train__on_nan="rollback")
 
 
 def test_swapping_two_captions_changes_the_adapter(plain, tiny_sd1, photos, tmp_path):

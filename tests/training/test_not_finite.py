@@ -1,0 +1,91 @@
+"""What is not finite ends the run in words, or is gone back from: losses, gradients, weights, the optimizer's state."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from short_run import chosen, noise
+
+from lorakit.core.errors import LorakitError
+from lorakit.core.events import Event
+from lorakit.training import checkpoint, run as train
+from lorakit.training.loss_step import LossStep
+from lorakit.training.optimizer_step import OptimizerStep
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return noise(tmp_path_factory.mktemp("photos"), 5)
+
+
+def run(
+    base: Path, photos: Path, folder: Path, listener: Callable[[Event], object] = print, **changes: object
+) -> train.Result:
+    """Six steps, with a checkpoint after each three."""
+    config = chosen(base, photos, folder, 6, train__save_every=3, train__prior="none", **changes)
+    return train.train(config, listeners=[listener])
+
+
+def not_finite_at(index: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of one batch is NaN, so many times."""
+    loss, left = LossStep.loss, [times]
+
+    def poisoned(self, at):
+        value = loss(self, at)
+        if at == index and left[0]:
+            left[0] -= 1
+            return value * float("nan")
+        return value
+
+    monkeypatch.setattr(LossStep, "loss", poisoned)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(tiny_sd1, photos, tmp_path, monkeypatch):
+    not_finite_at(4, 1, monkeypatch)
+    with pytest.raises(LorakitError, match=r"step 5: the loss is not finite \(.*\.png") as caught:
+        run(tiny_sd1, photos, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.name == "step-000003"
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.load(saved).adapter.values())
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def overflow_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer's state has infinity after that step, once, while loss and gradients are finite."""
+    call, left = OptimizerStep.__call__, [1]
+
+    def poisoned(self, at):
+        result = call(self, at)
+        if at + 1 == step and left[0]:
+            left[0] -= 1
+            next(iter(self.optimizer.state.values()))["exp_avg_sq"].flatten()[0] = float("inf")
+        return result
+
+    monkeypatch.setattr(OptimizerStep, "__call__", poisoned)
+
+
+@pytest.mark.parametrize(
+    ("poison", "text"),
+    [
+        (lambda patch: not_finite_at(4, 1, patch), r"step 5: the loss is not finite .*"),
+        (lambda patch: overflow_after(6, patch), r"step 6: optimizer\.state\.0\.exp_avg_sq is not finite; .*"),
+    ],
+)
+def test_rollback_goes_on_from_the_newest_whole_checkpoint_once(tiny_sd1, photos, tmp_path, monkeypatch, poison, text):
+    poison(monkeypatch)
+    events: list[Event] = []
+    result = run(tiny_sd1, photos, tmp_path / "run", events.append, train__on_nan="rollback")
+    assert result.steps == 6
+    warnings = [event.facts["message"] for event in events if event.kind == "warning"]
+    assert any(re.fullmatch(text + "going back to step-000003 once, with other noise", line) for line in warnings)
+    final = checkpoint.load(checkpoint.latest(result.folder / "checkpoints"))
+    assert final.step == 6 and all(bool(torch.isfinite(tensor).all()) for tensor in final.adapter.values())
+
+
+def test_rollback_does_not_go_round_for_ever(tiny_sd1, photos, tmp_path, monkeypatch):
+    not_finite_at(4, 100, monkeypatch)
+    with pytest.raises(LorakitError, match="step 5: the loss is not finite"):
+        run(tiny_sd1, photos, tmp_path / "run", train__on_nan="rollback")
