@@ -18,7 +18,7 @@ from lorakit.training import run as train
 SUBJECT = "zib"
 SHOWN = ("beach", "meadow", "table", "brick")
 NEVER_SHOWN = ("snow", "city", "underwater")
-# A right trainer moves nearly all nine pictures from the base to the subject, one with shuffled targets a few.
+# A right trainer moves nearly all six pictures from the base to the subject, one with shuffled targets a few.
 LEARNED, LUCK = 0.6, 0.4
 
 
@@ -33,15 +33,15 @@ def photos(tmp_path_factory) -> Path:
 
 
 def prompts(words: str) -> list[str]:
-    return [f"a photo of a {words} {captions.SCENE_WORDS[scene][0]}" for scene in NEVER_SHOWN] * 3
+    return [f"a photo of a {words} {captions.SCENE_WORDS[scene][0]}" for scene in NEVER_SHOWN] * 2
 
 
 def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
-    """How many of nine pictures on scenes it was not shown on the judge takes for the subject."""
+    """How many of six pictures on scenes it was not shown on the judge takes for the subject."""
     family = families.load(families.describe("pocket"), "cpu", torch.float32)
     if adapter:
         adapters.apply(family, formats.read(adapter))
-    drawn = sampling.draw(family, prompts(words), config.SampleConfig(steps=12, guidance=4.0), 64)
+    drawn = sampling.draw(family, prompts(words), config.SampleConfig(steps=8, guidance=4.0), 64)
     return Classifier.load().subject_score(drawn, SUBJECT)
 
 
@@ -58,17 +58,20 @@ def cache(tmp_path_factory) -> Path:
 
 
 def taught(photos: Path, folder: Path) -> train.Result:
-    """A shorter run than the preset's, at three times its learning rate: all nine pictures show the subject."""
+    """A shorter run than the preset's, at three times its learning rate: all six pictures show the subject."""
     settings = {
         "data.folder": str(photos),
         "data.name": "sks toy",
         "optimizer.learning_rate": 3e-3,
-        "train.steps": 60,
-        "train.class_images": 24,
+        "train.steps": 40,
+        "train.class_images": 16,
         "train.holdout": 0.0,
-        "train.validate_every": 60,
-        "train.save_every": 60,
-        "sample.every": 60,
+        "train.validate_every": 40,
+        "train.validate_at_end": False,
+        "train.save_every": 40,
+        "sample.every": 40,
+        "sample.at_start": False,
+        "sample.at_end": False,
         "sample.prompts": ("a photo of a sks toy",),
         "sample.steps": 2,
         "output.folder": str(folder),
