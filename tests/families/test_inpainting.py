@@ -72,6 +72,8 @@ def test_it_is_trained_checked_and_drawn(made: tuple[Path, Path], tmp_path: Path
         "train.steps": 2,
         "train.validate_every": 2,
         "sample.every": 2,
+        "sample.at_start": False,
+        "train.validate_at_end": False,
         "sample.steps": 1,
         "sample.prompts": ("a photo of sks toy",),
         "memory.device": "cpu",

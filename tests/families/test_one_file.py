@@ -45,6 +45,8 @@ def options(base: Path, tokenizer: Path, photos: Path, folder: Path, **changes: 
         "train.save_every": 1,
         "train.validate_every": 2,
         "sample.every": 2,
+        "sample.at_start": False,
+        "train.validate_at_end": False,
         "sample.steps": 1,
         "sample.prompts": ("a photo of sks toy",),
         "memory.device": "cpu",
