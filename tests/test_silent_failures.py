@@ -65,7 +65,7 @@ def settings(base: Path, photos: Path, **changes: Any) -> Config:
 
 def loaded(settings: Config) -> tuple[Any, Any, LossStep, Any]:
     """Base, adapter, step and optimizer, as a run makes them."""
-    info = families.describe(settings.model.base)
+    info = families.describe(settings.model)
     family = families.load(info, torch.device("cpu"), torch.float32)
     adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed, trigger=settings.data.trigger)
     report = checks.check(settings.data, info)
@@ -94,6 +94,7 @@ def learned(settings: Config) -> torch.Tensor:
 TEXT = {"adapter__train_text_encoder": True}
 VARIED = {"data__flip": True, "data__variants": 2}
 REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "model.clip_skip": (2, {}),
     "data.name": ("zwx toy", {}),
     "data.resolution": (128, {}),
     "data.caption_dropout": (1.0, {}),

@@ -141,7 +141,7 @@ class Adapter:
                 raise LorakitError(f"the embedding of {word!r} does not fit {part}: it is for another base")
             self._tokens[part] = LearnedToken(self._modules[part], tokenizer, word, count, initial)
         self._word = word
-        self._reserve(word, max(len(token.vectors) for token in self._tokens.values()))
+        self._reserve(word, max((len(token.vectors) for token in self._tokens.values()), default=0))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """`<canonical>.<factor>` -> float32 parameter, in the order of `layers`. Factors are what `weights` calls them:

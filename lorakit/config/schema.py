@@ -39,6 +39,12 @@ class ModelConfig:
     prediction_type: Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"] = option(
         "auto", "What the base predicts. auto: as it says itself, which is printed."
     )
+    clip_skip: int | None = option(
+        None,
+        "Read texts at the text encoder's Nth last layer, web UIs' CLIP skip N; 2 for NAI's kin. Unset: as the base.",
+        low=1,
+        high=24,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

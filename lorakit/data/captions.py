@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.config import DataConfig, SampleConfig
+from lorakit.config.prompts import parse_all
 from lorakit.core import foreign_json, prompts
 from lorakit.core.errors import LorakitError
 from lorakit.data import concepts
@@ -226,8 +227,10 @@ class TokenCounter:
 def prompt_findings(sample: SampleConfig, base: Base) -> list[str]:
     """What of the prompts is cut, left out, or read otherwise than by web UIs, a line each."""
     tokenizer = base.tokenizers.get("tokenizer")
-    findings = []
-    for prompt in (*sample.prompts, sample.negative_prompt):
+    findings: list[str] = []
+    own = parse_all(list(sample.prompts), sample, (0, 0))
+    negative = [prompt.sample.negative_prompt for prompt in own]
+    for prompt in dict.fromkeys([*(prompt.text for prompt in own), *negative, sample.negative_prompt]):
         lines = prompts.ignored(prompt)
         if tokenizer is not None and not base.chunked_texts:
             counter = TokenCounter(tokenizer, base.max_tokens)

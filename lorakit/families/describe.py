@@ -52,6 +52,7 @@ class BaseInfo:
         tokenizers: "tokenizer" and, for SDXL, "tokenizer_2" -> folder; empty where only the hub has it.
         slots: of a single file, component -> where each tensor lies in it; None for a folder.
         content: the files whose content is the base: configurations and weights.
+        clip_skip: the layer, from the end, that its texts are read at: 1 is the last; 0 where the family has no choice.
         prediction_override: `model.prediction_type` where it is not what the base says itself.
         title: name to call it by.
         source: hub id with the commit, as `owner/name@commit`; empty for what lies on the machine.
@@ -79,6 +80,7 @@ class BaseInfo:
     slots: dict[str, dict[str, ldm.Slot]] | None = field(repr=False)
     content: tuple[Path, ...] = field(repr=False)
     title: str
+    clip_skip: int = 0
     prediction_override: str = ""
     source: str = ""
     notes: tuple[str, ...] = ()
@@ -314,6 +316,14 @@ def _info(model: ModelConfig, *, titles: tuple[str, ...] = (), **facts: Any) -> 
         for name, config in configs.items()
         if name.startswith("text_encoder")
     )
+    encoders = [
+        configs[encoder.name] for encoder in spec.text_encoders if encoder.name in configs and encoder.kind == "CLIP"
+    ]
+    depth = min(config.get("num_hidden_layers", 12) for config in encoders)
+    facts["clip_skip"] = spec.text_layer(facts["title"], model.clip_skip, depth)
+    if model.clip_skip:
+        at = f"texts are read at layer {depth - model.clip_skip + 1} of {depth}"
+        facts["notes"] = (*facts["notes"], f"clip skip {model.clip_skip}: {at}")
     kind = distilled.find((facts["title"], facts["source"]), titles, configs["unet"], configs["scheduler"])
     if kind is not None:
         facts["notes"] = (*facts["notes"], kind.note(), distilled.UNDONE)
@@ -328,7 +338,7 @@ def _info(model: ModelConfig, *, titles: tuple[str, ...] = (), **facts: Any) -> 
         cross_dim=_cross_dim(configs["unet"]),
         untrained_layers=frozenset(
             [
-                *(_of_last(facts["layers"], r"text_encoder\..*\.layers") if spec.first_encoder_ends_early else ()),
+                *_of_last(facts["layers"], r"text_encoder\..*\.layers", facts["clip_skip"] - 1),
                 *(
                     name
                     for name in _of_last(facts["layers"], r"unet\.transformer_blocks")
@@ -420,11 +430,11 @@ def _layers(component: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tup
     }
 
 
-def _of_last(layers: Iterable[str], stack: str) -> list[str]:
-    """The layers of the last block of a stack, such as `unet.transformer_blocks`."""
+def _of_last(layers: Iterable[str], stack: str, count: int = 1) -> list[str]:
+    """The layers of the last blocks of a stack, such as `unet.transformer_blocks`."""
     numbered = {name: int(match[1]) for name in layers if (match := re.match(rf"{stack}\.(\d+)\.", name))}
     last = max(numbered.values(), default=-1)
-    return [name for name, number in numbered.items() if number == last]
+    return [name for name, number in numbered.items() if number > last - count]
 
 
 _ADAPTER = "is an adapter (LoRA), not a base model: give the model that it was made for"

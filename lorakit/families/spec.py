@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorakit.core.errors import LorakitError
+
 if TYPE_CHECKING:
     from lorakit.core.safetensors_header import Header
     from lorakit.families.ldm import Names, Prediction
@@ -209,7 +211,8 @@ class FamilySpec:
         layer_uses: (layers, height, width, tokens) -> use of each layer for a picture of so many latent cells.
         bucket_multiple: (layers, pixels to a latent) -> what the sides of a bucket must be multiples of, in pixels.
         block_layers: the denoiser's layers that programs read, where they are not those of Stable Diffusion's UNet.
-        first_encoder_ends_early: whether its first text encoder is read before the last layer, and for nothing else.
+        clip_skip: its text encoders are read at so many layers from the end, 1 the last, unless `model.clip_skip` says
+            otherwise; None where it cannot: no program reads them elsewhere.
         chunked_texts: whether programs read long texts of its CLIP encoders in chunks.
         dead_end_layers: endings of layers whose output nothing reads in the last block.
         format_refusals: format -> why it cannot carry adapters of this family.
@@ -228,7 +231,7 @@ class FamilySpec:
     denoiser_class: str = "UNet2DConditionModel"
     prediction: str | None = None
     block_layers: re.Pattern[str] | None = None
-    first_encoder_ends_early: bool = False
+    clip_skip: int | None = None
     chunked_texts: bool = True
     dead_end_layers: tuple[str, ...] = ()
     format_refusals: Mapping[str, str] = field(default_factory=dict)
@@ -238,6 +241,25 @@ class FamilySpec:
     def predicts_flow(self) -> bool:
         """Whether its bases are trained by flow matching: they have no signal-to-noise weights and no other type."""
         return self.prediction == FLOW
+
+    def text_layer(self, title: str, clip_skip: int | None, layers: int) -> int:
+        """The layer, from the end, that texts are read at; 0 where the family has no choice.
+
+        Args:
+            clip_skip: as `model.clip_skip`.
+            layers: of the shortest text encoder.
+
+        Raises:
+            LorakitError: its texts are not read there.
+        """
+        own = self.clip_skip
+        if clip_skip is not None and own is None:
+            raise LorakitError(
+                f"base {title}: no program reads its texts at another layer: leave model.clip_skip unset"
+            )
+        if clip_skip is not None and own is not None and not own <= clip_skip <= layers:
+            raise LorakitError(f"base {title}: model.clip_skip must be {own} (its own) to {layers}, not {clip_skip}")
+        return clip_skip or own or 0
 
     def version(self, cross_dim: int | None) -> ModelVersion:
         """The version whose text is so wide; the first where none is."""

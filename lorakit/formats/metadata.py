@@ -130,6 +130,8 @@ def build(
     }
     if base.source:
         result["lorakit.base_source"] = base.source
+    if config.model.clip_skip:
+        result["ss_clip_skip"] = result["modelspec.encoder_layer"] = str(config.model.clip_skip)
     if trigger:
         result["modelspec.trigger_phrase"] = trigger
         # A1111 shows this as the tag cloud; it must be a JSON object of objects.

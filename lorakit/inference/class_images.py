@@ -72,7 +72,7 @@ def class_images(
         "guidance": sampling.guidance,
         "sampler": sampler,
         "seed": seed,
-    } | ({"tokens": tokens} if (tokens := text["prompt_embeds"].shape[1]) > family.info.text_tokens else {})
+    } | _reading(family, text)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     place = (folder or cache_dir()) / "class-images" / key
     files = [place / f"{number:05d}.png" for number in range(count)]
@@ -95,6 +95,13 @@ def class_images(
     except OSError as error:
         raise LorakitError(f"cannot keep class images in {place}: {error.strerror}; set LORAKIT_CACHE") from None
     return [_open(file) for file in files]
+
+
+def _reading(family: Family, text: Mapping[str, Any]) -> dict[str, int]:
+    """How the text is read, where that is not as the base has it."""
+    tokens, layer = text["prompt_embeds"].shape[1], family.info.clip_skip
+    reading = {"tokens": tokens} if tokens > family.info.text_tokens else {}
+    return reading | ({"clip_skip": layer} if layer != (family.info.spec.clip_skip or 0) else {})
 
 
 def as_pixels(images: Sequence[Image.Image], batch: int) -> Iterator[torch.Tensor]:

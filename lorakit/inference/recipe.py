@@ -23,10 +23,11 @@ def picture_info(
     tag = f" <lora:{adapter}:{strength:g}>" if adapter else ""
     negative = f"\nNegative prompt: {sample.negative_prompt}" if sample.negative_prompt else ""
     spacing = "Uniform" if info.distilled is None else "SGM Uniform"
+    skip = f"Clip skip: {info.clip_skip}, " if info.clip_skip != (info.spec.clip_skip or 0) else ""
     parameters = (
         f"{prompt}{tag}{negative}\nSteps: {sample.steps}, Sampler: {sampler}, Schedule type: {spacing}, "
         f"CFG scale: {sample.guidance:g}, Seed: {seed}, Size: {width}x{height}, "
-        f"Model: {info.title}, RNG: CPU, Version: lorakit {__version__}"
+        f"Model: {info.title}, {skip}RNG: CPU, Version: lorakit {__version__}"
     )
     recipe = {
         "prompt": prompt,

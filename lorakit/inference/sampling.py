@@ -24,7 +24,7 @@ from lorakit import adapters, families, formats
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.config import Config, ConfigError, MemoryConfig, ModelConfig, SampleConfig, from_tables, load
 from lorakit.config.prompts import default_size, parse_all
-from lorakit.core import foreign_json
+from lorakit.core import foreign_json, registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.image_grid import grid, save
 from lorakit.core.names import unique_path
@@ -32,6 +32,7 @@ from lorakit.data import captions
 from lorakit.engine import device as placement
 from lorakit.families import adapter_base, loading
 from lorakit.families.facts.distilled import Sampling, complete
+from lorakit.formats.metadata import family as metadata_family
 from lorakit.inference.mode import inference
 from lorakit.inference.recipe import picture_info
 
@@ -278,7 +279,16 @@ def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Conf
         return from_tables(foreign_json.loads(metadata["lorakit.config"]), overrides)
     except (KeyError, ValueError, AttributeError, ConfigError):
         # Made by another program, or by a later lorakit that has other options.
-        return defaults
+        skip, own = metadata.get("ss_clip_skip", ""), _own_clip_skip(metadata)
+        if not skip.isdecimal() or own is None or int(skip) <= own or defaults.model.clip_skip is not None:
+            return defaults
+        return replace(defaults, model=replace(defaults.model, clip_skip=int(skip)))
+
+
+def _own_clip_skip(metadata: Mapping[str, str]) -> int | None:
+    """The layer that the family of a file is read at, where `model.clip_skip` may say another."""
+    family = metadata_family(metadata)
+    return registry.family_of(family).clip_skip if family else None
 
 
 def sampling_pipeline(family: Family, steps: int = 1) -> tuple[DiffusionPipeline, str]:

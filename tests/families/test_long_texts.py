@@ -166,7 +166,7 @@ def test_sd3_reads_one_chunk_by_clip_and_all_by_t5(tmp_path: Path) -> None:
 
 
 def test_what_a_sample_leaves_out_is_said(tiny_sd1: Path, tmp_path: Path) -> None:
-    prompts = ["<lora:x:1> a toy, (red:1.3)", LONG]
+    prompts = ["<lora:x:1> a toy, (red:1.3) --s 2", LONG]
     warnings = preflight(settings(tiny_sd1, fill(tmp_path / "photos"), sample__prompts=prompts)).warnings
     assert [line for line in warnings if line.startswith("prompt")] == [
         'prompt "<lora:x:1> a toy, (red:1.3)": <lora:x:1> is left out: the adapter is named beside the prompt'

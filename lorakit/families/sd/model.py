@@ -1,4 +1,8 @@
-"""Stable Diffusion 1.x and 2.x: one text encoder, its last hidden states, no size conditioning."""
+"""Stable Diffusion 1.x and 2.x: one text encoder, its last hidden states, no size conditioning.
+
+With `model.clip_skip`, the states of an earlier layer through the final layer norm: what A1111 ("Clip skip") and
+sd-scripts (`clip_skip`) read at the same number, and diffusers (`clip_skip`) at one less.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,12 @@ class StableDiffusion(LoadedFamily):
         """See `families.Family`."""
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
-            states = self.text_encoders["text_encoder"](loading.chunk_rows(tokens[0], self.info.max_tokens))[0]
+            encoder, rows = self.text_encoders["text_encoder"], loading.chunk_rows(tokens[0], self.info.max_tokens)
+            if self.info.clip_skip == 1:
+                states = encoder(rows)[0]
+            else:
+                states = encoder(rows, output_hidden_states=True).hidden_states[-self.info.clip_skip]
+                states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
             return Conditioning(encoder_hidden_states=loading.join_chunks(states, len(tokens[0])))
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:

@@ -67,4 +67,5 @@ SPEC = FamilySpec(
     target_patterns=unet.TARGET_PATTERNS,
     layer_uses=unet.layer_uses,
     bucket_multiple=unet.bucket_multiple,
+    clip_skip=1,
 )

@@ -41,14 +41,15 @@ class StableDiffusionXL(LoadedFamily):
         self._ids = [loading.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
-        """See `families.Family`: the encoders' last hidden states but one, side by side, and the second's pooled."""
+        """See `families.Family`: the encoders' last hidden states but one, side by side, and the second's pooled; with
+        `model.clip_skip`, earlier ones, as ComfyUI's CLIP Set Last Layer and diffusers' `clip_skip` + 2 have them."""
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
             first, second = (
                 encoder(loading.chunk_rows(ids, self.info.max_tokens), output_hidden_states=True)
                 for encoder, ids in zip(self.text_encoders.values(), tokens, strict=True)
             )
-            states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+            states = torch.cat([output.hidden_states[-self.info.clip_skip] for output in (first, second)], dim=-1)
             count = len(tokens[0])
             return Conditioning(
                 encoder_hidden_states=loading.join_chunks(states, count),

@@ -65,5 +65,5 @@ SPEC = FamilySpec(
     layer_uses=unet.layer_uses,
     bucket_multiple=unet.bucket_multiple,
     guidance=6.0,
-    first_encoder_ends_early=True,
+    clip_skip=2,
 )

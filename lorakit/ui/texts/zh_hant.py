@@ -180,6 +180,10 @@ OPTIONS = {
     ),
     "model.vae": ("VAE", "取代基礎模型自己的 VAE：資料夾、.safetensors 檔，或 hub 識別名。留空：用基礎模型的。"),
     "model.prediction_type": ("預測類型", "基礎模型預測什麼。auto：依模型自述，並會顯示出來。"),
+    "model.clip_skip": (
+        "CLIP skip",
+        "在文字編碼器倒數第 N 層讀取文字，等於網頁介面的 CLIP skip N；NAI 系列用 2。留空：依基礎模型。",
+    ),
     "data.folder": ("照片", "照片所在的資料夾。只有在此介面編輯過的說明文字會以 photo.txt 存入。"),
     "data.kind": ("主體或風格", "照片的共通點：主體（subject）或風格（style）。"),
     "data.name": ("觸發詞與名稱", "觸發詞與它是什麼，例如「sks dog」或「sks style」。第一個詞就是觸發詞。"),

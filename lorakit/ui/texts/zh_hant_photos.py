@@ -1,6 +1,15 @@
 """繁體中文：資料夾、說明文字與提示詞的各種訊息；見 `zh_hant_sentences.py`。"""
 
 PHOTOS = {
+    "base {name}: no program reads its texts at another layer: leave model.clip_skip unset": (
+        "基礎模型 {name}：沒有程式會在其他層讀取它的文字，請讓 model.clip_skip 留空"
+    ),
+    "base {name}: model.clip_skip must be {own} (its own) to {layers}, not {skip}": (
+        "基礎模型 {name}：model.clip_skip 必須在 {own}（它自己的）到 {layers} 之間，不是 {skip}"
+    ),
+    "clip skip {skip}: texts are read at layer {layer} of {layers}": (
+        "CLIP skip {skip}：在第 {layer} 層（共 {layers} 層）讀取文字"
+    ),
     "{count} of {all} texts have more than {room} tokens: they are read in up to {chunks} chunks of {same}, as web UIs "
     "read them": (
         "{all} 段文字中有 {count} 段超過 {room} 個 token：會像網頁介面那樣，以每段 {same} 個分成最多 {chunks} 段讀取"
