@@ -81,6 +81,15 @@ def read(path: Path) -> Image.Image:
         return image
 
 
+def read_software(path: Path) -> str:
+    """The program that a PNG says it is of; "" where it says none, or is another picture or none."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return str(image.info.get("Software", ""))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
+
+
 def thumbnail(image: Image.Image, side: int) -> Image.Image:
     """A copy whose longer side is at most `side`."""
     small = image.convert("RGB")

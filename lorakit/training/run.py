@@ -18,8 +18,11 @@ import torch
 
 from lorakit import families
 from lorakit.config import Config, resuming
+from lorakit.core import image_grid
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Events, Listener, StopRequest
+from lorakit.core.names import step_name
+from lorakit.core.registry import FORMATS
 from lorakit.data import folder as photo_folder
 from lorakit.engine import device as devices
 from lorakit.runs import report
@@ -264,7 +267,7 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
 
     They are what `lorakit sample` draws with the file, to the bit on a CPU.
     """
-    config, exports = run.config, result.exports
+    config, exports, folder = run.config, result.exports, run.folder
     findings: list[selfcheck.Finding] = []
     for name, file_findings, family in selfcheck.examine(
         exports,
@@ -280,10 +283,30 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
         findings += file_findings
         if family is not None and name == config.output.formats[0] and config.sample.at_end:
             run.draw(family, result.samples, None, run.ready.plan.steps, adapter=exports[name].stem)
+            with run.optional("the preview"):
+                last = folder.samples / step_name(run.ready.plan.steps) / "01.png"
+                write_previews(last, exports, run.events.say)
         del family  # the next one needs its room
     for finding in findings:
         run.events.say(f"{'ok' if finding.passed else 'FAILED'}: {finding.name}: {finding.detail}")
     return findings
+
+
+def write_previews(sample: Path, exports: Mapping[str, Path], say: Callable[[str], None]) -> None:
+    """Put a sample, the first prompt's, beside the adapter as `<name>.png`, where web UIs look for one.
+
+    It goes without its recipe, as the prompt is the user's. A picture there that no run has put there stays.
+    """
+    for name, path in exports.items():
+        preview = path.with_suffix(".png")
+        if FORMATS[name].write_side_files is None or not sample.is_file():
+            continue
+        if preview.exists() and image_grid.read_software(preview) != "lorakit":
+            say(f"{preview.name} is there already and stays as it is")
+            continue
+        picture = image_grid.read(sample)
+        picture.info = {"Software": "lorakit"}
+        image_grid.save(picture, preview)
 
 
 def _loader(run: Run) -> Callable[[], Family]:

@@ -117,6 +117,27 @@ def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(plain):
     for name in ("config.toml", "plan.json", "report.html", "report.json", "curves.svg"):
         assert (result.folder / name).stat().st_size > 0, name
     assert [event["step"] for event in events(result.folder, "sample")] == [0, 6]
+    with Image.open(result.exports["kohya"].with_suffix(".png")) as preview:
+        with Image.open(result.folder / "samples" / "step-000006" / "01.png") as last:
+            assert preview.tobytes() == last.tobytes() and "parameters" in last.info
+        assert preview.info == {"Software": "lorakit"}, "the prompt is nobody's business"
+
+
+def test_a_preview_of_the_users_stays_and_that_of_a_run_is_replaced(tmp_path):
+    drawn = tmp_path / "01.png"
+    Image.new("RGB", (8, 8), "red").save(drawn)
+    said: list[str] = []
+    exports = {"kohya": tmp_path / "toy.safetensors", "diffusers": tmp_path / "toy-diffusers.safetensors"}
+    for before in (b"mine", None):
+        preview = tmp_path / "toy.png"
+        preview.write_bytes(before) if before else preview.unlink()
+        train.write_previews(drawn, exports, said.append)
+        assert (preview.read_bytes() == b"mine") is bool(before)
+    Image.new("RGB", (8, 8), "blue").save(drawn)
+    train.write_previews(drawn, exports, said.append)
+    with Image.open(tmp_path / "toy.png") as picture:
+        assert picture.getpixel((0, 0)) == (0, 0, 255)
+    assert said == ["toy.png is there already and stays as it is"] and not (tmp_path / "toy-diffusers.png").exists()
 
 
 def test_a_resolved_config_repeats_the_run_to_the_bit_with_the_photos_elsewhere(plain, photos, tmp_path):
