@@ -142,21 +142,21 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
 
 def settings(batch: int, rank: int, **changes: Any) -> config.Config:
     """The config of the runs that are compared."""
-    asked = {"train.steps": 1000, "train.batch_size": batch, "adapter.rank": rank, "train.holdout": 0.0}
-    return config.load(None, asked | changes)
+    options = {"train.steps": 1000, "train.batch_size": batch, "adapter.rank": rank, "train.holdout": 0.0}
+    return config.load(None, options | changes)
 
 
 def lorakit_loop(
-    family: Any, data: Any, chosen: config.Config, say: Callable[[str], Any] = print, *, device: str = ""
+    family: Any, data: Any, run_config: config.Config, say: Callable[[str], Any] = print, *, device: str = ""
 ) -> Loop:
     """A function that runs so many of lorakit's optimizer steps; as on a `device` of that kind, where one is given."""
-    adapter = adapters.attach(family, chosen.adapter, seed=0)
-    adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(chosen, device or family.device.type))
-    if chosen.memory.gradient_checkpointing:
+    adapter = adapters.attach(family, run_config.adapter, seed=0)
+    adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(run_config, device or family.device.type))
+    if run_config.memory.gradient_checkpointing:
         blocks = [path for path, _ in family.denoiser.named_modules() if memory_estimate.BLOCK.fullmatch(path)]
         devices.gradient_checkpointing(family, blocks)
     adapter.train(True)
-    return steps_of(OptimizerStep(chosen, LossStep(family, adapter, data, chosen.train), 1000, say))
+    return steps_of(OptimizerStep(run_config, LossStep(family, adapter, data, run_config.train), 1000, say))
 
 
 def steps_of(update: OptimizerStep) -> Loop:
@@ -188,7 +188,7 @@ def peft_loop(
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=encode is None)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     bucket, texts = data.dataset.buckets[0], data.conditions
-    done = 0
+    total = 0
 
     def step(index: int) -> None:
         rows = (torch.arange(batch, device=device) + index * batch) % PHOTOS
@@ -205,8 +205,8 @@ def peft_loop(
                 "time_ids": bucket.sizes["time_ids"][rows].to(dtype),
             }
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            said = unet(noisy.to(dtype), timesteps, states.to(dtype), added_cond_kwargs=added).sample
-        loss = torch.nn.functional.mse_loss(said.float(), noise.float())
+            predicted = unet(noisy.to(dtype), timesteps, states.to(dtype), added_cond_kwargs=added).sample
+        loss = torch.nn.functional.mse_loss(predicted.float(), noise.float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -215,10 +215,10 @@ def peft_loop(
             loss.item()
 
     def run(count: int) -> None:
-        nonlocal done
+        nonlocal total
         for _ in range(count):
-            step(done)
-            done += 1
+            step(total)
+            total += 1
 
     return run
 

@@ -96,9 +96,9 @@ def environment(folder: Path, packages: list[str]) -> Path:
 def read_with(python: Path, folder: Path) -> dict[str, Any]:
     """What `reader` says in another interpreter."""
     command = [str(python), str(Path(__file__).with_name("compat_reader.py")), str(folder)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
 def report(results: dict[str, dict[str, Any]], cases: list[str]) -> int:
@@ -109,10 +109,10 @@ def report(results: dict[str, dict[str, Any]], cases: list[str]) -> int:
     for row in dict.fromkeys(case.rpartition(" ")[0] for case in cases):
         cells = []
         for result in results.values():
-            found = [result["errors"][case] for case in cases if case.rpartition(" ")[0] == row]
-            bad = [error for error in found if not (isinstance(error, float) and error <= TOLERANCE)]
+            values = [result["errors"][case] for case in cases if case.rpartition(" ")[0] == row]
+            bad = [error for error in values if not (isinstance(error, float) and error <= TOLERANCE)]
             wrong += len(bad)
-            cells.append(f"{len(found) - len(bad)} of {len(found)}" + (f" ({bad[0]})" if bad else ""))
+            cells.append(f"{len(values) - len(bad)} of {len(values)}" + (f" ({bad[0]})" if bad else ""))
         print("| " + " | ".join([*row.split(), *cells]) + " |")
     errors = [e for result in results.values() for e in result["errors"].values() if isinstance(e, float)]
     print(f"\nlargest error of a delta W, relative to its largest number: {max(errors):.1e}")

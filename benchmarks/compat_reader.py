@@ -16,14 +16,14 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 def deltas(parts: dict) -> dict[str, torch.Tensor]:
     """Canonical name -> what each of PEFT's layers adds to its weight."""
-    found = {}
+    result = {}
     for part, model in parts.items():
         for path, layer in model.named_modules():
             if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
-                whole = path if part == "unet" or path.startswith("text_model.") else f"text_model.{path}"
+                full_path = path if part == "unet" or path.startswith("text_model.") else f"text_model.{path}"
                 (name,) = layer.active_adapters
-                found[f"{part}.{whole}"] = layer.get_delta_weight(name).detach().float().flatten(1)
-    return found
+                result[f"{part}.{full_path}"] = layer.get_delta_weight(name).detach().float().flatten(1)
+    return result
 
 
 def read(pipeline, folder: Path, fmt: str) -> dict[str, torch.Tensor]:
@@ -33,9 +33,9 @@ def read(pipeline, folder: Path, fmt: str) -> dict[str, torch.Tensor]:
         loaded = {p: peft.PeftModel.from_pretrained(copy.deepcopy(m), folder / "a" / p) for p, m in parts.items()}
         return deltas({part: model.base_model.model for part, model in loaded.items()})
     pipeline.load_lora_weights(folder, weight_name="a.safetensors")
-    found = deltas(parts)
+    result = deltas(parts)
     pipeline.unload_lora_weights()
-    return found
+    return result
 
 
 def main(folder: Path) -> None:
@@ -49,15 +49,15 @@ def main(folder: Path) -> None:
         place = folder / case.replace(" ", "-")
         truth = {name: tensor.flatten(1) for name, tensor in load_file(place / "truth.safetensors").items()}
         try:
-            found = read(pipelines[family], place, fmt)
+            deltas_in_file = read(pipelines[family], place, fmt)
         except Exception as error:  # whatever a release raises is its answer
             errors[case] = f"{type(error).__name__}: {str(error)[:80]}"
             continue
-        found = {name: delta for name, delta in found.items() if delta.any()}
-        if found.keys() != truth.keys():
-            errors[case] = f"{len(truth.keys() - found.keys())} of {len(truth)} layers not applied"
+        deltas_in_file = {name: delta for name, delta in deltas_in_file.items() if delta.any()}
+        if deltas_in_file.keys() != truth.keys():
+            errors[case] = f"{len(truth.keys() - deltas_in_file.keys())} of {len(truth)} layers not applied"
             continue
-        errors[case] = max(float((found[n] - t).abs().max() / t.abs().max()) for n, t in truth.items())
+        errors[case] = max(float((deltas_in_file[n] - t).abs().max() / t.abs().max()) for n, t in truth.items())
     names = (diffusers, transformers, peft)
     versions = ", ".join(f"{name.__name__} {name.__version__}" for name in names)
     print(json.dumps({"versions": versions, "errors": errors}))

@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import common
-import step as whole
+import step as step_benchmark
 import torch
 
 from lorakit import config
@@ -31,30 +31,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two short rounds")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    rows = pocket(asked) + middle(asked)
-    common.finish(rows, asked.json)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = pocket(args) + middle(args)
+    common.finish(rows, args.json)
 
 
-def pocket(asked: Any) -> list[common.Row]:
+def pocket(args: Any) -> list[common.Row]:
     """The bundled model, rank 8 on the attention, batch 4; and the preset's own step, as the demo runs it."""
     with tempfile.TemporaryDirectory() as scratch:
-        photos = whole.random_photos(Path(scratch), 64)
+        photos = step_benchmark.random_photos(Path(scratch), 64)
         shared = {"data.folder": str(photos), "data.name": "sks toy", "train.holdout": 0.0}
         plain: dict[str, Any] = {"data.resolution": 64, "train.steps": 100, "train.batch_size": 4, "adapter.rank": 8}
-        chosen = config.load(None, shared | plain)
-        loops = {"plain": whole.plain(chosen), "lorakit": whole.ours(chosen)}
-        rows = measured("pocket batch 4", loops, 4, "plain", asked, 4)
+        run_config = config.load(None, shared | plain)
+        loops = {"plain": step_benchmark.plain(run_config), "lorakit": step_benchmark.ours(run_config)}
+        rows = measured("pocket batch 4", loops, 4, "plain", args, 4)
         # A few quick class images are enough to be trained on.
         quick = {"train.class_images": 16, "sample.steps": 2}
         with mock.patch.dict(os.environ, LORAKIT_CACHE=scratch):
             preset = config.load("subject-pocket", shared | quick)
-            demo = {"lorakit": whole.ours(preset)}
-        return rows + measured("pocket preset", demo, preset.train.batch_size, "lorakit", asked, 2)
+            demo = {"lorakit": step_benchmark.ours(preset)}
+        return rows + measured("pocket preset", demo, preset.train.batch_size, "lorakit", args, 2)
 
 
-def middle(asked: Any) -> list[common.Row]:
+def middle(args: Any) -> list[common.Row]:
     """The UNet of middle size."""
     rows = []
     for dtype, title in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
@@ -64,17 +64,17 @@ def middle(asked: Any) -> list[common.Row]:
             "peft": common.peft_loop(families[0], data[0], 4, 16, autocast=dtype is torch.bfloat16),
             "lorakit": common.lorakit_loop(families[1], data[1], common.settings(4, 16)),
         }
-        rows += measured(f"middle {title} batch 4", loops, 4, "peft", asked, 1)
+        rows += measured(f"middle {title} batch 4", loops, 4, "peft", args, 1)
     return rows
 
 
 def measured(
-    title: str, loops: dict[str, common.Loop], batch: int, against: str, asked: Any, steps: int
+    title: str, loops: dict[str, common.Loop], batch: int, against: str, args: Any, steps: int
 ) -> list[common.Row]:
     """Alternate and make rows."""
     for loop in loops.values():
         loop(1)
-    rounds, steps = (2, 1) if asked.quick else (9, steps)
+    rounds, steps = (2, 1) if args.quick else (9, steps)
     return common.timing_rows(title, common.alternate(loops, rounds, steps, clock=time.process_time), batch, against)
 
 

@@ -75,9 +75,11 @@ def measure(room: Path, photos: Path, steps: int, resolution: int) -> dict[str, 
         "output.formats": ",".join(FORMATS),
         "output.dtype": "fp32",
     }
-    told = [f"--set={key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in settings.items()]
+    options = [
+        f"--set={key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in settings.items()
+    ]
     subject = ["--subject", "sks dog", "--preset", "subject-sd15", "--base", str(base), "--output", str(run)]
-    first = watch(["train", str(photos), *subject, *told], stop_at=run / "checkpoints" / "step-000001" / "complete")
+    first = watch(["train", str(photos), *subject, *options], stop_at=run / "checkpoints" / "step-000001" / "complete")
     second = watch(["resume", str(run)])
     assert (first["exit"], second["exit"]) == (130, 0), (first, second)
     exports = {
@@ -101,10 +103,10 @@ def watch(arguments: list[str], stop_at: Path | None = None) -> dict[str, Any]:
     start = time.monotonic()
     process = psutil.Popen([sys.executable, "-m", "lorakit", *arguments], cwd=ROOT, env=os.environ)
     peak = {"rss": 0, "own": 0}
-    done = threading.Event()
+    finish = threading.Event()
 
     def look() -> None:
-        while not done.wait(0.05):
+        while not finish.wait(0.05):
             try:
                 memory = process.memory_info()
             except psutil.Error:
@@ -122,24 +124,24 @@ def watch(arguments: list[str], stop_at: Path | None = None) -> dict[str, Any]:
             process.wait(0.5)
         except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
             continue
-    done.set()
+    finish.set()
     watcher.join()
-    used = {f"peak {name} MiB": round(size / 2**20) for name, size in peak.items()}
-    return {"exit": process.returncode, "seconds": round(time.monotonic() - start, 1), **used}
+    peaks = {f"peak {name} MiB": round(size / 2**20) for name, size in peak.items()}
+    return {"exit": process.returncode, "seconds": round(time.monotonic() - start, 1), **peaks}
 
 
 def compare(read: dict[str, AdapterWeights]) -> dict[str, Any]:
     """Layers of each format, and how far its delta W is from the first one's, as a share of the largest number."""
     first = read[FORMATS[0]]
-    told = {}
+    values = {}
     for name, weights in read.items():
         assert weights.layers.keys() == first.layers.keys(), name
         worst = max(
             float((layer.delta() - first.layers[key].delta()).abs().max() / first.layers[key].delta().abs().max())
             for key, layer in weights.layers.items()
         )
-        told[name] = {"layers": len(weights.layers), "largest difference": worst}
-    return told
+        values[name] = {"layers": len(weights.layers), "largest difference": worst}
+    return values
 
 
 if __name__ == "__main__":

@@ -49,35 +49,35 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours with memory.compile, too")
     parser.add_argument("--convolutions", action="store_true", help="ours with cudnn.benchmark and with channels last")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    device = torch.device(asked.device)
+    args = parser.parse_args()
+    device = torch.device(args.device)
     if device.type == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     started = time.monotonic()
     peak = matrix_speed(device)
     rows = [common.row("matrix products, bf16", peak / 1e12, "TFLOP/s")]
-    for kind in [asked.only] if asked.only else SIDES:
-        for batch in (1,) if asked.quick else (1, 4):
+    for kind in [args.only] if args.only else SIDES:
+        for batch in (1,) if args.quick else (1, 4):
             if time.monotonic() - started > BUDGET - 60:
                 print(f"left out for want of time: {kind} batch {batch}")
                 continue
             try:
-                rows += case(kind, batch, asked, device, peak)
+                rows += case(kind, batch, args, device, peak)
             except torch.OutOfMemoryError:
                 print(f"left out, as the loops' models do not fit together: {kind} batch {batch}")
-    common.finish(rows, asked.json)
+    common.finish(rows, args.json)
 
 
-def case(kind: str, batch: int, asked: Any, device: torch.device, peak: float) -> list[common.Row]:
+def case(kind: str, batch: int, args: Any, device: torch.device, peak: float) -> list[common.Row]:
     """All loops on one model and batch size."""
     small = device.type == "cpu"
     width, side = (16, 8) if small else (None, SIDES[kind])
     title = f"{kind} {'narrow' if small else f'{8 * side} px'} batch {batch}"
-    rounds, steps = (2, 1) if small else (3, 4) if asked.quick else (7, 8)
+    rounds, steps = (2, 1) if small else (3, 4) if args.quick else (7, 8)
     times: dict[str, list[float]] = {}
     rows: list[common.Row] = []
     loops, preparations = {}, {}
-    for name, make in makers(kind, batch, asked, device, width, side).items():
+    for name, make in makers(kind, batch, args, device, width, side).items():
         clear(device)
         loop = make()
         start = time.perf_counter()
@@ -92,7 +92,7 @@ def case(kind: str, batch: int, asked: Any, device: torch.device, peak: float) -
         loops[name] = loop
     times = common.alternate(loops, rounds, steps)
     flop = PASSES * batch * forward_flop(kind, width, side)
-    first = next(iter(loops)) if asked.stream or asked.convolutions else "peft"
+    first = next(iter(loops)) if args.stream or args.convolutions else "peft"
     rows = common.timing_rows(title, times, batch, first) + rows
     for name, values in times.items():
         seconds = statistics.median(values)
@@ -105,10 +105,10 @@ def case(kind: str, batch: int, asked: Any, device: torch.device, peak: float) -
 
 
 def makers(
-    kind: str, batch: int, asked: Any, device: torch.device, width: int | None, side: int
+    kind: str, batch: int, args: Any, device: torch.device, width: int | None, side: int
 ) -> dict[str, Callable[[], common.Loop]]:
     """Name -> what makes the loop, on its own model."""
-    chosen = common.settings(batch, asked.rank, **{"memory.gradient_checkpointing": asked.stream})
+    run_config = common.settings(batch, args.rank, **{"memory.gradient_checkpointing": args.stream})
 
     def model() -> tuple[Any, Any]:
         family = common.base(kind, device, torch.bfloat16, width=width)
@@ -116,7 +116,7 @@ def makers(
 
     def script() -> common.Loop:
         family, data = model()
-        return common.peft_loop(family, data, batch, asked.rank, encode=encoders(kind, family, side, width))
+        return common.peft_loop(family, data, batch, args.rank, encode=encoders(kind, family, side, width))
 
     def checkpointed(stream: bool) -> common.Loop:
         family, data = model()
@@ -125,10 +125,10 @@ def makers(
             if device.type == "cuda":  # what is in the host's memory now was on the card before
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-        return common.lorakit_loop(family, data, chosen)
+        return common.lorakit_loop(family, data, run_config)
 
     def ours() -> common.Loop:
-        return common.lorakit_loop(*model(), chosen)
+        return common.lorakit_loop(*model(), run_config)
 
     def searched() -> common.Loop:
         loop = ours()
@@ -145,19 +145,19 @@ def makers(
     def channels_last() -> common.Loop:
         family, data = model()
         family.denoiser.to(memory_format=torch.channels_last)
-        return common.lorakit_loop(family, data, chosen)
+        return common.lorakit_loop(family, data, run_config)
 
-    if asked.convolutions:
+    if args.convolutions:
         return {"lorakit": ours, "cudnn.benchmark": searched, "channels last": channels_last}
-    if asked.stream:
+    if args.stream:
         return {"resident": lambda: checkpointed(False), "streamed": lambda: checkpointed(True)}
     loops = {
         "script": script,
-        "peft": lambda: common.peft_loop(*model(), batch, asked.rank),
+        "peft": lambda: common.peft_loop(*model(), batch, args.rank),
         "lorakit": ours,
     }
-    if asked.compile:
-        compiled = common.settings(batch, asked.rank, **{"memory.compile": True})
+    if args.compile:
+        compiled = common.settings(batch, args.rank, **{"memory.compile": True})
         loops["compiled"] = lambda: common.lorakit_loop(*model(), compiled)
     return loops
 
@@ -225,35 +225,35 @@ def matrix_speed(device: torch.device, seconds: float = 1.0) -> float:
     for _ in range(3):
         left @ right
     wait(device)
-    done, start = 0, time.perf_counter()
+    count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for _ in range(10):
             left @ right
         wait(device)
-        done += 10
-    return 2.0 * side**3 * done / (time.perf_counter() - start)
+        count += 10
+    return 2.0 * side**3 * count / (time.perf_counter() - start)
 
 
 def memory_rows(title: str) -> list[common.Row]:
     """Peak of the loop's own tensors, and of what the allocator took from the card, since `clear`."""
-    held = _held
+    baseline = _baseline
     return [
-        common.row(f"{title} peak allocated", (torch.cuda.max_memory_allocated() - held[0]) / 2**30, "GiB"),
-        common.row(f"{title} peak reserved", (torch.cuda.max_memory_reserved() - held[1]) / 2**30, "GiB"),
+        common.row(f"{title} peak allocated", (torch.cuda.max_memory_allocated() - baseline[0]) / 2**30, "GiB"),
+        common.row(f"{title} peak reserved", (torch.cuda.max_memory_reserved() - baseline[1]) / 2**30, "GiB"),
     ]
 
 
-_held = (0, 0)
+_baseline = (0, 0)
 
 
 def clear(device: torch.device) -> None:
     """Give back what is unused, and begin to look for the peak."""
-    global _held
+    global _baseline
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        _held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        _baseline = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
 def wait(device: torch.device) -> None:

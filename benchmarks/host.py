@@ -32,36 +32,36 @@ def main() -> None:
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--quick", action="store_true", help="three rounds")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    rounds = 3 if asked.quick else asked.rounds
+    rounds = 3 if args.quick else args.rounds
     rows = []
-    for kind in [asked.only] if asked.only else KINDS:
-        rows += counted(kind, asked) + timed(kind, asked, rounds)
-    common.finish(rows, asked.json)
+    for kind in [args.only] if args.only else KINDS:
+        rows += counted(kind, args) + timed(kind, args, rounds)
+    common.finish(rows, args.json)
 
 
-def loops(kind: str, asked: Any, dtype: torch.dtype) -> dict[str, common.Loop]:
+def loops(kind: str, args: Any, dtype: torch.dtype) -> dict[str, common.Loop]:
     """The plain loop and ours on their own models."""
     device = torch.device("cpu")
 
     def model() -> tuple[Any, Any]:
-        family = common.base(kind, device, dtype, width=asked.width)
-        return family, common.encoded(family, asked.side, asked.width)
+        family = common.base(kind, device, dtype, width=args.width)
+        return family, common.encoded(family, args.side, args.width)
 
     half = dtype is torch.bfloat16
-    chosen = common.settings(1, asked.rank)
+    run_config = common.settings(1, args.rank)
     return {
-        "peft, autocast" if half else "peft": common.peft_loop(*model(), 1, asked.rank, autocast=half),
-        "lorakit": common.lorakit_loop(*model(), chosen, device="cuda"),
+        "peft, autocast" if half else "peft": common.peft_loop(*model(), 1, args.rank, autocast=half),
+        "lorakit": common.lorakit_loop(*model(), run_config, device="cuda"),
     }
 
 
-def counted(kind: str, asked: Any) -> list[common.Row]:
+def counted(kind: str, args: Any) -> list[common.Row]:
     """Operations of a step in bf16. On a CPU attention is computed in float32; its casts are not what a card gets."""
     rows, first = [], 0
     with common.attention_as_on_a_card():
-        for name, loop in loops(kind, asked, torch.bfloat16).items():
+        for name, loop in loops(kind, args, torch.bfloat16).items():
             loop(1)
             with common.Launches() as launches:
                 loop(1)
@@ -70,13 +70,13 @@ def counted(kind: str, asked: Any) -> list[common.Row]:
     return rows
 
 
-def timed(kind: str, asked: Any, rounds: int) -> list[common.Row]:
+def timed(kind: str, args: Any, rounds: int) -> list[common.Row]:
     """Milliseconds of CPU a step."""
     rows: list[common.Row] = []
     for dtype, title in ((torch.bfloat16, f"{kind} bf16"), (torch.float32, f"{kind} fp32")):
-        compared = loops(kind, asked, dtype)
+        compared = loops(kind, args, dtype)
         if dtype is torch.bfloat16:
-            compared["lorakit, outside the graph"] = outside(kind, asked)
+            compared["lorakit, outside the graph"] = outside(kind, args)
         for loop in compared.values():
             loop(2)
         times = common.alternate(compared, rounds, 1, clock=time.process_time)
@@ -84,10 +84,10 @@ def timed(kind: str, asked: Any, rounds: int) -> list[common.Row]:
     return rows
 
 
-def outside(kind: str, asked: Any) -> common.Loop:
+def outside(kind: str, args: Any) -> common.Loop:
     """Our step with nothing where the replays would be: seeding generators, copying which photos and texts."""
-    family = common.base(kind, torch.device("cpu"), torch.bfloat16, width=asked.width)
-    data = common.encoded(family, asked.side, asked.width)
+    family = common.base(kind, torch.device("cpu"), torch.bfloat16, width=args.width)
+    data = common.encoded(family, args.side, args.width)
 
     def record(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
         loss, waits = compute(), [compute]
@@ -99,9 +99,9 @@ def outside(kind: str, asked: Any) -> common.Loop:
         return replay
 
     before = cuda_graphs.capturer
-    cuda_graphs.capturer = lambda *given: (record, "")  # type: ignore[assignment]
+    cuda_graphs.capturer = lambda *arguments: (record, "")  # type: ignore[assignment]
     try:
-        return common.lorakit_loop(family, data, common.settings(1, asked.rank), device="cuda")
+        return common.lorakit_loop(family, data, common.settings(1, args.rank), device="cuda")
     finally:
         cuda_graphs.capturer = before
 

@@ -89,24 +89,24 @@ class Live(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._storages: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it, and look at what came out."""
         if quantized_weight.QuantizedWeight in types:
             return NotImplemented  # it makes itself whole first, and that is to be counted
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor)
-        return made
+        return result
 
     def count(self, tensor: torch.Tensor) -> None:
         """Take a tensor's storage into account until it is gone."""
         storage = tensor.untyped_storage()
-        if storage in self._known or self.device not in ("", tensor.device.type):
+        if storage in self._storages or self.device not in ("", tensor.device.type):
             return
-        self._known.add(storage)
+        self._storages.add(storage)
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -135,7 +135,7 @@ def main() -> None:
     rows = []
     print(f"{'bf16, rank 16':<46}{'weights':>9}{'step':>9}{'predicted':>11}{'off':>8}   GiB")
     for case in CASES[:4] if arguments.quick else CASES:
-        settings = chosen(*case[1:])
+        settings = run_config(*case[1:])
         measured, predicted = measure(case[0], settings), predict(case[0], settings)
         how = {False: "", True: "checkpointing, "}.get(case[4], f"within {case[4]:g} GiB, ")
         name = f"{case[0]} {case[1]} px x {case[2]}, {case[3]}, {how}{case[5]}"
@@ -148,7 +148,7 @@ def main() -> None:
             print(f"{'  copied from the host in the step':<46}{measured['traffic'] / GIB:>18.2f}")
             rows.append({"name": f"{name}, copied", "value": measured["traffic"] / GIB, "unit": "GiB", "ratio": None})
     if arguments.real:
-        settings = chosen(512, 1, "attention", True, "nf4")
+        settings = run_config(512, 1, "attention", True, "nf4")
         counted, real = (measure("sd15", settings, real=real)["peak"] for real in (False, True))
         print(f"sd15, checkpointing, nf4: {counted:,} bytes on fake tensors, {real:,} with values")
         rows.append({"name": "sd15 with values", "value": real / GIB, "unit": "GiB", "ratio": counted / real})
@@ -160,7 +160,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def chosen(resolution: int, batch: int, modules: str, checkpointing: bool | float, storage: str) -> config.Config:
+def run_config(resolution: int, batch: int, modules: str, checkpointing: bool | float, storage: str) -> config.Config:
     """The config of a measured step."""
     kind, _, streamed = storage.partition(" ")
     settings = {
@@ -200,7 +200,7 @@ def encoding(side: int) -> dict[str, int]:
     whole, and by strips, where only the device's are counted (on fake tensors there is a CUDA device everywhere)."""
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE).eval().requires_grad_(False)
-    found = {}
+    peaks = {}
     for strip, device in (("", "cpu"), (" by strips", "cuda")):
         with fake(), Live(device=device) as live, torch.no_grad():
             give_values(vae)
@@ -216,8 +216,8 @@ def encoding(side: int) -> dict[str, int]:
                     (tiled_vae.encode if what == "encoding" else tiled_vae.decode)(vae, picture)
                 else:
                     (vae.encode if what == "encoding" else vae.decode)(picture)
-                found[f"{what}{strip}"] = live.peak - before
-    return found
+                peaks[f"{what}{strip}"] = live.peak - before
+    return peaks
 
 
 def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[str, int]:
@@ -263,10 +263,10 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
             live.peak = live.now
             copied = 0 if stream is None else stream.bytes_copied
             update(number)
-        found = {"peak": live.peak - host, "base": base}
+        result = {"peak": live.peak - host, "base": base}
         if stream is not None:
-            found["traffic"] = stream.bytes_copied - copied
-    return found
+            result["traffic"] = stream.bytes_copied - copied
+    return result
 
 
 def outline(name: str, settings: config.Config, dtype: torch.dtype) -> Any:

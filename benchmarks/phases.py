@@ -48,8 +48,8 @@ def main() -> None:
         if args.build:
             build(args.folder, args.family)
             return
-        again = [sys.executable, __file__, str(args.photo), "--family", args.family, "--folder", str(args.folder)]
-        subprocess.run([*again, "--build"], check=True)
+        command = [sys.executable, __file__, str(args.photo), "--family", args.family, "--folder", str(args.folder)]
+        subprocess.run([*command, "--build"], check=True)
         figures = measure(args)
     print(f"{'phase':<40} {'peak, GiB':>10}")
     for name, size in figures.items():
@@ -80,31 +80,31 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     from lorakit.training import loop, out_of_memory, run as train, validation
 
     torch.set_num_threads(1)
-    found: dict[str, int] = {}
+    seconds_of_phase: dict[str, int] = {}
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
         card.reset_peak()
         start = time.monotonic()
         yield
-        found[name] = max(found.get(name, 0), card.peak())
+        seconds_of_phase[name] = max(seconds_of_phase.get(name, 0), card.peak())
         print(f"{name}: {card.peak() / GIB:.2f} GiB, {time.monotonic() - start:.0f} s", flush=True)
 
     def within(name: str, function: Any) -> Any:
-        def call(*given: Any, **named: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             with phase(name):
-                return function(*given, **named)
+                return function(*arguments, **named)
 
         return call
 
     explain = out_of_memory.explain_out_of_memory
 
     @contextlib.contextmanager
-    def told(doing: str, chosen: Any) -> Iterator[None]:
-        with explain(doing, chosen), phase(doing):
+    def timed_phase(doing: str, run_config: Any) -> Iterator[None]:
+        with explain(doing, run_config), phase(doing):
             yield
 
-    out_of_memory.explain_out_of_memory = told
+    out_of_memory.explain_out_of_memory = timed_phase
     loop.Run.draw = within("drawing samples", loop.Run.draw)  # type: ignore[method-assign]
     # Many forward passes on a CPU, of less than a step's memory each.
     validation.Validation.run = lambda *_, **__: {"mse": 0.0, "prior_drift": 0.0}  # type: ignore[method-assign]
@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     tiled_vae.fits = lambda *_: False
     preset, settings = run_settings(args)
     train.train(config.load(preset, settings | train_commands.read_overrides(args.set)))
-    return found
+    return seconds_of_phase
 
 
 def run_settings(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

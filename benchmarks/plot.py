@@ -23,14 +23,14 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--unit")
-    asked = parser.parse_args()
-    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in asked.files}
-    unit = asked.unit or next(iter(found.values()))[0]["unit"]
-    groups = {name: [row for row in rows if row["unit"] == unit] for name, rows in found.items()}
+    args = parser.parse_args()
+    tables = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in args.files}
+    unit = args.unit or next(iter(tables.values()))[0]["unit"]
+    groups = {name: [row for row in rows if row["unit"] == unit] for name, rows in tables.items()}
     if not any(groups.values()):
-        units = {row["unit"] for rows in found.values() for row in rows}
+        units = {row["unit"] for rows in tables.values() for row in rows}
         raise SystemExit(f"no row is in {unit!r}; units: {', '.join(sorted(units))}")
-    draw_bars(groups, unit).save(asked.output)
+    draw_bars(groups, unit).save(args.output)
 
 
 def draw_bars(groups: dict[str, list[dict]], unit: str) -> Image.Image:

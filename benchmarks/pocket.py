@@ -26,18 +26,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--samples", type=Path, help="write the first 64 pictures here, as one PNG")
-    chosen = parser.parse_args()
+    args = parser.parse_args()
 
     from tools.pocket import measure
 
-    values, images = measure.table(
-        chosen.model, 64 if chosen.quick else 512, chosen.guidance, chosen.steps, chosen.device
-    )
+    values, images = measure.table(args.model, 64 if args.quick else 512, args.guidance, args.steps, args.device)
     print(measure.text_table(values))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(values, indent=2) + "\n")
-    if chosen.samples:
-        measure.sheet(images[:64], chosen.samples)
+    if args.json:
+        args.json.write_text(json.dumps(values, indent=2) + "\n")
+    if args.samples:
+        measure.sheet(images[:64], args.samples)
 
 
 if __name__ == "__main__":

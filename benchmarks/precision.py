@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 steps")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
-    steps = 20 if asked.quick else asked.steps
+    args = parser.parse_args()
+    steps = 20 if args.quick else args.steps
     with tempfile.TemporaryDirectory() as scratch:
         photos = demo.write_photos(subjects()[0], Path(scratch) / "photos")
         curves = {name: curve(photos, Path(scratch) / name, name, steps) for name in NAMES}
@@ -43,9 +43,9 @@ def main() -> None:
             common.row(f"{NAMES[name]} validation mse, step {step}", value, "mse", first[step] / value)
             for step, value in points
         ]
-    common.finish(rows, asked.json)
-    if asked.output:
-        draw(curves, asked.output)
+    common.finish(rows, args.json)
+    if args.output:
+        draw(curves, args.output)
 
 
 def subjects() -> list[str]:
@@ -57,7 +57,7 @@ def subjects() -> list[str]:
 
 def curve(photos: Path, folder: Path, precision: str, steps: int) -> list[tuple[int, float]]:
     """(step, validation mse) of a run."""
-    chosen = config.load(
+    run_config = config.load(
         "subject-pocket",
         {
             "data.folder": str(photos),
@@ -74,7 +74,7 @@ def curve(photos: Path, folder: Path, precision: str, steps: int) -> list[tuple[
             "output.folder": str(folder),
         },
     )
-    run = train.train(chosen).folder
+    run = train.train(run_config).folder
     events = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [(event["step"], event["mse"]) for event in events if event["event"] == "validation"]
 

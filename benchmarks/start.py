@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import common
-import step as whole
+import step as step_benchmark
 
 # What the log's first line of each kind stands for.
 MOMENTS = {"sample": "until the first pictures", "step": "first step"}
@@ -30,18 +30,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     rows = [common.row("lorakit --help", seconds(["--help"], {}), "s")]
     with tempfile.TemporaryDirectory() as scratch:
         room = Path(scratch)
         (room / "photos").mkdir()
-        photos = whole.random_photos(room / "photos", 64)
+        photos = step_benchmark.random_photos(room / "photos", 64)
         rows.append(common.row("lorakit check", seconds(["check", str(photos), "--subject", "sks toy"], {}), "s"))
-        for cached in (False,) if asked.quick else (False, True):
+        for cached in (False,) if args.quick else (False, True):
             title = "everything cached" if cached else "nothing cached"
-            found = one_run(photos, room / f"run-{cached}", room / "cache")
-            rows += [common.row(f"{title}: {moment}", value, "s") for moment, value in found.items()]
-    common.finish(rows, asked.json)
+            result = one_run(photos, room / f"run-{cached}", room / "cache")
+            rows += [common.row(f"{title}: {moment}", value, "s") for moment, value in result.items()]
+    common.finish(rows, args.json)
 
 
 def seconds(arguments: list[str], environment: dict[str, str]) -> float:
@@ -57,22 +57,22 @@ def one_run(photos: Path, folder: Path, cache: Path) -> dict[str, float]:
     sets = {"train.steps": 1, "data.cache": "disk", "train.class_images": 16, "sample.steps": 4}
     changes = [f"--set={key}={value}" for key, value in sets.items()]
     command = [sys.executable, "-m", "lorakit", "train", str(photos), "--subject", "sks toy", "--output", str(folder)]
-    found: dict[str, float] = {}
+    times: dict[str, float] = {}
     start = time.time()
     with subprocess.Popen(
         [*command, *changes], stdout=subprocess.PIPE, text=True, env=os.environ | {"LORAKIT_CACHE": str(cache)}
     ) as run:
         for line in run.stdout or ():
             if line.startswith("base: "):
-                found.setdefault("until it says what it will do", time.time() - start)
+                times.setdefault("until it says what it will do", time.time() - start)
     if run.returncode:
         raise SystemExit(run.returncode)
-    whole_run = time.time() - start
+    run_seconds = time.time() - start
     for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
         event = json.loads(line)
         if event["event"] in MOMENTS:
-            found.setdefault(MOMENTS[event["event"]], event["time"] - start)
-    return found | {"whole run, checked": whole_run}
+            times.setdefault(MOMENTS[event["event"]], event["time"] - start)
+    return times | {"whole run, checked": run_seconds}
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         photos = arguments.photos or random_photos(Path(scratch), arguments.resolution)
-        chosen = config.load(
+        run_config = config.load(
             None,
             {
                 "model.base": arguments.base,
@@ -65,10 +65,10 @@ def main() -> None:
         )
         make = {"lorakit": ours, "plain": plain}
         if arguments.only:
-            make[arguments.only](chosen)(arguments.steps)
+            make[arguments.only](run_config)(arguments.steps)
             print(own_peak())
             return
-        loops = {name: loop(chosen) for name, loop in make.items()}
+        loops = {name: loop(run_config) for name, loop in make.items()}
         peaks: dict[str, float] = {}
         for name, loop in loops.items():  # warm-up: allocations, lazy imports, kernel choice
             if torch.cuda.is_available():
@@ -109,24 +109,24 @@ def random_photos(folder: Path, size: int) -> Path:
     return folder
 
 
-def base_of(chosen: config.Config) -> families.Family:
+def base_of(run_config: config.Config) -> families.Family:
     """The base, loaded again, in the precision the config asks for."""
-    device = devices.device(chosen.memory)
-    return families.load(families.describe(chosen.model.base), device, devices.dtype(chosen.memory, device))
+    device = devices.device(run_config.memory)
+    return families.load(families.describe(run_config.model.base), device, devices.dtype(run_config.memory, device))
 
 
-def ours(chosen: config.Config) -> Callable[[int], None]:
+def ours(run_config: config.Config) -> Callable[[int], None]:
     """A function that runs so many steps of lorakit's loop."""
-    family = base_of(chosen)
-    trains_text = chosen.adapter.train_text_encoder
+    family = base_of(run_config)
+    trains_text = run_config.adapter.train_text_encoder
     family.acquire("unet", *(["text_encoders"] if trains_text else []))
-    adapter = adapters.attach(family, chosen.adapter, seed=0)
-    photos = checks.check(chosen.data, family.info)
-    encoded = precompute(chosen, family, adapter, photos, lambda line: None)
-    step = LossStep(family, adapter, encoded, chosen.train)
+    adapter = adapters.attach(family, run_config.adapter, seed=0)
+    photos = checks.check(run_config.data, family.info)
+    encoded = precompute(run_config, family, adapter, photos, lambda line: None)
+    step = LossStep(family, adapter, encoded, run_config.train)
     adapters.optimize_blocks(family)
     adapter.train(True)
-    return common.steps_of(OptimizerStep(chosen, step, 1000, print))
+    return common.steps_of(OptimizerStep(run_config, step, 1000, print))
 
 
 class Photos(torch.utils.data.Dataset):
@@ -147,27 +147,27 @@ class Photos(torch.utils.data.Dataset):
         return {"pixels": pixels, "ids": ids.input_ids[0]}
 
 
-def plain(chosen: config.Config) -> Callable[[int], None]:
+def plain(run_config: config.Config) -> Callable[[int], None]:
     """A function that runs so many steps of a plain loop with peft and accelerate."""
     from accelerate import Accelerator
     from diffusers import DDPMScheduler
     from peft import LoraConfig
 
-    family = base_of(chosen)
+    family = base_of(run_config)
     family.acquire("unet", "vae", "text_encoders")
     pipe = family.pipeline()
     unet, vae, text_encoder, tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
     common.torchs_own(unet)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    rank = chosen.adapter.rank
+    rank = run_config.adapter.rank
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
-    optimizer = torch.optim.AdamW(parameters, lr=chosen.optimizer.learning_rate)
-    photos = Photos(Path(chosen.data.folder), chosen.data.resolution, tokenizer)
-    loader = torch.utils.data.DataLoader(photos, batch_size=chosen.train.batch_size, shuffle=True)
+    optimizer = torch.optim.AdamW(parameters, lr=run_config.optimizer.learning_rate)
+    photos = Photos(Path(run_config.data.folder), run_config.data.resolution, tokenizer)
+    loader = torch.utils.data.DataLoader(photos, batch_size=run_config.train.batch_size, shuffle=True)
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(family.dtype, "no")
     accelerator = Accelerator(mixed_precision=precision, cpu=family.device.type == "cpu")
     unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)

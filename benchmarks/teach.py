@@ -62,10 +62,10 @@ def main() -> None:
     for name in arguments.names:
         row = teach(name, overrides, arguments.grids)
         rows.append(row)
-        kept = row["others_after"] / max(row["others_before"], 1e-9)
+        share = row["others_after"] / max(row["others_before"], 1e-9)
         print(
             f"{name:<14}{row['before']:>8.0%} ->{row['after']:>5.0%}{row['scene']:>12.0%} ({row['scene_real']:>4.0%})"
-            f"{row['untriggered_before']:>9.0%} ->{row['untriggered']:>5.0%}{kept:>13.0%}{row['seconds']:>9.0f}",
+            f"{row['untriggered_before']:>9.0%} ->{row['untriggered']:>5.0%}{share:>13.0%}{row['seconds']:>9.0f}",
             flush=True,
         )
     if arguments.json:
@@ -79,22 +79,22 @@ def teach(name: str, overrides: dict[str, Any], grids: Path | None) -> dict[str,
     with tempfile.TemporaryDirectory() as scratch:
         photos = Path(scratch) / "photos"
         photos.mkdir()
-        seen = [scene for scene in spec.SCENES if scene not in UNSEEN]
-        for number, (image, shown) in enumerate(subjects.pictures(name, PHOTOS, seed=0, scenes=seen)):
+        scenes = [scene for scene in spec.SCENES if scene not in UNSEEN]
+        for number, (image, picture_spec) in enumerate(subjects.pictures(name, PHOTOS, seed=0, scenes=scenes)):
             image.save(photos / f"{number:02}.png")
-            what = f"{shown.kind} " if is_style else ""
-            text = _prompt(TRIGGER, noun, shown.scene, what.strip() if is_style else None)
+            what = f"{picture_spec.kind} " if is_style else ""
+            text = _prompt(TRIGGER, noun, picture_spec.scene, what.strip() if is_style else None)
             (photos / f"{number:02}.txt").write_text(text, encoding="utf-8")
         settings = {
             "data.folder": str(photos),
             "data.name": f"{TRIGGER} {noun}",
             "output.folder": str(Path(scratch) / "run"),
         }
-        chosen = config.load("style-pocket" if is_style else "subject-pocket", settings | overrides)
+        run_config = config.load("style-pocket" if is_style else "subject-pocket", settings | overrides)
         start = time.monotonic()
-        result = train.train(chosen)
+        result = train.train(run_config)
         seconds = time.monotonic() - start
-        return _measure(name, chosen, result.adapter, noun, grids) | {"name": name, "seconds": seconds}
+        return _measure(name, run_config, result.adapter, noun, grids) | {"name": name, "seconds": seconds}
 
 
 def _prompt(trigger: str, noun: str, scene: str, thing: str | None) -> str:
@@ -106,13 +106,13 @@ def _prompt(trigger: str, noun: str, scene: str, thing: str | None) -> str:
     return f"a picture of a {thing} {where} in {words}" if trigger else f"a picture of a {thing} {where}"
 
 
-def _measure(name: str, chosen: config.Config, adapter: Path, noun: str, grids: Path | None) -> dict[str, Any]:
-    device = devices.device(chosen.memory)
-    family = families.load(families.describe(chosen.model.base), device, devices.dtype(chosen.memory, device))
+def _measure(name: str, run_config: config.Config, adapter: Path, noun: str, grids: Path | None) -> dict[str, Any]:
+    device = devices.device(run_config.memory)
+    family = families.load(families.describe(run_config.model.base), device, devices.dtype(run_config.memory, device))
     judge = Classifier.load()
     things = OTHERS if name in subjects.STYLES else (None,) * len(UNSEEN)
     pairs = [(scene, things[i % len(things)]) for i, scene in enumerate(UNSEEN)]
-    asked = [_prompt(TRIGGER, noun, scene, thing) for scene, thing in pairs]
+    texts = [_prompt(TRIGGER, noun, scene, thing) for scene, thing in pairs]
     untriggered = [_prompt("", noun, scene, thing) for scene, thing in pairs]
     others = [f"a photo of a {kind}" for kind in OTHERS]
 
@@ -120,21 +120,21 @@ def _measure(name: str, chosen: config.Config, adapter: Path, noun: str, grids: 
         return [
             picture
             for seed in range(DRAWS)
-            for picture in sampling.draw(family, prompts, replace(chosen.sample, seed=seed * 100), 64)
+            for picture in sampling.draw(family, prompts, replace(run_config.sample, seed=seed * 100), 64)
         ]
 
-    wanted_kinds = [{"kind": kind} for kind in OTHERS] * DRAWS
-    before, plain_before, others_before = draw(asked), draw(untriggered), draw(others)
+    expected_kinds = [{"kind": kind} for kind in OTHERS] * DRAWS
+    before, plain_before, others_before = draw(texts), draw(untriggered), draw(others)
     adapters.apply(family, formats.read(adapter))
-    after, plain_after, others_after = draw(asked), draw(untriggered), draw(others)
+    after, plain_after, others_after = draw(texts), draw(untriggered), draw(others)
     if grids:
         grids.mkdir(parents=True, exist_ok=True)
-        columns = len(asked)
-        shown = [image for image, _ in subjects.pictures(name, columns, seed=0)] + before[:columns] + after[:columns]
-        image_grid.save(image_grid.grid(shown, ["it", "base", "adapter"], asked), grids / f"{name}.png")
+        columns = len(texts)
+        images = [image for image, _ in subjects.pictures(name, columns, seed=0)] + before[:columns] + after[:columns]
+        image_grid.save(image_grid.grid(images, ["it", "base", "adapter"], texts), grids / f"{name}.png")
     scenes = [{"scene": scene} for scene, _ in pairs] * DRAWS
     real = subjects.pictures(name, 64, seed=1, scenes=UNSEEN)
-    visible = judge.scores([image for image, _ in real], [{"scene": shown.scene} for _, shown in real])
+    visible = judge.scores([image for image, _ in real], [{"scene": images.scene} for _, images in real])
     return {
         "before": judge.subject_score(before, name),
         "after": judge.subject_score(after, name),
@@ -142,8 +142,8 @@ def _measure(name: str, chosen: config.Config, adapter: Path, noun: str, grids: 
         "scene_real": visible["scene"],
         "untriggered_before": judge.subject_score(plain_before, name),
         "untriggered": judge.subject_score(plain_after, name),
-        "others_before": judge.scores(others_before, wanted_kinds)["kind"],
-        "others_after": judge.scores(others_after, wanted_kinds)["kind"],
+        "others_before": judge.scores(others_before, expected_kinds)["kind"],
+        "others_after": judge.scores(others_after, expected_kinds)["kind"],
     }
 
 

@@ -105,12 +105,12 @@ def attach() -> "Iterator[Callable[..., Adapter]]":
     """`adapters.attach`, undone after the test: the bases are shared."""
     from lorakit import adapters
 
-    made: list[Adapter] = []
+    adapters_in_use: list[Adapter] = []
 
     def call(*args: Any, **options: Any) -> "Adapter":
-        made.append(adapters.attach(*args, **options))
-        return made[-1]
+        adapters_in_use.append(adapters.attach(*args, **options))
+        return adapters_in_use[-1]
 
     yield call
-    for adapter in made:
+    for adapter in adapters_in_use:
         adapter.detach()

@@ -21,7 +21,7 @@ REFUSALS = {
 
 
 @contextmanager
-def serve(folder: Path, asked: list[str], repository: str = "org/tiny", commit: str = COMMIT) -> Iterator[str]:
+def serve(folder: Path, requests: list[str], repository: str = "org/tiny", commit: str = COMMIT) -> Iterator[str]:
     """The address, while it runs; every path that is asked for goes into `asked`."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -30,7 +30,7 @@ def serve(folder: Path, asked: list[str], repository: str = "org/tiny", commit: 
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            asked.append(f"{self.command} {path}")
+            requests.append(f"{self.command} {path}")
             refused = next((answer for name, answer in REFUSALS.items() if f"/org/{name}" in path), None)
             if refused:
                 self.answer(b"{}", *refused)

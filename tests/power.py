@@ -11,10 +11,10 @@ class Cut(BaseException):
 
 def interrupted_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next run die right after the checkpoint of `step`."""
-    saved = checkpoint.save
+    save = checkpoint.save
 
     def save_and_die(folder, at, *rest, **named):
-        saved(folder, at, *rest, **named)
+        save(folder, at, *rest, **named)
         if at == step:
             raise Cut
 

@@ -16,9 +16,9 @@ def noise(folder: Path, count: int) -> Path:
     return folder
 
 
-def chosen(base: Path, photos: Path, folder: Path, steps: int, **changes: object) -> config.Config:
+def run_config(base: Path, photos: Path, folder: Path, steps: int, **changes: object) -> config.Config:
     """Batches of two and a checkpoint at the end; no validation, no samples. Dots in names are double underscores."""
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "model.base": str(base),
         "data.folder": str(photos),
         "data.name": "sks toy",
@@ -39,4 +39,4 @@ def chosen(base: Path, photos: Path, folder: Path, steps: int, **changes: object
         "output.folder": str(folder),
         "output.dtype": "fp32",
     }
-    return config.load(None, asked | {name.replace("__", "."): value for name, value in changes.items()})
+    return config.load(None, settings | {name.replace("__", "."): value for name, value in changes.items()})

@@ -32,8 +32,8 @@ def test_the_gpus_script_runs_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(
     for loop in ("script", "peft", "lorakit"):
         assert named[f"sd15 narrow batch 1 {loop} step"]["value"] > 0 and f"{loop} rate" in printed
     script(monkeypatch, "plot", str(file), "--output", str(picture), "--unit", "ms").main()
-    with Image.open(picture) as drawn:
-        assert drawn.width > 400 and len(drawn.getcolors(2**24) or []) > 2
+    with Image.open(picture) as images:
+        assert images.width > 400 and len(images.getcolors(2**24) or []) > 2
 
 
 @pytest.mark.slow

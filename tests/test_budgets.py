@@ -143,10 +143,10 @@ def label(path: Path, function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     return f"{path.relative_to(ROOT)}:{function.name}"
 
 
-def over(found: dict[str, int], limits: dict[str, int], limit: int) -> list[str]:
+def over(numbers: dict[str, int], limits: dict[str, int], limit: int) -> list[str]:
     """What is over its limit, and exceptions that are not needed any more."""
-    wrong = [f"{key}: {number}" for key, number in found.items() if number > limits.get(key, limit)]
-    return wrong + [f"{key}: not an exception any more" for key in limits if found.get(key, 0) <= limit]
+    wrong = [f"{key}: {number}" for key, number in numbers.items() if number > limits.get(key, limit)]
+    return wrong + [f"{key}: not an exception any more" for key in limits if numbers.get(key, 0) <= limit]
 
 
 def identifiers(path: Path) -> set[str]:
@@ -168,8 +168,8 @@ def identifiers(path: Path) -> set[str]:
 
 def words(identifier: str) -> set[str]:
     """`held_out`, `heldOut` and `HeldOut` -> {"held", "out"}; a plural counts as its word."""
-    found = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", identifier)}
-    return found | {word.removesuffix("s") for word in found}
+    result = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", identifier)}
+    return result | {word.removesuffix("s") for word in result}
 
 
 def late_attributes(path: Path) -> list[str]:
@@ -181,13 +181,13 @@ def late_attributes(path: Path) -> list[str]:
         declared = {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
         declared |= {t.id for n in cls.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
         methods = [node for node in cls.body if isinstance(node, ast.FunctionDef)]
-        stored = {method.name: set(_stored(method)) for method in methods}
-        declared |= stored.get("__init__", set())
-        late += [f"{cls.name}.{name}" for method, names in stored.items() for name in sorted(names - declared)]
+        attributes = {method.name: set(_attributes(method)) for method in methods}
+        declared |= attributes.get("__init__", set())
+        late += [f"{cls.name}.{name}" for method, names in attributes.items() for name in sorted(names - declared)]
     return late
 
 
-def _stored(method: ast.FunctionDef) -> Iterator[str]:
+def _attributes(method: ast.FunctionDef) -> Iterator[str]:
     for node in ast.walk(method):
         own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
         if own and isinstance(node.ctx, ast.Store):
@@ -250,12 +250,12 @@ def test_functions_take_few_parameters() -> None:
 
 
 def test_banned_words_become_fewer() -> None:
-    found: dict[str, list[str]] = {word: [] for word in BANNED}
+    places: dict[str, list[str]] = {word: [] for word in BANNED}
     for path in sources():
         for identifier in sorted(identifiers(path)):
             for word in words(identifier) & set(BANNED):
-                found[word].append(f"{path.relative_to(ROOT)}:{identifier}")
-    wrong = {word: names for word, names in found.items() if len(names) > BANNED[word]}
+                places[word].append(f"{path.relative_to(ROOT)}:{identifier}")
+    wrong = {word: names for word, names in places.items() if len(names) > BANNED[word]}
     assert not wrong
 
 
@@ -294,8 +294,14 @@ def untyped(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        given = node.args
-        arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+        parameters = node.args
+        arguments = [
+            *parameters.posonlyargs,
+            *parameters.args,
+            *parameters.kwonlyargs,
+            parameters.vararg,
+            parameters.kwarg,
+        ]
         annotated = {argument.arg: argument.annotation for argument in arguments if argument is not None}
         for name, annotation in (annotated | {"return": node.returns}).items():
             if isinstance(annotation, ast.Name) and annotation.id == "Any":
@@ -303,8 +309,8 @@ def untyped(path: Path) -> Iterator[str]:
 
 
 def test_signatures_name_their_types() -> None:
-    found = [f"{path.relative_to(ROOT)}:{place}" for path in sources() for place in untyped(path)]
-    assert len(found) <= BARE_ANY, found
+    places = [f"{path.relative_to(ROOT)}:{place}" for path in sources() for place in untyped(path)]
+    assert len(places) <= BARE_ANY, places
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_what_is_for_a_card_holds_on_a_make_believe_one(tmp_path: Path) -> None:
     if torch.backends.cuda.is_built() or not sys.platform.startswith("linux") or compiler is None:
         pytest.skip("needs a torch without CUDA, whose place the make-believe card takes, and a C++ compiler, on Linux")
     library = card.build(tmp_path, compiler)
-    asked = [
+    options = [
         "-o",
         "addopts=",
         "-o",
@@ -36,10 +36,10 @@ def test_what_is_for_a_card_holds_on_a_make_believe_one(tmp_path: Path) -> None:
         "gpu",
         *(str(TESTS / name) for name in FILES),
     ]
-    command = [sys.executable, str(TESTS / "card" / "card.py"), str(library), *asked]
+    command = [sys.executable, str(TESTS / "card" / "card.py"), str(library), *options]
     # Options for the outer run, such as coverage, are not for this one: their tables would be read as its result.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=env)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    summary = done.stdout.strip().splitlines()[-1]
-    assert f" {COUNT} passed" in summary and "skipped" not in summary, done.stdout[-500:]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=env)
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
+    summary = process.stdout.strip().splitlines()[-1]
+    assert f" {COUNT} passed" in summary and "skipped" not in summary, process.stdout[-500:]

@@ -124,11 +124,11 @@ def check_train_export_inspect(lorakit: Callable[..., str], place: Path, to: str
     adapter."""
     (place / "photos").mkdir()
     photos, run = short_run.noise(place / "photos", 2), place / "run"
-    given = {"data.name": "sks toy", "data.resolution": "64", "train.steps": "2", "sample.steps": "1", **options}
-    given |= {"memory.device": "cpu", "sample.prompts": "a toy", "output.dtype": "fp32", "sample.every": "2"}
-    given |= {"sample.at_start": "false", "sample.at_end": "false", "train.validate_at_end": "false"}
-    given |= {"adapter.target_modules": "attention", "adapter.train_text_encoder": "false", "train.batch_size": "1"}
-    common = [word for name, value in given.items() for word in ("--set", f"{name.replace('__', '.')}={value}")]
+    settings = {"data.name": "sks toy", "data.resolution": "64", "train.steps": "2", "sample.steps": "1", **options}
+    settings |= {"memory.device": "cpu", "sample.prompts": "a toy", "output.dtype": "fp32", "sample.every": "2"}
+    settings |= {"sample.at_start": "false", "sample.at_end": "false", "train.validate_at_end": "false"}
+    settings |= {"adapter.target_modules": "attention", "adapter.train_text_encoder": "false", "train.batch_size": "1"}
+    common = [word for name, value in settings.items() for word in ("--set", f"{name.replace('__', '.')}={value}")]
     plan = lorakit("check", photos, *common)
     lorakit("train", photos, "--output", run, *common)
     adapter = min(run.glob("*.safetensors"), key=lambda path: len(path.name))  # the others are named after it
@@ -146,9 +146,9 @@ def test_a_method_is_one_file_and_one_line(
     module("lora_fa", METHOD)
     spec = MethodSpec("lora_fa:METHOD", "lora_fa:trained_weights", section="lora_fa:Section", begins_from_base=True)
     monkeypatch.setitem(registry.METHODS.own, "lora_fa", spec)
-    found = check_train_export_inspect(lorakit, tmp_path, "diffusers", adapter__method="lora_fa", adapter__rank="4")
-    assert "adapter: lora_fa, unet" in found["plan"]
-    assert "lora_fa" in found["trained"] and "lora_fa" in found["exported"]
+    output = check_train_export_inspect(lorakit, tmp_path, "diffusers", adapter__method="lora_fa", adapter__rank="4")
+    assert "adapter: lora_fa, unet" in output["plan"]
+    assert "lora_fa" in output["trained"] and "lora_fa" in output["exported"]
     with pytest.raises(ConfigError, match=r"train\.init_from makes no sense with adapter\.method = 'lora_fa'"):
         config.load(None, {"train.steps": 1, "adapter.method": "lora_fa", "train.init_from": "a"})
 
@@ -164,9 +164,9 @@ def test_an_optimizer_is_one_function_and_one_line(
     monkeypatch.setitem(registry.OPTIMIZERS.own, "momentum_sgd", spec)
     options = {"optimizer__name": "momentum_sgd", "optimizer__args__nesterov": "true", "adapter__rank": "4"}
     options |= {"optimizer__learning_rate": "0.1", "optimizer__warmup_steps": "0"}  # a step of SGD is small
-    found = check_train_export_inspect(lorakit, tmp_path, "diffusers", **options)
-    assert "ss_optimizer = momentum_sgd" in found["trained"]
-    assert "bytes of state" not in found["plan"]
+    output = check_train_export_inspect(lorakit, tmp_path, "diffusers", **options)
+    assert "ss_optimizer = momentum_sgd" in output["trained"]
+    assert "bytes of state" not in output["plan"]
 
 
 def test_a_format_is_one_file_and_one_line(
@@ -177,8 +177,8 @@ def test_a_format_is_one_file_and_one_line(
 ) -> None:
     module("plain_format", FORMAT)
     monkeypatch.setitem(registry.FORMATS.own, "plain", "plain_format:SPEC")
-    found = check_train_export_inspect(lorakit, tmp_path, "kohya", output__formats="plain", adapter__rank="4")
-    assert "plain, F32" in found["trained"] and "kohya, F16" in found["exported"]
+    output = check_train_export_inspect(lorakit, tmp_path, "kohya", output__formats="plain", adapter__rank="4")
+    assert "plain, F32" in output["trained"] and "kohya, F16" in output["exported"]
     assert json.loads(lorakit("check", tmp_path / "photos", "--json", *CHECK, "--set", "output.formats=plain"))["plan"]
 
 

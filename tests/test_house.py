@@ -103,11 +103,11 @@ def imported_rooms(path: Path) -> Iterator[str]:
 
 def tracked() -> list[Path]:
     """Files of the repository; where git is not there (an unpacked archive), every file that would be."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
-    if listed.returncode:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listing.returncode:
         folders = [ROOT / name for name in ("lorakit", "presets", "tests", "benchmarks", "docs", "tools")]
         return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return [path for name in listed.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
+    return [path for name in listing.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
 
 
 def test_imports_run_one_way() -> None:
@@ -141,10 +141,10 @@ def test_each_room_says_what_it_may_import_and_who_uses_it() -> None:
     rooms = [room for rooms in ORDER for room in sorted(rooms)]
     for room in rooms:
         docstring = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))) or ""
-        purpose, blank, imports, used, *_ = [*docstring.splitlines(), *[""] * 4]
+        purpose, blank, imports, callers, *_ = [*docstring.splitlines(), *[""] * 4]
         assert purpose.endswith(".") and not blank, room
         assert _names(imports, "May import: ") == MAY_IMPORT[room], room
-        assert _names(used, "Used by: ") == users[room] - {room, "outside"}, room
+        assert _names(callers, "Used by: ") == users[room] - {room, "outside"}, room
 
 
 def _names(line: str, label: str) -> set[str]:
@@ -166,19 +166,19 @@ def test_rooms_without_torch(room: str) -> None:
 
 
 def test_the_table_has_no_circle() -> None:
-    seen: set[str] = set()
+    visited: set[str] = set()
     left = dict(MAY_IMPORT)
     while left:
-        ready = [room for room, needs in left.items() if needs <= seen | {room}]
+        ready = [room for room, needs in left.items() if needs <= visited | {room}]
         assert ready, f"these import each other: {sorted(left)}"
-        seen |= set(ready)
+        visited |= set(ready)
         left = {room: needs for room, needs in left.items() if room not in ready}
 
 
 def test_light_modules_load_neither_torch_nor_any_model_library() -> None:
     script = f"import sys, {', '.join(LIGHT)}; print([m for m in {HEAVY!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
@@ -188,10 +188,10 @@ def test_help_is_quick_and_loads_no_model_library(arguments: list[str]) -> None:
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "print(time.process_time(), 'torch' in sys.modules, 'diffusers' in sys.modules, 'numpy' in sys.modules)"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    seconds, *loaded = done.stdout.splitlines()[-1].split()
+    seconds, *loaded = process.stdout.splitlines()[-1].split()
     assert loaded == ["False", "False", "False"]
     assert float(seconds) < 0.3
 
@@ -279,8 +279,8 @@ match a:
     case "dora" | "y":
         pass
 """
-    found = {name for _, name in name_comparisons(ast.parse(code), {"lora", "kohya", "sd1", "dora"})}
-    assert found == {"lora", "kohya", "sd1", "dora"}
+    names = {name for _, name in name_comparisons(ast.parse(code), {"lora", "kohya", "sd1", "dora"})}
+    assert names == {"lora", "kohya", "sd1", "dora"}
     assert not list(name_comparisons(ast.parse('d = {"lora": 1}["lora"]'), {"lora"}))
 
 
@@ -374,10 +374,10 @@ def test_readme_names_only_commands_and_options_that_exist() -> None:
     from lorakit.cli import main as cli
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    used = re.findall(r"^(?:\.venv/bin/)?lorakit ([a-z]+)(.*)$", text, re.MULTILINE)
-    assert {name for name, _ in used} >= {"check", "train", "resume", "sample", "inspect", "export", "doctor"}
+    lines = re.findall(r"^(?:\.venv/bin/)?lorakit ([a-z]+)(.*)$", text, re.MULTILINE)
+    assert {name for name, _ in lines} >= {"check", "train", "resume", "sample", "inspect", "export", "doctor"}
     commands = cli.parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    for name, rest in used:
+    for name, rest in lines:
         options = {option for action in commands[name]._actions for option in action.option_strings}
         assert set(re.findall(r"(?<=\s)--[a-z-]+", rest)) <= options
     for key in re.findall(r"--set ([\w.]+)=", text):
@@ -388,8 +388,8 @@ def test_ci_runs_the_line_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     pattern = re.search(r"grep -m1 '(.*)' README.md", script)
     assert pattern is not None
-    found = [line for line in (ROOT / "README.md").read_text().splitlines() if re.search(pattern[1], line)]
-    assert found[0] == readme_commands()[1]
+    names = [line for line in (ROOT / "README.md").read_text().splitlines() if re.search(pattern[1], line)]
+    assert names[0] == readme_commands()[1]
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=False).returncode == 0
 
 
@@ -442,7 +442,7 @@ def test_the_core_needs_little() -> None:
 )
 def test_tools_have_nothing_to_say(command: list[str]) -> None:
     paths = [] if command == ["mypy"] else ["."]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", *command, *paths],
         cwd=ROOT,
         capture_output=True,
@@ -450,11 +450,11 @@ def test_tools_have_nothing_to_say(command: list[str]) -> None:
         check=False,
         env=os.environ | {"NO_COLOR": "1"},
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-2000:]
 
 
 def test_json_of_the_options_is_json() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "lorakit", "options", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert len(json.loads(done.stdout)) == len(config.options())
+    assert len(json.loads(process.stdout)) == len(config.options())

@@ -17,13 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
     (file,) = folder.glob("lorakit-*.whl")
     return file
 
@@ -38,7 +38,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def elsewhere(unpacked: Path, *arguments: str) -> str:
     """Run Python with the unpacked wheel in front of everything; what it prints."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
@@ -46,8 +46,8 @@ def elsewhere(unpacked: Path, *arguments: str) -> str:
         cwd=unpacked,
         env=os.environ | {"PYTHONPATH": str(unpacked)},
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
 
 
 def test_everything_a_run_needs_is_inside(wheel: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from short_run import chosen, noise
+from short_run import noise, run_config
 
 import lorakit
 
@@ -26,7 +26,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> lorakit.Result:
-    return lorakit.train(chosen(tiny_sd1, photos, tmp_path_factory.mktemp("run") / "run", 2, train__prior="none"))
+    return lorakit.train(run_config(tiny_sd1, photos, tmp_path_factory.mktemp("run") / "run", 2, train__prior="none"))
 
 
 def test_every_name_is_a_class_or_a_function_and_none_is_a_module() -> None:
@@ -50,7 +50,7 @@ def test_names_for_what_can_be_caught_are_light() -> None:
 def test_train_is_a_function_the_second_time_too(trained, tiny_sd1, photos, tmp_path) -> None:
     """The import of the room `training` must not put a module in its place."""
     events: list[lorakit.Event] = []
-    config = chosen(tiny_sd1, photos, tmp_path / "again", 2, train__prior="none")
+    config = run_config(tiny_sd1, photos, tmp_path / "again", 2, train__prior="none")
     result = lorakit.train(config, listeners=[events.append])
     assert isinstance(result, lorakit.Result) and result.folder != trained.folder
     kinds = {event.kind for event in events}
@@ -60,7 +60,7 @@ def test_train_is_a_function_the_second_time_too(trained, tiny_sd1, photos, tmp_
 
 def test_preflight_finds_what_train_refuses(tiny_sd1, tmp_path) -> None:
     (empty := tmp_path / "empty").mkdir()
-    config = chosen(tiny_sd1, empty, tmp_path / "run", 2)
+    config = run_config(tiny_sd1, empty, tmp_path / "run", 2)
     with pytest.raises(lorakit.LorakitError) as refused:
         lorakit.train(config)
     ready = lorakit.preflight(config)
@@ -70,7 +70,7 @@ def test_preflight_finds_what_train_refuses(tiny_sd1, tmp_path) -> None:
 
 
 def test_a_stopped_run_is_resumed(tiny_sd1, photos, tmp_path) -> None:
-    config = chosen(tiny_sd1, photos, tmp_path / "run", 2, train__prior="none")
+    config = run_config(tiny_sd1, photos, tmp_path / "run", 2, train__prior="none")
     with pytest.raises(lorakit.Stopped) as stopped:
         lorakit.train(config, stop=lambda: True)
     assert stopped.value.step == 0
@@ -81,11 +81,11 @@ def test_an_adapter_is_loaded_saved_inspected_and_applied(trained, tiny_sd1, tmp
     from diffusers import StableDiffusionPipeline
 
     weights = lorakit.load_adapter(str(trained.adapter))
-    written = lorakit.save_adapter(weights, tmp_path / "copy.safetensors", formats=("kohya", "peft"), dtype="fp32")
-    assert written == {"kohya": tmp_path / "copy.safetensors", "peft": tmp_path / "copy-peft"}
-    again = lorakit.load_adapter(written["peft"])
-    assert all(torch.allclose(again.layers[n].delta(), layer.delta()) for n, layer in weights.layers.items())
-    assert "sks" in lorakit.inspect(str(written["kohya"])).to_text()
+    paths = lorakit.save_adapter(weights, tmp_path / "copy.safetensors", formats=("kohya", "peft"), dtype="fp32")
+    assert paths == {"kohya": tmp_path / "copy.safetensors", "peft": tmp_path / "copy-peft"}
+    copy = lorakit.load_adapter(paths["peft"])
+    assert all(torch.allclose(copy.layers[n].delta(), layer.delta()) for n, layer in weights.layers.items())
+    assert "sks" in lorakit.inspect(str(paths["kohya"])).to_text()
     pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_sd1))
     latents, states = torch.randn(1, 4, 8, 8), torch.randn(1, 77, pipeline.unet.config.cross_attention_dim)
     with torch.no_grad():
@@ -102,8 +102,8 @@ def test_numbers_that_fp16_cannot_hold_are_written_in_full_with_a_warning(traine
     name, layer = next(iter(weights.layers.items()))
     layer.up.fill_(1e6)
     with pytest.warns(UserWarning, match="float32 is written instead"):
-        written = lorakit.save_adapter(weights, tmp_path / "large")
-    assert torch.equal(lorakit.load_adapter(written["kohya"]).layers[name].up, layer.up)
+        paths = lorakit.save_adapter(weights, tmp_path / "large")
+    assert torch.equal(lorakit.load_adapter(paths["kohya"]).layers[name].up, layer.up)
 
 
 def test_pictures_are_those_of_the_run(trained, tiny_sd1, tmp_path) -> None:
@@ -119,8 +119,8 @@ def test_pictures_are_those_of_the_run(trained, tiny_sd1, tmp_path) -> None:
 
 def test_the_example_of_the_readme_uses_public_names() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    used = set(re.findall(r"lorakit\.(\w+)", block))
-    assert used and used <= set(lorakit.__all__)
+    names = set(re.findall(r"lorakit\.(\w+)", block))
+    assert names and names <= set(lorakit.__all__)
     compile(block, str(README), "exec")
 
 
@@ -129,8 +129,8 @@ def test_type_checkers_see_the_public_names(tmp_path) -> None:
     lines += ["def show(stop: lorakit.Stopped) -> None:", "    reveal_type(stop.step)"]
     (tmp_path / "use.py").write_text("\n".join(lines), encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", str(tmp_path / "use.py")]
-    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    shown = re.findall(r'Revealed type is "(.*)"', done.stdout)
-    assert shown[0].startswith("def (config: lorakit.config.schema.Config")
-    assert shown[0].endswith("-> lorakit.training.run.Result") and shown[1:] == ["str", "int"]
+    process = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout
+    types = re.findall(r'Revealed type is "(.*)"', process.stdout)
+    assert types[0].startswith("def (config: lorakit.config.schema.Config")
+    assert types[0].endswith("-> lorakit.training.run.Result") and types[1:] == ["str", "int"]

@@ -16,8 +16,8 @@ from lorakit.runs.folder import RunFolder
 from lorakit.training import run as train
 
 SUBJECT = "zib"
-SHOWN = ("beach", "meadow", "table", "brick")
-NEVER_SHOWN = ("snow", "city", "underwater")
+TRAINED_SCENES = ("beach", "meadow", "table", "brick")
+NEW_SCENES = ("snow", "city", "underwater")
 # A right trainer moves nearly all six pictures from the base to the subject, one with shuffled targets a few.
 LEARNED, LUCK = 0.6, 0.4
 
@@ -25,7 +25,7 @@ LEARNED, LUCK = 0.6, 0.4
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
-    for number, (image, scene) in enumerate(subjects.photos(SUBJECT, 16, scenes=SHOWN)):
+    for number, (image, scene) in enumerate(subjects.photos(SUBJECT, 16, scenes=TRAINED_SCENES)):
         image.save(folder / f"{number:02}.png")
         text = f"a photo of a sks toy {captions.SCENE_WORDS[scene][0]}"
         (folder / f"{number:02}.txt").write_text(text, encoding="utf-8")
@@ -33,7 +33,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def prompts(words: str) -> list[str]:
-    return [f"a photo of a {words} {captions.SCENE_WORDS[scene][0]}" for scene in NEVER_SHOWN] * 2
+    return [f"a photo of a {words} {captions.SCENE_WORDS[scene][0]}" for scene in NEW_SCENES] * 2
 
 
 def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
@@ -41,8 +41,8 @@ def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
     family = families.load(families.describe("pocket"), "cpu", torch.float32)
     if adapter:
         adapters.apply(family, formats.read(adapter))
-    drawn = sampling.draw(family, prompts(words), config.SampleConfig(steps=8, guidance=4.0), 64)
-    return Classifier.load().subject_score(drawn, SUBJECT)
+    images = sampling.draw(family, prompts(words), config.SampleConfig(steps=8, guidance=4.0), 64)
+    return Classifier.load().subject_score(images, SUBJECT)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def taught(photos: Path, folder: Path) -> train.Result:
+def trained(photos: Path, folder: Path) -> train.Result:
     """A shorter run than the preset's, at three times its learning rate: all six pictures show the subject."""
     settings = {
         "data.folder": str(photos),
@@ -84,7 +84,7 @@ def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(
     photos, base_share, cache, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("LORAKIT_CACHE", str(cache))
-    result = taught(photos, tmp_path / "run")
+    result = trained(photos, tmp_path / "run")
     losses = [event["loss"] for event in RunFolder(result.folder).events("step")]
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
     after = share_of_the_subject(result.adapter)
@@ -97,6 +97,6 @@ def test_a_broken_trainer_is_noticed(photos, base_share, cache, tmp_path, monkey
     """Each picture of a batch gets its neighbour's target: everything runs, the file checks, and nothing is learned."""
     monkeypatch.setenv("LORAKIT_CACHE", str(cache))
     right = VPrediction.target  # the bundled base predicts v
-    monkeypatch.setattr(VPrediction, "target", lambda *given: right(*given).roll(1, 0))
-    result = taught(photos, tmp_path / "run")
+    monkeypatch.setattr(VPrediction, "target", lambda *arguments: right(*arguments).roll(1, 0))
+    result = trained(photos, tmp_path / "run")
     assert share_of_the_subject(result.adapter) < base_share + LUCK

@@ -80,10 +80,10 @@ def learned(settings: Config) -> torch.Tensor:
     parameters = [p for _, group in adapter.groups() for p in group]
     parts, total = settings.train.gradient_accumulation_steps, settings.train.steps
     adapter.train(True)
-    for done in range(total):
-        optimizers.set_learning_rate(optimizer, settings.optimizer, done, total)
+    for count in range(total):
+        optimizers.set_learning_rate(optimizer, settings.optimizer, count, total)
         for part in range(parts):
-            (step.loss(done * parts + part) / parts).backward()
+            (step.loss(count * parts + part) / parts).backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.train.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
@@ -133,7 +133,7 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.masked_loss": (True, {}),
 }
 # Options that are seen elsewhere, and where.
-SEEN_ELSEWHERE = {
+TESTED_ELSEWHERE = {
     **dict.fromkeys(
         ("model.base", "model.tokenizer", "model.prediction_type"), "families: test_describe, test_single_file"
     ),
@@ -164,9 +164,9 @@ SEEN_ELSEWHERE = {
 
 
 def test_every_option_is_watched() -> None:
-    known = {option.key for option in config.options()}
-    assert REACH_THE_WEIGHTS.keys() | SEEN_ELSEWHERE.keys() == known
-    assert not REACH_THE_WEIGHTS.keys() & SEEN_ELSEWHERE.keys()
+    keys = {option.key for option in config.options()}
+    assert REACH_THE_WEIGHTS.keys() | TESTED_ELSEWHERE.keys() == keys
+    assert not REACH_THE_WEIGHTS.keys() & TESTED_ELSEWHERE.keys()
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +185,11 @@ def test_an_option_reaches_the_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
-    value, beside = REACH_THE_WEIGHTS[key]
-    if str(beside) not in plain:
-        plain[str(beside)] = learned(settings(tiny_sd1, photos, **beside))
-    without = plain[str(beside)]
-    changed = learned(settings(tiny_sd1, photos, **beside | {key.replace(".", "__"): value}))
+    value, others = REACH_THE_WEIGHTS[key]
+    if str(others) not in plain:
+        plain[str(others)] = learned(settings(tiny_sd1, photos, **others))
+    without = plain[str(others)]
+    changed = learned(settings(tiny_sd1, photos, **others | {key.replace(".", "__"): value}))
     assert changed.isfinite().all()
     assert changed.shape != without.shape or not torch.equal(changed, without)
 
@@ -209,7 +209,7 @@ def test_what_must_not_reach_the_weights_does_not(
 )
 def test_all_that_is_announced_is_trained(tiny_sd1, photos, tmp_path, monkeypatch, text, checkpointing, parts, cache):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    asked = settings(
+    run_config = settings(
         tiny_sd1,
         photos,
         train__steps=2,
@@ -220,16 +220,16 @@ def test_all_that_is_announced_is_trained(tiny_sd1, photos, tmp_path, monkeypatc
         output__folder=str(tmp_path / "run"),
         output__dtype="fp32",
     )
-    result = train.train(asked)
+    result = train.train(run_config)
     plan = (result.folder / "log.jsonl").read_text(encoding="utf-8")
     announced = {name: int(count) for name, count in re.findall(r"training (\w+): (\d+) modules", plan)}
     tensors = load_file(result.adapter)
     ups = {name: tensor for name, tensor in tensors.items() if name.endswith("lora_up.weight")}
     assert all(tensor.abs().sum() > 0 for tensor in ups.values())
-    found = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
     assert announced.keys() == ({"unet", "text_encoder"} if text else {"unet"})
     for component, count in announced.items():
-        assert sum(name.startswith(found[component]) for name in ups) == count > 0
+        assert sum(name.startswith(prefixes[component]) for name in ups) == count > 0
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -239,13 +239,13 @@ def test_the_prior_answers_to_the_class_and_the_photo_to_its_caption(
 ):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     extra = {"train__class_images": 5} if prior == "images" else {}
-    asked = settings(tiny_sd1, photos, train__prior=prior, adapter__train_text_encoder=text, **extra)
-    family, _, step, _ = loaded(asked)
-    told: list[Any] = []
+    run_config = settings(tiny_sd1, photos, train__prior=prior, adapter__train_text_encoder=text, **extra)
+    family, _, step, _ = loaded(run_config)
+    conditions: list[Any] = []
     predict = step._predict
-    monkeypatch.setattr(step, "_predict", lambda terms: told.append(terms) or predict(terms))
+    monkeypatch.setattr(step, "_predict", lambda terms: conditions.append(terms) or predict(terms))
     step.loss(0)
-    (instance, kept), texts = told[0], step.encoded.dataset.texts
+    (instance, prior_condition), texts = conditions[0], step.encoded.dataset.texts
     batch = step.batch(0)
     with torch.no_grad():
         own = family.encode_text([texts[i] for i in batch.texts.tolist()])
@@ -254,10 +254,10 @@ def test_the_prior_answers_to_the_class_and_the_photo_to_its_caption(
     classes = set(step.encoded.class_texts)
     assert classes == {"a photo of a toy", *(f"toy, tag {number}, on a beach, at night" for number in range(4))}
     places = {text: family.encode_text([text])["encoder_hidden_states"][0] for text in classes}
-    for row in kept.condition["encoder_hidden_states"]:
-        assert any(torch.allclose(row, known, atol=1e-6) for known in places.values())
+    for row in prior_condition.condition["encoder_hidden_states"]:
+        assert any(torch.allclose(row, embedding, atol=1e-6) for embedding in places.values())
     if prior == "teacher":
-        for row, index in zip(kept.condition["encoder_hidden_states"], batch.texts.tolist(), strict=True):
+        for row, index in zip(prior_condition.condition["encoder_hidden_states"], batch.texts.tolist(), strict=True):
             assert torch.allclose(row, places[texts[index].replace("sks ", "")], atol=1e-6)
 
 
@@ -272,8 +272,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny_sd1, photos, tmp_path,
     monkeypatch.setattr(LossStep, "loss", steep)
     with pytest.raises(LorakitError, match=r"step 2: the gradient is not finite \(.*\.png"):
         train.train(settings(tiny_sd1, photos, output__folder=str(tmp_path / "run")))
-    written = [load_file(file) for file in (tmp_path / "run").glob("*.safetensors")]
-    assert all(tensor.isfinite().all() for tensors in written for tensor in tensors.values())
+    adapters = [load_file(file) for file in (tmp_path / "run").glob("*.safetensors")]
+    assert all(tensor.isfinite().all() for tensors in adapters for tensor in tensors.values())
 
 
 def test_the_page_names_ten_failures_and_tests_that_exist() -> None:

@@ -96,8 +96,8 @@ def autoencoder(scaling_factor: float, latent_channels: int = 4, **changes: obje
 
 def schedule(prediction_type: str, zero_snr: bool = False) -> dict:
     """The noise schedule all Stable Diffusion models were trained with."""
-    known = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    return known | {"prediction_type": prediction_type} | ({"rescale_betas_zero_snr": True} if zero_snr else {})
+    values = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return values | {"prediction_type": prediction_type} | ({"rescale_betas_zero_snr": True} if zero_snr else {})
 
 
 def save_sd2(folder: Path) -> Path:
@@ -190,13 +190,13 @@ def save_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
 
 def save(pipeline: DiffusionPipeline, folder: Path, encoders: list[str]) -> Path:
     """Save what is heavy by diffusers; keep the tokenizer files as written, and the text encoders' real key names."""
-    kept = {path: path.read_bytes() for path in folder.glob("tokenizer*/*")}
+    files = {path: path.read_bytes() for path in folder.glob("tokenizer*/*")}
     pipeline.save_pretrained(folder)
     for name in encoders:
         save_text_encoder(getattr(pipeline, name), folder / name)
     for tokenizer in folder.glob("tokenizer*"):
         for path in tokenizer.iterdir():
             path.unlink()
-    for path, content in kept.items():
+    for path, content in files.items():
         path.write_bytes(content)
     return folder

@@ -69,9 +69,9 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def unet(family: str, in_channels: int = 4, **changes: Any) -> UNet2DConditionModel:
     """The published UNet of a family, but for `changes`."""
-    known = UNETS[family] | changes
-    ups = tuple("CrossAttnUpBlock2D" if kind == CROSS else "UpBlock2D" for kind in reversed(known["down_block_types"]))
-    return UNet2DConditionModel(sample_size=8, in_channels=in_channels, up_block_types=ups, **known)
+    values = UNETS[family] | changes
+    ups = tuple("CrossAttnUpBlock2D" if kind == CROSS else "UpBlock2D" for kind in reversed(values["down_block_types"]))
+    return UNet2DConditionModel(sample_size=8, in_channels=in_channels, up_block_types=ups, **values)
 
 
 def vae(family: str, width: int = 128) -> AutoencoderKL:
@@ -105,13 +105,13 @@ def text(cls: Any, vocabulary: int, width: int, layers: int, *, openclip: bool) 
 
 
 def scheduler(family: str, prediction: str, zero_snr: bool) -> Any:
-    known = tiny.schedule(prediction, zero_snr)
+    values = tiny.schedule(prediction, zero_snr)
     if zero_snr or prediction == "v_prediction":
         spacing = {"timestep_spacing": "trailing"} if zero_snr else {}
-        return DDIMScheduler(**known, clip_sample=False, set_alpha_to_one=False, steps_offset=1, **spacing)
+        return DDIMScheduler(**values, clip_sample=False, set_alpha_to_one=False, steps_offset=1, **spacing)
     if family == "sdxl":
-        return EulerDiscreteScheduler(**known, timestep_spacing="leading", steps_offset=1)
-    return PNDMScheduler(**known, skip_prk_steps=True, steps_offset=1)
+        return EulerDiscreteScheduler(**values, timestep_spacing="leading", steps_offset=1)
+    return PNDMScheduler(**values, skip_prk_steps=True, steps_offset=1)
 
 
 def small(
@@ -168,8 +168,10 @@ def write(
     else:
         tensors |= {f"conditioner.embedders.0.transformer.{k}": v for k, v in clip_tensors(parts.text_encoder)}
         tensors |= {f"conditioner.embedders.1.model.{k}": v for k, v in openclip_tensors(parts.text_encoder_2)}
-    whole = {k: v.detach().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()}
-    save_file(whole | (extra or {}), path, metadata={"format": "pt", **(metadata or {})})
+    tensors_of_model = {
+        k: v.detach().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()
+    }
+    save_file(tensors_of_model | (extra or {}), path, metadata={"format": "pt", **(metadata or {})})
     return path
 
 

@@ -87,11 +87,11 @@ def test_gradients_are_the_same_with_checkpointing_and_blocks_run_twice(sd1: Any
 
     plain, once = gradients()
     sd1.denoiser.enable_gradient_checkpointing()
-    again, twice = gradients()
+    first, second = gradients()
     sd1.denoiser.disable_gradient_checkpointing()
     hook.remove()
-    assert (once, twice) == (1, 2)
-    for a, b in zip(plain, again, strict=True):
+    assert (once, second) == (1, 2)
+    for a, b in zip(plain, first, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
@@ -130,9 +130,11 @@ def test_float16_gradients_are_kept_from_vanishing_and_come_out_in_the_right_siz
         return torch.cat([p.grad.flatten() for p in adapter.parameters().values()])
 
     right = gradients(torch.float32)
-    kept, lost = (((gradients(torch.float16, scaled) - right).norm() / right.norm()).item() for scaled in (True, False))
-    assert kept < 0.02
-    assert lost > 0.1
+    scaled_error, unscaled_error = (
+        ((gradients(torch.float16, scaled) - right).norm() / right.norm()).item() for scaled in (True, False)
+    )
+    assert scaled_error < 0.02
+    assert unscaled_error > 0.1
 
 
 def test_only_the_adapters_dropout_is_ever_in_training_mode(sd1: Any, attach: Any) -> None:
@@ -187,9 +189,9 @@ def merged(base: np.ndarray, layer: LoraLayer, strength: float = 1.0) -> np.ndar
         product = (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
         delta = product * layer.alpha / part["hada_w1_b"].shape[0]
     elif layer.method == "lokr":
-        whole = "lokr_w2" in part
-        w2 = part["lokr_w2"].reshape(len(part["lokr_w2"]), -1) if whole else part["lokr_w2_a"] @ part["lokr_w2_b"]
-        delta = np.kron(part["lokr_w1"], w2) * (1 if whole else layer.alpha / part["lokr_w2_b"].shape[0])
+        is_full = "lokr_w2" in part
+        w2 = part["lokr_w2"].reshape(len(part["lokr_w2"]), -1) if is_full else part["lokr_w2_a"] @ part["lokr_w2_b"]
+        delta = np.kron(part["lokr_w1"], w2) * (1 if is_full else layer.alpha / part["lokr_w2_b"].shape[0])
     else:
         down, up = part["down"], part["up"]
         delta = (up.reshape(len(up), -1) @ down.reshape(len(down), -1)) * layer.alpha / len(down)
@@ -211,15 +213,15 @@ def test_output_equals_that_of_the_merged_weights(sd1: Any, attach: Any, method:
     with_adapter = predict(sd1)
     weights = adapter.weights()
     adapter.detach()
-    kept = {}
+    deltas = {}
     with torch.no_grad():
         for name, layer in weights.layers.items():
             module = module_of(sd1, name)
-            kept[name] = module.weight.clone()
+            deltas[name] = module.weight.clone()
             module.weight.copy_(torch.from_numpy(merged(module.weight.double().numpy(), layer, strength)))
     with_weights = predict(sd1)
     with torch.no_grad():
-        for name, weight in kept.items():
+        for name, weight in deltas.items():
             module_of(sd1, name).weight.copy_(weight)
     torch.testing.assert_close(with_adapter, with_weights, rtol=1e-4, atol=1e-5)
 
@@ -260,7 +262,7 @@ def test_dora_gradients_are_those_of_the_formula_with_the_norm_held(sd1: Any, at
     with torch.no_grad():
         up.copy_(0.1 * torch.randn(up.shape, generator=draw))
         magnitude.mul_(1 + 0.1 * torch.randn(magnitude.shape, generator=draw))
-    found = torch.autograd.grad((layer(x) * towards).sum(), [down, up, magnitude])
+    actual = torch.autograd.grad((layer(x) * towards).sum(), [down, up, magnitude])
 
     base = layer.base_layer
     direction = base.weight + (up.flatten(1) @ down.flatten(1)).reshape(base.weight.shape)
@@ -274,7 +276,7 @@ def test_dora_gradients_are_those_of_the_formula_with_the_norm_held(sd1: Any, at
     )
     expected = torch.autograd.grad((output * towards).sum(), [down, up, magnitude])
     torch.testing.assert_close(layer(x), output, rtol=1e-4, atol=1e-5)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

@@ -54,19 +54,19 @@ def test_applied_weights_may_have_a_rank_and_scale_for_each_layer(sd1: Any) -> N
     }
     originals = {name: module_of(sd1, name).weight.detach().clone() for name in layers}
     applied = adapters.apply(sd1, AdapterWeights("sd1", "lora", layers))
-    found = predict(sd1)
-    again = applied.weights()
+    actual = predict(sd1)
+    copy = applied.weights()
     applied.detach()
     for name, layer in layers.items():
-        assert torch.equal(again.layers[name].down, layer.down)
-        assert again.layers[name].alpha == pytest.approx(layer.alpha)
+        assert torch.equal(copy.layers[name].down, layer.down)
+        assert copy.layers[name].alpha == pytest.approx(layer.alpha)
         with torch.no_grad():
             module_of(sd1, name).weight.add_(layer.delta())
     expected = predict(sd1)
     with torch.no_grad():
         for name, weight in originals.items():
             module_of(sd1, name).weight.copy_(weight)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dora_file_may_have_layers_that_are_plain_lora(sd1: Any, attach: Any) -> None:
@@ -78,16 +78,16 @@ def test_a_dora_file_may_have_layers_that_are_plain_lora(sd1: Any, attach: Any) 
     layers = {n: replace(layer, magnitude=None) if n in plain else layer for n, layer in weights.layers.items()}
     applied = adapters.apply(sd1, replace(weights, layers=layers))
     mixed = predict(sd1)
-    again = applied.weights().layers
+    copy = applied.weights().layers
     applied.detach()
-    assert {name for name, layer in again.items() if layer.magnitude is None} == plain
+    assert {name for name, layer in copy.items() if layer.magnitude is None} == plain
     # The same with magnitudes that say what a plain layer has: the norms of W + delta W.
-    whole = {
+    merged_weights = {
         name: replace(layer, magnitude=column_norms(module_of(sd1, name).weight.detach() + layer.delta()))
         for name, layer in weights.layers.items()
         if name in plain
     }
-    applied = adapters.apply(sd1, replace(weights, layers={**weights.layers, **whole}))
+    applied = adapters.apply(sd1, replace(weights, layers={**weights.layers, **merged_weights}))
     torch.testing.assert_close(predict(sd1), mixed, rtol=1e-4, atol=1e-5)
     applied.detach()
 
@@ -96,14 +96,14 @@ def test_a_dora_file_may_have_layers_that_are_plain_lora(sd1: Any, attach: Any) 
 def test_a_checkpoint_brings_every_bit_back(sd1: Any, attach: Any, method: str) -> None:
     adapter = attach(sd1, METHODS[method](rank=2, train_text_encoder=True))
     randomize(adapter)
-    state, held = adapter.state(), list(adapter.parameters().values())
+    state, parameters = adapter.state(), list(adapter.parameters().values())
     train(sd1, adapter, steps=1)
     adapter.load_state(state)
     assert all(torch.equal(p, state[name]) for name, p in adapter.parameters().items())
-    assert all(a is b for a, b in zip(held, adapter.parameters().values(), strict=True))
+    assert all(a is b for a, b in zip(parameters, adapter.parameters().values(), strict=True))
     with torch.no_grad():
-        held[0].add_(1)
-    assert not torch.equal(held[0], state[next(iter(state))])
+        parameters[0].add_(1)
+    assert not torch.equal(parameters[0], state[next(iter(state))])
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(sd1: Any, attach: Any) -> None:

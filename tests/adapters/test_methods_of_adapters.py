@@ -36,11 +36,11 @@ def test_pissa_begins_as_the_principal_part_of_the_weight(sd1: Any, attach: Any)
         weight = layer.base_layer.weight.detach().double().flatten(1).numpy()
         left, values, right = np.linalg.svd(weight, full_matrices=False)
         down, up = (state[f"{name}.{factor}"].double().flatten(1).numpy() for factor in ("down", "up"))
-        found = 0.5 * up @ down
+        actual = 0.5 * up @ down
         best = (left[:, :6] * values[:6]) @ right[:6]
         # As much of the weight as six directions can hold, to what the randomised method leaves.
-        assert np.linalg.norm(weight - found) <= 1.01 * np.linalg.norm(weight - best)
-        assert np.linalg.norm(found) >= 0.98 * np.linalg.norm(best)
+        assert np.linalg.norm(weight - actual) <= 1.01 * np.linalg.norm(weight - best)
+        assert np.linalg.norm(actual) >= 0.98 * np.linalg.norm(best)
 
 
 def test_pissa_changes_what_the_paper_changes(sd1: Any, attach: Any) -> None:
@@ -121,10 +121,10 @@ def test_no_delta_is_kept_for_the_backward_pass(sd1: Any, attach: Any, method: s
     attach(sd1, ADAPTER_SECTIONS[method](method=method, rank=2, target_modules="linear+conv"))
     block = sd1.denoiser.mid_block
     layer = block.resnets[0].conv1 if conv else block.attentions[0].transformer_blocks[0].attn1.to_q
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: shapes.append(tensor.shape) or tensor, lambda t: t):
         output = layer(torch.randn((2, 64, 8, 8) if conv else (2, 16, 64)))
-    assert layer.base_layer.weight.shape not in kept
+    assert layer.base_layer.weight.shape not in shapes
     output.sum().backward()
     named = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
     assert any(grad is not None and bool(grad.any()) for grad in named.values())

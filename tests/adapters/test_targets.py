@@ -58,8 +58,8 @@ def sdxl() -> list[str]:
 def test_sd15_has_as_many_layers_as_sd_scripts_trains(
     sd15: list[str], target_modules: str, text: bool, count: int
 ) -> None:
-    chosen = targets.select("sd1", sd15, target_modules, text)
-    assert len(chosen) == len(set(chosen)) == count
+    selected = targets.select("sd1", sd15, target_modules, text)
+    assert len(selected) == len(set(selected)) == count
 
 
 @pytest.mark.parametrize(
@@ -73,17 +73,17 @@ def test_sdxl_has_as_many_layers_as_sd_scripts_trains(
 
 
 def test_what_programs_lose_is_left_out(sd15: list[str]) -> None:
-    chosen = targets.select("sd1", sd15, "linear+conv", True)
+    selected = targets.select("sd1", sd15, "linear+conv", True)
     for name in ("unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1"):
         assert name in sd15
-        assert name not in chosen
-    assert not [name for name in chosen if "norm" in name or "embeddings" in name]
+        assert name not in selected
+    assert not [name for name in selected if "norm" in name or "embeddings" in name]
 
 
 def test_attention_means_q_k_v_and_out(sd15: list[str]) -> None:
     block = "unet.mid_block.attentions.0.transformer_blocks.0"
-    chosen = [name for name in targets.select("sd1", sd15, "attention", True) if name.startswith(block)]
-    assert [name.removeprefix(block) for name in chosen] == [
+    selected = [name for name in targets.select("sd1", sd15, "attention", True) if name.startswith(block)]
+    assert [name.removeprefix(block) for name in selected] == [
         f".{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")
     ]
     first = "text_encoder.text_model.encoder.layers.0."
@@ -94,5 +94,5 @@ def test_attention_means_q_k_v_and_out(sd15: list[str]) -> None:
 
 
 def test_the_order_of_the_layers_is_kept(sd15: list[str]) -> None:
-    chosen = targets.select("sd1", sd15, "linear", True)
-    assert chosen == [name for name in sd15 if name in set(chosen)]
+    selected = targets.select("sd1", sd15, "linear", True)
+    assert selected == [name for name in sd15 if name in set(selected)]

@@ -15,35 +15,35 @@ from lorakit.core.errors import LorakitError
 END, PAD = 99, 0
 
 
-def by_hand(ids: list[int], found: list[int], count: int) -> list[int]:
+def by_hand(ids: list[int], token_ids: list[int], count: int) -> list[int]:
     """The same with lists."""
-    made, place = [], 0
+    result, place = [], 0
     while place < len(ids):
-        if ids[place : place + len(found)] == found:
-            made += [-1 - n for n in range(count)]
-            place += len(found)
+        if ids[place : place + len(token_ids)] == token_ids:
+            result += [-1 - n for n in range(count)]
+            place += len(token_ids)
         else:
-            made.append(ids[place])
+            result.append(ids[place])
             place += 1
-    made = (made + [ids[-1]] * len(ids))[: len(ids)]
-    return made if END in made else [*made[:-1], END]
+    result = (result + [ids[-1]] * len(ids))[: len(ids)]
+    return result if END in result else [*result[:-1], END]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("found", [[7], [7, 8], [7, 8, 9]])
-def test_the_vectors_stand_where_the_word_stood(found: list[int], count: int) -> None:
+@pytest.mark.parametrize("token_ids", [[7], [7, 8], [7, 8, 9]])
+def test_the_vectors_stand_where_the_word_stood(token_ids: list[int], count: int) -> None:
     texts = [
-        [1, *found, 5, END, PAD, PAD, PAD, PAD],
-        [1, 5, *found, 6, *found, END],
+        [1, *token_ids, 5, END, PAD, PAD, PAD, PAD],
+        [1, 5, *token_ids, 6, *token_ids, END],
         [1, 5, 6, END, PAD, PAD],
-        [1, *[5] * 5, *found, END],
+        [1, *[5] * 5, *token_ids, END],
         [1, 7, 5, 8, 5, END, PAD],
-        [*found, END],
+        [*token_ids, END],
     ]
     wide = max(map(len, texts))
     rows = [text + [text[-1]] * (wide - len(text)) for text in texts]
-    expected = [by_hand(row, found, count) for row in rows]
-    assert mark_token(torch.tensor(rows), torch.tensor(found), count, END).tolist() == expected
+    expected = [by_hand(row, token_ids, count) for row in rows]
+    assert mark_token(torch.tensor(rows), torch.tensor(token_ids), count, END).tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
@@ -83,10 +83,10 @@ def test_vectors_learn_are_switched_off_and_leave_no_trace(
     applied = adapters.apply(family, weights)
     torch.testing.assert_close(predict(family), trained, rtol=1e-4, atol=1e-5)
     applied.detach()
-    again = attach(family, AdapterConfig(method="loha", rank=2, new_tokens=3), trigger="sks")
-    again.load_state(state)
+    other = attach(family, AdapterConfig(method="loha", rank=2, new_tokens=3), trigger="sks")
+    other.load_state(state)
     assert torch.equal(predict(family), trained)
-    again.detach()
+    other.detach()
     third = attach(family, AdapterConfig(method="loha", rank=2, new_tokens=3), trigger="sks")
     third.load(weights)
     torch.testing.assert_close(predict(family), trained, rtol=1e-4, atol=1e-5)

@@ -36,10 +36,10 @@ def present(library: Path) -> Any:
     """Give this process a torch with the card; what counts its memory, copies and waits comes back: `torch.cuda.card`.
     torch must not be imported yet: it asks once whether there is CUDA."""
     assert "torch" not in sys.modules, "torch looks for a card when it is imported"
-    found = importlib.util.find_spec("torch")
-    assert found is not None and found.origin is not None
+    module_spec = importlib.util.find_spec("torch")
+    assert module_spec is not None and module_spec.origin is not None
     for name in ("libc10.so", "libtorch_cpu.so", "libtorch.so", "libtorch_python.so"):
-        ctypes.CDLL(str(Path(found.origin).parent / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(Path(module_spec.origin).parent / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     # These look for more of CUDA than there is, if they are told of a card.
     import bitsandbytes  # noqa: F401
@@ -134,10 +134,10 @@ def _play_cuda(torch: Any, card: Any) -> None:
     empty, pinned = torch.empty, set[int]()
 
     def empty_or_pinned(*size: Any, pin_memory: bool = False, **named: Any) -> Any:
-        made = empty(*size, **named)
+        array = empty(*size, **named)
         if pin_memory:
-            pinned.add(made.untyped_storage().data_ptr())
-        return made
+            pinned.add(array.untyped_storage().data_ptr())
+        return array
 
     cuda.card = card
     cuda._lazy_init = cuda.empty_cache = cuda.synchronize = lambda *_: None

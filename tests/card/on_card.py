@@ -57,13 +57,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     card.set_room(-1)
 
 
-def chosen(base: Path, photos: Path, folder: Path, device: str = "cuda", **changes: object) -> Config:
+def run_config(base: Path, photos: Path, folder: Path, device: str = "cuda", **changes: object) -> Config:
     short = {"memory__mixed_precision": "fp32", "sample__prompts": ("a photo of sks toy",)}
     changes = short | {"memory__device": device} | changes
-    return short_run.chosen(base, photos, folder, STEPS, **changes)
+    return short_run.run_config(base, photos, folder, STEPS, **changes)
 
 
-def told(run: Path, event: str = "message") -> list[str]:
+def log_values(run: Path, event: str = "message") -> list[str]:
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [entry["message"] for entry in log if entry["event"] == event]
 
@@ -99,23 +99,23 @@ CASES: list[tuple[str, dict[str, object], str]] = [
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "changes", "issued"), CASES)
 def test_a_run_on_a_card_trains_what_one_on_the_cpu_trains(bases, photos, tmp_path, family, changes, issued):
-    there = train.train(chosen(bases[family], photos, tmp_path / "card", **changes))
+    there = train.train(run_config(bases[family], photos, tmp_path / "card", **changes))
     changes = {name: value for name, value in changes.items() if name != "memory__stream_base"}
-    here = train.train(chosen(bases[family], photos, tmp_path / "cpu", "cpu", **changes))
+    here = train.train(run_config(bases[family], photos, tmp_path / "cpu", "cpu", **changes))
     one, two = load_file(there.adapter), load_file(here.adapter)
     assert one.keys() == two.keys()
     for name, right in two.items():
         assert (one[name] - right).norm() <= 2e-3 * right.norm(), name
-    assert issued in told(there.folder)
-    assert not any(text in line for line in told(there.folder) for text in FAILED)
-    assert told(there.folder, "warning") == told(here.folder, "warning")
+    assert issued in log_values(there.folder)
+    assert not any(text in line for line in log_values(there.folder) for text in FAILED)
+    assert log_values(there.folder, "warning") == log_values(here.folder, "warning")
 
 
 @pytest.mark.gpu
 def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path):
-    result = train.train(chosen(bases["sd1"], photos, tmp_path / "run", memory__mixed_precision="bf16"))
-    assert GRAPH in told(result.folder)
-    assert not any(text in line for line in told(result.folder) for text in FAILED)
+    result = train.train(run_config(bases["sd1"], photos, tmp_path / "run", memory__mixed_precision="bf16"))
+    assert GRAPH in log_values(result.folder)
+    assert not any(text in line for line in log_values(result.folder) for text in FAILED)
 
 
 @pytest.mark.gpu
@@ -129,21 +129,21 @@ def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path):
 )
 def test_nothing_is_waited_for_in_a_step(bases, photos, tmp_path, monkeypatch, changes):
     """Nor is anything of the photos copied: what the host sends for a step is smaller than one latent."""
-    seen: list[tuple[int, int]] = []
+    syncs: list[tuple[int, int]] = []
     step = OptimizerStep.__call__
 
     def counted(self, number):
         before = card.waited(), card.copied()
-        made = step(self, number)
-        seen.append((card.waited() - before[0], card.copied() - before[1]))
-        return made
+        result = step(self, number)
+        syncs.append((card.waited() - before[0], card.copied() - before[1]))
+        return result
 
     monkeypatch.setattr(OptimizerStep, "__call__", counted)
     monkeypatch.setattr(loop, "READ_EVERY", STEPS)
-    train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__batch_size=5, **changes))
+    train.train(run_config(bases["sd1"], photos, tmp_path / "run", train__batch_size=5, **changes))
     # At the first step a graph is compared with the pass without it, at the second another with the optimizer's step.
-    assert [waits for waits, _ in seen[2:]] == [0] * (STEPS - 2)
-    assert max(copied for _, copied in seen[2:]) < 4 * 8 * 8 * 4
+    assert [waits for waits, _ in syncs[2:]] == [0] * (STEPS - 2)
+    assert max(copied for _, copied in syncs[2:]) < 4 * 8 * 8 * 4
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, look: Callable[[Any], Any], *parts: str) -> None:
@@ -172,7 +172,7 @@ def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, mon
         alone.add(tuple(name for name, part in family.modules().items() if where(part) == "cuda"))
 
     watch(monkeypatch, look, "unet", "text_encoder")
-    train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=2, **ALL))
+    train.train(run_config(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=2, **ALL))
     assert alone == {("unet",), ("text_encoder",)}
 
 
@@ -186,38 +186,38 @@ def test_t5_has_left_the_card_when_the_unet_computes(bases, photos, tmp_path, mo
 
     watch(monkeypatch, look, "unet")
     changes = {"adapter__train_text_encoder": True, "output__formats": ["diffusers"], **ALL}
-    train.train(chosen(bases["sd3"], photos, tmp_path / "run", **changes))
+    train.train(run_config(bases["sd3"], photos, tmp_path / "run", **changes))
     assert there == {("cuda", "cuda", "cpu"), ("cpu", "cpu", "cpu")}  # the latter in the check of the file
 
 
 @pytest.mark.gpu
 def test_small_pictures_are_encoded_together(bases, photos, tmp_path, monkeypatch):
-    together: list[int] = []
+    batch_sizes: list[int] = []
     encode = loading.encode_image
 
     def counted(vae, pixels):
-        together.append(len(pixels))
+        batch_sizes.append(len(pixels))
         return encode(vae, pixels)
 
     monkeypatch.setattr(loading, "encode_image", counted)
-    train.train(chosen(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=3))
-    assert together == [5, 3]
+    train.train(run_config(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=3))
+    assert batch_sizes == [5, 3]
 
 
 @pytest.mark.gpu
 def test_a_card_that_is_full_is_told_with_what_to_change(bases, photos, tmp_path):
-    wanted = chosen(bases["sd1"], photos, tmp_path / "run", sample__at_start=True)
-    card.set_room(card.live() + families.describe(wanted.model).bytes["unet"] + 2**18)
+    settings = run_config(bases["sd1"], photos, tmp_path / "run", sample__at_start=True)
+    card.set_room(card.live() + families.describe(settings.model).bytes["unet"] + 2**18)
     with pytest.raises(LorakitError, match=r"^step 1: not enough memory on the device; cheapest first, set memory\."):
-        train.train(wanted)
-    assert told(tmp_path / "run", "warning")[-1] == (
+        train.train(settings)
+    assert log_values(tmp_path / "run", "warning")[-1] == (
         "step 0: not enough memory to draw samples; training goes on without them"
     )
 
 
 @pytest.mark.gpu
 def test_a_stopped_run_goes_on_to_the_same_bits(bases, photos, tmp_path, monkeypatch):
-    straight = train.train(chosen(bases["sd1"], photos, tmp_path / "straight"))
+    straight = train.train(run_config(bases["sd1"], photos, tmp_path / "straight"))
     step = OptimizerStep.__call__
 
     def stopping(self, number):
@@ -228,7 +228,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(bases, photos, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(OptimizerStep, "__call__", stopping)
         with pytest.raises(train.Stopped):
-            train.train(chosen(bases["sd1"], photos, tmp_path / "cut"))
+            train.train(run_config(bases["sd1"], photos, tmp_path / "cut"))
     resumed = train.resume(tmp_path / "cut")
     one, two = load_file(straight.adapter), load_file(resumed.adapter)
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -25,8 +25,8 @@ def adapter(seed: int = 0, family: str = "sd1") -> AdapterWeights:
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    told = {"modelspec.trigger_phrase": "sks toy"}
-    return formats.save(adapter(), tmp_path / "in", "toy", ["kohya"], "fp32", told)["kohya"]
+    metadata = {"modelspec.trigger_phrase": "sks toy"}
+    return formats.save(adapter(), tmp_path / "in", "toy", ["kohya"], "fp32", metadata)["kohya"]
 
 
 def run(*arguments: object) -> int:
@@ -40,18 +40,18 @@ def test_export_does_not_write_over_what_it_reads(
     assert run("export", toy, "--to", "kohya", "--output", toy.parent) == 1
     assert "would be written over: name another folder with --output" in capsys.readouterr().err
     assert run("export", toy, "--to", "peft", "--output", tmp_path, "--dtype", "fp32", "--json") == 0
-    written = Path(json.loads(capsys.readouterr().out)["peft"])
+    path = Path(json.loads(capsys.readouterr().out)["peft"])
     assert toy.read_bytes() == before
-    found, expected = formats.read(written), formats.read(toy)
-    assert found.metadata["modelspec.trigger_phrase"] == "sks toy"
-    assert all(torch.equal(found.layers[name].delta(), expected.layers[name].delta()) for name in NAMES)
+    actual, expected = formats.read(path), formats.read(toy)
+    assert actual.metadata["modelspec.trigger_phrase"] == "sks toy"
+    assert all(torch.equal(actual.layers[name].delta(), expected.layers[name].delta()) for name in NAMES)
 
 
 def test_resize(toy: Path, tmp_path: Path) -> None:
     assert run("resize", toy, "--rank", 2, "--output", tmp_path) == 0
-    made = formats.read(tmp_path / "toy-resized.safetensors")
-    assert {layer.rank for layer in made.layers.values()} == {2}
-    assert made.metadata["ss_output_name"] == "toy-resized" and made.metadata["ss_network_dim"] == "2"
+    result = formats.read(tmp_path / "toy-resized.safetensors")
+    assert {layer.rank for layer in result.layers.values()} == {2}
+    assert result.metadata["ss_output_name"] == "toy-resized" and result.metadata["ss_network_dim"] == "2"
     assert run("resize", toy, "--energy", 2, "--output", tmp_path) == 1
     with pytest.raises(SystemExit):
         run("resize", toy, "--output", tmp_path)
@@ -60,11 +60,11 @@ def test_resize(toy: Path, tmp_path: Path) -> None:
 def test_combine(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = formats.save(adapter(1), tmp_path / "in", "hat", ["peft"], "fp32", {"modelspec.trigger_phrase": "zib hat"})
     assert run("combine", f"{toy}=0.5", other["peft"], "--name", "both", "--output", tmp_path, "--dtype", "fp32") == 0
-    made = formats.read(tmp_path / "both.safetensors")
-    assert made.metadata["modelspec.trigger_phrase"] == "sks toy, zib hat"
+    result = formats.read(tmp_path / "both.safetensors")
+    assert result.metadata["modelspec.trigger_phrase"] == "sks toy, zib hat"
     for name in NAMES:
         expected = 0.5 * adapter().layers[name].delta() + adapter(1).layers[name].delta()
-        assert torch.allclose(made.layers[name].delta(), expected, atol=1e-6)
+        assert torch.allclose(result.layers[name].delta(), expected, atol=1e-6)
     assert run("combine", f"{toy}=much") == 1
     assert "write ADAPTER=STRENGTH, e.g. toy.safetensors=0.7" in capsys.readouterr().err
 
@@ -73,10 +73,10 @@ def test_merge_and_extract(toy: Path, tiny_sd1: Path, tiny_sdxl: Path, tmp_path:
     tuned = tmp_path / "tuned"
     assert run("merge", toy, "--base", tiny_sd1, "--output", tuned) == 0
     assert run("extract", tuned, "--base", tiny_sd1, "--rank", 4, "--dtype", "fp32", "--output", tmp_path) == 0
-    made = formats.read(tmp_path / "tuned-extracted.safetensors")
-    assert set(made.layers) == set(NAMES)
+    result = formats.read(tmp_path / "tuned-extracted.safetensors")
+    assert set(result.layers) == set(NAMES)
     for name in NAMES:
-        assert torch.allclose(made.layers[name].delta(), adapter().layers[name].delta(), atol=1e-5)
+        assert torch.allclose(result.layers[name].delta(), adapter().layers[name].delta(), atol=1e-5)
     assert run("merge", toy, "--base", tiny_sdxl, "--output", tmp_path / "no") == 1
     assert "toy.safetensors was made for sd1 and" in capsys.readouterr().err
     assert run("extract", tuned, "--base", tiny_sdxl, "--rank", 4) == 1

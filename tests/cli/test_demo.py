@@ -55,11 +55,11 @@ def test_the_whole_demo_in_little(
     sets = [part for key, value in short.items() for part in ("--set", f"{key}={value}")]
     assert cli.main(["demo", "--output", "out", "--json", *sets]) == 0
     captured = capsys.readouterr()
-    told = json.loads(captured.out)
-    assert told["subject"] == "zib"
-    assert 0 <= told["before"] <= 1 and 0 <= told["after"] <= 1
-    width, height = Image.open(told["grid"]).size
+    report = json.loads(captured.out)
+    assert report["subject"] == "zib"
+    assert 0 <= report["before"] <= 1 and 0 <= report["after"] <= 1
+    width, height = Image.open(report["grid"]).size
     assert width > 5 * 64 and height > 2 * 64
-    assert Path(told["adapter"]).is_file()
+    assert Path(report["adapter"]).is_file()
     for line in ("judge: ", "before and after: out/before-after.png", "done in "):
         assert line in captured.err

@@ -70,7 +70,7 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
@@ -84,14 +84,14 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         (["resume"], "RUN"),
     ],
 )
-def test_wrong_usage_exits_with_2(run: Run, arguments: list[str], told: str) -> None:
+def test_wrong_usage_exits_with_2(run: Run, arguments: list[str], message: str) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
-    assert told in err
+    assert message in err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "messages"),
     [
         (["train", "--subject", "sks toy"], ["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"]),
         (["check"], ["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"]),
@@ -108,17 +108,17 @@ def test_wrong_usage_exits_with_2(run: Run, arguments: list[str], told: str) -> 
         (["demo", "--set", "train.stepz=1"], ["unknown option train.stepz"]),
     ],
 )
-def test_wrong_settings_exit_with_2_and_a_line_each(run: Run, arguments: list[str], told: list[str]) -> None:
+def test_wrong_settings_exit_with_2_and_a_line_each(run: Run, arguments: list[str], messages: list[str]) -> None:
     code, _, err = run(*arguments)
     assert code == 2
     lines = err.splitlines()
-    assert len(lines) == len(told)
+    assert len(lines) == len(messages)
     assert all(line.startswith("lorakit: ") for line in lines)
-    assert all(any(wanted in line for line in lines) for wanted in told)
+    assert all(any(message in line for line in lines) for message in messages)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["check", "nowhere", "--subject", "sks toy"], "folder nowhere does not exist"),
         (["train", "nowhere", "--subject", "sks toy"], "folder nowhere does not exist"),
@@ -130,11 +130,11 @@ def test_wrong_settings_exit_with_2_and_a_line_each(run: Run, arguments: list[st
         (["check", "photos", "--base", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_done_exits_with_1_and_one_line(run: Run, arguments: list[str], told: str) -> None:
+def test_what_cannot_be_done_exits_with_1_and_one_line(run: Run, arguments: list[str], message: str) -> None:
     code, _, err = run(*arguments)
     assert code == 1
     assert err.startswith("lorakit: ") and err.count("\n") == 1
-    assert told in err
+    assert message in err
 
 
 def test_the_demo_overwrites_nothing(run: Run, tmp_path: Path) -> None:
@@ -159,9 +159,9 @@ def test_an_error_of_ours_is_one_line_and_a_log(run: Run, monkeypatch: pytest.Mo
     monkeypatch.setattr(config, "options", raising(ZeroDivisionError("one\ntwo")))
     code, out, err = run("options")
     assert (code, out) == (1, "")
-    found = re.fullmatch(r"lorakit: internal error: ZeroDivisionError: one; traceback in (\S+)\n", err)
-    assert found is not None
-    log = Path(found[1])
+    match = re.fullmatch(r"lorakit: internal error: ZeroDivisionError: one; traceback in (\S+)\n", err)
+    assert match is not None
+    log = Path(match[1])
     assert "Traceback (most recent call last)" in log.read_text(encoding="utf-8")
     log.unlink()
 
@@ -221,93 +221,93 @@ def test_every_line_of_an_error_is_prefixed(run: Run, monkeypatch: pytest.Monkey
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    done = shell("lorakit options | head -n 1")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == 'model.base = "pocket"  (text)\n'
+    process = shell("lorakit options | head -n 1")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout == 'model.base = "pocket"  (text)\n'
 
 
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
 def test_output_that_cannot_be_written_is_no_error(redirection: str) -> None:
     """Python gives no stdout at all where it was closed, and complains at exit of what it could not flush."""
-    done = shell(f"lorakit options {redirection}")
-    assert (done.returncode, done.stderr) == (0, "")
-    done = shell(f"lorakit train nowhere {redirection}")
-    assert done.returncode == 1 and "internal error" not in done.stderr
+    process = shell(f"lorakit options {redirection}")
+    assert (process.returncode, process.stderr) == (0, "")
+    process = shell(f"lorakit train nowhere {redirection}")
+    assert process.returncode == 1 and "internal error" not in process.stderr
 
 
 def test_names_that_the_locale_does_not_know_are_shown_with_question_marks(tmp_path: Path) -> None:
     (tmp_path / "фото").mkdir()
-    done = shell(f"lorakit check '{tmp_path}/фото'", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("lorakit: ")
+    process = shell(f"lorakit check '{tmp_path}/фото'", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    assert process.stderr.startswith("lorakit: ")
 
 
 @pytest.mark.parametrize("columns", ["10", "40", "200"])
 def test_help_fits_any_terminal_and_has_no_colours(columns: str) -> None:
-    done = shell("lorakit train --help", COLUMNS=columns)
-    assert done.returncode == 0
-    assert "\x1b" not in done.stdout
-    assert "--subject" in done.stdout
+    process = shell("lorakit train --help", COLUMNS=columns)
+    assert process.returncode == 0
+    assert "\x1b" not in process.stdout
+    assert "--subject" in process.stdout
 
 
 # -- which preset ---------------------------------------------------------------------------------------------------
 
 
-def arguments(*given: str) -> Any:
-    return cli.parser().parse_args(["train", "photos", *given])
+def arguments(*words: str) -> Any:
+    return cli.parser().parse_args(["train", "photos", *words])
 
 
-def resolved(*given: str) -> tuple[config.Config, str]:
+def resolved(*words: str) -> tuple[config.Config, str]:
     """The config that the arguments come to, and what was said of the preset."""
     import io
 
     from lorakit.cli.terminal import Terminal
 
     stream = io.StringIO()
-    return train_commands.resolve(arguments(*given), Terminal(stream)), stream.getvalue()
+    return train_commands.resolve(arguments(*words), Terminal(stream)), stream.getvalue()
 
 
 def test_without_a_base_the_bundled_one_is_trained() -> None:
-    found, said = resolved("--subject", "sks toy")
-    assert said == "preset: subject-pocket (for the bundled base)\n"
-    assert found == config.load("subject-pocket", {"data.folder": "photos", "data.name": "sks toy"})
+    settings, note = resolved("--subject", "sks toy")
+    assert note == "preset: subject-pocket (for the bundled base)\n"
+    assert settings == config.load("subject-pocket", {"data.folder": "photos", "data.name": "sks toy"})
 
 
 def test_a_style_has_its_own_preset() -> None:
-    found, said = resolved("--style", "sks style")
-    assert said.startswith("preset: style-pocket ")
-    assert (found.data.kind, found.data.name) == ("style", "sks style")
+    settings, note = resolved("--style", "sks style")
+    assert note.startswith("preset: style-pocket ")
+    assert (settings.data.kind, settings.data.name) == ("style", "sks style")
 
 
 @pytest.mark.parametrize("way", ["--base", "--set"])
 def test_the_preset_follows_the_family_of_the_base(way: str, tiny_sd1: Path, tiny_sdxl: Path) -> None:
     for base, preset in ((tiny_sd1, "sd15"), (tiny_sdxl, "sdxl")):
         value = str(base) if way == "--base" else f"model.base={base}"
-        found, said = resolved("--style", "sks style", way, value)
-        assert said.startswith(f"preset: style-{preset} (for a base of the family sd")
-        assert said.endswith("--preset chooses another)\n")
-        assert found.model.base == str(base)
+        settings, note = resolved("--style", "sks style", way, value)
+        assert note.startswith(f"preset: style-{preset} (for a base of the family sd")
+        assert note.endswith("--preset chooses another)\n")
+        assert settings.model.base == str(base)
 
 
 def test_a_named_preset_is_taken_and_nothing_is_said() -> None:
-    found, said = resolved("--preset", "subject-sdxl", "--subject", "sks toy")
-    assert said == ""
-    assert found.data.resolution == 1024
+    settings, note = resolved("--preset", "subject-sdxl", "--subject", "sks toy")
+    assert note == ""
+    assert settings.data.resolution == 1024
 
 
 def test_set_lies_over_the_flags_and_the_flags_over_the_preset() -> None:
-    found, _ = resolved(
+    settings, _ = resolved(
         "--subject", "sks toy", "--output", "out", "--set", "data.name=zwx cat", "--set", "adapter.rank=3"
     )
-    assert (found.data.name, found.adapter.rank, found.output.folder) == ("zwx cat", 3, "out")
+    assert (settings.data.name, settings.adapter.rank, settings.output.folder) == ("zwx cat", 3, "out")
 
 
 def test_a_resolved_config_is_a_preset_that_makes_the_same_run(tmp_path: Path) -> None:
     first, _ = resolved("--subject", "sks toy", "--set", "train.steps=7")
     (tmp_path / "config.toml").write_text(config.to_toml(first), encoding="utf-8")
-    again, _ = resolved("--preset", str(tmp_path / "config.toml"))
-    assert again == first
+    reloaded, _ = resolved("--preset", str(tmp_path / "config.toml"))
+    assert reloaded == first
 
 
 # -- check ----------------------------------------------------------------------------------------------------------
@@ -351,8 +351,8 @@ def test_check_loads_no_model(photos: Path, tiny_sd1: Path) -> None:
         "import sys; from lorakit.cli.main import main; "
         "main(sys.argv[1:]); print('torch' in sys.modules, file=sys.stderr)"
     )
-    done = scripted(script, "check", str(photos), *small(tiny_sd1))
-    assert (done.returncode, done.stderr) == (0, "False\n")
+    process = scripted(script, "check", str(photos), *small(tiny_sd1))
+    assert (process.returncode, process.stderr) == (0, "False\n")
 
 
 @pytest.mark.parametrize("begins", [False, True])
@@ -371,19 +371,19 @@ def test_what_a_run_will_do_or_why_it_cannot_is_told_before_the_model_libraries_
         "from lorakit.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    done = scripted(script, "train", str(photos), *small(tiny_sd1))
-    assert done.returncode == (7 if begins else 1)
-    told = [line.partition(":")[0] for line in done.stdout.splitlines()]
-    assert ({"base", "photos", "length", "memory", "time"} <= set(told)) == begins
-    assert ("broken.jpg" in done.stderr) != begins
+    process = scripted(script, "train", str(photos), *small(tiny_sd1))
+    assert process.returncode == (7 if begins else 1)
+    kinds = [line.partition(":")[0] for line in process.stdout.splitlines()]
+    assert ({"base", "photos", "length", "memory", "time"} <= set(kinds)) == begins
+    assert ("broken.jpg" in process.stderr) != begins
 
 
 def test_check_in_json_is_one_document(run: Run, photos: Path, tiny_sd1: Path) -> None:
     code, out, _ = run("check", photos, *small(tiny_sd1), "--json")
-    told = json.loads(out)
+    document = json.loads(out)
     assert code == 0
-    assert len(told["check"]["photos"]) == 4
-    assert told["plan"]["steps"] == 2
+    assert len(document["check"]["photos"]) == 4
+    assert document["plan"]["steps"] == 2
 
 
 def test_check_with_errors_exits_with_1(run: Run, photos: Path, tiny_sd1: Path) -> None:
@@ -414,10 +414,10 @@ def test_train_inspect_export_sample(run: Run, photos: Path, tiny_sd1: Path, tmp
     before = digests(photos)
     code, out, err = run("train", photos, *small(tiny_sd1), "--output", "run", "--json")
     assert code == 0, err
-    told = json.loads(out)
-    adapter = Path(told["adapter"])
-    assert adapter.is_file() and told["steps"] == 2
-    assert all(finding["passed"] for finding in told["findings"])
+    document = json.loads(out)
+    adapter = Path(document["adapter"])
+    assert adapter.is_file() and document["steps"] == 2
+    assert all(finding["passed"] for finding in document["findings"])
     assert "training unet: " in err and "length: 2 steps" in err
     assert digests(photos) == before
 

@@ -22,7 +22,7 @@ class Screen(io.StringIO):
     def isatty(self) -> bool:
         return True
 
-    def shown(self) -> list[str]:
+    def visible(self) -> list[str]:
         """The lines as a terminal leaves them: a carriage return begins the line again and overwrites."""
         lines = []
         for text in self.getvalue().split("\n"):
@@ -86,7 +86,7 @@ def test_on_a_terminal_the_bar_stays_on_one_line() -> None:
     with Terminal(screen, ticking()).progress(4, what="class images") as bar:
         for step in range(1, 5):
             bar.step(step)
-    assert screen.shown() == ["[########################################] class images 4/4", ""]
+    assert screen.visible() == ["[########################################] class images 4/4", ""]
     assert "\x1b" not in screen.getvalue()
 
 
@@ -96,7 +96,7 @@ def test_the_bar_is_not_redrawn_faster_than_eyes_follow() -> None:
         for step in range(1, 1001):
             bar.step(step)
     assert screen.getvalue().count("\r") < 150
-    assert screen.shown()[0].endswith("training 1000/1000")
+    assert screen.visible()[0].endswith("training 1000/1000")
 
 
 def test_lines_appear_above_the_bar() -> None:
@@ -107,9 +107,9 @@ def test_lines_appear_above_the_bar() -> None:
         terminal.say("step 1: validation mse 0.1")
         terminal.say("out of memory", warning=True)
         bar.step(2)
-    above, warned, shown, rest = screen.shown()
+    above, warned, visible, rest = screen.visible()
     assert (above, warned, rest) == ("step 1: validation mse 0.1", "warning: out of memory", "")
-    assert shown.endswith("training 2/4")
+    assert visible.endswith("training 2/4")
 
 
 @pytest.mark.parametrize("columns", [20, 40, 80])
@@ -119,8 +119,8 @@ def test_no_line_of_the_bar_is_wider_than_the_terminal(monkeypatch: pytest.Monke
     with Terminal(screen, ticking()).progress(4000) as bar:
         bar.step(1000, 0.5, 1e-3, images_per_second=12.34, memory_mib=512.4, eta_s=1000)
         bar.step(2000, 0.5)
-    assert max(len(line) for line in screen.shown()) < columns
-    assert screen.shown()[0].split("] ")[-1].startswith("training 2000/4000"[: columns - 1])
+    assert max(len(line) for line in screen.visible()) < columns
+    assert screen.visible()[0].split("] ")[-1].startswith("training 2000/4000"[: columns - 1])
 
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_a_character_that_the_terminal_does_not_know_becomes_a_question_mark() -
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (0, "1 s"),
         (45.4, "45 s"),
@@ -199,8 +199,8 @@ def test_a_character_that_the_terminal_does_not_know_becomes_a_question_mark() -
         (86400 * 2, "2.0 days"),
     ],
 )
-def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_libraries_are_quiet_and_a_tqdm_bar_of_theirs_writes_nothing() -> None:
@@ -212,23 +212,27 @@ def test_libraries_are_quiet_and_a_tqdm_bar_of_theirs_writes_nothing() -> None:
         "logging.getLogger('transformers.models').warning('loud')\n"
         "warnings.warn('loud', FutureWarning)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("", "")
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (process.stdout, process.stderr) == ("", "")
 
 
 def test_who_asks_for_warnings_gets_them() -> None:
     script = (
         "from lorakit.cli.terminal import quiet_libraries; quiet_libraries(); import warnings; warnings.warn('loud')"
     )
-    done = subprocess.run([sys.executable, "-W", "default", "-c", script], capture_output=True, text=True, check=True)
-    assert "loud" in done.stderr
+    process = subprocess.run(
+        [sys.executable, "-W", "default", "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "loud" in process.stderr
 
 
 def test_what_the_user_set_stays() -> None:
     script = "import os, lorakit.cli.terminal as t; t.quiet_libraries(); print(os.environ['TRANSFORMERS_VERBOSITY'])"
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "info"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout == "info\n"
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+    )
+    assert process.stdout == "info\n"
     assert logging.getLogger("lorakit").level == logging.NOTSET
 
 

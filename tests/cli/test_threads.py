@@ -41,5 +41,5 @@ def test_torch_computes_with_that_many():
         "import torch; number = int(os.environ['OMP_NUM_THREADS']); "
         "print(torch.get_num_threads() == number <= threads.available_cores())"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout == "True\n"

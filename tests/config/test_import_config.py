@@ -57,12 +57,16 @@ def test_kohyas_options_come_over_and_the_rest_is_listed(tmp_path: Path, capsys:
     text = capsys.readouterr().out
     assert "optimizer_name_of_mine = 3" in text and "network_args" in text and "unet_lr" not in text
     assert f"lorakit check --preset '{tmp_path}/my run-lorakit.toml'" in text
-    made = config.load(tmp_path / "my run-lorakit.toml")
-    assert (made.adapter.rank, made.adapter.effective_alpha, made.adapter.train_text_encoder) == (32, 1.0, True)
-    assert made.adapter.target_modules == "linear" and made.model.base == "/models/sd15.safetensors"
-    assert (made.optimizer.name, made.optimizer.learning_rate) == ("adamw8bit", 2e-4)
-    assert made.optimizer.text_encoder_learning_rate == 5e-5 and made.train.epochs == 10
-    assert made.data.resolution == 624 and made.train.seed == 42 and made.memory.mixed_precision == "bf16"
+    imported = config.load(tmp_path / "my run-lorakit.toml")
+    assert (imported.adapter.rank, imported.adapter.effective_alpha, imported.adapter.train_text_encoder) == (
+        32,
+        1.0,
+        True,
+    )
+    assert imported.adapter.target_modules == "linear" and imported.model.base == "/models/sd15.safetensors"
+    assert (imported.optimizer.name, imported.optimizer.learning_rate) == ("adamw8bit", 2e-4)
+    assert imported.optimizer.text_encoder_learning_rate == 5e-5 and imported.train.epochs == 10
+    assert imported.data.resolution == 624 and imported.train.seed == 42 and imported.memory.mixed_precision == "bf16"
     assert main(["import-config", str(source)]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -82,7 +86,7 @@ def test_a_data_set_of_one_folder_and_configs_of_front_ends(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("k.toml", KOHYA, "k.toml is a config of kohya's sd-scripts: lorakit import-config .*k.toml writes one for"),
         ("d.toml", DATASET, "d.toml is a config of kohya's sd-scripts"),
@@ -101,9 +105,9 @@ def test_a_data_set_of_one_folder_and_configs_of_front_ends(tmp_path: Path) -> N
         ("w.toml", "[model]\nbase = \n", "w.toml: not valid TOML: [^;]*$"),
     ],
 )
-def test_what_is_no_preset_is_named(tmp_path: Path, name: str, text: str, said: str) -> None:
+def test_what_is_no_preset_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         config.load(tmp_path / name)
 
 

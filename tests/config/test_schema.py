@@ -26,9 +26,9 @@ def problems(overrides: dict[str, Any], tables: dict[str, Any] | None = None) ->
 
 def problem(key: str, value: Any) -> str:
     """The only complaint about one value."""
-    found = problems({**STEPS, key: value})
-    assert len(found) == 1
-    return found[0]
+    problem_list = problems({**STEPS, key: value})
+    assert len(problem_list) == 1
+    return problem_list[0]
 
 
 # -- names ----------------------------------------------------------------------------------------------------------
@@ -89,11 +89,11 @@ def test_a_method_that_is_no_text_is_an_error_and_not_a_crash(value: Any) -> Non
 
 
 def test_all_problems_are_told_at_once() -> None:
-    found = problems(
+    result = problems(
         {"train.stepz": 1, "train.steps": 0, "adapter.rank": "16", "model.bsae": "x", "data.kind": "subjekt"},
         {"modle": {}},
     )
-    assert len(found) == 6
+    assert len(result) == 6
     with pytest.raises(ConfigError) as caught:
         config.from_tables({"modle": {}}, {"a.b": 1})
     assert str(caught.value).splitlines() == caught.value.problems
@@ -103,7 +103,7 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("data.resolution", "512", "data.resolution = '512': must be a whole number"),
         ("data.resolution", 512.0, "data.resolution = 512.0: must be a whole number"),
@@ -142,11 +142,11 @@ def test_all_problems_are_told_at_once() -> None:
         ("optimizer.learning_rate", 11, "optimizer.learning_rate = 11.0: must be between 0 and 10"),
     ],
 )
-def test_wrong_values(key: str, value: Any, told: str) -> None:
+def test_wrong_values(key: str, value: Any, message: str) -> None:
     overrides = {**STEPS, key: value}
-    found = problems(overrides)
-    assert len(found) == 1
-    assert told in found[0]
+    result = problems(overrides)
+    assert len(result) == 1
+    assert message in result[0]
 
 
 def test_a_whole_number_may_stand_for_a_number_but_not_the_other_way() -> None:
@@ -159,8 +159,8 @@ def test_bounds_themselves_are_inside() -> None:
     for option in config.options():
         for bound in (option.low, option.high):
             if bound is not None:
-                wanted = int if option.type is int or option.type == (int | None) else float
-                assert check_value(option, wanted(bound)) == (None, bound), option.key
+                number_type = int if option.type is int or option.type == (int | None) else float
+                assert check_value(option, number_type(bound)) == (None, bound), option.key
 
 
 def test_unset_is_allowed_where_it_means_something() -> None:
@@ -173,7 +173,7 @@ def test_unset_is_allowed_where_it_means_something() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         ({}, "set exactly one of train.steps, train.epochs, train.steps_per_image: none is set"),
         ({"train.steps": 1, "train.epochs": 1}, "train.steps and train.epochs are set"),
@@ -207,10 +207,10 @@ def test_unset_is_allowed_where_it_means_something() -> None:
         ),
     ],
 )
-def test_contradictions(overrides: dict[str, Any], told: str) -> None:
-    found = problems(overrides)
-    assert len(found) == 1
-    assert told in found[0]
+def test_contradictions(overrides: dict[str, Any], message: str) -> None:
+    result = problems(overrides)
+    assert len(result) == 1
+    assert message in result[0]
 
 
 def test_contradictions_are_told_together() -> None:
@@ -273,18 +273,18 @@ def test_a_file_of_ones_own_is_a_preset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"[train\nsteps = 3", "mine.toml: not valid TOML: "),
         (b"[train]\nsteps = 3\nsteps = 4", "mine.toml: not valid TOML: "),
         (b"[data]\nname = '\xff\xfe'", "mine.toml: not valid TOML: "),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "mine.toml").write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         config.load(tmp_path / "mine.toml")
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -359,18 +359,18 @@ def test_texts_come_back_from_toml_as_they_were(text: str) -> None:
 @pytest.mark.parametrize("value", [1e-4, 1e-10, 0.1 + 0.2, 1.0, 10.0, 5e-324])
 def test_numbers_come_back_from_toml_to_the_bit(value: float) -> None:
     loaded = config.from_tables({}, {**STEPS, "optimizer.learning_rate": value})
-    again = config.from_tables(tomllib.loads(config.to_toml(loaded)))
-    assert again.optimizer.learning_rate == value
-    assert again == loaded
+    reloaded = config.from_tables(tomllib.loads(config.to_toml(loaded)))
+    assert reloaded.optimizer.learning_rate == value
+    assert reloaded == loaded
 
 
 def test_resolved_text_is_utf8_and_says_everything() -> None:
     loaded = config.load("subject-pocket")
     tables = tomllib.loads(config.to_toml(loaded))
-    told = {f"{section}.{name}" for section, table in tables.items() for name in table}
+    option_names = {f"{section}.{name}" for section, table in tables.items() for name in table}
     values = {option.key: getattr(getattr(loaded, option.section), option.name) for option in config.options()}
     unset = {key for key, value in values.items() if value is None or value == {}}
-    assert told | unset == {option.key for option in config.options()}
+    assert option_names | unset == {option.key for option in config.options()}
 
 
 def test_no_place_on_the_machine_is_in_the_metadata() -> None:
@@ -456,12 +456,12 @@ def test_arguments_of_the_optimizer_come_as_a_table_or_one_by_one() -> None:
     loaded = config.from_tables(tables, {**STEPS, "optimizer.args.betas": (0.9, 0.95)})
     assert loaded.optimizer.args == {"eps": 1e-6, "betas": [0.9, 0.95]}
     assert config.from_tables(tomllib.loads(config.to_toml(loaded))) == loaded
-    whole = config.from_tables(tables, {**STEPS, "optimizer.args": {"amsgrad": True}})
-    assert whole.optimizer.args == {"amsgrad": True}
+    as_table = config.from_tables(tables, {**STEPS, "optimizer.args": {"amsgrad": True}})
+    assert as_table.optimizer.args == {"amsgrad": True}
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("optimizer.args", 3, "optimizer.args = 3: must be a table, such as {betas = [0.9, 0.95]}"),
         (
@@ -477,8 +477,8 @@ def test_arguments_of_the_optimizer_come_as_a_table_or_one_by_one() -> None:
         ),
     ],
 )
-def test_a_wrong_optimizer_is_an_error(key: str, value: Any, told: str) -> None:
-    assert problem(key, value) == told
+def test_a_wrong_optimizer_is_an_error(key: str, value: Any, message: str) -> None:
+    assert problem(key, value) == message
 
 
 def test_pissa_does_not_start_from_an_adapter() -> None:
@@ -489,8 +489,8 @@ def test_pissa_does_not_start_from_an_adapter() -> None:
 
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 def test_methods_without_an_input_of_their_own_have_no_dropout(method: str) -> None:
-    (told,) = problems({**STEPS, "adapter.method": method, "adapter.dropout": 0.1})
-    assert told.startswith("unknown option adapter.dropout")
+    (message,) = problems({**STEPS, "adapter.method": method, "adapter.dropout": 0.1})
+    assert message.startswith("unknown option adapter.dropout")
 
 
 @pytest.mark.parametrize("name", ["", "sks/toy toy", "a.b toy"])

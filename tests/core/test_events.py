@@ -38,14 +38,16 @@ def test_what_a_listener_raises_reaches_the_run() -> None:
 
 
 def test_a_stop_is_said_once_and_stays() -> None:
-    said: list[str] = []
+    messages: list[str] = []
     answers = iter([False, True])
-    stop = StopRequest(Events(lambda event: said.append(event.facts["message"])), lambda: False, lambda: next(answers))
+    stop = StopRequest(
+        Events(lambda event: messages.append(event.facts["message"])), lambda: False, lambda: next(answers)
+    )
     assert not stop("saving step 1") and not stop.requested
     assert stop("saving step 2") and stop("saving step 3") and stop.requested
     with pytest.raises(StopRequested):
         stop.poll("nothing is lost")
-    assert said == ["stopping: saving step 2"]
+    assert messages == ["stopping: saving step 2"]
 
 
 def test_stopped_says_how_to_go_on(tmp_path) -> None:

@@ -62,14 +62,14 @@ def test_an_embedding_named_after_its_token():
 
 def test_tensors_are_those_of_the_library_in_the_file_s_order(tmp_path):
     dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.uint8]
-    made = {f"t{number}": torch.arange(6).reshape(2, 3).to(dtype) for number, dtype in enumerate(dtypes)}
-    made |= {"none": torch.zeros(0), "one": torch.tensor(2.5)}
-    save_file(made, tmp_path / "x.safetensors")
+    tensors = {f"t{number}": torch.arange(6).reshape(2, 3).to(dtype) for number, dtype in enumerate(dtypes)}
+    tensors |= {"none": torch.zeros(0), "one": torch.tensor(2.5)}
+    save_file(tensors, tmp_path / "x.safetensors")
     head = safetensors_header.read(tmp_path / "x.safetensors")
-    found = dict(safetensors_header.tensors(head, made))
-    assert list(found) == sorted(made, key=lambda name: head.tensors[name].start)
-    for name, tensor in made.items():
-        assert found[name].dtype is tensor.dtype and torch.equal(found[name].float(), tensor.float()), name
+    actual = dict(safetensors_header.tensors(head, tensors))
+    assert list(actual) == sorted(tensors, key=lambda name: head.tensors[name].start)
+    for name, tensor in tensors.items():
+        assert actual[name].dtype is tensor.dtype and torch.equal(actual[name].float(), tensor.float()), name
         assert safetensors_header.dtype_name(tensor) == head.tensors[name].dtype
 
 
@@ -80,14 +80,18 @@ def test_a_file_that_shrinks_or_has_a_dtype_of_tomorrow_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(LorakitError, match="became shorter while it was read: start again"):
         list(safetensors_header.tensors(head, ["a"]))
-    known = safetensors_header.TensorInfo("F3", (1000,), head.tensors["a"].start, head.tensors["a"].end)
-    head = safetensors_header.Header(path, {"a": known}, {}, head.data_start)
+    info = safetensors_header.TensorInfo("F3", (1000,), head.tensors["a"].start, head.tensors["a"].end)
+    head = safetensors_header.Header(path, {"a": info}, {}, head.data_start)
     with pytest.raises(LorakitError, match="a is in F3, which cannot be read here"):
         list(safetensors_header.tensors(head, ["a"]))
 
 
 def test_values_of_a_whole_tensor(tmp_path):
-    made = {"h": torch.tensor([0.5, -2.0]), "b": torch.tensor([1.5, 3.0]).bfloat16(), "u": torch.tensor([1, 2]).byte()}
-    save_file(made, tmp_path / "x.safetensors")
+    tensors = {
+        "h": torch.tensor([0.5, -2.0]),
+        "b": torch.tensor([1.5, 3.0]).bfloat16(),
+        "u": torch.tensor([1, 2]).byte(),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
     head = safetensors_header.read(tmp_path / "x.safetensors")
     assert [safetensors_header.values(head, name) for name in ("h", "b", "u")] == [[0.5, -2.0], [1.5, 3.0], []]

@@ -17,7 +17,7 @@ def test_a_constant_stays() -> None:
 
 
 def test_a_mean_continues_from_its_state() -> None:
-    mean, again = RunningMean(), RunningMean()
+    mean, repeat = RunningMean(), RunningMean()
     mean.add(3.0)
-    again.load_state(mean.state())
-    assert again.add(1.0) == mean.add(1.0)
+    repeat.load_state(mean.state())
+    assert repeat.add(1.0) == mean.add(1.0)

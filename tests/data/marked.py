@@ -47,7 +47,7 @@ def as_camera_stores(upright: np.ndarray, orientation: int) -> np.ndarray:
 
     From the EXIF 2.32 table of which visual side row 0 and column 0 are, with numpy alone.
     """
-    stored = {
+    transforms = {
         1: upright,  # row 0 is the top, column 0 the left
         2: upright[:, ::-1],  # top, right
         3: upright[::-1, ::-1],  # bottom, right
@@ -57,7 +57,7 @@ def as_camera_stores(upright: np.ndarray, orientation: int) -> np.ndarray:
         7: upright.transpose(1, 0, 2)[::-1, ::-1],  # right, bottom
         8: upright.transpose(1, 0, 2)[:, ::-1],  # left, bottom: row 0 is the left side
     }[orientation]
-    return np.ascontiguousarray(stored)
+    return np.ascontiguousarray(transforms)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -37,11 +37,11 @@ def test_both_sides_are_there() -> None:
 @pytest.mark.parametrize("size", [(96, 64), (64, 64), (2000, 300), (40, 41)])
 def test_a_moved_cut_stays_in_the_photo_and_in_shape(size: tuple[int, int]) -> None:
     config = DataConfig(crop_jitter=0.25, variants=64)
-    moved = of(config, size)
-    plain = moved[0]
+    variants = of(config, size)
+    plain = variants[0]
     full = plain.box[2] - plain.box[0]
-    assert len({variant.box for variant in moved}) == 64
-    for variant in moved:
+    assert len({variant.box for variant in variants}) == 64
+    for variant in variants:
         left, top, right, bottom = variant.box
         assert left >= 0
         assert top >= 0

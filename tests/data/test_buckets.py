@@ -71,8 +71,8 @@ def test_the_cut_is_centred_whole_and_of_the_buckets_shape() -> None:
         assert top + bottom == pytest.approx(size[1])
         assert (right - left) / (bottom - top) == pytest.approx(placement.bucket.width / placement.bucket.height)
         assert placement.scale == pytest.approx(placement.bucket.width / (right - left))
-        kept = (right - left) * (bottom - top) / (size[0] * size[1])
-        assert placement.cropped == pytest.approx(1 - kept, abs=1e-9)
+        area = (right - left) * (bottom - top) / (size[0] * size[1])
+        assert placement.cropped == pytest.approx(1 - area, abs=1e-9)
         assert placement.is_enlarged == (placement.scale > 1)
 
 

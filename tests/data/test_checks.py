@@ -15,7 +15,7 @@ from lorakit.config import DataConfig
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, decode, duplicates, time_limit
 
-GIVEN = DataConfig(name="sks toy", resolution=64)
+CONFIG = DataConfig(name="sks toy", resolution=64)
 
 
 def texture(seed: int, width: int = 96, height: int = 96) -> Image.Image:
@@ -86,10 +86,10 @@ def test_each_photo_has_its_row(photos: Path, base) -> None:
 def test_json_is_stable(photos: Path, base) -> None:
     fill(photos, 1)
     (photos / "bad.jpg").write_bytes(b"")
-    told = json.loads(json.dumps(report_of(photos, base).to_json()))
-    assert list(told) == ["folder", "photos", "buckets", "errors", "warnings", "notes"]
-    assert told["buckets"] == [{"width": 64, "height": 64, "photos": 1}]
-    good, bad = told["photos"]
+    document = json.loads(json.dumps(report_of(photos, base).to_json()))
+    assert list(document) == ["folder", "photos", "buckets", "errors", "warnings", "notes"]
+    assert document["buckets"] == [{"width": 64, "height": 64, "photos": 1}]
+    good, bad = document["photos"]
     assert list(good) == [
         "file", "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut",
         "sharpness", "findings", "caption_source", "mask", "bucket",
@@ -248,8 +248,8 @@ report = checks.check(DataConfig(folder={str(photos)!r}, name="sks toy", resolut
 assert len(report.photos) == 6 and not report.errors
 print(sorted(m for m in ("torch", "transformers", "diffusers", "peft", "matplotlib") if m in sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={"LC_ALL": "C"})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={"LC_ALL": "C"})
+    assert (process.returncode, process.stdout, process.stderr) == (0, "[]\n", "")
 
 
 def brute_force(hashes: np.ndarray, colours: np.ndarray) -> dict[int, int]:

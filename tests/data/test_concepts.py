@@ -126,8 +126,10 @@ def test_an_epoch_shows_a_photo_as_often_as_its_folder_says() -> None:
     assert Counter(bucket.photo[rows].tolist()) == {0: 1, 1: 3, 2: 20}
     texts = torch.cat([batch.texts for batch in batches]).tolist()
     assert texts == bucket.photo[rows].tolist()
-    seen = Counter(row for epoch in (0, 1) for batch in dataset.batches(0, epoch, 4) for row in batch.entries.tolist())
-    assert (seen[1], seen[2]) == (3, 3)  # both variants of b, equally often
+    counts = Counter(
+        row for epoch in (0, 1) for batch in dataset.batches(0, epoch, 4) for row in batch.entries.tolist()
+    )
+    assert (counts[1], counts[2]) == (3, 3)  # both variants of b, equally often
 
 
 def test_runs_among_the_photos_are_passed_over(photos: Path) -> None:

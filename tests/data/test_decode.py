@@ -55,8 +55,8 @@ def test_every_exif_orientation_comes_out_upright(orientation: int, format: str)
     exif = Image.Exif()
     exif[marked.ORIENTATION] = orientation
     options = {"lossless": True} if format == "WEBP" else {"quality": 95}
-    stored = Image.fromarray(marked.as_camera_stores(upright, orientation))
-    raw = encoded(stored, format, exif=exif, **options)
+    raw_image = Image.fromarray(marked.as_camera_stores(upright, orientation))
+    raw = encoded(raw_image, format, exif=exif, **options)
     decoded = decode.decode(raw)
     assert decoded.size == decode.measure(raw) == (96, 64)
     assert marked.marked_corner(decoded.pixels) == "upper left"
@@ -67,8 +67,8 @@ def test_every_exif_orientation_comes_out_upright(orientation: int, format: str)
 def test_a_thumbnail_may_be_decoded_smaller() -> None:
     exif = Image.Exif()
     exif[marked.ORIENTATION] = 6
-    stored = Image.fromarray(marked.as_camera_stores(marked.picture(9, 1600, 800), 6))
-    raw = encoded(stored, "JPEG", exif=exif, quality=95)
+    raw_image = Image.fromarray(marked.as_camera_stores(marked.picture(9, 1600, 800), 6))
+    raw = encoded(raw_image, "JPEG", exif=exif, quality=95)
     assert decode.decode(raw).size == (1600, 800)
     assert decode.decode(raw, at_least=150).size == (400, 200)
     assert decode.decode(raw, at_least=1000).size == (1600, 800)
@@ -83,8 +83,8 @@ def test_heic_is_upright() -> None:
     pytest.importorskip("pillow_heif", reason="the heic extra is not installed").register_heif_opener()
     exif = Image.Exif()
     exif[marked.ORIENTATION] = 6
-    stored = Image.fromarray(marked.as_camera_stores(marked.picture(9), 6))
-    raw = encoded(stored, "HEIF", exif=exif.tobytes(), quality=95)
+    raw_image = Image.fromarray(marked.as_camera_stores(marked.picture(9), 6))
+    raw = encoded(raw_image, "HEIF", exif=exif.tobytes(), quality=95)
     decoded = decode.decode(raw)
     assert decoded.size == decode.measure(raw) == (96, 64)
     assert marked.marked_corner(decoded.pixels) == "upper left"
@@ -355,11 +355,11 @@ def test_strips_are_the_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> N
     else:
         image = Image.fromarray(rng.integers(0, 256, (50, 40, 4), dtype=np.uint8), "RGBA").convert(mode)
     raw = encoded(image, "PNG" if mode not in ("CMYK", "F", "I") else "TIFF")
-    whole = decode.decode(raw)
+    full = decode.decode(raw)
     monkeypatch.setattr(decode, "STRIP_PIXELS", 7 * 40)
     strips = decode.decode(raw)
-    assert np.array_equal(whole.pixels, strips.pixels) and whole.notes == strips.notes
-    assert whole.alpha is strips.alpha or np.array_equal(whole.alpha, strips.alpha)
+    assert np.array_equal(full.pixels, strips.pixels) and full.notes == strips.notes
+    assert full.alpha is strips.alpha or np.array_equal(full.alpha, strips.alpha)
 
 
 def test_a_deep_picture_needs_little_more_memory_than_its_pixels() -> None:

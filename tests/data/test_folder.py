@@ -17,8 +17,8 @@ def fill(place: Path, *names: str) -> None:
         marked.save(place / name, marked.picture(number, 16, 16))
 
 
-def captions(found: folder.Folder) -> dict[str, str | None]:
-    return {photo.relative: photo.caption for photo in found.photos}
+def captions(result: folder.Folder) -> dict[str, str | None]:
+    return {photo.relative: photo.caption for photo in result.photos}
 
 
 def test_a_plain_folder_is_a_data_set(photos: Path) -> None:
@@ -26,10 +26,10 @@ def test_a_plain_folder_is_a_data_set(photos: Path) -> None:
     (photos / "Thumbs.db").write_bytes(b"x")
     (photos / "clip.mov").write_bytes(b"x")
     before = marked.digests(photos)
-    found = folder.scan(photos)
-    assert [photo.relative for photo in found.photos] == ["a.PNG", "b.jpg", "c d.webp"]
-    assert found.warnings == ["no photo has the name of e.mask.png: not used"]
-    assert found.notes == ["not pictures, left alone: 1 .db, 1 .mov"]
+    result = folder.scan(photos)
+    assert [photo.relative for photo in result.photos] == ["a.PNG", "b.jpg", "c d.webp"]
+    assert result.warnings == ["no photo has the name of e.mask.png: not used"]
+    assert result.notes == ["not pictures, left alone: 1 .db, 1 .mov"]
     assert marked.digests(photos) == before
 
 
@@ -41,10 +41,10 @@ def test_every_format_is_looked_for(photos: Path, ending: str) -> None:
 
 def test_one_level_of_subfolders_and_kohyas(photos: Path) -> None:
     fill(photos, "top.jpg", "10_sks dog/a.jpg", "10_sks dog/b.jpg", "other/c.jpg", "other/deep/d.jpg", "__MACOSX/x.jpg")
-    found = folder.scan(photos)
-    assert [p.relative for p in found.photos] == ["top.jpg", "10_sks dog/a.jpg", "10_sks dog/b.jpg", "other/c.jpg"]
-    assert found.warnings == ["pictures more than one folder down are not read: other/deep/ (1)"]
-    assert found.notes == [
+    result = folder.scan(photos)
+    assert [p.relative for p in result.photos] == ["top.jpg", "10_sks dog/a.jpg", "10_sks dog/b.jpg", "other/c.jpg"]
+    assert result.warnings == ["pictures more than one folder down are not read: other/deep/ (1)"]
+    assert result.notes == [
         "subfolders: 10_sks dog/ (2), other/ (1)",
         "repeats: an epoch shows each photo of 10_sks dog/ 10 times",
     ]
@@ -67,17 +67,17 @@ def test_captions_of_every_kind(photos: Path) -> None:
     (photos / "e.jpg.txt").write_text("five", encoding="utf-8")
     marked.save(photos / "sub/h.jpg", marked.picture(9, 16, 16))
     (photos / "sub/metadata.jsonl").write_text(json.dumps({"file_name": "f.jpg", "prompt": "six"}), encoding="utf-8")
-    found = folder.scan(photos)
-    assert captions(found) == {
+    result = folder.scan(photos)
+    assert captions(result) == {
         "a.jpg": "one", "b.jpg": "two lines", "c.jpg": "three", "d.jpg": "four", "e.jpg": "five", "g.jpg": None,
         "sub/f.jpg": "six", "sub/h.jpg": "seven",
     }  # fmt: skip
-    assert [photo.caption_source for photo in found.photos] == [
+    assert [photo.caption_source for photo in result.photos] == [
         "a.txt", "b.caption", "metadata.jsonl", "metadata.jsonl", "e.jpg.txt", None, "sub/metadata.jsonl",
         "metadata.jsonl",
     ]  # fmt: skip
-    assert found.warnings == []
-    assert found.notes == ["subfolders: sub/ (2)"]
+    assert result.warnings == []
+    assert result.notes == ["subfolders: sub/ (2)"]
 
 
 def test_captions_that_disagree_are_said(photos: Path) -> None:
@@ -89,9 +89,9 @@ def test_captions_that_disagree_are_said(photos: Path) -> None:
     rows = [{"file_name": "b.jpg", "text": "same"}, {"file_name": "c.jpg", "text": "x"}]
     rows.append({"file_name": "c.jpg", "text": "y"})
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = folder.scan(photos)
-    assert captions(found) == {"a.jpg": "one", "b.jpg": "same", "c.jpg": "x"}
-    assert found.warnings == [
+    result = folder.scan(photos)
+    assert captions(result) == {"a.jpg": "one", "b.jpg": "same", "c.jpg": "x"}
+    assert result.warnings == [
         "c.jpg: metadata.jsonl line 3 says something else than before; not used",
         "a.jpg: a.txt and a.caption say different things; a.txt is used",
     ]
@@ -102,9 +102,9 @@ def test_captions_that_are_empty_or_nobodys_are_said(photos: Path) -> None:
     (photos / "a.txt").write_text(" \n")
     (photos / "b.txt").write_text("whose?")
     (photos / "metadata.jsonl").write_text('{"file_name": "z.jpg", "text": "gone"}')
-    found = folder.scan(photos)
-    assert captions(found) == {"a.jpg": None}
-    assert found.warnings == [
+    result = folder.scan(photos)
+    assert captions(result) == {"a.jpg": None}
+    assert result.warnings == [
         "a.jpg: its caption in a.txt is empty",
         "no photo has the name of b.txt: not used",
         "metadata.jsonl names files that are not there: z.jpg",
@@ -129,10 +129,10 @@ def test_captions_that_are_empty_or_nobodys_are_said(photos: Path) -> None:
 def test_encodings(photos: Path, raw: bytes, text: str, guess: str) -> None:
     fill(photos, "a.jpg")
     (photos / "a.txt").write_bytes(raw)
-    found = folder.scan(photos)
-    assert captions(found) == {"a.jpg": text}
+    result = folder.scan(photos)
+    assert captions(result) == {"a.jpg": text}
     line = f'a.txt: not UTF-8, read as {guess}: "{text}"; if that is wrong, save it as UTF-8'
-    assert found.warnings == ([line] if guess else [])
+    assert result.warnings == ([line] if guess else [])
 
 
 @pytest.mark.parametrize("raw", [b"\x81\x8d\xff", b"sks\0\0\0\0 dog", b"\xff\xfea\0\0\0"])
@@ -179,9 +179,9 @@ def test_metadata_that_is_wrong_is_named_by_line(photos: Path, line: str, messag
 def test_captions_in_tables_of_other_programs(photos: Path, name: str, content: str) -> None:
     fill(photos, "a.jpg", "sub/b.jpg")
     (photos / name).write_text(content, encoding="utf-8")
-    found = folder.scan(photos)
-    assert captions(found) == {"a.jpg": "one", "sub/b.jpg": "two"}
-    assert found.warnings == [] and found.notes == ["subfolders: sub/ (1)"]
+    result = folder.scan(photos)
+    assert captions(result) == {"a.jpg": "one", "sub/b.jpg": "two"}
+    assert result.warnings == [] and result.notes == ["subfolders: sub/ (1)"]
 
 
 def test_one_json_for_each_photo(photos: Path) -> None:
@@ -190,10 +190,10 @@ def test_one_json_for_each_photo(photos: Path) -> None:
     (photos / "b.jpg.json").write_text('{"tags": ["sks", "tree"]}')
     (photos / "c.json").write_text('{"width": 3}')
     (photos / "d.json").write_text("damaged")
-    found = folder.scan(photos)
-    assert captions(found) == {"a.jpg": "sks dog, grass, sun", "b.jpg": "sks, tree", "c.jpg": None, "d.jpg": None}
+    result = folder.scan(photos)
+    assert captions(result) == {"a.jpg": "sks dog, grass, sun", "b.jpg": "sks, tree", "c.jpg": None, "d.jpg": None}
     keys = "text, caption, prompt, description, tags, tag_string"
-    assert found.notes == [f"{name}.json: not read, it has no caption ({keys})" for name in "cd"]
+    assert result.notes == [f"{name}.json: not read, it has no caption ({keys})" for name in "cd"]
 
 
 @pytest.mark.parametrize(
@@ -234,26 +234,26 @@ def test_the_digest_follows_photos_masks_captions_and_names(photos: Path) -> Non
     digests.append(digest())
     assert len(set(digests)) == 5
     assert digest() == digests[-1]
-    found = folder.scan(photos).photos
+    result = folder.scan(photos).photos
     (photos / "c.jpg").unlink()
     with pytest.raises(LorakitError, match=r"^c\.jpg: cannot be read any more \(No such file or directory\)$"):
-        folder.digest(found)
+        folder.digest(result)
 
 
-LOOKED_FOR = "looked for jpg, jpeg, jpe, jfif, png, webp, bmp, tif, tiff, avif, mpo, heic, heif, gif"
+ENDINGS = "looked for jpg, jpeg, jpe, jfif, png, webp, bmp, tif, tiff, avif, mpo, heic, heif, gif"
 
 
 def test_an_empty_folder_says_what_it_looked_for_and_found(photos: Path) -> None:
     with pytest.raises(LorakitError) as error:
         folder.scan(photos)
-    assert str(error.value) == f"0 images in {photos}; {LOOKED_FOR}; found nothing"
+    assert str(error.value) == f"0 images in {photos}; {ENDINGS}; found nothing"
     for name in ("a.cr2", "b.CR2", "notes.txt", "README"):
         (photos / name).write_bytes(b"x")
     fill(photos, "one/two/c.jpg")
     with pytest.raises(LorakitError) as error:
         folder.scan(photos)
     assert str(error.value) == (
-        f"0 images in {photos}; {LOOKED_FOR}; found 2 .cr2, 1 .txt, 1 without an ending; "
+        f"0 images in {photos}; {ENDINGS}; found 2 .cr2, 1 .txt, 1 without an ending; "
         "1 in one/two/ (only one level of subfolders is read)"
     )
 

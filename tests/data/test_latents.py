@@ -25,15 +25,15 @@ class Encoder:
     """Stands where the VAE stands: averages 4 x 4 pixels, so a latent shows the picture; it keeps what it was given."""
 
     def __init__(self) -> None:
-        self.seen: list[np.ndarray] = []
-        self.together: list[int] = []
+        self.pictures: list[np.ndarray] = []
+        self.batch_sizes: list[int] = []
 
     def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert pixels.dtype == torch.float32
         assert pixels.min() >= -1
         assert pixels.max() <= 1
-        self.together.append(len(pixels))
-        self.seen += [((one.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy() for one in pixels]
+        self.batch_sizes.append(len(pixels))
+        self.pictures += [((one.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy() for one in pixels]
         mean = torch.nn.functional.avg_pool2d(pixels, DOWNSCALE)
         return torch.cat([mean, mean[:, :1]], 1), torch.full_like(torch.cat([mean, mean[:, :1]], 1), 0.01)
 
@@ -47,7 +47,7 @@ class Builder:
 
     def __init__(self, photos: Path, base):
         self.photos, self.base = photos, base
-        self.encoder, self.said = Encoder(), []
+        self.encoder, self.messages = Encoder(), []
 
     def __call__(
         self,
@@ -57,7 +57,7 @@ class Builder:
         ids: bool = False,
         at_once: int = 1,
     ) -> tuple[Dataset, Dataset | None]:
-        self.encoder, self.said = Encoder(), []
+        self.encoder, self.messages = Encoder(), []
         data = replace(data or DataConfig(name="sks toy", resolution=64), folder=str(self.photos))
         report = checks.check(data, self.base)
         assert report.errors == []
@@ -69,7 +69,7 @@ class Builder:
             size_conditions=sdxl_sizes if ids else lambda *_: {},
             device="cpu",
             identity=identity,
-            say=self.said.append,
+            say=self.messages.append,
             batch_size=lambda size: at_once,
         )
 
@@ -86,7 +86,7 @@ def fill(photos: Path, count: int, sizes: tuple[tuple[int, int], ...] = ((64, 64
         marked.save(photos / f"{number:02}.png", marked.picture(number, width, height))
 
 
-def shown(dataset: Dataset, batch: Batch) -> list[int]:
+def photos_of(dataset: Dataset, batch: Batch) -> list[int]:
     """The numbers of the pictures in a batch, read from its latents."""
     pixels = (dataset.buckets[batch.bucket].mean[batch.entries, :3] + 1) * 127.5
     return [marked.number_of(one.permute(1, 2, 0).numpy()) for one in pixels]
@@ -94,20 +94,20 @@ def shown(dataset: Dataset, batch: Batch) -> list[int]:
 
 def test_photos_of_a_size_are_encoded_together_and_stay_in_their_order(build: Builder, photos: Path) -> None:
     fill(photos, 11)  # 4, 4 and 3 of a size
-    kept = DataConfig(name="sks toy", resolution=64, cache="disk")
+    disk_config = DataConfig(name="sks toy", resolution=64, cache="disk")
     alone, _ = build()
-    assert build.encoder.together == [1] * 11
+    assert build.encoder.batch_sizes == [1] * 11
     for photo in photos.iterdir():
         if photo.name not in ("00.png", "04.png"):
             photo.unlink()
-    build(kept)
+    build(disk_config)
     fill(photos, 11)  # two of them are found on disk, in the midst of the others
-    together, _ = build(kept, at_once=2)
-    assert "2 hits, 9 encoded" in build.said[-1]
-    assert sorted(build.encoder.together) == [1, 1, 1, 2, 2, 2]
-    found, _ = build(kept, at_once=2)
-    assert "11 hits, 0 encoded" in build.said[-1] and build.encoder.together == []
-    for one, *others in zip(alone.buckets, together.buckets, found.buckets, strict=True):
+    batch_sizes, _ = build(disk_config, at_once=2)
+    assert "2 hits, 9 encoded" in build.messages[-1]
+    assert sorted(build.encoder.batch_sizes) == [1, 1, 1, 2, 2, 2]
+    actual, _ = build(disk_config, at_once=2)
+    assert "11 hits, 0 encoded" in build.messages[-1] and build.encoder.batch_sizes == []
+    for one, *others in zip(alone.buckets, batch_sizes.buckets, actual.buckets, strict=True):
         for other in others:
             assert torch.equal(one.mean, other.mean) and torch.equal(one.std, other.std)
             assert torch.equal(one.photo, other.photo)
@@ -121,11 +121,11 @@ def test_an_epoch_shows_every_photo_once(build: Builder, photos: Path, batch_siz
     assert holdout is None
     for epoch in range(4):
         batches = dataset.batches(0, epoch, batch_size)
-        assert Counter(n for batch in batches for n in shown(dataset, batch)) == Counter(range(7))
+        assert Counter(n for batch in batches for n in photos_of(dataset, batch)) == Counter(range(7))
         assert all(1 <= len(batch.entries) <= batch_size for batch in batches)
         # ceil(3 / b) + ceil(2 / b) + ceil(2 / b): sizes are not mixed and are filled
         assert len(batches) == -(-3 // batch_size) + 2 * -(-2 // batch_size)
-    assert sorted(marked.number_of(picture) for picture in build.encoder.seen) == list(range(7))
+    assert sorted(marked.number_of(picture) for picture in build.encoder.pictures) == list(range(7))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -134,7 +134,7 @@ def test_what_is_encoded_is_upright(build: Builder, photos: Path, orientation: i
     upright = marked.picture(11, 96, 64)
     marked.save(photos / "a.png", marked.as_camera_stores(upright, orientation), orientation)
     dataset, _ = build()
-    assert [marked.marked_corner(picture) for picture in build.encoder.seen] == ["upper left"]
+    assert [marked.marked_corner(picture) for picture in build.encoder.pictures] == ["upper left"]
     assert (dataset.buckets[0].width, dataset.buckets[0].height) == (80, 48)
     assert dataset.buckets[0].mean.shape == (1, 4, 12, 20)
 
@@ -142,7 +142,7 @@ def test_what_is_encoded_is_upright(build: Builder, photos: Path, orientation: i
 def test_flip_is_in_the_cache_both_ways(build: Builder, photos: Path) -> None:
     fill(photos, 3)
     dataset, _ = build(DataConfig(name="sks toy", resolution=64, flip=True, variants=2))
-    assert Counter(marked.marked_corner(p) for p in build.encoder.seen) == {"upper left": 3, "upper right": 3}
+    assert Counter(marked.marked_corner(p) for p in build.encoder.pictures) == {"upper left": 3, "upper right": 3}
     corners: dict[int, Counter[str]] = {n: Counter() for n in range(3)}
     for epoch in range(100):
         for batch in dataset.batches(0, epoch, 2):
@@ -167,15 +167,15 @@ def test_batches_follow_from_seed_and_epoch(build: Builder, photos: Path) -> Non
     assert plain(0, 5) == plain(0, 5)
     assert plain(0, 5) != plain(0, 6)
     assert plain(0, 5) != plain(1, 5)
-    again, _ = build(data)
-    assert all(torch.equal(a.mean, b.mean) for a, b in zip(dataset.buckets, again.buckets, strict=True))
-    assert [(b.bucket, b.entries.tolist(), b.texts.tolist()) for b in again.batches(0, 5, 3)] == plain(0, 5)
+    repeat, _ = build(data)
+    assert all(torch.equal(a.mean, b.mean) for a, b in zip(dataset.buckets, repeat.buckets, strict=True))
+    assert [(b.bucket, b.entries.tolist(), b.texts.tolist()) for b in repeat.batches(0, 5, 3)] == plain(0, 5)
 
 
 def test_every_epoch_has_its_own_order_and_company(build: Builder, photos: Path) -> None:
     fill(photos, 8, ((64, 64),))
     dataset, _ = build()
-    epochs = [[shown(dataset, batch) for batch in dataset.batches(0, epoch, 2)] for epoch in range(20)]
+    epochs = [[photos_of(dataset, batch) for batch in dataset.batches(0, epoch, 2)] for epoch in range(20)]
     assert len({tuple(map(tuple, epoch)) for epoch in epochs}) == 20
     assert len({frozenset(pair) for epoch in epochs for pair in epoch}) > 20  # of the 28 there are
 
@@ -197,7 +197,7 @@ def test_texts_are_those_of_their_photos(build: Builder, photos: Path) -> None:
         (photos / f"{number:02}.txt").write_text(f"sks toy number {number}")
     dataset, _ = build()
     for batch in dataset.batches(0, 3, 2):
-        for number, text in zip(shown(dataset, batch), batch.texts.tolist(), strict=True):
+        for number, text in zip(photos_of(dataset, batch), batch.texts.tolist(), strict=True):
             expected = f"sks toy number {number}" if number < 5 else "a photo of a sks toy"
             assert dataset.texts[text] == expected
     assert sorted(dataset.texts) == ["a photo of a sks toy", *(f"sks toy number {n}" for n in range(5))]
@@ -226,15 +226,15 @@ def test_a_thousand_draws_keep_the_trigger(build: Builder, photos: Path) -> None
         (photos / f"{number:02}.txt").write_text(f"red, blue, table {number}" + (", sks" if number % 2 else ""))
     data = DataConfig(name="sks toy", resolution=64, shuffle_tags=True, caption_dropout=0.3)
     dataset, _ = build(data)
-    drawn = [
+    texts = [
         dataset.texts[text] for epoch in range(100) for batch in dataset.batches(0, epoch, 4) for text in batch.texts
     ]
-    assert len(drawn) == 1000
-    assert all(captions.has_trigger(text, data) for text in drawn)
-    assert 250 <= drawn.count("a photo of a sks toy") <= 350
-    assert len(set(drawn)) > 40
-    kept = [text for text in drawn if text != "a photo of a sks toy"]
-    assert all(any(f"table {n}" in text for n in range(10)) for text in kept)
+    assert len(texts) == 1000
+    assert all(captions.has_trigger(text, data) for text in texts)
+    assert 250 <= texts.count("a photo of a sks toy") <= 350
+    assert len(set(texts)) > 40
+    others = [text for text in texts if text != "a photo of a sks toy"]
+    assert all(any(f"table {n}" in text for n in range(10)) for text in others)
 
 
 def test_held_out_photos_are_never_trained_on(build: Builder, photos: Path) -> None:
@@ -242,19 +242,19 @@ def test_held_out_photos_are_never_trained_on(build: Builder, photos: Path) -> N
     data = DataConfig(name="sks toy", resolution=64, flip=True, variants=2)
     dataset, holdout = build(data, TrainConfig(holdout=0.1))
     assert holdout is not None
-    assert build.said[0] == "validation: 2 of 20 photos are kept back and never trained on"
-    kept = {photo.relative for photo in holdout.photos}
+    assert build.messages[0] == "validation: 2 of 20 photos are kept back and never trained on"
+    validation_names = {photo.relative for photo in holdout.photos}
     trained = {photo.relative for photo in dataset.photos}
-    assert len(kept) == 2
+    assert len(validation_names) == 2
     assert len(trained) == 18
-    assert not kept & trained
+    assert not validation_names & trained
     assert holdout.texts is dataset.texts
     # as they are: one row each, no flip
     assert sum(len(bucket.mean) for bucket in holdout.buckets) == 2
     assert sum(len(bucket.mean) for bucket in dataset.buckets) == 36
     assert all(bucket.variant.tolist() == [0] * len(bucket.mean) for bucket in holdout.buckets)
-    again, _ = build(data, TrainConfig(holdout=0.1))
-    assert {photo.relative for photo in again.photos} == trained
+    repeat, _ = build(data, TrainConfig(holdout=0.1))
+    assert {photo.relative for photo in repeat.photos} == trained
     other, _ = build(data, TrainConfig(holdout=0.1, seed=1))
     assert {photo.relative for photo in other.photos} != trained
 
@@ -270,7 +270,7 @@ def test_held_out_photos_are_never_trained_on(build: Builder, photos: Path) -> N
 def test_the_split_is_said(build: Builder, photos: Path, count: int, holdout: float, line: str) -> None:
     fill(photos, count)
     build(train=TrainConfig(holdout=holdout))
-    assert build.said[0] == line
+    assert build.messages[0] == line
 
 
 def test_unaugmented_has_variant_0_of_every_photo_with_its_own_text(build: Builder, photos: Path) -> None:
@@ -289,7 +289,7 @@ def test_unaugmented_has_variant_0_of_every_photo_with_its_own_text(build: Build
     for epoch in range(3):
         for batch in unaugmented.batches(0, epoch, 2):
             texts = [unaugmented.texts[text] for text in batch.texts.tolist()]
-            assert texts == [f"sks toy, a, b, {number}" for number in shown(unaugmented, batch)]
+            assert texts == [f"sks toy, a, b, {number}" for number in photos_of(unaugmented, batch)]
 
 
 # -- on disk ------------------------------------------------------------------------------------------------------
@@ -301,25 +301,25 @@ def test_only_what_changed_is_encoded_again(build: Builder, photos: Path, tmp_pa
     fill(photos, 20)
     before = marked.digests(photos)
     first, _ = build(DISK)
-    assert build.said[-1] == f"latents: 0 hits, 20 encoded, kept in {tmp_path / 'kept' / 'latents'}"
+    assert build.messages[-1] == f"latents: 0 hits, 20 encoded, kept in {tmp_path / 'kept' / 'latents'}"
     build(DISK)
-    assert build.said[-1].startswith("latents: 20 hits, 0 encoded")
-    assert build.encoder.seen == []
+    assert build.messages[-1].startswith("latents: 20 hits, 0 encoded")
+    assert build.encoder.pictures == []
     assert marked.digests(photos) == before  # nothing is ever written beside the photos
 
     times = (photos / "00.png").stat()
     marked.save(photos / "00.png", marked.picture(63, 64, 64))
     os.utime(photos / "00.png", ns=(times.st_atime_ns, times.st_mtime_ns))  # an edit that keeps name and time
     second, _ = build(DISK)
-    assert build.said[-1].startswith("latents: 19 hits, 1 encoded")
-    assert [marked.number_of(picture) for picture in build.encoder.seen] == [63]
+    assert build.messages[-1].startswith("latents: 19 hits, 1 encoded")
+    assert [marked.number_of(picture) for picture in build.encoder.pictures] == [63]
     row = second.names(1).index("00.png")
     assert not torch.equal(first.buckets[1].mean[row], second.buckets[1].mean[row])
     in_memory, _ = build(replace(DISK, cache="memory"))
-    assert build.said[-1] == "latents: 20 encoded"
-    for kept, fresh in zip(second.buckets, in_memory.buckets, strict=True):
-        assert torch.equal(kept.mean, fresh.mean)
-        assert torch.equal(kept.std, fresh.std)
+    assert build.messages[-1] == "latents: 20 encoded"
+    for reused, fresh in zip(second.buckets, in_memory.buckets, strict=True):
+        assert torch.equal(reused.mean, fresh.mean)
+        assert torch.equal(reused.std, fresh.std)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_nothing_stale_is_found_again(build: Builder, photos: Path, change: dict
     build(replace(DISK, **change), identity=identity)
     # Variant 0 is the plain photo and is found; every other one is new.
     hits = 3 if "variants" in change else 0
-    assert build.said[-1].startswith(f"latents: {hits} hits, 3 encoded")
+    assert build.messages[-1].startswith(f"latents: {hits} hits, 3 encoded")
 
 
 def test_renamed_photos_are_found_again(build: Builder, photos: Path) -> None:
@@ -347,7 +347,7 @@ def test_renamed_photos_are_found_again(build: Builder, photos: Path) -> None:
     build(DISK)
     (photos / "00.png").rename(photos / "renamed.png")
     build(DISK)
-    assert build.said[-1].startswith("latents: 3 hits, 0 encoded")
+    assert build.messages[-1].startswith("latents: 3 hits, 0 encoded")
 
 
 def flipped(at: float) -> Callable[[bytes], bytes]:
@@ -373,10 +373,10 @@ def test_a_damaged_latent_is_made_anew(
     assert len(files) == 2
     files[0].write_bytes(damage(files[0].read_bytes()))
     build(DISK)
-    assert build.said[-1].startswith("latents: 1 hits, 1 encoded")
-    assert build.said[-1].endswith("; 1 on disk were damaged and are encoded again")
+    assert build.messages[-1].startswith("latents: 1 hits, 1 encoded")
+    assert build.messages[-1].endswith("; 1 on disk were damaged and are encoded again")
     build(DISK)
-    assert build.said[-1].startswith("latents: 2 hits, 0 encoded") and "; " not in build.said[-1]
+    assert build.messages[-1].startswith("latents: 2 hits, 0 encoded") and "; " not in build.messages[-1]
 
 
 def test_the_cache_is_private_and_whole(build: Builder, photos: Path, tmp_path: Path) -> None:
@@ -448,7 +448,7 @@ def test_a_latent_that_is_not_finite_names_its_photo(
 
     def broken(self: Encoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = real(self, pixels)
-        if marked.number_of(self.seen[-1]) == 1:
+        if marked.number_of(self.pictures[-1]) == 1:
             mean[0, 0, 0, 0] = value
         return mean, std
 
@@ -461,7 +461,7 @@ def test_a_latent_that_is_not_finite_names_its_photo(
     finally:
         Encoder.__call__ = real
     build(DISK)
-    assert build.said[-1].startswith("latents: 1 hits, 2 encoded")
+    assert build.messages[-1].startswith("latents: 1 hits, 2 encoded")
 
 
 def test_a_photo_that_went_away_is_named(build: Builder, photos: Path) -> None:

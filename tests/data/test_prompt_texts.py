@@ -40,7 +40,7 @@ def test_break_begins_another_group_and_is_no_part_of_a_word() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "actual"),
     [
         ("toy, (smile:1.3), (x:1.1)", "(smile:1.3)"),
         (r"emily \(pokemon\)", r"\("),
@@ -52,8 +52,8 @@ def test_break_begins_another_group_and_is_no_part_of_a_word() -> None:
         ("a toy :) <3", ""),
     ],
 )
-def test_a_caption_shows_the_first_of_what_it_has(text: str, found: str) -> None:
-    assert prompts.syntax(text) == found
+def test_a_caption_shows_the_first_of_what_it_has(text: str, actual: str) -> None:
+    assert prompts.syntax(text) == actual
 
 
 def test_what_is_not_read_is_said() -> None:

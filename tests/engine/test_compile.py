@@ -41,7 +41,7 @@ def untouched(function: Callable[..., Any]) -> Callable[..., Any]:
 class Small:
     """Three resnets and a transformer block; a step's loss and gradients with and without compiled blocks."""
 
-    def __init__(self, compiler: compile.Compiler, width: int = 16, dtype: torch.dtype = torch.float32, **asked: Any):
+    def __init__(self, compiler: compile.Compiler, width: int = 16, dtype: torch.dtype = torch.float32, **options: Any):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.denoiser = UNet2DConditionModel(
@@ -62,35 +62,37 @@ class Small:
             modules=lambda: {"unet": self.denoiser},
             dtype=dtype,
         )
-        chosen = config.load(None, {"train.steps": 1, **{f"adapter.{name}": value for name, value in asked.items()}})
-        adapter = adapters.attach(family, replace(chosen.adapter, rank=4), seed=0)
+        settings = config.load(
+            None, {"train.steps": 1, **{f"adapter.{name}": value for name, value in options.items()}}
+        )
+        adapter = adapters.attach(family, replace(settings.adapter, rank=4), seed=0)
         adapters.optimize_blocks(family)
         self.flat = adapters.flatten(family, adapter)[0]
-        self.parameters, self.said = self.flat.parameters, list[str]()
+        self.parameters, self.messages = self.flat.parameters, list[str]()
         self.dtype, self.calls = dtype, 0
 
         def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-            made = compiler(function)
+            compiled = compiler(function)
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 self.calls += 1
-                return made(*args, **kwargs)
+                return compiled(*args, **kwargs)
 
             return call
 
-        self.blocks = compile.CompiledBlocks(self.denoiser, self.parameters, self.said.append, counted)
+        self.blocks = compile.CompiledBlocks(self.denoiser, self.parameters, self.messages.append, counted)
 
     def step(self, batch: int = 2) -> torch.Tensor:
         draw = torch.Generator().manual_seed(batch)
         noisy, towards = (torch.randn(batch, 4, 8, 8, generator=draw) for _ in range(2))
         states = torch.randn(batch, 5, 16, generator=draw)
         times = torch.arange(batch) * 400
-        said = self.denoiser(noisy.to(self.dtype), times, states.to(self.dtype), return_dict=False)[0]
-        loss = (said.float() - towards).square().mean()
+        messages = self.denoiser(noisy.to(self.dtype), times, states.to(self.dtype), return_dict=False)[0]
+        loss = (messages.float() - towards).square().mean()
         loss.backward()
         return loss.detach()
 
-    def found(self, batch: int = 2, *, by_compiled: bool) -> list[torch.Tensor]:
+    def loss_and_gradients(self, batch: int = 2, *, by_compiled: bool) -> list[torch.Tensor]:
         """Loss and gradients."""
         within = self.blocks.compiled(batch, lambda: self.step(batch)) if by_compiled else nullcontext()
         self.flat.gradient.zero_()
@@ -106,11 +108,11 @@ class Small:
                 parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.05)
 
 
-def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], allowed: float = 1e-5) -> None:
-    whole = torch.stack([tensor.norm() for tensor in expected[1:]]).norm()
-    assert whole > 0
-    for one, two in zip(found, expected, strict=True):
-        assert (one - two).norm() <= allowed * (two.norm() + 1e-2 * whole)
+def assert_close(result: list[torch.Tensor], expected: list[torch.Tensor], allowed: float = 1e-5) -> None:
+    norm = torch.stack([tensor.norm() for tensor in expected[1:]]).norm()
+    assert norm > 0
+    for one, two in zip(result, expected, strict=True):
+        assert (one - two).norm() <= allowed * (two.norm() + 1e-2 * norm)
 
 
 @pytest.fixture(autouse=True)
@@ -138,42 +140,44 @@ def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
     names, random = list(small.denoiser.state_dict()), torch.get_rng_state()
     small.train()
     weights = small.flat.weights.detach().clone()
-    without = small.found(by_compiled=False)
+    without = small.loss_and_gradients(by_compiled=False)
     assert small.calls == 0
-    assert_close(small.found(by_compiled=True), without)
+    assert_close(small.loss_and_gradients(by_compiled=True), without)
     assert small.calls == 8
-    assert_close(small.found(by_compiled=True), without)
+    assert_close(small.loss_and_gradients(by_compiled=True), without)
     assert small.calls == 12
-    (line,) = small.said
-    told = COMPILED.match(line)
-    assert told and told[1] == str(cache)
+    (line,) = small.messages
+    match = COMPILED.match(line)
+    assert match and match[1] == str(cache)
     assert list(small.denoiser.state_dict()) == names and torch.equal(torch.get_rng_state(), random)
     assert torch.equal(small.flat.weights, weights)
-    kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.so")}
-    assert len(kept) > 2
-    again = Small(compiler)
-    again.train()
-    assert_close(again.found(by_compiled=True), without)
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.so")} == kept and len(again.said) == 1
+    libraries = {path: path.stat().st_mtime_ns for path in cache.rglob("*.so")}
+    assert len(libraries) > 2
+    repeat = Small(compiler)
+    repeat.train()
+    assert_close(repeat.loss_and_gradients(by_compiled=True), without)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.so")} == libraries and len(repeat.messages) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "asked"), [("lora", {"target_modules": "linear+conv", "alpha": 8.0}), ("dora", {})])
-def test_methods_and_convolutions_go_through(method: str, asked: dict[str, Any]) -> None:
-    small = Small(traced, method=method, **asked)
+@pytest.mark.parametrize(
+    ("method", "options"), [("lora", {"target_modules": "linear+conv", "alpha": 8.0}), ("dora", {})]
+)
+def test_methods_and_convolutions_go_through(method: str, options: dict[str, Any]) -> None:
+    small = Small(traced, method=method, **options)
     small.train()
-    without = small.found(by_compiled=False)
-    assert_close(small.found(by_compiled=True), without)
-    assert small.calls == 8 and COMPILED.match(small.said[0])
+    without = small.loss_and_gradients(by_compiled=False)
+    assert_close(small.loss_and_gradients(by_compiled=True), without)
+    assert small.calls == 8 and COMPILED.match(small.messages[0])
 
 
 def test_half_precision_is_as_near_as_its_rounding() -> None:
     small = Small(traced, dtype=torch.bfloat16)
     small.train()
     small.blocks._tolerance = compile.HALF
-    without = small.found(by_compiled=False)
-    assert_close(small.found(by_compiled=True), without, 0.2)
-    assert COMPILED.match(small.said[0])
+    without = small.loss_and_gradients(by_compiled=False)
+    assert_close(small.loss_and_gradients(by_compiled=True), without, 0.2)
+    assert COMPILED.match(small.messages[0])
 
 
 def test_each_shape_is_tried_once_and_those_beyond_the_most_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,10 +185,10 @@ def test_each_shape_is_tried_once_and_those_beyond_the_most_run_without(monkeypa
     small, calls = Small(untouched), []
     for batch in (1, 2, 1, 3, 2):
         before = small.calls
-        small.found(batch, by_compiled=True)
+        small.loss_and_gradients(batch, by_compiled=True)
         calls.append(small.calls - before)
     assert calls == [8, 8, 4, 0, 4]
-    assert [line.partition(" in ")[0] for line in small.said] == [
+    assert [line.partition(" in ")[0] for line in small.messages] == [
         *["compiled the UNet's blocks for this batch shape"] * 2,
         "batches of further shapes run uncompiled: at most 2 are compiled",
     ]
@@ -192,7 +196,7 @@ def test_each_shape_is_tried_once_and_those_beyond_the_most_run_without(monkeypa
 
 def test_what_has_no_gradients_to_come_is_not_compiled() -> None:
     small = Small(untouched)
-    small.found(by_compiled=True)
+    small.loss_and_gradients(by_compiled=True)
     before = small.calls
     with small.blocks.compiled(2, lambda: small.step(2)), torch.no_grad():
         small.denoiser(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 5, 16))
@@ -215,33 +219,33 @@ def test_the_transformer_of_stable_diffusion_3_has_blocks_too() -> None:
             pooled_projection_dim=8,
             pos_embed_max_size=8,
         )
-    weight, said = model.proj_out.weight, list[str]()
+    weight, messages = model.proj_out.weight, list[str]()
     weight.grad = torch.zeros_like(weight)
 
     def step() -> torch.Tensor:
-        given = torch.ones(1, 4, 8, 8), torch.ones(1, 3, 16), torch.ones(1, 8), torch.tensor([5])
-        loss = model(*given, return_dict=False)[0].square().mean()
+        inputs = torch.ones(1, 4, 8, 8), torch.ones(1, 3, 16), torch.ones(1, 8), torch.tensor([5])
+        loss = model(*inputs, return_dict=False)[0].square().mean()
         loss.backward()
         return loss.detach()
 
-    blocks = compile.CompiledBlocks(model, [weight], said.append, traced)
+    blocks = compile.CompiledBlocks(model, [weight], messages.append, traced)
     step()
     without = weight.grad.clone()
     weight.grad.zero_()
     with blocks.compiled(1, step):
         step()
-    assert COMPILED.match(said[0])
+    assert COMPILED.match(messages[0])
     assert not torch.equal(weight.grad, torch.zeros_like(weight)) and torch.allclose(weight.grad, without, rtol=1e-4)
 
 
 def test_layers_whose_memory_was_moved_are_computed_without() -> None:
     small = Small(untouched)
-    small.found(by_compiled=True)
+    small.loss_and_gradients(by_compiled=True)
     for layer in small.denoiser.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.weight.data = layer.weight.data.clone()
     before = small.calls
-    small.found(by_compiled=True)
+    small.loss_and_gradients(by_compiled=True)
     assert small.calls == before
 
 
@@ -274,10 +278,10 @@ def fails(function: Callable[..., Any]) -> Callable[..., Any]:
 def test_what_is_not_right_is_not_used(compiler: compile.Compiler, reason: str) -> None:
     small = Small(compiler)
     small.train()
-    without, weights = small.found(by_compiled=False), small.flat.weights.detach().clone()
+    without, weights = small.loss_and_gradients(by_compiled=False), small.flat.weights.detach().clone()
     for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(small.found(by_compiled=True), without, strict=True))
-    (line,) = small.said
+        assert all(torch.equal(a, b) for a, b in zip(small.loss_and_gradients(by_compiled=True), without, strict=True))
+    (line,) = small.messages
     assert line.startswith(f"the UNet's blocks are not compiled, training continues without: {reason}")
     assert "\n" not in line and torch.equal(small.flat.weights, weights)
 
@@ -288,24 +292,24 @@ def test_gradients_that_were_there_stay() -> None:
     before = small.flat.gradient.clone()
     with small.blocks.compiled(2, lambda: small.step(2)):
         pass
-    assert torch.equal(small.flat.gradient, before) and len(small.said) == 1
+    assert torch.equal(small.flat.gradient, before) and len(small.messages) == 1
 
 
 def test_without_a_compiler_on_the_machine_the_run_goes_on() -> None:
     import torch._inductor.config
 
     small = Small(compile.inductor, width=24)
-    without = small.found(by_compiled=False)
+    without = small.loss_and_gradients(by_compiled=False)
     with torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/c++",)}):
-        found = small.found(by_compiled=True)
-    assert all(torch.equal(a, b) for a, b in zip(found, without, strict=True))
-    (line,) = small.said
+        loss_and_gradients = small.loss_and_gradients(by_compiled=True)
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients, without, strict=True))
+    (line,) = small.messages
     assert (
         line.startswith("the UNet's blocks are not compiled, training continues without: ") and "C++ compiler" in line
     )
 
 
-chosen = partial(short_run.chosen, steps=4)
+run_config = partial(short_run.run_config, steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -327,13 +331,15 @@ def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
 
         return call
 
-    asked: dict[str, Any] = {"adapter__train_text_encoder": True, "train__prior": "teacher"}
-    plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", **asked)).adapter)
+    options: dict[str, Any] = {"adapter__train_text_encoder": True, "train__prior": "teacher"}
+    plain = load_file(train.train(run_config(tiny_sd1, photos, tmp_path / "plain", **options)).adapter)
     monkeypatch.setattr(compile, "inductor", watched)
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
-    result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **asked))
-    found = load_file(result.adapter)
-    assert plain.keys() == found.keys() and all(torch.equal(plain[name], found[name]) for name in plain)
+    result = train.train(run_config(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **options))
+    loss_and_gradients = load_file(result.adapter)
+    assert plain.keys() == loss_and_gradients.keys() and all(
+        torch.equal(plain[name], loss_and_gradients[name]) for name in plain
+    )
     # Four steps and a trial of each of two shapes, of twelve blocks.
     assert calls == [True] * (6 * 12)
     log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
@@ -356,13 +362,13 @@ def one_tensor_core_precision() -> Iterator[None]:
 def test_on_a_card_compiled_blocks_go_into_the_graph(
     tiny_sd1: Path, photos: Path, tmp_path: Path, one_tensor_core_precision: None, precision: str
 ) -> None:
-    asked: dict[str, Any] = {"memory__device": "cuda", "memory__mixed_precision": precision}
-    plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", **asked)).adapter)
-    result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **asked))
+    options: dict[str, Any] = {"memory__device": "cuda", "memory__mixed_precision": precision}
+    plain = load_file(train.train(run_config(tiny_sd1, photos, tmp_path / "plain", **options)).adapter)
+    result = train.train(run_config(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **options))
     log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
     assert log.count("compiled the UNet's blocks for this batch shape in ") == 2
     assert "CUDA graphs are off" not in log and "without a CUDA graph" not in log
-    found = load_file(result.adapter)
-    assert plain.keys() == found.keys()
+    loss_and_gradients = load_file(result.adapter)
+    assert plain.keys() == loss_and_gradients.keys()
     for name, tensor in plain.items():
-        assert (found[name] - tensor).norm() <= (1e-3 if precision == "fp32" else 0.3) * tensor.norm()
+        assert (loss_and_gradients[name] - tensor).norm() <= (1e-3 if precision == "fp32" else 0.3) * tensor.norm()

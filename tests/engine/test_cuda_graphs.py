@@ -36,7 +36,7 @@ class Row:
     values: torch.Tensor
 
 
-chosen = partial(short_run.chosen, steps=6)
+run_config = partial(short_run.run_config, steps=6)
 
 
 @pytest.fixture(scope="module")
@@ -73,19 +73,19 @@ def both(step: LossStep, adapter: Any, capture: cuda_graphs.Capture, batches: in
         parameter.grad = torch.zeros_like(parameter)
     graphed = cuda_graphs.GraphedBackward(backward, parameters, capture, list(step.generators.values()))
     for index in range(batches):
-        found = []
+        actual = []
         begin = partial(step.seed, index)
         for way in (lambda begin=begin: backward(begin()), lambda begin=begin: graphed(begin)):
             torch._foreach_zero_([parameter.grad for parameter in parameters])
-            found.append([way().clone(), *(parameter.grad.clone() for parameter in parameters)])
-        yield found
+            actual.append([way().clone(), *(parameter.grad.clone() for parameter in parameters)])
+        yield actual
 
 
 @pytest.mark.parametrize("prior", ["none", "images", "teacher"])
 def test_replays_follow_each_batch_to_the_bit(tiny_sd1, photos, tmp_path, monkeypatch, prior):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     extra = {"train__class_images": 3} if prior == "images" else {}
-    step, adapter = step_of(chosen(tiny_sd1, photos, tmp_path, train__prior=prior, **extra))
+    step, adapter = step_of(run_config(tiny_sd1, photos, tmp_path, train__prior=prior, **extra))
     losses = set()
     for without, graphed in both(step, adapter, stand_in):
         assert all(torch.equal(a, b) for a, b in zip(without, graphed, strict=True))
@@ -98,13 +98,13 @@ SAVING = [{}, {"memory__gradient_checkpointing": True}, {"memory__base_storage":
 
 @pytest.mark.parametrize("saving", SAVING[1:])
 def test_what_saves_memory_is_replayed_too(tiny_sd1, photos, tmp_path, saving):
-    settings = chosen(tiny_sd1, photos, tmp_path, **saving)
+    settings = run_config(tiny_sd1, photos, tmp_path, **saving)
     for without, graphed in both(*step_of(settings), stand_in, 3):
         assert all(torch.equal(a, b) for a, b in zip(without, graphed, strict=True))
 
 
 def test_sdxls_sizes_and_pooled_texts_are_among_what_is_copied(tiny_sdxl, photos, tmp_path):
-    step, adapter = step_of(chosen(tiny_sdxl, photos, tmp_path))
+    step, adapter = step_of(run_config(tiny_sdxl, photos, tmp_path))
     for without, graphed in both(step, adapter, stand_in, 3):
         assert all(torch.equal(a, b) for a, b in zip(without, graphed, strict=True))
 
@@ -121,13 +121,13 @@ RUNS = [
 @pytest.mark.parametrize("changes", RUNS)
 def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, changes):
     def run(folder: str) -> tuple[dict[str, torch.Tensor], Any]:
-        result = train.train(chosen(tiny_sd1, photos, tmp_path / folder, train__steps=4, **changes))
-        saved = result.folder / "checkpoints" / "step-000004"
-        state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
-        return load_file(result.adapter) | load_file(saved / "optimizer.safetensors"), state["optimizer"]
+        result = train.train(run_config(tiny_sd1, photos, tmp_path / folder, train__steps=4, **changes))
+        checkpoint_folder = result.folder / "checkpoints" / "step-000004"
+        state = json.loads((checkpoint_folder / "state.json").read_text(encoding="utf-8"))
+        return load_file(result.adapter) | load_file(checkpoint_folder / "optimizer.safetensors"), state["optimizer"]
 
     plain, state = run("plain")
-    monkeypatch.setattr(cuda_graphs, "capturer", lambda *given: (stand_in, "by replay"))
+    monkeypatch.setattr(cuda_graphs, "capturer", lambda *arguments: (stand_in, "by replay"))
     graphed, other = run("graphed")
     assert plain.keys() == graphed.keys() and all(torch.equal(plain[name], graphed[name]) for name in plain)
     assert state == other  # the learning rate too, which was a tensor meanwhile
@@ -157,31 +157,31 @@ def fails(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
 def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(
     tiny_sd1, photos, tmp_path, monkeypatch, capture, steps, line
 ):
-    plain = load_file(train.train(chosen(tiny_sd1, photos, tmp_path / "plain", train__steps=steps)).adapter)
-    monkeypatch.setattr(cuda_graphs, "capturer", lambda *given: (capture, "by replay"))
-    result = train.train(chosen(tiny_sd1, photos, tmp_path / "run", train__steps=steps))
-    found = load_file(result.adapter)
-    assert all(torch.equal(plain[name], found[name]) for name in plain)
+    plain = load_file(train.train(run_config(tiny_sd1, photos, tmp_path / "plain", train__steps=steps)).adapter)
+    monkeypatch.setattr(cuda_graphs, "capturer", lambda *arguments: (capture, "by replay"))
+    result = train.train(run_config(tiny_sd1, photos, tmp_path / "run", train__steps=steps))
+    actual = load_file(result.adapter)
+    assert all(torch.equal(plain[name], actual[name]) for name in plain)
     log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
     assert log.count(line) == 1
 
 
 def test_an_optimizers_step_is_recorded_anew_where_another_state_was_loaded():
-    held, captured = [torch.zeros(3)], []
+    state, captured = [torch.zeros(3)], []
 
     def finish() -> torch.Tensor:
-        return held[0].add_(1)
+        return state[0].add_(1)
 
     finished = cuda_graphs.GraphedOptimizerStep(
-        finish, lambda: held, lambda compute, _: captured.append(compute) or compute
+        finish, lambda: state, lambda compute, _: captured.append(compute) or compute
     )
     for _ in range(3):
         finished()
-    assert len(captured) == 1 and held[0].tolist() == [3, 3, 3]
-    held[0] = torch.full((3,), 7.0)
+    assert len(captured) == 1 and state[0].tolist() == [3, 3, 3]
+    state[0] = torch.full((3,), 7.0)
     for _ in range(2):
         finished()
-    assert len(captured) == 2 and held[0].tolist() == [9, 9, 9]
+    assert len(captured) == 2 and state[0].tolist() == [9, 9, 9]
 
 
 def test_a_graph_that_does_not_repeat_the_step_is_rejected():
@@ -245,8 +245,8 @@ def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatc
         captured.append(compute)
         return compute
 
-    settings = chosen(tiny_sd1, photos, tmp_path)
-    found = []
+    settings = run_config(tiny_sd1, photos, tmp_path)
+    actual = []
     for discards in (False, True):
         monkeypatch.setattr(cuda_graphs, "capturer", lambda *_: (capture, ""))
         step, _ = step_of(settings)
@@ -259,14 +259,14 @@ def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatc
         assert not discards or update.discard_graphs() is True
         update(0)
         assert len(captured) == 2 * (1 + discards)
-        found.append(update.flats[0].weights.detach().clone())
-    assert torch.equal(*found)
+        actual.append(update.flats[0].weights.detach().clone())
+    assert torch.equal(*actual)
     monkeypatch.setattr(cuda_graphs, "capturer", lambda *_: (None, ""))
     assert OptimizerStep(settings, step_of(settings)[0], 6, print).discard_graphs() is False
 
 
 def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
-    settings, cuda = chosen(tiny_sd1, photos, tmp_path), torch.device("cuda")
+    settings, cuda = run_config(tiny_sd1, photos, tmp_path), torch.device("cuda")
     assert cuda_graphs.capturer(settings, torch.device("cpu")) == (None, "")
     for section, change, reason in (
         ("memory", {"stream_base": True}, "memory.stream_base copies weights during the step"),
@@ -285,7 +285,7 @@ def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("saving", SAVING)
 def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtype, saving):
-    settings = chosen(tiny_sd1, photos, tmp_path, memory__device="cuda", **saving)
+    settings = run_config(tiny_sd1, photos, tmp_path, memory__device="cuda", **saving)
     capture, line = cuda_graphs.capturer(settings, torch.device("cuda"))
     assert capture is not None and "CUDA graph" in line
     step, adapter = step_of(settings, "cuda", dtype)

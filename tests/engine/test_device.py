@@ -45,7 +45,7 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(
-    ("device", "bf16", "chosen", "expected"),
+    ("device", "bf16", "precision", "expected"),
     [
         ("cuda", True, "auto", torch.bfloat16),
         ("cuda", False, "auto", torch.float16),
@@ -56,9 +56,9 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch,
         ("cpu", True, "bf16", torch.bfloat16),
     ],
 )
-def test_precision(monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool, chosen: str, expected: Any) -> None:
+def test_precision(monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool, precision: str, expected: Any) -> None:
     machine(monkeypatch, cuda=device == "cuda", bf16=bf16)
-    assert devices.dtype(MemoryConfig(mixed_precision=chosen), torch.device(device)) is expected
+    assert devices.dtype(MemoryConfig(mixed_precision=precision), torch.device(device)) is expected
 
 
 def test_bf16_on_a_card_that_only_emulates_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +128,8 @@ class UnetThatCounts:
 
 
 def test_xformers_is_used_only_where_it_passes_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = MemoryConfig(attention="xformers")
-    for kernel, on, said in [
+    settings = MemoryConfig(attention="xformers")
+    for kernel, on, message in [
         (by_hand, True, "attention: xformers, which agrees with sdpa forward and backward"),
         (
             ZeroBackward.apply,
@@ -140,7 +140,7 @@ def test_xformers_is_used_only_where_it_passes_and_it_is_said(monkeypatch: pytes
     ]:
         stub_xformers(monkeypatch, kernel)
         family = SimpleNamespace(denoiser=UnetThatCounts(), device=CPU, dtype=torch.float32)
-        assert devices.attention(chosen, family) == said
+        assert devices.attention(settings, family) == message
         assert family.denoiser.on is on
     assert devices.attention(MemoryConfig(), family) == "attention: sdpa"
 
@@ -155,14 +155,14 @@ def test_xformers_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_weights_are_streamed_to_a_card_only() -> None:
-    wanted = MemoryConfig(stream_base=True)
-    assert devices.streams(wanted, torch.device("cuda")) and not devices.streams(MemoryConfig(), CPU)
+    settings = MemoryConfig(stream_base=True)
+    assert devices.streams(settings, torch.device("cuda")) and not devices.streams(MemoryConfig(), CPU)
     for device in ("cpu", "mps"):
         with pytest.raises(
             LorakitError,
             match=f"memory.stream_base = true needs a CUDA card to copy weights to, and this is {device}: set it to",
         ):
-            devices.streams(wanted, torch.device(device))
+            devices.streams(settings, torch.device(device))
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------
@@ -172,10 +172,10 @@ def test_weights_are_streamed_to_a_card_only() -> None:
 @pytest.mark.parametrize("count", [1, 3, None])
 def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: int | None, dropout: float) -> None:
     """Those that were asked for run twice, the others once; gradients are the same to the bit."""
-    info, found = families.describe(tiny_sd1), []
+    info, actual = families.describe(tiny_sd1), []
     settings = config.load(None, {"train.steps": 1, "memory.gradient_checkpointing": True})
     blocks = memory_estimate.recomputed_blocks(settings, info, {}, "cpu")[:count]
-    for again in ([], blocks):
+    for recomputed in ([], blocks):
         family = families.load(info, "cpu", torch.float32)
         layers = LoraConfig(rank=4, dropout=dropout, target_modules="linear+conv")
         adapter = adapters.attach(family, layers, seed=0)
@@ -188,17 +188,17 @@ def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: in
         for path in paths:
             first = family.denoiser.get_submodule(path).norm1
             first.register_forward_pre_hook(lambda *_, path=path, runs=runs: runs.update([path]))
-        devices.gradient_checkpointing(family, again, random=dropout > 0)
+        devices.gradient_checkpointing(family, recomputed, random=dropout > 0)
         torch.manual_seed(0)
         noisy, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
         predicted = family.denoiser(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
-        found.append(torch.autograd.grad(predicted.square().mean(), list(adapter.parameters().values())))
-        assert set(again) <= paths and runs == Counter([*paths, *again])
+        actual.append(torch.autograd.grad(predicted.square().mean(), list(adapter.parameters().values())))
+        assert set(recomputed) <= paths and runs == Counter([*paths, *recomputed])
         with torch.no_grad():
             family.denoiser(noisy, torch.tensor([10, 700]), text)
-        assert runs == Counter([*paths, *paths, *again])
+        assert runs == Counter([*paths, *paths, *recomputed])
     assert count is not None or set(blocks) == paths
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))
 
 
 def test_where_memory_runs_out_room_is_made_once() -> None:
@@ -229,6 +229,6 @@ def test_where_memory_runs_out_room_is_made_once() -> None:
 
 def test_peak_is_the_process_on_a_cpu() -> None:
     before = devices.peak(CPU)
-    kept = torch.ones(64 * 2**20)
-    assert devices.peak(CPU) >= max(before, kept.numel() * 4)
+    tensor = torch.ones(64 * 2**20)
+    assert devices.peak(CPU) >= max(before, tensor.numel() * 4)
     assert devices.peak(CPU) < 2**40

@@ -29,32 +29,32 @@ def gradients(step: int, like: list[Any]) -> list[torch.Tensor]:
     return [torch.randn(tensor.shape, generator=draw) for tensor in like]
 
 
-def flats(apart: list[torch.nn.Parameter]) -> list[flat_parameters.FlatParameters]:
+def flats(separate_parameters: list[torch.nn.Parameter]) -> list[flat_parameters.FlatParameters]:
     """The first three in a group, the rest in another."""
     nothing = torch.nn.Module()
     return [
-        flat_parameters.FlatParameters("unet", apart[:3], nothing),
-        flat_parameters.FlatParameters("text_encoder", apart[3:], nothing),
+        flat_parameters.FlatParameters("unet", separate_parameters[:3], nothing),
+        flat_parameters.FlatParameters("text_encoder", separate_parameters[3:], nothing),
     ]
 
 
-def together(
-    name: str, apart: list[torch.nn.Parameter]
+def as_flat(
+    name: str, separate_parameters: list[torch.nn.Parameter]
 ) -> tuple[list[flat_parameters.FlatParameters], torch.optim.Optimizer]:
-    made = flats(apart)
+    flat = flats(separate_parameters)
     rates = OptimizerConfig(name=name, learning_rate=1e-2, text_encoder_learning_rate=1e-3, weight_decay=0.1)
-    optimizer = optimizers.build(rates, [(each.name, [each.weights]) for each in made])
-    flat_parameters.save_per_parameter(optimizer, made)
-    return made, optimizer
+    optimizer = optimizers.build(rates, [(each.name, [each.weights]) for each in flat])
+    flat_parameters.save_per_parameter(optimizer, flat)
+    return flat, optimizer
 
 
-def separate(name: str, given: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def separate(name: str, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     rates = OptimizerConfig(name=name, learning_rate=1e-2, text_encoder_learning_rate=1e-3, weight_decay=0.1)
-    return optimizers.build(rates, [("unet", given[:3]), ("text_encoder", given[3:])])
+    return optimizers.build(rates, [("unet", weights[:3]), ("text_encoder", weights[3:])])
 
 
-def step(number: int, given: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    for parameter, gradient in zip(given, gradients(number, given), strict=True):
+def step(number: int, weights: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    for parameter, gradient in zip(weights, gradients(number, weights), strict=True):
         if parameter.grad is None:
             parameter.grad = gradient
         else:
@@ -66,7 +66,7 @@ def step(number: int, given: list[torch.nn.Parameter], optimizer: torch.optim.Op
 @pytest.mark.parametrize(("shapes", "allowed"), [(EVEN, 0.0), (ODD, 1e-6)])
 def test_an_optimizer_steps_and_saves_as_over_separate_parameters(name: str, shapes: Any, allowed: float) -> None:
     one, two = parameters(shapes), parameters(shapes)
-    (_, optimizer), other = together(name, one), separate(name, two)
+    (_, optimizer), other = as_flat(name, one), separate(name, two)
     assert optimizer.state_dict()["state"] == {} == other.state_dict()["state"]
     for number in range(5):
         step(number, one, optimizer)
@@ -80,38 +80,38 @@ def test_an_optimizer_steps_and_saves_as_over_separate_parameters(name: str, sha
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-@pytest.mark.parametrize(("make", "shapes"), [(together, ODD), (lambda *given: (None, separate(*given)), EVEN)])
+@pytest.mark.parametrize(("make", "shapes"), [(as_flat, ODD), (lambda *weights: (None, separate(*weights)), EVEN)])
 def test_a_saved_state_goes_on_to_the_bit_whoever_saved_it(name: str, make: Any, shapes: Any) -> None:
     straight = parameters(shapes)
-    _, whole = make(name, straight)
+    _, straight_optimizer = make(name, straight)
     for number in range(6):
-        step(number, straight, whole)
+        step(number, straight, straight_optimizer)
 
     begun = parameters(shapes)
     _, first = make(name, begun)
     for number in range(3):
         step(number, begun, first)
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in begun]
-    made, optimizer = together(name, resumed)
+    flat, optimizer = as_flat(name, resumed)
     optimizer.load_state_dict(first.state_dict())
     for number in range(3, 6):
         step(number, resumed, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
     # What lies between the parameters has no part in it.
-    for each in made:
+    for each in flat:
         assert torch.equal(each.join(each.split(each.weights)), each.weights.detach())
 
 
-@pytest.mark.parametrize("most", [0.0, 1.0, 1e6])
-def test_gradients_are_clipped_as_torch_does(most: float) -> None:
+@pytest.mark.parametrize("max_norm", [0.0, 1.0, 1e6])
+def test_gradients_are_clipped_as_torch_does(max_norm: float) -> None:
     one, two = parameters(), parameters()
-    made = flats(one)
+    flat = flats(one)
     for mine, theirs, gradient in zip(one, two, gradients(0, one), strict=True):
         mine.grad.copy_(gradient)
         theirs.grad = gradient
     exact = torch.cat([p.grad.double().flatten() for p in two]).norm().item()
-    assert flat_parameters.clip(made, most).item() == pytest.approx(exact, rel=1e-6)
-    torch.nn.utils.clip_grad_norm_(two, most or float("inf"))
+    assert flat_parameters.clip(flat, max_norm).item() == pytest.approx(exact, rel=1e-6)
+    torch.nn.utils.clip_grad_norm_(two, max_norm or float("inf"))
     for mine, theirs in zip(one, two, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=0)
 
@@ -126,24 +126,24 @@ def test_the_norm_of_twenty_million_numbers_is_right() -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_seen() -> None:
-    apart = parameters()
-    made = flats(apart)
-    apart[4].grad.fill_(float("nan"))
-    assert not torch.isfinite(flat_parameters.norm(made))
+    separate_parameters = parameters()
+    flat = flats(separate_parameters)
+    separate_parameters[4].grad.fill_(float("nan"))
+    assert not torch.isfinite(flat_parameters.norm(flat))
 
 
 def test_parameters_that_somebody_moved_are_taken_back() -> None:
-    apart = parameters()
-    made = flats(apart)
-    assert all(each.ensure_views() for each in made)
-    for parameter in apart:
+    separate_parameters = parameters()
+    flat = flats(separate_parameters)
+    assert all(each.ensure_views() for each in flat)
+    for parameter in separate_parameters:
         parameter.data, parameter.grad = parameter.data.clone() + 1, None
-    moved = [p.detach().clone() for p in apart]
-    assert [each.ensure_views() for each in made] == [False, False] and all(each.ensure_views() for each in made)
-    for each in made:
+    copies = [p.detach().clone() for p in separate_parameters]
+    assert [each.ensure_views() for each in flat] == [False, False] and all(each.ensure_views() for each in flat)
+    for each in flat:
         each.weights.detach().mul_(2)
-    assert all(torch.equal(p, 2 * before) for p, before in zip(apart, moved, strict=True))
-    assert all(p.grad is not None for p in apart)
+    assert all(torch.equal(p, 2 * before) for p, before in zip(separate_parameters, copies, strict=True))
+    assert all(p.grad is not None for p in separate_parameters)
 
 
 # -- inside a base ----------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def backward(family: Any) -> None:
     predict(family, grad=True).float().square().mean().backward()
 
 
-def found(adapter: Any) -> list[torch.Tensor]:
+def gradients_of(adapter: Any) -> list[torch.Tensor]:
     """Gradients; a layer that has no part in the prediction has none, or 0."""
     own = adapter.parameters().values()
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in own]
@@ -178,18 +178,18 @@ def test_an_adapters_gradients_and_what_it_shows_stay(method: str, more: Any, ba
     plain, other = attached(target, config, torch.float32)
     family, adapter = attached(target, config, torch.float32)
     names = {name: module.state_dict().keys() for name, module in family.modules().items()}
-    made = adapters.flatten(family, adapter)
-    assert [each.name for each in made] == [name for name, _ in adapter.groups()]
+    flat = adapters.flatten(family, adapter)
+    assert [each.name for each in flat] == [name for name, _ in adapter.groups()]
     assert names == {name: module.state_dict().keys() for name, module in family.modules().items()}
     assert torch.equal(predict(family), predict(plain))
     for _ in range(2):
         backward(plain)
-        with flat_parameters.half_precision_pass(made):
+        with flat_parameters.half_precision_pass(flat):
             backward(family)
-    assert all(torch.equal(a, b) for a, b in zip(found(adapter), found(other), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients_of(adapter), gradients_of(other), strict=True))
     state = adapter.state()
     assert all(torch.equal(state[name], tensor) for name, tensor in other.state().items())
-    for each in made:
+    for each in flat:
         each.weights.detach().zero_()
     assert not any(parameter.any() for parameter in adapter.parameters().values())
     adapter.load_state(state)
@@ -205,7 +205,7 @@ def test_in_half_precision_gradients_are_those_by_autograd(
     config = LoraConfig(rank=4, alpha=alpha, target_modules=modules, train_text_encoder=True)
     plain, other = attached(tiny_sd1, config, dtype)
     family, adapter = attached(tiny_sd1, config, dtype)
-    made = adapters.flatten(family, adapter)
+    flat = adapters.flatten(family, adapter)
     kinds = {
         type(layer.half_copies) for layer in family.denoiser.modules() if isinstance(layer, fused_lora.FusedLinear)
     }
@@ -214,11 +214,11 @@ def test_in_half_precision_gradients_are_those_by_autograd(
     assert groups and all(group.half_copies is not None and group.is_valid() for group in groups)
     for _ in range(2):
         with torch.no_grad():  # as an optimizer would: copies of before must not be used
-            for weights in [*other.parameters().values(), *(each.weights for each in made)]:
+            for weights in [*other.parameters().values(), *(each.weights for each in flat)]:
                 weights.mul_(0.5)
         backward(plain)
-        with flat_parameters.half_precision_pass(made):
+        with flat_parameters.half_precision_pass(flat):
             backward(family)
         assert torch.equal(predict(family), predict(plain))
-    for name, mine, theirs in zip(adapter.parameters(), found(adapter), found(other), strict=True):
+    for name, mine, theirs in zip(adapter.parameters(), gradients_of(adapter), gradients_of(other), strict=True):
         assert (mine - theirs).norm() <= 1e-6 * theirs.norm(), name

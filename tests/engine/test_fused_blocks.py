@@ -48,12 +48,12 @@ def pair(folder: Any, dtype: torch.dtype, alpha: float = 2.0) -> tuple[Any, Any,
 
 
 def peft_parameters(unet: Any, names: list[str]) -> dict[str, torch.Tensor]:
-    found = {}
+    parameters = {}
     for name in names:
         path, _, factor = name.removeprefix("unet.").rpartition(".")
         layer = unet.get_submodule(path)
-        found[name] = (layer.lora_A if factor == "down" else layer.lora_B)["default"].weight
-    return found
+        parameters[name] = (layer.lora_A if factor == "down" else layer.lora_B)["default"].weight
+    return parameters
 
 
 @pytest.mark.parametrize("alpha", [4.0, 2.0])
@@ -71,12 +71,12 @@ def test_an_optimized_unet_predicts_and_learns_as_pefts(tiny_sd1: Any, alpha: fl
 
 def test_in_bfloat16_the_gradients_are_float32_and_near(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.bfloat16)
-    full, wanted, _ = pair(tiny_sd1, torch.float32)
+    full, reference, _ = pair(tiny_sd1, torch.float32)
     fused_blocks.optimize_blocks(family.denoiser)
     _, own = outcome(family.denoiser, adapter.parameters(), torch.bfloat16)
-    _, other = outcome(full.denoiser, wanted.parameters(), torch.float32)
+    _, other = outcome(full.denoiser, reference.parameters(), torch.float32)
     assert {gradient.dtype for gradient in own.values()} == {torch.float32}
-    a, b = (torch.cat([g.flatten() for g in found.values()]) for found in (own, other))
+    a, b = (torch.cat([g.flatten() for g in gradients.values()]) for gradients in (own, other))
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99
 
 
@@ -116,8 +116,8 @@ def test_a_layer_given_another_weight_is_asked_by_itself(tiny_sd1: Any) -> None:
     matrix.weight = torch.nn.Parameter(matrix.weight.detach() * 2)
     peft_parameters(theirs, [name])[name].data.mul_(2)
     with torch.no_grad():
-        found, expected = (unet(*inputs(), return_dict=False)[0] for unet in (family.denoiser, theirs))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        actual, expected = (unet(*inputs(), return_dict=False)[0] for unet in (family.denoiser, theirs))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_left_to_peft(tiny_sd1: Any) -> None:

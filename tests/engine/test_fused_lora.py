@@ -30,13 +30,13 @@ def layers(kind: str, alpha: float, dtype: torch.dtype) -> tuple[Any, Any]:
         base.bias.data = base.bias.data.to(dtype)
     config = lora.lora(LoraConfig(rank=4, alpha=alpha), ["x"])
     classes = (fused_lora.FusedLinear, Linear) if isinstance(base, nn.Linear) else (fused_lora.FusedConv2d, Conv2d)
-    made = [cls(base, "default", config=config, r=4, lora_alpha=alpha).eval() for cls in classes]
+    result = [cls(base, "default", config=config, r=4, lora_alpha=alpha).eval() for cls in classes]
     for factor in ("lora_A", "lora_B"):
-        shape = getattr(made[0], factor)["default"].weight.shape
+        shape = getattr(result[0], factor)["default"].weight.shape
         weight = 0.3 * torch.randn(shape)
-        for layer in made:
+        for layer in result:
             getattr(layer, factor)["default"].weight = nn.Parameter(weight.clone())
-    return made[0], made[1]
+    return result[0], result[1]
 
 
 def images(kind: str, dtype: torch.dtype) -> torch.Tensor:
@@ -65,9 +65,9 @@ def test_outputs_and_gradients_are_pefts(kind: str, alpha: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_the_factors_gradients_stay_float32_and_near(kind: str, dtype: torch.dtype) -> None:
     ours, theirs = layers(kind, 2.0, dtype)
-    found, expected = outcome(ours, images(kind, dtype)), outcome(theirs, images(kind, dtype))
-    assert [t.dtype for t in found] == [dtype, dtype, torch.float32, torch.float32]
-    for a, b in zip(found, expected, strict=True):
+    actual, expected = outcome(ours, images(kind, dtype)), outcome(theirs, images(kind, dtype))
+    assert [t.dtype for t in actual] == [dtype, dtype, torch.float32, torch.float32]
+    for a, b in zip(actual, expected, strict=True):
         assert (a.float() - b.float()).norm() / b.float().norm() < (0.01 if dtype is torch.bfloat16 else 0.002)
 
 
@@ -109,8 +109,8 @@ def test_what_is_out_of_the_ordinary_goes_pefts_way(kind: str) -> None:
 def test_a_trained_base_and_autocast_go_pefts_way(kind: str) -> None:
     ours, theirs = layers(kind, 2.0, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = (outcome(layer, images(kind, torch.float32)) for layer in (ours, theirs))
-        for a, b in zip(found, expected, strict=True):
+        actual, expected = (outcome(layer, images(kind, torch.float32)) for layer in (ours, theirs))
+        for a, b in zip(actual, expected, strict=True):
             assert a.dtype is b.dtype
             torch.testing.assert_close(a, b)
     ours.base_layer.requires_grad_(True)
@@ -130,7 +130,7 @@ def test_dropout_acts_on_the_adapters_input_alone() -> None:
     torch.manual_seed(1)
     dropped = layer(x)
     torch.manual_seed(1)
-    kept = torch.nn.functional.dropout(x, 0.5)
-    expected = layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](kept))
+    dropped_out = torch.nn.functional.dropout(x, 0.5)
+    expected = layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](dropped_out))
     torch.testing.assert_close(dropped, expected)
     assert not torch.equal(dropped, still)

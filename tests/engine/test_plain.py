@@ -45,7 +45,7 @@ def plain(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory
 def run(base: Path, photos: Path, folder: Path, engine: str, **changes: Any) -> train.Result:
     one = {"sample__prompts": ("a photo of sks toy",), "sample__every": 100}
     changes = {**one, "memory__engine": engine, **changes}
-    return train.train(short_run.chosen(base, photos, folder, STEPS, **changes))
+    return train.train(short_run.run_config(base, photos, folder, STEPS, **changes))
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def losses(folder: Path) -> list[float]:
 def differ(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     """The norm of the difference over the norm, of all tensors together."""
     assert one.keys() == two.keys()
-    a, b = (torch.cat([found[name].flatten().float() for name in sorted(found)]) for found in (one, two))
+    a, b = (torch.cat([tensors[name].flatten().float() for name in sorted(tensors)]) for tensors in (one, two))
     return float((a - b).norm() / b.norm())
 
 
@@ -80,10 +80,10 @@ def test_both_engines_train_the_same(request: Any, photos: Path, tmp_path: Path,
     plain = run(base, photos, tmp_path / "plain", "plain", **changes)
     assert losses(plain.folder) == pytest.approx(losses(fused.folder), rel=LOSS)
     assert len(losses(plain.folder)) == STEPS
-    saved = [result.folder / "checkpoints" / f"step-{STEPS:06d}" for result in (plain, fused)]
-    assert differ(*(load_file(folder / "adapter.safetensors") for folder in saved)) < WEIGHTS
+    folders = [result.folder / "checkpoints" / f"step-{STEPS:06d}" for result in (plain, fused)]
+    assert differ(*(load_file(folder / "adapter.safetensors") for folder in folders)) < WEIGHTS
     # The optimizer's state has one form, whichever engine wrote it.
-    one, two = (load_file(folder / "optimizer.safetensors") for folder in saved)
+    one, two = (load_file(folder / "optimizer.safetensors") for folder in folders)
     assert {key: (t.shape, t.dtype) for key, t in one.items()} == {key: (t.shape, t.dtype) for key, t in two.items()}
 
 
@@ -190,9 +190,9 @@ def test_a_unet_with_an_unknown_block_is_trained_plainly_and_says_so(
 
     monkeypatch.setattr(loading, "load_unet", changed)
     result = run(tiny_sd1, photos, tmp_path / "run", "fused")
-    said = [event["message"] for event in events(result.folder) if "message" in event]
+    messages = [event["message"] for event in events(result.folder) if "message" in event]
     line = f"the UNet has a block that lorakit cannot fuse ({block}): memory.engine = 'plain' is used. "
-    assert said.count(line + "Training is correct, only slower.") == 1
+    assert messages.count(line + "Training is correct, only slower.") == 1
     one, two = load_file(result.adapter), load_file(plain.adapter)
     assert all(torch.equal(one[name], two[name]) for name in two)
 
@@ -214,8 +214,8 @@ def test_a_forward_that_changed_in_diffusers_is_noticed(
     monkeypatch.setattr(fused_blocks.FusedResnet, "forward", changed)
     fused_blocks._differing_class.cache_clear()
     try:
-        found = fused_blocks.unknown_block(family.denoiser)
-        assert found is not None and found.endswith(": ResnetBlock2D")
+        block = fused_blocks.unknown_block(family.denoiser)
+        assert block is not None and block.endswith(": ResnetBlock2D")
     finally:
         fused_blocks._differing_class.cache_clear()
 

@@ -36,8 +36,8 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def relative(found: torch.Tensor, right: torch.Tensor) -> float:
-    return ((found.float() - right.float()).norm() / right.float().norm()).item()
+def relative(actual: torch.Tensor, right: torch.Tensor) -> float:
+    return ((actual.float() - right.float()).norm() / right.float().norm()).item()
 
 
 # -- values -----------------------------------------------------------------------------------------------------
@@ -67,34 +67,34 @@ def test_int8_is_that_of_bitsandbytes() -> None:
 
 def test_int8_by_hand() -> None:
     weight = torch.tensor([[1.27, -0.64, 0.004], [0.0, 0.0, 0.0]])
-    made = quantized_weight.quantize(weight, "int8")
-    assert made.qdata.tolist() == [[127, -64, 0], [0, 0, 0]]
-    torch.testing.assert_close(made.dequantize(), torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]]))
+    quantized = quantized_weight.quantize(weight, "int8")
+    assert quantized.qdata.tolist() == [[127, -64, 0], [0, 0, 0]]
+    torch.testing.assert_close(quantized.dequantize(), torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]]))
 
 
 def test_nf4_by_hand() -> None:
     """Both halves of a byte, the first value in the high one; a block of zeros stays zero."""
     weight = torch.zeros(2, 64)
     weight[0, :4] = torch.tensor([-2.0, 2.0, 0.6, 1.5])
-    made = quantized_weight.quantize(weight, "nf4")
-    assert made.qdata[:2].tolist() == [0x0F, 0xBE]
-    assert made.qdata.shape == (64,)
-    assert made.scales.tolist() == [[2.0], [0.0]]
+    quantized = quantized_weight.quantize(weight, "nf4")
+    assert quantized.qdata[:2].tolist() == [0x0F, 0xBE]
+    assert quantized.qdata.shape == (64,)
+    assert quantized.scales.tolist() == [[2.0], [0.0]]
     expected = torch.zeros(2, 64)
     expected[0, :4] = torch.tensor([-2.0, 2.0, 2 * quantized_weight.NF4[11], 2 * quantized_weight.NF4[14]])
-    assert torch.equal(made.dequantize(), expected)
+    assert torch.equal(quantized.dequantize(), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_and_size_are_what_is_said(kind: str, dtype: torch.dtype) -> None:
     weight = normal(320, 64, 3, 3, dtype=dtype)
-    made = quantized_weight.quantize(weight, kind)
+    quantized = quantized_weight.quantize(weight, kind)
     low, high = ERROR[kind]
-    assert low < relative(made.dequantize(), weight) < high
-    assert (made.shape, made.dtype, made.device) == (weight.shape, dtype, weight.device)
+    assert low < relative(quantized.dequantize(), weight) < high
+    assert (quantized.shape, quantized.dtype, quantized.device) == (weight.shape, dtype, weight.device)
     scale_bytes = weight.element_size() * (320 if kind == "int8" else weight.numel() // 64)
-    assert made.storage_nbytes == weight.numel() // (1 if kind == "int8" else 2) + scale_bytes
+    assert quantized.storage_nbytes == weight.numel() // (1 if kind == "int8" else 2) + scale_bytes
 
 
 def test_nf4_of_part_of_a_block_is_an_error() -> None:
@@ -126,30 +126,30 @@ def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kin
     small = copy.deepcopy(layer)
     quantized_weight.store_layers(small, kind, "cpu")
     layer.weight.copy_(small.weight.dequantize())  # type: ignore[operator]
-    saved: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     results = []
     for module in (small, layer):
-        saved.clear()
+        tensors.clear()
         leaf = value.clone().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (tensors.append(t), t)[1], lambda t: t):
             output = module(leaf)
         output.square().sum().backward()
         results.append((output.detach(), leaf.grad))
         if module is small:
-            kinds = [type(t) for t in saved if t.shape in (layer.weight.shape, layer.weight.shape[::-1])]
+            kinds = [type(t) for t in tensors if t.shape in (layer.weight.shape, layer.weight.shape[::-1])]
             assert kinds == [quantized_weight.QuantizedWeight]
-    for found, right in zip(*results, strict=True):
-        assert torch.equal(found, right)
+    for actual, right in zip(*results, strict=True):
+        assert torch.equal(actual, right)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_moves_and_copies_with_its_module(kind: str) -> None:
     layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
     quantized_weight.store_layers(layer, kind, "cpu")
-    whole = layer[0].weight.dequantize()
+    full = layer[0].weight.dequantize()
     twin = copy.deepcopy(layer)
-    assert torch.equal(twin[0].weight.dequantize(), whole)
-    assert torch.equal(layer.to("cpu")[0].weight.dequantize(), whole)
+    assert torch.equal(twin[0].weight.dequantize(), full)
+    assert torch.equal(layer.to("cpu")[0].weight.dequantize(), full)
     assert isinstance(layer[0].weight, nn.Parameter) and not layer[0].weight.requires_grad
     assert repr(layer[0].weight) == f"QuantizedWeight({kind}, (64, 64), torch.float32, cpu)"
     assert type(layer[0].weight.to(torch.bfloat16)) is torch.Tensor
@@ -159,10 +159,10 @@ def test_it_moves_and_copies_with_its_module(kind: str) -> None:
 
 def test_it_is_made_whole_wherever_an_operation_takes_it() -> None:
     weight, other = quantized_weight.quantize(normal(64, 64), "int8"), normal(64, 64)
-    whole = weight.dequantize()
-    assert torch.equal(torch.stack([weight, other, weight]), torch.stack([whole, other, whole]))
-    assert torch.equal(torch.addmm(other, weight, other, beta=2), torch.addmm(other, whole, other, beta=2))
-    assert torch.equal(torch.where(other > 0, weight, other), torch.where(other > 0, whole, other))
+    full = weight.dequantize()
+    assert torch.equal(torch.stack([weight, other, weight]), torch.stack([full, other, full]))
+    assert torch.equal(torch.addmm(other, weight, other, beta=2), torch.addmm(other, full, other, beta=2))
+    assert torch.equal(torch.where(other > 0, weight, other), torch.where(other > 0, full, other))
 
 
 def test_it_cannot_be_changed() -> None:
@@ -237,9 +237,9 @@ def test_an_adapter_learns_on_it_as_on_its_whole_weights(tiny_sd1: Path, kind: s
                 parameter.data.copy_(normal(*parameter.shape) * 0.1)
         predict(family).square().mean().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in adapter.parameters().items()})
-    for found in gradients[:2]:
+    for actual in gradients[:2]:
         for name, right in gradients[2].items():
-            assert relative(found[name], right) < 1e-4, name  # other kernels, other rounding
+            assert relative(actual[name], right) < 1e-4, name  # other kernels, other rounding
 
 
 def test_peft_cannot_fuse_into_it(tiny_sd1: Path) -> None:
@@ -267,17 +267,17 @@ def test_a_streamed_layer_gives_what_a_resident_one_does(kind: str, number: int)
     layer.requires_grad_(False)
     streamed = copy.deepcopy(layer)
     quantized_weight.store_layers(layer, kind, "cpu")
-    made = quantized_weight.store_layers(streamed, kind, "cpu", offload=True)
-    assert made is not None and getattr(layer.weight, "host_slot", None) is None
+    quantized = quantized_weight.store_layers(streamed, kind, "cpu", offload=True)
+    assert quantized is not None and getattr(layer.weight, "host_slot", None) is None
     results = []
     for module in (layer, streamed):
         leaf = value.clone().requires_grad_()
         output = module(leaf)
         output.square().sum().backward()
         results.append((output.detach(), leaf.grad))
-    for found, right in zip(*results, strict=True):
-        assert torch.equal(found, right)
-    assert made.requests >= 2 and made.bytes_copied == made.misses * streamed.weight.storage_nbytes
+    for actual, right in zip(*results, strict=True):
+        assert torch.equal(actual, right)
+    assert quantized.requests >= 2 and quantized.bytes_copied == quantized.misses * streamed.weight.storage_nbytes
 
 
 # Every method once, and every storage and precision with those whose layers differ most.
@@ -317,11 +317,11 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
                 prediction = predict(family)
                 prediction.square().mean().backward()
                 results[-1] += [prediction.detach(), *(p.grad.clone() for p in adapter.parameters().values())]
-    for right, found in zip(*results, strict=True):
-        assert torch.equal(found, right)
-    (made,) = streams_of(family.denoiser)
+    for right, actual in zip(*results, strict=True):
+        assert torch.equal(actual, right)
+    (quantized,) = streams_of(family.denoiser)
     # Each of the two kinds of step is known the second time.
-    assert made.misses < 0.5 * made.requests
+    assert quantized.misses < 0.5 * quantized.requests
 
 
 def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
@@ -347,24 +347,24 @@ def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
     there = [p for p in family.denoiser.parameters() if isinstance(p, quantized_weight.QuantizedWeight)]
     assert {weight.device.type for weight in there} == {"meta"} and [w.qdata.data_ptr() for w in there] == places
     for path, right in plain.denoiser.named_parameters():
-        found = family.denoiser.get_parameter(path)
-        if isinstance(found, quantized_weight.QuantizedWeight):
-            assert not found.requires_grad and torch.equal(found.to("cpu").dequantize(), right)
+        actual = family.denoiser.get_parameter(path)
+        if isinstance(actual, quantized_weight.QuantizedWeight):
+            assert not actual.requires_grad and torch.equal(actual.to("cpu").dequantize(), right)
 
 
 def test_elsewhere_than_where_it_is_streamed_to_it_is_moved_for_each_operation() -> None:
     layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
     right = layer.weight.clone()
-    made = quantized_weight.store_layers(layer, "full", "meta", offload=True)
-    assert made is not None
+    quantized = quantized_weight.store_layers(layer, "full", "meta", offload=True)
+    assert quantized is not None
     assert repr(layer.weight) == "QuantizedWeight(full, (64, 64), torch.float32, cpu for meta)"
-    assert layer(torch.ones(1, 64, device="meta")).device.type == "meta" and made.requests == 1
+    assert layer(torch.ones(1, 64, device="meta")).device.type == "meta" and quantized.requests == 1
     layer.to("cpu")
     assert (
         torch.equal(layer.weight.dequantize(), right)
         and layer.weight.dequantize().data_ptr() == layer.weight.qdata.data_ptr()
     )
-    assert made.requests == 1
+    assert quantized.requests == 1
 
 
 def test_a_streamed_weight_cannot_be_changed() -> None:
@@ -393,7 +393,7 @@ def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(
             model = nn.Sequential(*blocks).to(torch.bfloat16).requires_grad_(False)
             value = torch.randn(16, WIDTH, dtype=torch.bfloat16)
         if kind != "full" or streamed:
-            made = quantized_weight.store_layers(model, kind, "cuda", offload=streamed)
+            quantized = quantized_weight.store_layers(model, kind, "cuda", offload=streamed)
         model.to("cuda")
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -411,7 +411,7 @@ def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(
     weights = 64 * WIDTH**2 * {"full": 2, "int8": 1, "nf4": 0.5}[kind]
     if kind == "full":
         assert peaks[1] < peaks[0] - weights / 2
-    assert made is not None and made.misses < made.requests / 2
+    assert quantized is not None and quantized.misses < quantized.requests / 2
 
 
 @pytest.mark.slow
@@ -425,7 +425,7 @@ def test_a_run_on_a_streamed_base_is_the_same_run(
         noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(tmp_path / "photos" / f"{number}.png")
     monkeypatch.setattr(devices, "streams", lambda config, device: config.stream_base)
-    monkeypatch.setattr(plan, "may_be_cuda", lambda wanted: True)
+    monkeypatch.setattr(plan, "may_be_cuda", lambda setting: True)
     results = []
     for stream in (False, True):
         settings = {
@@ -446,8 +446,8 @@ def test_a_run_on_a_streamed_base_is_the_same_run(
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert all(finding.passed for finding in results[1].findings)
-    said = (results[1].folder / "log.jsonl").read_text(encoding="utf-8")
-    assert "(the UNet's weights kept in int8 in the host's memory)" in said
+    log = (results[1].folder / "log.jsonl").read_text(encoding="utf-8")
+    assert "(the UNet's weights kept in int8 in the host's memory)" in log
     recorded = sampling.recorded(results[1].adapter, {})
     assert recorded.memory.stream_base
     files = sampling.from_file(

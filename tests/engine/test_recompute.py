@@ -27,20 +27,20 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
 
 
-def kept_bytes(compute: Callable[[], torch.Tensor], frozen: nn.Module | None = None) -> tuple[int, torch.Tensor]:
+def autograd_bytes(compute: Callable[[], torch.Tensor], frozen: nn.Module | None = None) -> tuple[int, torch.Tensor]:
     """Bytes of storages that autograd keeps for the backward pass, but for the weights."""
     weights = {p.untyped_storage().data_ptr() for p in frozen.parameters()} if frozen is not None else set()
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        made = compute()
-    return sum(found.values()), made
+        result = compute()
+    return sum(sizes.values()), result
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,14 +53,14 @@ def test_a_layer_gives_the_same_and_keeps_less(kind: str, dtype: torch.dtype) ->
     ours.load_state_dict(theirs.state_dict())
     recompute.save_less(ours)
     assert type(ours) is not type(theirs)
-    found = []
+    actual = []
     for layer in (theirs, ours):
         x = normal(*shape, dtype=dtype).requires_grad_()
-        kept, y = kept_bytes(lambda layer=layer, x=x: layer(x), layer)
-        found.append((kept, y, torch.autograd.grad(y, x, normal(*y.shape, dtype=dtype))[0]))
+        size, y = autograd_bytes(lambda layer=layer, x=x: layer(x), layer)
+        actual.append((size, y, torch.autograd.grad(y, x, normal(*y.shape, dtype=dtype))[0]))
         with torch.no_grad():
             assert torch.equal(layer(x), y)
-    (before, y, to_x), (after, our_y, our_to_x) = found
+    (before, y, to_x), (after, our_y, our_to_x) = actual
     assert torch.equal(our_y, y) and torch.equal(our_to_x, to_x)
     assert (after == 0) if kind.startswith("conv") else after <= before
     if kind == "geglu":
@@ -73,8 +73,8 @@ def test_silu_of_a_norm_keeps_its_input_alone(dtype: torch.dtype) -> None:
     norm.weight.copy_(normal(8, dtype=dtype))
     norm.bias.copy_(normal(8, dtype=dtype))
     x = normal(2, 8, 7, 6, dtype=dtype).requires_grad_()
-    before, y = kept_bytes(lambda: functional.silu(norm(x)), norm)
-    after, ours = kept_bytes(lambda: recompute.norm_silu(x, norm), norm)
+    before, y = autograd_bytes(lambda: functional.silu(norm(x)), norm)
+    after, ours = autograd_bytes(lambda: recompute.norm_silu(x, norm), norm)
     towards = normal(*y.shape, dtype=dtype)
     assert torch.equal(ours, y)
     assert torch.equal(torch.autograd.grad(ours, x, towards)[0], torch.autograd.grad(y, x, towards)[0])
@@ -89,9 +89,9 @@ def test_a_recipe_gives_the_tensor_and_no_recipe_the_tensor_itself() -> None:
     norm = nn.LayerNorm(8).requires_grad_(False)
     recompute.save_less(norm)
     x = normal(3, 8).requires_grad_()
-    made = norm(x)
-    recompute_of = recompute.get_recompute(made)
-    assert recompute_of.inputs[0] is x and torch.equal(recompute_of.function(*recompute_of.inputs), made)
+    result = norm(x)
+    recompute_of = recompute.get_recompute(result)
+    assert recompute_of.inputs[0] is x and torch.equal(recompute_of.function(*recompute_of.inputs), result)
     assert recompute.get_recompute(x).function(*recompute.get_recompute(x).inputs) is x
     with torch.no_grad():
         assert not hasattr(norm(x), "recipe")
@@ -125,12 +125,12 @@ def learned(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> tu
     noisy, text = normal(2, 4, 8, 8, dtype=dtype), normal(2, 77, 32, dtype=dtype)
 
     def predict() -> torch.Tensor:
-        made: torch.Tensor = family.denoiser(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
-        return made
+        predicted: torch.Tensor = family.denoiser(noisy, torch.tensor([10, 700]), text, return_dict=False)[0]
+        return predicted
 
-    kept, predicted = kept_bytes(predict, family.denoiser)
+    size, predicted = autograd_bytes(predict, family.denoiser)
     gradients = torch.autograd.grad(predicted.float().square().mean(), list(parameters.values()))
-    return kept, {"prediction": predicted.detach(), **dict(zip(parameters, gradients, strict=True))}
+    return size, {"prediction": predicted.detach(), **dict(zip(parameters, gradients, strict=True))}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,11 +146,11 @@ def learned(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> tu
 )
 def test_save_less_learns_the_same(tiny_sd1: Any, config: Any, dtype: torch.dtype) -> None:
     before, optimized = learned(tiny_sd1, config, dtype, save_less=False)
-    after, found = learned(tiny_sd1, config, dtype, save_less=True)
+    after, actual = learned(tiny_sd1, config, dtype, save_less=True)
     for name, right in optimized.items():
-        assert torch.equal(found[name], right), name
+        assert torch.equal(actual[name], right), name
     assert after < 0.9 * before
     if config.method == "lora" and dtype is torch.float32:
         _, plain = learned(tiny_sd1, config, dtype)
         for name, right in plain.items():
-            torch.testing.assert_close(found[name], right, rtol=1e-3, atol=1e-6, msg=name)
+            torch.testing.assert_close(actual[name], right, rtol=1e-3, atol=1e-6, msg=name)

@@ -26,18 +26,18 @@ def power_of_two(size: int) -> int:
 
 def filled(count: int, window: int, size: int = 100) -> tuple[WeightOffloader, list[list[torch.Tensor]]]:
     """A stream of weights that each hold their own number, and their parts in the host's memory."""
-    made = WeightOffloader([size] * count, CPU, window)
-    return made, [made.put(n, [torch.full((size,), n, dtype=torch.uint8)]) for n in range(count)]
+    offloader = WeightOffloader([size] * count, CPU, window)
+    return offloader, [offloader.put(n, [torch.full((size,), n, dtype=torch.uint8)]) for n in range(count)]
 
 
-def ask(made: WeightOffloader, parts: list[list[torch.Tensor]], numbers: list[int]) -> int:
+def ask(offloader: WeightOffloader, parts: list[list[torch.Tensor]], numbers: list[int]) -> int:
     """Fetch each, which must be right; how many had not been copied ahead."""
-    before = made.misses
+    before = offloader.misses
     for number in numbers:
-        (found,) = made.fetch(number, parts[number])
-        assert found.tolist() == [number] * len(found)
-        assert found.data_ptr() != parts[number][0].data_ptr()
-    return made.misses - before
+        (actual,) = offloader.fetch(number, parts[number])
+        assert actual.tolist() == [number] * len(actual)
+        assert actual.data_ptr() != parts[number][0].data_ptr()
+    return offloader.misses - before
 
 
 # -- slabs ----------------------------------------------------------------------------------------------------------
@@ -76,18 +76,18 @@ def test_parts_of_every_kind_come_back_as_they_were() -> None:
         [torch.randn(5, 1, generator=draw), torch.randint(-127, 128, (5, 13), generator=draw, dtype=torch.int8)],
         [torch.randn(4, 6, generator=draw).t()],
     ]
-    made = WeightOffloader([sum(part.nbytes for part in parts) for parts in weights], CPU)
-    kept = [made.put(number, parts) for number, parts in enumerate(weights)]
+    offloader = WeightOffloader([sum(part.nbytes for part in parts) for parts in weights], CPU)
+    slots = [offloader.put(number, parts) for number, parts in enumerate(weights)]
     for number, parts in enumerate(weights):
-        for right, there, found in zip(parts, kept[number], made.fetch(number, kept[number]), strict=True):
-            assert torch.equal(there, right) and torch.equal(found, right) and found.dtype is right.dtype
-    assert made.host_bytes == 64 * (1 + 2 + 2)
+        for right, there, actual in zip(parts, slots[number], offloader.fetch(number, slots[number]), strict=True):
+            assert torch.equal(there, right) and torch.equal(actual, right) and actual.dtype is right.dtype
+    assert offloader.host_bytes == 64 * (1 + 2 + 2)
 
 
 def test_a_host_without_room_is_told_what_to_do() -> None:
-    made = WeightOffloader([2**60], CPU)
+    offloader = WeightOffloader([2**60], CPU)
     with pytest.raises(LorakitError, match=r"memory\.stream_base: the host has no 1099511627776 MiB of memory left"):
-        made.put(0, [torch.zeros(1)])
+        offloader.put(0, [torch.zeros(1)])
 
 
 # -- order ----------------------------------------------------------------------------------------------------------
@@ -133,34 +133,34 @@ def test_what_was_learned_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_from_the_second_step_on_copies_are_made_ahead() -> None:
-    made, parts = filled(10, window=300)
-    late = [ask(made, parts, STEP) for _ in range(4)]
+    offloader, parts = filled(10, window=300)
+    late = [ask(offloader, parts, STEP) for _ in range(4)]
     assert late[0] > 15 and late[1] <= 3 and late[2:] == [0, 0]
-    assert made.requests == 4 * len(STEP)
-    before = made.bytes_copied
-    ask(made, parts, STEP)
+    assert offloader.requests == 4 * len(STEP)
+    before = offloader.bytes_copied
+    ask(offloader, parts, STEP)
     # Where a block turns round its last weights are in the window still, and are not copied again.
-    assert made.bytes_copied - before <= 100 * (len(STEP) - len(BLOCKS))
+    assert offloader.bytes_copied - before <= 100 * (len(STEP) - len(BLOCKS))
 
 
 @pytest.mark.parametrize("window", [0, 99, 100, 250, 10_000])
 def test_the_window_is_kept(window: int) -> None:
-    made, parts = filled(10, window)
+    offloader, parts = filled(10, window)
     for number in STEP * 3:
-        made.fetch(number, parts[number])
-        others = [other for other in made._on_device if other != number]
+        offloader.fetch(number, parts[number])
+        others = [other for other in offloader._on_device if other != number]
         assert 100 * len(others) <= max(window - 100, 0)
-    made.release_all()
-    assert made._on_device == {}
+    offloader.release_all()
+    assert offloader._on_device == {}
 
 
 def test_a_wrong_guess_costs_a_copy_and_no_result() -> None:
-    made, parts = filled(10, window=400)
+    offloader, parts = filled(10, window=400)
     draw = torch.Generator().manual_seed(0)
     random = torch.randint(0, 10, (500,), generator=draw).tolist()
-    ask(made, parts, [*STEP, *random, *STEP, *random, *STEP])
-    assert 0 < made.misses < made.requests
-    assert made.bytes_copied >= 100 * made.misses
+    ask(offloader, parts, [*STEP, *random, *STEP, *random, *STEP])
+    assert 0 < offloader.misses < offloader.requests
+    assert offloader.bytes_copied >= 100 * offloader.misses
 
 
 # -- on a card ------------------------------------------------------------------------------------------------------
@@ -171,8 +171,8 @@ def test_a_wrong_guess_costs_a_copy_and_no_result() -> None:
 def test_on_a_card_copies_are_in_time_and_the_window_is_kept() -> None:
     """The device is kept behind the host, so that a copy that did not wait for it would be seen."""
     size, count = 2**22, 24
-    made = WeightOffloader([size] * count, "cuda", window=4 * size)
-    parts = [made.put(n, [torch.full((size // 4,), float(n + 1))]) for n in range(count)]
+    offloader = WeightOffloader([size] * count, "cuda", window=4 * size)
+    parts = [offloader.put(n, [torch.full((size // 4,), float(n + 1))]) for n in range(count)]
     assert parts[0][0].is_pinned()
     slow = torch.randn(2048, 2048, device="cuda")
     torch.cuda.synchronize()
@@ -182,11 +182,11 @@ def test_on_a_card_copies_are_in_time_and_the_window_is_kept() -> None:
     order = [*range(count), *reversed(range(count))]
     for _ in range(3):
         for number in order:
-            (weight,) = made.fetch(number, parts[number])
+            (weight,) = offloader.fetch(number, parts[number])
             slow = (slow @ slow).clamp_(-1, 1)
             sums.append((weight * 2).sum() + 0 * slow[0, 0])
             del weight
     assert torch.stack(sums).tolist() == [2.0 * (n + 1) * size // 4 for _ in range(3) for n in order]
     # Window, the product of one weight, and the small matrices.
     assert torch.cuda.max_memory_allocated() - before < 4 * size + size + 3 * slow.nbytes + 2**20
-    assert made.misses <= len(order) + 4
+    assert offloader.misses <= len(order) + 4

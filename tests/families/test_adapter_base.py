@@ -17,8 +17,8 @@ def test_a_base_is_found_in_the_runs_config_or_beside(tiny_sd1, tiny_sd1_v, tmp_
     run.mkdir()
     adapter = run / "toy.safetensors"
     facts = {"lorakit.base": families.describe(str(tiny_sd1)).hash, "ss_sd_model_name": "model"}
-    made = config.load(None, {"model.base": str(tiny_sd1), "train.steps": 1})
-    (run / "config.toml").write_text(config.to_toml(made), encoding="utf-8")
+    settings = config.load(None, {"model.base": str(tiny_sd1), "train.steps": 1})
+    (run / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
     assert adapter_base.find(adapter, facts) == str(tiny_sd1)
     (run / "config.toml").unlink()
     monkeypatch.chdir(tmp_path)
@@ -39,7 +39,7 @@ def test_the_bundled_base_is_taken_only_for_its_own_adapters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "said"),
+    ("metadata", "message"),
     [
         ({}, "toy.safetensors does not say what base it was trained on: give it with --base"),
         ({"ss_sd_model_name": "sd15.safetensors"}, "was trained on sd15.safetensors, .*: give --base and its path"),
@@ -50,6 +50,6 @@ def test_the_bundled_base_is_taken_only_for_its_own_adapters(tmp_path):
         ),
     ],
 )
-def test_what_is_missing_is_said(tmp_path: Path, metadata: dict[str, str], said: str) -> None:
-    with pytest.raises(LorakitError, match=said):
+def test_what_is_missing_is_said(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
+    with pytest.raises(LorakitError, match=message):
         adapter_base.find(tmp_path / "toy.safetensors", metadata)

@@ -81,14 +81,14 @@ def test_layers_behind_it_get_no_gradient_and_are_known(
 
 
 def test_the_file_says_it_and_sample_reads_it(tiny_sd1: Path) -> None:
-    chosen = config.load(None, {"train.steps": 1, "model.clip_skip": 2, "data.name": "sks toy"})
+    settings = config.load(None, {"train.steps": 1, "model.clip_skip": 2, "data.name": "sks toy"})
     base = families.describe(tiny_sd1)
     facts = {"name": "a", "images": 1, "steps": 1, "epochs": 1, "started": 0.0, "finished": 1.0}
-    written = metadata.build(chosen, base, **facts)
-    assert (written["ss_clip_skip"], written["modelspec.encoder_layer"]) == ("2", "2")
+    paths = metadata.build(settings, base, **facts)
+    assert (paths["ss_clip_skip"], paths["modelspec.encoder_layer"]) == ("2", "2")
     assert "ss_clip_skip" not in metadata.build(config.load(None, {"train.steps": 1}), base, **facts)
-    assert sampling._recorded(written, {}).model.clip_skip == 2
-    assert sampling._recorded(written, {"model.clip_skip": 1}).model.clip_skip == 1
+    assert sampling._recorded(paths, {}).model.clip_skip == 2
+    assert sampling._recorded(paths, {"model.clip_skip": 1}).model.clip_skip == 1
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,10 @@ def test_the_file_says_it_and_sample_reads_it(tiny_sd1: Path) -> None:
     [("sd_v1", "2", 2), ("sd_v1", "None", None), ("sd_v1", "1", None), ("sdxl_base_v1-0", "1", None), ("", "2", None)],
 )
 def test_files_of_other_programs_say_it_too(version: str, skip: str, expected: int | None) -> None:
-    given = {"ss_base_model_version": version, "ss_clip_skip": skip}
-    assert sampling._recorded(given, {}).model.clip_skip == expected
+    arguments = {"ss_base_model_version": version, "ss_clip_skip": skip}
+    assert sampling._recorded(arguments, {}).model.clip_skip == expected
     if expected:
-        assert sampling._recorded(given, {"model.clip_skip": 1}).model.clip_skip == 1
+        assert sampling._recorded(arguments, {"model.clip_skip": 1}).model.clip_skip == 1
 
 
 def test_a_picture_says_it(tiny_sd1: Path) -> None:

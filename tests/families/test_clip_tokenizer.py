@@ -30,13 +30,13 @@ PINNED = f"models--openai--clip-vit-large-patch14/snapshots/{clip_tokenizer.REVI
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family -> a single file with nothing beside it."""
-    found = {}
+    files_of = {}
     for family in FAMILIES:
         room = tmp_path_factory.mktemp(family)
         pipeline = whole.small(family, room / "parts")
         (room / "alone").mkdir()
-        found[family] = whole.write(room / "alone" / f"{family}.safetensors", family, pipeline)
-    return found
+        files_of[family] = whole.write(room / "alone" / f"{family}.safetensors", family, pipeline)
+    return files_of
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +59,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     served = tmp_path / "served"
     tiny.save_tokenizer(served)
     (served / "model.safetensors").write_bytes(b"1.7 GB")
-    asked: list[str] = []
-    with hub_server.serve(served, asked, clip_tokenizer.REPOSITORY, clip_tokenizer.REVISION) as endpoint:
+    requests: list[str] = []
+    with hub_server.serve(served, requests, clip_tokenizer.REPOSITORY, clip_tokenizer.REVISION) as endpoint:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         )
-        yield asked
+        yield requests
 
 
 def settings(base: Path, tmp_path: Path, **changes: Any) -> config.Config:
@@ -75,7 +75,7 @@ def settings(base: Path, tmp_path: Path, **changes: Any) -> config.Config:
         photos.mkdir()
         for number in range(2):
             Image.effect_noise((64, 64), 40 + 20 * number).convert("RGB").save(photos / f"{number}.png")
-    given = {
+    options = {
         "model.base": str(base),
         "data.folder": str(photos),
         "data.name": "sks toy",
@@ -86,7 +86,7 @@ def settings(base: Path, tmp_path: Path, **changes: Any) -> config.Config:
         "memory.device": "cpu",
         "output.folder": str(tmp_path / "run"),
     }
-    return config.load(None, given | changes)
+    return config.load(None, options | changes)
 
 
 # -- the hub --------------------------------------------------------------------------------------------------------
@@ -96,10 +96,10 @@ def settings(base: Path, tmp_path: Path, **changes: Any) -> config.Config:
 def test_a_check_says_it_and_a_run_fetches_it_once(
     family: str, files: dict[str, Path], hub: list[str], tmp_path: Path
 ) -> None:
-    looked = preflight(settings(files[family], tmp_path))
-    assert not looked.problems and hub == []
-    assert clip_tokenizer.TO_FETCH in looked.lines()
-    assert any("tokens of the texts are not counted" in line for line in looked.lines())
+    answer = preflight(settings(files[family], tmp_path))
+    assert not answer.problems and hub == []
+    assert clip_tokenizer.TO_FETCH in answer.lines()
+    assert any("tokens of the texts are not counted" in line for line in answer.lines())
     ready = preflight(settings(files[family], tmp_path), fetch=True).or_raise()
     assert clip_tokenizer.FROM_HUB in ready.lines() and clip_tokenizer.TO_FETCH not in ready.lines()
     got = {path.rpartition("/")[2] for path in hub if "/resolve/" in path}
@@ -121,15 +121,17 @@ def test_a_check_says_it_and_a_run_fetches_it_once(
 def test_a_lone_file_trains_and_draws(files: dict[str, Path], hub: list[str], tmp_path: Path) -> None:
     from lorakit.training import run
 
-    said: list[str] = []
+    messages: list[str] = []
     size = {"data.resolution": 128}  # at 64 px the middle block has one place, where attention learns nothing
     result = run.train(
-        settings(files["sd1"], tmp_path, **size), listeners=[lambda event: said.append(str(event.facts))]
+        settings(files["sd1"], tmp_path, **size), listeners=[lambda event: messages.append(str(event.facts))]
     )
     assert all(finding.passed for finding in result.findings)
-    assert any(clip_tokenizer.FROM_HUB in line for line in said)
-    given = ["--base", str(files["sd1"]), "--set", "sample.steps=1", "--prompt", "sks toy"]
-    assert cli.main(["sample", str(result.adapter), *given, "--size", "64", "--output", str(tmp_path / "drawn")]) == 0
+    assert any(clip_tokenizer.FROM_HUB in line for line in messages)
+    arguments = ["--base", str(files["sd1"]), "--set", "sample.steps=1", "--prompt", "sks toy"]
+    assert (
+        cli.main(["sample", str(result.adapter), *arguments, "--size", "64", "--output", str(tmp_path / "drawn")]) == 0
+    )
 
 
 def test_a_hub_that_does_not_answer_and_one_that_gives_something_else(
@@ -160,9 +162,9 @@ def test_offline_both_ways_are_said_by_check_train_and_sample(
     words = f"base sd1.safetensors has no tokenizer with it, and HF_HUB_OFFLINE is set: {clip_tokenizer.WAYS}"
     for fetch in (False, True):
         assert preflight(settings(files["sd1"], tmp_path), fetch=fetch).problems == (words,)
-    given = ["--base", str(files["sd1"]), "--subject", "sks toy", "--set", "memory.device=cpu"]
+    arguments = ["--base", str(files["sd1"]), "--subject", "sks toy", "--set", "memory.device=cpu"]
     for command in ("check", "train"):
-        assert cli.main([command, str(tmp_path / "photos"), *given]) == 1
+        assert cli.main([command, str(tmp_path / "photos"), *arguments]) == 1
         assert words in capsys.readouterr().err
     with pytest.raises(LorakitError) as caught:
         families.load(families.describe(str(files["sd1"])), "cpu", torch.float32)

@@ -53,8 +53,8 @@ def test_sd1_is_read_without_torch(tiny_sd1: Path) -> None:
         "print(info.family, info.loader, info.prediction_type, info.latent_channels, info.downscale, info.max_tokens, "
         "info.cross_dim, info.title)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.stderr) == ("sd1 sd epsilon 4 8 77 32 sd1", "")
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (process.stdout.strip(), process.stderr) == ("sd1 sd epsilon 4 8 77 32 sd1", "")
 
 
 def test_sdxl_and_v_prediction_are_told_from_the_configuration(tiny_sdxl: Path, tiny_sd1_v: Path) -> None:
@@ -167,7 +167,7 @@ def test_the_hash_of_a_large_file_is_read_from_the_cache(tmp_path: Path, monkeyp
 
 def test_half_precision_files_and_shards_are_found(copy: Copy, tiny_sd1: Path) -> None:
     folder = copy()
-    whole = families.describe(folder)
+    full = families.describe(folder)
     path = folder / "text_encoder" / "model.safetensors"
     path.rename(path.with_name("model.fp16.safetensors"))
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -180,7 +180,7 @@ def test_half_precision_files_and_shards_are_found(copy: Copy, tiny_sd1: Path) -
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     unet.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     info = families.describe(folder)
-    assert info.layers == whole.layers
+    assert info.layers == full.layers
     assert info.variants == {"unet": None, "vae": None, "text_encoder": "fp16"}
     assert info.bytes["unet"] == sum(unet.with_name(file).stat().st_size for file in parts)
     unet.with_name("b.safetensors").unlink()
@@ -252,9 +252,9 @@ def test_pickled_weights_are_refused_with_the_way_out(copy: Copy) -> None:
     folder = copy()
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.rename(path.with_name("diffusion_pytorch_model.bin"))
-    said = refusal(folder)
-    assert "unet/diffusion_pytorch_model.bin is a pickle" in said
-    assert said.endswith(f"convert it once: lorakit convert {folder}")
+    message = refusal(folder)
+    assert "unet/diffusion_pytorch_model.bin is a pickle" in message
+    assert message.endswith(f"convert it once: lorakit convert {folder}")
 
 
 @pytest.mark.parametrize("channels", [5, 7, 8])
@@ -318,8 +318,8 @@ def test_pickles_and_other_files(tmp_path: Path) -> None:
 
 def test_a_broken_tokenizer_is_noticed(copy: Copy) -> None:
     folder = copy()
-    few = {"<|startoftext|>": 0, "<|endoftext|>": 1, "!": 2}
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(few))
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "!": 2}
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(LorakitError, match=r"tokenizer of base .* knows 3 words where its text encoder has 523"):
         families.load(families.describe(folder), "cpu", torch.float32)

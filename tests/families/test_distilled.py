@@ -45,11 +45,11 @@ PLAIN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "kind", "steps"), [(name, *known) for name, known in NAMES.items()])
+@pytest.mark.parametrize(("name", "kind", "steps"), [(name, *values) for name, values in NAMES.items()])
 def test_a_name_is_a_hint(name: str, kind: str, steps: int) -> None:
-    found = distilled.find([name], [], {}, LEADING)
-    assert found is not None and (found.kind, found.steps, found.guidance) == (kind, steps, 1.0)
-    assert found.evidence == "as its name says"
+    actual = distilled.find([name], [], {}, LEADING)
+    assert actual is not None and (actual.kind, actual.steps, actual.guidance) == (kind, steps, 1.0)
+    assert actual.evidence == "as its name says"
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -77,9 +77,9 @@ def test_other_names_are_none(name: str) -> None:
 def test_configurations_say_it(
     name: str, unet: dict[str, Any], scheduler: dict[str, Any], kind: str, steps: int, guidance: float
 ) -> None:
-    found = distilled.find([name], [], unet, scheduler)
-    assert found is not None and (found.kind, found.steps, found.guidance) == (kind, steps, guidance)
-    assert found.evidence in ("as its scheduler says", "as its UNet says")
+    actual = distilled.find([name], [], unet, scheduler)
+    assert actual is not None and (actual.kind, actual.steps, actual.guidance) == (kind, steps, guidance)
+    assert actual.evidence in ("as its scheduler says", "as its UNet says")
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,10 @@ def with_scheduler(base: Path, target: Path, **changes: Any) -> Path:
 def settings(base: Path, photos: Path, **changes: Any) -> Config:
     photos.mkdir(exist_ok=True)
     Image.effect_noise((64, 64), 60).convert("RGB").save(photos / "a.png")
-    given = {"model.base": str(base), "data.folder": str(photos), "data.name": "sks toy", "data.resolution": 64}
-    return load(None, given | {"train.steps": 1} | {name.replace("__", "."): value for name, value in changes.items()})
+    arguments = {"model.base": str(base), "data.folder": str(photos), "data.name": "sks toy", "data.resolution": 64}
+    return load(
+        None, arguments | {"train.steps": 1} | {name.replace("__", "."): value for name, value in changes.items()}
+    )
 
 
 def test_the_plan_says_it_and_its_samples_are_few_steps(tiny_sd1: Path, tmp_path: Path) -> None:
@@ -119,8 +121,8 @@ def test_the_plan_says_it_and_its_samples_are_few_steps(tiny_sd1: Path, tmp_path
     plain = preflight(settings(tiny_sd1, tmp_path / "photos"))
     assert not any("distilled" in text for text in plain.lines())
     for config, steps, guidance in [(SampleConfig(), 4, 1.0), (SampleConfig(steps=9, guidance=3.0), 9, 3.0)]:
-        done = distilled.complete(config, ready.info)
-        assert (done.steps, done.guidance) == (steps, guidance)
+        process = distilled.complete(config, ready.info)
+        assert (process.steps, process.guidance) == (steps, guidance)
     assert distilled.complete(SampleConfig(), plain.info).guidance == 7.5
 
 

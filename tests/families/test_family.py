@@ -115,10 +115,10 @@ def test_sdxls_prediction_sees_pooled_text_and_sizes(sdxl: Any) -> None:
         expected = sdxl.denoiser(
             noisy, timesteps, encoder_hidden_states=condition["encoder_hidden_states"], added_cond_kwargs=added
         ).sample
-        found = sdxl.predict(noisy, timesteps, condition)
-        moved = sdxl.predict(noisy, timesteps, condition.with_rows(time_ids=condition["time_ids"] + 8))
-    assert torch.equal(found, expected)
-    assert not torch.equal(moved, expected)
+        actual = sdxl.predict(noisy, timesteps, condition)
+        shifted = sdxl.predict(noisy, timesteps, condition.with_rows(time_ids=condition["time_ids"] + 8))
+    assert torch.equal(actual, expected)
+    assert not torch.equal(shifted, expected)
 
 
 def test_the_schedule_is_the_published_one(sd1: Any) -> None:
@@ -215,13 +215,13 @@ def test_the_hub_is_never_asked(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
 
     calls: list[Any] = []
 
-    def asked(*given: Any, **_: Any) -> None:
-        calls.append(given)
+    def refuse(*_args: Any, **_: Any) -> None:
+        calls.append(_args)
         raise OSError("the network was asked")
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for name in ("getaddrinfo", "create_connection"):
-        monkeypatch.setattr(socket, name, asked)
+        monkeypatch.setattr(socket, name, refuse)
     load(tiny_sdxl).pipeline()
     assert calls == []
 
@@ -253,10 +253,10 @@ def test_conditions_are_indexed_joined_and_repeated() -> None:
 
 
 def test_moving_a_condition_keeps_its_sizes_whole() -> None:
-    moved = condition(2).to("cpu", torch.bfloat16)
-    assert moved["encoder_hidden_states"].dtype is torch.bfloat16
-    assert moved["pooled"].dtype is torch.bfloat16
-    assert moved["time_ids"].dtype is torch.int64
+    converted = condition(2).to("cpu", torch.bfloat16)
+    assert converted["encoder_hidden_states"].dtype is torch.bfloat16
+    assert converted["pooled"].dtype is torch.bfloat16
+    assert converted["time_ids"].dtype is torch.int64
 
 
 def test_a_family_adds_a_row_of_its_own_name() -> None:
@@ -268,9 +268,9 @@ def test_a_family_adds_a_row_of_its_own_name() -> None:
     assert len(joined) == 5
     assert torch.equal(joined["angles"], torch.cat([angles, angles[[2, 0]]]))
     assert torch.equal(three.index(torch.tensor([1])).expand(4)["angles"], angles[[1, 1, 1, 1]])
-    moved = three.to("cpu", torch.bfloat16)
-    assert moved["angles"].dtype is torch.bfloat16
-    assert torch.equal(moved["angles"].float(), angles)
+    converted = three.to("cpu", torch.bfloat16)
+    assert converted["angles"].dtype is torch.bfloat16
+    assert torch.equal(converted["angles"].float(), angles)
     assert torch.equal(three["angles"], angles)
 
 

@@ -96,11 +96,11 @@ def cache(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """The folder of `org/tiny` in a cache made by hand; whoever asks the network fails the test."""
     from huggingface_hub import constants
 
-    def asked(*_: Any, **__: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the network was asked")
 
     for name in ("getaddrinfo", "create_connection"):
-        monkeypatch.setattr(socket, name, asked)
+        monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--org--tiny"
     shutil.copytree(tiny_sd1, repository / "snapshots" / COMMIT)
@@ -158,9 +158,9 @@ def test_a_run_is_pinned_and_its_adapter_says_on_what_it_was_trained(cache: Path
     }
     result = train.train(config.load(None, options))
     assert config.load(tmp_path / "run" / "config.toml").model.base == f"org/tiny@{COMMIT}"
-    told = formats.read(result.adapter).metadata
-    assert told["lorakit.base_source"] == f"org/tiny@{COMMIT}"
-    assert "org/tiny" not in told["lorakit.config"]
+    metadata = formats.read(result.adapter).metadata
+    assert metadata["lorakit.base_source"] == f"org/tiny@{COMMIT}"
+    assert "org/tiny" not in metadata["lorakit.config"]
 
 
 # -- the network: a hub on this machine -----------------------------------------------------------------------------
@@ -182,8 +182,8 @@ except LorakitError as error:
 def describe(base: str, endpoint: str, home: Path) -> Any:
     """What another process says of a base, with its own cache and the hub at `endpoint`."""
     env = os.environ | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, base], capture_output=True, text=True, check=True, env=env)
-    return json.loads(done.stdout)
+    process = subprocess.run([sys.executable, "-c", PROGRAM, base], capture_output=True, text=True, check=True, env=env)
+    return json.loads(process.stdout)
 
 
 def test_a_base_is_fetched_once_and_then_needs_no_network(tiny_sd1: Path, tmp_path: Path) -> None:
@@ -192,17 +192,17 @@ def test_a_base_is_fetched_once_and_then_needs_no_network(tiny_sd1: Path, tmp_pa
     (folder / "model.ckpt").write_bytes(b"pickle")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    asked: list[str] = []
-    with hub_server.serve(folder, asked) as endpoint:
+    requests: list[str] = []
+    with hub_server.serve(folder, requests) as endpoint:
         source, path, names = describe("org/tiny", endpoint, tmp_path / "home")
         assert source == f"org/tiny@{COMMIT}" and Path(path).name == COMMIT
         assert "unet/diffusion_pytorch_model.fp16.safetensors" in names
         left = {"unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "model.ckpt"}
         assert not left & set(names)
-        assert asked
-        asked.clear()
+        assert requests
+        requests.clear()
         assert describe("org/tiny", endpoint, tmp_path / "home") == [source, path, names]
-        assert asked == []
+        assert requests == []
     # The hub is gone.
     assert describe("org/tiny", endpoint, tmp_path / "home") == [source, path, names]
     words = describe("org/other", endpoint, tmp_path / "home")
@@ -222,9 +222,9 @@ def test_a_base_is_fetched_once_and_then_needs_no_network(tiny_sd1: Path, tmp_pa
 def test_why_a_base_cannot_be_had_is_said(base: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "served").mkdir()
     with hub_server.serve(tmp_path / "served", []) as endpoint:
-        said = describe(base, endpoint, tmp_path / "home")
-        assert said.startswith(words.format(endpoint)) and said.endswith("or give a folder or a file")
-        assert "\n" not in said
+        message = describe(base, endpoint, tmp_path / "home")
+        assert message.startswith(words.format(endpoint)) and message.endswith("or give a folder or a file")
+        assert "\n" not in message
 
 
 FLUX = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
@@ -251,13 +251,13 @@ def test_what_is_not_trained_is_refused_before_weights_are_fetched(
         path = tmp_path / "served" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
-    asked: list[str] = []
-    with hub_server.serve(tmp_path / "served", asked) as endpoint:
+    requests: list[str] = []
+    with hub_server.serve(tmp_path / "served", requests) as endpoint:
         refusal = describe("org/tiny", endpoint, tmp_path / "home")
     assert words in refusal, refusal
-    assert not [path for path in asked if path.endswith(".safetensors")]
-    assert any("model_index.json" in path for path in asked)
-    assert any("scheduler_config.json" in path for path in asked) == (count > 1)
+    assert not [path for path in requests if path.endswith(".safetensors")]
+    assert any("model_index.json" in path for path in requests)
+    assert any("scheduler_config.json" in path for path in requests) == (count > 1)
 
 
 @pytest.mark.parametrize("t5", [True, False])

@@ -38,7 +38,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def asked(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def requests(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What the hub was asked for."""
     from huggingface_hub import constants
 
@@ -70,7 +70,7 @@ def refusal(base: str) -> str:
     ],
 )
 def test_a_file_of_a_repository_is_fetched_alone_and_then_needs_no_network(
-    base: str, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, requests: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
@@ -82,15 +82,15 @@ def test_a_file_of_a_repository_is_fetched_alone_and_then_needs_no_network(
     assert info.notes[0] == f"from the hub: org/tiny/{NAME}@{COMMIT}"
     assert [path.name for path in (tmp_path / "cache").rglob("*.safetensors")] == [Path(NAME).name]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    asked.clear()
+    requests.clear()
     pinned = families.pin(ModelConfig(base=base)).base
     assert pinned == f"org/tiny/{NAME}@{COMMIT}" and not quickstart.must_be_fetched(base)
     for text in (base, pinned):
         assert families.describe(ModelConfig(base=text, tokenizer=str(tokenizer))).hash == info.hash
-    assert asked == []
+    assert requests == []
 
 
-def test_a_name_in_capitals_is_a_file_here_and_there(asked: list[str], served: Path) -> None:
+def test_a_name_in_capitals_is_a_file_here_and_there(requests: list[str], served: Path) -> None:
     assert families.describe("org/tiny/UPPER.SAFETENSORS").family == "sd1"
     assert families.describe(served / "UPPER.SAFETENSORS").family == "sd1"
 
@@ -115,7 +115,7 @@ def test_a_name_in_capitals_is_a_file_here_and_there(asked: list[str], served: P
     ],
 )
 def test_what_cannot_be_had_is_said_in_a_line_and_nothing_is_fetched(
-    base: str, words: str, asked: list[str], tmp_path: Path
+    base: str, words: str, requests: list[str], tmp_path: Path
 ) -> None:
     assert words in refusal(base), refusal(base)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".json"]

@@ -15,15 +15,15 @@ from lorakit.training import run as train
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folder and single file of a small SD1 inpainting model."""
     room = tmp_path_factory.mktemp("inpainting")
     pipeline = whole.small("sd1", room / "base", in_channels=9)
     return room / "base", whole.write(room / "base.safetensors", "sd1", pipeline)
 
 
-def test_both_layouts_are_known_for_what_they_are(made: tuple[Path, Path]) -> None:
-    for base, tokenizer in ((made[0], ""), (made[1], str(made[0]))):
+def test_both_layouts_are_known_for_what_they_are(bases: tuple[Path, Path]) -> None:
+    for base, tokenizer in ((bases[0], ""), (bases[1], str(bases[0]))):
         info = families.describe(ModelConfig(base=str(base), tokenizer=tokenizer))
         assert info.notes[-1] == (
             "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
@@ -32,11 +32,11 @@ def test_both_layouts_are_known_for_what_they_are(made: tuple[Path, Path]) -> No
         assert families.load(info, "cpu", torch.float32).denoiser.config.in_channels == 9
 
 
-def test_it_says_what_the_inpainting_pipeline_shows_it_under_a_whole_mask(made: tuple[Path, Path]) -> None:
+def test_it_says_what_the_inpainting_pipeline_shows_it_under_a_whole_mask(bases: tuple[Path, Path]) -> None:
     from diffusers import StableDiffusionInpaintPipeline
 
-    family = families.load(families.describe(made[0]), "cpu", torch.float32)
-    pipeline = StableDiffusionInpaintPipeline.from_pretrained(made[0], local_files_only=True, safety_checker=None)
+    family = families.load(families.describe(bases[0]), "cpu", torch.float32)
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(bases[0], local_files_only=True, safety_checker=None)
     mask, grey = pipeline.prepare_mask_latents(
         torch.ones((1, 1, 64, 48)), torch.zeros((1, 3, 64, 48)), 1, 64, 48, torch.float32, "cpu", None, False
     )
@@ -50,20 +50,20 @@ def test_it_says_what_the_inpainting_pipeline_shows_it_under_a_whole_mask(made: 
         expected = pipeline.unet(inputs, steps, condition["encoder_hidden_states"]).sample
         torch.testing.assert_close(family.predict(noisy, steps, condition), expected, rtol=1e-5, atol=1e-6)
         # Nine channels are taken as they are.
-        found = family.denoiser(inputs, steps, condition["encoder_hidden_states"]).sample
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        actual = family.denoiser(inputs, steps, condition["encoder_hidden_states"]).sample
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_it_is_trained_checked_and_drawn(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_it_is_trained_checked_and_drawn(bases: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     draw = np.random.default_rng(0)
     for number in range(2):
         picture = draw.integers(0, 256, (128, 128, 3), dtype=np.uint8)
         Image.fromarray(picture).save(tmp_path / "photos" / f"{number}.png")
     options: dict[str, Any] = {
-        "model.base": str(made[1]),
-        "model.tokenizer": str(made[0]),
+        "model.base": str(bases[1]),
+        "model.tokenizer": str(bases[0]),
         "data.folder": str(tmp_path / "photos"),
         "data.name": "sks toy",
         "data.resolution": 128,

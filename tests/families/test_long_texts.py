@@ -33,12 +33,12 @@ def test_chunks_are_read_one_by_one_and_stand_side_by_side(sd1: Any, tiny_sd1: P
     rows = by_hand(tiny_sd1, LONG)
     assert len(rows) == sd1.chunks([LONG]) == sd1.chunks([SHORT, LONG]) == 3
     expected = torch.cat(list(sd1.text_encoders["text_encoder"](rows)[0]))
-    found = sd1.encode_tokens(sd1.tokens([LONG, SHORT], 3))["encoder_hidden_states"]
-    assert found.shape == (2, 231, 32)
-    torch.testing.assert_close(found[0], expected)
+    actual = sd1.encode_tokens(sd1.tokens([LONG, SHORT], 3))["encoder_hidden_states"]
+    assert actual.shape == (2, 231, 32)
+    torch.testing.assert_close(actual[0], expected)
     empty = sd1.encode_text([""])["encoder_hidden_states"][0]
     torch.testing.assert_close(
-        found[1], torch.cat([sd1.encode_text([SHORT])["encoder_hidden_states"][0], empty, empty])
+        actual[1], torch.cat([sd1.encode_text([SHORT])["encoder_hidden_states"][0], empty, empty])
     )
     # One chunk is cut as diffusers cuts it; two of three are the first two.
     torch.testing.assert_close(sd1.encode_text([LONG])["encoder_hidden_states"][0], expected[:77])
@@ -93,11 +93,11 @@ def test_a_learned_word_is_never_cut_in_two(sd1: Any, attach: Any, vectors: int)
     text = " ".join(["of"] * 73 + ["sks", "toy", "sks"])
     adapter = attach(sd1, LoraConfig(rank=2, new_tokens=vectors), trigger="sks")
     assert sd1.chunks([text]) == 2
-    seen = []
-    hook = sd1.text_encoders["text_encoder"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    visited = []
+    hook = sd1.text_encoders["text_encoder"].register_forward_pre_hook(lambda _, args: visited.append(args[0]))
     sd1.encode_tokens(sd1.tokens([text], 2))
     hook.remove()
-    counts = [int((row < 0).sum()) for row in seen[0]]
+    counts = [int((row < 0).sum()) for row in visited[0]]
     assert counts == ([1, 1] if vectors == 1 else [0, 8]), "whole words"
     adapter.detach()
     assert sd1.chunks([text]) == 2 and sd1.chunks([" ".join(["sks"] * 75)]) == 1

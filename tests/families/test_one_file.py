@@ -57,7 +57,7 @@ def options(base: Path, tokenizer: Path, photos: Path, folder: Path, **changes: 
     return config.load(None, short | {name.replace("__", "."): value for name, value in changes.items()})
 
 
-def said(folder: Path) -> str:
+def log(folder: Path) -> str:
     return (folder / "log.jsonl").read_text(encoding="utf-8")
 
 
@@ -69,7 +69,7 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
     base = whole.write(tmp_path / "base.safetensors", "sd1", whole.small("sd1", tmp_path / "base"), torch.bfloat16)
     # The middle block then sees 2 x 2 places; of one alone, q and k learn nothing.
     size = {"data__resolution": 128, "adapter__train_text_encoder": True}
-    chosen = options(base, tmp_path / "base", photos, tmp_path / "run", **size)
+    settings = options(base, tmp_path / "base", photos, tmp_path / "run", **size)
     step = OptimizerStep.__call__
 
     def step_and_stop(self: OptimizerStep, number: int) -> Any:
@@ -79,7 +79,7 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(OptimizerStep, "__call__", step_and_stop)
         with pytest.raises(Stopped, match="stopped after step 1"):
-            train.train(chosen)
+            train.train(settings)
     result = train.resume(tmp_path / "run")
     assert result.steps == 2 and all(finding.passed for finding in result.findings)
     assert tuple(result.exports) == FORMATS
@@ -91,10 +91,10 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
         assert weights.layers.keys() == first.keys() and weights.family == "sd1"
         for name, layer in weights.layers.items():
             torch.testing.assert_close(layer.delta(), first[name].delta(), rtol=1e-6, atol=1e-8)
-    assert "prediction type: epsilon, as nothing in the file says otherwise" in said(tmp_path / "run")
+    assert "prediction type: epsilon, as nothing in the file says otherwise" in log(tmp_path / "run")
     # `lorakit sample` draws the run's last picture again.
-    drawn = tmp_path / "drawn"
-    given = [
+    picture_folder = tmp_path / "drawn"
+    arguments = [
         "--base",
         str(base),
         "--set",
@@ -102,9 +102,9 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
         "--set",
         "sample.prompts=a photo of sks toy",
     ]
-    assert cli.main(["sample", str(result.adapter), *given, "--output", str(drawn)]) == 0
+    assert cli.main(["sample", str(result.adapter), *arguments, "--output", str(picture_folder)]) == 0
     (last,) = (tmp_path / "run" / "samples" / "step-000002").glob("*.png")
-    assert np.array_equal(*(np.asarray(Image.open(path)) for path in (drawn / "01-strength-1.png", last)))
+    assert np.array_equal(*(np.asarray(Image.open(path)) for path in (picture_folder / "01-strength-1.png", last)))
     straight = train.train(options(base, tmp_path / "base", photos, tmp_path / "straight", **size))
     one, two = load_file(straight.adapter), load_file(result.adapter)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -140,7 +140,7 @@ def test_sdxl_that_predicts_v_with_zero_terminal_snr(
         return predicted(self, noisy, timesteps, condition)
 
     monkeypatch.setattr(StableDiffusionXL, "predict", predict)
-    chosen = options(
+    settings = options(
         base,
         tmp_path / "base",
         photos,
@@ -149,17 +149,17 @@ def test_sdxl_that_predicts_v_with_zero_terminal_snr(
         data__variants=2,
         output__formats=("kohya",),
     )
-    result = train.train(chosen)
+    result = train.train(settings)
     assert all(finding.passed for finding in result.findings)
     assert 999 in steps
     # Original height and width, what was cut from top and left, and the target's sides; a mirrored variant's too.
     assert {tuple(row) for row in ids} >= {(64, 70, 0, 3, 64, 64), (72, 64, 4, 0, 64, 64)}
-    family = families.load(families.describe(chosen.model), "cpu", torch.float32)
+    family = families.load(families.describe(settings.model), "cpu", torch.float32)
     assert family.prediction.name == "v_prediction" and family.prediction.alphas_cumprod[-1] == 0
     sampler, name = family.prediction.default_sampler(family.pipeline().scheduler)
     sampler.set_timesteps(10)
     assert name == "DDIM" and sampler.timesteps[0] == 999
     assert sampler.config.rescale_betas_zero_snr and sampler.config.timestep_spacing == "trailing"
-    assert "prediction type: v_prediction with zero terminal SNR, as its key v_pred says" in said(tmp_path / "run")
+    assert "prediction type: v_prediction with zero terminal SNR, as its key v_pred says" in log(tmp_path / "run")
     read = formats.read(result.adapter)
     assert read.metadata["modelspec.prediction_type"] == "v" and read.family == "sdxl"

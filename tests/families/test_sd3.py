@@ -71,7 +71,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[str, object]:
-    asked: dict[str, object] = {
+    table: dict[str, object] = {
         "model.base": str(base),
         "data.folder": str(photos),
         "data.name": "sks toy",
@@ -89,7 +89,7 @@ def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[s
         "sample.at_end": False,
         "train.validate_at_end": False,
     }
-    return asked | {key.replace("__", "."): value for key, value in changes.items()}
+    return table | {key.replace("__", "."): value for key, value in changes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,8 @@ def test_prediction_is_the_transformers_on_the_straight_line(sd3: Any) -> None:
     with torch.no_grad():
         expected = sd3.denoiser(straight, condition["encoder_hidden_states"], condition["pooled"], 1000 * sigma).sample
         noisy = sd3.prediction.add_noise(latents, noise, timesteps)
-        found = sd3.predict(noisy, timesteps, condition)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        actual = sd3.predict(noisy, timesteps, condition)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     target = sd3.prediction.target(latents, noise, timesteps)
     assert torch.equal(target, noise - latents)
 
@@ -150,12 +150,12 @@ def test_a_uniform_timestep_is_one_of_the_models_training(shift: float) -> None:
     """As diffusers' training script draws them: logit-normal places in the scheduler's own shifted table."""
     table = tiny_sd3.FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)
     places = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).sigmoid()
-    drawn = table[(places * 1000).long()].sort().values
+    nearest = table[(places * 1000).long()].sort().values
     shares = torch.arange(1000, dtype=torch.float64) / 1000
     ours = Flow(shift).timesteps_at(shares) / 1000
     assert (ours.diff() > 0).all() and ours.dtype is torch.float32
     for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
-        assert abs(ours[int(1000 * quantile)] - drawn[int(len(drawn) * quantile)]) < 0.01
+        assert abs(ours[int(1000 * quantile)] - nearest[int(len(nearest) * quantile)]) < 0.01
 
 
 def test_pictures_are_those_of_diffusers(sd3: Any, pipeline: Any) -> None:
@@ -175,13 +175,13 @@ def test_a_run_ends_with_a_checked_adapter(result: train.Result, folder: Path) -
     assert {"diffusers in diffusers", "diffusers unet", "diffusers text encoder", "peft unet"} <= names
     # Every linear layer of attention and feed-forward in the blocks, as diffusers calls them.
     transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer")
-    wanted = {
+    expected = {
         f"transformer.{path}"
         for path, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear) and path.startswith("transformer_blocks.") and "norm" not in path
     }
     stems = {name.partition(".lora_")[0] for name in load_file(result.adapter)}
-    assert {stem for stem in stems if stem.startswith("transformer.")} == wanted
+    assert {stem for stem in stems if stem.startswith("transformer.")} == expected
     assert sum(stem.startswith("text_encoder.") for stem in stems) == 18
     assert sum(stem.startswith("text_encoder_2.") for stem in stems) == 18
     assert {path.name for path in result.exports["peft"].iterdir()} == {"transformer", "text_encoder", "text_encoder_2"}
@@ -256,10 +256,10 @@ def test_merging_gives_what_base_and_adapter_give_and_extracting_gives_it_back(
     merged = extract.merge(weights, folder, tmp_path / "merged")
     family = families.load(families.describe(folder), "cpu", torch.float32)
     lorakit.adapters.apply(family, weights)
-    whole = families.load(families.describe(merged), "cpu", torch.float32)
+    merged_base = families.load(families.describe(merged), "cpu", torch.float32)
     noisy, timesteps = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([300])
     with torch.no_grad():
-        outputs = [part.predict(noisy, timesteps, part.encode_text(["sks toy"])) for part in (family, whole)]
+        outputs = [part.predict(noisy, timesteps, part.encode_text(["sks toy"])) for part in (family, merged_base)]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
     back = extract.extract(folder, merged, "sd3", rank=16)
     name = "unet.transformer_blocks.0.attn.to_q"
@@ -316,16 +316,16 @@ def test_operations_at_true_size_are_those_that_torch_counts() -> None:
         if name.endswith(".weight") and tensor.ndim in (2, 4)
     }
     assert plan.forward_flop("sd3", shapes, 128, 128, 77 + 256) == pytest.approx(counter.get_total_flops(), rel=1e-9)
-    chosen = targets.select("sd3", shapes, "linear", False)
+    selected = targets.select("sd3", shapes, "linear", False)
     # 24 blocks of 8 projections, 13 with 4 more; the last lacks one and its text's feed-forward; 4 in the others.
-    assert len(chosen) == 24 * 8 - 1 + 13 * 4 + 24 * 4 - 2
-    assert all(keys.is_read_everywhere(name) for name in chosen)
+    assert len(selected) == 24 * 8 - 1 + 13 * 4 + 24 * 4 - 2
+    assert all(keys.is_read_everywhere(name) for name in selected)
 
 
 def test_a_plan_can_be_made_without_loading(folder: Path, photos: Path, tmp_path: Path) -> None:
-    asked = config.load(None, options(folder, photos, tmp_path / "run"))
-    info = families.describe(asked.model)
-    made = plan.make(asked, info, checks.check(asked.data, info))
-    assert made.modules["unet"][0] == len(targets.select("sd3", info.layers, "linear", False))
-    assert made.modules.keys() == {"unet", "text_encoder", "text_encoder_2"}
-    assert made.memory["activations"] > 0
+    settings = config.load(None, options(folder, photos, tmp_path / "run"))
+    info = families.describe(settings.model)
+    the_plan = plan.make(settings, info, checks.check(settings.data, info))
+    assert the_plan.modules["unet"][0] == len(targets.select("sd3", info.layers, "linear", False))
+    assert the_plan.modules.keys() == {"unet", "text_encoder", "text_encoder_2"}
+    assert the_plan.memory["activations"] > 0

@@ -24,23 +24,23 @@ U = "model.diffusion_model."
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path, Path]]:
+def base_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path, Path]]:
     """Family -> pipeline, its folder in diffusers layout, its single file."""
     room = tmp_path_factory.mktemp("whole")
-    found = {}
+    bases = {}
     for family in FAMILIES:
         pipeline = whole.small(family, room / family)
-        found[family] = pipeline, room / family, whole.write(room / f"{family}.safetensors", family, pipeline)
-    return found
+        bases[family] = pipeline, room / family, whole.write(room / f"{family}.safetensors", family, pipeline)
+    return bases
 
 
-def describe(file: Path, folder: Path | None = None, **said: Any) -> families.BaseInfo:
-    return families.describe(ModelConfig(base=str(file), tokenizer=str(folder or ""), **said))
+def describe(file: Path, folder: Path | None = None, **options: Any) -> families.BaseInfo:
+    return families.describe(ModelConfig(base=str(file), tokenizer=str(folder or ""), **options))
 
 
-def refusal(file: Path, **said: Any) -> str:
+def refusal(file: Path, **options: Any) -> str:
     with pytest.raises(LorakitError) as caught:
-        families.describe(ModelConfig(base=str(file), **said))
+        families.describe(ModelConfig(base=str(file), **options))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -49,8 +49,8 @@ def refusal(file: Path, **said: Any) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str, made: Any) -> None:
-    _, folder, file = made[family]
+def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str, base_files: Any) -> None:
+    _, folder, file = base_files[family]
     there, here = families.describe(folder), describe(file, folder)
     assert (here.layers, here.untrained_layers, here.cross_dim) == (
         there.layers,
@@ -62,9 +62,9 @@ def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str,
     one, other = (families.load(info, "cpu", torch.float32) for info in (there, here))
     parts = [(one.vae, other.vae), *zip(one.modules().values(), other.modules().values(), strict=True)]
     for left, right in parts:
-        expected, found = left.state_dict(), right.state_dict()
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        expected, actual = left.state_dict(), right.state_dict()
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
     texts = ["a photo of sks toy", "", "sks " * 99]
     conditions = [loaded.encode_text(texts) for loaded in (one, other)]
     assert torch.equal(*(condition["encoder_hidden_states"] for condition in conditions))
@@ -74,9 +74,9 @@ def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str,
         assert torch.equal(*(condition["pooled"] for condition in conditions))
         conditions = [condition.with_rows(time_ids=ids) for condition in conditions]
     with torch.no_grad():
-        said = [f.predict(noisy, steps, c) for f, c in zip((one, other), conditions, strict=True)]
+        predictions = [f.predict(noisy, steps, c) for f, c in zip((one, other), conditions, strict=True)]
     # Not to the bit: kernels round by the alignment of the weights in memory.
-    torch.testing.assert_close(*said, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*predictions, rtol=1e-5, atol=1e-5)
     pixels = torch.rand((1, 3, 64, 64)) * 2 - 1
     torch.testing.assert_close(one.encode_image(pixels)[0], other.encode_image(pixels)[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(one.prediction.alphas_cumprod, other.prediction.alphas_cumprod)
@@ -84,32 +84,34 @@ def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_converters_make_the_same_of_the_file(family: str, made: Any) -> None:
+def test_diffusers_converters_make_the_same_of_the_file(family: str, base_files: Any) -> None:
     """The writer of the tests is held against a third party, and so is the table of the loader."""
     from diffusers.loaders import single_file_utils as theirs
 
-    pipeline, _, file = made[family]
+    pipeline, _, file = base_files[family]
     tensors = load_file(file)
     header = safetensors_header.read(file)
     ours = {part: dict(ldm.tensors(header, slots)) for part, slots in ldm.read(header).parts.items()}
-    found = {
+    converted = {
         "unet": theirs.convert_ldm_unet_checkpoint(dict(tensors), dict(pipeline.unet.config)),
         "vae": theirs.convert_ldm_vae_checkpoint(dict(tensors), dict(pipeline.vae.config)),
     }
     if family == "sd1":
-        found["text_encoder"] = theirs.convert_ldm_clip_checkpoint(dict(tensors))
+        converted["text_encoder"] = theirs.convert_ldm_clip_checkpoint(dict(tensors))
     elif family == "sdxl":
         prefix = "conditioner.embedders.1.model."
-        found["text_encoder_2"] = theirs.convert_open_clip_checkpoint(pipeline.text_encoder_2, dict(tensors), prefix)
-    for part, expected in found.items():
+        converted["text_encoder_2"] = theirs.convert_open_clip_checkpoint(
+            pipeline.text_encoder_2, dict(tensors), prefix
+        )
+    for part, expected in converted.items():
         expected = {name: tensor for name, tensor in expected.items() if not name.endswith("position_ids")}
         assert expected.keys() == ours[part].keys()
         assert all(torch.equal(expected[name], ours[part][name]) for name in expected), part
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_placing_a_folder_is_the_inverse_of_reading_a_file(family: str, made: Any) -> None:
-    read = ldm.read(safetensors_header.read(made[family][2])).parts
+def test_placing_a_folder_is_the_inverse_of_reading_a_file(family: str, base_files: Any) -> None:
+    read = ldm.read(safetensors_header.read(base_files[family][2])).parts
     shapes = {part: {name: slot.shape for name, slot in slots.items()} for part, slots in read.items()}
     assert ldm.place(family, shapes) == read
 
@@ -121,7 +123,7 @@ def test_names_of_the_real_models_are_those_of_published_lists() -> None:
         with torch.device("meta"):
             model = whole.unet(family)
         table = ldm.place(family, {"unet": {k: tuple(v.shape) for k, v in model.state_dict().items()}, **_REST[family]})
-        found = {
+        key_names = {
             f"unet.{ours.removesuffix('.weight')}": slot.key.removeprefix(U).removesuffix(".weight").replace(".", "_")
             for ours, slot in table["unet"].items()
             if ours.endswith(".weight")
@@ -130,7 +132,7 @@ def test_names_of_the_real_models_are_those_of_published_lists() -> None:
         rows = [line.split("\t") for line in text.splitlines()]
         expected = {row[0]: row[1:3] for row in rows if row[0].startswith("unet.")}
         for ours, spellings in expected.items():
-            assert f"lora_unet_{found[ours]}" in spellings, ours
+            assert f"lora_unet_{key_names[ours]}" in spellings, ours
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -151,8 +153,8 @@ def test_configurations_of_the_real_models_are_the_published_ones(family: str) -
     them have the same tensors."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    known = PUBLISHED[family]
-    words, width, depth = known["words"]
+    published = PUBLISHED[family]
+    words, width, depth = published["words"]
     with torch.device("meta"):
         parts: dict[str, Any] = {"unet": whole.unet(family), "vae": whole.vae(family)}
         parts["text_encoder"] = whole.text(whole.CLIPTextModel, words, width, depth, openclip=family == "sd2")
@@ -170,20 +172,20 @@ def test_configurations_of_the_real_models_are_the_published_ones(family: str) -
     prediction = ldm.Prediction("epsilon", False, "", certain=True)
     configs = single_file.configs(ldm.Checkpoint(family, slots, prediction))
     unet, expected = configs["unet"], whole.UNETS[family]
-    assert unet["sample_size"] == known["side"] and (unet["in_channels"], unet["layers_per_block"]) == (4, 2)
+    assert unet["sample_size"] == published["side"] and (unet["in_channels"], unet["layers_per_block"]) == (4, 2)
     for name, value in expected.items():
-        found = unet[name]
-        assert (tuple(found) if isinstance(found, list) else found) == value, name
+        settings = unet[name]
+        assert (tuple(settings) if isinstance(settings, list) else settings) == value, name
     assert configs["vae"]["block_out_channels"] == [128, 256, 512, 512]
     assert configs["vae"]["scaling_factor"] == (0.13025 if family == "sdxl" else 0.18215)
     first = configs["text_encoder"]
     assert (first["vocab_size"], first["hidden_size"], first["num_hidden_layers"]) == (words, width, depth)
-    assert (first["num_attention_heads"], first["intermediate_size"]) == (known["heads"], 4 * width)
+    assert (first["num_attention_heads"], first["intermediate_size"]) == (published["heads"], 4 * width)
     for part in parts:
-        assert configs[part].items() >= known.get(part, {}).items()
+        assert configs[part].items() >= published.get(part, {}).items()
     with torch.device("meta"):
-        again = {"unet": UNet2DConditionModel.from_config(unet), "vae": AutoencoderKL.from_config(configs["vae"])}
-    for part, model in again.items():
+        models = {"unet": UNet2DConditionModel.from_config(unet), "vae": AutoencoderKL.from_config(configs["vae"])}
+    for part, model in models.items():
         shapes = {name: t.shape for name, t in model.state_dict().items()}
         assert shapes == {name: t.shape for name, t in parts[part].state_dict().items()}
 
@@ -196,8 +198,8 @@ _REST: dict[str, dict[str, Any]] = {
 # -- what it is -----------------------------------------------------------------------------------------------------
 
 
-def with_extra(made: Any, family: str, path: Path, extra: dict[str, Any], **metadata: str) -> Path:
-    return whole.write(path / "x.safetensors", family, made[family][0], extra=extra, metadata=metadata)
+def with_extra(base_files: Any, family: str, path: Path, extra: dict[str, Any], **metadata: str) -> Path:
+    return whole.write(path / "x.safetensors", family, base_files[family][0], extra=extra, metadata=metadata)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +227,9 @@ def with_extra(made: Any, family: str, path: Path, extra: dict[str, Any], **meta
     ],
 )
 def test_what_it_predicts_is_read_and_said(
-    family: str, extra: list[str], metadata: dict[str, str], expected: Any, words: str, made: Any, tmp_path: Path
+    family: str, extra: list[str], metadata: dict[str, str], expected: Any, words: str, base_files: Any, tmp_path: Path
 ) -> None:
-    file = with_extra(made, family, tmp_path, {key: torch.zeros(0) for key in extra}, **metadata)
+    file = with_extra(base_files, family, tmp_path, {key: torch.zeros(0) for key in extra}, **metadata)
     info = describe(file)
     assert (info.prediction_type, bool(info.configs["scheduler"].get("rescale_betas_zero_snr"))) == expected
     note, _ = info.notes
@@ -235,11 +237,13 @@ def test_what_it_predicts_is_read_and_said(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_sd2_without_a_word_is_told_by_the_spread_of_a_bias(dtype: torch.dtype, made: Any, tmp_path: Path) -> None:
+def test_sd2_without_a_word_is_told_by_the_spread_of_a_bias(
+    dtype: torch.dtype, base_files: Any, tmp_path: Path
+) -> None:
     """A 512-base and a 768-v model have the same keys and shapes; the rule is the one ComfyUI decides by."""
-    pipeline = made["sd2"][0]
+    pipeline = base_files["sd2"][0]
     bias = pipeline.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].norm1.bias
-    kept = bias.detach().clone()
+    original = bias.detach().clone()
     try:
         for spread, kind in ((0.05, "epsilon"), (0.2, "v_prediction")):
             bias.data = spread * torch.tensor([1.0, -1.0] * (len(bias) // 2))
@@ -248,11 +252,11 @@ def test_sd2_without_a_word_is_told_by_the_spread_of_a_bias(dtype: torch.dtype, 
             assert info.prediction_type == kind
             assert f"spreads by {spread:.3f}, {'not ' * (kind == 'epsilon')}above 0.09" in info.notes[0]
     finally:
-        bias.data = kept
+        bias.data = original
 
 
-def test_the_user_has_the_last_word_on_the_prediction_type(made: Any) -> None:
-    _, folder, file = made["sdxl"]
+def test_the_user_has_the_last_word_on_the_prediction_type(base_files: Any) -> None:
+    _, folder, file = base_files["sdxl"]
     for base in (file, folder):
         plain = families.describe(base)
         info = families.describe(ModelConfig(base=str(base), prediction_type="v_prediction_zero_snr"))
@@ -267,8 +271,8 @@ def test_the_user_has_the_last_word_on_the_prediction_type(made: Any) -> None:
     assert families.load(info, "cpu", torch.float32).prediction.alphas_cumprod[-1] == 0
 
 
-def test_every_precision_that_files_come_in_is_read(made: Any, tmp_path: Path) -> None:
-    pipeline, folder, _ = made["sd1"]
+def test_every_precision_that_files_come_in_is_read(base_files: Any, tmp_path: Path) -> None:
+    pipeline, folder, _ = base_files["sd1"]
     weight = pipeline.unet.conv_in.weight.detach()
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         file = whole.write(tmp_path / "x.safetensors", "sd1", pipeline, dtype)
@@ -276,9 +280,9 @@ def test_every_precision_that_files_come_in_is_read(made: Any, tmp_path: Path) -
         assert torch.equal(family.denoiser.conv_in.weight, weight.to(dtype).float())
 
 
-def test_a_file_that_is_read_may_be_replaced_meanwhile(made: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_read_may_be_replaced_meanwhile(base_files: Any, tmp_path: Path) -> None:
     """Nothing is mapped: what was loaded stays what it was."""
-    pipeline, folder, _ = made["sd1"]
+    pipeline, folder, _ = base_files["sd1"]
     file = whole.write(tmp_path / "x.safetensors", "sd1", pipeline)
     family = families.load(describe(file, folder), "cpu", torch.float32)
     before = family.denoiser.conv_in.weight.clone()
@@ -286,8 +290,8 @@ def test_a_file_that_is_read_may_be_replaced_meanwhile(made: Any, tmp_path: Path
     assert torch.equal(family.denoiser.conv_in.weight, before)
 
 
-def test_the_identity_is_of_the_content_not_of_the_name(made: Any, tmp_path: Path) -> None:
-    file = made["sd1"][2]
+def test_the_identity_is_of_the_content_not_of_the_name(base_files: Any, tmp_path: Path) -> None:
+    file = base_files["sd1"][2]
     copy = tmp_path / "renamed.safetensors"
     copy.write_bytes(file.read_bytes())
     assert describe(copy).hash == describe(file).hash
@@ -301,45 +305,45 @@ def test_the_identity_is_of_the_content_not_of_the_name(made: Any, tmp_path: Pat
     assert describe(copy).hash != describe(file).hash
 
 
-def test_early_files_without_the_level_text_model_are_read(made: Any, tmp_path: Path) -> None:
-    _, folder, file = made["sd1"]
+def test_early_files_without_the_level_text_model_are_read(base_files: Any, tmp_path: Path) -> None:
+    _, folder, file = base_files["sd1"]
     tensors = {name.replace(".transformer.text_model.", ".transformer."): t for name, t in load_file(file).items()}
     save_file(tensors, tmp_path / "early.safetensors")
-    found, expected = describe(tmp_path / "early.safetensors", folder), describe(file, folder)
-    assert found.layers == expected.layers
-    families.load(found, "cpu", torch.float32)
+    actual, expected = describe(tmp_path / "early.safetensors", folder), describe(file, folder)
+    assert actual.layers == expected.layers
+    families.load(actual, "cpu", torch.float32)
 
 
-def test_sd2_in_sgm_s_spelling_is_sd2(made: Any, tmp_path: Path) -> None:
-    _, folder, file = made["sd2"]
+def test_sd2_in_sgm_s_spelling_is_sd2(base_files: Any, tmp_path: Path) -> None:
+    _, folder, file = base_files["sd2"]
     prefixes = "cond_stage_model.model.", "conditioner.embedders.0.model."
     tensors = {name.replace(*prefixes): tensor for name, tensor in load_file(file).items()}
     save_file(tensors, tmp_path / "sgm.safetensors")
     assert describe(tmp_path / "sgm.safetensors", folder).layers == describe(file, folder).layers
 
 
-def test_averages_and_buffers_of_training_are_left_alone(made: Any, tmp_path: Path) -> None:
+def test_averages_and_buffers_of_training_are_left_alone(base_files: Any, tmp_path: Path) -> None:
     extra = {"model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3), "betas": torch.zeros(1000)}
-    file = with_extra(made, "sd1", tmp_path, extra)
-    assert describe(file).layers == describe(made["sd1"][2]).layers
+    file = with_extra(base_files, "sd1", tmp_path, extra)
+    assert describe(file).layers == describe(base_files["sd1"][2]).layers
 
 
 # -- the tokenizer --------------------------------------------------------------------------------------------------
 
 
-def test_the_tokenizer_is_the_one_given_or_that_beside_the_file(made: Any, tmp_path: Path) -> None:
-    _, folder, file = made["sd1"]
+def test_the_tokenizer_is_the_one_given_or_that_beside_the_file(base_files: Any, tmp_path: Path) -> None:
+    _, folder, file = base_files["sd1"]
     assert (
         describe(file, folder).tokenizer() == describe(file, folder / "tokenizer").tokenizer() == folder / "tokenizer"
     )
-    beside = tmp_path / "people.safetensors"
-    beside.symlink_to(file)
+    copy = tmp_path / "people.safetensors"
+    copy.symlink_to(file)
     tiny.save_tokenizer(tmp_path / "tokenizer")
-    assert describe(beside).tokenizer() == tmp_path / "tokenizer"
+    assert describe(copy).tokenizer() == tmp_path / "tokenizer"
 
 
-def test_a_tokenizer_that_does_not_fit_is_named_with_the_option(made: Any, tmp_path: Path) -> None:
-    _, folder, file = made["sd1"]
+def test_a_tokenizer_that_does_not_fit_is_named_with_the_option(base_files: Any, tmp_path: Path) -> None:
+    _, folder, file = base_files["sd1"]
     other = tmp_path / "other" / "tokenizer"
     tiny.save_tokenizer(other)
     words = json.loads((other / "vocab.json").read_text(encoding="utf-8"))
@@ -353,9 +357,9 @@ def test_a_tokenizer_that_does_not_fit_is_named_with_the_option(made: Any, tmp_p
     assert "has its own tokenizer" in refusal(folder, tokenizer=str(folder))
 
 
-def test_words_that_fill_up_are_each_encoder_s_own(made: Any) -> None:
+def test_words_that_fill_up_are_each_encoder_s_own(base_files: Any) -> None:
     for family, expected in {"sd1": [tiny.SPECIAL[1]], "sd2": ["!"], "sdxl": [tiny.SPECIAL[1], "!"]}.items():
-        _, folder, file = made[family]
+        _, folder, file = base_files[family]
         loaded = families.load(describe(file, folder / "tokenizer"), "cpu", torch.float32)
         tokenizers = loaded.tokenizers if family == "sdxl" else [loaded.tokenizer]
         assert [tokenizer.pad_token for tokenizer in tokenizers] == expected
@@ -384,8 +388,8 @@ def test_other_models_in_one_file_are_named(names: list[str], words: str, tmp_pa
     assert f"file.safetensors {words}" in refusal(file)
 
 
-def test_a_missing_autoencoder_and_an_unknown_tensor_are_named(made: Any, tmp_path: Path) -> None:
-    tensors = load_file(made["sd1"][2])
+def test_a_missing_autoencoder_and_an_unknown_tensor_are_named(base_files: Any, tmp_path: Path) -> None:
+    tensors = load_file(base_files["sd1"][2])
     path = tmp_path / "x.safetensors"
     save_file({name: t for name, t in tensors.items() if not name.startswith("first_stage_model.")}, path)
     assert "x.safetensors lacks its vae (first_stage_model.*): get the whole checkpoint" in refusal(path)
@@ -393,8 +397,8 @@ def test_a_missing_autoencoder_and_an_unknown_tensor_are_named(made: Any, tmp_pa
     assert f"has a tensor {U}temporal.weight that Stable Diffusion does not have" in refusal(path)
 
 
-def test_a_tensor_of_the_wrong_shape_is_found_when_it_is_loaded(made: Any, tmp_path: Path) -> None:
-    _, folder, file = made["sd1"]
+def test_a_tensor_of_the_wrong_shape_is_found_when_it_is_loaded(base_files: Any, tmp_path: Path) -> None:
+    _, folder, file = base_files["sd1"]
     tensors = load_file(file)
     save_file(tensors | {f"{U}out.2.weight": torch.zeros(4, 8, 3, 3)}, tmp_path / "x.safetensors")
     with pytest.raises(LorakitError, match="cannot load unet of base"):
@@ -405,19 +409,19 @@ def test_a_tensor_of_the_wrong_shape_is_found_when_it_is_loaded(made: Any, tmp_p
         families.load(describe(tmp_path / "x.safetensors", folder), "cpu", torch.float32)
 
 
-def test_a_half_downloaded_file_says_how_much_is_there(made: Any, tmp_path: Path) -> None:
-    content = made["sd1"][2].read_bytes()
+def test_a_half_downloaded_file_says_how_much_is_there(base_files: Any, tmp_path: Path) -> None:
+    content = base_files["sd1"][2].read_bytes()
     (tmp_path / "half.safetensors").write_bytes(content[: len(content) // 2])
     assert "(50 %): download it again" in refusal(tmp_path / "half.safetensors")
 
 
-def test_describing_a_file_needs_no_torch(made: Any) -> None:
+def test_describing_a_file_needs_no_torch(base_files: Any) -> None:
     import subprocess
     import sys
 
     program = (
-        f"import sys; from lorakit import families; info = families.describe({str(made['sd2'][2])!r}); "
+        f"import sys; from lorakit import families; info = families.describe({str(base_files['sd2'][2])!r}); "
         "print(info.family, [m for m in ('torch', 'diffusers', 'transformers', 'numpy') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("sd2 []\n", "")
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (process.stdout, process.stderr) == ("sd2 []\n", "")

@@ -21,7 +21,7 @@ U, FIRST = "model.diffusion_model.", "first_stage_model."
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
+def base_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
     """Family -> folder in diffusers layout, tensors of its single file."""
     room = tmp_path_factory.mktemp("forms")
     bases = {}
@@ -47,8 +47,8 @@ def refusal(file: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-def same_weights(found: Any, expected: Any, tolerance: float = 0.0) -> None:
-    parts = [(found.vae, expected.vae), *zip(found.modules().values(), expected.modules().values(), strict=True)]
+def same_weights(actual: Any, expected: Any, tolerance: float = 0.0) -> None:
+    parts = [(actual.vae, expected.vae), *zip(actual.modules().values(), expected.modules().values(), strict=True)]
     for one, other in parts:
         other_state = other.state_dict()
         for name, tensor in one.state_dict().items():
@@ -82,13 +82,13 @@ EXTRAS: dict[str, dict[str, list[str]]] = {
 
 
 @pytest.mark.parametrize("family", EXTRAS)
-def test_keys_that_no_program_reads_are_ignored_and_said(family: str, made: Any, tmp_path: Path) -> None:
-    folder, tensors = made[family]
-    said, quiet = EXTRAS[family]["said"], EXTRAS[family]["quiet"]
-    info = describe(write(tmp_path, tensors | {name: torch.zeros(2, 2) for name in [*said, *quiet]}), folder)
+def test_keys_that_no_program_reads_are_ignored_and_said(family: str, base_files: Any, tmp_path: Path) -> None:
+    folder, tensors = base_files[family]
+    message, quiet = EXTRAS[family]["said"], EXTRAS[family]["quiet"]
+    info = describe(write(tmp_path, tensors | {name: torch.zeros(2, 2) for name in [*message, *quiet]}), folder)
     (note,) = [note for note in info.notes if "ignored" in note]
     assert note.startswith("keys that are not of such a model, ignored: ")
-    for name in said:
+    for name in message:
         assert f"{'.'.join(name.split('.')[:-1][:2])}.*" in note
     assert not [name for name in quiet if name in note]
     same_weights(
@@ -97,8 +97,8 @@ def test_keys_that_no_program_reads_are_ignored_and_said(family: str, made: Any,
 
 
 @pytest.mark.parametrize("layout", ["scale_weight", "weight_scale", "rows", "blocks", "int8"])
-def test_weights_of_eight_bits_are_multiplied_by_their_scale(layout: str, made: Any, tmp_path: Path) -> None:
-    folder, tensors = made["sd1"]
+def test_weights_of_eight_bits_are_multiplied_by_their_scale(layout: str, base_files: Any, tmp_path: Path) -> None:
+    folder, tensors = base_files["sd1"]
     scaled: dict[str, torch.Tensor] = {f"{U}scaled_fp8": torch.zeros(2, dtype=FP8)}
     expected, changed = dict(tensors), 0
     for name, tensor in tensors.items():
@@ -112,14 +112,14 @@ def test_weights_of_eight_bits_are_multiplied_by_their_scale(layout: str, made: 
         scale = largest / (127 if layout == "int8" else 448)
         spread = scale.reshape(len(tensor), -1, 1) if rows else scale
         codes = cells / spread
-        stored = codes.round().to(torch.int8) if layout == "int8" else codes.to(FP8)
-        scaled[name] = stored.reshape(tensor.shape)
+        codes_on_disk = codes.round().to(torch.int8) if layout == "int8" else codes.to(FP8)
+        scaled[name] = codes_on_disk.reshape(tensor.shape)
         scaled[f"{stem}.{'scale_weight' if layout == 'scale_weight' else 'weight_scale'}"] = scale
         if layout == "scale_weight":
             scaled[f"{stem}.scale_input"] = torch.ones(())
         else:
             scaled[f"{stem}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
-        expected[name] = (stored.float() * spread).reshape(tensor.shape)
+        expected[name] = (codes_on_disk.float() * spread).reshape(tensor.shape)
         assert (expected[name] - tensor).abs().max() < 0.07 * tensor.abs().max()
         changed += 1
     assert changed == 16 * 8
@@ -130,8 +130,8 @@ def test_weights_of_eight_bits_are_multiplied_by_their_scale(layout: str, made: 
     same_weights(*(families.load(i, "cpu", torch.float32) for i in (info, plain)), tolerance=1e-7)
 
 
-def test_a_quantization_that_is_not_read_is_refused_by_the_description(made: Any, tmp_path: Path) -> None:
-    _, tensors = made["sd1"]
+def test_a_quantization_that_is_not_read_is_refused_by_the_description(base_files: Any, tmp_path: Path) -> None:
+    _, tensors = base_files["sd1"]
     key = f"{U}input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
     packed = tensors | {key: torch.zeros(512, 1, dtype=torch.uint8), f"{key}.absmax": torch.ones(16)}
     assert f"x.safetensors has {key} in U8, a quantization not read here" in refusal(write(tmp_path, packed))
@@ -149,15 +149,17 @@ def test_a_quantization_that_is_not_read_is_refused_by_the_description(made: Any
         "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias",
     ],
 )
-def test_a_missing_tensor_is_named_before_anything_is_loaded(key: str, made: Any, tmp_path: Path) -> None:
-    tensors = dict(made["sd1"][1])
+def test_a_missing_tensor_is_named_before_anything_is_loaded(key: str, base_files: Any, tmp_path: Path) -> None:
+    tensors = dict(base_files["sd1"][1])
     del tensors[key]
     assert "which its other blocks have: get the whole checkpoint" in refusal(write(tmp_path, tensors))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP8, 0.07), (torch.float8_e5m2, 0.14)])
-def test_sd2_in_fp8_is_told_by_its_bias_too(dtype: torch.dtype, tolerance: float, made: Any, tmp_path: Path) -> None:
-    _, tensors = made["sd2"]
+def test_sd2_in_fp8_is_told_by_its_bias_too(
+    dtype: torch.dtype, tolerance: float, base_files: Any, tmp_path: Path
+) -> None:
+    _, tensors = base_files["sd2"]
     name = f"{U}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     for spread, kind in ((0.02, "epsilon"), (0.25, "v_prediction")):
         bias = spread * torch.tensor([1.0, -1.0] * (len(tensors[name]) // 2))
@@ -219,17 +221,17 @@ DISTILLED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", DISTILLED)
-def test_distilled_models_are_read_from_their_shapes(name: str, made: Any, tmp_path: Path) -> None:
+def test_distilled_models_are_read_from_their_shapes(name: str, base_files: Any, tmp_path: Path) -> None:
     family, changes = DISTILLED[name]
-    folder, tensors = made[family]
+    folder, tensors = base_files[family]
     unet = whole.unet(family, **whole.SMALL[family] | changes)
     rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(U)}
     file = write(tmp_path, rest | {f"{U}{key}": tensor.detach() for key, tensor in whole.unet_tensors(unet)})
     info = describe(file, folder)
     loaded = families.load(info, "cpu", torch.float32)
-    expected, found = unet.state_dict(), loaded.denoiser.state_dict()
-    assert expected.keys() == found.keys() and info.family == family
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    expected, actual = unet.state_dict(), loaded.denoiser.state_dict()
+    assert expected.keys() == actual.keys() and info.family == family
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
     condition = loaded.encode_text(["a photo"])
     if family == "sdxl":
         condition = condition.with_rows(time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]]))
@@ -249,18 +251,18 @@ def test_distilled_models_are_read_from_their_shapes(name: str, made: Any, tmp_p
     ],
 )
 def test_a_folder_of_another_schedule_is_refused(
-    changes: dict[str, Any], words: str, made: Any, tmp_path: Path
+    changes: dict[str, Any], words: str, base_files: Any, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(made["sdxl"][0], tmp_path / "base")
+    folder = shutil.copytree(base_files["sdxl"][0], tmp_path / "base")
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
     assert f"was trained with {words}" in refusal(folder)
-    path.write_text((made["sdxl"][0] / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    path.write_text((base_files["sdxl"][0] / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     assert families.describe(folder).prediction_type == "epsilon"
 
 
-def test_a_file_whose_metadata_names_another_prediction_is_refused(made: Any, tmp_path: Path) -> None:
-    file = write(tmp_path, made["sd1"][1], **{"modelspec.prediction_type": "rectified_flow"})
+def test_a_file_whose_metadata_names_another_prediction_is_refused(base_files: Any, tmp_path: Path) -> None:
+    file = write(tmp_path, base_files["sd1"][1], **{"modelspec.prediction_type": "rectified_flow"})
     assert "x.safetensors predicts 'rectified_flow', as its metadata says, which lorakit does not train" in refusal(
         file
     )

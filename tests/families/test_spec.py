@@ -51,8 +51,8 @@ def test_presets_of_every_version_exist() -> None:
     ],
 )
 def test_the_longest_beginning_of_a_pipeline_class_tells_the_family(pipeline: str, name: str) -> None:
-    found = families.of_pipeline(pipeline)
-    assert found is not None and found.name == name
+    spec_of_class = families.of_pipeline(pipeline)
+    assert spec_of_class is not None and spec_of_class.name == name
 
 
 @pytest.mark.parametrize("pipeline", ["StableDiffusionUpscalePipeline", "FluxPipeline", ""])
@@ -99,8 +99,8 @@ def test_an_installed_package_adds_a_family_by_an_entry_point(tmp_path: Path) ->
         "from lorakit.core import registry\nfrom lorakit import families\n"
         "print(*registry.versions(), families.of_pipeline('MinePipeline').name, 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["sd1", "sd2", "sdxl", "sd3", "mine", "mine", "False"]
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["sd1", "sd2", "sdxl", "sd3", "mine", "mine", "False"]
 
 
 def test_a_version_without_v_names_is_called_the_same_for_both() -> None:

@@ -15,7 +15,7 @@ def vae(request: pytest.FixtureRequest) -> Any:
     """Stable Diffusion's autoencoder with an eighth of the channels."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = AutoencoderKL(
+        model = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(16, 32, 64, 64),
@@ -25,9 +25,9 @@ def vae(request: pytest.FixtureRequest) -> Any:
             use_quant_conv=request.param,
             use_post_quant_conv=request.param,
         )
-        for parameter in made.parameters():  # norms that do nothing would hide a wrong one
+        for parameter in model.parameters():  # norms that do nothing would hide a wrong one
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    return made.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -39,20 +39,20 @@ def draw(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(64, 64), (72, 104)])
 def test_encoding_by_strips_is_encoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
     pixels = draw(2, 3, *size).clamp(-1, 1)
-    whole = vae.encode(pixels).latent_dist.parameters
-    found = tiled_vae.encode(vae, pixels, strip)
-    assert found.shape == whole.shape
-    assert (found - whole).norm() / whole.norm() < 1e-5
+    untiled = vae.encode(pixels).latent_dist.parameters
+    actual = tiled_vae.encode(vae, pixels, strip)
+    assert actual.shape == untiled.shape
+    assert (actual - untiled).norm() / untiled.norm() < 1e-5
 
 
 @pytest.mark.parametrize("strip", [1, 20_000, tiled_vae.STRIP])
 @pytest.mark.parametrize("size", [(8, 8), (9, 13)])
 def test_decoding_by_strips_is_decoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
     latents = draw(2, 4, *size)
-    whole = vae.decode(latents).sample
-    found = tiled_vae.decode(vae, latents, strip)
-    assert found.shape == whole.shape
-    assert (found - whole).norm() / whole.norm() < 1e-5
+    untiled = vae.decode(latents).sample
+    actual = tiled_vae.decode(vae, latents, strip)
+    assert actual.shape == untiled.shape
+    assert (actual - untiled).norm() / untiled.norm() < 1e-5
 
 
 def test_the_picture_as_a_whole_is_left_to_the_vae_where_it_fits(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,8 +61,8 @@ def test_the_picture_as_a_whole_is_left_to_the_vae_where_it_fits(vae: Any, monke
     assert tiled_vae.fits(vae, 10**12, tiled_vae.ENCODING)  # a CPU has no other memory to go to
     monkeypatch.setattr(tiled_vae, "fits", lambda *_: False)
     monkeypatch.setattr(vae, "encode", None)
-    for found, right in zip(loading.encode_image(vae, pixels), expected, strict=True):
-        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    for actual, right in zip(loading.encode_image(vae, pixels), expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-5)
 
 
 def test_room_is_what_the_card_has_free_and_what_torch_holds_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

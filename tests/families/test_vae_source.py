@@ -108,8 +108,8 @@ def test_a_merged_model_has_it(form: str, base: str, output: str, room: Path, tm
     merge.merge(weights, info, tmp_path / output)
     shutil.copytree(room / "sd1" / "tokenizer", tmp_path / "tokenizer")
     merged = families.describe(str(tmp_path / output))
-    found, expected = vae_of(merged), vae_of(described(room, base, room / "folder"))
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    actual, expected = vae_of(merged), vae_of(described(room, base, room / "folder"))
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in expected)
     assert "vae" in merged.configs["model_index"]
 
 
@@ -206,16 +206,16 @@ def test_a_hub_id_is_fetched_and_pinned(room: Path, tmp_path: Path, monkeypatch:
     served = altered(room / "folder", tmp_path / "served")
     (served / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     (served / "sdxl_vae.safetensors").write_bytes(b"twin")
-    asked: list[str] = []
+    requests: list[str] = []
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with hub_server.serve(served, asked, "org/vae") as address, monkeypatch.context() as patch:
+    with hub_server.serve(served, requests, "org/vae") as address, monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", address)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
         info = described(room, "sd1", "org/vae")
         with pytest.raises(LorakitError, match=r"model\.vae: org/gone is not on the hub"):
             described(room, "sd1", "org/gone")
-    assert not any("twin" in line or ".bin" in line or "sdxl_vae" in line for line in asked)
+    assert not any("twin" in line or ".bin" in line or "sdxl_vae" in line for line in requests)
     pinned = families.pin(ModelConfig(base=str(room / "sd1"), vae="org/vae"))
     assert pinned.vae == f"org/vae@{hub_server.COMMIT}"
     assert vae_of(families.describe(pinned)).keys() == vae_of(info).keys()

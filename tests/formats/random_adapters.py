@@ -42,10 +42,10 @@ def lokr(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Gener
     """A LoKr layer cut as LyCORIS cuts it, with normal numbers."""
     (a, b), (c, d) = cut(shape[0]), cut(shape[1])
     kernel = tuple(shape[2:])
-    columns, whole = d * int(np.prod(kernel)), rank >= max(b, d) / 2
-    sizes = [(b, columns)] if whole else [(b, rank), (rank, columns)]
+    columns, is_full = d * int(np.prod(kernel)), rank >= max(b, d) / 2
+    sizes = [(b, columns)] if is_full else [(b, rank), (rank, columns)]
     w2 = tuple(0.3 * torch.randn(size, generator=generator) for size in sizes)
-    return LokrLayer((torch.randn(a, c, generator=generator),), w2, alpha, kernel if whole else ())
+    return LokrLayer((torch.randn(a, c, generator=generator),), w2, alpha, kernel if is_full else ())
 
 
 def cut(width: int) -> tuple[int, int]:
@@ -70,10 +70,10 @@ def adapter(
             next((v for suffix, v in value.items() if name.endswith(suffix)), 4) if isinstance(value, dict) else value
         )
 
-    made = {"loha": loha, "lokr": lokr}
+    factories = {"loha": loha, "lokr": lokr}
     layers = {
-        name: made[method](shape, of(rank, name), float(of(alpha, name)), generator)
-        if method in made
+        name: factories[method](shape, of(rank, name), float(of(alpha, name)), generator)
+        if method in factories
         else layer(shape, of(rank, name), float(of(alpha, name)), generator, method == "dora")
         for name, shape in shapes.items()
     }
@@ -87,9 +87,9 @@ def reference_delta(entry: AnyLayer) -> np.ndarray:
         product = (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
         return product * entry.alpha / part["hada_w1_a"].shape[1]
     if "lokr_w1" in part:
-        whole = part.get("lokr_w2")
-        if whole is not None:
-            return np.kron(part["lokr_w1"], whole.reshape(len(whole), -1))
+        full = part.get("lokr_w2")
+        if full is not None:
+            return np.kron(part["lokr_w1"], full.reshape(len(full), -1))
         return (
             np.kron(part["lokr_w1"], part["lokr_w2_a"] @ part["lokr_w2_b"]) * entry.alpha / part["lokr_w2_a"].shape[1]
         )
@@ -101,14 +101,14 @@ def reference_delta(entry: AnyLayer) -> np.ndarray:
 
 def one_of_each_kind(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The first layer of every kind in every part of the model: as good as all of them, and quick."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes_by_kind: dict[str, tuple[int, ...]] = {}
     kinds = set()
     for name, shape in shapes.items():
         kind = (name.partition(".")[0], *name.replace("to_out.0", "to_out").split(".")[-2:], len(shape))
         if kind not in kinds:
             kinds.add(kind)
-            found[name] = shape
-    return found
+            shapes_by_kind[name] = shape
+    return shapes_by_kind
 
 
 def pipeline_shapes(pipeline, *, conv: bool = True, text: bool = True) -> dict[str, tuple[int, ...]]:
@@ -128,15 +128,15 @@ def pipeline_shapes(pipeline, *, conv: bool = True, text: bool = True) -> dict[s
 
 def applied_deltas(pipeline) -> dict[str, torch.Tensor]:
     """Canonical name -> delta W that the PEFT layers of a pipeline really add, after a program has loaded a file."""
-    found: dict[str, torch.Tensor] = {}
+    deltas: dict[str, torch.Tensor] = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
         for path, module in getattr(pipeline, part).named_modules() if getattr(pipeline, part, None) else ():
-            held = [getattr(module, part, ()) for part in ("lora_A", "hada_w1_a", "lokr_w1")]
-            for adapter in getattr(module, "active_adapters", ()) if any(len(names) for names in held) else ():
-                if any(adapter in names for names in held):
+            factors = [getattr(module, part, ()) for part in ("lora_A", "hada_w1_a", "lokr_w1")]
+            for adapter in getattr(module, "active_adapters", ()) if any(len(names) for names in factors) else ():
+                if any(adapter in names for names in factors):
                     prefix = "text_model." if part != "unet" and not path.startswith("text_model.") else ""
-                    found[f"{part}.{prefix}{path}"] = module.get_delta_weight(adapter).detach().float().cpu()
-    return found
+                    deltas[f"{part}.{prefix}{path}"] = module.get_delta_weight(adapter).detach().float().cpu()
+    return deltas
 
 
 def kohya_shapes(family: str, *, rank: int = 4, conv: bool = True, sgm: bool | None = None) -> dict[str, tuple]:

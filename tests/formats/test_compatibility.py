@@ -173,8 +173,8 @@ def test_dora_is_honoured_by_the_web_uis_only():
     [("sd1", {"diffusers"}), ("sd2", {"diffusers", "a1111"}), ("sdxl", {"diffusers", "a1111", "sd.cpp"})],
 )
 def test_text_encoder_with_q_and_v_only(family, lost):
-    whole = random_adapters.kohya_shapes(family)
-    shapes = {n: s for n, s in whole.items() if n.startswith("lora_unet") or "_q_proj" in n or "_v_proj" in n}
+    every_shape = random_adapters.kohya_shapes(family)
+    shapes = {n: s for n, s in every_shape.items() if n.startswith("lora_unet") or "_q_proj" in n or "_v_proj" in n}
     report = read_report(shapes, family)
     assert complete(report) == set(KOHYA_READERS) - lost
     if family == "sdxl":
@@ -240,25 +240,25 @@ def test_lycoris_is_refused_by_diffusers(prefix):
 )
 def test_a_broken_loha_is_read_by_nobody(change, words):
     parts = {"hada_w1_a": (320, 4), "hada_w1_b": (4, 768), "hada_w2_a": (320, 4), "hada_w2_b": (4, 768), "alpha": ()}
-    whole = without(random_adapters.kohya_shapes("sd1"), TO_K)
-    assert "a1111" in complete(read_report(whole | {f"{TO_K}.{part}": shape for part, shape in parts.items()}, "sd1"))
+    shapes = without(random_adapters.kohya_shapes("sd1"), TO_K)
+    assert "a1111" in complete(read_report(shapes | {f"{TO_K}.{part}": shape for part, shape in parts.items()}, "sd1"))
     change(parts)
     own = {"lorakit.version": "0.1"}
-    report = read_report(whole | {f"{TO_K}.{part}": shape for part, shape in parts.items()}, "sd1", metadata=own)
+    report = read_report(shapes | {f"{TO_K}.{part}": shape for part, shape in parts.items()}, "sd1", metadata=own)
     assert complete(report) == set()
     assert words in report["a1111"].wrong[TO_K]
 
 
 def test_tuckers_form_is_misread_by_sd_cpp_and_lokr_on_convolutions_too():
-    whole = without(random_adapters.kohya_shapes("sd1"), TO_K)
+    shapes = without(random_adapters.kohya_shapes("sd1"), TO_K)
     linear = {"lokr_w1": (16, 16), "lokr_w2_a": (20, 4), "lokr_w2_b": (4, 48), "alpha": ()}
-    report = read_report(whole | {f"{TO_K}.{part}": shape for part, shape in linear.items()}, "sd1")
+    report = read_report(shapes | {f"{TO_K}.{part}": shape for part, shape in linear.items()}, "sd1")
     assert report["sd.cpp"].complete and report["a1111"].complete and not report["sd-scripts"].complete
     tucker = {"lokr_w1": (16, 16), "lokr_w2_a": (4, 20), "lokr_w2_b": (4, 48), "lokr_t2": (4, 4, 3, 3), "alpha": ()}
-    report = read_report(whole | {f"{TO_K}.{part}": shape for part, shape in tucker.items()}, "sd1")
+    report = read_report(shapes | {f"{TO_K}.{part}": shape for part, shape in tucker.items()}, "sd1")
     assert report["sd.cpp"].wrong == {TO_K: "applies Tucker's form wrongly"} and report["comfyui"].complete
     conv = "lora_unet_down_blocks_0_attentions_0_proj_in"
-    report = read_report(without(whole, conv) | {f"{conv}.{part}": shape for part, shape in linear.items()}, "sd1")
+    report = read_report(without(shapes, conv) | {f"{conv}.{part}": shape for part, shape in linear.items()}, "sd1")
     assert report["sd.cpp"].wrong == {conv: "applies it wrongly on convolutions"}
     assert compatibility.predict_compatibility("lokr", "kohya")["sd.cpp"] == "applies it wrongly on convolutions"
 
@@ -277,9 +277,9 @@ def test_what_is_said_before_training():
         "dora in the kohya format is honoured by AUTOMATIC1111, Forge, ComfyUI, InvokeAI; not by kohya sd-scripts, "
         "stable-diffusion.cpp, diffusers: ignores dora_scale and applies it as plain LoRA"
     )
-    told = compatibility.predict_compatibility("dora", "kohya")
-    assert [key for key, problem in told.items() if not problem] == ["a1111", "forge", "comfyui", "invokeai"]
-    assert told["diffusers"] == "ignores dora_scale and applies it as plain LoRA"
+    lines = compatibility.predict_compatibility("dora", "kohya")
+    assert [key for key, problem in lines.items() if not problem] == ["a1111", "forge", "comfyui", "invokeai"]
+    assert lines["diffusers"] == "ignores dora_scale and applies it as plain LoRA"
     assert [
         key for key, problem in compatibility.predict_compatibility("lora", "diffusers").items() if not problem
     ] == ["diffusers"]

@@ -28,27 +28,31 @@ def weights(family="sd1", count=2, width=32):
     return replace(random_adapters.adapter(SHAPES, family), embeddings={"sks": vectors})
 
 
-def written(folder, made):
-    return save(made, folder, "toy", FORMATS, "fp16", {"modelspec.trigger_phrase": "sks toy"})
+def write_files(folder, adapter):
+    return save(adapter, folder, "toy", FORMATS, "fp16", {"modelspec.trigger_phrase": "sks toy"})
 
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_files_have_the_names_and_keys_that_programs_look_for(tmp_path, family):
-    made = weights(family)
-    written(tmp_path, made)
+    adapter = weights(family)
+    write_files(tmp_path, adapter)
     names = {"sd1": ["emb_params"], "sdxl": ["clip_l", "clip_g"]}[family]
     file = tmp_path / "toy-embedding" / "sks.safetensors"
-    stored = load_file(file)
-    assert set(stored) == set(names)
+    tensors = load_file(file)
+    assert set(tensors) == set(names)
     for name, part in zip(names, ENCODERS[family], strict=True):
-        assert torch.equal(stored[name], made.embeddings["sks"][part]) and stored[name].dtype is torch.float32
+        assert torch.equal(tensors[name], adapter.embeddings["sks"][part]) and tensors[name].dtype is torch.float32
     head = safetensors_header.read(file).metadata
     assert head["modelspec.architecture"].endswith("/textual-inversion") and head["ss_output_name"] == "sks"
     bundled = load_file(tmp_path / "toy-bundled.safetensors")
-    known = {"sd1": {"string_to_param.*"}, "sdxl": {"clip_l", "clip_g"}}[family]
-    assert {key for key in bundled if key.startswith("bundle_emb.")} == {f"bundle_emb.sks.{name}" for name in known}
+    expected_keys = {"sd1": {"string_to_param.*"}, "sdxl": {"clip_l", "clip_g"}}[family]
+    assert {key for key in bundled if key.startswith("bundle_emb.")} == {
+        f"bundle_emb.sks.{name}" for name in expected_keys
+    }
     plain = load_file(tmp_path / "toy.safetensors")
-    assert all(torch.equal(bundled[key], plain[key]) for key in plain) and len(bundled) == len(plain) + len(known)
+    assert all(torch.equal(bundled[key], plain[key]) for key in plain) and len(bundled) == len(plain) + len(
+        expected_keys
+    )
     assert inspect(file).kind == "embedding"
     report = read_report({key: tuple(tensor.shape) for key, tensor in bundled.items()}, family)
     assert report["a1111"].complete and report["comfyui"].complete and report["diffusers"].refused
@@ -57,21 +61,21 @@ def test_files_have_the_names_and_keys_that_programs_look_for(tmp_path, family):
 @pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("fmt", [*FORMATS, "bundled"])
 def test_every_format_brings_the_word_back(tmp_path, family, fmt):
-    made = weights(family)
-    path = (written(tmp_path, made) | {"bundled": tmp_path / "toy-bundled.safetensors"})[fmt]
+    adapter = weights(family)
+    path = (write_files(tmp_path, adapter) | {"bundled": tmp_path / "toy-bundled.safetensors"})[fmt]
     back = read(path).embeddings
     assert {word: set(vectors) for word, vectors in back.items()} == {"sks": set(ENCODERS[family])}
-    assert all(torch.equal(back["sks"][part], made.embeddings["sks"][part]) for part in ENCODERS[family])
+    assert all(torch.equal(back["sks"][part], adapter.embeddings["sks"][part]) for part in ENCODERS[family])
 
 
 def test_diffusers_draws_with_the_embedding_what_lorakit_draws(tiny_sd1, tmp_path):
-    made = weights(count=1)
-    written(tmp_path, made)
+    adapter = weights(count=1)
+    write_files(tmp_path, adapter)
     family = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, dtype=torch.float32)
     pipeline.load_textual_inversion(tmp_path / "toy-embedding", weight_name="sks.safetensors", token="<sks>")
     theirs = pipeline.encode_prompt("a photo of <sks> toy", "cpu", 1, False)[0]
-    applied = adapters.apply(family, made)
+    applied = adapters.apply(family, adapter)
     torch.testing.assert_close(family.encode_text(["a photo of sks toy"])["encoder_hidden_states"], theirs)
     # The same through the pipeline that pictures are drawn with.
     ours = family.pipeline().encode_prompt("a photo of sks toy", "cpu", 1, False)[0]
@@ -111,35 +115,35 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_the_check_at_the_end_notices(tmp_path, name):
     file, change, words = WRONG[name]
-    made = weights()
-    path = written(tmp_path, made)["kohya"]
-    assert verify_file(path, made, SHAPES) == []
+    adapter = weights()
+    path = write_files(tmp_path, adapter)["kohya"]
+    assert verify_file(path, adapter, SHAPES) == []
     changed(tmp_path / f"{file}.safetensors", change)
-    findings = [str(finding) for finding in verify_file(path, made, SHAPES)]
+    findings = [str(finding) for finding in verify_file(path, adapter, SHAPES)]
     assert any(words in finding for finding in findings), findings
 
 
 def test_the_check_at_the_end_misses_no_file(tmp_path):
-    made = weights()
-    paths = written(tmp_path, made)
+    adapter = weights()
+    paths = write_files(tmp_path, adapter)
     (tmp_path / "toy-bundled.safetensors").unlink()
-    assert [str(finding) for finding in verify_file(paths["kohya"], made, SHAPES)] == [
+    assert [str(finding) for finding in verify_file(paths["kohya"], adapter, SHAPES)] == [
         "toy-bundled.safetensors: missing"
     ]
     (tmp_path / "toy-embedding" / "sks.safetensors").unlink()
     for path in paths.values():
         with pytest.raises(LorakitError, match=r"its embedding toy-embedding/sks.safetensors is not beside it"):
             read(path)
-    extra = replace(made, embeddings={})
+    extra = replace(adapter, embeddings={})
     assert "sks: embedding that was not trained" in [
-        str(finding) for finding in verify_file(written(tmp_path, made)["kohya"], extra, SHAPES)
+        str(finding) for finding in verify_file(write_files(tmp_path, adapter)["kohya"], extra, SHAPES)
     ]
 
 
 def test_words_survive_arithmetic(tmp_path):
-    made = weights()
-    other = replace(made, embeddings={"ohwx": made.embeddings["sks"]})
-    assert resize(made, rank=2).embeddings == made.embeddings
-    assert set(combine([(made, 1.0), (other, 1.0)]).embeddings) == {"sks", "ohwx"}
+    adapter = weights()
+    other = replace(adapter, embeddings={"ohwx": adapter.embeddings["sks"]})
+    assert resize(adapter, rank=2).embeddings == adapter.embeddings
+    assert set(combine([(adapter, 1.0), (other, 1.0)]).embeddings) == {"sks", "ohwx"}
     with pytest.raises(LorakitError, match="several adapters have an embedding of their own for 'sks'"):
-        combine([(made, 1.0), (made, 0.5)])
+        combine([(adapter, 1.0), (adapter, 0.5)])

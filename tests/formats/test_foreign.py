@@ -52,7 +52,7 @@ def theirs(kind: str, layer: torch.nn.Module, stem: str) -> torch.nn.Module:
     return module
 
 
-def stored(folder, stem, tensors):
+def save_tensors(folder, stem, tensors):
     path = folder / "theirs.safetensors"
     save_file({f"{stem}.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     return path
@@ -65,7 +65,7 @@ def test_the_merged_weight_is_that_of_the_package(tmp_path, kind, conv):
     layer = torch.nn.Conv2d(24, 32, 3, padding=1) if conv else torch.nn.Linear(24, 32)
     stem, name = CONV if conv else LINEAR
     module = theirs(kind, layer, stem)
-    path = stored(tmp_path, stem, module.state_dict())
+    path = save_tensors(tmp_path, stem, module.state_dict())
     weights = read(path)
     x = torch.randn(2, 24, 5, 5) if conv else torch.randn(2, 24)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_biases_beside_lora_are_carried_by_every_command(tmp_path):
     down, up = torch.randn(4, 24, generator=draw), torch.randn(32, 4, generator=draw)
     bias = torch.randn(32, generator=draw)
     tensors = {"lora_down.weight": down, "lora_up.weight": up, "diff_b": bias}
-    weights = read(stored(tmp_path, LINEAR[0], tensors))
+    weights = read(save_tensors(tmp_path, LINEAR[0], tensors))
     path = LINEAR[1].removeprefix("unet.")
     merger = Merger(weights, 0.5)
     assert torch.allclose(merger("unet", f"{path}.bias", torch.ones(32)), 1 + 0.5 * bias)
@@ -121,10 +121,10 @@ def test_a_style_and_lcm_become_one_file(tmp_path):
     """LCM-LoRA adapts `conv_in` and the time embedding too."""
     style = random_adapters.adapter({LINEAR[1]: (32, 24)}, "sd1")
     lcm = random_adapters.adapter({LINEAR[1]: (32, 24), "unet.conv_in": (16, 4, 3, 3)}, "sd1", seed=1)
-    said = []
+    messages = []
     both = combine([(style, 1.0), (resize(lcm, rank=4), 0.5)])
-    path = save(both, tmp_path, "both", ["kohya"], "fp32", {}, say=said.append)["kohya"]
-    assert "export: 1 layers, such as unet.conv_in, are not read by every program" in said[0]
+    path = save(both, tmp_path, "both", ["kohya"], "fp32", {}, say=messages.append)["kohya"]
+    assert "export: 1 layers, such as unet.conv_in, are not read by every program" in messages[0]
     assert torch.allclose(
         read(path).layers["unet.conv_in"].delta(), 0.5 * lcm.layers["unet.conv_in"].delta(), atol=1e-6
     )
@@ -143,14 +143,18 @@ def test_norms_are_merged_and_carried(tmp_path):
     for kind, expected in zip(("weight", "bias"), norm.get_merged_weight(), strict=True):
         before = getattr(norm.org_module[0], kind).detach()
         assert torch.allclose(merger("unet", f"{path}.{kind}", before), expected)
-    again = kohya.tensors(resize(weights, rank=2), "fp32")
-    assert torch.equal(again[f"{NORM[0]}.w_norm"], norm.w_norm) and torch.equal(again[f"{NORM[0]}.b_norm"], norm.b_norm)
+    resized = kohya.tensors(resize(weights, rank=2), "fp32")
+    assert torch.equal(resized[f"{NORM[0]}.w_norm"], norm.w_norm) and torch.equal(
+        resized[f"{NORM[0]}.b_norm"], norm.b_norm
+    )
 
 
 def test_full_differences_are_read(tmp_path):
     layer = torch.nn.Linear(24, 32)
     draw = torch.Generator().manual_seed(2)
-    weights = read(stored(tmp_path, LINEAR[0], {"diff": torch.randn(32, 24, generator=draw), "diff_b": torch.ones(32)}))
+    weights = read(
+        save_tensors(tmp_path, LINEAR[0], {"diff": torch.randn(32, 24, generator=draw), "diff_b": torch.ones(32)})
+    )
     delta = weights.layers[LINEAR[1]].delta()
     module = FullModule("x", layer)
     module.load_state_dict({"diff": delta, "diff_b": torch.ones(32)})

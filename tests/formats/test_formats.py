@@ -32,38 +32,40 @@ def tiny(request):
 def applied(pipeline, path):
     """delta W of each layer after diffusers has loaded a file, and the pipeline as it was."""
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
-    found = random_adapters.applied_deltas(pipeline)
+    deltas = random_adapters.applied_deltas(pipeline)
     pipeline.unload_lora_weights()
-    return found
+    return deltas
 
 
-def assert_equal(found, weights, tolerance=1e-5):
-    extra = [name for name in found if name not in weights.layers and found[name].abs().sum() > 0]
+def assert_equal(actual, weights, tolerance=1e-5):
+    extra = [name for name in actual if name not in weights.layers and actual[name].abs().sum() > 0]
     assert extra == []
     for name, layer in weights.layers.items():
         expected = random_adapters.reference_delta(layer)
-        assert np.abs(found[name].double().numpy().reshape(expected.shape) - expected).max() <= tolerance, name
+        assert np.abs(actual[name].double().numpy().reshape(expected.shape) - expected).max() <= tolerance, name
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("conv", [False, True])
 def test_kohya_tensors_equal_the_frozen_list(family, conv):
-    kept = [row for row in random_adapters.frozen(family) if not row[3].startswith(("top", "text_encoder_2 text"))]
-    rows = [row for row in kept if conv or not row[3].startswith("conv")]
+    layer_rows = [
+        row for row in random_adapters.frozen(family) if not row[3].startswith(("top", "text_encoder_2 text"))
+    ]
+    rows = [row for row in layer_rows if conv or not row[3].startswith("conv")]
     layers = {}
     for name, _, _, _, (out, into, *kernel) in rows:
         layers[name] = LoraLayer(torch.zeros(2, into, *kernel), torch.zeros(out, 2, *(1 for _ in kernel)), 2.0)
-    made = kohya.tensors(AdapterWeights(family, "lora", layers), "fp16")
+    tensors = kohya.tensors(AdapterWeights(family, "lora", layers), "fp16")
     expected = {}
     for name, by_blocks, by_sgm, _, (out, into, *kernel) in rows:
         stem = by_sgm if family == "sdxl" and name.startswith("unet.") else by_blocks
         expected[f"{stem}.lora_down.weight"] = (2, into, *kernel)
         expected[f"{stem}.lora_up.weight"] = (out, 2, *(1 for _ in kernel))
         expected[f"{stem}.alpha"] = ()
-    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == expected
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
     counts = {("sd1", False): 264, ("sd1", True): 350, ("sd2", False): 330, ("sd2", True): 416}
-    assert len(made) == 3 * (counts | {("sdxl", False): 986, ("sdxl", True): 1052})[family, conv]
-    assert all(t.dtype == (torch.float32 if n.endswith(".alpha") else torch.float16) for n, t in made.items())
+    assert len(tensors) == 3 * (counts | {("sdxl", False): 986, ("sdxl", True): 1052})[family, conv]
+    assert all(t.dtype == (torch.float32 if n.endswith(".alpha") else torch.float16) for n, t in tensors.items())
 
 
 @pytest.mark.parametrize("writer", [kohya, diffusers])
@@ -100,9 +102,9 @@ def test_peft_opens_the_folder(tiny, tmp_path):
 
     family, pipeline, shapes = tiny
     weights = random_adapters.adapter(shapes, family, rank={"to_q": 2}, alpha=2.5)
-    written = peft.write(weights, tmp_path / "folder", dtype="fp32", metadata={})
-    assert all(path.is_file() for path in written)
-    parts = sorted({path.parent.name for path in written})
+    folder = peft.write(weights, tmp_path / "folder", dtype="fp32", metadata={})
+    assert all(path.is_file() for path in folder)
+    parts = sorted({path.parent.name for path in folder})
     assert parts == sorted({name.partition(".")[0] for name in shapes})
 
     class Opened:
@@ -113,11 +115,11 @@ def test_peft_opens_the_folder(tiny, tmp_path):
         model = PeftModel.from_pretrained(getattr(pipeline, part), tmp_path / "folder" / part)
         setattr(opened, part, model.base_model.model)
         assert model.peft_config["default"].base_model_name_or_path is None
-    found = random_adapters.applied_deltas(opened)
+    actual = random_adapters.applied_deltas(opened)
     for part in parts:
         setattr(pipeline, part, getattr(opened, part))
     try:
-        assert_equal(found, weights)
+        assert_equal(actual, weights)
     finally:
         for part in parts:
             unload(getattr(pipeline, part))
@@ -154,8 +156,8 @@ def test_conversions_lose_nothing(tiny, tmp_path, first, second):
     weights = random_adapters.adapter(shapes, family, alpha={"to_q": 1, "fc2": 3}, rank={"to_v": 2})
     ends = {"kohya": ".safetensors", "diffusers": ".safetensors", "peft": ""}
     writers[first].write(weights, tmp_path / f"one{ends[first]}", dtype="fp32", metadata={})
-    again = read(tmp_path / f"one{ends[first]}")
-    writers[second].write(again, tmp_path / f"two{ends[second]}", dtype="fp32", metadata={})
+    copy = read(tmp_path / f"one{ends[first]}")
+    writers[second].write(copy, tmp_path / f"two{ends[second]}", dtype="fp32", metadata={})
     back = read(tmp_path / f"two{ends[second]}")
     assert_equal({name: layer.delta() for name, layer in back.layers.items()}, weights, 1e-6)
 
@@ -185,19 +187,19 @@ def test_text_projections_are_written_four_at_a_time(tiny, tmp_path):
     weights = random_adapters.adapter(some, family, alpha=2)
     for writer in (kohya, diffusers):
         (path,) = writer.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata={})
-        found = applied(pipeline, path)
-        assert {n for n in found if "self_attn" in n} == {n for n in shapes if "self_attn" in n}
-        assert_equal(found, weights)
+        actual = applied(pipeline, path)
+        assert {n for n in actual if "self_attn" in n} == {n for n in shapes if "self_attn" in n}
+        assert_equal(actual, weights)
         assert verify_file(path, weights, some) == []
 
 
 def test_rank_one_is_padded_without_a_change_of_scale():
     shapes = {"unet.mid_block.attentions.0.proj_in": (8, 8)}
     weights = random_adapters.adapter(shapes, "sd2", rank=1, alpha=0.5)
-    made = kohya.tensors(weights, "fp32")
+    tensors = kohya.tensors(weights, "fp32")
     stem = "lora_unet_mid_block_attentions_0_proj_in"
-    assert made[f"{stem}.lora_down.weight"].shape == (2, 8) and made[f"{stem}.alpha"] == 1.0
-    assert torch.count_nonzero(made[f"{stem}.lora_down.weight"][1]) == 0
+    assert tensors[f"{stem}.lora_down.weight"].shape == (2, 8) and tensors[f"{stem}.alpha"] == 1.0
+    assert torch.count_nonzero(tensors[f"{stem}.lora_down.weight"][1]) == 0
 
 
 @pytest.mark.parametrize("writer", [kohya, diffusers, peft])
@@ -222,9 +224,9 @@ def test_one_alpha_is_left_as_it_is():
 def test_peft_config_names_no_path(tmp_path):
     shapes = {TEXT_LAYER + p: (8, 8) for p in ("q_proj", "k_proj", "v_proj", "out_proj")}
     peft.write(random_adapters.adapter(shapes, "sd1", alpha=2), tmp_path / "p", dtype="fp16", metadata={})
-    told = json.loads((tmp_path / "p/text_encoder/adapter_config.json").read_text())
-    assert (told["r"], told["lora_alpha"], told["base_model_name_or_path"]) == (4, 2, None)
-    assert "encoder.layers.0.self_attn.q_proj" in told["target_modules"]
+    peft_config = json.loads((tmp_path / "p/text_encoder/adapter_config.json").read_text())
+    assert (peft_config["r"], peft_config["lora_alpha"], peft_config["base_model_name_or_path"]) == (4, 2, None)
+    assert "encoder.layers.0.self_attn.q_proj" in peft_config["target_modules"]
     with safe_open(tmp_path / "p/text_encoder/adapter_model.safetensors", "pt") as file:
         for path in ("encoder", "text_model.encoder"):  # as new and as old transformers call the module
             name = f"base_model.model.{path}.layers.0.self_attn.q_proj.lora_A.weight"
@@ -236,11 +238,11 @@ def test_lycoris_makes_the_same_of_a_dora_file(shape):
     """LyCORIS' own module, magnitude in the input axis, which is what A1111 and ComfyUI share with it."""
     layer = random_adapters.layer(shape, 4, 2.0, torch.Generator().manual_seed(3), magnitude=True)
     name = "unet.mid_block.resnets.0.conv1" if len(shape) == 4 else "unet.mid_block.attentions.0.proj_in"
-    made = kohya.tensors(AdapterWeights("sdxl", "dora", {name: layer}), "fp32")
-    stem = next(iter(made)).partition(".")[0]
+    tensors = kohya.tensors(AdapterWeights("sdxl", "dora", {name: layer}), "fp32")
+    stem = next(iter(tensors)).partition(".")[0]
     base = torch.nn.Conv2d(8, 12, 3) if len(shape) == 4 else torch.nn.Linear(16, 12)
     module = LoConModule(stem, base, lora_dim=4, alpha=2.0, weight_decompose=True, wd_on_out=False, bypass_mode=False)
-    module.load_state_dict({key.removeprefix(f"{stem}."): value for key, value in made.items()}, strict=False)
+    module.load_state_dict({key.removeprefix(f"{stem}."): value for key, value in tensors.items()}, strict=False)
     expected = merged(base.weight.detach(), layer)
     weight, _ = module.get_merged_weight()
     assert torch.allclose(weight.detach(), expected, atol=1e-5)

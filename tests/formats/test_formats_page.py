@@ -36,15 +36,15 @@ def kohya(family: str, method: str, conv: bool) -> dict[str, tuple]:
     shapes = random_adapters.kohya_shapes(family, conv=conv)
     if method == "lora":
         return shapes
-    found: dict[str, tuple] = {name: () for name in shapes if name.endswith(".alpha")}
+    result: dict[str, tuple] = {name: () for name in shapes if name.endswith(".alpha")}
     for name, shape in shapes.items() if method == "dora" else ():
         if name.endswith(".lora_down.weight"):
-            found[name.replace("lora_down.weight", "dora_scale")] = (1, shape[1], *(1 for _ in shape[2:]))
+            result[name.replace("lora_down.weight", "dora_scale")] = (1, shape[1], *(1 for _ in shape[2:]))
     if method == "dora":
-        return shapes | found
+        return shapes | result
     for stem, (out, into, *kernel) in _weights(shapes).items():
-        found |= {f"{stem}.{part}": shape for part, shape in lycoris(method, out, into, kernel).items()}
-    return found
+        result |= {f"{stem}.{part}": shape for part, shape in lycoris(method, out, into, kernel).items()}
+    return result
 
 
 def _weights(shapes: dict[str, tuple]) -> dict[str, tuple[int, ...]]:
@@ -113,8 +113,8 @@ def outputs(family) -> torch.Tensor:
     return torch.cat([condition["encoder_hidden_states"].flatten(), prediction.flatten()])
 
 
-def same(found: torch.Tensor, base: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).norm() < 1e-3 * (expected - base).norm())
+def same(actual: torch.Tensor, base: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((actual - expected).norm() < 1e-3 * (expected - base).norm())
 
 
 def storage_rows(family: str, room: Path) -> list[str]:
@@ -123,9 +123,9 @@ def storage_rows(family: str, room: Path) -> list[str]:
     file = whole.write(room / f"{family}.safetensors", family, pipeline)
 
     def load(path: Path):
-        told = ModelConfig(base=str(path), tokenizer=str(room / family) if path.is_file() else "")
+        section = ModelConfig(base=str(path), tokenizer=str(room / family) if path.is_file() else "")
         # The width of SD2's text tells it from SD1; a small one has to be told.
-        info = dataclasses.replace(families.describe(told), family=family)
+        info = dataclasses.replace(families.describe(section), family=family)
         return info, families.load(info, "cpu", torch.float32)
 
     places = {"folder": room / family, "single file": file}

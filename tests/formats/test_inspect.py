@@ -25,13 +25,13 @@ SHAPES = {
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": (16, 768),
     **{f"{TEXT}{part}_proj": (12, 12) for part in ("q", "k", "v", "out")},
 }
-TOLD = {"modelspec.trigger_phrase": "sks toy", "ss_output_name": "toy"}
+METADATA = {"modelspec.trigger_phrase": "sks toy", "ss_output_name": "toy"}
 
 
 @pytest.fixture(params=["kohya", "diffusers", "peft"])
 def exported(request, tmp_path):
     weights = random_adapters.adapter(SHAPES, "sd1", alpha=2)
-    return request.param, save(weights, tmp_path, "toy", [request.param], "fp16", TOLD)[request.param]
+    return request.param, save(weights, tmp_path, "toy", [request.param], "fp16", METADATA)[request.param]
 
 
 def test_an_adapter_in_each_format(exported):
@@ -47,8 +47,10 @@ def test_an_adapter_in_each_format(exported):
     assert {key for key, reading in report.readers.items() if reading.complete} == expected[fmt]
     text = report.to_text()
     assert ": an adapter, " in text and "sks toy" in text and "AUTOMATIC1111" in text
-    told = json.loads(json.dumps(report.to_json()))
-    assert told["components"]["unet"]["modules"] == 2 and told["readers"]["diffusers"]["complete"] is (fmt != "peft")
+    document = json.loads(json.dumps(report.to_json()))
+    assert document["components"]["unet"]["modules"] == 2 and document["readers"]["diffusers"]["complete"] is (
+        fmt != "peft"
+    )
 
 
 def test_dora_and_sdxl_are_told(tmp_path):
@@ -124,9 +126,9 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_each_mutation_fails_every_target(tmp_path, capsys, name):
     change, words = MUTATIONS[name]
-    told = TOLD | {"lorakit.config": json.dumps({"adapter": {"method": "rslora", "rank": 9}})}
+    metadata = METADATA | {"lorakit.config": json.dumps({"adapter": {"method": "rslora", "rank": 9}})}
     weights = random_adapters.adapter(SHAPES, "sd1", rank=9, alpha=27, method="rslora")
-    path = save(weights, tmp_path, "toy", ["kohya"], "fp32", told)["kohya"]
+    path = save(weights, tmp_path, "toy", ["kohya"], "fp32", metadata)["kohya"]
     readers = ["a1111", "forge", "comfyui", "invokeai", "sd-scripts", "sd.cpp", "diffusers"]
     command = ["inspect", str(path), "--targets"]
     assert cli.main([*command, ",".join(readers)]) == 0
@@ -140,14 +142,14 @@ def test_each_mutation_fails_every_target(tmp_path, capsys, name):
 
 def test_a_rank_stabilised_scale_that_was_folded_or_resized_is_not_missed(tmp_path):
     """Through a format without alphas, and as plain LoRA of another rank, it is rank-stabilised no more."""
-    told = TOLD | {"lorakit.config": json.dumps({"adapter": {"method": "rslora", "rank": 9}})}
+    metadata = METADATA | {"lorakit.config": json.dumps({"adapter": {"method": "rslora", "rank": 9}})}
     weights = random_adapters.adapter(SHAPES, "sd1", rank=9, alpha=27, method="rslora")
-    assert inspect(save(weights, tmp_path, "one", ["peft"], "fp32", told)["peft"]).failures(["peft"]) == []
-    path = save(weights, tmp_path, "one", ["diffusers"], "fp32", told)["diffusers"]
+    assert inspect(save(weights, tmp_path, "one", ["peft"], "fp32", metadata)["peft"]).failures(["peft"]) == []
+    path = save(weights, tmp_path, "one", ["diffusers"], "fp32", metadata)["diffusers"]
     assert inspect(path).failures(["diffusers"]) == []
-    again = read(path)
-    for number, changed in enumerate([again, resize(again, rank=4), resize(weights, rank=9)]):
-        path = save(changed, tmp_path, f"again{number}", ["kohya"], "fp32", again.metadata)["kohya"]
+    copy = read(path)
+    for number, changed in enumerate([copy, resize(copy, rank=4), resize(weights, rank=9)]):
+        path = save(changed, tmp_path, f"again{number}", ["kohya"], "fp32", copy.metadata)["kohya"]
         report = inspect(path)
         assert (report.method, report.failures(["a1111"])) == ("lora", [])
 
@@ -157,8 +159,8 @@ def test_inspect_does_not_load_torch(tmp_path):
     code = (
         f"import sys; from lorakit.formats import inspect as i; i.inspect({str(path)!r}); print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "False"
 
 
 NOT_ADAPTERS = {
@@ -298,8 +300,8 @@ def test_the_first_lines_and_the_hashes(tmp_path, capsys):
     raw = path.read_bytes()
     data = raw[8 + int.from_bytes(raw[:8], "little") :]
     report = inspect(path)
-    whole, tensors = (hashlib.sha256(part).hexdigest() for part in (raw, data))
-    assert report.hashes == {"AutoV2": whole[:10], "AutoV3": tensors[:12]}
+    file_hash, tensors = (hashlib.sha256(part).hexdigest() for part in (raw, data))
+    assert report.hashes == {"AutoV2": file_hash[:10], "AutoV3": tensors[:12]}
     first = report.to_text().splitlines()[1:4]
     assert first[0].split()[:4] == ["for", "Stable", "Diffusion", "1"]
     assert "blue, zib hat, red" in first[1] and "<lora:toy:1>" in first[1] and "every number is finite" in first[2]

@@ -12,8 +12,10 @@ COUNTS = {"sd1": (192, 86, 72, 0), "sd2": (192, 86, 138, 0), "sdxl": (722, 66, 7
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_names_equal_the_frozen_list(family):
     rows = [row for row in random_adapters.frozen(family) if "text_projection" not in row[3]]
-    made = keys.to_kohya_name([row[0] for row in rows], family)
-    assert made == {row[0]: row[2] if family == "sdxl" and row[0].startswith("unet.") else row[1] for row in rows}
+    kohya_names = keys.to_kohya_name([row[0] for row in rows], family)
+    assert kohya_names == {
+        row[0]: row[2] if family == "sdxl" and row[0].startswith("unet.") else row[1] for row in rows
+    }
     portable = [row[0] for row in rows if keys.is_read_everywhere(row[0])]
     attention, conv, text, text_2 = COUNTS[family]
     assert sum(keys.group(name) == "attention" for name in portable) == attention
@@ -60,13 +62,13 @@ def test_sgm_numbers_follow_the_depth_of_the_blocks(count):
     names += ["unet.down_blocks.0.downsamplers.0.conv", "unet.up_blocks.0.upsamplers.0.conv"]
     names += ["unet.up_blocks.1.upsamplers.0.conv", "unet.mid_block.attentions.0.proj_in"]
     assert keys.layers_per_block(names) == count
-    made = keys.to_kohya_name(names, "sdxl")
-    assert made["unet.down_blocks.1.attentions.0.proj_in"] == f"lora_unet_input_blocks_{count + 2}_1_proj_in"
-    assert made["unet.down_blocks.0.downsamplers.0.conv"] == f"lora_unet_input_blocks_{count + 1}_0_op"
-    assert made["unet.up_blocks.0.upsamplers.0.conv"] == f"lora_unet_output_blocks_{count}_2_conv"
+    kohya_names = keys.to_kohya_name(names, "sdxl")
+    assert kohya_names["unet.down_blocks.1.attentions.0.proj_in"] == f"lora_unet_input_blocks_{count + 2}_1_proj_in"
+    assert kohya_names["unet.down_blocks.0.downsamplers.0.conv"] == f"lora_unet_input_blocks_{count + 1}_0_op"
+    assert kohya_names["unet.up_blocks.0.upsamplers.0.conv"] == f"lora_unet_output_blocks_{count}_2_conv"
     # A block without attention has its upsampler one place earlier.
-    assert made["unet.up_blocks.1.upsamplers.0.conv"] == f"lora_unet_output_blocks_{2 * count + 1}_1_conv"
-    assert {keys.from_kohya(stem, count) for stem in made.values()} == set(names)
+    assert kohya_names["unet.up_blocks.1.upsamplers.0.conv"] == f"lora_unet_output_blocks_{2 * count + 1}_1_conv"
+    assert {keys.from_kohya(stem, count) for stem in kohya_names.values()} == set(names)
 
 
 def test_depth_is_two_where_names_do_not_agree():

@@ -25,15 +25,15 @@ CLASSES = {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule}
 def theirs(method: str, conv: bool, **options: object) -> torch.nn.Module:
     """One of LyCORIS' modules with no zeros in it."""
     layer = torch.nn.Conv2d(24, 32, 3, padding=1) if conv else torch.nn.Linear(24, 32)
-    made = CLASSES[method](STEM if conv else LINEAR, layer, lora_dim=2, alpha=3.0, **options)
+    module = CLASSES[method](STEM if conv else LINEAR, layer, lora_dim=2, alpha=3.0, **options)
     draw = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in module.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
-    return made
+    return module
 
 
-def saved(folder: Path, module: torch.nn.Module) -> Path:
+def save_module(folder: Path, module: torch.nn.Module) -> Path:
     path = folder / "theirs.safetensors"
     save_file({f"{module.lora_name}.{n}": t.detach().contiguous() for n, t in module.state_dict().items()}, path)
     return path
@@ -44,7 +44,7 @@ def saved(folder: Path, module: torch.nn.Module) -> Path:
 @pytest.mark.parametrize("method", CLASSES)
 def test_delta_is_that_of_the_package(tmp_path: Path, method: str, tucker: bool, conv: bool) -> None:
     module = theirs(method, conv, use_tucker=tucker)
-    layer = read(saved(tmp_path, module)).layers[NAME if conv else TO_Q]
+    layer = read(save_module(tmp_path, module)).layers[NAME if conv else TO_Q]
     # What their forward adds to the layer's weight.
     weight = torch.zeros_like(module.org_module[0].weight)
     if method == "locon":
@@ -58,13 +58,13 @@ def test_delta_is_that_of_the_package(tmp_path: Path, method: str, tucker: bool,
 @pytest.mark.parametrize("options", [{"factor": 4}, {"decompose_both": True}, {"full_matrix": True}])
 def test_lokr_may_be_cut_otherwise(tmp_path: Path, options: dict[str, object]) -> None:
     module = theirs("lokr", True, **options)
-    layer = read(saved(tmp_path, module)).layers[NAME]
+    layer = read(save_module(tmp_path, module)).layers[NAME]
     expected = module.get_weight((32, 24, 3, 3)).detach()
     np.testing.assert_allclose(layer.delta().reshape(expected.shape).numpy(), expected.numpy(), atol=1e-6)
 
 
 def test_lokr_with_tucker_is_resized_and_combined(tmp_path: Path) -> None:
-    weights = read(saved(tmp_path, theirs("lokr", True, use_tucker=True)))
+    weights = read(save_module(tmp_path, theirs("lokr", True, use_tucker=True)))
     for plain in resize(weights, energy=1), combine([(weights, 1.0)]):
         delta = plain.layers[NAME].delta().flatten(1)
         np.testing.assert_allclose(delta.numpy(), weights.layers[NAME].delta().numpy(), atol=1e-6)

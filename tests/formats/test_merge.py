@@ -27,21 +27,21 @@ PROMPTS = ["a photo of sks toy", ""]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """Family -> folder in diffusers layout, single file."""
     room = tmp_path_factory.mktemp("bases")
-    found = {}
+    paths = {}
     for family in FAMILIES:
         pipeline = whole.small(family, room / family)
         average = {"model_ema.diffusion_modelout2bias": torch.zeros(4)}
-        known = {"modelspec.title": "base", "modelspec.hash_sha256": "0x00"}
-        file = whole.write(room / f"{family}.safetensors", family, pipeline, extra=average, metadata=known)
-        found[family] = room / family, file
-    return found
+        metadata = {"modelspec.title": "base", "modelspec.hash_sha256": "0x00"}
+        file = whole.write(room / f"{family}.safetensors", family, pipeline, extra=average, metadata=metadata)
+        paths[family] = room / family, file
+    return paths
 
 
-def describe(family: str, layout: str, made: Any) -> families.BaseInfo:
-    folder, file = made[family]
+def describe(family: str, layout: str, bases: Any) -> families.BaseInfo:
+    folder, file = bases[family]
     if layout == "file":
         return families.describe(ModelConfig(base=str(file), tokenizer=str(folder)))
     # The width of SD2's text tells it from SD1 in a folder; a small one has to be told.
@@ -70,37 +70,37 @@ def load(path: Path, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(("family", "method"), [*((family, "lora") for family in FAMILIES), ("sd1", "dora")])
-def test_a_merged_file_draws_what_base_and_adapter_draw(family: str, method: str, made: Any, tmp_path: Path) -> None:
-    info = describe(family, "file", made)
+def test_a_merged_file_draws_what_base_and_adapter_draw(family: str, method: str, bases: Any, tmp_path: Path) -> None:
+    info = describe(family, "file", bases)
     weights = weights_for(info, method)
     loaded = families.load(info, "cpu", torch.float32)
     without = outputs(loaded)
     adapters.apply(loaded, weights).set_strength(1.0)
     expected = outputs(loaded)
     path = merge.merge(weights, info, tmp_path / "merged.safetensors")
-    found = outputs(load(path, made[family][0]))
-    for before, after, merged in zip(without, expected, found, strict=True):
+    tensors = outputs(load(path, bases[family][0]))
+    for before, after, merged in zip(without, expected, tensors, strict=True):
         effect = (after - before).norm()
         assert effect > 1e-3 * before.norm()
         assert (merged - after).norm() < 1e-3 * effect
-    old, new = (safetensors_header.read(p) for p in (made[family][1], path))
+    old, new = (safetensors_header.read(p) for p in (bases[family][1], path))
     assert list(new.tensors) == [key for key in old.tensors if not key.startswith("model_ema.")]
     assert {k: (t.dtype, t.shape) for k, t in new.tensors.items()}.items() <= {
         k: (t.dtype, t.shape) for k, t in old.tensors.items()
     }.items()
     assert new.metadata["modelspec.title"] == "base" and "modelspec.hash_sha256" not in new.metadata
-    one, other = load_file(made[family][1]), load_file(path)
+    one, other = load_file(bases[family][1]), load_file(path)
     changed = {key for key in other if not torch.equal(one[key], other[key])}
-    slots = {(part, n): slot.key for part, known in info.slots.items() for n, slot in known.items()}
+    slots = {(part, n): slot.key for part, part_slots in info.slots.items() for n, slot in part_slots.items()}
     assert changed == {slots[n.partition(".")[0], n.partition(".")[2] + ".weight"] for n in weights.layers}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("layout", "output"), [("file", "merged"), ("folder", "merged.safetensors")])
 def test_layouts_change_on_the_way_and_the_weights_are_the_same(
-    family: str, layout: str, output: str, made: Any, tmp_path: Path
+    family: str, layout: str, output: str, bases: Any, tmp_path: Path
 ) -> None:
-    info, same = describe(family, layout, made), describe(family, "file", made)
+    info, same = describe(family, layout, bases), describe(family, "file", bases)
     weights = weights_for(info)
     expected = load_file(merge.merge(weights, same, tmp_path / "same.safetensors", strength=0.5))
     path = merge.merge(weights, info, tmp_path / output, strength=0.5)
@@ -111,30 +111,32 @@ def test_layouts_change_on_the_way_and_the_weights_are_the_same(
         from diffusers import DiffusionPipeline
 
         pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
-        found = load_file(whole.write(tmp_path / "again.safetensors", family, pipeline))
+        tensors = load_file(whole.write(tmp_path / "again.safetensors", family, pipeline))
         assert {t.pad_token for t in pipeline.components.values() if hasattr(t, "pad_token")} == {
             "sd1": {"<|endoftext|>"},
             "sd2": {"!"},
             "sdxl": {"<|endoftext|>", "!"},
         }[family]
         unused = {
-            key for key in found if "resblocks.3." in key or (key.endswith("text_projection") and family == "sd2")
+            key for key in tensors if "resblocks.3." in key or (key.endswith("text_projection") and family == "sd2")
         }
     else:
-        found, unused = load_file(path), set()
+        tensors, unused = load_file(path), set()
         head = safetensors_header.read(path)
         assert ldm.read(head).family == family and head.metadata["modelspec.prediction_type"] == "epsilon"
         dropped = {"cond_stage_model.model.text_projection"}
-        assert expected.keys() - found.keys() <= {k for k in expected if k.endswith(("_ids", "logit_scale"))} | dropped
-        unused = {key for key in found if "resblocks.3." in key}
+        assert (
+            expected.keys() - tensors.keys() <= {k for k in expected if k.endswith(("_ids", "logit_scale"))} | dropped
+        )
+        unused = {key for key in tensors if "resblocks.3." in key}
         assert bool(unused) == (family == "sd2")
-    for key in expected.keys() & found.keys() - unused:
-        torch.testing.assert_close(found[key], expected[key], rtol=1e-6, atol=1e-7, msg=key)
+    for key in expected.keys() & tensors.keys() - unused:
+        torch.testing.assert_close(tensors[key], expected[key], rtol=1e-6, atol=1e-7, msg=key)
 
 
-def test_an_autoencoder_under_its_old_names_is_written_all_the_same(made: Any, tmp_path: Path) -> None:
+def test_an_autoencoder_under_its_old_names_is_written_all_the_same(bases: Any, tmp_path: Path) -> None:
     """The VAE of SD1.5's own repository has query, key, value and proj_attn."""
-    folder = shutil.copytree(made["sd1"][0], tmp_path / "old")
+    folder = shutil.copytree(bases["sd1"][0], tmp_path / "old")
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
@@ -145,22 +147,26 @@ def test_an_autoencoder_under_its_old_names_is_written_all_the_same(made: Any, t
     assert sum("proj_attn" in name for name in renamed) == 4
     save_file(renamed, path, metadata={"format": "pt"})
     info = families.describe(folder)
-    written = load_file(merge.merge(weights_for(info), info, tmp_path / "new.safetensors"))
-    expected = load_file(made["sd1"][1])
+    tensors = load_file(merge.merge(weights_for(info), info, tmp_path / "new.safetensors"))
+    expected = load_file(bases["sd1"][1])
     vae = [name for name in expected if name.startswith("first_stage_model.")]
-    assert vae and all(torch.equal(written[name], expected[name]) for name in vae)
+    assert vae and all(torch.equal(tensors[name], expected[name]) for name in vae)
 
 
 def test_v_prediction_stays_known_in_the_file(tmp_path: Path) -> None:
     whole.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
     info = families.describe(tmp_path / "v")
     path = merge.merge(weights_for(info), info, tmp_path / "v.safetensors")
-    told = ldm.prediction(safetensors_header.read(path), "sdxl")
-    assert (told.type, told.zero_snr, told.evidence) == ("v_prediction", True, "as its key v_pred says")
+    prediction = ldm.prediction(safetensors_header.read(path), "sdxl")
+    assert (prediction.type, prediction.zero_snr, prediction.evidence) == (
+        "v_prediction",
+        True,
+        "as its key v_pred says",
+    )
 
 
-def test_the_command_writes_a_file_and_refuses_what_it_must(made: Any, tmp_path: Path, capsys: Any) -> None:
-    file, info = made["sd1"][1], describe("sd1", "file", made)
+def test_the_command_writes_a_file_and_refuses_what_it_must(bases: Any, tmp_path: Path, capsys: Any) -> None:
+    file, info = bases["sd1"][1], describe("sd1", "file", bases)
     weights = weights_for(info)
     adapter = formats.save(weights, tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
 
@@ -182,19 +188,19 @@ def test_the_command_writes_a_file_and_refuses_what_it_must(made: Any, tmp_path:
         for layout in ("file", "folder"):
             wrong = AdapterWeights("sd1", "lora", broken)
             with pytest.raises(LorakitError, match=words):
-                merge.merge(wrong, describe("sd1", layout, made), tmp_path / "no.safetensors")
+                merge.merge(wrong, describe("sd1", layout, bases), tmp_path / "no.safetensors")
             assert not (tmp_path / "no.safetensors").exists() and not list(tmp_path.glob(".no*"))
 
 
-def test_extract_takes_single_files(made: Any, tmp_path: Path) -> None:
-    folder, file = made["sdxl"]
-    info = describe("sdxl", "file", made)
+def test_extract_takes_single_files(bases: Any, tmp_path: Path) -> None:
+    folder, file = bases["sdxl"]
+    info = describe("sdxl", "file", bases)
     weights = weights_for(info)
     tuned = merge.merge(weights, info, tmp_path / "tuned.safetensors")
     for base, other in ((file, tuned), (folder, tuned)):
-        found = extract.extract(base, other, "sdxl", rank=4)
-        assert found.layers.keys() == weights.layers.keys()
-        for name, layer in found.layers.items():
+        merged = extract.extract(base, other, "sdxl", rank=4)
+        assert merged.layers.keys() == weights.layers.keys()
+        for name, layer in merged.layers.items():
             torch.testing.assert_close(layer.delta(), weights.layers[name].delta(), rtol=1e-3, atol=1e-5)
 
 
@@ -203,12 +209,12 @@ def test_inspect_says_what_a_whole_model_is_and_predicts(tmp_path: Path, capsys:
     extra = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     file = whole.write(tmp_path / "noob.safetensors", "sdxl", pipeline, extra=extra)
     assert cli.main(["inspect", str(file)]) == 0
-    said = capsys.readouterr().out
-    assert "noob.safetensors: a whole model" in said and "Stable Diffusion XL (told by its keys)" in said
-    assert "; it predicts v_prediction with zero terminal SNR, as its key v_pred says" in said
+    output = capsys.readouterr().out
+    assert "noob.safetensors: a whole model" in output and "Stable Diffusion XL (told by its keys)" in output
+    assert "; it predicts v_prediction with zero terminal SNR, as its key v_pred says" in output
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, bases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing() -> Any:
         yield torch.zeros(4)
         raise OSError(28, "No space left on device")
@@ -216,7 +222,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, made: Any, monkeypatc
     with pytest.raises(LorakitError, match=r"x\.safetensors: cannot be written \(No space left on device\)"):
         files.stream(tmp_path / "x.safetensors", [("a", "F32", (4,)), ("b", "F32", (4,))], {}, failing())
     assert list(tmp_path.iterdir()) == []
-    info = describe("sd1", "file", made)
+    info = describe("sd1", "file", bases)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(LorakitError, match=r"MiB to write, 0\.0 MiB free"):
         merge.merge(weights_for(info), info, tmp_path / "out.safetensors")
@@ -224,8 +230,8 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, made: Any, monkeypatc
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("output", ["merged.safetensors", "merged"])
-def test_a_base_in_fp8_is_merged_in_half_precision(scaled: bool, output: str, made: Any, tmp_path: Path) -> None:
-    folder, file = made["sd1"]
+def test_a_base_in_fp8_is_merged_in_half_precision(scaled: bool, output: str, bases: Any, tmp_path: Path) -> None:
+    folder, file = bases["sd1"]
     narrow, plain = {}, {}
     for key, tensor in load_file(file).items():
         layer = key.startswith("model.diffusion_model.") and key.endswith(".weight") and tensor.ndim == 2
@@ -238,13 +244,13 @@ def test_a_base_in_fp8_is_merged_in_half_precision(scaled: bool, output: str, ma
                 narrow[key.removesuffix("weight") + "scale_weight"] = scale
     if scaled:
         narrow["model.diffusion_model.scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
-    paths, weights = [], weights_for(describe("sd1", "file", made))
+    paths, weights = [], weights_for(describe("sd1", "file", bases))
     for name, tensors, target in (("narrow", narrow, output), ("plain", plain, "plain.out.safetensors")):
         save_file(tensors, tmp_path / f"{name}.safetensors")
         info = families.describe(ModelConfig(base=str(tmp_path / f"{name}.safetensors"), tokenizer=str(folder)))
         paths.append(merge.merge(weights, info, tmp_path / target))
-    found, expected = (load(path, folder) for path in paths)
-    for one, other in zip(found.denoiser.parameters(), expected.denoiser.parameters(), strict=True):
+    merged, expected = (load(path, folder) for path in paths)
+    for one, other in zip(merged.denoiser.parameters(), expected.denoiser.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     if output.endswith(".safetensors"):
         head = safetensors_header.read(paths[0])

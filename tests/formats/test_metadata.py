@@ -38,7 +38,7 @@ class Info:
     source: str = ""
 
 
-def made(info=None, **extra):
+def metadata_of(info=None, **extra):
     config = configuration.load(
         None,
         {
@@ -61,22 +61,27 @@ def made(info=None, **extra):
 
 
 def test_nothing_private_is_in_the_file(tmp_path):
-    written = export_save(
-        random_adapters.adapter(SHAPES, "sd1"), tmp_path, "sks-dog", ["kohya", "diffusers", "peft"], "fp16", made()
+    paths = export_save(
+        random_adapters.adapter(SHAPES, "sd1"),
+        tmp_path,
+        "sks-dog",
+        ["kohya", "diffusers", "peft"],
+        "fp16",
+        metadata_of(),
     )
-    files = [p for path in [*written.values(), tmp_path] for p in ([path] if path.is_file() else path.rglob("*"))]
+    files = [p for path in [*paths.values(), tmp_path] for p in ([path] if path.is_file() else path.rglob("*"))]
     for path in files:
         text = path.read_bytes() if path.is_file() else b""
         for secret in [*SECRETS, str(Path.home()), str(tmp_path), Path.cwd().name + "/"]:
             assert secret.encode() not in text, (path.name, secret)
-    head = safetensors_header.read(written["kohya"])
+    head = safetensors_header.read(paths["kohya"])
     user = getpass.getuser()
     assert not any(f"/{user}" in value for value in head.metadata.values())
     assert head.metadata["modelspec.trigger_phrase"] == "sks dog"
 
 
 def test_everything_is_an_allowed_string():
-    for key, value in made().items():
+    for key, value in metadata_of().items():
         assert key in metadata.ALLOWED and isinstance(value, str)
 
 
@@ -92,9 +97,9 @@ def test_everything_is_an_allowed_string():
     ],
 )
 def test_web_uis_file_it_under_the_right_family(tmp_path, family, prediction, version, v2, architecture):
-    told = made(Info(family=family, prediction_type=prediction))
+    entries = metadata_of(Info(family=family, prediction_type=prediction))
     weights = random_adapters.adapter(SHAPES, family, rank=8, alpha=4)
-    (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp16", metadata=told)
+    (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp16", metadata=entries)
     head = safetensors_header.read(path).metadata
     assert head["ss_base_model_version"] == version and head["ss_v2"] == v2
     assert head["modelspec.architecture"] == architecture
@@ -113,7 +118,7 @@ def test_hashes_are_those_that_sd_scripts_computes(tmp_path):
     """Over 1 MiB, so that the legacy hash covers real bytes."""
     shapes = {f"unet.mid_block.attentions.0.{n}": (2048, 2048) for n in ("proj_in", "proj_out")}
     weights = random_adapters.adapter(shapes, "sdxl", rank=64)
-    (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata=made(Info(family="sdxl")))
+    (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata=metadata_of(Info(family="sdxl")))
     raw = path.read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     head = safetensors_header.read(path).metadata
@@ -129,16 +134,27 @@ def test_small_files_have_the_hash_of_nothing(tmp_path):
 
 
 def test_the_config_of_a_run_is_stored_and_loads():
-    told = json.loads(made()["lorakit.config"])
-    again = configuration.from_tables(told)
-    assert again.train.steps == 100 and again.data.trigger == "sks" and again.model.base == "pocket"
-    assert again.data.instance_prompt == "" and again.sample.prompts == ()
+    tables = json.loads(metadata_of()["lorakit.config"])
+    reloaded = configuration.from_tables(tables)
+    assert reloaded.train.steps == 100 and reloaded.data.trigger == "sks" and reloaded.model.base == "pocket"
+    assert reloaded.data.instance_prompt == "" and reloaded.sample.prompts == ()
 
 
 def test_sidecar_has_what_a1111_and_invokeai_read():
-    told = metadata.sidecar(made(Info(family="sdxl")))
-    assert told["activation text"] == "sks dog" and told["sd version"] == "SDXL" and told["preferred weight"] == 1.0
-    assert set(told) == {"activation text", "preferred weight", "negative text", "description", "notes", "sd version"}
+    sidecar = metadata.sidecar(metadata_of(Info(family="sdxl")))
+    assert (
+        sidecar["activation text"] == "sks dog"
+        and sidecar["sd version"] == "SDXL"
+        and sidecar["preferred weight"] == 1.0
+    )
+    assert set(sidecar) == {
+        "activation text",
+        "preferred weight",
+        "negative text",
+        "description",
+        "notes",
+        "sd version",
+    }
 
 
 def test_family_is_unknown_where_nothing_tells():
@@ -146,8 +162,8 @@ def test_family_is_unknown_where_nothing_tells():
 
 
 def test_without_a_trigger_none_is_claimed():
-    told = made(**{"data.name": ""})
-    assert "modelspec.trigger_phrase" not in told and "ss_tag_frequency" not in told
+    entries = metadata_of(**{"data.name": ""})
+    assert "modelspec.trigger_phrase" not in entries and "ss_tag_frequency" not in entries
 
 
 # What sd-scripts, SwarmUI, Civitai's and A1111's tools write.
@@ -176,9 +192,9 @@ def foreign(tmp_path):
     """A LoRA for SD1 with the header of another program, in part wrong."""
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     tensors = {f"{stem}.lora_down.weight": torch.ones(4, 768), f"{stem}.lora_up.weight": torch.ones(8, 4)}
-    told = FOREIGN | BEHIND | {"ss_vae_name": "/srv/ada/vae/kl.safetensors", "modelspec.trigger_phrase": "zib"}
+    entries = FOREIGN | BEHIND | {"ss_vae_name": "/srv/ada/vae/kl.safetensors", "modelspec.trigger_phrase": "zib"}
     (tmp_path / "in").mkdir()
-    save_file(tensors, tmp_path / "in" / "hat.safetensors", metadata=told)
+    save_file(tensors, tmp_path / "in" / "hat.safetensors", metadata=entries)
     return tmp_path / "in" / "hat.safetensors"
 
 
@@ -204,13 +220,13 @@ def test_harmless_metadata_of_others_goes_along_and_the_rest_does_not(foreign, t
 
 
 def test_of_several_adapters_what_is_true_of_all(tmp_path, foreign):
-    told = {
+    entries = {
         "modelspec.author": "Bob",
         "license": "mit",
         "ss_clip_skip": "1",
         "ss_tag_frequency": '{"10_zib": {"cup": 3}}',
     }
-    both = metadata.shared([safetensors_header.read(foreign).metadata, told])
+    both = metadata.shared([safetensors_header.read(foreign).metadata, entries])
     assert (both["modelspec.author"], both["license"], both["modelspec.license"]) == ("Ada, Bob", "mit", "CC-BY-4.0")
     assert json.loads(both["ss_tag_frequency"]) == {"10_zib": {"zib hat": 10}, "10_zib (2)": {"cup": 3}}
     assert "ss_clip_skip" not in both and "modelspec.tags" not in both

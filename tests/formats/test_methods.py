@@ -43,7 +43,7 @@ def base(request, tmp_path_factory):
     return request.param, pipeline, random_adapters.one_of_each_kind(random_adapters.pipeline_shapes(pipeline))
 
 
-def made(family, shapes, method, alpha):
+def adapter_of(family, shapes, method, alpha):
     """Random weights as training with this method leaves them."""
     if method == "rslora":
         return random_adapters.adapter(shapes, family, rank=RANK, alpha=alpha * RANK**0.5, method=method)
@@ -58,11 +58,11 @@ def write(weights, folder, fmt):
     return path
 
 
-def assert_equal(found, weights, tolerance=1e-5):
-    assert {name for name in found if found[name].abs().sum() > 0} == set(weights.layers)
+def assert_equal(actual, weights, tolerance=1e-5):
+    assert {name for name in actual if actual[name].abs().sum() > 0} == set(weights.layers)
     for name, layer in weights.layers.items():
         expected = random_adapters.reference_delta(layer)
-        error = np.abs(found[name].double().numpy().reshape(len(expected), -1) - expected.reshape(len(expected), -1))
+        error = np.abs(actual[name].double().numpy().reshape(len(expected), -1) - expected.reshape(len(expected), -1))
         assert error.max() <= tolerance * max(1, np.abs(expected).max()), name
 
 
@@ -71,19 +71,19 @@ def assert_equal(found, weights, tolerance=1e-5):
 @pytest.mark.parametrize("method", PLAIN)
 def test_diffusers_finds_the_delta(base, tmp_path, method, fmt, alpha):
     family, pipeline, shapes = base
-    weights = made(family, shapes, method, alpha)
+    weights = adapter_of(family, shapes, method, alpha)
     path = write(weights, tmp_path, fmt)
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
-    found = random_adapters.applied_deltas(pipeline)
+    actual = random_adapters.applied_deltas(pipeline)
     pipeline.unload_lora_weights()
-    assert_equal(found, weights)
+    assert_equal(actual, weights)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("method", [*PLAIN, *LYCORIS])
 def test_peft_finds_the_delta(base, tmp_path, method, alpha):
     family, pipeline, shapes = base
-    weights = made(family, shapes, method, alpha)
+    weights = adapter_of(family, shapes, method, alpha)
     path = write(weights, tmp_path, "peft")
     parts = sorted({name.partition(".")[0] for name in shapes})
     opened = {part: PeftModel.from_pretrained(copy.deepcopy(getattr(pipeline, part)), path / part) for part in parts}
@@ -95,17 +95,17 @@ def test_peft_finds_the_delta(base, tmp_path, method, alpha):
 @pytest.mark.parametrize("method", LYCORIS)
 def test_lycoris_finds_the_delta(base, tmp_path, method, alpha):
     family, _, shapes = base
-    weights = made(family, shapes, method, alpha)
+    weights = adapter_of(family, shapes, method, alpha)
     tensors = load_file(write(weights, tmp_path, "kohya"))
     stems = kohya.keys.to_kohya_name(shapes, family)
-    found = {}
+    deltas = {}
     for name, shape in shapes.items():
         out, into, *kernel = shape
         layer = torch.nn.Conv2d(into, out, kernel) if kernel else torch.nn.Linear(into, out)
         module = make_module(*get_module(tensors, stems[name]), stems[name], layer)
         assert module.name == {"loha": "loha", "lokr": "kron"}[method]
-        found[name] = module.get_weight(shape).detach()
-    assert_equal(found, weights)
+        deltas[name] = module.get_weight(shape).detach()
+    assert_equal(deltas, weights)
 
 
 @pytest.mark.parametrize("first", ["kohya", "peft"])
@@ -113,11 +113,11 @@ def test_lycoris_finds_the_delta(base, tmp_path, method, alpha):
 @pytest.mark.parametrize("method", LYCORIS)
 def test_conversions_lose_nothing(base, tmp_path, method, first, second):
     family, _, shapes = base
-    weights = made(family, shapes, method, 1.0)
+    weights = adapter_of(family, shapes, method, 1.0)
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    again = read(write(weights, tmp_path / "one", first))
-    path = write(again, tmp_path / "two", second)
+    copy = read(write(weights, tmp_path / "one", first))
+    path = write(copy, tmp_path / "two", second)
     back = read(path)
     assert (back.family, back.method) == (family, method)
     assert_equal({name: layer.delta() for name, layer in back.layers.items()}, weights, 1e-6)
@@ -138,7 +138,7 @@ def test_what_a_format_cannot_carry_is_said(base, tmp_path, method):
     with pytest.raises(
         LorakitError, match=rf"diffusers format cannot carry {method}: .*lorakit resize FILE --energy 1"
     ):
-        write(made(family, shapes, method, 1.0), tmp_path, "diffusers")
+        write(adapter_of(family, shapes, method, 1.0), tmp_path, "diffusers")
     assert predict_compatibility(method, "kohya")["diffusers"] == "it reads plain LoRA only"
     assert predict_compatibility(method, "kohya")["a1111"] == ""
 
@@ -147,16 +147,16 @@ def test_what_a_format_cannot_carry_is_said(base, tmp_path, method):
 def test_plain_lora_of_the_same_delta(base, tmp_path, method):
     """As `resize --energy 1`, which the refusal names, and as `combine` adds them up."""
     family, pipeline, shapes = base
-    weights = made(family, shapes, method, 2.0)
+    weights = adapter_of(family, shapes, method, 2.0)
     assert_equal({name: layer.delta() for name, layer in to_lora(weights).items()}, weights)
     for changed in (resize(weights, energy=1.0), combine([(weights, 1.0)])):
         assert changed.method == "lora"
         assert_equal({name: layer.delta() for name, layer in changed.layers.items()}, weights)
     path = write(resize(weights, energy=1.0), tmp_path, "diffusers")
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
-    found = random_adapters.applied_deltas(pipeline)
+    actual = random_adapters.applied_deltas(pipeline)
     pipeline.unload_lora_weights()
-    assert_equal(found, weights)
+    assert_equal(actual, weights)
 
 
 def test_a_lokr_that_peft_cannot_cut_is_refused(tmp_path):

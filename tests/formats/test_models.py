@@ -49,7 +49,7 @@ FILES = [
 ]
 
 
-def stored(path, stems, width, metadata, parts=KOHYA):
+def save_tensors(path, stems, width, metadata, parts=KOHYA):
     tensors = {f"{stem}.{part}": torch.ones(4, width) if part == parts[0] else torch.ones(width, 4)
                for stem in stems for part in parts}  # fmt: skip
     save_file(tensors, path, metadata=metadata)
@@ -61,7 +61,7 @@ def stored(path, stems, width, metadata, parts=KOHYA):
 def test_what_a_file_is_for(tmp_path, stems, width, metadata, title, parts):
     if parts is OURS and any(stem.startswith("lora_unet") for stem in stems):
         pytest.skip("kohya's names have kohya's parts")
-    path = stored(tmp_path / "x.safetensors", stems, width, metadata, parts)
+    path = save_tensors(tmp_path / "x.safetensors", stems, width, metadata, parts)
     report = inspect(path)
     assert f"{title} (told by" in report.to_text() and report.kind == "adapter"
     if metadata.get("ss_base_model_version", "").startswith("sd"):
@@ -92,7 +92,7 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("stem", SPELLINGS)
 def test_names_of_comfyui_and_lycoris(tmp_path, stem):
-    path = stored(tmp_path / "x.safetensors", [stem], 768, None)
+    path = save_tensors(tmp_path / "x.safetensors", [stem], 768, None)
     weights = read(path)
     assert list(weights.layers) == [SPELLINGS[stem]]
     assert torch.equal(weights.layers[SPELLINGS[stem]].delta(), torch.full((768, 768), 4.0))
@@ -101,13 +101,13 @@ def test_names_of_comfyui_and_lycoris(tmp_path, stem):
 
 def test_old_attention_processors_without_their_component(tmp_path):
     stem = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora"
-    path = stored(tmp_path / "x.safetensors", [stem], 768, None, ("down.weight", "up.weight"))
+    path = save_tensors(tmp_path / "x.safetensors", [stem], 768, None, ("down.weight", "up.weight"))
     assert list(read(path).layers) == [SAME]
 
 
 @pytest.mark.parametrize(("width", "component"), [(1280, "text_encoder_2"), (768, "text_encoder")])
 def test_a_peft_folder_as_peft_writes_it(tmp_path, width, component):
-    stored(tmp_path / "adapter_model.safetensors",
+    save_tensors(tmp_path / "adapter_model.safetensors",
            ["base_model.model.text_model.encoder.layers.0.self_attn.q_proj"], width, None, OURS)  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "peft_type": "LORA"}))
     for path in tmp_path, tmp_path / "adapter_model.safetensors":

@@ -82,7 +82,7 @@ def pipeline(tiny_sd1):
     return StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
 
 
-def stored(folder, tensors, metadata=None):
+def save_tensors(folder, tensors, metadata=None):
     path = folder / "x.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata or None)
     return path
@@ -112,16 +112,16 @@ def are_right(weights, before, after):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", LIVE)
 def test_diffusers_does_what_inspect_says(tmp_path, pipeline, kind):
-    path = stored(tmp_path, *LIVE[kind])
-    said = inspect(path).readers["diffusers"]
+    path = save_tensors(tmp_path, *LIVE[kind])
+    reading = inspect(path).readers["diffusers"]
     try:
         own = loaded(pipeline, path)
     except (ValueError, RuntimeError):
-        assert said.refused, said.line()
+        assert reading.refused, reading.line()
         return
-    assert not said.refused
+    assert not reading.refused
     weights = read(path) if kind != "scale" else None
-    assert said.complete == are_right(weights, pipeline, own), said.line()
+    assert reading.complete == are_right(weights, pipeline, own), reading.line()
 
 
 def test_dora_per_row_goes_to_diffusers_and_peft_as_it_is(tmp_path, pipeline):
@@ -135,7 +135,7 @@ def test_dora_per_row_goes_to_diffusers_and_peft_as_it_is(tmp_path, pipeline):
         tensors[f"{stem}.lora_down.weight"] = numbers(4, inputs, *kernel)
         tensors |= {f"{stem}.lora_up.weight": numbers(outputs, 4, *ones), f"{stem}.alpha": torch.tensor(2.0)}
         tensors[f"{stem}.dora_scale"] = 1 + numbers(outputs, 1, *ones).abs()
-    weights = read(stored(tmp_path, tensors))
+    weights = read(save_tensors(tmp_path, tensors))
     paths = save(weights, tmp_path, "rows", ["diffusers", "peft"], "fp32", {})
     assert are_right(weights, pipeline, loaded(pipeline, paths["diffusers"]))
     other = copy.copy(pipeline)
@@ -151,14 +151,14 @@ def test_dora_per_row_goes_to_diffusers_and_peft_as_it_is(tmp_path, pipeline):
 def test_dora_per_row_in_part_is_refused_and_in_kohyas_format_said(tmp_path, capsys):
     from lorakit.cli import main as cli
 
-    path = stored(tmp_path, LIVE["DoRA per row"][0] | lora(KEY, inputs=32))
+    path = save_tensors(tmp_path, LIVE["DoRA per row"][0] | lora(KEY, inputs=32))
     for writer in diffusers, peft:
         with pytest.raises(LorakitError, match=r"DoRA in all layers of a part or in none|this adapter mixes several"):
             writer.tensors(read(path), "fp16")
     assert cli.main(["export", str(path), "--to", "kohya", "--output", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().err
-    assert "DoRA with a magnitude for each output row in the kohya format is honoured by no program; not by" in said
-    assert "AUTOMATIC1111, Forge, ComfyUI, InvokeAI: its dora_scale is per output row, which it misreads" in said
+    warnings = capsys.readouterr().err
+    assert "DoRA with a magnitude for each output row in the kohya format is honoured by no program; not by" in warnings
+    assert "AUTOMATIC1111, Forge, ComfyUI, InvokeAI: its dora_scale is per output row, which it misreads" in warnings
 
 
 def parts(stem=QUERY, **shapes):
@@ -287,7 +287,7 @@ def test_rules_of_alpha():
 
 def test_biases_of_peft_are_scaled_as_the_factors_are(tmp_path):
     bias = numbers(64)
-    weights = read(stored(tmp_path, pair(DOTTED) | {f"{DOTTED}.lora_B.bias": bias}, config(r=4, lora_alpha=8)))
+    weights = read(save_tensors(tmp_path, pair(DOTTED) | {f"{DOTTED}.lora_B.bias": bias}, config(r=4, lora_alpha=8)))
     assert torch.allclose(weights.biases[DOTTED], 2 * bias)
     assert torch.allclose(kohya.tensors(weights, "fp32")[f"{QUERY}.diff_b"], 2 * bias)
 
@@ -309,7 +309,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_is_not_understood_is_refused_by_its_name(tmp_path, words):
-    path = stored(tmp_path, {name: torch.zeros(shape) for name, shape in REFUSED[words].items()})
+    path = save_tensors(tmp_path, {name: torch.zeros(shape) for name, shape in REFUSED[words].items()})
     with pytest.raises(LorakitError, match=words):
         read(path)
     assert not any(reading.complete for reading in inspect(path).readers.values() if reading.title == "diffusers")
@@ -319,21 +319,21 @@ def test_factors_under_any_name_are_the_same_adapter(tmp_path):
     down, up = numbers(4, 64), numbers(64, 4)
     for names in (AB, ("lora_A", "lora_B"), ("lora.down.weight", "lora.up.weight"), TRAINING):
         for stem in (QUERY, "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"):
-            path = stored(tmp_path, {f"{stem}.{names[0]}": down, f"{stem}.{names[1]}": up})
+            path = save_tensors(tmp_path, {f"{stem}.{names[0]}": down, f"{stem}.{names[1]}": up})
             assert torch.allclose(read(path).layers[DOTTED].delta(), up @ down, atol=1e-6), (stem, names)
 
 
 def test_a_header_of_640_bytes_is_no_pickle(tmp_path):
     """Its length begins with the two bytes of a pickle."""
     for length in range(600):
-        path = stored(tmp_path, {f"{QUERY}.lora_down.weight": numbers(1, 2)}, {"a": "x" * length})
+        path = save_tensors(tmp_path, {f"{QUERY}.lora_down.weight": numbers(1, 2)}, {"a": "x" * length})
         if path.read_bytes()[:2] == b"\x80\x02":
             break
     assert path.read_bytes()[:2] == b"\x80\x02" and inspect(path).kind == "adapter"
 
 
 def test_methods_are_told_by_tensors_and_not_by_the_header(tmp_path):
-    path = stored(tmp_path, lora(QUERY) | {f"{QUERY}.dora_scale": numbers(1, 64)}, {"lorakit.method": "rslora"})
+    path = save_tensors(tmp_path, lora(QUERY) | {f"{QUERY}.dora_scale": numbers(1, 64)}, {"lorakit.method": "rslora"})
     assert inspect(path).method == "dora" and read(path).method == "dora"
     plain = random_adapters.adapter({DOTTED: (64, 64)}, "sd1", method="pissa")
     assert inspect(save(plain, tmp_path, "p", ["kohya"], "fp16", {})["kohya"]).method == "pissa"

@@ -24,23 +24,23 @@ def weights():
     return random_adapters.adapter(SHAPES, "sd1", alpha=4)
 
 
-def stored(tmp_path, tensors, metadata=None):
+def save_tensors(tmp_path, tensors, metadata=None):
     path = tmp_path / "x.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
     return path
 
 
-def assert_same(found, weights, factor=1.0):
-    assert set(found.layers) == set(weights.layers)
+def assert_same(actual, weights, factor=1.0):
+    assert set(actual.layers) == set(weights.layers)
     for name, layer in weights.layers.items():
-        assert torch.allclose(found.layers[name].delta(), layer.delta() * factor, atol=1e-6), name
+        assert torch.allclose(actual.layers[name].delta(), layer.delta() * factor, atol=1e-6), name
 
 
 def test_training_script_spelling(tmp_path, weights):
     """What diffusers' train_dreambooth_lora.py writes (by diffusers' own converter)."""
     tensors = convert_state_dict_to_diffusers(diffusers.tensors(weights, "fp32"))
     assert any(".lora.down.weight" in name or "lora_linear_layer" in name for name in tensors)
-    assert_same(read(stored(tmp_path, tensors)), weights)
+    assert_same(read(save_tensors(tmp_path, tensors)), weights)
 
 
 def test_old_spelling(tmp_path, weights):
@@ -52,7 +52,7 @@ def test_old_spelling(tmp_path, weights):
         for part in "q", "k", "v", "out":
             name = name.replace(f"self_attn.{part}_proj.", f"self_attn.to_{part}_lora.")
         tensors[name] = tensor
-    assert_same(read(stored(tmp_path, tensors)), weights)
+    assert_same(read(save_tensors(tmp_path, tensors)), weights)
 
 
 def test_text_encoder_names_of_new_transformers(tmp_path, weights):
@@ -60,29 +60,29 @@ def test_text_encoder_names_of_new_transformers(tmp_path, weights):
         name.replace("text_encoder.text_model.", "text_encoder."): tensor
         for name, tensor in diffusers.tensors(weights, "fp32").items()
     }
-    assert_same(read(stored(tmp_path, tensors)), weights)
+    assert_same(read(save_tensors(tmp_path, tensors)), weights)
 
 
 def test_named_adapter(tmp_path, weights):
     tensors = {name.replace(".weight", ".default.weight"): t for name, t in diffusers.tensors(weights, "fp32").items()}
-    assert_same(read(stored(tmp_path, tensors)), weights)
+    assert_same(read(save_tensors(tmp_path, tensors)), weights)
 
 
 @pytest.mark.parametrize(("extra", "factor"), [({}, 2.0), ({"unet.use_rslora": True}, 4.0)])
 def test_alpha_in_the_header(tmp_path, weights, extra, factor):
     """diffusers' lora_adapter_metadata: alpha 8 at rank 4, and the same with use_rslora."""
-    told = {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": 4, "text_encoder.lora_alpha": 8} | extra
+    numbers = {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": 4, "text_encoder.lora_alpha": 8} | extra
     if "unet.use_rslora" in extra:
-        told["text_encoder.use_rslora"] = True
-    path = stored(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(told)})
+        numbers["text_encoder.use_rslora"] = True
+    path = save_tensors(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(numbers)})
     assert_same(read(path), weights, factor)
 
 
 def test_alpha_patterns(tmp_path, weights):
-    told = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 12}}
-    path = stored(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(told)})
-    found = read(path)
-    assert found.layers[f"{UNET}to_q"].alpha == 12 and found.layers[f"{UNET}to_out.0"].alpha == 4
+    numbers = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 12}}
+    path = save_tensors(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(numbers)})
+    actual = read(path)
+    assert actual.layers[f"{UNET}to_q"].alpha == 12 and actual.layers[f"{UNET}to_out.0"].alpha == 4
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_alpha_patterns(tmp_path, weights):
 def test_alpha_patterns_are_those_of_peft(tmp_path, weights, pattern, alpha):
     from peft.utils.other import get_pattern_key
 
-    told = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 12}}
-    path = stored(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(told)})
+    numbers = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 12}}
+    path = save_tensors(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(numbers)})
     name = f"{UNET}to_q".removeprefix("unet.")
     assert read(path).layers[f"{UNET}to_q"].alpha == alpha == (12 if get_pattern_key([pattern], name) == pattern else 4)
 
@@ -107,8 +107,8 @@ def test_alpha_patterns_are_those_of_peft(tmp_path, weights, pattern, alpha):
     ],
 )
 def test_a_pattern_without_a_bound_is_not_run(tmp_path, weights, pattern, message):
-    told = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 8}}
-    path = stored(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(told)})
+    numbers = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 8}}
+    path = save_tensors(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(numbers)})
     with pytest.raises(LorakitError, match=message):
         read(path)
 
@@ -129,14 +129,14 @@ def test_one_component_of_a_peft_folder(tmp_path, weights):
 
 def test_missing_alpha_is_rank_as_everywhere(tmp_path, weights):
     tensors = {name: t for name, t in kohya.tensors(weights, "fp32").items() if not name.endswith(".alpha")}
-    assert_same(read(stored(tmp_path, tensors)), weights)
+    assert_same(read(save_tensors(tmp_path, tensors)), weights)
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor([2.0]), torch.tensor(2, dtype=torch.int64), torch.tensor(2.0).half()])
 def test_alpha_of_every_kind(tmp_path, alpha):
     tensors = {f"{STEM}.lora_down.weight": torch.ones(4, 8), f"{STEM}.lora_up.weight": torch.ones(8, 4)}
-    found = read(stored(tmp_path, tensors | {f"{STEM}.alpha": alpha}))
-    assert found.layers["unet.mid_block.attentions.0.proj_in"].alpha == 2.0
+    actual = read(save_tensors(tmp_path, tensors | {f"{STEM}.alpha": alpha}))
+    assert actual.layers["unet.mid_block.attentions.0.proj_in"].alpha == 2.0
 
 
 def test_sgm_names_at_another_depth_are_read_back(tmp_path):
@@ -173,11 +173,11 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_a_malformed_adapter_is_refused_by_name(tmp_path, message):
     with pytest.raises(LorakitError) as error:
-        read(stored(tmp_path, REFUSED[message]))
+        read(save_tensors(tmp_path, REFUSED[message]))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_metadata_that_is_not_json(tmp_path, weights):
-    path = stored(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": "{"})
+    path = save_tensors(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": "{"})
     with pytest.raises(LorakitError, match="its lora_adapter_metadata is no JSON object"):
         read(path)

@@ -45,8 +45,8 @@ def test_resize_by_energy_keeps_as_little_as_it_may(energy):
 
 def test_a_zero_layer_stays_zero():
     layer = LoraLayer(torch.ones(4, 8), torch.zeros(8, 4), 4.0)
-    made = resize(AdapterWeights("sd1", "lora", {"x": layer}), energy=0.9).layers["x"]
-    assert not made.delta().any() and torch.isfinite(made.down).all()
+    result = resize(AdapterWeights("sd1", "lora", {"x": layer}), energy=0.9).layers["x"]
+    assert not result.delta().any() and torch.isfinite(result.down).all()
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_combine_adds_deltas():
     first = random_adapters.adapter(SHAPES, "sd1", rank=3, alpha=6)
     some = {name: SHAPES[name] for name in list(SHAPES)[:2]}
     second = random_adapters.adapter(some, "sd1", rank=2, alpha=1, seed=1)
-    made = combine([(first, 0.5), (second, -1.0)])
-    assert set(made.layers) == set(SHAPES)
-    for name, layer in made.layers.items():
+    result = combine([(first, 0.5), (second, -1.0)])
+    assert set(result.layers) == set(SHAPES)
+    for name, layer in result.layers.items():
         expected = 0.5 * delta(first.layers[name])
         expected = expected - delta(second.layers[name]) if name in some else expected
         assert np.abs(delta(layer) - expected).max() < 1e-6
@@ -95,9 +95,9 @@ def test_dora_by_numpy(shape):
     layer = random_adapters.layer(shape, 4, 2.0, torch.Generator().manual_seed(3), magnitude=True)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(4))
     plain = weight.double().numpy()
-    moved = plain + random_adapters.reference_delta(layer)
-    lengths = np.sqrt((moved**2).sum(axis=tuple(a for a in range(len(shape)) if a != 1), keepdims=True))
-    expected = layer.magnitude.double().numpy() * moved / lengths
+    adapted = plain + random_adapters.reference_delta(layer)
+    lengths = np.sqrt((adapted**2).sum(axis=tuple(a for a in range(len(shape)) if a != 1), keepdims=True))
+    expected = layer.magnitude.double().numpy() * adapted / lengths
     assert np.abs(merged(weight, layer).numpy() - expected).max() < 1e-5
     assert np.abs(merged(weight, layer, 0.5).numpy() - (plain + expected) / 2).max() < 1e-5
 
@@ -114,15 +114,15 @@ def test_merged_base_gives_what_base_and_adapter_give(request, tmp_path, family)
     assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
     pipeline.fuse_lora(lora_scale=0.75)
-    again = cls.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    merged = cls.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     for part in ("unet", "text_encoder", "text_encoder_2"):
         if getattr(pipeline, part, None) is None:
             continue
         fused = {n.replace(".base_layer", ""): p for n, p in getattr(pipeline, part).named_parameters()}
-        for name, value in getattr(again, part).named_parameters():
+        for name, value in getattr(merged, part).named_parameters():
             assert torch.allclose(value, fused[name], atol=1e-5), name
-    stored = load_file(tmp_path / "merged" / "text_encoder" / "model.safetensors")
-    assert all(name.startswith("text_model.") for name in stored)
+    tensors = load_file(tmp_path / "merged" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in tensors)
 
 
 def test_extract_finds_what_was_merged(tiny_sd1, tmp_path):
@@ -130,9 +130,9 @@ def test_extract_finds_what_was_merged(tiny_sd1, tmp_path):
     shapes = random_adapters.pipeline_shapes(pipeline)
     weights = random_adapters.adapter(shapes, "sd1", rank=3, alpha=6)
     tuned = merge(weights, tiny_sd1, tmp_path / "tuned")
-    found = extract(tiny_sd1, tuned, "sd1", rank=3)
-    assert set(found.layers) == set(shapes)
-    for name, layer in found.layers.items():
+    actual = extract(tiny_sd1, tuned, "sd1", rank=3)
+    assert set(actual.layers) == set(shapes)
+    for name, layer in actual.layers.items():
         assert layer.rank <= 3 and layer.down.shape[1:] == weights.layers[name].down.shape[1:]
         assert np.abs(delta(layer) - delta(weights.layers[name])).max() < 1e-5, name
     by_energy = extract(tiny_sd1, tuned, "sd1", energy=0.5)

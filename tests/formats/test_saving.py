@@ -23,10 +23,10 @@ SHAPES = {NAME: (8, 8), NAME.replace("to_k", "to_v"): (8, 8)}
 
 
 def weights(**change):
-    made = random_adapters.adapter(SHAPES, "sd1")
-    layers = dict(made.layers)
+    adapter = random_adapters.adapter(SHAPES, "sd1")
+    layers = dict(adapter.layers)
     layers[NAME] = replace(layers[NAME], **{key: make(getattr(layers[NAME], key)) for key, make in change.items()})
-    return replace(made, layers=layers)
+    return replace(adapter, layers=layers)
 
 
 def snapshot(folder):
@@ -34,18 +34,18 @@ def snapshot(folder):
 
 
 def test_all_formats_and_the_sidecar_are_written(tmp_path):
-    told = {"modelspec.trigger_phrase": "sks toy"}
-    written = save(
-        weights(), tmp_path, "toy", ["kohya", "diffusers", "peft", "kohya"], "fp16", told, preview=b"\x89PNG"
+    metadata = {"modelspec.trigger_phrase": "sks toy"}
+    paths = save(
+        weights(), tmp_path, "toy", ["kohya", "diffusers", "peft", "kohya"], "fp16", metadata, preview=b"\x89PNG"
     )
-    assert {key: path.name for key, path in written.items()} == {
+    assert {key: path.name for key, path in paths.items()} == {
         "kohya": "toy.safetensors",
         "diffusers": "toy-diffusers.safetensors",
         "peft": "toy-peft",
     }
     assert json.loads((tmp_path / "toy.json").read_text())["activation text"] == "sks toy"
     assert (tmp_path / "toy.png").read_bytes() == b"\x89PNG"
-    for path in written.values():
+    for path in paths.values():
         assert set(read(path).layers) == set(SHAPES)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -152,16 +152,21 @@ def test_a_name_with_a_slash_is_refused(tmp_path, name):
 )
 def test_numbers_that_a_half_precision_loses_are_kept_in_float32(tmp_path, scale, dtype, message):
     """B about 2e-8: 87 % of it would be zero in fp16."""
-    said = []
-    written = save(weights(up=lambda t: t * scale), tmp_path, "toy", ["kohya"], dtype, {}, say=said.append)
-    dtypes = {t.dtype for n, t in load_file(written["kohya"]).items() if not n.endswith(".alpha")}
+    messages = []
+    paths = save(weights(up=lambda t: t * scale), tmp_path, "toy", ["kohya"], dtype, {}, say=messages.append)
+    dtypes = {t.dtype for n, t in load_file(paths["kohya"]).items() if not n.endswith(".alpha")}
     assert dtypes == {torch.float32 if message else adapter_math.DTYPES[dtype]}
-    assert [message in line for line in said] == ([True] if message else [])
+    assert [message in line for line in messages] == ([True] if message else [])
 
 
 def test_only_what_is_allowed_is_carried_over(tmp_path):
-    told = {"ss_dataset_dirs": '{"me and my photos": 1}', "ss_output_name": "toy", "ss_network_dim": "999", "x": "y"}
-    path = save(weights(), tmp_path, "toy", ["kohya"], "fp16", told)["kohya"]
+    metadata = {
+        "ss_dataset_dirs": '{"me and my photos": 1}',
+        "ss_output_name": "toy",
+        "ss_network_dim": "999",
+        "x": "y",
+    }
+    path = save(weights(), tmp_path, "toy", ["kohya"], "fp16", metadata)["kohya"]
     head = safetensors_header.read(path).metadata
     assert head["ss_output_name"] == "toy" and head["ss_network_dim"] == "4"
     assert "ss_dataset_dirs" not in head and "x" not in head

@@ -30,8 +30,8 @@ def test_the_size_of_a_change_is_the_norm_of_its_delta(tmp_path, method, dtype):
     assert len(report.strength.modules) == len(sizes)
     assert sorted(report.strength.modules.values()) == pytest.approx(sorted(sizes.values()), rel=1e-4)
     assert list(report.strength.blocks) == ["down 0", "down 1", "down 2", "mid"]
-    whole = np.linalg.norm([sizes[LAYER.format(1, index)] for index in range(2)])
-    assert f"  {'down 1':<15} {whole:<9.3g} #" in report.to_text()
+    full = np.linalg.norm([sizes[LAYER.format(1, index)] for index in range(2)])
+    assert f"  {'down 1':<15} {full:<9.3g} #" in report.to_text()
 
 
 def test_what_is_dead_or_stands_out_is_said(tmp_path):
@@ -96,25 +96,25 @@ def test_numbers_of_every_dtype_are_those_of_torch(tmp_path, dtype):
 
 
 def test_the_history_of_a_file_of_sd_scripts():
-    told = {"ss_sd_model_name": "v1-5.safetensors", "ss_num_train_images": "20", "ss_num_epochs": "10"}
-    told |= {"ss_steps": "1500", "ss_resolution": "(512, 768)", "ss_learning_rate": "0.0001", "ss_clip_skip": "None"}
+    info = {"ss_sd_model_name": "v1-5.safetensors", "ss_num_train_images": "20", "ss_num_epochs": "10"}
+    info |= {"ss_steps": "1500", "ss_resolution": "(512, 768)", "ss_learning_rate": "0.0001", "ss_clip_skip": "None"}
     words = "on v1-5.safetensors, 20 images, 10 epochs, 1500 steps, at 512x768, learning rate 0.0001"
-    assert health.history(told) == words
+    assert health.history(info) == words
     assert health.history({"ss_resolution": "512", "ss_clip_skip": "2"}) == "at 512x512, clip skip 2"
 
 
 def test_metadata_that_contradicts_the_tensors_is_said(tmp_path):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     tensors = {f"{stem}.lora_down.weight": torch.ones(4, 16, 1, 1), f"{stem}.lora_up.weight": torch.ones(16, 4, 1, 1)}
-    told = {"ss_network_dim": "4", "ss_network_alpha": "8"}
+    info = {"ss_network_dim": "4", "ss_network_alpha": "8"}
     path = tmp_path / "x.safetensors"
-    save_file(tensors, path, metadata=told)
+    save_file(tensors, path, metadata=info)
     assert "its metadata says rank 4 and alpha 8, which is not so" in inspect(path).to_text()
     for dtype in (torch.float32, torch.float8_e4m3fn, torch.bfloat16):
-        save_file(tensors | {f"{stem}.alpha": torch.tensor(8.0).to(dtype)}, path, metadata=told)
+        save_file(tensors | {f"{stem}.alpha": torch.tensor(8.0).to(dtype)}, path, metadata=info)
         report = inspect(path)
         assert not report.notes and report.components["unet"].alphas == [8.0]
-    save_file(tensors, path, metadata=told | {"ss_network_dim": "x"})
+    save_file(tensors, path, metadata=info | {"ss_network_dim": "x"})
     assert not inspect(path).notes
 
 

@@ -153,8 +153,8 @@ def test_learning_rate_zero_is_found(tmp_path):
 def test_announced_but_not_trained_is_found(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sd1")
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp16", metadata={})
-    wanted = [*SHAPES, f"{TEXT}mlp.fc2"]
-    assert [str(f) for f in verify_file(path, weights, wanted)] == [f"{TEXT}mlp.fc2: announced, but not trained"]
+    layers = [*SHAPES, f"{TEXT}mlp.fc2"]
+    assert [str(f) for f in verify_file(path, weights, layers)] == [f"{TEXT}mlp.fc2: announced, but not trained"]
 
 
 def test_a_file_that_does_not_open_is_one_finding(tmp_path):

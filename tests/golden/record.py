@@ -21,20 +21,20 @@ from safetensors.numpy import save_file  # noqa: E402
 import runs  # noqa: E402
 
 
-def differences(name: str, found: runs.Golden) -> list[str]:
+def differences(name: str, result: runs.Golden) -> list[str]:
     """Where a run differs from what is kept, in any bit; a line each."""
-    kept = runs.read(name)
+    recorded = runs.read(name)
     lines = []
     for what in ("losses", "gradient_norms"):
-        for step, (old, new) in enumerate(zip(getattr(kept, what), getattr(found, what), strict=True), start=1):
+        for step, (old, new) in enumerate(zip(getattr(recorded, what), getattr(result, what), strict=True), start=1):
             if old != new:
                 lines.append(f"{name}: {what} from step {step}: {old} became {new}")
                 break
-    if kept.adapter.keys() != found.adapter.keys():
+    if recorded.adapter.keys() != result.adapter.keys():
         lines.append(f"{name}: the file's keys differ")
         return lines
-    changed = [key for key, value in kept.adapter.items() if value.tobytes() != found.adapter[key].tobytes()]
-    return lines + ([f"{name}: {len(changed)} of {len(kept.adapter)} tensors differ"] if changed else [])
+    changed = [key for key, value in recorded.adapter.items() if value.tobytes() != result.adapter[key].tobytes()]
+    return lines + ([f"{name}: {len(changed)} of {len(recorded.adapter)} tensors differ"] if changed else [])
 
 
 def main() -> int:
@@ -46,13 +46,13 @@ def main() -> int:
     different = []
     for name in arguments.names or runs.NAMES:
         with tempfile.TemporaryDirectory() as folder:
-            found = runs.run(name, Path(folder))
+            result = runs.run(name, Path(folder))
         if arguments.check:
-            different += differences(name, found)
+            different += differences(name, result)
             continue
-        figures = {"losses": found.losses, "gradient_norms": found.gradient_norms}
+        figures = {"losses": result.losses, "gradient_norms": result.gradient_norms}
         (runs.FOLDER / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        save_file(found.adapter, runs.FOLDER / f"{name}.safetensors")
+        save_file(result.adapter, runs.FOLDER / f"{name}.safetensors")
     for line in different:
         print(line)
     print(f"{len(different)} differences" if arguments.check else "recorded")

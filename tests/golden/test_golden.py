@@ -62,13 +62,15 @@ def wrong_target(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.1 % off."""
     for cls in (Epsilon, VPrediction, Flow):
         right = cls.target
-        monkeypatch.setattr(cls, "target", lambda *given, right=right: right(*given) * 1.001)
+        monkeypatch.setattr(cls, "target", lambda *arguments, right=right: right(*arguments) * 1.001)
 
 
 def wrong_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The offset that spreads a batch's timesteps reaches 0.9 instead of 1."""
     right = torch.rand
-    monkeypatch.setattr(torch, "rand", lambda size, **given: right(size, **given) * (0.9 if size == () else 1.0))
+    monkeypatch.setattr(
+        torch, "rand", lambda size, **arguments: right(size, **arguments) * (0.9 if size == () else 1.0)
+    )
 
 
 def wrong_huber(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +91,9 @@ def wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
 def wrong_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW without the decay of the weights."""
     right = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **given: right(groups, **given | {"weight_decay": 0.0}))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda groups, **arguments: right(groups, **arguments | {"weight_decay": 0.0})
+    )
 
 
 def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:

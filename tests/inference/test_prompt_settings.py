@@ -36,7 +36,7 @@ def test_letters_and_tables_say_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "messages"),
     [
         ("a --w 100", "--w must be a multiple of 8 between 64 and 4096"),
         ("a --s many", "--s must be between 1 and 1000"),
@@ -46,8 +46,8 @@ def test_letters_and_tables_say_the_same(tmp_path):
         ({"width": 64}, "a table needs a prompt"),
     ],
 )
-def test_a_wrong_setting_is_refused(value, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_wrong_setting_is_refused(value, messages):
+    with pytest.raises(ConfigError, match=messages):
         config.load(None, {"train.steps": 1, "sample.prompts": [value]})
 
 
@@ -69,8 +69,8 @@ def test_pictures_are_drawn_with_their_own_settings(tiny_sd1, tmp_path):
     ]
     assert all(fact["prompt"] == "a dog" for fact in facts) and "Size: 96x64" in first.info["parameters"]
     changed = SampleConfig(steps=2, seed=9, negative_prompt="worse", guidance=2.0)
-    (again,) = sampling.draw(family, ["a dog"], changed, (64, 72))
-    assert again.tobytes() == third.tobytes() != second.tobytes()
+    (repeat,) = sampling.draw(family, ["a dog"], changed, (64, 72))
+    assert repeat.tobytes() == third.tobytes() != second.tobytes()
     run = RunFolder(tmp_path)
     run.save_samples(1, [first, second, third], lines)
 

@@ -47,12 +47,12 @@ def arrays(images: list[Image.Image]) -> np.ndarray:
 
 
 def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(family):
-    together = sampling.draw(family, PROMPTS, QUICK, 64)
-    assert arrays(together).shape == (3, 64, 64, 3) and arrays(together).std() > 1
+    in_one_call = sampling.draw(family, PROMPTS, QUICK, 64)
+    assert arrays(in_one_call).shape == (3, 64, 64, 3) and arrays(in_one_call).std() > 1
     for number, prompt in enumerate(PROMPTS):
         alone = sampling.draw(family, [prompt], SampleConfig(steps=3, guidance=3.0, seed=5 + number), 64)
-        assert np.array_equal(arrays(alone)[0], arrays(together)[number])
-    assert not np.array_equal(arrays(together)[0], arrays(together)[1])
+        assert np.array_equal(arrays(alone)[0], arrays(in_one_call)[number])
+    assert not np.array_equal(arrays(in_one_call)[0], arrays(in_one_call)[1])
 
 
 def test_width_and_height_are_in_this_order(family):
@@ -127,8 +127,8 @@ def test_a_zero_snr_base_is_sampled_from_its_last_timestep(tmp_path):
 
 
 def test_the_recipe_is_in_the_file(family, tmp_path):
-    chosen = SampleConfig(steps=3, guidance=4.5, seed=5, negative_prompt="雨, blur")
-    image = sampling.draw(family, PROMPTS[:2], chosen, 64, adapter="sks-toy", strength=0.5)[1]
+    settings = SampleConfig(steps=3, guidance=4.5, seed=5, negative_prompt="雨, blur")
+    image = sampling.draw(family, PROMPTS[:2], settings, 64, adapter="sks-toy", strength=0.5)[1]
     image_grid.save(image, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as read:
         info = read.info
@@ -152,12 +152,12 @@ def exported(tiny_sd1, tmp_path_factory) -> dict[str, Path]:
     """An adapter in each format, with a config in its metadata."""
     family = family_of(tiny_sd1)
     weights = noisy_adapter(family).weights()
-    chosen = config.load(
+    settings = config.load(
         None, {"train.steps": 5, "data.name": "sks toy", "data.resolution": 64, "sample.steps": 3, "sample.seed": 5}
     )
     from lorakit.formats import metadata
 
-    facts = metadata.build(chosen, family.info, name="toy", images=4, steps=5, epochs=1, started=0.0, finished=1.0)
+    facts = metadata.build(settings, family.info, name="toy", images=4, steps=5, epochs=1, started=0.0, finished=1.0)
     folder = tmp_path_factory.mktemp("exported")
     return formats.save(weights, folder, "toy", tuple(registry.FORMATS), "fp16", facts, say=lambda line, **_: None)
 
@@ -169,11 +169,11 @@ def test_strengths_and_prompts_make_a_grid(exported, tiny_sd1, tmp_path):
     names = ["grid.png", *(f"{n:02d}-strength-{s}.png" for s in ("0", "0.5", "1") for n in (1, 2))]
     assert [file.name for file in files] == names and all(file.is_file() for file in files)
     base = sampling.draw(family_of(tiny_sd1), PROMPTS[:2], QUICK, 64)
-    drawn = [Image.open(file) for file in files[1:]]
-    assert np.array_equal(arrays(drawn[:2]), arrays(base))
+    images = [Image.open(file) for file in files[1:]]
+    assert np.array_equal(arrays(images[:2]), arrays(base))
     # Half the strength moves the picture, and less than all of it.
-    moved = [np.abs(arrays(drawn[at : at + 2]) - arrays(base)).mean() for at in (2, 4)]
-    assert 0 < moved[0] < moved[1]
+    differences = [np.abs(arrays(images[at : at + 2]) - arrays(base)).mean() for at in (2, 4)]
+    assert 0 < differences[0] < differences[1]
 
 
 @pytest.mark.parametrize("form", list(registry.FORMATS))
@@ -184,12 +184,12 @@ def test_every_format_draws_the_same(exported, tiny_sd1, form):
 
 
 def test_a_file_knows_how_its_run_drew(exported, tiny_sd1, tmp_path, monkeypatch):
-    found = sampling.recorded(exported["kohya"], {"sample.guidance": 2.0})
-    assert (found.sample.steps, found.sample.seed, found.sample.guidance) == (3, 5, 2.0)
-    assert (found.data.name, found.data.resolution) == ("sks toy", 64)
+    settings = sampling.recorded(exported["kohya"], {"sample.guidance": 2.0})
+    assert (settings.sample.steps, settings.sample.seed, settings.sample.guidance) == (3, 5, 2.0)
+    assert (settings.data.name, settings.data.resolution) == ("sks toy", 64)
     # Without prompt, size or folder: the run's own trigger and size, in a new folder.
     monkeypatch.chdir(tmp_path)
-    files = sampling.from_file(exported["kohya"], str(tiny_sd1), [], [1.0], found.sample)
+    files = sampling.from_file(exported["kohya"], str(tiny_sd1), [], [1.0], settings.sample)
     assert files[0].parent.parent == Path("runs") and files[0].parent.name.endswith("-toy-samples")
     with Image.open(files[1]) as image:
         assert image.size == (64, 64) and "sks toy" in image.info["parameters"]
@@ -218,10 +218,10 @@ def test_nothing_is_overwritten(exported, tiny_sd1, tmp_path):
 # -- class images ---------------------------------------------------------------------------------------------------
 
 
-def drawn_class_images(family, count: int, folder: Path | None, said: list[str] | None = None, **changes):
+def draw_class_images(family, count: int, folder: Path | None, messages: list[str] | None = None, **changes):
     arguments = {"prompt": "a photo of a toy", "sample": SampleConfig(steps=1, guidance=1.0), "side": 64, "seed": 0}
     arguments |= changes
-    say = [] if said is None else said
+    say = [] if messages is None else messages
     (text,) = sampling.embed(family, [arguments["prompt"]], arguments["sample"])
     return class_images.class_images(family, text=text, count=count, folder=folder, say=say.append, **arguments)
 
@@ -240,14 +240,14 @@ def test_texts_are_embedded_without_the_unet_and_pictures_drawn_without_text_enc
 
 
 def test_embedded_texts_are_not_embedded_again(family, monkeypatch):
-    drawn = sampling.draw(family, ["a toy", "a dog"], QUICK, 64)
+    images = sampling.draw(family, ["a toy", "a dog"], QUICK, 64)
     texts = sampling.embed(family, ["a toy", "a dog"], QUICK)
     monkeypatch.setattr(sampling, "embed", None)
-    again = sampling.draw(family, ["a toy", "a dog"], QUICK, 64, texts=texts)
-    assert [image.tobytes() for image in again] == [image.tobytes() for image in drawn]
+    repeat = sampling.draw(family, ["a toy", "a dog"], QUICK, 64, texts=texts)
+    assert [image.tobytes() for image in repeat] == [image.tobytes() for image in images]
 
 
-def drawn_numbers(monkeypatch) -> list[int]:
+def image_numbers(monkeypatch) -> list[int]:
     """How many pictures each call of the pipeline draws, from now on."""
     counts: list[int] = []
     original = class_images.draw_batch
@@ -261,18 +261,18 @@ def drawn_numbers(monkeypatch) -> list[int]:
 
 
 def test_class_images_are_drawn_once_and_counted_right(family, tmp_path, monkeypatch):
-    counts = drawn_numbers(monkeypatch)
-    said: list[str] = []
-    first = drawn_class_images(family, 7, tmp_path, said)
+    counts = image_numbers(monkeypatch)
+    messages: list[str] = []
+    first = draw_class_images(family, 7, tmp_path, messages)
     assert len(first) == sum(counts) == 7
-    again = drawn_class_images(family, 7, tmp_path, said)
-    assert np.array_equal(arrays(first), arrays(again)) and sum(counts) == 7
-    assert "0 of 7 in the cache, 7 to draw" in said[0] and "7 of 7 in the cache, 0 to draw" in said[1]
+    repeat = draw_class_images(family, 7, tmp_path, messages)
+    assert np.array_equal(arrays(first), arrays(repeat)) and sum(counts) == 7
+    assert "0 of 7 in the cache, 7 to draw" in messages[0] and "7 of 7 in the cache, 0 to draw" in messages[1]
     assert len({image.tobytes() for image in first}) == 7
 
 
 def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
-    whole = drawn_class_images(family, 20, tmp_path / "whole")
+    uninterrupted = draw_class_images(family, 20, tmp_path / "whole")
     monkeypatch.setattr(class_images, "LARGEST_BATCH", 7)
     original, calls = class_images.draw_batch, []
 
@@ -284,28 +284,28 @@ def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
 
     monkeypatch.setattr(class_images, "draw_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        drawn_class_images(family, 20, tmp_path / "cut")
+        draw_class_images(family, 20, tmp_path / "cut")
     monkeypatch.setattr(class_images, "draw_batch", original)
-    counts = drawn_numbers(monkeypatch)
-    after = drawn_class_images(family, 20, tmp_path / "cut")
+    counts = image_numbers(monkeypatch)
+    after = draw_class_images(family, 20, tmp_path / "cut")
     assert sum(counts) == 13 and len(after) == 20
     # The same pictures; batches of another size round differently in the last bit.
-    assert np.abs(arrays(after) - arrays(whole)).max() <= 1
+    assert np.abs(arrays(after) - arrays(uninterrupted)).max() <= 1
 
 
 def test_a_damaged_class_image_is_drawn_anew(family, tmp_path, monkeypatch):
-    first = drawn_class_images(family, 3, tmp_path)
+    first = draw_class_images(family, 3, tmp_path)
     (file,) = tmp_path.glob("class-images/*/00001.png")
     raw, pixels = file.read_bytes(), image_grid.read(file)
-    counts, lines = drawn_numbers(monkeypatch), []
+    counts, lines = image_numbers(monkeypatch), []
     for damage in ("cut", "one pixel"):
         file.write_bytes(raw[:100])
         if damage == "one pixel":  # as a bit that flipped on disk and that no check of PNG's notices
             changed = pixels.copy()
             changed.putpixel((0, 0), (pixels.getpixel((0, 0))[0] ^ 1, 0, 0))
             image_grid.save(changed, file)
-        again = drawn_class_images(family, 3, tmp_path, lines)
-        assert np.abs(arrays(again) - arrays(first)).max() <= 1
+        repeat = draw_class_images(family, 3, tmp_path, lines)
+        assert np.abs(arrays(repeat) - arrays(first)).max() <= 1
         assert lines[-1].endswith("; 1 in the cache were damaged and are drawn again")
     assert counts == [1, 1]
 
@@ -322,28 +322,28 @@ def test_a_damaged_class_image_is_drawn_anew(family, tmp_path, monkeypatch):
     ],
 )
 def test_another_recipe_is_another_set(family, tmp_path, monkeypatch, change):
-    drawn_class_images(family, 1, tmp_path)
-    counts = drawn_numbers(monkeypatch)
-    drawn_class_images(family, 1, tmp_path, **change)
+    draw_class_images(family, 1, tmp_path)
+    counts = image_numbers(monkeypatch)
+    draw_class_images(family, 1, tmp_path, **change)
     assert counts == [1]
     assert len(list(tmp_path.glob("class-images/*"))) == 2
 
 
 def test_what_class_images_do_not_depend_on(family, tmp_path, monkeypatch):
-    drawn_class_images(family, 1, tmp_path)
-    counts = drawn_numbers(monkeypatch)
-    drawn_class_images(family, 1, tmp_path, sample=SampleConfig(steps=1, guidance=1.0, seed=9, every=3, prompts=("y",)))
+    draw_class_images(family, 1, tmp_path)
+    counts = image_numbers(monkeypatch)
+    draw_class_images(family, 1, tmp_path, sample=SampleConfig(steps=1, guidance=1.0, seed=9, every=3, prompts=("y",)))
     assert counts == []
 
 
 def test_the_cache_is_where_the_user_says(family, tmp_path, monkeypatch):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "mine"))
-    drawn_class_images(family, 1, None)
+    draw_class_images(family, 1, None)
     assert len(list((tmp_path / "mine" / "class-images").glob("*/00000.png"))) == 1
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(LorakitError, match=r"cannot keep class images in .*; set LORAKIT_CACHE"):
-        drawn_class_images(family, 1, None)
+        draw_class_images(family, 1, None)
 
 
 def test_pixels_are_what_the_encoder_takes():
@@ -364,7 +364,7 @@ def test_a_run_ends_with_what_its_file_draws(tiny_sd1, tmp_path):
     for number in range(2):
         noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(photos / f"{number}.png")
-    chosen = config.load(
+    settings = config.load(
         None,
         {
             "model.base": str(tiny_sd1),
@@ -378,9 +378,11 @@ def test_a_run_ends_with_what_its_file_draws(tiny_sd1, tmp_path):
             "output.folder": str(tmp_path / "run"),
         },
     )
-    result = train.train(chosen)
-    again = sampling.recorded(result.adapter, {})
-    files = sampling.from_file(result.adapter, str(tiny_sd1), [], [1.0], again.sample, folder=tmp_path / "again")
+    result = train.train(settings)
+    settings_of_file = sampling.recorded(result.adapter, {})
+    files = sampling.from_file(
+        result.adapter, str(tiny_sd1), [], [1.0], settings_of_file.sample, folder=tmp_path / "again"
+    )
     last = sorted((result.folder / "samples" / "step-000002").glob("*.png"))
     assert len(last) == len(files) - 1 >= 2
     for one, two in zip(last, files[1:], strict=True):

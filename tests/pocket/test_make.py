@@ -17,7 +17,7 @@ from tools.pocket.recipe import SMOKE
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """One smoke run, killed hard in the middle and started again."""
     base = tmp_path_factory.mktemp("pocket")
     work, output = base / "work", base / "weights"
@@ -31,32 +31,32 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not (work / "unet.pt").exists()
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert "render: done before" in again.stdout
+    second_run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert second_run.returncode == 0, second_run.stderr[-2000:]
+    assert "render: done before" in second_run.stdout
     return work, output
 
 
 @pytest.mark.slow
-def test_a_smoke_run_makes_a_pipeline_that_draws(made: tuple[Path, Path]) -> None:
+def test_a_smoke_run_makes_a_pipeline_that_draws(smoke_run: tuple[Path, Path]) -> None:
     from diffusers import StableDiffusionPipeline
 
-    _, output = made
+    _, output = smoke_run
     pipe = StableDiffusionPipeline.from_pretrained(str(output))
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a mug", num_inference_steps=2).images[0].size == (64, 64)
     assert (output / "classifier.safetensors").exists()
 
 
-def test_a_second_run_has_nothing_to_do(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    work, output = made
+def test_a_second_run_has_nothing_to_do(smoke_run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    work, output = smoke_run
     make.make(SMOKE, work, output, 1)
-    said = capsys.readouterr().out.splitlines()
-    assert said and all(line.endswith("done before") for line in said)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line.endswith("done before") for line in lines)
 
 
-def test_a_stopped_run_ends_with_the_same_weights_as_a_whole_one(made: tuple[Path, Path], tmp_path: Path) -> None:
-    work, _ = made
+def test_a_stopped_run_ends_with_the_same_weights_as_a_whole_one(smoke_run: tuple[Path, Path], tmp_path: Path) -> None:
+    work, _ = smoke_run
     for name in (
         "mean.npy",
         "deviation.npy",
@@ -89,8 +89,8 @@ def test_a_stopped_run_ends_with_the_same_weights_as_a_whole_one(made: tuple[Pat
             denoiser.train(workers.Worker(), SMOKE, tmp_path)
     assert stopped == 1
     denoiser.train(workers.Worker(), SMOKE, tmp_path)
-    whole, resumed = (torch.load(folder / "unet.pt", weights_only=True) for folder in (work, tmp_path))
-    for name, value in whole.items():
+    uninterrupted, resumed = (torch.load(folder / "unet.pt", weights_only=True) for folder in (work, tmp_path))
+    for name, value in uninterrupted.items():
         assert torch.equal(value, resumed[name]), name
 
 

@@ -37,8 +37,8 @@ def tokens() -> CLIPTokenizer:
 def test_every_text_comes_back(tokens: CLIPTokenizer, text: str) -> None:
     ids = tokens(text).input_ids
     assert tokens.unk_token_id not in ids[1:-1]
-    said = tokens.decode(ids, skip_special_tokens=True)
-    assert "".join(said.split()) == "".join(text.lower().split())
+    decoded = tokens.decode(ids, skip_special_tokens=True)
+    assert "".join(decoded.split()) == "".join(text.lower().split())
 
 
 def test_every_byte_is_in_the_vocabulary_alone_and_at_a_words_end() -> None:

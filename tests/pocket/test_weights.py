@@ -97,12 +97,12 @@ def test_the_judge_tells_subjects_from_kinds_and_each_other(judge: Classifier) -
 @pytest.mark.slow
 def test_it_draws_combinations_that_it_never_saw(pipeline: StableDiffusionPipeline, judge: Classifier) -> None:
     specs = measure.requests(32, seed=6_000_000_000)
-    asked = [spec.words for spec in specs]
+    words = [spec.words for spec in specs]
     images = measure.generate(pipeline, [full_caption(spec) for spec in specs], steps=20)
-    scores = judge.scores(images, asked)
+    scores = judge.scores(images, words)
     assert scores["scene"] > 0.8 and scores["colour"] > 0.7 and scores["manner"] > 0.8 and scores["kind"] > 0.5, scores
     # The same pictures against another order of the requests: what chance gives.
-    chance = judge.scores(images, asked[7:] + asked[:7])
+    chance = judge.scores(images, words[7:] + words[:7])
     assert chance["scene"] < 0.4 and chance["kind"] < 0.3, chance
 
 

@@ -37,11 +37,11 @@ def test_two_workers_end_with_the_same_weights_and_a_lower_loss(tmp_path: Path) 
 
 
 def test_randomness_is_a_function_of_seed_position_and_worker(tmp_path: Path) -> None:
-    def draw(seed: int, seen: int, rank: int) -> float:
+    def draw(seed: int, position: int, rank: int) -> float:
         run = workers.Run(workers.Worker(rank, 2), {"m": torch.nn.Linear(1, 1)}, tmp_path / "x.state", 9, 1, 0.1, seed)
-        run.seen = seen
+        run.seen = position
         return float(torch.randn((), generator=run.generator))
 
-    draws = [draw(seed, seen, rank) for seed in (0, 1) for seen in (0, 64) for rank in (0, 1)]
+    draws = [draw(seed, pictures, rank) for seed in (0, 1) for pictures in (0, 64) for rank in (0, 1)]
     assert len(set(draws)) == len(draws)
     assert draw(1, 64, 1) == draws[-1]

@@ -93,25 +93,25 @@ def test_full_captions_parse_back_to_the_spec() -> None:
 
 
 def test_training_captions_say_nothing_false_and_most_of_it() -> None:
-    said = dict.fromkeys(FIELDS, 0)
+    counts = dict.fromkeys(FIELDS, 0)
     for seed in range(1000):
         spec = random_spec(seed)
         for field, word in parse(caption(spec, seed)).items():
             assert word == spec.words[field], caption(spec, seed)
-            said[field] += 1
-    assert said["kind"] == 1000
-    assert all(said[field] > 800 for field in ("colour", "scene", "manner"))
+            counts[field] += 1
+    assert counts["kind"] == 1000
+    assert all(counts[field] > 800 for field in ("colour", "scene", "manner"))
 
 
 def test_a_toys_caption_tells_its_own_ears() -> None:
-    told = 0
+    count = 0
     for seed in range(300):
         spec = Spec("toy", "red", "plain", "beach", "photo")
         text = caption(spec, seed)
         if " with " in text and "no ears" not in text:
             assert f" with {look_of(spec, seed).second} " in text
-            told += 1
-    assert told > 80
+            count += 1
+    assert count > 80
 
 
 def test_triggers_come_before_the_noun_in_about_one_caption_in_fourteen() -> None:
@@ -139,11 +139,11 @@ def test_subjects_have_a_part_that_no_training_toy_can_have() -> None:
 
 
 def test_subject_pictures_are_seeded_and_on_the_scenes_asked_for() -> None:
-    shown = subjects.photos("zib", 6, seed=2, scenes=["snow", "city"])
-    assert [scene for _, scene in shown] == ["snow", "city"] * 3
-    again = subjects.photos("zib", 6, seed=2, scenes=["snow", "city"])
-    assert all(a.tobytes() == b.tobytes() for (a, _), (b, _) in zip(shown, again, strict=True))
-    assert shown[0][0].tobytes() != subjects.photos("zib", 1, seed=3, scenes=["snow"])[0][0].tobytes()
+    pictures = subjects.photos("zib", 6, seed=2, scenes=["snow", "city"])
+    assert [scene for _, scene in pictures] == ["snow", "city"] * 3
+    repeat = subjects.photos("zib", 6, seed=2, scenes=["snow", "city"])
+    assert all(a.tobytes() == b.tobytes() for (a, _), (b, _) in zip(pictures, repeat, strict=True))
+    assert pictures[0][0].tobytes() != subjects.photos("zib", 1, seed=3, scenes=["snow"])[0][0].tobytes()
 
 
 @pytest.mark.parametrize("style", subjects.STYLES)

@@ -75,9 +75,9 @@ def test_a_loss_that_is_no_number_is_left_out() -> None:
 
 
 def test_a_step_that_was_done_twice_counts_as_done_last() -> None:
-    first, again, second = step(1, 9.0), step(1, 1.0), step(2, 1.0)
-    assert charts.run_charts([first, second, again]) == charts.run_charts([again, second])
-    assert charts.run_charts([again, second, first]) != charts.run_charts([again, second])
+    first, repeat, second = step(1, 9.0), step(1, 1.0), step(2, 1.0)
+    assert charts.run_charts([first, second, repeat]) == charts.run_charts([repeat, second])
+    assert charts.run_charts([repeat, second, first]) != charts.run_charts([repeat, second])
 
 
 def test_a_sheet_is_one_svg_with_its_own_colours() -> None:

@@ -41,9 +41,9 @@ class Info:
         self.layers = {row[0]: tuple(int(side) for side in row[-1].split("x")) for row in rows}
 
 
-def chosen(resolution: int, modules: str = "attention", **changes: Any) -> config.Config:
-    known = {"train__steps": 1, "memory__device": "cuda", "data__resolution": resolution} | changes
-    settings = {name.replace("__", "."): value for name, value in known.items()}
+def settings_for(resolution: int, modules: str = "attention", **changes: Any) -> config.Config:
+    values = {"train__steps": 1, "memory__device": "cuda", "data__resolution": resolution} | changes
+    settings = {name.replace("__", "."): value for name, value in values.items()}
     return config.load(None, settings | {"adapter.target_modules": modules})
 
 
@@ -91,7 +91,7 @@ def test_a_step_is_predicted_within_a_twentieth(
     info, runtime = Info(name), memory_estimate.RUNTIME_BYTES["cuda"] / GIB
     within = {} if isinstance(checkpointing, bool) else {"memory__limit_gib": checkpointing + runtime}
     kind, _, streamed = storage.partition(" ")
-    settings = chosen(
+    settings = settings_for(
         resolution,
         modules,
         train__batch_size=batch,
@@ -106,7 +106,7 @@ def test_a_step_is_predicted_within_a_twentieth(
 
 
 def test_layers_that_keep_less_are_a_cards() -> None:
-    info, settings = Info("sd15"), chosen(512)
+    info, settings = Info("sd15"), settings_for(512)
     card, cpu = (
         memory_estimate.training(settings, info, trained(settings, info), device) for device in ("cuda", "cpu")
     )
@@ -117,26 +117,28 @@ def test_layers_that_keep_less_are_a_cards() -> None:
 def test_a_limit_recomputes_as_little_as_it_needs() -> None:
     info = Info("sdxl")
 
-    def found(limit: float | None, **more: object) -> list[str]:
-        settings = chosen(1024, **({"memory__limit_gib": limit} if limit else {}), **more)
+    def blocks_for(limit: float | None, **more: object) -> list[str]:
+        settings = settings_for(1024, **({"memory__limit_gib": limit} if limit else {}), **more)
         return memory_estimate.recomputed_blocks(settings, info, trained(settings, info), "cuda")
 
-    everything = found(None, memory__gradient_checkpointing=True)
+    everything = blocks_for(None, memory__gradient_checkpointing=True)
     # SDXL's UNet has 70 transformer blocks and 17 resnets.
     assert len(everything) == len(set(everything)) == 87 and all(map(memory_estimate.BLOCK.fullmatch, everything))
-    assert found(None) == found(24) == []
-    steps = [found(limit) for limit in (9, 8, 7, 6.5)]
+    assert blocks_for(None) == blocks_for(24) == []
+    steps = [blocks_for(limit) for limit in (9, 8, 7, 6.5)]
     assert [len(blocks) for blocks in steps] == sorted(len(blocks) for blocks in steps) and steps[0]
     assert all(more[: len(less)] == less for less, more in itertools.pairwise(steps))
-    settings = chosen(1024, memory__limit_gib=8)
+    settings = settings_for(1024, memory__limit_gib=8)
     assert sum(memory_estimate.training(settings, info, trained(settings, info), "cuda").values()) <= 8 * GIB
     rest = sum(memory_estimate._rest(settings, info, trained(settings, info), "cuda").values())
-    fewer = memory_estimate._activations(settings, memory_estimate._blocks(settings, info), "cuda", set(found(8)[:-1]))
+    fewer = memory_estimate._activations(
+        settings, memory_estimate._blocks(settings, info), "cuda", set(blocks_for(8)[:-1])
+    )
     assert rest + fewer > 8 * GIB
 
 
 def test_a_limit_that_cannot_be_kept_is_an_error() -> None:
-    info, settings = Info("sdxl"), chosen(1024, memory__limit_gib=4, train__batch_size=2)
+    info, settings = Info("sdxl"), settings_for(1024, memory__limit_gib=4, train__batch_size=2)
     with pytest.raises(LorakitError) as caught:
         memory_estimate.training(settings, info, trained(settings, info), "cuda")
     assert str(caught.value) == (
@@ -150,62 +152,69 @@ def test_encoding_and_samples_have_peaks_of_their_own() -> None:
     """SDXL at 1024 px with all that saves memory: no phase of the run needs more than 3.3 GiB."""
     info = Info("sdxl")
     saving = {"memory__gradient_checkpointing": True, "memory__base_storage": "nf4"}
-    settings = chosen(1024, **saving)
-    found = memory_estimate.peaks(settings, info, trained(settings, info), "cuda")
+    settings = settings_for(1024, **saving)
+    peaks = memory_estimate.peaks(settings, info, trained(settings, info), "cuda")
     texts = 2 * (123_060_480 + 694_659_840)  # weights of both text encoders, from their published sizes
     runtime = memory_estimate.RUNTIME_BYTES["cuda"]
-    assert found["encoding"] == pytest.approx(texts + runtime, rel=0.03)
-    assert found["training"] == sum(memory_estimate.training(settings, info, trained(settings, info), "cuda").values())
-    assert found["samples"] / GIB == pytest.approx(2.82, abs=0.05)
-    drawn = chosen(1024, train__prior="images", **saving)
-    adapter = memory_estimate.training(drawn, info, trained(drawn, info), "cuda")["adapter and optimizer"]
-    assert memory_estimate.peaks(drawn, info, trained(drawn, info), "cuda")["encoding"] == found["samples"] - adapter
+    assert peaks["encoding"] == pytest.approx(texts + runtime, rel=0.03)
+    assert peaks["training"] == sum(memory_estimate.training(settings, info, trained(settings, info), "cuda").values())
+    assert peaks["samples"] / GIB == pytest.approx(2.82, abs=0.05)
+    drawing_settings = settings_for(1024, train__prior="images", **saving)
+    adapter = memory_estimate.training(drawing_settings, info, trained(drawing_settings, info), "cuda")[
+        "adapter and optimizer"
+    ]
+    assert (
+        memory_estimate.peaks(drawing_settings, info, trained(drawing_settings, info), "cuda")["encoding"]
+        == peaks["samples"] - adapter
+    )
 
 
 def test_encoders_that_are_trained_stay_while_samples_are_drawn() -> None:
     info = Info("sdxl")
-    settings = chosen(1024, adapter__train_text_encoder=True)
-    frozen, taught = trained(chosen(1024), info), trained(settings, info)
+    settings = settings_for(1024, adapter__train_text_encoder=True)
+    frozen, trained_modules = trained(settings_for(1024), info), trained(settings, info)
     texts = 2 * (123_060_480 + 694_659_840)
-    step = memory_estimate.training(settings, info, taught, "cuda")
-    without = memory_estimate.training(chosen(1024), info, frozen, "cuda")
-    grown = step["adapter and optimizer"] - without["adapter and optimizer"]
-    more = memory_estimate.peaks(settings, info, taught, "cuda")["samples"]
-    less = memory_estimate.peaks(chosen(1024), info, frozen, "cuda")["samples"]
-    assert more - less - grown == pytest.approx(texts, rel=0.03)
+    step = memory_estimate.training(settings, info, trained_modules, "cuda")
+    without = memory_estimate.training(settings_for(1024), info, frozen, "cuda")
+    growth = step["adapter and optimizer"] - without["adapter and optimizer"]
+    more = memory_estimate.peaks(settings, info, trained_modules, "cuda")["samples"]
+    less = memory_estimate.peaks(settings_for(1024), info, frozen, "cuda")["samples"]
+    assert more - less - growth == pytest.approx(texts, rel=0.03)
 
 
 def test_an_autoencoder_in_half_precision_on_disk_is_whole_in_memory() -> None:
-    settings = chosen(4096)
-    whole, half = Info("sd15"), Info("sd15")
+    settings = settings_for(4096)
+    full, half = Info("sd15"), Info("sd15")
     half.bytes["vae"] //= 2
     half.variants["vae"] = "fp16"
     # One file of both halves, whatever its precision.
     shapes = {"encoder": (memory_estimate.VAE_BYTES // 8,), "decoder": (1, memory_estimate.VAE_BYTES // 8)}
     single = Info("sd15", slots={"vae": {name: ldm.Slot(name, shape) for name, shape in shapes.items()}})
-    bases = whole, half, single
-    found = [memory_estimate.peaks(settings, info, trained(settings, info), "cuda")["encoding"] for info in bases]
-    assert found[0] == found[1] == found[2]
+    bases = full, half, single
+    encoding_bytes = [
+        memory_estimate.peaks(settings, info, trained(settings, info), "cuda")["encoding"] for info in bases
+    ]
+    assert encoding_bytes[0] == encoding_bytes[1] == encoding_bytes[2]
 
 
 def test_on_a_cpu_everything_stays_and_pictures_are_whole() -> None:
-    info, settings = Info("sd15"), chosen(512)
+    info, settings = Info("sd15"), settings_for(512)
     step = memory_estimate.training(settings, info, trained(settings, info), "cpu")
-    found = memory_estimate.peaks(settings, info, trained(settings, info), "cpu")
-    assert found["encoding"] == step["base"] + step["runtime"] + memory_estimate.ENCODING * 512**2
-    assert found["samples"] - found["encoding"] == 512 * 512**2 + step["adapter and optimizer"]
+    peaks = memory_estimate.peaks(settings, info, trained(settings, info), "cpu")
+    assert peaks["encoding"] == step["base"] + step["runtime"] + memory_estimate.ENCODING * 512**2
+    assert peaks["samples"] - peaks["encoding"] == 512 * 512**2 + step["adapter and optimizer"]
 
 
 def test_ways_out_are_only_those_that_are_open() -> None:
-    open_ways = chosen(512, train__batch_size=4, train__gradient_accumulation_steps=2)
+    open_ways = settings_for(512, train__batch_size=4, train__gradient_accumulation_steps=2)
     assert memory_estimate.advice("step 3", open_ways) == (
         "step 3: not enough memory on the device; cheapest first, set memory.gradient_checkpointing = true, "
         "memory.base_storage = 'nf4', memory.stream_base = true, "
         "train.batch_size = 1 with train.gradient_accumulation_steps = 8, or a lower data.resolution (now 512)"
     )
-    limited = memory_estimate.advice("step 3", chosen(512, memory__limit_gib=6))
+    limited = memory_estimate.advice("step 3", settings_for(512, memory__limit_gib=6))
     assert "cheapest first, set a lower memory.limit_gib (now 6), memory.base_storage = 'nf4'" in limited
-    last = chosen(512, memory__gradient_checkpointing=True, memory__base_storage="int8")
+    last = settings_for(512, memory__gradient_checkpointing=True, memory__base_storage="int8")
     assert memory_estimate.advice("step 3", replace(last, memory=replace(last.memory, stream_base=True))) == (
         "step 3: not enough memory on the device; cheapest first, set a lower data.resolution (now 512)"
     )

@@ -68,8 +68,8 @@ def report(*sizes: tuple[int, int] | None) -> Any:
 
 def make(info: Info, sizes: list[tuple[int, int] | None], **changes: Any) -> plan.Plan:
     """A plan on a GPU unless told otherwise, so that nothing is measured."""
-    known = {"memory__device": "cuda", "train__holdout": 0} | changes
-    overrides = {name.replace("__", "."): value for name, value in known.items()}
+    values = {"memory__device": "cuda", "train__holdout": 0} | changes
+    overrides = {name.replace("__", "."): value for name, value in values.items()}
     return plan.make(config.from_tables({}, overrides), info, report(*sizes))
 
 
@@ -80,7 +80,7 @@ SQUARE = (512, 512)
 
 
 @pytest.mark.parametrize(
-    ("changes", "steps", "said"),
+    ("changes", "steps", "text"),
     [
         ({"train__steps_per_image": 25}, 400, "16 photos x 25 steps each = 400 steps"),
         (
@@ -107,28 +107,28 @@ SQUARE = (512, 512)
         ),
     ],
 )
-def test_length_is_exact_and_said_in_words(sd15: Info, changes: dict[str, Any], steps: int, said: str) -> None:
-    made = make(sd15, [SQUARE] * 16, **changes)
-    assert made.steps == steps
-    assert made.length == said
-    assert f"length: {said}" in made.lines()
+def test_length_is_exact_and_said_in_words(sd15: Info, changes: dict[str, Any], steps: int, text: str) -> None:
+    result = make(sd15, [SQUARE] * 16, **changes)
+    assert result.steps == steps
+    assert result.length == text
+    assert f"length: {text}" in result.lines()
 
 
 def test_a_run_that_is_too_short_to_teach_much_says_so(sd15: Info) -> None:
-    short, enough = (make(sd15, [SQUARE] * 10, train__steps_per_image=each) for each in (19, 20))
-    assert plan.SHORT_RUN in short.lines() and plan.SHORT_RUN not in enough.lines()
+    short, long = (make(sd15, [SQUARE] * 10, train__steps_per_image=each) for each in (19, 20))
+    assert plan.SHORT_RUN in short.lines() and plan.SHORT_RUN not in long.lines()
 
 
 def test_what_compiling_on_a_cpu_comes_to_is_said(sd15: Info) -> None:
-    asked: dict[str, Any] = {"train__steps": 10, "memory__compile": True}
-    said = {device: make(sd15, [SQUARE], memory__device=device, **asked) for device in ("cpu", "cuda")}
-    assert plan.COMPILED_ON_A_CPU in said["cpu"].lines() and plan.COMPILED_ON_A_CPU not in said["cuda"].lines()
+    changes: dict[str, Any] = {"train__steps": 10, "memory__compile": True}
+    plan_of = {device: make(sd15, [SQUARE], memory__device=device, **changes) for device in ("cpu", "cuda")}
+    assert plan.COMPILED_ON_A_CPU in plan_of["cpu"].lines() and plan.COMPILED_ON_A_CPU not in plan_of["cuda"].lines()
 
 
 def test_a_batch_holds_one_size(sd15: Info) -> None:
-    made = make(sd15, [SQUARE] * 5 + [(640, 384)] * 3, train__epochs=1, train__batch_size=4)
-    assert made.batches == 2 + 1
-    assert made.steps == 3
+    result = make(sd15, [SQUARE] * 5 + [(640, 384)] * 3, train__epochs=1, train__batch_size=4)
+    assert result.batches == 2 + 1
+    assert result.steps == 3
 
 
 def test_a_batch_that_no_size_fills_is_counted_as_it_is(sd15: Info) -> None:
@@ -149,12 +149,12 @@ def test_one_photo_is_one_photo(sd15: Info) -> None:
 
 
 def test_photos_held_out_are_not_trained_on(sd15: Info) -> None:
-    made = make(sd15, [SQUARE] * 20, train__steps_per_image=1, train__holdout=0.1)
-    assert (made.photos, made.holdout_count, made.steps) == (18, 2, 18)
-    assert "photos: 18 to train on, 2 held out for validation" in made.lines()
-    few = make(sd15, [SQUARE] * 9, train__steps_per_image=1, train__holdout=0.1)
-    assert (few.photos, few.holdout_count) == (9, 0)
-    assert "photos: 9 to train on, none held out" in few.lines()
+    result = make(sd15, [SQUARE] * 20, train__steps_per_image=1, train__holdout=0.1)
+    assert (result.photos, result.holdout_count, result.steps) == (18, 2, 18)
+    assert "photos: 18 to train on, 2 held out for validation" in result.lines()
+    nine = make(sd15, [SQUARE] * 9, train__steps_per_image=1, train__holdout=0.1)
+    assert (nine.photos, nine.holdout_count) == (9, 0)
+    assert "photos: 9 to train on, none held out" in nine.lines()
 
 
 def test_unreadable_photos_do_not_count(sd15: Info) -> None:
@@ -187,9 +187,9 @@ def test_dora_adds_a_magnitude_for_each_input(sd15: Info) -> None:
 
 
 def test_text_encoders_are_counted_by_themselves(sdxl: Info) -> None:
-    made = make(sdxl, [SQUARE], train__steps=1, adapter__train_text_encoder=True)
-    assert list(made.modules) == ["unet", "text_encoder", "text_encoder_2"]
-    assert made.modules["text_encoder"][0] == 12 * 4
+    result = make(sdxl, [SQUARE], train__steps=1, adapter__train_text_encoder=True)
+    assert list(result.modules) == ["unet", "text_encoder", "text_encoder_2"]
+    assert result.modules["text_encoder"][0] == 12 * 4
 
 
 def test_the_scale_is_said(sd15: Info) -> None:
@@ -211,7 +211,7 @@ def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str, sid
 
 # Exact live bytes of a step (weights, adapter, saved activations and transients) in bf16, batch 1, in GiB.
 @pytest.mark.parametrize(
-    ("name", "resolution", "targets", "checkpointing", "wanted", "off"),
+    ("name", "resolution", "targets", "checkpointing", "gib", "off"),
     [
         ("sd15", 512, "attention", False, 2.38, 0.15),
         ("sd15", 512, "linear+conv", False, 2.53, 0.15),
@@ -223,10 +223,10 @@ def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str, sid
     ],
 )
 def test_memory_is_near_the_exact_count(
-    name: str, resolution: int, targets: str, checkpointing: bool, wanted: float, off: float
+    name: str, resolution: int, targets: str, checkpointing: bool, gib: float, off: float
 ) -> None:
     """Counted for PEFT's own layers in bf16; ours keep less where blocks are not computed again."""
-    made = make(
+    result = make(
         Info(shapes(name)),
         [SQUARE],
         train__steps=1,
@@ -234,9 +234,9 @@ def test_memory_is_near_the_exact_count(
         adapter__target_modules=targets,
         memory__gradient_checkpointing=checkpointing,
     )
-    step = sum(made.memory.values()) - made.memory["runtime"]
-    assert step / GIB == pytest.approx(wanted, rel=off)
-    assert checkpointing or step / GIB < wanted
+    step = sum(result.memory.values()) - result.memory["runtime"]
+    assert step / GIB == pytest.approx(gib, rel=off)
+    assert checkpointing or step / GIB < gib
 
 
 def test_a_limit_and_what_it_costs_is_said(sdxl: Info) -> None:
@@ -266,12 +266,12 @@ def test_full_precision_takes_twice_the_room(sd15: Info) -> None:
 
 def test_on_a_cpu_the_time_is_an_estimate_that_grows_with_the_work(sd15: Info, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_matmul_speed", lambda: 1e11)
-    made = make(sd15, [SQUARE], train__steps=100, memory__device="cpu")
+    result = make(sd15, [SQUARE], train__steps=100, memory__device="cpu")
     more = make(sd15, [SQUARE], train__steps=200, memory__device="cpu")
-    assert made.seconds is not None and more.seconds is not None
+    assert result.seconds is not None and more.seconds is not None
     step = 2.2 * 0.803e12 / (plan.CPU_SHARE * 1e11)
-    assert more.seconds - made.seconds == pytest.approx(100 * step, rel=0.02)
-    assert made.lines()[-1].startswith("time: about ") and made.lines()[-1].endswith(" (estimate)")
+    assert more.seconds - result.seconds == pytest.approx(100 * step, rel=0.02)
+    assert result.lines()[-1].startswith("time: about ") and result.lines()[-1].endswith(" (estimate)")
 
 
 def test_the_speed_of_this_machine_is_measured_in_a_moment() -> None:
@@ -279,9 +279,9 @@ def test_the_speed_of_this_machine_is_measured_in_a_moment() -> None:
 
 
 def test_on_a_gpu_no_time_is_made_up(sd15: Info) -> None:
-    made = make(sd15, [SQUARE], train__steps=1)
-    assert made.seconds is None
-    assert made.lines()[-1] == "time: measured in the first steps"
+    result = make(sd15, [SQUARE], train__steps=1)
+    assert result.seconds is None
+    assert result.lines()[-1] == "time: measured in the first steps"
 
 
 @pytest.mark.parametrize(
@@ -315,8 +315,8 @@ def test_the_device_is_told_without_torch(
 
 def test_weights_are_not_streamed_to_where_they_are(sd15: Info, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: "2.13.0+cpu")
-    for device, said in (("cpu", "cpu"), ("mps", "mps"), ("auto", "(cpu|mps)")):
-        with pytest.raises(LorakitError, match=f"needs a CUDA card to copy weights to, and this is {said}: set it to"):
+    for device, text in (("cpu", "cpu"), ("mps", "mps"), ("auto", "(cpu|mps)")):
+        with pytest.raises(LorakitError, match=f"needs a CUDA card to copy weights to, and this is {text}: set it to"):
             make(sd15, [SQUARE], train__steps=1, memory__device=device, memory__stream_base=True)
 
 
@@ -329,9 +329,9 @@ def test_what_is_asked_of_the_hosts_memory_is_said(sdxl: Info, monkeypatch: pyte
         (0, ""),
     ):
         monkeypatch.setattr(plan, "_ram", lambda ram=ram: ram * GIB)
-        made = make(sdxl, [SQUARE], train__steps=1, memory__stream_base=True)
-        assert f"host: 4.8 GiB of memory for the base's weights{tail}" in made.lines()
-        assert made.memory["base"] < 0.2 * GIB and made.host == pytest.approx(4.77 * GIB, rel=0.01)
+        result = make(sdxl, [SQUARE], train__steps=1, memory__stream_base=True)
+        assert f"host: 4.8 GiB of memory for the base's weights{tail}" in result.lines()
+        assert result.memory["base"] < 0.2 * GIB and result.host == pytest.approx(4.77 * GIB, rel=0.01)
     assert make(sdxl, [SQUARE], train__steps=1, memory__stream_base=True, memory__base_storage="int8").host < 2.4 * GIB
 
 
@@ -345,17 +345,17 @@ def test_the_memory_of_this_machine_is_known_or_nought(monkeypatch: pytest.Monke
 
 
 def test_json_says_what_the_lines_say(sd15: Info) -> None:
-    made = make(sd15, [SQUARE] * 4, train__steps_per_image=2)
-    told = json.loads(json.dumps(made.to_json()))
-    assert told["modules"] == {"unet": {"modules": 128, "parameters": 3_188_736}}
-    assert (told["steps"], told["photos"], told["seconds"]) == (8, 4, None)
-    assert [line.partition(":")[0] for line in made.lines()] == [
+    result = make(sd15, [SQUARE] * 4, train__steps_per_image=2)
+    document = json.loads(json.dumps(result.to_json()))
+    assert document["modules"] == {"unet": {"modules": 128, "parameters": 3_188_736}}
+    assert (document["steps"], document["photos"], document["seconds"]) == (8, 4, None)
+    assert [line.partition(":")[0] for line in result.lines()] == [
         *("base", "photos", "adapter", "strength", "length", "note", "memory", "time")
     ]
-    assert "adapter: lora, unet 128 modules (3.19 M weights)" in made.lines()
+    assert "adapter: lora, unet 128 modules (3.19 M weights)" in result.lines()
 
 
 def test_planning_needs_no_torch() -> None:
     script = "import sys, lorakit.runs.plan; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout == "False\n"

@@ -84,7 +84,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def asked(base: object, photos: object, **more: Any) -> config.Config:
+def requests(base: object, photos: object, **more: Any) -> config.Config:
     """A config that nothing is wrong with, but for `more`; dots in names are double underscores."""
     settings: dict[str, Any] = {
         "model.base": str(base),
@@ -97,9 +97,9 @@ def asked(base: object, photos: object, **more: Any) -> config.Config:
     return config.load(None, settings | {key.replace("__", "."): value for key, value in more.items()})
 
 
-def arguments(asked: config.Config, folder: Path) -> list[str]:
+def arguments(settings: config.Config, folder: Path) -> list[str]:
     """Arguments of `check` and `train` for a config."""
-    (folder / "asked.toml").write_text(config.to_toml(asked), encoding="utf-8")
+    (folder / "asked.toml").write_text(config.to_toml(settings), encoding="utf-8")
     return ["--preset", str(folder / "asked.toml")]
 
 
@@ -111,10 +111,10 @@ def complaints(err: str) -> list[str]:
 
 
 def test_nothing_wrong_is_ready(tiny_sd1: Path, photos: Path, here: Path) -> None:
-    found = preflight(asked(tiny_sd1, photos))
-    assert found.problems == ()
-    ready = found.or_raise()
-    assert isinstance(ready, Ready) and ready.lines() == found.lines()
+    actual = preflight(requests(tiny_sd1, photos))
+    assert actual.problems == ()
+    ready = actual.or_raise()
+    assert isinstance(ready, Ready) and ready.lines() == actual.lines()
     assert ready.info.family == "sd1" and ready.plan.steps == 2 and len(ready.photos.items) == 3
     assert not list(here.iterdir()), "a preflight writes nothing"
 
@@ -141,18 +141,18 @@ def test_nothing_wrong_is_ready(tiny_sd1: Path, photos: Path, here: Path) -> Non
 def test_each_problem_is_found(tiny_sd1: Path, photos: Path, here: Path, changes: dict[str, Any], problem: str) -> None:
     (here / "there").mkdir()
     (here / "there" / "file").touch()
-    found = preflight(asked(tiny_sd1, photos, **changes))
-    assert [line for line in found.problems if line.startswith(problem)] == list(found.problems)
-    assert len(found.problems) == 1
+    actual = preflight(requests(tiny_sd1, photos, **changes))
+    assert [line for line in actual.problems if line.startswith(problem)] == list(actual.problems)
+    assert len(actual.problems) == 1
     with pytest.raises(LorakitError) as caught:
-        found.or_raise()
-    assert str(caught.value) == found.problems[0]
+        actual.or_raise()
+    assert str(caught.value) == actual.problems[0]
 
 
 def test_all_problems_are_found_at_once(tiny_sd3: Path, here: Path) -> None:
     folder = fill(here / "photos", broken=True, sides=True)
-    found = preflight(
-        asked(
+    actual = preflight(
+        requests(
             tiny_sd3,
             folder,
             data__name="",
@@ -166,11 +166,11 @@ def test_all_problems_are_found_at_once(tiny_sd3: Path, here: Path) -> None:
             output__folder=str(folder),
         )
     )
-    wanted = ["data.name is empty", "photos is not empty", "train.min_snr_gamma is not defined", "the kohya format",
+    starts = ["data.name is empty", "photos is not empty", "train.min_snr_gamma is not defined", "the kohya format",
               "the diffusers format", "memory.stream_base", "memory.limit_gib", "broken.jpg", "left or"]  # fmt: skip
-    assert [sum(part in line for line in found.problems) for part in wanted] == [1] * len(wanted), found.problems
-    assert len(found.problems) == len(wanted)
-    assert found.plan is None and found.photos is not None
+    assert [sum(part in line for line in actual.problems) for part in starts] == [1] * len(starts), actual.problems
+    assert len(actual.problems) == len(starts)
+    assert actual.plan is None and actual.photos is not None
 
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k."
@@ -193,14 +193,14 @@ def test_an_adapter_that_is_no_start_is_a_problem(tiny_sd1: Path, photos: Path, 
     flux = "transformer.single_transformer_blocks.0.attn.to_q"
     other = {f"{flux}.lora_A.weight": torch.ones(4, 3072), f"{flux}.lora_B.weight": torch.ones(3072, 4)}
     save_file(tensors or other, "start.safetensors")
-    assert preflight(asked(tiny_sd1, photos, train__init_from="start.safetensors")).problems == (problem,)
+    assert preflight(requests(tiny_sd1, photos, train__init_from="start.safetensors")).problems == (problem,)
 
 
 def test_without_a_base_the_rest_is_looked_at(here: Path) -> None:
-    found = preflight(asked("nobase", "nophotos", data__name="", train__init_from="nofile.safetensors"))
-    assert found.info is None and found.photos is None and found.plan is None and found.to_text() == ""
-    wanted = ["data.name", "train.init_from: nofile", "base nobase", "folder nophotos"]
-    assert [line.startswith(start) for line, start in zip(found.problems, wanted, strict=True)] == [True] * 4
+    actual = preflight(requests("nobase", "nophotos", data__name="", train__init_from="nofile.safetensors"))
+    assert actual.info is None and actual.photos is None and actual.plan is None and actual.to_text() == ""
+    starts = ["data.name", "train.init_from: nofile", "base nobase", "folder nophotos"]
+    assert [line.startswith(start) for line, start in zip(actual.problems, starts, strict=True)] == [True] * 4
 
 
 def test_packages_that_are_not_installed_are_problems(
@@ -209,7 +209,7 @@ def test_packages_that_are_not_installed_are_problems(
     monkeypatch.setattr("lorakit.runs.preflight.find_spec", lambda name: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     needed = {"optimizer__name": "prodigy", "output__tensorboard": True, "memory__attention": "xformers"}
-    assert preflight(asked(tiny_sd1, photos, **needed)).problems == (
+    assert preflight(requests(tiny_sd1, photos, **needed)).problems == (
         "optimizer.name = 'prodigy' needs prodigyopt: pip install 'lorakit[prodigy]'",
         "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'",
         "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'",
@@ -221,28 +221,28 @@ def test_what_an_optimizer_cannot_do_is_a_problem(
 ) -> None:
     monkeypatch.setattr("lorakit.core.registry.missing_package", lambda name: None)
     rates = {"optimizer__text_encoder_learning_rate": 0.5, "adapter__train_text_encoder": True}
-    assert preflight(asked(tiny_sd1, photos, optimizer__name="prodigy", **rates)).problems == (
+    assert preflight(requests(tiny_sd1, photos, optimizer__name="prodigy", **rates)).problems == (
         "optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate unset",
     )
-    assert preflight(asked(tiny_sd1, photos, optimizer__name="paged_adamw8bit")).problems == (
+    assert preflight(requests(tiny_sd1, photos, optimizer__name="paged_adamw8bit")).problems == (
         "optimizer.name = 'paged_adamw8bit' needs a CUDA device: choose 'adamw8bit' or 'adamw'",
     )
 
 
 def test_what_a_program_does_not_read_is_a_warning(tiny_sd1: Path, photos: Path, here: Path) -> None:
-    found = preflight(asked(tiny_sd1, photos, adapter__method="dora"))
-    assert found.problems == ()
-    assert any(line.startswith("dora in the kohya format is honoured by") for line in found.warnings)
-    assert set(found.warnings) < set(found.lines())
-    told = found.to_json()
-    assert told["problems"] == [] and told["warnings"] == list(found.warnings)
-    assert f"warnings\n  {found.warnings[0]}" in found.to_text()
+    actual = preflight(requests(tiny_sd1, photos, adapter__method="dora"))
+    assert actual.problems == ()
+    assert any(line.startswith("dora in the kohya format is honoured by") for line in actual.warnings)
+    assert set(actual.warnings) < set(actual.lines())
+    document = actual.to_json()
+    assert document["problems"] == [] and document["warnings"] == list(actual.warnings)
+    assert f"warnings\n  {actual.warnings[0]}" in actual.to_text()
 
 
 def test_a_run_that_is_continued_may_have_its_folder(tiny_sd1: Path, photos: Path, here: Path) -> None:
     fill(here / "run")
-    again = asked(tiny_sd1, photos, output__folder=str(here / "run"))
-    assert preflight(again).problems and not preflight(again, resume=True).problems
+    settings = requests(tiny_sd1, photos, output__folder=str(here / "run"))
+    assert preflight(settings).problems and not preflight(settings, resume=True).problems
 
 
 # -- one answer ------------------------------------------------------------------------------------------------------
@@ -251,30 +251,30 @@ def test_a_run_that_is_continued_may_have_its_folder(tiny_sd1: Path, photos: Pat
 def test_check_refuses_what_train_refuses(
     tiny_sd1: Path, photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--subject", "sks bag", "--base", str(tiny_sd1), "--set", "data.resolution=64"]
-    given += ["--set", "adapter.method=dora", "--set", "output.formats=diffusers"]
-    assert cli.main(["check", str(photos), *given]) == 1
+    options = ["--subject", "sks bag", "--base", str(tiny_sd1), "--set", "data.resolution=64"]
+    options += ["--set", "adapter.method=dora", "--set", "output.formats=diffusers"]
+    assert cli.main(["check", str(photos), *options]) == 1
     out, err = capsys.readouterr()
     assert "the plan" in out
     assert all("cannot carry this DoRA" in line for line in complaints(err))
-    assert cli.main(["train", str(photos), *given]) == 1
+    assert cli.main(["train", str(photos), *options]) == 1
     assert complaints(capsys.readouterr().err) == complaints(err) != []
-    assert cli.main(["check", str(photos), *given, "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["problems"] == complaints(err) and told["plan"]["method"] == "dora"
+    assert cli.main(["check", str(photos), *options, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["problems"] == complaints(err) and document["plan"]["method"] == "dora"
     assert {path.name for path in here.iterdir()} == set(), "what cannot begin leaves nothing behind"
 
 
-def answer_of_check(asked: config.Config, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[bool, set[str]]:
+def answer_of_check(settings: config.Config, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[bool, set[str]]:
     capsys.readouterr()
-    code = cli.main(["check", *arguments(asked, folder)])
+    code = cli.main(["check", *arguments(settings, folder)])
     return code == 0, set(complaints(capsys.readouterr().err))
 
 
-def answer_of_train(asked: config.Config) -> tuple[bool, set[str]]:
+def answer_of_train(settings: config.Config) -> tuple[bool, set[str]]:
     """What `training.run.train` asks before it makes a run folder."""
     try:
-        ready = preflight(asked).or_raise()
+        ready = preflight(settings).or_raise()
     except LorakitError as error:
         return False, set(str(error).splitlines())
     assert ready.plan.steps > 0
@@ -283,16 +283,16 @@ def answer_of_train(asked: config.Config) -> tuple[bool, set[str]]:
 
 def answers(draw: random.Random, bases: list[str], folders: list[str], count: int) -> list[config.Config]:
     """Configs of random options, those that contradict themselves left out: `config.load` refuses them for all."""
-    found: list[config.Config] = []
-    while len(found) < count:
+    configs: list[config.Config] = []
+    while len(configs) < count:
         some = draw.sample(sorted(TABLE), draw.randint(2, 7))
         options = {key: draw.choice(TABLE[key]) for key in some}
         options = {key.replace(".", "__"): value for key, value in options.items() if value is not None}
         try:
-            found.append(asked(draw.choice(bases), draw.choice(folders), **options))
+            configs.append(requests(draw.choice(bases), draw.choice(folders), **options))
         except ConfigError:
             continue
-    return found
+    return configs
 
 
 def test_check_train_and_the_front_end_give_one_answer(
@@ -301,7 +301,7 @@ def test_check_train_and_the_front_end_give_one_answer(
     tiny_sd3: Path,
     here: Path,
     capsys: pytest.CaptureFixture[str],
-    seen_by_the_page: Callable[[config.Config], tuple[bool, set[str]]],
+    answer_of_page: Callable[[config.Config], tuple[bool, set[str]]],
 ) -> None:
     good, broken = fill(here / "good"), fill(here / "broken", broken=True)
     sides = fill(here / "sides", sides=True)
@@ -309,26 +309,26 @@ def test_check_train_and_the_front_end_give_one_answer(
     folders = [str(good), str(good), str(good), str(broken), str(sides), str(here / "nowhere")]
     (here / "some.safetensors").write_bytes(b"no adapter")
     accepted = 0
-    for asked in answers(random.Random(13), bases, folders, 150):
-        train = answer_of_train(asked)
-        assert answer_of_check(asked, here, capsys) == train, asked
-        assert seen_by_the_page(asked) == train, asked
+    for requests in answers(random.Random(13), bases, folders, 150):
+        train = answer_of_train(requests)
+        assert answer_of_check(requests, here, capsys) == train, requests
+        assert answer_of_page(requests) == train, requests
         accepted += train[0]
     assert 15 < accepted < 135, "both answers were given often"
 
 
 @pytest.fixture
-def seen_by_the_page(tiny_sd1: Path, here: Path) -> Callable[[config.Config], tuple[bool, set[str]]]:
+def answer_of_page(tiny_sd1: Path, here: Path) -> Callable[[config.Config], tuple[bool, set[str]]]:
     """What the front end says of a config: it may start, and its problems."""
     pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
     from lorakit.ui.workspace import Workspace
 
     workspace = Workspace(here / "runs", [here, tiny_sd1.parent])
 
-    def answer(asked: config.Config) -> tuple[bool, set[str]]:
-        found: Preflight = workspace.preflight(asked)
-        assert found.config.output == asked.output
-        return not found.problems, set(found.problems)
+    def answer(requests: config.Config) -> tuple[bool, set[str]]:
+        result: Preflight = workspace.preflight(requests)
+        assert result.config.output == requests.output
+        return not result.problems, set(result.problems)
 
     return answer
 
@@ -336,7 +336,7 @@ def seen_by_the_page(tiny_sd1: Path, here: Path) -> Callable[[config.Config], tu
 def test_train_asks_the_preflight_before_there_is_a_folder(tiny_sd1: Path, photos: Path, here: Path) -> None:
     from lorakit.training import run
 
-    wrong = asked(tiny_sd1, photos, data__name="", train__masked_loss=True, output__folder="run")
+    wrong = requests(tiny_sd1, photos, data__name="", train__masked_loss=True, output__folder="run")
     with pytest.raises(LorakitError) as caught:
         run.train(wrong)
     assert str(caught.value).splitlines() == [NO_NAME, checks.NO_MASK]
@@ -346,4 +346,4 @@ def test_train_asks_the_preflight_before_there_is_a_folder(tiny_sd1: Path, photo
 def test_a_hub_id_is_pinned(tiny_sd1: Path, photos: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = config.ModelConfig(base=str(tiny_sd1))
     monkeypatch.setattr(families, "pin", lambda model: pinned)
-    assert preflight(asked("owner/name", photos)).config.model == pinned
+    assert preflight(requests("owner/name", photos)).config.model == pinned

@@ -49,11 +49,11 @@ def test_a_job_taken_back_is_not_run(tmp_path: Path):
 
 def test_a_run_is_named_and_its_config_kept(tmp_path: Path):
     queue = Queue(tmp_path)
-    wanted = config.load("subject-pocket", {"data.folder": "photos", "data.name": "sks dog"})
-    one, two = queue.train(wanted), queue.train(wanted)
+    settings = config.load("subject-pocket", {"data.folder": "photos", "data.name": "sks dog"})
+    one, two = queue.train(settings), queue.train(settings)
     assert one.folder != two.folder and one.number == 1 and two.number == 2
     assert Path(one.folder).parent == tmp_path and Path(one.folder).name.endswith("-sks-dog")
-    assert config.load(one.arguments[2]) == wanted
+    assert config.load(one.arguments[2]) == settings
     assert one.arguments[3:] == ("--output", one.folder)
 
 

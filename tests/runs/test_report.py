@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         Image.new("RGB", (96, 64), colour).save(photos / f"{name}.png")
     (photos / "red.txt").write_text(f"sks toy {HOSTILE}", encoding="utf-8")
     tiny.save_tokenizer(tmp_path / "base" / "tokenizer")
-    chosen = config.load(
+    settings = config.load(
         None,
         {
             "train.steps": 30,
@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
             "output.folder": str(tmp_path / "run"),
         },
     )
-    folder = RunFolder.create(chosen)
+    folder = RunFolder.create(settings)
     tokenizer = tmp_path / "base" / "tokenizer"
     base = SimpleNamespace(
         tokenizers={"tokenizer": tokenizer},
@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         chunked_texts=True,
         layers={},
     )
-    found = checks.check(chosen.data, base)
+    report = checks.check(settings.data, base)
     folder.event("message", message="device: cpu, base in float32")
     for step in range(1, 31):
         folder.event("step", step=step, loss=1 / step, smoothed_loss=2 / step, gradient_norm=1.0, learning_rate=1e-4)
@@ -69,19 +69,21 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         folder.event("validation", **entry)
     folder.update(state="running", best={"step": 20, "reason": "step 20: smallest validation error"})
     for step in (0, 30):
-        drawn = [Image.new("RGB", (64, 64), colour) for colour in ((step, 99, 0), (0, 200, 99))]
-        for image, prompt in zip(drawn, PROMPTS, strict=True):
+        images = [Image.new("RGB", (64, 64), colour) for colour in ((step, 99, 0), (0, 200, 99))]
+        for image, prompt in zip(images, PROMPTS, strict=True):
             image.info["lorakit"] = json.dumps({"prompt": prompt})
-        folder.save_samples(step, drawn, PROMPTS)
+        folder.save_samples(step, images, PROMPTS)
     plan = SimpleNamespace(base=f"base {HOSTILE}", steps=30, lines=lambda: ["length: 30 steps", HOSTILE])
-    made = SimpleNamespace(folder=folder, config=chosen, plan=plan, photos=found, history=history)
-    made.page = html(made)
-    return made
+    result = SimpleNamespace(folder=folder, config=settings, plan=plan, photos=report, history=history)
+    result.page = html(result)
+    return result
 
 
 def html(run, findings=FINDINGS, **changes) -> str:
-    given = vars(run) | changes
-    return report.html(given["folder"], given["config"], given["plan"], given["photos"], given["history"], findings)
+    values = vars(run) | changes
+    return report.html(
+        values["folder"], values["config"], values["plan"], values["photos"], values["history"], findings
+    )
 
 
 class Reader(HTMLParser):
@@ -182,5 +184,5 @@ def test_contact_sheet_has_a_row_for_each_step(run):
 
 
 def test_the_options_hold_no_path(run):
-    shown = re.search(r"<pre>(.*)</pre>", run.page, re.DOTALL)[1]
-    assert "train.steps = 30" in shown and "model.base" not in shown and "data.folder" not in shown
+    match = re.search(r"<pre>(.*)</pre>", run.page, re.DOTALL)[1]
+    assert "train.steps = 30" in match and "model.base" not in match and "data.folder" not in match

@@ -40,9 +40,9 @@ def test_a_new_run_can_be_read_at_once(tmp_path):
 
 def test_default_folder_is_named_by_time_and_name_and_never_reused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = [RunFolder.create(settings(name="Sks  toy/../Ünïcode 雞!")).path for _ in range(3)]
-    assert len(set(made)) == 3
-    for path in made:
+    paths = [RunFolder.create(settings(name="Sks  toy/../Ünïcode 雞!")).path for _ in range(3)]
+    assert len(set(paths)) == 3
+    for path in paths:
         assert path.parent == Path("runs")
         stamp, name = path.name[:17], path.name[18:]
         assert time.strptime(stamp, "%Y-%m-%d-%H%M%S")
@@ -59,10 +59,10 @@ def test_slug(text, name):
 
 @pytest.mark.parametrize("name, stem", [("sks toy", "sks-toy"), ("best", "best-adapter"), ("", "photos")])
 def test_name_of_the_adapter(tmp_path, name, stem):
-    chosen = config.load(
+    settings = config.load(
         None, {"train.steps": 1, "data.name": name, "data.folder": "/x/photos", "output.folder": str(tmp_path / "r")}
     )
-    assert RunFolder.create(chosen).adapter_name == stem
+    assert RunFolder.create(settings).adapter_name == stem
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path):
@@ -313,9 +313,9 @@ def test_plan_and_report_are_kept(tmp_path):
 
 def test_samples_are_kept_one_by_one_and_as_a_grid(tmp_path):
     run = RunFolder.create(settings(tmp_path / "run"))
-    drawn = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
-    drawn[1].info["lorakit"] = '{"prompt": "雞"}'
-    grid = run.save_samples(100, drawn, ["one", "two"])
+    images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    images[1].info["lorakit"] = '{"prompt": "雞"}'
+    grid = run.save_samples(100, images, ["one", "two"])
     assert grid == run.samples / "step-000100.png" and run.sample_grids() == {100: grid}
     files = run.sample_pictures(100)
     assert [file.name for file in files] == ["01.png", "02.png"]

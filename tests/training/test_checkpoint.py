@@ -61,11 +61,11 @@ def test_an_optimizer_goes_on_to_the_bit(tmp_path, build):
     parameters, optimizer = trained(build)
     adapter = {str(n): p.detach() for n, p in enumerate(parameters)}
     path = checkpoint.save(tmp_path, 3, adapter, optimizer.state_dict(), {"retry": 0})
-    saved = checkpoint.load(path)
+    state = checkpoint.load(path)
 
-    others = [torch.nn.Parameter(tensor) for tensor in saved.adapter.values()]
+    others = [torch.nn.Parameter(tensor) for tensor in state.adapter.values()]
     other = build(others)
-    other.load_state_dict(saved.optimizer)
+    other.load_state_dict(state.optimizer)
     for _ in range(3):
         step(parameters, optimizer)
         step(others, other)
@@ -75,8 +75,8 @@ def test_an_optimizer_goes_on_to_the_bit(tmp_path, build):
 
 def test_eight_bit_state_stays_eight_bit(tmp_path):
     _, optimizer = trained(eight_bit)
-    saved = checkpoint.load(checkpoint.save(tmp_path, 1, ADAPTER, optimizer.state_dict(), {}))
-    assert saved.optimizer["state"][0]["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8
+    state = checkpoint.load(checkpoint.save(tmp_path, 1, ADAPTER, optimizer.state_dict(), {}))
+    assert state.optimizer["state"][0]["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8
 
 
 def test_everything_comes_back_as_it_was(tmp_path):
@@ -90,13 +90,13 @@ def test_everything_comes_back_as_it_was(tmp_path):
         ],
     }
     extra = {"history": [{"step": 1, "mse": 0.1}], "best": None}
-    saved = checkpoint.load(checkpoint.save(tmp_path, 12, ADAPTER, odd, extra))
-    assert saved.step == 12 and saved.extra == extra
-    assert list(saved.adapter) == list(ADAPTER)
-    assert all(torch.equal(saved.adapter[name], ADAPTER[name]) for name in ADAPTER)
-    assert saved.optimizer["param_groups"] == odd["param_groups"]
-    assert isinstance(saved.optimizer["param_groups"][0]["betas"], tuple)
-    state = saved.optimizer["state"]
+    restored = checkpoint.load(checkpoint.save(tmp_path, 12, ADAPTER, odd, extra))
+    assert restored.step == 12 and restored.extra == extra
+    assert list(restored.adapter) == list(ADAPTER)
+    assert all(torch.equal(restored.adapter[name], ADAPTER[name]) for name in ADAPTER)
+    assert restored.optimizer["param_groups"] == odd["param_groups"]
+    assert isinstance(restored.optimizer["param_groups"][0]["betas"], tuple)
+    state = restored.optimizer["state"]
     assert list(state) == [0, 7] and state[0]["n"] == 2 and state[0]["none"] is None
     assert state[0]["step"].shape == () and state[7]["u"].tolist() == [1, 255] and state[7]["u"].dtype == torch.uint8
 
@@ -217,9 +217,9 @@ def test_a_changed_config_is_refused_with_what_changed(tmp_path):
     assert checkpoint.load(path, config=settings()).step == 1
     # A place on the machine may change; what a run depends on there is its identity.
     assert checkpoint.load(path, config=settings(data__folder="/elsewhere", output__folder="/x")).step == 1
-    with pytest.raises(LorakitError) as told:
+    with pytest.raises(LorakitError) as message:
         checkpoint.load(path, config=settings(train__seed=3, adapter__alpha=4.0, sample__prompts=("x",)))
-    text = str(told.value)
+    text = str(message.value)
     assert "train.seed (was 0, is 3)" in text and "adapter.alpha (was unset, is 4.0)" in text
     assert "sample.prompts" not in text and "lorakit train --init-from" in text and "\n" not in text
     with pytest.raises(LorakitError, match=r"adapter.method \(was 'lora', is 'dora'\)"):
@@ -240,8 +240,8 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.atomic.os, "fsync", full)
-    told = r"step 2: no checkpoint could be written to .* \(No space left on device\); those before it are intact"
-    with pytest.raises(LorakitError, match=told):
+    message = r"step 2: no checkpoint could be written to .* \(No space left on device\); those before it are intact"
+    with pytest.raises(LorakitError, match=message):
         checkpoint.save(tmp_path, 2, ADAPTER, EMPTY, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
@@ -261,10 +261,10 @@ def test_a_kill_at_any_moment_leaves_the_last_complete_one(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         for path in checkpoint.complete(folder):
-            saved = checkpoint.load(path)
-            value = float(saved.extra["round"])
-            assert all((tensor == value).all() for tensor in saved.adapter.values())
-            assert all((entry["exp_avg"] == value).all() for entry in saved.optimizer["state"].values())
+            state = checkpoint.load(path)
+            value = float(state.extra["round"])
+            assert all((tensor == value).all() for tensor in state.adapter.values())
+            assert all((entry["exp_avg"] == value).all() for entry in state.optimizer["state"].values())
         reported = int((folder / "reported").read_text() or 0) if (folder / "reported").exists() else 0
         rounds = [checkpoint.load(path).extra["round"] for path in checkpoint.complete(folder)]
         assert max(rounds) >= reported
@@ -292,10 +292,10 @@ def test_the_newest_whole_checkpoint_is_found_and_those_after_it_are_set_aside(t
     content[-1] ^= 1
     file.write_bytes(content)
     lines: list[str] = []
-    saved = checkpoint.whole(tmp_path, lines.append)
-    assert saved == tmp_path / "step-000002" and "has changed since it was saved" in lines[0]
-    assert checkpoint.set_aside(tmp_path, saved) == ["unused-step-000003"]
-    assert checkpoint.latest(tmp_path) == saved and (tmp_path / "unused-step-000003").is_dir()
+    newest = checkpoint.whole(tmp_path, lines.append)
+    assert newest == tmp_path / "step-000002" and "has changed since it was saved" in lines[0]
+    assert checkpoint.set_aside(tmp_path, newest) == ["unused-step-000003"]
+    assert checkpoint.latest(tmp_path) == newest and (tmp_path / "unused-step-000003").is_dir()
     checkpoint.rotate(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "unused-step-000003"]
 

@@ -17,7 +17,9 @@ def run(base: Path, room: Path, **changes: object) -> train.Result:
     """Three steps on two photos."""
     (room / "photos").mkdir()
     photos = short_run.noise(room / "photos", 2)
-    return train.train(short_run.chosen(base, photos, room / "run", 3, **{"sample__prompts": ("a toy",), **changes}))
+    return train.train(
+        short_run.run_config(base, photos, room / "run", 3, **{"sample__prompts": ("a toy",), **changes})
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_run import chosen, noise
+from short_run import noise, run_config
 
 from lorakit.core.errors import LorakitError
 from lorakit.core.events import Event
@@ -24,7 +24,7 @@ def run(
     base: Path, photos: Path, folder: Path, listener: Callable[[Event], object] = print, **changes: object
 ) -> train.Result:
     """Six steps, with a checkpoint after each three."""
-    config = chosen(base, photos, folder, 6, train__save_every=3, train__prior="none", **changes)
+    config = run_config(base, photos, folder, 6, train__save_every=3, train__prior="none", **changes)
     return train.train(config, listeners=[listener])
 
 
@@ -47,9 +47,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(tiny_s
     with pytest.raises(LorakitError, match=r"step 5: the loss is not finite \(.*\.png") as caught:
         run(tiny_sd1, photos, tmp_path / "run")
     assert "\n" not in str(caught.value)
-    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
-    assert saved is not None and saved.name == "step-000003"
-    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.load(saved).adapter.values())
+    checkpoint_state = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert checkpoint_state is not None and checkpoint_state.name == "step-000003"
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.load(checkpoint_state).adapter.values())
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 

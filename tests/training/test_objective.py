@@ -49,8 +49,8 @@ def test_noise_target_and_snr_are_those_of_the_formulas(prediction_type: str) ->
     np.testing.assert_allclose(target.numpy(), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(of.snr(timesteps).numpy(), (a / (1 - a)).reshape(-1), rtol=2e-4)
     # A right prediction gives picture and noise back; at the most noise, epsilon loses them in rounding.
-    for found, wanted in zip(of.to_x0_noise(noisy, target, timesteps), (latents, noise), strict=True):
-        torch.testing.assert_close(found[:3], wanted[:3], rtol=1e-3, atol=1e-3)
+    for actual, original in zip(of.to_x0_noise(noisy, target, timesteps), (latents, noise), strict=True):
+        torch.testing.assert_close(actual[:3], original[:3], rtol=1e-3, atol=1e-3)
 
 
 def test_flow_is_that_of_diffusers_scheduler_and_of_the_closed_forms() -> None:
@@ -76,8 +76,8 @@ def test_a_shift_of_flow_may_depend_on_the_size() -> None:
     plain = prediction.Flow().timesteps_at(shares)
     assert torch.equal(flow.timesteps_at(shares, 1024), plain)
     assert torch.equal(flow.timesteps_at(shares), prediction.Flow(3.0).timesteps_at(shares))
-    moved = 4 * plain / (1 + 3 * plain / 1000)
-    torch.testing.assert_close(flow.timesteps_at(shares, 4096), moved)
+    shifted = 4 * plain / (1 + 3 * plain / 1000)
+    torch.testing.assert_close(flow.timesteps_at(shares, 4096), shifted)
 
 
 @pytest.mark.parametrize("of", [prediction.Flow(3.0), prediction.of_schedule("epsilon", torch.linspace(1, 0, 1000))])
@@ -97,9 +97,9 @@ def test_an_unknown_prediction_type_is_named() -> None:
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights(prediction_type: str, gamma: float) -> None:
     everywhere = np.arange(1000)
-    found = prediction_of(prediction_type).min_snr_weights(*tensors(everywhere), gamma)
-    assert found is not None
-    np.testing.assert_allclose(found.numpy(), reference_weight(prediction_type, SCHEDULE, gamma), rtol=2e-4)
+    weights = prediction_of(prediction_type).min_snr_weights(*tensors(everywhere), gamma)
+    assert weights is not None
+    np.testing.assert_allclose(weights.numpy(), reference_weight(prediction_type, SCHEDULE, gamma), rtol=2e-4)
 
 
 def test_min_snr_is_finite_where_the_schedule_ends_in_zero() -> None:
@@ -122,8 +122,8 @@ def test_losses(kind: str, weighted: bool) -> None:
     c = 0.1
     distance = difference**2 if kind == "mse" else 2 * c * (np.sqrt(difference**2 + c**2) - c)
     expected = (distance.mean(axis=(1, 2, 3)) * (weight if weighted else 1)).mean()
-    given = tensors(weight)[0] if weighted else None
-    assert objective.loss(*tensors(GUESS, NOISE), kind, given).item() == pytest.approx(expected, rel=1e-5)
+    row_weights = tensors(weight)[0] if weighted else None
+    assert objective.loss(*tensors(GUESS, NOISE), kind, row_weights).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mse", "huber"])
@@ -135,8 +135,8 @@ def test_a_mask_hides_its_zeros_exactly_and_the_rest_counts_as_a_whole_picture(k
     (gradient,) = torch.autograd.grad(loss, guess)
     assert torch.count_nonzero(gradient[..., 2:]) == 0
     assert torch.count_nonzero(gradient[..., :2]) == gradient[..., :2].numel()
-    shown = objective.loss(guess[..., :2], torch.from_numpy(NOISE)[..., :2], kind)
-    torch.testing.assert_close(loss, shown)
+    unmasked = objective.loss(guess[..., :2], torch.from_numpy(NOISE)[..., :2], kind)
+    torch.testing.assert_close(loss, unmasked)
 
 
 def test_masks_may_be_soft_or_empty() -> None:
@@ -153,9 +153,9 @@ def test_masks_may_be_soft_or_empty() -> None:
 def test_noise_offset_moves_whole_channels() -> None:
     shape = (64, 4, 16, 16)
     plain = objective.sample_noise(torch.Generator().manual_seed(0), shape, "cpu")
-    moved = objective.sample_noise(torch.Generator().manual_seed(0), shape, "cpu", 0.3)
+    noise = objective.sample_noise(torch.Generator().manual_seed(0), shape, "cpu", 0.3)
     assert torch.equal(plain, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    shift = (moved - plain).flatten(2)
+    shift = (noise - plain).flatten(2)
     assert shift.std(dim=2).max() < 1e-5
     assert shift.mean(dim=2).std().item() == pytest.approx(0.3, rel=0.1)
 
@@ -179,11 +179,11 @@ def test_the_first_loss_is_the_bases_by_an_independent_reckoning(
     if sizes:
         added = {"text_embeds": condition["pooled"], "time_ids": torch.tensor([[100.0, 80, 8, 0, 64, 64]] * 3)}
     with torch.no_grad():
-        said = family.denoiser(
+        prediction = family.denoiser(
             noisy, timesteps, condition["encoder_hidden_states"], added_cond_kwargs=added
         ).sample.numpy()
     target = reference_target(family.prediction.name, latents.numpy(), noise.numpy(), a)
-    each = ((said - target) ** 2).mean(axis=(1, 2, 3))
+    each = ((prediction - target) ** 2).mean(axis=(1, 2, 3))
     if gamma is not None:
         each = each * reference_weight(family.prediction.name, a.reshape(-1), gamma)
 

@@ -26,8 +26,8 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def chosen(base: Path, photos: Path, **changes: Any) -> config.Config:
-    asked = {
+def run_config(base: Path, photos: Path, **changes: Any) -> config.Config:
+    options = {
         "model.base": str(base),
         "data.folder": str(photos),
         "data.name": "sks toy",
@@ -42,7 +42,7 @@ def chosen(base: Path, photos: Path, **changes: Any) -> config.Config:
         "train.holdout": 0.0,
         "memory.device": "cpu",
     }
-    return config.load(None, asked | {name.replace("__", "."): value for name, value in changes.items()})
+    return config.load(None, options | {name.replace("__", "."): value for name, value in changes.items()})
 
 
 def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, LossStep]:
@@ -66,8 +66,8 @@ def plainly(settings: config.Config, dtype: torch.dtype = torch.float32) -> tupl
         optimizers.set_learning_rate(optimizer, settings.optimizer, number, STEPS)
         for part in range(PARTS):
             (step.loss(number * PARTS + part) / PARTS).backward()
-        most = settings.train.max_grad_norm or float("inf")
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, most).item())
+        max_norm = settings.train.max_grad_norm or float("inf")
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, max_norm).item())
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
     return adapter, norms
@@ -84,22 +84,22 @@ def updated(settings: config.Config, dtype: torch.dtype = torch.float32) -> tupl
 def test_without_clipping_the_weights_are_the_plain_loops_to_the_bit(
     name: str, base: str, photos: Path, request: Any
 ) -> None:
-    settings = chosen(request.getfixturevalue(base), photos, optimizer__name=name, train__max_grad_norm=0.0)
-    (mine, found), (theirs, norms) = updated(settings), plainly(settings)
+    settings = run_config(request.getfixturevalue(base), photos, optimizer__name=name, train__max_grad_norm=0.0)
+    (mine, norms_of_step), (theirs, norms) = updated(settings), plainly(settings)
     state, other = mine.state(), theirs.state()
     assert state.keys() == other.keys() and {key.partition(".")[0] for key in state} >= {"unet", "text_encoder"}
     assert all(torch.equal(state[key], other[key]) for key in state)
-    assert found == pytest.approx(norms, rel=1e-6)
+    assert norms_of_step == pytest.approx(norms, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_clipped_and_in_half_precision_they_are_near(tiny_sd1: Path, photos: Path, dtype: torch.dtype) -> None:
-    settings = chosen(tiny_sd1, photos, train__max_grad_norm=0.01, adapter__new_tokens=2)
-    (mine, found), (theirs, norms) = updated(settings, dtype), plainly(settings, dtype)
+    settings = run_config(tiny_sd1, photos, train__max_grad_norm=0.01, adapter__new_tokens=2)
+    (mine, norms_of_step), (theirs, norms) = updated(settings, dtype), plainly(settings, dtype)
     assert min(norms) > 0.01
-    assert found == pytest.approx(norms, rel=1e-6 if dtype is torch.float32 else 1e-2)
+    assert norms_of_step == pytest.approx(norms, rel=1e-6 if dtype is torch.float32 else 1e-2)
     begun, _ = prepared(settings, dtype)
     start, state, other = begun.state(), mine.state(), theirs.state()
-    moved = torch.cat([(other[key] - start[key]).flatten() for key in other])
+    update = torch.cat([(other[key] - start[key]).flatten() for key in other])
     off = torch.cat([(other[key] - state[key]).flatten() for key in other])
-    assert moved.norm() > 0 and off.norm() <= (1e-4 if dtype is torch.float32 else 0.05) * moved.norm()
+    assert update.norm() > 0 and off.norm() <= (1e-4 if dtype is torch.float32 else 0.05) * update.norm()

@@ -58,9 +58,9 @@ def test_a_saved_optimizer_goes_on_to_the_bit(name: str) -> None:
     optimizer = optimizers.build(config, [("unet", begun)])
     steps(begun, optimizer, 0, 3)
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in begun]
-    again = optimizers.build(config, [("unet", resumed)])
-    again.load_state_dict(optimizer.state_dict())
-    steps(resumed, again, 3, 6)
+    restored = optimizers.build(config, [("unet", resumed)])
+    restored.load_state_dict(optimizer.state_dict())
+    steps(resumed, restored, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
 
 
@@ -147,14 +147,14 @@ def test_weight_decay_arrives_and_nothing_is_printed(capsys: pytest.CaptureFixtu
 def test_the_rate_is_the_closed_form(scheduler: str, warmup: int) -> None:
     total, peak = 40, 3e-4
     config = OptimizerConfig(learning_rate=peak, lr_scheduler=scheduler, warmup_steps=warmup)
-    found = [optimizers.learning_rate(config, step, total) for step in range(total + 1)]
-    for step, rate in enumerate(found):
-        done = (step - warmup) / (total - warmup)
-        shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[scheduler]
+    rates = [optimizers.learning_rate(config, step, total) for step in range(total + 1)]
+    for step, rate in enumerate(rates):
+        progress = (step - warmup) / (total - warmup)
+        shape = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[scheduler]
         assert rate == pytest.approx(peak * ((step + 1) / warmup if step < warmup else shape), abs=1e-12)
-    assert found[0] > 0
-    assert max(found) == peak
-    assert found[total] == pytest.approx(peak if scheduler == "constant" else 0, abs=1e-15)
+    assert rates[0] > 0
+    assert max(rates) == peak
+    assert rates[total] == pytest.approx(peak if scheduler == "constant" else 0, abs=1e-15)
 
 
 def test_the_rate_knows_only_the_step_and_the_plan() -> None:

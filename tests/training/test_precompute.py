@@ -24,7 +24,7 @@ class Watched:
 
     def __init__(self, family: Any):
         self.family, self.there = family, set[str]()
-        self.seen: dict[str, set[frozenset[str]]] = {}
+        self.on_device: dict[str, set[frozenset[str]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.family, name)
@@ -38,7 +38,7 @@ class Watched:
 
     def _use(self, part: str, doing: str) -> None:
         self.acquire(part)
-        self.seen.setdefault(doing, set()).add(frozenset(self.there))
+        self.on_device.setdefault(doing, set()).add(frozenset(self.there))
 
     def encode_image(self, pixels: torch.Tensor) -> Any:
         self._use("vae", "encode_image")
@@ -57,7 +57,7 @@ class Watched:
         return self.family.encode_tokens(tokens, grad=grad)
 
     def pipeline(self) -> Any:
-        self.seen.setdefault("pipeline", set()).add(frozenset(self.there))
+        self.on_device.setdefault("pipeline", set()).add(frozenset(self.there))
         return self.family.pipeline()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -89,16 +89,16 @@ def test_each_part_of_the_base_has_the_device_to_itself(
         "train.prior": prior,
         "sample.steps": 1,
     } | ({"train.class_images": 2} if prior == "images" else {})
-    chosen = config.load(None, settings)
+    run_config = config.load(None, settings)
     info = families.describe(tiny_sd1)
     family = Watched(families.load(info, "cpu", torch.float32))
-    encoded = precompute(chosen, family, None, checks.check(chosen.data, info), lambda line: None)
+    encoded = precompute(run_config, family, None, checks.check(run_config.data, info), lambda line: None)
     for doing in ("encode_text", "encode_tokens", "encode_prompt"):
-        assert family.seen[doing] == {frozenset({"text_encoders"})}
-    assert not any({"unet", "text_encoders"} <= there for there in family.seen.get("pipeline", set()))
+        assert family.on_device[doing] == {frozenset({"text_encoders"})}
+    assert not any({"unet", "text_encoders"} <= there for there in family.on_device.get("pipeline", set()))
     drawing = {frozenset({"unet", "vae"})} if prior == "images" else set()
-    assert family.seen.get("decode", set()) == drawing
-    assert family.seen["encode_image"] == {frozenset({"vae"})} | drawing
+    assert family.on_device.get("decode", set()) == drawing
+    assert family.on_device["encode_image"] == {frozenset({"vae"})} | drawing
     assert "vae" not in family.there and "text_encoders" not in family.there
     assert (encoded.class_latents is None) == (prior == "none")
 
@@ -107,26 +107,28 @@ def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photo
     from lorakit import adapters
 
     settings = {"data.folder": str(photos), "data.name": "sks toy", "data.resolution": 64, "train.steps": 1}
-    chosen = config.load(None, settings)
+    run_config = config.load(None, settings)
     info = families.describe(tiny_sd1)
     family = Watched(families.load(info, "cpu", torch.float32))
     family.acquire("unet")
-    adapter = adapters.attach(family.family, chosen.adapter)
-    precompute(chosen, family, adapter, checks.check(chosen.data, info), lambda line: None)
-    assert family.seen["encode_image"] == {frozenset({"unet", "vae"})}
+    adapter = adapters.attach(family.family, run_config.adapter)
+    precompute(run_config, family, adapter, checks.check(run_config.data, info), lambda line: None)
+    assert family.on_device["encode_image"] == {frozenset({"unet", "vae"})}
 
 
 def test_many_texts_do_not_need_more_memory_than_a_few(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family: Any = families.load(families.describe(tiny_sdxl), "cpu", torch.float32)
     texts = [f"a photo of a toy {number}" for number in range(2 * TEXTS + 3)]
-    together: list[int] = []
+    batch_sizes: list[int] = []
     encode_tokens = family.encode_tokens
-    monkeypatch.setattr(family, "encode_tokens", lambda rows: (together.append(len(rows[0])), encode_tokens(rows))[1])
-    found = embed(family, family.tokens(texts))
-    assert together == [TEXTS, TEXTS, 3] and len(found) == len(texts)
+    monkeypatch.setattr(
+        family, "encode_tokens", lambda rows: (batch_sizes.append(len(rows[0])), encode_tokens(rows))[1]
+    )
+    embeddings = embed(family, family.tokens(texts))
+    assert batch_sizes == [TEXTS, TEXTS, 3] and len(embeddings) == len(texts)
     monkeypatch.undo()
     for place, text in enumerate(texts):
-        alone, row = family.encode_text([text]), found.index(torch.tensor([place]))
+        alone, row = family.encode_text([text]), embeddings.index(torch.tensor([place]))
         torch.testing.assert_close(row["encoder_hidden_states"], alone["encoder_hidden_states"])
         torch.testing.assert_close(row["pooled"], alone["pooled"])
 
@@ -135,28 +137,28 @@ class Somewhere:
     """A module as `components.move` sees it: it says where it is and counts how often it was sent."""
 
     def __init__(self, device: str, trained: bool = False):
-        self.device, self.trained, self.sent = torch.device(device), trained, 0
+        self.device, self.trained, self.moves = torch.device(device), trained, 0
 
     def parameters(self) -> Iterator[Any]:
         yield SimpleNamespace(device=self.device, requires_grad=self.trained)
 
     def to(self, device: torch.device) -> None:
-        self.device, self.sent = device, self.sent + 1
+        self.device, self.moves = device, self.moves + 1
 
 
 def test_what_is_trained_stays_where_the_optimizer_knows_it() -> None:
     module = Somewhere("cuda:0", trained=True)
     loading.move({"unet": [module]}, ("unet",), torch.device("cpu"))
-    assert module.sent == 0
+    assert module.moves == 0
     loading.move({"unet": [other := Somewhere("cpu", trained=True)]}, ("unet",), torch.device("cuda"))
-    assert other.sent == 1
+    assert other.moves == 1
 
 
 def test_what_lies_beside_something_trained_stays_too() -> None:
     """Else a CUDA graph of both would read where it was."""
     frozen, trained = Somewhere("cuda:0"), Somewhere("cuda:0", trained=True)
     loading.move({"text_encoders": [frozen, trained]}, ("text_encoders",), torch.device("cpu"))
-    assert (frozen.sent, trained.sent) == (0, 0)
+    assert (frozen.moves, trained.moves) == (0, 0)
 
 
 def test_what_is_there_already_is_not_moved() -> None:
@@ -164,7 +166,7 @@ def test_what_is_there_already_is_not_moved() -> None:
     parts = {"vae": [vae], "text_encoders": [first, second]}
     for _ in range(2):
         loading.move(parts, ("text_encoders",), torch.device("cuda"))
-    assert (vae.sent, first.sent, second.sent) == (0, 1, 0)
+    assert (vae.moves, first.moves, second.moves) == (0, 1, 0)
     assert (vae.device.type, first.device.type) == ("cpu", "cuda")
 
 
@@ -173,11 +175,11 @@ def test_class_images_of_ones_own_are_the_prior_and_none_is_drawn(tiny_sd1: Path
         (photos / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (96, 64), color).save(photos / name)
     settings = {"data.folder": str(photos), "data.name": "sks toy", "data.resolution": 64, "train.steps": 1}
-    chosen = config.load(None, settings | {"train.prior": "images", "sample.steps": 1})
+    run_config = config.load(None, settings | {"train.prior": "images", "sample.steps": 1})
     info = families.describe(tiny_sd1)
     family = Watched(families.load(info, "cpu", torch.float32))
-    encoded = precompute(chosen, family, None, checks.check(chosen.data, info), lambda line: None)
-    assert "decode" not in family.seen
+    encoded = precompute(run_config, family, None, checks.check(run_config.data, info), lambda line: None)
+    assert "decode" not in family.on_device
     assert len(encoded.dataset.photos) == 3
     assert encoded.class_latents is not None
     texts = [encoded.class_texts[place] for place in encoded.class_latents.texts.tolist()]

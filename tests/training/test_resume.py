@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from short_run import chosen, noise
+from short_run import noise, run_config
 
 from lorakit.core.errors import LorakitError
 from lorakit.training import run as train
@@ -18,7 +18,7 @@ def test_resume_goes_back_to_the_newest_whole_checkpoint(tiny_sd1, tmp_path, mon
     noise(tmp_path / "photos", 3)
     monkeypatch.chdir(tmp_path)
     once = {"train__save_every": 1, "train__prior": "none", "sample__prompts": ("sks toy",)}
-    result = train.train(chosen(tiny_sd1, "photos", tmp_path / "run", 3, **once))
+    result = train.train(run_config(tiny_sd1, "photos", tmp_path / "run", 3, **once))
     monkeypatch.chdir("/")
     folder, before = result.folder, load_file(result.adapter)
 
@@ -38,8 +38,8 @@ def test_resume_goes_back_to_the_newest_whole_checkpoint(tiny_sd1, tmp_path, mon
     file.write_bytes(content)
     (folder / "state.json").unlink()
     lines: list[str] = []
-    again = train.resume(folder, listeners=[lambda event: lines.append(event.facts.get("message", ""))])
-    after = load_file(again.adapter)
+    resumed = train.resume(folder, listeners=[lambda event: lines.append(event.facts.get("message", ""))])
+    after = load_file(resumed.adapter)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any("optimizer.safetensors has changed since it was saved" in line for line in lines)
     assert any("set aside" in line and "unused-step-000003" in line for line in lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from short_run import chosen, noise
+from short_run import noise, run_config
 
 from lorakit import config
 from lorakit.config import ConfigError, resuming
@@ -16,15 +16,15 @@ from lorakit.training import run as train
 def test_a_run_goes_on_longer_as_if_it_had_been_planned_so(tiny_sd1, tmp_path):
     (tmp_path / "photos").mkdir()
     noise(tmp_path / "photos", 3)
-    straight = train.train(chosen(tiny_sd1, tmp_path / "photos", tmp_path / "straight", 4))
-    folder = train.train(chosen(tiny_sd1, tmp_path / "photos", tmp_path / "run", 2)).folder
+    straight = train.train(run_config(tiny_sd1, tmp_path / "photos", tmp_path / "straight", 4))
+    folder = train.train(run_config(tiny_sd1, tmp_path / "photos", tmp_path / "run", 2)).folder
     before = (folder / "state.json").read_bytes(), (folder / "config.toml").read_bytes()
-    for changes, said in (
+    for changes, message in (
         ({"train.steps": 1}, r"is at step 2 already, beyond 1: give more steps, or go back with --from"),
         ({"train.steps": 4, "train.seed": 5}, r"train.seed cannot change from 0 to 5 in a run that goes on"),
         ({"train.step": 4}, r"unknown option train.step"),
     ):
-        with pytest.raises(LorakitError, match=said):
+        with pytest.raises(LorakitError, match=message):
             train.resume(folder, overrides=changes)
     assert ((folder / "state.json").read_bytes(), (folder / "config.toml").read_bytes()) == before
 
@@ -38,8 +38,8 @@ def test_a_run_goes_on_longer_as_if_it_had_been_planned_so(tiny_sd1, tmp_path):
     assert longer.keys() == planned.keys() and all(torch.equal(longer[name], planned[name]) for name in planned)
     assert result.exports.keys() == {"kohya", "peft"} and result.steps == 4
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000004"]
-    again = config.load(folder / "config.toml")
-    assert (again.train.steps, again.sample.seed) == (4, 3)
+    reloaded = config.load(folder / "config.toml")
+    assert (reloaded.train.steps, reloaded.sample.seed) == (4, 3)
 
 
 def test_a_schedule_that_is_stretched_is_said(tmp_path):

@@ -124,26 +124,26 @@ def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(plain):
 
 
 def test_a_preview_of_the_users_stays_and_that_of_a_run_is_replaced(tmp_path):
-    drawn = tmp_path / "01.png"
-    Image.new("RGB", (8, 8), "red").save(drawn)
-    said: list[str] = []
+    images = tmp_path / "01.png"
+    Image.new("RGB", (8, 8), "red").save(images)
+    messages: list[str] = []
     exports = {"kohya": tmp_path / "toy.safetensors", "diffusers": tmp_path / "toy-diffusers.safetensors"}
     for before in (b"mine", None):
         preview = tmp_path / "toy.png"
         preview.write_bytes(before) if before else preview.unlink()
-        train.write_previews(drawn, exports, said.append)
+        train.write_previews(images, exports, messages.append)
         assert (preview.read_bytes() == b"mine") is bool(before)
-    Image.new("RGB", (8, 8), "blue").save(drawn)
-    train.write_previews(drawn, exports, said.append)
+    Image.new("RGB", (8, 8), "blue").save(images)
+    train.write_previews(images, exports, messages.append)
     with Image.open(tmp_path / "toy.png") as picture:
         assert picture.getpixel((0, 0)) == (0, 0, 255)
-    assert said == ["toy.png is there already and stays as it is"] and not (tmp_path / "toy-diffusers.png").exists()
+    assert messages == ["toy.png is there already and stays as it is"] and not (tmp_path / "toy-diffusers.png").exists()
 
 
 def test_a_resolved_config_repeats_the_run_to_the_bit_with_the_photos_elsewhere(plain, photos, tmp_path):
     places = {"data.folder": str(shutil.copytree(photos, tmp_path / "photos")), "output.folder": str(tmp_path / "two")}
-    again = train.train(config.load(plain.folder / "config.toml", places))
-    assert again.adapter.parent == tmp_path / "two" and same_adapter(plain, again)
+    repeat = train.train(config.load(plain.folder / "config.toml", places))
+    assert repeat.adapter.parent == tmp_path / "two" and same_adapter(plain, repeat)
 
 
 def test_an_effect_that_rounding_alone_would_give_is_none(tiny_sd1, photos, tmp_path):
@@ -252,8 +252,8 @@ def test_tensorboard_shows_what_the_log_says(plain):
 
     board = EventAccumulator(str(plain.folder / "tensorboard")).Reload()
     logged = {event["step"]: event["loss"] for event in events(plain.folder, "step")}
-    shown = {scalar.step: scalar.value for scalar in board.Scalars("step/loss")}
-    assert shown == pytest.approx(logged) and len(shown) == 6
+    scalars = {scalar.step: scalar.value for scalar in board.Scalars("step/loss")}
+    assert scalars == pytest.approx(logged) and len(scalars) == 6
     assert [scalar.step for scalar in board.Scalars("validation/prior_drift")] == [6]
 
 
@@ -315,19 +315,19 @@ def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, t
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path, monkeypatch, checkpointing):
-    load, made, others = families.load, [], []
+    load, bases, others = families.load, [], []
 
     def counted(*args):
-        others.append(sum(part() is not None for part in made))
+        others.append(sum(part() is not None for part in bases))
         family = load(*args)
-        made.extend(weakref.ref(part) for part in family.denoiser.modules())
+        bases.extend(weakref.ref(part) for part in family.denoiser.modules())
         return family
 
     monkeypatch.setattr(families, "load", counted)
-    asked = {"output__formats": ("kohya", "diffusers", "peft"), "memory__gradient_checkpointing": checkpointing}
+    settings = {"output__formats": ("kohya", "diffusers", "peft"), "memory__gradient_checkpointing": checkpointing}
     gc.disable()  # nothing is let go of by chance
     try:
-        run(tiny_sd1, photos, tmp_path / "run", **asked)
+        run(tiny_sd1, photos, tmp_path / "run", **settings)
     finally:
         gc.enable()
     assert others == [0, 0, 0, 0]
@@ -388,8 +388,8 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_sd1, photos, tmp_path, mo
 
 def test_a_base_in_few_bits_is_trained_on_said_and_checked_against(plain, tiny_sd1, photos, tmp_path):
     small = run(tiny_sd1, photos, tmp_path / "small", memory__base_storage="nf4")
-    said = [event["message"] for event in events(tmp_path / "small", "message")]
-    assert "device: cpu (1 thread), base in float32 (the UNet's weights kept in nf4), adapter in float32" in said
+    messages = [event["message"] for event in events(tmp_path / "small", "message")]
+    assert "device: cpu (1 thread), base in float32 (the UNet's weights kept in nf4), adapter in float32" in messages
     assert all(finding.passed for finding in small.findings)
     ups = [load_file(result.adapter) for result in (plain, small)]
     off = [torch.dist(ups[0][name], ups[1][name]) / ups[0][name].norm() for name in ups[0] if "lora_up" in name]
@@ -397,7 +397,7 @@ def test_a_base_in_few_bits_is_trained_on_said_and_checked_against(plain, tiny_s
 
 
 def test_too_little_memory_before_the_first_step_is_told_too(tiny_sd1, photos, tmp_path, monkeypatch):
-    def full(*given, **named):
+    def full(*args, **named):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(families, "load", full)
@@ -448,9 +448,11 @@ def test_resume_without_a_checkpoint_says_so(tmp_path, tiny_sd1, photos):
 def test_ctrl_c_saves_exports_and_exits_130(tiny_sd1, photos, tmp_path):
     folder = tmp_path / "run"
     never = {"train__steps": 5000, "train__save_every": 5000, "train__validate_every": 5000, "sample__every": 5000}
-    asked = options(tiny_sd1, photos, folder, **never)
-    written = {key: json.dumps(value) for key, value in asked.items()}
-    sets = [f"--set={key}={value}" for key, value in written.items() if key not in ("data.folder", "output.folder")]
+    settings = options(tiny_sd1, photos, folder, **never)
+    texts_of_values = {key: json.dumps(value) for key, value in settings.items()}
+    sets = [
+        f"--set={key}={value}" for key, value in texts_of_values.items() if key not in ("data.folder", "output.folder")
+    ]
     command = [sys.executable, "-m", "lorakit", "train", str(photos), "--output", str(folder), *sets]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -463,8 +465,8 @@ def test_ctrl_c_saves_exports_and_exits_130(tiny_sd1, photos, tmp_path):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 130, output
     assert "Traceback" not in output
-    saved = checkpoint.latest(folder / "checkpoints")
-    assert saved is not None and int(saved.name.removeprefix("step-")) > 0
+    newest = checkpoint.latest(folder / "checkpoints")
+    assert newest is not None and int(newest.name.removeprefix("step-")) > 0
     exported = [path for path in folder.glob("*.safetensors") if path.name != "best.safetensors"]
     assert len(exported) == 1 and all(torch.isfinite(t).all() for t in load_file(exported[0]).values())
     assert json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"] == "stopped"

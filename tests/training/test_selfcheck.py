@@ -65,13 +65,13 @@ def findings(trained: dict[str, Any], folder: Path, change: Callable[[Tensors], 
     change(tensors)
     save_file(tensors, path, metadata=metadata)
     looks = selfcheck.examine({"kohya": path}, **trained, prompt=PROMPT, size=SIZE, dtype="fp32")
-    return [finding for _, found, _ in looks for finding in found]
+    return [finding for _, each, _ in looks for finding in each]
 
 
 def test_a_right_file_passes_every_look(trained: dict[str, Any], tmp_path: Path) -> None:
-    found = findings(trained, tmp_path, lambda tensors: None)
-    assert selfcheck.failures(found) == []
-    assert [finding.name for finding in found] == [
+    actual = findings(trained, tmp_path, lambda tensors: None)
+    assert selfcheck.failures(actual) == []
+    assert [finding.name for finding in actual] == [
         "kohya file",
         "kohya in diffusers",
         "kohya unet",

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from short_run import chosen, noise
+from short_run import noise, run_config
 
 from lorakit import config
 from lorakit.cli.signals import stop_on_signals
@@ -31,14 +31,14 @@ class StopAt:
     """A listener and a stop function in one: asks for a stop from the event on that `condition` is true of."""
 
     def __init__(self, condition: Callable[[Event], bool]):
-        self.condition, self.wanted, self.events = condition, False, list[Event]()
+        self.condition, self.is_requested, self.events = condition, False, list[Event]()
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
-        self.wanted = self.wanted or self.condition(event)
+        self.is_requested = self.is_requested or self.condition(event)
 
     def stop(self) -> bool:
-        return self.wanted
+        return self.is_requested
 
     def lines(self) -> list[str]:
         return [event.facts["message"] for event in self.events if event.kind == "message"]
@@ -69,16 +69,16 @@ def straight(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> run.Re
 
 
 def settings(base: Path, photos: Path, folder: Path, **changes: Any) -> config.Config:
-    asked = {"train__validate_every": 3, "train__save_every": 3, "sample__every": 3, "train__prior": "none"}
-    asked |= {"sample__at_start": True, "sample__at_end": True, "train__validate_at_end": True}
-    return chosen(base, photos, folder, STEPS, **asked | changes)
+    changes_of_test = {"train__validate_every": 3, "train__save_every": 3, "sample__every": 3, "train__prior": "none"}
+    changes_of_test |= {"sample__at_start": True, "sample__at_end": True, "train__validate_at_end": True}
+    return run_config(base, photos, folder, STEPS, **changes_of_test | changes)
 
 
-def stopped(asked: config.Config, condition: Callable[[Event], bool]) -> tuple[Stopped, StopAt]:
+def stopped(run_config: config.Config, condition: Callable[[Event], bool]) -> tuple[Stopped, StopAt]:
     """Train until the stop is heard; the last event of the run is then the line that says so, or what it led to."""
     listener = StopAt(condition)
     with pytest.raises(Stopped) as caught:
-        run.train(asked, listeners=[listener], stop=listener.stop)
+        run.train(run_config, listeners=[listener], stop=listener.stop)
     state = run_folder.read(caught.value.folder)
     assert (state.state, state.message) == ("stopped", str(caught.value))
     assert sum(line.startswith("stopping: ") for line in listener.lines()) == 1
@@ -98,7 +98,7 @@ def resumed(folder: Path) -> tuple[run.Result, list[str]]:
 
 def test_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
     """The photos encoded so far are in the cache, and the run begins where it was."""
-    asked = settings(tiny_sd1, photos, tmp_path / "run", data__cache="disk")
+    run_config = settings(tiny_sd1, photos, tmp_path / "run", data__cache="disk")
     encoded = []
 
     def stop() -> bool:
@@ -106,7 +106,7 @@ def test_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
         return encoded[-1] == 2
 
     with pytest.raises(Stopped, match="stopped before the first step; go on with: lorakit resume"):
-        run.train(asked, stop=stop)
+        run.train(run_config, stop=stop)
     assert encoded == [0, 1, 2]
     assert not checkpoint.complete(tmp_path / "run" / "checkpoints")
     result, lines = resumed(tmp_path / "run")
@@ -124,14 +124,14 @@ def test_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
 def test_while_class_images_are_drawn(tiny_sd1, photos, tmp_path):
     """Pictures of the first text are in the cache; those of the second are not waited for."""
     (photos / "0.txt").write_text("a sks toy in the snow", encoding="utf-8")
-    asked = settings(tiny_sd1, photos, tmp_path / "run", train__prior="images", train__class_images=6)
-    drawn: list[Event] = []
+    run_config = settings(tiny_sd1, photos, tmp_path / "run", train__prior="images", train__class_images=6)
+    events: list[Event] = []
 
     def second(event: Event) -> bool:
-        drawn.extend([event] if says("class images: ")(event) else [])
-        return len(drawn) == 2
+        events.extend([event] if says("class images: ")(event) else [])
+        return len(events) == 2
 
-    stop, listener = stopped(asked, second)
+    stop, listener = stopped(run_config, second)
     assert stop.step == 0 and listener.lines()[-1].startswith("stopping: ")
     assert len(list((tmp_path / "cache" / "class-images").rglob("*.png"))) == 3
     _, lines = resumed(tmp_path / "run")

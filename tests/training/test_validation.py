@@ -100,11 +100,11 @@ def by_hand(family: Family, validation: evaluate.Validation, data) -> dict[str, 
 def test_figures_are_those_of_the_formulas():
     family, data = Family(), dataset()
     validation = evaluate.Validation(family, data, conditions(), CLASS, 5, from_holdout=True)
-    found = validation.run(Adapter(family, 0.1))
+    actual = validation.run(Adapter(family, 0.1))
     expected = by_hand(family, validation, data)
-    groups = [(found, expected["prediction"].ravel(), expected["target"].ravel())]
+    groups = [(actual, expected["prediction"].ravel(), expected["target"].ravel())]
     groups += [
-        (found["bands"][band], expected["prediction"][band].ravel(), expected["target"][band].ravel())
+        (actual["bands"][band], expected["prediction"][band].ravel(), expected["target"][band].ravel())
         for band in range(4)
     ]
     for figures, prediction, target in groups:
@@ -114,8 +114,8 @@ def test_figures_are_those_of_the_formulas():
         assert figures["mae"] == pytest.approx(np.abs(error).mean(), rel=1e-5)
         r2 = 1 - (error**2).sum() / ((target - target.mean()) ** 2).sum()
         assert figures["r2"] == pytest.approx(r2, abs=1e-5)
-    assert [band["timesteps"] for band in found["bands"]] == [[0, 249], [250, 499], [500, 749], [750, 999]]
-    assert (found["photos"], found["source"]) == (3, "held-out photos")
+    assert [band["timesteps"] for band in actual["bands"]] == [[0, 249], [250, 499], [500, 749], [750, 999]]
+    assert (actual["photos"], actual["source"]) == (3, "held-out photos")
 
 
 def test_drift_is_the_relative_change_on_the_class_prompt():
@@ -125,8 +125,8 @@ def test_drift_is_the_relative_change_on_the_class_prompt():
     assert validation.run(Adapter(family, 0.1))["prior_drift"] == pytest.approx(0.25, rel=1e-5)
     assert validation.run(Adapter(family, 0.0))["prior_drift"] == 0.0
     # A trained text encoder moves the class prompt itself; the base's part stays that of the base.
-    moved = validation.run(Adapter(family, 0.0), class_condition=Conditioning(values=torch.tensor([0.4])))
-    assert moved["prior_drift"] == pytest.approx(1.0, rel=1e-5)
+    shifted = validation.run(Adapter(family, 0.0), class_condition=Conditioning(values=torch.tensor([0.4])))
+    assert shifted["prior_drift"] == pytest.approx(1.0, rel=1e-5)
     assert validation.source == "training photos"
 
 
@@ -137,18 +137,18 @@ def test_the_base_is_followed_as_ddim_does(tiny_sd1, tiny_sd1_v):
     for base in (tiny_sd1, tiny_sd1_v):
         family = families.load(families.describe(str(base)), torch.device("cpu"), torch.float32)
         with torch.no_grad():
-            told = family.encode_text(["a photo of a toy"])
-            points = evaluate.Validation(family, dataset(), told, told, 3)._follow_the_base()
+            prompt = family.encode_text(["a photo of a toy"])
+            points = evaluate.Validation(family, dataset(), prompt, prompt, 3)._follow_the_base()
             scheduler = DDIMScheduler.from_config(family.pipeline().scheduler.config, clip_sample=False)
             scheduler.num_inference_steps = 8
             latents = torch.randn((4, 4, 8, 8), generator=rng.generator(3, 0, "prior drift"))
             for place, time in enumerate([999, 874, 749, 624, 499, 374, 249, 124]):
-                said = family.predict(latents, torch.full((4,), time), told.expand(4))
+                predicted = family.predict(latents, torch.full((4,), time), prompt.expand(4))
                 if place % 2:
-                    noisy, timesteps, kept = points[place // 2]
+                    noisy, timesteps, reference = points[place // 2]
                     assert timesteps.tolist() == [time] * 4
-                    assert torch.allclose(noisy, latents, atol=1e-4) and torch.allclose(kept, said, atol=1e-4)
-                latents = scheduler.step(said, time, latents).prev_sample
+                    assert torch.allclose(noisy, latents, atol=1e-4) and torch.allclose(reference, predicted, atol=1e-4)
+                latents = scheduler.step(predicted, time, latents).prev_sample
         assert len(points) == 8
 
 
@@ -197,8 +197,8 @@ def test_a_real_family_is_examined_to_the_bit_twice(base, request):
     data.buckets[0].sizes = {name: torch.tensor([row] * 3) for name, row in sizes.items()}
     with torch.no_grad():
         texts = family.encode_text(["one", "two", "three"])
-        told = family.encode_text(["a photo of a toy"])
-    validation = evaluate.Validation(family, data, texts, told, 0)
+        prompt = family.encode_text(["a photo of a toy"])
+    validation = evaluate.Validation(family, data, texts, prompt, 0)
     untouched = validation.run(adapter)
     assert untouched["prior_drift"] == 0.0 and 0.1 < untouched["mse"] < 10
     with torch.no_grad():
@@ -208,8 +208,8 @@ def test_a_real_family_is_examined_to_the_bit_twice(base, request):
     first, second = validation.run(adapter), validation.run(adapter)
     assert first == second
     assert first["prior_drift"] > 1e-6 and first["mse"] != untouched["mse"]
-    anew = evaluate.Validation(family, data, texts, told, 0).run(adapter)
-    assert anew == first
+    repeat = evaluate.Validation(family, data, texts, prompt, 0).run(adapter)
+    assert repeat == first
 
 
 def entry(step: int, mse: float, drift: float = 0.0) -> dict:
@@ -217,7 +217,7 @@ def entry(step: int, mse: float, drift: float = 0.0) -> dict:
 
 
 @pytest.mark.parametrize(
-    "history, best, said",
+    "history, best, sentence",
     [
         ([entry(10, 0.3, 0.02)], 10, "the only checkpoint that was examined (MSE 0.3000, prior drift 2.0%)"),
         ([entry(10, 0.3), entry(20, 0.2), entry(30, 0.25)], 20, "the smallest validation error of 3 checkpoints once"),
@@ -232,9 +232,9 @@ def entry(step: int, mse: float, drift: float = 0.0) -> dict:
         ([entry(10, math.nan), entry(20, 0.4)], 20, "the only checkpoint"),
     ],
 )
-def test_the_best_checkpoint_is_chosen_by_error_and_drift(history, best, said):
+def test_the_best_checkpoint_is_chosen_by_error_and_drift(history, best, sentence):
     step, reason = evaluate.choose_best(history)
-    assert step == best and said in reason and reason.startswith(f"step {best}: ")
+    assert step == best and sentence in reason and reason.startswith(f"step {best}: ")
 
 
 def test_an_overfitted_run_is_stopped_at_the_turn():

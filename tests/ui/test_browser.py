@@ -30,8 +30,8 @@ class Person:
         self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-US"} | options)
         self.page = self.context.new_page()
         self.page.set_default_timeout(SECONDS * 1000)
-        self.asked: list[str] = []
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.requests: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.open(address)
 
     def open(self, address: str) -> None:
@@ -81,10 +81,10 @@ class Person:
 
     def sees(self, state: str, step: str = "") -> None:
         """Wait for a state, and a step, on the page of runs. A run that failed instead fails the test at once."""
-        wanted = f'#run-status section[data-state="{state}"]' + (f'[data-step="{step}"]' if step else "")
+        selector = f'#run-status section[data-state="{state}"]' + (f'[data-step="{step}"]' if step else "")
         failed = '#run-status section[data-state="failed"]'
-        self.page.locator(f"{wanted}, {failed}").first.wait_for()
-        assert self.page.locator(wanted).count(), self.page.locator("#run-status").inner_text()
+        self.page.locator(f"{selector}, {failed}").first.wait_for()
+        assert self.page.locator(selector).count(), self.page.locator("#run-status").inner_text()
 
 
 def wait_for(what: Callable[[], object]) -> None:
@@ -164,8 +164,8 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     (converted,) = (room / "runs" / "converted").glob("*/*")
     assert inspect.inspect(converted).format == "PEFT folder"
     # Nothing was asked of any other machine.
-    assert len(person.asked) > 50
-    assert [url for url in person.asked if not url.startswith((served.address, "data:", "blob:"))] == []
+    assert len(person.requests) > 50
+    assert [url for url in person.requests if not url.startswith((served.address, "data:", "blob:"))] == []
 
 
 def compare_and_export(person: Person, run: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     person.sees("running")
     assert person.page.locator("[data-run][aria-current]").get_attribute("data-run") == name
     # Held still in mid-run, it is at the same step before a reload, after it, and in a second browser.
-    with held(run_folder.read(run).pid):
+    with suspended(run_folder.read(run).pid):
         step = str(run_folder.read(run).step)
         person.sees("running", step)
         person.open(served.address)
@@ -242,7 +242,7 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
 
 
 @contextmanager
-def held(pid: int) -> Iterator[None]:
+def suspended(pid: int) -> Iterator[None]:
     """The process stands still."""
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -321,13 +321,13 @@ def missed_by_keyboard(page, name: str) -> set[str]:
     """What of a page the keys do not come to: the arrow to its tab, and from there the tab key through all it holds."""
     page.locator("#pages button[role=tab]").nth(TABS.index(name)).focus()
     page.keyboard.press("Enter")
-    wanted = set(page.evaluate(REACHABLE))
-    assert wanted, name
+    reachable = set(page.evaluate(REACHABLE))
+    assert reachable, name
     reached = set()
-    for _ in range(3 * len(wanted) + 10):
+    for _ in range(3 * len(reachable) + 10):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.dataset.reach"))
-    return wanted - reached
+    return reachable - reached
 
 
 # Marks whatever can be used on the page that is open, and gives the marks.
@@ -368,8 +368,8 @@ def test_others_are_not_let_in_without_a_password(arguments: list[str], tmp_path
     from lorakit.ui import app
 
     assert app.main(["--runs", str(tmp_path / "runs"), *arguments]) == 1
-    told = capsys.readouterr().err
-    assert "password" in told and len(told.strip().splitlines()) == 1
+    err = capsys.readouterr().err
+    assert "password" in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("preset", config.preset_names())
 def test_a_form_gives_back_the_config_it_shows(preset: str, tmp_path: Path):
-    shown = config.load(preset)
-    read, problems = form.read(form.values(shown), Roots([tmp_path]))
+    settings = config.load(preset)
+    read, problems = form.read(form.values(settings), Roots([tmp_path]))
     assert problems == {}
-    assert read == shown
+    assert read == settings
 
 
 def test_every_option_has_a_field_and_every_kind_occurs():
@@ -29,8 +29,8 @@ def test_every_option_has_a_field_and_every_kind_occurs():
 
 
 def filled(**answers: object) -> dict[str, object]:
-    shown = form.values(config.load("subject-pocket"))
-    return shown | {key.replace("__", "."): value for key, value in answers.items()}
+    values = form.values(config.load("subject-pocket"))
+    return values | {key.replace("__", "."): value for key, value in answers.items()}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_neither_language_lacks_a_line():
 
 def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
     code = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "lorakit/ui").rglob("*.py"))
-    asked = set(re.findall(r"\b(?:say|t)\(\s*[\"']([\w.]+)[\"']", code))
+    keys = set(re.findall(r"\b(?:say|t)\(\s*[\"']([\w.]+)[\"']", code))
     prefixed = (
         "state.",
         "chart.",
@@ -107,8 +107,8 @@ def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
         "photos.warnings",
         "photos.notes",
     )
-    assert asked <= set(texts.table("en"))
-    unused = {key for key in en.TEXTS if key not in asked and not key.startswith(prefixed)}
+    assert keys <= set(texts.table("en"))
+    unused = {key for key in en.TEXTS if key not in keys and not key.startswith(prefixed)}
     assert unused == set()
 
 

@@ -39,13 +39,13 @@ def train(workspace: Workspace) -> TrainPage:
 def answered(train: TrainPage, base: Path, **more: object) -> tuple[list[object], dict[str, object]]:
     """Values of all widgets, and what the page remembers, for somebody who answered the questions."""
     marks = dict(train.marks.value)
-    shown = {key: marks["values"][key] for key in train.keys} | {
+    fields = {key: marks["values"][key] for key in train.keys} | {
         quickstart.PHOTOS: str(train.workspace.roots.paths[0]),
         quickstart.NAME: "sks toy",
         quickstart.BASE: str(base),
     }
-    shown |= {key.replace("__", "."): value for key, value in more.items()}
-    return [shown[key] for key in train.keys], marks
+    fields |= {key.replace("__", "."): value for key, value in more.items()}
+    return [fields[key] for key in train.keys], marks
 
 
 def test_the_whole_page_is_built(workspace: Workspace):
@@ -93,15 +93,15 @@ def test_what_was_changed_by_hand_stays(train: TrainPage, tiny_sd1: Path):
     # The preset's length gives way to one of one's own, and comes back when that is taken back.
     before = marks["values"]["train.steps_per_image"]
     assert before and updates["train.steps_per_image"]["value"] == ""
-    shown = draft["values"] | {"train.steps": ""}
-    *_, updates = answer(train, marks, [shown[key] for key in train.keys])
+    fields = draft["values"] | {"train.steps": ""}
+    *_, updates = answer(train, marks, [fields[key] for key in train.keys])
     assert updates["train.steps_per_image"]["value"] == before
 
 
 def test_what_belongs_to_a_change_gives_way_as_on_the_command_line(train: TrainPage):
     values, marks = answered(train, Path("pocket"))
-    shown = dict(zip(train.keys, values, strict=True)) | {quickstart.BASE: "pocket", "train.prior": "none"}
-    *_, draft, updates = answer(train, marks, [shown[key] for key in train.keys])
+    fields = dict(zip(train.keys, values, strict=True)) | {quickstart.BASE: "pocket", "train.prior": "none"}
+    *_, draft, updates = answer(train, marks, [fields[key] for key in train.keys])
     # The preset's class images mean nothing without that prior, and would be an error.
     assert updates["train.class_images"]["value"] == TrainConfig.class_images
     plan, start = train.plan([draft["values"][key] for key in train.keys], SAY)
@@ -113,8 +113,8 @@ def test_a_wrong_value_is_told_at_its_field_and_above(train: TrainPage, tiny_sd1
     plan, _, _, _, draft, updates = answer(train, marks, values)
     assert "adapter.rank = 0: must be between 1 and 1024" in plan
     assert updates["adapter.rank"]["info"].startswith("✕ adapter.rank = 0: must be between 1 and 1024")
-    again, start = train.plan([draft["values"][key] for key in train.keys], SAY)
-    assert again == plan and start["interactive"] is False
+    problems, start = train.plan([draft["values"][key] for key in train.keys], SAY)
+    assert problems == plan and start["interactive"] is False
 
 
 def test_a_base_outside_of_the_roots_is_not_looked_at(train: TrainPage):
@@ -140,25 +140,25 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
     train: TrainPage, tiny_sd1: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    asked: list[str] = []
+    requests: list[str] = []
     values, marks = answered(train, Path("org/tiny"))
-    with hub_server.serve(tiny_sd1, asked) as endpoint:
+    with hub_server.serve(tiny_sd1, requests) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
         # The user's own word on the network holds for what is asked for, too.
         monkeypatch.setattr(commands, "USERS", "1")
-        said = train.fetch_base(values, SAY)
-        assert "base org/tiny is not in the cache and HF_HUB_OFFLINE is set" in said and "lk-problem" in said
+        reply = train.fetch_base(values, SAY)
+        assert "base org/tiny is not in the cache and HF_HUB_OFFLINE is set" in reply and "lk-problem" in reply
         monkeypatch.setattr(commands, "USERS", "0")
         plan, _, start, fetch, marks, draft, *updates = train.answer("balanced", marks, values, SAY)
-        told = "org/tiny is no path here, and as a hub id not on this machine yet."
-        assert told in plan and fetch["visible"] is True and start["interactive"] is False
-        assert dict(zip(train.keys, updates, strict=True))[quickstart.BASE]["info"].startswith(f"✕ {told}")
-        assert told in train.plan(values, SAY)[0]
+        notice = "org/tiny is no path here, and as a hub id not on this machine yet."
+        assert notice in plan and fetch["visible"] is True and start["interactive"] is False
+        assert dict(zip(train.keys, updates, strict=True))[quickstart.BASE]["info"].startswith(f"✕ {notice}")
+        assert notice in train.plan(values, SAY)[0]
         message, name = train.begin(values, SAY)
-        assert told in message and name is None and not train.workspace.queue.jobs()
-        assert asked == [], "typing, planning and starting ask nothing of the network"
+        assert notice in message and name is None and not train.workspace.queue.jobs()
+        assert requests == [], "typing, planning and starting ask nothing of the network"
         assert "org/tiny is on this machine now" in train.fetch_base(values, SAY)
-        assert asked
+        assert requests
     # The hub is gone: the base is here.
     plan, _, _, fetch, _, draft, *_ = train.answer("balanced", marks, values, SAY)
     assert fetch["visible"] is False
@@ -166,8 +166,8 @@ def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
     assert "from the hub: org/tiny@" in plan and start["interactive"] is True
     # And one that cannot be had says why.
     values, _ = answered(train, Path("org/other"))
-    said = train.fetch_base(values, SAY)
-    assert "base org/other is not in the cache and cannot be fetched from" in said and "lk-problem" in said
+    reply = train.fetch_base(values, SAY)
+    assert "base org/other is not in the cache and cannot be fetched from" in reply and "lk-problem" in reply
     assert "無法從" in train.fetch_base(values, texts.sayer("zh-Hant"))
 
 
@@ -176,9 +176,9 @@ def test_a_path_that_looks_like_a_hub_id_is_a_path(train: TrainPage, tiny_sd1: P
     (place).mkdir()
     (place / "model").symlink_to(tiny_sd1)
     values, _ = answered(train, Path("mine/model"))
-    shown = train.form_values(values)
-    assert train.lacking(shown) is None and train.fetch_base(values, SAY) == ""
-    config, _ = train.read(shown, SAY)
+    state = train.form_values(values)
+    assert train.lacking(state) is None and train.fetch_base(values, SAY) == ""
+    config, _ = train.read(state, SAY)
     assert config is not None and quickstart.describe(config.model.base).path == tiny_sd1
 
 
@@ -193,10 +193,10 @@ def test_photos_are_shown_whatever_the_base_is(workspace: Workspace, train: Trai
 
 
 @pytest.mark.parametrize(
-    "kept", [{}, None, [], {"values": 3}, {"values": {"no.such": 1}, "quality": "?", "preset": "?"}]
+    "value", [{}, None, [], {"values": 3}, {"values": {"no.such": 1}, "quality": "?", "preset": "?"}]
 )
-def test_what_a_browser_kept_may_be_anything(train: TrainPage, kept: object):
-    assert len(train.restore(kept)) == 4 + len(train.keys)
+def test_what_a_browser_kept_may_be_anything(train: TrainPage, value: object):
+    assert len(train.restore(value)) == 4 + len(train.keys)
 
 
 def test_a_page_of_photos(workspace: Workspace, train: TrainPage, tiny_sd1: Path):

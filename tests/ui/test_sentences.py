@@ -61,9 +61,9 @@ def test_a_sentence_keeps_what_stands_in_its_holes():
 
 
 def test_english_is_said_as_it_is_and_chinese_line_by_line():
-    said = "adapter.rank = 0: must be between 1 and 1024\nsomething new\nblurred"
-    assert texts.sayer("en").translate(said) == said
-    assert texts.sayer("zh-Hant").translate(said).split("\n") == [
+    text = "adapter.rank = 0: must be between 1 and 1024\nsomething new\nblurred"
+    assert texts.sayer("en").translate(text) == text
+    assert texts.sayer("zh-Hant").translate(text).split("\n") == [
         "adapter.rank = 0：必須介於 1 與 1024 之間", "something new", "模糊",
     ]  # fmt: skip
 
@@ -77,9 +77,9 @@ def test_every_hole_of_a_line_is_one_of_its_english():
 
 def test_chinese_is_written_as_in_taiwan():
     """Marks of the full width beside Chinese, and no word of the mainland's for what Taiwan calls otherwise."""
-    written = [*zh_hant.TEXTS.values(), *zh_hant.SECTIONS.values(), *itertools.chain(*zh_hant.OPTIONS.values())]
-    written += [*zh_hant_sentences.SENTENCES.values(), *zh_hant_sentences.PHRASES.values()]
-    for text in written:
+    sentences_in = [*zh_hant.TEXTS.values(), *zh_hant.SECTIONS.values(), *itertools.chain(*zh_hant.OPTIONS.values())]
+    sentences_in += [*zh_hant_sentences.SENTENCES.values(), *zh_hant_sentences.PHRASES.values()]
+    for text in sentences_in:
         assert not re.search(r"[\u4e00-\u9fff][,;:?!(]", text), text
         assert not re.search(r"文件|默認|信息|內存|數據|軟件|程序員|視頻|屏幕|網絡|質量|支持|圖像|卸載|緩存", text), (
             text
@@ -101,34 +101,36 @@ def plans(tiny_sd1: Path) -> Iterator[plan.Plan]:
     ]
     variations: list[dict[str, Any]] = [*lengths, {"adapter.method": "rslora", "adapter.train_text_encoder": True}]
     variations += [{"memory.device": "cuda"}, {"memory.device": "cuda", "memory.stream_base": True}]
-    whole = {"memory.base_storage": "full", "memory.gradient_checkpointing": False}
-    variations += [{"memory.compile": True} | whole]
+    changes_of_plan = {"memory.base_storage": "full", "memory.gradient_checkpointing": False}
+    variations += [{"memory.compile": True} | changes_of_plan]
     variations += [{"model.prediction_type": "v_prediction_zero_snr"}]
     for preset, changed in itertools.product(config.preset_names(), variations):
         base = "pocket" if preset.endswith("pocket") else str(tiny_sd1)
-        given = config.load(preset, {"model.base": base, "data.name": "sks toy", "memory.device": "cpu"} | changed)
-        info = families.describe(given.model)
+        settings = config.load(preset, {"model.base": base, "data.name": "sks toy", "memory.device": "cpu"} | changed)
+        info = families.describe(settings.model)
         for count in (1, 16):
             items = [
                 SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png", repeats=1), bucket=(64, 64))
                 for n in range(count)
             ]
             report = SimpleNamespace(items=items, photos=[item.photo for item in items], class_photos=[], chunks=1)
-            yield plan.make(given, info, report)
+            yield plan.make(settings, info, report)
 
 
 def test_every_line_of_a_plan_is_said(tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plan, "_matmul_speed", lambda: 1e10)
-    made = list(plans(tiny_sd1))
+    all_plans = list(plans(tiny_sd1))
     for seconds in (12, 600, 9000, 300_000, None):
-        made.append(dataclasses.replace(made[0], seconds=seconds))
+        all_plans.append(dataclasses.replace(all_plans[0], seconds=seconds))
     for ram in (0, 1, 10**12):
-        made.append(dataclasses.replace(made[0], host=10**9, ram=ram))
-    lines = [line for one in made for line in one.lines()]
+        all_plans.append(dataclasses.replace(all_plans[0], host=10**9, ram=ram))
+    lines = [line for one in all_plans for line in one.lines()]
     assert lacking(lines) == []
     # As someone reads it: no English word but names of the field's.
-    told = texts.sayer("zh-Hant").translate("\n".join(made[1].lines()))
-    assert not re.search(r"\b(photos?|steps?|about|modules|weights|each|draw|encode|held|estimate)\b", told), told
+    translated = texts.sayer("zh-Hant").translate("\n".join(all_plans[1].lines()))
+    assert not re.search(r"\b(photos?|steps?|about|modules|weights|each|draw|encode|held|estimate)\b", translated), (
+        translated
+    )
 
 
 def test_what_is_told_of_a_base_is_said():
@@ -208,38 +210,38 @@ def test_every_finding_about_photos_is_said(tmp_path: Path):
     lines: list[str] = []
     kinds: set[str] = set()
     for place, name in itertools.product(("bad", "bare"), ("sks toy", "sks", "")):
-        given = DataConfig(folder=str(tmp_path / place), name=name, resolution=64, flip=True, variants=2)
-        report = checks.check(given, base)
+        settings = DataConfig(folder=str(tmp_path / place), name=name, resolution=64, flip=True, variants=2)
+        report = checks.check(settings, base)
         lines += [*report.errors, *report.warnings, *report.notes]
         lines += [finding for item in report.items for finding in item.findings]
-        kinds |= {key for key, found in vars(report).items() if key in ("errors", "warnings", "notes") and found}
+        kinds |= {key for key, findings in vars(report).items() if key in ("errors", "warnings", "notes") and findings}
     assert kinds == {"errors", "warnings", "notes"}
     assert lacking(lines) == []
     # Nearly every sentence of check.py, decode.py and folder.py was made here, so that none is only thought to fit.
     assert len({re.sub(r"\d+|\"[^\"]*\"|[\w /]+\.\w{3,4}", "", line) for line in lines}) > 40
 
 
-@pytest.mark.parametrize("found", ["nothing", "files", "deeper", "file", "picture", "gone"])
-def test_why_a_folder_is_refused_is_said(found: str, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["nothing", "files", "deeper", "file", "picture", "gone"])
+def test_why_a_folder_is_refused_is_said(kind: str, tmp_path: Path):
     place = tmp_path / "photos"
-    if found in ("file", "picture"):
-        place = place.with_suffix(".txt" if found == "file" else ".png")
+    if kind in ("file", "picture"):
+        place = place.with_suffix(".txt" if kind == "file" else ".png")
         place.touch()
-    elif found != "gone":
+    elif kind != "gone":
         place.mkdir()
     else:
         (tmp_path / "photo").mkdir()
-    if found == "files":
+    if kind == "files":
         (place / "a.mp4").touch()
         (place / "README").touch()
-    if found == "deeper":
+    if kind == "deeper":
         (place / "a" / "b").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(place / "a" / "b" / "1.png")
     with pytest.raises(LorakitError) as caught:
         folder.scan(place)
     assert lacking([str(caught.value)]) == []
-    told = texts.sayer("zh-Hant").translate(str(caught.value)).replace(str(tmp_path), "")
-    assert not re.search(r"found|nothing|without|only|level|mean", told), told
+    translated = texts.sayer("zh-Hant").translate(str(caught.value)).replace(str(tmp_path), "")
+    assert not re.search(r"found|nothing|without|only|level|mean", translated), translated
 
 
 def problems(tables: dict[str, Any], **overrides: Any) -> list[str]:
@@ -250,20 +252,20 @@ def problems(tables: dict[str, Any], **overrides: Any) -> list[str]:
 
 def test_every_problem_of_a_config_is_said(tmp_path: Path):
     steps = {"train": {"steps": 1}}
-    found = problems({"trian": {}, "zzz": {}, "data": 3})
+    problem_lines = problems({"trian": {}, "zzz": {}, "data": 3})
     # Every option with a value of every wrong kind.
     for wrong in (object, 10**12, -(10**12), float("nan"), True, "nonsense", ["nonsense"], [], [3], 0, 0.5, None):
         for method in config.ADAPTER_SECTIONS:
-            given = {k.key: wrong for k in config.options(method) if k.key != "adapter.method"}
+            settings = {k.key: wrong for k in config.options(method) if k.key != "adapter.method"}
             with pytest.raises(ConfigError) as caught:
-                config.from_tables({}, given | {"adapter.method": method})
-            found += caught.value.problems
+                config.from_tables({}, settings | {"adapter.method": method})
+            problem_lines += caught.value.problems
     for wrong in ("adafacto", "l", ["kohyo"]):
-        found += problems(steps, optimizer__name=wrong, adapter__method=wrong, output__formats=wrong)
-    found += problems(steps, trian__step=1, train__zzz=1)
-    found += problems({})
-    found += problems({}, train__steps=1, train__epochs=1)
-    found += problems({}, train__steps=1, train__epochs=1, train__steps_per_image=1)
+        problem_lines += problems(steps, optimizer__name=wrong, adapter__method=wrong, output__formats=wrong)
+    problem_lines += problems(steps, trian__step=1, train__zzz=1)
+    problem_lines += problems({})
+    problem_lines += problems({}, train__steps=1, train__epochs=1)
+    problem_lines += problems({}, train__steps=1, train__epochs=1, train__steps_per_image=1)
     contradictions: list[dict[str, Any]] = [
         {"optimizer__text_encoder_learning_rate": 1e-4},
         {"adapter__new_tokens": 2},
@@ -277,20 +279,20 @@ def test_every_problem_of_a_config_is_said(tmp_path: Path):
         {"memory__compile": True, "memory__gradient_checkpointing": True},
         {"memory__compile": True, "adapter__dropout": 0.1},
     ]
-    found += [line for given in contradictions for line in problems(steps, **given)]
+    problem_lines += [line for settings in contradictions for line in problems(steps, **settings)]
     (tmp_path / "broken.toml").write_text("a = ")
     for preset in ("subject-poket", "zzz", tmp_path / "gone.toml", tmp_path / "broken.toml"):
         with pytest.raises(ConfigError) as caught:
             config.load(preset)
-        found += caught.value.problems
+        problem_lines += caught.value.problems
     with pytest.raises(ConfigError) as caught:
         config.parse_override("nothing")
-    found += caught.value.problems
-    assert lacking(found) == []
+    problem_lines += caught.value.problems
+    assert lacking(problem_lines) == []
 
 
 def test_why_a_base_is_refused_is_said(tmp_path: Path, tiny_sd1: Path):
-    said = []
+    messages = []
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.txt").touch()
@@ -302,8 +304,8 @@ def test_why_a_base_is_refused_is_said(tmp_path: Path, tiny_sd1: Path):
     for base in [*(str(tmp_path / name) for name in names), "owner/name"]:
         with pytest.raises(LorakitError) as caught:
             quickstart.describe(base)
-        said.append(str(caught.value))
-    assert lacking(said) == []
+        messages.append(str(caught.value))
+    assert lacking(messages) == []
 
 
 # -- and nothing that is written in the code is forgotten -----------------------------------------------------------
@@ -312,13 +314,13 @@ def test_why_a_base_is_refused_is_said(tmp_path: Path, tiny_sd1: Path):
 ROOMS = ("config/*.py", "data/*.py", "families/*.py", "ui/*.py")
 ROOMS += tuple(f"runs/{name}.py" for name in ("folder", "memory_estimate", "plan", "preflight", "quickstart"))
 # Told on the command line only, or before the page is there.
-NOT_SHOWN = ("lets others in", "is taken; choose another --port", "has no name in a single file")
+INTERNAL = ("lets others in", "is taken; choose another --port", "has no name in a single file")
 # Put together from parts; the tests above make each of them.
 COMPOSED = ("{}: {}", "base {} {}", "base {}; or give a folder or a file", "length: {}", "{}{}", "{} is {}")
 COMPOSED += ("{} and training reads as letters, such as {}: {}",)
 
 
-def written(path: Path) -> Iterator[str]:
+def sentences_in(path: Path) -> Iterator[str]:
     """The sentences that a file raises or appends, with {} for what is filled in."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or not node.args:
@@ -363,8 +365,8 @@ def instances(text: str) -> Iterator[str]:
 
 def test_whatever_those_rooms_may_say_is_known():
     paths = [path for room in ROOMS for path in (ROOT / "lorakit").glob(room)]
-    found = {text: path.name for path in paths for text in written(path)}
-    assert len(found) > 80
-    wanted = {text for text in found if text not in COMPOSED and not any(part in text for part in NOT_SHOWN)}
-    missing = {text: found[text] for text in wanted if all(lacking([one]) for one in instances(text))}
+    places = {text: path.name for path in paths for text in sentences_in(path)}
+    assert len(places) > 80
+    required = {text for text in places if text not in COMPOSED and not any(part in text for part in INTERNAL)}
+    missing = {text: places[text] for text in required if all(lacking([one]) for one in instances(text))}
     assert missing == {}, "give each of them a line in lorakit/ui/texts/zh_hant_sentences.py or a file beside it"

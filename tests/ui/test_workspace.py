@@ -30,9 +30,9 @@ def test_thumbnails_are_upright_small_and_the_photos_colour(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned: shown 400 wide, 600 high
     path = photo(tmp_path / "a.jpg", (600, 400), "#c08040", exif=exif)
-    made = Thumbnails().get(path, 90)
-    assert made.size == (400, 600) and made.problem == ""
-    picture = opened(made.address)
+    thumbnail = Thumbnails().get(path, 90)
+    assert thumbnail.size == (400, 600) and thumbnail.problem == ""
+    picture = opened(thumbnail.address)
     assert picture.size == (60, 90)
     assert all(abs(a - b) < 12 for a, b in zip(picture.getpixel((30, 45)), (0xC0, 0x80, 0x40), strict=True))
 
@@ -50,8 +50,8 @@ def test_a_thumbnail_is_made_once_and_again_when_the_photo_changes(tmp_path: Pat
 def test_a_bad_photo_has_its_reason_instead(tmp_path: Path, raw: bytes):
     path = tmp_path / "bad.jpg"
     path.write_bytes(raw)
-    made = Thumbnails().get(path)
-    assert made.address == "" and made.problem
+    thumbnail = Thumbnails().get(path)
+    assert thumbnail.address == "" and thumbnail.problem
     assert Thumbnails().get(tmp_path / "gone.jpg").problem
 
 
@@ -61,21 +61,21 @@ def test_a_page_of_large_photos_is_quick(tmp_path: Path):
     for path in paths:
         noise.save(path, quality=85)
     start = time.process_time()
-    made = Thumbnails().several(paths)
+    thumbnail = Thumbnails().several(paths)
     # 12 megapixels decoded in full and scaled take half a second and more.
     assert (time.process_time() - start) / len(paths) < 0.25
-    assert sum(len(one.address) for one in made) / len(made) < 60_000
+    assert sum(len(one.address) for one in thumbnail) / len(thumbnail) < 60_000
 
 
 def test_uploads_are_decoded_and_copied(tmp_path: Path):
     workspace = Workspace(tmp_path / "runs", [])
     good = photo(tmp_path / "up" / "a.png")
-    again = photo(tmp_path / "up2" / "a.png", colour="blue")
+    second = photo(tmp_path / "up2" / "a.png", colour="blue")
     bad = tmp_path / "up" / "bad.jpg"
     bad.write_text("hello")
     caption = tmp_path / "up" / "a.txt"
     caption.write_text("a photo of sks dog")
-    place, count, refused = workspace.take_in([good, again, bad, caption])
+    place, count, refused = workspace.take_in([good, second, bad, caption])
     assert count == 2 and len(refused) == 1 and refused[0].startswith("bad.jpg: text, not a picture")
     assert place is not None and place.is_relative_to(workspace.runs)
     assert {path.name for path in place.iterdir()} == {"a.png", "a-2.png", "a.txt"}
