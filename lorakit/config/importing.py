@@ -16,6 +16,8 @@ _OPTIMIZERS = {"adamw": "adamw", "adamw8bit": "adamw8bit", "pagedadamw8bit": "pa
 _OPTIMIZERS |= {"adafactor": "adafactor", "prodigy": "prodigy"}
 _PRECISION = {"no": "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16"}
 _PRECISION |= {"float_32": "fp32", "float_16": "fp16", "bfloat_16": "bf16"}
+_SCHEDULES = {name: name for name in ("constant", "cosine", "linear", "cosine_with_restarts", "polynomial", "rex")}
+_SCHEDULES |= {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}
 _METHODS = {"standard": "lora", "networks.lora": "lora", "lora": "lora", "kohya locon": "lora"}
 _METHODS |= {"lycoris/loha": "loha", "lycoris/lokr": "lokr", "lycoris/locon": "lora", "loha": "loha", "lokr": "lokr"}
 
@@ -24,6 +26,13 @@ def _side(value: object) -> int:
     """The side of the square of the area of "768,512", "768x512", 512 or [512, 512]; a multiple of 8."""
     parts = value if isinstance(value, list) else str(value).replace("x", ",").split(",")
     return round(math.sqrt(int(parts[0]) * int(parts[-1])) / 8) * 8
+
+
+def _whole(value: object) -> int:
+    """A count of steps; a share of the run, below 1, is none."""
+    if float(str(value)) % 1:
+        raise ValueError
+    return int(float(str(value)))
 
 
 def _named(names: Mapping[str, str]) -> Convert:
@@ -49,11 +58,12 @@ _TWINS: dict[str, tuple[str, Convert]] = {
     **{key: ("optimizer.name", _named(_OPTIMIZERS)) for key in ("optimizer_type", "optimizer")},
     **dict.fromkeys(("learning_rate", "unet_lr"), ("optimizer.learning_rate", float)),
     "text_encoder_lr": ("optimizer.text_encoder_learning_rate", float),
-    **{
-        key: ("optimizer.lr_scheduler", _named({"constant": "constant", "cosine": "cosine", "linear": "linear"}))
-        for key in ("lr_scheduler", "learning_rate_scheduler")
-    },
-    **dict.fromkeys(("lr_warmup_steps", "learning_rate_warmup_steps"), ("optimizer.warmup_steps", int)),
+    **{key: ("optimizer.lr_scheduler", _named(_SCHEDULES)) for key in ("lr_scheduler", "learning_rate_scheduler")},
+    **dict.fromkeys(("lr_warmup_steps", "learning_rate_warmup_steps"), ("optimizer.warmup_steps", _whole)),
+    "lr_warmup": ("optimizer.warmup_ratio", lambda percent: float(percent) / 100),
+    "lr_scheduler_num_cycles": ("optimizer.lr_cycles", int),
+    "lr_scheduler_power": ("optimizer.lr_power", float),
+    **dict.fromkeys(("lr_scheduler_min_lr_ratio", "learning_rate_min_factor"), ("optimizer.min_lr_ratio", float)),
     "max_train_steps": ("train.steps", int),
     **dict.fromkeys(("epoch", "epochs", "max_train_epochs"), ("train.epochs", int)),
     **dict.fromkeys(("train_batch_size", "batch_size"), ("train.batch_size", int)),
@@ -141,6 +151,9 @@ def _settle(options: dict[str, object], values: Mapping[str, object]) -> None:
     options["adapter.train_text_encoder"] = bool(trains_text)
     if not trains_text:
         options.pop("optimizer.text_encoder_learning_rate", None)
+    warmup = float(values.get("lr_warmup_steps") or 0)  # type: ignore[arg-type]
+    if 0 < warmup < 1:
+        options["optimizer.warmup_ratio"] = warmup
     if options.get("data.flip"):
         options["data.variants"] = 2
     if "data.class_folder" in options:

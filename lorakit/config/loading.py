@@ -13,7 +13,16 @@ from typing import Any, Literal
 
 from lorakit.config import foreign, prompts
 from lorakit.config.option import Option, check_value, suggest, to_text, unquote
-from lorakit.config.schema import ADAPTER_SECTIONS, LENGTHS, SECTIONS, Config, TrainConfig, options, section_type
+from lorakit.config.schema import (
+    ADAPTER_SECTIONS,
+    LENGTHS,
+    SECTIONS,
+    Config,
+    OptimizerConfig,
+    TrainConfig,
+    options,
+    section_type,
+)
 from lorakit.core.errors import ConfigError
 from lorakit.core.registry import METHODS, own_learning_rate
 
@@ -96,6 +105,9 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     overridden_keys = {"train.class_images", "train.prior_loss_weight"} if "train.prior" in overrides else set()
     if any(f"train.{name}" in overrides for name in LENGTHS):
         overridden_keys |= {f"train.{name}" for name in LENGTHS}
+    warmups = ("optimizer.warmup_steps", "optimizer.warmup_ratio")
+    if any(overrides.get(key) for key in warmups):
+        overridden_keys |= set(warmups)
     own_rate = own_learning_rate(overrides.get("optimizer.name", flat.get("optimizer.name")))
     if own_rate != own_learning_rate(flat.get("optimizer.name")):  # a rate and a factor are not comparable
         overridden_keys |= {"optimizer.learning_rate", "optimizer.text_encoder_learning_rate"}
@@ -257,6 +269,7 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens")
     if adapter.new_tokens and not re.fullmatch(r"[\w-]+", unquote(data.name).partition(" ")[0]):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
+    problems += _schedule_problems(optimizer)
     if train.init_from and METHODS[adapter.method].begins_from_base:
         problems.append(
             f"train.init_from makes no sense with adapter.method = {adapter.method!r}, which begins from the base"
@@ -291,4 +304,18 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("memory.compile goes neither with memory.gradient_checkpointing nor with memory.limit_gib")
     if config.memory.compile and getattr(adapter, "dropout", 0.0) > 0:
         problems.append("memory.compile needs adapter.dropout = 0: compiled code would draw other numbers")
+    return problems
+
+
+def _schedule_problems(optimizer: OptimizerConfig) -> list[str]:
+    """Options of the learning rate's schedule that have no effect, or contradict each other."""
+    problems = []
+    if optimizer.warmup_steps and optimizer.warmup_ratio:
+        problems.append("optimizer.warmup_steps and optimizer.warmup_ratio are both set: leave one out")
+    needs = {"lr_cycles": "cosine_with_restarts", "lr_power": "polynomial", "lr_decay_ratio": "wsd"}
+    for name, schedule in needs.items():
+        if getattr(optimizer, name) != getattr(OptimizerConfig, name) and optimizer.lr_scheduler != schedule:
+            problems.append(f"optimizer.{name} has no effect without optimizer.lr_scheduler = {schedule!r}")
+    if optimizer.min_lr_ratio and optimizer.lr_scheduler == "constant":
+        problems.append("optimizer.min_lr_ratio has no effect with a constant rate: choose an optimizer.lr_scheduler")
     return problems

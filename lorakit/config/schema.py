@@ -170,8 +170,15 @@ class OptimizerConfig:
         None, "For text-encoder adapters. Unset: the same.", low=0, high=10
     )
     weight_decay: float = option(0.01, "Decoupled weight decay.", low=0, high=1)
-    lr_scheduler: Literal["constant", "cosine", "linear"] = option("constant", "Shape after warm-up.")
+    lr_scheduler: Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial", "rex", "wsd"] = option(
+        "constant", "Shape after warm-up. wsd: constant, then down at the end."
+    )
     warmup_steps: int = option(0, "Optimizer steps over which the rate rises from 0.", low=0)
+    warmup_ratio: float = option(0.0, "The same as a share of the run.", low=0, high=0.9)
+    min_lr_ratio: float = option(0.0, "Share of the peak rate below which no schedule falls.", low=0, high=1)
+    lr_cycles: int = option(2, "Cycles of cosine_with_restarts, each from the peak down.", low=1, high=1000)
+    lr_power: float = option(2.0, "Power of polynomial: 1 is linear, 2 falls faster.", above=0)
+    lr_decay_ratio: float = option(0.2, "Share of the run over which wsd falls.", low=0.01, high=1)
 
 
 # Upper bound of a run's length: a larger value is probably a typing error.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import targets
-from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, AdapterConfig, Config, OptimizerConfig, prompts
+from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, AdapterConfig, Config, OptimizerConfig, prompts, schedule
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
@@ -276,7 +276,7 @@ def run_length(config: Config, photos: int, batches: int) -> tuple[int, str]:
 
 def warmup_problem(optimizer: OptimizerConfig, steps: int) -> str | None:
     """What a warm-up does that is no shorter than the run, or None."""
-    warmup = optimizer.warmup_steps
+    warmup = schedule.warmup_of(optimizer, steps)
     if warmup < steps or warmup == 0:
         return None
     return (

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from lorakit.config import OptimizerConfig
+from lorakit.config import OptimizerConfig, schedule
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 
@@ -104,26 +103,9 @@ def peak(config: OptimizerConfig, group: str) -> float:
     return config.learning_rate
 
 
-def factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """What the peak rate is multiplied by at `step`, counted from 0 in optimizer steps.
-
-    Warm-up rises linearly from 0: (step + 1) / warmup_steps, so that the first step already moves. Then `constant`
-    stays at 1, and with p the share of the rest that is done, `linear` is 1 - p and `cosine` (1 + cos pi p) / 2: both
-    would be 0 at step `total_steps`.
-    """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    if config.lr_scheduler == "linear":
-        return max(0.0, 1 - progress)
-    if config.lr_scheduler == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return 1.0
-
-
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int, group: str = "unet") -> float:
     """Learning rate of a group at `step`."""
-    return peak(config, group) * factor(config, step, total_steps)
+    return peak(config, group) * schedule.factor(config, step, total_steps)
 
 
 def set_learning_rate(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorakit import config
-from lorakit.config import ConfigError
+from lorakit.config import ConfigError, Option
 
 PRESET = "subject-sd15"  # at 1e-4
 
@@ -73,3 +73,9 @@ def test_a_file_that_python_does_not_read_is_named(tmp_path: Path, text: str) ->
     (tmp_path / "mine.toml").write_text(f"[train]\n{text}\n")
     with pytest.raises(ConfigError, match=r"mine\.toml: not valid TOML"):
         config.load(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize("option", config.options(), ids=lambda option: option.key)
+def test_every_option_says_what_it_is(option: Option) -> None:
+    assert option.help.endswith((".", "'"))
+    assert len(option.help) <= 120

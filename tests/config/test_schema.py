@@ -190,7 +190,6 @@ def test_unset_is_allowed_where_it_means_something() -> None:
         ),
         ({**STEPS, "data.variants": 2}, "data.variants > 1 needs data.flip, data.crop_jitter or data.color_jitter"),
         ({**STEPS, "data.flip": True}, "need data.variants of 2 or more"),
-        ({**STEPS, "data.crop_jitter": 0.1}, "need data.variants of 2 or more"),
         ({**STEPS, "data.color_jitter": 0.1}, "need data.variants of 2 or more"),
         ({**STEPS, "memory.compile": True, "memory.base_storage": "nf4"}, "memory.compile needs the weights whole"),
         ({**STEPS, "memory.compile": True, "memory.stream_base": True}, "memory.compile needs the weights whole"),
@@ -389,8 +388,15 @@ def test_no_place_on_the_machine_is_in_the_metadata() -> None:
 # -- every option -----------------------------------------------------------------------------------------------------
 
 # What an option needs beside it to be allowed to change.
+SCHEDULES = {
+    "min_lr_ratio": "wsd",
+    "lr_cycles": "cosine_with_restarts",
+    "lr_power": "polynomial",
+    "lr_decay_ratio": "wsd",
+}
 COMPANIONS: dict[str, dict[str, Any]] = {
     "optimizer.text_encoder_learning_rate": {"adapter.train_text_encoder": True},
+    **{f"optimizer.{name}": {"optimizer.lr_scheduler": schedule} for name, schedule in SCHEDULES.items()},
     "adapter.new_tokens": {"data.name": "sks toy"},
     "train.prior_loss_weight": {"train.prior": "teacher"},
     **{name: {"train.prior": "images"} for name in ("train.class_images", "data.class_folder")},
@@ -429,12 +435,6 @@ def test_every_option_changes_the_resolved_config(option: Option) -> None:
     assert getattr(getattr(after, option.section), option.name) == value
     assert getattr(getattr(config.Config(), option.section), option.name) != value
     assert config.from_tables(tomllib.loads(config.to_toml(after))) == after
-
-
-@pytest.mark.parametrize("option", config.options(), ids=lambda option: option.key)
-def test_every_option_says_what_it_is(option: Option) -> None:
-    assert option.help.endswith((".", "'"))
-    assert len(option.help) <= 120
 
 
 def test_a_config_cannot_be_written_into() -> None:

@@ -1,6 +1,15 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "optimizer.warmup_steps and optimizer.warmup_ratio are both set: leave one out": (
+        "optimizer.warmup_steps 與 optimizer.warmup_ratio 都設定了：請拿掉一個"
+    ),
+    "optimizer.{name} has no effect without optimizer.lr_scheduler = {schedule}": (
+        "optimizer.{name} 只有在 optimizer.lr_scheduler = {schedule} 時才有作用"
+    ),
+    "optimizer.min_lr_ratio has no effect with a constant rate: choose an optimizer.lr_scheduler": (
+        "學習率固定時 optimizer.min_lr_ratio 沒有作用：請選擇其他 optimizer.lr_scheduler"
+    ),
     "sample.prompts: {row}: a table needs a prompt": "sample.prompts：{row}：表格必須有 prompt",
     "sample.prompts: unknown key {key}{hint}": "sample.prompts：沒有 {key} 這個鍵",
     "sample.prompts: {text}: --{letter} is none of {letters}": "sample.prompts：{text}：--{letter} 不在 {letters} 之中",

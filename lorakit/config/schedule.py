@@ -1,0 +1,42 @@
+"""The schedule of the learning rate: pure functions of the optimizer step and the length of the run."""
+
+from __future__ import annotations
+
+import math
+
+from lorakit.config.schema import OptimizerConfig
+
+
+def warmup_of(config: OptimizerConfig, total_steps: int) -> int:
+    """Optimizer steps of the warm-up."""
+    return config.warmup_steps or round(config.warmup_ratio * total_steps)
+
+
+def factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """What the peak rate is multiplied by at `step`, counted from 0 in optimizer steps.
+
+    Warm-up rises linearly from 0: (step + 1) / warmup_steps, so that the first step already moves. Then comes the shape
+    of the schedule, which `min_lr_ratio` lifts: it falls to that share of the peak and not to 0.
+    """
+    warmup = warmup_of(config, total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    shape = _shape(config, min((step - warmup) / max(total_steps - warmup, 1), 1.0))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape if config.min_lr_ratio else shape
+
+
+def _shape(config: OptimizerConfig, progress: float) -> float:
+    """A schedule between its peak, 1, and 0 at its end, from the share of the run after warm-up that is done."""
+    if config.lr_scheduler == "linear":
+        return max(0.0, 1 - progress)
+    if config.lr_scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_scheduler == "cosine_with_restarts":  # Loshchilov and Hutter 2016, arXiv 1608.03983
+        return 0.5 * (1 + math.cos(math.pi * (config.lr_cycles * progress % 1))) if progress < 1 else 0.0
+    if config.lr_scheduler == "polynomial":
+        return float((1 - progress) ** config.lr_power)
+    if config.lr_scheduler == "rex":  # Chen et al. 2021, arXiv 2107.04197
+        return (1 - progress) / (1 - progress / 2)
+    if config.lr_scheduler == "wsd":  # warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395
+        return min(1.0, (1 - progress) / config.lr_decay_ratio)
+    return 1.0

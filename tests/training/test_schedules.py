@@ -1,0 +1,75 @@
+"""Schedules of the learning rate, against those of transformers and the papers' formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from lorakit import config
+from lorakit.config import ConfigError, OptimizerConfig, schedule
+
+TOTAL = 40
+
+
+def rates(**options: object) -> list[float]:
+    return [schedule.factor(OptimizerConfig(**options), step, TOTAL) for step in range(TOTAL + 1)]  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "specific"),
+    [
+        ({"lr_scheduler": "cosine"}, "cosine", {}),
+        ({"lr_scheduler": "cosine", "min_lr_ratio": 0.1}, "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_cycles": 3}, "cosine_with_restarts", {"num_cycles": 3}),
+        ({"lr_scheduler": "polynomial", "lr_power": 3.0}, "polynomial", {"power": 3.0, "lr_end": 0.0}),
+        (
+            {"lr_scheduler": "wsd", "lr_decay_ratio": 0.25},
+            "warmup_stable_decay",
+            {"num_decay_steps": 10, "decay_type": "linear"},
+        ),
+    ],
+)
+def test_a_schedule_is_that_of_transformers(options, name, specific) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = get_scheduler(
+        name, optimizer, num_warmup_steps=0, num_training_steps=TOTAL, scheduler_specific_kwargs=specific
+    )
+    expected = [theirs.lr_lambdas[0](step) for step in range(TOTAL)]
+    assert rates(**options)[:TOTAL] == pytest.approx(expected, abs=1e-12)
+
+
+def test_rex_is_the_papers() -> None:
+    expected = [(1 - step / TOTAL) / (0.5 + 0.5 * (1 - step / TOTAL)) for step in range(TOTAL + 1)]
+    assert rates(lr_scheduler="rex") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "cosine_with_restarts", "polynomial", "rex", "wsd"])
+def test_every_schedule_warms_up_peaks_and_ends_at_its_floor(name: str) -> None:
+    floor = {} if name == "constant" else {"min_lr_ratio": 0.2}
+    found = rates(lr_scheduler=name, warmup_ratio=0.25, **floor)
+    assert found[:10] == pytest.approx([(step + 1) / 10 for step in range(10)]) and found[10] == 1
+    assert found == pytest.approx(rates(lr_scheduler=name, warmup_steps=10, **floor))
+    assert found[TOTAL] == pytest.approx(1 if name == "constant" else 0.2) and min(found[10:]) >= found[TOTAL] - 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "are both set: leave one out"),
+        ({"lr_cycles": 3}, "lr_cycles has no effect without optimizer.lr_scheduler = 'cosine_with_restarts'"),
+        ({"lr_power": 3.0, "lr_scheduler": "cosine"}, "lr_power has no effect without .* = 'polynomial'"),
+        ({"lr_decay_ratio": 0.5}, "lr_decay_ratio has no effect without .* = 'wsd'"),
+        ({"min_lr_ratio": 0.5}, "min_lr_ratio has no effect with a constant rate"),
+    ],
+)
+def test_what_has_no_effect_is_refused(options: dict[str, object], said: str) -> None:
+    changes = {f"optimizer.{name}": value for name, value in options.items()}
+    with pytest.raises(ConfigError, match=said):
+        config.load(None, {"train.steps": 1, **changes})
+
+
+def test_a_warm_up_replaces_that_of_the_preset() -> None:
+    assert config.load("subject-sd15").optimizer.warmup_ratio > 0
+    chosen = config.load("subject-sd15", {"optimizer.warmup_steps": 7}).optimizer
+    assert (chosen.warmup_steps, chosen.warmup_ratio, schedule.warmup_of(chosen, 100)) == (7, 0.0, 7)
