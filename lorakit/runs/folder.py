@@ -135,6 +135,7 @@ class RunFolder:
             run.checkpoints.mkdir(exist_ok=True)
             run.samples.mkdir(exist_ok=True)
             run.lock()
+            atomic.sweep(path, 0)  # what a kill left; nobody else writes here now
             if run.config_file.exists():
                 raise LorakitError(f"{path} was begun by another process just now; give another --output")
             atomic.write(run.config_file, to_toml(configuration.with_absolute_paths(config)))

@@ -1,0 +1,161 @@
+"""Whatever operation on files a kill or a full disk ends: a reader finds what was there before, or what was to be
+written, and the next process goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import crash
+import pytest
+import torch
+from PIL import Image
+
+from lorakit import config
+from lorakit.core import atomic, image_grid, safetensors_header
+from lorakit.core.errors import LorakitError
+from lorakit.data import latents
+from lorakit.formats import files
+from lorakit.runs import folder as run_folder
+from lorakit.runs.folder import RunFolder
+from lorakit.runs.queue import Queue
+from lorakit.training import checkpoint
+
+KINDS = ("kill", "torn", "full")
+KEEP = 2
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def quietly(work: Any, *arguments: object) -> None:
+    """A full disk is said by lorakit's own error, or by the system's where a file layer has no words of its own."""
+    try:
+        work(*arguments)
+    except LorakitError as error:
+        assert "\n" not in str(error)
+    except OSError as error:
+        assert error.errno
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, kind):
+    count = 0
+    for place, point in crash.points(
+        tmp_path,
+        lambda place: atomic.write(place / "x", "old"),
+        lambda place: quietly(atomic.write, place / "x", "new"),
+        kind,
+    ):
+        assert (place / "x").read_text() == "old", point
+        atomic.sweep(place, 0)
+        atomic.write(place / "x", "later")
+        assert names(place) == ["x"], point
+        count += 1
+    assert count == 2  # the temporary file, and its rename
+
+
+def save(folder: Path, step: int) -> None:
+    adapter = {"a.down": torch.full((2, 2), float(step)), "a.up": torch.full((2, 2), float(step))}
+    checkpoint.save(folder / "checkpoints", step, adapter, {"state": {0: {"exp_avg": torch.ones(2)}}}, {"due": []})
+    checkpoint.rotate(folder / "checkpoints", KEEP)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", [3, 4])  # one that is there already, and a new one
+def test_a_checkpoint_is_there_after_every_death(tmp_path, kind, step):
+    def prepare(place: Path) -> None:
+        for number in (2, 3):
+            save(place, number)
+
+    count = 0
+    for place, point in crash.points(tmp_path, prepare, lambda place: quietly(save, place, step), kind):
+        said: list[str] = []
+        newest = checkpoint.whole(place / "checkpoints", said.append)
+        assert newest is not None and checkpoint.step_of(newest) in (3, step) and not said, point
+        assert float(checkpoint.load(newest).adapter["a.up"][0, 0]) == checkpoint.step_of(newest), point
+        save(place, step)
+        whole = {path.name for path in checkpoint.complete(place / "checkpoints")}
+        assert whole == {p.name for p in (place / "checkpoints").iterdir()} and len(whole) == KEEP, point
+        count += 1
+    assert count > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_folder_is_begun_anew_or_resumed_after_every_death(tmp_path, kind):
+    def begin(place: Path) -> None:
+        settings = {"train.steps": 2, "output.folder": str(place / "run"), "data.name": "sks toy", "data.folder": "x"}
+        run = RunFolder.create(config.load(None, settings))
+        try:
+            run.update(state="running", step=1)
+            run.write_plan({"steps": 2})
+            run.save_samples(1, [Image.new("RGB", (8, 8))], ["x"])
+            run.update(state="done", step=2)
+        finally:
+            run.unlock()
+
+    ways = set()
+    for place, point in crash.points(tmp_path, lambda place: None, lambda place: quietly(begin, place), kind):
+        folder = place / "run"
+        if (folder / "config.toml").is_file():
+            before = run_folder._read_or_guess(folder)
+            run = RunFolder(folder)
+            run._state = replace(before, message="")
+            run.lock()
+            run.begin(0)
+            run.unlock()
+            assert run_folder.read(folder).state == "preparing", point
+            ways.add("resumed")
+        else:
+            assert run_folder.output_problem(folder) is None, point
+            begin(place)
+            assert run_folder.read(folder).step == 2, point
+            ways.add("anew")
+        assert not [name for name in names(folder) if atomic.TEMPORARY.fullmatch(name)], point
+    assert ways == {"resumed", "anew"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exports_and_caches_are_whole_or_absent(tmp_path, kind):
+    tensor = torch.arange(8.0).reshape(2, 2, 2)
+
+    def write(place: Path) -> None:
+        quietly(files.write_safetensors, place / "out" / "x.safetensors", {"a": tensor}, {"k": "v"})
+        quietly(latents._save, place / "latents" / "ab" / "abc.safetensors", tensor, tensor + 1)
+        quietly(image_grid.save, Image.new("RGB", (8, 8)), place / "x.png")
+
+    for place, point in crash.points(tmp_path, lambda place: None, write, kind):
+        for file in place.rglob("*"):
+            if file.suffix == ".safetensors":
+                assert all(value.numel() for value in safetensors_header.load(safetensors_header.read(file)).values())
+            elif file.suffix == ".png":
+                image_grid.read(file)
+            else:
+                assert file.is_dir() or atomic.TEMPORARY.fullmatch(file.name), point
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_queue_loses_no_job_but_the_one_being_added(tmp_path, kind):
+    def prepare(place: Path) -> None:
+        Queue(place).command(["doctor"], place / "a")
+
+    for place, point in crash.points(
+        tmp_path, prepare, lambda place: quietly(Queue(place).command, ["doctor"], place / "b"), kind
+    ):
+        assert [job.folder for job in Queue(place).jobs()][:1] == [str(place / "a")], point
+        assert Queue(place).command(["doctor"], place / "c").number > 1, point
+
+
+@pytest.mark.slow
+def test_runs_that_are_really_killed_end_with_the_same_bits(tmp_path):
+    """`LORAKIT_KILLS=300` for an evening; each kill is a SIGKILL in a training run, which is then resumed."""
+    kills = os.environ.get("LORAKIT_KILLS", "4")
+    command = [sys.executable, str(Path(__file__).parent / "kills.py"), str(tmp_path), kills]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60 + 60 * int(kills))
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["kills"] >= int(kills) and counts["different"] == counts["lost"] == 0, counts
