@@ -105,7 +105,7 @@ def scan(folder: str | Path, class_folder: str = "") -> Folder:
     ignored = {
         kind: count
         for kind, count in other_files.items()
-        if kind not in ("txt", "caption", "jsonl", "json", "csv", "tsv")
+        if kind not in ("txt", "caption", "jsonl", "json", "csv", "tsv", "bak")
     }
     if ignored:
         result.notes.append(f"not pictures, left alone: {_count_kinds(ignored)}")

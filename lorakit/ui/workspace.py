@@ -109,6 +109,8 @@ class Workspace:
     def save_caption(self, photos: Path, relative: str, text: str) -> Path:
         """Write a photo's caption beside it, as `name.txt`, which goes before every other source.
 
+        A text that was there before stays beside it, as `name.txt.bak`, `name.txt.2.bak` and so on.
+
         Raises:
             LorakitError: there is no such photo below the roots, or the folder cannot be written to.
         """
@@ -116,8 +118,16 @@ class Workspace:
         if not photo.is_file() or not photo.name.lower().endswith(folder.FORMATS):
             raise LorakitError(f"{relative}: no such photo")
         target = photo.with_suffix(".txt")
+        content, number = (" ".join(text.split()) + "\n").encode(), 1
         try:
-            atomic.write(target, " ".join(text.split()) + "\n")
+            former = target.read_bytes() if target.exists() else content
+            if former != content:
+                backup = target.with_name(f"{target.name}.bak")
+                while backup.exists():
+                    number += 1
+                    backup = target.with_name(f"{target.name}.{number}.bak")
+                atomic.write(backup, former)
+            atomic.write(target, content)
         except OSError as error:
             raise LorakitError(f"{target}: cannot be written ({error.strerror or error})") from None
         return target

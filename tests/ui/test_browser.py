@@ -131,7 +131,9 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     # A caption, edited in place; what it says is shown as it is, and runs nothing.
     caption = page.locator("textarea[data-photo='01.png']")
     caption.fill("sks toy <b>{{value}} ${1+1}</b>")
-    caption.press("Control+Enter")
+    caption.blur()
+    assert not (upload / "01.txt").exists(), "nothing is written until it is saved"
+    caption.locator("+ .lk-save").click()
     person.says("photos-message", "Caption of 01.png saved.")
     assert (upload / "01.txt").read_text() == "sks toy <b>{{value}} ${1+1}</b>\n"
     # Five questions, of which the photos are answered already, and options that make the run short.

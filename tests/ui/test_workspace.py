@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lorakit.core.errors import LorakitError
+from lorakit.data import folder
 from lorakit.runs import quickstart
 from lorakit.ui.thumbnails import Thumbnails
 from lorakit.ui.workspace import Workspace
@@ -92,13 +93,30 @@ def test_a_caption_is_written_beside_its_photo_and_nowhere_else(tmp_path: Path):
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
     (tmp_path / "outside").mkdir()
     outside = photo(tmp_path / "outside" / "b.png")
-    for folder, name in ((tmp_path / "photos", "../outside/b.png"), (tmp_path / "outside", "b.png")):
+    for place, name in ((tmp_path / "photos", "../outside/b.png"), (tmp_path / "outside", "b.png")):
         with pytest.raises(LorakitError, match="outside of"):
-            workspace.save_caption(folder, name, "x")
+            workspace.save_caption(place, name, "x")
     with pytest.raises(LorakitError, match=r"c\.png: no such photo"):
         workspace.save_caption(tmp_path / "photos", "c.png", "x")
     assert sorted(p.name for p in (tmp_path / "photos").iterdir()) == ["a.png", "a.txt"]
     assert [p.name for p in outside.parent.iterdir()] == ["b.png"]
+
+
+def test_the_text_before_stays_beside_a_caption(tmp_path: Path):
+    workspace = Workspace(tmp_path / "runs", [tmp_path / "photos"])
+    place = photo(tmp_path / "photos" / "a.png").parent
+    (place / "a.txt").write_bytes("früher\r\nzwei Zeilen".encode("latin-1"))
+    for text in ("first", "first", "second", "third"):
+        workspace.save_caption(place, "a.png", text)
+    texts = {path.name: path.read_bytes() for path in place.iterdir() if path.name != "a.png"}
+    assert texts == {
+        "a.txt": b"third\n",
+        "a.txt.bak": "früher\r\nzwei Zeilen".encode("latin-1"),
+        "a.txt.2.bak": b"first\n",
+        "a.txt.3.bak": b"second\n",
+    }
+    found = folder.scan(place)
+    assert [item.caption for item in found.photos] == ["third"] and found.notes == [] and found.warnings == []
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", ".queue", "a/b", "/etc"])

@@ -19,28 +19,43 @@ from lorakit.ui.workspace import Workspace
 
 # Photos on a page.
 PAGE = 48
-# A caption is sent when its field is left, or at Ctrl-Enter. What is being typed outlives new cards: the check of many
-# photos may end at any moment, and takes the field away, which counts as leaving it until one looks again.
+# A caption is sent at its button, or at Ctrl-Enter, and at nothing else. What is not saved yet outlives new cards: the
+# check of many photos may end at any moment, and takes the fields away.
 CAPTIONS = """
+const unsaved = new Map();
 let typing = null;
+const fields = () => [...element.querySelectorAll('textarea')];
+const mark = (field) => { field.nextElementSibling.hidden = !unsaved.has(field.dataset.file); };
+const save = (field) => {
+  if (!unsaved.delete(field.dataset.file)) return;
+  mark(field);
+  trigger('submit', {photo: field.dataset.photo, text: field.value});
+};
 element.addEventListener('input', ({target}) => {
-  if (target.dataset.photo) typing = {photo: target.dataset.photo, text: target.value, at: target.selectionEnd};
+  if (!target.dataset.photo) return;
+  typing = target.dataset.file;
+  unsaved.set(typing, {text: target.value, at: target.selectionEnd});
+  mark(target);
 });
-element.addEventListener('focusout', ({target}) => setTimeout(() => {
-  if (!target.isConnected || !typing || typing.photo !== target.dataset.photo) return;
-  trigger('submit', {photo: typing.photo, text: typing.text});
-  typing = null;
-}));
+element.addEventListener('focusout', ({target}) => setTimeout(() => { if (target.isConnected) typing = null; }));
+element.addEventListener('click', ({target}) => {
+  const button = target.closest('.lk-save');
+  if (button) save(button.previousElementSibling);
+});
 element.addEventListener('keydown', (event) => {
-  if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) event.target.blur();
+  if (event.key === 'Enter' && (event.ctrlKey || event.metaKey) && event.target.dataset.photo) save(event.target);
 });
+window.addEventListener('beforeunload', (event) => { if (unsaved.size) event.preventDefault(); });
 new MutationObserver(() => {
-  const fields = typing ? [...element.querySelectorAll('textarea')] : [];
-  const again = fields.find((field) => field.dataset.photo === typing.photo);
-  if (!again || again.value === typing.text) return;
-  again.value = typing.text;
-  again.focus();
-  again.setSelectionRange(typing.at, typing.at);
+  for (const field of fields().filter((field) => unsaved.has(field.dataset.file))) {
+    const {text, at} = unsaved.get(field.dataset.file);
+    mark(field);
+    if (field.value === text) continue;
+    field.value = text;
+    if (field.dataset.file !== typing) continue;
+    field.focus();
+    field.setSelectionRange(at, at);
+  }
 }).observe(element, {childList: true, subtree: true});
 """
 
@@ -87,8 +102,9 @@ def _card(
     return (
         f'<li class="lk-card lk-{mark}">{picture}<div class="lk-body"><strong title="{name}">{name}</strong>'
         f"<small>{escape(' · '.join(facts))}</small>{f'<ul class=lk-findings>{lines}</ul>' if lines else ''}"
-        f'<textarea rows="2" data-photo="{name}" aria-label="{label}" placeholder="{hint}">'
-        f"{escape(photo.caption or '')}</textarea></div></li>"
+        f'<textarea rows="2" data-photo="{name}" data-file="{escape(str(photo.path))}" aria-label="{label}" '
+        f'placeholder="{hint}">{escape(photo.caption or "")}</textarea>'
+        f'<button type="button" class="lk-save" hidden>{escape(say("photos.save"))}</button></div></li>'
     )
 
 

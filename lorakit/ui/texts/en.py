@@ -9,8 +9,8 @@ TEXTS = {
     "tab.adapter": "Adapter",
     # Photos
     "photos.lead": (
-        "Ten to thirty sharp photos of one subject or style. The photos are never changed; a caption that you edit "
-        "here is saved beside its photo as name.txt."
+        "Ten to thirty sharp photos of one subject or style. The photos are never changed. A caption that you edit "
+        "here is written beside its photo, as name.txt, when you save it; the text before stays there as name.txt.bak."
     ),
     "photos.folder": "Folder on this machine",
     "photos.open": "Open",
@@ -22,6 +22,7 @@ TEXTS = {
     "photos.next": "Next",
     "photos.caption": "Caption of {name}",
     "photos.no_caption": "No caption: “{text}”",
+    "photos.save": "Save caption",
     "photos.saved": "Caption of {name} saved.",
     "photos.checking": "Looking at every photo …",
     "photos.fine": "Nothing wrong was found.",

@@ -8,7 +8,8 @@ TEXTS = {
     "tab.compare": "比較",
     "tab.adapter": "Adapter",
     "photos.lead": (
-        "十到三十張清晰的照片，同一個主體或同一種風格。照片絕不會被更動；在此編輯的說明文字會存成照片旁邊的 name.txt。"
+        "十到三十張清晰的照片，同一個主體或同一種風格。照片絕不會被更動。在此編輯的說明文字，"
+        "按下儲存才會寫成照片旁邊的 name.txt；原來的文字留在 name.txt.bak。"
     ),
     "photos.folder": "這台電腦上的資料夾",
     "photos.open": "開啟",
@@ -20,6 +21,7 @@ TEXTS = {
     "photos.next": "下一頁",
     "photos.caption": "{name} 的說明文字",
     "photos.no_caption": "沒有說明文字：「{text}」",
+    "photos.save": "儲存說明文字",
     "photos.saved": "已儲存 {name} 的說明文字。",
     "photos.checking": "正在逐張檢查照片……",
     "photos.fine": "沒有發現問題。",
@@ -184,7 +186,7 @@ OPTIONS = {
         "CLIP skip",
         "在文字編碼器倒數第 N 層讀取文字，等於網頁介面的 CLIP skip N；NAI 系列用 2。留空：依基礎模型。",
     ),
-    "data.folder": ("照片", "照片所在的資料夾。只有在此介面編輯過的說明文字會以 photo.txt 存入。"),
+    "data.folder": ("照片", "照片所在的資料夾。只有在此介面編輯並儲存的說明文字會以 photo.txt 寫入。"),
     "data.kind": ("主體或風格", "照片的共通點：主體（subject）或風格（style）。"),
     "data.name": ("觸發詞與名稱", "觸發詞與它是什麼，例如「sks dog」或「sks style」。第一個詞就是觸發詞。"),
     "data.instance_prompt": ("照片的提示詞", "沒有說明文字的照片所用的文字。留空：由種類與名稱產生。"),
