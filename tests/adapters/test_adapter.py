@@ -116,7 +116,7 @@ def test_the_base_keeps_its_precision_and_the_adapter_float32(tiny_sd1: Path, me
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_float16_gradients_are_kept_from_vanishing_and_come_out_in_the_right_size(tiny_sd1: Path, method: str) -> None:
+def test_float16_gradients_do_not_vanish_and_come_out_in_the_right_size(tiny_sd1: Path, method: str) -> None:
     def gradients(dtype: torch.dtype, scaled: bool = True) -> torch.Tensor:
         family = families.load(families.describe(tiny_sd1), "cpu", dtype)
         assert family.gradient_scale == (2**13 if dtype is torch.float16 else 1)
@@ -250,7 +250,7 @@ def test_rank_dropout_and_targets_reach_pefts_layers(sd1: Any, attach: Any) -> N
 
 
 @pytest.mark.parametrize("convolution", [False, True])
-def test_dora_gradients_are_those_of_the_formula_with_the_norm_held(sd1: Any, attach: Any, convolution: bool) -> None:
+def test_dora_gradients_are_those_of_the_formula_with_a_constant_norm(sd1: Any, attach: Any, convolution: bool) -> None:
     attach(sd1, LoraConfig(method="dora", rank=4, target_modules="linear+conv"))
     block = sd1.denoiser.mid_block
     layer = block.resnets[0].conv1 if convolution else block.attentions[0].transformer_blocks[0].attn1.to_q

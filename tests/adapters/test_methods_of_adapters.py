@@ -97,7 +97,7 @@ def test_first_weights_are_lycoris(sd1: Any, attach: Any) -> None:
         assert layer.scale == 1
 
 
-def test_a_whole_lokr_has_no_scale(sd1: Any, attach: Any) -> None:
+def test_a_full_lokr_has_no_scale(sd1: Any, attach: Any) -> None:
     """LyCORIS' rule: with both matrices whole there is no rank to divide alpha by."""
     adapter = attach(sd1, AdapterConfig(method="lokr", rank=64, alpha=1.0))
     train(sd1, adapter)
@@ -117,7 +117,7 @@ def test_peft_knows_what_it_holds(sd1: Any, attach: Any, method: str, kind: str)
 
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 @pytest.mark.parametrize("conv", [False, True])
-def test_no_delta_is_kept_for_the_backward_pass(sd1: Any, attach: Any, method: str, conv: bool) -> None:
+def test_no_delta_is_saved_for_the_backward_pass(sd1: Any, attach: Any, method: str, conv: bool) -> None:
     attach(sd1, ADAPTER_SECTIONS[method](method=method, rank=2, target_modules="linear+conv"))
     block = sd1.denoiser.mid_block
     layer = block.resnets[0].conv1 if conv else block.attentions[0].transformer_blocks[0].attn1.to_q

@@ -93,6 +93,6 @@ def test_attention_means_q_k_v_and_out(sd15: list[str]) -> None:
     assert text == {f"self_attn.{layer}_proj" for layer in ("q", "k", "v", "out")}
 
 
-def test_the_order_of_the_layers_is_kept(sd15: list[str]) -> None:
+def test_the_order_of_the_layers_stays(sd15: list[str]) -> None:
     selected = targets.select("sd1", sd15, "linear", True)
     assert selected == [name for name in sd15 if name in set(selected)]

@@ -101,7 +101,7 @@ def test_the_end_of_the_text_is_found_with_vectors_in_it(sdxl: Any, attach: Any)
     assert torch.equal(sdxl.encode_text(["a photo of sks toy"])["pooled"], before)
 
 
-def test_what_does_not_fit_is_said(sd1: Any, attach: Any) -> None:
+def test_what_does_not_fit_is_reported(sd1: Any, attach: Any) -> None:
     with pytest.raises(LorakitError, match="new_tokens needs a word to learn"):
         adapters.attach(sd1, LoraConfig(rank=2, new_tokens=1))
     adapter = attach(sd1, LoraConfig(rank=2, new_tokens=2), trigger="sks")

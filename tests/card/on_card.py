@@ -205,7 +205,7 @@ def test_small_pictures_are_encoded_together(bases, photos, tmp_path, monkeypatc
 
 
 @pytest.mark.gpu
-def test_a_card_that_is_full_is_told_with_what_to_change(bases, photos, tmp_path):
+def test_a_card_that_is_full_is_reported_with_what_to_change(bases, photos, tmp_path):
     settings = run_config(bases["sd1"], photos, tmp_path / "run", sample__at_start=True)
     card.set_room(card.live() + families.describe(settings.model).bytes["unet"] + 2**18)
     with pytest.raises(LorakitError, match=r"^step 1: not enough memory on the device; cheapest first, set memory\."):

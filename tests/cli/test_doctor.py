@@ -41,7 +41,7 @@ def test_a_torch_without_the_cards_kernels_is_bad(
 
 
 @pytest.mark.parametrize(("bf16", "state"), [(True, "ok"), (False, "note")])
-def test_bf16_is_said(bf16: bool, state: str) -> None:
+def test_bf16_is_reported(bf16: bool, state: str) -> None:
     lines = doctor.cuda_lines("cuda:0", "card", 2**33, (7, 5), ["sm_75"], bf16)
     assert states(lines)["cuda:0 bf16"] == state
 

@@ -174,7 +174,7 @@ def test_who_asks_for_the_traceback_gets_it(run: Run, monkeypatch: pytest.Monkey
         run("options")
 
 
-def test_too_little_memory_is_told_with_the_ways_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported_with_the_ways_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(config, "options", raising(torch.cuda.OutOfMemoryError("tried to allocate 2 GiB")))
@@ -290,7 +290,7 @@ def test_the_preset_follows_the_family_of_the_base(way: str, tiny_sd1: Path, tin
         assert settings.model.base == str(base)
 
 
-def test_a_named_preset_is_taken_and_nothing_is_said() -> None:
+def test_a_named_preset_is_used_without_a_note() -> None:
     settings, note = resolved("--preset", "subject-sdxl", "--subject", "sks toy")
     assert note == ""
     assert settings.data.resolution == 1024
@@ -356,7 +356,7 @@ def test_check_loads_no_model(photos: Path, tiny_sd1: Path) -> None:
 
 
 @pytest.mark.parametrize("begins", [False, True])
-def test_what_a_run_will_do_or_why_it_cannot_is_told_before_the_model_libraries_are_loaded(
+def test_what_a_run_will_do_or_why_it_cannot_is_reported_before_the_model_libraries_are_loaded(
     photos: Path, tiny_sd1: Path, begins: bool
 ) -> None:
     if not begins:

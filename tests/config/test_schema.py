@@ -88,7 +88,7 @@ def test_a_method_that_is_no_text_is_an_error_and_not_a_crash(value: Any) -> Non
     assert "adapter.method" in problem("adapter.method", value)
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     result = problems(
         {"train.stepz": 1, "train.steps": 0, "adapter.rank": "16", "model.bsae": "x", "data.kind": "subjekt"},
         {"modle": {}},
@@ -149,7 +149,7 @@ def test_wrong_values(key: str, value: Any, message: str) -> None:
     assert message in result[0]
 
 
-def test_a_whole_number_may_stand_for_a_number_but_not_the_other_way() -> None:
+def test_an_integer_may_stand_for_a_float_but_not_the_other_way() -> None:
     loaded = config.from_tables({}, {**STEPS, "adapter.alpha": 8})
     assert loaded.adapter.alpha == 8.0
     assert type(loaded.adapter.alpha) is float
@@ -212,7 +212,7 @@ def test_contradictions(overrides: dict[str, Any], message: str) -> None:
     assert message in result[0]
 
 
-def test_contradictions_are_told_together() -> None:
+def test_contradictions_are_reported_at_once() -> None:
     assert len(problems({"data.resolution": 516, "data.flip": True, "train.class_images": 3})) == 4
 
 

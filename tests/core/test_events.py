@@ -18,7 +18,7 @@ class Closing(list):
         self.closed = True
 
 
-def test_all_listeners_are_told_in_their_order_and_closed_at_the_end() -> None:
+def test_all_listeners_are_called_in_their_order_and_closed_at_the_end() -> None:
     order: list[str] = []
     listener = Closing()
     with pytest.raises(ZeroDivisionError), Events(lambda event: order.append(event.kind), listener) as events:
@@ -37,7 +37,7 @@ def test_what_a_listener_raises_reaches_the_run() -> None:
         Events(refuse).emit("step", 1)
 
 
-def test_a_stop_is_said_once_and_stays() -> None:
+def test_a_stop_is_reported_once_and_stays() -> None:
     messages: list[str] = []
     answers = iter([False, True])
     stop = StopRequest(

@@ -86,7 +86,7 @@ def test_a_file_that_shrinks_or_has_a_dtype_of_tomorrow_is_named(tmp_path):
         list(safetensors_header.tensors(head, ["a"]))
 
 
-def test_values_of_a_whole_tensor(tmp_path):
+def test_values_of_a_full_tensor(tmp_path):
     tensors = {
         "h": torch.tensor([0.5, -2.0]),
         "b": torch.tensor([1.5, 3.0]).bfloat16(),

@@ -59,7 +59,7 @@ def test_no_other_size_loses_much_less() -> None:
         assert placement.cropped <= 0.12
 
 
-def test_the_cut_is_centred_whole_and_of_the_buckets_shape() -> None:
+def test_the_crop_is_centred_inside_the_photo_and_of_the_buckets_shape() -> None:
     for size in [(1280, 1280), (4000, 3000), (333, 777), (64, 64), (1, 5000), (5000, 1), (17, 3)]:
         placement = buckets.assign(size, 64, 16)
         left, top, right, bottom = placement.box

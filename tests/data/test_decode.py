@@ -228,7 +228,7 @@ def test_an_srgb_profile_changes_nothing() -> None:
 @pytest.mark.parametrize(
     "profile", [b"not a profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()]
 )
-def test_a_useless_profile_is_left_out_and_said(profile: bytes) -> None:
+def test_a_useless_profile_is_left_out_and_reported(profile: bytes) -> None:
     pixels = marked.picture(3)
     decoded = decode.decode(encoded(Image.fromarray(pixels), "PNG", icc_profile=profile))
     assert np.array_equal(decoded.pixels, pixels)
@@ -236,7 +236,7 @@ def test_a_useless_profile_is_left_out_and_said(profile: bytes) -> None:
     assert decoded.notes[0].endswith("left out")
 
 
-def test_the_first_picture_of_several_is_used_and_said() -> None:
+def test_the_first_picture_of_several_is_used_and_reported() -> None:
     frames = [Image.fromarray(marked.picture(number)) for number in (7, 8, 9)]
     animated = decode.decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert marked.number_of(animated.pixels) == 7

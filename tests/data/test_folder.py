@@ -80,7 +80,7 @@ def test_captions_of_every_kind(photos: Path) -> None:
     assert result.notes == ["subfolders: sub/ (2)"]
 
 
-def test_captions_that_disagree_are_said(photos: Path) -> None:
+def test_captions_that_disagree_are_reported(photos: Path) -> None:
     fill(photos, "a.jpg", "b.jpg")
     (photos / "a.txt").write_text("one")
     (photos / "a.caption").write_text("two")
@@ -97,7 +97,7 @@ def test_captions_that_disagree_are_said(photos: Path) -> None:
     ]
 
 
-def test_captions_that_are_empty_or_nobodys_are_said(photos: Path) -> None:
+def test_captions_that_are_empty_or_nobodys_are_reported(photos: Path) -> None:
     fill(photos, "a.jpg")
     (photos / "a.txt").write_text(" \n")
     (photos / "b.txt").write_text("whose?")

@@ -237,7 +237,7 @@ def test_a_thousand_draws_keep_the_trigger(build: Builder, photos: Path) -> None
     assert all(any(f"table {n}" in text for n in range(10)) for text in others)
 
 
-def test_held_out_photos_are_never_trained_on(build: Builder, photos: Path) -> None:
+def test_holdout_photos_are_never_trained_on(build: Builder, photos: Path) -> None:
     fill(photos, 20)
     data = DataConfig(name="sks toy", resolution=64, flip=True, variants=2)
     dataset, holdout = build(data, TrainConfig(holdout=0.1))
@@ -267,7 +267,7 @@ def test_held_out_photos_are_never_trained_on(build: Builder, photos: Path) -> N
         (10, 0.01, "validation: 1 of 10 photos are kept back and never trained on"),
     ],
 )
-def test_the_split_is_said(build: Builder, photos: Path, count: int, holdout: float, line: str) -> None:
+def test_the_split_is_reported(build: Builder, photos: Path, count: int, holdout: float, line: str) -> None:
     fill(photos, count)
     build(train=TrainConfig(holdout=holdout))
     assert build.messages[0] == line
@@ -364,7 +364,7 @@ def flipped(at: float) -> Callable[[bytes], bytes]:
     "damage",
     [lambda raw: b"", lambda raw: raw[: len(raw) // 2], lambda raw: b"x" * len(raw), *map(flipped, (0, 0.03, 0.5, 1))],
 )
-def test_a_damaged_latent_is_made_anew(
+def test_a_damaged_latent_is_encoded_again(
     build: Builder, photos: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     fill(photos, 2)
@@ -379,7 +379,7 @@ def test_a_damaged_latent_is_made_anew(
     assert build.messages[-1].startswith("latents: 2 hits, 0 encoded") and "; " not in build.messages[-1]
 
 
-def test_the_cache_is_private_and_whole(build: Builder, photos: Path, tmp_path: Path) -> None:
+def test_the_cache_is_private_and_complete(build: Builder, photos: Path, tmp_path: Path) -> None:
     fill(photos, 2)
     build(DISK)
     files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]

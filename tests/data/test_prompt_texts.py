@@ -56,7 +56,7 @@ def test_a_caption_shows_the_first_of_what_it_has(text: str, actual: str) -> Non
     assert prompts.syntax(text) == actual
 
 
-def test_what_is_not_read_is_said() -> None:
+def test_what_is_not_read_is_reported() -> None:
     assert prompts.ignored("<lora:x:1>, a dog, (b:1.2)") == [
         "<lora:x:1> is left out: the adapter is named beside the prompt"
     ]

@@ -265,7 +265,7 @@ def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatc
     assert OptimizerStep(settings, step_of(settings)[0], 6, print).discard_graphs() is False
 
 
-def test_what_forbids_a_graph_is_said(tiny_sd1, photos, tmp_path):
+def test_what_forbids_a_graph_is_reported(tiny_sd1, photos, tmp_path):
     settings, cuda = run_config(tiny_sd1, photos, tmp_path), torch.device("cuda")
     assert cuda_graphs.capturer(settings, torch.device("cpu")) == (None, "")
     for section, change, reason in (

@@ -127,7 +127,7 @@ class UnetThatCounts:
         self.on = True
 
 
-def test_xformers_is_used_only_where_it_passes_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_is_used_only_where_it_passes_and_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = MemoryConfig(attention="xformers")
     for kernel, on, message in [
         (by_hand, True, "attention: xformers, which agrees with sdpa forward and backward"),
@@ -201,7 +201,7 @@ def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: in
     assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))
 
 
-def test_where_memory_runs_out_room_is_made_once() -> None:
+def test_where_memory_runs_out_it_is_freed_once() -> None:
     called: list[str] = []
 
     def compute(fails: int) -> str:

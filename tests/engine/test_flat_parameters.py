@@ -125,7 +125,7 @@ def test_the_norm_of_twenty_million_numbers_is_right() -> None:
     assert torch.linalg.vector_norm(many.gradient).item() != pytest.approx(exact, rel=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_is_seen() -> None:
+def test_a_gradient_that_is_not_finite_is_detected() -> None:
     separate_parameters = parameters()
     flat = flats(separate_parameters)
     separate_parameters[4].grad.fill_(float("nan"))

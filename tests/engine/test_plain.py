@@ -197,7 +197,7 @@ def test_a_unet_with_an_unknown_block_is_trained_plainly_and_says_so(
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-def test_a_known_unet_is_fused_and_says_nothing(tiny_sd1: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_unet_with_fusible_blocks_is_fused_without_a_note(tiny_sd1: Path, photos: Path, tmp_path: Path) -> None:
     family = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
     assert fused_blocks.unknown_block(family.denoiser) is None and family.plain is False
     result = run(tiny_sd1, photos, tmp_path / "run", "fused")

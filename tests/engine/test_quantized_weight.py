@@ -87,7 +87,7 @@ def test_nf4_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_and_size_are_what_is_said(kind: str, dtype: torch.dtype) -> None:
+def test_error_and_size_are_what_the_documentation_says(kind: str, dtype: torch.dtype) -> None:
     weight = normal(320, 64, 3, 3, dtype=dtype)
     quantized = quantized_weight.quantize(weight, kind)
     low, high = ERROR[kind]
@@ -120,7 +120,7 @@ def layers() -> list[tuple[nn.Module, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(("kind", "number"), list(itertools.product(KINDS, range(6))))
-def test_output_and_gradient_are_those_of_the_whole_weight_which_is_not_kept(kind: str, number: int) -> None:
+def test_output_and_gradient_are_those_of_the_full_weight_which_is_not_saved(kind: str, number: int) -> None:
     layer, value = layers()[number]
     layer.requires_grad_(False)
     small = copy.deepcopy(layer)
@@ -157,7 +157,7 @@ def test_it_moves_and_copies_with_its_module(kind: str) -> None:
     assert twin[0].weight.qdata.device.type == "meta"
 
 
-def test_it_is_made_whole_wherever_an_operation_takes_it() -> None:
+def test_it_is_dequantized_wherever_an_operation_takes_it() -> None:
     weight, other = quantized_weight.quantize(normal(64, 64), "int8"), normal(64, 64)
     full = weight.dequantize()
     assert torch.equal(torch.stack([weight, other, weight]), torch.stack([full, other, full]))
@@ -219,7 +219,7 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
 @pytest.mark.parametrize(
     "config", [LoraConfig(rank=4, target_modules="linear+conv"), LoraConfig(method="dora", rank=4)]
 )
-def test_an_adapter_learns_on_it_as_on_its_whole_weights(tiny_sd1: Path, kind: str, config: LoraConfig) -> None:
+def test_an_adapter_learns_on_it_as_on_its_full_weights(tiny_sd1: Path, kind: str, config: LoraConfig) -> None:
     """Gradients equal those on a plain base whose weights are the dequantized ones, with checkpointing too."""
     small, plain = load(tiny_sd1, kind), load(tiny_sd1, "full")
     with torch.no_grad():

@@ -84,7 +84,7 @@ def test_parts_of_every_kind_come_back_as_they_were() -> None:
     assert offloader.host_bytes == 64 * (1 + 2 + 2)
 
 
-def test_a_host_without_room_is_told_what_to_do() -> None:
+def test_a_host_without_room_is_reported_with_what_to_do() -> None:
     offloader = WeightOffloader([2**60], CPU)
     with pytest.raises(LorakitError, match=r"memory\.stream_base: the host has no 1099511627776 MiB of memory left"):
         offloader.put(0, [torch.zeros(1)])
@@ -93,7 +93,7 @@ def test_a_host_without_room_is_told_what_to_do() -> None:
 # -- order ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_order_of_a_step_is_known_after_one() -> None:
+def test_the_order_of_a_step_is_recorded_after_one() -> None:
     """Once the second step is under way, what comes next is right, where a pair of layers has two that follow too."""
     order = AccessOrder()
     wrong = []
@@ -132,7 +132,7 @@ def test_what_was_learned_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- copies ---------------------------------------------------------------------------------------------------------
 
 
-def test_from_the_second_step_on_copies_are_made_ahead() -> None:
+def test_from_the_second_step_on_copies_are_issued_ahead() -> None:
     offloader, parts = filled(10, window=300)
     late = [ask(offloader, parts, STEP) for _ in range(4)]
     assert late[0] > 15 and late[1] <= 3 and late[2:] == [0, 0]
@@ -144,7 +144,7 @@ def test_from_the_second_step_on_copies_are_made_ahead() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 99, 100, 250, 10_000])
-def test_the_window_is_kept(window: int) -> None:
+def test_the_window_bounds_the_copies(window: int) -> None:
     offloader, parts = filled(10, window)
     for number in STEP * 3:
         offloader.fetch(number, parts[number])
@@ -168,7 +168,7 @@ def test_a_wrong_guess_costs_a_copy_and_no_result() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_card_copies_are_in_time_and_the_window_is_kept() -> None:
+def test_on_a_card_copies_are_in_time_and_the_window_bounds_them() -> None:
     """The device is kept behind the host, so that a copy that did not wait for it would be seen."""
     size, count = 2**22, 24
     offloader = WeightOffloader([size] * count, "cuda", window=4 * size)

@@ -50,6 +50,6 @@ def test_the_bundled_base_is_taken_only_for_its_own_adapters(tmp_path):
         ),
     ],
 )
-def test_what_is_missing_is_said(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
+def test_what_is_missing_is_reported(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
     with pytest.raises(LorakitError, match=message):
         adapter_base.find(tmp_path / "toy.safetensors", metadata)

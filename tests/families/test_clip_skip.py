@@ -65,7 +65,7 @@ def test_where_it_makes_no_sense_it_is_refused(tiny_sd1: Path, tiny_sdxl: Path, 
 
 
 @pytest.mark.parametrize(("skip", "untrained"), [(None, set()), (2, {2}), (3, {1, 2})])
-def test_layers_behind_it_get_no_gradient_and_are_known(
+def test_layers_behind_it_get_no_gradient_and_are_listed(
     tiny_sd1: Path, skip: int | None, untrained: set[int], attach: Any
 ) -> None:
     family = load(tiny_sd1, skip)

@@ -156,7 +156,7 @@ def test_a_hub_that_does_not_answer_and_one_that_gives_something_else(
         clip_tokenizer.fetch("x", 600)
 
 
-def test_offline_both_ways_are_said_by_check_train_and_sample(
+def test_offline_both_ways_are_reported_by_check_train_and_sample(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = f"base sd1.safetensors has no tokenizer with it, and HF_HUB_OFFLINE is set: {clip_tokenizer.WAYS}"

@@ -57,13 +57,13 @@ def test_sd1_is_read_without_torch(tiny_sd1: Path) -> None:
     assert (process.stdout.strip(), process.stderr) == ("sd1 sd epsilon 4 8 77 32 sd1", "")
 
 
-def test_sdxl_and_v_prediction_are_told_from_the_configuration(tiny_sdxl: Path, tiny_sd1_v: Path) -> None:
+def test_sdxl_and_v_prediction_are_recognized_from_the_configuration(tiny_sdxl: Path, tiny_sd1_v: Path) -> None:
     info = families.describe(tiny_sdxl)
     assert (info.family, info.loader, info.prediction_type, info.cross_dim) == ("sdxl", "sdxl", "epsilon", 64)
     assert families.describe(tiny_sd1_v).prediction_type == "v_prediction"
 
 
-def test_sd2_is_told_by_the_width_of_its_text(copy: Copy) -> None:
+def test_sd2_is_recognized_by_the_width_of_its_text(copy: Copy) -> None:
     folder = copy()
     change(folder / "unet" / "config.json", cross_attention_dim=1024)
     assert families.describe(folder).family == "sd2"

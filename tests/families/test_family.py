@@ -158,7 +158,7 @@ def test_everything_is_frozen_and_in_eval_mode(request: pytest.FixtureRequest, n
 
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sdxl"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_the_autoencoder_stays_whole_and_the_pipeline_draws(
+def test_in_half_precision_the_autoencoder_stays_float32_and_the_pipeline_draws(
     request: pytest.FixtureRequest, name: str, dtype: torch.dtype
 ) -> None:
     family = load(request.getfixturevalue(name), dtype)
@@ -252,7 +252,7 @@ def test_conditions_are_indexed_joined_and_repeated() -> None:
     assert torch.equal(bare.with_rows(time_ids=three["time_ids"][:2])["time_ids"], three["time_ids"][:2])
 
 
-def test_moving_a_condition_keeps_its_sizes_whole() -> None:
+def test_moving_a_condition_keeps_the_dtype_of_its_sizes() -> None:
     converted = condition(2).to("cpu", torch.bfloat16)
     assert converted["encoder_hidden_states"].dtype is torch.bfloat16
     assert converted["pooled"].dtype is torch.bfloat16

@@ -109,7 +109,7 @@ def cache(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return repository
 
 
-def test_a_cached_base_is_taken_as_it_is_and_its_commit_said(cache: Path, tiny_sd1: Path) -> None:
+def test_a_cached_base_is_used_as_it_is_and_its_commit_reported(cache: Path, tiny_sd1: Path) -> None:
     for text in ("org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"):
         info = families.describe(text)
         assert (info.title, info.source) == ("tiny", f"org/tiny@{COMMIT}")
@@ -219,7 +219,7 @@ def test_a_base_is_fetched_once_and_then_needs_no_network(tiny_sd1: Path, tmp_pa
         ("org/broken", "base org/broken is not in the cache and cannot be fetched from {}"),
     ],
 )
-def test_why_a_base_cannot_be_had_is_said(base: str, words: str, tmp_path: Path) -> None:
+def test_why_a_base_cannot_be_had_is_reported(base: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "served").mkdir()
     with hub_server.serve(tmp_path / "served", []) as endpoint:
         message = describe(base, endpoint, tmp_path / "home")

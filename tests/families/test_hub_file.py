@@ -114,7 +114,7 @@ def test_a_name_in_capitals_is_a_file_here_and_there(requests: list[str], served
         ("org/forbidden", "the hub refuses it (enable access to public gated repositories): look at http"),
     ],
 )
-def test_what_cannot_be_had_is_said_in_a_line_and_nothing_is_fetched(
+def test_what_cannot_be_had_is_reported_in_a_line_and_nothing_is_fetched(
     base: str, words: str, requests: list[str], tmp_path: Path
 ) -> None:
     assert words in refusal(base), refusal(base)

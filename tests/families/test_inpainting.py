@@ -22,7 +22,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return room / "base", whole.write(room / "base.safetensors", "sd1", pipeline)
 
 
-def test_both_layouts_are_known_for_what_they_are(bases: tuple[Path, Path]) -> None:
+def test_both_layouts_are_recognized(bases: tuple[Path, Path]) -> None:
     for base, tokenizer in ((bases[0], ""), (bases[1], str(bases[0]))):
         info = families.describe(ModelConfig(base=str(base), tokenizer=tokenizer))
         assert info.notes[-1] == (
@@ -32,7 +32,7 @@ def test_both_layouts_are_known_for_what_they_are(bases: tuple[Path, Path]) -> N
         assert families.load(info, "cpu", torch.float32).denoiser.config.in_channels == 9
 
 
-def test_it_says_what_the_inpainting_pipeline_shows_it_under_a_whole_mask(bases: tuple[Path, Path]) -> None:
+def test_it_predicts_what_the_inpainting_pipeline_does_under_a_full_mask(bases: tuple[Path, Path]) -> None:
     from diffusers import StableDiffusionInpaintPipeline
 
     family = families.load(families.describe(bases[0]), "cpu", torch.float32)

@@ -135,7 +135,7 @@ def test_check_says_what_is_long_what_it_costs_and_what_is_cut(tiny_sd1: Path, t
 
 
 @pytest.mark.parametrize("changes", [{}, {"adapter__new_tokens": 2, "adapter__train_text_encoder": True}])
-def test_a_run_reads_long_captions_whole_in_every_batch(
+def test_a_run_reads_all_of_long_captions_in_every_batch(
     tiny_sd1: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     from test_silent_failures import loaded
@@ -165,7 +165,7 @@ def test_sd3_reads_one_chunk_by_clip_and_all_by_t5(tmp_path: Path) -> None:
     assert any(line.startswith('prompt "photo') and "CLIP reads 75 of 160 tokens" in line for line in warnings)
 
 
-def test_what_a_sample_leaves_out_is_said(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_what_a_sample_leaves_out_is_reported(tiny_sd1: Path, tmp_path: Path) -> None:
     prompts = ["<lora:x:1> a toy, (red:1.3) --s 2", LONG]
     warnings = preflight(settings(tiny_sd1, fill(tmp_path / "photos"), sample__prompts=prompts)).warnings
     assert [line for line in warnings if line.startswith("prompt")] == [

@@ -233,7 +233,7 @@ def test_an_adapter_for_another_kind_of_model_is_named(tmp_path: Path) -> None:
     assert (report.model, report.family, report.readers) == ("FLUX.1", None, {})
 
 
-def test_one_file_of_a_whole_model_is_refused_both_ways(folder: Path, result: train.Result, tmp_path: Path) -> None:
+def test_one_file_of_a_complete_model_is_refused_both_ways(folder: Path, result: train.Result, tmp_path: Path) -> None:
     with pytest.raises(LorakitError, match="cannot be written as one file: --output must be a new folder"):
         merge.merge(formats.read(result.adapter), families.describe(folder), tmp_path / "merged.safetensors")
     name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
@@ -276,7 +276,7 @@ def test_merging_gives_what_base_and_adapter_give_and_extracting_gives_it_back(
         ({"adapter__method": "dora"}, "the diffusers format cannot carry this DoRA"),
     ],
 )
-def test_what_it_cannot_do_is_said_before_anything_is_written(
+def test_what_it_cannot_do_is_reported_before_anything_is_written(
     folder: Path, photos: Path, tmp_path: Path, changes: dict[str, object], words: str
 ) -> None:
     with pytest.raises(LorakitError, match=words.replace("(", r"\(")):
@@ -322,7 +322,7 @@ def test_operations_at_true_size_are_those_that_torch_counts() -> None:
     assert all(keys.is_read_everywhere(name) for name in selected)
 
 
-def test_a_plan_can_be_made_without_loading(folder: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_plan_needs_no_loaded_base(folder: Path, photos: Path, tmp_path: Path) -> None:
     settings = config.load(None, options(folder, photos, tmp_path / "run"))
     info = families.describe(settings.model)
     the_plan = plan.make(settings, info, checks.check(settings.data, info))

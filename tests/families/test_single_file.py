@@ -226,7 +226,7 @@ def with_extra(base_files: Any, family: str, path: Path, extra: dict[str, Any], 
         ),
     ],
 )
-def test_what_it_predicts_is_read_and_said(
+def test_what_it_predicts_is_read_and_reported(
     family: str, extra: list[str], metadata: dict[str, str], expected: Any, words: str, base_files: Any, tmp_path: Path
 ) -> None:
     file = with_extra(base_files, family, tmp_path, {key: torch.zeros(0) for key in extra}, **metadata)
@@ -237,7 +237,7 @@ def test_what_it_predicts_is_read_and_said(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_sd2_without_a_word_is_told_by_the_spread_of_a_bias(
+def test_sd2_without_a_word_is_recognized_by_the_spread_of_a_bias(
     dtype: torch.dtype, base_files: Any, tmp_path: Path
 ) -> None:
     """A 512-base and a 768-v model have the same keys and shapes; the rule is the one ComfyUI decides by."""

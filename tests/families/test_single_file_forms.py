@@ -82,7 +82,7 @@ EXTRAS: dict[str, dict[str, list[str]]] = {
 
 
 @pytest.mark.parametrize("family", EXTRAS)
-def test_keys_that_no_program_reads_are_ignored_and_said(family: str, base_files: Any, tmp_path: Path) -> None:
+def test_keys_that_no_program_reads_are_ignored_and_reported(family: str, base_files: Any, tmp_path: Path) -> None:
     folder, tensors = base_files[family]
     message, quiet = EXTRAS[family]["said"], EXTRAS[family]["quiet"]
     info = describe(write(tmp_path, tensors | {name: torch.zeros(2, 2) for name in [*message, *quiet]}), folder)
@@ -156,7 +156,7 @@ def test_a_missing_tensor_is_named_before_anything_is_loaded(key: str, base_file
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP8, 0.07), (torch.float8_e5m2, 0.14)])
-def test_sd2_in_fp8_is_told_by_its_bias_too(
+def test_sd2_in_fp8_is_recognized_by_its_bias_too(
     dtype: torch.dtype, tolerance: float, base_files: Any, tmp_path: Path
 ) -> None:
     _, tensors = base_files["sd2"]
@@ -178,7 +178,7 @@ def test_every_value_of_fp8_is_read_without_torch(dtype: torch.dtype, tmp_path: 
     assert torch.equal(torch.tensor(values).nan_to_num(9e9), codes.float().nan_to_num(9e9))
 
 
-def test_a_scale_for_a_whole_weight_has_any_shape_of_one_number() -> None:
+def test_a_scale_for_a_complete_weight_has_any_shape_of_one_number() -> None:
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to(FP8)
     for scale in (torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([[2.0]])):
         assert torch.equal(scaled_weight.dequantize(weight, scale), weight.float() * 2)

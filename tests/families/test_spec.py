@@ -27,7 +27,7 @@ def test_classes_of_a_spec_are_those_of_diffusers_and_of_the_protocol() -> None:
         assert all(hasattr(loaded, name) for name in ("tokens", "encode_tokens", "predict", "pipeline", "modules"))
 
 
-def test_programs_of_the_readers_are_known() -> None:
+def test_programs_of_the_readers_are_registered() -> None:
     from lorakit.formats import compatibility
 
     for _, version in registry.versions().values():

@@ -55,7 +55,7 @@ def test_decoding_by_strips_is_decoding(vae: Any, strip: int, size: tuple[int, i
     assert (actual - untiled).norm() / untiled.norm() < 1e-5
 
 
-def test_the_picture_as_a_whole_is_left_to_the_vae_where_it_fits(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untiled_picture_is_left_to_the_vae_where_it_fits(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = draw(1, 3, 64, 64).clamp(-1, 1)
     expected = loading.encode_image(vae, pixels)
     assert tiled_vae.fits(vae, 10**12, tiled_vae.ENCODING)  # a CPU has no other memory to go to

@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), 
 import crash  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from short_run import chosen, noise  # noqa: E402
+from short_run import noise, run_config  # noqa: E402
 
 from lorakit.training import run as train  # noqa: E402
 
@@ -42,7 +42,9 @@ def in_child(job: Callable[..., object], *arguments: object) -> int:
 
 def begin(base: Path, photos: Path, folder: Path, at: int = -1) -> None:
     """A run, killed at its n-th operation below the folder."""
-    config = chosen(base, photos, folder, STEPS, train__save_every=1, train__keep_checkpoints=2, train__prior="none")
+    config = run_config(
+        base, photos, folder, STEPS, train__save_every=1, train__keep_checkpoints=2, train__prior="none"
+    )
     crash.hook().on(folder, at, "sigkill")
     train.train(config)
 

@@ -120,7 +120,7 @@ def test_a_run_folder_is_begun_anew_or_resumed_after_every_death(tmp_path, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exports_and_caches_are_whole_or_absent(tmp_path, kind):
+def test_exports_and_caches_are_complete_or_absent(tmp_path, kind):
     tensor = torch.arange(8.0).reshape(2, 2, 2)
 
     def write(place: Path) -> None:

@@ -36,7 +36,7 @@ def complete(report):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("conv", [False, True])
-def test_every_program_reads_a_whole_kohya_file(family, conv):
+def test_every_program_reads_a_complete_kohya_file(family, conv):
     shapes = random_adapters.kohya_shapes(family, conv=conv)
     report = read_report(shapes, family, alphas={name: 4.0 for name in shapes if name.endswith("alpha")})
     assert complete(report) == set(KOHYA_READERS)
@@ -270,7 +270,7 @@ def test_targets_are_checked():
         compatibility.names(["automatic"])
 
 
-def test_what_is_said_before_training():
+def test_what_is_reported_before_training():
     assert set(compatibility.predict_compatibility("lora", "kohya").values()) == {"", "does not read the kohya format"}
     assert compatibility.warning("lora", "kohya") is None and compatibility.warning("rslora", "diffusers") is None
     assert compatibility.warning("dora", "kohya") == (

@@ -107,7 +107,7 @@ def test_the_process_tells_its_error_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["junk", "empty", "cut", "list", "script", "complex", "sparse"])
-def test_what_are_no_weights_is_said(content: str, tmp_path: Path) -> None:
+def test_what_are_no_weights_is_reported(content: str, tmp_path: Path) -> None:
     path, target = tmp_path / "x.pt", tmp_path / "x.safetensors"
     words = "is no pickle of weights"
     if content == "script":

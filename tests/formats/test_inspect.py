@@ -53,7 +53,7 @@ def test_an_adapter_in_each_format(exported):
     )
 
 
-def test_dora_and_sdxl_are_told(tmp_path):
+def test_dora_and_sdxl_are_recognized(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sdxl", method="dora")
     report = inspect(save(weights, tmp_path, "toy", ["kohya"], "bf16", {})["kohya"])
     assert (report.family, report.method, report.dtype) == ("sdxl", "dora", "BF16")

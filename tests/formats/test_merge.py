@@ -153,7 +153,7 @@ def test_an_autoencoder_under_its_old_names_is_written_all_the_same(bases: Any, 
     assert vae and all(torch.equal(tensors[name], expected[name]) for name in vae)
 
 
-def test_v_prediction_stays_known_in_the_file(tmp_path: Path) -> None:
+def test_v_prediction_stays_recorded_in_the_file(tmp_path: Path) -> None:
     whole.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
     info = families.describe(tmp_path / "v")
     path = merge.merge(weights_for(info), info, tmp_path / "v.safetensors")
@@ -204,7 +204,7 @@ def test_extract_takes_single_files(bases: Any, tmp_path: Path) -> None:
             torch.testing.assert_close(layer.delta(), weights.layers[name].delta(), rtol=1e-3, atol=1e-5)
 
 
-def test_inspect_says_what_a_whole_model_is_and_predicts(tmp_path: Path, capsys: Any) -> None:
+def test_inspect_says_what_a_complete_model_is_and_predicts(tmp_path: Path, capsys: Any) -> None:
     pipeline = whole.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
     extra = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     file = whole.write(tmp_path / "noob.safetensors", "sdxl", pipeline, extra=extra)

@@ -132,7 +132,7 @@ def test_conversions_lose_nothing(base, tmp_path, method, first, second):
 
 
 @pytest.mark.parametrize("method", LYCORIS)
-def test_what_a_format_cannot_carry_is_said(base, tmp_path, method):
+def test_what_a_format_cannot_carry_is_reported(base, tmp_path, method):
     family, _, shapes = base
     assert kohya.check(method, family) is None and peft.check(method, family) is None
     with pytest.raises(

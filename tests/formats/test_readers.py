@@ -148,7 +148,7 @@ def test_dora_per_row_goes_to_diffusers_and_peft_as_it_is(tmp_path, pipeline):
         assert all(torch.equal(copied[n].magnitude.flatten(), x.magnitude.flatten()) for n, x in weights.layers.items())
 
 
-def test_dora_per_row_in_part_is_refused_and_in_kohyas_format_said(tmp_path, capsys):
+def test_dora_per_row_in_part_is_refused_and_in_kohyas_format_reported(tmp_path, capsys):
     from lorakit.cli import main as cli
 
     path = save_tensors(tmp_path, LIVE["DoRA per row"][0] | lora(KEY, inputs=32))
@@ -332,7 +332,7 @@ def test_a_header_of_640_bytes_is_no_pickle(tmp_path):
     assert path.read_bytes()[:2] == b"\x80\x02" and inspect(path).kind == "adapter"
 
 
-def test_methods_are_told_by_tensors_and_not_by_the_header(tmp_path):
+def test_methods_are_recognized_by_tensors_and_not_by_the_header(tmp_path):
     path = save_tensors(tmp_path, lora(QUERY) | {f"{QUERY}.dora_scale": numbers(1, 64)}, {"lorakit.method": "rslora"})
     assert inspect(path).method == "dora" and read(path).method == "dora"
     plain = random_adapters.adapter({DOTTED: (64, 64)}, "sd1", method="pissa")

@@ -150,7 +150,7 @@ def test_a_name_with_a_slash_is_refused(tmp_path, name):
         (1.0, "fp16", None),
     ],
 )
-def test_numbers_that_a_half_precision_loses_are_kept_in_float32(tmp_path, scale, dtype, message):
+def test_numbers_that_a_half_precision_loses_are_written_in_float32(tmp_path, scale, dtype, message):
     """B about 2e-8: 87 % of it would be zero in fp16."""
     messages = []
     paths = save(weights(up=lambda t: t * scale), tmp_path, "toy", ["kohya"], dtype, {}, say=messages.append)

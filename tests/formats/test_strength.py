@@ -34,7 +34,7 @@ def test_the_size_of_a_change_is_the_norm_of_its_delta(tmp_path, method, dtype):
     assert f"  {'down 1':<15} {full:<9.3g} #" in report.to_text()
 
 
-def test_what_is_dead_or_stands_out_is_said(tmp_path):
+def test_what_is_dead_or_stands_out_is_reported(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sd1")
     path = save(weights, tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
     assert "every number is finite, none stands out" in inspect(path).to_text()
@@ -103,7 +103,7 @@ def test_the_history_of_a_file_of_sd_scripts():
     assert health.history({"ss_resolution": "512", "ss_clip_skip": "2"}) == "at 512x512, clip skip 2"
 
 
-def test_metadata_that_contradicts_the_tensors_is_said(tmp_path):
+def test_metadata_that_contradicts_the_tensors_is_reported(tmp_path):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     tensors = {f"{stem}.lora_down.weight": torch.ones(4, 16, 1, 1), f"{stem}.lora_up.weight": torch.ones(16, 4, 1, 1)}
     info = {"ss_network_dim": "4", "ss_network_alpha": "8"}

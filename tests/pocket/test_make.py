@@ -55,7 +55,9 @@ def test_a_second_run_has_nothing_to_do(smoke_run: tuple[Path, Path], capsys: py
     assert lines and all(line.endswith("done before") for line in lines)
 
 
-def test_a_stopped_run_ends_with_the_same_weights_as_a_whole_one(smoke_run: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_stopped_run_ends_with_the_same_weights_as_an_uninterrupted_one(
+    smoke_run: tuple[Path, Path], tmp_path: Path
+) -> None:
     work, _ = smoke_run
     for name in (
         "mean.npy",
@@ -78,7 +80,7 @@ def test_a_stopped_run_ends_with_the_same_weights_as_a_whole_one(smoke_run: tupl
     def stop_half_way(self: workers.Run, loss: torch.Tensor) -> None:
         nonlocal stopped
         step(self, loss)
-        if self.seen == self.total // 2:
+        if self.position == self.total // 2:
             stopped += 1
             self.save()
             raise Stopped

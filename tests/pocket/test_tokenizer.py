@@ -59,7 +59,7 @@ def test_captions_fit_in_the_prompt(tokens: CLIPTokenizer) -> None:
     assert longest <= 26  # room for a few words more
 
 
-def test_made_again_it_has_the_same_tokens(tmp_path: Path) -> None:
+def test_a_second_tokenizer_has_the_same_tokens(tmp_path: Path) -> None:
     """The same tokens, not the same numbers: the trainer breaks ties between equally frequent pairs by chance."""
     tokenizer.make(tmp_path / "a", captions=2000)
     tokenizer.make(tmp_path / "b", captions=2000)

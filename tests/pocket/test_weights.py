@@ -51,7 +51,7 @@ def test_the_text_encoder_has_the_key_names_of_real_checkpoints() -> None:
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
-def test_no_path_of_the_machine_it_was_made_on_is_left_in_it() -> None:
+def test_no_path_of_the_machine_that_trained_it_is_left_in_it() -> None:
     for file in FOLDER.rglob("*.json"):
         assert "_name_or_path" not in json.loads(file.read_text(encoding="utf-8")), file
 

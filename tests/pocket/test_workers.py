@@ -18,7 +18,7 @@ def _descend(worker: workers.Worker, folder: Path) -> None:
         file = folder / f"rank-{worker.rank}-{every}.state"
         run = workers.Run(worker, {"model": model}, file, 1024, 8, 0.05, seed=worker.rank, every=every)
         losses = []
-        while not run.done:
+        while not run.is_finished:
             inputs = torch.randn(8, 4, generator=run.generator)
             loss = (model(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean()
             run.step(loss)
@@ -39,7 +39,7 @@ def test_two_workers_end_with_the_same_weights_and_a_lower_loss(tmp_path: Path) 
 def test_randomness_is_a_function_of_seed_position_and_worker(tmp_path: Path) -> None:
     def draw(seed: int, position: int, rank: int) -> float:
         run = workers.Run(workers.Worker(rank, 2), {"m": torch.nn.Linear(1, 1)}, tmp_path / "x.state", 9, 1, 0.1, seed)
-        run.seen = position
+        run.position = position
         return float(torch.randn((), generator=run.generator))
 
     draws = [draw(seed, pictures, rank) for seed in (0, 1) for pictures in (0, 64) for rank in (0, 1)]

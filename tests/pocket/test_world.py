@@ -72,14 +72,14 @@ def test_every_word_changes_the_picture(field: str) -> None:
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_a_thing_has_the_colour_it_is_said_to_have(colour: str) -> None:
+def test_a_thing_has_the_colour_of_its_caption(colour: str) -> None:
     picture = pixels(Spec("ball", colour, "plain", "studio", "flat"), 12)
     middle = np.median(picture[28:44, 26:38].reshape(-1, 3), axis=0)
     nearest = min(COLOURS, key=lambda name: float(np.square(middle - COLOURS[name]).sum()))
     assert nearest == colour
 
 
-def test_unknown_words_are_refused_with_the_known_ones() -> None:
+def test_unknown_words_are_refused_with_the_valid_ones() -> None:
     with pytest.raises(ValueError, match=r"kind must be one of ball.*'teapot'"):
         Spec("teapot", "red", "plain", "beach", "photo")
     with pytest.raises(ValueError, match="zib"):
@@ -120,7 +120,7 @@ def test_triggers_come_before_the_noun_in_about_one_caption_in_fourteen() -> Non
     assert 0.05 < before / len(texts) < 0.09
 
 
-def test_held_out_combinations_never_come_in_training() -> None:
+def test_holdout_combinations_never_come_in_training() -> None:
     assert not any(is_holdout(random_spec(seed)) for seed in range(2000))
     assert all(is_holdout(random_spec(seed, unseen=True)) for seed in range(500))
     share = np.mean(

@@ -137,7 +137,7 @@ def test_a_limit_recomputes_as_little_as_it_needs() -> None:
     assert rest + fewer > 8 * GIB
 
 
-def test_a_limit_that_cannot_be_kept_is_an_error() -> None:
+def test_a_limit_that_cannot_be_met_is_an_error() -> None:
     info, settings = Info("sdxl"), settings_for(1024, memory__limit_gib=4, train__batch_size=2)
     with pytest.raises(LorakitError) as caught:
         memory_estimate.training(settings, info, trained(settings, info), "cuda")
@@ -182,7 +182,7 @@ def test_encoders_that_are_trained_stay_while_samples_are_drawn() -> None:
     assert more - less - growth == pytest.approx(texts, rel=0.03)
 
 
-def test_an_autoencoder_in_half_precision_on_disk_is_whole_in_memory() -> None:
+def test_an_autoencoder_in_half_precision_on_disk_is_float32_in_memory() -> None:
     settings = settings_for(4096)
     full, half = Info("sd15"), Info("sd15")
     half.bytes["vae"] //= 2
@@ -197,7 +197,7 @@ def test_an_autoencoder_in_half_precision_on_disk_is_whole_in_memory() -> None:
     assert encoding_bytes[0] == encoding_bytes[1] == encoding_bytes[2]
 
 
-def test_on_a_cpu_everything_stays_and_pictures_are_whole() -> None:
+def test_on_a_cpu_everything_stays_and_pictures_are_not_tiled() -> None:
     info, settings = Info("sd15"), settings_for(512)
     step = memory_estimate.training(settings, info, trained(settings, info), "cpu")
     peaks = memory_estimate.peaks(settings, info, trained(settings, info), "cpu")

@@ -107,7 +107,7 @@ SQUARE = (512, 512)
         ),
     ],
 )
-def test_length_is_exact_and_said_in_words(sd15: Info, changes: dict[str, Any], steps: int, text: str) -> None:
+def test_length_is_exact_and_reported_in_words(sd15: Info, changes: dict[str, Any], steps: int, text: str) -> None:
     result = make(sd15, [SQUARE] * 16, **changes)
     assert result.steps == steps
     assert result.length == text
@@ -119,7 +119,7 @@ def test_a_run_that_is_too_short_to_teach_much_says_so(sd15: Info) -> None:
     assert plan.SHORT_RUN in short.lines() and plan.SHORT_RUN not in long.lines()
 
 
-def test_what_compiling_on_a_cpu_comes_to_is_said(sd15: Info) -> None:
+def test_what_compiling_on_a_cpu_comes_to_is_reported(sd15: Info) -> None:
     changes: dict[str, Any] = {"train__steps": 10, "memory__compile": True}
     plan_of = {device: make(sd15, [SQUARE], memory__device=device, **changes) for device in ("cpu", "cuda")}
     assert plan.COMPILED_ON_A_CPU in plan_of["cpu"].lines() and plan.COMPILED_ON_A_CPU not in plan_of["cuda"].lines()
@@ -138,7 +138,7 @@ def test_a_batch_that_no_size_fills_is_counted_as_it_is(sd15: Info) -> None:
 
 
 @pytest.mark.parametrize("steps, problem", [(10, "comes to 50% of optimizer.learning_rate"), (20, "100%"), (21, "")])
-def test_a_warm_up_that_is_no_shorter_than_the_run_is_said(sd15: Info, steps: int, problem: str) -> None:
+def test_a_warm_up_that_is_no_shorter_than_the_run_is_reported(sd15: Info, steps: int, problem: str) -> None:
     lines = make(sd15, [SQUARE], train__steps=steps, optimizer__warmup_steps=20).lines()
     warmup = [line for line in lines if line.startswith("optimizer.warmup_steps = 20: ")]
     assert len(warmup) == bool(problem) and all(problem in line for line in warmup)
@@ -148,7 +148,7 @@ def test_one_photo_is_one_photo(sd15: Info) -> None:
     assert make(sd15, [SQUARE], train__steps_per_image=25).length == "1 photo x 25 steps each = 25 steps"
 
 
-def test_photos_held_out_are_not_trained_on(sd15: Info) -> None:
+def test_holdout_photos_are_not_trained_on(sd15: Info) -> None:
     result = make(sd15, [SQUARE] * 20, train__steps_per_image=1, train__holdout=0.1)
     assert (result.photos, result.holdout_count, result.steps) == (18, 2, 18)
     assert "photos: 18 to train on, 2 held out for validation" in result.lines()
@@ -192,7 +192,7 @@ def test_text_encoders_are_counted_by_themselves(sdxl: Info) -> None:
     assert result.modules["text_encoder"][0] == 12 * 4
 
 
-def test_the_scale_is_said(sd15: Info) -> None:
+def test_the_scale_is_reported(sd15: Info) -> None:
     assert make(sd15, [SQUARE], train__steps=1).scale == 1
     half = make(sd15, [SQUARE], train__steps=1, adapter__rank=16, adapter__alpha=8)
     assert half.scale == 0.5
@@ -239,7 +239,7 @@ def test_memory_is_near_the_exact_count(
     assert checkpointing or step / GIB < gib
 
 
-def test_a_limit_and_what_it_costs_is_said(sdxl: Info) -> None:
+def test_a_limit_and_what_it_costs_is_reported(sdxl: Info) -> None:
     settings = {"train__steps": 1, "data__resolution": 1024}
     unlimited, wide, narrow = (
         make(sdxl, [SQUARE], **settings, **limit) for limit in ({}, {"memory__limit_gib": 12}, {"memory__limit_gib": 8})
@@ -278,7 +278,7 @@ def test_the_speed_of_this_machine_is_measured_in_a_moment() -> None:
     assert 1e8 < plan._matmul_speed(seconds=0.02) < 1e14
 
 
-def test_on_a_gpu_no_time_is_made_up(sd15: Info) -> None:
+def test_on_a_gpu_no_time_is_estimated(sd15: Info) -> None:
     result = make(sd15, [SQUARE], train__steps=1)
     assert result.seconds is None
     assert result.lines()[-1] == "time: measured in the first steps"
@@ -295,7 +295,7 @@ def test_on_a_gpu_no_time_is_made_up(sd15: Info) -> None:
         ("2.13.0", None, False, ("darwin", "x86_64"), "cpu"),
     ],
 )
-def test_the_device_is_told_without_torch(
+def test_the_device_is_found_without_torch(
     monkeypatch: pytest.MonkeyPatch, build: str, hidden: str | None, driver: bool, system: tuple[str, str], device: str
 ) -> None:
     monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: build)
@@ -320,7 +320,7 @@ def test_weights_are_not_streamed_to_where_they_are(sd15: Info, monkeypatch: pyt
             make(sd15, [SQUARE], train__steps=1, memory__device=device, memory__stream_base=True)
 
 
-def test_what_is_asked_of_the_hosts_memory_is_said(sdxl: Info, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_of_the_hosts_memory_is_reported(sdxl: Info, monkeypatch: pytest.MonkeyPatch) -> None:
     resident = make(sdxl, [SQUARE], train__steps=1)
     assert resident.host == resident.ram == 0 and not any(line.startswith("host:") for line in resident.lines())
     for ram, tail in (
@@ -335,7 +335,7 @@ def test_what_is_asked_of_the_hosts_memory_is_said(sdxl: Info, monkeypatch: pyte
     assert make(sdxl, [SQUARE], train__steps=1, memory__stream_base=True, memory__base_storage="int8").host < 2.4 * GIB
 
 
-def test_the_memory_of_this_machine_is_known_or_nought(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_this_machine_is_measured_or_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan._ram() > 2**28
     monkeypatch.delattr(plan.os, "sysconf")
     assert plan._ram() == 0

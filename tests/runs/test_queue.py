@@ -47,7 +47,7 @@ def test_a_job_taken_back_is_not_run(tmp_path: Path):
     assert queue.log(job.number) == ""
 
 
-def test_a_run_is_named_and_its_config_kept(tmp_path: Path):
+def test_a_run_is_named_and_its_config_saved(tmp_path: Path):
     queue = Queue(tmp_path)
     settings = config.load("subject-pocket", {"data.folder": "photos", "data.name": "sks dog"})
     one, two = queue.train(settings), queue.train(settings)

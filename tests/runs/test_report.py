@@ -107,7 +107,7 @@ class Reader(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_is_whole_and_needs_nothing_else(run):
+def test_the_page_is_complete_and_needs_nothing_else(run):
     path = report.write(run.folder, run.config, run.plan, run.photos, run.history, FINDINGS)
     assert path == run.folder.html_file and run.folder.curves_file.is_file() and run.folder.contact_sheet_file.is_file()
     read = Reader(path.read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def test_everything_of_the_users_is_escaped(run):
     assert "<script" not in text and text.count("&lt;script&gt;") >= 4
 
 
-def test_no_path_of_the_users_is_told(run):
+def test_no_path_of_the_users_is_reported(run):
     text = run.page
     assert (
         str(run.folder.path.parent) not in text and "secret-photos" not in text and str(Path.home()) + "/" not in text
@@ -144,7 +144,7 @@ def test_the_verdict_is_what_the_self_check_found(run):
     assert "Not checked" in html(run, [])
 
 
-def test_the_best_checkpoint_and_its_figures_are_told(run):
+def test_the_best_checkpoint_and_its_figures_are_reported(run):
     words = " ".join(Reader(run.page).words)
     assert "step 20: smallest validation error" in words and "0.2000" in words and "1.00%" in words
     for line in ("length: 30 steps", "cpu, base in float32", "torch"):

@@ -243,7 +243,7 @@ def test_relative_places_are_written_so_that_they_do_not_depend_on_where_one_sta
     assert config.load(run.config_file).data.folder == str(tmp_path / "photos")
 
 
-def test_a_state_or_log_that_cannot_be_written_is_told_once_to_the_others(tmp_path):
+def test_a_state_or_log_that_cannot_be_written_is_reported_once_to_the_others(tmp_path):
     run = RunFolder.create(settings(tmp_path / "run"))
     run.log_file.unlink()
     run.log_file.mkdir()
@@ -300,7 +300,7 @@ def test_runs_are_listed_last_changed_first(tmp_path):
     assert run_folder.list_runs(tmp_path / "nowhere") == []
 
 
-def test_plan_and_report_are_kept(tmp_path):
+def test_plan_and_report_are_saved(tmp_path):
     run = RunFolder.create(settings(tmp_path / "run"))
     run.write_plan({"steps": 10, "modules": {"unet": (1, 2)}})
     assert json.loads(run.plan_file.read_text()) == {"steps": 10, "modules": {"unet": [1, 2]}}
@@ -311,7 +311,7 @@ def test_plan_and_report_are_kept(tmp_path):
     assert json.loads(run.report_file.read_text())["passed"] is False
 
 
-def test_samples_are_kept_one_by_one_and_as_a_grid(tmp_path):
+def test_samples_are_saved_one_by_one_and_as_a_grid(tmp_path):
     run = RunFolder.create(settings(tmp_path / "run"))
     images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
     images[1].info["lorakit"] = '{"prompt": "雞"}'

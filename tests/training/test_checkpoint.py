@@ -233,7 +233,7 @@ def test_changed_photos_are_refused(tmp_path):
         checkpoint.load(path, identity={"base": "1", "photos": "3"})
 
 
-def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, ADAPTER, EMPTY, {})
 
     def full(handle: int) -> None:
@@ -284,7 +284,7 @@ def save_for_ever(folder: Path) -> None:
         (folder / "reported.tmp").rename(folder / "reported")
 
 
-def test_the_newest_whole_checkpoint_is_found_and_those_after_it_are_set_aside(tmp_path):
+def test_the_newest_complete_checkpoint_is_found_and_those_after_it_are_set_aside(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, ADAPTER, EMPTY, {})
     file = tmp_path / "step-000003" / "adapter.safetensors"
@@ -309,6 +309,6 @@ def test_a_checkpoint_is_named_by_its_step(tmp_path, name):
         checkpoint.named(tmp_path, "step-9")
 
 
-def test_a_run_folder_that_was_deleted_is_told_in_words(tmp_path):
+def test_a_run_folder_that_was_deleted_is_reported_in_words(tmp_path):
     with pytest.raises(LorakitError, match="run is gone: it was deleted or moved while it was trained in"):
         checkpoint.save(tmp_path / "run" / "checkpoints", 1, ADAPTER, EMPTY, {})

@@ -74,7 +74,9 @@ def overflow_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda patch: overflow_after(6, patch), r"step 6: optimizer\.state\.0\.exp_avg_sq is not finite; .*"),
     ],
 )
-def test_rollback_goes_on_from_the_newest_whole_checkpoint_once(tiny_sd1, photos, tmp_path, monkeypatch, poison, text):
+def test_rollback_goes_on_from_the_newest_complete_checkpoint_once(
+    tiny_sd1, photos, tmp_path, monkeypatch, poison, text
+):
     poison(monkeypatch)
     events: list[Event] = []
     result = run(tiny_sd1, photos, tmp_path / "run", events.append, train__on_nan="rollback")

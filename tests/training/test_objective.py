@@ -127,7 +127,7 @@ def test_losses(kind: str, weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mse", "huber"])
-def test_a_mask_hides_its_zeros_exactly_and_the_rest_counts_as_a_whole_picture(kind: str) -> None:
+def test_a_mask_hides_its_zeros_exactly_and_the_rest_counts_as_a_full_picture(kind: str) -> None:
     mask = torch.zeros(4, 1, 5, 6)
     mask[:, :, :, :2] = 1
     guess = torch.from_numpy(GUESS).requires_grad_()
@@ -150,7 +150,7 @@ def test_masks_may_be_soft_or_empty() -> None:
     assert torch.count_nonzero(gradient) == 0
 
 
-def test_noise_offset_moves_whole_channels() -> None:
+def test_noise_offset_shifts_each_channel_as_one() -> None:
     shape = (64, 4, 16, 16)
     plain = objective.sample_noise(torch.Generator().manual_seed(0), shape, "cpu")
     noise = objective.sample_noise(torch.Generator().manual_seed(0), shape, "cpu", 0.3)

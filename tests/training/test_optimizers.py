@@ -248,7 +248,7 @@ def test_named_optimizers_take_arguments_too() -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_an_optimizer_is_said_in_one_line(config: OptimizerConfig, message: str) -> None:
+def test_what_is_wrong_with_an_optimizer_is_reported_in_one_line(config: OptimizerConfig, message: str) -> None:
     with pytest.raises(LorakitError) as caught:
         optimizers.build(config, [("unet", parameters(1))])
     assert str(caught.value) == message

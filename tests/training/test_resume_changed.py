@@ -42,7 +42,7 @@ def test_a_run_goes_on_longer_as_if_it_had_been_planned_so(tiny_sd1, tmp_path):
     assert (reloaded.train.steps, reloaded.sample.seed) == (4, 3)
 
 
-def test_a_schedule_that_is_stretched_is_said(tmp_path):
+def test_a_schedule_that_is_stretched_is_reported(tmp_path):
     class Folder:
         path, steps = tmp_path, 100
 

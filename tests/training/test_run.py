@@ -386,7 +386,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_sd1, photos, tmp_path, mo
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_base_in_few_bits_is_trained_on_said_and_checked_against(plain, tiny_sd1, photos, tmp_path):
+def test_a_base_in_few_bits_is_trained_on_reported_and_checked_against(plain, tiny_sd1, photos, tmp_path):
     small = run(tiny_sd1, photos, tmp_path / "small", memory__base_storage="nf4")
     messages = [event["message"] for event in events(tmp_path / "small", "message")]
     assert "device: cpu (1 thread), base in float32 (the UNet's weights kept in nf4), adapter in float32" in messages
@@ -396,7 +396,7 @@ def test_a_base_in_few_bits_is_trained_on_said_and_checked_against(plain, tiny_s
     assert 1e-4 < torch.stack(off).mean() < 1
 
 
-def test_too_little_memory_before_the_first_step_is_told_too(tiny_sd1, photos, tmp_path, monkeypatch):
+def test_too_little_memory_before_the_first_step_is_reported_too(tiny_sd1, photos, tmp_path, monkeypatch):
     def full(*args, **named):
         raise torch.OutOfMemoryError
 
@@ -413,7 +413,7 @@ def test_swapping_two_captions_changes_the_adapter(plain, tiny_sd1, photos, tmp_
     assert not same_adapter(plain, run(tiny_sd1, swapped, tmp_path / "run"))
 
 
-def test_every_photo_is_seen_once_an_epoch_with_its_caption_and_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
+def test_every_photo_comes_once_an_epoch_with_its_caption_and_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
     names: list[str] = []
     texts: list[str] = []
     instance = LossStep._instance_term

@@ -47,14 +47,16 @@ def test_rex_is_the_papers() -> None:
 @pytest.mark.parametrize("name", ["constant", "cosine", "linear", "cosine_with_restarts", "polynomial", "rex", "wsd"])
 def test_every_schedule_warms_up_peaks_and_ends_at_its_floor(name: str) -> None:
     floor = {} if name == "constant" else {"min_lr_ratio": 0.2}
-    found = rates(lr_scheduler=name, warmup_ratio=0.25, **floor)
-    assert found[:10] == pytest.approx([(step + 1) / 10 for step in range(10)]) and found[10] == 1
-    assert found == pytest.approx(rates(lr_scheduler=name, warmup_steps=10, **floor))
-    assert found[TOTAL] == pytest.approx(1 if name == "constant" else 0.2) and min(found[10:]) >= found[TOTAL] - 1e-12
+    actual = rates(lr_scheduler=name, warmup_ratio=0.25, **floor)
+    assert actual[:10] == pytest.approx([(step + 1) / 10 for step in range(10)]) and actual[10] == 1
+    assert actual == pytest.approx(rates(lr_scheduler=name, warmup_steps=10, **floor))
+    assert (
+        actual[TOTAL] == pytest.approx(1 if name == "constant" else 0.2) and min(actual[10:]) >= actual[TOTAL] - 1e-12
+    )
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "messages"),
     [
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "are both set: leave one out"),
         ({"lr_cycles": 3}, "lr_cycles has no effect without optimizer.lr_scheduler = 'cosine_with_restarts'"),
@@ -63,13 +65,13 @@ def test_every_schedule_warms_up_peaks_and_ends_at_its_floor(name: str) -> None:
         ({"min_lr_ratio": 0.5}, "min_lr_ratio has no effect with a constant rate"),
     ],
 )
-def test_what_has_no_effect_is_refused(options: dict[str, object], said: str) -> None:
+def test_what_has_no_effect_is_refused(options: dict[str, object], messages: str) -> None:
     changes = {f"optimizer.{name}": value for name, value in options.items()}
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=messages):
         config.load(None, {"train.steps": 1, **changes})
 
 
 def test_a_warm_up_replaces_that_of_the_preset() -> None:
     assert config.load("subject-sd15").optimizer.warmup_ratio > 0
-    chosen = config.load("subject-sd15", {"optimizer.warmup_steps": 7}).optimizer
-    assert (chosen.warmup_steps, chosen.warmup_ratio, schedule.warmup_of(chosen, 100)) == (7, 0.0, 7)
+    settings = config.load("subject-sd15", {"optimizer.warmup_steps": 7}).optimizer
+    assert (settings.warmup_steps, settings.warmup_ratio, schedule.warmup_of(settings, 100)) == (7, 0.0, 7)

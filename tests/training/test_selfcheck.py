@@ -87,7 +87,7 @@ def test_each_mutation_fails_the_check(trained: dict[str, Any], tmp_path: Path, 
     assert words in failed[0].detail
 
 
-def test_what_only_a_reader_sees_is_seen_by_diffusers_too(trained: dict[str, Any], tmp_path: Path) -> None:
+def test_what_only_a_reader_detects_is_detected_by_diffusers_too(trained: dict[str, Any], tmp_path: Path) -> None:
     """The second look shares no code with the exporter: it notices a wrong scale by itself."""
     path = formats.save(trained["weights"], tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
     tensors = load_file(path)

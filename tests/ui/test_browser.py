@@ -253,7 +253,7 @@ def suspended(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_what_is_wrong_is_said_where_it_is_wrong(person: Person, served, room: Path):
+def test_what_is_wrong_is_reported_where_it_is_wrong(person: Person, served, room: Path):
     page = person.page
     for path, message in (
         (room / "empty", "0 images in"),

@@ -48,7 +48,7 @@ def answered(train: TrainPage, base: Path, **more: object) -> tuple[list[object]
     return [fields[key] for key in train.keys], marks
 
 
-def test_the_whole_page_is_built(workspace: Workspace):
+def test_the_complete_page_is_built(workspace: Workspace):
     page = app.build(workspace, T)
     assert page.enable_queue
 
@@ -108,7 +108,7 @@ def test_what_belongs_to_a_change_gives_way_as_on_the_command_line(train: TrainP
     assert "The plan" in plan and start["interactive"] is True
 
 
-def test_a_wrong_value_is_told_at_its_field_and_above(train: TrainPage, tiny_sd1: Path):
+def test_a_wrong_value_is_reported_at_its_field_and_above(train: TrainPage, tiny_sd1: Path):
     values, marks = answered(train, tiny_sd1, adapter__rank=0.0)
     plan, _, _, _, draft, updates = answer(train, marks, values)
     assert "adapter.rank = 0: must be between 1 and 1024" in plan
@@ -195,7 +195,7 @@ def test_photos_are_shown_whatever_the_base_is(workspace: Workspace, train: Trai
 @pytest.mark.parametrize(
     "value", [{}, None, [], {"values": 3}, {"values": {"no.such": 1}, "quality": "?", "preset": "?"}]
 )
-def test_what_a_browser_kept_may_be_anything(train: TrainPage, value: object):
+def test_what_a_browser_stores_may_be_anything(train: TrainPage, value: object):
     assert len(train.restore(value)) == 4 + len(train.keys)
 
 
@@ -241,7 +241,7 @@ def test_grids_that_are_drawn_are_followed(workspace: Workspace):
     assert workspace.why(job.number) in message and "lk-problem" in message and timer.active is False
 
 
-def test_a_run_that_was_deleted_while_its_page_was_open_is_told(workspace: Workspace):
+def test_a_run_that_was_deleted_while_its_page_was_open_is_reported(workspace: Workspace):
     with gr.Blocks():
         page = ComparePage(workspace, T)
     gone = "not there any more"

@@ -60,7 +60,7 @@ def test_a_sentence_keeps_what_stands_in_its_holes():
     assert table.translated("{file} \\ (a|b)* [c]: blurred") == "flou : {file} \\ (a|b)* [c]"
 
 
-def test_english_is_said_as_it_is_and_chinese_line_by_line():
+def test_english_stays_as_it_is_and_chinese_is_translated_line_by_line():
     text = "adapter.rank = 0: must be between 1 and 1024\nsomething new\nblurred"
     assert texts.sayer("en").translate(text) == text
     assert texts.sayer("zh-Hant").translate(text).split("\n") == [
@@ -117,7 +117,7 @@ def plans(tiny_sd1: Path) -> Iterator[plan.Plan]:
             yield plan.make(settings, info, report)
 
 
-def test_every_line_of_a_plan_is_said(tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_line_of_a_plan_is_translated(tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plan, "_matmul_speed", lambda: 1e10)
     all_plans = list(plans(tiny_sd1))
     for seconds in (12, 600, 9000, 300_000, None):
@@ -133,7 +133,7 @@ def test_every_line_of_a_plan_is_said(tiny_sd1: Path, monkeypatch: pytest.Monkey
     )
 
 
-def test_what_is_told_of_a_base_is_said():
+def test_notes_about_a_base_are_translated():
     sure = "prediction type: v_prediction with zero terminal SNR, as its key v_pred says"
     guess = "as its last norm1.bias spreads by 0.031, not above 0.09"
     notes = [
@@ -200,7 +200,7 @@ def bad_photos(photos: Path) -> None:
         Image.fromarray(noise[::-1]).save(photos / place / "below.png")
 
 
-def test_every_finding_about_photos_is_said(tmp_path: Path):
+def test_every_finding_about_photos_is_translated(tmp_path: Path):
     base = families.describe("pocket")
     (tmp_path / "bad").mkdir()
     bad_photos(tmp_path / "bad")
@@ -222,7 +222,7 @@ def test_every_finding_about_photos_is_said(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["nothing", "files", "deeper", "file", "picture", "gone"])
-def test_why_a_folder_is_refused_is_said(kind: str, tmp_path: Path):
+def test_why_a_folder_is_refused_is_translated(kind: str, tmp_path: Path):
     place = tmp_path / "photos"
     if kind in ("file", "picture"):
         place = place.with_suffix(".txt" if kind == "file" else ".png")
@@ -250,7 +250,7 @@ def problems(tables: dict[str, Any], **overrides: Any) -> list[str]:
     return caught.value.problems
 
 
-def test_every_problem_of_a_config_is_said(tmp_path: Path):
+def test_every_problem_of_a_config_is_translated(tmp_path: Path):
     steps = {"train": {"steps": 1}}
     problem_lines = problems({"trian": {}, "zzz": {}, "data": 3})
     # Every option with a value of every wrong kind.
@@ -291,7 +291,7 @@ def test_every_problem_of_a_config_is_said(tmp_path: Path):
     assert lacking(problem_lines) == []
 
 
-def test_why_a_base_is_refused_is_said(tmp_path: Path, tiny_sd1: Path):
+def test_why_a_base_is_refused_is_translated(tmp_path: Path, tiny_sd1: Path):
     messages = []
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
@@ -363,7 +363,7 @@ def instances(text: str) -> Iterator[str]:
         yield "x1".join(pieces[:at]) + part + "x1".join(pieces[at:])
 
 
-def test_whatever_those_rooms_may_say_is_known():
+def test_every_message_of_those_rooms_has_a_translation():
     paths = [path for room in ROOMS for path in (ROOT / "lorakit").glob(room)]
     places = {text: path.name for path in paths for text in sentences_in(path)}
     assert len(places) > 80

@@ -38,7 +38,7 @@ def test_thumbnails_are_upright_small_and_the_photos_colour(tmp_path: Path):
     assert all(abs(a - b) < 12 for a, b in zip(picture.getpixel((30, 45)), (0xC0, 0x80, 0x40), strict=True))
 
 
-def test_a_thumbnail_is_made_once_and_again_when_the_photo_changes(tmp_path: Path):
+def test_a_thumbnail_is_rendered_once_and_again_when_the_photo_changes(tmp_path: Path):
     thumbnails = Thumbnails()
     path = photo(tmp_path / "a.png")
     first = thumbnails.get(path)
@@ -115,8 +115,8 @@ def test_the_text_before_stays_beside_a_caption(tmp_path: Path):
         "a.txt.2.bak": b"first\n",
         "a.txt.3.bak": b"second\n",
     }
-    found = folder.scan(place)
-    assert [item.caption for item in found.photos] == ["third"] and found.notes == [] and found.warnings == []
+    actual = folder.scan(place)
+    assert [item.caption for item in actual.photos] == ["third"] and actual.notes == [] and actual.warnings == []
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", ".queue", "a/b", "/etc"])

@@ -79,10 +79,10 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     )
     pictures, textures = dataset.load(work / "renders", "pictures"), dataset.load(work / "renders", "textures")
     crop = recipe.vae_crop
-    while not run.done:
-        rng = np.random.default_rng((recipe.seed, run.seen, worker.rank))
+    while not run.is_finished:
+        rng = np.random.default_rng((recipe.seed, run.position, worker.rank))
         # Late in training whole pictures take the place of crops now and then: borders and far context count too.
-        full_size = run.seen > 0.8 * recipe.vae_pictures
+        full_size = run.position > 0.8 * recipe.vae_pictures
         source = [textures if rng.random() < 0.12 else pictures for _ in range(run.batch)]
         size = recipe.size if full_size else crop
         crops = []
@@ -102,8 +102,8 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
         run.note(loss=float(loss.detach()), psnr=psnr(output.detach(), real), kl=float(kl.detach()))
         if (
             worker.first
-            and run.seen // (100 * run.batch) % 8 == 0
-            and run.seen % (100 * run.batch) < run.batch * worker.world
+            and run.position // (100 * run.batch) % 8 == 0
+            and run.position % (100 * run.batch) < run.batch * worker.world
         ):
             preview(model, pictures, work / "preview-vae.png")
     run.use_average()

@@ -58,8 +58,8 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     )
     pictures = dataset.load(work / "renders", "pictures")
     mean, deviation = np.load(work / "mean.npy", mmap_mode="r"), np.load(work / "deviation.npy", mmap_mode="r")
-    while not run.done:
-        rng = np.random.default_rng((recipe.seed, run.seen, worker.rank, 6))
+    while not run.is_finished:
+        rng = np.random.default_rng((recipe.seed, run.position, worker.rank, 6))
         rows = np.sort(rng.integers(0, len(pictures), run.batch))
         real = autoencoder.to_tensor(pictures[rows]).to(worker.device)
         latents = torch.from_numpy(mean[rows]).float()
@@ -73,7 +73,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
         adversarial_loss = -discriminator(output).mean()
         loss = autoencoder.reconstruction_loss(output, real) + 0.1 * feature_distance(judge, output, real)
         # The critic joins after a tenth: before, it would only learn what is blurred anyway.
-        weight = recipe.adversarial_weight if run.seen > 0.1 * run.total else 0.0
+        weight = recipe.adversarial_weight if run.position > 0.1 * run.total else 0.0
         run.step(loss + weight * adversarial_loss)
         discriminator.requires_grad_(True)
         critic_loss = F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(output.detach())).mean()

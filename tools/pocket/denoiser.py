@@ -103,8 +103,8 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     )
     worker.say(f"unet: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, latent scale {scale:.4f}")
     preview_time = run.seconds
-    while not run.done:
-        rng, generator = np.random.default_rng((recipe.seed, run.seen, worker.rank, 4)), run.generator
+    while not run.is_finished:
+        rng, generator = np.random.default_rng((recipe.seed, run.position, worker.rank, 4)), run.generator
         rows = np.sort(rng.integers(0, len(mean), run.batch))
         sample = torch.from_numpy(mean[rows]).float()
         sample = (

@@ -96,8 +96,8 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
         decay=0.99,
         save_seconds=recipe.save_seconds,
     )
-    while not run.done:
-        rng = np.random.default_rng((recipe.seed, run.seen, worker.rank, 2))
+    while not run.is_finished:
+        rng = np.random.default_rng((recipe.seed, run.position, worker.rank, 2))
         picks = torch.from_numpy(rng.integers(0, len(ids), run.batch)).to(worker.device)
         batch, labels = ids[picks], targets[picks]
         with worker.autocast(recipe.bf16):

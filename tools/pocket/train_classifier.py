@@ -49,8 +49,8 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
         save_seconds=recipe.save_seconds,
     )
     pictures, labels = dataset.load(work / "renders", "pictures"), dataset.load(work / "renders", "labels")
-    while not run.done:
-        rng = np.random.default_rng((recipe.seed, run.seen, worker.rank, 1))
+    while not run.is_finished:
+        rng = np.random.default_rng((recipe.seed, run.position, worker.rank, 1))
         rows = rng.integers(0, len(pictures), run.batch)
         real = soften(to_tensor(pictures[rows]).to(worker.device), rng)
         if rng.random() < 0.5:

@@ -106,7 +106,7 @@ class Run:
     decay: float = 0.999
     save_seconds: float = 120.0
     every: int = 1  # steps between two meetings of the workers
-    seen: int = 0
+    position: int = 0
     seconds: float = 0.0
     numbers: dict[str, float] = field(default_factory=dict)
 
@@ -123,17 +123,17 @@ class Run:
                 module.load_state_dict(state["modules"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average = [t.to(p.device) for t, p in zip(state["average"], self.parameters, strict=True)]
-            self.seen, self.seconds = state["seen"], state["seconds"]
-            self.worker.say(f"{self.file.stem}: going on at {self.seen} of {self.total}")
+            self.position, self.seconds = state["position"], state["seconds"]
+            self.worker.say(f"{self.file.stem}: going on at {self.position} of {self.total}")
 
     @property
-    def done(self) -> bool:
-        return self.seen >= self.total
+    def is_finished(self) -> bool:
+        return self.position >= self.total
 
     @property
     def generator(self) -> torch.Generator:
         """A function of seed, position and worker: a resumed run draws what it would have drawn."""
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.seen) * 64 + self.worker.rank)
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.position) * 64 + self.worker.rank)
 
     def step(self, loss: Tensor) -> None:
         """Backward, update, and agree with the other workers.
@@ -146,13 +146,13 @@ class Run:
         if self.every == 1:
             self.worker.average([p.grad for p in self.parameters if p.grad is not None])
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        warm = min(1.0, (self.seen + 1) / (0.03 * self.total))
+        warm = min(1.0, (self.position + 1) / (0.03 * self.total))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, self.seen / self.total)))
+            group["lr"] = self.rate * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, self.position / self.total)))
         self.optimizer.step()
-        self.seen += self.batch * self.worker.world
-        step = self.seen // (self.batch * self.worker.world)
-        synchronized = step % self.every == 0 or self.done
+        self.position += self.batch * self.worker.world
+        step = self.position // (self.batch * self.worker.world)
+        synchronized = step % self.every == 0 or self.is_finished
         if synchronized:
             weights = [p.detach() for p in self.parameters]
             if self.every > 1:
@@ -166,13 +166,13 @@ class Run:
         self.seconds, self._tick = self.seconds + now - self._tick, now
         if not self.worker.first:
             return
-        if now - self._last_report > 20 or self.done:
+        if now - self._last_report > 20 or self.is_finished:
             self._last_report = now
             tail = " ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
             self.worker.say(
-                f"{self.file.stem}: {self.seen}/{self.total} {self.seen / max(self.seconds, 1e-6):.0f}/s {tail}"
+                f"{self.file.stem}: {self.position}/{self.total} {self.position / max(self.seconds, 1e-6):.0f}/s {tail}"
             )
-        if synchronized and (now - self._last_save > self.save_seconds or self.done):
+        if synchronized and (now - self._last_save > self.save_seconds or self.is_finished):
             self._last_save = now
             self.save()
 
@@ -182,7 +182,7 @@ class Run:
             "modules": state,
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
-            "seen": self.seen,
+            "position": self.position,
             "seconds": self.seconds,
         }
         save(values, self.file)
