@@ -112,6 +112,8 @@ def run_sample(args: argparse.Namespace) -> int:
     print(f"base: {base}", file=sys.stderr)
     overrides = ({"model.vae": args.vae} if args.vae else {}) | read_overrides(args.set)
     prompts = [unquote(prompt) for prompt in args.prompt or ()]
+    for prompt in {*(args.prompt or ())} - {*prompts}:
+        print(f"--prompt: the quotes around {prompt.strip()} are left out", file=sys.stderr)
     for line in sampling.findings(args.adapter, prompts, base=base, overrides=overrides):
         print(line, file=sys.stderr)
     files = sampling.sample(
