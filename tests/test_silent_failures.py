@@ -119,6 +119,10 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "optimizer.weight_decay": (0.5, {}),
     "optimizer.lr_scheduler": ("cosine", {}),
     "optimizer.warmup_steps": (2, {}),
+    "data.keep_tags": (2, {"data__shuffle_tags": True}),
+    "data.tag_dropout": (0.6, {}),
+    "data.caption_prefix": ("a sketch of", {}),
+    "data.caption_suffix": ("in the evening", {}),
     "optimizer.warmup_ratio": (0.9, {}),
     "optimizer.min_lr_ratio": (0.5, {"optimizer__lr_scheduler": "cosine"}),
     "optimizer.lr_cycles": (3, {"optimizer__lr_scheduler": "cosine_with_restarts"}),
@@ -144,6 +148,9 @@ TESTED_ELSEWHERE = {
     ),
     "model.vae": "families: test_vae_source.py",
     "data.folder": "every run",
+    **dict.fromkeys(
+        ("data.caption_lines", "data.caption_from_name", "data.wildcards"), "test_caption_options.py, texts of a photo"
+    ),
     "data.kind": "test_captions.py, prompts of a style",
     "data.instance_prompt": "test_captions.py",
     "data.concepts": "test_concepts.py",

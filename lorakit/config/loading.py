@@ -270,6 +270,8 @@ def _contradictions(config: Config) -> list[str]:
     if adapter.new_tokens and not re.fullmatch(r"[\w-]+", unquote(data.name).partition(" ")[0]):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
     problems += _schedule_problems(optimizer)
+    if data.keep_tags and not (data.shuffle_tags or data.tag_dropout):
+        problems.append("data.keep_tags has no effect without data.shuffle_tags or data.tag_dropout")
     if train.init_from and METHODS[adapter.method].begins_from_base:
         problems.append(
             f"train.init_from makes no sense with adapter.method = {adapter.method!r}, which begins from the base"

@@ -78,7 +78,18 @@ class DataConfig:
     )
     resolution: int = option(512, "Side of the training square in pixels; buckets keep its area.", low=64, high=4096)
     caption_dropout: float = option(0.0, "Share of texts replaced by the bare instance prompt.", low=0, high=1)
-    shuffle_tags: bool = option(False, "Shuffle comma-separated tags; the trigger stays first.")
+    shuffle_tags: bool = option(
+        False, "Shuffle comma-separated tags; the trigger stays first, and all before three bars."
+    )
+    keep_tags: int = option(0, "First tags that are neither shuffled nor dropped.", low=0, high=100)
+    tag_dropout: float = option(0.0, "Chance of each other tag to be left out of a text.", low=0, high=0.95)
+    caption_prefix: str = option("", "Words in front of every caption.")
+    caption_suffix: str = option("", "Words behind every caption.")
+    caption_lines: bool = option(False, "Each line of a caption file is a caption of its own; one is drawn each time.")
+    caption_from_name: bool = option(
+        False, "A photo without a caption has its file name: 'red_car-2.png' is 'red car'."
+    )
+    wildcards: bool = option(False, "Draw one of the words in {braces}, with bars between them, each time.")
     flip: bool = option(False, "Mirror images as a variant. Off where left and right matter.")
     crop_jitter: float = option(0.0, "Share of the side by which the crop is moved in a variant.", low=0, high=0.25)
     color_jitter: float = option(0.0, "Strength of brightness, contrast and saturation changes.", low=0, high=0.5)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # Most orders of its tags that a photo is trained with: all are encoded before training, and no single order is learned.
 MAX_TAG_ORDERS = 8
+# Between tags that stay first, tags that are shuffled, and tags that stay last.
+SEPARATOR = "|||"
+WILDCARD = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 # Tokens of a text in a chunk of CLIP, and how many are read where `data.max_tokens` is not set.
 CHUNK, MAX_TOKENS = 75, 225
 # How CLIP splits text before its byte-pair encoding (openai/CLIP, simple_tokenizer.py).
@@ -151,7 +154,32 @@ def final_text(caption: str | None, config: DataConfig) -> str:
 
     A photo without a caption gets the instance prompt.
     """
-    return _with_trigger(caption, config) if caption else instance_prompt(config)
+    return _without_marks(_whole(caption, config), config)
+
+
+def photo_texts(photo: Photo, config: DataConfig) -> list[str]:
+    """The texts of a photo, as `variants` takes them: of its caption, of each line of it, or of its name."""
+    if config.caption_lines and photo.caption_lines:
+        return [_whole(line, config) for line in photo.caption_lines]
+    name = " ".join(re.sub(r"[\W\d_]+", " ", photo.path.stem).split()) if config.caption_from_name else ""
+    return [_whole(photo.caption or name or None, config)]
+
+
+def own_text(photo: Photo, config: DataConfig) -> str:
+    """The first text of a photo: what it is examined with."""
+    return _without_marks(photo_texts(photo, config)[0], config)
+
+
+def _whole(caption: str | None, config: DataConfig) -> str:
+    if not caption:
+        return instance_prompt(config)
+    return _with_trigger(" ".join(filter(None, [config.caption_prefix, caption, config.caption_suffix])), config)
+
+
+def _without_marks(text: str, config: DataConfig) -> str:
+    """A text without separators, with the first of each {a|b}."""
+    text = WILDCARD.sub(lambda match: match[1].split("|")[0], text) if config.wildcards else text
+    return ", ".join(part.strip(" ,") for part in text.split(SEPARATOR)) if SEPARATOR in text else text
 
 
 def _with_trigger(text: str, config: DataConfig) -> str:
@@ -161,29 +189,62 @@ def _with_trigger(text: str, config: DataConfig) -> str:
 def variants(text: str, config: DataConfig, seed: str) -> list[str]:
     """The texts that a photo alternates between, its own first.
 
-    With `data.shuffle_tags` these are up to `MAX_TAG_ORDERS` orders of the tags. The tag with the trigger stays first.
+    With `data.shuffle_tags`, `data.tag_dropout` or `data.wildcards` these are up to `MAX_TAG_ORDERS` draws. The tag
+    with the trigger stays first.
 
     Args:
         seed: a string that identifies the run and the photo. The same seed gives the same texts.
     """
-    tags = [tag.strip() for tag in text.split(",") if tag.strip()]
-    if not config.shuffle_tags or len(tags) < 2:
-        return [text]
-    first = [tag for tag in tags if config.trigger and has_trigger(tag, config)][:1]
-    other_tags = list(tags)
-    for tag in first:
-        other_tags.remove(tag)
+    has_wildcards = config.wildcards and WILDCARD.search(text) is not None
+    draws_tags = (config.shuffle_tags or config.tag_dropout > 0) and len(_tags(text)) > 1
+    texts = [_without_marks(text, config)]
     draw = random.Random(f"{seed}/tags")
-    texts = [text]
-    for _ in range(4 * MAX_TAG_ORDERS):
+    for _ in range(4 * MAX_TAG_ORDERS if has_wildcards or draws_tags else 0):
         if len(texts) == MAX_TAG_ORDERS:
             break
-        # Sort by random keys: `random.shuffle` may change between versions of Python, `random.random` may not.
-        order = sorted(other_tags, key=lambda _: draw.random())
-        candidate = ", ".join([*first, *order])
+        candidate = _draw(text, config, draw)
         if candidate not in texts:
             texts.append(candidate)
     return texts
+
+
+def _draw(text: str, config: DataConfig, draw: random.Random) -> str:
+    """One text of a caption: one of each {a|b}, some of the tags, in another order."""
+    if config.wildcards:
+
+        def pick(match: re.Match[str]) -> str:
+            choices = match[1].split("|")
+            return choices[int(draw.random() * len(choices))]
+
+        text = WILDCARD.sub(pick, text)
+    if not config.shuffle_tags and not config.tag_dropout:
+        return _with_trigger(_without_marks(text, config), config)
+    first, others, last = _sections(text, config)
+    if config.tag_dropout:
+        others = [tag for tag in others if draw.random() >= config.tag_dropout]
+    if config.shuffle_tags:
+        # Sort by random keys: `random.shuffle` may change between versions of Python, `random.random` may not.
+        others = sorted(others, key=lambda _: draw.random())
+    return _with_trigger(", ".join([*first, *others, *last]), config)
+
+
+def _sections(text: str, config: DataConfig) -> tuple[list[str], list[str], list[str]]:
+    """The tags that stay first, those that are shuffled and dropped, and those that stay last.
+
+    "fixed ||| others ||| last" says which; without separators the tag with the trigger stays, and `data.keep_tags`.
+    """
+    parts = [_tags(part) for part in text.split(SEPARATOR, 2)]
+    if len(parts) > 1:
+        return parts[0], parts[1], parts[2] if len(parts) > 2 else []
+    others = parts[0]
+    first = [tag for tag in others if config.trigger and has_trigger(tag, config)][:1]
+    for tag in first:
+        others.remove(tag)
+    return first + others[: config.keep_tags], others[config.keep_tags :], []
+
+
+def _tags(text: str) -> list[str]:
+    return [tag.strip() for tag in text.split(",") if tag.strip()]
 
 
 def mentions_sides(text: str) -> bool:

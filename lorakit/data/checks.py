@@ -290,7 +290,7 @@ def _class_problem(photo: Photo) -> str:
 def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter | None) -> None:
     cuts = []
     for item in report.items:
-        item.text = captions.final_text(item.photo.caption, concepts.of_photo(item.photo, config))
+        item.text = captions.own_text(item.photo, concepts.of_photo(item.photo, config))
         if any("\ud800" <= character <= "\udfff" for character in item.text):
             item.text = printable(item.text)
             report.errors.append(f"{item.relative}: its text has what is no character: {shorten(item.text, 60)}")

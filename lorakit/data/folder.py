@@ -36,6 +36,7 @@ class Photo:
         mask: `name.mask.png` beside it, or None.
         subject: what the name of its subfolder says without the number, "" for a photo outside subfolders.
         repeats: how often an epoch shows it: the number in front of the name of its subfolder.
+        caption_lines: the lines of the caption's file.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Photo:
     mask: Path | None = None
     subject: str = ""
     repeats: int = 1
+    caption_lines: tuple[str, ...] = ()
 
 
 @dataclass
@@ -206,7 +208,8 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
         mask = names.side_file(path, MASK)
         matches.update(sources if mask is None else [*sources, mask])
         source, caption = _choose_caption(result, relative, candidates)
-        result.photos.append(Photo(path, relative, caption, source, mask, subject, repeats))
+        lines = tuple((caption or "").splitlines())
+        result.photos.append(Photo(path, relative, " ".join(lines) or None, source, mask, subject, repeats, lines))
     orphans = [file for file in entries if file.name.lower().endswith((*CAPTIONS, MASK)) and file not in matches]
     if paths and orphans:
         labels = some_names(inside + printable(file.name) for file in orphans)
@@ -242,14 +245,14 @@ def _choose_caption(result: Folder, relative: str, candidates: list[tuple[str, s
         return None, None
     source, caption = nonempty[0]
     for other_source, text in nonempty[1:]:
-        if text != caption:
+        if text.split() != caption.split():
             result.warnings.append(f"{relative}: {source} and {other_source} say different things; {source} is used")
     return source, caption
 
 
 def _read_caption(result: Folder, path: Path) -> str:
-    """Text of a caption file on one line; see `_decode_text` for its encoding."""
-    return " ".join(_decode_text(result, path).split())
+    """Lines of a caption file that are not empty; see `_decode_text` for its encoding."""
+    return "\n".join(" ".join(line.split()) for line in _decode_text(result, path).splitlines() if line.strip())
 
 
 def _decode_text(result: Folder, path: Path) -> str:

@@ -110,8 +110,9 @@ class _TextTable:
 
     def choices(self, photo: Photo) -> list[int]:
         config = concepts.of_photo(photo, self.config)
-        text = captions.final_text(photo.caption, config)
-        return [self.index(t) for t in captions.variants(text, config, f"{self.seed}/{photo.relative}")]
+        seed = f"{self.seed}/{photo.relative}"
+        texts = [t for text in captions.photo_texts(photo, config) for t in captions.variants(text, config, seed)]
+        return [self.index(text) for text in dict.fromkeys(texts)]
 
     def instance_prompt(self, photo: Photo) -> int:
         return self.index(captions.instance_prompt(concepts.of_photo(photo, self.config)))

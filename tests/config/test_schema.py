@@ -402,7 +402,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     **{name: {"train.prior": "images"} for name in ("train.class_images", "data.class_folder")},
     "train.epochs": {"train.steps": None},
     "train.steps_per_image": {"train.steps": None},
-    "data.variants": {"data.flip": True},
+    **{"data.variants": {"data.flip": True}, "data.keep_tags": {"data.shuffle_tags": True}},
     **{name: {"data.variants": 2} for name in ("data.flip", "data.crop_jitter", "data.color_jitter")},
 }
 

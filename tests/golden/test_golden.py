@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import runs
+from lorakit.config import schedule
 from lorakit.families.prediction import Epsilon, Flow, VPrediction
-from lorakit.training import objective, optimizers
+from lorakit.training import objective
 
 # Relative differences: of each loss, of each gradient's norm, and of all trained numbers taken as one vector.
 LOSS, GRADIENT_NORM, ADAPTER = 1e-5, 3e-4, 2e-4
@@ -84,8 +85,8 @@ def wrong_min_snr(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step ahead."""
-    right = optimizers.factor
-    monkeypatch.setattr(optimizers, "factor", lambda config, step, total: right(config, step + 1, total))
+    right = schedule.factor
+    monkeypatch.setattr(schedule, "factor", lambda config, step, total: right(config, step + 1, total))
 
 
 def wrong_decay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "data.keep_tags has no effect without data.shuffle_tags or data.tag_dropout": (
+        "沒有 data.shuffle_tags 或 data.tag_dropout 時 data.keep_tags 沒有作用"
+    ),
     "optimizer.warmup_steps and optimizer.warmup_ratio are both set: leave one out": (
         "optimizer.warmup_steps 與 optimizer.warmup_ratio 都設定了：請拿掉一個"
     ),
