@@ -95,7 +95,7 @@ def test_a_plain_unet_has_no_class_of_lorakit(
     classes: dict[str, set[str]] = {}
 
     def watched(self: OptimizerStep, number: int) -> Any:
-        unet = self.step.family.denoiser
+        unet = self.loss_step.family.denoiser
         classes[engine] = {type(m).__module__ for m in unet.modules() if type(m).__module__.startswith("lorakit")}
         assert engine == "fused" or not self.flats
         raise KeyboardInterrupt
