@@ -224,8 +224,6 @@ def test_every_option_is_read_somewhere() -> None:
 MAY_COMPARE_NAMES = {
     # States the patterns of kohya's, PEFT's and diffusers' tensor names; `Module` says the spelling to everybody else.
     "formats/identify.py": "owns the spellings",
-    # Asks whether the installed diffusers, a program and not the format of that name, can read the file.
-    "training/selfcheck.py": "runs diffusers' loader",
 }
 
 

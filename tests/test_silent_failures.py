@@ -147,6 +147,7 @@ TESTED_ELSEWHERE = {
         ("model.base", "model.tokenizer", "model.prediction_type"), "families: test_describe, test_single_file"
     ),
     "model.vae": "families: test_vae_source.py",
+    **dict.fromkeys(("model.text_encoders", "model.t5"), "families: test_sd3_file.py"),
     "data.folder": "every run",
     **dict.fromkeys(
         ("data.caption_lines", "data.caption_from_name", "data.wildcards"), "test_caption_options.py, texts of a photo"

@@ -81,16 +81,15 @@ def text_config(vocabulary: int, activation: str = "quick_gelu") -> CLIPTextConf
 
 def autoencoder(scaling_factor: float, latent_channels: int = 4, **changes: object) -> AutoencoderKL:
     """Downscales by 8, as the real ones; into four channels unless told."""
+    small = {"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4}
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 16, 16),
         layers_per_block=1,
-        norm_num_groups=4,
         latent_channels=latent_channels,
         sample_size=64,
         scaling_factor=scaling_factor,
-        **changes,
+        **(small | changes),
     )
 
 

@@ -193,8 +193,8 @@ def of_true_size(folder: Path, family: str) -> Path:
     return write(file, family, SimpleNamespace(**parts), torch.bfloat16)
 
 
-def _of(name: str, module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    return [(f"{name}.{key}", value) for key, value in module.state_dict().items()]
+def _of(name: str, module: torch.nn.Module | None) -> Iterable[tuple[str, torch.Tensor]]:
+    return [(f"{name}.{key}", value) for key, value in module.state_dict().items()] if module is not None else []
 
 
 def _resnet(name: str, resnet: Any) -> Iterable[tuple[str, torch.Tensor]]:

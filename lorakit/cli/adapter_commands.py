@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit import config as configuration
 from lorakit.cli import threads
 from lorakit.cli.terminal import complain, print_json, print_lines
-from lorakit.cli.train_commands import Command, add_set, add_vae, read_overrides
-from lorakit.config import ModelConfig, unquote
+from lorakit.cli.train_commands import Command, add_model, read_overrides
+from lorakit.config import unquote
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 
@@ -32,8 +33,7 @@ def add(command: Command) -> None:
     sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="one row for each")
     sample.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
     sample.add_argument("--size", type=_side, metavar="PIXELS", help="side of the pictures (default: as trained)")
-    add_vae(sample)
-    add_set(sample)
+    add_model(sample)
     sample.add_argument("--output", metavar="DIR", help="where to write (default: runs/<time>-<name>)")
 
     inspect = command(
@@ -70,7 +70,7 @@ def add(command: Command) -> None:
     merge = command("merge", run_merge, "merge an adapter into a base and write the whole model")
     merge.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
     merge.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
-    add_vae(merge)
+    add_model(merge)
     merge.add_argument("--strength", type=float, default=1.0, help="how much of the adapter (default: 1)")
     merge.add_argument("--output", required=True, metavar="PATH", help="new folder or new .safetensors file")
 
@@ -199,7 +199,10 @@ def run_merge(args: argparse.Namespace) -> int:
 
     weights = formats.read(Path(args.adapter))
     base = args.base or adapter_base.find(Path(args.adapter), weights.metadata)
-    info = families.describe(ModelConfig(base=base, vae=args.vae or ""))
+    overrides = {"model.base": base, "model.vae": args.vae or "", **read_overrides(args.set)}
+    if other := [key for key in overrides if not key.startswith("model.")]:
+        raise LorakitError(f"--set {other[0]}: merge takes options of the section model only")
+    info = families.describe(configuration.load(None, {"train.steps": 1, **overrides}).model)
     if weights.family != info.family:
         raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
     for word in weights.embeddings:

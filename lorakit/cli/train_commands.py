@@ -72,12 +72,12 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--prompt", action="append", metavar="TEXT", help="prompt of a sample picture; may be repeated"
     )
     command.add_argument("--base", metavar="BASE", help="base model: a file, a folder or a hub id (default: bundled)")
-    add_vae(command)
-    add_set(command)
+    add_model(command)
 
 
-def add_vae(command: argparse.ArgumentParser) -> None:
+def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--vae", metavar="VAE", help="VAE in place of the base's own: a folder, a file or a hub id")
+    add_set(command)
 
 
 def add_set(command: argparse.ArgumentParser) -> None:
@@ -249,10 +249,9 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
     overrides = {key: value for key, value in flags.items() if value is not None} | read_overrides(args.set)
     preset = args.preset
     if preset is None:
-        from lorakit.runs.quickstart import default_preset
+        from lorakit.runs.quickstart import default_preset, model_of
 
-        base, vae = overrides.get("model.base", "pocket"), overrides.get("model.vae", "")
-        preset, reason = default_preset(base, overrides.get("data.kind", "subject"), vae)
+        preset, reason = default_preset(model_of(overrides), overrides.get("data.kind", "subject"))
         terminal.say(f"preset: {preset} ({reason})")
     config = configuration.load(preset, overrides)
     if not config.data.folder:

@@ -36,6 +36,12 @@ class ModelConfig:
     vae: str = option(
         "", "VAE in place of the base's own: a folder, a .safetensors file or a hub id. Empty: the base's.", path=True
     )
+    text_encoders: str = option(
+        "",
+        "Text encoders of an SD3 file without them: folder with clip_l, clip_g (t5xxl), or a base. Empty: beside it.",
+        path=True,
+    )
+    t5: bool = option(True, "Use Stable Diffusion 3's T5. false: it is left out and not fetched, which saves 9.5 GB.")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"] = option(
         "auto", "What the base predicts. auto: as it says itself, which is printed."
     )

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.config import Config, ModelConfig
-from lorakit.core import registry, safetensors_header
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
-from lorakit.core.layer_names import canonical
-from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, vae_source, weight_files
+from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, text_encoders, vae_source, weight_files
 from lorakit.families.facts import distilled, schedule
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
 from lorakit.families.vae_source import Source
@@ -54,6 +52,7 @@ class BaseInfo:
         content: the files whose content is the base: configurations and weights.
         clip_skip: the layer, from the end, that its texts are read at: 1 is the last; 0 where the family has no choice.
         prediction_override: `model.prediction_type` where it is not what the base says itself.
+        without_t5: whether `model.t5` leaves out a T5 that it has.
         title: name to call it by.
         source: hub id with the commit, as `owner/name@commit`; empty for what lies on the machine.
         notes: how what the base does not say was decided, a line each.
@@ -82,6 +81,7 @@ class BaseInfo:
     title: str
     clip_skip: int = 0
     prediction_override: str = ""
+    without_t5: bool = False
     source: str = ""
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -92,9 +92,8 @@ class BaseInfo:
     def hash(self) -> str:
         """Identity of weights and configuration. It reads all of the files, unless the cache knows them."""
         content = weight_files.identity(self.content)
-        if not self.prediction_override:
-            return content
-        return hashlib.sha256(f"{content}/{self.prediction_override}".encode()).hexdigest()
+        changes = [*filter(None, [self.prediction_override]), *(["without T5"] if self.without_t5 else [])]
+        return hashlib.sha256("/".join([content, *changes]).encode()).hexdigest() if changes else content
 
     @property
     def spec(self) -> FamilySpec:
@@ -132,7 +131,8 @@ class BaseInfo:
 
     def tokenizer_problem(self) -> str | None:
         """Why its tokenizer, which is not on this machine, cannot be had, or None."""
-        return None if self.tokenizers else clip_tokenizer.missing(self.path.name, self._words("tokenizer"))
+        name = "tokenizer"
+        return None if name in self.tokenizers else clip_tokenizer.missing(self.path.name, self._words(name))
 
     def _words(self, tokenizer: str) -> int:
         return int(self.configs[tokenizer.replace("tokenizer", "text_encoder")]["vocab_size"])
@@ -157,7 +157,7 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
     if hub_id is None:
         hub.refuse_link(model.base)
         return _of_folder(path, model, title=path.resolve().name)
-    place, commit = hub.find(hub_id, _CHECKS)
+    place, commit = hub.find(hub_id, _CHECKS, _unused(model))
     source = hub_id.at(commit)
     if hub_id.file:
         return _of_file(place, model, source)
@@ -187,7 +187,7 @@ def pin(model: ModelConfig) -> ModelConfig:
     """
     hub_id = hub.parse(model.base) if model.base != BUNDLED and not Path(model.base).expanduser().exists() else None
     if hub_id is not None:
-        model = replace(model, base=hub_id.at(hub.find(hub_id, _CHECKS)[1]))
+        model = replace(model, base=hub_id.at(hub.find(hub_id, _CHECKS, _unused(model))[1]))
     return replace(model, vae=vae_source.pin(model.vae))
 
 
@@ -196,6 +196,9 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     spec = _family(path, index)
     optional = [encoder.name for encoder in spec.text_encoders if encoder.optional]
     absent = [name for name in optional if index.get(name, [None, None])[1] is None]
+    left_out = [] if model.t5 else [e for e in spec.text_encoders if e.kind == "T5" and e.name not in absent]
+    index |= {name: [None, None] for encoder in left_out for name in (encoder.name, encoder.tokenizer)}
+    absent += [encoder.name for encoder in left_out]
     encoders = [encoder.name for encoder in spec.text_encoders if encoder.name not in absent]
     tokenizers = [encoder.tokenizer for encoder in spec.text_encoders if encoder.name not in absent]
     own_vae = ["vae"] if not model.vae or (path / "vae" / "config.json").is_file() else []
@@ -205,8 +208,10 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     if missing:
         hint = ", or give a VAE by model.vae (--vae)" if "vae" in missing else ""
         raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again{hint}")
-    if model.tokenizer:
-        raise LorakitError(f"base {path} has its own tokenizer: model.tokenizer is for bases in a single file")
+    for option in ("tokenizer", "text_encoders"):
+        if getattr(model, option):
+            kind = option.replace("_", " ")
+            raise LorakitError(f"base {path} has its own {kind}: model.{option} is for bases in a single file")
     configs = {name: weight_files.read_json(folder / "config.json") for name, folder in folders.items()}
     if model.vae:
         folders.pop("vae", None)
@@ -215,12 +220,12 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     weights = {name: weight_files.weight_files(folder, stems[folder.name]) for name, folder in folders.items()}
     layers: dict[str, tuple[int, ...]] = {}
     for component in ("unet", *encoders):
-        layers |= _layers(component, weight_files.shapes(weights[component][0]))
+        layers |= weight_files.layers(component, weight_files.shapes(weights[component][0]))
     # With the same weights, another prediction type or schedule makes another base.
     config_files = [folders[name] / "config.json" for name in ("unet", "vae") if name in folders]
     config_files.append(path / "scheduler" / "scheduler_config.json")
     notes = [f"from the hub: {source}"] if source else []
-    notes += [f"without {name}" for name in absent]
+    notes += [f"without {name}{'' if model.t5 else ', as model.t5 says'}" for name in absent]
     return _info(
         model,
         path=path,
@@ -236,20 +241,33 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
         title=title,
         source=source,
         notes=tuple(notes),
+        without_t5=bool(left_out),
     )
 
 
+def _unused(model: ModelConfig) -> list[str]:
+    """Folders of a base that `model.t5` makes needless."""
+    encoders = [e for spec in registry.FAMILIES.values() for e in spec.text_encoders if e.kind == "T5"]
+    return [] if model.t5 else [name for encoder in encoders for name in (encoder.name, encoder.tokenizer)]
+
+
 def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
-    header = _check_header(_header(path))
+    header = ldm.check_header(ldm.read_header(path))
     checkpoint = ldm.read(header, vae_needed=not model.vae)
-    configs = single_file.configs(checkpoint)
+    spec = registry.family_of(checkpoint.family)
+    others = text_encoders.find(model.text_encoders, path, checkpoint, _CHECKS, t5=model.t5)
+    left_out = [] if model.t5 else [e.name for e in spec.text_encoders if e.kind == "T5" and e.name in checkpoint.parts]
+    parts = {name: slots for name, slots in checkpoint.parts.items() if name not in left_out}
+    shapes = {name: {ours: slot.shape for ours, slot in slots.items()} for name, slots in parts.items()}
+    shapes |= {name: encoder.shapes for name, encoder in others.items()}
+    configs = single_file.configs(checkpoint, shapes) | text_encoders.configs(others)
     layers: dict[str, tuple[int, ...]] = {}
-    sizes: dict[str, int] = {}
-    for component, slots in checkpoint.parts.items():
-        lengths = {slot.key: header.tensors[slot.key] for slot in slots.values()}
+    for component in [name for name in shapes if name != "vae"]:
+        layers |= weight_files.layers(component, shapes[component])
+    sizes = {name: sum(file.stat().st_size for file in encoder.files) for name, encoder in others.items()}
+    for component, slots in parts.items():
+        lengths = {slot.key: header.tensors[slot.key] for slot in slots.values() if slot.key}
         sizes[component] = sum(info.end - info.start for info in lengths.values())
-        if component != "vae":
-            layers |= _layers(component, {name: slot.shape for name, slot in slots.items()})
     prediction = checkpoint.prediction
     zero = " with zero terminal SNR" if prediction.zero_snr else ""
     unsure = (
@@ -259,26 +277,29 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
     notes += [f"prediction type: {prediction.type}{zero}, {prediction.evidence}{unsure}"]
     if checkpoint.ignored:
         notes.append(f"keys that are not of such a model, ignored: {_summary(checkpoint.ignored)}")
-    words = min(config["vocab_size"] for name, config in configs.items() if name.startswith("text"))
-    folder, tokenizer_note = clip_tokenizer.find(model.tokenizer, path, words)
-    notes.append(tokenizer_note)
-    encoders = [name for name in configs if name.startswith("text")] if folder else []
+    notes += [f"{name}: {encoder.source.path}" for name, encoder in others.items()]
+    absent = [encoder.name for encoder in spec.text_encoders if encoder.name not in configs]
+    notes += [f"without {name}{'' if model.t5 else ', as model.t5 says'}" for name in absent]
+    tokenizers, tokenizer_notes = text_encoders.tokenizers(path, model, others, configs)
+    notes += tokenizer_notes
     return _info(
         model,
         path=path,
         family=checkpoint.family,
-        loader=registry.family_of(checkpoint.family).name,
+        loader=spec.name,
         layers=layers,
         bytes=sizes,
-        variants=dict.fromkeys(sizes),
+        variants={name: others[name].source.variant if name in others else None for name in sizes},
         configs=configs,
-        tokenizers={name.replace("text_encoder", "tokenizer"): folder for name in encoders},
-        slots=checkpoint.parts,
-        content=(path,),
+        tokenizers=tokenizers,
+        slots=parts,
+        sources={name: encoder.source for name, encoder in others.items()},
+        content=(path, *(file for encoder in others.values() for file in encoder.files)),
         title=path.stem,
         source=source,
         notes=tuple(notes),
         titles=tuple(header.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")),
+        without_t5=bool(left_out),
     )
 
 
@@ -300,6 +321,8 @@ def _info(model: ModelConfig, *, titles: tuple[str, ...] = (), **facts: Any) -> 
         _check_tokenizer(folder)
     if configs["unet"].get("in_channels", 4) != channels:
         facts["notes"] = (*facts["notes"], INPAINTING)
+    if not model.t5 and not any(encoder.kind == "T5" for encoder in spec.text_encoders):
+        raise LorakitError(f"base {path} has no T5: leave model.t5")
     if spec.predicts_flow and model.prediction_type != "auto":
         raise LorakitError(f"base {path} predicts the flow: leave model.prediction_type")
     configs["scheduler"], note = schedule.override(configs["scheduler"], model.prediction_type)
@@ -336,17 +359,16 @@ def _info(model: ModelConfig, *, titles: tuple[str, ...] = (), **facts: Any) -> 
         max_tokens=clip,
         text_tokens=clip + sum(encoder.extra_tokens for encoder in spec.text_encoders),
         cross_dim=_cross_dim(configs["unet"]),
-        untrained_layers=frozenset(
-            [
-                *_of_last(facts["layers"], r"text_encoder\..*\.layers", facts["clip_skip"] - 1),
-                *(
-                    name
-                    for name in _of_last(facts["layers"], r"unet\.transformer_blocks")
-                    if name.endswith(spec.dead_end_layers)
-                ),
-            ]
-        ),
+        untrained_layers=frozenset(_dead_layers(spec, facts["layers"], facts["clip_skip"])),
     )
+
+
+def _dead_layers(spec: FamilySpec, layers: Iterable[str], clip_skip: int) -> Iterator[str]:
+    """Layers that no gradient reaches."""
+    yield from weight_files.of_last(layers, r"text_encoder\..*\.layers", clip_skip - 1)
+    for name in weight_files.of_last(layers, r"unet\.transformer_blocks"):
+        if name.endswith(spec.dead_end_layers):
+            yield name
 
 
 def _cross_dim(denoiser: dict[str, Any]) -> int:
@@ -417,68 +439,4 @@ def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:
     return int(min(limit, positions))
 
 
-# CLIP's and T5's tables of words and places.
-_TABLES = re.compile(r"embeddings\.|^shared\.|embed_tokens\.|relative_attention_bias\.")
-
-
-def _layers(component: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Linear and convolutional layers: weights of two or four axes that are not embedding tables."""
-    return {
-        canonical(component, name.removesuffix(".weight")): shape
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) in (2, 4) and not _TABLES.search(name)
-    }
-
-
-def _of_last(layers: Iterable[str], stack: str, count: int = 1) -> list[str]:
-    """The layers of the last blocks of a stack, such as `unet.transformer_blocks`."""
-    numbered = {name: int(match[1]) for name in layers if (match := re.match(rf"{stack}\.(\d+)\.", name))}
-    last = max(numbered.values(), default=-1)
-    return [name for name, number in numbered.items() if number > last - count]
-
-
-_ADAPTER = "is an adapter (LoRA), not a base model: give the model that it was made for"
-_KINDS = {
-    "adapter": _ADAPTER,
-    "lycoris": _ADAPTER,
-    "unet": "is a UNet alone: give the whole model",
-    "vae": "is a VAE alone, not a base model",
-    "text encoder": "is a text encoder alone: give the whole model",
-    "embedding": "is a textual-inversion embedding, not a base model",
-    "controlnet": "is a ControlNet, not a base model",
-    "unknown": "is a safetensors file of no kind known here: give a Stable Diffusion model",
-}
-
-
-def _header(path: Path) -> safetensors_header.Header:
-    """Of a single file; empty where that is no .safetensors file."""
-    is_safetensors = path.suffix.lower() == ".safetensors"
-    return safetensors_header.read(path) if is_safetensors else safetensors_header.Header(path, {}, {}, 0)
-
-
-def _check_header(header: safetensors_header.Header) -> safetensors_header.Header:
-    """The header, if it is that of a model that is trained; the file itself need not be there.
-
-    Raises:
-        LorakitError: it is something else, which is named.
-    """
-    if kind := _what_file(header):
-        raise LorakitError(f"base {header.path.name} {kind}")
-    ldm.detect_family(header.shapes(), header.path.name)
-    return header
-
-
-_CHECKS = hub.Checks(_check_configs, _check_header)
-
-
-def _what_file(header: safetensors_header.Header) -> str:
-    """What a single file that is no whole model is, and what to do; continues "base NAME ...". Empty for a model."""
-    path = header.path
-    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        return "is a pickle, which can run code when it is read; convert it once: lorakit convert FILE"
-    if path.suffix.lower() == ".gguf":
-        return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
-    if path.suffix.lower() != ".safetensors":
-        return "is a file, not a base model: give a .safetensors file or a folder in diffusers layout"
-    kind = safetensors_header.kind(header.shapes())
-    return _KINDS.get(kind, "")
+_CHECKS = hub.Checks(_check_configs, ldm.check_header)

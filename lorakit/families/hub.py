@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -87,18 +87,21 @@ def refuse_link(link: str) -> None:
     raise LorakitError(f"base {link} is a link: download the model and give its path, or give a hub id, owner/name")
 
 
-def find(hub_id: HubId, checks: Checks) -> tuple[Path, str]:
+def find(hub_id: HubId, checks: Checks, without: Collection[str] = ()) -> tuple[Path, str]:
     """Folder or file in the cache, and the commit that it is of. Only where the cache lacks it is the network asked.
+
+    Args:
+        without: folders of the repository that are not needed.
 
     Raises:
         LorakitError: there is no such model, revision or file, it is gated, it is not in diffusers layout, or the
             network cannot be reached; or as `checks` do.
     """
-    path = cached(hub_id) or _fetch(hub_id, checks)
+    path = cached(hub_id, without) or _fetch(hub_id, checks, without)
     return path, path.parents[hub_id.file.count("/")].name if hub_id.file else path.name
 
 
-def cached(hub_id: HubId) -> Path | None:
+def cached(hub_id: HubId, without: Collection[str] = ()) -> Path | None:
     """The complete snapshot, or the file, in the cache, or None. The network is not asked."""
     from huggingface_hub import errors, try_to_load_from_cache
 
@@ -111,7 +114,7 @@ def cached(hub_id: HubId) -> Path | None:
         return None
     if hub_id.file:
         return Path(path)
-    return Path(path).parent if _complete(Path(path).parent) else None
+    return Path(path).parent if _complete(Path(path).parent, without) else None
 
 
 def find_vae(hub_id: HubId) -> tuple[Path, str]:
@@ -162,10 +165,10 @@ def _vae_files(title: str, names: list[str]) -> tuple[str, list[str]]:
     )
 
 
-def _complete(folder: Path) -> bool:
+def _complete(folder: Path, without: Collection[str]) -> bool:
     """Whether a snapshot has every part that its index names and a base needs."""
     index = weight_files.read_json(folder / "model_index.json")
-    parts = {name for name, classes in index.items() if isinstance(classes, list) and None not in classes}
+    parts = {name for name, classes in index.items() if isinstance(classes, list) and None not in classes} - {*without}
     stems = registry.weight_stems()
     try:
         for name in stems.keys() & parts:
@@ -175,7 +178,7 @@ def _complete(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in parts & {*stems, *_folders()})
 
 
-def _fetch(hub_id: HubId, checks: Checks) -> Path:
+def _fetch(hub_id: HubId, checks: Checks, without: Collection[str]) -> Path:
     from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
     if is_offline_mode():
@@ -192,7 +195,7 @@ def _fetch(hub_id: HubId, checks: Checks) -> Path:
         if "model_index.json" in names:
             index = snapshot_download(hub_id.name, revision=info.sha, allow_patterns=["model_index.json"])
             checks.configs(title, Path(index))
-        files = base_files(title, names)
+        files = [name for name in base_files(title, names) if name.partition("/")[0] not in without]
         configs = [name for name in files if name.endswith(".json")]
         checks.configs(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=configs)))
         folder = snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.families import scaled_weight
+from lorakit.families import weight_files
 from lorakit.families.spec import FLOW, FileLayout, FilePart
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ NOT_WEIGHTS = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask)$")
 # Keys of so many files that nothing is said of them: the noise schedule, marks, projections that nothing reads.
 USUAL = re.compile(
     rf"(betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_\w+|posterior_\w+|logvar|scale_factor|v_pred|ztsnr"
-    rf"|denoiser\..*)|.*({NOT_WEIGHTS.pattern}|(^|\.)text_projection(\.weight)?$|{scaled_weight.MARKS.pattern})"
+    rf"|denoiser\..*)|.*({NOT_WEIGHTS.pattern}|(^|\.)text_projection(\.weight)?$|{weight_files.MARKS.pattern})"
 )
 # What stands before the weights' moving average, which is of training and of no use here.
 AVERAGE = "model_ema."
@@ -58,11 +59,11 @@ class Slot:
     """Where one of diffusers' tensors lies in a file.
 
     Attributes:
-        key: the tensor in the file.
+        key: the tensor in the file; empty for the identity, which is in none.
         shape: in diffusers; the file's may differ by axes of length 1.
         third: 0, 1 or 2 where it is that third of the file's rows (q, k, v in one), else None.
         form: `Transposed`, `Pointwise` or `Swapped` where it is that, else str.
-        scale: the tensor in the file by which its numbers are multiplied, if there is one (see `scaled_weight`).
+        scale: the tensor in the file by which its numbers are multiplied, if there is one (see `weight_files`).
     """
 
     key: str
@@ -106,6 +107,11 @@ def layouts() -> dict[str, FileLayout]:
     return {name: version.layout for name, (_, version) in registry.versions().items() if version.layout is not None}
 
 
+def titles() -> str:
+    """The bases that are read from one file, for a person."""
+    return ", ".join(version.title for _, version in registry.versions().values() if version.layout is not None)
+
+
 def layout_of(family: str) -> FileLayout:
     """The layout of a version that has one."""
     layout = registry.version_of(family).layout
@@ -133,7 +139,7 @@ def read(header: safetensors_header.Header, *, vae_needed: bool = True) -> Check
             continue
         parts[component] = slots = read_part(header, component, part)
         rest -= {key for slot in slots.values() for key in (slot.key, slot.scale) if key}
-    lost = sorted(key for key in rest if scaled_weight.SCALE.search(key) and not key.startswith(AVERAGE))
+    lost = sorted(key for key in rest if weight_files.SCALE.search(key) and not key.startswith(AVERAGE))
     if lost:
         raise LorakitError(f"{name} has {lost[0]}, a scale that belongs to no weight: get the file in fp16")
     # A layer that a published model has and does not read, and what is so usual that nothing is said of it.
@@ -150,15 +156,26 @@ def read_part(header: safetensors_header.Header, component: str, part: FilePart)
     """
     shapes, name = header.shapes(), header.path.name
     prefix = next((p for p in part.prefixes if any(key.startswith(p) for key in shapes)), part.prefixes[0])
-    inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-    if not inside:
+    if not any(key.startswith(prefix) for key in shapes):
         hint = ", or give one by model.vae (--vae)" if component == "vae" else ""
         raise LorakitError(f"{name} lacks its {component} ({part.prefixes[0]}*): get the whole checkpoint{hint}")
-    for key in inside:
-        dtype = header.tensors[prefix + key].dtype
-        if key.endswith("weight") and dtype not in scaled_weight.READABLE:
-            raise LorakitError(f"{name} has {prefix}{key} in {dtype}, a quantization not read here: get it in fp16")
-    slots = _slots(name, part, component, prefix, inside)
+    return component_slots(header, part, component, prefix)
+
+
+def component_slots(header: safetensors_header.Header, part: FilePart, component: str, prefix: str) -> dict[str, Slot]:
+    """Where each tensor of a component lies in a file that has it behind `prefix`.
+
+    Raises:
+        LorakitError: a tensor that is missing or not read here.
+    """
+    name = header.path.name
+    inside = {key.removeprefix(prefix): info for key, info in header.tensors.items() if key.startswith(prefix)}
+    for key, info in inside.items():
+        if key.endswith("weight") and info.dtype not in weight_files.READABLE:
+            raise LorakitError(
+                f"{name} has {prefix}{key} in {info.dtype}, a quantization not read here: get it in fp16"
+            )
+    slots = _slots(name, part, component, prefix, {key: info.shape for key, info in inside.items()})
     _require_whole(name, component, slots, part.partial)
     return slots
 
@@ -216,14 +233,18 @@ def place(family: str, parts: Mapping[str, Shapes]) -> dict[str, dict[str, Slot]
 
 def tensors(header: safetensors_header.Header, slots: Mapping[str, Slot]) -> Iterator[tuple[str, torch.Tensor]]:
     """Diffusers' name and tensor of each slot, one of the file's tensors at a time."""
+    import torch
+
     by_key: dict[str, list[str]] = {}
     for name, slot in slots.items():
         by_key.setdefault(slot.key, []).append(name)
+    for name in by_key.pop("", []):
+        yield name, torch.eye(slots[name].shape[0])
     scales = dict(safetensors_header.tensors(header, {slot.scale for slot in slots.values() if slot.scale}))
     for key, tensor in safetensors_header.tensors(header, by_key):
         for name in by_key[key]:
             scale = scales.get(slots[name].scale or "")
-            yield name, view(tensor if scale is None else scaled_weight.dequantize(tensor, scale), slots[name])
+            yield name, view(tensor if scale is None else weight_files.dequantize(tensor, scale), slots[name])
 
 
 def assemble(parts: list[torch.Tensor], slots: list[Slot]) -> torch.Tensor:
@@ -283,7 +304,6 @@ def prediction(header: safetensors_header.Header, family: str) -> Prediction:
 
 
 _OTHERS = {
-    f"{UNET}joint_blocks.": "a Stable Diffusion 3 model",
     f"{UNET}double_blocks.": "a FLUX model",
     "noise_augmentor.": "an unCLIP model, which draws from pictures",
     "edm_": "trained with EDM's noise (Playground, CosXL), which lorakit does not do",
@@ -298,7 +318,7 @@ def detect_family(shapes: Shapes, name: str) -> str:
     """
     for start, what in _OTHERS.items():
         if any(key.startswith(start) for key in shapes):
-            raise LorakitError(f"{name} is {what}; in one file lorakit reads Stable Diffusion 1.x, 2.x and XL")
+            raise LorakitError(f"{name} is {what}; in one file lorakit reads {titles()}")
     counts = {family: sum(key.startswith(layout.marks) for key in shapes) for family, layout in layouts().items()}
     family = max(counts, key=lambda family: counts[family])
     if not counts[family]:
@@ -315,7 +335,7 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
     names, pattern = part.names(shapes, True) if part.names else {}, re.compile(part.tensors)
     slots: dict[str, Slot] = {}
     for name, shape in shapes.items():
-        if NOT_WEIGHTS.search(name) or scaled_weight.MARKS.search(name) or scaled_weight.SCALE.search(name):
+        if NOT_WEIGHTS.search(name) or weight_files.MARKS.search(name) or weight_files.SCALE.search(name):
             continue
         head, tail = _longest(name, names) if part.names else (name, "")
         whole = name if name.startswith((part.level, "text_projection")) else part.level + name
@@ -325,7 +345,7 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
         # Programs read the other parts without a look at what else is there.
         if not targets and component == "unet":
             raise LorakitError(f"{file} has a tensor {prefix}{name} that Stable Diffusion does not have")
-        scale = scaled_weight.scale_of(name, shapes) if name.endswith(".weight") else None
+        scale = weight_files.scale_of(name, shapes) if name.endswith(".weight") else None
         for third, ours in targets:
             form = _form(type(ours), tail)
             own = (shape[0] // len(group), *shape[1:]) if len(group) > 1 else shape
@@ -333,6 +353,9 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
             slots[ours + tail] = Slot(
                 prefix + name, own, third if len(group) > 1 else None, form, scale and prefix + scale
             )
+    if part.identity and slots:
+        name, like = part.identity
+        slots[name] = Slot("", (slots[like].shape[0],) * 2)
     if part.used_layers is None:
         return slots
     # Without the last layer of a text encoder that is read before it, and without what comes after. Some converters
@@ -359,3 +382,47 @@ def _longest(name: str, names: Collection[str]) -> tuple[str | None, str]:
         head, _, last = head.rpartition(".")
         tail = f".{last}{tail}"
     return (head, tail) if head else (None, "")
+
+
+_ADAPTER = "is an adapter (LoRA), not a base model: give the model that it was made for"
+_KINDS = {
+    "adapter": _ADAPTER,
+    "lycoris": _ADAPTER,
+    "unet": "is a UNet alone: give the whole model",
+    "vae": "is a VAE alone, not a base model",
+    "text encoder": "is a text encoder alone: give the whole model",
+    "embedding": "is a textual-inversion embedding, not a base model",
+    "controlnet": "is a ControlNet, not a base model",
+    "unknown": "is a safetensors file of no kind known here: give a Stable Diffusion model",
+}
+
+
+def read_header(path: Path) -> safetensors_header.Header:
+    """Of a single file; empty where that is no .safetensors file."""
+    is_safetensors = path.suffix.lower() == ".safetensors"
+    return safetensors_header.read(path) if is_safetensors else safetensors_header.Header(path, {}, {}, 0)
+
+
+def check_header(head: safetensors_header.Header) -> safetensors_header.Header:
+    """The header, if it is that of a model that is trained; the file itself need not be there.
+
+    Raises:
+        LorakitError: it is something else, which is named.
+    """
+    if kind := _what_file(head):
+        raise LorakitError(f"base {head.path.name} {kind}")
+    detect_family(head.shapes(), head.path.name)
+    return head
+
+
+def _what_file(head: safetensors_header.Header) -> str:
+    """What a single file that is no whole model is, and what to do; continues "base NAME ...". Empty for a model."""
+    path = head.path
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        return "is a pickle, which can run code when it is read; convert it once: lorakit convert FILE"
+    if path.suffix.lower() == ".gguf":
+        return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
+    if path.suffix.lower() != ".safetensors":
+        return "is a file, not a base model: give a .safetensors file or a folder in diffusers layout"
+    kind = safetensors_header.kind(head.shapes())
+    return _KINDS.get(kind, "")

@@ -85,7 +85,7 @@ def _from_file(source: Source, config: dict[str, Any], component: str, cls: Any,
         return module
     # transformers makes the buffers that are in no file, and knows by which names its version calls the weights.
     module, loading_info = cls.from_pretrained(
-        None, config=transformers.CLIPTextConfig(**config), state_dict=weights, dtype=dtype, output_loading_info=True
+        None, config=cls.config_class(**config), state_dict=weights, dtype=dtype, output_loading_info=True
     )
     wrong = sorted(loading_info["missing_keys"] | loading_info["unexpected_keys"])
     if wrong:
@@ -152,17 +152,18 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> CLIPTokenize
         LorakitError: the vocabulary is broken; transformers gives an almost empty tokenizer then, and says nothing.
     """
     folder = info.tokenizer(component)
-    if info.slots is not None and (folder / "vocab.json").is_file():
+    in_file = info.weights(component.replace("tokenizer", "text_encoder")).slots is not None
+    if in_file and (folder / "vocab.json").is_file():
         # Of the vocabulary alone: what fills texts up in the place that it is from is no mark in this base's texts.
         tokenizer = transformers.CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
     else:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     words, rows = len(tokenizer), encoder.config.vocab_size
-    if not 256 <= words <= rows or (info.slots is not None and words != rows):
-        whose = f"{component} of base {info.path}" if info.slots is None else f"tokenizer {folder}"
-        what = "get the base again" if info.slots is None else "set model.tokenizer to the folder of the base's own"
+    if not 256 <= words <= rows or (in_file and words != rows):
+        whose = f"tokenizer {folder}" if in_file else f"{component} of base {info.path}"
+        what = "set model.tokenizer to the folder of the base's own" if in_file else "get the base again"
         raise LorakitError(f"{whose} knows {words} words where its text encoder has {rows}: {what}")
-    if info.slots is not None:
+    if in_file:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(encoder.config.pad_token_id)
     tokenizer.model_max_length = info.max_tokens
     return tokenizer

@@ -7,6 +7,7 @@ autoencoder's modules), OpenCLIP's text model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lorakit.families import ldm
@@ -36,9 +37,14 @@ _OPENCLIP_LAYER = {
 }
 
 
-def configs(checkpoint: ldm.Checkpoint) -> Configs:
-    """What the config.json of each part in diffusers layout would say; with "scheduler" and "model_index"."""
-    shapes = {part: {name: slot.shape for name, slot in slots.items()} for part, slots in checkpoint.parts.items()}
+def configs(checkpoint: ldm.Checkpoint, shapes: Mapping[str, Shapes] | None = None) -> Configs:
+    """What the config.json of each part in diffusers layout would say; with "scheduler" and "model_index".
+
+    Args:
+        shapes: component -> diffusers' name -> shape, where that is not what the file has.
+    """
+    if shapes is None:
+        shapes = {part: {name: slot.shape for name, slot in slots.items()} for part, slots in checkpoint.parts.items()}
     prediction = checkpoint.prediction
     return ldm.layout_of(checkpoint.family).configs(shapes, prediction.type, prediction.zero_snr)
 
@@ -113,7 +119,7 @@ def text_config(shapes: Shapes, *, openclip: bool) -> dict[str, Any]:
         "hidden_size": width,
         "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
         "num_hidden_layers": count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
-        "num_attention_heads": width // HEAD,
+        "num_attention_heads": max(1, width // HEAD),
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "hidden_act": "gelu" if openclip else "quick_gelu",
         "projection_dim": projection,
@@ -156,10 +162,12 @@ VAE = FilePart(
 )
 
 
-def clip(*prefixes: str, projection: bool = False, optional: bool = False) -> FilePart:
+def clip(
+    *prefixes: str, projection: bool = False, optional: bool = False, identity: tuple[str, str] | None = None
+) -> FilePart:
     """CLIP's text model under the names of transformers; some early files lack the level `text_model`."""
     tensors = rf"{_CLIP}|text_projection\.weight" if projection else _CLIP
-    return FilePart(prefixes, tensors, level="text_model.", optional=optional)
+    return FilePart(prefixes, tensors, level="text_model.", optional=optional, identity=identity)
 
 
 def openclip(*prefixes: str, used_layers: int | None = None) -> FilePart:

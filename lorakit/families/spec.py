@@ -74,11 +74,19 @@ class KohyaNames:
         sgm: whether blocks of the UNet have sgm's names; else diffusers'.
         text: text encoder -> prefix.
         conv_projections: whether `proj_in` and `proj_out` are 1x1 convolutions.
+        denoiser: of a denoiser that is no UNet, canonical name -> name; `*` is a block's number.
+        fused: canonical name of a layer that files have in one -> those that lorakit has, which are equal shares of its
+            rows.
+        swapped: endings of layers the halves of whose rows are the other way round in files, where these are twice as
+            many as the columns.
     """
 
     sgm: bool
     text: Mapping[str, str]
     conv_projections: bool = False
+    denoiser: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    swapped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,7 @@ class FilePart:
         used_layers: how many of its layers the published model reads, where that is one less than it has; the rest is
             not in diffusers layout.
         optional: whether a file may do without.
+        identity: a matrix that diffusers has and no file, as it is the identity; and a tensor that is as wide.
     """
 
     prefixes: tuple[str, ...]
@@ -138,6 +147,7 @@ class FilePart:
     partial: str = "conv_shortcut"
     used_layers: int | None = None
     optional: bool = False
+    identity: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,7 @@ class FamilySpec:
             otherwise; None where it cannot: no program reads them elsewhere.
         chunked_texts: whether programs read long texts of its CLIP encoders in chunks.
         dead_end_layers: endings of layers whose output nothing reads in the last block.
-        format_refusals: format -> why it cannot carry adapters of this family.
+        format_refusals: format and kind of layers -> why it cannot carry such adapters of this family.
         guidance: classifier-free guidance of samples where nothing else is said.
     """
 
@@ -234,7 +244,7 @@ class FamilySpec:
     clip_skip: int | None = None
     chunked_texts: bool = True
     dead_end_layers: tuple[str, ...] = ()
-    format_refusals: Mapping[str, str] = field(default_factory=dict)
+    format_refusals: Mapping[tuple[str, str], str] = field(default_factory=dict)
     guidance: float = 7.5
 
     @property

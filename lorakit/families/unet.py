@@ -67,7 +67,7 @@ def bucket_multiple(shapes: Shapes, downscale: int) -> int:
 # Names of modules as programs' loaders spell them, read there and not made from `formats.keys`.
 _SIDES = r"lora_unet_(?:(?:down|up)_blocks_\d+|mid_block)_"
 _TRANSFORMER = r"(?:proj_in|proj_out|transformer_blocks_\d+_(?:attn[12]_to_(?:q|k|v|out_0)|ff_net_0_proj|ff_net_2))"
-_CLIP = r"text_model_encoder_layers_\d+_(?:self_attn_(?:q|k|v|out)_proj|mlp_fc[12])"
+CLIP = r"text_model_encoder_layers_\d+_(?:self_attn_(?:q|k|v|out)_proj|mlp_fc[12])"
 
 BLOCKS = (
     rf"{_SIDES}attentions_\d+_{_TRANSFORMER}",
@@ -86,7 +86,7 @@ TOP = (r"lora_unet_(?:conv_in|conv_out|time_embedding_linear_[12])",)
 ADD = (r"lora_unet_add_embedding_linear_[12]",)
 TOP_SGM = (r"lora_unet_(?:input_blocks_0_0|out_2|time_embed_[02])",)
 ADD_SGM = (r"lora_unet_label_emb_0_[02]",)
-TE, TE1, TE2 = ((rf"lora_{te}_{_CLIP}",) for te in ("te", "te1", "te2"))
+TE, TE1, TE2 = ((rf"lora_{te}_{CLIP}",) for te in ("te", "te1", "te2"))
 PROJECTION = (r"lora_te2_text_projection",)
 # Dotted names. ComfyUI looks for `.processor.to_q`, so PEFT's plain `.to_q` never matches there.
 DOTTED_UNET = (r"unet\..+",)

@@ -90,7 +90,7 @@ def replacement(name: str, facts: _Config) -> dict[str, Any]:
     index = facts["configs"]["model_index"] | {"vae": ["diffusers", CLASS]}
     return {
         "configs": facts["configs"] | {"vae": vae.config, "model_index": index},
-        "sources": {"vae": vae.source},
+        "sources": {**facts.get("sources", {}), "vae": vae.source},
         "bytes": facts["bytes"] | {"vae": sum(path.stat().st_size for path in vae.content if path.suffix != ".json")},
         "variants": facts["variants"] | {"vae": vae.source.variant},
         "content": (*facts["content"], *vae.content),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.core import foreign_json, safetensors_header
 from lorakit.core.cache_dir import file_hash
 from lorakit.core.errors import LorakitError
+from lorakit.core.layer_names import canonical
+
+if TYPE_CHECKING:
+    import torch
 
 PRECISIONS = ("fp16", "bf16")
 
@@ -71,3 +76,51 @@ def read_json(path: Path) -> dict[str, Any]:
 def identity(paths: Iterable[Path]) -> str:
     """SHA-256 of the content of each file, in their order: another for any change of a tensor or a setting."""
     return hashlib.sha256("/".join(file_hash(path) for path in paths).encode()).hexdigest()
+
+
+# CLIP's and T5's tables of words and places.
+_TABLES = re.compile(r"embeddings\.|^shared\.|embed_tokens\.|relative_attention_bias\.")
+
+
+def layers(component: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Linear and convolutional layers: weights of two or four axes that are not embedding tables."""
+    return {
+        canonical(component, name.removesuffix(".weight")): shape
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) in (2, 4) and not _TABLES.search(name)
+    }
+
+
+def of_last(layers: Iterable[str], stack: str, count: int = 1) -> list[str]:
+    """The layers of the last blocks of a stack, such as `unet.transformer_blocks`."""
+    numbered = {name: int(match[1]) for name in layers if (match := re.match(rf"{stack}\.(\d+)\.", name))}
+    last = max(numbered.values(), default=-1)
+    return [name for name, number in numbered.items() if number > last - count]
+
+
+# -- weights in 8 bits with a scale beside them: weight = stored * scale ----------------------------------------
+# Names: ComfyUI's comfy/ops.py and comfy/utils.py (`scaled_fp8`, `scale_weight`; since 2025 `comfy_quant`,
+# `weight_scale`).
+
+SCALE_NAMES = ("scale_weight", "weight_scale")
+# What stands beside such weights and is not needed to read them: marks, and scales of activations.
+MARKS = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant)$")
+SCALE = re.compile(rf"(^|\.)({'|'.join(SCALE_NAMES)})$")
+# safetensors' names of the dtypes that a weight may have, and of those that have 8 bits.
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
+READABLE = ("F64", "F32", "F16", "BF16", *EIGHT_BITS)
+
+
+def scale_of(weight: str, names: Container[str]) -> str | None:
+    """The name of the scale of a weight, if it has one."""
+    stem = weight.removesuffix(".weight")
+    return next((name for kind in SCALE_NAMES if (name := f"{stem}.{kind}") in names), None)
+
+
+def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The weight in float32. A scale is for the whole weight, for a row, or for a block of a row."""
+    weight, scale = weight.float(), scale.float()
+    if scale.numel() == 1:
+        return weight * scale.reshape(())
+    rows = len(weight)
+    return (weight.reshape(rows, scale.numel() // rows, -1) * scale.reshape(rows, -1, 1)).reshape(weight.shape)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LoraLayer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LohaLayer, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import keys
 from lorakit.formats.facts.consumers import BIAS, DORA_ROWS
@@ -136,3 +136,126 @@ def lossy(weights: AdapterWeights, dtype: str) -> str | None:
             if error > MAX_ROUNDING[dtype] * float(torch.linalg.vector_norm(tensor)):
                 return f"the numbers of {name} are too small for {dtype}"
     return None
+
+
+# -- q, k and v in one layer ---------------------------------------------------------------------------------------
+# Files have them so where the denoiser is no UNet (`KohyaNames.fused`); lorakit trains three. Every change of a weight
+# is exactly what it was: shares of a product's rows are products of shares of its first factor's rows, and three
+# products side by side are one with the factors in blocks.
+
+
+def split(name: str, layer: AnyLayer, family: str) -> dict[str, AnyLayer]:
+    """The layers that lorakit has for one of a file; that layer itself where it is one here too.
+
+    Raises:
+        LorakitError: a method whose layers have no shares.
+    """
+    names = keys.fused_parts(name, family)
+    if not names:
+        return {name: layer}
+    if isinstance(layer, LoraLayer) and (layer.magnitude is None or layer.magnitude.shape[0] == len(layer.up)):
+        rows = layer.up.chunk(len(names))
+        scales = (None,) * len(names) if layer.magnitude is None else layer.magnitude.chunk(len(names))
+        shares = {n: _share(layer, up, scale) for n, up, scale in zip(names, rows, scales, strict=True)}
+        # What was not trained is zeros in such a file; if that is all, so be it.
+        trained = {n: share for n, share in shares.items() if bool(share.up.any()) or share.magnitude is not None}
+        return dict(trained or shares)
+    if isinstance(layer, LohaLayer) and layer.magnitude is None:
+        pairs = zip(names, layer.w1_a.chunk(len(names)), layer.w2_a.chunk(len(names)), strict=True)
+        return {n: replace(layer, w1_a=first, w2_a=second) for n, first, second in pairs}
+    if isinstance(layer, ForeignLayer) and "diff" in layer.parts:
+        shares_of = layer.parts["diff"].chunk(len(names))
+        return {n: replace(layer, parts={"diff": share}) for n, share in zip(names, shares_of, strict=True)}
+    raise LorakitError(
+        f"{name} is {layer.method} on q, k and v in one layer, which has no counterpart on each: merge it into a base "
+        "with the program that made it"
+    )
+
+
+def split_bias(name: str, bias: torch.Tensor, family: str) -> dict[str, torch.Tensor]:
+    """The same of the change of a bias."""
+    names = keys.fused_parts(name, family) or (name,)
+    return dict(zip(names, bias.chunk(len(names)), strict=True))
+
+
+def swapped(name: str, layer: AnyLayer, family: str) -> AnyLayer:
+    """A modulation by shift and scale alone has them the other way round in files: the layer with halves exchanged, or
+    the layer itself where it is another.
+
+    Raises:
+        LorakitError: a method whose rows cannot be exchanged.
+    """
+    if not keys.is_swapped(name, family) or layer.size[0] != 2 * layer.size[1]:
+        return layer
+    if isinstance(layer, LoraLayer) and (layer.magnitude is None or layer.magnitude.shape[0] == len(layer.up)):
+        return replace(
+            layer, up=_exchanged(layer.up), magnitude=None if layer.magnitude is None else _exchanged(layer.magnitude)
+        )
+    if isinstance(layer, LohaLayer) and layer.magnitude is None:
+        return replace(layer, w1_a=_exchanged(layer.w1_a), w2_a=_exchanged(layer.w2_a))
+    if isinstance(layer, ForeignLayer) and "diff" in layer.parts:
+        return replace(layer, parts={"diff": _exchanged(layer.parts["diff"])})
+    raise LorakitError(f"{name} is {layer.method} on shift and scale, whose order differs between programs")
+
+
+def _exchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.roll(len(tensor) // 2, 0)
+
+
+def _share(layer: LoraLayer, up: torch.Tensor, magnitude: torch.Tensor | None) -> LoraLayer:
+    """Of a factor's rows, without the ranks that do not reach them, as where files have three products in blocks."""
+    used = up.flatten(2).any(2).any(0) if up.ndim > 2 else up.any(0)
+    if not bool(used.any()):
+        used = torch.ones_like(used)
+    return LoraLayer(layer.down[used], up[:, used], layer.scale * int(used.sum()), magnitude)
+
+
+def fuse(layers: Mapping[str, AnyLayer], weights: AdapterWeights) -> tuple[dict[str, AnyLayer], AdapterWeights]:
+    """The layers, and the weights with their biases, as files have them: the inverse of `split` for LoRA.
+
+    Raises:
+        LorakitError: another method, or the change of a bias for some of the three alone.
+    """
+    groups: dict[str, tuple[str, ...]] = {}
+    for name in (*layers, *weights.biases):
+        if whole := keys.fused_name(name, weights.family):
+            groups[whole] = keys.fused_parts(whole, weights.family)
+    parts = {name for names in groups.values() for name in names}
+    result = {n: swapped(n, layer, weights.family) for n, layer in layers.items() if n not in parts}
+    biases = {name: bias for name, bias in weights.biases.items() if name not in parts}
+    for whole, names in groups.items():
+        if members := [layers.get(name) for name in names if name in layers]:
+            result[whole] = _joined(whole, [layers.get(name) for name in names], members)
+        if changes := [weights.biases[name] for name in names if name in weights.biases]:
+            zeros = torch.zeros_like(changes[0])
+            biases[whole] = torch.cat([weights.biases.get(name, zeros) for name in names])
+    return result, replace(weights, biases=biases)
+
+
+def _joined(name: str, layers: list[AnyLayer | None], members: list[AnyLayer | None]) -> AnyLayer:
+    loras = [layer for layer in members if isinstance(layer, LoraLayer) and layer.magnitude is None]
+    if all(isinstance(layer, ForeignLayer) and "diff" in layer.parts for layer in members):
+        whole = [layer.parts["diff"] for layer in members if isinstance(layer, ForeignLayer)]
+        zeros = torch.zeros_like(whole[0])
+        shares = [layer.parts["diff"] if isinstance(layer, ForeignLayer) else zeros for layer in layers]
+        first = members[0]
+        assert isinstance(first, ForeignLayer)
+        return replace(first, parts={"diff": torch.cat(shares)})
+    if len(loras) != len(members):
+        raise LorakitError(f"{name} holds q, k and v in one layer, which only LoRA can be put into")
+    first_lora = loras[0]
+    zeros = torch.zeros_like(first_lora.up[:, :0])
+    pieces = [
+        layer if isinstance(layer, LoraLayer) else replace(first_lora, down=first_lora.down[:0], up=zeros)
+        for layer in layers
+    ]
+    if all(torch.equal(layer.down, first_lora.down) and layer.scale == first_lora.scale for layer in loras):
+        # One first factor for all, as in the file that they are from.
+        ups = [piece.up if piece.up.shape[1] else torch.zeros_like(first_lora.up) for piece in pieces]
+        return replace(first_lora, up=torch.cat(ups))
+    if len({layer.scale for layer in loras}) > 1:
+        pieces = [piece.rescaled(1) if piece.rank else piece for piece in pieces]
+    down = torch.cat([piece.down for piece in pieces])
+    up = torch.block_diag(*(piece.up for piece in pieces))
+    scale = next(piece.scale for piece in pieces if piece.rank)
+    return LoraLayer(down, up, scale * len(down))

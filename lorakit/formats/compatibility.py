@@ -11,9 +11,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lorakit.config import ADAPTER_SECTIONS
-from lorakit.core import foreign_json, registry
+from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
@@ -70,6 +71,14 @@ class Reading:
 def _more(things: Iterable[str]) -> str:
     count = len(list(things)) - 1
     return f" and {count} more" if count else ""
+
+
+def has_rule(consumer: str, fmt: str, path: Path, family: str) -> bool:
+    """Whether a program reads a format, and has a rule for names of this file of it."""
+    if consumer not in FORMATS[fmt].consumers:
+        return False
+    stems = modules(safetensors_header.read(path).tensors)
+    return any(re.fullmatch(pattern, stem) for pattern in _reads(consumer, family).names for stem in stems)
 
 
 def names(targets: Iterable[str]) -> list[str]:

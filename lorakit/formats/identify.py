@@ -31,7 +31,7 @@ _FACTORS = {
     **{"lora_mid.weight": "mid", "alpha": "alpha", "dora_scale": "magnitude", "lora_B.bias": "up_bias"},
 }
 _SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
-    "kohya": (r"((?:lora_(?:unet|te\d?)|lycoris)_[^.]+)\.(.+)", _FACTORS),
+    "kohya": (r"((?:lora_(?:unet|transformer|te\d?)|lycoris)_[^.]+)\.(.+)", _FACTORS),
     "peft": (
         r"(COMPONENT\..+?)\.(lora_A|lora_B\.bias|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+)"
         r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?",

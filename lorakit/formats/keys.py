@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 
-UNET_PREFIX = "lora_unet_"
+UNET_PREFIX, ONETRAINER_PREFIX = "lora_unet_", "lora_transformer_"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 DEFAULT_LAYERS_PER_BLOCK = 2
 POINTWISE = (1, 1)
@@ -66,6 +66,7 @@ _TEXT = re.compile(r"(text_encoder|text_encoder_2)\.text_model\.encoder\.layers\
 _TEXT_UNDERSCORED = re.compile(r"(lora_te[12]?_)(?:text_model_)?encoder_layers_(\d+)_(.+)")
 
 
+_BLOCK_NUMBER = re.compile(r"(?<=blocks[._])\d+")
 _TEXT_PREFIXES = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 
 
@@ -203,6 +204,44 @@ def family_of_layer(name: str) -> str | None:
     return None
 
 
+def _numbered(text: str, table: Mapping[str, str]) -> str | None:
+    """What a table that has `*` for a block's number says of a name with a number, or None."""
+    number = _BLOCK_NUMBER.search(text)
+    name = table.get(_BLOCK_NUMBER.sub("*", text, count=1))
+    return name.replace("*", number[0]) if name and number else name
+
+
+def fused_parts(name: str, family: str) -> tuple[str, ...]:
+    """The canonical names of the layers that are shares of one that only files have; () for any other."""
+    path, number = name.removeprefix("unet."), _BLOCK_NUMBER.search(name)
+    parts = registry.version_of(family).kohya.fused.get(_BLOCK_NUMBER.sub("*", path, count=1), ())
+    return tuple(f"unet.{part.replace('*', number[0])}" for part in parts) if number else ()
+
+
+def fused_name(name: str, family: str) -> str | None:
+    """The canonical name of the layer of files that this one is a share of, or None."""
+    fused = registry.version_of(family).kohya.fused
+    whole = _numbered(name.removeprefix("unet."), {part: whole for whole, parts in fused.items() for part in parts})
+    return f"unet.{whole}" if whole else None
+
+
+def is_swapped(name: str, family: str) -> bool:
+    """Whether files may have the halves of this layer's rows the other way round."""
+    return name.endswith(registry.version_of(family).kohya.swapped or ("//",))
+
+
+def _from_denoiser(text: str) -> str | None:
+    """The canonical name, without "unet.", of a layer of a denoiser that is no UNet: by the file's name for it, or by
+    diffusers' with underscores, as OneTrainer and SimpleTuner have it."""
+    for _, version in registry.versions().values():
+        names = {theirs: ours for ours, theirs in version.kohya.denoiser.items()}
+        ours = (*version.kohya.denoiser, *(part for parts in version.kohya.fused.values() for part in parts))
+        names |= {name.replace(".", "_"): name for name in ours}
+        if result := _numbered(text, names):
+            return result
+    return None
+
+
 def to_diffusers_name(name: str, family: str) -> str:
     """A canonical name, or a component alone, as diffusers and PEFT have it."""
     part, dot, path = name.partition(".")
@@ -282,6 +321,8 @@ def to_kohya_name(names: Iterable[str], family: str, layers: int | None = None) 
         if place:
             blocks = place.sgm(layers, attention_ups) if spelling.sgm else path.replace(".", "_")
             result[name] = UNET_PREFIX + blocks
+        elif part == "unet" and (theirs := _numbered(path, spelling.denoiser)):
+            result[name] = UNET_PREFIX + theirs
         elif part == "unet" and path in TOP:
             result[name] = UNET_PREFIX + (TOP[path] if spelling.sgm else path.replace(".", "_"))
         elif prefix and is_canonical(name):
@@ -296,8 +337,10 @@ def from_kohya(stem: str, layers: int = DEFAULT_LAYERS_PER_BLOCK) -> str | None:
 
     Text-encoder names without `text_model_`, which converters under transformers 5.6 and later write, are understood.
     """
-    if stem.startswith(UNET_PREFIX):
-        text = stem.removeprefix(UNET_PREFIX)
+    if stem.startswith((UNET_PREFIX, ONETRAINER_PREFIX)):
+        text = stem.removeprefix(UNET_PREFIX).removeprefix(ONETRAINER_PREFIX)
+        if denoiser := _from_denoiser(text):
+            return f"unet.{denoiser}"
         place = _from_underscored(text) or _from_sgm(text, layers)
         if place:
             return f"unet.{place.dotted()}"

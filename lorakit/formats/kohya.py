@@ -27,7 +27,7 @@ PARTS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_
 
 def check(method: str, family: str) -> str | None:
     """Why this format cannot carry `method` for `family`, or None."""
-    return registry.family_of(family).format_refusals.get("kohya")
+    return registry.family_of(family).format_refusals.get(("kohya", method))
 
 
 def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
     from lorakit.formats import adapter_math
 
     adapter_math.require_writable(weights, check)
-    layers = adapter_math.complete(weights)
+    layers, weights = adapter_math.fuse(adapter_math.complete(weights), weights)
     result: dict[str, torch.Tensor] = {}
     for name, stem in keys.to_kohya_name(dict.fromkeys((*layers, *weights.biases)), weights.family).items():
         if name in weights.biases:

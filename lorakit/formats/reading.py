@@ -20,7 +20,7 @@ from lorakit.adapters.weights import AdapterWeights, AnyLayer, LokrLayer, LoraLa
 from lorakit.core import foreign_json, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable
-from lorakit.formats import embeddings, identify, keys, lycoris, metadata as meta
+from lorakit.formats import adapter_math, embeddings, identify, keys, lycoris, metadata as meta
 
 Scaling = Mapping[str, Any]
 _BIASES = {"diff_b", "b_norm", "up_bias"}
@@ -111,8 +111,8 @@ def _weights(
     _require_finite(path, tensors)
     if strange and other:
         raise LorakitError(
-            f"{path}: this is an adapter for {other[0].title} with another program's names, such as {strange[0]}; "
-            "lorakit reads those of diffusers only"
+            f"{path}: this is an adapter for {other[0].title} with {len(strange)} names of layers that lorakit does "
+            f"not read, e.g. {strange[0]}"
         )
     if strange:
         raise LorakitError(
@@ -125,14 +125,22 @@ def _weights(
     layers, biases = dict[str, AnyLayer](), dict[str, torch.Tensor]()
     for module in modules.values():
         name = str(module.canonical)
-        if name in layers or name in biases:
+        shares = keys.fused_parts(name, family) or (name,)
+        if any(share in layers or share in biases for share in shares):
             raise LorakitError(f"{path}: {name} is there twice, the second time as {module.stem}")
         scaling = scalings.get(keys.component(name), {})
+        by_file_name = "adaLN_modulation" in module.stem
+        layer = None
         if module.method != "bias" and not _has_rank_0(module, shapes):
-            layers[name] = _layer(path, module, tensors, scaling)
+            layer = _layer(path, module, tensors, scaling)
+            layer = adapter_math.swapped(name, layer, family) if by_file_name else layer
+            layers |= adapter_math.split(name, layer, family)
         for part in _BIASES & module.parts.keys():
-            scale = layers[name].scale if part == "up_bias" and name in layers else 1.0
-            biases[name] = biases.get(name, 0) + scale * tensors[module.parts[part]].float()
+            if by_file_name and keys.is_swapped(name, family):
+                raise LorakitError(f"{path}: {module.stem} changes a bias whose order differs between programs")
+            scale = layer.scale if part == "up_bias" and layer is not None else 1.0
+            for share, bias in adapter_math.split_bias(name, tensors[module.parts[part]].float(), family).items():
+                biases[share] = biases.get(share, 0) + scale * bias
     _require_parts(path, modules.values())
     special = {layer.method for layer in layers.values() if not layer.is_lora}
     method = min(special) if special else metadata.get("lorakit.method", "lora")

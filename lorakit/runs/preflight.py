@@ -108,7 +108,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     try:
         config = replace(config, model=families.pin(config.model))
         info = families.describe(config.model)
-        if fetch and not info.tokenizers and not info.tokenizer_problem():
+        if fetch and "tokenizer" not in info.tokenizers and not info.tokenizer_problem():
             info.tokenizer()
             info = families.describe(config.model)
     except LorakitError as error:

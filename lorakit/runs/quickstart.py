@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lorakit import config as configuration, families
 from lorakit.config import LENGTHS, Config, ModelConfig
@@ -36,8 +37,7 @@ def config_for_answers(
     """
     values = {key: answers[key] for key in BASIC_OPTIONS if key in answers}
     if preset is None:
-        vae = str((changed or {}).get(VAE, ""))
-        preset, _ = default_preset(values.get(BASE, "pocket"), values.get(KIND, "subject"), vae)
+        preset, _ = default_preset(model_of({**(changed or {}), **values}), values.get(KIND, "subject"))
     changed = changed or {}
     if not any(key in changed for key in LENGTH_KEYS):
         config = configuration.load(preset)
@@ -48,11 +48,17 @@ def config_for_answers(
     return configuration.load(preset, values | dict(changed))
 
 
-def default_preset(base: str, kind: str, vae: str = "") -> tuple[str, str]:
+def model_of(options: Mapping[str, object]) -> ModelConfig:
+    """The section `model` as far as some options (key -> value) say it. Values are not checked."""
+    values = {field.name: options[key] for field in fields(ModelConfig) if (key := f"model.{field.name}") in options}
+    return ModelConfig(**cast("dict[str, Any]", values))
+
+
+def default_preset(model: ModelConfig, kind: str) -> tuple[str, str]:
     """The preset for a base and a kind of photos where the user named none, and why."""
-    if base == "pocket":
+    if model.base == "pocket":
         return f"{kind}-pocket", "for the bundled base"
-    family = describe(ModelConfig(base=base, vae=vae)).family
+    family = describe(model).family
     return (
         f"{kind}-{registry.version_of(family).preset}",
         f"for a base of the family {family}; --preset chooses another",

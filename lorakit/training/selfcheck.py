@@ -23,8 +23,7 @@ from lorakit import adapters, formats
 from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.core import rng
 from lorakit.core.layer_names import canonical
-from lorakit.core.registry import FORMATS
-from lorakit.formats import verify
+from lorakit.formats import compatibility, verify
 
 if TYPE_CHECKING:
     from lorakit.families import Family
@@ -113,7 +112,7 @@ def examine(
         family = load()
         # Neither DoRA in the web UIs' axis, LyCORIS' methods nor a PEFT folder is something that this loader reads.
         only_lora = all(layer.is_lora for layer in weights.layers.values())
-        if only_lora and "diffusers" in FORMATS[name].consumers:
+        if only_lora and compatibility.has_rule("diffusers", name, path, family.info.family):
             findings.append(read_by_diffusers(name, path, family, weights, TOLERANCE[dtype] / 4))
         adapters.apply(family, formats.read(path))
         read = probe(family, prompt, size)

@@ -168,10 +168,11 @@ def test_a_run_is_pinned_and_its_adapter_says_on_what_it_was_trained(cache: Path
 PROGRAM = """
 import json, sys
 from lorakit import families
+from lorakit.config import ModelConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 try:
-    info = families.describe(sys.argv[1])
+    info = families.describe(ModelConfig(base=sys.argv[1], t5="without T5" not in sys.argv))
     print(json.dumps([info.source, str(info.path), sorted(p.relative_to(info.path).as_posix()
                       for p in info.path.rglob("*") if p.is_file())]))
 except LorakitError as error:
@@ -179,10 +180,11 @@ except LorakitError as error:
 """
 
 
-def describe(base: str, endpoint: str, home: Path) -> Any:
+def describe(base: str, endpoint: str, home: Path, *options: str) -> Any:
     """What another process says of a base, with its own cache and the hub at `endpoint`."""
     env = os.environ | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    process = subprocess.run([sys.executable, "-c", PROGRAM, base], capture_output=True, text=True, check=True, env=env)
+    command = [sys.executable, "-c", PROGRAM, base, *options]
+    process = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     return json.loads(process.stdout)
 
 
@@ -258,6 +260,19 @@ def test_what_is_not_trained_is_refused_before_weights_are_fetched(
     assert not [path for path in requests if path.endswith(".safetensors")]
     assert any("model_index.json" in path for path in requests)
     assert any("scheduler_config.json" in path for path in requests) == (count > 1)
+
+
+def test_t5_is_not_fetched_where_it_is_left_out(tmp_path: Path) -> None:
+    """The same repository is fetched in whole once it is wanted so."""
+    tiny_sd3.save_sd3(tmp_path / "served")
+    requests: list[str] = []
+    with hub_server.serve(tmp_path / "served", requests) as endpoint:
+        describe("org/tiny", endpoint, tmp_path / "home", "without T5")
+        fetched = [path for path in requests if "/resolve/" in path]
+        assert any("transformer/" in path for path in fetched)
+        assert not any("text_encoder_3" in path or "tokenizer_3" in path for path in fetched)
+        describe("org/tiny", endpoint, tmp_path / "home")
+    assert any("text_encoder_3/model.safetensors" in path for path in requests)
 
 
 @pytest.mark.parametrize("t5", [True, False])

@@ -20,7 +20,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.data import checks
 from lorakit.families.prediction import Flow
 from lorakit.formats import inspect, keys
-from lorakit.formats.edit import extract, merge
+from lorakit.formats.edit import extract
 from lorakit.inference import sampling
 from lorakit.runs import plan
 from lorakit.training import run as train
@@ -77,7 +77,7 @@ def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[s
         "data.name": "sks toy",
         "data.resolution": 64,
         "output.folder": str(folder),
-        "output.formats": ("diffusers", "peft"),
+        "output.formats": ("diffusers", "peft", "kohya"),
         "train.steps": 4,
         "train.save_every": 2,
         "train.prior": "teacher",
@@ -233,15 +233,6 @@ def test_an_adapter_for_another_kind_of_model_is_named(tmp_path: Path) -> None:
     assert (report.model, report.family, report.readers) == ("FLUX.1", None, {})
 
 
-def test_one_file_of_a_complete_model_is_refused_both_ways(folder: Path, result: train.Result, tmp_path: Path) -> None:
-    with pytest.raises(LorakitError, match="cannot be written as one file: --output must be a new folder"):
-        merge.merge(formats.read(result.adapter), families.describe(folder), tmp_path / "merged.safetensors")
-    name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
-    save_file({name: torch.zeros(4, 4), "first_stage_model.x": torch.zeros(1)}, tmp_path / "sd3.safetensors")
-    with pytest.raises(LorakitError, match="a Stable Diffusion 3 model; in one file lorakit reads"):
-        families.describe(tmp_path / "sd3.safetensors")
-
-
 def test_names_alone_tell_the_family(result: train.Result) -> None:
     from lorakit.formats import identify
 
@@ -269,7 +260,10 @@ def test_merging_gives_what_base_and_adapter_give_and_extracting_gives_it_back(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"output__formats": ("kohya",)}, "the kohya format cannot carry this adapter: it has q, k and v"),
+        (
+            {"output__formats": ("kohya",), "adapter__method": "lokr"},
+            "the kohya format cannot carry this adapter: it has q, k and v",
+        ),
         ({"train__min_snr_gamma": 5.0}, "train.min_snr_gamma is not defined for base sd3, which predicts the flow"),
         ({"adapter__new_tokens": 2}, "adapter.new_tokens: base sd3 reads texts by T5 too, which learns no words"),
         ({"model__prediction_type": "epsilon"}, "predicts the flow: leave model.prediction_type"),

@@ -14,7 +14,7 @@ from lorakit import families
 from lorakit.config import ModelConfig
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.families import scaled_weight
+from lorakit.families import weight_files
 
 FP8 = torch.float8_e4m3fn
 U, FIRST = "model.diffusion_model.", "first_stage_model."
@@ -181,7 +181,7 @@ def test_every_value_of_fp8_is_read_without_torch(dtype: torch.dtype, tmp_path: 
 def test_a_scale_for_a_complete_weight_has_any_shape_of_one_number() -> None:
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to(FP8)
     for scale in (torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([[2.0]])):
-        assert torch.equal(scaled_weight.dequantize(weight, scale), weight.float() * 2)
+        assert torch.equal(weight_files.dequantize(weight, scale), weight.float() * 2)
 
 
 # diffusers' configurations of published distilled models, in the widths of `whole.SMALL`.

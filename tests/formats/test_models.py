@@ -73,7 +73,7 @@ def test_what_a_file_is_for(tmp_path, stems, width, metadata, title, parts):
         with pytest.raises(LorakitError, match="does not know which programs read such"):
             report.failures(["comfyui"])
     elif not stems[0].startswith(("transformer.", "lora_unet_input")):
-        with pytest.raises(LorakitError, match="with another program's names, such as"):
+        with pytest.raises(LorakitError, match="names of layers that lorakit does not read"):
             read(path)
 
 

@@ -19,7 +19,8 @@ from lorakit.config import ConfigError, DataConfig
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, folder
 from lorakit.families import clip_tokenizer
-from lorakit.families.describe import _KINDS, INPAINTING
+from lorakit.families.describe import INPAINTING
+from lorakit.families.ldm import _KINDS
 from lorakit.runs import plan, quickstart
 from lorakit.ui import texts
 from lorakit.ui.texts import zh_hant, zh_hant_sentences

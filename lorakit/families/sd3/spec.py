@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from lorakit.families.sd3.single_file import FUSED, KOHYA, SD3_FILE
 from lorakit.families.spec import (
     FLOW,
     FamilySpec,
@@ -16,7 +17,7 @@ from lorakit.families.spec import (
     Tags,
     TextEncoder,
 )
-from lorakit.families.unet import COMFY_TEXT, DOTTED_TEXT
+from lorakit.families.unet import CLIP, COMFY_TEXT, DOTTED_TEXT
 
 PATCHES = "unet.pos_embed.proj"
 # `attn` is the attention of picture and text together, with projections of its own for the text; `attn2` is 3.5
@@ -53,20 +54,33 @@ def bucket_multiple(shapes: Shapes, downscale: int) -> int:
     return int(downscale * shapes[PATCHES][-1])
 
 
+_KOHYA = (
+    r"lora_unet_(?:joint_blocks_\d+_(?:x|context)_block_.+|(?:x|t|y|context)_embedder.*|final_layer_.+)",
+    *(rf"lora_te[12]_{CLIP}",),
+)
+_COMFY = (r"lora_transformer_transformer_blocks_\d+_.+", r"lycoris_transformer_blocks_\d+_.+", r"diffusion_model\..+")
 SD3 = ModelVersion(
     name="sd3",
     title="Stable Diffusion 3",
     preset="sd3",
-    kohya=KohyaNames(sgm=False, text={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}),
+    kohya=KohyaNames(
+        sgm=False,
+        text={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+        denoiser=KOHYA,
+        fused=FUSED,
+        swapped=("norm1_context.linear", "norm_out.linear"),
+    ),
     tags=Tags("sd3", "stable-diffusion-3/lora", "SD3"),
     tag_prefixes=("sd3", "stable-diffusion-3"),
-    # ComfyUI's rule was read in its loader, diffusers' and PEFT's were run; of the other programs none is known to read
-    # these adapters.
+    # ComfyUI's and sd-scripts' rules were read in their loaders, diffusers' and PEFT's were run; of the other programs
+    # none is known to read these adapters.
     readers={
-        "comfyui": Reads((r"transformer\.transformer_blocks\..+", *COMFY_TEXT)),
+        "comfyui": Reads((r"transformer\.transformer_blocks\..+", *_KOHYA, *_COMFY, *COMFY_TEXT)),
+        "sd-scripts": Reads(_KOHYA),
         "diffusers": Reads((r"transformer\..+", *DOTTED_TEXT)),
         "peft": Reads((r"transformer\..+", *DOTTED_TEXT)),
     },
+    layout=SD3_FILE,
 )
 SPEC = FamilySpec(
     name="sd3",
@@ -87,12 +101,15 @@ SPEC = FamilySpec(
     bucket_multiple=bucket_multiple,
     guidance=5.0,
     block_layers=re.compile(
-        r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-        r"|attn2\.(?:to_[qkv]|to_out\.0)|ff(?:_context)?\.net\.(?:0\.proj|2))"
+        r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_qkv|to_out\.0|add_[qkv]_proj|to_added_qkv|to_add_out)"
+        r"|attn2\.(?:to_[qkv]|to_qkv|to_out\.0)|ff(?:_context)?\.net\.(?:0\.proj|2)|norm1(?:_context)?\.linear)"
+        r"|context_embedder|pos_embed\.proj|proj_out|norm_out\.linear"
+        r"|time_text_embed\.(?:timestep|text)_embedder\.linear_[12]"
     ),
     dead_end_layers=("attn.add_q_proj",),
-    format_refusals={
-        "kohya": "the kohya format cannot carry this adapter: it has q, k and v of Stable Diffusion 3's attention in "
-        "one layer, where lorakit trains three; set output.formats = ['diffusers']"
-    },
+    format_refusals=dict.fromkeys(
+        (("kohya", method) for method in ("dora", "loha", "lokr")),
+        "the kohya format cannot carry this adapter: it has q, k and v of Stable Diffusion 3's attention in one layer, "
+        "which only LoRA can be put into; set output.formats = ['diffusers'] or ['peft']",
+    ),
 )

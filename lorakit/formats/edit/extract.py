@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -103,11 +103,13 @@ def merge(
     output: Path,
     strength: float = 1.0,
     finish: Callable[[Path], None] = lambda folder: None,
+    without: Collection[str] = (),
 ) -> Path:
     """Write `base` with the adapter merged in to the new folder `output`; every tensor keeps its name and dtype.
 
     Args:
         finish: called with the folder before it gets its name.
+        without: parts that are left out.
 
     Raises:
         LorakitError: `output` exists, `base` is no diffusers folder, or it lacks a layer of the adapter.
@@ -118,7 +120,11 @@ def merge(
     if not (base / "model_index.json").is_file():
         raise LorakitError(f"{base}: not a base model in diffusers layout (no model_index.json)")
     index = weight_files.read_json(base / "model_index.json")
-    parts = {name: part_files(base / name) for name, value in index.items() if isinstance(value, list)}
+    parts = {
+        name: [] if name in without else part_files(base / name)
+        for name, value in index.items()
+        if isinstance(value, list)
+    }
     files.require_space(_existing(output), sum(file.stat().st_size for paths in parts.values() for file in paths))
     temporary = atomic.temporary_path(output)
     shutil.rmtree(temporary, ignore_errors=True)

@@ -20,14 +20,15 @@ from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import atomic, foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.families import ldm, scaled_weight, vae_source, weight_files
+from lorakit.families import ldm, vae_source, weight_files
 from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
-from lorakit.formats import files
+from lorakit.formats import files, keys
 from lorakit.formats.edit import extract
 from lorakit.formats.edit.extract import Merger
 
 # Of a base's metadata, what is not true of the merged one.
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+_T5 = re.compile(r"shared\.|encoder\.(block|final_layer_norm|embed_tokens)\.")
 _RESBLOCK = re.compile(r"\.resblocks\.(\d+)\.")
 
 
@@ -63,14 +64,21 @@ def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1
     single = output.suffix.lower() == ".safetensors"
     vae = _other_vae(base)
     if base.slots is None and not single:
-        return extract.merge(weights, base.path, output, strength, lambda folder: _write_vae(folder, base, vae))
+        absent = [name for name, kind in base.configs["model_index"].items() if kind == [None, None]]
+        return extract.merge(weights, base.path, output, strength, lambda folder: _write_vae(folder, base, vae), absent)
     room = next(parent for parent in output.absolute().parents if parent.is_dir())
     own = [base.path] if base.path.is_file() else base.path.rglob("*.safetensors")
     files.require_space(room, sum(file.stat().st_size for file in own))
     merger = Merger(weights, strength)
     if base.slots is None:
         return _folder_to_file(base, output, merger, vae)
-    merger.require(base.slots)
+    others = {name: source for name, source in base.sources.items() if name != "vae"}
+    outside = sorted({keys.component(name) for name in (*weights.layers, *weights.biases)} & others.keys())
+    if single and outside:
+        raise LorakitError(
+            f"{base.path.name} has no {outside[0]} in it, which the adapter changes: --output must be a new folder"
+        )
+    merger.require({**base.slots, **{name: _names(name, source) for name, source in others.items()}})
     header = safetensors_header.read(base.path)
     if single:
         return _file_to_file(header, base, output, merger, vae)
@@ -114,8 +122,12 @@ def _file_to_file(
                 inside.setdefault(slot.key, []).append((part, name, slot))
     scales = {slot.key: slot.scale for slots in parts.values() for slot in slots.values() if slot.scale}
     factors = dict(safetensors_header.tensors(header, set(scales.values())))
-    gone = re.compile(rf"^{re.escape(ldm.AVERAGE)}|{scaled_weight.MARKS.pattern}|{scaled_weight.SCALE.pattern}")
+    gone = re.compile(rf"^{re.escape(ldm.AVERAGE)}|{weight_files.MARKS.pattern}|{weight_files.SCALE.pattern}")
     own = {slot.key for slot in parts.get("vae", {}).values()} if vae else set()
+    # A part that `model.t5` leaves out.
+    layout = ldm.layout_of(base.family).parts
+    left_out = tuple(prefix for part in layout.keys() - parts.keys() for prefix in layout[part].prefixes)
+    own |= {key for key in header.tensors if key.startswith(left_out)} if left_out else set()
     entries = {key: info for key, info in header.tensors.items() if not (key in own or gone.search(key))}
     order = sorted(entries, key=lambda key: entries[key].start)
     header_metadata = {key: text for key, text in header.metadata.items() if key not in STALE}
@@ -125,7 +137,7 @@ def _file_to_file(
     def tensors() -> Iterator[torch.Tensor]:
         for key, tensor in safetensors_header.tensors(header, order):
             if key in scales:
-                tensor = scaled_weight.dequantize(tensor, factors[scales[key]])
+                tensor = weight_files.dequantize(tensor, factors[scales[key]])
             elif dtypes[key] != entries[key].dtype:
                 tensor = tensor.float()
             for part, name, slot in inside.get(key, []):
@@ -153,7 +165,9 @@ def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, tor
     layout = registry.version_of(base.family).layout
     if layout is None:
         raise LorakitError(f"{base.path.name} cannot be written as one file: --output must be a new folder")
-    sources = {part: list(_headers(base.path / part)) for part in layout.parts if part != "vae" or not vae}
+    parts = [part for part in layout.parts if part in base.configs and not (part == "vae" and vae)]
+    folders = {part: base.path / keys.to_diffusers_name(part, base.family) for part in parts}
+    sources = {part: list(_headers(folder)) for part, folder in folders.items()}
     shapes = {
         part: {_portable(part, name): head.tensors[name].shape for head in heads for name in head.tensors}
         for part, heads in sources.items()
@@ -203,39 +217,63 @@ def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, tor
 def _file_to_folder(
     header: safetensors_header.Header, base: Base, output: Path, merger: Merger, vae: dict[str, torch.Tensor]
 ) -> None:
-    parts = base.slots or {}
+    parts = [*(base.slots or {}), *(name for name in base.sources if name != "vae")]
     names = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
     tokenizers = {name: base.tokenizer(name) for name in names}
     temporary = atomic.temporary_path(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        for part, slots in parts.items():
+        for part in parts:
             if part == "vae" and vae:
                 continue
-            tensors = {}
-            for name, tensor in ldm.tensors(header, slots):
-                slot = slots[name]
-                narrow = _output_dtype(header.tensors[slot.key].dtype, bool(slot.scale)) == "F16"
-                weight = merger(part, name, tensor.float() if narrow else tensor)
-                tensors[name] = (weight.half() if narrow else weight).contiguous()
+            tensors = dict(_merged(header, base, part, merger))
             stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
             order = [
                 (name, safetensors_header.dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()
             ]
-            files.stream(temporary / part / f"{stem}.safetensors", order, {"format": "pt"}, tensors.values())
+            place = temporary / keys.to_diffusers_name(part, base.family)
+            files.stream(place / f"{stem}.safetensors", order, {"format": "pt"}, tensors.values())
             config = dict(base.configs[part])
             if part.startswith("text_encoder"):
                 # transformers takes the dtype from here where none is asked for.
                 config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-            _write_json(temporary / part / "config.json", config)
+            _write_json(place / "config.json", config)
         for name, folder in tokenizers.items():
-            _copy_tokenizer(folder, temporary / name, base.configs[name.replace("tokenizer", "text_encoder")])
+            encoder = name.replace("tokenizer", "text_encoder")
+            own = encoder in (base.slots or {}) or base.sources[encoder].slots is not None
+            _copy_tokenizer(folder, temporary / name, base.configs[encoder] if own else None)
         _write_json(temporary / "scheduler" / "scheduler_config.json", base.configs["scheduler"])
         _write_json(temporary / "model_index.json", base.configs["model_index"])
         _write_vae(temporary, base, vae)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _merged(
+    header: safetensors_header.Header, base: Base, part: str, merger: Merger
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a part of a single file, in diffusers' names, with the adapter inside."""
+    source = base.sources.get(part) or vae_source.Source(base.path, (base.slots or {}).get(part))
+    if source.slots is None:
+        yield from _loaded(part, _headers(source.path), merger)
+        return
+    if source.path != base.path:
+        header = safetensors_header.read(source.path)
+    kinds = [_output_dtype(header.tensors[s.key].dtype, bool(s.scale)) == "F16" for s in source.slots.values() if s.key]
+    for name, tensor in ldm.tensors(header, source.slots):
+        slot = source.slots[name]
+        # An identity is in no file.
+        narrow = _output_dtype(header.tensors[slot.key].dtype, bool(slot.scale)) == "F16" if slot.key else all(kinds)
+        weight = merger(part, name, tensor.float() if narrow else tensor)
+        yield name, (weight.half() if narrow else weight).contiguous()
+
+
+def _names(part: str, source: vae_source.Source) -> list[str]:
+    """diffusers' names of the tensors of a part that is not in the base's file."""
+    if source.slots is not None:
+        return list(source.slots)
+    return [_portable(part, name) for head in _headers(source.path) for name in head.tensors]
 
 
 def _headers(folder: Path) -> Iterator[safetensors_header.Header]:
@@ -257,6 +295,8 @@ def _portable(part: str, name: str) -> str:
     """A tensor's name as today's diffusers has it: with CLIP's `text_model.`, and without the VAE's old words."""
     if part == "vae":
         return vae_source.current_name(name)
+    if _T5.match(name):
+        return name
     return canonical(part, name).removeprefix(f"{part}.")
 
 
@@ -281,11 +321,14 @@ def _metadata(base: Base, title: str) -> dict[str, str]:
     }
 
 
-def _copy_tokenizer(source: Path, target: Path, encoder: Mapping[str, Any]) -> None:
-    """The tokenizer's own files, with the word that this encoder fills texts up with."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
+def _copy_tokenizer(source: Path, target: Path, encoder: Mapping[str, Any] | None) -> None:
+    """The tokenizer's own files, with the word that an encoder of a file fills texts up with."""
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in (".json", ".txt", ".model") and not path.name.startswith("."):
+            shutil.copy2(path, target)
     vocabulary = target / "vocab.json"
-    if not vocabulary.is_file():
+    if encoder is None or not vocabulary.is_file():
         return
     words = {number: word for word, number in foreign_json.loads(vocabulary.read_text(encoding="utf-8")).items()}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):

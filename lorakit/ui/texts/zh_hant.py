@@ -181,6 +181,11 @@ OPTIONS = {
         "單檔基礎模型所用的分詞器資料夾，或 ComfyUI、Forge 的資料夾。留空：檔案旁的，否則用 CLIP 的。",
     ),
     "model.vae": ("VAE", "取代基礎模型自己的 VAE：資料夾、.safetensors 檔，或 hub 識別名。留空：用基礎模型的。"),
+    "model.text_encoders": (
+        "文字編碼器",
+        "SD3 檔案內沒有文字編碼器時用：有 clip_l、clip_g（t5xxl）檔案的資料夾，或有它們的基礎模型。留空：檔案旁的。",
+    ),
+    "model.t5": ("使用 T5", "使用 Stable Diffusion 3 的 T5。false：不載入也不下載，省下 9.5 GB。"),
     "model.prediction_type": ("預測類型", "基礎模型預測什麼。auto：依模型自述，並會顯示出來。"),
     "model.clip_skip": (
         "CLIP skip",

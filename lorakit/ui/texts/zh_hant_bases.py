@@ -51,6 +51,28 @@ BASES = {
         "adapter.new_tokens：基礎模型 {name} 也用 {encoder} 讀文字，而它不學新詞；請設為 0"
     ),
     "without {encoder}": "沒有 {encoder}",
+    "without {encoder}, as model.t5 says": "不使用 {encoder}，依 model.t5",
+    "{encoder}: {path}": "{encoder}：{path}",
+    "base {path} has no T5: leave model.t5": "基礎模型 {path} 沒有 T5：請勿更改 model.t5",
+    "base {file} has T5 and no tokenizer for it on this machine: set model.tokenizer to a folder with "
+    "tokenizer_3/tokenizer.json in it, or model.t5 = false, which leaves T5 out": (
+        "基礎模型 {file} 有 T5，這台電腦上卻沒有它的分詞器：請把 model.tokenizer 設為內有 "
+        "tokenizer_3/tokenizer.json 的資料夾，或設 model.t5 = false 以不使用 T5"
+    ),
+    "base {file} has its own text encoders: leave model.text_encoders": (
+        "基礎模型 {file} 自有文字編碼器：請不要設定 model.text_encoders"
+    ),
+    "base {path} has its own text encoders: model.text_encoders is for bases in a single file": (
+        "基礎模型 {path} 自有文字編碼器：model.text_encoders 只用於單一檔案的基礎模型"
+    ),
+    "model.text_encoders: {place} has no text encoders that fit base {file}: {way}": (
+        "model.text_encoders：{place} 沒有適合基礎模型 {file} 的文字編碼器：請設為有 clip_l.safetensors 與 "
+        "clip_g.safetensors 的資料夾，或有它們的基礎模型（diffusers 格式的資料夾或 hub 識別名）"
+    ),
+    "base {file} has no text encoders in it, and none are beside it: {way}": (
+        "基礎模型 {file} 內沒有文字編碼器，檔案旁也沒有：請把 model.text_encoders 設為有 clip_l.safetensors 與 "
+        "clip_g.safetensors 的資料夾，或有它們的基礎模型（diffusers 格式的資料夾或 hub 識別名）"
+    ),
     "base {path} lacks {parts}: get the base again": "基礎模型 {path} 缺少 {parts}：請重新取得",
     "base {path} has its own tokenizer: model.tokenizer is for bases in a single file": (
         "基礎模型 {path} 自有分詞器：model.tokenizer 只用於單一檔案的基礎模型"

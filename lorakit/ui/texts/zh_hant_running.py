@@ -150,7 +150,7 @@ RUNNING = {
         "UNet 的區塊未編譯，訓練照常繼續：{problem}"
     ),
     "train.init_from: {problem:said}": "train.init_from：{problem:said}",
-    "the kohya format cannot carry this adapter: it has {why}; set output.formats = ['diffusers']": (
+    "the kohya format cannot carry this adapter: it has {why}; set output.formats = {formats}": (
         "kohya 格式裝不下這個適配器：它把 Stable Diffusion 3 的 q、k、v 放在同一層；請設 output.formats = ['diffusers']"
     ),
     "the {format} format cannot carry this DoRA: {why}; export it as kohya": (

@@ -1,0 +1,222 @@
+"""Text encoders that a base in a single file does not have in it: files of their own, or those of a folder in diffusers
+layout. No torch.
+
+Stable Diffusion 3 is published without them, and programs keep them as files, such as `clip_l.safetensors`,
+`clip_g.safetensors` and `t5xxl_fp16.safetensors` (Stability-AI/sd3.5, ComfyUI). What is in a file tells what it is; its
+name counts where several fit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lorakit.config import ModelConfig
+from lorakit.core import registry, safetensors_header
+from lorakit.core.errors import LorakitError
+from lorakit.core.layer_names import canonical
+from lorakit.families import clip_tokenizer, hub, ldm, weight_files
+from lorakit.families.spec import Configs, FilePart, TextEncoder
+from lorakit.families.vae_source import Source
+
+# Folders that have such files, seen from that of the base, and from a program that `LORAKIT_HOSTS` names.
+NEIGHBORS = ("text_encoders", ".", "../text_encoders", "../clip")
+HOSTS = ("models/text_encoders", "models/clip", "text_encoders", "clip")
+T5_TOKENIZERS = ("tokenizer_3", "comfy/text_encoders/t5_tokenizer", "ComfyUI/comfy/text_encoders/t5_tokenizer", ".")
+# A tensor by which each kind is known.
+_MARKS = {
+    "CLIP": "text_model.encoder.layers.0.mlp.fc1.weight",
+    "T5": "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+}
+WAY = (
+    "set model.text_encoders to a folder with clip_l.safetensors and clip_g.safetensors, or to a base that has them "
+    "(a folder in diffusers layout, or a hub id)"
+)
+
+
+class Encoder(NamedTuple):
+    """A text encoder that is not in the base's file: its place, and diffusers' names with their shapes."""
+
+    source: Source
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it consists of."""
+        if self.source.slots is not None:
+            return [self.source.path]
+        return [self.source.path / "config.json", *weight_files.weight_files(self.source.path, "model")[0]]
+
+
+def find(option: str, base: Path, checkpoint: ldm.Checkpoint, checks: hub.Checks, *, t5: bool) -> dict[str, Encoder]:
+    """The text encoders that a base lacks, by component. T5 is left out where there is none.
+
+    Args:
+        option: `model.text_encoders`.
+        base: the base's file.
+        t5: whether T5 is used at all.
+
+    Raises:
+        LorakitError: a needed one is nowhere, or what is named does not fit or is not needed.
+    """
+    encoders = {encoder.name: encoder for encoder in registry.family_of(checkpoint.family).text_encoders}
+    missing = [encoder for name, encoder in encoders.items() if name not in checkpoint.parts]
+    missing = [encoder for encoder in missing if t5 or encoder.kind != "T5"]
+    needed = [encoder.name for encoder in missing if not encoder.optional]
+    if not missing and option:
+        raise LorakitError(f"base {base.name} has its own text encoders: leave model.text_encoders")
+    if not option and not needed:
+        return {}
+    for place in [option] if option else _places(base):
+        if sources := _from_place(place, checkpoint, missing, checks):
+            return sources
+    if option:
+        raise LorakitError(f"model.text_encoders: {option} has no text encoders that fit base {base.name}: {WAY}")
+    raise LorakitError(f"base {base.name} has no text encoders in it, and none are beside it: {WAY}")
+
+
+def configs(encoders: Mapping[str, Encoder]) -> Configs:
+    """The configurations of those that are folders in diffusers layout."""
+    folders = {name: encoder.source.path for name, encoder in encoders.items() if encoder.source.slots is None}
+    return {name: weight_files.read_json(folder / "config.json") for name, folder in folders.items()}
+
+
+def tokenizers(
+    base: Path, model: ModelConfig, others: Mapping[str, Encoder], configs: Configs
+) -> tuple[dict[str, Path], list[str]]:
+    """The folders of the tokenizers of a base in one file, and where they are from, a line each."""
+    # A folder in diffusers layout has them beside its text encoders.
+    result = {_of(name): own.source.path.parent / _of(name) for name, own in others.items() if own.source.slots is None}
+    kinds = {name: config.get("model_type") for name, config in configs.items() if name.startswith("text_encoder")}
+    rest = {name: kind for name, kind in kinds.items() if _of(name) not in result}
+    notes = []
+    clips = [name for name, kind in rest.items() if kind != "t5"]
+    if clips:
+        words = min(configs[name]["vocab_size"] for name in clips)
+        folder, note = clip_tokenizer.find(model.tokenizer, base, words)
+        notes.append(note)
+        result |= {_of(name): folder for name in clips if folder}
+    for name in rest.keys() - {*clips}:
+        t5_folder = t5_tokenizer(model.tokenizer, base, others.get(name))
+        if t5_folder is None:
+            raise LorakitError(
+                f"base {base.name} has T5 and no tokenizer for it on this machine: set model.tokenizer to a folder "
+                "with tokenizer_3/tokenizer.json in it, or model.t5 = false, which leaves T5 out"
+            )
+        result[_of(name)] = t5_folder
+    return result, notes
+
+
+def _of(text_encoder: str) -> str:
+    """The name of a text encoder's tokenizer."""
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def t5_tokenizer(place: str, base: Path, own: Encoder | None) -> Path | None:
+    """The folder of T5's tokenizer: that of a folder in diffusers layout, as `model.tokenizer` names it, beside the
+    base, in a program that `LORAKIT_HOSTS` names, or in Hugging Face's cache; else None."""
+    from huggingface_hub import constants
+
+    above = own.source.path.parent if own is not None else base.parent
+    roots = [*([Path(place).expanduser()] if place else []), above, base.parent, *_hosts()]
+    folders = [root / below for root in roots for below in T5_TOKENIZERS]
+    folders += sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/tokenizer_3"))
+    return next((folder for folder in folders if _is_t5_tokenizer(folder)), None)
+
+
+def _is_t5_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer.json of pieces with their probabilities, which CLIP's has not."""
+    try:
+        return str(weight_files.read_json(folder / "tokenizer.json")["model"]["type"]) == "Unigram"
+    except (LorakitError, KeyError, TypeError, OSError):
+        return False
+
+
+def _hosts() -> list[Path]:
+    return [Path(host).expanduser() for host in os.environ.get("LORAKIT_HOSTS", "").split(os.pathsep) if host]
+
+
+def _places(base: Path) -> Iterator[str]:
+    for folder in [
+        *(base.parent / below for below in NEIGHBORS),
+        *(host / below for host in _hosts() for below in HOSTS),
+    ]:
+        if folder.is_dir():
+            yield str(folder)
+
+
+def _from_place(
+    place: str, checkpoint: ldm.Checkpoint, missing: Sequence[TextEncoder], checks: hub.Checks
+) -> dict[str, Encoder]:
+    """Those of `missing` that a folder of files, a folder in diffusers layout or a hub id has; {} where a needed one is
+    not there."""
+    folder = Path(place).expanduser()
+    hub_id = None if folder.exists() else hub.parse(place)
+    if hub_id is not None:
+        folder, _ = hub.find(hub_id, checks, without=("unet", "transformer", "vae", "scheduler", *_unused(missing)))
+    if (folder / "model_index.json").is_file():
+        sources = {e.name: _of_folder(folder / e.name, e) for e in missing if (folder / e.name).is_dir()}
+    else:
+        sources = _of_files(sorted(folder.glob("*.safetensors")), checkpoint, missing)
+    return sources if all(encoder.optional or encoder.name in sources for encoder in missing) else {}
+
+
+def _unused(missing: Sequence[TextEncoder]) -> list[str]:
+    names = {encoder.name for encoder in missing}
+    others = [name for name in registry.weight_stems() if name.startswith("text_encoder") and name not in names]
+    return [*others, *(_of(name) for name in others)]
+
+
+def _of_folder(folder: Path, encoder: TextEncoder) -> Encoder:
+    paths, variant = weight_files.weight_files(folder, "model")
+    shapes = weight_files.shapes(paths)
+    if encoder.kind != "T5":
+        shapes = {canonical(encoder.name, n).removeprefix(f"{encoder.name}."): shape for n, shape in shapes.items()}
+    return Encoder(Source(folder, None, variant), shapes)
+
+
+def _of_files(files: list[Path], checkpoint: ldm.Checkpoint, missing: Sequence[TextEncoder]) -> dict[str, Encoder]:
+    """The files that fit: both CLIPs together make the pooled text, and T5 is as wide as what the denoiser reads."""
+    parts = ldm.layout_of(checkpoint.family).parts
+    unet = {name: slot.shape for name, slot in checkpoint.parts["unet"].items()}
+    pooled, wide = unet["time_text_embed.text_embedder.linear_1.weight"][1], unet["context_embedder.weight"][1]
+    # What the name says counts first, then half precision.
+    files = sorted(files, key=lambda file: ("fp8" in file.name.lower(), file.name))
+    read = {e.name: [source for file in files if (source := _of_file(file, parts[e.name], e))] for e in missing}
+    result = {}
+    pairs = [
+        (first, second)
+        for first in read.get("text_encoder", [])
+        for second in read.get("text_encoder_2", [])
+        if first.source != second.source and _pooled(first) + _pooled(second) == pooled
+    ]
+    if pairs:
+        best = min(
+            pairs, key=lambda pair: ["clip_l" not in pair[0].source.path.name, "clip_g" not in pair[1].source.path.name]
+        )
+        result = dict(zip(("text_encoder", "text_encoder_2"), best, strict=True))
+    t5 = [source for source in read.get("text_encoder_3", []) if source.shapes["shared.weight"][1] == wide]
+    return result | ({"text_encoder_3": t5[0]} if t5 else {})
+
+
+def _of_file(file: Path, part: FilePart, encoder: TextEncoder) -> Encoder | None:
+    try:
+        header = safetensors_header.read(file)
+    except LorakitError:  # some other file of that folder
+        return None
+    shapes = header.shapes()
+    mark = _MARKS[encoder.kind]
+    prefix = next((name.removesuffix(mark) for name in shapes if name.endswith(mark)), None)
+    if prefix is None:
+        return None
+    # A second CLIP has a projection of its own, which the first one's part does not ask for.
+    if encoder.kind == "CLIP" and part.identity is None and f"{prefix}text_projection.weight" not in shapes:
+        return None
+    slots = ldm.component_slots(header, part, encoder.name, prefix)
+    return Encoder(Source(file, slots), {name: slot.shape for name, slot in slots.items()})
+
+
+def _pooled(source: Encoder) -> int:
+    return source.shapes["text_projection.weight"][0]

@@ -1,0 +1,356 @@
+"""Stable Diffusion 3 as single files, with encoders and without, against diffusers' converters and its own folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sd3_files
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorakit import families
+from lorakit.adapters.weights import AdapterWeights, LoraLayer
+from lorakit.config import ModelConfig
+from lorakit.core import safetensors_header
+from lorakit.core.errors import LorakitError
+from lorakit.families import ldm
+from lorakit.formats.edit import merge
+
+TEXTS = ["a photo of sks toy", "", "sks " * 99]
+U = sd3_files.U
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sd3")
+
+
+@pytest.fixture(scope="module")
+def pipeline(room: Path) -> Any:
+    return sd3_files.small(room / "folder")
+
+
+@pytest.fixture(scope="module")
+def file(room: Path, pipeline: Any) -> Path:
+    """All encoders are in it."""
+    return sd3_files.write(room / "whole" / "incl_clips_t5xxl.safetensors", pipeline, "clip_l", "clip_g", "t5xxl")
+
+
+@pytest.fixture(scope="module")
+def bare(room: Path, pipeline: Any) -> Path:
+    """None is in it."""
+    return sd3_files.write(room / "bare" / "sd3.5_medium.safetensors", pipeline)
+
+
+def describe(base: Path, room: Path, **options: Any) -> families.BaseInfo:
+    return families.describe(ModelConfig(base=str(base), tokenizer=str(room / "folder"), **options))
+
+
+def refusal(base: Path, room: Path, **options: Any) -> str:
+    with pytest.raises(LorakitError) as caught:
+        describe(base, room, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def state(info: families.BaseInfo) -> dict[str, dict[str, torch.Tensor]]:
+    """Component -> its weights, as loaded."""
+    loaded = families.load(info, "cpu", torch.float32)
+    return {n: m.state_dict() for n, m in {**loaded.modules(), **loaded.text_encoders, "vae": loaded.vae}.items()}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for part in one:
+        assert one[part].keys() == other[part].keys(), part
+        assert all(torch.equal(one[part][name], other[part][name]) for name in one[part]), part
+
+
+def test_the_file_loads_to_the_bits_of_the_folder(file: Path, room: Path) -> None:
+    there, here = families.describe(room / "folder"), describe(file, room)
+    facts = [
+        (i.layers, i.untrained_layers, i.cross_dim, i.max_tokens, i.text_tokens, i.bucket_multiple, i.latent_channels)
+        for i in (there, here)
+    ]
+    assert facts[0] == facts[1]
+    assert (here.family, here.prediction_type, here.downscale) == ("sd3", "flow_prediction", 8)
+    assert "prediction type: flow_prediction, as every model of its family" in here.notes
+    one, other = (families.load(info, "cpu", torch.float32) for info in (there, here))
+    conditions = [base.encode_text(TEXTS) for base in (one, other)]
+    for name in ("encoder_hidden_states", "pooled"):
+        assert torch.equal(*(condition[name] for condition in conditions))
+    noisy, steps = torch.randn((3, 16, 8, 8)), torch.tensor([1, 500, 999])
+    with torch.no_grad():
+        outputs = [b.predict(noisy, steps, c) for b, c in zip((one, other), conditions, strict=True)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    pixels = torch.rand((1, 3, 64, 64)) * 2 - 1
+    torch.testing.assert_close(one.encode_image(pixels)[0], other.encode_image(pixels)[0], rtol=1e-5, atol=1e-6)
+    assert one.prediction.shift == other.prediction.shift == 3.0
+    assert_same(state(there), state(here))
+
+
+@pytest.mark.parametrize("kind", sd3_files.KINDS)
+def test_diffusers_converter_makes_the_same_of_each_kind(kind: str, tmp_path: Path) -> None:
+    """3 medium has no qk norm, 3.5 large has, and 3.5 medium a second attention too."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    pipeline = sd3_files.small(tmp_path / "folder", kind)
+    path = sd3_files.write(tmp_path / "x.safetensors", pipeline, "clip_l", "clip_g")
+    header = safetensors_header.read(path)
+    checkpoint = ldm.read(header)
+    ours = dict(ldm.tensors(header, checkpoint.parts["unet"]))
+    expected = theirs.convert_sd3_transformer_checkpoint_to_diffusers(
+        {name: tensor for name, tensor in load_file(path).items() if name.startswith(U)}
+    )
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    info = describe(path, tmp_path)
+    config, published = info.configs["unet"], pipeline.transformer.config
+    assert checkpoint.ignored == () and "text_encoder_3" not in info.configs and "without text_encoder_3" in info.notes
+    for name in config.keys() - {"_class_name", "sample_size"}:
+        assert config[name] == (list(published[name]) if name == "dual_attention_layers" else published[name]), name
+    shapes = {part: {name: slot.shape for name, slot in slots.items()} for part, slots in checkpoint.parts.items()}
+    del shapes["text_encoder"]["text_projection.weight"], checkpoint.parts["text_encoder"]["text_projection.weight"]
+    assert ldm.place("sd3", shapes) == checkpoint.parts
+
+
+# Of the published models, by Stability-AI/sd3.5 mmditx.py: a block's modules, of the first and of the last.
+FIRST = {
+    *(f"x_block.{name}" for name in ("adaLN_modulation.1", "mlp.fc1", "mlp.fc2")),
+    *(f"x_block.{attention}.{name}" for attention in ("attn", "attn2") for name in ("qkv", "proj", "ln_q", "ln_k")),
+    *(f"context_block.attn.{name}" for name in ("qkv", "proj", "ln_q", "ln_k")),
+    *(f"context_block.{name}" for name in ("adaLN_modulation.1", "mlp.fc1", "mlp.fc2")),
+}
+LACKS = {"context_block.attn.proj", "context_block.mlp.fc1", "context_block.mlp.fc2"}
+
+
+def test_names_of_the_real_models_are_those_of_the_published_code() -> None:
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(
+            num_layers=24, num_attention_heads=24, caption_projection_dim=1536, qk_norm="rms_norm",
+            dual_attention_layers=tuple(range(13)), pos_embed_max_size=384,
+        )  # fmt: skip
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    keys = {slot.key.removeprefix(U): slot for slot in ldm.place("sd3", {"unet": shapes, "vae": {}})["unet"].values()}
+    modules = {key.rpartition(".")[0] for key in keys}
+    for block in range(24):
+        mine = {name.removeprefix(f"joint_blocks.{block}.") for name in modules if f"joint_blocks.{block}." in name}
+        second = {name for name in FIRST if ".attn2." in name and block > 12}
+        assert mine == FIRST - second - (LACKS if block == 23 else set()), block
+    assert {name for name in modules if not name.startswith("joint_blocks.")} == {
+        "", "x_embedder.proj", "context_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.mlp.0",
+        "y_embedder.mlp.2", "final_layer.linear", "final_layer.adaLN_modulation.1",
+    }  # fmt: skip
+    assert ldm.file_shape(keys["joint_blocks.0.x_block.attn.qkv.weight"]) == (3 * 1536, 1536)
+
+
+@pytest.mark.parametrize("place", ["named", "beside", "comfyui", "host", "diffusers"])
+def test_encoders_come_from_files_of_their_own(
+    place: str, bare: Path, pipeline: Any, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "models" / "checkpoints" / bare.name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(bare)
+    folder = {
+        "named": tmp_path / "mine",
+        "beside": path.parent / "text_encoders",
+        "comfyui": tmp_path / "models" / "clip",
+        "host": tmp_path / "ComfyUI" / "models" / "text_encoders",
+    }.get(place, room / "folder")
+    if place != "diffusers":
+        sd3_files.write_encoders(folder, pipeline, "clip_l", "clip_g", "t5xxl")
+        save_file({"encoder.block.0.x.weight": torch.zeros(2)}, folder / "a_other.safetensors")
+    if place == "host":
+        monkeypatch.setenv("LORAKIT_HOSTS", str(tmp_path / "ComfyUI"))
+    info = describe(path, room, text_encoders=str(folder) if place in ("named", "diffusers") else "")
+    assert set(info.sources) == {"text_encoder", "text_encoder_2", "text_encoder_3"}
+    assert any(note.startswith("text_encoder_2: ") for note in info.notes)
+    assert_same(state(info), state(families.describe(room / "folder")))
+    texts = [
+        families.load(i, "cpu", torch.float32).encode_text(TEXTS) for i in (info, families.describe(room / "folder"))
+    ]
+    assert torch.equal(*(text["encoder_hidden_states"] for text in texts))
+
+
+def test_without_encoders_the_way_is_said(bare: Path, file: Path, room: Path, tmp_path: Path, pipeline: Any) -> None:
+    words = refusal(bare, room)
+    assert (
+        "has no text encoders in it, and none are beside it: set model.text_encoders to a folder with clip_l" in words
+    )
+    one = sd3_files.write_encoders(tmp_path / "one", pipeline, "clip_l")
+    assert "has no text encoders that fit base sd3.5_medium" in refusal(bare, room, text_encoders=str(one))
+    assert "has its own text encoders: leave model.text_encoders" in refusal(file, room, text_encoders=str(one))
+    assert "base in a single file" not in words
+    with pytest.raises(LorakitError, match=r"has its own text encoders: model.text_encoders is for"):
+        families.describe(ModelConfig(base=str(room / "folder"), text_encoders=str(one)))
+
+
+def test_t5_without_a_tokenizer_is_refused_with_both_ways(file: Path, room: Path) -> None:
+    plain = {"base": str(file), "tokenizer": str(room / "folder" / "tokenizer")}
+    with pytest.raises(LorakitError, match=r"has T5 and no tokenizer for it .* tokenizer_3/tokenizer.json .* model.t5"):
+        families.describe(ModelConfig(**plain))
+    assert families.describe(ModelConfig(**plain, t5=False)).without_t5
+
+
+def test_t5_is_left_out(file: Path, room: Path) -> None:
+    """Its states are zeros, as in diffusers; layers, sizes and identity of the base are without it."""
+    infos = [describe(file, room, t5=False), families.describe(ModelConfig(base=str(room / "folder"), t5=False))]
+    zeros = []
+    for info, whole in zip(infos, (describe(file, room), families.describe(room / "folder")), strict=True):
+        assert "text_encoder_3" not in {*info.configs, *info.bytes, *info.tokenizers, *(info.slots or {})}
+        assert not any(name.startswith("text_encoder_3") for name in info.layers)
+        assert "without text_encoder_3, as model.t5 says" in info.notes
+        assert info.configs["model_index"]["text_encoder_3"] == [None, None]
+        assert info.hash != whole.hash and info.text_tokens == whole.text_tokens
+        base = families.load(info, "cpu", torch.float32)
+        states = base.encode_text(TEXTS)["encoder_hidden_states"]
+        assert not states[:, 77:].any() and states.shape == (3, 77 + 256, 256)
+        assert base.pipeline().text_encoder_3 is None
+        zeros.append(states)
+    assert torch.equal(*zeros)
+
+
+def test_families_without_t5_refuse_the_option(tiny_sd1: Path) -> None:
+    with pytest.raises(LorakitError, match=r"has no T5: leave model.t5"):
+        families.describe(ModelConfig(base=str(tiny_sd1), t5=False))
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (f"{U}joint_blocks.1.x_block.mlp.fc2.weight", "lacks unet.transformer_blocks.1.ff.net.2.weight"),
+        (
+            f"{sd3_files.T5}encoder.block.1.layer.0.SelfAttention.q.weight",
+            "lacks text_encoder_3.encoder.block.1.layer.0",
+        ),
+        (
+            f"{sd3_files.L}text_model.encoder.layers.1.mlp.fc1.bias",
+            "lacks text_encoder.text_model.encoder.layers.1.mlp",
+        ),
+    ],
+)
+def test_a_missing_tensor_is_named(key: str, words: str, file: Path, room: Path, tmp_path: Path) -> None:
+    weights = load_file(file)
+    del weights[key]
+    save_file(weights, tmp_path / "x.safetensors")
+    assert words in refusal(tmp_path / "x.safetensors", room)
+
+
+def test_keys_that_programs_add_are_ignored(pipeline: Any, room: Path, tmp_path: Path) -> None:
+    """ComfyUI saves logit scales and the first CLIP's projection, which is not used."""
+    extra = {f"text_encoders.{name}.logit_scale": torch.ones(()) for name in ("clip_l", "clip_g", "t5xxl")}
+    extra[f"{sd3_files.L}text_projection.weight"] = torch.randn(64, 64)
+    path = sd3_files.write(tmp_path / "x.safetensors", pipeline, "clip_l", "clip_g", **extra)
+    info = describe(path, room)
+    assert not any("ignored" in note for note in info.notes)
+    base = families.load(info, "cpu", torch.float32)
+    assert torch.equal(base.text_encoders["text_encoder"].text_projection.weight, torch.eye(64))
+
+
+# -- merging --------------------------------------------------------------------------------------------------------
+
+ADAPTED = {
+    "unet.transformer_blocks.0.attn.to_k": (128, 128),
+    "unet.transformer_blocks.0.attn2.to_v": (128, 128),
+    "unet.transformer_blocks.1.attn.add_q_proj": (128, 128),
+    "unet.transformer_blocks.1.ff.net.2": (128, 512),
+    "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": (64, 128),
+}
+
+
+def adapter(*left_out: str) -> AdapterWeights:
+    draw = torch.Generator().manual_seed(1)
+    layers = {
+        name: LoraLayer(torch.randn((2, inputs), generator=draw), torch.randn((outputs, 2), generator=draw), 1.0)
+        for name, (outputs, inputs) in ADAPTED.items()
+        if not name.startswith(left_out or "none")
+    }
+    return AdapterWeights("sd3", "lora", layers, {})
+
+
+def with_adapter(weights: dict[str, dict[str, torch.Tensor]], added: AdapterWeights) -> dict[str, Any]:
+    """Loaded weights with the products of the factors added, by hand."""
+    result = {part: dict(tensors) for part, tensors in weights.items()}
+    for name, layer in added.layers.items():
+        part, _, path = name.partition(".")
+        key = next(key for key in result[part] if f"text_model.{key}".endswith(f"{path}.weight"))
+        result[part][key] = result[part][key] + 0.5 * 0.5 * layer.up @ layer.down
+    return result
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for part in one:
+        assert one[part].keys() == other[part].keys(), part
+        for name in one[part]:
+            torch.testing.assert_close(one[part][name], other[part][name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("output", ["x.safetensors", "folder"])
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_merged_models_have_the_products_in_them(
+    form: str, output: str, file: Path, room: Path, tmp_path: Path
+) -> None:
+    base = describe(file, room) if form == "file" else families.describe(room / "folder")
+    expected = with_adapter(state(base), adapter())
+    merged = merge.merge(adapter(), base, tmp_path / output, strength=0.5)
+    info = describe(merged, room) if output == "x.safetensors" else families.describe(merged)
+    assert_close(state(info), expected)
+    if form == "file" and output == "x.safetensors":
+        assert load_file(merged).keys() == load_file(file).keys()
+
+
+@pytest.mark.parametrize("output", ["x.safetensors", "folder"])
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_merged_model_is_without_t5_where_it_is_left_out(
+    form: str, output: str, file: Path, room: Path, tmp_path: Path
+) -> None:
+    base = (
+        describe(file, room, t5=False)
+        if form == "file"
+        else families.describe(ModelConfig(base=str(room / "folder"), t5=False))
+    )
+    merged = merge.merge(adapter(), base, tmp_path / output)
+    if output == "folder":
+        assert not list(merged.glob("*_3")) and families.describe(merged).notes[:1] == ("without text_encoder_3",)
+        return
+    assert not any("t5xxl" in name for name in load_file(merged))
+    assert "without text_encoder_3" in describe(merged, room).notes
+
+
+@pytest.mark.parametrize("place", ["files", "diffusers"])
+def test_encoders_that_are_not_in_the_file_go_into_a_merged_folder(
+    place: str, bare: Path, pipeline: Any, room: Path, tmp_path: Path
+) -> None:
+    """One file stays as it came, without encoders; what changes them needs a folder."""
+    folder = room / "folder"
+    if place == "files":
+        folder = sd3_files.write_encoders(tmp_path / "encoders", pipeline, "clip_l", "clip_g", "t5xxl")
+    base = describe(bare, room, text_encoders=str(folder))
+    with pytest.raises(
+        LorakitError, match="has no text_encoder_2 in it, which the adapter changes: --output must be a"
+    ):
+        merge.merge(adapter(), base, tmp_path / "x.safetensors")
+    merged = merge.merge(adapter("text"), base, tmp_path / "y.safetensors")
+    assert load_file(merged).keys() == load_file(bare).keys()
+    merged = merge.merge(adapter(), base, tmp_path / "merged", strength=0.5)
+    assert_close(state(families.describe(merged)), with_adapter(state(base), adapter()))
+    texts = [families.load(i, "cpu", torch.float32).tokens(TEXTS)[:2] for i in (base, families.describe(merged))]
+    assert all(torch.equal(one, other) for one, other in zip(*texts, strict=True))
+
+
+def test_fp8_becomes_half_precision_and_the_rest_stays(pipeline: Any, room: Path, tmp_path: Path) -> None:
+    """As the published file with T5 in 8 bits."""
+    weights = {
+        name: t.to(torch.float8_e4m3fn if sd3_files.T5 in name else torch.float16)
+        for name, t in sd3_files.tensors(pipeline, "clip_l", "clip_g", "t5xxl").items()
+    }
+    save_file(weights, tmp_path / "fp8.safetensors")
+    base = describe(tmp_path / "fp8.safetensors", room)
+    assert families.load(base, "cpu", torch.float32).text_encoders["text_encoder_3"].shared.weight.isfinite().all()
+    merged = merge.merge(adapter(), base, tmp_path / "merged.safetensors")
+    assert {tensor.dtype for tensor in load_file(merged).values()} == {torch.float16}
+    folder = merge.merge(adapter(), base, tmp_path / "folder")
+    assert families.describe(folder).configs["text_encoder"]["dtype"] == "float16"
