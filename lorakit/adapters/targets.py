@@ -63,6 +63,6 @@ def loha_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
 def lokr_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
     """The numbers of w1, and of w2 or its two factors."""
     (a, b), (c, d) = factorization(shape[0]), factorization(shape[1])
-    whole = adapter.rank >= max(b, d) / 2
+    is_full = adapter.rank >= max(b, d) / 2
     d *= math.prod(shape[2:])
-    return a * c + (b * d if whole else adapter.rank * (b + d))
+    return a * c + (b * d if is_full else adapter.rank * (b + d))

@@ -164,14 +164,14 @@ class LokrLayer:
         return next((int(pair[1].shape[0]) for pair in (self.w1, self.w2) if len(pair) == 2), 1)
 
     @property
-    def whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether neither matrix is factorised."""
         return len(self.w1) == len(self.w2) == 1
 
     @property
     def scale(self) -> float:
         """alpha / rank, or 1."""
-        return 1.0 if self.whole else self.alpha / self.rank
+        return 1.0 if self.is_full else self.alpha / self.rank
 
     @property
     def size(self) -> tuple[int, int]:
@@ -200,7 +200,7 @@ class LokrLayer:
 
     def rescaled(self, scale: float) -> LokrLayer:
         """The same delta W with this scale; the difference goes into w1. A whole one has scale 1 and keeps it."""
-        if self.whole:
+        if self.is_full:
             return self
         first, *rest = self.w1
         return replace(self, w1=(first * (self.scale / scale), *rest), alpha=float(scale * self.rank))
@@ -237,13 +237,13 @@ class ForeignLayer:
 
     def delta(self) -> torch.Tensor:
         """delta W in float32, where it does not depend on the weight."""
-        whole = self.parts.get("diff", self.parts.get("w_norm"))
-        if whole is None:
+        is_full = self.parts.get("diff", self.parts.get("w_norm"))
+        if is_full is None:
             raise LorakitError(
                 f"{self.method} is computed from the weights of a base and has no change without it: merge it into its "
                 "base first, then extract a LoRA from the merged model"
             )
-        return whole.float()
+        return is_full.float()
 
     def rescaled(self, scale: float) -> ForeignLayer:
         """Itself: it has no scale."""

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv[:1] == ["ui"]:
             return run_ui(argv[1:])
-        args = parser().parse_args(_with_whole_names(argv))
+        args = parser().parse_args(_with_full_names(argv))
         return int(args.run(args))
     except BrokenPipeError:
         # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _with_whole_names(argv: Sequence[str]) -> list[str]:
+def _with_full_names(argv: Sequence[str]) -> list[str]:
     """The arguments, a name in single quotes as one: cmd.exe passes each of its words by itself."""
     result, rest = list[str](), list(argv)
     while rest:

@@ -28,7 +28,7 @@ def _side(value: object) -> int:
     return round(math.sqrt(int(parts[0]) * int(parts[-1])) / 8) * 8
 
 
-def _whole(value: object) -> int:
+def _integer(value: object) -> int:
     """A count of steps; a share of the run, below 1, is none."""
     if float(str(value)) % 1:
         raise ValueError
@@ -64,7 +64,7 @@ _TWINS: dict[str, tuple[str, Convert]] = {
     **dict.fromkeys(("learning_rate", "unet_lr"), ("optimizer.learning_rate", float)),
     "text_encoder_lr": ("optimizer.text_encoder_learning_rate", float),
     **{key: ("optimizer.lr_scheduler", _named(_SCHEDULES)) for key in ("lr_scheduler", "learning_rate_scheduler")},
-    **dict.fromkeys(("lr_warmup_steps", "learning_rate_warmup_steps"), ("optimizer.warmup_steps", _whole)),
+    **dict.fromkeys(("lr_warmup_steps", "learning_rate_warmup_steps"), ("optimizer.warmup_steps", _integer)),
     "lr_warmup": ("optimizer.warmup_ratio", lambda percent: float(percent) / 100),
     "lr_scheduler_num_cycles": ("optimizer.lr_cycles", int),
     "lr_scheduler_power": ("optimizer.lr_power", float),

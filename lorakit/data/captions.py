@@ -154,15 +154,15 @@ def final_text(caption: str | None, config: DataConfig) -> str:
 
     A photo without a caption gets the instance prompt.
     """
-    return _without_marks(_whole(caption, config), config)
+    return _without_marks(_full_text(caption, config), config)
 
 
 def photo_texts(photo: Photo, config: DataConfig) -> list[str]:
     """The texts of a photo, as `variants` takes them: of its caption, of each line of it, or of its name."""
     if config.caption_lines and photo.caption_lines:
-        return [_whole(line, config) for line in photo.caption_lines]
+        return [_full_text(line, config) for line in photo.caption_lines]
     name = " ".join(re.sub(r"[\W\d_]+", " ", photo.path.stem).split()) if config.caption_from_name else ""
-    return [_whole(photo.caption or name or None, config)]
+    return [_full_text(photo.caption or name or None, config)]
 
 
 def own_text(photo: Photo, config: DataConfig) -> str:
@@ -170,7 +170,7 @@ def own_text(photo: Photo, config: DataConfig) -> str:
     return _without_marks(photo_texts(photo, config)[0], config)
 
 
-def _whole(caption: str | None, config: DataConfig) -> str:
+def _full_text(caption: str | None, config: DataConfig) -> str:
     if not caption:
         return instance_prompt(config)
     return _with_trigger(" ".join(filter(None, [config.caption_prefix, caption, config.caption_suffix])), config)

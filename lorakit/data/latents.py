@@ -214,10 +214,10 @@ class _Encoder:
             head = safetensors_header.read(_cache_path(self.folder, key))
             tensors = safetensors_header.load(head)
             mean, std = tensors["mean"], tensors["std"]
-            whole = head.metadata[CHECKSUM] == _checksum(mean, std)
+            is_complete = head.metadata[CHECKSUM] == _checksum(mean, std)
         except (KeyError, LorakitError):
-            whole = False
-        if not whole:
+            is_complete = False
+        if not is_complete:
             self.damaged.add(key)
             return None
         size = (variant.bucket.height // self.downscale, variant.bucket.width // self.downscale)

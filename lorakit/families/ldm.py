@@ -176,11 +176,11 @@ def component_slots(header: safetensors_header.Header, part: FilePart, component
                 f"{name} has {prefix}{key} in {info.dtype}, a quantization not read here: get it in fp16"
             )
     slots = _slots(name, part, component, prefix, {key: info.shape for key, info in inside.items()})
-    _require_whole(name, component, slots, part.partial)
+    _require_complete(name, component, slots, part.partial)
     return slots
 
 
-def _require_whole(file: str, component: str, slots: Mapping[str, Slot], partial: str) -> None:
+def _require_complete(file: str, component: str, slots: Mapping[str, Slot], partial: str) -> None:
     """Refuse a part that lacks a tensor that others of its blocks have."""
     groups: dict[str, set[str]] = {}
     members: dict[str, set[str]] = {}
@@ -338,8 +338,8 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
         if NOT_WEIGHTS.search(name) or weight_files.MARKS.search(name) or weight_files.SCALE.search(name):
             continue
         head, tail = _longest(name, names) if part.names else (name, "")
-        whole = name if name.startswith((part.level, "text_projection")) else part.level + name
-        target = whole if not part.names else names[head] if head is not None else ()
+        full_name = name if name.startswith((part.level, "text_projection")) else part.level + name
+        target = full_name if not part.names else names[head] if head is not None else ()
         group = target if isinstance(target, tuple) else (target,)
         targets = [(third, ours) for third, ours in enumerate(group) if pattern.fullmatch(ours + tail)]
         # Programs read the other parts without a look at what else is there.

@@ -308,8 +308,8 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     offset, factor = latent_scale(vae)
     latents = latents.to(vae.device, torch.float32) / factor + offset
     pixels = latents[:, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)
-    whole = tiled_vae.fits(vae, pixels, tiled_vae.DECODING)
-    return vae.decode(latents).sample if whole else tiled_vae.decode(vae, latents)
+    fits = tiled_vae.fits(vae, pixels, tiled_vae.DECODING)
+    return vae.decode(latents).sample if fits else tiled_vae.decode(vae, latents)
 
 
 def gradient_scale(dtype: torch.dtype) -> float:

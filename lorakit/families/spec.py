@@ -114,12 +114,12 @@ class Reads:
 
     Attributes:
         names: patterns of the module names that it reads.
-        whole_attention: prefixes whose q, k, v and out must all be there, or the layer is dropped.
+        complete_attention: prefixes whose q, k, v and out must all be there, or the layer is dropped.
         ordered_attention: prefixes of which it reads q, k, v in this order up to the first that is missing.
     """
 
     names: tuple[str, ...]
-    whole_attention: tuple[str, ...] = ()
+    complete_attention: tuple[str, ...] = ()
     ordered_attention: tuple[str, ...] = ()
 
 

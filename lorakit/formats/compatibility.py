@@ -247,7 +247,7 @@ def _defects(by_stem: Mapping[str, Module], shapes: Shapes, is_own: bool) -> dic
 
 
 _PAIRS = {"loha": ("hada_w1", "hada_w2"), "lokr": ("lokr_w1", "lokr_w2")}
-_WHOLE_SIDES = _PAIRS["lokr"]  # those that may be one matrix instead of two factors
+_SINGLE_MATRIX_SIDES = _PAIRS["lokr"]  # those that may be one matrix instead of two factors
 
 
 def _lycoris_defect(module: Module, shapes: Shapes) -> str:
@@ -255,7 +255,7 @@ def _lycoris_defect(module: Module, shapes: Shapes) -> str:
     there = {part: shapes[name] for part, name in module.parts.items()}
     for side in _PAIRS[module.method]:
         a, b = there.get(f"{side}_a"), there.get(f"{side}_b")
-        if side in _WHOLE_SIDES and side in there:
+        if side in _SINGLE_MATRIX_SIDES and side in there:
             continue
         if a is None or b is None:
             return f"its {side} is missing" if a is b else f"its {side}_{'b' if a else 'a'} factor is missing"
@@ -301,7 +301,7 @@ def _special(
 ) -> dict[str, str]:
     """Modules that one program alone reads wrongly because of others in the file, and why."""
     result: dict[str, str] = {}
-    for prefix in _reads(key, family).whole_attention:
+    for prefix in _reads(key, family).complete_attention:
         layers = Counter(stem.rpartition("_self_attn_")[0] for stem in by_stem if stem.startswith(prefix))
         for stem in by_stem:
             layer, attention, _ = stem.rpartition("_self_attn_")

@@ -188,18 +188,18 @@ def _lokr_rank(layers: Mapping[str, AnyLayer], family: str) -> int:
         LorakitError: there is none; LyCORIS can cut layers in other ways, by its `factor` and `decompose_both`.
     """
     pairs = [layer for layer in layers.values() if isinstance(layer, LokrLayer)]
-    rank = max((layer.rank for layer in pairs if not layer.whole), default=None)
+    rank = max((layer.rank for layer in pairs if not layer.is_full), default=None)
     longest = [
-        max(len(layer.w2[0]), layer.w2[-1].shape[1] // math.prod(layer.kernel)) for layer in pairs if layer.whole
+        max(len(layer.w2[0]), layer.w2[-1].shape[1] // math.prod(layer.kernel)) for layer in pairs if layer.is_full
     ]
     rank = max(longest) if rank is None else rank
     for name, layer in layers.items():
         assert isinstance(layer, LokrLayer)
         kernel = math.prod(layer.kernel or keys.kernel(name, family))
         (a, b), (c, d) = factorization(layer.size[0]), factorization(layer.size[1] // kernel)
-        is_whole = rank >= max(b, d) / 2
+        must_be_full = rank >= max(b, d) / 2
         shapes = (len(layer.w1[0]), layer.w1[-1].shape[1], len(layer.w2[0]), layer.w2[-1].shape[1] // kernel)
-        if shapes != (a, c, b, d) or layer.whole is not is_whole or len(layer.w1) > 1:
+        if shapes != (a, c, b, d) or layer.is_full is not must_be_full or len(layer.w1) > 1:
             raise LorakitError(
                 f"the PEFT format cannot carry {name}: PEFT cuts a LoKr in another way; export it as kohya"
             )

@@ -200,9 +200,9 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         if layer.magnitude is not None:
             lycoris.magnitude(path, module.stem, layer.magnitude, layer.size)
         # PEFT divides by the rank it was told, even where a LoKr has none; everyone else goes by the file.
-        is_whole = isinstance(layer, LokrLayer) and layer.whole
-        alpha = _alpha(path, module, tensors, int(scaling.get("r", 1)) if is_whole else layer.rank, scaling)
-        if isinstance(layer, LokrLayer) and is_whole:
+        is_full = isinstance(layer, LokrLayer) and layer.is_full
+        alpha = _alpha(path, module, tensors, int(scaling.get("r", 1)) if is_full else layer.rank, scaling)
+        if isinstance(layer, LokrLayer) and is_full:
             by_peft = alpha / scaling["r"] if module.is_peft and "r" in scaling else 1.0
             return replace(layer, w1=(layer.w1[0] * by_peft,))
         return replace(layer, alpha=alpha)

@@ -76,7 +76,7 @@ def class_images(
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     place = (folder or cache_dir()) / "class-images" / key
     files = [place / f"{number:05d}.png" for number in range(count)]
-    missing = [number for number, file in enumerate(files) if not _is_whole(file)]
+    missing = [number for number, file in enumerate(files) if not _is_complete(file)]
     damaged = sum(files[number].exists() for number in missing)
     suffix = f"; {damaged} in the cache were damaged and are drawn again" if damaged else ""
     say(f"class images: {count - len(missing)} of {count} in the cache, {len(missing)} to draw ({prompt!r}){suffix}")
@@ -111,7 +111,7 @@ def as_pixels(images: Sequence[Image.Image], batch: int) -> Iterator[torch.Tenso
         yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _is_whole(file: Path) -> bool:
+def _is_complete(file: Path) -> bool:
     try:
         picture = image_grid.read(file)
     except (OSError, SyntaxError, ValueError):

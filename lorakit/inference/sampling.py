@@ -291,7 +291,7 @@ def _own_clip_skip(metadata: Mapping[str, str]) -> int | None:
     return registry.family_of(family).clip_skip if family else None
 
 
-def sampling_pipeline(family: Family, steps: int = 1) -> tuple[DiffusionPipeline, str]:
+def sampling_pipeline(family: Family, num_inference_steps: int = 1) -> tuple[DiffusionPipeline, str]:
     """The family's pipeline for texts that are embedded already, with a fresh sampler, and the name that web UIs give
     the sampler, which can take so many steps. The text encoders leave the device."""
     family.release("text_encoders")
@@ -302,8 +302,8 @@ def sampling_pipeline(family: Family, steps: int = 1) -> tuple[DiffusionPipeline
     pipeline.scheduler, name = family.prediction.default_sampler(own)
     kind = family.info.distilled
     if kind is not None and not family.info.spec.predicts_flow:
-        solver_steps = LCM_STEPS if steps <= LCM_STEPS else own.config.num_train_timesteps
-        changes = {"timestep_spacing": "trailing", "original_inference_steps": solver_steps}
+        solver_timesteps = LCM_STEPS if num_inference_steps <= LCM_STEPS else own.config.num_train_timesteps
+        changes = {"timestep_spacing": "trailing", "original_inference_steps": solver_timesteps}
         with loading.quiet():  # about settings of other samplers
             pipeline.scheduler = getattr(diffusers, kind.scheduler).from_config(own.config, **changes)
         name = SAMPLERS[kind.scheduler]

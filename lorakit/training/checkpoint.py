@@ -197,7 +197,7 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix(REPLACED).removeprefix("step-"))
 
 
-def whole(folder: Path, say: Callable[[str], object]) -> Path | None:
+def newest_complete(folder: Path, say: Callable[[str], object]) -> Path | None:
     """The newest checkpoint whose files are as they were written, or None; `say` is called with what is wrong with a
     newer one."""
     for path in reversed(complete(folder)):

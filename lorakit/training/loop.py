@@ -368,7 +368,9 @@ class Milestones:
         """
         if self.run.config.train.on_nan != "rollback" or self.retry:
             raise problem
-        latest = checkpoint.whole(self.run.folder.checkpoints, functools.partial(self.run.events.say, warning=True))
+        latest = checkpoint.newest_complete(
+            self.run.folder.checkpoints, functools.partial(self.run.events.say, warning=True)
+        )
         if latest is None:
             raise problem
         self.retry += 1

@@ -153,7 +153,7 @@ def _checkpoint(run: RunFolder, name: str, events: Events) -> Path | None:
     """The checkpoint to go on from: the one named, else the newest whole one. None where the run starts from step 0."""
     if name:
         return checkpoint.named(run.checkpoints, name)
-    newest = checkpoint.whole(run.checkpoints, functools.partial(events.say, warning=True))
+    newest = checkpoint.newest_complete(run.checkpoints, functools.partial(events.say, warning=True))
     if newest is None and any(run.events("step")):
         events.say(f"{run.path} has no whole checkpoint: the run starts again from step 0", warning=True)
     elif newest is not None and newest != checkpoint.latest(run.checkpoints):

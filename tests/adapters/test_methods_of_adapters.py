@@ -102,7 +102,7 @@ def test_a_full_lokr_has_no_scale(sd1: Any, attach: Any) -> None:
     adapter = attach(sd1, AdapterConfig(method="lokr", rank=64, alpha=1.0))
     train(sd1, adapter)
     trained, weights = predict(sd1), adapter.weights()
-    assert all(layer.whole and layer.scale == 1 for layer in weights.layers.values())
+    assert all(layer.is_full and layer.scale == 1 for layer in weights.layers.values())
     adapter.detach()
     applied = adapters.apply(sd1, weights)
     torch.testing.assert_close(predict(sd1), trained, rtol=1e-4, atol=1e-5)

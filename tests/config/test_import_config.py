@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorakit import config
-from lorakit.cli.main import _with_whole_names, main
+from lorakit.cli.main import _with_full_names, main
 from lorakit.config import ConfigError, foreign, importing
 
 KOHYA = """
@@ -123,4 +123,4 @@ def test_what_is_no_preset_is_named(tmp_path: Path, name: str, text: str, messag
     ],
 )
 def test_words_of_a_name_that_a_shell_parted_are_joined(argv: list[str], expected: list[str]) -> None:
-    assert _with_whole_names(argv) == expected
+    assert _with_full_names(argv) == expected

@@ -75,7 +75,7 @@ def test_a_checkpoint_is_there_after_every_death(tmp_path, kind, step):
     count = 0
     for place, point in crash.points(tmp_path, prepare, lambda place: quietly(save, place, step), kind):
         said: list[str] = []
-        newest = checkpoint.whole(place / "checkpoints", said.append)
+        newest = checkpoint.newest_complete(place / "checkpoints", said.append)
         assert newest is not None and checkpoint.step_of(newest) in (3, step) and not said, point
         assert float(checkpoint.load(newest).adapter["a.up"][0, 0]) == checkpoint.step_of(newest), point
         save(place, step)

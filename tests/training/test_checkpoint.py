@@ -170,7 +170,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path):
     with pytest.raises(LorakitError, match=r"step-000002: optimizer.state.0.exp_avg is not finite; resume from anoth"):
         checkpoint.load(path)
     lines: list[str] = []
-    assert checkpoint.whole(tmp_path, lines.append) == tmp_path / "step-000001"
+    assert checkpoint.newest_complete(tmp_path, lines.append) == tmp_path / "step-000001"
     assert len(lines) == 1 and lines[0].endswith("it is passed over")
 
 
@@ -292,7 +292,7 @@ def test_the_newest_complete_checkpoint_is_found_and_those_after_it_are_set_asid
     content[-1] ^= 1
     file.write_bytes(content)
     lines: list[str] = []
-    newest = checkpoint.whole(tmp_path, lines.append)
+    newest = checkpoint.newest_complete(tmp_path, lines.append)
     assert newest == tmp_path / "step-000002" and "has changed since it was saved" in lines[0]
     assert checkpoint.set_aside(tmp_path, newest) == ["unused-step-000003"]
     assert checkpoint.latest(tmp_path) == newest and (tmp_path / "unused-step-000003").is_dir()

@@ -55,7 +55,7 @@ SD2 = ModelVersion(
         v2="True",
     ),
     tag_prefixes=("sd_v2", "stable-diffusion-v2"),
-    readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE), whole_attention=("lora_te_",))},
+    readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE), complete_attention=("lora_te_",))},
     layout=SD2_FILE,
 )
 SPEC = FamilySpec(

@@ -41,7 +41,7 @@ SDXL = ModelVersion(
     key_prefixes=("lora_te2_", "text_encoder_2.", "lora_unet_label_emb"),
     readers={
         "a1111": Reads(
-            (*BLOCKS, *UPSAMPLERS_BUT_FIRST, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_TEXT), whole_attention=("lora_te2_",)
+            (*BLOCKS, *UPSAMPLERS_BUT_FIRST, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_TEXT), complete_attention=("lora_te2_",)
         ),
         "forge": Reads((*_FULL, *FORGE_DOTTED)),
         "comfyui": Reads((*_FULL, *COMFY_DOTTED)),

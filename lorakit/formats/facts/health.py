@@ -56,13 +56,13 @@ def numbers(head: safetensors_header.Header, name: str) -> np.ndarray:
 
 def hashes(head: safetensors_header.Header) -> dict[str, str]:
     """The names by which A1111 and Civitai look a file up: AutoV2 of the whole file, AutoV3 of its tensors alone."""
-    whole, tensors = hashlib.sha256(), hashlib.sha256()
+    content, tensors = hashlib.sha256(), hashlib.sha256()
     with head.path.open("rb") as file:
-        whole.update(file.read(head.data_start))
+        content.update(file.read(head.data_start))
         while block := file.read(1 << 20):
-            whole.update(block)
+            content.update(block)
             tensors.update(block)
-    return {"AutoV2": whole.hexdigest()[:10], "AutoV3": tensors.hexdigest()[:12]}
+    return {"AutoV2": content.hexdigest()[:10], "AutoV3": tensors.hexdigest()[:12]}
 
 
 def history(metadata: Mapping[str, str]) -> str:

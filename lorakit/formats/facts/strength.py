@@ -113,8 +113,8 @@ def _size(parts: Mapping[str, np.ndarray]) -> float | None:
     """The norm of delta W without its scale; None where the parts are not of a change that holds by itself."""
     try:
         if "mid" in parts:
-            whole = np.einsum("mnhw,im,nj->ijhw", parts["mid"], _flat(parts["up"]), _flat(parts["down"]))
-            return float(np.linalg.norm(whole))
+            delta = np.einsum("mnhw,im,nj->ijhw", parts["mid"], _flat(parts["up"]), _flat(parts["down"]))
+            return float(np.linalg.norm(delta))
         if "down" in parts:
             down, up = _flat(parts["down"]), _flat(parts["up"])
             return math.sqrt(max(0.0, float(((down @ down.T) * (up.T @ up)).sum())))
@@ -124,8 +124,8 @@ def _size(parts: Mapping[str, np.ndarray]) -> float | None:
             return float(np.linalg.norm(_kron(parts, "1")) * np.linalg.norm(_kron(parts, "2")))
     except (KeyError, ValueError):
         return None  # parts that are missing or do not fit together, which `compatibility` reports
-    whole = parts.get("diff", parts.get("w_norm", parts.get("diff_b")))
-    return None if whole is None else float(np.linalg.norm(whole))
+    delta = parts.get("diff", parts.get("w_norm", parts.get("diff_b")))
+    return None if delta is None else float(np.linalg.norm(delta))
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
@@ -144,8 +144,8 @@ def _kron(parts: Mapping[str, np.ndarray], side: str) -> np.ndarray:
 
 def _product(a: np.ndarray, b: np.ndarray, kernel: np.ndarray | None) -> np.ndarray:
     """Two factors put together, with Tucker's small kernel between them where there is one."""
-    whole: np.ndarray = _flat(a) @ _flat(b) if kernel is None else np.einsum("ijkl,ip,jr->prkl", kernel, a, b)
-    return whole
+    delta: np.ndarray = _flat(a) @ _flat(b) if kernel is None else np.einsum("ijkl,ip,jr->prkl", kernel, a, b)
+    return delta
 
 
 def plot(strength: Strength, path: Path, title: str) -> None:
@@ -165,13 +165,13 @@ def plot(strength: Strength, path: Path, title: str) -> None:
     draw = ImageDraw.Draw(picture)
     text = f"{title}: size of the change (norm of delta W) of each module; the highest is {highest:.3g}"
     draw.text((8, 10), text, image_grid.INK, font)
-    step = (WIDTH - LEFT - 8) / max(map(len, strength.blocks.values()))
+    bar_width = (WIDTH - LEFT - 8) / max(map(len, strength.blocks.values()))
     for number, (name, sizes) in enumerate(strength.blocks.items()):
         foot = TOP + ROW * (number + 1) - 8
         draw.text((8, foot - image_grid.FONT_SIZE), name, image_grid.INK, font)
         for at, size in enumerate(sizes):
-            x = LEFT + at * step
-            draw.rectangle((x, foot - (ROW - 16) * size / highest, x + max(1, step - 2), foot), BAR)
+            x = LEFT + at * bar_width
+            draw.rectangle((x, foot - (ROW - 16) * size / highest, x + max(1, bar_width - 2), foot), BAR)
     try:
         image_grid.save(picture, path)
     except OSError as error:
