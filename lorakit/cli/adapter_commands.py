@@ -17,6 +17,7 @@ from lorakit.cli.terminal import complain, print_json, print_lines
 from lorakit.cli.train_commands import Command, add_model, read_overrides
 from lorakit.config import unquote
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import shorten
 from lorakit.core.registry import FORMATS
 
 if TYPE_CHECKING:
@@ -112,8 +113,9 @@ def run_sample(args: argparse.Namespace) -> int:
     print(f"base: {base}", file=sys.stderr)
     overrides = ({"model.vae": args.vae} if args.vae else {}) | read_overrides(args.set)
     prompts = [unquote(prompt) for prompt in args.prompt or ()]
-    for prompt in {*(args.prompt or ())} - {*prompts}:
-        print(f"--prompt: the quotes around {prompt.strip()} are left out", file=sys.stderr)
+    for prompt in args.prompt or ():
+        if unquote(prompt) != prompt.strip():
+            print(f"--prompt: the quotes around {shorten(prompt.strip(), 60)} are left out", file=sys.stderr)
     for line in sampling.findings(args.adapter, prompts, base=base, overrides=overrides):
         print(line, file=sys.stderr)
     files = sampling.sample(

@@ -12,6 +12,7 @@ from lorakit.config import DataConfig, SampleConfig
 from lorakit.config.prompts import parse_all
 from lorakit.core import foreign_json, prompts
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import shorten
 from lorakit.data import concepts
 
 if TYPE_CHECKING:
@@ -296,8 +297,8 @@ def prompt_findings(sample: SampleConfig, base: Base) -> list[str]:
         if tokenizer is not None and not base.chunked_texts:
             counter = TokenCounter(tokenizer, base.max_tokens)
             count, cut = counter.count("".join(part.text for group in prompts.parse(prompt) for part in group))
-            lines += [f'CLIP reads {counter.limit} of {count} tokens; cut off: "{cut}"'] if cut else []
-        findings += [f'prompt "{prompt}": {line}' for line in lines]
+            lines += [f'CLIP reads {counter.limit} of {count} tokens; cut off: "{shorten(cut, 60)}"'] if cut else []
+        findings += [f'prompt "{shorten(prompt, 60)}": {line}' for line in lines]
     return findings
 
 

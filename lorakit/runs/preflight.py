@@ -15,6 +15,7 @@ from lorakit import families
 from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig, unquote
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import shorten
 from lorakit.data import captions, checks, concepts, folder as photo_folder
 from lorakit.families import BaseInfo
 from lorakit.formats import compatibility, identify
@@ -152,7 +153,7 @@ def _without_quotes(config: Config) -> tuple[Config, list[str]]:
 
     def unquoted(key: str, text: str) -> str:
         if unquote(text) != text.strip():
-            lines.append(f"{key}: the quotes around {text.strip()} are left out")
+            lines.append(f"{key}: the quotes around {shorten(text.strip(), 60)} are left out")
         return unquote(text)
 
     data = replace(
