@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.families import ldm
 from lorakit.formats import compatibility, embeddings, identify, keys, metadata as meta
 from lorakit.formats.compatibility import Reading
-from lorakit.formats.facts import health
+from lorakit.formats.facts import health, peft_config
 from lorakit.formats.facts.strength import Places, Strength, measure
 
 _MAX_VALUE_LENGTH = 100  # characters of a metadata value
@@ -172,9 +173,8 @@ def inspect(path: Path) -> Report:
             dtype=_dtype([head]),
             metadata=head.metadata,
         )
-    alphas = safetensors_header.scalars(head, ".alpha")
     places = {name: (head, name) for name in shapes}
-    report = _adapter(path.name, size, places, shapes, alphas, head.metadata)
+    report = _adapter(path.name, size, places, shapes, peft_config.of_header(path, head.metadata), head.metadata)
     notes = [*report.notes, *_word_notes(path, head)]
     return dataclasses.replace(report, hashes=health.hashes(head), notes=notes)
 
@@ -211,19 +211,16 @@ def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
     places: dict[str, tuple[safetensors_header.Header, str]] = {}
     metadata: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    alphas: dict[str, float] = {}
+    scalings: dict[str, peft_config.Scaling] = {}
     for part, folder in parts.items():
         head = safetensors_header.read(folder / identify.PEFT_MODEL)
-        config = _json(folder / identify.PEFT_CONFIG)
+        scalings[part] = peft_config.of_folder(folder)
         metadata |= head.metadata
         for name, full_name in identify.peft_names(part, head.tensors).items():
             shapes[full_name] = head.tensors[name].shape
             places[full_name] = head, name
-        alpha = config.get("lora_alpha", config.get("alpha"))
-        if isinstance(alpha, int | float) and abs(alpha) < 1e30:
-            alphas[part] = float(alpha)
     size = sum((folder / identify.PEFT_MODEL).stat().st_size for folder in parts.values())
-    return _adapter(path.name, size, places, shapes, alphas, metadata, folder=True)
+    return _adapter(path.name, size, places, shapes, scalings, metadata, folder=True)
 
 
 def _base_folder(path: Path) -> Report:
@@ -258,11 +255,12 @@ def _adapter(
     size: int,
     places: Places,
     shapes: identify.Shapes,
-    alphas: dict[str, float],
+    scalings: Mapping[str, peft_config.Scaling],
     metadata: dict[str, str],
     folder: bool = False,
 ) -> Report:
     modules = identify.modules(shapes, identify.layers_per_block(metadata))
+    identify.require_shapes(modules, shapes)
     other = identify.other_model(shapes, metadata)
     names = {name for module in modules.values() if module.canonical for name in module.parts.values()}
     heads = list({head.path: head for head, _ in places.values()}.values())
@@ -280,7 +278,12 @@ def _adapter(
             f"{next(iter(shapes))}"
         )
     family, source = identify.adapter_family(modules, shapes, metadata)
-    components, scales = _components(modules, shapes, alphas, metadata)
+    alphas = {name: value for head in heads for name, value in safetensors_header.scalars(head, ".alpha").items()}
+    for part, scaling in scalings.items():
+        peft_config.require_numbers(Path(name), scaling)
+        value = scaling.get("lora_alpha", scaling.get("alpha"))
+        alphas |= {} if value is None else {part: float(value)}
+    components, scales = _components(modules, shapes, alphas, scalings)
     ranks = {rank for component in components.values() for rank in component.ranks}
     return Report(
         name,
@@ -303,22 +306,24 @@ def _components(
     modules: Mapping[str, identify.Module],
     shapes: identify.Shapes,
     alphas: Mapping[str, float],
-    metadata: dict[str, str],
+    scalings: Mapping[str, peft_config.Scaling],
 ) -> tuple[dict[str, Component], dict[str, float]]:
     """Component -> its ranks and alphas; and stem -> alpha / rank."""
-    config = compatibility.config_scales(metadata)
     components, scales = dict[str, Component](), dict[str, float]()
     for part in keys.COMPONENTS:
         inside = [module for module in modules.values() if _part(module) == part]
         ranks, values = Counter[float](), Counter[float]()
         for module in inside:
-            rank = identify.rank(module, shapes)
-            alpha = alphas.get(
-                module.parts.get("alpha", part), config[part] * rank if rank and part in config else None
-            )
+            rank, alpha = identify.rank(module, shapes), alphas.get(module.parts.get("alpha", ""))
+            own, divisor = scalings.get(part, {}), rank
+            if alpha is None and part in alphas:
+                divisor = rank or int(own.get("r") or 1)  # PEFT divides a LoKr of two whole matrices too
+                scale = peft_config.alpha(str(module.canonical), divisor, own) / divisor
+                alpha = scale * divisor / (math.sqrt(divisor) if own.get("use_rslora") else 1.0)
+                scales[module.stem] = scale
             ranks.update([] if rank is None else [rank])
             values.update([] if alpha is None else [alpha])
-            scales[module.stem] = alpha / rank if alpha is not None and rank else 1.0
+            scales.setdefault(module.stem, alpha / rank if alpha is not None and rank else 1.0)
         if inside:
             counts = [[n for _, n in counter.most_common()] for counter in (ranks, values)]
             components[part] = Component(len(inside), _ordered(ranks), _ordered(values), *counts)

@@ -7,25 +7,20 @@ LoHa and LoKr, Tucker's variants too.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, LokrLayer, LoraLayer
-from lorakit.core import foreign_json, safetensors_header
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.core.names import printable
 from lorakit.formats import adapter_math, embeddings, identify, keys, lycoris, metadata as meta
+from lorakit.formats.facts import peft_config
+from lorakit.formats.facts.peft_config import Scaling
 
-Scaling = Mapping[str, Any]
 _BIASES = {"diff_b", "b_norm", "up_bias"}
-# A pattern that may be run: no group is repeated and little else, so that its time is bounded (PEFT runs any).
-_MAX_REPEATS = 3
 
 
 def read(path: Path) -> AdapterWeights:
@@ -60,16 +55,8 @@ def _read_file(path: Path) -> AdapterWeights:
         if path.name == identify.PEFT_MODEL and (path.parent / identify.PEFT_CONFIG).is_file():
             return _read_peft(path.parent, {_component(path): path.parent})
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
-    try:
-        adapter_config = foreign_json.loads_table(head.metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        raise LorakitError(f"{path}: its lora_adapter_metadata is no JSON object") from None
-    scalings: dict[str, dict[str, Any]] = {part: {} for part in keys.COMPONENTS}
-    for key, value in adapter_config.items():
-        part, _, name = key.partition(".")
-        scalings.setdefault(keys.canonical_part(part), {})[name] = value
     tensors, tokens = embeddings.unbundle(safetensors_header.load(head))
-    return _weights(path, tensors, head.metadata, scalings, tokens)
+    return _weights(path, tensors, head.metadata, peft_config.of_header(path, head.metadata), tokens)
 
 
 def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
@@ -79,10 +66,7 @@ def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
     for part, folder in folders.items():
         head = safetensors_header.read(folder / identify.PEFT_MODEL)
         metadata |= head.metadata
-        try:
-            scalings[part] = foreign_json.loads_table((folder / identify.PEFT_CONFIG).read_text(encoding="utf-8"))
-        except ValueError:
-            raise LorakitError(f"{folder / identify.PEFT_CONFIG}: no JSON object") from None
+        scalings[part] = peft_config.of_folder(folder)
         weights = safetensors_header.load(head)
         tensors |= {path: weights[name] for name, path in identify.peft_names(part, weights).items()}
     return _weights(path, tensors, metadata, scalings)
@@ -121,7 +105,7 @@ def _weights(
         )
     family, _ = identify.adapter_family(modules, shapes, metadata)
     for scaling in scalings.values():
-        _require_numbers(path, scaling)
+        peft_config.require_numbers(path, scaling)
     layers, biases = dict[str, AnyLayer](), dict[str, torch.Tensor]()
     for module in modules.values():
         name = str(module.canonical)
@@ -159,18 +143,6 @@ def _require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor.float()).all()):
             raise LorakitError(f"{path}: {name} holds NaN or infinity: the file is damaged; make or download it again")
-
-
-def _require_numbers(path: Path, scaling: Scaling) -> None:
-    """Raise LorakitError where a rank or an alpha of an adapter config is no finite number above 0."""
-    patterns = scaling.get("alpha_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        raise LorakitError(f"{path}: the alpha_pattern in its config is no table")
-    numbers = {key: scaling[key] for key in ("r", "lora_alpha", "alpha") if scaling.get(key) is not None}
-    for key, value in [*numbers.items(), *patterns.items()]:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-        if not is_number or (key == "r" and value < 1):
-            raise LorakitError(f"{path}: {printable(key)[:80]} in its config is {value!r:.80}, no usable number")
 
 
 def _require_parts(path: Path, modules: Iterable[identify.Module]) -> None:
@@ -236,42 +208,8 @@ def _alpha(
     path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], rank: int, scaling: Scaling
 ) -> float:
     if "alpha" not in module.parts:
-        return _config_alpha(module, rank, scaling)
+        return peft_config.alpha(str(module.canonical), rank, scaling)
     value = tensors[module.parts["alpha"]]
     if value.numel() != 1:
         raise LorakitError(f"{path}: the alpha of {module.stem} is not one number")
     return float(value)
-
-
-def _config_alpha(module: identify.Module, rank: int, scaling: Scaling) -> float:
-    """The alpha that an adapter config tells for a module; its rank where there is none.
-
-    Follows PEFT: patterns match the end of the module's name, and rank-stabilised adapters divide by sqrt(rank).
-    """
-    name = str(module.canonical).partition(".")[2]
-    alpha = scaling.get("lora_alpha", scaling.get("alpha", rank))
-    for pattern, value in (scaling.get("alpha_pattern") or {}).items():
-        if _matches_end(pattern, name):
-            alpha = value
-            break
-    try:
-        return float(alpha) * (math.sqrt(rank) if scaling.get("use_rslora") else 1.0)
-    except (TypeError, ValueError):
-        raise LorakitError(f"{module.stem}: the alpha in its config is not a number: {alpha!r}") from None
-
-
-def _matches_end(pattern: str, name: str) -> bool:
-    """PEFT's rule, `(.*\\.)?(pattern)$`, by plain comparison in the usual case, a name.
-
-    Raises:
-        LorakitError: a regular expression that is wrong, or one that could take for ever.
-    """
-    if not re.search(r"[^\w.]", pattern):
-        return name == pattern or name.endswith(f".{pattern}")
-    repeats = len(re.findall(r"[*+{]", pattern))
-    if repeats > _MAX_REPEATS or re.search(r"\)[*+?{]|\(\?", pattern) or len(pattern) > 500:
-        raise LorakitError(f"the alpha_pattern {pattern[:80]!r} is not run, as it could take for ever")
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except re.error as error:
-        raise LorakitError(f"the alpha_pattern {pattern[:80]!r} is no regular expression: {error}") from None

@@ -14,6 +14,7 @@ from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
 from safetensors.torch import load_file, save_file
 
+from lorakit import adapters
 from lorakit.core.errors import LorakitError
 from lorakit.formats import diffusers, keys, kohya, peft, read, save
 from lorakit.formats.edit.extract import Merger
@@ -161,3 +162,29 @@ def test_full_differences_are_read(tmp_path):
     merged = Merger(weights, 1.0)("unet", f"{LINEAR[1].removeprefix('unet.')}.weight", layer.weight.detach())
     assert torch.allclose(merged, layer.weight + delta)
     assert torch.allclose(resize(weights, energy=1).layers[LINEAR[1]].delta(), delta, atol=1e-4)
+
+
+def test_a_merge_that_is_not_finite_is_refused():
+    path = LINEAR[1].removeprefix("unet.")
+    weights = random_adapters.adapter({LINEAR[1]: (32, 24)}, "sd1")
+    broken = torch.full((32, 24), float("nan"))
+    with pytest.raises(
+        LorakitError, match=rf"unet\.{path}\.weight of the base holds NaN or infinity: the base is damaged"
+    ):
+        Merger(weights, 1.0)("unet", f"{path}.weight", broken)
+    words = rf"{LINEAR[1]} would hold NaN or infinity in torch\.float16 at strength 1e\+08"
+    with pytest.raises(LorakitError, match=words):
+        Merger(weights, 1e8)("unet", f"{path}.weight", torch.ones(32, 24, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("what", "words"), [("bias", "biases"), ("rows", "DoRA per output row"), ("diff", "full difference")]
+)
+def test_what_only_a_merge_applies_is_refused_by_a_base_in_use(tmp_path, sd1, what, words):
+    tensors = {"lora_down.weight": torch.ones(4, 24), "lora_up.weight": torch.ones(32, 4)}
+    tensors |= {"bias": {"diff_b": torch.ones(32)}, "rows": {"dora_scale": torch.ones(32, 1)}}.get(what, {})
+    weights = read(save_tensors(tmp_path, LINEAR[0], {"diff": torch.ones(32, 24)} if what == "diff" else tensors))
+    with pytest.raises(
+        LorakitError, match=f"the adapter has {words}, which lorakit does not put into a model in use: merge it"
+    ):
+        adapters.apply(sd1, weights)

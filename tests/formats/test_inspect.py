@@ -289,7 +289,7 @@ def test_a_broken_peft_folder(tmp_path):
     (tmp_path / "toy-peft" / "unet" / "adapter_config.json").write_text("{")
     with pytest.raises(LorakitError, match=r"adapter_config.json: cannot be read as a JSON object"):
         inspect(tmp_path / "toy-peft")
-    with pytest.raises(LorakitError, match=r"adapter_config.json: no JSON object"):
+    with pytest.raises(LorakitError, match=r"adapter_config.json: cannot be read as a JSON object"):
         read(tmp_path / "toy-peft")
 
 

@@ -325,10 +325,9 @@ def test_factors_under_any_name_are_the_same_adapter(tmp_path):
 
 def test_a_header_of_640_bytes_is_no_pickle(tmp_path):
     """Its length begins with the two bytes of a pickle."""
-    for length in range(600):
-        path = save_tensors(tmp_path, {f"{QUERY}.lora_down.weight": numbers(1, 2)}, {"a": "x" * length})
-        if path.read_bytes()[:2] == b"\x80\x02":
-            break
+    tensors = {f"{QUERY}.lora_down.weight": numbers(1, 2)}
+    short = int.from_bytes(save_tensors(tmp_path, tensors, {"a": ""}).read_bytes()[:8], "little")
+    path = save_tensors(tmp_path, tensors, {"a": "x" * (640 - short)})
     assert path.read_bytes()[:2] == b"\x80\x02" and inspect(path).kind == "adapter"
 
 
@@ -337,3 +336,43 @@ def test_methods_are_recognized_by_tensors_and_not_by_the_header(tmp_path):
     assert inspect(path).method == "dora" and read(path).method == "dora"
     plain = random_adapters.adapter({DOTTED: (64, 64)}, "sd1", method="pissa")
     assert inspect(save(plain, tmp_path, "p", ["kohya"], "fp16", {})["kohya"]).method == "pissa"
+
+
+PEFT = {
+    "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["attn1.to_q", "conv1"]},
+    "stabilised": {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["attn1.to_q"]},
+    "patterns": {"r": 4, "lora_alpha": 8, "target_modules": ["attn1.to_q"], "alpha_pattern": {"mid_block.*to_q": 2}},
+    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["attn1.to_q", "conv1"]},
+    "biases": {"r": 4, "lora_alpha": 8, "lora_bias": True, "target_modules": ["ff.net.2"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", PEFT)
+def test_a_folder_of_pefts_own_is_what_peft_makes_of_it(tmp_path, pipeline, kind):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(copy.deepcopy(pipeline.unet), LoraConfig(**PEFT[kind]))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name:
+            parameter.data.add_(numbers(*parameter.shape))
+    model.save_pretrained(tmp_path / "own")
+    other = copy.copy(pipeline)
+    other.unet = model.merge_and_unload()
+    weights = read(tmp_path / "own")
+    assert are_right(weights, pipeline, other)
+    report = inspect(tmp_path / "own")
+    assert report.readers["peft"].complete and set(report.components["unet"].alphas) <= {8.0, 2.0}
+    assert (2.0 in report.components["unet"].alphas) is (kind == "patterns")
+    sizes = sorted(float(torch.linalg.vector_norm(layer.delta())) for layer in weights.layers.values())
+    assert sorted(report.strength.modules.values()) == pytest.approx(sizes, rel=1e-4)
+
+
+def test_another_method_of_peft_is_named(tmp_path, pipeline):
+    from peft import IA3Config, get_peft_model
+
+    config = IA3Config(target_modules=["attn1.to_q"], feedforward_modules=[])
+    get_peft_model(copy.deepcopy(pipeline.unet), config).save_pretrained(tmp_path / "own")
+    for open_it in (inspect, read):
+        with pytest.raises(LorakitError, match="this is an adapter of PEFT's IA3, which lorakit does not read"):
+            open_it(tmp_path / "own")

@@ -1,0 +1,103 @@
+"""What PEFT's config says of an adapter: `adapter_config.json` of a folder, a line in the header of diffusers' files.
+
+No torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit.core import foreign_json, registry
+from lorakit.core.errors import LorakitError
+from lorakit.core.names import printable
+from lorakit.formats import identify, keys
+
+Scaling = Mapping[str, Any]
+# A pattern that may be run: no group is repeated and little else, so that its time is bounded (PEFT runs any).
+_MAX_REPEATS = 3
+
+
+def of_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Scaling]:
+    """Component -> its config, from `lora_adapter_metadata`.
+
+    Raises:
+        LorakitError: that is no JSON object.
+    """
+    try:
+        config = foreign_json.loads_table(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        raise LorakitError(f"{path}: its lora_adapter_metadata is no JSON object") from None
+    scalings: dict[str, dict[str, Any]] = {part: {} for part in keys.COMPONENTS}
+    for key, value in config.items():
+        part, _, name = key.partition(".")
+        scalings.setdefault(keys.canonical_part(part), {})[name] = value
+    return dict(scalings)
+
+
+def of_folder(folder: Path) -> Scaling:
+    """The config of one component's folder.
+
+    Raises:
+        LorakitError: it is no JSON object, or of a method that lorakit does not read.
+    """
+    path = folder / identify.PEFT_CONFIG
+    try:
+        config = foreign_json.loads_table(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise LorakitError(f"{path}: cannot be read as a JSON object") from None
+    method = str(config.get("peft_type", "")).lower()
+    if method and method not in {spec.layers for spec in registry.METHODS.values()}:
+        raise LorakitError(
+            f"{folder}: this is an adapter of PEFT's {printable(method.upper())}, which lorakit does not read"
+        )
+    return config
+
+
+def require_numbers(path: Path, scaling: Scaling) -> None:
+    """Raise LorakitError where a rank or an alpha of an adapter config is no finite number above 0."""
+    patterns = scaling.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise LorakitError(f"{path}: the alpha_pattern in its config is no table")
+    numbers = {key: scaling[key] for key in ("r", "lora_alpha", "alpha") if scaling.get(key) is not None}
+    for key, value in [*numbers.items(), *patterns.items()]:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+        if not is_number or (key == "r" and value < 1):
+            raise LorakitError(f"{path}: {printable(key)[:80]} in its config is {value!r:.80}, no usable number")
+
+
+def alpha(name: str, rank: int, scaling: Scaling) -> float:
+    """The alpha that a config tells for a canonical name; the rank where there is none.
+
+    Follows PEFT: patterns match the end of the module's name, and rank-stabilised adapters divide by sqrt(rank).
+    """
+    path = name.partition(".")[2]
+    value = scaling.get("lora_alpha", scaling.get("alpha", rank))
+    for pattern, own in (scaling.get("alpha_pattern") or {}).items():
+        if _matches_end(pattern, path):
+            value = own
+            break
+    try:
+        return float(value) * (math.sqrt(rank) if scaling.get("use_rslora") else 1.0)
+    except (TypeError, ValueError):
+        raise LorakitError(f"{name}: the alpha in its config is not a number: {value!r}") from None
+
+
+def _matches_end(pattern: str, name: str) -> bool:
+    """PEFT's rule, `(.*\\.)?(pattern)$`, by plain comparison in the usual case, a name.
+
+    Raises:
+        LorakitError: a regular expression that is wrong, or one that could take for ever.
+    """
+    if not re.search(r"[^\w.]", pattern):
+        return name == pattern or name.endswith(f".{pattern}")
+    repeats = len(re.findall(r"[*+{]", pattern))
+    if repeats > _MAX_REPEATS or re.search(r"\)[*+?{]|\(\?", pattern) or len(pattern) > 500:
+        raise LorakitError(f"the alpha_pattern {pattern[:80]!r} is not run, as it could take for ever")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise LorakitError(f"the alpha_pattern {pattern[:80]!r} is no regular expression: {error}") from None
