@@ -182,18 +182,19 @@ def component_slots(header: safetensors_header.Header, part: FilePart, component
 
 def _require_complete(file: str, component: str, slots: Mapping[str, Slot], partial: str) -> None:
     """Refuse a part that lacks a tensor that others of its blocks have."""
-    groups: dict[str, set[str]] = {}
-    members: dict[str, set[str]] = {}
+    groups: dict[tuple[str, int], set[str]] = {}
+    members: dict[tuple[str, int], set[str]] = {}
     for ours in slots:
         if match := _ONE_OF_MANY.fullmatch(ours):
-            place = ours.removesuffix(match[2])
-            members.setdefault(place, set()).add(match[2])
-            if not re.search(partial, match[2]):
-                groups.setdefault(place.split(".")[-3], set()).add(match[2])
-    for place, leaves in members.items():
-        if missing := groups.get(place.split(".")[-3], set()) - leaves:
+            block, lacking = ours.removesuffix(match[2]), re.search(partial, match[2])
+            # Of what some blocks lack, a block has all or nothing.
+            group = (lacking.lastindex or -1) if lacking else 0
+            members.setdefault((block, group), set()).add(match[2])
+            groups.setdefault((block.split(".")[-3], group), set()).add(match[2])
+    for (block, group), leaves in members.items():
+        if missing := groups[block.split(".")[-3], group] - leaves:
             raise LorakitError(
-                f"{file} lacks {component}.{place}{min(missing)}, which its other blocks have: get the whole checkpoint"
+                f"{file} lacks {component}.{block}{min(missing)}, which its other blocks have: get the whole checkpoint"
             )
 
 

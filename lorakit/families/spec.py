@@ -133,7 +133,7 @@ class FilePart:
         names: (shapes, theirs) -> the file's name of a module or tensor -> diffusers' (see `ldm.Names`), from the names
             in the file (`theirs`) or from diffusers'; None where both are the same.
         level: what diffusers' names begin with and some files leave out.
-        partial: pattern of what some of its blocks lack.
+        partial: pattern of what some of its blocks lack; a block has all that is of one group of it, or nothing.
         used_layers: how many of its layers the published model reads, where that is one less than it has; the rest is
             not in diffusers layout.
         optional: whether a file may do without.

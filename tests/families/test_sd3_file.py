@@ -238,6 +238,25 @@ def test_a_missing_tensor_is_named(key: str, words: str, file: Path, room: Path,
     assert words in refusal(tmp_path / "x.safetensors", room)
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("x_block.attn2.proj.bias", "lacks unet.transformer_blocks.1.attn2.to_out.0.bias"),
+        ("context_block.attn.proj.weight", "lacks unet.transformer_blocks.1.attn.to_add_out.weight"),
+        ("context_block.mlp.fc1.bias", "lacks unet.transformer_blocks.1.ff_context.net.0.proj.bias"),
+    ],
+)
+def test_a_block_has_all_of_what_some_blocks_lack(key: str, words: str, file: Path, room: Path, tmp_path: Path) -> None:
+    first, last = f"{U}joint_blocks.0.", f"{U}joint_blocks.1."
+    weights = {name.replace(last, f"{U}joint_blocks.2."): tensor for name, tensor in load_file(file).items()}
+    weights |= {name.replace(first, last): t.clone() for name, t in weights.items() if name.startswith(first)}
+    save_file(weights, tmp_path / "whole.safetensors")
+    assert describe(tmp_path / "whole.safetensors", room).configs["unet"]["dual_attention_layers"] == [0, 1]
+    del weights[last + key]
+    save_file(weights, tmp_path / "x.safetensors")
+    assert words in refusal(tmp_path / "x.safetensors", room)
+
+
 def test_keys_that_programs_add_are_ignored(pipeline: Any, room: Path, tmp_path: Path) -> None:
     """ComfyUI saves logit scales and the first CLIP's projection, which is not used."""
     extra = {f"text_encoders.{name}.logit_scale": torch.ones(()) for name in ("clip_l", "clip_g", "t5xxl")}

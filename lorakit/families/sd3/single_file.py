@@ -153,7 +153,7 @@ SD3_FILE = FileLayout(
             r"|ff(_context)?\.net\.(0\.proj|2)|attn2?\.(to_([qkv]|out\.0|add_out)|add_[qkv]_proj|norm(_added)?_[qk])))"
             r"\.(weight|bias))",
             names=names,
-            partial=r"attn2\.|to_add_out|ff_context",
+            partial=r"(attn2\.)|(to_add_out|ff_context)",
         ),
         "vae": single_file.VAE,
         # What is pooled of the first CLIP is not projected; diffusers has the identity there.
