@@ -119,6 +119,7 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "optimizer.weight_decay": (0.5, {}),
     "optimizer.lr_scheduler": ("cosine", {}),
     "optimizer.warmup_steps": (2, {}),
+    "optimizer.text_encoder_stop": (0.3, TEXT),
     "data.keep_tags": (2, {"data__shuffle_tags": True}),
     "data.tag_dropout": (0.6, {}),
     "data.caption_prefix": ("a sketch of", {}),
@@ -149,6 +150,8 @@ TESTED_ELSEWHERE = {
     "model.vae": "families: test_vae_source.py",
     **dict.fromkeys(("model.text_encoders", "model.t5"), "families: test_sd3_file.py"),
     "data.folder": "every run",
+    "optimizer.text_encoder_2_learning_rate": "test_text_encoder_rates.py; the base here has one text encoder",
+    "train.export_every": "test_text_encoder_rates.py; must not reach the weights",
     **dict.fromkeys(
         ("data.caption_lines", "data.caption_from_name", "data.wildcards"), "test_caption_options.py, texts of a photo"
     ),

@@ -17,6 +17,7 @@ from lorakit.config.schema import (
     ADAPTER_SECTIONS,
     LENGTHS,
     SECTIONS,
+    AdapterConfig,
     Config,
     OptimizerConfig,
     TrainConfig,
@@ -260,13 +261,7 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(f"set exactly one of {', '.join('train.' + n for n in LENGTHS)}: {detail}")
     if optimizer.learning_rate == 0:
         problems.append("optimizer.learning_rate = 0 trains nothing: give a rate above 0")
-    if optimizer.text_encoder_learning_rate == 0:
-        problems.append(
-            "optimizer.text_encoder_learning_rate = 0 trains no text encoder: leave it out, with "
-            "adapter.train_text_encoder and adapter.new_tokens"
-        )
-    elif optimizer.text_encoder_learning_rate is not None and not adapter.trains_text:
-        problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens")
+    problems += _text_encoder_problems(optimizer, adapter)
     if adapter.new_tokens and not re.fullmatch(r"[\w-]+", unquote(data.name).partition(" ")[0]):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
     problems += _schedule_problems(optimizer)
@@ -320,4 +315,21 @@ def _schedule_problems(optimizer: OptimizerConfig) -> list[str]:
             problems.append(f"optimizer.{name} has no effect without optimizer.lr_scheduler = {schedule!r}")
     if optimizer.min_lr_ratio and optimizer.lr_scheduler == "constant":
         problems.append("optimizer.min_lr_ratio has no effect with a constant rate: choose an optimizer.lr_scheduler")
+    return problems
+
+
+def _text_encoder_problems(optimizer: OptimizerConfig, adapter: AdapterConfig) -> list[str]:
+    """Options of the text encoders' learning rates where none is trained."""
+    problems = []
+    if optimizer.text_encoder_learning_rate == 0:
+        problems.append(
+            "optimizer.text_encoder_learning_rate = 0 trains no text encoder: leave it out, with "
+            "adapter.train_text_encoder and adapter.new_tokens"
+        )
+    elif optimizer.text_encoder_learning_rate is not None and not adapter.trains_text:
+        problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens")
+    if not adapter.trains_text:
+        names = ("text_encoder_2_learning_rate", "text_encoder_stop")
+        unused = [name for name in names if getattr(optimizer, name) != getattr(OptimizerConfig, name)]
+        problems += [f"optimizer.{name} needs adapter.train_text_encoder = true or new_tokens" for name in unused]
     return problems

@@ -13,8 +13,22 @@ from lorakit.core.errors import ConfigError
 # They do not reach the weights of a step: how long, what is drawn, examined, saved and written. Paths may change with
 # the place of a thing, whose content is compared. Where it computes changes the last bits alone.
 FREE = {f"train.{name}" for name in LENGTHS}
-FREE |= {"train.validate_every", "train.validate_at_end", "train.save_every", "train.keep_checkpoints", "train.on_nan"}
-FREE |= {"model.base", "data.folder", "data.class_folder", "output.formats", "output.dtype", "output.tensorboard"}
+FREE |= {
+    "train.validate_every",
+    "train.validate_at_end",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.on_nan",
+}
+FREE |= {
+    "train.export_every",
+    "model.base",
+    "data.folder",
+    "data.class_folder",
+    "output.formats",
+    "output.dtype",
+    "output.tensorboard",
+}
 FREE |= {f"memory.{name}" for name in ("device", "gradient_checkpointing", "limit_gib", "compile", "engine")}
 FREE |= {"memory.cuda_graphs", "memory.attention", "memory.stream_base"}
 

@@ -186,6 +186,12 @@ class OptimizerConfig:
     text_encoder_learning_rate: float | None = option(
         None, "For text-encoder adapters. Unset: the same.", low=0, high=10
     )
+    text_encoder_2_learning_rate: float | None = option(
+        None, "For the second text encoder and others after it. Unset: as the first.", above=0, high=10
+    )
+    text_encoder_stop: float = option(
+        1.0, "Share of the run after which text encoders are left as they are.", above=0, high=1
+    )
     weight_decay: float = option(0.01, "Decoupled weight decay.", low=0, high=1)
     lr_scheduler: Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial", "rex", "wsd"] = option(
         "constant", "Shape after warm-up. wsd: constant, then down at the end."
@@ -228,6 +234,7 @@ class TrainConfig:
     validate_every: int = option(0, "Steps between validations; 0: five times a run.", low=0)
     validate_at_end: bool = option(True, "Validate after the last step too; it takes long on a CPU.")
     save_every: int = option(0, "Steps between checkpoints; 0: five times a run.", low=0)
+    export_every: int = option(0, "Steps after which the adapter is written as a file of its own too; 0: never.", low=0)
     keep_checkpoints: int = option(3, "Newest checkpoints kept.", low=1)
     init_from: str = option("", "Start from this adapter's weights (a new run, not a resume).", path=True)
     on_nan: Literal["stop", "rollback"] = option(

@@ -195,7 +195,9 @@ def _max_tokens_problem(config: Config, info: BaseInfo) -> str | None:
 def _device_problems(config: Config) -> list[str]:
     """What the device, as far as it is known without torch, and the optimizer rule out."""
     problems = _line(plan.device_problem(config.memory.device))
-    one_rate = config.optimizer.text_encoder_learning_rate in (None, config.optimizer.learning_rate)
+    optimizer = config.optimizer
+    rates = {optimizer.text_encoder_learning_rate, optimizer.text_encoder_2_learning_rate}
+    one_rate = rates <= {None, optimizer.learning_rate} and optimizer.text_encoder_stop == 1
     has_cuda = plan.may_be_cuda(config.memory.device)
     return problems + registry.unmet_needs(config.optimizer.name, has_cuda=has_cuda, one_rate=one_rate)
 

@@ -17,6 +17,7 @@ from lorakit import formats
 from lorakit.config.prompts import default_size
 from lorakit.core.errors import Stopped, StopRequested
 from lorakit.core.events import Events, StopRequest
+from lorakit.core.names import step_name
 from lorakit.core.smoothing import RunningMean
 from lorakit.engine import device as devices
 from lorakit.formats import metadata
@@ -260,7 +261,8 @@ class Milestones:
         every = {"validate": train.validate_every, "save": train.save_every, "sample": self.run.config.sample.every}
         if step == total:  # the last samples are drawn from the exported file
             return ["validate"] * train.validate_at_end + ["save"]
-        return [name for name, number in every.items() if step % plan.interval(number, total) == 0]
+        export = ["export"] if train.export_every and step and step % train.export_every == 0 else []
+        return export + [name for name, number in every.items() if step % plan.interval(number, total) == 0]
 
     def reach(self, step: int, due: list[str]) -> None:
         """Do what is due; where a stop is asked for, save the rest as still due, export and end.
@@ -272,7 +274,7 @@ class Milestones:
         if due or self.run.stop.requested:
             adapter, optimizer = self.model.adapter, self.model.optimizer_step.optimizer
             checkpoint.require_finite(step, adapter.state(), optimizer.state_dict())
-        tasks = {"validate": self.validate, "save": self.save, "sample": self.sample}
+        tasks = {"export": self.export, "validate": self.validate, "save": self.save, "sample": self.sample}
         left, stop = list(due), self.run.stop
         with contextlib.suppress(StopRequested):
             while left and not stop.requested:
@@ -307,6 +309,10 @@ class Milestones:
             return self.model.validation.run(self.model.adapter)
         conditions, condition = embed(family, tokens), embed(family, [table[:1] for table in class_tokens])
         return self.model.validation.run(self.model.adapter, conditions=conditions, class_condition=condition)
+
+    def export(self, step: int, left: list[str]) -> None:
+        """Write the adapter of this step, which stays beside that of the end."""
+        self.run.export(self.model.adapter.weights(), f"{self.run.folder.adapter_name}-{step_name(step)}", step)
 
     def sample(self, step: int, left: list[str]) -> None:
         """Draw the sample prompts; a run goes on without where memory does not suffice."""

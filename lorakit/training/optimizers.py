@@ -98,13 +98,17 @@ def _parameters(cls: type) -> list[str] | None:
 
 def peak(config: OptimizerConfig, group: str) -> float:
     """Learning rate of a group before the schedule."""
+    if group.startswith("text_encoder_") and config.text_encoder_2_learning_rate is not None:
+        return config.text_encoder_2_learning_rate
     if group.startswith("text_encoder") and config.text_encoder_learning_rate is not None:
         return config.text_encoder_learning_rate
     return config.learning_rate
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int, group: str = "unet") -> float:
-    """Learning rate of a group at `step`."""
+    """Learning rate of a group at `step`: 0, by which no optimizer moves, for text encoders after their end."""
+    if group.startswith("text_encoder") and step >= config.text_encoder_stop * total_steps:
+        return 0.0
     return peak(config, group) * schedule.factor(config, step, total_steps)
 
 

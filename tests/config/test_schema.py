@@ -388,6 +388,7 @@ def test_no_place_on_the_machine_is_in_the_metadata() -> None:
 # -- every option -----------------------------------------------------------------------------------------------------
 
 # What an option needs beside it to be allowed to change.
+TEXT_RATES = [f"optimizer.text_encoder_{name}" for name in ("learning_rate", "2_learning_rate", "stop")]
 SCHEDULES = {
     "min_lr_ratio": "wsd",
     "lr_cycles": "cosine_with_restarts",
@@ -395,10 +396,9 @@ SCHEDULES = {
     "lr_decay_ratio": "wsd",
 }
 COMPANIONS: dict[str, dict[str, Any]] = {
-    "optimizer.text_encoder_learning_rate": {"adapter.train_text_encoder": True},
+    **{name: {"adapter.train_text_encoder": True} for name in TEXT_RATES},
     **{f"optimizer.{name}": {"optimizer.lr_scheduler": schedule} for name, schedule in SCHEDULES.items()},
-    "adapter.new_tokens": {"data.name": "sks toy"},
-    "train.prior_loss_weight": {"train.prior": "teacher"},
+    **{"adapter.new_tokens": {"data.name": "sks toy"}, "train.prior_loss_weight": {"train.prior": "teacher"}},
     **{name: {"train.prior": "images"} for name in ("train.class_images", "data.class_folder")},
     "train.epochs": {"train.steps": None},
     "train.steps_per_image": {"train.steps": None},

@@ -1,6 +1,9 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "optimizer.{name} needs adapter.train_text_encoder = true or new_tokens": (
+        "optimizer.{name} 需要 adapter.train_text_encoder = true 或 new_tokens"
+    ),
     "data.keep_tags has no effect without data.shuffle_tags or data.tag_dropout": (
         "沒有 data.shuffle_tags 或 data.tag_dropout 時 data.keep_tags 沒有作用"
     ),

@@ -1,0 +1,57 @@
+"""Text encoders: a rate each, and an end before that of the run. A file for each of some steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from short_run import noise, run_config
+
+from lorakit import config
+from lorakit.config import ConfigError, OptimizerConfig
+from lorakit.runs import preflight
+from lorakit.training import optimizers, run as train
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_each_text_encoder_has_its_rate_and_stops(name: str) -> None:
+    chosen_config = OptimizerConfig(
+        name=name,
+        learning_rate=1e-2,
+        text_encoder_learning_rate=1e-3,
+        text_encoder_2_learning_rate=1e-4,
+        text_encoder_stop=0.5,
+    )
+    groups = [(part, [torch.nn.Parameter(torch.ones(4, 4))]) for part in ("unet", "text_encoder", "text_encoder_2")]
+    optimizer = optimizers.build(chosen_config, groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3, 1e-4]
+    before: list[torch.Tensor] = []
+    for step in range(4):
+        optimizers.set_learning_rate(optimizer, chosen_config, step, 4)
+        before = [params[0].detach().clone() for _, params in groups]
+        for _, params in groups:
+            params[0].grad = torch.full((4, 4), 0.3)
+        optimizers.step(optimizer)
+        moves = [not torch.equal(old, params[0]) for old, (_, params) in zip(before, groups, strict=True)]
+        assert moves == ([True] * 3 if step < 2 else [True, False, False])
+
+
+@pytest.mark.parametrize(("name", "value"), [("stop", 0.5), ("2_learning_rate", 1e-5)])
+def test_options_of_text_encoders_need_one_that_is_trained(name: str, value: float) -> None:
+    option = {f"optimizer.text_encoder_{name}": value}
+    with pytest.raises(ConfigError, match=r"needs adapter.train_text_encoder = true or new_tokens"):
+        config.load(None, {"train.steps": 1, **option})
+    chosen_config = config.load(
+        None, {"train.steps": 1, "adapter.train_text_encoder": True, "optimizer.name": "prodigy", **option}
+    )
+    assert any("has one rate" in line for line in preflight._device_problems(chosen_config))
+
+
+def test_an_adapter_is_written_after_every_so_many_steps(tiny_sd1, tmp_path):
+    (tmp_path / "photos").mkdir()
+    noise(tmp_path / "photos", 2)
+    result = train.train(run_config(tiny_sd1, tmp_path / "photos", tmp_path / "run", 5, train__export_every=2))
+    names = sorted(path.name for path in result.folder.glob("*.safetensors"))
+    assert names == ["sks-toy-step-000002.safetensors", "sks-toy-step-000004.safetensors", "sks-toy.safetensors"]
+    second, last = (load_file(result.folder / name) for name in names[::2])
+    assert second.keys() == last.keys() and any(not torch.equal(second[name], last[name]) for name in last)
