@@ -41,7 +41,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     adapter._reserve = getattr(target, "reserve", adapter._reserve)
     adapter.reset(seed)
     if config.new_tokens:
-        adapter.add_tokens(trigger, _tokenizers(target), config.new_tokens)
+        adapter.learn_word(trigger, _tokenizers(target), config.new_tokens)
     scale = getattr(target, "gradient_scale", 1.0)
     if scale != 1:
         for parameter in adapter.parameters().values():
@@ -80,7 +80,7 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     adapter.fill(weights)
     try:
         for word, vectors in weights.embeddings.items():
-            adapter.add_tokens(word, _tokenizers(target), vectors=vectors)
+            adapter.learn_word(word, _tokenizers(target), vectors=vectors)
     except LorakitError:
         adapter.detach()
         raise
@@ -107,7 +107,7 @@ class Adapter:
         self._method: Method = registry.resolve(registry.METHODS[method].functions)
         self._scales = {name: self._method.scale(layer) for name, layer in layers.items()}
         self._off = False
-        self._word, self._tokens = "", dict[str, LearnedToken]()
+        self._word, self._learned_tokens = "", dict[str, LearnedToken]()
         # Tells the base how many places the word takes in a text.
         self._reserve: Callable[[str, int], None] = lambda word, places: None
         for layer in layers.values():
@@ -120,7 +120,7 @@ class Adapter:
         for name, layer in self._layers.items():
             self._method.begin(layer, rng.generator(seed, 0, f"adapter {name}"))
 
-    def add_tokens(
+    def learn_word(
         self,
         word: str,
         tokenizers: dict[str, Any],
@@ -132,16 +132,16 @@ class Adapter:
         Raises:
             LorakitError: vectors for a second word, or of another width than the encoder's.
         """
-        if self._tokens:
+        if self._learned_tokens:
             raise LorakitError(f"the adapter has vectors for {self._word!r} and {word!r}: only one word can be applied")
         for part, tokenizer in tokenizers.items():
             initial = None if vectors is None else vectors.get(part)
             width = self._modules[part].get_input_embeddings().weight.shape[1]
             if vectors is not None and (initial is None or initial.shape[1] != width):
                 raise LorakitError(f"the embedding of {word!r} does not fit {part}: it is for another base")
-            self._tokens[part] = LearnedToken(self._modules[part], tokenizer, word, count, initial)
+            self._learned_tokens[part] = LearnedToken(self._modules[part], tokenizer, word, count, initial)
         self._word = word
-        self._reserve(word, max((len(token.vectors) for token in self._tokens.values()), default=0))
+        self._reserve(word, max((len(token.vectors) for token in self._learned_tokens.values()), default=0))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """`<canonical>.<factor>` -> float32 parameter, in the order of `layers`. Factors are what `weights` calls them:
@@ -151,7 +151,7 @@ class Adapter:
             for name, layer in self._layers.items()
             for factor, parameter in self._method.factors(layer).items()
         }
-        return factors | {f"{part}.token": token.vectors for part, token in self._tokens.items()}
+        return factors | {f"{part}.token": token.vectors for part, token in self._learned_tokens.items()}
 
     def groups(self) -> list[tuple[str, list[nn.Parameter]]]:
         """Parameters by component, for the optimizer: [("unet", [...]), ("text_encoder", [...]), ...]."""
@@ -196,8 +196,8 @@ class Adapter:
         for name, layer in self._layers.items():
             own = self._method.factors(layer) | self._method.constants(layer)
             layers[name] = from_factors({key: copy(tensor) for key, tensor in own.items()}, self._scales[name])
-        tokens = {self._word: {part: copy(token.vectors) for part, token in self._tokens.items()}}
-        return AdapterWeights(self.family, self.method, layers, embeddings=tokens if self._tokens else {})
+        tokens = {self._word: {part: copy(token.vectors) for part, token in self._learned_tokens.items()}}
+        return AdapterWeights(self.family, self.method, layers, embeddings=tokens if self._learned_tokens else {})
 
     def load(self, weights: AdapterWeights) -> None:
         """Begin from another adapter's weights. A difference of scale is folded into one of the factors.
@@ -235,13 +235,13 @@ class Adapter:
                 for key, parameter in self._method.factors(self._layers[name]).items():
                     parameter.copy_(factors[key])
             for part, vectors in words.items():
-                self._tokens[part].vectors.copy_(vectors)
+                self._learned_tokens[part].vectors.copy_(vectors)
 
     def _fitting_tokens(self, weights: AdapterWeights) -> dict[str, torch.Tensor]:
         """The vectors to start from; none, where the adapter to start from has none."""
         for word, vectors in weights.embeddings.items():
             count = len(next(iter(vectors.values())))
-            if word != self._word or count != len(next(iter(self._tokens.values())).vectors):
+            if word != self._word or count != len(next(iter(self._learned_tokens.values())).vectors):
                 raise LorakitError(
                     f"the adapter to start from has {count} vectors for {word!r}: set adapter.new_tokens = {count} "
                     f"and begin data.name with {word!r}"
@@ -275,7 +275,7 @@ class Adapter:
 
     def detach(self) -> None:
         """Take the adapter out; the base is as it was before `attach`."""
-        for token in self._tokens.values():
+        for token in self._learned_tokens.values():
             token.remove()
         self._reserve("", 0)
         own = set(self._layers.values())
@@ -302,7 +302,7 @@ class Adapter:
         self._off = off
         for layer in self._layers.values():
             layer.__dict__["_disable_adapters"] = off
-        for token in self._tokens.values():
+        for token in self._learned_tokens.values():
             token.off = off
 
 

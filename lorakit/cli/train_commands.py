@@ -259,14 +259,14 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
     return config
 
 
-def read_overrides(texts: Sequence[str]) -> dict[str, Any]:
+def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     """The key and value of every `--set`.
 
     Raises:
         ConfigError: with every malformed one.
     """
     problems, read = [], {}
-    for text in texts:
+    for text in assignments:
         try:
             key, value = configuration.parse_override(text)
             read[key] = value

@@ -360,16 +360,16 @@ def _check_readable(report: Report, measurements: Sequence[_Measurement]) -> Non
     report.errors += [f"{_names(items)}: {cause}" for cause, items in causes.items()]
 
 
-def _check_duplicates(report: Report, photos: Sequence[tuple[Item, _Measurement]]) -> None:
+def _check_duplicates(report: Report, pairs: Sequence[tuple[Item, _Measurement]]) -> None:
     by_digest: dict[str, list[Item]] = {}
-    for item, _ in photos:
+    for item, _ in pairs:
         by_digest.setdefault(item.digest, []).append(item)
     copies = [items for items in by_digest.values() if len(items) > 1]
     report.warnings += _some_lines([f"{_names(items)}: the same file, counted {len(items)} times" for items in copies])
     for items in copies:
         for item in items[1:]:
             item.findings.append(f"same as {items[0].relative}")
-    distinct = [(item, measurement) for item, measurement in photos if by_digest[item.digest][0] is item]
+    distinct = [(item, measurement) for item, measurement in pairs if by_digest[item.digest][0] is item]
     matches = duplicates.first_matches(
         np.array([measurement.hash for _, measurement in distinct]),
         np.array([measurement.colours for _, measurement in distinct]),
@@ -383,13 +383,13 @@ def _check_duplicates(report: Report, photos: Sequence[tuple[Item, _Measurement]
     report.warnings += _some_lines([f"{_names(items)}: look almost the same" for items in groups.values()])
 
 
-def _check_twins(report: Report, photos: Sequence[tuple[Item, _Measurement]]) -> None:
+def _check_twins(report: Report, pairs: Sequence[tuple[Item, _Measurement]]) -> None:
     """Warn of a grey picture with the size and the name of a photo in colour and something more: it may be a mask."""
     colour = {
-        (Path(item.relative).stem, item.width, item.height) for item, measurement in photos if not measurement.grey
+        (Path(item.relative).stem, item.width, item.height) for item, measurement in pairs if not measurement.grey
     }
     twins = []
-    for item, measurement in photos:
+    for item, measurement in pairs:
         stem, size = Path(item.relative).stem, (item.width, item.height)
         parts = {*(stem[:at] for at in range(3, len(stem) + 1)), *(stem[at:] for at in range(len(stem) - 2))}
         if measurement.grey and item.photo.mask is None and any((part, *size) in colour for part in parts | {stem}):

@@ -218,7 +218,7 @@ class FamilySpec:
         denoiser_class: its class in diffusers.
         prediction: the prediction type, or None where the scheduler's configuration says.
         target_patterns: `adapter.target_modules` -> pattern of the denoiser's layers, without "unet" in front.
-        layer_uses: (layers, height, width, tokens) -> use of each layer for a picture of so many latent cells.
+        layer_uses: (layers, height, width, text tokens) -> use of each layer for a picture of so many latent cells.
         bucket_multiple: (layers, pixels to a latent) -> what the sides of a bucket must be multiples of, in pixels.
         block_layers: the denoiser's layers that programs read, where they are not those of Stable Diffusion's UNet.
         clip_skip: its text encoders are read at so many layers from the end, 1 the last, unless `model.clip_skip` says

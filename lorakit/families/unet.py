@@ -20,7 +20,7 @@ _CONV = r"\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)$|\.(down|up)
 TARGET_PATTERNS = {"attention": _ATTENTION, "linear": _LINEAR, "linear+conv": f"{_LINEAR}|{_CONV}"}
 
 
-def layer_uses(shapes: Shapes, height: int, width: int, tokens: int) -> list[LayerUse]:
+def layer_uses(shapes: Shapes, height: int, width: int, text_tokens: int) -> list[LayerUse]:
     """See `FamilySpec.layer_uses`.
 
     Down blocks halve the picture one after the other, up blocks double it; a sampler's convolution works at the size
@@ -35,14 +35,14 @@ def layer_uses(shapes: Shapes, height: int, width: int, tokens: int) -> list[Lay
         if re.search(r"time_emb|add_embedding", name):
             places = 1
         elif name.endswith(("attn2.to_k", "attn2.to_v")):
-            places = tokens
+            places = text_tokens
         else:
             places = cells
         attended = 0
         if name.endswith("attn1.to_q"):
             attended = cells * cells
         elif name.endswith("attn2.to_q"):
-            attended = cells * tokens
+            attended = cells * text_tokens
         uses.append(LayerUse(name, shapes[name], places, attended))
     return uses
 

@@ -23,7 +23,7 @@ from lorakit.formats import metadata
 if TYPE_CHECKING:
     import torch
 
-Tokens = dict[str, dict[str, "torch.Tensor"]]
+WordVectors = dict[str, dict[str, "torch.Tensor"]]
 # Text encoder -> what its vectors are called, where there is one encoder and where there are two.
 ONE, TWO = {"text_encoder": "emb_params"}, {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _BUNDLED = re.compile(r"bundle_emb\.(.+)\.(string_to_param\.\*|emb_params|clip_l|clip_g)")
@@ -50,11 +50,11 @@ def tensors(vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {names[part]: rows.float().contiguous() for part, rows in vectors.items()}
 
 
-def bundled(tokens: Tokens) -> dict[str, torch.Tensor]:
+def bundled(vectors_of_words: WordVectors) -> dict[str, torch.Tensor]:
     """The same as it stands among an adapter's tensors."""
     return {
         f"bundle_emb.{word}.{'string_to_param.*' if name == 'emb_params' else name}": rows
-        for word, vectors in tokens.items()
+        for word, vectors in vectors_of_words.items()
         for name, rows in tensors(vectors).items()
     }
 
@@ -74,25 +74,25 @@ def write(weights: AdapterWeights, place: Path, adapter_metadata: Mapping[str, s
     return paths
 
 
-def unbundle(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Tokens]:
+def unbundle(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], WordVectors]:
     """An adapter's tensors taken apart: the adapter's own, and the words bundled with it."""
-    own, tokens = {}, Tokens()
+    own, vectors_of_words = {}, WordVectors()
     for name, tensor in tensors.items():
         match = _BUNDLED.fullmatch(name)
         if match:
-            tokens.setdefault(match[1], {})[_ENCODERS[match[2]]] = tensor.float()
+            vectors_of_words.setdefault(match[1], {})[_ENCODERS[match[2]]] = tensor.float()
         else:
             own[name] = tensor
-    return own, tokens
+    return own, vectors_of_words
 
 
-def read(path: Path, adapter_metadata: Mapping[str, str]) -> Tokens:
+def read(path: Path, adapter_metadata: Mapping[str, str]) -> WordVectors:
     """The words that belong to the adapter at `path`, from the files beside it.
 
     Raises:
         LorakitError: the adapter says that it has a word, and its file is not there or is something else.
     """
-    result = Tokens()
+    result = WordVectors()
     for word in filter(None, adapter_metadata.get(metadata.WORDS, "").split()):
         if not re.fullmatch(r"[\w-]+", word):  # it becomes a path
             raise LorakitError(f"{path}: its metadata names the word {printable(word)!r}, which is no word")
@@ -106,13 +106,13 @@ def read(path: Path, adapter_metadata: Mapping[str, str]) -> Tokens:
     return result
 
 
-def problems(tokens: Tokens, trained: Tokens) -> list[tuple[str, str]]:
+def problems(vectors_of_words: WordVectors, trained: WordVectors) -> list[tuple[str, str]]:
     """(word, what is wrong) where the words of a file are not the trained ones."""
     import torch
 
-    wrong = [(word, "embedding that was not trained") for word in tokens if word not in trained]
+    wrong = [(word, "embedding that was not trained") for word in vectors_of_words if word not in trained]
     for word, vectors in trained.items():
-        there = tokens.get(word, {})
+        there = vectors_of_words.get(word, {})
         if there.keys() != vectors.keys():
             wrong.append((word, "embedding missing" if not there else "embedding of a text encoder missing"))
             continue

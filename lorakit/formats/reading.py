@@ -81,7 +81,7 @@ def _weights(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str],
     scalings: Mapping[str, Scaling],
-    tokens: embeddings.Tokens | None = None,
+    word_vectors: embeddings.WordVectors | None = None,
 ) -> AdapterWeights:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     other = identify.other_model(shapes, metadata)
@@ -134,7 +134,7 @@ def _weights(
         and not any("alpha" in module.parts for module in modules.values())
     ):
         method = "lora"  # its scale is in the factors, where it is nobody's business any more
-    words = tokens or embeddings.read(path, metadata)
+    words = word_vectors or embeddings.read(path, metadata)
     return AdapterWeights(family, method, layers, dict(metadata), words, biases)
 
 

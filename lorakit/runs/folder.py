@@ -348,11 +348,11 @@ def place(config: Config) -> Path:
     return Path(config.output.folder) if config.output.folder else unique_path(Path("runs") / name)
 
 
-def output_problem(path: Path, photos: str = "") -> str | None:
+def output_problem(path: Path, data_folder: str = "") -> str | None:
     """Why a new run cannot be written to `path`, or None. Nothing is created.
 
     Args:
-        photos: the folder of photos, which is only ever read; "" if there is none.
+        data_folder: the folder of photos, which is only ever read; "" if there is none.
     """
     try:
         if path.is_dir() and not _is_unused(path):
@@ -360,7 +360,7 @@ def output_problem(path: Path, photos: str = "") -> str | None:
             return f"{path} is not empty and nothing in it is overwritten; give another --output{hint}"
         if path.exists() and not path.is_dir():
             return f"{path} is a file; give --output a folder"
-        if photos and path.resolve().is_relative_to(Path(photos).expanduser().resolve()):
+        if data_folder and path.resolve().is_relative_to(Path(data_folder).expanduser().resolve()):
             return f"{path} is inside the folder of photos, where nothing is written; give another --output"
         parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         code = errno.ENOTDIR if not parent.is_dir() else 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES

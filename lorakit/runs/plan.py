@@ -205,13 +205,15 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     )
 
 
-def _price(config: Config, info: BaseInfo, tokens: int) -> str:
+def _price(config: Config, info: BaseInfo, text_tokens: int) -> str:
     """What long texts cost, against texts of so many tokens."""
     side = config.data.resolution // info.downscale
-    long, short = (forward_flop(info.family, info.layers, side, side, count) for count in (info.text_tokens, tokens))
+    long, short = (
+        forward_flop(info.family, info.layers, side, side, count) for count in (info.text_tokens, text_tokens)
+    )
     return (
         f"texts: all are filled up to {info.text_tokens} tokens, as the longest needs; a pass of the UNet computes "
-        f"{long / short - 1:.1%} more than with {tokens}; data.max_tokens = 75 would cut them"
+        f"{long / short - 1:.1%} more than with {text_tokens}; data.max_tokens = 75 would cut them"
     )
 
 
@@ -255,15 +257,15 @@ def count_weights(
     return totals
 
 
-def run_length(config: Config, photos: int, batches: int) -> tuple[int, str]:
+def run_length(config: Config, photo_count: int, batches: int) -> tuple[int, str]:
     """Optimizer steps, and the arithmetic in words. `batches` is the number of batches that shows every photo once."""
     train = config.train
     parts = train.gradient_accumulation_steps
-    photos_per_step = photos / batches * parts  # a batch has no more photos than there are of its size
+    photos_per_step = photo_count / batches * parts  # a batch has no more photos than there are of its size
     of = f" of {photos_per_step:.3g} photos" if photos_per_step > 1 else ""
-    count = "1 photo" if photos == 1 else f"{photos} photos"
+    count = "1 photo" if photo_count == 1 else f"{photo_count} photos"
     if train.steps_per_image is not None:
-        steps = train.steps_per_image * photos
+        steps = train.steps_per_image * photo_count
         return steps, f"{count} x {train.steps_per_image} steps each = {steps} steps{of}"
     if train.epochs is not None:
         steps = math.ceil(train.epochs * batches / parts)
@@ -285,13 +287,15 @@ def warmup_problem(optimizer: OptimizerConfig, steps: int) -> str | None:
     )
 
 
-def forward_flop(family: str, shapes: Mapping[str, Sequence[int]], height: int, width: int, tokens: int = 77) -> float:
+def forward_flop(
+    family: str, shapes: Mapping[str, Sequence[int]], height: int, width: int, text_tokens: int = 77
+) -> float:
     """Floating-point operations of one forward pass of a family's denoiser for one picture of so many latent cells.
 
     Two for each weight and place it is applied at, and 4 n m c for an attention of n places to m of width c. Gives the
     counts of torch's own counter for the real models: SD1.5 at 512 px 0.803e12, SDXL at 1024 px 6.761e12.
     """
-    return sum(map(memory_estimate.flop, registry.family_of(family).layer_uses(shapes, height, width, tokens)))
+    return sum(map(memory_estimate.flop, registry.family_of(family).layer_uses(shapes, height, width, text_tokens)))
 
 
 def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bool = True) -> float:

@@ -101,7 +101,7 @@ def precompute(
     config: Config,
     family: Family,
     adapter: Trainable | None,
-    photos: Report,
+    report: Report,
     say: Callable[[str], object],
     poll: Callable[[], object] = lambda: None,
 ) -> Precomputed:
@@ -111,7 +111,7 @@ def precompute(
     Args:
         adapter: one that is attached already, or None; it is switched off while class images are drawn and texts
             encoded.
-        photos: what `data.checks.check` reported.
+        report: what `data.checks.check` reported.
         poll: called before each batch of photos or texts, and each pass of the UNet for class images; what it raises
             breaks the work off. What is complete by then stays in the cache.
 
@@ -125,10 +125,10 @@ def precompute(
         return encoded
 
     family.release("unet", "text_encoders")
-    dataset, holdout = _photos(config, family, photos, encode_image, say)
-    configs = concepts.of_photos(photos.photos, config.data)
+    dataset, holdout = _photos(config, family, report, encode_image, say)
+    configs = concepts.of_photos(report.photos, config.data)
     without = [captions.class_text_of_any(text, configs) for text in dataset.texts]
-    own_class = _own_class_texts(config, photos)
+    own_class = _own_class_texts(config, report)
     class_texts = list(dict.fromkeys([captions.class_prompt(configs[0]), *without, *own_class.values()]))
     class_of = torch.tensor([class_texts.index(text) for text in without], device=family.device)
     family.release("vae")
@@ -159,11 +159,11 @@ def precompute(
 
 
 def _photos(
-    config: Config, family: Family, photos: Report, encode_image: latents.EncodeImage, say: Callable[[str], object]
+    config: Config, family: Family, report: Report, encode_image: latents.EncodeImage, say: Callable[[str], object]
 ) -> tuple[Dataset, Dataset | None]:
     """The photos to train on, and those kept for validation."""
     return latents.build(
-        photos,
+        report,
         config.data,
         config.train,
         encode_image=encode_image,
@@ -231,9 +231,9 @@ def _class_latents(
     return _encode_class(family, pictures, texts, side, encode_image)
 
 
-def _own_class_texts(config: Config, photos: Report) -> dict[Photo, str]:
+def _own_class_texts(config: Config, report: Report) -> dict[Photo, str]:
     """The user's own class images with their texts; none where `train.prior` is not "images"."""
-    own = photos.class_photos if config.train.prior == "images" else []
+    own = report.class_photos if config.train.prior == "images" else []
     return {photo: captions.class_photo_text(photo, config.data) for photo in own}
 
 

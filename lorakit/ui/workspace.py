@@ -97,16 +97,16 @@ class Workspace:
                 number += 1
                 name = f"{stem.stem}-{number}{stem.suffix}"
             contents[name] = raw
-        photos = sum(not name.lower().endswith(folder.CAPTIONS) for name in contents)
-        if not photos:
+        photo_count = sum(not name.lower().endswith(folder.CAPTIONS) for name in contents)
+        if not photo_count:
             return None, 0, refused
         place = self.runs / "uploads" / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}"
         place.mkdir(parents=True)
         for name, raw in contents.items():
             atomic.write(place / name, raw)
-        return place, photos, refused
+        return place, photo_count, refused
 
-    def save_caption(self, photos: Path, relative: str, text: str) -> Path:
+    def save_caption(self, data_folder: Path, relative: str, text: str) -> Path:
         """Write a photo's caption beside it, as `name.txt`, which goes before every other source.
 
         A text that was there before stays beside it, as `name.txt.bak`, `name.txt.2.bak` and so on.
@@ -114,7 +114,7 @@ class Workspace:
         Raises:
             LorakitError: there is no such photo below the roots, or the folder cannot be written to.
         """
-        photo = self.roots.resolve(self.roots.resolve(photos) / relative)
+        photo = self.roots.resolve(self.roots.resolve(data_folder) / relative)
         if not photo.is_file() or not photo.name.lower().endswith(folder.FORMATS):
             raise LorakitError(f"{relative}: no such photo")
         target = photo.with_suffix(".txt")

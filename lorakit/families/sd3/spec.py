@@ -26,7 +26,7 @@ _ATTENTION = r"\.attn2?\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)$"
 _LINEAR = _ATTENTION + r"|\.ff(_context)?\.net\.(0\.proj|2)$"
 
 
-def layer_uses(shapes: Shapes, height: int, width: int, tokens: int) -> list[LayerUse]:
+def layer_uses(shapes: Shapes, height: int, width: int, text_tokens: int) -> list[LayerUse]:
     """See `FamilySpec.layer_uses`: a layer is applied to each patch, to each token, or once."""
     side = shapes[PATCHES][-1]
     cells = math.ceil(height / side) * math.ceil(width / side)
@@ -37,12 +37,12 @@ def layer_uses(shapes: Shapes, height: int, width: int, tokens: int) -> list[Lay
         if re.search(r"norm(1|1_context|_out)\.linear|time_text_embed", name):
             places = 1
         elif re.search(r"ff_context|add_[qkv]_proj|to_add_out|context_embedder", name):
-            places = tokens
+            places = text_tokens
         else:
             places = cells
         attended = 0
         if name.endswith(".attn.to_q"):
-            attended = (cells + tokens) ** 2
+            attended = (cells + text_tokens) ** 2
         elif name.endswith(".attn2.to_q"):
             attended = cells * cells
         uses.append(LayerUse(name, shapes[name], places, attended))

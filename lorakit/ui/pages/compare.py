@@ -150,11 +150,11 @@ class ComparePage:
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
 
-    def _cell(self, path: Path, title: str, photos: Sequence[tuple[Path, np.ndarray]], say: Say) -> str:
+    def _cell(self, path: Path, title: str, looks: Sequence[tuple[Path, np.ndarray]], say: Say) -> str:
         picture = self.workspace.thumbnails.get(path, CELL)
         content = f'<img src="{picture.address}" alt="{escape(title)}">'
-        if photos and (look := _look(path, path.stat().st_mtime_ns)) is not None:
-            alike, nearest = max(((float(look @ other), photo) for photo, other in photos), key=lambda pair: pair[0])
+        if looks and (look := _look(path, path.stat().st_mtime_ns)) is not None:
+            alike, nearest = max(((float(look @ other), photo) for photo, other in looks), key=lambda pair: pair[0])
             text = escape(say("compare.nearest", percent=round(100 * max(0.0, alike))))
             small = self.workspace.thumbnails.get(nearest, 96)
             photo = f'<img src="{small.address}" alt="{escape(nearest.name)}">'
