@@ -153,6 +153,10 @@ def split(name: str, layer: AnyLayer, family: str) -> dict[str, AnyLayer]:
     names = keys.fused_parts(name, family)
     if not names:
         return {name: layer}
+    if layer.size[0] % len(names):
+        raise LorakitError(
+            f"{name} has {layer.size[0]} rows, which are not {len(names)} equal shares: the file is damaged"
+        )
     if isinstance(layer, LoraLayer) and (layer.magnitude is None or layer.magnitude.shape[0] == len(layer.up)):
         rows = layer.up.chunk(len(names))
         scales = (None,) * len(names) if layer.magnitude is None else layer.magnitude.chunk(len(names))

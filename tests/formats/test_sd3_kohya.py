@@ -193,6 +193,10 @@ def test_what_has_no_shares_is_refused(tmp_path: Path) -> None:
     save_file(kron, tmp_path / "a.safetensors", TAGS)
     with pytest.raises(LorakitError, match="is lokr on q, k and v in one layer, which has no counterpart on each"):
         formats.read(tmp_path / "a.safetensors")
+    odd = {f"{stem}.lora_down.weight": torch.ones(2, 128), f"{stem}.lora_up.weight": torch.ones(64, 2)}
+    save_file(odd, tmp_path / "c.safetensors", TAGS)
+    with pytest.raises(LorakitError, match="has 64 rows, which are not 3 equal shares: the file is damaged"):
+        formats.read(tmp_path / "c.safetensors")
     t5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     pair = {f"{name}.lora_{side}.weight": torch.randn(2, 2) for name in (stem, t5) for side in ("down", "up")}
     pair[f"{stem}.lora_up.weight"] = torch.randn(6, 2)
