@@ -80,8 +80,8 @@ def missing(base: str, words: int) -> str | None:
     """Why a base whose tokenizer is not on this machine cannot be used, or None where it can be fetched."""
     from huggingface_hub import is_offline_mode
 
-    if words > WORDS:
-        return f"base {base} reads {words} words, {words - WORDS} more than CLIP's tokenizer has: set model.tokenizer"
+    if words != WORDS:
+        return f"base {base} reads {words} words where CLIP's tokenizer has {WORDS}: set model.tokenizer"
     return f"base {base} has no tokenizer with it, and HF_HUB_OFFLINE is set: {WAYS}" if is_offline_mode() else None
 
 
@@ -125,6 +125,22 @@ def require(folder: Path, words: int, advice: str = OWN) -> None:
         raise LorakitError(f"tokenizer {folder} knows {count} words where its text encoder has {words}: {OWN}")
     if words == WORDS and merges != MERGES:
         raise LorakitError(f"tokenizer {folder} has {merges} merges where CLIP's has {MERGES}: {OWN}")
+
+
+def require_fit(base: Path, folder: Path, rows: int) -> None:
+    """Check that the tokenizer of a base in diffusers layout has no more words than its text encoder has rows.
+
+    Raises:
+        LorakitError: it has, or is broken; transformers gives an almost empty tokenizer then, and says nothing.
+    """
+    try:
+        count, _ = _counts(folder, (folder / FILES[0]).is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise LorakitError(f"{folder.name} of base {base} is damaged: get the base again") from None
+    if not 256 <= count <= rows:
+        raise LorakitError(
+            f"{folder.name} of base {base} knows {count} words where its text encoder has {rows}: get the base again"
+        )
 
 
 def _fits(folder: Path, words: int) -> bool:

@@ -14,13 +14,11 @@ from lorakit.config import Config, ModelConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, text_encoders, vae_source, weight_files
-from lorakit.families.facts import distilled, schedule
+from lorakit.families.facts import distilled, fit, other_models, schedule
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
 from lorakit.families.vae_source import Source
 
 PREDICTIONS = (EPSILON, VELOCITY)
-# Not every class whose name begins as that of a family is one of it.
-OTHERS = ("StableDiffusionUpscale", "StableDiffusionLatentUpscale", "StableDiffusionImageVariation")
 # Pipelines whose parts are those of another.
 PIPELINES = {"LatentConsistencyModelPipeline": "StableDiffusionPipeline"}
 BUNDLED = "pocket"
@@ -219,8 +217,9 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     stems = spec.weight_stems()
     weights = {name: weight_files.weight_files(folder, stems[folder.name]) for name, folder in folders.items()}
     layers: dict[str, tuple[int, ...]] = {}
+    tensors = {component: weight_files.shapes(files) for component, (files, _) in weights.items()}
     for component in ("unet", *encoders):
-        layers |= weight_files.layers(component, weight_files.shapes(weights[component][0]))
+        layers |= weight_files.layers(component, tensors[component])
     # With the same weights, another prediction type or schedule makes another base.
     config_files = [folders[name] / "config.json" for name in ("unet", "vae") if name in folders]
     config_files.append(path / "scheduler" / "scheduler_config.json")
@@ -228,6 +227,7 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     notes += [f"without {name}{'' if model.t5 else ', as model.t5 says'}" for name in absent]
     return _info(
         model,
+        tensors,
         path=path,
         family=spec.version(_cross_dim(configs["unet"])).name,
         loader=spec.name,
@@ -284,6 +284,7 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
     notes += tokenizer_notes
     return _info(
         model,
+        shapes,
         path=path,
         family=checkpoint.family,
         loader=spec.name,
@@ -310,15 +311,16 @@ def _summary(keys: Collection[str]) -> str:
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
 
-def _info(model: ModelConfig, *, titles: tuple[str, ...] = (), **facts: Any) -> BaseInfo:
-    """What follows from the configurations, for both layouts, with what the user says of the prediction type."""
+def _info(
+    model: ModelConfig, tensors: Mapping[str, fit.Shapes], *, titles: tuple[str, ...] = (), **facts: Any
+) -> BaseInfo:
+    """What follows from configurations and tensors, for both layouts, with what the user says of its prediction."""
     if model.vae:
         facts |= vae_source.replacement(model.vae, facts)
     path, configs, spec = facts["path"], facts["configs"], registry.FAMILIES[facts["loader"]]
     vae, channels = configs["vae"], configs["vae"].get("latent_channels", 4)
     _check_channels(path, configs["unet"].get("in_channels", 4), channels)
-    for folder in facts["tokenizers"].values():
-        _check_tokenizer(folder)
+    _check_fit(model, facts, tensors)
     if configs["unet"].get("in_channels", 4) != channels:
         facts["notes"] = (*facts["notes"], INPAINTING)
     if not model.t5 and not any(encoder.kind == "T5" for encoder in spec.text_encoders):
@@ -371,7 +373,7 @@ def _dead_layers(spec: FamilySpec, layers: Iterable[str], clip_skip: int) -> Ite
             yield name
 
 
-def _cross_dim(denoiser: dict[str, Any]) -> int:
+def _cross_dim(denoiser: fit.Config) -> int:
     """Width of the texts that a denoiser is told."""
     return int(denoiser.get("joint_attention_dim") or denoiser["cross_attention_dim"])
 
@@ -381,8 +383,8 @@ def _index(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise LorakitError(f"base {path} does not exist")
     if not (path / "model_index.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            raise LorakitError(f"base {path} is a PEFT adapter, not a base model")
+        if what := other_models.what_folder(path):
+            raise LorakitError(f"base {path} {what}")
         inside = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
         content = f"it holds {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}" if inside else "it is empty"
         raise LorakitError(f"base {path} is not a folder in diffusers layout: no model_index.json; {content}")
@@ -393,11 +395,17 @@ def of_pipeline(name: str) -> FamilySpec | None:
     """The family of a pipeline class, or None."""
     name = PIPELINES.get(name, name)
     fitting = [spec for spec in registry.FAMILIES.values() if name.startswith(spec.pipeline)]
-    return None if name.startswith(OTHERS) else max(fitting, key=lambda spec: len(spec.pipeline), default=None)
+    return (
+        None if other_models.pipeline_title(name) else max(fitting, key=lambda spec: len(spec.pipeline), default=None)
+    )
 
 
 def _check_configs(title: str, folder: Path) -> None:
     """Refuse by its configs, as far as they are there, a model that is not trained."""
+    if not (folder / "model_index.json").is_file():
+        if what := other_models.what_folder(folder):
+            raise LorakitError(f"base {title} {what}")
+        return
     spec = _family(title, _index(folder))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
@@ -408,13 +416,28 @@ def _family(base: Path | str, index: dict[str, Any]) -> FamilySpec:
     name = str(index.get("_class_name", "unknown"))
     spec = of_pipeline(name)
     if spec is None:
-        raise LorakitError(f"base {base} is a {name}; lorakit trains {registry.version_titles()}")
+        raise LorakitError(f"base {base} {other_models.what_pipeline(name)}")
     for encoder in spec.text_encoders:
+        if other := other_models.what_encoder(index, encoder.name, encoder.kind):
+            raise LorakitError(f"base {base} {other}")
         if not encoder.optional and index.get(encoder.name, [None, "there"]) == [None, None]:
             raise LorakitError(
                 f"base {base} is a {name} without {encoder.name}, as SDXL's refiner is: give the base model instead"
             )
     return spec
+
+
+def _check_fit(model: ModelConfig, facts: dict[str, Any], tensors: Mapping[str, fit.Shapes]) -> None:
+    """Refuse tensors, tokenizers and text encoders that do not fit each other."""
+    path, configs, spec = facts["path"], facts["configs"], registry.FAMILIES[facts["loader"]]
+    for component in (name for name in tensors if name != "vae" or not model.vae):
+        whole = "the rest of the file" if path.is_file() else f"its {component}/config.json"
+        names = {vae_source.current_name(name): shape for name, shape in tensors[component].items()}
+        fit.require(f"base {facts['title']}", component, configs[component], names, whole)
+    for name, folder in facts["tokenizers"].items():
+        _check_tokenizer(path, folder, configs[name.replace("tokenizer", "text_encoder")])
+    if spec.denoiser == "unet":
+        fit.require_widths(f"base {facts['title']}", _cross_dim(configs["unet"]), configs)
 
 
 def _check_channels(path: Path, into: int, latent: int) -> None:
@@ -423,10 +446,12 @@ def _check_channels(path: Path, into: int, latent: int) -> None:
     raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
 
 
-def _check_tokenizer(folder: Path) -> None:
+def _check_tokenizer(base: Path, folder: Path, encoder: fit.Config) -> None:
     for name in clip_tokenizer.FILES if not (folder / "tokenizer.json").is_file() else ():
         if not (folder / name).is_file():
             raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: get the base again")
+    if base.is_dir() and encoder.get("model_type") == "clip_text_model":
+        clip_tokenizer.require_fit(base, folder, int(encoder["vocab_size"]))
 
 
 def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:

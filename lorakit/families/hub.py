@@ -192,9 +192,9 @@ def _fetch(hub_id: HubId, checks: Checks, without: Collection[str]) -> Path:
         names = [sibling.rfilename for sibling in info.siblings or []]
         if hub_id.file:
             return _fetch_file(hub_id, str(info.sha), names, checks)
-        if "model_index.json" in names:
-            index = snapshot_download(hub_id.name, revision=info.sha, allow_patterns=["model_index.json"])
-            checks.configs(title, Path(index))
+        small = ["model_index.json"] if "model_index.json" in names else ["config.json", "adapter_config.json"]
+        if set(small) & set(names):
+            checks.configs(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=small)))
         files = [name for name in base_files(title, names) if name.partition("/")[0] not in without]
         configs = [name for name in files if name.endswith(".json")]
         checks.configs(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=configs)))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.families import weight_files
+from lorakit.families.facts import other_models
 from lorakit.families.spec import FLOW, FileLayout, FilePart
 
 if TYPE_CHECKING:
@@ -305,7 +306,6 @@ def prediction(header: safetensors_header.Header, family: str) -> Prediction:
 
 
 _OTHERS = {
-    f"{UNET}double_blocks.": "a FLUX model",
     "noise_augmentor.": "an unCLIP model, which draws from pictures",
     "edm_": "trained with EDM's noise (Playground, CosXL), which lorakit does not do",
 }
@@ -385,19 +385,6 @@ def _longest(name: str, names: Collection[str]) -> tuple[str | None, str]:
     return (head, tail) if head else (None, "")
 
 
-_ADAPTER = "is an adapter (LoRA), not a base model: give the model that it was made for"
-_KINDS = {
-    "adapter": _ADAPTER,
-    "lycoris": _ADAPTER,
-    "unet": "is a UNet alone: give the whole model",
-    "vae": "is a VAE alone, not a base model",
-    "text encoder": "is a text encoder alone: give the whole model",
-    "embedding": "is a textual-inversion embedding, not a base model",
-    "controlnet": "is a ControlNet, not a base model",
-    "unknown": "is a safetensors file of no kind known here: give a Stable Diffusion model",
-}
-
-
 def read_header(path: Path) -> safetensors_header.Header:
     """Of a single file; empty where that is no .safetensors file."""
     is_safetensors = path.suffix.lower() == ".safetensors"
@@ -410,20 +397,7 @@ def check_header(head: safetensors_header.Header) -> safetensors_header.Header:
     Raises:
         LorakitError: it is something else, which is named.
     """
-    if kind := _what_file(head):
+    if kind := other_models.what_file(head):
         raise LorakitError(f"base {head.path.name} {kind}")
     detect_family(head.shapes(), head.path.name)
     return head
-
-
-def _what_file(head: safetensors_header.Header) -> str:
-    """What a single file that is no whole model is, and what to do; continues "base NAME ...". Empty for a model."""
-    path = head.path
-    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        return "is a pickle, which can run code when it is read; convert it once: lorakit convert FILE"
-    if path.suffix.lower() == ".gguf":
-        return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
-    if path.suffix.lower() != ".safetensors":
-        return "is a file, not a base model: give a .safetensors file or a folder in diffusers layout"
-    kind = safetensors_header.kind(head.shapes())
-    return _KINDS.get(kind, "")

@@ -15,6 +15,7 @@ from typing import Any
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.families import hub, ldm, single_file, weight_files
+from lorakit.families.facts import fit
 from lorakit.families.spec import Configs
 
 _Config = dict[str, Any]
@@ -77,6 +78,10 @@ def find(name: str, base: str, family: str, configs: Configs) -> Vae:
     vae = _of_folder(path, note) if path.is_dir() else _of_file(path, note, family, own)
     if problem := _misfit(vae.config, own, configs["unet"]):
         raise LorakitError(f"model.vae: {name} {problem.format(base=base)}: give a VAE of its family")
+    slots, files = vae.source.slots, [path for path in vae.content if path.suffix != ".json"]
+    tensors = {n: slot.shape for n, slot in slots.items()} if slots else weight_files.shapes(files)
+    present = {current_name(key): shape for key, shape in tensors.items()}
+    fit.require(f"model.vae: {name}", "vae", vae.config, present, "the rest of it")
     return vae
 
 

@@ -237,7 +237,7 @@ EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}
 @pytest.mark.parametrize(
     ("index", "scheduler", "words", "count"),
     [
-        (FLUX, {}, "base org/tiny is a FluxPipeline; lorakit trains ", 1),
+        (FLUX, {}, "base org/tiny is a FLUX.1 model; lorakit trains ", 1),
         (REFINER, {}, "without text_encoder, as SDXL's refiner is: give the base model instead", 1),
         ({"_class_name": "StableDiffusionXLPipeline"}, EDM, "base org/tiny was trained with EDM's noise", 2),
     ],

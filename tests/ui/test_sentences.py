@@ -20,7 +20,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.data import checks, folder
 from lorakit.families import clip_tokenizer
 from lorakit.families.describe import INPAINTING
-from lorakit.families.ldm import _KINDS
+from lorakit.families.facts import other_models
 from lorakit.runs import plan, quickstart
 from lorakit.ui import texts
 from lorakit.ui.texts import zh_hant, zh_hant_sentences
@@ -145,7 +145,9 @@ def test_notes_about_a_base_are_translated():
         "prediction type: epsilon, as nothing in the file says otherwise",
         "prediction type: v_prediction, as its metadata says (v)",
         "prediction type: epsilon, as model.prediction_type says; the base itself says v_prediction",
-        *(f"base x.safetensors {kind}" for kind in _KINDS.values()),
+        *(f"base x.safetensors {kind}" for kind in (*other_models.KINDS.values(), *other_models._PARTS)),
+        *(f"base x.safetensors {other_models._other(title)}" for title in other_models._MODELS),
+        f"base x {other_models.what_encoder({'text_encoder': ['a', 'RobertaModel']}, 'text_encoder', 'CLIP')}",
         *(clip_tokenizer.FROM_HUB, clip_tokenizer.TO_FETCH, checks.NOT_COUNTED),
         *("tokenizer: /a", "tokenizer: /a, as model.tokenizer says", "tokenizer: CLIP's, from /a (/a/b)"),
         str(clip_tokenizer.missing("x.safetensors", 1)),

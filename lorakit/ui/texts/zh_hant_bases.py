@@ -14,7 +14,6 @@ BASES = {
     "as its metadata says": "依檔案的中繼資料",
     "as its name says": "依其名稱",
     "base {path} does not exist": "基礎模型 {path} 不存在",
-    "base {path} is a PEFT adapter, not a base model": "{path} 是 PEFT adapter，不是基礎模型",
     "base {path} is not a folder in diffusers layout: no model_index.json; it is empty": (
         "{path} 不是 diffusers 格式的資料夾：沒有 model_index.json；資料夾是空的"
     ),
@@ -85,8 +84,19 @@ BASES = {
         "基礎模型 {file} 沒有附分詞器，也無法從 {hub} 取得 CLIP 的分詞器（{reason}）：請把 model.tokenizer 設為有 "
         "vocab.json 與 merges.txt 的資料夾，或 ComfyUI、Forge 的資料夾；或安裝附有詞彙表的 lorakit[clip]"
     ),
-    "base {file} reads {words} words, {more} more than CLIP's tokenizer has: set model.tokenizer": (
-        "基礎模型 {file} 讀 {words} 個詞，比 CLIP 的分詞器多 {more} 個：請設定 model.tokenizer"
+    "base {file} reads {words} words where CLIP's tokenizer has {count}: set model.tokenizer": (
+        "基礎模型 {file} 讀 {words} 個詞，CLIP 的分詞器有 {count} 個：請設定 model.tokenizer"
+    ),
+    "{name} of base {path} is damaged: get the base again": "基礎模型 {path} 的 {name} 已損壞：請重新取得",
+    "{name} of base {path} knows {count} words where its text encoder has {rows}: get the base again": (
+        "基礎模型 {path} 的 {name} 有 {count} 個詞，文字編碼器卻有 {rows} 個：請重新取得"
+    ),
+    "{base} lacks {tensor}: get the base again": "{base} 缺少 {tensor}：請重新取得基礎模型",
+    "{base} has {tensor} in the shape {shape} where {what} has {other}: get the base again": (
+        "{base} 的 {tensor} 形狀是 {shape}，但 {what} 是 {other}：請重新取得基礎模型"
+    ),
+    "{base}: its UNet attends to texts of width {width}, and its text encoders make {other}: get the base again": (
+        "{base}：UNet 需要寬度 {width} 的文字，文字編碼器卻是 {other}：請重新取得"
     ),
     "tokenizer {folder} knows {count} words where its text encoder has {words}: {advice}": (
         "分詞器 {folder} 有 {count} 個詞，文字編碼器卻有 {words} 個：請把 model.tokenizer 設為此模型自己的分詞器"
@@ -112,6 +122,22 @@ BASES = {
     "base {file} is an adapter (LoRA), not a base model: give the model that it was made for": (
         "{file} 是 adapter（LoRA），不是基礎模型：請指定它所屬的模型"
     ),
+    "base {path} is an {kind}; lorakit trains {families}": "{path} 是 {kind}；lorakit 能訓練 {families}",
+    "base {path} reads texts by a {kind}, as no Stable Diffusion does; lorakit trains {families}": (
+        "{path} 以 {kind} 讀文字，不是 Stable Diffusion；lorakit 能訓練 {families}"
+    ),
+    "base {file} is an IP-Adapter, not a base model": "{file} 是 IP-Adapter，不是基礎模型",
+    "base {file} is an AnimateDiff motion module, not a base model": "{file} 是 AnimateDiff 的動態模組，不是基礎模型",
+    "base {file} is a T2I-Adapter, not a base model": "{file} 是 T2I-Adapter，不是基礎模型",
+    "base {file} is an upscaler (ESRGAN and the like), not a base model": (
+        "{file} 是放大模型（ESRGAN 之類），不是基礎模型"
+    ),
+    "base {file} is a VAE for previews (TAESD), not a base model": "{file} 是預覽用的 VAE（TAESD），不是基礎模型",
+    "base {file} is a text encoder (T5) alone: give the whole model": "{file} 只有文字編碼器（T5）：請指定完整的模型",
+    "base {file} is an image encoder alone: give the whole model": "{file} 只有圖片編碼器：請指定完整的模型",
+    "base {file} is a language model, not a base model": "{file} 是語言模型，不是基礎模型",
+    "base {file} is a transformer alone: give the whole model": "{file} 只有 transformer：請指定完整的模型",
+    "base {path} is a PEFT adapter, not a base model": "{path} 是 PEFT adapter，不是基礎模型",
     "base {file} is a UNet alone: give the whole model": "{file} 只有 UNet：請指定完整的模型",
     "base {file} is a VAE alone, not a base model": "{file} 只有 VAE，不是基礎模型",
     "base {file} is a text encoder alone: give the whole model": "{file} 只有文字編碼器：請指定完整的模型",

@@ -1,0 +1,218 @@
+"""The tensors that a configuration stands for, so that headers are held against it before anything is loaded. No torch.
+
+Shapes are those of diffusers' UNet2DConditionModel and AutoencoderKL and transformers' CLIPTextModel. A configuration
+with an option that changes them in another way is left to the libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lorakit.core.errors import LorakitError
+from lorakit.core.layer_names import canonical
+
+Shape = tuple[int, ...]
+Config = Mapping[str, Any]
+Shapes = Mapping[str, Shape]
+# Options of a UNet that change its tensors -> values that do not.
+_USUAL: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_embedding_dim"), (None,)),
+    **dict.fromkeys(("encoder_hid_dim_type", "cross_attention_norm", "num_attention_heads"), (None,)),
+    **dict.fromkeys(("only_cross_attention", "dual_cross_attention", "mid_block_only_cross_attention"), (None, False)),
+    **dict.fromkeys(("class_embeddings_concat", "resnet_skip_time_act"), (None, False)),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (None, 3)),
+    "addition_embed_type": (None, "text_time"),
+    "attention_type": (None, "default"),
+    "resnet_time_scale_shift": (None, "default"),
+    "time_embedding_type": (None, "positional"),
+    "mid_block_type": (None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
+}
+_BLOCKS = {f"{cross}{way}Block2D" for cross in ("", "CrossAttn") for way in ("Down", "Up")}
+
+
+def require(base: str, component: str, config: Config, shapes: Shapes, reference: str) -> None:
+    """Hold the tensors of a component, under diffusers' or transformers' names, against its configuration.
+
+    Args:
+        base: how messages begin.
+        reference: what else says the shapes, as in "its config.json".
+
+    Raises:
+        LorakitError: a tensor is missing or has another shape.
+    """
+    make = {"unet": _unet, "vae": _vae}.get(component, _text if component.startswith("text_encoder") else None)
+    if make is None:
+        return
+    inside = {canonical(component, name).removeprefix(f"{component}."): shape for name, shape in shapes.items()}
+    try:
+        expected = dict(make(config))
+    except (KeyError, TypeError, ValueError, IndexError):  # a configuration of another kind; the library says more
+        return
+    for name, shape in expected.items():
+        if name not in inside:
+            raise LorakitError(f"{base} lacks {component}.{name}: get the base again")
+        if inside[name] != shape:
+            sizes = ["x".join(map(str, one)) for one in (inside[name], shape)]
+            raise LorakitError(
+                f"{base} has {component}.{name} in the shape {sizes[0]} where {reference} has {sizes[1]}: get the base "
+                "again"
+            )
+
+
+def require_widths(base: str, attended: int, configs: Mapping[str, Config]) -> None:
+    """Refuse text encoders that are another model's than the UNet, which attends to texts of the width `attended`.
+
+    Raises:
+        LorakitError: together they make another width.
+    """
+    widths = [config.get("hidden_size", 0) for name, config in configs.items() if name.startswith("text_encoder")]
+    if all(widths) and sum(widths) != attended:
+        raise LorakitError(
+            f"{base}: its UNet attends to texts of width {attended}, and its text encoders make {sum(widths)}: get the "
+            "base again"
+        )
+
+
+def _layer(name: str, *shape: int, bias: bool = True) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", shape
+    if bias:
+        yield f"{name}.bias", shape[:1]
+
+
+def _resnet(name: str, into: int, out: int, embedding: int | None) -> Iterator[tuple[str, Shape]]:
+    yield from _layer(f"{name}.norm1", into)
+    yield from _layer(f"{name}.conv1", out, into, 3, 3)
+    if embedding:
+        yield from _layer(f"{name}.time_emb_proj", out, embedding)
+    yield from _layer(f"{name}.norm2", out)
+    yield from _layer(f"{name}.conv2", out, out, 3, 3)
+    if into != out:
+        yield from _layer(f"{name}.conv_shortcut", out, into, 1, 1)
+
+
+def _attention(name: str, width: int, depth: int, config: Config) -> Iterator[tuple[str, Shape]]:
+    """A transformer on the latents: Transformer2DModel."""
+    point = () if config.get("use_linear_projection") else (1, 1)
+    yield from _layer(f"{name}.norm", width)
+    for side in ("in", "out"):
+        yield from _layer(f"{name}.proj_{side}", width, width, *point)
+    for n in range(depth):
+        block = f"{name}.transformer_blocks.{n}"
+        for number, context in ((1, width), (2, int(config["cross_attention_dim"]))):
+            yield from _layer(f"{block}.attn{number}.to_q", width, width, bias=False)
+            yield from _layer(f"{block}.attn{number}.to_k", width, context, bias=False)
+            yield from _layer(f"{block}.attn{number}.to_v", width, context, bias=False)
+            yield from _layer(f"{block}.attn{number}.to_out.0", width, width)
+        for number in (1, 2, 3):
+            yield from _layer(f"{block}.norm{number}", width)
+        yield from _layer(f"{block}.ff.net.0.proj", 8 * width, width)
+        yield from _layer(f"{block}.ff.net.2", width, 4 * width)
+
+
+def _each(value: int | Sequence[int], count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else list(value)
+
+
+def _unet(config: Config) -> Iterator[tuple[str, Shape]]:
+    widths: list[int] = list(config["block_out_channels"])
+    count, first, embedding = len(widths), widths[0], 4 * widths[0]
+    kinds = [*config["down_block_types"], *config["up_block_types"]]
+    if any(config.get(key) not in values for key, values in _USUAL.items()) or not _BLOCKS.issuperset(kinds):
+        raise ValueError("another kind of UNet")
+    layers = _each(config.get("layers_per_block", 2), count)
+    depths = _each(config.get("transformer_layers_per_block", 1), count)
+    mirrored = config.get("reverse_transformer_layers_per_block") or depths[::-1]
+    yield from _layer("conv_in", first, config.get("in_channels", 4), 3, 3)
+    yield from _layer("time_embedding.linear_1", embedding, first)
+    yield from _layer("time_embedding.linear_2", embedding, embedding)
+    if config.get("time_cond_proj_dim"):
+        yield from _layer("time_embedding.cond_proj", first, config["time_cond_proj_dim"], bias=False)
+    if config.get("addition_embed_type"):
+        yield from _layer("add_embedding.linear_1", embedding, config["projection_class_embeddings_input_dim"])
+        yield from _layer("add_embedding.linear_2", embedding, embedding)
+    for n, (out, kind) in enumerate(zip(widths, config["down_block_types"], strict=True)):
+        block, into = f"down_blocks.{n}", widths[max(n - 1, 0)]
+        for k in range(layers[n]):
+            yield from _resnet(f"{block}.resnets.{k}", out if k else into, out, embedding)
+            if kind.startswith("CrossAttn"):
+                yield from _attention(f"{block}.attentions.{k}", out, _each(depths[n], layers[n])[k], config)
+        if n < count - 1:
+            yield from _layer(f"{block}.downsamplers.0.conv", out, out, 3, 3)
+    yield from _middle(config, widths[-1], depths[-1], embedding)
+    for n, (out, kind) in enumerate(zip(widths[::-1], config["up_block_types"], strict=True)):
+        block, into, skip = f"up_blocks.{n}", widths[::-1][max(n - 1, 0)], widths[::-1][min(n + 1, count - 1)]
+        last = layers[::-1][n]
+        for k in range(last + 1):
+            yield from _resnet(
+                f"{block}.resnets.{k}", (out if k else into) + (skip if k == last else out), out, embedding
+            )
+            if kind.startswith("CrossAttn"):
+                yield from _attention(f"{block}.attentions.{k}", out, _each(mirrored[n], last + 1)[k], config)
+        if n < count - 1:
+            yield from _layer(f"{block}.upsamplers.0.conv", out, out, 3, 3)
+    yield from _layer("conv_norm_out", first)
+    yield from _layer("conv_out", config.get("out_channels", 4), first, 3, 3)
+
+
+def _middle(config: Config, width: int, depth: int | list[int], embedding: int) -> Iterator[tuple[str, Shape]]:
+    kind = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    if kind is None:
+        return
+    yield from _resnet("mid_block.resnets.0", width, width, embedding)
+    if kind == "UNetMidBlock2DCrossAttn":
+        yield from _attention("mid_block.attentions.0", width, _each(depth, 1)[0], config)
+        yield from _resnet("mid_block.resnets.1", width, width, embedding)
+
+
+def _vae(config: Config) -> Iterator[tuple[str, Shape]]:
+    widths: list[int] = list(config["block_out_channels"])
+    layers, latent, count = config.get("layers_per_block", 1), config.get("latent_channels", 4), len(widths)
+    kinds = {*config["down_block_types"], *config["up_block_types"]}
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or kinds != {
+        "DownEncoderBlock2D",
+        "UpDecoderBlock2D",
+    }:
+        raise ValueError("another kind of autoencoder")
+    for side, order in (("encoder", widths), ("decoder", widths[::-1])):
+        down = side == "encoder"
+        way, resnets = ("down", layers) if down else ("up", layers + 1)
+        outer = config.get("in_channels" if down else "out_channels", 3)
+        yield from _layer(f"{side}.conv_in", order[0], outer if down else latent, 3, 3)
+        for n, out in enumerate(order):
+            for k in range(resnets):
+                into = out if k else order[max(n - 1, 0)]
+                yield from _resnet(f"{side}.{way}_blocks.{n}.resnets.{k}", into, out, None)
+            if n < count - 1:
+                yield from _layer(f"{side}.{way}_blocks.{n}.{way}samplers.0.conv", out, out, 3, 3)
+        for k in range(2):
+            yield from _resnet(f"{side}.mid_block.resnets.{k}", widths[-1], widths[-1], None)
+        if config.get("mid_block_add_attention", True):
+            yield from _layer(f"{side}.mid_block.attentions.0.group_norm", widths[-1])
+            for name in ("to_q", "to_k", "to_v", "to_out.0"):
+                yield from _layer(f"{side}.mid_block.attentions.0.{name}", widths[-1], widths[-1])
+        yield from _layer(f"{side}.conv_norm_out", order[-1])
+        yield from _layer(f"{side}.conv_out", 2 * latent if down else outer, order[-1], 3, 3)
+    if config.get("use_quant_conv", True):
+        yield from _layer("quant_conv", 2 * latent, 2 * latent, 1, 1)
+    if config.get("use_post_quant_conv", True):
+        yield from _layer("post_quant_conv", latent, latent, 1, 1)
+
+
+def _text(config: Config) -> Iterator[tuple[str, Shape]]:
+    name, width, inner = "text_model", config["hidden_size"], config["intermediate_size"]
+    if config["model_type"] != "clip_text_model":
+        raise ValueError("another kind of text encoder")
+    yield f"{name}.embeddings.token_embedding.weight", (config["vocab_size"], width)
+    yield f"{name}.embeddings.position_embedding.weight", (config["max_position_embeddings"], width)
+    for n in range(config["num_hidden_layers"]):
+        layer = f"{name}.encoder.layers.{n}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _layer(f"{layer}.self_attn.{part}", width, width)
+        for part in ("layer_norm1", "layer_norm2"):
+            yield from _layer(f"{layer}.{part}", width)
+        yield from _layer(f"{layer}.mlp.fc1", inner, width)
+        yield from _layer(f"{layer}.mlp.fc2", width, inner)
+    yield from _layer(f"{name}.final_layer_norm", width)
+    if "WithProjection" in str(config["architectures"]):
+        yield from _layer("text_projection", config["projection_dim"], width, bias=False)

@@ -1,0 +1,142 @@
+"""Names for what is given as a base and is none: other models, parts of models, adapters. No torch.
+
+Names of tensors decide; sources are each model's own code, diffusers, and the loaders of ComfyUI.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lorakit.core import registry, safetensors_header
+from lorakit.families import weight_files
+from lorakit.families.facts.fit import Config
+
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_ADAPTER = "is an adapter (LoRA), not a base model: give the model that it was made for"
+_WHOLE = "give the whole model"
+# What `safetensors_header.kind` calls a file -> what is said.
+KINDS = {
+    "adapter": _ADAPTER,
+    "lycoris": _ADAPTER,
+    "unet": f"is a UNet alone: {_WHOLE}",
+    "vae": "is a VAE alone, not a base model",
+    "text encoder": f"is a text encoder alone: {_WHOLE}",
+    "embedding": "is a textual-inversion embedding, not a base model",
+    "controlnet": "is a ControlNet, not a base model",
+    "unknown": "is a safetensors file of no kind known here: give a Stable Diffusion model",
+}
+_NEVER = r"(?!)"
+# Models that lorakit does not train -> a tensor that they alone have, and how their pipelines are called.
+_MODELS: dict[str, tuple[str, str]] = {
+    "FLUX.2": (r"double_stream_modulation_img|single_stream_modulation", r"Flux2"),
+    "Chroma": (r"distilled_guidance_layer", r"Chroma"),
+    "HunyuanVideo": (r"individual_token_refiner|token_refiner\.refiner_blocks", r"HunyuanVideo"),
+    "FLUX.1": (r"double_blocks\.\d+\.img_attn|^(transformer\.)?single_transformer_blocks\.\d", r"Flux|ReduxPipeline"),
+    "Qwen-Image": (r"transformer_blocks\.\d+\.img_mod\.", r"QwenImage"),
+    "AuraFlow": (r"(^|\.)double_layers\.\d|joint_transformer_blocks\.\d", r"AuraFlow"),
+    "HiDream": (r"double_stream_blocks\.\d", r"HiDream"),
+    "Sana": (r"\.mlp\.inverted_conv|\.ff\.conv_inverted", r"Sana"),
+    "HunyuanDiT": (r"blocks\.\d+\.(default_modulation|attn1\.Wqkv)|(^|\.)style_embedder\.", r"HunyuanDiT"),
+    "PixArt": (r"blocks\.\d+\.cross_attn\.kv_linear|(^|\.)adaln_single\.emb\.resolution_embedder", r"PixArt"),
+    "Stable Cascade": (r"(^|\.)(clip_txt_pooled_mapper|clip_txt_mapper|effnet_mapper)\.", r"StableCascade|Wuerstchen"),
+    "Stable Video Diffusion": (r"\.time_stack\.|\.time_mixer\.|\.temporal_transformer_blocks\.", r"StableVideo"),
+    "Kolors": (r"^(model\.diffusion_model\.)?encoder_hid_proj\.weight$", r"Kolors"),
+    "Wan": (r"(^|\.)blocks\.\d+\.self_attn\.q\.", r"Wan"),
+    "LTX-Video": (r"(^|\.)patchify_proj\.", r"LTX"),
+    "CogVideoX": (r"(^|\.)patch_embed\.text_proj\.", r"CogVideoX"),
+    "Lumina or Z-Image": (r"(^|\.)(noise|context)_refiner\.\d", r"Lumina|ZImage"),
+    "Kandinsky": (r"^text_transformer_blocks\.", r"Kandinsky"),
+    "Mochi": (r"blocks\.\d+\.attn\.qkv_[xy]", r"Mochi"),
+    "DeepFloyd IF": (_NEVER, r"IF[A-Z]"),
+    "Stable Diffusion upscaler": (r"^low_scale_model\.", r"StableDiffusion(Latent)?Upscale"),
+    "Stable Diffusion image variation": (_NEVER, r"StableDiffusionImageVariation|StableUnCLIP|UnCLIP"),
+    "AnimateDiff": (_NEVER, r"AnimateDiff"),
+    "Stable Audio": (_NEVER, r"StableAudio|AudioLDM"),
+}
+# Parts and helpers, by a tensor and by the class in config.json -> what is said.
+_PARTS: dict[str, tuple[str, str]] = {
+    "is an IP-Adapter, not a base model": (r"^(ip_adapter|image_proj)\.", r"IPAdapter"),
+    "is an AnimateDiff motion module, not a base model": (r"motion_modules\.\d", r"MotionAdapter"),
+    "is a ControlNet, not a base model": (
+        r"^(control_model|controlnet_cond_embedding|input_hint_block|controlnet_(down|mid|blocks|x_)\w*|lora_controlnet)(\.|$)",
+        r"\w*ControlNet\w*",
+    ),
+    "is a T2I-Adapter, not a base model": (r"^(adapter\.)?body\.\d+\.(resnets|in_conv|block[12])\.", r"T2IAdapter"),
+    "is an upscaler (ESRGAN and the like), not a base model": (
+        r"^(params(_ema)?\.)?(model\.1\.sub\.\d|body\.\d+\.rdb\d|(RRDB_trunk|trunk)\.?\d*|layers\.\d+\.residual_group)",
+        _NEVER,
+    ),
+    "is a VAE for previews (TAESD), not a base model": (
+        r"^(taesd_)?decoder\.(layers\.)?\d+\.",
+        r"AutoencoderTiny",
+    ),
+    f"is a text encoder (T5) alone: {_WHOLE}": (r"^encoder\.block\.\d|^shared\.weight$", r"\w*T5\w*"),
+    f"is an image encoder alone: {_WHOLE}": (r"^(vision_model|visual)\.", r"CLIPVision\w+|Siglip\w+"),
+    "is a language model, not a base model": (r"^model\.layers\.\d+\.self_attn\.", r"\w+ForCausalLM|ChatGLM\w*"),
+    KINDS["vae"]: (_NEVER, r"AutoencoderKL|\w*Autoencoder\w*|AsymmetricAutoencoderKL|VQModel"),
+    KINDS["unet"]: (_NEVER, r"UNet\w+"),
+    f"is a transformer alone: {_WHOLE}": (_NEVER, r"\w+Transformer\w*Model"),
+    KINDS["text encoder"]: (_NEVER, r"CLIPText\w+|CLIPModel"),
+}
+# What the class of a text encoder begins with.
+_ENCODERS = {"CLIP": "CLIPTextModel", "T5": "T5EncoderModel"}
+
+
+def what_file(header: safetensors_header.Header) -> str:
+    """What a single file that is no model to train is, and what to do; continues "base NAME ...". Empty for a model."""
+    suffix = header.path.suffix.lower()
+    if suffix in _PICKLES:
+        return "is a pickle, which can run code when it is read; convert it once: lorakit convert FILE"
+    if suffix == ".gguf":
+        return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
+    if suffix != ".safetensors":
+        return "is a file, not a base model: give a .safetensors file or a folder in diffusers layout"
+    kind = safetensors_header.kind(header.shapes())
+    if kind in ("adapter", "lycoris"):
+        return KINDS[kind]
+    for what, (pattern, _) in _PARTS.items():
+        if any(re.search(pattern, name) for name in header.tensors):
+            return what
+    for title, (pattern, _) in _MODELS.items():
+        if any(re.search(pattern, name) for name in header.tensors):
+            return _other(title)
+    return KINDS.get(kind, "")
+
+
+def pipeline_title(name: str) -> str:
+    """The model that is not trained here and whose pipeline is of this class, or ""."""
+    return next((title for title, (_, pattern) in _MODELS.items() if re.match(pattern, name)), "")
+
+
+def what_pipeline(name: str) -> str:
+    """What a model_index.json that is not of a family is of; continues "base NAME ..."."""
+    title = pipeline_title(name)
+    return _other(title) if title else f"is a {name}; lorakit trains {registry.version_titles()}"
+
+
+def what_encoder(index: Config, encoder: str, kind: str) -> str:
+    """What a model of a family's pipeline is whose text encoder is of another kind; "" where it is as it should be."""
+    name = (index.get(encoder) or [None, None])[1]
+    if not isinstance(name, str) or name.startswith(_ENCODERS[kind]):
+        return ""
+    if name.startswith("ChatGLM"):
+        return _other("Kolors")
+    return f"reads texts by a {name}, as no Stable Diffusion does; lorakit trains {registry.version_titles()}"
+
+
+def what_folder(folder: Path) -> str:
+    """What a folder without model_index.json is by its small files; continues "base NAME ...", or is ""."""
+    if (folder / "adapter_config.json").is_file():
+        return "is a PEFT adapter, not a base model"
+    if not (folder / "config.json").is_file():
+        return ""
+    config = weight_files.read_json(folder / "config.json")
+    architectures = config.get("architectures") or [""]
+    name = str(config.get("_class_name") or architectures[0])
+    return next((what for what, (_, pattern) in _PARTS.items() if re.fullmatch(pattern, name)), "")
+
+
+def _other(title: str) -> str:
+    article = "an" if title[0] in "AIH" and title[:2] not in ("Hu", "Hi") else "a"
+    return f"is {article} {title} model; lorakit trains {registry.version_titles()}"
