@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 # Weight of what is in one pair of brackets.
 EMPHASIS = 1.1
+# Brackets within brackets; more are letters.
+MAX_DEPTH = 20
 NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
-_NEW_CHUNK = re.compile(r"\s*\bBREAK\b\s*")
-_WEIGHT = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)")
+# Captions are somebody else's: no pattern goes back over what it has read (`*+`), so that none takes for ever.
+_NEW_CHUNK = re.compile(r"(?:(?<!\s)\s*+)?\bBREAK\b\s*+")
+_WEIGHT = re.compile(r":\s*+([+-]?(?:\d++\.?\d*+|\.\d++))\s*+\)")
 _TOKENS = re.compile(rf"\\[\\()\[\]]|[()\[\]]|{_WEIGHT.pattern}|(?:(?!{_WEIGHT.pattern})[^\\()\[\]])+|\\")
 # Prompts that change while a picture is drawn, or are drawn with others: `[a:b:0.5]`, `[a|b]`, `a AND b`.
-_SCHEDULE = re.compile(r"(?<!\\)\[[^\[\]]*(?:\||:[^\[\]]*\d)[^\[\]]*\]|\bAND\b")
+_SCHEDULE = re.compile(r"(?<!\\)\[[^\[\]|:]*+(?:\||:[^\[\]|\d]*+[|\d])[^\[\]]*+\]|\bAND\b")
 # What is more than letters to a web UI; brackets without a weight are what people write in any text.
 _SYNTAX = (NETWORK, _NEW_CHUNK, re.compile(r"\([^()]*" + _WEIGHT.pattern), re.compile(r"\\[()\[\]]"), _SCHEDULE)
 _BRACKETS = re.compile(r"\(\([^()]*\)+|\[[^\[\]]*\]")
@@ -76,7 +79,7 @@ def _weighted(text: str) -> list[Part]:
         token = match[0]
         if token[0] == "\\":
             pieces.append((token[1:] or token, 1.0))
-        elif token in "([":
+        elif token in "([" and len(opened) < MAX_DEPTH:
             opened.append((token, len(pieces)))
         elif token == ")":
             close("(", EMPHASIS, token)

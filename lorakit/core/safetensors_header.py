@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _MAX_HEADER = 100_000_000  # the library's own limit
 _EXCERPT_LENGTH = 80
+_NAME_LENGTH = 1000  # of any program's tensor, and more; names are matched with patterns
 _PICKLE = "a pickle (.ckpt/.pt): it can run code when opened; convert it once: lorakit convert FILE"
 _PAGE = "a web page, not a model: the download failed"
 _MAGIC = {
@@ -135,6 +136,8 @@ def _parse(raw: bytes) -> tuple[dict[str, object], dict[str, str]]:
     for key, text in metadata.items():
         if not isinstance(text, str):
             raise ValueError(f"damaged: {_excerpt(key)} in the __metadata__ of its header is no text")
+    if longest := max(table, key=len, default="")[_NAME_LENGTH:]:
+        raise ValueError(f"damaged: its header has a name of {len(longest) + _NAME_LENGTH} characters")
     for text in (*table, *metadata, *metadata.values()):
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"damaged: {_excerpt(text)} in its header is not Unicode")

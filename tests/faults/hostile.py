@@ -110,6 +110,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "twice the same tensor": (file_of('{"a":' + T + ',"a":' + T.replace("0, 24", "24, 48") + "}"), "has a twice"),
     "twice the same key": (file_of('{"a":' + T.replace("{", '{"dtype":"F32",') + "}", DATA[:24]), "has dtype twice"),
     "twice the metadata": (file_of('{"__metadata__":{},"__metadata__":{}}', b""), "has __metadata__ twice"),
+    "name of 90,000 characters": (file_of({".lora_down" * 9000 + "\n\n": entry()}, DATA[:24]), "a name of 90002 char"),
     "pickle": (b"\x80\x02}q\x00(X\x05\x00\x00\x00epoch" + bytes(64), "a pickle"),
     "pickle of a newer protocol": (b"\x80\x04\x95" + bytes(64), "a pickle"),
     "zip": (b"PK\x03\x04" + bytes(64), "a pickle"),
