@@ -20,7 +20,7 @@ def draws(text: str, **options: object) -> list[str]:
     return captions.variants(text, DataConfig(name="sks dog", **options), "seed")  # type: ignore[arg-type]
 
 
-def test_kept_tags_stay_in_front() -> None:
+def test_first_tags_stay_in_front() -> None:
     for text in draws(TEXT, shuffle_tags=True, keep_tags=2):
         assert text.startswith("sks dog, red, blue, ") and sorted(text.split(", ")) == sorted(TEXT.split(", "))
     marked = "1girl, red ||| blue, green, gold ||| sks dog, grey"
@@ -55,9 +55,9 @@ def test_wildcards_are_drawn_only_if_asked() -> None:
     [("a photo of", "", "a photo of sks dog, red"), ("", ", sharp", "sks dog, red , sharp"), ("sks dog,", "", None)],
 )
 def test_a_prefix_and_a_suffix_are_in_every_text(prefix: str, suffix: str, expected: str | None) -> None:
-    chosen = DataConfig(name="sks dog", caption_prefix=prefix, caption_suffix=suffix)
-    assert captions.final_text("sks dog, red" if expected else "red", chosen) == (expected or "sks dog, red")
-    assert captions.final_text(None, chosen) == captions.instance_prompt(chosen)
+    settings = DataConfig(name="sks dog", caption_prefix=prefix, caption_suffix=suffix)
+    assert captions.final_text("sks dog, red" if expected else "red", settings) == (expected or "sks dog, red")
+    assert captions.final_text(None, settings) == captions.instance_prompt(settings)
 
 
 def test_lines_and_names_of_files_are_captions(tmp_path: Path) -> None:
@@ -78,6 +78,6 @@ def test_lines_and_names_of_files_are_captions(tmp_path: Path) -> None:
     assert [table.texts[at] for at in table.choices(several)] == ["a sks dog", "a dog of sks"]
 
 
-def test_kept_tags_without_a_draw_are_refused() -> None:
+def test_first_tags_without_a_draw_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.keep_tags has no effect without data.shuffle_tags or"):
         config.load(None, {"train.steps": 1, "data.keep_tags": 2})

@@ -174,7 +174,9 @@ def test_encoders_come_from_files_of_their_own(
     assert torch.equal(*(text["encoder_hidden_states"] for text in texts))
 
 
-def test_without_encoders_the_way_is_said(bare: Path, file: Path, room: Path, tmp_path: Path, pipeline: Any) -> None:
+def test_without_encoders_the_way_is_reported(
+    bare: Path, file: Path, room: Path, tmp_path: Path, pipeline: Any
+) -> None:
     words = refusal(bare, room)
     assert (
         "has no text encoders in it, and none are beside it: set model.text_encoders to a folder with clip_l" in words

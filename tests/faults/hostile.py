@@ -124,7 +124,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
 }
 
 # Files that the library reads, and so does lorakit.
-WHOLE: dict[str, bytes] = {
+COMPLETE: dict[str, bytes] = {
     "plain": file_of(table()),
     "order of the header is not that of the data": file_of({"b": entry(offsets=(24, 48)), "a": entry()}),
     "spaces after the header": file_of(json.dumps(table()) + "  \n"),

@@ -54,8 +54,8 @@ def go_on(folder: Path, at: int = -1) -> None:
     train.resume(folder)
 
 
-def _equal(found: dict[str, torch.Tensor] | None, expected: dict[str, torch.Tensor]) -> bool:
-    return found is not None and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+def _equal(actual: dict[str, torch.Tensor] | None, expected: dict[str, torch.Tensor]) -> bool:
+    return actual is not None and all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def main(place: Path, kills: int, seed: int = 0) -> dict[str, int]:
@@ -89,8 +89,8 @@ def main(place: Path, kills: int, seed: int = 0) -> dict[str, int]:
             counts["lost"] += 1
             print(f"{folder}: code {code}", file=sys.stderr)
             continue
-        found = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
-        same = all(_equal(found.get(file), table) for file, table in expected.items())
+        adapters = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+        same = all(_equal(adapters.get(file), table) for file, table in expected.items())
         counts["different"] += not same
         counts["temporary"] += sum(path.name.endswith(".tmp") for path in folder.rglob(".*"))
     return counts

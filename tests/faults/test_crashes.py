@@ -74,13 +74,15 @@ def test_a_checkpoint_is_there_after_every_death(tmp_path, kind, step):
 
     count = 0
     for place, point in crash.points(tmp_path, prepare, lambda place: quietly(save, place, step), kind):
-        said: list[str] = []
-        newest = checkpoint.newest_complete(place / "checkpoints", said.append)
-        assert newest is not None and checkpoint.step_of(newest) in (3, step) and not said, point
+        messages: list[str] = []
+        newest = checkpoint.newest_complete(place / "checkpoints", messages.append)
+        assert newest is not None and checkpoint.step_of(newest) in (3, step) and not messages, point
         assert float(checkpoint.load(newest).adapter["a.up"][0, 0]) == checkpoint.step_of(newest), point
         save(place, step)
-        whole = {path.name for path in checkpoint.complete(place / "checkpoints")}
-        assert whole == {p.name for p in (place / "checkpoints").iterdir()} and len(whole) == KEEP, point
+        complete_names = {path.name for path in checkpoint.complete(place / "checkpoints")}
+        assert complete_names == {p.name for p in (place / "checkpoints").iterdir()} and len(complete_names) == KEEP, (
+            point
+        )
         count += 1
     assert count > 10
 
@@ -155,7 +157,7 @@ def test_runs_that_are_really_killed_end_with_the_same_bits(tmp_path):
     """`LORAKIT_KILLS=300` for an evening; each kill is a SIGKILL in a training run, which is then resumed."""
     kills = os.environ.get("LORAKIT_KILLS", "4")
     command = [sys.executable, str(Path(__file__).parent / "kills.py"), str(tmp_path), kills]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60 + 60 * int(kills))
-    assert done.returncode == 0, done.stderr[-3000:]
-    counts = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60 + 60 * int(kills))
+    assert process.returncode == 0, process.stderr[-3000:]
+    counts = json.loads(process.stdout.splitlines()[-1])
     assert counts["kills"] >= int(kills) and counts["different"] == counts["lost"] == 0, counts

@@ -112,8 +112,8 @@ def test_a_file_of_sd_scripts_changes_each_weight_by_its_product(split: bool, ba
     expected = products(adapter, weights)
     assert merged.keys() == weights.keys()
     for key, weight in weights.items():
-        wanted = weight.double() + expected[key] if key in expected else weight.double()
-        torch.testing.assert_close(merged[key].double(), wanted, rtol=1e-5, atol=1e-4)
+        target = weight.double() + expected[key] if key in expected else weight.double()
+        torch.testing.assert_close(merged[key].double(), target, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -121,11 +121,11 @@ def test_what_is_written_again_is_the_same_file(split: bool, base: Any, tmp_path
     _, weights, _ = base
     adapter = factors(weights, split=split)
     save_file(adapter, tmp_path / "a.safetensors", TAGS)
-    again = kohya.tensors(formats.read(tmp_path / "a.safetensors"), "fp32")
-    assert again.keys() == adapter.keys()
+    repeat = kohya.tensors(formats.read(tmp_path / "a.safetensors"), "fp32")
+    assert repeat.keys() == adapter.keys()
     if not split:
-        assert all(torch.equal(again[name], adapter[name]) for name in adapter)
-    before, after = products(adapter, weights), products(again, weights)
+        assert all(torch.equal(repeat[name], adapter[name]) for name in adapter)
+    before, after = products(adapter, weights), products(repeat, weights)
     for key in before:
         torch.testing.assert_close(after[key], before[key], rtol=1e-5, atol=1e-5)
 
@@ -141,14 +141,14 @@ def test_three_layers_are_written_as_one(scales: tuple[float, ...], absent: str,
         if name != absent
     }
     trained = AdapterWeights("sd3", "lora", layers, {})
-    written = kohya.tensors(trained, "fp32")
+    tensors = kohya.tensors(trained, "fp32")
     stem = "lora_unet_joint_blocks_0_x_block_attn_qkv"
-    assert {name.removeprefix(f"{stem}.") for name in written} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert {name.removeprefix(f"{stem}.") for name in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
     zeros = torch.zeros(128, 128)
     deltas = [layers[n].delta() if (n := f"unet.transformer_blocks.0.attn.to_{p}") in layers else zeros for p in "qkv"]
-    product = products(written, weights)[f"{sd3_files.U}joint_blocks.0.x_block.attn.qkv.weight"]
+    product = products(tensors, weights)[f"{sd3_files.U}joint_blocks.0.x_block.attn.qkv.weight"]
     torch.testing.assert_close(product, torch.cat(deltas).double(), rtol=1e-5, atol=1e-5)
-    save_file(written, tmp_path / "a.safetensors", TAGS)
+    save_file(tensors, tmp_path / "a.safetensors", TAGS)
     back = formats.read(tmp_path / "a.safetensors").layers
     assert back.keys() == layers.keys()
     for name, layer in layers.items():
@@ -210,14 +210,14 @@ def test_hadamard_products_and_full_differences_have_shares(tmp_path: Path) -> N
     sizes = {"a": (384, 3), "b": (3, 128)}
     parts = {f"hada_w{n}_{side}": torch.randn(*sizes[side]) for n in (1, 2) for side in "ab"}
     save_file({f"{stem}.{name}": t for name, t in parts.items()}, tmp_path / "a.safetensors", TAGS)
-    whole = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    delta = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
     diff = torch.randn(384, 128)
     save_file({f"{stem}.diff": diff, f"{stem}.diff_b": diff[:, 0].clone()}, tmp_path / "b.safetensors", TAGS)
-    for file, expected in (("a", whole), ("b", diff)):
+    for file, expected in (("a", delta), ("b", diff)):
         read = formats.read(tmp_path / f"{file}.safetensors")
         deltas = [read.layers[f"unet.transformer_blocks.0.attn.to_{part}"].delta() for part in "qkv"]
         torch.testing.assert_close(torch.cat(deltas), expected)
     biases = [read.biases[f"unet.transformer_blocks.0.attn.to_{part}"] for part in "qkv"]
     assert torch.equal(torch.cat(biases), diff[:, 0])
-    again = kohya.tensors(read, "fp32")
-    assert torch.equal(again[f"{stem}.diff"], diff) and torch.equal(again[f"{stem}.diff_b"], diff[:, 0])
+    repeat = kohya.tensors(read, "fp32")
+    assert torch.equal(repeat[f"{stem}.diff"], diff) and torch.equal(repeat[f"{stem}.diff_b"], diff[:, 0])

@@ -15,7 +15,7 @@ from lorakit.training import optimizers, run as train
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_each_text_encoder_has_its_rate_and_stops(name: str) -> None:
-    chosen_config = OptimizerConfig(
+    run_config = OptimizerConfig(
         name=name,
         learning_rate=1e-2,
         text_encoder_learning_rate=1e-3,
@@ -23,11 +23,11 @@ def test_each_text_encoder_has_its_rate_and_stops(name: str) -> None:
         text_encoder_stop=0.5,
     )
     groups = [(part, [torch.nn.Parameter(torch.ones(4, 4))]) for part in ("unet", "text_encoder", "text_encoder_2")]
-    optimizer = optimizers.build(chosen_config, groups)
+    optimizer = optimizers.build(run_config, groups)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3, 1e-4]
     before: list[torch.Tensor] = []
     for step in range(4):
-        optimizers.set_learning_rate(optimizer, chosen_config, step, 4)
+        optimizers.set_learning_rate(optimizer, run_config, step, 4)
         before = [params[0].detach().clone() for _, params in groups]
         for _, params in groups:
             params[0].grad = torch.full((4, 4), 0.3)
@@ -41,10 +41,10 @@ def test_options_of_text_encoders_need_one_that_is_trained(name: str, value: flo
     option = {f"optimizer.text_encoder_{name}": value}
     with pytest.raises(ConfigError, match=r"needs adapter.train_text_encoder = true or new_tokens"):
         config.load(None, {"train.steps": 1, **option})
-    chosen_config = config.load(
+    run_config = config.load(
         None, {"train.steps": 1, "adapter.train_text_encoder": True, "optimizer.name": "prodigy", **option}
     )
-    assert any("has one rate" in line for line in preflight._device_problems(chosen_config))
+    assert any("has one rate" in line for line in preflight._device_problems(run_config))
 
 
 def test_an_adapter_is_written_after_every_so_many_steps(tiny_sd1, tmp_path):
