@@ -174,7 +174,8 @@ def findings(adapter: str | Path, prompts: Sequence[str], *, base: str, override
     """What of the prompts `sample` leaves out or reads otherwise than web UIs do, a line each."""
     config = recorded(Path(adapter), overrides)
     settings = replace(config.sample, prompts=tuple(prompts) or config.sample.prompts)
-    return captions.prompt_findings(settings, families.describe(replace(config.model, base=base)))
+    skip = [f"clip skip {config.model.clip_skip}, as the adapter or --set says"] if config.model.clip_skip else []
+    return skip + captions.prompt_findings(settings, families.describe(replace(config.model, base=base)))
 
 
 def from_file(
