@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any, TextIO
 
 from lorakit import __version__, config as configuration
-from lorakit.cli import adapter_commands, train_commands
+from lorakit.cli import adapter_commands, base_commands, train_commands
 from lorakit.cli.terminal import complain, open_streams, print_json, print_lines, quiet_libraries
 from lorakit.config.option import format_bound
 from lorakit.core.errors import LorakitError
@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
     train_commands.add(command)
     adapter_commands.add(command)
+    base_commands.add(command)
     command(
         "doctor", run_doctor, "show the device, precision, attention and extras of this machine, and what is missing"
     )

@@ -270,9 +270,8 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
         sizes[component] = sum(info.end - info.start for info in lengths.values())
     prediction = checkpoint.prediction
     zero = " with zero terminal SNR" if prediction.zero_snr else ""
-    unsure = (
-        "" if prediction.certain or model.prediction_type != "auto" else "; if that is wrong, set model.prediction_type"
-    )
+    is_guess = not prediction.certain and model.prediction_type == "auto"
+    unsure = "; if that is wrong, set model.prediction_type (`lorakit probe` measures it)" if is_guess else ""
     notes = [f"from the hub: {source}"] if source else []
     notes += [f"prediction type: {prediction.type}{zero}, {prediction.evidence}{unsure}"]
     if checkpoint.ignored:
@@ -299,7 +298,7 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
         title=path.stem,
         source=source,
         notes=tuple(notes),
-        titles=tuple(header.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")),
+        metadata=header.metadata | ({"ztsnr": "v_pred"} if "ztsnr" in header.tensors else {}),
         without_t5=bool(left_out),
     )
 
@@ -312,9 +311,10 @@ def _summary(keys: Collection[str]) -> str:
 
 
 def _info(
-    model: ModelConfig, tensors: Mapping[str, fit.Shapes], *, titles: tuple[str, ...] = (), **facts: Any
+    model: ModelConfig, tensors: Mapping[str, fit.Shapes], *, metadata: Mapping[str, str] | None = None, **facts: Any
 ) -> BaseInfo:
     """What follows from configurations and tensors, for both layouts, with what the user says of its prediction."""
+    metadata, names = metadata or {}, (facts["title"], facts["source"])
     if model.vae:
         facts |= vae_source.replacement(model.vae, facts)
     path, configs, spec = facts["path"], facts["configs"], registry.FAMILIES[facts["loader"]]
@@ -341,15 +341,15 @@ def _info(
         for name, config in configs.items()
         if name.startswith("text_encoder")
     )
-    encoders = [
-        configs[encoder.name] for encoder in spec.text_encoders if encoder.name in configs and encoder.kind == "CLIP"
-    ]
+    encoders = [configs[part.name] for part in spec.text_encoders if part.name in configs and part.kind == "CLIP"]
     depth = min(config.get("num_hidden_layers", 12) for config in encoders)
     facts["clip_skip"] = spec.text_layer(facts["title"], model.clip_skip, depth)
     if model.clip_skip:
         at = f"texts are read at layer {depth - model.clip_skip + 1} of {depth}"
         facts["notes"] = (*facts["notes"], f"clip skip {model.clip_skip}: {at}")
-    kind = distilled.find((facts["title"], facts["source"]), titles, configs["unet"], configs["scheduler"])
+    if prediction == EPSILON and model.prediction_type == "auto":
+        facts["warnings"] = (*facts.get("warnings", ()), *schedule.velocity_warning(model.base, names, metadata))
+    kind = distilled.find(names, metadata, configs["unet"], configs["scheduler"])
     if kind is not None:
         facts["notes"] = (*facts["notes"], kind.note(), distilled.UNDONE)
     return BaseInfo(

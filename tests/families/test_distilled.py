@@ -47,14 +47,14 @@ PLAIN = [
 
 @pytest.mark.parametrize(("name", "kind", "steps"), [(name, *values) for name, values in NAMES.items()])
 def test_a_name_is_a_hint(name: str, kind: str, steps: int) -> None:
-    actual = distilled.find([name], [], {}, LEADING)
+    actual = distilled.find([name], {}, {}, LEADING)
     assert actual is not None and (actual.kind, actual.steps, actual.guidance) == (kind, steps, 1.0)
     assert actual.evidence == "as its name says"
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_other_names_are_none(name: str) -> None:
-    assert distilled.find([name], [name], {}, LEADING) is None
+    assert distilled.find([name], {"modelspec.title": name}, {}, LEADING) is None
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_other_names_are_none(name: str) -> None:
 def test_configurations_say_it(
     name: str, unet: dict[str, Any], scheduler: dict[str, Any], kind: str, steps: int, guidance: float
 ) -> None:
-    actual = distilled.find([name], [], unet, scheduler)
+    actual = distilled.find([name], {}, unet, scheduler)
     assert actual is not None and (actual.kind, actual.steps, actual.guidance) == (kind, steps, guidance)
     assert actual.evidence in ("as its scheduler says", "as its UNet says")
 
@@ -93,7 +93,7 @@ def test_configurations_say_it(
 )
 def test_other_schedulers_do_not(scheduler: dict[str, Any]) -> None:
     """Zero terminal SNR needs trailing timesteps too."""
-    assert distilled.find(["x"], [], {}, scheduler) is None
+    assert distilled.find(["x"], {}, {}, scheduler) is None
 
 
 def with_scheduler(base: Path, target: Path, **changes: Any) -> Path:
@@ -176,3 +176,15 @@ def test_an_lcm_folder_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
     (base / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(LorakitError, match="is a LatentSomethingPipeline"):
         families.describe(base)
+
+
+def test_a_base_that_may_predict_v_is_warned_of(tiny_sd1: Path, tiny_sd1_v: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_sd1, tmp_path / "noob-vpred")
+    (warning,) = preflight(settings(base, tmp_path / "photos")).info.warnings
+    assert warning.endswith(f"find out with `lorakit probe {base}`, and set model.prediction_type")
+    assert warning in preflight(settings(base, tmp_path / "photos")).warnings
+    assert texts.SENTENCES["zh-Hant"].translated(warning)
+    for sure in ("epsilon", "v_prediction"):
+        chosen = settings(base, tmp_path / "photos", model__prediction_type=sure)
+        assert not preflight(chosen).info.warnings
+    assert not families.describe(shutil.copytree(tiny_sd1_v, tmp_path / "vpred")).warnings

@@ -141,7 +141,7 @@ def test_notes_about_a_base_are_translated():
         "from the hub: owner/name@0123",
         INPAINTING,
         sure,
-        f"prediction type: epsilon, {guess}; if that is wrong, set model.prediction_type",
+        f"prediction type: epsilon, {guess}; if that is wrong, set model.prediction_type (`lorakit probe` measures it)",
         "prediction type: epsilon, as nothing in the file says otherwise",
         "prediction type: v_prediction, as its metadata says (v)",
         "prediction type: epsilon, as model.prediction_type says; the base itself says v_prediction",

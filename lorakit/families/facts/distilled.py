@@ -67,16 +67,16 @@ EMBEDDED_GUIDANCE = 8.0
 
 
 def find(
-    names: Iterable[str], titles: Iterable[str], unet: Mapping[str, object], scheduler: Mapping[str, object]
+    names: Iterable[str], metadata: Mapping[str, str], unet: Mapping[str, object], scheduler: Mapping[str, object]
 ) -> Distilled | None:
     """The way that a model was distilled, or None.
 
     Args:
         names: of its file or folder and its repository.
-        titles: what its metadata call it.
+        metadata: of a single file.
         unet, scheduler: their configurations.
     """
-    name, title = " ".join(names), " ".join(titles)
+    name, title = " ".join(names), " ".join(metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture"))
     in_name, in_title = _kind(name), _kind(title)
     sampler = str(scheduler.get("_class_name", ""))
     trailing = sampler.startswith("Euler") and scheduler.get("timestep_spacing") == "trailing"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit.core.errors import LorakitError
 from lorakit.families.spec import EPSILON
 
+_VELOCITY = re.compile(r"v[-_ ]?(pred|param)|zt?snr|zero[-_ ]?(terminal[-_ ]?)?snr|(?<![a-z])v_parameterization", re.I)
+_EPSILON = re.compile(r"(?<![a-z])eps(?![a-z])|epsilon", re.IGNORECASE)
+# Keys of metadata that name the model, how it was trained or what it was merged from.
+_TELLING = re.compile(r"modelspec\.(title|architecture|description|tags|merged_from)|sd_merge_\w+|ztsnr")
 # What every Stable Diffusion before 3 was trained on.
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -45,3 +50,23 @@ def check(base: Path | str, scheduler: Mapping[str, object], *, flow: bool) -> N
         schedule = f"another noise schedule ({', '.join(f'{k} {v}' for k, v in other.items())})" if other else ""
     if schedule:
         raise LorakitError(f"base {base} was trained with {schedule}, which lorakit does not do: give another base")
+
+
+def velocity_hint(names: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """What speaks for v-prediction in a base that does not say so itself, or ""."""
+    if any(_VELOCITY.search(name) and not _EPSILON.search(name) for name in names):
+        return "its name"
+    if metadata.get("ss_v_parameterization") == "True" or metadata.get("ss_zero_terminal_snr") == "True":
+        return "its metadata"
+    telling = [text for key, text in metadata.items() if _TELLING.fullmatch(key)]
+    return "its metadata" if any(_VELOCITY.search(text) for text in telling) else ""
+
+
+def velocity_warning(base: str, names: tuple[str, ...], metadata: Mapping[str, str]) -> list[str]:
+    """The warning of a base that is read as one that predicts epsilon, where something speaks for v-prediction."""
+    evidence = velocity_hint(names, metadata)
+    line = (
+        f"base {names[0]} is trained as one that predicts epsilon, but {evidence} speaks of v-prediction: find out "
+        f"with `lorakit probe {base}`, and set model.prediction_type"
+    )
+    return [line] if evidence else []

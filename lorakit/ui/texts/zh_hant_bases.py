@@ -1,6 +1,11 @@
 """繁體中文：關於基礎模型、分詞器與模型檔的話（families/*、core/safetensors_header.py）。見 `zh_hant_sentences.py`。"""
 
 BASES = {
+    "base {name} is trained as one that predicts epsilon, but {what} speaks of v-prediction: find out with {command}, "
+    "and set model.prediction_type": (
+        "基礎模型 {name} 當作預測 epsilon 來訓練，但有 v-prediction 的跡象：請以 {command} 確認，"
+        "並設定 model.prediction_type"
+    ),
     "distilled model ({kind}, {why:said}): samples take {steps} steps at guidance {guidance} unless sample.steps and "
     "sample.guidance are set": (
         "蒸餾模型（{kind}，{why:said}）：除非設定 sample.steps 與 sample.guidance，樣張用 {steps} 步、"

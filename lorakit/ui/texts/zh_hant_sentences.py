@@ -17,8 +17,9 @@ SENTENCES = {
         "預測類型：{kind}（依 model.prediction_type）；基礎模型自述為 {own:words}"
     ),
     "prediction type: {kind:words}, {why:said}": "預測類型：{kind:words}，{why:said}",
-    "prediction type: {kind:words}, {why:said}; if that is wrong, set model.prediction_type": (
-        "預測類型：{kind:words}，{why:said}；若不對，請設定 model.prediction_type"
+    "prediction type: {kind:words}, {why:said}; if that is wrong, set model.prediction_type "
+    "(`lorakit probe` measures it)": (
+        "預測類型：{kind:words}，{why:said}；若不對，請設定 model.prediction_type（可用 lorakit probe 測量）"
     ),
     "as its key v_pred says": "依檔案中的鍵 v_pred",
     "as its metadata says ({said})": "依檔案的中繼資料（{said}）",

@@ -1,0 +1,56 @@
+"""Commands that take a base: probe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lorakit import config as configuration
+from lorakit.cli import threads
+from lorakit.cli.terminal import print_json, print_lines
+from lorakit.cli.train_commands import Command, add_model, read_overrides
+from lorakit.core.errors import LorakitError
+
+# Of a bundled subject, where no photo is named.
+BUNDLED_SUBJECT, BUNDLED_PHOTOS = "zib", 4
+
+
+def add(command: Command) -> None:
+    """Add the commands of this page by `command(name, run, help)`."""
+    probe = command("probe", run_probe, "measure on photos whether a base predicts noise (epsilon) or v")
+    probe.add_argument("base", metavar="BASE", help="base model: a file, a folder or a hub id")
+    probe.add_argument("--photo", action="append", metavar="FILE", help="photo to measure on; may be repeated")
+    add_model(probe)
+
+
+def run_probe(args: argparse.Namespace) -> int:
+    """`lorakit probe`: 1 where neither reading is clearly right."""
+    threads.use_idle_cores()
+    flags = {"model.base": args.base, "train.steps": 1} | ({"model.vae": args.vae} if args.vae else {})
+    config = configuration.load(None, flags | read_overrides(args.set))
+    from PIL import Image
+
+    from lorakit import families
+    from lorakit.data import decode
+    from lorakit.engine import device as devices
+    from lorakit.families.pocket import subjects
+    from lorakit.inference.probe import probe
+
+    info = families.describe(config.model)
+    if problem := info.tokenizer_problem():
+        raise LorakitError(problem)
+    if args.photo:
+        photos = [Image.fromarray(decode.decode(Path(photo)).pixels) for photo in args.photo]
+    else:
+        photos = [image for image, _ in subjects.photos(BUNDLED_SUBJECT, BUNDLED_PHOTOS)]
+    memory, device = config.memory, devices.device(config.memory)
+    dtype, streams = devices.dtype(memory, device), devices.streams(memory, device)
+    family = families.load(info, device, dtype, memory.base_storage, streams, memory.engine == "plain")
+    verdict = probe(family, photos)
+    if args.json:
+        print_json(verdict.to_json())
+    else:
+        print_lines(
+            f"base: {info.title} ({info.family}), {len(photos)} photo{'s'[: len(photos) > 1]}", *verdict.lines()
+        )
+    return 0 if verdict.prediction_type else 1
