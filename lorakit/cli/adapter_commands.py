@@ -68,12 +68,7 @@ def add(command: Command) -> None:
     combine.add_argument("--name", default="combined", help="name of the new adapter (default: combined)")
     _add_format(combine)
 
-    merge = command("merge", run_merge, "merge an adapter into a base and write the whole model")
-    merge.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
-    merge.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
-    add_model(merge)
-    merge.add_argument("--strength", type=float, default=1.0, help="how much of the adapter (default: 1)")
-    merge.add_argument("--output", required=True, metavar="PATH", help="new folder or new .safetensors file")
+    _add_merge(command)
 
     extract = command("extract", run_extract, "extract a LoRA from the difference of two models")
     extract.add_argument("tuned", metavar="TUNED", help="folder of the model that was trained further")
@@ -85,6 +80,18 @@ def add(command: Command) -> None:
         "convert", run_convert, "write pickled weights as .safetensors beside them; no code in them is run"
     )
     convert.add_argument("path", metavar="FILE", help=".ckpt, .pt or .bin file, or a folder in diffusers layout")
+
+
+def _add_merge(command: Command) -> None:
+    merge = command("merge", run_merge, "merge an adapter into a base and write the whole model")
+    merge.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
+    merge.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
+    add_model(merge)
+    merge.add_argument("--strength", type=float, default=1.0, help="how much of the adapter (default: 1)")
+    merge.add_argument(
+        "--keep-fp8", action="store_true", help="keep weights in 8 bits (default: fp16, which loses less)"
+    )
+    merge.add_argument("--output", required=True, metavar="PATH", help="new folder or new .safetensors file")
 
 
 def _add_size(command: argparse.ArgumentParser) -> None:
@@ -198,6 +205,7 @@ def run_merge(args: argparse.Namespace) -> int:
     from lorakit import families, formats
     from lorakit.families import adapter_base
     from lorakit.formats.edit.merge import merge
+    from lorakit.formats.edit.precision import Precision
 
     weights = formats.read(Path(args.adapter))
     base = args.base or adapter_base.find(Path(args.adapter), weights.metadata)
@@ -209,7 +217,10 @@ def run_merge(args: argparse.Namespace) -> int:
         raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
     for word in weights.embeddings:
         print(f"the embedding of {word!r} is no part of a model: keep it beside the merged one", file=sys.stderr)
-    _tell(args, {"merged": merge(weights, info, Path(args.output), args.strength)})
+    precision = Precision(keep_fp8=args.keep_fp8)
+    merged = merge(weights, info, Path(args.output), args.strength, precision=precision)
+    print(precision.line(), file=sys.stderr)
+    _tell(args, {"merged": merged})
     return 0
 
 

@@ -20,6 +20,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import ldm, weight_files
 from lorakit.formats import files, keys
+from lorakit.formats.edit.precision import Precision
 from lorakit.formats.edit.resize_combine import full_rank, resize
 
 
@@ -51,7 +52,9 @@ def merged(weight: torch.Tensor, layer: AnyLayer, strength: float = 1.0) -> torc
 class Merger:
     """Puts an adapter's layers into weights that come by one at a time; `only`: those of one component."""
 
-    def __init__(self, weights: AdapterWeights, strength: float, only: str = ""):
+    def __init__(self, weights: AdapterWeights, strength: float, only: str = "", *, precision: Precision | None = None):
+        self.precision = precision or Precision()
+
         def is_selected(name: str) -> bool:
             return not only or keys.component(name) == only
 
@@ -74,15 +77,17 @@ class Merger:
             name = min(missing).removesuffix(".weight")
             raise LorakitError(f"the base has no layer {name}; the adapter is for another base")
 
-    def __call__(self, component: str, tensor: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with its adapter inside, in its own dtype; others as they are.
+    def __call__(
+        self, component: str, tensor: str, weight: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """The weight with its adapter inside, in the dtype that it is written in: by default `Precision.dtype`.
 
         Raises:
             LorakitError: another shape, or a number that is not finite, of the base or of the two together.
         """
-        name = self.name(component, tensor)
+        name, dtype = self.name(component, tensor), dtype or self.precision.dtype(weight.dtype)
         if name is None:
-            return weight
+            return weight.to(dtype)
         try:
             if tensor.endswith(".bias"):
                 adapted = weight.float() + self.strength * self.biases[name].reshape(weight.shape)
@@ -92,9 +97,11 @@ class Merger:
             raise LorakitError(f"{name} has another shape in the base; the adapter is for another base") from None
         if not bool(torch.isfinite(weight.float()).all()):
             raise LorakitError(f"{component}.{tensor} of the base holds NaN or infinity: the base is damaged")
-        if not bool(torch.isfinite(adapted.to(weight.dtype).float()).all()):
-            raise LorakitError(f"{name} would hold NaN or infinity in {weight.dtype} at strength {self.strength:g}")
-        return adapted.to(weight.dtype)
+        rounded = adapted.to(dtype)
+        if not bool(torch.isfinite(rounded.float()).all()):
+            raise LorakitError(f"{name} would hold NaN or infinity in {dtype} at strength {self.strength:g}")
+        self.precision.measure(weight.float(), adapted, rounded)
+        return rounded
 
 
 def merge(
@@ -104,8 +111,10 @@ def merge(
     strength: float = 1.0,
     finish: Callable[[Path], None] = lambda folder: None,
     without: Collection[str] = (),
+    precision: Precision | None = None,
 ) -> Path:
-    """Write `base` with the adapter merged in to the new folder `output`; every tensor keeps its name and dtype.
+    """Write `base` with the adapter merged in to the new folder `output`; every tensor keeps its name, and its dtype
+    where `precision` does not change it.
 
     Args:
         finish: called with the folder before it gets its name.
@@ -114,7 +123,7 @@ def merge(
     Raises:
         LorakitError: `output` exists, `base` is no diffusers folder, or it lacks a layer of the adapter.
     """
-    base, output = Path(base), Path(output)
+    base, output, precision = Path(base), Path(output), precision or Precision()
     if output.exists():
         raise LorakitError(f"{output}: exists already; name a new folder")
     if not (base / "model_index.json").is_file():
@@ -140,7 +149,8 @@ def merge(
         files.write_bytes(temporary / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
         for part in {keys.component(name) for name in (*weights.layers, *weights.biases)}:
             folder = temporary / keys.to_diffusers_name(part, weights.family)
-            _merge_component(folder, part, Merger(weights, strength, only=part))
+            _merge_component(folder, part, Merger(weights, strength, only=part, precision=precision))
+        precision.require()
         finish(temporary)
         temporary.rename(output)
     finally:

@@ -6,6 +6,7 @@ Arithmetic is `extract.merged`'s, in float32; every tensor keeps its dtype, but 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
 from lorakit.formats import files, keys
 from lorakit.formats.edit import extract
 from lorakit.formats.edit.extract import Merger
+from lorakit.formats.edit.precision import Precision
 
 # Of a base's metadata, what is not true of the merged one.
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
@@ -50,13 +52,18 @@ class Base(Protocol):
     def sources(self) -> Mapping[str, vae_source.Source]: ...
 
 
-def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1.0) -> Path:
+def merge(
+    weights: AdapterWeights, base: Base, output: Path, strength: float = 1.0, *, precision: Precision | None = None
+) -> Path:
     """Write `base` with the adapter merged in to `output`: a name ending in .safetensors is a single file, any other a
     folder in diffusers layout.
 
+    Args:
+        precision: what weights are written in; it measures what is lost by it.
+
     Raises:
-        LorakitError: `output` exists, the base lacks a layer of the adapter or has it in another shape, or a tensor of
-            the base has no name in a single file.
+        LorakitError: `output` exists, nothing of the adapter would be left, the base lacks a layer of the adapter or
+            has it in another shape, or a tensor of the base has no name in a single file.
     """
     output = Path(output)
     if output.exists():
@@ -65,11 +72,12 @@ def merge(weights: AdapterWeights, base: Base, output: Path, strength: float = 1
     vae = _other_vae(base)
     if base.slots is None and not single:
         absent = [name for name, kind in base.configs["model_index"].items() if kind == [None, None]]
-        return extract.merge(weights, base.path, output, strength, lambda folder: _write_vae(folder, base, vae), absent)
+        write_vae = functools.partial(_write_vae, base=base, vae=vae)
+        return extract.merge(weights, base.path, output, strength, write_vae, absent, precision)
     room = next(parent for parent in output.absolute().parents if parent.is_dir())
     own = [base.path] if base.path.is_file() else base.path.rglob("*.safetensors")
     files.require_space(room, sum(file.stat().st_size for file in own))
-    merger = Merger(weights, strength)
+    merger = Merger(weights, strength, precision=precision)
     if base.slots is None:
         return _folder_to_file(base, output, merger, vae)
     others = {name: source for name, source in base.sources.items() if name != "vae"}
@@ -132,7 +140,7 @@ def _file_to_file(
     order = sorted(entries, key=lambda key: entries[key].start)
     header_metadata = {key: text for key, text in header.metadata.items() if key not in STALE}
     # Eight bits would round most of an adapter away.
-    dtypes = {key: _output_dtype(info.dtype, key in scales) for key, info in entries.items()}
+    dtypes = {key: _output_dtype(info.dtype, key in scales, merger.precision) for key, info in entries.items()}
 
     def tensors() -> Iterator[torch.Tensor]:
         for key, tensor in safetensors_header.tensors(header, order):
@@ -140,9 +148,11 @@ def _file_to_file(
                 tensor = weight_files.dequantize(tensor, factors[scales[key]])
             elif dtypes[key] != entries[key].dtype:
                 tensor = tensor.float()
+            dtype = getattr(torch, safetensors_header.DTYPES[dtypes[key]])
             for part, name, slot in inside.get(key, []):
-                ldm.fill(tensor, slot, merger(part, name, ldm.view(tensor, slot)))
-            yield tensor.to(getattr(torch, safetensors_header.DTYPES[dtypes[key]]))
+                ldm.fill(tensor, slot, merger(part, name, ldm.view(tensor, slot), dtype))
+            yield tensor.to(dtype)
+        merger.precision.require()
 
     slots = ldm.place(base.family, {"vae": _shapes(vae)})["vae"] if vae else {}
     rows = [(key, dtypes[key], entries[key].shape) for key in order]
@@ -156,9 +166,11 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _output_dtype(dtype: str, scaled: bool) -> str:
-    """What a tensor is written in: as it is stored, but half precision for fp8 and for what has a scale."""
-    return "F16" if scaled or dtype.startswith("F8") else dtype
+def _output_dtype(dtype: str, scaled: bool, precision: Precision) -> str:
+    """What a tensor is written in: as `precision` has it, but half precision for what has a scale."""
+    if scaled and precision.keep_fp8:
+        raise LorakitError("weights with a scale are written in float16: leave out --keep-fp8")
+    return "F16" if scaled or (dtype.startswith("F8") and not precision.keep_fp8) else dtype
 
 
 def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, torch.Tensor]) -> Path:
@@ -178,7 +190,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, tor
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     plans: list[tuple[str, list[str]]] = []
     dtypes = {
-        (part, _portable(part, name)): head.tensors[name].dtype
+        (part, _portable(part, name)): _output_dtype(head.tensors[name].dtype, False, merger.precision)
         for part, heads in sources.items()
         for head in heads
         for name in head.tensors
@@ -206,6 +218,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, tor
             if part != current:
                 loaded, current = vae if part not in sources else dict(_loaded(part, sources[part], merger)), part
             yield ldm.assemble([loaded[name] for name in names], [placed[part][name] for name in names])
+        merger.precision.require()
 
     marks = _marks(base)
     entries += [(key, "F32", (0,)) for key in marks]
@@ -244,6 +257,7 @@ def _file_to_folder(
             _copy_tokenizer(folder, temporary / name, base.configs[encoder] if own else None)
         _write_json(temporary / "scheduler" / "scheduler_config.json", base.configs["scheduler"])
         _write_json(temporary / "model_index.json", base.configs["model_index"])
+        merger.precision.require()
         _write_vae(temporary, base, vae)
         temporary.rename(output)
     finally:
@@ -260,13 +274,16 @@ def _merged(
         return
     if source.path != base.path:
         header = safetensors_header.read(source.path)
-    kinds = [_output_dtype(header.tensors[s.key].dtype, bool(s.scale)) == "F16" for s in source.slots.values() if s.key]
+    dtypes = {
+        name: _output_dtype(header.tensors[slot.key].dtype, bool(slot.scale), merger.precision)
+        for name, slot in source.slots.items()
+        if slot.key
+    }
+    # An identity is in no file.
+    usual = "F16" if set(dtypes.values()) == {"F16"} else "F32"
     for name, tensor in ldm.tensors(header, source.slots):
-        slot = source.slots[name]
-        # An identity is in no file.
-        narrow = _output_dtype(header.tensors[slot.key].dtype, bool(slot.scale)) == "F16" if slot.key else all(kinds)
-        weight = merger(part, name, tensor.float() if narrow else tensor)
-        yield name, (weight.half() if narrow else weight).contiguous()
+        dtype = getattr(torch, safetensors_header.DTYPES[dtypes.get(name, usual)])
+        yield name, merger(part, name, tensor, dtype).contiguous()
 
 
 def _names(part: str, source: vae_source.Source) -> list[str]:
