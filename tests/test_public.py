@@ -16,6 +16,7 @@ from short_run import noise, run_config
 
 import lorakit
 
+END = {"train__prior": "none", "train__validate_at_end": True, "sample__at_end": True}
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
@@ -26,7 +27,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> lorakit.Result:
-    return lorakit.train(run_config(tiny_sd1, photos, tmp_path_factory.mktemp("run") / "run", 2, train__prior="none"))
+    return lorakit.train(run_config(tiny_sd1, photos, tmp_path_factory.mktemp("run") / "run", 2, **END))
 
 
 def test_every_name_is_a_class_or_a_function_and_none_is_a_module() -> None:
@@ -50,7 +51,7 @@ def test_names_for_what_can_be_caught_are_light() -> None:
 def test_train_is_a_function_the_second_time_too(trained, tiny_sd1, photos, tmp_path) -> None:
     """The import of the room `training` must not put a module in its place."""
     events: list[lorakit.Event] = []
-    config = run_config(tiny_sd1, photos, tmp_path / "again", 2, train__prior="none")
+    config = run_config(tiny_sd1, photos, tmp_path / "again", 2, **END)
     result = lorakit.train(config, listeners=[events.append])
     assert isinstance(result, lorakit.Result) and result.folder != trained.folder
     kinds = {event.kind for event in events}

@@ -25,7 +25,7 @@ def pocket() -> Any:
     return families.load(families.describe("pocket"), "cpu", torch.float32)
 
 
-def test_the_bundled_base_and_its_twin_are_told_from_each_other(pocket: Any) -> None:
+def test_the_bundled_base_and_its_twin_are_distinguished(pocket: Any) -> None:
     """The twin's answer is the noise that the base's v stands for, to the bit of the arithmetic."""
     verdict = probe(pocket, PHOTOS)
     assert verdict.prediction_type == verdict.current == "v_prediction"
