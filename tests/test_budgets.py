@@ -12,11 +12,11 @@ from test_house import MAY_IMPORT, PACKAGE, ROOT, code, room_of, sources
 from lorakit import config
 
 # Raised on purpose, with the reason in the commit.
-OPTIONS = 97
+OPTIONS = 102
 FILE_LINES, FUNCTION_LINES, PARAMETERS, ROOM_FILES, ROOMS = 500, 60, 7, 16, 12
 # What every install gets; `lightweight` is in the first line of what lorakit is. Raised from 21,000 for the readers of
 # base models, adapter files and captions that other programs write, and for prompts as web UIs read them.
-PACKAGE_LINES = 26_795
+PACKAGE_LINES = 26_995
 # "file:function" -> lines that it has more than FUNCTION_LINES allows.
 LONG_FUNCTIONS = {
     "tests/card/card.py:_play_cuda": 97,

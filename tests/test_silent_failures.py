@@ -140,6 +140,11 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.loss": ("huber", {}),
     "train.min_snr_gamma": (1.0, {}),
     "train.noise_offset": (0.3, {}),
+    "train.pyramid_noise": (0.3, {}),
+    "train.snr_weighting": ("debiased", {}),
+    "train.timestep_sampling": ("logit_normal", {}),
+    "train.timestep_low": (0.5, {}),
+    "train.timestep_high": (0.5, {}),
     "train.masked_loss": (True, {}),
 }
 # Options that are seen elsewhere, and where.

@@ -264,7 +264,7 @@ def _contradictions(config: Config) -> list[str]:
     problems += _text_encoder_problems(optimizer, adapter)
     if adapter.new_tokens and not re.fullmatch(r"[\w-]+", unquote(data.name).partition(" ")[0]):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
-    problems += _schedule_problems(optimizer)
+    problems += _schedule_problems(optimizer) + _noise_problems(train)
     if data.keep_tags and not (data.shuffle_tags or data.tag_dropout):
         problems.append("data.keep_tags has no effect without data.shuffle_tags or data.tag_dropout")
     if train.init_from and METHODS[adapter.method].begins_from_base:
@@ -332,4 +332,16 @@ def _text_encoder_problems(optimizer: OptimizerConfig, adapter: AdapterConfig) -
         names = ("text_encoder_2_learning_rate", "text_encoder_stop")
         unused = [name for name in names if getattr(optimizer, name) != getattr(OptimizerConfig, name)]
         problems += [f"optimizer.{name} needs adapter.train_text_encoder = true or new_tokens" for name in unused]
+    return problems
+
+
+def _noise_problems(train: TrainConfig) -> list[str]:
+    """Options of noise levels and loss weights that contradict each other."""
+    problems = []
+    if train.timestep_low >= train.timestep_high:
+        problems.append("train.timestep_low must be below train.timestep_high")
+    if train.snr_weighting == "soft_min" and train.min_snr_gamma is None:
+        problems.append("train.snr_weighting = 'soft_min' needs train.min_snr_gamma; 5 is usual")
+    if train.snr_weighting == "debiased" and train.min_snr_gamma is not None:
+        problems.append("train.min_snr_gamma has no effect with train.snr_weighting = 'debiased': leave one out")
     return problems

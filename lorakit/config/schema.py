@@ -226,6 +226,15 @@ class TrainConfig:
     class_images: int = option(100, "Class images for prior = 'images'; made once and cached.", low=1, high=10000)
     loss: Literal["mse", "huber"] = option("mse", "Distance between prediction and target.")
     min_snr_gamma: float | None = option(None, "Min-SNR weighting (Hang et al. 2023); 5 is usual. Unset: off.", above=0)
+    snr_weighting: Literal["min", "debiased", "soft_min"] = option(
+        "min", "Loss weights by noise level. min, soft_min: with min_snr_gamma; debiased: 1 / sqrt(SNR)."
+    )
+    timestep_sampling: Literal["base", "logit_normal"] = option(
+        "base", "Noise levels of training: as the base was trained, or more of the middle ones."
+    )
+    timestep_low: float = option(0.0, "Share of the noise levels, the lowest ones, left out.", low=0, high=0.99)
+    timestep_high: float = option(1.0, "Share of the noise levels above which all are left out.", above=0, high=1)
+    pyramid_noise: float = option(0.0, "Weight of coarser noise, for each halving. 0: none.", low=0, high=0.9)
     noise_offset: float = option(
         0.0, "Per-channel offset of the noise, for very dark or bright pictures.", low=0, high=1
     )

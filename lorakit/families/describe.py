@@ -165,6 +165,13 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
 def unsuited(info: BaseInfo, config: Config) -> list[str]:
     """What a config asks for that a base of this kind cannot do, a line each."""
     problems = [problem] if (problem := info.tokenizer_problem()) else []
+    diffusion_only = {"snr_weighting": "min", "timestep_sampling": "base"}
+    for name, usual in diffusion_only.items():
+        if info.spec.predicts_flow and getattr(config.train, name) != usual:
+            problems.append(
+                f"train.{name} = {getattr(config.train, name)!r} is not defined for base {info.title}, which predicts "
+                f"the flow: leave it at {usual!r}"
+            )
     if info.spec.predicts_flow and config.train.min_snr_gamma is not None:
         problems.append(
             f"train.min_snr_gamma is not defined for base {info.title}, which predicts the flow: leave it unset"

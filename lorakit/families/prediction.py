@@ -64,19 +64,45 @@ class Prediction(ABC):
             return None
         raise ValueError(f"min-SNR weights are not defined for {self.name!r}")
 
+    def loss_weights(self, timesteps: torch.Tensor, kind: str, gamma: float | None) -> torch.Tensor | None:
+        """Factors of the loss `[B]`, or None: `min_snr_weights` where `kind` is "min".
+
+        Raises:
+            ValueError: the weights are not defined for this type.
+        """
+        if kind == "min":
+            return self.min_snr_weights(timesteps, gamma)
+        raise ValueError(f"{kind} weights are not defined for {self.name!r}")
+
     @abstractmethod
     def default_sampler(self, scheduler: Any) -> tuple[Any, str]:
         """A sampler for the base whose own scheduler this is, and the name that web UIs give the sampler."""
 
     def sample_timesteps(
-        self, count: int, generator: torch.Generator, device: torch.device | str, cells: int | None = None
+        self,
+        count: int,
+        generator: torch.Generator,
+        device: torch.device | str,
+        cells: int | None = None,
+        *,
+        between: tuple[float, float] = (0.0, 1.0),
+        logit_normal: bool = False,
     ) -> torch.Tensor:
         """Timesteps `[count]` of a training batch.
 
         One uniform offset for the whole batch spreads them evenly; each alone is still distributed as in training.
+
+        Args:
+            between: the quantiles that are drawn from.
+            logit_normal: share s of the noise levels with logit(s) normal (Esser et al. 2024, arXiv 2403.03206, 3.1).
         """
         offset = torch.rand((), generator=generator, device=device)
-        return self.timesteps_at((torch.arange(count, device=device) + offset) / count, cells)
+        shares = (torch.arange(count, device=device) + offset) / count
+        if logit_normal:
+            shares = torch.special.ndtri(shares).sigmoid()
+        if between != (0.0, 1.0):
+            shares = between[0] + (between[1] - between[0]) * shares
+        return self.timesteps_at(shares, cells)
 
 
 class _Diffusion(Prediction):
@@ -116,6 +142,24 @@ class _Diffusion(Prediction):
             return ddim.from_config(scheduler.config, timestep_spacing="trailing", clip_sample=False), "DDIM"
         return solver.from_config(scheduler.config, timestep_spacing="linspace"), "DPM++ 2M"
 
+    def loss_weights(self, timesteps: torch.Tensor, kind: str, gamma: float | None) -> torch.Tensor | None:
+        """See `Prediction`.
+
+        "soft_min": SNR gamma / (SNR + gamma) of the picture's error (Crowson et al. 2024, arXiv 2401.11605, 4.3);
+        "debiased": sqrt(SNR) of it, 1 / sqrt(SNR) of the noise's (Yu et al. 2023, arXiv 2310.08442).
+        """
+        if kind == "min":
+            return super().loss_weights(timesteps, kind, gamma)
+        snr = self.snr(timesteps).clamp(1e-3, 1e3)
+        if kind == "debiased":
+            return snr.sqrt() / self.loss_of_error(snr)
+        assert gamma is not None, "the config check asks for it"
+        return snr * gamma / (snr + gamma) / self.loss_of_error(snr)
+
+    @abstractmethod
+    def loss_of_error(self, snr: torch.Tensor) -> torch.Tensor:
+        """Squared error of the prediction by that of the picture in it."""
+
     def _roots(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(sqrt(alpha_bar), sqrt(1 - alpha_bar)), `[B, 1, 1, 1]`."""
         alpha_bar = self.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
@@ -137,6 +181,10 @@ class Epsilon(_Diffusion):
         """See `Prediction`."""
         signal, spread = self._roots(timesteps)
         return (noisy - spread * prediction) / signal, prediction
+
+    def loss_of_error(self, snr: torch.Tensor) -> torch.Tensor:
+        """See `_Diffusion`."""
+        return snr
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | None:
         """min(SNR, gamma) / SNR, written so that nothing is divided by zero where alpha_bar is 1."""
@@ -162,6 +210,10 @@ class VPrediction(_Diffusion):
         """See `Prediction`."""
         signal, spread = self._roots(timesteps)
         return signal * noisy - spread * prediction, spread * noisy + signal * prediction
+
+    def loss_of_error(self, snr: torch.Tensor) -> torch.Tensor:
+        """See `_Diffusion`."""
+        return snr + 1
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | None:
         """min(SNR, gamma) / (SNR + 1), written so that nothing is divided by zero where alpha_bar is 0."""

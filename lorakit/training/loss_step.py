@@ -102,7 +102,8 @@ class LossStep:
         targets = [term.target if term.target is not None else prior.teacher_target(self, term) for term in terms]
         total = torch.zeros((), device=self.family.device)
         for term, target, prediction in zip(terms, targets, self._predict(terms), strict=True):
-            weight = self.family.prediction.min_snr_weights(term.timesteps, self.train.min_snr_gamma)
+            prediction_type, gamma = self.family.prediction, self.train.min_snr_gamma
+            weight = prediction_type.loss_weights(term.timesteps, self.train.snr_weighting, gamma)
             total = total + term.factor * objective.loss(prediction, target, self.train.loss, weight, term.mask)
         return total
 
@@ -126,7 +127,16 @@ class LossStep:
         posterior, spread, place = (self.generators[f"{whose} {purpose}"] for purpose in PURPOSES)
         latents = mean + std * torch.randn(mean.shape, generator=posterior, device=family.device)
         noise = objective.sample_noise(spread, mean.shape, family.device, self.train.noise_offset)
-        timesteps = family.prediction.sample_timesteps(count, place, family.device, math.prod(mean.shape[2:]))
+        if self.train.pyramid_noise:
+            noise = objective.add_coarse_noise(noise, spread, self.train.pyramid_noise)
+        timesteps = family.prediction.sample_timesteps(
+            count,
+            place,
+            family.device,
+            math.prod(mean.shape[2:]),
+            between=(self.train.timestep_low, self.train.timestep_high),
+            logit_normal=self.train.timestep_sampling == "logit_normal",
+        )
         noisy = family.prediction.add_noise(latents, noise, timesteps)
         target = family.prediction.target(latents, noise, timesteps)
         return noisy, timesteps, target

@@ -68,3 +68,17 @@ def sample_noise(
     if offset:
         noise += offset * torch.randn((*shape[:2], 1, 1), generator=generator, device=device)
     return noise
+
+
+def add_coarse_noise(noise: torch.Tensor, generator: torch.Generator, discount: float) -> torch.Tensor:
+    """Noise with coarser noise added, each level half the size of the last and `discount` times as strong; its variance
+    is 1 again (wandb.ai/johnowhitaker/multires_noise)."""
+    height, width = noise.shape[2:]
+    level = 1
+    while min(height, width) >> level:
+        coarse = torch.randn(
+            (*noise.shape[:2], height >> level, width >> level), generator=generator, device=noise.device
+        )
+        noise = noise + discount**level * functional.interpolate(coarse, (height, width), mode="bilinear")
+        level += 1
+    return noise / noise.std(dim=(1, 2, 3), keepdim=True)

@@ -1,6 +1,16 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "train.{name} = {value} is not defined for base {base}, which predicts the flow: leave it at {usual}": (
+        "基礎模型 {base} 預測 flow，沒有 train.{name} = {value}：請維持 {usual}"
+    ),
+    "train.timestep_low must be below train.timestep_high": "train.timestep_low 必須小於 train.timestep_high",
+    "train.snr_weighting = 'soft_min' needs train.min_snr_gamma; 5 is usual": (
+        "train.snr_weighting = 'soft_min' 需要 train.min_snr_gamma；常用 5"
+    ),
+    "train.min_snr_gamma has no effect with train.snr_weighting = 'debiased': leave one out": (
+        "train.snr_weighting = 'debiased' 時 train.min_snr_gamma 沒有作用：請拿掉一個"
+    ),
     "optimizer.{name} needs adapter.train_text_encoder = true or new_tokens": (
         "optimizer.{name} 需要 adapter.train_text_encoder = true 或 new_tokens"
     ),
