@@ -137,6 +137,7 @@ def check_train_export_inspect(lorakit: Callable[..., str], place: Path, to: str
     return {"plan": plan, "trained": trained, "exported": lorakit("inspect", exported)}
 
 
+@pytest.mark.slow
 def test_a_method_is_one_file_and_one_line(
     module: Callable[[str, str], None],
     lorakit: Callable[..., str],
@@ -153,6 +154,7 @@ def test_a_method_is_one_file_and_one_line(
         config.load(None, {"train.steps": 1, "adapter.method": "lora_fa", "train.init_from": "a"})
 
 
+@pytest.mark.slow
 def test_an_optimizer_is_one_function_and_one_line(
     module: Callable[[str, str], None],
     lorakit: Callable[..., str],
@@ -169,6 +171,7 @@ def test_an_optimizer_is_one_function_and_one_line(
     assert "bytes of state" not in output["plan"]
 
 
+@pytest.mark.slow
 def test_a_format_is_one_file_and_one_line(
     module: Callable[[str, str], None],
     lorakit: Callable[..., str],

@@ -48,6 +48,7 @@ def test_names_for_what_can_be_caught_are_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_train_is_a_function_the_second_time_too(trained, tiny_sd1, photos, tmp_path) -> None:
     """The import of the room `training` must not put a module in its place."""
     events: list[lorakit.Event] = []

@@ -196,6 +196,7 @@ def plain(tiny_sd1: Path, photos: Path) -> dict[str, torch.Tensor]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", REACH_THE_WEIGHTS)
 def test_an_option_reaches_the_weights(
     key: str,
@@ -224,6 +225,7 @@ def test_what_must_not_reach_the_weights_does_not(
         assert torch.allclose(learned(settings(tiny_sd1, photos, **change)), without, atol=1e-6), change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "checkpointing", "parts", "cache"),
     [(True, False, 1, "disk"), (True, True, 2, "memory"), (False, True, 1, "disk"), (False, False, 2, "memory")],
@@ -253,6 +255,7 @@ def test_all_that_is_announced_is_trained(tiny_sd1, photos, tmp_path, monkeypatc
         assert sum(name.startswith(prefixes[component]) for name in ups) == count > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("prior", ["images", "teacher"])
 def test_the_prior_answers_to_the_class_and_the_photo_to_its_caption(

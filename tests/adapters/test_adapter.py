@@ -14,6 +14,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.errors import LorakitError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_a_new_adapter_changes_nothing_to_the_bit(
@@ -49,6 +50,7 @@ def test_another_seed_gives_other_weights(sd1: Any, attach: Any) -> None:
     assert not any(torch.equal(one[name].down, two[name].down) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
@@ -95,6 +97,7 @@ def test_gradients_are_the_same_with_checkpointing_and_blocks_run_twice(sd1: Any
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_base_keeps_its_precision_and_the_adapter_float32(tiny_sd1: Path, method: str, dtype: torch.dtype) -> None:
@@ -115,6 +118,7 @@ def test_the_base_keeps_its_precision_and_the_adapter_float32(tiny_sd1: Path, me
     assert all(layer.delta().any() for layer in adapter.weights().layers.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_float16_gradients_do_not_vanish_and_come_out_in_the_right_size(tiny_sd1: Path, method: str) -> None:
     def gradients(dtype: torch.dtype, scaled: bool = True) -> torch.Tensor:
@@ -149,6 +153,7 @@ def test_only_the_adapters_dropout_is_ever_in_training_mode(sd1: Any, attach: An
     assert torch.equal(predict(sd1), predict(sd1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_disabled_is_the_base_and_comes_back(sd1: Any, attach: Any, method: str) -> None:
     before = predict(sd1)
@@ -167,6 +172,7 @@ def test_disabled_is_the_base_and_comes_back(sd1: Any, attach: Any, method: str)
     assert torch.equal(predict(sd1), after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_detach_leaves_the_base_as_it_was(sd1: Any, method: str) -> None:
     names = {part: list(module.state_dict()) for part, module in sd1.modules().items()}
@@ -203,6 +209,7 @@ def merged(base: np.ndarray, layer: LoraLayer, strength: float = 1.0) -> np.ndar
     return base + strength * (new - base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.0, 0.5, -1.0, 0.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_output_equals_that_of_the_merged_weights(sd1: Any, attach: Any, method: str, strength: float) -> None:

@@ -21,6 +21,7 @@ from lorakit.core.errors import LorakitError
 TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_applied_weights_do_what_the_trained_adapter_did(

@@ -60,6 +60,7 @@ def test_one_vector_for_a_word_of_one_token_changes_nothing_to_the_bit(
     assert set(adapter.describe()) == {"unet", *family.text_encoders}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_vectors_learn_are_switched_off_and_leave_no_trace(
     request: pytest.FixtureRequest, attach: Any, name: str

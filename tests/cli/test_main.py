@@ -226,6 +226,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.stdout == 'model.base = "pocket"  (text)\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
 def test_output_that_cannot_be_written_is_no_error(redirection: str) -> None:
     """Python gives no stdout at all where it was closed, and complains at exit of what it could not flush."""
@@ -355,6 +356,7 @@ def test_check_loads_no_model(photos: Path, tiny_sd1: Path) -> None:
     assert (process.returncode, process.stderr) == (0, "False\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begins", [False, True])
 def test_what_a_run_will_do_or_why_it_cannot_is_reported_before_the_model_libraries_are_loaded(
     photos: Path, tiny_sd1: Path, begins: bool
@@ -410,6 +412,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_train_inspect_export_sample(run: Run, photos: Path, tiny_sd1: Path, tmp_path: Path) -> None:
     before = digests(photos)
     code, out, err = run("train", photos, *small(tiny_sd1), "--output", "run", "--json")
@@ -443,6 +446,7 @@ def test_train_inspect_export_sample(run: Run, photos: Path, tiny_sd1: Path, tmp
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_a_run_without_an_effect_fails(run: Run, photos: Path, tiny_sd1: Path) -> None:
     still = ["--set", "optimizer.learning_rate=1e-8"]
     code, _, err = run("train", photos, *small(tiny_sd1), *still, "--output", "run")

@@ -35,6 +35,7 @@ def test_whoever_set_the_number_of_threads_is_left_alone(monkeypatch):
     assert os.environ[threads.THREADS] == "3"
 
 
+@pytest.mark.slow
 def test_torch_computes_with_that_many():
     script = (
         "import os; os.environ['OMP_NUM_THREADS'] = ''; from lorakit.cli import threads; threads.use_idle_cores(); "

@@ -171,6 +171,7 @@ def test_methods_and_convolutions_go_through(method: str, options: dict[str, Any
     assert small.calls == 8 and COMPILED.match(small.messages[0])
 
 
+@pytest.mark.slow
 def test_half_precision_is_as_near_as_its_rounding() -> None:
     small = Small(traced, dtype=torch.bfloat16)
     small.train()
@@ -204,6 +205,7 @@ def test_what_has_no_gradients_to_come_is_not_compiled() -> None:
     assert small.calls == before
 
 
+@pytest.mark.slow
 def test_the_transformer_of_stable_diffusion_3_has_blocks_too() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)

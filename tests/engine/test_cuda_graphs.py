@@ -81,6 +81,7 @@ def both(step: LossStep, adapter: Any, capture: cuda_graphs.Capture, batches: in
         yield actual
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", ["none", "images", "teacher"])
 def test_replays_follow_each_batch_to_the_bit(tiny_sd1, photos, tmp_path, monkeypatch, prior):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
@@ -143,6 +144,7 @@ def fails(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capture", "steps", "line"),
     [

@@ -168,6 +168,7 @@ def test_weights_are_streamed_to_a_card_only() -> None:
 # -- the rest ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("count", [1, 3, None])
 def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: int | None, dropout: float) -> None:

@@ -170,6 +170,7 @@ def gradients_of(adapter: Any) -> list[torch.Tensor]:
 CASES = [(method, {}) for method in METHODS] + [("lora", {"train_text_encoder": True, "new_tokens": 2, "alpha": 2.0})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "more"), CASES)
 @pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sdxl"])
 def test_an_adapters_gradients_and_what_it_shows_stay(method: str, more: Any, base: str, request: Any) -> None:
@@ -196,6 +197,7 @@ def test_an_adapters_gradients_and_what_it_shows_stay(method: str, more: Any, ba
     assert torch.equal(predict(family), predict(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("modules", ["attention", "linear+conv"])
 @pytest.mark.parametrize("alpha", [4.0, 2.0])

@@ -87,6 +87,7 @@ def test_both_engines_train_the_same(request: Any, photos: Path, tmp_path: Path,
     assert {key: (t.shape, t.dtype) for key, t in one.items()} == {key: (t.shape, t.dtype) for key, t in two.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "lokr"])
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sd3"])
 def test_a_plain_unet_has_no_class_of_lorakit(
@@ -109,6 +110,7 @@ def test_a_plain_unet_has_no_class_of_lorakit(
     assert classes["plain"] == set() and classes["fused"]
 
 
+@pytest.mark.slow
 def test_a_stopped_plain_run_continues_to_the_same_bits(
     tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_stopped_plain_run_continues_to_the_same_bits(
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saving", [{"memory__gradient_checkpointing": True}, {"memory__limit_gib": 1.0}])
 def test_recomputing_blocks_works_in_plain_too(
     tiny_sd1: Path, photos: Path, plain: train.Result, tmp_path: Path, saving: Any
@@ -169,6 +172,7 @@ REPLACEMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("replace", "block"), REPLACEMENTS)
 def test_a_unet_with_an_unknown_block_is_trained_plainly_and_says_so(
     tiny_sd1: Path,

@@ -215,6 +215,7 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
     assert predicted < 0.4 * sum(weight.numel() * 4 for weight in weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "config", [LoraConfig(rank=4, target_modules="linear+conv"), LoraConfig(method="dora", rank=4)]
@@ -286,6 +287,7 @@ LEARNED += [("lora", "full", torch.float32), ("dora", "full", torch.float32)]
 LEARNED += [("lora", "int8", torch.float32), ("dora", "nf4", torch.bfloat16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kind", "dtype"), LEARNED)
 def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
     tiny_sd1: Path, method: str, kind: str, dtype: torch.dtype

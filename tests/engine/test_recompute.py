@@ -133,6 +133,7 @@ def learned(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> tu
     return size, {"prediction": predicted.detach(), **dict(zip(parameters, gradients, strict=True))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "config",

@@ -99,6 +99,7 @@ def settings(base: Path, tmp_path: Path, **changes: Any) -> config.Config:
 # -- the hub --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_check_says_it_and_a_run_fetches_it_once(
     family: str, files: dict[str, Path], hub: list[str], tmp_path: Path

@@ -188,6 +188,7 @@ def describe(base: str, endpoint: str, home: Path, *options: str) -> Any:
     return json.loads(process.stdout)
 
 
+@pytest.mark.slow
 def test_a_base_is_fetched_once_and_then_needs_no_network(tiny_sd1: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_sd1, tmp_path / "served")
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
@@ -212,6 +213,7 @@ def test_a_base_is_fetched_once_and_then_needs_no_network(tiny_sd1: Path, tmp_pa
     assert words.endswith("try again later; or give a folder or a file")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "words"),
     [

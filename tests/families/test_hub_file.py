@@ -60,6 +60,7 @@ def refusal(base: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base",
     [

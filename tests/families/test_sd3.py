@@ -169,6 +169,7 @@ def test_pictures_are_those_of_diffusers(sd3: Any, pipeline: Any) -> None:
     assert "Sampler: Euler," in ours.info["parameters"]
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_a_checked_adapter(result: train.Result, folder: Path) -> None:
     assert all(finding.passed for finding in result.findings)
     names = {finding.name for finding in result.findings}

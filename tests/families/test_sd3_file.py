@@ -146,6 +146,7 @@ def test_names_of_the_real_models_are_those_of_the_published_code() -> None:
     assert ldm.file_shape(keys["joint_blocks.0.x_block.attn.qkv.weight"]) == (3 * 1536, 1536)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["named", "beside", "comfyui", "host", "diffusers"])
 def test_encoders_come_from_files_of_their_own(
     place: str, bare: Path, pipeline: Any, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

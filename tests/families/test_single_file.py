@@ -48,6 +48,7 @@ def refusal(file: Path, **options: Any) -> str:
 # -- the writer, the reader, and diffusers' own converters ----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str, base_files: Any) -> None:
     _, folder, file = base_files[family]

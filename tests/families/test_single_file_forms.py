@@ -81,6 +81,7 @@ EXTRAS: dict[str, dict[str, list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EXTRAS)
 def test_keys_that_no_program_reads_are_ignored_and_reported(family: str, base_files: Any, tmp_path: Path) -> None:
     folder, tensors = base_files[family]
@@ -96,6 +97,7 @@ def test_keys_that_no_program_reads_are_ignored_and_reported(family: str, base_f
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["scale_weight", "weight_scale", "rows", "blocks", "int8"])
 def test_weights_of_eight_bits_are_multiplied_by_their_scale(layout: str, base_files: Any, tmp_path: Path) -> None:
     folder, tensors = base_files["sd1"]
@@ -220,6 +222,7 @@ DISTILLED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DISTILLED)
 def test_distilled_models_are_read_from_their_shapes(name: str, base_files: Any, tmp_path: Path) -> None:
     family, changes = DISTILLED[name]

@@ -94,6 +94,7 @@ def photos(tmp_path: Path) -> Path:
     return short_run.noise(tmp_path / "photos", 2)
 
 
+@pytest.mark.slow
 def test_a_family_is_one_folder_and_one_line(
     family: str,
     base: Path,

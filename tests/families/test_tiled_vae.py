@@ -45,6 +45,7 @@ def test_encoding_by_strips_is_encoding(vae: Any, strip: int, size: tuple[int, i
     assert (actual - untiled).norm() / untiled.norm() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strip", [1, 20_000, tiled_vae.STRIP])
 @pytest.mark.parametrize("size", [(8, 8), (9, 13)])
 def test_decoding_by_strips_is_decoding(vae: Any, strip: int, size: tuple[int, int]) -> None:

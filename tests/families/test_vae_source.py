@@ -78,6 +78,7 @@ def vae_of(info: families.BaseInfo) -> dict[str, torch.Tensor]:
     return loading.load_vae(info).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("base", ["sd1", "no-vae.safetensors"])
 def test_every_form_is_the_same_vae(form: str, base: str, room: Path) -> None:
@@ -97,6 +98,7 @@ def test_it_is_part_of_what_the_base_is(room: Path) -> None:
     assert described(room, "sd1").bytes["vae"] == described(room, "sd1", room / "folder").bytes["vae"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
 @pytest.mark.parametrize("base", ["sd1", "sd1.safetensors", "no-vae.safetensors"])
 @pytest.mark.parametrize("form", ["fp16", "ldm", "old names"])

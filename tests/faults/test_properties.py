@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile
+import pytest
 import safetensors
 from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -89,6 +90,7 @@ ENTRIES = st.fixed_dictionaries({}, optional={"dtype": ANYTHING, "shape": ANYTHI
 VALID = st.sampled_from([hostile.entry(), hostile.entry(offsets=(24, 48)), hostile.entry("F16", (12,))])
 
 
+@pytest.mark.slow
 @budget
 @given(st.dictionaries(TEXTS | st.just("__metadata__"), ENTRIES | VALID | ANYTHING, max_size=4))
 def test_any_json_is_read_as_a_header_exactly_where_the_library_reads_it(tmp_path, table):

@@ -47,6 +47,7 @@ def test_weights_are_read_whatever_a_training_program_left_beside_them(
         assert same(convert._weights(path))
 
 
+@pytest.mark.slow
 def test_the_command_writes_beside_and_never_over(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "my model.v1.ckpt"
     torch.save({"state_dict": WEIGHTS}, path)
@@ -99,6 +100,7 @@ def test_a_malicious_pickle_runs_nothing_and_is_named(form: str, function: Any, 
     assert not proof.exists() and "antigravity" not in sys.modules
 
 
+@pytest.mark.slow
 def test_the_process_tells_its_error_and_leaves_nothing(tmp_path: Path) -> None:
     torch.save({"x": Runs(os.system, f"touch {tmp_path / 'proof'}")}, tmp_path / "x.bin")
     with pytest.raises(LorakitError, match=r"x\.bin: names \S*system, which could run code"):
@@ -124,6 +126,7 @@ def test_what_are_no_weights_is_reported(content: str, tmp_path: Path) -> None:
     assert not target.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_with_bin_alone_is_converted_part_by_part(tiny_sd1: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -68,6 +68,7 @@ def test_kohya_tensors_equal_the_frozen_list(family, conv):
     assert all(t.dtype == (torch.float32 if n.endswith(".alpha") else torch.float16) for n, t in tensors.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", [kohya, diffusers])
 def test_diffusers_applies_what_was_trained(tiny, tmp_path, writer):
     """In every layer there is; test_methods.py has the other methods and alphas."""
@@ -77,6 +78,7 @@ def test_diffusers_applies_what_was_trained(tiny, tmp_path, writer):
     assert_equal(applied(pipeline, path), weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", [kohya, diffusers])
 @pytest.mark.parametrize(
     ("rank", "alpha"),
@@ -181,6 +183,7 @@ def test_dora_is_carried_by_kohya_alone(tiny, tmp_path):
     assert kohya.check("dora", family) is None and "DoRA" in str(peft.check("dora", family))
 
 
+@pytest.mark.slow
 def test_text_projections_are_written_four_at_a_time(tiny, tmp_path):
     family, pipeline, shapes = tiny
     some = {n: s for n, s in shapes.items() if n.startswith("unet.") or n.endswith(("q_proj", "v_proj"))}

@@ -166,6 +166,7 @@ def export_can_hold(name: str) -> bool:
 STORAGE_HEAD = ["| For | Base | " + " | ".join(NAMES.values()) + " |", "| --- " * (2 + len(NAMES)) + "|"]
 
 
+@pytest.mark.slow
 def test_the_page_has_the_table_of_today():
     assert table() in PAGE.read_text(encoding="utf-8")
 

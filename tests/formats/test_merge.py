@@ -69,6 +69,7 @@ def load(path: Path, folder: Path) -> Any:
     return families.load(families.describe(ModelConfig(base=str(path), tokenizer=tokenizer)), "cpu", torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), [*((family, "lora") for family in FAMILIES), ("sd1", "dora")])
 def test_a_merged_file_draws_what_base_and_adapter_draw(family: str, method: str, bases: Any, tmp_path: Path) -> None:
     info = describe(family, "file", bases)
@@ -95,6 +96,7 @@ def test_a_merged_file_draws_what_base_and_adapter_draw(family: str, method: str
     assert changed == {slots[n.partition(".")[0], n.partition(".")[2] + ".weight"] for n in weights.layers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("layout", "output"), [("file", "merged"), ("folder", "merged.safetensors")])
 def test_layouts_change_on_the_way_and_the_weights_are_the_same(
@@ -228,6 +230,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, bases: Any, monkeypat
         merge.merge(weights_for(info), info, tmp_path / "out.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("output", ["merged.safetensors", "merged"])
 def test_a_base_in_fp8_is_merged_in_half_precision(scaled: bool, output: str, bases: Any, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def weight(path: Path, name: str) -> torch.Tensor:
     return load_file(path)[place]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
 @pytest.mark.parametrize("base", ["folder8", "file8.safetensors"])
 @pytest.mark.parametrize("keep", [False, True])

@@ -91,7 +91,8 @@ def _settings(name: str, base: str, photos: Path, output: Path) -> tuple[str | N
         "output.dtype": "fp32",
     }
     if name == "pocket":
-        return "subject-pocket", shared | {"train.class_images": 8, "train.batch_size": 4}
+        warmup = {"optimizer.warmup_steps": 10, "optimizer.warmup_ratio": 0.0}
+        return "subject-pocket", shared | warmup | {"train.class_images": 8, "train.batch_size": 4}
     family, method = name.split("-")
     own = METHODS["dora" if method == "rslora" else method]
     if family == "sd3":

@@ -355,6 +355,7 @@ def test_pixels_are_what_the_encoder_takes():
     assert math.isclose(parts[1].max().item(), -1.0)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_what_its_file_draws(tiny_sd1, tmp_path):
     """The last sample grid of a run, and `from_file` in a base loaded afresh: the same bytes, recipe and all."""
     from lorakit.training import run as train

@@ -84,6 +84,7 @@ def test_the_judge_is_right_about_fresh_renders(judge: Classifier) -> None:
     assert min(scores.values()) > 0.95, scores
 
 
+@pytest.mark.slow
 def test_the_judge_tells_subjects_from_kinds_and_each_other(judge: Classifier) -> None:
     toys = subjects.references()["toy"]
     for name in subjects.SUBJECTS:

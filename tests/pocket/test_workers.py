@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tools.pocket import workers
@@ -27,6 +28,7 @@ def _descend(worker: workers.Worker, folder: Path) -> None:
         torch.save(result, folder / f"{every}-{worker.rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_workers_end_with_the_same_weights_and_a_lower_loss(tmp_path: Path) -> None:
     workers.launch(_descend, 2, tmp_path)
     for every in EVERY:

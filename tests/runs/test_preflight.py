@@ -295,6 +295,7 @@ def answers(draw: random.Random, bases: list[str], folders: list[str], count: in
     return configs
 
 
+@pytest.mark.slow
 def test_check_train_and_the_front_end_give_one_answer(
     tiny_sd1: Path,
     tiny_sdxl: Path,

@@ -64,6 +64,7 @@ def test_a_run_is_resumed_once(tmp_path: Path):
         queue.resume(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_the_truth(tmp_path: Path):
     """The worker and its run die without a word: the job is told as interrupted, and the next worker goes on."""
     queue = Queue(tmp_path)

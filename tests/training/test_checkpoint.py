@@ -246,6 +246,7 @@ def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
 def test_a_kill_at_any_moment_leaves_the_last_complete_one(tmp_path):
     """Twenty kills of one folder: whatever is visible is whole, and nothing that was reported saved is lost."""

@@ -22,6 +22,7 @@ def run(base: Path, room: Path, **changes: object) -> train.Result:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "grids", "validations"),
     [

@@ -67,6 +67,7 @@ def overflow_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OptimizerStep, "__call__", poisoned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("poison", "text"),
     [

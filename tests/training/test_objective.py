@@ -160,6 +160,7 @@ def test_noise_offset_shifts_each_channel_as_one() -> None:
     assert shift.mean(dim=2).std().item() == pytest.approx(0.3, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sd1_v", "tiny_sdxl"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_the_first_loss_is_the_bases_by_an_independent_reckoning(

@@ -79,6 +79,7 @@ def updated(settings: config.Config, dtype: torch.dtype = torch.float32) -> tupl
     return adapter, [update(number)[1].item() for number in range(STEPS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 @pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sdxl"])
 def test_without_clipping_the_weights_are_the_plain_loops_to_the_bit(
@@ -92,6 +93,7 @@ def test_without_clipping_the_weights_are_the_plain_loops_to_the_bit(
     assert norms_of_step == pytest.approx(norms, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_clipped_and_in_half_precision_they_are_near(tiny_sd1: Path, photos: Path, dtype: torch.dtype) -> None:
     settings = run_config(tiny_sd1, photos, train__max_grad_norm=0.01, adapter__new_tokens=2)

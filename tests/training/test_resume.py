@@ -13,6 +13,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.training import run as train
 
 
+@pytest.mark.slow
 def test_resume_goes_back_to_the_newest_complete_checkpoint(tiny_sd1, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     noise(tmp_path / "photos", 3)

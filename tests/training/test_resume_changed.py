@@ -13,6 +13,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.training import run as train
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_longer_as_if_it_had_been_planned_so(tiny_sd1, tmp_path):
     (tmp_path / "photos").mkdir()
     noise(tmp_path / "photos", 3)

@@ -102,6 +102,7 @@ def same_adapter(result: train.Result, other: train.Result) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(plain):
     result = plain
     assert set(result.exports) == {"kohya", "diffusers", "peft"}
@@ -140,6 +141,7 @@ def test_a_preview_of_the_users_stays_and_that_of_a_run_is_replaced(tmp_path):
     assert messages == ["toy.png is there already and stays as it is"] and not (tmp_path / "toy-diffusers.png").exists()
 
 
+@pytest.mark.slow
 def test_a_resolved_config_repeats_the_run_to_the_bit_with_the_photos_elsewhere(plain, photos, tmp_path):
     places = {"data.folder": str(shutil.copytree(photos, tmp_path / "photos")), "output.folder": str(tmp_path / "two")}
     repeat = train.train(config.load(plain.folder / "config.toml", places))
@@ -153,6 +155,7 @@ def test_an_effect_that_rounding_alone_would_give_is_none(tiny_sd1, photos, tmp_
     assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["state"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", config.ADAPTER_SECTIONS)
 def test_every_method_trains_and_passes_its_check_with_text_encoder_and_convolutions(
     tiny_sd1, photos, tmp_path, method
@@ -170,6 +173,7 @@ def test_every_method_trains_and_passes_its_check_with_text_encoder_and_convolut
     assert {"kohya unet", "kohya text encoder"} <= {f.name for f in result.findings}
 
 
+@pytest.mark.slow
 def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
     """Pivotal tuning on the bundled base: files for A1111, ComfyUI and diffusers, which the self-check has opened."""
     result = run(
@@ -208,6 +212,7 @@ def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
         sampling.recorded(result.adapter, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", ["images", "teacher"])
 def test_both_kinds_of_prior_change_what_is_learned(plain, tiny_sd1, photos, tmp_path, monkeypatch, prior):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
@@ -215,6 +220,7 @@ def test_both_kinds_of_prior_change_what_is_learned(plain, tiny_sd1, photos, tmp
     assert not same_adapter(plain, run(tiny_sd1, photos, tmp_path / prior, train__prior=prior, **extra))
 
 
+@pytest.mark.slow
 def test_sdxl_trains_with_both_text_encoders(tiny_sdxl, photos, tmp_path):
     result = run(tiny_sdxl, photos, tmp_path / "run", adapter__train_text_encoder=True)
     assert {name.split("_")[1] for name in load_file(result.adapter)} == {"unet", "te1", "te2"}
@@ -298,6 +304,7 @@ def test_resume_is_bit_equal_to_a_straight_run(straight, tiny_sd1, photos, tmp_p
     assert dict(rates[0]) == dict(rates[1]) and len(dict(rates[0])) == 12
 
 
+@pytest.mark.slow
 def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, tmp_path, monkeypatch):
     now = torch.get_num_threads()
     try:
@@ -313,6 +320,7 @@ def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, t
         torch.set_num_threads(now)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path, monkeypatch, checkpointing):
     load, bases, others = families.load, [], []
@@ -333,6 +341,7 @@ def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path,
     assert others == [0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_sampling_and_validation_do_not_disturb_training(plain, tiny_sd1, photos, tmp_path):
     state = torch.get_rng_state()
     busy = run(tiny_sd1, photos, tmp_path / "busy", sample__every=1, train__validate_every=1, train__save_every=1)
@@ -413,6 +422,7 @@ def test_swapping_two_captions_changes_the_adapter(plain, tiny_sd1, photos, tmp_
     assert not same_adapter(plain, run(tiny_sd1, swapped, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_every_photo_comes_once_an_epoch_with_its_caption_and_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
     names: list[str] = []
     texts: list[str] = []

@@ -96,6 +96,7 @@ def resumed(folder: Path) -> tuple[run.Result, list[str]]:
     return result, listener.lines()
 
 
+@pytest.mark.slow
 def test_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
     """The photos encoded so far are in the cache, and the run begins where it was."""
     run_config = settings(tiny_sd1, photos, tmp_path / "run", data__cache="disk")
@@ -114,6 +115,7 @@ def test_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
     assert result.steps == STEPS and kinds(tmp_path / "run", "step") == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
     stop, listener = stopped(settings(tiny_sd1, photos, tmp_path / "run"), says("latents: "))
     assert stop.step == 0
@@ -121,6 +123,7 @@ def test_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
     assert resumed(tmp_path / "run")[0].steps == STEPS
 
 
+@pytest.mark.slow
 def test_while_class_images_are_drawn(tiny_sd1, photos, tmp_path):
     """Pictures of the first text are in the cache; those of the second are not waited for."""
     (photos / "0.txt").write_text("a sks toy in the snow", encoding="utf-8")
@@ -139,6 +142,7 @@ def test_while_class_images_are_drawn(tiny_sd1, photos, tmp_path):
     assert first.startswith("class images: 3 of 3 in the cache") and second_line.startswith("class images: 0 of 3")
 
 
+@pytest.mark.slow
 def test_while_samples_are_drawn_before_the_first_step(tiny_sd1, photos, tmp_path):
     stop, listener = stopped(settings(tiny_sd1, photos, tmp_path / "run"), at("checkpoint", 0))
     assert stop.step == 0 and "stopping: the samples are not finished" in listener.lines()
@@ -148,6 +152,7 @@ def test_while_samples_are_drawn_before_the_first_step(tiny_sd1, photos, tmp_pat
     assert kinds(tmp_path / "run", "sample") == [0, 3, STEPS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("condition", "step"),
     [(at("sample", 0), 1), (at("progress", 3), 3), (at("checkpoint", 3), 3), (at("step", STEPS), STEPS)],
@@ -169,6 +174,7 @@ def test_while_it_trains(tiny_sd1, straight, photos, tmp_path, condition, step):
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
 def test_while_the_checked_file_draws(tiny_sd1, photos, tmp_path):
     def checking(event: Event) -> bool:
         return event.kind == "phase" and event.facts["phase"] == "checking the exported file"
@@ -179,6 +185,7 @@ def test_while_the_checked_file_draws(tiny_sd1, photos, tmp_path):
     assert kinds(tmp_path / "run", "sample") == [0, 3, STEPS] and result.best is not None
 
 
+@pytest.mark.slow
 def test_the_stop_file_is_heard_while_it_encodes(tiny_sd1, photos, tmp_path):
     folder = run_folder.RunFolder(tmp_path / "run")
 
@@ -192,6 +199,7 @@ def test_the_stop_file_is_heard_while_it_encodes(tiny_sd1, photos, tmp_path):
     assert resumed(folder.path)[0].steps == STEPS
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_the_step_it_stands_at(tiny_sd1, photos, tmp_path):
     stopped(settings(tiny_sd1, photos, tmp_path / "run"), at("checkpoint", 3))
     listener = StopAt(says("latents: "))
@@ -200,6 +208,7 @@ def test_a_resumed_run_says_the_step_it_stands_at(tiny_sd1, photos, tmp_path):
     assert run_folder.read(tmp_path / "run").step == 3
 
 
+@pytest.mark.slow
 def test_the_library_leaves_signals_alone(tiny_sd1, photos, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     during = []
@@ -221,6 +230,7 @@ def test_the_second_ctrl_c_interrupts_at_once(capfd):
     assert capfd.readouterr().err == "lorakit: stopping, and saving what there is; Ctrl-C again ends at once\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_class_images_are_drawn_ends_the_process(photos, tmp_path):
     """The bundled base would draw these 2,000 pictures for minutes."""
     folder = tmp_path / "run"

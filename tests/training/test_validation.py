@@ -187,6 +187,7 @@ def test_train_flags_and_random_state_are_put_back():
     assert [part.training for part in family.net.modules()] == [True, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sd1_v", "tiny_sdxl"])
 def test_a_real_family_is_examined_to_the_bit_twice(base, request):
     info = families.describe(str(request.getfixturevalue(base)))

@@ -137,6 +137,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+@pytest.mark.slow
 def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
     train: TrainPage, tiny_sd1: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -228,6 +229,7 @@ def test_no_folder_is_no_error(workspace: Workspace, train: TrainPage):
     assert photos.checked("", 0, None, SAY) == [gr.skip(), gr.skip()]
 
 
+@pytest.mark.slow
 def test_grids_that_are_drawn_are_followed(workspace: Workspace):
     with gr.Blocks():
         page = ComparePage(workspace, T)

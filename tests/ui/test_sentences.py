@@ -118,6 +118,7 @@ def plans(tiny_sd1: Path) -> Iterator[plan.Plan]:
             yield plan.make(settings, info, report)
 
 
+@pytest.mark.slow
 def test_every_line_of_a_plan_is_translated(tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plan, "_matmul_speed", lambda: 1e10)
     all_plans = list(plans(tiny_sd1))
