@@ -52,6 +52,7 @@ def test_the_gpus_script_has_further_questions(
     assert [loop for loop in loops if f"sd15 narrow batch 1 {loop} step" not in printed] == []
 
 
+@pytest.mark.slow
 def test_a_step_has_at_most_three_fifths_of_the_plain_loops_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     host = script(monkeypatch, "host")
     plain, ours = host.counted("sd15", Namespace(width=16, side=8, rank=4))

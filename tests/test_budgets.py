@@ -232,6 +232,7 @@ def test_the_package_is_light() -> None:
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) < PACKAGE_LINES
 
 
+@pytest.mark.slow
 def test_functions_are_short() -> None:
     lines = {
         label(path, function): (function.end_lineno or 0) - function.lineno + 1

@@ -50,6 +50,7 @@ def elsewhere(unpacked: Path, *arguments: str) -> str:
     return process.stdout.strip()
 
 
+@pytest.mark.slow
 def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

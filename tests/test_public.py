@@ -71,6 +71,7 @@ def test_preflight_finds_what_train_refuses(tiny_sd1, tmp_path) -> None:
         ready.or_raise()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_resumed(tiny_sd1, photos, tmp_path) -> None:
     config = run_config(tiny_sd1, photos, tmp_path / "run", 2, train__prior="none")
     with pytest.raises(lorakit.Stopped) as stopped:
@@ -126,6 +127,7 @@ def test_the_example_of_the_readme_uses_public_names() -> None:
     compile(block, str(README), "exec")
 
 
+@pytest.mark.slow
 def test_type_checkers_see_the_public_names(tmp_path) -> None:
     lines = ["import lorakit", "reveal_type(lorakit.train)", "reveal_type(lorakit.Event('step').kind)"]
     lines += ["def show(stop: lorakit.Stopped) -> None:", "    reveal_type(stop.step)"]

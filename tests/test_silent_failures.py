@@ -216,6 +216,7 @@ def test_an_option_reaches_the_weights(
     assert changed.shape != without.shape or not torch.equal(changed, without)
 
 
+@pytest.mark.slow
 def test_what_must_not_reach_the_weights_does_not(
     tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +286,7 @@ def test_the_prior_answers_to_the_class_and_the_photo_to_its_caption(
             assert torch.allclose(row, places[texts[index].replace("sks ", "")], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_the_run(tiny_sd1, photos, tmp_path, monkeypatch):
     loss = LossStep.loss
 

@@ -1,4 +1,4 @@
-"""What an adapter method is to `Adapter`: five functions on one of PEFT's layers. One file and one line of
+"""What an adapter method is to `Adapter`: functions that mostly work on one of PEFT's layers. One file and one line of
 `registry.METHODS` for each method."""
 
 from __future__ import annotations

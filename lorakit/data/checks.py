@@ -255,7 +255,7 @@ def _measure(item: Item, resolution: int, multiple: int) -> _Measurement:
     photo = item.photo
     try:
         raw = decode.read(photo.path, photo.relative)
-        with decode.turn(decode.measure(raw, photo.relative)):
+        with decode.one_at_a_time(decode.measure(raw, photo.relative)):
             return _measure_picture(item, raw, resolution, multiple)
     except decode.Unreadable as error:
         return _Measurement(problem=error.reason if str(error).startswith(photo.relative) else str(error))

@@ -98,7 +98,7 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None)
     """
     name = name or (printable(source.name) if isinstance(source, Path) else "picture")
     image = _open(source, name)
-    with turn(image.size), _errors_of(name):
+    with one_at_a_time(image.size), _errors_of(name):
         if at_least is not None:
             image.draft(None, (at_least, at_least))
         notes = _note_frames(image)
@@ -110,7 +110,7 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None)
     return Picture(pixels, alpha, ROTATIONS.get(orientation, ""), tuple(dict.fromkeys(notes)))
 
 
-def turn(size: tuple[int, int]) -> AbstractContextManager[object]:
+def one_at_a_time(size: tuple[int, int]) -> AbstractContextManager[object]:
     """Wait while another thread works on a large picture, if one of this size is large."""
     return _LARGE if size[0] * size[1] > LARGE_PIXELS else nullcontext()
 

@@ -140,7 +140,7 @@ class TrainingState:
 
 
 def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None = None) -> TrainingState:
-    """Do optimizer steps from the checkpoint `saved`, or from nothing, to the last one of the plan.
+    """Do optimizer steps from the checkpoint `resume_from`, or from nothing, to the last one of the plan.
 
     Raises:
         Stopped: somebody asked for a stop; the state is saved and the adapter exported.

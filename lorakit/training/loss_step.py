@@ -1,4 +1,4 @@
-"""The training step: from a batch's place in the run to its loss.
+"""The loss of a step: from a batch's place in the run to its loss.
 
 Everything a step needs is on the device before the first one: latents (mean and standard deviation), text embeddings,
 masks. The host says which photos and texts and seeds the generators by (seed, index); all else, drawing noise and

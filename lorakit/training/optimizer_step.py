@@ -22,7 +22,7 @@ class OptimizerStep:
 
     Args:
         config: the whole config.
-        step: what computes a batch's loss. Its adapter is attached; its parameters are flattened here, unless the base
+        loss_step: computes a batch's loss. Its adapter is attached; its parameters are flattened here, unless the base
             is plain.
         total: optimizer steps of the run, for the learning rate's schedule.
         say: takes a line for the person.

@@ -14,6 +14,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.runs.plan import count_weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_as_many_numbers_are_trained_as_are_announced(sd1: Any, attach: Any, method: str) -> None:
     config = METHODS[method](rank=5, target_modules="linear+conv", train_text_encoder=True)

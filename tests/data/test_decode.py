@@ -362,6 +362,7 @@ def test_strips_are_the_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert full.alpha is strips.alpha or np.array_equal(full.alpha, strips.alpha)
 
 
+@pytest.mark.slow
 def test_a_deep_picture_needs_little_more_memory_than_its_pixels() -> None:
     """16 bits of grey: numpy's share of the peak, of which the pixels themselves are 75 MB."""
     raw = encoded(Image.new("I;16", (5000, 5000), 40_000), "PNG")

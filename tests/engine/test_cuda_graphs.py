@@ -97,6 +97,7 @@ def test_replays_follow_each_batch_to_the_bit(tiny_sd1, photos, tmp_path, monkey
 SAVING = [{}, {"memory__gradient_checkpointing": True}, {"memory__base_storage": "nf4"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saving", SAVING[1:])
 def test_what_saves_memory_is_replayed_too(tiny_sd1, photos, tmp_path, saving):
     settings = run_config(tiny_sd1, photos, tmp_path, **saving)
@@ -104,6 +105,7 @@ def test_what_saves_memory_is_replayed_too(tiny_sd1, photos, tmp_path, saving):
         assert all(torch.equal(a, b) for a, b in zip(without, graphed, strict=True))
 
 
+@pytest.mark.slow
 def test_sdxls_sizes_and_pooled_texts_are_among_what_is_copied(tiny_sdxl, photos, tmp_path):
     step, adapter = step_of(run_config(tiny_sdxl, photos, tmp_path))
     for without, graphed in both(step, adapter, stand_in, 3):
@@ -239,6 +241,7 @@ def test_shapes_beyond_the_most_run_without(monkeypatch):
     assert len(captured) == 1
 
 
+@pytest.mark.slow
 def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatch):
     """Recorded again afterwards, with the results that there would have been."""
     captured: list[Any] = []

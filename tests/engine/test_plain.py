@@ -201,6 +201,7 @@ def test_a_unet_with_an_unknown_block_is_trained_plainly_and_says_so(
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
+@pytest.mark.slow
 def test_a_unet_with_fusible_blocks_is_fused_without_a_note(tiny_sd1: Path, photos: Path, tmp_path: Path) -> None:
     family = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
     assert fused_blocks.unknown_block(family.denoiser) is None and family.plain is False

@@ -186,6 +186,7 @@ def predict(family: Any) -> torch.Tensor:
     return family.predict(normal(1, 4, 8, 8), torch.tensor([500]), condition)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sdxl"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str) -> None:

@@ -106,6 +106,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_the_page_says_what_a_run_gives(rows: list[str]) -> None:
     written = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
     assert written == ["| --- | --- | --- |", *rows]

@@ -23,6 +23,7 @@ def load(base: Path, skip: int | None) -> Any:
     return families.load(families.describe(ModelConfig(base=str(base), clip_skip=skip)), "cpu", torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [1, 2, 3])
 def test_sd1_equals_diffusers_at_one_less(tiny_sd1: Path, skip: int) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)

@@ -165,6 +165,7 @@ def test_a_hub_that_does_not_answer_and_one_that_gives_something_else(
         clip_tokenizer.fetch("x", 600)
 
 
+@pytest.mark.slow
 def test_offline_both_ways_are_reported_by_check_train_and_sample(
     small_clip: None, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +258,7 @@ def archive(folder: Path, merges: int = 60_000) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place", ["a package", "venv/lib/python3.10/site-packages/open_clip", "venv/Lib/site-packages/clip"]
 )

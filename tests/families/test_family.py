@@ -156,6 +156,7 @@ def test_everything_is_frozen_and_in_eval_mode(request: pytest.FixtureRequest, n
     assert list(family.modules()) == ["unet", *family.text_encoders]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sdxl"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_the_autoencoder_stays_float32_and_the_pipeline_draws(

@@ -139,6 +139,7 @@ def test_what_a_run_began_with_stays_when_the_branch_moves_on(cache: Path, tmp_p
     assert families.describe(pinned).source == f"org/tiny@{COMMIT}"
 
 
+@pytest.mark.slow
 def test_a_run_is_pinned_and_its_adapter_says_on_what_it_was_trained(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(2):
@@ -236,6 +237,7 @@ REFINER = {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [N
 EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("index", "scheduler", "words", "count"),
     [
@@ -264,6 +266,7 @@ def test_what_is_not_trained_is_refused_before_weights_are_fetched(
     assert any("scheduler_config.json" in path for path in requests) == (count > 1)
 
 
+@pytest.mark.slow
 def test_t5_is_not_fetched_where_it_is_left_out(tmp_path: Path) -> None:
     """The same repository is fetched in whole once it is wanted so."""
     tiny_sd3.save_sd3(tmp_path / "served")

@@ -299,6 +299,7 @@ def test_a_pipeline_of_diffusers_can_be_adapted(pipeline: Any) -> None:
         adapter.detach()
 
 
+@pytest.mark.slow
 def test_operations_at_true_size_are_those_that_torch_counts() -> None:
     with torch.device("meta"):
         model = SD3Transformer2DModel(**MEDIUM)

@@ -310,6 +310,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
             torch.testing.assert_close(one[part][name], other[part][name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["x.safetensors", "folder"])
 @pytest.mark.parametrize("form", ["file", "folder"])
 def test_merged_models_have_the_products_in_them(
@@ -342,6 +343,7 @@ def test_a_merged_model_is_without_t5_where_it_is_left_out(
     assert "without text_encoder_3" in describe(merged, room).notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["files", "diffusers"])
 def test_encoders_that_are_not_in_the_file_go_into_a_merged_folder(
     place: str, bare: Path, pipeline: Any, room: Path, tmp_path: Path

@@ -148,6 +148,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configurations_of_the_real_models_are_the_published_ones(family: str) -> None:
     """From shapes alone, at true dimensions: what the configurations of the published models say, and models made of
@@ -203,6 +204,7 @@ def with_extra(base_files: Any, family: str, path: Path, extra: dict[str, Any], 
     return whole.write(path / "x.safetensors", family, base_files[family][0], extra=extra, metadata=metadata)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "extra", "metadata", "expected", "words"),
     [
@@ -237,6 +239,7 @@ def test_what_it_predicts_is_read_and_reported(
     assert note.startswith(f"prediction type: {expected[0]}") and words in note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_sd2_without_a_word_is_recognized_by_the_spread_of_a_bias(
     dtype: torch.dtype, base_files: Any, tmp_path: Path
@@ -272,6 +275,7 @@ def test_the_user_has_the_last_word_on_the_prediction_type(base_files: Any) -> N
     assert families.load(info, "cpu", torch.float32).prediction.alphas_cumprod[-1] == 0
 
 
+@pytest.mark.slow
 def test_every_precision_that_files_come_in_is_read(base_files: Any, tmp_path: Path) -> None:
     pipeline, folder, _ = base_files["sd1"]
     weight = pipeline.unet.conv_in.weight.detach()
@@ -358,6 +362,7 @@ def test_a_tokenizer_that_does_not_fit_is_named_with_the_option(base_files: Any,
     assert "has its own tokenizer" in refusal(folder, tokenizer=str(folder))
 
 
+@pytest.mark.slow
 def test_words_that_fill_up_are_each_encoder_s_own(base_files: Any) -> None:
     for family, expected in {"sd1": [tiny.SPECIAL[1]], "sd2": ["!"], "sdxl": [tiny.SPECIAL[1], "!"]}.items():
         _, folder, file = base_files[family]

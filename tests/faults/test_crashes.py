@@ -87,6 +87,7 @@ def test_a_checkpoint_is_there_after_every_death(tmp_path, kind, step):
     assert count > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_folder_is_begun_anew_or_resumed_after_every_death(tmp_path, kind):
     def begin(place: Path) -> None:

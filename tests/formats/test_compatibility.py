@@ -34,6 +34,7 @@ def complete(report):
     return {key for key, reading in report.items() if reading.complete}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("conv", [False, True])
 def test_every_program_reads_a_complete_kohya_file(family, conv):

@@ -194,6 +194,7 @@ def test_the_command_writes_a_file_and_refuses_what_it_must(bases: Any, tmp_path
             assert not (tmp_path / "no.safetensors").exists() and not list(tmp_path.glob(".no*"))
 
 
+@pytest.mark.slow
 def test_extract_takes_single_files(bases: Any, tmp_path: Path) -> None:
     folder, file = bases["sdxl"]
     info = describe("sdxl", "file", bases)

@@ -66,6 +66,7 @@ def assert_equal(actual, weights, tolerance=1e-5):
         assert error.max() <= tolerance * max(1, np.abs(expected).max()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("fmt", ["kohya", "diffusers"])
 @pytest.mark.parametrize("method", PLAIN)

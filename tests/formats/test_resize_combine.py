@@ -102,6 +102,7 @@ def test_dora_by_numpy(shape):
     assert np.abs(merged(weight, layer, 0.5).numpy() - (plain + expected) / 2).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_merged_base_gives_what_base_and_adapter_give(request, tmp_path, family):
     folder = request.getfixturevalue(f"tiny_{family}")

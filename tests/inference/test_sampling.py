@@ -91,6 +91,7 @@ def test_dropout_is_off_while_drawing(tiny_sd1):
     assert np.array_equal(arrays(sampling.draw(family, ["x"], QUICK, 64)), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["tiny_sd1_v", "tiny_sdxl"])
 def test_the_pictures_are_diffusers_own(base, request):
     """The same noise, sampler and prompt through a pipeline that diffusers loaded itself."""
@@ -162,6 +163,7 @@ def exported(tiny_sd1, tmp_path_factory) -> dict[str, Path]:
     return formats.save(weights, folder, "toy", tuple(registry.FORMATS), "fp16", facts, say=lambda line, **_: None)
 
 
+@pytest.mark.slow
 def test_strengths_and_prompts_make_a_grid(exported, tiny_sd1, tmp_path):
     files = sampling.from_file(
         exported["kohya"], str(tiny_sd1), PROMPTS[:2], [0, 0.5, 1], QUICK, folder=tmp_path / "out", size=64
@@ -176,6 +178,7 @@ def test_strengths_and_prompts_make_a_grid(exported, tiny_sd1, tmp_path):
     assert 0 < differences[0] < differences[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", list(registry.FORMATS))
 def test_every_format_draws_the_same(exported, tiny_sd1, form):
     rows = sampling.draw_weights(formats.read(exported[form]), str(tiny_sd1), ["x"], [1], QUICK, 64, name="toy")

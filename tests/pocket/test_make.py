@@ -55,6 +55,7 @@ def test_a_second_run_has_nothing_to_do(smoke_run: tuple[Path, Path], capsys: py
     assert lines and all(line.endswith("done before") for line in lines)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_weights_as_an_uninterrupted_one(
     smoke_run: tuple[Path, Path], tmp_path: Path
 ) -> None:

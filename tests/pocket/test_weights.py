@@ -65,6 +65,7 @@ def test_it_draws_whatever_dtype_it_is_loaded_in(dtype: torch.dtype | None) -> N
     assert image.size == (64, 64) and np.asarray(image).std() > 10
 
 
+@pytest.mark.slow
 def test_the_prompt_decides_the_picture(pipeline: StableDiffusionPipeline) -> None:
     def draw(prompt: str) -> np.ndarray:
         generator = torch.Generator().manual_seed(1)
@@ -77,6 +78,7 @@ def test_the_prompt_decides_the_picture(pipeline: StableDiffusionPipeline) -> No
     assert night[:16].mean() < beach[:16].mean() - 30  # a dark sky and a bright one
 
 
+@pytest.mark.slow
 def test_the_judge_is_right_about_fresh_renders(judge: Classifier) -> None:
     specs = measure.requests(256, seed=5_000_000_000)
     scores = judge.scores(measure.real_pictures(specs, 5_000_000_000), [spec.words for spec in specs])
@@ -107,6 +109,7 @@ def test_it_draws_combinations_that_it_never_saw(pipeline: StableDiffusionPipeli
     assert chance["scene"] < 0.4 and chance["kind"] < 0.3, chance
 
 
+@pytest.mark.slow
 def test_the_autoencoder_keeps_unseen_renders(pipeline: StableDiffusionPipeline) -> None:
     _, decibels = measure.round_trip(pipeline.vae, measure.real_pictures(measure.requests(32)))
     assert decibels > 23

@@ -148,6 +148,7 @@ def test_a_resolved_config_repeats_the_run_to_the_bit_with_the_photos_elsewhere(
     assert repeat.adapter.parent == tmp_path / "two" and same_adapter(plain, repeat)
 
 
+@pytest.mark.slow
 def test_an_effect_that_rounding_alone_would_give_is_none(tiny_sd1, photos, tmp_path):
     with pytest.raises(LorakitError, match=r"self-check failed.*no effect on its output: ") as caught:
         run(tiny_sd1, photos, tmp_path / "run", optimizer__learning_rate=1e-8)
@@ -395,6 +396,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_sd1, photos, tmp_path, mo
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_base_in_few_bits_is_trained_on_reported_and_checked_against(plain, tiny_sd1, photos, tmp_path):
     small = run(tiny_sd1, photos, tmp_path / "small", memory__base_storage="nf4")
     messages = [event["message"] for event in events(tmp_path / "small", "message")]
@@ -415,6 +417,7 @@ def test_too_little_memory_before_the_first_step_is_reported_too(tiny_sd1, photo
     assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_swapping_two_captions_changes_the_adapter(plain, tiny_sd1, photos, tmp_path):
     swapped = shutil.copytree(photos, tmp_path / "photos")
     for here, there in (("0.txt", "1.txt"), ("1.txt", "0.txt")):

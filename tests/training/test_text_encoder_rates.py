@@ -47,6 +47,7 @@ def test_options_of_text_encoders_need_one_that_is_trained(name: str, value: flo
     assert any("has one rate" in line for line in preflight._device_problems(run_config))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_written_after_every_so_many_steps(tiny_sd1, tmp_path):
     (tmp_path / "photos").mkdir()
     noise(tmp_path / "photos", 2)

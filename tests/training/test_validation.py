@@ -130,6 +130,7 @@ def test_drift_is_the_relative_change_on_the_class_prompt():
     assert validation.source == "training photos"
 
 
+@pytest.mark.slow
 def test_the_base_is_followed_as_ddim_does(tiny_sd1, tiny_sd1_v):
     """What the drift is measured on, beside diffusers' DDIM over the same timesteps."""
     from diffusers import DDIMScheduler

@@ -72,6 +72,7 @@ def test_answers_lead_to_a_plan(train: TrainPage, tiny_sd1: Path):
     assert answer(train, marks, [draft["values"][key] for key in train.keys])[0] == gr.skip()
 
 
+@pytest.mark.slow
 def test_the_page_refuses_what_a_run_refuses(train: TrainPage, tiny_sd1: Path):
     values, _ = answered(train, tiny_sd1, adapter__method="dora", output__formats=["diffusers", "peft"])
     plan, start = train.plan(values, SAY)
@@ -193,6 +194,7 @@ def test_photos_are_shown_whatever_the_base_is(workspace: Workspace, train: Trai
         assert "3 photos" in summary and cards.count('<li class="lk-card') == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value", [{}, None, [], {"values": 3}, {"values": {"no.such": 1}, "quality": "?", "preset": "?"}]
 )
@@ -256,6 +258,7 @@ def test_a_run_that_was_deleted_while_its_page_was_open_is_reported(workspace: W
         assert "lk-problem" in message and "No pictures yet" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"\x80\x02}q\x00.", "pickle"), (b"PK\x03\x04", "pickle"), (b"", "empty"), (b"hello world", "not a safetensors")],
