@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tools.pocket import dataset
 from tools.pocket.recipe import Recipe
-from tools.pocket.workers import Run, Worker
+from tools.pocket.workers import Run, Worker, save
 
 
 def build(recipe: Recipe) -> AutoencoderKL:
@@ -108,7 +108,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
             preview(model, pictures, work / "preview-vae.png")
     run.use_average()
     if worker.first:
-        torch.save(model.state_dict(), work / "vae.pt")
+        save(model.state_dict(), work / "vae.pt")
         preview(model, pictures, work / "preview-vae.png")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit.families.pocket.classifier import Classifier, Net
 from tools.pocket import autoencoder, dataset
 from tools.pocket.recipe import Recipe
-from tools.pocket.workers import Run, Worker
+from tools.pocket.workers import Run, Worker, save
 
 
 def critic(width: int = 32) -> nn.Sequential:
@@ -84,4 +84,4 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     run.use_average()
     if worker.first:
         autoencoder.preview(model, pictures, work / "preview-decoder.png")
-        torch.save(model.state_dict(), work / "decoder.pt")
+        save(model.state_dict(), work / "decoder.pt")

@@ -15,7 +15,7 @@ from lorakit.families.pocket.captions import full_caption
 from lorakit.families.pocket.spec import random_spec
 from tools.pocket import autoencoder, dataset, text
 from tools.pocket.recipe import Recipe
-from tools.pocket.workers import Run, Worker
+from tools.pocket.workers import Run, Worker, save
 
 PREVIEW_SECONDS = 420.0
 
@@ -134,7 +134,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
             preview(run.average, recipe, work)
     if worker.first:
         run.use_average()
-        torch.save(model.state_dict(), work / "unet.pt")
+        save(model.state_dict(), work / "unet.pt")
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class Recipe:
 SHIPPED = Recipe()
 SMOKE = replace(
     SHIPPED,
-    pictures=128, captions=400, vae_channels=(16, 16, 32), vae_pictures=128, decoder_pictures=32,
+    pictures=128, captions=400, vae_channels=(16, 16, 32), vae_pictures=256, decoder_pictures=32,
     judge_channels=(16, 16, 32, 32), judge_pictures=256,
     text_width=32, text_layers=1, text_heads=2, text_captions=1024, unet_channels=(32, 32, 32),
     unet_heads=(1, 1, 1), unet_batch=16, unet_every=2, unet_pictures=128, save_seconds=1.0,

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lorakit.families.pocket.captions import EAR_WORDS, caption, parse
 from lorakit.families.pocket.spec import COLOURS, EARS, FIELDS, random_spec
 from tools.pocket.recipe import Recipe
-from tools.pocket.workers import Run, Worker
+from tools.pocket.workers import Run, Worker, save
 
 POSITIONS = 77  # CLIP's
 
@@ -125,7 +125,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
         # Positions after the last one that is ever fed: other programs feed all 77, so they must not be noise.
         positions = next(m for name, m in model.named_modules() if name.endswith("position_embedding"))
         positions.weight.data[recipe.max_tokens :] = positions.weight.data[recipe.max_tokens - 1]
-        torch.save(model.state_dict(), work / "text.pt")
+        save(model.state_dict(), work / "text.pt")
 
 
 def load(recipe: Recipe, work: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
