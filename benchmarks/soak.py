@@ -72,7 +72,7 @@ class Soak:
                 self.counts["lost"] += 1
                 return
             folder = Path(job.folder)
-            # A run that was killed before it had a config is begun anew in the same place.
+            # A run that was killed before it had a config starts again in the same place.
             arguments = ("resume", str(folder)) if (folder / "config.toml").is_file() else job.arguments
             job = self.queue.command(arguments, folder)
             self.counts["resumed"] += 1

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 as the files that people have: one file with encoders or without, and encoders of their own.
+"""Stable Diffusion 3 as the files that people have: one file with encoders or without, and separate encoders.
 
 The writer's names are those of Stability-AI/sd3.5's modules, not lorakit's. Widths are small, but each head is as wide
 as in the published models, since files do not tell it.
@@ -150,7 +150,7 @@ def write(path: Path, pipeline: Any, *encoders: str, **extra: torch.Tensor) -> P
 
 
 def write_encoders(folder: Path, pipeline: Any, *names: str) -> Path:
-    """Encoders as files of their own."""
+    """Encoders as separate files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         save_file(

@@ -16,6 +16,7 @@ from lorakit.cli.signals import stop_on_signals
 from lorakit.cli.terminal import Bar, Terminal, complain, print_json, print_lines
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError, Stopped
+from lorakit.core.events import Stop
 from lorakit.core.names import quote
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.Arg
 
 # Seconds after which the check of the photos shows how far it is.
 BAR_AFTER = 3.0
-
-Stop = Callable[[], bool]
 
 
 def add(command: Command) -> None:

@@ -174,7 +174,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if kind is str or (typing.get_origin(kind) is Literal):
         return key, value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
     if typing.get_origin(kind) is tuple and not value.startswith("["):
-        # A prompt has commas of its own; the name of a format has none.
+        # A prompt may contain commas; the name of a format has none.
         return key, tuple(part.strip() for part in value.split(",")) if by_key[key].choices else value
     try:
         return key, tomllib.loads(f"value = {value}")["value"]

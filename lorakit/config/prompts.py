@@ -1,4 +1,4 @@
-"""One sample prompt with settings of its own: "a dog --w 768 --h 512 --d 7", as kohya's files have it."""
+"""One sample prompt with its own settings: "a dog --w 768 --h 512 --d 7", as kohya's files have it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lorakit.config.option import suggest, to_text
-from lorakit.config.schema import SampleConfig
+from lorakit.config.schema import SampleConfig, options
 from lorakit.core.errors import ConfigError
 
 # Letter in a prompt, name in a table of TOML, name of the option, and the type of its value.
@@ -19,7 +19,14 @@ SETTINGS = {
     "l": ("guidance", float),
     "n": ("negative_prompt", str),
 }
-_LIMITS = {"width": (64, 4096), "height": (64, 4096), "seed": (0, 2**31 - 1), "steps": (1, 1000), "guidance": (0, 50)}
+# Pixels; the options `width` and `height` may be 0 too, which is unset.
+SMALLEST_SIDE = 64
+_LIMITS = {
+    opt.name: (opt.low, opt.high)
+    for opt in options()
+    if opt.section == "sample" and opt.low is not None and opt.high is not None
+}
+_LIMITS |= {name: (SMALLEST_SIDE, _LIMITS[name][1]) for name in ("width", "height")}
 # sd-scripts has more letters, which mean nothing here: a sampler, a control image and the like.
 _FLAG = re.compile(r"\s--([a-z]{1,2})(?=\s|$)")
 
@@ -79,7 +86,7 @@ def default_size(sample: SampleConfig, resolution: int) -> tuple[int, int]:
 def problems(sample: SampleConfig) -> list[str]:
     """What is wrong with the sizes and the prompts of a config, a line each."""
     problems = []
-    if any(side % 8 or 0 < side < 64 for side in (sample.width, sample.height)):
+    if any(side % 8 or 0 < side < SMALLEST_SIDE for side in (sample.width, sample.height)):
         problems.append("sample.width and sample.height must be multiples of 8 and 64 or more, or 0")
     for prompt in sample.prompts:
         try:

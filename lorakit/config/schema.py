@@ -91,7 +91,7 @@ class DataConfig:
     tag_dropout: float = option(0.0, "Chance of each other tag to be left out of a text.", low=0, high=0.95)
     caption_prefix: str = option("", "Words in front of every caption.")
     caption_suffix: str = option("", "Words behind every caption.")
-    caption_lines: bool = option(False, "Each line of a caption file is a caption of its own; one is drawn each time.")
+    caption_lines: bool = option(False, "Each line of a caption file is a separate caption; one is drawn each time.")
     caption_from_name: bool = option(
         False, "A photo without a caption has its file name: 'red_car-2.png' is 'red car'."
     )
@@ -243,7 +243,7 @@ class TrainConfig:
     validate_every: int = option(0, "Steps between validations; 0: five times a run.", low=0)
     validate_at_end: bool = option(True, "Validate after the last step too; it takes long on a CPU.")
     save_every: int = option(0, "Steps between checkpoints; 0: five times a run.", low=0)
-    export_every: int = option(0, "Steps after which the adapter is written as a file of its own too; 0: never.", low=0)
+    export_every: int = option(0, "Steps after which the adapter is also written as a separate file; 0: never.", low=0)
     keep_checkpoints: int = option(3, "Newest checkpoints kept.", low=1)
     init_from: str = option("", "Start from this adapter's weights (a new run, not a resume).", path=True)
     on_nan: Literal["stop", "rollback"] = option(

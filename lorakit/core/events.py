@@ -82,6 +82,10 @@ class Events:
         self.emit("warning" if warning else "message", message=line)
 
 
+# Whether somebody wants the run to stop; asked again and again.
+Stop = Callable[[], bool]
+
+
 class StopRequest:
     """Whether somebody asked the run to stop; the only place that asks.
 
@@ -90,7 +94,7 @@ class StopRequest:
         sources: each returns whether it wants a stop: the stop file, a signal, the caller's function.
     """
 
-    def __init__(self, events: Events, *sources: Callable[[], bool]):
+    def __init__(self, events: Events, *sources: Stop):
         self._events, self._sources = events, sources
         self.requested = False
 

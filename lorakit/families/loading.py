@@ -172,7 +172,7 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> CLIPTokenize
 class TokenIds:
     """Token ids of texts, padded as the diffusers pipelines do it, kept on the device once computed.
 
-    A long text is read in chunks of `length` tokens, each with a start and an end of its own, side by side: so A1111,
+    A long text is read in chunks of `length` tokens, each with its own start and end, side by side: so A1111,
     ComfyUI and sd-scripts (`max_token_length`) read it. A text with fewer chunks than another ends with empty ones.
 
     Args:

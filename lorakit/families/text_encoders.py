@@ -1,4 +1,4 @@
-"""Text encoders that a base in a single file does not have in it: files of their own, or those of a folder in diffusers
+"""Text encoders that a base in a single file does not have in it: separate files, or those of a folder in diffusers
 layout. No torch.
 
 Stable Diffusion 3 is published without them, and programs keep them as files, such as `clip_l.safetensors`,
@@ -211,7 +211,7 @@ def _of_file(file: Path, part: FilePart, encoder: TextEncoder) -> Encoder | None
     prefix = next((name.removesuffix(mark) for name in shapes if name.endswith(mark)), None)
     if prefix is None:
         return None
-    # A second CLIP has a projection of its own, which the first one's part does not ask for.
+    # A second CLIP has a projection, which the first one's part does not ask for.
     if encoder.kind == "CLIP" and part.identity is None and f"{prefix}text_projection.weight" not in shapes:
         return None
     slots = ldm.component_slots(header, part, encoder.name, prefix)

@@ -62,7 +62,7 @@ def find(name: str, base: str, family: str, configs: Configs) -> Vae:
 
     Args:
         base: the base's title, for messages.
-        configs: of the base's parts; "vae" is among them where it has one of its own.
+        configs: of the base's parts; "vae" is among them where the base has one.
 
     Raises:
         LorakitError: it is not there, is something else, or its latents are not those of the base.
@@ -144,7 +144,7 @@ def _of_file(path: Path, note: str, family: str, own: _Config) -> Vae:
 
 
 def _slots(header: safetensors_header.Header) -> dict[str, ldm.Slot]:
-    """Where its tensors lie in a file of its own or in that of a whole model, under LDM's names or diffusers'."""
+    """Where its tensors lie in a separate file or in that of a whole model, under LDM's names or diffusers'."""
     names = {key: current_name(key) for key in header.tensors}
     if not any(key.startswith("encoder.down_blocks.") for key in names):
         return ldm.read_part(header, "vae", replace(single_file.VAE, prefixes=("first_stage_model.", "vae.", "")))

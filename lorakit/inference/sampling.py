@@ -64,7 +64,7 @@ def draw(
 
     Args:
         family: the loaded base, with an adapter or without.
-        prompts: the n-th is drawn with seed `sample.seed + n`; each may have settings of its own, see `config.prompts`.
+        prompts: the n-th is drawn with seed `sample.seed + n`; each may have its own settings, see `config.prompts`.
         size: side, or (width, height), in pixels.
         texts: what `embed` makes of the prompts; by default it is asked.
         adapter: stem of the adapter's file, for the recipe.
@@ -98,7 +98,7 @@ def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[
 def embed_each(
     family: Family, encoders: Sequence[Callable[[], Conditioning]], sample: SampleConfig
 ) -> list[dict[str, torch.Tensor]]:
-    """As `embed`, for texts that are not read as web UIs read prompts: each is encoded by a function of its own."""
+    """As `embed`, for texts that are not read as web UIs read prompts: each is encoded by its own function."""
     family.release("unet", "vae")
     texts, guides = [], complete(sample, family.info).guidance > 1
     with inference(family.text_encoders.values()):

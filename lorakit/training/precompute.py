@@ -66,7 +66,7 @@ class SampleInputs:
 
     @property
     def first(self) -> str:
-        """The first prompt without settings of its own."""
+        """The first prompt without its own settings."""
         return parse(self.prompts[0], SampleConfig(), (0, 0)).text
 
 

@@ -20,7 +20,7 @@ from lorakit import families
 from lorakit.config import Config, resuming
 from lorakit.core import image_grid
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
-from lorakit.core.events import Events, Listener, StopRequest
+from lorakit.core.events import Events, Listener, Stop, StopRequest
 from lorakit.core.names import step_name
 from lorakit.core.registry import FORMATS
 from lorakit.data import folder as photo_folder
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from lorakit.families import Family
 
 __all__ = ["NotFinite", "Result", "Stopped", "resume", "start", "train"]
-
-Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 import safetensors_by_hand
 import tiny
 import torch
+from refusal import refusal
 from safetensors import safe_open
 
 from lorakit import families
@@ -38,13 +39,6 @@ def copy(tiny_sd1: Path, tmp_path: Path) -> Copy:
 
 def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def refusal(base: str | Path) -> str:
-    with pytest.raises(LorakitError) as caught:
-        families.describe(base)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_sd1_is_read_without_torch(tiny_sd1: Path) -> None:

@@ -10,10 +10,10 @@ import safetensors_by_hand
 import tiny
 import whole
 from hub_server import COMMIT
+from refusal import refusal
 
 from lorakit import families
 from lorakit.config import ModelConfig
-from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
 
 NAME = "sub/My Model_v1.0.safetensors"
@@ -51,13 +51,6 @@ def requests(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield paths
-
-
-def refusal(base: str) -> str:
-    with pytest.raises(LorakitError) as caught:
-        families.describe(base)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.slow

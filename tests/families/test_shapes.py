@@ -10,6 +10,7 @@ import tiny
 import torch
 import whole
 from diffusers import AutoencoderKL
+from refusal import refusal
 from test_single_file_forms import DISTILLED
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -69,13 +70,6 @@ def test_the_bases_of_the_tests_are_held_against_their_configurations(tiny_sdxl:
 
 
 # -- what does not fit is found without a model -----------------------------------------------------------------------
-
-
-def refusal(base: Path) -> str:
-    with pytest.raises(LorakitError) as caught:
-        families.describe(base)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 ATTENTION = "mid_block.attentions.0"

@@ -10,6 +10,7 @@ import safetensors_by_hand
 import tiny
 import torch
 import whole
+from refusal import refusal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -36,13 +37,6 @@ def base_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any,
 
 def describe(file: Path, folder: Path | None = None, **options: Any) -> families.BaseInfo:
     return families.describe(ModelConfig(base=str(file), tokenizer=str(folder or ""), **options))
-
-
-def refusal(file: Path, **options: Any) -> str:
-    with pytest.raises(LorakitError) as caught:
-        families.describe(ModelConfig(base=str(file), **options))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # -- the writer, the reader, and diffusers' own converters ----------------------------------------------------------

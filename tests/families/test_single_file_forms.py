@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import whole
+from refusal import refusal
 from safetensors.torch import load_file, save_file
 
 from lorakit import families
 from lorakit.config import ModelConfig
 from lorakit.core import safetensors_header
-from lorakit.core.errors import LorakitError
 from lorakit.families import weight_files
 
 FP8 = torch.float8_e4m3fn
@@ -38,13 +38,6 @@ def write(tmp_path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> 
 
 def describe(file: Path, folder: Path, **options: Any) -> families.BaseInfo:
     return families.describe(ModelConfig(base=str(file), tokenizer=str(folder), **options))
-
-
-def refusal(file: Path, **options: Any) -> str:
-    with pytest.raises(LorakitError) as caught:
-        families.describe(ModelConfig(base=str(file), **options))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def same_weights(actual: Any, expected: Any, tolerance: float = 0.0) -> None:

@@ -33,7 +33,7 @@ def names(folder: Path) -> list[str]:
 
 
 def quietly(work: Any, *arguments: object) -> None:
-    """A full disk is said by lorakit's own error, or by the system's where a file layer has no words of its own."""
+    """A full disk is said by lorakit's own error, or by the system's where a file layer has no words for it."""
     try:
         work(*arguments)
     except LorakitError as error:
@@ -117,9 +117,9 @@ def test_a_run_folder_is_begun_anew_or_resumed_after_every_death(tmp_path, kind)
             assert run_folder.output_problem(folder) is None, point
             begin(place)
             assert run_folder.read(folder).step == 2, point
-            ways.add("anew")
+            ways.add("started again")
         assert not [name for name in names(folder) if atomic.TEMPORARY.fullmatch(name)], point
-    assert ways == {"resumed", "anew"}
+    assert ways == {"resumed", "started again"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

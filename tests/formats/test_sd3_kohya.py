@@ -59,7 +59,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torc
 
 
 def factors(weights: dict[str, torch.Tensor], rank: int = 4, *, split: bool = False) -> dict[str, torch.Tensor]:
-    """An adapter of everything, as sd-scripts writes it; `split`: q, k and v have factors of their own, in blocks."""
+    """An adapter of everything, as sd-scripts writes it; `split`: q, k and v have separate factors, in blocks."""
     draw, result = torch.Generator().manual_seed(3), {}
     stems = [*modules(2, 1), *(f"lora_unet_{name}" for name in TOP)]
     for stem, key in {**{stem: key_of(stem, weights) for stem in stems}, **TEXT}.items():
@@ -133,7 +133,7 @@ def test_what_is_written_again_is_the_same_file(split: bool, base: Any, tmp_path
 @pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (1.0, 0.5, 2.0)])
 @pytest.mark.parametrize("absent", ["", "to_q", "to_k"])
 def test_three_layers_are_written_as_one(scales: tuple[float, ...], absent: str, base: Any, tmp_path: Path) -> None:
-    """As lorakit trains them: each with factors of its own, and not always all three."""
+    """As lorakit trains them: each with its own factors, and not always all three."""
     _, weights, _ = base
     layers = {
         f"unet.transformer_blocks.0.attn.{name}": LoraLayer(torch.randn(2, 128), torch.randn(128, 2), 2 * scale)

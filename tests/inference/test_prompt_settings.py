@@ -1,4 +1,4 @@
-"""Each sample prompt with a size, seed, negative prompt, steps and guidance of its own."""
+"""Each sample prompt with its own size, seed, negative prompt, steps and guidance."""
 
 from __future__ import annotations
 

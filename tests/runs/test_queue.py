@@ -1,23 +1,16 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import wait_for
 
 from lorakit import config
 from lorakit.core.errors import LorakitError
 from lorakit.runs import folder as run_folder
 from lorakit.runs.queue import Queue
-
-
-def wait_until(what, seconds: float = 600.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
 
 
 def ended(queue: Queue) -> bool:
@@ -30,11 +23,11 @@ def test_one_that_fails_does_not_stop_the_rest(tmp_path: Path):
         queue.command(arguments, tmp_path)
     assert [job.state for job in queue.jobs()] == ["waiting"] * 3
     queue.start()
-    wait_until(lambda: ended(queue))
+    wait_for(lambda: ended(queue))
     assert [(job.state, job.code) for job in queue.jobs()] == [("done", 0), ("failed", 1), ("done", 0)]
     assert "lorakit: " in queue.log(2) and "no.safetensors" in queue.log(2)
     assert "adapter.rank" in queue.log(1)
-    wait_until(lambda: not queue.is_working())
+    wait_for(lambda: not queue.is_working())
 
 
 def test_a_job_taken_back_is_not_run(tmp_path: Path):
@@ -74,7 +67,7 @@ def test_a_killed_worker_leaves_the_truth(tmp_path: Path):
     queue.command(["inspect", str(photos)], tmp_path / "nothing")
     queue.command(["options"], tmp_path)
     worker = subprocess.Popen([sys.executable, "-m", "lorakit.runs.queue", str(tmp_path)])
-    wait_until(lambda: queue.jobs()[0].state == "running")
+    wait_for(lambda: queue.jobs()[0].state == "running")
     assert queue.is_working()
     job = queue.jobs()[0]
     worker.kill()
@@ -82,7 +75,7 @@ def test_a_killed_worker_leaves_the_truth(tmp_path: Path):
     assert run_folder.alive(job.pid, job.pid_start), "the run outlives its worker"
     assert queue.jobs()[0].state == "running"
     psutil.Process(job.pid).kill()
-    wait_until(lambda: queue.jobs()[0].state == "interrupted")
+    wait_for(lambda: queue.jobs()[0].state == "interrupted")
     assert not queue.is_working()
     queue.work()
     assert [job.state for job in queue.jobs()] == ["interrupted", "done"]

@@ -5,12 +5,13 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import SECONDS, wait_for
 
 from lorakit.cli import demo
 from lorakit.core import names
@@ -18,8 +19,6 @@ from lorakit.formats import inspect
 from lorakit.runs import folder as run_folder
 
 pytestmark = pytest.mark.slow
-# Seconds that anything may take: the machine may have other things to do, and where all is well nobody waits.
-SECONDS = 600
 TABS = ("photos", "train", "runs", "compare", "adapter")
 
 
@@ -85,13 +84,6 @@ class Person:
         failed = '#run-status section[data-state="failed"]'
         self.page.locator(f"{selector}, {failed}").first.wait_for()
         assert self.page.locator(selector).count(), self.page.locator("#run-status").inner_text()
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

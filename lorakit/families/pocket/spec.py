@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -128,11 +128,6 @@ def random_spec(seed: int, unseen: bool = False) -> Spec:
         spec = Spec(*draw)
         if is_holdout(spec) == unseen:
             return spec
-
-
-def as_dict(spec: Spec) -> dict[str, object]:
-    """For a sidecar file."""
-    return asdict(spec)
 
 
 CLASSES = {**{field: len(values) for field, values in FIELDS.items()},

@@ -1,6 +1,6 @@
 """Pickled weights (.ckpt, .pt, .bin) as .safetensors beside them; no code of the file is run.
 
-A process of its own reads the pickle by `torch.load(weights_only=True)`, which calls nothing but what makes tensors.
+A separate process reads the pickle by `torch.load(weights_only=True)`, which calls nothing but what makes tensors.
 What training programs leave in checkpoints is replaced by objects that do nothing; any other name refuses the file.
 """
 
@@ -66,7 +66,7 @@ def _pickles(folder: Path) -> Iterable[tuple[Path, Path]]:
 
 
 def _in_a_process(paths: list[str]) -> None:
-    """Convert by a process of its own: a source, its target, the next source and so on."""
+    """Convert in a separate process: a source, its target, the next source and so on."""
     # -P: what lies in the folder where the command is given is not imported.
     command = [sys.executable, "-P", "-m", __name__, *paths]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorakit.core import foreign_json, registry
 from lorakit.core.errors import LorakitError
-from lorakit.core.names import printable
+from lorakit.core.names import printable, shorten
 from lorakit.formats import identify, keys
 
 Scaling = Mapping[str, Any]
@@ -51,9 +51,8 @@ def of_folder(folder: Path) -> Scaling:
         raise LorakitError(f"{path}: cannot be read as a JSON object") from None
     method = str(config.get("peft_type", "")).lower()
     if method and method not in {spec.layers for spec in registry.METHODS.values()}:
-        raise LorakitError(
-            f"{folder}: this is an adapter of PEFT's {printable(method.upper())}, which lorakit does not read"
-        )
+        name = shorten(printable(method.upper()), 40)
+        raise LorakitError(f"{folder}: this is an adapter of PEFT's {name}, which lorakit does not read")
     return config
 
 
