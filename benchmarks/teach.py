@@ -30,7 +30,7 @@ from PIL import Image
 from lorakit import adapters, config, families, formats
 from lorakit.core import image_grid
 from lorakit.engine import device as devices
-from lorakit.families.pocket import captions, spec, subjects
+from lorakit.families.pocket import scene_captions, spec, subjects
 from lorakit.families.pocket.classifier import Classifier
 from lorakit.families.prediction import Epsilon, VPrediction
 from lorakit.inference import sampling
@@ -100,7 +100,7 @@ def teach(name: str, overrides: dict[str, Any], grids: Path | None) -> dict[str,
 def _prompt(trigger: str, noun: str, scene: str, thing: str | None) -> str:
     """A caption: of a subject, or (`thing`) of something in a style; without the trigger where that is empty."""
     words = f"{trigger} {noun}".strip()
-    where = captions.SCENE_WORDS[scene][0]
+    where = scene_captions.SCENE_WORDS[scene][0]
     if thing is None:
         return f"a photo of a {words} {where}"
     return f"a picture of a {thing} {where} in {words}" if trigger else f"a picture of a {thing} {where}"

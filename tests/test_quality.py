@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorakit import adapters, config, families, formats
-from lorakit.families.pocket import captions, subjects
+from lorakit.families.pocket import scene_captions, subjects
 from lorakit.families.pocket.classifier import Classifier
 from lorakit.families.prediction import VPrediction
 from lorakit.inference import sampling
@@ -27,13 +27,13 @@ def photos(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for number, (image, scene) in enumerate(subjects.photos(SUBJECT, 16, scenes=TRAINED_SCENES)):
         image.save(folder / f"{number:02}.png")
-        text = f"a photo of a sks toy {captions.SCENE_WORDS[scene][0]}"
+        text = f"a photo of a sks toy {scene_captions.SCENE_WORDS[scene][0]}"
         (folder / f"{number:02}.txt").write_text(text, encoding="utf-8")
     return folder
 
 
 def prompts(words: str) -> list[str]:
-    return [f"a photo of a {words} {captions.SCENE_WORDS[scene][0]}" for scene in NEW_SCENES] * 2
+    return [f"a photo of a {words} {scene_captions.SCENE_WORDS[scene][0]}" for scene in NEW_SCENES] * 2
 
 
 def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:

@@ -34,7 +34,7 @@ def run_probe(args: argparse.Namespace) -> int:
     from lorakit.data import decode
     from lorakit.engine import device as devices
     from lorakit.families.pocket import subjects
-    from lorakit.inference.probe import probe
+    from lorakit.inference.measure_prediction import measure
 
     info = families.describe(config.model)
     if problem := info.tokenizer_problem():
@@ -46,7 +46,7 @@ def run_probe(args: argparse.Namespace) -> int:
     memory, device = config.memory, devices.device(config.memory)
     dtype, streams = devices.dtype(memory, device), devices.streams(memory, device)
     family = families.load(info, device, dtype, memory.base_storage, streams, memory.engine == "plain")
-    verdict = probe(family, photos)
+    verdict = measure(family, photos)
     if args.json:
         print_json(verdict.to_json())
     else:

@@ -64,7 +64,7 @@ def demo(
         LorakitError: no such subject, the folder is taken, or training failed.
         Stopped: a stop was asked for.
     """
-    from lorakit.families.pocket import captions, subjects
+    from lorakit.families.pocket import scene_captions, subjects
 
     if subject not in subjects.SUBJECTS:
         raise LorakitError(f"unknown subject {subject!r}; bundled subjects: {', '.join(subjects.SUBJECTS)}")
@@ -74,7 +74,9 @@ def demo(
     settings = {
         "data.folder": str(folder / "photos"),
         "data.name": f"{TRIGGER} {noun}",
-        "sample.prompts": tuple(f"a photo of a {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}" for scene in UNSEEN),
+        "sample.prompts": tuple(
+            f"a photo of a {TRIGGER} {noun} {scene_captions.SCENE_WORDS[scene][0]}" for scene in UNSEEN
+        ),
         "output.folder": str(folder / "run"),
     }
     config = configuration.load("subject-pocket", settings | dict(overrides or {}))
@@ -103,7 +105,7 @@ def write_photos(subject: str, folder: Path) -> Path:
     Raises:
         LorakitError: the folder holds something already.
     """
-    from lorakit.families.pocket import captions, spec, subjects
+    from lorakit.families.pocket import scene_captions, spec, subjects
 
     if folder.exists() and any(folder.iterdir()):
         raise LorakitError(f"{folder} is not empty; name another place with --output")
@@ -112,7 +114,7 @@ def write_photos(subject: str, folder: Path) -> Path:
     noun = subjects.SUBJECTS[subject].kind
     for number, (image, scene) in enumerate(subjects.photos(subject, PHOTOS, seed=0, scenes=scenes), start=1):
         image.save(folder / f"{number:02}.png")
-        text = f"a photo of a {TRIGGER} {noun} {captions.SCENE_WORDS[scene][0]}"
+        text = f"a photo of a {TRIGGER} {noun} {scene_captions.SCENE_WORDS[scene][0]}"
         (folder / f"{number:02}.txt").write_text(text + "\n", encoding="utf-8")
     return folder
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.config import foreign, prompts
+from lorakit.config import foreign, sample_prompts
 from lorakit.config.option import Option, check_value, suggest, to_text, unquote
 from lorakit.config.schema import (
     ADAPTER_SECTIONS,
@@ -115,7 +115,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     flat = {key: value for key, value in flat.items() if key not in overridden_keys}
     flat.update(overrides)
     if isinstance(rows := flat.get("sample.prompts"), list):
-        flat["sample.prompts"] = [prompts.from_table(row) if isinstance(row, Mapping) else row for row in rows]
+        flat["sample.prompts"] = [sample_prompts.from_table(row) if isinstance(row, Mapping) else row for row in rows]
     if own_rate is not None:
         flat.setdefault("optimizer.learning_rate", own_rate)
 
@@ -288,7 +288,7 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("memory.limit_gib chooses the blocks to recompute: leave out memory.gradient_checkpointing")
     if data.max_tokens is not None and data.max_tokens % 75:
         problems.append(f"data.max_tokens = {data.max_tokens}: texts are read in chunks of 75: set 75, 150 or 225")
-    problems += prompts.problems(config.sample)
+    problems += sample_prompts.problems(config.sample)
     if data.resolution % 8:
         problems.append(f"data.resolution = {data.resolution}: must be a multiple of 8")
     if config.memory.compile and (config.memory.base_storage != "full" or config.memory.stream_base):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.config import DataConfig, SampleConfig
-from lorakit.config.prompts import parse_all
-from lorakit.core import foreign_json, prompts
+from lorakit.config.sample_prompts import parse_all
+from lorakit.core import foreign_json, prompt_syntax
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
 from lorakit.data import concepts
@@ -293,10 +293,10 @@ def prompt_findings(sample: SampleConfig, base: Base) -> list[str]:
     own = parse_all(list(sample.prompts), sample, (0, 0))
     negative = [prompt.sample.negative_prompt for prompt in own]
     for prompt in dict.fromkeys([*(prompt.text for prompt in own), *negative, sample.negative_prompt]):
-        lines = prompts.ignored(prompt)
+        lines = prompt_syntax.ignored(prompt)
         if tokenizer is not None and not base.chunked_texts:
             counter = TokenCounter(tokenizer, base.max_tokens)
-            count, cut = counter.count("".join(part.text for group in prompts.parse(prompt) for part in group))
+            count, cut = counter.count("".join(part.text for group in prompt_syntax.parse(prompt) for part in group))
             lines += [f'CLIP reads {counter.limit} of {count} tokens; cut off: "{shorten(cut, 60)}"'] if cut else []
         findings += [f'prompt "{shorten(prompt, 60)}": {line}' for line in lines]
     return findings

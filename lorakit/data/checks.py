@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lorakit.config import DataConfig
-from lorakit.core import prompts
+from lorakit.core import prompt_syntax
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable, shorten
 from lorakit.data import buckets, captions, concepts, decode, duplicates, folder, time_limit
@@ -313,7 +313,7 @@ def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCoun
             f"{len(long)} of {len(report.items)} texts have more than {counter.room} tokens: they are read in up to "
             f"{report.chunks} chunks of {counter.room}, as web UIs read them"
         )
-    syntax = [(item, match) for item in report.items if (match := prompts.syntax(item.text))]
+    syntax = [(item, match) for item in report.items if (match := prompt_syntax.syntax(item.text))]
     for item, match in syntax:
         item.findings.append(f"{match} is trained as letters")
     if syntax:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from lorakit.core.prompts import Prompt
+    from lorakit.core.prompt_syntax import Prompt
     from lorakit.families.conditioning import Conditioning
     from lorakit.families.prediction import Prediction
 
@@ -58,7 +58,7 @@ class Family(Protocol):
         """Embeddings of texts, cut and padded as the diffusers pipeline does it, without `size_conditions`."""
 
     def encode_prompt(self, prompt: str) -> Conditioning:
-        """The embedding of one prompt, read as web UIs read it (see `core.prompts`), however long it is."""
+        """The embedding of one prompt, read as web UIs read it (see `core.prompt_syntax`), however long it is."""
 
     def tokens(self, texts: Sequence[str | Prompt], chunks: int = 1) -> list[torch.Tensor]:
         """What `encode_tokens` takes for texts, on `device`, a row each: token ids, int64 `[B, chunks * T]`, for a text

@@ -14,7 +14,7 @@ from lorakit.config import Config, ModelConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, text_encoders, vae_source, weight_files
-from lorakit.families.facts import distilled, fit, other_models, schedule
+from lorakit.families.facts import distilled, fit, noise_schedule, other_models
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
 from lorakit.families.vae_source import Source
 
@@ -334,12 +334,12 @@ def _info(
         raise LorakitError(f"base {path} has no T5: leave model.t5")
     if spec.predicts_flow and model.prediction_type != "auto":
         raise LorakitError(f"base {path} predicts the flow: leave model.prediction_type")
-    configs["scheduler"], note = schedule.override(configs["scheduler"], model.prediction_type)
+    configs["scheduler"], note = noise_schedule.override(configs["scheduler"], model.prediction_type)
     if note:
         facts["notes"] = (*facts["notes"], note)
         # With the same weights, another prediction type or schedule makes another base.
         facts["prediction_override"] = model.prediction_type
-    schedule.check(path, configs["scheduler"], flow=spec.predicts_flow)
+    noise_schedule.check(path, configs["scheduler"], flow=spec.predicts_flow)
     prediction = spec.prediction or configs["scheduler"].get("prediction_type", EPSILON)
     if prediction not in (*PREDICTIONS, FLOW):
         raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
@@ -355,7 +355,7 @@ def _info(
         at = f"texts are read at layer {depth - model.clip_skip + 1} of {depth}"
         facts["notes"] = (*facts["notes"], f"clip skip {model.clip_skip}: {at}")
     if prediction == EPSILON and model.prediction_type == "auto":
-        facts["warnings"] = (*facts.get("warnings", ()), *schedule.velocity_warning(model.base, names, metadata))
+        facts["warnings"] = (*facts.get("warnings", ()), *noise_schedule.velocity_warning(model.base, names, metadata))
     kind = distilled.find(names, metadata, configs["unet"], configs["scheduler"])
     if kind is not None:
         facts["notes"] = (*facts["notes"], kind.note(), distilled.UNDONE)
@@ -416,7 +416,7 @@ def _check_configs(title: str, folder: Path) -> None:
     spec = _family(title, _index(folder))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        schedule.check(title, weight_files.read_json(scheduler), flow=spec.predicts_flow)
+        noise_schedule.check(title, weight_files.read_json(scheduler), flow=spec.predicts_flow)
 
 
 def _family(base: Path | str, index: dict[str, Any]) -> FamilySpec:

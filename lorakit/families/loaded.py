@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.core import prompts
+from lorakit.core import prompt_syntax
 from lorakit.families import loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-    from lorakit.core.prompts import Prompt
+    from lorakit.core.prompt_syntax import Prompt
     from lorakit.families.conditioning import Conditioning
     from lorakit.families.describe import BaseInfo
 
@@ -47,7 +47,7 @@ class LoadedFamily:
 
         A weight moves a token's states away from those that an empty text has in its place, or towards them, as
         ComfyUI does it (comfy/sd1_clip.py, ClipTokenWeightEncoder)."""
-        parsed = prompts.parse(prompt)
+        parsed = prompt_syntax.parse(prompt)
         chunks = self.chunks([parsed])
         condition, weights = self.encode_tokens(self.tokens([parsed], chunks)), self._weights(parsed, chunks)
         if bool((weights == 1).all()):

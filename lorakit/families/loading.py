@@ -12,7 +12,7 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from lorakit.core import prompts, safetensors_header
+from lorakit.core import prompt_syntax, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.engine import quantized_weight
 from lorakit.families import ldm, tiled_vae
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin
     from transformers import CLIPTokenizer
 
-    from lorakit.core.prompts import Prompt
+    from lorakit.core.prompt_syntax import Prompt
     from lorakit.families.vae_source import Source
 
 # Where parts of a base wait until they are needed.
@@ -223,7 +223,7 @@ class TokenIds:
 
     def _chunks(self, text: str | Prompt) -> list[list[tuple[int, float]]]:
         """The text's own ids with their weights, chunk by chunk; a word that is reserved is in one chunk."""
-        groups = prompts.literal(text) if isinstance(text, str) else text
+        groups = prompt_syntax.literal(text) if isinstance(text, str) else text
         if not self.chunked:
             groups = (tuple(part for group in groups for part in group),)
         room, word = self.length - len(self._begin) - 1, self._word

@@ -23,7 +23,7 @@ from PIL import Image
 from lorakit import adapters, families, formats
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.config import Config, ConfigError, MemoryConfig, ModelConfig, SampleConfig, from_tables, load
-from lorakit.config.prompts import default_size, parse_all
+from lorakit.config.sample_prompts import default_size, parse_all
 from lorakit.core import foreign_json, registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.image_grid import grid, save
@@ -64,7 +64,7 @@ def draw(
 
     Args:
         family: the loaded base, with an adapter or without.
-        prompts: the n-th is drawn with seed `sample.seed + n`; each may have its own settings, see `config.prompts`.
+        prompts: the n-th is drawn with seed `sample.seed + n`; each may have its own settings (`sample_prompts`).
         size: side, or (width, height), in pixels.
         texts: what `embed` makes of the prompts; by default it is asked.
         adapter: stem of the adapter's file, for the recipe.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.config import Config, prompts
+from lorakit.config import Config, sample_prompts
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.engine import weight_storage
@@ -86,8 +86,10 @@ def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
     """
     training_bytes = training(config, info, modules, device)
     pixels = config.data.resolution**2
-    sizes = prompts.parse_all(
-        list(config.sample.prompts) or [""], config.sample, prompts.default_size(config.sample, config.data.resolution)
+    sizes = sample_prompts.parse_all(
+        list(config.sample.prompts) or [""],
+        config.sample,
+        sample_prompts.default_size(config.sample, config.data.resolution),
     )
     sample_pixels = max(math.prod(prompt.size) for prompt in sizes)
     if device == "cpu":

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import targets
-from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, AdapterConfig, Config, OptimizerConfig, prompts, schedule
+from lorakit.config import (
+    DEVICE_MISSING,
+    OFFLOAD_NEEDS_CUDA,
+    AdapterConfig,
+    Config,
+    OptimizerConfig,
+    lr_schedule,
+    sample_prompts,
+)
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
@@ -278,7 +286,7 @@ def run_length(config: Config, photo_count: int, batches: int) -> tuple[int, str
 
 def warmup_problem(optimizer: OptimizerConfig, steps: int) -> str | None:
     """What a warm-up does that is no shorter than the run, or None."""
-    warmup = schedule.warmup_of(optimizer, steps)
+    warmup = lr_schedule.warmup_of(optimizer, steps)
     if warmup < steps or warmup == 0:
         return None
     return (
@@ -320,7 +328,7 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bo
     grids = sample.at_start + sample.at_end + max(steps - 1, 0) // interval(sample.every, steps)
     grid = 0.0
     texts = list(sample.prompts or captions.sample_prompts(config.data))
-    for prompt in prompts.parse_all(texts, sample, prompts.default_size(sample, config.data.resolution)):
+    for prompt in sample_prompts.parse_all(texts, sample, sample_prompts.default_size(sample, config.data.resolution)):
         share = math.prod(prompt.size) / config.data.resolution**2
         grid += complete(prompt.sample, info).steps * (pass_of_two * share + overhead)
     class_images = train.class_images * pass_of_two if train.prior == "images" and draws_class else 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit import formats
-from lorakit.config.prompts import default_size
+from lorakit.config.sample_prompts import default_size
 from lorakit.core.errors import Stopped, StopRequested
 from lorakit.core.events import Events, StopRequest
 from lorakit.core.names import step_name

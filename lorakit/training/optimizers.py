@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lorakit.config import OptimizerConfig, schedule
+from lorakit.config import OptimizerConfig, lr_schedule
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 
@@ -109,7 +109,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int, group: s
     """Learning rate of a group at `step`: 0, by which no optimizer moves, for text encoders after their end."""
     if group.startswith("text_encoder") and step >= config.text_encoder_stop * total_steps:
         return 0.0
-    return peak(config, group) * schedule.factor(config, step, total_steps)
+    return peak(config, group) * lr_schedule.factor(config, step, total_steps)
 
 
 def set_learning_rate(

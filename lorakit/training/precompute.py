@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from lorakit.config import Config, DataConfig, SampleConfig
-from lorakit.config.prompts import parse
+from lorakit.config.sample_prompts import parse
 from lorakit.data import captions, concepts, decode, latents
 from lorakit.data.dataset import Dataset
 from lorakit.inference import class_images, sampling

@@ -8,14 +8,14 @@ from PIL import Image
 
 from lorakit.cli import demo, main as cli
 from lorakit.core.errors import LorakitError
-from lorakit.families.pocket import captions, spec, subjects
+from lorakit.families.pocket import scene_captions, spec, subjects
 
 
 def test_photos_show_the_subject_on_no_scene_of_the_comparison(tmp_path: Path) -> None:
     demo.write_photos("zib", tmp_path / "photos")
     pictures = sorted((tmp_path / "photos").glob("*.png"))
     assert len(pictures) == demo.PHOTOS
-    unseen = [words for scene in demo.UNSEEN for words in captions.SCENE_WORDS[scene]]
+    unseen = [words for scene in demo.UNSEEN for words in scene_captions.SCENE_WORDS[scene]]
     for picture in pictures:
         with Image.open(picture) as image:
             assert image.size == (64, 64)

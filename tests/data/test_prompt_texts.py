@@ -9,11 +9,11 @@ import pytest
 from lorakit import config
 from lorakit.cli import main as cli
 from lorakit.config.option import unquote
-from lorakit.core import prompts
+from lorakit.core import prompt_syntax
 
 
 def parts(prompt: str) -> list[list[tuple[str, float]]]:
-    return [[(part.text, round(part.weight, 4)) for part in group] for group in prompts.parse(prompt)]
+    return [[(part.text, round(part.weight, 4)) for part in group] for group in prompt_syntax.parse(prompt)]
 
 
 @pytest.mark.parametrize(
@@ -53,15 +53,15 @@ def test_break_begins_another_group_and_is_no_part_of_a_word() -> None:
     ],
 )
 def test_a_caption_shows_the_first_of_what_it_has(text: str, actual: str) -> None:
-    assert prompts.syntax(text) == actual
+    assert prompt_syntax.syntax(text) == actual
 
 
 def test_what_is_not_read_is_reported() -> None:
-    assert prompts.ignored("<lora:x:1>, a dog, (b:1.2)") == [
+    assert prompt_syntax.ignored("<lora:x:1>, a dog, (b:1.2)") == [
         "<lora:x:1> is left out: the adapter is named beside the prompt"
     ]
-    assert prompts.ignored("[cat:dog:0.5] on grass AND a tree")[0].startswith("[cat:dog:0.5] is read as letters")
-    assert prompts.ignored("a [dog], (cat:1.2) BREAK tree") == []
+    assert prompt_syntax.ignored("[cat:dog:0.5] on grass AND a tree")[0].startswith("[cat:dog:0.5] is read as letters")
+    assert prompt_syntax.ignored("a [dog], (cat:1.2) BREAK tree") == []
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.data import checks
 from lorakit.families.prediction import Flow
 from lorakit.formats import inspect, keys
-from lorakit.formats.edit import extract
+from lorakit.formats.edit import extract, merge_folder
 from lorakit.inference import sampling
 from lorakit.runs import plan
 from lorakit.training import run as train
@@ -245,7 +245,7 @@ def test_merging_gives_what_base_and_adapter_give_and_extracting_gives_it_back(
     result: train.Result, folder: Path, tmp_path: Path
 ) -> None:
     weights = formats.read(result.adapter)
-    merged = extract.merge(weights, folder, tmp_path / "merged")
+    merged = merge_folder.merge_folder(weights, folder, tmp_path / "merged")
     family = families.load(families.describe(folder), "cpu", torch.float32)
     lorakit.adapters.apply(family, weights)
     merged_base = families.load(families.describe(merged), "cpu", torch.float32)

@@ -4,7 +4,7 @@ import hostile
 import pytest
 import safetensors
 
-from lorakit.core import prompts, safetensors_header
+from lorakit.core import prompt_syntax, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.formats import inspect, read
 
@@ -49,6 +49,6 @@ def test_no_caption_takes_for_ever():
     """Patterns that went back over what they had read took hours for these."""
     size = 20_000
     for text in (":" + "1" * size, "[" + ":1" * size, "[x:" + "1:" * size, "a" + " " * size, " " * size + "BREA"):
-        assert prompts.syntax(text) == "" and prompts.ignored(text) == []
+        assert prompt_syntax.syntax(text) == "" and prompt_syntax.ignored(text) == []
     for text in ("(:1" * 2000, "[|" * 2000, ":" + "1" * size):
-        assert prompts.parse(text)
+        assert prompt_syntax.parse(text)

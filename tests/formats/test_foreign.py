@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lorakit import adapters
 from lorakit.core.errors import LorakitError
 from lorakit.formats import diffusers, keys, kohya, peft, read, save
-from lorakit.formats.edit.extract import Merger
+from lorakit.formats.edit.merge_folder import Merger
 from lorakit.formats.edit.resize_combine import combine, resize
 
 CONV = "lora_unet_mid_block_resnets_0_conv1", "unet.mid_block.resnets.0.conv1"

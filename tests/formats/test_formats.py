@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import adapter_math, diffusers, kohya, peft, read
-from lorakit.formats.edit.extract import merged
+from lorakit.formats.edit.merge_folder import merged
 from lorakit.formats.verify import verify_file
 
 TEXT_LAYER = "text_encoder.text_model.encoder.layers.0.self_attn."

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit import families
 from lorakit.core.errors import LorakitError
-from lorakit.formats.edit import extract, merge
+from lorakit.formats.edit import merge, merge_folder
 
 UNET, TEXT = "unet/diffusion_pytorch_model", "text_encoder/model"
 # As clones of published repositories have them.
@@ -69,7 +69,10 @@ def test_a_merged_clone_has_no_twin_that_was_not_merged(clone: Path, tiny_sd1: P
 
 def test_a_safety_checker_in_safetensors_comes_without_its_pickle(clone: Path, tmp_path: Path) -> None:
     (clone / "safety_checker" / "model.safetensors").touch()
-    assert {path.name for path in extract.part_files(clone / "safety_checker")} == {"config.json", "model.safetensors"}
+    assert {path.name for path in merge_folder.part_files(clone / "safety_checker")} == {
+        "config.json",
+        "model.safetensors",
+    }
 
 
 def test_shards_under_any_name_are_merged(clone: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from lorakit.core.errors import LorakitError
 from lorakit.formats import diffusers, kohya, peft, read, save
 from lorakit.formats.compatibility import read_report
-from lorakit.formats.edit.extract import Merger
+from lorakit.formats.edit.merge_folder import Merger
 from lorakit.formats.inspect import inspect
 
 DOTTED = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

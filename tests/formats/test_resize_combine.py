@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.core.errors import LorakitError
 from lorakit.formats import kohya
-from lorakit.formats.edit.extract import extract, merge, merged
+from lorakit.formats.edit.extract import extract
+from lorakit.formats.edit.merge_folder import merge_folder, merged
 from lorakit.formats.edit.resize_combine import combine, resize
 
 SHAPES = {
@@ -111,7 +112,7 @@ def test_merged_base_gives_what_base_and_adapter_give(request, tmp_path, family)
     weights = random_adapters.adapter(random_adapters.pipeline_shapes(pipeline), family, alpha=2)
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata={})
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-    merge(weights, folder, tmp_path / "merged", strength=0.75)
+    merge_folder(weights, folder, tmp_path / "merged", strength=0.75)
     assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
     pipeline.fuse_lora(lora_scale=0.75)
@@ -130,7 +131,7 @@ def test_extract_finds_what_was_merged(tiny_sd1, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, dtype=torch.float32)
     shapes = random_adapters.pipeline_shapes(pipeline)
     weights = random_adapters.adapter(shapes, "sd1", rank=3, alpha=6)
-    tuned = merge(weights, tiny_sd1, tmp_path / "tuned")
+    tuned = merge_folder(weights, tiny_sd1, tmp_path / "tuned")
     actual = extract(tiny_sd1, tuned, "sd1", rank=3)
     assert set(actual.layers) == set(shapes)
     for name, layer in actual.layers.items():
@@ -152,12 +153,12 @@ def test_extract_says_what_is_wrong(tiny_sd1, tiny_sdxl, tmp_path):
 def test_merge_refuses_what_does_not_fit(tiny_sd1, tmp_path):
     weights = random_adapters.adapter({"unet.up_blocks.7.attentions.0.proj_in": (8, 8)}, "sd1")
     with pytest.raises(LorakitError, match=r"the base has no layer unet.up_blocks.7.attentions.0.proj_in"):
-        merge(weights, tiny_sd1, tmp_path / "m")
+        merge_folder(weights, tiny_sd1, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
     other = random_adapters.adapter({"unet.mid_block.attentions.0.proj_in": (8, 8)}, "sd1")
     with pytest.raises(LorakitError, match="has another shape in the base"):
-        merge(other, tiny_sd1, tmp_path / "m")
+        merge_folder(other, tiny_sd1, tmp_path / "m")
     with pytest.raises(LorakitError, match="exists already; name a new folder"):
-        merge(weights, tiny_sd1, tmp_path)
+        merge_folder(weights, tiny_sd1, tmp_path)
     with pytest.raises(LorakitError, match="not a base model in diffusers layout"):
-        merge(weights, tmp_path, tmp_path / "m")
+        merge_folder(weights, tmp_path, tmp_path / "m")

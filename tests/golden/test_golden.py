@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import runs
-from lorakit.config import schedule
+from lorakit.config import lr_schedule
 from lorakit.families.prediction import Epsilon, Flow, VPrediction
 from lorakit.training import objective
 
@@ -85,8 +85,8 @@ def wrong_min_snr(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step ahead."""
-    right = schedule.factor
-    monkeypatch.setattr(schedule, "factor", lambda config, step, total: right(config, step + 1, total))
+    right = lr_schedule.factor
+    monkeypatch.setattr(lr_schedule, "factor", lambda config, step, total: right(config, step + 1, total))
 
 
 def wrong_decay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from test_sampling import family_of
 
 from lorakit import config
-from lorakit.config import ConfigError, SampleConfig, prompts
+from lorakit.config import ConfigError, SampleConfig, sample_prompts
 from lorakit.core.image_grid import grid
 from lorakit.inference import sampling
 from lorakit.runs.folder import RunFolder
@@ -19,10 +19,10 @@ SAMPLE = SampleConfig(steps=2, seed=5, negative_prompt="bad")
 
 def test_letters_and_tables_say_the_same(tmp_path):
     line = "a dog, red --w 128 --h 64 --d 7 --s 1 --l 3.5 --n ugly, blurred"
-    own = prompts.parse(line, SAMPLE, (512, 512), 3)
+    own = sample_prompts.parse(line, SAMPLE, (512, 512), 3)
     assert own.text == "a dog, red" and own.size == (128, 64)
     assert own.sample == SampleConfig(steps=1, seed=7, guidance=3.5, negative_prompt="ugly, blurred")
-    plain = prompts.parse("a --well-known dog -- here", SAMPLE, (512, 256), 3)
+    plain = sample_prompts.parse("a --well-known dog -- here", SAMPLE, (512, 256), 3)
     assert plain.text == "a --well-known dog -- here" and plain.size == (512, 256)
     assert plain.sample == SampleConfig(steps=2, seed=8, negative_prompt="bad")
     file = tmp_path / "c.toml"

@@ -9,7 +9,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 import lorakit.families.pocket
-from lorakit.families.pocket.captions import TRIGGERS, caption
+from lorakit.families.pocket.scene_captions import TRIGGERS, caption
 from lorakit.families.pocket.spec import random_spec
 from tools.pocket import tokenizer
 

@@ -13,8 +13,8 @@ from transformers import CLIPTextModel
 
 import lorakit.families.pocket
 from lorakit.families.pocket import subjects
-from lorakit.families.pocket.captions import full_caption
 from lorakit.families.pocket.classifier import Classifier
+from lorakit.families.pocket.scene_captions import full_caption
 from tools.pocket import measure
 
 FOLDER = lorakit.families.pocket.path()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lorakit.families.pocket import subjects, textures
-from lorakit.families.pocket.captions import TRIGGERS, caption, full_caption, parse
+from lorakit.families.pocket.scene_captions import TRIGGERS, caption, full_caption, parse
 from lorakit.families.pocket.scenes import render
 from lorakit.families.pocket.spec import (
     BODIES,

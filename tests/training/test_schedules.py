@@ -7,13 +7,13 @@ import torch
 from transformers import get_scheduler
 
 from lorakit import config
-from lorakit.config import ConfigError, OptimizerConfig, schedule
+from lorakit.config import ConfigError, OptimizerConfig, lr_schedule
 
 TOTAL = 40
 
 
 def rates(**options: object) -> list[float]:
-    return [schedule.factor(OptimizerConfig(**options), step, TOTAL) for step in range(TOTAL + 1)]  # type: ignore
+    return [lr_schedule.factor(OptimizerConfig(**options), step, TOTAL) for step in range(TOTAL + 1)]  # type: ignore
 
 
 @pytest.mark.parametrize(
@@ -74,4 +74,4 @@ def test_what_has_no_effect_is_refused(options: dict[str, object], messages: str
 def test_a_warm_up_replaces_that_of_the_preset() -> None:
     assert config.load("subject-sd15").optimizer.warmup_ratio > 0
     settings = config.load("subject-sd15", {"optimizer.warmup_steps": 7}).optimizer
-    assert (settings.warmup_steps, settings.warmup_ratio, schedule.warmup_of(settings, 100)) == (7, 0.0, 7)
+    assert (settings.warmup_steps, settings.warmup_ratio, lr_schedule.warmup_of(settings, 100)) == (7, 0.0, 7)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorakit.families.pocket.captions import caption
+from lorakit.families.pocket.scene_captions import caption
 from lorakit.families.pocket.scenes import render
 from lorakit.families.pocket.spec import BODIES, COLOURS, EARS, FIELDS, TOY_DETAILS, look_of, random_spec
 from lorakit.families.pocket.textures import texture

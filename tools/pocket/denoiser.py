@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lorakit.families.pocket.captions import full_caption
+from lorakit.families.pocket.scene_captions import full_caption
 from lorakit.families.pocket.spec import random_spec
 from tools.pocket import autoencoder, dataset, text
 from tools.pocket.recipe import Recipe

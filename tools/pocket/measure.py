@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lorakit.families.pocket.captions import full_caption
 from lorakit.families.pocket.classifier import Classifier
+from lorakit.families.pocket.scene_captions import full_caption
 from lorakit.families.pocket.scenes import render
 from lorakit.families.pocket.spec import FIELDS, Spec, random_spec
 from tools.pocket import autoencoder

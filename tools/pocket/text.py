@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lorakit.families.pocket.captions import EAR_WORDS, caption, parse
+from lorakit.families.pocket.scene_captions import EAR_WORDS, caption, parse
 from lorakit.families.pocket.spec import COLOURS, EARS, FIELDS, random_spec
 from tools.pocket.recipe import Recipe
 from tools.pocket.workers import Run, Worker, save

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from lorakit.families.pocket.captions import TRIGGERS, caption
+from lorakit.families.pocket.scene_captions import TRIGGERS, caption
 from lorakit.families.pocket.spec import random_spec
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorakit.families.pocket.captions import caption as caption
-
 
 @dataclass(frozen=True)
 class Layers:

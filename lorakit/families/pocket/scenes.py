@@ -1,4 +1,4 @@
-"""Pictures of pocket's world: `render(spec, seed)` draws one, `caption(spec, seed)` says what it shows."""
+"""Pictures of pocket's world: `render(spec, seed)` draws one, `scene_captions.caption` says what it shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lorakit.families.pocket import backdrops, styles
-from lorakit.families.pocket.captions import caption as caption
 from lorakit.families.pocket.layers import Layers
 from lorakit.families.pocket.shapes import parts_of
 from lorakit.families.pocket.spec import COLOURS, RGB, Spec, look_of

@@ -18,7 +18,7 @@ from lorakit.families.loaded import LoadedFamily
 from lorakit.families.prediction import Flow
 
 if TYPE_CHECKING:
-    from lorakit.core.prompts import Prompt
+    from lorakit.core.prompt_syntax import Prompt
 
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 

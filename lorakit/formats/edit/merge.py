@@ -1,7 +1,7 @@
-"""Merging an adapter into a base for good, where the base or what comes out is a single file in LDM layout.
+"""Merge an adapter into a base for good: `merge` is the way in; what reads or writes a single file in LDM layout is here.
 
-Arithmetic is `extract.merged`'s, in float32; every tensor keeps its dtype, but fp8 becomes fp16. Between folders
-`extract.merge` does it.
+Arithmetic is `merge_folder.merged`'s, in float32; every tensor keeps its dtype, but fp8 becomes fp16. Between folders
+`merge_folder` does it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from lorakit.core.layer_names import canonical
 from lorakit.families import ldm, vae_source, weight_files
 from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
 from lorakit.formats import files, keys
-from lorakit.formats.edit import extract
-from lorakit.formats.edit.extract import Merger
+from lorakit.formats.edit.merge_folder import Merger, merge_folder
 from lorakit.formats.edit.precision import Precision
 
 # Of a base's metadata, what is not true of the merged one.
@@ -73,7 +72,7 @@ def merge(
     if base.slots is None and not single:
         absent = [name for name, kind in base.configs["model_index"].items() if kind == [None, None]]
         write_vae = functools.partial(_write_vae, base=base, vae=vae)
-        return extract.merge(weights, base.path, output, strength, write_vae, absent, precision)
+        return merge_folder(weights, base.path, output, strength, write_vae, absent, precision)
     room = next(parent for parent in output.absolute().parents if parent.is_dir())
     own = [base.path] if base.path.is_file() else base.path.rglob("*.safetensors")
     files.require_space(room, sum(file.stat().st_size for file in own))

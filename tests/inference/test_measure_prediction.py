@@ -13,9 +13,9 @@ from PIL import Image
 from lorakit import families
 from lorakit.cli import main as cli
 from lorakit.core.errors import LorakitError
-from lorakit.families.facts import schedule
+from lorakit.families.facts import noise_schedule
 from lorakit.families.pocket import subjects
-from lorakit.inference.probe import Verdict, probe
+from lorakit.inference.measure_prediction import Verdict, measure
 
 PHOTOS = [image for image, _ in subjects.photos("zib", 2)]
 
@@ -27,7 +27,7 @@ def pocket() -> Any:
 
 def test_the_bundled_base_and_its_twin_are_distinguished(pocket: Any) -> None:
     """The twin's answer is the noise that the base's v stands for, to the bit of the arithmetic."""
-    verdict = probe(pocket, PHOTOS)
+    verdict = measure(pocket, PHOTOS)
     assert verdict.prediction_type == verdict.current == "v_prediction"
     assert verdict.v_prediction < 0.4 < 0.9 < verdict.epsilon
     alphas = pocket.prediction.alphas_cumprod
@@ -38,13 +38,13 @@ def test_the_bundled_base_and_its_twin_are_distinguished(pocket: Any) -> None:
 
     hook = pocket.denoiser.register_forward_hook(to_noise)
     try:
-        twin = probe(pocket, PHOTOS)
+        twin = measure(pocket, PHOTOS)
     finally:
         hook.remove()
     assert twin.prediction_type == "epsilon" and twin.epsilon < 0.2 and twin.v_prediction > 1.0
     assert "lorakit reads it as v_prediction: set model.prediction_type = 'epsilon'" in twin.lines()[-1]
     assert torch.equal(
-        torch.tensor(dataclasses.astuple(probe(pocket, PHOTOS))[:2]),
+        torch.tensor(dataclasses.astuple(measure(pocket, PHOTOS))[:2]),
         torch.tensor([verdict.epsilon, verdict.v_prediction]),
     )
 
@@ -61,11 +61,11 @@ def test_the_command_says_which_reading_is_right(tmp_path: Path, capsys: pytest.
 
 
 def test_random_weights_and_other_families_have_no_answer(sd1: Any, tmp_path: Path) -> None:
-    verdict = probe(sd1, [Image.new("RGB", (80, 64), "teal")])
+    verdict = measure(sd1, [Image.new("RGB", (80, 64), "teal")])
     assert verdict.prediction_type == "" and "neither is clearly right" in verdict.lines()[-1]
     flow = SimpleNamespace(info=dataclasses.replace(sd1.info, loader="sd3"))
     with pytest.raises(LorakitError, match="predicts the flow, as every model of its family"):
-        probe(flow, PHOTOS)
+        measure(flow, PHOTOS)
     assert cli.main(["probe", "pocket", "--photo", str(tmp_path / "gone.png")]) == 1
 
 
@@ -73,7 +73,7 @@ def test_a_base_that_answers_nan_is_refused(pocket: Any) -> None:
     hook = pocket.denoiser.register_forward_hook(lambda module, inputs, answer: (answer[0] * float("nan"),))
     try:
         with pytest.raises(LorakitError, match="answers with NaN or infinity"):
-            probe(pocket, PHOTOS)
+            measure(pocket, PHOTOS)
     finally:
         hook.remove()
 
@@ -102,4 +102,4 @@ def test_the_zero_snr_reading_is_named_for_v() -> None:
     ],
 )
 def test_what_speaks_for_v(name: str, metadata: dict[str, str], evidence: str) -> None:
-    assert schedule.velocity_hint([name], metadata) == evidence
+    assert noise_schedule.velocity_hint([name], metadata) == evidence

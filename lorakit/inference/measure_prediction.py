@@ -64,7 +64,7 @@ class Verdict:
         return asdict(self)
 
 
-def probe(family: Family, photos: Sequence[Image.Image]) -> Verdict:
+def measure(family: Family, photos: Sequence[Image.Image]) -> Verdict:
     """Measure the errors of both readings on photos of any size; each is cut to a square of the base's own size.
 
     Raises:

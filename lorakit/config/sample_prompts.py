@@ -32,7 +32,7 @@ _FLAG = re.compile(r"\s--([a-z]{1,2})(?=\s|$)")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SamplePrompt:
     """What one picture is drawn by.
 
     Attributes:
@@ -46,7 +46,7 @@ class Prompt:
     sample: SampleConfig
 
 
-def parse(text: str, sample: SampleConfig, size: tuple[int, int], number: int = 0) -> Prompt:
+def parse(text: str, sample: SampleConfig, size: tuple[int, int], number: int = 0) -> SamplePrompt:
     """The prompt with its own settings over those of the config; without an own seed, `number` is added to the seed.
 
     Raises:
@@ -70,10 +70,10 @@ def parse(text: str, sample: SampleConfig, size: tuple[int, int], number: int = 
                 [f"sample.prompts: {to_text(text)}: --{letter} must be {of_eight}between {low} and {high}"]
             )
     width, height = (int(values.pop(name, side)) for name, side in zip(("width", "height"), size, strict=True))
-    return Prompt(prompt.strip(), (width, height), replace(sample, **values))  # type: ignore[arg-type]
+    return SamplePrompt(prompt.strip(), (width, height), replace(sample, **values))  # type: ignore[arg-type]
 
 
-def parse_all(prompts: list[str], sample: SampleConfig, size: tuple[int, int]) -> list[Prompt]:
+def parse_all(prompts: list[str], sample: SampleConfig, size: tuple[int, int]) -> list[SamplePrompt]:
     """As `parse`, of each prompt; seeds count up."""
     return [parse(prompt, sample, size, number) for number, prompt in enumerate(prompts)]
 
