@@ -1,4 +1,4 @@
-"""Merge an adapter into a base for good: `merge` is the way in; what reads or writes a single file in LDM layout is here.
+"""Merge an adapter into a base for good: `merge` is the way in; single files in LDM layout are read and written here.
 
 Arithmetic is `merge_folder.merged`'s, in float32; every tensor keeps its dtype, but fp8 becomes fp16. Between folders
 `merge_folder` does it.
