@@ -198,8 +198,6 @@ def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[Stop],
     if result is None:
         return 130
     terminal.say(f"adapter: {result.adapter}")
-    if result.best:
-        terminal.say(f"best by validation: {result.best}")
     terminal.say(f"report: {result.folder / 'report.html'}")
     if args.json:
         print_json(
@@ -207,7 +205,6 @@ def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[Stop],
                 "folder": str(result.folder),
                 "adapter": str(result.adapter),
                 "exports": {name: str(path) for name, path in result.exports.items()},
-                "best": str(result.best) if result.best else None,
                 "steps": result.steps,
                 "findings": [vars(finding) for finding in result.findings],
             }

@@ -36,7 +36,6 @@ STYLE = """
 .lk-chart { width: 100%; height: auto; display: block; font: 13px system-ui, sans-serif; }
 .lk-chart text { fill: var(--lk-soft); } .lk-chart .lk-title { fill: var(--lk-ink); font-weight: 600; font-size: 14px; }
 .lk-chart .lk-value { fill: var(--lk-ink); } .lk-chart .lk-grid { stroke: var(--lk-grid); }
-.lk-chart .lk-mark { stroke: var(--lk-ink); stroke-dasharray: 3 3; }
 .lk-chart polyline { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }
 .lk-chart .lk-faint { stroke-width: 0.8; opacity: 0.55; } .lk-chart circle, .lk-chart .lk-dot { fill: currentColor; }
 """ + "".join(f".lk-{name} {{ color: var(--lk-{name}); }} " for name in COLOURS)
@@ -49,7 +48,6 @@ ENGLISH = {
     "validation": "Validation error (MSE) on {photos} {source}",
     "all_timesteps": "all timesteps",
     "drift": "Prior drift: change on the class prompt, %",
-    "best": "best",
 }
 
 
@@ -72,9 +70,7 @@ class Line:
     faint: bool = False
 
 
-def run_charts(
-    events: Iterable[Mapping[str, Any]], *, best: int | None = None, labels: Mapping[str, str] = ENGLISH
-) -> list[str]:
+def run_charts(events: Iterable[Mapping[str, Any]], *, labels: Mapping[str, str] = ENGLISH) -> list[str]:
     """Charts of loss, learning rate, validation error by timestep band, and prior drift, over optimizer steps.
 
     What the log has no events of gets no chart. A step that was done twice (a resume goes back to its checkpoint)
@@ -82,7 +78,6 @@ def run_charts(
 
     Args:
         events: of the log, kinds "step" and "validation".
-        best: step to mark where validation is shown, which has chosen it.
         labels: a text for each key of `ENGLISH`; that of "validation" may name keys of the event.
     """
     latest: dict[str, dict[int, Mapping[str, Any]]] = {"step": {}, "validation": {}}
@@ -98,13 +93,12 @@ def run_charts(
         Line(labels["smoothed"], _points(steps, "smoothed_loss")),
     ]
     mse = [*_bands(validations), Line(labels["all_timesteps"], _points(validations, "mse"), "ink", dots=True)]
-    mark = None if best is None else (best, labels["best"])
     top = 1.15 * ordered[math.ceil(LOSS_PERCENTILE * (len(ordered) - 1))] if ordered else None
     charts = [
         chart(labels["loss"], loss, top=top),
         chart(labels["rate"], [Line("", rates)]),
-        chart(labels["validation"].format(**validations[-1]) if validations else "", mse, mark=mark),
-        chart(labels["drift"], [Line("", drift, dots=True)], mark=mark),
+        chart(labels["validation"].format(**validations[-1]) if validations else "", mse),
+        chart(labels["drift"], [Line("", drift, dots=True)]),
     ]
     return [svg for svg in charts if svg]
 
@@ -123,12 +117,11 @@ def sheet(charts: Sequence[str]) -> str:
     return f"{root}<style>{style}</style>{''.join(panels)}</svg>\n"
 
 
-def chart(title: str, lines: Sequence[Line], *, top: float | None = None, mark: tuple[int, str] | None = None) -> str:
+def chart(title: str, lines: Sequence[Line], *, top: float | None = None) -> str:
     """An SVG of several lines over the steps, with a legend; empty where no line has a point.
 
     Args:
         top: upper end of the scale; larger values are drawn at it.
-        mark: a step and its name, drawn as an upright line.
     """
     drawable = [line for line in lines if line.points]
     if not drawable:
@@ -156,13 +149,6 @@ def chart(title: str, lines: Sequence[Line], *, top: float | None = None, mark: 
             parts += [
                 f'<circle class="lk-{line.colour}" r="3" cx="{x(s):.1f}" cy="{y(v):.1f}"/>' for s, v in line.points
             ]
-    if mark is not None:
-        at = x(mark[0])
-        dx, anchor = (4, "start") if at < WIDTH / 2 else (-4, "end")
-        parts.append(f'<line class="lk-mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(
-            f'<text x="{at + dx:.1f}" y="{HEIGHT - BOTTOM - 6}" text-anchor="{anchor}">{escape(mark[1])}</text>'
-        )
     values = "; ".join(f"{line.name} {line.points[-1][1]:.4g}".lstrip() for line in drawable)
     label = escape(f"{title}: {values}")
     return (

@@ -8,7 +8,7 @@
     stop                    somebody wants the run to stop; made by the front end or `touch`
     checkpoints/step-000100/
     samples/step-000100.png, samples/step-000100/01.png ...
-    <name>.safetensors, best.safetensors
+    <name>.safetensors
     report.json, curves.svg, contact-sheet.png, report.html
 
 A viewer needs nothing but this folder and this module, which imports no torch.
@@ -59,7 +59,6 @@ class State:
             alone is given out again.
         message: how it ended, for a person.
         adapter: file name of the exported adapter.
-        best: {"step", "reason"} of the checkpoint that validation prefers.
         updated: seconds since the epoch of the last change.
     """
 
@@ -76,7 +75,6 @@ class State:
     pid_start: float = 0.0
     message: str = ""
     adapter: str = ""
-    best: dict[str, Any] | None = None
     updated: float = 0.0
 
 
@@ -254,8 +252,7 @@ class RunFolder:
     @property
     def adapter_name(self) -> str:
         """Stem of the exported file: the name the run was made for, as a file name that every system takes."""
-        name = _slug(load(self.config_file))
-        return "best-adapter" if name == "best" else name
+        return _slug(load(self.config_file))
 
     @property
     def stop_requested(self) -> bool:

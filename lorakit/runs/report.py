@@ -46,7 +46,7 @@ def write(
     """Write curves.svg, contact-sheet.png and report.html of a run; the page's path.
 
     Args:
-        history: the validations, as `validation.choose_best` takes them.
+        history: the validations, one dict for each.
         findings: of the self-check.
     """
     atomic.write(folder.curves_file, charts.sheet(_charts(folder)))
@@ -56,12 +56,6 @@ def write(
     page = html(folder, config, plan, photos, history, findings)
     atomic.write(folder.html_file, page)
     return folder.html_file
-
-
-def best_step(folder: RunFolder) -> int | None:
-    """The step that validation prefers, as state.json says."""
-    best = _best(folder)
-    return best["step"] if best else None
 
 
 def contact_sheet(folder: RunFolder) -> Image.Image | None:
@@ -92,7 +86,6 @@ def html(
     findings = list(findings)
     rows = _samples(folder)
     photo_rows, left_out = _photos(config, photos)
-    best = _best(folder)
     return pages.get_template("report.html.jinja").render(
         title=config.data.name or folder.path.name,
         method=config.adapter.method,
@@ -106,7 +99,7 @@ def html(
         small_samples=max((sample["side"] for row in rows for sample in row["samples"]), default=0) <= 128,
         charts=_charts(folder),
         charts_style=charts.PALETTE + charts.STYLE,
-        best=best if history else None,
+        lowest=min(history, key=lambda entry: entry["mse"], default=None),
         history=history,
         photos=photo_rows,
         photos_left_out=left_out,
@@ -145,7 +138,7 @@ def _samples(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def _charts(folder: RunFolder) -> list[str]:
-    return charts.run_charts(folder.events("step", "validation"), best=best_step(folder))
+    return charts.run_charts(folder.events("step", "validation"))
 
 
 def _photos(config: Config, report: Report) -> tuple[list[dict[str, str]], int]:
@@ -182,9 +175,3 @@ def _source(image: Image.Image, side: int) -> str:
 
 def _prompt(image: Image.Image) -> str:
     return str(foreign_json.loads(image.info.get("lorakit", "{}")).get("prompt", ""))
-
-
-def _best(folder: RunFolder) -> dict[str, Any] | None:
-    """The step that validation prefers and why, as state.json says."""
-    state: dict[str, Any] = foreign_json.loads(folder.state_file.read_text(encoding="utf-8"))
-    return state.get("best")

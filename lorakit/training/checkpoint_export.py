@@ -1,4 +1,4 @@
-"""A checkpoint of a run as an adapter, so that any step can be exported and drawn, not only the last and the best."""
+"""A checkpoint of a run as an adapter, so that any step can be exported and drawn, not only the last."""
 
 from __future__ import annotations
 

@@ -27,7 +27,6 @@ from lorakit.runs import plan
 from lorakit.training import checkpoint, optimizers, out_of_memory
 from lorakit.training.checkpoint import NotFinite
 from lorakit.training.precompute import embed
-from lorakit.training.validation import choose_best
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -132,11 +131,9 @@ class TrainingState:
 
     Attributes:
         history: the validations.
-        best: the exported checkpoint that validation prefers, or None.
     """
 
     history: list[dict[str, Any]]
-    best: Path | None
 
 
 def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None = None) -> TrainingState:
@@ -170,7 +167,7 @@ def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None =
                 step = milestones.roll_back(problem)
                 milestones.reach(step, [])
             readings.start(step)
-    return TrainingState(milestones.history, milestones.best)
+    return TrainingState(milestones.history)
 
 
 class Readings:
@@ -245,14 +242,12 @@ class Milestones:
 
     Attributes:
         history: the validations so far.
-        best: the exported checkpoint that validation prefers.
         retry: how often the run went back to a checkpoint.
     """
 
     def __init__(self, model: Model, inputs: Precomputed, run: Run, mean: RunningMean):
         self.model, self.inputs, self.run, self.mean = model, inputs, run, mean
         self.history: list[dict[str, Any]] = []
-        self.best: Path | None = None
         self.retry = 0
 
     def due(self, step: int) -> list[str]:
@@ -288,7 +283,7 @@ class Milestones:
         self.model.adapter.train(True)
 
     def validate(self, step: int, left: list[str]) -> None:
-        """Examine the weights, and export them where they are the best so far."""
+        """Examine the weights."""
         model, events = self.model, self.run.events
         model.adapter.train(False)
         poll = functools.partial(self.run.stop.poll, "the validation is not finished")
@@ -296,11 +291,6 @@ class Milestones:
             metrics = out_of_memory.retry_after_freeing(model.optimizer_step.discard_graphs, self._measure)
         self.history.append({"step": step, **metrics})
         events.emit("validation", step, **metrics)
-        best, reason = choose_best(self.history)
-        if best == step:
-            exports = self.run.export(model.adapter.weights(), "best", step)
-            self.best = exports[self.run.config.output.formats[0]]
-        self.run.folder.update(best={"step": best, "reason": reason})
 
     def _measure(self) -> dict[str, Any]:
         """The figures of the weights as they are; trained text encoders read the texts again."""
@@ -333,7 +323,6 @@ class Milestones:
         extra = {
             "retry": self.retry,
             "history": self.history,
-            "best": self.best.name if self.best else None,
             "smoothed_loss": self.mean.state(),
             "due": left,
         }
@@ -360,7 +349,6 @@ class Milestones:
         self.model.optimizer_step.optimizer.load_state_dict(state.optimizer)
         self.history = list(state.extra["history"])
         self.retry = self.model.loss_step.retry = max(self.retry, state.extra["retry"])
-        self.best = self.run.folder.path / state.extra["best"] if state.extra["best"] else None
         self.mean.load_state(state.extra["smoothed_loss"])
         complete = {"sample"} if state.step in self.run.folder.sample_grids() else set()
         return state.step, [name for name in state.extra["due"] if name not in complete]

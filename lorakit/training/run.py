@@ -50,7 +50,6 @@ class Result:
         folder: the run folder.
         adapter: the exported adapter in the first format asked for.
         exports: every exported file or folder, by format.
-        best: the checkpoint that validation preferred, exported, or None without validation.
         steps: optimizer steps done.
         findings: what the self-check looked at, all of them held.
     """
@@ -58,7 +57,6 @@ class Result:
     folder: Path
     adapter: Path
     exports: dict[str, Path]
-    best: Path | None
     steps: int
     findings: list[selfcheck.Finding]
 
@@ -257,7 +255,7 @@ def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Resu
         raise LorakitError(f"self-check failed for {adapter}: {causes}")
     folder.update(state="done", step=total, adapter=adapter.name, message="done and checked")
     run.events.emit("done", adapter=adapter.name)
-    return Result(folder.path, adapter, result.exports, result.state.best, total, findings)
+    return Result(folder.path, adapter, result.exports, total, findings)
 
 
 def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) -> list[selfcheck.Finding]:

@@ -8,7 +8,6 @@ two checkpoints is a difference of their weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -162,36 +161,6 @@ class Validation:
         target = family.prediction.target(latents, noise, timesteps)
         sizes = {name: table[row].to(device).expand(BANDS, -1) for name, table in bucket.sizes.items()}
         return noisy, timesteps, target, torch.full((BANDS,), text, device=device), sizes
-
-
-def choose_best(history: Sequence[dict[str, Any]]) -> tuple[int, str]:
-    """The checkpoint to prefer, and the sentence that says why.
-
-    The one with the smallest MSE x (1 + prior drift): an adapter that has moved what the class prompt says by a tenth
-    must be a tenth better on the photos to be preferred. The earlier of equals. A suggestion: figures do not see what
-    an eye sees.
-
-    Args:
-        history: one dict for each evaluation, with "step", "mse" and "prior_drift".
-
-    Raises:
-        ValueError: no evaluation has finite figures.
-    """
-    finite = [entry for entry in history if math.isfinite(entry["mse"]) and math.isfinite(entry["prior_drift"])]
-    if not finite:
-        raise ValueError("no evaluation with finite figures")
-    best = min(finite, key=lambda entry: (entry["mse"] * (1 + entry["prior_drift"]), entry["step"]))
-    lower = min(finite, key=lambda entry: entry["mse"])
-    figures = f"MSE {best['mse']:.4f}, prior drift {best['prior_drift']:.1%}"
-    if len(finite) == 1:
-        return best["step"], f"step {best['step']}: the only checkpoint that was examined ({figures})"
-    but = ""
-    if lower["mse"] < best["mse"]:
-        but = f"; step {lower['step']} is a little better on the photos but has drifted by {lower['prior_drift']:.1%}"
-    return best["step"], (
-        f"step {best['step']}: the smallest validation error of {len(finite)} checkpoints once prior drift is counted "
-        f"in ({figures}){but}"
-    )
 
 
 def _unaugmented_rows(dataset: Dataset) -> list[tuple[int, int, int]]:

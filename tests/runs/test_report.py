@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     history = [validation(10, 0.3), validation(20, 0.2), validation(30, 0.25)]
     for entry in history:
         folder.event("validation", **entry)
-    folder.update(state="running", best={"step": 20, "reason": "step 20: smallest validation error"})
+    folder.update(state="running")
     for step in (0, 30):
         images = [Image.new("RGB", (64, 64), colour) for colour in ((step, 99, 0), (0, 200, 99))]
         for image, prompt in zip(images, PROMPTS, strict=True):
@@ -144,9 +144,10 @@ def test_the_verdict_is_what_the_self_check_found(run):
     assert "Not checked" in html(run, [])
 
 
-def test_the_best_checkpoint_and_its_figures_are_reported(run):
+def test_the_validations_are_reported_without_a_choice(run):
     words = " ".join(Reader(run.page).words)
-    assert "step 20: smallest validation error" in words and "0.2000" in words and "1.00%" in words
+    assert "Validation error (MSE): 0.2500 at step 30, the last; lowest 0.2000 at step 20." in words
+    assert "1.00%" in words and "best" not in words.lower()
     for line in ("length: 30 steps", "cpu, base in float32", "torch"):
         assert line in words
 
@@ -156,7 +157,7 @@ def test_what_was_not_measured_is_not_there(run, tmp_path):
     text = report.html(empty, run.config, run.plan, run.photos, [], FINDINGS)
     for title in ("Curves", "Samples", "Validation"):
         assert f"<h2>{title}" not in text
-    assert "Best checkpoint" not in text and report.contact_sheet(empty) is None
+    assert "Validation error" not in text and report.contact_sheet(empty) is None
 
 
 def test_photos_are_shown_as_they_were_cut(run):

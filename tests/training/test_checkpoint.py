@@ -89,7 +89,7 @@ def test_everything_comes_back_as_it_was(tmp_path):
             {"betas": (0.9, 1 / 3), "lr": 1e-4, "limit": float("inf"), "fused": None, "on": True, "p": [0, 7]}
         ],
     }
-    extra = {"history": [{"step": 1, "mse": 0.1}], "best": None}
+    extra = {"history": [{"step": 1, "mse": 0.1}]}
     restored = checkpoint.load(checkpoint.save(tmp_path, 12, ADAPTER, odd, extra))
     assert restored.step == 12 and restored.extra == extra
     assert list(restored.adapter) == list(ADAPTER)

@@ -8,7 +8,7 @@ import short_run
 import torch
 
 from lorakit.inference import sampling
-from lorakit.runs import plan, report
+from lorakit.runs import plan
 from lorakit.runs.folder import RunFolder
 from lorakit.training import run as train
 
@@ -47,8 +47,9 @@ def test_grids_and_validations_come_when_asked_for(
         f"step-{step:06d}.png" for step in grids
     }
     assert [event["step"] for event in folder.events("validation")] == validations
-    assert (result.best is None) == (not validations) == (report.best_step(folder) is None)
-    assert "sks toy" in (result.folder / "report.html").read_text(encoding="utf-8")
+    assert [path.name for path in result.folder.glob("*.safetensors")] == [result.adapter.name]
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert "sks toy" in page and ("Validation error (MSE)" in page) == bool(validations)
 
 
 @pytest.mark.parametrize(("every", "steps", "expected"), [(0, 100, 20), (0, 3, 1), (0, 101, 21), (7, 100, 7)])

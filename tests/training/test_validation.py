@@ -212,38 +212,3 @@ def test_a_real_family_is_examined_to_the_bit_twice(base, request):
     assert first["prior_drift"] > 1e-6 and first["mse"] != untouched["mse"]
     repeat = evaluate.Validation(family, data, texts, prompt, 0).run(adapter)
     assert repeat == first
-
-
-def entry(step: int, mse: float, drift: float = 0.0) -> dict:
-    return {"step": step, "mse": mse, "prior_drift": drift}
-
-
-@pytest.mark.parametrize(
-    "history, best, sentence",
-    [
-        ([entry(10, 0.3, 0.02)], 10, "the only checkpoint that was examined (MSE 0.3000, prior drift 2.0%)"),
-        ([entry(10, 0.3), entry(20, 0.2), entry(30, 0.25)], 20, "the smallest validation error of 3 checkpoints once"),
-        ([entry(10, 0.2), entry(20, 0.2)], 10, "(MSE 0.2000, prior drift 0.0%)"),
-        # 0.275 x 1.21 is less than 0.272 x 1.24 and than 0.338 x 1.04.
-        (
-            [entry(24, 0.338, 0.04), entry(72, 0.275, 0.21), entry(120, 0.272, 0.24)],
-            72,
-            "; step 120 is a little better on the photos but has drifted by 24.0%",
-        ),
-        ([entry(10, 0.3, 0.07), entry(20, 0.28, 0.08)], 20, "(MSE 0.2800, prior drift 8.0%)"),
-        ([entry(10, math.nan), entry(20, 0.4)], 20, "the only checkpoint"),
-    ],
-)
-def test_the_best_checkpoint_is_chosen_by_error_and_drift(history, best, sentence):
-    step, reason = evaluate.choose_best(history)
-    assert step == best and sentence in reason and reason.startswith(f"step {best}: ")
-
-
-def test_an_overfitted_run_is_stopped_at_the_turn():
-    turn = [entry(step, 0.2 + (step - 300) ** 2 * 1e-6, step * 1e-5) for step in range(100, 1001, 100)]
-    assert evaluate.choose_best(turn)[0] == 300
-
-
-def test_nothing_finite_is_nothing_to_choose_from():
-    with pytest.raises(ValueError, match="no evaluation with finite figures"):
-        evaluate.choose_best([entry(1, math.inf)])

@@ -248,26 +248,18 @@ class ComparePage:
 
 
 def marked_step(run: RunFolder) -> int | None:
-    """The checkpoint that the person marked, else the one that validation prefers, else None."""
+    """The checkpoint that the person marked, or None."""
     try:
         return int(foreign_json.loads((run.path / CHOICE).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    try:
-        best = run_folder.read(run.path).best
-    except LorakitError:
         return None
-    return int(best["step"]) if best else None
 
 
 def file_of_step(run: RunFolder, step: int) -> Path | None:
-    """The adapter of a step: the exported file of the last and of the best by validation, else its checkpoint."""
+    """The adapter of a step: the exported file of the last, else its checkpoint."""
     state = run_folder.read(run.path)
     if state.adapter and step == state.step:
         return run.path / Path(state.adapter).name
-    best = run.path / "best.safetensors"
-    if state.best and step == state.best["step"] and best.is_file():
-        return best
     checkpoint = run.checkpoints / names.step_name(step)
     return checkpoint if (checkpoint / "complete").is_file() else None
 

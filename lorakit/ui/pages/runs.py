@@ -218,8 +218,6 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
         (say("run.adapter"), state.adapter, ""),
     ]
     lines = [say.translate(state.message)] if state.message and not live else []
-    if state.best:
-        lines.append(say("run.best", reason=say.translate(state.best["reason"])))
     if live and run.stop_requested:
         lines.append(say("run.stop_asked"))
     if live and time.time() - state.updated > SILENT:
@@ -269,16 +267,16 @@ def _curves(run: RunFolder, state: State, say: Say) -> str:
     except OSError:
         return ""
     labels = tuple(say(f"chart.{key}") for key in charts.ENGLISH)
-    figures = "".join(_charts(run.log_file, size, state.best["step"] if state.best else None, labels))
+    figures = "".join(_charts(run.log_file, size, labels))
     title = escape(say("run.curves"))
     return f"<style>{charts.STYLE}</style><h3>{title}</h3><div class=lk-charts>{figures}</div>" if figures else ""
 
 
 @functools.lru_cache(maxsize=8)
-def _charts(log: Path, size: int, best: int | None, labels: tuple[str, ...]) -> list[str]:
+def _charts(log: Path, size: int, labels: tuple[str, ...]) -> list[str]:
     """The charts of a log; a log of one size is read once."""
     events = RunFolder(log.parent).events("step", "validation")
-    return charts.run_charts(events, best=best, labels=dict(zip(charts.ENGLISH, labels, strict=True)))
+    return charts.run_charts(events, labels=dict(zip(charts.ENGLISH, labels, strict=True)))
 
 
 @functools.lru_cache(maxsize=8)

@@ -204,16 +204,6 @@ RUNNING = {
     "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'": (
         "output.tensorboard = true 需要另外安裝：pip install 'lorakit[tensorboard]'"
     ),
-    "step {step}: the only checkpoint that was examined ({figures:words})": (
-        "第 {step} 步：唯一驗證過的檢查點（{figures:words}）"
-    ),
-    "step {step}: the smallest validation error of {count} checkpoints once prior drift is counted in "
-    "({figures:words})": "第 {step} 步：{count} 個檢查點中，計入先驗偏移後驗證誤差最小（{figures:words}）",
-    "step {step}: the smallest validation error of {count} checkpoints once prior drift is counted in "
-    "({figures:words}); step {other} is a little better on the photos but has drifted by {drift}": (
-        "第 {step} 步：{count} 個檢查點中，計入先驗偏移後驗證誤差最小（{figures:words}）；"
-        "第 {other} 步在照片上略好，但已偏移 {drift}"
-    ),
     "self-check failed for {file}: {causes}": "{file} 未通過自我檢驗：{causes}",
     "{format} file: {detail:said}": "{format} 檔案：{detail:said}",
     "{format} in diffusers: {detail:said}": "{format}，以 diffusers 讀取：{detail:said}",
