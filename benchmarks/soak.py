@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from lorakit import config
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
-from lorakit.runs import folder as run_folder
+from lorakit.runs import run_folder
 from lorakit.runs.queue import Queue
 
 PORT = 7891

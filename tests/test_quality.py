@@ -12,7 +12,7 @@ from lorakit.families.pocket import scene_captions, subjects
 from lorakit.families.pocket.classifier import Classifier
 from lorakit.families.prediction import VPrediction
 from lorakit.inference import sampling
-from lorakit.runs.folder import RunFolder
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training import run as train
 
 SUBJECT = "zib"

@@ -145,7 +145,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     """`lorakit inspect`: 1 where a program named in `--targets` does not read all of the file."""
     from lorakit.formats import inspect
     from lorakit.formats.facts import strength
-    from lorakit.runs.folder import RunFolder
+    from lorakit.runs.run_folder import RunFolder
 
     path = Path(args.file)
     if path.is_dir() and path.parent == RunFolder(path.parent.parent).checkpoints:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from lorakit.data.checks import Base
-    from lorakit.data.folder import Photo
+    from lorakit.data.photo_folder import Photo
 
 # Most orders of its tags that a photo is trained with: all are encoded before training, and no single order is learned.
 MAX_TAG_ORDERS = 8

@@ -19,9 +19,9 @@ from lorakit.config import DataConfig
 from lorakit.core import prompt_syntax
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable, shorten
-from lorakit.data import buckets, captions, concepts, decode, duplicates, folder, time_limit
+from lorakit.data import buckets, captions, concepts, decode, duplicates, photo_folder, time_limit
 from lorakit.data.buckets import Bucket
-from lorakit.data.folder import Photo
+from lorakit.data.photo_folder import Photo
 
 # A larger crop gets a warning: it may cut off a head.
 MAX_CROP = 0.10
@@ -177,7 +177,7 @@ def check(
     Raises:
         LorakitError: there is no folder, or no picture in it.
     """
-    files = folder.scan(require_folder(config), config.class_folder)
+    files = photo_folder.scan(require_folder(config), config.class_folder)
     items = [Item(photo) for photo in files.photos]
     multiple = base.bucket_multiple
     report = Report(files.path, multiple, base.downscale, items, [], files.warnings, files.notes, files.class_photos)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorakit.config import DataConfig
 
 if TYPE_CHECKING:
-    from lorakit.data.folder import Photo
+    from lorakit.data.photo_folder import Photo
 
 # "20_ohwx man": repeats and subject. A number of four digits is a year.
 NUMBERED = re.compile(r"(\d{1,3})_(.+)")

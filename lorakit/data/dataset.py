@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorakit.core import rng
-from lorakit.data.folder import Photo
+from lorakit.data.photo_folder import Photo
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable
 
-# Pillow's decoders of the formats that `folder.FORMATS` lists. Pillow has many more, of which one runs another program
-# (PostScript), and finds them by content, whatever a file is called.
+# Pillow's decoders of the formats that `photo_folder.FORMATS` lists. Pillow has many more, of which one runs another
+# program (PostScript), and finds them by content, whatever a file is called.
 CODECS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF", "HEIF")
 # First bytes of files that people have under the name of a picture, and what they are.
 OTHER_FORMATS = {

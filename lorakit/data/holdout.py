@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from lorakit.data.folder import Photo
+from lorakit.data.photo_folder import Photo
 
 # With fewer photos, training misses a photo more than its measurement is worth.
 MIN_PHOTOS = 10

@@ -22,7 +22,7 @@ from lorakit.data import augment, buckets, captions, checks, concepts, decode, h
 from lorakit.data.augment import Variant
 from lorakit.data.dataset import Dataset, LatentBucket
 from lorakit.data.decode import Picture, Pixels
-from lorakit.data.folder import Photo
+from lorakit.data.photo_folder import Photo
 
 # Part of every key on disk. Raise it when decoding, cropping or the saved tensors change.
 CACHE_VERSION = 2

@@ -10,7 +10,7 @@ from lorakit.core.names import printable
 from lorakit.data.entries import Names, some_names, usable
 
 if TYPE_CHECKING:
-    from lorakit.data.folder import Photo
+    from lorakit.data.photo_folder import Photo
 
 # What stands between the name of a photo and the ending of its mask; `x.mask.png` itself is read with the photos.
 MARKS = (".mask", "-masklabel", "_masklabel", "_mask", "-mask")

@@ -16,10 +16,10 @@ from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
-from lorakit.data import captions, checks, concepts, folder as photo_folder
+from lorakit.data import captions, checks, concepts, photo_folder
 from lorakit.families import BaseInfo
 from lorakit.formats import compatibility, identify
-from lorakit.runs import folder as run_folder, plan
+from lorakit.runs import plan, run_folder
 
 Check = Callable[[DataConfig, BaseInfo], checks.Report]
 

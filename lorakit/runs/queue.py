@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from lorakit.config import Config, to_toml
 from lorakit.core import atomic, foreign_json, names
 from lorakit.core.errors import LorakitError
-from lorakit.runs import folder as run_folder
+from lorakit.runs import run_folder
 
 # A worker that finds the lock taken waits this long (seconds): the other may be about to leave.
 PATIENCE = 5.0

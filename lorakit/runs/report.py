@@ -23,7 +23,7 @@ from lorakit.core import atomic, foreign_json, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.data import augment, buckets, decode
 from lorakit.runs import charts
-from lorakit.runs.folder import RunFolder
+from lorakit.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lorakit.data.checks import Report

@@ -13,7 +13,7 @@ from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.formats import adapter_math, inspect as inspection, metadata, save
-from lorakit.runs.folder import RunFolder
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from lorakit.adapters.weights import AdapterWeights
     from lorakit.config import Config
     from lorakit.families import Family
-    from lorakit.runs.folder import RunFolder
     from lorakit.runs.preflight import Ready
+    from lorakit.runs.run_folder import RunFolder
     from lorakit.training.precompute import Precomputed, SampleInputs
     from lorakit.training.trainable import Model
 

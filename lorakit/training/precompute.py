@@ -24,7 +24,7 @@ from lorakit.inference.mode import polled
 if TYPE_CHECKING:
     from lorakit.core.protocols import Trainable
     from lorakit.data.checks import Report
-    from lorakit.data.folder import Photo
+    from lorakit.data.photo_folder import Photo
     from lorakit.families import Family
 
 # Pictures that the autoencoder is given together on a card: as many as have so many pixels; one of that size keeps it

@@ -23,11 +23,11 @@ from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Events, Listener, Stop, StopRequest
 from lorakit.core.names import step_name
 from lorakit.core.registry import FORMATS
-from lorakit.data import folder as photo_folder
+from lorakit.data import photo_folder
 from lorakit.engine import device as devices
 from lorakit.runs import report
-from lorakit.runs.folder import RunFolder
 from lorakit.runs.preflight import Ready, preflight
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint, optimizers, selfcheck
 from lorakit.training.checkpoint import NotFinite
 from lorakit.training.loop import Run, TrainingState, loop

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lorakit.core.errors import LorakitError
-from lorakit.data import folder as photo_folder
+from lorakit.data import photo_folder
 
 # Looking for folders of photos ends after this many folders: a suggestion must not read a whole disk.
 MAX_FOLDERS = 2000

@@ -19,9 +19,9 @@ from lorakit import families
 from lorakit.config import Config
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks, folder
+from lorakit.data import checks, photo_folder
 from lorakit.data.decode import Unreadable, decode
-from lorakit.runs import folder as run_folder
+from lorakit.runs import run_folder
 from lorakit.runs.preflight import Preflight, preflight
 from lorakit.runs.queue import Queue
 from lorakit.ui.access import Roots
@@ -84,7 +84,7 @@ class Workspace:
         for file in files:
             name = Path(file.name).name.lstrip(".") or "photo"
             raw = file.read_bytes()
-            if file.suffix.lower() in folder.CAPTIONS:
+            if file.suffix.lower() in photo_folder.CAPTIONS:
                 contents[name] = raw[:10_000]
                 continue
             try:
@@ -97,7 +97,7 @@ class Workspace:
                 number += 1
                 name = f"{stem.stem}-{number}{stem.suffix}"
             contents[name] = raw
-        photo_count = sum(not name.lower().endswith(folder.CAPTIONS) for name in contents)
+        photo_count = sum(not name.lower().endswith(photo_folder.CAPTIONS) for name in contents)
         if not photo_count:
             return None, 0, refused
         place = self.runs / "uploads" / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}"
@@ -115,7 +115,7 @@ class Workspace:
             LorakitError: there is no such photo below the roots, or the folder cannot be written to.
         """
         photo = self.roots.resolve(self.roots.resolve(data_folder) / relative)
-        if not photo.is_file() or not photo.name.lower().endswith(folder.FORMATS):
+        if not photo.is_file() or not photo.name.lower().endswith(photo_folder.FORMATS):
             raise LorakitError(f"{relative}: no such photo")
         target = photo.with_suffix(".txt")
         content, number = (" ".join(text.split()) + "\n").encode(), 1

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lorakit import config
 from lorakit.config import ConfigError, DataConfig
-from lorakit.data import captions, folder
+from lorakit.data import captions, photo_folder
 from lorakit.data.latents import _TextTable
 
 TEXT = "sks dog, red, blue, green, gold, grey"
@@ -65,7 +65,7 @@ def test_lines_and_names_of_files_are_captions(tmp_path: Path) -> None:
     for name in ("a", "red_car-02", "0123"):
         picture.save(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("a sks  dog\n\n a dog of sks\n", encoding="utf-8")
-    unnamed, several, red = folder.scan(tmp_path).photos
+    unnamed, several, red = photo_folder.scan(tmp_path).photos
     plain = DataConfig(name="sks dog")
     assert captions.photo_texts(several, plain) == ["a sks dog a dog of sks"]
     lines = DataConfig(name="sks dog", caption_lines=True, caption_from_name=True)

@@ -10,10 +10,10 @@ import torch
 
 from lorakit.config import ConfigError, DataConfig, load
 from lorakit.core.errors import LorakitError
-from lorakit.data import captions, checks, concepts, folder
+from lorakit.data import captions, checks, concepts, photo_folder
 from lorakit.data.dataset import Dataset, LatentBucket
-from lorakit.data.folder import Photo
-from lorakit.runs.folder import output_problem
+from lorakit.data.photo_folder import Photo
+from lorakit.runs.run_folder import output_problem
 
 
 def fill(place: Path, *names: str) -> None:
@@ -56,7 +56,7 @@ def test_a_class_folder_of_its_own(photos: Path, tmp_path: Path, base: Any) -> N
     (tmp_path / "others/e.png").write_bytes(b"broken")
     assert any(error.startswith("others/e.png") for error in checks.check(config, base).errors)
     with pytest.raises(LorakitError, match="does not exist"):
-        folder.scan(photos, str(tmp_path / "missing"))
+        photo_folder.scan(photos, str(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize(
@@ -138,14 +138,14 @@ def test_runs_among_the_photos_are_passed_over(photos: Path) -> None:
     for run in (photos / "run", photos / "runs/first"):
         (run / "config.toml").write_text("")
         (run / "state.json").write_text("{}")
-    result = folder.scan(photos)
+    result = photo_folder.scan(photos)
     assert [photo.relative for photo in result.photos] == ["a.png"]
     assert result.warnings == []
     assert result.notes == [
         "passed over (a run of lorakit, not photos): drawn/, run/", "passed over (0 repeats): 0_x/",
     ]  # fmt: skip
     with pytest.raises(LorakitError, match="holds pictures of a run of lorakit"):
-        folder.scan(photos / "run")
+        photo_folder.scan(photos / "run")
 
 
 @pytest.mark.parametrize(

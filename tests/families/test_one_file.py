@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lorakit import config, families, formats
 from lorakit.cli import main as cli
 from lorakit.families.prediction import VPrediction
-from lorakit.runs.folder import RunFolder
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training import run as train
 from lorakit.training.optimizer_step import OptimizerStep
 from lorakit.training.run import Stopped

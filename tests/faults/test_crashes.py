@@ -19,9 +19,9 @@ from lorakit.core import atomic, image_grid, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.data import latents
 from lorakit.formats import files
-from lorakit.runs import folder as run_folder
-from lorakit.runs.folder import RunFolder
+from lorakit.runs import run_folder
 from lorakit.runs.queue import Queue
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint
 
 KINDS = ("kill", "torn", "full")

@@ -20,7 +20,7 @@ from lorakit.config import ConfigError, from_tables, load, parse_override
 from lorakit.config.loading import options
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.data import folder as photo_folder
+from lorakit.data import photo_folder
 from lorakit.formats import inspect, read
 from lorakit.formats.edit import resize_combine
 from lorakit.formats.saving import save_adapter

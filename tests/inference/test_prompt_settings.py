@@ -12,7 +12,7 @@ from lorakit import config
 from lorakit.config import ConfigError, SampleConfig, sample_prompts
 from lorakit.core.image_grid import grid
 from lorakit.inference import sampling
-from lorakit.runs.folder import RunFolder
+from lorakit.runs.run_folder import RunFolder
 
 SAMPLE = SampleConfig(steps=2, seed=5, negative_prompt="bad")
 

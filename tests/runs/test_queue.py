@@ -9,7 +9,7 @@ from waiting import wait_for
 
 from lorakit import config
 from lorakit.core.errors import LorakitError
-from lorakit.runs import folder as run_folder
+from lorakit.runs import run_folder
 from lorakit.runs.queue import Queue
 
 

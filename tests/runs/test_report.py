@@ -15,7 +15,7 @@ from PIL import Image
 from lorakit import config
 from lorakit.data import checks
 from lorakit.runs import report
-from lorakit.runs.folder import RunFolder
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training.selfcheck import Finding
 
 HOSTILE = '<script>alert("x")</script>'

@@ -19,8 +19,8 @@ from lorakit import config
 from lorakit.core import atomic, image_grid, names
 from lorakit.core.errors import LorakitError
 from lorakit.core.events import Events
-from lorakit.runs import folder as run_folder
-from lorakit.runs.folder import RunFolder
+from lorakit.runs import run_folder
+from lorakit.runs.run_folder import RunFolder
 
 DEAD = 2**22 + 1  # above the largest process number that Linux gives out
 
@@ -136,7 +136,7 @@ def test_a_run_that_ended_needs_no_process(tmp_path, state):
 CHILD = """
 import sys, time
 from lorakit import config
-from lorakit.runs import folder as run_folder
+from lorakit.runs import run_folder
 run = run_folder.RunFolder.create(config.load(None, {"train.steps": 9, "output.folder": sys.argv[1]}))
 run_folder.PROGRESS_EVERY = 0
 run.update(state="running")
@@ -357,7 +357,7 @@ def test_an_interrupted_write_leaves_the_file_before(tmp_path, monkeypatch):
 
 
 def test_the_run_folder_is_read_without_torch():
-    code = "import sys, lorakit.runs.folder, lorakit.core.image_grid; sys.exit('torch' in sys.modules)"
+    code = "import sys, lorakit.runs.run_folder, lorakit.core.image_grid; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

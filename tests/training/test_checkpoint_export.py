@@ -8,7 +8,7 @@ import torch
 from lorakit import config, formats
 from lorakit.cli import main as cli
 from lorakit.core.errors import LorakitError
-from lorakit.runs.folder import RunFolder
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint, checkpoint_export
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

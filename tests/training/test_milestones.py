@@ -9,7 +9,7 @@ import torch
 
 from lorakit.inference import sampling
 from lorakit.runs import plan
-from lorakit.runs.folder import RunFolder
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training import run as train
 
 

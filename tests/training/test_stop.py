@@ -21,7 +21,7 @@ from lorakit import config
 from lorakit.cli.signals import stop_on_signals
 from lorakit.core.errors import Stopped
 from lorakit.core.events import Event
-from lorakit.runs import folder as run_folder
+from lorakit.runs import run_folder
 from lorakit.training import checkpoint, run
 
 STEPS = 6

@@ -16,7 +16,7 @@ from waiting import SECONDS, wait_for
 from lorakit.cli import demo
 from lorakit.core import names
 from lorakit.formats import inspect
-from lorakit.runs import folder as run_folder
+from lorakit.runs import run_folder
 
 pytestmark = pytest.mark.slow
 TABS = ("photos", "train", "runs", "compare", "adapter")

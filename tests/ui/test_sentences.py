@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from lorakit import config, families
 from lorakit.config import ConfigError, DataConfig
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks, folder
+from lorakit.data import checks, photo_folder
 from lorakit.families import clip_tokenizer
 from lorakit.families.describe import INPAINTING
 from lorakit.families.facts import other_models
@@ -221,7 +221,7 @@ def test_every_finding_about_photos_is_translated(tmp_path: Path):
         kinds |= {key for key, findings in vars(report).items() if key in ("errors", "warnings", "notes") and findings}
     assert kinds == {"errors", "warnings", "notes"}
     assert lacking(lines) == []
-    # Nearly every sentence of check.py, decode.py and folder.py was made here, so that none is only thought to fit.
+    # Nearly every sentence of checks, decode and photo_folder was made here, so that none is only thought to fit.
     assert len({re.sub(r"\d+|\"[^\"]*\"|[\w /]+\.\w{3,4}", "", line) for line in lines}) > 40
 
 
@@ -242,7 +242,7 @@ def test_why_a_folder_is_refused_is_translated(kind: str, tmp_path: Path):
         (place / "a" / "b").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(place / "a" / "b" / "1.png")
     with pytest.raises(LorakitError) as caught:
-        folder.scan(place)
+        photo_folder.scan(place)
     assert lacking([str(caught.value)]) == []
     translated = texts.sayer("zh-Hant").translate(str(caught.value)).replace(str(tmp_path), "")
     assert not re.search(r"found|nothing|without|only|level|mean", translated), translated

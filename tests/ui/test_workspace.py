@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lorakit.core.errors import LorakitError
-from lorakit.data import folder
+from lorakit.data import photo_folder
 from lorakit.runs import quickstart
 from lorakit.ui.thumbnails import Thumbnails
 from lorakit.ui.workspace import Workspace
@@ -115,7 +115,7 @@ def test_the_text_before_stays_beside_a_caption(tmp_path: Path):
         "a.txt.2.bak": b"first\n",
         "a.txt.3.bak": b"second\n",
     }
-    actual = folder.scan(place)
+    actual = photo_folder.scan(place)
     assert [item.caption for item in actual.photos] == ["third"] and actual.notes == [] and actual.warnings == []
 
 

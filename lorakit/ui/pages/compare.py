@@ -20,10 +20,10 @@ from lorakit import config as configuration
 from lorakit.core import atomic, foreign_json, image_grid, names
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
-from lorakit.data import folder
+from lorakit.data import photo_folder
 from lorakit.data.decode import Unreadable, decode
-from lorakit.runs import folder as run_folder, quickstart
-from lorakit.runs.folder import RunFolder
+from lorakit.runs import quickstart, run_folder
+from lorakit.runs.run_folder import RunFolder
 from lorakit.ui import commands, widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW, say_for
@@ -281,7 +281,7 @@ def _photos_of(run: RunFolder, workspace: Workspace) -> list[tuple[Path, np.ndar
     """The run's training photos and how each looks; none where they are not below the roots any more."""
     try:
         place = workspace.roots.resolve(quickstart.photo_folder(configuration.load(run.config_file)))
-        photos = folder.scan(place).photos[:MAX_PHOTOS]
+        photos = photo_folder.scan(place).photos[:MAX_PHOTOS]
     except LorakitError:
         return []
     looks = [(photo.path, _look(photo.path, photo.path.stat().st_mtime_ns)) for photo in photos]

@@ -10,8 +10,8 @@ import gradio as gr
 
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
-from lorakit.data import buckets, checks, folder
-from lorakit.data.folder import Photo
+from lorakit.data import buckets, checks, photo_folder
+from lorakit.data.photo_folder import Photo
 from lorakit.ui import widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.thumbnails import Thumbnail
@@ -158,7 +158,7 @@ class PhotosPage:
                 self.upload = gr.File(
                     label=t("photos.upload"),
                     file_count="multiple",
-                    file_types=[f".{kind}" for kind in folder.FORMATS] + list(folder.CAPTIONS),
+                    file_types=[f".{kind}" for kind in photo_folder.FORMATS] + list(photo_folder.CAPTIONS),
                     height=132,
                     elem_id="photos-upload",
                 )
@@ -191,7 +191,7 @@ class PhotosPage:
         if not path:
             return [widgets.quiet(say("photos.empty")), *nothing]
         try:
-            photos = folder.scan(self.workspace.roots.resolve(path)).photos
+            photos = photo_folder.scan(self.workspace.roots.resolve(path)).photos
             count = len(photos)
             first = min(max(0, first), (count - 1) // PAGE * PAGE)
             last = min(first + PAGE, count)
@@ -216,7 +216,7 @@ class PhotosPage:
         if not path:
             return [gr.skip(), gr.skip()]
         try:
-            photos = folder.scan(self.workspace.roots.resolve(path)).photos
+            photos = photo_folder.scan(self.workspace.roots.resolve(path)).photos
             report = self._report(config, wait=True)
         except LorakitError as problem:
             return [widgets.problem(say.translate(str(problem))), gr.skip()]

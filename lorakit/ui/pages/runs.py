@@ -14,7 +14,7 @@ import gradio as gr
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.runs import charts
-from lorakit.runs.folder import LIVE, RunFolder, State, read
+from lorakit.runs.run_folder import LIVE, RunFolder, State, read
 from lorakit.ui import widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for

@@ -82,7 +82,7 @@ SENTENCES = {
     "adapter.target_modules = {which} selects no layer of this base": (
         "adapter.target_modules = {which}：這個基礎模型沒有這樣的層"
     ),
-    # -- 照片資料夾 data/folder.py
+    # -- 照片資料夾 data/photo_folder.py
     "no folder of photos given (data.folder)": "尚未指定照片資料夾（data.folder）",
     "folder {path} does not exist": "資料夾 {path} 不存在",
     "folder {path} does not exist (did you mean {near}?)": "資料夾 {path} 不存在（是不是 {near}？）",

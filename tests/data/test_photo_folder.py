@@ -8,7 +8,7 @@ import marked
 import pytest
 
 from lorakit.core.errors import LorakitError
-from lorakit.data import folder
+from lorakit.data import photo_folder
 
 
 def fill(place: Path, *names: str) -> None:
@@ -17,7 +17,7 @@ def fill(place: Path, *names: str) -> None:
         marked.save(place / name, marked.picture(number, 16, 16))
 
 
-def captions(result: folder.Folder) -> dict[str, str | None]:
+def captions(result: photo_folder.Folder) -> dict[str, str | None]:
     return {photo.relative: photo.caption for photo in result.photos}
 
 
@@ -26,22 +26,22 @@ def test_a_plain_folder_is_a_data_set(photos: Path) -> None:
     (photos / "Thumbs.db").write_bytes(b"x")
     (photos / "clip.mov").write_bytes(b"x")
     before = marked.digests(photos)
-    result = folder.scan(photos)
+    result = photo_folder.scan(photos)
     assert [photo.relative for photo in result.photos] == ["a.PNG", "b.jpg", "c d.webp"]
     assert result.warnings == ["no photo has the name of e.mask.png: not used"]
     assert result.notes == ["not pictures, left alone: 1 .db, 1 .mov"]
     assert marked.digests(photos) == before
 
 
-@pytest.mark.parametrize("ending", folder.FORMATS)
+@pytest.mark.parametrize("ending", photo_folder.FORMATS)
 def test_every_format_is_looked_for(photos: Path, ending: str) -> None:
     (photos / f"a.{ending}").write_bytes(b"x")
-    assert len(folder.scan(photos).photos) == 1
+    assert len(photo_folder.scan(photos).photos) == 1
 
 
 def test_one_level_of_subfolders_and_kohyas(photos: Path) -> None:
     fill(photos, "top.jpg", "10_sks dog/a.jpg", "10_sks dog/b.jpg", "other/c.jpg", "other/deep/d.jpg", "__MACOSX/x.jpg")
-    result = folder.scan(photos)
+    result = photo_folder.scan(photos)
     assert [p.relative for p in result.photos] == ["top.jpg", "10_sks dog/a.jpg", "10_sks dog/b.jpg", "other/c.jpg"]
     assert result.warnings == ["pictures more than one folder down are not read: other/deep/ (1)"]
     assert result.notes == [
@@ -54,7 +54,7 @@ def test_names_of_every_language(tmp_path: Path) -> None:
     place = tmp_path / "фото" / "ソク"
     fill(place, "x y.jpg")
     (place / "x y.txt").write_text("кот и 猫", encoding="utf-8")
-    assert captions(folder.scan(tmp_path / "фото")) == {"ソク/x y.jpg": "кот и 猫"}
+    assert captions(photo_folder.scan(tmp_path / "фото")) == {"ソク/x y.jpg": "кот и 猫"}
 
 
 def test_captions_of_every_kind(photos: Path) -> None:
@@ -67,7 +67,7 @@ def test_captions_of_every_kind(photos: Path) -> None:
     (photos / "e.jpg.txt").write_text("five", encoding="utf-8")
     marked.save(photos / "sub/h.jpg", marked.picture(9, 16, 16))
     (photos / "sub/metadata.jsonl").write_text(json.dumps({"file_name": "f.jpg", "prompt": "six"}), encoding="utf-8")
-    result = folder.scan(photos)
+    result = photo_folder.scan(photos)
     assert captions(result) == {
         "a.jpg": "one", "b.jpg": "two lines", "c.jpg": "three", "d.jpg": "four", "e.jpg": "five", "g.jpg": None,
         "sub/f.jpg": "six", "sub/h.jpg": "seven",
@@ -89,7 +89,7 @@ def test_captions_that_disagree_are_reported(photos: Path) -> None:
     rows = [{"file_name": "b.jpg", "text": "same"}, {"file_name": "c.jpg", "text": "x"}]
     rows.append({"file_name": "c.jpg", "text": "y"})
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = folder.scan(photos)
+    result = photo_folder.scan(photos)
     assert captions(result) == {"a.jpg": "one", "b.jpg": "same", "c.jpg": "x"}
     assert result.warnings == [
         "c.jpg: metadata.jsonl line 3 says something else than before; not used",
@@ -102,7 +102,7 @@ def test_captions_that_are_empty_or_nobodys_are_reported(photos: Path) -> None:
     (photos / "a.txt").write_text(" \n")
     (photos / "b.txt").write_text("whose?")
     (photos / "metadata.jsonl").write_text('{"file_name": "z.jpg", "text": "gone"}')
-    result = folder.scan(photos)
+    result = photo_folder.scan(photos)
     assert captions(result) == {"a.jpg": None}
     assert result.warnings == [
         "a.jpg: its caption in a.txt is empty",
@@ -129,7 +129,7 @@ def test_captions_that_are_empty_or_nobodys_are_reported(photos: Path) -> None:
 def test_encodings(photos: Path, raw: bytes, text: str, guess: str) -> None:
     fill(photos, "a.jpg")
     (photos / "a.txt").write_bytes(raw)
-    result = folder.scan(photos)
+    result = photo_folder.scan(photos)
     assert captions(result) == {"a.jpg": text}
     line = f'a.txt: not UTF-8, read as {guess}: "{text}"; if that is wrong, save it as UTF-8'
     assert result.warnings == ([line] if guess else [])
@@ -141,7 +141,7 @@ def test_a_caption_that_is_no_text_is_named(photos: Path, raw: bytes) -> None:
     (photos / "a.txt").write_bytes(raw)
     message = r"^a\.txt: not text in an encoding that lorakit reads; save it as UTF-8$"
     with pytest.raises(LorakitError, match=message):
-        folder.scan(photos)
+        photo_folder.scan(photos)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_metadata_that_is_wrong_is_named_by_line(photos: Path, line: str, messag
     fill(photos, "a.jpg")
     (photos / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "fine"}\n' + line)
     with pytest.raises(LorakitError, match=f"^{message}$"):
-        folder.scan(photos)
+        photo_folder.scan(photos)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_metadata_that_is_wrong_is_named_by_line(photos: Path, line: str, messag
 def test_captions_in_tables_of_other_programs(photos: Path, name: str, content: str) -> None:
     fill(photos, "a.jpg", "sub/b.jpg")
     (photos / name).write_text(content, encoding="utf-8")
-    result = folder.scan(photos)
+    result = photo_folder.scan(photos)
     assert captions(result) == {"a.jpg": "one", "sub/b.jpg": "two"}
     assert result.warnings == [] and result.notes == ["subfolders: sub/ (1)"]
 
@@ -190,7 +190,7 @@ def test_one_json_for_each_photo(photos: Path) -> None:
     (photos / "b.jpg.json").write_text('{"tags": ["sks", "tree"]}')
     (photos / "c.json").write_text('{"width": 3}')
     (photos / "d.json").write_text("damaged")
-    result = folder.scan(photos)
+    result = photo_folder.scan(photos)
     assert captions(result) == {"a.jpg": "sks dog, grass, sun", "b.jpg": "sks, tree", "c.jpg": None, "d.jpg": None}
     keys = "text, caption, prompt, description, tags, tag_string"
     assert result.notes == [f"{name}.json: not read, it has no caption ({keys})" for name in "cd"]
@@ -208,20 +208,20 @@ def test_one_json_for_each_photo(photos: Path) -> None:
 def test_tables_that_are_not_read_are_listed(photos: Path, name: str, content: str, reason: str) -> None:
     fill(photos, "a.jpg")
     (photos / name).write_text(content)
-    (note,) = folder.scan(photos).notes
+    (note,) = photo_folder.scan(photos).notes
     assert note.startswith(f"not read as captions: {reason}")
 
 
 def test_masks_belong_to_their_photos(photos: Path) -> None:
     fill(photos, "a.jpg", "a.mask.png", "b.jpg")
-    assert [photo.mask and photo.mask.name for photo in folder.scan(photos).photos] == ["a.mask.png", None]
+    assert [photo.mask and photo.mask.name for photo in photo_folder.scan(photos).photos] == ["a.mask.png", None]
 
 
 def test_the_digest_follows_photos_masks_captions_and_names(photos: Path) -> None:
     fill(photos, "a.jpg", "b.jpg")
 
     def digest() -> str:
-        return folder.digest(folder.scan(photos).photos)
+        return photo_folder.digest(photo_folder.scan(photos).photos)
 
     digests = [digest()]
     marked.save(photos / "a.jpg", marked.picture(9, 16, 16))
@@ -234,10 +234,10 @@ def test_the_digest_follows_photos_masks_captions_and_names(photos: Path) -> Non
     digests.append(digest())
     assert len(set(digests)) == 5
     assert digest() == digests[-1]
-    result = folder.scan(photos).photos
+    result = photo_folder.scan(photos).photos
     (photos / "c.jpg").unlink()
     with pytest.raises(LorakitError, match=r"^c\.jpg: cannot be read any more \(No such file or directory\)$"):
-        folder.digest(result)
+        photo_folder.digest(result)
 
 
 ENDINGS = "looked for jpg, jpeg, jpe, jfif, png, webp, bmp, tif, tiff, avif, mpo, heic, heif, gif"
@@ -245,13 +245,13 @@ ENDINGS = "looked for jpg, jpeg, jpe, jfif, png, webp, bmp, tif, tiff, avif, mpo
 
 def test_an_empty_folder_says_what_it_looked_for_and_found(photos: Path) -> None:
     with pytest.raises(LorakitError) as error:
-        folder.scan(photos)
+        photo_folder.scan(photos)
     assert str(error.value) == f"0 images in {photos}; {ENDINGS}; found nothing"
     for name in ("a.cr2", "b.CR2", "notes.txt", "README"):
         (photos / name).write_bytes(b"x")
     fill(photos, "one/two/c.jpg")
     with pytest.raises(LorakitError) as error:
-        folder.scan(photos)
+        photo_folder.scan(photos)
     assert str(error.value) == (
         f"0 images in {photos}; {ENDINGS}; found 2 .cr2, 1 .txt, 1 without an ending; "
         "1 in one/two/ (only one level of subfolders is read)"
@@ -262,16 +262,16 @@ def test_what_is_no_folder_is_named(photos: Path) -> None:
     fill(photos, "a.jpg")
     (photos / "notes.txt").write_text("x")
     with pytest.raises(LorakitError) as error:
-        folder.scan(photos / "a.jpg")
+        photo_folder.scan(photos / "a.jpg")
     assert str(error.value) == f"{photos / 'a.jpg'} is one picture; give the folder it is in: {photos}"
     with pytest.raises(LorakitError) as error:
-        folder.scan(photos / "notes.txt")
+        photo_folder.scan(photos / "notes.txt")
     assert str(error.value) == f"{photos / 'notes.txt'} is a file; give a folder of photos"
     with pytest.raises(LorakitError) as error:
-        folder.scan(photos.parent / "photo")
+        photo_folder.scan(photos.parent / "photo")
     assert str(error.value) == f"folder {photos.parent / 'photo'} does not exist (did you mean {photos}?)"
     with pytest.raises(LorakitError) as error:
-        folder.scan(photos / "zzz" / "deep")
+        photo_folder.scan(photos / "zzz" / "deep")
     assert str(error.value) == f"folder {photos / 'zzz' / 'deep'} does not exist"
 
 
@@ -295,7 +295,7 @@ def test_masks_of_other_programs_are_no_photos(tmp_path: Path, photo: str, mask:
     for name in (photo, photo.replace("a.", "b."), mask):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         marked.save(tmp_path / name, marked.picture(3))
-    result = folder.scan(tmp_path)
+    result = photo_folder.scan(tmp_path)
     assert {p.relative: p.mask for p in result.photos} == {photo: tmp_path / mask, photo.replace("a.", "b."): None}
     assert result.warnings == []
 
@@ -304,7 +304,7 @@ def test_what_only_looks_like_a_mask_is_a_photo_or_named(tmp_path: Path) -> None
     (tmp_path / "masks").mkdir()
     for name in ("bull_mask.png", "a.png", "masks/a.png", "masks/c.png"):
         marked.save(tmp_path / name, marked.picture(3))
-    result = folder.scan(tmp_path)
+    result = photo_folder.scan(tmp_path)
     assert [photo.relative for photo in result.photos] == ["a.png", "bull_mask.png"]
     assert result.warnings == ["no photo has the name of masks/c.png: not used"]
 
@@ -315,7 +315,7 @@ def test_the_exact_name_comes_first(tmp_path: Path) -> None:
         marked.save(tmp_path / name, marked.picture(3))
     for name in ("a.txt", "A.txt", "B.txt", "C.TXT", "A.mask.png", "B.mask.png", "b.mask.png"):
         (tmp_path / name).write_text(name)
-    photos = {photo.relative: photo for photo in folder.scan(tmp_path).photos}
+    photos = {photo.relative: photo for photo in photo_folder.scan(tmp_path).photos}
     assert {name: photo.caption for name, photo in photos.items()} == {
         "a.png": "a.txt", "A.png": "A.txt", "B.png": "B.txt", "b.png": None, "c.png": "C.TXT",
     }  # fmt: skip
@@ -339,7 +339,7 @@ def test_links_that_lead_out_up_or_nowhere_are_named_and_not_followed(tmp_path: 
     for name, target in links.items():
         (root / name).symlink_to(target)
     os.mkfifo(root / "pipe.jpg")
-    result = folder.scan(root)
+    result = photo_folder.scan(root)
     assert [(photo.relative, photo.caption, photo.mask) for photo in result.photos] == [
         ("a.png", None, None), ("within.png", None, None), ("below/a.png", None, None),
     ]  # fmt: skip
@@ -351,11 +351,11 @@ def test_links_that_lead_out_up_or_nowhere_are_named_and_not_followed(tmp_path: 
     ]
     link = tmp_path / "link"
     link.symlink_to(root)
-    assert len(folder.scan(link).photos) == 3
+    assert len(photo_folder.scan(link).photos) == 3
     (outside / "a.png").unlink()
     (outside / "e.png").symlink_to(root / "a.png")
     with pytest.raises(LorakitError, match=r"^0 images in .*; e\.png: links out of the folder of photos; not followed"):
-        folder.scan(outside)
+        photo_folder.scan(outside)
 
 
 @pytest.mark.parametrize(
@@ -373,8 +373,8 @@ def test_names_that_cannot_be_shown_are_read_and_escaped(tmp_path: Path, name: b
     path = tmp_path / os.fsdecode(name)
     (tmp_path / "a.png").rename(path)
     path.with_suffix(".txt").write_text("a zib")
-    photos = folder.scan(tmp_path).photos
+    photos = photo_folder.scan(tmp_path).photos
     assert [(p.relative, p.path, p.caption, p.caption_source) for p in photos] == [
         (label, path, "a zib", label.replace(".png", ".txt"))
     ]
-    assert len(folder.digest(photos)) == 64
+    assert len(photo_folder.digest(photos)) == 64
