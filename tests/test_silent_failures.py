@@ -71,7 +71,12 @@ def loaded(settings: Config) -> tuple[Any, Any, LossStep, Any]:
     report = checks.check(settings.data, info)
     encoded = precompute(settings, family, adapter, report, lambda line, **_: None)
     step = LossStep(family, adapter, encoded, settings.train)
-    return family, adapter, step, optimizers.build(settings.optimizer, adapter.groups())
+    return (
+        family,
+        adapter,
+        step,
+        optimizers.build(settings.optimizer, *optimizers.rate_groups(settings.optimizer, adapter.parameters())),
+    )
 
 
 def learned(settings: Config) -> torch.Tensor:
@@ -116,6 +121,7 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "optimizer.args": ({"betas": [0.5, 0.6]}, {}),
     "optimizer.learning_rate": (2e-2, {}),
     "optimizer.text_encoder_learning_rate": (1e-3, TEXT),
+    "optimizer.loraplus_lr_ratio": (4.0, {}),
     "optimizer.weight_decay": (0.5, {}),
     "optimizer.lr_scheduler": ("cosine", {}),
     "optimizer.warmup_steps": (2, {}),

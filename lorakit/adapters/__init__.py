@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from diffusers import DiffusionPipeline
+    from torch import nn
 
     from lorakit.adapters.adapter import Adapter
     from lorakit.adapters.weights import AdapterWeights
@@ -60,16 +63,23 @@ def optimize_blocks(target: Family | DiffusionPipeline, *, save_less: bool = Fal
     fused_blocks.optimize_blocks(target.denoiser, save_less=save_less)
 
 
-def flatten(target: Family | DiffusionPipeline, adapter: Adapter, *, copies: bool = True) -> list[FlatParameters]:
+def flatten(
+    target: Family | DiffusionPipeline,
+    adapter: Adapter,
+    *,
+    groups: Sequence[tuple[str, Sequence[nn.Parameter]]] | None = None,
+    copies: bool = True,
+) -> list[FlatParameters]:
     """Make an adapter's parameters views of one tensor for each of its groups; for training, after
     `optimize_blocks`.
 
     Args:
         target: the `families.Family` that the adapter is attached to.
         adapter: its parameters, names and file stay what they are.
+        groups: (component, some of its parameters), which share a learning rate; by default all of each component.
         copies: where the base is in half precision, let LoRA's layers read copies of the factors that are cast all at
             once; these, and their gradients, take 4 bytes for each trained number.
     """
     from lorakit.engine import flat_parameters
 
-    return flat_parameters.flatten(target, adapter, copies=copies)
+    return flat_parameters.flatten(target, adapter, groups=groups, copies=copies)

@@ -62,6 +62,7 @@ _TWINS: dict[str, tuple[str, Convert]] = {
     "network_dropout": ("adapter.dropout", float),
     **{key: ("optimizer.name", _named(_OPTIMIZERS)) for key in ("optimizer_type", "optimizer")},
     **dict.fromkeys(("learning_rate", "unet_lr"), ("optimizer.learning_rate", float)),
+    "loraplus_lr_ratio": ("optimizer.loraplus_lr_ratio", float),
     "stop_text_encoder_training": ("optimizer.text_encoder_stop", lambda percent: float(percent) / 100),
     "text_encoder_lr": ("optimizer.text_encoder_learning_rate", float),
     **{key: ("optimizer.lr_scheduler", _named(_SCHEDULES)) for key in ("lr_scheduler", "learning_rate_scheduler")},

@@ -261,7 +261,7 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(f"set exactly one of {', '.join('train.' + n for n in LENGTHS)}: {detail}")
     if optimizer.learning_rate == 0:
         problems.append("optimizer.learning_rate = 0 trains nothing: give a rate above 0")
-    problems += _text_encoder_problems(optimizer, adapter)
+    problems += _text_encoder_problems(optimizer, adapter) + _factor_problems(config)
     if adapter.new_tokens and not re.fullmatch(r"[\w-]+", unquote(data.name).partition(" ")[0]):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
     problems += _schedule_problems(optimizer) + _noise_problems(train)
@@ -315,6 +315,18 @@ def _schedule_problems(optimizer: OptimizerConfig) -> list[str]:
             problems.append(f"optimizer.{name} has no effect without optimizer.lr_scheduler = {schedule!r}")
     if optimizer.min_lr_ratio and optimizer.lr_scheduler == "constant":
         problems.append("optimizer.min_lr_ratio has no effect with a constant rate: choose an optimizer.lr_scheduler")
+    return problems
+
+
+def _factor_problems(config: Config) -> list[str]:
+    """Options of LoRA's two factors with a method that has others."""
+    problems, spec, method = [], METHODS[config.adapter.method], config.adapter.method
+    if config.optimizer.loraplus_lr_ratio != 1 and not spec.has_ab_factors:
+        why = "both of them begin from the base" if spec.begins_from_base else f"{method} has others"
+        problems.append(
+            f"optimizer.loraplus_lr_ratio is for a factor A that begins at random and a B that begins at 0: {why}; "
+            "leave it out"
+        )
     return problems
 
 

@@ -192,6 +192,9 @@ class OptimizerConfig:
     text_encoder_stop: float = option(
         1.0, "Share of the run after which text encoders are left as they are.", above=0, high=1
     )
+    loraplus_lr_ratio: float = option(
+        1.0, "LoRA+: rate of the factor B by that of A; 16 is the paper's. 1: the same.", above=0, high=1000
+    )
     weight_decay: float = option(0.01, "Decoupled weight decay.", low=0, high=1)
     lr_scheduler: Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial", "rex", "wsd"] = option(
         "constant", "Shape after warm-up. wsd: constant, then down at the end."

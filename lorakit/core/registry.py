@@ -81,6 +81,7 @@ class MethodSpec:
         layers: kind of the layers that it gives ("lora", "dora", "loha" or "lokr"); a format carries kinds of layers.
         begins_from_base: its first weights are taken from the base, so it cannot start from an adapter.
         rank_stabilized: its scale is alpha / sqrt(rank), not alpha / rank.
+        has_ab_factors: it trains a factor A that begins at random and a factor B that begins at 0.
     """
 
     functions: str
@@ -89,6 +90,7 @@ class MethodSpec:
     layers: str = "lora"
     begins_from_base: bool = False
     rank_stabilized: bool = False
+    has_ab_factors: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ class OptimizerSpec:
 
 # Two float32 numbers for each weight, as Adam has; few optimizers have more.
 ASSUMED_STATE_BYTES = 8
-# Classes of other packages whose learning rate is a factor, as that of prodigy.
+# Classes of other packages whose learning rate is a factor, as that of prodigy; and those with one rate for all.
 FINDS_THE_RATE = re.compile(r"prodigy|dadapt|adadelta", re.IGNORECASE)
+HAS_ONE_RATE = re.compile(r"prodigy|dadapt", re.IGNORECASE)
 
 
 def optimizer(name: str) -> OptimizerSpec:
@@ -132,7 +135,10 @@ def optimizer(name: str) -> OptimizerSpec:
         return OPTIMIZERS[name]
     package = name.partition(":")[0].partition(".")[0]
     rate = 1.0 if FINDS_THE_RATE.search(name) else None
-    return OptimizerSpec(name, ASSUMED_STATE_BYTES, package=package, is_guess=True, learning_rate=rate)
+    single = HAS_ONE_RATE.search(name) is not None
+    return OptimizerSpec(
+        name, ASSUMED_STATE_BYTES, package=package, is_guess=True, learning_rate=rate, single_rate=single
+    )
 
 
 def own_learning_rate(name: object) -> float | None:
@@ -161,7 +167,10 @@ def unmet_needs(name: str, *, has_cuda: bool, one_rate: bool) -> list[str]:
     if spec.needs_cuda and not has_cuda:
         lines.append(f"optimizer.name = {name!r} needs a CUDA device: choose 'adamw8bit' or 'adamw'")
     if spec.single_rate and not one_rate:
-        lines.append(f"optimizer.name = {name!r} has one rate: leave optimizer.text_encoder_learning_rate unset")
+        lines.append(
+            f"optimizer.name = {name!r} has one rate: leave optimizer.text_encoder_learning_rate and "
+            "optimizer.loraplus_lr_ratio unset"
+        )
     return lines
 
 
@@ -178,10 +187,12 @@ FAMILIES = Registry["FamilySpec"](
 METHODS = Registry[MethodSpec](
     "lorakit.adapters",
     {
-        "lora": MethodSpec("lorakit.adapters.lora:LORA"),
+        "lora": MethodSpec("lorakit.adapters.lora:LORA", has_ab_factors=True),
         # Kalajdzievski 2023, arXiv 2312.03732.
-        "rslora": MethodSpec("lorakit.adapters.lora:LORA", rank_stabilized=True),
-        "dora": MethodSpec("lorakit.adapters.dora:DORA", "lorakit.adapters.targets:dora_weights", layers="dora"),
+        "rslora": MethodSpec("lorakit.adapters.lora:LORA", rank_stabilized=True, has_ab_factors=True),
+        "dora": MethodSpec(
+            "lorakit.adapters.dora:DORA", "lorakit.adapters.targets:dora_weights", layers="dora", has_ab_factors=True
+        ),
         "pissa": MethodSpec("lorakit.adapters.pissa:PISSA", begins_from_base=True),
         "loha": MethodSpec(
             "lorakit.adapters.loha:LOHA",

@@ -29,13 +29,24 @@ ALIGNMENT = 64
 ROW_LENGTH = 1024
 
 
-def flatten(target: Any, adapter: Adapter, *, copies: bool = True) -> list[FlatParameters]:
+def flatten(
+    target: Any,
+    adapter: Adapter,
+    *,
+    groups: Sequence[tuple[str, Sequence[nn.Parameter]]] | None = None,
+    copies: bool = True,
+) -> list[FlatParameters]:
     """See `lorakit.adapters.flatten`."""
-    modules, half = target.modules(), target.dtype if copies and target.dtype is not torch.float32 else None
-    return [
-        FlatParameters(name, parameters, modules[name], half, getattr(target, "gradient_scale", 1.0))
-        for name, parameters in adapter.groups()
-    ]
+    scale = getattr(target, "gradient_scale", 1.0)
+    flats = [FlatParameters(name, each, scale) for name, each in (adapter.groups() if groups is None else groups)]
+    layers = [layer for module in target.modules().values() for layer in module.modules()]
+    for layer in layers:
+        # Layers with rates of their own lie in different tensors, and are computed one by one.
+        if isinstance(layer, fused_blocks.FusedAttention) and layer.fused_qkv is not None:
+            layer.fused_qkv = layer.fused_qkv if layer.fused_qkv.refresh() else None
+    if copies and target.dtype is not torch.float32:
+        _add_copies(layers, flats, target.dtype)
+    return flats
 
 
 class FlatParameters:
@@ -44,8 +55,6 @@ class FlatParameters:
     Args:
         name: the component.
         parameters: float32, on one device; each becomes a view of `weights`, and its gradient one of `gradient`.
-        module: the module that has them.
-        half: the precision of the copies that LoRA's layers read; None: no copies.
         gradient_scale: gradients in half precision are multiplied by this.
 
     Attributes:
@@ -54,28 +63,16 @@ class FlatParameters:
         gradient: `[n]`, float32, the `grad` of `weights`; its memory never moves, and it is never None.
     """
 
-    def __init__(
-        self,
-        name: str,
-        parameters: Sequence[nn.Parameter],
-        module: nn.Module,
-        half: torch.dtype | None = None,
-        gradient_scale: float = 1.0,
-    ):
-        self.name, self.parameters, self._copies_switch = name, list(parameters), fused_lora.CopiesSwitch()
+    def __init__(self, name: str, parameters: Sequence[nn.Parameter], gradient_scale: float = 1.0):
+        self.name, self.parameters, self.copies_switch = name, list(parameters), fused_lora.CopiesSwitch()
         offsets, size = _offsets(self.parameters)
         self.weights = nn.Parameter(torch.zeros(size, device=self.parameters[0].device))
         self.gradient = self.weights.grad = torch.zeros_like(self.weights)
         self._layout = [(p.shape, p.stride(), offset) for p, offset in zip(self.parameters, offsets, strict=True)]
         self._views, self._gradients = self.split(self.weights), self.split(self.gradient)
         self.ensure_views()
-        for layer in module.modules():
-            if isinstance(layer, fused_blocks.FusedAttention) and layer.fused_qkv is not None:
-                layer.fused_qkv.refresh()
         self._scale = gradient_scale
         self._half: tuple[torch.Tensor, torch.Tensor] | None = None
-        if half is not None:
-            self._add_copies(module, half)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Views of a tensor like `weights`, one at the place of each parameter."""
@@ -108,36 +105,42 @@ class FlatParameters:
             copies, gradient = self._half
             copies.copy_(self.weights.detach())
             gradient.zero_()
-            self._copies_switch.on = True
+            self.copies_switch.on = True
 
     def deactivate_copies(self) -> None:
         """Let the layers compute with the parameters again."""
-        self._copies_switch.on = False
+        self.copies_switch.on = False
 
     def add_copy_gradients(self) -> None:
         """Add the half-precision gradients of the pass to `gradient`."""
         if self._half is not None:
             self.gradient.add_(self._half[1], alpha=1 / self._scale)
 
-    def _add_copies(self, module: nn.Module, half: torch.dtype) -> None:
-        copies = torch.zeros_like(self.weights.detach(), dtype=half)
-        gradient = torch.zeros_like(copies)
+    def copy_views(self, tensor: torch.Tensor, half: torch.dtype) -> list[torch.Tensor]:
+        """The half-precision copy, and its gradient, of a part of `weights`; made with the first that is asked for."""
+        if self._half is None:
+            copies = torch.zeros_like(self.weights.detach(), dtype=half)
+            self._half = copies, torch.zeros_like(copies)
+        return [each.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) for each in self._half]
 
-        def view(tensor: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-            return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-        for layer in module.modules():
-            holder: Any = layer.fused_qkv if isinstance(layer, fused_blocks.FusedAttention) else layer
-            if isinstance(holder, fused_blocks.FusedQKV) and holder.down is not None and holder.up is not None:
-                down, up = holder.down, holder.up
-            elif isinstance(holder, fused_lora.FusedLinear):
-                ((down, up),) = zip(_weights(holder.lora_A), _weights(holder.lora_B), strict=True)
-            else:
-                continue
-            holder.half_copies = fused_lora.HalfCopies(
-                view(down, copies), view(up, copies), view(down, gradient), view(up, gradient), self._copies_switch
-            )
-            self._half = copies, gradient
+def _add_copies(layers: Sequence[nn.Module], flats: Sequence[FlatParameters], half: torch.dtype) -> None:
+    """Let LoRA's layers read copies of their factors, each from the tensor that the factor is in."""
+    by_memory = {flat.weights.data_ptr(): flat for flat in flats}
+    switch = fused_lora.CopiesSwitch()
+    for flat in flats:
+        flat.copies_switch = switch
+    for layer in layers:
+        holder: Any = layer.fused_qkv if isinstance(layer, fused_blocks.FusedAttention) else layer
+        if isinstance(holder, fused_blocks.FusedQKV) and holder.down is not None and holder.up is not None:
+            pair = holder.down, holder.up
+        elif isinstance(holder, fused_lora.FusedLinear):
+            (pair,) = zip(_weights(holder.lora_A), _weights(holder.lora_B), strict=True)
+        else:
+            continue
+        views = [by_memory[each.untyped_storage().data_ptr()].copy_views(each, half) for each in pair]
+        (down, to_down), (up, to_up) = views
+        holder.half_copies = fused_lora.HalfCopies(down, up, to_down, to_up, switch)
 
 
 @contextlib.contextmanager

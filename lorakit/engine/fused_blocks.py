@@ -121,15 +121,15 @@ class FusedQKV:
         self._factors: list[Any] = []
         self.refresh()
 
-    def refresh(self) -> None:
-        """Read the addresses of the factors again, after they have moved together."""
-        self._factors = self._weights()
-        if self._factors:
-            count = len(self.layers)
-            self.down, self.up = (
-                _stacked_view(self._factors[:count]).flatten(0, 1),
-                _stacked_view(self._factors[count:]),
-            )
+    def refresh(self) -> bool:
+        """Read the addresses of the factors again, after they have moved; whether they have moved together."""
+        self._factors, count = self._weights(), len(self.layers)
+        sides = [self._factors[:count], self._factors[count:]] if self._factors else []
+        if not all(map(_are_neighbours, sides)):
+            return False
+        if sides:
+            self.down, self.up = _stacked_view(sides[0]).flatten(0, 1), _stacked_view(sides[1])
+        return True
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """`[B, T, in]` -> one `[B, T, out]` for each layer; None if the caller must call the layers one by one."""
@@ -338,6 +338,16 @@ def _stacked_view(tensors: list[Any]) -> torch.Tensor:
     """`[G, ...]`: tensors that share memory, as one tensor."""
     first = tensors[0].detach()
     return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()), first.storage_offset())  # type: ignore[no-any-return]
+
+
+def _are_neighbours(tensors: list[Any]) -> bool:
+    """Whether tensors lie one after the other in one allocation."""
+    first = tensors[0]
+    return all(
+        tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and tensor.storage_offset() == first.storage_offset() + number * first.numel()
+        for number, tensor in enumerate(tensors)
+    )
 
 
 def _per_layer(rows: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

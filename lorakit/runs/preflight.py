@@ -198,6 +198,7 @@ def _device_problems(config: Config) -> list[str]:
     optimizer = config.optimizer
     rates = {optimizer.text_encoder_learning_rate, optimizer.text_encoder_2_learning_rate}
     one_rate = rates <= {None, optimizer.learning_rate} and optimizer.text_encoder_stop == 1
+    one_rate = one_rate and optimizer.loraplus_lr_ratio == 1
     has_cuda = plan.may_be_cuda(config.memory.device)
     return problems + registry.unmet_needs(config.optimizer.name, has_cuda=has_cuda, one_rate=one_rate)
 

@@ -38,13 +38,15 @@ class OptimizerStep:
         # Where memory comes first there are no copies.
         copies = not config.memory.gradient_checkpointing and config.memory.limit_gib is None
         plain = loss_step.family.plain
-        self.flats = [] if plain else adapters.flatten(loss_step.family, loss_step.adapter, copies=copies)
+        groups, rates = optimizers.rate_groups(config.optimizer, loss_step.adapter.parameters())
+        self.flats = (
+            [] if plain else adapters.flatten(loss_step.family, loss_step.adapter, groups=groups, copies=copies)
+        )
         spec = registry.optimizer(config.optimizer.name)
-        groups = loss_step.adapter.groups()
         self.parameters = [parameter for _, group in groups for parameter in group]
         if spec.elementwise and not plain:
             groups = [(each.name, [each.weights]) for each in self.flats]
-        self.optimizer = optimizers.build(config.optimizer, groups)
+        self.optimizer = optimizers.build(config.optimizer, groups, rates)
         if spec.elementwise and not plain:
             flat_parameters.save_per_parameter(self.optimizer, self.flats)
         self._blocks = None if plain else compile.blocks(config, loss_step.family, self.parameters, say)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -19,14 +19,41 @@ Groups = list[dict[str, Any]]
 Builder = Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]
 
 
-def build(config: OptimizerConfig, groups: list[tuple[str, list[torch.nn.Parameter]]]) -> torch.optim.Optimizer:
+def rate_groups(
+    config: OptimizerConfig, parameters: Mapping[str, torch.nn.Parameter]
+) -> tuple[list[tuple[str, list[torch.nn.Parameter]]], list[float]]:
+    """An adapter's parameters by component and by the multiple of its rate that they learn at; and each multiple."""
+    groups: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((name.partition(".")[0], rate_multiple(config, name)), []).append(parameter)
+    ordered = sorted(groups, key=lambda key: [component for component, _ in groups].index(key[0]))
+    return [(key[0], groups[key]) for key in ordered], [multiple for _, multiple in ordered]
+
+
+def rate_multiple(config: OptimizerConfig, name: str) -> float:
+    """What the learning rate of a component is multiplied by for the parameter `<layer>.<factor>`: B learns faster than
+    A (LoRA+, Hayou et al. 2024, arXiv 2402.12354)."""
+    return config.loraplus_lr_ratio if name.endswith(".up") else 1.0
+
+
+def build(
+    config: OptimizerConfig,
+    groups: Sequence[tuple[str, list[torch.nn.Parameter]]],
+    multiples: Sequence[float] | None = None,
+) -> torch.optim.Optimizer:
     """The chosen optimizer over named groups ("unet", "text_encoder", ...), each at its own peak learning rate.
+
+    Args:
+        multiples: of each group's learning rate, as `rate_groups` gives them; by default all are 1.
 
     Raises:
         LorakitError: as `require`, or the optimizer cannot do what is asked.
     """
     builder = require(config)
-    named = [{"params": params, "name": name, "lr": peak(config, name)} for name, params in groups]
+    named = [
+        {"params": params, "name": name, "lr": multiple * peak(config, name), "rate_multiple": multiple}
+        for (name, params), multiple in zip(groups, multiples or [1.0] * len(groups), strict=True)
+    ]
     one_rate = len({group["lr"] for group in named}) == 1
     if lines := registry.unmet_needs(config.name, has_cuda=groups[0][1][0].is_cuda, one_rate=one_rate):
         raise LorakitError("\n".join(lines))
@@ -118,7 +145,8 @@ def set_learning_rate(
     """Give every group its rate for `step`, rounded to float32: so the same one, where it is a tensor on the device
     that stays where it is."""
     for group in optimizer.param_groups:
-        rate = torch.tensor(learning_rate(config, step, total_steps, group["name"]), dtype=torch.float32)
+        multiple = group.get("rate_multiple", 1.0)  # checkpoints written before there was one have none
+        rate = torch.tensor(multiple * learning_rate(config, step, total_steps, group["name"]), dtype=torch.float32)
         if not on_device:
             group["lr"] = rate.item()
         elif isinstance(group["lr"], torch.Tensor):

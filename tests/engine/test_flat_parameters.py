@@ -31,10 +31,9 @@ def gradients(step: int, like: list[Any]) -> list[torch.Tensor]:
 
 def flats(separate_parameters: list[torch.nn.Parameter]) -> list[flat_parameters.FlatParameters]:
     """The first three in a group, the rest in another."""
-    nothing = torch.nn.Module()
     return [
-        flat_parameters.FlatParameters("unet", separate_parameters[:3], nothing),
-        flat_parameters.FlatParameters("text_encoder", separate_parameters[3:], nothing),
+        flat_parameters.FlatParameters("unet", separate_parameters[:3]),
+        flat_parameters.FlatParameters("text_encoder", separate_parameters[3:]),
     ]
 
 
@@ -117,7 +116,7 @@ def test_gradients_are_clipped_as_torch_does(max_norm: float) -> None:
 
 
 def test_the_norm_of_twenty_million_numbers_is_right() -> None:
-    many = flat_parameters.FlatParameters("unet", [torch.nn.Parameter(torch.zeros(20_000_000))], torch.nn.Module())
+    many = flat_parameters.FlatParameters("unet", [torch.nn.Parameter(torch.zeros(20_000_000))])
     many.gradient.normal_(generator=torch.Generator().manual_seed(0)).mul_(1e-4)
     exact = torch.linalg.vector_norm(many.gradient, dtype=torch.float64).item()
     assert flat_parameters.norm([many]).item() == pytest.approx(exact, rel=1e-6)

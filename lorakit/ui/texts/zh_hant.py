@@ -235,6 +235,7 @@ OPTIONS = {
     "optimizer.args": ("最佳化器引數", "最佳化器的其他引數，寫成表格，例如 {betas = [0.9, 0.95]}。"),
     "optimizer.learning_rate": ("學習率", "最高學習率（prodigy 則為倍率，通常為 1）。"),
     "optimizer.text_encoder_learning_rate": ("文字編碼器學習率", "用於文字編碼器的 adapter。未設定：相同。"),
+    "optimizer.loraplus_lr_ratio": ("LoRA+ 比例", "LoRA+：B 的學習率是 A 的幾倍；論文用 16。1：相同。"),
     "optimizer.text_encoder_2_learning_rate": (
         "第二文字編碼器學習率",
         "第二個及其後的文字編碼器。留空：與第一個相同。",

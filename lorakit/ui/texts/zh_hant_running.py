@@ -178,9 +178,15 @@ RUNNING = {
     "optimizer.name = {name} needs a CUDA device: choose 'adamw8bit' or 'adamw'": (
         "optimizer.name = {name} 需要 CUDA 裝置：請選 'adamw8bit' 或 'adamw'"
     ),
-    "optimizer.name = {name} has one rate: leave optimizer.text_encoder_learning_rate unset": (
-        "optimizer.name = {name} 只有一個學習率：optimizer.text_encoder_learning_rate 請留空"
+    "optimizer.name = {name} has one rate: leave optimizer.text_encoder_learning_rate and "
+    "optimizer.loraplus_lr_ratio unset": (
+        "optimizer.name = {name} 只有一個學習率："
+        "optimizer.text_encoder_learning_rate 與 optimizer.loraplus_lr_ratio 請留空"
     ),
+    "optimizer.loraplus_lr_ratio is for a factor A that begins at random and a B that begins at 0: {why:words}; "
+    "leave it out": "optimizer.loraplus_lr_ratio 是給隨機開始的 A 與從 0 開始的 B 用的（{why:words}）：請拿掉",
+    "both of them begin from the base": "這裡兩者都從基礎模型開始",
+    "{method} has others": "{method} 的因子不同",
     "optimizer: {name} is not known to lorakit; the memory estimate assumes {bytes} bytes of state for each weight": (
         "最佳化器：lorakit 不認得 {name}；記憶體估計假設每個權重的狀態為 {bytes} 位元組"
     ),
