@@ -14,8 +14,9 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from lorakit.core import registry
+from lorakit.core import install, registry
 from lorakit.core.cache_dir import cache_dir
+from lorakit.runs import nvidia
 
 # Extra -> the module it brings and what that is for. The optimizers' extras are added by `optional_extras`.
 EXTRAS = {
@@ -86,12 +87,12 @@ def versions(
         try:
             version = installed(name)
         except importlib.metadata.PackageNotFoundError:
-            lines.append(Line(name, "bad", f"missing; wanted {bounds}", f"pip install '{name}{bounds}'"))
+            lines.append(Line(name, "bad", f"missing; wanted {bounds}", install.command(f"{name}{bounds}")))
             continue
         lines.append(
             Line(name, "ok", version)
             if bounds.contains(version, prereleases=True)
-            else Line(name, "bad", f"{version}; tested with {bounds}", f"pip install '{name}{bounds}'")
+            else Line(name, "bad", f"{version}; tested with {bounds}", install.command(f"{name}{bounds}"))
         )
     return lines
 
@@ -101,7 +102,7 @@ def devices() -> list[Line]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: one of its own libraries is missing
-        return [Line("device", "bad", f"torch does not import: {error}", "pip install 'lorakit'")]
+        return [Line("device", "bad", f"torch does not import: {error}", install.command(nvidia.TORCH))]
     lines = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -125,14 +126,23 @@ def devices() -> list[Line]:
     elif torch.backends.mps.is_available():
         lines.append(Line("device", "note", "mps (Apple): trains in fp32; not tested by us"))
     else:
-        nvidia = Path("/proc/driver/nvidia/version").exists()
-        fix = "this torch has no CUDA: pip install --force-reinstall 'torch>=2.6,<2.14'" if nvidia else ""
-        threads = torch.get_num_threads()
-        state, remark = ("bad", "; an NVIDIA driver is there, but torch does not see it") if nvidia else ("ok", "")
-        lines.append(Line("device", state, f"cpu, {threads} threads{remark}", fix))
+        lines.append(cpu_line(torch.get_num_threads()))
         lines.append(Line("precision", "ok", "fp32 (bf16 runs too, at less memory)"))
         lines.append(Line("attention", "ok", "sdpa"))
     return lines
+
+
+def cpu_line(threads: int) -> Line:
+    """What is to be said where torch computes on the CPU: that is bad where there is a card."""
+    detail = f"cpu, {threads} threads"
+    if nvidia.is_hidden() or not nvidia.has_driver():
+        return Line("device", "ok", detail)
+    cards = nvidia.cards()
+    names = ", ".join(f"{card.name} with driver {card.driver}" for card in cards) or "an NVIDIA driver"
+    command = nvidia.torch_command(cards)
+    if not nvidia.torch_has_cuda():
+        return Line("device", "bad", f"{detail}; {names} is there, but this torch is built without CUDA", command)
+    return Line("device", "bad", f"{detail}; {names} is there, but torch does not see it: update its driver", command)
 
 
 def cuda_lines(
@@ -149,7 +159,7 @@ def cuda_lines(
     lines = [Line(device, "ok", f"{name}, {memory / 2**30:.0f} GiB, {architecture}")]
     if not _runs_on(capability, architectures):
         built = ", ".join(architectures) or "no CUDA device"
-        fix = "install a torch whose CUDA build has it: https://pytorch.org/get-started/locally/"
+        fix = nvidia.torch_command([nvidia.Card(name, "", capability)])
         lines.append(Line(f"{device} kernels", "bad", f"this torch is built for {built}, not for {architecture}", fix))
     lines.append(Line(f"{device} bf16", "ok", "yes") if bf16 else Line(f"{device} bf16", "note", "no; fp16 is used"))
     return lines
@@ -175,7 +185,7 @@ def extras(find: Callable[[str], Any] = importlib.util.find_spec) -> list[Line]:
         if find(module) is not None:
             lines.append(Line(f"extra {extra}", "ok", f"{module} is there: {purpose}"))
         else:
-            fix = f"pip install 'lorakit[{extra}]'"
+            fix = install.hint(extra)
             lines.append(Line(f"extra {extra}", "note", f"{module} is missing: {purpose}", fix))
     return lines
 

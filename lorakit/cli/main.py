@@ -21,6 +21,7 @@ from lorakit import __version__, config as configuration
 from lorakit.cli import adapter_commands, base_commands, train_commands
 from lorakit.cli.terminal import complain, open_streams, print_json, print_lines, quiet_libraries
 from lorakit.config.option import format_bound
+from lorakit.core import install
 from lorakit.core.errors import LorakitError
 from lorakit.runs import memory_estimate
 
@@ -136,7 +137,7 @@ def run_options(args: argparse.Namespace) -> int:
 def run_ui(arguments: Sequence[str]) -> int:
     """`lorakit ui`: the front end has options of its own (`lorakit ui --help`)."""
     if not _has("gradio"):
-        raise LorakitError("the front end needs gradio: pip install 'lorakit[ui]'")
+        raise LorakitError(f"the front end needs gradio; {install.hint('ui')}")
     # By name: the front end and the command line do not know each other.
     return int(import_module("lorakit.ui.app").main(arguments))
 

@@ -336,7 +336,7 @@ DEVICE_MISSING = (
     "memory.device = {device!r}: torch {version} finds no such device here; "
     "`lorakit doctor` says why, memory.device = 'auto' takes what there is"
 )
-XFORMERS_MISSING = "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'"
+XFORMERS_MISSING = "memory.attention = 'xformers' needs xformers; {hint}"
 OFFLOAD_NEEDS_CUDA = (
     "memory.stream_base = true needs a CUDA card to copy weights to, and this is {device}: set it to false"
 )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from lorakit.core import install
 from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def missing_package(name: str) -> str | None:
     if not spec.package or importlib.util.find_spec(spec.package) is not None:
         return None
     if spec.extra:
-        return f"optimizer.name = {name!r} needs {spec.package}: pip install 'lorakit[{spec.extra}]'"
+        return f"optimizer.name = {name!r} needs {spec.package}; {install.hint(spec.extra)}"
     return f"optimizer.name = {name!r}: the package {spec.package} is not installed"
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from lorakit.core import install
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable
 
@@ -47,7 +48,6 @@ ROTATIONS = {
 }  # fmt: skip
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 COLOUR_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}  # Pillow's mode -> ICC colour space
-HEIC_HINT = "HEIC needs an extra: pip install 'lorakit[heic]'"
 # Pillow warns of large pictures, odd palettes and damaged EXIF data, but does not name the file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -192,7 +192,7 @@ def _register_heif(name: str) -> None:
     try:
         import pillow_heif
     except ImportError:
-        raise Unreadable(name, HEIC_HINT) from None
+        raise Unreadable(name, f"HEIC needs pillow-heif; {install.hint('heic')}") from None
     pillow_heif.register_heif_opener()
 
 

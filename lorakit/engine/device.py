@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, XFORMERS_MISSING, MemoryConfig
+from lorakit.core import install
 from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def attention(config: MemoryConfig, family: Family) -> str:
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError:
-        raise LorakitError(XFORMERS_MISSING) from None
+        raise LorakitError(XFORMERS_MISSING.format(hint=install.hint("xformers"))) from None
     problem = attention_problem(lambda q, k, v: memory_efficient_attention(q, k, v), family.device, family.dtype)
     if problem:
         return f"attention: sdpa, because xformers failed its self-test ({problem})"

@@ -7,7 +7,6 @@ once, named below with where they come from. They are estimates and are called s
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import os
 import platform
@@ -16,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import targets
@@ -34,7 +32,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
 from lorakit.data import captions, holdout
 from lorakit.families.facts.distilled import complete
-from lorakit.runs import memory_estimate
+from lorakit.runs import memory_estimate, nvidia
 
 if TYPE_CHECKING:
     from lorakit.data.checks import Report
@@ -60,8 +58,6 @@ ASSUMED_STATE = (
 PARTS = 5
 # Share of the host's memory above which weights that are pinned in it leave others too little.
 MAX_RAM_SHARE = 0.5
-# Linux keeps this file where an NVIDIA driver is loaded.
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -345,7 +341,7 @@ def guess_device(option: str) -> str:
     """The device that `memory.device = "auto"` will most likely come to, told without importing torch."""
     if option != "auto":
         return option
-    if may_be_cuda(option) and NVIDIA_DRIVER.exists():
+    if may_be_cuda(option) and nvidia.has_driver():
         return "cuda"
     return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
 
@@ -359,20 +355,12 @@ def device_problem(option: str) -> str | None:
     """Why `memory.device` cannot be there, as far as it can be told without torch, or None."""
     if not (option == "cuda" and _no_cuda()) and not (option == "mps" and sys.platform != "darwin"):
         return None
-    return DEVICE_MISSING.format(device=option, version=_torch_version())
+    return DEVICE_MISSING.format(device=option, version=nvidia.torch_version())
 
 
 def _no_cuda() -> bool:
     """Whether it is sure, without torch, that there is no CUDA device."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return hidden or "+cpu" in _torch_version() or sys.platform == "darwin"
-
-
-def _torch_version() -> str:
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return nvidia.is_hidden() or not nvidia.torch_has_cuda() or sys.platform == "darwin"
 
 
 def _training_sizes(config: Config, report: Report) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int]:

@@ -13,13 +13,13 @@ from typing import Any
 
 from lorakit import families
 from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig, unquote
-from lorakit.core import registry, safetensors_header
+from lorakit.core import install, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
 from lorakit.data import captions, checks, concepts, photo_folder
 from lorakit.families import BaseInfo
 from lorakit.formats import compatibility, identify
-from lorakit.runs import plan, run_folder
+from lorakit.runs import nvidia, plan, run_folder
 
 Check = Callable[[DataConfig, BaseInfo], checks.Report]
 
@@ -117,6 +117,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         return Preflight(config, None, None, None, tuple(problems), tuple(unquoted))
     problems += [*families.unsuited(info, config), *_line(_max_tokens_problem(config, info))]
     warnings = [*unquoted, *info.warnings, *_line(_rate_warning(config.optimizer))]
+    warnings += _line(nvidia.unused() if config.memory.device == "auto" else None)
     layers = registry.METHODS[config.adapter.method].layers
     for name in config.output.formats:
         problems += _line(registry.FORMATS[name].check(layers, info.family))
@@ -174,11 +175,9 @@ def _missing_packages(config: Config) -> list[str]:
     """The optional packages that the config needs and this machine does not have."""
     problems = _line(registry.missing_package(config.optimizer.name))
     if config.output.tensorboard and find_spec("tensorboard") is None:
-        problems.append(
-            "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'"
-        )
+        problems.append(f"output.tensorboard = true needs tensorboard; {install.hint('tensorboard')}")
     if config.memory.attention == "xformers" and find_spec("xformers") is None:
-        problems.append(XFORMERS_MISSING)
+        problems.append(XFORMERS_MISSING.format(hint=install.hint("xformers")))
     return problems
 
 

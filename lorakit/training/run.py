@@ -25,7 +25,7 @@ from lorakit.core.names import step_name
 from lorakit.core.registry import FORMATS
 from lorakit.data import photo_folder
 from lorakit.engine import device as devices
-from lorakit.runs import report
+from lorakit.runs import nvidia, report
 from lorakit.runs.preflight import Ready, preflight
 from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint, optimizers, selfcheck
@@ -316,6 +316,10 @@ def _loader(run: Run) -> Callable[[], Family]:
     threads = torch.get_num_threads()
     run.folder.update(threads=threads)
     where = f"cpu ({threads} thread{'s'[: threads > 1]})" if device.type == "cpu" else str(device)
+    if device.type == "cpu" and memory.device == "auto" and nvidia.is_expected():
+        run.events.say(
+            f"torch {torch.__version__} does not see the graphics card: `lorakit doctor` says why", warning=True
+        )
     run.events.say(f"device: {where}, base in {str(dtype).removeprefix('torch.')}{placement}, adapter in float32")
     return functools.partial(families.load, run.ready.info, device, dtype, storage, streams, memory.engine == "plain")
 

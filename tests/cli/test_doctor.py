@@ -8,6 +8,8 @@ import pytest
 
 from lorakit.cli import doctor
 from lorakit.cli.doctor import Line
+from lorakit.core import install
+from lorakit.runs import nvidia
 
 
 def states(lines: list[Line]) -> dict[str, str]:
@@ -37,7 +39,7 @@ def test_a_torch_without_the_cards_kernels_is_bad(
     if not runs:
         (bad,) = [line for line in lines if line.state == "bad"]
         assert f"not for sm_{capability[0]}{capability[1]}" in bad.detail
-        assert "pytorch.org" in bad.fix
+        assert nvidia.INDEX in bad.fix and (nvidia.LEGACY in bad.fix) == (capability < (7, 5))
 
 
 @pytest.mark.parametrize(("bf16", "state"), [(True, "ok"), (False, "note")])
@@ -73,7 +75,7 @@ def test_versions_are_compared_with_the_tested_bounds(version: str, bounds: str,
     lines = doctor.versions([f"torch{bounds}"], installed({"torch": version}))
     assert states(lines)["torch"] == state
     if state == "bad":
-        assert lines[-1].fix == f"pip install 'torch{bounds}'"
+        assert lines[-1].fix == install.command(f"torch{bounds}")
         assert bounds in lines[-1].detail
 
 
@@ -86,7 +88,7 @@ def test_a_missing_package_is_bad_and_extras_are_not_asked_for() -> None:
 def test_every_extra_that_is_missing_has_its_command() -> None:
     lines = doctor.extras(lambda module: None)
     assert [line.state for line in lines] == ["note"] * len(doctor.optional_extras())
-    assert [line.fix for line in lines] == [f"pip install 'lorakit[{extra}]'" for extra in doctor.optional_extras()]
+    assert [line.fix for line in lines] == [install.hint(extra) for extra in doctor.optional_extras()]
     assert {line.state for line in doctor.extras(lambda module: object())} == {"ok"}
 
 

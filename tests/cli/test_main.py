@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -482,7 +483,8 @@ def test_the_front_end_says_what_it_needs(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cli, "_has", lambda module: False)
     code, _, err = run("ui")
     assert code == 1
-    assert err == "lorakit: the front end needs gradio: pip install 'lorakit[ui]'\n"
+    assert err.startswith("lorakit: the front end needs gradio; install it with: ")
+    assert {"gradio<7,>=6.31", "filelock>=3.16"} == set(shlex.split(err)[-2:])
 
 
 def test_the_version_is_that_of_the_package(run: Run) -> None:

@@ -92,7 +92,10 @@ def test_heic_is_upright() -> None:
 
 def test_heic_without_its_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # what an import finds where the package is missing
-    with pytest.raises(Unreadable, match=r"^IMG_1\.jpg: HEIC needs an extra: pip install 'lorakit\[heic\]'$"):
+    with pytest.raises(
+        Unreadable,
+        match=r"^IMG_1\.jpg: HEIC needs pillow-heif; install it with: .* -m pip install \"pillow-heif>=1\.1\"$",
+    ):
         decode.decode(b"\0\0\0\x1cftypheic" + b"\0" * 40, "IMG_1.jpg")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from lorakit import config
 from lorakit.core.errors import LorakitError
-from lorakit.runs import plan
+from lorakit.runs import nvidia, plan
 
 # Keys of a real model -> what adapters for it are called.
 FAMILY_OF = {"sd15": "sd1", "sd2": "sd2", "sdxl": "sdxl"}
@@ -298,8 +298,8 @@ def test_on_a_gpu_no_time_is_estimated(sd15: Info) -> None:
 def test_the_device_is_found_without_torch(
     monkeypatch: pytest.MonkeyPatch, build: str, hidden: str | None, driver: bool, system: tuple[str, str], device: str
 ) -> None:
-    monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: build)
-    monkeypatch.setattr(plan, "NVIDIA_DRIVER", Path("/proc/self" if driver else "/nowhere/at/all"))
+    monkeypatch.setattr(nvidia, "torch_has_cuda", lambda: not build.endswith("+cpu"))
+    monkeypatch.setattr(nvidia, "DRIVER_FILES", (Path("/proc/self" if driver else "/nowhere/at/all"),))
     monkeypatch.setattr(plan.sys, "platform", system[0])
     monkeypatch.setattr(plan.platform, "machine", lambda: system[1])
     if hidden is None:
@@ -314,7 +314,7 @@ def test_the_device_is_found_without_torch(
 
 
 def test_weights_are_not_streamed_to_where_they_are(sd15: Info, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    monkeypatch.setattr(nvidia, "torch_has_cuda", lambda: False)
     for device, text in (("cpu", "cpu"), ("mps", "mps"), ("auto", "(cpu|mps)")):
         with pytest.raises(LorakitError, match=f"needs a CUDA card to copy weights to, and this is {text}: set it to"):
             make(sd15, [SQUARE], train__steps=1, memory__device=device, memory__stream_base=True)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from lorakit import config, families
 from lorakit.cli import main as cli
+from lorakit.core import install
 from lorakit.core.errors import ConfigError, LorakitError
 from lorakit.data import checks
 from lorakit.runs import plan
@@ -210,9 +211,9 @@ def test_packages_that_are_not_installed_are_problems(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     needed = {"optimizer__name": "prodigy", "output__tensorboard": True, "memory__attention": "xformers"}
     assert preflight(requests(tiny_sd1, photos, **needed)).problems == (
-        "optimizer.name = 'prodigy' needs prodigyopt: pip install 'lorakit[prodigy]'",
-        "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'",
-        "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'",
+        f"optimizer.name = 'prodigy' needs prodigyopt; {install.hint('prodigy')}",
+        f"output.tensorboard = true needs tensorboard; {install.hint('tensorboard')}",
+        f"memory.attention = 'xformers' needs xformers; {install.hint('xformers')}",
     )
 
 

@@ -8,7 +8,7 @@ import short_run
 import torch
 
 from lorakit.inference import sampling
-from lorakit.runs import plan
+from lorakit.runs import nvidia, plan
 from lorakit.runs.run_folder import RunFolder
 from lorakit.training import run as train
 
@@ -40,8 +40,11 @@ def test_grids_and_validations_come_when_asked_for(
     validations: list[int],
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    result = run(tiny_sd1, tmp_path, **changes)
+    monkeypatch.setattr(nvidia, "is_expected", lambda: not changes)
+    result = run(tiny_sd1, tmp_path, memory__device="auto", **changes)
     folder = RunFolder(result.folder)
+    lines = [event["message"] for event in folder.events("warning")]
+    assert any("does not see the graphics card" in line for line in lines) == (not changes)
     assert [event["step"] for event in folder.events("sample")] == grids
     assert {picture.name for picture in (result.folder / "samples").glob("*.png")} == {
         f"step-{step:06d}.png" for step in grids

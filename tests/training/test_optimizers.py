@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorakit.config import OptimizerConfig
-from lorakit.core import registry
+from lorakit.core import install, registry
 from lorakit.core.errors import LorakitError
 from lorakit.training import optimizers
 
@@ -185,7 +185,7 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(LorakitError) as caught:
         optimizers.build(OptimizerConfig(name=name), [("unet", parameters(1))])
-    assert str(caught.value) == f"optimizer.name = {name!r} needs {package}: pip install 'lorakit[{extra}]'"
+    assert str(caught.value) == f"optimizer.name = {name!r} needs {package}; {install.hint(extra)}"
 
 
 def test_paged_state_needs_cuda() -> None:

@@ -136,9 +136,6 @@ RUNNING = {
         "memory.stream_base：主記憶體不足 {size} MiB，放不下基礎模型的權重；"
         "請關閉其他程式，或用 memory.base_storage 讓權重更小"
     ),
-    "memory.attention = 'xformers' needs it: pip install 'lorakit[xformers]'": (
-        "memory.attention = 'xformers' 需要另外安裝：pip install 'lorakit[xformers]'"
-    ),
     "memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'": (
         "memory.compile 需要完整的權重：不用 memory.stream_base，且 memory.base_storage = 'full'"
     ),
@@ -204,11 +201,14 @@ RUNNING = {
     "optimizer.weight_decay: {name} has no weight decay: leave it out": (
         "optimizer.weight_decay：{name} 沒有權重衰減，請留空"
     ),
-    "optimizer.name = {name} needs {package}: pip install {what}": (
-        "optimizer.name = {name} 需要 {package}：pip install {what}"
+    "{what} needs {package}; install it with: {command}": "{what} 需要 {package}，安裝指令：{command}",
+    "{what} needs {package}; there is none for {system}": "{what} 需要 {package}，但此系統 {system} 沒有",
+    "torch {version} does not see the graphics card: `lorakit doctor` says why": (
+        "torch {version} 找不到顯示卡：`lorakit doctor` 會說明原因"
     ),
-    "output.tensorboard = true needs tensorboard; install it with: pip install 'lorakit[tensorboard]'": (
-        "output.tensorboard = true 需要另外安裝：pip install 'lorakit[tensorboard]'"
+    "an NVIDIA driver is installed, but torch {version} is built without CUDA: it computes on the CPU, many times "
+    "slower; for the card: {command}": (
+        "已安裝 NVIDIA 驅動程式，但 torch {version} 不含 CUDA：以 CPU 運算，慢很多倍；使用顯示卡的指令：{command}"
     ),
     "self-check failed for {file}: {causes}": "{file} 未通過自我檢驗：{causes}",
     "{format} file: {detail:said}": "{format} 檔案：{detail:said}",

@@ -132,7 +132,6 @@ SENTENCES = {
         "內容是文字，不是圖片；請移除，或重新儲存這張圖"
     ),
     "not a picture that can be read; save it as jpg or png": "無法讀取的圖片格式；請存成 jpg 或 png",
-    "HEIC needs an extra: pip install 'lorakit[heic]'": "HEIC 需要另外安裝：pip install 'lorakit[heic]'",
     "mask is {size}, its photo {other}: make them equal": "遮罩為 {size}，照片為 {other}：兩者必須相同",
     "holds {count} pictures: the first is used": "內含 {count} 張圖：採用第一張",
     "holds {count} pages: the first is used": "內含 {count} 頁：採用第一頁",

@@ -1,0 +1,76 @@
+"""The command that adds packages to this Python, as messages name it.
+
+No message asks an index for lorakit itself: an extra is named by its packages, which every installer finds.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+
+
+def command(*requirements: str, options: str = "") -> str:
+    """A line for a terminal of any system that installs `requirements` into the Python that runs this.
+
+    Args:
+        options: of `pip install`, put before the requirements.
+    """
+    packages = " ".join(map(_quoted, requirements))
+    arguments = f"{options} {packages}" if options else packages
+    environment, python = Path(sys.prefix), _quoted(sys.executable)
+    if (environment / "pipx_metadata.json").is_file():
+        pip_options = f"--pip-args={_quoted(options)} " if options else ""
+        return f"pipx inject {environment.name} {pip_options}{packages}"
+    if importlib.util.find_spec("pip") is None and (_is_of_uv(environment) or shutil.which("uv")):
+        return f"uv pip install --python {python} {arguments}"
+    return f"{python} -m pip install {arguments}"
+
+
+def hint(extra: str) -> str:
+    """What to do for an extra of lorakit whose packages are missing: "install it with: ..."."""
+    packages = requirements(extra)
+    return f"install it with: {command(*packages)}" if packages else f"there is none for {sys.platform}"
+
+
+def requirements(extra: str) -> list[str]:
+    """The requirements of an extra that are for this system, such as "gradio>=6.31,<7"."""
+    lines = list(map(Requirement, _metadata()))
+    members = [
+        line
+        for line in lines
+        if line.marker and line.marker.evaluate({"extra": extra}) and not line.marker.evaluate({"extra": ""})
+    ]
+    if not members and PYPROJECT.is_file():  # a folder that was not installed, or not since the extra came
+        table = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        members = [line for line in map(Requirement, table[extra]) if not line.marker or line.marker.evaluate()]
+    return [f"{line.name}{line.specifier}" for line in members]
+
+
+def _metadata() -> list[str]:
+    """lorakit's requirements as it was installed; none where it was not."""
+    try:
+        return importlib.metadata.requires("lorakit") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _is_of_uv(environment: Path) -> bool:
+    """Whether uv made the environment: it writes its version into pyvenv.cfg."""
+    try:
+        lines = (environment / "pyvenv.cfg").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return any(line.partition("=")[0].strip() == "uv" for line in lines)
+
+
+def _quoted(text: str) -> str:
+    """Text as one argument for sh, cmd.exe and PowerShell."""
+    return f'"{text}"' if set(text) & set(" <>=!;~&|()[]") else text

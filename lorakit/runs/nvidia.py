@@ -1,0 +1,139 @@
+"""NVIDIA cards of this machine, and whether this torch is built for them, told without importing torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit.core import install
+
+# Where a driver shows: Linux, WSL 2, Windows.
+DRIVER_FILES = (
+    Path("/proc/driver/nvidia/version"),
+    Path("/usr/lib/wsl/lib/libcuda.so.1"),
+    Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "nvcuda.dll"),
+)
+TORCH = "torch>=2.6,<2.14"
+# PyTorch's builds by CUDA version (RELEASE.md, "PyTorch CUDA Support Matrix", 2.9 to 2.14): CUDA 13 begins with Turing
+# and needs driver 580; 12.6 has Maxwell to Hopper and runs on older drivers.
+CURRENT, LEGACY = "cu130", "cu126"
+CURRENT_CAPABILITY, CURRENT_DRIVER = (7, 5), 580
+INDEX = "https://download.pytorch.org/whl/"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card as its driver describes it.
+
+    Attributes:
+        capability: (major, minor), or None where the driver is too old to say it.
+        driver: version, such as "581.29".
+    """
+
+    name: str
+    driver: str
+    capability: tuple[int, int] | None = None
+
+
+def has_driver() -> bool:
+    """Whether an NVIDIA driver is installed, by its files. A card is there then, most likely."""
+    return any(path.exists() for path in DRIVER_FILES) or shutil.which("nvidia-smi") is not None
+
+
+def is_hidden() -> bool:
+    """Whether the environment hides every card from torch."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+
+
+@functools.cache
+def cards(timeout: float = 20.0) -> list[Card]:
+    """What nvidia-smi lists; nothing where it is not there, fails or takes longer than `timeout` seconds."""
+    program = shutil.which("nvidia-smi")
+    for fields in ("name,driver_version,compute_cap", "name,driver_version"):
+        if program is None:
+            break
+        try:
+            result = subprocess.run(
+                [program, f"--query-gpu={fields}", "--format=csv,noheader"],
+                capture_output=True,
+                timeout=timeout,
+                check=True,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+            )
+        except (OSError, subprocess.SubprocessError):
+            continue
+        return [_card(line) for line in result.stdout.splitlines() if line.count(",")]
+    return []
+
+
+def torch_version() -> str:
+    """Version of the torch that is installed, "" where there is none."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def torch_has_cuda() -> bool:
+    """Whether the torch that is installed is a CUDA or ROCm build, by its file version.py; True where that says
+    nothing."""
+    spec = importlib.util.find_spec("torch")
+    try:
+        text = Path((spec.origin if spec else None) or "").with_name("version.py").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return "+cpu" not in torch_version()
+    builds = dict(re.findall(r"^(cuda|hip)\b[^=\n]*= *(.*)$", text, re.MULTILINE))
+    return not builds or any(value.strip() != "None" for value in builds.values())
+
+
+def torch_command(machine: list[Card] | None = None) -> str:
+    """The command that replaces this torch by one that runs on the cards.
+
+    Args:
+        machine: its cards; asked of the driver unless given.
+    """
+    machine = cards() if machine is None else machine
+    legacy = any(_needs_legacy(card) for card in machine)
+    index = f"--force-reinstall --index-url {INDEX}{LEGACY if legacy else CURRENT}"
+    return install.command(TORCH, options=index)
+
+
+def is_expected() -> bool:
+    """Whether a torch that is built for it should see a card here."""
+    return torch_has_cuda() and has_driver() and not is_hidden()
+
+
+def unused() -> str | None:
+    """A line for a person whose card this torch cannot use because it is a CPU build, or None."""
+    if sys.platform == "darwin" or is_hidden() or not torch_version() or torch_has_cuda() or not has_driver():
+        return None
+    return (
+        f"an NVIDIA driver is installed, but torch {torch_version()} is built without CUDA: it computes on the CPU, "
+        f"many times slower; for the card: {torch_command()}"
+    )
+
+
+def _needs_legacy(card: Card) -> bool:
+    """Whether the card or its driver is too old for the current CUDA build, and not too new for the legacy one."""
+    major = card.driver.partition(".")[0]
+    old_driver = major.isdigit() and int(major) < CURRENT_DRIVER
+    if card.capability is None:
+        return old_driver
+    return card.capability < CURRENT_CAPABILITY or (old_driver and card.capability < (10, 0))
+
+
+def _card(line: str) -> Card:
+    """A card from one line of nvidia-smi's CSV; its name may hold no comma."""
+    name, driver, *rest = (field.strip() for field in line.split(","))
+    match = re.fullmatch(r"(\d+)\.(\d+)", rest[0]) if rest else None
+    return Card(name, driver, (int(match[1]), int(match[2])) if match else None)
