@@ -173,6 +173,7 @@ TESTED_ELSEWHERE = {
     "data.cache": "test_latents.py, and must not reach the weights: below",
     "train.epochs": "test_plan.py",
     "train.steps_per_image": "test_plan.py",
+    "train.ema_decay": "test_average.py; what is exported, not what is trained",
     "train.holdout": "test_latents.py, photos held out are never trained on",
     "train.init_from": "test_adapter_weights.py, starting from another adapter",
     "train.validate_every": "test_run.py; must not reach the weights",

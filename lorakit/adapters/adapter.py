@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.adapters import targets
+from lorakit.adapters import average, targets
 from lorakit.adapters.method import NAME, Method
 from lorakit.adapters.textual_inversion import LearnedToken
 from lorakit.adapters.weights import AdapterWeights, LoraLayer, from_factors
@@ -98,7 +98,10 @@ class Adapter:
         family: "sd1", "sd2", "sdxl" or "sd3".
         method: a name of `registry.METHODS`.
         dropout: on the adapters' input while `train(True)`.
+        average: of the weights over the steps, where there is one.
     """
+
+    average: average.WeightAverage | None = None
 
     def __init__(self, modules: dict[str, Any], layers: dict[str, Any], family: str, method: str, dropout: float):
         self._modules, self._layers = modules, layers
@@ -186,8 +189,16 @@ class Adapter:
             layer.scaling[NAME] = self._scales[name] * strength
         self._switch(strength == 0)
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the weights are their average over the steps, where there is one."""
+        return self.average.in_place() if self.average else contextlib.nullcontext()
+
     def weights(self) -> AdapterWeights:
-        """A copy of the weights, float32 on the CPU, at strength 1."""
+        """A copy of the weights, or of their average where there is one, float32 on the CPU, at strength 1."""
+        with self.averaged():
+            return self._weights()
+
+    def _weights(self) -> AdapterWeights:
 
         def copy(parameter: torch.Tensor) -> torch.Tensor:
             return parameter.detach().to("cpu", torch.float32, copy=True)
@@ -294,7 +305,8 @@ class Adapter:
             for name, layer in self._layers.items()
             for factor, tensor in self._method.constants(layer).items()
         }
-        return {**self.parameters(), **constants}
+        tensors = self.average.tensors if self.average else {}
+        return {**self.parameters(), **constants} | {average.PREFIX + name: each for name, each in tensors.items()}
 
     def _switch(self, off: bool) -> None:
         # PEFT's own `enable_adapters` also walks over every parameter, and `nn.Module` looks closely at each attribute

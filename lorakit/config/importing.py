@@ -83,6 +83,7 @@ _TWINS: dict[str, tuple[str, Convert]] = {
     "min_timestep": ("train.timestep_low", lambda step: float(step) / 1000),
     "max_timestep": ("train.timestep_high", lambda step: float(step) / 1000),
     "multires_noise_discount": ("train.pyramid_noise", float),
+    "ema_decay": ("train.ema_decay", float),
     "min_snr_gamma": ("train.min_snr_gamma", float),
     **dict.fromkeys(("noise_offset", "offset_noise_weight"), ("train.noise_offset", float)),
     **dict.fromkeys(("masked_loss", "masked_training"), ("train.masked_loss", bool)),
@@ -165,6 +166,8 @@ def _settle(options: dict[str, object], values: Mapping[str, object]) -> None:
     warmup = float(values.get("lr_warmup_steps") or 0)  # type: ignore[arg-type]
     if 0 < warmup < 1:
         options["optimizer.warmup_ratio"] = warmup
+    if str(values.get("ema", "OFF")).upper() == "OFF":  # OneTrainer keeps the decay of what is off
+        options.pop("train.ema_decay", None)
     if options.get("data.flip"):
         options["data.variants"] = 2
     if "data.class_folder" in options:

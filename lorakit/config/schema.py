@@ -241,6 +241,12 @@ class TrainConfig:
     noise_offset: float = option(
         0.0, "Per-channel offset of the noise, for very dark or bright pictures.", low=0, high=1
     )
+    ema_decay: float = option(
+        0.0,
+        "Decay of an average of the weights, which is exported and drawn; 0.99 for short runs. 0: none.",
+        low=0,
+        high=0.99999,
+    )
     masked_loss: bool = option(False, "Weigh the loss by name.mask.png or the photo's alpha.")
     holdout: float = option(0.1, "Share of photos kept for validation where there are 10 or more.", low=0, high=0.5)
     validate_every: int = option(0, "Steps between validations; 0: five times a run.", low=0)

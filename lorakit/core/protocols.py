@@ -33,8 +33,11 @@ class Trainable(Protocol):
     def disabled(self) -> AbstractContextManager[None]:
         """Inside, the base computes as without it."""
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the weights are their average over the steps, where there is one."""
+
     def weights(self) -> AdapterWeights:
-        """A copy of the trained weights on the CPU, ready to be exported."""
+        """A copy of the trained weights, or of their average, on the CPU, ready to be exported."""
 
     def state(self) -> Mapping[str, torch.Tensor]:
         """The tensors of a checkpoint."""

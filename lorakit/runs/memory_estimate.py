@@ -71,10 +71,11 @@ def _rest(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
     base += sum(size for name, size in _encoders(info, width).items() if name in modules or device == "cpu")
     base += _vae(info) if device == "cpu" else 0
     trained = sum(weights for _, weights in modules.values())
+    state = registry.optimizer(config.optimizer.name).state_bytes + (4 if config.train.ema_decay else 0)
     return {
         "base": base,
-        # The weight itself and its gradient are float32.
-        "adapter and optimizer": round(trained * (4 + 4 + registry.optimizer(config.optimizer.name).state_bytes)),
+        # The weight itself, its gradient and its average are float32.
+        "adapter and optimizer": round(trained * (4 + 4 + state)),
         "runtime": round(RUNTIME_BYTES[device]),
     }
 

@@ -183,6 +183,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
             *([_price(config, info, texts)] if info.text_tokens > texts else []),
             *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else []),
             *filter(None, [warmup_problem(config.optimizer, steps)]),
+            *([_averaging(config.train.ema_decay, steps)] if config.train.ema_decay else []),
             *([ASSUMED_STATE.format(name=config.optimizer.name, bytes=spec.state_bytes)] if spec.is_guess else []),
         ),
         family=info.family,
@@ -219,6 +220,12 @@ def _price(config: Config, info: BaseInfo, text_tokens: int) -> str:
         f"texts: all are filled up to {info.text_tokens} tokens, as the longest needs; a pass of the UNet computes "
         f"{long / short - 1:.1%} more than with {text_tokens}; data.max_tokens = 75 would cut them"
     )
+
+
+def _averaging(decay: float, steps: int) -> str:
+    """What `train.ema_decay` does."""
+    reach = round(1 / (1 - min(decay, steps / (9 + steps))))
+    return f"average: exported, drawn and validated is the average of about the last {reach} steps' weights"
 
 
 def problems(config: Config, info: BaseInfo) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit import config as configuration, families
+from lorakit.adapters.average import averaged
 from lorakit.adapters.weights import AdapterWeights, from_factors
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
@@ -70,7 +71,7 @@ def read(path: Path) -> AdapterWeights:
         finished=changed,
     )
     layers: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in state.adapter.items():
+    for name, tensor in averaged(state.adapter).items():
         layer, _, factor = name.rpartition(".")
         layers.setdefault(layer, {})[factor] = tensor
     words = {part: factors.pop("token") for part, factors in layers.items() if "token" in factors}

@@ -287,7 +287,7 @@ class Milestones:
         model, events = self.model, self.run.events
         model.adapter.train(False)
         poll = functools.partial(self.run.stop.poll, "the validation is not finished")
-        with polled(model.family.modules().values(), poll):
+        with polled(model.family.modules().values(), poll), model.adapter.averaged():
             metrics = out_of_memory.retry_after_freeing(model.optimizer_step.discard_graphs, self._measure)
         self.history.append({"step": step, **metrics})
         events.emit("validation", step, **metrics)
@@ -310,7 +310,8 @@ class Milestones:
         model.adapter.train(False)
         draw = functools.partial(self.run.draw, model.family, samples, samples.texts, step)
         try:
-            out_of_memory.retry_after_freeing(model.optimizer_step.discard_graphs, draw)
+            with model.adapter.averaged():
+                out_of_memory.retry_after_freeing(model.optimizer_step.discard_graphs, draw)
         except torch.OutOfMemoryError:
             line = f"step {step}: not enough memory to draw samples; training goes on without them"
             self.run.events.say(line, warning=True)

@@ -76,7 +76,10 @@ class OptimizerStep:
             self._zero_gradients()
         for part in range(parts):
             loss += self._pass(number * parts + part)
-        return loss, self._optimizer_step()
+        norm = self._optimizer_step()
+        if self.loss_step.adapter.average is not None:
+            self.loss_step.adapter.average.update(number)
+        return loss, norm
 
     def discard_graphs(self) -> bool:
         """Free all CUDA graphs; return whether there were any. The next steps capture again."""

@@ -229,7 +229,8 @@ def _export(run: Run, family: Family, model: Model, samples: SampleInputs, state
     exports = run.export(weights, run.folder.adapter_name, run.ready.plan.steps)
     model.optimizer_step.discard_graphs()
     prompt, size = samples.first, (run.config.data.resolution, run.config.data.resolution)
-    adapted = selfcheck.probe(family, prompt, size, samples.condition)
+    with model.adapter.averaged():
+        adapted = selfcheck.probe(family, prompt, size, samples.condition)
     model.adapter.detach()
     base = selfcheck.probe(family, prompt, size, samples.condition)
     return TrainingResult(state, weights, exports, base, adapted, samples)

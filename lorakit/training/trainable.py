@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit import adapters, formats
+from lorakit.adapters.average import WeightAverage
 from lorakit.engine import device as devices, fused_blocks
 from lorakit.engine.cuda_graphs import SLOWER
 from lorakit.runs import memory_estimate
@@ -57,6 +58,8 @@ def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[
     if config.train.init_from:
         adapter.load(formats.read(Path(config.train.init_from)))
         say(f"starting from the weights of {Path(config.train.init_from).name}")
+    if config.train.ema_decay:
+        adapter.average = WeightAverage(adapter.parameters(), config.train.ema_decay)
     if not family.plain:
         adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(config, family.device.type))
     elif config.memory.engine != "plain":

@@ -267,6 +267,7 @@ OPTIONS = {
     "train.timestep_high": ("最高時間步", "略去雜訊程度高於這個比例的部分。"),
     "train.pyramid_noise": ("金字塔雜訊", "較粗雜訊的強度，每減半一次乘一次；0：不用；常用 0.3。"),
     "train.noise_offset": ("雜訊偏移", "各通道的雜訊偏移，適用於很暗或很亮的圖。"),
+    "train.ema_decay": ("EMA 衰減", "權重的移動平均，匯出與作圖都用它；短訓練用 0.99。0：不用。"),
     "train.masked_loss": ("遮罩損失", "以 name.mask.png 或照片的透明度加權損失。"),
     "train.holdout": ("保留比例", "十張以上時，保留多少比例的照片作驗證。"),
     "train.validate_every": ("驗證間隔", "兩次驗證之間的步數；0：每次執行五次。"),

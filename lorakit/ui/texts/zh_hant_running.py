@@ -1,6 +1,9 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "average: exported, drawn and validated is the average of about the last {count} steps' weights": (
+        "平均：匯出、作圖與驗證都用大約最後 {count} 步的平均權重"
+    ),
     "train.{name} = {value} is not defined for base {base}, which predicts the flow: leave it at {usual}": (
         "基礎模型 {base} 預測 flow，沒有 train.{name} = {value}：請維持 {usual}"
     ),

@@ -1,0 +1,64 @@
+"""An average of an adapter's weights over the last steps (Polyak and Juditsky 1992, doi 10.1137/0330046), which is
+steadier than the last ones: exponential, as diffusion models are trained (Ho et al. 2020, arXiv 2006.11239, B)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+
+# In front of the names of its tensors in a checkpoint.
+PREFIX = "average."
+
+
+class WeightAverage:
+    """The average of parameters that stay where they are.
+
+    Args:
+        parameters: name -> what is trained; the average begins as it.
+        decay: share of the average that stays at a step; less in the first steps, see `decay_at`.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float):
+        self.parameters, self.decay, self._in_place = dict(parameters), decay, False
+        self.tensors = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after step `step`, counted from 0."""
+        own: list[torch.Tensor] = list(self.tensors.values())
+        weights: list[torch.Tensor] = list(self.parameters.values())
+        torch._foreach_lerp_(own, weights, 1 - decay_at(self.decay, step))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The parameters are the average while inside, and afterwards what they were, to the bit."""
+        if self._in_place:
+            yield
+            return
+        self._exchange()
+        self._in_place = True
+        try:
+            yield
+        finally:
+            self._in_place = False
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, parameter in self.parameters.items():
+            before = parameter.detach().clone()
+            parameter.copy_(self.tensors[name])
+            self.tensors[name].copy_(before)
+
+
+def decay_at(decay: float, step: int) -> float:
+    """The decay at a step: at first less, so that the average soon forgets how the weights began (TensorFlow's
+    `ExponentialMovingAverage`)."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def averaged(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint with the average, where there is one, in place of the last weights."""
+    return {name: state.get(PREFIX + name, last) for name, last in state.items() if not name.startswith(PREFIX)}
