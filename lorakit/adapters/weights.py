@@ -215,12 +215,14 @@ class ForeignLayer:
         parts: name in LyCORIS' files -> tensor.
         alpha: as in the file; GLoRA's numerator of the scale, OFT's constraint.
         change: (weight in float32, layer, strength) -> what is added to the weight.
+        with_bias: the bias of the layer, where it has one, is changed as a weight with one column.
     """
 
     method: str
     parts: Mapping[str, torch.Tensor]
     alpha: float
     change: Callable[[torch.Tensor, ForeignLayer, float], torch.Tensor]
+    with_bias: bool = False
 
     magnitude = None
     is_lora = False

@@ -214,10 +214,11 @@ def _excerpt(value: object) -> str:
 
 # A file is of the first kind whose pattern matches the name of one of its tensors.
 _KINDS = {
+    "ip-adapter": r"^(ip_adapter|image_proj)\.",
     "lycoris": r"\.(oft_|w_norm$|on_input$|diff$)",
     "adapter": r"^lora_(unet|te\d?)_|\.(hada|lokr)_w|\.lora_[AB]\.|\.(lora|lora_linear_layer)\.(down|up)\."
     r"|_lora\.(down|up)\.",
-    "controlnet": r"^(control_model|controlnet_cond_embedding)\.",
+    "controlnet": r"^(control_model|controlnet_cond_embedding)\.|^lora_controlnet$",
     "checkpoint": r"^model\.diffusion_model\.",
     "vae": r"^first_stage_model\.|^(encoder|decoder)\.(conv_in|down|up|mid)",
     "unet": r"^(down_blocks|input_blocks|diffusion_model)\.",
@@ -229,7 +230,8 @@ _KINDS = {
 def kind(shapes: dict[str, tuple[int, ...]]) -> str:
     """The kind of a file, from the names of its tensors.
 
-    One of "adapter", "lycoris", "checkpoint", "unet", "vae", "text encoder", "embedding", "controlnet", "unknown".
+    One of "adapter", "lycoris", "checkpoint", "unet", "vae", "text encoder", "embedding", "controlnet", "ip-adapter",
+    "unknown".
     """
     adapted = sum(1 for name in shapes if re.search(f"{_KINDS['lycoris']}|{_KINDS['adapter']}", name))
     if adapted and sum(1 for name in shapes if re.search(_KINDS["checkpoint"], name)) > 2 * adapted:

@@ -85,6 +85,7 @@ SGM = (
 TOP = (r"lora_unet_(?:conv_in|conv_out|time_embedding_linear_[12])",)
 ADD = (r"lora_unet_add_embedding_linear_[12]",)
 TOP_SGM = (r"lora_unet_(?:input_blocks_0_0|out_2|time_embed_[02])",)
+A1111_SGM = (*SGM, *TOP_SGM, *(pattern.replace("lora_unet_", "oft_unet_", 1) for pattern in SGM))
 ADD_SGM = (r"lora_unet_label_emb_0_[02]",)
 TE, TE1, TE2 = ((rf"lora_{te}_{CLIP}",) for te in ("te", "te1", "te2"))
 PROJECTION = (r"lora_te2_text_projection",)

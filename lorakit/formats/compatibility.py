@@ -19,7 +19,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
 from lorakit.formats.facts.consumers import BIAS, CONSUMERS, DORA_ROWS, Consumer
-from lorakit.formats.identify import Module, Shapes, modules
+from lorakit.formats.identify import GLORA, Module, Shapes, is_older_glora, modules
 from lorakit.formats.keys import COMPONENTS, canonical_part, is_norm, kernel
 from lorakit.formats.metadata import rank_stabilized
 
@@ -188,8 +188,10 @@ def traits(module: Module, shapes: Shapes, family: str, alphas: Mapping[str, flo
     alpha = alphas.get(parts.get("alpha", ""), 0.0)
     scales, blocks = there.get("magnitude"), there.get("oft_blocks", ())
     down = there.get("down", ())
+    is_older = "oft_diag" in parts or is_older_glora(*(there.get(f"{name}.weight", ()) for name in GLORA))
+    method = f"older {module.method}" if is_older else module.method
     conditions = {
-        module.method: module.is_lycoris or (scales is None and "row_magnitude" not in parts),
+        method: module.is_lycoris or (scales is None and "row_magnitude" not in parts),
         DORA_ROWS: scales is not None and scales[1:2] in ((1,), ()),
         "dora": scales is not None,
         "dora vector": "row_magnitude" in parts,
@@ -199,7 +201,7 @@ def traits(module: Module, shapes: Shapes, family: str, alphas: Mapping[str, flo
         "GLoRA with bm": "bm.weight" in parts,
         "OFT rescaled": len(blocks) == 3 and "rescale" in parts,
         "OFT with a constraint": bool(blocks) and alpha > 0,
-        f"{module.method} on convolutions": bool(module.canonical and kernel(module.canonical, family)),
+        f"{method} on convolutions": bool(module.canonical and kernel(module.canonical, family)),
         "Tucker": not {"hada_t1", "lokr_t2"}.isdisjoint(parts),
         "rank 0": down[:1] == (0,),
         "rank 1": down[:1] == (1,),

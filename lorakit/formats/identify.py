@@ -28,12 +28,20 @@ _FACTORS = {
     **dict.fromkeys(("lora_down.weight", "lora_A.weight", "lora_A", "lora_A.default.weight"), "down"),
     **dict.fromkeys(("lora_up.weight", "lora_B.weight", "lora_B", "lora_B.default.weight"), "up"),
     **{f"{name}.{side}.weight": side for name in ("lora", "lora_linear_layer") for side in ("down", "up")},
-    **{"lora_mid.weight": "mid", "alpha": "alpha", "dora_scale": "magnitude", "lora_B.bias": "up_bias"},
+    **{
+        "oft_R.weight": "oft_R",
+        "oft_R.scaled_oft": "scaled_oft",
+        "lora_mid.weight": "mid",
+        "alpha": "alpha",
+        "dora_scale": "magnitude",
+        "lora_B.bias": "up_bias",
+    },
 }
 _SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
-    "kohya": (r"((?:lora_(?:unet|transformer|te\d?)|lycoris)_[^.]+)\.(.+)", _FACTORS),
+    "kohya": (r"((?:lora_(?:unet|transformer|te\d?)|oft_unet|lycoris)_[^.]+)\.(.+)", _FACTORS),
     "peft": (
-        r"(COMPONENT\..+?)\.(lora_A|lora_B\.bias|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+)"
+        r"(COMPONENT\..+?)\.(lora_A|lora_B\.bias|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+"
+        r"|b?oft_[Rrs]|ia3_l)"
         r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?",
         {"lora_A": "down", "lora_B": "up", "lora_B.bias": "up_bias", "lora_magnitude_vector": "row_magnitude"},
     ),
@@ -53,16 +61,19 @@ _SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
 # What a tensor's name ends in that is part of an adapter, of whatever model.
 _ADAPTER_PART = re.compile(
     r"\.(?:lora_(?:down|up|mid|A|B)\b.*|lora_magnitude_vector\b.*|(?:hada|lokr|oft)_\w+|[wb]_norm|diff|diff_b|on_input"
+    r"|ia3_l|boft_[Rs]|oft_R\.\w+"
     r"|dora_scale|[ab][12]\.weight|(?:lora|lora_linear_layer)\.(?:down|up)\.weight)$|_lora\d?\.(?:down|up)\.weight$"
 )
 # The parts by which ComfyUI, OneTrainer and LyCORIS call them, where the module's name has dots.
 _DOTTED_PARTS = (
     r"lora_(?:down|up|mid)\.weight|lora_[AB](?:\.default)?(?:\.weight)?|lora_B\.bias|lora(?:_linear_layer)?\.(?:down|up)"
-    r"\.weight|alpha|dora_scale|diff|diff_b|[wb]_norm|oft_blocks|rescale"
+    r"\.weight|alpha|dora_scale|diff|diff_b|[wb]_norm|oft_(?:blocks|diag)|oft_R\.\w+|rescale"
     r"|(?:hada|lokr)_\w+|[ab][12m]\.weight"
 )
 _SEVERAL = re.compile(r"transformer_blocks[._][1-9]|^lora_unet_(?:input|middle|output)_block")
 _SHALLOW = re.compile(r"input_blocks[._][12][._]1|down_blocks[._]0[._]attentions")  # attention that SDXL lacks
+# LyCORIS', and that of sd-scripts' OFT, where kohya's LoRA has `lora_unet_`.
+_UNET_STEM = re.compile(r"^(?:lycoris|oft_unet)_")
 # Text encoder of a ComfyUI checkpoint -> ours.
 _COMFY_TEXT = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 _OLD_UNET = re.compile(r"(unet\..+)\.processor\.to_(q|k|v|out)_lora")
@@ -71,10 +82,12 @@ _OLD_TEXT = re.compile(r"(text_encoder.*)\.self_attn\.to_(q|k|v|out)_lora")
 # other is not understood, and the file is refused rather than read in part.
 _MARKS = {"hada_w1_a": "loha", "hada_w1_b": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "lokr_w2": "lokr"}
 _MARKS |= {"lokr_w2_a": "lokr", "mid": "LoCon (tucker)", "diff": "full difference", "w_norm": "norm"}
-_MARKS |= {"on_input": "IA3", "oft_blocks": "OFT", "a1.weight": "GLoRA"}
+_MARKS |= {"on_input": "IA3", "oft_blocks": "OFT", "a1.weight": "GLoRA", "ia3_l": "IA3"}
+_MARKS |= {"oft_diag": "OFT", "oft_R": "OFTv2", "oft_r": "PEFT's older OFT", "boft_R": "PEFT's BOFT"}
 # Part -> axes that it has at least, where that is not 0.
 _AXES = dict.fromkeys(("down", "up", "mid", "oft_blocks", *(f"{part}.weight" for part in ("a1", "a2", "b1", "b2"))), 2)
-_AXES |= dict.fromkeys(("diff", "diff_b", "w_norm", "b_norm", "magnitude", "row_magnitude"), 1)
+_AXES |= {"oft_R": 2, "oft_r": 3, "oft_diag": 3, "boft_R": 4}
+_AXES |= dict.fromkeys(("ia3_l", "boft_s", "diff", "diff_b", "w_norm", "b_norm", "magnitude", "row_magnitude"), 1)
 _COMMON = {"alpha", "magnitude", "row_magnitude", "diff_b", "b_norm", "up_bias"}
 PARTS: dict[str, set[str]] = {
     "lora": {"down", "up"},
@@ -83,10 +96,14 @@ PARTS: dict[str, set[str]] = {
     "lokr": {f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     "full difference": {"diff"},
     "norm": {"w_norm"},
-    "IA3": {"weight", "on_input"},
-    "OFT": {"oft_blocks", "rescale"},
+    "IA3": {"weight", "on_input", "ia3_l"},
+    "OFT": {"oft_blocks", "oft_diag", "rescale"},
     "GLoRA": {f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")},
+    "OFTv2": {"oft_R", "scaled_oft"},
+    "PEFT's older OFT": {"oft_r", "oft_s"},
+    "PEFT's BOFT": {"boft_R", "boft_s"},
 }
+GLORA = ("a1", "a2", "b1", "b2")
 # A PEFT folder: what its files are called, and what stands before every module path in it.
 PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -142,6 +159,8 @@ class Module:
 def kind(shapes: Shapes) -> str:
     """`safetensors_header.kind`, and "adapter" where a format's own spelling has such names, or where a third of the
     names are those of an adapter's parts, whatever stands before them."""
+    if safetensors_header.kind(dict(shapes)) == "ip-adapter":
+        return "ip-adapter"
     if 3 * sum(_ADAPTER_PART.search(name) is not None for name in shapes) >= max(1, len(shapes)):
         return "adapter"
     file_kind = safetensors_header.kind(dict(shapes)).replace("lycoris", "adapter")
@@ -181,8 +200,8 @@ def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PE
 
 def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
     if spelling == "kohya":
-        own = stem.removeprefix("lycoris_")
-        return keys.from_kohya(stem if own == stem else keys.UNET_PREFIX + own, layers_per_block)
+        own = _UNET_STEM.sub(keys.UNET_PREFIX, stem)
+        return keys.from_kohya(own, layers_per_block)
     part, _, path = stem.partition(".")
     if part == "diffusion_model":
         return keys.from_kohya(keys.UNET_PREFIX + path.replace(".", "_"), layers_per_block)
@@ -197,6 +216,15 @@ def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
         name = _OLD_UNET.sub(lambda m: f"{m[1]}.to_{m[2]}{'.0' * (m[2] == 'out')}", name)
         name = _OLD_TEXT.sub(lambda m: f"{m[1]}.self_attn.{m[2]}_proj", name)
     return name if keys.is_canonical(name) else None
+
+
+def is_older_glora(*factors: tuple[int, ...]) -> bool:
+    """Whether the shapes of GLoRA's a1, a2, b1 and b2 are those of LyCORIS before 2, which has each pair the other way
+    round: `W a2 a1 + b2 b1`."""
+    if any(len(shape) < 2 for shape in factors):
+        return False
+    a1, a2, b1, b2 = factors
+    return a1[0] == a2[1] == b1[0] == b2[1] < a1[1]
 
 
 def peft_parts(path: Path) -> dict[str, Path]:
@@ -344,5 +372,6 @@ DESCRIPTIONS = {
     "text encoder": "a text encoder, not an adapter",
     "embedding": "a textual-inversion embedding, not an adapter",
     "controlnet": "a ControlNet, not an adapter",
+    "ip-adapter": "an IP-Adapter (it takes a picture as prompt), not an adapter that lorakit reads",
     "unknown": "not an adapter for Stable Diffusion",
 }

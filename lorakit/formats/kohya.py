@@ -16,7 +16,7 @@ from lorakit.adapters.weights import AdapterWeights, ForeignLayer
 from lorakit.core import registry
 from lorakit.formats import keys
 from lorakit.formats.metadata import complete, sidecar
-from lorakit.formats.spec import FormatSpec
+from lorakit.formats.spec import FormatSpec, merge_only
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ PARTS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_
 
 def check(method: str, family: str) -> str | None:
     """Why this format cannot carry `method` for `family`, or None."""
-    return registry.family_of(family).format_refusals.get(("kohya", method))
+    return merge_only(method) or registry.family_of(family).format_refusals.get(("kohya", method))
 
 
 def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:

@@ -7,6 +7,8 @@ functional/general.py, `rebuild_tucker`). Put into the second matrix it is the p
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 
 from lorakit.adapters.weights import AnyLayer, ForeignLayer, LohaLayer, LokrLayer, from_factors
 from lorakit.core.errors import LorakitError
+from lorakit.formats import identify
+from lorakit.formats.facts import peft_config
 
 # Method -> the small kernel of Tucker's form, and the side that it belongs to.
 KERNELS = {"loha": ("hada_t1 hada_w1", "hada_t2 hada_w2"), "lokr": ("lokr_t2 lokr_w2",)}
@@ -125,6 +129,72 @@ CHANGES: dict[str, tuple[tuple[str, ...], Callable[[torch.Tensor, ForeignLayer, 
 }
 
 
+def _turned_inputs(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.Tensor:
+    """PEFT's: blocks of inputs, a kernel counted in, are turned stage by stage, and outputs are multiplied by `scales`.
+
+    A later stage of BOFT takes a block's inputs from two halves of 2^stage blocks (peft tuners/boft/layer.py).
+    """
+    result, half = weight.flatten(1), layer.parts["turns"].shape[-1] // 2
+    for stage, turns in enumerate(layer.parts["turns"]):
+        order = torch.arange(result.shape[1])
+        order = order.reshape(-1, 2**stage, 2, half).transpose(1, 2).flatten() if stage else order
+        blocks = result[:, order.argsort()].unflatten(1, (-1, turns.shape[-1]))
+        result = torch.einsum("obk,bjk->obj", blocks, turns.expand(blocks.shape[1], -1, -1)).flatten(1)[:, order]
+    return strength * (result * layer.parts["scales"].reshape(-1, 1) - weight.flatten(1)).reshape(weight.shape)
+
+
+def of_peft(
+    path: Path, stem: str, name: str, parts: Mapping[str, torch.Tensor], config: peft_config.Scaling
+) -> AnyLayer:
+    """A layer of PEFT's (IA)^3, OFT or BOFT, from its tensors and `adapter_config.json`.
+
+    Raises:
+        LorakitError: the config lacks a number, or the tensors do not fit it.
+    """
+    if "ia3_l" in parts:
+        scales = parts["ia3_l"]
+        on_input = peft_config.is_feedforward(name, config) if scales.ndim > 2 else scales.shape[0] == 1
+        changes = {"weight": scales.flatten() - 1, "on_input": torch.tensor(on_input)}
+        # What scales outputs scales the bias too, where the layer has one.
+        biased = not on_input and not re.search(r"^unet\..*\.attn[12]\.to_[qkv]$", name)
+        return ForeignLayer("IA3 with biases" if biased else "IA3", changes, 0.0, _scaled_channels, biased)
+    blocks = parts.get("oft_R", parts.get("oft_r", parts.get("boft_R", torch.zeros(0))))
+    limit = float(config.get("eps") or 6e-5) / math.sqrt(len(blocks)) if config.get("coft") else math.inf
+    if "oft_R" in parts:
+        blocks = blocks / math.sqrt(blocks.shape[1]) if "scaled_oft" in parts else blocks  # OneTrainer's
+        size = round((1 + math.sqrt(1 + 8 * blocks.shape[1])) / 2)
+        upper = torch.zeros(len(blocks), size, size)
+        upper[:, *torch.triu_indices(size, size, 1)] = blocks
+        blocks = upper
+    if "oft_r" in parts and "oft_s" not in parts:  # of before 0.14, on outputs, as LyCORIS has it
+        limit *= blocks.shape[-1] ** 2
+        if config.get("block_share"):
+            raise LorakitError(f"{path}: {stem} is PEFT's OFT with one block for all, which lorakit does not read")
+        return ForeignLayer("OFT", {"oft_blocks": -0.5 * _limited(blocks, limit)}, 0.0, _rotated)
+    skew = blocks - blocks.transpose(-1, -2) if "oft_R" in parts else 0.5 * (blocks - blocks.transpose(-1, -2))
+    skew, one = _limited(skew, limit), torch.eye(blocks.shape[-1])
+    if "oft_R" in parts and config.get("use_cayley_neumann", True):
+        terms = int(config.get("num_cayley_neumann_terms", 5))
+        last = max(terms - 1, 3) if terms > 2 else 0  # as PEFT's loop has it
+        powers = [torch.linalg.matrix_power(skew, n) for n in range(max(last + 1, terms))]
+        turns = powers[0] + sum((1.0 if n == last else 2.0) * powers[n] for n in range(1, len(powers)))
+    else:
+        turns = torch.linalg.solve(one + skew, one - skew, left=False)
+    scales = parts.get("oft_s", parts.get("boft_s", torch.ones(1)))
+    method = next(method for part, method in PEFT_METHODS.items() if part in parts)
+    return ForeignLayer(method, {"turns": turns.reshape(-1, *turns.shape[-3:]), "scales": scales}, 0.0, _turned_inputs)
+
+
+# Part -> method of PEFT whose layers are computed from the weight.
+PEFT_METHODS = {"oft_R": "OFTv2", "oft_r": "PEFT's older OFT", "boft_R": "PEFT's BOFT", "ia3_l": "IA3"}
+
+
+def _limited(blocks: torch.Tensor, limit: float) -> torch.Tensor:
+    """The blocks, none with a norm above `limit` (PEFT's `coft`)."""
+    norms = blocks.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, *(1,) * (blocks.ndim - 1))
+    return blocks * (limit / norms).clamp(max=1.0) if limit < math.inf else blocks
+
+
 def foreign(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor], alpha: float | None) -> ForeignLayer:
     """A layer of one of `CHANGES`, its parts as in the file.
 
@@ -132,12 +202,20 @@ def foreign(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor
         LorakitError: a part is missing, or it has a magnitude, which nobody defines for it.
     """
     needed, change = CHANGES[method]
+    if "oft_diag" in parts:  # of LyCORIS before 3: the rotations themselves, (I + Q)(I - Q)^-1
+        turns = parts["oft_diag"]
+        one = torch.eye(turns.shape[-1])
+        skew = torch.linalg.solve(turns + one, turns - one, left=False)
+        parts = {**{n: part for n, part in parts.items() if n != "oft_diag"}, "oft_blocks": skew / 2}
     for name in needed:
         _part(path, stem, parts, name)
     if "magnitude" in parts:
         raise LorakitError(f"{path}: {stem} is {method} with a DoRA magnitude, which lorakit does not read")
     if method == "GLoRA":
         a1, a2, b1, b2 = (parts[name] for name in needed)
+        if identify.is_older_glora(*(tuple(parts[name].shape) for name in needed)):
+            a1, a2, b1, b2 = a2, a1, b2, b1
+            parts = {**parts, **dict(zip(needed, (a1, a2, b1, b2), strict=True))}
         if not a1.shape[:2] == a2.shape[1::-1] or b1.shape[1] != len(b2) or len(a2) != len(b2):
             raise LorakitError(f"{path}: the factors of {stem} do not fit together: {_shapes(a1, a2, b1, b2)}")
     missing = len(parts["a2.weight"]) if method == "GLoRA" else 0  # the rank; no constraint

@@ -164,6 +164,8 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         rows = parts.pop("magnitude")
     if rows is not None:  # PEFT's, [out] or [1, out, 1, 1]
         parts["magnitude"] = rows.flatten().reshape(-1, *(1 for _ in parts.get("down", rows).shape[1:] or (1,)))
+    if not lycoris.PEFT_METHODS.keys().isdisjoint(parts):
+        return lycoris.of_peft(path, module.stem, str(module.canonical), parts, scaling)
     if module.method in lycoris.CHANGES:
         there = _alpha(path, module, tensors, 0, scaling) if "alpha" in module.parts else None
         return lycoris.foreign(path, module.stem, module.method, parts, there)

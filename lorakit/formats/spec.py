@@ -83,10 +83,20 @@ _KOHYA_ONLY = {
     "norm": "changes of norms",
     **{method: method for method in ("GLoRA", "IA3", "OFT", "DoRA over loha", "DoRA over lokr")},
 }
+# What no format but PEFT's own has a place for, and PEFT's writers here have none.
+MERGE_ONLY = ("IA3 with biases", "OFTv2", "PEFT's older OFT", "PEFT's BOFT")
+
+
+def merge_only(method: str) -> str | None:
+    """Why no format can carry what PEFT alone reads, or None."""
+    title = {"IA3 with biases": "PEFT's (IA)^3 on layers with a bias"}.get(method, method)
+    return f"{title} has no place in another file: merge it into a base" if method in MERGE_ONLY else None
 
 
 def kohya_only(method: str, fmt: str) -> str | None:
     """Why the format `fmt`, which is not kohya's, cannot carry what some other programs write, or None."""
+    if refusal := merge_only(method):
+        return refusal
     what = _KOHYA_ONLY.get(method)
     return f"the {fmt} format cannot carry {what}: export it as kohya, or merge it into a base" if what else None
 

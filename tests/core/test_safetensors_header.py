@@ -48,6 +48,7 @@ def test_scalars_of_every_dtype(tmp_path, dtype, shape):
         (["emb_params"], "embedding"),
         (["clip_l", "clip_g"], "embedding"),
         (["control_model.input_blocks.0.0.weight"], "controlnet"),
+        (["lora_controlnet", "input_blocks.1.1.proj_in.up"], "controlnet"),
         (["something.else"], "unknown"),
     ],
 )

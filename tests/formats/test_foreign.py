@@ -88,6 +88,36 @@ def test_the_merged_weight_is_that_of_the_package(tmp_path, kind, conv):
         assert torch.allclose(resize(weights, energy=1).layers[name].delta(), weights.layers[name].delta(), atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_glora_of_the_older_form(tmp_path, kernel):
+    """LyCORIS before 2: `W a2 a1 + b2 b1`, and ComfyUI reads it so too; what is written has today's form."""
+    draw, ones = torch.Generator().manual_seed(2), tuple(1 for _ in kernel)
+    shapes = {"a1": (4, 24, *ones), "a2": (24, 4, *ones), "b1": (4, 24, *kernel), "b2": (24, 4, *ones)}
+    tensors = {f"{name}.weight": 0.1 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    a1, a2, b1, b2 = (tensor.flatten(1) for tensor in tensors.values())
+    weight = torch.randn(24, 24, *kernel, generator=draw)
+    turned = torch.einsum("oi...,ij->oj...", weight, a2 @ a1)
+    stem, name = CONV if kernel else LINEAR
+    path = save_tensors(tmp_path, stem, tensors | {"alpha": torch.tensor(2.0)})
+    merger = Merger(read(path), 1.0)
+    expected = weight + 0.5 * (turned + (b2 @ b1).reshape(weight.shape))
+    merged = merger("unet", f"{name.removeprefix('unet.')}.weight", weight)
+    assert torch.allclose(merged, expected, atol=1e-5)
+    assert kohya.tensors(read(path), "fp32")[f"{stem}.a1.weight"].shape[:2] == (24, 4)
+
+
+def test_oft_of_the_older_form(tmp_path):
+    """LyCORIS before 3 stores the rotations themselves, and A1111 takes them so."""
+    draw = 0.3 * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(2))
+    turns = torch.linalg.matrix_exp(draw - draw.mT)
+    weight = torch.randn(32, 24, generator=torch.Generator().manual_seed(3))
+    path = save_tensors(tmp_path, LINEAR[0], {"oft_diag": turns})
+    expected = torch.block_diag(*turns).T @ weight
+    merged = Merger(read(path), 1.0)("unet", f"{LINEAR[1].removeprefix('unet.')}.weight", weight)
+    assert torch.allclose(merged, expected, atol=1e-4)
+    assert f"{LINEAR[0]}.oft_blocks" in kohya.tensors(read(path), "fp32")
+
+
 def test_biases_beside_lora_are_carried_by_every_command(tmp_path):
     """As ComfyUI's nodes write them."""
     draw = torch.Generator().manual_seed(1)

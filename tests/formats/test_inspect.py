@@ -176,6 +176,12 @@ NOT_ADAPTERS = {
     "a text encoder, not an adapter": {"text_model.encoder.layers.0.mlp.fc1.weight": (8, 8)},
     "a textual-inversion embedding, not an adapter": {"emb_params": (2, 768)},
     "a ControlNet, not an adapter": {"control_model.input_blocks.0.0.weight": (8, 8)},
+    "an IP-Adapter (it takes a picture as prompt), not an adapter that lorakit reads": {
+        "image_proj.proj.weight": (64, 32),
+        "ip_adapter.0.to_q_lora.down.weight": (4, 32),
+        "ip_adapter.0.to_q_lora.up.weight": (32, 4),
+        "ip_adapter.1.to_k_ip.weight": (32, 64),
+    },
     "not an adapter for Stable Diffusion": {"transformer.h.0.attn.weight": (8, 8)},
 }
 

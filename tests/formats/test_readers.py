@@ -194,6 +194,10 @@ RULES = {
         GLORA,
         {"a1111": "older form", "invokeai": "refuses", "comfyui": "", "forge": "", "sd.cpp": "does not apply"},
     ),
+    "older GLoRA": (
+        parts(a1__weight=(4, 64), a2__weight=(64, 4), b1__weight=(4, 64), b2__weight=(64, 4), alpha=()),
+        {"a1111": "", "comfyui": "", "forge": "", "invokeai": "refuses", "sd.cpp": "does not apply"},
+    ),
     "GLoRA tucker": (GLORA | parts(bm__weight=(4, 4, 3, 3)), {"comfyui": "ignores its bm", "forge": "ignores its bm"}),
     "IA3": (
         parts(weight=(64, 1), on_input=()),
@@ -207,6 +211,18 @@ RULES = {
     "OFT": (
         parts(oft_blocks=(4, 16, 16), alpha=()),
         {"comfyui": "", "a1111": "", "forge": "reads none", "invokeai": "refuses"},
+    ),
+    "older OFT": (
+        parts(oft_diag=(4, 16, 16)),
+        {"a1111": "", "comfyui": "older form", "forge": "reads none", "invokeai": "refuses", "diffusers": "refuses"},
+    ),
+    "sd-scripts' OFT": (
+        parts("oft_unet_middle_block_1_proj_in", oft_blocks=(4, 16, 16), alpha=()),
+        {"a1111": "", "comfyui": "reads none", "forge": "reads none", "sd-scripts": "reads none"},
+    ),
+    "OneTrainer's OFT": (
+        parts(oft_R__weight=(4, 120), alpha=()),
+        {"a1111": "refuses", "comfyui": "reads none", "forge": "reads none", "diffusers": "refuses"},
     ),
     "OFT rescaled": (
         parts(oft_blocks=(4, 16, 16), alpha=(), rescale=(64, 1)),
@@ -232,7 +248,7 @@ RULES = {
     "strange part": (LORA | parts(foo=(2,)), dict.fromkeys(("a1111", "forge", "comfyui", "sd.cpp"), "no rule for")),
     "PEFT's factors": (
         parts(lora_A__weight=(4, 64), lora_B__weight=(64, 4)),
-        {"comfyui": "", "forge": "", "a1111": "refuses", "invokeai": "refuses", "sd-scripts": "reads none"},
+        {"comfyui": "", "forge": "", "a1111": "", "invokeai": "refuses", "sd-scripts": "reads none"},
     ),
     "factors without weight": (parts(lora_A=(4, 64), lora_B=(64, 4)), {"comfyui": "", "forge": "reads none"}),
     "ComfyUI's nodes": (
@@ -271,6 +287,35 @@ def test_a_rule_of_each_program(kind):
         assert report[program].complete is not bool(words), (program, report[program].line())
 
 
+DIT = "transformer.transformer_blocks.0."
+# The same of Stable Diffusion 3: A1111 maps diffusers' attention of the picture, Forge knows no names of diffusers.
+SD3_RULES = {
+    "picture's attention": (
+        [f"{DIT}attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")],
+        {"a1111": "", "comfyui": "", "diffusers": "", "forge": "none", "invokeai": "refuses", "sd-scripts": "none"},
+    ),
+    "text's attention": ([f"{DIT}attn.add_q_proj"], {"a1111": "reads none", "comfyui": "", "diffusers": ""}),
+    "feed-forward": ([f"{DIT}attn.to_q", f"{DIT}ff.net.2"], {"a1111": "unet 1/2; no rule for", "comfyui": ""}),
+    "kohya": (
+        ["lora_unet_joint_blocks_0_context_block_attn_qkv"],
+        {"forge": "", "comfyui": "", "sd-scripts": "", "a1111": "reads none", "diffusers": "refuses"},
+    ),
+    "ComfyUI": (["diffusion_model.joint_blocks.0.x_block.attn.qkv"], {"forge": "", "comfyui": "", "a1111": "none"}),
+}
+
+
+@pytest.mark.parametrize("kind", SD3_RULES)
+def test_a_rule_of_each_program_for_sd3(kind):
+    stems, expected = SD3_RULES[kind]
+    pairs = [(stem, stems[0].startswith("lora_")) for stem in stems]
+    shapes = {f"{stem}.{'lora_down' if kohya else 'lora_A'}.weight": (4, 64) for stem, kohya in pairs}
+    shapes |= {f"{stem}.{'lora_up' if kohya else 'lora_B'}.weight": (64, 4) for stem, kohya in pairs}
+    report = read_report(shapes, "sd3")
+    for program, words in expected.items():
+        assert words in report[program].line(), (program, report[program].line())
+        assert report[program].complete is not bool(words), (program, report[program].line())
+
+
 def test_rules_of_alpha():
     oft = parts(oft_blocks=(4, 16, 16), alpha=())
     report = read_report(oft, "sd1", alphas={f"{QUERY}.alpha": 0.5})
@@ -293,8 +338,7 @@ def test_biases_of_peft_are_scaled_as_the_factors_are(tmp_path):
 
 
 REFUSED = {
-    "1 tensors are of no method that lorakit reads, e.g. .*oft_R.weight": parts(oft_R__weight=(4, 120)),
-    "1 tensors are of no method that lorakit reads, e.g. .*oft_diag": parts(oft_diag=(4, 16, 16)),
+    "1 tensors are of no method that lorakit reads, e.g. .*hra_u": parts(hra_u=(4, 120)),
     "1 tensors are of no method that lorakit reads, e.g. .*scale": LORA | parts(scale=()),
     "of no part that lorakit reads, e.g. .*to_q.bias": {
         f"{DOTTED}.lora_A.weight": (4, 64),
@@ -366,13 +410,3 @@ def test_a_folder_of_pefts_own_is_what_peft_makes_of_it(tmp_path, pipeline, kind
     assert (2.0 in report.components["unet"].alphas) is (kind == "patterns")
     sizes = sorted(float(torch.linalg.vector_norm(layer.delta())) for layer in weights.layers.values())
     assert sorted(report.strength.modules.values()) == pytest.approx(sizes, rel=1e-4)
-
-
-def test_another_method_of_peft_is_named(tmp_path, pipeline):
-    from peft import IA3Config, get_peft_model
-
-    config = IA3Config(target_modules=["attn1.to_q"], feedforward_modules=[])
-    get_peft_model(copy.deepcopy(pipeline.unet), config).save_pretrained(tmp_path / "own")
-    for open_it in (inspect, read):
-        with pytest.raises(LorakitError, match="this is an adapter of PEFT's IA3, which lorakit does not read"):
-            open_it(tmp_path / "own")

@@ -181,7 +181,7 @@ def test_inspect_says_what_it_is_and_who_reads_it(base: Any, tmp_path: Path) -> 
     report = inspect.inspect(tmp_path / "a.safetensors")
     assert report.family == "sd3" and report.model in (None, "", "Stable Diffusion 3")
     complete = [name for name, reading in report.readers.items() if reading.complete]
-    assert complete == ["comfyui", "sd-scripts"]
+    assert complete == ["forge", "comfyui", "sd-scripts"]
     assert formats.read(tmp_path / "a.safetensors").layers.keys() >= {
         "unet.transformer_blocks.1.norm1_context.linear", "unet.transformer_blocks.0.attn2.to_v", "unet.proj_out",
     }  # fmt: skip

@@ -4,6 +4,7 @@ from lorakit.families import unet
 from lorakit.families.sd.single_file import SD1_FILE, SD2_FILE
 from lorakit.families.spec import FamilySpec, KohyaNames, ModelVersion, Reads, Tags, TextEncoder
 from lorakit.families.unet import (
+    A1111_SGM,
     ALL_BLOCKS,
     CHECKPOINT_BLOCKS,
     COMFY_DOTTED,
@@ -36,7 +37,7 @@ SD1 = ModelVersion(
     kohya=KohyaNames(sgm=False, text=_TEXT, conv_projections=True),
     tags=Tags("sd_v1", "stable-diffusion-v1/lora", "SD1", version_v="sd_v1_v"),
     tag_prefixes=("sd_v1", "stable-diffusion-v1"),
-    readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE, *TE1))},
+    readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *A1111_SGM, *TE, *TE1))},
     layout=SD1_FILE,
 )
 # Only SD2's OpenCLIP is 1024 wide; whatever else has one text encoder is SD1, small models included.
@@ -55,7 +56,7 @@ SD2 = ModelVersion(
         v2="True",
     ),
     tag_prefixes=("sd_v2", "stable-diffusion-v2"),
-    readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *TE), complete_attention=("lora_te_",))},
+    readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *A1111_SGM, *TE), complete_attention=("lora_te_",))},
     layout=SD2_FILE,
 )
 SPEC = FamilySpec(

@@ -72,9 +72,11 @@ SD3 = ModelVersion(
     ),
     tags=Tags("sd3", "stable-diffusion-3/lora", "SD3"),
     tag_prefixes=("sd3", "stable-diffusion-3"),
-    # ComfyUI's and sd-scripts' rules were read in their loaders, diffusers' and PEFT's were run; of the other programs
-    # none is known to read these adapters.
+    # The rules of ComfyUI, sd-scripts, Forge and A1111 1.10 were read in their loaders, diffusers' and PEFT's were run.
+    # A1111 maps diffusers' attention of the picture; its names for the text's are of no module, and an alpha stops it.
     readers={
+        "a1111": Reads((r"transformer\.transformer_blocks\.\d+\.attn\.to_(?:q|k|v|out\.0)",)),
+        "forge": Reads((*_KOHYA, r"diffusion_model\..+", *(rf"lora_te_{CLIP}",), *COMFY_TEXT)),
         "comfyui": Reads((r"transformer\.transformer_blocks\..+", *_KOHYA, *_COMFY, *COMFY_TEXT)),
         "sd-scripts": Reads(_KOHYA),
         "diffusers": Reads((r"transformer\..+", *DOTTED_TEXT)),

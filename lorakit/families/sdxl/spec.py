@@ -4,6 +4,7 @@ from lorakit.families import unet
 from lorakit.families.sdxl.single_file import SDXL_FILE
 from lorakit.families.spec import FamilySpec, KohyaNames, ModelVersion, Reads, Tags, TextEncoder
 from lorakit.families.unet import (
+    A1111_SGM,
     ADD,
     ADD_SGM,
     ALL_BLOCKS,
@@ -41,7 +42,7 @@ SDXL = ModelVersion(
     key_prefixes=("lora_te2_", "text_encoder_2.", "lora_unet_label_emb"),
     readers={
         "a1111": Reads(
-            (*BLOCKS, *UPSAMPLERS_BUT_FIRST, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_TEXT), complete_attention=("lora_te2_",)
+            (*BLOCKS, *UPSAMPLERS_BUT_FIRST, *TOP, *A1111_SGM, *ADD_SGM, *_TEXT), complete_attention=("lora_te2_",)
         ),
         "forge": Reads((*_FULL, *FORGE_DOTTED)),
         "comfyui": Reads((*_FULL, *COMFY_DOTTED)),

@@ -65,7 +65,9 @@ class Merger:
         """The canonical name of an adapted layer whose weight or bias is called so, or None."""
         stem, _, kind = tensor.rpartition(".")
         name = canonical(component, stem)
-        adapted = (kind == "weight" and name in self.layers) or (kind == "bias" and name in self.biases)
+        adapted = (kind == "weight" and name in self.layers) or (
+            kind == "bias" and (name in self.biases or getattr(self.layers.get(name), "with_bias", False))
+        )
         return name if adapted else None
 
     def require(self, parts: Mapping[str, Iterable[str]]) -> None:
@@ -88,7 +90,9 @@ class Merger:
         if name is None:
             return weight.to(dtype)
         try:
-            if tensor.endswith(".bias"):
+            if tensor.endswith(".bias") and name not in self.biases:
+                adapted = merged(weight[:, None], self.layers[name], self.strength)[:, 0]
+            elif tensor.endswith(".bias"):
                 adapted = weight.float() + self.strength * self.biases[name].reshape(weight.shape)
             else:
                 adapted = merged(weight, self.layers[name], self.strength)

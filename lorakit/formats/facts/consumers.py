@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 
 BIAS = "bias"  # what a module is that changes a bias and nothing else
 DORA_ROWS = "dora rows"  # DoRA with a magnitude for each output row, as PEFT has it
-_LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3", "OFT", "GLoRA")
+_LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3")
+_COMPUTED = ("OFT", "older OFT", "GLoRA", "older GLoRA")
+# OFT on inputs, as PEFT and OneTrainer have it.
+_INPUTS = ("OFTv2", "PEFT's older OFT", "PEFT's BOFT")
 _NO_BIAS = "ignores its change of the bias"
 # DoRA on the output axis, LyCORIS' default.
 _ROWS = {DORA_ROWS: "its dora_scale is per output row, which it misreads"}
@@ -68,9 +71,12 @@ CONSUMERS: dict[str, Consumer] = {
             "bias beside": _NO_BIAS,
             "IA3 on convolutions": "applies it wrongly on convolutions",
             "GLoRA": "does not apply it, as it knows an older form of it",
+            "older GLoRA on convolutions": "fails on convolutions",
             **_ROWS,
         },
         refused={BIAS: "it has no reader for a bias alone"},
+        unread=_INPUTS,
+        factors=rf"{_DEFAULT_FACTORS}|lora_[AB]\.weight",
         parts=("scale",),
         lone_alpha=True,
         reads_norms=True,
@@ -78,7 +84,7 @@ CONSUMERS: dict[str, Consumer] = {
     "forge": Consumer(
         title="Forge",
         misread=_ROWS | _VECTOR | _MIDDLE,
-        unread=("IA3", "OFT"),
+        unread=("IA3", "OFT", *_INPUTS),
         factors=_FACTORS,
         reads_norms=True,
         unknown_limit=12,
@@ -87,36 +93,40 @@ CONSUMERS: dict[str, Consumer] = {
         title="ComfyUI",
         misread={
             "PEFT's bias": _NO_BIAS,
+            "older OFT": "does not know this older form of OFT",
             "OFT rescaled": "ignores its rescale",
             "OFT with a constraint": "limits its rotation more than it should",
             **_ROWS,
             **_VECTOR,
             **_MIDDLE,
         },
-        unread=("IA3",),
+        unread=("IA3", *_INPUTS),
         factors=rf"{_FACTORS}|lora_[AB]|lora_[AB]\.default\.weight",
         parts=("set_weight", "reshape_weight"),
         reads_norms=True,
     ),
     "invokeai": Consumer(
         title="InvokeAI",
+        unread=_INPUTS,
         misread={"bias beside": _NO_BIAS, "IA3 on convolutions": "fails on convolutions", **_ROWS},
-        refused=dict.fromkeys(("GLoRA", "OFT", BIAS, "DoRA over LyCORIS"), "it has no reader for it"),
+        refused=dict.fromkeys((*_COMPUTED, BIAS, "DoRA over LyCORIS"), "it has no reader for it"),
         reads_norms=True,
         lone_alpha=True,
     ),
     "sd-scripts": Consumer(
         title="kohya sd-scripts",
+        unread=_INPUTS,
         misread={
             **dict.fromkeys(("dora", DORA_ROWS), _IGNORES_DORA),
             **dict.fromkeys((BIAS, "bias beside"), _NO_BIAS),
             "alpha 0": "takes an alpha of 0 for the rank",
-            **dict.fromkeys(_LYCORIS, "does not apply it (networks.lora reads plain LoRA only)"),
+            **dict.fromkeys((*_LYCORIS, *_COMPUTED), "does not apply it (networks.lora reads plain LoRA only)"),
         },
         flat_conv=False,
     ),
     "sd.cpp": Consumer(
         title="stable-diffusion.cpp",
+        unread=_INPUTS,
         misread={
             **dict.fromkeys(("dora", DORA_ROWS), _IGNORES_DORA),
             **_VECTOR,
@@ -125,19 +135,20 @@ CONSUMERS: dict[str, Consumer] = {
             "lokr on convolutions": "applies it wrongly on convolutions",
             "Tucker": "applies Tucker's form wrongly",
             "rank 1": "takes in_features for the rank, so it is far too weak",
-            **dict.fromkeys(("norm", "IA3", "OFT", "GLoRA"), "does not apply it"),
+            **dict.fromkeys(("norm", "IA3", *_COMPUTED), "does not apply it"),
         },
         factors=rf"{_FACTORS}|lora_[AB]|lora_[AB]\.default\.weight",
         parts=("scale",),
     ),
     "diffusers": Consumer(
         title="diffusers",
+        unread=_INPUTS,
         misread={
             **dict.fromkeys(("dora", DORA_ROWS), _IGNORES_DORA),
             "names of an adapter": "does not apply factors with an adapter's name in theirs",
         },
         refused={
-            **dict.fromkeys((*_LYCORIS, BIAS, "bias beside"), "it reads plain LoRA only"),
+            **dict.fromkeys((*_LYCORIS, *_COMPUTED, BIAS, "bias beside"), "it reads plain LoRA only"),
             "rank 0": "it takes none of that",
         },
         unknown_limit=0,
@@ -147,5 +158,10 @@ CONSUMERS: dict[str, Consumer] = {
         common_alpha=True,
         reads_config=True,
     ),
-    "peft": Consumer(title="PEFT", reads_folders=True, reads_config=True),
+    "peft": Consumer(
+        title="PEFT",
+        misread={"PEFT's older OFT": "does not read OFT of PEFT 0.15 or older"},
+        reads_folders=True,
+        reads_config=True,
+    ),
 }

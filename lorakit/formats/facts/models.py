@@ -64,7 +64,13 @@ MODELS = (
         "sd3",
     ),
     Model("FLUX.1", r"^transformer_single_|_(?:img|txt)_mod_lin(?:_|$)", _FLUX_LAYERS, r"flux", (3072,)),
-    Model("FLUX.2", r"_attn_to_qkv_mlp_proj|_stream_modulation", _FLUX_LAYERS, r"flux-?_?\.?2", (6144,)),
+    Model(
+        "FLUX.2",
+        r"_attn_to_qkv_mlp_proj|_stream_modulation",
+        _FLUX_LAYERS,
+        r"flux-?_?\.?2",
+        (6144, 27648, 36864),  # dev's, and those of klein's `linear1`
+    ),
     Model("Chroma", r"^distilled_guidance_layer", _FLUX_LAYERS, r"chroma"),
     Model(
         "HunyuanVideo",
@@ -75,11 +81,11 @@ MODELS = (
     ),
     Model(
         "Qwen-Image",
-        r"^transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)_|^transformer_blocks_[45]\d_attn_add_",
+        r"^transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)_|^transformer_blocks_[45]\d_attn_(?:add|to)_",
         r"^transformer_blocks_\d+_attn_(?:to|add)_",
         r"qwen",
         (3072,),
-        r"^single_|_ff_context_",
+        r"^single_|_ff_|^text_fusion|^txtfusion",
     ),
     Model("AuraFlow", r"^joint_transformer_blocks_\d|^(?:double|single)_layers_\d", _NEVER, r"aura-?_?flow|pony-?_?v7"),
     Model("HiDream", r"^(?:double|single)_stream_blocks_\d", _NEVER, r"hidream"),
@@ -111,6 +117,22 @@ MODELS = (
     Model("LTX-Video", r"^patchify_proj", _PIXART, r"ltx", (2048, 4096)),
     Model("CogVideoX", r"^patch_embed_text_proj", r"^transformer_blocks_\d+_(?:attn1|ff)_", r"cogvideo", (1920,)),
     Model("Mochi", r"^blocks_\d+_attn_(?:qkv|proj)_[xy]", _NEVER, r"mochi"),
+    Model(
+        "Krea 2",
+        r"^(?:text_fusion|txtfusion)_|^(?:time_mod_proj|tproj_1)$|^blocks_\d+_attn_(?:w[qkvo]|gate)$"
+        r"|^transformer_blocks_\d+_attn_to_gate$",
+        _NEVER,
+        r"krea-?_?2",
+    ),
+    Model(
+        "HunyuanImage",
+        r"_(?:img|txt)_mlp_fc[12]|^double_blocks_\d+_(?:img|txt)_attn_[qkv]$",
+        r"^(?:double|single)_blocks_\d",
+        r"hunyuan-?_?image",
+        (3584,),
+    ),
+    Model("Kandinsky 5", r"^(?:visual|text)_transformer_blocks_\d", _NEVER, r"kandinsky-?_?5"),
+    Model("AnimateDiff's motion module", r"_motion_modules_\d", _NEVER, r"animatediff"),
     Model("Cosmos or Anima", r"^blocks_\d+_(?:self|cross)_attn_(?:q_proj|output_proj)", _NEVER, r"cosmos|anima"),
 )
 
@@ -135,7 +157,9 @@ def find(stems: Iterable[str], widths: Iterable[int], metadata: Mapping[str, str
         return agreed[0], "names of its layers and metadata"
     contradiction = f"; its metadata says {tagged[0].title}, which is not so" if tagged else ""
     sizes = set(widths)
-    fitting = [model for model in pool if sizes.intersection(model.widths)]
+    fitting = sorted(
+        (m for m in pool if sizes.intersection(m.widths)), key=lambda m: -max(sizes.intersection(m.widths))
+    )
     source = "names and widths of its layers" if fitting and len(pool) > 1 else "names of its layers"
     return (fitting or pool)[0], source + contradiction
 

@@ -17,8 +17,10 @@ from lorakit.core.names import printable, shorten
 from lorakit.formats import identify, keys
 
 Scaling = Mapping[str, Any]
+COMPUTED = ("ia3", "oft", "boft")  # methods whose change is computed from a base's weight
 # A pattern that may be run: no group is repeated and little else, so that its time is bounded (PEFT runs any).
 _MAX_REPEATS = 3
+_MAX_TERMS = 100  # of OFT's series
 
 
 def of_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Scaling]:
@@ -50,21 +52,34 @@ def of_folder(folder: Path) -> Scaling:
     except (OSError, ValueError):
         raise LorakitError(f"{path}: cannot be read as a JSON object") from None
     method = str(config.get("peft_type", "")).lower()
-    if method and method not in {spec.layers for spec in registry.METHODS.values()}:
+    if method and method not in {*COMPUTED, *(spec.layers for spec in registry.METHODS.values())}:
         name = shorten(printable(method.upper()), 40)
-        raise LorakitError(f"{folder}: this is an adapter of PEFT's {name}, which lorakit does not read")
+        raise LorakitError(
+            f"{folder}: this is an adapter of PEFT's {name}, which lorakit does not read: merge it into its base with "
+            "PEFT (merge_and_unload), save that model, and make a LoRA of it with lorakit extract"
+        )
     return config
 
 
+def is_feedforward(name: str, scaling: Scaling) -> bool:
+    """Whether (IA)^3 scales the inputs of a layer, by its canonical name."""
+    targets = scaling.get("feedforward_modules") or []
+    if isinstance(targets, str):
+        return _matches_end(targets, name)
+    return any(name.endswith(str(target)) for target in targets)
+
+
 def require_numbers(path: Path, scaling: Scaling) -> None:
-    """Raise LorakitError where a rank or an alpha of an adapter config is no finite number above 0."""
+    """Raise LorakitError where a number of an adapter config is no finite one, or a rank is below 1."""
     patterns = scaling.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
         raise LorakitError(f"{path}: the alpha_pattern in its config is no table")
-    numbers = {key: scaling[key] for key in ("r", "lora_alpha", "alpha") if scaling.get(key) is not None}
+    is_computed = str(scaling.get("peft_type", "")).lower() in COMPUTED
+    names = ("eps", "num_cayley_neumann_terms") if is_computed else ("r", "lora_alpha", "alpha")
+    numbers = {key: scaling[key] for key in names if scaling.get(key) is not None}
     for key, value in [*numbers.items(), *patterns.items()]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-        if not is_number or (key == "r" and value < 1):
+        if not is_number or (key == "r" and value < 1) or (key == "num_cayley_neumann_terms" and value > _MAX_TERMS):
             raise LorakitError(f"{path}: {printable(key)[:80]} in its config is {value!r:.80}, no usable number")
 
 
