@@ -46,7 +46,7 @@ def main() -> None:
         photos = demo_photos(room / SUBJECT)
         workspace = Workspace(room / "runs", [room])
         run = train(workspace, photos)
-        served = app.serve(workspace, app.parser().parse_args([]), block=False)
+        served = app.serve(workspace, app.parser().parse_args([]), block=False).address
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
             for scheme in ("light", "dark"):

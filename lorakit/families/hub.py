@@ -146,7 +146,7 @@ def find_vae(hub_id: HubId) -> tuple[Path, str]:
     except LorakitError as error:
         why = str(error).removeprefix("base ").removeprefix("model.vae: ").removesuffix("; or give a folder or a file")
         raise LorakitError(f"model.vae: {why}; or give a folder or a file") from error
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, ImportError) as error:  # type: ignore[attr-defined]
         raise LorakitError(f"model.vae: {_refusal(hub_id, error)}; or give a folder or a file") from error
 
 
@@ -199,7 +199,7 @@ def _fetch(hub_id: HubId, checks: Checks, without: Collection[str]) -> Path:
         configs = [name for name in files if name.endswith(".json")]
         checks.configs(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=configs)))
         folder = snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files)
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, ImportError) as error:  # type: ignore[attr-defined]
         raise LorakitError(f"base {_refusal(hub_id, error)}; or give a folder or a file") from error
     return Path(folder)
 
@@ -233,6 +233,8 @@ def _refusal(hub_id: HubId, error: Exception) -> str:
     status = getattr(response, "status_code", 0)
     message = response.headers.get("X-Error-Message", "") if response is not None else ""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, ImportError) and "socksio" in reason:
+        reason = "the environment names a SOCKS proxy, which needs: pip install socksio"
     absent = isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError)
     if status == 401 and (
         re.search(r"credential|token|expired", message, re.I) or not isinstance(error, errors.RepositoryNotFoundError)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,10 @@ from lorakit.ui import commands
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = commands.OFFLINE
 
-import gradio as gr
-from gradio import http_server
+with commands.without_proxies():
+    import gradio as gr
+
+from starlette.middleware import Middleware
 
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
@@ -30,9 +29,12 @@ from lorakit.ui.pages.compare import ComparePage
 from lorakit.ui.pages.photos import PAGE, PhotosPage
 from lorakit.ui.pages.runs import RunsPage
 from lorakit.ui.pages.train import TrainPage
+from lorakit.ui.server import Server
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
 
+# What an event brings: component -> value.
+Values = dict[Any, Any]
 USER = "lorakit"
 STYLE = Path(__file__).with_name("style.css")
 
@@ -85,36 +87,20 @@ def default_roots() -> list[Path]:
     return [Path.cwd(), *([pictures] if pictures.is_dir() else [])]
 
 
-class _Server(http_server.Server):  # type: ignore[misc]
-    """Waits for its start while its thread lives. Gradio's own gives up after five seconds, which is too short on a
-    busy machine."""
+def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True) -> Server:
+    """Serve the front end until it is interrupted, or, where it does not block, until the server is closed.
 
-    thread: threading.Thread
-
-    def run_in_thread(self) -> None:
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-        while not self.started:
-            if not self.thread.is_alive():
-                raise http_server.ServerFailedToStartError("the server did not start")
-            time.sleep(0.01)
-
-
-def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True) -> str:
-    """Serve the front end; its address, where it does not block."""
+    Raises:
+        LorakitError: it cannot listen, or has no public address.
+    """
     t = gr.I18n(**texts.tables())
-    if args.port and not _is_free(args.host, args.port):
-        raise LorakitError(f"port {args.port} of {args.host} is taken; choose another --port, or leave it out")
-    http_server.Server = _Server
-    _, address, _ = build(workspace, t).launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=args.share,
+    server = Server(
+        build(workspace, t),
+        args.host,
+        args.port,
+        _only_this_machine(args),
         auth=(USER, args.password) if args.password else None,
-        inbrowser=args.open,
         max_file_size=f"{args.max_upload}mb",
-        app_kwargs={"middleware": _only_this_machine(args)},
-        prevent_thread_lock=not block,
         footer_links=[],
         show_error=True,
         run_history=False,
@@ -124,21 +110,20 @@ def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True)
         ssr_mode=False,
         pwa=False,
     )
-    return str(address)
+    server.start()
+    if args.share:
+        server.share(args.host)
+    if args.open:
+        server.open_browser()
+    if block:
+        server.wait()
+    return server
 
 
-def _is_free(host: str, port: int) -> bool:
-    """Whether something else listens there; Gradio's own words for it name a variable nobody set."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1" if host == "0.0.0.0" else host, port)) != 0
-
-
-def _only_this_machine(args: argparse.Namespace) -> list[Any]:
+def _only_this_machine(args: argparse.Namespace) -> list[Middleware]:
     """Keeps out a page from elsewhere that gives its own name this machine's address (DNS rebinding)."""
     if not access.is_loopback(args.host) or args.share:
         return []
-    from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     return [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", args.host])]
@@ -202,29 +187,29 @@ def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
 # -- options is nobody's business
 
 
-def _values(train: TrainPage, data: dict[Any, Any]) -> list[Any]:
+def _values(train: TrainPage, data: Values) -> list[Any]:
     return [data[train.widgets[key]] for key in train.keys]
 
 
 def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPage) -> None:
     """`visits` are the events that bring somebody to the page."""
 
-    def answer(data: dict[Any, Any], request: gr.Request) -> list[Any]:
+    def answer(data: Values, request: gr.Request) -> list[Any]:
         data[train.requests].count_request()
         return train.answer(data[train.quality], data[train.marks], _values(train, data), say_for(request))
 
-    def plan(data: dict[Any, Any], request: gr.Request) -> tuple[Any, Any]:
+    def plan(data: Values, request: gr.Request) -> tuple[Any, Any]:
         number = data[train.requests].number
         result = train.plan(_values(train, data), say_for(request))
         return result if number == data[train.requests].number else (gr.skip(), gr.skip())
 
-    def difference(data: dict[Any, Any], request: gr.Request) -> str:
+    def difference(data: Values, request: gr.Request) -> str:
         return train.difference_of(data[train.preset], data[train.quality], _values(train, data), say_for(request))
 
-    def apply(data: dict[Any, Any]) -> list[Any]:
+    def apply(data: Values) -> list[Any]:
         return train.apply_preset(data[train.preset], data[train.quality], data[train.marks], _values(train, data))
 
-    def begin(data: dict[Any, Any], request: gr.Request) -> tuple[Any, ...]:
+    def begin(data: Values, request: gr.Request) -> tuple[Any, ...]:
         message, name = train.begin(_values(train, data), say_for(request))
         if name is None:
             return message, gr.skip(), gr.skip(), gr.skip()
@@ -238,7 +223,7 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
     plan_call = (plan, inputs, [train.plan_card, train.start])
     gr.on(answer_events, answer, inputs, train.outputs, **FOLLOW).then(*plan_call, **FOLLOW)
 
-    def fetch(data: dict[Any, Any], request: gr.Request) -> str:
+    def fetch(data: Values, request: gr.Request) -> str:
         return train.fetch_base(_values(train, data), say_for(request))
 
     waiting = ACT | {"show_progress": "full", "show_progress_on": train.fetch_message}
@@ -258,34 +243,34 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     field = train.widgets[quickstart.PHOTOS]
     inputs = {*train.inputs, photos.folder, photos.first, photos.upload, photos.requests}
 
-    def config_of(data: dict[Any, Any]) -> Any:
+    def config_of(data: Values) -> Any:
         answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
         return train.config_of_photos(answers)
 
-    def show(data: dict[Any, Any], request: gr.Request, offset: int = 0) -> list[Any]:
+    def show(data: Values, request: gr.Request, offset: int = 0) -> list[Any]:
         data[photos.requests].count_request()
         first = data[photos.first] + offset
         return photos.show(data[photos.folder] or "", first, config_of(data), say_for(request))
 
-    def turn(data: dict[Any, Any], request: gr.Request) -> list[Any]:
+    def turn(data: Values, request: gr.Request) -> list[Any]:
         return show(data, request, PAGE)
 
-    def turn_back(data: dict[Any, Any], request: gr.Request) -> list[Any]:
+    def turn_back(data: Values, request: gr.Request) -> list[Any]:
         return show(data, request, -PAGE)
 
-    def checked(data: dict[Any, Any], request: gr.Request) -> list[Any]:
+    def checked(data: Values, request: gr.Request) -> list[Any]:
         number = data[photos.requests].number
         result = photos.checked(data[photos.folder] or "", data[photos.first], config_of(data), say_for(request))
         return result if number == data[photos.requests].number else [gr.skip(), gr.skip()]
 
-    def keep(data: dict[Any, Any]) -> dict[str, Any]:
+    def keep(data: Values) -> dict[str, Any]:
         answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
         return train.draft_of(data[train.quality], data[train.marks], answers)
 
-    def choose(data: dict[Any, Any]) -> tuple[Any, ...]:
+    def choose(data: Values) -> tuple[Any, ...]:
         return "", data[photos.folder], keep(data)
 
-    def take_in(data: dict[Any, Any], request: gr.Request) -> tuple[Any, ...]:
+    def take_in(data: Values, request: gr.Request) -> tuple[Any, ...]:
         message, place = photos.take_in(data[photos.upload], say_for(request))
         if place is None:
             return message, gr.skip(), gr.skip(), None, gr.skip()

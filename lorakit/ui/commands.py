@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.core.errors import LorakitError
@@ -16,6 +18,19 @@ PATIENCE = 600
 # The front end is off the network, whatever the user's HF_HUB_OFFLINE says; that holds for `fetch`, and is read here
 # before app.py sets it.
 OFFLINE, USERS = "1", os.environ.get("HF_HUB_OFFLINE", "0")
+
+
+@contextlib.contextmanager
+def without_proxies() -> Iterator[None]:
+    """The environment without proxies, for the import of Gradio: it opens a client that a SOCKS proxy keeps from being
+    made. The commands that reach the network get the variables as they are."""
+    proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    for name in proxies:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(proxies)
 
 
 def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> list[Path]:

@@ -1,0 +1,118 @@
+"""The server of the front end: its socket, its thread and its end. No request of its own start leaves or enters it, so
+neither a proxy of the environment nor a busy machine keeps it from starting, as they do with Gradio's `launch`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+import webbrowser
+from collections.abc import Sequence
+
+import fastapi
+import gradio as gr
+import uvicorn
+from gradio import networking
+from starlette.middleware import Middleware
+
+from lorakit.core.errors import LorakitError
+
+FIRST_PORT, PORTS = 7860, 100
+# Seconds that open connections are given at the end.
+GRACE = 1
+IN_USE = (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE))
+
+
+class Server(uvicorn.Server):
+    """Serves one page from a thread of its own; `address` is where."""
+
+    def __init__(
+        self, page: gr.Blocks, host: str, port: int | None, middleware: Sequence[Middleware] = (), **options: object
+    ):
+        """`options` are those of `gradio.mount_gradio_app`.
+
+        Raises:
+            LorakitError: nothing can listen there.
+        """
+        self.socket = listen(host, port)
+        self.port: int = self.socket.getsockname()[1]
+        name = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+        self.address = f"http://{name}:{self.port}"
+        parent = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=list(middleware))
+        root_path = os.environ.get("GRADIO_ROOT_PATH", "")
+        app = gr.mount_gradio_app(parent, page, "/", host, self.port, root_path=root_path, **options)
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
+        self.should_exit = False
+        self.thread = threading.Thread(target=self.run, args=([self.socket],), name="server", daemon=True)
+
+    def start(self) -> None:
+        """Return once it serves, however long that takes.
+
+        Raises:
+            LorakitError: it ended before it served.
+        """
+        self.thread.start()
+        while not self.started:
+            if not self.thread.is_alive():
+                self.close()
+                raise LorakitError(f"the server at {self.address} ended before it could serve")
+            time.sleep(0.01)
+        print(f"* Running on local URL:  {self.address}", flush=True)
+
+    def wait(self) -> None:
+        """Serve until Ctrl-C or a request to end."""
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            while self.thread.is_alive():
+                self.thread.join(0.5)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End it; the page is gone when this returns."""
+        self.should_exit = True
+        if self.thread.is_alive():
+            self.thread.join(5 * GRACE)
+        self.socket.close()
+
+    def share(self, host: str) -> None:
+        """Offer it at a public address of Gradio's, as long as it lives."""
+        try:
+            public = networking.setup_tunnel(host, self.port, secrets.token_urlsafe(32), None, None)
+        except Exception as error:
+            raise LorakitError(f"no public address: {error}; check the network, or leave out --share") from None
+        print(f"* Running on public URL: {public}", flush=True)
+
+    def open_browser(self) -> None:
+        """Show it to whoever sits here."""
+        webbrowser.open(self.address)
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A socket that listens on the port, or on the first free one.
+
+    Raises:
+        LorakitError: the port is taken, or the address is none of this machine's.
+    """
+    if port and not 0 < port < 2**16:
+        raise LorakitError(f"--port {port}: must be between 1 and 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for number in [port] if port else range(FIRST_PORT, FIRST_PORT + PORTS):
+        try:
+            return socket.create_server((host, number), family=family)
+        except PermissionError:
+            raise LorakitError(f"port {number} is for the system's own programs; choose --port 1024 or above") from None
+        except socket.gaierror as error:
+            raise LorakitError(f"--host {host}: {error.strerror}") from None
+        except OSError as error:
+            if error.errno not in IN_USE:
+                raise LorakitError(f"--host {host}: {error.strerror or error}") from None
+    if port:
+        raise LorakitError(f"port {port} of {host} is taken; choose another --port, or leave it out")
+    raise LorakitError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} of {host} are all taken; choose another --port")
