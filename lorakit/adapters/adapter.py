@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.adapters import average, targets
+from lorakit.adapters import average, start, targets
 from lorakit.adapters.method import NAME, Method
 from lorakit.adapters.textual_inversion import LearnedToken
 from lorakit.adapters.weights import AdapterWeights, LoraLayer, from_factors
@@ -37,7 +37,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     layers = _inject(
         modules, {name: paths[name] for name in layer_names}, config, plain=getattr(target, "plain", False)
     )
-    adapter = Adapter(modules, layers, family, config.method, getattr(config, "dropout", 0.0))
+    adapter = Adapter(modules, layers, family, config)
     adapter._reserve = getattr(target, "reserve", adapter._reserve)
     adapter.reset(seed)
     if config.new_tokens:
@@ -57,7 +57,7 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     if weights.family != family:
         raise LorakitError(f"the adapter is for {weights.family}, the base is {family}")
     paths = _layer_paths(modules)
-    method = _method(weights)
+    method = start.method(weights)
     missing = [name for name in weights.layers if name not in paths]
     if missing:
         raise LorakitError(f"the base has no layer {missing[0]}, which the adapter adapts ({len(missing)} such)")
@@ -75,7 +75,7 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     config = ADAPTER_SECTIONS[method](method=method, rank=rank)
     layer_paths = {name: paths[name] for name in weights.layers}
     layers = _inject(modules, layer_paths, config, plain=getattr(target, "plain", False))
-    adapter = Adapter(modules, layers, family, method, 0.0)
+    adapter = Adapter(modules, layers, family, config)
     adapter._reserve = getattr(target, "reserve", adapter._reserve)
     adapter.fill(weights)
     try:
@@ -96,6 +96,7 @@ class Adapter:
     Attributes:
         layers: canonical names, in a fixed order.
         family: "sd1", "sd2", "sdxl" or "sd3".
+        config: the section of the config that it was made by.
         method: a name of `registry.METHODS`.
         dropout: on the adapters' input while `train(True)`.
         average: of the weights over the steps, where there is one.
@@ -103,11 +104,12 @@ class Adapter:
 
     average: average.WeightAverage | None = None
 
-    def __init__(self, modules: dict[str, Any], layers: dict[str, Any], family: str, method: str, dropout: float):
+    def __init__(self, modules: dict[str, Any], layers: dict[str, Any], family: str, config: AdapterConfig):
         self._modules, self._layers = modules, layers
         self.layers = list(layers)
-        self.family, self.method, self.dropout = family, method, dropout
-        self._method: Method = registry.resolve(registry.METHODS[method].functions)
+        self.family, self.config, self.method = family, config, config.method
+        self.dropout: float = getattr(config, "dropout", 0.0)
+        self._method: Method = registry.resolve(registry.METHODS[config.method].functions)
         self._scales = {name: self._method.scale(layer) for name, layer in layers.items()}
         self._off = False
         self._word, self._learned_tokens = "", dict[str, LearnedToken]()
@@ -214,50 +216,17 @@ class Adapter:
         """Begin from another adapter's weights. A difference of scale is folded into one of the factors.
 
         Raises:
-            LorakitError: family, method, layers, ranks or shapes differ; PiSSA, which begins from the base.
+            LorakitError: as `start.require`.
         """
-        if self._method.fill is None:
-            raise LorakitError(
-                f"{self.method} begins from the base's own weights and not from an adapter: set adapter.method = 'lora'"
-            )
-        if weights.family != self.family:
-            raise LorakitError(f"the adapter to start from is for {weights.family}, this base is {self.family}")
-        theirs, mine = _method(weights), registry.METHODS[self.method].layers
-        if theirs != mine:
-            raise LorakitError(f"the adapter to start from is {theirs}: set adapter.method = {theirs!r}")
-        missing = [name for name in self.layers if name not in weights.layers]
-        extra = [name for name in weights.layers if name not in self._layers]
-        if missing or extra:
-            raise LorakitError(
-                f"the adapter to start from has other layers: {len(missing)} lacking, {len(extra)} too many, "
-                f"e.g. {(missing or extra)[0]}; set adapter.target_modules and train_text_encoder as it was made"
-            )
-        new_factors = {name: layer.rescaled(self._scales[name]).factors() for name, layer in weights.layers.items()}
-        for name, factors in new_factors.items():
-            own, rank = self._method.factors(self._layers[name]), weights.layers[name].rank
-            if {key: tensor.shape for key, tensor in own.items()} == {key: t.shape for key, t in factors.items()}:
-                continue
-            if rank != self._layers[name].r[NAME]:
-                raise LorakitError(f"the adapter to start from has rank {rank} in {name}: set adapter.rank = {rank}")
-            raise LorakitError(f"the adapter to start from has another shape in {name}: it is of another base")
-        words = self._fitting_tokens(weights)
+        shapes = {name: tuple(layer.base_layer.weight.shape) for name, layer in self._layers.items()}
+        start.require(weights, self.config, self.family, shapes, self._word)
         with torch.no_grad():
-            for name, factors in new_factors.items():
+            for name, layer in weights.layers.items():
+                factors = layer.rescaled(self._scales[name]).factors()
                 for key, parameter in self._method.factors(self._layers[name]).items():
                     parameter.copy_(factors[key])
-            for part, vectors in words.items():
+            for part, vectors in weights.embeddings.get(self._word, {}).items():
                 self._learned_tokens[part].vectors.copy_(vectors)
-
-    def _fitting_tokens(self, weights: AdapterWeights) -> dict[str, torch.Tensor]:
-        """The vectors to start from; none, where the adapter to start from has none."""
-        for word, vectors in weights.embeddings.items():
-            count = len(next(iter(vectors.values())))
-            if word != self._word or count != len(next(iter(self._learned_tokens.values())).vectors):
-                raise LorakitError(
-                    f"the adapter to start from has {count} vectors for {word!r}: set adapter.new_tokens = {count} "
-                    f"and begin data.name with {word!r}"
-                )
-        return weights.embeddings.get(self._word, {})
 
     def fill(self, weights: AdapterWeights) -> None:
         """Take factors of any rank and scale as they are; the layers must be these."""
@@ -388,28 +357,3 @@ def _inject(
                 peft = method.peft(config, paths)
                 module.add_adapter(peft if plain else method.fuse(peft), adapter_name=NAME)
     return {name: modules[component].get_submodule(path) for name, (component, path) in layer_paths.items()}
-
-
-def _method(weights: AdapterWeights) -> str:
-    """By which method weights are applied: what their layers are, however they were trained.
-
-    Raises:
-        LorakitError: several methods in one adapter.
-    """
-    rows = any(layer.magnitude is not None and len(layer.magnitude) > 1 for layer in weights.layers.values())
-    methods = {layer.method for layer in weights.layers.values()}
-    foreign = sorted(methods - {spec.layers for spec in registry.METHODS.values()} - {LoraLayer.METHOD})
-    mixed = any(layer.magnitude is not None and not isinstance(layer, LoraLayer) for layer in weights.layers.values())
-    if rows or mixed or foreign or weights.biases:
-        what = " and ".join(foreign) or ("DoRA per output row" if rows else "DoRA over LyCORIS" if mixed else "biases")
-        raise LorakitError(
-            f"the adapter has {what}, which lorakit does not put into a model in use: merge it into a base"
-        )
-    # Among DoRA's layers there may be plain ones.
-    if any(layer.magnitude is not None for layer in weights.layers.values()):
-        methods -= {LoraLayer.METHOD}
-    if len(methods) > 1:
-        raise LorakitError(
-            f"the adapter mixes {' and '.join(sorted(methods))}: only one method at a time can be applied"
-        )
-    return next(iter(methods))

@@ -31,7 +31,6 @@ MIN_SHARPNESS = 0.004
 # With fewer photos, the check warns.
 MIN_PHOTOS = 4
 NOT_COUNTED = "tokens of the texts are not counted: the base's tokenizer is not on this machine yet"
-NO_MASK = "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false"
 # Fields of a photo in `--json`, besides its file, bucket, mask and caption source.
 ITEM_JSON = (
     "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut", "sharpness",
@@ -63,6 +62,7 @@ class Item:
         width, height: size in pixels after the EXIF rotation; 0 if the photo cannot be read.
         orientation: the rotation of its EXIF tag, or "".
         transparent: whether it has transparent parts (shown on white).
+        black_mask: whether its mask, or where it has none its alpha channel, is 0 all over.
         bucket: the size it is trained at; None if the photo cannot be read.
         cropped: share of its area that the crop removes.
         scale: bucket pixels for one of its pixels; above 1 it is scaled up.
@@ -79,6 +79,7 @@ class Item:
     height: int = 0
     orientation: str = ""
     transparent: bool = False
+    black_mask: bool = False
     bucket: Bucket | None = None
     cropped: float = 0.0
     scale: float = 0.0
@@ -224,10 +225,9 @@ class _Measurement:
     grey: bool = False
 
 
-# (files of the photo with time and size, resolution, multiple) -> (cached fields of its `Item`, its measurement).
+# (files of the photo with time and size, resolution, multiple) -> (its `Item` without texts, its measurement).
 Progress = Callable[[int, int], object]
-MeasurementCache = dict[tuple[Any, ...], tuple[dict[str, Any], _Measurement]]
-CACHED_FIELDS = ("width", "height", "orientation", "transparent", "bucket", "cropped", "scale", "sharpness", "digest")
+MeasurementCache = dict[tuple[Any, ...], tuple[Item, _Measurement]]
 
 
 def _measure_cached(
@@ -244,10 +244,10 @@ def _measure_cached(
     key = (item.relative, *stamps, resolution, multiple)
     if key not in cache:
         measurement = _measure(item, resolution, multiple)
-        cache[key] = {name: getattr(item, name) for name in CACHED_FIELDS}, measurement
+        cache[key] = replace(item), measurement
         return item, measurement
-    values, measurement = cache[key]
-    return replace(item, **values), measurement
+    measured, measurement = cache[key]
+    return replace(measured, photo=item.photo, findings=[]), measurement
 
 
 def _measure(item: Item, resolution: int, multiple: int) -> _Measurement:
@@ -263,8 +263,8 @@ def _measure(item: Item, resolution: int, multiple: int) -> _Measurement:
 
 def _measure_picture(item: Item, raw: bytes, resolution: int, multiple: int) -> _Measurement:
     picture = decode.decode(raw, item.relative)
-    if item.photo.mask is not None:
-        decode.decode_mask(item.photo.mask, picture.size)
+    mask = picture.alpha if item.photo.mask is None else decode.decode_mask(item.photo.mask, picture.size)
+    item.black_mask = mask is not None and not mask.any()
     item.digest = hashlib.sha256(raw).hexdigest()
     item.width, item.height = picture.size
     item.orientation, item.transparent = picture.orientation, picture.alpha is not None

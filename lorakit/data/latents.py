@@ -18,7 +18,7 @@ from lorakit.config import DataConfig, TrainConfig
 from lorakit.core import atomic, safetensors_header
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
-from lorakit.data import augment, buckets, captions, checks, concepts, decode, holdout
+from lorakit.data import augment, buckets, captions, concepts, decode, holdout, masks
 from lorakit.data.augment import Variant
 from lorakit.data.dataset import Dataset, LatentBucket
 from lorakit.data.decode import Picture, Pixels
@@ -90,7 +90,7 @@ def build(
     encoder.config = replace(config, variants=1)  # validation uses variant 0 alone
     validation = _dataset(validation_photos, encoder, table, device).unaugmented() if validation_photos else None
     if train.masked_loss and encoder.masks == 0:
-        raise LorakitError(checks.NO_MASK)
+        raise LorakitError(masks.NO_MASK)
     say(encoder.describe(len(report.photos)))
     return dataset, validation
 
@@ -243,7 +243,7 @@ def _photo_mask(photo: Photo, picture: Picture) -> Pixels | None:
     else:
         mask = picture.alpha
     if mask is not None and int(mask.max()) == 0:
-        raise LorakitError(f"{photo.relative}: its mask is black all over, so nothing of it would be learned")
+        raise LorakitError(masks.BLACK_MASK.format(photo=photo.relative))
     return mask
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,22 @@ from lorakit.core.names import printable
 from lorakit.data.entries import Names, some_names, usable
 
 if TYPE_CHECKING:
+    from lorakit.data.checks import Item
     from lorakit.data.photo_folder import Photo
 
 # What stands between the name of a photo and the ending of its mask; `x.mask.png` itself is read with the photos.
 MARKS = (".mask", "-masklabel", "_masklabel", "_mask", "-mask")
 FOLDERS = ("mask", "masks")
+NO_MASK = "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false"
+BLACK_MASK = "{photo}: its mask is black all over, so nothing of it would be learned"
+
+
+def problems(items: Sequence[Item]) -> list[str]:
+    """Why `train.masked_loss` cannot be used with these photos, a line each. Transparent ones are masked by that."""
+    readable = [item for item in items if item.readable]
+    if not any(item.photo.mask or item.transparent for item in readable):
+        return [NO_MASK]
+    return [BLACK_MASK.format(photo=item.relative) for item in readable if item.black_mask]
 
 
 @dataclass

@@ -11,12 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lorakit import families
-from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig, unquote
+from lorakit import families, formats
+from lorakit.adapters import start, targets
+from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig, optimizer_builder, unquote
 from lorakit.core import install, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
-from lorakit.data import captions, checks, concepts, photo_folder
+from lorakit.data import captions, checks, concepts, masks, photo_folder
 from lorakit.families import BaseInfo
 from lorakit.formats import compatibility, identify
 from lorakit.runs import nvidia, plan, run_folder
@@ -97,7 +98,11 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         fetch: fetch the base's tokenizer where only the hub has it; a run needs it, a look does not.
     """
     config, unquoted = _without_quotes(config)
-    problems = [*_missing_packages(config), *_device_problems(config)]
+    problems = [
+        *_optimizer_problems(config),
+        *_missing_packages(config),
+        *_line(plan.device_problem(config.memory.device)),
+    ]
     if config.data.concepts == "folders" and not config.data.name:
         config = _with_name(config)
     if not config.data.name:
@@ -122,9 +127,8 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     for name in config.output.formats:
         problems += _line(registry.FORMATS[name].check(layers, info.family))
         warnings += _line(compatibility.warning(layers, name))
-    if config.train.init_from and start_problem is None and Path(config.train.init_from).is_file():
-        head = safetensors_header.read(Path(config.train.init_from))
-        problems += _line(identify.misfit(head.shapes(), head.metadata, info.family, layers))
+    if config.train.init_from and start_problem is None:
+        problems += _line(_misfit(config, info))
     planning = plan.problems(config, info)
     problems += planning
     photos = None
@@ -135,8 +139,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     if photos is None:
         return Preflight(config, info, None, None, tuple(problems), tuple(warnings))
     problems += photos.errors
-    if config.train.masked_loss and not any(photo.mask for photo in photos.photos):
-        problems.append(checks.NO_MASK)
+    problems += masks.problems(photos.items) if config.train.masked_loss else []
     planned = None if photos.errors or planning else plan.make(config, info, photos)
     return Preflight(
         config,
@@ -172,8 +175,8 @@ def _without_quotes(config: Config) -> tuple[Config, list[str]]:
 
 
 def _missing_packages(config: Config) -> list[str]:
-    """The optional packages that the config needs and this machine does not have."""
-    problems = _line(registry.missing_package(config.optimizer.name))
+    """The optional packages that the config needs beside the optimizer's, and this machine does not have."""
+    problems = []
     if config.output.tensorboard and find_spec("tensorboard") is None:
         problems.append(f"output.tensorboard = true needs tensorboard; {install.hint('tensorboard')}")
     if config.memory.attention == "xformers" and find_spec("xformers") is None:
@@ -191,15 +194,17 @@ def _max_tokens_problem(config: Config, info: BaseInfo) -> str | None:
     )
 
 
-def _device_problems(config: Config) -> list[str]:
-    """What the device, as far as it is known without torch, and the optimizer rule out."""
-    problems = _line(plan.device_problem(config.memory.device))
+def _optimizer_problems(config: Config) -> list[str]:
+    """Why the optimizer cannot be built, or not on this device, as far as that is known without torch."""
     optimizer = config.optimizer
+    if missing := registry.missing_package(optimizer.name):
+        return [missing]
     rates = {optimizer.text_encoder_learning_rate, optimizer.text_encoder_2_learning_rate}
     one_rate = rates <= {None, optimizer.learning_rate} and optimizer.text_encoder_stop == 1
     one_rate = one_rate and optimizer.loraplus_lr_ratio == 1
     has_cuda = plan.may_be_cuda(config.memory.device)
-    return problems + registry.unmet_needs(config.optimizer.name, has_cuda=has_cuda, one_rate=one_rate)
+    unmet = registry.unmet_needs(optimizer.name, has_cuda=has_cuda, one_rate=one_rate)
+    return unmet or _line(optimizer_builder.problem(optimizer, has_cuda=has_cuda))
 
 
 def _rate_warning(optimizer: OptimizerConfig) -> str | None:
@@ -214,7 +219,7 @@ def _rate_warning(optimizer: OptimizerConfig) -> str | None:
 
 
 def _init_from_problem(config: Config) -> str | None:
-    """Why `train.init_from` is no adapter, or None. Whether its layers fit is seen once the base is loaded."""
+    """Why `train.init_from` is no adapter, or None. Whether it fits the base is `_misfit`'s to say."""
     path = Path(config.train.init_from)
     if not config.train.init_from or path.is_dir():
         return None
@@ -223,6 +228,23 @@ def _init_from_problem(config: Config) -> str | None:
     except LorakitError as error:
         return f"train.init_from: {error}"
     return None if kind == "adapter" else f"train.init_from: {path}: this is {identify.DESCRIPTIONS[kind]}"
+
+
+def _misfit(config: Config, info: BaseInfo) -> str | None:
+    """Why training cannot begin from `train.init_from`, or None. The header says most; the rest is in the weights."""
+    path = Path(config.train.init_from)
+    if path.is_file():
+        head = safetensors_header.read(path)
+        layers = registry.METHODS[config.adapter.method].layers
+        if problem := identify.misfit(head.shapes(), head.metadata, info.family, layers):
+            return problem
+    names = targets.select(info.family, info.layers, config.adapter.target_modules, config.adapter.train_text_encoder)
+    try:
+        shapes = {name: info.layers[name] for name in names}
+        start.require(formats.read(path), config.adapter, info.family, shapes, config.data.trigger)
+    except LorakitError as error:
+        return str(error)
+    return None
 
 
 def _with_name(config: Config) -> Config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -11,12 +10,10 @@ from typing import Any
 
 import torch
 
-from lorakit.config import OptimizerConfig, lr_schedule
+from lorakit.config import OptimizerConfig, lr_schedule, optimizer_builder
+from lorakit.config.optimizer_builder import Groups, construct
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
-
-Groups = list[dict[str, Any]]
-Builder = Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]
 
 
 def rate_groups(
@@ -47,9 +44,8 @@ def build(
         multiples: of each group's learning rate, as `rate_groups` gives them; by default all are 1.
 
     Raises:
-        LorakitError: as `require`, or the optimizer cannot do what is asked.
+        LorakitError: as `optimizer_builder.build`, or the optimizer cannot do what is asked.
     """
-    builder = require(config)
     named = [
         {"params": params, "name": name, "lr": multiple * peak(config, name), "rate_multiple": multiple}
         for (name, params), multiple in zip(groups, multiples or [1.0] * len(groups), strict=True)
@@ -57,70 +53,7 @@ def build(
     one_rate = len({group["lr"] for group in named}) == 1
     if lines := registry.unmet_needs(config.name, has_cuda=groups[0][1][0].is_cuda, one_rate=one_rate):
         raise LorakitError("\n".join(lines))
-    if isinstance(builder, type):
-        return construct(builder, named, config)
-    try:
-        return builder(named, config)
-    except TypeError as error:
-        if not config.args:
-            raise
-        raise LorakitError(f"optimizer.args: {config.name} does not take them: {error}") from None
-
-
-def require(config: OptimizerConfig) -> Builder | type[torch.optim.Optimizer]:
-    """What builds the chosen optimizer: a function of this module, or a class that takes `optimizer.args`.
-
-    Raises:
-        LorakitError: its package is not installed, the class does not exist or is no optimizer, or it does not take
-            the arguments.
-    """
-    if missing := registry.missing_package(config.name):
-        raise LorakitError(missing)
-    spec = registry.optimizer(config.name)
-    named = f"optimizer.name = {config.name!r}"
-    module, _, attribute = spec.build.partition(":")
-    try:
-        builder: Builder | type = getattr(import_module(module), attribute)
-    except ImportError as error:
-        raise LorakitError(f"{named}: {module} cannot be imported: {error}") from None
-    except AttributeError:
-        raise LorakitError(f"{named}: {module} has no {attribute}") from None
-    if not isinstance(builder, type) and not spec.is_guess:
-        return builder
-    if not isinstance(builder, type) or not issubclass(builder, torch.optim.Optimizer):
-        raise LorakitError(f"{named}: {attribute} is not a torch.optim.Optimizer")
-    accepted = _parameters(builder)
-    for name in config.args:
-        if accepted is not None and name not in accepted:
-            raise LorakitError(f"optimizer.args.{name}: {attribute} has no such argument; it has {', '.join(accepted)}")
-    return builder
-
-
-def construct(cls: type[torch.optim.Optimizer], groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimizer of any class, with `optimizer.args`, and the weight decay if the class has one.
-
-    Raises:
-        LorakitError: the class refuses a value, or has no weight decay although one was asked for.
-    """
-    kwargs = dict(config.args)
-    if "weight_decay" in (accepted := _parameters(cls) or ()):
-        kwargs.setdefault("weight_decay", config.weight_decay)
-    elif config.weight_decay != OptimizerConfig.weight_decay and "weight_decay" not in kwargs:
-        raise LorakitError(f"optimizer.weight_decay: {cls.__name__} has no weight decay: leave it out")
-    if "lr" in accepted:
-        kwargs.setdefault("lr", config.learning_rate)
-    try:
-        return cls(groups, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise LorakitError(f"optimizer.args: {cls.__name__} refuses them: {error}") from None
-
-
-def _parameters(cls: type) -> list[str] | None:
-    """The names of a class's arguments after the parameters; None where it takes any name."""
-    _, *parameters = inspect.signature(cls).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return [parameter.name for parameter in parameters]
+    return optimizer_builder.build(config, named)
 
 
 def peak(config: OptimizerConfig, group: str) -> float:
@@ -214,6 +147,8 @@ class Lion(torch.optim.Optimizer):
     def __init__(
         self, groups: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0
     ):
+        if len(betas) != 2 or not all(0 <= beta <= 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers from 0 to 1, not {betas}")
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()

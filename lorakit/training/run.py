@@ -102,7 +102,6 @@ def train(config: Config, *, listeners: Sequence[Listener] = (), stop: Stop | No
 
 def start(ready: Ready, *, listeners: Sequence[Listener] = (), stop: Stop | None = None) -> Result:
     """As `train`, of a config whose preflight is done and was shown."""
-    optimizers.require(ready.config.optimizer)
     return _run(ready, RunFolder.create(ready.config), listeners, stop, None)
 
 
@@ -128,7 +127,6 @@ def resume(
         events = Events(*listeners)
         config = resuming.load_changed(run.config_file, overrides or {})
         ready = preflight(config, resume=True, fetch=True).or_raise()
-        optimizers.require(ready.config.optimizer)
         newest = _checkpoint(run, from_checkpoint, events)
         if newest is not None:  # what has changed is told before the state does
             checkpoint.load(newest, config=ready.config, identity=_identity(ready))

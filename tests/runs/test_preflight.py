@@ -18,7 +18,7 @@ from lorakit import config, families
 from lorakit.cli import main as cli
 from lorakit.core import install
 from lorakit.core.errors import ConfigError, LorakitError
-from lorakit.data import checks
+from lorakit.data import masks
 from lorakit.runs import plan
 from lorakit.runs.preflight import NO_NAME, Preflight, Ready, preflight
 
@@ -126,7 +126,7 @@ def test_nothing_wrong_is_ready(tiny_sd1: Path, photos: Path, here: Path) -> Non
         ({"data__name": ""}, NO_NAME),
         ({"adapter__method": "dora", "output__formats": ["diffusers"]}, "the diffusers format cannot carry this DoRA"),
         ({"adapter__method": "dora", "output__formats": ["peft"]}, "the PEFT format cannot carry this DoRA"),
-        ({"train__masked_loss": True}, checks.NO_MASK),
+        ({"train__masked_loss": True}, masks.NO_MASK),
         ({"train__init_from": "nowhere.safetensors"}, "train.init_from: nowhere.safetensors: no such file"),
         ({"memory__limit_gib": 0.001}, "memory.limit_gib = 0.001: a step takes "),
         ({"memory__device": "mps"}, "memory.device = 'mps': torch "),
@@ -342,7 +342,7 @@ def test_train_asks_the_preflight_before_there_is_a_folder(tiny_sd1: Path, photo
     wrong = requests(tiny_sd1, photos, data__name="", train__masked_loss=True, output__folder="run")
     with pytest.raises(LorakitError) as caught:
         run.train(wrong)
-    assert str(caught.value).splitlines() == [NO_NAME, checks.NO_MASK]
+    assert str(caught.value).splitlines() == [NO_NAME, masks.NO_MASK]
     assert not (here / "run").exists()
 
 

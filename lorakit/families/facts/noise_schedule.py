@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,6 +53,17 @@ def check(base: Path | str, scheduler: Mapping[str, object], *, flow: bool) -> N
         schedule = f"another noise schedule ({', '.join(f'{k} {v}' for k, v in other.items())})" if other else ""
     if schedule:
         raise LorakitError(f"base {base} was trained with {schedule}, which lorakit does not do: give another base")
+    if not name or name not in _schedulers():
+        version = importlib.metadata.version("diffusers")
+        raise LorakitError(f"base {base} names a scheduler {name!r} that diffusers {version} lacks: upgrade diffusers")
+
+
+@functools.cache
+def _schedulers() -> set[str]:
+    """The names of diffusers' schedulers, from its list: importing diffusers would import torch."""
+    spec = importlib.util.find_spec("diffusers")
+    text = Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
+    return set(re.findall(r'"(\w*Scheduler\w*)"', text))
 
 
 def velocity_hint(names: Iterable[str], metadata: Mapping[str, str]) -> str:

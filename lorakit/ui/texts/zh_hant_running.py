@@ -122,7 +122,7 @@ RUNNING = {
     "{folder} knows {words} words where its text encoder has {rows}: {hint}": (
         "{folder} 有 {words} 個詞，文字編碼器卻有 {rows} 個：兩者不相配"
     ),
-    "base {path} names a scheduler {name} that diffusers {version} lacks": (
+    "base {path} names a scheduler {name} that diffusers {version} lacks: upgrade diffusers": (
         "基礎模型 {path} 指定的排程器 {name}，diffusers {version} 沒有"
     ),
     "memory.device = {device}: torch {version} finds no such device here; {hint}": (
@@ -196,6 +196,10 @@ RUNNING = {
     "optimizer.name = {name}: {attribute} is not a torch.optim.Optimizer": (
         "optimizer.name = {name}：{attribute} 不是 torch.optim.Optimizer"
     ),
+    "optimizer.name = {name}: {attribute} computes the loss several times a step: choose another": (
+        "optimizer.name = {name}：{attribute} 每一步要計算多次損失，請換一個"
+    ),
+    "optimizer.name = {name}: a step failed: {why}": "optimizer.name = {name}：執行一步時失敗：{why}",
     "optimizer.args.{argument}: {name} has no such argument; it has {names}": (
         "optimizer.args.{argument}：{name} 沒有這個引數；它有 {names}"
     ),

@@ -1,0 +1,85 @@
+"""What an adapter must be to be trained further, or applied: compared by names, ranks and sizes, without the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from lorakit.adapters import targets
+from lorakit.adapters.weights import AdapterWeights, LoraLayer
+from lorakit.config import AdapterConfig
+from lorakit.core import registry
+from lorakit.core.errors import LorakitError
+
+
+def require(
+    weights: AdapterWeights, config: AdapterConfig, family: str, shapes: Mapping[str, Sequence[int]], trigger: str
+) -> None:
+    """Compare an adapter to start from with the one that is trained.
+
+    Args:
+        shapes: canonical name -> shape of the weight, of each layer that is trained.
+        trigger: the word that vectors are learned for.
+
+    Raises:
+        LorakitError: family, method, layers, ranks or shapes differ; a method that begins from the base.
+    """
+    spec = registry.METHODS[config.method]
+    if spec.begins_from_base:
+        raise LorakitError(
+            f"{config.method} begins from the base's own weights and not from an adapter: set adapter.method = 'lora'"
+        )
+    if weights.family != family:
+        raise LorakitError(f"the adapter to start from is for {weights.family}, this base is {family}")
+    theirs = method(weights)
+    if theirs != spec.layers:
+        raise LorakitError(f"the adapter to start from is {theirs}: set adapter.method = {theirs!r}")
+    missing = [name for name in shapes if name not in weights.layers]
+    extra = [name for name in weights.layers if name not in shapes]
+    if missing or extra:
+        raise LorakitError(
+            f"the adapter to start from has other layers: {len(missing)} lacking, {len(extra)} too many, "
+            f"e.g. {(missing or extra)[0]}; set adapter.target_modules and train_text_encoder as it was made"
+        )
+    for name, shape in shapes.items():
+        layer = weights.layers[name]
+        count = sum(factor.numel() for factor in layer.factors().values())
+        fits = layer.size == (shape[0], math.prod(shape[1:])) and count == targets.trained(config, shape)
+        if fits and (not isinstance(layer, LoraLayer) or tuple(layer.down.shape[1:]) == tuple(shape[1:])):
+            continue
+        if layer.rank != config.rank:
+            rank = layer.rank
+            raise LorakitError(f"the adapter to start from has rank {rank} in {name}: set adapter.rank = {rank}")
+        raise LorakitError(f"the adapter to start from has another shape in {name}: it is of another base")
+    for word, vectors in weights.embeddings.items():
+        count = len(next(iter(vectors.values())))
+        if (word, count) != (trigger, config.new_tokens):
+            raise LorakitError(
+                f"the adapter to start from has {count} vectors for {word!r}: set adapter.new_tokens = {count} "
+                f"and begin data.name with {word!r}"
+            )
+
+
+def method(weights: AdapterWeights) -> str:
+    """By which method weights are applied: what their layers are, however they were trained.
+
+    Raises:
+        LorakitError: several methods in one adapter.
+    """
+    rows = any(layer.magnitude is not None and len(layer.magnitude) > 1 for layer in weights.layers.values())
+    methods = {layer.method for layer in weights.layers.values()}
+    foreign = sorted(methods - {spec.layers for spec in registry.METHODS.values()} - {LoraLayer.METHOD})
+    mixed = any(layer.magnitude is not None and not isinstance(layer, LoraLayer) for layer in weights.layers.values())
+    if rows or mixed or foreign or weights.biases:
+        what = " and ".join(foreign) or ("DoRA per output row" if rows else "DoRA over LyCORIS" if mixed else "biases")
+        raise LorakitError(
+            f"the adapter has {what}, which lorakit does not put into a model in use: merge it into a base"
+        )
+    # Among DoRA's layers there may be plain ones.
+    if any(layer.magnitude is not None for layer in weights.layers.values()):
+        methods -= {LoraLayer.METHOD}
+    if len(methods) > 1:
+        raise LorakitError(
+            f"the adapter mixes {' and '.join(sorted(methods))}: only one method at a time can be applied"
+        )
+    return next(iter(methods))

@@ -1,0 +1,127 @@
+"""What builds the optimizer that the config names: a function or a class, called with `optimizer.args`.
+
+`check` tries it as training does. torch is imported only where there is something to try.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lorakit.config.schema import OptimizerConfig
+from lorakit.core import registry
+from lorakit.core.errors import LorakitError
+
+if TYPE_CHECKING:
+    import torch
+
+Groups = list[dict[str, Any]]
+
+
+def problem(config: OptimizerConfig, *, has_cuda: bool) -> str | None:
+    """Why the optimizer cannot be built, or None: a class or arguments of the user's are tried on a small matrix.
+
+    Args:
+        has_cuda: training may be on a CUDA device. A step is then not tried: it is on the CPU here, where not every
+            class works that works on CUDA.
+    """
+    if not config.args and not registry.optimizer(config.name).is_guess:
+        return None
+    import torch
+
+    matrix = torch.nn.Parameter(torch.ones(2, 2))
+    matrix.grad = torch.ones(2, 2)
+    try:
+        optimizer = build(config, [{"params": [matrix], "name": "unet", "lr": config.learning_rate}])
+    except LorakitError as error:
+        return str(error)
+    try:
+        if not has_cuda:
+            optimizer.step()
+    except Exception as error:  # somebody else's class
+        return f"optimizer.name = {config.name!r}: a step failed: {_reason(error)}"
+    return None
+
+
+def build(config: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
+    """The chosen optimizer over groups of parameters.
+
+    Raises:
+        LorakitError: its package is not installed, the class does not exist or is no optimizer, or it does not take
+            the arguments.
+    """
+    builder = _builder(config)
+    if isinstance(builder, type):
+        return construct(builder, groups, config)
+    try:
+        return builder(groups, config)
+    except LorakitError:
+        raise
+    except Exception as error:
+        if not config.args:
+            raise
+        raise LorakitError(f"optimizer.args: {config.name} does not take them: {_reason(error)}") from None
+
+
+def construct(cls: type[torch.optim.Optimizer], groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """An optimizer of any class, with `optimizer.args`, and the weight decay if the class has one.
+
+    Raises:
+        LorakitError: the class refuses a value, or has no weight decay although one was asked for.
+    """
+    kwargs = dict(config.args)
+    if "weight_decay" in (accepted := _parameters(cls) or ()):
+        kwargs.setdefault("weight_decay", config.weight_decay)
+    elif config.weight_decay != OptimizerConfig.weight_decay and "weight_decay" not in kwargs:
+        raise LorakitError(f"optimizer.weight_decay: {cls.__name__} has no weight decay: leave it out")
+    if "lr" in accepted:
+        kwargs.setdefault("lr", config.learning_rate)
+    try:
+        return cls(groups, **kwargs)
+    except Exception as error:  # somebody else's class
+        raise LorakitError(f"optimizer.args: {cls.__name__} refuses them: {_reason(error)}") from None
+
+
+def _builder(config: OptimizerConfig) -> Callable[..., torch.optim.Optimizer]:
+    """The function or the class that builds the optimizer."""
+    if missing := registry.missing_package(config.name):
+        raise LorakitError(missing)
+    spec = registry.optimizer(config.name)
+    where = f"optimizer.name = {config.name!r}"
+    module, _, attribute = spec.build.partition(":")
+    try:
+        loaded = import_module(module)
+    except Exception as error:  # somebody else's module
+        raise LorakitError(f"{where}: {module} cannot be imported: {_reason(error)}") from None
+    if not hasattr(loaded, attribute):
+        raise LorakitError(f"{where}: {module} has no {attribute}")
+    builder: Callable[..., torch.optim.Optimizer] = getattr(loaded, attribute)
+    if not isinstance(builder, type) and not spec.is_guess:
+        return builder
+    from torch.optim import Optimizer
+
+    if not isinstance(builder, type) or not issubclass(builder, Optimizer):
+        raise LorakitError(f"{where}: {attribute} is not a torch.optim.Optimizer")
+    step = inspect.signature(builder.step).parameters.get("closure")
+    if step is not None and step.default is step.empty:
+        raise LorakitError(f"{where}: {attribute} computes the loss several times a step: choose another")
+    accepted = _parameters(builder)
+    for name in config.args:
+        if accepted is not None and name not in accepted:
+            raise LorakitError(f"optimizer.args.{name}: {attribute} has no such argument; it has {', '.join(accepted)}")
+    return builder
+
+
+def _parameters(cls: type) -> list[str] | None:
+    """The names of a class's arguments after the parameters; None where it takes any name."""
+    _, *parameters = inspect.signature(cls).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return [parameter.name for parameter in parameters]
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
