@@ -104,6 +104,14 @@ def sdxl(tiny_sdxl: Path) -> Any:
 
 
 @pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without the self-check: `short_run.unchecked`."""
+    import short_run
+
+    short_run.unchecked(monkeypatch)
+
+
+@pytest.fixture
 def attach() -> "Iterator[Callable[..., Adapter]]":
     """`adapters.attach`, undone after the test: the bases are shared."""
     from lorakit import adapters

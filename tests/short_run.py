@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from lorakit import config
+from lorakit.training import selfcheck
 
 
 def noise(folder: Path, count: int) -> Path:
@@ -40,3 +42,8 @@ def run_config(base: Path, photos: Path, folder: Path, steps: int, **changes: ob
         "output.dtype": "fp32",
     }
     return config.load(None, settings | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without the self-check, a third of a short run's time: where a test asks what is trained alone."""
+    monkeypatch.setattr(selfcheck, "examine", lambda *_, **__: ())

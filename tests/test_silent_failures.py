@@ -6,6 +6,8 @@ reaches the weights, that everything announced is trained, that the prior answer
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -63,10 +65,16 @@ def settings(base: Path, photos: Path, **changes: Any) -> Config:
     return config.load(None, short | {name.replace("__", "."): value for name, value in changes.items()})
 
 
+@functools.cache
+def read(model: config.ModelConfig) -> Any:
+    """A base. Shared: only copy it."""
+    return families.load(families.describe(model), torch.device("cpu"), torch.float32)
+
+
 def loaded(settings: Config) -> tuple[Any, Any, LossStep, Any]:
     """Base, adapter, step and optimizer, as a run makes them."""
-    info = families.describe(settings.model)
-    family = families.load(info, torch.device("cpu"), torch.float32)
+    family = copy.deepcopy(read(settings.model))
+    info = family.info
     adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed, trigger=settings.data.trigger)
     report = checks.check(settings.data, info)
     encoded = precompute(settings, family, adapter, report, lambda line, **_: None)

@@ -7,6 +7,7 @@ once, named below with where they come from. They are estimates and are called s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import platform
@@ -379,8 +380,9 @@ def _training_sizes(config: Config, report: Report) -> tuple[list[tuple[int, int
     return sizes, repeated_sizes, len(holdout_photos)
 
 
+@functools.cache
 def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:
-    """Floating-point operations a second of a float32 matrix product here, measured for `seconds`."""
+    """Floating-point operations a second of a float32 matrix product here, measured once for `seconds`."""
     import numpy
 
     left = numpy.ones((side, side), numpy.float32)

@@ -98,9 +98,12 @@ CASES: list[tuple[str, dict[str, object], str]] = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "changes", "issued"), CASES)
-def test_a_run_on_a_card_trains_what_one_on_the_cpu_trains(bases, photos, tmp_path, family, changes, issued):
+def test_a_run_on_a_card_trains_what_one_on_the_cpu_trains(
+    bases, photos, tmp_path, monkeypatch, family, changes, issued
+):
     there = train.train(run_config(bases[family], photos, tmp_path / "card", **changes))
     changes = {name: value for name, value in changes.items() if name != "memory__stream_base"}
+    short_run.unchecked(monkeypatch)
     here = train.train(run_config(bases[family], photos, tmp_path / "cpu", "cpu", **changes))
     one, two = load_file(there.adapter), load_file(here.adapter)
     assert one.keys() == two.keys()
@@ -112,7 +115,8 @@ def test_a_run_on_a_card_trains_what_one_on_the_cpu_trains(bases, photos, tmp_pa
 
 
 @pytest.mark.gpu
-def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path):
+def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path, monkeypatch):
+    short_run.unchecked(monkeypatch)
     result = train.train(run_config(bases["sd1"], photos, tmp_path / "run", memory__mixed_precision="bf16"))
     assert GRAPH in log_values(result.folder)
     assert not any(text in line for line in log_values(result.folder) for text in FAILED)
@@ -140,6 +144,7 @@ def test_nothing_is_waited_for_in_a_step(bases, photos, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(OptimizerStep, "__call__", counted)
     monkeypatch.setattr(loop, "READ_EVERY", STEPS)
+    short_run.unchecked(monkeypatch)
     train.train(run_config(bases["sd1"], photos, tmp_path / "run", train__batch_size=5, **changes))
     # At the first step a graph is compared with the pass without it, at the second another with the optimizer's step.
     assert [waits for waits, _ in syncs[2:]] == [0] * (STEPS - 2)
@@ -200,6 +205,7 @@ def test_small_pictures_are_encoded_together(bases, photos, tmp_path, monkeypatc
         return encode(vae, pixels)
 
     monkeypatch.setattr(loading, "encode_image", counted)
+    short_run.unchecked(monkeypatch)
     train.train(run_config(bases["sd1"], photos, tmp_path / "run", train__prior="images", train__class_images=3))
     assert batch_sizes == [5, 3]
 
@@ -217,6 +223,7 @@ def test_a_card_that_is_full_is_reported_with_what_to_change(bases, photos, tmp_
 
 @pytest.mark.gpu
 def test_a_stopped_run_goes_on_to_the_same_bits(bases, photos, tmp_path, monkeypatch):
+    short_run.unchecked(monkeypatch)
     straight = train.train(run_config(bases["sd1"], photos, tmp_path / "straight"))
     step = OptimizerStep.__call__
 

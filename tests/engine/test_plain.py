@@ -68,6 +68,7 @@ PAIRS = [(name, method) for name in ("sd1", "sdxl", "sd3") for method in METHODS
 QUICK = [("sd1", "lora"), ("sd1", "dora"), ("sd1", "lokr"), ("sd3", "lora")]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("name", "method"), [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
 )
@@ -110,6 +111,7 @@ def test_a_plain_unet_has_no_class_of_lorakit(
     assert classes["plain"] == set() and classes["fused"]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.slow
 def test_a_stopped_plain_run_continues_to_the_same_bits(
     tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -132,6 +134,7 @@ def test_a_stopped_plain_run_continues_to_the_same_bits(
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.slow
 @pytest.mark.parametrize("saving", [{"memory__gradient_checkpointing": True}, {"memory__limit_gib": 1.0}])
 def test_recomputing_blocks_works_in_plain_too(

@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from short_run import noise, run_config  # noqa: E402
 
-from lorakit.training import run as train  # noqa: E402
+from lorakit.training import run as train, selfcheck  # noqa: E402
 
 STEPS = 4
 
@@ -42,6 +42,7 @@ def in_child(job: Callable[..., object], *arguments: object) -> int:
 
 def begin(base: Path, photos: Path, folder: Path, at: int = -1) -> None:
     """A run, killed at its n-th operation below the folder."""
+    selfcheck.examine = lambda *_, **__: iter(())  # it writes nothing
     config = run_config(
         base, photos, folder, STEPS, train__save_every=1, train__keep_checkpoints=2, train__prior="none"
     )
@@ -50,6 +51,7 @@ def begin(base: Path, photos: Path, folder: Path, at: int = -1) -> None:
 
 
 def go_on(folder: Path, at: int = -1) -> None:
+    selfcheck.examine = lambda *_, **__: iter(())
     crash.hook().on(folder, at, "sigkill")
     train.resume(folder)
 

@@ -46,15 +46,15 @@ class Golden:
     adapter: dict[str, np.ndarray]
 
 
-def run(name: str, folder: Path) -> Golden:
-    """Train the run `name` in the empty folder `folder`, on one thread."""
+def run(name: str, folder: Path, base: str = "") -> Golden:
+    """Train the run `name` in the empty folder `folder`, on one thread; of `base`, where `save_base` has made it."""
     import torch
 
     from lorakit import config
     from lorakit.training.run import train
 
     torch.set_num_threads(1)
-    base, photos = _base(name, folder), _photos(folder / "photos")
+    base, photos = base or save_base(name, folder / "base"), _photos(folder / "photos")
     with contextlib.redirect_stdout(io.StringIO()):
         result = train(config.load(*_settings(name, base, photos, folder / "run")))
     steps = [json.loads(line) for line in (result.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -107,14 +107,15 @@ def _settings(name: str, base: str, photos: Path, output: Path) -> tuple[str | N
     }
 
 
-def _base(name: str, folder: Path) -> str:
+def save_base(name: str, folder: Path) -> str:
+    """The base of a run, written to `folder` unless it is the bundled one."""
     if name == "pocket":
         return "pocket"
     import tiny
     import tiny_sd3
 
     save = {"sd1": tiny.save_sd1, "sdxl": tiny.save_sdxl, "sd3": tiny_sd3.save_sd3}[name.split("-")[0]]
-    return str(save(folder / "base"))
+    return str(save(folder))
 
 
 def _photos(folder: Path) -> Path:

@@ -8,11 +8,13 @@ some forty times as large.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import short_run
 import torch
 
 import runs
@@ -24,6 +26,23 @@ from lorakit.training import objective
 LOSS, GRADIENT_NORM, ADAPTER = 1e-5, 3e-4, 2e-4
 # The runs that `-m "not slow"` keeps: one family, every method.
 QUICK = ("sd1-lora", "sd1-dora", "sd1-lokr")
+
+
+@pytest.fixture(scope="module")
+def golden_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], runs.Golden]:
+    """A run, of bases that are written once, without the self-check."""
+    bases = tmp_path_factory.mktemp("bases")
+
+    @functools.cache
+    def base(family: str) -> str:
+        return runs.save_base(family, bases / family)
+
+    def run(name: str, folder: Path) -> runs.Golden:
+        with pytest.MonkeyPatch.context() as patch:
+            short_run.unchecked(patch)
+            return runs.run(name, folder, base(name.split("-")[0]))
+
+    return run
 
 
 def differences(result: runs.Golden, golden: runs.Golden) -> dict[str, float]:
@@ -50,8 +69,10 @@ def _worst(values: list[float], expected: list[float]) -> float:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in runs.NAMES]
 )
-def test_a_golden_run_gives_what_was_recorded(name: str, tmp_path: Path) -> None:
-    assert differences(runs.run(name, tmp_path), runs.read(name)) == {}
+def test_a_golden_run_gives_what_was_recorded(
+    name: str, golden_run: Callable[[str, Path], runs.Golden], tmp_path: Path
+) -> None:
+    assert differences(golden_run(name, tmp_path), runs.read(name)) == {}
 
 
 def wrong_noise_offset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +138,13 @@ def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_changed_formula_is_noticed(
-    name: str, change: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    change: Callable[[pytest.MonkeyPatch], None],
+    golden_run: Callable[[str, Path], runs.Golden],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     change(monkeypatch)
-    missed = differences(runs.run(name, tmp_path), runs.read(name))
+    missed = differences(golden_run(name, tmp_path), runs.read(name))
     print(name, change.__name__, {what: f"{size:.3g} times its limit" for what, size in missed.items()})
     assert missed

@@ -5,21 +5,21 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import weakref
 from pathlib import Path
 
 import numpy as np
+import program
 import pytest
 import torch
 from PIL import Image
 from power import Cut, interrupted_after
 from safetensors.torch import load_file
+from short_run import unchecked
 
 from lorakit import config, families
 from lorakit.core.errors import LorakitError
@@ -214,6 +214,7 @@ def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("prior", ["images", "teacher"])
 def test_both_kinds_of_prior_change_what_is_learned(plain, tiny_sd1, photos, tmp_path, monkeypatch, prior):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
@@ -222,6 +223,7 @@ def test_both_kinds_of_prior_change_what_is_learned(plain, tiny_sd1, photos, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_sdxl_trains_with_both_text_encoders(tiny_sdxl, photos, tmp_path):
     result = run(tiny_sdxl, photos, tmp_path / "run", adapter__train_text_encoder=True)
     assert {name.split("_")[1] for name in load_file(result.adapter)} == {"unet", "te1", "te2"}
@@ -286,10 +288,13 @@ EVERYTHING_RANDOM = {
 @pytest.fixture(scope="module")
 def straight(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> train.Result:
     """A run with schedule, accumulation and dropout that nothing cuts short."""
-    return run(tiny_sd1, photos, tmp_path_factory.mktemp("straight") / "run", **EVERYTHING_RANDOM)
+    with pytest.MonkeyPatch.context() as patch:
+        unchecked(patch)
+        return run(tiny_sd1, photos, tmp_path_factory.mktemp("straight") / "run", **EVERYTHING_RANDOM)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("cuts", [(4,), (10,), (4, 8)])
 def test_resume_is_bit_equal_to_a_straight_run(straight, tiny_sd1, photos, tmp_path, monkeypatch, cuts):
     folder = tmp_path / "cut"
@@ -306,6 +311,7 @@ def test_resume_is_bit_equal_to_a_straight_run(straight, tiny_sd1, photos, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, tmp_path, monkeypatch):
     now = torch.get_num_threads()
     try:
@@ -343,6 +349,7 @@ def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_sampling_and_validation_do_not_disturb_training(plain, tiny_sd1, photos, tmp_path):
     state = torch.get_rng_state()
     busy = run(tiny_sd1, photos, tmp_path / "busy", sample__every=1, train__validate_every=1, train__save_every=1)
@@ -351,18 +358,21 @@ def test_sampling_and_validation_do_not_disturb_training(plain, tiny_sd1, photos
 
 
 def updates_in(precision: str, base: Path, photos: Path, folder: Path) -> torch.Tensor:
-    """What the up factors learn in twenty steps."""
-    result = run(base, photos, folder, train__steps=20, train__save_every=20, memory__mixed_precision=precision)
+    """What the up factors learn in twelve steps."""
+    result = run(base, photos, folder, train__steps=12, train__save_every=12, memory__mixed_precision=precision)
     tensors = load_file(result.adapter)
     return torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_up" in name])
 
 
 @pytest.fixture(scope="module")
 def in_full_precision(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
-    return updates_in("fp32", tiny_sd1, photos, tmp_path_factory.mktemp("fp32") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        unchecked(patch)
+        return updates_in("fp32", tiny_sd1, photos, tmp_path_factory.mktemp("fp32") / "run")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_base_in_half_precision_learns_what_one_in_full_precision_does(
     in_full_precision, tiny_sd1, photos, tmp_path, precision
@@ -418,6 +428,7 @@ def test_too_little_memory_before_the_first_step_is_reported_too(tiny_sd1, photo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_swapping_two_captions_changes_the_adapter(plain, tiny_sd1, photos, tmp_path):
     swapped = shutil.copytree(photos, tmp_path / "photos")
     for here, there in (("0.txt", "1.txt"), ("1.txt", "0.txt")):
@@ -426,6 +437,7 @@ def test_swapping_two_captions_changes_the_adapter(plain, tiny_sd1, photos, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_every_photo_comes_once_an_epoch_with_its_caption_and_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
     names: list[str] = []
     texts: list[str] = []
@@ -466,17 +478,15 @@ def test_ctrl_c_saves_exports_and_exits_130(tiny_sd1, photos, tmp_path):
     sets = [
         f"--set={key}={value}" for key, value in texts_of_values.items() if key not in ("data.folder", "output.folder")
     ]
-    command = [sys.executable, "-m", "lorakit", "train", str(photos), "--output", str(folder), *sets]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = program.start(["train", str(photos), "--output", str(folder), *sets], tmp_path / "output")
     for _ in range(6000):
         if (folder / "log.jsonl").exists() and events(folder, "step"):
             break
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, (tmp_path / "output").read_text()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 130, output
+    code, output = process.wait(600), (tmp_path / "output").read_text()
+    assert code == 130, output
     assert "Traceback" not in output
     newest = checkpoint.latest(folder / "checkpoints")
     assert newest is not None and int(newest.name.removeprefix("step-")) > 0

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -233,19 +232,19 @@ def test_the_second_ctrl_c_interrupts_at_once(capfd):
 def test_ctrl_c_while_class_images_are_drawn_ends_the_process(photos, tmp_path):
     """The bundled base would draw these 2,000 pictures for minutes."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "lorakit", "train", str(photos), "--output", str(folder), "--subject", "sks toy"]
+    command = ["train", str(photos), "--output", str(folder), "--subject", "sks toy"]
     command += ["--set=train.prior=images", "--set=train.class_images=2000", "--set=memory.device=cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = program.start(command, tmp_path / "output")
     log = folder / "log.jsonl"
     for _ in range(6000):
         if log.exists() and "class images: " in log.read_text(encoding="utf-8"):
             break
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, (tmp_path / "output").read_text()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 130, output
+    code, output = process.wait(600), (tmp_path / "output").read_text()
+    assert code == 130, output
     assert time.monotonic() - start < 30
     assert "Traceback" not in output
     assert "lorakit: stopping, and saving what there is" in output

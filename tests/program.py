@@ -1,0 +1,76 @@
+"""`lorakit ARGUMENTS` as a process of its own, forked from this one: a new one takes seven seconds to import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+
+class Fork:
+    """`job()` in a forked child, whose exit code is what it returns; its output goes to `log`."""
+
+    def __init__(self, job: Callable[[], int], log: Path):
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            # Other threads of pytest's wait; the child needs none of them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            self._be_child(job, log)
+
+    @staticmethod
+    def _be_child(job: Callable[[], int], log: Path) -> None:
+        code = 1
+        try:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            code = job()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 600) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise TimeoutError(f"process {self.pid} did not end")
+            time.sleep(0.02)
+        return code
+
+
+def start(arguments: Sequence[str], log: Path) -> Fork | subprocess.Popen[bytes]:
+    """The command, begun. A process that uses a card, or one of Windows, cannot be forked."""
+    if torch.cuda.is_available() or not hasattr(os, "fork"):
+        with log.open("ab") as file:
+            command = [sys.executable, "-u", "-m", "lorakit", *arguments]
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    from lorakit.cli.main import main
+
+    return Fork(lambda: main(arguments), log)
