@@ -317,9 +317,9 @@ def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, t
     try:
         torch.set_num_threads(2)
         with monkeypatch.context() as patch:
-            interrupted_after(2, patch)
+            interrupted_after(1, patch)
             with pytest.raises(Cut):
-                run(tiny_sd1, photos, tmp_path / "run", train__steps=4, train__save_every=2)
+                run(tiny_sd1, photos, tmp_path / "run", train__steps=2, train__save_every=1)
         torch.set_num_threads(1)
         train.resume(tmp_path / "run")
         assert torch.get_num_threads() == 2
