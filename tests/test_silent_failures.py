@@ -110,6 +110,8 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.clip_skip": (2, {}),
     "data.name": ("zwx toy", {}),
     "data.resolution": (128, {}),
+    "data.lower_resolutions": ((64,), {"data__resolution": 128}),
+    "data.max_aspect": (1.0, {}),
     "data.caption_dropout": (1.0, {}),
     "data.shuffle_tags": (True, {}),
     "data.flip": (True, {"data__crop_jitter": 0.2, "data__variants": 2}),

@@ -22,8 +22,11 @@ _METHODS = {"standard": "lora", "networks.lora": "lora", "lora": "lora", "kohya 
 _METHODS |= {"lycoris/loha": "loha", "lycoris/lokr": "lokr", "lycoris/locon": "lora", "loha": "loha", "lokr": "lokr"}
 
 
-def _side(value: object) -> int:
-    """The side of the square of the area of "768,512", "768x512", 512 or [512, 512]; a multiple of 8."""
+def _side(value: object) -> int | list[int]:
+    """The side of the square of the area of "768,512", "768x512", 512 or [512, 512]; a multiple of 8. A tuple has
+    several sides."""
+    if isinstance(value, tuple):
+        return [round(int(side) / 8) * 8 for side in value]
     parts = value if isinstance(value, list) else str(value).replace("x", ",").split(",")
     return round(math.sqrt(int(parts[0]) * int(parts[-1])) / 8) * 8
 
@@ -110,6 +113,8 @@ def convert(tables: Mapping[str, object]) -> tuple[str, list[str]]:
     if not (program := program_of(tables)):
         raise ConfigError([f"neither a config of {' nor of '.join(MARKS)}"])
     values, options, rest = flatten(tables), dict[str, Any](), list[str]()
+    if program == "OneTrainer" and "," in str(values.get("resolution")):  # several, each photo at each
+        values["resolution"] = tuple(str(values["resolution"]).split(","))
     if program != "OneTrainer":
         values = {"network_dim": 4, "network_alpha": 1.0} | values  # sd-scripts' own defaults
     for key in sorted(values, key=_place):

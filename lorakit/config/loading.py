@@ -19,6 +19,7 @@ from lorakit.config.schema import (
     SECTIONS,
     AdapterConfig,
     Config,
+    DataConfig,
     OptimizerConfig,
     TrainConfig,
     options,
@@ -116,6 +117,8 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     flat.update(overrides)
     if isinstance(rows := flat.get("sample.prompts"), list):
         flat["sample.prompts"] = [sample_prompts.from_table(row) if isinstance(row, Mapping) else row for row in rows]
+    if isinstance(sides := flat.get("data.resolution"), list) and sides and all(type(side) is int for side in sides):
+        flat["data.resolution"], *flat["data.lower_resolutions"] = sorted(sides, reverse=True)
     if own_rate is not None:
         flat.setdefault("optimizer.learning_rate", own_rate)
 
@@ -289,8 +292,7 @@ def _contradictions(config: Config) -> list[str]:
     if data.max_tokens is not None and data.max_tokens % 75:
         problems.append(f"data.max_tokens = {data.max_tokens}: texts are read in chunks of 75: set 75, 150 or 225")
     problems += sample_prompts.problems(config.sample)
-    if data.resolution % 8:
-        problems.append(f"data.resolution = {data.resolution}: must be a multiple of 8")
+    problems += _resolution_problems(data)
     if config.memory.compile and (config.memory.base_storage != "full" or config.memory.stream_base):
         problems.append("memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'")
     if config.memory.engine == "plain" and config.memory.compile:
@@ -301,6 +303,20 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("memory.compile goes neither with memory.gradient_checkpointing nor with memory.limit_gib")
     if config.memory.compile and getattr(adapter, "dropout", 0.0) > 0:
         problems.append("memory.compile needs adapter.dropout = 0: compiled code would draw other numbers")
+    return problems
+
+
+def _resolution_problems(data: DataConfig) -> list[str]:
+    """Sides that no base has, or that are no lower ones."""
+    names = ["data.resolution", *["data.lower_resolutions"] * len(data.lower_resolutions)]
+    sides = list(zip(names, data.resolutions, strict=True))
+    problems = [f"{name} = {side}: must be a multiple of 8" for name, side in sides if side % 8]
+    lower = data.lower_resolutions
+    if any(side >= data.resolution for side in lower) or len({*lower}) < len(lower):
+        problems.append(
+            f"data.lower_resolutions = {to_text(lower)}: each must be below data.resolution = {data.resolution}, and "
+            "stand there once"
+        )
     return problems
 
 

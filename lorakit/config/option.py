@@ -5,6 +5,7 @@ The options themselves are in `lorakit.config.schema`.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import types
@@ -96,6 +97,8 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
     if optional and value is None:
         return None, None
     choices = typing.get_args(value_type) if typing.get_origin(value_type) is Literal else opt.choices
+    if typing.get_args(value_type) == (int, ...):
+        return _check_numbers(opt, value)
     if typing.get_origin(value_type) is tuple:
         # One text is a list of one, "[sketch], a dog" too; what begins as a list of texts is a list with an error.
         if isinstance(value, str) and not choices and not re.match(r"""\[\s*["']""", value):
@@ -142,6 +145,17 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
     if value_type in (int, float) and not _in_bounds(opt, value):
         return f"{opt.key} = {to_text(value)}: must be {_bounds(opt)}", None
     return None, value
+
+
+def _check_numbers(opt: Option, value: object) -> tuple[str | None, tuple[int, ...] | None]:
+    """As `check_value`, of a list of whole numbers; "512, 384" is one too."""
+    items = re.split(r"[,\s]+", value.strip("[] \n")) if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        return f"{opt.key} = {to_text(value)}: must be a list of whole numbers, such as [512, 384]", None
+    numbers = [int(i) if isinstance(i, str) and i.isdecimal() and len(i) < 10 else i for i in items if i != ""]
+    each = dataclasses.replace(opt, type=int)
+    problems = [problem for problem, _ in (check_value(each, number) for number in numbers) if problem]
+    return (problems[0], None) if problems else (None, tuple(numbers))
 
 
 def _in_bounds(opt: Option, value: float) -> bool:

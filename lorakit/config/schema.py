@@ -82,7 +82,16 @@ class DataConfig:
         "Folder of your own class images for prior = 'images'. Empty: reg/, class/ or regularization/ in data.folder.",
         path=True,
     )
-    resolution: int = option(512, "Side of the training square in pixels; buckets keep its area.", low=64, high=4096)
+    resolution: int = option(
+        512,
+        "Side of the training square in pixels; buckets keep its area. [512, 768] trains each photo at both.",
+        low=64,
+        high=4096,
+    )
+    lower_resolutions: tuple[int, ...] = option(
+        (), "Lower sides at which each photo is trained too, once an epoch at each.", low=64, high=4096
+    )
+    max_aspect: float = option(4.0, "Longer side over shorter, beyond which a photo is cropped.", low=1, high=8)
     caption_dropout: float = option(0.0, "Share of texts replaced by the bare instance prompt.", low=0, high=1)
     shuffle_tags: bool = option(
         False, "Shuffle comma-separated tags; the trigger stays first, and all before three bars."
@@ -101,6 +110,11 @@ class DataConfig:
     color_jitter: float = option(0.0, "Strength of brightness, contrast and saturation changes.", low=0, high=0.5)
     variants: int = option(1, "Cached variants of each photo that flip and jitter make.", low=1, high=64)
     cache: Literal["memory", "disk"] = option("memory", "Where encoded photos are kept; disk survives the run.")
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Every side that the photos are trained at, the highest first."""
+        return self.resolution, *self.lower_resolutions
 
     @property
     def trigger(self) -> str:

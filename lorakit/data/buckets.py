@@ -10,9 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-# The area of a bucket differs from resolution^2 by at most this factor, and its sides from resolution by the second.
+from lorakit.config import DataConfig
+
+# The area of a bucket differs from resolution^2 by at most this factor, and its sides from resolution by the second,
+# or the root of `data.max_aspect` where that is more.
 MAX_AREA_FACTOR = 1.25
-MAX_SIDE_FACTOR = 2
+MAX_SIDE_FACTOR = 2.0
 # Cost of one unit of log(area), in shares of the photo: a bucket with 1.25 times the area must save 5.6 % of the photo.
 AREA_WEIGHT = 0.25
 
@@ -50,25 +53,34 @@ class Placement:
 
 
 @cache
-def sizes(resolution: int, multiple: int) -> tuple[Bucket, ...]:
-    """Every bucket of a resolution: sides are multiples of `multiple`, area within `MAX_AREA_FACTOR` of resolution^2.
+def sizes(resolution: int, multiple: int, max_aspect: float = DataConfig.max_aspect) -> tuple[Bucket, ...]:
+    """Every bucket of a resolution: sides are multiples of `multiple`, area within `MAX_AREA_FACTOR` of resolution^2,
+    longer side at most `max_aspect` times the shorter.
 
     If the resolution is no multiple of it, the nearest square is one of them.
     """
-    area = resolution**2
-    sides = range(multiple, MAX_SIDE_FACTOR * resolution + 1, multiple)
+    area, factor = resolution**2, max(MAX_SIDE_FACTOR, math.sqrt(max_aspect))
+    sides = range(multiple, int(factor * resolution) + 1, multiple)
     candidates = [
         Bucket(width, height)
         for width in sides
         for height in sides
         if area / MAX_AREA_FACTOR <= width * height <= area * MAX_AREA_FACTOR
-        and min(width, height) * MAX_SIDE_FACTOR >= resolution
+        and min(width, height) * factor >= resolution
+        and max(width, height) <= max_aspect * min(width, height)
     ]
     square = max(multiple, round(resolution / multiple) * multiple)
     return tuple(sorted({*candidates, Bucket(square, square)}))
 
 
-def assign(size: tuple[int, int], resolution: int, multiple: int) -> Placement:
+def placements(size: tuple[int, int], data: DataConfig, multiple: int) -> tuple[Placement, ...]:
+    """`assign` for each of `data.resolutions`."""
+    return tuple(assign(size, resolution, multiple, data.max_aspect) for resolution in data.resolutions)
+
+
+def assign(
+    size: tuple[int, int], resolution: int, multiple: int, max_aspect: float = DataConfig.max_aspect
+) -> Placement:
     """The bucket of a photo of `size` (width, height), and the centred crop that fills it.
 
     Args:
@@ -80,7 +92,7 @@ def assign(size: tuple[int, int], resolution: int, multiple: int) -> Placement:
         area = abs(math.log(bucket.width * bucket.height / resolution**2))
         return _crop_share(width / height, bucket) + AREA_WEIGHT * area, bucket
 
-    bucket = min(sizes(resolution, multiple), key=cost)
+    bucket = min(sizes(resolution, multiple, max_aspect), key=cost)
     scale = max(bucket.width / width, bucket.height / height)
     crop_width, crop_height = min(width, bucket.width / scale), min(height, bucket.height / scale)
     left, top = (width - crop_width) / 2, (height - crop_height) / 2

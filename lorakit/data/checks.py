@@ -17,7 +17,6 @@ from PIL import Image
 
 from lorakit.config import DataConfig
 from lorakit.core import prompt_syntax
-from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable, shorten
 from lorakit.data import buckets, captions, concepts, decode, duplicates, photo_folder, time_limit
 from lorakit.data.buckets import Bucket
@@ -64,7 +63,8 @@ class Item:
         transparent: whether it has transparent parts (shown on white).
         black_mask: whether its mask, or where it has none its alpha channel, is 0 all over.
         bucket: the size it is trained at; None if the photo cannot be read.
-        cropped: share of its area that the crop removes.
+        lower_buckets: the sizes at `data.lower_resolutions`.
+        cropped: share of its area that the crop removes, the largest of all sizes.
         scale: bucket pixels for one of its pixels; above 1 it is scaled up.
         text: the final text it is trained with.
         tokens: number of tokens of the text, without start and end.
@@ -81,6 +81,7 @@ class Item:
     transparent: bool = False
     black_mask: bool = False
     bucket: Bucket | None = None
+    lower_buckets: tuple[Bucket, ...] = ()
     cropped: float = 0.0
     scale: float = 0.0
     text: str = ""
@@ -94,6 +95,11 @@ class Item:
     def relative(self) -> str:
         """Path relative to the folder."""
         return self.photo.relative
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Every size it is trained at."""
+        return (self.bucket, *self.lower_buckets) if self.bucket else ()
 
     @property
     def readable(self) -> bool:
@@ -131,7 +137,7 @@ class Report:
     @property
     def buckets(self) -> dict[Bucket, int]:
         """Number of photos of each size, the most frequent size first."""
-        return dict(Counter(item.bucket for item in self.items if item.bucket).most_common())
+        return dict(Counter(size for item in self.items for size in item.buckets).most_common())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--json`; keys are only ever added."""
@@ -140,6 +146,7 @@ class Report:
             row = {"file": item.relative} | {name: _round(getattr(item, name)) for name in ITEM_JSON}
             row |= {"caption_source": item.photo.caption_source, "mask": item.photo.mask is not None}
             row["bucket"] = item.bucket and item.bucket._asdict()
+            row["lower_buckets"] = [bucket._asdict() for bucket in item.lower_buckets]
             rows.append(row)
         return {
             "folder": str(self.folder),
@@ -155,17 +162,6 @@ class Report:
         return "\n".join(_table(self))
 
 
-def require_folder(config: DataConfig) -> str:
-    """The folder of photos.
-
-    Raises:
-        LorakitError: none is given.
-    """
-    if not config.folder:
-        raise LorakitError("no folder of photos given (data.folder)")
-    return config.folder
-
-
 def check(
     config: DataConfig, base: Base, *, cache: MeasurementCache | None = None, progress: Progress | None = None
 ) -> Report:
@@ -178,14 +174,14 @@ def check(
     Raises:
         LorakitError: there is no folder, or no picture in it.
     """
-    files = photo_folder.scan(require_folder(config), config.class_folder)
+    files = photo_folder.scan(photo_folder.require(config.folder), config.class_folder)
     items = [Item(photo) for photo in files.photos]
     multiple = base.bucket_multiple
     report = Report(files.path, multiple, base.downscale, items, [], files.warnings, files.notes, files.class_photos)
     late = f"takes longer than {time_limit.SECONDS:.0f} s to read; save it again"
     pairs = time_limit.for_each(
         items,
-        lambda item: _measure_cached(replace(item, findings=[]), config.resolution, multiple, cache),  # a copy
+        lambda item: _measure_cached(replace(item, findings=[]), config, multiple, cache),  # a copy
         lambda item: (item, _Measurement(late)),
         progress=progress or (lambda count, total: None),
     )
@@ -225,51 +221,53 @@ class _Measurement:
     grey: bool = False
 
 
-# (files of the photo with time and size, resolution, multiple) -> (its `Item` without texts, its measurement).
+# (files of the photo with time and size, resolutions, aspect, multiple) -> (its `Item` without texts, its measurement).
 Progress = Callable[[int, int], object]
 MeasurementCache = dict[tuple[Any, ...], tuple[Item, _Measurement]]
 
 
 def _measure_cached(
-    item: Item, resolution: int, multiple: int, cache: MeasurementCache | None
+    item: Item, config: DataConfig, multiple: int, cache: MeasurementCache | None
 ) -> tuple[Item, _Measurement]:
     """As `_measure`, from the cache if the photo and its mask did not change."""
     if cache is None:
-        return item, _measure(item, resolution, multiple)
+        return item, _measure(item, config, multiple)
     try:
         files = [(path, path.stat()) for path in (item.photo.path, item.photo.mask) if path is not None]
     except OSError:
-        return item, _measure(item, resolution, multiple)
+        return item, _measure(item, config, multiple)
     stamps = [(path, status.st_mtime_ns, status.st_size) for path, status in files]
-    key = (item.relative, *stamps, resolution, multiple)
+    key = (item.relative, *stamps, config.resolutions, config.max_aspect, multiple)
     if key not in cache:
-        measurement = _measure(item, resolution, multiple)
+        measurement = _measure(item, config, multiple)
         cache[key] = replace(item), measurement
         return item, measurement
     measured, measurement = cache[key]
     return replace(measured, photo=item.photo, findings=[]), measurement
 
 
-def _measure(item: Item, resolution: int, multiple: int) -> _Measurement:
+def _measure(item: Item, config: DataConfig, multiple: int) -> _Measurement:
     """Decode one photo and fill the fields of its `Item`."""
     photo = item.photo
     try:
         raw = decode.read(photo.path, photo.relative)
         with decode.one_at_a_time(decode.measure(raw, photo.relative)):
-            return _measure_picture(item, raw, resolution, multiple)
+            return _measure_picture(item, raw, config, multiple)
     except decode.Unreadable as error:
         return _Measurement(problem=error.reason if str(error).startswith(photo.relative) else str(error))
 
 
-def _measure_picture(item: Item, raw: bytes, resolution: int, multiple: int) -> _Measurement:
+def _measure_picture(item: Item, raw: bytes, config: DataConfig, multiple: int) -> _Measurement:
     picture = decode.decode(raw, item.relative)
     mask = picture.alpha if item.photo.mask is None else decode.decode_mask(item.photo.mask, picture.size)
     item.black_mask = mask is not None and not mask.any()
     item.digest = hashlib.sha256(raw).hexdigest()
     item.width, item.height = picture.size
     item.orientation, item.transparent = picture.orientation, picture.alpha is not None
-    placement = buckets.assign(picture.size, resolution, multiple)
-    item.bucket, item.cropped, item.scale = placement.bucket, placement.cropped, placement.scale
+    placement, *lower = buckets.placements(picture.size, config, multiple)
+    item.bucket, item.scale = placement.bucket, placement.scale
+    item.lower_buckets = tuple(each.bucket for each in lower)
+    item.cropped = max(each.cropped for each in (placement, *lower))
     image = Image.fromarray(picture.pixels)
     item.sharpness = buckets.sharpness(image, placement)
     grey = np.asarray(image.resize((17, 16), Image.Resampling.BOX).convert("L"), dtype=np.int16)
@@ -365,7 +363,9 @@ def _check_duplicates(report: Report, pairs: Sequence[tuple[Item, _Measurement]]
     for item, _ in pairs:
         by_digest.setdefault(item.digest, []).append(item)
     copies = [items for items in by_digest.values() if len(items) > 1]
-    report.warnings += _some_lines([f"{_names(items)}: the same file, counted {len(items)} times" for items in copies])
+    report.warnings += duplicates.some_lines(
+        [f"{_names(items)}: the same file, counted {len(items)} times" for items in copies]
+    )
     for items in copies:
         for item in items[1:]:
             item.findings.append(f"same as {items[0].relative}")
@@ -380,7 +380,7 @@ def _check_duplicates(report: Report, pairs: Sequence[tuple[Item, _Measurement]]
         root = roots[at] = roots.get(original, original)
         distinct[at][0].findings.append(f"almost the same as {distinct[original][0].relative}")
         groups.setdefault(root, [distinct[root][0]]).append(distinct[at][0])
-    report.warnings += _some_lines([f"{_names(items)}: look almost the same" for items in groups.values()])
+    report.warnings += duplicates.some_lines([f"{_names(items)}: look almost the same" for items in groups.values()])
 
 
 def _check_twins(report: Report, pairs: Sequence[tuple[Item, _Measurement]]) -> None:
@@ -435,8 +435,12 @@ def _check_folder(report: Report, config: DataConfig) -> None:
     if 0 < len(report.items) < MIN_PHOTOS:
         photos = "1 photo" if len(report.items) == 1 else f"{len(report.items)} photos"
         report.warnings.append(f"only {photos}: 5 to 20 from different sides and places teach more")
-    if len(report.buckets) > 1:
-        sizes = ", ".join(f"{bucket} ({count})" for bucket, count in report.buckets.items())
+    counts = [f"{bucket} ({count})" for bucket, count in report.buckets.items()]
+    sizes = ", ".join(counts[:8]) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
+    if config.lower_resolutions:
+        sides = ", ".join(map(str, config.resolutions))
+        report.notes.append(f"each photo is trained at {sides}: as {sizes}; a batch holds one size")
+    elif len(report.buckets) > 1:
         report.notes.append(f"mixed aspect ratios: trained at {sizes}; a batch holds one size")
     rotated = [item for item in readable if item.orientation]
     if rotated:
@@ -461,14 +465,6 @@ def _names(items: Iterable[Item], detail: Callable[[Item], str] | None = None, l
     return ", ".join(labels[:limit]) + more
 
 
-def _some_lines(lines: list[str], limit: int = 5) -> list[str]:
-    """The first `limit` lines; where there are more, the last says how many, so that they bury nothing else."""
-    if len(lines) <= limit + 1:
-        return lines
-    cause = lines[-1].partition(": ")[2]
-    return [*lines[:limit], f"{len(lines) - limit} more lines like the last are in lorakit check --json: {cause}"]
-
-
 def _table(report: Report) -> list[str]:
     """One row for each photo. A text that all photos share is in the title instead."""
     texts = {item.text for item in report.items}
@@ -479,7 +475,7 @@ def _table(report: Report) -> list[str]:
         [
             shorten(item.relative, 40),
             f"{item.width}x{item.height}" if item.readable else "unreadable",
-            str(item.bucket or "-"),
+            ", ".join(map(str, item.buckets)) or "-",
             f"{item.cropped:.0%}" if item.cropped >= 0.005 else "-",
             f"{item.scale:.3g}x up" if item.scale > 1 else "-",
             str(item.tokens),

@@ -22,6 +22,7 @@ class LatentBucket:
         photo: int64 `[n]` on the CPU, index into `Dataset.photos`.
         variant: int64 `[n]` on the CPU, number of the variant; 0 is the photo without augmentation.
         text: int64 `[n]` on the CPU, index into `Dataset.texts` of the photo's own text.
+        resolution: int64 `[n]` on the CPU, place in `data.resolutions` of what the row was sized for.
     """
 
     width: int
@@ -33,6 +34,7 @@ class LatentBucket:
     photo: torch.Tensor
     variant: torch.Tensor
     text: torch.Tensor
+    resolution: torch.Tensor
 
     def to(self, device: torch.device | str) -> LatentBucket:
         """Move the tensors that a step reads to `device`. The indices stay on the CPU."""
@@ -79,10 +81,12 @@ class Dataset:
         return replace(self, buckets=[bucket.to(device) for bucket in self.buckets])
 
     def unaugmented(self) -> Dataset:
-        """The same photos for validation: variant 0 only, each with its own text only."""
+        """The same photos for validation: variant 0 at the highest resolution only, each with its own text only."""
         latent_buckets = []
         for bucket in self.buckets:
-            rows = torch.nonzero(bucket.variant == 0).flatten()
+            rows = torch.nonzero((bucket.variant == 0) & (bucket.resolution == 0)).flatten()
+            if not len(rows):
+                continue
             device_rows = rows.to(bucket.mean.device)
             latent_buckets.append(
                 replace(
@@ -94,6 +98,7 @@ class Dataset:
                     photo=bucket.photo[rows],
                     variant=bucket.variant[rows],
                     text=bucket.text[rows],
+                    resolution=bucket.resolution[rows],
                 )
             )
         return replace(self, buckets=latent_buckets, choices=[own[:1] for own in self.choices], caption_dropout=0.0)
@@ -103,7 +108,8 @@ class Dataset:
         return [self.photos[photo].relative for photo in self.buckets[bucket].photo.tolist()]
 
     def batches(self, seed: int, epoch: int, batch_size: int) -> list[Batch]:
-        """The batches of one epoch: every photo `repeats` times, with one of its variants and one of its texts each.
+        """The batches of one epoch: every photo `repeats` times at each resolution, each time with one of its variants
+        and one of its texts.
 
         The last batch of a size may be smaller. The result is a pure function of (seed, epoch, batch_size). A photo
         goes through its variants epoch by epoch from a random start, so every variant is used equally often.
@@ -111,17 +117,22 @@ class Dataset:
         draw = rng.generator(seed, epoch, "order")
         starts = rng.generator(seed, 0, "variants")
         repeats = torch.tensor([photo.repeats for photo in self.photos])
-        passes = range(epoch * int(repeats.max()), (epoch + 1) * int(repeats.max()))
-        texts = [self._texts(seed, number) for number in passes]
+        resolutions = 1 + max(int(bucket.resolution.max()) for bucket in self.buckets)
+        passes = resolutions * int(repeats.max())
+        texts = [self._texts(seed, number) for number in range(epoch * passes, (epoch + 1) * passes)]
         batches = []
         for index, bucket in enumerate(self.buckets):
             device = bucket.mean.device
             groups = _rows_by_photo(bucket)
+            of_group = [int(bucket.resolution[own[0]]) for own in groups]
             offsets = torch.randint(2**31, (len(groups),), generator=starts).tolist()
             pairs = [
-                (own[(start + epoch * int(repeats[bucket.photo[own[0]]]) + at) % len(own)], pass_texts)
-                for at, pass_texts in enumerate(texts)
-                for own, start in zip(groups, offsets, strict=True)
+                (
+                    own[(start + epoch * int(repeats[bucket.photo[own[0]]]) + at) % len(own)],
+                    texts[at * resolutions + resolution],
+                )
+                for at in range(int(repeats.max()))
+                for own, resolution, start in zip(groups, of_group, offsets, strict=True)
                 if at < repeats[bucket.photo[own[0]]]
             ]
             order = torch.randperm(len(pairs), generator=draw)
@@ -144,8 +155,8 @@ class Dataset:
 
 
 def _rows_by_photo(bucket: LatentBucket) -> list[list[int]]:
-    """The rows of each photo of the bucket, in the order of the photos."""
-    rows: dict[int, list[int]] = {}
-    for row, photo in enumerate(bucket.photo.tolist()):
-        rows.setdefault(photo, []).append(row)
+    """The rows of each photo at each resolution that has this bucket, in the order of the photos."""
+    rows: dict[tuple[int, int], list[int]] = {}
+    for row, key in enumerate(zip(bucket.photo.tolist(), bucket.resolution.tolist(), strict=True)):
+        rows.setdefault(key, []).append(row)
     return list(rows.values())

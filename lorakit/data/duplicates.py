@@ -53,3 +53,11 @@ def first_matches(hashes: Hashes, colours: Colours) -> dict[int, int]:
                 matches[at] = int(chunk[equal.argmax()])
                 break
     return matches
+
+
+def some_lines(lines: list[str], limit: int = 5) -> list[str]:
+    """The first `limit` lines; where there are more, the last says how many, so that they bury nothing else."""
+    if len(lines) <= limit + 1:
+        return lines
+    cause = lines[-1].partition(": ")[2]
+    return [*lines[:limit], f"{len(lines) - limit} more lines like the last are in lorakit check --json: {cause}"]

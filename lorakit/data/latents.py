@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -87,11 +88,12 @@ def build(
     say(holdout.describe_split(len(report.photos), len(validation_photos), train.holdout))
     table = _TextTable(config, train.seed)
     dataset = _dataset(training_photos, encoder, table, device)
-    encoder.config = replace(config, variants=1)  # validation uses variant 0 alone
+    # Validation uses variant 0 at the highest resolution alone.
+    encoder.config = replace(config, variants=1, lower_resolutions=())
     validation = _dataset(validation_photos, encoder, table, device).unaugmented() if validation_photos else None
     if train.masked_loss and encoder.masks == 0:
         raise LorakitError(masks.NO_MASK)
-    say(encoder.describe(len(report.photos)))
+    say(encoder.describe(len(report.photos), config))
     return dataset, validation
 
 
@@ -124,6 +126,7 @@ class _VariantRow:
 
     variant: Variant
     number: int
+    resolution: int
     key: str
     sizes: dict[str, list[int]]
     pixels: Pixels | None
@@ -153,38 +156,46 @@ class _Encoder:
     encoded: int = 0
     masks: int = 0
 
-    def describe(self, photo_count: int) -> str:
+    def describe(self, photo_count: int, config: DataConfig) -> str:
         """One line for the user: how many rows were read from disk and how many were encoded."""
         rows = self.hits + self.encoded
-        of = f" ({photo_count} photos with their variants)" if rows > photo_count else ""
+        sizes = f" at {len(config.resolutions)} resolutions" if config.lower_resolutions else ""
+        variants = " with their variants" if config.variants > 1 else ""
+        of = f" ({photo_count} photos{variants}{sizes})" if rows > photo_count else ""
         if self.folder is None:
             return f"latents: {self.encoded} encoded{of}"
         suffix = f"; {len(self.damaged)} on disk were damaged and are encoded again" if self.damaged else ""
         return f"latents: {self.hits} hits, {self.encoded} encoded{of}, kept in {self.folder}{suffix}"
 
     def prepare(self, photo: Photo) -> list[_VariantRow]:
-        """All variants of a photo. The photo is decoded only if one of them is not on disk or the loss uses masks."""
+        """All variants of a photo at each resolution. The photo is decoded only if one of them is not on disk or the
+        loss uses masks."""
         try:
             raw = photo.path.read_bytes()
         except OSError as error:
             raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
         size = decode.measure(raw, photo.relative)
-        placement = buckets.assign(size, self.config.resolution, self.multiple)
-        variants = augment.of_photo(size, placement, self.config, self.train.seed, photo.relative)
+        of_photo = partial(augment.of_photo, size, config=self.config, seed=self.train.seed, name=photo.relative)
+        numbered = [
+            (resolution, number, variant)
+            for resolution, placement in enumerate(buckets.placements(size, self.config, self.multiple))
+            for number, variant in enumerate(of_photo(placement))
+        ]
+        variants = [variant for _, _, variant in numbered]
         keys = [self.key(raw, variant) for variant in variants]
         disk_latents = [self._load(key, variant) for key, variant in zip(keys, variants, strict=True)]
         needs_pixels = None in disk_latents or self.train.masked_loss
         picture = decode.decode(raw, photo.relative) if needs_pixels else None
         mask = _photo_mask(photo, picture) if picture and self.train.masked_loss else None
         rows = []
-        for number, (variant, key, latent) in enumerate(zip(variants, keys, disk_latents, strict=True)):
+        for (resolution, number, variant), key, latent in zip(numbered, keys, disk_latents, strict=True):
             target = (variant.bucket.height, variant.bucket.width)
             sizes = self.size_conditions((size[1], size[0]), augment.top_left(size, variant), target)
             pixels = augment.render(picture.pixels, variant) if picture and latent is None else None
             variant_mask = (
                 torch.from_numpy(augment.render_mask(mask, variant, self.downscale)) if mask is not None else None
             )
-            rows.append(_VariantRow(variant, number, key, sizes, pixels, latent, variant_mask))
+            rows.append(_VariantRow(variant, number, resolution, key, sizes, pixels, latent, variant_mask))
         return rows
 
     def key(self, raw: bytes, variant: Variant) -> str:
@@ -301,7 +312,8 @@ def _latent_bucket(
     photo = torch.tensor([index for index, _ in rows])
     variant = torch.tensor([row.number for _, row in rows])
     text = torch.tensor([choices[index][0] for index, _ in rows])
-    return LatentBucket(size.width, size.height, mean, std, mask, sizes, photo, variant, text)
+    resolution = torch.tensor([row.resolution for _, row in rows])
+    return LatentBucket(size.width, size.height, mean, std, mask, sizes, photo, variant, text, resolution)
 
 
 def _save(path: Path, mean: torch.Tensor, std: torch.Tensor) -> None:

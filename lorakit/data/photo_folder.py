@@ -164,6 +164,17 @@ def _read_class_folders(result: Folder, below: list[Path], class_folder: str) ->
     return [entry for entry in below if entry not in folders and entry.resolve() != own]
 
 
+def require(path: str) -> str:
+    """The folder of photos that a config names.
+
+    Raises:
+        LorakitError: it names none.
+    """
+    if not path:
+        raise LorakitError("no folder of photos given (data.folder)")
+    return path
+
+
 def _require_folder(path: Path) -> None:
     if not path.exists():
         matches: list[str] = []

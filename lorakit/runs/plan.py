@@ -68,6 +68,7 @@ class Plan:
     Attributes:
         modules: component -> (number of adapted layers, number of trained weights).
         photos, holdout_count: photos trained on, and kept for validation.
+        rows: photos in one pass, each counted as often as it is repeated, at each resolution.
         batches: batches in one pass over the photos; no batch mixes sizes.
         steps: optimizer steps of the whole run.
         length: how `steps` came about, in words.
@@ -101,6 +102,7 @@ class Plan:
     peaks: dict[str, int]
     seconds: float | None
     device: str
+    rows: int = 0
     recomputed: int = 0
     limit_gib: float | None = None
     notes: tuple[str, ...] = ()
@@ -163,8 +165,8 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     Raises:
         LorakitError: with all of `problems`, or no photo is left to train on.
     """
-    sizes, repeated_sizes, holdout_count = _training_sizes(config, report)
-    if not sizes:
+    repeats, sizes, holdout_count = _training_sizes(config, report)
+    if not repeats:
         raise LorakitError("no photo can be used for training; `lorakit check` says what is wrong with each")
     if wrong := problems(config, info):
         raise LorakitError("\n".join(wrong))
@@ -172,8 +174,8 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     if report.chunks > 1:
         info = dataclasses.replace(info, text_tokens=texts + (report.chunks - 1) * info.max_tokens)
     modules = count_weights(_selected(config, info), info.layers, config.adapter)
-    batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(repeated_sizes).values())
-    steps, length = run_length(config, len(sizes), batches)
+    batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
+    steps, length = run_length(config, repeats, batches)
     device = guess_device(config.memory.device)
     spec = registry.optimizer(config.optimizer.name)
     host = memory_estimate.host_bytes(config, info, device)
@@ -194,7 +196,8 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         alpha=config.adapter.effective_alpha,
         scale=config.adapter.scale,
         modules=modules,
-        photos=len(sizes),
+        photos=len(repeats),
+        rows=len(sizes),
         holdout_count=holdout_count,
         batches=batches,
         steps=steps,
@@ -236,6 +239,8 @@ def problems(config: Config, info: BaseInfo) -> list[str]:
     device = guess_device(config.memory.device)
     if config.memory.stream_base and not may_be_cuda(config.memory.device):
         result.append(OFFLOAD_NEEDS_CUDA.format(device=device))
+    if line := _resolution_problem(config, info):
+        result.append(line)
     selected = _selected(config, info)
     if not selected:
         result.append(f"adapter.target_modules = {config.adapter.target_modules!r} selects no layer of this base")
@@ -245,6 +250,19 @@ def problems(config: Config, info: BaseInfo) -> list[str]:
     except LorakitError as error:
         result.append(str(error))
     return result
+
+
+def _resolution_problem(config: Config, info: BaseInfo) -> str | None:
+    """Two resolutions that are one for a base, or None."""
+    multiple, by_square = info.bucket_multiple, dict[int, int]()
+    for side in config.data.resolutions:
+        square = max(1, round(side / multiple)) * multiple
+        if other := by_square.setdefault(square, side) - side:
+            return (
+                f"data.lower_resolutions: {side + other} and {side} are one size in this base, whose sides are "
+                f"multiples of {multiple}: leave one out"
+            )
+    return None
 
 
 def _selected(config: Config, info: BaseInfo) -> list[str]:
@@ -269,23 +287,32 @@ def count_weights(
     return totals
 
 
-def run_length(config: Config, photo_count: int, batches: int) -> tuple[int, str]:
-    """Optimizer steps, and the arithmetic in words. `batches` is the number of batches that shows every photo once."""
-    train = config.train
+def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[int, str]:
+    """Optimizer steps, and the arithmetic in words.
+
+    Args:
+        repeats: how often each photo is shown in a pass, at each resolution.
+        batches: the batches of a pass.
+    """
+    train, photo_count, resolutions = config.train, len(repeats), len(config.data.resolutions)
     parts = train.gradient_accumulation_steps
-    photos_per_step = photo_count / batches * parts  # a batch has no more photos than there are of its size
+    # A batch has no more photos than there are of its size.
+    photos_per_step = sum(repeats) * resolutions / batches * parts
     of = f" of {photos_per_step:.3g} photos" if photos_per_step > 1 else ""
     count = "1 photo" if photo_count == 1 else f"{photo_count} photos"
+    at = f" at {resolutions} resolutions" if resolutions > 1 else ""
     if train.steps_per_image is not None:
         steps = train.steps_per_image * photo_count
-        return steps, f"{count} x {train.steps_per_image} steps each = {steps} steps{of}"
+        return steps, f"{count} x {train.steps_per_image} steps each = {steps} steps{of}{at}"
     if train.epochs is not None:
         steps = math.ceil(train.epochs * batches / parts)
         accumulated = f" / {parts} accumulated" if parts > 1 else ""
         trained = f" ({steps * parts / batches:.4g} epochs)" if train.epochs * batches % parts else ""
-        return steps, f"{train.epochs} epochs x {batches} batches of {count}{accumulated} = {steps} steps{trained}"
+        return steps, f"{train.epochs} epochs x {batches} batches of {count}{at}{accumulated} = {steps} steps{trained}"
     assert train.steps is not None, "the config has exactly one length"
-    return train.steps, f"{train.steps} steps{of}, each of {count} seen {train.steps * parts / batches:.3g} times"
+    passes, at = train.steps * parts / batches, f" at each of {resolutions} resolutions" if resolutions > 1 else ""
+    times = " to ".join(f"{passes * number:.3g}" for number in sorted({min(repeats), max(repeats)}))
+    return train.steps, f"{train.steps} steps{of}, each of {count} seen {times} times{at}"
 
 
 def warmup_problem(optimizer: OptimizerConfig, steps: int) -> str | None:
@@ -317,8 +344,9 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bo
         draws_class: False where the class images are the user's own.
     """
     train, sample = config.train, complete(config.sample, info)
-    side = config.data.resolution // info.downscale
-    flop = forward_flop(info.family, info.layers, side, side, info.text_tokens)
+    sides = [side // info.downscale for side in config.data.resolutions]
+    flops = [forward_flop(info.family, info.layers, side, side, info.text_tokens) for side in sides]
+    flop = sum(flops) / len(flops)
     speed = CPU_SHARE * _matmul_speed()
     overhead = CPU_LAYER_SECONDS * sum(name.startswith("unet.") for name in info.layers)
     passes = PASSES_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else PASSES
@@ -328,7 +356,7 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bo
     )
     # A picture takes two passes, with and without the prompt, for each denoising step; samples are drawn one by one and
     # class images many at a time, where the fixed cost no longer counts.
-    pass_of_two = 2 * flop / speed
+    pass_of_two = 2 * flops[0] / speed
     grids = sample.at_start + sample.at_end + max(steps - 1, 0) // interval(sample.every, steps)
     grid = 0.0
     texts = list(sample.prompts or captions.sample_prompts(config.data))
@@ -371,13 +399,12 @@ def _no_cuda() -> bool:
     return nvidia.is_hidden() or not nvidia.torch_has_cuda() or sys.platform == "darwin"
 
 
-def _training_sizes(config: Config, report: Report) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int]:
-    """(width, height) of each photo that is not held out; the same with repeats; and how many are held out."""
-    buckets = {item.photo.relative: item.bucket for item in report.items if item.bucket is not None}
+def _training_sizes(config: Config, report: Report) -> tuple[list[int], list[tuple[int, int]], int]:
+    """The repeats of each photo that is not held out; (width, height) of all rows of a pass; how many are held out."""
+    buckets = {item.photo.relative: item.buckets for item in report.items}
     trained, holdout_photos = holdout.split(report.photos, config.train.holdout, config.train.seed)
-    repeated_sizes: list[tuple[int, int]] = [buckets[photo.relative] for photo in trained for _ in range(photo.repeats)]
-    sizes: list[tuple[int, int]] = [buckets[photo.relative] for photo in trained]
-    return sizes, repeated_sizes, len(holdout_photos)
+    sizes: list[tuple[int, int]] = [size for photo in trained for size in buckets[photo.relative] * photo.repeats]
+    return [photo.repeats for photo in trained], sizes, len(holdout_photos)
 
 
 @functools.cache

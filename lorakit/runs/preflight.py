@@ -250,7 +250,7 @@ def _misfit(config: Config, info: BaseInfo) -> str | None:
 def _with_name(config: Config) -> Config:
     """The config with a name from the folders, where these name the concepts; a folder that cannot be read has none."""
     try:
-        photos = photo_folder.scan(checks.require_folder(config.data)).photos
+        photos = photo_folder.scan(photo_folder.require(config.data.folder)).photos
     except LorakitError:
         return config
     return replace(config, data=concepts.with_name(config.data, photos))
@@ -269,7 +269,7 @@ def _prior_findings(config: Config, photos: checks.Report) -> list[str]:
 def _folder_problems(data: DataConfig) -> list[str]:
     """What keeps the folder of photos from being read, where no base says how to look at the photos in it."""
     try:
-        photo_folder.scan(checks.require_folder(data))
+        photo_folder.scan(photo_folder.require(data.folder))
     except LorakitError as error:
         return _lines(error)
     return []

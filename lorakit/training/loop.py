@@ -210,7 +210,7 @@ class Readings:
             figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "smoothed_loss": smoothed}
             self.run.events.emit("step", number + 1, **figures)
         plan = self.run.ready.plan
-        images = plan.photos / plan.batches * config.train.gradient_accumulation_steps
+        images = plan.rows / plan.batches * config.train.gradient_accumulation_steps
         self.run.events.emit(
             "progress",
             step,

@@ -92,7 +92,7 @@ def test_json_is_stable(photos: Path, base) -> None:
     good, bad = document["photos"]
     assert list(good) == [
         "file", "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut",
-        "sharpness", "findings", "caption_source", "mask", "bucket",
+        "sharpness", "findings", "caption_source", "mask", "bucket", "lower_buckets",
     ]  # fmt: skip
     assert good["bucket"] == {"width": 64, "height": 64}
     assert bad["bucket"] is None

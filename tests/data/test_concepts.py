@@ -117,7 +117,16 @@ def test_an_epoch_shows_a_photo_as_often_as_its_folder_says() -> None:
     photo_list = [Photo(Path(name), name, repeats=repeats) for name, repeats in (("a", 1), ("b", 3), ("c", 20))]
     latents = torch.zeros(4, 4, 8, 8)
     bucket = LatentBucket(
-        64, 64, latents, latents, None, None, torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 0]), torch.arange(4)
+        64,
+        64,
+        latents,
+        latents,
+        None,
+        None,
+        torch.tensor([0, 1, 1, 2]),
+        torch.tensor([0, 0, 1, 0]),
+        torch.arange(4),
+        torch.zeros(4, dtype=torch.int64),
     )
     dataset = Dataset([bucket], photo_list, ["0", "1", "2"], [[0], [1], [2]], [0, 1, 2], 0.0)
     batches = dataset.batches(0, 0, 4)

@@ -60,7 +60,9 @@ def sdxl() -> Info:
 def report(*sizes: tuple[int, int] | None) -> Any:
     """What a check found: a photo for each size, unreadable where it is None."""
     items = [
-        SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png", repeats=1), bucket=size)
+        SimpleNamespace(
+            photo=SimpleNamespace(relative=f"{n}.png", repeats=1), bucket=size, buckets=(size,) * (size is not None)
+        )
         for n, size in enumerate(sizes)
     ]
     return SimpleNamespace(items=items, photos=[item.photo for item in items if item.bucket], class_photos=[], chunks=1)

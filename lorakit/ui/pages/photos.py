@@ -90,10 +90,10 @@ def _card(
         ratio = thumbnail.size[0] / thumbnail.size[1]
         picture = f'<div class=lk-photo><span class=lk-frame style="--ratio:{ratio:.4f}">{image}{crop}</span></div>'
     facts = [f"{thumbnail.size[0]} × {thumbnail.size[1]}"] if not thumbnail.problem else []
-    if item and item.bucket:
-        facts.append(say("photos.trained_at", width=item.bucket.width, height=item.bucket.height))
-        if item.cropped >= 0.005:
-            facts.append(say("photos.cropped", share=round(100 * item.cropped)))
+    for bucket in item.buckets if item else ():
+        facts.append(say("photos.trained_at", width=bucket.width, height=bucket.height))
+    if item and item.cropped >= 0.005:
+        facts.append(say("photos.cropped", share=round(100 * item.cropped)))
     problems = [thumbnail.problem] if thumbnail.problem else list(item.findings if item else [])
     lines = "".join(f"<li>{escape(say.translate(problem))}</li>" for problem in problems)
     hint = escape(say("photos.no_caption", text=item.text)) if item and not photo.caption else ""
@@ -111,7 +111,7 @@ def _card(
 def _crop(thumbnail: Thumbnail, report: checks.Report, config: Config, say: Say) -> str:
     """The part that is trained, as a frame over the picture, in percent of its sides."""
     width, height = thumbnail.size
-    box = buckets.assign(thumbnail.size, config.data.resolution, report.multiple).box
+    box = buckets.placements(thumbnail.size, config.data, report.multiple)[0].box
     left, top, right, bottom = box[0] / width, box[1] / height, box[2] / width, box[3] / height
     if (right - left) * (bottom - top) > 0.995:
         return ""

@@ -49,6 +49,19 @@ PHOTOS = {
     "{file} line {line}: not JSON ({problem})": "{file} 第 {line} 行：不是 JSON（{problem}）",
     "passed over ({reason}): {names}": "略過（{reason}）：{names}",
     'no captions: {photos:words} is trained as "{prompt}"': "沒有說明文字：{photos:words} 以「{prompt}」訓練",
+    "each photo is trained at {sides}: as {sizes:words}; a batch holds one size": (
+        "每張照片以 {sides} 訓練：尺寸為 {sizes:words}；每批只有一種尺寸"
+    ),
+    "data.lower_resolutions = {sides}: each must be below data.resolution = {side}, and stand there once": (
+        "data.lower_resolutions = {sides}：每個都必須小於 data.resolution = {side}，且不重複"
+    ),
+    "data.lower_resolutions: {one} and {two} are one size in this base, whose sides are multiples of {multiple}: leave "
+    "one out": (
+        "data.lower_resolutions：{one} 與 {two} 在此基礎模型中是同一尺寸（邊長為 {multiple} 的倍數）：請刪去一個"
+    ),
+    "{key} = {value}: must be a list of whole numbers, such as [512, 384]": (
+        "{key} = {value}：必須是整數的清單，例如 [512, 384]"
+    ),
     "{folder}: no class images in it": "{folder}：裡面沒有類別圖片",
     "{count} class images are not trained as the subject and not used: train.prior = 'images' uses them": (
         "{count} 張類別圖片不會當作主體訓練，也沒有使用；train.prior = 'images' 會使用它們"

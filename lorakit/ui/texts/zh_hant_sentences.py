@@ -54,6 +54,15 @@ SENTENCES = {
         "{epochs} 輪 × {batches} 批（{photos:words}）/ 累積 {parts} 批 = {steps} 步"
     ),
     "{steps} steps, each of {photos:words} seen {each} times": "{steps} 步，{photos:words}，每張 {each} 次",
+    "{steps} steps, each of {photos:words} seen {each} times at each of {count} resolutions": (
+        "{steps} 步，{photos:words}，{count} 種解析度每張各 {each} 次"
+    ),
+    "{steps} steps of {size:words}, each of {photos:words} seen {each} times at each of {count} resolutions": (
+        "{steps} 步，每步 {size:words}；{photos:words}，{count} 種解析度每張各 {each} 次"
+    ),
+    "{photos:words} x {each} steps each = {steps} steps at {count} resolutions": (
+        "{photos:words} × 每張 {each} 步 = {steps} 步，{count} 種解析度"
+    ),
     "{steps} steps of {size:words}, each of {photos:words} seen {each} times": (
         "{steps} 步，每步 {size:words}；{photos:words}，每張 {each} 次"
     ),
@@ -187,7 +196,9 @@ SENTENCES = {
     "only {photos:words}: 5 to 20 from different sides and places teach more": (
         "只有 {photos:words}：5 到 20 張、不同角度與場景的照片能教得更多"
     ),
-    "mixed aspect ratios: trained at {sizes}; a batch holds one size": "長寬比不一：以 {sizes} 訓練；每批只有一種尺寸",
+    "mixed aspect ratios: trained at {sizes:words}; a batch holds one size": (
+        "長寬比不一：以 {sizes:words} 訓練；每批只有一種尺寸"
+    ),
     "set upright by their EXIF tag: {names:words}": "已依 EXIF 標籤轉正：{names:words}",
     "transparent parts are shown on white: {names:words}": "透明部分以白色為底：{names:words}",
     "{some} of {count} photos have a mask; train.masked_loss = true uses it": (
@@ -326,6 +337,7 @@ PHRASES = {
     "{count} modules ({number} weights), ": "{count} 個模組（{number} 個權重）、",
     "1 photo": "1 張照片",
     "{count} photos": "{count} 張照片",
+    " at {count} resolutions": "，{count} 種解析度",
     " with zero terminal SNR": "（終端 SNR 為零）",
     "scaled up {times}x": "放大 {times} 倍",
     "{share} cropped away": "裁掉 {share}",
