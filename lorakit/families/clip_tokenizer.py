@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorakit.core import atomic, foreign_json
@@ -91,19 +91,31 @@ def fetch(base: str, words: int) -> Path:
     Raises:
         LorakitError: the hub cannot be reached or must not be, or what it gives does not fit.
     """
-    from huggingface_hub import constants, errors, hf_hub_download
-
     if problem := missing(base, words):
         raise LorakitError(problem)
+    folder = from_hub(base, REPOSITORY, REVISION, FILES, ("no tokenizer with it, and CLIP's", WAYS))
+    require(folder, words)
+    return folder
+
+
+def from_hub(base: str, repository: str, revision: str, files: Sequence[str], words: tuple[str, str]) -> Path:
+    """The folder in Hugging Face's cache with files of a repository at a commit.
+
+    Args:
+        words: what the base lacks, and the ways out, for the message.
+
+    Raises:
+        LorakitError: the hub cannot be reached.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download
+
     try:
-        *_, folder = (Path(hf_hub_download(REPOSITORY, name, revision=REVISION)).parent for name in FILES)
+        *_, folder = (Path(hf_hub_download(repository, name, revision=revision)).parent for name in files)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LorakitError(
-            f"base {base} has no tokenizer with it, and CLIP's cannot be fetched from {constants.ENDPOINT} ({reason}): "
-            f"{WAYS}"
+            f"base {base} has {words[0]} cannot be fetched from {constants.ENDPOINT} ({reason}): {words[1]}"
         ) from error
-    require(folder, words)
     return folder
 
 

@@ -124,16 +124,27 @@ class BaseInfo:
             LorakitError: it must be fetched and cannot be.
         """
         if name not in self.tokenizers:
-            return clip_tokenizer.fetch(self.path.name, self._words(name))
+            return text_encoders.fetch_tokenizer(self.path.name, self._unread[name])
         return self.tokenizers[name]
 
     def tokenizer_problem(self) -> str | None:
-        """Why its tokenizer, which is not on this machine, cannot be had, or None."""
-        name = "tokenizer"
-        return None if name in self.tokenizers else clip_tokenizer.missing(self.path.name, self._words(name))
+        """Why a tokenizer that is not on this machine cannot be had, or None."""
+        problems = (text_encoders.tokenizer_problem(self.path.name, config) for config in self._unread.values())
+        return next(filter(None, problems), None)
 
-    def _words(self, tokenizer: str) -> int:
-        return int(self.configs[tokenizer.replace("tokenizer", "text_encoder")]["vocab_size"])
+    def fetch_tokenizers(self) -> bool:
+        """Fetch the tokenizers that are not on this machine; whether there were any.
+
+        Raises:
+            LorakitError: as `tokenizer`.
+        """
+        return bool([self.tokenizer(name) for name in self._unread])
+
+    @property
+    def _unread(self) -> dict[str, dict[str, Any]]:
+        """Tokenizer that is not on this machine -> the configuration of its text encoder."""
+        parts = {e.tokenizer: self.configs[e.name] for e in self.spec.text_encoders if e.name in self.configs}
+        return {name: config for name, config in parts.items() if name not in self.tokenizers}
 
 
 def describe(base: str | Path | ModelConfig) -> BaseInfo:
@@ -267,7 +278,10 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
     parts = {name: slots for name, slots in checkpoint.parts.items() if name not in left_out}
     shapes = {name: {ours: slot.shape for ours, slot in slots.items()} for name, slots in parts.items()}
     shapes |= {name: encoder.shapes for name, encoder in others.items()}
-    configs = single_file.configs(checkpoint, shapes) | text_encoders.configs(others)
+    try:
+        configs = single_file.configs(checkpoint, shapes) | text_encoders.configs(others)
+    except LorakitError as error:
+        raise LorakitError(f"base {path.name}: {error}") from error
     layers: dict[str, tuple[int, ...]] = {}
     for component in [name for name in shapes if name != "vae"]:
         layers |= weight_files.layers(component, shapes[component])
@@ -440,7 +454,9 @@ def _check_fit(model: ModelConfig, facts: dict[str, Any], tensors: Mapping[str, 
     for component in (name for name in tensors if name != "vae" or not model.vae):
         whole = "the rest of the file" if path.is_file() else f"its {component}/config.json"
         names = {vae_source.current_name(name): shape for name, shape in tensors[component].items()}
-        fit.require(f"base {facts['title']}", component, configs[component], names, whole)
+        other = facts.get("sources", {}).get(component)
+        title = f"text encoder {other.path}" if other else f"base {facts['title']}"
+        fit.require(title, component, configs[component], names, whole)
     for name, folder in facts["tokenizers"].items():
         _check_tokenizer(path, folder, configs[name.replace("tokenizer", "text_encoder")])
     if spec.denoiser == "unet":

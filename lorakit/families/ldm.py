@@ -347,6 +347,9 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
         if not targets and component == "unet":
             raise LorakitError(f"{file} has a tensor {prefix}{name} that Stable Diffusion does not have")
         scale = weight_files.scale_of(name, shapes) if name.endswith(".weight") else None
+        if len(group) > 1 and shape[0] % len(group):
+            rows = f"{shape[0]} rows, which are not {len(group)} equal shares"
+            raise LorakitError(f"{file} has {prefix}{name} in {rows}: get the whole checkpoint")
         for third, ours in targets:
             form = _form(type(ours), tail)
             own = (shape[0] // len(group), *shape[1:]) if len(group) > 1 else shape
@@ -356,6 +359,8 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
             )
     if part.identity and slots:
         name, like = part.identity
+        if like not in slots:
+            raise LorakitError(f"{file} lacks {component}.{like}: get the whole checkpoint")
         slots[name] = Slot("", (slots[like].shape[0],) * 2)
     if part.used_layers is None:
         return slots

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lorakit.core.errors import LorakitError
 from lorakit.families import ldm
 from lorakit.families.ldm import Pointwise, Transposed, count
 from lorakit.families.spec import Configs, FilePart, Shapes
@@ -45,8 +46,27 @@ def configs(checkpoint: ldm.Checkpoint, shapes: Mapping[str, Shapes] | None = No
     """
     if shapes is None:
         shapes = {part: {name: slot.shape for name, slot in slots.items()} for part, slots in checkpoint.parts.items()}
+    reads: list[str] = []
+    named = {part: NamedShapes(part, inside, reads) for part, inside in shapes.items()}
     prediction = checkpoint.prediction
-    return ldm.layout_of(checkpoint.family).configs(shapes, prediction.type, prediction.zero_snr)
+    try:
+        return ldm.layout_of(checkpoint.family).configs(named, prediction.type, prediction.zero_snr)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise LorakitError(f"{reads[-1]} has a shape that no such model has: get the whole checkpoint") from error
+
+
+class NamedShapes(dict[str, tuple[int, ...]]):
+    """Shapes of a part, which name what it lacks; `reads` are the tensors that were asked for."""
+
+    def __init__(self, part: str, shapes: Shapes, reads: list[str] | None = None):
+        super().__init__({name: tuple(shape) for name, shape in shapes.items()})
+        self.part, self.reads = part, [] if reads is None else reads
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        self.reads.append(f"{self.part}.{name}")
+        if name not in self:
+            raise LorakitError(f"{self.reads[-1]} is missing: get the whole checkpoint")
+        return super().__getitem__(name)
 
 
 def vae_names(shapes: Shapes, theirs: bool) -> dict[str, str]:
@@ -108,10 +128,10 @@ def vae_config(shapes: Shapes, side: int, **facts: object) -> dict[str, Any]:
     }
 
 
-def text_config(shapes: Shapes, *, openclip: bool) -> dict[str, Any]:
+def text_config(shapes: Shapes, *, openclip: bool, projection: bool = False) -> dict[str, Any]:
     """The same of CLIP's text model. OpenAI's has the quick GELU; OpenCLIP's has the true one and pads with word 0."""
     words, width = shapes["text_model.embeddings.token_embedding.weight"]
-    projection = shapes.get("text_projection.weight", (width,))[0]
+    projected = shapes["text_projection.weight"] if projection else shapes.get("text_projection.weight", (width,))
     return {
         "architectures": [CLASSES["text_encoder_2" if "text_projection.weight" in shapes else "text_encoder"]],
         "model_type": "clip_text_model",
@@ -122,7 +142,7 @@ def text_config(shapes: Shapes, *, openclip: bool) -> dict[str, Any]:
         "num_attention_heads": max(1, width // HEAD),
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "hidden_act": "gelu" if openclip else "quick_gelu",
-        "projection_dim": projection,
+        "projection_dim": projected[0],
         # The two special words are the last of the vocabulary.
         "bos_token_id": words - 2,
         "eos_token_id": words - 1,

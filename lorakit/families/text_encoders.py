@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorakit.config import ModelConfig
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.families import clip_tokenizer, hub, ldm, weight_files
+from lorakit.families import clip_tokenizer, hub, ldm, single_file, weight_files
 from lorakit.families.spec import Configs, FilePart, TextEncoder
 from lorakit.families.vae_source import Source
 
@@ -25,6 +25,16 @@ from lorakit.families.vae_source import Source
 NEIGHBORS = ("text_encoders", ".", "../text_encoders", "../clip")
 HOSTS = ("models/text_encoders", "models/clip", "text_encoders", "clip")
 T5_TOKENIZERS = ("tokenizer_3", "comfy/text_encoders/t5_tokenizer", "ComfyUI/comfy/text_encoders/t5_tokenizer", ".")
+# All versions of T5 have the same vocabulary; this repository is Google's, and needs no login.
+T5_REPOSITORY, T5_REVISION = "google-t5/t5-small", "fddaf69ffcbe0185b8c5fdbf2156048e52bb3ed0"
+# Rows of every published T5; the tokenizer has 28 words less.
+T5_ROWS = 32_128
+T5_FROM_HUB = f"tokenizer_3: T5's, {T5_REPOSITORY}@{T5_REVISION[:7]} on the hub"
+T5_TO_FETCH = f"{T5_FROM_HUB}: it is not on this machine and is fetched once, 1.4 MB"
+T5_WAYS = (
+    "set model.tokenizer to a folder with tokenizer_3/tokenizer.json in it, or to that of ComfyUI; or set model.t5 = "
+    "false, which leaves T5 out"
+)
 # A tensor by which each kind is known.
 _MARKS = {
     "CLIP": "text_model.encoder.layers.0.mlp.fc1.weight",
@@ -99,14 +109,46 @@ def tokenizers(
         notes.append(note)
         result |= {_of(name): folder for name in clips if folder}
     for name in rest.keys() - {*clips}:
-        t5_folder = t5_tokenizer(model.tokenizer, base, others.get(name))
-        if t5_folder is None:
-            raise LorakitError(
-                f"base {base.name} has T5 and no tokenizer for it on this machine: set model.tokenizer to a folder "
-                "with tokenizer_3/tokenizer.json in it, or model.t5 = false, which leaves T5 out"
-            )
-        result[_of(name)] = t5_folder
+        t5_folder = _t5_tokenizer(model.tokenizer, base, others.get(name), configs[name]["vocab_size"])
+        is_from_hub = t5_folder is not None and t5_folder.name == T5_REVISION
+        notes.append(T5_FROM_HUB if is_from_hub else f"{_of(name)}: {t5_folder}" if t5_folder else T5_TO_FETCH)
+        result |= {_of(name): t5_folder} if t5_folder else {}
     return result, notes
+
+
+def tokenizer_problem(base: str, config: Mapping[str, Any]) -> str | None:
+    """Why the tokenizer of a text encoder, which is not on this machine, cannot be had, or None.
+
+    Args:
+        base: the name of the base's file.
+        config: of the text encoder.
+    """
+    from huggingface_hub import is_offline_mode
+
+    rows = int(config["vocab_size"])
+    if config["model_type"] != "t5":
+        return clip_tokenizer.missing(base, rows)
+    if rows != T5_ROWS:
+        return f"base {base} has a T5 of {rows} words where the published have {T5_ROWS}: {T5_WAYS}"
+    why = "has T5 and no tokenizer for it on this machine, and HF_HUB_OFFLINE is set"
+    return f"base {base} {why}: {T5_WAYS}" if is_offline_mode() else None
+
+
+def fetch_tokenizer(base: str, config: Mapping[str, Any]) -> Path:
+    """The tokenizer of a text encoder from the hub, in Hugging Face's cache.
+
+    Raises:
+        LorakitError: the hub cannot be reached or must not be, or what it gives does not fit.
+    """
+    if problem := tokenizer_problem(base, config):
+        raise LorakitError(problem)
+    if config["model_type"] != "t5":
+        return clip_tokenizer.fetch(base, int(config["vocab_size"]))
+    words = ("T5 and no tokenizer for it on this machine, and T5's", T5_WAYS)
+    folder = clip_tokenizer.from_hub(base, T5_REPOSITORY, T5_REVISION, ["tokenizer.json"], words)
+    if not _is_t5_tokenizer(folder, int(config["vocab_size"])):
+        raise LorakitError(f"tokenizer {folder} is not T5's: {T5_WAYS}")
+    return folder
 
 
 def _of(text_encoder: str) -> str:
@@ -114,7 +156,7 @@ def _of(text_encoder: str) -> str:
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
-def t5_tokenizer(place: str, base: Path, own: Encoder | None) -> Path | None:
+def _t5_tokenizer(place: str, base: Path, own: Encoder | None, rows: int) -> Path | None:
     """The folder of T5's tokenizer: that of a folder in diffusers layout, as `model.tokenizer` names it, beside the
     base, in a program that `LORAKIT_HOSTS` names, or in Hugging Face's cache; else None."""
     from huggingface_hub import constants
@@ -122,14 +164,17 @@ def t5_tokenizer(place: str, base: Path, own: Encoder | None) -> Path | None:
     above = own.source.path.parent if own is not None else base.parent
     roots = [*([Path(place).expanduser()] if place else []), above, base.parent, *_hosts()]
     folders = [root / below for root in roots for below in T5_TOKENIZERS]
-    folders += sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/tokenizer_3"))
-    return next((folder for folder in folders if _is_t5_tokenizer(folder)), None)
+    revisions = sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"))
+    folders += [revision / below for below in (".", "tokenizer_3", "tokenizer_2") for revision in revisions]
+    return next((folder for folder in folders if _is_t5_tokenizer(folder, rows)), None)
 
 
-def _is_t5_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer.json of pieces with their probabilities, which CLIP's has not."""
+def _is_t5_tokenizer(folder: Path, rows: int) -> bool:
+    """Whether a folder has a tokenizer.json of pieces with their probabilities, which CLIP's has not, and no more of
+    them than a text encoder has rows."""
     try:
-        return str(weight_files.read_json(folder / "tokenizer.json")["model"]["type"]) == "Unigram"
+        model = weight_files.read_json(folder / "tokenizer.json")["model"]
+        return str(model["type"]) == "Unigram" and len(model["vocab"]) <= rows
     except (LorakitError, KeyError, TypeError, OSError):
         return False
 
@@ -180,7 +225,7 @@ def _of_folder(folder: Path, encoder: TextEncoder) -> Encoder:
 def _of_files(files: list[Path], checkpoint: ldm.Checkpoint, missing: Sequence[TextEncoder]) -> dict[str, Encoder]:
     """The files that fit: both CLIPs together make the pooled text, and T5 is as wide as what the denoiser reads."""
     parts = ldm.layout_of(checkpoint.family).parts
-    unet = {name: slot.shape for name, slot in checkpoint.parts["unet"].items()}
+    unet = single_file.NamedShapes("unet", {name: slot.shape for name, slot in checkpoint.parts["unet"].items()})
     pooled, wide = unet["time_text_embed.text_embedder.linear_1.weight"][1], unet["context_embedder.weight"][1]
     # What the name says counts first, then half precision.
     files = sorted(files, key=lambda file: ("fp8" in file.name.lower(), file.name))
@@ -197,7 +242,7 @@ def _of_files(files: list[Path], checkpoint: ldm.Checkpoint, missing: Sequence[T
             pairs, key=lambda pair: ["clip_l" not in pair[0].source.path.name, "clip_g" not in pair[1].source.path.name]
         )
         result = dict(zip(("text_encoder", "text_encoder_2"), best, strict=True))
-    t5 = [source for source in read.get("text_encoder_3", []) if source.shapes["shared.weight"][1] == wide]
+    t5 = [source for source in read.get("text_encoder_3", []) if source.shapes.get("shared.weight", (0,))[-1] == wide]
     return result | ({"text_encoder_3": t5[0]} if t5 else {})
 
 

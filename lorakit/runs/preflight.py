@@ -114,8 +114,7 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
     try:
         config = replace(config, model=families.pin(config.model))
         info = families.describe(config.model)
-        if fetch and "tokenizer" not in info.tokenizers and not info.tokenizer_problem():
-            info.tokenizer()
+        if fetch and not info.tokenizer_problem() and info.fetch_tokenizers():
             info = families.describe(config.model)
     except LorakitError as error:
         problems += [*_lines(error), *_folder_problems(config.data)]

@@ -1,11 +1,17 @@
 """Stable Diffusion 3 as single files, with encoders and without, against diffusers' converters and its own folder."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import hub_server
 import pytest
+import safetensors_by_hand
 import sd3_files
 import torch
+import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from lorakit import families
@@ -13,7 +19,8 @@ from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.config import ModelConfig
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.families import ldm
+from lorakit.families import ldm, text_encoders
+from lorakit.families.facts import fit
 from lorakit.formats.edit import merge
 
 TEXTS = ["a photo of sks toy", "", "sks " * 99]
@@ -190,11 +197,49 @@ def test_without_encoders_the_way_is_reported(
         families.describe(ModelConfig(base=str(room / "folder"), text_encoders=str(one)))
 
 
-def test_t5_without_a_tokenizer_is_refused_with_both_ways(file: Path, room: Path) -> None:
+OFFLINE = "base incl_clips_t5xxl.safetensors has T5 and no tokenizer for it on this machine, and HF_HUB_OFFLINE is set"
+
+
+def test_t5_without_a_tokenizer_is_refused_with_both_ways(
+    file: Path, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     plain = {"base": str(file), "tokenizer": str(room / "folder" / "tokenizer")}
-    with pytest.raises(LorakitError, match=r"has T5 and no tokenizer for it .* tokenizer_3/tokenizer.json .* model.t5"):
-        families.describe(ModelConfig(**plain))
+    info = families.describe(ModelConfig(**plain))
+    assert str(info.tokenizer_problem()).startswith("base incl_clips_t5xxl.safetensors has a T5 of 104 words where the")
+    monkeypatch.setattr(text_encoders, "T5_ROWS", 104)
+    assert info.tokenizer_problem() == f"{OFFLINE}: {text_encoders.T5_WAYS}"
+    with pytest.raises(LorakitError, match=OFFLINE):
+        info.tokenizer("tokenizer_3")
+    assert text_encoders.T5_TO_FETCH in info.notes
     assert families.describe(ModelConfig(**plain, t5=False)).without_t5
+
+
+def test_the_tokenizer_of_t5_is_fetched_once(
+    file: Path, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(
+        room / "folder" / "tokenizer_3", tmp_path / "served", ignore=shutil.ignore_patterns("*_config.json")
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(text_encoders, "T5_ROWS", 104)
+    requests: list[str] = []
+    where = text_encoders.T5_REPOSITORY, text_encoders.T5_REVISION
+    model = ModelConfig(base=str(file), tokenizer=str(room / "folder" / "tokenizer"))
+    with hub_server.serve(tmp_path / "served", requests, *where) as endpoint:
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        info = families.describe(model)
+        assert info.tokenizer_problem() is None and requests == []
+        assert info.fetch_tokenizers()
+    assert {path.rpartition("/")[2] for path in requests} == {"tokenizer.json"}
+    info = families.describe(model)
+    assert text_encoders.T5_FROM_HUB in info.notes and not info.fetch_tokenizers()
+    own = transformers.T5TokenizerFast.from_pretrained(room / "folder" / "tokenizer_3")
+    alone = transformers.T5TokenizerFast.from_pretrained(info.tokenizer("tokenizer_3"))
+    assert alone(TEXTS).input_ids == own(TEXTS).input_ids
+    assert (alone.eos_token_id, alone.pad_token_id, alone.bos_token_id) == (1, 0, None)
 
 
 def test_t5_is_left_out(file: Path, room: Path) -> None:
@@ -378,3 +423,49 @@ def test_fp8_becomes_half_precision_and_the_rest_stays(pipeline: Any, room: Path
     assert {tensor.dtype for tensor in load_file(merged).values()} == {torch.float16}
     folder = merge.merge(adapter(), base, tmp_path / "folder")
     assert families.describe(folder).configs["text_encoder"]["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "words"),
+    [
+        (f"{U}pos_embed", (1, 16, 129), "has unet.pos_embed.pos_embed in the shape 1x16x129 where the rest of the"),
+        (f"{U}joint_blocks.0.x_block.attn.qkv.bias", (385,), "attn.qkv.bias in 385 rows, which are not 3 equal shares"),
+        (f"{U}joint_blocks.0.x_block.attn2.ln_q.weight", (32,), "has unet.transformer_blocks.0.attn2.norm_q.weight in"),
+        (f"{U}context_embedder.weight", None, "unet.context_embedder.weight is missing: get the whole checkpoint"),
+        (f"{U}context_embedder.weight", (128,), "unet.context_embedder.weight has a shape that no such model has"),
+        (
+            f"{U}joint_blocks.1.x_block.adaLN_modulation.1.weight",
+            (1152, 128),
+            "has unet.transformer_blocks.1.norm1.lin",
+        ),
+        (f"{sd3_files.L}text_model.final_layer_norm.weight", None, "lacks text_encoder.text_model.final_layer_norm"),
+        (f"{sd3_files.G}text_projection.weight", None, "text_encoder_2.text_projection.weight is missing"),
+        (f"{sd3_files.T5}shared.weight", None, "text_encoder_3.shared.weight is missing"),
+        (
+            f"{sd3_files.T5}encoder.final_layer_norm.weight",
+            (255,),
+            "has text_encoder_3.encoder.final_layer_norm.weight",
+        ),
+    ],
+)
+def test_a_tensor_of_another_shape_is_named(
+    key: str, shape: tuple[int, ...] | None, words: str, file: Path, room: Path, tmp_path: Path
+) -> None:
+    shapes = safetensors_header.read(file).shapes()
+    shapes |= {key: shape or ()}
+    path = safetensors_by_hand.write(tmp_path / "x.safetensors", {n: s for n, s in shapes.items() if s or n != key})
+    assert words in refusal(path, room)
+
+
+def test_the_shapes_are_those_of_the_libraries() -> None:
+    for norm, dual in sd3_files.KINDS.values():
+        with torch.device("meta"):
+            model = diffusers.SD3Transformer2DModel(num_layers=3, qk_norm=norm, dual_attention_layers=dual)
+        assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == dict(fit._transformer(model.config))
+    for kind in ("gated-gelu", "relu"):
+        sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 20, "num_layers": 2, "num_heads": 3}
+        config = transformers.T5Config(**sizes, feed_forward_proj=kind)
+        with torch.device("meta"):
+            weights = transformers.T5EncoderModel(config).state_dict()
+        expected = {n: tuple(t.shape) for n, t in weights.items() if n != "encoder.embed_tokens.weight"}
+        assert expected == dict(fit._t5(config.to_dict()))

@@ -18,7 +18,7 @@ from lorakit import config, families
 from lorakit.config import ConfigError, DataConfig
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, photo_folder
-from lorakit.families import clip_tokenizer
+from lorakit.families import clip_tokenizer, text_encoders
 from lorakit.families.describe import INPAINTING
 from lorakit.families.facts import other_models
 from lorakit.runs import plan, quickstart
@@ -150,6 +150,7 @@ def test_notes_about_a_base_are_translated():
         *(f"base x.safetensors {other_models._other(title)}" for title in other_models._MODELS),
         f"base x {other_models.what_encoder({'text_encoder': ['a', 'RobertaModel']}, 'text_encoder', 'CLIP')}",
         *(clip_tokenizer.FROM_HUB, clip_tokenizer.TO_FETCH, checks.NOT_COUNTED),
+        *(text_encoders.T5_FROM_HUB, text_encoders.T5_TO_FETCH, "tokenizer_3: /a"),
         *("tokenizer: /a", "tokenizer: /a, as model.tokenizer says", "tokenizer: CLIP's, from /a (/a/b)"),
         str(clip_tokenizer.missing("x.safetensors", 1)),
         str(clip_tokenizer.missing("x.safetensors", clip_tokenizer.WORDS + 1)),

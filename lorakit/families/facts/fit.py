@@ -1,7 +1,8 @@
 """The tensors that a configuration stands for, so that headers are held against it before anything is loaded. No torch.
 
-Shapes are those of diffusers' UNet2DConditionModel and AutoencoderKL and transformers' CLIPTextModel. A configuration
-with an option that changes them in another way is left to the libraries.
+Shapes are those of diffusers' UNet2DConditionModel, SD3Transformer2DModel and AutoencoderKL and transformers'
+CLIPTextModel and T5EncoderModel. A configuration with an option that changes them in another way is left to the
+libraries.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ def require(base: str, component: str, config: Config, shapes: Shapes, reference
     Raises:
         LorakitError: a tensor is missing or has another shape.
     """
-    make = {"unet": _unet, "vae": _vae}.get(component, _text if component.startswith("text_encoder") else None)
-    if make is None:
-        return
-    inside = {canonical(component, name).removeprefix(f"{component}."): shape for name, shape in shapes.items()}
+    kinds = {"SD3Transformer2DModel": _transformer, "UNet2DConditionModel": _unet, "t5": _t5, "clip_text_model": _text}
+    kind = config.get("_class_name", config.get("model_type"))
+    make = _vae if component == "vae" else kinds.get(kind, _unet if component == "unet" else _text)
+    inside = dict(shapes)
+    if make is not _t5:
+        inside = {canonical(component, name).removeprefix(f"{component}."): shape for name, shape in shapes.items()}
     try:
         expected = dict(make(config))
     except (KeyError, TypeError, ValueError, IndexError):  # a configuration of another kind; the library says more
@@ -216,3 +219,54 @@ def _text(config: Config) -> Iterator[tuple[str, Shape]]:
     yield from _layer(f"{name}.final_layer_norm", width)
     if "WithProjection" in str(config["architectures"]):
         yield from _layer("text_projection", config["projection_dim"], width, bias=False)
+
+
+def _transformer(config: Config) -> Iterator[tuple[str, Shape]]:
+    head, patch = config["attention_head_dim"], config["patch_size"]
+    width, layers = head * config["num_attention_heads"], config["num_layers"]
+    if config.get("qk_norm") not in (None, "rms_norm"):
+        raise ValueError("another kind of transformer")
+    yield from _layer("pos_embed.proj", width, config["in_channels"], patch, patch)
+    yield "pos_embed.pos_embed", (1, config["pos_embed_max_size"] ** 2, width)
+    for name, into in {"timestep_embedder": 256, "text_embedder": config["pooled_projection_dim"]}.items():
+        yield from _layer(f"time_text_embed.{name}.linear_1", width, into)
+        yield from _layer(f"time_text_embed.{name}.linear_2", width, width)
+    yield from _layer("context_embedder", config["caption_projection_dim"], config["joint_attention_dim"])
+    for n in range(layers):
+        block, is_dual, is_last = f"transformer_blocks.{n}", n in config["dual_attention_layers"], n == layers - 1
+        yield from _layer(f"{block}.norm1.linear", (9 if is_dual else 6) * width, width)
+        yield from _layer(f"{block}.norm1_context.linear", (2 if is_last else 6) * width, width)
+        parts = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+        parts += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", *([] if is_last else ["attn.to_add_out"])]
+        parts += ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"] if is_dual else []
+        for part in parts:
+            yield from _layer(f"{block}.{part}", width, width)
+        norms = ["attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"]
+        norms += ["attn2.norm_q", "attn2.norm_k"] if is_dual else []
+        for norm in norms if config.get("qk_norm") else ():
+            yield from _layer(f"{block}.{norm}", head, bias=False)
+        for feed in ("ff",) if is_last else ("ff", "ff_context"):
+            yield from _layer(f"{block}.{feed}.net.0.proj", 4 * width, width)
+            yield from _layer(f"{block}.{feed}.net.2", width, 4 * width)
+    yield from _layer("norm_out.linear", 2 * width, width)
+    yield from _layer("proj_out", patch * patch * config["out_channels"], width)
+
+
+def _t5(config: Config) -> Iterator[tuple[str, Shape]]:
+    width, inner, heads = config["d_model"], config["d_ff"], config["num_heads"]
+    gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
+    yield "shared.weight", (config["vocab_size"], width)
+    for n in range(config["num_layers"]):
+        block = f"encoder.block.{n}.layer"
+        for part in "qkv":
+            yield f"{block}.0.SelfAttention.{part}.weight", (heads * config["d_kv"], width)
+        yield f"{block}.0.SelfAttention.o.weight", (width, heads * config["d_kv"])
+        if n == 0:
+            table = f"{block}.0.SelfAttention.relative_attention_bias.weight"
+            yield table, (config.get("relative_attention_num_buckets", 32), heads)
+        for part in ("wi_0", "wi_1") if gated else ("wi",):
+            yield f"{block}.1.DenseReluDense.{part}.weight", (inner, width)
+        yield f"{block}.1.DenseReluDense.wo.weight", (width, inner)
+        yield f"{block}.0.layer_norm.weight", (width,)
+        yield f"{block}.1.layer_norm.weight", (width,)
+    yield "encoder.final_layer_norm.weight", (width,)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch.nn import functional
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from lorakit.families import loading
 from lorakit.families.conditioning import Conditioning
@@ -56,7 +56,7 @@ class StableDiffusion3(LoadedFamily):
             self._t5_ids: loading.TokenIds | None = None
             if T5 in info.configs:
                 self.text_encoders[T5] = loading.load_module(info, T5, T5EncoderModel, dtype)
-                tokenizer = AutoTokenizer.from_pretrained(info.tokenizer("tokenizer_3"), local_files_only=True)
+                tokenizer = T5TokenizerFast.from_pretrained(info.tokenizer("tokenizer_3"), local_files_only=True)
                 self.tokenizers["tokenizer_3"] = tokenizer
                 self._t5_ids = loading.TokenIds(tokenizer, self.device, self._t5_tokens, chunked=False)
             self.vae = loading.load_vae(info)

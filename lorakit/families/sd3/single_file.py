@@ -128,7 +128,7 @@ def _configs(shapes: Mapping[str, Shapes], prediction: str, zero_snr: bool) -> C
             vae, SIDE, scaling_factor=SCALING, shift_factor=OFFSET, force_upcast=True, **convolutions
         ),
         **{
-            name: single_file.text_config(shapes[name], openclip=name != "text_encoder")
+            name: single_file.text_config(shapes[name], openclip=name != "text_encoder", projection=True)
             for name in ("text_encoder", "text_encoder_2")
             if name in shapes
         },

@@ -15,7 +15,7 @@ def _configs(shapes: Mapping[str, Shapes], prediction: str, zero_snr: bool) -> C
         "unet": unet.config(shapes["unet"], SIDE),
         "vae": single_file.vae_config(shapes.get("vae", {}), SIDE, scaling_factor=SCALING, force_upcast=True),
         "text_encoder": single_file.text_config(shapes["text_encoder"], openclip=False),
-        "text_encoder_2": single_file.text_config(shapes["text_encoder_2"], openclip=True),
+        "text_encoder_2": single_file.text_config(shapes["text_encoder_2"], openclip=True, projection=True),
     }
     width = shapes["unet"]["add_embedding.linear_1.weight"][1]
     parts["unet"] |= {

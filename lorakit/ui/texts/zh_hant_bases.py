@@ -38,6 +38,7 @@ BASES = {
     "{file} has {key} in {dtype}, a quantization not read here: get it in fp16": (
         "{file} 的 {key} 是 {dtype}，無法讀取這種量化：請改用 fp16 的檔案"
     ),
+    "{file} lacks {tensor}: get the whole checkpoint": "{file} 缺少 {tensor}：請取得完整的模型",
     "{file} lacks {part}, which its other blocks have: get the whole checkpoint": (
         "{file} 缺少 {part}，其他區塊都有：請取得完整的模型檔"
     ),
@@ -58,10 +59,29 @@ BASES = {
     "without {encoder}, as model.t5 says": "不使用 {encoder}，依 model.t5",
     "{encoder}: {path}": "{encoder}：{path}",
     "base {path} has no T5: leave model.t5": "基礎模型 {path} 沒有 T5：請勿更改 model.t5",
-    "base {file} has T5 and no tokenizer for it on this machine: set model.tokenizer to a folder with "
-    "tokenizer_3/tokenizer.json in it, or model.t5 = false, which leaves T5 out": (
-        "基礎模型 {file} 有 T5，這台電腦上卻沒有它的分詞器：請把 model.tokenizer 設為內有 "
-        "tokenizer_3/tokenizer.json 的資料夾，或設 model.t5 = false 以不使用 T5"
+    "base {file} has T5 and no tokenizer for it on this machine, and HF_HUB_OFFLINE is set: {ways}": (
+        "基礎模型 {file} 有 T5，這台電腦上卻沒有它的分詞器，且已設定 HF_HUB_OFFLINE：請把 model.tokenizer "
+        "設為含 tokenizer_3/tokenizer.json 的資料夾或 ComfyUI 的資料夾；或設 model.t5 = false，不使用 T5"
+    ),
+    "base {file} has T5 and no tokenizer for it on this machine, and T5's cannot be fetched from {hub} ({reason}): "
+    "{ways}": (
+        "基礎模型 {file} 有 T5，這台電腦上卻沒有它的分詞器，也無法從 {hub} 下載（{reason}）：請把 model.tokenizer "
+        "設為含 tokenizer_3/tokenizer.json 的資料夾或 ComfyUI 的資料夾；或設 model.t5 = false，不使用 T5"
+    ),
+    "base {file} has a T5 of {rows} words where the published have {count}: {ways}": (
+        "基礎模型 {file} 的 T5 有 {rows} 個詞，公開的 T5 有 {count} 個：請把 model.tokenizer 設為它自己的分詞器，"
+        "或設 model.t5 = false"
+    ),
+    "tokenizer {folder} is not T5's: {ways}": (
+        "分詞器 {folder} 不是 T5 的：請把 model.tokenizer 設為含 tokenizer_3/tokenizer.json 的資料夾，"
+        "或設 model.t5 = false"
+    ),
+    "base {file}: {tensor} is missing: get the whole checkpoint": ("基礎模型 {file} 缺少 {tensor}：請取得完整的模型"),
+    "base {file}: {tensor} has a shape that no such model has: get the whole checkpoint": (
+        "基礎模型 {file} 的 {tensor} 形狀不屬於這種模型：請取得完整的模型"
+    ),
+    "{file} has {tensor} in {rows} rows, which are not 3 equal shares: get the whole checkpoint": (
+        "{file} 的 {tensor} 有 {rows} 列，無法分成相等的 3 份：請取得完整的模型"
     ),
     "base {file} has its own text encoders: leave model.text_encoders": (
         "基礎模型 {file} 自有文字編碼器：請不要設定 model.text_encoders"
@@ -114,6 +134,11 @@ BASES = {
     "tokenizer: CLIP's, {name} on the hub: it is not on this machine and is fetched once, 1.5 MB": (
         "分詞器：CLIP 的，來自模型庫的 {name}；這台電腦上沒有，將下載一次（1.5 MB）"
     ),
+    "tokenizer_3: T5's, {name} on the hub": "tokenizer_3：T5 的，來自模型庫的 {name}",
+    "tokenizer_3: T5's, {name} on the hub: it is not on this machine and is fetched once, 1.4 MB": (
+        "tokenizer_3：T5 的，來自模型庫的 {name}；這台電腦上沒有，將下載一次（1.4 MB）"
+    ),
+    "tokenizer_3: {folder}": "tokenizer_3：{folder}",
     "tokenizer: CLIP's, from {place} ({folder})": "分詞器：CLIP 的，取自 {place}（{folder}）",
     "tokenizer: {folder}, as model.tokenizer says": "分詞器：{folder}，依 model.tokenizer",
     "tokenizer: {folder}": "分詞器：{folder}",
