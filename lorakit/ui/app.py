@@ -276,8 +276,8 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
             return message, gr.skip(), gr.skip(), None, gr.skip()
         return message, place, place, None, keep(data | {photos.folder: place})
 
-    def save_caption(folder: str, request: gr.Request, event: gr.EventData) -> str:
-        return photos.save_caption(folder or "", event.photo, event.text, say_for(request))
+    def save_caption(request: gr.Request, event: gr.EventData) -> str:
+        return photos.save_caption(event.file, event.text, say_for(request))
 
     def look(after: Any) -> None:
         """Show the folder, and again with what the check says."""
@@ -291,7 +291,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     for button, act in ((photos.previous, turn_back), (photos.next, turn)):
         page_turn = button.click(act, inputs, photos.outputs, **ACT)
         page_turn.then(checked, inputs, photos.checked_outputs, **FOLLOW)
-    photos.cards.submit(save_caption, photos.folder, photos.message, **EACH)
+    photos.cards.submit(save_caption, None, photos.message, **EACH)
     photos.next_page.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)
     restored = [photos.folder, train.quality, train.marks, train.preset, *every]
     loaded = page.load(train.restore, train.draft, restored, **FOLLOW)

@@ -106,18 +106,20 @@ class Workspace:
             atomic.write(place / name, raw)
         return place, photo_count, refused
 
-    def save_caption(self, data_folder: Path, relative: str, text: str) -> Path:
-        """Write a photo's caption beside it, as `name.txt`, which goes before every other source.
+    def save_caption(self, photo: Path, text: str) -> Path:
+        """Write a photo's caption beside it, as `name.txt`, which goes before every other source. A photo that is a
+        link gets it beside the link.
 
         A text that was there before stays beside it, as `name.txt.bak`, `name.txt.2.bak` and so on.
 
         Raises:
             LorakitError: there is no such photo below the roots, or the folder cannot be written to.
         """
-        photo = self.roots.resolve(self.roots.resolve(data_folder) / relative)
-        if not photo.is_file() or not photo.name.lower().endswith(photo_folder.FORMATS):
-            raise LorakitError(f"{relative}: no such photo")
-        target = photo.with_suffix(".txt")
+        place = self.roots.resolve(photo.parent)
+        if not self.roots.resolve(photo).is_file() or not photo.name.lower().endswith(photo_folder.FORMATS):
+            raise LorakitError(f"{photo.name}: no such photo")
+        target = place / photo.with_suffix(".txt").name
+        self.roots.resolve(target)
         content, number = (" ".join(text.split()) + "\n").encode(), 1
         try:
             former = target.read_bytes() if target.exists() else content

@@ -126,7 +126,7 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     caption.blur()
     assert not (upload / "01.txt").exists(), "nothing is written until it is saved"
     caption.locator("+ .lk-save").click()
-    person.says("photos-message", "Caption of 01.png saved.")
+    person.says("photos-message", f"Caption of {upload.name}/01.png saved.")
     assert (upload / "01.txt").read_text() == "sks toy <b>{{value}} ${1+1}</b>\n"
     # Five questions, of which the photos are answered already, and options that make the run short.
     page.locator("#photos-next").click()

@@ -89,17 +89,38 @@ def test_a_caption_is_written_beside_its_photo_and_nowhere_else(tmp_path: Path):
     workspace = Workspace(tmp_path / "runs", [tmp_path / "photos"])
     path = photo(tmp_path / "photos" / "a.png")
     before = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert workspace.save_caption(tmp_path / "photos", "a.png", " a dog\n on grass ").read_text() == "a dog on grass\n"
+    assert workspace.save_caption(path, " a dog\n on grass ").read_text() == "a dog on grass\n"
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
     (tmp_path / "outside").mkdir()
     outside = photo(tmp_path / "outside" / "b.png")
-    for place, name in ((tmp_path / "photos", "../outside/b.png"), (tmp_path / "outside", "b.png")):
+    link = tmp_path / "photos" / "b.png"
+    link.symlink_to(outside)
+    for file in (tmp_path / "photos" / "../outside/b.png", outside, link):
         with pytest.raises(LorakitError, match="outside of"):
-            workspace.save_caption(place, name, "x")
+            workspace.save_caption(file, "x")
+    link.unlink()
     with pytest.raises(LorakitError, match=r"c\.png: no such photo"):
-        workspace.save_caption(tmp_path / "photos", "c.png", "x")
+        workspace.save_caption(tmp_path / "photos" / "c.png", "x")
     assert sorted(p.name for p in (tmp_path / "photos").iterdir()) == ["a.png", "a.txt"]
     assert [p.name for p in outside.parent.iterdir()] == ["b.png"]
+
+
+def test_a_linked_photo_has_its_caption_beside_the_link(tmp_path: Path):
+    workspace = Workspace(tmp_path / "runs", [tmp_path / "photos"])
+    path = photo(tmp_path / "photos" / "pool" / "a.png")
+    (tmp_path / "photos" / "set").mkdir()
+    link = tmp_path / "photos" / "set" / "01.png"
+    link.symlink_to(path)
+    assert workspace.save_caption(link, "a dog") == link.with_suffix(".txt")
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+    # A caption that is a link to elsewhere is not written through.
+    link.with_suffix(".txt").unlink()
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    link.with_suffix(".txt").symlink_to(secret)
+    with pytest.raises(LorakitError, match="outside of"):
+        workspace.save_caption(link, "x")
+    assert secret.read_text() == "secret"
 
 
 def test_the_text_before_stays_beside_a_caption(tmp_path: Path):
@@ -107,7 +128,7 @@ def test_the_text_before_stays_beside_a_caption(tmp_path: Path):
     place = photo(tmp_path / "photos" / "a.png").parent
     (place / "a.txt").write_bytes("früher\r\nzwei Zeilen".encode("latin-1"))
     for text in ("first", "first", "second", "third"):
-        workspace.save_caption(place, "a.png", text)
+        workspace.save_caption(place / "a.png", text)
     texts = {path.name: path.read_bytes() for path in place.iterdir() if path.name != "a.png"}
     assert texts == {
         "a.txt": b"third\n",

@@ -20,16 +20,18 @@ from lorakit.ui.workspace import Workspace
 # Photos on a page.
 PAGE = 48
 # A caption is sent at its button, or at Ctrl-Enter, and at nothing else. What is not saved yet outlives new cards: the
-# check of many photos may end at any moment, and takes the fields away.
+# check of many photos may end at any moment, and takes the fields away. Gradio may also give a field, with what is
+# written in it, to another photo: `owner` is the photo that a field was for when it was last looked at.
 CAPTIONS = """
 const unsaved = new Map();
+const owner = new WeakMap();
 let typing = null;
 const fields = () => [...element.querySelectorAll('textarea')];
 const mark = (field) => { field.nextElementSibling.hidden = !unsaved.has(field.dataset.file); };
 const save = (field) => {
   if (!unsaved.delete(field.dataset.file)) return;
   mark(field);
-  trigger('submit', {photo: field.dataset.photo, text: field.value});
+  trigger('submit', {file: field.dataset.file, text: field.value});
 };
 element.addEventListener('input', ({target}) => {
   if (!target.dataset.photo) return;
@@ -46,17 +48,21 @@ element.addEventListener('keydown', (event) => {
   if (event.key === 'Enter' && (event.ctrlKey || event.metaKey) && event.target.dataset.photo) save(event.target);
 });
 window.addEventListener('beforeunload', (event) => { if (unsaved.size) event.preventDefault(); });
-new MutationObserver(() => {
-  for (const field of fields().filter((field) => unsaved.has(field.dataset.file))) {
-    const {text, at} = unsaved.get(field.dataset.file);
+const settle = () => {
+  for (const field of fields()) {
+    const file = field.dataset.file, moved = owner.get(field) !== file;
+    owner.set(field, file);
+    const {text, at} = unsaved.get(file) ?? {text: field.defaultValue};
     mark(field);
-    if (field.value === text) continue;
+    if (field.value === text || !(moved || unsaved.has(file))) continue;
     field.value = text;
-    if (field.dataset.file !== typing) continue;
+    if (file !== typing || at === undefined) continue;
     field.focus();
     field.setSelectionRange(at, at);
   }
-}).observe(element, {childList: true, subtree: true});
+};
+new MutationObserver(settle).observe(element, {childList: true, subtree: true, attributeFilter: ['data-file']});
+settle();
 """
 
 
@@ -238,10 +244,10 @@ class PhotosPage:
             parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.translate, refused)))))
         return "".join(parts), str(place) if place else None
 
-    def save_caption(self, path: str, photo: str, text: str, say: Say) -> str:
-        """Save one caption; the line that says so."""
+    def save_caption(self, file: str, text: str, say: Say) -> str:
+        """Save the caption of a photo, whichever folder is on the page by now; the line that says so."""
         try:
-            self.workspace.save_caption(Path(path), photo, text)
+            target = self.workspace.save_caption(Path(file), text)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem)))
-        return widgets.good(say("photos.saved", name=photo))
+        return widgets.good(say("photos.saved", name=f"{target.parent.name}/{Path(file).name}"))

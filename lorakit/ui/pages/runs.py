@@ -69,8 +69,8 @@ class RunsPage:
         def poll(run_name: str, screen_hashes: dict[str, Any], request: gr.Request) -> list[Any]:
             return self.poll(run_name or "", screen_hashes, say_for(request))
 
-        def choose(event: gr.EventData) -> tuple[str, str]:
-            return event.run, ""
+        def choose(event: gr.EventData) -> tuple[str, str, int]:
+            return event.run, "", 0  # the number of steps was meant for the run before
 
         def with_words(act: Callable[[str, Say], str]) -> Callable[[str, gr.Request], str]:
             def handler(run_name: str, request: gr.Request) -> str:
@@ -80,7 +80,7 @@ class RunsPage:
 
         looks = [gr.Timer(EVERY).tick, page.load, self.run_name.change, self.message.change]
         gr.on(looks, poll, [self.run_name, self.screen_hashes], self.outputs, **FOLLOW)
-        self.list.select(choose, None, [self.run_name, self.message], **EACH)
+        self.list.select(choose, None, [self.run_name, self.message, self.steps], **EACH)
         for button, act in ((self.stop, self.ask_stop), (self.cancel, self.take_out)):
             button.click(with_words(act), self.run_name, self.message, **ACT)
 
