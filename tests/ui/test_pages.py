@@ -1,5 +1,6 @@
 """The pages' handlers, called as the browser calls them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import hub_server
@@ -11,6 +12,7 @@ gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip insta
 from lorakit.config import TrainConfig  # noqa: E402
 from lorakit.core.errors import LorakitError  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
+from lorakit.runs.run_folder import RunFolder  # noqa: E402
 from lorakit.ui import app, commands, texts  # noqa: E402
 from lorakit.ui.pages.adapter import AdapterPage  # noqa: E402
 from lorakit.ui.pages.compare import ComparePage  # noqa: E402
@@ -243,6 +245,33 @@ def test_grids_that_are_drawn_are_followed(workspace: Workspace):
     workspace.queue.work()
     message, _, timer = page.grid_status("one", SAY)
     assert workspace.why(job.number) in message and "lk-problem" in message and timer.active is False
+
+
+def test_only_checkpoints_that_have_a_file_are_offered(workspace: Workspace, tiny_sd1: Path):
+    with gr.Blocks():
+        page = ComparePage(workspace, T)
+    answers = {quickstart.PHOTOS: str(workspace.roots.paths[0]), quickstart.BASE: str(tiny_sd1)}
+    place = workspace.runs / "one"
+    config = quickstart.config_for_answers(answers | {quickstart.NAME: "sks toy"}, "quick")
+    run = RunFolder.create(replace(config, output=replace(config.output, folder=str(place))))
+    for step in (0, 5, 10, 15):
+        run.save_samples(step, [Image.new("RGB", (64, 64))], ["a toy"])
+    (place / "toy.safetensors").write_bytes(b"adapter")
+    (run.checkpoints / "step-000010").mkdir()
+    (run.checkpoints / "step-000010" / "complete").touch()
+    run.update(state="done", step=15, steps=15, adapter="toy.safetensors")
+    run.unlock()
+    # Step 5 was rotated away; it was marked while it was there.
+    (place / "choice.json").write_text('{"step": 5}')
+    table, _, steps, *_ = page.show("one", SAY)
+    assert [step for _, step in steps["choices"]] == [10, 15] and steps["value"] == 15
+    assert table.count("no file any more") == 1 and "step 5" in table and "marked as best" in table
+    assert "no longer has its own file" in page.mark_best("one", 5, SAY)
+    assert "Step 10 is marked" in page.mark_best("one", 10, SAY) and page.show("one", SAY)[2]["value"] == 10
+    # The file of the last step, deleted by hand.
+    (place / "toy.safetensors").unlink()
+    assert [step for _, step in page.show("one", SAY)[2]["choices"]] == [10]
+    assert "no longer has its own file" in page.export_step("one", 15, "kohya", SAY)[0]
 
 
 def test_a_run_that_was_deleted_while_its_page_was_open_is_reported(workspace: Workspace):

@@ -116,7 +116,7 @@ class ComparePage:
         if not run.sample_grids():  # deleted while the page was open
             hidden = gr.update(visible=False)
             return [widgets.problem(say("error.gone")), hidden, gr.skip(), gr.skip(), "", "", hidden]
-        steps = [(say("compare.step", step=step), step) for step in run.sample_grids() if step]
+        steps = [step for step in run.sample_grids() if step and file_of_step(run, step)]
         files = [path.name for path in sorted(run.path.glob("*.safetensors"))]
         files += [path.parent.name for path in sorted(run.checkpoints.glob("step-*/complete"))]
         marked, adapter = marked_step(run), run_folder.read(run.path).adapter
@@ -124,7 +124,10 @@ class ComparePage:
         return [
             self.table_of(name, say),
             gr.update(visible=bool(steps)),
-            gr.update(choices=steps, value=marked or (steps[-1][1] if steps else None)),
+            gr.update(
+                choices=[(say("compare.step", step=step), step) for step in steps],
+                value=marked if marked in steps else steps[-1] if steps else None,
+            ),
             gr.update(choices=files, value=[name for name in files if name == adapter] or files[:1]),
             prompts,
             "",
@@ -143,8 +146,11 @@ class ComparePage:
         for step in grids:
             title = say("compare.step", step=step) if step else say("compare.base")
             star = f"<br>★ <small>{escape(say('compare.marked'))}</small>" if step == marked else ""
+            gone = "" if not step or file_of_step(run, step) else f"<br><small>{escape(say('compare.gone'))}</small>"
             cells = "".join(self._cell(path, title, photos, say) for path in run.sample_pictures(step))
-            rows.append(f"<tr{' class=lk-marked' if star else ''}><th scope=row>{escape(title)}{star}</th>{cells}</tr>")
+            rows.append(
+                f"<tr{' class=lk-marked' if star else ''}><th scope=row>{escape(title)}{star}{gone}</th>{cells}</tr>"
+            )
         return (
             f"<div class=lk-scroll tabindex=0><table class=lk-compare><thead><tr><td></td>{head}</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -165,8 +171,11 @@ class ComparePage:
         """Remember which checkpoint the person likes best."""
         if step is None:
             return widgets.problem(say("compare.none"))
-        if not self.workspace.run(name).is_dir():
+        run = RunFolder(self.workspace.run(name))
+        if not run.path.is_dir():
             return widgets.problem(say("error.gone"))
+        if file_of_step(run, int(step)) is None:
+            return widgets.problem(say("compare.not_there", step=step))
         atomic.write(self.workspace.run(name) / CHOICE, json.dumps({"step": int(step), "time": round(time.time())}))
         return widgets.good(say("compare.marked_done", step=step))
 
@@ -258,8 +267,9 @@ def marked_step(run: RunFolder) -> int | None:
 def file_of_step(run: RunFolder, step: int) -> Path | None:
     """The adapter of a step: the exported file of the last, else its checkpoint."""
     state = run_folder.read(run.path)
-    if state.adapter and step == state.step:
-        return run.path / Path(state.adapter).name
+    exported = run.path / Path(state.adapter).name
+    if state.adapter and step == state.step and exported.exists():
+        return exported
     checkpoint = run.checkpoints / names.step_name(step)
     return checkpoint if (checkpoint / "complete").is_file() else None
 

@@ -124,6 +124,7 @@ TEXTS = {
     "compare.base": "base model",
     "compare.step": "step {step}",
     "compare.marked": "marked as best",
+    "compare.gone": "no file any more",
     "compare.mark": "Mark as best",
     "compare.mark_which": "Checkpoint",
     "compare.nearest": "nearest photo, {percent} % alike",

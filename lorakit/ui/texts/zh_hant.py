@@ -120,6 +120,7 @@ TEXTS = {
     "compare.base": "基礎模型",
     "compare.step": "第 {step} 步",
     "compare.marked": "已標為最佳",
+    "compare.gone": "檔案已不在",
     "compare.mark": "標為最佳",
     "compare.mark_which": "檢查點",
     "compare.nearest": "最接近的照片，相似度 {percent} %",
