@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import whole  # noqa: E402  the tests' own writer of such files
+import small_models  # noqa: E402  the tests' own writer of such files
 
 from lorakit import formats  # noqa: E402
 from lorakit.adapters.weights import AdapterWeights  # noqa: E402
@@ -57,7 +57,7 @@ def main() -> None:
 
 def measure(room: Path, photos: Path, steps: int, resolution: int) -> dict[str, Any]:
     """Seconds, peak memory (resident, MiB) and largest difference between the formats."""
-    base = whole.of_true_size(room, "sd1")
+    base = small_models.of_true_size(room, "sd1")
     run = room / "run"
     settings = {
         "train.steps": steps,

@@ -60,10 +60,10 @@ def main() -> None:
 
 def build(folder: Path, family: str) -> None:
     """The card's library and the base, in a process that has torch."""
-    import whole
+    import small_models
 
     make_believe.build(folder, "c++")
-    whole.of_true_size(folder, family)
+    small_models.of_true_size(folder, family)
 
 
 def measure(args: argparse.Namespace) -> dict[str, int]:

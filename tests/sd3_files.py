@@ -7,10 +7,10 @@ as in the published models, since files do not tell it.
 from pathlib import Path
 from typing import Any
 
+import small_models
 import tiny
 import tiny_sd3
 import torch
-import whole
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
@@ -87,7 +87,7 @@ def small(folder: Path, kind: str = "3.5 medium") -> StableDiffusion3Pipeline:
 def tensors(pipeline: Any, *encoders: str) -> dict[str, torch.Tensor]:
     """What one file of the pipeline holds: the transformer, the autoencoder and the encoders that are named."""
     result = {U + name: tensor for name, tensor in mmdit(pipeline.transformer.state_dict()).items()}
-    result |= {V + name: tensor for name, tensor in whole.vae_tensors(pipeline.vae)}
+    result |= {V + name: tensor for name, tensor in small_models.vae_tensors(pipeline.vae)}
     for name in encoders:
         result |= {f"text_encoders.{name}.transformer.{key}": tensor for key, tensor in encoder(pipeline, name).items()}
     return {name: tensor.contiguous().clone() for name, tensor in result.items()}

@@ -290,7 +290,7 @@ def test_the_prior_answers_to_the_class_and_the_photo_to_its_caption(
     (instance, prior_condition), texts = conditions[0], step.encoded.dataset.texts
     batch = step.batch(0)
     with torch.no_grad():
-        own = family.encode_text([texts[i] for i in batch.texts.tolist()])
+        own = family.encode_text([texts[i] for i in batch.text_rows.tolist()])
     assert all("sks" in text for text in texts)
     assert torch.allclose(instance.condition["encoder_hidden_states"], own["encoder_hidden_states"], atol=1e-6)
     classes = set(step.encoded.class_texts)
@@ -299,7 +299,9 @@ def test_the_prior_answers_to_the_class_and_the_photo_to_its_caption(
     for row in prior_condition.condition["encoder_hidden_states"]:
         assert any(torch.allclose(row, embedding, atol=1e-6) for embedding in places.values())
     if prior == "teacher":
-        for row, index in zip(prior_condition.condition["encoder_hidden_states"], batch.texts.tolist(), strict=True):
+        for row, index in zip(
+            prior_condition.condition["encoder_hidden_states"], batch.text_rows.tolist(), strict=True
+        ):
             assert torch.allclose(row, places[texts[index].replace("sks ", "")], atol=1e-6)
 
 

@@ -209,8 +209,8 @@ class Adapter:
         for name, layer in self._layers.items():
             own = self._method.factors(layer) | self._method.constants(layer)
             layers[name] = from_factors({key: copy(tensor) for key, tensor in own.items()}, self._scales[name])
-        tokens = {self._word: {part: copy(token.vectors) for part, token in self._learned_tokens.items()}}
-        return AdapterWeights(self.family, self.method, layers, embeddings=tokens if self._learned_tokens else {})
+        embeddings = {self._word: {part: copy(token.vectors) for part, token in self._learned_tokens.items()}}
+        return AdapterWeights(self.family, self.method, layers, embeddings=embeddings if self._learned_tokens else {})
 
     def load(self, weights: AdapterWeights) -> None:
         """Begin from another adapter's weights. A difference of scale is folded into one of the factors.

@@ -63,9 +63,9 @@ def forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
     # A linear layer's input has its channels last, a convolution's second: `[1, in]` and `[1, in, 1, 1]` fit both.
     # The product is made in float32 and rounded once: s is near 1, where bfloat16 has steps of nearly a percent.
     scaled = x * scale
-    base = layer.base_layer((scaled if strength == 1 else x * (1 + strength * (scale - 1))).to(x.dtype))
+    output = layer.base_layer((scaled if strength == 1 else x * (1 + strength * (scale - 1))).to(x.dtype))
     update = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](scaled))) * layer.scaling[name]
-    return (base + update).to(base.dtype)  # type: ignore[no-any-return]
+    return (output + update).to(output.dtype)  # type: ignore[no-any-return]
 
 
 class DoraLinear(Linear):  # type: ignore[misc]

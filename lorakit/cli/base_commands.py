@@ -40,17 +40,17 @@ def run_probe(args: argparse.Namespace) -> int:
     if problem := info.tokenizer_problem():
         raise LorakitError(problem)
     if args.photo:
-        photos = [Image.fromarray(decode.decode(Path(photo)).pixels) for photo in args.photo]
+        pictures = [Image.fromarray(decode.decode(Path(photo)).pixels) for photo in args.photo]
     else:
-        photos = [image for image, _ in subjects.photos(BUNDLED_SUBJECT, BUNDLED_PHOTOS)]
+        pictures = [image for image, _ in subjects.photos(BUNDLED_SUBJECT, BUNDLED_PHOTOS)]
     memory, device = config.memory, devices.device(config.memory)
     dtype, streams = devices.dtype(memory, device), devices.streams(memory, device)
     family = families.load(info, device, dtype, memory.base_storage, streams, memory.engine == "plain")
-    verdict = measure(family, photos)
+    verdict = measure(family, pictures)
     if args.json:
         print_json(verdict.to_json())
     else:
         print_lines(
-            f"base: {info.title} ({info.family}), {len(photos)} photo{'s'[: len(photos) > 1]}", *verdict.lines()
+            f"base: {info.title} ({info.family}), {len(pictures)} photo{'s'[: len(pictures) > 1]}", *verdict.lines()
         )
     return 0 if verdict.prediction_type else 1

@@ -137,7 +137,7 @@ class Terminal:
             if event.facts["phase"] == "training":
                 self.bar = Bar(self, event.facts["steps"], event.step or 0, "training")
         elif event.kind == "progress" and self.bar is not None:
-            self.bar.step(event.step or 0, **event.facts)
+            self.bar.advance(event.step or 0, **event.facts)
         elif event.kind == "validation":
             mse, drift = event.facts["mse"], event.facts["prior_drift"]
             self.say(f"step {event.step}: validation mse {mse:.4f}, prior drift {drift:.2%}")
@@ -179,9 +179,9 @@ class Bar:
         self._line_step = start
         self._width = 0
 
-    def step(
+    def advance(
         self,
-        step: int,
+        position: int,
         loss: float | None = None,
         learning_rate: float | None = None,
         *,
@@ -189,8 +189,8 @@ class Bar:
         memory_mib: float | None = None,
         eta_s: float | None = None,
     ) -> None:
-        """`done` steps are done; `loss` is smoothed already. Facts that are None are not shown."""
-        self.position = step
+        """So much of the total is done; `loss` is smoothed already. Facts that are None are not shown."""
+        self.position = position
         figures = {
             "loss {:.4f}": loss,
             "lr {:.1e}": learning_rate,
@@ -198,7 +198,7 @@ class Bar:
             "{:.0f} MiB": memory_mib,
         }
         self._facts = [form.format(value) for form, value in figures.items() if value is not None]
-        if eta_s is not None and step < self.total:
+        if eta_s is not None and position < self.total:
             self._facts.append(f"{duration(eta_s)} left")
         self._show()
 

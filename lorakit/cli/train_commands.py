@@ -184,7 +184,7 @@ def _progress_of_photos(terminal: Terminal) -> Iterator[partial[Report]]:
         if terminal.bar is None and terminal.clock() - began > BAR_AFTER and count < total:
             terminal.bar = Bar(terminal, total, count, "photos")
         if terminal.bar is not None:
-            terminal.bar.step(count)
+            terminal.bar.advance(count)
 
     try:
         yield partial(checks.check, progress=progress)

@@ -49,11 +49,11 @@ class LatentBucket:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: `entries` are rows of `Dataset.buckets[bucket]`, `texts` index `Dataset.texts`; both int64 `[b]`."""
+    """One batch; int64 `[b]`: `entries` are rows of `Dataset.buckets[bucket]`, `text_rows` index `Dataset.texts`."""
 
     bucket: int
     entries: torch.Tensor
-    texts: torch.Tensor
+    text_rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Dataset:
         repeats = torch.tensor([photo.repeats for photo in self.photos])
         resolutions = 1 + max(int(bucket.resolution.max()) for bucket in self.buckets)
         passes = resolutions * int(repeats.max())
-        texts = [self._texts(seed, number) for number in range(epoch * passes, (epoch + 1) * passes)]
+        text_rows_of_passes = [self._text_rows(seed, number) for number in range(epoch * passes, (epoch + 1) * passes)]
         batches = []
         for index, bucket in enumerate(self.buckets):
             device = bucket.mean.device
@@ -129,7 +129,7 @@ class Dataset:
             pairs = [
                 (
                     own[(start + epoch * int(repeats[bucket.photo[own[0]]]) + at) % len(own)],
-                    texts[at * resolutions + resolution],
+                    text_rows_of_passes[at * resolutions + resolution],
                 )
                 for at in range(int(repeats.max()))
                 for own, resolution, start in zip(groups, of_group, offsets, strict=True)
@@ -145,7 +145,7 @@ class Dataset:
             batches += [Batch(index, part, text) for part, text in parts]
         return [batches[at] for at in torch.randperm(len(batches), generator=draw).tolist()]
 
-    def _texts(self, seed: int, epoch: int) -> torch.Tensor:
+    def _text_rows(self, seed: int, epoch: int) -> torch.Tensor:
         """Index of the text of each photo in this epoch."""
         draw = rng.generator(seed, epoch, "texts")
         count = len(self.photos)

@@ -75,11 +75,11 @@ class Names:
 
     def every(self, photo: Path, suffix: str) -> list[Path]:
         """The file with the stem of a photo, then `suffix`, and the one with its whole name."""
-        matches = [self._match(base, suffix) for base in (photo.stem, photo.name)]
+        matches = [self._match(stem, suffix) for stem in (photo.stem, photo.name)]
         return [self._files[name] for name in matches if name is not None]
 
-    def _match(self, base: str, suffix: str) -> str | None:
-        name = base + suffix
+    def _match(self, stem: str, suffix: str) -> str | None:
+        name = stem + suffix
         if name in self._files:
             return name
         loose = self._loose.get(_fold(name), [])

@@ -53,12 +53,12 @@ def _differing_class() -> type | None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         x, time, text = torch.randn(1, 32, 4, 4), torch.randn(1, 16), torch.randn(1, 5, 24)
-        tokens = x.flatten(2).transpose(1, 2)
+        sequence = x.flatten(2).transpose(1, 2)
         resnet = ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=16).eval()
         attention = Attention(query_dim=32, cross_attention_dim=24, heads=2, dim_head=16).eval()
         cases: list[tuple[Any, Any, tuple[torch.Tensor, ...]]] = [
             (resnet, FusedResnet, (x, time)),
-            (attention, FusedAttention, (tokens, text)),
+            (attention, FusedAttention, (sequence, text)),
         ]
         for module, fused, inputs in cases:
             original_class = type(module)

@@ -55,8 +55,8 @@ def _read_file(path: Path) -> AdapterWeights:
         if path.name == identify.PEFT_MODEL and (path.parent / identify.PEFT_CONFIG).is_file():
             return _read_peft(path.parent, {_component(path): path.parent})
         raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
-    tensors, tokens = embeddings.unbundle(safetensors_header.load(head))
-    return _weights(path, tensors, head.metadata, peft_config.of_header(path, head.metadata), tokens)
+    tensors, words = embeddings.unbundle(safetensors_header.load(head))
+    return _weights(path, tensors, head.metadata, peft_config.of_header(path, head.metadata), words)
 
 
 def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:

@@ -158,7 +158,7 @@ def _norm(layers: Sequence[AnyLayer], signs: Sequence[int] = (1,)) -> float:
 
 
 def verify_effect(
-    base: Mapping[str, torch.Tensor],
+    original: Mapping[str, torch.Tensor],
     memory: Mapping[str, torch.Tensor],
     reloaded: Mapping[str, torch.Tensor],
     *,
@@ -169,13 +169,13 @@ def verify_effect(
     """Compare outputs of each adapted component: without the adapter, as trained, and from the file in a fresh model.
 
     Args:
-        base, memory, reloaded: component ("unet", "text_encoder", ...) -> one output for the same input.
+        original, memory, reloaded: component ("unet", "text_encoder", ...) -> one output for the same input.
         tolerance: how far `reloaded` may be from `memory`, relative to the adapter's effect.
         floor: the same relative to the output itself, for the rounding of the forward pass.
-        no_effect: how far `memory` is at least from `base`, relative to the output: above what rounding alone gives.
+        no_effect: how far `memory` is at least from `original`, relative to the output: above rounding alone.
     """
     findings = []
-    for part, reference in base.items():
+    for part, reference in original.items():
         trained, loaded, reference = memory[part].float(), reloaded[part].float(), reference.float()
         size = float(torch.linalg.vector_norm(reference))
         effect = float(torch.linalg.vector_norm(trained - reference))

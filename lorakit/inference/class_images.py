@@ -99,8 +99,8 @@ def class_images(
 
 def _reading(family: Family, text: Mapping[str, Any]) -> dict[str, int]:
     """How the text is read, where that is not as the base has it."""
-    tokens, layer = text["prompt_embeds"].shape[1], family.info.clip_skip
-    reading = {"tokens": tokens} if tokens > family.info.text_tokens else {}
+    token_count, layer = text["prompt_embeds"].shape[1], family.info.clip_skip
+    reading = {"tokens": token_count} if token_count > family.info.text_tokens else {}
     return reading | ({"clip_skip": layer} if layer != (family.info.spec.clip_skip or 0) else {})
 
 

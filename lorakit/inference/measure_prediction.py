@@ -64,7 +64,7 @@ class Verdict:
         return asdict(self)
 
 
-def measure(family: Family, photos: Sequence[Image.Image]) -> Verdict:
+def measure(family: Family, pictures: Sequence[Image.Image]) -> Verdict:
     """Measure the errors of both readings on photos of any size; each is cut to a square of the base's own size.
 
     Raises:
@@ -81,8 +81,8 @@ def measure(family: Family, photos: Sequence[Image.Image]) -> Verdict:
     errors = dict.fromkeys(readings, 0.0)
     with inference([*family.modules().values(), family.vae]):
         text = family.encode_text([""]).with_sizes(family.size_conditions((side, side), (0, 0), (side, side)))
-        for number, photo in enumerate(photos):
-            square = ImageOps.fit(photo.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+        for number, picture in enumerate(pictures):
+            square = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
             pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1
             latents = family.encode_image(pixels)[0].expand(len(timesteps), -1, -1, -1)
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(number)).to(latents)
@@ -91,7 +91,7 @@ def measure(family: Family, photos: Sequence[Image.Image]) -> Verdict:
             for kind, reading in readings.items():
                 target = reading.target(latents, noise, timesteps)
                 shares = (answer - target).square().mean((1, 2, 3)) / target.square().mean((1, 2, 3))
-                errors[kind] += float(shares.mean()) / len(photos)
+                errors[kind] += float(shares.mean()) / len(pictures)
     if not all(np.isfinite(error) for error in errors.values()):
         raise LorakitError(f"base {info.title} answers with NaN or infinity: it is damaged, or needs fp32")
     right, wrong = sorted(errors, key=lambda kind: errors[kind])

@@ -54,7 +54,7 @@ def draw(
     sample: SampleConfig,
     size: int | tuple[int, int],
     *,
-    texts: Sequence[Mapping[str, Any]] | None = None,
+    embeddings: Sequence[Mapping[str, Any]] | None = None,
     adapter: str = "",
     strength: float = 1.0,
 ) -> list[Image.Image]:
@@ -66,7 +66,7 @@ def draw(
         family: the loaded base, with an adapter or without.
         prompts: the n-th is drawn with seed `sample.seed + n`; each may have its own settings (`sample_prompts`).
         size: side, or (width, height), in pixels.
-        texts: what `embed` makes of the prompts; by default it is asked.
+        embeddings: what `embed` makes of the prompts; by default it is asked.
         adapter: stem of the adapter's file, for the recipe.
         strength: what the adapter is set to, for the recipe.
 
@@ -74,10 +74,10 @@ def draw(
         RGB pictures; `info` holds the recipe, which `pictures.save` writes into the file: "parameters" as web UIs read
         it, "lorakit" as JSON.
     """
-    texts = embed(family, prompts, sample) if texts is None else texts
+    embeddings = embed(family, prompts, sample) if embeddings is None else embeddings
     images = []
     side = (size, size) if isinstance(size, int) else size
-    for prompt, text in zip(parse_all(list(prompts), sample, side), texts, strict=True):
+    for prompt, text in zip(parse_all(list(prompts), sample, side), embeddings, strict=True):
         own, seed = complete(prompt.sample, family.info), prompt.sample.seed
         pipeline, sampler = sampling_pipeline(family, own.steps)
         (picture,) = draw_batch(family, pipeline, text, [seed], own, prompt.size)
@@ -89,10 +89,10 @@ def draw(
 def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, torch.Tensor]]:
     """What the text encoders, as they are, make of each prompt and of its negative prompt: by the names under which the
     family's pipeline takes it. They have the device to themselves, but for what is trained."""
-    texts = []
+    embeddings = []
     for own in parse_all(list(prompts), sample, (0, 0)):
-        texts += embed_each(family, [functools.partial(family.encode_prompt, own.text)], own.sample)
-    return texts
+        embeddings += embed_each(family, [functools.partial(family.encode_prompt, own.text)], own.sample)
+    return embeddings
 
 
 def embed_each(
@@ -100,7 +100,7 @@ def embed_each(
 ) -> list[dict[str, torch.Tensor]]:
     """As `embed`, for texts that are not read as web UIs read prompts: each is encoded by its own function."""
     family.release("unet", "vae")
-    texts, guides = [], complete(sample, family.info).guidance > 1
+    embeddings, guides = [], complete(sample, family.info).guidance > 1
     with inference(family.text_encoders.values()):
         negative = family.encode_prompt(sample.negative_prompt) if guides else None
         for encode in encoders:
@@ -112,8 +112,8 @@ def embed_each(
                     text[f"{name}prompt_embeds"] = rows if other is None else _as_long_as(rows, other)
                     if part.get("pooled") is not None:
                         text[f"{name}pooled_prompt_embeds"] = part["pooled"]
-            texts.append(text)
-    return texts
+            embeddings.append(text)
+    return embeddings
 
 
 def _as_long_as(rows: torch.Tensor, other: Conditioning) -> torch.Tensor:
@@ -251,14 +251,14 @@ def draw_weights(
         info, device, placement.dtype(where, device), where.base_storage, stream, where.engine == "plain"
     )
     applied = adapters.apply(family, weights)
-    texts = []
+    embeddings = []
     for strength in strengths:  # all of them before the UNet comes to the device
         applied.set_strength(strength)
-        texts.append(embed(family, prompts, sample))
+        embeddings.append(embed(family, prompts, sample))
     rows = []
-    for strength, embedded in zip(strengths, texts, strict=True):
+    for strength, embedded in zip(strengths, embeddings, strict=True):
         applied.set_strength(strength)
-        rows.append(draw(family, prompts, sample, size, texts=embedded, adapter=name, strength=strength))
+        rows.append(draw(family, prompts, sample, size, embeddings=embedded, adapter=name, strength=strength))
     return rows
 
 

@@ -67,13 +67,13 @@ def _rest(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
     """What a step takes beside activations."""
     width = _width(config, device)
     # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
-    base = _unet(config, info, device)[0]
-    base += sum(size for name, size in _encoders(info, width).items() if name in modules or device == "cpu")
-    base += _vae(info) if device == "cpu" else 0
+    base_bytes = _unet(config, info, device)[0]
+    base_bytes += sum(size for name, size in _encoders(info, width).items() if name in modules or device == "cpu")
+    base_bytes += _vae(info) if device == "cpu" else 0
     trained = sum(weights for _, weights in modules.values())
     state = registry.optimizer(config.optimizer.name).state_bytes + (4 if config.train.ema_decay else 0)
     return {
-        "base": base,
+        "base": base_bytes,
         # The weight itself, its gradient and its average are float32.
         "adapter and optimizer": round(trained * (4 + 4 + state)),
         "runtime": round(RUNTIME_BYTES[device]),
@@ -99,14 +99,14 @@ def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
         samples = resident + DECODING * sample_pixels + training_bytes["adapter and optimizer"]
         return {"encoding": encoding, "training": sum(training_bytes.values()), "samples": samples}
     width = _width(config, device)
-    unet, texts = _unet(config, info, device)[0], sum(_encoders(info, width).values())
+    unet, encoders = _unet(config, info, device)[0], sum(_encoders(info, width).values())
     pictures = _vae(info) + (TILED_VAE if device == "cuda" else DECODING) * pixels
     # Class images and samples are drawn once their texts are embedded. What is trained never leaves.
     drawing = unet + pictures
-    encoding = max(texts, drawing if config.train.prior == "images" else pictures)
+    encoding = max(encoders, drawing if config.train.prior == "images" else pictures)
     trained = training_bytes["base"] - unet
     drawing = unet + _vae(info) + (TILED_VAE if device == "cuda" else DECODING) * sample_pixels
-    samples = max(unet + texts, drawing + trained) if trained else drawing
+    samples = max(unet + encoders, drawing + trained) if trained else drawing
     return {
         "encoding": encoding + training_bytes["runtime"],
         "training": sum(training_bytes.values()),

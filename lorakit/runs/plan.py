@@ -170,9 +170,9 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         raise LorakitError("no photo can be used for training; `lorakit check` says what is wrong with each")
     if wrong := problems(config, info):
         raise LorakitError("\n".join(wrong))
-    texts = info.text_tokens
+    text_tokens = info.text_tokens
     if report.chunks > 1:
-        info = dataclasses.replace(info, text_tokens=texts + (report.chunks - 1) * info.max_tokens)
+        info = dataclasses.replace(info, text_tokens=text_tokens + (report.chunks - 1) * info.max_tokens)
     modules = count_weights(_selected(config, info), info.layers, config.adapter)
     batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
     steps, length = run_length(config, repeats, batches)
@@ -183,7 +183,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         base=info.title,
         notes=(
             *info.notes,
-            *([_price(config, info, texts)] if info.text_tokens > texts else []),
+            *([_price(config, info, text_tokens)] if info.text_tokens > text_tokens else []),
             *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else []),
             *filter(None, [warmup_problem(config.optimizer, steps)]),
             *([_averaging(config.train.ema_decay, steps)] if config.train.ema_decay else []),

@@ -56,7 +56,7 @@ def read(path: Path) -> AdapterWeights:
     info = families.describe(config.model)
     try:
         plan = foreign_json.loads(run.plan_file.read_text(encoding="utf-8"))
-        photos, batches = int(plan["photos"]), int(plan["batches"])
+        photo_count, batches = int(plan["photos"]), int(plan["batches"])
     except (OSError, ValueError, KeyError, TypeError):
         raise LorakitError(f"{run.plan_file} is not there or damaged; the checkpoints beside it are not") from None
     changed = path.stat().st_mtime
@@ -64,7 +64,7 @@ def read(path: Path) -> AdapterWeights:
         config,
         info,
         name=f"{run.adapter_name}-{path.name}",
-        images=photos,
+        images=photo_count,
         steps=state.step,
         epochs=state.step * config.train.gradient_accumulation_steps // max(1, batches),
         started=changed,
@@ -75,6 +75,6 @@ def read(path: Path) -> AdapterWeights:
         layer, _, factor = name.rpartition(".")
         layers.setdefault(layer, {})[factor] = tensor
     words = {part: factors.pop("token") for part, factors in layers.items() if "token" in factors}
-    tokens = {config.data.trigger: words} if words else {}
+    embeddings = {config.data.trigger: words} if words else {}
     adapter_layers = {name: from_factors(factors, config.adapter.scale) for name, factors in layers.items() if factors}
-    return AdapterWeights(info.family, config.adapter.method, adapter_layers, facts, tokens)
+    return AdapterWeights(info.family, config.adapter.method, adapter_layers, facts, embeddings)

@@ -94,7 +94,7 @@ class Run:
         self,
         family: Family,
         inputs: SampleInputs,
-        texts: Sequence[Mapping[str, Any]] | None,
+        embeddings: Sequence[Mapping[str, Any]] | None,
         step: int,
         *,
         adapter: str = "",
@@ -109,7 +109,7 @@ class Run:
         poll = functools.partial(self.stop.poll, "the samples are not finished")
         with polled(family.modules().values(), poll):
             pictures: list[Image.Image] = sampling.draw(
-                family, inputs.prompts, sample, size, texts=texts, adapter=adapter
+                family, inputs.prompts, sample, size, embeddings=embeddings, adapter=adapter
             )
         with self.optional(f"step {step}: the samples"):
             file = self.folder.save_samples(step, pictures, inputs.prompts)
@@ -308,7 +308,7 @@ class Milestones:
         """Draw the sample prompts; a run goes on without where memory does not suffice."""
         model, samples = self.model, self.inputs.samples
         model.adapter.train(False)
-        draw = functools.partial(self.run.draw, model.family, samples, samples.texts, step)
+        draw = functools.partial(self.run.draw, model.family, samples, samples.embeddings, step)
         try:
             with model.adapter.averaged():
                 out_of_memory.retry_after_freeing(model.optimizer_step.discard_graphs, draw)

@@ -144,7 +144,7 @@ class LossStep:
     def _instance_term(self, batch: Batch) -> LossTerm:
         bucket, entries = self.encoded.dataset.buckets[batch.bucket], batch.entries
         noisy, timesteps, target = self.add_noise("instance", bucket.mean[entries], bucket.std[entries])
-        condition = self.condition(self.encoded.tokens, self.encoded.conditions, batch.texts)
+        condition = self.condition(self.encoded.tokens, self.encoded.conditions, batch.text_rows)
         condition = condition.with_rows(**bucket.sizes_of(entries))
         mask = bucket.mask[entries] if bucket.mask is not None else None
         return LossTerm(noisy, timesteps, condition, target, mask, 1.0)

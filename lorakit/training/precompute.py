@@ -41,13 +41,13 @@ class ClassLatents:
 
     Attributes:
         mean, std: `[n, C, h, w]`.
-        texts: int64 `[n]`, index into `Precomputed.class_texts` of the text each was drawn for.
+        text_rows: int64 `[n]`, index into `Precomputed.class_texts` of the text each was drawn for.
         sizes: name -> one row, the family's `size_conditions` of all of them.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
-    texts: torch.Tensor
+    text_rows: torch.Tensor
     sizes: dict[str, torch.Tensor]
 
 
@@ -56,12 +56,12 @@ class SampleInputs:
     """The sample prompts and, where the text encoders stay as they are, what these make of them.
 
     Attributes:
-        texts: for `sample.draw`; None where a text encoder is trained.
+        embeddings: of the prompts, for `sampling.draw`; None where a text encoder is trained.
         condition: of the first prompt, for `selfcheck.probe`; None as above.
     """
 
     prompts: list[str]
-    texts: list[dict[str, Any]] | None
+    embeddings: list[dict[str, Any]] | None
     condition: Any
 
     @property
@@ -201,8 +201,8 @@ def _samples(config: Config, family: Family, concept_configs: Sequence[DataConfi
     prompts = list(config.sample.prompts) or captions.sample_prompts_of_all(concept_configs)
     if config.adapter.trains_text:
         return SampleInputs(prompts, None, None)
-    texts = sampling.embed(family, prompts, config.sample)
-    return SampleInputs(prompts, texts, family.encode_text([SampleInputs(prompts, None, None).first]))
+    embeddings = sampling.embed(family, prompts, config.sample)
+    return SampleInputs(prompts, embeddings, family.encode_text([SampleInputs(prompts, None, None).first]))
 
 
 def _class_latents(
@@ -219,7 +219,7 @@ def _class_latents(
     """
     side = config.data.resolution
     total, seed = config.train.class_images, config.train.seed
-    pictures, texts = [], []
+    pictures, text_rows = [], []
     prompts = class_texts[:total]
     # As training reads them, letter by letter.
     rows = [[table[place : place + 1] for table in class_tokens] for place in range(len(prompts))]
@@ -227,8 +227,8 @@ def _class_latents(
     for place, (prompt, text) in enumerate(zip(prompts, embeds, strict=True)):
         count = len(range(place, total, len(class_texts)))
         pictures += class_images.class_images(family, prompt, text, count, config.sample, side, seed, say=say)
-        texts += [place] * count
-    return _encode_class(family, pictures, texts, side, encode_image)
+        text_rows += [place] * count
+    return _encode_class(family, pictures, text_rows, side, encode_image)
 
 
 def _own_class_texts(config: Config, report: Report) -> dict[Photo, str]:
@@ -251,17 +251,17 @@ def _own_class_latents(
         picture = decode.decode(photo.path.read_bytes(), photo.relative)
         return ImageOps.fit(Image.fromarray(picture.pixels), (side, side), Image.Resampling.LANCZOS)
 
-    texts = [class_texts.index(text) for text in own.values()]
-    return _encode_class(family, [square(photo) for photo in own], texts, side, encode_image)
+    text_rows = [class_texts.index(text) for text in own.values()]
+    return _encode_class(family, [square(photo) for photo in own], text_rows, side, encode_image)
 
 
 def _encode_class(
-    family: Family, pictures: Sequence[Image.Image], texts: list[int], side: int, encode_image: latents.EncodeImage
+    family: Family, pictures: Sequence[Image.Image], text_rows: list[int], side: int, encode_image: latents.EncodeImage
 ) -> ClassLatents:
     batches = class_images.as_pixels(pictures, _at_once(side * side, family.device))
     means, stds = zip(*(encode_image(pixels) for pixels in batches), strict=True)
     conditions = family.size_conditions((side, side), (0, 0), (side, side))
     mean, std = (torch.cat([part.to(family.device) for part in parts]) for parts in (means, stds))
-    rows = torch.tensor(texts, device=family.device)
+    rows = torch.tensor(text_rows, device=family.device)
     sizes = {name: torch.tensor([row], device=family.device) for name, row in conditions.items()}
     return ClassLatents(mean, std, rows, sizes)

@@ -22,17 +22,19 @@ def class_image_term(loss_step: LossStep, count: int) -> LossTerm:
     rows = torch.randint(len(mean), (count,), generator=order, device=loss_step.family.device)
     noisy, timesteps, target = loss_step.add_noise("class", mean[rows], std[rows])
     sizes = {name: row.expand(count, -1) for name, row in latents.sizes.items()}
-    condition = _class_condition(loss_step, latents.texts[rows], sizes)
+    condition = _class_condition(loss_step, latents.text_rows[rows], sizes)
     return LossTerm(noisy, timesteps, condition, target, None, loss_step.train.prior_loss_weight)
 
 
 def teacher_term(loss_step: LossStep, batch: Batch, instance: LossTerm) -> LossTerm:
     """The noisy photos of `instance` under their texts without the trigger; the base gives the target."""
     sizes = loss_step.encoded.dataset.buckets[batch.bucket].sizes_of(batch.entries)
-    texts = loss_step.encoded.class_of[batch.texts]
-    base = loss_step.encoded.class_conditions.index(texts).with_rows(**sizes)
-    condition = _class_condition(loss_step, texts, sizes)
-    return LossTerm(instance.noisy, instance.timesteps, condition, None, None, loss_step.train.prior_loss_weight, base)
+    class_rows = loss_step.encoded.class_of[batch.text_rows]
+    base_condition = loss_step.encoded.class_conditions.index(class_rows).with_rows(**sizes)
+    condition = _class_condition(loss_step, class_rows, sizes)
+    return LossTerm(
+        instance.noisy, instance.timesteps, condition, None, None, loss_step.train.prior_loss_weight, base_condition
+    )
 
 
 def teacher_target(loss_step: LossStep, term: LossTerm) -> torch.Tensor:
@@ -42,6 +44,6 @@ def teacher_target(loss_step: LossStep, term: LossTerm) -> torch.Tensor:
     return target
 
 
-def _class_condition(loss_step: LossStep, texts: torch.Tensor, sizes: dict[str, torch.Tensor]) -> Any:
-    condition = loss_step.condition(loss_step.encoded.class_tokens, loss_step.encoded.class_conditions, texts)
+def _class_condition(loss_step: LossStep, text_rows: torch.Tensor, sizes: dict[str, torch.Tensor]) -> Any:
+    condition = loss_step.condition(loss_step.encoded.class_tokens, loss_step.encoded.class_conditions, text_rows)
     return condition.with_rows(**sizes)

@@ -69,15 +69,15 @@ class TrainingResult:
         state: where the loop ended.
         weights: the adapter.
         exports: format -> file or folder.
-        base, adapted: probes of the base, without the adapter and with it.
+        base_probe, adapted_probe: of the base, without the adapter and with it.
         samples: the sample prompts.
     """
 
     state: TrainingState
     weights: AdapterWeights
     exports: dict[str, Path]
-    base: selfcheck.Probe
-    adapted: selfcheck.Probe
+    base_probe: selfcheck.Probe
+    adapted_probe: selfcheck.Probe
     samples: SampleInputs
 
 
@@ -228,10 +228,10 @@ def _export(run: Run, family: Family, model: Model, samples: SampleInputs, state
     model.optimizer_step.discard_graphs()
     prompt, size = samples.first, (run.config.data.resolution, run.config.data.resolution)
     with model.adapter.averaged():
-        adapted = selfcheck.probe(family, prompt, size, samples.condition)
+        adapted_probe = selfcheck.probe(family, prompt, size, samples.condition)
     model.adapter.detach()
-    base = selfcheck.probe(family, prompt, size, samples.condition)
-    return TrainingResult(state, weights, exports, base, adapted, samples)
+    base_probe = selfcheck.probe(family, prompt, size, samples.condition)
+    return TrainingResult(state, weights, exports, base_probe, adapted_probe, samples)
 
 
 def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Result:
@@ -267,8 +267,8 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
     for name, file_findings, family in selfcheck.examine(
         exports,
         result.weights,
-        result.base,
-        result.adapted,
+        result.base_probe,
+        result.adapted_probe,
         load=load,
         prompt=result.samples.first,
         size=(config.data.resolution, config.data.resolution),

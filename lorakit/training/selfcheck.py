@@ -80,8 +80,8 @@ def probe(family: Family, prompt: str, size: tuple[int, int], condition: Any = N
 def examine(
     exports: Mapping[str, Path],
     weights: AdapterWeights,
-    base: Probe,
-    memory: Probe,
+    base_probe: Probe,
+    memory_probe: Probe,
     *,
     load: Callable[[], Any],
     prompt: str,
@@ -96,7 +96,7 @@ def examine(
     Args:
         exports: format -> file or folder.
         weights: the adapter in memory.
-        base, memory: probes of the base and of the trained model.
+        base_probe, memory_probe: of the base and of the trained model.
         load: loads the base again.
         prompt, size: as for the probes.
         dtype: what the file was written in.
@@ -116,7 +116,9 @@ def examine(
             findings.append(read_by_diffusers(name, path, family, weights, TOLERANCE[dtype] / 4))
         adapters.apply(family, formats.read(path))
         read = probe(family, prompt, size)
-        findings += compare(name, base, memory, read, tolerance=TOLERANCE[dtype], dtype=family.dtype, weights=weights)
+        findings += compare(
+            name, base_probe, memory_probe, read, tolerance=TOLERANCE[dtype], dtype=family.dtype, weights=weights
+        )
         yield name, findings, family
         del family  # the next one needs its room
 
@@ -177,18 +179,18 @@ def _quiet() -> Iterator[None]:
 
 def compare(
     name: str,
-    base: Probe,
-    memory: Probe,
-    file: Probe,
+    base_probe: Probe,
+    memory_probe: Probe,
+    file_probe: Probe,
     *,
     tolerance: float,
     dtype: torch.dtype,
     weights: AdapterWeights,
 ) -> list[Finding]:
     """Findings from the probes of the base, of the model in memory and of the file, for each adapted component."""
-    outputs = {"unet": (base.prediction, memory.prediction, file.prediction)}
+    outputs = {"unet": (base_probe.prediction, memory_probe.prediction, file_probe.prediction)}
     if weights.embeddings or any(not layer.startswith("unet.") for layer in weights.layers):
-        outputs["text encoder"] = (base.embeddings, memory.embeddings, file.embeddings)
+        outputs["text encoder"] = (base_probe.embeddings, memory_probe.embeddings, file_probe.embeddings)
     findings = []
     for part, (before, trained, read) in outputs.items():
         bounds = {"tolerance": tolerance, "floor": ROUNDING[dtype], "no_effect": NO_EFFECT[dtype]}

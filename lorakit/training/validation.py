@@ -61,10 +61,10 @@ class Validation:
         self.family, self.dataset, self.conditions, self.seed = family, dataset, conditions, seed
         self.class_condition = class_condition
         self.source = "held-out photos" if from_holdout else "training photos"
-        photos = _spread(_unaugmented_rows(dataset), PHOTOS)
+        places = _spread(_unaugmented_rows(dataset), PHOTOS)
         # (bucket, row, text) of each examination; a photo is examined several times where there are few.
-        self.places = photos * math.ceil(POINTS / len(photos))
-        self.photos = len(photos)
+        self.places = places * math.ceil(POINTS / len(places))
+        self.photo_count = len(places)
         # (noisy latents, timesteps, what the base says of them) under the class prompt; from the first run on.
         self._class_points: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
@@ -106,7 +106,7 @@ class Validation:
         bands = [{"timesteps": first_and_last[band], **_figures(totals[:, band])} for band in range(BANDS)]
         drift = torch.stack(drifts).cpu().double().mean().item()
         overall = _figures(totals.sum(1))
-        return {**overall, "prior_drift": drift, "bands": bands, "photos": self.photos, "source": self.source}
+        return {**overall, "prior_drift": drift, "bands": bands, "photos": self.photo_count, "source": self.source}
 
     def _follow_the_base(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Draw pictures of the class in a few DDIM steps (Song et al. 2020, arXiv 2010.02502), and keep what the base

@@ -57,7 +57,7 @@ def test_in_a_pipe_there_is_a_line_for_each_twentieth() -> None:
     stream = io.StringIO()
     with Terminal(stream).progress(400) as bar:
         for step in range(1, 401):
-            bar.step(step, 0.5, 1e-3, images_per_second=12.34, memory_mib=512.4, eta_s=400 - step)
+            bar.advance(step, 0.5, 1e-3, images_per_second=12.34, memory_mib=512.4, eta_s=400 - step)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 20
     assert lines[0] == "training 20/400  loss 0.5000  lr 1.0e-03  12.3 images/s  512 MiB  6 min left"
@@ -68,7 +68,7 @@ def test_in_a_pipe_there_is_a_line_for_each_twentieth() -> None:
 def test_a_run_that_is_cut_short_still_says_where_it_stood() -> None:
     stream = io.StringIO()
     with pytest.raises(RuntimeError), Terminal(stream).progress(100) as bar:
-        bar.step(3, 0.5)
+        bar.advance(3, 0.5)
         raise RuntimeError
     assert stream.getvalue() == "training 3/100  loss 0.5000\n"
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_counts_from_where_it_stands() -> None:
     stream = io.StringIO()
     with Terminal(stream).progress(100, 90) as bar:
         for step in range(91, 101):
-            bar.step(step)
+            bar.advance(step)
     assert stream.getvalue().splitlines() == ["training 95/100", "training 100/100"]
 
 
@@ -85,7 +85,7 @@ def test_on_a_terminal_the_bar_stays_on_one_line() -> None:
     screen = Screen()
     with Terminal(screen, ticking()).progress(4, what="class images") as bar:
         for step in range(1, 5):
-            bar.step(step)
+            bar.advance(step)
     assert screen.visible() == ["[########################################] class images 4/4", ""]
     assert "\x1b" not in screen.getvalue()
 
@@ -94,7 +94,7 @@ def test_the_bar_is_not_redrawn_faster_than_eyes_follow() -> None:
     screen = Screen()
     with Terminal(screen, ticking(0.01)).progress(1000) as bar:
         for step in range(1, 1001):
-            bar.step(step)
+            bar.advance(step)
     assert screen.getvalue().count("\r") < 150
     assert screen.visible()[0].endswith("training 1000/1000")
 
@@ -103,10 +103,10 @@ def test_lines_appear_above_the_bar() -> None:
     screen = Screen()
     terminal = Terminal(screen, ticking())
     with terminal.progress(4) as bar:
-        bar.step(1)
+        bar.advance(1)
         terminal.say("step 1: validation mse 0.1")
         terminal.say("out of memory", warning=True)
-        bar.step(2)
+        bar.advance(2)
     above, warned, visible, rest = screen.visible()
     assert (above, warned, rest) == ("step 1: validation mse 0.1", "warning: out of memory", "")
     assert visible.endswith("training 2/4")
@@ -117,8 +117,8 @@ def test_no_line_of_the_bar_is_wider_than_the_terminal(monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", str(columns))
     screen = Screen()
     with Terminal(screen, ticking()).progress(4000) as bar:
-        bar.step(1000, 0.5, 1e-3, images_per_second=12.34, memory_mib=512.4, eta_s=1000)
-        bar.step(2000, 0.5)
+        bar.advance(1000, 0.5, 1e-3, images_per_second=12.34, memory_mib=512.4, eta_s=1000)
+        bar.advance(2000, 0.5)
     assert max(len(line) for line in screen.visible()) < columns
     assert screen.visible()[0].split("] ")[-1].startswith("training 2000/4000"[: columns - 1])
 
@@ -127,7 +127,7 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TERM", "dumb")
     screen = Screen()
     with Terminal(screen).progress(1) as bar:
-        bar.step(1)
+        bar.advance(1)
     assert screen.getvalue() == "training 1/1\n"
 
 
@@ -171,7 +171,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(code: int) -> None:
     terminal = Terminal(Gone(code))
     terminal.say("nobody reads this")
     with terminal.progress(1) as bar:
-        bar.step(1, 1.0)
+        bar.advance(1, 1.0)
     assert bar.position == 1
     closed = io.StringIO()
     terminal = Terminal(closed)

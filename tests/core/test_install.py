@@ -132,7 +132,7 @@ def test_the_build_is_read_from_torchs_own_file(
     assert nvidia.torch_has_cuda() is cuda
 
 
-def test_a_card_that_this_torch_cannot_use_is_said(
+def test_a_card_that_this_torch_cannot_use_is_named(
     monkeypatch: pytest.MonkeyPatch, environment: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(nvidia, "DRIVER_FILES", (tmp_path,))

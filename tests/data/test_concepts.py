@@ -133,7 +133,7 @@ def test_an_epoch_shows_a_photo_as_often_as_its_folder_says() -> None:
     assert len(batches) == 6
     rows = torch.cat([batch.entries for batch in batches]).tolist()
     assert Counter(bucket.photo[rows].tolist()) == {0: 1, 1: 3, 2: 20}
-    texts = torch.cat([batch.texts for batch in batches]).tolist()
+    texts = torch.cat([batch.text_rows for batch in batches]).tolist()
     assert texts == bucket.photo[rows].tolist()
     counts = Counter(
         row for epoch in (0, 1) for batch in dataset.batches(0, epoch, 4) for row in batch.entries.tolist()

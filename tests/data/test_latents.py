@@ -160,7 +160,7 @@ def test_batches_follow_from_seed_and_epoch(build: Builder, photos: Path) -> Non
     dataset, _ = build(data)
 
     def plain(seed: int, epoch: int) -> list[tuple[int, list[int], list[int]]]:
-        return [(b.bucket, b.entries.tolist(), b.texts.tolist()) for b in dataset.batches(seed, epoch, 3)]
+        return [(b.bucket, b.entries.tolist(), b.text_rows.tolist()) for b in dataset.batches(seed, epoch, 3)]
 
     assert plain(0, 5) == plain(0, 5)
     torch.manual_seed(123)
@@ -169,7 +169,7 @@ def test_batches_follow_from_seed_and_epoch(build: Builder, photos: Path) -> Non
     assert plain(0, 5) != plain(1, 5)
     repeat, _ = build(data)
     assert all(torch.equal(a.mean, b.mean) for a, b in zip(dataset.buckets, repeat.buckets, strict=True))
-    assert [(b.bucket, b.entries.tolist(), b.texts.tolist()) for b in repeat.batches(0, 5, 3)] == plain(0, 5)
+    assert [(b.bucket, b.entries.tolist(), b.text_rows.tolist()) for b in repeat.batches(0, 5, 3)] == plain(0, 5)
 
 
 def test_every_epoch_has_its_own_order_and_company(build: Builder, photos: Path) -> None:
@@ -197,7 +197,7 @@ def test_texts_are_those_of_their_photos(build: Builder, photos: Path) -> None:
         (photos / f"{number:02}.txt").write_text(f"sks toy number {number}")
     dataset, _ = build()
     for batch in dataset.batches(0, 3, 2):
-        for number, text in zip(photos_of(dataset, batch), batch.texts.tolist(), strict=True):
+        for number, text in zip(photos_of(dataset, batch), batch.text_rows.tolist(), strict=True):
             expected = f"sks toy number {number}" if number < 5 else "a photo of a sks toy"
             assert dataset.texts[text] == expected
     assert sorted(dataset.texts) == ["a photo of a sks toy", *(f"sks toy number {n}" for n in range(5))]
@@ -227,7 +227,10 @@ def test_a_thousand_draws_keep_the_trigger(build: Builder, photos: Path) -> None
     data = DataConfig(name="sks toy", resolution=64, shuffle_tags=True, caption_dropout=0.3)
     dataset, _ = build(data)
     texts = [
-        dataset.texts[text] for epoch in range(100) for batch in dataset.batches(0, epoch, 4) for text in batch.texts
+        dataset.texts[text]
+        for epoch in range(100)
+        for batch in dataset.batches(0, epoch, 4)
+        for text in batch.text_rows
     ]
     assert len(texts) == 1000
     assert all(captions.has_trigger(text, data) for text in texts)
@@ -288,7 +291,7 @@ def test_unaugmented_has_variant_0_of_every_photo_with_its_own_text(build: Build
         assert torch.equal(one.photo, other.photo)
     for epoch in range(3):
         for batch in unaugmented.batches(0, epoch, 2):
-            texts = [unaugmented.texts[text] for text in batch.texts.tolist()]
+            texts = [unaugmented.texts[text] for text in batch.text_rows.tolist()]
             assert texts == [f"sks toy, a, b, {number}" for number in photos_of(unaugmented, batch)]
 
 
@@ -484,4 +487,4 @@ def test_moving_to_a_device_moves_what_a_step_gathers_from(build: Builder, photo
     assert {bucket.sizes["time_ids"].device.type for bucket in meta.buckets} == {"meta"}
     assert {bucket.photo.device.type for bucket in meta.buckets} == {"cpu"}
     (batch, *_) = meta.batches(0, 0, 2)
-    assert batch.entries.device.type == batch.texts.device.type == "meta"
+    assert batch.entries.device.type == batch.text_rows.device.type == "meta"

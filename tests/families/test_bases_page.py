@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import safetensors_by_hand
+import small_models
 import tiny
 import tiny_sd3
-import whole
 
 from lorakit import families
 from lorakit.config import ModelConfig
@@ -85,8 +85,8 @@ def outcome(path: Path, tokenizer: Path | None = None) -> str:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     room, lines = tmp_path_factory.mktemp("bases"), []
     for family, title in {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}.items():
-        pipeline = whole.small(family, room / family)
-        file = whole.write(room / f"{family}.safetensors", family, pipeline)
+        pipeline = small_models.small(family, room / family)
+        file = small_models.write(room / f"{family}.safetensors", family, pipeline)
         lines.append(f"| {title} | file | {outcome(file, room / family)} |")
     lines.append(f"| SDXL | folder | {outcome(room / 'sdxl')} |")
     lines.append(f"| Stable Diffusion 1 | folder | {outcome(tiny.save_sd1(room / 'tiny'))} |")
@@ -108,5 +108,5 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.slow
 def test_the_page_says_what_a_run_gives(rows: list[str]) -> None:
-    written = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
-    assert written == ["| --- | --- | --- |", *rows]
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    assert lines == ["| --- | --- | --- |", *rows]

@@ -109,8 +109,8 @@ def test_sample_says_which_layer_a_file_asks_for(tiny_sd1: Path, tmp_path: Path)
     names = {f"lora_unet_mid_block_attentions_0_proj_in.{part}.weight" for part in ("lora_down", "lora_up")}
     facts = {"ss_base_model_version": "sd_v1", "ss_clip_skip": "2"}
     save_file({name: torch.ones(4, 4) for name in names}, tmp_path / "a.safetensors", metadata=facts)
-    said = sampling.findings(tmp_path / "a.safetensors", ["a"], base=str(tiny_sd1), overrides={})
-    assert said == ["clip skip 2, as the adapter or --set says"]
+    findings = sampling.findings(tmp_path / "a.safetensors", ["a"], base=str(tiny_sd1), overrides={})
+    assert findings == ["clip skip 2, as the adapter or --set says"]
     assert sampling.findings(tmp_path / "a.safetensors", ["a"], base="pocket", overrides={"model.clip_skip": 1}) == [
         "clip skip 1, as the adapter or --set says"
     ]

@@ -10,10 +10,10 @@ from typing import Any
 
 import hub_server
 import pytest
+import small_models
 import tiny
 import torch
 import transformers
-import whole
 from PIL import Image
 
 from lorakit import config, families
@@ -33,9 +33,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     files_of = {}
     for family in FAMILIES:
         room = tmp_path_factory.mktemp(family)
-        pipeline = whole.small(family, room / "parts")
+        pipeline = small_models.small(family, room / "parts")
         (room / "alone").mkdir()
-        files_of[family] = whole.write(room / "alone" / f"{family}.safetensors", family, pipeline)
+        files_of[family] = small_models.write(room / "alone" / f"{family}.safetensors", family, pipeline)
     return files_of
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 import torch
-import whole
 from diffusers import EulerDiscreteScheduler, LCMScheduler
 from PIL import Image
 
@@ -127,9 +127,9 @@ def test_the_plan_says_it_and_its_samples_are_few_steps(tiny_sd1: Path, tmp_path
 
 
 def test_single_files_say_it_by_metadata_or_name(tmp_path: Path) -> None:
-    pipeline = whole.small("sdxl", tmp_path / "sdxl")
+    pipeline = small_models.small("sdxl", tmp_path / "sdxl")
     titles = {"modelspec.title": "SDXL Lightning 2step"}
-    whole.write(tmp_path / "a.safetensors", "sdxl", pipeline, metadata=titles)
+    small_models.write(tmp_path / "a.safetensors", "sdxl", pipeline, metadata=titles)
     shutil.copy(tmp_path / "a.safetensors", tmp_path / "hyper.safetensors")
     info = families.describe(ModelConfig(base=str(tmp_path / "a.safetensors"), tokenizer=str(tmp_path / "sdxl")))
     assert info.distilled is not None and (info.distilled.kind, info.distilled.steps) == ("Lightning", 2)
@@ -185,6 +185,6 @@ def test_a_base_that_may_predict_v_is_warned_of(tiny_sd1: Path, tiny_sd1_v: Path
     assert warning in preflight(settings(base, tmp_path / "photos")).warnings
     assert texts.SENTENCES["zh-Hant"].translated(warning)
     for sure in ("epsilon", "v_prediction"):
-        chosen = settings(base, tmp_path / "photos", model__prediction_type=sure)
-        assert not preflight(chosen).info.warnings
+        changed = settings(base, tmp_path / "photos", model__prediction_type=sure)
+        assert not preflight(changed).info.warnings
     assert not families.describe(shutil.copytree(tiny_sd1_v, tmp_path / "vpred")).warnings

@@ -7,8 +7,8 @@ from pathlib import Path
 import hub_server
 import pytest
 import safetensors_by_hand
+import small_models
 import tiny
-import whole
 from hub_server import COMMIT
 from refusal import refusal
 
@@ -26,7 +26,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     room = tmp_path_factory.mktemp("hub")
     folder = room / "served"
     (folder / "sub").mkdir(parents=True)
-    whole.write(folder / NAME, "sd1", whole.small("sd1", room / "parts"))
+    small_models.write(folder / NAME, "sd1", small_models.small("sd1", room / "parts"))
     shutil.copy(folder / NAME, folder / "UPPER.SAFETENSORS")
     flux = {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": (8, 8)}
     safetensors_by_hand.write(folder / "flux.safetensors", flux)

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 import torch
-import whole
 from PIL import Image
 
 from lorakit import config, families, formats
@@ -18,8 +18,8 @@ from lorakit.training import run as train
 def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folder and single file of a small SD1 inpainting model."""
     room = tmp_path_factory.mktemp("inpainting")
-    pipeline = whole.small("sd1", room / "base", in_channels=9)
-    return room / "base", whole.write(room / "base.safetensors", "sd1", pipeline)
+    pipeline = small_models.small("sd1", room / "base", in_channels=9)
+    return room / "base", small_models.write(room / "base.safetensors", "sd1", pipeline)
 
 
 def test_both_layouts_are_recognized(bases: tuple[Path, Path]) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 import torch
-import whole
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -66,7 +66,9 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run at full size (benchmarks/full_size.py) in small."""
-    base = whole.write(tmp_path / "base.safetensors", "sd1", whole.small("sd1", tmp_path / "base"), torch.bfloat16)
+    base = small_models.write(
+        tmp_path / "base.safetensors", "sd1", small_models.small("sd1", tmp_path / "base"), torch.bfloat16
+    )
     # The middle block then sees 2 x 2 places; of one alone, q and k learn nothing.
     size = {"data__resolution": 128, "adapter__train_text_encoder": True}
     settings = options(base, tmp_path / "base", photos, tmp_path / "run", **size)
@@ -115,9 +117,9 @@ def test_sdxl_that_predicts_v_with_zero_terminal_snr(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the keys in the file to the last timestep, which is nothing but noise, and to the sampler's first."""
-    pipeline = whole.small("sdxl", tmp_path / "base", "v_prediction", zero_snr=True)
+    pipeline = small_models.small("sdxl", tmp_path / "base", "v_prediction", zero_snr=True)
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
-    base = whole.write(tmp_path / "base.safetensors", "sdxl", pipeline, extra=marks)
+    base = small_models.write(tmp_path / "base.safetensors", "sdxl", pipeline, extra=marks)
     steps: list[int] = []
     ids: list[list[int]] = []
     noised = VPrediction.add_noise

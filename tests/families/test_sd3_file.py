@@ -246,12 +246,12 @@ def test_t5_is_left_out(file: Path, room: Path) -> None:
     """Its states are zeros, as in diffusers; layers, sizes and identity of the base are without it."""
     infos = [describe(file, room, t5=False), families.describe(ModelConfig(base=str(room / "folder"), t5=False))]
     zeros = []
-    for info, whole in zip(infos, (describe(file, room), families.describe(room / "folder")), strict=True):
+    for info, folder_info in zip(infos, (describe(file, room), families.describe(room / "folder")), strict=True):
         assert "text_encoder_3" not in {*info.configs, *info.bytes, *info.tokenizers, *(info.slots or {})}
         assert not any(name.startswith("text_encoder_3") for name in info.layers)
         assert "without text_encoder_3, as model.t5 says" in info.notes
         assert info.configs["model_index"]["text_encoder_3"] == [None, None]
-        assert info.hash != whole.hash and info.text_tokens == whole.text_tokens
+        assert info.hash != folder_info.hash and info.text_tokens == folder_info.text_tokens
         base = families.load(info, "cpu", torch.float32)
         states = base.encode_text(TEXTS)["encoder_hidden_states"]
         assert not states[:, 77:].any() and states.shape == (3, 77 + 256, 256)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import safetensors_by_hand
+import small_models
 import tiny
 import torch
-import whole
 from diffusers import AutoencoderKL
 from refusal import refusal
 from test_single_file_forms import DISTILLED
@@ -29,7 +29,7 @@ def of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 UNETS = {
-    **{family: (family, {}) for family in whole.UNETS},
+    **{family: (family, {}) for family in small_models.UNETS},
     **DISTILLED,
     "LCM": ("sd1", {"time_cond_proj_dim": 256}),
     "inpainting": ("sd1", {"in_channels": 9}),
@@ -40,7 +40,7 @@ UNETS = {
 def test_unets_have_the_tensors_that_diffusers_makes(name: str) -> None:
     family, changes = UNETS[name]
     with torch.device("meta"):
-        unet = whole.unet(family, **(whole.SMALL[family] if name in DISTILLED else {}) | changes)
+        unet = small_models.unet(family, **(small_models.SMALL[family] if name in DISTILLED else {}) | changes)
     assert dict(fit._unet(unet.config)) == of(unet)
 
 
@@ -48,7 +48,7 @@ def test_unets_have_the_tensors_that_diffusers_makes(name: str) -> None:
 def test_autoencoders_have_the_tensors_that_diffusers_makes(channels: int) -> None:
     options = {"use_quant_conv": channels == 4, "use_post_quant_conv": channels == 4, "latent_channels": channels}
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config({**whole.vae("sd1").config, **options})
+        vae = AutoencoderKL.from_config({**small_models.vae("sd1").config, **options})
     assert dict(fit._vae(vae.config)) == of(vae)
 
 
@@ -62,7 +62,7 @@ def test_text_encoders_have_the_tensors_that_transformers_makes(cls: Any) -> Non
     assert dict(fit._text(text.to_dict())) == {n: s for n, s in names.items() if not n.endswith("position_ids")}
 
 
-def test_the_bases_of_the_tests_are_held_against_their_configurations(tiny_sdxl: Path, tiny_sd1: Path) -> None:
+def test_the_bases_of_the_tests_fit_their_configurations(tiny_sdxl: Path, tiny_sd1: Path) -> None:
     for base in ("pocket", tiny_sdxl, tiny_sd1):
         configs = families.describe(base).configs
         for component in configs.keys() - {"scheduler", "model_index"}:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import safetensors_by_hand
+import small_models
 import tiny
 import torch
-import whole
 from refusal import refusal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,8 +30,12 @@ def base_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any,
     room = tmp_path_factory.mktemp("whole")
     bases = {}
     for family in FAMILIES:
-        pipeline = whole.small(family, room / family)
-        bases[family] = pipeline, room / family, whole.write(room / f"{family}.safetensors", family, pipeline)
+        pipeline = small_models.small(family, room / family)
+        bases[family] = (
+            pipeline,
+            room / family,
+            small_models.write(room / f"{family}.safetensors", family, pipeline),
+        )
     return bases
 
 
@@ -116,7 +120,7 @@ def test_names_of_the_real_models_are_those_of_published_lists() -> None:
     lists = Path(__file__).parents[1] / "formats" / "keys"
     for name, family in {"sd15": "sd1", "sd2": "sd2", "sdxl": "sdxl"}.items():
         with torch.device("meta"):
-            model = whole.unet(family)
+            model = small_models.unet(family)
         table = ldm.place(family, {"unet": {k: tuple(v.shape) for k, v in model.state_dict().items()}, **_REST[family]})
         key_names = {
             f"unet.{ours.removesuffix('.weight')}": slot.key.removeprefix(U).removesuffix(".weight").replace(".", "_")
@@ -152,10 +156,14 @@ def test_configurations_of_the_real_models_are_the_published_ones(family: str) -
     published = PUBLISHED[family]
     words, width, depth = published["words"]
     with torch.device("meta"):
-        parts: dict[str, Any] = {"unet": whole.unet(family), "vae": whole.vae(family)}
-        parts["text_encoder"] = whole.text(whole.CLIPTextModel, words, width, depth, openclip=family == "sd2")
+        parts: dict[str, Any] = {"unet": small_models.unet(family), "vae": small_models.vae(family)}
+        parts["text_encoder"] = small_models.text(
+            small_models.CLIPTextModel, words, width, depth, openclip=family == "sd2"
+        )
         if family == "sdxl":
-            parts["text_encoder_2"] = whole.text(whole.CLIPTextModelWithProjection, words, 1280, 32, openclip=True)
+            parts["text_encoder_2"] = small_models.text(
+                small_models.CLIPTextModelWithProjection, words, 1280, 32, openclip=True
+            )
     slots = {
         part: {
             name if part in ("unet", "vae") or name.startswith("text_") else f"text_model.{name}": ldm.Slot(
@@ -167,7 +175,7 @@ def test_configurations_of_the_real_models_are_the_published_ones(family: str) -
     }
     prediction = ldm.Prediction("epsilon", False, "", certain=True)
     configs = single_file.configs(ldm.Checkpoint(family, slots, prediction))
-    unet, expected = configs["unet"], whole.UNETS[family]
+    unet, expected = configs["unet"], small_models.UNETS[family]
     assert unet["sample_size"] == published["side"] and (unet["in_channels"], unet["layers_per_block"]) == (4, 2)
     for name, value in expected.items():
         settings = unet[name]
@@ -195,7 +203,7 @@ _REST: dict[str, dict[str, Any]] = {
 
 
 def with_extra(base_files: Any, family: str, path: Path, extra: dict[str, Any], **metadata: str) -> Path:
-    return whole.write(path / "x.safetensors", family, base_files[family][0], extra=extra, metadata=metadata)
+    return small_models.write(path / "x.safetensors", family, base_files[family][0], extra=extra, metadata=metadata)
 
 
 @pytest.mark.slow
@@ -245,7 +253,7 @@ def test_sd2_without_a_word_is_recognized_by_the_spread_of_a_bias(
     try:
         for spread, kind in ((0.05, "epsilon"), (0.2, "v_prediction")):
             bias.data = spread * torch.tensor([1.0, -1.0] * (len(bias) // 2))
-            file = whole.write(tmp_path / "x.safetensors", "sd2", pipeline, dtype)
+            file = small_models.write(tmp_path / "x.safetensors", "sd2", pipeline, dtype)
             info = describe(file)
             assert info.prediction_type == kind
             assert f"spreads by {spread:.3f}, {'not ' * (kind == 'epsilon')}above 0.09" in info.notes[0]
@@ -274,7 +282,7 @@ def test_every_precision_that_files_come_in_is_read(base_files: Any, tmp_path: P
     pipeline, folder, _ = base_files["sd1"]
     weight = pipeline.unet.conv_in.weight.detach()
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
-        file = whole.write(tmp_path / "x.safetensors", "sd1", pipeline, dtype)
+        file = small_models.write(tmp_path / "x.safetensors", "sd1", pipeline, dtype)
         family = families.load(describe(file, folder), "cpu", torch.float32)
         assert torch.equal(family.denoiser.conv_in.weight, weight.to(dtype).float())
 
@@ -282,7 +290,7 @@ def test_every_precision_that_files_come_in_is_read(base_files: Any, tmp_path: P
 def test_a_file_that_is_read_may_be_replaced_meanwhile(base_files: Any, tmp_path: Path) -> None:
     """Nothing is mapped: what was loaded stays what it was."""
     pipeline, folder, _ = base_files["sd1"]
-    file = whole.write(tmp_path / "x.safetensors", "sd1", pipeline)
+    file = small_models.write(tmp_path / "x.safetensors", "sd1", pipeline)
     family = families.load(describe(file, folder), "cpu", torch.float32)
     before = family.denoiser.conv_in.weight.clone()
     file.write_bytes(bytes(file.stat().st_size))

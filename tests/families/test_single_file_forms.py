@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
-import whole
 from refusal import refusal
 from safetensors.torch import load_file, save_file
 
@@ -26,8 +26,11 @@ def base_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path
     room = tmp_path_factory.mktemp("forms")
     bases = {}
     for family in ("sd1", "sd2", "sdxl"):
-        pipeline = whole.small(family, room / family)
-        bases[family] = room / family, load_file(whole.write(room / f"{family}.safetensors", family, pipeline))
+        pipeline = small_models.small(family, room / family)
+        bases[family] = (
+            room / family,
+            load_file(small_models.write(room / f"{family}.safetensors", family, pipeline)),
+        )
     return bases
 
 
@@ -179,7 +182,7 @@ def test_a_scale_for_a_complete_weight_has_any_shape_of_one_number() -> None:
         assert torch.equal(weight_files.dequantize(weight, scale), weight.float() * 2)
 
 
-# diffusers' configurations of published distilled models, in the widths of `whole.SMALL`.
+# diffusers' configurations of published distilled models, in the widths of `small_models.SMALL`.
 DISTILLED: dict[str, tuple[str, dict[str, Any]]] = {
     "SSD-1B": (
         "sdxl",
@@ -208,7 +211,7 @@ DISTILLED: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "layers_per_block": 1,
             "mid_block_type": None,
-            "down_block_types": (whole.CROSS,) * 3,
+            "down_block_types": (small_models.CROSS,) * 3,
             "block_out_channels": (32, 64, 64),
         },
     ),
@@ -220,9 +223,9 @@ DISTILLED: dict[str, tuple[str, dict[str, Any]]] = {
 def test_distilled_models_are_read_from_their_shapes(name: str, base_files: Any, tmp_path: Path) -> None:
     family, changes = DISTILLED[name]
     folder, tensors = base_files[family]
-    unet = whole.unet(family, **whole.SMALL[family] | changes)
+    unet = small_models.unet(family, **small_models.SMALL[family] | changes)
     rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(U)}
-    file = write(tmp_path, rest | {f"{U}{key}": tensor.detach() for key, tensor in whole.unet_tensors(unet)})
+    file = write(tmp_path, rest | {f"{U}{key}": tensor.detach() for key, tensor in small_models.unet_tensors(unet)})
     info = describe(file, folder)
     loaded = families.load(info, "cpu", torch.float32)
     expected, actual = unet.state_dict(), loaded.denoiser.state_dict()

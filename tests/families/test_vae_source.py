@@ -8,9 +8,9 @@ from typing import Any
 import hub_server
 import numpy as np
 import pytest
+import small_models
 import tiny
 import torch
-import whole
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -33,16 +33,16 @@ FORMS = ("folder", "base", "fp16", "ldm", "prefixed", "diffusers file", "old nam
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base as a folder and as a file, a file without a VAE, and another VAE in every form."""
     room = tmp_path_factory.mktemp("vaes")
-    pipeline = whole.small("sd1", room / "sd1")
-    whole.write(room / "sd1.safetensors", "sd1", pipeline)
+    pipeline = small_models.small("sd1", room / "sd1")
+    small_models.write(room / "sd1.safetensors", "sd1", pipeline)
     plain = {k: v for k, v in load_file(room / "sd1.safetensors").items() if not k.startswith("first_stage_model.")}
     save_file(plain, room / "no-vae.safetensors")
     torch.manual_seed(7)
-    pipeline.vae = whole.vae("sd1", 32)
+    pipeline.vae = small_models.vae("sd1", 32)
     pipeline.vae.save_pretrained(room / "folder")
     pipeline.vae.save_pretrained(room / "base" / "vae")
     pipeline.vae.save_pretrained(room / "fp16", variant="fp16")
-    whole.write(room / "checkpoint.safetensors", "sd1", pipeline)
+    small_models.write(room / "checkpoint.safetensors", "sd1", pipeline)
     prefix = "first_stage_model."
     ldm = {k: v for k, v in load_file(room / "checkpoint.safetensors").items() if k.startswith(prefix)}
     save_file(ldm, room / "prefixed.safetensors")

@@ -15,7 +15,7 @@ import random_adapters
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
-import whole
+import small_models
 
 from lorakit import adapters, families, formats
 from lorakit.config import ModelConfig
@@ -119,8 +119,8 @@ def same(actual: torch.Tensor, base: torch.Tensor, expected: torch.Tensor) -> bo
 
 def storage_rows(family: str, room: Path) -> list[str]:
     """The rows of one family: where a base is kept, and which files of which methods do there what was trained."""
-    pipeline = whole.small(family, room / family)
-    file = whole.write(room / f"{family}.safetensors", family, pipeline)
+    pipeline = small_models.small(family, room / family)
+    file = small_models.write(room / f"{family}.safetensors", family, pipeline)
 
     def load(path: Path):
         section = ModelConfig(base=str(path), tokenizer=str(room / family) if path.is_file() else "")

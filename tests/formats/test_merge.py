@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import random_adapters
+import small_models
 import torch
-import whole
 from safetensors.torch import load_file, save_file
 
 from lorakit import adapters, families, formats
@@ -32,10 +32,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
     room = tmp_path_factory.mktemp("bases")
     paths = {}
     for family in FAMILIES:
-        pipeline = whole.small(family, room / family)
+        pipeline = small_models.small(family, room / family)
         average = {"model_ema.diffusion_modelout2bias": torch.zeros(4)}
         metadata = {"modelspec.title": "base", "modelspec.hash_sha256": "0x00"}
-        file = whole.write(room / f"{family}.safetensors", family, pipeline, extra=average, metadata=metadata)
+        file = small_models.write(room / f"{family}.safetensors", family, pipeline, extra=average, metadata=metadata)
         paths[family] = room / family, file
     return paths
 
@@ -113,7 +113,7 @@ def test_layouts_change_on_the_way_and_the_weights_are_the_same(
         from diffusers import DiffusionPipeline
 
         pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
-        tensors = load_file(whole.write(tmp_path / "again.safetensors", family, pipeline))
+        tensors = load_file(small_models.write(tmp_path / "again.safetensors", family, pipeline))
         assert {t.pad_token for t in pipeline.components.values() if hasattr(t, "pad_token")} == {
             "sd1": {"<|endoftext|>"},
             "sd2": {"!"},
@@ -156,7 +156,7 @@ def test_an_autoencoder_under_its_old_names_is_written_all_the_same(bases: Any, 
 
 
 def test_v_prediction_stays_recorded_in_the_file(tmp_path: Path) -> None:
-    whole.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
+    small_models.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
     info = families.describe(tmp_path / "v")
     path = merge.merge(weights_for(info), info, tmp_path / "v.safetensors")
     prediction = ldm.prediction(safetensors_header.read(path), "sdxl")
@@ -208,9 +208,9 @@ def test_extract_takes_single_files(bases: Any, tmp_path: Path) -> None:
 
 
 def test_inspect_says_what_a_complete_model_is_and_predicts(tmp_path: Path, capsys: Any) -> None:
-    pipeline = whole.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
+    pipeline = small_models.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
     extra = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
-    file = whole.write(tmp_path / "noob.safetensors", "sdxl", pipeline, extra=extra)
+    file = small_models.write(tmp_path / "noob.safetensors", "sdxl", pipeline, extra=extra)
     assert cli.main(["inspect", str(file)]) == 0
     output = capsys.readouterr().out
     assert "noob.safetensors: a whole model" in output and "Stable Diffusion XL (told by its keys)" in output

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import small_models
 import torch
-import whole
 from safetensors.torch import load_file, save_file
 
 from lorakit import families
@@ -24,8 +24,8 @@ FP8 = torch.float8_e4m3fn
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base as a folder and as a file, in float32 and with its UNet in fp8."""
     room = tmp_path_factory.mktemp("precision")
-    pipeline = whole.small("sd1", room / "folder")
-    whole.write(room / "file.safetensors", "sd1", pipeline)
+    pipeline = small_models.small("sd1", room / "folder")
+    small_models.write(room / "file.safetensors", "sd1", pipeline)
     shutil.copytree(room / "folder", room / "folder8")
     unet = room / "folder8" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor.to(FP8) for name, tensor in load_file(unet).items()}, unet, metadata={"format": "pt"})

@@ -246,7 +246,7 @@ def test_embedded_texts_are_not_embedded_again(family, monkeypatch):
     images = sampling.draw(family, ["a toy", "a dog"], QUICK, 64)
     texts = sampling.embed(family, ["a toy", "a dog"], QUICK)
     monkeypatch.setattr(sampling, "embed", None)
-    repeat = sampling.draw(family, ["a toy", "a dog"], QUICK, 64, texts=texts)
+    repeat = sampling.draw(family, ["a toy", "a dog"], QUICK, 64, embeddings=texts)
     assert [image.tobytes() for image in repeat] == [image.tobytes() for image in images]
 
 

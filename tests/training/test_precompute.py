@@ -182,7 +182,7 @@ def test_class_images_of_ones_own_are_the_prior_and_none_is_drawn(tiny_sd1: Path
     assert "decode" not in family.on_device
     assert len(encoded.dataset.photos) == 3
     assert encoded.class_latents is not None
-    texts = [encoded.class_texts[place] for place in encoded.class_latents.texts.tolist()]
+    texts = [encoded.class_texts[place] for place in encoded.class_latents.text_rows.tolist()]
     assert texts == ["a photo of a toy", "a photo of a mug"]
     red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
     torch.testing.assert_close(encoded.class_latents.mean[:1], family.family.encode_image(red)[0], rtol=0, atol=1e-3)

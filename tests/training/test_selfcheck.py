@@ -52,8 +52,8 @@ def trained(tiny_sd1: Path) -> dict[str, Any]:
     base = selfcheck.probe(family, PROMPT, SIZE)
     return {
         "weights": weights,
-        "base": base,
-        "memory": memory,
+        "base_probe": base,
+        "memory_probe": memory,
         "load": lambda: families.load(info, "cpu", family.dtype),
     }
 

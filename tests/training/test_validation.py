@@ -166,7 +166,7 @@ def test_the_base_is_asked_once():
 @pytest.mark.parametrize("count, photos, points", [(1, 1, 8), (3, 3, 9), (8, 8, 8), (16, 16, 16), (40, 16, 16)])
 def test_few_photos_are_examined_often_and_many_not_all(count, photos, points):
     validation = evaluate.Validation(Family(), dataset(count), conditions(count), CLASS, 0)
-    assert (validation.photos, len(validation.places)) == (photos, points)
+    assert (validation.photo_count, len(validation.places)) == (photos, points)
     assert len({place[1] for place in validation.places}) == photos
 
 

@@ -95,9 +95,9 @@ def parse(text: str) -> dict[str, str]:
                     fields[field], body = name, body.replace(phrase, " ")
                     break
     body = body.split(" with ")[0]
-    tokens = re.findall(r"[a-z]+", body)
+    words = re.findall(r"[a-z]+", body)
     patterns = {word: name for name in PATTERNS for word in PATTERN_WORDS[name] if word}
-    for token in tokens:
+    for token in words:
         if token in COLOURS:
             fields["colour"] = token
         elif token in patterns:

@@ -91,8 +91,8 @@ def pictures(
         rng = np.random.default_rng((number, 31))
         scene = places[i % len(places)]
         if name in SUBJECTS:
-            base = SUBJECTS[name]
-            spec = Spec(base.kind, base.colour, base.pattern, scene, "photo", base.look)
+            own = SUBJECTS[name]
+            spec = Spec(own.kind, own.colour, own.pattern, scene, "photo", own.look)
             results.append((render(spec, number, size), spec))
             continue
         kind, colour = KINDS[int(rng.integers(len(KINDS) - 1))], tuple(COLOURS)[int(rng.integers(len(COLOURS)))]
@@ -113,7 +113,7 @@ def photos(
 
 @cache
 def references(count: int = 48) -> dict[str, list[Image.Image]]:
-    """Real pictures of every kind, subject and style, on all scenes: what the judge compares with."""
+    """Real pictures of every kind, subject and style, on all scenes: what `classifier` compares with."""
     images_by_name: dict[str, list[Image.Image]] = {}
     for k, kind in enumerate(KINDS):
         numbers = range(2_000_000_000 + k * 1000, 2_000_000_000 + k * 1000 + count)

@@ -32,13 +32,13 @@ class Precision:
         """What weights of a dtype are written in: eight bits would round most of an adapter away."""
         return torch.float16 if of in FP8 and not self.keep_fp8 else of
 
-    def measure(self, base: torch.Tensor, adapted: torch.Tensor, rounded: torch.Tensor) -> None:
+    def measure(self, original: torch.Tensor, adapted: torch.Tensor, rounded: torch.Tensor) -> None:
         """Count one weight: the base's and the adapted one in float32, and the latter as it is written."""
-        differs = adapted != base
+        differs = adapted != original
         self.dtypes.add(rounded.dtype)
         self.changed += int(differs.sum())
-        self.survived += int((differs & (rounded.float() != base.to(rounded.dtype).float())).sum())
-        self.change += float((adapted - base).double().square().sum())
+        self.survived += int((differs & (rounded.float() != original.to(rounded.dtype).float())).sum())
+        self.change += float((adapted - original).double().square().sum())
         self.error += float((rounded.float() - adapted).double().square().sum())
 
     def require(self) -> None:
