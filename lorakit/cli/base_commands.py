@@ -28,7 +28,6 @@ def run_probe(args: argparse.Namespace) -> int:
     threads.use_idle_cores()
     flags = {"model.base": args.base, "train.steps": 1} | ({"model.vae": args.vae} if args.vae else {})
     config = configuration.load(None, flags | read_overrides(args.set))
-    from PIL import Image
 
     from lorakit import families
     from lorakit.data import decode
@@ -40,7 +39,7 @@ def run_probe(args: argparse.Namespace) -> int:
     if problem := info.tokenizer_problem():
         raise LorakitError(problem)
     if args.photo:
-        pictures = [Image.fromarray(decode.decode(Path(photo)).pixels) for photo in args.photo]
+        pictures = [decode.decode(Path(photo)).image for photo in args.photo]
     else:
         pictures = [image for image, _ in subjects.photos(BUNDLED_SUBJECT, BUNDLED_PHOTOS)]
     memory, device = config.memory, devices.device(config.memory)

@@ -251,30 +251,32 @@ def _measure(item: Item, config: DataConfig, multiple: int) -> _Measurement:
     photo = item.photo
     try:
         raw = decode.read(photo.path, photo.relative)
-        with decode.one_at_a_time(decode.measure(raw, photo.relative)):
-            return _measure_picture(item, raw, config, multiple)
+        size = decode.measure(raw, photo.relative)
+        with decode.one_at_a_time(size):
+            return _measure_picture(item, raw, size, buckets.placements(size, config, multiple))
     except decode.Unreadable as error:
         return _Measurement(problem=error.reason if str(error).startswith(photo.relative) else str(error))
 
 
-def _measure_picture(item: Item, raw: bytes, config: DataConfig, multiple: int) -> _Measurement:
-    picture = decode.decode(raw, item.relative)
-    mask = picture.alpha if item.photo.mask is None else decode.decode_mask(item.photo.mask, picture.size)
+def _measure_picture(
+    item: Item, raw: bytes, size: tuple[int, int], placements: Sequence[buckets.Placement]
+) -> _Measurement:
+    placement, *lower = placements
+    # Twice the trained size is enough to see whether a photo is sharp there.
+    picture = decode.decode(raw, item.relative, at_least=2 * max(placement.bucket))
+    mask = picture.alpha if item.photo.mask is None else decode.decode_mask(item.photo.mask, size)
     item.black_mask = mask is not None and not mask.any()
     item.digest = hashlib.sha256(raw).hexdigest()
-    item.width, item.height = picture.size
+    item.width, item.height = size
     item.orientation, item.transparent = picture.orientation, picture.alpha is not None
-    placement, *lower = buckets.placements(picture.size, config, multiple)
     item.bucket, item.scale = placement.bucket, placement.scale
     item.lower_buckets = tuple(each.bucket for each in lower)
-    item.cropped = max(each.cropped for each in (placement, *lower))
-    image = Image.fromarray(picture.pixels)
-    item.sharpness = buckets.sharpness(image, placement)
-    grey = np.asarray(image.resize((17, 16), Image.Resampling.BOX).convert("L"), dtype=np.int16)
-    colours = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
-    sample = picture.pixels[:: 1 + picture.size[1] // 64, :: 1 + picture.size[0] // 64]
+    item.cropped = max(each.cropped for each in placements)
+    item.sharpness = buckets.sharpness(picture.image, placement)
+    hash_bits, colours = duplicates.fingerprint(picture.image)
+    sample = np.asarray(picture.image.resize((64, 64), Image.Resampling.NEAREST))
     has_no_colour = bool((sample.max(axis=2) - sample.min(axis=2) <= 8).all())
-    return _Measurement("", picture.notes, (grey[:, 1:] > grey[:, :-1]).ravel(), colours, has_no_colour)
+    return _Measurement("", picture.notes, hash_bits, colours, has_no_colour)
 
 
 def _class_problem(photo: Photo) -> str:

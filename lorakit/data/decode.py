@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +68,33 @@ class Picture:
     """A decoded picture.
 
     Attributes:
-        pixels: uint8 `[height, width, 3]`, sRGB, upright, transparency shown on white.
+        content: RGB picture or uint8 `[height, width, 3]`, in sRGB, upright, transparency shown on white.
         alpha: uint8 `[height, width]`, or None if nothing is transparent.
         orientation: the rotation of its EXIF tag, or "".
         notes: other changes that the user may want to know of.
     """
 
-    pixels: Pixels
+    content: Image.Image | Pixels
     alpha: Pixels | None = None
     orientation: str = ""
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def image(self) -> Image.Image:
+        """The content as Pillow's picture."""
+        return self.content if isinstance(self.content, Image.Image) else Image.fromarray(self.content)
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        """The content as uint8 `[height, width, 3]`."""
+        return np.array(self.content)
+
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) after the EXIF rotation."""
-        return self.pixels.shape[1], self.pixels.shape[0]
+        if isinstance(self.content, Image.Image):
+            return self.content.size
+        return self.content.shape[1], self.content.shape[0]
 
 
 def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None) -> Picture:
@@ -106,8 +119,8 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None)
         image.load()
         if orientation in ROTATIONS:
             image = ImageOps.exif_transpose(image)
-        pixels, alpha = _to_srgb(image, notes)
-    return Picture(pixels, alpha, ROTATIONS.get(orientation, ""), tuple(dict.fromkeys(notes)))
+        content, alpha = _to_srgb(image, notes)
+    return Picture(content, alpha, ROTATIONS.get(orientation, ""), tuple(dict.fromkeys(notes)))
 
 
 def one_at_a_time(size: tuple[int, int]) -> AbstractContextManager[object]:
@@ -137,7 +150,7 @@ def decode_mask(path: Path, size: tuple[int, int], name: str = "") -> Pixels:
     picture = decode(path, name)
     if picture.size != size:
         raise Unreadable(name, "mask is {} x {}, its photo {} x {}: make them equal".format(*picture.size, *size))
-    return np.array(Image.fromarray(picture.pixels).convert("L"))
+    return np.array(picture.image.convert("L"))
 
 
 def read(path: Path, name: str) -> bytes:
@@ -249,10 +262,12 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Pixels, Pixels | None]:
+def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image | Pixels, Pixels | None]:
     """Convert any mode of Pillow to RGB on white and an alpha channel, strip by strip."""
     is_deep = image.mode.startswith("I") or image.mode == "F"
     white = _white(image) if is_deep else 0.0
+    if image.width * image.height <= STRIP_PIXELS:
+        return _strip_to_srgb(_scale_grey(image, white) if is_deep else image, notes)
     pixels, alpha = np.empty((image.height, image.width, 3), np.uint8), None
     for rows, strip in _strips(image):
         rgb, opacity = _strip_to_srgb(_scale_grey(strip, white) if is_deep else strip, notes)
@@ -264,7 +279,7 @@ def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Pixels, Pixels | Non
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """The picture in parts of whole rows, `STRIP_PIXELS` each; most pictures are one part."""
+    """The picture in parts of whole rows, `STRIP_PIXELS` each."""
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)

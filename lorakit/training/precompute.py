@@ -249,7 +249,7 @@ def _own_class_latents(
 
     def square(photo: Photo) -> Image.Image:
         picture = decode.decode(photo.path.read_bytes(), photo.relative)
-        return ImageOps.fit(Image.fromarray(picture.pixels), (side, side), Image.Resampling.LANCZOS)
+        return ImageOps.fit(picture.image, (side, side), Image.Resampling.LANCZOS)
 
     text_rows = [class_texts.index(text) for text in own.values()]
     return _encode_class(family, [square(photo) for photo in own], text_rows, side, encode_image)

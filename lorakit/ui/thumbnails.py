@@ -69,7 +69,7 @@ def _make(path: Path, side: int) -> Thumbnail:
         size = measure(raw, path.name)
     except Unreadable as problem:
         return Thumbnail(problem=problem.reason)
-    return Thumbnail(address(image_grid.thumbnail(Image.fromarray(photo.pixels), side)), size=size)
+    return Thumbnail(address(image_grid.thumbnail(photo.image, side)), size=size)
 
 
 def address(image: Image.Image) -> str:

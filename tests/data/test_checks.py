@@ -334,3 +334,20 @@ def test_a_text_with_half_a_character_is_an_error(photos: Path, base) -> None:
     (photos / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "text": "a sks toy \\ud800"}}\n')
     report = checks.check(DataConfig(folder=str(photos), name="sks toy", resolution=64), base)
     assert report.errors == [f"{name}: its text has what is no character: a sks toy \\ud800"]
+
+
+@pytest.mark.parametrize(("blur", "is_blurred"), [(0, False), (60, True)])
+def test_a_large_jpeg_is_measured_from_a_part_of_its_pixels(photos: Path, base, blur: int, is_blurred: bool) -> None:
+    picture = texture(5).resize((1440, 960), Image.Resampling.NEAREST).filter(ImageFilter.GaussianBlur(blur))
+    exif = Image.Exif()
+    exif[decode.ORIENTATION] = 6
+    picture.save(photos / "large.jpg", quality=92, exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_270).save(photos / "upright.png")
+    items = {item.relative: item for item in report_of(photos, base, resolution=128).items}
+    large, upright = items["large.jpg"], items["upright.png"]
+    assert (large.width, large.height, large.bucket, large.cropped, large.scale) == (
+        *(upright.width, upright.height, upright.bucket, upright.cropped, upright.scale),
+    )
+    assert large.sharpness == pytest.approx(upright.sharpness, rel=0.1, abs=0.002)
+    assert ("blurred" in large.findings, "blurred" in upright.findings) == (is_blurred, is_blurred)
+    assert any("almost the same" in finding for finding in upright.findings)
