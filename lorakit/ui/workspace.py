@@ -20,12 +20,13 @@ from lorakit.config import Config
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, photo_folder
-from lorakit.data.decode import Unreadable, decode
 from lorakit.runs import run_folder
 from lorakit.runs.preflight import Preflight, preflight
 from lorakit.runs.queue import Queue
+from lorakit.ui import uploads
 from lorakit.ui.access import Roots
 from lorakit.ui.thumbnails import Thumbnails
+from lorakit.ui.uploads import Upload
 
 # Reports kept; each is small.
 MAX_REPORTS = 20
@@ -73,38 +74,12 @@ class Workspace:
         )
         return replace(result, config=replace(result.config, output=config.output))
 
-    def take_in(self, files: Sequence[Path]) -> tuple[Path | None, int, list[str]]:
-        """Copy uploaded photos that can be decoded into a new folder of their own.
-
-        Returns:
-            The folder (None if nothing could be used), the number of photos in it, and a line for each refused file.
-        """
-        refused: list[str] = []
-        contents: dict[str, bytes] = {}
-        for file in files:
-            name = Path(file.name).name.lstrip(".") or "photo"
-            raw = file.read_bytes()
-            if file.suffix.lower() in photo_folder.CAPTIONS:
-                contents[name] = raw[:10_000]
-                continue
-            try:
-                decode(raw, name)
-            except Unreadable as problem:
-                refused.append(str(problem))
-                continue
-            stem, number = Path(name), 1
-            while name in contents:
-                number += 1
-                name = f"{stem.stem}-{number}{stem.suffix}"
-            contents[name] = raw
-        photo_count = sum(not name.lower().endswith(photo_folder.CAPTIONS) for name in contents)
-        if not photo_count:
-            return None, 0, refused
-        place = self.runs / "uploads" / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}"
-        place.mkdir(parents=True)
-        for name, raw in contents.items():
-            atomic.write(place / name, raw)
-        return place, photo_count, refused
+    def take_in(self, files: Sequence[Path]) -> tuple[Path | None, Upload]:
+        """Move uploaded photos that can be decoded into a new folder of their own: that folder (None if nothing could
+        be used), and what came of each file."""
+        place = self.unused("uploads")
+        upload = uploads.take_in(files, place)
+        return place if upload.photo_count else None, upload
 
     def save_caption(self, photo: Path, text: str) -> Path:
         """Write a photo's caption beside it, as `name.txt`, which goes before every other source. A photo that is a

@@ -68,23 +68,6 @@ def test_a_page_of_large_photos_is_quick(tmp_path: Path):
     assert sum(len(one.address) for one in thumbnail) / len(thumbnail) < 60_000
 
 
-def test_uploads_are_decoded_and_copied(tmp_path: Path):
-    workspace = Workspace(tmp_path / "runs", [])
-    good = photo(tmp_path / "up" / "a.png")
-    second = photo(tmp_path / "up2" / "a.png", colour="blue")
-    bad = tmp_path / "up" / "bad.jpg"
-    bad.write_text("hello")
-    caption = tmp_path / "up" / "a.txt"
-    caption.write_text("a photo of sks dog")
-    place, count, refused = workspace.take_in([good, second, bad, caption])
-    assert count == 2 and len(refused) == 1 and refused[0].startswith("bad.jpg: text, not a picture")
-    assert place is not None and place.is_relative_to(workspace.runs)
-    assert {path.name for path in place.iterdir()} == {"a.png", "a-2.png", "a.txt"}
-    assert (place / "a.png").read_bytes() == good.read_bytes()
-    assert workspace.take_in([bad])[0] is None
-    assert workspace.roots.resolve(place) == place
-
-
 def test_a_caption_is_written_beside_its_photo_and_nowhere_else(tmp_path: Path):
     workspace = Workspace(tmp_path / "runs", [tmp_path / "photos"])
     path = photo(tmp_path / "photos" / "a.png")

@@ -238,10 +238,10 @@ class PhotosPage:
 
     def take_in(self, files: list[str] | None, say: Say) -> tuple[str, str | None]:
         """Uploaded files into their own folder; (message, the folder or None)."""
-        place, count, refused = self.workspace.take_in([Path(file) for file in files or []])
-        parts = [widgets.good(say("photos.uploaded", count=count))] if count else []
-        if refused:
-            parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.translate, refused)))))
+        place, upload = self.workspace.take_in([Path(file) for file in files or []])
+        parts = [widgets.good(say("photos.uploaded", count=upload.photo_count))] if upload.photo_count else []
+        if upload.refused:
+            parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.translate, upload.refused)))))
         return "".join(parts), str(place) if place else None
 
     def save_caption(self, file: str, text: str, say: Say) -> str:

@@ -1,6 +1,10 @@
 """繁體中文：資料夾、說明文字與提示詞的各種訊息；見 `zh_hant_sentences.py`。"""
 
 PHOTOS = {
+    "{file}: no photo of this name came with it": "{file}：沒有一起上傳同名的照片",
+    "{file}: several files are called {name}, and which belong together is not known; upload one folder at a time": (
+        "{file}：有好幾個檔案都叫 {name}，無法得知哪些屬於彼此；請一次上傳一個資料夾"
+    ),
     "base {name}: no program reads its texts at another layer: leave model.clip_skip unset": (
         "基礎模型 {name}：沒有程式會在其他層讀取它的文字，請讓 model.clip_skip 留空"
     ),

@@ -1,0 +1,99 @@
+"""Take uploaded photos and captions into a folder of their own. A browser sends names without folders, so a caption
+goes only to a photo that it can belong to alone."""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorakit.data.decode import Unreadable, decode
+from lorakit.data.photo_folder import CAPTIONS, FORMATS, MASK
+
+
+@dataclass
+class Upload:
+    """What came of an upload: how many photos are in, and a line for each file that is not."""
+
+    photo_count: int = 0
+    refused: list[str] = field(default_factory=list)
+
+
+def take_in(
+    files: Sequence[Path], place: Path, progress: Callable[[int, int], object] = lambda count, total: None
+) -> Upload:
+    """Move what can be used of `files` into `place`, which is made for the first of them. Nothing there is replaced.
+
+    Args:
+        progress: called with the number of files that were looked at, and of all.
+    """
+    result = Upload()
+    groups: dict[str, list[Path]] = {}
+    for count, file in enumerate(files, 1):
+        progress(count, len(files))
+        try:
+            if not _is_caption(file):
+                decode(file, _name(file))
+            groups.setdefault(_stem(file).casefold(), []).append(file)
+        except Unreadable as problem:
+            result.refused.append(str(problem))
+    for group in groups.values():
+        photos, captions = (_distinct([file for file in group if _is_caption(file) is kind]) for kind in (False, True))
+        if captions and not photos:
+            result.refused += [f"{_name(file)}: no photo of this name came with it" for file in captions]
+        elif captions and (twin := _twin(photos) or _twin(captions)):
+            why = (
+                f"several files are called {twin}, and which belong together is not known; upload one folder at a time"
+            )
+            result.refused += [f"{_name(file)}: {why}" for file in captions]
+            captions = []
+        together = [[photo] for photo in photos] if _twin(photos) else [[*photos, *captions]] if photos else []
+        for files_of_stem in together:
+            stem = _unused(place, _stem(files_of_stem[0]))
+            for file in files_of_stem:
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.move(file, place / (stem + _name(file)[len(_stem(file)) :]))
+        result.photo_count += sum(not _name(photo).lower().endswith(MASK) for photo in photos)
+    return result
+
+
+def _name(file: Path) -> str:
+    """Its name, not hidden."""
+    return file.name.lstrip(".") or "photo"
+
+
+def _stem(file: Path) -> str:
+    """The name that a photo, its caption (`photo.txt`, `photo.jpg.txt`) and its mask have in common."""
+    stem = Path(Path(_name(file)).stem)
+    return stem.stem if stem.suffix.lower() == ".mask" or stem.suffix.lower()[1:] in FORMATS else str(stem)
+
+
+def _is_caption(file: Path) -> bool:
+    return file.suffix.lower() in CAPTIONS
+
+
+def _distinct(files: Sequence[Path]) -> list[Path]:
+    """Without those of the same name and content."""
+    distinct: list[Path] = []
+    for file in files:
+        if not any(_name(one) == _name(file) and filecmp.cmp(one, file, shallow=False) for one in distinct):
+            distinct.append(file)
+    return distinct
+
+
+def _twin(files: Sequence[Path]) -> str:
+    """A name that several of them have, or ""."""
+    names = [_name(file).casefold() for file in files]
+    return next((_name(file) for file in files if names.count(_name(file).casefold()) > 1), "")
+
+
+def _unused(place: Path, stem: str) -> str:
+    """The stem, numbered where a file in the folder has it."""
+    stems = {_stem(file).casefold() for file in place.iterdir()} if place.is_dir() else set()
+    number, name = 1, stem
+    while name.casefold() in stems:
+        number += 1
+        name = f"{stem}-{number}"
+    return name
