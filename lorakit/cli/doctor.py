@@ -24,7 +24,7 @@ EXTRAS = {
     "xformers": ("xformers", "memory.attention = xformers"),
     "heic": ("pillow_heif", "photos of phones in HEIC"),
     "clip": ("clip", "CLIP's vocabulary, for single files on a machine without network"),
-    "tensorboard": ("tensorboard", "output.tensorboard = true"),
+    "tensorboard": ("tensorboard", "output.trackers = tensorboard"),
 }
 # Less than this much free disk does not hold a run with its checkpoints and pictures.
 SMALLEST_FREE_DISK = 2 * 2**30

@@ -119,6 +119,9 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         flat["sample.prompts"] = [sample_prompts.from_table(row) if isinstance(row, Mapping) else row for row in rows]
     if isinstance(sides := flat.get("data.resolution"), list) and sides and all(type(side) is int for side in sides):
         flat["data.resolution"], *flat["data.lower_resolutions"] = sorted(sides, reverse=True)
+    if "output.tensorboard" in flat:  # as it was called before there were others
+        board = flat.pop("output.tensorboard") is True and "output.trackers" not in flat
+        flat |= {"output.trackers": ["tensorboard"]} if board else {}
     if own_rate is not None:
         flat.setdefault("optimizer.learning_rate", own_rate)
 

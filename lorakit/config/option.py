@@ -108,10 +108,12 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
         value = tuple(value)
         if not all(isinstance(item, str) for item in value):
             return f"{opt.key} = {to_text(value)}: must be a list of strings", None
-        unknown = [item for item in value if choices and item not in choices]
-        if unknown or (choices and not value):
+        has_path = opt.import_path and any(IMPORT_PATH.fullmatch(item) for item in value)
+        unknown = [i for i in value if choices and i not in choices and not (has_path and IMPORT_PATH.fullmatch(i))]
+        if unknown or (choices and opt.default and not value):
             hint = suggest(unknown[0], choices) if unknown else ""
-            return f"{opt.key} = {to_text(value)}: choose from {', '.join(choices)}{hint}", None
+            more = " or write module:Class" if opt.import_path else ""
+            return f"{opt.key} = {to_text(value)}: choose from {', '.join(choices)}{more}{hint}", None
         return None, value
     if typing.get_origin(value_type) is dict:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):

@@ -27,7 +27,7 @@ FREE |= {
     "data.class_folder",
     "output.formats",
     "output.dtype",
-    "output.tensorboard",
+    "output.trackers",
 }
 FREE |= {f"memory.{name}" for name in ("device", "gradient_checkpointing", "limit_gib", "compile", "engine")}
 FREE |= {"memory.cuda_graphs", "memory.attention", "memory.stream_base"}

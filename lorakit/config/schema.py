@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorakit.config.option import Option, option
-from lorakit.core.registry import FORMATS, METHODS, OPTIMIZERS, resolve
+from lorakit.core.registry import FORMATS, METHODS, OPTIMIZERS, TRACKERS, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +333,12 @@ class OutputConfig:
     folder: str = option("", "Run folder. Empty: runs/<time>-<name>.", path=True)
     formats: tuple[str, ...] = option(("kohya",), "Formats of the exported adapter.", choices=FORMATS)
     dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "Precision of the exported file.")
-    tensorboard: bool = option(False, "Write TensorBoard logs too.")
+    trackers: tuple[str, ...] = option(
+        (),
+        "Trackers that get figures and sample pictures, or module:Class of accelerate's kind.",
+        choices=TRACKERS,
+        import_path=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -173,6 +173,23 @@ def unmet_needs(name: str, *, has_cuda: bool, one_rate: bool) -> list[str]:
             "optimizer.loraplus_lr_ratio unset"
         )
     return lines
+
+
+# The trackers of accelerate, each the module of a package of this name.
+TRACKERS = ("tensorboard", "wandb", "trackio", "aim", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab")
+
+
+def missing_trackers(names: Sequence[str]) -> list[str]:
+    """Why `output.trackers` cannot be used on this machine, a line each; imports nothing."""
+    packages = {name: name.partition(":")[0].partition(".")[0] for name in names}
+    return [
+        f"output.trackers = {name!r}: the package {package} is not installed"
+        if ":" in name
+        else f"output.trackers = {name!r} needs {package}; "
+        f"install it with: {install.command(package.replace('_', '-'))}"
+        for name, package in packages.items()
+        if importlib.util.find_spec(package) is None
+    ]
 
 
 # A family is recognised from the base's own configuration.

@@ -126,7 +126,7 @@ def build(
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": MODELSPEC_PREDICTIONS[base.prediction_type],
         "lorakit.base": base.hash,
-        "lorakit.config": json.dumps(_public(config), ensure_ascii=False, sort_keys=True),
+        "lorakit.config": json.dumps(public_options(config), ensure_ascii=False, sort_keys=True),
     }
     if base.source:
         result["lorakit.base_source"] = base.source
@@ -139,7 +139,8 @@ def build(
     return result
 
 
-def _public(config: Config) -> dict[str, dict[str, Any]]:
+def public_options(config: Config) -> dict[str, dict[str, Any]]:
+    """The config as tables, without paths, prompts and captions."""
     tables = without_paths(config)
     return {s: {n: v for n, v in t.items() if n not in _PRIVATE.get(s, ())} for s, t in tables.items()}
 

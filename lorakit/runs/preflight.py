@@ -175,9 +175,7 @@ def _without_quotes(config: Config) -> tuple[Config, list[str]]:
 
 def _missing_packages(config: Config) -> list[str]:
     """The optional packages that the config needs beside the optimizer's, and this machine does not have."""
-    problems = []
-    if config.output.tensorboard and find_spec("tensorboard") is None:
-        problems.append(f"output.tensorboard = true needs tensorboard; {install.hint('tensorboard')}")
+    problems = registry.missing_trackers(config.output.trackers)
     if config.memory.attention == "xformers" and find_spec("xformers") is None:
         problems.append(XFORMERS_MISSING.format(hint=install.hint("xformers")))
     return problems

@@ -32,7 +32,7 @@ from lorakit.training import checkpoint, optimizers, selfcheck
 from lorakit.training.checkpoint import NotFinite
 from lorakit.training.loop import Run, TrainingState, loop
 from lorakit.training.precompute import SampleInputs, precompute
-from lorakit.training.tensorboard import TensorBoard
+from lorakit.training.trackers import Tracker
 from lorakit.training.trainable import Model, trainable
 
 if TYPE_CHECKING:
@@ -214,8 +214,8 @@ def _begin(ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop:
         folder.event("message", message=line)
     with contextlib.suppress(OSError):  # then no line of the log can be written either, and that is said
         folder.write_plan(ready.plan.to_json())
-    boards = [TensorBoard(folder.path)] if ready.config.output.tensorboard else []
-    with Events(folder.record, *boards, *listeners) as events:
+    trackers = [Tracker(name, ready.config, folder) for name in ready.config.output.trackers]
+    with Events(folder.record, *trackers, *listeners) as events:
         sources = [lambda: folder.stop_requested, *([stop] if stop else [])]
         yield Run(ready, folder, events, StopRequest(events, *sources), time.time(), _identity(ready))
 

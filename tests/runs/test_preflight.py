@@ -44,7 +44,7 @@ TABLE: dict[str, list[Any]] = {
     "memory.attention": ["sdpa", "sdpa", "sdpa", "xformers"],
     "memory.compile": [False, False, False, True],
     "output.formats": [["kohya"], ["diffusers"], ["peft"], ["kohya", "diffusers"], ["kohya", "diffusers", "peft"]],
-    "output.tensorboard": [False, False, False, True],
+    "output.trackers": [(), (), (), ("tensorboard",)],
 }
 
 
@@ -209,10 +209,10 @@ def test_packages_that_are_not_installed_are_problems(
 ) -> None:
     monkeypatch.setattr("lorakit.runs.preflight.find_spec", lambda name: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    needed = {"optimizer__name": "prodigy", "output__tensorboard": True, "memory__attention": "xformers"}
+    needed = {"optimizer__name": "prodigy", "output__trackers": ["tensorboard"], "memory__attention": "xformers"}
     assert preflight(requests(tiny_sd1, photos, **needed)).problems == (
         f"optimizer.name = 'prodigy' needs prodigyopt; {install.hint('prodigy')}",
-        f"output.tensorboard = true needs tensorboard; {install.hint('tensorboard')}",
+        f"output.trackers = 'tensorboard' needs tensorboard; install it with: {install.command('tensorboard')}",
         f"memory.attention = 'xformers' needs xformers; {install.hint('xformers')}",
     )
 

@@ -322,5 +322,5 @@ OPTIONS = {
     "output.folder": ("執行資料夾", "執行資料夾。留空：runs/<時間>-<名稱>。"),
     "output.formats": ("格式", "匯出 adapter 的格式。"),
     "output.dtype": ("檔案精度", "匯出檔案的精度。"),
-    "output.tensorboard": ("TensorBoard", "同時寫出 TensorBoard 紀錄。"),
+    "output.trackers": ("實驗追蹤", "取得數值與樣張的追蹤程式，或 accelerate 類別的 module:Class。"),
 }

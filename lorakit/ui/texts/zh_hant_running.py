@@ -190,6 +190,10 @@ RUNNING = {
     "optimizer: {name} is not known to lorakit; the memory estimate assumes {bytes} bytes of state for each weight": (
         "最佳化器：lorakit 不認得 {name}；記憶體估計假設每個權重的狀態為 {bytes} 位元組"
     ),
+    "output.trackers = {name}: the package {package} is not installed": (
+        "output.trackers = {name}：套件 {package} 未安裝"
+    ),
+    "output.trackers: {name} does not start: {problem}": "output.trackers：{name} 無法啟動：{problem}",
     "optimizer.name = {name}: the package {package} is not installed": "optimizer.name = {name}：套件 {package} 未安裝",
     "optimizer.name = {name}: {module} cannot be imported: {why}": "optimizer.name = {name}：{module} 無法匯入：{why}",
     "optimizer.name = {name}: {module} has no {attribute}": "optimizer.name = {name}：{module} 沒有 {attribute}",

@@ -1,0 +1,91 @@
+"""A listener that passes the figures and pictures of a run on to an experiment tracker of accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from lorakit.core import image_grid
+from lorakit.core.errors import LorakitError
+from lorakit.core.registry import resolve
+from lorakit.formats import metadata
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+    from lorakit.config import Config
+    from lorakit.core.events import Event
+    from lorakit.runs.folder import RunFolder
+
+Value = TypeVar("Value")
+# Tracker -> its argument for the name of a run, beside that of the project; the others have one name.
+RUN_NAME = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
+# Trackers that take one picture, not a list; and what TensorBoard is told of its axes.
+ONE_PICTURE = {"aim", "clearml"}
+PICTURE_OPTIONS: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}}
+
+
+class Tracker:
+    """Logs the figures of the events "step", "validation" and "progress", and the sample pictures.
+
+    The project is named after the adapter, the run after its folder. Of the config it gets what an adapter file has
+    too: no path, no prompt. Logins are the tracker's own; lorakit reads and writes none.
+
+    Args:
+        name: one of `registry.TRACKERS`, or "module:Class" of an `accelerate.tracking.GeneralTracker`.
+
+    Raises:
+        LorakitError: it cannot be started, say because nobody is logged in.
+    """
+
+    def __init__(self, name: str, config: Config, run: RunFolder):
+        self.name, self.samples = name, run.samples
+        try:
+            self.tracker = self._start(config, run)
+        except Exception as error:  # of any package, with errors of its own
+            raise LorakitError(f"output.trackers: {name} does not start: {_line(error)}") from None
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        if event.kind in ("step", "validation", "progress"):
+            figures = {f"{event.kind}/{name}": value for name, value in event.facts.items() if isinstance(value, float)}
+            self._guard(lambda: self.tracker.log(figures, step=event.step))
+        elif event.kind == "sample" and hasattr(self.tracker, "log_images"):
+            picture = np.asarray(image_grid.read(self.samples / event.facts["file"]).convert("RGB"))
+            pictures = picture if self.name in ONE_PICTURE else picture[None]
+            options = PICTURE_OPTIONS.get(self.name, {})
+            self._guard(lambda: self.tracker.log_images({"samples": pictures}, step=event.step, **options))
+
+    def close(self) -> None:
+        """Write out what is left."""
+        self._guard(self.tracker.finish)
+
+    def _start(self, config: Config, run: RunFolder) -> GeneralTracker:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        tracker_class = resolve(self.name) if ":" in self.name else LOGGER_TYPE_TO_CLASS[self.name]
+        folders = [str(run.path / tracker_class.name)] if tracker_class.requires_logging_directory else []
+        names = {RUN_NAME[self.name]: run.path.name} if self.name in RUN_NAME else {}
+        tracker: GeneralTracker = tracker_class(run.adapter_name, *folders, **names)
+        tracker.start()
+        tables: Mapping[str, Mapping[str, Any]] = metadata.public_options(config)
+        options = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+        simple = (bool, int, float)
+        scalars = {key: value if isinstance(value, simple) else str(value) for key, value in options.items()}
+        tracker.store_init_configuration(scalars)
+        return tracker
+
+    def _guard(self, log: Callable[[], Value]) -> Value:
+        """Call it. A tracker that fails, say for want of a network, is a log that cannot be written."""
+        try:
+            return log()
+        except OSError:
+            raise
+        except Exception as error:  # of any package, with errors of its own
+            raise OSError(f"{self.name}: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
