@@ -41,10 +41,10 @@ Listener = Callable[[Event], object]
 
 
 class Events:
-    """Passes each event to all listeners, in their order. What a listener raises ends the run, but for an OSError: a
-    log that cannot be written is a warning to the others, once.
+    """Passes each event to all listeners, in their order.
 
-    As a context manager it closes, at the end, each listener that has a `close`.
+    An exception of a listener ends the run. An OSError does not: the listener's log cannot be written, which the other
+    listeners are told once, as a warning. As a context manager, it closes each listener that has a `close`.
     """
 
     def __init__(self, *listeners: Listener):

@@ -1,4 +1,8 @@
-"""Canonical layer names."""
+"""The canonical name of a layer, which is the same whatever library or file it comes from.
+
+`families` names the layers of a base by it, `adapters` those of a loaded model and `formats` those of a file. These
+rooms do not import each other, so the rule is here. The tables of other programs' names are in `formats/keys.py`.
+"""
 
 from __future__ import annotations
 

@@ -270,6 +270,12 @@ def version_titles() -> str:
     return ", ".join(version.title for _, version in versions().values())
 
 
+def components() -> tuple[str, ...]:
+    """What adapters may enter in a base of any family: the denoiser, and the text encoders that are trained."""
+    encoders = (name for spec in FAMILIES.values() for name in spec.trainable_encoders())
+    return "unet", *dict.fromkeys(encoders)
+
+
 def denoisers() -> set[str]:
     """What diffusers and PEFT call the denoisers, each of which is the "unet" here and in kohya files."""
     return {spec.denoiser for spec in FAMILIES.values()}

@@ -4,8 +4,10 @@ May import: core, config, data, engine.
 Used by: formats, inference, runs, training, cli, ui.
 
 A family is one folder (`spec.py`: what it is, as data; `model.py`: the loaded base) and one line in
-`registry.FAMILIES` or an entry point of the group `lorakit.families`. Everything outside this room knows only
-`BaseInfo` (a description, read without torch), `Family` (the loaded base) and `Conditioning` (encoded texts).
+`registry.FAMILIES` or an entry point of the group `lorakit.families`. `_template/` is a commented example, `pocket/` a
+bundled base of the family `sd`; `facts/` recognises other models and refuses damaged ones. Everything outside this room
+knows only `BaseInfo` (a description, read without torch), `Family` (the loaded base) and `Conditioning` (encoded
+texts).
 """
 
 from __future__ import annotations

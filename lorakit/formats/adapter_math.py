@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LohaLayer, LoraLayer
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.formats import keys
 from lorakit.formats.facts.consumers import BIAS, DORA_ROWS
@@ -61,7 +62,7 @@ def uniform(weights: AdapterWeights) -> dict[str, AnyLayer]:
     Ranks are evened out with zero rows; where scales differ they are folded into `up`, and alpha = rank then.
     """
     result: dict[str, AnyLayer] = {}
-    for part in keys.COMPONENTS:
+    for part in registry.components():
         inside = {name: layer for name, layer in weights.layers.items() if keys.component(name) == part}
         lora_layers = {name: layer for name, layer in inside.items() if isinstance(layer, LoraLayer)}
         rank = max((MIN_RANK, *(layer.rank for layer in lora_layers.values())))
@@ -103,7 +104,7 @@ def complete(weights: AdapterWeights) -> dict[str, AnyLayer]:
     """`uniform` with its `fill_ins`, in the order UNet, text encoder, second text encoder."""
     layers = uniform(weights)
     layers.update(fill_ins(layers))
-    order = {part: number for number, part in enumerate(keys.COMPONENTS)}
+    order = {part: number for number, part in enumerate(registry.components())}
     return dict(sorted(layers.items(), key=lambda item: order[keys.component(item[0])]))
 
 

@@ -20,7 +20,7 @@ from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
 from lorakit.formats.facts.consumers import BIAS, CONSUMERS, DORA_ROWS, Consumer
 from lorakit.formats.identify import GLORA, Module, Shapes, is_older_glora, modules
-from lorakit.formats.keys import COMPONENTS, canonical_part, is_norm, kernel
+from lorakit.formats.keys import canonical_part, is_norm, kernel
 from lorakit.formats.metadata import rank_stabilized
 
 _SGM_STARTS = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
@@ -167,7 +167,7 @@ def _reading(
             break
     totals = Counter(_component(stem) for stem in by_stem)
     good = Counter(_component(stem) for stem in matched if stem not in wrong and not refused)
-    counts = {part: (good[part], totals[part]) for part in COMPONENTS if part in totals}
+    counts = {part: (good[part], totals[part]) for part in registry.components() if part in totals}
     return Reading(consumer.title, counts, tuple(unknown), wrong, refused)
 
 

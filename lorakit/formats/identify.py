@@ -177,7 +177,7 @@ def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PE
     """The adapted modules among a file's tensors, by stem, in the file's order; other tensors are left out."""
     result: dict[str, Module] = {}
     others = _other_spellings()
-    components = "|".join(sorted(registry.denoisers() | set(keys.COMPONENTS)))
+    components = "|".join(sorted(registry.denoisers() | set(registry.components())))
     spellings = {
         name: (re.compile(pattern.replace("COMPONENT", f"(?:{components})").replace("DOTTED", _DOTTED_PARTS)), parts)
         for name, (pattern, parts) in _SPELLINGS.items()
@@ -229,7 +229,7 @@ def is_older_glora(*factors: tuple[int, ...]) -> bool:
 
 def peft_parts(path: Path) -> dict[str, Path]:
     """Component -> its folder, of a PEFT folder; empty where it is none."""
-    folders = {name: path / name for name in (*keys.COMPONENTS, *sorted(registry.denoisers() - {"unet"}))}
+    folders = {name: path / name for name in (*registry.components(), *sorted(registry.denoisers() - {"unet"}))}
     return {keys.canonical_part(name): folder for name, folder in folders.items() if (folder / PEFT_CONFIG).is_file()}
 
 

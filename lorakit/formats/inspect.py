@@ -310,7 +310,7 @@ def _components(
 ) -> tuple[dict[str, Component], dict[str, float]]:
     """Component -> its ranks and alphas; and stem -> alpha / rank."""
     components, scales = dict[str, Component](), dict[str, float]()
-    for part in keys.COMPONENTS:
+    for part in registry.components():
         inside = [module for module in modules.values() if _part(module) == part]
         ranks, values = Counter[float](), Counter[float]()
         for module in inside:

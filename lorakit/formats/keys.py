@@ -17,7 +17,6 @@ from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 
 UNET_PREFIX, ONETRAINER_PREFIX = "lora_unet_", "lora_transformer_"
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 DEFAULT_LAYERS_PER_BLOCK = 2
 POINTWISE = (1, 1)
 
@@ -178,7 +177,8 @@ def is_canonical(name: str) -> bool:
     if part == "unet":
         return is_read_everywhere(name) or path in TOP or _from_dotted(path) is not None
     match = _TEXT.fullmatch(name)
-    return part in COMPONENTS and (path in TEXT_TOP or (match is not None and match[3] in TEXT_LEAVES + TEXT_NORMS))
+    is_leaf = match is not None and match[3] in TEXT_LEAVES + TEXT_NORMS
+    return part in registry.components() and (path in TEXT_TOP or is_leaf)
 
 
 def is_norm(name: str) -> bool:

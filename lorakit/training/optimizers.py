@@ -75,8 +75,12 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int, group: s
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total_steps: int, *, on_device: bool = False
 ) -> None:
-    """Give every group its rate for `step`, rounded to float32: so the same one, where it is a tensor on the device
-    that stays where it is."""
+    """Give every group its rate for `step`, rounded to float32.
+
+    Args:
+        on_device: keep the rate in a float32 tensor on the device, at one address: a CUDA graph reads it from there.
+            The rounding makes both ways compute with the same rate.
+    """
     for group in optimizer.param_groups:
         multiple = group.get("rate_multiple", 1.0)  # checkpoints written before there was one have none
         rate = torch.tensor(multiple * learning_rate(config, step, total_steps, group["name"]), dtype=torch.float32)
@@ -89,8 +93,8 @@ def set_learning_rate(
 
 
 def step(optimizer: torch.optim.Optimizer) -> None:
-    """Let it step, while a CUDA graph is captured too: torch asks whether that is meant, and the fused kernel no more
-    than that."""
+    """Do `optimizer.step()`, also while a CUDA graph is captured: torch refuses that unless the groups say
+    `capturable`, and of the fused kernel it needs nothing else."""
     groups = optimizer.param_groups
     captured_groups = groups if groups[0]["params"][0].is_cuda and torch.cuda.is_current_stream_capturing() else []
     for group in captured_groups:

@@ -445,7 +445,7 @@ def test_every_photo_comes_once_an_epoch_with_its_caption_and_the_trigger(tiny_s
 
     def spy(self, batch):
         names.extend(self.encoded.dataset.names(batch.bucket)[i] for i in batch.entries.tolist())
-        texts.extend(self.encoded.dataset.texts[i] for i in batch.texts.tolist())
+        texts.extend(self.encoded.dataset.texts[i] for i in batch.text_rows.tolist())
         return instance(self, batch)
 
     monkeypatch.setattr(LossStep, "_instance_term", spy)

@@ -1,6 +1,8 @@
-"""pocket: the Stable Diffusion in miniature that ships inside lorakit.
+"""pocket: a small base model that ships inside lorakit. It is no family of its own: it is described and loaded as `sd`.
 
-Importing this package costs nothing: no torch, no Pillow. The renderer, the judge and the training live in its modules.
+`weights/` has the model. The modules draw the small world that it was trained on: `scenes` renders a picture from a
+`spec`, `subjects` and `styles` are what the demo trains, `classifier` says what a picture shows. The training itself is
+in `tools/pocket`. Importing this package costs nothing: no torch, no Pillow.
 """
 
 from pathlib import Path

@@ -33,7 +33,7 @@ def of_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Scaling]:
         config = foreign_json.loads_table(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
         raise LorakitError(f"{path}: its lora_adapter_metadata is no JSON object") from None
-    scalings: dict[str, dict[str, Any]] = {part: {} for part in keys.COMPONENTS}
+    scalings: dict[str, dict[str, Any]] = {part: {} for part in registry.components()}
     for key, value in config.items():
         part, _, name = key.partition(".")
         scalings.setdefault(keys.canonical_part(part), {})[name] = value
