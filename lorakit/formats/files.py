@@ -56,6 +56,10 @@ def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
     return struct.pack("<Q", len(head)) + head + data
 
 
+class Unwritable(LorakitError):
+    """A file that the disk has no room for, or that the folder does not allow."""
+
+
 def write_bytes(path: Path, raw: bytes) -> None:
     """Write `raw` to `path`, whole or not at all, making its folder where it is not there.
 
@@ -67,9 +71,7 @@ def write_bytes(path: Path, raw: bytes) -> None:
         require_space(path.parent, len(raw))
         atomic.write(path, raw)
     except OSError as error:
-        raise LorakitError(
-            f"{path}: cannot be written ({error.strerror or error}); nothing there was changed"
-        ) from None
+        raise Unwritable(f"{path}: cannot be written ({error.strerror or error}); nothing there was changed") from None
 
 
 def stream(
@@ -107,7 +109,7 @@ def stream(
             os.fsync(file.fileno())
         atomic.replace(temporary, path)
     except OSError as error:
-        raise LorakitError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise Unwritable(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,6 +118,6 @@ def require_space(folder: Path, size: int) -> None:
     """Raise LorakitError where `size` bytes do not fit into `folder` with a little room left."""
     free = shutil.disk_usage(folder).free
     if free < size + _MARGIN:
-        raise LorakitError(
+        raise Unwritable(
             f"{folder}: {size / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free: make room or set output.folder"
         )

@@ -91,6 +91,8 @@ def magnitude_vector(rows: torch.Tensor) -> torch.Tensor:
 
 def _swap(new: Path, path: Path, old: Path) -> None:
     """Put the folder `new` at `path`, what was there at `old`; where that fails, what was there is there again."""
+    from lorakit.formats import files
+
     try:
         if path.exists():
             path.rename(old)
@@ -99,7 +101,7 @@ def _swap(new: Path, path: Path, old: Path) -> None:
     except OSError as error:
         if old.exists() and not path.exists():
             old.rename(path)
-        raise LorakitError(
+        raise files.Unwritable(
             f"{path}: cannot be written ({error.strerror or error}); nothing there was changed"
         ) from None
 

@@ -71,7 +71,10 @@ def save(
             tensors = spec.tensors(weights, dtype) | embeddings.bundled(weights.embeddings)
             files.write_safetensors(embeddings.bundle(path), tensors, meta.complete(weights, metadata))
         if spec.write_side_files is not None:
-            spec.write_side_files(weights, path, dtype=dtype, metadata=metadata, preview=preview)
+            try:
+                spec.write_side_files(weights, path, dtype=dtype, metadata=metadata, preview=preview)
+            except files.Unwritable as error:
+                say(f"export: {error}; {path.name} itself is complete")
     if weights.embeddings:
         embeddings.write(weights, embeddings.folder(Path(folder) / f"{name}.safetensors"), metadata)
     return paths

@@ -137,9 +137,9 @@ class RunFolder:
             if run.config_file.exists():
                 raise LorakitError(f"{path} was begun by another process just now; give another --output")
             atomic.write(run.config_file, to_toml(configuration.with_absolute_paths(config)))
+            run._claim(State())
         except OSError as error:
             raise LorakitError(f"cannot write to {path}: {error.strerror or error}; give another --output") from None
-        run._claim(State())
         run.event("start", resumed=False)
         return run
 

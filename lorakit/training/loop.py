@@ -20,7 +20,7 @@ from lorakit.core.events import Events, StopRequest
 from lorakit.core.names import step_name
 from lorakit.core.smoothing import RunningMean
 from lorakit.engine import device as devices
-from lorakit.formats import metadata
+from lorakit.formats import files, metadata
 from lorakit.inference import sampling
 from lorakit.inference.mode import polled
 from lorakit.runs import plan
@@ -120,8 +120,9 @@ class Run:
         """What is written inside is not needed to go on: a full disk is a warning."""
         try:
             yield
-        except OSError as error:
-            line = f"{what} cannot be written ({error.strerror or error}); the run goes on without: make room for it"
+        except (OSError, files.Unwritable) as error:
+            reason = getattr(error, "strerror", None) or error
+            line = f"{what} cannot be written ({reason}); the run goes on without: make room for it"
             self.events.say(line, warning=True)
 
 
@@ -278,7 +279,8 @@ class Milestones:
         if stop.requested:
             self.save(step, [name for name in left if name != "save"])
             if step:
-                self.run.export(self.model.adapter.weights(), self.run.folder.adapter_name, step)
+                with self.run.optional(f"step {step}: the adapter"):
+                    self.run.export(self.model.adapter.weights(), self.run.folder.adapter_name, step)
             raise Stopped(self.run.folder.path, step)
         self.model.adapter.train(True)
 
@@ -302,7 +304,8 @@ class Milestones:
 
     def export(self, step: int, left: list[str]) -> None:
         """Write the adapter of this step, which stays beside that of the end."""
-        self.run.export(self.model.adapter.weights(), f"{self.run.folder.adapter_name}-{step_name(step)}", step)
+        with self.run.optional(f"step {step}: the adapter"):
+            self.run.export(self.model.adapter.weights(), f"{self.run.folder.adapter_name}-{step_name(step)}", step)
 
     def sample(self, step: int, left: list[str]) -> None:
         """Draw the sample prompts; a run goes on without where memory does not suffice."""
@@ -336,7 +339,8 @@ class Milestones:
             config=config,
             identity=self.run.identity,
         )
-        checkpoint.rotate(folder.checkpoints, config.train.keep_checkpoints)
+        with self.run.optional(f"step {step}: the list of checkpoints"):
+            checkpoint.rotate(folder.checkpoints, config.train.keep_checkpoints)
         self.run.events.emit("checkpoint", step)
 
     def restore(self, path: Path) -> tuple[int, list[str]]:

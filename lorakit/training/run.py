@@ -21,10 +21,11 @@ from lorakit.config import Config, resuming
 from lorakit.core import image_grid
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Events, Listener, Stop, StopRequest
-from lorakit.core.names import step_name
+from lorakit.core.names import quote, step_name
 from lorakit.core.registry import FORMATS
 from lorakit.data import photo_folder
 from lorakit.engine import device as devices
+from lorakit.formats import files
 from lorakit.runs import nvidia, report
 from lorakit.runs.preflight import Ready, preflight
 from lorakit.runs.run_folder import RunFolder
@@ -134,6 +135,12 @@ def resume(
         if unused := checkpoint.set_aside(run.checkpoints, newest):
             events.say(f"set aside, to be deleted when you like: {', '.join(unused)}", warning=True)
         run.begin(checkpoint.step_of(newest) if newest else 0, config if overrides else None)
+    except OSError as error:
+        run.unlock()
+        raise LorakitError(
+            f"{run.path}: cannot be written ({error.strerror or error}); make room there, then continue with: "
+            f"lorakit resume {quote(run.path)}"
+        ) from None
     except BaseException:
         run.unlock()
         raise
@@ -224,7 +231,11 @@ def _export(run: Run, family: Family, model: Model, samples: SampleInputs, state
     """Export the adapter, probe the base with it and without it, and detach it."""
     model.adapter.train(False)
     weights = model.adapter.weights()
-    exports = run.export(weights, run.folder.adapter_name, run.ready.plan.steps)
+    try:
+        exports = run.export(weights, run.folder.adapter_name, run.ready.plan.steps)
+    except files.Unwritable as error:
+        way = f"the last step is saved; make room, then continue with: lorakit resume {quote(run.folder.path)}"
+        raise LorakitError(f"{error}; {way}") from None
     model.optimizer_step.discard_graphs()
     prompt, size = samples.first, (run.config.data.resolution, run.config.data.resolution)
     with model.adapter.averaged():
