@@ -13,6 +13,7 @@ from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.cli import main as cli
 from lorakit.config import ModelConfig
 from lorakit.core.errors import LorakitError
+from lorakit.formats import files
 from lorakit.formats.edit import merge
 from lorakit.formats.edit.precision import Precision
 from lorakit.formats.saving import save
@@ -118,3 +119,17 @@ def test_weights_with_a_scale_stay_in_half_precision(room: Path, tmp_path: Path)
     weights = adapter(info, 2e-3)[1]
     with pytest.raises(LorakitError, match="weights with a scale are written in float16: leave out --keep-fp8"):
         merge.merge(weights, info, tmp_path / "x.safetensors", precision=Precision(keep_fp8=True))
+
+
+@pytest.mark.parametrize("base", ["folder8", "file8.safetensors"])
+def test_the_space_that_is_asked_for_is_that_of_the_precision_written(
+    base: str, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(files, "require_space", lambda folder, size: sizes.append(size))
+    info = described(room, base)
+    output = merge.merge(adapter(info, 2e-3)[1], info, tmp_path / f"out{Path(base).suffix}")
+    paths = [output] if output.is_file() else list(output.rglob("*.safetensors"))
+    written = sum(path.stat().st_size for path in paths)
+    before = [room / base] if output.is_file() else list((room / base).rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in before) < written <= sizes[0] <= 1.05 * written

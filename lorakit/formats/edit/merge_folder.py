@@ -137,7 +137,7 @@ def merge_folder(
         for name, value in index.items()
         if isinstance(value, list)
     }
-    files.require_space(_existing(output), sum(file.stat().st_size for paths in parts.values() for file in paths))
+    files.require_space(_existing(output), written_size([f for paths in parts.values() for f in paths], precision))
     temporary = atomic.temporary_path(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -183,6 +183,17 @@ def part_files(folder: Path) -> list[Path]:
     if folder.name not in stems and not weights:
         return entries
     return [p for p in entries if p in weights or not (p in pickles or p.suffix == ".safetensors")]
+
+
+def written_size(paths: Iterable[Path], precision: Precision) -> int:
+    """Bytes that files of a base take once merged: weights in 8 bits that become float16 take twice as much."""
+    size = 0
+    for path in paths:
+        size += path.stat().st_size
+        if path.suffix.lower() == ".safetensors" and not precision.keep_fp8:
+            infos = safetensors_header.read(path).tensors.values()
+            size += sum(info.end - info.start for info in infos if info.dtype in weight_files.EIGHT_BITS)
+    return size
 
 
 def _existing(path: Path) -> Path:
