@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lorakit import families
 from lorakit.cli import main as cli
 from lorakit.core.errors import LorakitError
+from lorakit.families import weight_files
 from lorakit.formats.edit import convert
 
 WEIGHTS = {"model.a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(2, dtype=torch.float16)}
@@ -146,3 +147,29 @@ def test_a_folder_with_bin_alone_is_converted_part_by_part(tiny_sd1: Path, tmp_p
     families.load(families.describe(folder), "cpu", torch.float32)
     with pytest.raises(LorakitError, match=r"no part of it has weights in \.bin alone"):
         convert.convert(folder)
+
+
+@pytest.mark.parametrize("stem", ["diffusion_pytorch_model", "diffusion_pytorch_model.fp16"])
+def test_shards_get_an_index(stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: `_main` is what the other one runs."""
+    monkeypatch.setattr(convert, "_in_a_process", convert._main)
+    part = tmp_path / "unet"
+    part.mkdir()
+    for number, (name, tensor) in enumerate(WEIGHTS.items(), 1):
+        torch.save({name: tensor}, part / f"{stem}-{number:05}-of-00002.bin")
+    index = f"diffusion_pytorch_model.safetensors.index{stem[23:]}.json"
+    last = part / f"{stem}-00002-of-00002.bin"
+    content = last.read_bytes()
+    last.unlink()
+    with pytest.raises(LorakitError, match=r"-00002-of-00002\.bin is missing: get the base again"):
+        convert.convert(tmp_path)
+    last.write_bytes(content)
+    assert [path.name for path in convert.convert(tmp_path).values()] == [
+        f"{stem}-00001-of-00002.safetensors", f"{stem}-00002-of-00002.safetensors", index,
+    ]  # fmt: skip
+    paths, variant = weight_files.weight_files(part, "diffusion_pytorch_model")
+    assert same({name: tensor for path in paths for name, tensor in load_file(path).items()})
+    assert variant == (stem[24:] or None) and last.is_file()
+    # A conversion that was cut off before it wrote the index.
+    (part / index).unlink()
+    assert list(convert.convert(tmp_path).values()) == [part / index]

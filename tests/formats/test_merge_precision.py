@@ -130,6 +130,6 @@ def test_the_space_that_is_asked_for_is_that_of_the_precision_written(
     info = described(room, base)
     output = merge.merge(adapter(info, 2e-3)[1], info, tmp_path / f"out{Path(base).suffix}")
     paths = [output] if output.is_file() else list(output.rglob("*.safetensors"))
-    written = sum(path.stat().st_size for path in paths)
+    after = sum(path.stat().st_size for path in paths)
     before = [room / base] if output.is_file() else list((room / base).rglob("*.safetensors"))
-    assert sum(path.stat().st_size for path in before) < written <= sizes[0] <= 1.05 * written
+    assert sum(path.stat().st_size for path in before) < after <= sizes[0] <= 1.05 * after

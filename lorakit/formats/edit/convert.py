@@ -6,6 +6,7 @@ What training programs leave in checkpoints is replaced by objects that do nothi
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -21,6 +22,8 @@ from lorakit.formats import files
 if TYPE_CHECKING:
     import torch
 
+# Of a part in several files: the number of one, and how many there are.
+_SHARD = r"-(\d+)-of-(?P<count>\d+)"
 # Packages whose objects training programs leave beside the weights (callbacks, numbers, configurations).
 _LEFT_BEHIND = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|numpy|_codecs|omegaconf|ldm|sgm|diffusers|transformers|argparse"
@@ -39,7 +42,7 @@ def convert(path: Path) -> dict[str, Path]:
     """
     if path.is_dir():
         pairs = {file: target for part in registry.weight_stems() for file, target in _pickles(path / part)}
-        if not pairs:
+        if not pairs and not any(_indexes(path)):
             raise LorakitError(f"{path}: no part of it has weights in .bin alone: there is nothing to convert")
     elif path.suffix.lower() == ".safetensors":
         raise LorakitError(f"{path}: is named .safetensors already; if it is a pickle, rename it to .ckpt first")
@@ -51,18 +54,52 @@ def convert(path: Path) -> dict[str, Path]:
         if target.exists():
             raise LorakitError(f"{target} exists already: move it away, or use it")
         files.require_space(source.absolute().parent, source.stat().st_size)
-    _in_a_process([str(path) for pair in pairs.items() for path in pair])
-    return {str(source): target for source, target in pairs.items()}
+    if pairs:
+        _in_a_process([str(path) for pair in pairs.items() for path in pair])
+    results = {str(source): target for source, target in pairs.items()}
+    for index, shards in _indexes(path):
+        headers = {shard.name: safetensors_header.read(shard).tensors for shard in shards}
+        size = sum(info.end - info.start for tensors in headers.values() for info in tensors.values())
+        names = {name: file for file, tensors in headers.items() for name in tensors}
+        content = json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2)
+        files.write_bytes(index, content.encode())
+        results[str(index)] = index
+    return results
 
 
 def _pickles(folder: Path) -> Iterable[tuple[Path, Path]]:
-    """The pickled weights of a part that has no others, and the names that they get."""
+    """The pickled weights of a part that has no others, and the names that they get.
+
+    Raises:
+        LorakitError: a shard is missing.
+    """
     stem = registry.weight_stems()[folder.name]
-    for file in sorted(folder.glob("*.bin")):
-        match = re.fullmatch(rf"(?:{stem}|pytorch_model)(\.\w+)?\.bin", file.name)
-        target = folder / f"{stem}{match[1] or ''}.safetensors" if match else None
-        if target and not target.exists():
-            yield file, target
+    names = {path.name for path in folder.glob("*.bin")}
+    for name in sorted(names):
+        match = re.fullmatch(rf"((?:{stem}|pytorch_model)(\.\w+)?)({_SHARD})?(\.\w+)?\.bin", name)
+        if match is None:
+            continue
+        for number in range(1, int(match["count"] or 0) + 1):
+            shard = f"{match[1]}-{number:05}-of-{match['count']}{match[6] or ''}.bin"
+            if shard not in names:
+                raise LorakitError(f"{folder / shard} is missing: get the base again")
+        target = folder / f"{stem}{match[2] or ''}{match[3] or ''}{match[6] or ''}.safetensors"
+        if not target.exists():
+            yield folder / name, target
+
+
+def _indexes(path: Path) -> Iterable[tuple[Path, list[Path]]]:
+    """The index that shards of a base in diffusers layout lack, and the shards, all of which are there."""
+    for part, stem in registry.weight_stems().items() if path.is_dir() else ():
+        groups: dict[str, list[Path]] = {}
+        for shard in sorted((path / part).glob("*.safetensors")):
+            if match := re.fullmatch(rf"{stem}(\.\w+)?{_SHARD}(\.\w+)?\.safetensors", shard.name):
+                groups.setdefault(f"{match[1] or match[4] or ''} {match['count']}", []).append(shard)
+        for group, shards in groups.items():
+            variant, _, count = group.partition(" ")
+            index = path / part / f"{stem}.safetensors.index{variant}.json"
+            if len(shards) == int(count) and not index.exists():
+                yield index, shards
 
 
 def _in_a_process(paths: list[str]) -> None:

@@ -24,7 +24,7 @@ from lorakit.core.layer_names import canonical
 from lorakit.families import ldm, vae_source, weight_files
 from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
 from lorakit.formats import files, keys
-from lorakit.formats.edit.merge_folder import Merger, merge_folder, written_size
+from lorakit.formats.edit.merge_folder import Merger, merge_folder, size_of_merged
 from lorakit.formats.edit.precision import Precision
 
 # Of a base's metadata, what is not true of the merged one.
@@ -77,7 +77,7 @@ def merge(
     merger = Merger(weights, strength, precision=precision)
     places = {base.path, *(source.path for source in base.sources.values())}
     own = [file for path in places for file in ([path] if path.is_file() else path.rglob("*.safetensors"))]
-    files.require_space(room, written_size(own, merger.precision))
+    files.require_space(room, size_of_merged(own, merger.precision))
     if base.slots is None:
         return _folder_to_file(base, output, merger, vae)
     others = {name: source for name, source in base.sources.items() if name != "vae"}

@@ -137,7 +137,7 @@ def merge_folder(
         for name, value in index.items()
         if isinstance(value, list)
     }
-    files.require_space(_existing(output), written_size([f for paths in parts.values() for f in paths], precision))
+    files.require_space(_existing(output), size_of_merged([f for paths in parts.values() for f in paths], precision))
     temporary = atomic.temporary_path(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -185,7 +185,7 @@ def part_files(folder: Path) -> list[Path]:
     return [p for p in entries if p in weights or not (p in pickles or p.suffix == ".safetensors")]
 
 
-def written_size(paths: Iterable[Path], precision: Precision) -> int:
+def size_of_merged(paths: Iterable[Path], precision: Precision) -> int:
     """Bytes that files of a base take once merged: weights in 8 bits that become float16 take twice as much."""
     size = 0
     for path in paths:
