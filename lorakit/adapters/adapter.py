@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from lorakit.families.spec import FamilySpec
 
 
@@ -31,9 +34,12 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     modules = _modules(target)
     paths = _layer_paths(modules)
     family = _family(target, modules)
-    layer_names = targets.select(family, paths, config.target_modules, config.train_text_encoder)
+    layer_names = targets.adapted(family, paths, config)
+    selected = targets.select(family, paths, config.target_modules, config.train_text_encoder)
+    if problems := targets.adapter_pattern_problems(config, selected, layer_names):
+        raise LorakitError("\n".join(problems))
     if not layer_names:
-        raise LorakitError(f"adapter.target_modules = {config.target_modules!r} selects no layer of this base")
+        raise LorakitError(targets.no_layer(config))
     layers = _inject(
         modules, {name: paths[name] for name in layer_names}, config, plain=getattr(target, "plain", False)
     )
@@ -352,8 +358,21 @@ def _inject(
     # PEFT's layers draw first weights that `reset` replaces; that must not move the global generator.
     with torch.random.fork_rng(devices=[]):
         for component, module in modules.items():
-            paths = [path for part, path in layer_paths.values() if part == component]
+            paths = {path: name for name, (part, path) in layer_paths.items() if part == component}
             if paths:
-                peft = method.peft(config, paths)
+                peft = method.peft(config, list(paths))
+                _set_patterns(peft, config, paths)
                 module.add_adapter(peft if plain else method.fuse(peft), adapter_name=NAME)
     return {name: modules[component].get_submodule(path) for name, (component, path) in layer_paths.items()}
+
+
+def _set_patterns(peft: PeftConfig, config: AdapterConfig, names: dict[str, str]) -> None:
+    """Tell PEFT the layers (path -> canonical name) with a rank or an alpha of their own: one pattern for each size, as
+    it compares every layer with every pattern."""
+    paths: dict[tuple[int, float], list[str]] = {}
+    for path, name in names.items():
+        layer = targets.layer_config(config, name)
+        if (layer.rank, layer.effective_alpha) != (config.rank, config.effective_alpha):
+            paths.setdefault((layer.rank, layer.effective_alpha), []).append(re.escape(path))
+    peft.rank_pattern = {"|".join(group): rank for (rank, _), group in paths.items()}
+    peft.alpha_pattern = {"|".join(group): alpha for (_, alpha), group in paths.items()}

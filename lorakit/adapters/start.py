@@ -42,12 +42,12 @@ def require(
             f"e.g. {(missing or extra)[0]}; set adapter.target_modules and train_text_encoder as it was made"
         )
     for name, shape in shapes.items():
-        layer = weights.layers[name]
+        layer, own = weights.layers[name], targets.layer_config(config, name)
         count = sum(factor.numel() for factor in layer.factors().values())
-        fits = layer.size == (shape[0], math.prod(shape[1:])) and count == targets.trained(config, shape)
+        fits = layer.size == (shape[0], math.prod(shape[1:])) and count == targets.trained(own, shape)
         if fits and (not isinstance(layer, LoraLayer) or tuple(layer.down.shape[1:]) == tuple(shape[1:])):
             continue
-        if layer.rank != config.rank:
+        if layer.rank != own.rank:
             rank = layer.rank
             raise LorakitError(f"the adapter to start from has rank {rank} in {name}: set adapter.rank = {rank}")
         raise LorakitError(f"the adapter to start from has another shape in {name}: it is of another base")

@@ -7,23 +7,99 @@ half of the programs.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from lorakit.adapters.weights import factorization
-from lorakit.config import AdapterConfig
+from lorakit.config import AdapterConfig, Config
 from lorakit.core import registry
 from lorakit.core.registry import METHODS, resolve
 
+Value = TypeVar("Value")
 # Always all four of an attention: A1111 reads none of them where one is missing.
 _TEXT_ATTENTION = r"\.self_attn\.(q|k|v|out)_proj$"
 _TEXT_LINEAR = _TEXT_ATTENTION + r"|\.mlp\.fc[12]$"
 TEXT = {"attention": _TEXT_ATTENTION, "linear": _TEXT_LINEAR, "linear+conv": _TEXT_LINEAR}
 
 
+def adapted(family: str, layers: Iterable[str], adapter: AdapterConfig) -> list[str]:
+    """Canonical names of the layers that an adapter enters: `select`, without those of rank 0 by a pattern."""
+    names = select(family, layers, adapter.target_modules, adapter.train_text_encoder)
+    return [name for name in names if last_match(adapter.ranks, name, adapter.rank)]
+
+
+def no_layer(adapter: AdapterConfig) -> str:
+    """What is said where an adapter enters nothing."""
+    if adapter.ranks:
+        return "adapter.ranks leaves out every layer"
+    return f"adapter.target_modules = {adapter.target_modules!r} selects no layer of this base"
+
+
+def last_match(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """The value of the last pattern, with `*`, `?` and `[...]`, that a whole canonical name matches."""
+    return next((patterns[pattern] for pattern in list(patterns)[::-1] if fnmatchcase(name, pattern)), default)
+
+
+def layer_config(adapter: AdapterConfig, name: str) -> AdapterConfig:
+    """The config of one layer: with its own rank and alpha where patterns say so."""
+    if not adapter.ranks and not adapter.alphas:
+        return adapter
+    rank, alpha = last_match(adapter.ranks, name, adapter.rank), last_match(adapter.alphas, name, adapter.alpha)
+    return replace(adapter, rank=rank, alpha=alpha, ranks={}, alphas={})
+
+
+def pattern_problems(config: Config, family: str, layers: Iterable[str]) -> list[str]:
+    """Patterns of ranks, alphas and rates that no layer of a base matches, or that later ones undo; a line each."""
+    adapter = config.adapter
+    selected = select(family, layers, adapter.target_modules, adapter.train_text_encoder)
+    left = [name for name in selected if last_match(adapter.ranks, name, adapter.rank)]
+    problems = adapter_pattern_problems(adapter, selected, left)
+    return problems + _unmatched("optimizer.rates", config.optimizer.rates, left)
+
+
+def adapter_pattern_problems(adapter: AdapterConfig, selected: Sequence[str], left: Sequence[str]) -> list[str]:
+    """The same of an adapter's own patterns: `selected` by `target_modules`, and what is `left` of it by rank 0."""
+    problems = _unmatched("adapter.ranks", adapter.ranks, selected) + _unmatched("adapter.alphas", adapter.alphas, left)
+    if adapter.train_text_encoder and left and not any(not name.startswith("unet.") for name in left):
+        problems.append("adapter.ranks leaves out the text encoders: leave out adapter.train_text_encoder")
+    return problems
+
+
+def _unmatched(option: str, patterns: Mapping[str, float], layers: Sequence[str]) -> list[str]:
+    problems, left = list[str](), set(layers)
+    for pattern in list(patterns)[::-1]:
+        matches = {name for name in layers if fnmatchcase(name, pattern)}
+        if matches and not matches & left:
+            problems.append(
+                f"{option}: {pattern!r} has no effect, as later patterns match all of its {len(matches)} layers"
+            )
+        elif not matches:
+            problems.append(
+                f"{option}: {pattern!r} matches none of the {len(layers)} adapted layers; {near(pattern, layers)}"
+            )
+        left -= matches
+    return problems[::-1]
+
+
+def near(pattern: str, layers: Sequence[str]) -> str:
+    """What to write instead of a pattern: with stars around it, or names like it."""
+    word = pattern.strip("*.")
+    inside = sum(word in name for name in layers)
+    if word and inside:
+        return f"'*{word}*' matches {inside}"
+    by_letters = {re.sub("[^a-z0-9]", "", name.lower()): name for name in layers}
+    letters = re.sub("[^a-z0-9]", "", pattern.lower().removeprefix("lora_"))
+    names = [by_letters[match] for match in difflib.get_close_matches(letters, by_letters, n=2, cutoff=0)]
+    return f"layers are such as {' and '.join(names)}" if names else "there are none"
+
+
 def select(family: str, layers: Iterable[str], target_modules: str, train_text_encoder: bool) -> list[str]:
-    """Canonical names of the adapted layers, in the order of `layers`.
+    """Canonical names of the layers of a set, in the order of `layers`.
 
     Args:
         family: what adapters of the base are called, such as "sd1".

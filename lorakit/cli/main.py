@@ -153,12 +153,13 @@ def describe_option(option: configuration.Option) -> dict[str, Any]:
     kind = option.type
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-    names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+    names: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+    names |= {dict[str, Any]: "table", dict[str, int]: "table of whole numbers", dict[str, float]: "table of numbers"}
     choices = option.choices or (typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ())
     if typing.get_origin(kind) is tuple:
         values = f"list of {', '.join(choices)}" if choices else "list of texts"
     else:
-        values = ", ".join(choices) if choices else "table" if kind == dict[str, Any] else names[kind]
+        values = ", ".join(choices) if choices else names[kind]
         values += ", module:Class" if option.import_path else ""
     if option.low is not None:
         values += (

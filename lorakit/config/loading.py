@@ -153,11 +153,13 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
 
 
 def _join_tables(flat: Mapping[str, object], by_key: Mapping[str, Option]) -> dict[str, object]:
-    """Put `optimizer.args.betas` and the like into the table `optimizer.args`."""
+    """Put `optimizer.args.betas` and the like into the table `optimizer.args`; the rest of a key may have dots."""
     tables: dict[str, object] = {}
     for key, value in flat.items():
-        table, _, name = key.rpartition(".")
-        if table in by_key and isinstance(by_key[table].default, dict):
+        section, _, rest = key.partition(".")
+        option, _, name = rest.partition(".")
+        table = f"{section}.{option}"
+        if name and table in by_key and isinstance(by_key[table].default, dict):
             table_values = tables.get(table)
             tables[table] = {**(table_values if isinstance(table_values, Mapping) else {}), name: value}
         else:

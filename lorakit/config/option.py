@@ -18,6 +18,8 @@ from typing import Any, Literal
 QUOTES = ("''", '""', "``", "‘’", "“”", "„“", "«»", "「」")
 # Characters of a value that a message shows.
 MAX_VALUE_LENGTH = 80
+# Patterns in a table, and characters of each.
+MAX_PATTERNS, MAX_PATTERN_LENGTH = 200, 200
 # "package.module:Class".
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -55,6 +57,12 @@ class Option:
     path: bool = False
     choices: tuple[str, ...] = ()
     import_path: bool = False
+
+    @property
+    def example(self) -> str:
+        """A table as it is written in a config."""
+        patterns = typing.get_origin(self.type) is dict and typing.get_args(self.type)[1] is not Any
+        return "{'*.attn2.*' = 8}" if patterns else "{betas = [0.9, 0.95]}"
 
     @property
     def key(self) -> str:
@@ -116,16 +124,7 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
             return f"{opt.key} = {to_text(value)}: choose from {', '.join(choices)}{more}{hint}", None
         return None, value
     if typing.get_origin(value_type) is dict:
-        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-            return f"{opt.key} = {to_text(value)}: must be a table, such as {{betas = [0.9, 0.95]}}", None
-        table = {name: list(item) if isinstance(item, tuple) else item for name, item in value.items()}
-        for name, item in table.items():
-            if not all(isinstance(each, (str, int, float)) for each in (item if isinstance(item, list) else [item])):
-                return (
-                    f"{opt.key}.{name} = {to_text(item)}: must be a number, a text, true, false, or a list of these",
-                    None,
-                )
-        return None, table
+        return _check_table(opt, typing.get_args(value_type)[1], value)
     if opt.import_path and isinstance(value, str) and IMPORT_PATH.fullmatch(value):
         return None, value
     if choices:
@@ -158,6 +157,38 @@ def _check_numbers(opt: Option, value: object) -> tuple[str | None, tuple[int, .
     each = dataclasses.replace(opt, type=int)
     problems = [problem for problem, _ in (check_value(each, number) for number in numbers) if problem]
     return (problems[0], None) if problems else (None, tuple(numbers))
+
+
+def _check_table(opt: Option, item_type: type, value: object) -> tuple[str | None, Any]:
+    """As `check_value`, of a table."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        return f"{opt.key} = {to_text(value)}: must be a table, such as {opt.example}", None
+    if item_type is not Any:
+        return _check_patterns(opt, item_type, value)
+    table = {name: list(item) if isinstance(item, tuple) else item for name, item in value.items()}
+    for name, item in table.items():
+        if not all(isinstance(each, (str, int, float)) for each in (item if isinstance(item, list) else [item])):
+            return (
+                f"{opt.key}.{name} = {to_text(item)}: must be a number, a text, true, false, or a list of these",
+                None,
+            )
+    return None, table
+
+
+def _check_patterns(opt: Option, value_type: type, table: Mapping[str, object]) -> tuple[str | None, Any]:
+    """A table of patterns: each value as an option of this type and these bounds."""
+    if len(table) > MAX_PATTERNS or any(len(pattern) > MAX_PATTERN_LENGTH for pattern in table):
+        return f"{opt.key}: at most {MAX_PATTERNS} patterns of at most {MAX_PATTERN_LENGTH} characters are read", None
+    values = {}
+    for pattern, item in table.items():
+        if isinstance(item, Mapping):
+            return f"{opt.key}: put quotes around a pattern with dots, as in {opt.example}", None
+        problem, values[pattern] = check_value(
+            dataclasses.replace(opt, name=f"{opt.name}.{pattern}", type=value_type), item
+        )
+        if problem:
+            return problem, None
+    return None, values
 
 
 def _in_bounds(opt: Option, value: float) -> bool:

@@ -133,6 +133,13 @@ class AdapterConfig:
 
     rank: int = option(16, "Rank of the update.", low=1, high=1024)
     alpha: float | None = option(None, "Scale is alpha / rank. Unset: alpha = rank, so that the scale is 1.", above=0)
+    ranks: dict[str, int] = option(  # noqa: RUF009
+        {},
+        "Ranks of layers by pattern: {'*.attn2.*' = 32, 'unet.mid_block.*' = 0}. The last match counts; 0: left out.",
+        low=0,
+        high=1024,
+    )
+    alphas: dict[str, float] = option({}, "The same for alpha.", above=0)  # noqa: RUF009
     target_modules: Literal["attention", "linear", "linear+conv"] = option(
         "attention",
         "attention: q, k, v, out; linear: every attention-block layer; linear+conv: resnets and samplers too.",
@@ -208,6 +215,12 @@ class OptimizerConfig:
     )
     loraplus_lr_ratio: float = option(
         1.0, "LoRA+: rate of the factor B by that of A; 16 is the paper's. 1: the same.", above=0, high=1000
+    )
+    rates: dict[str, float] = option(  # noqa: RUF009
+        {},
+        "Multiples of the learning rate by pattern of layers: {'unet.up_blocks.*' = 0.5}. The last match counts.",
+        above=0,
+        high=1000,
     )
     weight_decay: float = option(0.01, "Decoupled weight decay.", low=0, high=1)
     lr_scheduler: Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial", "rex", "wsd"] = option(

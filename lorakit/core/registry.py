@@ -169,8 +169,8 @@ def unmet_needs(name: str, *, has_cuda: bool, one_rate: bool) -> list[str]:
         lines.append(f"optimizer.name = {name!r} needs a CUDA device: choose 'adamw8bit' or 'adamw'")
     if spec.single_rate and not one_rate:
         lines.append(
-            f"optimizer.name = {name!r} has one rate: leave optimizer.text_encoder_learning_rate and "
-            "optimizer.loraplus_lr_ratio unset"
+            f"optimizer.name = {name!r} has one rate: leave optimizer.text_encoder_learning_rate, "
+            "optimizer.loraplus_lr_ratio and optimizer.rates unset"
         )
     return lines
 

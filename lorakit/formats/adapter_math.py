@@ -102,8 +102,16 @@ def fill_ins(layers: Mapping[str, AnyLayer]) -> dict[str, LoraLayer]:
 
 def complete(weights: AdapterWeights) -> dict[str, AnyLayer]:
     """`uniform` with its `fill_ins`, in the order UNet, text encoder, second text encoder."""
-    layers = uniform(weights)
-    layers.update(fill_ins(layers))
+    return _filled(uniform(weights))
+
+
+def with_own_ranks(weights: AdapterWeights) -> dict[str, AnyLayer]:
+    """As `complete`, each layer with its own rank and alpha."""
+    return _filled(weights.layers)
+
+
+def _filled(layers: Mapping[str, AnyLayer]) -> dict[str, AnyLayer]:
+    layers = {**layers, **fill_ins(layers)}
     order = {part: number for number, part in enumerate(registry.components())}
     return dict(sorted(layers.items(), key=lambda item: order[keys.component(item[0])]))
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,40 +116,17 @@ def _components(weights: AdapterWeights) -> dict[str, dict[str, AnyLayer]]:
 
     adapter_math.require_writable(weights, check)
     parts: dict[str, dict[str, AnyLayer]] = {}
-    for name, layer in adapter_math.complete(weights).items():
+    for name, layer in adapter_math.with_own_ranks(weights).items():
         parts.setdefault(keys.to_diffusers_name(keys.component(name), weights.family), {})[name] = layer
     for layers in parts.values():
         if len({layer.method for layer in layers.values()}) > 1:
             raise LorakitError("the PEFT format has one method in each part of a model; this adapter mixes several")
-    # PEFT is told one alpha and one rank for all layers: the scale goes into the factors unless it is LoRA's and even.
-    return {part: _even(layers) for part, layers in parts.items()}
+    # LoRA's ranks and alphas are written as they are; the scale of the others goes into their factors.
+    return {part: {name: _scaled(layer) for name, layer in layers.items()} for part, layers in parts.items()}
 
 
-def _even(layers: dict[str, AnyLayer]) -> dict[str, AnyLayer]:
-    if all(isinstance(layer, LoraLayer) for layer in layers.values()):
-        return layers
-    rank = max(layer.rank for layer in layers.values())
-    return {name: _padded(layer.rescaled(1), rank) for name, layer in layers.items()}
-
-
-def _padded(layer: AnyLayer, rank: int) -> AnyLayer:
-    """The same delta W with the factors filled up with zeros to `rank`; alpha = rank."""
-
-    from torch.nn.functional import pad
-
-    def wide(a: torch.Tensor) -> torch.Tensor:
-        return pad(a, (0, rank - a.shape[1]))
-
-    def tall(b: torch.Tensor) -> torch.Tensor:
-        return pad(b, (0, 0, 0, rank - b.shape[0]))
-
-    if isinstance(layer, LohaLayer):
-        first, second = (wide(layer.w1_a), tall(layer.w1_b)), (wide(layer.w2_a), tall(layer.w2_b))
-        return LohaLayer(*first, *second, alpha=float(rank))
-    if isinstance(layer, LokrLayer):
-        w1, w2 = (pair if len(pair) == 1 else (wide(pair[0]), tall(pair[1])) for pair in (layer.w1, layer.w2))
-        return replace(layer, w1=w1, w2=w2, alpha=float(rank))
-    return layer
+def _scaled(layer: AnyLayer) -> AnyLayer:
+    return layer if isinstance(layer, LoraLayer) else layer.rescaled(1)
 
 
 def _tensors(layers: Mapping[str, AnyLayer], dtype: str) -> dict[str, torch.Tensor]:
@@ -170,42 +147,54 @@ def _tensors(layers: Mapping[str, AnyLayer], dtype: str) -> dict[str, torch.Tens
 def _config(part: str, layers: Mapping[str, AnyLayer], family: str) -> dict[str, Any]:
     """PEFT's config for one component, with no path of the user's in it."""
     one = next(iter(layers.values()))
-    targets = [name.partition(".")[2].removeprefix(_TEXT_MODEL) for name in layers]
-    common: dict[str, Any] = {"target_modules": sorted(targets), "base_model_name_or_path": None, "task_type": None}
-    common["inference_mode"] = True
+    paths = {name: name.partition(".")[2].removeprefix(_TEXT_MODEL) for name in layers}
+    common: dict[str, Any] = {"target_modules": sorted(paths.values()), "base_model_name_or_path": None}
+    common |= {"task_type": None, "inference_mode": True}
+    ranks = {paths[name]: rank for name, rank in _ranks(layers, family).items()}
+    alphas = {paths[name]: layer.alpha for name, layer in layers.items()} if isinstance(one, LoraLayer) else ranks
+    (common["r"], common["rank_pattern"]), (alpha, common["alpha_pattern"]) = _usual(ranks), _usual(alphas)
     if isinstance(one, LoraLayer):
-        alpha = int(one.alpha) if one.alpha.is_integer() else one.alpha
         flags = {"bias": "none", "use_rslora": False, "use_dora": not one.is_lora, "fan_in_fan_out": False}
-        lora = {"peft_type": "LORA", "r": one.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "init_lora_weights": True}
+        lora = {"peft_type": "LORA", "lora_alpha": alpha, "lora_dropout": 0.0, "init_lora_weights": True}
         return common | flags | lora
-    rank = one.rank if isinstance(one, LohaLayer) else _lokr_rank(layers, family)
-    lycoris = common | {"peft_type": one.method.upper(), "r": rank, "alpha": rank, "init_weights": True}
+    lycoris = common | {"peft_type": one.method.upper(), "alpha": alpha, "init_weights": True}
     return lycoris | ({} if isinstance(one, LohaLayer) else {"decompose_both": False, "decompose_factor": -1})
 
 
-def _lokr_rank(layers: Mapping[str, AnyLayer], family: str) -> int:
-    """The rank by which PEFT cuts every one of these layers as they are cut: it decides from rank and width alone.
+def _usual(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The most common value, and those of the layers that have another."""
+    numbers = {path: int(value) if float(value).is_integer() else value for path, value in values.items()}
+    usual = Counter(numbers.values()).most_common(1)[0][0]
+    return usual, {path: value for path, value in numbers.items() if value != usual}
+
+
+def _ranks(layers: Mapping[str, AnyLayer], family: str) -> dict[str, int]:
+    """Each layer's rank as PEFT takes it; from a LoKr's rank and width alone it decides what of it is factorised.
 
     Raises:
-        LorakitError: there is none; LyCORIS can cut layers in other ways, by its `factor` and `decompose_both`.
+        LorakitError: it would cut one in another way; LyCORIS can, by its `factor` and `decompose_both`.
     """
-    pairs = [layer for layer in layers.values() if isinstance(layer, LokrLayer)]
-    rank = max((layer.rank for layer in pairs if not layer.is_full), default=None)
-    longest = [
-        max(len(layer.w2[0]), layer.w2[-1].shape[1] // math.prod(layer.kernel)) for layer in pairs if layer.is_full
-    ]
-    rank = max(longest) if rank is None else rank
-    for name, layer in layers.items():
-        assert isinstance(layer, LokrLayer)
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    pairs = {name: layer for name, layer in layers.items() if isinstance(layer, LokrLayer)}
+    factorized = Counter(layer.rank for layer in pairs.values() if not layer.is_full)
+    usual = factorized.most_common(1)[0][0] if factorized else max(map(_longest_side, pairs.values()), default=0)
+    for name, layer in pairs.items():
         kernel = math.prod(layer.kernel or keys.kernel(name, family))
         (a, b), (c, d) = factorization(layer.size[0]), factorization(layer.size[1] // kernel)
-        must_be_full = rank >= max(b, d) / 2
+        if layer.is_full:
+            ranks[name] = usual if usual >= max(b, d) / 2 else max(b, d)
+        must_be_full = ranks[name] >= max(b, d) / 2
         shapes = (len(layer.w1[0]), layer.w1[-1].shape[1], len(layer.w2[0]), layer.w2[-1].shape[1] // kernel)
         if shapes != (a, c, b, d) or layer.is_full is not must_be_full or len(layer.w1) > 1:
             raise LorakitError(
                 f"the PEFT format cannot carry {name}: PEFT cuts a LoKr in another way; export it as kohya"
             )
-    return rank
+    return ranks
+
+
+def _longest_side(layer: LokrLayer) -> int:
+    """The longest side of a whole w2."""
+    return max(len(layer.w2[0]), layer.w2[-1].shape[1] // math.prod(layer.kernel))
 
 
 SPEC = FormatSpec(

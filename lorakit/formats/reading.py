@@ -175,9 +175,13 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
             lycoris.magnitude(path, module.stem, layer.magnitude, layer.size)
         # PEFT divides by the rank it was told, even where a LoKr has none; everyone else goes by the file.
         is_full = isinstance(layer, LokrLayer) and layer.is_full
-        alpha = _alpha(path, module, tensors, int(scaling.get("r", 1)) if is_full else layer.rank, scaling)
+        alpha = _alpha(
+            path, module, tensors, peft_config.rank(str(module.canonical), scaling) if is_full else layer.rank, scaling
+        )
         if isinstance(layer, LokrLayer) and is_full:
-            by_peft = alpha / scaling["r"] if module.is_peft and "r" in scaling else 1.0
+            by_peft = (
+                alpha / peft_config.rank(str(module.canonical), scaling) if module.is_peft and "r" in scaling else 1.0
+            )
             return replace(layer, w1=(layer.w1[0] * by_peft,))
         return replace(layer, alpha=alpha)
     missing = [part for part in ("down", "up") if part not in parts]

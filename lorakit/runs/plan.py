@@ -80,6 +80,7 @@ class Plan:
         recomputed: blocks of the UNet that a step computes again in the backward pass.
         limit_gib: `memory.limit_gib`, which asked for them.
         notes: how what the base does not say was decided, a line each.
+        layers: those with a rank, an alpha or a learning rate of their own, a line for each size and rate.
         host, ram: bytes of the host's memory that keep the base's weights from the device, and all that it has, as far
             as it is known; else 0.
     """
@@ -108,6 +109,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     host: int = 0
     ram: int = 0
+    layers: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `plan.json` and `--json`."""
@@ -129,6 +131,7 @@ class Plan:
             f"photos: {self.photos} to train on{validation}",
             f"adapter: {self.method}, {trained}",
             f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}",
+            *self.layers,
             f"length: {self.length}",
             *([SHORT_RUN] if self.steps < MIN_STEPS else []),
             f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory}); "
@@ -173,7 +176,8 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     text_tokens = info.text_tokens
     if report.chunks > 1:
         info = dataclasses.replace(info, text_tokens=text_tokens + (report.chunks - 1) * info.max_tokens)
-    modules = count_weights(_selected(config, info), info.layers, config.adapter)
+    selected = targets.adapted(info.family, info.layers, config.adapter)
+    modules = count_weights(selected, info.layers, config.adapter)
     batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
     steps, length = run_length(config, repeats, batches)
     device = guess_device(config.memory.device)
@@ -196,6 +200,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         alpha=config.adapter.effective_alpha,
         scale=config.adapter.scale,
         modules=modules,
+        layers=_layer_lines(config, selected),
         photos=len(repeats),
         rows=len(sizes),
         holdout_count=holdout_count,
@@ -232,6 +237,24 @@ def _averaging(decay: float, steps: int) -> str:
     return f"average: exported, drawn and validated is the average of about the last {reach} steps' weights"
 
 
+def _layer_lines(config: Config, selected: Sequence[str]) -> tuple[str, ...]:
+    """How many layers have which rank, alpha and multiple of the learning rate, where patterns choose them."""
+    own = [targets.layer_config(config.adapter, name) for name in selected]
+    sizes = Counter((layer.rank, layer.effective_alpha, layer.scale) for layer in own)
+    multiples = Counter(float(targets.last_match(config.optimizer.rates, name, 1.0)) for name in selected)
+    lines = []
+    if config.adapter.ranks or config.adapter.alphas:
+        lines += [
+            f"layers: {count} of rank {rank}, alpha {alpha:g}, effective scale {scale:g}"
+            for (rank, alpha, scale), count in sorted(sizes.items())
+        ]
+    if config.optimizer.rates:
+        lines += [
+            f"rates: {count} layers at {each:g} of the learning rate" for each, count in sorted(multiples.items())
+        ]
+    return tuple(lines)
+
+
 def problems(config: Config, info: BaseInfo) -> list[str]:
     """Why there can be no plan for a base, whatever the photos are: the adapter would have no layer, a step cannot be
     kept within `memory.limit_gib`, or weights are to be streamed to a device that computes in the host's memory."""
@@ -241,10 +264,11 @@ def problems(config: Config, info: BaseInfo) -> list[str]:
         result.append(OFFLOAD_NEEDS_CUDA.format(device=device))
     if line := _resolution_problem(config, info):
         result.append(line)
-    selected = _selected(config, info)
+    selected = targets.adapted(info.family, info.layers, config.adapter)
     if not selected:
-        result.append(f"adapter.target_modules = {config.adapter.target_modules!r} selects no layer of this base")
+        result.append(targets.no_layer(config.adapter))
         return result
+    result += targets.pattern_problems(config, info.family, info.layers)
     try:
         memory_estimate.recomputed_blocks(config, info, count_weights(selected, info.layers, config.adapter), device)
     except LorakitError as error:
@@ -265,11 +289,6 @@ def _resolution_problem(config: Config, info: BaseInfo) -> str | None:
     return None
 
 
-def _selected(config: Config, info: BaseInfo) -> list[str]:
-    """The layers that get an adapter."""
-    return targets.select(info.family, info.layers, config.adapter.target_modules, config.adapter.train_text_encoder)
-
-
 def count_weights(
     selected: Sequence[str], shapes: Mapping[str, Sequence[int]], adapter: AdapterConfig
 ) -> dict[str, tuple[int, int]]:
@@ -278,7 +297,8 @@ def count_weights(
     for name in selected:
         component = name.partition(".")[0]
         before = totals.get(component, (0, 0))
-        totals[component] = before[0] + 1, before[1] + targets.trained(adapter, shapes[name])
+        own = targets.layer_config(adapter, name)
+        totals[component] = before[0] + 1, before[1] + targets.trained(own, shapes[name])
     for name, shape in shapes.items() if adapter.new_tokens else ():
         component, _, layer = name.partition(".")
         if layer == "text_model.encoder.layers.0.self_attn.q_proj":

@@ -198,7 +198,7 @@ def _optimizer_problems(config: Config) -> list[str]:
         return [missing]
     rates = {optimizer.text_encoder_learning_rate, optimizer.text_encoder_2_learning_rate}
     one_rate = rates <= {None, optimizer.learning_rate} and optimizer.text_encoder_stop == 1
-    one_rate = one_rate and optimizer.loraplus_lr_ratio == 1
+    one_rate = one_rate and optimizer.loraplus_lr_ratio == 1 and not optimizer.rates
     has_cuda = plan.may_be_cuda(config.memory.device)
     unmet = registry.unmet_needs(optimizer.name, has_cuda=has_cuda, one_rate=one_rate)
     return unmet or _line(optimizer_builder.problem(optimizer, has_cuda=has_cuda))
@@ -235,7 +235,7 @@ def _misfit(config: Config, info: BaseInfo) -> str | None:
         layers = registry.METHODS[config.adapter.method].layers
         if problem := identify.misfit(head.shapes(), head.metadata, info.family, layers):
             return problem
-    names = targets.select(info.family, info.layers, config.adapter.target_modules, config.adapter.train_text_encoder)
+    names = targets.adapted(info.family, info.layers, config.adapter)
     try:
         shapes = {name: info.layers[name] for name in names}
         start.require(formats.read(path), config.adapter, info.family, shapes, config.data.trigger)

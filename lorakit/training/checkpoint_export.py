@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit import config as configuration, families
+from lorakit.adapters import targets
 from lorakit.adapters.average import averaged
 from lorakit.adapters.weights import AdapterWeights, from_factors
 from lorakit.core import foreign_json
@@ -76,5 +77,9 @@ def read(path: Path) -> AdapterWeights:
         layers.setdefault(layer, {})[factor] = tensor
     words = {part: factors.pop("token") for part, factors in layers.items() if "token" in factors}
     embeddings = {config.data.trigger: words} if words else {}
-    adapter_layers = {name: from_factors(factors, config.adapter.scale) for name, factors in layers.items() if factors}
+    adapter_layers = {
+        name: from_factors(factors, targets.layer_config(config.adapter, name).scale)
+        for name, factors in layers.items()
+        if factors
+    }
     return AdapterWeights(info.family, config.adapter.method, adapter_layers, facts, embeddings)

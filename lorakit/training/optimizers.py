@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lorakit.adapters import targets
 from lorakit.config import OptimizerConfig, lr_schedule, optimizer_builder
 from lorakit.config.optimizer_builder import Groups, construct
 from lorakit.core import registry
@@ -29,8 +30,12 @@ def rate_groups(
 
 def rate_multiple(config: OptimizerConfig, name: str) -> float:
     """What the learning rate of a component is multiplied by for the parameter `<layer>.<factor>`: B learns faster than
-    A (LoRA+, Hayou et al. 2024, arXiv 2402.12354)."""
-    return config.loraplus_lr_ratio if name.endswith(".up") else 1.0
+    A (LoRA+, Hayou et al. 2024, arXiv 2402.12354), and layers as `optimizer.rates` says."""
+    layer, _, factor = name.rpartition(".")
+    if factor == "token":
+        return 1.0
+    own = float(targets.last_match(config.rates, layer, 1.0))
+    return own * config.loraplus_lr_ratio if factor == "up" else own
 
 
 def build(

@@ -158,7 +158,7 @@ def test_an_integer_may_stand_for_a_float_but_not_the_other_way() -> None:
 def test_bounds_themselves_are_inside() -> None:
     for option in config.options():
         for bound in (option.low, option.high):
-            if bound is not None:
+            if bound is not None and typing.get_origin(option.type) is not dict:  # bounds of the values of a table
                 number_type = int if option.type is int or option.type == (int | None) else float
                 assert check_value(option, number_type(bound)) == (None, bound), option.key
 

@@ -37,6 +37,7 @@ class Info:
     title: str = "sd15"
     prediction_type: str = "epsilon"
     downscale: int = 8
+    bucket_multiple: int = 64
     max_tokens: int = 77
     text_tokens: int = 77
     bytes: dict[str, int] = field(default_factory=dict)

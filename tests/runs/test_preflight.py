@@ -223,8 +223,8 @@ def test_what_an_optimizer_cannot_do_is_a_problem(
     monkeypatch.setattr("lorakit.core.registry.missing_package", lambda name: None)
     rates = {"optimizer__text_encoder_learning_rate": 0.5, "adapter__train_text_encoder": True}
     assert preflight(requests(tiny_sd1, photos, optimizer__name="prodigy", **rates)).problems == (
-        "optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate and "
-        "optimizer.loraplus_lr_ratio unset",
+        "optimizer.name = 'prodigy' has one rate: leave optimizer.text_encoder_learning_rate, "
+        "optimizer.loraplus_lr_ratio and optimizer.rates unset",
     )
     assert preflight(requests(tiny_sd1, photos, optimizer__name="paged_adamw8bit")).problems == (
         "optimizer.name = 'paged_adamw8bit' needs a CUDA device: choose 'adamw8bit' or 'adamw'",

@@ -88,16 +88,31 @@ def alpha(name: str, rank: int, scaling: Scaling) -> float:
 
     Follows PEFT: patterns match the end of the module's name, and rank-stabilised adapters divide by sqrt(rank).
     """
-    path = name.partition(".")[2]
-    value = scaling.get("lora_alpha", scaling.get("alpha", rank))
-    for pattern, own in (scaling.get("alpha_pattern") or {}).items():
-        if _matches_end(pattern, path):
-            value = own
-            break
+    value: Any = _of_layer(name, scaling, "alpha_pattern", scaling.get("lora_alpha", scaling.get("alpha", rank)))
     try:
         return float(value) * (math.sqrt(rank) if scaling.get("use_rslora") else 1.0)
     except (TypeError, ValueError):
         raise LorakitError(f"{name}: the alpha in its config is not a number: {value!r}") from None
+
+
+def rank(name: str, scaling: Scaling) -> int:
+    """The rank that a config tells for a canonical name; 1 where there is none.
+
+    Raises:
+        LorakitError: it is no number above 0.
+    """
+    value = _of_layer(name, scaling, "rank_pattern", scaling.get("r", 1))
+    if not isinstance(value, int) or value < 1:
+        raise LorakitError(f"{name}: the rank in its config is not a number above 0: {value!r:.80}")
+    return value
+
+
+def _of_layer(name: str, scaling: Scaling, table: str, default: object) -> object:
+    """The value of the first pattern of a table that matches a layer."""
+    path, patterns = name.partition(".")[2], scaling.get(table) or {}
+    if not isinstance(patterns, Mapping):
+        raise LorakitError(f"{name}: the {table} in its config is no table")
+    return next((own for pattern, own in patterns.items() if _matches_end(pattern, path)), default)
 
 
 def _matches_end(pattern: str, name: str) -> bool:

@@ -241,6 +241,9 @@ OPTIONS = {
     "optimizer.args": ("最佳化器引數", "最佳化器的其他引數，寫成表格，例如 {betas = [0.9, 0.95]}。"),
     "optimizer.learning_rate": ("學習率", "最高學習率（prodigy 則為倍率，通常為 1）。"),
     "optimizer.text_encoder_learning_rate": ("文字編碼器學習率", "用於文字編碼器的 adapter。未設定：相同。"),
+    "adapter.ranks": ("各層的秩", "依樣式，例如 {'*.attn2.*' = 32}；最後符合的有效，0 表示略去。"),
+    "adapter.alphas": ("各層的 alpha", "同上，為 alpha。"),
+    "optimizer.rates": ("各層的學習率", "依樣式的倍數，例如 {'unet.up_blocks.*' = 0.5}；最後符合的有效。"),
     "optimizer.loraplus_lr_ratio": ("LoRA+ 比例", "LoRA+：B 的學習率是 A 的幾倍；論文用 16。1：相同。"),
     "optimizer.text_encoder_2_learning_rate": (
         "第二文字編碼器學習率",

@@ -1,6 +1,29 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "layers: {count} of rank {rank}, alpha {alpha}, effective scale {scale}": (
+        "層：{count} 層的秩 {rank}，alpha {alpha}，實際縮放 {scale}"
+    ),
+    "rates: {count} layers at {multiple} of the learning rate": "學習率：{count} 層為 {multiple} 倍",
+    "{option}: {pattern} has no effect, as later patterns match all of its {count} layers": (
+        "{option}：{pattern} 沒有作用，後面的樣式涵蓋了它的 {count} 層"
+    ),
+    "{option}: {pattern} matches none of the {count} adapted layers; {other} matches {many}": (
+        "{option}：{count} 個訓練層中沒有符合 {pattern} 的；{other} 符合 {many} 層"
+    ),
+    "{option}: {pattern} matches none of the {count} adapted layers; layers are such as {names}": (
+        "{option}：{count} 個訓練層中沒有符合 {pattern} 的；層名例如 {names}"
+    ),
+    "adapter.ranks leaves out every layer": "adapter.ranks 略去了所有的層",
+    "adapter.ranks leaves out the text encoders: leave out adapter.train_text_encoder": (
+        "adapter.ranks 略去了文字編碼器：請拿掉 adapter.train_text_encoder"
+    ),
+    "{option}: put quotes around a pattern with dots, as in {example}": (
+        "{option}：有句點的樣式要加引號，例如 {example}"
+    ),
+    "{option}: at most {count} patterns of at most {length} characters are read": (
+        "{option}：最多 {count} 個樣式，每個最多 {length} 個字元"
+    ),
     "average: exported, drawn and validated is the average of about the last {count} steps' weights": (
         "平均：匯出、作圖與驗證都用大約最後 {count} 步的平均權重"
     ),
@@ -178,10 +201,10 @@ RUNNING = {
     "optimizer.name = {name} needs a CUDA device: choose 'adamw8bit' or 'adamw'": (
         "optimizer.name = {name} 需要 CUDA 裝置：請選 'adamw8bit' 或 'adamw'"
     ),
-    "optimizer.name = {name} has one rate: leave optimizer.text_encoder_learning_rate and "
-    "optimizer.loraplus_lr_ratio unset": (
+    "optimizer.name = {name} has one rate: leave optimizer.text_encoder_learning_rate, "
+    "optimizer.loraplus_lr_ratio and optimizer.rates unset": (
         "optimizer.name = {name} 只有一個學習率："
-        "optimizer.text_encoder_learning_rate 與 optimizer.loraplus_lr_ratio 請留空"
+        "optimizer.text_encoder_learning_rate、optimizer.loraplus_lr_ratio、optimizer.rates 請留空"
     ),
     "optimizer.loraplus_lr_ratio is for a factor A that begins at random and a B that begins at 0: {why:words}; "
     "leave it out": "optimizer.loraplus_lr_ratio 是給隨機開始的 A 與從 0 開始的 B 用的（{why:words}）：請拿掉",
