@@ -299,6 +299,8 @@ def _strengths(text: str) -> tuple[float, ...]:
 
 
 def _side(text: str) -> int:
-    if not text.isdecimal() or int(text) % 8 or not 64 <= int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a multiple of 8 from 64 to 4096")
+    side = next(option for option in configuration.options() if option.key == "data.resolution")
+    low, high = int(side.low or 0), int(side.high or 0)
+    if not text.isdecimal() or int(text) % 8 or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a multiple of 8 from {low} to {high}")
     return int(text)

@@ -42,9 +42,6 @@ def add(command: Command) -> None:
     train = command("train", run_train, "train an adapter from a folder of photos")
     _add_run_options(train)
     _add_output(train)
-    train.add_argument(
-        "--init-from", metavar="FILE", help="start from this adapter's weights (a new run, not a resume)"
-    )
 
     importing = command("import-config", run_import_config, "write a lorakit config from one of kohya or OneTrainer")
     importing.add_argument("file", metavar="FILE", help="TOML or JSON file of the other program")
@@ -71,6 +68,9 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--prompt", action="append", metavar="TEXT", help="prompt of a sample picture; may be repeated"
     )
     command.add_argument("--base", metavar="BASE", help="base model: a file, a folder or a hub id (default: bundled)")
+    command.add_argument(
+        "--init-from", metavar="FILE", help="start from this adapter's weights (a new run, not a resume)"
+    )
     add_model(command)
 
 
@@ -240,7 +240,7 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
         "sample.prompts": args.prompt,
         "model.vae": args.vae,
         "output.folder": getattr(args, "output", None),
-        "train.init_from": getattr(args, "init_from", None),
+        "train.init_from": args.init_from,
     }
     overrides = {key: value for key, value in flags.items() if value is not None} | read_overrides(args.set)
     preset = args.preset

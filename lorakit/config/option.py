@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorakit.core.names import shorten
+
 # What stands around a text of which it is no part.
 QUOTES = ("''", '""', "``", "‘’", "“”", "„“", "«»", "「」")
 # Characters of a value that a message shows.
@@ -86,7 +88,7 @@ def to_text(value: Any) -> str:
         text = repr(list(value) if isinstance(value, tuple) else value)
     except (ValueError, RecursionError):  # a number of more digits than Python writes
         return f"a value of type {type(value).__name__} that is too long to show"
-    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[:MAX_VALUE_LENGTH]}..."
+    return shorten(text, MAX_VALUE_LENGTH)
 
 
 def unquote(text: str) -> str:

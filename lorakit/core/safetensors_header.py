@@ -14,13 +14,14 @@ import math
 import os
 import re
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 from lorakit.core.errors import LorakitError
-from lorakit.core.names import printable
+from lorakit.core.names import printable, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +30,12 @@ _MAX_HEADER = 100_000_000  # the library's own limit
 _EXCERPT_LENGTH = 80
 _NAME_LENGTH = 1000  # of any program's tensor, and more; names are matched with patterns
 _PICKLE = "a pickle (.ckpt/.pt): it can run code when opened; convert it once: lorakit convert FILE"
+_ARCHIVE = "a zip archive: unpack it and give the file in it"
 _PAGE = "a web page, not a model: the download failed"
 _MAGIC = {
     **dict.fromkeys((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _PICKLE),
     **dict.fromkeys((b"<!", b"<html", b"<?xml"), _PAGE),
+    b"SQLite format 3": "a database, as Draw Things keeps its models: give the file that was imported there",
     b"GGUF": "a GGUF file, not safetensors",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: fetch it with git lfs pull",
     **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff"), "a picture, not a model"),
@@ -104,7 +107,7 @@ def read(path: Path) -> Header:
     if start[8:9] != b"{" or length > _MAX_HEADER:
         for magic, kind in _MAGIC.items():
             if start.lstrip().lower().startswith(magic.lower()):
-                raise LorakitError(f"{path}: this is {kind}")
+                raise LorakitError(f"{path}: this is {kind if _is_pickle(path, magic) else _ARCHIVE}")
         raise LorakitError(f"{path}: not a safetensors file")
     if len(raw) < length:
         raise LorakitError(f"{path}: cut off inside its header ({size} bytes): download it again")
@@ -193,6 +196,17 @@ def _size(digits: str) -> int:
     return int(digits)
 
 
+def _is_pickle(path: Path, magic: bytes) -> bool:
+    """Whether what begins like an archive of torch.save is one."""
+    if magic != b"PK\x03\x04":
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return True
+
+
 def _refuse(word: str) -> float:
     raise ValueError(f"damaged: its header has the number {word}")
 
@@ -208,8 +222,7 @@ def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _excerpt(value: object) -> str:
     """A name or value of a file on one line, cut where it is long."""
-    text = printable(value if isinstance(value, str) else repr(value))
-    return text if len(text) <= _EXCERPT_LENGTH else f"{text[:_EXCERPT_LENGTH]}..."
+    return shorten(printable(value if isinstance(value, str) else repr(value)), _EXCERPT_LENGTH)
 
 
 # A file is of the first kind whose pattern matches the name of one of its tensors.
@@ -218,6 +231,7 @@ _KINDS = {
     "lycoris": r"\.(oft_|w_norm$|on_input$|diff$)",
     "adapter": r"^lora_(unet|te\d?)_|\.(hada|lokr)_w|\.lora_[AB]\.|\.(lora|lora_linear_layer)\.(down|up)\."
     r"|_lora\.(down|up)\.",
+    "numbered": r"^(unet|text_encoder):\d+:(up|down)$",
     "controlnet": r"^(control_model|controlnet_cond_embedding)\.|^lora_controlnet$",
     "checkpoint": r"^model\.diffusion_model\.",
     "vae": r"^first_stage_model\.|^(encoder|decoder)\.(conv_in|down|up|mid)",
@@ -231,7 +245,7 @@ def kind(shapes: dict[str, tuple[int, ...]]) -> str:
     """The kind of a file, from the names of its tensors.
 
     One of "adapter", "lycoris", "checkpoint", "unet", "vae", "text encoder", "embedding", "controlnet", "ip-adapter",
-    "unknown".
+    "numbered" (an adapter of cloneofsimo's lora), "unknown".
     """
     adapted = sum(1 for name in shapes if re.search(f"{_KINDS['lycoris']}|{_KINDS['adapter']}", name))
     if adapted and sum(1 for name in shapes if re.search(_KINDS["checkpoint"], name)) > 2 * adapted:

@@ -44,7 +44,9 @@ def require_writable(weights: AdapterWeights, check: Callable[[str, str], str | 
 def kinds(weights: AdapterWeights) -> list[str]:
     """What the tensors are, whatever the weights are labelled; what is plain LoRA is called as it was trained."""
     result = {_kind(layer) for layer in weights.layers.values() if not layer.is_lora}
-    result |= {BIAS} if weights.biases else set()
+    # The bias of a norm, or beside a full difference, is part of it; who reads the one reads the other.
+    parts = {name for name, layer in weights.layers.items() if layer.method in ("norm", "full difference")}
+    result |= {BIAS} if weights.biases.keys() - parts else set()
     return sorted(result) or [weights.method]
 
 

@@ -53,6 +53,11 @@ class Reading:
         """Whether every module is read, and read rightly."""
         return not (self.refused or self.unmatched or self.wrong)
 
+    @property
+    def is_used(self) -> bool:
+        """Whether at least a part of it is read rightly."""
+        return not self.refused and any(read for read, _ in self.counts.values())
+
     def line(self) -> str:
         """One line for a person: counts, and the first thing that is wrong."""
         counts = ", ".join(f"{part} {read}/{total}" for part, (read, total) in self.counts.items())
@@ -113,7 +118,7 @@ def read_report(
     by_stem = modules(shapes)
     names_of_parts = {name for module in by_stem.values() for name in module.parts.values()}
     loose = [name for name in shapes if name not in names_of_parts and not name.startswith("bundle_emb.")]
-    defects = _defects(by_stem, shapes, "lorakit.version" in (metadata or {})) | _unscaled(
+    defects = module_defects(by_stem, shapes, "lorakit.version" in (metadata or {})) | _unscaled(
         by_stem, shapes, alphas or {}, metadata or {}
     )
     return {
@@ -221,12 +226,15 @@ def _component(stem: str) -> str:
     return "text_encoder" if stem.startswith(("lora_te", "text_encoder")) else "unet"
 
 
-def _defects(by_stem: Mapping[str, Module], shapes: Shapes, is_own: bool) -> dict[str, str]:
+def module_defects(by_stem: Mapping[str, Module], shapes: Shapes, is_own: bool = False) -> dict[str, str]:
     """Modules that no program can read rightly, and why."""
     result: dict[str, str] = {}
     # In lorakit's own files every module has one; elsewhere alpha = rank is what a missing alpha means.
     some_alpha = is_own and any("alpha" in module.parts for module in by_stem.values())
     for stem, module in by_stem.items():
+        if math.prod(shapes.get(module.parts.get("alpha", ""), ())) != 1:
+            result[stem] = "its alpha is not one number"
+            continue
         if module.method in _PAIRS:
             problem = _lycoris_defect(module, shapes)
             if problem:
@@ -387,7 +395,7 @@ def _refused(
         if "lora_adapter_metadata" in metadata:
             return "it has kohya names and lora_adapter_metadata"
         text = [stem for stem in by_stem if stem.startswith("lora_te")]
-        for prefix in {stem.partition("_text_model")[0] for stem in text}:
+        for prefix in {stem.partition("_text_")[0] for stem in text}:
             if not any(s.startswith(prefix) and s.endswith(("out_proj", "_mlp_fc1", "_mlp_fc2")) for s in text):
                 return f"the {prefix} part has neither out_proj nor mlp"
     if not consumer.flat_conv:

@@ -13,7 +13,7 @@ from pathlib import Path
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
-from lorakit.core.names import printable
+from lorakit.core.names import printable, quote
 from lorakit.core.registry import FORMATS
 from lorakit.formats import keys, metadata as meta
 from lorakit.formats.facts import models
@@ -211,7 +211,7 @@ def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
     elif spelling == "diffusers-old" and part.endswith(("_blocks", "_block")):
         part, path = "unet", stem
         stem = f"unet.{stem}"
-    name = canonical(keys.canonical_part(part), path)
+    name = canonical(keys.canonical_part(part), path.removeprefix(PEFT_PREFIX))
     if spelling == "diffusers-old":
         name = _OLD_UNET.sub(lambda m: f"{m[1]}.to_{m[2]}{'.0' * (m[2] == 'out')}", name)
         name = _OLD_TEXT.sub(lambda m: f"{m[1]}.self_attn.{m[2]}_proj", name)
@@ -231,6 +231,36 @@ def peft_parts(path: Path) -> dict[str, Path]:
     """Component -> its folder, of a PEFT folder; empty where it is none."""
     folders = {name: path / name for name in (*registry.components(), *sorted(registry.denoisers() - {"unet"}))}
     return {keys.canonical_part(name): folder for name, folder in folders.items() if (folder / PEFT_CONFIG).is_file()}
+
+
+def pickles(folder: Path) -> str:
+    """Words on the pickled weights in a folder, or ""."""
+    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in (".bin", ".pt", ".ckpt"))
+    return f", and {names[0]}, a pickle (convert it once: lorakit convert {quote(folder / names[0])})" if names else ""
+
+
+def peft_weights(folder: Path) -> Path:
+    """The tensors of one component's folder.
+
+    Raises:
+        LorakitError: they are not there, or as a pickle.
+    """
+    path = folder / PEFT_MODEL
+    pickle = path.with_suffix(".bin")
+    if not path.is_file() and pickle.is_file():
+        raise LorakitError(f"{pickle}: its weights are a pickle; convert it once: lorakit convert {quote(pickle)}")
+    if not path.is_file():
+        raise LorakitError(f"{folder}: has {PEFT_CONFIG} and no {PEFT_MODEL}: the weights are missing")
+    return path
+
+
+def require_whole(path: Path) -> None:
+    """Raise LorakitError: a lone file with PEFT's names has no config, which has its alpha."""
+    where = "in the folder of each part" if path.name == PEFT_MODEL else f"and call it {PEFT_MODEL}"
+    raise LorakitError(
+        f"{path}: its names are PEFT's, and {PEFT_CONFIG}, which has its alpha, is not beside it: put the two "
+        f"together, {where}"
+    )
 
 
 def peft_component(shapes: Shapes) -> str:
@@ -372,6 +402,8 @@ DESCRIPTIONS = {
     "text encoder": "a text encoder, not an adapter",
     "embedding": "a textual-inversion embedding, not an adapter",
     "controlnet": "a ControlNet, not an adapter",
+    "numbered": "an adapter of cloneofsimo's lora, whose layers have numbers and no names: merge it into its base with "
+    "that program (lora_add), then make a LoRA of the two with lorakit extract",
     "ip-adapter": "an IP-Adapter (it takes a picture as prompt), not an adapter that lorakit reads",
     "unknown": "not an adapter for Stable Diffusion",
 }

@@ -15,6 +15,7 @@ from lorakit import families
 from lorakit.adapters.weights import LoraLayer
 from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import shorten
 from lorakit.families import ldm
 from lorakit.formats import compatibility, embeddings, identify, keys, metadata as meta
 from lorakit.formats.compatibility import Reading
@@ -55,6 +56,7 @@ class Report:
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     model: str = ""
     damage: str = ""
+    defects: str = ""
     words: list[str] = dataclasses.field(default_factory=list)
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     strength: Strength = dataclasses.field(default_factory=Strength)
@@ -101,7 +103,7 @@ class Report:
             ranks = _counted(component.ranks, component.rank_counts)
             alphas = _counted(component.alphas, component.alpha_counts) or ("= rank" if ranks else "")
             values = [f"rank {ranks}" if ranks else "", f"alpha {alphas}" if alphas else ""]
-            facts[part] = ", ".join(filter(None, (f"{component.modules} modules", *values)))
+            facts[part] = "; ".join(filter(None, (f"{component.modules} modules", *values)))
         lines += [f"  {name:<15} {text}" for name, text in facts.items() if text]
         if self.strength.modules:
             lines += ["size of the change of each block (norm of delta W):", *self.strength.lines()]
@@ -121,21 +123,19 @@ class Report:
         if self.kind != "adapter":
             return ""
         words = self.trigger or ", ".join(self.words) or "nothing, as far as the file tells"
-        is_tagged = any(self.readers[key].complete for key in ("a1111", "forge") if key in self.readers)
-        return words + (f"  (<lora:{Path(self.name).stem}:1> in A1111 and Forge)" if is_tagged else "")
+        titles = {"a1111": "A1111", "forge": "Forge"}
+        readers = {} if self.damage else self.readers
+        programs = [title for key, title in titles.items() if key in readers and readers[key].is_used]
+        return words + (f"  (<lora:{Path(self.name).stem}:1> in {' and '.join(programs)})" if programs else "")
 
     def _health(self) -> str:
         """Whether an adapter's numbers look well."""
         if self.kind != "adapter":
             return ""
+        if self.damage or self.defects:
+            return f"NO: {self.damage or self.defects}"
         odd = self.strength.health()
-        return (
-            f"NO: {self.damage}"
-            if self.damage
-            else f"LOOK: {odd}"
-            if odd
-            else "every number is finite, none stands out"
-        )
+        return f"LOOK: {odd}" if odd else "every number is finite, none stands out"
 
 
 def inspect(path: Path) -> Report:
@@ -154,7 +154,7 @@ def inspect(path: Path) -> Report:
     if kind == "adapter" and all(name.startswith(identify.PEFT_PREFIX) for name in shapes):
         if path.name == identify.PEFT_MODEL and (path.parent / identify.PEFT_CONFIG).is_file():
             return _folder(path.parent)
-        raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
+        identify.require_whole(path)
     if kind != "adapter":
         family, by, what = identify.base_family(shapes), "the width of the text it attends to", ""
         if kind == "checkpoint":
@@ -196,14 +196,14 @@ def _folder(path: Path) -> Report:
     if parts:
         return _peft_folder(path, parts)
     if (path / identify.PEFT_CONFIG).is_file():
-        shapes = safetensors_header.read(path / identify.PEFT_MODEL).shapes()
+        shapes = safetensors_header.read(identify.peft_weights(path)).shapes()
         return _peft_folder(path, {identify.peft_component(shapes): path})
     if (path / "model_index.json").is_file():
         return _base_folder(path)
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
         return inspect(files[0])
-    holds = f"it holds {len(files)} .safetensors files"
+    holds = f"it holds {len(files)} .safetensors files{identify.pickles(path)}"
     raise LorakitError(f"{path}: neither a PEFT folder nor a base model (no model_index.json); {holds}")
 
 
@@ -213,7 +213,7 @@ def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
     shapes: dict[str, tuple[int, ...]] = {}
     scalings: dict[str, peft_config.Scaling] = {}
     for part, folder in parts.items():
-        head = safetensors_header.read(folder / identify.PEFT_MODEL)
+        head = safetensors_header.read(identify.peft_weights(folder))
         scalings[part] = peft_config.of_folder(folder)
         metadata |= head.metadata
         for name, full_name in identify.peft_names(part, head.tensors).items():
@@ -284,6 +284,9 @@ def _adapter(
         value = scaling.get("lora_alpha", scaling.get("alpha"))
         alphas |= {} if value is None else {part: float(value)}
     components, scales = _components(modules, shapes, alphas, scalings)
+    defects = compatibility.module_defects(modules, shapes)
+    first = next((f"{stem}: {why}" for stem, why in defects.items()), "")
+    common |= {"defects": f"{len(defects)} of {len(modules)} modules are broken, {first}" if first else ""}
     ranks = {rank for component in components.values() for rank in component.ranks}
     return Report(
         name,
@@ -359,9 +362,10 @@ def _dtype(heads: list[safetensors_header.Header]) -> str:
 def _counted(values: Iterable[float], counts: Sequence[int]) -> str:
     """Values with how many modules have each, where there are several."""
     pairs = zip(values, counts, strict=True)
-    return ", ".join(f"{value:g} ({count})" if len(counts) > 1 else f"{value:g}" for value, count in pairs)
+    return ", ".join(f"{value:g} in {count}" if len(counts) > 1 else f"{value:g}" for value, count in pairs)
 
 
 def _shortened(value: str) -> str:
     text = " ".join(str(value).split())
-    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}... ({len(text)} characters)"
+    short = shorten(text, _MAX_VALUE_LENGTH)
+    return short if short == text else f"{short} ({len(text)} characters)"

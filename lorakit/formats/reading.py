@@ -39,10 +39,11 @@ def read(path: Path) -> AdapterWeights:
     if parts:
         return _read_peft(path, parts)
     if (path / identify.PEFT_CONFIG).is_file():
-        return _read_peft(path, {_component(path / identify.PEFT_MODEL): path})
+        return _read_peft(path, {_component(identify.peft_weights(path)): path})
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise LorakitError(f"{path}: holds {len(files)} .safetensors files and no PEFT adapter: name the file itself")
+        holds = f"holds {len(files)} .safetensors files and no PEFT adapter{identify.pickles(path)}"
+        raise LorakitError(f"{path}: {holds}: name the file itself")
     return _read_file(files[0])
 
 
@@ -54,7 +55,7 @@ def _read_file(path: Path) -> AdapterWeights:
     if all(name.startswith(identify.PEFT_PREFIX) for name in head.tensors):
         if path.name == identify.PEFT_MODEL and (path.parent / identify.PEFT_CONFIG).is_file():
             return _read_peft(path.parent, {_component(path): path.parent})
-        raise LorakitError(f"{path}: this is one part of a PEFT folder: give the folder")
+        identify.require_whole(path)
     tensors, words = embeddings.unbundle(safetensors_header.load(head))
     return _weights(path, tensors, head.metadata, peft_config.of_header(path, head.metadata), words)
 
@@ -64,7 +65,7 @@ def _read_peft(path: Path, folders: Mapping[str, Path]) -> AdapterWeights:
     metadata: dict[str, str] = {}
     scalings: dict[str, Scaling] = {}
     for part, folder in folders.items():
-        head = safetensors_header.read(folder / identify.PEFT_MODEL)
+        head = safetensors_header.read(identify.peft_weights(folder))
         metadata |= head.metadata
         scalings[part] = peft_config.of_folder(folder)
         weights = safetensors_header.load(head)

@@ -243,7 +243,7 @@ def broken(kind, path, good):
 BROKEN = {
     "pickle": r"this is a pickle \(.ckpt/.pt\): it can run code when opened; convert it",
     "old pickle": r"this is a pickle",
-    "zip": r"this is a pickle",
+    "zip": r"this is a zip archive: unpack it and give the file in it",
     "empty": r"the file is empty",
     "half": r"cut off: \d+ of \d+ bytes are there \(\d+ %\): download it again",
     "header only": r"cut off inside its header \(100 bytes\): download it again",
@@ -271,7 +271,7 @@ def test_a_part_of_a_peft_folder(tmp_path):
     assert inspect(folder / "unet" / "adapter_model.safetensors").components["unet"].modules == 2
     alone = (folder / "unet" / "adapter_model.safetensors").rename(tmp_path / "alone.safetensors")
     for open_it in (inspect, read):
-        with pytest.raises(LorakitError, match=r"this is one part of a PEFT folder: give the folder"):
+        with pytest.raises(LorakitError, match=r"adapter_config.json, which has its alpha, is not beside it"):
             open_it(alone)
 
 

@@ -24,6 +24,7 @@ KINDS = {
     "text encoder": f"is a text encoder alone: {_WHOLE}",
     "embedding": "is a textual-inversion embedding, not a base model",
     "controlnet": "is a ControlNet, not a base model",
+    "numbered": _ADAPTER,
     "ip-adapter": "is an IP-Adapter, not a base model",
     "unknown": "is a safetensors file of no kind known here: give a Stable Diffusion model",
 }

@@ -51,7 +51,7 @@ SDXL = ModelVersion(
         "sd.cpp": Reads(
             (*ALL_BLOCKS, *SGM, *ADD_SGM, *_TEXT, *DOTTED_UNET, *CHECKPOINT_BLOCKS), ordered_attention=("lora_te2_",)
         ),
-        "diffusers": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_TEXT, *DOTTED_ALL)),
+        "diffusers": Reads((*ALL_BLOCKS, *TOP, *SGM, *TOP_SGM, *ADD_SGM, *_TEXT, *PROJECTION, *DOTTED_ALL)),
         "peft": Reads(DOTTED_ALL),
     },
     layout=SDXL_FILE,

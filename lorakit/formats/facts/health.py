@@ -40,7 +40,17 @@ def numbers(head: safetensors_header.Header, name: str) -> np.ndarray:
     with head.path.open("rb") as file:
         file.seek(info.start)
         raw = file.read(info.end - info.start)
-    wide = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "BOOL": "?"}
+    wide = {
+        "F64": "<f8",
+        "F32": "<f4",
+        "F16": "<f2",
+        "I64": "<i8",
+        "I32": "<i4",
+        "I16": "<i2",
+        "I8": "i1",
+        "U8": "u1",
+        "BOOL": "?",
+    }
     if info.dtype in wide:
         array = np.frombuffer(raw, wide[info.dtype])
     elif info.dtype == "BF16":  # the upper half of a float32
@@ -96,11 +106,17 @@ def contradictions(metadata: Mapping[str, str], ranks: Iterable[int], scales: It
 
 
 def words(metadata: Mapping[str, str]) -> list[str]:
-    """The most frequent tags of `ss_tag_frequency`, sd-scripts' count of captions' parts in each folder."""
+    """The most frequent tags of `ss_tag_frequency`, sd-scripts' count of captions' parts in each folder.
+
+    First those that a folder is named for, as in `10_sks dog`: they are what it was made to teach.
+    """
     counts: Counter[str] = Counter()
+    names: set[str] = set()
     try:
-        for folder in foreign_json.loads(metadata.get("ss_tag_frequency", "{}")).values():
-            counts.update({str(tag).strip(): int(count) for tag, count in folder.items()})
+        for folder, tags in foreign_json.loads(metadata.get("ss_tag_frequency", "{}")).items():
+            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
+            names |= {name := re.sub(r"^\d+_", "", folder).lower(), name.partition(" ")[0]}
     except (ValueError, TypeError, AttributeError, RecursionError):
         return []
-    return [tag for tag, _ in counts.most_common(WORDS) if tag]
+    tags = [tag for tag, _ in counts.most_common() if tag]
+    return sorted(tags, key=lambda tag: tag.lower() not in names)[:WORDS]

@@ -80,7 +80,9 @@ def require_numbers(path: Path, scaling: Scaling) -> None:
     for key, value in [*numbers.items(), *patterns.items()]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
         if not is_number or (key == "r" and value < 1) or (key == "num_cayley_neumann_terms" and value > _MAX_TERMS):
-            raise LorakitError(f"{path}: {printable(key)[:80]} in its config is {value!r:.80}, no usable number")
+            raise LorakitError(
+                f"{path}: {shorten(printable(key), 80)} in its config is {value!r:.80}, no usable number"
+            )
 
 
 def alpha(name: str, rank: int, scaling: Scaling) -> float:
@@ -125,8 +127,8 @@ def _matches_end(pattern: str, name: str) -> bool:
         return name == pattern or name.endswith(f".{pattern}")
     repeats = len(re.findall(r"[*+{]", pattern))
     if repeats > _MAX_REPEATS or re.search(r"\)[*+?{]|\(\?", pattern) or len(pattern) > 500:
-        raise LorakitError(f"the alpha_pattern {pattern[:80]!r} is not run, as it could take for ever")
+        raise LorakitError(f"the alpha_pattern {shorten(pattern, 80)!r} is not run, as it could take for ever")
     try:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error as error:
-        raise LorakitError(f"the alpha_pattern {pattern[:80]!r} is no regular expression: {error}") from None
+        raise LorakitError(f"the alpha_pattern {shorten(pattern, 80)!r} is no regular expression: {error}") from None

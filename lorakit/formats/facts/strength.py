@@ -28,7 +28,7 @@ Places = Mapping[str, tuple["Header", str]]
 OUTLIER = 10.0  # times the median of its kind
 _KIND_SIZE = 4  # of fewer modules a median says nothing
 # Of the picture, in pixels.
-WIDTH, ROW, TOP, LEFT, BAR = 960, 64, 40, 130, (70, 110, 180)
+WIDTH, ROW, TOP, LEFT, BAR, CUT = 960, 64, 40, 130, (70, 110, 180), (200, 60, 50)
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,14 @@ def plot(strength: Strength, path: Path, title: str) -> None:
         raise LorakitError(f"{path}: name a new file that ends in .png")
     if not strength.modules:
         raise LorakitError(f"{title}: its changes have no size without a base, so there is nothing to draw")
-    highest, font = max(strength.modules.values()) or 1.0, ImageFont.load_default(image_grid.FONT_SIZE)
+    # An outlier is cut off, so that it does not flatten all others.
+    usual = [size for stem, size in strength.modules.items() if stem not in strength.outliers]
+    highest, font = max(usual, default=0.0) or 1.0, ImageFont.load_default(image_grid.FONT_SIZE)
     picture = Image.new("RGB", (WIDTH, TOP + ROW * len(strength.blocks)), image_grid.PAPER)
     draw = ImageDraw.Draw(picture)
     text = f"{title}: size of the change (norm of delta W) of each module; the highest is {highest:.3g}"
+    cut = max(strength.outliers, key=strength.outliers.__getitem__, default="")
+    text += f", outliers in red go up to {strength.modules[cut]:.3g}" if cut else ""
     draw.text((8, 10), text, image_grid.INK, font)
     bar_width = (WIDTH - LEFT - 8) / max(map(len, strength.blocks.values()))
     for number, (name, sizes) in enumerate(strength.blocks.items()):
@@ -171,7 +175,8 @@ def plot(strength: Strength, path: Path, title: str) -> None:
         draw.text((8, foot - image_grid.FONT_SIZE), name, image_grid.INK, font)
         for at, size in enumerate(sizes):
             x = LEFT + at * bar_width
-            draw.rectangle((x, foot - (ROW - 16) * size / highest, x + max(1, bar_width - 2), foot), BAR)
+            top = foot - (ROW - 16) * min(1.0, size / highest)
+            draw.rectangle((x, top, x + max(1, bar_width - 2), foot), CUT if size > highest else BAR)
     try:
         image_grid.save(picture, path)
     except OSError as error:

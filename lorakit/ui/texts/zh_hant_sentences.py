@@ -283,7 +283,16 @@ SENTENCES = {
         "data.flip、data.crop_jitter 與 data.color_jitter 需要 data.variants 為 2 以上"
     ),
     # -- 檢視與轉換 export/*
-    "{path}: this is one part of a PEFT folder: give the folder": "{path}：這是 PEFT 資料夾的一部分：請指定整個資料夾",
+    "{path}: its names are PEFT's, and adapter_config.json, which has its alpha, is not beside it: put the two "
+    "together, {where}": (
+        "{path}：名稱是 PEFT 的，但旁邊沒有記載 alpha 的 adapter_config.json：請把兩個檔案放在一起（{where}）"
+    ),
+    "{path}: has adapter_config.json and no adapter_model.safetensors: the weights are missing": (
+        "{path}：有 adapter_config.json，但沒有 adapter_model.safetensors：缺少權重"
+    ),
+    "{path}: its weights are a pickle; convert it once: lorakit convert {file}": (
+        "{path}：權重是 pickle；請轉換一次：lorakit convert {file}"
+    ),
     "{path}: neither a PEFT folder nor a base model (no model_index.json); it holds {count} .safetensors files": (
         "{path}：不是 PEFT 資料夾，也不是基礎模型（沒有 model_index.json）；裡面有 {count} 個 .safetensors 檔"
     ),

@@ -1,0 +1,124 @@
+"""Files and folders that are not what they seem: each is named for what it is, with what can be done."""
+
+import json
+import re
+import sqlite3
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from lorakit.core.errors import LorakitError
+from lorakit.formats import inspect, read
+from lorakit.formats.compatibility import read_report
+from lorakit.formats.facts import health, strength
+from lorakit.formats.facts.strength import Strength
+
+STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+PEFT = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+PAIR = {f"{PEFT}.lora_{side}.weight": torch.ones(shape) for side, shape in (("A", (4, 64)), ("B", (64, 4)))}
+CONFIG = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4})
+
+
+def database(path):
+    with sqlite3.connect(path) as connection:
+        connection.execute("create table tensors (name text)")
+
+
+def archive(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("lora.safetensors", b"")
+
+
+def folder(path, *, weights="", config=True):
+    path.mkdir()
+    if config:
+        (path / "adapter_config.json").write_text(CONFIG)
+    if weights:
+        torch.save(PAIR, path / weights)
+
+
+KINDS = {
+    "Draw Things": (database, "this is a database, as Draw Things keeps its models: give the file that was imported"),
+    "zip": (archive, "this is a zip archive: unpack it and give the file in it"),
+    "pickle": (lambda path: torch.save(PAIR, path), r"this is a pickle .*: lorakit convert FILE"),
+    "cloneofsimo": (
+        lambda path: save_file(
+            {f"unet:{n}:{side}": torch.ones(4, 4) for n in range(2) for side in ("up", "down")}, path
+        ),
+        r"cloneofsimo's lora, whose layers have numbers and no names: merge it .* lorakit extract",
+    ),
+    "PEFT's file alone": (
+        lambda path: save_file(PAIR, path),
+        "adapter_config.json, which has its alpha, is not beside it: put the two together",
+    ),
+    "config alone": (folder, "has adapter_config.json and no adapter_model.safetensors: the weights are missing"),
+    "pickled PEFT": (lambda path: folder(path, weights="adapter_model.bin"), r"lorakit convert .*adapter_model\.bin"),
+    "pickle in a folder": (
+        lambda path: folder(path, weights="pytorch_lora_weights.bin", config=False),
+        r"0 \.safetensors files.*, and pytorch_lora_weights.bin, a pickle \(convert it once",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_named_for_what_it_is(tmp_path, kind):
+    write, words = KINDS[kind]
+    path = tmp_path / "x.safetensors"
+    write(path)
+    with pytest.raises(LorakitError, match=words):
+        read(path)
+    if kind == "cloneofsimo":
+        assert "cloneofsimo" in inspect.inspect(path).description
+    else:
+        with pytest.raises(LorakitError, match=words):
+            inspect.inspect(path)
+
+
+BROKEN = {
+    "its factors .* do not fit together": {"lora_down.weight": (4, 64), "lora_up.weight": (64, 5)},
+    "its up factor is missing": {"lora_down.weight": (4, 64)},
+    "its alpha is not one number": {"lora_down.weight": (4, 64), "lora_up.weight": (64, 4), "alpha": (4,)},
+}
+
+
+@pytest.mark.parametrize("words", BROKEN)
+def test_broken_modules_are_not_healthy(tmp_path, words):
+    save_file(
+        {f"{STEM}.{part}": torch.ones(shape) for part, shape in BROKEN[words].items()}, tmp_path / "x.safetensors"
+    )
+    text = inspect.inspect(tmp_path / "x.safetensors").to_text()
+    assert re.search(f"healthy +NO: 1 of 1 modules are broken, {STEM}: {words}", text)
+    assert "(<lora:" not in text
+
+
+def test_integers_have_a_size(tmp_path):
+    integers = {f"{STEM}.lora_down.weight": torch.ones(4, 64), f"{STEM}.lora_up.weight": torch.ones(64, 4)}
+    save_file({name: tensor.to(torch.int8) for name, tensor in integers.items()}, tmp_path / "x.safetensors")
+    assert next(iter(inspect.inspect(tmp_path / "x.safetensors").strength.modules.values())) == 256.0
+
+
+def test_words_that_a_folder_is_named_for_come_first():
+    tags = {"5_zib toy": {"1girl": 118, "zib": 90, "solo": 7}, "1_reg": {"1girl": 50}}
+    assert health.words({"ss_tag_frequency": json.dumps(tags)}) == ["zib", "1girl", "solo"]
+
+
+def test_an_outlier_does_not_flatten_the_picture(tmp_path):
+    sizes = {f"layer {n}": 1.0 for n in range(5)} | {"odd": 100.0}
+    strength.plot(Strength(sizes, {"mid": list(sizes.values())}, [], {"odd": 100.0}), tmp_path / "x.png", "x")
+    with Image.open(tmp_path / "x.png") as picture:
+        colors = [picture.getpixel((x, strength.TOP + 20)) for x in (strength.LEFT + 20, strength.WIDTH - 20)]
+    assert colors == [strength.BAR, strength.CUT]
+
+
+def test_text_projection_among_its_encoder_is_read_by_diffusers():
+    """As a run of diffusers 0.42 showed: it refuses it alone, where nothing tells it the dialect."""
+
+    def pair(stem):
+        return {f"{stem}.lora_down.weight": (4, 32), f"{stem}.lora_up.weight": (32, 4), f"{stem}.alpha": ()}
+
+    alone = pair("lora_te2_text_projection")
+    both = alone | pair("lora_te2_text_model_encoder_layers_0_mlp_fc1")
+    assert read_report(alone, "sdxl")["diffusers"].refused and read_report(both, "sdxl")["diffusers"].complete
