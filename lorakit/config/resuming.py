@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from lorakit.config.loading import as_tables, load
+from lorakit.config.loading import as_tables, load, toml_value
 from lorakit.config.option import to_text
 from lorakit.config.schema import LENGTHS, Config
 from lorakit.core.errors import ConfigError
+from lorakit.core.names import quote, unique_path
+from lorakit.core.registry import FORMATS
 
 # They do not reach the weights of a step: how long, what is drawn, examined, saved and written. Paths may change with
 # the place of a thing, whose content is compared. Where it computes changes the last bits alone.
@@ -44,25 +47,42 @@ def load_changed(file: Path, overrides: Mapping[str, object]) -> Config:
     Raises:
         ConfigError: with each option that may not change, or that is wrong.
     """
-    before = load(file)
-    old = _flat(before)
-    _refuse({key: (old[key], value) for key, value in overrides.items() if key in old and value != old[key]})
+    old = _flat(load(file))
+    _refuse(file, {key: (old[key], value) for key, value in overrides.items() if key in old and value != old[key]})
     after = load(file, overrides)
     new = _flat(after)
-    _refuse({key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)})
+    _refuse(file, {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)})
     return after
 
 
-def _refuse(changes: Mapping[str, tuple[object, object]]) -> None:
+def new_run(checkpoint: Path, changes: Mapping[str, object] = MappingProxyType({})) -> str:
+    """The commands that start a new run from the weights of a checkpoint, with other values of some options."""
+    run = checkpoint.parent.parent
+    new, output_format = unique_path(run), next(iter(FORMATS))
+    weights = new.with_name(f"{new.name}-start")
+    adapter = weights / f"{checkpoint.name}{FORMATS[output_format].ending}"
+    options = "".join(f" --set {quote(f'{key}={toml_value(value)}')}" for key, value in changes.items())
+    return (
+        f"lorakit export {quote(checkpoint)} --to {output_format} --output {quote(weights)} && "
+        f"lorakit train --preset {quote(run / 'config.toml')}{options} --init-from {quote(adapter)} "
+        f"--output {quote(new)}"
+    )
+
+
+def _refuse(file: Path, changes: Mapping[str, tuple[object, object]]) -> None:
     """Raise a ConfigError with those of the changes (key -> the value before and after) that may not be."""
-    problems = [
-        f"{key} cannot change from {to_text(old)} to {to_text(new)} in a run that goes on: it would be another run; "
-        "start one from its weights with: lorakit train --init-from"
-        for key, (old, new) in changes.items()
-        if not may_change(key)
+    fixed = {key: values for key, values in changes.items() if not may_change(key)}
+    if not fixed:
+        return
+    values = {key: new for key, (_, new) in changes.items() if new is not None}
+    steps = sorted((file.parent / "checkpoints").glob("step-*"))
+    lines = [
+        f"{key} cannot change from {to_text(old)} to {to_text(new)} in a run that goes on: it would be another run"
+        for key, (old, new) in fixed.items()
     ]
-    if problems:
-        raise ConfigError(problems)
+    if steps:
+        lines[-1] += f"; start one from its weights with: {new_run(steps[-1], values)}"
+    raise ConfigError(lines)
 
 
 def _flat(config: Config) -> dict[str, object]:

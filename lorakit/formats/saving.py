@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import quote
 from lorakit.core.registry import FORMATS
 from lorakit.formats import adapter_math, embeddings, files, keys, metadata as meta
 
@@ -58,7 +59,8 @@ def save(
         adapter_math.require_writable(weights, spec.check)
     partly = [name for name in (*weights.layers, *weights.biases) if not keys.is_read_everywhere(name)]
     if partly:
-        say(f"export: {len(partly)} layers, such as {partly[0]}, are not read by every program: see lorakit inspect")
+        see = f"see lorakit inspect {quote(destination(Path(folder), name, formats[0]))}"
+        say(f"export: {len(partly)} layers, such as {partly[0]}, are not read by every program: {see}")
     loss = adapter_math.lossy(weights, dtype)
     if loss:
         say(f"export: {loss}; float32 is written instead")

@@ -170,7 +170,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     """
     repeats, sizes, holdout_count = _training_sizes(config, report)
     if not repeats:
-        raise LorakitError("no photo can be used for training; `lorakit check` says what is wrong with each")
+        raise LorakitError("no photo can be used for training; the table of the check says what is wrong with each")
     if wrong := problems(config, info):
         raise LorakitError("\n".join(wrong))
     text_tokens = info.text_tokens

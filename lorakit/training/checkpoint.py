@@ -130,7 +130,7 @@ def _require_folder(run: Path, step: int) -> None:
     if not run.is_dir():
         raise LorakitError(
             f"step {step}: {run} is gone: it was deleted or moved while it was trained in, so nothing can be "
-            "saved; start again with: lorakit train"
+            "saved; start it again"
         )
 
 
@@ -173,7 +173,7 @@ def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str
         if state["identity"].get(what, value) != value:
             raise LorakitError(
                 f"the {what} changed since {path.name} was saved, so the run cannot go on exactly where it stopped; "
-                "start a new one from its weights with: lorakit train --init-from"
+                f"start a new one from its weights with: {resuming.new_run(path)}"
             )
     return Checkpoint(state["step"], {name: adapter[name] for name in state["adapter"]}, optimizer, state["extra"])
 
@@ -298,15 +298,26 @@ def _compared(config: Config) -> dict[str, Any]:
     return values
 
 
+def options_since(path: Path, config: Config) -> list[str]:
+    """Options that did not exist yet when a complete checkpoint was saved; their defaults hold in it."""
+    state = foreign_json.loads((path / FILES[2]).read_text(encoding="utf-8"))
+    return [key for key in _compared(config) if state["config"] is not None and key not in state["config"]]
+
+
 def _same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not resuming.may_change(key)]
+    defaults = {option.key: option.default for option in options(now["adapter.method"])}
+    changed = [
+        key
+        for key in {**before, **now}
+        if before.get(key, defaults.get(key)) != now.get(key) and not resuming.may_change(key)
+    ]
     if changed:
         differences = ", ".join(
             f"{key} (was {_value_text(before.get(key))}, is {_value_text(now.get(key))})" for key in changed
         )
         raise LorakitError(
             f"{path.name} was saved with another config: {differences}; a resumed run goes on exactly as it began. "
-            "Undo that, or start a new run from its weights with: lorakit train --init-from"
+            f"Undo that, or start a new run from its weights with: {resuming.new_run(path)}"
         )
 
 

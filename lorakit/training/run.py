@@ -132,6 +132,8 @@ def resume(
         if newest is not None:  # what has changed is told before the state does
             checkpoint.load(newest, config=ready.config, identity=_identity(ready))
             _compare_lengths(run, ready, checkpoint.step_of(newest), events)
+            if later := checkpoint.options_since(newest, ready.config):
+                events.say(f"the run is older than {', '.join(later)}: it goes on with the default of each")
         if unused := checkpoint.set_aside(run.checkpoints, newest):
             events.say(f"set aside, to be deleted when you like: {', '.join(unused)}", warning=True)
         run.begin(checkpoint.step_of(newest) if newest else 0, config if overrides else None)

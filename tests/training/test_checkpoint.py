@@ -221,7 +221,7 @@ def test_a_changed_config_is_refused_with_what_changed(tmp_path):
         checkpoint.load(path, config=settings(train__seed=3, adapter__alpha=4.0, sample__prompts=("x",)))
     text = str(message.value)
     assert "train.seed (was 0, is 3)" in text and "adapter.alpha (was unset, is 4.0)" in text
-    assert "sample.prompts" not in text and "lorakit train --init-from" in text and "\n" not in text
+    assert "sample.prompts" not in text and "lorakit train --preset " in text and "\n" not in text
     with pytest.raises(LorakitError, match=r"adapter.method \(was 'lora', is 'dora'\)"):
         checkpoint.load(path, config=settings(adapter__method="dora"))
 

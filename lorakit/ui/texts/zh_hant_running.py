@@ -79,9 +79,13 @@ RUNNING = {
     "{path} is at step {step} already, beyond {end}: give more steps, or go back with --from": (
         "{path} 已在第 {step} 步，超過 {end}：請填入更多步數"
     ),
+    "the run is older than {options}: it goes on with the default of each": ("這次訓練早於 {options}：各以預設值繼續"),
+    "{key} cannot change from {old} to {new} in a run that goes on: it would be another run": (
+        "{key} 不能在繼續訓練時從 {old} 改為 {new}：那會是另一次訓練"
+    ),
     "{key} cannot change from {old} to {new} in a run that goes on: it would be another run; start one from its "
-    "weights with: lorakit train --init-from": (
-        "{key} 不能在繼續訓練時從 {old} 改為 {new}：那會是另一次訓練；請用它的權重開始新的訓練（train.init_from）"
+    "weights with: {commands}": (
+        "{key} 不能在繼續訓練時從 {old} 改為 {new}：那會是另一次訓練；請用它的權重開始新的訓練：{commands}"
     ),
     "limit: {count} block of the UNet computed again in the backward pass, for {limit} GiB": (
         "上限：為了不超過 {limit} GiB，反向傳播時重新計算 UNet 的 {count} 個區塊"

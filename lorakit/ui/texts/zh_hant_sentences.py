@@ -85,7 +85,7 @@ SENTENCES = {
     "time: about {minutes} min (estimate)": "時間：約 {minutes} 分鐘（估計）",
     "time: about {hours} h {minutes} min (estimate)": "時間：約 {hours} 小時 {minutes} 分鐘（估計）",
     "time: about {days} days (estimate)": "時間：約 {days} 天（估計）",
-    "no photo can be used for training; `lorakit check` says what is wrong with each": (
+    "no photo can be used for training; the table of the check says what is wrong with each": (
         "沒有可用於訓練的照片；「照片」頁列出每一張的問題"
     ),
     "adapter.target_modules = {which} selects no layer of this base": (
