@@ -2,18 +2,24 @@
 `check`, `train`, `export` and `inspect`; without the line, the error names what there is."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import short_run
+import torch
 
-from lorakit import config
+from lorakit import adapters, config, families, formats
 from lorakit.cli.main import main
 from lorakit.config import ConfigError
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import MethodSpec, OptimizerSpec
+from lorakit.formats import compatibility, verify
+from lorakit.formats.edit.merge_folder import merge_folder
+from lorakit.training import selfcheck
 
 METHOD = '''
 """LoRA-FA (arXiv 2308.03303): A stays as it was drawn, B is trained."""
@@ -48,6 +54,63 @@ METHOD = replace(
     constants=lambda layer: {"down": layer.lora_A[NAME].weight},
     fill=None,
 )
+'''
+
+OWN_LAYERS = '''
+"""Column scales: W' = W * (1 + s), with one number s for each input. Its layers have a tensor of their own."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from torch import nn
+
+from lorakit.adapters.method import NAME, Method, parameter
+from lorakit.config import AdapterConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section(AdapterConfig):
+    """No options but those of every method."""
+
+    method: str = "column_scale"
+
+
+class ScaledLinear(Linear):
+    def update_layer(self, adapter_name, *args, **kwargs):
+        super().update_layer(adapter_name, *args, **kwargs)
+        self.scales = nn.ParameterDict({NAME: torch.zeros(self.in_features)})
+
+    def forward(self, x, *args, **kwargs):
+        if self.disable_adapters:
+            return self.base_layer(x)
+        return self.base_layer((x * (1 + self.scaling[NAME] * self.scales[NAME])).to(x.dtype))
+
+
+def peft(config, modules):
+    peft_config = LoraConfig(r=1, target_modules=modules, init_lora_weights=False)
+    peft_config._register_custom_module({nn.Linear: ScaledLinear})
+    return peft_config
+
+
+def begin(layer, draw):
+    layer.scales[NAME] = parameter(torch.zeros(layer.in_features), layer)
+
+
+def fill(layer, weights):
+    layer.scales[NAME] = parameter(weights.factors()["column_scale"], layer)
+
+
+def trained_weights(section, shape):
+    return shape[1]
+
+
+def change(weight, layer, strength):
+    return strength * weight * layer.parts["column_scale"]
+
+
+METHOD = Method(peft, begin, lambda layer: {"column_scale": layer.scales[NAME]}, fill)
 '''
 
 OPTIMIZER = """
@@ -152,6 +215,84 @@ def test_a_method_is_one_file_and_one_line(
     assert "lora_fa" in output["trained"] and "lora_fa" in output["exported"]
     with pytest.raises(ConfigError, match=r"train\.init_from makes no sense with adapter\.method = 'lora_fa'"):
         config.load(None, {"train.steps": 1, "adapter.method": "lora_fa", "train.init_from": "a"})
+
+
+OWN_SPEC = MethodSpec(
+    "column_scale:METHOD",
+    "column_scale:trained_weights",
+    section="column_scale:Section",
+    layers="column_scale",
+    factors=("column_scale",),
+    change="column_scale:change",
+)
+
+
+def write_read_apply(base: Path, place: Path) -> None:
+    """An adapter with numbers in it: written, verified, read again, applied and merged, it does what it did."""
+    family = families.load(families.describe(base), "cpu", torch.float32)
+    section = config.ADAPTER_SECTIONS["column_scale"](target_modules="attention", train_text_encoder=False)
+    adapter = adapters.attach(family, section)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in adapter.parameters().values():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
+    probed, weights = selfcheck.probe(family, "a toy", (64, 64)).prediction, adapter.weights()
+    adapter.detach()
+    untouched = selfcheck.probe(family, "a toy", (64, 64)).prediction
+    formats.save(weights, place, "scaled", ("kohya",), "fp32", {})
+    file = place / "scaled.safetensors"
+    assert verify.verify_file(file, weights, weights.layers) == []
+    adapters.apply(family, formats.read(file), 1.0).set_strength(1)
+    assert not torch.allclose(probed, untouched, atol=1e-4)
+    torch.testing.assert_close(selfcheck.probe(family, "a toy", (64, 64)).prediction, probed)
+    merged = merge_folder(formats.read(file), base, place / "merged")
+    family = families.load(families.describe(merged), "cpu", torch.float32)
+    torch.testing.assert_close(selfcheck.probe(family, "a toy", (64, 64)).prediction, probed, rtol=1e-3, atol=1e-4)
+    adapters.attach(family, section).load(formats.read(file))
+
+
+@pytest.fixture
+def column_scale(module: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch) -> Callable[[MethodSpec], None]:
+    """Registers the method under a spec."""
+    module("column_scale", OWN_LAYERS)
+    monkeypatch.delitem(sys.modules, "column_scale", raising=False)
+    return lambda spec: monkeypatch.setitem(registry.METHODS.own, "column_scale", spec)
+
+
+def test_a_method_brings_layers_of_its_own(
+    column_scale: Callable[[MethodSpec], None], lorakit: Callable[..., str], tiny_sd1: Path, tmp_path: Path
+) -> None:
+    column_scale(OWN_SPEC)
+    write_read_apply(tiny_sd1, tmp_path)
+    text = lorakit("inspect", tmp_path / "scaled.safetensors")
+    assert "column_scale" in text and text.count("  NO  ") == len(compatibility.CONSUMERS)
+    assert registry.FORMATS["kohya"].check("column_scale", "sd1") is None
+    refusal = "the diffusers format cannot carry column_scale: export it as kohya, or merge it into a base"
+    assert registry.FORMATS["diffusers"].check("column_scale", "sd1") == refusal
+    warning = compatibility.warning("column_scale", "kohya")
+    assert warning is not None and warning.startswith("column_scale in the kohya format is honoured by no program; ")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"factors": ()}, {"change": ""}, {"layers": "lora"}, {"trained_weights": "lorakit.adapters.targets:lora_weights"}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_forgotten_piece_of_a_method_is_noticed(
+    column_scale: Callable[[MethodSpec], None], tiny_sd1: Path, tmp_path: Path, wrong: dict[str, object]
+) -> None:
+    column_scale(replace(OWN_SPEC, **wrong))  # type: ignore[arg-type]
+    with pytest.raises((LorakitError, ValueError, KeyError, AssertionError)):
+        write_read_apply(tiny_sd1, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_method_with_layers_of_its_own_is_one_file_and_one_line(
+    column_scale: Callable[[MethodSpec], None], lorakit: Callable[..., str], tmp_path: Path
+) -> None:
+    column_scale(OWN_SPEC)
+    output = check_train_export_inspect(lorakit, tmp_path, "kohya", adapter__method="column_scale")
+    assert "adapter: column_scale, unet" in output["plan"]
+    assert "column_scale" in output["trained"] and "column_scale" in output["exported"]
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from torch import nn
 from lorakit.adapters import average, start, targets
 from lorakit.adapters.method import NAME, Method
 from lorakit.adapters.textual_inversion import LearnedToken
-from lorakit.adapters.weights import AdapterWeights, LoraLayer, from_factors
+from lorakit.adapters.weights import AdapterWeights, from_factors
 from lorakit.config import ADAPTER_SECTIONS, AdapterConfig
 from lorakit.core import registry, rng
 from lorakit.core.errors import LorakitError
@@ -70,11 +69,8 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     for name, layer in weights.layers.items():
         component, path = paths[name]
         expected = tuple(modules[component].get_submodule(path).weight.shape)
-        fits = layer.size == (expected[0], math.prod(expected[1:]))
-        actual = (
-            (len(layer.up), *layer.down.shape[1:]) if isinstance(layer, LoraLayer) else expected if fits else layer.size
-        )
-        if expected != actual:
+        if not start.fits(layer, expected):
+            actual = start.size_text(layer)
             raise LorakitError(f"{name} is {expected} in the base, {actual} in the adapter: it is for another base")
     # Most layers share one rank; PEFT makes those, and `fill` puts the others' factors in their place.
     rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
@@ -116,7 +112,8 @@ class Adapter:
         self.family, self.config, self.method = family, config, config.method
         self.dropout: float = getattr(config, "dropout", 0.0)
         self._method: Method = registry.resolve(registry.METHODS[config.method].functions)
-        self._scales = {name: self._method.scale(layer) for name, layer in layers.items()}
+        scale = (lambda layer: 1.0) if registry.METHODS[config.method].factors else self._method.scale
+        self._scales = {name: scale(layer) for name, layer in layers.items()}
         self._off = False
         self._word, self._learned_tokens = "", dict[str, LearnedToken]()
         # Tells the base how many places the word takes in a text.

@@ -26,7 +26,8 @@ Factors = dict[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Method:
-    """One method. `layer` is one of the layers that PEFT has put in for it.
+    """One method. `layer` is one of the layers that PEFT has put in for it; while it is used, `layer.scaling[NAME]` is
+    the scale times the strength, and `layer._disable_adapters` says that the base computes alone.
 
     Attributes:
         peft: (section of the config, full paths inside one component) -> PEFT's config.

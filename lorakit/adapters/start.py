@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lorakit.adapters import targets
-from lorakit.adapters.weights import AdapterWeights, LoraLayer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LoraLayer
 from lorakit.config import AdapterConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
@@ -44,8 +44,7 @@ def require(
     for name, shape in shapes.items():
         layer, own = weights.layers[name], targets.layer_config(config, name)
         count = sum(factor.numel() for factor in layer.factors().values())
-        fits = layer.size == (shape[0], math.prod(shape[1:])) and count == targets.trained(own, shape)
-        if fits and (not isinstance(layer, LoraLayer) or tuple(layer.down.shape[1:]) == tuple(shape[1:])):
+        if fits(layer, shape) and count == targets.trained(own, shape):
             continue
         if layer.rank != own.rank:
             rank = layer.rank
@@ -58,6 +57,27 @@ def require(
                 f"the adapter to start from has {count} vectors for {word!r}: set adapter.new_tokens = {count} "
                 f"and begin data.name with {word!r}"
             )
+
+
+def fits(layer: AnyLayer, shape: Sequence[int]) -> bool:
+    """Whether a layer of an adapter is for a weight of this shape."""
+    if isinstance(layer, ForeignLayer):
+        import torch
+
+        try:
+            return tuple(layer.change(torch.zeros(tuple(shape)), layer, 1.0).shape) == tuple(shape)
+        except RuntimeError:
+            return False
+    if isinstance(layer, LoraLayer):
+        return (len(layer.up), *layer.down.shape[1:]) == tuple(shape)
+    return layer.size == (shape[0], math.prod(shape[1:]))
+
+
+def size_text(layer: AnyLayer) -> str:
+    """The shape of the weight that a layer of an adapter is for, as far as it knows it."""
+    if isinstance(layer, ForeignLayer):
+        return "another shape"
+    return str((len(layer.up), *layer.down.shape[1:]) if isinstance(layer, LoraLayer) else layer.size)
 
 
 def method(weights: AdapterWeights) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
@@ -208,11 +209,12 @@ class LokrLayer:
 
 @dataclass(frozen=True)
 class ForeignLayer:
-    """One layer of a method that lorakit reads and does not train: full differences, norms, GLoRA, (IA)^3, OFT, BOFT.
+    """One layer that is not LoRA, LoHa or LoKr: of a method that lorakit reads and does not train (full differences,
+    norms, GLoRA, (IA)^3, OFT, BOFT), or of one whose `MethodSpec` has a kind of layers of its own.
 
     Attributes:
-        method: what LyCORIS calls it.
-        parts: name in LyCORIS' files -> tensor.
+        method: what LyCORIS calls it, or `MethodSpec.layers`.
+        parts: name in LyCORIS' files, or of `MethodSpec.factors` -> tensor.
         alpha: as in the file; GLoRA's numerator of the scale, OFT's constraint.
         change: (weight in float32, layer, strength) -> what is added to the weight.
         with_bias: the bias of the layer, where it has one, is changed as a weight with one column.
@@ -262,6 +264,9 @@ def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
     adds to the base as it was is up @ down - up_0 @ down_0 = (up - up_0) @ down + up_0 @ (down - down_0): LoRA of twice
     the rank, in which nothing large is subtracted from something large.
     """
+    for kind, spec in registry.own_kinds().items():
+        if factors.keys() == set(spec.factors):
+            return ForeignLayer(kind, dict(factors), 0.0, registry.resolve(spec.change))
     if "hada_w1_a" in factors:
         w1_a, w1_b, w2_a, w2_b = (factors[f"hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
         return LohaLayer(w1_a, w1_b, w2_a, w2_b, scale * len(w1_b))

@@ -1,9 +1,10 @@
 """Names a user may write, and where the code for each lives.
 
 This module imports nothing heavy, so `--help` and the config check can read the names without loading torch. A new
-model family, method, optimizer or export format is one file (an optimizer: one function) and one line here. A package
-of somebody else's adds the same by an entry point in the group `lorakit.families`, `lorakit.adapters`,
-`lorakit.optimizers` or `lorakit.formats`.
+export format or method is one file and one line here, a family one folder and one line, an optimizer one function and
+one line. A method's layers may be those of another method, or of a kind of their own with tensors of their own
+(`MethodSpec.factors`). A package of somebody else's adds the same by an entry point in the group `lorakit.families`,
+`lorakit.adapters`, `lorakit.optimizers` or `lorakit.formats`.
 """
 
 from __future__ import annotations
@@ -79,10 +80,15 @@ class MethodSpec:
         trained_weights: "module:function" of (section, shape of a layer's weight) -> how many numbers it trains there.
         section: "module:Class" of its section of the config, a `config.AdapterConfig`; a method with other options
             than LoRA's names its own class, which the config check imports.
-        layers: kind of the layers that it gives ("lora", "dora", "loha" or "lokr"); a format carries kinds of layers.
+        layers: kind of the layers that it gives: "lora", "dora", "loha", "lokr", or its own name for a kind of its own.
+            A format carries kinds of layers.
         begins_from_base: its first weights are taken from the base, so it cannot start from an adapter.
         rank_stabilized: its scale is alpha / sqrt(rank), not alpha / rank.
         has_ab_factors: it trains a factor A that begins at random and a factor B that begins at 0.
+        factors: names of all tensors of a layer of a kind of its own. Its scale is 1: what multiplies is among them.
+            The kohya format has them by these names; no other program reads them, and the engine is plain there.
+        change: "module:function" of (weight in float32, `adapters.weights.ForeignLayer`, strength) -> what such a layer
+            adds to a weight, for merging it and for its size.
     """
 
     functions: str
@@ -92,6 +98,8 @@ class MethodSpec:
     begins_from_base: bool = False
     rank_stabilized: bool = False
     has_ab_factors: bool = False
+    factors: tuple[str, ...] = ()
+    change: str = ""
 
 
 @dataclass(frozen=True)
@@ -226,6 +234,12 @@ METHODS = Registry[MethodSpec](
         ),
     },
 )
+
+
+def own_kinds() -> dict[str, MethodSpec]:
+    """The kinds of layers that a method brings with it -> the method."""
+    return {spec.layers: spec for spec in METHODS.values() if spec.factors}
+
 
 # Adafactor knows rows and columns, and 8-bit state has blocks that must not reach from one matrix into the next: so
 # neither is elementwise. Only torch's AdamW is capturable; the others compute the rate on the host.

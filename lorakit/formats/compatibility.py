@@ -183,7 +183,7 @@ def _has_reader(consumer: Consumer, module: Module) -> bool:
         not re.fullmatch(consumer.factors, name.removeprefix(f"{module.stem}.")) for name in factors
     ):
         return False
-    return module.method not in consumer.unread
+    return module.method not in (*consumer.unread, *registry.own_kinds())
 
 
 def traits(module: Module, shapes: Shapes, family: str, alphas: Mapping[str, float]) -> list[str]:
@@ -423,7 +423,7 @@ def predict_compatibility(method: str, fmt: str) -> dict[str, str]:
     result = {}
     for key, consumer in CONSUMERS.items():
         problems = [consumer.refused.get(method), consumer.misread.get(method)]
-        problems += ["does not apply it"] if method in consumer.unread else []
+        problems += ["does not apply it"] if method in (*consumer.unread, *registry.own_kinds()) else []
         problem = next(filter(None, problems), consumer.misread.get(f"{method} on convolutions", ""))
         result[key] = problem if key in FORMATS[fmt].consumers else f"does not read the {fmt} format"
     return result

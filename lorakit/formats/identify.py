@@ -103,6 +103,13 @@ PARTS: dict[str, set[str]] = {
     "PEFT's older OFT": {"oft_r", "oft_s"},
     "PEFT's BOFT": {"boft_R", "boft_s"},
 }
+
+
+def _marks() -> dict[str, str]:
+    """`_MARKS`, and the parts of layers that methods of the registry bring."""
+    return _MARKS | {part: kind for kind, spec in registry.own_kinds().items() for part in spec.factors}
+
+
 GLORA = ("a1", "a2", "b1", "b2")
 # A PEFT folder: what its files are called, and what stands before every module path in it.
 PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -137,12 +144,12 @@ class Module:
     @property
     def is_lycoris(self) -> bool:
         """Whether it is another thing than a pair of factors, with or without a magnitude."""
-        return not _MARKS.keys().isdisjoint(self.parts)
+        return not _marks().keys().isdisjoint(self.parts)
 
     @property
     def method(self) -> str:
-        """ "lora", "dora", "bias", or one of `PARTS`."""
-        for part, name in _MARKS.items():
+        """ "lora", "dora", "bias", one of `PARTS`, or a kind of layers that a method of the registry brings."""
+        for part, name in _marks().items():
             if part in self.parts:
                 return name
         if self.parts and self.parts.keys() <= {"diff_b", "b_norm"}:
@@ -152,7 +159,8 @@ class Module:
     @property
     def strange_parts(self) -> list[str]:
         """The names of the tensors that a module of this method does not have."""
-        parts = PARTS.get(self.method, PARTS["lora"]) | _COMMON
+        own = registry.own_kinds().get(self.method)
+        parts = (set(own.factors) if own else PARTS.get(self.method, PARTS["lora"])) | _COMMON
         return [name for part, name in self.parts.items() if part not in parts]
 
 
@@ -161,7 +169,9 @@ def kind(shapes: Shapes) -> str:
     names are those of an adapter's parts, whatever stands before them."""
     if safetensors_header.kind(dict(shapes)) == "ip-adapter":
         return "ip-adapter"
-    if 3 * sum(_ADAPTER_PART.search(name) is not None for name in shapes) >= max(1, len(shapes)):
+    own = tuple(f".{part}" for spec in registry.own_kinds().values() for part in spec.factors)
+    parts = sum(_ADAPTER_PART.search(name) is not None or name.endswith(own) for name in shapes)
+    if 3 * parts >= max(1, len(shapes)):
         return "adapter"
     file_kind = safetensors_header.kind(dict(shapes)).replace("lycoris", "adapter")
     patterns = [spelling.pattern for spelling in _other_spellings().values()]

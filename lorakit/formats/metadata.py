@@ -159,11 +159,12 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     # Of a file of several methods, the one that has a rank.
     first = min(layers.values(), key=lambda layer: isinstance(layer, ForeignLayer))
     lycoris = not all(isinstance(layer, LoraLayer) for layer in layers.values())
+    module = "lorakit" if first.method in registry.own_kinds() else "lycoris.kohya" if lycoris else "networks.lora"
     folded = any(not math.isclose(layer.scale, weights.layers[name].scale) for name, layer in layers.items())
     result = {
         "ss_base_model_version": tags.version,
         "ss_v2": tags.v2,
-        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
+        "ss_network_module": module,
         "ss_network_dim": str(first.rank),
         "ss_network_alpha": f"{first.alpha:g}",
         "modelspec.sai_model_spec": "1.0.1",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, LokrLayer, LoraLayer
-from lorakit.core import safetensors_header
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, LokrLayer, LoraLayer, from_factors
+from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.formats import adapter_math, embeddings, identify, keys, lycoris, metadata as meta
 from lorakit.formats.facts import peft_config
@@ -167,6 +167,10 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         parts["magnitude"] = rows.flatten().reshape(-1, *(1 for _ in parts.get("down", rows).shape[1:] or (1,)))
     if not lycoris.PEFT_METHODS.keys().isdisjoint(parts):
         return lycoris.of_peft(path, module.stem, str(module.canonical), parts, scaling)
+    if own := registry.own_kinds().get(module.method):
+        if missing := [part for part in own.factors if part not in parts]:
+            raise LorakitError(f"{path}: {module.stem} has no {missing[0]} factor")
+        return from_factors(parts, 1.0)
     if module.method in lycoris.CHANGES:
         there = _alpha(path, module, tensors, 0, scaling) if "alpha" in module.parts else None
         return lycoris.foreign(path, module.stem, module.method, parts, there)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 
@@ -97,7 +98,7 @@ def kohya_only(method: str, fmt: str) -> str | None:
     """Why the format `fmt`, which is not kohya's, cannot carry what some other programs write, or None."""
     if refusal := merge_only(method):
         return refusal
-    what = _KOHYA_ONLY.get(method)
+    what = method if method in registry.own_kinds() else _KOHYA_ONLY.get(method)
     return f"the {fmt} format cannot carry {what}: export it as kohya, or merge it into a base" if what else None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lorakit.adapters.weights import AdapterWeights, AnyLayer, LoraLayer
+from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LoraLayer
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.formats import embeddings
@@ -119,6 +119,8 @@ def _tensor_findings(
 
 def difference(trained: AnyLayer, copy: AnyLayer, tolerance: float) -> str | None:
     """What is wrong with a layer from a file, or None; `tolerance` is relative to the norm of the trained delta W."""
+    if isinstance(trained, ForeignLayer):
+        return _parts_difference(trained.parts, copy.factors(), tolerance)
     shapes = [_shape(layer) for layer in (trained, copy)]
     if shapes[0] != shapes[1]:
         return f"delta W is {shapes[1]}, expected {shapes[0]}"
@@ -135,6 +137,19 @@ def difference(trained: AnyLayer, copy: AnyLayer, tolerance: float) -> str | Non
         return None
     close = torch.allclose(trained.magnitude.float().flatten(), copy.magnitude.flatten(), rtol=1e-5, atol=0)
     return None if close else "DoRA magnitude differs"
+
+
+def _parts_difference(
+    trained: Mapping[str, torch.Tensor], copy: Mapping[str, torch.Tensor], tolerance: float
+) -> str | None:
+    """As `difference`, tensor by tensor, where delta W follows from the base's weight."""
+    if {name: tensor.shape for name, tensor in trained.items()} != {name: t.shape for name, t in copy.items()}:
+        return f"its tensors are {', '.join(sorted(copy)) or 'none'}, expected {', '.join(sorted(trained))}"
+    for name, tensor in trained.items():
+        error, size = (float(torch.linalg.vector_norm(t.float())) for t in (copy[name] - tensor, tensor))
+        if not error <= tolerance * size:
+            return f"{name} is off by {100 * error / max(size, 1e-30):.3g} %"
+    return None
 
 
 def _shape(layer: AnyLayer) -> tuple[int, ...]:
