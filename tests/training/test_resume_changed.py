@@ -76,6 +76,7 @@ def test_a_schedule_that_is_stretched_is_reported(tmp_path):
     ],
 )
 def test_what_may_change_and_what_not(tmp_path, changes, refused):
+    (tmp_path / "checkpoints" / "step-000005").mkdir(parents=True)
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(config.load(None, {"train.steps": 5})), encoding="utf-8")
     if not refused:
