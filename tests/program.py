@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -65,12 +66,11 @@ class Fork:
         return code
 
 
-def start(arguments: Sequence[str], log: Path) -> Fork | subprocess.Popen[bytes]:
-    """The command, begun. A process that uses a card, or one of Windows, cannot be forked."""
+def start(arguments: Sequence[str], log: Path, module: str = "lorakit") -> Fork | subprocess.Popen[bytes]:
+    """`python -m MODULE ARGUMENTS`, begun. A process that uses a card, or one of Windows, cannot be forked."""
     if torch.cuda.is_available() or not hasattr(os, "fork"):
         with log.open("ab") as file:
-            command = [sys.executable, "-u", "-m", "lorakit", *arguments]
+            command = [sys.executable, "-u", "-m", module, *arguments]
             return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    from lorakit.cli.main import main
-
-    return Fork(lambda: main(arguments), log)
+    main = importlib.import_module("lorakit.cli.main" if module == "lorakit" else module).main
+    return Fork(lambda: main(arguments) or 0, log)

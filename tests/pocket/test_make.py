@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import program
 import pytest
 import torch
+from waiting import wait_for
 
 from tools.pocket import denoiser, make, workers
 from tools.pocket.recipe import SMOKE
@@ -21,19 +19,16 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """One smoke run, killed hard in the middle and started again."""
     base = tmp_path_factory.mktemp("pocket")
     work, output = base / "work", base / "weights"
-    command = [sys.executable, "-m", "tools.pocket.make", "--smoke", "--processes", "1", "--work", str(work)]
-    command += ["--output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600
-    while not (work / "vae.state").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    command = ["--smoke", "--processes", "1", "--work", str(work), "--output", str(output)]
+    first = program.start(command, base / "first", "tools.pocket.make")
+    wait_for((work / "vae.state").exists)
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not (work / "unet.pt").exists()
-    second_run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert second_run.returncode == 0, second_run.stderr[-2000:]
-    assert "render: done before" in second_run.stdout
+    second_run = program.start(command, base / "second", "tools.pocket.make")
+    code, lines = second_run.wait(600), (base / "second").read_text()
+    assert code == 0, lines[-2000:]
+    assert "render: done before" in lines
     return work, output
 
 
