@@ -37,6 +37,7 @@ def run_config(base: Path, photos: Path, folder: Path, steps: int, **changes: ob
         "sample.at_start": False,
         "sample.at_end": False,
         "sample.steps": 2,
+        "sample.prompts": ("a photo of sks toy",),
         "memory.device": "cpu",
         "output.folder": str(folder),
         "output.dtype": "fp32",

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lorakit.cli.signals import stop_on_signals
 from lorakit.core.errors import Stopped
 from lorakit.core.events import Event
 from lorakit.runs import run_folder
-from lorakit.training import checkpoint, run
+from lorakit.training import checkpoint, run, validation
 
 STEPS = 6
 
@@ -49,6 +49,15 @@ def says(start: str) -> Callable[[Event], bool]:
 
 def at(kind: str, step: int) -> Callable[[Event], bool]:
     return lambda event: (event.kind, event.step) == (kind, step)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_validation() -> Iterator[None]:
+    """Each photo once, and one picture of the class."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("POINTS", 4), ("CLASS_PICTURES", 1), ("CLASS_BATCH", 1)):
+            patch.setattr(validation, name, value)
+        yield
 
 
 @pytest.fixture
