@@ -121,16 +121,15 @@ def read_report(
     defects = module_defects(by_stem, shapes, "lorakit.version" in (metadata or {})) | _unscaled(
         by_stem, shapes, alphas or {}, metadata or {}
     )
-    return {
-        key: _reading(key, consumer, by_stem, loose, defects, shapes, family, alphas or {}, metadata or {}, folder)
-        for key, consumer in CONSUMERS.items()
-    }
+    module_traits = {stem: traits(module, shapes, family, alphas or {}) for stem, module in by_stem.items()}
+    facts = by_stem, module_traits, loose, defects, shapes, family, alphas or {}, metadata or {}, folder
+    return {key: _reading(key, *facts) for key in CONSUMERS}
 
 
 def _reading(
     key: str,
-    consumer: Consumer,
     by_stem: Mapping[str, Module],
+    module_traits: Mapping[str, list[str]],
     loose: list[str],
     defects: Mapping[str, str],
     shapes: Shapes,
@@ -139,7 +138,7 @@ def _reading(
     metadata: Mapping[str, str],
     folder: bool,
 ) -> Reading:
-    patterns = [re.compile(pattern) for pattern in _reads(key, family).names]
+    consumer, patterns = CONSUMERS[key], [re.compile(pattern) for pattern in _reads(key, family).names]
     matched = {
         stem for stem in by_stem if (consumer.reads_folders or not folder) and any(p.fullmatch(stem) for p in patterns)
     }
@@ -150,7 +149,6 @@ def _reading(
     matched -= {stem for stem in matched if not _has_reader(consumer, by_stem[stem])}
     unmatched = [stem for stem in by_stem if stem not in matched]
     wrong = {stem: why for stem, why in defects.items() if stem in matched}
-    module_traits = {stem: traits(module, shapes, family, alphas) for stem, module in by_stem.items()}
     for stem in sorted(matched - wrong.keys()):
         if whys := [consumer.misread[trait] for trait in module_traits[stem] if trait in consumer.misread]:
             wrong[stem] = whys[0]
