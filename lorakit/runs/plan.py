@@ -67,7 +67,7 @@ class Plan:
 
     Attributes:
         modules: component -> (number of adapted layers, number of trained weights).
-        photos, holdout_count: photos trained on, and kept for validation.
+        photo_count, holdout_count: photos trained on, and kept for validation.
         rows: photos in one pass, each counted as often as it is repeated, at each resolution.
         batches: batches in one pass over the photos; no batch mixes sizes.
         steps: optimizer steps of the whole run.
@@ -93,7 +93,7 @@ class Plan:
     alpha: float
     scale: float
     modules: dict[str, tuple[int, int]]
-    photos: int
+    photo_count: int
     holdout_count: int
     batches: int
     steps: int
@@ -113,9 +113,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `plan.json` and `--json`."""
-        return dataclasses.asdict(self) | {
-            "modules": {part: {"modules": m, "parameters": p} for part, (m, p) in self.modules.items()}
-        }
+        facts = {"photos" if key == "photo_count" else key: fact for key, fact in dataclasses.asdict(self).items()}
+        return facts | {"modules": {part: {"modules": m, "parameters": p} for part, (m, p) in self.modules.items()}}
 
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
@@ -128,7 +127,7 @@ class Plan:
         return [
             f"base: {self.base} ({self.family}, predicts {self.prediction_type})",
             *self.notes,
-            f"photos: {self.photos} to train on{validation}",
+            f"photos: {self.photo_count} to train on{validation}",
             f"adapter: {self.method}, {trained}",
             f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}",
             *self.layers,
@@ -201,7 +200,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         scale=config.adapter.scale,
         modules=modules,
         layers=_layer_lines(config, selected),
-        photos=len(repeats),
+        photo_count=len(repeats),
         rows=len(sizes),
         holdout_count=holdout_count,
         batches=batches,

@@ -34,7 +34,7 @@ class Preflight:
     Attributes:
         config: as it was asked for, a hub id pinned to its commit.
         info: the base; None if it cannot be read.
-        photos: the report on the photos; None if the base or the folder cannot be read.
+        report: on the photos; None if the base or the folder cannot be read.
         plan: what the run would do; None if the problems leave none.
         problems: what keeps the run from starting, a line each.
         warnings: what will probably disappoint, a line each, those of the photos among them.
@@ -42,7 +42,7 @@ class Preflight:
 
     config: Config
     info: BaseInfo | None
-    photos: checks.Report | None
+    report: checks.Report | None
     plan: plan.Plan | None
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -53,27 +53,27 @@ class Preflight:
         Raises:
             LorakitError: with every problem, a line each.
         """
-        if self.problems or self.info is None or self.photos is None or self.plan is None:
+        if self.problems or self.info is None or self.report is None or self.plan is None:
             raise LorakitError("\n".join(self.problems))
-        return Ready(self.config, self.info, self.photos, self.plan, (), self.warnings)
+        return Ready(self.config, self.info, self.report, self.plan, (), self.warnings)
 
     def lines(self) -> list[str]:
         """Notes, warnings and the plan, as a person reads them; problems are told apart from them."""
-        notes = self.photos.notes if self.photos else []
+        notes = self.report.notes if self.report else []
         return [*notes, *self.warnings, *(self.plan.lines() if self.plan else [])]
 
     def to_text(self) -> str:
         """A table of the photos, then warnings, notes and the plan under a title each."""
-        notes = self.photos.notes if self.photos else []
+        notes = self.report.notes if self.report else []
         sections = {"warnings": self.warnings, "notes": notes, "the plan": self.plan.lines() if self.plan else []}
-        parts = [self.photos.table()] if self.photos else []
+        parts = [self.report.table()] if self.report else []
         parts += ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines]
         return "\n\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `lorakit check --json`; keys are only ever added."""
         return {
-            "check": self.photos.to_json() if self.photos else None,
+            "check": self.report.to_json() if self.report else None,
             "plan": self.plan.to_json() if self.plan else None,
             "problems": list(self.problems),
             "warnings": list(self.warnings),
@@ -85,7 +85,7 @@ class Ready(Preflight):
     """A preflight without problems."""
 
     info: BaseInfo
-    photos: checks.Report
+    report: checks.Report
     plan: plan.Plan
 
 
@@ -130,23 +130,23 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         problems += _line(_misfit(config, info))
     planning = plan.problems(config, info)
     problems += planning
-    photos = None
+    report = None
     try:
-        photos = check(config.data, info)
+        report = check(config.data, info)
     except LorakitError as error:
         problems += _lines(error)
-    if photos is None:
+    if report is None:
         return Preflight(config, info, None, None, tuple(problems), tuple(warnings))
-    problems += photos.errors
-    problems += masks.problems(photos.items) if config.train.masked_loss else []
-    planned = None if photos.errors or planning else plan.make(config, info, photos)
+    problems += report.errors
+    problems += masks.problems(report.items) if config.train.masked_loss else []
+    planned = None if report.errors or planning else plan.make(config, info, report)
     return Preflight(
         config,
         info,
-        photos,
+        report,
         planned,
         tuple(problems),
-        (*warnings, *_prior_findings(config, photos), *captions.prompt_findings(config.sample, info), *photos.warnings),
+        (*warnings, *_prior_findings(config, report), *captions.prompt_findings(config.sample, info), *report.warnings),
     )
 
 
@@ -253,12 +253,12 @@ def _with_name(config: Config) -> Config:
     return replace(config, data=concepts.with_name(config.data, photos))
 
 
-def _prior_findings(config: Config, photos: checks.Report) -> list[str]:
+def _prior_findings(config: Config, report: checks.Report) -> list[str]:
     """What becomes of class images that lie in the folder, where the prior does not use them."""
-    if not photos.class_photos or config.train.prior == "images":
+    if not report.class_photos or config.train.prior == "images":
         return []
     return [
-        f"{len(photos.class_photos)} class images are not trained as the subject and not used: "
+        f"{len(report.class_photos)} class images are not trained as the subject and not used: "
         "train.prior = 'images' uses them"
     ]
 

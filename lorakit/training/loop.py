@@ -82,7 +82,7 @@ class Run:
             self.config,
             self.ready.info,
             name=name,
-            images=plan.photos,
+            images=plan.photo_count,
             steps=step,
             epochs=step * self.config.train.gradient_accumulation_steps // plan.batches,
             started=self.started,

@@ -186,7 +186,7 @@ def _compare_lengths(run: RunFolder, ready: Ready, step: int, events: Events) ->
 
 def _identity(ready: Ready) -> dict[str, str]:
     """What a checkpoint depends on beside the config."""
-    photos = [*ready.photos.photos, *ready.photos.class_photos]
+    photos = [*ready.report.photos, *ready.report.class_photos]
     return {"base weights": ready.info.hash, "photos": photo_folder.digest(photos)}
 
 
@@ -206,7 +206,7 @@ def _run(
             run.events.say(devices.attention(run.config.memory, family))
         with run.phase("encoding the photos"):
             poll = functools.partial(run.stop.poll, "class images and latents that are complete are kept")
-            inputs = precompute(run.config, family, None, ready.photos, run.events.say, poll)
+            inputs = precompute(run.config, family, None, ready.report, run.events.say, poll)
         with run.phase("attaching the adapter"):
             model = trainable(family, inputs, ready, run.events.say)
         state = loop(model, inputs, run, resume_from)
@@ -260,7 +260,7 @@ def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Resu
         findings = _self_check(result, run, load)
     with run.optional("the report"):
         folder.write_report([vars(finding) for finding in findings])
-        report.write(folder, config, run.ready.plan, run.ready.photos, result.state.history, findings)
+        report.write(folder, config, run.ready.plan, run.ready.report, result.state.history, findings)
     failed = selfcheck.failures(findings)
     if failed:
         causes = "; ".join(f"{finding.name}: {finding.detail}" for finding in failed)

@@ -112,7 +112,7 @@ def test_a_check_says_it_and_a_run_fetches_it_once(
     assert clip_tokenizer.FROM_HUB in ready.lines() and clip_tokenizer.TO_FETCH not in ready.lines()
     got = {path.rpartition("/")[2] for path in hub if "/resolve/" in path}
     assert got == {"vocab.json", "merges.txt"}
-    assert all(item.tokens for item in ready.photos.items)
+    assert all(item.tokens for item in ready.report.items)
     hub.clear()
     loaded = families.load(families.describe(str(files[family])), "cpu", torch.float32)
     assert not [path for path in hub if "clip-vit" in path]

@@ -120,9 +120,9 @@ def settings(base: Path, photos: Path, **changes: Any) -> config.Config:
 def test_check_says_what_is_long_what_it_costs_and_what_is_cut(tiny_sd1: Path, tmp_path: Path) -> None:
     photos = fill(tmp_path / "photos")
     result = preflight(settings(tiny_sd1, photos))
-    assert result.problems == () and result.photos is not None and result.plan is not None
+    assert result.problems == () and result.report is not None and result.plan is not None
     note = "1 of 4 texts have more than 75 tokens: they are read in up to 3 chunks of 75, as web UIs read them"
-    assert note in result.photos.notes and result.photos.chunks == 3
+    assert note in result.report.notes and result.report.chunks == 3
     (price,) = [line for line in result.plan.notes if line.startswith("texts:")]
     assert "filled up to 231 tokens" in price and "than with 77" in price
     result = preflight(settings(tiny_sd1, photos, data__max_tokens=150))

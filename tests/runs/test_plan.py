@@ -153,15 +153,15 @@ def test_one_photo_is_one_photo(sd15: Info) -> None:
 
 def test_holdout_photos_are_not_trained_on(sd15: Info) -> None:
     result = make(sd15, [SQUARE] * 20, train__steps_per_image=1, train__holdout=0.1)
-    assert (result.photos, result.holdout_count, result.steps) == (18, 2, 18)
+    assert (result.photo_count, result.holdout_count, result.steps) == (18, 2, 18)
     assert "photos: 18 to train on, 2 held out for validation" in result.lines()
     nine = make(sd15, [SQUARE] * 9, train__steps_per_image=1, train__holdout=0.1)
-    assert (nine.photos, nine.holdout_count) == (9, 0)
+    assert (nine.photo_count, nine.holdout_count) == (9, 0)
     assert "photos: 9 to train on, none held out" in nine.lines()
 
 
 def test_unreadable_photos_do_not_count(sd15: Info) -> None:
-    assert make(sd15, [SQUARE, None, SQUARE], train__steps_per_image=1).photos == 2
+    assert make(sd15, [SQUARE, None, SQUARE], train__steps_per_image=1).photo_count == 2
 
 
 def test_no_photo_is_an_error(sd15: Info) -> None:

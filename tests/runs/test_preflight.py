@@ -116,7 +116,7 @@ def test_nothing_wrong_is_ready(tiny_sd1: Path, photos: Path, here: Path) -> Non
     assert actual.problems == ()
     ready = actual.or_raise()
     assert isinstance(ready, Ready) and ready.lines() == actual.lines()
-    assert ready.info.family == "sd1" and ready.plan.steps == 2 and len(ready.photos.items) == 3
+    assert ready.info.family == "sd1" and ready.plan.steps == 2 and len(ready.report.items) == 3
     assert not list(here.iterdir()), "a preflight writes nothing"
 
 
@@ -171,7 +171,7 @@ def test_all_problems_are_found_at_once(tiny_sd3: Path, here: Path) -> None:
               "the diffusers format", "memory.stream_base", "memory.limit_gib", "broken.jpg", "left or"]  # fmt: skip
     assert [sum(part in line for line in actual.problems) for part in starts] == [1] * len(starts), actual.problems
     assert len(actual.problems) == len(starts)
-    assert actual.plan is None and actual.photos is not None
+    assert actual.plan is None and actual.report is not None
 
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k."
@@ -199,7 +199,7 @@ def test_an_adapter_that_is_no_start_is_a_problem(tiny_sd1: Path, photos: Path, 
 
 def test_without_a_base_the_rest_is_looked_at(here: Path) -> None:
     actual = preflight(requests("nobase", "nophotos", data__name="", train__init_from="nofile.safetensors"))
-    assert actual.info is None and actual.photos is None and actual.plan is None and actual.to_text() == ""
+    assert actual.info is None and actual.report is None and actual.plan is None and actual.to_text() == ""
     starts = ["data.name", "train.init_from: nofile", "base nobase", "folder nophotos"]
     assert [line.startswith(start) for line, start in zip(actual.problems, starts, strict=True)] == [True] * 4
 

@@ -146,7 +146,7 @@ class TrainPage:
 
     def _by_field(self, result: Preflight, say: Say) -> dict[str, list[str]]:
         """The problems of a preflight by the key of the option that each names first, those of the photos by theirs."""
-        photos = result.photos.errors if result.photos else []
+        photos = result.report.errors if result.report else []
         problems: dict[str, list[str]] = {}
         for line in result.problems:
             key = quickstart.PHOTOS if line in photos else form.field_of(line, self.fields)
@@ -334,7 +334,7 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
             (say("plan.steps"), str(plan.steps), ""),
             (say("plan.time"), run_time, estimate if plan.seconds is not None else ""),
             (say("plan.memory"), memory, f"{estimate}, {say('plan.device', device=plan.device)}"),
-            (say("plan.photos"), str(plan.photos), validation),
+            (say("plan.photos"), str(plan.photo_count), validation),
             (say("plan.trained"), weights, ""),
         ]
     )
