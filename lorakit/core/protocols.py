@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from lorakit.adapters.weights import AdapterWeights
@@ -47,3 +49,18 @@ class Trainable(Protocol):
 
     def detach(self) -> None:
         """Take it out of the base."""
+
+
+class Base(Protocol):
+    """The facts of a base model that the check needs; `families.describe` returns them."""
+
+    @property
+    def tokenizers(self) -> Mapping[str, Path]: ...
+    @property
+    def downscale(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def bucket_multiple(self) -> int: ...
+    @property
+    def chunked_texts(self) -> bool: ...

@@ -18,7 +18,7 @@ from lorakit.data import concepts
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from lorakit.data.checks import Base
+    from lorakit.core.protocols import Base
     from lorakit.data.photo_folder import Photo
 
 # Most orders of its tags that a photo is trained with: all are encoded before training, and no single order is learned.
@@ -158,12 +158,25 @@ def final_text(caption: str | None, config: DataConfig) -> str:
     return _without_marks(_full_text(caption, config), config)
 
 
-def photo_texts(photo: Photo, config: DataConfig) -> list[str]:
-    """The texts of a photo, as `variants` takes them: of its caption, of each line of it, or of its name."""
+def captions_of(photo: Photo, config: DataConfig) -> list[str]:
+    """The captions of a photo: that of its file, each line of it, or its name; none without."""
     if config.caption_lines and photo.caption_lines:
-        return [_full_text(line, config) for line in photo.caption_lines]
+        return list(photo.caption_lines)
     name = " ".join(re.sub(r"[\W\d_]+", " ", photo.path.stem).split()) if config.caption_from_name else ""
-    return [_full_text(photo.caption or name or None, config)]
+    return list(filter(None, [photo.caption or name]))
+
+
+def photo_texts(photo: Photo, config: DataConfig) -> list[str]:
+    """The texts of a photo, as `variants` takes them."""
+    return [_full_text(caption, config) for caption in captions_of(photo, config)] or [instance_prompt(config)]
+
+
+def all_texts(photo: Photo, config: DataConfig) -> list[str]:
+    """The texts of a photo for the check, its own first: of each caption, with the longest of each {a|b} too."""
+    texts = photo_texts(photo, config)
+    if config.wildcards:
+        texts += [WILDCARD.sub(lambda match: max(match[1].split("|"), key=len), text) for text in texts]
+    return list(dict.fromkeys(_without_marks(text, config) for text in texts))
 
 
 def own_text(photo: Photo, config: DataConfig) -> str:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from PIL import Image
 from lorakit.config import DataConfig
 from lorakit.core import prompt_syntax
 from lorakit.core.names import printable, shorten
+from lorakit.core.protocols import Base
 from lorakit.data import buckets, captions, concepts, decode, duplicates, photo_folder, time_limit
 from lorakit.data.buckets import Bucket
 from lorakit.data.photo_folder import Photo
@@ -35,21 +36,6 @@ ITEM_JSON = (
     "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut", "sharpness",
     "findings",
 )  # fmt: skip
-
-
-class Base(Protocol):
-    """The facts of a base model that the check needs; `families.describe` returns them."""
-
-    @property
-    def tokenizers(self) -> Mapping[str, Path]: ...
-    @property
-    def downscale(self) -> int: ...
-    @property
-    def max_tokens(self) -> int: ...
-    @property
-    def bucket_multiple(self) -> int: ...
-    @property
-    def chunked_texts(self) -> bool: ...
 
 
 @dataclass
@@ -288,18 +274,22 @@ def _class_problem(photo: Photo) -> str:
 
 
 def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter | None) -> None:
-    cuts = []
+    cuts, syntax = [], []
     for item in report.items:
-        item.text = captions.own_text(item.photo, concepts.of_photo(item.photo, config))
-        if any("\ud800" <= character <= "\udfff" for character in item.text):
-            item.text = printable(item.text)
-            report.errors.append(f"{item.relative}: its text has what is no character: {shorten(item.text, 60)}")
+        texts = captions.all_texts(item.photo, concepts.of_photo(item.photo, config))
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            texts = [printable(text) for text in texts]
+            report.errors.append(f"{item.relative}: its text has what is no character: {shorten(texts[0], 60)}")
+        item.text = texts[0]
         if counter is not None:
-            item.tokens, item.cut = counter.count(item.text)
+            item.tokens, item.cut = max((counter.count(text) for text in texts), key=lambda count: count[0])
         if counter is not None and item.cut:
             fit = f"its text has {item.tokens} tokens, {counter.limit} fit"
             cuts.append(f'{item.relative}: {fit}; cut off: "{shorten(item.cut, 60)}"')
-        if config.flip and captions.mentions_sides(item.text):
+        if match := next(filter(None, map(prompt_syntax.syntax, texts)), ""):
+            syntax.append((item, match))
+            item.findings.append(f"{match} is trained as letters")
+        if config.flip and any(map(captions.mentions_sides, texts)):
             item.findings.append("left or right in its text")
             report.errors.append(
                 f"{item.relative}: its text says left or right, which data.flip makes untrue; "
@@ -313,9 +303,6 @@ def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCoun
             f"{len(long)} of {len(report.items)} texts have more than {counter.room} tokens: they are read in up to "
             f"{report.chunks} chunks of {counter.room}, as web UIs read them"
         )
-    syntax = [(item, match) for item in report.items if (match := prompt_syntax.syntax(item.text))]
-    for item, match in syntax:
-        item.findings.append(f"{match} is trained as letters")
     if syntax:
         report.warnings.append(
             f"{len(syntax)} of {len(report.items)} texts have what web UIs read as weights or commands and training "
@@ -329,7 +316,7 @@ def _check_texts(report: Report, config: DataConfig, counter: captions.TokenCoun
 
 def _check_captions(report: Report, items: list[Item], config: DataConfig) -> None:
     """Add what is wrong with the captions of the photos of one concept."""
-    no_caption = [item for item in items if item.photo.caption is None]
+    no_caption = [item for item in items if not captions.captions_of(item.photo, config)]
     prompt = captions.instance_prompt(config)
     every = "every photo" if len(items) == len(report.items) else f"{_names(items)}: each"
     if no_caption and len(no_caption) == len(items):
@@ -339,13 +326,24 @@ def _check_captions(report: Report, items: list[Item], config: DataConfig) -> No
             item.findings.append("no caption")
         count = f"{len(no_caption)} of {len(items)} photos have no caption"
         report.warnings.append(f'{count} and are trained as "{prompt}": {_names(no_caption)}')
-    no_trigger = [i for i in items if i.photo.caption and not captions.has_trigger(i.photo.caption, config)]
+    no_trigger = [
+        item
+        for item in items
+        if not all(captions.has_trigger(caption, config) for caption in captions.captions_of(item.photo, config))
+    ]
     for item in no_trigger:
         item.findings.append("caption without the trigger")
     if no_trigger:
         caption_count = len(items) - len(no_caption)
         count = f"{len(no_trigger)} of {caption_count} captions are without the trigger {config.trigger}"
         report.warnings.append(f'{count}; "{config.name}, " is put in front: {_names(no_trigger)}')
+    several = [len(item.photo.caption_lines) for item in items if len(item.photo.caption_lines) > 1]
+    if several:
+        effect = (
+            f"{sum(several)} captions, of which one is drawn each time" if config.caption_lines else "one text each"
+        )
+        option = "" if config.caption_lines else "; with data.caption_lines = true each line is a caption"
+        report.notes.append(f"{len(several)} of {len(items)} caption files have several lines: {effect}{option}")
     if config.name and not config.noun and not config.class_prompt and config.kind == "subject":
         report.warnings.append(f'data.name = "{config.name}" does not say what it is; "{config.trigger} dog" would')
 

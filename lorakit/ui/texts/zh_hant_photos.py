@@ -53,6 +53,11 @@ PHOTOS = {
     "{file} line {line}: not JSON ({problem})": "{file} 第 {line} 行：不是 JSON（{problem}）",
     "passed over ({reason}): {names}": "略過（{reason}）：{names}",
     'no captions: {photos:words} is trained as "{prompt}"': "沒有說明文字：{photos:words} 以「{prompt}」訓練",
+    "{count} of {all} caption files have several lines: one text each; with data.caption_lines = true each line is a "
+    "caption": ("{all} 個說明檔中有 {count} 個不只一行：各讀成一段文字；data.caption_lines = true 時每行各是一則說明"),
+    "{count} of {all} caption files have several lines: {lines} captions, of which one is drawn each time": (
+        "{all} 個說明檔中有 {count} 個不只一行：共 {lines} 則說明，每次抽一則"
+    ),
     "each photo is trained at {sides}: as {sizes:words}; a batch holds one size": (
         "每張照片以 {sides} 訓練：尺寸為 {sizes:words}；每批只有一種尺寸"
     ),
