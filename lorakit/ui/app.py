@@ -30,6 +30,8 @@ from lorakit.ui.pages.photos import PAGE, PhotosPage
 from lorakit.ui.pages.runs import RunsPage
 from lorakit.ui.pages.train import TrainPage
 from lorakit.ui.server import Server
+from lorakit.ui.tasks import Event, Progress, polled
+from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
 
@@ -198,9 +200,9 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
         data[train.requests].count_request()
         return train.answer(data[train.quality], data[train.marks], _values(train, data), say_for(request))
 
-    def plan(data: Values, request: gr.Request) -> tuple[Any, Any]:
+    def plan(data: Values, say: Say, progress: Progress) -> tuple[Any, Any]:
         number = data[train.requests].number
-        result = train.plan(_values(train, data), say_for(request))
+        result = train.plan(_values(train, data), say, progress)
         return result if number == data[train.requests].number else (gr.skip(), gr.skip())
 
     def difference(data: Values, request: gr.Request) -> str:
@@ -209,8 +211,8 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
     def apply(data: Values) -> list[Any]:
         return train.apply_preset(data[train.preset], data[train.quality], data[train.marks], _values(train, data))
 
-    def begin(data: Values, request: gr.Request) -> tuple[Any, ...]:
-        message, name = train.begin(_values(train, data), say_for(request))
+    def begin(data: Values, say: Say, progress: Progress) -> tuple[Any, ...]:
+        message, name = train.begin(_values(train, data), say, progress)
         if name is None:
             return message, gr.skip(), gr.skip(), gr.skip()
         # The button comes back with the next answer or visit: the same run is not started twice by mistake.
@@ -220,22 +222,22 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
     inputs = {*train.inputs, train.requests}
     # One listener for all: a later answer waits for an earlier one, which so cannot overwrite what came after it.
     answer_events = [widgets.answer_event(widget) for widget in every] + [train.quality.input, *visits]
-    plan_call = (plan, inputs, [train.plan_card, train.start])
-    gr.on(answer_events, answer, inputs, train.outputs, **FOLLOW).then(*plan_call, **FOLLOW)
+    tasks = train.workspace.tasks
 
-    def fetch(data: Values, request: gr.Request) -> str:
-        return train.fetch_base(_values(train, data), say_for(request))
+    def fetch(data: Values, say: Say, progress: Progress) -> list[str]:
+        return [train.fetch_base(_values(train, data), say, progress)]
 
-    waiting = ACT | {"show_progress": "full", "show_progress_on": train.fetch_message}
-    fetch_event = train.fetch.click(fetch, inputs, train.fetch_message, **waiting)
-    fetch_event.then(answer, inputs, train.outputs, **FOLLOW).then(*plan_call, **FOLLOW)
+    fetched = polled(tasks, [(train.fetch.click, fetch)], inputs, [train.fetch_message], **ACT)
     train.widgets[quickstart.BASE].input(lambda: "", None, train.fetch_message, **FOLLOW)
     with_preset = {*inputs, train.preset}
     gr.on([train.preset.input], difference, with_preset, train.difference, **FOLLOW)
     apply_event = train.apply.click(apply, with_preset, [train.marks, *every], **ACT)
-    apply_event.then(answer, inputs, train.outputs, **FOLLOW).then(*plan_call, **FOLLOW)
     apply_event.then(difference, with_preset, train.difference, **FOLLOW)
-    train.start.click(begin, inputs, [train.message, runs.run_name, tabs, train.start], **ACT)
+    answers = [gr.on(answer_events, answer, inputs, train.outputs, **FOLLOW)]
+    answers += [after(answer, inputs, train.outputs, **FOLLOW) for after in (fetched, apply_event.then)]
+    polled(tasks, [(event.then, plan) for event in answers], inputs, [train.plan_card, train.start])
+    begin_outputs = [train.message, runs.run_name, tabs, train.start]
+    polled(tasks, [(train.start.click, begin)], inputs, begin_outputs, **ACT)
 
 
 def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainPage, tabs: gr.Tabs) -> None:
@@ -247,20 +249,20 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
         answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
         return train.config_of_photos(answers)
 
-    def show(data: Values, request: gr.Request, offset: int = 0) -> list[Any]:
+    def show(data: Values, say: Say, progress: Progress, offset: int = 0) -> list[Any]:
         data[photos.requests].count_request()
         first = data[photos.first] + offset
-        return photos.show(data[photos.folder] or "", first, config_of(data), say_for(request))
+        return photos.show(data[photos.folder] or "", first, config_of(data), say, progress)
 
-    def turn(data: Values, request: gr.Request) -> list[Any]:
-        return show(data, request, PAGE)
+    def turn(data: Values, say: Say, progress: Progress) -> list[Any]:
+        return show(data, say, progress, PAGE)
 
-    def turn_back(data: Values, request: gr.Request) -> list[Any]:
-        return show(data, request, -PAGE)
+    def turn_back(data: Values, say: Say, progress: Progress) -> list[Any]:
+        return show(data, say, progress, -PAGE)
 
-    def checked(data: Values, request: gr.Request) -> list[Any]:
+    def checked(data: Values, say: Say, progress: Progress) -> list[Any]:
         number = data[photos.requests].number
-        result = photos.checked(data[photos.folder] or "", data[photos.first], config_of(data), say_for(request))
+        result = photos.checked(data[photos.folder] or "", data[photos.first], config_of(data), say, progress)
         return result if number == data[photos.requests].number else [gr.skip(), gr.skip()]
 
     def keep(data: Values) -> dict[str, Any]:
@@ -270,8 +272,8 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     def choose(data: Values) -> tuple[Any, ...]:
         return "", data[photos.folder], keep(data)
 
-    def take_in(data: Values, request: gr.Request) -> tuple[Any, ...]:
-        message, place = photos.take_in(data[photos.upload], say_for(request))
+    def take_in(data: Values, say: Say, progress: Progress) -> tuple[Any, ...]:
+        message, place = photos.take_in(data[photos.upload], say, progress)
         if place is None:
             return message, gr.skip(), gr.skip(), None, gr.skip()
         return message, place, place, None, keep(data | {photos.folder: place})
@@ -279,22 +281,19 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     def save_caption(request: gr.Request, event: gr.EventData) -> str:
         return photos.save_caption(event.file, event.text, say_for(request))
 
-    def look(after: Any) -> None:
-        """Show the folder, and again with what the check says."""
-        after(show, inputs, photos.outputs, **FOLLOW).then(checked, inputs, photos.checked_outputs, **FOLLOW)
-
+    tasks = photos.workspace.tasks
     opening_events = [photos.open.click, photos.folder.input]
-    look(gr.on(opening_events, choose, inputs, [photos.message, field, train.draft], **FOLLOW).then)
+    opened = gr.on(opening_events, choose, inputs, [photos.message, field, train.draft], **FOLLOW)
     upload_outputs = [photos.message, photos.folder, field, photos.upload, train.draft]
-    look(photos.upload.upload(take_in, inputs, upload_outputs, **FOLLOW).then)
-    look(tab.select)
-    for button, act in ((photos.previous, turn_back), (photos.next, turn)):
-        page_turn = button.click(act, inputs, photos.outputs, **ACT)
-        page_turn.then(checked, inputs, photos.checked_outputs, **FOLLOW)
-    photos.cards.submit(save_caption, None, photos.message, **EACH)
-    photos.next_page.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)
+    uploaded = polled(tasks, [(photos.upload.upload, take_in)], inputs, upload_outputs)
     restored = [photos.folder, train.quality, train.marks, train.preset, *every]
     loaded = page.load(train.restore, train.draft, restored, **FOLLOW)
-    look(loaded.then)
     # Until then the page takes no answers: they would be overwritten by those that the browser kept.
     loaded.then(None, js="() => { document.body.dataset.ready = 'yes'; }")
+    # The folder is shown, and again with what the check says.
+    shows: list[Event] = [(listen, show) for listen in (opened.then, uploaded, tab.select, loaded.then)]
+    shows += [(photos.previous.click, turn_back), (photos.next.click, turn)]
+    look = polled(tasks, shows, inputs, photos.outputs)
+    polled(tasks, [(look, checked)], inputs, photos.checked_outputs)
+    photos.cards.submit(save_caption, None, photos.message, **EACH)
+    photos.next_page.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)

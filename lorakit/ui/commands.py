@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lorakit.core.errors import LorakitError
@@ -55,32 +56,55 @@ def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> l
     except subprocess.TimeoutExpired:
         raise LorakitError(f"{source.name}: not converted after {PATIENCE} s") from None
     if result.returncode:
-        raise LorakitError(_complaint(result) or f"{source.name}: the conversion ended with code {result.returncode}")
+        raise LorakitError(
+            _complaint(result.stderr) or f"{source.name}: the conversion ended with code {result.returncode}"
+        )
     return [Path(path) for path in json.loads(result.stdout).values()]
 
 
-def fetch(base: str) -> None:
+def fetch(base: str, progress: Callable[[int, int], object] = lambda count, total: None) -> None:
     """Fetch a base that is on the hub into the cache, where it takes no second time; as long as that takes.
+
+    Args:
+        progress: called each second with the MiB that came so far, and 0.
 
     Raises:
         LorakitError: why it cannot be had.
     """
-    result = subprocess.run(
-        [sys.executable, "-m", "lorakit.ui.commands", base],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=os.environ | {"HF_HUB_OFFLINE": USERS},
-        check=False,
-    )
-    if result.returncode:
-        raise LorakitError(_complaint(result) or f"{base}: the download ended with code {result.returncode}")
+    before = _cache_size()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lorakit.ui.commands", base],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=os.environ | {"HF_HUB_OFFLINE": USERS},
+        )
+        while True:
+            try:
+                code = process.wait(1)
+                break
+            except subprocess.TimeoutExpired:
+                progress(max(0, _cache_size() - before) >> 20, 0)
+        errors.seek(0)
+        if code:
+            raise LorakitError(_complaint(errors.read()) or f"{base}: the download ended with code {code}")
 
 
-def _complaint(result: subprocess.CompletedProcess[str]) -> str:
+def _cache_size() -> int:
+    """Bytes in the hub's cache, files that are being fetched included."""
+    from huggingface_hub import constants
+
+    total = 0
+    for blob in Path(constants.HF_HUB_CACHE).glob("*/blobs/*"):
+        with contextlib.suppress(OSError):  # renamed just now
+            total += blob.stat().st_size
+    return total
+
+
+def _complaint(errors: str) -> str:
     """What a command said was wrong."""
-    lines = [line.removeprefix("lorakit: ") for line in result.stderr.splitlines() if line.startswith("lorakit: ")]
+    lines = [line.removeprefix("lorakit: ") for line in errors.splitlines() if line.startswith("lorakit: ")]
     return "\n".join(lines)
 
 

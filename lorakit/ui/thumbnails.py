@@ -6,7 +6,7 @@ import base64
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,15 @@ class Thumbnails:
                 self._cache.popitem(last=False)
         return thumbnail
 
-    def several(self, paths: Sequence[Path], side: int = SIDE) -> list[Thumbnail]:
+    def several(
+        self, paths: Sequence[Path], progress: Callable[[int, int], object] = lambda count, total: None
+    ) -> list[Thumbnail]:
         """Several at once; decoding leaves Python's lock, so it runs on every core."""
-        return list(self._pool.map(lambda path: self.get(path, side), paths))
+        thumbnails = []
+        for thumbnail in self._pool.map(self.get, paths):
+            thumbnails.append(thumbnail)
+            progress(len(thumbnails), len(paths))
+        return thumbnails
 
 
 def _make(path: Path, side: int) -> Thumbnail:

@@ -25,6 +25,7 @@ from lorakit.runs.preflight import Preflight, preflight
 from lorakit.runs.queue import Queue
 from lorakit.ui import uploads
 from lorakit.ui.access import Roots
+from lorakit.ui.tasks import Progress, Tasks
 from lorakit.ui.thumbnails import Thumbnails
 from lorakit.ui.uploads import Upload
 
@@ -48,37 +49,54 @@ class Workspace:
         self.thumbnails = Thumbnails()
         # What was measured of each photo: a word changed in the form must not decode five hundred of them again.
         self._measurements: checks.MeasurementCache = {}
-        self._reports: OrderedDict[Any, Future[checks.Report]] = OrderedDict()
+        self._reports: OrderedDict[Any, tuple[Future[checks.Report], list[Progress]]] = OrderedDict()
+        self.tasks = Tasks()
         self._lock = threading.Lock()
         self._staging = Path(tempfile.mkdtemp(prefix="lorakit-"))
         weakref.finalize(self, shutil.rmtree, self._staging, ignore_errors=True)
         # One at a time: a check uses every core already.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="check")
 
-    def report(self, config: Config) -> Future[checks.Report]:
-        """What `check` says of the config's photos; asked for twice, they are looked at once unless a file changed."""
+    def report(self, config: Config, progress: Progress | None = None) -> Future[checks.Report]:
+        """What `check` says of the config's photos; asked for twice, they are looked at once unless a file changed.
+        Whoever asks while they are looked at gets the progress too."""
         info = families.describe(config.model)
         key = (config.data, config.model, info.path, info.downscale, _fingerprint(Path(config.data.folder)))
         with self._lock:
             if key not in self._reports:
-                self._reports[key] = self._pool.submit(checks.check, config.data, info, cache=self._measurements)
+                self._reports[key] = self._check(config, info)
                 while len(self._reports) > MAX_REPORTS:
                     self._reports.popitem(last=False)
-            return self._reports[key]
+            future, watchers = self._reports[key]
+        if progress is not None and not future.done():
+            watchers.append(progress)
+        return future
 
-    def preflight(self, config: Config) -> Preflight:
+    def _check(self, config: Config, info: families.BaseInfo) -> tuple[Future[checks.Report], list[Progress]]:
+        watchers: list[Progress] = []
+
+        def progress(count: int, total: int) -> None:
+            for watcher in watchers:
+                watcher(count, total)
+
+        return self._pool.submit(checks.check, config.data, info, cache=self._measurements, progress=progress), watchers
+
+    def preflight(self, config: Config, progress: Progress | None = None) -> Preflight:
         """What `lorakit check` says of a run that the queue would start; waits until the photos are looked at."""
         folder = str(self.queue.new_folder(config))
         result = preflight(
-            replace(config, output=replace(config.output, folder=folder)), check=lambda *_: self.report(config).result()
+            replace(config, output=replace(config.output, folder=folder)),
+            check=lambda *_: self.report(config, progress).result(),
         )
         return replace(result, config=replace(result.config, output=config.output))
 
-    def take_in(self, files: Sequence[Path]) -> tuple[Path | None, Upload]:
+    def take_in(
+        self, files: Sequence[Path], progress: Progress = lambda count, total: None
+    ) -> tuple[Path | None, Upload]:
         """Move uploaded photos that can be decoded into a new folder of their own: that folder (None if nothing could
         be used), and what came of each file."""
         place = self.unused("uploads")
-        upload = uploads.take_in(files, place)
+        upload = uploads.take_in(files, place, progress)
         return place if upload.photo_count else None, upload
 
     def save_caption(self, photo: Path, text: str) -> Path:

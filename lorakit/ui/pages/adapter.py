@@ -13,8 +13,9 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.formats import inspect
 from lorakit.ui import commands, form, widgets
+from lorakit.ui.tasks import Progress, polled
 from lorakit.ui.texts import Say
-from lorakit.ui.widgets import ACT, FOLLOW, say_for
+from lorakit.ui.widgets import ACT, FOLLOW
 from lorakit.ui.workspace import Workspace
 
 
@@ -55,21 +56,21 @@ class AdapterPage:
     def wire(self, tab: gr.Tab) -> None:
         """Which event calls what."""
 
-        def look(path: str | None, request: gr.Request) -> list[Any]:
-            return self.look(path or "", None, say_for(request))
+        def look(data: dict[Any, Any], say: Say, progress: Progress) -> list[Any]:
+            return self.look(data[self.path] or "", None, say)
 
-        def look_upload(file: str | None, request: gr.Request) -> list[Any]:
-            return self.look("", file, say_for(request))
+        def look_upload(data: dict[Any, Any], say: Say, progress: Progress) -> list[Any]:
+            return self.look("", data[self.upload], say)
 
-        def convert(inspected: str, kind: str, dtype: str, request: gr.Request) -> tuple[str, Any]:
-            return self.write(inspected, kind, dtype, say_for(request))
+        def convert(data: dict[Any, Any], say: Say, progress: Progress) -> tuple[str, Any]:
+            return self.write(data[self.inspected], data[self.format], data[self.dtype], say)
 
         outputs = [self.report, self.inspected, self.converting, self.message, self.file]
-        gr.on([self.inspect.click, self.path.input], look, self.path, outputs, **FOLLOW)
-        self.upload.upload(look_upload, self.upload, outputs, **FOLLOW)
+        tasks, convert_inputs = self.workspace.tasks, {self.inspected, self.format, self.dtype}
+        events = [(self.inspect.click, look), (self.path.input, look), (self.upload.upload, look_upload)]
+        polled(tasks, events, {self.path, self.upload}, outputs)
+        polled(tasks, [(self.convert.click, convert)], convert_inputs, [self.message, self.file], **ACT)
         tab.select(lambda: gr.update(choices=self.adapters()), None, self.path, **FOLLOW)
-        waiting = ACT | {"show_progress": "full", "show_progress_on": self.message}
-        self.convert.click(convert, [self.inspected, self.format, self.dtype], [self.message, self.file], **waiting)
 
     def adapters(self) -> list[str]:
         """Adapters of all runs, newest first."""

@@ -25,6 +25,7 @@ from lorakit.data.decode import Unreadable, decode
 from lorakit.runs import quickstart, run_folder
 from lorakit.runs.run_folder import RunFolder
 from lorakit.ui import commands, widgets
+from lorakit.ui.tasks import Progress, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
@@ -73,8 +74,8 @@ class ComparePage:
             names = self.runs()
             return gr.update(choices=names, value=run_name if run_name in names else next(iter(names), None))
 
-        def show(name: str | None, request: gr.Request) -> list[Any]:
-            return self.show(name, say_for(request))
+        def show(data: dict[Any, Any], say: Say, progress: Progress) -> list[Any]:
+            return self.show(data[self.run], say)
 
         def grid_status(name: str | None, request: gr.Request) -> list[Any]:
             return self.grid_status(name, say_for(request))
@@ -83,23 +84,22 @@ class ComparePage:
             say = say_for(request)
             return self.mark_best(name, step, say), self.table_of(name, say)
 
-        def export(name: str, step: int, kind: str, request: gr.Request) -> tuple[str, Any]:
-            return self.export_step(name, step, kind, say_for(request))
+        def export(data: dict[Any, Any], say: Say, progress: Progress) -> tuple[str, Any]:
+            return self.export_step(data[self.run], data[self.step], data[self.format], say)
 
-        def draw(name: str, files: list[str], prompts: str, strengths: str, request: gr.Request) -> tuple[str, Any]:
-            return self.draw_grids(name, files, prompts, strengths, say_for(request))
+        def draw(data: dict[Any, Any], say: Say, progress: Progress) -> tuple[str, Any]:
+            return self.draw_grids(data[self.run], data[self.files], data[self.prompts], data[self.strengths], say)
 
+        tasks = self.workspace.tasks
         visit = tab.select(runs, self.run, self.run, **FOLLOW)
-        for listener in (visit.then, self.run.input):
-            listener(show, self.run, outputs, **FOLLOW).then(grid_status, self.run, grid_outputs, **FOLLOW)
+        shows = polled(tasks, [(visit.then, show), (self.run.input, show)], {self.run}, outputs)
+        shows(grid_status, self.run, grid_outputs, **FOLLOW)
         timer.tick(grid_status, self.run, grid_outputs, **FOLLOW)
         self.mark.click(mark, [self.run, self.step], [self.message, self.table], **ACT)
-        export_of = [self.run, self.step, self.format]
-        waiting = ACT | {"show_progress": "full", "show_progress_on": self.message}
-        self.export.click(export, export_of, [self.message, self.file], **waiting)
-        draw_inputs = [self.run, self.files, self.prompts, self.strengths]
-        waiting["show_progress_on"] = self.drawing
-        self.draw.click(draw, draw_inputs, [self.drawing, timer], **waiting)
+        export_inputs = {self.run, self.step, self.format}
+        polled(tasks, [(self.export.click, export)], export_inputs, [self.message, self.file], **ACT)
+        draw_inputs = {self.run, self.files, self.prompts, self.strengths}
+        polled(tasks, [(self.draw.click, draw)], draw_inputs, [self.drawing, timer], **ACT)
 
     def runs(self) -> list[str]:
         """Runs that have pictures, newest first."""

@@ -13,6 +13,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.data import buckets, checks, photo_folder
 from lorakit.data.photo_folder import Photo
 from lorakit.ui import widgets
+from lorakit.ui.tasks import Progress
 from lorakit.ui.texts import Say
 from lorakit.ui.thumbnails import Thumbnail
 from lorakit.ui.workspace import Workspace
@@ -190,7 +191,9 @@ class PhotosPage:
         """What `checked` fills."""
         return [self.summary, self.cards]
 
-    def show(self, path: str, first: int, config: Config | None, say: Say) -> list[Any]:
+    def show(
+        self, path: str, first: int, config: Config | None, say: Say, progress: Progress = lambda count, total: None
+    ) -> list[Any]:
         """A page of a folder's photos, at once; with what the check says of them where that is known already."""
         hidden = gr.update(visible=False)
         nothing = ["", hidden, gr.skip(), "", gr.skip(), hidden, 0]
@@ -202,8 +205,8 @@ class PhotosPage:
             first = min(max(0, first), (count - 1) // PAGE * PAGE)
             last = min(first + PAGE, count)
             # Before the check begins, which takes every core.
-            self.workspace.thumbnails.several([photo.path for photo in photos[first:last]])
-            report = self._report(config, wait=False)
+            self.workspace.thumbnails.several([photo.path for photo in photos[first:last]], progress)
+            report = self._report(config)
         except LorakitError as problem:
             return [widgets.problem(say.translate(str(problem))), *nothing]
         return [
@@ -217,28 +220,32 @@ class PhotosPage:
             first,
         ]
 
-    def checked(self, path: str, first: int, config: Config | None, say: Say) -> list[Any]:
+    def checked(
+        self, path: str, first: int, config: Config | None, say: Say, progress: Progress | None = None
+    ) -> list[Any]:
         """Summary and cards with what the check says, once it is through."""
         if not path:
             return [gr.skip(), gr.skip()]
         try:
             photos = photo_folder.scan(self.workspace.roots.resolve(path)).photos
-            report = self._report(config, wait=True)
+            report = self.workspace.report(config, progress).result() if config is not None else None
         except LorakitError as problem:
             return [widgets.problem(say.translate(str(problem))), gr.skip()]
         page = photos[first : first + PAGE]
         return [summary(report, len(photos), say), cards(self.workspace, page, report, config, say)]
 
-    def _report(self, config: Config | None, wait: bool) -> checks.Report | None:
-        """What the check says; None where there is nothing to check yet, or it is not through and need not be."""
+    def _report(self, config: Config | None) -> checks.Report | None:
+        """What the check says; None where there is nothing to check yet, or it is not through."""
         if config is None:
             return None
         future = self.workspace.report(config)
-        return future.result() if wait or future.done() else None
+        return future.result() if future.done() else None
 
-    def take_in(self, files: list[str] | None, say: Say) -> tuple[str, str | None]:
+    def take_in(
+        self, files: list[str] | None, say: Say, progress: Progress = lambda count, total: None
+    ) -> tuple[str, str | None]:
         """Uploaded files into their own folder; (message, the folder or None)."""
-        place, upload = self.workspace.take_in([Path(file) for file in files or []])
+        place, upload = self.workspace.take_in([Path(file) for file in files or []], progress)
         parts = [widgets.good(say("photos.uploaded", count=upload.photo_count))] if upload.photo_count else []
         if upload.refused:
             parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.translate, upload.refused)))))

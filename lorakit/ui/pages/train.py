@@ -15,6 +15,7 @@ from lorakit.runs import quickstart
 from lorakit.runs.plan import Plan
 from lorakit.runs.preflight import Preflight
 from lorakit.ui import commands, form, widgets
+from lorakit.ui.tasks import Progress
 from lorakit.ui.texts import Say
 from lorakit.ui.workspace import Workspace
 
@@ -132,14 +133,14 @@ class TrainPage:
         fetch = gr.update(visible=self.lacking(answers) is not None)
         return [plan, _changes(changed, say), gr.update(interactive=False), fetch, marks, draft, *updates]
 
-    def plan(self, values: Sequence[Any], say: Say) -> tuple[str, Any]:
+    def plan(self, values: Sequence[Any], say: Say, progress: Progress | None = None) -> tuple[str, Any]:
         """The plan, or what keeps it from being made, and whether the run may start; waits until the photos are
         looked at."""
         config, problems = self.read(self.form_values(values), say)
         refused = gr.update(interactive=False)
         if config is None:
             return _problems(problems, say), refused
-        result = self.workspace.preflight(config)
+        result = self.workspace.preflight(config, progress)
         if result.problems or result.plan is None:
             return _problems(self._by_field(result, say), say), refused
         return plan_card(result.plan, result.warnings, say), gr.update(interactive=True)
@@ -224,13 +225,13 @@ class TrainPage:
             return None
         return base if quickstart.must_be_fetched(base) else None
 
-    def fetch_base(self, values: Sequence[Any], say: Say) -> str:
+    def fetch_base(self, values: Sequence[Any], say: Say, progress: Progress = lambda count, total: None) -> str:
         """Fetch the base from the hub, because somebody asked for it; what came of it, in words."""
         name = self.lacking(self.form_values(values))
         if name is None:
             return ""
         try:
-            commands.fetch(name)
+            commands.fetch(name, progress)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem)))
         return widgets.good(say("train.fetched", name=name))
@@ -306,7 +307,7 @@ class TrainPage:
         ]
         return [marks | {"preset": preset, "values": suggestion, "moved": {}}, *updates]
 
-    def begin(self, values: Sequence[Any], say: Say) -> tuple[str, str | None]:
+    def begin(self, values: Sequence[Any], say: Say, progress: Progress | None = None) -> tuple[str, str | None]:
         """Put the run into the queue; (message, name of the run folder or None)."""
         config, problems = self.read(self.form_values(values), say)
         if config is None:
@@ -314,7 +315,7 @@ class TrainPage:
                 say("train.cannot", problem="\n".join(p for one in problems.values() for p in one))
             ), None
         try:
-            job = self.workspace.queue.train(self.workspace.preflight(config).or_raise().config)
+            job = self.workspace.queue.train(self.workspace.preflight(config, progress).or_raise().config)
         except LorakitError as problem:
             return widgets.problem(say("train.cannot", problem=say.translate(str(problem)))), None
         self.workspace.queue.start()

@@ -156,6 +156,11 @@ TEXTS = {
     "file.rank": "Rank",
     "file.trigger": "Trigger",
     # Everywhere
+    "task.working": "Working … {time}",
+    "task.progress": "Working: {count} of {total} … {time}",
+    "task.so_far": "Working: {count} MiB so far … {time}",
+    "task.failed": "This did not work: {error}. The window that runs lorakit has more.",
+    "task.lost": "The front end was started again meanwhile, and does not know how this ended. Try once more.",
     "unit.mib": "{value} MiB",
     "unit.gib": "{value} GiB",
     "unit.seconds": "{value} s",

@@ -1,0 +1,110 @@
+"""Events that take long return at once, and are asked for until they end."""
+
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+
+import pytest
+
+pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+
+import gradio as gr
+
+from lorakit.ui import tasks as tasks_module, texts
+from lorakit.ui.server import Server
+from lorakit.ui.tasks import Tasks, polled
+
+SAY = texts.sayer("en")
+
+
+class Page:
+    """A page whose button works until `gate` opens, seen as a browser sees it: plain requests."""
+
+    def __init__(self) -> None:
+        self.gate, self.result, self.progress = threading.Event(), ["<p>ready</p>", "two"], (0, 0)
+        self.session = "one"
+        with gr.Blocks(analytics_enabled=False) as page:
+            first, second, button = gr.HTML(), gr.Textbox(), gr.Button()
+            ends = polled(Tasks(), [(button.click, self.work)], {second}, [first, second])
+            ends(lambda: None, None, None, queue=False)
+        self.server = Server(page, "127.0.0.1", None)
+        self.names = [d["api_name"] for d in page.config["dependencies"]]
+        self.ids = {d["api_name"]: d["id"] for d in page.config["dependencies"]}
+
+    def work(self, data: object, say: object, progress: Callable[[int, int], object]) -> list[str]:
+        progress(*self.progress)
+        self.gate.wait(30)
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+    def call(self, name: str, *data: object) -> tuple[list[object], float]:
+        body = {"data": list(data), "fn_index": self.ids[name], "session_hash": self.session}
+        request = urllib.request.Request(
+            f"{self.server.address}/gradio_api/run/predict",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        begin = time.monotonic()
+        answer = json.loads(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).read())
+        return answer["data"], time.monotonic() - begin
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+    monkeypatch.setattr(tasks_module, "PATIENCE", 0.05)
+    page = Page()
+    page.server.start()
+    yield page
+    page.gate.set()
+    page.server.close()
+
+
+def active(timer: object) -> bool:
+    return isinstance(timer, dict) and timer.get("active") is True
+
+
+def test_a_long_event_returns_at_once_and_says_how_far_it_is(page: Page):
+    page.progress = (40, 300)
+    (line, *_, timer), seconds = page.call("begin", None, None)
+    assert "40 of 300" in line and active(timer) and seconds < 5
+    (line, *_, timer), _ = page.call("look", None)
+    assert "40 of 300" in line and active(timer)
+    page.gate.set()
+    time.sleep(0.1)
+    (first, second, _, timer), _ = page.call("look", None)
+    assert (first, second) == ("<p>ready</p>", "two") and not active(timer)
+    # Delivered once; a late look changes nothing.
+    late, _ = page.call("look", None)
+    assert "ready" not in str(late) and not active(late[-1])
+
+
+def test_what_goes_wrong_is_reported_and_ends_it(page: Page, capsys: pytest.CaptureFixture[str]):
+    page.result = ValueError("a reason")
+    page.gate.set()
+    page.call("begin", None, None)
+    time.sleep(0.1)
+    (line, *_, timer), _ = page.call("look", None)
+    assert "ValueError: a reason" in line and "lk-problem" in line and not active(timer)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_page_that_asks_a_new_program_is_answered(page: Page):
+    page.session = "another"
+    (line, *_, timer), _ = page.call("look", None)
+    assert "started again meanwhile" in line and not active(timer)
+
+
+def test_work_of_unknown_length_says_what_came_so_far():
+    tasks, gate = Tasks(), threading.Event()
+
+    def work(progress: Callable[[int, int], object]) -> list[str]:
+        progress(812, 0)
+        gate.wait(30)
+        return []
+
+    result, line, more = tasks.look(tasks.start(work), SAY)
+    gate.set()
+    assert result is None and "812 MiB so far" in line and more
