@@ -16,7 +16,7 @@ from short_run import noise, run_config
 
 import lorakit
 
-END = {"train__prior": "none", "train__validate_at_end": True, "sample__at_end": True}
+END = {"sample__prompts": (), "train__prior": "none", "train__validate_at_end": True, "sample__at_end": True}
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 

@@ -44,7 +44,7 @@ def test_options_of_text_encoders_need_one_that_is_trained(name: str, value: flo
     run_config = config.load(
         None, {"train.steps": 1, "adapter.train_text_encoder": True, "optimizer.name": "prodigy", **option}
     )
-    assert any("has one rate" in line for line in preflight._device_problems(run_config))
+    assert any("has one rate" in line for line in preflight._optimizer_problems(run_config))
 
 
 @pytest.mark.slow
