@@ -372,7 +372,8 @@ def _info(
         facts["warnings"] = (*facts.get("warnings", ()), *noise_schedule.velocity_warning(model.base, names, metadata))
     kind = distilled.find(names, metadata, configs["unet"], configs["scheduler"])
     if kind is not None:
-        facts["notes"] = (*facts["notes"], kind.note(), distilled.UNDONE)
+        distilled.require_noise(facts["title"], names, kind, model.prediction_type)
+        facts["notes"] = (*facts["notes"], *kind.notes())
     return BaseInfo(
         **facts,
         distilled=kind,

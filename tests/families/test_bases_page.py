@@ -136,15 +136,8 @@ class Page:
         with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
             assert cli.main([*arguments]) == 1, arguments
         line = errors.getvalue().strip().splitlines()[-1].removeprefix("lorakit: ")
-        for start in (
-            f"base {base} ",
-            f"base {base.name} ",
-            f"base {base.name}: ",
-            f"base {base.stem}: ",
-            f"{base.name} ",
-        ):
-            line = line.removeprefix(start)
-        return line.replace(f"{self.room}/", "")
+        names = "|".join(map(re.escape, (str(base), base.name, base.stem)))
+        return re.sub(rf"^(base )?({names}):? ", "", line).replace(f"{self.room}/", "")
 
     def works(self, info: families.BaseInfo, row: str, arguments: list[str]) -> list[str]:
         kind = f"; {info.distilled.kind}, {info.distilled.evidence}" if info.distilled else ""
@@ -223,6 +216,13 @@ def add_variants(page: Page, room: Path) -> None:
     content = json.loads(scheduler.read_text(encoding="utf-8"))
     scheduler.write_text(json.dumps(content | {"_class_name": "LCMScheduler"}), encoding="utf-8")
     page.add("Stable Diffusion 1, LCM by its scheduler", "folder", lcm)
+    guided = shutil.copytree(room / "tiny", room / "guided")
+    unet = guided / "unet" / "diffusion_pytorch_model.safetensors"
+    weights, content = load_file(unet), json.loads((unet.parent / "config.json").read_text(encoding="utf-8"))
+    projection = torch.ones(weights["time_embedding.linear_1.weight"].shape[1], 32)
+    save_file(weights | {"time_embedding.cond_proj.weight": projection}, unet)
+    (unet.parent / "config.json").write_text(json.dumps(content | {"time_cond_proj_dim": 32}), encoding="utf-8")
+    page.add("Stable Diffusion 1, LCM by its UNet", "folder", guided)
     weights = load_file(room / "sd1.safetensors")
     eight = {name: t.to(torch.float8_e4m3fn) if name.startswith("model.") else t for name, t in weights.items()}
     save_file(eight, room / "fp8.safetensors")

@@ -39,6 +39,7 @@ NAMES = {
     "hyper-sd15-tcd": ("Hyper", 8),
     "mySdxl_TCD": ("TCD", 8),
 }
+NAMES |= {"x_lightning_v1_step4": ("Lightning", 8), "Juggernaut-Lightning_4S_1-4steps": ("Lightning", 4)}
 PLAIN = [
     "hyperrealism_v3", "Hyper_Realism_1.2", "HyperDetail", "v1-5-pruned", "sd_xl_base_1.0", "calcmix", "hypernetwork",
     "step4", "noobai-XL",
@@ -188,3 +189,24 @@ def test_a_base_that_may_predict_v_is_warned_of(tiny_sd1: Path, tiny_sd1_v: Path
         changed = settings(base, tmp_path / "photos", model__prediction_type=sure)
         assert not preflight(changed).info.warnings
     assert not families.describe(shutil.copytree(tiny_sd1_v, tmp_path / "vpred")).warnings
+
+
+def test_a_model_that_predicts_the_picture_is_refused_by_its_name() -> None:
+    for name in ("sdxl_lightning_1step_x0", "SDXL-Lightning 1 step", "lightning_unet_x0"):
+        kind = distilled.find([name], {}, {}, LEADING)
+        assert kind is not None
+        with pytest.raises(LorakitError, match="which predicts the picture") as caught:
+            distilled.require_noise(name, [name], kind, "auto")
+        assert texts.SENTENCES["zh-Hant"].translated(str(caught.value))
+        distilled.require_noise(name, [name], kind, "epsilon")
+    for name in ("sdxl_lightning_2step", "lightning_mix01_v1_step4", "lightning_v1_10steps"):
+        kind = distilled.find([name], {}, {}, LEADING)
+        assert kind is not None
+        distilled.require_noise(name, [name], kind, "auto")
+
+
+def test_a_unet_that_takes_the_guidance_says_what_training_gives_it() -> None:
+    kind = distilled.find(["x-1step"], {}, {"time_cond_proj_dim": 256}, LEADING)
+    assert kind is not None and distilled.GUIDANCE_INPUT in kind.notes()
+    assert kind.notes()[0].startswith("distilled model (LCM, as its UNet says): samples take 1 step at guidance 8")
+    assert all(texts.SENTENCES["zh-Hant"].translated(line) for line in kind.notes())

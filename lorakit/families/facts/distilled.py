@@ -14,12 +14,18 @@ from typing import TYPE_CHECKING
 
 from lorakit.config import SampleConfig
 from lorakit.core import registry
+from lorakit.core.errors import LorakitError
 from lorakit.families.spec import EPSILON
 
 if TYPE_CHECKING:
     from lorakit.families.describe import BaseInfo
 
 STEPS = 30
+# The guidance that an LCM takes as a number, not by a second pass.
+EMBEDDED_GUIDANCE = 8.0
+GUIDANCE_INPUT = (
+    f"its UNet takes the guidance as an input: training gives it none, samples give it {EMBEDDED_GUIDANCE:g}"
+)
 UNDONE = "the usual loss slowly undoes distillation: train on the model that it was made from, if you have it"
 
 
@@ -40,12 +46,12 @@ class Distilled:
     scheduler: str = "EulerDiscreteScheduler"
     evidence: str = ""
 
-    def note(self) -> str:
-        """A line for the plan."""
-        return (
-            f"distilled model ({self.kind}, {self.evidence}): samples take {self.steps} steps at guidance "
-            f"{self.guidance:g} unless sample.steps and sample.guidance are set"
-        )
+    def notes(self) -> list[str]:
+        """Lines for the plan."""
+        steps = f"{self.steps} step{'s'[: self.steps > 1]}"
+        line = f"distilled model ({self.kind}, {self.evidence}): samples take {steps} at guidance {self.guidance:g}"
+        line += " unless sample.steps and sample.guidance are set"
+        return [line, *([GUIDANCE_INPUT] if self.guidance == EMBEDDED_GUIDANCE else []), UNDONE]
 
 
 _LCM = "LCMScheduler"
@@ -59,11 +65,11 @@ _KINDS = {
     r"TCD(?![A-Z])|(?<![a-z])tcd(?![a-z])": Distilled("TCD", 8),
 }
 _BY_SCHEDULER = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}
-_STEP_COUNT = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
+_STEP_COUNT = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z\d])", re.IGNORECASE)
+# ByteDance's model for one step predicts the picture (model card of SDXL-Lightning).
+_PICTURE = re.compile(r"(?<![a-z\d])x0(?![a-z\d])|lightning[-_ ]?1[-_ ]?steps?(?![a-z\d])", re.IGNORECASE)
 # A name alone is no sure sign, and merged models need a few steps more.
 STEPS_BY_NAME = 8
-# The guidance that an LCM is told as a number, not by a second pass.
-EMBEDDED_GUIDANCE = 8.0
 
 
 def find(
@@ -91,6 +97,20 @@ def find(
     if in_name:
         return _of(name, replace(in_name, steps=STEPS_BY_NAME, evidence="as its name says"))
     return None
+
+
+def require_noise(base: str, names: Iterable[str], kind: Distilled, option: str) -> None:
+    """Refuse a model that predicts the picture by its name, unless `option`, `model.prediction_type`, is set.
+
+    Raises:
+        LorakitError: it is one.
+    """
+    if option == "auto" and kind.kind == "Lightning" and any(map(_PICTURE.search, names)):
+        raise LorakitError(
+            f"base {base} is SDXL-Lightning's model for 1 step, as its name says, which predicts the picture (x0), as "
+            "lorakit does not train: give the model for 2, 4 or 8 steps; if the name is wrong, set "
+            "model.prediction_type"
+        )
 
 
 def _kind(text: str) -> Distilled | None:

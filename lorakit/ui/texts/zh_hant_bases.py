@@ -11,6 +11,18 @@ BASES = {
         "蒸餾模型（{kind}，{why:said}）：除非設定 sample.steps 與 sample.guidance，樣張用 {steps} 步、"
         "引導強度 {guidance}"
     ),
+    "distilled model ({kind}, {why:said}): samples take 1 step at guidance {guidance} unless sample.steps and "
+    "sample.guidance are set": (
+        "蒸餾模型（{kind}，{why:said}）：除非設定 sample.steps 與 sample.guidance，樣張用 1 步、引導強度 {guidance}"
+    ),
+    "its UNet takes the guidance as an input: training gives it none, samples give it {guidance}": (
+        "它的 UNet 把引導強度當作輸入：訓練時不給，樣張給 {guidance}"
+    ),
+    "base {name} is SDXL-Lightning's model for 1 step, as its name says, which predicts the picture (x0), as lorakit "
+    "does not train: give the model for 2, 4 or 8 steps; if the name is wrong, set model.prediction_type": (
+        "從名稱看，基礎模型 {name} 是 SDXL-Lightning 的 1 步模型，它預測圖片本身（x0），無法訓練："
+        "請改用 2、4 或 8 步的模型；若名稱有誤，請設定 model.prediction_type"
+    ),
     "the usual loss slowly undoes distillation: train on the model that it was made from, if you have it": (
         "一般的損失會慢慢抵消蒸餾：若有蒸餾前的模型，請在那上面訓練"
     ),
