@@ -158,7 +158,7 @@ def test_an_integer_may_stand_for_a_float_but_not_the_other_way() -> None:
 def test_bounds_themselves_are_inside() -> None:
     for option in config.options():
         for bound in (option.low, option.high):
-            if bound is not None and typing.get_origin(option.type) is not dict:  # bounds of the values of a table
+            if bound is not None and typing.get_origin(option.type) not in (dict, tuple):
                 number_type = int if option.type is int or option.type == (int | None) else float
                 assert check_value(option, number_type(bound)) == (None, bound), option.key
 
@@ -409,12 +409,13 @@ COMPANIONS: dict[str, dict[str, Any]] = {
 
 def another(option: Option) -> Any:
     """A valid value that is not the default."""
-    kinds = typing.get_args(option.type) if not isinstance(option.type, type) else ()
+    kinds: Any = typing.get_args(option.type)
     choices = option.choices or (kinds if typing.get_origin(option.type) is typing.Literal else ())
     if typing.get_origin(option.type) is dict:
-        return {"betas": [0.9, 0.95], "foreach": False}
+        tables = {int: {"*.attn1.*": 3}, float: {"*.attn1.*": 0.5}, Any: {"betas": [0.9, 0.95], "foreach": False}}
+        return tables[kinds[1]]
     if typing.get_origin(option.type) is tuple:
-        return tuple(choices[1:2]) if choices else ("something else",)
+        return tuple(choices[1:2]) if choices else (256,) if int in kinds else ("something else",)
     if choices:
         return next(choice for choice in choices if choice != option.default)
     if option.type is bool:
@@ -424,7 +425,7 @@ def another(option: Option) -> Any:
     if option.type is int or int in kinds:
         higher = 64 if option.high == 4096 else 8
         return max(8, option.low or 0) if option.default is None else option.default + higher
-    return 0.5 if option.high is None else option.high / 2
+    return 0.5 if option.high is None else option.high * 0.75
 
 
 @pytest.mark.parametrize("option", config.options(), ids=lambda option: option.key)
