@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.adapters import average, start, targets
+from lorakit.adapters import average, dropout, start, targets
 from lorakit.adapters.method import NAME, Method
 from lorakit.adapters.textual_inversion import LearnedToken
-from lorakit.adapters.weights import AdapterWeights, from_factors
+from lorakit.adapters.weights import AdapterWeights, delta_norm, from_factors
 from lorakit.config import ADAPTER_SECTIONS, AdapterConfig
 from lorakit.core import registry, rng
 from lorakit.core.errors import LorakitError
@@ -42,6 +42,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     layers = _inject(
         modules, {name: paths[name] for name in layer_names}, config, plain=getattr(target, "plain", False)
     )
+    dropout.install(layers.values(), config)
     adapter = Adapter(modules, layers, family, config)
     adapter._reserve = getattr(target, "reserve", adapter._reserve)
     adapter.reset(seed)
@@ -100,7 +101,7 @@ class Adapter:
         family: "sd1", "sd2", "sdxl" or "sd3".
         config: the section of the config that it was made by.
         method: a name of `registry.METHODS`.
-        dropout: on the adapters' input while `train(True)`.
+        dropout: the largest of the config's, on while `train(True)`.
         average: of the weights over the steps, where there is one.
     """
 
@@ -110,7 +111,7 @@ class Adapter:
         self._modules, self._layers = modules, layers
         self.layers = list(layers)
         self.family, self.config, self.method = family, config, config.method
-        self.dropout: float = getattr(config, "dropout", 0.0)
+        self.dropout = config.largest_dropout
         self._method: Method = registry.resolve(registry.METHODS[config.method].functions)
         scale = (lambda layer: 1.0) if registry.METHODS[config.method].factors else self._method.scale
         self._scales = {name: scale(layer) for name, layer in layers.items()}
@@ -197,6 +198,18 @@ class Adapter:
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the weights are their average over the steps, where there is one."""
         return self.average.in_place() if self.average else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def limit_norms(self, maximum: float) -> torch.Tensor:
+        """Scale each layer's factors down, all by the same, where the norm of its change is above `maximum`; how many
+        layers were (sd-scripts' `scale_weight_norms`)."""
+        count = torch.zeros((), device=next(iter(self.parameters().values())).device)
+        for name, layer in self._layers.items():
+            factors = self._method.factors(layer)
+            share = (maximum / delta_norm(factors, self._scales[name]).clamp(min=1e-30)).clamp(max=1.0)
+            torch._foreach_mul_([factor.data for factor in factors.values()], share ** (1 / len(factors)))
+            count += share < 1
+        return count
 
     def weights(self) -> AdapterWeights:
         """A copy of the weights, or of their average where there is one, float32 on the CPU, at strength 1."""

@@ -287,6 +287,15 @@ def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
     return LoraLayer(down, up, scale * len(down), factors.get("magnitude"))
 
 
+def delta_norm(factors: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
+    """Frobenius norm of delta W. That of a product of two factors comes from their small products with themselves."""
+    if "up" not in factors:
+        norm: torch.Tensor = from_factors(factors, scale).delta().norm()
+        return norm
+    down, up = factors["down"].flatten(1), factors["up"].flatten(1)
+    return ((down @ down.T) * (up.T @ up)).sum().clamp(min=0).sqrt() * abs(scale)
+
+
 def factorization(width: int) -> tuple[int, int]:
     """A layer's width as the product of two numbers as near to each other as can be, the smaller first: how LoKr cuts
     it (LyCORIS functional/general.py, `factorization` without a factor)."""

@@ -306,7 +306,7 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("memory.base_storage and memory.stream_base need memory.engine = 'fused'")
     if config.memory.compile and (config.memory.gradient_checkpointing or config.memory.limit_gib is not None):
         problems.append("memory.compile goes neither with memory.gradient_checkpointing nor with memory.limit_gib")
-    if config.memory.compile and getattr(adapter, "dropout", 0.0) > 0:
+    if config.memory.compile and adapter.largest_dropout > 0:
         problems.append("memory.compile needs adapter.dropout = 0: compiled code would draw other numbers")
     return problems
 
@@ -348,6 +348,15 @@ def _factor_problems(config: Config) -> list[str]:
             f"optimizer.loraplus_lr_ratio is for a factor A that begins at random and a B that begins at 0: {why}; "
             "leave it out"
         )
+    options = {"train.max_weight_norm": config.train.max_weight_norm}
+    options |= {f"adapter.{name}": getattr(config.adapter, name, 0.0) for name in ("rank_dropout", "module_dropout")}
+    if not spec.has_product_factors:
+        problems += [
+            f"{option} is for a change that is the product of its factors alone, which that of {method} is not; "
+            "leave it out"
+            for option, value in options.items()
+            if value
+        ]
     return problems
 
 

@@ -160,6 +160,11 @@ class AdapterConfig:
         return float(self.rank if self.alpha is None else self.alpha)
 
     @property
+    def largest_dropout(self) -> float:
+        """Above 0 where anything is dropped at random in training."""
+        return max(getattr(self, name, 0.0) for name in ("dropout", "rank_dropout", "module_dropout"))
+
+    @property
     def trains_text(self) -> bool:
         """Whether texts mean something else after each step."""
         return self.train_text_encoder or self.new_tokens > 0
@@ -171,6 +176,10 @@ class LoraConfig(AdapterConfig):
 
     method: str = "lora"
     dropout: float = option(0.0, "Dropout on the adapter's input.", low=0, high=0.9)
+    rank_dropout: float = option(
+        0.0, "Chance of each rank of a layer to be left out, for each picture.", low=0, high=0.9
+    )
+    module_dropout: float = option(0.0, "Chance of each layer's adapter to be left out of a pass.", low=0, high=0.9)
 
 
 class _AdapterSections(Mapping[str, type[AdapterConfig]]):
@@ -262,11 +271,22 @@ class TrainConfig:
     timestep_sampling: Literal["base", "logit_normal"] = option(
         "base", "Noise levels of training: as the base was trained, or more of the middle ones."
     )
+    timestep_shift: float = option(
+        1.0,
+        "Shift of the noise levels towards noise (above 1) or away from it, as for large pictures.",
+        above=0,
+        high=20,
+    )
     timestep_low: float = option(0.0, "Share of the noise levels, the lowest ones, left out.", low=0, high=0.99)
     timestep_high: float = option(1.0, "Share of the noise levels above which all are left out.", above=0, high=1)
     pyramid_noise: float = option(0.0, "Weight of coarser noise, for each halving. 0: none.", low=0, high=0.9)
     noise_offset: float = option(
         0.0, "Per-channel offset of the noise, for very dark or bright pictures.", low=0, high=1
+    )
+    max_weight_norm: float = option(
+        0.0,
+        "Each layer's change is scaled down to this norm after a step (kohya's scale_weight_norms); 0: no limit.",
+        low=0,
     )
     ema_decay: float = option(
         0.0,

@@ -84,6 +84,7 @@ class MethodSpec:
             A format carries kinds of layers.
         begins_from_base: its first weights are taken from the base, so it cannot start from an adapter.
         rank_stabilized: its scale is alpha / sqrt(rank), not alpha / rank.
+        has_product_factors: the change is a product of its factors, so that it is scaled by scaling all of them.
         has_ab_factors: it trains a factor A that begins at random and a factor B that begins at 0.
         factors: names of all tensors of a layer of a kind of its own. Its scale is 1: what multiplies is among them.
             The kohya format has them by these names; no other program reads them, and the engine is plain there.
@@ -98,6 +99,7 @@ class MethodSpec:
     begins_from_base: bool = False
     rank_stabilized: bool = False
     has_ab_factors: bool = False
+    has_product_factors: bool = False
     factors: tuple[str, ...] = ()
     change: str = ""
 
@@ -213,11 +215,16 @@ FAMILIES = Registry["FamilySpec"](
 METHODS = Registry[MethodSpec](
     "lorakit.adapters",
     {
-        "lora": MethodSpec("lorakit.adapters.lora:LORA", has_ab_factors=True),
+        "lora": MethodSpec("lorakit.adapters.lora:LORA", has_ab_factors=True, has_product_factors=True),
         # Kalajdzievski 2023, arXiv 2312.03732.
-        "rslora": MethodSpec("lorakit.adapters.lora:LORA", rank_stabilized=True, has_ab_factors=True),
+        "rslora": MethodSpec(
+            "lorakit.adapters.lora:LORA", rank_stabilized=True, has_ab_factors=True, has_product_factors=True
+        ),
         "dora": MethodSpec(
-            "lorakit.adapters.dora:DORA", "lorakit.adapters.targets:dora_weights", layers="dora", has_ab_factors=True
+            "lorakit.adapters.dora:DORA",
+            "lorakit.adapters.targets:dora_weights",
+            layers="dora",
+            has_ab_factors=True,
         ),
         "pissa": MethodSpec("lorakit.adapters.pissa:PISSA", begins_from_base=True),
         "loha": MethodSpec(
@@ -225,12 +232,14 @@ METHODS = Registry[MethodSpec](
             "lorakit.adapters.targets:loha_weights",
             section="lorakit.config.schema:AdapterConfig",
             layers="loha",
+            has_product_factors=True,
         ),
         "lokr": MethodSpec(
             "lorakit.adapters.lokr:LOKR",
             "lorakit.adapters.targets:lokr_weights",
             section="lorakit.config.schema:AdapterConfig",
             layers="lokr",
+            has_product_factors=True,
         ),
     },
 )

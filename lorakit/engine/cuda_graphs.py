@@ -35,7 +35,7 @@ def capturer(config: Config, device: torch.device) -> tuple[Capture | None, str]
     """What captures steps on this device, or None; and a message that says which and why (empty on a CPU)."""
     if device.type != "cuda":
         return None, ""
-    drops = getattr(config.adapter, "dropout", 0.0) > 0
+    drops = config.adapter.largest_dropout > 0
     checkpointing = config.memory.gradient_checkpointing or config.memory.limit_gib is not None
     reasons = {
         "memory.cuda_graphs = false": not config.memory.cuda_graphs,

@@ -176,7 +176,7 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
 def unsuited(info: BaseInfo, config: Config) -> list[str]:
     """What a config asks for that a base of this kind cannot do, a line each."""
     problems = [problem] if (problem := info.tokenizer_problem()) else []
-    diffusion_only = {"snr_weighting": "min", "timestep_sampling": "base"}
+    diffusion_only = {"snr_weighting": "min", "timestep_sampling": "base", "timestep_shift": 1.0}
     for name, usual in diffusion_only.items():
         if info.spec.predicts_flow and getattr(config.train, name) != usual:
             problems.append(

@@ -87,6 +87,7 @@ class Prediction(ABC):
         *,
         between: tuple[float, float] = (0.0, 1.0),
         logit_normal: bool = False,
+        shift: float = 1.0,
     ) -> torch.Tensor:
         """Timesteps `[count]` of a training batch.
 
@@ -95,11 +96,14 @@ class Prediction(ABC):
         Args:
             between: the quantiles that are drawn from.
             logit_normal: share s of the noise levels with logit(s) normal (Esser et al. 2024, arXiv 2403.03206, 3.1).
+            shift: of the shares towards noise, s t / (1 + (s - 1) t) (the same paper, equation 23).
         """
         offset = torch.rand((), generator=generator, device=device)
         shares = (torch.arange(count, device=device) + offset) / count
         if logit_normal:
             shares = torch.special.ndtri(shares).sigmoid()
+        if shift != 1:
+            shares = shift * shares / (1 + (shift - 1) * shares)
         if between != (0.0, 1.0):
             shares = between[0] + (between[1] - between[0]) * shares
         return self.timesteps_at(shares, cells)

@@ -180,7 +180,7 @@ class Readings:
 
     def __init__(self, model: Model, inputs: Precomputed, run: Run, mean: RunningMean):
         self.model, self.dataset, self.run, self.mean = model, inputs.dataset, run, mean
-        self.losses, self.norms = (torch.zeros(READ_EVERY, device=model.family.device) for _ in range(2))
+        self.losses, self.norms, self.limited = (torch.zeros(READ_EVERY, device=model.family.device) for _ in range(3))
         self.first, self.clock = 0, 0.0
 
     def start(self, step: int) -> None:
@@ -191,6 +191,8 @@ class Readings:
         """Keep the figures of step `step`, counted from 0; the host does not wait for them."""
         self.losses[step % READ_EVERY] = loss
         self.norms[step % READ_EVERY] = norm
+        if (count := self.model.optimizer_step.limited) is not None:
+            self.limited[step % READ_EVERY] = count
 
     def read(self, step: int) -> None:
         """Fetch what was added since `start` and tell the listeners.
@@ -199,7 +201,7 @@ class Readings:
             NotFinite: with the step and its photos.
         """
         config, total = self.run.config, self.run.ready.plan.steps
-        losses, norms = self.losses.tolist(), self.norms.tolist()
+        losses, norms, limited = self.losses.tolist(), self.norms.tolist(), self.limited.tolist()
         seconds = (time.monotonic() - self.clock) / max(step - self.first, 1)
         smoothed = rate = 0.0
         for number in range(self.first, step):
@@ -209,6 +211,8 @@ class Readings:
             rate = optimizers.learning_rate(config.optimizer, number, total)
             smoothed = self.mean.add(loss)
             figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "smoothed_loss": smoothed}
+            if config.train.max_weight_norm:
+                figures["scaled_layers"] = limited[number % READ_EVERY]
             self.run.events.emit("step", number + 1, **figures)
         plan = self.run.ready.plan
         images = plan.rows / plan.batches * config.train.gradient_accumulation_steps

@@ -136,6 +136,7 @@ class LossStep:
             math.prod(mean.shape[2:]),
             between=(self.train.timestep_low, self.train.timestep_high),
             logit_normal=self.train.timestep_sampling == "logit_normal",
+            shift=self.train.timestep_shift,
         )
         noisy = family.prediction.add_noise(latents, noise, timesteps)
         target = family.prediction.target(latents, noise, timesteps)

@@ -30,6 +30,7 @@ class OptimizerStep:
     Attributes:
         flats: the parameters of each component in one tensor; none for a plain base.
         parameters: all trained parameters.
+        limited: layers whose norm was above the limit after the last step; None without one.
         optimizer: of `optimizers.build`; its state is saved and loaded parameter by parameter.
     """
 
@@ -52,6 +53,7 @@ class OptimizerStep:
         self._blocks = None if plain else compile.blocks(config, loss_step.family, self.parameters, say)
         capture, line = (None, "") if plain else cuda_graphs.capturer(config, loss_step.family.device)
         weights, generators = [each.weights for each in self.flats], list(loss_step.generators.values())
+        self.limited: torch.Tensor | None = None
         self._graphed_backward: cuda_graphs.GraphedBackward | None = None
         self._graphed_step: cuda_graphs.GraphedOptimizerStep | None = None
         if capture is not None:
@@ -77,6 +79,8 @@ class OptimizerStep:
         for part in range(parts):
             loss += self._pass(number * parts + part)
         norm = self._optimizer_step()
+        if self.config.train.max_weight_norm:
+            self.limited = self.loss_step.adapter.limit_norms(self.config.train.max_weight_norm)
         if self.loss_step.adapter.average is not None:
             self.loss_step.adapter.average.update(number)
         return loss, norm

@@ -246,6 +246,13 @@ OPTIONS = {
     "optimizer.args": ("最佳化器引數", "最佳化器的其他引數，寫成表格，例如 {betas = [0.9, 0.95]}。"),
     "optimizer.learning_rate": ("學習率", "最高學習率（prodigy 則為倍率，通常為 1）。"),
     "optimizer.text_encoder_learning_rate": ("文字編碼器學習率", "用於文字編碼器的 adapter。未設定：相同。"),
+    "adapter.rank_dropout": ("秩 dropout", "每張圖各自略去某些秩的機率。"),
+    "adapter.module_dropout": ("模組 dropout", "一次運算略去某層 adapter 的機率。"),
+    "train.max_weight_norm": (
+        "權重範數上限",
+        "每步之後把各層的變化縮到這個範數（kohya 的 scale_weight_norms）；0：不限。",
+    ),
+    "train.timestep_shift": ("時間步偏移", "把雜訊程度移向雜訊（大於 1）或遠離它，適用於大圖。"),
     "adapter.ranks": ("各層的秩", "依樣式，例如 {'*.attn2.*' = 32}；最後符合的有效，0 表示略去。"),
     "adapter.alphas": ("各層的 alpha", "同上，為 alpha。"),
     "optimizer.rates": ("各層的學習率", "依樣式的倍數，例如 {'unet.up_blocks.*' = 0.5}；最後符合的有效。"),

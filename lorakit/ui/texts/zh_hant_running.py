@@ -1,6 +1,9 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "{option} is for a change that is the product of its factors alone, which that of {method} is not; leave it out": (
+        "{option} 只適用於純粹由因子相乘而成的變化，{method} 不是：請拿掉"
+    ),
     "layers: {count} of rank {rank}, alpha {alpha}, effective scale {scale}": (
         "層：{count} 層的秩 {rank}，alpha {alpha}，實際縮放 {scale}"
     ),

@@ -1,0 +1,110 @@
+"""A limit on the norm of each layer's change, and dropout of ranks and of whole layers, against their formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from exercise import predict, randomize
+
+from lorakit import config
+from lorakit.adapters.method import NAME
+from lorakit.adapters.weights import delta_norm
+from lorakit.config import ConfigError
+from lorakit.families import prediction
+
+
+def settings(**options: object) -> config.Config:
+    return config.load(None, {"train.steps": 1} | options)
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "loha", "lokr"])
+@pytest.mark.parametrize("modules", ["attention", "linear+conv"])
+def test_norms_are_limited_as_kohya_does(method: str, modules: str, sd1: Any, attach: Any) -> None:
+    options = {"adapter.method": method, "adapter.rank": 4, "adapter.target_modules": modules, "adapter.alpha": 2.0}
+    adapter = attach(sd1, settings(**options).adapter, seed=0)
+    randomize(adapter, size=0.3)
+    before = {name: layer.delta() for name, layer in adapter.weights().layers.items()}
+    norms = sorted(float(delta.norm()) for delta in before.values())
+    limit = norms[len(norms) // 2] * 1.001
+    count = adapter.limit_norms(limit)
+    assert int(count) == sum(norm > limit for norm in norms) > 0
+    for name, layer in adapter.weights().layers.items():
+        share = min(1.0, limit / float(before[name].norm()))
+        torch.testing.assert_close(layer.delta(), before[name] * share, rtol=1e-4, atol=1e-6)
+
+
+def test_the_norm_of_a_product_is_that_of_its_matrix() -> None:
+    draw = torch.Generator().manual_seed(0)
+    factors = {"down": torch.randn(4, 6, 3, 3, generator=draw), "up": torch.randn(8, 4, 1, 1, generator=draw)}
+    expected = (factors["up"].flatten(1) @ factors["down"].flatten(1)).norm() * 0.5
+    assert float(delta_norm(factors, 0.5)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["to_q", "conv1"])
+def test_ranks_are_left_out_for_each_picture(kind: str, sd1: Any, attach: Any) -> None:
+    options = {"adapter.rank": 4, "adapter.rank_dropout": 0.5, "adapter.target_modules": "linear+conv"}
+    adapter = attach(sd1, settings(**options).adapter, seed=0)
+    randomize(adapter)
+    name = next(name for name in adapter.layers if name.endswith(kind))
+    layer = sd1.denoiser.get_submodule(name.removeprefix("unet."))
+    weights = adapter.weights().layers[name]
+    down, up = weights.down, weights.up
+    channels = down.shape[1]
+    x = torch.randn((8, channels, 4, 4) if kind == "conv1" else (8, 5, channels), generator=torch.Generator())
+    adapter.train(True)
+    torch.manual_seed(3)
+    actual = layer(x).detach() - layer.base_layer(x).detach()
+    torch.manual_seed(3)
+    torch.rand(())
+    shape = (8, 4, 1, 1) if kind == "conv1" else (8, 1, 4)
+    stays = (torch.rand(shape) >= 0.5).float() * 2
+    assert stays.flatten(1).unique(dim=0).shape[0] > 1, "other ranks for other pictures"
+    if kind == "conv1":
+        inner = torch.nn.functional.conv2d(x, down, padding=layer.base_layer.padding) * stays
+        expected = torch.nn.functional.conv2d(inner, up)
+    else:
+        expected = x @ down.T * stays @ up.T
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    adapter.train(False)
+    full = layer(x).detach() - layer.base_layer(x).detach()
+    assert not torch.allclose(full, actual, atol=1e-4)
+
+
+def test_a_layers_adapter_is_left_out_of_some_passes(sd1: Any, attach: Any) -> None:
+    adapter = attach(sd1, settings(**{"adapter.module_dropout": 0.4}).adapter, seed=0)
+    randomize(adapter)
+    layer = sd1.denoiser.get_submodule(adapter.layers[0].removeprefix("unet."))
+    x = torch.randn(2, 5, layer.base_layer.in_features)
+    adapter.train(False)
+    full, base = layer(x).detach(), layer.base_layer(x).detach()
+    adapter.train(True)
+    torch.manual_seed(0)
+    passes = [layer(x).detach() for _ in range(200)]
+    without = sum(torch.equal(each, base) for each in passes)
+    assert 0.28 < without / 200 < 0.52
+    assert all(torch.equal(each, base) or torch.allclose(each, full, atol=1e-6) for each in passes)
+    torch.manual_seed(1)
+    first = predict(sd1)
+    torch.manual_seed(1)
+    assert torch.equal(predict(sd1), first), "sampled from the seeded generator"
+    assert layer.lora_dropout[NAME].training
+
+
+@pytest.mark.parametrize("method", ["dora", "pissa"])
+@pytest.mark.parametrize("option", ["train.max_weight_norm", "adapter.rank_dropout", "adapter.module_dropout"])
+def test_they_are_refused_where_the_change_is_no_product(method: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is for a change that is the product of its factors alone"):
+        settings(**{"adapter.method": method, option: 0.5})
+    with pytest.raises(ConfigError, match=r"memory.compile needs adapter.dropout = 0"):
+        settings(**{"adapter.rank_dropout": 0.5, "memory.compile": True})
+
+
+def test_noise_levels_are_shifted() -> None:
+    of = prediction.Epsilon(torch.linspace(0.999, 0.01, 1000))
+    sampled = of.sample_timesteps(4000, torch.Generator().manual_seed(0), "cpu", shift=3.0).float() / 1000
+    shares = (torch.arange(4000) + 0.5) / 4000
+    torch.testing.assert_close(sampled.sort().values, 3 * shares / (1 + 2 * shares), rtol=0, atol=2e-3)
+    part = of.sample_timesteps(4000, torch.Generator(), "cpu", shift=3.0, between=(0.5, 1.0))
+    assert part.min() >= 500 and part.float().mean() > 780
