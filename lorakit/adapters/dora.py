@@ -9,7 +9,7 @@ input, and W' is never made.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -71,12 +71,12 @@ def forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
 class DoraLinear(Linear):  # type: ignore[misc]
     """PEFT's linear LoRA layer with a magnitude."""
 
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Make the factors, and a magnitude that leaves the layer as it was."""
         super().update_layer(adapter_name, *args, **kwargs)
         _add_magnitude(self, adapter_name)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         return forward(self, x) if _has_magnitude(self) else super().forward(x, *args, **kwargs)
 
@@ -92,12 +92,12 @@ class DoraLinear(Linear):  # type: ignore[misc]
 class DoraConv2d(Conv2d):  # type: ignore[misc]
     """PEFT's convolutional LoRA layer with a magnitude."""
 
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Make the factors, and a magnitude that leaves the layer as it was."""
         super().update_layer(adapter_name, *args, **kwargs)
         _add_magnitude(self, adapter_name)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
         return forward(self, x) if _has_magnitude(self) else super().forward(x, *args, **kwargs)
 

@@ -12,7 +12,7 @@ exported: plain LoRA of twice the rank, on the base as everybody has it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -75,7 +75,7 @@ def constants(layer: LoraLayer) -> dict[str, torch.Tensor]:
 class PissaLinear(Linear):  # type: ignore[misc]
     """PEFT's linear LoRA layer that counts from where it began."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         if self.disable_adapters:
             return self.base_layer(x)  # type: ignore[no-any-return]
@@ -95,7 +95,7 @@ class PissaLinear(Linear):  # type: ignore[misc]
 class PissaConv2d(Conv2d):  # type: ignore[misc]
     """PEFT's convolutional LoRA layer that counts from where it began."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
         base = self.base_layer
         if self.disable_adapters:

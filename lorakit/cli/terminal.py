@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TextIO
 
 from lorakit.core.events import Event
 from lorakit.core.names import printable
@@ -103,7 +103,7 @@ def print_lines(*lines: str) -> None:
     write(sys.stdout, "".join(f"{line}\n" for line in lines))
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """A value to stdout as JSON in ASCII."""
     print_lines(json.dumps(value, indent=2, ensure_ascii=True))
 

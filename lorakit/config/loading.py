@@ -217,7 +217,7 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
-def toml_value(value: Any) -> str:
+def toml_value(value: object) -> str:
     """One value as TOML text."""
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -72,7 +72,7 @@ class Option:
         return f"{self.section}.{self.name}"
 
 
-def suggest(word: Any, candidates: Iterable[str]) -> str:
+def suggest(word: object, candidates: Iterable[str]) -> str:
     """A hint with the closest candidate. A key without a section is also compared with the part after the dot."""
     names = list(candidates)
     matches = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
@@ -82,7 +82,7 @@ def suggest(word: Any, candidates: Iterable[str]) -> str:
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 
-def to_text(value: Any) -> str:
+def to_text(value: object) -> str:
     """A value for a message."""
     try:
         text = repr(list(value) if isinstance(value, tuple) else value)

@@ -60,7 +60,7 @@ class Events:
             if close is not None:
                 self._guard(listener, close)
 
-    def emit(self, kind: str, step: int | None = None, **facts: Any) -> None:
+    def emit(self, kind: str, step: int | None = None, **facts: object) -> None:
         """Tell all listeners."""
         event = Event(kind, step, facts)
         for listener in self.listeners:

@@ -160,7 +160,7 @@ def _trained(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
     uncompiled."""
     with_gradients, without = partial(compiled, block), partial(type(block).forward, block)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> Any:
         return (with_gradients if torch.is_grad_enabled() else without)(*args, **kwargs)
 
     return forward

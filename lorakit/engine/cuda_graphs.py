@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorakit.config import Config
+
+if TYPE_CHECKING:
+    from lorakit.data.dataset import Batch
 
 # Graphs for at most this many batch shapes: each takes memory. Batches of further shapes run without a graph.
 MAX_GRAPHS = 16
@@ -115,7 +118,7 @@ class GraphedBackward:
 
     def __init__(
         self,
-        backward: Callable[[Any], torch.Tensor],
+        backward: Callable[[Batch], torch.Tensor],
         parameters: Sequence[torch.Tensor],
         capture: Capture,
         generators: Sequence[torch.Generator] = (),
@@ -124,7 +127,7 @@ class GraphedBackward:
         self._graphs: dict[Any, _Graph] = {}
         self._addresses: list[int] = []
 
-    def __call__(self, begin: Callable[[], Any]) -> torch.Tensor:
+    def __call__(self, begin: Callable[[], Batch]) -> torch.Tensor:
         """The loss of a batch, valid until the next call.
 
         Args:
@@ -158,8 +161,8 @@ class GraphedBackward:
         graphs, self._graphs = self._graphs, {}
         return bool(graphs)
 
-    def _capture_verified(self, batch: Any, begin: Callable[[], Any]) -> _Graph:
-        copies = {name: tensor.clone() for name, tensor in _inputs(batch).items()}
+    def _capture_verified(self, batch: Batch, begin: Callable[[], Batch]) -> _Graph:
+        copies: dict[str, Any] = {name: tensor.clone() for name, tensor in _inputs(batch).items()}
         static = replace(batch, **copies)
 
         def compute() -> torch.Tensor:
@@ -289,12 +292,12 @@ def _check_agreement(actual: list[torch.Tensor], expected: list[torch.Tensor], t
         )
 
 
-def _inputs(batch: Any) -> dict[str, torch.Tensor]:
+def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def _shape(batch: Any) -> tuple[Any, ...]:
+def _shape(batch: Batch) -> tuple[Any, ...]:
     """A key that is equal for batches which one graph can replay."""
     values = [getattr(batch, field.name) for field in fields(batch)]
     return tuple((value.shape, value.dtype) if isinstance(value, torch.Tensor) else value for value in values)

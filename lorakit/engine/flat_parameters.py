@@ -21,6 +21,7 @@ from lorakit.engine import fused_blocks, fused_lora
 
 if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
+    from lorakit.families import Family
 
 # Each parameter starts at a multiple of this many numbers: kernels read aligned memory fastest.
 ALIGNMENT = 64
@@ -30,7 +31,7 @@ ROW_LENGTH = 1024
 
 
 def flatten(
-    target: Any,
+    target: Family,
     adapter: Adapter,
     *,
     groups: Sequence[tuple[str, Sequence[nn.Parameter]]] | None = None,
@@ -179,7 +180,7 @@ def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatPar
     """Let an optimizer with one `FlatParameters.weights` in each group save and load its state parameter by parameter,
     like an optimizer that has the parameters themselves."""
 
-    def split(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def split(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
         state: dict[int, dict[str, Any]] = {}
         groups = []
         for flat, group in zip(flats, state_dict["param_groups"], strict=True):
@@ -192,7 +193,7 @@ def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatPar
             groups.append({**group, "lr": float(group["lr"]), "params": list(numbers)})
         return {**state_dict, "state": state, "param_groups": groups}
 
-    def join(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def join(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
         state: dict[int, dict[str, Any]] = {}
         groups = []
         for at, (flat, group) in enumerate(zip(flats, state_dict["param_groups"], strict=True)):
@@ -227,5 +228,5 @@ def _offsets(parameters: Sequence[nn.Parameter]) -> tuple[list[int], int]:
     return offsets, math.ceil(size / ROW_LENGTH) * ROW_LENGTH
 
 
-def _weights(matrices: Any) -> list[torch.Tensor]:
-    return [matrix.weight for matrix in matrices.values()]
+def _weights(matrices: nn.ModuleDict) -> list[torch.Tensor]:
+    return [matrix.get_parameter("weight") for matrix in matrices.values()]

@@ -276,7 +276,7 @@ class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
 
     save_less: bool = False
 
-    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """`[B, C, h, w]` and the embedded timestep `[B, D]` -> `[B, C', h, w]`."""
         norm_silu = recompute.norm_silu if self.save_less else _norm_silu
         hidden = self.conv1(norm_silu(input_tensor, self.norm1))

@@ -207,7 +207,7 @@ class FusedLinear(Linear):  # type: ignore[misc]
 
     half_copies: HalfCopies | None = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
         base = self.base_layer
         name = None if args or kwargs or not isinstance(base, nn.Linear) else single_adapter(self, x)
@@ -230,7 +230,7 @@ class FusedLinear(Linear):  # type: ignore[misc]
 class FusedConv2d(Conv2d):  # type: ignore[misc]
     """PEFT's convolutional LoRA layer in the input's precision."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
         base = self.base_layer
         name = None if args or kwargs or base.groups != 1 else single_adapter(self, x)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import nn
 
 from lorakit.core import prompt_syntax, safetensors_header
 from lorakit.core.errors import LorakitError
@@ -20,7 +21,7 @@ from lorakit.families.describe import BaseInfo
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, PreTrainedModel
 
     from lorakit.core.prompt_syntax import Prompt
     from lorakit.families.vae_source import Source
@@ -132,7 +133,7 @@ def mask_everything(unet: Any, vae: AutoencoderKL) -> None:
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     grey: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def complete(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    def complete(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         noisy, *rest = inputs
         if noisy.shape[1] != latent:
             return None
@@ -145,7 +146,7 @@ def mask_everything(unet: Any, vae: AutoencoderKL) -> None:
     unet.conv_in.register_forward_pre_hook(complete)
 
 
-def load_tokenizer(info: BaseInfo, component: str, encoder: Any) -> CLIPTokenizer:
+def load_tokenizer(info: BaseInfo, component: str, encoder: PreTrainedModel) -> CLIPTokenizer:
     """A CLIP tokenizer that fits its text encoder.
 
     Raises:
@@ -317,13 +318,13 @@ def widen(prediction: torch.Tensor, scale: float) -> torch.Tensor:
     return prediction
 
 
-def by_name(unet: Any, vae: AutoencoderKL, text_encoders: dict[str, Any]) -> dict[str, list[Any]]:
+def by_name(unet: nn.Module, vae: AutoencoderKL, text_encoders: dict[str, nn.Module]) -> dict[str, list[nn.Module]]:
     """Name -> modules, for `move`: "unet", "vae", "text_encoders", and each text encoder by its own."""
     each = {name: [encoder] for name, encoder in text_encoders.items()}
     return {"unet": [unet], "vae": [vae], "text_encoders": list(text_encoders.values()), **each}
 
 
-def move(parts: dict[str, list[Any]], names: tuple[str, ...], device: torch.device) -> None:
+def move(parts: dict[str, list[nn.Module]], names: tuple[str, ...], device: torch.device) -> None:
     """Move parts of a base to `device`; those that are there already cost next to nothing. Where weights are trained
     the optimizer knows where they lie, and a CUDA graph where all of the part lies: it does not leave for the CPU.
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 class Prediction(ABC):
@@ -75,7 +78,7 @@ class Prediction(ABC):
         raise ValueError(f"{kind} weights are not defined for {self.name!r}")
 
     @abstractmethod
-    def default_sampler(self, scheduler: Any) -> tuple[Any, str]:
+    def default_sampler(self, scheduler: SchedulerMixin) -> tuple[Any, str]:
         """A sampler for the base whose own scheduler this is, and the name that web UIs give the sampler."""
 
     def sample_timesteps(
@@ -134,7 +137,7 @@ class _Diffusion(Prediction):
         alpha_bar = self.alphas_cumprod[timesteps]
         return alpha_bar / (1 - alpha_bar)
 
-    def default_sampler(self, scheduler: Any) -> tuple[Any, str]:
+    def default_sampler(self, scheduler: SchedulerMixin) -> tuple[Any, str]:
         """See `Prediction`: DPM++ 2M (Lu et al. 2022, arXiv 2211.01095), on timesteps that begin at pure noise.
 
         A schedule that ends in zero signal-to-noise has no such step for it; there DDIM begins at the last timestep
@@ -273,7 +276,7 @@ class Flow(Prediction):
         sigma = timesteps / self.num_train_timesteps
         return ((1 - sigma) / sigma).square()
 
-    def default_sampler(self, scheduler: Any) -> tuple[Any, str]:
+    def default_sampler(self, scheduler: SchedulerMixin) -> tuple[Any, str]:
         """See `Prediction`: the base's own, which follows straight lines by Euler's method."""
         return scheduler, "Euler"
 

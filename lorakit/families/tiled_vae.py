@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _layer(
     conv: Any,
     strip: int,
     *,
-    norm: Any = None,
+    norm: nn.GroupNorm | None = None,
     residual: torch.Tensor | None = None,
     factor: float = 1.0,
     doubled: bool = False,
@@ -139,7 +140,7 @@ def _layer(
     return output
 
 
-def _affine(x: torch.Tensor, norm: Any, device: torch.device, strip: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _affine(x: torch.Tensor, norm: nn.GroupNorm, device: torch.device, strip: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Group norm as a factor and an offset for each channel, `[1, C, 1, 1]`, from sums over the whole picture."""
     groups, count = norm.num_groups, x[0].numel() // norm.num_groups
     total, squares = torch.zeros(2, groups, dtype=torch.float64, device=device)

@@ -218,7 +218,7 @@ class RunFolder:
         if error is not None:
             raise error
 
-    def event(self, event: str, **facts: Any) -> None:
+    def event(self, event: str, **facts: object) -> None:
         """Add one line to the log; it is out of this process's hands when the call returns. See `record` for errors."""
         line = json.dumps(_json_value({"time": round(time.time(), 3), "event": event, **facts}), ensure_ascii=False)
         try:
@@ -403,7 +403,7 @@ def _end_last_line(log: Path) -> None:
                 file.write(b"\n")
 
 
-def _json_value(value: Any) -> Any:
+def _json_value(value: object) -> Any:
     """JSON values: paths become names (a log never tells where on the machine), non-finite numbers null."""
     if isinstance(value, dict):
         return {str(key): _json_value(item) for key, item in value.items()}

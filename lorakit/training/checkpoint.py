@@ -321,7 +321,7 @@ def _same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         )
 
 
-def _value_text(value: Any) -> str:
+def _value_text(value: object) -> str:
     return "unset" if value is None else repr(value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from lorakit.core import registry
 from lorakit.engine import compile, cuda_graphs, flat_parameters
 from lorakit.training import optimizers
 from lorakit.training.loss_step import LossStep
+
+if TYPE_CHECKING:
+    from lorakit.data.dataset import Batch
 
 
 class OptimizerStep:
@@ -118,7 +121,7 @@ class OptimizerStep:
                 self._graphed_backward = None
         return self._forward_backward(lambda: self.loss_step.loss(index))
 
-    def _backward(self, batch: Any) -> torch.Tensor:
+    def _backward(self, batch: Batch) -> torch.Tensor:
         return self._forward_backward(lambda: self.loss_step.loss_of(batch))
 
     def _forward_backward(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:

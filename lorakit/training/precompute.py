@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorakit.data.checks import Report
     from lorakit.data.photo_folder import Photo
     from lorakit.families import Family
+    from lorakit.families.conditioning import Conditioning
 
 # Pictures that the autoencoder is given together on a card: as many as have so many pixels; one of that size keeps it
 # busy. A CPU is quicker with one at a time, and a latent is then the same to the bit whatever else is encoded.
@@ -62,7 +63,7 @@ class SampleInputs:
 
     prompts: list[str]
     embeddings: list[dict[str, Any]] | None
-    condition: Any
+    condition: Conditioning | None
 
     @property
     def first(self) -> str:
@@ -87,10 +88,10 @@ class Precomputed:
 
     dataset: Dataset
     holdout: Dataset | None
-    conditions: Any
+    conditions: Conditioning
     tokens: list[torch.Tensor] | None
     class_texts: list[str]
-    class_conditions: Any
+    class_conditions: Conditioning
     class_tokens: list[torch.Tensor] | None
     class_of: torch.Tensor
     class_latents: ClassLatents | None
@@ -175,7 +176,7 @@ def _photos(
     )
 
 
-def embed(family: Family, tokens: list[torch.Tensor]) -> Any:
+def embed(family: Family, tokens: list[torch.Tensor]) -> Conditioning:
     """The embeddings of what `Family.tokens` made of texts, a row each, by the encoders as they are."""
     with torch.no_grad():
         parts = [

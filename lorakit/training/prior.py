@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +10,7 @@ from lorakit.training.objective import LossTerm
 
 if TYPE_CHECKING:
     from lorakit.data.dataset import Batch
+    from lorakit.families.conditioning import Conditioning
     from lorakit.training.loss_step import LossStep
 
 
@@ -44,6 +45,6 @@ def teacher_target(loss_step: LossStep, term: LossTerm) -> torch.Tensor:
     return target
 
 
-def _class_condition(loss_step: LossStep, text_rows: torch.Tensor, sizes: dict[str, torch.Tensor]) -> Any:
+def _class_condition(loss_step: LossStep, text_rows: torch.Tensor, sizes: dict[str, torch.Tensor]) -> Conditioning:
     condition = loss_step.condition(loss_step.encoded.class_tokens, loss_step.encoded.class_conditions, text_rows)
     return condition.with_rows(**sizes)

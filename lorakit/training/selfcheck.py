@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +27,7 @@ from lorakit.formats import compatibility, verify
 
 if TYPE_CHECKING:
     from lorakit.families import Family
+    from lorakit.families.conditioning import Conditioning
 
 # How far the file may be from the model in memory, as a share of the adapter's own effect: rounding of its factors to
 # float16 or bfloat16, and the order of additions.
@@ -56,7 +57,7 @@ class Probe:
     embeddings: torch.Tensor
 
 
-def probe(family: Family, prompt: str, size: tuple[int, int], condition: Any = None) -> Probe:
+def probe(family: Family, prompt: str, size: tuple[int, int], condition: Conditioning | None = None) -> Probe:
     """One forward of text encoder and UNet at a middle timestep, each alone on the device.
 
     Args:
@@ -83,12 +84,12 @@ def examine(
     base_probe: Probe,
     memory_probe: Probe,
     *,
-    load: Callable[[], Any],
+    load: Callable[[], Family],
     prompt: str,
     size: tuple[int, int],
     dtype: str,
     untrained_layers: Collection[str] = (),
-) -> Iterator[tuple[str, list[Finding], Any]]:
+) -> Iterator[tuple[str, list[Finding], Family | None]]:
     """Each exported file in its own base, loaded again: (format, findings, the base with the file in it).
 
     The base is None where the file itself is already wrong.

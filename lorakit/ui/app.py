@@ -21,6 +21,7 @@ with commands.without_proxies():
 
 from starlette.middleware import Middleware
 
+from lorakit.config import Config
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
 from lorakit.ui import access, texts, widgets
@@ -245,7 +246,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     field = train.widgets[quickstart.PHOTOS]
     inputs = {*train.inputs, photos.folder, photos.first, photos.upload, photos.requests}
 
-    def config_of(data: Values) -> Any:
+    def config_of(data: Values) -> Config | None:
         answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
         return train.config_of_photos(answers)
 
