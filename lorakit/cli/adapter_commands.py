@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lorakit import config as configuration
 from lorakit.cli import threads
 from lorakit.cli.terminal import complain, print_json, print_lines
-from lorakit.cli.train_commands import Command, add_model, read_overrides
+from lorakit.cli.train_commands import Command, add_model, add_prompts, read_overrides, read_prompts
 from lorakit.config import unquote
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
@@ -31,6 +31,7 @@ def add(command: Command) -> None:
     sample = command("sample", run_sample, "draw pictures with an adapter")
     sample.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
     sample.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
+    add_prompts(sample)
     sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="one row for each")
     sample.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
     sample.add_argument("--size", type=_side, metavar="PIXELS", help="side of the pictures (default: as trained)")
@@ -119,7 +120,7 @@ def run_sample(args: argparse.Namespace) -> int:
     base = args.base or sampling.base_of(args.adapter)
     print(f"base: {base}", file=sys.stderr)
     overrides = ({"model.vae": args.vae} if args.vae else {}) | read_overrides(args.set)
-    prompts = [unquote(prompt) for prompt in args.prompt or ()]
+    prompts = [unquote(prompt) for prompt in read_prompts(args) or ()]
     for prompt in args.prompt or ():
         if unquote(prompt) != prompt.strip():
             print(f"--prompt: the quotes around {shorten(prompt.strip(), 60)} are left out", file=sys.stderr)

@@ -14,6 +14,7 @@ from lorakit import config as configuration
 from lorakit.cli import threads
 from lorakit.cli.signals import stop_on_signals
 from lorakit.cli.terminal import Bar, Terminal, complain, print_json, print_lines
+from lorakit.config import sample_prompts
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError, Stopped
 from lorakit.core.events import Stop
@@ -67,11 +68,18 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--prompt", action="append", metavar="TEXT", help="prompt of a sample picture; may be repeated"
     )
+    add_prompts(command)
     command.add_argument("--base", metavar="BASE", help="base model: a file, a folder or a hub id (default: bundled)")
     command.add_argument(
         "--init-from", metavar="FILE", help="start from this adapter's weights (a new run, not a resume)"
     )
     add_model(command)
+
+
+def add_prompts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--prompts", action="append", metavar="FILE", help="text file with a prompt a line, as kohya's; may be repeated"
+    )
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -237,7 +245,7 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
         "data.name": args.subject or args.style,
         "data.kind": "subject" if args.subject else "style" if args.style else None,
         "model.base": args.base,
-        "sample.prompts": args.prompt,
+        "sample.prompts": read_prompts(args),
         "model.vae": args.vae,
         "output.folder": getattr(args, "output", None),
         "train.init_from": args.init_from,
@@ -253,6 +261,16 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
     if not config.data.folder:
         raise configuration.ConfigError(["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"])
     return config
+
+
+def read_prompts(args: argparse.Namespace) -> list[str] | None:
+    """The texts of `--prompt`, then those in the files of `--prompts`; None without.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    texts = [*(args.prompt or ()), *(text for file in args.prompts or () for text in sample_prompts.read_file(file))]
+    return texts or None
 
 
 def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:

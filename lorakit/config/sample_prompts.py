@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lorakit.config.option import suggest, to_text
 from lorakit.config.schema import SampleConfig, options
 from lorakit.core.errors import ConfigError
+from lorakit.core.names import quote
 
 # Letter in a prompt, name in a table of TOML, name of the option, and the type of its value.
 SETTINGS = {
@@ -89,11 +91,36 @@ def problems(sample: SampleConfig) -> list[str]:
     if any(side % 8 or 0 < side < SMALLEST_SIDE for side in (sample.width, sample.height)):
         problems.append("sample.width and sample.height must be multiples of 8 and 64 or more, or 0")
     for prompt in sample.prompts:
+        if re.fullmatch(r"\S+\.(?:txt|json|toml)", prompt.strip()):
+            problems.append(f"sample.prompts: {to_text(prompt)} is a file: give it with --prompts {quote(prompt)}")
         try:
             parse(prompt, sample, (0, 0))
         except ConfigError as error:
             problems += error.problems
     return problems
+
+
+def read_file(path: str | Path) -> list[str]:
+    """The prompts of a text file, as kohya's are: one a line; what begins with # is a comment.
+
+    Raises:
+        ConfigError: it cannot be read, or has no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise ConfigError([f"--prompts {quote(path)}: cannot be read: {reason}"]) from None
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ConfigError([f"--prompts {quote(path)}: has no prompt; write one a line"])
+    return prompts
+
+
+def from_recipe(recipe: Mapping[str, object]) -> str:
+    """The prompt with the settings that a picture was drawn with, as its file says them, in one line."""
+    table = {name: recipe[name] for name, _ in SETTINGS.values() if recipe.get(name) not in (None, "")}
+    return " ".join(from_table({"prompt": str(recipe["prompt"]), **table}).split())
 
 
 def from_table(table: Mapping[str, object]) -> str:

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from lorakit import config as configuration
+from lorakit.config import sample_prompts
 from lorakit.core import atomic, foreign_json, image_grid, names
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
@@ -120,7 +121,8 @@ class ComparePage:
         files = [path.name for path in sorted(run.path.glob("*.safetensors"))]
         files += [path.parent.name for path in sorted(run.checkpoints.glob("step-*/complete"))]
         marked, adapter = marked_step(run), run_folder.read(run.path).adapter
-        prompts = "\n".join(prompt for prompt in _prompts(run, max(run.sample_grids())) if prompt)
+        recipes = _recipes(run, max(run.sample_grids()))
+        prompts = "\n".join(sample_prompts.from_recipe(recipe) for recipe in recipes if recipe.get("prompt"))
         return [
             self.table_of(name, say),
             gr.update(visible=bool(steps)),
@@ -141,7 +143,8 @@ class ComparePage:
         if not grids:
             return widgets.quiet(say("compare.none"))
         marked, photos = marked_step(run), _photos_of(run, self.workspace)
-        head = "".join(f"<th scope=col>{escape(prompt)}</th>" for prompt in _prompts(run, max(grids)))
+        prompts = [str(recipe.get("prompt", "")) for recipe in _recipes(run, max(grids))]
+        head = "".join(f"<th scope=col>{escape(prompt)}</th>" for prompt in prompts)
         rows = []
         for step in grids:
             title = say("compare.step", step=step) if step else say("compare.base")
@@ -274,17 +277,16 @@ def file_of_step(run: RunFolder, step: int) -> Path | None:
     return checkpoint if (checkpoint / "complete").is_file() else None
 
 
-def _prompts(run: RunFolder, step: int) -> list[str]:
-    """What each picture of a step was drawn from, as its file says."""
-    files = []
+def _recipes(run: RunFolder, step: int) -> list[Mapping[str, object]]:
+    """What each picture of a step was drawn from, as its file says; empty where it does not."""
+    recipes: list[Mapping[str, object]] = []
     for path in run.sample_pictures(step):
         try:
-            files.append(
-                str(foreign_json.loads(str(image_grid.read(path).info.get("lorakit", "{}"))).get("prompt", ""))
-            )
+            recipe = foreign_json.loads(str(image_grid.read(path).info.get("lorakit", "{}")))
         except (OSError, SyntaxError, ValueError):
-            files.append("")
-    return files
+            recipe = {}
+        recipes.append(recipe if isinstance(recipe, Mapping) else {})
+    return recipes
 
 
 def _photos_of(run: RunFolder, workspace: Workspace) -> list[tuple[Path, np.ndarray]]:

@@ -58,6 +58,9 @@ PHOTOS = {
     "{count} of {all} caption files have several lines: {lines} captions, of which one is drawn each time": (
         "{all} 個說明檔中有 {count} 個不只一行：共 {lines} 則說明，每次抽一則"
     ),
+    "sample.prompts: {text} is a file: give it with --prompts {path}": (
+        "sample.prompts：{text} 是檔案，請在命令列以 --prompts {path} 指定"
+    ),
     "each photo is trained at {sides}: as {sizes:words}; a batch holds one size": (
         "每張照片以 {sides} 訓練：尺寸為 {sizes:words}；每批只有一種尺寸"
     ),

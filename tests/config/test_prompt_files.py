@@ -1,0 +1,109 @@
+"""Files of sample prompts, and prompts that are drawn again with the settings that a picture was drawn with."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorakit.cli import main, train_commands
+from lorakit.config import ConfigError, SampleConfig, load, sample_prompts
+from lorakit.core import image_grid
+from lorakit.inference.recipe import picture_info
+from lorakit.runs.run_folder import RunFolder
+
+KOHYA = """\ufeff# prompt 1
+masterpiece, (best quality:1.2), 1girl --n low quality, bad anatomy --w 768 --h 512 --d 42 --l 7.5 --s 28
+
+  a photo of sks dog, on a beach
+# --w 64
+a {red|blue} toy --d 2
+"""
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    return main.parser().parse_args(["check", "photos", *words])
+
+
+def test_a_file_of_kohya_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "my prompts.txt"
+    file.write_text(KOHYA, encoding="utf-8")
+    texts = train_commands.read_prompts(arguments("--prompt", "a dog, a cat", "--prompts", str(file)))
+    assert texts is not None and texts[0] == "a dog, a cat" and len(texts) == 4
+    config = load(None, {"train.steps": 1, "sample.prompts": texts})
+    prompts = sample_prompts.parse_all(list(config.sample.prompts), config.sample, (512, 512))
+    girl = prompts[1]
+    assert (girl.text, girl.size) == ("masterpiece, (best quality:1.2), 1girl", (768, 512))
+    own = girl.sample
+    assert (own.negative_prompt, own.seed, own.guidance, own.steps) == ("low quality, bad anatomy", 42, 7.5, 28)
+    assert prompts[2].text == "a photo of sks dog, on a beach" and prompts[3].sample.seed == 2
+    assert train_commands.read_prompts(arguments()) is None
+
+
+@pytest.mark.parametrize("command", ["check", "train", "sample"])
+def test_every_command_with_prompts_takes_files(command: str) -> None:
+    assert main.parser().parse_args([command, "x", "--prompts", "a.txt", "--prompts", "b.txt"]).prompts == [
+        "a.txt", "b.txt",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"# nothing\n\n", "has no prompt; write one a line"),
+        (b"\xff\xfe\x00\x01\xd8", "cannot be read: it is no text in UTF-8"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "p.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"--prompts .*p\.txt: {message}"):
+        sample_prompts.read_file(file)
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "C:/me/samples.json", "sample_prompts.toml"])
+def test_a_file_given_as_a_prompt_is_refused_with_the_way(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(None, {"train.steps": 1, "sample.prompts": [name]})
+    assert str(error.value) == f"sample.prompts: {name!r} is a file: give it with --prompts {name}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a toy",
+        "a toy, red --w 128 --h 64 --d 9 --s 3 --l 2.5 --n blue, dark",
+        "a (toy:1.3) --l 1 --n ",
+        "a\n toy --d 0",
+    ],
+)
+def test_a_recipe_gives_its_prompt_with_its_settings(text: str) -> None:
+    config = SampleConfig(steps=20, guidance=7.0, negative_prompt="ugly")
+    before = sample_prompts.parse(text, config, (512, 256), 3)
+    recipe: dict[str, Any] = {"prompt": before.text, "width": before.size[0], "height": before.size[1]}
+    recipe |= {name: getattr(before.sample, name) for name in ("seed", "steps", "guidance", "negative_prompt")}
+    line = sample_prompts.from_recipe(recipe | {"sampler": "DDIM", "adapter": "x", "strength": 1.0})
+    assert "\n" not in line
+    after = sample_prompts.parse(line, SampleConfig(), (64, 64))
+    assert (" ".join(before.text.split()), before.size, before.sample) == (after.text, after.size, after.sample)
+
+
+def test_the_compare_page_offers_prompts_with_their_settings(tmp_path: Path) -> None:
+    compare = pytest.importorskip("lorakit.ui.pages.compare")
+    from types import SimpleNamespace
+
+    run = RunFolder(tmp_path)
+    (run.samples / "step-000002").mkdir(parents=True)
+    info: Any = SimpleNamespace(
+        distilled=None, clip_skip=0, spec=SimpleNamespace(clip_skip=0), title="base", hash="0123", prediction_type=""
+    )
+    own = SampleConfig(steps=4, guidance=2.0, negative_prompt="blue")
+    picture = Image.fromarray(np.zeros((64, 128, 3), dtype=np.uint8))
+    picture.info.update(picture_info(info, "DDIM", "a toy", 7, own, (128, 64), "x", 1.0))
+    image_grid.save(picture, run.samples / "step-000002" / "01.png")
+    (recipe,) = compare._recipes(run, 2)
+    assert sample_prompts.from_recipe(recipe) == "a toy --w 128 --h 64 --d 7 --s 4 --l 2.0 --n blue"
