@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -258,17 +258,21 @@ def _with_strength(text: str) -> tuple[Path, float]:
 
 
 def _write(
-    args: argparse.Namespace, weights: AdapterWeights, name: str, metadata: Mapping[str, str], sources: Iterable[object]
+    args: argparse.Namespace,
+    weights: AdapterWeights,
+    name: str,
+    metadata: Mapping[str, str],
+    sources: Sequence[str | Path],
 ) -> int:
     """Save as asked for; what was read is never written over."""
     from lorakit import formats
     from lorakit.formats import adapter_math, compatibility
-    from lorakit.formats.saving import destination, occupied
+    from lorakit.formats.saving import destination, occupied, take_along
 
     folder = Path(args.output)
     target = destination(folder, name, args.to).resolve()
     for source in sources:
-        if Path(str(source)).resolve() == target:
+        if Path(source).resolve() == target:
             raise LorakitError(f"{source} would be written over: name another folder with --output")
     there = [] if args.force else occupied(folder, name, args.to)
     if there:
@@ -277,7 +281,10 @@ def _write(
     for kind in adapter_math.kinds(weights):
         if warning := compatibility.warning(kind, args.to):
             say(f"export: {warning}")
-    _tell(args, formats.save(weights, folder, name, [args.to], args.dtype, metadata, say=say))
+    paths = formats.save(weights, folder, name, [args.to], args.dtype, metadata, say=say)
+    if len(sources) == 1:
+        take_along(Path(sources[0]), paths[args.to], args.to)
+    _tell(args, paths)
     return 0
 
 

@@ -50,7 +50,7 @@ _SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
         {"down": "down", "up": "up"},
     ),
     "diffusers-old": (
-        r"((?:COMPONENT|down_blocks|mid_block|up_blocks)\..+?\.to_(?:q|k|v|out)_lora)\.(down|up)\.weight",
+        r"((?:COMPONENT)\..+?\.to_(?:q|k|v|out)_lora)\.(down|up)\.weight",
         {"down": "down", "up": "up"},
     ),
     "dotted": (
@@ -70,8 +70,11 @@ _DOTTED_PARTS = (
     r"\.weight|alpha|dora_scale|diff|diff_b|[wb]_norm|oft_(?:blocks|diag)|oft_R\.\w+|rescale"
     r"|(?:hada|lokr)_\w+|[ab][12m]\.weight"
 )
-_SEVERAL = re.compile(r"transformer_blocks[._][1-9]|^lora_unet_(?:input|middle|output)_block")
+_SEVERAL = re.compile(
+    r"transformer_blocks[._][1-9]|up_blocks[._]0[._]attentions|^lora_unet_(?:input|middle|output)_block"
+)
 _SHALLOW = re.compile(r"input_blocks[._][12][._]1|down_blocks[._]0[._]attentions")  # attention that SDXL lacks
+_BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # what a UNet's names begin with where its own is left out
 # LyCORIS', and that of sd-scripts' OFT, where kohya's LoRA has `lora_unet_`.
 _UNET_STEM = re.compile(r"^(?:lycoris|oft_unet)_")
 # Text encoder of a ComfyUI checkpoint -> ours.
@@ -187,7 +190,7 @@ def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PE
     """The adapted modules among a file's tensors, by stem, in the file's order; other tensors are left out."""
     result: dict[str, Module] = {}
     others = _other_spellings()
-    components = "|".join(sorted(registry.denoisers() | set(registry.components())))
+    components = "|".join(sorted(registry.denoisers() | set(registry.components()) | set(_BLOCKS)))
     spellings = {
         name: (re.compile(pattern.replace("COMPONENT", f"(?:{components})").replace("DOTTED", _DOTTED_PARTS)), parts)
         for name, (pattern, parts) in _SPELLINGS.items()
@@ -218,7 +221,7 @@ def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
     if part == "text_encoders":
         encoder, _, path = path.partition(".transformer.")
         part = _COMFY_TEXT.get(encoder, encoder)
-    elif spelling == "diffusers-old" and part.endswith(("_blocks", "_block")):
+    elif part in _BLOCKS:
         part, path = "unet", stem
         stem = f"unet.{stem}"
     name = canonical(keys.canonical_part(part), path.removeprefix(PEFT_PREFIX))
@@ -384,7 +387,8 @@ def _evidence(by_stem: Mapping[str, Module], shapes: Shapes) -> tuple[str, str] 
             width = inputs(module, shapes)
             if width in (dims := cross_dims()):
                 return dims[width], f"attends to text of width {width}"
-    # Of the UNets only SDXL's has several transformers in a row; sd-scripts uses sgm's names for SDXL alone.
+    # Of the UNets only SDXL's has several transformers in a row, and attention in its first up block. sd-scripts uses
+    # sgm's names for SDXL alone.
     deep = next((name for name, (_, version) in registry.versions().items() if version.kohya.sgm), None)
     if deep and any(_SEVERAL.search(stem) for stem in by_stem) and not any(_SHALLOW.search(stem) for stem in by_stem):
         return deep, "names"

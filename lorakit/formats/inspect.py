@@ -176,7 +176,8 @@ def inspect(path: Path) -> Report:
     places = {name: (head, name) for name in shapes}
     report = _adapter(path.name, size, places, shapes, peft_config.of_header(path, head.metadata), head.metadata)
     notes = [*report.notes, *_word_notes(path, head)]
-    return dataclasses.replace(report, hashes=health.hashes(head), notes=notes)
+    trigger = report.trigger or str(meta.read_sidecar(path).get("activation text") or "")
+    return dataclasses.replace(report, hashes=health.hashes(head), notes=notes, trigger=trigger)
 
 
 def _word_notes(path: Path, head: safetensors_header.Header) -> list[str]:

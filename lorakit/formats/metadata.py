@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit import __version__
@@ -226,6 +227,17 @@ def shared(several: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return result | ({"ss_tag_frequency": json.dumps(counts, ensure_ascii=False)} if counts else {})
 
 
+def of_merge(base: Mapping[str, str], adapter: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a base with an adapter merged in: the base's, its sources, authors, licenses and trigger."""
+    own, trigger = harmless(adapter), "modelspec.trigger_phrase"
+    names = [base.get("modelspec.merged_from") or base.get("modelspec.title", "")]
+    names.append(own.get("modelspec.title") or own.get("ss_output_name", ""))
+    values = {"modelspec.merged_from": names, trigger: [base.get(trigger) or own.get(trigger, "")]}
+    values |= {key: [base.get(key, ""), own.get(key, "")] for key in _JOINED}
+    joined = {key: ", ".join(dict.fromkeys(filter(None, texts))) for key, texts in values.items()}
+    return {**base, **{key: text for key, text in joined.items() if text}}
+
+
 def family(metadata: Mapping[str, str]) -> str | None:
     """The family that a file says it is for, or None where it says nothing."""
     if metadata.get("lorakit.family") in registry.versions():
@@ -237,6 +249,14 @@ def family(metadata: Mapping[str, str]) -> str | None:
         if begins or (second and candidate.tags.v2 == "True"):
             return name
     return None
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """What the person or a program wrote into the `.json` beside an adapter; {} where none can be read."""
+    try:
+        return foreign_json.loads_table(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def sidecar(metadata: Mapping[str, str]) -> dict[str, Any]:

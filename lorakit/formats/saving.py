@@ -5,15 +5,21 @@ All that can be refused is refused before the first byte is written, so a bad ad
 
 from __future__ import annotations
 
+import contextlib
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from lorakit.adapters.weights import AdapterWeights
+from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import quote
 from lorakit.core.registry import FORMATS
 from lorakit.formats import adapter_math, embeddings, files, keys, metadata as meta
+
+# Endings of the picture beside an adapter that A1111, Forge and InvokeAI show.
+PREVIEWS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
 
 
 def destination(folder: Path, name: str, fmt: str) -> Path:
@@ -80,6 +86,25 @@ def save(
     if weights.embeddings:
         embeddings.write(weights, embeddings.folder(Path(folder) / f"{name}.safetensors"), metadata)
     return paths
+
+
+def take_along(source: Path, path: Path, fmt: str) -> None:
+    """Take what lies beside the adapter `source` along to a file that was made of it: its preview, and what the person
+    wrote into its `.json`. A picture that is there already stays.
+    """
+    if FORMATS[fmt].write_side_files is None or source.is_dir():
+        return
+    previews = [source.with_suffix(ending) for ending in PREVIEWS]
+    for preview in [file for file in previews if file.is_file()][:1]:
+        target = path.with_suffix(preview.suffix)
+        if not target.exists():
+            files.write_bytes(target, preview.read_bytes())
+    own = path.with_suffix(".json")
+    with contextlib.suppress(OSError, ValueError):
+        theirs = meta.read_sidecar(source)
+        entries = {key: value for key, value in theirs.items() if value not in ("", None) and key != "sd version"}
+        table = foreign_json.loads_table(own.read_text(encoding="utf-8")) | entries
+        files.write_bytes(own, json.dumps(table, indent=2, ensure_ascii=False).encode())
 
 
 def save_adapter(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from lorakit import config as configuration
 from lorakit.cli import main as cli
 from lorakit.core import safetensors_header
-from lorakit.formats import kohya, metadata, save as export_save
+from lorakit.formats import inspect, kohya, metadata, save as export_save
 
 SHAPES = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (8, 8)}
 SECRETS = [
@@ -231,3 +231,33 @@ def test_of_several_adapters_what_is_true_of_all(tmp_path, foreign):
     assert json.loads(both["ss_tag_frequency"]) == {"10_zib": {"zib hat": 10}, "10_zib (2)": {"cup": 3}}
     assert "ss_clip_skip" not in both and "modelspec.tags" not in both
     assert metadata.shared([{"ss_tag_frequency": "["}]) == {"ss_tag_frequency": "["}
+
+
+@pytest.mark.parametrize("command", ["export", "resize"])
+def test_what_lies_beside_goes_along(tmp_path, command, capsys):
+    """The preview, in whatever file A1111 keeps it, and what the person wrote into the `.json`."""
+    adapter = random_adapters.adapter(SHAPES, "sd1")
+    source = export_save(adapter, tmp_path, "one", ["kohya"], "fp16", {})["kohya"]
+    (tmp_path / "one.preview.png").write_bytes(b"picture")
+    (tmp_path / "one.json").write_text(json.dumps({"activation text": "zib", "notes": "mine", "sd version": "SDXL"}))
+    size = ["--rank", "1"] if command == "resize" else ["--to", "kohya"]
+    assert cli.main([command, str(source), *size, "--output", str(tmp_path / "new")]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path.with_suffix(".png").read_bytes() == b"picture"
+    table = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert (table["activation text"], table["notes"], table["sd version"]) == ("zib", "mine", "SD1")
+    assert table["preferred weight"] == 1.0 and inspect.inspect(path).trigger == "zib"
+
+
+def test_a_merged_base_names_its_sources():
+    base = {"modelspec.title": "base", "modelspec.license": "one", "other": "stays"}
+    adapter = {"ss_output_name": "zib", "modelspec.license": "two", "modelspec.author": "me", "ss_network_dim": "4"}
+    merged = metadata.of_merge(base, adapter | {"modelspec.trigger_phrase": "zib toy"})
+    assert merged == base | {
+        "modelspec.merged_from": "base, zib",
+        "modelspec.license": "one, two",
+        "modelspec.author": "me",
+        "modelspec.trigger_phrase": "zib toy",
+    }
+    assert metadata.of_merge(merged, {"ss_output_name": "two"})["modelspec.merged_from"] == "base, zib, two"
+    assert metadata.of_merge({"modelspec.title": "base"}, {})["modelspec.merged_from"] == "base"

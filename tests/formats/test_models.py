@@ -121,3 +121,20 @@ def test_a_peft_folder_as_peft_writes_it(tmp_path, width, component):
         report = inspect(path)
         assert report.components[component].alphas == [8.0] and report.components[component].ranks == [4]
         assert next(iter(read(path).layers.values())).alpha == 8
+
+
+XL_ALONE = ["text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1", "unet.add_embedding.linear_1",
+            "lycoris_up_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q",
+            "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"]  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", XL_ALONE)
+def test_layers_that_sdxl_alone_has(tmp_path, stem):
+    assert read(save_tensors(tmp_path / "x.safetensors", [stem], 64, None)).family == "sdxl"
+
+
+@pytest.mark.parametrize("parts", [KOHYA, OURS, ("lora.down.weight", "lora.up.weight")])
+def test_names_of_a_unet_alone(tmp_path, parts):
+    """As `get_peft_model_state_dict(unet)` gives them."""
+    path = save_tensors(tmp_path / "x.safetensors", [SAME.removeprefix("unet.")], 768, None, parts)
+    assert list(read(path).layers) == [SAME] and inspect(path).family == "sd1"

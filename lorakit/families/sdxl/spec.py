@@ -39,7 +39,10 @@ SDXL = ModelVersion(
         implementation="https://github.com/Stability-AI/generative-models",
     ),
     tag_prefixes=("sdxl_", "stable-diffusion-xl"),
-    key_prefixes=("lora_te2_", "text_encoder_2.", "lora_unet_label_emb"),
+    key_prefixes=(
+        *("lora_te2_", "text_encoder_2.", "text_encoders.clip_g."),
+        *("lora_unet_label_emb", "diffusion_model.label_emb", "lora_unet_add_embedding", "unet.add_embedding"),
+    ),
     readers={
         "a1111": Reads(
             (*BLOCKS, *UPSAMPLERS_BUT_FIRST, *TOP, *A1111_SGM, *ADD_SGM, *_TEXT), complete_attention=("lora_te2_",)

@@ -23,7 +23,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.families import ldm, vae_source, weight_files
 from lorakit.families.spec import MODELSPEC_PREDICTIONS, VELOCITY
-from lorakit.formats import files, keys
+from lorakit.formats import files, keys, metadata as meta
 from lorakit.formats.edit.merge_folder import Merger, merge_folder, size_of_merged
 from lorakit.formats.edit.precision import Precision
 
@@ -138,7 +138,8 @@ def _file_to_file(
     own |= {key for key in header.tensors if key.startswith(left_out)} if left_out else set()
     entries = {key: info for key, info in header.tensors.items() if not (key in own or gone.search(key))}
     order = sorted(entries, key=lambda key: entries[key].start)
-    header_metadata = {key: text for key, text in header.metadata.items() if key not in STALE}
+    base_metadata = {key: text for key, text in header.metadata.items() if key not in STALE}
+    header_metadata = meta.of_merge(base_metadata, merger.metadata)
     # Eight bits would round most of an adapter away.
     dtypes = {key: _output_dtype(info.dtype, key in scales, merger.precision) for key, info in entries.items()}
 
@@ -222,7 +223,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, tor
 
     marks = _marks(base)
     entries += [(key, "F32", (0,)) for key in marks]
-    metadata = _metadata(base, output.stem)
+    metadata = meta.of_merge({}, merger.metadata) | _metadata(base, output.stem)
     files.stream(output, entries, metadata, _chained(tensors(), [torch.zeros(0)] * len(marks)))
     return output
 

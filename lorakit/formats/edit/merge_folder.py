@@ -57,7 +57,7 @@ class Merger:
         def is_selected(name: str) -> bool:
             return not only or keys.component(name) == only
 
-        self.strength = strength
+        self.strength, self.metadata = strength, weights.metadata
         self.layers = {name: layer for name, layer in weights.layers.items() if is_selected(name)}
         self.biases = {name: bias for name, bias in weights.biases.items() if is_selected(name)}
 
