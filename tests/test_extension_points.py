@@ -190,6 +190,7 @@ def check_train_export_inspect(lorakit: Callable[..., str], place: Path, to: str
     settings = {"data.name": "sks toy", "data.resolution": "64", "train.steps": "2", "sample.steps": "1", **options}
     settings |= {"memory.device": "cpu", "sample.prompts": "a toy", "output.dtype": "fp32", "sample.every": "2"}
     settings |= {"sample.at_start": "false", "sample.at_end": "false", "train.validate_at_end": "false"}
+    settings |= {"train.validate_every": "2"}
     settings |= {"adapter.target_modules": "attention", "adapter.train_text_encoder": "false", "train.batch_size": "1"}
     common = [word for name, value in settings.items() for word in ("--set", f"{name.replace('__', '.')}={value}")]
     plan = lorakit("check", photos, *common)

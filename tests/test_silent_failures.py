@@ -59,6 +59,8 @@ def settings(base: Path, photos: Path, **changes: Any) -> Config:
         "sample.at_start": False,
         "sample.at_end": False,
         "train.validate_at_end": False,
+        "train.validate_every": 3,
+        "sample.every": 3,
         "memory.device": "cpu",
         "memory.mixed_precision": "fp32",
     }

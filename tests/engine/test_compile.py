@@ -320,6 +320,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return short_run.noise(tmp_path_factory.mktemp("photos"), 3)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.slow
 def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
     tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", RUNS)
 def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, changes):

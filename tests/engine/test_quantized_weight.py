@@ -442,6 +442,10 @@ def test_a_run_on_a_streamed_base_is_the_same_run(
             "memory.base_storage": "int8",
             "memory.stream_base": stream,
             "sample.steps": 2,
+            "sample.at_start": False,
+            "sample.every": 2,
+            "train.validate_every": 2,
+            "train.validate_at_end": False,
             "output.folder": str(tmp_path / f"run-{stream}"),
         }
         results.append(train.train(config.load(None, settings)))

@@ -80,6 +80,8 @@ def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[s
         "output.formats": ("diffusers", "peft", "kohya"),
         "train.steps": 4,
         "train.save_every": 2,
+        "train.validate_every": 4,
+        "sample.every": 4,
         "train.prior": "teacher",
         "adapter.target_modules": "linear",
         "adapter.train_text_encoder": True,
@@ -205,6 +207,7 @@ def test_diffusers_draws_with_the_file(result: train.Result, folder: Path) -> No
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.slow
 def test_a_resumed_run_gives_the_same_bits(
     result: train.Result, folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

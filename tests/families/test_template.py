@@ -83,7 +83,7 @@ def options(base: Path) -> list[str]:
     settings = {"model.base": str(base), "data.name": "sks toy", "data.resolution": "64", "adapter.rank": "4"}
     settings |= {"train.steps": "2", "optimizer.learning_rate": "1e-3", "train.batch_size": "1"}
     settings |= {"sample.prompts": "a toy", "sample.steps": "1"}
-    settings |= {"sample.every": "2", "memory.device": "cpu", "output.dtype": "fp32"}
+    settings |= {"sample.every": "2", "train.validate_every": "2", "memory.device": "cpu", "output.dtype": "fp32"}
     settings |= {"adapter.train_text_encoder": "true", "adapter.new_tokens": "1", "train.prior": "teacher"}
     return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
