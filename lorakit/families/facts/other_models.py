@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorakit.core import registry, safetensors_header
 from lorakit.families import weight_files
+from lorakit.families.facts import gguf
 from lorakit.families.facts.fit import Config
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -91,7 +92,7 @@ def what_file(header: safetensors_header.Header) -> str:
     if suffix in _PICKLES:
         return "is a pickle, which can run code when it is read; convert it once: lorakit convert FILE"
     if suffix == ".gguf":
-        return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
+        return _what_gguf(gguf.names(header.path))
     if suffix != ".safetensors":
         return "is a file, not a base model: give a .safetensors file or a folder in diffusers layout"
     kind = safetensors_header.kind(header.shapes())
@@ -104,6 +105,23 @@ def what_file(header: safetensors_header.Header) -> str:
         if any(re.search(pattern, name) for name in header.tensors):
             return _other(title)
     return KINDS.get(kind, "")
+
+
+def _what_gguf(tensors: list[str]) -> str:
+    """The same of a GGUF file; the names of its tensors tell as much as another file's."""
+    for title, (pattern, _) in _MODELS.items():
+        if any(re.search(pattern, name) for name in tensors):
+            return _other(title)
+    if ours := gguf.title(tensors):
+        encoders = any(re.search(r"(^|\.)(cond_stage_model|conditioner|text_encoders)\.", name) for name in tensors)
+        part = "" if encoders else "'s denoiser alone"
+        return (
+            f"is a GGUF file of {ours}{part}, whose weights lorakit does not read: give the model's .safetensors file; "
+            "memory.base_storage = 'nf4' keeps it as small in memory"
+        )
+    if any(re.search(r"(^|\.)(enc\.blk|encoder\.block)\.\d", name) for name in tensors):
+        return next(what for what in _PARTS if "(T5)" in what)
+    return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
 
 
 def pipeline_title(name: str) -> str:

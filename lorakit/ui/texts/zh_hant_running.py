@@ -286,6 +286,16 @@ RUNNING = {
     "base {base} is a {name} without {encoder}, as SDXL's refiner is: give the base model instead": (
         "基礎模型 {base} 是沒有 {encoder} 的 {name}，如同 SDXL 的 refiner：請改為指定 base 模型"
     ),
+    "base {file} is a GGUF file of {title}'s denoiser alone, whose weights lorakit does not read: give the model's "
+    ".safetensors file; memory.base_storage = 'nf4' keeps it as small in memory": (
+        "基礎模型 {file} 是只有 {title} 去噪器的 GGUF 檔，lorakit 不讀取其權重：請指定模型的 .safetensors 檔；"
+        "memory.base_storage = 'nf4' 讓它在記憶體中一樣小"
+    ),
+    "base {file} is a GGUF file of {title}, whose weights lorakit does not read: give the model's .safetensors file; "
+    "memory.base_storage = 'nf4' keeps it as small in memory": (
+        "基礎模型 {file} 是 {title} 的 GGUF 檔，lorakit 不讀取其權重：請指定模型的 .safetensors 檔；"
+        "memory.base_storage = 'nf4' 讓它在記憶體中一樣小"
+    ),
     "base {file} is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file": (
         "基礎模型 {file} 是 GGUF 檔，lorakit 不讀取其權重：請指定模型的 .safetensors 檔"
     ),
