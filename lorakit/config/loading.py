@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.config import foreign, sample_prompts
-from lorakit.config.option import Option, check_value, suggest, to_text, unquote
+from lorakit.config.option import Option, check_value, label, suggest, to_text, unquote
 from lorakit.config.schema import (
     ADAPTER_SECTIONS,
     LENGTHS,
@@ -98,7 +98,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     flat: dict[str, Any] = {}
     for section, table in tables.items():
         if section not in SECTIONS:
-            problems.append(f"unknown section [{section}]{suggest(section, SECTIONS)}")
+            problems.append(f"unknown section [{label(section)}]{suggest(section, SECTIONS)}")
         elif not isinstance(table, Mapping):
             problems.append(f"[{section}] must be a table, not {to_text(table)}")
         else:
@@ -137,7 +137,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         if key == "adapter.method":
             continue
         if key not in by_key:
-            problems.append(f"unknown option {key}{suggest(key, by_key)}")
+            problems.append(f"unknown option {label(key)}{suggest(key, by_key)}")
             continue
         problem, value = check_value(by_key[key], value)
         if problem:
@@ -243,7 +243,9 @@ def _preset_path(preset: str | Path) -> Path:
     file = preset_folder() / f"{preset}.toml"
     if not file.is_file():
         names = preset_names()
-        raise ConfigError([f"unknown preset {str(preset)!r}{suggest(str(preset), names)}; presets: {', '.join(names)}"])
+        raise ConfigError(
+            [f"unknown preset {label(str(preset))!r}{suggest(str(preset), names)}; presets: {', '.join(names)}"]
+        )
     return file
 
 

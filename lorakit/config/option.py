@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorakit.core.names import shorten
+from lorakit.core.names import printable, shorten
 
 # What stands around a text of which it is no part.
 QUOTES = ("''", '""', "``", "‘’", "“”", "„“", "«»", "「」")
@@ -80,6 +80,11 @@ def suggest(word: object, candidates: Iterable[str]) -> str:
         by_name = {name.rpartition(".")[2]: name for name in names}
         matches = [by_name[n] for n in difflib.get_close_matches(word.rpartition(".")[2], by_name, n=1, cutoff=0.6)]
     return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def label(name: str) -> str:
+    """A name of somebody else's for a message."""
+    return shorten(printable(name), MAX_VALUE_LENGTH)
 
 
 def to_text(value: object) -> str:
@@ -170,10 +175,8 @@ def _check_table(opt: Option, item_type: type, value: object) -> tuple[str | Non
     table = {name: list(item) if isinstance(item, tuple) else item for name, item in value.items()}
     for name, item in table.items():
         if not all(isinstance(each, (str, int, float)) for each in (item if isinstance(item, list) else [item])):
-            return (
-                f"{opt.key}.{name} = {to_text(item)}: must be a number, a text, true, false, or a list of these",
-                None,
-            )
+            name = f"{opt.key}.{label(name)}"
+            return f"{name} = {to_text(item)}: must be a number, a text, true, false, or a list of these", None
     return None, table
 
 

@@ -9,6 +9,9 @@ import subprocess
 import unicodedata
 from pathlib import Path
 
+# File systems take 255, with the ending and what marks a temporary file.
+MAX_NAME_BYTES = 200
+
 
 def step_name(step: int) -> str:
     """`step-000100`: the name of checkpoints and samples of a step. Names sort in the order of steps."""
@@ -32,6 +35,12 @@ def unique_path(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text of somebody else's can name a file: it leads to no other folder, and is visible and short."""
+    is_one_part = text == printable(text).strip(". ") and not re.search(r"[/\\:]", text)
+    return is_one_part and 0 < len(text.encode("utf-8", "replace")) <= MAX_NAME_BYTES
 
 
 def shorten(text: str, length: int) -> str:

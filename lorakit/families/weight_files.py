@@ -12,6 +12,7 @@ from lorakit.core import foreign_json, safetensors_header
 from lorakit.core.cache_dir import file_hash
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
+from lorakit.core.names import is_file_name, printable, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ def weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
             return [single], variant
         index = folder / f"{stem}.safetensors.index{infix}.json"
         if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            names = shards(index)
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 raise LorakitError(f"{folder.name}/{missing[0]} is missing: {index.name} speaks of it; get it again")
@@ -54,6 +55,20 @@ def weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
             f"lorakit convert {folder.parent}"
         )
     raise LorakitError(f"{folder.name}/{stem}.safetensors is missing in {folder.parent}: get the base again")
+
+
+def shards(index: Path) -> list[str]:
+    """The names of the files that an index of weights lists, which lie beside it.
+
+    Raises:
+        LorakitError: the index cannot be read, or lists what is no name of a file.
+    """
+    table = read_json(index).get("weight_map")
+    names: list[Any] = list(table.values()) if isinstance(table, dict) else [None]
+    if strange := [name for name in names if not isinstance(name, str) or not is_file_name(name)]:
+        label = shorten(printable(str(strange[0])), 60)
+        raise LorakitError(f"{index}: lists {label!r}, which is no name of a file beside it: get the base again")
+    return sorted(set(names))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.core.names import printable
+from lorakit.core.names import is_file_name, printable, shorten
 from lorakit.core.registry import FORMATS
 from lorakit.formats import metadata
 
@@ -75,10 +75,18 @@ def write(weights: AdapterWeights, place: Path, adapter_metadata: Mapping[str, s
 
 
 def unbundle(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], WordVectors]:
-    """An adapter's tensors taken apart: the adapter's own, and the words bundled with it."""
+    """An adapter's tensors taken apart: the adapter's own, and the words bundled with it.
+
+    Raises:
+        LorakitError: a word cannot be the name of a file, which it becomes.
+    """
     own, vectors_of_words = {}, WordVectors()
     for name, tensor in tensors.items():
         match = _BUNDLED.fullmatch(name)
+        if match and not is_file_name(match[1]):
+            raise LorakitError(
+                f"carries the word {shorten(printable(match[1]), 60)!r}, which no file can have as its name"
+            )
         if match:
             vectors_of_words.setdefault(match[1], {})[_ENCODERS[match[2]]] = tensor.float()
         else:
@@ -94,8 +102,9 @@ def read(path: Path, adapter_metadata: Mapping[str, str]) -> WordVectors:
     """
     result = WordVectors()
     for word in filter(None, adapter_metadata.get(metadata.WORDS, "").split()):
-        if not re.fullmatch(r"[\w-]+", word):  # it becomes a path
-            raise LorakitError(f"{path}: its metadata names the word {printable(word)!r}, which is no word")
+        if not re.fullmatch(r"[\w-]+", word) or not is_file_name(word):  # it becomes a path
+            label = shorten(printable(word), 60)
+            raise LorakitError(f"{path}: its metadata names the word {label!r}, which is no word")
         file = folder(path) / f"{word}.safetensors"
         if not file.is_file():
             raise LorakitError(f"{path}: its embedding {file.parent.name}/{file.name} is not beside it: put it back")

@@ -15,7 +15,7 @@ from lorakit import families
 from lorakit.adapters.weights import LoraLayer
 from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.core.names import shorten
+from lorakit.core.names import is_file_name, printable, shorten
 from lorakit.families import ldm
 from lorakit.formats import compatibility, embeddings, identify, keys, metadata as meta
 from lorakit.formats.compatibility import Reading
@@ -183,10 +183,11 @@ def inspect(path: Path) -> Report:
 def _word_notes(path: Path, head: safetensors_header.Header) -> list[str]:
     """The words that an adapter carries in itself, and those whose embeddings belong beside it."""
     carried = sorted({match[1] for name in head.tensors if (match := re.match(r"bundle_emb\.(.+?)\.", name))})
-    notes = [f"carries the word {word!r}, which A1111 learns from it" for word in carried]
+    notes = [f"carries the word {shorten(printable(word), 60)!r}, which A1111 learns from it" for word in carried]
     for word in head.metadata.get(meta.WORDS, "").split():
-        file = embeddings.folder(path) / f"{Path(word).name}.safetensors"
-        there = "which is beside it" if file.is_file() else "which is not there"
+        label = shorten(printable(Path(word).name), 60)
+        file = embeddings.folder(path) / f"{label}.safetensors"
+        there = "which is beside it" if is_file_name(word) and file.is_file() else "which is not there"
         notes += [] if word in carried else [f"needs its embedding {file.parent.name}/{file.name}, {there}"]
     return notes
 

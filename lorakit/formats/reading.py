@@ -56,7 +56,10 @@ def _read_file(path: Path) -> AdapterWeights:
         if path.name == identify.PEFT_MODEL and (path.parent / identify.PEFT_CONFIG).is_file():
             return _read_peft(path.parent, {_component(path): path.parent})
         identify.require_whole(path)
-    tensors, words = embeddings.unbundle(safetensors_header.load(head))
+    try:
+        tensors, words = embeddings.unbundle(safetensors_header.load(head))
+    except LorakitError as error:
+        raise LorakitError(f"{path}: {error}") from None
     return _weights(path, tensors, head.metadata, peft_config.of_header(path, head.metadata), words)
 
 

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,7 +73,11 @@ def mutations(content: bytes) -> SearchStrategy[bytes]:
 @given(st.sampled_from(list(hostile.COMPLETE.values())).flatmap(mutations))
 def test_a_header_is_read_exactly_where_the_library_reads_it(tmp_path, content):
     problem = _header_problem(hostile.write(tmp_path, "x", content))
-    assert (problem is None) == _is_header(content) or " twice" in str(problem), problem
+    assert (problem is None) == _is_header(content) or re.search(STRICTER, str(problem)), problem
+
+
+# What the library takes and lorakit does not: a name twice, and names longer than patterns are matched with.
+STRICTER = " twice|has a name of [0-9]+ characters"
 
 
 def _is_header(content: bytes) -> bool:
@@ -102,7 +107,7 @@ VALID = st.sampled_from([hostile.entry(), hostile.entry(offsets=(24, 48)), hosti
 def test_any_json_is_read_as_a_header_exactly_where_the_library_reads_it(tmp_path, table):
     content = hostile.file_of(table)
     problem = _header_problem(hostile.write(tmp_path, "x", content))
-    assert (problem is None) == _is_header(content) or " twice" in str(problem), problem
+    assert (problem is None) == _is_header(content) or re.search(STRICTER, str(problem)), problem
 
 
 DTYPES = ["F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "F8_E8M0"]

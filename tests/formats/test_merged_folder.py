@@ -30,6 +30,9 @@ NEEDED = ["LICENSE.md", "safety_checker/config.json", "feature_extractor/preproc
 @pytest.fixture
 def clone(tiny_sd1: Path, tmp_path: Path) -> Path:
     folder = shutil.copytree(tiny_sd1, tmp_path / "clone")
+    for name in ("outside", "far"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "outside" / "config.json").write_text("{}")
     for name in (*TWINS, *NEEDED, "safety_checker/pytorch_model.bin"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
@@ -54,7 +57,8 @@ def names(folder: Path) -> set[str]:
 def test_a_merged_clone_has_no_twin_that_was_not_merged(clone: Path, tiny_sd1: Path, tmp_path: Path) -> None:
     shapes = {name: shape for name, shape in families.describe(clone).layers.items() if "attn1.to_q" in name}
     weights = random_adapters.adapter(shapes, "sd1", rank=2, alpha=2)
-    target = merge.merge(weights, families.describe(clone), tmp_path / "merged")
+    target = merge.merge(weights, families.describe(clone), tmp_path / "far" / "merged")
+    assert not (tmp_path / "far" / "outside").exists()
     expected = {*names(tiny_sd1), *NEEDED, "safety_checker/pytorch_model.bin"}
     assert names(target) == expected | {f"{stem}.fp16.safetensors" for stem in (UNET, TEXT)}
     index = json.loads((target / "model_index.json").read_text(encoding="utf-8"))
@@ -99,4 +103,4 @@ def test_a_broken_clone_leaves_nothing(clone: Path, tmp_path: Path) -> None:
     weights = random_adapters.adapter({"unet.nowhere": (8, 8)}, "sd1")
     with pytest.raises(LorakitError, match=r"the base has no layer unet\.nowhere"):
         merge.merge(weights, families.describe(clone), tmp_path / "merged")
-    assert [path.name for path in tmp_path.iterdir()] == ["clone"]
+    assert {path.name for path in tmp_path.iterdir()} == {"clone", "far", "outside"}

@@ -133,7 +133,7 @@ def merge_folder(
         raise LorakitError(f"{base}: not a base model in diffusers layout (no model_index.json)")
     index = weight_files.read_json(base / "model_index.json")
     parts = {
-        name: [] if name in without else part_files(base / name)
+        name: [] if name in without or not re.fullmatch(r"\w+", name) else part_files(base / name)
         for name, value in index.items()
         if isinstance(value, list)
     }
@@ -170,11 +170,11 @@ def part_files(folder: Path) -> list[Path]:
 
     Pickles are among them only where a part that lorakit does not read, such as a safety checker, has nothing else.
     """
-    if not re.fullmatch(r"\w+", folder.name) or not folder.is_dir():
+    if not folder.is_dir():
         return []
     entries = [path for path in sorted(folder.iterdir()) if path.is_file() and not _TWINS.fullmatch(path.name)]
     indexes = [path for path in entries if ".safetensors.index" in path.name]
-    shards = {name for path in indexes for name in weight_files.read_json(path).get("weight_map", {}).values()}
+    shards = {name for path in indexes for name in weight_files.shards(path)}
     stems = registry.weight_stems()
     stem = stems.get(folder.name, "model")
     ours = re.compile(rf"{stem}(\.\w+)?(-\d+-of-\d+(\.\w+)?)?\.safetensors")
