@@ -93,15 +93,24 @@ class Queue:
         return folder
 
     def resume(self, folder: Path, steps: int = 0) -> Job:
-        """Add the continuation of a run, with so many steps in all unless 0.
+        """Add the continuation of a run, with so many steps in all unless 0. A run that has ended goes on after the
+        process that it ended in, which may take some seconds more.
 
         Raises:
             LorakitError: it is running, or waits in the queue already.
         """
-        if any(Path(job.folder) == folder and job.state in ("waiting", "running") for job in self.jobs()):
+        states = {job.state for job in self.jobs() if Path(job.folder) == folder}
+        if "waiting" in states or ("running" in states and not self._has_ended(folder)):
             raise LorakitError(f"{folder.name} is in the queue already")
         more = ("--steps", str(steps)) if steps else ()
         return self._add(lambda _: ("resume", str(folder), *more), folder)
+
+    @staticmethod
+    def _has_ended(folder: Path) -> bool:
+        try:
+            return run_folder.read(folder).state not in run_folder.LIVE
+        except LorakitError:  # it has not made its folder yet
+            return False
 
     def command(self, arguments: Sequence[str], folder: Path) -> Job:
         """Add any other command of lorakit, which writes to `folder`."""

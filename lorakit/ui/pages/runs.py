@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ LOG_LINES, OUTPUT_LINES = 200, 60
 # A run that has written nothing for so many seconds says so.
 SILENT = 20
 SAMPLE_SIDE = 640
+# Of a run whose process is gone, and left no word.
+ENDED_SILENTLY = (
+    "its process ended without a word: it was killed, the machine was restarted, or its memory ran out; "
+    "Resume goes on from the last checkpoint"
+)
 RESUMABLE = ("interrupted", "stopped", "failed", "done")
 CHOOSE = """
 element.addEventListener('click', (event) => {
@@ -95,7 +101,7 @@ class RunsPage:
         """What `poll` fills."""
         return [
             self.run_name, self.screen_hashes, self.list, self.work, self.status, self.stop, self.resume, self.steps,
-            self.cancel, self.download, self.samples, self.curves, self.log,
+            self.cancel, self.download, self.samples, self.curves, self.log, self.message,
         ]  # fmt: skip
 
     def poll(self, run_name: str, screen_hashes: dict[str, Any], say: Say) -> list[Any]:
@@ -111,7 +117,11 @@ class RunsPage:
         idle = waiting > 0 and not self.workspace.queue.is_working()
         parts = {"list": _list(runs, current_name, idle, say), "work": idle}
         parts |= self._run(current_name, dict(runs).get(current_name), say)
-        hashes = {part: hash(str(value)) for part, value in parts.items()}
+        hashes: dict[str, object] = {part: hash(str(value)) for part, value in parts.items()}
+        # What a button said is over once the run is in another state.
+        state = f"{current_name} {dict(runs)[current_name].state}" if current_name else ""
+        outdated = screen_hashes.get("state", state) != state
+        hashes["state"] = state
         updates = {
             part: value if screen_hashes.get(part) != hashes[part] else gr.skip() for part, value in parts.items()
         }
@@ -126,6 +136,7 @@ class RunsPage:
             gr.skip() if hashes == screen_hashes else hashes,
             updates["list"], visible["work"], updates["status"], visible["stop"], visible["resume"], visible["steps"],
             visible["cancel"], updates["download"], updates["samples"], updates["curves"], updates["log"],
+            "" if outdated else gr.skip(),
         ]  # fmt: skip
 
     def _run(self, name: str, state: State | None, say: Say) -> dict[str, Any]:
@@ -144,11 +155,18 @@ class RunsPage:
         }
         output = self._output(name)
         return buttons | {
-            "status": _status(name, state, run, say),
+            "status": _status(name, replace(state, message=self._reason(name, state)), run, say),
             "samples": _samples(self.workspace, run, state, say),
             "curves": _curves(run, state, say) if begun else "",
             "log": _log(run, output, say),
         }
+
+    def _reason(self, name: str, state: State) -> str:
+        """Why the run is in a state in which it was not meant to be, where its own message does not say so."""
+        if state.message or state.state not in ("failed", "interrupted"):
+            return state.message
+        jobs = [job for job in self.workspace.queue.jobs() if Path(job.folder).name == name]
+        return (self.workspace.why(jobs[-1].number) if jobs else "") or ENDED_SILENTLY
 
     def _output(self, name: str) -> str:
         """The last lines that the run's process printed."""

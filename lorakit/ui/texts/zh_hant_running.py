@@ -1,6 +1,10 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "its process ended without a word: it was killed, the machine was restarted, or its memory ran out; "
+    "Resume goes on from the last checkpoint": (
+        "程序無聲無息地結束了：可能被強制終止、電腦重新啟動，或記憶體不足；按「繼續」會從最後一個檢查點接著訓練"
+    ),
     "{option} is for a change that is the product of its factors alone, which that of {method} is not; leave it out": (
         "{option} 只適用於純粹由因子相乘而成的變化，{method} 不是：請拿掉"
     ),

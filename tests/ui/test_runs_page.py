@@ -1,0 +1,79 @@
+"""The page of runs: every state has its reason, and what a button said is over with the state that it was said of."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+
+from lorakit.core import atomic  # noqa: E402
+from lorakit.core.errors import LorakitError  # noqa: E402
+from lorakit.runs import quickstart  # noqa: E402
+from lorakit.runs.run_folder import RunFolder  # noqa: E402
+from lorakit.ui import texts  # noqa: E402
+from lorakit.ui.pages.runs import ENDED_SILENTLY, RunsPage  # noqa: E402
+from lorakit.ui.workspace import Workspace  # noqa: E402
+
+SAY = texts.sayer("en")
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> RunsPage:
+    workspace = Workspace(tmp_path / "runs", [])
+    with gr.Blocks():
+        return RunsPage(workspace, gr.I18n(**texts.tables()), gr.BrowserState())
+
+
+@pytest.fixture
+def run(page: RunsPage, tmp_path: Path) -> RunFolder:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "0.png")
+    answers = {quickstart.PHOTOS: str(tmp_path / "photos"), quickstart.NAME: "sks toy"}
+    config = quickstart.config_for_answers(answers, "quick")
+    run = RunFolder.create(replace(config, output=replace(config.output, folder=str(page.workspace.runs / "one"))))
+    (run.checkpoints / "step-000002").mkdir()
+    run.update(state="running", step=2, steps=6)
+    run.unlock()
+    return run
+
+
+def kill(run: RunFolder) -> None:
+    """As a killed process leaves it."""
+    text = run.state_file.read_text()
+    atomic.write(run.state_file, text.replace(f'"pid": {run._state.pid}', '"pid": 999999999'))
+
+
+def look(page: RunsPage, hashes: dict[str, object] | None = None, say: texts.Say = SAY) -> dict[str, object]:
+    names = ["run", "hashes", "list", "work", "status", "stop", "resume", "steps", "cancel", "download", "samples",
+             "curves", "log", "message"]  # fmt: skip
+    return dict(zip(names, page.poll("one", hashes or {}, say), strict=True))
+
+
+def test_an_interrupted_run_says_why_and_what_to_do(page: RunsPage, run: RunFolder):
+    assert ENDED_SILENTLY not in look(page)["status"]
+    kill(run)
+    status = look(page)["status"]
+    assert 'data-state="interrupted"' in status and ENDED_SILENTLY in status
+    assert "按「繼續」" in look(page, say=texts.sayer("zh-Hant"))["status"]
+
+
+def test_the_message_of_a_button_goes_with_the_state(page: RunsPage, run: RunFolder):
+    first = look(page)
+    assert first["message"] == gr.skip()
+    assert look(page, first["hashes"])["message"] == gr.skip(), "the same state: what was said stays"
+    kill(run)
+    assert look(page, first["hashes"])["message"] == ""
+
+
+def test_a_run_that_was_stopped_goes_on_before_its_process_is_gone(page: RunsPage, run: RunFolder):
+    queue = page.workspace.queue
+    job = queue.command(["train"], run.path)
+    queue._write(replace(job, state="running", pid=run._state.pid, pid_start=run._state.pid_start))
+    with pytest.raises(LorakitError, match="one is in the queue already"):
+        queue.resume(run.path)
+    run.update(state="stopped", message="stopped")
+    assert queue.resume(run.path).state == "waiting"
+    with pytest.raises(LorakitError, match="one is in the queue already"):
+        queue.resume(run.path)
