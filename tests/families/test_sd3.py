@@ -227,7 +227,8 @@ def test_inspect_says_who_reads_it(result: train.Result) -> None:
         assert report.family == "sd3" and set(report.components) == {"unet", "text_encoder", "text_encoder_2"}
     readers = inspect.inspect(result.adapter).readers
     assert [name for name, reading in readers.items() if reading.complete] == ["comfyui", "diffusers", "peft"]
-    assert readers["a1111"].line().startswith("reads none of it, as it has no rule for names like text_encoder.")
+    # The picture's attention (query, key, value, output) of three blocks, and no more.
+    assert readers["a1111"].line().startswith("unet 12/37, text_encoder 0/18, text_encoder_2 0/18; no rule for ")
 
 
 def test_an_adapter_for_another_kind_of_model_is_named(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def as_merged(weights: AdapterWeights, module: torch.nn.Module) -> dict[str, tor
     return {name: merger("unet", name, tensor) for name, tensor in module.state_dict().items()}
 
 
-@pytest.mark.filterwarnings("ignore:(Failed to load the CUDA|Setting boft_n_butterfly)")
+@pytest.mark.filterwarnings("ignore:(Failed to load the CUDA|Setting boft_n_butterfly|The distutils package)")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_merge_is_what_peft_merges(tmp_path, kind):
     torch.manual_seed(0)
