@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.adapters import average, dropout, start, targets
+from lorakit.adapters import average, dropout, targets, weights_fit
 from lorakit.adapters.method import NAME, Method
 from lorakit.adapters.textual_inversion import LearnedToken
 from lorakit.adapters.weights import AdapterWeights, delta_norm, from_factors
@@ -63,15 +63,15 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     if weights.family != family:
         raise LorakitError(f"the adapter is for {weights.family}, the base is {family}")
     paths = _layer_paths(modules)
-    method = start.method(weights)
+    method = weights_fit.method(weights)
     missing = [name for name in weights.layers if name not in paths]
     if missing:
         raise LorakitError(f"the base has no layer {missing[0]}, which the adapter adapts ({len(missing)} such)")
     for name, layer in weights.layers.items():
         component, path = paths[name]
         expected = tuple(modules[component].get_submodule(path).weight.shape)
-        if not start.fits(layer, expected):
-            actual = start.size_text(layer)
+        if not weights_fit.fits(layer, expected):
+            actual = weights_fit.size_text(layer)
             raise LorakitError(f"{name} is {expected} in the base, {actual} in the adapter: it is for another base")
     # Most layers share one rank; PEFT makes those, and `fill` puts the others' factors in their place.
     rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
@@ -232,10 +232,10 @@ class Adapter:
         """Begin from another adapter's weights. A difference of scale is folded into one of the factors.
 
         Raises:
-            LorakitError: as `start.require`.
+            LorakitError: as `weights_fit.require`.
         """
         shapes = {name: tuple(layer.base_layer.weight.shape) for name, layer in self._layers.items()}
-        start.require(weights, self.config, self.family, shapes, self._word)
+        weights_fit.require(weights, self.config, self.family, shapes, self._word)
         with torch.no_grad():
             for name, layer in weights.layers.items():
                 factors = layer.rescaled(self._scales[name]).factors()

@@ -1,4 +1,4 @@
-"""LoRA and rank-stabilised LoRA: PEFT's layers, told to PEFT as PEFT wants it, with a leaner forward."""
+"""LoRA and rank-stabilised LoRA: PEFT's config and layers, whose forward the engine may replace by a fused one."""
 
 from __future__ import annotations
 

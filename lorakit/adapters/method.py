@@ -1,5 +1,5 @@
-"""What an adapter method is to `Adapter`: functions that mostly work on one of PEFT's layers. One file and one line of
-`registry.METHODS` for each method."""
+"""`Method`: the functions by which `Adapter` uses a method, most of them on one of PEFT's layers. Each method has one,
+in a file of its own, which a line of `registry.METHODS` names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter's weights in no program's spelling: what training makes, what every export format is written from.
+"""An adapter's weights under canonical names: what training gives, and what every file is read to and written from.
 
 Canonical layer names are the module paths of diffusers' UNet and of CLIP as real checkpoints spell it, with the
 component in front, whatever the installed transformers calls its modules:

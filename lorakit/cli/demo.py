@@ -1,4 +1,4 @@
-"""`lorakit demo`: the whole main job on what is bundled, with figures at the end that say whether it worked."""
+"""`lorakit demo`: train on bundled photos with the bundled base, draw, and print figures that say whether it worked."""
 
 from __future__ import annotations
 

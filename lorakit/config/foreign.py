@@ -1,4 +1,4 @@
-"""Configs of other trainers: what program they are of."""
+"""Recognise the configs of other trainers, read them and refuse them where one of lorakit's own is expected."""
 
 from __future__ import annotations
 

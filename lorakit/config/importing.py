@@ -1,4 +1,4 @@
-"""Configs of other trainers: what of them has a twin among the options."""
+"""Convert a config of another trainer: each of its settings that has a counterpart among the options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies in a folder of photos and can be used: links that leave it are not followed, and nothing is lost unsaid."""
+"""The usable files of a folder of photos. Links that leave it are not followed; what is left out is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base that an adapter's file names, where it is on this machine."""
+"""Find the base that an adapter's metadata names, where it is on this machine."""
 
 from __future__ import annotations
 

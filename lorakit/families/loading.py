@@ -1,4 +1,4 @@
-"""What the families have in common: loading components quietly, tokens, the autoencoder, moving things about."""
+"""Functions that the families share: load components, turn texts into token ids, encode and decode, move parts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """LoRA brought into the one shape that every reader understands: one rank and one alpha for each component.
 
 diffusers reads a mix of ranks or alphas wrongly, stable-diffusion.cpp reads rank 1 wrongly, and several programs drop
-or refuse a text encoder that lacks some of q, k, v and out. All three are mended here without changing delta W.
+or refuse a text encoder that lacks some of q, k, v and out. The functions here repair that; delta W stays as it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters from any of the formats into canonical weights; anything else is named for what it is.
+"""Read an adapter of any format into `AdapterWeights`; the error for another file says what the file is.
 
 Understood: kohya files in both block spellings; diffusers files in PEFT's (`lora_A`), the training scripts'
 (`lora.down`, `lora_linear_layer.down`) and the old (`processor.to_q_lora.down`) spelling; PEFT folders. LoRA, DoRA,

@@ -1,5 +1,5 @@
-"""What a format of adapter files is to the rest of lorakit: one `FormatSpec` in the format's own file, and one line of
-`registry.FORMATS`. No torch."""
+"""`FormatSpec`: what a format of adapter files can carry, and how it is written and recognised. Each format has one,
+in a file of its own, which a line of `registry.FORMATS` names. No torch."""
 
 from __future__ import annotations
 

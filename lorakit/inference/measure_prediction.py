@@ -1,4 +1,4 @@
-"""What a base predicts, noise or v, by its error on photos under both readings: of a true model one is far smaller.
+"""Measure what a base predicts, noise or v: its error on photos under both readings, of which one is far smaller.
 
 A photo's latents get known noise at several timesteps, and the denoiser is asked without a prompt. What it answers is
 compared with what each prediction type would have it answer.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import families, formats
-from lorakit.adapters import start, targets
+from lorakit.adapters import targets, weights_fit
 from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig, optimizer_builder, unquote
 from lorakit.core import install, registry, safetensors_header
 from lorakit.core.errors import LorakitError
@@ -238,7 +238,7 @@ def _misfit(config: Config, info: BaseInfo) -> str | None:
     names = targets.adapted(info.family, info.layers, config.adapter)
     try:
         shapes = {name: info.layers[name] for name in names}
-        start.require(formats.read(path), config.adapter, info.family, shapes, config.data.trigger)
+        weights_fit.require(formats.read(path), config.adapter, info.family, shapes, config.data.trigger)
     except LorakitError as error:
         return str(error)
     return None

@@ -1,4 +1,4 @@
-"""What someone is asked who has never trained a model, and the config that the answers lead to."""
+"""The few questions for someone who has never trained a model, and the config that follows from the answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prior preservation: the terms of the loss that hold the base to what it says of the class."""
+"""Prior preservation: the terms of the loss that keep what the base predicts for the class."""
 
 from __future__ import annotations
 

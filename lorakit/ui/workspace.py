@@ -1,4 +1,4 @@
-"""What every page of the front end works with: the allowed folders, the runs, the queue, and what was looked at."""
+"""What all pages of the front end share: the allowed folders, the runs, the queue, earlier reports on photos."""
 
 from __future__ import annotations
 

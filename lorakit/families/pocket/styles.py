@@ -1,4 +1,4 @@
-"""The five manners a scene can be drawn in: from its layers (twice the size) to the finished picture."""
+"""The five styles that a scene can be drawn in: from its layers (twice the size) to the finished picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model an adapter is for, where that is none with a UNet as Stable Diffusion has it; no torch.
+"""Recognise adapters of other models than Stable Diffusion, such as FLUX; no torch.
 
 Names of layers decide, as they cannot lie. Where several models share them, metadata and widths choose among those.
 Sources of the names: each model's own code, diffusers, ComfyUI, sd-scripts, musubi-tuner, OneTrainer.

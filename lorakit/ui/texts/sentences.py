@@ -1,9 +1,9 @@
-"""What the rooms of lorakit say, in another language: they speak English and know of no page, so the page knows them.
+"""Translate finished English messages for the front end. The other rooms write English and know no language.
 
-A table of sentences has a line for each thing that can be said, `"{photo}: its caption in {file} is empty"`, and what
-that is in its own language, where the holes stand in whatever order. A hole is filled with the very characters that
-stood there; as `{rest:said}` with what those are in the language, which must be known, and as `{rest:words}` with the
-phrases in them replaced that are. What no line of the table fits stays as it was said.
+A table has a line for each message: its English with named holes, `"{photo}: its caption in {file} is empty"`, and the
+translation with the same holes in any order. A hole is filled with the characters that stand there in the message.
+`{rest:said}` is translated itself, and must have a line too; in `{rest:words}` known phrases are replaced. A message
+that fits no line stays in English.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an adapter must be to be trained further, or applied: compared by names, ranks and sizes, without the base."""
+"""Whether the weights of an adapter fit a base and a config, by names, ranks and sizes; no model is loaded for it."""
 
 from __future__ import annotations
 
