@@ -117,23 +117,38 @@ def cached(hub_id: HubId, without: Collection[str] = ()) -> Path | None:
     return Path(path).parent if _complete(Path(path).parent, without) else None
 
 
+def cached_vae(hub_id: HubId) -> Path | None:
+    """The autoencoder of a repository in the cache, or None. The network is not asked."""
+    if hub_id.file:
+        return cached(hub_id)
+    reference = _repository(hub_id) / "refs" / hub_id.revision
+    commit = reference.read_text() if reference.is_file() else hub_id.revision
+    folder = _repository(hub_id) / "snapshots" / commit
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    with contextlib.suppress(LorakitError):
+        return folder / _vae_files(hub_id.title, names)[0]
+    return None
+
+
+def _repository(hub_id: HubId) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{hub_id.name.replace('/', '--')}"
+
+
 def find_vae(hub_id: HubId) -> tuple[Path, str]:
     """The autoencoder of a repository in the cache, and the commit that it is of; fetched where the cache lacks it.
 
     Raises:
         LorakitError: as `find`, or there is no autoencoder in it.
     """
-    from huggingface_hub import HfApi, constants, errors, is_offline_mode, snapshot_download
+    from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
     try:
         if hub_id.file:
             return find(hub_id, Checks(lambda title, folder: None, lambda header: None))
-        with contextlib.suppress(LorakitError):
-            repository = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.name.replace('/', '--')}"
-            reference = repository / "refs" / hub_id.revision
-            folder = repository / "snapshots" / (reference.read_text() if reference.is_file() else hub_id.revision)
-            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-            return folder / _vae_files(hub_id.title, names)[0], folder.name
+        if there := cached_vae(hub_id):
+            return there, there.relative_to(_repository(hub_id) / "snapshots").parts[0]
         if is_offline_mode():
             raise LorakitError(
                 f"model.vae: {hub_id.title} is not in the cache and HF_HUB_OFFLINE is set: unset it once; "

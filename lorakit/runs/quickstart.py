@@ -75,10 +75,23 @@ def is_hub_id(base: str) -> bool:
     return not Path(base).expanduser().exists() and hub.parse(base) is not None
 
 
-def must_be_fetched(base: str) -> bool:
-    """Whether only the network has a base: it is a hub id, and not in the cache. The network is not asked."""
-    hub_id = hub.parse(base) if is_hub_id(base) else None
-    return hub_id is not None and hub.cached(hub_id) is None
+def must_be_fetched(name: str, *, vae: bool = False) -> bool:
+    """Whether only the network has a base, or an autoencoder: it is a hub id, and not in the cache. The network is not
+    asked."""
+    hub_id = hub.parse(name) if is_hub_id(name) else None
+    return hub_id is not None and (hub.cached_vae(hub_id) if vae else hub.cached(hub_id)) is None
+
+
+def fetch(name: str, *, vae: bool = False) -> None:
+    """Fetch a base, or an autoencoder, that is on the hub into the cache.
+
+    Raises:
+        LorakitError: why it cannot be had.
+    """
+    if not vae:
+        describe(name)
+    elif hub_id := hub.parse(name):
+        hub.find_vae(hub_id)
 
 
 def base_of(config_file: Path) -> str:

@@ -62,10 +62,11 @@ def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> l
     return [Path(path) for path in json.loads(result.stdout).values()]
 
 
-def fetch(base: str, progress: Callable[[int, int], object] = lambda count, total: None) -> None:
+def fetch(base: str, progress: Callable[[int, int], object] = lambda count, total: None, *, vae: bool = False) -> None:
     """Fetch a base that is on the hub into the cache, where it takes no second time; as long as that takes.
 
     Args:
+        vae: it is an autoencoder.
         progress: called each second with the MiB that came so far, and 0.
 
     Raises:
@@ -74,7 +75,7 @@ def fetch(base: str, progress: Callable[[int, int], object] = lambda count, tota
     before = _cache_size()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "lorakit.ui.commands", base],
+            [sys.executable, "-m", "lorakit.ui.commands", base, *(["vae"] if vae else [])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -110,6 +111,6 @@ def _complaint(errors: str) -> str:
 
 if __name__ == "__main__":
     try:
-        quickstart.describe(sys.argv[1])
+        quickstart.fetch(sys.argv[1], vae=len(sys.argv) > 2)
     except LorakitError as problem:
         sys.exit(f"lorakit: {problem}")

@@ -186,6 +186,24 @@ def test_a_path_that_looks_like_a_hub_id_is_a_path(train: TrainPage, tiny_sd1: P
     assert config is not None and quickstart.describe(config.model.base).path == tiny_sd1
 
 
+def test_a_vae_on_the_hub_is_lacking_until_it_is_in_the_cache(train: TrainPage, tiny_sd1: Path, hub_cache: Path):
+    place = train.workspace.roots.paths[0] / "base"
+    place.symlink_to(tiny_sd1)
+    values, _ = answered(train, Path("base"))
+    state = train.form_values(values) | {quickstart.VAE: "org/vae"}
+    assert train.lacking(state) == (quickstart.VAE, "org/vae")
+    _, problems = train.read(state, SAY)
+    assert "org/vae is no path here" in problems[quickstart.VAE][0] and quickstart.BASE not in problems
+    cache = hub_cache / "hub" / "models--org--vae"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0123")
+    (cache / "snapshots").mkdir()
+    (cache / "snapshots" / "0123").symlink_to(tiny_sd1 / "vae")
+    assert train.lacking(state) is None
+    config, problems = train.read(state, SAY)
+    assert problems == {} and config is not None and config.model.vae == "org/vae"
+
+
 def test_photos_are_shown_whatever_the_base_is(workspace: Workspace, train: TrainPage, hub_cache: Path):
     with gr.Blocks():
         photos = PhotosPage(workspace, T)

@@ -204,8 +204,8 @@ class TrainPage:
         for key in quickstart.BASIC_OPTIONS:
             if not str(answers.get(key) or "").strip():
                 problems.setdefault(key, []).append(say("train.required"))
-        if name := self.lacking(answers):
-            problems.setdefault(quickstart.BASE, []).append(say("train.must_fetch", name=name))
+        if lacking := self.lacking(answers):
+            problems.setdefault(lacking[0], []).append(say("train.must_fetch", name=lacking[1]))
         elif config is not None and not problems:
             try:
                 quickstart.describe(config.model)
@@ -215,23 +215,25 @@ class TrainPage:
         text = {key: [say.translate(line) for line in lines] for key, lines in problems.items()}
         return (None if problems else config), text
 
-    def lacking(self, answers: Mapping[str, Any]) -> str | None:
-        """The base's hub id where only the network has it; the network is not asked."""
-        try:
-            base = form.resolve_path(
-                quickstart.BASE, str(answers.get(quickstart.BASE) or "").strip(), self.workspace.roots
-            )
-        except LorakitError:
-            return None
-        return base if quickstart.must_be_fetched(base) else None
+    def lacking(self, answers: Mapping[str, Any]) -> tuple[str, str] | None:
+        """The option and the hub id of a base, or of its VAE, that only the network has; the network is not asked."""
+        for key in (quickstart.BASE, quickstart.VAE):
+            try:
+                name = form.resolve_path(key, str(answers.get(key) or "").strip(), self.workspace.roots)
+            except LorakitError:
+                continue
+            if quickstart.must_be_fetched(name, vae=key == quickstart.VAE):
+                return key, name
+        return None
 
     def fetch_base(self, values: Sequence[Any], say: Say, progress: Progress = lambda count, total: None) -> str:
-        """Fetch the base from the hub, because somebody asked for it; what came of it, in words."""
-        name = self.lacking(self.form_values(values))
-        if name is None:
+        """Fetch the base, or its VAE, from the hub, because somebody asked for it; what came of it, in words."""
+        lacking = self.lacking(self.form_values(values))
+        if lacking is None:
             return ""
+        key, name = lacking
         try:
-            commands.fetch(name, progress)
+            commands.fetch(name, progress, vae=key == quickstart.VAE)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem)))
         return widgets.good(say("train.fetched", name=name))

@@ -46,7 +46,7 @@ TEXTS = {
     "train.started": "{name} is in the queue.",
     "train.cannot": "Not started: {problem}",
     "train.required": "Needed.",
-    "train.fetch": "Fetch the base model from the hub (goes to the network)",
+    "train.fetch": "Fetch the base model or its VAE from the hub (goes to the network)",
     "train.must_fetch": "{name} is no path here, and as a hub id not on this machine yet. The button below fetches it "
     "from the network once, some GB; until it is pressed nothing is asked of the network.",
     "train.fetched": "{name} is on this machine now.",

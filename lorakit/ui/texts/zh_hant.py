@@ -44,7 +44,7 @@ TEXTS = {
     "train.started": "{name} 已加入佇列。",
     "train.cannot": "未能開始：{problem}",
     "train.required": "必填。",
-    "train.fetch": "從 hub 下載基礎模型（會連上網路）",
+    "train.fetch": "從 hub 下載基礎模型或其 VAE（會連上網路）",
     "train.must_fetch": "這裡沒有 {name} 這個路徑；若是 hub 識別名，這台電腦上也還沒有。按下方按鈕會從網路下載一次，"
     "約數 GB；按下之前不會連線。",
     "train.fetched": "{name} 已在這台電腦上。",
