@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,8 @@ _TWINS: dict[str, tuple[str, Convert]] = {
     **dict.fromkeys(("network_dim", "lora_rank"), ("adapter.rank", int)),
     **dict.fromkeys(("network_alpha", "lora_alpha"), ("adapter.alpha", float)),
     "network_dropout": ("adapter.dropout", float),
+    "block_dims": ("adapter.ranks", lambda text: {pattern: int(rank) for pattern, rank in _blocks(text).items()}),
+    "block_alphas": ("adapter.alphas", lambda text: _blocks(text)),
     "rank_dropout": ("adapter.rank_dropout", float),
     "module_dropout": ("adapter.module_dropout", float),
     "scale_weight_norms": ("train.max_weight_norm", float),
@@ -116,6 +119,7 @@ def convert(tables: Mapping[str, object]) -> tuple[str, list[str]]:
     if not (program := program_of(tables)):
         raise ConfigError([f"neither a config of {' nor of '.join(MARKS)}"])
     values, options, rest = flatten(tables), dict[str, Any](), list[str]()
+    values |= _network_args(values)
     if program == "OneTrainer" and "," in str(values.get("resolution")):  # several, each photo at each
         values["resolution"] = tuple(str(values["resolution"]).split(","))
     if program != "OneTrainer":
@@ -143,6 +147,35 @@ def convert(tables: Mapping[str, object]) -> tuple[str, list[str]]:
             if not named:
                 raise
             rest.append(f"{named[0]} = {options.pop(named[0])} ({problem})")
+
+
+def _network_args(values: Mapping[str, object]) -> dict[str, object]:
+    """The arguments "key=value" of sd-scripts' networks as keys of their own; what has no twin stays in the list."""
+    items = values.get("network_args")
+    pairs = [str(item).partition("=") for item in items] if isinstance(items, list) else []
+    twins = {key.strip(): text.strip() for key, _, text in pairs if key.strip() in {*_TWINS, *_READ_ELSEWHERE}}
+    rest = ["".join(pair) for pair in pairs if pair[0].strip() not in twins]
+    return {**twins, "network_args": rest} if pairs else {}
+
+
+def _blocks(text: object) -> dict[str, float]:
+    """sd-scripts' value of each block, 25 of Stable Diffusion 1 and 2 or 23 of SDXL, as patterns of layers."""
+    numbers = [float(item) for item in (text if isinstance(text, list) else str(text).split(","))]
+    if len(numbers) not in (23, 25):
+        raise ValueError
+    is_sdxl, patterns = len(numbers) == 23, dict[str, float]()
+    last, offset, attentions = (
+        (2, 2, {"down": (1, 2), "up": (0, 1)}) if is_sdxl else (3, 1, {"down": (0, 1, 2), "up": (1, 2, 3)})
+    )
+    for side, first, count in (("down", offset, 2), ("up", 13, 3)):
+        for block in range(last + 1):
+            kinds = ["resnets"] + ["attentions"] * (block in attentions[side])
+            places = {f"{kind}.{place}": place for kind in kinds for place in range(count)}
+            places |= {f"{side}samplers.0": 2} if block < last else {}
+            for layer, place in places.items():
+                patterns[f"unet.{side}_blocks.{block}.{layer}.*"] = numbers[first + 3 * block + place]
+    middle = {"resnets.0.*": 10, "attentions.0.*": 11, "resnets.1.*": 12} if is_sdxl else {"*": 12}
+    return patterns | {f"unet.mid_block.{name}": numbers[place] for name, place in middle.items()}
 
 
 def _place(key: str) -> int:
@@ -185,3 +218,8 @@ def _settle(options: dict[str, object], values: Mapping[str, object]) -> None:
     options["adapter.target_modules"] = "linear"
     if values.get("LoRA_type") in ("Kohya LoCon", "LyCORIS/LoCon") or values.get("conv_dim"):
         options["adapter.target_modules"] = "linear+conv"
+        return
+    for key in {"adapter.ranks", "adapter.alphas"} & set(options):  # only attention blocks have adapters
+        patterns: Any = options[key]
+        outside = re.compile(r"resnets|samplers")
+        options[key] = {pattern: value for pattern, value in patterns.items() if not outside.search(pattern)}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from lorakit import config
+from lorakit.adapters import targets
 from lorakit.cli.main import _with_full_names, main
 from lorakit.config import ConfigError, foreign, importing
 
+KEYS = Path(__file__).parents[1] / "formats" / "keys"
 KOHYA = """
 [model_arguments]
 pretrained_model_name_or_path = "/models/sd15.safetensors"
@@ -124,3 +128,60 @@ def test_what_is_no_preset_is_named(tmp_path: Path, name: str, text: str, messag
 )
 def test_words_of_a_name_that_a_shell_parted_are_joined(argv: list[str], expected: list[str]) -> None:
     assert _with_full_names(argv) == expected
+
+
+def test_what_sd_scripts_gives_to_its_network_comes_over() -> None:
+    arguments = ["loraplus_lr_ratio=16", "conv_dim=4", "rank_dropout=0.1", "module_dropout=0.2", "algo=x"]
+    blocks = [2] * 12 + [0] + [4] * 12
+    table = {"network_dim": 8, "network_module": "networks.lora", "scale_weight_norms": 1.0}
+    text, rest = importing.convert(
+        table | {"network_args": [*arguments, "block_dims=" + ",".join(map(str, blocks))], "max_train_steps": 5}
+    )
+    read = config.from_tables(tomllib.loads(text))
+    assert (read.optimizer.loraplus_lr_ratio, read.train.max_weight_norm) == (16.0, 1.0)
+    assert isinstance(read.adapter, config.LoraConfig)
+    assert (read.adapter.rank_dropout, read.adapter.module_dropout) == (0.1, 0.2)
+    assert rest == ['network_args = ["algo=x"]']
+    places = {
+        "unet.down_blocks.1.attentions.0.x": 2,
+        "unet.down_blocks.2.downsamplers.0.conv": 2,
+        "unet.mid_block.attentions.0.x": 0,
+        "unet.up_blocks.3.attentions.2.x": 4,
+        "unet.up_blocks.0.upsamplers.0.conv": 4,
+    }
+    for name, rank in places.items():
+        assert targets.last_match(read.adapter.ranks, name, 8) == rank
+
+
+@pytest.mark.parametrize(("family", "values"), [("sd15", 25), ("sdxl", 23)])
+@pytest.mark.parametrize("convolutions", [[], ["conv_dim=4"]])
+def test_every_pattern_of_an_imported_config_matches(family: str, values: int, convolutions: list[str]) -> None:
+    table = {"network_module": "networks.lora", "network_train_unet_only": True, "network_dim": 8}
+    blocks = ",".join(str(2 + number % 3) for number in range(values))
+    text, _ = importing.convert(
+        table | {"network_args": [f"block_dims={blocks}", f"block_alphas={blocks}", *convolutions]}
+    )
+    read = config.from_tables(tomllib.loads(text))
+    rows = gzip.decompress((KEYS / f"{family}.tsv.gz").read_bytes()).decode().splitlines()[1:]
+    names = [row.split("\t")[0] for row in rows if row.startswith("unet.")]
+    assert len(names) > 100 and targets.pattern_problems(read, family.removesuffix("5"), names) == []
+    assert set(read.adapter.ranks.values()) == {2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("index", "layer"),
+    [
+        (2, "down_blocks.0.resnets.0.conv1"),
+        (4, "down_blocks.0.downsamplers.0.conv"),
+        (6, "down_blocks.1.attentions.1.x"),
+        (9, "down_blocks.2.attentions.1.x"),
+        (10, "mid_block.resnets.0.conv1"),
+        (11, "mid_block.attentions.0.x"),
+        (13, "up_blocks.0.attentions.0.x"),
+        (18, "up_blocks.1.upsamplers.0.conv"),
+        (21, "up_blocks.2.resnets.2.conv1"),
+    ],
+)
+def test_blocks_of_sdxl_are_sd_scripts(index: int, layer: str) -> None:
+    patterns = importing._blocks(",".join(str(number) for number in range(23)))
+    assert targets.last_match(patterns, f"unet.{layer}", -1.0) == index

@@ -14,14 +14,16 @@ from short_run import noise, run_config
 
 from lorakit import config
 from lorakit.adapters import average
+from lorakit.adapters.weights import delta_norm
 from lorakit.config import ConfigError
 from lorakit.core.errors import LorakitError
 from lorakit.inference import sampling
 from lorakit.runs import memory_estimate, plan
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint_export, run as train
 from lorakit.training.validation import Validation
 
-DECAY, STEPS = 0.5, 4
+DECAY, STEPS, LIMIT = 0.5, 4, 0.05
 
 
 def recursion(weights: list[torch.Tensor], decay: float) -> torch.Tensor:
@@ -72,7 +74,14 @@ def test_the_average_is_exported_drawn_and_examined_and_goes_on(
     every = {"train__save_every": 1, "train__keep_checkpoints": 9, "train__validate_every": 2, "sample__every": 2}
     result = train.train(
         run_config(
-            tiny_sd1, photos, tmp_path / "run", STEPS, train__ema_decay=DECAY, sample__prompts=("a toy",), **every
+            tiny_sd1,
+            photos,
+            tmp_path / "run",
+            STEPS,
+            train__ema_decay=DECAY,
+            train__max_weight_norm=LIMIT,
+            sample__prompts=("a toy",),
+            **every,
         )
     )
     folders = [result.folder / "checkpoints" / f"step-{step:06d}" for step in range(STEPS + 1)]
@@ -87,6 +96,7 @@ def test_the_average_is_exported_drawn_and_examined_and_goes_on(
     assert torch.equal(captured["draw"][0], states[2][average.PREFIX + down])
     assert torch.equal(captured["validate"][0], states[2][average.PREFIX + down])
 
+    check_norms(result.folder, states[-1], last)
     exported = load_file(result.adapter)
     kohya = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight"
     assert torch.equal(exported[kohya], states[-1][average.PREFIX + down])
@@ -99,6 +109,16 @@ def test_the_average_is_exported_drawn_and_examined_and_goes_on(
     assert all(torch.equal(exported[name], repeated[name]) for name in exported)
     with pytest.raises(LorakitError, match=r"train.ema_decay cannot change from 0.5 to 0.9"):
         train.resume(tmp_path / "copy", overrides={"train.ema_decay": 0.9})
+
+
+def check_norms(folder: Path, state: dict[str, torch.Tensor], last: set[str]) -> None:
+    """No layer is above the limit, and the log has how many were."""
+    norms = [
+        delta_norm({factor: state[f"{layer}.{factor}"] for factor in ("down", "up")}, 1.0)
+        for layer in {name.rpartition(".")[0] for name in last}
+    ]
+    assert max(norms) == pytest.approx(LIMIT, rel=1e-4)
+    assert all(event["scaled_layers"] > 0 for event in RunFolder(folder).events("step"))
 
 
 def lora_weight(denoiser: torch.nn.Module) -> torch.Tensor:

@@ -111,7 +111,7 @@ def plans(tiny_sd1: Path) -> Iterator[plan.Plan]:
         info = families.describe(settings.model)
         for count in (1, 16):
             items = [
-                SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png", repeats=1), bucket=(64, 64))
+                SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png", repeats=1), buckets=((64, 64),))
                 for n in range(count)
             ]
             report = SimpleNamespace(items=items, photos=[item.photo for item in items], class_photos=[], chunks=1)
