@@ -8,6 +8,7 @@ the prompt.
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -91,10 +92,6 @@ def _weighted(text: str) -> list[Part]:
             pieces.append((token, 1.0))
     while opened:
         close(opened[-1][0], EMPHASIS if opened[-1][0] == "(" else 1 / EMPHASIS, "")
-    parts: list[Part] = []
-    for piece, weight in pieces:
-        if parts and parts[-1].weight == weight:
-            parts[-1] = Part(parts[-1].text + piece, weight)
-        else:
-            parts.append(Part(piece, weight))
+    groups = itertools.groupby(pieces, key=lambda piece: piece[1])
+    parts = [Part("".join(letters for letters, _ in group), weight) for weight, group in groups]
     return parts or [Part("")]
