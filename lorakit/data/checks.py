@@ -6,6 +6,7 @@ Errors stop a run. Warnings name probable problems. Notes say what the check dec
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -392,6 +393,7 @@ def _check_twins(report: Report, pairs: Sequence[tuple[Item, _Measurement]]) -> 
     for item, measurement in pairs:
         stem, size = Path(item.relative).stem, (item.width, item.height)
         parts = {*(stem[:at] for at in range(3, len(stem) + 1)), *(stem[at:] for at in range(len(stem) - 2))}
+        parts |= {*re.split(r"[\W_]+", stem)}  # shorter names too: "1" of "1_matte"
         if measurement.grey and item.photo.mask is None and any((part, *size) in colour for part in parts | {stem}):
             twins.append(item)
             item.findings.append("grey, beside a photo in colour")

@@ -188,7 +188,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
             *info.notes,
             *([_price(config, info, text_tokens)] if info.text_tokens > text_tokens else []),
             *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else []),
-            *filter(None, [warmup_problem(config.optimizer, steps)]),
+            *filter(None, [warmup_problem(config.optimizer, steps), _own_class_images(config, report)]),
             *([_averaging(config.train.ema_decay, steps)] if config.train.ema_decay else []),
             *([ASSUMED_STATE.format(name=config.optimizer.name, bytes=spec.state_bytes)] if spec.is_guess else []),
         ),
@@ -332,6 +332,13 @@ def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[in
     passes, at = train.steps * parts / batches, f" at each of {resolutions} resolutions" if resolutions > 1 else ""
     times = " to ".join(f"{passes * number:.3g}" for number in sorted({min(repeats), max(repeats)}))
     return train.steps, f"{train.steps} steps{of}, each of {count} seen {times} times{at}"
+
+
+def _own_class_images(config: Config, report: Report) -> str | None:
+    """That the user's own class images serve as the prior's, or None."""
+    if config.train.prior != "images" or not report.class_photos:
+        return None
+    return f"class images: {len(report.class_photos)} of your own are used, none is drawn"
 
 
 def warmup_problem(optimizer: OptimizerConfig, steps: int) -> str | None:

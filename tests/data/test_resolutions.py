@@ -190,3 +190,13 @@ def test_two_resolutions_that_are_one_for_the_base_are_refused(photos: Path) -> 
     assert preflight(config).problems == (
         "data.lower_resolutions: 128 and 120 are one size in this base, whose sides are multiples of 16: leave one out",
     )
+
+
+@pytest.mark.parametrize("name", ["reg", "regularisation", "class images"])
+def test_own_class_images_are_named_in_the_plan(photos: Path, name: str) -> None:
+    fill(photos, (64, 64), (80, 80))
+    (photos / name).mkdir()
+    fill(photos / name, (64, 64), (64, 64), (64, 64))
+    line = "class images: 3 of your own are used, none is drawn"
+    assert line in preflight(config_of(photos, train__prior="images")).lines()
+    assert line not in preflight(config_of(photos)).lines()

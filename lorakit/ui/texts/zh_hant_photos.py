@@ -61,6 +61,7 @@ PHOTOS = {
     "sample.prompts: {text} is a file: give it with --prompts {path}": (
         "sample.prompts：{text} 是檔案，請在命令列以 --prompts {path} 指定"
     ),
+    "class images: {count} of your own are used, none is drawn": "類別圖片：使用你自備的 {count} 張，不另外繪製",
     "each photo is trained at {sides}: as {sizes:words}; a batch holds one size": (
         "每張照片以 {sides} 訓練：尺寸為 {sizes:words}；每批只有一種尺寸"
     ),
