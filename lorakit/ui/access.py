@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -89,15 +90,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def require_password(host: str, share: bool, password: str) -> None:
+def require_password(host: str, share: bool, password: str, public: str = "") -> None:
     """Refuse an address that others can reach without a password.
 
     Raises:
         LorakitError: others could reach it, and there is no password or a short one.
     """
-    if is_loopback(host) and not share:
+    if public and not re.fullmatch(r"https?://[^/]+(/.*)?", public):
+        raise LorakitError(f"--public {public}: give the whole address, as https://box.example/lorakit")
+    if is_loopback(host) and not share and not public:
         return
-    what = "--share" if share else f"--host {host}"
+    what = "--share" if share else f"--public {public}" if public else f"--host {host}"
     if not password:
         raise LorakitError(f"{what} lets others in: set a password in LORAKIT_PASSWORD (or --password) first")
     if len(password) < 8:

@@ -25,6 +25,7 @@ from lorakit.config import Config
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
 from lorakit.ui import access, texts, widgets
+from lorakit.ui.guard import Guard
 from lorakit.ui.pages.adapter import AdapterPage
 from lorakit.ui.pages.compare import ComparePage
 from lorakit.ui.pages.photos import PAGE, PhotosPage
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Start the front end and serve until it is interrupted; the exit code."""
     args = parser().parse_args(argv)
     try:
-        access.require_password(args.host, args.share, args.password)
+        access.require_password(args.host, args.share, args.password, args.public)
         workspace = Workspace(Path(args.runs), [Path(root) for root in args.root or default_roots()])
         serve(workspace, args)
     except (LorakitError, OSError) as problem:
@@ -73,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
     options.add_argument("--share", action="store_true", help="a public address through Gradio; needs a password")
     options.add_argument(
+        "--public",
+        default="",
+        metavar="URL",
+        help="address at which a reverse proxy offers it, as https://box.example/lorakit; needs a password",
+    )
+    options.add_argument(
         "--password",
         default=os.environ.get("LORAKIT_PASSWORD", ""),
         help=f"ask for it, with the user name {USER!r}; better set in LORAKIT_PASSWORD, as others see command lines",
@@ -97,11 +104,12 @@ def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True)
         LorakitError: it cannot listen, or has no public address.
     """
     t = gr.I18n(**texts.tables())
+    os.environ["GRADIO_TEMP_DIR"] = str(workspace.private("gradio"))  # its own is shared, and kept for ever
     server = Server(
         build(workspace, t),
         args.host,
         args.port,
-        _only_this_machine(args),
+        _guard(args),
         auth=(USER, args.password) if args.password else None,
         max_file_size=f"{args.max_upload}mb",
         footer_links=[],
@@ -112,6 +120,7 @@ def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True)
         css_paths=STYLE,
         ssr_mode=False,
         pwa=False,
+        root_path=args.public or os.environ.get("GRADIO_ROOT_PATH", ""),
     )
     server.start()
     if args.share:
@@ -123,13 +132,11 @@ def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True)
     return server
 
 
-def _only_this_machine(args: argparse.Namespace) -> list[Middleware]:
-    """Keeps out a page from elsewhere that gives its own name this machine's address (DNS rebinding)."""
-    if not access.is_loopback(args.host) or args.share:
-        return []
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", args.host])]
+def _guard(args: argparse.Namespace) -> list[Middleware]:
+    """Keeps out a page from elsewhere that gives its own name this machine's address (DNS rebinding), and others."""
+    only_here = access.is_loopback(args.host) and not args.share
+    hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if only_here else set()
+    return [Middleware(Guard, hosts=hosts, public=args.public, max_upload=args.max_upload << 20)]
 
 
 def _theme() -> gr.themes.Base:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import secrets
 import signal
 import socket
@@ -44,8 +43,7 @@ class Server(uvicorn.Server):
         name = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
         self.address = f"http://{name}:{self.port}"
         parent = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=list(middleware))
-        root_path = os.environ.get("GRADIO_ROOT_PATH", "")
-        app = gr.mount_gradio_app(parent, page, "/", host, self.port, root_path=root_path, **options)
+        app = gr.mount_gradio_app(parent, page, "/", host, self.port, **options)
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
         self.should_exit = False
         self.thread = threading.Thread(target=self.run, args=([self.socket],), name="server", daemon=True)

@@ -151,6 +151,12 @@ class Workspace:
                     shutil.copyfile(path, target)
         return target
 
+    def private(self, name: str) -> Path:
+        """A folder that nobody else on this machine reads, and that goes when this process ends."""
+        path = self._staging / name
+        path.mkdir(mode=0o700, exist_ok=True)
+        return path
+
     def unused(self, name: str) -> Path:
         """A new folder below the runs, for what belongs to no run."""
         return self.runs / name / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}"

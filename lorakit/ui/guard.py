@@ -1,0 +1,101 @@
+"""What every request passes before a page sees it: the name it was sent to, the page that it comes from, the size of an
+upload, and how often a password was wrong."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Wrong passwords from one address before it has to wait, and the longest wait in seconds.
+FREE_TRIES, LONGEST = 5, 300.0
+# Uploads of one request, as a multiple of the largest file.
+FILES = 20
+SAFE = ("GET", "HEAD", "OPTIONS")
+HEADERS = {
+    "X-Frame-Options": "SAMEORIGIN",
+    "Content-Security-Policy": "frame-ancestors 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+}
+
+
+class Guard:
+    """An ASGI middleware.
+
+    Args:
+        hosts: the names that the front end may be reached by; none: any, as it asks for a password.
+        public: its address behind a reverse proxy, or "".
+        max_upload: largest file, in bytes.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str], public: str, max_upload: int):
+        self.app, self.hosts, self.max_bytes = app, {host.lower() for host in hosts}, FILES * max_upload
+        self.public = urlsplit(public).netloc.lower()
+        # address -> (wrong passwords, when the next try is taken)
+        self.tries: dict[str, tuple[int, float]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse the request, or pass it on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        is_login = scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/login")
+        client = scope["client"][0] if scope.get("client") else ""
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+                if is_login:
+                    self._count(client, message["status"])
+            await send(message)
+
+        if refusal := self._refusal(scope, headers, client if is_login else ""):
+            code, why = refusal
+            await PlainTextResponse(f"lorakit: {why}\n", code, HEADERS)(scope, receive, send)
+            return
+        await self.app(scope, receive, send_marked)
+
+    def _refusal(self, scope: Scope, headers: Headers, login_from: str) -> tuple[int, str] | None:
+        """Code and reason, or None."""
+        host = headers.get("host", "").lower()
+        public = f"behind a reverse proxy, start it with --public https://{host}"
+        if self.hosts and host != self.public and _name(host) not in self.hosts:
+            return 400, f"it is not known as {host}; {public}"
+        if scope["method"] in SAFE:
+            return None
+        origin = headers.get("origin")
+        own = {host, self.public, headers.get("x-forwarded-host", "").lower()}
+        if origin is not None and urlsplit(origin).netloc.lower() not in own - {""}:
+            return 403, f"a page of {origin} may not do this; {public.replace(host, urlsplit(origin).netloc)}"
+        if scope["path"].rstrip("/").endswith("/upload"):
+            size = headers.get("content-length", "")
+            if not size.isdigit():
+                return 411, "an upload says how long it is"
+            if int(size) > self.max_bytes:
+                return 413, f"an upload may have {self.max_bytes >> 20} MB; send fewer files, or raise --max-upload"
+        wait = self.tries.get(login_from, (0, 0.0))[1] - time.monotonic() if login_from else 0
+        if wait > 0:
+            return 429, f"too many wrong passwords; try again in {wait:.0f} s"
+        return None
+
+    def _count(self, client: str, status: int) -> None:
+        """A wrong password makes the next ones wait, a right one does not."""
+        if status != 400:
+            self.tries.pop(client, None)
+            return
+        count = self.tries.get(client, (0, 0.0))[0] + 1
+        wait = min(LONGEST, 2.0 ** (count - FREE_TRIES)) if count >= FREE_TRIES else 0.0
+        self.tries[client] = count, time.monotonic() + wait
+        print(f"lorakit: wrong password from {client} ({count}); next try in {wait:.0f} s", file=sys.stderr, flush=True)
+
+
+def _name(host: str) -> str:
+    """The name of a Host header without its port; `[::1]` keeps its brackets."""
+    return host if host.endswith("]") else host.rpartition(":")[0] or host
