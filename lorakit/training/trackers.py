@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lorakit.config import Config
     from lorakit.core.events import Event
-    from lorakit.runs.folder import RunFolder
+    from lorakit.runs.run_folder import RunFolder
 
 Value = TypeVar("Value")
 # Tracker -> its argument for the name of a run, beside that of the project; the others have one name.
