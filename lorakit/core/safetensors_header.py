@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _MAX_HEADER = 100_000_000  # the library's own limit
 _EXCERPT_LENGTH = 80
 _NAME_LENGTH = 1000  # of any program's tensor, and more; names are matched with patterns
+_MAX_DIMENSIONS = 64  # of PyTorch and NumPy
 _PICKLE = "a pickle (.ckpt/.pt): it can run code when opened; convert it once: lorakit convert FILE"
 _ARCHIVE = "a zip archive: unpack it and give the file in it"
 _PAGE = "a web page, not a model: the download failed"
@@ -175,6 +176,8 @@ def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
         raise ValueError(f"{_excerpt(name)} has the dtype {_excerpt(dtype)}, which safetensors does not have")
     if not _are_sizes(shape):
         raise ValueError(f"damaged: the shape of {_excerpt(name)} is {_excerpt(shape)}")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"damaged: {_excerpt(name)} has {len(shape)} dimensions")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"damaged: the offsets of {_excerpt(name)} are {_excerpt(offsets)}")
     size = offsets[1] - offsets[0]

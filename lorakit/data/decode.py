@@ -35,6 +35,8 @@ OTHER_FORMATS = {
 }  # fmt: skip
 # Pillow refuses more pixels than this (twice its warning limit). Phones and cameras have fewer; stitched scans do not.
 MAX_PIXELS = 178_956_970
+# The most that JPEG takes. A line of 170 million pixels needs 6 GB to be resized.
+MAX_SIDE = 65_535
 # A file of `MAX_PIXELS` without compression has 0.5 GB, or 1 GB with 16 bits.
 MAX_BYTES = 2**30 + 2**26
 # Larger pictures are decoded one at a time, and every picture in strips of so many pixels: the largest needs 1.5 GB.
@@ -182,6 +184,8 @@ def _open(source: Path | bytes, name: str) -> Image.Image:
             raise Unreadable(name, _not_a_picture_reason(raw)) from None
     if image.width * image.height > MAX_PIXELS:
         raise Unreadable(name, _too_large_reason())
+    if max(image.size) > MAX_SIDE:
+        raise Unreadable(name, f"more than {MAX_SIDE} pixels on a side; save it smaller")
     return image
 
 

@@ -402,14 +402,22 @@ def test_a_truncated_file_is_named(format: str) -> None:
 
 
 @pytest.mark.parametrize("pillows_own", [Image.MAX_IMAGE_PIXELS, None])
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [
+        ((20_000, 20_000), "178 megapixels"),
+        ((1, 80_000_000), "65535 pixels on a side"),
+        ((65_536, 4), "65535 pixels on a side"),
+    ],
+)
 def test_huge_dimensions_are_refused_before_they_take_memory(
-    pillows_own: int | None, monkeypatch: pytest.MonkeyPatch
+    pillows_own: int | None, size: tuple[int, int], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_own)
     raw = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
-    raw[16:24] = struct.pack(">II", 20_000, 20_000)
+    raw[16:24] = struct.pack(">II", *size)
     raw[29:33] = struct.pack(">I", zlib.crc32(bytes(raw[12:29])))
-    with pytest.raises(Unreadable, match=r"^big\.png: more than 178 megapixels; save it smaller$"):
+    with pytest.raises(Unreadable, match=rf"^big\.png: more than {why}; save it smaller$"):
         decode.decode(bytes(raw), "big.png")
 
 

@@ -132,6 +132,7 @@ SENTENCES = {
     "cannot be read ({why})": "無法讀取（{why}）",
     "empty, 0 bytes; copy it again from where it came": "空檔，0 位元組；請從原處重新複製",
     "damaged or cut off ({why}); copy it again from where it came": "檔案損壞或不完整（{why}）；請從原處重新複製",
+    "more than {count} pixels on a side; save it smaller": "一邊超過 {count} 像素；請存成較小的圖",
     "more than {count} megapixels; save it smaller": "超過 {count} 百萬像素；請存成較小的圖",
     "larger than {size} MiB; save it smaller, as jpg or png": "超過 {size} MiB；請存成較小的 jpg 或 png",
     "takes longer than {seconds} s to read; save it again": "讀取超過 {seconds} 秒；請重新儲存",
