@@ -300,6 +300,8 @@ def test_a_run_that_was_deleted_while_its_page_was_open_is_reported(workspace: W
     assert "is not a run folder" in page.export_step("gone", 2, "kohya", SAY)[0]
     assert "lk-problem" in page.draw_grids("gone", ["a.safetensors"], "", "1", SAY)[0]
     assert not (workspace.runs / "gone").exists()
+    for text in ("abc", "0, x", "1;2", "nan"):
+        assert "is no strength: give numbers" in page.draw_grids("gone", ["a.safetensors"], "", text, SAY)[0]
     # Nothing chosen at all.
     for message in (page.export_step(None, None, "kohya", SAY)[0], page.draw_grids(None, [], "", "1", SAY)[0]):
         assert "lk-problem" in message and "No pictures yet" in message

@@ -51,6 +51,13 @@ def look(page: RunsPage, hashes: dict[str, object] | None = None, say: texts.Say
     return dict(zip(names, page.poll("one", hashes or {}, say), strict=True))
 
 
+def test_the_self_check_is_translated_without_its_name_among_the_numbers(page: RunsPage, run: RunFolder):
+    finding = {"name": "kohya file", "passed": True, "detail": "147 of 147 modules there, finite and not zero"}
+    run.write_report([finding])
+    assert "kohya file：147 個模組中有 147 個，皆為有限且非零" in look(page, say=texts.sayer("zh-Hant"))["status"]
+    assert "kohya file: 147 of 147 modules there" in look(page)["status"]
+
+
 def test_an_interrupted_run_says_why_and_what_to_do(page: RunsPage, run: RunFolder):
     assert ENDED_SILENTLY not in look(page)["status"]
     kill(run)

@@ -206,6 +206,9 @@ class ComparePage:
         if not name:
             return widgets.problem(say("compare.none")), gr.skip()
         run = RunFolder(self.workspace.run(name))
+        for strength in strengths.replace(",", " ").split():
+            if not re.fullmatch(r"-?\d*\.?\d+", strength):
+                return widgets.problem(say("compare.strength", text=strength)), gr.skip()
         try:
             adapters = [self._adapter(run, file) for file in files]
             base = quickstart.base_of(run.config_file)
@@ -213,7 +216,7 @@ class ComparePage:
             return widgets.problem(say.translate(str(problem))), gr.skip()
         for number, adapter in enumerate(adapters):
             target = run.path / GRIDS / f"{datetime.now():%Y-%m-%d-%H%M%S}-{number + 1}-{adapter.stem}"
-            arguments = ["sample", str(adapter), f"--strength={strengths.replace(' ', '') or 1}"]
+            arguments = ["sample", str(adapter), f"--strength={','.join(strengths.replace(',', ' ').split()) or 1}"]
             arguments += ["--output", str(target), "--base", base]
             arguments += [f"--prompt={line.strip()}" for line in prompts.splitlines() if line.strip()]
             self.workspace.queue.command(arguments, target)

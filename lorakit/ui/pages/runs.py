@@ -259,12 +259,18 @@ def _findings(run: RunFolder, say: Say) -> str:
         findings = foreign_json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
         items = "".join(
             f"<li class=lk-{'fine' if one['passed'] else 'bad'}><b>{'✓' if one['passed'] else '✕'}</b> "
-            f"{escape(say.translate('{name}: {detail}'.format_map(one)))}</li>"
+            f"{escape(_finding(str(one['name']), str(one['detail']), say))}</li>"
             for one in findings
         )
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f"<h4>{escape(say('run.checks'))}</h4><ul class=lk-readers>{items}</ul>" if items else ""
+
+
+def _finding(name: str, detail: str, say: Say) -> str:
+    """A line of the self-check; where its detail is a sentence of its own, the name is no part of that."""
+    translation = say.translate(detail)
+    return say.translate(f"{name}: {detail}") if translation == detail else f"{name}：{translation}"
 
 
 def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> str:

@@ -125,6 +125,7 @@ TEXTS = {
     "compare.step": "step {step}",
     "compare.marked": "marked as best",
     "compare.gone": "no file any more",
+    "compare.strength": "{text} is no strength: give numbers with commas between them, as 0, 0.5, 1",
     "compare.mark": "Mark as best",
     "compare.mark_which": "Checkpoint",
     "compare.nearest": "nearest photo, {percent} % alike",

@@ -121,6 +121,7 @@ TEXTS = {
     "compare.step": "第 {step} 步",
     "compare.marked": "已標為最佳",
     "compare.gone": "檔案已不在",
+    "compare.strength": "{text} 不是強度：請填數字並以逗號分隔，例如 0, 0.5, 1",
     "compare.mark": "標為最佳",
     "compare.mark_which": "檢查點",
     "compare.nearest": "最接近的照片，相似度 {percent} %",
