@@ -416,6 +416,21 @@ def _refused(
     return ""
 
 
+# By the widths of these InvokeAI tells on import which model an adapter is for.
+_PROBED = re.compile(r"lora_unet_.*(?:_attn2_to_[kv]|time_emb_proj)$|lora_te_.*_self_attn_|.*transformer_blocks_[2-9]_")
+
+
+def import_note(reading: Reading, stems: Iterable[str]) -> str:
+    """That InvokeAI reads the layers and yet refuses to import the file, or ""."""
+    stems = list(stems)
+    both = all(
+        any(stem.startswith(te) and "_self_attn_" in stem for stem in stems) for te in ("lora_te1_", "lora_te2_")
+    )
+    if reading.refused or not reading.is_used or both or any(_PROBED.match(stem) for stem in stems):
+        return ""
+    return "InvokeAI may refuse to import it, as it has no attn2 to_k or to_v that tells its model"
+
+
 def predict_compatibility(method: str, fmt: str) -> dict[str, str]:
     """Before training: consumer -> "" where it will read a file of this method and format, else what it will do."""
     result = {}

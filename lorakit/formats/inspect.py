@@ -290,6 +290,9 @@ def _adapter(
     first = next((f"{stem}: {why}" for stem, why in defects.items()), "")
     common |= {"defects": f"{len(defects)} of {len(modules)} modules are broken, {first}" if first else ""}
     ranks = {rank for component in components.values() for rank in component.ranks}
+    readers = compatibility.read_report(shapes, family, alphas=alphas, metadata=metadata, folder=folder)
+    notes = health.contradictions(metadata, ranks, scales.values() or [1.0])
+    notes += list(filter(None, [compatibility.import_note(readers["invokeai"], modules)]))
     return Report(
         name,
         "adapter",
@@ -300,9 +303,9 @@ def _adapter(
         "PEFT folder" if folder else Counter(m.spelling for m in modules.values()).most_common(1)[0][0],
         metadata.get("lorakit.method", LoraLayer.METHOD) if methods == LoraLayer.METHOD else methods,
         components=components,
-        readers=compatibility.read_report(shapes, family, alphas=alphas, metadata=metadata, folder=folder),
+        readers=readers,
         strength=Strength() if common["damage"] else measure(modules, places, scales),
-        notes=health.contradictions(metadata, ranks, scales.values() or [1.0]),
+        notes=notes,
         **common,
     )
 

@@ -410,3 +410,23 @@ def test_a_folder_of_pefts_own_is_what_peft_makes_of_it(tmp_path, pipeline, kind
     assert (2.0 in report.components["unet"].alphas) is (kind == "patterns")
     sizes = sorted(float(torch.linalg.vector_norm(layer.delta())) for layer in weights.layers.values())
     assert sorted(report.strength.modules.values()) == pytest.approx(sizes, rel=1e-4)
+
+
+NOTES = {
+    "attn1 alone": ([QUERY], True),
+    "with keys": ([QUERY, QUERY.replace("attn1_to_q", "attn2_to_k")], False),
+    "deep": ([QUERY.replace("transformer_blocks_0", "transformer_blocks_4")], False),
+    "text encoder": (["lora_te_text_model_encoder_layers_0_self_attn_q_proj"], False),
+    "second text encoder": (["lora_te2_text_model_encoder_layers_0_self_attn_q_proj"], True),
+    "both text encoders": ([f"lora_te{n}_text_model_encoder_layers_0_self_attn_q_proj" for n in "12"], False),
+}
+
+
+@pytest.mark.parametrize("kind", NOTES)
+def test_how_invokeai_tells_a_model(tmp_path, kind):
+    """Its `lora_token_vector_length`; a file that has none of that is refused on import."""
+    stems, is_noted = NOTES[kind]
+    tensors = {f"{stem}.lora_down.weight": numbers(4, 64) for stem in stems}
+    tensors |= {f"{stem}.lora_up.weight": numbers(64, 4) for stem in stems}
+    notes = inspect(save_tensors(tmp_path, tensors)).notes
+    assert any("InvokeAI may refuse to import it" in note for note in notes) is is_noted
