@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import random_adapters
 import torch
 from safetensors.torch import save_file
 
 from lorakit.core.errors import LorakitError
-from lorakit.formats import read
+from lorakit.formats import identify, keys, read
 from lorakit.formats.inspect import inspect
 
 KOHYA, OURS, DIFFUSERS = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight"), "transformer."
@@ -138,3 +139,17 @@ def test_names_of_a_unet_alone(tmp_path, parts):
     """As `get_peft_model_state_dict(unet)` gives them."""
     path = save_tensors(tmp_path / "x.safetensors", [SAME.removeprefix("unet.")], 768, None, parts)
     assert list(read(path).layers) == [SAME] and inspect(path).family == "sd1"
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("spelling", ["kohya", "canonical"])
+def test_no_layer_of_a_unet_is_of_another_model(family, spelling):
+    names = [name for name, *_ in random_adapters.frozen(family)]
+    stems = keys.to_kohya_name(names, family).values() if spelling == "kohya" else names
+    for stem in stems:
+        shapes = {f"{stem}.lora_down.weight": (4, 64), f"{stem}.lora_up.weight": (64, 4)}
+        assert identify.other_model(shapes, {}) is None, stem
+        assert identify.misfit(shapes, {}, family, "lora") in (
+            None,
+            f"the adapter to start from is for sd1, this base is {family}",
+        )

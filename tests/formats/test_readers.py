@@ -425,8 +425,8 @@ NOTES = {
 @pytest.mark.parametrize("kind", NOTES)
 def test_how_invokeai_tells_a_model(tmp_path, kind):
     """Its `lora_token_vector_length`; a file that has none of that is refused on import."""
-    stems, is_noted = NOTES[kind]
+    stems, expected = NOTES[kind]
     tensors = {f"{stem}.lora_down.weight": numbers(4, 64) for stem in stems}
     tensors |= {f"{stem}.lora_up.weight": numbers(64, 4) for stem in stems}
     notes = inspect(save_tensors(tmp_path, tensors)).notes
-    assert any("InvokeAI may refuse to import it" in note for note in notes) is is_noted
+    assert any("InvokeAI may refuse to import it" in note for note in notes) is expected

@@ -56,7 +56,8 @@ MODELS = (
     ),
     Model(
         "Stable Diffusion 3",
-        r"^joint_blocks_\d|_x_block_|_context_block_|^transformer_blocks_\d+_(?:ff_context|norm1_context)|_attn2_to_out",
+        r"^joint_blocks_\d|_x_block_|_context_block_|^transformer_blocks_\d+_(?:ff_context|norm1_context)"
+        r"|^transformer_blocks_\d+_attn2_to_out",
         _JOINT,
         r"sd3|stable-diffusion-(?:v?)3",
         (1536, 2432),
