@@ -153,6 +153,19 @@ def _names(line: str, label: str) -> set[str]:
     return set(line.removeprefix(label).removesuffix(".").split(", ")) - {"nothing", "the user"}
 
 
+def test_imports_name_modules_that_are_there() -> None:
+    """Those for types too, which neither run nor fail when mypy passes over a missing module."""
+    wrong = [
+        f"{path.relative_to(ROOT)}: {node.module}"
+        for path in code()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("lorakit.")
+        for place in [ROOT.joinpath(*(node.module or "").split("."))]
+        if not place.is_dir() and not place.with_suffix(".py").is_file()
+    ]
+    assert not wrong
+
+
 @pytest.mark.parametrize("room", sorted(TORCH_FREE))
 def test_rooms_without_torch(room: str) -> None:
     wrong = []
