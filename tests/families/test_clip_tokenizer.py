@@ -88,6 +88,8 @@ def settings(base: Path, tmp_path: Path, **changes: Any) -> config.Config:
         "data.name": "sks toy",
         "data.resolution": 64,
         "train.steps": 1,
+        "train.validate_at_end": False,
+        "sample.at_start": False,
         "sample.steps": 1,
         "sample.prompts": ("a photo of sks toy",),
         "memory.device": "cpu",

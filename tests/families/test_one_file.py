@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import short_run
 import small_models
 import torch
 from PIL import Image
@@ -107,6 +108,7 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
     assert cli.main(["sample", str(result.adapter), *arguments, "--output", str(picture_folder)]) == 0
     (last,) = (tmp_path / "run" / "samples" / "step-000002").glob("*.png")
     assert np.array_equal(*(np.asarray(Image.open(path)) for path in (picture_folder / "01-strength-1.png", last)))
+    short_run.unchecked(monkeypatch)
     straight = train.train(options(base, tmp_path / "base", photos, tmp_path / "straight", **size))
     one, two = load_file(straight.adapter), load_file(result.adapter)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
