@@ -365,12 +365,13 @@ def test_what_a_run_will_do_or_why_it_cannot_is_reported_before_the_model_librar
     if not begins:
         (photos / "broken.jpg").write_text("no picture", encoding="utf-8")
     script = (
-        "import sys\n"
-        "class Loading:\n"
-        "    def find_spec(self, name, *given):\n"
-        "        if name in ('diffusers', 'transformers', 'peft'):\n"
-        "            sys.exit(7)\n"
-        "sys.meta_path.insert(0, Loading())\n"
+        "import builtins, sys\n"
+        "load = builtins.__import__\n"
+        "def until_models(name, *rest, **named):\n"
+        "    if name.partition('.')[0] in ('diffusers', 'transformers', 'peft'):\n"
+        "        sys.exit(7)\n"
+        "    return load(name, *rest, **named)\n"
+        "builtins.__import__ = until_models\n"
         "from lorakit.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
