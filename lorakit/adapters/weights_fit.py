@@ -48,6 +48,12 @@ def require(
             continue
         if layer.rank != own.rank:
             rank = layer.rank
+            alike = [other for other in shapes if targets.layer_config(config, other).rank == own.rank]
+            if len(ranks := sorted({weights.layers[other].rank for other in alike})) > 1:
+                raise LorakitError(
+                    f"the adapter to start from has ranks {', '.join(map(str, ranks))}: make them one with "
+                    f"lorakit resize FILE --rank {ranks[0]}"
+                )
             raise LorakitError(f"the adapter to start from has rank {rank} in {name}: set adapter.rank = {rank}")
         raise LorakitError(f"the adapter to start from has another shape in {name}: it is of another base")
     for word, vectors in weights.embeddings.items():
