@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lorakit import config as configuration
 from lorakit.cli import threads
-from lorakit.cli.terminal import complain, print_json, print_lines
+from lorakit.cli.terminal import complain, print_json, print_lines, remark
 from lorakit.cli.train_commands import Command, add_model, add_prompts, read_overrides, read_prompts
 from lorakit.config import unquote
 from lorakit.core.errors import LorakitError
@@ -118,14 +117,14 @@ def run_sample(args: argparse.Namespace) -> int:
     from lorakit.inference import sampling
 
     base = args.base or sampling.base_of(args.adapter)
-    print(f"base: {base}", file=sys.stderr)
+    remark(f"base: {base}")
     overrides = ({"model.vae": args.vae} if args.vae else {}) | read_overrides(args.set)
     prompts = [unquote(prompt) for prompt in read_prompts(args) or ()]
     for prompt in args.prompt or ():
         if unquote(prompt) != prompt.strip():
-            print(f"--prompt: the quotes around {shorten(prompt.strip(), 60)} are left out", file=sys.stderr)
+            remark(f"--prompt: the quotes around {shorten(prompt.strip(), 60)} are left out")
     for line in sampling.findings(args.adapter, prompts, base=base, overrides=overrides):
-        print(line, file=sys.stderr)
+        remark(line)
     files = sampling.sample(
         args.adapter,
         prompts,
@@ -217,10 +216,10 @@ def run_merge(args: argparse.Namespace) -> int:
     if weights.family != info.family:
         raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
     for word in weights.embeddings:
-        print(f"the embedding of {word!r} is no part of a model: keep it beside the merged one", file=sys.stderr)
+        remark(f"the embedding of {word!r} is no part of a model: keep it beside the merged one")
     precision = Precision(keep_fp8=args.keep_fp8)
     merged = merge(weights, info, Path(args.output), args.strength, precision=precision)
-    print(precision.line(), file=sys.stderr)
+    remark(precision.line())
     _tell(args, {"merged": merged})
     return 0
 
@@ -291,9 +290,9 @@ def _write(
 def _tell(args: argparse.Namespace, files: Mapping[str, Path]) -> None:
     """Where it went, for a person or for a program."""
     if args.json:
-        print(json.dumps({name: str(path) for name, path in files.items()}, indent=2))
+        print_json({name: str(path) for name, path in files.items()})
     else:
-        print("\n".join(map(str, files.values())))
+        print_lines(*map(str, files.values()))
 
 
 def _strengths(text: str) -> tuple[float, ...]:

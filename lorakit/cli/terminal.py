@@ -103,6 +103,11 @@ def print_lines(*lines: str) -> None:
     write(sys.stdout, "".join(f"{line}\n" for line in lines))
 
 
+def remark(*lines: str) -> None:
+    """Each line to stderr, at once."""
+    write(sys.stderr, "".join(f"{line}\n" for line in lines))
+
+
 def print_json(value: object) -> None:
     """A value to stdout as JSON in ASCII."""
     print_lines(json.dumps(value, indent=2, ensure_ascii=True))

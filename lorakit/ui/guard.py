@@ -3,6 +3,7 @@ upload, and how often a password was wrong."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Collection
@@ -93,7 +94,12 @@ class Guard:
         count = self.tries.get(client, (0, 0.0))[0] + 1
         wait = min(LONGEST, 2.0 ** (count - FREE_TRIES)) if count >= FREE_TRIES else 0.0
         self.tries[client] = count, time.monotonic() + wait
-        print(f"lorakit: wrong password from {client} ({count}); next try in {wait:.0f} s", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads the terminal
+            print(
+                f"lorakit: wrong password from {client} ({count}); next try in {wait:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _name(host: str) -> str:

@@ -60,7 +60,8 @@ class Server(uvicorn.Server):
                 self.close()
                 raise LorakitError(f"the server at {self.address} ended before it could serve")
             time.sleep(0.01)
-        print(f"* Running on local URL:  {self.address}", flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads the terminal
+            print(f"* Running on local URL:  {self.address}", flush=True)
 
     def wait(self) -> None:
         """Serve until Ctrl-C or a request to end."""
@@ -85,7 +86,8 @@ class Server(uvicorn.Server):
             public = networking.setup_tunnel(host, self.port, secrets.token_urlsafe(32), None, None)
         except Exception as error:
             raise LorakitError(f"no public address: {error}; check the network, or leave out --share") from None
-        print(f"* Running on public URL: {public}", flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads the terminal
+            print(f"* Running on public URL: {public}", flush=True)
 
     def open_browser(self) -> None:
         """Show it to whoever sits here."""

@@ -1,14 +1,17 @@
 """What is written to a terminal and to a pipe, and that nothing written can end a run."""
 
+import ast
 import errno
 import io
 import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from lorakit.cli import terminal
 from lorakit.cli.terminal import Terminal
 from lorakit.core.events import Event
 from lorakit.core.units import duration
@@ -241,3 +244,11 @@ def test_what_would_command_the_terminal_is_escaped():
     terminal = Terminal(stream)
     terminal.say("a\x1b[31m\x07\u202e\rb\udce9\tc\nd")
     assert stream.getvalue() == "a\\x1b[31m\\x07\\u202e\\rb\\xe9\tc\nd\n"
+
+
+def test_every_line_of_a_command_is_written_where_nobody_may_be_reading() -> None:
+    """`print` raises where the terminal is gone or the log's disk is full; `terminal.write` does not."""
+    folder = Path(terminal.__file__).parent
+    calls = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    names = {node.func.id for node in calls if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert "print" not in names and "print_lines" in names
