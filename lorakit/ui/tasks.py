@@ -44,8 +44,9 @@ class Task:
         seconds = widgets.duration(time.monotonic() - self.begin, say)
         if not self.count:
             return widgets.quiet(say("task.working", time=seconds))
-        key = "task.progress" if self.total else "task.so_far"
-        return widgets.quiet(say(key, count=self.count, total=self.total, time=seconds))
+        if not self.total:
+            return widgets.quiet(say("task.so_far", count=self.count, time=seconds))
+        return widgets.quiet(say("task.progress", count=self.count, total=self.total, time=seconds))
 
 
 class Tasks:
