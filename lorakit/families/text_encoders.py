@@ -242,7 +242,9 @@ def _of_files(files: list[Path], checkpoint: ldm.Checkpoint, missing: Sequence[T
             pairs, key=lambda pair: ["clip_l" not in pair[0].source.path.name, "clip_g" not in pair[1].source.path.name]
         )
         result = dict(zip(("text_encoder", "text_encoder_2"), best, strict=True))
-    t5 = [source for source in read.get("text_encoder_3", []) if source.shapes.get("shared.weight", (0,))[-1] == wide]
+    for source in (source for source in read.get("text_encoder_3", []) if "shared.weight" not in source.shapes):
+        raise LorakitError(f"{source.source.path.name} lacks text_encoder_3.shared.weight: get the whole checkpoint")
+    t5 = [source for source in read.get("text_encoder_3", []) if source.shapes["shared.weight"][-1] == wide]
     return result | ({"text_encoder_3": t5[0]} if t5 else {})
 
 

@@ -6,6 +6,7 @@ their scale, so their names and metadata are asked, and only warned of.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -135,6 +136,9 @@ def _of_file(path: Path, note: str, family: str, own: _Config) -> Vae:
         return Vae(Source(path, slots), weight_files.read_json(neighbor), (neighbor, path), note)
     # What shapes do not tell, its scale among it, is as in the base's own.
     facts = {key: own[key] for key in ("sample_size", *FACTS) if own.get(key) is not None}
+    # A whole model tells its family, and so its scale.
+    with contextlib.suppress(LorakitError):
+        facts["scaling_factor"] = ldm.layout_of(ldm.detect_family(header.shapes(), path.name)).scaling_factor
     config = single_file.vae_config({name: slot.shape for name, slot in slots.items()}, 512) | facts
     words = " ".join([path.name, header.metadata.get("modelspec.architecture", "")])
     called = [layout for layout in ldm.layouts().values() if re.search(layout.vae_names, words, re.IGNORECASE)]

@@ -469,3 +469,19 @@ def test_the_shapes_are_those_of_the_libraries() -> None:
             weights = transformers.T5EncoderModel(config).state_dict()
         expected = {n: tuple(t.shape) for n, t in weights.items() if n != "encoder.embed_tokens.weight"}
         assert expected == dict(fit._t5(config.to_dict()))
+
+
+def test_a_t5_without_its_words_and_a_transformer_alone_are_named(
+    bare: Path, room: Path, pipeline: Any, tmp_path: Path
+) -> None:
+    folder = sd3_files.write_encoders(tmp_path / "encoders", pipeline, "clip_l", "clip_g", "t5xxl")
+    weights = load_file(folder / "t5xxl_fp16.safetensors")
+    weights["encoder.embed_tokens.weight"] = weights.pop("shared.weight")
+    save_file(weights, folder / "t5xxl_fp16.safetensors")
+    words = "t5xxl_fp16.safetensors lacks text_encoder_3.shared.weight: get the whole checkpoint"
+    assert refusal(bare, room, text_encoders=str(folder)) == words
+    shapes = {
+        name.removeprefix(U): shape for name, shape in safetensors_header.read(bare).shapes().items() if U in name
+    }
+    alone = safetensors_by_hand.write(tmp_path / "sd3.5_medium.safetensors", shapes)
+    assert refusal(alone, room) == "base sd3.5_medium.safetensors is a transformer alone: give the whole model"

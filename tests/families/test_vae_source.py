@@ -253,3 +253,8 @@ def test_samples_are_decoded_by_it(tiny_sd1: Path, tmp_path: Path) -> None:
         assert cli.main(["sample", str(adapter), "--base", str(base), *vae, *options, "--output", str(out)]) == 0
         pictures[number] = np.asarray(Image.open(out / "01-strength-1.png"))
     assert np.array_equal(pictures[1], pictures[2]) and not np.array_equal(pictures[0], pictures[1])
+
+
+def test_the_keys_of_a_model_say_the_scale_of_its_vae(room: Path, tiny_sdxl: Path) -> None:
+    with pytest.raises(LorakitError, match=r"^model\.vae: .* has scaling factor 0\.18215, and base .* has 0\.13025"):
+        families.describe(ModelConfig(base=str(tiny_sdxl), vae=str(room / "checkpoint.safetensors")))

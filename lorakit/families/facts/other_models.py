@@ -79,7 +79,7 @@ _PARTS: dict[str, tuple[str, str]] = {
     "is a language model, not a base model": (r"^model\.layers\.\d+\.self_attn\.", r"\w+ForCausalLM|ChatGLM\w*"),
     KINDS["vae"]: (_NEVER, r"AutoencoderKL|\w*Autoencoder\w*|AsymmetricAutoencoderKL|VQModel"),
     KINDS["unet"]: (_NEVER, r"UNet\w+"),
-    f"is a transformer alone: {_WHOLE}": (_NEVER, r"\w+Transformer\w*Model"),
+    f"is a transformer alone: {_WHOLE}": (r"^joint_blocks\.\d", r"\w+Transformer\w*Model"),
     KINDS["text encoder"]: (_NEVER, r"CLIPText\w+|CLIPModel"),
 }
 # What the class of a text encoder begins with.
