@@ -4,15 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from lorakit.cli import main, train_commands
 from lorakit.config import ConfigError, SampleConfig, load, sample_prompts
-from lorakit.core import image_grid
-from lorakit.inference.recipe import picture_info
-from lorakit.runs.run_folder import RunFolder
 
 KOHYA = """\ufeff# prompt 1
 masterpiece, (best quality:1.2), 1girl --n low quality, bad anatomy --w 768 --h 512 --d 42 --l 7.5 --s 28
@@ -90,20 +85,3 @@ def test_a_recipe_gives_its_prompt_with_its_settings(text: str) -> None:
     assert "\n" not in line
     after = sample_prompts.parse(line, SampleConfig(), (64, 64))
     assert (" ".join(before.text.split()), before.size, before.sample) == (after.text, after.size, after.sample)
-
-
-def test_the_compare_page_offers_prompts_with_their_settings(tmp_path: Path) -> None:
-    compare = pytest.importorskip("lorakit.ui.pages.compare")
-    from types import SimpleNamespace
-
-    run = RunFolder(tmp_path)
-    (run.samples / "step-000002").mkdir(parents=True)
-    info: Any = SimpleNamespace(
-        distilled=None, clip_skip=0, spec=SimpleNamespace(clip_skip=0), title="base", hash="0123", prediction_type=""
-    )
-    own = SampleConfig(steps=4, guidance=2.0, negative_prompt="blue")
-    picture = Image.fromarray(np.zeros((64, 128, 3), dtype=np.uint8))
-    picture.info.update(picture_info(info, "DDIM", "a toy", 7, own, (128, 64), "x", 1.0))
-    image_grid.save(picture, run.samples / "step-000002" / "01.png")
-    (recipe,) = compare._recipes(run, 2)
-    assert sample_prompts.from_recipe(recipe) == "a toy --w 128 --h 64 --d 7 --s 4 --l 2.0 --n blue"
