@@ -262,12 +262,13 @@ def test_ctrl_c_while_class_images_are_drawn_ends_the_process(photos, tmp_path):
 
 
 def test_a_closed_terminal_is_a_request_to_stop_unless_it_is_ignored() -> None:
-    with stop_on_signals() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         with stop_on_signals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop()
