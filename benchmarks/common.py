@@ -122,7 +122,9 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
         row = [side * 8.0, side * 8, 0, 0, side * 8, side * 8]
         sizes = {"time_ids": torch.tensor([row] * PHOTOS, device=device)}
     rows = torch.arange(PHOTOS)
-    bucket = LatentBucket(side * 8, side * 8, mean, torch.full_like(mean, 0.1), None, sizes, rows, rows * 0, rows)
+    bucket = LatentBucket(
+        side * 8, side * 8, mean, torch.full_like(mean, 0.1), None, sizes, rows, rows * 0, rows, rows * 0
+    )
     names: Any = [SimpleNamespace(relative=f"{number}.png", repeats=1) for number in range(PHOTOS)]
     dataset = Dataset([bucket], names, [str(n) for n in range(PHOTOS)], [[n] for n in range(PHOTOS)], [0] * PHOTOS, 0.0)
     first = texts.index(torch.zeros(1, dtype=torch.int64, device=device))

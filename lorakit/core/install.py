@@ -6,7 +6,6 @@ No message asks an index for lorakit itself: an extra is named by its packages, 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import shutil
 import sys
 import tomllib
@@ -29,7 +28,7 @@ def command(*requirements: str, options: str = "") -> str:
     if (environment / "pipx_metadata.json").is_file():
         pip_options = f"--pip-args={_quoted(options)} " if options else ""
         return f"pipx inject {environment.name} {pip_options}{packages}"
-    if importlib.util.find_spec("pip") is None and (_is_of_uv(environment) or shutil.which("uv")):
+    if not _has_pip() and (_is_of_uv(environment) or shutil.which("uv")):
         return f"uv pip install --python {python} {arguments}"
     return f"{python} -m pip install {arguments}"
 
@@ -60,6 +59,15 @@ def _metadata() -> list[str]:
         return importlib.metadata.requires("lorakit") or []
     except importlib.metadata.PackageNotFoundError:
         return []
+
+
+def _has_pip() -> bool:
+    """Whether pip is here. Not by `find_spec`: setuptools gives up its own distutils when somebody looks for pip so."""
+    try:
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _is_of_uv(environment: Path) -> bool:

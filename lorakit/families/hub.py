@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from lorakit.core import registry, safetensors_header
+from lorakit.core import install, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.families import weight_files
 
@@ -249,7 +249,7 @@ def _refusal(hub_id: HubId, error: Exception) -> str:
     message = response.headers.get("X-Error-Message", "") if response is not None else ""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if isinstance(error, ImportError) and "socksio" in reason:
-        reason = "the environment names a SOCKS proxy, which needs: pip install socksio"
+        reason = f"the environment names a SOCKS proxy, which needs: {install.command('socksio')}"
     absent = isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError)
     if status == 401 and (
         re.search(r"credential|token|expired", message, re.I) or not isinstance(error, errors.RepositoryNotFoundError)

@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         """
         self.thread.start()
         while not self.started:
-            if not self.thread.is_alive():
+            if not self.thread.is_alive() and not self.started:
                 self.close()
                 raise LorakitError(f"the server at {self.address} ended before it could serve")
             time.sleep(0.01)

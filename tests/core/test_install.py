@@ -1,5 +1,6 @@
 """The commands that messages name: each is for the Python and the kind of installation that runs."""
 
+import importlib.machinery
 import importlib.metadata
 import shlex
 import sys
@@ -29,8 +30,14 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = install.importlib.util.find_spec
-    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    find = importlib.metadata.distribution
+
+    def distribution(name: str) -> importlib.metadata.Distribution:
+        if name == "pip":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
 
 
 def test_pip_of_this_python_is_called_by_its_path(environment: Path) -> None:
@@ -127,7 +134,7 @@ def test_the_build_is_read_from_torchs_own_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, cuda: bool
 ) -> None:
     (tmp_path / "version.py").write_text(text, encoding="utf-8")
-    spec = install.importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    spec = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(nvidia.importlib.util, "find_spec", lambda name: spec)
     assert nvidia.torch_has_cuda() is cuda
 
