@@ -28,7 +28,7 @@ FROM_HUB = f"tokenizer: CLIP's, {REPOSITORY}@{REVISION[:7]} on the hub"
 TO_FETCH = f"{FROM_HUB}: it is not on this machine and is fetched once, 1.5 MB"
 WAYS = (
     "set model.tokenizer to a folder with vocab.json and merges.txt, or to that of ComfyUI or Forge; or install "
-    "'lorakit[clip]', which brings the vocabulary"
+    "clip-anytorch, which brings the vocabulary"
 )
 OWN = "set model.tokenizer to the folder of the base's own"
 # Where programs and their Python have CLIP's vocabulary, below the folder that a person knows them by.

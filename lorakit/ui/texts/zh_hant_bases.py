@@ -115,11 +115,11 @@ BASES = {
     ),
     "base {file} has no tokenizer with it, and HF_HUB_OFFLINE is set: {ways}": (
         "基礎模型 {file} 沒有附分詞器，而且設了 HF_HUB_OFFLINE：請把 model.tokenizer 設為有 vocab.json 與 merges.txt "
-        "的資料夾，或 ComfyUI、Forge 的資料夾；或安裝附有詞彙表的 lorakit[clip]"
+        "的資料夾，或 ComfyUI、Forge 的資料夾；或安裝附有詞彙表的 clip-anytorch"
     ),
     "base {file} has no tokenizer with it, and CLIP's cannot be fetched from {hub} ({reason}): {ways}": (
         "基礎模型 {file} 沒有附分詞器，也無法從 {hub} 取得 CLIP 的分詞器（{reason}）：請把 model.tokenizer 設為有 "
-        "vocab.json 與 merges.txt 的資料夾，或 ComfyUI、Forge 的資料夾；或安裝附有詞彙表的 lorakit[clip]"
+        "vocab.json 與 merges.txt 的資料夾，或 ComfyUI、Forge 的資料夾；或安裝附有詞彙表的 clip-anytorch"
     ),
     "base {file} reads {words} words where CLIP's tokenizer has {count}: set model.tokenizer": (
         "基礎模型 {file} 讀 {words} 個詞，CLIP 的分詞器有 {count} 個：請設定 model.tokenizer"
