@@ -92,6 +92,10 @@ def near(pattern: str, layers: Sequence[str]) -> str:
     inside = sum(word in name for name in layers)
     if word and inside:
         return f"'*{word}*' matches {inside}"
+    parts = {part: name for name in layers for part in name.lower().split(".")}
+    for word in re.findall("[a-z0-9_]{3,}", pattern.lower()):
+        if word not in parts and (close := difflib.get_close_matches(word, parts, n=1)):
+            return f"layers are such as {parts[close[0]]}"
     by_letters = {re.sub("[^a-z0-9]", "", name.lower()): name for name in layers}
     letters = re.sub("[^a-z0-9]", "", pattern.lower().removeprefix("lora_"))
     names = [by_letters[match] for match in difflib.get_close_matches(letters, by_letters, n=2, cutoff=0)]

@@ -157,7 +157,11 @@ def describe_option(option: configuration.Option) -> dict[str, Any]:
     names |= {dict[str, Any]: "table", dict[str, int]: "table of whole numbers", dict[str, float]: "table of numbers"}
     choices = option.choices or (typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ())
     if typing.get_origin(kind) is tuple:
-        values = f"list of {', '.join(choices)}" if choices else "list of texts"
+        values = (
+            f"list of {', '.join(choices)}"
+            if choices
+            else f"list of {'whole numbers' if typing.get_args(kind)[0] is int else 'texts'}"
+        )
     else:
         values = ", ".join(choices) if choices else names[kind]
         values += ", module:Class" if option.import_path else ""

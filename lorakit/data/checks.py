@@ -327,6 +327,7 @@ def _check_captions(report: Report, items: list[Item], config: DataConfig) -> No
             item.findings.append("no caption")
         count = f"{len(no_caption)} of {len(items)} photos have no caption"
         report.warnings.append(f'{count} and are trained as "{prompt}": {_names(no_caption)}')
+    caption_count = len(items) - len(no_caption)
     no_trigger = [
         item
         for item in items
@@ -335,7 +336,6 @@ def _check_captions(report: Report, items: list[Item], config: DataConfig) -> No
     for item in no_trigger:
         item.findings.append("caption without the trigger")
     if no_trigger:
-        caption_count = len(items) - len(no_caption)
         count = f"{len(no_trigger)} of {caption_count} captions are without the trigger {config.trigger}"
         report.warnings.append(f'{count}; "{config.name}, " is put in front: {_names(no_trigger)}')
     several = [len(item.photo.caption_lines) for item in items if len(item.photo.caption_lines) > 1]
@@ -344,9 +344,11 @@ def _check_captions(report: Report, items: list[Item], config: DataConfig) -> No
             f"{sum(several)} captions, of which one is drawn each time" if config.caption_lines else "one text each"
         )
         option = "" if config.caption_lines else "; with data.caption_lines = true each line is a caption"
-        report.notes.append(f"{len(several)} of {len(items)} caption files have several lines: {effect}{option}")
+        report.notes.append(f"{len(several)} of {caption_count} caption files have several lines: {effect}{option}")
     if config.name and not config.noun and not config.class_prompt and config.kind == "subject":
-        report.warnings.append(f'data.name = "{config.name}" does not say what it is; "{config.trigger} dog" would')
+        report.warnings.append(
+            f'data.name = "{config.name}" is one word: give a rare word and what it is, such as "sks dog"'
+        )
 
 
 def _check_readable(report: Report, measurements: Sequence[_Measurement]) -> None:

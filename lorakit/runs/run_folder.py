@@ -152,7 +152,8 @@ class RunFolder:
         """
         run = cls(path)
         if not run.config_file.is_file():
-            raise LorakitError(f"{run.path} is not a run folder: it has no config.toml")
+            why = "it has no config.toml" if run.path.is_dir() else "there is no such folder"
+            raise LorakitError(f"{run.path} is not a run folder: {why}")
         state = _read_or_guess(run.path)
         if state.state in LIVE and state.pid != _this_process()[0]:
             raise LorakitError(f"{run.path} is being trained by process {state.pid}; stop that first")

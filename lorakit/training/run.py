@@ -149,6 +149,10 @@ def resume(
     if run.threads:
         torch.set_num_threads(run.threads)  # another number adds floats up in another order: other last bits
     _say(ready, listeners)
+    if newest is not None:
+        at_end = checkpoint.step_of(newest) >= ready.plan.steps
+        more = f"all {ready.plan.steps} steps are done, the files are written again; --steps trains longer"
+        events.say(more if at_end else f"it goes on from {newest.name}")
     return _run(ready, run, listeners, stop, newest)
 
 

@@ -126,6 +126,7 @@ def test_rates_by_pattern_multiply(sd1: Any, attach: Any) -> None:
             {"optimizer.rates": {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q": 0.5}},
             r"optimizer\.rates: .* are such as unet\.mid_block\.attentions\.0\.transformer_blocks\.0\.attn1\.to_q",
         ),
+        ({"adapter.ranks": {"*.atn2.*": 8}}, r"'\*\.atn2\.\*' matches none of the .* layers are such as .*\.attn2\."),
         ({"adapter.alphas": {"*.ff.*": 8.0}}, r"adapter\.alphas: '\*\.ff\.\*' matches none of the"),
         (
             {"adapter.ranks": {"*.attn2.*": 8, "*attn*": 4}},

@@ -215,7 +215,7 @@ def test_few_photos_and_poor_names(photos: Path, base) -> None:
     assert report_of(photos, base).warnings == ["only 3 photos: 5 to 20 from different sides and places teach more"]
     fill(photos, 5)
     assert report_of(photos, base, name="sks").warnings == [
-        'data.name = "sks" does not say what it is; "sks dog" would'
+        'data.name = "sks" is one word: give a rare word and what it is, such as "sks dog"'
     ]
 
 

@@ -259,6 +259,8 @@ def test_a_state_or_log_that_cannot_be_written_is_reported_once_to_the_others(tm
 
 
 def test_what_is_not_a_run_folder_is_named(tmp_path):
+    with pytest.raises(LorakitError, match=r"gone is not a run folder: there is no such folder"):
+        RunFolder.open(tmp_path / "gone")
     with pytest.raises(LorakitError, match=r"is not a run folder: it has no config.toml"):
         RunFolder.open(tmp_path)
     with pytest.raises(LorakitError, match=r"is not a run folder: it has no state.json"):

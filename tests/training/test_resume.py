@@ -44,3 +44,7 @@ def test_resume_goes_back_to_the_newest_complete_checkpoint(tiny_sd1, tmp_path, 
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any("optimizer.safetensors has changed since it was saved" in line for line in lines)
     assert any("set aside" in line and "unused-step-000003" in line for line in lines)
+    assert "it goes on from step-000002" in lines
+    lines.clear()
+    train.resume(folder, listeners=[lambda event: lines.append(event.facts.get("message", ""))])
+    assert "all 3 steps are done, the files are written again; --steps trains longer" in lines

@@ -116,6 +116,11 @@ RUNNING = {
         "{path} 不是空的，其中的內容不會被覆寫；請換一個資料夾"
     ),
     "cannot write to {path}: {why}; give another --output": "無法寫入 {path}：{why}；請換一個資料夾",
+    "all {count} steps are done, the files are written again; --steps trains longer": (
+        "全部 {count} 步都已完成，重新寫入檔案；用 --steps 可訓練更久"
+    ),
+    "it goes on from {checkpoint}": "從 {checkpoint} 繼續",
+    "{path} is not a run folder: there is no such folder": "{path} 不是執行資料夾：沒有這個資料夾",
     "{path} is not a run folder: it has no {file}": "{path} 不是執行資料夾：沒有 {file}",
     "step {step}: {folder} is gone: it was deleted or moved while it was trained in, so nothing can be saved; start "
     "again with: lorakit train": "第 {step} 步：{folder} 不見了：訓練期間被刪除或移走，什麼都無法儲存；請重新開始訓練",

@@ -169,8 +169,8 @@ SENTENCES = {
     "data.name is empty: say what the photos show, with --subject 'sks toy' or --style 'sks style'": (
         "data.name 是空的，學到的東西將沒有詞可以喚出；請填一個，例如「sks dog」"
     ),
-    'data.name = "{name}" does not say what it is; "{better}" would': (
-        "data.name =「{name}」沒有說明那是什麼；例如「{better}」就有"
+    'data.name = "{name}" is one word: give a rare word and what it is, such as "{better}"': (
+        'data.name = "{name}" 只有一個詞：請給一個罕見詞加上它是什麼，例如 "{better}"'
     ),
     "{names:words}: the same file, counted {count} times": "{names:words}：同一個檔案，會算 {count} 次",
     "same as {photo}": "與 {photo} 相同",
