@@ -169,20 +169,22 @@ def run_inspect(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """`lorakit export`."""
     from lorakit import formats
+    from lorakit.formats.reading import adapter_file
     from lorakit.training import checkpoint_export
 
     source = Path(args.adapter)
     weights = checkpoint_export.read(source) if checkpoint_export.is_checkpoint(source) else formats.read(source)
-    return _write(args, weights, source.stem, weights.metadata, [args.adapter])
+    return _write(args, weights, adapter_file(source).stem, weights.metadata, [args.adapter])
 
 
 def run_resize(args: argparse.Namespace) -> int:
     """`lorakit resize`."""
     from lorakit import formats
     from lorakit.formats.edit.resize_combine import resize
+    from lorakit.formats.reading import adapter_file
 
     weights = resize(formats.read(Path(args.adapter)), rank=args.rank, energy=args.energy)
-    name = f"{Path(args.adapter).stem}-resized"
+    name = f"{adapter_file(Path(args.adapter)).stem}-resized"
     return _write(args, weights, name, weights.metadata | {ALIAS: name, TITLE: name}, [args.adapter])
 
 

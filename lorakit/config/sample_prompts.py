@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorakit.config.option import suggest, to_text
+from lorakit.config.option import label, suggest, to_text
 from lorakit.config.schema import SampleConfig, options
 from lorakit.core.errors import ConfigError
 from lorakit.core.names import quote
@@ -131,7 +131,7 @@ def from_table(table: Mapping[str, object]) -> str:
     """
     letters = {name: letter for letter, (name, _) in SETTINGS.items()}
     problems = [
-        f"sample.prompts: unknown key {key}{suggest(key, [*letters, 'prompt'])}"
+        f"sample.prompts: unknown key {label(str(key))}{suggest(key, [*letters, 'prompt'])}"
         for key in table
         if key not in letters and key != "prompt"
     ]

@@ -23,6 +23,13 @@ from lorakit.formats.facts.peft_config import Scaling
 _BIASES = {"diff_b", "b_norm", "up_bias"}
 
 
+def adapter_file(path: Path) -> Path:
+    """The one `.safetensors` file of a folder that has one, such as a run's; else the path itself."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    is_peft = bool(files) and (bool(identify.peft_parts(path)) or (path / identify.PEFT_CONFIG).is_file())
+    return files[0] if len(files) == 1 and not is_peft else path
+
+
 def read(path: Path) -> AdapterWeights:
     """Read an adapter: a `.safetensors` file, a PEFT folder, or a folder that holds one adapter file.
 

@@ -47,6 +47,16 @@ def test_export_does_not_write_over_what_it_reads(
     assert all(torch.equal(actual.layers[name].delta(), expected.layers[name].delta()) for name in NAMES)
 
 
+def test_a_folder_of_one_adapter_gives_files_the_adapters_name(toy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "exports"
+    assert run("export", toy.parent, "--to", "diffusers", "--output", folder) == 0
+    assert run("resize", toy.parent, "--rank", 2, "--output", folder) == 0
+    assert {path.name for path in folder.glob("*.safetensors")} == {
+        "toy-diffusers.safetensors",
+        "toy-resized.safetensors",
+    }
+
+
 def test_resize(toy: Path, tmp_path: Path) -> None:
     assert run("resize", toy, "--rank", 2, "--output", tmp_path) == 0
     result = formats.read(tmp_path / "toy-resized.safetensors")
