@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_TAG_ORDERS = 8
 # Between tags that stay first, tags that are shuffled, and tags that stay last.
 SEPARATOR = "|||"
-WILDCARD = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+WILDCARD = re.compile(r"\{([^{}|]*+\|[^{}]*)\}")
 # Tokens of a text in a chunk of CLIP, and how many are read where `data.max_tokens` is not set.
 CHUNK, MAX_TOKENS = 75, 225
 # How CLIP splits text before its byte-pair encoding (openai/CLIP, simple_tokenizer.py).

@@ -73,3 +73,12 @@ def test_a_file_name_that_is_the_caption_is_no_lack_of_one(photos: Path, base: A
     (photos / "1.png").rename(photos / "red_sks toy.png")
     assert not [line for line in check(photos, base, caption_from_name=True).warnings if "no caption" in line]
     assert [line for line in check(photos, base).warnings if "1 of 2 photos have no caption" in line]
+
+
+def test_a_wildcard_without_an_end_is_passed_in_one_go() -> None:
+    assert captions.WILDCARD.search("{" + "|" * 500_000) is None  # minutes where each bar is tried as the first
+    assert [match[1] for match in captions.WILDCARD.finditer("a {red|blue} {dog|} {cat} {{x|y}}")] == [
+        "red|blue",
+        "dog|",
+        "x|y",
+    ]
