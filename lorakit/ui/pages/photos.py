@@ -23,13 +23,16 @@ PAGE = 48
 # A caption is sent at its button, or at Ctrl-Enter, and at nothing else. What is not saved yet outlives new cards: the
 # check of many photos may end at any moment, and takes the fields away. Gradio may also give a field, with what is
 # written in it, to another photo: `owner` is the photo that a field was for when it was last looked at. The page keeps
-# what is not saved, as Gradio may make this component anew when others appear.
+# what is not saved, as Gradio may make this component anew, and looks again where Gradio has hidden a button.
 CAPTIONS = """
 const unsaved = window.lorakitUnsaved ??= new Map();
 const owner = new WeakMap();
 let typing = null;
 const fields = () => [...element.querySelectorAll('textarea')];
-const mark = (field) => { field.nextElementSibling.hidden = !unsaved.has(field.dataset.file); };
+const mark = (field) => {
+  const button = field.nextElementSibling, hidden = !unsaved.has(field.dataset.file);
+  if (button.hidden !== hidden) button.hidden = hidden;
+};
 const save = (field) => {
   if (!unsaved.delete(field.dataset.file)) return;
   mark(field);
@@ -63,7 +66,8 @@ const settle = () => {
     field.setSelectionRange(at, at);
   }
 };
-new MutationObserver(settle).observe(element, {childList: true, subtree: true, attributeFilter: ['data-file']});
+const attributeFilter = ['data-file', 'hidden'];
+new MutationObserver(settle).observe(element, {childList: true, subtree: true, attributeFilter});
 settle();
 """
 
