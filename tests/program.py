@@ -1,4 +1,4 @@
-"""`lorakit ARGUMENTS` as a process of its own, forked from this one: a new one takes seven seconds to import."""
+"""`lorakit ARGUMENTS` as a new process, forked from this one: a new one takes seven seconds to import."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """`Method`: the functions by which `Adapter` uses a method, most of them on one of PEFT's layers. Each method has one,
-in a file of its own, which a line of `registry.METHODS` names."""
+in one file, which a line of `registry.METHODS` names."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ class LokrLayer:
 @dataclass(frozen=True)
 class ForeignLayer:
     """One layer that is not LoRA, LoHa or LoKr: of a method that lorakit reads and does not train (full differences,
-    norms, GLoRA, (IA)^3, OFT, BOFT), or of one whose `MethodSpec` has a kind of layers of its own.
+    norms, GLoRA, (IA)^3, OFT, BOFT), or of one whose `MethodSpec` names a new kind of layer.
 
     Attributes:
         method: what LyCORIS calls it, or `MethodSpec.layers`.

@@ -169,7 +169,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """`lorakit export`."""
     from lorakit import formats
-    from lorakit.formats.reading import adapter_file
+    from lorakit.formats.identify import adapter_file
     from lorakit.training import checkpoint_export
 
     source = Path(args.adapter)
@@ -181,7 +181,7 @@ def run_resize(args: argparse.Namespace) -> int:
     """`lorakit resize`."""
     from lorakit import formats
     from lorakit.formats.edit.resize_combine import resize
-    from lorakit.formats.reading import adapter_file
+    from lorakit.formats.identify import adapter_file
 
     weights = resize(formats.read(Path(args.adapter)), rank=args.rank, energy=args.energy)
     name = f"{adapter_file(Path(args.adapter)).stem}-resized"

@@ -80,13 +80,13 @@ class MethodSpec:
         trained_weights: "module:function" of (section, shape of a layer's weight) -> how many numbers it trains there.
         section: "module:Class" of its section of the config, a `config.AdapterConfig`; a method with other options
             than LoRA's names its own class, which the config check imports.
-        layers: kind of the layers that it gives: "lora", "dora", "loha", "lokr", or its own name for a kind of its own.
+        layers: kind of the layers that it gives: "lora", "dora", "loha", "lokr", or the method's name for a new kind.
             A format carries kinds of layers.
         begins_from_base: its first weights are taken from the base, so it cannot start from an adapter.
         rank_stabilized: its scale is alpha / sqrt(rank), not alpha / rank.
         has_product_factors: the change is a product of its factors, so that it is scaled by scaling all of them.
         has_ab_factors: it trains a factor A that begins at random and a factor B that begins at 0.
-        factors: names of all tensors of a layer of a kind of its own. Its scale is 1: what multiplies is among them.
+        factors: names of all tensors of a layer of a new kind. Its scale is 1: what multiplies is among them.
             The kohya format has them by these names; no other program reads them, and the engine is plain there.
         change: "module:function" of (weight in float32, `adapters.weights.ForeignLayer`, strength) -> what such a layer
             adds to a weight, for merging it and for its size.

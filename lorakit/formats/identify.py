@@ -246,6 +246,15 @@ def peft_parts(path: Path) -> dict[str, Path]:
     return {keys.canonical_part(name): folder for name, folder in folders.items() if (folder / PEFT_CONFIG).is_file()}
 
 
+def adapter_file(path: Path) -> Path:
+    """The one `.safetensors` file of a folder that has one, such as a run's; else the path itself: a file, a PEFT
+    folder, or a folder of no file or several."""
+    if not path.is_dir() or peft_parts(path) or (path / PEFT_CONFIG).is_file():
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    return files[0] if len(files) == 1 else path
+
+
 def pickles(folder: Path) -> str:
     """Words on the pickled weights in a folder, or ""."""
     names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in (".bin", ".pt", ".ckpt"))

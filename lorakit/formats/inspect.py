@@ -202,10 +202,9 @@ def _folder(path: Path) -> Report:
         return _peft_folder(path, {identify.peft_component(shapes): path})
     if (path / "model_index.json").is_file():
         return _base_folder(path)
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return inspect(files[0])
-    holds = f"it holds {len(files)} .safetensors files{identify.pickles(path)}"
+    if (file := identify.adapter_file(path)) != path:
+        return inspect(file)
+    holds = f"it holds {len(list(path.glob('*.safetensors')))} .safetensors files{identify.pickles(path)}"
     raise LorakitError(f"{path}: neither a PEFT folder nor a base model (no model_index.json); {holds}")
 
 

@@ -23,13 +23,6 @@ from lorakit.formats.facts.peft_config import Scaling
 _BIASES = {"diff_b", "b_norm", "up_bias"}
 
 
-def adapter_file(path: Path) -> Path:
-    """The one `.safetensors` file of a folder that has one, such as a run's; else the path itself."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    is_peft = bool(files) and (bool(identify.peft_parts(path)) or (path / identify.PEFT_CONFIG).is_file())
-    return files[0] if len(files) == 1 and not is_peft else path
-
-
 def read(path: Path) -> AdapterWeights:
     """Read an adapter: a `.safetensors` file, a PEFT folder, or a folder that holds one adapter file.
 
@@ -39,7 +32,7 @@ def read(path: Path) -> AdapterWeights:
     Raises:
         LorakitError: not an adapter (named for what it is), a layer with no place in the tables, or a malformed one.
     """
-    path = Path(path)
+    path = identify.adapter_file(Path(path))
     if not path.is_dir():
         return _read_file(path)
     parts = identify.peft_parts(path)
@@ -47,11 +40,8 @@ def read(path: Path) -> AdapterWeights:
         return _read_peft(path, parts)
     if (path / identify.PEFT_CONFIG).is_file():
         return _read_peft(path, {_component(identify.peft_weights(path)): path})
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        holds = f"holds {len(files)} .safetensors files and no PEFT adapter{identify.pickles(path)}"
-        raise LorakitError(f"{path}: {holds}: name the file itself")
-    return _read_file(files[0])
+    holds = f"holds {len(list(path.glob('*.safetensors')))} .safetensors files and no PEFT adapter"
+    raise LorakitError(f"{path}: {holds}{identify.pickles(path)}: name the file itself")
 
 
 def _read_file(path: Path) -> AdapterWeights:

@@ -1,5 +1,5 @@
 """`FormatSpec`: what a format of adapter files can carry, and how it is written and recognised. Each format has one,
-in a file of its own, which a line of `registry.FORMATS` names. No torch."""
+in one file, which a line of `registry.FORMATS` names. No torch."""
 
 from __future__ import annotations
 

@@ -57,9 +57,9 @@ def is_hidden() -> bool:
 def cards(timeout: float = 20.0) -> list[Card]:
     """What nvidia-smi lists; nothing where it is not there, fails or takes longer than `timeout` seconds."""
     program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
     for fields in ("name,driver_version,compute_cap", "name,driver_version"):
-        if program is None:
-            break
         try:
             result = subprocess.run(
                 [program, f"--query-gpu={fields}", "--format=csv,noheader"],

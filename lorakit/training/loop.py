@@ -201,7 +201,8 @@ class Readings:
             NotFinite: with the step and its photos.
         """
         config, total = self.run.config, self.run.ready.plan.steps
-        losses, norms, limited = self.losses.tolist(), self.norms.tolist(), self.limited.tolist()
+        losses, norms = self.losses.tolist(), self.norms.tolist()
+        limited = self.limited.tolist() if config.train.max_weight_norm else []
         seconds = (time.monotonic() - self.clock) / max(step - self.first, 1)
         smoothed = rate = 0.0
         for number in range(self.first, step):
@@ -211,7 +212,7 @@ class Readings:
             rate = optimizers.learning_rate(config.optimizer, number, total)
             smoothed = self.mean.add(loss)
             figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "smoothed_loss": smoothed}
-            if config.train.max_weight_norm:
+            if limited:
                 figures["scaled_layers"] = limited[number % READ_EVERY]
             self.run.events.emit("step", number + 1, **figures)
         plan = self.run.ready.plan

@@ -44,7 +44,7 @@ class Tracker:
         self.name, self.samples = name, run.samples
         try:
             self.tracker = self._start(config, run)
-        except Exception as error:  # of any package, with errors of its own
+        except Exception as error:  # any package may be behind it, with any error
             raise LorakitError(f"output.trackers: {name} does not start: {_line(error)}") from None
 
     def __call__(self, event: Event) -> None:
@@ -83,7 +83,7 @@ class Tracker:
             return log()
         except OSError:
             raise
-        except Exception as error:  # of any package, with errors of its own
+        except Exception as error:  # any package may be behind it, with any error
             raise OSError(f"{self.name}: {_line(error)}") from None
 
 

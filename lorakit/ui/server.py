@@ -1,4 +1,4 @@
-"""The server of the front end: its socket, its thread and its end. No request of its own start leaves or enters it, so
+"""The server of the front end: its socket, its thread and its end. It starts without a request to its own address, so
 neither a proxy of the environment nor a busy machine keeps it from starting, as they do with Gradio's `launch`."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IN_USE = (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE))
 
 
 class Server(uvicorn.Server):
-    """Serves one page from a thread of its own; `address` is where."""
+    """Serves one page from its own thread; `address` is where."""
 
     def __init__(
         self, page: gr.Blocks, host: str, port: int | None, middleware: Sequence[Middleware] = (), **options: object
@@ -90,7 +90,7 @@ class Server(uvicorn.Server):
             print(f"* Running on public URL: {public}", flush=True)
 
     def open_browser(self) -> None:
-        """Show it to whoever sits here."""
+        """Open the page in the browser of this machine."""
         webbrowser.open(self.address)
 
 

@@ -59,7 +59,7 @@ class Workspace:
 
     def report(self, config: Config, progress: Progress | None = None) -> Future[checks.Report]:
         """What `check` says of the config's photos; asked for twice, they are looked at once unless a file changed.
-        Whoever asks while they are looked at gets the progress too."""
+        Who asks while the check runs gets the progress too."""
         info = families.describe(config.model)
         key = (config.data, config.model, info.path, info.downscale, _fingerprint(Path(config.data.folder)))
         with self._lock:

@@ -76,7 +76,7 @@ class Slow(Server):
 
 def test_a_slow_start_is_waited_for(page: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     server, seconds = Slow(page), []
-    # Each look at the clock is a minute later: whoever counts seconds gives up before the gate opens.
+    # Each look at the clock is a minute later: a start that counts seconds gives up before the gate opens.
     monkeypatch.setattr("time.sleep", lambda _: (seconds.append(60), len(seconds) > 20 and server.gate.set()))
     server.start()
     server.close()

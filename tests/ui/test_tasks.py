@@ -94,7 +94,7 @@ def test_what_goes_wrong_is_reported_and_ends_it(page: Page, capsys: pytest.Capt
 def test_a_page_that_asks_a_new_program_is_answered(page: Page):
     page.session = "another"
     (line, *_, timer), _ = page.call("look", None)
-    assert "started again meanwhile" in line and not active(timer)
+    assert "has been restarted" in line and not active(timer)
 
 
 def test_work_of_unknown_length_says_what_came_so_far():

@@ -8,7 +8,7 @@ from lorakit.ui.uploads import Upload, take_in
 
 
 def files(folder: Path, *specifications: str) -> list[Path]:
-    """Files as a browser's upload leaves them, each in a folder of its own: "name" or "name=content"."""
+    """Files as a browser's upload leaves them, each in its own folder: "name" or "name=content"."""
     paths = []
     for number, (name, _, content) in enumerate(one.partition("=") for one in specifications):
         path = folder / str(number) / name

@@ -1,4 +1,4 @@
-"""pocket: a small base model that ships inside lorakit. It is no family of its own: it is described and loaded as `sd`.
+"""pocket: a small base model that ships inside lorakit. It is not a family: it is described and loaded as `sd`.
 
 `weights/` has the model. The modules draw the small world that it was trained on: `scenes` renders a picture from a
 `spec`, `subjects` and `styles` are what the demo trains, `classifier` says what a picture shows. The training itself is

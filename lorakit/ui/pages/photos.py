@@ -22,10 +22,10 @@ from lorakit.ui.workspace import Workspace
 PAGE = 48
 # A caption is sent at its button, or at Ctrl-Enter, and at nothing else. What is not saved yet outlives new cards: the
 # check of many photos may end at any moment, and takes the fields away. Gradio may also give a field, with what is
-# written in it, to another photo: `owner` is the photo that a field was for when it was last looked at. The page keeps
-# what is not saved, as Gradio may make this component anew, and looks again where Gradio has hidden a button.
+# written in it, to another photo: `owner` is the photo that a field was for when it was last looked at. New
+# cards may hide a button in place, so `hidden` is watched too.
 CAPTIONS = """
-const unsaved = window.lorakitUnsaved ??= new Map();
+const unsaved = new Map();
 const owner = new WeakMap();
 let typing = null;
 const fields = () => [...element.querySelectorAll('textarea')];

@@ -268,7 +268,7 @@ def _findings(run: RunFolder, say: Say) -> str:
 
 
 def _finding(name: str, detail: str, say: Say) -> str:
-    """A line of the self-check; where its detail is a sentence of its own, the name is no part of that."""
+    """A line of the self-check; where its detail is a whole sentence, the name is no part of it."""
     translation = say.translate(detail)
     return say.translate(f"{name}: {detail}") if translation == detail else f"{name}：{translation}"
 

@@ -161,7 +161,7 @@ TEXTS = {
     "task.progress": "Working: {count} of {total} … {time}",
     "task.so_far": "Working: {count} MiB so far … {time}",
     "task.failed": "This did not work: {error}. The window that runs lorakit has more.",
-    "task.lost": "The front end was started again meanwhile, and does not know how this ended. Try once more.",
+    "task.lost": "The front end has been restarted and does not know how this ended. Try again.",
     "unit.mib": "{value} MiB",
     "unit.gib": "{value} GiB",
     "unit.seconds": "{value} s",
