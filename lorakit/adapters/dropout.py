@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from lorakit.adapters.method import NAME
-from lorakit.config import AdapterConfig, LoraConfig
+from lorakit.config import AdapterConfig, DropoutConfig, LoraConfig
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -39,11 +39,34 @@ class InputDropout(nn.Module):
         return functional.dropout(x, self.share) * stays.to(x.dtype)
 
 
+class OutputDropout(nn.Module):
+    """The same for a layer that makes delta W whole: of what it adds, rows of each picture, or all of a pass.
+
+    Args:
+        share: of the rows of delta W that are dropped, the rest scaled up.
+        module_share: of passes without the adapter, the others not scaled.
+    """
+
+    def __init__(self, share: float, module_share: float):
+        super().__init__()
+        self.share, self.module_share = share, module_share
+
+    def forward(self, added: torch.Tensor) -> torch.Tensor:
+        """The same shape."""
+        if not self.training:
+            return added
+        stays = torch.rand((), device=added.device) >= self.module_share
+        return _without_channels(added * stays.to(added.dtype), self.share, is_picture=added.ndim == 4)
+
+
 def install(layers: Iterable[LoraLayer], config: AdapterConfig) -> None:
-    """Put both into PEFT's LoRA layers, if they are asked for."""
-    if not isinstance(config, LoraConfig) or not (config.rank_dropout or config.module_dropout):
+    """Put both into PEFT's layers, if they are asked for."""
+    if not isinstance(config, DropoutConfig) or not (config.rank_dropout or config.module_dropout):
         return
     for layer in layers:
+        if not isinstance(config, LoraConfig):
+            layer.lora_dropout = nn.ModuleDict({NAME: OutputDropout(config.rank_dropout, config.module_dropout)})
+            continue
         dropout = layer.lora_dropout[NAME] = InputDropout(config.dropout, config.module_dropout)
         if config.rank_dropout:
             _drop_ranks(layer.lora_A[NAME], dropout, config.rank_dropout)
@@ -51,16 +74,14 @@ def install(layers: Iterable[LoraLayer], config: AdapterConfig) -> None:
 
 def _drop_ranks(down: nn.Module, dropout: nn.Module, share: float) -> None:
     def hook(module: nn.Module, inputs: object, inner: torch.Tensor) -> torch.Tensor:
-        """Of each picture other ranks, which are last in a linear layer and second in a convolution."""
-        if not dropout.training:
-            return inner
-        ones = (1,) * (inner.ndim - 2)
-        shape = (
-            (len(inner), inner.shape[1], *ones)
-            if isinstance(module, nn.Conv2d)
-            else (len(inner), *ones, inner.shape[-1])
-        )
-        stays = torch.rand(shape, device=inner.device) >= share
-        return inner * stays.to(inner.dtype) / (1 - share)
+        """Of each picture other ranks."""
+        return _without_channels(inner, share, isinstance(module, nn.Conv2d)) if dropout.training else inner
 
     down.register_forward_hook(hook)
+
+
+def _without_channels(x: torch.Tensor, share: float, is_picture: bool) -> torch.Tensor:
+    """Of each row of a batch other channels are 0: they are second in a convolution, else last."""
+    ones = (1,) * (x.ndim - 2)
+    stays = torch.rand((len(x), x.shape[1], *ones) if is_picture else (len(x), *ones, x.shape[-1]), device=x.device)
+    return x * (stays >= share).to(x.dtype) / (1 - share)

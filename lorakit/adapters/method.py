@@ -62,6 +62,8 @@ def uniform(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
 
 def recompute_delta(layer: BaseTunerLayer) -> None:
     """Let a layer that makes delta W whole do so once more for the backward pass, rather than keep it until then: kept
-    for all layers it would take as much memory as the base in float32."""
+    for all layers it would take as much memory as the base in float32. What it adds goes through its dropout."""
     compute = functools.partial(type(layer)._get_delta_activations, layer)
-    layer._get_delta_activations = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    change = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    dropout = layer.lora_dropout[NAME] if hasattr(layer, "lora_dropout") else None
+    layer._get_delta_activations = change if dropout is None else lambda *inputs: dropout(change(*inputs))

@@ -78,7 +78,10 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
 
 def add_prompts(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--prompts", action="append", metavar="FILE", help="text file with a prompt a line, as kohya's; may be repeated"
+        "--prompts",
+        action="append",
+        metavar="FILE",
+        help="file with a prompt a line, or kohya's JSON or TOML; may be repeated",
     )
 
 

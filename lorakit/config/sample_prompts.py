@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,20 +103,56 @@ def problems(sample: SampleConfig) -> list[str]:
 
 
 def read_file(path: str | Path) -> list[str]:
-    """The prompts of a text file, as kohya's are: one a line; what begins with # is a comment.
+    """The prompts of a file, as kohya's are: in a text file one a line, and what begins with # is a comment; in JSON a
+    list of texts or tables; in TOML `[prompt]` with `[[prompt.subset]]`.
 
     Raises:
         ConfigError: it cannot be read, or has no prompt.
     """
+    file, rows = Path(path), list[object]()
+    kind = file.suffix.lower()
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
-        raise ConfigError([f"--prompts {quote(path)}: cannot be read: {reason}"]) from None
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        text = file.read_text(encoding="utf-8-sig")
+        if kind in (".json", ".toml"):
+            rows = _rows(json.loads(text) if kind == ".json" else tomllib.loads(text).get("prompt", []))
+        else:
+            rows = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise ConfigError(
+            [f"--prompts {quote(path)}: cannot be read: {getattr(error, 'strerror', None) or reason}"]
+        ) from None
+    prompts = [from_table(_with_own_names(row)) if isinstance(row, Mapping) else str(row).strip() for row in rows]
+    prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise ConfigError([f"--prompts {quote(path)}: has no prompt; write one a line"])
     return prompts
+
+
+def _rows(content: object) -> list[object]:
+    """The rows of kohya's JSON, or of its TOML: a table has what its subsets share.
+
+    Raises:
+        ValueError: a row is neither a text nor a table.
+    """
+    if isinstance(content, Mapping):
+        shared, subsets = dict(content), content.get("subset", [{}])
+        shared.pop("subset", None)
+        content = (
+            [{**shared, **row} if isinstance(row, Mapping) else row for row in subsets]
+            if isinstance(subsets, list)
+            else []
+        )
+    rows: list[object] = content if isinstance(content, list) else [content]
+    if wrong := [row for row in rows if not isinstance(row, (str, Mapping))]:
+        raise ValueError(f"{to_text(wrong[0])} is no prompt")
+    return rows
+
+
+def _with_own_names(row: Mapping[str, object]) -> dict[str, object]:
+    """A row of sd-scripts under the names of the options; what is null is left out."""
+    names = {"sample_steps": "steps", "scale": "guidance"}
+    return {names.get(key, key): value for key, value in row.items() if value is not None}
 
 
 def from_recipe(recipe: Mapping[str, object]) -> str:

@@ -171,15 +171,21 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(AdapterConfig):
+class DropoutConfig(AdapterConfig):
+    """The options of LoHa and LoKr: those of every method, and dropout of parts of a layer's change."""
+
+    rank_dropout: float = option(
+        0.0, "Chance of each rank of a layer (LoHa, LoKr: row) to be left out, for each picture.", low=0, high=0.9
+    )
+    module_dropout: float = option(0.0, "Chance of each layer's adapter to be left out of a pass.", low=0, high=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(DropoutConfig):
     """LoRA (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A. The methods built on it have its options."""
 
     method: str = "lora"
     dropout: float = option(0.0, "Dropout on the adapter's input.", low=0, high=0.9)
-    rank_dropout: float = option(
-        0.0, "Chance of each rank of a layer to be left out, for each picture.", low=0, high=0.9
-    )
-    module_dropout: float = option(0.0, "Chance of each layer's adapter to be left out of a pass.", low=0, high=0.9)
 
 
 class _AdapterSections(Mapping[str, type[AdapterConfig]]):
@@ -268,8 +274,8 @@ class TrainConfig:
     snr_weighting: Literal["min", "debiased", "soft_min"] = option(
         "min", "Loss weights by noise level. min, soft_min: with min_snr_gamma; debiased: 1 / sqrt(SNR)."
     )
-    timestep_sampling: Literal["base", "logit_normal"] = option(
-        "base", "Noise levels of training: as the base was trained, or more of the middle ones."
+    timestep_sampling: Literal["base", "uniform", "logit_normal"] = option(
+        "base", "Noise levels of training: as the base was trained, all alike, or more of the middle ones."
     )
     timestep_shift: float = option(
         1.0,

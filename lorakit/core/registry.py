@@ -230,14 +230,14 @@ METHODS = Registry[MethodSpec](
         "loha": MethodSpec(
             "lorakit.adapters.loha:LOHA",
             "lorakit.adapters.targets:loha_weights",
-            section="lorakit.config.schema:AdapterConfig",
+            section="lorakit.config.schema:DropoutConfig",
             layers="loha",
             has_product_factors=True,
         ),
         "lokr": MethodSpec(
             "lorakit.adapters.lokr:LOKR",
             "lorakit.adapters.targets:lokr_weights",
-            section="lorakit.config.schema:AdapterConfig",
+            section="lorakit.config.schema:DropoutConfig",
             layers="lokr",
             has_product_factors=True,
         ),

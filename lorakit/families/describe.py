@@ -176,9 +176,10 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
 def unsuited(info: BaseInfo, config: Config) -> list[str]:
     """What a config asks for that a base of this kind cannot do, a line each."""
     problems = [problem] if (problem := info.tokenizer_problem()) else []
-    diffusion_only = {"snr_weighting": "min", "timestep_sampling": "base", "timestep_shift": 1.0}
-    for name, usual in diffusion_only.items():
-        if info.spec.predicts_flow and getattr(config.train, name) != usual:
+    usual_values = {"snr_weighting": "min", "timestep_sampling": "base", "timestep_shift": 1.0}
+    is_uniform = config.train.timestep_sampling == "uniform"  # then the shift is all that moves them
+    for name, usual in {} if not info.spec.predicts_flow else usual_values.items():
+        if getattr(config.train, name) != usual and not (is_uniform and name.startswith("timestep")):
             problems.append(
                 f"train.{name} = {getattr(config.train, name)!r} is not defined for base {info.title}, which predicts "
                 f"the flow: leave it at {usual!r}"

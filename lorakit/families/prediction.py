@@ -89,7 +89,7 @@ class Prediction(ABC):
         cells: int | None = None,
         *,
         between: tuple[float, float] = (0.0, 1.0),
-        logit_normal: bool = False,
+        sampling: str = "base",
         shift: float = 1.0,
     ) -> torch.Tensor:
         """Timesteps `[count]` of a training batch.
@@ -98,18 +98,23 @@ class Prediction(ABC):
 
         Args:
             between: the quantiles that are drawn from.
-            logit_normal: share s of the noise levels with logit(s) normal (Esser et al. 2024, arXiv 2403.03206, 3.1).
+            sampling: "base"; "uniform": every noise level alike; "logit_normal": share s of the noise levels with
+                logit(s) normal (Esser et al. 2024, arXiv 2403.03206, 3.1).
             shift: of the shares towards noise, s t / (1 + (s - 1) t) (the same paper, equation 23).
         """
         offset = torch.rand((), generator=generator, device=device)
         shares = (torch.arange(count, device=device) + offset) / count
-        if logit_normal:
+        if sampling == "logit_normal":
             shares = torch.special.ndtri(shares).sigmoid()
         if shift != 1:
             shares = shift * shares / (1 + (shift - 1) * shares)
         if between != (0.0, 1.0):
             shares = between[0] + (between[1] - between[0]) * shares
-        return self.timesteps_at(shares, cells)
+        return self.level_at(shares) if sampling == "uniform" else self.timesteps_at(shares, cells)
+
+    @abstractmethod
+    def level_at(self, shares: torch.Tensor) -> torch.Tensor:
+        """Timesteps `[B]` at shares in [0, 1) of all noise levels, whatever the base was trained on."""
 
 
 class _Diffusion(Prediction):
@@ -124,7 +129,11 @@ class _Diffusion(Prediction):
         self.last = len(alphas_cumprod) - 1
 
     def timesteps_at(self, shares: torch.Tensor, cells: int | None = None) -> torch.Tensor:
-        """See `Prediction`: uniform, int64."""
+        """See `Prediction`: uniform."""
+        return self.level_at(shares)
+
+    def level_at(self, shares: torch.Tensor) -> torch.Tensor:
+        """See `Prediction`: int64."""
         return (shares * len(self.alphas_cumprod)).long().clamp_(max=self.last)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -254,6 +263,10 @@ class Flow(Prediction):
         normal = math.sqrt(2) * torch.erfinv(2 * shares - 1)
         unshifted = normal.sigmoid()
         return (self.num_train_timesteps * (shift * unshifted / (1 + (shift - 1) * unshifted))).float()
+
+    def level_at(self, shares: torch.Tensor) -> torch.Tensor:
+        """See `Prediction`: sigma, float32."""
+        return (self.num_train_timesteps * shares).float()
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """See `Prediction`."""

@@ -135,7 +135,7 @@ class LossStep:
             family.device,
             math.prod(mean.shape[2:]),
             between=(self.train.timestep_low, self.train.timestep_high),
-            logit_normal=self.train.timestep_sampling == "logit_normal",
+            sampling=self.train.timestep_sampling,
             shift=self.train.timestep_shift,
         )
         noisy = family.prediction.add_noise(latents, noise, timesteps)

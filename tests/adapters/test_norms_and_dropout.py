@@ -92,6 +92,32 @@ def test_a_layers_adapter_is_left_out_of_some_passes(sd1: Any, attach: Any) -> N
     assert layer.lora_dropout[NAME].training
 
 
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+@pytest.mark.parametrize("kind", ["to_q", "conv1"])
+def test_rows_of_a_change_are_left_out_for_each_picture(method: str, kind: str, sd1: Any, attach: Any) -> None:
+    options = {"adapter.method": method, "adapter.rank": 2, "adapter.target_modules": "linear+conv"}
+    adapter = attach(sd1, settings(**options, **{"adapter.rank_dropout": 0.5, "adapter.module_dropout": 0.3}).adapter)
+    randomize(adapter)
+    name = next(name for name in adapter.layers if name.endswith(kind))
+    layer = sd1.denoiser.get_submodule(name.removeprefix("unet."))
+    channels = layer.base_layer.weight.shape[1]
+    x = torch.randn((8, channels, 4, 4) if kind == "conv1" else (8, 5, channels))
+    base = layer.base_layer(x).detach()
+    full = layer(x).detach() - base
+    rows = full.transpose(1, -1) if kind == "conv1" else full
+    adapter.train(True)
+    passes = [layer(x).detach() - base for _ in range(40)]
+    assert 4 < sum(not each.any() for each in passes) < 21, "of the whole adapter in 3 passes of 10"
+    each = next(each for each in passes if each.any())
+    each = each.transpose(1, -1) if kind == "conv1" else each
+    used = each.flatten(1, -2).abs().amax(1) > 1e-5
+    assert used.unique(dim=0).shape[0] > 1 and 0.2 < used.float().mean() < 0.8, "other rows for other pictures"
+    expected = rows * used.reshape(8, *(1,) * (rows.ndim - 2), -1) * 2
+    torch.testing.assert_close(each, expected, rtol=1e-3, atol=1e-4)
+    layer(x).sum().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in adapter.parameters().values())
+
+
 @pytest.mark.parametrize("method", ["dora", "pissa"])
 @pytest.mark.parametrize("option", ["train.max_weight_norm", "adapter.rank_dropout", "adapter.module_dropout"])
 def test_they_are_refused_where_the_change_is_no_product(method: str, option: str) -> None:

@@ -1,6 +1,7 @@
 """Files of sample prompts, and prompts that are drawn again with the settings that a picture was drawn with."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,57 @@ def test_a_file_of_kohya_is_read(tmp_path: Path) -> None:
     assert (own.negative_prompt, own.seed, own.guidance, own.steps) == ("low quality, bad anatomy", 42, 7.5, 28)
     assert prompts[2].text == "a photo of sks dog, on a beach" and prompts[3].sample.seed == 2
     assert train_commands.read_prompts(arguments()) is None
+
+
+ROWS = ["a toy --d 7", "a (toy:1.2), red --n blue, dark --w 768 --h 512 --d 3 --s 28 --l 7.5"]
+TABLE = {"prompt": "a (toy:1.2), red", "negative_prompt": "blue, dark", "width": 768, "height": 512, "seed": 3}
+SUBSETS = """
+[prompt]
+width = 768
+height = 512
+[[prompt.subset]]
+prompt = "a cat"
+scale = 7.5
+[[prompt.subset]]
+prompt = "a dog, red"
+seed = 5
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", json.dumps([ROWS[0], {**TABLE, "sample_steps": 28, "scale": 7.5, "width": 768}]), ROWS),
+        ("b.JSON", "\ufeff" + json.dumps({**TABLE, "steps": 28, "guidance": 7.5, "height": 512}), ROWS[1:]),
+        ("c.json", json.dumps(["# a hash", {"prompt": "a dog", "seed": None}]), ["# a hash", "a dog"]),
+        ("d.toml", SUBSETS, ["a cat --w 768 --h 512 --l 7.5", "a dog, red --w 768 --h 512 --d 5"]),
+        ("e.toml", "[[prompt]]\nprompt = 'a dog'\n[[prompt]]\nprompt = 'a cat'\n", ["a dog", "a cat"]),
+    ],
+)
+def test_kohyas_json_and_toml_are_read(tmp_path: Path, name: str, content: str, expected: list[str]) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    texts = sample_prompts.read_file(tmp_path / name)
+    assert texts == expected
+    load(None, {"train.steps": 1, "sample.prompts": texts})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "[", "a.json: cannot be read: Expecting value"),
+        ("a.toml", "prompt = [", "a.toml: cannot be read: "),
+        ("a.json", "[3]", "a.json: cannot be read: 3 is no prompt"),
+        ("a.toml", "[prompt]\nsubset = [3]", "a.toml: cannot be read: 3 is no prompt"),
+        ("a.json", "[]", "a.json: has no prompt"),
+        ("a.toml", "[model]\nbase = 'x'", "a.toml: has no prompt"),
+        ("a.json", '[{"prompt": "a", "sample_sampler": "euler"}]', "sample.prompts: unknown key sample_sampler"),
+        ("a.json", '[{"width": 64}]', "sample.prompts: .* a table needs a prompt"),
+    ],
+)
+def test_what_is_no_file_of_prompts_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        sample_prompts.read_file(tmp_path / name)
 
 
 @pytest.mark.parametrize("command", ["check", "train", "sample"])

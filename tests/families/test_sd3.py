@@ -284,6 +284,12 @@ def test_what_it_cannot_do_is_reported_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_uniform_levels_may_be_shifted(folder: Path) -> None:
+    info = families.describe(folder)
+    shifted = config.load(None, {"train.steps": 1, "train.timestep_sampling": "uniform", "train.timestep_shift": 3.0})
+    assert families.unsuited(info, shifted) == []
+
+
 def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -35,10 +35,26 @@ def test_timesteps_stay_in_their_range_and_crowd_in_the_middle() -> None:
 
     part = draw(between=(0.2, 0.6))
     assert part.min() == 200 and part.max() == 599 and part.mean() == pytest.approx(400, abs=1)
-    middle = draw(logit_normal=True) / 1000
+    middle = draw(sampling="logit_normal") / 1000
     assert middle.median() == pytest.approx(0.5, abs=0.002)
     logit = (middle.clamp(1e-3, 1 - 1e-3)).logit()
     assert logit.std() == pytest.approx(1, abs=0.01)
+
+
+def test_uniform_levels_of_a_flow_are_all_alike_or_shifted() -> None:
+    """Stable Diffusion 3's own are logit-normal and shifted by 3; the shift is then the one that is asked for."""
+    of = prediction.Flow(3.0)
+
+    def draw(**how: object) -> torch.Tensor:
+        return of.sample_timesteps(4000, torch.Generator().manual_seed(0), "cpu", **how).sort().values / 1000
+
+    shares = (torch.arange(4000) + 0.5) / 4000
+    torch.testing.assert_close(draw(sampling="uniform"), shares, rtol=0, atol=2e-3)
+    torch.testing.assert_close(draw(sampling="uniform", shift=3.0), 3 * shares / (1 + 2 * shares), rtol=0, atol=2e-3)
+    assert (draw(sampling="uniform", between=(0.5, 1.0)) >= 0.5).all() and (draw() - shares).abs().max() > 0.1
+    diffusion = prediction.Epsilon(SCHEDULE)
+    same = [diffusion.sample_timesteps(9, torch.Generator(), "cpu", sampling=name) for name in ("base", "uniform")]
+    assert torch.equal(*same)
 
 
 def test_coarse_noise_is_standard_and_correlated() -> None:

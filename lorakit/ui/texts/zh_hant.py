@@ -247,7 +247,7 @@ OPTIONS = {
     "optimizer.args": ("最佳化器引數", "最佳化器的其他引數，寫成表格，例如 {betas = [0.9, 0.95]}。"),
     "optimizer.learning_rate": ("學習率", "最高學習率（prodigy 則為倍率，通常為 1）。"),
     "optimizer.text_encoder_learning_rate": ("文字編碼器學習率", "用於文字編碼器的 adapter。未設定：相同。"),
-    "adapter.rank_dropout": ("秩 dropout", "每張圖各自略去某些秩的機率。"),
+    "adapter.rank_dropout": ("秩 dropout", "每張圖各自略去某些秩（LoHa、LoKr：列）的機率。"),
     "adapter.module_dropout": ("模組 dropout", "一次運算略去某層 adapter 的機率。"),
     "train.max_weight_norm": (
         "權重範數上限",
@@ -284,7 +284,7 @@ OPTIONS = {
     "train.loss": ("損失函數", "預測與目標之間的距離。"),
     "train.min_snr_gamma": ("Min-SNR gamma", "Min-SNR 加權（Hang et al. 2023）；常用 5。未設定：關閉。"),
     "train.snr_weighting": ("損失加權", "依雜訊程度加權。min、soft_min：配合 min_snr_gamma；debiased：1 / sqrt(SNR)。"),
-    "train.timestep_sampling": ("時間步取樣", "訓練的雜訊程度：與基礎模型相同，或多取中間的。"),
+    "train.timestep_sampling": ("時間步取樣", "訓練的雜訊程度：與基礎模型相同、均勻，或多取中間的。"),
     "train.timestep_low": ("最低時間步", "略去雜訊程度最低的這個比例。"),
     "train.timestep_high": ("最高時間步", "略去雜訊程度高於這個比例的部分。"),
     "train.pyramid_noise": ("金字塔雜訊", "較粗雜訊的強度，每減半一次乘一次；0：不用；常用 0.3。"),
