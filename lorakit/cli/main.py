@@ -19,14 +19,17 @@ from typing import Any, TextIO
 
 from lorakit import __version__, config as configuration
 from lorakit.cli import adapter_commands, base_commands, train_commands
-from lorakit.cli.terminal import complain, open_streams, print_json, print_lines, quiet_libraries
+from lorakit.cli.terminal import complain, open_streams, print_event, print_json, print_lines, quiet_libraries
 from lorakit.config.option import format_bound
 from lorakit.core import install
 from lorakit.core.errors import LorakitError
+from lorakit.core.events import Event
 from lorakit.runs import memory_estimate
 
 # Kept for one release under their old names.
 ALIASES = {"options": ["knobs"]}
+# Where it is more than the report of what was done.
+JSON_HELP = dict.fromkeys(("train", "resume"), "every event of the run as a line of JSON on stdout, the result last")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,29 +38,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         _tolerate_any_character(stream)
+    args = argparse.Namespace()
+
+    def fail(text: str) -> None:
+        complain(text)
+        if getattr(args, "has_events", False) and args.json:
+            print_event(Event("error", None, {"message": text}))
+
     try:
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv[:1] == ["ui"]:
             return run_ui(argv[1:])
-        args = parser().parse_args(_with_full_names(argv))
+        parser().parse_args(_with_full_names(argv), args)
         return int(args.run(args))
     except BrokenPipeError:
         # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        complain("interrupted")
+        fail("interrupted")
         return 130
     except Exception as error:
         if os.environ.get("LORAKIT_TRACEBACK"):
             raise
         if isinstance(error, LorakitError):
-            complain(str(error))
+            fail(str(error))
             return 2 if isinstance(error, configuration.ConfigError) else 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it to ask would cost seconds
-            complain(memory_estimate.advice("this command"))
+            fail(memory_estimate.advice("this command"))
             return 1
-        complain(f"internal error: {type(error).__name__}: {_first_line(error)}; traceback in {_log(error)}")
+        fail(f"internal error: {type(error).__name__}: {_first_line(error)}; traceback in {_log(error)}")
         return 1
 
 
@@ -77,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         )
         subparser.set_defaults(run=run)
         if name != "ui":
-            subparser.add_argument("--json", action="store_true", help="report as JSON on stdout")
+            subparser.add_argument("--json", action="store_true", help=JSON_HELP.get(name, "report as JSON on stdout"))
         return subparser
 
     train_commands.add(command)

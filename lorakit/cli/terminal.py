@@ -113,6 +113,11 @@ def print_json(value: object) -> None:
     print_lines(json.dumps(value, indent=2, ensure_ascii=True))
 
 
+def print_event(event: Event) -> None:
+    """An event of a run to stdout as one line of JSON in ASCII, at once: for the program that started this one."""
+    print_lines(json.dumps(event.to_json(), ensure_ascii=True))
+
+
 def complain(text: str) -> None:
     """Each line to stderr, prefixed."""
     write(sys.stderr, "".join(f"lorakit: {line}\n" for line in text.splitlines() or [""]))

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from lorakit import config as configuration
 from lorakit.cli import threads
 from lorakit.cli.signals import stop_on_signals
-from lorakit.cli.terminal import Bar, Terminal, complain, print_json, print_lines
+from lorakit.cli.terminal import Bar, Terminal, complain, print_event, print_json, print_lines
 from lorakit.config import sample_prompts
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError, Stopped
-from lorakit.core.events import Stop
+from lorakit.core.events import Event, Listener
 from lorakit.core.names import quote
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def add(command: Command) -> None:
     _add_run_options(check)
 
     train = command("train", run_train, "train an adapter from a folder of photos")
+    train.set_defaults(has_events=True)
     _add_run_options(train)
     _add_output(train)
 
@@ -49,6 +50,7 @@ def add(command: Command) -> None:
     importing.add_argument("--output", metavar="FILE", help="where to write (default: <name>-lorakit.toml beside it)")
 
     resume = command("resume", run_resume, "continue a run exactly where it stopped")
+    resume.set_defaults(has_events=True)
     resume.add_argument("folder", metavar="RUN", help="run folder, e.g. runs/2026-01-31-sks-toy")
     resume.add_argument(
         "--from", dest="checkpoint", default="", metavar="STEP", help="go back to this checkpoint, e.g. step-000120"
@@ -110,8 +112,11 @@ def run_demo(args: argparse.Namespace) -> int:
 
     folder, overrides = Path(args.output) if args.output else None, read_overrides(args.set)
     terminal = _terminal(args)
-    result = _unless_stopped(lambda stop: demo.demo(args.subject, terminal, folder, overrides, stop=stop))
-    if result is None:
+    try:
+        with stop_on_signals() as stop:
+            result = demo.demo(args.subject, terminal, folder, overrides, stop=stop)
+    except Stopped as stopped:
+        complain(str(stopped))
         return 130
     if args.json:
         print_json(result.to_json())
@@ -148,7 +153,7 @@ def run_train(args: argparse.Namespace) -> int:
         terminal.say(line)
     from lorakit.training import run
 
-    return _trained(args, terminal, lambda stop: run.start(ready, listeners=[terminal], stop=stop))
+    return _trained(args, terminal, partial(run.start, ready))
 
 
 def run_resume(args: argparse.Namespace) -> int:
@@ -158,8 +163,9 @@ def run_resume(args: argparse.Namespace) -> int:
     from lorakit.training import run
 
     changes = read_overrides([*args.set, *([f"train.steps={args.steps}"] if args.steps else [])])
-    resume = partial(run.resume, args.folder, from_checkpoint=args.checkpoint, overrides=changes, listeners=[terminal])
-    return _trained(args, terminal, lambda stop: resume(stop=stop))
+    return _trained(
+        args, terminal, partial(run.resume, args.folder, from_checkpoint=args.checkpoint, overrides=changes)
+    )
 
 
 def run_import_config(args: argparse.Namespace) -> int:
@@ -203,34 +209,30 @@ def _progress_of_photos(terminal: Terminal) -> Iterator[partial[Report]]:
         terminal.close()
 
 
-def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[[Stop], Any]) -> int:
-    """Run a training job and say what came of it."""
-    result = _unless_stopped(job)
-    if result is None:
+def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[..., Any]) -> int:
+    """Run a training job, which takes listeners and the function that asks for a stop, and say what came of it."""
+    listeners: list[Listener] = [terminal, *([print_event] if args.json else [])]
+    try:
+        with stop_on_signals() as stop:
+            result = job(listeners=listeners, stop=stop)
+    except Stopped as stopped:
+        complain(str(stopped))
+        if args.json:
+            where = {"message": str(stopped), "folder": str(stopped.folder.absolute())}
+            print_event(Event("stopped", stopped.step, where))
         return 130
     terminal.say(f"adapter: {result.adapter}")
     terminal.say(f"report: {result.folder / 'report.html'}")
     if args.json:
-        print_json(
-            {
-                "folder": str(result.folder),
-                "adapter": str(result.adapter),
-                "exports": {name: str(path) for name, path in result.exports.items()},
-                "steps": result.steps,
-                "findings": [vars(finding) for finding in result.findings],
-            }
-        )
+        facts = {
+            "folder": str(result.folder),
+            "adapter": str(result.adapter),
+            "exports": {name: str(path) for name, path in result.exports.items()},
+            "steps": result.steps,
+            "findings": [vars(finding) for finding in result.findings],
+        }
+        print_event(Event("result", result.steps, facts))
     return 0
-
-
-def _unless_stopped(job: Callable[[Stop], Any]) -> Any:
-    """Run a training job, which is given the function that asks for a stop; None where it was stopped."""
-    try:
-        with stop_on_signals() as stop:
-            return job(stop)
-    except Stopped as stopped:
-        complain(str(stopped))
-        return None
 
 
 # -- from arguments to a config ---------------------------------------------------------------------------------------

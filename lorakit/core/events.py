@@ -10,12 +10,20 @@ Kinds and their facts:
     checkpoint         a checkpoint was written
     sample             file: name of the grid of pictures
     error, done        message; adapter: name of the checked file
+
+`lorakit train --json` and `lorakit resume --json` write each as a line of JSON, with these of their own:
+
+    start              folder: of the run; steps: its whole length
+    result             folder, adapter, exports, steps, findings: it is done
+    stopped            message, folder: it was stopped, and can be resumed
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +43,24 @@ class Event:
     kind: str
     step: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The event as one table of plain values."""
+        step = {} if self.step is None else {"step": self.step}
+        return {"event": self.kind, **step, **{name: json_value(value) for name, value in self.facts.items()}}
+
+
+def json_value(value: object) -> Any:
+    """JSON values: paths become names (a log never tells where on the machine), non-finite numbers null."""
+    if isinstance(value, dict):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(item) for item in value]
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 Listener = Callable[[Event], object]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +34,7 @@ from lorakit import config as configuration
 from lorakit.config import Config, load, to_toml
 from lorakit.core import atomic, foreign_json, image_grid
 from lorakit.core.errors import LorakitError
-from lorakit.core.events import Event
+from lorakit.core.events import Event, json_value
 from lorakit.core.names import quote, slug, step_name, unique_path
 
 States = Literal["waiting", "preparing", "running", "done", "failed", "stopped", "interrupted"]
@@ -214,14 +213,17 @@ class RunFolder:
         if event.kind == "progress":
             self.update(step=event.step, **event.facts)
         else:
-            self.event(event.kind, **({} if event.step is None else {"step": event.step}), **event.facts)
+            self._add(event)
         error, self._unwritten = self._unwritten, None
         if error is not None:
             raise error
 
     def event(self, event: str, **facts: object) -> None:
         """Add one line to the log; it is out of this process's hands when the call returns. See `record` for errors."""
-        line = json.dumps(_json_value({"time": round(time.time(), 3), "event": event, **facts}), ensure_ascii=False)
+        self._add(Event(event, None, facts))
+
+    def _add(self, event: Event) -> None:
+        line = json.dumps({"time": round(time.time(), 3), **event.to_json()}, ensure_ascii=False)
         try:
             with self.log_file.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(line + "\n")
@@ -230,11 +232,11 @@ class RunFolder:
 
     def write_plan(self, plan: Any) -> None:
         """Keep the plan (plain JSON values)."""
-        atomic.write(self.plan_file, json.dumps(_json_value(plan), indent=1, ensure_ascii=False))
+        atomic.write(self.plan_file, json.dumps(json_value(plan), indent=1, ensure_ascii=False))
 
     def write_report(self, findings: Iterable[dict[str, Any]]) -> None:
         """Keep what the self-check found, each a dict with name, passed and detail."""
-        rows = [_json_value(finding) for finding in findings]
+        rows = [json_value(finding) for finding in findings]
         verdict = {"passed": all(finding["passed"] for finding in rows), "findings": rows}
         atomic.write(self.report_file, json.dumps(verdict, indent=1, ensure_ascii=False))
 
@@ -294,7 +296,7 @@ class RunFolder:
 
     def _write_state(self) -> None:
         self._state = replace(self._state, updated=time.time())
-        atomic.write(self.state_file, json.dumps(_json_value(asdict(self._state)), indent=1, ensure_ascii=False))
+        atomic.write(self.state_file, json.dumps(json_value(asdict(self._state)), indent=1, ensure_ascii=False))
 
 
 def read(path: str | Path) -> State:
@@ -402,19 +404,6 @@ def _end_last_line(log: Path) -> None:
             file.seek(-1, 2)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-
-
-def _json_value(value: object) -> Any:
-    """JSON values: paths become names (a log never tells where on the machine), non-finite numbers null."""
-    if isinstance(value, dict):
-        return {str(key): _json_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_value(item) for item in value]
-    if isinstance(value, Path):
-        return value.name
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _step_of(path: Path) -> int:

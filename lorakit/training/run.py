@@ -229,6 +229,8 @@ def _begin(ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop:
         folder.write_plan(ready.plan.to_json())
     trackers = [Tracker(name, ready.config, folder) for name in ready.config.output.trackers]
     with Events(folder.record, *trackers, *listeners) as events:
+        # Not in the folder's own log, which never tells where on the machine it is.
+        Events(*listeners).emit("start", folder.step, folder=str(folder.path.absolute()), steps=ready.plan.steps)
         sources = [lambda: folder.stop_requested, *([stop] if stop else [])]
         yield Run(ready, folder, events, StopRequest(events, *sources), time.time(), _identity(ready))
 

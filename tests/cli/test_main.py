@@ -419,7 +419,12 @@ def test_train_inspect_export_sample(run: Run, photos: Path, tiny_sd1: Path, tmp
     before = digests(photos)
     code, out, err = run("train", photos, *small(tiny_sd1), "--output", "run", "--json")
     assert code == 0, err
-    document = json.loads(out)
+    events = [json.loads(line) for line in out.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds[0] == "start" and {"phase", "message", "step", "progress", "checkpoint", "done"} <= set(kinds)
+    assert Path(events[0]["folder"]) == tmp_path / "run" and events[0]["steps"] == 2
+    document = events[-1]
+    assert document["event"] == "result"
     adapter = Path(document["adapter"])
     assert adapter.is_file() and document["steps"] == 2
     assert all(finding["passed"] for finding in document["findings"])
