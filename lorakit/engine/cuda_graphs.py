@@ -8,7 +8,10 @@ without it, and is used only if it agrees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,26 +58,78 @@ class CudaCapturer:
     """Captures computations on its own stream. Graphs share one memory pool: only one runs at a time."""
 
     def __init__(self) -> None:
-        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+        self._pool: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(self, compute: Compute, generators: Sequence[torch.Generator]) -> Compute:
-        """Capture; the returned function replays."""
+        """Capture; the returned function replays.
+
+        Raises:
+            RuntimeError: `compute` waits for the device, or cannot be captured; torch is in order again.
+        """
+        current = torch.cuda.current_stream()
+        if not self._graphs:
+            # Torch refuses a pool whose graphs have all gone, as long as a tensor of it lives.
+            self._pool = torch.cuda.graph_pool_handle()
+        # What an earlier pass left cached belongs to another stream: this one would allocate all of it once more.
+        torch.cuda.empty_cache()
         # Run once on the capture stream before: kernels cannot be chosen nor workspaces allocated during the capture.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        # What waits for the device is noticed here, where it does no harm.
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), _waiting_is_an_error():
             compute()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        current.wait_stream(self._stream)
+        gc.collect()  # a backward graph that a cycle keeps alive remembers another stream
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            result = compute()
+        try:
+            # Other threads may use CUDA meanwhile, as notebooks and web UIs do.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = compute()
+        except BaseException:
+            self._clean_up(graph, current, generators)
+            raise
+        self._graphs.add(graph)
 
         def replay() -> torch.Tensor:
             graph.replay()
-            return result
+            return result.clone()  # outside the pool, which must be empty to be freed
 
         return replay
+
+    def _clean_up(self, graph: Any, current: Any, generators: Sequence[torch.Generator]) -> None:
+        """Undo what torch leaves behind where a capture fails: its stream is the current one, its pool is in use, and
+        (before torch 2.13) the allocator frees nothing and generators refuse to draw."""
+        torch.cuda.set_stream(current)
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
+        try:
+            graph.pool()  # a capture that ended well, in spite of an error in Python, frees its pool itself
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_releasePool(current.device_index, self._pool)
+        self._graphs, self._pool = weakref.WeakSet(), None
+        # A capture that succeeds puts its generators in order, the default one too.
+        tiny, number = torch.cuda.CUDAGraph(), torch.zeros((), device=current.device)
+        with contextlib.suppress(RuntimeError):
+            for generator in generators:
+                tiny.register_generator_state(generator)
+            with torch.cuda.graph(tiny, stream=self._stream, capture_error_mode="thread_local"):
+                number.add_(0)
+        torch.cuda.set_stream(current)
+
+
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """Inside, an operation that makes the host wait for the device raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass(frozen=True)
@@ -128,7 +183,7 @@ class GraphedBackward:
         self._addresses: list[int] = []
 
     def __call__(self, begin: Callable[[], Batch]) -> torch.Tensor:
-        """The loss of a batch, valid until the next call.
+        """The loss of a batch.
 
         Args:
             begin: seeds the generators and returns the batch, a dataclass. A graph holds for batches with equal shapes
@@ -187,7 +242,7 @@ class GraphedOptimizerStep:
         self._addresses: list[int] = []
 
     def __call__(self) -> torch.Tensor:
-        """The result of `step`, valid until the next call.
+        """The result of `step`.
 
         Raises:
             CaptureFailed: see there; the tensors are the same as before the call.

@@ -62,68 +62,8 @@ def present(library: Path) -> Any:
 
 def _play_cuda(torch: Any, card: Any) -> None:
     cuda = torch.cuda
-
-    class Event:
-        def __init__(self) -> None:
-            self.at = card.promised()
-
-    class Stream:
-        """The main one does everything at once; another leaves its copies from the host until somebody waits."""
-
-        def __init__(self, device: Any = None, main: bool = False):
-            self.main = main
-
-        def wait_stream(self, other: Stream) -> None:
-            if not other.main:
-                card.keep_promises(card.promised())
-
-        def wait_event(self, event: Event) -> None:
-            card.keep_promises(event.at)
-
-        def record_event(self) -> Event:
-            return Event()
-
-    streams = [Stream(main=True)]
-
-    class On:
-        def __init__(self, stream: Stream):
-            self.stream = stream
-
-        def __enter__(self) -> None:
-            streams.append(self.stream)
-            self.before = card.aside(not self.stream.main)
-
-        def __exit__(self, *_: object) -> None:
-            streams.pop()
-            card.aside(self.before)
-
-    class Graph:
-        def __init__(self) -> None:
-            self.number: int | None = None
-            self.generators: list[Any] = []
-
-        def register_generator_state(self, generator: Any) -> None:
-            self.generators.append(generator)
-
-        def replay(self) -> None:
-            card.replay(self.number)
-
-        def __del__(self) -> None:
-            if self.number is not None:
-                card.forget(self.number)
-
-    class Capture:
-        def __init__(self, graph: Graph, pool: Any = None, stream: Any = None):
-            self.graph = graph
-
-        def __enter__(self) -> None:
-            card.begin(self.graph.generators)
-
-        def __exit__(self, kind: Any, *_: object) -> None:
-            if kind is None:
-                self.graph.number = card.end()
-            else:
-                card.give_up()
+    cuda.card = card
+    import graphs
 
     def clone(storage: Any) -> Any:
         new, old = (torch.empty(size, dtype=torch.uint8, device=storage.device) for size in (storage.nbytes(), 0))
@@ -139,21 +79,27 @@ def _play_cuda(torch: Any, card: Any) -> None:
             pinned.add(array.untyped_storage().data_ptr())
         return array
 
-    cuda.card = card
-    cuda._lazy_init = cuda.empty_cache = cuda.synchronize = lambda *_: None
+    cuda._lazy_init = cuda.synchronize = lambda *_: None
+    cuda.empty_cache, cuda.memory_snapshot = card.empty_cache, graphs.snapshot
+    cuda.set_per_process_memory_fraction = lambda fraction, *_: card.set_room(int(fraction * 2**34))
+    cuda.set_sync_debug_mode, cuda.get_sync_debug_mode = graphs.set_sync_debug_mode, lambda: graphs.sync_debug_mode[0]
+    torch._C._cuda_endAllocateToPool = lambda device, pool: card.end_allocation(pool)
+    torch._C._cuda_releasePool = lambda device, pool: card.release_pool(pool)
     cuda.is_available = lambda: True
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.device_count = lambda: 1
     cuda.get_device_name = lambda *_: "make-believe card"
     cuda.get_rng_state = lambda *_: torch.zeros(1, dtype=torch.uint8)
     cuda.set_rng_state = cuda.manual_seed_all = lambda *_: None
-    cuda.memory_allocated = cuda.memory_reserved = lambda *_: card.live()
-    cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *_: card.peak()
+    cuda.memory_allocated, cuda.max_memory_allocated = lambda *_: card.live(), lambda *_: card.peak()
+    cuda.memory_reserved, cuda.max_memory_reserved = lambda *_: card.reserved(), lambda *_: card.reserved_peak()
     cuda.reset_peak_memory_stats = lambda *_: card.reset_peak()
-    cuda.mem_get_info = lambda *_: (2**34 - card.live(), 2**34)
-    cuda.Stream, cuda.stream, cuda.current_stream = Stream, On, lambda *_: streams[-1]
+    cuda.mem_get_info = lambda *_: (2**34 - card.reserved(), 2**34)
+    cuda.Stream, cuda.stream, cuda.set_stream = graphs.Stream, graphs.On, graphs.set_stream
+    cuda.current_stream = lambda *_: graphs.current[0]
     cuda.is_current_stream_capturing = card.capturing
-    cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = Graph, Capture, object
+    cuda.CUDAGraph, cuda.graph = graphs.Graph, graphs.Capture
+    cuda.graph_pool_handle = lambda: next(graphs.numbers)
     torch.empty = empty_or_pinned
     torch.Tensor.is_pinned = lambda tensor, *_: tensor.untyped_storage().data_ptr() in pinned
     torch.UntypedStorage.clone = clone

@@ -35,6 +35,7 @@
 #include <torch/library.h>
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -53,34 +54,67 @@ bool on_card(const Tensor& tensor) {
 
 // -- memory ----------------------------------------------------------------------------------------------------------
 
+// As torch's caching allocator: what is let go stays reserved for its stream, or for its pool if it was allocated while a
+// graph was captured, until the cache is emptied. Bytes are interchangeable: nothing is lost to fragments.
+struct Block {
+  int64_t size;
+  std::pair<int64_t, int64_t> bin;  // pool (0: the ordinary memory) and stream
+};
+struct Pool {
+  int64_t live = 0, graphs = 0;
+};
 struct Memory {
-  std::mutex lock;
-  std::unordered_map<void*, int64_t> sizes;
-  int64_t live = 0, peak = 0, room = -1;
+  std::recursive_mutex lock;
+  std::unordered_map<void*, Block> blocks;
+  std::map<std::pair<int64_t, int64_t>, int64_t> cached;
+  std::map<int64_t, Pool> pools;
+  std::vector<int64_t> underway;  // pools of captures that have begun and not ended
+  int64_t live = 0, peak = 0, reserved = 0, reserved_peak = 0, room = -1, stream = 0, pool = 0;
 } memory;
 
+void empty_cache() {
+  TORCH_INTERNAL_ASSERT(memory.underway.empty(), "captures_underway.empty()");
+  for (auto& [bin, bytes] : memory.cached) {
+    if (bin.first && memory.pools[bin.first].graphs > 0) continue;
+    memory.reserved -= std::exchange(bytes, 0);
+  }
+  for (auto it = memory.pools.begin(); it != memory.pools.end();)
+    it = it->second.graphs == 0 && it->second.live == 0 ? memory.pools.erase(it) : std::next(it);
+}
+
 void release(void* place) {
-  std::lock_guard<std::mutex> guard(memory.lock);
-  auto found = memory.sizes.find(place);
-  if (found != memory.sizes.end()) {
-    memory.live -= found->second;
-    memory.sizes.erase(found);
+  std::lock_guard<std::recursive_mutex> guard(memory.lock);
+  auto found = memory.blocks.find(place);
+  if (found != memory.blocks.end()) {
+    const auto& [size, bin] = found->second;
+    memory.live -= size;
+    memory.cached[bin] += size;
+    if (bin.first) memory.pools[bin.first].live -= size;
+    memory.blocks.erase(found);
   }
   c10::free_cpu(place);
 }
 
 struct CardAllocator final : c10::Allocator {
   DataPtr allocate(size_t size) override {
-    std::lock_guard<std::mutex> guard(memory.lock);
+    std::lock_guard<std::recursive_mutex> guard(memory.lock);
     const auto wanted = static_cast<int64_t>(size);
+    const std::pair<int64_t, int64_t> bin(memory.pool, memory.stream);
+    auto fresh = [&] { return std::max<int64_t>(wanted - memory.cached[bin], 0); };
+    auto full = [&] { return memory.room >= 0 && memory.reserved + fresh() > memory.room; };
+    // While a capture has not ended torch gives nothing back.
+    if (full() && memory.underway.empty()) empty_cache();
     TORCH_CHECK_WITH(
-        OutOfMemoryError,
-        memory.room < 0 || memory.live + wanted <= memory.room,
-        "the make-believe card is full: ", memory.live, " bytes and ", wanted, " more");
+        OutOfMemoryError, !full(), "the make-believe card is full: ", memory.live, " bytes and ", wanted, " more, of ",
+        memory.reserved, " reserved");
     void* place = c10::alloc_cpu(size ? size : 1);
     std::memset(place, 0xFF, size);  // NaN in every floating-point format
-    memory.sizes[place] = wanted;
+    memory.reserved += fresh();
+    memory.reserved_peak = std::max(memory.reserved_peak, memory.reserved);
+    memory.cached[bin] = std::max<int64_t>(memory.cached[bin] - wanted, 0);
+    memory.blocks[place] = {wanted, bin};
     memory.live += wanted;
+    if (bin.first) memory.pools[bin.first].live += wanted;
     memory.peak = std::max(memory.peak, memory.live);
     return {place, place, &release, CARD};
   }
@@ -118,6 +152,7 @@ std::vector<std::shared_ptr<Tape>> tapes;
 // A generator of the card: draws what the CPU's draws from the same seed. A graph draws from it as it is at the replay.
 struct CardGenerator final : c10::GeneratorImpl {
   Generator inner = at::detail::createCPUGenerator();
+  bool capturing = false;  // from the beginning of a capture that has it until the end of one
   CardGenerator() : c10::GeneratorImpl(CARD, DispatchKeySet(DispatchKey::CUDA)) {}
   void set_current_seed(uint64_t seed) override {
     TORCH_CHECK(!recording, "operation not permitted when stream is capturing: a generator is given a seed");
@@ -138,6 +173,15 @@ struct CardGenerator final : c10::GeneratorImpl {
   }
 };
 
+const Generator& default_generator() {
+  static Generator made = at::make_generator<CardGenerator>();
+  return made;
+}
+
+CardGenerator& of_card(const Generator& generator) {
+  return *static_cast<CardGenerator*>(generator.unsafeGetGeneratorImpl());
+}
+
 // torch finds this by its name.
 struct CUDAHooks final : CUDAHooksInterface {
   explicit CUDAHooks(CUDAHooksArgs) {}
@@ -155,10 +199,7 @@ struct CUDAHooks final : CUDAHooksInterface {
   void setCurrentDevice(DeviceIndex) const override {}
   void deviceSynchronize(DeviceIndex) const override {}
   Generator getNewGenerator(DeviceIndex) const override { return at::make_generator<CardGenerator>(); }
-  const Generator& getDefaultGenerator(DeviceIndex) const override {
-    static Generator made = at::make_generator<CardGenerator>();
-    return made;
-  }
+  const Generator& getDefaultGenerator(DeviceIndex) const override { return default_generator(); }
 };
 
 // -- time: what waits, what is captured, what has been promised ---------------------------------------------------------
@@ -166,11 +207,56 @@ struct CUDAHooks final : CUDAHooksInterface {
 // Generators that the graph has been told of.
 std::vector<Generator> known;
 int64_t waited = 0, copied = 0;
+bool waiting_is_an_error = false;
+// What is not allowed in a capture spoils it.
+bool spoiled = false;
 
 // The host needs to know what the card has computed.
 void wait(const char* why) {
   waited++;
+  TORCH_CHECK(!waiting_is_an_error, "called a synchronizing CUDA operation: ", why);
+  spoiled = spoiled || recording;
   TORCH_CHECK(!recording, "operation not permitted when stream is capturing: ", why);
+}
+
+void draws_from(const Generator& generator) {
+  TORCH_INTERNAL_ASSERT(
+      recording || !of_card(generator).capturing, "Offset increment outside graph capture encountered unexpectedly.");
+}
+
+// As torch up to 2.12 does it: where a capture fails, nothing of this is undone.
+void begin(std::vector<Generator> generators, int64_t pool) {
+  generators.push_back(default_generator());
+  for (const Generator& each : generators) of_card(each).capturing = true;
+  known = std::move(generators);
+  auto found = memory.pools.find(pool);
+  TORCH_INTERNAL_ASSERT(found == memory.pools.end() || found->second.graphs > 0, "it->second->use_count > 0");
+  memory.pools[pool].graphs++;
+  memory.underway.push_back(pool);
+  memory.pool = pool;
+  spoiled = false;
+  recording = std::make_shared<Tape>();
+}
+
+void end_allocation(int64_t pool) {
+  auto found = std::find(memory.underway.begin(), memory.underway.end(), pool);
+  TORCH_CHECK(found != memory.underway.end(), "endAllocatePool: not currently recording to mempool_id");
+  memory.underway.erase(found);
+}
+
+void release_pool(int64_t pool) {
+  TORCH_INTERNAL_ASSERT(memory.pools.count(pool) && memory.pools[pool].graphs > 0, "uc >= 0");
+  memory.pools[pool].graphs--;
+}
+
+size_t end(int64_t pool) {
+  auto tape = std::exchange(recording, nullptr);
+  memory.pool = 0;
+  TORCH_CHECK(!spoiled, "operation failed due to a previous error during capture");
+  end_allocation(pool);
+  for (const Generator& each : known) of_card(each).capturing = false;
+  tapes.push_back(tape);
+  return tapes.size() - 1;
 }
 
 // Copies that a side stream was told to do: they are done when somebody waits for them, and not before.
@@ -237,6 +323,7 @@ Tensor& card_copy(Tensor& to, const Tensor& from, bool later) {
   auto act = [to = Tensor(to), from = Tensor(from)] { on_cpu(to).copy_(on_cpu(from)); };
   if (!on_card(to)) wait("a copy to the host");
   if (!on_card(from)) {
+    spoiled = spoiled || recording;
     TORCH_CHECK(!recording, "operation not permitted when stream is capturing: a copy from the host");
     copied += static_cast<int64_t>(from.nbytes());
     if (!later) wait("a copy from the host");
@@ -347,7 +434,8 @@ Given given(const c10::FunctionSchema& schema, const std::vector<IValue>& argume
       TORCH_CHECK(
           !recording || std::count(known.begin(), known.end(), value.toGenerator()),
           "operation not permitted when stream is capturing: a generator that is not the graph's");
-      made.values.emplace_back(static_cast<CardGenerator*>(value.toGenerator().unsafeGetGeneratorImpl())->inner);
+      draws_from(value.toGenerator());
+      made.values.emplace_back(of_card(value.toGenerator()).inner);
     } else if (value.isDevice()) {
       made.values.emplace_back(Device(kCPU));
     } else {
@@ -377,6 +465,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const auto& name = schema.operator_name().name;
   if (waiting.count(name)) wait(name.c_str());
+  if (op.hasTag(at::Tag::nondeterministic_seeded)) draws_from(default_generator());
   const auto arguments = torch::jit::pop(*stack, schema.arguments().size());
   const Given inputs = given(schema, arguments);
   const torch::jit::Stack results = computed(op, inputs);
@@ -460,17 +549,27 @@ PYBIND11_MODULE(device, m) {
   c10::SetAllocator(DeviceType::CUDA, &allocator);
   m.def("live", [] { return memory.live; }, "bytes that are allocated");
   m.def("peak", [] { return memory.peak; }, "most of them since `reset_peak`");
-  m.def("reset_peak", [] { memory.peak = memory.live; });
+  m.def("reset_peak", [] { memory.peak = memory.live; memory.reserved_peak = memory.reserved; });
+  m.def("reserved", [] { return memory.reserved; }, "bytes that are allocated or cached");
+  m.def("reserved_peak", [] { return memory.reserved_peak; });
+  m.def("pools", [] {
+    std::map<int64_t, std::pair<int64_t, int64_t>> sizes;  // pool -> bytes reserved, bytes allocated
+    for (const auto& [pool, each] : memory.pools) sizes[pool] = {each.live, each.live};
+    for (const auto& [bin, bytes] : memory.cached) if (sizes.count(bin.first)) sizes[bin.first].first += bytes;
+    return sizes;
+  });
+  m.def("empty_cache", &empty_cache);
+  m.def("on_stream", [](int64_t number) { memory.stream = number; });
+  m.def("waiting_is_an_error", [](bool on) { return std::exchange(waiting_is_an_error, on); });
   m.def("set_room", [](int64_t bytes) { memory.room = bytes; }, "bytes of the card; -1: no end");
   m.def("waited", [] { return waited; }, "how often the host waited for the card");
   m.def("copied", [] { return copied; }, "bytes copied from the host");
-  m.def("begin", [](std::vector<Generator> generators) {
-    known = std::move(generators);
-    recording = std::make_shared<Tape>();
-  });
+  m.def("begin", &begin);
   m.def("capturing", [] { return recording != nullptr; });
-  m.def("end", [] { tapes.push_back(std::exchange(recording, nullptr)); return tapes.size() - 1; });
-  m.def("give_up", [] { recording = nullptr; });
+  m.def("end", &end);
+  m.def("end_allocation", &end_allocation);
+  m.def("release_pool", &release_pool);
+  m.def("captures", [] { return tapes.size(); }, "how many have succeeded");
   m.def("replay", &replay);
   m.def("forget", [](size_t number) { tapes[number] = nullptr; });
   m.def("aside", [](bool on) { return std::exchange(aside, on); });
