@@ -191,8 +191,8 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def without_paths(config: Config) -> dict[str, dict[str, Any]]:
-    """The resolved config as tables, without options that are paths on the user's machine."""
-    path_keys = {opt.key for opt in options(config.adapter.method) if opt.path}
+    """The resolved config as tables, without options that are paths or names of the user's machine."""
+    path_keys = {opt.key for opt in options(config.adapter.method) if opt.path or opt.private}
     tables = as_tables(config)
     return {s: {n: v for n, v in t.items() if f"{s}.{n}" not in path_keys} for s, t in tables.items()}
 
@@ -318,7 +318,15 @@ def _resolution_problems(data: DataConfig) -> list[str]:
     names = ["data.resolution", *["data.lower_resolutions"] * len(data.lower_resolutions)]
     sides = list(zip(names, data.resolutions, strict=True))
     problems = [f"{name} = {side}: must be a multiple of 8" for name, side in sides if side % 8]
+    problems += [
+        f"data.folder_resolutions.{label(name)} = {side}: must be a multiple of 8, and not above data.resolution = "
+        f"{data.resolution}"
+        for name, side in data.folder_resolutions.items()
+        if side % 8 or side > data.resolution
+    ]
     lower = data.lower_resolutions
+    if lower and data.folder_resolutions:
+        problems.append("data.folder_resolutions and data.lower_resolutions are both set: leave one out")
     if any(side >= data.resolution for side in lower) or len({*lower}) < len(lower):
         problems.append(
             f"data.lower_resolutions = {to_text(lower)}: each must be below data.resolution = {data.resolution}, and "

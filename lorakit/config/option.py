@@ -33,7 +33,7 @@ def option(default: Any, help: str, **fields: object) -> Any:
     """
     metadata = {"help": help, **fields}
     if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=metadata)
+        return field(default_factory=default.copy, hash=False, metadata=metadata)  # a table has no hash
     return field(default=default, metadata=metadata)
 
 
@@ -44,6 +44,7 @@ class Option:
     Attributes:
         low, high, above: bounds of a number: `low <= value <= high`, `value > above`.
         path: the value is a path on the user's machine. It is never written to an adapter's metadata.
+        private: the value has names of the user's. It is never written to an adapter's metadata either.
         choices: the valid values; () if any value is valid.
         import_path: "module:Class" is also valid.
     """
@@ -57,12 +58,15 @@ class Option:
     high: float | None = None
     above: float | None = None
     path: bool = False
+    private: bool = False
     choices: tuple[str, ...] = ()
     import_path: bool = False
 
     @property
     def example(self) -> str:
         """A table as it is written in a config."""
+        if self.section == "data":
+            return "{'10_faces' = 512}"
         patterns = typing.get_origin(self.type) is dict and typing.get_args(self.type)[1] is not Any
         return "{'*.attn2.*' = 8}" if patterns else "{betas = [0.9, 0.95]}"
 

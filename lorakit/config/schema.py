@@ -91,6 +91,13 @@ class DataConfig:
     lower_resolutions: tuple[int, ...] = option(
         (), "Lower sides at which each photo is trained too, once an epoch at each.", low=64, high=4096
     )
+    folder_resolutions: dict[str, int] = option(  # noqa: RUF009
+        {},
+        "Sides for photos of a subfolder, by its name: {'10_faces' = 512}. Not above data.resolution.",
+        low=64,
+        high=4096,
+        private=True,
+    )
     max_aspect: float = option(4.0, "Longer side over shorter, beyond which a photo is cropped.", low=1, high=8)
     caption_dropout: float = option(0.0, "Share of texts replaced by the bare instance prompt.", low=0, high=1)
     shuffle_tags: bool = option(
@@ -115,6 +122,12 @@ class DataConfig:
     def resolutions(self) -> tuple[int, ...]:
         """Every side that the photos are trained at, the highest first."""
         return self.resolution, *self.lower_resolutions
+
+    def resolutions_of(self, relative: str) -> tuple[int, ...]:
+        """The same of one photo, by its path in the folder."""
+        folder, inside, _ = relative.partition("/")
+        own = self.folder_resolutions.get(folder) if inside else None
+        return self.resolutions if own is None else (own,)
 
     @property
     def trigger(self) -> str:

@@ -73,9 +73,9 @@ def sizes(resolution: int, multiple: int, max_aspect: float = DataConfig.max_asp
     return tuple(sorted({*candidates, Bucket(square, square)}))
 
 
-def placements(size: tuple[int, int], data: DataConfig, multiple: int) -> tuple[Placement, ...]:
-    """`assign` for each of `data.resolutions`."""
-    return tuple(assign(size, resolution, multiple, data.max_aspect) for resolution in data.resolutions)
+def placements(size: tuple[int, int], data: DataConfig, multiple: int, relative: str) -> tuple[Placement, ...]:
+    """`assign` for each of the resolutions of a photo, which has a path in the folder."""
+    return tuple(assign(size, side, multiple, data.max_aspect) for side in data.resolutions_of(relative))
 
 
 def assign(

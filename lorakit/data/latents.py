@@ -178,7 +178,7 @@ class _Encoder:
         of_photo = partial(augment.of_photo, size, config=self.config, seed=self.train.seed, name=photo.relative)
         numbered = [
             (resolution, number, variant)
-            for resolution, placement in enumerate(buckets.placements(size, self.config, self.multiple))
+            for resolution, placement in enumerate(buckets.placements(size, self.config, self.multiple, photo.relative))
             for number, variant in enumerate(of_photo(placement))
         ]
         variants = [variant for _, _, variant in numbered]

@@ -150,7 +150,7 @@ def _photos(config: Config, report: Report) -> tuple[list[dict[str, str]], int]:
             decoded = decode.decode(item.photo.path, item.relative)
         except LorakitError:
             continue  # gone or changed since it was trained on; the report is not the place to fail for it
-        crop = buckets.placements(decoded.size, config.data, report.multiple)[0]
+        crop = buckets.placements(decoded.size, config.data, report.multiple, item.relative)[0]
         image = Image.fromarray(augment.render(decoded.pixels, augment.Variant(crop.bucket, crop.box)))
         size = f"{image.width}x{image.height}" + (f", {item.cropped:.0%} cropped" if item.cropped >= 0.005 else "")
         rows.append({"source": _source(image, PHOTO_SIDE), "text": item.text, "size": size})

@@ -412,7 +412,7 @@ def another(option: Option) -> Any:
     kinds: Any = typing.get_args(option.type)
     choices = option.choices or (kinds if typing.get_origin(option.type) is typing.Literal else ())
     if typing.get_origin(option.type) is dict:
-        return {"betas": [0.9, 0.95], "foreach": False} if kinds[1] is Any else {"*.attn1.*": kinds[1](3)}
+        return {"betas": [0.9, 0.95], "foreach": False} if kinds[1] is Any else {"*.attn1.*": kinds[1](64)}
     if typing.get_origin(option.type) is tuple:
         return tuple(choices[1:2]) if choices else (256,) if int in kinds else ("something else",)
     if choices:

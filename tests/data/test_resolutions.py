@@ -1,5 +1,6 @@
 """Several resolutions of the same photos, and the limit of their aspect: what is trained is what was announced."""
 
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorakit.config import Config, ConfigError, from_tables, load, parse_override, to_toml
+from lorakit.config import Config, ConfigError, from_tables, load, parse_override, to_toml, without_paths
 from lorakit.config.importing import convert
 from lorakit.data import buckets, checks, latents
 from lorakit.runs import plan
@@ -200,3 +201,50 @@ def test_own_class_images_are_named_in_the_plan(photos: Path, name: str) -> None
     line = "class images: 3 of your own are used, none is drawn"
     assert line in preflight(config_of(photos, train__prior="images")).lines()
     assert line not in preflight(config_of(photos)).lines()
+
+
+def test_folders_have_their_own_resolution(photos: Path, base: Any) -> None:
+    for name in ("5_sks toy", "faces"):
+        (photos / name).mkdir()
+        fill(photos / name, (256, 256), (256, 192))
+    config = config_of(photos, data__resolution=128, data__folder_resolutions={"faces": 64}, data__concepts="one")
+    report = checks.check(config.data, base)
+    assert report.errors == [] and any(note.startswith("mixed sizes: trained at") for note in report.notes)
+    areas = {item.relative: item.bucket.width * item.bucket.height for item in report.items if item.bucket}
+    assert {areas[f"faces/{n}.png"] <= 80 * 64 for n in (0, 1)} == {True} and areas["5_sks toy/0.png"] == 128 * 128
+    dataset, _ = build(config, base, [])
+    for bucket in dataset.buckets:
+        for row, sides in zip(bucket.photo.tolist(), bucket.sizes["time_ids"][:, -2:].tolist(), strict=True):
+            assert sides[0] * sides[1] == areas[dataset.photos[row].relative]
+    texts = plan.run_length(config, [photo.repeats for photo in report.photos], 12)
+    assert texts == (12, "12 steps, each of 4 photos seen 1 to 5 times") and len(dataset.batches(0, 0, 1)) == 12
+    private = to_toml(config)
+    assert "faces" in private and "folder_resolutions" not in without_paths(config)["data"]
+    assert from_tables(tomllib.loads(private)).data == config.data
+    wrong = config_of(photos, data__folder_resolutions={"face": 64}, data__concepts="one")
+    assert checks.check(wrong.data, base).errors == [
+        "data.folder_resolutions: no photo is in a folder face/ (did you mean faces?)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"faces": 100},
+            "folder_resolutions.faces = 100: must be a multiple of 8, and not above data.resolution = 512",
+        ),
+        (
+            {"faces": 768},
+            "folder_resolutions.faces = 768: must be a multiple of 8, and not above data.resolution = 512",
+        ),
+        ({"faces": 8}, "data.folder_resolutions.faces = 8: must be between 64 and 4096"),
+        ({"faces": "big"}, "data.folder_resolutions.faces = 'big': must be a whole number"),
+        (512, r"data.folder_resolutions = 512: must be a table, such as \{'10_faces' = 512\}"),
+    ],
+)
+def test_resolutions_of_folders_that_are_none_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, {"train.steps": 1, "data.folder_resolutions": options})
+    with pytest.raises(ConfigError, match=r"data.folder_resolutions and data.lower_resolutions are both set"):
+        load(None, {"train.steps": 1, "data.resolution": [512, 256], "data.folder_resolutions": {"a": 256}})

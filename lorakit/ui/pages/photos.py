@@ -97,7 +97,7 @@ def _card(
     if thumbnail.problem:
         picture = f'<div class="lk-photo lk-broken" role="img" aria-label="{name}">✕</div>'
     else:
-        crop = _crop(thumbnail, report, config, say) if item and report and config else ""
+        crop = _crop(thumbnail, item, report, config, say) if item and report and config else ""
         image = f'<img src="{thumbnail.address}" alt="{name}">'
         ratio = thumbnail.size[0] / thumbnail.size[1]
         picture = f'<div class=lk-photo><span class=lk-frame style="--ratio:{ratio:.4f}">{image}{crop}</span></div>'
@@ -120,10 +120,10 @@ def _card(
     )
 
 
-def _crop(thumbnail: Thumbnail, report: checks.Report, config: Config, say: Say) -> str:
+def _crop(thumbnail: Thumbnail, item: checks.Item, report: checks.Report, config: Config, say: Say) -> str:
     """The part that is trained, as a frame over the picture, in percent of its sides."""
     width, height = thumbnail.size
-    box = buckets.placements(thumbnail.size, config.data, report.multiple)[0].box
+    box = buckets.placements(thumbnail.size, config.data, report.multiple, item.relative)[0].box
     left, top, right, bottom = box[0] / width, box[1] / height, box[2] / width, box[3] / height
     if (right - left) * (bottom - top) > 0.995:
         return ""

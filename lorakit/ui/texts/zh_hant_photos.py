@@ -65,6 +65,16 @@ PHOTOS = {
     "each photo is trained at {sides}: as {sizes:words}; a batch holds one size": (
         "每張照片以 {sides} 訓練：尺寸為 {sizes:words}；每批只有一種尺寸"
     ),
+    "data.folder_resolutions.{name} = {side}: must be a multiple of 8, and not above data.resolution = {top}": (
+        "data.folder_resolutions.{name} = {side}：必須是 8 的倍數，且不大於 data.resolution = {top}"
+    ),
+    "data.folder_resolutions and data.lower_resolutions are both set: leave one out": (
+        "data.folder_resolutions 與 data.lower_resolutions 都設定了：請刪去一個"
+    ),
+    "data.folder_resolutions: no photo is in a folder {name}": "data.folder_resolutions：資料夾 {name} 裡沒有照片",
+    "mixed sizes: trained at {sizes:words}; a batch holds one size": (
+        "尺寸不一：以 {sizes:words} 訓練；每批只有一種尺寸"
+    ),
     "data.lower_resolutions = {sides}: each must be below data.resolution = {side}, and stand there once": (
         "data.lower_resolutions = {sides}：每個都必須小於 data.resolution = {side}，且不重複"
     ),
