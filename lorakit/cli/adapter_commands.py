@@ -18,6 +18,7 @@ from lorakit.config import unquote
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
 from lorakit.core.registry import FORMATS
+from lorakit.formats.facts.hosts import HOSTS
 
 if TYPE_CHECKING:
     from lorakit.adapters.weights import AdapterWeights
@@ -76,6 +77,7 @@ def add(command: Command) -> None:
     _add_size(extract)
     _add_format(extract)
 
+    _add_install(command)
     convert = command(
         "convert", run_convert, "write pickled weights as .safetensors beside them; no code in them is run"
     )
@@ -92,6 +94,14 @@ def _add_merge(command: Command) -> None:
         "--keep-fp8", action="store_true", help="keep weights in 8 bits (default: fp16, which loses less)"
     )
     merge.add_argument("--output", required=True, metavar="PATH", help="new folder or new .safetensors file")
+
+
+def _add_install(command: Command) -> None:
+    install = command("install-adapter", run_install_adapter, "copy an adapter into the folders of another program")
+    install.add_argument("adapter", metavar="ADAPTER", help="adapter file")
+    install.add_argument("--into", choices=tuple(HOSTS), required=True, help="the program")
+    install.add_argument("--at", required=True, metavar="PATH", help="folder of the program, or of its LoRA files")
+    install.add_argument("--name", default="", metavar="NAME", help="name of the file there (default: as it is)")
 
 
 def _add_size(command: argparse.ArgumentParser) -> None:
@@ -244,6 +254,17 @@ def run_convert(args: argparse.Namespace) -> int:
     from lorakit.formats.edit.convert import convert
 
     _tell(args, convert(Path(args.path)))
+    return 0
+
+
+def run_install_adapter(args: argparse.Namespace) -> int:
+    """`lorakit install-adapter`."""
+    from lorakit.formats.edit import hosts
+
+    host = HOSTS[args.into]
+    files = hosts.install(Path(args.adapter), host, Path(args.at), name=args.name)
+    remark(f"{host.title}: {host.then.format(folder=files['adapter'].parent)}")
+    _tell(args, files)
     return 0
 
 

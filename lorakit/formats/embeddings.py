@@ -94,20 +94,31 @@ def unbundle(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
     return own, vectors_of_words
 
 
-def read(path: Path, adapter_metadata: Mapping[str, str]) -> WordVectors:
-    """The words that belong to the adapter at `path`, from the files beside it.
+def word_files(path: Path, adapter_metadata: Mapping[str, str]) -> dict[str, Path]:
+    """Each word that belongs to the adapter at `path`, and the file beside it that has its embedding.
 
     Raises:
-        LorakitError: the adapter says that it has a word, and its file is not there or is something else.
+        LorakitError: the adapter says that it has a word, and its file is not there or cannot be named so.
     """
-    result = WordVectors()
+    result = {}
     for word in filter(None, adapter_metadata.get(metadata.WORDS, "").split()):
         if not re.fullmatch(r"[\w-]+", word) or not is_file_name(word):  # it becomes a path
             label = shorten(printable(word), 60)
             raise LorakitError(f"{path}: its metadata names the word {label!r}, which is no word")
-        file = folder(path) / f"{word}.safetensors"
+        file = result[word] = folder(path) / f"{word}.safetensors"
         if not file.is_file():
             raise LorakitError(f"{path}: its embedding {file.parent.name}/{file.name} is not beside it: put it back")
+    return result
+
+
+def read(path: Path, adapter_metadata: Mapping[str, str]) -> WordVectors:
+    """The words that belong to the adapter at `path`, from the files beside it.
+
+    Raises:
+        LorakitError: as `word_files`, or one of the files is something else.
+    """
+    result = WordVectors()
+    for word, file in word_files(path, adapter_metadata).items():
         parts = safetensors_header.load(safetensors_header.read(file))
         if not parts or not parts.keys() <= _ENCODERS.keys() or any(rows.ndim != 2 for rows in parts.values()):
             raise LorakitError(f"{file}: not the embedding that {path.name} needs")

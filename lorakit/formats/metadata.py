@@ -251,6 +251,10 @@ def family(metadata: Mapping[str, str]) -> str | None:
     return None
 
 
+# Endings of the picture beside an adapter that web UIs show.
+PREVIEWS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
+
+
 def read_sidecar(path: Path) -> dict[str, Any]:
     """What the person or a program wrote into the `.json` beside an adapter; {} where none can be read."""
     try:

@@ -18,9 +18,6 @@ from lorakit.core.names import quote
 from lorakit.core.registry import FORMATS
 from lorakit.formats import adapter_math, embeddings, files, keys, metadata as meta
 
-# Endings of the picture beside an adapter that A1111, Forge and InvokeAI show.
-PREVIEWS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
-
 
 def destination(folder: Path, name: str, fmt: str) -> Path:
     """Where `save` puts the adapter `name` in one format."""
@@ -94,7 +91,7 @@ def take_along(source: Path, path: Path, fmt: str) -> None:
     """
     if FORMATS[fmt].write_side_files is None or source.is_dir():
         return
-    previews = [source.with_suffix(ending) for ending in PREVIEWS]
+    previews = [source.with_suffix(ending) for ending in meta.PREVIEWS]
     for preview in [file for file in previews if file.is_file()][:1]:
         target = path.with_suffix(preview.suffix)
         if not target.exists():

@@ -1,0 +1,173 @@
+"""Copies an adapter, and what belongs beside it, into the folders of a program that draws with it; no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from lorakit.core import atomic, registry
+from lorakit.core.errors import LorakitError
+from lorakit.core.names import is_file_name, quote
+from lorakit.core.registry import FORMATS
+from lorakit.formats import compatibility, embeddings, identify, metadata as meta
+from lorakit.formats.facts.hosts import Host
+from lorakit.formats.inspect import Report, inspect
+
+
+def install(source: Path, host: Host, place: Path, *, name: str = "") -> dict[str, Path]:
+    """Copy an adapter and its side files; what was installed: "adapter", "json", "preview", "embedding <word>".
+
+    A file that is there is never replaced: another name is taken, and where the same adapter is there already it is
+    returned and nothing is copied.
+
+    Args:
+        source: a file, or a folder with one adapter.
+        place: the program's own folder, or its folder of LoRA files.
+        name: of the file there, without ending (default: as `source`).
+
+    Raises:
+        LorakitError: the program does not read all of it, the folder is not the program's, or cannot be written.
+    """
+    report = inspect(source)
+    _require_reader(source, report, host)
+    source = identify.adapter_file(source)
+    if name and not is_file_name(name):
+        raise LorakitError(f"--name {name!r} cannot be a file name: leave out slashes")
+    of_words = embeddings.word_files(source, report.metadata)
+    folder, words = folders(host, place, bool(of_words))
+    target = _free(folder, name or source.stem, source)
+    if target.exists():
+        return {"adapter": target}
+    copies = {f"embedding {word}": (path, words / path.name) for word, path in of_words.items()}
+    for path, there in copies.values():
+        if there.exists() and not filecmp.cmp(path, there, shallow=False):
+            raise LorakitError(
+                f"{there} is another embedding of that name: move it away, or train with another trigger"
+            )
+    preview = next((file for ending in meta.PREVIEWS if (file := source.with_suffix(ending)).is_file()), None)
+    if host.has_preview and preview is not None:
+        copies["preview"] = preview, target.with_suffix(preview.suffix)
+    text = _sidecar(source, report) if host.has_json else ""
+    with _undo(target) as files:
+        for path, there in copies.values():
+            if not there.exists():
+                files.append(there)
+                _copy(path, there)
+        if text:
+            files.append(target.with_suffix(".json"))
+            atomic.write(files[-1], text)
+        _copy(source, target)  # last: a program that looks meanwhile finds everything beside it
+    result = {"adapter": target} | {label: there for label, (_, there) in copies.items()}
+    return result | ({"json": target.with_suffix(".json")} if text else {})
+
+
+def folders(host: Host, place: Path, has_words: bool = False) -> tuple[Path, Path]:
+    """The program's folders of adapters and of embeddings, where `place` is its own folder or that of adapters.
+
+    Raises:
+        LorakitError: it is neither, or embeddings are to be placed and their folder is not beside it.
+    """
+    if not place.is_dir():
+        raise LorakitError(f"{place}: there is no such folder; name that of {host.title}, or that of its LoRA files")
+    root = place
+    if (place / host.loras).is_dir() or (host.title == "InvokeAI" and (place / "invokeai.yaml").is_file()):
+        folder = place / host.loras
+    elif any((place / name).is_dir() for name in ("models", "Models")):
+        raise LorakitError(f"{place} has no {host.loras}: it is not the folder of {host.title}; name its LoRA folder")
+    else:
+        folder = place
+        depth = len(Path(host.loras).parts)
+        root = place.absolute().parents[depth - 1]
+    words = folder if host.embeddings == host.loras else root / host.embeddings
+    if has_words and not (words.is_dir() or words == folder):
+        raise LorakitError(
+            f"{words}: no such folder for the trigger's embedding; name the folder of {host.title} itself"
+        )
+    return folder, words
+
+
+def _require_reader(source: Path, report: Report, host: Host) -> None:
+    """Refuse what the program would read in part or not at all, with what to do."""
+    failures = report.failures([host.reader])
+    if host.families and report.family not in host.families:
+        titles = " and ".join(registry.version_of(family).title for family in host.families)
+        raise LorakitError(f"{report.name} is for {report.family}, and {host.title} draws with {titles} only")
+    odd = next((word for word in host.methods if word in report.method.lower()), "")
+    if not failures and not odd:
+        return
+    why = report.readers[host.reader].line() if failures and report.readers else f"it does not apply {report.method}"
+    why = report.damage or why
+    method = report.method.lower()
+    others = [fmt for fmt in FORMATS if fmt != report.format and not odd]
+    better = [fmt for fmt in others if not compatibility.predict_compatibility(method, fmt)[host.reader]]
+    if report.damage:
+        way = "it cannot be used anywhere"
+    elif better:
+        way = f"it reads what this writes: lorakit export {quote(source)} --to {better[0]}"
+    else:
+        way = (
+            f"a model with it merged in works there: lorakit merge {quote(source)} --base BASE --output NEW.safetensors"
+        )
+    raise LorakitError(f"{host.title} does not read all of {report.name}: {why}; {way}")
+
+
+def _free(folder: Path, name: str, source: Path) -> Path:
+    """The first of `name`, `name-2` ... that nothing there has, or that is this very adapter."""
+    for number in count(1):
+        target = folder / f"{name}{f'-{number}' if number > 1 else ''}.safetensors"
+        if target.is_file() and filecmp.cmp(source, target, shallow=False):
+            return target
+        if not any(os.path.lexists(target.with_suffix(ending)) for ending in (".safetensors", ".json", *meta.PREVIEWS)):
+            return target
+    raise AssertionError("there is always a free number")
+
+
+def _sidecar(source: Path, report: Report) -> str:
+    """What `<name>.json` will say: the file beside the adapter, or what the adapter says of itself."""
+    table = meta.read_sidecar(source)
+    if not table and report.trigger:
+        table = {"activation text": report.trigger} | (
+            meta.sidecar(report.metadata) if "lorakit.version" in report.metadata else {}
+        )
+    return json.dumps(table, indent=2, ensure_ascii=False) if table else ""
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file so that it is there whole or not at all, and only where nothing is."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = atomic.temporary_path(target)
+    try:
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, target)  # fails where something came in between
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            atomic.replace(temporary, target)
+        atomic.sync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _undo(target: Path) -> Iterator[list[Path]]:
+    """Where the copying fails, take away what was put there."""
+    files: list[Path] = []
+    try:
+        yield files
+    except BaseException as error:
+        for file in files:
+            file.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise LorakitError(
+                f"{target.parent}: cannot be written ({error.strerror or error}); nothing there was changed"
+            ) from None
+        raise

@@ -1,0 +1,62 @@
+"""Programs that draw with adapters, and which files each lists, as data; no torch.
+
+Read in the code of each: ComfyUI 0.3.64, AUTOMATIC1111 1.10.1, Forge 2025-06, InvokeAI 6.14, SwarmUI and Fooocus as of
+2026-10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Host:
+    """One program.
+
+    Attributes:
+        title: what people call it.
+        loras, embeddings: where it looks for adapters and embeddings, in its own folder.
+        reader: whose rules it reads adapters by, of `compatibility`.
+        then: what the person does there.
+        has_json, has_preview: whether it shows trigger words from `<name>.json` and the picture `<name>.png`.
+        families: those that it draws with; empty: all.
+        methods: words of methods that it misreads although its reader's rules take them.
+    """
+
+    title: str
+    loras: str
+    embeddings: str
+    reader: str
+    then: str
+    has_json: bool = True
+    has_preview: bool = True
+    families: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+
+
+HOSTS = {
+    "a1111": Host("AUTOMATIC1111", "models/Lora", "embeddings", "a1111", "press Refresh in its Lora tab"),
+    "forge": Host("Forge", "models/Lora", "embeddings", "forge", "press Refresh in its Lora tab"),
+    "comfyui": Host(
+        "ComfyUI", "models/loras", "models/embeddings", "comfyui", "press R, and choose it in Load LoRA", has_json=False
+    ),
+    "swarmui": Host("SwarmUI", "Models/Lora", "Models/Embeddings", "comfyui", "press Refresh in its LoRAs tab"),
+    "fooocus": Host(
+        "Fooocus",
+        "models/loras",
+        "models/embeddings",
+        "forge",  # the loader of both comes from an older ComfyUI
+        "press Refresh All Files in its Models tab",
+        has_json=False,
+        has_preview=False,
+        families=("sdxl",),
+        methods=("dora", "glora", "oft", "ia3"),
+    ),
+    "invokeai": Host(
+        "InvokeAI",
+        "lora-import",
+        "lora-import",
+        "invokeai",
+        "open Models, Scan Folder, and give it {folder}",
+    ),
+}

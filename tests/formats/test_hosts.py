@@ -1,0 +1,165 @@
+"""Adapters in the folders of other programs: whole, with what each shows beside them, and nothing replaced."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import random_adapters
+import torch
+
+from lorakit import formats
+from lorakit.adapters.weights import AdapterWeights
+from lorakit.cli import main as cli
+from lorakit.core.errors import LorakitError
+from lorakit.formats.edit import hosts
+from lorakit.formats.facts.hosts import HOSTS
+
+LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_{}"
+WIDTHS = {"sd1": 768, "sdxl": 2048}
+SIDES = {
+    "a1111": ("models/Lora", ".json", ".png"),
+    "forge": ("models/Lora", ".json", ".png"),
+    "comfyui": ("models/loras", ".png"),
+    "swarmui": ("Models/Lora", ".json", ".png"),
+    "fooocus": ("models/loras",),
+    "invokeai": ("lora-import", ".json", ".png"),
+}
+
+
+def weights(family: str = "sd1", **changes: object) -> AdapterWeights:
+    shapes = {LAYER.format(part): (640, WIDTHS[family]) for part in ("k", "v")}
+    return replace(random_adapters.adapter(shapes, family), **changes)
+
+
+def save(folder: Path, adapter: AdapterWeights, fmt: str = "kohya") -> Path:
+    trigger = {"modelspec.trigger_phrase": "sks toy"}
+    return formats.save(adapter, folder, "toy", [fmt], "fp32", trigger, preview=b"\x89PNG")[fmt]
+
+
+def program(tmp_path: Path, key: str) -> Path:
+    root = tmp_path / key
+    (root / HOSTS[key].loras).mkdir(parents=True)
+    (root / HOSTS[key].embeddings).mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("key", HOSTS)
+def test_each_program_gets_what_it_shows(tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tmp_path / "in", weights("sdxl"))
+    root = program(tmp_path, key)
+    command = ["install-adapter", str(source), "--into", key, "--at", str(root), "--json"]
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    folder, *sides = SIDES[key]
+    assert set(contents(root)) == {f"{folder}/toy{ending}" for ending in (".safetensors", *sides)}
+    assert Path(json.loads(out)["adapter"]).read_bytes() == source.read_bytes()
+    assert err.startswith(f"{HOSTS[key].title}: ") and "{" not in err
+    if ".json" in sides:
+        assert json.loads((root / folder / "toy.json").read_text())["activation text"] == "sks toy"
+    before = contents(root)
+    assert cli.main(command) == 0 and contents(root) == before, "the same adapter is not copied twice"
+
+
+def test_what_is_there_is_never_replaced(tmp_path: Path) -> None:
+    root = program(tmp_path, "a1111")
+    for name in ("toy.safetensors", "toy-2.preview.png", "toy-3.json"):
+        (root / "models/Lora" / name).write_bytes(b"theirs")
+    (root / "models/Lora/toy-4.safetensors").symlink_to("nowhere")
+    files = hosts.install(save(tmp_path / "in", weights()), HOSTS["a1111"], root)
+    assert files["adapter"].name == "toy-5.safetensors" and files["json"].name == "toy-5.json"
+    assert (root / "models/Lora/toy.safetensors").read_bytes() == b"theirs"
+    named = hosts.install(tmp_path / "in", HOSTS["forge"], root / "models/Lora", name="mine")
+    assert named["adapter"] == root / "models/Lora/mine.safetensors" and named["preview"].suffix == ".png"
+
+
+def test_the_json_of_another_program_goes_along(tmp_path: Path) -> None:
+    source = save(tmp_path / "in", weights())
+    source.with_suffix(".json").write_text(json.dumps({"activation text": "my words", "notes": "mine"}))
+    files = hosts.install(source, HOSTS["a1111"], program(tmp_path, "a1111"))
+    assert json.loads(files["json"].read_text()) == {"activation text": "my words", "notes": "mine"}
+
+
+@pytest.mark.parametrize("key", ["comfyui", "a1111"])
+def test_the_word_goes_to_the_embeddings(tmp_path: Path, key: str) -> None:
+    source = save(tmp_path / "in", weights(embeddings={"sks": {"text_encoder": torch.ones(2, 768)}}))
+    root = program(tmp_path, key)
+    files = hosts.install(source, HOSTS[key], root / HOSTS[key].loras)
+    assert files["embedding sks"] == root / HOSTS[key].embeddings / "sks.safetensors"
+    files["embedding sks"].write_bytes(b"theirs")
+    with pytest.raises(LorakitError, match="another embedding of that name: move it"):
+        hosts.install(source, HOSTS[key], root, name="second")
+    assert not (root / HOSTS[key].loras / "second.safetensors").exists()
+    (root / HOSTS[key].embeddings).rename(root / "elsewhere")
+    with pytest.raises(LorakitError, match="no such folder for the trigger's embedding"):
+        hosts.install(source, HOSTS[key], root / HOSTS[key].loras, name="third")
+    (source.parent / "toy-embedding/sks.safetensors").unlink()
+    (root / "elsewhere").rename(root / HOSTS[key].embeddings)
+    with pytest.raises(LorakitError, match="is not beside it: put it back"):
+        hosts.install(source, HOSTS[key], root, name="third")
+
+
+@pytest.mark.parametrize(
+    ("key", "family", "fmt", "method", "message"),
+    [
+        ("a1111", "sd1", "diffusers", "lora", "lorakit export .* --to kohya"),
+        ("invokeai", "sdxl", "diffusers", "lora", "lorakit export .* --to kohya"),
+        ("forge", "sd1", "peft", "lora", "lorakit export .* --to kohya"),
+        ("fooocus", "sd1", "kohya", "lora", "is for sd1, and Fooocus draws with .*XL.* only"),
+        ("fooocus", "sdxl", "kohya", "dora", "does not apply dora; .* lorakit merge .* --output NEW.safetensors"),
+    ],
+)
+def test_what_a_program_does_not_read_is_refused(
+    tmp_path: Path, key: str, family: str, fmt: str, method: str, message: str
+) -> None:
+    shapes = {LAYER.format(part): (640, WIDTHS[family]) for part in ("k", "v")}
+    source = save(tmp_path / "in", random_adapters.adapter(shapes, family, method=method), fmt)
+    root = program(tmp_path, key)
+    with pytest.raises(LorakitError, match=message):
+        hosts.install(source, HOSTS[key], root)
+    assert not contents(root)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    adapter = weights()
+    layer = adapter.layers[LAYER.format("k")]
+    source = save(tmp_path / "in", adapter)
+    raw = source.read_bytes()
+    data = layer.up.numpy().tobytes()
+    source.write_bytes(raw.replace(data, b"\xff" * len(data)))
+    assert source.read_bytes() != raw
+    with pytest.raises(LorakitError, match="it cannot be used anywhere"):
+        hosts.install(source, HOSTS["comfyui"], program(tmp_path, "comfyui"))
+
+
+def test_a_wrong_place_is_named(tmp_path: Path) -> None:
+    source = save(tmp_path / "in", weights())
+    with pytest.raises(LorakitError, match="there is no such folder; name that of ComfyUI"):
+        hosts.install(source, HOSTS["comfyui"], tmp_path / "nowhere")
+    with pytest.raises(LorakitError, match="has no models/loras: it is not the folder of ComfyUI"):
+        hosts.install(source, HOSTS["comfyui"], program(tmp_path, "a1111"))
+    with pytest.raises(LorakitError, match="cannot be a file name"):
+        hosts.install(source, HOSTS["comfyui"], tmp_path, name="../x")
+    root = tmp_path / "invoke"
+    root.mkdir()
+    (root / "invokeai.yaml").touch()
+    (root / "models").mkdir()
+    assert hosts.install(source, HOSTS["invokeai"], root)["adapter"] == root / "lora-import/toy.safetensors"
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    root = program(tmp_path, "a1111")
+    source = save(tmp_path / "in", weights())
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(hosts.atomic, "replace", refuse)
+    with pytest.raises(LorakitError, match=r"cannot be written \(No space left on device\); nothing there was changed"):
+        hosts.install(source, HOSTS["a1111"], root)
+    assert not contents(root)
