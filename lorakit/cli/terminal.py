@@ -146,11 +146,20 @@ class Terminal:
             self.close()
             if event.facts["phase"] == "training":
                 self.bar = Bar(self, event.facts["steps"], event.step or 0, "training")
+        elif event.kind == "work":
+            self._work(**event.facts)
         elif event.kind == "progress" and self.bar is not None:
             self.bar.advance(event.step or 0, **event.facts)
         elif event.kind == "validation":
             mse, drift = event.facts["mse"], event.facts["prior_drift"]
             self.say(f"step {event.step}: validation mse {mse:.4f}, prior drift {drift:.2%}")
+
+    def _work(self, doing: str, position: int, total: int) -> None:
+        """How far something before or after training is."""
+        if self.bar is None or self.bar.what != doing:
+            self.close()
+            self.bar = Bar(self, total, 0, doing)
+        self.bar.advance(position)
 
     def close(self) -> None:
         """End the bar, if there is one."""

@@ -4,6 +4,7 @@ Kinds and their facts:
 
     message, warning   message: a line for the person
     phase              phase: what begins; "training" also has `steps`
+    work               doing, position, total: how far something before or after training is, where it takes seconds
     step               loss, smoothed_loss, gradient_norm, learning_rate
     progress           loss (smoothed), learning_rate, images_per_second, memory_mib, eta_s; after several steps
     validation         mse, rmse, mae, r2, prior_drift, bands, photos, source
@@ -21,6 +22,7 @@ Kinds and their facts:
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,9 @@ from types import TracebackType
 from typing import Any
 
 from lorakit.core.errors import StopRequested
+
+# Seconds between two events of the same work; what takes less has none.
+WORK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Events:
     def __init__(self, *listeners: Listener):
         self.listeners = listeners
         self._unwritable: list[Listener] = []
+        self._work, self._position, self._total, self._emitted = "", 0, 0, 0.0
 
     def __enter__(self) -> Events:
         return self
@@ -102,6 +108,17 @@ class Events:
                 for other in self.listeners:
                     if other not in self._unwritable:
                         self._guard(other, other, Event("warning", None, {"message": line}))
+
+    def begin(self, doing: str, total: int) -> None:
+        """Begin work of `total` parts, such as pictures; `advance` counts them."""
+        self._work, self._position, self._total, self._emitted = doing, 0, total, time.monotonic()
+
+    def advance(self, parts: int = 1) -> None:
+        """So many more parts of the work are done; the listeners hear of it once a second."""
+        self._position += parts
+        if self._work and time.monotonic() - self._emitted >= WORK_SECONDS:
+            self._emitted = time.monotonic()
+            self.emit("work", doing=self._work, position=self._position, total=self._total)
 
     def say(self, line: str, *, warning: bool = False) -> None:
         """One line for the person."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from lorakit.families.facts.distilled import complete
 from lorakit.inference.sampling import draw_batch, sampling_pipeline
 
 if TYPE_CHECKING:
+    from lorakit.core.events import Events
     from lorakit.families import Family
 
 CHECKSUM = "blake2b"  # the name of the digest of a picture's pixels among its texts
@@ -45,7 +46,7 @@ def class_images(
     side: int,
     seed: int,
     *,
-    say: Callable[[str], object] = lambda line: None,
+    events: Events,
     folder: Path | None = None,
 ) -> list[Image.Image]:
     """Pictures of the class by the base, drawn once and kept in the user's cache; the caller switches adapters off.
@@ -55,6 +56,7 @@ def class_images(
 
     Args:
         text: what `embed` makes of the prompt.
+        events: told what is drawn, and of each picture that is there.
         folder: cache to use instead of the user's.
 
     Raises:
@@ -63,23 +65,16 @@ def class_images(
     sampling = complete(sample, family.info)
     sampling = replace(sampling, steps=min(sampling.steps, DENOISING_STEPS))
     pipeline, sampler = sampling_pipeline(family, sampling.steps)
-    recipe = {
-        "base": family.info.hash,
-        "prompt": prompt,
-        "negative_prompt": sampling.negative_prompt,
-        "size": side,
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "sampler": sampler,
-        "seed": seed,
-    } | _reading(family, text)
+    recipe = _recipe(family, text, sampling) | {"prompt": prompt, "size": side, "sampler": sampler, "seed": seed}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     place = (folder or cache_dir()) / "class-images" / key
     files = [place / f"{number:05d}.png" for number in range(count)]
     missing = [number for number, file in enumerate(files) if not _is_complete(file)]
     damaged = sum(files[number].exists() for number in missing)
     suffix = f"; {damaged} in the cache were damaged and are drawn again" if damaged else ""
-    say(f"class images: {count - len(missing)} of {count} in the cache, {len(missing)} to draw ({prompt!r}){suffix}")
+    cached = count - len(missing)
+    events.say(f"class images: {cached} of {count} in the cache, {len(missing)} to draw ({prompt!r}){suffix}")
+    events.advance(cached)
     try:
         place.mkdir(parents=True, exist_ok=True)
         (place / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
@@ -92,12 +87,24 @@ def class_images(
             for number, picture in zip(numbers, batch_images, strict=True):
                 picture.info[CHECKSUM] = _checksum(picture)
                 image_grid.save(picture, files[number])
+            events.advance(len(numbers))
     except OSError as error:
         raise LorakitError(f"cannot keep class images in {place}: {error.strerror}; set LORAKIT_CACHE") from None
     return [_open(file) for file in files]
 
 
-def _reading(family: Family, text: Mapping[str, Any]) -> dict[str, int]:
+def _recipe(family: Family, text: Mapping[str, torch.Tensor], sampling: SampleConfig) -> dict[str, object]:
+    """What the pictures depend on, as far as the base and the options of samples say it."""
+    recipe: dict[str, object] = {
+        "base": family.info.hash,
+        "negative_prompt": sampling.negative_prompt,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+    }
+    return {**recipe, **_reading(family, text)}
+
+
+def _reading(family: Family, text: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """How the text is read, where that is not as the base has it."""
     token_count, layer = text["prompt_embeds"].shape[1], family.info.clip_skip
     reading = {"tokens": token_count} if token_count > family.info.text_tokens else {}

@@ -53,6 +53,8 @@ class State:
         loss: smoothed training loss.
         learning_rate: of the last step.
         images_per_second, memory_mib, eta_s: speed, peak memory in MiB, seconds left.
+        doing: the part of the run, as its phases name it.
+        position, total: of that part, such as class images, where it counts them; else 0.
         threads: with how many torch computes on the CPU, 0 before it is known. Sums of floats depend on it.
         pid, pid_start: the process that trains and the second since the epoch at which it started; a process number
             alone is given out again.
@@ -70,6 +72,9 @@ class State:
     memory_mib: float | None = None
     eta_s: float | None = None
     threads: int = 0
+    doing: str = ""
+    position: int = 0
+    total: int = 0
     pid: int = 0
     pid_start: float = 0.0
     message: str = ""
@@ -210,8 +215,12 @@ class RunFolder:
         Raises:
             OSError: state or log could not be written; the run can go on without.
         """
+        if event.kind == "phase":
+            self.update(doing=event.facts["phase"], position=0, total=0)
         if event.kind == "progress":
             self.update(step=event.step, **event.facts)
+        elif event.kind == "work":
+            self.update(**event.facts)
         else:
             self._add(event)
         error, self._unwritten = self._unwritten, None

@@ -22,6 +22,7 @@ from lorakit.inference import class_images, sampling
 from lorakit.inference.mode import polled
 
 if TYPE_CHECKING:
+    from lorakit.core.events import Events
     from lorakit.core.protocols import Trainable
     from lorakit.data.checks import Report
     from lorakit.data.photo_folder import Photo
@@ -103,7 +104,7 @@ def precompute(
     family: Family,
     adapter: Trainable | None,
     report: Report,
-    say: Callable[[str], object],
+    events: Events,
     poll: Callable[[], object] = lambda: None,
 ) -> Precomputed:
     """Encode what a run needs, each part of the base on the device by itself: what photos and texts need is then not
@@ -113,8 +114,8 @@ def precompute(
         adapter: one that is attached already, or None; it is switched off while class images are drawn and texts
             encoded.
         report: what `data.checks.check` reported.
-        poll: called before each batch of photos or texts, and each pass of the UNet for class images; what it raises
-            breaks the work off. What is complete by then stays in the cache.
+        events: told what the person should know, and how far each part is.
+        poll: called before each batch of photos or texts and each pass of the UNet; what it raises breaks the work off.
 
     Raises:
         LorakitError: a photo cannot be read or its latents are not finite; the class-image cache cannot be written.
@@ -123,10 +124,11 @@ def precompute(
     def encode_image(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         poll()
         encoded: tuple[torch.Tensor, torch.Tensor] = family.encode_image(pixels)
+        events.advance(len(pixels))
         return encoded
 
     family.release("unet", "text_encoders")
-    dataset, holdout = _photos(config, family, report, encode_image, say)
+    dataset, holdout = _photos(config, family, report, encode_image, events)
     configs = concepts.of_photos(report.photos, config.data)
     without = [captions.class_text_of_any(text, configs) for text in dataset.texts]
     own_class = _own_class_texts(config, report)
@@ -140,9 +142,9 @@ def precompute(
         conditions, class_conditions = embed(family, tokens), embed(family, class_tokens)
         samples = _samples(config, family, configs)
         if own_class:
-            class_latents = _own_class_latents(config, family, own_class, class_texts, encode_image)
+            class_latents = _own_class_latents(config, family, own_class, class_texts, encode_image, events)
         elif config.train.prior == "images":
-            class_latents = _class_latents(config, family, class_texts, class_tokens, encode_image, say)
+            class_latents = _class_latents(config, family, class_texts, class_tokens, encode_image, events)
     family.release("vae", "text_encoders")
     trains_text = config.adapter.trains_text
     return Precomputed(
@@ -160,9 +162,11 @@ def precompute(
 
 
 def _photos(
-    config: Config, family: Family, report: Report, encode_image: latents.EncodeImage, say: Callable[[str], object]
+    config: Config, family: Family, report: Report, encode_image: latents.EncodeImage, events: Events
 ) -> tuple[Dataset, Dataset | None]:
     """The photos to train on, and those kept for validation."""
+    sizes = len(config.data.resolutions) * config.data.variants
+    events.begin("encoding the photos", len(report.photos) * sizes)
     return latents.build(
         report,
         config.data,
@@ -171,7 +175,7 @@ def _photos(
         size_conditions=family.size_conditions,
         device=family.device,
         identity=family.info.hash,
-        say=say,
+        say=events.say,
         batch_size=lambda size: _at_once(size.width * size.height, family.device),
     )
 
@@ -212,7 +216,7 @@ def _class_latents(
     class_texts: list[str],
     class_tokens: list[torch.Tensor],
     encode_image: latents.EncodeImage,
-    say: Callable[[str], object],
+    events: Events,
 ) -> ClassLatents:
     """Class images, drawn by the base once and kept in the user's cache, encoded as the photos were.
 
@@ -221,14 +225,16 @@ def _class_latents(
     side = config.data.resolution
     total, seed = config.train.class_images, config.train.seed
     pictures, text_rows = [], []
+    events.begin("drawing the class images", total)
     prompts = class_texts[:total]
     # As training reads them, letter by letter.
     rows = [[table[place : place + 1] for table in class_tokens] for place in range(len(prompts))]
     embeds = sampling.embed_each(family, [functools.partial(family.encode_tokens, row) for row in rows], config.sample)
     for place, (prompt, text) in enumerate(zip(prompts, embeds, strict=True)):
         count = len(range(place, total, len(class_texts)))
-        pictures += class_images.class_images(family, prompt, text, count, config.sample, side, seed, say=say)
+        pictures += class_images.class_images(family, prompt, text, count, config.sample, side, seed, events=events)
         text_rows += [place] * count
+    events.begin("encoding the class images", total)
     return _encode_class(family, pictures, text_rows, side, encode_image)
 
 
@@ -244,6 +250,7 @@ def _own_class_latents(
     own: Mapping[Photo, str],
     class_texts: list[str],
     encode_image: latents.EncodeImage,
+    events: Events,
 ) -> ClassLatents:
     """The user's own class images, each cropped to the square in its middle."""
     side = config.data.resolution
@@ -253,6 +260,7 @@ def _own_class_latents(
         return ImageOps.fit(picture.image, (side, side), Image.Resampling.LANCZOS)
 
     text_rows = [class_texts.index(text) for text in own.values()]
+    events.begin("encoding the class images", len(own))
     return _encode_class(family, [square(photo) for photo in own], text_rows, side, encode_image)
 
 

@@ -210,7 +210,7 @@ def _run(
             run.events.say(devices.attention(run.config.memory, family))
         with run.phase("encoding the photos"):
             poll = functools.partial(run.stop.poll, "class images and latents that are complete are kept")
-            inputs = precompute(run.config, family, None, ready.report, run.events.say, poll)
+            inputs = precompute(run.config, family, None, ready.report, run.events, poll)
         with run.phase("attaching the adapter"):
             model = trainable(family, inputs, ready, run.events.say)
         state = loop(model, inputs, run, resume_from)

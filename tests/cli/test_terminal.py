@@ -252,3 +252,16 @@ def test_every_line_of_a_command_is_written_where_nobody_may_be_reading() -> Non
     calls = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     names = {node.func.id for node in calls if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert "print" not in names and "print_lines" in names
+
+
+def test_work_before_training_has_a_bar_of_its_own() -> None:
+    screen = Screen()
+    terminal = Terminal(screen, ticking())
+    for position in (12, 24):
+        terminal(Event("work", None, {"doing": "drawing the class images", "position": position, "total": 42}))
+    terminal(Event("work", None, {"doing": "encoding the class images", "position": 5, "total": 42}))
+    terminal(Event("phase", 0, {"phase": "training", "steps": 4}))
+    lines = screen.visible()
+    assert [line.split("] ")[-1] for line in lines[:2]] == [
+        "drawing the class images 24/42", "encoding the class images 5/42",
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lorakit.core import events as events_module
 from lorakit.core.errors import Stopped, StopRequested
 from lorakit.core.events import Event, Events, StopRequest
 
@@ -53,3 +54,18 @@ def test_a_stop_is_reported_once_and_stays() -> None:
 def test_stopped_says_how_to_go_on(tmp_path) -> None:
     assert str(Stopped(tmp_path, 7)) == f"stopped after step 7; go on with: lorakit resume {tmp_path}"
     assert str(Stopped(tmp_path, 0)) == f"stopped before the first step; go on with: lorakit resume {tmp_path}"
+
+
+def test_slow_work_is_counted_and_quick_work_is_silent(monkeypatch) -> None:
+    heard: list[Event] = []
+    events = Events(heard.append)
+    events.begin("encoding the photos", 2)
+    events.advance(2)
+    assert not heard
+    monkeypatch.setattr(events_module, "WORK_SECONDS", 0.0)
+    events.begin("drawing the class images", 8)
+    events.advance(3)
+    events.advance(4)
+    assert [event.facts for event in heard] == [
+        {"doing": "drawing the class images", "position": position, "total": 8} for position in (3, 7)
+    ]

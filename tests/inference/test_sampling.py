@@ -14,6 +14,7 @@ from lorakit import __version__, adapters, config, families, formats
 from lorakit.config import SampleConfig
 from lorakit.core import image_grid, registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.events import Events
 from lorakit.inference import class_images, sampling
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -224,9 +225,9 @@ def test_nothing_is_overwritten(exported, tiny_sd1, tmp_path):
 def draw_class_images(family, count: int, folder: Path | None, messages: list[str] | None = None, **changes):
     arguments = {"prompt": "a photo of a toy", "sample": SampleConfig(steps=1, guidance=1.0), "side": 64, "seed": 0}
     arguments |= changes
-    say = [] if messages is None else messages
     (text,) = sampling.embed(family, [arguments["prompt"]], arguments["sample"])
-    return class_images.class_images(family, text=text, count=count, folder=folder, say=say.append, **arguments)
+    events = Events(lambda event: messages is not None and messages.append(event.facts["message"]))
+    return class_images.class_images(family, text=text, count=count, folder=folder, events=events, **arguments)
 
 
 def test_texts_are_embedded_without_the_unet_and_pictures_drawn_without_text_encoders(family, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lorakit import adapters, config, families
+from lorakit.core.events import Events
 from lorakit.data import checks
 from lorakit.training import optimizers
 from lorakit.training.loss_step import LossStep
@@ -49,7 +50,7 @@ def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tup
     info = families.describe(settings.model.base)
     family = families.load(info, "cpu", dtype)
     adapter = adapters.attach(family, settings.adapter, seed=0, trigger=settings.data.trigger)
-    encoded = precompute(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
+    encoded = precompute(settings, family, adapter, checks.check(settings.data, info), Events())
     adapters.optimize_blocks(family)
     return adapter, LossStep(family, adapter, encoded, settings.train)
 

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from lorakit import config, families
+from lorakit.core import events
+from lorakit.core.events import Event, Events
 from lorakit.data import checks
 from lorakit.families import loading
 from lorakit.training.precompute import TEXTS, embed, precompute
@@ -92,7 +94,16 @@ def test_each_part_of_the_base_has_the_device_to_itself(
     run_config = config.load(None, settings)
     info = families.describe(tiny_sd1)
     family = Watched(families.load(info, "cpu", torch.float32))
-    encoded = precompute(run_config, family, None, checks.check(run_config.data, info), lambda line: None)
+    monkeypatch.setattr(events, "WORK_SECONDS", 0.0)
+    work: dict[str, tuple[int, int]] = {}
+
+    def count(event: Event) -> None:
+        if event.kind == "work":
+            work[event.facts["doing"]] = (event.facts["position"], event.facts["total"])
+
+    encoded = precompute(run_config, family, None, checks.check(run_config.data, info), Events(count))
+    images = {"drawing the class images": (2, 2), "encoding the class images": (2, 2)} if prior == "images" else {}
+    assert work == {"encoding the photos": (3, 3)} | images
     for doing in ("encode_text", "encode_tokens", "encode_prompt"):
         assert family.on_device[doing] == {frozenset({"text_encoders"})}
     assert not any({"unet", "text_encoders"} <= there for there in family.on_device.get("pipeline", set()))
@@ -112,7 +123,7 @@ def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photo
     family = Watched(families.load(info, "cpu", torch.float32))
     family.acquire("unet")
     adapter = adapters.attach(family.family, run_config.adapter)
-    precompute(run_config, family, adapter, checks.check(run_config.data, info), lambda line: None)
+    precompute(run_config, family, adapter, checks.check(run_config.data, info), Events())
     assert family.on_device["encode_image"] == {frozenset({"unet", "vae"})}
 
 
@@ -178,7 +189,7 @@ def test_class_images_of_ones_own_are_the_prior_and_none_is_drawn(tiny_sd1: Path
     run_config = config.load(None, settings | {"train.prior": "images", "sample.steps": 1})
     info = families.describe(tiny_sd1)
     family = Watched(families.load(info, "cpu", torch.float32))
-    encoded = precompute(run_config, family, None, checks.check(run_config.data, info), lambda line: None)
+    encoded = precompute(run_config, family, None, checks.check(run_config.data, info), Events())
     assert "decode" not in family.on_device
     assert len(encoded.dataset.photos) == 3
     assert encoded.class_latents is not None

@@ -10,6 +10,7 @@ gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip insta
 
 from lorakit.core import atomic  # noqa: E402
 from lorakit.core.errors import LorakitError  # noqa: E402
+from lorakit.core.events import Event  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
 from lorakit.runs.run_folder import RunFolder  # noqa: E402
 from lorakit.ui import texts  # noqa: E402
@@ -84,3 +85,16 @@ def test_a_run_that_was_stopped_goes_on_before_its_process_is_gone(page: RunsPag
     assert queue.resume(run.path).state == "waiting"
     with pytest.raises(LorakitError, match="one is in the queue already"):
         queue.resume(run.path)
+
+
+def test_a_run_that_prepares_says_with_what_and_how_far_it_is(page: RunsPage, run: RunFolder):
+    run.update(state="preparing")
+    run.record(Event("phase", None, {"phase": "loading the base"}))
+    run.update(state="preparing")
+    assert "<p>loading the base</p>" in look(page)["status"]
+    run.record(Event("work", None, {"doing": "drawing the class images", "position": 12, "total": 42}))
+    run.update(state="preparing")
+    assert "drawing the class images: 12 of 42" in look(page)["status"]
+    assert "正在繪製類別圖片：12 / 42" in look(page, say=texts.sayer("zh-Hant"))["status"]
+    run.update(state="running")
+    assert "12 of 42" not in look(page)["status"]

@@ -236,6 +236,8 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
         (say("run.adapter"), state.adapter, ""),
     ]
     lines = [say.translate(state.message)] if state.message and not live else []
+    if state.state == "preparing" and state.doing:
+        lines.append(_doing(state, say))
     if live and run.stop_requested:
         lines.append(say("run.stop_asked"))
     if live and time.time() - state.updated > SILENT:
@@ -251,6 +253,12 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
         f'<section class=lk-panel data-state="{state.state}" data-step="{state.step}"><h3>{escape(name)} '
         f"{widgets.badge(state.state, say)}</h3>{bar}{widgets.facts(numbers)}{text}</section>"
     )
+
+
+def _doing(state: State, say: Say) -> str:
+    """What the run does before it trains, and how far it is."""
+    doing = say.translate(state.doing)
+    return say("run.doing", doing=doing, position=state.position, total=state.total) if state.total else doing
 
 
 def _findings(run: RunFolder, say: Say) -> str:

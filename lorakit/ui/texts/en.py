@@ -88,6 +88,7 @@ TEXTS = {
     "run.work": "Start the queue",
     "run.idle_queue": "{count} waiting, and nothing works on the queue.",
     "run.step": "Step",
+    "run.doing": "{doing}: {position} of {total}",
     "run.loss": "Loss",
     "run.rate": "Learning rate",
     "run.speed": "Images/s",

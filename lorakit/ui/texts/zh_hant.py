@@ -85,6 +85,7 @@ TEXTS = {
     "run.work": "啟動佇列",
     "run.idle_queue": "有 {count} 個在等待，但沒有程序在處理佇列。",
     "run.step": "步",
+    "run.doing": "{doing}：{position} / {total}",
     "run.loss": "損失",
     "run.rate": "學習率",
     "run.speed": "每秒張數",

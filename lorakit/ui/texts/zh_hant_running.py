@@ -1,6 +1,11 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "loading the base": "正在載入基礎模型",
+    "encoding the photos": "正在編碼照片",
+    "drawing the class images": "正在繪製類別圖片",
+    "encoding the class images": "正在編碼類別圖片",
+    "attaching the adapter": "正在裝上 adapter",
     "its process ended without a word: it was killed, the machine was restarted, or its memory ran out; "
     "Resume goes on from the last checkpoint": (
         "程序無聲無息地結束了：可能被強制終止、電腦重新啟動，或記憶體不足；按「繼續」會從最後一個檢查點接著訓練"
