@@ -15,7 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from lorakit.core import registry
-from lorakit.families.describe import BaseInfo, describe, of_pipeline, pin, unsuited
+from lorakit.families.describe import IN_MEMORY, BaseInfo, describe, of_pipeline, pin, unsuited
+from lorakit.families.facts.pipeline import describe as describe_pipeline, with_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,19 @@ if TYPE_CHECKING:
     from lorakit.families.conditioning import Conditioning
     from lorakit.families.prediction import Prediction
 
-__all__ = ["BaseInfo", "Family", "describe", "load", "of_pipeline", "pin", "unsuited"]
+__all__ = [
+    "IN_MEMORY",
+    "BaseInfo",
+    "Family",
+    "describe",
+    "describe_pipeline",
+    "from_pipeline",
+    "load",
+    "of_pipeline",
+    "pin",
+    "unsuited",
+    "with_pipeline",
+]
 
 
 class Family(Protocol):
@@ -132,3 +145,15 @@ def load(
     if not family.plain and family.device.type == "cpu" and storage == "full" and not stream:
         onednn_linear.use_onednn_linear(family.denoiser)
     return family
+
+
+def from_pipeline(
+    pipeline: DiffusionPipeline, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Family:
+    """A pipeline of diffusers that is in memory, as a base; it stays as it is. Both share their weights where device
+    and dtype, by default the pipeline's own, are the same.
+
+    Raises:
+        LorakitError: it is of no family, or its weights are not plain tensors.
+    """
+    return load(describe_pipeline(pipeline), device or pipeline.device, dtype or pipeline.dtype)

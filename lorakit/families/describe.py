@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.config import Config, ModelConfig
 from lorakit.core import registry
@@ -18,10 +18,15 @@ from lorakit.families.facts import distilled, fit, noise_schedule, other_models
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
 from lorakit.families.vae_source import Source
 
+if TYPE_CHECKING:
+    from torch import nn
+
 PREDICTIONS = (EPSILON, VELOCITY)
 # Pipelines whose parts are those of another.
 PIPELINES = {"LatentConsistencyModelPipeline": "StableDiffusionPipeline"}
 BUNDLED = "pocket"
+# `model.base` of a run that trains a pipeline in memory.
+IN_MEMORY = "<pipeline>"
 INPAINTING = "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
 
 
@@ -57,6 +62,7 @@ class BaseInfo:
         warnings: what may be wrong with the base, a line each.
         sources: component -> where its weights are, of those that are not the base's own.
         distilled: how it was distilled and what samples need, or None.
+        components: of a pipeline in memory, component -> its module; empty where files are read.
     """
 
     path: Path
@@ -85,6 +91,7 @@ class BaseInfo:
     warnings: tuple[str, ...] = ()
     sources: Mapping[str, Source] = field(default_factory=dict, repr=False)
     distilled: distilled.Distilled | None = None
+    components: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -159,6 +166,8 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
     model = base if isinstance(base, ModelConfig) else ModelConfig(base=str(base))
     if model.base == BUNDLED:
         return _of_folder(pocket.path(), model, title=BUNDLED)
+    if model.base == IN_MEMORY:
+        raise LorakitError(f"base {IN_MEMORY} is a pipeline in memory: give it to train or resume, by pipeline=")
     path = Path(model.base).expanduser()
     if path.is_file():
         return _of_file(path, model)
@@ -210,7 +219,7 @@ def pin(model: ModelConfig) -> ModelConfig:
 
 def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") -> BaseInfo:
     index = _index(path)
-    spec = _family(path, index)
+    spec = family_of_index(path, index)
     optional = [encoder.name for encoder in spec.text_encoders if encoder.optional]
     absent = [name for name in optional if index.get(name, [None, None])[1] is None]
     left_out = [] if model.t5 else [e for e in spec.text_encoders if e.kind == "T5" and e.name not in absent]
@@ -244,11 +253,11 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     config_files.append(path / "scheduler" / "scheduler_config.json")
     notes = [f"from the hub: {source}"] if source else []
     notes += [f"without {name}{'' if model.t5 else ', as model.t5 says'}" for name in absent]
-    return _info(
+    return base_info(
         model,
         tensors,
         path=path,
-        family=spec.version(_cross_dim(configs["unet"])).name,
+        family=spec.version(fit.cross_dim(configs["unet"])).name,
         loader=spec.name,
         layers=layers,
         bytes={name: sum(file.stat().st_size for file in files) for name, (files, _) in weights.items()},
@@ -303,7 +312,7 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
     notes += [f"without {name}{'' if model.t5 else ', as model.t5 says'}" for name in absent]
     tokenizers, tokenizer_notes = text_encoders.tokenizers(path, model, others, configs)
     notes += tokenizer_notes
-    return _info(
+    return base_info(
         model,
         shapes,
         path=path,
@@ -332,7 +341,7 @@ def _summary(keys: Collection[str]) -> str:
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
 
-def _info(
+def base_info(
     model: ModelConfig, tensors: Mapping[str, fit.Shapes], *, metadata: Mapping[str, str] | None = None, **facts: Any
 ) -> BaseInfo:
     """What follows from configurations and tensors, for both layouts, with what the user says of its prediction."""
@@ -341,7 +350,7 @@ def _info(
         facts |= vae_source.replacement(model.vae, facts)
     path, configs, spec = facts["path"], facts["configs"], registry.FAMILIES[facts["loader"]]
     vae, channels = configs["vae"], configs["vae"].get("latent_channels", 4)
-    _check_channels(path, configs["unet"].get("in_channels", 4), channels)
+    fit.require_channels(path, configs["unet"].get("in_channels", 4), channels)
     _check_fit(model, facts, tensors)
     if configs["unet"].get("in_channels", 4) != channels:
         facts["notes"] = (*facts["notes"], INPAINTING)
@@ -383,7 +392,7 @@ def _info(
         downscale=2 ** (len(vae["block_out_channels"]) - 1),
         max_tokens=clip,
         text_tokens=clip + sum(encoder.extra_tokens for encoder in spec.text_encoders),
-        cross_dim=_cross_dim(configs["unet"]),
+        cross_dim=fit.cross_dim(configs["unet"]),
         untrained_layers=frozenset(_dead_layers(spec, facts["layers"], facts["clip_skip"])),
     )
 
@@ -394,11 +403,6 @@ def _dead_layers(spec: FamilySpec, layers: Iterable[str], clip_skip: int) -> Ite
     for name in weight_files.of_last(layers, r"unet\.transformer_blocks"):
         if name.endswith(spec.dead_end_layers):
             yield name
-
-
-def _cross_dim(denoiser: fit.Config) -> int:
-    """Width of the texts that a denoiser is told."""
-    return int(denoiser.get("joint_attention_dim") or denoiser["cross_attention_dim"])
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -429,13 +433,13 @@ def _check_configs(title: str, folder: Path) -> None:
         if what := other_models.what_folder(folder):
             raise LorakitError(f"base {title} {what}")
         return
-    spec = _family(title, _index(folder))
+    spec = family_of_index(title, _index(folder))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         noise_schedule.check(title, weight_files.read_json(scheduler), flow=spec.predicts_flow)
 
 
-def _family(base: Path | str, index: dict[str, Any]) -> FamilySpec:
+def family_of_index(base: Path | str, index: dict[str, Any]) -> FamilySpec:
     name = str(index.get("_class_name", "unknown"))
     spec = of_pipeline(name)
     if spec is None:
@@ -462,13 +466,7 @@ def _check_fit(model: ModelConfig, facts: dict[str, Any], tensors: Mapping[str, 
     for name, folder in facts["tokenizers"].items():
         _check_tokenizer(path, folder, configs[name.replace("tokenizer", "text_encoder")])
     if spec.denoiser == "unet":
-        fit.require_widths(f"base {facts['title']}", _cross_dim(configs["unet"]), configs)
-
-
-def _check_channels(path: Path, into: int, latent: int) -> None:
-    if into in (latent, 2 * latent + 1):
-        return
-    raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
+        fit.require_widths(f"base {facts['title']}", fit.cross_dim(configs["unet"]), configs)
 
 
 def _check_tokenizer(base: Path, folder: Path, encoder: fit.Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) ->
     Raises:
         LorakitError: its weights do not fit its configuration.
     """
+    if info.components:
+        return share(info.components[component], dtype)
     try:
         source = info.weights(component)
         if source.slots is not None:
@@ -73,6 +76,18 @@ def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) ->
         where = f"of base {info.path}" if component not in info.sources else info.sources[component].path
         raise LorakitError(f"cannot load {component} {where}: {reason[:200]}") from error
     return module.eval().requires_grad_(False)
+
+
+def share(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module once more, frozen and in eval mode, around the same weights, where they are; of another dtype, around
+    a copy of them. What is done to its layers, and where it is moved to, is no matter of the first one."""
+    full = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    weights: dict[int, torch.Tensor] = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        cast = tensor.is_floating_point() and full.isdisjoint(name.split("."))
+        weight = tensor.detach().to(dtype) if cast else tensor.detach()
+        weights[id(tensor)] = nn.Parameter(weight, False) if isinstance(tensor, nn.Parameter) else weight
+    return copy.deepcopy(module, weights).eval().requires_grad_(False)
 
 
 def _from_file(source: Source, config: dict[str, Any], component: str, cls: Any, dtype: torch.dtype) -> Any:

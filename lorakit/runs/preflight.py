@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit import families, formats
 from lorakit.adapters import targets, weights_fit
@@ -21,6 +21,9 @@ from lorakit.data import captions, checks, concepts, masks, photo_folder
 from lorakit.families import BaseInfo
 from lorakit.formats import compatibility, identify
 from lorakit.runs import nvidia, plan, run_folder
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Check = Callable[[DataConfig, BaseInfo], checks.Report]
 
@@ -89,33 +92,30 @@ class Ready(Preflight):
     plan: plan.Plan
 
 
-def preflight(config: Config, *, check: Check = checks.check, resume: bool = False, fetch: bool = False) -> Preflight:
+def preflight(
+    config: Config,
+    *,
+    check: Check = checks.check,
+    resume: bool = False,
+    fetch: bool = False,
+    pipeline: DiffusionPipeline | None = None,
+) -> Preflight:
     """Look at everything that can be looked at before a model is loaded, or the libraries that models need.
 
     Args:
         check: gives the report on the photos; the front end remembers reports.
         resume: the run folder exists and is continued.
         fetch: fetch the base's tokenizer where only the hub has it; a run needs it, a look does not.
+        pipeline: the base, where it is a pipeline in memory.
     """
     config, unquoted = _without_quotes(config)
-    problems = [
-        *_optimizer_problems(config),
-        *_missing_packages(config),
-        *_line(plan.device_problem(config.memory.device)),
-    ]
     if config.data.concepts == "folders" and not config.data.name:
         config = _with_name(config)
-    if not config.data.name:
-        problems.append(NO_NAME)
-    if not resume:
-        problems += _line(run_folder.output_problem(run_folder.place(config), config.data.folder))
+    problems = _early_problems(config, resume)
     start_problem = _init_from_problem(config)
     problems += _line(start_problem)
     try:
-        config = replace(config, model=families.pin(config.model))
-        info = families.describe(config.model)
-        if fetch and not info.tokenizer_problem() and info.fetch_tokenizers():
-            info = families.describe(config.model)
+        config, info = _with_base(config, pipeline, fetch)
     except LorakitError as error:
         problems += [*_lines(error), *_folder_problems(config.data)]
         return Preflight(config, None, None, None, tuple(problems), tuple(unquoted))
@@ -148,6 +148,31 @@ def preflight(config: Config, *, check: Check = checks.check, resume: bool = Fal
         tuple(problems),
         (*warnings, *_prior_findings(config, report), *captions.prompt_findings(config.sample, info), *report.warnings),
     )
+
+
+def _early_problems(config: Config, resume: bool) -> list[str]:
+    """Problems that do not depend on the base."""
+    problems = [
+        *_optimizer_problems(config),
+        *_missing_packages(config),
+        *_line(plan.device_problem(config.memory.device)),
+        *([] if config.data.name else [NO_NAME]),
+    ]
+    if not resume:
+        problems += _line(run_folder.output_problem(run_folder.place(config), config.data.folder))
+    return problems
+
+
+def _with_base(config: Config, pipeline: DiffusionPipeline | None, fetch: bool) -> tuple[Config, BaseInfo]:
+    """The config with what it says of its base made definite, and what that base is."""
+    if pipeline is not None:
+        config = families.with_pipeline(config, pipeline)
+        return config, families.describe_pipeline(pipeline, config.model)
+    config = replace(config, model=families.pin(config.model))
+    info = families.describe(config.model)
+    if fetch and not info.tokenizer_problem() and info.fetch_tokenizers():
+        info = families.describe(config.model)
+    return config, info
 
 
 def _without_quotes(config: Config) -> tuple[Config, list[str]]:

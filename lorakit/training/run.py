@@ -37,6 +37,8 @@ from lorakit.training.trackers import Tracker
 from lorakit.training.trainable import Model, trainable
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from lorakit.adapters.weights import AdapterWeights
     from lorakit.families import Family
 
@@ -82,10 +84,17 @@ class TrainingResult:
     samples: SampleInputs
 
 
-def train(config: Config, *, listeners: Sequence[Listener] = (), stop: Stop | None = None) -> Result:
+def train(
+    config: Config,
+    *,
+    listeners: Sequence[Listener] = (),
+    stop: Stop | None = None,
+    pipeline: DiffusionPipeline | None = None,
+) -> Result:
     """Train an adapter as the config says, export it and check the files.
 
     Args:
+        pipeline: the base: a pipeline of diffusers in memory, which stays as it is; no other one is loaded.
         listeners: functions that take each `Event` of the run.
         stop: asked often; once it returns True the run saves and exports what it has and ends. A file named `stop` in
             the run folder does the same.
@@ -95,7 +104,7 @@ def train(config: Config, *, listeners: Sequence[Listener] = (), stop: Stop | No
         Stopped: a stop was asked for; the state is saved.
     """
     ready = preflight(
-        config, fetch=True
+        config, fetch=True, pipeline=pipeline
     ).or_raise()  # before there is a run folder: what cannot begin leaves none behind
     _say(ready, listeners)
     return start(ready, listeners=listeners, stop=stop)
@@ -113,12 +122,14 @@ def resume(
     overrides: Mapping[str, object] | None = None,
     listeners: Sequence[Listener] = (),
     stop: Stop | None = None,
+    pipeline: DiffusionPipeline | None = None,
 ) -> Result:
     """Continue a run exactly where its newest whole checkpoint stands; without one it starts from step 0 in its folder.
 
     Args:
         from_checkpoint: name or step of an earlier checkpoint to go back to; those after it are set aside.
         overrides: dotted option names whose values change, e.g. {"train.steps": 3000}; see `config.resuming`.
+        pipeline: where the run trains one that is in memory, the same once more.
 
     Raises: as `train`; LorakitError also where photos or base have changed, and where an option may not change. Then
         the run's state is as it was.
@@ -127,7 +138,7 @@ def resume(
     try:
         events = Events(*listeners)
         config = resuming.load_changed(run.config_file, overrides or {})
-        ready = preflight(config, resume=True, fetch=True).or_raise()
+        ready = preflight(config, resume=True, fetch=True, pipeline=pipeline).or_raise()
         newest = _checkpoint(run, from_checkpoint, events)
         if newest is not None:  # what has changed is told before the state does
             checkpoint.load(newest, config=ready.config, identity=_identity(ready))

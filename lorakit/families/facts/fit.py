@@ -8,6 +8,7 @@ libraries.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorakit.core.errors import LorakitError
@@ -61,6 +62,18 @@ def require(base: str, component: str, config: Config, shapes: Shapes, reference
                 f"{base} has {component}.{name} in the shape {sizes[0]} where {reference} has {sizes[1]}: get the base "
                 "again"
             )
+
+
+def cross_dim(denoiser: Config) -> int:
+    """Width of the texts that a denoiser is told."""
+    return int(denoiser.get("joint_attention_dim") or denoiser["cross_attention_dim"])
+
+
+def require_channels(path: Path, into: int, latent: int) -> None:
+    """Refuse a UNet that takes something else than latents, or latents and what an inpainting model takes."""
+    if into in (latent, 2 * latent + 1):
+        return
+    raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
 
 
 def require_widths(base: str, attended: int, configs: Mapping[str, Config]) -> None:
