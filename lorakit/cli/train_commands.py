@@ -176,16 +176,18 @@ def run_import_config(args: argparse.Namespace) -> int:
     target = Path(args.output) if args.output else source.with_name(f"{source.stem}-lorakit.toml")
     if target.exists():
         raise configuration.ConfigError([f"{target} exists already: name another file with --output"])
-    text, rest = importing.convert(foreign.read(source))
+    text, rest, notes = importing.convert(foreign.read(source))
     try:
         atomic.write(target, text)
     except OSError as error:
         raise LorakitError(f"cannot write {target}: {error.strerror or error}; give another --output") from None
     if args.json:
-        print_json({"config": str(target), "without_twin": rest})
+        print_json({"config": str(target), "without_twin": rest, "notes": notes})
         return 0
     if rest:
         print_lines("without a twin, left out:", *(f"  {line}" for line in rest))
+    if notes:
+        print_lines("filled in or joined:", *(f"  {line}" for line in notes))
     print_lines(f"written: {target}", f"see what it does: lorakit check --preset {quote(target)}")
     return 0
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from lorakit.config import sample_prompts, sd_scripts
 from lorakit.config.foreign import MARKS, flatten, program_of
 from lorakit.config.loading import from_tables, to_toml
+from lorakit.config.option import to_text
+from lorakit.config.sd_scripts import LR_WEIGHTS, block_patterns, square_side
 from lorakit.core.errors import ConfigError
 
 Convert = Callable[[Any], Any]
+Options = dict[str, Any]
 _OPTIMIZERS = {"adamw": "adamw", "adamw8bit": "adamw8bit", "pagedadamw8bit": "paged_adamw8bit", "lion": "lion"}
 _OPTIMIZERS |= {"adafactor": "adafactor", "prodigy": "prodigy"}
 _PRECISION = {"no": "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16"}
@@ -24,12 +28,8 @@ _METHODS |= {"lycoris/loha": "loha", "lycoris/lokr": "lokr", "lycoris/locon": "l
 
 
 def _side(value: object) -> int | list[int]:
-    """The side of the square of the area of "768,512", "768x512", 512 or [512, 512]; a multiple of 8. A tuple has
-    several sides."""
-    if isinstance(value, tuple):
-        return [round(int(side) / 8) * 8 for side in value]
-    parts = value if isinstance(value, list) else str(value).replace("x", ",").split(",")
-    return round(math.sqrt(int(parts[0]) * int(parts[-1])) / 8) * 8
+    """As `square_side`; a tuple has several sides."""
+    return [square_side(side) for side in value] if isinstance(value, tuple) else square_side(value)
 
 
 def _integer(value: object) -> int:
@@ -64,13 +64,14 @@ _TWINS: dict[str, tuple[str, Convert]] = {
     **dict.fromkeys(("network_dim", "lora_rank"), ("adapter.rank", int)),
     **dict.fromkeys(("network_alpha", "lora_alpha"), ("adapter.alpha", float)),
     "network_dropout": ("adapter.dropout", float),
-    "block_dims": ("adapter.ranks", lambda text: {pattern: int(rank) for pattern, rank in _blocks(text).items()}),
-    "block_alphas": ("adapter.alphas", lambda text: _blocks(text)),
+    "block_dims": ("adapter.ranks", lambda text: {name: int(rank) for name, rank in block_patterns(text).items()}),
+    "block_alphas": ("adapter.alphas", block_patterns),
     "rank_dropout": ("adapter.rank_dropout", float),
     "module_dropout": ("adapter.module_dropout", float),
     "scale_weight_norms": ("train.max_weight_norm", float),
     **{key: ("optimizer.name", _named(_OPTIMIZERS)) for key in ("optimizer_type", "optimizer")},
     **dict.fromkeys(("learning_rate", "unet_lr"), ("optimizer.learning_rate", float)),
+    "optimizer_args": ("optimizer.args", sd_scripts.optimizer_arguments),
     "loraplus_lr_ratio": ("optimizer.loraplus_lr_ratio", float),
     "stop_text_encoder_training": ("optimizer.text_encoder_stop", lambda percent: float(percent) / 100),
     "text_encoder_lr": ("optimizer.text_encoder_learning_rate", float),
@@ -86,6 +87,14 @@ _TWINS: dict[str, tuple[str, Convert]] = {
     "gradient_accumulation_steps": ("train.gradient_accumulation_steps", int),
     **dict.fromkeys(("max_grad_norm", "clip_grad_norm"), ("train.max_grad_norm", float)),
     "seed": ("train.seed", int),
+    "sample_prompts": ("sample.prompts", sample_prompts.read_file),
+    "sample_at_first": ("sample.at_start", bool),
+    "vae": ("model.vae", str),
+    "clip_skip": ("model.clip_skip", int),
+    "max_token_length": ("data.max_tokens", int),
+    "cache_latents_to_disk": ("data.cache", lambda on: "disk" if on else "memory"),
+    "xformers": ("memory.attention", lambda on: "xformers" if on else "sdpa"),
+    "alpha_mask": ("train.masked_loss", bool),
     "prior_loss_weight": ("train.prior_loss_weight", float),
     "loss_type": ("train.loss", _named({"l2": "mse", "huber": "huber"})),
     "debiased_estimation_loss": ("train.snr_weighting", lambda on: "debiased" if on else "min"),
@@ -105,42 +114,67 @@ _TWINS: dict[str, tuple[str, Convert]] = {
     "save_precision": ("output.dtype", _named(_PRECISION)),
 }
 # Read together with others, by `_settle`.
-_READ_ELSEWHERE = {"text_encoder", "unet", "network_train_unet_only", "conv_dim"}
+_READ_ELSEWHERE = {"text_encoder", "unet", "network_train_unet_only", "conv_dim", "zero_terminal_snr"}
+_READ_ELSEWHERE |= {*LR_WEIGHTS, "block_lr_zero_threshold", "data.concepts", "folder_resolutions"}
+# Letters of a key that is short: of "epoc", one letter is much.
+MAX_SHORT_KEY = 6
+# What sd-scripts takes where a config does not say it.
+DEFAULTS = {"network_dim": 4, "network_alpha": 1.0}
 # The values that mean "not used" in another program.
 _UNSET: tuple[object, ...] = (None, "", 0, False, [], {})
 
 
-def convert(tables: Mapping[str, object]) -> tuple[str, list[str]]:
-    """A lorakit config as TOML, and the keys that have no twin or whose value has none, each with its value.
+class Imported(NamedTuple):
+    """A config of lorakit as TOML; the keys without a twin, or whose value has none, each with its value; and what was
+    filled in or joined."""
+
+    text: str
+    rest: list[str]
+    notes: list[str]
+
+
+def convert(tables: Mapping[str, object]) -> Imported:
+    """A lorakit config of that of another program.
 
     Raises:
         ConfigError: it is a config of no program that is known here.
     """
     if not (program := program_of(tables)):
         raise ConfigError([f"neither a config of {' nor of '.join(MARKS)}"])
-    values, options, rest = flatten(tables), dict[str, Any](), list[str]()
+    options, rest, notes = Options(), list[str](), list[str]()
+    has_data_sets = isinstance(tables.get("datasets"), list)
+    values = flatten({key: table for key, table in tables.items() if not has_data_sets or key != "datasets"})
+    if has_data_sets:
+        try:
+            shared, rest, notes = sd_scripts.data_sets(dict(tables))
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError):  # values of another kind than sd-scripts'
+            shared, rest = {}, [f"datasets = {to_text(tables['datasets'])}"]
+        values |= shared
     values |= _network_args(values)
     if program == "OneTrainer" and "," in str(values.get("resolution")):  # several, each photo at each
         values["resolution"] = tuple(str(values["resolution"]).split(","))
     if program != "OneTrainer":
-        values = {"network_dim": 4, "network_alpha": 1.0} | values  # sd-scripts' own defaults
+        absent = {key: value for key, value in DEFAULTS.items() if values.get(key) in _UNSET}
+        notes += [f"{key} = {value}: not set, so sd-scripts' own default" for key, value in absent.items()]
+        values |= absent
     for key in sorted(values, key=_place):
         value = values[key]
-        if value in _UNSET or key in _READ_ELSEWHERE:
+        if value in _UNSET or key in _READ_ELSEWHERE or (key, str(value)) == ("clip_skip", "1"):
             continue
         option, read_value = _TWINS.get(key, ("", _SAME))
         try:
             candidate = {option: read_value(value)} if option else {}
             _check(candidate)
-        except (ConfigError, ValueError, TypeError, KeyError, IndexError, OverflowError):
+        except (ConfigError, ValueError, TypeError, KeyError, IndexError, OverflowError, SyntaxError):
             candidate = {}
         options |= candidate
         if not candidate:
-            rest.append(f"{key} = {json.dumps(value, ensure_ascii=False, default=str)}")
-    _settle(options, values)
+            rest.append(f"{key} = {json.dumps(value, ensure_ascii=False, default=str)}{_hint(key)}")
+    _set_block_rates(options, values, rest)
+    notes += _settle(options, values, is_kohya=program != "OneTrainer")
     while True:
         try:
-            return to_toml(from_tables({}, options)), rest
+            return Imported(to_toml(from_tables({}, options)), rest, notes)
         except ConfigError as error:
             problem = error.problems[0]
             named = sorted((key for key in options if key in problem), key=problem.index)
@@ -149,33 +183,39 @@ def convert(tables: Mapping[str, object]) -> tuple[str, list[str]]:
             rest.append(f"{named[0]} = {options.pop(named[0])} ({problem})")
 
 
+def _set_block_rates(options: Options, values: Mapping[str, object], rest: list[str]) -> None:
+    """Rates of blocks as patterns; a block of rate 0 has no adapter."""
+    weights = {name: values[name] for name in LR_WEIGHTS if values.get(name) not in _UNSET}
+    if not weights:
+        return
+    try:
+        rates = sd_scripts.block_rates(values)
+    except (ValueError, ZeroDivisionError):
+        rest += [f"{name} = {value} (12 values each, or 9 of SDXL)" for name, value in weights.items()]
+        return
+    zero = {pattern: 0 for pattern, rate in rates.items() if rate == 0}
+    if zero:
+        options["adapter.ranks"] = options.get("adapter.ranks", {}) | zero
+    ranks = options.get("adapter.ranks", {})
+    options["optimizer.rates"] = {
+        pattern: rate for pattern, rate in rates.items() if rate > 0 and ranks.get(pattern, 1)
+    }
+
+
 def _network_args(values: Mapping[str, object]) -> dict[str, object]:
     """The arguments "key=value" of sd-scripts' networks as keys of their own; what has no twin stays in the list."""
-    items = values.get("network_args")
-    pairs = [str(item).partition("=") for item in items] if isinstance(items, list) else []
-    twins = {key.strip(): text.strip() for key, _, text in pairs if key.strip() in {*_TWINS, *_READ_ELSEWHERE}}
-    rest = ["".join(pair) for pair in pairs if pair[0].strip() not in twins]
+    pairs = sd_scripts.arguments(values.get("network_args"))
+    twins = {key: text for key, text in pairs.items() if key in {*_TWINS, *_READ_ELSEWHERE}}
+    rest = [f"{key}={text}" for key, text in pairs.items() if key not in twins]
     return {**twins, "network_args": rest} if pairs else {}
 
 
-def _blocks(text: object) -> dict[str, float]:
-    """sd-scripts' value of each block, 25 of Stable Diffusion 1 and 2 or 23 of SDXL, as patterns of layers."""
-    numbers = [float(item) for item in (text if isinstance(text, list) else str(text).split(","))]
-    if len(numbers) not in (23, 25):
-        raise ValueError
-    is_sdxl, patterns = len(numbers) == 23, dict[str, float]()
-    last, offset, attentions = (
-        (2, 2, {"down": (1, 2), "up": (0, 1)}) if is_sdxl else (3, 1, {"down": (0, 1, 2), "up": (1, 2, 3)})
-    )
-    for side, first, count in (("down", offset, 2), ("up", 13, 3)):
-        for block in range(last + 1):
-            kinds = ["resnets"] + ["attentions"] * (block in attentions[side])
-            places = {f"{kind}.{place}": place for kind in kinds for place in range(count)}
-            places |= {f"{side}samplers.0": 2} if block < last else {}
-            for layer, place in places.items():
-                patterns[f"unet.{side}_blocks.{block}.{layer}.*"] = numbers[first + 3 * block + place]
-    middle = {"resnets.0.*": 10, "attentions.0.*": 11, "resnets.1.*": 12} if is_sdxl else {"*": 12}
-    return patterns | {f"unet.mid_block.{name}": numbers[place] for name, place in middle.items()}
+def _hint(key: str) -> str:
+    """The nearest key that has a twin, where one is so near that it was probably meant."""
+    names = {*_TWINS, *_READ_ELSEWHERE}
+    cutoff = 0.9 if len(key) > MAX_SHORT_KEY else 0.74
+    matches = difflib.get_close_matches(key, names, n=1, cutoff=cutoff) if key not in names else []
+    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def _place(key: str) -> int:
@@ -192,16 +232,31 @@ def _check(options: Mapping[str, object]) -> None:
                 raise
 
 
-def _settle(options: dict[str, object], values: Mapping[str, object]) -> None:
-    """Make what belongs together agree, as the other program reads it."""
+def _settle(options: Options, values: Mapping[str, object], *, is_kohya: bool) -> list[str]:
+    """Make what belongs together agree, as the other program reads it; what is filled in, a line each."""
+    notes = []
     if "train.epochs" in options and "train.steps" in options:
         del options["train.steps" if values.get("max_train_epochs") else "train.epochs"]
     if not {"train.epochs", "train.steps"} & set(options):
-        options["train.steps"] = 1600  # sd-scripts' own default
+        options["train.steps"] = 1600
+        notes.append("max_train_steps = 1600: not set, so sd-scripts' own default")
     text = values.get("text_encoder")
     trains_text = text.get("train", False) if isinstance(text, Mapping) else not values.get("network_train_unet_only")
     trains_text = trains_text and values.get("text_encoder_lr") != 0
     options["adapter.train_text_encoder"] = bool(trains_text)
+    if is_kohya and trains_text and "text_encoder_lr" not in values and "network_train_unet_only" not in values:
+        notes.append("text encoders are trained, as sd-scripts does without network_train_unet_only")
+    if values.get("zero_terminal_snr") and values.get("v_parameterization"):
+        options["model.prediction_type"] = "v_prediction_zero_snr"
+    arguments = options.get("optimizer.args", {})
+    if "weight_decay" in arguments:
+        options["optimizer.weight_decay"] = float(arguments.pop("weight_decay"))
+    if isinstance(sides := values.get("folder_resolutions"), Mapping):
+        own = {name: square_side(side) for name, side in sides.items()}
+        options["data.folder_resolutions"] = {
+            name: side for name, side in own.items() if side != options.get("data.resolution")
+        }
+    options |= {"data.concepts": values["data.concepts"]} if "data.concepts" in values else {}
     if not trains_text:
         options.pop("optimizer.text_encoder_learning_rate", None)
     warmup = float(values.get("lr_warmup_steps") or 0)  # type: ignore[arg-type]
@@ -218,8 +273,9 @@ def _settle(options: dict[str, object], values: Mapping[str, object]) -> None:
     options["adapter.target_modules"] = "linear"
     if values.get("LoRA_type") in ("Kohya LoCon", "LyCORIS/LoCon") or values.get("conv_dim"):
         options["adapter.target_modules"] = "linear+conv"
-        return
-    for key in {"adapter.ranks", "adapter.alphas"} & set(options):  # only attention blocks have adapters
+        return notes
+    for key in {"adapter.ranks", "adapter.alphas", "optimizer.rates"} & set(options):  # only attention blocks
         patterns: Any = options[key]
         outside = re.compile(r"resnets|samplers")
         options[key] = {pattern: value for pattern, value in patterns.items() if not outside.search(pattern)}
+    return notes

@@ -12,7 +12,7 @@ import pytest
 from lorakit import config
 from lorakit.adapters import targets
 from lorakit.cli.main import _with_full_names, main
-from lorakit.config import ConfigError, foreign, importing
+from lorakit.config import ConfigError, foreign, importing, sd_scripts
 
 KEYS = Path(__file__).parents[1] / "formats" / "keys"
 KOHYA = """
@@ -77,12 +77,16 @@ def test_kohyas_options_come_over_and_the_rest_is_listed(tmp_path: Path, capsys:
 
 def test_a_data_set_of_one_folder_and_configs_of_front_ends(tmp_path: Path) -> None:
     (tmp_path / "d.toml").write_text(DATASET, encoding="utf-8")
-    text, rest = importing.convert(foreign.read(tmp_path / "d.toml"))
-    assert rest == ["num_repeats = 10"] and 'name = "sks dog"' in text and "resolution = 640" in text
-    text, rest = importing.convert(GUI)
+    text, rest, _ = importing.convert(foreign.read(tmp_path / "d.toml"))
+    assert (
+        rest == ["num_repeats = 10 (name the folder 10_sks dog inside of data.folder)"]
+        and 'name = "sks dog"' in text
+        and "resolution = 640" in text
+    )
+    text, rest, _ = importing.convert(GUI)
     assert 'method = "loha"' in text and "rank = 8" in text and "epochs = 3" in text
     assert len(rest) == 1 and rest[0].startswith("adapter.dropout = 0.5 (unknown option adapter.dropout")
-    text, rest = importing.convert(ONE_TRAINER)
+    text, rest, _ = importing.convert(ONE_TRAINER)
     assert 'name = "prodigy"' in text and "learning_rate = 1.0" in text and "epochs = 20" in text
     assert rest == ['training_method = "LORA"']
     with pytest.raises(ConfigError, match="neither a config of kohya's sd-scripts nor of OneTrainer"):
@@ -134,7 +138,7 @@ def test_what_sd_scripts_gives_to_its_network_comes_over() -> None:
     arguments = ["loraplus_lr_ratio=16", "conv_dim=4", "rank_dropout=0.1", "module_dropout=0.2", "algo=x"]
     blocks = [2] * 12 + [0] + [4] * 12
     table = {"network_dim": 8, "network_module": "networks.lora", "scale_weight_norms": 1.0}
-    text, rest = importing.convert(
+    text, rest, _ = importing.convert(
         table | {"network_args": [*arguments, "block_dims=" + ",".join(map(str, blocks))], "max_train_steps": 5}
     )
     read = config.from_tables(tomllib.loads(text))
@@ -158,7 +162,7 @@ def test_what_sd_scripts_gives_to_its_network_comes_over() -> None:
 def test_every_pattern_of_an_imported_config_matches(family: str, values: int, convolutions: list[str]) -> None:
     table = {"network_module": "networks.lora", "network_train_unet_only": True, "network_dim": 8}
     blocks = ",".join(str(2 + number % 3) for number in range(values))
-    text, _ = importing.convert(
+    text, *_ = importing.convert(
         table | {"network_args": [f"block_dims={blocks}", f"block_alphas={blocks}", *convolutions]}
     )
     read = config.from_tables(tomllib.loads(text))
@@ -183,5 +187,5 @@ def test_every_pattern_of_an_imported_config_matches(family: str, values: int, c
     ],
 )
 def test_blocks_of_sdxl_are_sd_scripts(index: int, layer: str) -> None:
-    patterns = importing._blocks(",".join(str(number) for number in range(23)))
+    patterns = sd_scripts.block_patterns(",".join(str(number) for number in range(23)))
     assert targets.last_match(patterns, f"unet.{layer}", -1.0) == index

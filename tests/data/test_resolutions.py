@@ -179,9 +179,9 @@ def test_what_is_no_lower_resolution_is_refused(value: Any, message: str) -> Non
 
 
 def test_a_list_of_another_trainer_is_several_resolutions() -> None:
-    toml, _ = convert({"training_method": "LORA", "resolution": "512,768", "base_model_name": "x", "epochs": 3})
+    toml, *_ = convert({"training_method": "LORA", "resolution": "512,768", "base_model_name": "x", "epochs": 3})
     assert "resolution = 768\nlower_resolutions = [512]" in toml
-    toml, _ = convert({"network_dim": 4, "resolution": "512,768"})  # width and height
+    toml, *_ = convert({"network_dim": 4, "resolution": "512,768"})  # width and height
     assert "resolution = 624\nlower_resolutions = []" in toml
 
 
