@@ -25,7 +25,7 @@ from PIL import Image
 
 from lorakit import adapters, config, families
 from lorakit.data import checks
-from lorakit.engine import device as devices
+from lorakit.engine import device as devices, device_memory
 from lorakit.training.loss_step import LossStep
 from lorakit.training.optimizer_step import OptimizerStep
 from lorakit.training.precompute import precompute
@@ -96,7 +96,7 @@ def own_peak() -> float:
     """Peak resident bytes of this process. On Linux not `getrusage`, which counts the parent's before the start too."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return devices.peak(torch.device("cpu"))
+        return device_memory.peak(torch.device("cpu"))
     (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

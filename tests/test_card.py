@@ -15,8 +15,14 @@ sys.path.insert(0, str(TESTS / "card"))
 import card  # noqa: E402
 
 # What compiles needs Triton, and what measures that copies are in time needs a card that takes time.
-FILES = ("card/on_card.py", "card/on_graphs.py", "engine/test_cuda_graphs.py", "engine/test_quantized_weight.py")
-COUNT = 33
+FILES = (
+    "card/on_card.py",
+    "card/on_graphs.py",
+    "card/on_memory.py",
+    "engine/test_cuda_graphs.py",
+    "engine/test_quantized_weight.py",
+)
+COUNT = 35
 
 
 @pytest.mark.slow

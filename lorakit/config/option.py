@@ -113,7 +113,7 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
     if typing.get_origin(value_type) in (types.UnionType, typing.Union):
         optional = True
         (value_type,) = (t for t in typing.get_args(value_type) if t is not type(None))
-    if optional and value is None:
+    if optional and value in (None, "auto"):
         return None, None
     choices = typing.get_args(value_type) if typing.get_origin(value_type) is Literal else opt.choices
     if typing.get_args(value_type) == (int, ...):

@@ -339,7 +339,9 @@ class MemoryConfig:
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
     limit_gib: float | None = option(
-        None, "GiB that a step may take: as few blocks as that needs are recomputed. Unset: none, or all.", above=0
+        None,
+        "GiB that a step may take; as few blocks as that needs are recomputed. auto: what a CUDA card has free.",
+        above=0,
     )
     base_storage: Literal["full", "int8", "nf4"] = option(
         "full", "How the UNet's frozen weights are kept: in full, or in 8 or 4.5 bits each, which is slower."

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.config import Config
+from lorakit.config.graphs import graphs_off
 
 if TYPE_CHECKING:
     from lorakit.data.dataset import Batch
@@ -41,16 +42,8 @@ def capturer(config: Config, device: torch.device) -> tuple[Capture | None, str]
     """What captures steps on this device, or None; and a message that says which and why (empty on a CPU)."""
     if device.type != "cuda":
         return None, ""
-    drops = config.adapter.largest_dropout > 0
-    checkpointing = config.memory.gradient_checkpointing or config.memory.limit_gib is not None
-    reasons = {
-        "memory.cuda_graphs = false": not config.memory.cuda_graphs,
-        "with gradient checkpointing, dropout would draw different numbers on replay": drops and checkpointing,
-        "memory.stream_base copies weights during the step": config.memory.stream_base,
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            return None, f"CUDA graphs are off: {reason}. {SLOWER}"
+    if reason := graphs_off(config):
+        return None, f"CUDA graphs are off: {reason}. {SLOWER}"
     return CudaCapturer(), f"CUDA graphs are on: each batch shape is captured at its first step, at most {MAX_GRAPHS}"
 
 

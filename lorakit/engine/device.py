@@ -1,9 +1,8 @@
-"""Where a run computes, in what precision, with which attention kernel, and how much memory that takes."""
+"""Where a run computes, in what precision, and with which attention kernel."""
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -130,21 +129,6 @@ def _recomputed(forward: Callable[..., Any], random: bool, *args: Any, **kwargs:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
-
-
-def peak(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on CUDA, the whole process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        # accelerate brings psutil; `resource` exists only on Unix.
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak_rss if sys.platform == "darwin" else peak_rss * 1024
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lorakit.engine import device_memory
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import Attention
@@ -32,8 +34,7 @@ def fits(vae: AutoencoderKL, pixels: int, bytes_per_pixel: int) -> bool:
     to put them into."""
     if vae.device.type != "cuda":
         return True
-    free, _ = torch.cuda.mem_get_info(vae.device)
-    free += torch.cuda.memory_reserved(vae.device) - torch.cuda.memory_allocated(vae.device)
+    free = device_memory.free_bytes(vae.device)
     return pixels * bytes_per_pixel * vae.config.block_out_channels[0] / 128 < 0.9 * free  # type: ignore[no-any-return]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.config import Config, sample_prompts
+from lorakit.config.graphs import graphs_off
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.engine import weight_storage
@@ -110,7 +111,11 @@ def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
     return {
         "encoding": encoding + training_bytes["runtime"],
         "training": sum(training_bytes.values()),
-        "samples": samples + training_bytes["adapter and optimizer"] + training_bytes["runtime"],
+        # Graphs keep their memory between steps.
+        "samples": samples
+        + training_bytes["adapter and optimizer"]
+        + training_bytes["runtime"]
+        + (training_bytes["activations"] if device == "cuda" and not graphs_off(config) else 0),
     }
 
 
@@ -118,6 +123,26 @@ def use_save_less(config: Config, device: str) -> bool:
     """Whether layers save less for the backward pass (`engine.recompute`): on a GPU memory is scarce, on a CPU time is.
     Compiled blocks save what the compiler chooses, plain blocks what autograd saves."""
     return device == "cuda" and not config.memory.compile and config.memory.engine == "fused"
+
+
+def limit_to(
+    available: int | None, config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str
+) -> Config:
+    """The config with what `memory.limit_gib = "auto"` comes to on a CUDA card with so many bytes for the process: the
+    same where a step needs no more, and with all blocks recomputed where it needs more even then.
+
+    Args:
+        available: None where nobody can tell.
+    """
+    memory = config.memory
+    is_auto = memory.limit_gib is None and not memory.gradient_checkpointing and not memory.compile
+    if not is_auto or device != "cuda" or available is None:
+        return config
+    limited = dataclasses.replace(config, memory=dataclasses.replace(memory, limit_gib=available // (GIB // 10) / 10))
+    try:
+        return limited if recomputed_blocks(limited, info, modules, device) else config
+    except LorakitError:
+        return dataclasses.replace(config, memory=dataclasses.replace(memory, gradient_checkpointing=True))
 
 
 def recomputed_blocks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str) -> list[str]:

@@ -76,6 +76,19 @@ def cards(timeout: float = 20.0) -> list[Card]:
     return []
 
 
+def free_bytes(timeout: float = 5.0) -> int | None:
+    """Bytes that the card has free, of several the least; None where nvidia-smi does not tell."""
+    program = shutil.which("nvidia-smi")
+    if program is None or is_hidden():
+        return None
+    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        result = subprocess.run(query, capture_output=True, timeout=timeout, check=True, text=True)
+        return min(int(line) * 2**20 for line in result.stdout.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
 def torch_version() -> str:
     """Version of the torch that is installed, "" where there is none."""
     try:

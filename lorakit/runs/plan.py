@@ -57,6 +57,10 @@ ASSUMED_STATE = (
 )
 # What is due every so often, such as sample grids, is due after each of so many parts of a run unless an option says.
 PARTS = 5
+TOO_LARGE = (
+    "memory: the card has {gib} free, and a step may need more even with every block computed again; "
+    "memory.base_storage = 'nf4' or a lower data.resolution makes it smaller"
+)
 # Share of the host's memory above which weights that are pinned in it leave others too little.
 MAX_RAM_SHARE = 0.5
 
@@ -177,9 +181,9 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         info = dataclasses.replace(info, text_tokens=text_tokens + (report.chunks - 1) * info.max_tokens)
     selected = targets.adapted(info.family, info.layers, config.adapter)
     modules = count_weights(selected, info.layers, config.adapter)
+    config, device, limit_note = _limited(config, info, modules)
     batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
     steps, length = run_length(config, repeats, batches)
-    device = guess_device(config.memory.device)
     spec = registry.optimizer(config.optimizer.name)
     host = memory_estimate.host_bytes(config, info, device)
     return Plan(
@@ -190,6 +194,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
             *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else []),
             *filter(None, [warmup_problem(config.optimizer, steps), _own_class_images(config, report)]),
             *([_averaging(config.train.ema_decay, steps)] if config.train.ema_decay else []),
+            *limit_note,
             *([ASSUMED_STATE.format(name=config.optimizer.name, bytes=spec.state_bytes)] if spec.is_guess else []),
         ),
         family=info.family,
@@ -216,6 +221,15 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         host=host,
         ram=_ram() if host else 0,
     )
+
+
+def _limited(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]) -> tuple[Config, str, list[str]]:
+    """The config with what `memory.limit_gib = "auto"` comes to, the device, and a note where that is not enough."""
+    device = guess_device(config.memory.device)
+    available = nvidia.free_bytes() if device == "cuda" and config.memory.limit_gib is None else None
+    limited = memory_estimate.limit_to(available, config, info, modules, device)
+    all_recomputed = limited.memory.gradient_checkpointing and not config.memory.gradient_checkpointing
+    return limited, device, [TOO_LARGE.format(gib=_gib(available or 0))] if all_recomputed else []
 
 
 def _price(config: Config, info: BaseInfo, text_tokens: int) -> str:

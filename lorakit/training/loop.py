@@ -19,7 +19,7 @@ from lorakit.core.errors import Stopped, StopRequested
 from lorakit.core.events import Events, StopRequest
 from lorakit.core.names import step_name
 from lorakit.core.smoothing import RunningMean
-from lorakit.engine import device as devices
+from lorakit.engine import device_memory
 from lorakit.formats import files, metadata
 from lorakit.inference import sampling
 from lorakit.inference.mode import polled
@@ -223,7 +223,7 @@ class Readings:
             loss=smoothed,
             learning_rate=rate,
             images_per_second=images / max(seconds, 1e-9),
-            memory_mib=devices.peak(self.model.family.device) / 2**20,
+            memory_mib=device_memory.peak(self.model.family.device) / 2**20,
             eta_s=(total - step) * seconds,
         )
 

@@ -24,7 +24,7 @@ from lorakit.core.events import Events, Listener, Stop, StopRequest
 from lorakit.core.names import quote, step_name
 from lorakit.core.registry import FORMATS
 from lorakit.data import photo_folder
-from lorakit.engine import device as devices
+from lorakit.engine import device as devices, device_memory
 from lorakit.formats import files
 from lorakit.runs import nvidia, report
 from lorakit.runs.preflight import Ready, preflight
@@ -338,6 +338,7 @@ def _loader(run: Run) -> Callable[[], Family]:
     """Loads the base as the config asks for; says on which device and in which precision."""
     memory = run.config.memory
     device = devices.device(memory)
+    room = device_memory.prepare(device)
     dtype = devices.dtype(memory, device)
     storage, streams = memory.base_storage, devices.streams(memory, device)
     places = [storage] * (storage != "full") + ["the host's memory"] * streams
@@ -350,6 +351,8 @@ def _loader(run: Run) -> Callable[[], Family]:
             f"torch {torch.__version__} does not see the graphics card: `lorakit doctor` says why", warning=True
         )
     run.events.say(f"device: {where}, base in {str(dtype).removeprefix('torch.')}{placement}, adapter in float32")
+    if room:
+        run.events.say(room)
     return functools.partial(families.load, run.ready.info, device, dtype, storage, streams, memory.engine == "plain")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from lorakit import adapters, formats
 from lorakit.adapters.average import WeightAverage
-from lorakit.engine import device as devices, fused_blocks
+from lorakit.engine import device as devices, device_memory, fused_blocks
 from lorakit.engine.cuda_graphs import SLOWER
 from lorakit.runs import memory_estimate
 from lorakit.training.loss_step import LossStep
@@ -65,7 +65,12 @@ def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[
     elif config.memory.engine != "plain":
         block = fused_blocks.unknown_block(family.denoiser)
         say(f"the UNet has a block that lorakit cannot fuse ({block}): memory.engine = 'plain' is used. {SLOWER}")
+    config = memory_estimate.limit_to(
+        device_memory.available(family.device), config, ready.info, ready.plan.modules, family.device.type
+    )
     blocks = memory_estimate.recomputed_blocks(config, ready.info, ready.plan.modules, family.device.type)
+    if len(blocks) != ready.plan.recomputed:
+        say(f"memory: {len(blocks)} blocks of the UNet are computed again in the backward pass, for what is free")
     devices.gradient_checkpointing(family, blocks, random=adapter.dropout > 0)
     loss_step = LossStep(family, adapter, inputs, config.train)
     optimizer_step = OptimizerStep(config, loss_step, ready.plan.steps, say)

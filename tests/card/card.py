@@ -94,7 +94,7 @@ def _play_cuda(torch: Any, card: Any) -> None:
     cuda.memory_allocated, cuda.max_memory_allocated = lambda *_: card.live(), lambda *_: card.peak()
     cuda.memory_reserved, cuda.max_memory_reserved = lambda *_: card.reserved(), lambda *_: card.reserved_peak()
     cuda.reset_peak_memory_stats = lambda *_: card.reset_peak()
-    cuda.mem_get_info = lambda *_: (2**34 - card.reserved(), 2**34)
+    cuda.mem_get_info = lambda *_: (card.room() - card.reserved(), 2**34)
     cuda.Stream, cuda.stream, cuda.set_stream = graphs.Stream, graphs.On, graphs.set_stream
     cuda.current_stream = lambda *_: graphs.current[0]
     cuda.is_current_stream_capturing = card.capturing

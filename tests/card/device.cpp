@@ -561,6 +561,7 @@ PYBIND11_MODULE(device, m) {
   m.def("empty_cache", &empty_cache);
   m.def("on_stream", [](int64_t number) { memory.stream = number; });
   m.def("waiting_is_an_error", [](bool on) { return std::exchange(waiting_is_an_error, on); });
+  m.def("room", [] { return memory.room < 0 ? int64_t(1) << 34 : memory.room; });
   m.def("set_room", [](int64_t bytes) { memory.room = bytes; }, "bytes of the card; -1: no end");
   m.def("waited", [] { return waited; }, "how often the host waited for the card");
   m.def("copied", [] { return copied; }, "bytes copied from the host");

@@ -12,7 +12,7 @@ from torch.nn import functional
 from lorakit import adapters, config, families
 from lorakit.config import LoraConfig, MemoryConfig
 from lorakit.core.errors import LorakitError
-from lorakit.engine import device as devices
+from lorakit.engine import device as devices, device_memory
 from lorakit.runs import memory_estimate
 from lorakit.training import out_of_memory
 
@@ -229,7 +229,7 @@ def test_where_memory_runs_out_it_is_freed_once() -> None:
 
 
 def test_peak_is_the_process_on_a_cpu() -> None:
-    before = devices.peak(CPU)
+    before = device_memory.peak(CPU)
     tensor = torch.ones(64 * 2**20)
-    assert devices.peak(CPU) >= max(before, tensor.numel() * 4)
-    assert devices.peak(CPU) < 2**40
+    assert device_memory.peak(CPU) >= max(before, tensor.numel() * 4)
+    assert device_memory.peak(CPU) < 2**40

@@ -71,7 +71,12 @@ def test_room_is_what_the_card_has_free_and_what_torch_holds_for_nothing(monkeyp
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 10**9, 8 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 10**9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 10**9)
+    pools = [(0, 0), (0, 7)]  # of what torch caches, 4 MB are a graph's
+    segments = [{"segment_pool_id": pool, "total_size": 5 * 10**6, "allocated_size": 10**6} for pool in pools]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     assert tiled_vae.fits(card, 1024 * 1024, tiled_vae.ENCODING)  # 2.68e9 of 3e9
     assert not tiled_vae.fits(card, 1024 * 1024, tiled_vae.DECODING)  # 3.22e9
+    segments[1]["total_size"] = 5 * 10**8
+    assert not tiled_vae.fits(card, 1024 * 1024, tiled_vae.ENCODING)
     card.config.block_out_channels = (64,)
     assert tiled_vae.fits(card, 1024 * 1024, tiled_vae.DECODING)

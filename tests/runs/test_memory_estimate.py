@@ -148,6 +148,28 @@ def test_a_limit_that_cannot_be_met_is_an_error() -> None:
     )
 
 
+def test_without_a_limit_a_step_stays_within_what_the_card_has_free() -> None:
+    info, settings = Info("sdxl"), settings_for(1024)
+    modules = trained(settings, info)
+
+    def limited(gib: float | None, changed: config.Config = settings, device: str = "cuda") -> config.MemoryConfig:
+        available = None if gib is None else int(gib * GIB)
+        return memory_estimate.limit_to(available, changed, info, modules, device).memory
+
+    assert limited(16) == limited(None) == limited(8, device="cpu") == settings.memory
+    assert limited(8).limit_gib == 8 and not limited(8).gradient_checkpointing
+    assert limited(4) == replace(settings.memory, gradient_checkpointing=True)
+    own = [{"memory__limit_gib": 7.0}, {"memory__gradient_checkpointing": True}, {"memory__compile": True}]
+    for changed in (settings_for(1024, **more) for more in own):
+        assert limited(6, changed) == changed.memory
+    blocks = [
+        len(memory_estimate.recomputed_blocks(replace(settings, memory=limited(gib)), info, modules, "cuda"))
+        for gib in (16, 9, 8, 7, 4)
+    ]
+    assert blocks == sorted(blocks) and blocks[0] == 0 and blocks[1] > 0 and blocks[-1] == 87
+    assert settings_for(1024, memory__limit_gib="auto") == settings
+
+
 def test_encoding_and_samples_have_peaks_of_their_own() -> None:
     """SDXL at 1024 px with all that saves memory: no phase of the run needs more than 3.3 GiB."""
     info = Info("sdxl")
@@ -158,14 +180,20 @@ def test_encoding_and_samples_have_peaks_of_their_own() -> None:
     runtime = memory_estimate.RUNTIME_BYTES["cuda"]
     assert peaks["encoding"] == pytest.approx(texts + runtime, rel=0.03)
     assert peaks["training"] == sum(memory_estimate.training(settings, info, trained(settings, info), "cuda").values())
-    assert peaks["samples"] / GIB == pytest.approx(2.82, abs=0.05)
+    activations = memory_estimate.training(settings, info, trained(settings, info), "cuda")["activations"]
+    assert (peaks["samples"] - activations) / GIB == pytest.approx(2.82, abs=0.05)
+    without = settings_for(1024, memory__cuda_graphs=False, **saving)
+    assert (
+        memory_estimate.peaks(without, info, trained(without, info), "cuda")["samples"]
+        == peaks["samples"] - activations
+    )
     drawing_settings = settings_for(1024, train__prior="images", **saving)
     adapter = memory_estimate.training(drawing_settings, info, trained(drawing_settings, info), "cuda")[
         "adapter and optimizer"
     ]
     assert (
         memory_estimate.peaks(drawing_settings, info, trained(drawing_settings, info), "cuda")["encoding"]
-        == peaks["samples"] - adapter
+        == peaks["samples"] - adapter - activations
     )
 
 

@@ -255,6 +255,28 @@ def test_a_limit_and_what_it_costs_is_reported(sdxl: Info) -> None:
     assert narrow.to_json()["recomputed"] == count and narrow.to_json()["limit_gib"] == 8
 
 
+def test_what_the_card_has_free_limits_a_step(sdxl: Info, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"train__steps": 1, "data__resolution": 1024, "memory__device": "cuda"}
+    for free, count in ((8.07 * GIB, range(1, 87)), (24 * GIB, [0]), (4 * GIB, [87]), (None, [0])):
+        monkeypatch.setattr(nvidia, "free_bytes", lambda free=free: free and int(free))
+        result = make(sdxl, [SQUARE], **settings)
+        assert result.recomputed in count
+        assert any("for 8 GiB" in line for line in result.lines()) is (free == 8.07 * GIB)
+        assert any("the card has 4.0 GiB free" in line for line in result.lines()) is (free == 4 * GIB)
+
+
+def test_a_card_says_what_it_has_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setattr(nvidia.shutil, "which", lambda _: str(program))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert nvidia.free_bytes() is None
+    for output, free in (("8000\n6000", 6000 * 2**20), ("[N/A]", None), ("", None)):
+        monkeypatch.setattr(nvidia.subprocess, "run", lambda *_, output=output, **__: SimpleNamespace(stdout=output))
+        assert nvidia.free_bytes() == free
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert nvidia.free_bytes() is None
+
+
 def test_memory_grows_with_the_batch_and_with_a_prior(sd15: Info) -> None:
     one = make(sd15, [SQUARE], train__steps=1).memory["activations"]
     assert make(sd15, [SQUARE], train__steps=1, train__batch_size=4).memory["activations"] == pytest.approx(4 * one)

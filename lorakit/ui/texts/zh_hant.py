@@ -309,7 +309,7 @@ OPTIONS = {
     "memory.attention": ("注意力核心", "注意力的計算核心；xformers 在開始時會與 sdpa 比對檢驗。"),
     "memory.limit_gib": (
         "記憶體上限",
-        "一步最多可用的 GiB：只重新計算所需的最少區塊。未設定：不重算，或全部重算。",
+        "一步最多可用的 GiB：只重新計算所需的最少區塊。auto：CUDA 卡上目前可用的記憶體。",
     ),
     "memory.gradient_checkpointing": ("梯度檢查點", "在反向傳播時重新計算：較省記憶體，較慢。"),
     "memory.base_storage": (

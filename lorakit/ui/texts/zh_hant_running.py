@@ -105,6 +105,17 @@ RUNNING = {
     "limit: {count} blocks of the UNet computed again in the backward pass, for {limit} GiB": (
         "上限：為了不超過 {limit} GiB，反向傳播時重新計算 UNet 的 {count} 個區塊"
     ),
+    "memory: the card has {gib} free, and a step may need more even with every block computed again; "
+    "memory.base_storage = 'nf4' or a lower data.resolution makes it smaller": (
+        "記憶體：顯示卡有 {gib} 可用，即使每個區塊都重新計算，一步仍可能不夠；"
+        "memory.base_storage = 'nf4' 或較低的 data.resolution 會使它變小"
+    ),
+    "device memory: {free} of {total} GiB are free, and the run stays within them": (
+        "裝置記憶體：{total} GiB 中有 {free} GiB 可用，這次執行不會超過"
+    ),
+    "memory: {count} blocks of the UNet are computed again in the backward pass, for what is free": (
+        "記憶體：為了不超過可用的記憶體，反向傳播時重新計算 UNet 的 {count} 個區塊"
+    ),
     "memory.limit_gib chooses the blocks to recompute: leave out memory.gradient_checkpointing": (
         "memory.limit_gib 會自行選擇要重新計算的區塊：請不要設定 memory.gradient_checkpointing"
     ),

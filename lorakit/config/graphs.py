@@ -1,0 +1,19 @@
+"""When a training step can be replayed as CUDA graphs, told without torch."""
+
+from __future__ import annotations
+
+from lorakit.config.schema import Config
+
+
+def graphs_off(config: Config) -> str:
+    """Why a CUDA card cannot replay steps as graphs, or ""."""
+    memory = config.memory
+    recomputes = memory.gradient_checkpointing or memory.limit_gib is not None
+    reasons = {
+        "memory.engine = 'plain'": memory.engine == "plain",
+        "memory.cuda_graphs = false": not memory.cuda_graphs,
+        "with gradient checkpointing, dropout would draw different numbers on replay": recomputes
+        and config.adapter.largest_dropout > 0,
+        "memory.stream_base copies weights during the step": memory.stream_base,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")

@@ -1,0 +1,64 @@
+"""What a card has free, what the pools of its graphs hold, and what a run does with that."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.engine import cuda_graphs, device_memory
+
+card: Any = getattr(torch.cuda, "card", None)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(card is None, reason="needs the make-believe card, whose room can be set"),
+]
+CUDA, MIB, TOTAL = torch.device("cuda"), 2**20, 2**34
+
+
+@pytest.fixture(autouse=True)
+def no_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(device_memory, "_limits", {})
+    torch.cuda.empty_cache()
+    yield
+    card.set_room(-1)
+
+
+def graph_with_pool(size: int) -> Any:
+    """A graph whose pool has room for twice so many bytes, none of them in use between replays."""
+
+    def compute() -> torch.Tensor:
+        return torch.ones(size, dtype=torch.uint8, device="cuda").mul(2).sum()
+
+    return cuda_graphs.CudaCapturer()(compute, ())
+
+
+def test_a_run_stays_within_what_is_free_when_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card without a limit gives more, as drivers on Windows do from the host's memory."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 * MIB, TOTAL))
+    before = torch.cuda.memory_reserved()
+    line = device_memory.prepare(CUDA)
+    available = 64 * MIB + before
+    assert line == f"device memory: {available / 2**30:.1f} of 16.0 GiB are free, and the run stays within them"
+    assert device_memory.available(CUDA) == available and device_memory.available(torch.device("cpu")) is None
+    some = torch.empty(60 * MIB, dtype=torch.uint8, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(8 * MIB, dtype=torch.uint8, device="cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (32 * MIB, TOTAL))
+    assert device_memory.free_bytes(CUDA) <= 4 * MIB + before
+    del some
+
+
+def test_the_pool_of_a_graph_is_no_room_and_is_in_the_peak() -> None:
+    device_memory.prepare(CUDA)
+    before = device_memory.free_bytes(CUDA)
+    torch.cuda.reset_peak_memory_stats()
+    replay = graph_with_pool(32 * MIB)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    replay()
+    assert before - 65 * MIB <= device_memory.free_bytes(CUDA) <= before - 64 * MIB
+    assert device_memory.peak(CUDA) >= 64 * MIB
+    del replay
+    torch.cuda.empty_cache()
+    assert device_memory.free_bytes(CUDA) >= before - MIB
