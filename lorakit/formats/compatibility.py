@@ -19,7 +19,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
 from lorakit.formats.facts.consumers import BIAS, CONSUMERS, DORA_ROWS, Consumer
-from lorakit.formats.identify import GLORA, Module, Shapes, is_older_glora, modules
+from lorakit.formats.identify import GLORA, PARTS, UNKNOWN, Module, Shapes, is_older_glora, modules
 from lorakit.formats.keys import canonical_part, is_norm, kernel
 from lorakit.formats.metadata import rank_stabilized
 
@@ -181,7 +181,7 @@ def _has_reader(consumer: Consumer, module: Module) -> bool:
         not re.fullmatch(consumer.factors, name.removeprefix(f"{module.stem}.")) for name in factors
     ):
         return False
-    return module.method not in (*consumer.unread, *registry.own_kinds())
+    return bool(PARTS.get(module.method, "lora")) and module.method not in (*consumer.unread, *registry.own_kinds())
 
 
 def traits(module: Module, shapes: Shapes, family: str, alphas: Mapping[str, float]) -> list[str]:
@@ -240,7 +240,7 @@ def module_defects(by_stem: Mapping[str, Module], shapes: Shapes, is_own: bool =
             elif some_alpha and "alpha" not in module.parts:
                 result[stem] = "its alpha is missing, so it is applied with alpha = rank"
             continue
-        if (module.is_lycoris and "mid" not in module.parts) or module.method == "bias":
+        if (module.is_lycoris and "mid" not in module.parts) or module.method in ("bias", UNKNOWN):
             continue
         missing = [part for part in ("down", "up") if part not in module.parts]
         if missing:

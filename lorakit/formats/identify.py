@@ -86,13 +86,18 @@ _OLD_TEXT = re.compile(r"(text_encoder.*)\.self_attn\.to_(q|k|v|out)_lora")
 _MARKS = {"hada_w1_a": "loha", "hada_w1_b": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "lokr_w2": "lokr"}
 _MARKS |= {"lokr_w2_a": "lokr", "mid": "LoCon (tucker)", "diff": "full difference", "w_norm": "norm"}
 _MARKS |= {"on_input": "IA3", "oft_blocks": "OFT", "a1.weight": "GLoRA", "ia3_l": "IA3"}
+_MARKS |= {"lambda_layer": "T-LoRA"}  # LyCORIS'; its rank changes with the timestep, so it is no change of weights
 _MARKS |= {"oft_diag": "OFT", "oft_R": "OFTv2", "oft_r": "PEFT's older OFT", "boft_R": "PEFT's BOFT"}
 # Part -> axes that it has at least, where that is not 0.
 _AXES = dict.fromkeys(("down", "up", "mid", "oft_blocks", *(f"{part}.weight" for part in ("a1", "a2", "b1", "b2"))), 2)
 _AXES |= {"oft_R": 2, "oft_r": 3, "oft_diag": 3, "boft_R": 4}
 _AXES |= dict.fromkeys(("ia3_l", "boft_s", "diff", "diff_b", "w_norm", "b_norm", "magnitude", "row_magnitude"), 1)
 _COMMON = {"alpha", "magnitude", "row_magnitude", "diff_b", "b_norm", "up_bias"}
+UNKNOWN = "unknown"  # the method of parts that are of none known here
+# Method -> the parts that it has; none where lorakit does not read it.
 PARTS: dict[str, set[str]] = {
+    UNKNOWN: set(),
+    "T-LoRA": set(),
     "lora": {"down", "up"},
     "LoCon (tucker)": {"down", "up", "mid"},
     "loha": {f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
@@ -151,12 +156,14 @@ class Module:
 
     @property
     def method(self) -> str:
-        """ "lora", "dora", "bias", one of `PARTS`, or a kind of layers that a method of the registry brings."""
+        """ "dora", "bias", one of `PARTS`, or a kind of layers that a method of the registry brings."""
         for part, name in _marks().items():
             if part in self.parts:
                 return name
         if self.parts and self.parts.keys() <= {"diff_b", "b_norm"}:
             return "bias"
+        if not self.parts.keys() <= _COMMON and {"down", "up"}.isdisjoint(self.parts):
+            return UNKNOWN
         return "dora" if {"magnitude", "row_magnitude"} & set(self.parts) else "lora"
 
     @property

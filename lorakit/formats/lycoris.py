@@ -167,10 +167,10 @@ def of_peft(
         upper[:, *torch.triu_indices(size, size, 1)] = blocks
         blocks = upper
     if "oft_r" in parts and "oft_s" not in parts:  # of before 0.14, on outputs, as LyCORIS has it
-        limit *= blocks.shape[-1] ** 2
-        if config.get("block_share"):
-            raise LorakitError(f"{path}: {stem} is PEFT's OFT with one block for all, which lorakit does not read")
-        return ForeignLayer("OFT", {"oft_blocks": -0.5 * _limited(blocks, limit)}, 0.0, _rotated)
+        blocks = -0.5 * _limited(blocks, limit * blocks.shape[-1] ** 2)
+        if len(blocks) == 1:  # with `block_share` it is for all
+            blocks = blocks.expand(peft_config.rank(name, config), -1, -1).clone()
+        return ForeignLayer("OFT", {"oft_blocks": blocks}, 0.0, _rotated)
     skew = blocks - blocks.transpose(-1, -2) if "oft_R" in parts else 0.5 * (blocks - blocks.transpose(-1, -2))
     skew, one = _limited(skew, limit), torch.eye(blocks.shape[-1])
     if "oft_R" in parts and config.get("use_cayley_neumann", True):

@@ -148,8 +148,12 @@ def _require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _require_parts(path: Path, modules: Iterable[identify.Module]) -> None:
     """Raise LorakitError, naming the first, where a tensor is none that a module of its method has."""
-    if parts := [name for module in modules for name in module.strange_parts]:
-        raise LorakitError(f"{path}: {len(parts)} tensors are of no method that lorakit reads, e.g. {parts[0]}")
+    strange = {name: module.method for module in modules for name in module.strange_parts}
+    if strange:
+        name, method = next(iter(strange.items()))
+        has_title = method != identify.UNKNOWN and identify.PARTS.get(method) == set()
+        what = f"{method}, which lorakit does not read" if has_title else "no method that lorakit reads"
+        raise LorakitError(f"{path}: {len(strange)} tensors are of {what}, e.g. {name}")
 
 
 def _has_rank_0(module: identify.Module, shapes: identify.Shapes) -> bool:

@@ -122,3 +122,24 @@ def test_text_projection_among_its_encoder_is_read_by_diffusers():
     alone = pair("lora_te2_text_projection")
     both = alone | pair("lora_te2_text_model_encoder_layers_0_mlp_fc1")
     assert read_report(alone, "sdxl")["diffusers"].refused and read_report(both, "sdxl")["diffusers"].complete
+
+
+@pytest.mark.parametrize(
+    ("parts", "method", "words"),
+    [
+        # As the package of LyCORIS writes it.
+        (("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha"), "T-LoRA", "3 tensors are of T-LoRA, which "),
+        (("vera_lambda_b", "vera_lambda_d", "alpha"), "unknown", "2 tensors are of no method that lorakit reads"),
+        (("lora_down.weight", "lora_up.weight", "scalar"), "lora", "1 tensors are of no method that lorakit reads"),
+    ],
+)
+def test_parts_of_methods_that_are_not_read_are_no_damage(tmp_path, parts, method, words):
+    file = tmp_path / "x.safetensors"
+    save_file({f"{STEM}.{part}": torch.ones(()) if part == "alpha" else torch.ones(4, 4) for part in parts}, file)
+    report = inspect.inspect(file)
+    assert (report.method, report.defects) == (method, "")
+    count = words.partition(" ")[0]
+    assert f"lorakit does not read {count} of its tensors, e.g. {STEM}." in " ".join(report.notes)
+    assert method == "lora" or not any(reading.is_used for reading in report.readers.values())
+    with pytest.raises(LorakitError, match=words):
+        read(file)

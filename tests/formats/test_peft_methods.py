@@ -125,10 +125,14 @@ def test_oft_of_onetrainer(tmp_path, scaled):
     assert not any(reading.complete for reading in readers.values())
 
 
-def test_older_oft_turns_outputs_and_becomes_a_file_of_lycoris(tmp_path):
-    """Of PEFT 0.8 to 0.13: W^T R for each block of outputs, R = (1 - S)(1 + S)^-1, S = (B - B^T) / 2."""
-    blocks = 0.2 * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
-    save_folder(tmp_path / "unet", {f"{ATTENTION}.oft_r": blocks}, {"peft_type": "OFT", "r": 4})
+@pytest.mark.parametrize("shared", [False, True])
+def test_older_oft_turns_outputs_and_becomes_a_file_of_lycoris(tmp_path, shared):
+    """Of PEFT 0.8 to 0.13: W^T R for each block of outputs, R = (1 - S)(1 + S)^-1, S = (B - B^T) / 2; with
+    `block_share` there is one block for all."""
+    blocks = 0.2 * torch.randn(1 if shared else 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    config = {"peft_type": "OFT", "r": 4, "block_share": shared}
+    save_folder(tmp_path / "unet", {f"{ATTENTION}.oft_r": blocks}, config)
+    blocks = blocks.expand(4, -1, -1)
     weight = base().get_submodule(ATTENTION).weight.detach()
     skew, one = (blocks - blocks.mT) / 2, torch.eye(8)
     turn = torch.block_diag(*((one - s) @ (one + s).inverse() for s in skew))
