@@ -24,7 +24,7 @@ from starlette.middleware import Middleware
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
-from lorakit.ui import access, texts, widgets
+from lorakit.ui import access, address, texts, widgets
 from lorakit.ui.guard import Guard
 from lorakit.ui.pages.adapter import AdapterPage
 from lorakit.ui.pages.compare import ComparePage
@@ -168,7 +168,7 @@ def _theme() -> gr.themes.Base:
 def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
     """The whole page, wired."""
     with gr.Blocks(title="lorakit", analytics_enabled=False) as page:
-        widgets.html("<header class=lk-head><h1>lorakit</h1></header>")
+        widgets.html("<header class=lk-head><h1>lorakit</h1></header>", js_on_load=address.FOLLOW_ADDRESS)
         gr.Markdown(t("app.tagline"), elem_classes="lk-tagline")
         # Kept in the browser: a reload or a restarted program loses neither. Inside of a tab they would be read when it
         # is opened first, and what the page holds by then would be written over them.
@@ -297,7 +297,8 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     restored = [photos.folder, train.quality, train.marks, train.preset, *every]
     loaded = page.load(train.restore, train.draft, restored, **FOLLOW)
     # Until then the page takes no answers: they would be overwritten by those that the browser kept.
-    loaded.then(None, js="() => { document.body.dataset.ready = 'yes'; }")
+    ready = loaded.then(None, js="() => { document.body.dataset.ready = 'yes'; }")
+    ready.then(None, js=address.OPEN_TAB)
     # The folder is shown, and again with what the check says.
     shows: list[Event] = [(listen, show) for listen in (opened.then, uploaded, tab.select, loaded.then)]
     shows += [(photos.previous.click, turn_back), (photos.next.click, turn)]

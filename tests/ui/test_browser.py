@@ -230,9 +230,12 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     oldest = min(person.runs())
     person.page.locator(f'[data-run="{oldest}"]').click()
     person.page.locator("#run-status h3").get_by_text(oldest).wait_for()
-    person.open(served.address)
-    person.tab("runs")
+    person.page.wait_for_url(lambda url: "tab=runs" in url and f"run={oldest}" in url)
+    person.open(person.page.url)
     person.page.locator("#run-status h3").get_by_text(oldest).wait_for()
+    # The address is a link to a run, for another browser too.
+    other.open(f"{served.address}/?tab=runs&run={name}")
+    other.page.locator("#run-status h3").get_by_text(name).wait_for()
 
 
 @contextmanager
@@ -270,9 +273,8 @@ def test_what_is_wrong_is_reported_where_it_is_wrong(person: Person, served, roo
     person.fill("adapter.rank", "4")
     person.says("option-adapter-rank", "Changed from the preset")
     person.says("train-changed", "adapter.rank: 8 → 4")
-    # A reload keeps the answers.
-    person.open(served.address)
-    person.tab("train")
+    # A reload keeps the answers, and comes back to the page.
+    page.reload()
     page.wait_for_function("document.querySelector('#option-data-name :is(input, textarea)').value === 'sks toy'")
     page.locator("#train-options > button").click()
     person.says("train-changed", "adapter.rank: 8 → 4")

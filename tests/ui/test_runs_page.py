@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from lorakit.core.errors import LorakitError  # noqa: E402
 from lorakit.core.events import Event  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
 from lorakit.runs.run_folder import RunFolder  # noqa: E402
-from lorakit.ui import texts  # noqa: E402
+from lorakit.ui import address, texts  # noqa: E402
 from lorakit.ui.pages.runs import ENDED_SILENTLY, RunsPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
@@ -98,3 +99,16 @@ def test_a_run_that_prepares_says_with_what_and_how_far_it_is(page: RunsPage, ru
     assert "正在繪製類別圖片：12 / 42" in look(page, say=texts.sayer("zh-Hant"))["status"]
     run.update(state="running")
     assert "12 of 42" not in look(page)["status"]
+
+
+@pytest.mark.parametrize(
+    ("referer", "run"),
+    [
+        ("http://127.0.0.1:7860/?tab=runs&run=2026-a%20b", "2026-a b"),
+        ("http://127.0.0.1:7860/?tab=runs", ""),
+        ("", ""),
+        ("http://[", ""),
+    ],
+)
+def test_the_address_names_the_run(referer: str, run: str):
+    assert address.run_in(SimpleNamespace(headers={"referer": referer})) == run

@@ -16,7 +16,7 @@ from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.runs import charts
 from lorakit.runs.run_folder import LIVE, RunFolder, State, read
-from lorakit.ui import widgets
+from lorakit.ui import address, widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
@@ -73,7 +73,9 @@ class RunsPage:
         that overlap could each take the other's for what is on the screen."""
 
         def poll(run_name: str, screen_hashes: dict[str, Any], request: gr.Request) -> list[Any]:
-            return self.poll(run_name or "", screen_hashes, say_for(request))
+            linked_name = "" if screen_hashes else address.run_in(request)  # before anything was on the screen
+            name, *others = self.poll(linked_name or run_name or "", screen_hashes, say_for(request))
+            return [name if isinstance(name, str) or not linked_name else linked_name, *others]
 
         def choose(event: gr.EventData) -> tuple[str, str, int]:
             return event.run, "", 0  # the number of steps was meant for the run before

@@ -1,0 +1,34 @@
+"""The address in the browser names the tab and the run on display: a reload comes back to them, and links work."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl
+
+import gradio as gr
+
+# `?tab=`, in the order of the tabs. (`?page=` is Gradio's own.)
+TABS = ("photos", "train", "runs", "compare", "adapter")
+# What is asked for is read before Gradio opens its first tab. Then the address follows what is on display.
+_FOLLOW = """
+window.lorakitAddress = new URLSearchParams(location.search);
+setInterval(() => {
+  if (!document.body.dataset.ready) return;
+  const buttons = [...document.querySelectorAll('#pages button[role=tab]')], here = new URL(location);
+  const tab = %(tabs)s[buttons.findIndex((button) => button.ariaSelected === 'true')];
+  const run = document.querySelector('#runs-list [data-run][aria-current]')?.dataset.run;
+  if (tab) here.searchParams.set('tab', tab);
+  if (run) here.searchParams.set('run', run);
+  if (here.href !== location.href) history.replaceState(null, '', here);
+}, 500);
+"""
+_TAB = """() => {
+  const number = %(tabs)s.indexOf(window.lorakitAddress?.get('tab'));
+  if (number > 0) document.querySelectorAll('#pages button[role=tab]')[number]?.click();
+}"""
+FOLLOW_ADDRESS, OPEN_TAB = (script % {"tabs": list(TABS)} for script in (_FOLLOW, _TAB))
+
+
+def run_in(request: gr.Request) -> str:
+    """The run that the page's address asks for, or ""."""
+    query = str(request.headers.get("referer", "")).partition("?")[2]
+    return dict(parse_qsl(query)).get("run", "")
