@@ -62,7 +62,7 @@ def code() -> list[Path]:
     return [
         *sources(),
         ROOT / "ui.py",
-        *(path for name in ("tests", "benchmarks", "tools") for path in sources(ROOT / name)),
+        *(path for name in ("tests", "benchmarks", "tools", "integrations") for path in sources(ROOT / name)),
     ]
 
 

@@ -1,0 +1,201 @@
+"""lorakit as a process of its own: how it is found, started, followed and stopped.
+
+ComfyUI's Python and lorakit's share nothing but the pipe between them; docs/hosts.md of lorakit says what goes over it.
+Standard library only, for Python 3.9 and newer.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import logging
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+# A file beside this one with the path of lorakit's Python, for who cannot set LORAKIT_PYTHON.
+SETTING = Path(__file__).with_name("python.txt")
+# The folder of lorakit, where this folder is a part of it or a link into it.
+CHECKOUT = Path(__file__).resolve().parents[2]
+SCRIPTS = "Scripts/python.exe" if os.name == "nt" else "bin/python"
+# Seconds between looks at whether the person cancels, and for which a run may save after that.
+POLL, PATIENCE = 0.2, 600.0
+# Last lines of stderr that become the message of an error without one.
+LAST_LINES = 15
+
+log = logging.getLogger("lorakit")
+
+
+class Failed(RuntimeError):
+    """lorakit is not there, or did not do what it was asked; the text is for the person."""
+
+
+def command() -> list[str]:
+    """The beginning of a command line that runs lorakit.
+
+    Raises:
+        Failed: it is nowhere; the text has the line that installs it.
+    """
+    if os.environ.get("LORAKIT_PYTHON"):
+        return _of_python(os.environ["LORAKIT_PYTHON"], "LORAKIT_PYTHON")
+    if SETTING.is_file():
+        return _of_python(SETTING.read_text(encoding="utf-8").strip(), str(SETTING))
+    spec = importlib.util.find_spec("lorakit")
+    if spec is not None and spec.origin:  # a mere folder of that name has no origin
+        return _of_python(sys.executable, "ComfyUI's Python")
+    if (CHECKOUT / "pyproject.toml").is_file() and (CHECKOUT / ".venv" / SCRIPTS).is_file():
+        return _of_python(str(CHECKOUT / ".venv" / SCRIPTS), "lorakit's .venv")
+    program = shutil.which("lorakit")
+    if program:
+        return [program]
+    raise Failed(f"lorakit is not installed. Install it with this line, then queue again:\n{install_line()}")
+
+
+def install_line() -> str:
+    """The one line for a terminal that installs lorakit where `command` finds it."""
+    has_checkout = (CHECKOUT / "lorakit" / "__init__.py").is_file()
+    folder = CHECKOUT if has_checkout else Path("FOLDER_OF_LORAKIT")
+    python = sys.executable if sys.version_info >= (3, 11) else "python3.11"
+    environment = folder / ".venv"
+    line = f'"{python}" -m venv "{environment}" && "{environment / SCRIPTS}" -m pip install -e "{folder}"'
+    return line if has_checkout else f"{line}\nand write the path of {environment / SCRIPTS} into {SETTING}"
+
+
+def _of_python(python: str, source: str) -> list[str]:
+    if not Path(python).is_file():
+        raise Failed(f"{source} names {python}, and there is no such file: write the path of lorakit's Python there")
+    # -P: a module of ComfyUI's folder must not stand in for one of lorakit's.
+    return [python, "-P", "-m", "lorakit"]
+
+
+def run(arguments, interrupted=lambda: False) -> str:
+    """Run a command to its end; what it wrote to stdout.
+
+    Raises:
+        Failed: its exit code is not 0, or the person cancelled.
+    """
+    with Process(arguments) as process:
+        text = "".join(process.lines(interrupted))
+    if process.is_stopping:
+        raise Failed("cancelled")
+    if process.code:
+        raise Failed("\n".join(filter(None, [process.complaint(), text.strip()])))
+    return text
+
+
+def follow(arguments, listen, interrupted) -> dict:
+    """Run `train --json` or `resume --json`; its last event, which is `result` or `stopped`.
+
+    Args:
+        arguments: of lorakit.
+        listen: called with each event.
+        interrupted: asked often; once it returns True the run saves what it has and ends.
+
+    Raises:
+        Failed: the run ended otherwise.
+    """
+    last = {}
+    with Process(arguments) as process:
+        for line in process.lines(interrupted):
+            if not line.startswith("{"):  # something else that prints, in a package of lorakit's
+                continue
+            last = json.loads(line)
+            if last["event"] == "start":
+                process.run_folder = Path(last["folder"])
+            listen(last)
+    if last.get("event") in ("result", "stopped"):
+        return last
+    if process.is_stopping and process.run_folder is None:
+        return {"event": "stopped", "message": "cancelled before the run began; nothing was left behind"}
+    raise Failed(last["message"] if last.get("event") == "error" else process.complaint())
+
+
+class Process:
+    """One process of lorakit. At the end of the context it has ended too; an error asks it to stop.
+
+    Attributes:
+        code: its exit code.
+        run_folder: of a run, once it has one: from then on a stop saves.
+        is_stopping: whether it was asked to stop.
+    """
+
+    def __init__(self, arguments):
+        self.code = None
+        self.run_folder = None
+        self.is_stopping = False
+        self._last_lines = collections.deque(maxlen=LAST_LINES)
+        self._process = subprocess.Popen(
+            [*command(), *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "PYTHONUTF8": "1"},
+        )
+        self._queue = queue.Queue()
+        self._readers = [
+            threading.Thread(target=reader, daemon=True) for reader in (self._read_output, self._read_complaints)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, at):
+        if kind is not None:
+            self.stop()
+        self.code = self._process.wait()
+        for reader in self._readers:
+            reader.join()
+        self._process.stdout.close()
+        self._process.stderr.close()
+
+    def lines(self, interrupted):
+        """Each line of stdout as it comes, till the process ends; meanwhile a wish to stop is passed on."""
+        waited = 0.0
+        while True:
+            try:
+                line = self._queue.get(timeout=POLL)
+            except queue.Empty:
+                waited += POLL * self.is_stopping
+                line = ""
+            if line is None:
+                return
+            if line:
+                yield line
+            if not self.is_stopping and interrupted():
+                self.stop()
+            if waited > PATIENCE:
+                self._process.kill()
+
+    def stop(self):
+        """Ask it to save and end; before there is anything to save, end it. No effect once it has ended."""
+        if self._process.poll() is not None:
+            return
+        self.is_stopping = True
+        try:
+            (self.run_folder / "stop").touch()
+        except (OSError, TypeError):  # TypeError: it has no folder yet
+            self._process.terminate()
+
+    def complaint(self) -> str:
+        """What it said of its failure."""
+        lines = [line[len("lorakit: ") :] for line in self._last_lines if line.startswith("lorakit: ")]
+        return "\n".join(lines or self._last_lines) or f"lorakit ended with exit code {self.code}"
+
+    def _read_output(self):
+        for line in self._process.stdout:
+            self._queue.put(line)
+        self._queue.put(None)
+
+    def _read_complaints(self):
+        for line in self._process.stderr:
+            self._last_lines.append(line.rstrip("\n"))
+            log.info("%s", line.rstrip("\n"))

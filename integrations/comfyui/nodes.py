@@ -1,0 +1,410 @@
+"""The nodes: photos, check and plan, train, compare, inspect, merge. lorakit runs as a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import tempfile
+from pathlib import Path
+
+from . import child, host
+
+CATEGORY = "lorakit"
+PHOTOS = "LORAKIT_PHOTOS"
+AUTO = "auto"
+PRESETS = [
+    AUTO,
+    *(
+        f"{kind}-{base}"
+        for kind in ("subject", "style")
+        for base in ("sd15", "sd15-lowmem", "sdxl", "sdxl-lowmem", "sd3", "pocket")
+    ),
+]
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
+# Longest side of a preview while it trains.
+PREVIEW = 512
+
+log = logging.getLogger("lorakit")
+
+
+# -- photos -----------------------------------------------------------------------------------------------------------
+
+
+class Photos:
+    """A folder of photos, or pictures of the graph with a caption each."""
+
+    CATEGORY, FUNCTION = CATEGORY, "gather"
+    RETURN_TYPES, RETURN_NAMES = (PHOTOS, "INT"), ("photos", "count")
+    INPUT_IS_LIST = True
+    DESCRIPTION = "A folder of photos with captions in .txt files beside them, or pictures from the graph."
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        captions = {
+            "default": "",
+            "multiline": True,
+            "tooltip": "For pictures of the graph: a line for each, or one for all",
+        }
+        return {
+            "required": {
+                "folder": ("STRING", {"default": "", "tooltip": "Folder of photos; nothing is written to it"})
+            },
+            "optional": {"images": ("IMAGE",), "captions": ("STRING", captions)},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, folder, images=None, captions=None):
+        return contents(Path(folder[0])) if folder[0] else ""
+
+    def gather(self, folder, images=None, captions=None):
+        """The folder of photos, and how many there are."""
+        if folder[0] and images is not None:
+            raise child.Failed("Photos: give a folder or connect pictures, not both")
+        if images is not None:
+            place = save_pictures(images, captions or [""])
+        elif folder[0]:
+            place = Path(folder[0]).expanduser()
+        else:
+            raise child.Failed("Photos: name a folder, or connect pictures")
+        if not place.is_dir():
+            raise child.Failed(f"Photos: {place}: there is no such folder")
+        count = sum(path.suffix.lower() in PICTURES for path in place.rglob("*"))
+        if not count:
+            raise child.Failed(f"Photos: {place} has no pictures")
+        return str(place), count
+
+
+def contents(folder):
+    """A text that changes with the files of a folder."""
+    try:
+        files = sorted(path for path in folder.expanduser().rglob("*") if path.is_file())
+        facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    except OSError as error:
+        return str(error)
+    return hashlib.sha256(repr(facts).encode("utf-8", "replace")).hexdigest()
+
+
+def save_pictures(batches, captions):
+    """Write the pictures of batches as PNG, each with its caption, into a folder named for what they are."""
+    from PIL import Image
+
+    pictures = [picture for batch in batches for picture in batch]
+    lines = [line.strip() for text in captions for line in text.splitlines() if line.strip()]
+    if len(lines) not in (0, 1, len(pictures)):
+        raise child.Failed(
+            f"Photos: {len(lines)} captions for {len(pictures)} pictures: give one for each, or one for all"
+        )
+    lines = lines * len(pictures) if len(lines) == 1 else lines
+    arrays = [(picture.clamp(0, 1) * 255).round().byte().cpu().numpy() for picture in pictures]
+    digest = hashlib.sha256("\n".join(lines).encode())
+    for array in arrays:
+        digest.update(repr(array.shape).encode() + array.tobytes())
+    place = host.work_folder("photos", digest.hexdigest()[:16])
+    if place.is_dir():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+        half = Path(temporary, "photos")
+        half.mkdir()
+        for number, array in enumerate(arrays):
+            Image.fromarray(array[..., :3]).save(half / f"{number + 1:04d}.png")
+            if lines:
+                (half / f"{number + 1:04d}.txt").write_text(lines[number] + "\n", encoding="utf-8")
+        half.rename(place)
+    return place
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def settings():
+    """The inputs that a run and its check share."""
+    text = {"default": "", "multiline": True}
+    return {
+        "photos": (PHOTOS,),
+        "base": (host.checkpoints(), {"tooltip": "The checkpoint to train on, by its file"}),
+        "kind": (["subject", "style"],),
+        "name": ("STRING", {"default": "sks toy", "tooltip": "A rare word, and for a subject what it is"}),
+        "preset": (PRESETS, {"tooltip": "auto: by the base and the kind"}),
+        "steps": ("INT", {"default": 0, "min": 0, "max": 1_000_000, "tooltip": "0: as the preset says"}),
+        "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
+        "prompts": ("STRING", {**text, "tooltip": "Sample pictures, a prompt a line"}),
+        "options": ("STRING", {**text, "tooltip": "Any option of lorakit, a line each: adapter.rank = 16"}),
+    }
+
+
+def arguments(photos, base, kind, name, preset, **rest):
+    """The command line of a run, without the command."""
+    result = [photos, f"--{kind}", name, "--base", host.full_path("checkpoints", base)]
+    result += [] if preset == AUTO else ["--preset", preset]
+    for prompt in filter(None, map(str.strip, rest["prompts"].splitlines())):
+        result += ["--prompt", prompt]
+    sets = [f"train.seed={rest['seed']}", *([f"train.steps={rest['steps']}"] if rest["steps"] else [])]
+    return result + [word for text in [*sets, *assignments(rest["options"])] for word in ("--set", text)]
+
+
+def assignments(text):
+    """`section.key=value` of each line; a line `[section]` may stand above lines `key = value`."""
+    section, result = "", []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if line.startswith("#"):
+            continue
+        header = re.fullmatch(r"\[([\w.]+)\]", line)
+        if header:
+            section = f"{header[1]}."
+            continue
+        key, equals, value = line.partition("=")
+        if not equals:
+            raise child.Failed(f"options: {line!r}: write it as section.key = value")
+        result.append(f"{section}{key.strip()}={value.strip()}")
+    return result
+
+
+class Check:
+    """What lorakit finds in the photos, and what a run with these settings would do."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "check", True
+    RETURN_TYPES, RETURN_NAMES = ("STRING", "IMAGE"), ("report", "photos")
+    DESCRIPTION = "The findings in the photos and the plan of the run, without training. No model is loaded."
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": settings()}
+
+    def check(self, photos, **inputs):
+        """The report, and the photos on one sheet."""
+        try:
+            text = host.run(["check", *arguments(photos, **inputs)])
+        except child.Failed as error:
+            text = f"It cannot train yet:\n{error}"
+        found = sorted(path for path in Path(photos).rglob("*") if path.suffix.lower() in PICTURES)
+        pictures = []
+        for path in found[:16]:
+            try:
+                pictures.append(host.open_picture(path))
+            except OSError:  # the report names it
+                continue
+        rows = [pictures[start : start + 4] for start in range(0, len(pictures), 4)]
+        preview = host.images([host.sheet(rows)]) if rows else host.images([host.blank()])
+        return {"ui": {"text": [text]}, "result": (text, preview)}
+
+
+class Train:
+    """Trains in a process of its own; the same settings again go on with a run that was cancelled."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "train", True
+    RETURN_TYPES = ("MODEL", "CLIP", "STRING", "IMAGE", "STRING")
+    RETURN_NAMES = ("model", "clip", "lora_name", "samples", "run")
+    DESCRIPTION = "Trains a LoRA on a checkpoint and puts it into the LoRA folder. Cancel saves; queue again to go on."
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        strength = {
+            "default": 1.0,
+            "min": -10.0,
+            "max": 10.0,
+            "step": 0.05,
+            "tooltip": "Of the LoRA on the model put out",
+        }
+        return {
+            "required": {**settings(), "strength": ("FLOAT", strength)},
+            "optional": {"model": ("MODEL",), "clip": ("CLIP",)},
+            "hidden": {"node": "UNIQUE_ID"},
+        }
+
+    def train(self, photos, strength, model=None, clip=None, node=None, **inputs):
+        """The models with the adapter on them, its name, the sample pictures, and the run's folder."""
+        line = arguments(photos, **inputs)
+        place = run_folder(line, inputs["name"])
+        state = read_json(place / "state.json")
+        if state.get("state") == "done" and (place / state["adapter"]).is_file():
+            host.say(f"these settings were trained already: {place}", node)
+        else:
+            host.free_memory()
+            has_begun = (place / "config.toml").is_file()
+            words = ["resume", str(place)] if has_begun else ["train", *line, "--output", str(place)]
+            last = child.follow([*words, "--json"], Progress(place, node), host.interrupted)
+            if last["event"] == "stopped":
+                import comfy.model_management
+
+                host.say(f"{last['message']}; queue the same again to go on", node)
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                raise child.Failed(f"{last['message']}; queue the same again to go on")
+            state = read_json(place / "state.json")
+        name = install(place / state["adapter"])
+        model, clip = host.load(inputs["base"], model, clip)
+        if hasattr(model, "clone") and hasattr(clip, "clone"):
+            model, clip = host.apply(model, clip, host.full_path("loras", name), strength)
+        grids = sorted(place.glob("samples/step-*.png"))
+        samples = host.images([host.open_picture(grids[-1])]) if grids else host.images([host.blank()])
+        return {"ui": {"text": [f"{name}\n{place}"]}, "result": (model, clip, name, samples, str(place))}
+
+
+def run_folder(line, name):
+    """The folder of the run with these settings and photos: the same again is the same folder."""
+    digest = hashlib.sha256("\n".join([*line, contents(Path(line[0]))]).encode("utf-8", "replace")).hexdigest()
+    stem = re.sub(r"\W+", "-", name).strip("-")[:40] or "run"
+    return host.work_folder(f"{stem}-{digest[:8]}")
+
+
+def read_json(path):
+    """What a JSON file says; {} where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def install(adapter):
+    """Put an adapter into the host's LoRA folder under a name that is free there; the name."""
+    import folder_paths
+
+    place = folder_paths.get_folder_paths("loras")[0]
+    Path(place).mkdir(parents=True, exist_ok=True)
+    line = ["install-adapter", str(adapter), "--into", "comfyui", "--at", place, "--json"]
+    return Path(json.loads(host.run(line))["adapter"]).name
+
+
+class Progress:
+    """Shows the events of a run: the bar, the newest sample pictures, and lines."""
+
+    def __init__(self, place, node):
+        self.place, self.node = place, node
+        self.bar, self.step, self.preview = None, 0, None
+
+    def __call__(self, event):
+        import comfy.utils
+
+        kind = event["event"]
+        if kind == "start":
+            self.bar = comfy.utils.ProgressBar(event["steps"])
+        elif kind == "sample":
+            self.preview = ("JPEG", host.open_picture(self.place / "samples" / event["file"]), PREVIEW)
+            self.show()
+        elif kind in ("step", "checkpoint", "progress"):
+            self.step = event.get("step") or self.step
+            if kind == "progress":
+                self.show()
+                host.say(progress_line(event), self.node)
+        elif kind == "phase":
+            host.say(event["phase"], self.node)
+        elif kind in ("message", "warning"):
+            log.info("%s", event["message"])
+
+    def show(self):
+        """Draw the bar with the newest picture."""
+        if self.bar is not None:
+            self.bar.update_absolute(self.step, preview=self.preview)
+
+
+def progress_line(event):
+    """How far it is, in one line."""
+    facts = [f"step {event.get('step')}"]
+    facts += [f"loss {event['loss']:.4f}"] if event.get("loss") is not None else []
+    facts += [f"{event['eta_s'] / 60:.0f} min left"] if event.get("eta_s") else []
+    return ", ".join(facts)
+
+
+# -- finished adapters ------------------------------------------------------------------------------------------------
+
+
+class Compare:
+    """Draws one prompt with each checkpoint of a run at each strength."""
+
+    CATEGORY, FUNCTION = CATEGORY, "compare"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("grid",)
+    DESCRIPTION = "One prompt with the checkpoints of a run (across, in order) at several strengths (down)."
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "run": ("STRING", {"forceInput": True}),
+                "prompt": ("STRING", {"default": "", "tooltip": "Empty: the first sample prompt of the run"}),
+                "strengths": ("STRING", {"default": "0, 0.5, 0.75, 1"}),
+                "last_checkpoints": ("INT", {"default": 4, "min": 1, "max": 20, "tooltip": "The last so many"}),
+            }
+        }
+
+    def compare(self, run, prompt, strengths, last_checkpoints):
+        """The grid."""
+        steps = sorted(path for path in Path(run, "checkpoints").glob("step-*") if path.is_dir())[-last_checkpoints:]
+        if not steps:
+            raise child.Failed(f"Compare: {run} has no checkpoints")
+        host.free_memory()
+        columns = [draw(step, prompt, strengths.replace(" ", "")) for step in steps]
+        grid = host.sheet([[column[row] for column in columns] for row in range(len(columns[0]))])
+        return (host.images([grid]),)
+
+
+def draw(step, prompt, strengths):
+    """A picture of the prompt for each strength, by a checkpoint."""
+    with tempfile.TemporaryDirectory() as temporary:
+        line = ["export", str(step), "--to", "kohya", "--output", temporary, "--json"]
+        exported = json.loads(host.run(line))["kohya"]
+        line = ["sample", exported, "--base", base_of(step.parents[1]), f"--strength={strengths}", "--json"]
+        line += ["--prompt", prompt] if prompt.strip() else []
+        files = json.loads(host.run([*line, "--output", str(Path(temporary, "pictures"))]))["files"]
+        count = strengths.count(",") + 1
+        return [host.open_picture(path) for path in files[:: len(files) // count]]
+
+
+def base_of(run_place):
+    """The base that a run's config names."""
+    text = Path(run_place, "config.toml").read_text(encoding="utf-8")
+    return json.loads(re.search(r'^base = (".*")$', text, re.MULTILINE)[1])
+
+
+class Inspect:
+    """What a LoRA file is, and which programs read all of it."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "inspect", True
+    RETURN_TYPES, RETURN_NAMES = ("STRING", "STRING"), ("report", "trigger")
+    DESCRIPTION = "Base, method, rank, trigger, strength of a LoRA file, and who reads it: ComfyUI's line first."
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"lora_name": (host.loras(),)}}
+
+    def inspect(self, lora_name):
+        """The report, with what ComfyUI makes of the file in its first line; and the trigger."""
+        report = host.run(["inspect", host.full_path("loras", lora_name)])
+        reading = re.search(r"^ +(?:yes|NO) +ComfyUI +(.*)$", report, re.MULTILINE)
+        trigger = re.search(r"^ +trigger +(.*)$", report, re.MULTILINE)
+        text = f"ComfyUI: {reading[1] if reading else 'lorakit does not know whether it reads this'}\n{report}"
+        return {"ui": {"text": [text]}, "result": (text, trigger[1] if trigger else "")}
+
+
+class Merge:
+    """Writes a checkpoint with a LoRA merged in, under a new name."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "merge", True
+    RETURN_TYPES, RETURN_NAMES = ("STRING",), ("checkpoint_name",)
+    DESCRIPTION = "Merges a LoRA into a checkpoint and writes a new one beside the others. Nothing is replaced."
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "lora_name": (host.loras(),),
+                "base": ([name for name in host.checkpoints() if name != host.BUNDLED],),
+                "strength": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}),
+                "name": ("STRING", {"default": "", "tooltip": "Of the new checkpoint; empty: both names"}),
+            }
+        }
+
+    def merge(self, lora_name, base, strength, name):
+        """The new checkpoint's name."""
+        import folder_paths
+
+        stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or f"{Path(base).stem}-{Path(lora_name).stem}"
+        place, number = Path(folder_paths.get_folder_paths("checkpoints")[0]), 1
+        target = place / f"{stem}.safetensors"
+        while target.exists():
+            number += 1
+            target = place / f"{stem}-{number}.safetensors"
+        line = ["merge", host.full_path("loras", lora_name), "--base", host.full_path("checkpoints", base)]
+        host.run([*line, f"--strength={strength}", "--output", str(target), "--json"])
+        return {"ui": {"text": [target.name]}, "result": (target.name,)}
