@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lorakit.formats.saving import save_adapter
     from lorakit.inference.sampling import sample
     from lorakit.runs.preflight import preflight
+    from lorakit.runs.publish import push_to_hub
     from lorakit.training.run import Result, resume, train
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "load_adapter",
     "load_config",
     "preflight",
+    "push_to_hub",
     "resume",
     "sample",
     "save_adapter",
@@ -50,6 +52,7 @@ _LAZY = {
     "load_adapter": "lorakit.formats.reading:read",
     "load_config": "lorakit.config:load",
     "preflight": "lorakit.runs.preflight:preflight",
+    "push_to_hub": "lorakit.runs.publish:push_to_hub",
     "resume": "lorakit.training.run:resume",
     "sample": "lorakit.inference.sampling:sample",
     "save_adapter": "lorakit.formats.saving:save_adapter",

@@ -1,5 +1,7 @@
-"""A hub in a few lines: serves a folder as one repository, as the clients of huggingface_hub ask for it."""
+"""A hub in a few lines: serves a folder as one repository, as the clients of huggingface_hub ask for it, and takes
+commits to it."""
 
+import base64
 import json
 import re
 import threading
@@ -20,22 +22,72 @@ REFUSALS = {
 }
 
 
+class Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def take(self, folder: Path, visibility: dict[str, bool], repository: str, commit: str) -> None:
+        """Do what a POST asks for: make a repository, or commit to one."""
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        refused = next((answer for name, answer in REFUSALS.items() if f"/org/{name}" in self.path), None)
+        if refused:
+            self.answer(b"{}", *refused)
+        elif self.path == "/api/repos/create":
+            wish = json.loads(content)
+            name = f"{wish['organization']}/{wish['name']}"
+            visibility[name] = wish.get("private", wish.get("visibility") == "private")
+            self.json({"url": f"https://huggingface.co/{name}"})
+        elif self.path == "/api/validate-yaml":
+            self.json({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(content)["files"]]
+            self.json({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, content.splitlines()):
+                if line["key"] == "file":
+                    target = folder / line["value"]["path"]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(base64.b64decode(line["value"]["content"]))
+            url = f"https://huggingface.co/{repository}/commit/{commit}"
+            self.json({"commitUrl": url, "commitOid": commit, "pullRequestUrl": None})
+
+    def json(self, value: object) -> None:
+        self.answer(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
+
+    def answer(self, content: bytes, status: int, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
 @contextmanager
-def serve(folder: Path, requests: list[str], repository: str = "org/tiny", commit: str = COMMIT) -> Iterator[str]:
-    """The address, while it runs; every path that is asked for goes into `asked`."""
+def serve(
+    folder: Path, requests: list[str], repository: str = "org/tiny", commit: str = COMMIT, *, private: bool = False
+) -> Iterator[str]:
+    """The address, while it runs; every path that is asked for goes into `requests`. What is committed is written into
+    the folder; a repository that is made is private as the client says."""
+    visibility = {repository: private}
     files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Answers):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             requests.append(f"{self.command} {path}")
             refused = next((answer for name, answer in REFUSALS.items() if f"/org/{name}" in path), None)
             if refused:
                 self.answer(b"{}", *refused)
-            elif repository not in path:
+            elif not any(name in path for name in visibility):
                 self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
+            elif path.removeprefix("/api/models/") in visibility:
+                names = files if repository in path else ()
+                siblings = [{"rfilename": name} for name in names]
+                facts = {"private": visibility[path.removeprefix("/api/models/")], "siblings": siblings}
+                self.json({"id": path.removeprefix("/api/models/"), "sha": commit, **facts})
             elif path in (f"/api/models/{repository}/revision/main", f"/api/models/{repository}/revision/{commit}"):
                 self.json({"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
             elif path.startswith(f"/api/models/{repository}/revision/"):
@@ -56,19 +108,9 @@ def serve(folder: Path, requests: list[str], repository: str = "org/tiny", commi
 
         do_HEAD = do_GET
 
-        def json(self, value: object) -> None:
-            self.answer(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
-
-        def answer(self, content: bytes, status: int, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            return
+        def do_POST(self) -> None:
+            requests.append(f"POST {self.path}")
+            self.take(folder, visibility, repository, commit)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)

@@ -23,6 +23,7 @@ from lorakit.formats.facts.hosts import HOSTS
 if TYPE_CHECKING:
     from lorakit.adapters.weights import AdapterWeights
 
+LICENSES = "as the hub names it: apache-2.0, cc-by-4.0, creativeml-openrail-m, openrail++, other ..."
 TRIGGER, ALIAS, TITLE = "modelspec.trigger_phrase", "ss_output_name", "modelspec.title"
 
 
@@ -78,6 +79,7 @@ def add(command: Command) -> None:
     _add_format(extract)
 
     _add_install(command)
+    _add_push(command)
     convert = command(
         "convert", run_convert, "write pickled weights as .safetensors beside them; no code in them is run"
     )
@@ -102,6 +104,20 @@ def _add_install(command: Command) -> None:
     install.add_argument("--into", choices=tuple(HOSTS), required=True, help="the program")
     install.add_argument("--at", required=True, metavar="PATH", help="folder of the program, or of its LoRA files")
     install.add_argument("--name", default="", metavar="NAME", help="name of the file there (default: as it is)")
+
+
+def _add_push(command: Command) -> None:
+    push = command("push", run_push, "put an adapter with a model card and sample pictures on the Hugging Face hub")
+    push.add_argument("source", metavar="RUN_OR_FILE", help="run folder or adapter file")
+    push.add_argument(
+        "--repo", required=True, metavar="OWNER/NAME", help="repository; made, as private, where it is not"
+    )
+    push.add_argument("--license", required=True, metavar="NAME", help=f"license of the adapter, {LICENSES}")
+    push.add_argument("--base-model", default="", metavar="ID", help="hub id of the base, where the file does not tell")
+    push.add_argument("--prompts", action="store_true", help="show the prompts of the pictures (default: left out)")
+    push.add_argument("--public", action="store_true", help="for everybody (default: a private repository)")
+    push.add_argument("--replace", action="store_true", help="write over files of the same names in the repository")
+    push.add_argument("--dry-run", metavar="FOLDER", help="write all that would be sent into FOLDER, and send nothing")
 
 
 def _add_size(command: argparse.ArgumentParser) -> None:
@@ -185,6 +201,33 @@ def run_export(args: argparse.Namespace) -> int:
     source = Path(args.adapter)
     weights = checkpoint_export.read(source) if checkpoint_export.is_checkpoint(source) else formats.read(source)
     return _write(args, weights, adapter_file(source).stem, weights.metadata, [args.adapter])
+
+
+def run_push(args: argparse.Namespace) -> int:
+    """`lorakit push`."""
+    from lorakit.runs import publish
+
+    if args.dry_run:
+        publication = publish.gather(
+            args.source, license=args.license, base_model=args.base_model, prompts=args.prompts
+        )
+        files = publish.write(publication, args.repo, Path(args.dry_run))
+        _tell(args, {path.relative_to(args.dry_run).as_posix(): path for path in files})
+        return 0
+    url = publish.push_to_hub(
+        args.source,
+        args.repo,
+        license=args.license,
+        base_model=args.base_model,
+        prompts=args.prompts,
+        public=args.public,
+        replace=args.replace,
+    )
+    if args.json:
+        print_json({"commit": url})
+    else:
+        print_lines(url)
+    return 0
 
 
 def run_resize(args: argparse.Namespace) -> int:

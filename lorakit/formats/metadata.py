@@ -41,7 +41,7 @@ ALLOWED = frozenset(
     }
 )
 # Made again by every writer from the weights themselves, so never carried from one file to another.
-_OF_WEIGHTS = frozenset(
+OF_WEIGHTS = frozenset(
     {
         *("ss_v2", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", WORDS),
         *(
@@ -202,7 +202,7 @@ def harmless(metadata: Mapping[str, str]) -> dict[str, str]:
     """
     result = {}
     for key, value in metadata.items():
-        if key in _OF_WEIGHTS or not isinstance(value, str):
+        if key in OF_WEIGHTS or not isinstance(value, str):
             continue
         if key in _NAMES:
             value = re.split(r"[\\/]", value)[-1]

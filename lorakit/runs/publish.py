@@ -1,0 +1,307 @@
+"""Adapters on the hub: a folder with the file, its model card and sample pictures, and its upload. No torch.
+
+What goes out is listed here, and nothing else: no path, no name or caption of a photo, prompts only where asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from lorakit import __version__
+from lorakit.core import foreign_json, image_grid, registry, safetensors_header
+from lorakit.core.errors import LorakitError
+from lorakit.core.names import quote
+from lorakit.families import hub
+from lorakit.formats import embeddings, identify, metadata as meta
+from lorakit.formats.inspect import Report, inspect
+from lorakit.runs.run_folder import RunFolder
+
+PICTURES = 4
+# Of the tensors, which are copied as they are.
+_HASHES = ("sshs_model_hash", "modelspec.hash_sha256")
+# Bytes of a file that are copied at once.
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is published.
+
+    Attributes:
+        adapter: the file on this machine.
+        report: what it is.
+        license: as the hub names it.
+        base: hub id of its base, or "".
+        pictures: samples, each with its prompt or "".
+        words: word -> file of its embedding.
+        checked: whether the self-check of the run held.
+    """
+
+    adapter: Path
+    report: Report
+    license: str
+    base: str = ""
+    pictures: list[tuple[Path, str]] = field(default_factory=list)
+    words: dict[str, Path] = field(default_factory=dict)
+    checked: bool = False
+
+
+def push_to_hub(
+    source: str | Path,
+    repo: str,
+    *,
+    license: str,
+    base_model: str = "",
+    prompts: bool = False,
+    public: bool = False,
+    replace: bool = False,
+) -> str:
+    """Put an adapter, its model card and sample pictures into a repository of the hub; the address of the commit.
+
+    Other files of the repository stay as they are. A repository that is not there is made, as a private one.
+
+    Args:
+        source: a run folder, or an adapter file.
+        repo: `owner/name`.
+        license: of the adapter, as the hub names it. Only its maker can say that.
+        base_model: hub id of the base, where the file does not tell.
+        prompts: say in the card what the pictures were drawn from.
+        public: make the repository public, or accept that it is.
+        replace: write over files of the same names.
+
+    Raises:
+        LorakitError: there is no adapter, a file of that name is there, or the hub refuses it.
+    """
+    publication = gather(source, license=license, base_model=base_model, prompts=prompts)
+    with tempfile.TemporaryDirectory(prefix="lorakit-push-") as folder:
+        write(publication, repo, Path(folder))
+        return _upload(Path(folder), repo, public=public, replace=replace)
+
+
+def gather(source: str | Path, *, license: str, base_model: str = "", prompts: bool = False) -> Publication:
+    """What would be published of a run or a file; see `push_to_hub`.
+
+    Raises:
+        LorakitError: there is no adapter file, or license or base are no such names.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise LorakitError(f"--license {license!r}: give the adapter's license as the hub names it, e.g. apache-2.0")
+    adapter = _adapter(Path(source))
+    report = inspect(adapter)
+    if report.kind != "adapter" or report.damage:
+        raise LorakitError(f"{adapter.name}: {report.damage or f'this is {report.description}'}; give an adapter file")
+    base_id = hub.parse(base_model or report.metadata.get("lorakit.base_source", ""))
+    if base_model and (base_id is None or Path(base_model).exists()):
+        raise LorakitError(f"--base-model {base_model}: give a hub id, owner/name")
+    run = RunFolder(adapter.parent)
+    pictures: list[tuple[Path, str]] = []
+    if run.config_file.is_file():
+        steps = sorted(run.sample_grids())
+        pictures = [(path, _prompt(path) if prompts else "") for path in run.sample_pictures(steps[-1] if steps else 0)]
+    elif preview := next((file for end in meta.PREVIEWS if (file := adapter.with_suffix(end)).is_file()), None):
+        pictures = [(preview, "")]
+    return Publication(
+        adapter,
+        report,
+        license,
+        base_id.name if base_id else "",
+        pictures[:PICTURES],
+        embeddings.word_files(adapter, report.metadata),
+        _passed(run),
+    )
+
+
+def write(publication: Publication, repo: str, folder: Path) -> list[Path]:
+    """Write everything that is published into an empty folder; the files.
+
+    Raises:
+        LorakitError: the folder is not empty or cannot be written, or `repo` is no name of a repository.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        raise LorakitError(f"--repo {repo}: give a repository of the hub as owner/name")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise LorakitError(f"{folder} is not an empty folder: name another one")
+    try:
+        (folder / "images").mkdir(parents=True)
+        _copy_clean(publication.adapter, folder / publication.adapter.name)
+        for word, path in publication.words.items():
+            (folder / "embeddings").mkdir(exist_ok=True)
+            _copy_clean(path, folder / "embeddings" / f"{word}.safetensors")
+        for number, (path, _) in enumerate(publication.pictures, 1):
+            with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as picture:
+                pixels = picture.convert("RGB")
+            pixels.info.clear()  # its recipe, and whatever else is in the file
+            pixels.save(folder / "images" / f"{number:02d}.png")
+        (folder / "README.md").write_text(card(publication, repo), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise LorakitError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def card(publication: Publication, repo: str) -> str:
+    """The model card, README.md."""
+    from huggingface_hub import ModelCardData
+
+    report, name = publication.report, publication.adapter.stem
+    prompts = [(number, prompt) for number, (_, prompt) in enumerate(publication.pictures, 1) if prompt]
+    widget = [{"text": prompt, "output": {"url": f"images/{number:02d}.png"}} for number, prompt in prompts]
+    data = ModelCardData(
+        license=publication.license,
+        base_model=publication.base or None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["lora", "text-to-image", "diffusers", "lorakit"],
+        instance_prompt=report.trigger or None,
+        widget=widget or None,
+    )
+    rows = "\n".join(f"| {label} | {value} |" for label, value in _facts(publication) if value)
+    pictures = " ".join(
+        f"![sample {number}](images/{number:02d}.png)" for number in range(1, len(publication.pictures) + 1)
+    )
+    parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}", pictures, f"| | |\n| --- | --- |\n{rows}"]
+    parts += [_usage(publication, repo), f"Written by lorakit {__version__}."]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _facts(publication: Publication) -> Iterator[tuple[str, str]]:
+    """Rows of the card: what was trained on what."""
+    report, facts = publication.report, publication.report.metadata
+    title = registry.version_of(report.family).title if report.family else ""
+    link = f"[{publication.base}](https://huggingface.co/{publication.base})" if publication.base else ""
+    yield "Adapter for", title
+    yield "Base", link or _code(re.split(r"[\\/]", facts.get("ss_sd_model_name", ""))[-1])
+    yield "Trigger", _code(report.trigger)
+    ranks = sorted({rank for component in report.components.values() for rank in component.ranks})
+    yield "Method", report.method + (f", rank {', '.join(f'{rank:g}' for rank in ranks)}" if ranks else "")
+    photos, side = facts.get("ss_num_train_images", ""), facts.get("modelspec.resolution", "")
+    yield "Photos", (f"{photos}, at {side}" if side else photos) + (", not published" if photos else "")
+    rate, optimizer = facts.get("ss_learning_rate", ""), facts.get("ss_optimizer", "")
+    steps = facts.get("ss_steps", "")
+    yield "Training", ", ".join(filter(None, [steps and f"{steps} steps", _code(optimizer), rate and f"rate {rate}"]))
+    yield "Precision", report.dtype
+    yield "Read whole by", ", ".join(sorted(key for key, reading in report.readers.items() if reading.complete))
+    yield "Checked", "the file was loaded and compared with the trained weights" if publication.checked else ""
+    yield "License", publication.license
+
+
+def _usage(publication: Publication, repo: str) -> str:
+    """How programs use it."""
+    file, trigger = publication.adapter.name, publication.report.trigger
+    words = " and those in `embeddings/` into its embeddings" if publication.words else ""
+    prompt = f"a photo of {trigger}" if trigger else publication.adapter.stem
+    return f"""## Use
+
+Web UIs and ComfyUI: put `{file}` into the program's folder of LoRA files{words}, and write the trigger into the prompt.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({publication.base or "BASE"!r})
+pipe.load_lora_weights({repo!r}, weight_name={file!r})
+pipe({prompt!r}).images[0]
+```"""
+
+
+def _adapter(source: Path) -> Path:
+    """The one adapter file of a run, or the file itself."""
+    if source.is_dir() and (source / "config.toml").is_file():
+        named = source / f"{RunFolder(source).adapter_name}.safetensors"
+        source = named if named.is_file() else source
+    adapter = identify.adapter_file(source)
+    if not adapter.exists():
+        raise LorakitError(f"{source}: there is no such file or run")
+    if adapter.is_dir():
+        way = f"write one: lorakit export {quote(adapter)} --to kohya"
+        raise LorakitError(f"{adapter}: give a finished run or an adapter's .safetensors file; {way}")
+    return adapter
+
+
+def _passed(run: RunFolder) -> bool:
+    try:
+        return bool(json.loads(run.report_file.read_text(encoding="utf-8"))["passed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _prompt(picture: Path) -> str:
+    """What a sample was drawn from, as its recipe says."""
+    try:
+        return str(foreign_json.loads_table(str(image_grid.read(picture).info.get("lorakit"))).get("prompt", ""))
+    except ValueError:
+        return ""
+
+
+def _code(text: str) -> str:
+    """A text of the user's in a cell of a table, where nothing in it is Markdown."""
+    text = " ".join(text.replace("`", "'").replace("|", "/").split())
+    return f"`{text}`" if text else ""
+
+
+def _copy_clean(source: Path, target: Path) -> None:
+    """Copy a safetensors file with what is harmless of its metadata; of captions there is the trigger alone."""
+    head = safetensors_header.read(source)
+    own = {key: value for key, value in head.metadata.items() if key in meta.OF_WEIGHTS or key.startswith(_HASHES)}
+    texts = own | meta.harmless(head.metadata)
+    if "lorakit.config" not in texts:
+        texts.pop("ss_tag_frequency", None)  # other programs have the words of all captions there
+    table: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **texts}.items()))}
+    for name, info in head.tensors.items():
+        offsets = [info.start - head.data_start, info.end - head.data_start]
+        table[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+    raw = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        writer.write(len(raw).to_bytes(8, "little") + raw)
+        reader.seek(head.data_start)
+        shutil.copyfileobj(reader, writer, _CHUNK)
+
+
+def _upload(folder: Path, repo: str, *, public: bool, replace: bool) -> str:
+    """Commit the folder's files on top of what the repository has."""
+    from huggingface_hub import HfApi, errors, is_offline_mode
+
+    if is_offline_mode():
+        raise LorakitError("HF_HUB_OFFLINE is set: unset it once, or look at the files with --dry-run FOLDER")
+    api, files = HfApi(), {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    try:
+        try:
+            info = api.model_info(repo)
+        except errors.RepositoryNotFoundError:
+            api.create_repo(repo, private=not public)
+            info = api.model_info(repo)
+        if not info.private and not public:
+            raise LorakitError(f"{repo} is public: give --public to publish there, or another --repo")
+        there = sorted(files & {sibling.rfilename for sibling in info.siblings or []})
+        if there and not replace:
+            raise LorakitError(f"{repo} has {', '.join(there)} already: give another --repo, or --replace")
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Add an adapter", parent_commit=info.sha
+        )
+        return str(commit.commit_url)
+    except (errors.HTTPError, errors.LocalTokenNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+        raise LorakitError(_refusal(repo, error)) from error
+
+
+def _refusal(repo: str, error: Exception) -> str:
+    """Why the hub does not take it, for a person."""
+    from huggingface_hub import constants
+
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", 0)
+    message = response.headers.get("X-Error-Message", "") if response is not None else ""
+    reason = message or next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
+        return f"{repo}: the hub does not know who you are: log in with: hf auth login"
+    if status in (403, 404):
+        return f"{repo}: the hub does not let this token write there ({reason}): it needs the permission to write"
+    if status in (409, 412):
+        return f"{repo} was changed by somebody else just now: try again"
+    return f"{repo}: cannot be written at {constants.ENDPOINT} ({reason}): try again later"
