@@ -1,6 +1,9 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "text encoders are trained, as sd-scripts does without network_train_unet_only": (
+        "會訓練文字編碼器，與 sd-scripts 沒有 network_train_unet_only 時相同"
+    ),
     "loading the base": "正在載入基礎模型",
     "encoding the photos": "正在編碼照片",
     "drawing the class images": "正在繪製類別圖片",
