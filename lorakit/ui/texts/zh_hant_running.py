@@ -155,6 +155,9 @@ RUNNING = {
     "{path}: no complete checkpoint to resume from; start again with: lorakit train": (
         "{path}：沒有完整的檢查點可以繼續；請重新開始訓練"
     ),
+    "step {step}: gradients overflow in fp16, so the step is skipped ({count} so far); their scale is {scale} now": (
+        "第 {step} 步：梯度在 fp16 中溢位，因此跳過這一步（目前共 {count} 步）；梯度的倍率現為 {scale}"
+    ),
     "step {step}: the loss is not finite ({names}); {advice}": (
         "第 {step} 步：損失不是有限值（{names}）；請調低 optimizer.learning_rate，或用 memory.mixed_precision = 'fp32'"
     ),
