@@ -73,6 +73,14 @@ def _of_python(python: str, source: str) -> list[str]:
     return [python, "-P", "-m", "lorakit"]
 
 
+def environment():
+    """ComfyUI's, with its folder as a place where lorakit looks for CLIP's tokenizer, which no checkpoint has in it."""
+    module = sys.modules.get("folder_paths")
+    host = str(Path(module.__file__).parent) if getattr(module, "__file__", None) else ""
+    hosts = os.pathsep.join(filter(None, [os.environ.get("LORAKIT_HOSTS"), host]))
+    return {**os.environ, "PYTHONUTF8": "1", "LORAKIT_HOSTS": hosts}
+
+
 def run(arguments, interrupted=lambda: False) -> str:
     """Run a command to its end; what it wrote to stdout.
 
@@ -136,7 +144,7 @@ class Process:
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
-            env={**os.environ, "PYTHONUTF8": "1"},
+            env=environment(),
         )
         self._queue = queue.Queue()
         self._readers = [
@@ -151,7 +159,11 @@ class Process:
     def __exit__(self, kind, error, at):
         if kind is not None:
             self.stop()
-        self.code = self._process.wait()
+        try:
+            self.code = self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self.code = self._process.wait()
         for reader in self._readers:
             reader.join()
         self._process.stdout.close()

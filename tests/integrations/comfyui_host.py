@@ -81,6 +81,7 @@ class Host:
             raise InterruptProcessingException
 
     def update(self, value: int, total: int, preview: object) -> None:
+        self.throw()  # the real one's hook does that
         self.bars.append((value, total, preview))
         self.on_bar()
 

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import sys
 import tomllib
@@ -145,6 +146,17 @@ def test_where_it_is_installed_beside_the_host(nodes: ModuleType, monkeypatch: p
     monkeypatch.setattr(child, "CHECKOUT", Path("nowhere"))
     monkeypatch.setattr(child.shutil, "which", lambda name: "/usr/bin/lorakit")
     assert child.command() == ["/usr/bin/lorakit"]
+
+
+def test_the_tokenizer_is_looked_for_in_the_hosts_folder(
+    nodes: ModuleType, monkeypatch: pytest.MonkeyPatch, host: Host
+) -> None:
+    child = sys.modules[f"{nodes.__name__}.child"]
+    monkeypatch.delenv("LORAKIT_HOSTS", raising=False)
+    sys.modules["folder_paths"].__file__ = str(host.root / "folder_paths.py")
+    assert child.environment()["LORAKIT_HOSTS"] == str(host.root)
+    monkeypatch.setenv("LORAKIT_HOSTS", "mine")
+    assert child.environment()["LORAKIT_HOSTS"].split(os.pathsep) == ["mine", str(host.root)]
 
 
 # -- photos -----------------------------------------------------------------------------------------------------------
