@@ -48,11 +48,10 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     adapter.reset(seed)
     if config.new_tokens:
         adapter.learn_word(trigger, _tokenizers(target), config.new_tokens)
-    scale = getattr(target, "gradient_scale", 1.0)
-    if scale != 1:
+    if getattr(target, "gradient_scale", 1.0) != 1:
         for parameter in adapter.parameters().values():
             # None: a layer added its gradient where it belongs by itself (`flat`).
-            parameter.register_hook(lambda gradient: None if gradient is None else gradient / scale)
+            parameter.register_hook(lambda gradient: None if gradient is None else gradient / target.gradient_scale)
     return adapter
 
 

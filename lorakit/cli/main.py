@@ -1,7 +1,8 @@
 """The command line: thin. Every training option is a preset or `--set section.key=value`, so no flag repeats one.
 
 What a command needs is imported when it runs, so `lorakit --help` loads neither torch nor diffusers.
-Exit codes: 0 done, 1 the run or the check failed, 2 wrong usage or configuration, 130 interrupted.
+Exit codes: 0 done, 1 the run or the check failed or a file is not there, 2 wrong usage or configuration,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lorakit.cli import adapter_commands, base_commands, train_commands
 from lorakit.cli.terminal import complain, open_streams, print_event, print_json, print_lines, quiet_libraries
 from lorakit.config.option import format_bound
 from lorakit.core import install
-from lorakit.core.errors import LorakitError
+from lorakit.core.errors import LorakitError, MissingFile
 from lorakit.core.events import Event
 from lorakit.runs import memory_estimate
 
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, LorakitError):
             fail(str(error))
-            return 2 if isinstance(error, configuration.ConfigError) else 1
+            is_misuse = isinstance(error, configuration.ConfigError) and not isinstance(error, MissingFile)
+            return 2 if is_misuse else 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it to ask would cost seconds
             fail(memory_estimate.advice("this command"))
             return 1

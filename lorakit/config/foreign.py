@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorakit.core.errors import ConfigError
+from lorakit.core.errors import ConfigError, MissingFile
 from lorakit.core.names import quote
 
 # Keys that only one program's configs have.
@@ -32,6 +32,8 @@ def read(file: Path) -> dict[str, object]:
     try:
         text = file.read_text(encoding="utf-8-sig")
         tables = json.loads(text) if file.suffix.lower() == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise MissingFile([f"{file} does not exist"]) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError([f"{file} cannot be read: {error}"]) from None
     return tables if isinstance(tables, dict) else {}

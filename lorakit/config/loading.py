@@ -25,7 +25,7 @@ from lorakit.config.schema import (
     options,
     section_type,
 )
-from lorakit.core.errors import ConfigError
+from lorakit.core.errors import ConfigError, MissingFile
 from lorakit.core.registry import METHODS, own_learning_rate
 
 DEFAULT_PRESET = "subject-pocket"
@@ -235,7 +235,7 @@ def _preset_path(preset: str | Path) -> Path:
     path = Path(preset)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise ConfigError([f"config file {path} does not exist"])
+            raise MissingFile([f"config file {path} does not exist"])
         return path
     if path.is_file():
         foreign.refuse(path, foreign.read(path) if path.suffix.lower() == ".json" else {})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorakit.config.option import label, suggest, to_text
 from lorakit.config.schema import SampleConfig, options
-from lorakit.core.errors import ConfigError
+from lorakit.core.errors import ConfigError, MissingFile
 from lorakit.core.names import quote
 
 # Letter in a prompt, name in a table of TOML, name of the option, and the type of its value.
@@ -117,6 +117,8 @@ def read_file(path: str | Path) -> list[str]:
             rows = _rows(json.loads(text) if kind == ".json" else tomllib.loads(text).get("prompt", []))
         else:
             rows = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    except FileNotFoundError:
+        raise MissingFile([f"--prompts {quote(path)}: no such file"]) from None
     except (OSError, ValueError, RecursionError) as error:
         reason = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         raise ConfigError(

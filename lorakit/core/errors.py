@@ -22,6 +22,10 @@ class ConfigError(LorakitError):
         super().__init__("\n".join(self.problems))
 
 
+class MissingFile(ConfigError):
+    """A file that the user named is not there."""
+
+
 class StopRequested(Exception):
     """Somebody asked the run to stop, and work was broken off for it; the run turns it into `Stopped`."""
 

@@ -38,6 +38,10 @@ class CaptureFailed(RuntimeError):
     """The step could not be captured, or its replay gives another result."""
 
 
+class ReferenceNotFinite(CaptureFailed):
+    """The step's own gradients are not finite, as where they overflow in fp16: there is nothing to compare with."""
+
+
 def capturer(config: Config, device: torch.device) -> tuple[Capture | None, str]:
     """What captures steps on this device, or None; and a message that says which and why (empty on a CPU)."""
     if device.type != "cuda":
@@ -301,7 +305,7 @@ def verified(
         parameters: both add to their gradients, which must exist and are restored afterwards.
 
     Raises:
-        CaptureFailed: `candidate` cannot be made or run, or does not agree.
+        CaptureFailed: `candidate` cannot be made or run, or does not agree; ReferenceNotFinite: `reference` is not.
     """
     gradients: list[torch.Tensor] = [p.grad for p in parameters if p.grad is not None]
     before = [gradient.clone() for gradient in gradients]
@@ -309,10 +313,14 @@ def verified(
         torch._foreach_zero_(gradients)
         begin()
         expected = [reference().clone(), *(gradient.clone() for gradient in gradients)]
+        if not torch.stack(torch._foreach_norm(expected)).isfinite().all():
+            raise ReferenceNotFinite("the step's gradients are not finite")
         compute = candidate()
         torch._foreach_zero_(gradients)
         begin()
         _check_agreement([compute(), *gradients], expected, tolerance)
+    except ReferenceNotFinite:
+        raise
     except (
         Exception
     ) as problem:  # compilers raise anything; an error of the step itself will be raised again without us

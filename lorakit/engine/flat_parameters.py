@@ -38,8 +38,7 @@ def flatten(
     copies: bool = True,
 ) -> list[FlatParameters]:
     """See `lorakit.adapters.flatten`."""
-    scale = getattr(target, "gradient_scale", 1.0)
-    flats = [FlatParameters(name, each, scale) for name, each in (adapter.groups() if groups is None else groups)]
+    flats = [FlatParameters(name, each) for name, each in (adapter.groups() if groups is None else groups)]
     layers = [layer for module in target.modules().values() for layer in module.modules()]
     for layer in layers:
         # Layers with rates of their own lie in different tensors, and are computed one by one.
@@ -56,7 +55,6 @@ class FlatParameters:
     Args:
         name: the component.
         parameters: float32, on one device; each becomes a view of `weights`, and its gradient one of `gradient`.
-        gradient_scale: gradients in half precision are multiplied by this.
 
     Attributes:
         name, parameters: as given.
@@ -64,7 +62,7 @@ class FlatParameters:
         gradient: `[n]`, float32, the `grad` of `weights`; its memory never moves, and it is never None.
     """
 
-    def __init__(self, name: str, parameters: Sequence[nn.Parameter], gradient_scale: float = 1.0):
+    def __init__(self, name: str, parameters: Sequence[nn.Parameter]):
         self.name, self.parameters, self.copies_switch = name, list(parameters), fused_lora.CopiesSwitch()
         offsets, size = _offsets(self.parameters)
         self.weights = nn.Parameter(torch.zeros(size, device=self.parameters[0].device))
@@ -72,7 +70,6 @@ class FlatParameters:
         self._layout = [(p.shape, p.stride(), offset) for p, offset in zip(self.parameters, offsets, strict=True)]
         self._views, self._gradients = self.split(self.weights), self.split(self.gradient)
         self.ensure_views()
-        self._scale = gradient_scale
         self._half: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -112,10 +109,14 @@ class FlatParameters:
         """Let the layers compute with the parameters again."""
         self.copies_switch.on = False
 
-    def add_copy_gradients(self) -> None:
-        """Add the half-precision gradients of the pass to `gradient`."""
-        if self._half is not None:
-            self.gradient.add_(self._half[1], alpha=1 / self._scale)
+    def add_copy_gradients(self, scale: float | torch.Tensor) -> None:
+        """Add the half-precision gradients of the pass, which are `scale` times too large, to `gradient`."""
+        if self._half is None:
+            return
+        if isinstance(scale, torch.Tensor):
+            self.gradient.addcdiv_(self._half[1], scale)
+        else:
+            self.gradient.add_(self._half[1], alpha=1 / scale)
 
     def copy_views(self, tensor: torch.Tensor, half: torch.dtype) -> list[torch.Tensor]:
         """The half-precision copy, and its gradient, of a part of `weights`; made with the first that is asked for."""
@@ -145,9 +146,13 @@ def _add_copies(layers: Sequence[nn.Module], flats: Sequence[FlatParameters], ha
 
 
 @contextlib.contextmanager
-def half_precision_pass(flats: Sequence[FlatParameters]) -> Iterator[None]:
+def half_precision_pass(flats: Sequence[FlatParameters], scale: float | torch.Tensor = 1.0) -> Iterator[None]:
     """Use the half-precision copies for one forward and backward pass, then add its gradients to every `gradient`.
-    Outside, layers compute with the parameters, and autograd computes their gradients."""
+    Outside, layers compute with the parameters, and autograd computes their gradients.
+
+    Args:
+        scale: `Family.gradient_scale`, by which the copies' gradients are too large.
+    """
     try:
         for each in flats:
             each.cast_copies()
@@ -156,7 +161,7 @@ def half_precision_pass(flats: Sequence[FlatParameters]) -> Iterator[None]:
         for each in flats:
             each.deactivate_copies()
     for each in flats:
-        each.add_copy_gradients()
+        each.add_copy_gradients(scale)
 
 
 def norm(flats: Sequence[FlatParameters]) -> torch.Tensor:

@@ -63,7 +63,7 @@ class Family(Protocol):
     prediction: Prediction
     device: torch.device
     dtype: torch.dtype
-    gradient_scale: float
+    gradient_scale: float | torch.Tensor
     denoiser: torch.nn.Module
     text_encoders: dict[str, torch.nn.Module]
     vae: torch.nn.Module

@@ -62,6 +62,8 @@ def find(setting: str, file: Path, words: int) -> tuple[Path | None, str]:
     """
     if setting:
         folder = Path(setting).expanduser()
+        if not folder.exists():
+            raise LorakitError(f"model.tokenizer: {folder} does not exist")
         below = [folder / "tokenizer", folder, *(folder for _, folder in _of_host(folder))]
         folder = next((path for path in below if _fits(path, words)), below[0] if below[0].is_dir() else folder)
         require(folder, words, "model.tokenizer must name a folder with both, or a base's")

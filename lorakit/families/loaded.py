@@ -36,7 +36,7 @@ class LoadedFamily:
 
     def __init__(self, info: BaseInfo, device: torch.device | str, dtype: torch.dtype):
         self.info, self.device, self.dtype = info, torch.device(device), dtype
-        self.gradient_scale = loading.gradient_scale(dtype)
+        self.gradient_scale: float | torch.Tensor = loading.gradient_scale(dtype)
 
     def encode_text(self, texts: list[str]) -> Conditioning:
         """See `families.Family`."""

@@ -325,10 +325,10 @@ def gradient_scale(dtype: torch.dtype) -> float:
     return FP16_GRADIENT_SCALE if dtype is torch.float16 else 1.0
 
 
-def widen(prediction: torch.Tensor, scale: float) -> torch.Tensor:
+def widen(prediction: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """The UNet's output in float32; its gradient is multiplied by `scale` before it is rounded to the UNet's dtype."""
     prediction = prediction.float()
-    if scale != 1 and prediction.requires_grad:
+    if prediction.requires_grad and (isinstance(scale, torch.Tensor) or scale != 1):
         prediction.register_hook(lambda gradient: gradient * scale)
     return prediction
 

@@ -42,7 +42,7 @@ _MARKS = {
 }
 WAY = (
     "set model.text_encoders to a folder with clip_l.safetensors and clip_g.safetensors, or to a base that has them "
-    "(a folder in diffusers layout, or a hub id)"
+    "(a file, a folder in diffusers layout, or a hub id)"
 )
 
 
@@ -204,7 +204,8 @@ def _from_place(
     if (folder / "model_index.json").is_file():
         sources = {e.name: _of_folder(folder / e.name, e) for e in missing if (folder / e.name).is_dir()}
     else:
-        sources = _of_files(sorted(folder.glob("*.safetensors")), checkpoint, missing)
+        files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+        sources = _of_files(files, checkpoint, missing)
     return sources if all(encoder.optional or encoder.name in sources for encoder in missing) else {}
 
 
@@ -229,7 +230,7 @@ def _of_files(files: list[Path], checkpoint: ldm.Checkpoint, missing: Sequence[T
     pooled, wide = unet["time_text_embed.text_embedder.linear_1.weight"][1], unet["context_embedder.weight"][1]
     # What the name says counts first, then half precision.
     files = sorted(files, key=lambda file: ("fp8" in file.name.lower(), file.name))
-    read = {e.name: [source for file in files if (source := _of_file(file, parts[e.name], e))] for e in missing}
+    read = {e.name: [source for file in files for source in _of_file(file, parts[e.name], e)] for e in missing}
     result = {}
     pairs = [
         (first, second)
@@ -238,9 +239,7 @@ def _of_files(files: list[Path], checkpoint: ldm.Checkpoint, missing: Sequence[T
         if first.source != second.source and _pooled(first) + _pooled(second) == pooled
     ]
     if pairs:
-        best = min(
-            pairs, key=lambda pair: ["clip_l" not in pair[0].source.path.name, "clip_g" not in pair[1].source.path.name]
-        )
+        best = min(pairs, key=lambda pair: ["clip_l" not in _name(pair[0]), "clip_g" not in _name(pair[1])])
         result = dict(zip(("text_encoder", "text_encoder_2"), best, strict=True))
     for source in (source for source in read.get("text_encoder_3", []) if "shared.weight" not in source.shapes):
         raise LorakitError(f"{source.source.path.name} lacks text_encoder_3.shared.weight: get the whole checkpoint")
@@ -248,21 +247,26 @@ def _of_files(files: list[Path], checkpoint: ldm.Checkpoint, missing: Sequence[T
     return result | ({"text_encoder_3": t5[0]} if t5 else {})
 
 
-def _of_file(file: Path, part: FilePart, encoder: TextEncoder) -> Encoder | None:
+def _of_file(file: Path, part: FilePart, encoder: TextEncoder) -> Iterator[Encoder]:
+    """The text encoders of a kind in a file, which may hold a whole model."""
     try:
         header = safetensors_header.read(file)
     except LorakitError:  # some other file of that folder
-        return None
+        return
     shapes = header.shapes()
     mark = _MARKS[encoder.kind]
-    prefix = next((name.removesuffix(mark) for name in shapes if name.endswith(mark)), None)
-    if prefix is None:
-        return None
-    # A second CLIP has a projection, which the first one's part does not ask for.
-    if encoder.kind == "CLIP" and part.identity is None and f"{prefix}text_projection.weight" not in shapes:
-        return None
-    slots = ldm.component_slots(header, part, encoder.name, prefix)
-    return Encoder(Source(file, slots), {name: slot.shape for name, slot in slots.items()})
+    for prefix in [name.removesuffix(mark) for name in shapes if name.endswith(mark)]:
+        # A second CLIP has a projection, which the first one's part does not ask for.
+        if encoder.kind == "CLIP" and part.identity is None and f"{prefix}text_projection.weight" not in shapes:
+            continue
+        slots = ldm.component_slots(header, part, encoder.name, prefix)
+        yield Encoder(Source(file, slots), {name: slot.shape for name, slot in slots.items()})
+
+
+def _name(clip: Encoder) -> str:
+    """What tells which of the two CLIPs a source is: the name of its file, and of a tensor in it."""
+    slots = clip.source.slots or {}
+    return f"{clip.source.path.name} {slots['text_model.final_layer_norm.weight'].key}"
 
 
 def _pooled(source: Encoder) -> int:

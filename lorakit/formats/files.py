@@ -119,5 +119,6 @@ def require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size + _MARGIN:
         raise Unwritable(
-            f"{folder}: {size / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free: make room or set output.folder"
+            f"{folder}: {size / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free: make room, or write elsewhere "
+            "with --output"
         )

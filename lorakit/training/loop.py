@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # Losses and gradient norms stay on the device and are read together, every so many steps.
 READ_EVERY = 10
+# More steps in fp16 that overflow one after the other are no matter of the gradients' scale.
+MAX_SKIPPED = 13
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ class Readings:
         self.model, self.dataset, self.run, self.mean = model, inputs.dataset, run, mean
         self.losses, self.norms, self.limited = (torch.zeros(READ_EVERY, device=model.family.device) for _ in range(3))
         self.first, self.clock = 0, 0.0
+        self.skipped = self.skipped_in_a_row = 0
 
     def start(self, step: int) -> None:
         """Count steps and time from here: samples and checkpoints take time that is not the steps'."""
@@ -208,7 +211,9 @@ class Readings:
         for number in range(self.first, step):
             loss, norm = losses[number % READ_EVERY], norms[number % READ_EVERY]
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NotFinite(self._problem(number, loss))
+                self._skip(number, loss)
+                continue
+            self.skipped_in_a_row = 0
             rate = optimizers.learning_rate(config.optimizer, number, total)
             smoothed = self.mean.add(loss)
             figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "smoothed_loss": smoothed}
@@ -226,6 +231,20 @@ class Readings:
             memory_mib=device_memory.peak(self.model.family.device) / 2**20,
             eta_s=(total - step) * seconds,
         )
+
+    def _skip(self, number: int, loss: float) -> None:
+        """Say that step `number` was skipped, as its gradients overflowed in fp16.
+
+        Raises:
+            NotFinite: it was not, or too many were skipped one after the other.
+        """
+        scale = self.model.optimizer_step.loss_scale
+        self.skipped_in_a_row += 1
+        if scale is None or not math.isfinite(loss) or self.skipped_in_a_row > MAX_SKIPPED:
+            raise NotFinite(self._problem(number, loss))
+        self.skipped += 1
+        line = f"step {number + 1}: gradients overflow in fp16, so the step is skipped ({self.skipped} so far)"
+        self.run.events.say(f"{line}; their scale is {scale.scale.item():g} now", warning=True)
 
     def _problem(self, number: int, loss: float) -> str:
         """What is wrong with step `number`, and what to do."""
@@ -335,6 +354,8 @@ class Milestones:
             "smoothed_loss": self.mean.state(),
             "due": left,
         }
+        if (loss_scale := self.model.optimizer_step.loss_scale) is not None:
+            extra["gradient_scale"] = loss_scale.scale.item()
         checkpoint.save(
             folder.checkpoints,
             step,
@@ -360,6 +381,8 @@ class Milestones:
         self.history = list(state.extra["history"])
         self.retry = self.model.loss_step.retry = max(self.retry, state.extra["retry"])
         self.mean.load_state(state.extra["smoothed_loss"])
+        if (loss_scale := self.model.optimizer_step.loss_scale) is not None and "gradient_scale" in state.extra:
+            loss_scale.scale.fill_(state.extra["gradient_scale"])
         complete = {"sample"} if state.step in self.run.folder.sample_grids() else set()
         return state.step, [name for name in state.extra["due"] if name not in complete]
 

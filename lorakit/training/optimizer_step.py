@@ -14,6 +14,7 @@ from lorakit.config import Config
 from lorakit.core import registry
 from lorakit.engine import compile, cuda_graphs, flat_parameters
 from lorakit.training import optimizers
+from lorakit.training.loss_scale import LossScale
 from lorakit.training.loss_step import LossStep
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class OptimizerStep:
     Attributes:
         flats: the parameters of each component in one tensor; none for a plain base.
         parameters: all trained parameters.
+        loss_scale: of a base in fp16, else None.
         limited: layers whose norm was above the limit after the last step; None without one.
         optimizer: of `optimizers.build`; its state is saved and loaded parameter by parameter.
     """
@@ -57,6 +59,7 @@ class OptimizerStep:
         capture, line = (None, "") if plain else cuda_graphs.capturer(config, loss_step.family.device)
         weights, generators = [each.weights for each in self.flats], list(loss_step.generators.values())
         self.limited: torch.Tensor | None = None
+        self.loss_scale = LossScale(loss_step.family) if loss_step.family.gradient_scale != 1 else None
         self._graphed_backward: cuda_graphs.GraphedBackward | None = None
         self._graphed_step: cuda_graphs.GraphedOptimizerStep | None = None
         if capture is not None:
@@ -116,6 +119,8 @@ class OptimizerStep:
             try:
                 with self.loss_step.scoped_rng():
                     return self._graphed_backward(lambda: self.loss_step.seed(index))
+            except cuda_graphs.ReferenceNotFinite:
+                pass  # a later step is captured
             except cuda_graphs.CaptureFailed as problem:
                 self.say(f"CUDA graphs are off, training continues without them: {problem}")
                 self._graphed_backward = None
@@ -125,7 +130,7 @@ class OptimizerStep:
         return self._forward_backward(lambda: self.loss_step.loss_of(batch))
 
     def _forward_backward(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with flat_parameters.half_precision_pass(self.flats):
+        with flat_parameters.half_precision_pass(self.flats, self.loss_step.family.gradient_scale):
             loss = compute() / self.config.train.gradient_accumulation_steps
             loss.backward()
         return loss.detach()
@@ -146,11 +151,18 @@ class OptimizerStep:
             norm = flat_parameters.clip(self.flats, max_norm)
         else:
             norm = nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
-        optimizers.step(self.optimizer)
+        if self.loss_scale is not None:
+            gradients = [each.gradient for each in self.flats] or [
+                p.grad for p in self.parameters if p.grad is not None
+            ]
+            self.loss_scale.step(self.optimizer, norm, gradients)
+        else:
+            optimizers.step(self.optimizer)
         return norm
 
     def _step_state(self) -> list[torch.Tensor]:
         """All tensors that `_clip_and_step` reads or changes."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return [tensor for each in self.flats for tensor in (each.weights, each.gradient)] + states + rates
+        scales = [self.loss_scale.scale] if self.loss_scale is not None else []
+        return [tensor for each in self.flats for tensor in (each.weights, each.gradient)] + states + rates + scales

@@ -281,7 +281,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
         return "", data[photos.folder], keep(data)
 
     def take_in(data: Values, say: Say, progress: Progress) -> tuple[Any, ...]:
-        message, place = photos.take_in(data[photos.upload], say, progress)
+        message, place = photos.take_in(data[photos.upload], data[photos.folder] or "", say, progress)
         if place is None:
             return message, gr.skip(), gr.skip(), None, gr.skip()
         return message, place, place, None, keep(data | {photos.folder: place})

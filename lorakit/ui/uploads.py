@@ -9,8 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorakit.data.caption_files import TABLES
 from lorakit.data.decode import Unreadable, decode
 from lorakit.data.photo_folder import CAPTIONS, FORMATS, MASK
+from lorakit.ui import archives
+
+ARCHIVE = ".zip"
+# What may be uploaded.
+SUFFIXES = (*(f".{kind}" for kind in FORMATS), *CAPTIONS, *TABLES, ARCHIVE)
 
 
 @dataclass
@@ -25,15 +31,26 @@ def take_in(
     files: Sequence[Path], place: Path, progress: Callable[[int, int], object] = lambda count, total: None
 ) -> Upload:
     """Move what can be used of `files` into `place`, which is made for the first of them. Nothing there is replaced.
+    An archive gets a folder of its own there, unless it comes alone.
 
     Args:
         progress: called with the number of files that were looked at, and of all.
     """
     result = Upload()
     groups: dict[str, list[Path]] = {}
+    tables: list[Path] = []
     for count, file in enumerate(files, 1):
         progress(count, len(files))
         try:
+            if file.suffix.lower() == ARCHIVE:
+                folder = place if len(files) == 1 and not place.exists() else place / _unused(place, _stem(file))
+                photo_count, refused = archives.unpack(file, folder, progress)
+                result.photo_count += photo_count
+                result.refused += refused
+                continue
+            if _is_table(file):
+                tables.append(file)
+                continue
             if not _is_caption(file):
                 decode(file, _name(file))
             groups.setdefault(_stem(file).casefold(), []).append(file)
@@ -41,7 +58,9 @@ def take_in(
             result.refused.append(str(problem))
     for group in groups.values():
         photos, captions = (_distinct([file for file in group if _is_caption(file) is kind]) for kind in (False, True))
-        if captions and not photos:
+        if len(captions) == 1 and not photos and _is_missing_in(place, captions[0]):
+            shutil.move(captions[0], place / _name(captions[0]))
+        elif captions and not photos:
             result.refused += [f"{_name(file)}: no photo of this name came with it" for file in captions]
         elif captions and (twin := _twin(photos) or _twin(captions)):
             why = (
@@ -56,6 +75,16 @@ def take_in(
                 place.mkdir(parents=True, exist_ok=True)
                 shutil.move(file, place / (stem + _name(file)[len(_stem(file)) :]))
         result.photo_count += sum(not _name(photo).lower().endswith(MASK) for photo in photos)
+    for table in tables:
+        reason = ""
+        if not place.is_dir():
+            reason = "no photo came with it"
+        elif (place / _name(table)).exists():
+            reason = "a file of this name is there already"
+        if reason:
+            result.refused.append(f"{_name(table)}: {reason}")
+        else:
+            shutil.move(table, place / _name(table))
     return result
 
 
@@ -72,6 +101,17 @@ def _stem(file: Path) -> str:
 
 def _is_caption(file: Path) -> bool:
     return file.suffix.lower() in CAPTIONS
+
+
+def _is_missing_in(place: Path, caption: Path) -> bool:
+    """Whether the folder has one photo of the caption's name, and no caption of it."""
+    there = [file for file in place.iterdir() if _stem(file) == _stem(caption)] if place.is_dir() else []
+    photos = [file for file in there if not file.name.lower().endswith(MASK)]
+    return len(photos) == 1 and not _is_caption(photos[0])
+
+
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() in TABLES
 
 
 def _distinct(files: Sequence[Path]) -> list[Path]:

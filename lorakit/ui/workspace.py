@@ -91,13 +91,19 @@ class Workspace:
         return replace(result, config=replace(result.config, output=config.output))
 
     def take_in(
-        self, files: Sequence[Path], progress: Progress = lambda count, total: None
+        self, files: Sequence[Path], folder: str = "", progress: Progress = lambda count, total: None
     ) -> tuple[Path | None, Upload]:
-        """Move uploaded photos that can be decoded into a new folder of their own: that folder (None if nothing could
-        be used), and what came of each file."""
-        place = self.unused("uploads")
+        """Move uploaded photos that can be decoded into a folder: that folder (None if nothing could be used), and what
+        came of each file.
+
+        Args:
+            folder: the folder on the page. If it is an earlier upload, the photos are added to it; else they get a new
+                one.
+        """
+        is_upload = bool(folder) and Path(folder).resolve().parent == self.runs / "uploads" and Path(folder).is_dir()
+        place = Path(folder).resolve() if is_upload else self.unused("uploads")
         upload = uploads.take_in(files, place, progress)
-        return place if upload.photo_count else None, upload
+        return place if place.is_dir() else None, upload
 
     def save_caption(self, photo: Path, text: str) -> Path:
         """Write a photo's caption beside it, as `name.txt`, which goes before every other source. A photo that is a

@@ -63,9 +63,9 @@ def run_config(base: Path, photos: Path, folder: Path, device: str = "cuda", **c
     return short_run.run_config(base, photos, folder, STEPS, **changes)
 
 
-def log_values(run: Path, event: str = "message") -> list[str]:
+def log_values(run: Path, event: str = "message", field: str = "message") -> list[str]:
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [entry["message"] for entry in log if entry["event"] == event]
+    return [entry[field] for entry in log if entry["event"] == event]
 
 
 ALL: dict[str, object] = {"sample__at_start": True, "sample__at_end": True, "train__validate_at_end": True}
@@ -115,11 +115,19 @@ def test_a_run_on_a_card_trains_what_one_on_the_cpu_trains(
 
 
 @pytest.mark.gpu
-def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("precision", "skipped"), [("bf16", 0), ("fp16", 1)])
+def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path, monkeypatch, precision, skipped):
+    """Also where the first steps overflow in fp16, which are skipped."""
+    monkeypatch.setattr(loading, "FP16_GRADIENT_SCALE", 2.0**28)
+    monkeypatch.setattr("lorakit.training.loop.READ_EVERY", 1)
     short_run.unchecked(monkeypatch)
-    result = train.train(run_config(bases["sd1"], photos, tmp_path / "run", memory__mixed_precision="bf16"))
+    result = train.train(
+        run_config(bases["sd1"], photos, tmp_path / "run", memory__mixed_precision=precision, train__steps=10)
+    )
     assert GRAPH in log_values(result.folder)
     assert not any(text in line for line in log_values(result.folder) for text in FAILED)
+    assert min(1, sum("overflow" in line for line in log_values(result.folder, "warning"))) == skipped
+    assert len(log_values(result.folder, "step", "loss")) > 0
 
 
 @pytest.mark.gpu

@@ -100,7 +100,6 @@ def test_wrong_usage_exits_with_2(run: Run, arguments: list[str], message: str) 
             ["train", "photos", "--preset", "subject-sd16"],
             ["unknown preset 'subject-sd16' (did you mean subject-sd15?)"],
         ),
-        (["check", "photos", "--preset", "none.toml"], ["config file none.toml does not exist"]),
         (
             ["train", "photos", "--set", "train.stepz=1", "--set", "adapter.rank=many"],
             ["unknown option train.stepz", "adapter.rank = 'many': must be a whole number"],
@@ -122,13 +121,15 @@ def test_wrong_settings_exit_with_2_and_a_line_each(run: Run, arguments: list[st
     ("arguments", "message"),
     [
         (["check", "nowhere", "--subject", "sks toy"], "folder nowhere does not exist"),
-        (["train", "nowhere", "--subject", "sks toy"], "folder nowhere does not exist"),
         (["resume", "nowhere"], "nowhere is not a run folder"),
         (["inspect", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["export", "nowhere.safetensors", "--to", "peft"], "nowhere.safetensors: no such file"),
         (["sample", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["demo", "--subject", "nobody"], "unknown subject 'nobody'; bundled subjects: zib, "),
         (["check", "photos", "--base", "nowhere"], "nowhere"),
+        (["check", "photos", "--preset", "none.toml"], "config file none.toml does not exist"),
+        (["check", "photos", "--prompts", "none.txt"], "--prompts none.txt: no such file"),
+        (["import-config", "none.toml"], "none.toml does not exist"),
     ],
 )
 def test_what_cannot_be_done_exits_with_1_and_one_line(run: Run, arguments: list[str], message: str) -> None:

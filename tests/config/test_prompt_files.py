@@ -99,7 +99,7 @@ def test_every_command_with_prompts_takes_files(command: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read: No such file or directory"),
+        (None, "no such file"),
         (b"# nothing\n\n", "has no prompt; write one a line"),
         (b"\xff\xfe\x00\x01\xd8", "cannot be read: it is no text in UTF-8"),
     ],

@@ -184,7 +184,7 @@ def test_an_adapters_gradients_and_what_it_shows_stay(method: str, more: Any, ba
     assert torch.equal(predict(family), predict(plain))
     for _ in range(2):
         backward(plain)
-        with flat_parameters.half_precision_pass(flat):
+        with flat_parameters.half_precision_pass(flat, family.gradient_scale):
             backward(family)
     assert all(torch.equal(a, b) for a, b in zip(gradients_of(adapter), gradients_of(other), strict=True))
     state = adapter.state()
@@ -218,7 +218,7 @@ def test_in_half_precision_gradients_are_those_by_autograd(
             for weights in [*other.parameters().values(), *(each.weights for each in flat)]:
                 weights.mul_(0.5)
         backward(plain)
-        with flat_parameters.half_precision_pass(flat):
+        with flat_parameters.half_precision_pass(flat, family.gradient_scale):
             backward(family)
         assert torch.equal(predict(family), predict(plain))
     for name, mine, theirs in zip(adapter.parameters(), gradients_of(adapter), gradients_of(other), strict=True):

@@ -154,7 +154,7 @@ def test_names_of_the_real_models_are_those_of_the_published_code() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["named", "beside", "comfyui", "host", "diffusers"])
+@pytest.mark.parametrize("place", ["named", "beside", "comfyui", "host", "diffusers", "whole model"])
 def test_encoders_come_from_files_of_their_own(
     place: str, bare: Path, pipeline: Any, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,12 +167,14 @@ def test_encoders_come_from_files_of_their_own(
         "comfyui": tmp_path / "models" / "clip",
         "host": tmp_path / "ComfyUI" / "models" / "text_encoders",
     }.get(place, room / "folder")
-    if place != "diffusers":
+    if place == "whole model":
+        folder = sd3_files.write(tmp_path / "incl_clips_t5xxl.safetensors", pipeline, "clip_g", "clip_l", "t5xxl")
+    elif place != "diffusers":
         sd3_files.write_encoders(folder, pipeline, "clip_l", "clip_g", "t5xxl")
         save_file({"encoder.block.0.x.weight": torch.zeros(2)}, folder / "a_other.safetensors")
     if place == "host":
         monkeypatch.setenv("LORAKIT_HOSTS", str(tmp_path / "ComfyUI"))
-    info = describe(path, room, text_encoders=str(folder) if place in ("named", "diffusers") else "")
+    info = describe(path, room, text_encoders=str(folder) if place in ("named", "diffusers", "whole model") else "")
     assert set(info.sources) == {"text_encoder", "text_encoder_2", "text_encoder_3"}
     assert any(note.startswith("text_encoder_2: ") for note in info.notes)
     assert_same(state(info), state(families.describe(room / "folder")))
@@ -191,6 +193,8 @@ def test_without_encoders_the_way_is_reported(
     )
     one = sd3_files.write_encoders(tmp_path / "one", pipeline, "clip_l")
     assert "has no text encoders that fit base sd3.5_medium" in refusal(bare, room, text_encoders=str(one))
+    alone = one / "clip_l.safetensors"
+    assert f"{alone} has no text encoders that fit" in refusal(bare, room, text_encoders=str(alone))
     assert "has its own text encoders: leave model.text_encoders" in refusal(file, room, text_encoders=str(one))
     assert "base in a single file" not in words
     with pytest.raises(LorakitError, match=r"has its own text encoders: model.text_encoders is for"):

@@ -361,6 +361,7 @@ def test_a_tokenizer_that_does_not_fit_is_named_with_the_option(base_files: Any,
     empty.mkdir()
     words = refusal(file, tokenizer=str(empty))
     assert "vocab.json is missing in" in words and "model.tokenizer must name a folder with both" in words
+    assert refusal(file, tokenizer=str(tmp_path / "no")) == f"model.tokenizer: {tmp_path / 'no'} does not exist"
     assert "has its own tokenizer" in refusal(folder, tokenizer=str(folder))
 
 

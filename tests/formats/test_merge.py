@@ -181,7 +181,7 @@ def test_the_command_writes_a_file_and_refuses_what_it_must(bases: Any, tmp_path
     direct = load_file(merge.merge(weights, info, tmp_path / "direct.safetensors"))
     assert all(torch.allclose(direct[key], tensor, atol=1e-6) for key, tensor in load_file(out).items())
     assert run("merge", adapter, "--base", file, "--output", out) == 1
-    assert "new.safetensors: exists already; name a new one" in capsys.readouterr().err
+    assert "new.safetensors: exists already; name a new one with --output" in capsys.readouterr().err
     name = next(iter(weights.layers))
     for broken, words in (
         ({"unet.mid_block.attentions.7.proj_in": weights.layers[name]}, "the base has no layer unet.mid_block.attent"),

@@ -82,7 +82,7 @@ def test_no_space_left_says_so_and_changes_nothing(tmp_path, monkeypatch):
     save(weights(), tmp_path, "toy", ["kohya"], "fp16", {})
     before = snapshot(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(LorakitError, match=r"MiB to write, 0.0 MiB free: make room or set output.folder"):
+    with pytest.raises(LorakitError, match=r"MiB to write, 0.0 MiB free: make room, or write elsewhere with --output"):
         save(weights(), tmp_path, "toy", ["kohya"], "fp32", {})
     assert snapshot(tmp_path) == before
 

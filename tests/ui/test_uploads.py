@@ -1,9 +1,12 @@
+import io
+import zipfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from lorakit.ui import texts
+from lorakit.data import photo_folder
+from lorakit.ui import archives, texts
 from lorakit.ui.uploads import Upload, take_in
 
 
@@ -83,3 +86,95 @@ def test_nothing_is_replaced_and_every_step_is_counted(tmp_path: Path):
 def test_nothing_that_can_be_used_makes_no_folder(tmp_path: Path):
     upload = take_in(files(tmp_path / "up", "bad.jpg=broken"), tmp_path / "place")
     assert upload.photo_count == 0 and upload.refused[0].startswith("bad.jpg: ") and not (tmp_path / "place").exists()
+
+
+def test_tables_of_captions_come_in_with_photos_and_replace_nothing(tmp_path: Path):
+    place, line = tmp_path / "place", '{"file_name": "a.png", "text": "sks toy on a table"}'
+    alone = take_in(files(tmp_path / "alone", f"metadata.jsonl={line}"), place)
+    assert alone.refused == ["metadata.jsonl: no photo came with it"] and not place.exists()
+    assert take_in(files(tmp_path / "up", "a.png", f"metadata.jsonl={line}"), place).refused == []
+    assert [photo.caption for photo in photo_folder.scan(place).photos] == ["sks toy on a table"]
+    repeat = take_in(files(tmp_path / "again", "metadata.jsonl={}"), place)
+    assert repeat.refused == ["metadata.jsonl: a file of this name is there already"]
+    assert (place / "metadata.jsonl").read_text() == line
+
+
+def test_a_caption_that_comes_later_goes_to_the_photo_that_has_none(tmp_path: Path):
+    place = tmp_path / "place"
+    take_in(files(tmp_path / "up", "a.png", "b.png=blue", "b.txt=there"), place)
+    upload = take_in(files(tmp_path / "later", "a.txt=a dog", "b.txt=another", "c.txt=none"), place)
+    assert {path.name: path.read_text() for path in place.glob("*.txt")} == {"a.txt": "a dog", "b.txt": "there"}
+    assert upload.refused == [f"{name}: no photo of this name came with it" for name in ("b.txt", "c.txt")]
+
+
+def picture(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (60, 40), colour).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def zipped(path: Path, entries: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_an_archive_keeps_its_folders_and_only_what_can_be_used(tmp_path: Path):
+    entries = {
+        "dogs/5_sks dog/a.png": picture(),
+        "dogs/5_sks dog/a.txt": b"sks dog on a table",
+        "dogs/other/b.png": picture("blue"),
+        "dogs/broken.jpg": b"no picture",
+        "dogs/setup.exe": b"MZ",
+        "dogs/.hidden.png": picture(),
+        "__MACOSX/dogs/._a.png": b"",
+        "dogs/../../outside.png": picture(),
+        "/etc/absolute.png": picture(),
+        "C:/drive.png": picture(),
+    }
+    place = tmp_path / "up" / "place"
+    upload = take_in([zipped(tmp_path / "dogs.zip", entries)], place)
+    there = sorted(path.relative_to(tmp_path / "up").as_posix() for path in (tmp_path / "up").rglob("*.*"))
+    assert there == ["place/5_sks dog/a.png", "place/5_sks dog/a.txt", "place/other/b.png"]
+    assert upload.photo_count == 2 and [line.split(":")[0] for line in upload.refused] == ["broken.jpg"]
+    more = take_in([zipped(tmp_path / "more.zip", {"10_sks dog/c.png": picture()})], place)
+    assert more == Upload(1, []) and (place / "more" / "10_sks dog" / "c.png").is_file()
+
+
+def test_links_of_an_archive_are_left_out(tmp_path: Path):
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "links.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    assert take_in([tmp_path / "links.zip"], tmp_path / "place") == Upload(0, [])
+    assert not (tmp_path / "place").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda content: b"PK no zip", "damaged, or not a zip; unpack it yourself"),
+        (lambda content: content.replace(content[60:90], bytes(30), 1), "damaged, or not a zip; unpack it yourself"),
+        # The flag of an encrypted entry, in its header and in the directory.
+        (
+            lambda content: (content[:6] + b"\x01" + content[7:]).replace(b"PK\x01\x02\x14\x03\x14\x00\x00",
+                                                                         b"PK\x01\x02\x14\x03\x14\x00\x01"),
+            "locked by a password; unpack it yourself",
+        ),
+    ],
+)  # fmt: skip
+def test_an_archive_that_cannot_be_unpacked_leaves_nothing(tmp_path: Path, spoil, reason: str):
+    path = zipped(tmp_path / "photos.zip", {"a.png": picture(), "b.png": picture("blue")})
+    path.write_bytes(spoil(path.read_bytes()))
+    upload = take_in([path], tmp_path / "place")
+    assert upload == Upload(0, [f"photos.zip: {reason}"]) and not (tmp_path / "place").exists()
+    assert texts.sayer("zh-Hant").translate(upload.refused[0]) != upload.refused[0]
+
+
+def test_an_archive_of_too_much_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_FILES", 1)
+    path = zipped(tmp_path / "photos.zip", {"a.png": picture(), "b.png": picture()})
+    (line,) = take_in([path], tmp_path / "place").refused
+    assert line == "photos.zip: more than 1 files or 4 GiB in it; unpack it yourself"
+    assert not (tmp_path / "place").exists() and texts.sayer("zh-Hant").translate(line) != line

@@ -66,7 +66,7 @@ def merge(
     """
     output = Path(output)
     if output.exists():
-        raise LorakitError(f"{output}: exists already; name a new one")
+        raise LorakitError(f"{output}: exists already; name a new one with --output")
     single = output.suffix.lower() == ".safetensors"
     vae = _other_vae(base)
     if base.slots is None and not single:

@@ -128,7 +128,7 @@ def merge_folder(
     """
     base, output, precision = Path(base), Path(output), precision or Precision()
     if output.exists():
-        raise LorakitError(f"{output}: exists already; name a new folder")
+        raise LorakitError(f"{output}: exists already; name a new folder with --output")
     if not (base / "model_index.json").is_file():
         raise LorakitError(f"{base}: not a base model in diffusers layout (no model_index.json)")
     index = weight_files.read_json(base / "model_index.json")

@@ -16,6 +16,7 @@ from lorakit.ui import widgets
 from lorakit.ui.tasks import Progress
 from lorakit.ui.texts import Say
 from lorakit.ui.thumbnails import Thumbnail
+from lorakit.ui.uploads import SUFFIXES
 from lorakit.ui.workspace import Workspace
 
 # Photos on a page.
@@ -170,7 +171,7 @@ class PhotosPage:
                 self.upload = gr.File(
                     label=t("photos.upload"),
                     file_count="multiple",
-                    file_types=[f".{kind}" for kind in photo_folder.FORMATS] + list(photo_folder.CAPTIONS),
+                    file_types=list(SUFFIXES),
                     height=132,
                     elem_id="photos-upload",
                 )
@@ -247,10 +248,11 @@ class PhotosPage:
         return future.result() if future.done() else None
 
     def take_in(
-        self, files: list[str] | None, say: Say, progress: Progress = lambda count, total: None
+        self, files: list[str] | None, folder: str, say: Say, progress: Progress = lambda count, total: None
     ) -> tuple[str, str | None]:
-        """Uploaded files into their own folder; (message, the folder or None)."""
-        place, upload = self.workspace.take_in([Path(file) for file in files or []], progress)
+        """Uploaded files into the folder on the page if it is an upload, else into a new one; (message, the folder or
+        None)."""
+        place, upload = self.workspace.take_in([Path(file) for file in files or []], folder, progress)
         parts = [widgets.good(say("photos.uploaded", count=upload.photo_count))] if upload.photo_count else []
         if upload.refused:
             parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.translate, upload.refused)))))

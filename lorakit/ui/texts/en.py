@@ -14,7 +14,7 @@ TEXTS = {
     ),
     "photos.folder": "Folder on this machine",
     "photos.open": "Open",
-    "photos.upload": "Or drop photos here",
+    "photos.upload": "Or drop photos here, with captions, or as a zip",
     "photos.empty": "No photos yet. Open a folder or drop some files above.",
     "photos.count": "{count} photos",
     "photos.page": "{first}–{last} of {count}",

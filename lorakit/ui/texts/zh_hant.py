@@ -13,7 +13,7 @@ TEXTS = {
     ),
     "photos.folder": "這台電腦上的資料夾",
     "photos.open": "開啟",
-    "photos.upload": "或把照片拖放到這裡",
+    "photos.upload": "或把照片（連同說明，或整個 zip）拖放到這裡",
     "photos.empty": "還沒有照片。請在上方開啟資料夾或拖放檔案。",
     "photos.count": "{count} 張照片",
     "photos.page": "第 {first}–{last} 張，共 {count} 張",

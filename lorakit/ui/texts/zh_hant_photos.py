@@ -2,6 +2,14 @@
 
 PHOTOS = {
     "{file}: no photo of this name came with it": "{file}：沒有一起上傳同名的照片",
+    "{file}: no photo came with it": "{file}：沒有照片一起上傳",
+    "{file}: a file of this name is there already": "{file}：已經有同名的檔案",
+    "{file}: cannot be unpacked ({reason})": "{file}：無法解壓縮（{reason}）",
+    "{file}: locked by a password; unpack it yourself": "{file}：有密碼；請自行解壓縮",
+    "{file}: damaged, or not a zip; unpack it yourself": "{file}：已損壞，或不是 zip；請自行解壓縮",
+    "{file}: more than {count} files or {size} GiB in it; unpack it yourself": (
+        "{file}：內有超過 {count} 個檔案或 {size} GiB；請自行解壓縮"
+    ),
     "{file}: several files are called {name}, and which belong together is not known; upload one folder at a time": (
         "{file}：有好幾個檔案都叫 {name}，無法得知哪些屬於彼此；請一次上傳一個資料夾"
     ),

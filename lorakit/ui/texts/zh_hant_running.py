@@ -1,6 +1,9 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "text encoders are trained, as sd-scripts does without network_train_unet_only": (
+        "會訓練文字編碼器，與 sd-scripts 沒有 network_train_unet_only 時相同"
+    ),
     "loading the base": "正在載入基礎模型",
     "encoding the photos": "正在編碼照片",
     "drawing the class images": "正在繪製類別圖片",
@@ -151,6 +154,9 @@ RUNNING = {
     "{path} is damaged; the checkpoints beside it are not touched by that": "{path} 已損壞；旁邊的檢查點不受影響",
     "{path}: no complete checkpoint to resume from; start again with: lorakit train": (
         "{path}：沒有完整的檢查點可以繼續；請重新開始訓練"
+    ),
+    "step {step}: gradients overflow in fp16, so the step is skipped ({count} so far); their scale is {scale} now": (
+        "第 {step} 步：梯度在 fp16 中溢位，因此跳過這一步（目前共 {count} 步）；梯度的倍率現為 {scale}"
     ),
     "step {step}: the loss is not finite ({names}); {advice}": (
         "第 {step} 步：損失不是有限值（{names}）；請調低 optimizer.learning_rate，或用 memory.mixed_precision = 'fp32'"
