@@ -25,7 +25,7 @@ from lorakit.config.option import format_bound
 from lorakit.core import install
 from lorakit.core.errors import LorakitError, MissingFile
 from lorakit.core.events import Event
-from lorakit.runs import memory_estimate
+from lorakit.runs import launch, memory_estimate
 
 # Kept for one release under their old names.
 ALIASES = {"options": ["knobs"]}
@@ -35,6 +35,15 @@ JSON_HELP = dict.fromkeys(("train", "resume"), "every event of the run as a line
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. User mistakes are told in a line each, without a traceback."""
+    code = _run(argv)
+    if code and launch.world().count > 1:
+        # Threads of torch.distributed that wait for the others would keep the process from ending, or abort it.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     open_streams()
     quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
@@ -50,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv[:1] == ["ui"]:
             return run_ui(argv[1:])
-        parser().parse_args(_with_full_names(argv), args)
+        args.words = _with_full_names(argv)
+        parser().parse_args(args.words, args)
         return int(args.run(args))
     except BrokenPipeError:
         # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.

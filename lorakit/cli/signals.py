@@ -8,6 +8,8 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+# Launchers pass signals on to each process of a run, some twice, and end a process that they think has failed.
+SEVERAL = int(os.environ.get("WORLD_SIZE") or 1) > 1
 NOTICE = b"lorakit: stopping, and saving what there is; Ctrl-C again ends at once\n"
 # The terminal was closed; Windows has no such signal.
 HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
@@ -15,16 +17,19 @@ HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether a signal came. A second signal raises KeyboardInterrupt.
+    """Yield a function that returns whether a signal came. A second signal raises KeyboardInterrupt, but in a run of
+    several processes, which their launcher ends.
 
     Outside the main thread, where Python takes no handlers, the function returns False.
     """
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received and number != HANGUP:  # terminal and shell may both send that one
+        if received and number != HANGUP and not SEVERAL:  # terminal and shell may both send that one
             raise KeyboardInterrupt
         received.append(number)
+        if SEVERAL:
+            return
         # Not by print: the handler may interrupt one.
         with contextlib.suppress(OSError):
             os.write(2, NOTICE)
@@ -39,5 +44,5 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(received)
     finally:
-        for number, handler in before.items():
+        for number, handler in before.items() if not SEVERAL else ():
             signal.signal(number, handler)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +18,10 @@ from lorakit.cli.signals import stop_on_signals
 from lorakit.cli.terminal import Bar, Terminal, complain, print_event, print_json, print_lines
 from lorakit.config import sample_prompts
 from lorakit.core import atomic
-from lorakit.core.errors import LorakitError, Stopped
+from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Event, Listener
 from lorakit.core.names import quote
+from lorakit.runs import launch
 
 if TYPE_CHECKING:
     from lorakit.data.checks import Report
@@ -43,6 +46,8 @@ def add(command: Command) -> None:
     train = command("train", run_train, "train an adapter from a folder of photos")
     train.set_defaults(has_events=True)
     _add_run_options(train)
+    _add_gpus(check, "check for a run on so many GPUs of this machine")
+    _add_gpus(train, "train on so many GPUs of this machine (docs/scale.md)")
     _add_output(train)
 
     importing = command("import-config", run_import_config, "write a lorakit config from one of kohya or OneTrainer")
@@ -56,7 +61,12 @@ def add(command: Command) -> None:
         "--from", dest="checkpoint", default="", metavar="STEP", help="go back to this checkpoint, e.g. step-000120"
     )
     resume.add_argument("--steps", metavar="COUNT", help="length of the whole run, where it is to be another")
+    _add_gpus(resume, "go on with so many GPUs of this machine")
     add_set(resume)
+
+
+def _add_gpus(command: argparse.ArgumentParser, help: str) -> None:
+    command.add_argument("--gpus", type=int, metavar="COUNT", help=help)
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
@@ -130,7 +140,7 @@ def run_check(args: argparse.Namespace) -> int:
 
     terminal = _terminal(args)
     with _progress_of_photos(terminal) as check:
-        result = preflight(resolve(args, terminal), check=check)
+        result = preflight(resolve(args, terminal), check=check, processes=args.gpus)
     if args.json:
         print_json(result.to_json())
     elif text := result.to_text():
@@ -142,6 +152,10 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_train(args: argparse.Namespace) -> int:
     """`lorakit train`: the main job."""
+    if launch.world().rank:
+        return _follow()
+    if args.gpus is not None and _launches(args.gpus, resolve(args, Terminal(io.StringIO()))):
+        return launch.start(args.gpus, args.words)
     threads.use_idle_cores()
     terminal = _terminal(args)
     from lorakit.runs.preflight import preflight
@@ -158,6 +172,11 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_resume(args: argparse.Namespace) -> int:
     """`lorakit resume`."""
+    if launch.world().rank:
+        return _follow()
+    file, changes = Path(args.folder) / "config.toml", read_overrides(args.set)
+    if args.gpus is not None and file.is_file() and _launches(args.gpus, configuration.load(file, changes)):
+        return launch.start(args.gpus, args.words)
     threads.use_idle_cores()
     terminal = _terminal(args)
     from lorakit.training import run
@@ -166,6 +185,34 @@ def run_resume(args: argparse.Namespace) -> int:
     return _trained(
         args, terminal, partial(run.resume, args.folder, from_checkpoint=args.checkpoint, overrides=changes)
     )
+
+
+def _launches(gpus: int, config: configuration.Config) -> bool:
+    """Whether this process only starts those that train.
+
+    Raises:
+        ConfigError: `--gpus` does not suit this machine.
+    """
+    if problem := launch.gpus_problem(config, gpus):
+        raise configuration.ConfigError([problem])
+    return gpus > 1 and launch.world().count == 1
+
+
+def _follow() -> int:
+    """Train as a process after the first, which reports for all."""
+    threads.use_idle_cores()
+    from lorakit.training import run
+
+    try:
+        with stop_on_signals() as stop:
+            run.follow(stop=stop)
+        return 0
+    except StopRequested:
+        return 130
+    except Exception:
+        if os.environ.get("LORAKIT_TRACEBACK"):
+            raise
+        return 1
 
 
 def run_import_config(args: argparse.Namespace) -> int:

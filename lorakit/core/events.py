@@ -135,15 +135,23 @@ class StopRequest:
     Args:
         events: told once, when the request is first seen.
         sources: each returns whether it wants a stop: the stop file, a signal, the caller's function.
+        agree: whether any process of the run says yes, where each says its own.
     """
 
-    def __init__(self, events: Events, *sources: Stop):
-        self._events, self._sources = events, sources
+    def __init__(self, events: Events, *sources: Stop, agree: Callable[[bool], bool] = bool):
+        self._events, self._sources, self._agree = events, sources, agree
         self.requested = False
 
     def __call__(self, consequence: str) -> bool:
         """Ask the sources; at the first yes, say "stopping: <consequence>"."""
-        if not self.requested and any(source() for source in self._sources):
+        return self.requested or self._note(any(source() for source in self._sources), consequence)
+
+    def together(self, consequence: str) -> bool:
+        """As a call, by all processes of the run at the same place: all of them have the same answer."""
+        return self._note(self._agree(self.requested or any(source() for source in self._sources)), consequence)
+
+    def _note(self, requested: bool, consequence: str) -> bool:
+        if requested and not self.requested:
             self.requested = True
             self._events.say(f"stopping: {consequence}")
         return self.requested

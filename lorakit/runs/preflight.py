@@ -20,7 +20,7 @@ from lorakit.core.names import shorten
 from lorakit.data import captions, checks, concepts, masks, photo_folder
 from lorakit.families import BaseInfo
 from lorakit.formats import compatibility, identify
-from lorakit.runs import nvidia, plan, run_folder
+from lorakit.runs import launch, nvidia, plan, run_folder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -99,6 +99,7 @@ def preflight(
     resume: bool = False,
     fetch: bool = False,
     pipeline: DiffusionPipeline | None = None,
+    processes: int | None = None,
 ) -> Preflight:
     """Look at everything that can be looked at before a model is loaded, or the libraries that models need.
 
@@ -107,11 +108,13 @@ def preflight(
         resume: the run folder exists and is continued.
         fetch: fetch the base's tokenizer where only the hub has it; a run needs it, a look does not.
         pipeline: the base, where it is a pipeline in memory.
+        processes: that are to train together on this machine; by default those that the launcher has started.
     """
     config, unquoted = _without_quotes(config)
+    config, processes, sharing = launch.prepare(config, processes, resume=resume)
     if config.data.concepts == "folders" and not config.data.name:
         config = _with_name(config)
-    problems = _early_problems(config, resume)
+    problems = [*sharing, *_early_problems(config, resume)]
     start_problem = _init_from_problem(config)
     problems += _line(start_problem)
     try:
@@ -140,6 +143,7 @@ def preflight(
     problems += report.errors
     problems += masks.problems(report.items) if config.train.masked_loss else []
     planned = None if report.errors or planning else plan.make(config, info, report)
+    planned = launch.divide(planned, config, processes, warnings.append)
     return Preflight(
         config,
         info,

@@ -26,6 +26,7 @@ from lorakit.inference.mode import polled
 from lorakit.runs import plan
 from lorakit.training import checkpoint, optimizers, out_of_memory
 from lorakit.training.checkpoint import NotFinite
+from lorakit.training.parallel import SINGLE, Processes
 from lorakit.training.precompute import embed
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Run:
         stop: whether somebody asked for an end.
         started: seconds since the epoch.
         identity: what a checkpoint depends on beside the config: hashes of base and photos.
+        processes: all that train it.
     """
 
     ready: Ready
@@ -64,6 +66,7 @@ class Run:
     stop: StopRequest
     started: float
     identity: dict[str, str]
+    processes: Processes = SINGLE
 
     @property
     def config(self) -> Config:
@@ -162,7 +165,7 @@ def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None =
         readings.add(step, loss, norm)
         step += 1
         due = milestones.due(step)
-        if run.stop(f"step {step} is saved and exported") or due or step % READ_EVERY == 0:
+        if run.stop.together(f"step {step} is saved and exported") or due or step % READ_EVERY == 0:
             try:
                 readings.read(step)
                 milestones.reach(step, due)
@@ -285,12 +288,16 @@ class Milestones:
         return export + [name for name, number in every.items() if step % plan.interval(number, total) == 0]
 
     def reach(self, step: int, due: list[str]) -> None:
-        """Do what is due; where a stop is asked for, save the rest as still due, export and end.
+        """Do what is due, in the first process; where a stop is asked for, save the rest as still due, export and end.
 
         Raises:
             Stopped: somebody asked for a stop.
             NotFinite: weights or optimizer state have NaN or infinity, which losses show a step later; nothing is done.
         """
+        self.run.processes.first(lambda: self._reach(step, due))
+        self.model.adapter.train(True)
+
+    def _reach(self, step: int, due: list[str]) -> None:
         if due or self.run.stop.requested:
             adapter, optimizer = self.model.adapter, self.model.optimizer_step.optimizer
             checkpoint.require_finite(step, adapter.state(), optimizer.state_dict())
@@ -306,7 +313,6 @@ class Milestones:
                 with self.run.optional(f"step {step}: the adapter"):
                     self.run.export(self.model.adapter.weights(), self.run.folder.adapter_name, step)
             raise Stopped(self.run.folder.path, step)
-        self.model.adapter.train(True)
 
     def validate(self, step: int, left: list[str]) -> None:
         """Examine the weights."""
@@ -375,7 +381,8 @@ class Milestones:
         Raises:
             LorakitError: the checkpoint is damaged, or config, photos or base have changed since.
         """
-        state = checkpoint.load(path, config=self.run.config, identity=self.run.identity)
+        run = self.run
+        state = run.processes.first(lambda: checkpoint.load(path, config=run.config, identity=run.identity))
         self.model.adapter.load_state(state.adapter)
         self.model.optimizer_step.optimizer.load_state_dict(state.optimizer)
         self.history = list(state.extra["history"])
@@ -383,7 +390,7 @@ class Milestones:
         self.mean.load_state(state.extra["smoothed_loss"])
         if (loss_scale := self.model.optimizer_step.loss_scale) is not None and "gradient_scale" in state.extra:
             loss_scale.scale.fill_(state.extra["gradient_scale"])
-        complete = {"sample"} if state.step in self.run.folder.sample_grids() else set()
+        complete = {"sample"} if state.step in run.folder.sample_grids() else set()
         return state.step, [name for name in state.extra["due"] if name not in complete]
 
     def roll_back(self, problem: NotFinite) -> int:
@@ -395,9 +402,8 @@ class Milestones:
         """
         if self.run.config.train.on_nan != "rollback" or self.retry:
             raise problem
-        latest = checkpoint.newest_complete(
-            self.run.folder.checkpoints, functools.partial(self.run.events.say, warning=True)
-        )
+        warn = functools.partial(self.run.events.say, warning=True)
+        latest = self.run.processes.first(lambda: checkpoint.newest_complete(self.run.folder.checkpoints, warn))
         if latest is None:
             raise problem
         self.retry += 1

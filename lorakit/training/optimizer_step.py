@@ -16,6 +16,7 @@ from lorakit.engine import compile, cuda_graphs, flat_parameters
 from lorakit.training import optimizers
 from lorakit.training.loss_scale import LossScale
 from lorakit.training.loss_step import LossStep
+from lorakit.training.parallel import SINGLE, Processes
 
 if TYPE_CHECKING:
     from lorakit.data.dataset import Batch
@@ -30,6 +31,7 @@ class OptimizerStep:
             is plain.
         total: optimizer steps of the run, for the learning rate's schedule.
         say: takes a line for the person.
+        processes: share the batches of each step.
 
     Attributes:
         flats: the parameters of each component in one tensor; none for a plain base.
@@ -39,8 +41,16 @@ class OptimizerStep:
         optimizer: of `optimizers.build`; its state is saved and loaded parameter by parameter.
     """
 
-    def __init__(self, config: Config, loss_step: LossStep, total: int, say: Callable[[str], Any]):
+    def __init__(
+        self,
+        config: Config,
+        loss_step: LossStep,
+        total: int,
+        say: Callable[[str], Any],
+        processes: Processes = SINGLE,
+    ):
         self.config, self.loss_step, self.total, self.say = config, loss_step, total, say
+        self.processes = processes
         # Where memory comes first there are no copies.
         copies = not config.memory.gradient_checkpointing and config.memory.limit_gib is None
         plain = loss_step.family.plain
@@ -82,14 +92,21 @@ class OptimizerStep:
             each.gradient.zero_()
         if not self.flats:
             self._zero_gradients()
-        for part in range(parts):
+        for part in self.processes.share(parts):
             loss += self._pass(number * parts + part)
+        self.processes.add_up([*self._gradients(), loss])
         norm = self._optimizer_step()
         if self.config.train.max_weight_norm:
             self.limited = self.loss_step.adapter.limit_norms(self.config.train.max_weight_norm)
         if self.loss_step.adapter.average is not None:
             self.loss_step.adapter.average.update(number)
         return loss, norm
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """All gradients: one tensor for each component, where they are flat."""
+        if self.flats:
+            return [each.gradient for each in self.flats]
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def discard_graphs(self) -> bool:
         """Free all CUDA graphs; return whether there were any. The next steps capture again."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -26,13 +26,13 @@ from lorakit.core.registry import FORMATS
 from lorakit.data import photo_folder
 from lorakit.engine import device as devices, device_memory
 from lorakit.formats import files
-from lorakit.runs import nvidia, report
+from lorakit.runs import launch, nvidia, report
 from lorakit.runs.preflight import Ready, preflight
 from lorakit.runs.run_folder import RunFolder
-from lorakit.training import checkpoint, optimizers, selfcheck
+from lorakit.training import checkpoint, optimizers, parallel, selfcheck
 from lorakit.training.checkpoint import NotFinite
 from lorakit.training.loop import Run, TrainingState, loop
-from lorakit.training.precompute import SampleInputs, precompute
+from lorakit.training.precompute import Precomputed, SampleInputs, precompute
 from lorakit.training.trackers import Tracker
 from lorakit.training.trainable import Model, trainable
 
@@ -103,9 +103,10 @@ def train(
         LorakitError: photos, base or machine do not allow it, training went wrong, or the self-check failed.
         Stopped: a stop was asked for; the state is saved.
     """
-    ready = preflight(
-        config, fetch=True, pipeline=pipeline
-    ).or_raise()  # before there is a run folder: what cannot begin leaves none behind
+    if launch.world().rank:
+        return follow(stop=stop)
+    # Before there is a run folder: what cannot begin leaves none behind.
+    ready = preflight(config, fetch=True, pipeline=pipeline).or_raise()
     _say(ready, listeners)
     return start(ready, listeners=listeners, stop=stop)
 
@@ -134,6 +135,8 @@ def resume(
     Raises: as `train`; LorakitError also where photos or base have changed, and where an option may not change. Then
         the run's state is as it was.
     """
+    if launch.world().rank:
+        return follow(stop=stop)
     run = RunFolder.open(Path(folder))
     try:
         events = Events(*listeners)
@@ -214,25 +217,58 @@ def _run(
     ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None, resume_from: Path | None
 ) -> Result:
     """Load the base, precompute, train, export, and check the files."""
-    with _outcome(folder), _begin(ready, folder, listeners, stop) as run:
-        load = _loader(run)
-        with run.phase("loading the base"):
-            family = load()
-            run.events.say(devices.attention(run.config.memory, family))
-        with run.phase("encoding the photos"):
-            poll = functools.partial(run.stop.poll, "class images and latents that are complete are kept")
-            inputs = precompute(run.config, family, None, ready.report, run.events, poll)
-        with run.phase("attaching the adapter"):
-            model = trainable(family, inputs, ready, run.events.say)
-        state = loop(model, inputs, run, resume_from)
+    with _outcome(folder), parallel.join() as processes, _begin(ready, folder, listeners, stop, processes) as run:
+        processes.first(lambda: (ready, folder.path, resume_from))
+        load, family, inputs, model, state = _train(run, resume_from)
         with run.phase("checking the exported file"):
             result = _export(run, family, model, inputs.samples, state)
         del family, inputs, model  # to free their memory: the files are checked in bases that are loaded again
-        return finish(result, run, load)
+        return processes.first(lambda: finish(result, run, load))
+
+
+def follow(*, stop: Stop | None = None) -> Result:
+    """Train in a run of several processes that another one, the first, has begun or resumed; its result.
+
+    Raises:
+        EndedElsewhere: the first process has ended the run.
+        StopRequested: a stop was asked for.
+        ProcessLost: another process is gone.
+        LorakitError: base or machine do not allow it; the first process reports it.
+    """
+    with parallel.join() as processes:
+        assert isinstance(processes, parallel.Group), "a process after the first"
+        ready, path, resume_from = cast(tuple[Ready, Path, Path | None], processes.receive())
+        request = StopRequest(Events(), *([stop] if stop else []), agree=processes.any)
+        run = Run(ready, parallel.SilentFolder(path), Events(), request, time.time(), {}, processes)
+        _train(run, resume_from)
+        return cast(Result, processes.receive())
+
+
+def _train(
+    run: Run, resume_from: Path | None
+) -> tuple[Callable[[], Family], Family, Precomputed, Model, TrainingState]:
+    """What loads the base, the base, its inputs, and what is trained in it, trained: in each process of the run."""
+    load = _loader(run)
+    with run.phase("loading the base"):
+        family = load()
+        run.events.say(devices.attention(run.config.memory, family))
+    with run.phase("encoding the photos"):
+        poll = functools.partial(run.stop.poll, "class images and latents that are complete are kept")
+        prepare = functools.partial(precompute, run.config, family, None, run.ready.report, run.events, poll)
+        inputs = run.processes.first(prepare)
+    with run.phase("attaching the adapter"):
+        model = trainable(family, inputs, run.ready, run.events.say, run.processes)
+    return load, family, inputs, model, loop(model, inputs, run, resume_from)
 
 
 @contextlib.contextmanager
-def _begin(ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None) -> Iterator[Run]:
+def _begin(
+    ready: Ready,
+    folder: RunFolder,
+    listeners: Sequence[Listener],
+    stop: Stop | None,
+    processes: parallel.Processes,
+) -> Iterator[Run]:
     """Write the plan and open the log; inside, events reach the listeners."""
     for line in ready.lines():
         folder.event("message", message=line)
@@ -243,7 +279,8 @@ def _begin(ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop:
         # Not in the folder's own log, which never tells where on the machine it is.
         Events(*listeners).emit("start", folder.step, folder=str(folder.path.absolute()), steps=ready.plan.steps)
         sources = [lambda: folder.stop_requested, *([stop] if stop else [])]
-        yield Run(ready, folder, events, StopRequest(events, *sources), time.time(), _identity(ready))
+        request = StopRequest(events, *sources, agree=processes.any)
+        yield Run(ready, folder, events, request, time.time(), _identity(ready), processes)
 
 
 def _export(run: Run, family: Family, model: Model, samples: SampleInputs, state: TrainingState) -> TrainingResult:
@@ -364,6 +401,11 @@ def _outcome(folder: RunFolder) -> Iterator[None]:
             yield
         except StopRequested:
             raise Stopped(folder.path, folder.step) from None
+        except parallel.ProcessLost as loss:
+            newest = checkpoint.latest(folder.checkpoints)
+            intact = f"{newest.name} is intact" if newest else "there is no checkpoint yet"
+            text = f"{loss}; {intact}, continue with: lorakit resume {quote(folder.path)}"
+            raise LorakitError(text) from None
     except Stopped as stop:
         folder.update(state="stopped", message=str(stop))
         raise

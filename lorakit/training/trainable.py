@@ -16,6 +16,7 @@ from lorakit.engine.cuda_graphs import SLOWER
 from lorakit.runs import memory_estimate
 from lorakit.training.loss_step import LossStep
 from lorakit.training.optimizer_step import OptimizerStep
+from lorakit.training.parallel import SINGLE, Processes
 from lorakit.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -44,8 +45,15 @@ class Model:
     validation: Validation
 
 
-def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[str], object]) -> Model:
-    """Put a new adapter into the base, and what trains and examines it around both.
+def trainable(
+    family: Family,
+    inputs: Precomputed,
+    ready: Ready,
+    say: Callable[[str], object],
+    processes: Processes = SINGLE,
+) -> Model:
+    """Put a new adapter into the base, and what trains and examines it around both; the first process says what its
+    weights are.
 
     Raises:
         LorakitError: the base already carries an adapter, or `train.init_from` does not fit.
@@ -56,10 +64,11 @@ def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[
     for component, (modules, parameters) in adapter.describe().items():
         say(f"training {component}: {modules} modules, {parameters:,} parameters")
     if config.train.init_from:
-        adapter.load(formats.read(Path(config.train.init_from)))
+        adapter.load(processes.first(lambda: formats.read(Path(config.train.init_from))))
         say(f"starting from the weights of {Path(config.train.init_from).name}")
     if config.train.ema_decay:
         adapter.average = WeightAverage(adapter.parameters(), config.train.ema_decay)
+    processes.copy_weights(adapter)
     if not family.plain:
         adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(config, family.device.type))
     elif config.memory.engine != "plain":
@@ -73,7 +82,7 @@ def trainable(family: Family, inputs: Precomputed, ready: Ready, say: Callable[[
         say(f"memory: {len(blocks)} blocks of the UNet are computed again in the backward pass, for what is free")
     devices.gradient_checkpointing(family, blocks, random=adapter.dropout > 0)
     loss_step = LossStep(family, adapter, inputs, config.train)
-    optimizer_step = OptimizerStep(config, loss_step, ready.plan.steps, say)
+    optimizer_step = OptimizerStep(config, loss_step, ready.plan.steps, say, processes)
     validation = Validation(
         family,
         inputs.holdout or inputs.dataset.unaugmented(),

@@ -1,0 +1,338 @@
+"""One run in several processes, each with its own card: what they tell each other.
+
+All of them go through the same code. What one process alone may do, reading photos, drawing, writing, is done by the
+first inside `Processes.first`, whose result the others receive. Gradients are added up between backward and optimizer
+step, on the device; all else goes through gloo, which notices at once where a process is lost. A run in a single
+process has `SINGLE`, by which nothing of this happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import importlib.metadata
+import io
+import os
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from lorakit import __version__
+from lorakit.core.errors import LorakitError, Stopped, StopRequested
+from lorakit.core.events import Event
+from lorakit.runs import launch
+from lorakit.runs.run_folder import RunFolder
+from lorakit.training.checkpoint import NotFinite
+
+if TYPE_CHECKING:
+    from lorakit.core.protocols import Trainable
+
+T = TypeVar("T")
+# The first process may draw class images for hours while the others wait; that it is lost is noticed otherwise.
+PATIENCE = datetime.timedelta(days=7)
+# A process that still waits for the device so many seconds after another was lost is ended: NCCL waits for ever.
+GRACE = 10
+# They compute, or say what is computed: all processes must have the same.
+PACKAGES = ("torch", "diffusers", "transformers", "peft")
+NO_NCCL = (
+    "several CUDA cards need NCCL, which torch {version} is built without (torch for Windows is): train on one card, "
+    "or under Linux or WSL"
+)
+
+
+class ProcessLost(LorakitError):
+    """Another process of the run has ended, and with it the run."""
+
+
+class EndedElsewhere(Exception):
+    """The first process has ended the run, and has said why."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why the first process gave no result; `kind` is a key of `_FAILURES`."""
+
+    kind: str
+    text: str
+
+
+_FAILURES: dict[str, type[Exception]] = {"stop": StopRequested, "not finite": NotFinite, "other": EndedElsewhere}
+
+
+class Processes:
+    """All processes of a run as one of them sees them; this class is that of a run in a single process.
+
+    Attributes:
+        rank: of this process; 0 is the first.
+        count: of all.
+    """
+
+    rank, count = 0, 1
+
+    def share(self, parts: int) -> range:
+        """The places among the `parts` batches of a step that this process computes: every process has as many."""
+        return share(parts, self.rank, self.count)
+
+    def first(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns or raises in the first process; it is not called in the others.
+
+        Raises:
+            StopRequested, NotFinite: it raised that, or Stopped.
+            EndedElsewhere: it raised something else; in the first process this is what it was.
+        """
+        return compute()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process."""
+        return flag
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by the sum of those of all processes, which is the same in all of them to the bit."""
+
+    def copy_weights(self, adapter: Trainable) -> None:
+        """Give an adapter the weights that it has in the first process: other hardware rounds otherwise."""
+
+
+SINGLE = Processes()
+
+
+def share(parts: int, rank: int, count: int) -> range:
+    """See `Processes.share`."""
+    assert parts % count == 0, f"{parts} batches for {count} processes"
+    return range(rank, parts, count)
+
+
+class Group(Processes):
+    """Several processes. Every method but `share` is called by all of them in the same order.
+
+    Args:
+        world: this process among the others, whose process group exists.
+    """
+
+    def __init__(self, world: launch.World):
+        self.rank, self.count, self.local_rank = world.rank, world.count, world.local_rank
+        # Kept through the public store of the group: what a process says before it ends.
+        self._store = dist.distributed_c10d._get_default_store()
+        self._ends = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.lost: list[int] = []
+        # The first watches all others, and they watch the first: a message comes at the end, or the connection ends.
+        peers = range(1, self.count) if self.rank == 0 else [0]
+        self._watchers = [threading.Thread(target=self._watch, args=(peer,), daemon=True) for peer in peers]
+        self._peers = list(peers)
+        for watcher in self._watchers:
+            watcher.start()
+
+    def first(self, compute: Callable[[], T]) -> T:
+        """See `Processes`. The result is pickled, with its tensors on the device of each process."""
+        if self.rank:
+            return cast(T, self.receive())
+        try:
+            value = compute()
+        except (StopRequested, Stopped):
+            self._send(_Failure("stop", ""))
+            raise
+        except NotFinite as error:
+            self._send(_Failure("not finite", str(error)))
+            raise
+        except Exception as error:
+            self._send(_Failure("other", str(error)))
+            raise
+        self._send(value)
+        return value
+
+    def receive(self) -> object:
+        """As `first`, in a process that is not the first."""
+        with self._connected():
+            size = torch.zeros(1, dtype=torch.int64)
+            dist.broadcast(size, 0)
+            data = torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(data, 0)
+        places = {"cuda:0": f"cuda:{self.local_rank}"}  # the first one's, on whatever machine
+        # It comes from a process of this run: the pickle is trusted.
+        value = torch.load(io.BytesIO(data.numpy().tobytes()), map_location=places, weights_only=False)
+        if isinstance(value, _Failure):
+            raise _FAILURES[value.kind](value.text)
+        return value
+
+    def _send(self, value: object) -> None:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        data = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
+        with self._connected():
+            dist.broadcast(torch.tensor([len(data)]), 0)
+            dist.broadcast(data, 0)
+
+    def any(self, flag: bool) -> bool:
+        """See `Processes`. It does not wait for the device."""
+        value = torch.tensor([int(flag)])
+        with self._connected():
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """See `Processes`. On a card, what follows there waits for it, and the host does not."""
+        with self._connected():
+            for work in [dist.all_reduce(tensor.detach(), async_op=True) for tensor in tensors]:
+                work.wait()
+
+    def copy_weights(self, adapter: Trainable) -> None:
+        """See `Processes`."""
+        state = self.first(lambda: dict(adapter.state()))
+        if self.rank:
+            adapter.load_state(state)
+
+    def require_same_versions(self) -> None:
+        """Raises:
+        LorakitError: a process has another version of lorakit or of what it computes with.
+        """
+        own = {"lorakit": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
+        versions: list[Any] = [None] * self.count
+        with self._connected():
+            dist.all_gather_object(versions, (platform.node(), own))
+        host, expected = versions[0]
+        for rank, (other, own) in enumerate(versions):
+            if wrong := [name for name in expected if own[name] != expected[name]]:
+                name = wrong[0]
+                raise LorakitError(
+                    f"process {rank} on {other} has {name} {own[name]}, and process 0 on {host} has "
+                    f"{expected[name]}: install the same versions on all machines"
+                )
+
+    def say_problem(self, text: str) -> None:
+        """Tell the first process why this one ends; it reports that."""
+        self._store.set(f"problem/{self.rank}", f"process {self.rank} on {platform.node()}: {text}")
+
+    def leave(self) -> None:
+        """Part from the others at the end of the run."""
+        with self._connected():
+            for peer in self._peers:
+                dist.send(torch.zeros(1), peer, group=self._ends)
+        for watcher in self._watchers:
+            watcher.join()
+
+    def _watch(self, peer: int) -> None:
+        try:
+            dist.recv(torch.zeros(1), peer, group=self._ends)
+        except RuntimeError:
+            self.lost.append(peer)
+            faulthandler.dump_traceback_later(GRACE, exit=True, file=os.open(os.devnull, os.O_WRONLY))
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise ProcessLost(self._problem()) from error
+
+    def _problem(self) -> str:
+        """What a process said before it ended; else that one was lost."""
+        for watcher in self._watchers:
+            watcher.join(1.0 / len(self._watchers))  # its connection ends with that by which this was noticed
+        ranks = sorted({*self.lost, *range(self.count)}, key=lambda rank: rank not in self.lost)
+        for rank in ranks:
+            if self.rank == 0 and self._store.check([f"problem/{rank}"]):
+                return str(self._store.get(f"problem/{rank}"), "utf-8")
+        which = f"process {self.lost[0]}" if self.lost else "a process"
+        return f"{which} of {self.count} was lost (killed, out of memory, or its machine is gone)"
+
+
+class SilentFolder(RunFolder):
+    """The run folder as the other processes see it: only the first one writes."""
+
+    def update(self, **changes: object) -> None:
+        """Nothing."""
+
+    def event(self, event: str, **facts: object) -> None:
+        """Nothing."""
+
+    def record(self, event: Event) -> None:
+        """Nothing."""
+
+
+@contextlib.contextmanager
+def join() -> Iterator[Processes]:
+    """The processes of this run, as the launcher started them; `SINGLE` without a launcher.
+
+    Raises:
+        LorakitError: they cannot be connected, or do not suit each other.
+    """
+    world = launch.world()
+    if world.count == 1:
+        yield SINGLE
+        return
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        _connect(world)
+    group = Group(world)
+    try:
+        group.require_same_versions()
+        yield group
+    except Exception as error:
+        if group.rank and not isinstance(error, (EndedElsewhere, ProcessLost, StopRequested)):
+            group.say_problem(str(error) or type(error).__name__)
+        raise
+    group.leave()
+    if is_ours:
+        dist.destroy_process_group()
+
+
+def _connect(world: launch.World) -> None:
+    """Place this process on its card, and connect it with the others, by accelerate."""
+    from accelerate import PartialState
+    from accelerate.utils import check_cuda_p2p_ib_support
+
+    has_cuda = torch.cuda.is_available()
+    if problem := has_cuda and card_problem(world, torch.cuda.device_count(), dist.is_nccl_available()):
+        raise LorakitError(problem)
+    if has_cuda and not check_cuda_p2p_ib_support():  # these cards cannot, and NCCL would try
+        os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+    try:
+        with _ended_by_signals():
+            PartialState(cpu=not has_cuda, backend="cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        _refuse(error)
+
+
+def card_problem(world: launch.World, cards: int, has_nccl: bool) -> str:
+    """Why this process cannot compute on a card with the others; empty where it can."""
+    if not has_nccl:
+        return NO_NCCL.format(version=torch.__version__)
+    if world.local_rank >= cards:
+        many = f"{cards} card{'s' * (cards > 1)}"
+        return (
+            f"process {world.rank} on {platform.node()} has no card of its own: there are {many}, start as many there"
+        )
+    return ""
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """Raise what a failed connection means."""
+    place = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '29500')}"
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+        raise LorakitError(
+            f"the port of {place} is taken by another program: give another one with --master-port (torchrun) or "
+            "--main_process_port (accelerate launch)"
+        ) from None
+    line = (str(error).splitlines() or [""])[0]
+    raise LorakitError(f"the processes cannot connect at {place} ({line}): see docs/scale.md") from None
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside, a signal ends the process at once: nothing is lost yet, and a connection that waits hears none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,88 @@
+"""How many processes a run may have, and what a plan says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from short_run import noise, run_config
+
+from lorakit.cli import main as cli
+from lorakit.config import Config
+from lorakit.runs import launch, nvidia
+from lorakit.runs.preflight import Preflight, preflight
+
+CARD = nvidia.Card("A card", "580.1", (9, 0))
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("photos")
+    return run_config(tiny_sd1, noise(folder, 20), folder.with_name("run"), 100)
+
+
+def checked(settings: Config, processes: int, **more: bool) -> Preflight:
+    return preflight(settings, processes=processes, **more)
+
+
+def test_a_step_has_the_batches_of_all_and_the_plan_says_so(settings):
+    result = checked(settings, 4)
+    assert not result.problems and result.config.train.gradient_accumulation_steps == 4
+    assert result.plan and result.plan.steps == 100
+    assert any(
+        line == "processes: 4, each with 1 of the 4 batches (8 photos) of a step; length and learning rate are per "
+        "optimizer step and stay as they are"
+        for line in result.plan.lines()
+    )
+
+
+def test_for_few_photos_several_are_of_no_use(settings):
+    (line,) = (line for line in checked(settings, 2).warnings if "of no use" in line)
+    assert line.startswith("2 GPUs are of no use for 20 photos: 5 steps go through all of them, and the run is as long")
+    assert not [line for line in checked(settings, 1).warnings if "of no use" in line]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cards", "hidden", "problem"),
+    [
+        (0, 2, None, "--gpus 0: give the number of cards to train on"),
+        (4, 2, None, "--gpus 4: this machine has 2 NVIDIA cards that torch may use"),
+        (2, 2, "1", "--gpus 2: this machine has 1 NVIDIA card that torch may use"),
+        (2, 0, None, "--gpus 2: this machine has no NVIDIA card that torch may use"),
+        (2, 2, None, None),
+        (1, 0, None, None),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(settings, monkeypatch, gpus, cards, hidden, problem):
+    from dataclasses import replace
+
+    monkeypatch.setattr(nvidia, "cards", lambda: [CARD] * cards)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    memory = replace(settings.memory, device="auto")
+    assert launch.gpus_problem(replace(settings, memory=memory), gpus) == problem
+
+
+def test_check_and_train_refuse_them_alike(settings, tmp_path, capsys):
+    arguments = [settings.data.folder, "--subject", "sks toy", "--base", settings.model.base, "--gpus", "9"]
+    codes = [cli.main([command, *arguments]) for command in ("check", "train")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "--gpus 9" in line]
+    assert all(codes) and len(set(lines)) == 1 and len(lines) == 2
+
+
+def test_gpus_under_a_launcher_of_another_number_are_refused(settings, monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch.world() == launch.World(0, 0, 8)
+    assert launch.gpus_problem(settings, 4) == "--gpus 4: the launcher has started 8 processes; leave --gpus out"
+    assert launch.gpus_problem(settings, 8) is None
+
+
+def test_too_many_batches_and_numbers_that_do_not_divide_are_refused(settings):
+    assert "batches a step; the limit is 256: lower it" in checked(settings, 300).problems[0]
+    shared, _ = launch.share(settings, 6)
+    assert checked(shared, 4, resume=True).problems == (
+        "a step of this run has 6 batches of 2, which 4 processes cannot share evenly: go on with 1 or 2 or 3 or 6",
+    )
+    assert not checked(shared, 3, resume=True).problems

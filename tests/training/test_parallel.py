@@ -1,0 +1,178 @@
+"""One run in several processes: the training that one process gives, and one end for all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given, strategies
+from safetensors.torch import load_file
+from short_run import noise, run_config, unchecked
+
+from lorakit import config
+from lorakit.core.errors import LorakitError
+from lorakit.runs import launch, run_folder
+from lorakit.training import parallel, run
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(rank: int, count: int, port: int) -> dict[str, str]:
+    return dict(zip(KEYS, map(str, (rank, rank, count, "localhost", port)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """What two processes saw of each other, see `two_processes.py`; and where."""
+    folder, port = tmp_path_factory.mktemp("pair"), free_port()
+    (folder / "sd1").symlink_to(tiny_sd1)
+    (folder / "photos").mkdir()
+    noise(folder / "photos", 3)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder)],
+            env=os.environ | environment(rank, 2, port) | {"LORAKIT_CACHE": str(folder / "cache")},
+        )
+        for rank in range(2)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0]
+    return folder, [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_that_accumulates_twice_as_often(pair):
+    _, (first, second) = pair
+    differences = first["differences"] | second["differences"]
+    assert len(differences) >= 7 and max(differences.values()) < 1e-5, differences
+
+
+@pytest.mark.slow
+def test_all_end_together_and_only_the_first_says_why(pair):
+    folder, (first, second) = pair
+    assert first["stop"].startswith("Stopped: stopped after step 1; ") and second["stop"].startswith("StopRequested")
+    assert run_folder.status(folder / "stopped") == "stopped"
+    assert first["rollback"] == second["rollback"] == "returned Result"
+    messages = [event["message"] for event in run_folder.RunFolder(folder / "rollback").events("warning")]
+    assert any("step 3: the loss is not finite" in line and "going back to step-000002" in line for line in messages)
+    assert "has lorakit 0.1, and process 0 on" in first["versions"] and "install the same versions" in first["versions"]
+    assert first["base"].startswith("LorakitError: process 1 on ")
+    assert ": sd1: there is no such folder; there is no checkpoint yet, continue with: lorakit resume" in first["base"]
+    assert run_folder.read(folder / "base").message == first["base"].removeprefix("LorakitError: ")
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_have_stopped(pair, tmp_path, monkeypatch):
+    """The run's config has the batches of both."""
+    unchecked(monkeypatch)
+    folder, _ = pair
+    options = {"train__validate_every": 2, "train__save_every": 2}
+    straight = run_config(
+        folder / "sd1", folder / "photos", tmp_path / "run", 4, train__gradient_accumulation_steps=2, **options
+    )
+    assert config.load(folder / "stopped" / "config.toml").train == straight.train
+    results = run.resume(folder / "stopped"), run.train(straight)
+    mine, other = (load_file(result.adapter) for result in results)
+    assert max(float((mine[key] - other[key]).abs().max()) for key in other) < 1e-5
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(
+        LorakitError, match="a step of this run has 2 batches of 2, which 3 processes cannot share evenly"
+    ):
+        run.resume(folder / "stopped")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_run_with_one_line(tiny_sd1, tmp_path):
+    """`--gpus` on a CPU; the run goes on from its last checkpoint."""
+    (tmp_path / "photos").mkdir()
+    folder, photos = tmp_path / "run", noise(tmp_path / "photos", 3)
+    preset = tmp_path / "preset.toml"
+    settings = run_config(tiny_sd1, photos, folder, 10000, train__validate_every=10000, train__save_every=1)
+    preset.write_text(config.to_toml(settings), encoding="utf-8")
+    with lorakit("train", "--preset", str(preset), "--gpus", "2") as process:
+        while run_folder.RunFolder(folder).path.exists() is False or not list(folder.glob("checkpoints/*/complete")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        victim = next(child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1")
+        victim.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - began < 10
+    lines = [line for line in errors.splitlines() if line.startswith("lorakit: ")]
+    assert process.returncode == 1 and len(lines) == 1, errors
+    assert "process 1 of 2 was lost" in lines[0] and "is intact, continue with: lorakit resume" in lines[0]
+    assert run_folder.status(folder) == "failed"
+
+
+@contextmanager
+def lorakit(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A `lorakit` that is ended, with its children, where a test fails."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorakit", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+
+
+# -- without processes ------------------------------------------------------------------------------------------------
+
+
+@given(strategies.integers(1, 8), strategies.integers(1, 6), strategies.integers(0, 5))
+def test_every_process_has_as_many_batches_and_together_they_have_all(count: int, own: int, step: int) -> None:
+    """Whatever the sizes of the photos: a step is a run of consecutive batches of the plan, and the number of passes
+    and of sums over the processes is the same in each of them."""
+    parts = own * count
+    shares = [parallel.share(parts, rank, count) for rank in range(count)]
+    assert {len(share) for share in shares} == {own}
+    batches = sorted(step * parts + part for share in shares for part in share)
+    assert batches == list(range(step * parts, (step + 1) * parts))
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        for name, value in environment(0, 2, other.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(LorakitError, match=f"the port of localhost:{port} is taken.*--master-port"),
+            parallel.join(),
+        ):
+            pass
+
+
+def test_without_nccl_or_a_card_of_its_own_a_process_is_refused():
+    world = launch.World(rank=5, local_rank=2, count=6)
+    assert "several CUDA cards need NCCL" in parallel.card_problem(world, 4, has_nccl=False)
+    assert "process 5 on" in parallel.card_problem(world, 2, has_nccl=True)
+    assert "there are 2 cards, start as many there" in parallel.card_problem(world, 2, has_nccl=True)
+    assert not parallel.card_problem(world, 3, has_nccl=True)

@@ -1,0 +1,129 @@
+"""Run by test_parallel.py in two processes, for all that needs two: what came of each thing, as JSON.
+
+python tests/training/two_processes.py FOLDER    (with RANK, WORLD_SIZE, ... as torchrun sets them)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from short_run import run_config
+
+from lorakit import config, families
+from lorakit.core.errors import LorakitError
+from lorakit.core.events import Events
+from lorakit.runs.preflight import preflight
+from lorakit.training import run
+from lorakit.training.loss_step import LossStep
+from lorakit.training.parallel import processes as parallel
+from lorakit.training.precompute import precompute
+from lorakit.training.trainable import trainable
+
+STEPS = 2
+# Every method, and every part of the loss; the photos are three, so that batches of two are uneven.
+CASES: dict[str, dict[str, Any]] = {
+    "lora and text encoder": {"adapter__train_text_encoder": True, "train__noise_offset": 0.1},
+    "rslora, accumulated": {"adapter__method": "rslora", "train__gradient_accumulation_steps": 2},
+    "dora, teacher": {"adapter__method": "dora", "adapter__target_modules": "linear", "train__prior": "teacher"},
+    "pissa, class images": {"adapter__method": "pissa", "train__prior": "images", "train__class_images": 2},
+    "loha, ema, lion": {"adapter__method": "loha", "train__ema_decay": 0.9, "optimizer__name": "lion"},
+    "lokr, plain": {"adapter__method": "lokr", "train__loss": "huber", "memory__engine": "plain"},
+    "a word, dropout": {"adapter__new_tokens": 2, "adapter__train_text_encoder": True, "adapter__dropout": 0.2},
+}
+
+
+def steps(settings: config.Config, group: parallel.Processes) -> dict[str, torch.Tensor]:
+    """The adapter after `STEPS` steps, with the losses and norms on the way."""
+    ready = group.first(lambda: preflight(settings).or_raise())
+    settings = ready.config  # with the batches of both processes in a step
+    family = families.load(ready.info, "cpu", torch.float32, plain=settings.memory.engine == "plain")
+    inputs = group.first(lambda: precompute(settings, family, None, ready.report, Events()))
+    model = trainable(family, inputs, ready, str, group)
+    model.adapter.train()
+    figures = [torch.stack(model.optimizer_step(number)) for number in range(STEPS)]
+    return {name: tensor.clone() for name, tensor in model.adapter.state().items()} | {"figures": torch.cat(figures)}
+
+
+def difference(together: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> float:
+    """How far two results are apart, relative to their size."""
+    assert together.keys() == alone.keys()
+    off = torch.cat([(together[key] - alone[key]).flatten() for key in alone])
+    return float(off.norm() / torch.cat([tensor.flatten() for tensor in alone.values()]).norm())
+
+
+def compare(folder: Path, group: parallel.Processes) -> dict[str, float]:
+    """Case -> the difference between two processes and one that accumulates twice as often."""
+    differences = {}
+    for number, (name, changes) in enumerate(CASES.items()):
+        settings = run_config(folder / "sd1", folder / "photos", folder / "unused", STEPS, **changes)
+        together = steps(settings, group)
+        if number % group.count == group.rank:  # each process computes half of them alone too
+            differences[name] = difference(together, steps(settings, parallel.SINGLE))
+    return differences
+
+
+def outcome(function: Callable[[], object]) -> str:
+    """What a function returns or raises, in words."""
+    try:
+        return f"returned {type(function()).__name__}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def break_once(index: int) -> None:
+    """Let the loss of that batch be NaN in this process, until the run has gone back to a checkpoint."""
+    loss = LossStep.loss
+
+    def broken(self: LossStep, number: int) -> torch.Tensor:
+        return loss(self, number) * (math.nan if number == index and not self.retry else 1.0)
+
+    LossStep.loss = broken  # type: ignore[method-assign]
+
+
+def lose_base() -> None:
+    """Let this process find no base, as on a machine without the shared folder."""
+
+    def load(*_: object) -> None:
+        raise LorakitError("sd1: there is no such folder")
+
+    families.load = load  # type: ignore[assignment]
+
+
+def main(folder: Path) -> None:
+    """Write what this process saw to FOLDER/<rank>.json."""
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+
+    def settings(name: str, **changes: Any) -> config.Config:
+        changes = {"train__validate_every": 2, "train__save_every": 2} | changes
+        return run_config(folder / "sd1", folder / "photos", folder / name, 4, **changes)
+
+    with parallel.join() as group:
+        rank, version = group.rank, parallel.__version__
+        results["differences"] = compare(folder, group)
+        parallel.__version__ = f"0.{rank}"
+        results["versions"] = outcome(group.require_same_versions)
+        parallel.__version__ = version
+        # Only the second process is asked to stop, and only it has a NaN.
+        results["stop"] = outcome(lambda: run.train(settings("stopped"), stop=lambda: rank == 1))
+        if rank == 1:
+            break_once(index=5)
+        results["rollback"] = outcome(lambda: run.train(settings("rollback", train__on_nan="rollback")))
+        if rank == 1:
+            lose_base()
+        results["base"] = outcome(lambda: run.train(settings("base")))
+        (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+        os._exit(0)  # as a process ends that has failed
+
+
+main(Path(sys.argv[1]))
