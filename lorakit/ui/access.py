@@ -105,3 +105,13 @@ def require_password(host: str, share: bool, password: str, public: str = "") ->
         raise LorakitError(f"{what} lets others in: set a password in LORAKIT_PASSWORD (or --password) first")
     if len(password) < 8:
         raise LorakitError(f"{what} lets others in: the password needs 8 characters or more")
+
+
+def require_origin(embed: str) -> None:
+    """Refuse a value of `--embed` that is not one origin: more than that would let other pages in, or be no policy.
+
+    Raises:
+        LorakitError: it has a path, a wildcard, or no scheme.
+    """
+    if embed and not re.fullmatch(r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:\d{1,5})?", embed, re.IGNORECASE):
+        raise LorakitError(f"--embed {embed}: give the origin of one program, as http://127.0.0.1:7860")

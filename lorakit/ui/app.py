@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         access.require_password(args.host, args.share, args.password, args.public)
-        workspace = Workspace(Path(args.runs), [Path(root) for root in args.root or default_roots()])
+        access.require_origin(args.embed)
+        roots = [Path(root) for root in args.root or default_roots()]
+        workspace = Workspace(Path(args.runs), roots, [Path(folder) for folder in args.bases])
         serve(workspace, args)
     except (LorakitError, OSError) as problem:
         print(f"lorakit: {problem}", file=sys.stderr)
@@ -69,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
         help="folder that may be read, with all below it; may be repeated (default: this folder, and Pictures)",
     )
     options.add_argument(
+        "--bases",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder of base models, offered as bases; may be repeated",
+    )
+    options.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a password"
     )
     options.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
@@ -78,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
         default="",
         metavar="URL",
         help="address at which a reverse proxy offers it, as https://box.example/lorakit; needs a password",
+    )
+    options.add_argument(
+        "--embed",
+        default="",
+        metavar="ORIGIN",
+        help="the one other program whose pages may frame it, as http://127.0.0.1:7860",
     )
     options.add_argument(
         "--password",
@@ -136,7 +151,7 @@ def _guard(args: argparse.Namespace) -> list[Middleware]:
     """Keeps out a page from elsewhere that gives its own name this machine's address (DNS rebinding), and others."""
     only_here = access.is_loopback(args.host) and not args.share
     hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if only_here else set()
-    return [Middleware(Guard, hosts=hosts, public=args.public, max_upload=args.max_upload << 20)]
+    return [Middleware(Guard, hosts=hosts, public=args.public, max_upload=args.max_upload << 20, embed=args.embed)]
 
 
 def _theme() -> gr.themes.Base:

@@ -33,11 +33,16 @@ class Guard:
         hosts: the names that the front end may be reached by; none: any, as it asks for a password.
         public: its address behind a reverse proxy, or "".
         max_upload: largest file, in bytes.
+        embed: the one other origin whose pages may frame the front end, or "".
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str], public: str, max_upload: int):
+    def __init__(self, app: ASGIApp, hosts: Collection[str], public: str, max_upload: int, embed: str = ""):
         self.app, self.hosts, self.max_bytes = app, {host.lower() for host in hosts}, FILES * max_upload
         self.public = urlsplit(public).netloc.lower()
+        self.headers = dict(HEADERS)
+        if embed:  # X-Frame-Options knows no other origin; where it is absent the policy alone counts
+            self.headers["Content-Security-Policy"] += f" {embed}"
+            del self.headers["X-Frame-Options"]
         # address -> (wrong passwords, when the next try is taken)
         self.tries: dict[str, tuple[int, float]] = {}
 
@@ -52,14 +57,14 @@ class Guard:
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                MutableHeaders(scope=message).update(self.headers)
                 if is_login:
                     self._count(client, message["status"])
             await send(message)
 
         if refusal := self._refusal(scope, headers, client if is_login else ""):
             code, why = refusal
-            await PlainTextResponse(f"lorakit: {why}\n", code, HEADERS)(scope, receive, send)
+            await PlainTextResponse(f"lorakit: {why}\n", code, self.headers)(scope, receive, send)
             return
         await self.app(scope, receive, send_marked)
 

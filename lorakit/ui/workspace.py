@@ -31,6 +31,8 @@ from lorakit.ui.uploads import Upload
 
 # Reports kept; each is small.
 MAX_REPORTS = 20
+# Base models that are suggested.
+MAX_BASES = 500
 
 
 class Workspace:
@@ -39,12 +41,14 @@ class Workspace:
     Args:
         runs: folder of the run folders; it is made, and is below the roots by itself.
         roots: other folders that may be read.
+        base_folders: of base models, which may be read too.
     """
 
-    def __init__(self, runs: Path, roots: Sequence[Path]):
+    def __init__(self, runs: Path, roots: Sequence[Path], base_folders: Sequence[Path] = ()):
         self.runs = runs.expanduser().resolve()
         self.runs.mkdir(parents=True, exist_ok=True)
-        self.roots = Roots([*roots, self.runs])
+        self.base_folders = [folder.expanduser().resolve() for folder in base_folders]
+        self.roots = Roots([*roots, *self.base_folders, self.runs])
         self.queue = Queue(self.runs)
         self.thumbnails = Thumbnails()
         # What was measured of each photo: a word changed in the form must not decode five hundred of them again.
@@ -56,6 +60,13 @@ class Workspace:
         weakref.finalize(self, shutil.rmtree, self._staging, ignore_errors=True)
         # One at a time: a check uses every core already.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="check")
+
+    def bases(self) -> list[Path]:
+        """What may be base models in the folders of bases: single files, and folders in diffusers layout."""
+        files = [path for folder in self.base_folders for path in folder.glob("**/*.safetensors")]
+        folders = {path.parent for folder in self.base_folders for path in folder.glob("**/model_index.json")}
+        single = [path for path in files if folders.isdisjoint(path.parents) and ".vae" not in path.name]
+        return sorted([*single, *folders])[:MAX_BASES]
 
     def report(self, config: Config, progress: Progress | None = None) -> Future[checks.Report]:
         """What `check` says of the config's photos; asked for twice, they are looked at once unless a file changed.

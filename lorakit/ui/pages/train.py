@@ -90,7 +90,9 @@ class TrainPage:
         common = {"label": t(f"option.{key}"), "info": t(f"help.{key}"), "elem_id": widgets.element_id(key)}
         default = field.option.default
         folders = (
-            [str(path) for path in self.workspace.roots.photo_folders()] if key == quickstart.PHOTOS else [default]
+            [str(path) for path in self.workspace.roots.photo_folders()]
+            if key == quickstart.PHOTOS
+            else [default, *map(str, self.workspace.bases())]
         )
         return gr.Dropdown(choices=folders, value=value or None, **common, **more)
 
