@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from lorakit import adapters, config, families
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
+from lorakit.core.events import Events
 from lorakit.data import checks
 from lorakit.training import optimizers, run as train
 from lorakit.training.loss_step import LossStep
@@ -79,7 +80,7 @@ def loaded(settings: Config) -> tuple[Any, Any, LossStep, Any]:
     info = family.info
     adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed, trigger=settings.data.trigger)
     report = checks.check(settings.data, info)
-    encoded = precompute(settings, family, adapter, report, lambda line, **_: None)
+    encoded = precompute(settings, family, adapter, report, Events())
     step = LossStep(family, adapter, encoded, settings.train)
     return (
         family,
@@ -192,6 +193,7 @@ TESTED_ELSEWHERE = {
     "data.cache": "test_latents.py, and must not reach the weights: below",
     "train.epochs": "test_plan.py",
     "train.steps_per_image": "test_plan.py",
+    "train.min_steps": "test_before_a_run.py",
     "train.max_weight_norm": "test_average.py, in a run; test_norms_and_dropout.py",
     "train.ema_decay": "test_average.py; what is exported, not what is trained",
     "train.holdout": "test_latents.py, photos held out are never trained on",

@@ -78,6 +78,7 @@ def demo(
             f"a photo of a {TRIGGER} {noun} {scene_captions.SCENE_WORDS[scene][0]}" for scene in UNSEEN
         ),
         "output.folder": str(folder / "run"),
+        "train.min_steps": 0,  # its pictures are drawn by the renderer that taught the base, and take fewer steps
     }
     config = configuration.load("subject-pocket", settings | dict(overrides or {}))
     photos = write_photos(subject, folder / "photos")

@@ -16,12 +16,12 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from lorakit import __version__, config as configuration
-from lorakit.cli import adapter_commands, base_commands, train_commands
+from lorakit.cli import adapter_commands, base_commands, threads, train_commands
 from lorakit.cli.terminal import complain, open_streams, print_event, print_json, print_lines, quiet_libraries
-from lorakit.config.option import format_bound
+from lorakit.config.option import format_bound, suggest
 from lorakit.core import install
 from lorakit.core.errors import LorakitError, MissingFile
 from lorakit.core.events import Event
@@ -83,9 +83,19 @@ def _run(argv: Sequence[str] | None) -> int:
         return 1
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that names the nearest of the choices, too; those of the commands are of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser`."""
+        if match := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message):
+            message += suggest(match[1], re.split(r"[', ]+", match[2].strip("'")))
+        super().error(message)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="lorakit",
         description="Teach Stable Diffusion a subject or a style from your photos, and get a checked adapter.",
         epilog="lorakit COMMAND --help says more. First try: lorakit demo",
@@ -133,6 +143,7 @@ def _with_full_names(argv: Sequence[str]) -> list[str]:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """`lorakit doctor`: 1 where something keeps lorakit from working here."""
+    threads.use_idle_cores()  # as training does, which is what it is about
     from lorakit.cli import doctor
 
     lines = doctor.examine()

@@ -20,8 +20,11 @@ from lorakit.config.loading import (
 from lorakit.config.option import Option, unquote
 from lorakit.config.schema import (
     ADAPTER_SECTIONS,
+    BF16_MISSING,
     DEVICE_MISSING,
     LENGTHS,
+    NO_CLASS_IMAGE_CACHE,
+    NO_LATENT_CACHE,
     OFFLOAD_NEEDS_CUDA,
     SECTIONS,
     XFORMERS_MISSING,
@@ -43,9 +46,12 @@ from lorakit.core.errors import ConfigError
 
 __all__ = [
     "ADAPTER_SECTIONS",
+    "BF16_MISSING",
     "DEFAULT_PRESET",
     "DEVICE_MISSING",
     "LENGTHS",
+    "NO_CLASS_IMAGE_CACHE",
+    "NO_LATENT_CACHE",
     "OFFLOAD_NEEDS_CUDA",
     "SECTIONS",
     "XFORMERS_MISSING",

@@ -245,7 +245,7 @@ def _settle(options: Options, values: Mapping[str, object], *, is_kohya: bool) -
     trains_text = trains_text and values.get("text_encoder_lr") != 0
     options["adapter.train_text_encoder"] = bool(trains_text)
     if is_kohya and trains_text and "text_encoder_lr" not in values and "network_train_unet_only" not in values:
-        notes.append("text encoders are trained, as sd-scripts does without network_train_unet_only")
+        notes.append("network_train_unet_only = false: not set, so sd-scripts' own default")
     if values.get("zero_terminal_snr") and values.get("v_parameterization"):
         options["model.prediction_type"] = "v_prediction_zero_snr"
     arguments = options.get("optimizer.args", {})

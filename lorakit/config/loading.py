@@ -106,7 +106,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     overrides = dict(overrides or {})
     overridden_keys = {"train.class_images", "train.prior_loss_weight"} if "train.prior" in overrides else set()
     if any(f"train.{name}" in overrides for name in LENGTHS):
-        overridden_keys |= {f"train.{name}" for name in LENGTHS}
+        overridden_keys |= {f"train.{name}" for name in (*LENGTHS, "min_steps")}
     warmups = ("optimizer.warmup_steps", "optimizer.warmup_ratio")
     if any(overrides.get(key) for key in warmups):
         overridden_keys |= set(warmups)
@@ -269,6 +269,8 @@ def _contradictions(config: Config) -> list[str]:
     if len(lengths) != 1:
         detail = f"{' and '.join(lengths)} are set" if lengths else "none is set"
         problems.append(f"set exactly one of {', '.join('train.' + n for n in LENGTHS)}: {detail}")
+    if train.min_steps and train.steps_per_image is None:
+        problems.append("train.min_steps has no effect without train.steps_per_image: leave it out")
     if optimizer.learning_rate == 0:
         problems.append("optimizer.learning_rate = 0 trains nothing: give a rate above 0")
     problems += _text_encoder_problems(optimizer, adapter) + _factor_problems(config)

@@ -153,7 +153,8 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
             return f"{opt.key} = {to_text(value)}: the number is too large", None
     if type(value) is not value_type:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        return f"{opt.key} = {to_text(value)}: must be {names[value_type]}", None
+        several = ", or several as a list, [768, 512]" if opt.key == "data.resolution" else ""
+        return f"{opt.key} = {to_text(value)}: must be {names[value_type]}{several}", None
     if value_type in (int, float) and not _in_bounds(opt, value):
         return f"{opt.key} = {to_text(value)}: must be {_bounds(opt)}", None
     return None, value

@@ -17,6 +17,7 @@ from lorakit.core.registry import FORMATS
 # the place of a thing, whose content is compared. Where it computes changes the last bits alone.
 FREE = {f"train.{name}" for name in LENGTHS}
 FREE |= {
+    "train.min_steps",
     "train.validate_every",
     "train.validate_at_end",
     "train.save_every",

@@ -273,6 +273,7 @@ class TrainConfig:
     steps: int | None = option(None, "Optimizer steps.", low=1, high=MAX_STEPS)
     epochs: int | None = option(None, "Passes over the photos.", low=1, high=MAX_STEPS)
     steps_per_image: int | None = option(None, "Optimizer steps for each photo.", low=1, high=MAX_STEPS)
+    min_steps: int = option(0, "Steps that steps_per_image is raised to where photos are few.", low=0, high=MAX_STEPS)
     batch_size: int = option(1, "Photos in a batch.", low=1, high=256)
     gradient_accumulation_steps: int = option(1, "Batches in an optimizer step.", low=1, high=256)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 turns clipping off.", low=0)
@@ -415,6 +416,9 @@ DEVICE_MISSING = (
     "memory.device = {device!r}: torch {version} finds no such device here; "
     "`lorakit doctor` says why, memory.device = 'auto' takes what there is"
 )
+BF16_MISSING = "memory.mixed_precision = 'bf16': this card does not compute in bf16; choose 'fp16' or 'fp32'"
+NO_LATENT_CACHE = "{folder}: latents cannot be kept there ({reason}); set data.cache = 'memory' or LORAKIT_CACHE"
+NO_CLASS_IMAGE_CACHE = "cannot keep class images in {folder}: {reason}; set LORAKIT_CACHE"
 XFORMERS_MISSING = "memory.attention = 'xformers' needs xformers; {hint}"
 OFFLOAD_NEEDS_CUDA = (
     "memory.stream_base = true needs a CUDA card to copy weights to, and this is {device}: set it to false"

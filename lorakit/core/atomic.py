@@ -7,6 +7,7 @@ file; the next write to its folder removes stale ones.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -77,3 +78,13 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def refusal(folder: Path) -> str:
+    """Why no file can be written in a folder that may have to be made, or "". Nothing is created."""
+    try:
+        parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        code = errno.ENOTDIR if not parent.is_dir() else 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
+    except OSError as error:
+        code = error.errno or errno.EIO
+    return os.strerror(code) if code else ""

@@ -53,6 +53,12 @@ def requirements(extra: str) -> list[str]:
     return [f"{line.name}{line.specifier}" for line in members]
 
 
+def with_bounds(package: str) -> str:
+    """A package with the versions that lorakit is tested with, as in "tensorboard>=2.20", if it names any."""
+    lines = (line for line in map(Requirement, _metadata()) if line.name == package and line.specifier)
+    return next((f"{line.name}{line.specifier}" for line in lines), package)
+
+
 def _metadata() -> list[str]:
     """lorakit's requirements as it was installed; none where it was not."""
     try:

@@ -196,7 +196,7 @@ def missing_trackers(names: Sequence[str]) -> list[str]:
         f"output.trackers = {name!r}: the package {package} is not installed"
         if ":" in name
         else f"output.trackers = {name!r} needs {package}; "
-        f"install it with: {install.command(package.replace('_', '-'))}"
+        f"install it with: {install.command(install.with_bounds(package.replace('_', '-')))}"
         for name, package in packages.items()
         if importlib.util.find_spec(package) is None
     ]

@@ -13,7 +13,7 @@ SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
 DANGLING = "links to what is not there; not read"
 ABOVE = "links to a folder above them; not followed"
 OUTSIDE = "links out of the folder of photos; not followed, copy the files into it"
-NO_FILE = "cannot be opened: neither files nor folders"
+NO_FILE = "cannot be opened: no file and no folder"
 
 
 def is_hidden(entry: Path) -> bool:

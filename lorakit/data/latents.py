@@ -15,7 +15,7 @@ from typing import Protocol
 import safetensors.torch
 import torch
 
-from lorakit.config import DataConfig, TrainConfig
+from lorakit.config import NO_LATENT_CACHE, DataConfig, TrainConfig
 from lorakit.core import atomic, safetensors_header
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
@@ -327,5 +327,4 @@ def _save(path: Path, mean: torch.Tensor, std: torch.Tensor) -> None:
         tensors = {"mean": mean.contiguous(), "std": std.contiguous()}
         atomic.write(path, safetensors.torch.save(tensors, {CHECKSUM: _checksum(mean, std)}))
     except OSError as error:
-        hint = "set data.cache = 'memory' or LORAKIT_CACHE"
-        raise LorakitError(f"{path.parent}: latents cannot be kept there ({error.strerror}); {hint}") from None
+        raise LorakitError(NO_LATENT_CACHE.format(folder=path.parent, reason=error.strerror)) from None

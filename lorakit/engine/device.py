@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lorakit.config import DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, XFORMERS_MISSING, MemoryConfig
+from lorakit.config import BF16_MISSING, DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, XFORMERS_MISSING, MemoryConfig
 from lorakit.core import install
 from lorakit.core.errors import LorakitError
 
@@ -50,9 +50,7 @@ def dtype(config: MemoryConfig, device: torch.device) -> torch.dtype:
             return torch.float32
         return torch.bfloat16 if bf16 else torch.float16
     if config.mixed_precision == "bf16" and not bf16:
-        raise LorakitError(
-            "memory.mixed_precision = 'bf16': this card does not compute in bf16; choose 'fp16' or 'fp32'"
-        )
+        raise LorakitError(BF16_MISSING)
     return PRECISIONS[config.mixed_precision]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.config import ADAPTER_SECTIONS
+from lorakit.config.option import suggest
 from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
@@ -95,7 +96,8 @@ def names(targets: Iterable[str]) -> list[str]:
     consumers = [target.strip().lower() for target in targets if target.strip()]
     for target in consumers:
         if target != "all" and target not in CONSUMERS:
-            raise LorakitError(f"unknown target {target!r}: choose from {', '.join(CONSUMERS)}, all")
+            hint = suggest(target, [*CONSUMERS, "all"])
+            raise LorakitError(f"unknown target {target!r}: choose from {', '.join(CONSUMERS)}, all{hint}")
     return list(CONSUMERS) if "all" in consumers else consumers
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lorakit.config import SampleConfig
+from lorakit.config import NO_CLASS_IMAGE_CACHE, SampleConfig
 from lorakit.core import image_grid
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
@@ -89,7 +89,7 @@ def class_images(
                 image_grid.save(picture, files[number])
             events.advance(len(numbers))
     except OSError as error:
-        raise LorakitError(f"cannot keep class images in {place}: {error.strerror}; set LORAKIT_CACHE") from None
+        raise LorakitError(NO_CLASS_IMAGE_CACHE.format(folder=place, reason=error.strerror)) from None
     return [_open(file) for file in files]
 
 

@@ -26,6 +26,7 @@ TORCH = "torch>=2.6,<2.14"
 # and needs driver 580; 12.6 has Maxwell to Hopper and runs on older drivers.
 CURRENT, LEGACY = "cu130", "cu126"
 CURRENT_CAPABILITY, CURRENT_DRIVER = (7, 5), 580
+BF16_CAPABILITY = (8, 0)
 INDEX = "https://download.pytorch.org/whl/"
 
 
@@ -150,3 +151,9 @@ def _card(line: str) -> Card:
     name, driver, *rest = (field.strip() for field in line.split(","))
     match = re.fullmatch(r"(\d+)\.(\d+)", rest[0]) if rest else None
     return Card(name, driver, (int(match[1]), int(match[2])) if match else None)
+
+
+def lacks_bf16() -> bool:
+    """Whether it is sure that no card here computes in bf16, which begins with Ampere."""
+    capabilities = [card.capability for card in cards()]
+    return bool(capabilities) and all(each is not None and each < BF16_CAPABILITY for each in capabilities)

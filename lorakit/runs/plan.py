@@ -30,6 +30,7 @@ from lorakit.config import (
 )
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import shorten
 from lorakit.core.units import duration
 from lorakit.data import captions, holdout
 from lorakit.families.facts.distilled import complete
@@ -83,6 +84,8 @@ class Plan:
         device: where it will run, as far as it can be told without torch.
         recomputed: blocks of the UNet that a step computes again in the backward pass.
         limit_gib: `memory.limit_gib`, which asked for them.
+        first_step: 0, or the step that a run goes on from.
+        prior: what keeps the rest of the model as it was, or "".
         notes: how what the base does not say was decided, a line each.
         layers: those with a rank, an alpha or a learning rate of their own, a line for each size and rate.
         host, ram: bytes of the host's memory that keep the base's weights from the device, and all that it has, as far
@@ -114,6 +117,8 @@ class Plan:
     host: int = 0
     ram: int = 0
     layers: tuple[str, ...] = ()
+    first_step: int = 0
+    prior: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `plan.json` and `--json`."""
@@ -125,8 +130,12 @@ class Plan:
         trained = ", ".join(f"{part} {m} modules ({_millions(p)} weights)" for part, (m, p) in self.modules.items())
         memory = ", ".join(f"{part} {_gib(size)}" for part, size in self.memory.items())
         validation = f", {self.holdout_count} held out for validation" if self.holdout_count else ", none held out"
+        left = self.steps - self.first_step
+        of = f", for the {left} steps left of {self.steps}" if self.first_step and self.seconds is not None else ""
         run_time = (
-            "measured in the first steps" if self.seconds is None else f"about {duration(self.seconds)} (estimate)"
+            "measured in the first steps"
+            if self.seconds is None
+            else f"about {duration(self.seconds * left / self.steps)} (estimate){of}"
         )
         return [
             f"base: {self.base} ({self.family}, predicts {self.prediction_type})",
@@ -137,6 +146,7 @@ class Plan:
             *self.layers,
             f"length: {self.length}",
             *([SHORT_RUN] if self.steps < MIN_STEPS else []),
+            *([f"prior: {self.prior}"] if self.prior else []),
             f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory}); "
             f"{_gib(self.peaks['encoding'])} to encode the photos, {_gib(self.peaks['samples'])} to draw samples",
             *self._limited(),
@@ -184,7 +194,6 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     config, device, limit_note = _limited(config, info, modules)
     batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
     steps, length = run_length(config, repeats, batches)
-    spec = registry.optimizer(config.optimizer.name)
     host = memory_estimate.host_bytes(config, info, device)
     return Plan(
         base=info.title,
@@ -192,10 +201,10 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
             *info.notes,
             *([_price(config, info, text_tokens)] if info.text_tokens > text_tokens else []),
             *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else []),
-            *filter(None, [warmup_problem(config.optimizer, steps), _own_class_images(config, report)]),
+            *filter(None, [warmup_problem(config.optimizer, steps)]),
             *([_averaging(config.train.ema_decay, steps)] if config.train.ema_decay else []),
             *limit_note,
-            *([ASSUMED_STATE.format(name=config.optimizer.name, bytes=spec.state_bytes)] if spec.is_guess else []),
+            *_assumed_state(config.optimizer.name),
         ),
         family=info.family,
         prediction_type=info.prediction_type,
@@ -205,6 +214,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         scale=config.adapter.scale,
         modules=modules,
         layers=_layer_lines(config, selected),
+        prior=_prior(config, report),
         photo_count=len(repeats),
         rows=len(sizes),
         holdout_count=holdout_count,
@@ -242,6 +252,12 @@ def _price(config: Config, info: BaseInfo, text_tokens: int) -> str:
         f"texts: all are filled up to {info.text_tokens} tokens, as the longest needs; a pass of the UNet computes "
         f"{long / short - 1:.1%} more than with {text_tokens}; data.max_tokens = 75 would cut them"
     )
+
+
+def _assumed_state(name: str) -> list[str]:
+    """The size of an optimizer's state, where that is a guess."""
+    spec = registry.optimizer(name)
+    return [ASSUMED_STATE.format(name=name, bytes=spec.state_bytes)] if spec.is_guess else []
 
 
 def _averaging(decay: float, steps: int) -> str:
@@ -335,8 +351,10 @@ def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[in
     count = "1 photo" if photo_count == 1 else f"{photo_count} photos"
     at = f" at {resolutions} resolutions" if resolutions > 1 else ""
     if train.steps_per_image is not None:
-        steps = train.steps_per_image * photo_count
-        return steps, f"{count} x {train.steps_per_image} steps each = {steps} steps{of}{at}"
+        own = train.steps_per_image * photo_count
+        steps = max(own, train.min_steps)
+        floor = f", raised to train.min_steps = {steps}" if steps > own else ""
+        return steps, f"{count} x {train.steps_per_image} steps each = {own} steps{of}{at}{floor}"
     if train.epochs is not None:
         steps = math.ceil(train.epochs * batches / parts)
         accumulated = f" / {parts} accumulated" if parts > 1 else ""
@@ -348,11 +366,15 @@ def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[in
     return train.steps, f"{train.steps} steps{of}, each of {count} seen {times} times{at}"
 
 
-def _own_class_images(config: Config, report: Report) -> str | None:
-    """That the user's own class images serve as the prior's, or None."""
-    if config.train.prior != "images" or not report.class_photos:
-        return None
-    return f"class images: {len(report.class_photos)} of your own are used, none is drawn"
+def _prior(config: Config, report: Report) -> str:
+    """What keeps the rest of the model as it was, and what that costs; "" where nothing does."""
+    if config.train.prior == "images" and report.class_photos:
+        return f"{len(report.class_photos)} class images of your own, none is drawn"
+    if config.train.prior == "images":
+        text = shorten(captions.class_prompt(config.data), 60)
+        return f'{config.train.class_images} class images, drawn by the base as "{text}" and kept for other runs'
+    is_teacher = config.train.prior == "teacher"
+    return "the base itself, asked in each step, which takes about twice as long" if is_teacher else ""
 
 
 def warmup_problem(optimizer: OptimizerConfig, steps: int) -> str | None:

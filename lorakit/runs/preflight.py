@@ -13,8 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit import families, formats
 from lorakit.adapters import targets, weights_fit
-from lorakit.config import XFORMERS_MISSING, Config, DataConfig, OptimizerConfig, optimizer_builder, unquote
-from lorakit.core import install, registry, safetensors_header
+from lorakit.config import (
+    BF16_MISSING,
+    NO_CLASS_IMAGE_CACHE,
+    NO_LATENT_CACHE,
+    XFORMERS_MISSING,
+    Config,
+    DataConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    optimizer_builder,
+    unquote,
+)
+from lorakit.core import atomic, install, registry, safetensors_header
+from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
 from lorakit.data import captions, checks, concepts, masks, photo_folder
@@ -27,6 +39,8 @@ if TYPE_CHECKING:
 
 Check = Callable[[DataConfig, BaseInfo], checks.Report]
 
+# Of a base's own resolution, from which training at another is a warning: twice and half of it are.
+MAX_RESOLUTION_FACTOR = 1.9
 NO_NAME = "data.name is empty: say what the photos show, with --subject 'sks toy' or --style 'sks style'"
 
 
@@ -124,6 +138,7 @@ def preflight(
         return Preflight(config, None, None, None, tuple(problems), tuple(unquoted))
     problems += [*families.unsuited(info, config), *_line(_max_tokens_problem(config, info))]
     warnings = [*unquoted, *info.warnings, *_line(_rate_warning(config.optimizer))]
+    warnings += _line(_resolution_warning(config.data, info))
     warnings += _line(nvidia.unused() if config.memory.device == "auto" else None)
     layers = registry.METHODS[config.adapter.method].layers
     for name in config.output.formats:
@@ -140,8 +155,7 @@ def preflight(
         problems += _lines(error)
     if report is None:
         return Preflight(config, info, None, None, tuple(problems), tuple(warnings))
-    problems += report.errors
-    problems += masks.problems(report.items) if config.train.masked_loss else []
+    problems += _photo_problems(config, report)
     planned = None if report.errors or planning else plan.make(config, info, report)
     planned = launch.divide(planned, config, processes, warnings.append)
     return Preflight(
@@ -160,6 +174,7 @@ def _early_problems(config: Config, resume: bool) -> list[str]:
         *_optimizer_problems(config),
         *_missing_packages(config),
         *_line(plan.device_problem(config.memory.device)),
+        *_line(_precision_problem(config.memory)),
         *([] if config.data.name else [NO_NAME]),
     ]
     if not resume:
@@ -231,6 +246,43 @@ def _optimizer_problems(config: Config) -> list[str]:
     has_cuda = plan.may_be_cuda(config.memory.device)
     unmet = registry.unmet_needs(optimizer.name, has_cuda=has_cuda, one_rate=one_rate)
     return unmet or _line(optimizer_builder.problem(optimizer, has_cuda=has_cuda))
+
+
+def _precision_problem(memory: MemoryConfig) -> str | None:
+    """A precision that the card lacks, as far as its driver tells it, or None."""
+    on_card = memory.mixed_precision == "bf16" and plan.guess_device(memory.device) == "cuda"
+    return BF16_MISSING if on_card and nvidia.lacks_bf16() else None
+
+
+def _photo_problems(config: Config, report: checks.Report) -> list[str]:
+    """What keeps the photos from being trained on."""
+    masks_lack = masks.problems(report.items) if config.train.masked_loss else []
+    return [*report.errors, *masks_lack, *_cache_problems(config, report)]
+
+
+def _cache_problems(config: Config, report: checks.Report) -> list[str]:
+    """Why what a run keeps for later ones cannot be written."""
+    folders = {NO_LATENT_CACHE: "latents"} if config.data.cache == "disk" else {}
+    if config.train.prior == "images" and not report.class_photos:
+        folders[NO_CLASS_IMAGE_CACHE] = "class-images"
+    places = {message: cache_dir() / name for message, name in folders.items()}
+    return [
+        message.format(folder=place, reason=reason)
+        for message, place in places.items()
+        if (reason := atomic.refusal(place))
+    ]
+
+
+def _resolution_warning(data: DataConfig, info: BaseInfo) -> str | None:
+    """A resolution far from the one that the base was trained at, or None."""
+    cells = info.configs.get("unet", {}).get("sample_size")
+    native = cells * info.downscale if isinstance(cells, int) else data.resolution
+    if native / MAX_RESOLUTION_FACTOR < data.resolution < native * MAX_RESOLUTION_FACTOR:
+        return None
+    return (
+        f"data.resolution = {data.resolution}: base {info.title} draws pictures of {native} pixels a side; at so "
+        "different a size what it draws falls apart"
+    )
 
 
 def _rate_warning(optimizer: OptimizerConfig) -> str | None:

@@ -41,9 +41,9 @@ def config_for_answers(
     changed = changed or {}
     if not any(key in changed for key in LENGTH_KEYS):
         config = configuration.load(preset)
-        for key in LENGTH_KEYS:
+        for key in (*LENGTH_KEYS, "train.min_steps"):
             length = getattr(config.train, key.partition(".")[2])
-            if length is not None:
+            if length:
                 values[key] = max(1, round(length * LENGTH_FACTORS[quality]))
     return configuration.load(preset, values | dict(changed))
 

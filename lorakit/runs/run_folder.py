@@ -371,11 +371,10 @@ def output_problem(path: Path, data_folder: str = "") -> str | None:
             return f"{path} is a file; give --output a folder"
         if data_folder and path.resolve().is_relative_to(Path(data_folder).expanduser().resolve()):
             return f"{path} is inside the folder of photos, where nothing is written; give another --output"
-        parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-        code = errno.ENOTDIR if not parent.is_dir() else 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
+        reason = atomic.refusal(path)
     except OSError as error:
-        code = error.errno or errno.EIO
-    return f"cannot write to {path}: {os.strerror(code)}; give another --output" if code else None
+        reason = os.strerror(error.errno or errno.EIO)
+    return f"cannot write to {path}: {reason}; give another --output" if reason else None
 
 
 def _is_unused(path: Path) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -162,6 +162,8 @@ def resume(
         raise
     if run.threads:
         torch.set_num_threads(run.threads)  # another number adds floats up in another order: other last bits
+    if newest is not None:
+        ready = replace(ready, plan=replace(ready.plan, first_step=checkpoint.step_of(newest)))
     _say(ready, listeners)
     if newest is not None:
         at_end = checkpoint.step_of(newest) >= ready.plan.steps

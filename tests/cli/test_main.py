@@ -74,10 +74,10 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "message"),
     [
         ([], "COMMAND"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "(did you mean train?)"),
+        (["export", "file", "--to", "kohia"], "(did you mean kohya?)"),
         (["train", "--stepz", "3"], "unrecognized arguments: --stepz"),
         (["train", "photos", "--subject", "a", "--style", "b"], "not allowed with argument"),
-        (["export", "file", "--to", "onnx"], "invalid choice: 'onnx'"),
         (["sample", "file", "--strength", "0,half"], "'0,half': write numbers with commas between, as in 0,0.5,1"),
         (["sample", "file", "--strength", "nan"], "'nan': write numbers with commas between"),
         (["sample", "file", "--size", "500"], "'500': must be a multiple of 8 from 64 to 4096"),

@@ -149,7 +149,7 @@ def test_what_sd_scripts_would_fill_in_is_listed(tmp_path: Path, capsys: pytest.
         "  network_dim = 4: not set, so sd-scripts' own default",
         "  network_alpha = 1.0: not set, so sd-scripts' own default",
         "  max_train_steps = 1600: not set, so sd-scripts' own default",
-        "  text encoders are trained, as sd-scripts does without network_train_unet_only",
+        "  network_train_unet_only = false: not set, so sd-scripts' own default",
     ]
     assert importing.convert({**TABLE, "network_alpha": 4}).notes == []
 

@@ -400,8 +400,8 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     **{f"optimizer.{name}": {"optimizer.lr_scheduler": schedule} for name, schedule in SCHEDULES.items()},
     **{"adapter.new_tokens": {"data.name": "sks toy"}, "train.prior_loss_weight": {"train.prior": "teacher"}},
     **{name: {"train.prior": "images"} for name in ("train.class_images", "data.class_folder")},
-    "train.epochs": {"train.steps": None},
-    "train.steps_per_image": {"train.steps": None},
+    **{name: {"train.steps": None} for name in ("train.epochs", "train.steps_per_image")},
+    "train.min_steps": {"train.steps": None, "train.steps_per_image": 2},
     **{"data.variants": {"data.flip": True}, "data.keep_tags": {"data.shuffle_tags": True}},
     **{name: {"data.variants": 2} for name in ("data.flip", "data.crop_jitter", "data.color_jitter")},
 }

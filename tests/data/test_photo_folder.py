@@ -347,7 +347,7 @@ def test_links_that_lead_out_up_or_nowhere_are_named_and_not_followed(tmp_path: 
         "a.mask.png, a.txt, away, b.png: links out of the folder of photos; not followed, copy the files into it",
         "c.png, d.png: links to what is not there; not read",
         "here, up: links to a folder above them; not followed",
-        "pipe.jpg: cannot be opened: neither files nor folders",
+        "pipe.jpg: cannot be opened: no file and no folder",
     ]
     link = tmp_path / "link"
     link.symlink_to(root)

@@ -208,11 +208,13 @@ def test_packages_that_are_not_installed_are_problems(
     tiny_sd1: Path, photos: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorakit.runs.preflight.find_spec", lambda name: None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) if name == "diffusers" else None)
+    tensorboard = install.with_bounds("tensorboard")
     needed = {"optimizer__name": "prodigy", "output__trackers": ["tensorboard"], "memory__attention": "xformers"}
     assert preflight(requests(tiny_sd1, photos, **needed)).problems == (
         f"optimizer.name = 'prodigy' needs prodigyopt; {install.hint('prodigy')}",
-        f"output.trackers = 'tensorboard' needs tensorboard; install it with: {install.command('tensorboard')}",
+        f"output.trackers = 'tensorboard' needs tensorboard; install it with: {install.command(tensorboard)}",
         f"memory.attention = 'xformers' needs xformers; {install.hint('xformers')}",
     )
 

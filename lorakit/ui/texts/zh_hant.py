@@ -255,6 +255,7 @@ OPTIONS = {
         "權重範數上限",
         "每步之後把各層的變化縮到這個範數（kohya 的 scale_weight_norms）；0：不限。",
     ),
+    "train.min_steps": ("最少步數", "照片少時，steps_per_image 提高到的步數。"),
     "train.timestep_shift": ("時間步偏移", "把雜訊程度移向雜訊（大於 1）或遠離它，適用於大圖。"),
     "adapter.ranks": ("各層的秩", "依樣式，例如 {'*.attn2.*' = 32}；最後符合的有效，0 表示略去。"),
     "adapter.alphas": ("各層的 alpha", "同上，為 alpha。"),

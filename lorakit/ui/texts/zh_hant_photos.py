@@ -69,9 +69,26 @@ PHOTOS = {
     "sample.prompts: {text} is a file: give it with --prompts {path}": (
         "sample.prompts：{text} 是檔案，請在命令列以 --prompts {path} 指定"
     ),
-    "class images: {count} of your own are used, none is drawn": "類別圖片：使用你自備的 {count} 張，不另外繪製",
+    "prior: {count} class images of your own, none is drawn": "先驗：使用你自備的 {count} 張類別圖片，不另外繪製",
     "each photo is trained at {sides}: as {sizes:words}; a batch holds one size": (
         "每張照片以 {sides} 訓練：尺寸為 {sizes:words}；每批只有一種尺寸"
+    ),
+    "data.resolution = {side}: base {base} draws pictures of {native} pixels a side; at so different a size what it "
+    "draws falls apart": "data.resolution = {side}：基礎模型 {base} 畫的是邊長 {native} 像素的圖；尺寸差這麼多會畫壞",
+    "data.resolution = {value}: must be a whole number, or several as a list, [768, 512]": (
+        "data.resolution = {value}：必須是整數；多個則寫成清單 [768, 512]"
+    ),
+    "train.min_steps has no effect without train.steps_per_image: leave it out": (
+        "沒有 train.steps_per_image，train.min_steps 沒有作用：請刪去"
+    ),
+    "{folder}: latents cannot be kept there ({reason}); set data.cache = 'memory' or LORAKIT_CACHE": (
+        "{folder}：無法在此保存 latents（{reason}）；請設 data.cache = 'memory' 或 LORAKIT_CACHE"
+    ),
+    "cannot keep class images in {folder}: {reason}; set LORAKIT_CACHE": (
+        "無法在 {folder} 保存類別圖片：{reason}；請設 LORAKIT_CACHE"
+    ),
+    "memory.mixed_precision = 'bf16': this card does not compute in bf16; choose 'fp16' or 'fp32'": (
+        "memory.mixed_precision = 'bf16'：這張顯示卡不支援 bf16；請選 'fp16' 或 'fp32'"
     ),
     "data.folder_resolutions.{name} = {side}: must be a multiple of 8, and not above data.resolution = {top}": (
         "data.folder_resolutions.{name} = {side}：必須是 8 的倍數，且不大於 data.resolution = {top}"

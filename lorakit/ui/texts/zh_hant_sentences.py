@@ -66,6 +66,14 @@ SENTENCES = {
     "{steps} steps of {size:words}, each of {photos:words} seen {each} times": (
         "{steps} 步，每步 {size:words}；{photos:words}，每張 {each} 次"
     ),
+    "{length:said}, raised to train.min_steps = {steps}": "{length:said}，提高到 train.min_steps = {steps}",
+    "{time:said}, for the {left} steps left of {steps}": "{time:said}，剩 {left} 步（共 {steps} 步）",
+    "prior: {count} class images, drawn by the base as {text} and kept for other runs": (
+        "先驗：{count} 張類別圖片，由基礎模型依 {text} 繪製，並留給其他訓練"
+    ),
+    "prior: the base itself, asked in each step, which takes about twice as long": (
+        "先驗：每一步都問基礎模型本身，時間約為兩倍"
+    ),
     "note: fewer than {few} steps teach little (the bundled base took {a} for {b} pictures, {c} for {d} photos); "
     "raise train.steps_per_image": (
         "請注意：少於 {few} 步學不到多少（內附的基礎模型學 {b} 張圖要 {a} 步，{d} 張照片要 {c} 步）；"
@@ -125,7 +133,7 @@ SENTENCES = {
     "{names:words}: links out of the folder of photos; not followed, copy the files into it": (
         "{names:words}：連結指向照片資料夾之外；不跟隨，請把檔案複製進來"
     ),
-    "{names:words}: cannot be opened: neither files nor folders": "{names:words}：無法開啟：既不是檔案也不是資料夾",
+    "{names:words}: cannot be opened: no file and no folder": "{names:words}：無法開啟：既不是檔案也不是資料夾",
     "not pictures, left alone: {kinds:words}": "不是圖片，略過：{kinds:words}",
     "subfolders: {names}": "子資料夾：{names}",
     # -- 圖檔 data/decode.py
