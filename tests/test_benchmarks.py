@@ -37,6 +37,14 @@ def test_the_gpus_script_runs_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(
 
 
 @pytest.mark.slow
+def test_the_bytes_of_a_sum_over_several_cards_are_those_of_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = script(monkeypatch, "scale")
+    monkeypatch.setattr(scale, "SIDES", {"sd15": ("sd1", 64)})
+    # 797,184 weights at rank 4, as diffusers' script for SD1.5 trains them.
+    assert f"{797_184 * 4 * 4 / 1e6:.1f} MB" in scale.table()[2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "loops"),
     [
