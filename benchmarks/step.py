@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from lorakit import adapters, config, families
+from lorakit.core.events import Events
 from lorakit.data import checks
 from lorakit.engine import device as devices, device_memory
 from lorakit.training.loss_step import LossStep
@@ -122,7 +123,7 @@ def ours(run_config: config.Config) -> Callable[[int], None]:
     family.acquire("unet", *(["text_encoders"] if trains_text else []))
     adapter = adapters.attach(family, run_config.adapter, seed=0)
     photos = checks.check(run_config.data, family.info)
-    encoded = precompute(run_config, family, adapter, photos, lambda line: None)
+    encoded = precompute(run_config, family, adapter, photos, Events())
     step = LossStep(family, adapter, encoded, run_config.train)
     adapters.optimize_blocks(family)
     adapter.train(True)

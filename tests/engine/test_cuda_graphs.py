@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorakit import adapters, config, families
+from lorakit.core.events import Events
 from lorakit.data import checks
 from lorakit.engine import cuda_graphs, device as devices
 from lorakit.runs import memory_estimate
@@ -50,7 +51,7 @@ def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = t
     family = families.load(info, device, dtype, settings.memory.base_storage)
     family.acquire("unet")
     adapter = adapters.attach(family, settings.adapter, seed=0)
-    encoded = precompute(settings, family, adapter, checks.check(settings.data, info), lambda line: None)
+    encoded = precompute(settings, family, adapter, checks.check(settings.data, info), Events())
     step = LossStep(family, adapter, encoded, settings.train)
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):
