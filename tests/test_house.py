@@ -446,22 +446,30 @@ def test_the_core_needs_little() -> None:
         assert "packaging" in {Requirement(text).name for text in importlib.metadata.requires(package) or []}
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["ruff", "check"], ["ruff", "format", "--check"], pytest.param(["mypy"], marks=pytest.mark.slow)],
-    ids=["ruff check", "ruff format", "mypy"],
-)
+@pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"]], ids=" ".join)
 def test_tools_have_nothing_to_say(command: list[str]) -> None:
-    paths = [] if command == ["mypy"] else ["."]
+    output_of_tool(*command, ".")
+
+
+@pytest.mark.slow
+def test_tools_have_nothing_to_say_on_types_and_see_those_of_public_names(tmp_path: Path) -> None:
+    lines = ["import lorakit", "reveal_type(lorakit.train)", "reveal_type(lorakit.Event('step').kind)"]
+    lines += ["def show(stop: lorakit.Stopped) -> None:", "    reveal_type(stop.step)"]
+    (tmp_path / "use.py").write_text("\n".join(lines), encoding="utf-8")
+    output = output_of_tool("mypy", "lorakit", "tools", str(tmp_path / "use.py"))
+    types = re.findall(r'Revealed type is "(.*)"', output)
+    assert types[0].startswith("def (config: lorakit.config.schema.Config")
+    assert types[0].endswith("-> lorakit.training.run.Result") and types[1:] == ["str", "int"]
+
+
+def output_of_tool(*command: str) -> str:
+    """What a tool that has nothing against the project prints."""
+    environment = os.environ | {"NO_COLOR": "1"}
     process = subprocess.run(
-        [sys.executable, "-m", *command, *paths],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"NO_COLOR": "1"},
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
     )
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-2000:]
+    return process.stdout
 
 
 def test_json_of_the_options_is_json() -> None:

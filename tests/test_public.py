@@ -125,16 +125,3 @@ def test_the_example_of_the_readme_uses_public_names() -> None:
     names = set(re.findall(r"lorakit\.(\w+)", block))
     assert names and names <= set(lorakit.__all__)
     compile(block, str(README), "exec")
-
-
-@pytest.mark.slow
-def test_type_checkers_see_the_public_names(tmp_path) -> None:
-    lines = ["import lorakit", "reveal_type(lorakit.train)", "reveal_type(lorakit.Event('step').kind)"]
-    lines += ["def show(stop: lorakit.Stopped) -> None:", "    reveal_type(stop.step)"]
-    (tmp_path / "use.py").write_text("\n".join(lines), encoding="utf-8")
-    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", str(tmp_path / "use.py")]
-    process = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stdout
-    types = re.findall(r'Revealed type is "(.*)"', process.stdout)
-    assert types[0].startswith("def (config: lorakit.config.schema.Config")
-    assert types[0].endswith("-> lorakit.training.run.Result") and types[1:] == ["str", "int"]
