@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,7 +148,8 @@ def _reading(
         matched |= {
             stem for stem, m in by_stem.items() if stem.startswith("lora_") and m.canonical and is_norm(m.canonical)
         }
-    matched -= {stem for stem in matched if not _has_reader(consumer, by_stem[stem])}
+    own_kinds = registry.own_kinds()
+    matched -= {stem for stem in matched if not _has_reader(consumer, by_stem[stem], own_kinds)}
     unmatched = [stem for stem in by_stem if stem not in matched]
     wrong = {stem: why for stem, why in defects.items() if stem in matched}
     for stem in sorted(matched - wrong.keys()):
@@ -176,14 +177,14 @@ def _reading(
     return Reading(consumer.title, counts, tuple(unknown), wrong, refused)
 
 
-def _has_reader(consumer: Consumer, module: Module) -> bool:
+def _has_reader(consumer: Consumer, module: Module, own_kinds: Collection[str]) -> bool:
     """Whether a program has a rule for what follows the name of a module that it knows."""
     factors = [module.parts[part] for part in ("down", "up", "mid") if part in module.parts]
     if module.has_kohya_name and any(
         not re.fullmatch(consumer.factors, name.removeprefix(f"{module.stem}.")) for name in factors
     ):
         return False
-    return bool(PARTS.get(module.method, "lora")) and module.method not in (*consumer.unread, *registry.own_kinds())
+    return bool(PARTS.get(module.method, "lora")) and module.method not in (*consumer.unread, *own_kinds)
 
 
 def traits(module: Module, shapes: Shapes, family: str, alphas: Mapping[str, float]) -> list[str]:
@@ -378,11 +379,11 @@ def _refused(
     metadata: Mapping[str, str],
 ) -> str:
     """Why a program refuses the whole file, or ""."""
-    kohya = any(module.has_kohya_name for module in by_stem.values())
+    kohya, own_kinds = any(module.has_kohya_name for module in by_stem.values()), registry.own_kinds()
     for module in by_stem.values():
         if consumer.lone_alpha and set(module.parts) == {"alpha"}:
             return f"{module.stem} has an alpha and no factors"
-        if consumer.lone_alpha and module.has_kohya_name and not _has_reader(consumer, module):
+        if consumer.lone_alpha and module.has_kohya_name and not _has_reader(consumer, module, own_kinds):
             return f"it does not know factors with names like {module.parts.get('down', module.stem)}"
     if key == "invokeai":
         if not kohya:

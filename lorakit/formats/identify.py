@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ class Module:
         """Whether it is another thing than a pair of factors, with or without a magnitude."""
         return not _marks().keys().isdisjoint(self.parts)
 
-    @property
+    @functools.cached_property
     def method(self) -> str:
         """ "dora", "bias", one of `PARTS`, or a kind of layers that a method of the registry brings."""
         for part, name in _marks().items():
@@ -166,7 +167,7 @@ class Module:
             return UNKNOWN
         return "dora" if {"magnitude", "row_magnitude"} & set(self.parts) else "lora"
 
-    @property
+    @functools.cached_property
     def strange_parts(self) -> list[str]:
         """The names of the tensors that a module of this method does not have."""
         own = registry.own_kinds().get(self.method)
