@@ -45,6 +45,7 @@ def test_what_is_for_a_card_holds_on_a_make_believe_one(tmp_path: Path) -> None:
     command = [sys.executable, str(TESTS / "card" / "card.py"), str(library), *options]
     # Options for the outer run, such as coverage, are not for this one: their tables would be read as its result.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    env["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled there, and the compiler takes a second to import
     process = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=env)
     assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
     summary = process.stdout.strip().splitlines()[-1]

@@ -21,7 +21,8 @@ class FrontEnd:
     def __init__(self, room: Path, *arguments: str):
         self.room = room
         command = [sys.executable, "-m", "lorakit", "ui", "--runs", str(room / "runs"), "--root", str(room), *arguments]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        # Nothing is compiled here, and torch's compiler takes a second to import in each process that it starts.
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "TORCHDYNAMO_DISABLE": "1"}
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
