@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import re
@@ -17,6 +16,7 @@ from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import is_file_name, printable, shorten
 from lorakit.families import ldm
+from lorakit.families.facts import other_models
 from lorakit.formats import compatibility, embeddings, identify, keys, metadata as meta
 from lorakit.formats.compatibility import Reading
 from lorakit.formats.facts import health, peft_config
@@ -156,28 +156,41 @@ def inspect(path: Path) -> Report:
             return _folder(path.parent)
         identify.require_whole(path)
     if kind != "adapter":
-        family, by, what = identify.base_family(shapes), "the width of the text it attends to", ""
-        if kind == "checkpoint":
-            with contextlib.suppress(LorakitError):  # of another architecture, or in part: told as far as it goes
-                checkpoint = ldm.read(head)
-                family, by = checkpoint.family, "its keys"
-                zero = " with zero terminal SNR" if checkpoint.prediction.zero_snr else ""
-                what = f"; it predicts {checkpoint.prediction.type}{zero}, {checkpoint.prediction.evidence}"
-        return Report(
-            path.name,
-            kind,
-            identify.DESCRIPTIONS[kind] + what,
-            size,
-            family,
-            by if family else "",
-            dtype=_dtype([head]),
-            metadata=head.metadata,
-        )
+        return _other_file(head, kind, size)
     places = {name: (head, name) for name in shapes}
     report = _adapter(path.name, size, places, shapes, peft_config.of_header(path, head.metadata), head.metadata)
     notes = [*report.notes, *_word_notes(path, head)]
     trigger = report.trigger or str(meta.read_sidecar(path).get("activation text") or "")
     return dataclasses.replace(report, hashes=health.hashes(head), notes=notes, trigger=trigger)
+
+
+def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report:
+    """A file that is no adapter: a base, a part of one, or a model of another kind."""
+    common: dict[str, Any] = {"dtype": _dtype([head]), "metadata": head.metadata}
+    if title := other_models.model_title(head.tensors):
+        text = f"{other_models.with_article(title)} model, not an adapter"
+        return Report(head.path.name, kind, text, size, None, "names of its tensors", model=title, **common)
+    description = identify.DESCRIPTIONS[kind]
+    what = other_models.what_file(head)
+    if kind == "unknown" and what != other_models.KINDS[kind]:
+        description = _no_adapter(what)
+    family, by = identify.base_family(head.shapes()), "the width of the text it attends to"
+    if kind == "checkpoint":
+        try:
+            checkpoint = ldm.read(head)
+            family, by = checkpoint.family, "its keys"
+            zero = " with zero terminal SNR" if checkpoint.prediction.zero_snr else ""
+            description += f"; it predicts {checkpoint.prediction.type}{zero}, {checkpoint.prediction.evidence}"
+        except LorakitError as error:  # of another architecture, or in part
+            common["notes"] = [f"it cannot be trained as it is: {error}"]
+            if all(name.startswith(ldm.UNET) for name in head.tensors):
+                description = identify.DESCRIPTIONS["unet"]
+    return Report(head.path.name, kind, description, size, family, by if family else "", **common)
+
+
+def _no_adapter(what: str) -> str:
+    """What `other_models` says of a part of a model, as a description."""
+    return re.sub(r"^is |(, not a base model|: .*)$", "", what) + ", not an adapter"
 
 
 def _word_notes(path: Path, head: safetensors_header.Header) -> list[str]:
@@ -204,6 +217,9 @@ def _folder(path: Path) -> Report:
         return _base_folder(path)
     if (file := identify.adapter_file(path)) != path:
         return inspect(file)
+    if what := other_models.what_folder(path):
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        return Report(path.name, "unknown", _no_adapter(what), size)
     holds = f"it holds {len(list(path.glob('*.safetensors')))} .safetensors files{identify.pickles(path)}"
     raise LorakitError(f"{path}: neither a PEFT folder nor a base model (no model_index.json); {holds}")
 
@@ -234,13 +250,17 @@ def _base_folder(path: Path) -> Report:
     by = f"its parts; the UNet attends to text of width {width}"
     if spec is not None and spec.denoiser != "unet":
         by = f"its parts: it has a {spec.denoiser}"
+    title = other_models.pipeline_title(str(index.get("_class_name", "")))
+    if title:
+        by = "its pipeline"
     return Report(
         path.name,
         "base",
         f"a base model in diffusers layout ({index.get('_class_name', 'no class named')})",
         sum(file.stat().st_size for file in weights),
         None if version is None else version.name,
-        "" if version is None else by,
+        "" if version is None and not title else by,
+        model=title,
     )
 
 

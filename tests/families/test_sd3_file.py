@@ -488,4 +488,4 @@ def test_a_t5_without_its_words_and_a_transformer_alone_are_named(
         name.removeprefix(U): shape for name, shape in safetensors_header.read(bare).shapes().items() if U in name
     }
     alone = safetensors_by_hand.write(tmp_path / "sd3.5_medium.safetensors", shapes)
-    assert refusal(alone, room) == "base sd3.5_medium.safetensors is a transformer alone: give the whole model"
+    assert "is Stable Diffusion 3's transformer alone: give the whole model" in refusal(alone, room)

@@ -320,3 +320,45 @@ def test_nan_is_read_by_nobody(tmp_path, capsys):
     assert report.damage == f"{TO_K}.lora_up.weight holds NaN or infinity"
     assert report.failures(["a1111"]) == [f"a1111: the file is damaged: {report.damage}"]
     assert "no program can use it" in report.to_text() and "NO: " in report.to_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "description", "model"),
+    [
+        (["net.blocks.0.self_attn.q_proj.weight"], "a Cosmos or Anima model, not an adapter", "Cosmos or Anima"),
+        (["model.diffusion_model.patchify_proj.weight"], "an LTX-Video model, not an adapter", "LTX-Video"),
+        (["x_pad_token", "noise_refiner.0.attention.qkv.weight"], "a Z-Image model, not an adapter", "Z-Image"),
+        (["noise_refiner.0.attention.qkv.weight"], "a Lumina Image model, not an adapter", "Lumina Image"),
+        (["condition_embedder.text_embedder.linear_1.weight"], "a Wan model, not an adapter", "Wan"),
+        (["adaln_single.linear.weight", "pos_embed.proj.weight"], "a PixArt model, not an adapter", "PixArt"),
+        (["encoder_hid_proj.weight", "conv_in.weight"], "a Kolors model, not an adapter", "Kolors"),
+        (["pos_embed.pos_embed", "proj_out.bias"], "Stable Diffusion 3's transformer alone, not an adapter", ""),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "a UNet alone, not an adapter", ""),
+    ],
+)
+def test_the_base_of_another_model_is_named(tmp_path, names, description, model):
+    save_file(dict.fromkeys(names, torch.ones(1)), tmp_path / "x.safetensors")
+    report = inspect(tmp_path / "x.safetensors")
+    assert (report.description, report.model, report.family) == (description, model, None)
+    assert (f"for             {model} (told by names of its tensors)" in report.to_text()) == bool(model)
+
+
+def test_a_base_that_cannot_be_trained_says_why(tmp_path):
+    names = ("model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.0.model.ln_final.weight")
+    save_file(dict.fromkeys(names, torch.ones(1)), tmp_path / "x.safetensors")
+    (note,) = inspect(tmp_path / "x.safetensors").notes
+    assert note.startswith("it cannot be trained as it is: x.safetensors is SDXL's refiner")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "description", "model"),
+    [
+        ("model_index.json", {"_class_name": "WanPipeline"}, "a base model in diffusers layout (WanPipeline)", "Wan"),
+        ("config.json", {"_class_name": "ControlNetModel"}, "a ControlNet, not an adapter", ""),
+        ("config.json", {"_class_name": "UNet2DConditionModel"}, "a UNet alone, not an adapter", ""),
+    ],
+)
+def test_the_folder_of_another_model_is_named(tmp_path, file, content, description, model):
+    (tmp_path / file).write_text(json.dumps(content))
+    report = inspect(tmp_path)
+    assert (report.description, report.model) == (description, model)

@@ -6,6 +6,7 @@ Names of tensors decide; sources are each model's own code, diffusers, and the l
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from lorakit.core import registry, safetensors_header
@@ -41,14 +42,17 @@ _MODELS: dict[str, tuple[str, str]] = {
     "HiDream": (r"double_stream_blocks\.\d", r"HiDream"),
     "Sana": (r"\.mlp\.inverted_conv|\.ff\.conv_inverted", r"Sana"),
     "HunyuanDiT": (r"blocks\.\d+\.(default_modulation|attn1\.Wqkv)|(^|\.)style_embedder\.", r"HunyuanDiT"),
-    "PixArt": (r"blocks\.\d+\.cross_attn\.kv_linear|(^|\.)adaln_single\.emb\.resolution_embedder", r"PixArt"),
+    "LTX-Video": (r"(^|\.)patchify_proj\.", r"LTX"),
+    "PixArt": (r"blocks\.\d+\.cross_attn\.kv_linear|^adaln_single\.", r"PixArt"),
     "Stable Cascade": (r"(^|\.)(clip_txt_pooled_mapper|clip_txt_mapper|effnet_mapper)\.", r"StableCascade|Wuerstchen"),
     "Stable Video Diffusion": (r"\.time_stack\.|\.time_mixer\.|\.temporal_transformer_blocks\.", r"StableVideo"),
     "Kolors": (r"^(model\.diffusion_model\.)?encoder_hid_proj\.weight$", r"Kolors"),
-    "Wan": (r"(^|\.)blocks\.\d+\.self_attn\.q\.", r"Wan"),
-    "LTX-Video": (r"(^|\.)patchify_proj\.", r"LTX"),
+    "Wan": (r"(^|\.)blocks\.\d+\.self_attn\.q\.|^condition_embedder\.text_embedder\.", r"Wan"),
+    "Cosmos or Anima": (r"(^|\.)blocks\.\d+\.(self|cross)_attn\.(q_proj|output_proj)\.", r"Cosmos|Anima(?!teDiff)"),
     "CogVideoX": (r"(^|\.)patch_embed\.text_proj\.", r"CogVideoX"),
-    "Lumina or Z-Image": (r"(^|\.)(noise|context)_refiner\.\d", r"Lumina|ZImage"),
+    "OmniGen": (r"(^|\.)ref_image_refiner\.\d", r"OmniGen"),
+    "Z-Image": (r"(^|\.)(x|cap)_pad_token$", r"ZImage"),
+    "Lumina Image": (r"(^|\.)(noise|context)_refiner\.\d", r"Lumina"),
     "Kandinsky": (r"^text_transformer_blocks\.", r"Kandinsky"),
     "Mochi": (r"blocks\.\d+\.attn\.qkv_[xy]", r"Mochi"),
     "DeepFloyd IF": (_NEVER, r"IF[A-Z]"),
@@ -79,7 +83,8 @@ _PARTS: dict[str, tuple[str, str]] = {
     "is a language model, not a base model": (r"^model\.layers\.\d+\.self_attn\.", r"\w+ForCausalLM|ChatGLM\w*"),
     KINDS["vae"]: (_NEVER, r"AutoencoderKL|\w*Autoencoder\w*|AsymmetricAutoencoderKL|VQModel"),
     KINDS["unet"]: (_NEVER, r"UNet\w+"),
-    f"is a transformer alone: {_WHOLE}": (r"^joint_blocks\.\d", r"\w+Transformer\w*Model"),
+    f"is Stable Diffusion 3's transformer alone: {_WHOLE}": (r"^joint_blocks\.\d|^pos_embed\.pos_embed$", r"SD3Tr\w+"),
+    f"is a transformer alone: {_WHOLE}": (_NEVER, r"\w+Transformer\w*Model"),
     KINDS["text encoder"]: (_NEVER, r"CLIPText\w+|CLIPModel"),
 }
 # What the class of a text encoder begins with.
@@ -101,17 +106,14 @@ def what_file(header: safetensors_header.Header) -> str:
     for what, (pattern, _) in _PARTS.items():
         if any(re.search(pattern, name) for name in header.tensors):
             return what
-    for title, (pattern, _) in _MODELS.items():
-        if any(re.search(pattern, name) for name in header.tensors):
-            return _other(title)
-    return KINDS.get(kind, "")
+    title = model_title(header.tensors)
+    return _other(title) if title else KINDS.get(kind, "")
 
 
 def _what_gguf(tensors: list[str]) -> str:
     """The same of a GGUF file; the names of its tensors tell as much as another file's."""
-    for title, (pattern, _) in _MODELS.items():
-        if any(re.search(pattern, name) for name in tensors):
-            return _other(title)
+    if title := model_title(tensors):
+        return _other(title)
     if ours := gguf.title(tensors):
         encoders = any(re.search(r"(^|\.)(cond_stage_model|conditioner|text_encoders)\.", name) for name in tensors)
         part = "" if encoders else "'s denoiser alone"
@@ -124,6 +126,12 @@ def _what_gguf(tensors: list[str]) -> str:
     return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
 
 
+def model_title(tensors: Iterable[str]) -> str:
+    """The model that is not trained here and has tensors of these names, or ""."""
+    names = list(tensors)
+    return next((what for what, (pattern, _) in _MODELS.items() if any(re.search(pattern, n) for n in names)), "")
+
+
 def pipeline_title(name: str) -> str:
     """The model that is not trained here and whose pipeline is of this class, or ""."""
     return next((title for title, (_, pattern) in _MODELS.items() if re.match(pattern, name)), "")
@@ -132,7 +140,7 @@ def pipeline_title(name: str) -> str:
 def what_pipeline(name: str) -> str:
     """What a model_index.json that is not of a family is of; continues "base NAME ..."."""
     title = pipeline_title(name)
-    return _other(title) if title else f"is a {name}; lorakit trains {registry.version_titles()}"
+    return _other(title) if title else f"is {with_article(name)}; lorakit trains {registry.version_titles()}"
 
 
 def what_encoder(index: Config, encoder: str, kind: str) -> str:
@@ -158,5 +166,9 @@ def what_folder(folder: Path) -> str:
 
 
 def _other(title: str) -> str:
-    article = "an" if title[0] in "AIH" and title[:2] not in ("Hu", "Hi") else "a"
-    return f"is {article} {title} model; lorakit trains {registry.version_titles()}"
+    return f"is {with_article(title)} model; lorakit trains {registry.version_titles()}"
+
+
+def with_article(title: str) -> str:
+    """A model's title with "a" or "an", as it is spoken."""
+    return f"{'an' if title[0] in 'AIO' or title.startswith('LTX') else 'a'} {title}"

@@ -179,6 +179,9 @@ BASES = {
     "base {file} is an image encoder alone: give the whole model": "{file} 只有圖片編碼器：請指定完整的模型",
     "base {file} is a language model, not a base model": "{file} 是語言模型，不是基礎模型",
     "base {file} is a transformer alone: give the whole model": "{file} 只有 transformer：請指定完整的模型",
+    "base {file} is Stable Diffusion 3's transformer alone: give the whole model": (
+        "{file} 只有 Stable Diffusion 3 的 transformer：請指定完整的模型"
+    ),
     "base {path} is a PEFT adapter, not a base model": "{path} 是 PEFT adapter，不是基礎模型",
     "base {file} is a UNet alone: give the whole model": "{file} 只有 UNet：請指定完整的模型",
     "base {file} is a VAE alone, not a base model": "{file} 只有 VAE，不是基礎模型",
