@@ -203,6 +203,7 @@ TESTED_ELSEWHERE = {
     "train.save_every": "test_run.py; must not reach the weights",
     "train.keep_checkpoints": "test_checkpoint.py, rotation",
     "train.on_nan": "test_not_finite.py, rollback",
+    "train.deterministic": "test_device_choice.py; the last bits alone",
     **dict.fromkeys(
         (option.key for option in config.options() if option.section == "memory"), "test_device.py, test_run.py"
     ),

@@ -31,7 +31,7 @@ def run_probe(args: argparse.Namespace) -> int:
 
     from lorakit import families
     from lorakit.data import decode
-    from lorakit.engine import device as devices, device_memory
+    from lorakit.engine import device as devices
     from lorakit.families.pocket import subjects
     from lorakit.inference.measure_prediction import measure
 
@@ -43,7 +43,7 @@ def run_probe(args: argparse.Namespace) -> int:
     else:
         pictures = [image for image, _ in subjects.photos(BUNDLED_SUBJECT, BUNDLED_PHOTOS)]
     memory, device = config.memory, devices.device(config.memory)
-    device_memory.prepare(device)
+    devices.prepare(memory, device)
     dtype, streams = devices.dtype(memory, device), devices.streams(memory, device)
     family = families.load(info, device, dtype, memory.base_storage, streams, memory.engine == "plain")
     verdict = measure(family, pictures)

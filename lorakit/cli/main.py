@@ -197,7 +197,7 @@ def describe_option(option: configuration.Option) -> dict[str, Any]:
         )
     else:
         values = ", ".join(choices) if choices else names[kind]
-        values += ", module:Class" if option.import_path else ""
+        values += ", module:Class" if option.import_path else f", {option.numbered}:1" * bool(option.numbered)
     if option.low is not None:
         values += (
             f", {format_bound(option.low)} to {format_bound(option.high)}"

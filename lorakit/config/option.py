@@ -47,6 +47,7 @@ class Option:
         private: the value has names of the user's. It is never written to an adapter's metadata either.
         choices: the valid values; () if any value is valid.
         import_path: "module:Class" is also valid.
+        numbered: the choice that may be followed by ":" and a number.
     """
 
     section: str
@@ -61,6 +62,7 @@ class Option:
     private: bool = False
     choices: tuple[str, ...] = ()
     import_path: bool = False
+    numbered: str = ""
 
     @property
     def example(self) -> str:
@@ -139,8 +141,9 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
     if opt.import_path and isinstance(value, str) and IMPORT_PATH.fullmatch(value):
         return None, value
     if choices:
-        if value not in choices:
-            more = " or write module:Class" if opt.import_path else ""
+        is_numbered = opt.numbered and re.fullmatch(rf"{opt.numbered}:\d{{1,3}}", str(value))
+        if value not in choices and not is_numbered:
+            more = " or write module:Class" if opt.import_path else f" or {opt.numbered}:1" * bool(opt.numbered)
             return (
                 f"{opt.key} = {to_text(value)}: choose one of {', '.join(choices)}{more}{suggest(value, choices)}",
                 None,

@@ -23,6 +23,7 @@ FREE |= {
     "train.save_every",
     "train.keep_checkpoints",
     "train.on_nan",
+    "train.deterministic",
 }
 FREE |= {
     "train.export_every",

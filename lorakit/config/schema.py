@@ -322,6 +322,9 @@ class TrainConfig:
     export_every: int = option(0, "Steps after which the adapter is also written as a separate file; 0: never.", low=0)
     keep_checkpoints: int = option(3, "Newest checkpoints kept.", low=1)
     init_from: str = option("", "Start from this adapter's weights (a new run, not a resume).", path=True)
+    deterministic: bool = option(
+        False, "On CUDA, kernels that give the same bits in each run; slower. A CPU does so anyway."
+    )
     on_nan: Literal["stop", "rollback"] = option(
         "stop", "Non-finite loss: stop, or once go back to the last checkpoint."
     )
@@ -331,9 +334,17 @@ class TrainConfig:
 class MemoryConfig:
     """Where it runs and in what precision."""
 
-    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, else MPS, else CPU.")
+    device: str = option(
+        "auto",
+        "auto: CUDA, else MPS, else CPU. cuda:1 is the second card.",
+        choices=("auto", "cuda", "mps", "cpu"),
+        numbered="cuda",
+    )
     mixed_precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "Precision of the frozen base. auto: bf16 or fp16 on CUDA, fp32 elsewhere. Adapters are always fp32."
+    )
+    tf32: bool = option(
+        True, "On CUDA, products of float32 numbers in TF32 where the card has it; false: in full, slower."
     )
     attention: Literal["sdpa", "xformers"] = option(
         "sdpa", "Attention kernel; xformers is tested against sdpa at the start."

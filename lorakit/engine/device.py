@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection
+import itertools
+import os
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lorakit.config import BF16_MISSING, DEVICE_MISSING, OFFLOAD_NEEDS_CUDA, XFORMERS_MISSING, MemoryConfig
+from lorakit.config import (
+    BF16_MISSING,
+    DEVICE_MISSING,
+    OFFLOAD_NEEDS_CUDA,
+    XFORMERS_MISSING,
+    MemoryConfig,
+    TrainConfig,
+)
 from lorakit.core import install
 from lorakit.core.errors import LorakitError
+from lorakit.engine import device_memory
 
 if TYPE_CHECKING:
     from lorakit.families import Family
@@ -32,9 +43,61 @@ def device(config: MemoryConfig) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if config.device == "auto":
         return torch.device(next(name for name, is_available in available.items() if is_available))
-    if not available[config.device]:
+    kind, _, number = config.device.partition(":")
+    if not available[kind] or (number and int(number) >= torch.cuda.device_count()):
         raise LorakitError(DEVICE_MISSING.format(device=config.device, version=torch.__version__))
     return torch.device(config.device)
+
+
+def prepare(config: MemoryConfig, device: torch.device) -> list[str]:
+    """Set up torch for a CUDA device, before its first use; a line for each thing that a person would want to know."""
+    if device.type != "cuda":
+        return []
+    lines = [device_memory.prepare(device)]
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.mixed_precision == "fp32":
+        lines.append(f"float32 products: {'in TF32 where the card has it' if config.tf32 else 'in full'}")
+    if "GTX 16" in torch.cuda.get_device_name(device):
+        # Their convolutions in fp16 give NaN unless cuDNN tries its kernels (pytorch issue 58123).
+        torch.backends.cudnn.benchmark = True
+        lines.append("cuDNN tries its kernels for each size, because a GTX 16 needs that in fp16")
+    return lines
+
+
+def uses_tf32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products on the device have the precision of fp16, though the base is in float32."""
+    return device.type == "cuda" and dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
+
+
+@contextlib.contextmanager
+def deterministic(config: TrainConfig) -> Iterator[None]:
+    """Inside, kernels give the same bits in each run, where the config asks for that.
+
+    Raises:
+        LorakitError: an operation has no such kernel.
+    """
+    if not config.deterministic:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before, cudnn_attention = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # nothing reads memory that nobody wrote
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has no such kernel
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, LorakitError) or "deterministic" not in str(error):
+            raise
+        first = str(error).partition(". ")[0]
+        raise LorakitError(f"train.deterministic = true: {first}; set it to false") from None
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = fill
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 
 def dtype(config: MemoryConfig, device: torch.device) -> torch.dtype:
@@ -66,14 +129,15 @@ def streams(config: MemoryConfig, device: torch.device) -> bool:
 
 
 def attention(config: MemoryConfig, family: Family) -> str:
-    """Give the UNet its attention kernel, and say which in one line. xformers is tested against SDPA first, and SDPA
-    kept where it fails.
+    """Give the UNet its attention kernel, and say which in one line. Kernels are tested first, SDPA's on a card; those
+    that fail are not used, and SDPA takes the place of xformers.
 
     Raises:
-        LorakitError: xformers was chosen and is not installed.
+        LorakitError: xformers was chosen and is not installed, or every kernel fails.
     """
     if config.attention == "sdpa":
-        return "attention: sdpa"
+        wrong = _switch_off_wrong_kernels(family.device, family.dtype) if family.device.type == "cuda" else ""
+        return f"attention: sdpa{wrong}"
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError:
@@ -85,8 +149,31 @@ def attention(config: MemoryConfig, family: Family) -> str:
     return "attention: xformers, which agrees with sdpa forward and backward"
 
 
+def _switch_off_wrong_kernels(device: torch.device, dtype: torch.dtype) -> str:
+    """Test SDPA, and switch off its kernels, in torch's order, until it passes; which ones, and why.
+
+    Raises:
+        LorakitError: it never passes.
+    """
+    cuda = torch.backends.cuda
+    kernels = {"cuDNN": cuda.enable_cudnn_sdp, "flash": cuda.enable_flash_sdp}
+    kernels["memory-efficient"] = cuda.enable_mem_efficient_sdp
+    wrong, first = [], ""
+    with contextlib.suppress(torch.OutOfMemoryError):  # which a later phase explains
+        while problem := attention_problem(_sdpa, device, dtype):
+            if not kernels:
+                raise LorakitError(
+                    f"every attention kernel fails its self-test ({problem}): update torch or the driver"
+                )
+            name = next(iter(kernels))
+            kernels.pop(name)(False)
+            wrong.append(name)
+            first = first or problem
+    return f" without {', '.join(wrong)}, because its self-test failed ({first})" if wrong else ""
+
+
 def attention_problem(candidate: Attention, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Compare an attention function with SDPA, output and all three gradients; the problem, or None.
+    """Compare an attention function with attention written out, output and all three gradients; the problem, or None.
 
     Args:
         candidate: takes query, key and value `[B, T, heads, size]`, as xformers has them.
@@ -94,12 +181,15 @@ def attention_problem(candidate: Attention, device: torch.device, dtype: torch.d
     # Room for tensor cores' shortened float32; what is sought is wrong by far more.
     allowed = 2e-3 if dtype == torch.float32 else 2e-2
     draw = torch.Generator(device).manual_seed(0)
-    for size in HEAD_SIZES:
-        inputs = [torch.randn((2, 77, 4, size), generator=draw, device=device).to(dtype) for _ in range(4)]
+    for size, queries in itertools.product(HEAD_SIZES, (77, 256)):
+        lengths = (queries, 77, 77, queries)
+        inputs = [torch.randn((2, n, 4, size), generator=draw, device=device).to(dtype) for n in lengths]
         *qkv, towards = inputs
-        expected = _outputs_and_gradients(_sdpa, [tensor.float() for tensor in qkv], towards.float())
+        expected = _outputs_and_gradients(_reference_attention, [tensor.float() for tensor in qkv], towards.float())
         try:
             results = _outputs_and_gradients(candidate, qkv, towards)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             return (str(error).splitlines() or [type(error).__name__])[0]
         for name, right, got in zip(("output", "query", "key", "value"), expected, results, strict=True):
@@ -127,6 +217,11 @@ def _recomputed(forward: Callable[..., Any], random: bool, *args: Any, **kwargs:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
+
+
+def _reference_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

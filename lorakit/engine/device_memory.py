@@ -14,18 +14,18 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _limits: dict[int, int] = {}
 
 
-def prepare(device: torch.device) -> str | None:
-    """Limit this process to the memory that is free on a CUDA device now; a line that says how much it is, or None.
+def prepare(device: torch.device) -> str:
+    """Limit this process to the memory that is free on a CUDA device now; a line that says how much it is.
 
     Drivers on Windows and WSL move what goes beyond it to the host's memory, where a step takes ten times as long.
     Torch raises OutOfMemoryError instead. On Linux the allocator's segments may grow, which avoids fragments, unless a
     variable of the environment sets up the allocator.
     """
-    if device.type != "cuda":
-        return None
     is_set = any(os.environ.get(name) for name in ALLOCATOR_VARIABLES)
     if sys.platform == "linux" and not is_set and not torch.cuda.is_initialized():
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+    if device.index:
+        torch.cuda.set_device(device)
     free, total = torch.cuda.mem_get_info(device)
     available = free + torch.cuda.memory_reserved(device)
     torch.cuda.set_per_process_memory_fraction(min(available / total, 1.0), device)

@@ -234,6 +234,12 @@ def _to_host(weight: torch.Tensor, host_slot: HostSlot) -> QuantizedWeight:
     return QuantizedWeight(data, None, "full", tuple(weight.shape), host_slot=host_slot, device=device)
 
 
+def is_pinned(unet: nn.Module) -> bool:
+    """Whether all of the weights that are in host memory, if any are, are pinned there."""
+    weights = (weight for weight in unet.parameters() if isinstance(weight, QuantizedWeight))
+    return all(weight.host_slot is None or weight.host_slot.offloader.pinned for weight in weights)
+
+
 def storage_nbytes(module: nn.Module) -> int:
     """Bytes in memory of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]

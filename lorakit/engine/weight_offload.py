@@ -6,6 +6,7 @@ In training the order of accesses repeats from step to step, including backward 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -60,6 +61,8 @@ class WeightOffloader:
         misses: how many of them found the weight not prefetched.
         bytes_copied: bytes copied to the device.
         host_bytes: bytes of host memory in use.
+        pinned: whether all of it is pinned. Systems limit that (WSL to some 1 GiB); copies from the rest make the host
+            wait.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device | str, window: int | None = None):
@@ -75,6 +78,7 @@ class WeightOffloader:
         cuda = self.device.type == "cuda" and torch.cuda.is_available()
         self._copy_stream: Any = torch.cuda.Stream(self.device) if cuda else None
         self._compute_stream: Any = None
+        self.pinned = self._copy_stream is not None
 
     def put(self, number: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy a weight, given as its parts, to host memory; return the parts there.
@@ -84,7 +88,8 @@ class WeightOffloader:
         """
         slab = self._slots[number][0]
         if slab not in self._slabs:
-            self._slabs[slab] = _host_memory(self._lengths[slab], pinned=self._copy_stream is not None)
+            self._slabs[slab] = _host_memory(self._lengths[slab], pinned=self.pinned)
+            self.pinned = self.pinned and self._slabs[slab].is_pinned()
             self.host_bytes += self._lengths[slab]
         host_parts = _split(self._host_view(number), parts)
         for host_part, part in zip(host_parts, parts, strict=True):
@@ -172,9 +177,12 @@ def _split(data: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tens
 
 
 def _host_memory(size: int, *, pinned: bool) -> torch.Tensor:
-    """Allocate bytes of host memory; only with CUDA they can be pinned."""
+    """Allocate bytes of host memory; only with CUDA they can be pinned, and not where the system refuses that."""
+    if pinned:
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     try:
-        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     except RuntimeError:
         raise LorakitError(
             f"memory.stream_base: the host has no {size / 2**20:.0f} MiB of memory left for the base's weights; close "

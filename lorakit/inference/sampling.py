@@ -29,7 +29,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.image_grid import grid, save
 from lorakit.core.names import unique_path
 from lorakit.data import captions
-from lorakit.engine import device as placement, device_memory
+from lorakit.engine import device as placement
 from lorakit.families import adapter_base, loading
 from lorakit.families.facts.distilled import Sampling, complete
 from lorakit.formats.metadata import family as metadata_family
@@ -245,7 +245,7 @@ def draw_weights(
     if weights.family != info.family:
         raise LorakitError(f"{name} was made for {weights.family} and {info.title} is {info.family}; give its --base")
     device = placement.device(where)
-    device_memory.prepare(device)
+    placement.prepare(where, device)
     # A file may come from a run on a card that streamed; elsewhere there is nowhere to, and the pictures are the same.
     stream = where.stream_base and device.type == "cuda"
     family = families.load(

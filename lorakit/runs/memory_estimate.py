@@ -39,6 +39,10 @@ RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
 # Stable Diffusion's autoencoder in float32: its weights, and what a pixel takes to encode, to decode, and to do either
 # by strips, which `families.strips` does on a card that has no room for more.
 VAE_BYTES, ENCODING, DECODING, TILED_VAE = 335_000_000, 2560, 3072, 288
+TOO_LARGE = (
+    "memory: the card has {gib} free, and a step may need more even with every block computed again; "
+    "memory.base_storage = 'nf4' or a lower data.resolution makes it smaller"
+)
 # Rows of CLIP's table of words, which is no layer.
 VOCABULARY = 49408
 

@@ -58,10 +58,6 @@ ASSUMED_STATE = (
 )
 # What is due every so often, such as sample grids, is due after each of so many parts of a run unless an option says.
 PARTS = 5
-TOO_LARGE = (
-    "memory: the card has {gib} free, and a step may need more even with every block computed again; "
-    "memory.base_storage = 'nf4' or a lower data.resolution makes it smaller"
-)
 # Share of the host's memory above which weights that are pinned in it leave others too little.
 MAX_RAM_SHARE = 0.5
 
@@ -239,7 +235,7 @@ def _limited(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, in
     available = nvidia.free_bytes() if device == "cuda" and config.memory.limit_gib is None else None
     limited = memory_estimate.limit_to(available, config, info, modules, device)
     all_recomputed = limited.memory.gradient_checkpointing and not config.memory.gradient_checkpointing
-    return limited, device, [TOO_LARGE.format(gib=_gib(available or 0))] if all_recomputed else []
+    return limited, device, [memory_estimate.TOO_LARGE.format(gib=_gib(available or 0))] if all_recomputed else []
 
 
 def _price(config: Config, info: BaseInfo, text_tokens: int) -> str:
@@ -438,7 +434,7 @@ def interval(every: int, steps: int) -> int:
 def guess_device(option: str) -> str:
     """The device that `memory.device = "auto"` will most likely come to, told without importing torch."""
     if option != "auto":
-        return option
+        return option.partition(":")[0]
     if may_be_cuda(option) and nvidia.has_driver():
         return "cuda"
     return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
@@ -446,12 +442,15 @@ def guess_device(option: str) -> str:
 
 def may_be_cuda(option: str) -> bool:
     """False where `memory.device` cannot come to CUDA; where it says "auto" there may be none nevertheless."""
-    return option == "cuda" or (option == "auto" and not _no_cuda())
+    return option.startswith("cuda") or (option == "auto" and not _no_cuda())
 
 
 def device_problem(option: str) -> str | None:
     """Why `memory.device` cannot be there, as far as it can be told without torch, or None."""
-    if not (option == "cuda" and _no_cuda()) and not (option == "mps" and sys.platform != "darwin"):
+    number = option.partition(":")[2]
+    beyond = number and nvidia.cards() and int(number) >= len(nvidia.cards())
+    no_cuda = option.startswith("cuda") and (_no_cuda() or beyond)
+    if not no_cuda and not (option == "mps" and sys.platform != "darwin"):
         return None
     return DEVICE_MISSING.format(device=option, version=nvidia.torch_version())
 

@@ -345,7 +345,9 @@ class Milestones:
         try:
             with model.adapter.averaged():
                 out_of_memory.retry_after_freeing(model.optimizer_step.discard_graphs, draw)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory.is_out_of_memory(error):
+                raise
             line = f"step {step}: not enough memory to draw samples; training goes on without them"
             self.run.events.say(line, warning=True)
         finally:

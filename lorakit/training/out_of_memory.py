@@ -16,12 +16,18 @@ from lorakit.runs import memory_estimate
 Value = TypeVar("Value")
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has no memory left; Apple's has no error of its own for that."""
+    apples = ("MPS backend out of memory", "Invalid buffer size")
+    return isinstance(error, torch.OutOfMemoryError) or str(error).startswith(apples)
+
+
 def retry_after_freeing(free: Callable[[], bool], compute: Callable[[], Value]) -> Value:
     """Return `compute()`; where memory runs out, once more after `free`, which returns whether it freed any."""
     try:
         return compute()
-    except torch.OutOfMemoryError:
-        if not free():
+    except RuntimeError as error:
+        if not (is_out_of_memory(error) and free()):
             raise
     # Not inside: the error holds on to what was computed so far.
     torch.cuda.empty_cache()
@@ -37,5 +43,7 @@ def explain_out_of_memory(doing: str, config: Config) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise LorakitError(memory_estimate.advice(doing, config, device.device(config.memory).type)) from None

@@ -24,7 +24,7 @@ from lorakit.core.events import Events, Listener, Stop, StopRequest
 from lorakit.core.names import quote, step_name
 from lorakit.core.registry import FORMATS
 from lorakit.data import photo_folder
-from lorakit.engine import device as devices, device_memory
+from lorakit.engine import device as devices, quantized_weight
 from lorakit.formats import files
 from lorakit.runs import launch, nvidia, report
 from lorakit.runs.preflight import Ready, preflight
@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     from lorakit.families import Family
 
 __all__ = ["NotFinite", "Result", "Stopped", "resume", "start", "train"]
+
+
+NOT_PINNED = (
+    "memory.stream_base: the system does not pin so much of the host's memory, so copies to the card make training "
+    "wait; on WSL raise the memory in .wslconfig, or keep the weights smaller with memory.base_storage"
+)
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,13 @@ def _run(
     ready: Ready, folder: RunFolder, listeners: Sequence[Listener], stop: Stop | None, resume_from: Path | None
 ) -> Result:
     """Load the base, precompute, train, export, and check the files."""
-    with _outcome(folder), parallel.join() as processes, _begin(ready, folder, listeners, stop, processes) as run:
+    deterministic = devices.deterministic(ready.config.train)
+    with (
+        _outcome(folder),
+        parallel.join() as processes,
+        _begin(ready, folder, listeners, stop, processes) as run,
+        deterministic,
+    ):
         processes.first(lambda: (ready, folder.path, resume_from))
         load, family, inputs, model, state = _train(run, resume_from)
         with run.phase("checking the exported file"):
@@ -242,7 +254,8 @@ def follow(*, stop: Stop | None = None) -> Result:
         ready, path, resume_from = cast(tuple[Ready, Path, Path | None], processes.receive())
         request = StopRequest(Events(), *([stop] if stop else []), agree=processes.any)
         run = Run(ready, parallel.SilentFolder(path), Events(), request, time.time(), {}, processes)
-        _train(run, resume_from)
+        with devices.deterministic(ready.config.train):
+            _train(run, resume_from)
         return cast(Result, processes.receive())
 
 
@@ -254,6 +267,8 @@ def _train(
     with run.phase("loading the base"):
         family = load()
         run.events.say(devices.attention(run.config.memory, family))
+        if not quantized_weight.is_pinned(family.denoiser):
+            run.events.say(NOT_PINNED, warning=True)
     with run.phase("encoding the photos"):
         poll = functools.partial(run.stop.poll, "class images and latents that are complete are kept")
         prepare = functools.partial(precompute, run.config, family, None, run.ready.report, run.events, poll)
@@ -377,7 +392,7 @@ def _loader(run: Run) -> Callable[[], Family]:
     """Loads the base as the config asks for; says on which device and in which precision."""
     memory = run.config.memory
     device = devices.device(memory)
-    room = device_memory.prepare(device)
+    lines = devices.prepare(memory, device)
     dtype = devices.dtype(memory, device)
     storage, streams = memory.base_storage, devices.streams(memory, device)
     places = [storage] * (storage != "full") + ["the host's memory"] * streams
@@ -390,8 +405,8 @@ def _loader(run: Run) -> Callable[[], Family]:
             f"torch {torch.__version__} does not see the graphics card: `lorakit doctor` says why", warning=True
         )
     run.events.say(f"device: {where}, base in {str(dtype).removeprefix('torch.')}{placement}, adapter in float32")
-    if room:
-        run.events.say(room)
+    for line in lines:
+        run.events.say(line)
     return functools.partial(families.load, run.ready.info, device, dtype, storage, streams, memory.engine == "plain")
 
 

@@ -23,6 +23,7 @@ from lorakit import adapters, formats
 from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.core import rng
 from lorakit.core.layer_names import canonical
+from lorakit.engine import device as devices
 from lorakit.formats import compatibility, verify
 
 if TYPE_CHECKING:
@@ -118,7 +119,14 @@ def examine(
         adapters.apply(family, formats.read(path))
         read = probe(family, prompt, size)
         findings += compare(
-            name, base_probe, memory_probe, read, tolerance=TOLERANCE[dtype], dtype=family.dtype, weights=weights
+            name,
+            base_probe,
+            memory_probe,
+            read,
+            tolerance=TOLERANCE[dtype],
+            # Products in TF32 are as short as those in float16.
+            dtype=torch.float16 if devices.uses_tf32(family.device, family.dtype) else family.dtype,
+            weights=weights,
         )
         yield name, findings, family
         del family  # the next one needs its room

@@ -118,7 +118,7 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
     if field.kind == "choice":
         if len(field.choices) <= 3:
             return gr.Radio(choices=list(field.choices), value=widget_value, **common)
-        free = field.option.import_path
+        free = field.option.import_path or bool(field.option.numbered)
         return gr.Dropdown(list(field.choices), value=widget_value, filterable=free, allow_custom_value=free, **common)
     if field.kind in ("number", "whole") and not field.in_words:
         return gr.Number(value=widget_value, **common)

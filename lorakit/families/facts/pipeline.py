@@ -120,7 +120,7 @@ def with_pipeline(config: Config, pipeline: DiffusionPipeline) -> Config:
     if config.model.base not in (ModelConfig().base, IN_MEMORY):
         raise LorakitError(f"model.base = {config.model.base!r} and a pipeline in memory: give one of them")
     config = replace(config, model=replace(config.model, base=IN_MEMORY))
-    on_card = config.memory.device in ("auto", "cuda") and torch.cuda.is_available()
+    on_card = config.memory.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
     if not on_card or config.memory.mixed_precision != "auto":
         return config
     precision: Literal["auto", "bf16", "fp16"] = "fp16" if pipeline.dtype is torch.float16 else "auto"

@@ -184,6 +184,8 @@ NAMES = {
     "memory.limit_gib": "Limit in GiB",
     "memory.stream_base": "Weights in the host's memory",
     "memory.compile": "Compile the UNet",
+    "memory.tf32": "TF32",
+    "train.deterministic": "Same bits in each run",
     "memory.cuda_graphs": "CUDA graphs",
     "output.dtype": "Precision of the file",
 }

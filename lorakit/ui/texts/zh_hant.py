@@ -301,12 +301,14 @@ OPTIONS = {
     "train.export_every": ("匯出間隔", "每隔多少步另外寫出一個 adapter 檔；0：不寫。"),
     "train.keep_checkpoints": ("保留檢查點", "保留最新的幾個檢查點。"),
     "train.init_from": ("起始 adapter", "從這個 adapter 的權重開始（新的執行，不是繼續）。"),
+    "train.deterministic": ("每次相同的位元", "在 CUDA 上只用每次執行都得到相同位元的核心；較慢。CPU 上本來就是如此。"),
     "train.on_nan": ("遇到非有限值", "損失非有限時：停止，或回到上一個檢查點一次。"),
-    "memory.device": ("裝置", "auto：CUDA，其次 MPS，再其次 CPU。"),
+    "memory.device": ("裝置", "auto：CUDA，其次 MPS，再其次 CPU。cuda:1 是第二張顯示卡。"),
     "memory.mixed_precision": (
         "精度",
         "凍結的基礎模型的精度。auto：CUDA 上用 bf16 或 fp16，其他用 fp32。Adapter 一律為 fp32。",
     ),
+    "memory.tf32": ("TF32", "在 CUDA 上，顯示卡支援時以 TF32 計算 float32 的乘積；false：完整精度，較慢。"),
     "memory.attention": ("注意力核心", "注意力的計算核心；xformers 在開始時會與 sdpa 比對檢驗。"),
     "memory.limit_gib": (
         "記憶體上限",

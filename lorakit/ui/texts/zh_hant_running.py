@@ -119,6 +119,23 @@ RUNNING = {
     "memory: {count} blocks of the UNet are computed again in the backward pass, for what is free": (
         "記憶體：為了不超過可用的記憶體，反向傳播時重新計算 UNet 的 {count} 個區塊"
     ),
+    "float32 products: in TF32 where the card has it": "float32 乘積：顯示卡支援時用 TF32",
+    "float32 products: in full": "float32 乘積：完整精度",
+    "cuDNN tries its kernels for each size, because a GTX 16 needs that in fp16": (
+        "cuDNN 會為每種尺寸試用核心，因為 GTX 16 在 fp16 下需要如此"
+    ),
+    "every attention kernel fails its self-test ({problem}): update torch or the driver": (
+        "所有注意力核心都沒有通過檢驗（{problem}）：請更新 torch 或驅動程式"
+    ),
+    "attention: sdpa without {kernels}, because its self-test failed ({problem})": (
+        "注意力：sdpa，不用 {kernels}，因為它沒有通過檢驗（{problem}）"
+    ),
+    "train.deterministic = true: {problem}; set it to false": "train.deterministic = true：{problem}；請設為 false",
+    "memory.stream_base: the system does not pin so much of the host's memory, so copies to the card make training "
+    "wait; on WSL raise the memory in .wslconfig, or keep the weights smaller with memory.base_storage": (
+        "memory.stream_base：系統無法固定這麼多主記憶體，因此複製到顯示卡時訓練必須等待；"
+        "在 WSL 上請調高 .wslconfig 的記憶體，或用 memory.base_storage 讓權重變小"
+    ),
     "memory.limit_gib chooses the blocks to recompute: leave out memory.gradient_checkpointing": (
         "memory.limit_gib 會自行選擇要重新計算的區塊：請不要設定 memory.gradient_checkpointing"
     ),
