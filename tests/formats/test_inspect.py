@@ -337,7 +337,7 @@ def test_nan_is_read_by_nobody(tmp_path, capsys):
     ],
 )
 def test_the_base_of_another_model_is_named(tmp_path, names, description, model):
-    save_file(dict.fromkeys(names, torch.ones(1)), tmp_path / "x.safetensors")
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "x.safetensors")
     report = inspect(tmp_path / "x.safetensors")
     assert (report.description, report.model, report.family) == (description, model, None)
     assert (f"for             {model} (told by names of its tensors)" in report.to_text()) == bool(model)
@@ -345,7 +345,7 @@ def test_the_base_of_another_model_is_named(tmp_path, names, description, model)
 
 def test_a_base_that_cannot_be_trained_says_why(tmp_path):
     names = ("model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.0.model.ln_final.weight")
-    save_file(dict.fromkeys(names, torch.ones(1)), tmp_path / "x.safetensors")
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "x.safetensors")
     (note,) = inspect(tmp_path / "x.safetensors").notes
     assert note.startswith("it cannot be trained as it is: x.safetensors is SDXL's refiner")
 
