@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from lorakit.engine import fused_lora, recompute
 from lorakit.engine.onednn_linear import frozen_linear, linear
+from lorakit.engine.quantized_weight import QuantizedWeight
 from lorakit.engine.recompute import Recompute, get_recompute, load_for_backward, save_for_backward
 
 # PEFT's name of the adapter.
@@ -316,8 +317,7 @@ def _is_fusable_resnet(module: Any) -> bool:
 def _can_share(layers: list[Any]) -> bool:
     """Whether the layers are all linear or all LoRA, with the same shape, rank and scale, and without bias."""
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
-    # A quantized weight is a tensor of another type.
-    if any(not isinstance(base, nn.Linear) or type(base.weight) is not nn.Parameter for base in bases):
+    if any(not isinstance(base, nn.Linear) or isinstance(base.weight, QuantizedWeight) for base in bases):
         return False
     if any(base.bias is not None or base.weight.shape != bases[0].weight.shape for base in bases):
         return False

@@ -143,7 +143,9 @@ class _NormSiluFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         x, mean, rstd = ctx.saved_tensors
         norm = ctx.norm
-        gradient = _silu_backward(gradient, _normed(x, norm)[0])
+        # The kernels read both as NCHW, whatever they are; autograd's own formula makes them so, too.
+        x = x.contiguous()
+        gradient = _silu_backward(gradient.contiguous(), _normed(x, norm)[0])
         gradients = _norm_backward(
             gradient, x, mean, rstd, norm.weight, *_size(x), norm.num_groups, [True, False, False]
         )

@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig as PeftConfig
+from torch import nn
 
 from lorakit import adapters, families
 from lorakit.config import LoraConfig
-from lorakit.engine import fused_blocks
+from lorakit.engine import fused_blocks, quantized_weight
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -132,3 +133,16 @@ def test_dropout_is_left_to_peft(tiny_sd1: Any) -> None:
         torch.manual_seed(0)
         first = family.denoiser(*inputs(), return_dict=False)[0]
         assert not torch.equal(family.denoiser(*inputs(), return_dict=False)[0], first)
+
+
+def test_products_are_shared_on_fake_tensors_too() -> None:
+    """What is counted on them is then what a card runs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layers = [nn.Linear(8, 8, bias=False) for _ in range(3)]
+    assert fused_blocks._can_share(layers)
+    quantized = [nn.Linear(64, 64, bias=False).requires_grad_(False) for _ in range(2)]
+    for layer in quantized:
+        layer.weight = nn.Parameter(quantized_weight.quantize(layer.weight, "int8"), requires_grad=False)
+    assert not fused_blocks._can_share(quantized)

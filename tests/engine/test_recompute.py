@@ -155,3 +155,25 @@ def test_save_less_learns_the_same(tiny_sd1: Any, config: Any, dtype: torch.dtyp
         _, plain = learned(tiny_sd1, config, dtype)
         for name, right in plain.items():
             torch.testing.assert_close(actual[name], right, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("formats", [(torch.channels_last, torch.contiguous_format), (torch.contiguous_format,) * 2])
+def test_a_norm_reads_its_gradient_in_any_layout(formats: tuple[torch.memory_format, torch.memory_format]) -> None:
+    """Behind a channels-last convolution the gradient is NHWC, beside an x in NCHW or NHWC."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, 8).requires_grad_(False)
+    norm.weight.normal_()
+    expected = None
+    for x_format, gradient_format in [
+        (torch.contiguous_format,) * 2,
+        formats,
+        formats[::-1],
+        (torch.channels_last,) * 2,
+    ]:
+        x = normal(2, 8, 7, 6).contiguous(memory_format=x_format).requires_grad_()
+        gradient = normal(2, 8, 7, 6).flip(0).contiguous(memory_format=gradient_format)
+        (ours,) = torch.autograd.grad(recompute._NormSiluFunction.apply(x, norm), x, gradient)
+        (theirs,) = torch.autograd.grad(functional.silu(norm(x)), x, gradient)
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+        expected = theirs if expected is None else expected
+        assert (ours - expected).norm() <= 1e-6 * expected.norm()
