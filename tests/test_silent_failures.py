@@ -189,6 +189,7 @@ TESTED_ELSEWHERE = {
     "data.instance_prompt": "test_captions.py",
     "data.concepts": "test_concepts.py",
     "data.class_folder": "test_concepts.py",
+    "data.exclude": "test_photo_folder.py, photos that are left out",
     "data.folder_resolutions": "test_resolutions.py",
     "data.cache": "test_latents.py, and must not reach the weights: below",
     "train.epochs": "test_plan.py",

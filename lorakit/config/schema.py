@@ -82,6 +82,9 @@ class DataConfig:
         "Folder of your own class images for prior = 'images'. Empty: reg/, class/ or regularization/ in data.folder.",
         path=True,
     )
+    exclude: tuple[str, ...] = option(
+        (), "Photos of data.folder to leave out, by name or pattern: 'blurred.jpg', 'old/*'.", private=True
+    )
     resolution: int = option(
         512,
         "Side of the training square in pixels; buckets keep its area. [512, 768] trains each photo at both.",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -63,10 +64,11 @@ class Folder:
     notes: list[str] = field(default_factory=list)
 
 
-def scan(folder: str | Path, class_folder: str = "") -> Folder:
+def scan(folder: str | Path, class_folder: str = "", exclude: Sequence[str] = ()) -> Folder:
     """Read the photos in `folder` and in its direct subfolders, in order of name.
 
     Args:
+        exclude: names or patterns of photos to leave out.
         class_folder: folder of class images, in place of reg/, class/ or regularization/ in `folder`.
 
     Raises:
@@ -89,12 +91,13 @@ def scan(folder: str | Path, class_folder: str = "") -> Folder:
     except OSError as error:
         raise LorakitError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
     deep_folders = {name: count for name, count in deep_folders.items() if path / name not in mask_folders}
+    photo_names = {photo.relative for photo in result.photos}
+    _leave_out(result, exclude)
     if not result.photos:
         refused = "".join(f"; {line}" for line in result.warnings)
         if result.class_photos:
             refused += f"; {len(result.class_photos)} class images are no photos of the subject"
         raise LorakitError(_no_photos_message(path, other_files, deep_folders) + refused)
-    photo_names = {photo.relative for photo in result.photos}
     photo_names |= {name.rpartition(".")[0] for name in photo_names}
     for source in dict.fromkeys(source for source, _ in metadata.values()):
         absent = [name for name, (own, _) in metadata.items() if own == source and name not in photo_names]
@@ -112,6 +115,25 @@ def scan(folder: str | Path, class_folder: str = "") -> Folder:
     if ignored:
         result.notes.append(f"not pictures, left alone: {_count_kinds(ignored)}")
     return result
+
+
+def excluded(photos: Iterable[Photo], exclude: Sequence[str]) -> set[str]:
+    """The photos that `data.exclude` leaves out: those that it names, by their paths in the folder, and those that fit
+    what names none."""
+    names = {photo.relative for photo in photos}
+    return {n for name in exclude for n in ([name] if name in names else fnmatch.filter(names, name))}
+
+
+def _leave_out(result: Folder, exclude: Sequence[str]) -> None:
+    """Take the photos of `data.exclude` away, and say which."""
+    for name in exclude:
+        if not excluded(result.photos, [name]):
+            result.warnings.append(f"data.exclude: no photo is called {printable(name)}")
+    if absent := excluded(result.photos, exclude):
+        result.photos = [photo for photo in result.photos if photo.relative not in absent]
+        result.notes.append(f"left out by data.exclude: {some_names(sorted(absent))}")
+        if not result.photos:
+            raise LorakitError(f"data.exclude leaves out every photo of {result.path}")
 
 
 def digest(photos: Iterable[Photo]) -> str:

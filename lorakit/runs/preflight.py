@@ -328,7 +328,7 @@ def _misfit(config: Config, info: BaseInfo) -> str | None:
 def _with_name(config: Config) -> Config:
     """The config with a name from the folders, where these name the concepts; a folder that cannot be read has none."""
     try:
-        photos = photo_folder.scan(photo_folder.require(config.data.folder)).photos
+        photos = photo_folder.scan(photo_folder.require(config.data.folder), exclude=config.data.exclude).photos
     except LorakitError:
         return config
     return replace(config, data=concepts.with_name(config.data, photos))
@@ -347,7 +347,7 @@ def _prior_findings(config: Config, report: checks.Report) -> list[str]:
 def _folder_problems(data: DataConfig) -> list[str]:
     """What keeps the folder of photos from being read, where no base says how to look at the photos in it."""
     try:
-        photo_folder.scan(photo_folder.require(data.folder))
+        photo_folder.scan(photo_folder.require(data.folder), exclude=data.exclude)
     except LorakitError as error:
         return _lines(error)
     return []

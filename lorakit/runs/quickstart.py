@@ -14,6 +14,7 @@ from lorakit.families import BaseInfo, hub
 
 # The options that everybody has to answer for; all others have a preset's value.
 PHOTOS, KIND, NAME, BASE = BASIC_OPTIONS = ("data.folder", "data.kind", "data.name", "model.base")
+EXCLUDE = "data.exclude"
 VAE = "model.vae"
 # Decided by whoever starts a run, not asked.
 SET_BY_CALLER = ("output.folder",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,6 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
 
 def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainPage, tabs: gr.Tabs) -> None:
     every = [train.widgets[key] for key in train.keys]
-    field = train.widgets[quickstart.PHOTOS]
     inputs = {*train.inputs, photos.folder, photos.first, photos.upload, photos.requests}
 
     def config_of(data: Values) -> Config | None:
@@ -288,12 +287,37 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
         result = photos.checked(data[photos.folder] or "", data[photos.first], config_of(data), say, progress)
         return result if number == data[photos.requests].number else [gr.skip(), gr.skip()]
 
+    def save_caption(request: gr.Request, event: gr.EventData) -> str:
+        return photos.save_caption(event.file, event.text, say_for(request))
+
+    tasks = photos.workspace.tasks
+    restored = [photos.folder, train.quality, train.marks, train.preset, *every]
+    loaded = page.load(train.restore, train.draft, restored, **FOLLOW)
+    # Until then the page takes no answers: they would be overwritten by those that the browser kept.
+    ready = loaded.then(None, js="() => { document.body.dataset.ready = 'yes'; }")
+    ready.then(None, js=address.OPEN_TAB)
+    # The folder is shown, and again with what the check says.
+    shows: list[Event] = [(listen, show) for listen in (*_wire_folder(photos, train, inputs), tab.select, loaded.then)]
+    shows += [(photos.previous.click, turn_back), (photos.next.click, turn)]
+    look = polled(tasks, shows, inputs, photos.outputs)
+    polled(tasks, [(look, checked)], inputs, photos.checked_outputs)
+    photos.cards.submit(save_caption, None, photos.message, **EACH)
+    photos.next_page.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)
+
+
+def _wire_folder(
+    photos: PhotosPage, train: TrainPage, inputs: set[gr.components.Component]
+) -> list[Callable[..., object]]:
+    """Wire what changes which photos there are; what listens to the end of each such event."""
+    field, excluded = train.widgets[quickstart.PHOTOS], train.widgets[quickstart.EXCLUDE]
+
     def keep(data: Values) -> dict[str, Any]:
         answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
         return train.draft_of(data[train.quality], data[train.marks], answers)
 
     def choose(data: Values) -> tuple[Any, ...]:
-        return "", data[photos.folder], keep(data)
+        is_same = data[photos.folder] == data[field]
+        return "", data[photos.folder], gr.skip() if is_same else "", keep(data)
 
     def take_in(data: Values, say: Say, progress: Progress) -> tuple[Any, ...]:
         message, place = photos.take_in(data[photos.upload], data[photos.folder] or "", say, progress)
@@ -301,23 +325,11 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
             return message, gr.skip(), gr.skip(), None, gr.skip()
         return message, place, place, None, keep(data | {photos.folder: place})
 
-    def save_caption(request: gr.Request, event: gr.EventData) -> str:
-        return photos.save_caption(event.file, event.text, say_for(request))
+    def exclude(data: Values, event: gr.EventData) -> str:
+        return photos.exclude(data[photos.folder] or "", data[excluded] or "", event.photo)
 
-    tasks = photos.workspace.tasks
     opening_events = [photos.open.click, photos.folder.input]
-    opened = gr.on(opening_events, choose, inputs, [photos.message, field, train.draft], **FOLLOW)
+    opened = gr.on(opening_events, choose, inputs, [photos.message, field, excluded, train.draft], **FOLLOW)
     upload_outputs = [photos.message, photos.folder, field, photos.upload, train.draft]
-    uploaded = polled(tasks, [(photos.upload.upload, take_in)], inputs, upload_outputs)
-    restored = [photos.folder, train.quality, train.marks, train.preset, *every]
-    loaded = page.load(train.restore, train.draft, restored, **FOLLOW)
-    # Until then the page takes no answers: they would be overwritten by those that the browser kept.
-    ready = loaded.then(None, js="() => { document.body.dataset.ready = 'yes'; }")
-    ready.then(None, js=address.OPEN_TAB)
-    # The folder is shown, and again with what the check says.
-    shows: list[Event] = [(listen, show) for listen in (opened.then, uploaded, tab.select, loaded.then)]
-    shows += [(photos.previous.click, turn_back), (photos.next.click, turn)]
-    look = polled(tasks, shows, inputs, photos.outputs)
-    polled(tasks, [(look, checked)], inputs, photos.checked_outputs)
-    photos.cards.submit(save_caption, None, photos.message, **EACH)
-    photos.next_page.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)
+    uploaded = polled(photos.workspace.tasks, [(photos.upload.upload, take_in)], inputs, upload_outputs)
+    return [opened.then, uploaded, photos.cards.select(exclude, inputs, excluded, **EACH).then]

@@ -378,3 +378,31 @@ def test_names_that_cannot_be_shown_are_read_and_escaped(tmp_path: Path, name: b
         (label, path, "a zib", label.replace(".png", ".txt"))
     ]
     assert len(photo_folder.digest(photos)) == 64
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        (["0.png"], ["1.png", "a[1].png", "a1.png", "old/2.png"]),
+        (["old/*"], ["0.png", "1.png", "a[1].png", "a1.png"]),
+        (["a[1].png"], ["0.png", "1.png", "a1.png", "old/2.png"]),  # a name before it is a pattern
+        (["?.png", "a1.png"], ["a[1].png", "old/2.png"]),
+        (["old/2.PNG"], ["0.png", "1.png", "a[1].png", "a1.png", "old/2.png"]),
+    ],
+)
+def test_photos_are_left_out_by_name_or_pattern(photos: Path, exclude: list[str], left: list[str]) -> None:
+    fill(photos, "0.png", "1.png", "a[1].png", "a1.png", "old/2.png")
+    (photos / "0.png").write_bytes(b"broken")
+    result = photo_folder.scan(photos, exclude=exclude)
+    assert {photo.relative for photo in result.photos} == set(left)
+    everything = {"0.png", "1.png", "a[1].png", "a1.png", "old/2.png"}
+    names = ", ".join(sorted(everything - set(left)))
+    assert [n for n in result.notes if "left out" in n] == ([f"left out by data.exclude: {names}"] if names else [])
+    missing = [line for line in result.warnings if line.startswith("data.exclude")]
+    assert missing == ([] if names else ["data.exclude: no photo is called old/2.PNG"])
+
+
+def test_leaving_out_every_photo_is_refused(photos: Path) -> None:
+    fill(photos, "0.png", "1.png")
+    with pytest.raises(LorakitError, match=r"data\.exclude leaves out every photo of"):
+        photo_folder.scan(photos, exclude=["*"])

@@ -334,3 +334,23 @@ def test_a_base_is_described(workspace: Workspace, tiny_sd1: Path):
 def test_a_run_name_is_not_a_path(workspace: Workspace):
     with pytest.raises(LorakitError, match="is no run"):
         workspace.run("../photos")
+
+
+def test_a_photo_is_left_out_and_brought_back(workspace: Workspace, train: TrainPage, tiny_sd1: Path):
+    folder = workspace.roots.paths[0]
+    (folder / "1.png").write_bytes(b"broken")
+    with gr.Blocks():
+        page = PhotosPage(workspace, T)
+    values, _ = answered(train, tiny_sd1)
+    assert train.plan(values, SAY)[1]["interactive"] is False
+    lines = page.exclude(str(folder), "old/*", "1.png")
+    assert lines == "old/*\n1.png"
+    values, _ = answered(train, tiny_sd1, data__exclude=lines)
+    plan, start = train.plan(values, SAY)
+    assert "2 photos" in plan and start["interactive"] is True
+    config = train.config_of_photos(train.form_values(values))
+    html = page.checked(str(folder), 0, config, SAY)[1]
+    assert html.count(">Leave out<") == 2 and html.count(">Bring back<") == 1 and html.count("lk-left-out") == 1
+    assert "left out by data.exclude: 1.png" in page.checked(str(folder), 0, config, SAY)[0]
+    assert page.exclude(str(folder), lines, "1.png") == "old/*"
+    assert page.exclude(str(folder), "?.png", "1.png") == "", "a pattern goes with the photo that is brought back"

@@ -49,6 +49,8 @@ element.addEventListener('focusout', ({target}) => setTimeout(() => { if (target
 element.addEventListener('click', ({target}) => {
   const button = target.closest('.lk-save');
   if (button) save(button.previousElementSibling);
+  const choice = target.closest('[data-exclude]');
+  if (choice) trigger('select', {photo: choice.dataset.exclude});
 });
 element.addEventListener('keydown', (event) => {
   if (event.key === 'Enter' && (event.ctrlKey || event.metaKey) && event.target.dataset.photo) save(event.target);
@@ -74,13 +76,22 @@ settle();
 
 
 def cards(
-    workspace: Workspace, photos: list[Photo], report: checks.Report | None, config: Config | None, say: Say
+    workspace: Workspace,
+    photos: list[Photo],
+    report: checks.Report | None,
+    config: Config | None,
+    left_out: set[str],
+    say: Say,
 ) -> str:
-    """One page of photos as HTML."""
+    """One page of photos as HTML.
+
+    Args:
+        left_out: photos that `data.exclude` leaves out.
+    """
     items = {item.relative: item for item in report.items} if report else {}
     thumbnails = workspace.thumbnails.several([photo.path for photo in photos])
     card_items = [
-        _card(photo, thumbnail, items.get(photo.relative), report, config, say)
+        _card(photo, thumbnail, items.get(photo.relative), report, config, photo.relative in left_out, say)
         for photo, thumbnail in zip(photos, thumbnails, strict=True)
     ]
     return f'<ul class="lk-cards">{"".join(card_items)}</ul>'
@@ -92,6 +103,7 @@ def _card(
     item: checks.Item | None,
     report: checks.Report | None,
     config: Config | None,
+    left_out: bool,
     say: Say,
 ) -> str:
     name = escape(photo.relative)
@@ -111,13 +123,16 @@ def _card(
     lines = "".join(f"<li>{escape(say.translate(problem))}</li>" for problem in problems)
     hint = escape(say("photos.no_caption", text=item.text)) if item and not photo.caption else ""
     label = escape(say("photos.caption", name=photo.relative))
-    mark = "bad" if thumbnail.problem else "warn" if problems else "fine"
+    mark = "left-out" if left_out else "bad" if thumbnail.problem else "warn" if problems else "fine"
+    choice = escape(say("photos.bring_back") if left_out else say("photos.leave_out"))
     return (
         f'<li class="lk-card lk-{mark}">{picture}<div class="lk-body"><strong title="{name}">{name}</strong>'
         f"<small>{escape(' · '.join(facts))}</small>{f'<ul class=lk-findings>{lines}</ul>' if lines else ''}"
         f'<textarea rows="2" data-photo="{name}" data-file="{escape(str(photo.path))}" aria-label="{label}" '
         f'placeholder="{hint}">{escape(photo.caption or "")}</textarea>'
-        f'<button type="button" class="lk-save" hidden>{escape(say("photos.save"))}</button></div></li>'
+        f'<button type="button" class="lk-save" hidden>{escape(say("photos.save"))}</button>'
+        f'<button type="button" class="lk-choice" data-exclude="{name}" aria-label="{choice}: {name}">{choice}</button>'
+        "</div></li>"
     )
 
 
@@ -148,6 +163,10 @@ def summary(report: checks.Report | None, count: int, say: Say) -> str:
     if not report.errors and not report.warnings:
         parts.append(f"<p class=lk-good>✓ {escape(say('photos.fine'))}</p>")
     return "".join(parts)
+
+
+def _left_out(photos: list[Photo], config: Config | None) -> set[str]:
+    return photo_folder.excluded(photos, config.data.exclude) if config else set()
 
 
 class PhotosPage:
@@ -217,7 +236,7 @@ class PhotosPage:
             return [widgets.problem(say.translate(str(problem))), *nothing]
         return [
             summary(report, count, say),
-            cards(self.workspace, photos[first:last], report, config, say),
+            cards(self.workspace, photos[first:last], report, config, _left_out(photos, config), say),
             gr.update(visible=count > PAGE),
             gr.update(interactive=first > 0),
             widgets.quiet(say("photos.page", first=first + 1, last=last, count=count)),
@@ -238,7 +257,8 @@ class PhotosPage:
         except LorakitError as problem:
             return [widgets.problem(say.translate(str(problem))), gr.skip()]
         page = photos[first : first + PAGE]
-        return [summary(report, len(photos), say), cards(self.workspace, page, report, config, say)]
+        left_out = _left_out(photos, config)
+        return [summary(report, len(photos), say), cards(self.workspace, page, report, config, left_out, say)]
 
     def _report(self, config: Config | None) -> checks.Report | None:
         """What the check says; None where there is nothing to check yet, or it is not through."""
@@ -257,6 +277,17 @@ class PhotosPage:
         if upload.refused:
             parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.translate, upload.refused)))))
         return "".join(parts), str(place) if place else None
+
+    def exclude(self, path: str, lines: str, name: str) -> str:
+        """The lines of `data.exclude` with a photo left out, or brought back if it was."""
+        patterns = [line for line in lines.splitlines() if line.strip()]
+        try:
+            photos = photo_folder.scan(self.workspace.roots.resolve(path)).photos
+        except LorakitError:
+            return lines
+        if name in photo_folder.excluded(photos, patterns):
+            return "\n".join(one for one in patterns if name not in photo_folder.excluded(photos, [one]))
+        return "\n".join([*patterns, name])
 
     def save_caption(self, file: str, text: str, say: Say) -> str:
         """Save the caption of a photo, whichever folder is on the page by now; the line that says so."""

@@ -249,7 +249,8 @@ class TrainPage:
         except LorakitError:  # the base will be told of where it is chosen
             pass
         start = form.values(quickstart.config_for_answers({}, "balanced"))
-        return form.read(start | {quickstart.PHOTOS: answers[quickstart.PHOTOS]}, self.workspace.roots)[0]
+        answered = {key: answers[key] for key in (quickstart.PHOTOS, quickstart.EXCLUDE)}
+        return form.read(start | answered, self.workspace.roots)[0]
 
     def draft_of(self, quality: str, marks: Mapping[str, Any], answers: Mapping[str, Any]) -> dict[str, Any]:
         """The answers as the browser keeps them, for `restore`."""

@@ -23,6 +23,8 @@ TEXTS = {
     "photos.caption": "Caption of {name}",
     "photos.no_caption": "No caption: “{text}”",
     "photos.save": "Save caption",
+    "photos.leave_out": "Leave out",
+    "photos.bring_back": "Bring back",
     "photos.saved": "Caption of {name} saved.",
     "photos.checking": "Looking at every photo …",
     "photos.fine": "Nothing wrong was found.",

@@ -2,6 +2,9 @@
 
 PHOTOS = {
     "{file}: no photo of this name came with it": "{file}：沒有一起上傳同名的照片",
+    "data.exclude: no photo is called {name}": "data.exclude：沒有名為 {name} 的照片",
+    "left out by data.exclude: {names:words}": "依 data.exclude 不使用：{names:words}",
+    "data.exclude leaves out every photo of {folder}": "data.exclude 排除了 {folder} 的所有照片",
     "{file}: no photo came with it": "{file}：沒有照片一起上傳",
     "{file}: a file of this name is there already": "{file}：已經有同名的檔案",
     "{file}: cannot be unpacked ({reason})": "{file}：無法解壓縮（{reason}）",
