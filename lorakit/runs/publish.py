@@ -21,6 +21,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.names import quote
 from lorakit.families import hub
 from lorakit.formats import embeddings, identify, metadata as meta
+from lorakit.formats.facts.consumers import CONSUMERS
 from lorakit.formats.inspect import Report, inspect
 from lorakit.runs.run_folder import RunFolder
 
@@ -185,9 +186,11 @@ def _facts(publication: Publication) -> Iterator[tuple[str, str]]:
     yield "Photos", (f"{photos}, at {side}" if side else photos) + (", not published" if photos else "")
     rate, optimizer = facts.get("ss_learning_rate", ""), facts.get("ss_optimizer", "")
     steps = facts.get("ss_steps", "")
-    yield "Training", ", ".join(filter(None, [steps and f"{steps} steps", _code(optimizer), rate and f"rate {rate}"]))
+    length = f"{steps} step{'s'[: steps != '1']}" if steps else ""
+    yield "Training", ", ".join(filter(None, [length, _code(optimizer), rate and f"rate {rate}"]))
     yield "Precision", report.dtype
-    yield "Read whole by", ", ".join(sorted(key for key, reading in report.readers.items() if reading.complete))
+    readers = [CONSUMERS[key].title for key, reading in report.readers.items() if reading.complete]
+    yield "Read whole by", ", ".join(readers)
     yield "Checked", "the file was loaded and compared with the trained weights" if publication.checked else ""
     yield "License", publication.license
 
