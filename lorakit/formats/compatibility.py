@@ -28,7 +28,8 @@ _SGM_STARTS = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_ou
 _BLOCK_STARTS = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
 # Modules that are 1x1 convolutions in every UNet, and those that are in some.
 _POINTWISE, _PROJECTIONS = ("_conv_shortcut", "_skip_connection"), ("_proj_in", "_proj_out")
-_FUSED = ("q_proj", "k_proj", "v_proj")  # in the order in which OpenCLIP's in_proj holds them
+# One of q, k and v, which a program puts into one layer in this order: OpenCLIP's in_proj, Stable Diffusion 3's qkv.
+_FUSED = re.compile(r"(.*[._](?:self_attn_|attn2?[._](?:to_|add_)))([qkv])((?:_proj)?)")
 _NAMED_FACTOR = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)[^.]+\.weight$")
 
 
@@ -319,11 +320,9 @@ def _special(
             if attention and stem.startswith(prefix) and layers[layer] < 4:
                 result[stem] = "drops it, as not all of q, k, v and out are there"
     for stem in by_stem:
-        layer, attention, part = stem.rpartition("_self_attn_")
-        if attention and stem.startswith(_reads(key, family).ordered_attention):
-            before = _FUSED[: _FUSED.index(part)] if part in _FUSED else ()
-            if any(f"{layer}_self_attn_{other}" not in by_stem for other in before):
-                result[stem] = "drops it, as one of q and k before it is missing"
+        match = _FUSED.fullmatch(stem) if stem.startswith(_reads(key, family).ordered_attention) else None
+        if match and any(f"{match[1]}{other}{match[3]}" not in by_stem for other in "qkv"[: "qkv".index(match[2])]):
+            result[stem] = "drops it, as one of q and k before it is missing"
     scales = {} if consumer.reads_config else config_scales(metadata)
     for stem, module in by_stem.items():
         scale = scales.get(_component(stem), 1.0)

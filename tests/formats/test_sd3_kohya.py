@@ -16,6 +16,7 @@ from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.config import ModelConfig
 from lorakit.core.errors import LorakitError
 from lorakit.formats import inspect, keys, kohya
+from lorakit.formats.compatibility import read_report
 from lorakit.formats.edit import merge
 
 BLOCK = ("attn_qkv", "attn_proj", "mlp_fc1", "mlp_fc2", "adaLN_modulation_1")
@@ -221,3 +222,27 @@ def test_hadamard_products_and_full_differences_have_shares(tmp_path: Path) -> N
     assert torch.equal(torch.cat(biases), diff[:, 0])
     repeat = kohya.tensors(read, "fp32")
     assert torch.equal(repeat[f"{stem}.diff"], diff) and torch.equal(repeat[f"{stem}.diff_b"], diff[:, 0])
+
+
+JOINT, TEXT_PART = "transformer.transformer_blocks.0.attn", "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+
+
+@pytest.mark.parametrize(
+    ("stems", "factors", "expected"),
+    [
+        ([f"{JOINT}.to_{part}" for part in "qkv"], ("lora_A", "lora_B"), "unet 3/3"),
+        ([f"{JOINT}.add_{part}_proj" for part in "qv"], ("lora_A", "lora_B"), "unet 1/2; drops it, as one of q and k"),
+        ([f"{JOINT}.to_k", f"{JOINT}.to_out.0"], ("lora_A", "lora_B"), "unet 1/2; drops it, as one of q and k"),
+        (["transformer.norm_out.linear"], ("lora_A", "lora_B"), "reads none of it"),
+        ([f"{JOINT}.to_q", TEXT_PART], ("lora_A", "lora_B"), "unet 1/1, text_encoder 0/1; no rule for text_encoder"),
+        (["diffusion_model.joint_blocks.0.x_block.attn.qkv"], ("lora_down", "lora_up"), "unet 1/1"),
+        (["lora_unet_joint_blocks_0_x_block_attn_qkv"], ("lora_down", "lora_up"), "reads none of it"),
+        (["lora_transformer_transformer_blocks_0_attn_to_q"], ("lora_down", "lora_up"), "reads none of it"),
+        (["lycoris_transformer_blocks_0_attn_to_q"], ("lora_down", "lora_up"), "unet 1/1"),
+    ],
+)
+def test_what_stable_diffusion_cpp_reads(stems: list[str], factors: tuple[str, str], expected: str) -> None:
+    """By its conversion of names (src/name_conversion.cpp) and its loops over q, k and v (adapter/lora.hpp)."""
+    down, up = factors
+    shapes = {f"{stem}.{down}.weight": (4, 64) for stem in stems} | {f"{stem}.{up}.weight": (64, 4) for stem in stems}
+    assert read_report(shapes, "sd3")["sd.cpp"].line().startswith(expected)

@@ -79,6 +79,17 @@ SD3 = ModelVersion(
         "forge": Reads((*_KOHYA, r"diffusion_model\..+", *(rf"lora_te_{CLIP}",), *COMFY_TEXT)),
         "comfyui": Reads((r"transformer\.transformer_blocks\..+", *_KOHYA, *_COMFY, *COMFY_TEXT)),
         "sd-scripts": Reads(_KOHYA),
+        # Its conversion of names, as of 2026-08. It puts diffusers' q, k and v one after the other into its own layer,
+        # up to the first that is missing; of kohya's names it keeps no underscore of SD3's, and has none for the text.
+        "sd.cpp": Reads(
+            (
+                r"transformer\.(?!norm_out).+",
+                r"lycoris_transformer_blocks_\d+_.+",
+                r"diffusion_model\..+",
+                r"text_encoders\.clip_[lg]\.transformer\..+",
+            ),
+            ordered_attention=("transformer.", "lycoris_transformer_"),
+        ),
         "diffusers": Reads((r"transformer\..+", *DOTTED_TEXT)),
         "peft": Reads((r"transformer\..+", *DOTTED_TEXT)),
     },
