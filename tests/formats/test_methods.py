@@ -26,8 +26,8 @@ from lorakit.formats.verify import verify_file
 
 WRITERS = {"kohya": kohya, "diffusers": diffusers, "peft": peft}
 RANK = 3
-# alpha of 1, rank / 2, rank and 2 * rank
-ALPHAS = [1.0, RANK / 2, float(RANK), 2.0 * RANK]
+# alpha of 1, rank / 2, rank and 2 * rank; what is made of it does not depend on the family, whose names do not on it
+ALPHAS = [("sd1", 1.0), ("sd1", RANK / 2), ("sd1", float(RANK)), ("sd1", 2.0 * RANK), ("sd2", RANK / 2), ("sdxl", 1.0)]
 PLAIN, LYCORIS = ["lora", "rslora", "pissa"], ["loha", "lokr"]
 
 
@@ -67,7 +67,7 @@ def assert_equal(actual, weights, tolerance=1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize(("base", "alpha"), ALPHAS, indirect=["base"], scope="module")
 @pytest.mark.parametrize("fmt", ["kohya", "diffusers"])
 @pytest.mark.parametrize("method", PLAIN)
 def test_diffusers_finds_the_delta(base, tmp_path, method, fmt, alpha):
@@ -80,7 +80,7 @@ def test_diffusers_finds_the_delta(base, tmp_path, method, fmt, alpha):
     assert_equal(actual, weights)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize(("base", "alpha"), ALPHAS, indirect=["base"], scope="module")
 @pytest.mark.parametrize("method", [*PLAIN, *LYCORIS])
 def test_peft_finds_the_delta(base, tmp_path, method, alpha):
     family, pipeline, shapes = base
@@ -92,7 +92,7 @@ def test_peft_finds_the_delta(base, tmp_path, method, alpha):
     assert_equal(random_adapters.applied_deltas(bare), weights)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize(("base", "alpha"), ALPHAS, indirect=["base"], scope="module")
 @pytest.mark.parametrize("method", LYCORIS)
 def test_lycoris_finds_the_delta(base, tmp_path, method, alpha):
     family, _, shapes = base
