@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exercise import METHODS, module_of, predict, randomize, train
+from exercise import METHODS, module_of, new_base, predict, randomize, train
 
-from lorakit import adapters, families
+from lorakit import adapters
 from lorakit.adapters.weights import LoraLayer
 from lorakit.config import LoraConfig
 from lorakit.core.errors import LorakitError
@@ -52,8 +52,7 @@ def test_another_seed_gives_other_weights(sd1: Any, attach: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("text", [False, True])
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("name", "text"), [("sd1", False), ("sd1", True), ("sdxl", True)])
 def test_every_announced_layer_learns_with_and_without_checkpointing(
     request: pytest.FixtureRequest, attach: Any, name: str, method: str, text: bool
 ) -> None:
@@ -101,7 +100,7 @@ def test_gradients_are_the_same_with_checkpointing_and_blocks_run_twice(sd1: Any
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_base_keeps_its_precision_and_the_adapter_float32(tiny_sd1: Path, method: str, dtype: torch.dtype) -> None:
-    family = families.load(families.describe(tiny_sd1), "cpu", dtype)
+    family = new_base(tiny_sd1, dtype)
     config = METHODS[method](rank=2, target_modules="linear+conv", train_text_encoder=True)
     adapter = adapters.attach(family, config)
     train(family, adapter)
@@ -122,7 +121,7 @@ def test_the_base_keeps_its_precision_and_the_adapter_float32(tiny_sd1: Path, me
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_float16_gradients_do_not_vanish_and_come_out_in_the_right_size(tiny_sd1: Path, method: str) -> None:
     def gradients(dtype: torch.dtype, scaled: bool = True) -> torch.Tensor:
-        family = families.load(families.describe(tiny_sd1), "cpu", dtype)
+        family = new_base(tiny_sd1, dtype)
         assert family.gradient_scale == (2**13 if dtype is torch.float16 else 1)
         family.gradient_scale = family.gradient_scale if scaled else 1.0
         config = METHODS[method](rank=2, target_modules="linear+conv", train_text_encoder=True)
@@ -289,7 +288,7 @@ def test_dora_gradients_are_those_of_the_formula_with_a_constant_norm(sd1: Any, 
 
 def test_dora_learns_its_magnitude_in_a_bfloat16_base(tiny_sd1: Path) -> None:
     # Around 1, bfloat16 has steps of 0.8 %: s itself must not be rounded to it, only the product.
-    family = families.load(families.describe(tiny_sd1), "cpu", torch.bfloat16)
+    family = new_base(tiny_sd1, torch.bfloat16)
     adapters.attach(family, LoraConfig(method="dora", rank=2))
     layer = family.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     x = torch.randn((64, 64), generator=torch.Generator().manual_seed(0)).bfloat16()

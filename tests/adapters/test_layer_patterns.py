@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from exercise import METHODS, predict, randomize
+from exercise import METHODS, new_base, predict, randomize
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lorakit import adapters, config, families, formats
+from lorakit import adapters, config, formats
 from lorakit.adapters import targets
 from lorakit.config import ConfigError
 from lorakit.core.errors import LorakitError
@@ -73,7 +73,7 @@ def test_each_layer_has_its_rank_and_alpha_in_every_format(method: str, sd1: Any
 
 @pytest.mark.parametrize("method", ["lora", "loha", "lokr"])
 def test_peft_itself_opens_the_folder(method: str, tiny_sd1: Path, tmp_path: Path) -> None:
-    family = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
+    family = new_base(tiny_sd1)
     adapter = adapters.attach(family, settings(**BASE, **{"adapter.method": method}).adapter, seed=0)
     randomize(adapter)
     expected = predict(family)

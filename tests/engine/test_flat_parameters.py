@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from exercise import METHODS, predict, randomize
+from exercise import METHODS, new_base, predict, randomize
 
-from lorakit import adapters, families
+from lorakit import adapters
 from lorakit.config import ADAPTER_SECTIONS, LoraConfig, OptimizerConfig
 from lorakit.core import registry
 from lorakit.engine import flat_parameters, fused_blocks, fused_lora
@@ -149,7 +149,7 @@ def test_parameters_that_somebody_moved_are_taken_back() -> None:
 
 
 def attached(target: Any, config: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-    family = families.load(families.describe(target), "cpu", dtype)
+    family = new_base(target, dtype)
     adapter = adapters.attach(family, config, seed=0, trigger="sks")
     randomize(adapter)
     adapters.optimize_blocks(family)

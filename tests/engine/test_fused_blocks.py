@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from exercise import new_base
 from peft import LoraConfig as PeftConfig
 from torch import nn
 
-from lorakit import adapters, families
+from lorakit import adapters
 from lorakit.config import LoraConfig
 from lorakit.engine import fused_blocks, quantized_weight
 
@@ -30,7 +31,7 @@ def outcome(unet: Any, parameters: dict[str, torch.Tensor], dtype: torch.dtype) 
 
 def pair(folder: Any, dtype: torch.dtype, alpha: float = 2.0) -> tuple[Any, Any, Any]:
     """(our optimized UNet, its adapter, PEFT's UNet) with the same weights, B not zero."""
-    family = families.load(families.describe(folder), "cpu", dtype)
+    family = new_base(folder, dtype)
     adapter = adapters.attach(family, LoraConfig(rank=4, alpha=alpha), seed=0)
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet").to(dtype).eval().requires_grad_(False)
     theirs.add_adapter(PeftConfig(r=4, lora_alpha=alpha, target_modules=TARGETS))
@@ -83,7 +84,7 @@ def test_in_bfloat16_the_gradients_are_float32_and_near(tiny_sd1: Any) -> None:
 
 def test_switched_off_it_is_the_base_and_detached_it_leaves_nothing(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.float32)
-    plain = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
+    plain = new_base(tiny_sd1)
     fused_blocks.optimize_blocks(family.denoiser)
     with torch.no_grad():
         expected = plain.denoiser(*inputs(), return_dict=False)[0]
@@ -122,7 +123,7 @@ def test_a_layer_given_another_weight_is_asked_by_itself(tiny_sd1: Any) -> None:
 
 
 def test_dropout_is_left_to_peft(tiny_sd1: Any) -> None:
-    family = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
+    family = new_base(tiny_sd1)
     adapter = adapters.attach(family, LoraConfig(rank=4, dropout=0.5), seed=0)
     for name, parameter in adapter.parameters().items():
         if name.endswith("up"):

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
+from exercise import new_base
 from torch import nn
 from torch.nn import functional
 
-from lorakit import adapters, families
+from lorakit import adapters
 from lorakit.config import LoraConfig
 from lorakit.engine import recompute
 
@@ -109,7 +110,7 @@ def test_what_is_out_of_the_ordinary_is_left_to_torch() -> None:
 
 
 def attached(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> tuple[Any, dict[str, torch.Tensor]]:
-    family = families.load(families.describe(folder), "cpu", dtype)
+    family = new_base(folder, dtype)
     adapter = adapters.attach(family, config, seed=0)
     for name, parameter in adapter.parameters().items():
         if name.endswith(".up"):

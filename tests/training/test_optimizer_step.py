@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exercise import new_base
 from PIL import Image
 
-from lorakit import adapters, config, families
+from lorakit import adapters, config
 from lorakit.core.events import Events
 from lorakit.data import checks
 from lorakit.training import optimizers
@@ -47,10 +48,9 @@ def run_config(base: Path, photos: Path, **changes: Any) -> config.Config:
 
 
 def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, LossStep]:
-    info = families.describe(settings.model.base)
-    family = families.load(info, "cpu", dtype)
+    family = new_base(Path(settings.model.base), dtype)
     adapter = adapters.attach(family, settings.adapter, seed=0, trigger=settings.data.trigger)
-    encoded = precompute(settings, family, adapter, checks.check(settings.data, info), Events())
+    encoded = precompute(settings, family, adapter, checks.check(settings.data, family.info), Events())
     adapters.optimize_blocks(family)
     return adapter, LossStep(family, adapter, encoded, settings.train)
 
