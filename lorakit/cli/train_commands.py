@@ -41,11 +41,11 @@ def add(command: Command) -> None:
     _add_output(demo)
 
     check = command("check", run_check, "check photos and show the plan")
-    _add_run_options(check)
+    add_run_options(check)
 
     train = command("train", run_train, "train an adapter from a folder of photos")
     train.set_defaults(has_events=True)
-    _add_run_options(train)
+    add_run_options(train)
     _add_gpus(check, "check for a run on so many GPUs of this machine")
     _add_gpus(train, "train on so many GPUs of this machine (docs/scale.md)")
     _add_output(train)
@@ -69,7 +69,7 @@ def _add_gpus(command: argparse.ArgumentParser, help: str) -> None:
     command.add_argument("--gpus", type=int, metavar="COUNT", help=help)
 
 
-def _add_run_options(command: argparse.ArgumentParser) -> None:
+def add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("photos", nargs="?", metavar="PHOTOS", help="folder of photos; nothing is written to it")
     command.add_argument(
         "--preset", metavar="NAME", help=f"one of {', '.join(configuration.preset_names())}, or a TOML file"

@@ -225,7 +225,7 @@ class Queue:
 
     def _add(self, arguments: Callable[[Path], tuple[str, ...]], folder: Path, config: str | None = None) -> Job:
         self.folder.mkdir(parents=True, exist_ok=True)
-        number = max((job.number for job in self.jobs()), default=0) + 1
+        number = max((int(file.stem) for file in self.folder.glob("??????.json")), default=0) + 1
         while True:
             try:
                 # Claims the number: two browsers may press the button at once.

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,6 +41,8 @@ from lorakit.core.names import quote, slug, step_name, unique_path
 States = Literal["waiting", "preparing", "running", "done", "failed", "stopped", "interrupted"]
 # States in which a process must be alive; where it is not, the run was interrupted.
 LIVE = ("preparing", "running")
+# A run on another machine that has written nothing for so many seconds was interrupted.
+SILENCE = 900
 # Progress (no change of state) is written at most so often, in seconds: an fsync is not free, and nobody looks faster.
 PROGRESS_EVERY = 0.5
 
@@ -58,6 +61,7 @@ class State:
         threads: with how many torch computes on the CPU, 0 before it is known. Sums of floats depend on it.
         pid, pid_start: the process that trains and the second since the epoch at which it started; a process number
             alone is given out again.
+        host: the machine that trains, "" before it is known.
         message: how it ended, for a person.
         adapter: file name of the exported adapter.
         updated: seconds since the epoch of the last change.
@@ -77,6 +81,7 @@ class State:
     total: int = 0
     pid: int = 0
     pid_start: float = 0.0
+    host: str = ""
     message: str = ""
     adapter: str = ""
     updated: float = 0.0
@@ -159,7 +164,9 @@ class RunFolder:
             why = "it has no config.toml" if run.path.is_dir() else "there is no such folder"
             raise LorakitError(f"{run.path} is not a run folder: {why}")
         state = _read_or_guess(run.path)
-        if state.state in LIVE and state.pid != _this_process()[0]:
+        # Of another machine only the lock can tell: whoever resumes knows that it is gone.
+        is_here = state.host in ("", platform.node())
+        if state.state in LIVE and is_here and state.pid != _this_process()[0]:
             raise LorakitError(f"{run.path} is being trained by process {state.pid}; stop that first")
         run.lock()
         run._state = replace(state, message="")
@@ -300,7 +307,7 @@ class RunFolder:
 
     def _claim(self, state: State) -> None:
         pid, started = _this_process()
-        self._state = replace(state, state="preparing", pid=pid, pid_start=started)
+        self._state = replace(state, state="preparing", pid=pid, pid_start=started, host=platform.node())
         self._write_state()
 
     def _write_state(self) -> None:
@@ -322,9 +329,16 @@ def read(path: str | Path) -> State:
         raise LorakitError(f"{path} is not a run folder: it has no state.json") from None
     except (ValueError, AttributeError):
         raise LorakitError(f"{file} is damaged; the checkpoints beside it are not touched by that") from None
-    if state.state in LIVE and not alive(state.pid, state.pid_start):
+    if state.state in LIVE and not _is_alive(state):
         return replace(state, state="interrupted")
     return state
+
+
+def _is_alive(state: State) -> bool:
+    """Whether the process that trains is there; of another machine, whether it has written lately."""
+    if state.host in ("", platform.node()):
+        return alive(state.pid, state.pid_start)
+    return time.time() - state.updated < SILENCE
 
 
 def _read_or_guess(path: Path) -> State:

@@ -1,0 +1,73 @@
+"""A batch on the machines of a Ray cluster: each run is a task with a GPU, whose run folder is on a shared disk.
+
+Ray places the tasks, and starts one again where its worker or its machine was lost: it goes on with the run folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from lorakit.core import install
+from lorakit.core.errors import LorakitError
+from lorakit.runs import batch
+
+# A task whose worker is lost more often than this has a cause of its own, such as too little memory.
+RETRIES = 5
+
+
+def run(runs: Path, rows: Sequence[batch.Row], address: str, say: Callable[[str], object]) -> None:
+    """Train all rows that are not done, and return when no task is left; `say` is told of each that ends.
+
+    Args:
+        address: as `ray.init` takes it: "auto", "host:port", "ray://host:port"; "local" starts Ray on this machine.
+
+    Raises:
+        LorakitError: ray is not installed, or there is no cluster.
+    """
+    if find_spec("ray") is None:
+        raise LorakitError(f"--ray needs ray; {install.hint('ray')}")
+    import ray
+
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            line = (str(error).splitlines() or [""])[0]
+            raise LorakitError(
+                f"--ray {address}: no cluster answers there ({line}); start one with: ray start"
+            ) from None
+    # A process for each run: what torch holds of a card is free after it.
+    task = ray.remote(max_calls=1, max_retries=RETRIES)(work)
+    names = {
+        task.options(num_gpus=0 if row.config.memory.device == "cpu" else 1).remote(str(runs), row.name): row.name
+        for row in rows
+    }
+    left = list(names)
+    while left:
+        (ended,), left = ray.wait(left)
+        try:
+            problem = "" if (code := ray.get(ended)) == 0 else f"ended with code {code}, see {names[ended]}.log"
+        except ray.exceptions.RayError as error:
+            problem = f"lost {RETRIES + 1} times ({type(error).__name__})"
+        say(f"{names[ended]}: {problem or 'done'}; {len(left)} left")
+
+
+def work(runs: str, name: str) -> int:
+    """Begin a run or go on with it, in a worker of Ray; the exit code."""
+    from lorakit.cli.main import main
+
+    if not Path(runs, batch.MANIFEST).is_file():
+        raise LorakitError(f"{runs} is not there on {os.uname().nodename}: all machines need the shared folder")
+    arguments = batch.command(Path(runs), name)
+    if arguments is None:
+        return 0
+    with (
+        Path(runs, f"{name}.log").open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        return main(arguments)

@@ -1,0 +1,107 @@
+"""A batch on a Ray cluster: lost workers and machines cost nothing but time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from short_run import noise
+
+from lorakit.cli import main as cli, ray_tasks
+from lorakit.runs import batch, run_folder
+
+HAS_RAY = importlib.util.find_spec("ray") is not None
+
+
+@pytest.mark.skipif(HAS_RAY, reason="ray is installed")
+def test_without_ray_the_extra_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    noise(tmp_path / "photos" / "a", 1)
+    command = ["batch", str(tmp_path / "photos"), "--output", str(tmp_path / "runs"), "--base", "pocket"]
+    assert cli.main([*command, "--subject", "sks toy", "--ray", "auto"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--ray needs ray; install it with: " in line and "ray>=" in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_RAY, reason="ray is not installed (the extra `ray`)")
+def test_a_killed_worker_and_a_lost_machine_change_no_bit(tmp_path: Path, tiny_sd1: Path) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    for number in range(6):
+        (tmp_path / "photos" / f"p{number}").mkdir(parents=True)
+        noise(tmp_path / "photos" / f"p{number}", 3)
+    options = {
+        "data.name": "sks toy",
+        "data.resolution": 64,
+        "model.base": str(tiny_sd1),
+        "memory.device": "cpu",
+        "train.steps": 40,
+        "train.save_every": 1,
+        "train.validate_every": 40,
+        "train.batch_size": 2,
+        "sample.at_start": False,
+        "sample.at_end": False,
+        "sample.every": 40,
+    }
+    runs, alone = tmp_path / "runs", tmp_path / "alone"
+    for folder in (runs, alone):
+        rows = batch.read(tmp_path / "photos", None, options, folder)
+        batch.write_manifest(folder, rows)
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  else they starve on a busy machine
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    os.environ |= {"OMP_NUM_THREADS": "1"}
+    ray.init(address=cluster.address, log_to_driver=False)
+    lines: list[str] = []
+    rows = batch.read(tmp_path / "photos", None, options, runs)
+    job = threading.Thread(target=ray_tasks.run, args=(runs, rows, cluster.address, lines.append))
+    job.start()
+    try:
+        os.kill(_training(runs), signal.SIGKILL)
+        _training(runs)
+        cluster.remove_node(second, allow_graceful=False)
+        job.join(timeout=400)
+        assert not job.is_alive() and len(lines) == 6, lines
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    outcomes = batch.status(runs)
+    assert {each.state for each in outcomes} == {"done"} and all(each.passed for each in outcomes), outcomes
+    resumed = [
+        each.name
+        for each in outcomes
+        if any(e["resumed"] for e in run_folder.RunFolder(runs / each.name).events("start"))
+    ]
+    assert resumed
+    for name in resumed:
+        assert cli.main(batch.command(alone, name)) == 0
+        mine, other = (next((folder / name).glob("*.safetensors")).read_bytes() for folder in (runs, alone))
+        assert _tensors(mine) == _tensors(other)
+
+
+def _tensors(file: bytes) -> bytes:
+    """The part of a safetensors file after its header, which has times."""
+    return file[8 + int.from_bytes(file[:8], "little") :]
+
+
+def _training(runs: Path) -> int:
+    """The process of a run that has saved a checkpoint and is not at its end."""
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        for folder, state in run_folder.list_runs(runs):
+            if (
+                state.state == "running"
+                and list(folder.glob("checkpoints/*/complete"))
+                and psutil.pid_exists(state.pid)
+            ):
+                return state.pid
+        time.sleep(0.05)
+    raise AssertionError("no run is being trained")
