@@ -128,6 +128,11 @@ def test_a_run_in_memory_is_the_run_of_the_folder(tiny_sd1, pipeline, tmp_path, 
     assert applied.layers == list(expected.layers)
 
 
+def test_what_is_no_pipeline_is_refused(pipeline) -> None:
+    with pytest.raises(LorakitError, match="UNet2DConditionModel is no pipeline of diffusers: give one"):
+        families.describe_pipeline(pipeline.unet)
+
+
 def test_half_precision_is_copied_for_a_run_in_full(tiny_sd1) -> None:
     half = StableDiffusionPipeline.from_pretrained(tiny_sd1, dtype=torch.float16)
     info = families.describe_pipeline(half)

@@ -63,7 +63,9 @@ def describe(pipeline: DiffusionPipeline, model: ModelConfig | None = None) -> B
         raise LorakitError(f"model.{named[0]} is for bases on the disk: put the part into the pipeline instead")
     if not model.t5:
         raise LorakitError("model.t5 is for bases on the disk: set the pipeline's text_encoder_3 to None instead")
-    parts = pipeline.components
+    parts = getattr(pipeline, "components", None)
+    if not isinstance(parts, dict):
+        raise LorakitError(f"{type(pipeline).__name__} is no pipeline of diffusers: give one, as pipeline=pipe")
     title, source = _names(pipeline)
     index: dict[str, object] = {**pipeline.config, "_class_name": type(pipeline).__name__}
     index |= {name: [None, None] if part is None else ["", type(part).__name__] for name, part in parts.items()}
@@ -123,8 +125,9 @@ def with_pipeline(config: Config, pipeline: DiffusionPipeline) -> Config:
     on_card = config.memory.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
     if not on_card or config.memory.mixed_precision != "auto":
         return config
-    precision: Literal["auto", "bf16", "fp16"] = "fp16" if pipeline.dtype is torch.float16 else "auto"
-    if pipeline.dtype is torch.bfloat16 and torch.cuda.is_bf16_supported(including_emulation=False):
+    dtype = getattr(pipeline, "dtype", None)
+    precision: Literal["auto", "bf16", "fp16"] = "fp16" if dtype is torch.float16 else "auto"
+    if dtype is torch.bfloat16 and torch.cuda.is_bf16_supported(including_emulation=False):
         precision = "bf16"
     return replace(config, memory=replace(config.memory, mixed_precision=precision))
 
