@@ -53,11 +53,26 @@ def _decode(raw: bytes) -> tuple[str | None, str]:
     japanese = _try(raw, "cp932")
     if japanese is not None and KANA.search(japanese):
         return japanese, "Shift JIS"
+    korean, cyrillic = _try(raw, "euc_kr"), _try(raw, "cp1251")
+    if korean is not None and " " in korean and re.fullmatch(r"[\x00-\x7f\uac00-\ud7a3]+", korean):
+        return korean, "EUC-KR"  # Korean has spaces between words; Chinese in GBK is read as other characters too
+    if cyrillic is not None and _is_cyrillic(cyrillic):
+        return cyrillic, "Windows-1251"
     for encoding, title in (("gb2312", "GBK"), ("big5", "Big5"), ("gb18030", "GBK"), ("euc_kr", "EUC-KR")):
         text = _try(raw, encoding)
         if text is not None and _is_east_asian(text):
             return text, title
     return _try(raw, "cp1252"), "Windows-1252"
+
+
+def _is_cyrillic(text: str) -> bool:
+    """Whether all letters beyond ASCII are Russian, most of them small, in words of their own: other encodings' bytes
+    give capitals and signs between them."""
+    letters = re.findall(r"[^\W\d_a-zA-Z]", text)
+    small = re.findall("[а-яё]", text)
+    mixed = re.search("[a-zA-Z][а-яё]|[а-яё][a-zA-Z]", text)
+    all_russian = all(re.match("[а-яё]", letter, re.IGNORECASE) for letter in letters)
+    return len(small) >= 4 and len(small) >= 0.75 * len(letters) and all_russian and not mixed
 
 
 def _is_east_asian(text: str) -> bool:

@@ -83,7 +83,8 @@ class Names:
         if name in self._files:
             return name
         loose = self._loose.get(_fold(name), [])
-        return next((name for name in loose if name[: len(name) - len(suffix)] not in self._owners), None)
+        stems = ((name, name[: len(name) - len(suffix)]) for name in loose)  # "b.TXT" is of "b.png", not of "B.png"
+        return next((name for name, own in stems if own == stem or own not in self._owners), None)
 
 
 def _fold(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from lorakit.data.photo_folder import Photo
 
 # What stands between the name of a photo and the ending of its mask; `x.mask.png` itself is read with the photos.
-MARKS = (".mask", "-masklabel", "_masklabel", "_mask", "-mask")
-FOLDERS = ("mask", "masks")
+WORDS = ("mask", "masklabel", "matte", "segmentation", "seg", "alpha")
+MARKS = tuple(separator + word for word in WORDS for separator in "._- ")
+FOLDERS = {*WORDS} | {f"{word}s" for word in WORDS}
+# What stands in front of it instead, as in "mask_x.png".
+PREFIX = re.compile(r"mask[._ -](?=.)", re.IGNORECASE)
 NO_MASK = "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false"
 BLACK_MASK = "{photo}: its mask is black all over, so nothing of it would be learned"
 
@@ -39,7 +43,8 @@ class Masks:
 
     def match(self, photos: list[Path], files: dict[str, Path], marks: tuple[str, ...]) -> bool:
         """Give each photo without a mask the first of `files` with its name and a mark; whether there was one."""
-        names = Names(files, photos)
+        in_front = {PREFIX.sub("", stem) + MARKS[0]: file for stem, file in files.items() if PREFIX.match(stem)}
+        names = Names({**in_front, **files}, photos)
         before = len(self.of)
         for photo in photos:
             mask = next((file for mark in marks if (file := names.side_file(photo, mark))), None)

@@ -318,6 +318,8 @@ def _read_tables(
                     own[stem] = (printable(path.name), " ".join(text.split()))
                 continue
             table = list(caption_files.rows(source, content))
+            if not table:
+                raise LorakitError(f"{source}: no row of it has a picture and a text")
         except LorakitError as error:
             if path.name.lower() == caption_files.METADATA:
                 raise

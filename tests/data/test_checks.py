@@ -320,10 +320,10 @@ def test_a_grey_twin_of_a_photo_is_named(photos: Path, base) -> None:
     fill(photos)
     texture(3).save(photos / "cat.png")
     texture(4).save(photos / "7.png")
-    for name in ("cat_bw.png", "mask-of-cat.png", "dog.png", "7_matte.png"):
+    for name in ("cat_bw.png", "mask-of-cat.png", "dog.png", "7_shape.png"):
         texture(len(name)).convert("L").resize(texture(3).size).save(photos / name)
     report = checks.check(DataConfig(folder=str(photos), name="sks toy", resolution=64), base)
-    line = "7_matte.png, cat_bw.png, mask-of-cat.png: grey, with the name and size of a photo in colour"
+    line = "7_shape.png, cat_bw.png, mask-of-cat.png: grey, with the name and size of a photo in colour"
     assert [warning for warning in report.warnings if "grey" in warning] == [
         f"{line}; name.mask.png is read as a mask, this is trained as a photo"
     ]
