@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import Any, NoReturn, TextIO
 
 from lorakit import __version__, config as configuration
-from lorakit.cli import adapter_commands, base_commands, batch_commands, threads, train_commands
+from lorakit.cli import adapter_commands, base_commands, batch_commands, threads, train_commands, tune_commands
 from lorakit.cli.terminal import complain, open_streams, print_event, print_json, print_lines, quiet_libraries
 from lorakit.config.option import format_bound, suggest
 from lorakit.core import install
@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     adapter_commands.add(command)
     base_commands.add(command)
     batch_commands.add(command)
+    tune_commands.add(command)
     command(
         "doctor", run_doctor, "show the device, precision, attention and extras of this machine, and what is missing"
     )

@@ -1,0 +1,196 @@
+"""Search the learning rate, rank and length for a folder of photos: tune. The search is Optuna's."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit import config as configuration
+from lorakit.cli import threads
+from lorakit.cli.signals import stop_on_signals
+from lorakit.cli.terminal import Terminal, print_json, print_lines, remark
+from lorakit.cli.train_commands import Command, add_run_options, resolve
+from lorakit.config import Config
+from lorakit.core import atomic, install
+from lorakit.core.errors import ConfigError, LorakitError, Stopped
+from lorakit.core.events import Event
+from lorakit.core.names import quote
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import Trial
+
+RANKS = (4, 8, 16, 32)
+# The learning rate is searched from a fifth of the config's to five times it, and the length among these shares of it.
+RATE_FACTOR, LENGTHS = 5.0, (0.5, 1.0, 1.5)
+# Validations in a trial; trials that no other is compared with.
+LOOKS, FIRST_TRIALS = 5, 4
+BEST = "best.toml"
+
+
+def add(command: Command) -> None:
+    """Add the commands of this page by `command(name, run, help)`."""
+    tune = command("tune", run_tune, "search the learning rate, rank and length for a folder of photos")
+    add_run_options(tune)
+    tune.add_argument("--output", metavar="DIR", required=True, help="where the runs go; give it again to go on")
+    tune.add_argument("--trials", type=int, default=12, metavar="COUNT", help="runs in all (default: 12)")
+    tune.add_argument(
+        "--drift", type=float, default=0.1, metavar="SHARE", help="prior drift that is accepted (default: 0.1)"
+    )
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    """`lorakit tune`."""
+    if find_spec("optuna") is None:
+        raise LorakitError(f"tune needs optuna; {install.hint('tune')}")
+    if args.trials < 1 or args.drift < 0:
+        raise ConfigError(["--trials is 1 or more, and --drift 0 or more"])
+    threads.use_idle_cores()
+    say = remark if args.json else print_lines
+    from lorakit.runs.preflight import preflight
+
+    folder = Path(args.output).resolve()
+    args.output = str(folder / "trial")
+    ready = preflight(resolve(args, Terminal(sys.stderr if args.json else sys.stdout))).or_raise()
+    if ready.plan.holdout_count == 0:
+        raise ConfigError(["tune judges runs by held-out photos: give 10 photos or more, and train.holdout above 0"])
+    study = _study(folder, ready.config.train.seed)
+    with stop_on_signals() as stop:
+        count = args.trials - sum(trial.state.is_finished() for trial in study.trials)
+        search = Search(ready.config, ready.plan.steps, folder, args.drift, say, stop)
+        if count > 0:
+            study.optimize(search, n_trials=count)
+    return _tell(study, search, args.json)
+
+
+def _study(folder: Path, seed: int) -> Study:
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    file = str(folder / "tune.journal")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        backend = JournalFileBackend(file, lock_obj=JournalFileOpenLock(file))
+    except OSError as error:
+        raise LorakitError(f"cannot write to {folder}: {error.strerror or error}; give another --output") from None
+    return optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name="lorakit",
+        load_if_exists=True,
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST_TRIALS),
+    )
+
+
+class Search:
+    """Trains for a trial of Optuna, and returns its score.
+
+    Args:
+        config: what all trials have in common.
+        steps: length of the config's own run.
+        folder: where the runs go.
+        drift: prior drift that is accepted.
+        say: is told of each trial.
+        stop: whether somebody wants an end.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        steps: int,
+        folder: Path,
+        drift: float,
+        say: Callable[[str], object],
+        stop: Callable[[], bool],
+    ):
+        self.config, self.steps, self.folder, self.drift = config, steps, folder, drift
+        self.say, self.stop = say, stop
+
+    def options(self, trial: Trial) -> Config:
+        """The config of a trial."""
+        rate = self.config.optimizer.learning_rate
+        steps = trial.suggest_categorical("train.steps", [max(LOOKS, round(share * self.steps)) for share in LENGTHS])
+        overrides = {
+            "optimizer.learning_rate": trial.suggest_float(
+                "optimizer.learning_rate", rate / RATE_FACTOR, rate * RATE_FACTOR, log=True
+            ),
+            "adapter.rank": trial.suggest_categorical("adapter.rank", list(RANKS)),
+            "train.steps": steps,
+            "train.validate_every": max(1, steps // LOOKS),
+            "train.save_every": steps,
+            "sample.at_start": False,
+            "sample.at_end": False,
+            "sample.every": steps,
+            "output.folder": str(self.folder / f"trial-{trial.number:03d}"),
+        }
+        shared = self.folder / "shared.toml"
+        atomic.write(shared, configuration.to_toml(self.config))
+        return configuration.load(shared, overrides)
+
+    def score(self, mse: float, drift: float) -> float:
+        """The held-out error, larger by the share by which the drift is more than is accepted."""
+        return mse * (1 + max(0.0, drift - self.drift))
+
+    def __call__(self, trial: Trial) -> float:
+        """Train; a trial that is worse than the median of the others at the same share of its length is ended."""
+        import optuna
+
+        from lorakit.training import run
+
+        config, scores, pruned = self.options(trial), list[float](), list[bool]()
+
+        def follow(event: Event) -> None:
+            if event.kind == "validation":
+                scores.append(self.score(event.facts["mse"], event.facts["prior_drift"]))
+                trial.report(scores[-1], len(scores))
+                pruned.append(trial.should_prune())
+
+        try:
+            run.train(config, listeners=[follow], stop=lambda: any(pruned) or self.stop())
+        except Stopped:
+            if self.stop():
+                trial.study.stop()
+            self.say(f"trial {trial.number}: ended early at {scores[-1] if scores else float('nan'):.4f}")
+            raise optuna.TrialPruned from None
+        finally:
+            gc.collect()  # the base of this trial leaves memory before the next one's is loaded
+        self.say(f"trial {trial.number}: {_text(trial.params)}: score {scores[-1]:.4f}")
+        return scores[-1]
+
+
+def _text(options: Mapping[str, float]) -> str:
+    return ", ".join(f"{key.partition('.')[2]} {value:.4g}" for key, value in options.items())
+
+
+def _tell(study: Study, search: Search, as_json: bool) -> int:
+    """Write and say what is recommended, with the figures of all."""
+    from lorakit.runs import batch
+
+    complete = [trial for trial in study.trials if trial.value is not None]
+    if not complete:
+        raise LorakitError("no trial came to its end: the same command goes on with the search")
+    best = study.best_trial
+    name = f"trial-{best.number:03d}"
+    names = [f"trial-{trial.number:03d}" for trial in study.trials]
+    outcomes = [batch.outcome(search.folder / each) for each in names]
+    options = search.options(best)
+    output = replace(search.config.output, folder="")
+    best_config = replace(options, output=output, sample=search.config.sample)
+    atomic.write(search.folder / BEST, configuration.to_toml(best_config))
+    if as_json:
+        print_json({"best": name, "options": best.params, "score": best.value, "runs": batch.to_json(outcomes)})
+        return 0
+    drift = next(each.prior_drift for each in outcomes if each.name == name)
+    print_lines(
+        *batch.table(outcomes),
+        f"recommended: {_text(best.params)} ({name}): score {best.value:.4f}, prior drift {drift or 0:.2%}",
+        f"train with: lorakit train --preset {quote(search.folder / BEST)}",
+    )
+    return 0

@@ -1,0 +1,57 @@
+"""A search over rate, rank and length, whose trials are runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from short_run import noise
+
+from lorakit import config
+from lorakit.cli import main as cli
+from lorakit.cli.tune_commands import Search
+
+HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
+
+
+def command(base: Path, folder: Path, count: int) -> list[str]:
+    """`tune` on so many photos."""
+    (folder / "photos").mkdir()
+    noise(folder / "photos", count)
+    settings = {"train.steps": 8, "data.resolution": 64, "memory.device": "cpu", "train.validate_at_end": True}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    start = ["tune", str(folder / "photos"), "--subject", "sks toy", "--base", str(base)]
+    return [*start, *words, "--output", str(folder / "tune")]
+
+
+@pytest.mark.skipif(HAS_OPTUNA, reason="optuna is installed")
+def test_without_optuna_the_extra_is_named(tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command(tiny_sd1, tmp_path, 1)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tune needs optuna; install it with: " in line and "optuna>=" in line
+
+
+def test_only_drift_beyond_what_is_accepted_counts(tmp_path: Path) -> None:
+    search = Search(config.load("subject-pocket"), 100, tmp_path, 0.1, str, lambda: False)
+    assert search.score(0.5, 0.1) == 0.5 and search.score(0.5, 0.3) == pytest.approx(0.6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_OPTUNA, reason="optuna is not installed (the extra `tune`)")
+def test_the_best_trial_is_recommended_and_the_search_goes_on(tiny_sd1, tmp_path, capsys) -> None:
+    words = command(tiny_sd1, tmp_path, 10)
+    assert cli.main([*words, "--trials", "1"]) == 0
+    assert "recommended: " in capsys.readouterr().out
+    assert cli.main([*words, "--trials", "3", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["runs"]) == 3 and all(each["source"] == "held-out photos" for each in result["runs"])
+    ended = {each["name"]: each for each in result["runs"] if each["state"] == "done"}
+    assert result["best"] in ended
+    best = config.load(tmp_path / "tune" / "best.toml")
+    assert best.optimizer.learning_rate == result["options"]["optimizer.learning_rate"]
+    assert (best.adapter.rank, best.output.folder) == (result["options"]["adapter.rank"], "")
+    (tmp_path / "small").mkdir()
+    assert cli.main(command(tiny_sd1, tmp_path / "small", 3)) == 2
+    assert "tune judges runs by held-out photos: give 10 photos or more" in capsys.readouterr().err
