@@ -249,8 +249,21 @@ class Readings:
         line = f"step {number + 1}: gradients overflow in fp16, so the step is skipped ({self.skipped} so far)"
         self.run.events.say(f"{line}; their scale is {scale.scale.item():g} now", warning=True)
 
+    def _damaged_weight(self) -> str:
+        """The first weight of the base that is not finite, or ""."""
+        for part, module in self.model.family.modules().items():
+            for name, weight in module.named_parameters():
+                is_frozen = (
+                    type(weight.data) is torch.Tensor and weight.is_floating_point() and not weight.requires_grad
+                )
+                if is_frozen and not bool(torch.isfinite(weight).all()):
+                    return f"{part}.{name.replace('.base_layer', '')}"
+        return ""
+
     def _problem(self, number: int, loss: float) -> str:
         """What is wrong with step `number`, and what to do."""
+        if name := self._damaged_weight():
+            return f"the base holds NaN or infinity in {name}: it is damaged; get the base again"
         figure = "gradient" if math.isfinite(loss) else "loss"
         parts = self.run.config.train.gradient_accumulation_steps
         names: set[str] = set()

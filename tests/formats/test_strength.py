@@ -49,6 +49,23 @@ def test_what_is_dead_or_stands_out_is_reported(tmp_path):
     assert "LOOK: every module is zero: it changes nothing" in inspect(path).to_text()
 
 
+def test_what_no_gradient_reaches_is_not_called_dead(tmp_path):
+    """SDXL reads its first text encoder before the last layer, and nobody reads what SD3's last block makes of the
+    text: adapters of every program are zero there."""
+    text = [f"lora_te1_text_model_encoder_layers_{n}_mlp_fc{k}" for n in range(3) for k in (1, 2)]
+    joint = [f"transformer.transformer_blocks.{n}.attn.{end}" for n in range(2) for end in ("add_q_proj", "to_k")]
+    for stems, factors, zero in ((text, "lora_down lora_up", text[4:]), (joint, "lora_A lora_B", joint[2:3])):
+        down, up = factors.split()
+        tensors = {f"{stem}.{down}.weight": torch.ones(2, 4) for stem in stems}
+        tensors |= {f"{stem}.{up}.weight": torch.full((4, 2), float(stem not in zero)) for stem in stems}
+        save_file(tensors, tmp_path / "x.safetensors")
+        assert inspect(tmp_path / "x.safetensors").strength.health() == ""
+        save_file(tensors | {f"{stems[0]}.{up}.weight": torch.zeros(4, 2)}, tmp_path / "x.safetensors")
+        assert inspect(tmp_path / "x.safetensors").strength.dead == [stems[0]]
+        save_file({name: tensor * 0 for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+        assert "every module is zero" in inspect(tmp_path / "x.safetensors").strength.health()
+
+
 def test_tucker_and_full_differences_have_a_size_and_rotations_none(tmp_path):
     stem, draw = "lora_unet_mid_block_resnets_0_conv1", torch.Generator().manual_seed(0)
     parts = {"lora_down.weight": (4, 16, 1, 1), "lora_mid.weight": (4, 4, 3, 3), "lora_up.weight": (16, 4, 1, 1)}

@@ -1,11 +1,13 @@
 """What is not finite ends the run in words, or is gone back from: losses, gradients, weights, the optimizer's state."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from short_run import noise, run_config
 
 from lorakit.core.errors import LorakitError
@@ -51,6 +53,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(tiny_s
     assert checkpoint_state is not None and checkpoint_state.name == "step-000003"
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint.load(checkpoint_state).adapter.values())
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_a_base_with_nan_is_named_as_the_cause(tiny_sd1, photos, tmp_path):
+    base = shutil.copytree(tiny_sd1, tmp_path / "base")
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("attn1.to_q.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(
+        LorakitError, match=rf"^the base holds NaN or infinity in unet\.{re.escape(name)}: it is damaged"
+    ):
+        run(base, photos, tmp_path / "run")
 
 
 def overflow_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorakit.core import image_grid
+from lorakit.core import image_grid, registry
 from lorakit.core.errors import LorakitError
+from lorakit.families.weight_files import of_last
 from lorakit.formats.facts.health import numbers
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Strength:
     def health(self) -> str:
         """What stands out, in words, or ""."""
         lines = []
-        if self.dead and len(self.dead) == len(self.modules):
+        if self.modules and not any(self.modules.values()):
             return "every module is zero: it changes nothing"
         if self.dead:
             lines.append(f"{len(self.dead)} of {len(self.modules)} modules are zero, such as {self.dead[0]}")
@@ -80,13 +81,29 @@ def measure(modules: Mapping[str, Module], places: Places, scales: Mapping[str, 
             kinds.setdefault(_kind(names[stem]), []).append(sizes[stem])
     medians = {kind: statistics.median(values) for kind, values in kinds.items() if len(values) >= _KIND_SIZE}
     times = {stem: size / median for stem, size in sizes.items() if (median := medians.get(_kind(names[stem]), 0.0))}
-    dead = [stem for stem, size in sizes.items() if size == 0 and not _may_be_zero(stem)]
+    zeros = {names[stem] for stem, size in sizes.items() if size == 0}
+    unreached = _unreached({names[stem] for stem in sizes}, zeros)
+    dead = [stem for stem in sizes if names[stem] in zeros - unreached and not _may_be_zero(stem)]
     return Strength(sizes, blocks, dead, {stem: ratio for stem, ratio in times.items() if ratio > OUTLIER})
 
 
 def _may_be_zero(stem: str) -> bool:
     """Whether exporters write it with zeros on purpose: what is missing of a text encoder's q, k, v and out."""
     return bool(re.search(r"self_attn[._](?:[qkv]|out)_proj$", stem))
+
+
+def _unreached(names: Collection[str], zeros: Collection[str]) -> set[str]:
+    """Layers that are zero as no gradient reaches them: what nobody reads of a last block, and the last layers of a
+    text encoder, all zero where it is read before them."""
+    ends = tuple(end for spec in registry.FAMILIES.values() for end in spec.dead_end_layers)
+    result = {name for name in of_last(names, r"unet\.transformer_blocks") if name.endswith(ends)}
+    for part in ("text_encoder", "text_encoder_2"):
+        stack, count = rf"{part}\.text_model\.encoder\.layers", 1
+        encoder = set(of_last(names, stack, len(names)))
+        while (last := set(of_last(names, stack, count))) < encoder and last <= set(zeros):
+            result |= last
+            count += 1
+    return result
 
 
 def block(name: str) -> str:

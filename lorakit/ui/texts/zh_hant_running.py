@@ -175,6 +175,9 @@ RUNNING = {
     "step {step}: gradients overflow in fp16, so the step is skipped ({count} so far); their scale is {scale} now": (
         "第 {step} 步：梯度在 fp16 中溢位，因此跳過這一步（目前共 {count} 步）；梯度的倍率現為 {scale}"
     ),
+    "the base holds NaN or infinity in {name}: it is damaged; get the base again": (
+        "基礎模型的 {name} 含有 NaN 或無限大：檔案已損壞，請重新取得"
+    ),
     "step {step}: the loss is not finite ({names}); {advice}": (
         "第 {step} 步：損失不是有限值（{names}）；請調低 optimizer.learning_rate，或用 memory.mixed_precision = 'fp32'"
     ),
