@@ -205,6 +205,11 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     person.tab("runs")
     person.sees("running")
     assert person.page.locator("[data-run][aria-current]").get_attribute("data-run") == name
+    # The log stays at its end.
+    person.page.wait_for_function(
+        "(() => { const log = document.querySelector('#run-log pre'); "
+        "return log && log.scrollHeight - log.scrollTop - log.clientHeight < 8; })()"
+    )
     # Held still in mid-run, it is at the same step before a reload, after it, and in a second browser.
     with suspended(run_folder.read(run).pid):
         step = str(run_folder.read(run).step)
@@ -278,7 +283,8 @@ def test_what_is_wrong_is_reported_where_it_is_wrong(person: Person, served, roo
     person.says("option-adapter-rank", "Changed from the preset")
     person.says("train-changed", "adapter.rank: 8 → 4")
     # A reload keeps the answers, and comes back to the page.
-    page.reload()
+    person.open(page.url)
+    page.locator("#option-data-name").wait_for()
     page.wait_for_function("document.querySelector('#option-data-name :is(input, textarea)').value === 'sks toy'")
     page.locator("#train-options > button").click()
     person.says("train-changed", "adapter.rank: 8 → 4")

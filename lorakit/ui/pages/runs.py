@@ -41,6 +41,17 @@ element.addEventListener('click', (event) => {
 });
 """
 
+# The log stays at its end, unless the person has scrolled up.
+FOLLOW_LOG = """
+let follows = true;
+const isAtEnd = (log) => log.scrollHeight - log.scrollTop - log.clientHeight < 8;
+element.addEventListener('scroll', ({target}) => { follows = isAtEnd(target); }, true);
+new MutationObserver(() => {
+  const log = element.querySelector('pre');
+  if (log && follows) log.scrollTop = log.scrollHeight;
+}).observe(element, {childList: true, subtree: true, characterData: true});
+"""
+
 
 class RunsPage:
     """Builds the page. `run_name` holds the name of the run on display, in the browser."""
@@ -66,7 +77,7 @@ class RunsPage:
                 self.message = widgets.html(elem_id="run-message")
                 self.samples = widgets.html(elem_id="run-samples")
                 self.curves = widgets.html(elem_id="run-curves")
-                self.log = widgets.html(elem_id="run-log")
+                self.log = widgets.html(elem_id="run-log", js_on_load=FOLLOW_LOG)
 
     def wire(self, page: gr.Blocks) -> None:
         """Which event calls what. Whatever was done, the files are looked at next, always by the same listener: two
