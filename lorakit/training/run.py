@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from lorakit import families
-from lorakit.config import Config, resuming
+from lorakit.config import AdapterConfig, Config, resuming
 from lorakit.core import image_grid
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Events, Listener, Stop, StopRequest
@@ -68,6 +68,9 @@ class Result:
     exports: dict[str, Path]
     steps: int
     findings: list[selfcheck.Finding]
+
+
+DROPPED = "dropout left {count} of {total} layers out of every step, so they change nothing: train longer to reach them"
 
 
 @dataclass(frozen=True)
@@ -348,6 +351,9 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
     """
     config, exports, folder = run.config, result.exports, run.folder
     findings: list[selfcheck.Finding] = []
+    dropped = dropped_layers(result.weights, config.adapter)
+    if dropped:
+        run.events.say(DROPPED.format(count=len(dropped), total=len(result.weights.layers)), warning=True)
     for name, file_findings, family in selfcheck.examine(
         exports,
         result.weights,
@@ -357,7 +363,7 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
         prompt=result.samples.first,
         size=(config.data.resolution, config.data.resolution),
         dtype=config.output.dtype,
-        untrained_layers=run.ready.info.untrained_layers,
+        untrained_layers={*run.ready.info.untrained_layers, *dropped},
     ):
         findings += file_findings
         if family is not None and name == config.output.formats[0] and config.sample.at_end:
@@ -369,6 +375,15 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
     for finding in findings:
         run.events.say(f"{'ok' if finding.passed else 'FAILED'}: {finding.name}: {finding.detail}")
     return findings
+
+
+def dropped_layers(weights: AdapterWeights, adapter: AdapterConfig) -> list[str]:
+    """Layers that dropout has left out of every step of a short run, so that they are as they began; none where all
+    are."""
+    if not (getattr(adapter, "module_dropout", 0.0) or getattr(adapter, "rank_dropout", 0.0)):
+        return []
+    zero = [name for name, layer in weights.layers.items() if not all(part.any() for part in layer.factors().values())]
+    return zero if len(zero) < len(weights.layers) else []
 
 
 def write_previews(sample: Path, exports: Mapping[str, Path], say: Callable[[str], None]) -> None:

@@ -13,6 +13,7 @@ from lorakit.adapters.method import NAME
 from lorakit.adapters.weights import delta_norm
 from lorakit.config import ConfigError
 from lorakit.families import prediction
+from lorakit.training.run import dropped_layers
 
 
 def settings(**options: object) -> config.Config:
@@ -116,6 +117,22 @@ def test_rows_of_a_change_are_left_out_for_each_picture(method: str, kind: str, 
     torch.testing.assert_close(each, expected, rtol=1e-3, atol=1e-4)
     layer(x).sum().backward()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in adapter.parameters().values())
+
+
+@pytest.mark.parametrize("method", ["lora", "loha", "lokr"])
+def test_layers_that_dropout_never_let_train_are_no_faults(method: str, sd1: Any, attach: Any) -> None:
+    options = {"adapter.method": method, "adapter.rank": 2, "adapter.module_dropout": 0.5}
+    section = settings(**options).adapter
+    adapter = attach(sd1, section)
+    assert dropped_layers(adapter.weights(), section) == [], "all are zero: that is a fault"
+    first = {name: parameter.clone() for name, parameter in adapter.parameters().items()}
+    randomize(adapter)
+    assert dropped_layers(adapter.weights(), section) == []
+    for name, parameter in adapter.parameters().items():
+        if name.startswith(f"{adapter.layers[3]}."):
+            parameter.data.copy_(first[name])
+    assert dropped_layers(adapter.weights(), section) == [adapter.layers[3]]
+    assert dropped_layers(adapter.weights(), settings(**options | {"adapter.module_dropout": 0.0}).adapter) == []
 
 
 @pytest.mark.parametrize("method", ["dora", "pissa"])

@@ -232,6 +232,9 @@ RUNNING = {
     "memory.base_storage and memory.stream_base need memory.engine = 'fused'": (
         "memory.base_storage 與 memory.stream_base 需要 memory.engine = 'fused'"
     ),
+    "dropout left {count} of {total} layers out of every step, so they change nothing: train longer to reach them": (
+        "dropout 讓 {total} 層中的 {count} 層在每一步都被略去，因此沒有作用：訓練久一點就會輪到"
+    ),
     "memory.compile needs adapter.dropout = 0: compiled code would draw other numbers": (
         "memory.compile 需要 adapter.dropout = 0：編譯後會抽到不同的隨機數"
     ),
