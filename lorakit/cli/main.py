@@ -25,7 +25,7 @@ from lorakit.config.option import format_bound, suggest
 from lorakit.core import install
 from lorakit.core.errors import LorakitError, MissingFile
 from lorakit.core.events import Event
-from lorakit.runs import launch, memory_estimate
+from lorakit.runs import launch
 
 # Kept for one release under their old names.
 ALIASES = {"options": ["knobs"]}
@@ -77,6 +77,8 @@ def _run(argv: Sequence[str] | None) -> int:
             is_misuse = isinstance(error, configuration.ConfigError) and not isinstance(error, MissingFile)
             return 2 if is_misuse else 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it to ask would cost seconds
+            from lorakit.runs import memory_estimate
+
             fail(memory_estimate.advice("this command"))
             return 1
         fail(f"internal error: {type(error).__name__}: {_first_line(error)}; traceback in {_log(error)}")
