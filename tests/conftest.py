@@ -28,11 +28,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 
 # The files that take longest begin first, so that no worker is left with one of them at the end.
 LONGEST = (
-    "test_card.py",
-    "test_run.py",
-    "test_quality.py",
     "test_browser.py",
+    "test_card.py",
+    "test_quality.py",
+    "test_run.py",
+    "test_parallel.py",
+    "test_notebook.py",
+    "test_comfyui.py",
+    "test_adapter.py",
     "test_golden.py",
+    "test_formats_page.py",
     "test_plain.py",
     "test_stop.py",
     "test_silent_failures.py",

@@ -29,6 +29,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setenv(f"LORAKIT_NOTEBOOK_{name}", value)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled, and the compiler takes a second to import
     notebook = nbformat.read(FOLDER / "first_run.ipynb", 4)
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()

@@ -54,6 +54,7 @@ def test_weights_stay_where_only_the_first_step_overflows() -> None:
         assert trained(name, [1])[0].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("scale", "ends"), [(2.0**29, True), (2.0**80, False)])
 def test_a_run_in_fp16_goes_on_and_reports_what_it_skipped(

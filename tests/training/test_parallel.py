@@ -49,7 +49,10 @@ def pair(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(folder)],
-            env=os.environ | environment(rank, 2, port) | {"LORAKIT_CACHE": str(folder / "cache")},
+            # Nothing is compiled here, and the compiler takes a second to import.
+            env=os.environ
+            | environment(rank, 2, port)
+            | {"LORAKIT_CACHE": str(folder / "cache"), "TORCHDYNAMO_DISABLE": "1"},
         )
         for rank in range(2)
     ]
