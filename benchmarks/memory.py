@@ -229,7 +229,10 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
     unet = outline(name, settings, dtype)
     family = SimpleNamespace(
         info=SimpleNamespace(family="sdxl" if name == "sdxl" else "sd1"),
-        unet=unet,
+        denoiser=unet,
+        text_encoders={},
+        plain=False,
+        gradient_scale=1.0,
         modules=lambda: {"unet": unet},
         device=torch.device("cpu"),
         dtype=dtype,

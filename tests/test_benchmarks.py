@@ -21,11 +21,11 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> Any:
 
 
 @pytest.mark.slow
-def test_the_gpus_script_runs_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(
+def test_the_loops_of_a_gpu_run_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, picture = tmp_path / "rows.json", tmp_path / "rows.png"
-    script(monkeypatch, "gpu", "--device", "cpu", "--quick", "--only", "sd15", "--json", str(file)).main()
+    script(monkeypatch, "gpu_loops", "--device", "cpu", "--quick", "--only", "sd15", "--json", str(file)).main()
     printed, rows = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))
     assert all(set(row) == {"name", "value", "unit", "ratio"} for row in rows)
     named = {row["name"]: row for row in rows}
@@ -34,6 +34,51 @@ def test_the_gpus_script_runs_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(
     script(monkeypatch, "plot", str(file), "--output", str(picture), "--unit", "ms").main()
     with Image.open(picture) as images:
         assert images.width > 400 and len(images.getcolors(2**24) or []) > 2
+
+
+def test_figures_of_a_part_that_is_stopped_or_fails_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = script(monkeypatch, "gpu")
+    results = gpu.Results(tmp_path)
+    line = (
+        """print('ROW {"name": "sd15 b1 lorakit", "value": 9.5, "unit": "ms a step", "first_step_s": 3}', flush=True)"""
+    )
+    gpu.run_part("slow", 2, [sys.executable, "-c", f"import time; {line}; print('more'); time.sleep(60)"], results)
+    gpu.run_part("wrong", 60, [sys.executable, "-c", "1 / 0"], results)
+    named = {(row["part"], row["name"]): row["value"] for row in results.rows()}
+    assert named == {
+        ("slow", "sd15 b1 lorakit"): 9.5,
+        ("slow", "part"): "stopped at its limit of 2 s",
+        ("wrong", "part"): "failed with 1",
+    }
+    assert "ZeroDivisionError" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert "9.5 ms a step  first_step_s 3" in gpu.table(results.rows())
+    gpu.draw(results.rows(), tmp_path / "steps.png")
+    with Image.open(tmp_path / "steps.png") as picture:
+        assert picture.width > 400
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--parts", "card,moon", "--output", str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match="no part is called 'moon'; parts: card, tests, bits, sd15"):
+        gpu.main()
+
+
+@pytest.mark.slow
+def test_every_part_of_a_gpus_figures_can_be_rehearsed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The quickest here; `gpu.py --rehearse` does all."""
+    gpu, parts = script(monkeypatch, "gpu"), script(monkeypatch, "gpu_parts")
+    assert parts.PARTS.keys() == (gpu.FIRST | gpu.SECOND).keys()
+    machine = parts.Machine(True)
+    monkeypatch.setattr(parts.common, "unet_config", parts.common.unet_config)  # a rehearsal puts another in its place
+    for part in ("card", "profile"):
+        parts.run(part, rehearse=machine.rehearse)
+    printed = capsys.readouterr().out
+    rows = [json.loads(line[4:]) for line in printed.splitlines() if line.startswith("ROW ")]
+    assert not [row for row in rows if "FAILED" in row["name"]]
+    named = {row["name"]: row for row in rows}
+    assert named["attention is right, forward and backward"]["value"] is True
+    assert named["sd15 b1 busy"]["kernels"] > 500
 
 
 @pytest.mark.slow
@@ -52,10 +97,10 @@ def test_the_bytes_of_a_sum_over_several_cards_are_those_of_the_adapter(monkeypa
         ("--convolutions", ["lorakit", "cudnn.benchmark", "channels last"]),
     ],
 )
-def test_the_gpus_script_has_further_questions(
+def test_the_loops_of_a_gpu_have_further_questions(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, loops: list[str]
 ) -> None:
-    script(monkeypatch, "gpu", "--device", "cpu", "--quick", "--only", "sd15", option).main()
+    script(monkeypatch, "gpu_loops", "--device", "cpu", "--quick", "--only", "sd15", option).main()
     printed = capsys.readouterr().out
     assert [loop for loop in loops if f"sd15 narrow batch 1 {loop} step" not in printed] == []
 

@@ -1,0 +1,395 @@
+"""The parts of gpu.py, each run in a process of its own. A part prints its figures as they come, and goes on after what
+fails. `rehearse`: on a CPU, with models of one layer a block and 16 channels."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+import common  # noqa: E402
+import gpu_loops as loops  # noqa: E402
+import torch  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from lorakit.engine import device as devices  # noqa: E402
+
+# Kernels by words in their names; the first group that fits has it.
+KERNELS = {
+    "layout": ("nchwtonhwc", "nhwctonchw", "nchw2nhwc", "nhwc2nchw", "transpose"),
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "convolution": ("conv", "dgrad", "fprop", "implicit"),
+    "norm": ("norm", "rowwise", "moments", "computefused", "computeinternal"),
+    "matrix": ("gemm", "cutlass", "nvjet", "xmma", "splitk"),
+    "copies and pointwise": ("elementwise", "vectorized", "copy", "fill", "memcpy", "memset", "cat", "reduce"),
+}
+GPU_TESTS = ("card/on_graphs.py", "engine/test_cuda_graphs.py", "engine/test_quantized_weight.py")
+
+
+def row(name: str, value: Any, **more: Any) -> None:
+    """Print a figure for gpu.py."""
+    if isinstance(value, float):
+        value = float(f"{value:.5g}")
+    print("ROW " + json.dumps({"name": name, "value": value, **more}, default=str), flush=True)
+
+
+@contextlib.contextmanager
+def attempt(name: str) -> Iterator[None]:
+    """What fails inside becomes a figure, and the part goes on."""
+    try:
+        yield
+    except Exception as problem:
+        traceback.print_exc()
+        row(f"{name} FAILED", (str(problem).splitlines() or [""])[0][:300], kind=type(problem).__name__)
+    gc.collect()
+
+
+class Machine:
+    """Where a part computes, and how large its models are."""
+
+    def __init__(self, rehearse: bool):
+        self.rehearse = rehearse
+        self.device = torch.device("cpu" if rehearse else "cuda")
+        self.width = 16 if rehearse else None
+        # A CPU takes many times as long in bf16.
+        self.dtype = torch.float32 if rehearse else torch.bfloat16
+
+    def side(self, kind: str) -> int:
+        """Side of the latents."""
+        return 8 if self.rehearse else loops.SIDES[kind]
+
+    def milliseconds(self, work: Callable[[], Any], count: int = 10) -> float:
+        """Median time of something on the device."""
+        times = []
+        for number in range(2 if self.rehearse else count + 3):
+            loops.wait(self.device)
+            start = time.perf_counter()
+            work()
+            loops.wait(self.device)
+            if number >= (1 if self.rehearse else 3):
+                times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+
+    def loop(
+        self, kind: str, batch: int, change: Callable[[Any], None] = lambda _: None, **options: Any
+    ) -> common.Loop:
+        """Our steps on a model of its own."""
+        family = common.base(kind, self.device, self.dtype, width=self.width)
+        change(family)
+        data = common.encoded(family, self.side(kind), self.width)
+        return common.lorakit_loop(family, data, common.settings(batch, 16, **options), print)
+
+
+def card(machine: Machine) -> None:
+    """Versions, speeds, and whether attention is right."""
+    row("versions", f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    if not machine.rehearse:
+        facts = torch.cuda.get_device_properties(0)
+        row(
+            "card",
+            facts.name,
+            memory_gib=round(facts.total_memory / 2**30, 1),
+            capability=f"{facts.major}.{facts.minor}",
+        )
+    row("matrix products, bf16", loops.matrix_speed(machine.device, 0.5) / 1e12, unit="TFLOP/s")
+    with attempt("attention"):
+        problem = devices.attention_problem(devices._sdpa, machine.device, torch.bfloat16)
+        row("attention is right, forward and backward", problem is None, problem=problem)
+    places = 64 if machine.rehearse else 1
+    for heads, size, queries, keys in (
+        (8, 40, 4096, 4096),
+        (8, 40, 4096, 77),
+        (10, 64, 4096, 4096),
+        (20, 64, 1024, 77),
+    ):
+        with attempt(f"attention {size} {queries} {keys}"):
+            shapes = [(1, heads, n // places or 1, size) for n in (queries, keys, keys)]
+            leaves = [torch.randn(s, device=machine.device).bfloat16().requires_grad_() for s in shapes]
+            towards = torch.randn(shapes[0], device=machine.device).bfloat16()
+
+            def both(leaves: list[Any] = leaves, towards: Any = towards) -> tuple[torch.Tensor, ...]:
+                return torch.autograd.grad(functional.scaled_dot_product_attention(*leaves), leaves, towards)
+
+            equal = all(torch.equal(a, b) for a, b in zip(both(), both(), strict=True))
+            row(f"attention {size} x {queries} x {keys}", machine.milliseconds(both), unit="ms", same_bits_twice=equal)
+    for channels, side in ((320, 64), (1280, 16)):
+        x = torch.randn(1, channels // places or 1, side, side, device=machine.device).bfloat16()
+        weight = torch.randn(len(x[0]), len(x[0]), 3, 3, device=machine.device).bfloat16()
+        for name, layout in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
+            with attempt(f"convolution {channels} {name}"):
+                a, w = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
+                took = machine.milliseconds(lambda a=a, w=w: functional.conv2d(a, w, None, 1, 1))
+                row(f"convolution {channels} x {side} {name}", took, unit="ms")
+
+
+def tests(machine: Machine) -> None:
+    """The tests that need a card: failed captures, graphs that come back, replays, quantized weights."""
+    import xml.etree.ElementTree as tree
+
+    report = Path(tempfile.mkdtemp()) / "junit.xml"
+    files = [str(ROOT / "tests" / name) for name in GPU_TESTS]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    result = subprocess.run([*command, f"--junitxml={report}", *files], cwd=ROOT, capture_output=True, text=True)
+    print(result.stdout[-9000:], result.stderr[-2000:])
+    row("pytest -m gpu", (result.stdout.strip().splitlines() or ["?"])[-1], code=result.returncode)
+    for case in tree.parse(report).iter("testcase"):
+        for problem in [*case.findall("failure"), *case.findall("error")]:
+            row(f"FAILED: {case.get('name')}", (problem.get("message") or "")[:400])
+
+
+def bits(machine: Machine) -> None:
+    """Runs of the bundled model, twice with graphs and once without: are they captured, and how far are they apart?"""
+    import short_run
+    from safetensors.torch import load_file
+
+    from lorakit.training import run as train
+
+    cases: dict[str, dict[str, Any]] = {
+        "bf16": {"memory__mixed_precision": "bf16"},
+        "fp32, deterministic": {"memory__mixed_precision": "fp32", "train__deterministic": True},
+        "fp16": {"memory__mixed_precision": "fp16"},
+        "bf16 nf4, checkpointing": {
+            "memory__mixed_precision": "bf16",
+            "memory__base_storage": "nf4",
+            "memory__gradient_checkpointing": True,
+        },
+        "bf16 text encoder, convolutions, teacher": {
+            "memory__mixed_precision": "bf16",
+            "adapter__train_text_encoder": True,
+            "adapter__target_modules": "linear+conv",
+            "train__prior": "teacher",
+        },
+    }
+    for title, changes in list(cases.items())[: 1 if machine.rehearse else None]:
+        with attempt(title), tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            (folder / "photos").mkdir()
+            short_run.noise(folder / "photos", 8)
+            adapters, times, lines = [], [], list[str]()
+            for number, graphs in enumerate((True, True, False)):
+                options = {"memory__device": machine.device.type, "memory__cuda_graphs": graphs, **changes}
+                settings = short_run.run_config(
+                    Path("pocket"), folder / "photos", folder / str(number), 2 if machine.rehearse else 20, **options
+                )
+                start = time.perf_counter()
+                result = train.train(settings)
+                times.append(round(time.perf_counter() - start, 1))
+                adapters.append(load_file(result.adapter))
+                if graphs:
+                    log = (result.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+                    lines += [m for m in (json.loads(line).get("message", "") for line in log) if "CUDA graph" in m]
+            off = [_difference(adapters[0], other) for other in adapters[1:]]
+            without = any("without" in line or "are off" in line for line in lines)
+            captured = "not captured" if without or not lines else "captured"
+            row(title, captured, off_twice=off[0], off_without_graphs=off[1], seconds=times, lines=sorted(set(lines)))
+
+
+def _difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    pairs = [(one[name].float(), two[name].float()) for name in two]
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)
+
+
+def sd15(machine: Machine) -> None:
+    """Steps of SD1.5 at 512 px."""
+    steps(machine, "sd15")
+
+
+def sdxl(machine: Machine) -> None:
+    """Steps of SDXL at 1024 px."""
+    steps(machine, "sdxl")
+
+
+def steps(machine: Machine, kind: str) -> None:
+    """Ours with and without graphs, the plain loop and the scripts' one, each on a model of its own, one at a time."""
+    peak = loops.matrix_speed(machine.device, 0.3)
+    asking = SimpleNamespace(rank=16, stream=False, compile=False, convolutions=False, quick=True)
+    for batch in (1,) if machine.rehearse else (1, 4):
+        makers = loops.makers(kind, batch, asking, machine.device, machine.width, machine.side(kind))
+        order: dict[str, Callable[[], common.Loop]] = {
+            "lorakit": makers["lorakit"],
+            "lorakit without graphs": lambda batch=batch: machine.loop(kind, batch, **{"memory.cuda_graphs": False}),
+            "peft": makers["peft"],
+            "script": makers["script"],
+        }
+        flop = loops.PASSES * batch * loops.forward_flop(kind, machine.width, machine.side(kind))
+        for name, make in order.items():
+            with attempt(f"{kind} b{batch} {name}"):
+                loops.clear(machine.device)
+                start = time.perf_counter()
+                loop = make()
+                loop(1)
+                loops.wait(machine.device)
+                first = round(time.perf_counter() - start, 2)
+                loop(1 if machine.rehearse else 3)
+                took = machine.milliseconds(lambda loop=loop: loop(1), 8)
+                memory = {} if machine.rehearse else {r["name"].split()[-1]: r["value"] for r in loops.memory_rows("")}
+                share = round(1e3 * flop / took / peak, 4)
+                rate = round(1e3 * batch / took, 3)
+                facts = {"first_step_s": first, "images_per_second": rate, "of_matrix_speed": share}
+                row(f"{kind} b{batch} {name}", took, unit="ms a step", **facts, **memory)
+                del loop
+
+
+def profile(machine: Machine) -> None:
+    """Kernels of a step, by kind, and how long the card is busy in it."""
+    from torch.profiler import ProfilerActivity, profile as profiler
+
+    for kind, batch in (("sd15", 1),) if machine.rehearse else (("sd15", 1), ("sdxl", 1), ("sd15", 4)):
+        with attempt(f"profile {kind} b{batch}"):
+            loop = machine.loop(kind, batch)
+            loop(1 if machine.rehearse else 4)
+            wall = machine.milliseconds(lambda loop=loop: loop(1), 5)
+            activity = ProfilerActivity.CPU if machine.rehearse else ProfilerActivity.CUDA
+            with profiler(activities=[activity]) as record:
+                loop(1)
+                loops.wait(machine.device)
+            groups: dict[str, tuple[int, float]] = {}
+            for event in record.events():
+                if not machine.rehearse and not str(event.device_type).endswith("CUDA"):
+                    continue
+                name = event.name.lower()
+                group = next((g for g, words in KERNELS.items() if any(word in name for word in words)), "other")
+                took = event.self_cpu_time_total if machine.rehearse else event.time_range.elapsed_us()
+                count, total = groups.get(group, (0, 0.0))
+                groups[group] = count + 1, total + took
+            busy, kernels = sum(t for _, t in groups.values()) / 1e3, sum(n for n, _ in groups.values())
+            row(f"{kind} b{batch} busy", busy, unit="ms", kernels=kernels, step_ms=round(wall, 2))
+            for group, (count, total) in sorted(groups.items(), key=lambda item: -item[1][1]):
+                row(f"{kind} b{batch} {group}", total / 1e3, unit="ms", kernels=count)
+            del loop
+
+
+def memory(machine: Machine) -> None:
+    """Peaks beside what is predicted, and what saving memory costs in time."""
+    import memory as counted
+
+    cases: list[tuple[str, int, int, str, bool | float, str]] = [
+        ("sd15", 512, 1, "attention", False, "full"),
+        ("sdxl", 1024, 1, "attention", False, "full"),
+        ("sdxl", 1024, 1, "attention", 8.0, "full"),
+        ("sdxl", 1024, 1, "linear", True, "nf4"),
+        ("sdxl", 1024, 1, "linear", True, "int8"),
+        ("sdxl", 1024, 1, "linear", True, "full streamed"),
+        ("sd15", 512, 4, "attention", False, "full"),
+        ("sd15", 512, 1, "linear", True, "nf4"),
+    ]
+    for case in cases[: 1 if machine.rehearse else None]:
+        name, side, batch, modules, checkpointing, storage = case
+        saving = {True: "checkpointing", False: "no checkpointing"}.get(checkpointing, f"within {checkpointing} GiB")
+        title = f"{name} {side} b{batch} {modules} {saving} {storage}"
+        with attempt(title):
+            loops.clear(machine.device)
+            settings = counted.run_config(side, batch, modules, checkpointing, storage)
+            loop = _saving_loop(machine, name, settings)
+            loop(2 if machine.rehearse else 4)
+            took = machine.milliseconds(lambda loop=loop: loop(1), 5)
+            predicted = round(counted.predict(name, settings) / 2**30, 3)
+            figures = {} if machine.rehearse else {r["name"].split()[-1]: r["value"] for r in loops.memory_rows("")}
+            row(title, took, unit="ms a step", predicted_gib=predicted, **figures)
+            del loop
+
+
+def _saving_loop(machine: Machine, name: str, settings: Any) -> common.Loop:
+    """Our steps with what the config does to save memory."""
+    import memory as counted
+
+    from lorakit import adapters
+    from lorakit.engine import quantized_weight
+    from lorakit.runs import memory_estimate
+    from lorakit.training.loss_step import LossStep
+    from lorakit.training.optimizer_step import OptimizerStep
+
+    family = common.base(name, machine.device, machine.dtype, width=machine.width)
+    options = settings.memory
+    if options.base_storage != "full" or options.stream_base:
+        quantized_weight.store_layers(
+            family.denoiser, options.base_storage, machine.device, offload=options.stream_base
+        )
+    adapter = adapters.attach(family, settings.adapter, seed=0)
+    adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(settings, "cuda"))
+    outline = counted.outlined(name, settings)
+    blocks = [] if machine.rehearse else memory_estimate.recomputed_blocks(settings, *outline, "cuda")
+    devices.gradient_checkpointing(family, blocks)
+    adapter.train(True)
+    settings = replace(settings, train=replace(settings.train, steps=1000))
+    data = common.encoded(family, machine.side(name), machine.width)
+    return common.steps_of(OptimizerStep(settings, LossStep(family, adapter, data, settings.train), 1000, print))
+
+
+def variants(machine: Machine) -> None:
+    """cuDNN's search, channels last, and each of SDPA's kernels."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels = {"flash": SDPBackend.FLASH_ATTENTION, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
+    kernels["cuDNN"] = SDPBackend.CUDNN_ATTENTION
+    asking = SimpleNamespace(rank=16, stream=False, compile=False, convolutions=True, quick=True)
+    for kind in ("sd15",) if machine.rehearse else ("sd15", "sdxl"):
+        makers = loops.makers(kind, 1, asking, machine.device, machine.width, machine.side(kind))
+        for name, make in makers.items():
+            with attempt(f"{kind} {name}"):
+                _timed(machine, f"{kind} b1 {name}", make)
+        for name, kernel in kernels.items() if not machine.rehearse else ():
+            with attempt(f"{kind} attention by {name}"), sdpa_kernel(kernel):
+                _timed(machine, f"{kind} b1 attention by {name}", makers["lorakit"])
+
+
+def compiled(machine: Machine) -> None:
+    """Compiled blocks inside the graph: the first step, and those after it."""
+    if machine.rehearse:
+        row("compile", "left out: it takes minutes on a CPU")
+        return
+    for kind in ("sd15", "sdxl"):
+        with attempt(f"compile {kind}"):
+            _timed(machine, f"{kind} b1 compiled", lambda kind=kind: machine.loop(kind, 1, **{"memory.compile": True}))
+
+
+def _timed(machine: Machine, title: str, make: Callable[[], common.Loop]) -> None:
+    start = time.perf_counter()
+    loop = make()
+    loop(1)
+    loops.wait(machine.device)
+    first = round(time.perf_counter() - start, 2)
+    loop(1 if machine.rehearse else 3)
+    row(title, machine.milliseconds(lambda: loop(1), 8), unit="ms a step", first_step_s=first)
+
+
+def shallow(kind: str, width: int | None = None, full: Callable[..., dict[str, Any]] = common.unet_config) -> Any:
+    """A UNet of one layer a block, for a rehearsal."""
+    settings = full(kind, width) | {"layers_per_block": 1}
+    return settings | ({"transformer_layers_per_block": 1} if kind == "sdxl" else {})
+
+
+PARTS: dict[str, Callable[[Machine], None]] = {
+    "card": card,
+    "tests": tests,
+    "bits": bits,
+    "sd15": sd15,
+    "sdxl": sdxl,
+    "profile": profile,
+    "memory": memory,
+    "variants": variants,
+    "compile": compiled,
+}
+
+
+def run(part: str, *, rehearse: bool) -> None:
+    """Run a part of this name."""
+    if rehearse:
+        common.unet_config = shallow
+    PARTS[part](Machine(rehearse))
