@@ -81,6 +81,8 @@ def run_part(part: str, limit: float, command: list[str], results: Results) -> N
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     reader.join(10)
+    if process.stdout is not None and not reader.is_alive():
+        process.stdout.close()
     results.row(part, "part", state, seconds=round(time.monotonic() - began, 1))
 
 
