@@ -281,7 +281,7 @@ def compare(folder: Path, adapter: Path, strength: float) -> None:
             stem = names.get(stem, stem)
             change = after.get_tensor(key).double() - before.get_tensor(key).double()
             if stem not in stems:
-                changed += bool(change.any())
+                changed += bool(change.abs().max() > 1e-7)  # fp16 knows no smaller step
                 continue
             down, up = (file.get_tensor(f"{stem}.lora_{part}.weight").double() for part in ("down", "up"))
             scale = file.get_tensor(f"{stem}.alpha").double() / len(down) * strength
@@ -292,7 +292,7 @@ def compare(folder: Path, adapter: Path, strength: float) -> None:
             error = float((change.flatten(1) - expected).abs().max()) - rounding
             largest = max(largest, error / float(expected.abs().max()))
             done += 1
-    report("ComfyUI's loader applies every module", f"{done} of {len(stems)}", done == len(stems) > 200)
+    report("ComfyUI's loader applies every module", f"{done} of {len(stems)}", done == len(stems) > 100)
     report(f"delta W at strength {strength:g} is as trained", f"largest relative error {largest:.1e}", largest < 1e-3)
     report("no other weight is changed", changed, changed == 0)
     saved.unlink()
