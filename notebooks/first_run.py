@@ -107,7 +107,7 @@ result = lorakit.train(config, listeners=[Follow(WORK / "run" / "samples")])
 # Equal seeds, one row for each strength: 0 is the base alone.
 
 # %%
-grid, *pictures = lorakit.sample(result.adapter, strengths=(0, 1), folder=WORK / "compared")
+grid, *pictures = lorakit.sample(result.adapter, config.sample.prompts, strengths=(0, 1), folder=WORK / "compared")
 display(Image(str(grid)))
 
 # %% [markdown]
@@ -142,5 +142,7 @@ else:
     ready = lorakit.preflight(config)
     print("\n".join([*ready.problems, *ready.lines()]))
     result = lorakit.train(config, listeners=[Follow(WORK / "sdxl" / "samples")])
-    grid, *pictures = lorakit.sample(result.adapter, strengths=(0, 1), folder=WORK / "sdxl-compared")
+    grid, *pictures = lorakit.sample(
+        result.adapter, config.sample.prompts, strengths=(0, 1), folder=WORK / "sdxl-compared"
+    )
     display(Image(str(grid)))
