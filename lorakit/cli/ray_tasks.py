@@ -6,7 +6,7 @@ Ray places the tasks, and starts one again where its worker or its machine was l
 from __future__ import annotations
 
 import contextlib
-import os
+import platform
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,7 +61,7 @@ def work(runs: str, name: str) -> int:
     from lorakit.cli.main import main
 
     if not Path(runs, batch.MANIFEST).is_file():
-        raise LorakitError(f"{runs} is not there on {os.uname().nodename}: all machines need the shared folder")
+        raise LorakitError(f"{runs} is not there on {platform.node()}: all machines need the shared folder")
     arguments = batch.command(Path(runs), name)
     if arguments is None:
         return 0

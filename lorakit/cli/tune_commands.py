@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -47,10 +48,10 @@ def add(command: Command) -> None:
 
 def run_tune(args: argparse.Namespace) -> int:
     """`lorakit tune`."""
+    if args.trials < 1 or not 0 <= args.drift < math.inf:
+        raise ConfigError(["--trials is 1 or more, and --drift 0 or more"])
     if find_spec("optuna") is None:
         raise LorakitError(f"tune needs optuna; {install.hint('tune')}")
-    if args.trials < 1 or args.drift < 0:
-        raise ConfigError(["--trials is 1 or more, and --drift 0 or more"])
     threads.use_idle_cores()
     say = remark if args.json else print_lines
     from lorakit.runs.preflight import preflight

@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from short_run import noise
 
+from lorakit import config
 from lorakit.cli import main as cli, ray_tasks
+from lorakit.core.errors import LorakitError
 from lorakit.runs import batch, run_folder
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -27,6 +31,50 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main([*command, "--subject", "sks toy", "--ray", "auto"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "--ray needs ray; install it with: " in line and "ray>=" in line
+
+
+def test_a_machine_without_the_shared_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LorakitError, match=r"is not there on .+: all machines need the shared folder"):
+        ray_tasks.work(str(tmp_path), "anna")
+
+
+class Lost(Exception):
+    """Stands in for Ray's error of a task."""
+
+
+def test_errors_of_ray_become_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for Ray, which is not installed everywhere: a task that ends with a code, and one that is lost."""
+
+    def init(address: str, log_to_driver: bool) -> None:
+        if address != "local":
+            raise ConnectionError("Could not find any running Ray instance.\nMore")
+
+    def get(task: str) -> int:
+        if task == "ben":
+            raise Lost
+        return 3
+
+    task = SimpleNamespace(remote=lambda runs, name: name)
+    stand_in = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=init,
+        remote=lambda **options: lambda work: SimpleNamespace(options=lambda **options: task),
+        wait=lambda tasks: (tasks[:1], tasks[1:]),
+        get=get,
+        exceptions=SimpleNamespace(RayError=Lost),
+    )
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    monkeypatch.setattr(ray_tasks, "find_spec", lambda name: True)
+    rows = [batch.Row(name, config.load("subject-pocket")) for name in ("anna", "ben")]
+    with pytest.raises(LorakitError) as refusal:
+        ray_tasks.run(tmp_path, rows, "node7:6379", print)
+    assert str(refusal.value) == (
+        "--ray node7:6379: no cluster answers there (Could not find any running Ray instance.); "
+        "start one with: ray start"
+    )
+    lines: list[str] = []
+    ray_tasks.run(tmp_path, rows, "local", lines.append)
+    assert lines == ["anna: ended with code 3, see anna.log; 1 left", "ben: lost 6 times (Lost); 0 left"]
 
 
 @pytest.mark.slow

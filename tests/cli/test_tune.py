@@ -10,8 +10,9 @@ import pytest
 from short_run import noise
 
 from lorakit import config
-from lorakit.cli import main as cli
+from lorakit.cli import main as cli, tune_commands
 from lorakit.cli.tune_commands import Search
+from lorakit.core.errors import LorakitError
 
 HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
 
@@ -36,6 +37,22 @@ def test_without_optuna_the_extra_is_named(tiny_sd1: Path, tmp_path: Path, capsy
 def test_only_drift_beyond_what_is_accepted_counts(tmp_path: Path) -> None:
     search = Search(config.load("subject-pocket"), 100, tmp_path, 0.1, str, lambda: False)
     assert search.score(0.5, 0.1) == 0.5 and search.score(0.5, 0.3) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("words", [["--trials", "0"], ["--drift", "-0.1"], ["--drift", "nan"], ["--drift", "inf"]])
+def test_trials_and_drift_have_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert cli.main([*command(tmp_path, tmp_path, 0), *words]) == 2
+    assert capsys.readouterr().err == "lorakit: --trials is 1 or more, and --drift 0 or more\n"
+
+
+@pytest.mark.skipif(not HAS_OPTUNA, reason="optuna is not installed (the extra `tune`)")
+def test_a_search_without_a_folder_or_a_result_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LorakitError, match=r"cannot write to .*; give another --output"):
+        tune_commands._study(tmp_path / "file" / "tune", 0)
+    search = Search(config.load("subject-pocket"), 100, tmp_path, 0.1, str, lambda: False)
+    with pytest.raises(LorakitError, match="no trial came to its end: the same command goes on with the search"):
+        tune_commands._tell(tune_commands._study(tmp_path, 0), search, False)
 
 
 @pytest.mark.slow

@@ -138,3 +138,9 @@ def test_a_run_on_another_machine_is_alive_while_it_writes(tmp_path: Path, photo
     assert run_folder.read(folder.path).state == "interrupted"
     folder.unlock()
     RunFolder.open(folder.path).unlock()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LorakitError, match=r"cannot write to .*; give another --output"):
+        batch.write_manifest(tmp_path / "file" / "runs", [])

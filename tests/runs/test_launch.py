@@ -9,6 +9,7 @@ from short_run import noise, run_config
 
 from lorakit.cli import main as cli
 from lorakit.config import Config
+from lorakit.core.errors import LorakitError
 from lorakit.runs import launch, nvidia
 from lorakit.runs.preflight import Preflight, preflight
 
@@ -86,3 +87,22 @@ def test_too_many_batches_and_numbers_that_do_not_divide_are_refused(settings):
         "a step of this run has 6 batches of 2, which 4 processes cannot share evenly: go on with 1 or 2 or 3 or 6",
     )
     assert not checked(shared, 3, resume=True).problems
+
+
+def test_a_first_process_that_is_killed_is_reported_for_it(monkeypatch):
+    """The launcher's own error, with what it knows of the process."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher import api
+
+    def killed(*settings: object):
+        def run(*arguments: object) -> None:
+            raise ChildFailedError("python", {0: ProcessFailure(0, 1, -9, "")})
+
+        return run
+
+    monkeypatch.setattr(api, "elastic_launch", killed)
+    with pytest.raises(LorakitError) as refusal:
+        launch.start(2, ["train"])
+    assert str(refusal.value) == (
+        "process 0 of 2 was killed (signal 9); checkpoints are intact, continue with: lorakit resume"
+    )
