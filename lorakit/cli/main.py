@@ -210,7 +210,7 @@ def describe_option(option: configuration.Option) -> dict[str, Any]:
         )
     if option.above is not None:
         values += f", above {option.above:g}"
-    default = "unset" if option.default is None else json.dumps(option.default, ensure_ascii=False)
+    default = option.automatic or "unset" if option.default is None else json.dumps(option.default, ensure_ascii=False)
     return {"key": option.key, "values": values, "default": default, "help": option.help}
 
 

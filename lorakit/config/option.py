@@ -48,6 +48,7 @@ class Option:
         choices: the valid values; () if any value is valid.
         import_path: "module:Class" is also valid.
         numbered: the choice that may be followed by ":" and a number.
+        automatic: the word that stands for None, which is decided when the run begins; "" where there is none.
     """
 
     section: str
@@ -63,6 +64,7 @@ class Option:
     choices: tuple[str, ...] = ()
     import_path: bool = False
     numbered: str = ""
+    automatic: str = ""
 
     @property
     def example(self) -> str:
@@ -115,7 +117,7 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
     if typing.get_origin(value_type) in (types.UnionType, typing.Union):
         optional = True
         (value_type,) = (t for t in typing.get_args(value_type) if t is not type(None))
-    if optional and value in (None, "auto"):
+    if optional and (value is None or value == (opt.automatic or None)):
         return None, None
     choices = typing.get_args(value_type) if typing.get_origin(value_type) is Literal else opt.choices
     if typing.get_args(value_type) == (int, ...):

@@ -357,6 +357,7 @@ class MemoryConfig:
         None,
         "GiB that a step may take; as few blocks as that needs are recomputed. auto: what a CUDA card has free.",
         above=0,
+        automatic="auto",
     )
     base_storage: Literal["full", "int8", "nf4"] = option(
         "full", "How the UNet's frozen weights are kept: in full, or in 8 or 4.5 bits each, which is slower."

@@ -79,3 +79,9 @@ def test_a_file_that_python_does_not_read_is_named(tmp_path: Path, text: str) ->
 def test_every_option_says_what_it_is(option: Option) -> None:
     assert option.help.endswith((".", "'"))
     assert len(option.help) <= 120
+
+
+def test_auto_is_a_value_only_where_it_means_something() -> None:
+    assert config.load("subject-sd15", {"memory.limit_gib": "auto"}).memory.limit_gib is None
+    with pytest.raises(ConfigError, match=r"adapter\.alpha = 'auto': must be a number"):
+        config.load("subject-sd15", {"adapter.alpha": "auto"})
