@@ -179,6 +179,12 @@ def all_texts(photo: Photo, config: DataConfig) -> list[str]:
     return list(dict.fromkeys(_without_marks(text, config) for text in texts))
 
 
+def loose_braces(photo: Photo, config: DataConfig) -> str:
+    """A text of the photo that keeps a brace where `data.wildcards` draws: {a|b without its end, or {a}; else ""."""
+    texts = photo_texts(photo, config) if config.wildcards else []
+    return next((text for text in texts if re.search("[{}]", WILDCARD.sub("", text))), "")
+
+
 def own_text(photo: Photo, config: DataConfig) -> str:
     """The first text of a photo: what it is examined with."""
     return _without_marks(photo_texts(photo, config)[0], config)

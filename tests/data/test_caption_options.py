@@ -51,6 +51,16 @@ def test_wildcards_are_drawn_only_if_asked() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "is_loose"),
+    [("a {red|blue dog", True), ("a {x|y}} dog", True), ("a {red} dog", True), ("}{", True), ("a {red|blue}", False)],
+)
+def test_a_brace_without_its_twin_is_found_where_wildcards_are_drawn(tmp_path: Path, text: str, is_loose: bool) -> None:
+    photo = photo_folder.Photo(tmp_path / "a.png", "a.png", text)
+    assert captions.loose_braces(photo, DataConfig()) == ""
+    assert bool(captions.loose_braces(photo, DataConfig(wildcards=True))) == is_loose
+
+
+@pytest.mark.parametrize(
     ("prefix", "suffix", "expected"),
     [("a photo of", "", "a photo of sks dog, red"), ("", ", sharp", "sks dog, red , sharp"), ("sks dog,", "", None)],
 )

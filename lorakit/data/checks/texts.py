@@ -11,7 +11,7 @@ from lorakit.data.checks.report import Item, Report, names
 
 def check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter | None) -> None:
     """Add what is wrong with the text of each photo, and with those of each concept."""
-    cuts, syntax = [], []
+    cuts, syntax, loose = [], [], []
     for item in report.items:
         texts = captions.all_texts(item.photo, concepts.of_photo(item.photo, config))
         if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
@@ -26,6 +26,9 @@ def check_texts(report: Report, config: DataConfig, counter: captions.TokenCount
         if match := next(filter(None, map(prompt_syntax.syntax, texts)), ""):
             syntax.append((item, match))
             item.findings.append(f"{match} is trained as letters")
+        if text := captions.loose_braces(item.photo, concepts.of_photo(item.photo, config)):
+            loose.append((item, text))
+            item.findings.append("a brace is trained as a letter")
         if config.flip and any(map(captions.mentions_sides, texts)):
             item.findings.append("left or right in its text")
             report.errors.append(
@@ -44,6 +47,11 @@ def check_texts(report: Report, config: DataConfig, counter: captions.TokenCount
         report.warnings.append(
             f"{len(syntax)} of {len(report.items)} texts have what web UIs read as weights or commands and training "
             f"reads as letters, such as {syntax[0][1]}: {names(item for item, _ in syntax)}"
+        )
+    if loose:
+        report.warnings.append(
+            f"{len(loose)} of {len(report.items)} texts have a brace that begins or ends no {{a|b}} and is trained as "
+            f'a letter, such as "{shorten(loose[0][1], 60)}": {names(item for item, _ in loose)}'
         )
     report.warnings += cuts if len(cuts) < 7 else [*cuts[:5], f"{len(cuts) - 5} more texts are too long and cut off"]
     for own in concepts.of_photos([item.photo for item in report.items], config):

@@ -53,6 +53,11 @@ PHOTOS = {
     "{example}: {names:words}": (
         "{all} 段文字中有 {count} 段含有網頁介面會當作權重或指令的寫法，訓練時只當作文字，例如 {example}：{names:words}"
     ),
+    "{count} of {all} texts have a brace that begins or ends no {{a|b}} and is trained as a letter, such as "
+    '"{example}": {names:words}': (
+        "{all} 段文字中有 {count} 段的大括號不成 {{a|b}}，訓練時只當作文字，例如「{example}」：{names:words}"
+    ),
+    "a brace is trained as a letter": "大括號只當作文字訓練",
     '{file}: not UTF-8, read as {encoding}: "{text}"; if that is wrong, save it as UTF-8': (
         "{file}：不是 UTF-8，以 {encoding} 讀取：「{text}」；若不對，請另存為 UTF-8"
     ),
