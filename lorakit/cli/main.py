@@ -16,6 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import takewhile
 from typing import Any, NoReturn, TextIO
 
 from lorakit import __version__, config as configuration
@@ -129,14 +130,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _with_full_names(argv: Sequence[str]) -> list[str]:
-    """The arguments, a name in single quotes as one: cmd.exe passes each of its words by itself."""
+    """The arguments, a name or prompt in single quotes as one: cmd.exe passes each of its words by itself."""
     result, rest = list[str](), list(argv)
     while rest:
         word = rest.pop(0)
-        if re.match(r"(--subject=|--style=|data\.name=)'", word) or (
-            result[-1:] in (["--subject"], ["--style"]) and word.startswith("'")
+        if re.match(r"(--subject=|--style=|--prompt=|data\.name=)'", word) or (
+            result[-1:] in (["--subject"], ["--style"], ["--prompt"]) and word.startswith("'")
         ):
-            end = next((at for at, part in enumerate([word, *rest]) if re.search(r"[^=]'$", part)), 0)
+            parts = [word, *takewhile(lambda part: not part.startswith("--"), rest)]
+            end = next((at for at, part in enumerate(parts) if re.search(r"[^=]'$", part)), 0)
             word, rest = " ".join([word, *rest[:end]]), rest[end:]
         result.append(word)
     return result

@@ -128,6 +128,8 @@ def test_what_is_no_preset_is_named(tmp_path: Path, name: str, text: str, messag
         (["--set", "data.name='sks", "dog'"], ["--set", "data.name='sks dog'"]),
         (["--prompt", "'tis the day'"], ["--prompt", "'tis the day'"]),
         (["--subject", "'sks", "p"], ["--subject", "'sks", "p"]),
+        (["p", "--prompt", "'a", "dog'", "q"], ["p", "--prompt", "'a dog'", "q"]),
+        (["--prompt", "'tis", "--prompt", "dogs'"], ["--prompt", "'tis", "--prompt", "dogs'"]),
     ],
 )
 def test_words_of_a_name_that_a_shell_parted_are_joined(argv: list[str], expected: list[str]) -> None:

@@ -85,3 +85,21 @@ def test_auto_is_a_value_only_where_it_means_something() -> None:
     assert config.load("subject-sd15", {"memory.limit_gib": "auto"}).memory.limit_gib is None
     with pytest.raises(ConfigError, match=r"adapter\.alpha = 'auto': must be a number"):
         config.load("subject-sd15", {"adapter.alpha": "auto"})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"data.folder": "/photos/f\udcf6lder"},
+        {"output.folder": "\udcff"},
+        {"model.base": "caf\udce9.safetensors"},
+        {"data.name": "sks\udcff dog"},
+        {"sample.prompts": ["a dog", "\ud800"]},
+        {"adapter.ranks": {"\udcff": 4}},
+    ],
+)
+def test_a_text_that_no_file_can_hold_is_refused(overrides: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as error:
+        config.load("subject-sd15", overrides)
+    assert f"{next(iter(overrides))} = " in str(error.value) and "not UTF-8; write it in UTF-8" in str(error.value)
+    str(error.value).encode()
