@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lorakit.config.schema import OptimizerConfig
+from lorakit.core.units import count
 
 
 def warmup_of(config: OptimizerConfig, total_steps: int) -> int:
@@ -21,12 +22,34 @@ def factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
     warmup = warmup_of(config, total_steps)
     if step < warmup:
         return (step + 1) / warmup
-    shape = _shape(config, min((step - warmup) / max(total_steps - warmup, 1), 1.0))
+    rest = max(total_steps - warmup, 1)
+    shape = _shape(config, min((step - warmup) / rest, 1.0), total_steps / rest)
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape if config.min_lr_ratio else shape
 
 
-def _shape(config: OptimizerConfig, progress: float) -> float:
-    """A schedule between its peak, 1, and 0 at its end, from the share of the run after warm-up that is done."""
+def problem(config: OptimizerConfig, steps: int) -> str | None:
+    """What a warm-up does that leaves too little of the run, or None."""
+    warmup = warmup_of(config, steps)
+    if 0 < steps <= warmup:
+        return (
+            f"optimizer.warmup_steps = {warmup}: the run has {count(steps, 'step')}, so the learning rate "
+            f"rises to the end and comes to {steps / warmup:.0%} of optimizer.learning_rate"
+        )
+    if config.lr_scheduler == "wsd" and warmup and warmup + config.lr_decay_ratio * steps > steps + 0.5:
+        return (
+            f"optimizer.lr_decay_ratio = {config.lr_decay_ratio:g}: the warm-up takes {warmup} of {steps} steps, so "
+            "wsd falls over the rest and is never constant"
+        )
+    return None
+
+
+def _shape(config: OptimizerConfig, progress: float, run: float = 1.0) -> float:
+    """A schedule between its peak, 1, and 0 at its end.
+
+    Args:
+        progress: the share of the steps after warm-up that lie before this one.
+        run: the length of the whole run, as a multiple of what is after warm-up.
+    """
     if config.lr_scheduler == "linear":
         return max(0.0, 1 - progress)
     if config.lr_scheduler == "cosine":
@@ -38,5 +61,5 @@ def _shape(config: OptimizerConfig, progress: float) -> float:
     if config.lr_scheduler == "rex":  # Chen et al. 2021, arXiv 2107.04197
         return (1 - progress) / (1 - progress / 2)
     if config.lr_scheduler == "wsd":  # warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395
-        return min(1.0, (1 - progress) / config.lr_decay_ratio)
+        return min(1.0, (1 - progress) / min(config.lr_decay_ratio * run, 1.0))
     return 1.0

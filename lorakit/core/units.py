@@ -12,3 +12,8 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 24 else f"{hours / 24:.1f} days"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 step`, `2 steps`, `3 batches`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('tch') else 's'}"

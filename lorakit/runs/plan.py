@@ -24,14 +24,13 @@ from lorakit.config import (
     OFFLOAD_NEEDS_CUDA,
     AdapterConfig,
     Config,
-    OptimizerConfig,
     lr_schedule,
     sample_prompts,
 )
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
-from lorakit.core.units import duration
+from lorakit.core.units import count, duration
 from lorakit.data import captions, holdout
 from lorakit.families.facts.distilled import complete
 from lorakit.runs import memory_estimate, nvidia
@@ -127,7 +126,11 @@ class Plan:
         memory = ", ".join(f"{part} {_gib(size)}" for part, size in self.memory.items())
         validation = f", {self.holdout_count} held out for validation" if self.holdout_count else ", none held out"
         left = self.steps - self.first_step
-        of = f", for the {left} steps left of {self.steps}" if self.first_step and self.seconds is not None else ""
+        of = (
+            f", for the {count(left, 'step')} left of {self.steps}"
+            if self.first_step and self.seconds is not None
+            else ""
+        )
         run_time = (
             "measured in the first steps"
             if self.seconds is None
@@ -197,7 +200,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
             *info.notes,
             *([_price(config, info, text_tokens)] if info.text_tokens > text_tokens else []),
             *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else []),
-            *filter(None, [warmup_problem(config.optimizer, steps)]),
+            *filter(None, [lr_schedule.problem(config.optimizer, steps)]),
             *([_averaging(config.train.ema_decay, steps)] if config.train.ema_decay else []),
             *limit_note,
             *_assumed_state(config.optimizer.name),
@@ -344,22 +347,23 @@ def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[in
     # A batch has no more photos than there are of its size.
     photos_per_step = sum(repeats) * resolutions / batches * parts
     of = f" of {photos_per_step:.3g} photos" if photos_per_step > 1 else ""
-    count = "1 photo" if photo_count == 1 else f"{photo_count} photos"
+    photos = count(photo_count, "photo")
     at = f" at {resolutions} resolutions" if resolutions > 1 else ""
     if train.steps_per_image is not None:
         own = train.steps_per_image * photo_count
         steps = max(own, train.min_steps)
         floor = f", raised to train.min_steps = {steps}" if steps > own else ""
-        return steps, f"{count} x {train.steps_per_image} steps each = {own} steps{of}{at}{floor}"
+        return steps, f"{photos} x {count(train.steps_per_image, 'step')} each = {count(own, 'step')}{of}{at}{floor}"
     if train.epochs is not None:
         steps = math.ceil(train.epochs * batches / parts)
         accumulated = f" / {parts} accumulated" if parts > 1 else ""
         trained = f" ({steps * parts / batches:.4g} epochs)" if train.epochs * batches % parts else ""
-        return steps, f"{train.epochs} epochs x {batches} batches of {count}{at}{accumulated} = {steps} steps{trained}"
+        words = f"{count(train.epochs, 'epoch')} x {count(batches, 'batch')} of {photos}{at}{accumulated}"
+        return steps, f"{words} = {count(steps, 'step')}{trained}"
     assert train.steps is not None, "the config has exactly one length"
     passes, at = train.steps * parts / batches, f" at each of {resolutions} resolutions" if resolutions > 1 else ""
     times = " to ".join(f"{passes * number:.3g}" for number in sorted({min(repeats), max(repeats)}))
-    return train.steps, f"{train.steps} steps{of}, each of {count} seen {times} times{at}"
+    return train.steps, f"{count(train.steps, 'step')}{of}, each of {photos} seen {times} times{at}"
 
 
 def _prior(config: Config, report: Report) -> str:
@@ -371,17 +375,6 @@ def _prior(config: Config, report: Report) -> str:
         return f'{config.train.class_images} class images, drawn by the base as "{text}" and kept for other runs'
     is_teacher = config.train.prior == "teacher"
     return "the base itself, asked in each step, which takes about twice as long" if is_teacher else ""
-
-
-def warmup_problem(optimizer: OptimizerConfig, steps: int) -> str | None:
-    """What a warm-up does that is no shorter than the run, or None."""
-    warmup = lr_schedule.warmup_of(optimizer, steps)
-    if warmup < steps or warmup == 0:
-        return None
-    return (
-        f"optimizer.warmup_steps = {warmup}: the run has {steps} steps, so the learning rate rises to the end and "
-        f"comes to {steps / warmup:.0%} of optimizer.learning_rate"
-    )
 
 
 def forward_flop(

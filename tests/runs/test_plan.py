@@ -149,6 +149,8 @@ def test_a_warm_up_that_is_no_shorter_than_the_run_is_reported(sd15: Info, steps
 
 def test_one_photo_is_one_photo(sd15: Info) -> None:
     assert make(sd15, [SQUARE], train__steps_per_image=25).length == "1 photo x 25 steps each = 25 steps"
+    assert make(sd15, [SQUARE], train__epochs=1).length == "1 epoch x 1 batch of 1 photo = 1 step"
+    assert make(sd15, [SQUARE], train__steps=1).length == "1 step, each of 1 photo seen 1 times"
 
 
 def test_holdout_photos_are_not_trained_on(sd15: Info) -> None:

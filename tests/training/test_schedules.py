@@ -75,3 +75,37 @@ def test_a_warm_up_replaces_that_of_the_preset() -> None:
     assert config.load("subject-sd15").optimizer.warmup_ratio > 0
     settings = config.load("subject-sd15", {"optimizer.warmup_steps": 7}).optimizer
     assert (settings.warmup_steps, settings.warmup_ratio, lr_schedule.warmup_of(settings, 100)) == (7, 0.0, 7)
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(10, 20), (4, 8), (20, 20)])
+def test_wsd_falls_over_its_share_of_the_run(warmup: int, decay: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = get_scheduler(
+        "warmup_stable_decay",
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=TOTAL,
+        scheduler_specific_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
+    )
+    expected = [theirs.lr_lambdas[0](step) for step in range(warmup, TOTAL)]
+    actual = rates(lr_scheduler="wsd", warmup_steps=warmup, lr_decay_ratio=decay / TOTAL)
+    assert actual[warmup:TOTAL] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_warm_up_that_leaves_too_little_is_pointed_out() -> None:
+    def problem(**options: object) -> str | None:
+        return lr_schedule.problem(OptimizerConfig(**options), TOTAL)  # type: ignore[arg-type]
+
+    assert problem(lr_scheduler="wsd", warmup_steps=20, lr_decay_ratio=0.75) == (
+        "optimizer.lr_decay_ratio = 0.75: the warm-up takes 20 of 40 steps, so wsd falls over the rest and is never "
+        "constant"
+    )
+    actual = rates(lr_scheduler="wsd", warmup_steps=20, lr_decay_ratio=0.75)
+    assert actual[19:22] == pytest.approx([1, 1, 0.95])  # from the peak, without a jump
+    assert problem(lr_scheduler="wsd", warmup_steps=20, lr_decay_ratio=0.5) is None
+    assert problem(lr_scheduler="wsd", lr_decay_ratio=1.0) is None
+    assert problem(warmup_steps=80) == (
+        "optimizer.warmup_steps = 80: the run has 40 steps, so the learning rate rises to the end and comes to 50% of "
+        "optimizer.learning_rate"
+    )
+    assert "the run has 1 step, so" in str(lr_schedule.problem(OptimizerConfig(warmup_steps=5), 1))

@@ -79,6 +79,8 @@ def _compiled(table: Mapping[str, str], hole: str) -> list[tuple[re.Pattern[str]
     for english, template in table.items():
         parts = list(string.Formatter().parse(english))
         text = "".join(re.escape(literal) + (hole.format(name) if name else "") for literal, name, *_ in parts)
+        # One of them is "1 step" and not "1 steps".
+        text = re.sub(r"(?<=\\ )(step|epoch|batch)(e?s)\b", r"\1(?:\2)?", text)
         # "1 photo" is no part of "11 photos".
         text = rf"(?<!\w){text}" if english[0].isalnum() else text
         text = rf"{text}(?!\w)" if english[-1].isalnum() else text

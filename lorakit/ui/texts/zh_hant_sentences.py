@@ -50,6 +50,10 @@ SENTENCES = {
         "optimizer.warmup_steps = {warmup}：這次執行只有 {steps} 步，學習率會一路上升到結束，"
         "只到 optimizer.learning_rate 的 {share}"
     ),
+    "optimizer.lr_decay_ratio = {share}: the warm-up takes {warmup} of {steps} steps, so wsd falls over the rest and "
+    "is never constant": (
+        "optimizer.lr_decay_ratio = {share}：暖身占 {steps} 步中的 {warmup} 步，wsd 在其餘步數裡一路下降"
+    ),
     "{epochs} epochs x {batches} batches of {photos:words} / {parts} accumulated = {steps} steps": (
         "{epochs} 輪 × {batches} 批（{photos:words}）/ 累積 {parts} 批 = {steps} 步"
     ),
