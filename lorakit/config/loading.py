@@ -340,6 +340,8 @@ def _resolution_problems(data: DataConfig) -> list[str]:
 def _schedule_problems(optimizer: OptimizerConfig) -> list[str]:
     """Options of the learning rate's schedule that have no effect, or contradict each other."""
     problems = []
+    if "lr" in optimizer.args:
+        problems.append("optimizer.args.lr has no effect: set optimizer.learning_rate")
     if optimizer.warmup_steps and optimizer.warmup_ratio:
         problems.append("optimizer.warmup_steps and optimizer.warmup_ratio are both set: leave one out")
     needs = {"lr_cycles": "cosine_with_restarts", "lr_power": "polynomial", "lr_decay_ratio": "wsd"}

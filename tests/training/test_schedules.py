@@ -59,6 +59,7 @@ def test_every_schedule_warms_up_peaks_and_ends_at_its_floor(name: str) -> None:
     ("options", "messages"),
     [
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "are both set: leave one out"),
+        ({"args": {"lr": 1.0}}, "optimizer.args.lr has no effect: set optimizer.learning_rate"),
         ({"lr_cycles": 3}, "lr_cycles has no effect without optimizer.lr_scheduler = 'cosine_with_restarts'"),
         ({"lr_power": 3.0, "lr_scheduler": "cosine"}, "lr_power has no effect without .* = 'polynomial'"),
         ({"lr_decay_ratio": 0.5}, "lr_decay_ratio has no effect without .* = 'wsd'"),

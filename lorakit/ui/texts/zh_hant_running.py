@@ -291,6 +291,9 @@ RUNNING = {
     "optimizer.args.{argument}: {name} has no such argument; it has {names}": (
         "optimizer.args.{argument}：{name} 沒有這個引數；它有 {names}"
     ),
+    "optimizer.args.lr has no effect: set optimizer.learning_rate": (
+        "optimizer.args.lr 沒有作用：請設定 optimizer.learning_rate"
+    ),
     "optimizer.args: {name} does not take them: {why}": "optimizer.args：{name} 不接受這些引數：{why}",
     "optimizer.args: {name} refuses them: {why}": "optimizer.args：{name} 拒絕這些引數：{why}",
     "optimizer.weight_decay: {name} has no weight decay: leave it out": (
