@@ -26,6 +26,8 @@ EXTRAS = {
     "heic": ("pillow_heif", "photos of phones in HEIC"),
     "clip": ("clip", "CLIP's vocabulary, for single files on a machine without network"),
     "tensorboard": ("tensorboard", "output.trackers = tensorboard"),
+    "ray": ("ray", "`lorakit batch --ray`, on many machines"),
+    "tune": ("optuna", "`lorakit tune`"),
 }
 # Less than this much free disk does not hold a run with its checkpoints and pictures.
 SMALLEST_FREE_DISK = 2 * 2**30

@@ -167,7 +167,7 @@ def test_without_the_line_the_base_is_refused(
     code, printed = lorakit("check", photos, *options(base))
     assert code != 0
     there = "Stable Diffusion 1, Stable Diffusion 2, Stable Diffusion XL, Stable Diffusion 3"
-    assert re.search(rf"base \S+ is a AuroraDiffusionPipeline; lorakit trains {there}", printed)
+    assert re.search(rf"base \S+ is an AuroraDiffusionPipeline; lorakit trains {there}", printed)
 
 
 def test_files_of_a_family_have_its_own_name_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
