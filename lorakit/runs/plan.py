@@ -48,8 +48,8 @@ CPU_SHARE, CPU_LAYER_SECONDS = 0.55, 1.4e-4
 # Steps below which a run is said to be short: what the bundled base took, as docs/pocket.md tells it.
 MIN_STEPS = 200
 SHORT_RUN = (
-    f"note: fewer than {MIN_STEPS} steps teach little (the bundled base took 200 for 16 pictures, 400 for 5 photos); "
-    "raise train.steps_per_image"
+    f"note: fewer than {MIN_STEPS} steps teach little (the bundled base needed 200 for 16 pictures, 400 for 5 "
+    "photos); make the run longer"
 )
 COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it"
 ASSUMED_STATE = (

@@ -161,7 +161,8 @@ class RunFolder:
         """
         run = cls(path)
         if not run.config_file.is_file():
-            why = "it has no config.toml" if run.path.is_dir() else "there is no such folder"
+            missing = "it is a file" if run.path.is_file() else "there is no such folder"
+            why = "it has no config.toml" if run.path.is_dir() else missing
             raise LorakitError(f"{run.path} is not a run folder: {why}")
         state = _read_or_guess(run.path)
         # Of another machine only the lock can tell: whoever resumes knows that it is gone.

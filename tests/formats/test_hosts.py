@@ -110,7 +110,7 @@ def test_the_word_goes_to_the_embeddings(tmp_path: Path, key: str) -> None:
         ("a1111", "sd1", "diffusers", "lora", "lorakit export .* --to kohya"),
         ("invokeai", "sdxl", "diffusers", "lora", "lorakit export .* --to kohya"),
         ("forge", "sd1", "peft", "lora", "lorakit export .* --to kohya"),
-        ("fooocus", "sd1", "kohya", "lora", "is for sd1, and Fooocus draws with .*XL.* only"),
+        ("fooocus", "sd1", "kohya", "lora", "is for Stable Diffusion 1, and Fooocus draws with .*XL.* only"),
         ("fooocus", "sdxl", "kohya", "dora", "does not apply dora; .* lorakit merge .* --output NEW.safetensors"),
     ],
 )

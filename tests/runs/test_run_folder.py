@@ -261,6 +261,9 @@ def test_a_state_or_log_that_cannot_be_written_is_reported_once_to_the_others(tm
 def test_what_is_not_a_run_folder_is_named(tmp_path):
     with pytest.raises(LorakitError, match=r"gone is not a run folder: there is no such folder"):
         RunFolder.open(tmp_path / "gone")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LorakitError, match=r"file is not a run folder: it is a file"):
+        RunFolder.open(tmp_path / "file")
     with pytest.raises(LorakitError, match=r"is not a run folder: it has no config.toml"):
         RunFolder.open(tmp_path)
     with pytest.raises(LorakitError, match=r"is not a run folder: it has no state.json"):

@@ -97,7 +97,8 @@ def _require_reader(source: Path, report: Report, host: Host) -> None:
     failures = report.failures([host.reader])
     if host.families and report.family not in host.families:
         titles = " and ".join(registry.version_of(family).title for family in host.families)
-        raise LorakitError(f"{report.name} is for {report.family}, and {host.title} draws with {titles} only")
+        family = registry.version_of(report.family).title if report.family else "an unknown model"
+        raise LorakitError(f"{report.name} is for {family}, and {host.title} draws with {titles} only")
     odd = next((word for word in host.methods if word in report.method.lower()), "")
     if not failures and not odd:
         return

@@ -156,6 +156,7 @@ RUNNING = {
         "全部 {count} 步都已完成，重新寫入檔案；用 --steps 可訓練更久"
     ),
     "it goes on from {checkpoint}": "從 {checkpoint} 繼續",
+    "{path} is not a run folder: it is a file": "{path} 不是執行資料夾：這是檔案",
     "{path} is not a run folder: there is no such folder": "{path} 不是執行資料夾：沒有這個資料夾",
     "{path} is not a run folder: it has no {file}": "{path} 不是執行資料夾：沒有 {file}",
     "step {step}: {folder} is gone: it was deleted or moved while it was trained in, so nothing can be saved; start "

@@ -78,10 +78,9 @@ SENTENCES = {
     "prior: the base itself, asked in each step, which takes about twice as long": (
         "先驗：每一步都問基礎模型本身，時間約為兩倍"
     ),
-    "note: fewer than {few} steps teach little (the bundled base took {a} for {b} pictures, {c} for {d} photos); "
-    "raise train.steps_per_image": (
-        "請注意：少於 {few} 步學不到多少（內附的基礎模型學 {b} 張圖要 {a} 步，{d} 張照片要 {c} 步）；"
-        "請調高 train.steps_per_image"
+    "note: fewer than {few} steps teach little (the bundled base needed {a} for {b} pictures, {c} for {d} photos); "
+    "make the run longer": (
+        "請注意：少於 {few} 步學不到多少（內附的基礎模型學 {b} 張圖要 {a} 步，{d} 張照片要 {c} 步）；請加長訓練"
     ),
     "memory: about {total} on {device} (base {base}, adapter and optimizer {adapter}, activations {kept}, "
     "runtime {runtime}); {encoding} to encode the photos, {samples} to draw samples": (
