@@ -11,6 +11,8 @@ For every subject or style, by the judge (a classifier trained on renders only):
     without trigger  the same prompts without the rare word: what is nearest to it must stay what it was
     others kept      "a photo of a mug" and its like: the kind's score after, as a share of the score before
 
+benchmarks/recipes.py measures more of the same pictures, over subjects, seeds and recipes.
+
 `--control shuffled` gives each picture of a batch another one's target: a broken trainer, which must fail.
 """
 
@@ -40,6 +42,9 @@ from lorakit.training import run as train
 PHOTOS = 16
 TRIGGER = "sks"
 UNSEEN = ("snow", "night", "city", "underwater", "floor")
+# Frames of a text that names no scene.
+FRAMES = ("a photo of a", "a picture of a", "a photograph of a", "a")
+CAPTIONS = ("scene", "none", "frames", "endings", "untriggered")
 OTHERS = ("mug", "fish", "house", "car", "cat", "robot", "umbrella", "mushroom")
 # Pictures of each prompt, from seeds 0, 1, 2 ...
 DRAWS = 4
@@ -73,22 +78,32 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def teach(name: str, overrides: dict[str, Any], grids: Path | None) -> dict[str, Any]:
-    """One run, and what the judge says of the base and of the adapter."""
+def teach(
+    name: str, overrides: dict[str, Any], grids: Path | None, *, captions: str = "scene", seed: int = 0
+) -> dict[str, Any]:
+    """One run, and what the judge says of the base and of the adapter.
+
+    Args:
+        captions: "scene": each photo's text names its scene; "none"; "frames": one of several sentences without a scene
+            each time; "endings": the bare text or one of three scenes each time; "untriggered": the scene without the
+            trigger.
+        seed: of the pictures that are taught and of the training.
+    """
     is_style = name in subjects.STYLES
     noun = "style" if is_style else subjects.SUBJECTS[name].kind
     with tempfile.TemporaryDirectory() as scratch:
         photos = Path(scratch) / "photos"
         photos.mkdir()
         scenes = [scene for scene in spec.SCENES if scene not in UNSEEN]
-        for number, (image, picture_spec) in enumerate(subjects.pictures(name, PHOTOS, seed=0, scenes=scenes)):
+        for number, (image, picture_spec) in enumerate(subjects.pictures(name, PHOTOS, seed=seed, scenes=scenes)):
             image.save(photos / f"{number:02}.png")
-            what = f"{picture_spec.kind} " if is_style else ""
-            text = _prompt(TRIGGER, noun, picture_spec.scene, what.strip() if is_style else None)
-            (photos / f"{number:02}.txt").write_text(text, encoding="utf-8")
+            if texts := _captions(captions, noun, picture_spec, is_style, number):
+                (photos / f"{number:02}.txt").write_text("\n".join(texts), encoding="utf-8")
         settings = {
             "data.folder": str(photos),
             "data.name": f"{TRIGGER} {noun}",
+            "data.caption_lines": captions in ("frames", "endings"),
+            "train.seed": seed,
             "output.folder": str(Path(scratch) / "run"),
             "train.min_steps": 0,  # pictures by the renderer that taught the base take fewer steps than photos
         }
@@ -97,6 +112,20 @@ def teach(name: str, overrides: dict[str, Any], grids: Path | None) -> dict[str,
         result = train.train(run_config)
         seconds = time.monotonic() - start
         return _measure(name, run_config, result.adapter, noun, grids) | {"name": name, "seconds": seconds}
+
+
+def _captions(captions: str, noun: str, picture: spec.Spec, is_style: bool, number: int) -> list[str]:
+    """The texts of a photo, of which one is drawn each time."""
+    if captions == "none":
+        return []
+    if captions == "frames":
+        return [f"{frame} {TRIGGER} {noun}" for frame in FRAMES]
+    if captions == "endings":
+        places = [scene for scene in spec.SCENES if scene not in UNSEEN]
+        endings = [scene_captions.SCENE_WORDS[places[(number + k) % len(places)]][0] for k in range(3)]
+        return [f"a photo of a {TRIGGER} {noun}", *(f"a photo of a {TRIGGER} {noun} {ending}" for ending in endings)]
+    trigger = "" if captions == "untriggered" else TRIGGER
+    return [_prompt(trigger, noun, picture.scene, picture.kind if is_style else None)]
 
 
 def _prompt(trigger: str, noun: str, scene: str, thing: str | None) -> str:
@@ -136,8 +165,16 @@ def _measure(name: str, run_config: config.Config, adapter: Path, noun: str, gri
         image_grid.save(image_grid.grid(images, ["it", "base", "adapter"], texts), grids / f"{name}.png")
     scenes = [{"scene": scene} for scene, _ in pairs] * DRAWS
     real = subjects.pictures(name, 64, seed=1, scenes=UNSEEN)
-    visible = judge.scores([image for image, _ in real], [{"scene": images.scene} for _, images in real])
+    real_images = [image for image, _ in real]
+    visible = judge.scores(real_images, [{"scene": images.scene} for _, images in real])
+    labels = judge.labels(others_before), judge.labels(others_after)
+    unmoved = judge.features(plain_before + others_before) * judge.features(plain_after + others_after)
     return {
+        "near": judge.nearness(after, name) / judge.nearness(real_images, name),
+        "leak": judge.nearness(plain_after, name) - judge.nearness(plain_before, name),
+        "kept": {field: _share_equal(labels[0][field], labels[1][field]) for field in ("kind", "colour", "pattern")},
+        "drift": float(1 - unmoved.sum(axis=1).mean()),
+        "scene_base": judge.scores(plain_before, scenes)["scene"],
         "before": judge.subject_score(before, name),
         "after": judge.subject_score(after, name),
         "scene": judge.scores(after, scenes)["scene"],
@@ -147,6 +184,10 @@ def _measure(name: str, run_config: config.Config, adapter: Path, noun: str, gri
         "others_before": judge.scores(others_before, expected_kinds)["kind"],
         "others_after": judge.scores(others_after, expected_kinds)["kind"],
     }
+
+
+def _share_equal(before: Sequence[str], after: Sequence[str]) -> float:
+    return sum(a == b for a, b in zip(before, after, strict=True)) / len(before)
 
 
 def shuffle_targets() -> None:

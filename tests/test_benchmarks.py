@@ -121,3 +121,18 @@ def test_a_picture_without_rows_of_the_unit_says_which_there_are(
     plot = script(monkeypatch, "plot", str(file), "--output", str(tmp_path / "x.png"), "--unit", "GiB")
     with pytest.raises(SystemExit, match="no row is in 'GiB'; units: ms"):
         plot.main()
+
+
+def test_recipes_are_compared_over_runs_and_none_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.jsonl"
+    row = {"taken": 1.0, "near": 0.8, "leak": 0.1, "scene": 1.0, "kind": 1.0, "colour": 0.5, "pattern": 1.0}
+    row |= {"drift": 0.02, "seconds": 90.0, "recipe": "preset", "name": "zib", "captions": "scene"}
+    rows = [row | {"seed": seed, "near": near} for seed, near in ((0, 0.8), (1, 0.9))]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    recipes = script(monkeypatch, "recipes", str(file), "--recipes", "preset", "--names", "zib", "--seeds", "0", "1")
+    monkeypatch.setattr(recipes.teach, "teach", None)  # nothing is trained: both runs are there
+    recipes.main()
+    # The half of the interval is 1.96 standard errors: 1.96 x 0.0707 / sqrt(2).
+    assert "| preset | scene | 2 | 100.0% ± 0.0% | 85.0% ± 9.8% | 0.10 ± 0.00 |" in capsys.readouterr().out

@@ -113,19 +113,35 @@ class Classifier:
         return self._centroids
 
     def nearest(self, images: Sequence[Image.Image]) -> list[str]:
-        """The kind, subject or style with the nearest centroid, for each picture.
+        """The kind, subject or style with the nearest centroid, for each picture."""
+        names = list(self.centroids())
+        return [names[i] for i in self._cosines(images).argmax(axis=1)]
 
-        The distance is the cosine after the mean of all centroids is subtracted.
+    def nearness(self, images: Sequence[Image.Image], name: str) -> float:
+        """Mean cosine of the pictures' features to the centroid of a kind, subject or style: -1 to 1.
+
+        A share says only which centroid is nearest; this says how near it is, and goes on growing where shares are 1.
         """
-        names, centroids = list(self.centroids()), np.stack(list(self.centroids().values()))
-        middle = centroids.mean(axis=0)
-        away = centroids - middle
-        nearness = (self.features(images) - middle) @ (away / np.linalg.norm(away, axis=1, keepdims=True)).T
-        return [names[i] for i in nearness.argmax(axis=1)]
+        cosines = self._cosines(images)[:, self._index(name)]
+        return float(cosines.mean())
 
     def subject_score(self, images: Sequence[Image.Image], name: str) -> float:
         """Share of pictures whose nearest centroid is that of this subject or style."""
+        index = self._index(name)
+        return float((self._cosines(images).argmax(axis=1) == index).mean())
+
+    def _index(self, name: str) -> int:
         if name not in self.centroids():
             raise ValueError(f"{name!r} is no subject; there are {', '.join(self.centroids())}")
-        matches = self.nearest(images)
-        return sum(match == name for match in matches) / len(matches)
+        return list(self.centroids()).index(name)
+
+    def _cosines(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """(pictures, centroids): the cosines after the mean of all centroids is subtracted."""
+        centroids = np.stack(list(self.centroids().values()))
+        middle = centroids.mean(axis=0)
+        away = centroids - middle
+        away /= np.linalg.norm(away, axis=1, keepdims=True)
+        features = self.features(images) - middle
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        cosines: np.ndarray = features @ away.T
+        return cosines

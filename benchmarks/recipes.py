@@ -1,0 +1,154 @@
+"""Which recipe teaches best? Changes to the preset, one at a time, over subjects and seeds; it goes on where it ended.
+
+    python benchmarks/recipes.py RESULTS.jsonl [--recipes preset text-3e-3 ...] [--names zib ...] [--seeds 0 1]
+        [--captions scene none frames endings untriggered] [--table]
+
+Every run adds a line to RESULTS.jsonl; a run that has its line already is not repeated, so that it can be stopped at
+any moment. `--table` trains nothing and prints what is there: means, and half of their 95 % interval over the runs.
+Pictures, prompts and judge are those of benchmarks/teach.py. "Nearness" is the mean cosine of the judge's features to
+those of the subject's real renders, -1 to 1.
+
+    taken      share of the pictures with the trigger that are nearest to the subject
+    near       their nearness, as a share of the nearness of real renders on the same scenes
+    leak       nearness of the same prompts without the trigger, less what the base has there
+    scene      share of them that shows the scene asked for, as a share of the base's own
+    kind, colour, pattern
+               neighbours ("a photo of a mug"): share that the judge calls what it calls the base's picture of the seed
+    drift      what pictures without the trigger moved, 1 - cosine of the judge's features to the base's
+
+Recipes that must fail: "readme" (what the README of diffusers' training script gives: rank 4, attention, 1e-4, 500
+steps of one picture, no text encoder, no prior) and the captions "untriggered".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import teach
+
+from lorakit import config
+from lorakit.families.pocket import subjects
+
+RECIPES: dict[str, tuple[str, ...]] = {
+    "preset": (),
+    "text-2e-3": ("optimizer.text_encoder_learning_rate=2e-3",),
+    "text-3e-3": ("optimizer.text_encoder_learning_rate=3e-3",),
+    "text-off": ("adapter.train_text_encoder=false",),
+    "unet-2e-3": ("optimizer.learning_rate=2e-3", "optimizer.text_encoder_learning_rate=1e-3"),
+    "both-3e-3": ("optimizer.learning_rate=3e-3",),
+    "unet-2e-3-text-3e-3": ("optimizer.learning_rate=2e-3", "optimizer.text_encoder_learning_rate=3e-3"),
+    "rank-4": ("adapter.rank=4", "adapter.alpha=4"),
+    "rank-16": ("adapter.rank=16", "adapter.alpha=16"),
+    "attention": ("adapter.target_modules=attention",),
+    "prior-none": ("train.prior=none",),
+    "prior-teacher": ("train.prior=teacher",),
+    "prior-weight-2": ("train.prior_loss_weight=2.0",),
+    "min-snr-5": ("train.min_snr_gamma=5.0",),
+    "dora": ("adapter.method=dora",),
+    "lokr": ("adapter.method=lokr",),
+    "ema": ("train.ema_decay=0.98",),
+    "steps-30": ("train.steps_per_image=30",),
+    "readme": (
+        "adapter.rank=4",
+        "adapter.target_modules=attention",
+        "adapter.train_text_encoder=false",
+        "optimizer.learning_rate=1e-4",
+        "optimizer.lr_scheduler=constant",
+        "train.prior=none",
+        "train.steps=500",
+        "train.batch_size=1",
+    ),
+}
+COLUMNS = ("taken", "near", "leak", "scene", "kind", "colour", "pattern", "drift", "seconds")
+# What no recipe needs: pictures and validation along the way.
+QUIET = (
+    "sample.every=100000",
+    "sample.at_start=false",
+    "sample.at_end=false",
+    "train.validate_every=100000",
+    "train.validate_at_end=false",
+)
+
+
+def main() -> None:
+    """Train what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["preset", "text-3e-3"], metavar="NAME")
+    parser.add_argument("--names", nargs="+", default=list(subjects.SUBJECTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--captions", nargs="+", choices=teach.CAPTIONS, default=["scene"])
+    parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
+    arguments = parser.parse_args()
+    rows = _rows(arguments.results)
+    keys = {_key(row) for row in rows}
+    runs = [
+        {"recipe": recipe, "name": name, "seed": seed, "captions": captions}
+        for seed in arguments.seeds
+        for captions in arguments.captions
+        for name in arguments.names
+        for recipe in arguments.recipes
+    ]
+    for run in [] if arguments.table else runs:
+        if _key(run) in keys:
+            continue
+        overrides = dict(map(config.parse_override, (*QUIET, *RECIPES[run["recipe"]])))
+        figures = teach.teach(run["name"], overrides, None, captions=run["captions"], seed=run["seed"])
+        row = run | columns(figures)
+        with arguments.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        rows.append(row)
+    print(table(rows))
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["recipe"], row["name"], row["seed"], row["captions"]
+
+
+def columns(figures: dict[str, Any]) -> dict[str, float]:
+    """What `teach` measured, by the names of the table's columns."""
+    return {
+        "taken": figures["after"],
+        "near": figures["near"],
+        "leak": figures["leak"],
+        "scene": figures["scene"] / max(figures["scene_base"], 1e-9),
+        **figures["kept"],
+        "drift": figures["drift"],
+        "seconds": figures["seconds"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each recipe and kind of captions."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["recipe"], row["captions"]].append(row)
+    lines = ["| recipe | captions | runs | " + " | ".join(COLUMNS) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * (len(COLUMNS) + 1))
+    for (recipe, captions), group in groups.items():
+        cells = " | ".join(_cell(column, [row[column] for row in group]) for column in COLUMNS)
+        lines.append(f"| {recipe} | {captions} | {len(group)} | {cells} |")
+    return "\n".join(lines)
+
+
+def _cell(column: str, values: Sequence[float]) -> str:
+    """Mean and half of the 95 % interval of the mean."""
+    form = "{:.0f}" if column == "seconds" else "{:.2f}" if column in ("leak", "drift") else "{:.1%}"
+    text = form.format(statistics.mean(values))
+    if len(values) < 2:
+        return text
+    return f"{text} ± {form.format(1.96 * statistics.stdev(values) / len(values) ** 0.5)}"
+
+
+if __name__ == "__main__":
+    main()
