@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -51,6 +52,26 @@ class WeightAverage:
             before = parameter.detach().clone()
             parameter.copy_(self.tensors[name])
             self.tensors[name].copy_(before)
+
+
+class OptimizerAverage(WeightAverage):
+    """The average that an optimizer keeps itself and puts in place in its eval mode, as schedule-free ones do (Defazio
+    et al. 2024, arXiv 2405.15682)."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer):
+        super().__init__(parameters, decay=0.0)
+        self.optimizer: Any = optimizer
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Copy the average after step `step`; the parameters stay the same to the bit."""
+        weights = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.optimizer.eval()
+        for name, parameter in self.parameters.items():
+            self.tensors[name].copy_(parameter)
+        self.optimizer.train()
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
 
 
 def decay_at(decay: float, step: int) -> float:

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 Groups = list[dict[str, Any]]
 
 
-def problem(config: OptimizerConfig, *, has_cuda: bool) -> str | None:
+def problem(config: OptimizerConfig, *, has_cuda: bool, has_ema: bool = False) -> str | None:
     """Why the optimizer cannot be built, or None: a class or arguments of the user's are tried on a small matrix.
 
     Args:
+        has_ema: `train.ema_decay` is set.
         has_cuda: training may be on a CUDA device. A step is then not tried: it is on the CPU here, where not every
             class works that works on CUDA.
     """
@@ -37,6 +38,8 @@ def problem(config: OptimizerConfig, *, has_cuda: bool) -> str | None:
         optimizer = build(config, [{"params": [matrix], "name": "unet", "lr": config.learning_rate}])
     except LorakitError as error:
         return str(error)
+    if has_ema and has_average(optimizer):
+        return f"train.ema_decay: {config.name} keeps an average itself: leave it out"
     try:
         if not has_cuda:
             optimizer.step()
@@ -54,7 +57,10 @@ def build(config: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
     """
     builder = _builder(config)
     if isinstance(builder, type):
-        return construct(builder, groups, config)
+        optimizer = construct(builder, groups, config)
+        if has_average(optimizer):
+            optimizer.train()  # type: ignore[attr-defined]
+        return optimizer
     try:
         return builder(groups, config)
     except LorakitError:
@@ -63,6 +69,11 @@ def build(config: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
         if not config.args:
             raise
         raise LorakitError(f"optimizer.args: {config.name} does not take them: {_reason(error)}") from None
+
+
+def has_average(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer keeps an average of the weights, which its eval mode puts in place (schedule-free ones)."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 def construct(cls: type[torch.optim.Optimizer], groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -245,7 +245,8 @@ def _optimizer_problems(config: Config) -> list[str]:
     one_rate = one_rate and optimizer.loraplus_lr_ratio == 1 and not optimizer.rates
     has_cuda = plan.may_be_cuda(config.memory.device)
     unmet = registry.unmet_needs(optimizer.name, has_cuda=has_cuda, one_rate=one_rate)
-    return unmet or _line(optimizer_builder.problem(optimizer, has_cuda=has_cuda))
+    has_ema = config.train.ema_decay > 0
+    return unmet or _line(optimizer_builder.problem(optimizer, has_cuda=has_cuda, has_ema=has_ema))
 
 
 def _precision_problem(memory: MemoryConfig) -> str | None:

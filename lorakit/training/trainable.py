@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit import adapters, formats
-from lorakit.adapters.average import WeightAverage
+from lorakit.adapters.average import OptimizerAverage, WeightAverage
+from lorakit.config import optimizer_builder
 from lorakit.engine import device as devices, device_memory, fused_blocks
 from lorakit.engine.cuda_graphs import SLOWER
 from lorakit.runs import memory_estimate
@@ -83,6 +84,9 @@ def trainable(
     devices.gradient_checkpointing(family, blocks, random=adapter.dropout > 0)
     loss_step = LossStep(family, adapter, inputs, config.train)
     optimizer_step = OptimizerStep(config, loss_step, ready.plan.steps, say, processes)
+    if optimizer_builder.has_average(optimizer_step.optimizer):
+        adapter.average = OptimizerAverage(adapter.parameters(), optimizer_step.optimizer)
+        say(f"{config.optimizer.name} keeps an average of the weights: it is exported, drawn and validated")
     validation = Validation(
         family,
         inputs.holdout or inputs.dataset.unaugmented(),

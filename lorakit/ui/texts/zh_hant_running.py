@@ -1,6 +1,10 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "{name} keeps an average of the weights: it is exported, drawn and validated": (
+        "{name} 自己保留權重的平均：匯出、作圖與驗證都用它"
+    ),
+    "train.ema_decay: {name} keeps an average itself: leave it out": "train.ema_decay：{name} 自己有平均，請拿掉",
     "text encoders are trained, as sd-scripts does without network_train_unet_only": (
         "會訓練文字編碼器，與 sd-scripts 沒有 network_train_unet_only 時相同"
     ),
