@@ -116,7 +116,8 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
     value_type, optional = opt.type, False
     texts = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple, dict)) else []
     if any("\ud800" <= character <= "\udfff" for text in texts if isinstance(text, str) for character in text):
-        return f"{opt.key} = {label(str(value))}: not UTF-8; write it in UTF-8, or rename the file or folder", None
+        way = "write it in UTF-8, or rename the file or folder; if the name is right, set PYTHONUTF8=1"
+        return f"{opt.key} = {label(str(value))}: not UTF-8; {way}", None
     if typing.get_origin(value_type) in (types.UnionType, typing.Union):
         optional = True
         (value_type,) = (t for t in typing.get_args(value_type) if t is not type(None))

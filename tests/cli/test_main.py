@@ -238,12 +238,12 @@ def test_output_that_cannot_be_written_is_no_error(redirection: str) -> None:
     assert process.returncode == 1 and "internal error" not in process.stderr
 
 
-def test_names_that_the_locale_does_not_know_are_shown_with_question_marks(tmp_path: Path) -> None:
+def test_names_that_the_locale_does_not_know_are_refused_with_the_way(tmp_path: Path) -> None:
     (tmp_path / "фото").mkdir()
     process = shell(f"lorakit check '{tmp_path}/фото'", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    assert process.returncode == 1
-    assert "Traceback" not in process.stderr
-    assert process.stderr.startswith("lorakit: ")
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("lorakit: data.folder = ") and line.endswith("if the name is right, set PYTHONUTF8=1")
+    assert process.returncode == 2
 
 
 @pytest.mark.parametrize("columns", ["10", "40", "200"])
