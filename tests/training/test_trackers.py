@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from accelerate.state import PartialState
 from PIL import Image
 
 from lorakit.config import Config, ConfigError, from_tables, load, to_toml
@@ -77,6 +78,12 @@ def emit(events: Events) -> None:
     events.emit("progress", 2, images_per_second=3.5)
     events.emit("message", message="a line")
     events.emit("sample", 2, file="step-000002.png")
+
+
+@pytest.fixture(autouse=True)
+def new_accelerate_state() -> None:
+    """Accelerate's state as in a new process: a test of processes that cannot connect leaves half of it."""
+    PartialState._reset_state()
 
 
 def test_tensorboard_has_figures_and_pictures(tmp_path: Path) -> None:

@@ -297,6 +297,7 @@ def _connect(world: launch.World) -> None:
         with _ended_by_signals():
             PartialState(cpu=not has_cuda, backend="cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
+        PartialState._reset_state()  # half of it is there, which accelerate would take for the whole
         _refuse(error)
 
 
