@@ -231,12 +231,7 @@ def steps(machine: Machine, kind: str) -> None:
         for name, make in order.items():
             with attempt(f"{kind} b{batch} {name}"):
                 loops.clear(machine.device)
-                start = time.perf_counter()
-                loop = make()
-                loop(1)
-                loops.wait(machine.device)
-                first = round(time.perf_counter() - start, 2)
-                loop(1 if machine.rehearse else 3)
+                loop, first = _warm(machine, make)
                 took = machine.milliseconds(lambda loop=loop: loop(1), 8)
                 memory = {} if machine.rehearse else {r["name"].split()[-1]: r["value"] for r in loops.memory_rows("")}
                 share = round(1e3 * flop / took / peak, 4)
@@ -359,13 +354,19 @@ def compiled(machine: Machine) -> None:
             _timed(machine, f"{kind} b1 compiled", lambda kind=kind: machine.loop(kind, 1, **{"memory.compile": True}))
 
 
-def _timed(machine: Machine, title: str, make: Callable[[], common.Loop]) -> None:
+def _warm(machine: Machine, make: Callable[[], common.Loop]) -> tuple[common.Loop, float]:
+    """A loop after its first steps, and the seconds that making it and the first one took."""
     start = time.perf_counter()
     loop = make()
     loop(1)
     loops.wait(machine.device)
     first = round(time.perf_counter() - start, 2)
     loop(1 if machine.rehearse else 3)
+    return loop, first
+
+
+def _timed(machine: Machine, title: str, make: Callable[[], common.Loop]) -> None:
+    loop, first = _warm(machine, make)
     row(title, machine.milliseconds(lambda: loop(1), 8), unit="ms a step", first_step_s=first)
 
 

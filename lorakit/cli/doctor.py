@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from lorakit.cli.threads import available_cores
 from lorakit.core import install, registry
 from lorakit.core.cache_dir import cache_dir
+from lorakit.core.units import count
 from lorakit.runs import nvidia
 
 # Extra -> the module it brings and what that is for. The optimizers' extras are added by `optional_extras`.
@@ -138,7 +139,7 @@ def devices() -> list[Line]:
 def cpu_line(threads: int) -> Line:
     """What is to be said where torch computes on the CPU: that is bad where there is a card."""
     total = available_cores()
-    detail = f"cpu, {threads} thread{'s' * (threads != 1)}"
+    detail = f"cpu, {count(threads, 'thread')}"
     detail += f" of {total}, the other cores are busy, or OMP_NUM_THREADS says so" if threads < total else ""
     if nvidia.is_hidden() or not nvidia.has_driver():
         return Line("device", "ok", detail)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lorakit import config as configuration
 from lorakit.config import Config
+from lorakit.core import units
 from lorakit.core.errors import LorakitError
 from lorakit.runs import nvidia
 
@@ -131,7 +132,7 @@ def gpus_problem(config: Config, gpus: int) -> str | None:
         cards = min(cards, len([card for card in hidden.split(",") if card not in ("", "-1")]))
     if gpus <= cards:
         return None
-    what = "no NVIDIA card" if cards == 0 else f"{cards} NVIDIA card{'s' * (cards > 1)}"
+    what = "no NVIDIA card" if cards == 0 else units.count(cards, "NVIDIA card")
     return f"--gpus {gpus}: this machine has {what} that torch may use"
 
 

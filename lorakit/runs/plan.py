@@ -156,8 +156,8 @@ class Plan:
     def _limited(self) -> list[str]:
         if self.limit_gib is None:
             return []
-        count = f"{self.recomputed} block{'s' * (self.recomputed != 1)}"
-        return [f"limit: {count} of the UNet computed again in the backward pass, for {self.limit_gib:g} GiB"]
+        blocks = count(self.recomputed, "block")
+        return [f"limit: {blocks} of the UNet computed again in the backward pass, for {self.limit_gib:g} GiB"]
 
     def _on_host(self) -> str:
         """What is asked of the host's memory."""
