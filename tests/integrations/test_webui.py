@@ -29,7 +29,8 @@ from lorakit.ui.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTENSION = ROOT / "integrations" / "webui"
-ORIGIN = "http://127.0.0.1:7860"
+# A port that the front end does not look at: a real host listens on its own, this one does not.
+ORIGIN = "http://127.0.0.1:7777"
 # The tree of these tests, whatever is installed: the child process takes nothing from the environment.
 PROGRAM = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lorakit.cli.main import main; sys.exit(main())"
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
