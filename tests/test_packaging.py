@@ -1,6 +1,7 @@
 """A wheel, built as for release and unpacked elsewhere, works as the checkout does."""
 
 import os
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -95,3 +96,21 @@ def test_the_unpacked_wheel_has_the_command(unpacked: Path, wheel: Path) -> None
     assert elsewhere(unpacked, "-m", "lorakit", "--version") == f"lorakit {wheel.name.split('-')[1]}"
     (entry,) = unpacked.glob("*.dist-info/entry_points.txt")
     assert "lorakit = lorakit.cli.main:main" in entry.read_text(encoding="utf-8")
+
+
+def test_a_release_needs_version_changelog_and_tag_to_agree(tmp_path: Path) -> None:
+    release = runpy.run_path(str(ROOT / "scripts" / "release.py"))["problems"]
+    (tmp_path / "lorakit").mkdir()
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.0"\n')
+    (tmp_path / "lorakit" / "__init__.py").write_text('__version__ = "1.1.0"\n')
+    (tmp_path / "CITATION.cff").write_text("version: 1.2.0\n")
+    (tmp_path / "CHANGELOG.md").write_text("## 1.2.0 (not released yet)\n")
+    assert release(tmp_path, ["v1.1.0"], " M README.md\n") == [
+        "lorakit/__init__.py has version 1.1.0, pyproject.toml 1.2.0",
+        "CHANGELOG.md has no heading '## 1.2.0 (YYYY-MM-DD)'",
+        "this commit has no tag v1.2.0: git tag v1.2.0",
+        "git status is not clean",
+    ]
+    (tmp_path / "lorakit" / "__init__.py").write_text('__version__ = "1.2.0"\n')
+    (tmp_path / "CHANGELOG.md").write_text("## 1.2.0 (2026-12-01)\n")
+    assert release(tmp_path, ["v1.2.0"], "") == []

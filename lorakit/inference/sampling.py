@@ -136,9 +136,12 @@ def sample(
     """As `lorakit sample`: pictures by an exported adapter, with the settings of the run that made it.
 
     Args:
-        adapter, strengths, folder, size: see `from_file`.
+        adapter: the adapter's file, or its PEFT folder.
         prompts: what to draw; none: what the run drew.
         base: base model: a folder, a file or a hub id; empty: the one that the file names, see `base_of`.
+        strengths: one row of the grid for each; 0 is the base alone.
+        folder: where the pictures go; `runs/<time>-<name>` unless given.
+        size: side in pixels; None: as trained.
         overrides: dotted option names over the recorded ones, e.g. {"sample.steps": 20}.
 
     Returns:

@@ -141,8 +141,9 @@ def resume(
         overrides: dotted option names whose values change, e.g. {"train.steps": 3000}; see `config.resuming`.
         pipeline: where the run trains one that is in memory, the same once more.
 
-    Raises: as `train`; LorakitError also where photos or base have changed, and where an option may not change. Then
-        the run's state is as it was.
+    Raises:
+        LorakitError: as `train`; also where photos or base have changed, and where an option may not change. Then the
+            run's state is as it was.
     """
     if launch.world().rank:
         return follow(stop=stop)

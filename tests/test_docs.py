@@ -1,0 +1,147 @@
+"""The docs: the site is built, its commands run, its messages are lorakit's own, and its sentences are short."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit import config
+from lorakit.cli import main as cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = ["--set", "train.steps=2", "--set", "sample.steps=2", "--set", "sample.at_start=false"]
+# Sentences of more than 35 words. They may only become fewer.
+LONG = {"docs": 16, "docstrings": 30}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[str]:
+    """Every line of a page's code that is a command of lorakit, without its remark."""
+    text = page.read_text(encoding="utf-8")
+    code = [
+        *re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE),
+        *re.findall(r"^    (.*)$", text, re.MULTILINE),
+    ]
+    lines = re.findall(r"^(?:\$ )?(?:\.venv/bin/)?(lorakit [a-z].*)$", "\n".join(code), re.MULTILINE)
+    return [re.split(r"\s{2,}[#(]", line)[0] for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_has_arguments_that_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = {option.key for option in config.options()} | {"section.key"}
+    for line in commands(page):
+        words = [word for word in shlex.split(line, comments=True)[1:] if word not in ("...", "\\")]
+        if words[:1] != ["ui"] and all(re.fullmatch(r"[\w./~:@=,*-]+|.* .*|", word) for word in words):
+            arguments = [word if word.isascii() else "x" for word in words]
+            try:
+                cli.parser().parse_args(arguments)
+            except SystemExit as refusal:
+                assert refusal.code == 0, f"{line}\n{capsys.readouterr().err}"
+        if page.name == "README.md":
+            assert {line.split()[1] for line in commands(page)} >= {
+                "check",
+                "train",
+                "resume",
+                "sample",
+                "inspect",
+                "export",
+            }
+        for key in re.findall(r"--set ([\w.]+)=", line):
+            assert key.partition(".")[2].partition(".")[0] and any(key.startswith(name) for name in keys), line
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_tutorial_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorakit.cli import demo
+
+    monkeypatch.chdir(tmp_path)
+    demo.write_photos("zib", tmp_path / "first" / "photos")  # what the page's demo leaves
+    lines = [
+        line.removeprefix("$ ")
+        for block in blocks(ROOT / "docs" / "tutorial.md", "console")
+        for line in block.splitlines()
+    ]
+    assert {line.split()[1] for line in lines} == {"doctor", "check", "train", "inspect", "sample", "export"}
+    for line in lines:
+        words = shlex.split(line)[1:]
+        words += SHORT if words[0] == "train" else SHORT[2:4] if words[0] == "sample" else []
+        assert cli.main(words) == 0, capsys.readouterr().err
+    assert (tmp_path / "runs" / "zib" / "report.html").is_file()
+    assert list((tmp_path / "pictures").glob("*.png")) and list((tmp_path / "exported").glob("*.safetensors"))
+
+
+def literals() -> list[str]:
+    """Every text of the package; what an f-string or a format fills in is "…"."""
+    texts = []
+    for path in (ROOT / "lorakit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                texts.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(re.sub(r"\{[^{}]*\}", "…", node.value))
+    return texts
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
+    assert len(messages) > 20
+    texts = literals()
+    for message in messages:
+        pattern = re.compile(".*".join(re.escape(part) for part in message.split("…")), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), message
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of prose; a code span and a link count as a word."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"^(?: {4}|\||#).*$", "\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^\s*(?:[-*]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)
+    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "code", text))
+    return [part for paragraph in re.split(r"\n\s*\n", text) for part in re.split(r"(?<=[.!?])\s+", paragraph.strip())]
+
+
+def docstrings() -> list[str]:
+    """Docstrings of the package, an argument or attribute a paragraph."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "lorakit").rglob("*.py")]
+    texts = [ast.get_docstring(node) or "" for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [re.sub(r"^\s*\w+(?:, \w+)*: ", "\n\n", text, flags=re.MULTILINE) for text in texts]
+
+
+def test_long_sentences_become_fewer() -> None:
+    texts = {"docs": [page.read_text(encoding="utf-8") for page in PAGES], "docstrings": docstrings()}
+    for kind, limit in LONG.items():
+        long = [sentence for text in texts[kind] for sentence in sentences(text) if len(sentence.split()) > 35]
+        assert len(long) <= limit, "\n\n".join(long)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="the site needs the extra docs")
+    process = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    page = (tmp_path / "site" / "commands" / "index.html").read_text(encoding="utf-8")
+    assert 'id="train"' in page and "--subject" in page
+    page = (tmp_path / "site" / "python" / "index.html").read_text(encoding="utf-8")
+    assert "Raises" in page and "lorakit.train" in page
