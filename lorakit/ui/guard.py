@@ -13,6 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# Where a request's scope says what its status is, if Gradio knows only 500.
+STATUS = "lorakit.status"
 # Wrong passwords from one address before it has to wait, and the longest wait in seconds.
 FREE_TRIES, LONGEST = 5, 300.0
 # Uploads of one request, as a multiple of the largest file.
@@ -57,6 +59,8 @@ class Guard:
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if message["status"] == 500:  # all that Gradio knows
+                    message["status"] = scope.get(STATUS, 500)
                 MutableHeaders(scope=message).update(self.headers)
                 if is_login:
                     self._count(client, message["status"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import gradio as gr
 
+from lorakit.core.errors import LorakitError
 from lorakit.ui import widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import FOLLOW, say_for
@@ -76,8 +77,10 @@ class Tasks:
         if not task.future.done():
             return None, task.line(say), True
         if error := task.future.exception():
+            if isinstance(error, LorakitError):
+                return None, widgets.problem(say.translate(str(error))), False
             traceback.print_exception(error)
-            return None, widgets.problem(say("task.failed", error=f"{type(error).__name__}: {error}")), False
+            return None, widgets.problem(say("task.failed", error=type(error).__name__)), False
         return task.future.result(), "", False
 
 

@@ -10,13 +10,19 @@ import gradio as gr
 
 from lorakit.ui import texts
 from lorakit.ui.form import Field
-from lorakit.ui.texts import Say
+from lorakit.ui.texts import Say, en
 
 # How events are sent: each as one plain request with one answer. Gradio's own queue answers over a stream that it opens
 # and closes all the time; an event sent while one closes can be lost, and a page that looks at its run once a second
 # meets that sooner or later. While an event of a kind is under way, a second waits for it and is sent with what the
 # page holds then (FOLLOW), is passed over, as a second press of a button should be (ACT), or is sent as well (EACH).
-FOLLOW: dict[str, Any] = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+# None of them is for other programs: those that are have names (api.py).
+FOLLOW: dict[str, Any] = {
+    "queue": False,
+    "show_progress": "hidden",
+    "trigger_mode": "always_last",
+    "api_visibility": "private",
+}
 ACT: dict[str, Any] = FOLLOW | {"trigger_mode": "once"}
 EACH: dict[str, Any] = FOLLOW | {"trigger_mode": "multiple"}
 
@@ -111,15 +117,22 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
         "elem_id": element_id(field.key),
     } | more
     widget_value = field.to_widget(value)
+    words = [(t(f"choice.{name}"), name) if name in en.CHOICES else name for name in field.choices]
     if field.kind == "switch":
         return gr.Checkbox(value=widget_value, **common)
     if field.kind == "choices":
         return gr.CheckboxGroup(choices=list(field.choices), value=widget_value, **common)
     if field.kind == "choice":
         if len(field.choices) <= 3:
-            return gr.Radio(choices=list(field.choices), value=widget_value, **common)
+            return gr.Radio(choices=words, value=widget_value, **common)
         free = field.option.import_path or bool(field.option.numbered)
-        return gr.Dropdown(list(field.choices), value=widget_value, filterable=free, allow_custom_value=free, **common)
+        return gr.Dropdown(
+            list(field.choices) if free else words,
+            value=widget_value,
+            filterable=free,
+            allow_custom_value=free,
+            **common,
+        )
     if field.kind in ("number", "whole") and not field.in_words:
         return gr.Number(value=widget_value, **common)
     return gr.Textbox(value=widget_value, lines=3 if field.kind == "lines" else 1, **common)

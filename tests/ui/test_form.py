@@ -98,6 +98,7 @@ def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
     keys = set(re.findall(r"\b(?:say|t)\(\s*[\"']([\w.]+)[\"']", code))
     prefixed = (
         "state.",
+        "choice.",
         "task.",
         "chart.",
         "quality.",

@@ -325,10 +325,10 @@ def _charts(log: Path, size: int, labels: tuple[str, ...]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _messages(log: Path, size: int) -> list[str]:
+def _messages(log: Path, size: int) -> list[tuple[str, str]]:
     """The last lines that were meant for people, warnings and errors marked."""
     events = RunFolder(log.parent).events("message", "warning", "error", "done")
-    lines = [("! " if e["event"] in ("warning", "error") else "") + str(e.get("message", e["event"])) for e in events]
+    lines = [("! " if e["event"] in ("warning", "error") else "", str(e.get("message", e["event"]))) for e in events]
     return lines[-LOG_LINES:]
 
 
@@ -336,7 +336,7 @@ def _log(run: RunFolder, output: str, say: Say) -> str:
     lines = _messages(run.log_file, run.log_file.stat().st_size) if run.log_file.is_file() else []
     parts = []
     if lines:
-        text = escape("\n".join(lines))
+        text = escape("\n".join(mark + say.translate(line) for mark, line in lines))
         parts.append(f"<details open><summary>{escape(say('run.log'))}</summary><pre tabindex=0>{text}</pre></details>")
     if output:
         parts.append(

@@ -15,6 +15,7 @@ from lorakit.runs import quickstart
 from lorakit.runs.plan import Plan
 from lorakit.runs.preflight import Preflight
 from lorakit.ui import commands, form, widgets
+from lorakit.ui.checked import fits
 from lorakit.ui.tasks import Progress
 from lorakit.ui.texts import Say
 from lorakit.ui.workspace import Workspace
@@ -261,7 +262,7 @@ class TrainPage:
         if not isinstance(draft, dict) or not isinstance(draft.get("values"), dict):
             return [gr.skip()] * (4 + len(self.keys))
         start = form.values(quickstart.config_for_answers({}, "balanced"))
-        values = start | {key: value for key, value in draft["values"].items() if key in self.widgets}
+        values = start | {k: v for k, v in draft["values"].items() if k in self.widgets and fits(self.widgets[k], v)}
         quality = draft["quality"] if draft.get("quality") in quickstart.LENGTH_FACTORS else "balanced"
         preset = draft["preset"] if draft.get("preset") in configuration.preset_names() else AUTOMATIC
         try:

@@ -10,8 +10,6 @@ from lorakit.ui.texts import en, zh_hant, zh_hant_sentences
 from lorakit.ui.texts.sentences import Sentences
 
 LANGUAGES = {"en": en, "zh-Hant": zh_hant}
-# The browser's names for Chinese; Simplified is not there, and its readers are better served by this than by English.
-CHINESE = ("zh", "zh-TW", "zh-HK", "zh-MO", "zh-Hant", "zh-Hant-TW", "zh-Hant-HK", "zh-CN", "zh-SG")
 # What the rest of lorakit says, which is English already.
 SENTENCES = {"zh-Hant": Sentences(zh_hant_sentences.SENTENCES, zh_hant_sentences.PHRASES)}
 
@@ -45,13 +43,14 @@ def table(language: str) -> dict[str, str]:
         name = field.option.name.replace("_", " ").capitalize()
         default = (module.NAMES.get(key, name), field.option.help)
         name, help = module.OPTIONS.get(key, default)
+        texts |= {f"choice.{choice}": module.CHOICES[choice] for choice in field.choices if choice in module.CHOICES}
         texts |= {f"option.{key}": name, f"help.{key}": f"{help} ({field.bounds()})" if field.bounds() else help}
     return texts
 
 
 def tables() -> dict[str, dict[str, str]]:
-    """The tables by every name under which a browser may ask for them."""
-    return {"en": table("en")} | {name: table("zh-Hant") for name in CHINESE}
+    """The tables by the names that the page asks for, see `language`."""
+    return {"en": table("en"), "zh-TW": table("zh-Hant")}
 
 
 def language_of(accept_language: str) -> str:
@@ -64,7 +63,7 @@ def language_of(accept_language: str) -> str:
         except ValueError:
             continue
     for _, name in sorted(weighted, key=lambda one: -one[0]):
-        if name.startswith("zh"):
+        if name.startswith("zh"):  # Simplified too, whose readers this serves better than English
             return "zh-Hant"
         if name.startswith("en"):
             return "en"

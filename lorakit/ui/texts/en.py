@@ -164,6 +164,7 @@ TEXTS = {
     "task.progress": "Working: {count} of {total} … {time}",
     "task.so_far": "Working: {count} MiB so far … {time}",
     "task.failed": "This did not work: {error}. The window that runs lorakit has more.",
+    "task.wrong_type": "Not done: a value of the wrong type was sent ({names}). Reload the page and try again.",
     "task.lost": "The front end has been restarted and does not know how this ended. Try again.",
     "unit.mib": "{value} MiB",
     "unit.gib": "{value} GiB",
@@ -191,6 +192,12 @@ NAMES = {
     "memory.cuda_graphs": "CUDA graphs",
     "output.dtype": "Precision of the file",
 }
+# Values of options that are words. They stay as the command line has them; a table of another language says them too.
+WORDS = (
+    "auto", "subject", "style", "ask", "folders", "one", "memory", "disk", "attention", "linear", "linear+conv",
+    "constant", "none", "images", "teacher", "base", "uniform", "stop", "rollback", "full", "fused", "plain",
+)  # fmt: skip
+CHOICES = dict(zip(WORDS, WORDS, strict=True))
 SECTIONS = {
     "model": "Model",
     "data": "Photos and captions",

@@ -158,6 +158,7 @@ TEXTS = {
     "task.progress": "處理中：第 {count} 個，共 {total} 個……{time}",
     "task.so_far": "處理中：目前 {count} MiB……{time}",
     "task.failed": "沒有成功：{error}。執行 lorakit 的視窗有詳細內容。",
+    "task.wrong_type": "未執行：送來的值類型不符（{names}）。請重新載入頁面再試。",
     "task.lost": "前端在這期間重新啟動過，不知道結果如何。請再試一次。",
     "unit.mib": "{value} MiB",
     "unit.gib": "{value} GiB",
@@ -167,6 +168,31 @@ TEXTS = {
     "error.gone": "這次執行已經不在了。",
 }
 
+# 選項的值；括號內為命令列所用。
+CHOICES = {
+    "auto": "自動（auto）",
+    "subject": "主體（subject）",
+    "style": "風格（style）",
+    "ask": "詢問（ask）",
+    "folders": "依資料夾（folders）",
+    "one": "單一（one）",
+    "memory": "記憶體（memory）",
+    "disk": "磁碟（disk）",
+    "attention": "注意力層（attention）",
+    "linear": "線性層（linear）",
+    "linear+conv": "線性與卷積層（linear+conv）",
+    "constant": "固定（constant）",
+    "none": "無（none）",
+    "images": "圖片（images）",
+    "teacher": "教師（teacher）",
+    "base": "依基礎模型（base）",
+    "uniform": "均勻（uniform）",
+    "stop": "停止（stop）",
+    "rollback": "退回（rollback）",
+    "full": "完整（full）",
+    "fused": "融合（fused）",
+    "plain": "一般（plain）",
+}
 SECTIONS = {
     "model": "模型",
     "data": "照片與說明文字",

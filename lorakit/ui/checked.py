@@ -1,0 +1,81 @@
+"""The page as Gradio's Blocks, with a plain line for whatever a request does wrong."""
+
+from __future__ import annotations
+
+import traceback
+
+import gradio as gr
+from gradio.blocks import BlockFunction
+from gradio.exceptions import Error
+
+from lorakit.core.errors import LorakitError
+from lorakit.ui.guard import STATUS
+from lorakit.ui.widgets import say_for
+
+NUMBER, TEXT = (int, float), (str,)
+# What a browser sends for each kind of component; nothing (None) always fits.
+TYPES: dict[type, tuple[type, ...]] = {
+    gr.Textbox: TEXT,
+    gr.HTML: TEXT,
+    gr.Number: NUMBER,
+    gr.Slider: NUMBER,
+    gr.Checkbox: (bool,),
+    gr.CheckboxGroup: (list,),
+    gr.Radio: TEXT + NUMBER,
+    gr.Dropdown: TEXT + NUMBER,
+    gr.File: (dict, list),
+}
+
+
+def fits(component: object, value: object) -> bool:
+    """Whether a value is of a type that the component's widget sends."""
+    types = TYPES.get(type(component))
+    if value is None or types is None:
+        return True
+    if isinstance(value, list) and list in types:
+        return all(isinstance(one, (str, dict, *NUMBER)) for one in value)
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+
+
+class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
+    """Blocks that take a request only with values of the types that the page sends."""
+
+    async def process_api(
+        self, block_fn: BlockFunction | int, inputs: list[object], *args: object, **kwargs: object
+    ) -> dict[str, object]:
+        """As in Gradio.
+
+        Raises:
+            Error: a value of another type, or anything that went wrong: one line, in the language of the request.
+        """
+        request = kwargs.get("request")
+        say = say_for(request)
+        function = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
+        # What is left out has its default.
+        inputs = [*inputs, *(getattr(component, "value", None) for component in function.inputs[len(inputs) :])]
+        wrong = [
+            f"{type(component).__name__} {number + 1}"
+            for number, (component, value) in enumerate(zip(function.inputs, inputs, strict=False))
+            if not fits(component, value)
+        ]
+        if wrong:
+            raise _refusal(request, say("task.wrong_type", names=", ".join(wrong)))
+        try:
+            result: dict[str, object] = await super().process_api(block_fn, inputs, *args, **kwargs)
+            return result
+        except Error:
+            raise
+        except LorakitError as problem:
+            raise _refusal(request, say.translate(str(problem))) from None
+        except Exception as problem:
+            traceback.print_exception(problem)
+            text = say("task.failed", error=type(problem).__name__)
+            raise Error(text, print_exception=False) from None
+
+
+def _refusal(request: object, text: str) -> Error:
+    """The error of a request that is wrong itself."""
+    http_request = getattr(request, "request", None)
+    if http_request is not None:
+        http_request.scope[STATUS] = 422
+    return Error(text, print_exception=False)

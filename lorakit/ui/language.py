@@ -1,0 +1,77 @@
+"""The language that somebody chose on the page goes before the one that the browser asks for."""
+
+from __future__ import annotations
+
+from html import escape
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorakit.ui import texts
+
+COOKIE = "lorakit-language"
+# The names that browsers give to the languages, and what each calls itself.
+LOCALES = {"en": "en", "zh-Hant": "zh-TW"}
+NAMES = {"en": "English", "zh-TW": "繁體中文"}
+# Gradio reads its translations by the browser's language when its script begins.
+SCRIPT = '<script>Object.defineProperty(navigator, "language", {{value: "{0}"}});</script>'
+SWITCH = (
+    "element.addEventListener('click', ({target}) => {"
+    f" if (target.dataset.language) {{ document.cookie = `{COOKIE}=${{target.dataset.language}}; path=/; "
+    "max-age=31536000; SameSite=Lax`; location.reload(); } });"
+)
+
+
+def buttons() -> str:
+    """A button for each language, which `SWITCH` listens to."""
+    choices = "".join(
+        f'<button type=button data-language="{locale}" lang="{locale}">{escape(name)}</button>'
+        for locale, name in NAMES.items()
+    )
+    return f'<nav class=lk-languages aria-label="Language · 語言">{choices}</nav>'
+
+
+class Language:
+    """An ASGI middleware: puts the choice into the request's headers, and the language into the page."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = MutableHeaders(scope=scope)
+        choice = cookie_parser(headers.get("cookie", "")).get(COOKIE)
+        if choice in NAMES:
+            headers["accept-language"] = choice
+        locale = LOCALES[texts.language_of(headers.get("accept-language", ""))]
+        page: list[Message] = []
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                is_page = Headers(raw=message["headers"]).get("content-type", "").startswith("text/html")
+                if is_page and scope["method"] == "GET":
+                    page.append(message)
+                    return
+            elif page:
+                page.append(message)
+                if not message.get("more_body"):
+                    await _send_page(page, locale, send)
+                return
+            await send(message)
+
+        await self.app(scope, receive, send_marked)
+
+
+async def _send_page(messages: list[Message], locale: str, send: Send) -> None:
+    """Send a page with the script in its head."""
+    start, *parts = messages
+    body = b"".join(part.get("body", b"") for part in parts)
+    body = body.replace(b"<head>", b"<head>" + SCRIPT.format(locale).encode(), 1)
+    body = body.replace(b'lang="en"', f'lang="{locale}"'.encode(), 1)
+    MutableHeaders(scope=start)["content-length"] = str(len(body))
+    await send(start)
+    await send({"type": "http.response.body", "body": body})

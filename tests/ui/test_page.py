@@ -1,0 +1,95 @@
+"""The page that is served, by plain HTTP: its size, its language, what it answers to values that no page sends."""
+
+import gzip
+import http.client
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+
+from lorakit.ui import app, texts
+from lorakit.ui.server import Server
+from lorakit.ui.workspace import Workspace
+
+CHINESE = "zh-TW,zh;q=0.9"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", "")
+        room = tmp_path_factory.mktemp("page")
+        server = app.serve(Workspace(room / "runs", [room]), app.parser().parse_args([]), block=False)
+        yield server
+        server.close()
+
+
+def ask(server: Server, path: str, payload: object = None, **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    """Status, body and headers; POST where something is sent."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    body = None if payload is None else json.dumps(payload)
+    named |= {} if payload is None else {"Content-Type": "application/json"}
+    connection.request("GET" if payload is None else "POST", path, body, named)
+    answer = connection.getresponse()
+    result = answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+    connection.close()
+    return result
+
+
+def test_the_page_is_small(server: Server):
+    _, page, _ = ask(server, "/")
+    assert len(page) < 500_000, "each language once, and no description of events that are the page's own"
+    _, small, headers = ask(server, "/", Accept_Encoding="gzip")
+    assert headers["content-encoding"] == "gzip" and len(small) < 100_000 and gzip.decompress(small) == page
+
+
+@pytest.mark.parametrize(
+    ("accepted", "cookie", "locale"),
+    [("en", "", "en"), (CHINESE, "", "zh-TW"), (CHINESE, "lorakit-language=en", "en"), ("en", "other=1", "en"),
+     ("en", "a=b; lorakit-language=zh-TW", "zh-TW"), ("de", "lorakit-language=xx", "en"), ("zh-CN", "", "zh-TW")],
+)  # fmt: skip
+def test_a_choice_on_the_page_goes_before_the_browsers_language(
+    server: Server, accepted: str, cookie: str, locale: str
+):
+    text = ask(server, "/", Accept_Language=accepted, Cookie=cookie)[1].decode()
+    assert f'navigator, "language", {{value: "{locale}"}}' in text and re.search(rf'<html\s+lang="{locale}"', text)
+
+
+def function_with(server: Server, kind: str) -> tuple[int, list[str], int]:
+    """An event that is sent to the server with a component of that kind: its number, its inputs, the component's
+    place among them."""
+    config = json.loads(ask(server, "/config")[1])
+    kinds = {component["id"]: component["type"] for component in config["components"]}
+    for event in config["dependencies"]:
+        inputs = [kinds[number] for number in event["inputs"]]
+        if event["backend_fn"] and kind in inputs and "browserstate" not in inputs:
+            return event["id"], inputs, inputs.index(kind)
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("dropdown", {"a": 1}), ("number", "many"), ("number", True), ("checkbox", "yes"), ("checkboxgroup", 3),
+     ("checkboxgroup", [[1]]), ("textbox", ["a"]), ("radio", {}), ("file", "/etc/passwd"), ("dropdown", [])],
+)  # fmt: skip
+@pytest.mark.parametrize("language", ["en", "zh-TW"])
+def test_a_value_of_another_type_gets_a_line(server: Server, kind: str, value: object, language: str):
+    number, inputs, place = function_with(server, kind)
+    data = [value if n == place else None for n in range(len(inputs))]
+    payload = {"fn_index": number, "data": data, "session_hash": "x"}
+    status, body, _ = ask(server, "/gradio_api/run/predict", payload, Accept_Language=language)
+    say = texts.sayer(texts.language_of(language))
+    place_name = next(name for name in ("Dropdown", "Number", "CheckboxGroup", "Checkbox", "Textbox", "Radio", "File")
+                      if name.lower() == kind)  # fmt: skip
+    assert status == 422
+    assert json.loads(body)["error"] == say("task.wrong_type", names=f"{place_name} {place + 1}")
+
+
+def test_events_of_the_page_are_not_offered_to_programs(server: Server):
+    information = json.loads(ask(server, "/gradio_api/info")[1])
+    assert not [name for name in information["named_endpoints"] if re.search(r"_\d+$|lambda", name)]
+    assert not information["unnamed_endpoints"]
