@@ -82,6 +82,17 @@ def test_the_commands_of_the_tutorial_run(
     assert list((tmp_path / "pictures").glob("*.png")) and list((tmp_path / "exported").glob("*.safetensors"))
 
 
+def test_both_readmes_have_the_same_commands_links_and_tables() -> None:
+    pages = [ROOT / name for name in ("README.md", "README.zh-TW.md")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    assert commands(pages[0]) == commands(pages[1])
+    for pattern in (r"^\| --- .*$", r"^(##) ", r"^python -m .*$"):
+        first, second = [re.findall(pattern, text, re.MULTILINE) for text in texts]
+        assert first == second, pattern
+    first, second = [set(re.findall(r"\]\(([^)]+)\)", text)) for text in texts]
+    assert first ^ second <= {"README.md", "README.zh-TW.md", "docs/glossary.md"}
+
+
 def literals() -> list[str]:
     """Every text of the package; what an f-string or a format fills in is "…"."""
     texts = []

@@ -224,10 +224,11 @@ def options_page() -> str:
         "Made from `lorakit/config/schema.py` by `lorakit options --markdown`; do not edit it by hand.",
         "",
     ]
-    lines += ["Any of them may stand in a preset (`[train]`, `steps = 200`) or behind `--set` (`train.steps=200`)."]
+    lines += ["Write an option into a preset (`[train]`, `steps = 200`), or give it as `--set train.steps=200`."]
+    header = ["| Option | Default | Values | Effect |", "| --- | --- | --- | --- |"]
     for section in configuration.SECTIONS:
         purpose = (configuration.section_type(section).__doc__ or "").splitlines()[0]
-        lines += ["", f"## {section}", "", purpose, "", "| Option | Default | Values | |", "| --- | --- | --- | --- |"]
+        lines += ["", f"## {section}", "", purpose, "", *header]
         for option in configuration.options():
             if option.section == section:
                 described = describe_option(option)
