@@ -86,7 +86,11 @@ def serve(
             elif path.removeprefix("/api/models/") in visibility:
                 names = files if repository in path else ()
                 siblings = [{"rfilename": name} for name in names]
-                facts = {"private": visibility[path.removeprefix("/api/models/")], "siblings": siblings}
+                facts = {
+                    "private": visibility[path.removeprefix("/api/models/")],
+                    "siblings": siblings,
+                    "cardData": json.loads(files.get("card.json", b"{}")),
+                }
                 self.json({"id": path.removeprefix("/api/models/"), "sha": commit, **facts})
             elif path in (f"/api/models/{repository}/revision/main", f"/api/models/{repository}/revision/{commit}"):
                 self.json({"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]})

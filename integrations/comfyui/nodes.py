@@ -263,7 +263,7 @@ def install(adapter):
 
     place = folder_paths.get_folder_paths("loras")[0]
     Path(place).mkdir(parents=True, exist_ok=True)
-    line = ["install-adapter", str(adapter), "--into", "comfyui", "--at", place, "--json"]
+    line = ["install-adapter", str(adapter), "--into", "comfyui", "--at", place, "--any-folder", "--json"]
     return Path(json.loads(host.run(line))["adapter"]).name
 
 

@@ -246,7 +246,8 @@ class Watcher:
 
     def install(self, adapter: Path) -> list[str]:
         """Copy an adapter, its .json and its preview to where the host lists them; the new file's name, or none."""
-        line = [*command(), "install-adapter", str(adapter), "--into", self.program, "--at", str(self.loras), "--json"]
+        line = [*command(), "install-adapter", str(adapter), "--into", self.program, "--at", str(self.loras)]
+        line += ["--any-folder", "--json"]
         process = subprocess.run(
             line, capture_output=True, encoding="utf-8", errors="replace", env=environment(self.loras), check=False
         )
@@ -255,6 +256,7 @@ class Watcher:
             return []
         name = Path(json.loads(process.stdout)["adapter"]).name
         self.messages.append(f"{name} is in the Lora tab (press Refresh there)")
+        self.messages.extend(text for text in process.stderr.splitlines() if " fits " in text)
         return [name]
 
     def _loop(self) -> None:

@@ -104,6 +104,7 @@ def _add_install(command: Command) -> None:
     install.add_argument("--into", choices=tuple(HOSTS), required=True, help="the program")
     install.add_argument("--at", required=True, metavar="PATH", help="folder of the program, or of its LoRA files")
     install.add_argument("--name", default="", metavar="NAME", help="name of the file there (default: as it is)")
+    install.add_argument("--any-folder", action="store_true", help="take --at as the folder of LoRA files as it is")
 
 
 def _add_push(command: Command) -> None:
@@ -207,22 +208,16 @@ def run_push(args: argparse.Namespace) -> int:
     """`lorakit push`."""
     from lorakit.runs import publish
 
+    publication = publish.gather(
+        args.source, license=args.license, base_model=args.base_model, prompts=args.prompts, ask=not args.dry_run
+    )
+    for line in publication.notes:
+        remark(line)
     if args.dry_run:
-        publication = publish.gather(
-            args.source, license=args.license, base_model=args.base_model, prompts=args.prompts
-        )
         files = publish.write(publication, args.repo, Path(args.dry_run))
         _tell(args, {path.relative_to(args.dry_run).as_posix(): path for path in files})
         return 0
-    url = publish.push_to_hub(
-        args.source,
-        args.repo,
-        license=args.license,
-        base_model=args.base_model,
-        prompts=args.prompts,
-        public=args.public,
-        replace=args.replace,
-    )
+    url = publish.send(publication, args.repo, public=args.public, replace=args.replace)
     if args.json:
         print_json({"commit": url})
     else:
@@ -305,7 +300,9 @@ def run_install_adapter(args: argparse.Namespace) -> int:
     from lorakit.formats.edit import hosts
 
     host = HOSTS[args.into]
-    files = hosts.install(Path(args.adapter), host, Path(args.at), name=args.name)
+    files = hosts.install(
+        Path(args.adapter), host, Path(args.at), name=args.name, any_folder=args.any_folder, say=remark
+    )
     remark(f"{host.title}: {host.then.format(folder=files['adapter'].parent)}")
     _tell(args, files)
     return 0

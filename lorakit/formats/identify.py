@@ -16,6 +16,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.core.names import printable, quote
 from lorakit.core.registry import FORMATS
+from lorakit.families.describe import BUNDLED
 from lorakit.formats import keys, metadata as meta
 from lorakit.formats.facts import models
 from lorakit.formats.spec import Spelling
@@ -410,6 +411,19 @@ def _evidence(by_stem: Mapping[str, Module], shapes: Shapes) -> tuple[str, str] 
     if deep and any(_SEVERAL.search(stem) for stem in by_stem) and not any(_SHALLOW.search(stem) for stem in by_stem):
         return deep, "names"
     return None
+
+
+def only_base(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str], family: str) -> str:
+    """The one base that an adapter fits, in words, where its layers are not as wide as its family's; else ""."""
+    version, ends = registry.version_of(family), ("attn2.to_k", "attn2.to_v")
+    read = (inputs(module, shapes) for module in by_stem.values() if (module.canonical or "").endswith(ends))
+    widths = {width for width in read if width is not None}
+    if widths and version.cross_dim in (None, *widths):
+        return ""
+    if "lorakit.version" in metadata and metadata.get("ss_sd_model_name") == BUNDLED:
+        return "lorakit's bundled base"
+    of_text = f"a base that attends to text of width {max(widths, default=0)}, not {version.cross_dim}"
+    return of_text if widths else ""
 
 
 def cross_dims() -> dict[int, str]:

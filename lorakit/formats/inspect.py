@@ -47,6 +47,7 @@ class Report:
     bytes: int
     family: str | None = None
     family_evidence: str = ""
+    only: str = ""
     format: str = ""
     method: str = ""
     dtype: str = ""
@@ -89,7 +90,7 @@ class Report:
         title = self.model or (registry.version_of(self.family).title if self.family else "")
         lines = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
         facts = {
-            "for": f"{title} (told by {self.family_evidence})" if title else "",
+            "for": self._fitting_base(title),
             "type": self._typed(),
             "healthy": self._health(),
             "note": "; ".join(self.notes),
@@ -110,7 +111,7 @@ class Report:
         if self.damage:
             lines.append("no program can use it")
         elif self.readers:
-            lines.append("who reads it, and how many modules:")
+            lines.append(f"who reads it{', on that base only' if self.only else ''}, and how many modules:")
             for reading in self.readers.values():
                 lines.append(f"  {'yes' if reading.complete else 'NO ':<4}{reading.title:<21} {reading.line()}")
         if self.metadata:
@@ -118,13 +119,20 @@ class Report:
             lines += [f"  {key} = {_shortened(value)}" for key, value in sorted(self.metadata.items())]
         return "\n".join(lines)
 
+    def _fitting_base(self, title: str) -> str:
+        """The bases that it fits."""
+        evidence = f"told by {self.family_evidence}"
+        if self.only:
+            return f"{self.only}; its names are those of {title} ({evidence})"
+        return f"{title} ({evidence})" if title else ""
+
     def _typed(self) -> str:
         """What to type into a program, of an adapter."""
         if self.kind != "adapter":
             return ""
         words = self.trigger or ", ".join(self.words) or "nothing, as far as the file tells"
         titles = {"a1111": "A1111", "forge": "Forge"}
-        readers = {} if self.damage else self.readers
+        readers = {} if self.damage or self.only else self.readers
         programs = [title for key, title in titles.items() if key in readers and readers[key].is_used]
         return words + (f"  (<lora:{Path(self.name).stem}:1> in {' and '.join(programs)})" if programs else "")
 
@@ -321,6 +329,7 @@ def _adapter(
         size,
         family,
         source,
+        identify.only_base(modules, shapes, metadata, family),
         "PEFT folder" if folder else Counter(m.spelling for m in modules.values()).most_common(1)[0][0],
         metadata.get("lorakit.method", LoraLayer.METHOD) if methods == LoraLayer.METHOD else methods,
         components=components,

@@ -5,7 +5,9 @@ What goes out is listed here, and nothing else: no path, no name or caption of a
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -16,14 +18,21 @@ from pathlib import Path
 from PIL import Image
 
 from lorakit import __version__
+from lorakit.config import DataConfig
+from lorakit.config.option import suggest
 from lorakit.core import foreign_json, image_grid, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import quote
+from lorakit.data import captions
 from lorakit.families import hub
+from lorakit.families.describe import BUNDLED
 from lorakit.formats import embeddings, identify, metadata as meta
 from lorakit.formats.facts.consumers import CONSUMERS
+from lorakit.formats.facts.licenses import LICENSES
 from lorakit.formats.inspect import Report, inspect
 from lorakit.runs.run_folder import RunFolder
+
+log = logging.getLogger("lorakit")
 
 PICTURES = 4
 # Of the tensors, which are copied as they are.
@@ -44,6 +53,7 @@ class Publication:
         pictures: samples, each with its prompt or "".
         words: word -> file of its embedding.
         checked: whether the self-check of the run held.
+        notes: lines for the person: what of the base and its license was not checked, or does not suit.
     """
 
     adapter: Path
@@ -53,6 +63,7 @@ class Publication:
     pictures: list[tuple[Path, str]] = field(default_factory=list)
     words: dict[str, Path] = field(default_factory=dict)
     checked: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 def push_to_hub(
@@ -79,22 +90,43 @@ def push_to_hub(
         replace: write over files of the same names.
 
     Raises:
-        LorakitError: there is no adapter, a file of that name is there, or the hub refuses it.
+        LorakitError: there is no adapter, the base is of another family, a file of that name is there, or the hub
+            refuses it.
     """
-    publication = gather(source, license=license, base_model=base_model, prompts=prompts)
+    publication = gather(source, license=license, base_model=base_model, prompts=prompts, ask=True)
+    for line in publication.notes:
+        log.warning("%s", line)
+    return send(publication, repo, public=public, replace=replace)
+
+
+def send(publication: Publication, repo: str, *, public: bool = False, replace: bool = False) -> str:
+    """Put what `gather` returned into a repository; see `push_to_hub`."""
     with tempfile.TemporaryDirectory(prefix="lorakit-push-") as folder:
         write(publication, repo, Path(folder))
         return _upload(Path(folder), repo, public=public, replace=replace)
 
 
-def gather(source: str | Path, *, license: str, base_model: str = "", prompts: bool = False) -> Publication:
+def gather(
+    source: str | Path,
+    *,
+    license: str,
+    base_model: str = "",
+    prompts: bool = False,
+    ask: bool = False,
+) -> Publication:
     """What would be published of a run or a file; see `push_to_hub`.
 
+    Args:
+        ask: ask the hub for the base's family and license; otherwise its cache alone.
+
     Raises:
-        LorakitError: there is no adapter file, or license or base are no such names.
+        LorakitError: there is no adapter file, the license is none of the hub's, or the base is none of this adapter's.
     """
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise LorakitError(f"--license {license!r}: give the adapter's license as the hub names it, e.g. apache-2.0")
+    if license not in LICENSES:
+        raise LorakitError(
+            f"--license {license!r}: give the adapter's license as the hub names it{suggest(license, LICENSES)}: "
+            "apache-2.0, cc-by-4.0, creativeml-openrail-m, openrail++ ...; other, where it has no name for it"
+        )
     adapter = _adapter(Path(source))
     report = inspect(adapter)
     if report.kind != "adapter" or report.damage:
@@ -102,6 +134,7 @@ def gather(source: str | Path, *, license: str, base_model: str = "", prompts: b
     base_id = hub.parse(base_model or report.metadata.get("lorakit.base_source", ""))
     if base_model and (base_id is None or Path(base_model).exists()):
         raise LorakitError(f"--base-model {base_model}: give a hub id, owner/name")
+    notes = [] if base_id is None else _compare_base(report, base_id.name, not base_model, license, ask)
     run = RunFolder(adapter.parent)
     pictures: list[tuple[Path, str]] = []
     if run.config_file.is_file():
@@ -117,6 +150,7 @@ def gather(source: str | Path, *, license: str, base_model: str = "", prompts: b
         pictures[:PICTURES],
         embeddings.word_files(adapter, report.metadata),
         _passed(run),
+        notes,
     )
 
 
@@ -177,7 +211,7 @@ def _facts(publication: Publication) -> Iterator[tuple[str, str]]:
     report, facts = publication.report, publication.report.metadata
     title = registry.version_of(report.family).title if report.family else ""
     link = f"[{publication.base}](https://huggingface.co/{publication.base})" if publication.base else ""
-    yield "Adapter for", title
+    yield "Adapter for", report.only or title
     yield "Base", link or _code(re.split(r"[\\/]", facts.get("ss_sd_model_name", ""))[-1])
     yield "Trigger", _code(report.trigger)
     ranks = sorted({rank for component in report.components.values() for rank in component.ranks})
@@ -190,27 +224,86 @@ def _facts(publication: Publication) -> Iterator[tuple[str, str]]:
     yield "Training", ", ".join(filter(None, [length, _code(optimizer), rate and f"rate {rate}"]))
     yield "Precision", report.dtype
     readers = [CONSUMERS[key].title for key, reading in report.readers.items() if reading.complete]
-    yield "Read whole by", ", ".join(readers)
+    yield "Read whole by", "" if report.only else ", ".join(readers)
     yield "Checked", "the file was loaded and compared with the trained weights" if publication.checked else ""
     yield "License", publication.license
 
 
 def _usage(publication: Publication, repo: str) -> str:
     """How programs use it."""
-    file, trigger = publication.adapter.name, publication.report.trigger
+    report, file, base = publication.report, publication.adapter.name, publication.base
+    prompt = _example(report)
+    if report.only and not base:
+        return f"""## Use
+
+It fits {report.only} only, so other programs cannot use it. With lorakit:
+
+```
+lorakit sample {quote(file)} --prompt {quote(prompt)}
+```"""
     words = " and those in `embeddings/` into its embeddings" if publication.words else ""
-    prompt = f"a photo of {trigger}" if trigger else publication.adapter.stem
+    trigger = f", and write the trigger, {_code(report.trigger)}, into the prompt" if report.trigger else ""
+    title = registry.version_of(report.family).title if report.family else "the"
+    named = _code(re.split(r"[\\/]", report.metadata.get("ss_sd_model_name", ""))[-1])
+    was = f"; it was trained on {named}" if named else ""
+    explained = f"# BASE: the hub id, or the folder on your disk, of a {title} model{was.replace('`', '')}\n"
     return f"""## Use
 
-Web UIs and ComfyUI: put `{file}` into the program's folder of LoRA files{words}, and write the trigger into the prompt.
+Web UIs and ComfyUI: put `{file}` into the program's folder of LoRA files{words}{trigger}.
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({publication.base or "BASE"!r})
+{"" if base else explained}pipe = DiffusionPipeline.from_pretrained({base or "BASE"!r})
 pipe.load_lora_weights({repo!r}, weight_name={file!r})
-pipe({prompt!r}).images[0]
+pipe({prompt!r}).images[0].save("picture.png")
 ```"""
+
+
+def _example(report: Report) -> str:
+    """A prompt as those that it was trained with."""
+    try:
+        table = foreign_json.loads_table(report.metadata["lorakit.config"])["data"]
+    except (KeyError, ValueError):  # of another program, whose trigger may be a list of tags
+        return report.trigger or "a photo"
+    is_style = isinstance(table, dict) and table.get("kind") == "style"
+    return captions.instance_prompt(DataConfig(kind="style" if is_style else "subject", name=report.trigger))
+
+
+def _compare_base(report: Report, base: str, is_recorded: bool, license: str, ask: bool) -> list[str]:
+    """Lines for the person: what of the base could not be compared, and its license where that is another.
+
+    Args:
+        is_recorded: the run knows it as its base.
+        ask: ask the hub; otherwise its cache alone.
+
+    Raises:
+        LorakitError: it is of another family, or the adapter fits the bundled base only, or the hub has no such model.
+    """
+    from huggingface_hub import HfApi, errors
+
+    if report.only and report.metadata.get("ss_sd_model_name") == BUNDLED:
+        raise LorakitError(f"--base-model {base}: {report.name} fits {report.only} only: leave --base-model out")
+    api, family, terms = HfApi(), None, ""
+    try:
+        card = api.model_info(base).card_data if ask else None
+        terms = str((card and card.get("license")) or "")
+        with contextlib.suppress(errors.EntryNotFoundError):  # of a family without a UNet
+            api.hf_hub_download(base, "unet/config.json", local_files_only=not ask)
+        index = Path(api.hf_hub_download(base, "model_index.json", local_files_only=not ask))
+        family = inspect(index.parent).family
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, LorakitError) as error:  # type: ignore[attr-defined]
+        if isinstance(error, errors.RepositoryNotFoundError) and not is_recorded:
+            raise LorakitError(f"--base-model {base}: the hub has no such model, or does not show it to you") from None
+    if family and report.family and family != report.family:
+        mine, other = (registry.version_of(name).title for name in (report.family, family))
+        raise LorakitError(f"--base-model {base}: {report.name} is for {mine}, and that is a {other} model")
+    lines = [] if family or is_recorded else [f"whether {base} is a base of that family was not checked"]
+    if not terms:
+        lines.append(f"see that the license of {base} permits {license}: it was not checked")
+    elif terms != license:
+        lines.append(f"{base} has the license {terms}: see that it permits {license}")
+    return lines
 
 
 def _adapter(source: Path) -> Path:

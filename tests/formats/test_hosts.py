@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import random_adapters
 import torch
+from safetensors.torch import save_file
 
 from lorakit import formats
 from lorakit.adapters.weights import AdapterWeights
@@ -15,6 +16,7 @@ from lorakit.cli import main as cli
 from lorakit.core.errors import LorakitError
 from lorakit.formats.edit import hosts
 from lorakit.formats.facts.hosts import HOSTS
+from lorakit.formats.inspect import inspect
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_{}"
 WIDTHS = {"sd1": 768, "sdxl": 2048}
@@ -150,6 +152,67 @@ def test_a_wrong_place_is_named(tmp_path: Path) -> None:
     (root / "invokeai.yaml").touch()
     (root / "models").mkdir()
     assert hosts.install(source, HOSTS["invokeai"], root)["adapter"] == root / "lora-import/toy.safetensors"
+
+
+@pytest.mark.parametrize("name", ["photos", "lorakit", "models/Stable-diffusion", "runs"])
+def test_a_folder_that_is_none_of_adapters_is_refused(tmp_path: Path, name: str) -> None:
+    source = save(tmp_path / "in", weights("sdxl"))
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    save_file({"model.diffusion_model.out.2.weight": torch.ones(4, 320)}, folder / "checkpoint.safetensors")
+    before = contents(folder)
+    for key in HOSTS:
+        with pytest.raises(LorakitError, match=r"A folder of LoRA files has lora in its name or"):
+            hosts.install(source, HOSTS[key], folder)
+    assert contents(folder) == before
+    assert hosts.install(source, HOSTS["a1111"], folder, any_folder=True)["adapter"] == folder / "toy.safetensors"
+    assert hosts.install(source, HOSTS["forge"], folder, name="b")["adapter"] == folder / "b.safetensors", "it has one"
+
+
+@pytest.mark.parametrize("name", ["Lora", "my-loras/people", "LyCORIS", "sdxl lora"])
+def test_a_folder_may_be_any_with_lora_in_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    files = hosts.install(save(tmp_path / "in", weights()), HOSTS["a1111"], tmp_path / name)
+    assert files["adapter"] == tmp_path / name / "toy.safetensors"
+
+
+@pytest.mark.parametrize("key", HOSTS)
+def test_a_program_that_was_never_started_gets_its_folder(tmp_path: Path, key: str) -> None:
+    (tmp_path / HOSTS[key].mark).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / HOSTS[key].mark).touch()
+    source = save(tmp_path / "in", weights("sdxl"))
+    assert hosts.install(source, HOSTS[key], tmp_path)["adapter"] == tmp_path / HOSTS[key].loras / "toy.safetensors"
+
+
+def test_what_is_missing_beside_the_same_adapter_is_added(tmp_path: Path) -> None:
+    source, root = save(tmp_path / "in", weights()), program(tmp_path, "a1111")
+    copied = root / "models/Lora/renamed.safetensors"
+    copied.write_bytes(source.read_bytes())
+    files = hosts.install(source, HOSTS["a1111"], root, name="renamed")
+    assert files["adapter"] == copied
+    assert json.loads(files["json"].read_text())["activation text"] == "sks toy" and files["preview"].is_file()
+    files["json"].write_text("{}")
+    files["preview"].rename(copied.with_suffix(".preview.png"))
+    before = contents(root)
+    assert hosts.install(source, HOSTS["a1111"], root, name="renamed") == {"adapter": copied}
+    assert contents(root) == before, "theirs stay"
+
+
+@pytest.mark.parametrize(
+    ("width", "base", "words"),
+    [(128, "pocket", "lorakit's bundled base"), (64, "mine", "a base that attends to text of width 64, not 768")],
+)
+def test_an_adapter_that_fits_one_small_base_says_so(tmp_path: Path, width: int, base: str, words: str) -> None:
+    texts = {"lorakit.version": "0", "lorakit.family": "sd1", "ss_sd_model_name": base}
+    small = random_adapters.adapter({LAYER.format("k"): (96, width)}, "sd1")
+    source = formats.save(small, tmp_path, "toy", ["kohya"], "fp32", texts)["kohya"]
+    report = inspect(source)
+    assert report.only == words and f"{words}; its names are those of Stable Diffusion 1" in report.to_text()
+    assert "on that base only" in report.to_text() and "<lora:" not in report.to_text()
+    lines: list[str] = []
+    hosts.install(source, HOSTS["comfyui"], program(tmp_path, "comfyui"), say=lines.append)
+    assert lines == [f"toy.safetensors fits {words} only: ComfyUI lists it, and cannot draw with it on another base"]
+    assert not inspect(formats.save(weights(), tmp_path, "b", ["kohya"], "fp32", texts)["kohya"]).only, "by its widths"
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

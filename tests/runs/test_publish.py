@@ -63,16 +63,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache: no test sees what another fetched."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, list[str]]]:
     """The folder of a repository that is there, org/tiny, and what the hub was asked."""
     (repository := tmp_path / "repository").mkdir()
     (repository / "notes.md").write_text("mine", encoding="utf-8")
     requests: list[str] = []
     with hub_server.serve(repository, requests, private=True) as endpoint:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        at(monkeypatch, endpoint)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_test")
         yield repository, requests
+
+
+def at(patch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Make it the hub's address."""
+    patch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def front(card: str) -> dict[str, Any]:
@@ -126,7 +139,7 @@ def test_a_push_leaves_other_files_and_replaces_only_when_asked(run: Path, home,
 def test_files_of_the_same_name_are_replaced_only_when_asked(run: Path, home, tmp_path, replace) -> None:
     (tmp_path / "repository" / "README.md").write_text("mine", encoding="utf-8")
     with hub_server.serve(tmp_path / "repository", [], private=True) as endpoint, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        at(patch, endpoint)
         if replace:
             lorakit.push_to_hub(run, "org/tiny", license="cc-by-4.0", replace=True)
         else:
@@ -161,6 +174,7 @@ def test_why_the_hub_refuses_is_reported(run: Path, home, repo, message) -> None
     ("source", "changes", "message"),
     [
         ("sks-toy.safetensors", {"license": "My License"}, "give the adapter's license"),
+        ("sks-toy.safetensors", {"license": "apache2"}, "as the hub names it .did you mean apache-2.0"),
         ("sks-toy.safetensors", {"base_model": "../x"}, "--base-model ../x: give a hub id"),
         ("nothing.safetensors", {}, "there is no such file or run"),
         ("samples", {}, "give a finished run or an adapter"),
@@ -169,6 +183,83 @@ def test_why_the_hub_refuses_is_reported(run: Path, home, repo, message) -> None
 def test_what_cannot_be_published_is_refused(run: Path, source, changes, message) -> None:
     with pytest.raises(LorakitError, match=message):
         publish.gather(run / source, **({"license": "mit"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "base_model", "match"),
+    [
+        ("StableDiffusionXLPipeline", "org/tiny", "is for Stable Diffusion 1, and that is a Stable Diffusion XL model"),
+        ("StableDiffusionPipeline", "org/nothing", "the hub has no such model, or does not show it to you"),
+    ],
+)
+def test_a_base_that_it_does_not_fit_is_refused(run: Path, home, hub_cache, pipeline, base_model, match) -> None:
+    repository, requests = home
+    (repository / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    (repository / "unet").mkdir()
+    (repository / "unet/config.json").write_text(json.dumps({"cross_attention_dim": 2048 if "XL" in pipeline else 768}))
+    with hub_server.serve(repository, requests, private=True) as endpoint, pytest.MonkeyPatch.context() as patch:
+        at(patch, endpoint)
+        with pytest.raises(LorakitError, match=match):
+            lorakit.push_to_hub(run, "org/tiny", license="mit", base_model=base_model)
+    assert not [line for line in requests if "commit" in line]
+
+
+def test_the_base_and_its_license_are_compared(run: Path, home, hub_cache) -> None:
+    repository, requests = home
+    (repository / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    (repository / "unet").mkdir()
+    (repository / "unet/config.json").write_text(json.dumps({"cross_attention_dim": 768}))
+    (repository / "card.json").write_text(json.dumps({"license": "creativeml-openrail-m"}))
+    with hub_server.serve(repository, requests) as endpoint, pytest.MonkeyPatch.context() as patch:
+        at(patch, endpoint)
+        notes = [
+            publish.gather(run, license=license, base_model="org/tiny", ask=True).notes
+            for license in ("mit", "creativeml-openrail-m")
+        ]
+        assert notes == [["org/tiny has the license creativeml-openrail-m: see that it permits mit"], []]
+        requests.clear()
+        assert publish.gather(run, license="mit", base_model="org/other").notes == [
+            "whether org/other is a base of that family was not checked",
+            "see that the license of org/other permits mit: it was not checked",
+        ]
+        assert not requests, "a dry run asks nothing"
+
+
+def small_adapter(folder: Path, **texts: str) -> Path:
+    layer = LoraLayer(torch.ones(4, 128), torch.ones(96, 4), 4.0)
+    texts = {"lorakit.version": "0", "lorakit.family": "sd1", **texts}
+    return export_save(AdapterWeights("sd1", "lora", {LAYER: layer}), folder, "toy", ["kohya"], "fp16", texts)["kohya"]
+
+
+def test_the_card_of_the_bundled_base_promises_nothing(tmp_path: Path) -> None:
+    file = small_adapter(tmp_path, ss_sd_model_name="pocket", **{"modelspec.trigger_phrase": "sks toy"})
+    with pytest.raises(LorakitError, match="fits lorakit's bundled base only: leave --base-model out"):
+        publish.gather(file, license="mit", base_model="stabilityai/stable-diffusion-xl-base-1.0")
+    text = publish.card(publish.gather(file, license="mit"), "org/toy")
+    assert "| Adapter for | lorakit's bundled base |" in text and "Read whole by" not in text
+    assert "lorakit sample toy.safetensors" in text and "diffusers import" not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "prompt"),
+    [("subject", "sks toy", "a photo of a sks toy"), ("style", "sks style", "a picture in sks style")],
+)
+def test_the_code_of_the_card_explains_its_base(tmp_path: Path, kind: str, name: str, prompt: str) -> None:
+    config = json.dumps({"data": {"kind": kind, "name": name}})
+    texts = {
+        "lorakit.config": config,
+        "modelspec.trigger_phrase": name,
+        "ss_sd_model_name": "C:\\models\\mine.safetensors",
+    }
+    layer = LoraLayer(torch.ones(4, 768), torch.ones(96, 4), 4.0)
+    adapter = AdapterWeights("sd1", "lora", {LAYER: layer})
+    file = export_save(adapter, tmp_path, "toy", ["kohya"], "fp16", texts)["kohya"]
+    text = publish.card(publish.gather(file, license="mit"), "org/toy")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    where = "the hub id, or the folder on your disk, of a Stable Diffusion 1 model"
+    assert f"\n# BASE: {where}; it was trained on mine.safetensors\n" in code
+    assert repr(prompt) in code
 
 
 def test_offline_and_wrong_names_are_refused(run: Path, tmp_path: Path, monkeypatch) -> None:

@@ -6,12 +6,13 @@ import contextlib
 import filecmp
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 
-from lorakit.core import atomic, registry
+from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import is_file_name, quote
 from lorakit.core.registry import FORMATS
@@ -19,17 +20,25 @@ from lorakit.formats import compatibility, embeddings, identify, metadata as met
 from lorakit.formats.facts.hosts import Host
 from lorakit.formats.inspect import Report, inspect
 
+Say = Callable[[str], object]
+# Words in the names of folders of adapters.
+_LORA_NAMES = {"lora", "loras", "lycoris", "locon"}
 
-def install(source: Path, host: Host, place: Path, *, name: str = "") -> dict[str, Path]:
-    """Copy an adapter and its side files; what was installed: "adapter", "json", "preview", "embedding <word>".
 
-    A file that is there is never replaced: another name is taken, and where the same adapter is there already it is
-    returned and nothing is copied.
+def install(
+    source: Path, host: Host, place: Path, *, name: str = "", any_folder: bool = False, say: Say = lambda _: None
+) -> dict[str, Path]:
+    """Copy an adapter and its side files; what is there now: "adapter", "json", "preview", "embedding <word>".
+
+    A file that is there is never replaced: another name is taken, and where the same adapter is there already only
+    what is missing beside it is copied.
 
     Args:
         source: a file, or a folder with one adapter.
         place: the program's own folder, or its folder of LoRA files.
         name: of the file there, without ending (default: as `source`).
+        any_folder: `place` is the folder of LoRA files, whatever it looks like.
+        say: called with a line for the person, where the program cannot use the adapter on its own bases.
 
     Raises:
         LorakitError: the program does not read all of it, the folder is not the program's, or cannot be written.
@@ -40,34 +49,42 @@ def install(source: Path, host: Host, place: Path, *, name: str = "") -> dict[st
     if name and not is_file_name(name):
         raise LorakitError(f"--name {name!r} cannot be a file name: leave out slashes")
     of_words = embeddings.word_files(source, report.metadata)
-    folder, words = folders(host, place, bool(of_words))
+    folder, words = folders(host, place, bool(of_words), any_folder)
     target = _free(folder, name or source.stem, source)
-    if target.exists():
-        return {"adapter": target}
     copies = {f"embedding {word}": (path, words / path.name) for word, path in of_words.items()}
-    for path, there in copies.values():
-        if there.exists() and not filecmp.cmp(path, there, shallow=False):
-            raise LorakitError(
-                f"{there} is another embedding of that name: move it away, or train with another trigger"
-            )
-    preview = next((file for ending in meta.PREVIEWS if (file := source.with_suffix(ending)).is_file()), None)
-    if host.has_preview and preview is not None:
-        copies["preview"] = preview, target.with_suffix(preview.suffix)
-    text = _sidecar(source, report) if host.has_json else ""
+    _require_same(copies.values())
+    previews = [file for ending in meta.PREVIEWS if (file := source.with_suffix(ending)).is_file()]
+    has_own = any(target.with_suffix(ending).exists() for ending in meta.PREVIEWS)
+    if host.has_preview and previews and not has_own:
+        copies["preview"] = previews[0], target.with_suffix(previews[0].suffix)
+    json_file = target.with_suffix(".json")
+    text = _sidecar(source, report) if host.has_json and not json_file.exists() else ""
     with _undo(target) as files:
         for path, there in copies.values():
             if not there.exists():
                 files.append(there)
                 _copy(path, there)
         if text:
-            files.append(target.with_suffix(".json"))
-            atomic.write(files[-1], text)
-        _copy(source, target)  # last: a program that looks meanwhile finds everything beside it
+            files.append(json_file)
+            atomic.write(json_file, text)
+        if not target.exists():
+            _copy(source, target)  # last: a program that looks meanwhile finds everything beside it
+    if report.only:
+        say(f"{target.name} fits {report.only} only: {host.title} lists it, and cannot draw with it on another base")
     result = {"adapter": target} | {label: there for label, (_, there) in copies.items()}
-    return result | ({"json": target.with_suffix(".json")} if text else {})
+    return result | ({"json": json_file} if text else {})
 
 
-def folders(host: Host, place: Path, has_words: bool = False) -> tuple[Path, Path]:
+def _require_same(copies: Iterable[tuple[Path, Path]]) -> None:
+    """Refuse to install embeddings where others of their names are."""
+    for path, there in copies:
+        if there.exists() and not filecmp.cmp(path, there, shallow=False):
+            raise LorakitError(
+                f"{there} is another embedding of that name: move it away, or train with another trigger"
+            )
+
+
+def folders(host: Host, place: Path, has_words: bool = False, any_folder: bool = False) -> tuple[Path, Path]:
     """The program's folders of adapters and of embeddings, where `place` is its own folder or that of adapters.
 
     Raises:
@@ -75,21 +92,35 @@ def folders(host: Host, place: Path, has_words: bool = False) -> tuple[Path, Pat
     """
     if not place.is_dir():
         raise LorakitError(f"{place}: there is no such folder; name that of {host.title}, or that of its LoRA files")
-    root = place
-    if (place / host.loras).is_dir() or (host.title == "InvokeAI" and (place / "invokeai.yaml").is_file()):
+    root = place.absolute()
+    if not any_folder and ((place / host.loras).is_dir() or (place / host.mark).exists()):
         folder = place / host.loras
-    elif any((place / name).is_dir() for name in ("models", "Models")):
-        raise LorakitError(f"{place} has no {host.loras}: it is not the folder of {host.title}; name its LoRA folder")
-    else:
+    elif any_folder or _holds_adapters(root):
         folder = place
-        depth = len(Path(host.loras).parts)
-        root = place.absolute().parents[depth - 1]
+        root = root.parents[min(len(Path(host.loras).parts), len(root.parents)) - 1]
+    else:
+        raise LorakitError(
+            f"{place} has no {host.loras}: it is not the folder of {host.title}. A folder of LoRA files has lora in "
+            "its name or LoRA files in it. Name one of the two, or add --any-folder"
+        )
     words = folder if host.embeddings == host.loras else root / host.embeddings
     if has_words and not (words.is_dir() or words == folder):
         raise LorakitError(
             f"{words}: no such folder for the trigger's embedding; name the folder of {host.title} itself"
         )
     return folder, words
+
+
+def _holds_adapters(folder: Path) -> bool:
+    """Whether a folder looks as one of LoRA files does: by its name, or by what is in it."""
+    names = [path.name.lower() for path in (folder, folder.parent, folder.resolve())]
+    if any(_LORA_NAMES & set(re.findall("[a-z]+", name)) for name in names):
+        return True
+    for file in sorted(folder.glob("*.safetensors"))[:5]:
+        with contextlib.suppress(LorakitError):
+            if identify.kind(safetensors_header.read(file).shapes()) == "adapter":
+                return True
+    return False
 
 
 def _require_reader(source: Path, report: Report, host: Host) -> None:

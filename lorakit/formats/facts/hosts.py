@@ -16,6 +16,7 @@ class Host:
     Attributes:
         title: what people call it.
         loras, embeddings: where it looks for adapters and embeddings, in its own folder.
+        mark: what its own folder has in it, even before its folder of adapters is there.
         reader: whose rules it reads adapters by, of `compatibility`.
         then: what the person does there.
         has_json, has_preview: whether it shows trigger words from `<name>.json` and the picture `<name>.png`.
@@ -26,6 +27,7 @@ class Host:
     title: str
     loras: str
     embeddings: str
+    mark: str
     reader: str
     then: str
     has_json: bool = True
@@ -35,16 +37,25 @@ class Host:
 
 
 HOSTS = {
-    "a1111": Host("AUTOMATIC1111", "models/Lora", "embeddings", "a1111", "press Refresh in its Lora tab"),
-    "forge": Host("Forge", "models/Lora", "embeddings", "forge", "press Refresh in its Lora tab"),
+    "a1111": Host("AUTOMATIC1111", "models/Lora", "embeddings", "webui.py", "a1111", "press Refresh in its Lora tab"),
+    "forge": Host("Forge", "models/Lora", "embeddings", "modules_forge", "forge", "press Refresh in its Lora tab"),
     "comfyui": Host(
-        "ComfyUI", "models/loras", "models/embeddings", "comfyui", "press R, and choose it in Load LoRA", has_json=False
+        "ComfyUI",
+        "models/loras",
+        "models/embeddings",
+        "comfy/model_management.py",
+        "comfyui",
+        "press R, and choose it in Load LoRA",
+        has_json=False,
     ),
-    "swarmui": Host("SwarmUI", "Models/Lora", "Models/Embeddings", "comfyui", "press Refresh in its LoRAs tab"),
+    "swarmui": Host(
+        "SwarmUI", "Models/Lora", "Models/Embeddings", "src/SwarmUI.csproj", "comfyui", "press Refresh in its LoRAs tab"
+    ),
     "fooocus": Host(
         "Fooocus",
         "models/loras",
         "models/embeddings",
+        "fooocus_version.py",
         "forge",  # the loader of both comes from an older ComfyUI
         "press Refresh All Files in its Models tab",
         has_json=False,
@@ -56,6 +67,7 @@ HOSTS = {
         "InvokeAI",
         "lora-import",
         "lora-import",
+        "invokeai.yaml",
         "invokeai",
         "open Models, Scan Folder, and give it {folder}",
     ),
