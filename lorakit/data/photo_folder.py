@@ -136,6 +136,12 @@ def _leave_out(result: Folder, exclude: Sequence[str]) -> None:
             raise LorakitError(f"data.exclude leaves out every photo of {result.path}")
 
 
+def versions(photos: Sequence[Photo]) -> dict[str, list[int]]:
+    """Size and time of change of each photo by its relative path: whether it is still what a run was trained on."""
+    statuses = {photo.relative: photo.path.stat() for photo in photos}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in statuses.items()}
+
+
 def digest(photos: Iterable[Photo]) -> str:
     """SHA-256 of names, bytes, captions and masks. Two runs with the same digest had the same photos.
 

@@ -11,6 +11,7 @@ A job that fails does not stop the next. Nothing is deleted; a job that is no lo
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -252,10 +253,17 @@ class Queue:
     @staticmethod
     def _read(file: Path) -> Job | None:
         try:
-            values = foreign_json.loads(file.read_text(encoding="utf-8"))
-            return Job(**values | {"arguments": tuple(values["arguments"])})
+            status = file.stat()
+            return _parsed(file, status.st_mtime_ns, status.st_ino, status.st_size)
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(file: Path, changed: int, inode: int, size: int) -> Job:
+    """A job's file; one that is as it was is not read again."""
+    values = foreign_json.loads(file.read_text(encoding="utf-8"))
+    return Job(**values | {"arguments": tuple(values["arguments"])})
 
 
 def _detached() -> dict[str, Any]:

@@ -17,9 +17,11 @@ A viewer needs nothing but this folder and this module, which imports no torch.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -39,6 +41,8 @@ from lorakit.core.events import Event, json_value
 from lorakit.core.names import quote, slug, step_name, unique_path
 
 States = Literal["waiting", "preparing", "running", "done", "failed", "stopped", "interrupted"]
+# An event as the log has it.
+LogLine = dict[str, Any]
 # States in which a process must be alive; where it is not, the run was interrupted.
 LIVE = ("preparing", "running")
 # A run on another machine that has written nothing for so many seconds was interrupted.
@@ -283,18 +287,12 @@ class RunFolder:
         """Ask the run to save, export and end: after its step, or at once while it draws or encodes."""
         self.stop_file.touch()
 
-    def events(self, *kinds: str) -> Iterator[dict[str, Any]]:
+    def events(self, *kinds: str) -> Iterator[LogLine]:
         """The log's lines, in order, of these kinds (none: all). A half-written line is passed over."""
         if not self.log_file.is_file():
             return
         with self.log_file.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    event = foreign_json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(event, dict) and (not kinds or event.get("event") in kinds):
-                    yield event
+            yield from _of_kinds(file, kinds)
 
     def sample_grids(self) -> dict[int, Path]:
         """LossStep -> grid picture, in order of steps."""
@@ -316,6 +314,47 @@ class RunFolder:
         atomic.write(self.state_file, json.dumps(json_value(asdict(self._state)), indent=1, ensure_ascii=False))
 
 
+class LogReader:
+    """Events of a log that grows: each call reads on from where the last one ended. Safe to use from several threads.
+
+    Args:
+        kinds: of the events that are kept.
+    """
+
+    def __init__(self, file: Path, *kinds: str):
+        self.file, self.kinds, self.position = file, kinds, 0
+        self._events: list[LogLine] = []
+        self._lock = threading.Lock()
+
+    def events(self) -> list[LogLine]:
+        """All of them so far, in order; a last line that is still being written is left for the next call.
+
+        Raises:
+            OSError: the log cannot be read.
+        """
+        with self._lock, self.file.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self.position:  # another log of that name
+                self.position, self._events = 0, []
+            file.seek(self.position)
+            text = file.read()
+            end = text.rfind(b"\n") + 1
+            self.position += end
+            lines = text[:end].decode("utf-8", "replace").splitlines()
+            self._events = [*self._events, *_of_kinds(lines, self.kinds)]
+            return self._events
+
+
+def _of_kinds(lines: Iterable[str], kinds: Sequence[str]) -> Iterator[LogLine]:
+    """The events of a log's lines, of these kinds (none: all). What is no event is passed over."""
+    for line in lines:
+        try:
+            event = foreign_json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and (not kinds or event.get("event") in kinds):
+            yield event
+
+
 def read(path: str | Path) -> State:
     """What state.json says, corrected where the process that wrote it is gone ("interrupted").
 
@@ -323,9 +362,9 @@ def read(path: str | Path) -> State:
         LorakitError: there is no readable state.json.
     """
     file = Path(path) / "state.json"
-    names = {field.name for field in fields(State)}
     try:
-        state = State(**{k: v for k, v in foreign_json.loads(file.read_text(encoding="utf-8")).items() if k in names})
+        status = file.stat()
+        state = _parsed(file, status.st_mtime_ns, status.st_ino, status.st_size)
     except OSError:
         raise LorakitError(f"{path} is not a run folder: it has no state.json") from None
     except (ValueError, AttributeError):
@@ -333,6 +372,13 @@ def read(path: str | Path) -> State:
     if state.state in LIVE and not _is_alive(state):
         return replace(state, state="interrupted")
     return state
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(file: Path, changed: int, inode: int, size: int) -> State:
+    """A state.json; one that is as it was is not read again."""
+    names = {field.name for field in fields(State)}
+    return State(**{k: v for k, v in foreign_json.loads(file.read_text(encoding="utf-8")).items() if k in names})
 
 
 def _is_alive(state: State) -> bool:

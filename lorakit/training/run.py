@@ -294,7 +294,7 @@ def _begin(
     for line in ready.lines():
         folder.event("message", message=line)
     with contextlib.suppress(OSError):  # then no line of the log can be written either, and that is said
-        folder.write_plan(ready.plan.to_json())
+        folder.write_plan(ready.plan.to_json() | {"files": photo_folder.versions(ready.report.photos)})
     trackers = [Tracker(name, ready.config, folder) for name in ready.config.output.trackers]
     with Events(folder.record, *trackers, *listeners) as events:
         # Not in the folder's own log, which never tells where on the machine it is.

@@ -25,6 +25,26 @@ _TAB = """() => {
   const number = %(tabs)s.indexOf(window.lorakitAddress?.get('tab'));
   if (number > 0) document.querySelectorAll('#pages button[role=tab]')[number]?.click();
 }"""
+# Where what had the focus is drawn anew it has it again, and where it is gone the tab has it: a keyboard goes on there.
+KEEP_FOCUS = """
+let last = '';
+const PARTS = ['data-run', 'data-exclude', 'data-file', 'data-picture'];
+const selector = (node) => {
+  const name = PARTS.find((part) => node.hasAttribute(part));
+  if (name) return `[${name}="${CSS.escape(node.getAttribute(name))}"]`;
+  const owner = node.closest('[id]');
+  if (!owner) return '';
+  return `#${CSS.escape(owner.id)}${owner === node ? '' : ` ${node.tagName}`}`;
+};
+document.addEventListener('pointerdown', () => { last = ''; }, true);
+document.addEventListener('focusin', ({target}) => { last = selector(target); });
+setInterval(() => {
+  if (document.activeElement !== document.body || !last) return;
+  const node = document.querySelector(last);
+  const tab = document.querySelector('#pages button[role=tab][aria-selected=true]');
+  (node?.offsetParent && !node.disabled ? node : tab)?.focus({preventScroll: true});
+}, 300);
+"""
 FOLLOW_ADDRESS, OPEN_TAB = (script % {"tabs": list(TABS)} for script in (_FOLLOW, _TAB))
 
 

@@ -52,7 +52,7 @@ class Api:
         The run checks the photos itself: one that is refused is "failed", and says why.
 
         Args:
-            options: dotted names over what the answers suggest, as {"train.steps": 300}.
+            options: dotted names over what the answers suggest, as `lorakit train --set` takes them.
         """
         if quality not in quickstart.LENGTH_FACTORS:
             raise LorakitError(f"quality = {quality!r}: must be one of {', '.join(quickstart.LENGTH_FACTORS)}")

@@ -281,13 +281,13 @@ def test_what_is_wrong_is_reported_where_it_is_wrong(person: Person, served, roo
     assert page.locator("#train-start").is_disabled()
     person.fill("adapter.rank", "4")
     person.says("option-adapter-rank", "Changed from the preset")
-    person.says("train-changed", "adapter.rank: 8 → 4")
+    person.says("train-changed", "Rank: 8 → 4")
     # A reload keeps the answers, and comes back to the page.
     person.open(page.url)
     page.locator("#option-data-name").wait_for()
     page.wait_for_function("document.querySelector('#option-data-name :is(input, textarea)').value === 'sks toy'")
     page.locator("#train-options > button").click()
-    person.says("train-changed", "adapter.rank: 8 → 4")
+    person.says("train-changed", "Rank: 8 → 4")
     person.says("train-plan", "rank 4")
     person.choose("option-model-base", room / "photos")
     person.says("option-model-base", "model_index.json")
@@ -297,7 +297,7 @@ def test_what_is_wrong_is_reported_where_it_is_wrong(person: Person, served, roo
     # A preset's difference is shown before it is applied.
     page.locator("#preset input").click()
     page.get_by_role("option", name="style-sdxl", exact=True).click()
-    person.says("preset-difference", "adapter.rank")
+    person.says("preset-difference", "Rank")
     assert page.locator("#option-adapter-rank input").input_value() == "4"
     page.locator("#preset-apply").click()
     person.says("preset-difference", "The preset changes nothing.")

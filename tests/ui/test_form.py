@@ -140,3 +140,18 @@ def test_the_front_end_names_no_option_and_trains_nothing():
         # The adapter's section is a tagged union: its tag says which options there are.
         assert named <= {"adapter.method"}, path.name
         assert not re.search(r"\btorch\b(?! never)|diffusers\.|backward\(|optimizer\.step", code), path.name
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("adapter.rank = 0: must be between 1 and 1024", "“Rank” = 0: must be between 1 and 1024"),
+        ("set train.epochs, or data.folder.", "set “Epochs”, or “Photos”."),
+        ("go on with --set train.steps=4", "go on with --set train.steps=4"),
+        ("`train.steps` and a/train.steps and photo.txt", "`train.steps` and a/train.steps and photo.txt"),
+        ("train.stepz is no option", "train.stepz is no option"),
+    ],
+)
+def test_a_message_names_options_as_the_page_does(message: str, line: str):
+    assert texts.sayer("en").explain(message) == line
+    assert ("「" in texts.sayer("zh-Hant").explain(message)) == ("“" in line)

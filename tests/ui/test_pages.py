@@ -11,11 +11,12 @@ gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip insta
 
 from lorakit.config import TrainConfig  # noqa: E402
 from lorakit.core.errors import LorakitError  # noqa: E402
+from lorakit.data import photo_folder  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
 from lorakit.runs.run_folder import RunFolder  # noqa: E402
 from lorakit.ui import app, commands, texts  # noqa: E402
 from lorakit.ui.pages.adapter import AdapterPage  # noqa: E402
-from lorakit.ui.pages.compare import ComparePage  # noqa: E402
+from lorakit.ui.pages.compare import ComparePage, _photos_of  # noqa: E402
 from lorakit.ui.pages.photos import PAGE, PhotosPage  # noqa: E402
 from lorakit.ui.pages.train import TrainPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
@@ -92,7 +93,7 @@ def test_what_was_changed_by_hand_stays(train: TrainPage, tiny_sd1: Path):
     values, marks = answered(train, tiny_sd1, data__resolution=128.0, train__steps="7")
     _, changed, _, marks, draft, updates = answer(train, marks, values)
     assert "value" not in updates["data.resolution"] and "Changed from the preset" in updates["data.resolution"]["info"]
-    assert "data.resolution: 512 → 128" in changed
+    assert "Resolution: 512 → 128" in changed
     # The preset's length gives way to one of one's own, and comes back when that is taken back.
     before = marks["values"]["train.steps_per_image"]
     assert before and updates["train.steps_per_image"]["value"] == ""
@@ -114,8 +115,8 @@ def test_what_belongs_to_a_change_gives_way_as_on_the_command_line(train: TrainP
 def test_a_wrong_value_is_reported_at_its_field_and_above(train: TrainPage, tiny_sd1: Path):
     values, marks = answered(train, tiny_sd1, adapter__rank=0.0)
     plan, _, _, _, draft, updates = answer(train, marks, values)
-    assert "adapter.rank = 0: must be between 1 and 1024" in plan
-    assert updates["adapter.rank"]["info"].startswith("✕ adapter.rank = 0: must be between 1 and 1024")
+    assert "“Rank” = 0: must be between 1 and 1024" in plan
+    assert updates["adapter.rank"]["info"].startswith("✕ “Rank” = 0: must be between 1 and 1024")
     problems, start = train.plan([draft["values"][key] for key in train.keys], SAY)
     assert problems == plan and start["interactive"] is False
 
@@ -354,3 +355,32 @@ def test_a_photo_is_left_out_and_brought_back(workspace: Workspace, train: Train
     assert "left out by data.exclude: 1.png" in page.checked(str(folder), 0, config, SAY)[0]
     assert page.exclude(str(folder), lines, "1.png") == "old/*"
     assert page.exclude(str(folder), "?.png", "1.png") == "", "a pattern goes with the photo that is brought back"
+
+
+def test_an_unanswered_question_is_no_error_yet(train: TrainPage):
+    values, marks = answered(train, Path("pocket"))
+    fields = dict(zip(train.keys, values, strict=True))
+    fields |= {quickstart.PHOTOS: None, quickstart.NAME: "", quickstart.BASE: "pocket"}
+    plan, _, start, *_, updates = answer(train, marks, [fields[key] for key in train.keys])
+    assert "Needed." in plan and "lk-errors" not in plan and start["interactive"] is False
+    assert not [update for update in updates.values() if update != gr.skip() and "lk-wrong" in str(update)]
+
+
+def test_a_draft_of_another_program_is_left_out(train: TrainPage):
+    start = train.restore({"values": {}})
+    hostile = {quickstart.BASE: {"a": 1}, "adapter.rank": "x", "data.flip": 3, "output.formats": "kohya"}
+    restored = dict(zip(train.keys, train.restore({"values": hostile, "moved": [], "quality": 7})[4:], strict=True))
+    assert restored == dict(zip(train.keys, start[4:], strict=True))
+
+
+def test_only_photos_that_the_run_was_trained_on_are_near(workspace: Workspace, tmp_path: Path):
+    config = quickstart.config_for_answers({quickstart.PHOTOS: str(tmp_path / "photos"), quickstart.NAME: "x"}, "quick")
+    run = RunFolder.create(replace(config, output=replace(config.output, folder=str(workspace.runs / "one"))))
+    run.unlock()
+    photos = photo_folder.scan(tmp_path / "photos").photos
+    run.write_plan({"files": photo_folder.versions(photos)})
+    Image.effect_noise((90, 64), 9).convert("RGB").save(tmp_path / "photos" / "later.png")
+    Image.effect_noise((80, 64), 9).convert("RGB").save(tmp_path / "photos" / "1.png")
+    assert [path.name for path, _ in _photos_of(run, workspace)] == ["0.png", "2.png"]
+    run.write_plan({})  # of a run that has no list
+    assert len(_photos_of(run, workspace)) == 4

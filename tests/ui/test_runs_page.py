@@ -1,5 +1,6 @@
 """The page of runs: every state has its reason, and what a button said is over with the state that it was said of."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,11 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
-from lorakit.core import atomic  # noqa: E402
+from lorakit.core import atomic, foreign_json  # noqa: E402
 from lorakit.core.errors import LorakitError  # noqa: E402
 from lorakit.core.events import Event  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
-from lorakit.runs.run_folder import RunFolder  # noqa: E402
+from lorakit.runs.run_folder import LogReader, RunFolder  # noqa: E402
 from lorakit.ui import address, texts  # noqa: E402
 from lorakit.ui.pages.runs import ENDED_SILENTLY, RunsPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
@@ -112,3 +113,43 @@ def test_a_run_that_prepares_says_with_what_and_how_far_it_is(page: RunsPage, ru
 )
 def test_the_address_names_the_run(referer: str, run: str):
     assert address.run_in(SimpleNamespace(headers={"referer": referer})) == run
+
+
+def test_the_log_is_read_on_from_where_it_was(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    reader = LogReader(run.log_file, "step")
+    run.event("step", step=1)
+    assert [event["step"] for event in reader.events()] == [1]
+    parsed = []
+    monkeypatch.setattr(foreign_json, "loads", lambda text: parsed.append(text) or json.loads(text))
+    with run.log_file.open("a") as file:
+        file.write('{"event": "step", "step": 2}\nno event\n{"event": "st')
+        file.flush()
+        assert [event["step"] for event in reader.events()] == [1, 2] and len(parsed) == 2
+        file.write('ep", "step": 3}\n')
+    assert [event["step"] for event in reader.events()] == [1, 2, 3] and len(parsed) == 3
+    run.log_file.write_text('{"event": "step", "step": 9}\n')
+    assert [event["step"] for event in reader.events()] == [9], "another log of that name"
+
+
+def test_states_that_did_not_change_are_not_read_again(page: RunsPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    page.workspace.queue.command(["sample"], run.path / "x")
+    page.workspace.runs_and_jobs()
+    monkeypatch.setattr(foreign_json, "loads", None)
+    (name, state) = page.workspace.runs_and_jobs()[0]
+    assert (name, state.step) == ("one", 2)
+    monkeypatch.undo()
+    run.update(state="running", step=3)
+    assert page.workspace.runs_and_jobs()[0][1].step == 3
+
+
+def test_resume_is_a_great_button_only_where_the_run_was_broken_off(page: RunsPage, run: RunFolder):
+    assert look(page)["resume"] == gr.update(visible=False, variant="primary")
+    run.update(state="stopped")
+    assert look(page)["resume"] == gr.update(visible=True, variant="primary")
+    run.update(state="done")
+    assert look(page)["resume"] == gr.update(visible=True, variant="secondary")
+
+
+def test_the_log_is_in_the_language_of_the_page(page: RunsPage, run: RunFolder):
+    run.event("warning", message="blurred")
+    assert "! blurred" in look(page)["log"] and "! 模糊" in look(page, say=texts.sayer("zh-Hant"))["log"]

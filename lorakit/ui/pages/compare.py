@@ -145,11 +145,12 @@ class ComparePage:
         marked, photos = marked_step(run), _photos_of(run, self.workspace)
         prompts = [str(recipe.get("prompt", "")) for recipe in _recipes(run, max(grids))]
         head = "".join(f"<th scope=col>{escape(prompt)}</th>" for prompt in prompts)
-        rows = []
+        count = sum(1 for _ in run.checkpoints.glob("step-*/complete"))
+        rows, reason = [], escape(say("compare.gone", count=count))
         for step in grids:
             title = say("compare.step", step=step) if step else say("compare.base")
             star = f"<br>★ <small>{escape(say('compare.marked'))}</small>" if step == marked else ""
-            gone = "" if not step or file_of_step(run, step) else f"<br><small>{escape(say('compare.gone'))}</small>"
+            gone = "" if not step or file_of_step(run, step) else f"<br><small>{reason}</small>"
             cells = "".join(self._cell(path, title, photos, say) for path in run.sample_pictures(step))
             rows.append(
                 f"<tr{' class=lk-marked' if star else ''}><th scope=row>{escape(title)}{star}{gone}</th>{cells}</tr>"
@@ -293,13 +294,19 @@ def _recipes(run: RunFolder, step: int) -> list[Mapping[str, object]]:
 
 
 def _photos_of(run: RunFolder, workspace: Workspace) -> list[tuple[Path, np.ndarray]]:
-    """The run's training photos and how each looks; none where they are not below the roots any more."""
+    """The run's training photos that are as they were, and how each looks; none where they are not below the roots any
+    more."""
     try:
         place = workspace.roots.resolve(quickstart.photo_folder(configuration.load(run.config_file)))
-        photos = photo_folder.scan(place).photos[:MAX_PHOTOS]
-    except LorakitError:
+        photos = photo_folder.scan(place).photos
+        files = foreign_json.loads_table(run.plan_file.read_text(encoding="utf-8")).get("files")
+        if isinstance(files, dict):  # a run of before has none
+            photos = [
+                photo for photo in photos if photo_folder.versions([photo])[photo.relative] == files.get(photo.relative)
+            ]
+    except (LorakitError, OSError, ValueError):
         return []
-    looks = [(photo.path, _look(photo.path, photo.path.stat().st_mtime_ns)) for photo in photos]
+    looks = [(photo.path, _look(photo.path, photo.path.stat().st_mtime_ns)) for photo in photos[:MAX_PHOTOS]]
     return [(path, look) for path, look in looks if look is not None]
 
 

@@ -15,7 +15,7 @@ import gradio as gr
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.runs import charts
-from lorakit.runs.run_folder import LIVE, RunFolder, State, read
+from lorakit.runs.run_folder import LIVE, LogReader, RunFolder, State, read
 from lorakit.ui import address, widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
@@ -140,20 +140,23 @@ class RunsPage:
         }
         visible = {
             part: gr.update(visible=updates[part]) if isinstance(updates[part], bool) else updates[part]
-            for part in ("work", "stop", "resume", "steps", "cancel")
+            for part in ("work", "stop", "steps", "cancel")
         }
+        if isinstance(updates["resume"], str):  # what a run that has ended needs least is no great button
+            variant = updates["resume"]
+            updates["resume"] = gr.update(visible=bool(variant), variant=variant or "primary")
         if isinstance(updates["download"], str):
             updates["download"] = gr.update(visible=bool(updates["download"]), value=updates["download"] or None)
         return [
             gr.skip() if current_name == run_name else current_name,
             gr.skip() if hashes == screen_hashes else hashes,
-            updates["list"], visible["work"], updates["status"], visible["stop"], visible["resume"], visible["steps"],
+            updates["list"], visible["work"], updates["status"], visible["stop"], updates["resume"], visible["steps"],
             visible["cancel"], updates["download"], updates["samples"], updates["curves"], updates["log"],
             "" if outdated else gr.skip(),
         ]  # fmt: skip
 
     def _run(self, name: str, state: State | None, say: Say) -> dict[str, Any]:
-        hidden: dict[str, Any] = dict.fromkeys(("stop", "resume", "steps", "cancel"), False) | {"download": ""}
+        hidden: dict[str, Any] = dict.fromkeys(("stop", "steps", "cancel"), False) | {"resume": "", "download": ""}
         if state is None:
             return hidden | {"status": widgets.quiet(say("run.none")), "samples": "", "curves": "", "log": ""}
         run = RunFolder(self.workspace.run(name))
@@ -161,7 +164,7 @@ class RunsPage:
         resumable = state.state in RESUMABLE and begun and any(run.checkpoints.glob("step-*"))
         buttons = hidden | {
             "stop": state.state in LIVE and begun and not run.stop_requested,
-            "resume": resumable,
+            "resume": ("secondary" if state.state == "done" else "primary") if resumable else "",
             "steps": resumable,
             "cancel": state.state == "waiting",
             "download": self._download(run, state),
@@ -312,28 +315,43 @@ def _curves(run: RunFolder, state: State, say: Say) -> str:
     except OSError:
         return ""
     labels = tuple(say(f"chart.{key}") for key in charts.ENGLISH)
-    figures = "".join(_charts(run.log_file, size, labels))
+    figures = "".join(_drawing(run.log_file, labels).charts(size, state.state in LIVE))
     title = escape(say("run.curves"))
     return f"<style>{charts.STYLE}</style><h3>{title}</h3><div class=lk-charts>{figures}</div>" if figures else ""
 
 
-@functools.lru_cache(maxsize=8)
-def _charts(log: Path, size: int, labels: tuple[str, ...]) -> list[str]:
-    """The charts of a log; a log of one size is read once."""
-    events = RunFolder(log.parent).events("step", "validation")
-    return charts.run_charts(events, labels=dict(zip(charts.ENGLISH, labels, strict=True)))
+class _Drawing:
+    """The charts of a log that grows, drawn as often as takes a twentieth of the time."""
+
+    def __init__(self, log: Path, labels: tuple[str, ...]):
+        self.labels = dict(zip(charts.ENGLISH, labels, strict=True))
+        self.log, self.size, self.due, self.figures = _reader(log, "step", "validation"), -1, 0.0, list[str]()
+
+    def charts(self, size: int, grows: bool) -> list[str]:
+        """The charts of the log, which has so many bytes now."""
+        start = time.monotonic()
+        if size != self.size and (start >= self.due or not grows):
+            self.size, self.figures = size, charts.run_charts(self.log.events(), labels=self.labels)
+            self.due = start + 20 * (time.monotonic() - start)
+        return self.figures
 
 
-@functools.lru_cache(maxsize=8)
-def _messages(log: Path, size: int) -> list[tuple[str, str]]:
+_drawing = functools.lru_cache(maxsize=8)(_Drawing)
+
+
+@functools.lru_cache(maxsize=16)
+def _reader(log: Path, *kinds: str) -> LogReader:
+    return LogReader(log, *kinds)
+
+
+def _messages(log: Path) -> list[tuple[str, str]]:
     """The last lines that were meant for people, warnings and errors marked."""
-    events = RunFolder(log.parent).events("message", "warning", "error", "done")
-    lines = [("! " if e["event"] in ("warning", "error") else "", str(e.get("message", e["event"]))) for e in events]
-    return lines[-LOG_LINES:]
+    events = _reader(log, "message", "warning", "error", "done").events()[-LOG_LINES:]
+    return [("! " if e["event"] in ("warning", "error") else "", str(e.get("message", e["event"]))) for e in events]
 
 
 def _log(run: RunFolder, output: str, say: Say) -> str:
-    lines = _messages(run.log_file, run.log_file.stat().st_size) if run.log_file.is_file() else []
+    lines = _messages(run.log_file) if run.log_file.is_file() else []
     parts = []
     if lines:
         text = escape("\n".join(mark + say.translate(line) for mark, line in lines))

@@ -120,10 +120,9 @@ class TrainPage:
         answers |= adjustments
         config, problems = self.read(answers, say)
         changed = form.changed(answers, {k: v for k, v in marks["values"].items() if k not in quickstart.BASIC_OPTIONS})
-        new_marks = {
-            key: "\n".join(problems[key]) if key in problems else "changed" if key in changed else ""
-            for key in self.keys
-        }
+        unanswered = [say("train.required")]  # nothing is wrong yet
+        wrong = {key: "\n".join(lines) for key, lines in problems.items() if lines != unanswered}
+        new_marks = {key: wrong.get(key, "changed" if key in changed else "") for key in self.keys}
         updates = [
             self._update(key, new_marks[key], marks["shown"].get(key, ""), adjustments, say) for key in self.keys
         ]
@@ -154,7 +153,7 @@ class TrainPage:
         problems: dict[str, list[str]] = {}
         for line in result.problems:
             key = quickstart.PHOTOS if line in photos else form.field_of(line, self.fields)
-            problems.setdefault(key, []).append(say.translate(line))
+            problems.setdefault(key, []).append(say.explain(line))
         return problems
 
     def _follow(
@@ -215,7 +214,7 @@ class TrainPage:
             except LorakitError as problem:
                 key = quickstart.VAE if str(problem).startswith(quickstart.VAE) else quickstart.BASE
                 problems[key] = [str(problem)]
-        text = {key: [say.translate(line) for line in lines] for key, lines in problems.items()}
+        text = {key: [say.explain(line) for line in lines] for key, lines in problems.items()}
         return (None if problems else config), text
 
     def lacking(self, answers: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -238,7 +237,7 @@ class TrainPage:
         try:
             commands.fetch(name, progress, vae=key == quickstart.VAE)
         except LorakitError as problem:
-            return widgets.problem(say.translate(str(problem)))
+            return widgets.problem(say.explain(str(problem)))
         return widgets.good(say("train.fetched", name=name))
 
     def config_of_photos(self, answers: Mapping[str, Any]) -> Config | None:
@@ -289,13 +288,17 @@ class TrainPage:
         try:
             suggestion = self._suggest(answers, quality, preset)
         except LorakitError as problem:
-            return widgets.problem(say.translate(str(problem)))
+            return widgets.problem(say.explain(str(problem)))
         differences = form.changed(suggestion, {k: v for k, v in answers.items() if k not in quickstart.BASIC_OPTIONS})
         if not differences:
             return widgets.quiet(say("train.same"))
         head = [say("train.option"), say("train.now"), say("train.then")]
         return widgets.table(
-            head, [[key, _in_words(now, say), _in_words(then, say)] for key, (now, then) in differences.items()]
+            head,
+            [
+                [say(f"option.{key}"), _in_words(now, say), _in_words(then, say)]
+                for key, (now, then) in differences.items()
+            ],
         )
 
     def apply_preset(self, preset: str, quality: str, marks: dict[str, Any], values: Sequence[Any]) -> list[Any]:
@@ -323,7 +326,7 @@ class TrainPage:
         try:
             job = self.workspace.queue.train(self.workspace.preflight(config, progress).or_raise().config)
         except LorakitError as problem:
-            return widgets.problem(say("train.cannot", problem=say.translate(str(problem)))), None
+            return widgets.problem(say("train.cannot", problem=say.explain(str(problem)))), None
         self.workspace.queue.start()
         name = job.folder.rpartition("/")[2].rpartition("\\")[2]
         return widgets.good(say("train.started", name=name)), name
@@ -345,8 +348,8 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
             (say("plan.trained"), weights, ""),
         ]
     )
-    notices = "".join(f"<li>{escape(say.translate(line))}</li>" for line in warnings)
-    lines = "".join(f"<li>{escape(say.translate(line))}</li>" for line in plan.lines())
+    notices = "".join(f"<li>{escape(say.explain(line))}</li>" for line in warnings)
+    lines = "".join(f"<li>{escape(say.explain(line))}</li>" for line in plan.lines())
     return (
         f"<section class=lk-panel><h3>{escape(say('plan.title'))}</h3>{figures}"
         f"{f'<ul class=lk-warnings>{notices}</ul>' if notices else ''}<ul class=lk-lines>{lines}</ul></section>"
@@ -354,15 +357,19 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
 
 
 def _problems(problems: Mapping[str, Sequence[str]], say: Say) -> str:
+    unanswered = all(lines == [say("train.required")] for lines in problems.values())
     titles = {key: f"<b>{escape(say(f'option.{key}'))}</b>: " if key else "" for key in problems}
+    kind = "notes" if unanswered else "errors"
     items = "".join(f"<li>{titles[key]}{escape(line)}</li>" for key, lines in problems.items() for line in lines)
-    return f"<section class=lk-panel><h3>{escape(say('plan.problems'))}</h3><ul class=lk-errors>{items}</ul></section>"
+    return f"<section class=lk-panel><h3>{escape(say('plan.problems'))}</h3><ul class=lk-{kind}>{items}</ul></section>"
 
 
 def _changes(changed: Mapping[str, tuple[Any, Any]], say: Say) -> str:
     if not changed:
         return widgets.quiet(say("train.unchanged"))
-    text = "; ".join(f"{key}: {_in_words(was, say)} → {_in_words(now, say)}" for key, (was, now) in changed.items())
+    text = "; ".join(
+        f"{say(f'option.{key}')}: {_in_words(was, say)} → {_in_words(now, say)}" for key, (was, now) in changed.items()
+    )
     return f"<p class=lk-changes>● {escape(say('train.changed'))}: {escape(text)}</p>"
 
 

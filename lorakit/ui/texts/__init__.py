@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,6 +13,8 @@ from lorakit.ui.texts.sentences import Sentences
 LANGUAGES = {"en": en, "zh-Hant": zh_hant}
 # What the rest of lorakit says, which is English already.
 SENTENCES = {"zh-Hant": Sentences(zh_hant_sentences.SENTENCES, zh_hant_sentences.PHRASES)}
+# An option's dotted key in a message; not in a command or a file's name.
+OPTION_KEY = re.compile(r"(?<![\w`./-])(?<!--set )[a-z]+\.[a-z_0-9]+(?![\w/]|\.\w)")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Say:
         if sentences is None:
             return text
         return "\n".join(sentences.translated(line) or line for line in text.split("\n"))
+
+    def explain(self, text: str) -> str:
+        """As `translate`, with options by the names that they have on the page; in a command they stay as they are."""
+        names, say = table(self.language), self
+        return OPTION_KEY.sub(
+            lambda match: say("train.quoted", name=names[key]) if (key := f"option.{match[0]}") in names else match[0],
+            self.translate(text),
+        )
 
 
 @cache

@@ -48,6 +48,7 @@ TEXTS = {
     "train.started": "{name} is in the queue.",
     "train.cannot": "Not started: {problem}",
     "train.required": "Needed.",
+    "train.quoted": "“{name}”",
     "train.fetch": "Fetch the base model or its VAE from the hub (goes to the network)",
     "train.must_fetch": "{name} is no path here, and as a hub id not on this machine yet. The button below fetches it "
     "from the network once, some GB; until it is pressed nothing is asked of the network.",
@@ -127,7 +128,7 @@ TEXTS = {
     "compare.base": "base model",
     "compare.step": "step {step}",
     "compare.marked": "marked as best",
-    "compare.gone": "no file any more",
+    "compare.gone": "no file any more: the run keeps its newest checkpoints ({count})",
     "compare.strength": "{text} is no strength: give numbers with commas between them, as 0, 0.5, 1",
     "compare.mark": "Mark as best",
     "compare.mark_which": "Checkpoint",

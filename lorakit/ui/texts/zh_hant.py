@@ -46,6 +46,7 @@ TEXTS = {
     "train.started": "{name} 已加入佇列。",
     "train.cannot": "未能開始：{problem}",
     "train.required": "必填。",
+    "train.quoted": "「{name}」",
     "train.fetch": "從 hub 下載基礎模型或其 VAE（會連上網路）",
     "train.must_fetch": "這裡沒有 {name} 這個路徑；若是 hub 識別名，這台電腦上也還沒有。按下方按鈕會從網路下載一次，"
     "約數 GB；按下之前不會連線。",
@@ -123,7 +124,7 @@ TEXTS = {
     "compare.base": "基礎模型",
     "compare.step": "第 {step} 步",
     "compare.marked": "已標為最佳",
-    "compare.gone": "檔案已不在",
+    "compare.gone": "檔案已不在：訓練只保留最新的檢查點（{count} 個）",
     "compare.strength": "{text} 不是強度：請填數字並以逗號分隔，例如 0, 0.5, 1",
     "compare.mark": "標為最佳",
     "compare.mark_which": "檢查點",
