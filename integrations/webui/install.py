@@ -28,7 +28,8 @@ def main() -> None:
     try:
         subprocess.run([*python, "-m", "venv", str(place)], check=True, stdout=subprocess.DEVNULL)
         own = str(place / lorakit_child.SCRIPTS)
-        subprocess.run([own, "-m", "pip", "install", "-q", lorakit_child.source()], check=True)
+        for words in lorakit_child.install_steps():
+            subprocess.run([own, "-m", "pip", "install", "-q", *words], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"lorakit: {error}\n{how}")
 

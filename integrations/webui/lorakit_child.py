@@ -38,6 +38,12 @@ def source() -> str:
     return f"{CHECKOUT}[ui]" if (CHECKOUT / "lorakit" / "__init__.py").is_file() else "lorakit[ui]"
 
 
+def install_steps() -> list[list[str]]:
+    """What `pip install` is given, one after the other. PyPI's torch for Windows computes on the CPU only."""
+    torch = ["torch<2.14", "--index-url", "https://download.pytorch.org/whl/cu130"]
+    return [*([torch] if os.name == "nt" else []), [source()]]
+
+
 def command() -> list[str]:
     """The beginning of a command line that runs lorakit.
 
@@ -56,24 +62,27 @@ def command() -> list[str]:
         return [program]
     python = " ".join(find_python() or ["python3.12"])
     at = HERE / "venv" / SCRIPTS
+    lines = [f'{python} -m venv "{HERE / "venv"}"']
+    for words in install_steps():
+        quoted = " ".join(word if word.startswith(("--", "http")) else f'"{word}"' for word in words)
+        lines.append(f'"{at}" -m pip install {quoted}')
     raise Failed(
-        "lorakit is not installed. It needs Python 3.11 or newer, and an environment of its own:\n"
-        f'{python} -m venv "{HERE / "venv"}"\n"{at}" -m pip install "{source()}"'
+        "lorakit is not installed. It needs Python 3.11 or newer, and an environment of its own:\n" + "\n".join(lines)
     )
 
 
 def find_python() -> list[str] | None:
-    """A Python on this machine that is new enough for lorakit, or None."""
+    """A Python on this machine that is new enough for lorakit and can make an environment, or None."""
     if sys.version_info >= (3, OLDEST):
         return [sys.executable]
     for minor in range(NEWEST, OLDEST - 1, -1):
         name = shutil.which(f"python3.{minor}")
-        if name:
-            return [name]
-        if os.name == "nt" and shutil.which("py"):
-            tried = subprocess.run(["py", f"-3.{minor}", "-c", ""], capture_output=True, check=False)
-            if tried.returncode == 0:
-                return ["py", f"-3.{minor}"]
+        for python in ([[name]] if name else []) + ([["py", f"-3.{minor}"]] if os.name == "nt" else []):
+            try:  # a name may be an empty shim, and Debian's Python may lack ensurepip
+                subprocess.run([*python, "-c", "import ensurepip"], capture_output=True, check=True)
+                return python
+            except (OSError, subprocess.CalledProcessError):
+                continue
     return None
 
 

@@ -7,6 +7,7 @@ import runpy
 import sys
 import threading
 import time
+import tomllib
 import types
 import urllib.error
 import urllib.request
@@ -191,6 +192,30 @@ def test_lorakit_is_found_or_lines_that_install_it_are_reported(monkeypatch, tmp
     with pytest.raises(RuntimeError, match="not installed") as absent:
         spec["command"]()
     assert "-m venv" in str(absent.value) and 'pip install "lorakit[ui]"' in str(absent.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="shell scripts")
+def test_a_python_that_only_seems_to_be_there_is_passed_over(monkeypatch, tmp_path) -> None:
+    for minor, code in ((14, 127), (13, 1), (12, 0), (11, 0)):
+        (tmp_path / f"python3.{minor}").write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / f"python3.{minor}").chmod(0o755)
+    find = runpy.run_path(str(EXTENSION / "lorakit_child.py"))["find_python"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    assert find() == [str(tmp_path / "python3.12")]
+
+
+def test_on_windows_a_torch_for_the_card_comes_first(monkeypatch) -> None:
+    steps = runpy.run_path(str(EXTENSION / "lorakit_child.py"))["install_steps"]
+    assert [len(words) for words in steps()] == [1]
+    monkeypatch.setitem(steps.__globals__, "os", SimpleNamespace(name="nt"))
+    (torch_words, words) = steps()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    limit = next(text for text in project["dependencies"] if text.startswith("torch")).partition(",")[2]
+    assert torch_words[0] == f"torch{limit}" and torch_words[2] in (ROOT / "docs/install.md").read_text(
+        encoding="utf-8"
+    )
+    assert words == [f"{ROOT}[ui]"]
 
 
 @pytest.mark.parametrize("embed", ["*", "http://a.example/path", "a.example", "http://a.example https://b.example"])
