@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["--set", "train.steps=2", "--set", "sample.steps=2", "--set", "sample.at_start=false"]
 # Sentences of more than 35 words. They may only become fewer.
-LONG = {"docs": 16, "docstrings": 30}
+LONG = {"docs": 8, "docstrings": 30}
 
 
 def blocks(page: Path, language: str) -> list[str]:

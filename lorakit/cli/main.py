@@ -93,6 +93,11 @@ class Parser(argparse.ArgumentParser):
         """See `argparse.ArgumentParser`."""
         if match := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message):
             message += suggest(match[1], re.split(r"[', ]+", match[2].strip("'")))
+        if match := re.search(r"unrecognized arguments: --([\w-]+)", message):
+            name = match[1].replace("-", "_")
+            message += "".join(
+                f"; say --set {option.key}=..." for option in configuration.options() if option.name == name
+            )
         super().error(message)
 
 

@@ -31,6 +31,8 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
 from lorakit.data import captions, checks, concepts, masks, photo_folder
 from lorakit.families import BaseInfo
+from lorakit.families.describe import BUNDLED
+from lorakit.families.pocket.spec import KINDS
 from lorakit.formats import compatibility, identify
 from lorakit.runs import launch, nvidia, plan, run_folder
 
@@ -138,7 +140,7 @@ def preflight(
         return Preflight(config, None, None, None, tuple(problems), tuple(unquoted))
     problems += [*families.unsuited(info, config), *_line(_max_tokens_problem(config, info))]
     warnings = [*unquoted, *info.warnings, *_line(_rate_warning(config.optimizer))]
-    warnings += _line(_resolution_warning(config.data, info))
+    warnings += [*_line(_resolution_warning(config.data, info)), *_line(_noun_warning(config))]
     warnings += _line(nvidia.unused() if config.memory.device == "auto" else None)
     layers = registry.METHODS[config.adapter.method].layers
     for name in config.output.formats:
@@ -283,6 +285,17 @@ def _resolution_warning(data: DataConfig, info: BaseInfo) -> str | None:
     return (
         f"data.resolution = {data.resolution}: base {info.title} draws pictures of {native} pixels a side; at so "
         "different a size what it draws falls apart"
+    )
+
+
+def _noun_warning(config: Config) -> str | None:
+    """A subject of a class that the bundled base has never seen, or None."""
+    noun = config.data.noun if config.data.kind == "subject" and config.model.base == BUNDLED else ""
+    if not noun or noun.split()[-1].lower() in KINDS:
+        return None
+    return (
+        f"the bundled base is for trying things and knows no {shorten(noun, 40)}, only {', '.join(KINDS[:4])} and the "
+        "like; for real pictures give --base a Stable Diffusion model"
     )
 
 

@@ -139,6 +139,23 @@ def test_a_size_far_from_the_bases_own_is_a_warning(photos: Path, side: int, is_
     assert any(warning.startswith(line) for warning in warnings) == is_far
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "is_new"),
+    [
+        ("sks dog", "subject", True),
+        ("sks Mug", "subject", False),
+        ("sks blue toy", "subject", False),
+        ("sks", "style", False),
+    ],
+)
+def test_a_class_that_the_bundled_base_does_not_know_is_a_warning(
+    photos: Path, name: str, kind: str, is_new: bool
+) -> None:
+    _, warnings = problems(photos, data__name=name, data__kind=kind)
+    line = "the bundled base is for trying things and knows no dog, only ball, star, heart, mug and the like; "
+    assert any(warning.startswith(line) for warning in warnings) == is_new
+
+
 def test_two_sides_in_one_text_have_the_way_beside_them() -> None:
     with pytest.raises(ConfigError, match=r"'64,128': must be a whole number, or several as a list, \[768, 512\]"):
         config.load(None, dict([config.parse_override("data.resolution=64,128"), ("train.steps", 1)]))

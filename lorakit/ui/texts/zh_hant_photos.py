@@ -81,6 +81,11 @@ PHOTOS = {
     "each photo is trained at {sides}: as {sizes:words}; a batch holds one size": (
         "每張照片以 {sides} 訓練：尺寸為 {sizes:words}；每批只有一種尺寸"
     ),
+    "the bundled base is for trying things and knows no {noun}, only {kinds} and the like; for real pictures give "
+    "--base a Stable Diffusion model": (
+        "內附的基礎模型只供試用，不認得 {noun}，只認得 {kinds} 之類；"
+        "要畫真實的圖，請以 --base 指定 Stable Diffusion 模型"
+    ),
     "data.resolution = {side}: base {base} draws pictures of {native} pixels a side; at so different a size what it "
     "draws falls apart": "data.resolution = {side}：基礎模型 {base} 畫的是邊長 {native} 像素的圖；尺寸差這麼多會畫壞",
     "data.resolution = {value}: must be a whole number, or several as a list, [768, 512]": (
