@@ -29,6 +29,8 @@ EXTRAS = {
     "tensorboard": ("tensorboard", "output.trackers = tensorboard"),
     "ray": ("ray", "`lorakit batch --ray`, on many machines"),
     "tune": ("optuna", "`lorakit tune`"),
+    "onnx": ("onnxruntime", "`lorakit caption` with a tagger in ONNX"),
+    "vlm": ("torchvision", "`lorakit caption` with SmolVLM or Qwen-VL"),
 }
 # Less than this much free disk does not hold a run with its checkpoints and pictures.
 SMALLEST_FREE_DISK = 2 * 2**30

@@ -20,7 +20,15 @@ from itertools import takewhile
 from typing import Any, NoReturn, TextIO
 
 from lorakit import __version__, config as configuration
-from lorakit.cli import adapter_commands, base_commands, batch_commands, threads, train_commands, tune_commands
+from lorakit.cli import (
+    adapter_commands,
+    base_commands,
+    batch_commands,
+    caption_commands,
+    threads,
+    train_commands,
+    tune_commands,
+)
 from lorakit.cli.terminal import complain, open_streams, print_event, print_json, print_lines, quiet_libraries
 from lorakit.config.option import format_bound, suggest
 from lorakit.core import install
@@ -31,7 +39,9 @@ from lorakit.runs import launch
 # Kept for one release under their old names.
 ALIASES = {"options": ["knobs"]}
 # Where it is more than the report of what was done.
-JSON_HELP = dict.fromkeys(("train", "resume"), "every event of the run as a line of JSON on stdout, the result last")
+JSON_HELP = dict.fromkeys(
+    ("train", "resume", "caption"), "every event of the run as a line of JSON on stdout, the result last"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
     base_commands.add(command)
     batch_commands.add(command)
     tune_commands.add(command)
+    caption_commands.add(command)
     command(
         "doctor", run_doctor, "show the device, precision, attention and extras of this machine, and what is missing"
     )

@@ -58,7 +58,9 @@ class DataConfig:
     """The photos, and the words that go with them."""
 
     folder: str = option(
-        "", "Folder of photos. Only a caption that you save in the front end is written there, photo.txt.", path=True
+        "",
+        "Folder of photos. Only captions that you save or let a model write are put there, photo.txt.",
+        path=True,
     )
     kind: Literal["subject", "style"] = option("subject", "What the photos have in common: a subject or a style.")
     name: str = option("", "The trigger and what it is, as in 'sks dog' or 'sks style'. The first word is the trigger.")

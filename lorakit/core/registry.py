@@ -1,10 +1,10 @@
 """Names a user may write, and where the code for each lives.
 
 This module imports nothing heavy, so `--help` and the config check can read the names without loading torch. A new
-export format or method is one file and one line here, a family one folder and one line, an optimizer one function and
-one line. A method's layers may be those of another method, or of a kind of their own with tensors of their own
-(`MethodSpec.factors`). A package of somebody else's adds the same by an entry point in the group `lorakit.families`,
-`lorakit.adapters`, `lorakit.optimizers` or `lorakit.formats`.
+export format, method or kind of captioners is one file and one line here, a family one folder and one line, an
+optimizer one function and one line. A method's layers may be those of another method, or of a kind of their own with
+tensors of their own (`MethodSpec.factors`). A package of somebody else's adds the same by an entry point in the group
+`lorakit.families`, `lorakit.adapters`, `lorakit.optimizers`, `lorakit.formats` or `lorakit.captioners`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lorakit.core.errors import LorakitError
 if TYPE_CHECKING:
     from lorakit.families.spec import FamilySpec, ModelVersion
     from lorakit.formats.spec import FormatSpec
+    from lorakit.inference.captioners.spec import CaptionerSpec
 
 Spec = TypeVar("Spec")
 
@@ -279,6 +280,15 @@ FORMATS: Registry[FormatSpec] = Registry(
         "kohya": "lorakit.formats.kohya:SPEC",
         "diffusers": "lorakit.formats.diffusers:SPEC",
         "peft": "lorakit.formats.peft:SPEC",
+    },
+)
+
+# The first kind that a model's files fit is its kind.
+CAPTIONERS: Registry[CaptionerSpec] = Registry(
+    "lorakit.captioners",
+    {
+        "tagger": "lorakit.inference.captioners.onnx_tagger:SPEC",
+        "image-text": "lorakit.inference.captioners.image_text:SPEC",
     },
 )
 

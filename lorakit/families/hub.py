@@ -162,7 +162,7 @@ def find_vae(hub_id: HubId) -> tuple[Path, str]:
         why = str(error).removeprefix("base ").removeprefix("model.vae: ").removesuffix("; or give a folder or a file")
         raise LorakitError(f"model.vae: {why}; or give a folder or a file") from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, ImportError) as error:  # type: ignore[attr-defined]
-        raise LorakitError(f"model.vae: {_refusal(hub_id, error)}; or give a folder or a file") from error
+        raise LorakitError(f"model.vae: {refusal(hub_id, error)}; or give a folder or a file") from error
 
 
 def _vae_files(title: str, names: list[str]) -> tuple[str, list[str]]:
@@ -215,7 +215,7 @@ def _fetch(hub_id: HubId, checks: Checks, without: Collection[str]) -> Path:
         checks.configs(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=configs)))
         folder = snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, ImportError) as error:  # type: ignore[attr-defined]
-        raise LorakitError(f"base {_refusal(hub_id, error)}; or give a folder or a file") from error
+        raise LorakitError(f"base {refusal(hub_id, error)}; or give a folder or a file") from error
     return Path(folder)
 
 
@@ -239,7 +239,7 @@ def _fetch_file(hub_id: HubId, commit: str, names: list[str], checks: Checks) ->
     return Path(hf_hub_download(hub_id.name, hub_id.file, revision=hub_id.revision))
 
 
-def _refusal(hub_id: HubId, error: Exception) -> str:
+def refusal(hub_id: HubId, error: Exception) -> str:
     """Why the hub does not give a model, for a person."""
     from huggingface_hub import constants, errors
 

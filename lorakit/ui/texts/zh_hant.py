@@ -226,7 +226,7 @@ OPTIONS = {
         "CLIP skip",
         "在文字編碼器倒數第 N 層讀取文字，等於網頁介面的 CLIP skip N；NAI 系列用 2。留空：依基礎模型。",
     ),
-    "data.folder": ("照片", "照片所在的資料夾。只有在此介面編輯並儲存的說明文字會以 photo.txt 寫入。"),
+    "data.folder": ("照片", "照片所在的資料夾。只有你儲存或讓模型撰寫的說明文字會以 photo.txt 寫入。"),
     "data.kind": ("主體或風格", "照片的共通點：主體（subject）或風格（style）。"),
     "data.name": ("觸發詞與名稱", "觸發詞與它是什麼，例如「sks dog」或「sks style」。第一個詞就是觸發詞。"),
     "data.instance_prompt": ("照片的提示詞", "沒有說明文字的照片所用的文字。留空：由種類與名稱產生。"),

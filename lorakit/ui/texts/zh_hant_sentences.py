@@ -1,11 +1,13 @@
 """繁體中文：lorakit 各處所說的話（計畫、照片檢查、設定錯誤……）。英文在左，中文在右；見 `sentences.py`。"""
 
 from lorakit.ui.texts.zh_hant_bases import BASES
+from lorakit.ui.texts.zh_hant_captions import CAPTIONS
 from lorakit.ui.texts.zh_hant_photos import PHOTOS
 from lorakit.ui.texts.zh_hant_running import RUNNING
 
 SENTENCES = {
     **BASES,
+    **CAPTIONS,
     **PHOTOS,
     # -- 計畫 plan.py, families/describe.py
     "base: {name} ({family}, predicts {kind})": "基礎模型：{name}（{family}，預測 {kind}）",

@@ -1,0 +1,164 @@
+"""Commands that write captions: caption."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit import config as configuration
+from lorakit.cli import threads
+from lorakit.cli.signals import stop_on_signals
+from lorakit.cli.terminal import Terminal, complain, print_event, print_json, print_lines
+from lorakit.cli.train_commands import Command, add_set, read_overrides
+from lorakit.core import atomic
+from lorakit.core.errors import ConfigError, LorakitError
+from lorakit.core.events import Event
+from lorakit.core.names import quote
+from lorakit.core.units import count
+
+if TYPE_CHECKING:
+    from lorakit.data.photo_folder import Photo
+    from lorakit.inference.captioners.photos import Captions
+
+# What of the config a captioner obeys.
+OPTIONS = [
+    *("data.name", "data.kind", "data.concepts", "data.exclude", "data.class_folder"),
+    *("memory.device", "memory.mixed_precision", "memory.tf32"),
+]
+
+
+def add(command: Command) -> None:
+    """Add the commands of this page by `command(name, run, help)`."""
+    caption = command("caption", run_caption, "write captions of photos by a model, or undo that")
+    caption.set_defaults(has_events=True)
+    caption.add_argument("photos", metavar="PHOTOS", help="folder of photos; captions are written beside them")
+    what = caption.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--with", dest="model", metavar="MODEL", help="captioner: a folder or a hub id (docs/captions.md)"
+    )
+    what.add_argument("--undo", action="store_true", help="bring back the captions from before the last change")
+    name = caption.add_mutually_exclusive_group()
+    name.add_argument("--subject", metavar="'sks toy'", help="put this in: a rare word for the subject, and what it is")
+    name.add_argument("--style", metavar="'sks style'", help="put this in front: a rare word for the style")
+    caption.add_argument("--prompt", default="", metavar="TEXT", help="what the model is asked, where it takes a text")
+    caption.add_argument("--prefix", default="", metavar="TEXT", help="words in front of every caption")
+    caption.add_argument(
+        "--without", action="append", default=[], metavar="WORDS", help="words or tags to take out, with commas between"
+    )
+    caption.add_argument("--max-tokens", type=int, default=128, metavar="COUNT", help="longest caption (default: 128)")
+    caption.add_argument("--threshold", type=float, default=0.35, metavar="P", help="of taggers (default: 0.35)")
+    caption.add_argument(
+        "--character-threshold", type=float, default=0.85, metavar="P", help="for names of characters (default: 0.85)"
+    )
+    caption.add_argument("--overwrite", action="store_true", help="replace captions that are there; --undo brings back")
+    caption.add_argument("--dry-run", action="store_true", help="show the captions, and write none")
+    caption.add_argument("--fetch", action="store_true", help="fetch the model where it is not on this machine")
+    add_set(caption)
+
+
+def run_caption(args: argparse.Namespace) -> int:
+    """`lorakit caption`: 1 where a photo got no caption, 130 where it was stopped."""
+    config = _config(args)
+    place = Path(config.data.folder).expanduser()
+    if args.undo:
+        return _undo(args, place)
+    threads.use_idle_cores()
+    terminal = Terminal(sys.stderr if args.json else sys.stdout)
+    with stop_on_signals() as stop:
+        from lorakit.data.caption_edits import CaptionWriter
+        from lorakit.inference.captioners import photos as caption_photos, source, spec
+
+        photos, waiting = caption_photos.waiting(config.data, args.overwrite)
+        if not waiting:
+            return _end(args, caption_photos.Captions(), len(photos))
+        if not args.dry_run and (why := atomic.refusal(place)):
+            raise LorakitError(f"{place}: captions cannot be written there ({why})")
+        folder, kind = source.find(args.model, args.fetch)
+        options = spec.CaptionOptions(
+            prompt=args.prompt,
+            max_tokens=args.max_tokens,
+            threshold=args.threshold,
+            character_threshold=args.character_threshold,
+        )
+        captioner = kind.load(folder, options, config.memory)
+        phrases = [phrase.strip() for text in args.without for phrase in text.split(",")]
+        wording = caption_photos.Wording(without=phrases, prefix=args.prefix, is_tags=kind.is_tags)
+
+        def report(number: int, photo: Photo, text: str) -> None:
+            if text and args.json:
+                print_event(Event("caption", None, {"photo": photo.relative, "text": text}))
+            elif text:
+                terminal.say(f"{photo.relative}: {text}")
+            if args.json:
+                print_event(Event("work", None, {"doing": "captions", "position": number, "total": len(waiting)}))
+            bar.advance(number)
+
+        with (
+            terminal.progress(len(waiting), what="captions") as bar,
+            CaptionWriter(place, photos) as writer,
+        ):
+            result = caption_photos.caption(
+                waiting, captioner, config.data, wording, None if args.dry_run else writer, report=report, stop=stop
+            )
+    return _end(args, result, len(photos) - len(waiting))
+
+
+def _end(args: argparse.Namespace, result: Captions, others: int) -> int:
+    """Say what came of it."""
+    if args.json:
+        facts = {"captions": result.texts, "failed": result.failed, "had_one": others, "stopped": result.stopped}
+        print_event(Event("result", None, facts))
+    else:
+        print_lines(
+            f"{count(len(result.texts), 'caption')} {'shown, not' if args.dry_run else ''} written".replace("  ", " ")
+        )
+        if others:
+            print_lines(f"{count(others, 'photo')} had a caption: left as they were; --overwrite replaces them")
+        if result.texts and not args.dry_run:
+            print_lines(f"undo it with: lorakit caption {quote(args.photos)} --undo")
+    for name, reason in result.failed.items():
+        complain(f"{name}: no caption: {reason}")
+    if result.stopped:
+        complain("stopped; the same command goes on with the photos that have no caption yet")
+        return 130
+    return 1 if result.failed else 0
+
+
+def _undo(args: argparse.Namespace, folder: Path) -> int:
+    from lorakit.data import caption_edits
+    from lorakit.data.entries import some_names
+
+    result = caption_edits.undo(folder)
+    if args.json:
+        print_json(vars(result))
+        return 0
+    print_lines(f"{count(len(result.restored), 'caption')} as before")
+    if result.changed_since:
+        print_lines(f"left alone, changed since: {some_names(result.changed_since)}")
+    if result.remaining:
+        print_lines(f"{count(result.remaining, 'earlier change')} can be undone too")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> configuration.Config:
+    """The config that the arguments ask for.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    overrides = read_overrides(args.set)
+    problems = [
+        f"{key}: captions do not depend on it; --set takes {', '.join(OPTIONS)} here"
+        for key in overrides
+        if key not in OPTIONS
+    ]
+    for flag, value in (("--threshold", args.threshold), ("--character-threshold", args.character_threshold)):
+        problems += [] if 0 < value < 1 else [f"{flag} {value:g}: must be between 0 and 1"]
+    problems += [] if args.max_tokens >= 1 else [f"--max-tokens {args.max_tokens}: must be 1 or more"]
+    if problems:
+        raise ConfigError(problems)
+    flags = {"data.folder": args.photos, "train.steps": 1, "data.name": args.subject or args.style}
+    flags["data.kind"] = "subject" if args.subject else "style" if args.style else None
+    return configuration.load(None, {key: value for key, value in flags.items() if value is not None} | overrides)

@@ -1,0 +1,1 @@
+"""Models that describe a photo in words: one file for each kind."""

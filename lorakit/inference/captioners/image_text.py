@@ -1,0 +1,148 @@
+"""Captioners of transformers: BLIP, GIT, Florence-2, and models that one talks to (SmolVLM, Qwen-VL, LLaVA)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.config import MemoryConfig
+from lorakit.core import install
+from lorakit.core.errors import LorakitError
+from lorakit.families import weight_files
+from lorakit.inference.captioners.spec import CaptionerSpec, CaptionOptions
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+WEIGHTS = re.compile(r"model(\.safetensors\.index\.json|(-\d+-of-\d+)?\.safetensors)")
+SMALL = (".json", ".txt", ".model", ".jinja")
+# What a model is asked where the person says nothing: those with a chat template QUESTION, these their own, others
+# nothing.
+QUESTION = "Describe this picture in one sentence, in plain words, for training an image generator. Only the sentence."
+OWN_PROMPTS = {"florence2": "<DETAILED_CAPTION>", "paligemma": "caption en", "kosmos-2": "An image of"}
+# Has its tokenizer and its image processor side by side, and no processor for both.
+SEPARATE = "vision-encoder-decoder"
+
+
+def files(names: Collection[str]) -> list[str]:
+    """Of a model's files the weights as safetensors, configs and vocabularies."""
+    weights = [name for name in names if WEIGHTS.fullmatch(name)]
+    if "config.json" not in names or not weights:
+        return []
+    return weights + [name for name in names if "/" not in name and name.endswith(SMALL) and name not in weights]
+
+
+class ImageTextModel:
+    """A loaded model. Called with a picture, it returns its text.
+
+    Args:
+        processor: of the model, or its image processor where it has no processor for both.
+        tokenizer: what decodes its text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        tokenizer: PreTrainedTokenizerBase,
+        options: CaptionOptions,
+    ):
+        self.model, self.processor, self.tokenizer, self.options = model, processor, tokenizer, options
+        self._is_chat = bool(getattr(processor, "chat_template", None))
+        self._prompt = options.prompt or OWN_PROMPTS.get(model.config.model_type, QUESTION if self._is_chat else "")
+
+    def __call__(self, image: Image.Image) -> str:
+        """The text of a picture."""
+        import torch
+
+        inputs = self._inputs(image).to(self.model.device, self.model.dtype)
+        with torch.inference_mode():
+            ids = self.model.generate(**inputs, max_new_tokens=self.options.max_tokens, do_sample=False)
+        # Models that continue a text return it too.
+        start = inputs.get("input_ids")
+        if start is not None and ids.shape[1] >= start.shape[1] and torch.equal(ids[:, : start.shape[1]], start):
+            ids = ids[:, start.shape[1] :]
+        return " ".join(str(self.tokenizer.decode(ids[0], skip_special_tokens=True)).split())
+
+    def _inputs(self, image: Image.Image) -> BatchFeature:
+        if not self._is_chat:
+            prompt = {"text": self._prompt} if self._prompt and self.processor is not self.tokenizer else {}
+            return self.processor(images=image, return_tensors="pt", **prompt)
+        content = [{"type": "image", "image": image}, {"type": "text", "text": self._prompt}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+
+def load(folder: Path, options: CaptionOptions, memory: MemoryConfig) -> ImageTextModel:
+    """Load a model from its folder.
+
+    Raises:
+        LorakitError: it is no captioner, needs code or packages that are not here, or is damaged.
+    """
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KINDS
+
+    from lorakit.engine import device as devices
+
+    config = weight_files.read_json(folder / "config.json")
+    kind = str(config.get("model_type", ""))
+    if kind not in KINDS:
+        raise LorakitError(f"captioner {folder}: {_other(kind, 'auto_map' in config)}")
+    device = devices.device(memory)
+    devices.prepare(memory, device)
+    try:
+        if kind == SEPARATE:
+            if options.prompt:
+                raise LorakitError(f"captioner {folder}: this model takes no --prompt; leave it out")
+            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        else:
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            tokenizer = processor.tokenizer
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=devices.dtype(memory, device),
+            output_loading_info=True,
+        )
+    except ImportError as error:
+        raise LorakitError(
+            f"captioner {folder}: needs more packages ({_first(error)}); {install.hint('vlm')}"
+        ) from None
+    except LorakitError:
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise LorakitError(f"captioner {folder}: cannot be loaded ({_first(error)}); get the model again") from error
+    if info["missing_keys"]:
+        absent = sorted(info["missing_keys"])
+        raise LorakitError(
+            f"captioner {folder}: its weights lack {len(absent)} tensors, such as {absent[0]}; get the model again"
+        )
+    return ImageTextModel(model.to(device).eval(), processor, tokenizer, options)
+
+
+def _other(kind: str, has_code: bool) -> str:
+    if has_code:
+        return (
+            f"a model ({kind or 'of no type'}) that needs code of its own, which lorakit does not run; give one that "
+            "transformers has, such as florence-community/Florence-2-base"
+        )
+    return f"a model of the type {kind or '(none)'} is no captioner; give BLIP, Florence-2, SmolVLM or Qwen-VL"
+
+
+def _first(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+SPEC = CaptionerSpec(files, load)

@@ -1,0 +1,91 @@
+"""Where a captioner's files are: a folder, or a hub id in the cache. Nothing is fetched unless the person allows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorakit.core.errors import LorakitError
+from lorakit.families import hub, weight_files
+from lorakit.inference.captioners.spec import CaptionerSpec, kind_of
+
+
+def find(model: str, fetch: bool) -> tuple[Path, CaptionerSpec]:
+    """The folder of a captioner, and its kind.
+
+    Args:
+        model: a folder, or a hub id.
+        fetch: whether it may be fetched where it is not on this machine.
+
+    Raises:
+        LorakitError: it is no captioner, is not complete, or is not here and must not or cannot be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise LorakitError(f"captioner {model} is a file: give the folder it is in: {path.parent}")
+    if path.is_dir():
+        return path, _complete(model, path)
+    hub_id = hub.parse(model)
+    if hub_id is None or hub_id.file:
+        raise LorakitError(f"captioner {model}: no such folder; give a folder, or a hub id such as owner/name")
+    if folder := _cached(hub_id):
+        return folder, _complete(hub_id.title, folder)
+    folder = _fetch(hub_id, fetch)
+    return folder, _complete(hub_id.title, folder)
+
+
+def _complete(title: str, folder: Path) -> CaptionerSpec:
+    """The kind of a folder's model, all of whose weights are there."""
+    spec, files = kind_of(title, _names(folder))
+    if absent := _absent(folder, files):
+        raise LorakitError(f"captioner {title}: {absent[0]} is not there; get the model again")
+    return spec
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _absent(folder: Path, files: list[str]) -> list[str]:
+    """Files of split weights that an index names and the folder lacks."""
+    needs = [
+        str(file)
+        for name in files
+        if name.endswith(".index.json")
+        for file in set(weight_files.read_json(folder / name).get("weight_map", {}).values())
+    ]
+    return sorted(file for file in needs if not (folder / file).is_file())
+
+
+def _cached(hub_id: hub.HubId) -> Path | None:
+    """The snapshot in the cache, or None where there is none or a part of one."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id.name, revision=hub_id.revision, local_files_only=True))
+        _, files = kind_of(hub_id.title, _names(folder))
+    except (LocalEntryNotFoundError, HFValidationError, LorakitError):
+        return None
+    return None if _absent(folder, files) else folder
+
+
+def _fetch(hub_id: hub.HubId, allowed: bool) -> Path:
+    from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
+
+    title = hub_id.title
+    if is_offline_mode():
+        raise LorakitError(
+            f"captioner {title} is not in the cache and HF_HUB_OFFLINE is set: unset it, or give a folder"
+        )
+    try:
+        info = HfApi().model_info(hub_id.name, revision=hub_id.revision, files_metadata=True)
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+        _, files = kind_of(title, list(sizes))
+        if not allowed:
+            megabytes = sum(sizes[file] for file in files) / 1e6
+            raise LorakitError(
+                f"captioner {title} is not on this machine: {megabytes:,.0f} MB would be fetched; allow it with --fetch"
+            )
+        return Path(snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files))
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, ImportError) as error:  # type: ignore[attr-defined]
+        raise LorakitError(f"captioner {hub.refusal(hub_id, error)}; or give a folder") from error
