@@ -303,7 +303,7 @@ def run_install_adapter(args: argparse.Namespace) -> int:
     files = hosts.install(
         Path(args.adapter), host, Path(args.at), name=args.name, any_folder=args.any_folder, say=remark
     )
-    remark(f"{host.title}: {host.then.format(folder=files['adapter'].parent)}")
+    remark(f"{host.title}: {host.then.format(folder=files['adapter'].parent.absolute())}")
     _tell(args, files)
     return 0
 

@@ -52,16 +52,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("key", HOSTS)
-def test_each_program_gets_what_it_shows(tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_program_gets_what_it_shows(
+    tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save(tmp_path / "in", weights("sdxl"))
     root = program(tmp_path, key)
-    command = ["install-adapter", str(source), "--into", key, "--at", str(root), "--json"]
+    monkeypatch.chdir(tmp_path)
+    command = ["install-adapter", str(source), "--into", key, "--at", key, "--json"]
     assert cli.main(command) == 0
     out, err = capsys.readouterr()
     folder, *sides = SIDES[key]
     assert set(contents(root)) == {f"{folder}/toy{ending}" for ending in (".safetensors", *sides)}
     assert Path(json.loads(out)["adapter"]).read_bytes() == source.read_bytes()
     assert err.startswith(f"{HOSTS[key].title}: ") and "{" not in err
+    if key == "invokeai":
+        assert err.endswith(f"give it {root / folder}\n"), "a whole path, whatever --at was"
     if ".json" in sides:
         assert json.loads((root / folder / "toy.json").read_text())["activation text"] == "sks toy"
     before = contents(root)
