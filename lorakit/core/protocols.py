@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     import torch
 
     from lorakit.adapters.weights import AdapterWeights
+
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+class Map(Protocol):
+    """Python's `map`, or one that shares the items out over the processes of a run."""
+
+    def __call__(self, function: Callable[[Item], Value], items: Iterable[Item], /) -> Iterable[Value]:
+        """What the function makes of each item, in their order."""
 
 
 class Trainable(Protocol):

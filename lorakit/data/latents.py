@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
@@ -31,7 +31,7 @@ CHECKSUM = "blake2b"
 # Number of photos that are decoded before the encoder needs them. A decoded photo may have a hundred megabytes.
 MAX_PREFETCH = 4
 
-EncodeImage = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+EncodeImages = Callable[[Iterable[torch.Tensor]], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 SizeConditions = Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], dict[str, list[int]]]
 BatchSize = Callable[[buckets.Bucket], int]
 Say = Callable[[str], object]
@@ -53,7 +53,7 @@ def build(
     config: DataConfig,
     train: TrainConfig,
     *,
-    encode_image: EncodeImage,
+    encode_images: EncodeImages,
     size_conditions: SizeConditions,
     device: torch.device | str,
     identity: str,
@@ -65,7 +65,7 @@ def build(
 
     Args:
         report: the report of `checks.check`.
-        encode_image: pixels `[B, 3, H, W]` in [-1, 1] -> (mean, std) of the scaled latents.
+        encode_images: batches of pixels `[B, 3, H, W]` in [-1, 1] -> (mean, std) of the scaled latents of each.
         size_conditions: ((height, width), (top, left), (target height, target width)) -> name -> row (see
             `Family.size_conditions`).
         identity: hash of the base; it is part of the key of latents on disk.
@@ -81,7 +81,7 @@ def build(
             has a mask.
     """
     encoder = _Encoder(
-        config, train, encode_image, size_conditions, identity, report.multiple, report.downscale, batch_size
+        config, train, encode_images, size_conditions, identity, report.multiple, report.downscale, batch_size
     )
     encoder.folder = None if config.cache == "memory" else folder or cache_dir() / "latents"
     training_photos, validation_photos = holdout.split(report.photos, train.holdout, train.seed)
@@ -144,7 +144,7 @@ class _Encoder:
 
     config: DataConfig
     train: TrainConfig
-    encode_image: EncodeImage
+    encode_images: EncodeImages
     size_conditions: SizeConditions
     identity: str
     multiple: int
@@ -203,19 +203,27 @@ class _Encoder:
         content = json.dumps([CACHE_VERSION, self.identity, "float32", *astuple(variant)])
         return hashlib.sha256(hashlib.sha256(raw).digest() + content.encode()).hexdigest()
 
-    def encode(self, photos: Sequence[Photo], rows: Sequence[_IndexedRow]) -> None:
-        """Encode rows of one size to float32 latents on the CPU, check them, and save them if there is a folder."""
-        arrays = [torch.from_numpy(row.pixels) for _, row in rows if row.pixels is not None]
-        pixels = torch.stack(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
-        means, stds = (part.float().cpu() for part in self.encode_image(pixels))
-        for (index, row), mean, std in zip(rows, means, stds, strict=True):
-            if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(std).all())):
-                name = photos[index].relative
-                raise LorakitError(f"{name}: its latent is not finite; the base's VAE cannot encode this photo")
-            self.encoded += 1
-            if self.folder is not None:
-                _save(_cache_path(self.folder, row.key), mean, std)
-            row.pixels, row.latent = None, (mean, std)
+    def encode(self, photos: Sequence[Photo], batches: Iterable[Sequence[_IndexedRow]]) -> None:
+        """Encode batches of rows of one size to float32 latents on the CPU, check them, and save them if there is a
+        folder."""
+        pending = deque[Sequence[_IndexedRow]]()
+
+        def pixels() -> Iterator[torch.Tensor]:
+            for rows in batches:
+                pending.append(rows)
+                arrays = [torch.from_numpy(row.pixels) for _, row in rows if row.pixels is not None]
+                yield torch.stack(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+        for latents in self.encode_images(pixels()):
+            for (index, row), *latent in zip(pending.popleft(), *latents, strict=True):
+                mean, std = (part.float().cpu() for part in latent)
+                if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(std).all())):
+                    name = photos[index].relative
+                    raise LorakitError(f"{name}: its latent is not finite; the base's VAE cannot encode this photo")
+                self.encoded += 1
+                if self.folder is not None:
+                    _save(_cache_path(self.folder, row.key), mean, std)
+                row.pixels, row.latent = None, (mean, std)
 
     def _load(self, key: str, variant: Variant) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The latent on disk for a key, or None. A damaged file is counted, and written again."""
@@ -261,6 +269,18 @@ def _photo_mask(photo: Photo, picture: Picture) -> Pixels | None:
 def _dataset(photos: Sequence[Photo], encoder: _Encoder, table: _TextTable, device: torch.device | str) -> Dataset:
     choices = [table.choices(photo) for photo in photos]
     rows: dict[buckets.Bucket, list[_IndexedRow]] = {}
+    encoder.encode(photos, _batches(photos, encoder, rows))
+    latent_buckets = [
+        _latent_bucket(size, rows[size], choices, encoder.train.masked_loss).to(device) for size in sorted(rows)
+    ]
+    prompts = [table.instance_prompt(photo) for photo in photos]
+    return Dataset(latent_buckets, list(photos), table.texts, choices, prompts, encoder.config.caption_dropout)
+
+
+def _batches(
+    photos: Sequence[Photo], encoder: _Encoder, rows: dict[buckets.Bucket, list[_IndexedRow]]
+) -> Iterator[list[_IndexedRow]]:
+    """Put the variants of all photos into `rows`; yield those to encode, as many of a size as the encoder takes."""
     pending: dict[buckets.Bucket, list[_IndexedRow]] = {}
     for index, row in _prefetch(photos, encoder):
         size = row.variant.bucket
@@ -271,14 +291,8 @@ def _dataset(photos: Sequence[Photo], encoder: _Encoder, table: _TextTable, devi
             continue
         pending.setdefault(size, []).append((index, row))
         if len(pending[size]) == encoder.batch_size(size):
-            encoder.encode(photos, pending.pop(size))
-    for remainder in pending.values():
-        encoder.encode(photos, remainder)
-    latent_buckets = [
-        _latent_bucket(size, rows[size], choices, encoder.train.masked_loss).to(device) for size in sorted(rows)
-    ]
-    prompts = [table.instance_prompt(photo) for photo in photos]
-    return Dataset(latent_buckets, list(photos), table.texts, choices, prompts, encoder.config.caption_dropout)
+            yield pending.pop(size)
+    yield from pending.values()
 
 
 def _prefetch(photos: Sequence[Photo], encoder: _Encoder) -> Iterator[tuple[int, _VariantRow]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ from lorakit.core import image_grid
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.families.facts.distilled import complete
-from lorakit.inference.sampling import draw_batch, sampling_pipeline
+from lorakit.inference.sampling import draw_part, sampling_pipeline
 
 if TYPE_CHECKING:
     from lorakit.core.events import Events
+    from lorakit.core.protocols import Map
     from lorakit.families import Family
 
 CHECKSUM = "blake2b"  # the name of the digest of a picture's pixels among its texts
@@ -47,6 +49,7 @@ def class_images(
     seed: int,
     *,
     events: Events,
+    map_batches: Map = map,
     folder: Path | None = None,
 ) -> list[Image.Image]:
     """Pictures of the class by the base, drawn once and kept in the user's cache; the caller switches adapters off.
@@ -57,6 +60,7 @@ def class_images(
     Args:
         text: what `embed` makes of the prompt.
         events: told what is drawn, and of each picture that is there.
+        map_batches: calls `sampling.draw_part` of each batch.
         folder: cache to use instead of the user's.
 
     Raises:
@@ -64,7 +68,7 @@ def class_images(
     """
     sampling = complete(sample, family.info)
     sampling = replace(sampling, steps=min(sampling.steps, DENOISING_STEPS))
-    pipeline, sampler = sampling_pipeline(family, sampling.steps)
+    _, sampler = sampling_pipeline(family, sampling.steps)
     recipe = _recipe(family, text, sampling) | {"prompt": prompt, "size": side, "sampler": sampler, "seed": seed}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     place = (folder or cache_dir()) / "class-images" / key
@@ -79,12 +83,12 @@ def class_images(
         place.mkdir(parents=True, exist_ok=True)
         (place / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
         batch = max(1, min(LARGEST_BATCH, BATCH_PIXELS // side**2))
-        for start in range(0, len(missing), batch):
-            numbers = missing[start : start + batch]
-            # A seed range of their own, far from the samples' (both are below 2**31).
-            seeds = [2**32 + seed * 2**20 + number for number in numbers]
-            batch_images = draw_batch(family, pipeline, text, seeds, sampling, (side, side))
-            for number, picture in zip(numbers, batch_images, strict=True):
+        batches = [missing[start : start + batch] for start in range(0, len(missing), batch)]
+        # A seed range of their own, far from the samples' (both are below 2**31).
+        seeds = [[2**32 + seed * 2**20 + number for number in numbers] for numbers in batches]
+        parts = [(text, numbers, sampling, (side, side)) for numbers in seeds]
+        for numbers, pictures in zip(batches, map_batches(partial(draw_part, family), parts), strict=True):
+            for number, picture in zip(numbers, pictures, strict=True):
                 picture.info[CHECKSUM] = _checksum(picture)
                 image_grid.save(picture, files[number])
             events.advance(len(numbers))

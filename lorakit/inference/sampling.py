@@ -8,11 +8,11 @@ same.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,12 @@ from lorakit.inference.recipe import picture_info
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from lorakit.core.protocols import Map
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
+# A batch of pictures: the embedded text, their seeds, settings, (width, height).
+Part = tuple[Mapping[str, Any], list[int], Sampling, tuple[int, int]]
 # diffusers' samplers of distilled models -> the names that web UIs give them.
 SAMPLERS = {"EulerDiscreteScheduler": "Euler", "LCMScheduler": "LCM"}
 # Steps of the solver that an LCM was distilled from; it draws on a part of them.
@@ -57,6 +60,7 @@ def draw(
     embeddings: Sequence[Mapping[str, Any]] | None = None,
     adapter: str = "",
     strength: float = 1.0,
+    map_parts: Map = map,
 ) -> list[Image.Image]:
     """One picture for each prompt, by the weights as they are.
 
@@ -69,21 +73,33 @@ def draw(
         embeddings: what `embed` makes of the prompts; by default it is asked.
         adapter: stem of the adapter's file, for the recipe.
         strength: what the adapter is set to, for the recipe.
+        map_parts: calls `draw_part` of each picture.
 
     Returns:
         RGB pictures; `info` holds the recipe, which `pictures.save` writes into the file: "parameters" as web UIs read
         it, "lorakit" as JSON.
     """
     embeddings = embed(family, prompts, sample) if embeddings is None else embeddings
-    images = []
     side = (size, size) if isinstance(size, int) else size
-    for prompt, text in zip(parse_all(list(prompts), sample, side), embeddings, strict=True):
-        own, seed = complete(prompt.sample, family.info), prompt.sample.seed
-        pipeline, sampler = sampling_pipeline(family, own.steps)
-        (picture,) = draw_batch(family, pipeline, text, [seed], own, prompt.size)
-        picture.info.update(picture_info(family.info, sampler, prompt.text, seed, own, prompt.size, adapter, strength))
-        images.append(picture)
+    parsed = parse_all(list(prompts), sample, side)
+    own = [complete(prompt.sample, family.info) for prompt in parsed]
+    parts: list[Part] = [
+        (text, [prompt.sample.seed], settings, prompt.size)
+        for text, prompt, settings in zip(embeddings, parsed, own, strict=True)
+    ]
+    images = [picture for (picture,) in map_parts(partial(draw_part, family), parts)]
+    _, sampler = sampling_pipeline(family)
+    for picture, prompt, settings in zip(images, parsed, own, strict=True):
+        facts = prompt.text, prompt.sample.seed, settings, prompt.size, adapter, strength
+        picture.info.update(picture_info(family.info, sampler, *facts))
     return images
+
+
+def draw_part(family: Family, part: Part) -> list[Image.Image]:
+    """As `draw_batch`, by a pipeline of its own."""
+    text, seeds, sample, size = part
+    pipeline, _ = sampling_pipeline(family, sample.steps)
+    return draw_batch(family, pipeline, text, seeds, sample, size)
 
 
 def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, torch.Tensor]]:
@@ -91,7 +107,7 @@ def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[
     family's pipeline takes it. They have the device to themselves, but for what is trained."""
     embeddings = []
     for own in parse_all(list(prompts), sample, (0, 0)):
-        embeddings += embed_each(family, [functools.partial(family.encode_prompt, own.text)], own.sample)
+        embeddings += embed_each(family, [partial(family.encode_prompt, own.text)], own.sample)
     return embeddings
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from lorakit.adapters.weights import AdapterWeights
     from lorakit.config import Config
+    from lorakit.core.protocols import Map
     from lorakit.families import Family
     from lorakit.runs.preflight import Ready
     from lorakit.runs.run_folder import RunFolder
@@ -103,6 +104,7 @@ class Run:
         step: int,
         *,
         adapter: str = "",
+        map_parts: Map = map,
     ) -> None:
         """Draw the sample prompts and keep them as the grid of a step.
 
@@ -114,7 +116,7 @@ class Run:
         poll = functools.partial(self.stop.poll, "the samples are not finished")
         with polled(family.modules().values(), poll):
             pictures: list[Image.Image] = sampling.draw(
-                family, inputs.prompts, sample, size, embeddings=embeddings, adapter=adapter
+                family, inputs.prompts, sample, size, embeddings=embeddings, adapter=adapter, map_parts=map_parts
             )
         with self.optional(f"step {step}: the samples"):
             file = self.folder.save_samples(step, pictures, inputs.prompts)
@@ -307,7 +309,7 @@ class Milestones:
             Stopped: somebody asked for a stop.
             NotFinite: weights or optimizer state have NaN or infinity, which losses show a step later; nothing is done.
         """
-        self.run.processes.first(lambda: self._reach(step, due))
+        self.run.processes.first(lambda: self._reach(step, due), {"draw": self._draw_part})
         self.model.adapter.train(True)
 
     def _reach(self, step: int, due: list[str]) -> None:
@@ -354,7 +356,8 @@ class Milestones:
         """Draw the sample prompts; a run goes on without where memory does not suffice."""
         model, samples = self.model, self.inputs.samples
         model.adapter.train(False)
-        draw = functools.partial(self.run.draw, model.family, samples, samples.embeddings, step)
+        share = functools.partial(self.run.processes.map, "draw")
+        draw = functools.partial(self.run.draw, model.family, samples, samples.embeddings, step, map_parts=share)
         try:
             with model.adapter.averaged():
                 out_of_memory.retry_after_freeing(model.optimizer_step.discard_graphs, draw)
@@ -363,6 +366,17 @@ class Milestones:
                 raise
             line = f"step {step}: not enough memory to draw samples; training goes on without them"
             self.run.events.say(line, warning=True)
+        finally:
+            model.family.release("vae")
+
+    def _draw_part(self, part: sampling.Part) -> list[Image.Image]:
+        """As `sampling.draw_part`, for the first process, which has the same weights."""
+        model = self.model
+        model.adapter.train(False)
+        draw = functools.partial(sampling.draw_part, model.family, part)
+        try:
+            with model.adapter.averaged():
+                return out_of_memory.retry_after_freeing(model.optimizer_step.discard_graphs, draw)
         finally:
             model.family.release("vae")
 

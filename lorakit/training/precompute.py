@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ from lorakit.data import captions, concepts, decode, latents
 from lorakit.data.dataset import Dataset
 from lorakit.inference import class_images, sampling
 from lorakit.inference.mode import polled
+from lorakit.training.parallel import SINGLE, Processes
 
 if TYPE_CHECKING:
     from lorakit.core.events import Events
-    from lorakit.core.protocols import Trainable
+    from lorakit.core.protocols import Map, Trainable
     from lorakit.data.checks import Report
     from lorakit.data.photo_folder import Photo
     from lorakit.families import Family
@@ -106,6 +107,7 @@ def precompute(
     report: Report,
     events: Events,
     poll: Callable[[], object] = lambda: None,
+    processes: Processes = SINGLE,
 ) -> Precomputed:
     """Encode what a run needs, each part of the base on the device by itself: what photos and texts need is then not
     added to the UNet.
@@ -116,6 +118,7 @@ def precompute(
         report: what `data.checks.check` reported.
         events: told what the person should know, and how far each part is.
         poll: called before each batch of photos or texts and each pass of the UNet; what it raises breaks the work off.
+        processes: of the run, among which photos and class images are shared out; the others wait with `tasks`.
 
     Raises:
         LorakitError: a photo cannot be read or its latents are not finite; the class-image cache cannot be written.
@@ -123,12 +126,15 @@ def precompute(
 
     def encode_image(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         poll()
-        encoded: tuple[torch.Tensor, torch.Tensor] = family.encode_image(pixels)
-        events.advance(len(pixels))
-        return encoded
+        return family.encode_image(pixels)
+
+    def encode_images(batches: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for mean, std in processes.map("encode", encode_image, batches):
+            events.advance(len(mean))
+            yield mean, std
 
     family.release("unet", "text_encoders")
-    dataset, holdout = _photos(config, family, report, encode_image, events)
+    dataset, holdout = _photos(config, family, report, encode_images, events)
     configs = concepts.of_photos(report.photos, config.data)
     without = [captions.class_text_of_any(text, configs) for text in dataset.texts]
     own_class = _own_class_texts(config, report)
@@ -142,9 +148,12 @@ def precompute(
         conditions, class_conditions = embed(family, tokens), embed(family, class_tokens)
         samples = _samples(config, family, configs)
         if own_class:
-            class_latents = _own_class_latents(config, family, own_class, class_texts, encode_image, events)
+            class_latents = _own_class_latents(config, family, own_class, class_texts, encode_images, events)
         elif config.train.prior == "images":
-            class_latents = _class_latents(config, family, class_texts, class_tokens, encode_image, events)
+            draw = functools.partial(processes.map, "draw")
+            pictures, rows = _class_images(config, family, class_texts, class_tokens, draw, events)
+            events.begin("encoding the class images", len(pictures))
+            class_latents = _encode_class(family, pictures, rows, config.data.resolution, encode_images)
     family.release("vae", "text_encoders")
     trains_text = config.adapter.trains_text
     return Precomputed(
@@ -162,7 +171,7 @@ def precompute(
 
 
 def _photos(
-    config: Config, family: Family, report: Report, encode_image: latents.EncodeImage, events: Events
+    config: Config, family: Family, report: Report, encode_images: latents.EncodeImages, events: Events
 ) -> tuple[Dataset, Dataset | None]:
     """The photos to train on, and those kept for validation."""
     sizes = len(config.data.resolutions) * config.data.variants
@@ -171,7 +180,7 @@ def _photos(
         report,
         config.data,
         config.train,
-        encode_image=encode_image,
+        encode_images=encode_images,
         size_conditions=family.size_conditions,
         device=family.device,
         identity=family.info.hash,
@@ -210,15 +219,15 @@ def _samples(config: Config, family: Family, concept_configs: Sequence[DataConfi
     return SampleInputs(prompts, embeddings, family.encode_text([SampleInputs(prompts, None, None).first]))
 
 
-def _class_latents(
-    config: Config,
-    family: Family,
-    class_texts: list[str],
-    class_tokens: list[torch.Tensor],
-    encode_image: latents.EncodeImage,
-    events: Events,
-) -> ClassLatents:
-    """Class images, drawn by the base once and kept in the user's cache, encoded as the photos were.
+def tasks(family: Family) -> dict[str, Callable[[Any], Any]]:
+    """What a process that waits for `precompute` in the first one does for it."""
+    return {"encode": family.encode_image, "draw": functools.partial(sampling.draw_part, family)}
+
+
+def _class_images(
+    config: Config, family: Family, class_texts: list[str], class_tokens: list[torch.Tensor], draw: Map, events: Events
+) -> tuple[list[Image.Image], list[int]]:
+    """Class images, drawn by the base once and kept in the user's cache, and each one's place in `class_texts`.
 
     They are shared out among the class texts: under "a toy on a beach" the base must go on drawing what it drew.
     """
@@ -232,10 +241,11 @@ def _class_latents(
     embeds = sampling.embed_each(family, [functools.partial(family.encode_tokens, row) for row in rows], config.sample)
     for place, (prompt, text) in enumerate(zip(prompts, embeds, strict=True)):
         count = len(range(place, total, len(class_texts)))
-        pictures += class_images.class_images(family, prompt, text, count, config.sample, side, seed, events=events)
+        pictures += class_images.class_images(
+            family, prompt, text, count, config.sample, side, seed, events=events, map_batches=draw
+        )
         text_rows += [place] * count
-    events.begin("encoding the class images", total)
-    return _encode_class(family, pictures, text_rows, side, encode_image)
+    return pictures, text_rows
 
 
 def _own_class_texts(config: Config, report: Report) -> dict[Photo, str]:
@@ -249,7 +259,7 @@ def _own_class_latents(
     family: Family,
     own: Mapping[Photo, str],
     class_texts: list[str],
-    encode_image: latents.EncodeImage,
+    encode_images: latents.EncodeImages,
     events: Events,
 ) -> ClassLatents:
     """The user's own class images, each cropped to the square in its middle."""
@@ -261,14 +271,18 @@ def _own_class_latents(
 
     text_rows = [class_texts.index(text) for text in own.values()]
     events.begin("encoding the class images", len(own))
-    return _encode_class(family, [square(photo) for photo in own], text_rows, side, encode_image)
+    return _encode_class(family, [square(photo) for photo in own], text_rows, side, encode_images)
 
 
 def _encode_class(
-    family: Family, pictures: Sequence[Image.Image], text_rows: list[int], side: int, encode_image: latents.EncodeImage
+    family: Family,
+    pictures: Sequence[Image.Image],
+    text_rows: list[int],
+    side: int,
+    encode_images: latents.EncodeImages,
 ) -> ClassLatents:
     batches = class_images.as_pixels(pictures, _at_once(side * side, family.device))
-    means, stds = zip(*(encode_image(pixels) for pixels in batches), strict=True)
+    means, stds = zip(*encode_images(batches), strict=True)
     conditions = family.size_conditions((side, side), (0, 0), (side, side))
     mean, std = (torch.cat([part.to(family.device) for part in parts]) for parts in (means, stds))
     rows = torch.tensor(text_rows, device=family.device)

@@ -32,7 +32,7 @@ from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint, optimizers, parallel, selfcheck
 from lorakit.training.checkpoint import NotFinite
 from lorakit.training.loop import Run, TrainingState, loop
-from lorakit.training.precompute import Precomputed, SampleInputs, precompute
+from lorakit.training.precompute import Precomputed, SampleInputs, precompute, tasks
 from lorakit.training.trackers import Tracker
 from lorakit.training.trainable import Model, trainable
 
@@ -275,8 +275,9 @@ def _train(
             run.events.say(NOT_PINNED, warning=True)
     with run.phase("encoding the photos"):
         poll = functools.partial(run.stop.poll, "class images and latents that are complete are kept")
-        prepare = functools.partial(precompute, run.config, family, None, run.ready.report, run.events, poll)
-        inputs = run.processes.first(prepare)
+        parts = run.config, family, None, run.ready.report, run.events, poll, run.processes
+        inputs = run.processes.first(lambda: precompute(*parts), tasks(family))
+        family.release("vae", "text_encoders")
     with run.phase("attaching the adapter"):
         model = trainable(family, inputs, run.ready, run.events.say, run.processes)
     return load, family, inputs, model, loop(model, inputs, run, resume_from)

@@ -5,6 +5,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import marked
@@ -65,7 +66,7 @@ class Builder:
             report,
             data,
             train or TrainConfig(holdout=0.0),
-            encode_image=self.encoder,
+            encode_images=partial(map, self.encoder),
             size_conditions=sdxl_sizes if ids else lambda *_: {},
             device="cpu",
             identity=identity,
@@ -474,8 +475,9 @@ def test_a_photo_that_went_away_is_named(build: Builder, photos: Path) -> None:
     (photos / "01.png").unlink()
     with pytest.raises(LorakitError, match=r"^01\.png: cannot be read any more \(No such file or directory\)$"):
         latents.build(
-            report, data, TrainConfig(holdout=0.0), encode_image=Encoder(), size_conditions=lambda *_: {}, device="cpu",
-            identity="", say=lambda _: None,
+            report, data, TrainConfig(holdout=0.0), encode_images=partial(map, Encoder()),
+            size_conditions=lambda *_: {},
+            device="cpu", identity="", say=lambda _: None,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import tomllib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def build(config: Config, base: Any, messages: list[str]) -> Any:
         checks.check(config.data, base),
         config.data,
         config.train,
-        encode_image=averages,
+        encode_images=partial(map, averages),
         size_conditions=lambda original, crop, target: {"time_ids": [*original, *crop, *target]},
         device="cpu",
         identity="base",

@@ -254,13 +254,13 @@ def test_embedded_texts_are_not_embedded_again(family, monkeypatch):
 def image_numbers(monkeypatch) -> list[int]:
     """How many pictures each call of the pipeline draws, from now on."""
     counts: list[int] = []
-    original = class_images.draw_batch
+    original = sampling.draw_batch
 
     def counted(family, pipeline, text, seeds, *rest):
         counts.append(len(seeds))
         return original(family, pipeline, text, seeds, *rest)
 
-    monkeypatch.setattr(class_images, "draw_batch", counted)
+    monkeypatch.setattr(sampling, "draw_batch", counted)
     return counts
 
 
@@ -278,7 +278,7 @@ def test_class_images_are_drawn_once_and_counted_right(family, tmp_path, monkeyp
 def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
     uninterrupted = draw_class_images(family, 20, tmp_path / "whole")
     monkeypatch.setattr(class_images, "LARGEST_BATCH", 7)
-    original, calls = class_images.draw_batch, []
+    original, calls = sampling.draw_batch, []
 
     def interrupted(*arguments):
         if calls:
@@ -286,10 +286,10 @@ def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
         calls.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(class_images, "draw_batch", interrupted)
+    monkeypatch.setattr(sampling, "draw_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw_class_images(family, 20, tmp_path / "cut")
-    monkeypatch.setattr(class_images, "draw_batch", original)
+    monkeypatch.setattr(sampling, "draw_batch", original)
     counts = image_numbers(monkeypatch)
     after = draw_class_images(family, 20, tmp_path / "cut")
     assert sum(counts) == 13 and len(after) == 20

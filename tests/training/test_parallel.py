@@ -75,6 +75,23 @@ def test_two_processes_train_as_one_that_accumulates_twice_as_often(pair):
 
 
 @pytest.mark.slow
+def test_photos_class_images_and_samples_are_shared_out_and_the_same_to_the_bit(pair):
+    """Three photos and 19 class images; batches of eight of these are drawn; three samples before the first step."""
+    folder, (first, second) = pair
+    assert first["shared"]["encode"] > 8 and second["shared"]["encode"] > 8, (first["shared"], second["shared"])
+    for kind, batches in (("draw class images", 3), ("draw samples", 3)):
+        assert (first["shared"][kind], second["shared"][kind]) == (batches - 1, 1)
+    caches = [contents(folder / f"cache of {name}") for name in ("shared", "alone")]
+    assert caches[0] == caches[1] and len([name for name in caches[0] if name.endswith(".png")]) == 19
+    grids = [contents(folder / name / "samples") for name in ("shared", "alone")]
+    assert grids[0] == grids[1] and len(grids[0]) == 4, grids[0].keys()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.slow
 def test_all_end_together_and_only_the_first_says_why(pair):
     folder, (first, second) = pair
     assert first["stop"].startswith("Stopped: stopped after step 1; ") and second["stop"].startswith("StopRequested")

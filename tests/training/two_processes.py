@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from short_run import run_config
 from lorakit import config, families
 from lorakit.core.errors import LorakitError
 from lorakit.core.events import Events
+from lorakit.families.loaded import LoadedFamily
+from lorakit.inference import sampling
 from lorakit.runs.preflight import preflight
 from lorakit.training import run
 from lorakit.training.loss_step import LossStep
@@ -52,6 +55,39 @@ def steps(settings: config.Config, group: parallel.Processes) -> dict[str, torch
     model.adapter.train()
     figures = [torch.stack(model.optimizer_step(number)) for number in range(STEPS)]
     return {name: tensor.clone() for name, tensor in model.adapter.state().items()} | {"figures": torch.cat(figures)}
+
+
+def shared(folder: Path, group: parallel.Processes) -> dict[str, Any]:
+    """A run whose photos, class images and samples several processes share out: what this one computed, and in the
+    first whether it is what one process computes, to the bit."""
+    counts = Counter[str]()
+    encode, draw = LoadedFamily.encode_image, sampling.draw_batch
+
+    def counted_encode(*arguments: Any) -> Any:
+        counts["encode"] += 1
+        return encode(*arguments)
+
+    def counted_draw(family: Any, pipeline: Any, text: Any, seeds: list[int], *rest: Any) -> Any:
+        counts[f"draw {'samples' if seeds[0] < 2**32 else 'class images'}"] += 1
+        return draw(family, pipeline, text, seeds, *rest)
+
+    LoadedFamily.encode_image, sampling.draw_batch = counted_encode, counted_draw  # type: ignore[method-assign]
+
+    def train(name: str) -> None:
+        os.environ["LORAKIT_CACHE"] = str(folder / f"cache of {name}")
+        # The weights of the first step, so that no rounding of sums over processes is in the samples.
+        changes = {"train__prior": "images", "train__class_images": 19, "sample__at_start": True, "data__cache": "disk"}
+        prompts = ["a photo of sks toy", "sks toy on a beach", "a toy"]
+        run.train(run_config(folder / "sd1", folder / "photos", folder / name, 1, sample__prompts=prompts, **changes))
+
+    train("shared")
+    counts_of_run = dict(counts)
+    if group.rank == 0:
+        environment = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        train("alone")
+        os.environ.update(environment)
+    LoadedFamily.encode_image, sampling.draw_batch = encode, draw  # type: ignore[method-assign]
+    return counts_of_run
 
 
 def difference(together: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> float:
@@ -114,6 +150,7 @@ def main(folder: Path) -> None:
         parallel.__version__ = f"0.{rank}"
         results["versions"] = outcome(group.require_same_versions)
         parallel.__version__ = version
+        results["shared"] = shared(folder, group)
         # Only the second process is asked to stop, and only it has a NaN.
         results["stop"] = outcome(lambda: run.train(settings("stopped"), stop=lambda: rank == 1))
         if rank == 1:

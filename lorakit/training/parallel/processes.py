@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import functools
 import importlib.metadata
 import io
+import itertools
 import os
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -32,9 +34,11 @@ from lorakit.runs.run_folder import RunFolder
 from lorakit.training.checkpoint import NotFinite
 
 if TYPE_CHECKING:
-    from lorakit.core.protocols import Trainable
+    from lorakit.core.protocols import Item, Trainable, Value
 
 T = TypeVar("T")
+Tasks = Mapping[str, Callable[[Any], object]]
+NO_TASKS: Tasks = {}
 # The first process may draw class images for hours while the others wait; that it is lost is noticed otherwise.
 PATIENCE = datetime.timedelta(days=7)
 # A process that still waits for the device so many seconds after another was lost is ended: NCCL waits for ever.
@@ -57,13 +61,34 @@ class EndedElsewhere(Exception):
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why the first process gave no result; `kind` is a key of `_FAILURES`."""
+    """Why a process gave no result; `kind` is a key of `_KINDS`."""
 
     kind: str
     text: str
 
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        """Of what the first raised, or a task of another."""
+        kind = next(kind for kind, types in _KINDS.items() if isinstance(error, types))
+        return cls(kind, str(error) or type(error).__name__)
 
-_FAILURES: dict[str, type[Exception]] = {"stop": StopRequested, "not finite": NotFinite, "other": EndedElsewhere}
+
+_KINDS: dict[str, tuple[type[Exception], ...]] = {
+    "stop": (StopRequested, Stopped),
+    "not finite": (NotFinite,),
+    "memory": (torch.OutOfMemoryError,),
+    "other": (Exception,),
+}
+# What the first raised is in the others.
+_FAILURES: dict[str, type[Exception]] = {"stop": StopRequested, "not finite": NotFinite}
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An item for each of the first `count` processes comes next."""
+
+    task: str
+    count: int
 
 
 class Processes:
@@ -80,14 +105,22 @@ class Processes:
         """The places among the `parts` batches of a step that this process computes: every process has as many."""
         return share(parts, self.rank, self.count)
 
-    def first(self, compute: Callable[[], T]) -> T:
+    def first(self, compute: Callable[[], T], tasks: Tasks = NO_TASKS) -> T:
         """What `compute` returns or raises in the first process; it is not called in the others.
+
+        Args:
+            tasks: what the others do for it on the way, by the names that `map` takes.
 
         Raises:
             StopRequested, NotFinite: it raised that, or Stopped.
             EndedElsewhere: it raised something else; in the first process this is what it was.
         """
         return compute()
+
+    def map(self, task: str, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
+        """What `function` makes of each item, in their order, inside `first`; the other processes take their share of
+        them to their own task of that name."""
+        return map(function, items)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
@@ -129,45 +162,75 @@ class Group(Processes):
         for watcher in self._watchers:
             watcher.start()
 
-    def first(self, compute: Callable[[], T]) -> T:
+    def first(self, compute: Callable[[], T], tasks: Tasks = NO_TASKS) -> T:
         """See `Processes`. The result is pickled, with its tensors on the device of each process."""
         if self.rank:
-            return cast(T, self.receive())
+            return cast(T, self.receive(tasks))
         try:
             value = compute()
-        except (StopRequested, Stopped):
-            self._send(_Failure("stop", ""))
-            raise
-        except NotFinite as error:
-            self._send(_Failure("not finite", str(error)))
-            raise
         except Exception as error:
-            self._send(_Failure("other", str(error)))
+            self._send(_Failure.of(error), self._to_all)
             raise
-        self._send(value)
+        self._send(value, self._to_all)
         return value
 
-    def receive(self) -> object:
+    def map(self, task: str, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
+        """See `Processes`. An item goes to its process as a result of `first` does, and so does what comes of it."""
+        rest = iter(items)
+        while turn := list(itertools.islice(rest, self.count)):
+            others = range(1, len(turn))
+            self._send(_Turn(task, len(turn)), self._to_all)
+            for rank in others:
+                self._send(turn[rank], functools.partial(dist.send, dst=rank))
+            try:
+                values = [function(turn[0])]
+            finally:  # they send it in any case
+                parts = [self._take(functools.partial(dist.recv, src=rank)) for rank in others]
+            for rank, part in zip(others, parts, strict=True):
+                if isinstance(part, _Failure):
+                    error = torch.OutOfMemoryError if part.kind == "memory" else LorakitError
+                    raise error(f"process {rank}: {part.text}")
+                values.append(cast("Value", part))
+            yield from values
+
+    def receive(self, tasks: Tasks = NO_TASKS) -> object:
         """As `first`, in a process that is not the first."""
+        while isinstance(value := self._take(self._to_all), _Turn):
+            if self.rank < value.count:
+                item = self._take(functools.partial(dist.recv, src=0))
+                try:
+                    part = tasks[value.task](item)
+                except Exception as error:
+                    part = _Failure.of(error)
+                self._send(part, functools.partial(dist.send, dst=0))
+        if isinstance(value, _Failure):
+            raise _FAILURES.get(value.kind, EndedElsewhere)(value.text)
+        return value
+
+    @staticmethod
+    def _to_all(tensor: torch.Tensor) -> None:
+        dist.broadcast(tensor, 0)
+
+    def _take(self, receive: Callable[[torch.Tensor], object]) -> object:
         with self._connected():
             size = torch.zeros(1, dtype=torch.int64)
-            dist.broadcast(size, 0)
+            receive(size)
             data = torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(data, 0)
-        places = {"cuda:0": f"cuda:{self.local_rank}"}  # the first one's, on whatever machine
+            receive(data)
         # It comes from a process of this run: the pickle is trusted.
-        value = torch.load(io.BytesIO(data.numpy().tobytes()), map_location=places, weights_only=False)
-        if isinstance(value, _Failure):
-            raise _FAILURES[value.kind](value.text)
-        return value
+        return torch.load(io.BytesIO(data.numpy().tobytes()), map_location=self._place, weights_only=False)
 
-    def _send(self, value: object) -> None:
+    def _place(self, storage: Any, location: str) -> Any:
+        """Of another process's tensor: its card is this one's here."""
+        return storage.cuda(self.local_rank) if location.startswith("cuda") else storage
+
+    def _send(self, value: object, send: Callable[[torch.Tensor], object]) -> None:
         buffer = io.BytesIO()
         torch.save(value, buffer)
         data = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
         with self._connected():
-            dist.broadcast(torch.tensor([len(data)]), 0)
-            dist.broadcast(data, 0)
+            send(torch.tensor([len(data)]))
+            send(data)
 
     def any(self, flag: bool) -> bool:
         """See `Processes`. It does not wait for the device."""
