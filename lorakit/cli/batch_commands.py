@@ -37,7 +37,7 @@ def run_batch(args: argparse.Namespace) -> int:
 
     source = Path(args.jobs)
     if args.jobs == STATUS and args.folder:
-        return _show(Path(args.folder), args.json)
+        return _show(Path(args.folder).resolve(), args.json)
     if args.folder or args.jobs == STATUS:
         raise ConfigError(["name the folder of the batch: lorakit batch status RUNS"])
     runs = (Path(args.output) if args.output else Path("runs") / source.stem).resolve()

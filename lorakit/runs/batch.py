@@ -273,7 +273,8 @@ _PAGE = """<!doctype html><meta charset="utf-8"><title>lorakit batch</title>
 <style>:root{color-scheme:light dark}body{font:15px system-ui;margin:2em}td,th{padding:.3em 1em .3em 0;text-align:left}
 </style><h1>{{ rows|length }} runs</h1>
 <table><tr>{% for column in columns %}<th>{{ column }}{% endfor %}<th></tr>
-{% for each, cells in rows %}<tr><td><a href="{{ each.name }}/report.html">{{ cells[0] }}</a>
+{% for each, cells in rows %}<tr><td>{% if each.passed is none %}{{ cells[0] }}{% else %}
+<a href="{{ each.name }}/report.html">{{ cells[0] }}</a>{% endif %}
 {% for cell in cells[1:] %}<td>{{ cell }}{% endfor %}<td>{{ each.message if each.state == "failed" }}</tr>
 {% endfor %}</table>
 """

@@ -111,9 +111,11 @@ def _uselessness(plan: Plan, config: Config, processes: int) -> str | None:
     if steps_per_pass >= MIN_STEPS_PER_PASS:
         return None
     photos = "1 photo" if plan.photo_count == 1 else f"{plan.photo_count} photos"
+    what = "processes" if config.memory.device == "cpu" else "GPUs"
+    steps = "a step goes" if steps_per_pass <= 1 else f"{steps_per_pass:.2g} steps go"
     same = "the run is as long as on one" if config.train.epochs is None else "few steps remain"
     return (
-        f"{processes} GPUs are of no use for {photos}: {steps_per_pass:.2g} steps go through all of them, and {same}; "
+        f"{processes} {what} are of no use for {photos}: {steps} through all of them, and {same}; "
         "train on one, and use the others for other runs"
     )
 
@@ -126,10 +128,7 @@ def gpus_problem(config: Config, gpus: int) -> str | None:
         return f"--gpus {gpus}: the launcher has started {count} processes; leave --gpus out"
     if config.memory.device == "cpu" or gpus == 1 or count > 1:
         return None
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = len(nvidia.cards())
-    if hidden is not None:
-        cards = min(cards, len([card for card in hidden.split(",") if card not in ("", "-1")]))
+    cards = len(nvidia.visible())
     if gpus <= cards:
         return None
     what = "no NVIDIA card" if cards == 0 else units.count(cards, "NVIDIA card")

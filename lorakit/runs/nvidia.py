@@ -54,6 +54,15 @@ def is_hidden() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
+def visible() -> list[str]:
+    """The cards that torch may use, each as `CUDA_VISIBLE_DEVICES` names it."""
+    numbers = [str(number) for number in range(len(cards()))]
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is None:
+        return numbers
+    return [card for card in hidden.split(",") if card not in ("", "-1")][: len(numbers)]
+
+
 @functools.cache
 def cards(timeout: float = 20.0) -> list[Card]:
     """What nvidia-smi lists; nothing where it is not there, fails or takes longer than `timeout` seconds."""

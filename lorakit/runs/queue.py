@@ -1,4 +1,4 @@
-"""Runs one after the other, by a small process that outlives the front end. The truth is in files:
+"""Runs one after the other on each card, by a small process that outlives the front end. The truth is in files:
 
     <runs>/.queue/000001.json   a job: the command, the folder it writes to, how it stands
     <runs>/.queue/000001.toml   the config of a training job
@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -29,10 +30,12 @@ from filelock import FileLock, Timeout
 from lorakit.config import Config, to_toml
 from lorakit.core import atomic, foreign_json, names
 from lorakit.core.errors import LorakitError
-from lorakit.runs import run_folder
+from lorakit.runs import nvidia, run_folder
 
 # A worker that finds the lock taken waits this long (seconds): the other may be about to leave.
 PATIENCE = 5.0
+# Seconds between two looks at what runs and what waits.
+LOOK_EVERY = 0.5
 ENDED = {0: "done", 130: "stopped"}
 
 
@@ -172,35 +175,55 @@ class Queue:
     # -- for the worker -------------------------------------------------------------------------------------------
 
     def work(self) -> None:
-        """Run what waits, one after the other, until nothing does. Returns at once where another worker is there."""
+        """Run what waits, one after the other on each card, until nothing does. Returns at once where another worker
+        is there."""
         try:
             with self._lock().acquire(timeout=PATIENCE):
                 self._at_work = True
                 self._wait_for_orphans()
-                while waiting := self.waiting():
-                    self._run(waiting[0])
+                self._work(nvidia.visible())
         except Timeout:
             return
 
-    def _run(self, job: Job) -> None:
+    def _work(self, cards: Sequence[str]) -> None:
+        """See `work`. A run has one card, with `memory.device = "cuda:N"` that one; no cards: one run at a time."""
+        running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+        while True:
+            free = [place for place in range(max(1, len(cards))) if place not in running]
+            for job in self.waiting() if free else []:
+                _, _, number = _device(job).partition("cuda:")
+                place = int(number) % max(1, len(cards)) if number.isdecimal() else free[0] if free else -1
+                if place in free:
+                    free.remove(place)
+                    card = {} if number or len(cards) < 2 else {"CUDA_VISIBLE_DEVICES": cards[place]}
+                    running[place] = self._begin(job, card)
+            if not running:
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                next(iter(running.values()))[1].wait(LOOK_EVERY)
+            for place, (job, process) in list(running.items()):
+                if (code := process.poll()) is not None:
+                    state = ENDED.get(code, "failed" if code >= 0 else "interrupted")
+                    self._write(replace(job, state=state, code=code, ended=time.time()))
+                    del running[place]
+
+    def _begin(self, job: Job, environment: dict[str, str]) -> tuple[Job, subprocess.Popen[bytes]]:
         with self._file(job.number, "log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "lorakit", *job.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
                 **_detached(),
             )
-            # The process may be gone before it is looked at.
-            started = time.time()
-            with contextlib.suppress(psutil.Error):
-                started = psutil.Process(process.pid).create_time()
-            job = replace(job, state="running", pid=process.pid, pid_start=started)
-            self._write(job)
-            code = process.wait()
-        state = ENDED.get(code, "failed" if code >= 0 else "interrupted")
-        self._write(replace(job, state=state, code=code, ended=time.time()))
+        # The process may be gone before it is looked at.
+        started = time.time()
+        with contextlib.suppress(psutil.Error):
+            started = psutil.Process(process.pid).create_time()
+        job = replace(job, state="running", pid=process.pid, pid_start=started)
+        self._write(job)
+        return job, process
 
     def _wait_for_orphans(self) -> None:
         """A worker before this one may have been killed while its run lives on: two at once would only be slower."""
@@ -264,6 +287,15 @@ def _parsed(file: Path, changed: int, inode: int, size: int) -> Job:
     """A job's file; one that is as it was is not read again."""
     values = foreign_json.loads(file.read_text(encoding="utf-8"))
     return Job(**values | {"arguments": tuple(values["arguments"])})
+
+
+def _device(job: Job) -> str:
+    """`memory.device` of the config that a job trains with; "" where it has none."""
+    file = Path(job.arguments[2]) if job.verb == "train" else Path(job.folder, "config.toml")
+    try:
+        return str(tomllib.loads(file.read_text(encoding="utf-8"))["memory"]["device"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _detached() -> dict[str, Any]:

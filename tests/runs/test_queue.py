@@ -9,7 +9,7 @@ from waiting import wait_for
 
 from lorakit import config
 from lorakit.core.errors import LorakitError
-from lorakit.runs import run_folder
+from lorakit.runs import nvidia, run_folder
 from lorakit.runs.queue import Queue
 
 
@@ -88,3 +88,26 @@ def test_half_written_jobs_are_passed_over(tmp_path: Path):
     (queue.folder / "000003.json").write_text('{"other": 1}')
     assert [job.number for job in queue.jobs()] == [1]
     assert queue.command(["options"], tmp_path).number > 1
+
+
+def test_each_card_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a machine with two cards, with a program for lorakit that says when it begins and ends, and on which."""
+    program, log = tmp_path / "program", tmp_path / "log"
+    script = f"echo begin $(basename $5 .toml) $CUDA_VISIBLE_DEVICES >> {log}; sleep 0.3; echo end >> {log}"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(nvidia, "cards", lambda: [nvidia.Card("A card", "580.1")] * 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    queue = Queue(tmp_path / "runs")
+    for device in ("cuda:1", "cuda:1", "auto", "cpu"):
+        options = {"data.folder": "photos", "data.name": "sks dog", "memory.device": device}
+        queue.train(config.load("subject-pocket", options))
+    queue.work()
+    assert [job.state for job in queue.jobs()] == ["done"] * 4
+    lines = log.read_text().splitlines()
+    # The second card, by its number among those that are visible, is asked for twice; the first is free meanwhile.
+    assert {"begin 000001 2,0", "begin 000002 2,0", "begin 000003 2"} < set(lines)
+    counts = [lines[: place + 1].count("end") for place, line in enumerate(lines) if line.startswith("begin")]
+    assert counts[:2] == [0, 0] and counts[2] >= 1 and counts[3] >= 1, lines
+    assert not any("begin 000001" in line for line in lines[lines.index("begin 000002 2,0") :])

@@ -24,7 +24,7 @@ from waiting import SECONDS
 from lorakit import config
 from lorakit.core.errors import LorakitError
 from lorakit.runs import launch, run_folder
-from lorakit.training import parallel, run
+from lorakit.training import checkpoint, parallel, run
 from lorakit.training.parallel import processes
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -146,6 +146,33 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line(tiny_sd1, tmp_path)
     assert process.returncode == 1 and len(lines) == 1, errors
     assert "process 1 of 2 was lost" in lines[0] and "is intact, continue with: lorakit resume" in lines[0]
     assert run_folder.status(folder) == "failed"
+
+
+@pytest.mark.slow
+def test_a_first_process_that_is_killed_ends_the_others_and_leaves_a_whole_checkpoint(tiny_sd1, tmp_path, monkeypatch):
+    """By SIGKILL, without a launcher that would end the other."""
+    unchecked(monkeypatch)
+    (tmp_path / "photos").mkdir()
+    folder, photos, preset = tmp_path / "run", noise(tmp_path / "photos", 3), tmp_path / "preset.toml"
+    settings = run_config(tiny_sd1, photos, folder, 10000, train__validate_every=10000, train__save_every=1)
+    preset.write_text(config.to_toml(settings), encoding="utf-8")
+    command, port = [sys.executable, "-m", "lorakit", "train", "--preset", str(preset)], free_port()
+    quick = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+    first, second = (subprocess.Popen(command, env=quick | environment(rank, 2, port)) for rank in range(2))
+    try:
+        while not list(folder.glob("checkpoints/*/complete")):
+            assert first.poll() is None and second.poll() is None
+            time.sleep(0.05)
+        first.send_signal(signal.SIGKILL)
+        assert second.wait(timeout=SECONDS) == 1
+    finally:
+        first.kill()
+        second.kill()
+    assert first.wait() == -signal.SIGKILL and run_folder.status(folder) == "interrupted"
+    newest = checkpoint.newest_complete(folder / "checkpoints", print)
+    assert newest
+    steps = checkpoint.step_of(newest) + 1
+    assert run.resume(folder, overrides={"train.steps": steps}).steps == steps
 
 
 @contextmanager

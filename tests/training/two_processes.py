@@ -26,7 +26,7 @@ from lorakit.core.events import Events
 from lorakit.families.loaded import LoadedFamily
 from lorakit.inference import sampling
 from lorakit.runs.preflight import preflight
-from lorakit.training import run
+from lorakit.training import run, selfcheck
 from lorakit.training.loss_step import LossStep
 from lorakit.training.parallel import processes as parallel
 from lorakit.training.precompute import precompute
@@ -72,6 +72,7 @@ def shared(folder: Path, group: parallel.Processes) -> dict[str, Any]:
         return draw(family, pipeline, text, seeds, *rest)
 
     LoadedFamily.encode_image, sampling.draw_batch = counted_encode, counted_draw  # type: ignore[method-assign]
+    examine, selfcheck.examine = selfcheck.examine, lambda *_, **__: ()  # type: ignore[assignment]
 
     def train(name: str) -> None:
         os.environ["LORAKIT_CACHE"] = str(folder / f"cache of {name}")
@@ -87,6 +88,7 @@ def shared(folder: Path, group: parallel.Processes) -> dict[str, Any]:
         train("alone")
         os.environ.update(environment)
     LoadedFamily.encode_image, sampling.draw_batch = encode, draw  # type: ignore[method-assign]
+    selfcheck.examine = examine
     return counts_of_run
 
 
