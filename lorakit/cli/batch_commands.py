@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lorakit.cli.terminal import complain, print_json, print_lines, remark
 from lorakit.cli.train_commands import Command, add_set, read_overrides
-from lorakit.core.errors import ConfigError
+from lorakit.core.errors import ConfigError, LorakitError
 from lorakit.core.names import quote
 
 STATUS = "status"
@@ -28,6 +29,9 @@ def add(command: Command) -> None:
     batch.add_argument("--base", metavar="BASE", help="base model of all runs")
     batch.add_argument("--wait", action="store_true", help="return when all runs have ended")
     batch.add_argument("--ray", metavar="ADDRESS", help="on this Ray cluster; DIR is on a disk that all machines share")
+    batch.add_argument(
+        "--results", metavar="URL", help="copy what comes of each run there: a folder or a URL of fsspec, e.g. s3://..."
+    )
     add_set(batch)
 
 
@@ -47,13 +51,16 @@ def run_batch(args: argparse.Namespace) -> int:
         "model.base": args.base,
     }
     overrides = {key: value for key, value in flags.items() if value is not None} | read_overrides(args.set)
+    if args.results and not (args.ray or args.wait):
+        raise ConfigError(["--results copies what comes of each run as it ends: give --wait or --ray as well"])
     rows = batch.read(source, args.preset, overrides, runs)
+    send = _Sending(runs, args.results)
     batch.write_manifest(runs, rows)
     if args.ray:
         from lorakit.cli import ray_tasks
 
-        ray_tasks.run(runs, rows, args.ray, remark if args.json else print_lines)
-        return _show(runs, args.json)
+        ray_tasks.run(runs, rows, args.ray, remark if args.json else print_lines, send)
+        return send.all(_show(runs, args.json))
     count = batch.enqueue(runs, rows)
     if not args.wait:
         rest = f", {len(rows) - count} are done or under way" if count < len(rows) else ""
@@ -61,15 +68,46 @@ def run_batch(args: argparse.Namespace) -> int:
             print_lines(f"{count} runs are queued{rest}; see: lorakit batch status {quote(runs)}")
             return 0
     else:
-        _wait(runs)
-    return _show(runs, args.json)
+        _wait(runs, [row.name for row in rows], send)
+    return send.all(_show(runs, args.json))
 
 
-def _wait(runs: Path) -> None:
+class _Sending:
+    """Copies what came of a run to `--results`, where that is given; a problem is said and not raised."""
+
+    def __init__(self, runs: Path, url: str | None):
+        from lorakit.runs.results import Results
+
+        self.runs, self.results, self.failures = runs, Results(url) if url else None, 0
+
+    def __call__(self, name: str) -> None:
+        try:
+            if self.results:
+                self.results.send(self.runs, name)
+        except LorakitError as error:
+            self.failures += 1
+            complain(str(error))
+
+    def all(self, code: int) -> int:
+        """Copy what shows all runs; the exit code."""
+        for name in ("batch.json", "report.html"):
+            self(name)
+        return 1 if self.failures else code
+
+
+def _wait(runs: Path, names: list[str], end: Callable[[str], object]) -> None:
+    """Return when no job of the queue is left; `end` is called with each run that has none any more."""
     from lorakit.runs.queue import Queue
 
-    queue = Queue(runs)
-    while any(job.state in ("waiting", "running") for job in queue.jobs()):
+    queue, left = Queue(runs), names
+    while True:
+        busy = {Path(job.folder).name for job in queue.jobs() if job.state in ("waiting", "running")}
+        for name in left:
+            if name not in busy:
+                end(name)
+        left = [name for name in left if name in busy]
+        if not busy:
+            return
         time.sleep(LOOK_EVERY)
 
 

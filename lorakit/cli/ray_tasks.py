@@ -19,8 +19,15 @@ from lorakit.runs import batch
 RETRIES = 5
 
 
-def run(runs: Path, rows: Sequence[batch.Row], address: str, say: Callable[[str], object]) -> None:
-    """Train all rows that are not done, and return when no task is left; `say` is told of each that ends.
+def run(
+    runs: Path,
+    rows: Sequence[batch.Row],
+    address: str,
+    say: Callable[[str], object],
+    end: Callable[[str], object] = lambda name: None,
+) -> None:
+    """Train all rows that are not done, and return when no task is left; `say` has a line for each that ends, `end` its
+    name.
 
     Args:
         address: as `ray.init` takes it: "auto", "host:port", "ray://host:port"; "local" starts Ray on this machine.
@@ -54,6 +61,7 @@ def run(runs: Path, rows: Sequence[batch.Row], address: str, say: Callable[[str]
         except ray.exceptions.RayError as error:
             problem = f"lost {RETRIES + 1} times ({type(error).__name__})"
         say(f"{names[ended]}: {problem or 'done'}; {len(left)} left")
+        end(names[ended])
 
 
 def work(runs: str, name: str) -> int:

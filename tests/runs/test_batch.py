@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 from short_run import noise
 
@@ -14,6 +15,7 @@ from lorakit.cli import main as cli
 from lorakit.core.errors import ConfigError, LorakitError
 from lorakit.runs import batch, run_folder
 from lorakit.runs.queue import Queue
+from lorakit.runs.results import Results
 from lorakit.runs.run_folder import RunFolder
 
 SHARED = {"train.steps": 10, "model.base": "pocket", "memory.device": "cpu"}
@@ -115,10 +117,56 @@ def test_a_batch_begins_goes_on_and_tells_what_came_of_it(tmp_path, photos, monk
     first, second = json.loads(capsys.readouterr().out)["runs"]
     assert (first["state"], first["best_step"], first["best_mse"], first["prior_drift"]) == ("done", 5, 0.5, 0.2)
     assert (first["passed"], second["passed"], second["state"]) == (True, False, "stopped")
-    assert cli.main(["batch", "status", str(runs)]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["batch", "status", "runs"]) == 0
     out = capsys.readouterr().out
+    assert f"report: {runs / 'report.html'}" in out
     assert "0.5000 at 5 (held-out photos)" in out and "20.00%" in out and "FAILED" in out
     assert 'href="anna/report.html"' in (runs / "report.html").read_text(encoding="utf-8")
+
+
+def test_results_go_to_any_url_of_fsspec_without_checkpoints(tmp_path, photos, monkeypatch, capsys) -> None:
+    """What has ended is copied, with the log and the report over all; the rest is not."""
+    monkeypatch.setattr(Queue, "start", lambda self: None)
+    runs = tmp_path / "runs"
+    command = ["batch", str(photos), "--output", str(runs), "--subject", "sks {folder}", "--base", "pocket"]
+    assert cli.main([*command, "--results", "memory://june"]) == 2
+    assert "give --wait or --ray as well" in capsys.readouterr().err
+    for url, problem in (("nowhere://june", "Protocol not known: nowhere"), (str(photos / "Anna" / "0.png"), "exists")):
+        assert cli.main([*command, "--wait", "--results", url]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"lorakit: --results {url}: ") and problem in line
+    assert not runs.exists()
+    assert cli.main(command) == 0
+    for job in Queue(runs).jobs():
+        Queue(runs).cancel(job.number)
+    for name in ("anna", "ben"):
+        folder = RunFolder.create(config.load(runs / f"{name}.toml"))
+        folder.update(state="done")
+        (folder.path / "checkpoints").mkdir(exist_ok=True)
+        (folder.path / "checkpoints" / "state").write_text("")
+        (folder.path / "sks.safetensors").write_text(name)
+        (runs / f"{name}.log").write_text("printed")
+        folder.unlock()
+    for url in ("memory://june", f"file://{tmp_path / 'results'}"):
+        assert cli.main([*command, "--wait", "--results", url]) == 0
+    june = fsspec.filesystem("memory")
+    assert june.cat("/june/ben/sks.safetensors") == b"ben" and june.cat("/june/ben.log") == b"printed"
+    names = {
+        str(file.relative_to(tmp_path / "results")) for file in (tmp_path / "results").rglob("*") if file.is_file()
+    }
+    assert names == {name.removeprefix("/june/") for name in june.find("/june")}
+    assert {"batch.json", "report.html", "anna/config.toml", "anna/log.jsonl"} < names
+    assert not any("checkpoint" in name or name.endswith(".lock") for name in names)
+
+
+def test_a_result_that_cannot_be_copied_is_said_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "b").write_text("")
+    results = Results(str(tmp_path / "results"))
+    (tmp_path / "results" / "a").write_text("in the way")
+    with pytest.raises(LorakitError, match=r"^a: cannot be copied to .*results \(.+\); it stays in .*runs$"):
+        results.send(tmp_path / "runs", "a")
 
 
 def test_a_folder_without_a_batch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

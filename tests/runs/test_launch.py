@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,11 @@ def test_a_step_has_the_batches_of_all_and_the_plan_says_so(settings):
 
 def test_for_few_photos_several_are_of_no_use(settings):
     (line,) = (line for line in checked(settings, 2).warnings if "of no use" in line)
-    assert line.startswith("2 GPUs are of no use for 20 photos: 5 steps go through all of them, and the run is as long")
+    assert line.startswith("2 processes are of no use for 20 photos: 5 steps go through all of them, and the run is as")
+    (line,) = (line for line in checked(settings, 40).warnings if "of no use" in line)
+    assert line.startswith("40 processes are of no use for 20 photos: a step goes through all of them, and the run is")
+    cards = replace(settings, memory=replace(settings.memory, device="auto"))
+    assert launch._uselessness(checked(settings, 1).plan, cards, 2).startswith("2 GPUs are of no use for 20 photos: ")
     assert not [line for line in checked(settings, 1).warnings if "of no use" in line]
 
 
@@ -55,8 +60,6 @@ def test_for_few_photos_several_are_of_no_use(settings):
     ],
 )
 def test_gpus_that_are_not_there_are_refused(settings, monkeypatch, gpus, cards, hidden, problem):
-    from dataclasses import replace
-
     monkeypatch.setattr(nvidia, "cards", lambda: [CARD] * cards)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
