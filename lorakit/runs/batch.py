@@ -84,11 +84,15 @@ def read(source: Path, preset: str | None, overrides: Mapping[str, object], runs
     tables = list(_of_folder(source) if source.is_dir() else _of_file(source))
     rows, problems = dict[str, Row](), list[str]()
     for name, table in tables:
-        for suffix, own_options in _grid(table):
+        if not (grid := list(_grid(table))):
+            problems.append(f"{name}: a list of values has none in it, which makes no run")
+        for suffix, own_options in grid:
             own = slug(f"{name}{suffix}") or "run"
             options = {key: _named(value, name) for key, value in {**overrides, **own_options}.items()}
             if own in rows:
                 problems.append(f"{own}: two rows have this name; give each another `name`")
+            if "output.folder" in own_options:
+                problems.append(f"{own}: output.folder is where the batch puts it: give --output, and the run a `name`")
             try:
                 kind = str(options.get("data.kind", "subject"))
                 base = (
@@ -102,7 +106,8 @@ def read(source: Path, preset: str | None, overrides: Mapping[str, object], runs
             except LorakitError as error:
                 problems += [f"{own}: {problem}" for problem in str(error).splitlines()]
     if problems or not rows:
-        raise ConfigError(problems or [f"{source}: there is no run in it"])
+        what = "batch takes a folder of folders of photos" if source.is_dir() else "it has no [[run]]"
+        raise ConfigError(problems or [f"{source}: there is no run in it: {what}"])
     return list(rows.values())
 
 
@@ -117,17 +122,21 @@ def _of_file(source: Path) -> Iterator[tuple[str, dict[str, object]]]:
         content = tomllib.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError([f"{source}: {getattr(error, 'strerror', None) or error}"]) from None
-    unknown = content.keys() - {"preset", "options", "run"}
-    if unknown or not isinstance(runs := content.get("run", []), list):
-        what = min(unknown, default="run")
+    runs, options = content.get("run", []), content.get("options", {})
+    wrong = sorted(content.keys() - {"preset", "options", "run"})
+    wrong += ["options"] * (not isinstance(options, dict))
+    if wrong or not (isinstance(runs, list) and all(isinstance(run, dict) for run in runs)):
+        what = (wrong or ["run"])[0]
         raise ConfigError([f"{source}: {what}: a batch has preset, [options], and [[run]] for each run"])
-    shared = _flat(content.get("options", {})) | ({"preset": content["preset"]} if "preset" in content else {})
+    shared = _flat(options) | ({"preset": content["preset"]} if "preset" in content else {})
     for number, run in enumerate(runs, 1):
         own = _flat(run)
-        folder = str(own.get("data.folder", ""))
-        if folder and not Path(folder).is_absolute():
-            own["data.folder"] = str(source.parent / folder)
-        yield str(own.pop("name", "") or Path(folder).name or number), shared | own
+        name, folders = str(own.pop("name", "")), own.get("data.folder", "")
+        several = folders if isinstance(folders, list) and folders else [folders]
+        for folder in map(str, several):
+            place = {"data.folder": str(source.parent / folder)} if folder else {}
+            parts = [name, Path(folder).name] if len(several) > 1 else [name or Path(folder).name]
+            yield "-".join(filter(None, parts)) or str(number), shared | own | place
 
 
 def _flat(table: Mapping[str, object]) -> dict[str, object]:
@@ -148,7 +157,7 @@ def _grid(table: Mapping[str, object]) -> Iterator[tuple[str, dict[str, object]]
     axes = {
         key: value
         for key, value in table.items()
-        if isinstance(value, list) and (key not in lists or all(isinstance(item, list) for item in value))
+        if isinstance(value, list) and (key not in lists or (value and all(isinstance(item, list) for item in value)))
     }
     for values in itertools.product(*axes.values()):
         options = dict(zip(axes, values, strict=True))

@@ -68,6 +68,15 @@ def test_a_folder_of_folders_is_a_batch(tmp_path: Path, photos: Path) -> None:
     (photos / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty: 0 images in "):
         batch.read(photos, None, SHARED | {"data.name": "sks toy"}, tmp_path / "runs")
+    with pytest.raises(ConfigError, match="there is no run in it: batch takes a folder of folders of photos"):
+        batch.read(photos / "Anna", None, SHARED, tmp_path / "runs")
+
+
+def test_a_list_of_folders_is_a_run_for_each(tmp_path: Path, photos: Path) -> None:
+    text = "[[run]]\ndata.folder = ['photos/Anna', 'photos/ben']\ndata.name = 'sks {folder}'\nadapter.rank = [4, 8]"
+    result = [(row.name, row.config.data.name, Path(row.config.data.folder).name) for row in rows(tmp_path, text)]
+    assert [name for name, *_ in result] == ["anna-rank-4", "anna-rank-8", "ben-rank-4", "ben-rank-8"]
+    assert result[0][1:] == ("sks Anna", "Anna") and result[3][1:] == ("sks ben", "ben")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +90,12 @@ def test_a_folder_of_folders_is_a_batch(tmp_path: Path, photos: Path) -> None:
             "[[run]]\nname = 'a'\ndata.folder = 'photos/ben'\nadapter.rnk = 3",
             "a: unknown option adapter.rnk (did you mean adapter.rank?)",
         ),
+        ("run = [1, 2]", "run: a batch has preset, [options], and [[run]] for each run"),
+        ("options = 3", "options: a batch has preset, [options], and [[run]] for each run"),
+        ("[[run]]\nname = 'a'\ndata.folder = 'photos/ben'\nadapter.rank = []", "a: a list of values has none in it"),
+        ("[[run]]\nname = 'a'\ndata.folder = 'photos/ben'\noutput.folder = 'b'", "a: output.folder is where the batch"),
+        ("[[run]]\nname = 'a'\ndata.folder = 'photos/ben'\nadapter.rank = [4, 'x']", "a-rank-x: adapter.rank = 'x'"),
+        ("[[run]]\ndata.name = 'sks toy'", "1: no folder of photos given"),
         ("[[run]]\nname = 'a'\ndata.folder = 'photos/ben'\n" * 2, "a: two rows have this name"),
     ],
 )
