@@ -55,7 +55,7 @@ def prepare(config: Config, gpus: int | None, *, resume: bool) -> tuple[Config, 
     Args:
         gpus: as `--gpus` asks for them; None: those that the launcher has started.
     """
-    problems = [gpus_problem(config, gpus)] if gpus is not None else []
+    problems = [gpus_problem(config, gpus)] if gpus is not None else [_mpi_problem()]
     count = max(1, gpus or world().count)
     if resume:
         return config, count, list(filter(None, [*problems, resume_problem(config, count)]))
@@ -118,6 +118,14 @@ def _uselessness(plan: Plan, config: Config, processes: int) -> str | None:
         f"{processes} {what} are of no use for {photos}: {steps} through all of them, and {same}; "
         "train on one, and use the others for other runs"
     )
+
+
+def _mpi_problem() -> str | None:
+    """Why processes that MPI has started cannot train together, or None: each would take itself for the only one."""
+    size = next(filter(None, (os.environ.get(name) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))), "1")
+    if world().count > 1 or not size.isdecimal() or int(size) == 1:
+        return None
+    return f"mpirun has started {size} processes, which are not connected: start them with torchrun (docs/scale.md)"
 
 
 def gpus_problem(config: Config, gpus: int) -> str | None:

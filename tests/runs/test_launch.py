@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,43 @@ def test_gpus_under_a_launcher_of_another_number_are_refused(settings, monkeypat
     assert launch.world() == launch.World(0, 0, 8)
     assert launch.gpus_problem(settings, 4) == "--gpus 4: the launcher has started 8 processes; leave --gpus out"
     assert launch.gpus_problem(settings, 8) is None
+
+
+WORLD = """
+import os, sys
+from lorakit.runs import launch
+rank = launch.world().rank
+open(os.path.join(sys.argv[1], str(rank)), "w").write(f"{launch.world()} {os.environ['MASTER_ADDR']}")
+"""
+
+
+def test_accelerates_launcher_says_what_is_read(tmp_path):
+    """Its own command, here for a program that says what `launch.world` reads."""
+    from accelerate.commands import launch as launcher
+
+    program = tmp_path / "program.py"
+    program.write_text(WORLD)
+    words = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0", str(program), str(tmp_path)]
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        launcher.launch_command(launcher.launch_command_parser().parse_args(words))
+    finally:  # the launcher leaves its own behind
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+    for rank in range(2):
+        assert (tmp_path / str(rank)).read_text() == f"{launch.World(rank, rank, 2)} 127.0.0.1"
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_of_mpirun_are_refused(settings, monkeypatch, name):
+    """Also those of `accelerate launch --cpu` with a host file."""
+    monkeypatch.setenv(name, "2")
+    assert checked(settings, 1).problems == ()
+    (problem,) = preflight(settings).problems
+    assert problem.startswith("mpirun has started 2 processes, which are not connected: start them with torchrun")
+    monkeypatch.setenv(name, "1")
+    assert preflight(settings).problems == ()
 
 
 def test_too_many_batches_and_numbers_that_do_not_divide_are_refused(settings):

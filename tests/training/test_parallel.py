@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -100,6 +101,12 @@ def test_all_end_together_and_only_the_first_says_why(pair):
     messages = [event["message"] for event in run_folder.RunFolder(folder / "rollback").events("warning")]
     assert any("step 3: the loss is not finite" in line and "going back to step-000002" in line for line in messages)
     assert "has lorakit 0.1, and process 0 on" in first["versions"] and "install the same versions" in first["versions"]
+    words = re.escape(str(folder))
+    assert re.search(
+        rf"process 1 on .+ was started with '{words} --steps=1', and process 0 on .+ with '{words} --steps=0': give",
+        first["arguments"],
+    )
+    assert first["arguments"] == second["arguments"]
     assert first["base"].startswith("LorakitError: process 1 on ")
     assert ": sd1: there is no such folder; there is no checkpoint yet, continue with: lorakit resume" in first["base"]
     assert run_folder.read(folder / "base").message == first["base"].removeprefix("LorakitError: ")

@@ -150,8 +150,11 @@ def main(folder: Path) -> None:
         rank, version = group.rank, parallel.__version__
         results["differences"] = compare(folder, group)
         parallel.__version__ = f"0.{rank}"
-        results["versions"] = outcome(group.require_same_versions)
+        results["versions"] = outcome(group.require_same_start)
         parallel.__version__ = version
+        sys.argv.append(f"--steps={rank}")
+        results["arguments"] = outcome(group.require_same_start)
+        sys.argv.pop()
         results["shared"] = shared(folder, group)
         # Only the second process is asked to stop, and only it has a NaN.
         results["stop"] = outcome(lambda: run.train(settings("stopped"), stop=lambda: rank == 1))

@@ -18,6 +18,7 @@ import itertools
 import os
 import platform
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -251,16 +252,21 @@ class Group(Processes):
         if self.rank:
             adapter.load_state(state)
 
-    def require_same_versions(self) -> None:
+    def require_same_start(self) -> None:
         """Raises:
-        LorakitError: a process has another version of lorakit or of what it computes with.
+        LorakitError: a process has another version of lorakit or of what it computes with, or other arguments.
         """
         own = {"lorakit": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
         versions: list[Any] = [None] * self.count
         with self._connected():
-            dist.all_gather_object(versions, (platform.node(), own))
-        host, expected = versions[0]
-        for rank, (other, own) in enumerate(versions):
+            dist.all_gather_object(versions, (platform.node(), own, " ".join(sys.argv[1:])))
+        host, expected, arguments = versions[0]
+        for rank, (other, own, words) in enumerate(versions):
+            if words != arguments:
+                raise LorakitError(
+                    f"process {rank} on {other} was started with {words!r}, and process 0 on {host} with "
+                    f"{arguments!r}: give the same command on all machines"
+                )
             if wrong := [name for name in expected if own[name] != expected[name]]:
                 name = wrong[0]
                 raise LorakitError(
@@ -335,7 +341,7 @@ def join() -> Iterator[Processes]:
         _connect(world)
     group = Group(world)
     try:
-        group.require_same_versions()
+        group.require_same_start()
         yield group
     except Exception as error:
         if group.rank and not isinstance(error, (EndedElsewhere, ProcessLost, StopRequested)):
