@@ -83,6 +83,7 @@ def test_a_killed_worker_and_a_lost_machine_change_no_bit(tmp_path: Path, tiny_s
     import ray
     from ray.cluster_utils import Cluster
 
+    # The same photos six times: one undisturbed run says what all six adapters are.
     for number in range(6):
         (tmp_path / "photos" / f"p{number}").mkdir(parents=True)
         noise(tmp_path / "photos" / f"p{number}", 3)
@@ -91,13 +92,13 @@ def test_a_killed_worker_and_a_lost_machine_change_no_bit(tmp_path: Path, tiny_s
         "data.resolution": 64,
         "model.base": str(tiny_sd1),
         "memory.device": "cpu",
-        "train.steps": 40,
+        "train.steps": 24,
         "train.save_every": 1,
-        "train.validate_every": 40,
+        "train.validate_every": 24,
         "train.batch_size": 2,
         "sample.at_start": False,
         "sample.at_end": False,
-        "sample.every": 40,
+        "sample.every": 24,
     }
     runs, alone = tmp_path / "runs", tmp_path / "alone"
     for folder in (runs, alone):
@@ -116,7 +117,7 @@ def test_a_killed_worker_and_a_lost_machine_change_no_bit(tmp_path: Path, tiny_s
         os.kill(_training(runs), signal.SIGKILL)
         _training(runs)
         cluster.remove_node(second, allow_graceful=False)
-        job.join(timeout=400)
+        job.join(timeout=1200)
         assert not job.is_alive() and len(lines) == 6, lines
     finally:
         ray.shutdown()
@@ -129,10 +130,9 @@ def test_a_killed_worker_and_a_lost_machine_change_no_bit(tmp_path: Path, tiny_s
         if any(e["resumed"] for e in run_folder.RunFolder(runs / each.name).events("start"))
     ]
     assert resumed
-    for name in resumed:
-        assert cli.main(batch.command(alone, name)) == 0
-        mine, other = (next((folder / name).glob("*.safetensors")).read_bytes() for folder in (runs, alone))
-        assert _tensors(mine) == _tensors(other)
+    assert cli.main(batch.command(alone, "p0")) == 0
+    files = [*alone.glob("p0/*.safetensors"), *runs.glob("*/*.safetensors")]
+    assert len(files) == 7 and len({_tensors(file.read_bytes()) for file in files}) == 1
 
 
 def _tensors(file: bytes) -> bytes:
