@@ -19,7 +19,7 @@ from lorakit.core import image_grid
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.families.facts.distilled import complete
-from lorakit.inference.sampling import draw_part, sampling_pipeline
+from lorakit.inference.sampling import Part, draw_part, sampling_pipeline
 
 if TYPE_CHECKING:
     from lorakit.core.events import Events
@@ -50,7 +50,6 @@ def class_images(
     *,
     events: Events,
     map_batches: Map = map,
-    folder: Path | None = None,
 ) -> list[Image.Image]:
     """Pictures of the class by the base, drawn once and kept in the user's cache; the caller switches adapters off.
 
@@ -61,7 +60,6 @@ def class_images(
         text: what `embed` makes of the prompt.
         events: told what is drawn, and of each picture that is there.
         map_batches: calls `sampling.draw_part` of each batch.
-        folder: cache to use instead of the user's.
 
     Raises:
         LorakitError: the cache cannot be written.
@@ -71,7 +69,7 @@ def class_images(
     _, sampler = sampling_pipeline(family, sampling.steps)
     recipe = _recipe(family, text, sampling) | {"prompt": prompt, "size": side, "sampler": sampler, "seed": seed}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    place = (folder or cache_dir()) / "class-images" / key
+    place = cache_dir() / "class-images" / key
     files = [place / f"{number:05d}.png" for number in range(count)]
     missing = [number for number, file in enumerate(files) if not _is_complete(file)]
     damaged = sum(files[number].exists() for number in missing)
@@ -86,7 +84,7 @@ def class_images(
         batches = [missing[start : start + batch] for start in range(0, len(missing), batch)]
         # A seed range of their own, far from the samples' (both are below 2**31).
         seeds = [[2**32 + seed * 2**20 + number for number in numbers] for numbers in batches]
-        parts = [(text, numbers, sampling, (side, side)) for numbers in seeds]
+        parts = [Part(text, numbers, sampling, (side, side)) for numbers in seeds]
         for numbers, pictures in zip(batches, map_batches(partial(draw_part, family), parts), strict=True):
             for number, picture in zip(numbers, pictures, strict=True):
                 picture.info[CHECKSUM] = _checksum(picture)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -39,16 +39,30 @@ from lorakit.inference.recipe import picture_info
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from lorakit.core.protocols import Map
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
-# A batch of pictures: the embedded text, their seeds, settings, (width, height).
-Part = tuple[Mapping[str, Any], list[int], Sampling, tuple[int, int]]
 # diffusers' samplers of distilled models -> the names that web UIs give them.
 SAMPLERS = {"EulerDiscreteScheduler": "Euler", "LCMScheduler": "LCM"}
 # Steps of the solver that an LCM was distilled from; it draws on a part of them.
 LCM_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pictures that are drawn together: the arguments of `draw_batch`, and what their recipe says besides.
+
+    Attributes:
+        prompt: None where they are to have no recipe.
+    """
+
+    text: Mapping[str, Any]
+    seeds: list[int]
+    sample: Sampling
+    size: tuple[int, int]
+    prompt: str | None = None
+    adapter: str = ""
+    strength: float = 1.0
 
 
 def draw(
@@ -60,7 +74,6 @@ def draw(
     embeddings: Sequence[Mapping[str, Any]] | None = None,
     adapter: str = "",
     strength: float = 1.0,
-    map_parts: Map = map,
 ) -> list[Image.Image]:
     """One picture for each prompt, by the weights as they are.
 
@@ -73,33 +86,52 @@ def draw(
         embeddings: what `embed` makes of the prompts; by default it is asked.
         adapter: stem of the adapter's file, for the recipe.
         strength: what the adapter is set to, for the recipe.
-        map_parts: calls `draw_part` of each picture.
 
     Returns:
         RGB pictures; `info` holds the recipe, which `pictures.save` writes into the file: "parameters" as web UIs read
         it, "lorakit" as JSON.
     """
+    own = parts(family, prompts, sample, size, embeddings=embeddings, adapter=adapter, strength=strength)
+    return [picture for part in own for picture in draw_part(family, part)]
+
+
+def parts(
+    family: Family,
+    prompts: Sequence[str],
+    sample: SampleConfig,
+    size: int | tuple[int, int],
+    *,
+    embeddings: Sequence[Mapping[str, Any]] | None = None,
+    adapter: str = "",
+    strength: float = 1.0,
+) -> list[Part]:
+    """What `draw` draws, for `draw_part`: a picture each."""
     embeddings = embed(family, prompts, sample) if embeddings is None else embeddings
     side = (size, size) if isinstance(size, int) else size
     parsed = parse_all(list(prompts), sample, side)
-    own = [complete(prompt.sample, family.info) for prompt in parsed]
-    parts: list[Part] = [
-        (text, [prompt.sample.seed], settings, prompt.size)
-        for text, prompt, settings in zip(embeddings, parsed, own, strict=True)
+    return [
+        Part(
+            text,
+            [own.sample.seed],
+            complete(own.sample, family.info),
+            own.size,
+            prompt=own.text,
+            adapter=adapter,
+            strength=strength,
+        )
+        for text, own in zip(embeddings, parsed, strict=True)
     ]
-    images = [picture for (picture,) in map_parts(partial(draw_part, family), parts)]
-    _, sampler = sampling_pipeline(family)
-    for picture, prompt, settings in zip(images, parsed, own, strict=True):
-        facts = prompt.text, prompt.sample.seed, settings, prompt.size, adapter, strength
-        picture.info.update(picture_info(family.info, sampler, *facts))
-    return images
 
 
 def draw_part(family: Family, part: Part) -> list[Image.Image]:
-    """As `draw_batch`, by a pipeline of its own."""
-    text, seeds, sample, size = part
-    pipeline, _ = sampling_pipeline(family, sample.steps)
-    return draw_batch(family, pipeline, text, seeds, sample, size)
+    """As `draw_batch`, by a pipeline of its own; a picture with a prompt has its recipe with it."""
+    pipeline, sampler = sampling_pipeline(family, part.sample.steps)
+    pictures = draw_batch(family, pipeline, part.text, part.seeds, part.sample, part.size)
+    if part.prompt is not None:
+        for picture, seed in zip(pictures, part.seeds, strict=True):
+            facts = part.prompt, seed, part.sample, part.size, part.adapter, part.strength
+            picture.info.update(picture_info(family.info, sampler, *facts))
+    return pictures
 
 
 def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, torch.Tensor]]:

@@ -115,9 +115,9 @@ class Run:
         size = default_size(sample, self.config.data.resolution)
         poll = functools.partial(self.stop.poll, "the samples are not finished")
         with polled(family.modules().values(), poll):
-            pictures: list[Image.Image] = sampling.draw(
-                family, inputs.prompts, sample, size, embeddings=embeddings, adapter=adapter, map_parts=map_parts
-            )
+            parts = sampling.parts(family, inputs.prompts, sample, size, embeddings=embeddings, adapter=adapter)
+            draw = functools.partial(sampling.draw_part, family)
+            pictures: list[Image.Image] = [picture for (picture,) in map_parts(draw, parts)]
         with self.optional(f"step {step}: the samples"):
             file = self.folder.save_samples(step, pictures, inputs.prompts)
             self.events.emit("sample", step, file=file.name)

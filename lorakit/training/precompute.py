@@ -20,7 +20,7 @@ from lorakit.data import captions, concepts, decode, latents
 from lorakit.data.dataset import Dataset
 from lorakit.inference import class_images, sampling
 from lorakit.inference.mode import polled
-from lorakit.training.parallel import SINGLE, Processes
+from lorakit.training.parallel import SINGLE, Processes, Tasks
 
 if TYPE_CHECKING:
     from lorakit.core.events import Events
@@ -123,16 +123,7 @@ def precompute(
     Raises:
         LorakitError: a photo cannot be read or its latents are not finite; the class-image cache cannot be written.
     """
-
-    def encode_image(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        poll()
-        return family.encode_image(pixels)
-
-    def encode_images(batches: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for mean, std in processes.map("encode", encode_image, batches):
-            events.advance(len(mean))
-            yield mean, std
-
+    encode_images = _encoder(family, events, poll, processes)
     family.release("unet", "text_encoders")
     dataset, holdout = _photos(config, family, report, encode_images, events)
     configs = concepts.of_photos(report.photos, config.data)
@@ -168,6 +159,19 @@ def precompute(
         class_latents=class_latents,
         samples=samples,
     )
+
+
+def _encoder(family: Family, events: Events, poll: Callable[[], object], processes: Processes) -> latents.EncodeImages:
+    def encode_image(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        poll()
+        return family.encode_image(pixels)
+
+    def encode_images(batches: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for mean, std in processes.map("encode", encode_image, batches):
+            events.advance(len(mean))
+            yield mean, std
+
+    return encode_images
 
 
 def _photos(
@@ -219,7 +223,7 @@ def _samples(config: Config, family: Family, concept_configs: Sequence[DataConfi
     return SampleInputs(prompts, embeddings, family.encode_text([SampleInputs(prompts, None, None).first]))
 
 
-def tasks(family: Family) -> dict[str, Callable[[Any], Any]]:
+def tasks(family: Family) -> Tasks:
     """What a process that waits for `precompute` in the first one does for it."""
     return {"encode": family.encode_image, "draw": functools.partial(sampling.draw_part, family)}
 

@@ -227,7 +227,10 @@ def draw_class_images(family, count: int, folder: Path | None, messages: list[st
     arguments |= changes
     (text,) = sampling.embed(family, [arguments["prompt"]], arguments["sample"])
     events = Events(lambda event: messages is not None and messages.append(event.facts["message"]))
-    return class_images.class_images(family, text=text, count=count, folder=folder, events=events, **arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        if folder:
+            patch.setenv("LORAKIT_CACHE", str(folder))
+        return class_images.class_images(family, text=text, count=count, events=events, **arguments)
 
 
 def test_texts_are_embedded_without_the_unet_and_pictures_drawn_without_text_encoders(family, monkeypatch):

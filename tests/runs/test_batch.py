@@ -175,7 +175,7 @@ def test_results_go_to_any_url_of_fsspec_without_checkpoints(tmp_path, photos, m
     assert not any("checkpoint" in name or name.endswith(".lock") for name in names)
 
 
-def test_a_result_that_cannot_be_copied_is_said_and_stays(tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_copied_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "b").write_text("")
     results = Results(str(tmp_path / "results"))

@@ -156,7 +156,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line(tiny_sd1, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_first_process_that_is_killed_ends_the_others_and_leaves_a_whole_checkpoint(tiny_sd1, tmp_path, monkeypatch):
+def test_the_others_end_where_the_first_process_is_killed(tiny_sd1, tmp_path, monkeypatch):
     """By SIGKILL, without a launcher that would end the other."""
     unchecked(monkeypatch)
     (tmp_path / "photos").mkdir()

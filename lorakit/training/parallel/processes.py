@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Tasks = Mapping[str, Callable[[Any], object]]
 NO_TASKS: Tasks = {}
+CARDS = 64  # of one machine, at most
 # The first process may draw class images for hours while the others wait; that it is lost is noticed otherwise.
 PATIENCE = datetime.timedelta(days=7)
 # A process that still waits for the device so many seconds after another was lost is ended: NCCL waits for ever.
@@ -218,12 +219,10 @@ class Group(Processes):
             receive(size)
             data = torch.empty(int(size), dtype=torch.uint8)
             receive(data)
+        # What lies on the card of another process, on whatever machine, comes to this one's.
+        places = dict.fromkeys((f"cuda:{number}" for number in range(CARDS)), f"cuda:{self.local_rank}")
         # It comes from a process of this run: the pickle is trusted.
-        return torch.load(io.BytesIO(data.numpy().tobytes()), map_location=self._place, weights_only=False)
-
-    def _place(self, storage: Any, location: str) -> Any:
-        """Of another process's tensor: its card is this one's here."""
-        return storage.cuda(self.local_rank) if location.startswith("cuda") else storage
+        return torch.load(io.BytesIO(data.numpy().tobytes()), map_location=places, weights_only=False)
 
     def _send(self, value: object, send: Callable[[torch.Tensor], object]) -> None:
         buffer = io.BytesIO()
