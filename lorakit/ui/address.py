@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl
 import gradio as gr
 
 # `?tab=`, in the order of the tabs. (`?page=` is Gradio's own.)
-TABS = ("photos", "train", "runs", "compare", "adapter")
+TABS = ("photos", "train", "runs", "compare", "try", "adapter")
 # What is asked for is read before Gradio opens its first tab. Then the address follows what is on display.
 _FOLLOW = """
 window.lorakitAddress = new URLSearchParams(location.search);

@@ -29,11 +29,13 @@ from lorakit.ui import access, address, language, texts, widgets
 from lorakit.ui.api import Api
 from lorakit.ui.checked import Page
 from lorakit.ui.guard import Guard
+from lorakit.ui.pages import viewer
 from lorakit.ui.pages.adapter import AdapterPage
 from lorakit.ui.pages.compare import ComparePage
 from lorakit.ui.pages.photos import PAGE, PhotosPage
 from lorakit.ui.pages.runs import RunsPage
 from lorakit.ui.pages.train import TrainPage
+from lorakit.ui.pages.try_it import TryPage
 from lorakit.ui.server import Server
 from lorakit.ui.tasks import Event, Progress, polled
 from lorakit.ui.texts import Say
@@ -196,6 +198,7 @@ def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
         # is opened first, and what the page holds by then would be written over them.
         draft = gr.BrowserState(None, storage_key="lorakit-draft", secret="lorakit")
         run_name = gr.BrowserState(None, storage_key="lorakit-run", secret="lorakit")
+        viewer.build(workspace)
         with gr.Tabs(elem_id="pages") as tabs:
             with gr.Tab(t("tab.photos"), id="photos") as photos_tab:
                 photos = PhotosPage(workspace, t)
@@ -205,6 +208,8 @@ def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
                 runs = RunsPage(workspace, t, run_name)
             with gr.Tab(t("tab.compare"), id="compare") as compare_tab:
                 compare = ComparePage(workspace, t)
+            with gr.Tab(t("tab.try"), id="try") as try_tab:
+                try_page = TryPage(workspace, t)
             with gr.Tab(t("tab.adapter"), id="adapter") as adapter_tab:
                 adapter = AdapterPage(workspace, t)
         _wire_train(train, [train_tab.select, photos.next_page.click], tabs, runs)
@@ -212,6 +217,7 @@ def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
         Api(workspace).offer()
         runs.wire(page)
         compare.wire(compare_tab)
+        try_page.wire(try_tab)
         adapter.wire(adapter_tab)
     return page
 

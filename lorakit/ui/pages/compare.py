@@ -26,9 +26,10 @@ from lorakit.data.decode import Unreadable, decode
 from lorakit.runs import quickstart, run_folder
 from lorakit.runs.run_folder import RunFolder
 from lorakit.ui import commands, widgets
+from lorakit.ui.pages import viewer
 from lorakit.ui.tasks import Progress, polled
 from lorakit.ui.texts import Say
-from lorakit.ui.widgets import ACT, FOLLOW, say_for
+from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
 
 CELL = 320
@@ -38,6 +39,12 @@ CHOICE = "choice.json"
 # Folder of a run for the grids that were asked for, and seconds between looks for them.
 GRIDS, EVERY = "compare", 1.0
 
+TAKE = """
+element.addEventListener('click', ({target}) => {
+  if (target.dataset.take) trigger('select', {step: Number(target.dataset.take)});
+});
+"""
+
 
 class ComparePage:
     """Builds and wires the page."""
@@ -46,7 +53,7 @@ class ComparePage:
         self.workspace = workspace
         gr.Markdown(t("compare.lead"), elem_classes="lk-lead")
         self.run = gr.Dropdown(choices=[], label=t("compare.run"), filterable=False, elem_id="compare-run")
-        self.table = widgets.html(elem_id="compare-table")
+        self.table = widgets.html(elem_id="compare-table", js_on_load=TAKE)
         with gr.Row(equal_height=False, visible=False) as self.choice:
             self.step = gr.Dropdown(choices=[], label=t("compare.mark_which"), filterable=False, elem_id="compare-step")
             self.format = gr.Radio(choices=list(FORMATS), value=next(iter(FORMATS)), label=t("adapter.format"))
@@ -98,7 +105,14 @@ class ComparePage:
         timer.tick(grid_status, self.run, grid_outputs, **FOLLOW)
         self.mark.click(mark, [self.run, self.step], [self.message, self.table], **ACT)
         export_inputs = {self.run, self.step, self.format}
-        polled(tasks, [(self.export.click, export)], export_inputs, [self.message, self.file], **ACT)
+
+        def choose(event: gr.EventData) -> int:
+            return int(event.step)
+
+        take = self.table.select(choose, None, self.step, **EACH)
+        polled(
+            tasks, [(self.export.click, export), (take.then, export)], export_inputs, [self.message, self.file], **ACT
+        )
         draw_inputs = {self.run, self.files, self.prompts, self.strengths}
         polled(tasks, [(self.draw.click, draw)], draw_inputs, [self.drawing, timer], **ACT)
 
@@ -146,23 +160,29 @@ class ComparePage:
         prompts = [str(recipe.get("prompt", "")) for recipe in _recipes(run, max(grids))]
         head = "".join(f"<th scope=col>{escape(prompt)}</th>" for prompt in prompts)
         count = sum(1 for _ in run.checkpoints.glob("step-*/complete"))
-        rows, reason = [], escape(say("compare.gone", count=count))
+        take_label = escape(say("compare.take"))
+        rows: list[str] = []
+        reason = escape(say("compare.gone", count=count))
         for step in grids:
             title = say("compare.step", step=step) if step else say("compare.base")
             star = f"<br>★ <small>{escape(say('compare.marked'))}</small>" if step == marked else ""
             gone = "" if not step or file_of_step(run, step) else f"<br><small>{reason}</small>"
-            cells = "".join(self._cell(path, title, photos, say) for path in run.sample_pictures(step))
-            rows.append(
-                f"<tr{' class=lk-marked' if star else ''}><th scope=row>{escape(title)}{star}{gone}</th>{cells}</tr>"
+            cells = "".join(
+                self._cell(path, title, (len(rows), column), photos, say)
+                for column, path in enumerate(run.sample_pictures(step))
             )
+            take = "" if gone or not step else f"<br><button type=button data-take={step}>{take_label}</button>"
+            head_cell = f"<th scope=row>{escape(title)}{star}{gone}{take}</th>"
+            rows.append(f"<tr{' class=lk-marked' if star else ''}>{head_cell}{cells}</tr>")
         return (
-            f"<div class=lk-scroll tabindex=0><table class=lk-compare><thead><tr><td></td>{head}</tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table></div>"
+            "<div class=lk-scroll tabindex=0 data-pictures><table class=lk-compare>"
+            f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         )
 
-    def _cell(self, path: Path, title: str, looks: Sequence[tuple[Path, np.ndarray]], say: Say) -> str:
-        picture = self.workspace.thumbnails.get(path, CELL)
-        content = f'<img src="{picture.address}" alt="{escape(title)}">'
+    def _cell(
+        self, path: Path, title: str, place: tuple[int, int], looks: Sequence[tuple[Path, np.ndarray]], say: Say
+    ) -> str:
+        content = viewer.button(self.workspace, path, title, *place, side=CELL)
         if looks and (look := _look(path, path.stat().st_mtime_ns)) is not None:
             alike, nearest = max(((float(look @ other), photo) for photo, other in looks), key=lambda pair: pair[0])
             text = escape(say("compare.nearest", percent=round(100 * max(0.0, alike))))
@@ -256,11 +276,12 @@ class ComparePage:
         """Every grid that was drawn of a run, newest first."""
         files = sorted((self.workspace.run(name) / GRIDS).glob("*/grid.png"), reverse=True)
         figures = "".join(
-            f'<figure><img src="{self.workspace.thumbnails.get(path, 1024).address}" alt="{escape(path.parent.name)}">'
+            f"<figure>{viewer.button(self.workspace, path, path.parent.name, row, 0, side=1024)}"
             f"<figcaption>{escape(path.parent.name)}</figcaption></figure>"
-            for path in files
+            for row, path in enumerate(files)
         )
-        return f"<h3>{escape(say('compare.grids'))}</h3><div class=lk-grids>{figures}</div>" if figures else ""
+        title = escape(say("compare.grids"))
+        return f"<h3>{title}</h3><div class=lk-grids data-pictures>{figures}</div>" if figures else ""
 
 
 def marked_step(run: RunFolder) -> int | None:

@@ -17,6 +17,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.runs import charts
 from lorakit.runs.run_folder import LIVE, LogReader, RunFolder, State, read
 from lorakit.ui import address, widgets
+from lorakit.ui.pages import viewer
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
@@ -302,11 +303,12 @@ def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> st
     if not grids:
         return widgets.quiet(say("run.no_samples")) if state.state in LIVE else ""
     figures = []
-    for step, path in reversed(grids.items()):
-        picture = workspace.thumbnails.get(path, SAMPLE_SIDE)
-        title = escape(say("compare.step", step=step) if step else say("compare.base"))
-        figures.append(f'<figure><img src="{picture.address}" alt="{title}"><figcaption>{title}</figcaption></figure>')
-    return f"<h3>{escape(say('run.samples'))}</h3><div class=lk-samples tabindex=0>{''.join(figures)}</div>"
+    for row, (step, path) in enumerate(reversed(grids.items())):
+        title = say("compare.step", step=step) if step else say("compare.base")
+        picture = viewer.button(workspace, path, title, row, 0, side=SAMPLE_SIDE)
+        figures.append(f"<figure>{picture}<figcaption>{escape(title)}</figcaption></figure>")
+    title = escape(say("run.samples"))
+    return f"<h3>{title}</h3><div class=lk-samples tabindex=0 data-pictures>{''.join(figures)}</div>"
 
 
 def _curves(run: RunFolder, state: State, say: Say) -> str:

@@ -6,6 +6,7 @@ TEXTS = {
     "tab.train": "Train",
     "tab.run": "Runs",
     "tab.compare": "Compare",
+    "tab.try": "Try it",
     "tab.adapter": "Adapter",
     # Photos
     "photos.lead": (
@@ -144,6 +145,22 @@ TEXTS = {
     "compare.exported": "Exported: {name}",
     "compare.marked_done": "Step {step} is marked as best.",
     "compare.not_there": "Step {step} no longer has its own file; the last step has, and each checkpoint that is kept.",
+    "compare.take": "Take the file",
+    "viewer.save": "Save",
+    "viewer.original": "Original size",
+    "viewer.close": "Close",
+    # Try it
+    "try.lead": "Any adapter, prompts of your own. A click enlarges a picture; its file says how it was drawn.",
+    "try.adapter": "Adapter or checkpoint",
+    "try.base_help": "Empty: the one that it was trained on.",
+    "try.strength": "Strength",
+    "try.with_base": "The base model's pictures beside it",
+    "try.seed": "Seed",
+    "try.steps": "Sampling steps (0: as the run drew)",
+    "try.draw": "Draw",
+    "try.no_prompt": "Write a prompt first, one a line.",
+    "try.waiting": "It waits for: {names}",
+    "try.at": "strength {strength}",
     # Adapter
     "adapter.lead": "What is this file, and who can read it? Nothing in it is run.",
     "adapter.path": "File or folder on this machine",

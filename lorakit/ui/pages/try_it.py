@@ -1,0 +1,166 @@
+"""The page that tries an adapter: prompts of one's own, its strength, a seed, and the base beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lorakit.core.errors import LorakitError
+from lorakit.core.registry import FORMATS
+from lorakit.runs import quickstart
+from lorakit.runs.queue import Job
+from lorakit.runs.run_folder import RunFolder
+from lorakit.ui import commands, form, widgets
+from lorakit.ui.pages import viewer
+from lorakit.ui.tasks import Progress, polled
+from lorakit.ui.texts import Say
+from lorakit.ui.widgets import ACT, FOLLOW, say_for
+from lorakit.ui.workspace import Workspace
+
+# Folder below the runs for what is drawn, seconds between looks, and sets of pictures that the page shows.
+TRIES, EVERY, MAX_TRIES = "tries", 1.0, 20
+CELL = 320
+
+
+class TryPage:
+    """Builds and wires the page."""
+
+    def __init__(self, workspace: Workspace, t: gr.I18n):
+        self.workspace = workspace
+        gr.Markdown(t("try.lead"), elem_classes="lk-lead")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=280), gr.Group():
+                more: dict[str, Any] = {"allow_custom_value": True, "value": None}
+                self.adapter = gr.Dropdown([], label=t("try.adapter"), elem_id="try-adapter", **more)
+                self.prompts = gr.Textbox(lines=3, label=t("compare.prompts"), elem_id="try-prompts")
+                self.base = gr.Dropdown([], label=t("option.model.base"), info=t("try.base_help"), **more)
+            with gr.Column(scale=2, min_width=280), gr.Group():
+                self.strength = gr.Slider(0, 1.5, 1, step=0.05, label=t("try.strength"), elem_id="try-strength")
+                self.with_base = gr.Checkbox(True, label=t("try.with_base"), elem_id="try-with-base")
+                self.seed = gr.Number(0, precision=0, minimum=0, label=t("try.seed"), elem_id="try-seed")
+                self.steps = gr.Number(0, precision=0, minimum=0, label=t("try.steps"), elem_id="try-steps")
+        self.draw = gr.Button(t("try.draw"), variant="primary", elem_id="try-draw")
+        self.message = widgets.html(elem_id="try-message")
+        self.pictures = widgets.html(elem_id="try-pictures")
+
+    def wire(self, tab: gr.Tab) -> None:
+        """Which event calls what. A timer inside of a tab would tick only while that is open."""
+        timer = gr.Timer(EVERY, active=False)
+        inputs = {self.adapter, self.prompts, self.base, self.strength, self.with_base, self.seed, self.steps}
+
+        def visit(request: gr.Request) -> list[object]:
+            bases = ["", *map(str, self.workspace.bases())]
+            return [gr.update(choices=self.adapters()), gr.update(choices=bases), *self.look(say_for(request))]
+
+        def draw(data: dict[Any, Any], say: Say, progress: Progress) -> tuple[str, object]:
+            strengths = [0.0, data[self.strength]] if data[self.with_base] else [data[self.strength]]
+            settings = {"sample.seed": data[self.seed], "sample.steps": data[self.steps]}
+            problem = self.start(
+                data[self.adapter] or "", data[self.prompts] or "", strengths, data[self.base] or "", settings, say
+            )
+            return (problem, gr.skip()) if problem else (self.status(say)[0], gr.Timer(active=True))
+
+        def look(request: gr.Request) -> list[object]:
+            return self.look(say_for(request))
+
+        tab.select(visit, None, [self.adapter, self.base, self.message, self.pictures, timer], **FOLLOW)
+        polled(self.workspace.tasks, [(self.draw.click, draw)], inputs, [self.message, timer], **ACT)
+        timer.tick(look, None, [self.message, self.pictures, timer], **FOLLOW)
+
+    def adapters(self) -> list[str]:
+        """Adapters of all runs, newest first, then their checkpoints."""
+        files = list(self.workspace.runs.glob("*/*.safetensors"))
+        checkpoints = [path.parent for path in self.workspace.runs.glob("*/checkpoints/step-*/complete")]
+        newest = [sorted(paths, key=lambda path: -path.stat().st_mtime) for paths in (files, checkpoints)]
+        return [path.relative_to(self.workspace.runs).as_posix() for paths in newest for path in paths]
+
+    def start(
+        self, name: str, prompts: str, strengths: Sequence[float], base: str, settings: dict[str, int | None], say: Say
+    ) -> str:
+        """Put the drawing into the queue; what keeps it from that, or ""."""
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        if not name:
+            return widgets.problem(say("adapter.none"))
+        if not lines:
+            return widgets.problem(say("try.no_prompt"))
+        try:
+            adapter, own_base = self._file(name)
+            model = form.resolve_path(quickstart.BASE, base, self.workspace.roots) if base else own_base
+        except LorakitError as problem:
+            return widgets.problem(say.translate(str(problem)))
+        target = self.workspace.unused(TRIES)
+        arguments = ["sample", str(adapter), "--output", str(target)]
+        arguments.append("--strength=" + ",".join(f"{strength:g}" for strength in dict.fromkeys(strengths)))
+        arguments += [f"--prompt={line}" for line in lines] + (["--base", model] if model else [])
+        arguments += [f"--set={key}={int(value)}" for key, value in settings.items() if value]
+        self.workspace.queue.command(arguments, target)
+        self.workspace.queue.start()
+        return ""
+
+    def _file(self, name: str) -> tuple[Path, str]:
+        """The adapter that is meant, a checkpoint's written first, and the base of its run or ""."""
+        path = self.workspace.roots.resolve(self.workspace.runs / name)
+        if not path.exists():
+            raise LorakitError(f"{name}: there is no such file")
+        run = next((parent for parent in path.parents if parent.parent == self.workspace.runs), None)
+        base = ""
+        if run is not None and RunFolder(run).config_file.is_file():
+            base = quickstart.base_of(RunFolder(run).config_file)
+        if run is None or path.parent != RunFolder(run).checkpoints:
+            return path, base
+        place = run / "exports" / path.name
+        files = list(place.glob("*.safetensors")) or commands.export(path, next(iter(FORMATS)), place)
+        return files[0], base
+
+    def look(self, say: Say) -> list[object]:
+        """How the drawing stands, what was drawn, and whether to look again."""
+        line, going = self.status(say)
+        return [line, self.drawings(say), gr.Timer(active=going)]
+
+    def status(self, say: Say) -> tuple[str, bool]:
+        """How the last drawing stands, in words, and whether it is under way."""
+        jobs = self.workspace.queue.jobs()
+        own = [job for job in jobs if Path(job.folder).parent == self.workspace.runs / TRIES]
+        if not own:
+            return "", False
+        job = own[-1]
+        if job.state == "waiting":
+            ahead = [Path(one.folder).name for one in jobs if one.number < job.number and _is_going(one)]
+            return widgets.quiet(say("try.waiting", names=", ".join(ahead)) if ahead else say("state.waiting")), True
+        if job.state == "running":
+            return widgets.quiet(say("compare.drawing", state=widgets.ago(job.pid_start or time.time(), say))), True
+        if job.state != "done":
+            why = say.translate(self.workspace.why(job.number)) or say(f"state.{job.state}")
+            return widgets.problem(why), False
+        return "", False
+
+    def drawings(self, say: Say) -> str:
+        """The newest sets of pictures: a row for each strength, a column for each prompt."""
+        folders = sorted((self.workspace.runs / TRIES).glob("*/grid.png"), reverse=True)[:MAX_TRIES]
+        return "".join(self._drawing(grid.parent, say) for grid in folders)
+
+    def _drawing(self, folder: Path, say: Say) -> str:
+        rows: dict[str, list[Path]] = {}
+        for path in sorted(folder.glob("??-strength-*.png")):
+            rows.setdefault(path.stem.partition("-strength-")[2], []).append(path)
+        cells = ""
+        for row, (strength, paths) in enumerate(sorted(rows.items(), key=lambda one: float(one[0]))):
+            title = say("try.at", strength=strength) if float(strength) else say("compare.base")
+            pictures = "".join(
+                f"<td>{viewer.button(self.workspace, path, title, row, column, side=CELL)}</td>"
+                for column, path in enumerate(paths)
+            )
+            cells += f"<tr><th scope=row>{escape(title)}</th>{pictures}</tr>"
+        return (
+            f"<section class=lk-scroll tabindex=0 data-pictures><h4>{escape(folder.name)}</h4>"
+            f"<table class=lk-compare><tbody>{cells}</tbody></table></section>"
+        )
+
+
+def _is_going(job: Job) -> bool:
+    return job.state in ("waiting", "running")

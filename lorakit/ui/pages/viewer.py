@@ -1,0 +1,121 @@
+"""Pictures as they were drawn: enlarged over the page, with arrow keys from one to the next, and saved as files."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+
+from lorakit.core import foreign_json, image_grid
+from lorakit.core.errors import LorakitError
+from lorakit.ui.texts import Say
+from lorakit.ui.widgets import say_for
+from lorakit.ui.workspace import Workspace
+
+# Shows what a button with `data-picture` names. Buttons below one element with `data-pictures` are a table: `data-row`
+# and `data-column` say where each is, and the arrow keys go through it.
+SCRIPT = """
+const dialog = document.createElement('dialog');
+dialog.className = 'lk-viewer';
+dialog.innerHTML = '<header><span role=status></span><button type=button data-go="0,-1">←</button>' +
+  '<button type=button data-go="0,1">→</button><button type=button data-go="-1,0">↑</button>' +
+  '<button type=button data-go="1,0">↓</button><button type=button data-original>1:1</button>' +
+  '<a download></a><button type=button data-close>✕</button></header><div tabindex=0><img alt=""></div>';
+document.body.append(dialog);
+const part = (name) => dialog.querySelector(name);
+let shown = '';
+const current = () => document.querySelector(`[data-picture="${CSS.escape(shown)}"]`);
+const place = (button) => [Number(button.dataset.row), Number(button.dataset.column)];
+const neighbour = (rows, columns) => {
+  const from = current();
+  if (!from) return null;
+  const all = [...from.closest('[data-pictures]').querySelectorAll('[data-picture]')];
+  const [row, column] = place(from), line = all.every((one) => place(one)[1] === column);
+  const [down, right] = line ? [rows || columns, 0] : [rows, columns];
+  const ahead = all.filter((one) => {
+    const [y, x] = place(one);
+    return down ? x === column && (y - row) * down > 0 : y === row && (x - column) * right > 0;
+  });
+  const distance = (one) => Math.abs(place(one)[0] - row) + Math.abs(place(one)[1] - column);
+  return ahead.sort((a, b) => distance(a) - distance(b))[0] ?? null;
+};
+const show = async (button) => {
+  shown = button.dataset.picture;
+  part('[role=status]').textContent = '…';
+  if (!dialog.open) dialog.showModal();
+  const name = shown, picture = await server.picture(name);
+  if (name !== shown) return;
+  part('[role=status]').textContent = picture.text;
+  Object.assign(part('img'), {src: picture.address, alt: picture.text, title: picture.recipe});
+  Object.assign(part('a'), {href: picture.address, download: picture.name, textContent: picture.save});
+  part('a').hidden = !picture.address;
+  part('[data-original]').ariaLabel = part('[data-original]').title = picture.original;
+  part('[data-close]').ariaLabel = picture.close;
+};
+const go = (rows, columns) => { const next = neighbour(rows, columns); if (next) show(next); };
+const KEYS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+dialog.addEventListener('keydown', (event) => {
+  if (!(event.key in KEYS) || dialog.classList.contains('lk-original')) return;
+  event.preventDefault();
+  go(...KEYS[event.key]);
+});
+dialog.addEventListener('click', ({target}) => {
+  if (target.dataset.go) go(...target.dataset.go.split(',').map(Number));
+  else if ('original' in target.dataset) dialog.classList.toggle('lk-original');
+  else if ('close' in target.dataset || target === dialog) dialog.close();
+});
+dialog.addEventListener('close', () => { current()?.focus(); dialog.classList.remove('lk-original'); });
+document.addEventListener('click', ({target}) => {
+  const button = target.closest?.('button[data-picture]');
+  if (button) show(button);
+});
+"""
+
+
+def build(workspace: Workspace) -> gr.HTML:
+    """The viewer of a page; once, outside of its tabs."""
+
+    def picture(name: object, request: gr.Request) -> dict[str, str]:
+        return original(workspace, name, say_for(request))
+
+    return gr.HTML("", elem_id="viewer", js_on_load=SCRIPT, server_functions=[picture], apply_default_css=False)
+
+
+def original(workspace: Workspace, name: object, say: Say) -> dict[str, str]:
+    """A picture below the runs as it was saved, with its recipe, and the words around it."""
+    words = {key: say(f"viewer.{key}") for key in ("save", "original", "close")}
+    try:
+        path = workspace.roots.resolve(workspace.runs / str(name))
+        if path.suffix != ".png" or not path.is_relative_to(workspace.runs) or not path.is_file():
+            raise LorakitError(f"{name}: no such picture")
+        content, info = path.read_bytes(), image_grid.read(path).info
+    except (LorakitError, OSError, SyntaxError, ValueError) as problem:
+        return words | {"address": "", "name": "", "recipe": "", "text": say.translate(str(problem))}
+    parts = path.relative_to(workspace.runs).with_suffix("").parts
+    return words | {
+        "address": "data:image/png;base64," + base64.b64encode(content).decode("ascii"),
+        "name": "-".join((parts[0], *parts[-2:])) + ".png",
+        "text": " · ".join(part for part in (_prompt(info), *parts[-2:]) if part),
+        "recipe": str(info.get("parameters", "")),
+    }
+
+
+def _prompt(info: Mapping[str | tuple[int, int], object]) -> str:
+    """The prompt in a picture's recipe, or ""."""
+    try:
+        return str(foreign_json.loads_table(str(info.get("lorakit", "{}"))).get("prompt", ""))
+    except ValueError:
+        return ""
+
+
+def button(workspace: Workspace, path: Path, title: str, row: int, column: int, *, side: int) -> str:
+    """A small picture that opens the viewer."""
+    small = workspace.thumbnails.get(path, side)
+    name = path.relative_to(workspace.runs).as_posix()
+    return (
+        f'<button type=button class=lk-zoom data-picture="{escape(name)}" data-row="{row}" data-column="{column}">'
+        f'<img src="{small.address}" alt="{escape(title)}"></button>'
+    )

@@ -1,0 +1,147 @@
+"""Pictures as they were drawn, in the viewer and on the page that tries adapters."""
+
+import base64
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+
+from lorakit.core import image_grid  # noqa: E402
+from lorakit.runs import quickstart  # noqa: E402
+from lorakit.runs.queue import Queue  # noqa: E402
+from lorakit.runs.run_folder import RunFolder  # noqa: E402
+from lorakit.ui import commands, texts  # noqa: E402
+from lorakit.ui.pages import viewer  # noqa: E402
+from lorakit.ui.pages.compare import ComparePage  # noqa: E402
+from lorakit.ui.pages.try_it import TryPage  # noqa: E402
+from lorakit.ui.workspace import Workspace  # noqa: E402
+
+SAY = texts.sayer("en")
+T = gr.I18n(**texts.tables())
+
+
+def picture(prompt: str, seed: int) -> Image.Image:
+    image = Image.new("RGB", (40, 30), (seed, 0, 0))
+    image.info |= {"lorakit": json.dumps({"prompt": prompt, "seed": seed}), "parameters": f"{prompt}\nSeed: {seed}"}
+    return image
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.setattr(Queue, "start", lambda queue: None)
+    return Workspace(tmp_path / "runs", [])
+
+
+@pytest.fixture
+def run(workspace: Workspace) -> RunFolder:
+    config = quickstart.config_for_answers(
+        {quickstart.PHOTOS: str(workspace.runs), quickstart.NAME: "sks toy"}, "quick"
+    )
+    run = RunFolder.create(replace(config, output=replace(config.output, folder=str(workspace.runs / "one"))))
+    for step in (0, 2, 4):
+        run.save_samples(step, [picture("a <toy>", step), picture("b", step + 1)], ["a <toy>", "b"])
+    (run.checkpoints / "step-000004").mkdir()
+    (run.checkpoints / "step-000004" / "complete").touch()
+    (run.path / "sks-toy.safetensors").write_bytes(b"")
+    run.update(state="done", step=6, steps=6, adapter="sks-toy.safetensors")
+    run.unlock()
+    return run
+
+
+def test_a_picture_is_given_as_it_was_saved(workspace: Workspace, run: RunFolder):
+    answer = viewer.original(workspace, "one/samples/step-000002/02.png", SAY)
+    content = base64.b64decode(answer["address"].removeprefix("data:image/png;base64,"))
+    assert content == (run.samples / "step-000002" / "02.png").read_bytes()
+    assert Image.open(io.BytesIO(content)).info["parameters"] == answer["recipe"] == "b\nSeed: 3"
+    assert answer["text"] == "b · step-000002 · 02" and answer["name"] == "one-step-000002-02.png"
+    assert answer["save"] == "Save" and viewer.original(workspace, "", texts.sayer("zh-Hant"))["save"] == "儲存"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "../x.png", "/etc/passwd", "one/config.toml", "one/samples/no.png", ".queue/a.png", {"a": 1}, None, 7],
+)
+def test_only_pictures_below_the_runs_are_given(workspace: Workspace, run: RunFolder, name: object):
+    (workspace.runs.parent / "x.png").write_bytes((run.samples / "step-000002.png").read_bytes())
+    answer = viewer.original(workspace, name, SAY)
+    assert answer["address"] == "" and answer["text"]
+
+
+def test_compare_has_a_table_of_pictures_and_takes_the_files(workspace: Workspace, run: RunFolder):
+    with gr.Blocks():
+        table = ComparePage(workspace, T).table_of("one", SAY)
+    places = [f'data-row="{row}" data-column="{column}"' for row in range(3) for column in range(2)]
+    assert all(place in table for place in places) and "data-pictures" in table
+    assert "<button type=button data-take=4>" in table and "data-take=2" not in table and "data-take=0" not in table
+    assert "no file any more: the run keeps its newest checkpoints (1)" in table
+
+
+@pytest.fixture
+def page(workspace: Workspace) -> TryPage:
+    with gr.Blocks():
+        return TryPage(workspace, T)
+
+
+def test_what_is_tried_is_a_job_with_all_that_was_set(page: TryPage, run: RunFolder):
+    assert page.adapters() == ["one/sks-toy.safetensors", "one/checkpoints/step-000004"]
+    settings = {"sample.seed": 1234567890, "sample.steps": 0}
+    assert page.start("one/sks-toy.safetensors", "a toy\n\n --x", [0.0, 0.75], "", settings, SAY) == ""
+    (job,) = page.workspace.queue.jobs()
+    assert job.arguments[:2] == ("sample", str(run.path / "sks-toy.safetensors"))
+    assert job.arguments[4:] == (
+        "--strength=0,0.75", "--prompt=a toy", "--prompt=--x", "--base", "pocket", "--set=sample.seed=1234567890",
+    )  # fmt: skip
+    assert "waiting" in page.status(SAY)[0] and page.status(SAY)[1]
+
+
+def test_a_checkpoint_is_written_as_a_file_first(page: TryPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    exported = []
+    monkeypatch.setattr(commands, "export", lambda *arguments: exported.append(arguments) or [run.path / "x"])
+    page.start("one/checkpoints/step-000004", "a", [1.0], "", {}, SAY)
+    assert exported[0][0] == run.checkpoints / "step-000004" and exported[0][2] == run.path / "exports" / "step-000004"
+    assert page.workspace.queue.jobs()[0].arguments[1] == str(run.path / "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "base", "line"),
+    [
+        ("", "a", "", "Name a file first."),
+        ("one/sks-toy.safetensors", " \n", "", "Write a prompt first"),
+        ("/etc/passwd", "a", "", "/etc/passwd is outside of"),
+        ("one/none.safetensors", "a", "", "one/none.safetensors: there is no such file"),
+        ("one/sks-toy.safetensors", "a", "/etc", "/etc is outside of"),
+    ],
+)
+def test_what_cannot_be_drawn_says_why(page: TryPage, run: RunFolder, name: str, prompts: str, base: str, line: str):
+    assert line in page.start(name, prompts, [1.0], base, {}, SAY) and not page.workspace.queue.jobs()
+
+
+def test_it_says_what_it_waits_for_and_why_it_failed(page: TryPage, run: RunFolder):
+    queue = page.workspace.queue
+    queue.command(["train"], page.workspace.runs / "night")
+    page.start("one/sks-toy.safetensors", "a", [1.0], "", {}, SAY)
+    assert "It waits for: night" in page.status(SAY)[0]
+    first, job = queue.jobs()
+    queue._write(replace(first, state="done"))
+    queue._write(replace(job, state="failed"))
+    queue._file(job.number, "log").write_text("lorakit: it was made for sd\n")
+    line, going = page.status(SAY)
+    assert "it was made for sd" in line and not going
+
+
+def test_pictures_are_rows_of_strengths(page: TryPage, run: RunFolder):
+    folder = page.workspace.runs / "tries" / "2026"
+    folder.mkdir(parents=True)
+    for strength in ("0.8", "0", "-0.5"):
+        for number in (1, 2):
+            image_grid.save(picture("p", number), folder / f"{number:02d}-strength-{strength}.png")
+    image_grid.save(picture("p", 1), folder / "grid.png")
+    text = page.drawings(SAY)
+    heads = [text.index(word) for word in ("strength -0.5", "base model", "strength 0.8")]
+    assert heads == sorted(heads) and text.count("data-picture=") == 6
+    assert [name for name, _ in page.workspace.runs_and_jobs()] == ["one"], "what is tried is no run"
