@@ -50,6 +50,7 @@ class Job:
         pid, pid_start: its process, as in `run_folder.State`.
         code: its exit code.
         added, ended: seconds since the epoch.
+        rank: those with the least begin first, of one rank the oldest.
     """
 
     number: int
@@ -61,6 +62,7 @@ class Job:
     code: int | None = None
     added: float = 0.0
     ended: float = 0.0
+    rank: int = 0
 
     @property
     def verb(self) -> str:
@@ -147,7 +149,17 @@ class Queue:
 
     def waiting(self) -> list[Job]:
         """Jobs that have not begun, next one first."""
-        return [job for job in self.jobs() if job.state == "waiting"]
+        jobs = [job for job in self.jobs() if job.state == "waiting"]
+        return sorted(jobs, key=lambda job: (job.rank, job.number))
+
+    def put_first(self, number: int) -> bool:
+        """Let a waiting job begin before all others that wait; False where it has begun."""
+        waiting = self.waiting()
+        job = next((job for job in waiting if job.number == number), None)
+        if job is None:
+            return False
+        self._write(replace(job, rank=waiting[0].rank - 1))
+        return True
 
     def is_working(self) -> bool:
         """Whether a worker is there."""

@@ -6,6 +6,7 @@
     log.jsonl               everything that happened, one JSON object a line
     .lock                   held by the process that trains; the system lets go of it when the process ends
     stop                    somebody wants the run to stop; made by the front end or `touch`
+    save-now, sample-now    somebody wants a checkpoint, or pictures, within the next steps
     checkpoints/step-000100/
     samples/step-000100.png, samples/step-000100/01.png ...
     <name>.safetensors
@@ -183,6 +184,7 @@ class RunFolder:
         if config is not None:
             atomic.write(self.config_file, to_toml(configuration.with_absolute_paths(config)))
         self.stop_file.unlink(missing_ok=True)
+        self.take_requests()
         self.checkpoints.mkdir(exist_ok=True)
         self.samples.mkdir(exist_ok=True)
         for folder in (self.path, self.samples, *self.samples.glob("step-*/"), self.path / "tensorboard"):
@@ -286,6 +288,18 @@ class RunFolder:
     def request_stop(self) -> None:
         """Ask the run to save, export and end: after its step, or at once while it draws or encodes."""
         self.stop_file.touch()
+
+    def request(self, what: str) -> None:
+        """Ask the run for a checkpoint ("save") or pictures ("sample"), within some steps."""
+        (self.path / f"{what}-now").touch()
+
+    def take_requests(self) -> list[str]:
+        """What was asked for since the last call, in order."""
+        files = [(name, self.path / f"{name}-now") for name in ("save", "sample")]
+        names = [name for name, file in files if file.exists()]
+        for _, file in files:
+            file.unlink(missing_ok=True)
+        return names
 
     def events(self, *kinds: str) -> Iterator[LogLine]:
         """The log's lines, in order, of these kinds (none: all). A half-written line is passed over."""

@@ -313,6 +313,7 @@ class Milestones:
         self.model.adapter.train(True)
 
     def _reach(self, step: int, due: list[str]) -> None:
+        due = [*due, *(name for name in self.run.folder.take_requests() if name not in due)]
         if due or self.run.stop.requested:
             adapter, optimizer = self.model.adapter, self.model.optimizer_step.optimizer
             checkpoint.require_finite(step, adapter.state(), optimizer.state_dict())

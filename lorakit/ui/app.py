@@ -33,6 +33,7 @@ from lorakit.ui.pages import viewer
 from lorakit.ui.pages.adapter import AdapterPage
 from lorakit.ui.pages.compare import ComparePage
 from lorakit.ui.pages.photos import PAGE, PhotosPage
+from lorakit.ui.pages.run_tools import RunTools
 from lorakit.ui.pages.runs import RunsPage
 from lorakit.ui.pages.train import TrainPage
 from lorakit.ui.pages.try_it import TryPage
@@ -212,7 +213,8 @@ def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
                 try_page = TryPage(workspace, t)
             with gr.Tab(t("tab.adapter"), id="adapter") as adapter_tab:
                 adapter = AdapterPage(workspace, t)
-        _wire_train(train, [train_tab.select, photos.next_page.click], tabs, runs)
+        reuses = _wire_reuse(runs.tools, train, photos.folder, tabs)
+        _wire_train(train, [train_tab.select, photos.next_page.click], reuses, tabs, runs)
         _wire_photos(page, photos, photos_tab, train, tabs)
         Api(workspace).offer()
         runs.wire(page)
@@ -230,8 +232,34 @@ def _values(train: TrainPage, data: Values) -> list[Any]:
     return [data[train.widgets[key]] for key in train.keys]
 
 
-def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPage) -> None:
-    """`visits` are the events that bring somebody to the page."""
+def _wire_reuse(tools: RunTools, train: TrainPage, folder: gr.Dropdown, tabs: gr.Tabs) -> list[Callable[..., object]]:
+    """Wire what fills the form with a run's settings; what listens to its end."""
+
+    def fill(name: str, settings: str, say: Say) -> list[object]:
+        try:
+            values = tools.answers_of(name or "", settings)
+        except LorakitError as problem:
+            text = widgets.problem(say.explain(str(problem)))
+            return [*[gr.skip()] * (4 + len(train.keys)), gr.skip(), text]
+        return [*train.restore({"values": values}), gr.Tabs(selected="train"), ""]
+
+    def reuse(name: str, request: gr.Request) -> list[object]:
+        return fill(name, "{}", say_for(request))
+
+    def remedy(name: str, request: gr.Request, event: gr.EventData) -> list[object]:
+        return fill(name, str(event.settings), say_for(request))
+
+    every = [train.widgets[key] for key in train.keys]
+    outputs = [folder, train.quality, train.marks, train.preset, *every, tabs, tools.message]
+    events = [tools.reuse.click(reuse, tools.run_name, outputs, **ACT)]
+    events.append(tools.remedies.select(remedy, tools.run_name, outputs, **ACT))
+    return [event.then for event in events]
+
+
+def _wire_train(
+    train: TrainPage, visits: list[Any], reuses: list[Callable[..., object]], tabs: gr.Tabs, runs: RunsPage
+) -> None:
+    """`visits` are the events that bring somebody to the page, `reuses` listen to what fills it."""
 
     def answer(data: Values, request: gr.Request) -> list[Any]:
         data[train.requests].count_request()
@@ -271,7 +299,7 @@ def _wire_train(train: TrainPage, visits: list[Any], tabs: gr.Tabs, runs: RunsPa
     apply_event = train.apply.click(apply, with_preset, [train.marks, *every], **ACT)
     apply_event.then(difference, with_preset, train.difference, **FOLLOW)
     answers = [gr.on(answer_events, answer, inputs, train.outputs, **FOLLOW)]
-    answers += [after(answer, inputs, train.outputs, **FOLLOW) for after in (fetched, apply_event.then)]
+    answers += [after(answer, inputs, train.outputs, **FOLLOW) for after in (fetched, apply_event.then, *reuses)]
     polled(tasks, [(event.then, plan) for event in answers], inputs, [train.plan_card, train.start])
     begin_outputs = [train.message, runs.run_name, tabs, train.start]
     polled(tasks, [(train.start.click, begin)], inputs, begin_outputs, **ACT)

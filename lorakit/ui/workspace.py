@@ -29,6 +29,8 @@ from lorakit.ui.tasks import Progress, Tasks
 from lorakit.ui.thumbnails import Thumbnails
 from lorakit.ui.uploads import Upload
 
+# Folder of the runs that somebody put aside.
+TRASH = ".trash"
 # Reports kept; each is small.
 MAX_REPORTS = 20
 # Base models that are suggested.
@@ -182,19 +184,19 @@ class Workspace:
         """Every run by name, and runs that wait in the queue or are about to begin: those first, then the newest."""
         states = {path.name: state for path, state in run_folder.list_runs(self.runs)}
         waiting: list[tuple[str, run_folder.State]] = []
-        for job in self.queue.jobs():
+        for job in sorted(self.queue.jobs(), key=lambda job: (job.rank, job.number)):
             name = Path(job.folder).name
             if job.verb not in ("train", "resume") or Path(job.folder).parent != self.runs:
                 continue
             if job.state == "waiting":
                 states.pop(name, None)
                 waiting.append((name, _as_state(job.state, job.added)))
-            elif name not in states:
+            elif name not in states and not (self.runs / TRASH / name).is_dir():
                 # It ended or is about to begin before it made its folder: the log says why.
                 state = "preparing" if job.state == "running" else job.state
                 waiting.append((name, _as_state(state, job.ended or job.added, self.why(job.number))))
         order = {"waiting": 0, "preparing": 1}
-        waiting.sort(key=lambda run: (order.get(run[1].state, 2), -run[1].updated))
+        waiting.sort(key=lambda run: order.get(run[1].state, 2))  # those that wait: in the order in which they begin
         begun = [run for run in waiting if run[1].state in order]
         ended = [run for run in waiting if run[1].state not in order]
         others = sorted([*states.items(), *ended], key=lambda run: -run[1].updated)

@@ -18,6 +18,7 @@ from lorakit.runs import charts
 from lorakit.runs.run_folder import LIVE, LogReader, RunFolder, State, read
 from lorakit.ui import address, widgets
 from lorakit.ui.pages import viewer
+from lorakit.ui.pages.run_tools import RunTools, note_of
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
@@ -40,6 +41,17 @@ element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-run]');
   if (button) trigger('select', {run: button.dataset.run});
 });
+const states = new Map(), lives = (state) => state === 'preparing' || state === 'running';
+const watch = () => {
+  for (const button of element.querySelectorAll('[data-run]')) {
+    const before = states.get(button.dataset.run), text = button.innerText.replace(/\\s+/g, ' ');
+    states.set(button.dataset.run, button.dataset.state);
+    if (!lives(before) || lives(button.dataset.state)) continue;
+    document.title = `${text} · lorakit`;
+    if (window.Notification?.permission === 'granted') new Notification('lorakit', {body: text});
+  }
+};
+new MutationObserver(watch).observe(element, {childList: true, subtree: true});
 """
 
 # The log stays at its end, unless the person has scrolled up.
@@ -76,6 +88,7 @@ class RunsPage:
                     self.cancel = gr.Button(t("run.cancel"), visible=False, elem_id="run-cancel")
                     self.download = gr.DownloadButton(t("run.download"), visible=False, elem_id="run-download")
                 self.message = widgets.html(elem_id="run-message")
+                self.tools = RunTools(workspace, t, run_name)
                 self.samples = widgets.html(elem_id="run-samples")
                 self.curves = widgets.html(elem_id="run-curves")
                 self.log = widgets.html(elem_id="run-log", js_on_load=FOLLOW_LOG)
@@ -83,6 +96,8 @@ class RunsPage:
     def wire(self, page: gr.Blocks) -> None:
         """Which event calls what. Whatever was done, the files are looked at next, always by the same listener: two
         that overlap could each take the other's for what is on the screen."""
+
+        self.tools.wire(page)
 
         def poll(run_name: str, screen_hashes: dict[str, Any], request: gr.Request) -> list[Any]:
             linked_name = "" if screen_hashes else address.run_in(request)  # before anything was on the screen
@@ -98,7 +113,7 @@ class RunsPage:
 
             return handler
 
-        looks = [gr.Timer(EVERY).tick, page.load, self.run_name.change, self.message.change]
+        looks = [gr.Timer(EVERY).tick, page.load, self.run_name.change, self.message.change, self.tools.message.change]
         gr.on(looks, poll, [self.run_name, self.screen_hashes], self.outputs, **FOLLOW)
         self.list.select(choose, None, [self.run_name, self.message, self.steps], **EACH)
         for button, act in ((self.stop, self.ask_stop), (self.cancel, self.take_out)):
@@ -129,7 +144,8 @@ class RunsPage:
             current_name = run_name
         waiting = sum(state.state == "waiting" for _, state in runs)
         idle = waiting > 0 and not self.workspace.queue.is_working()
-        parts = {"list": _list(runs, current_name, idle, say), "work": idle}
+        titles = {name: note_of(self.workspace.runs / name)["title"] for name in names}
+        parts = {"list": _list(runs, titles, current_name, idle, say), "work": idle}
         parts |= self._run(current_name, dict(runs).get(current_name), say)
         hashes: dict[str, object] = {part: hash(str(value)) for part, value in parts.items()}
         # What a button said is over once the run is in another state.
@@ -224,16 +240,20 @@ class RunsPage:
         return str(self.workspace.staged(adapter)) if state.adapter and adapter.is_file() else ""
 
 
-def _list(runs: list[tuple[str, State]], run_name: str, idle: bool, say: Say) -> str:
+def _list(runs: list[tuple[str, State]], titles: dict[str, str], run_name: str, idle: bool, say: Say) -> str:
     if not runs:
         return ""
-    items = []
+    items, places = [], iter(range(1, len(runs) + 1))
     for name, state in runs:
+        title = escape(titles[name] or name)
+        place = f"{next(places)}." if state.state == "waiting" else ""
         share = f"{100 * state.step // state.steps} %" if state.steps else ""
         current = " aria-current=true" if name == run_name else ""
         items.append(
-            f'<li><button type="button" data-run="{escape(name)}"{current}><span>{escape(name)}</span>'
-            f"<span>{widgets.badge(state.state, say)} <small>{share}</small></span></button></li>"
+            f'<li><button type="button" data-run="{escape(name)}" title="{escape(name)}" '
+            f"data-state={state.state}{current}>"
+            f"<span>{title}</span>"
+            f"<span>{widgets.badge(state.state, say)} <small>{place}{share}</small></span></button></li>"
         )
     waiting = sum(state.state == "waiting" for _, state in runs)
     warning = widgets.problem(say("run.idle_queue", count=waiting)) if idle else ""

@@ -1,0 +1,206 @@
+"""What one does with a run: look at its settings and use them again, name it, note something, lay its loss beside
+another's, and put it aside."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+
+from lorakit import config as configuration
+from lorakit.core import atomic, foreign_json
+from lorakit.core.errors import LorakitError
+from lorakit.runs import charts
+from lorakit.runs.run_folder import LIVE, RunFolder, read
+from lorakit.ui import form, widgets
+from lorakit.ui.texts import Say
+from lorakit.ui.widgets import ACT, FOLLOW, say_for
+from lorakit.ui.workspace import TRASH, Workspace
+
+NOTE = "note.json"
+MAX_TEXT = 2000
+# One setting in the advice about memory: `memory.base_storage = 'nf4'`.
+SETTING = re.compile(r"\b([a-z]+\.[a-z_]+) = ('[^']*'|true|false|\d+)")
+REMEDY = """
+element.addEventListener('click', ({target}) => {
+  if (target.dataset.remedy) trigger('select', {settings: target.dataset.remedy});
+});
+"""
+# The list of runs sends the notifications; a browser lets a page ask only when somebody presses a button.
+NOTIFY = "() => { window.Notification?.requestPermission(); }"
+
+
+class RunTools:
+    """Builds the part of the page of runs. `reuse` and `remedies` are wired where the form is known."""
+
+    def __init__(self, workspace: Workspace, t: gr.I18n, run_name: gr.BrowserState):
+        self.workspace, self.run_name = workspace, run_name
+        self.remedies = widgets.html(elem_id="run-remedies", js_on_load=REMEDY)
+        with gr.Accordion(t("tools.title"), open=False, elem_id="run-tools"):
+            with gr.Row(equal_height=True):
+                self.reuse = gr.Button(t("tools.again"), elem_id="run-again")
+                self.save_now = gr.Button(t("tools.save_now"), elem_id="run-save-now")
+                self.sample_now = gr.Button(t("tools.sample_now"), elem_id="run-sample-now")
+                self.first = gr.Button(t("tools.first"), elem_id="run-first")
+                self.notify = gr.Button(t("tools.notify"), elem_id="run-notify")
+            with gr.Row(equal_height=False):
+                self.title = gr.Textbox(label=t("tools.name"), max_length=80, elem_id="run-title")
+                self.note = gr.Textbox(label=t("tools.note"), lines=2, max_length=MAX_TEXT, elem_id="run-note")
+            with gr.Row():
+                self.keep = gr.Button(t("tools.keep"), elem_id="run-keep")
+                self.delete = gr.Button(t("tools.delete"), variant="stop", elem_id="run-delete")
+            self.message = widgets.html(elem_id="run-tools-message")
+            self.other = gr.Dropdown([], label=t("tools.other"), filterable=False, elem_id="run-other")
+            self.overlay = widgets.html(elem_id="run-overlay")
+            self.settings = widgets.html(elem_id="run-settings")
+
+    def wire(self, page: gr.Blocks) -> None:
+        """Which event calls what."""
+
+        def show(name: str, request: gr.Request) -> list[object]:
+            return self.show(name or "", say_for(request))
+
+        def overlay(name: str, other: str | None, request: gr.Request) -> str:
+            return self.overlay_of(name or "", other or "", say_for(request))
+
+        def keep(name: str, title: str, note: str, request: gr.Request) -> str:
+            return self.keep_note(name or "", title or "", note or "", say_for(request))
+
+        def with_words(act: Callable[[str, Say], str]) -> Callable[[str, gr.Request], str]:
+            def handler(name: str, request: gr.Request) -> str:
+                return act(name or "", say_for(request))
+
+            return handler
+
+        outputs = [self.title, self.note, self.message, self.other, self.overlay, self.settings, self.remedies]
+        gr.on([page.load, self.run_name.change], show, self.run_name, outputs, **FOLLOW)
+        self.notify.click(None, js=NOTIFY)
+        self.other.input(overlay, [self.run_name, self.other], self.overlay, **FOLLOW)
+        self.keep.click(keep, [self.run_name, self.title, self.note], self.message, **ACT)
+        acts = [(self.save_now, self.ask_save), (self.sample_now, self.ask_samples), (self.first, self.put_first)]
+        for button, act in [*acts, (self.delete, self.put_aside)]:
+            button.click(with_words(act), self.run_name, self.message, **ACT)
+
+    def show(self, name: str, say: Say) -> list[object]:
+        """Everything of one run: title, note, no message, other runs, no chart, settings, remedies."""
+        others = [other for other, _ in self.workspace.runs_and_jobs() if other != name]
+        choices = gr.update(choices=["", *others], value="")
+        try:
+            run = RunFolder(self.workspace.run(name))
+        except LorakitError:
+            return ["", "", "", choices, "", "", ""]
+        note = note_of(run.path)
+        settings = run.config_file.read_text(encoding="utf-8") if run.config_file.is_file() else ""
+        title = escape(say("tools.settings"))
+        text = f"<h4>{title}</h4><pre tabindex=0>{escape(settings)}</pre>" if settings else ""
+        return [note["title"], note["note"], "", choices, "", text, self.remedies_of(run, say)]
+
+    def remedies_of(self, run: RunFolder, say: Say) -> str:
+        """A button for each way out that a run without enough memory names, the cheapest first."""
+        try:
+            message = read(run.path).message
+        except LorakitError:
+            return ""
+        ways = [SETTING.findall(way) for way in message.split(", ")] if "not enough memory" in message else []
+        buttons = []
+        for way in [way for way in ways if way][:3]:
+            label = " + ".join(f"{say(f'option.{key}')}: {value}" for key, value in way if key in form.fields())
+            settings = escape(json.dumps(dict(way)))
+            buttons.append(f'<button type=button data-remedy="{settings}">{escape(label)}</button>')
+        head = escape(say("tools.remedies"))
+        return f"<p class=lk-remedies>{head} {' '.join(buttons)}</p>" if buttons else ""
+
+    def answers_of(self, name: str, settings: str = "{}") -> dict[str, object]:
+        """The widgets' values for a run's settings, with others over them (JSON, option -> TOML value).
+
+        Raises:
+            LorakitError: there is no such run, or its settings cannot be read.
+        """
+        file = RunFolder(self.workspace.run(name)).config_file
+        if not file.is_file():
+            raise LorakitError(f"{name}: its settings are not there")
+        changes = foreign_json.loads_table(settings)
+        overrides = dict(configuration.parse_override(f"{key}={value}") for key, value in changes.items())
+        return form.values(configuration.load(file, overrides))
+
+    def overlay_of(self, name: str, other: str, say: Say) -> str:
+        """The smoothed loss of two runs in one chart."""
+        lines = []
+        for run_name, colour in ((name, "accent"), (other, "ink")):
+            if not run_name:
+                return ""
+            events = RunFolder(self.workspace.run(run_name)).events("step")
+            points = [(float(event["step"]), event.get("smoothed_loss")) for event in events if "step" in event]
+            finite = [(step, loss) for step, loss in points if isinstance(loss, float)]
+            lines.append(charts.Line(run_name, sorted(dict(finite).items()), colour))
+        figure = charts.chart(say("chart.loss"), lines)
+        return f"<style>{charts.STYLE}</style><div class=lk-charts>{figure}</div>" if figure else ""
+
+    def keep_note(self, name: str, title: str, note: str, say: Say) -> str:
+        """Keep the name and the note of a run; its folder stays as it is."""
+        try:
+            path = self.workspace.run(name)
+            if not path.is_dir():
+                return widgets.problem(say("error.gone"))
+            words = {"title": " ".join(title.split())[:80], "note": note[:MAX_TEXT]}
+            atomic.write(path / NOTE, json.dumps(words, ensure_ascii=False))
+        except (LorakitError, OSError) as problem:
+            return widgets.problem(say.translate(str(problem)))
+        return widgets.good(say("tools.kept"))
+
+    def ask_save(self, name: str, say: Say) -> str:
+        """Ask a run for a checkpoint."""
+        return self._ask(name, "save", say)
+
+    def ask_samples(self, name: str, say: Say) -> str:
+        """Ask a run for pictures."""
+        return self._ask(name, "sample", say)
+
+    def _ask(self, name: str, what: str, say: Say) -> str:
+        try:
+            path = self.workspace.run(name)
+            if read(path).state not in LIVE:
+                return widgets.problem(say("tools.not_running"))
+            RunFolder(path).request(what)
+        except LorakitError as problem:
+            return widgets.problem(say.translate(str(problem)))
+        return widgets.good(say("tools.soon"))
+
+    def put_first(self, name: str, say: Say) -> str:
+        """Let a waiting run be the next one."""
+        for job in self.workspace.queue.waiting():
+            if Path(job.folder).name == name and self.workspace.queue.put_first(job.number):
+                return widgets.good(say("tools.is_first"))
+        return widgets.problem(say("tools.not_waiting"))
+
+    def put_aside(self, name: str, say: Say) -> str:
+        """Move a run that is over into the hidden folder of runs that are out of sight; nothing of it is deleted."""
+        try:
+            path = self.workspace.run(name)
+            state = dict(self.workspace.runs_and_jobs()).get(name)
+            if state is None:
+                return widgets.problem(say("error.gone"))
+            if state.state in (*LIVE, "waiting"):
+                return widgets.problem(say("tools.still_runs"))
+            target = self.workspace.runs / TRASH / name
+            target.parent.mkdir(exist_ok=True)
+            if path.is_dir():
+                path.rename(target)
+            else:  # it ended before it made its folder
+                target.mkdir()
+        except (LorakitError, OSError) as problem:
+            return widgets.problem(say.translate(str(problem)))
+        return widgets.good(say("tools.deleted", place=str(target)))
+
+
+def note_of(path: Path) -> dict[str, str]:
+    """Name and note that somebody gave to a run."""
+    try:
+        words = foreign_json.loads_table((path / NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        words = {}
+    return {key: str(words.get(key, "")) for key in ("title", "note")}
