@@ -38,13 +38,11 @@ from lorakit.ui.pages.runs import RunsPage
 from lorakit.ui.pages.train import TrainPage
 from lorakit.ui.pages.try_it import TryPage
 from lorakit.ui.server import Server
-from lorakit.ui.tasks import Event, Progress, polled
+from lorakit.ui.tasks import Event, Progress, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
 
-# What an event brings: component -> value.
-Values = dict[Any, Any]
 USER = "lorakit"
 # gzip's level: the page and its scripts are a quarter of their size, in a few hundredths of a second.
 COMPRESSION = 4

@@ -23,8 +23,10 @@ from lorakit.ui.widgets import FOLLOW, say_for
 # Seconds that a request waits for its work, seconds between looks at it, tasks at once, and tasks that are remembered.
 PATIENCE, EVERY, WORKERS, MAX_TASKS = 0.7, 1.0, 8, 50
 Progress = Callable[[int, int], object]
+# What an event brings: component -> value.
+Values = dict[Any, Any]
 # component -> value, the texts, what is told of the progress -> the values of the outputs.
-Work = Callable[[dict[Any, Any], Say, Progress], Sequence[Any]]
+Work = Callable[[Values, Say, Progress], Sequence[Any]]
 # What listens, and the work.
 Event = tuple[Callable[..., Any], Work]
 
@@ -114,14 +116,14 @@ def polled(
     everything = [*outputs, ends, timer]
 
     def wire(listen: Callable[..., Any], work: Work) -> None:
-        def begin(data: dict[Any, Any], request: gr.Request) -> list[Any]:
+        def begin(data: Values, request: gr.Request) -> list[Any]:
             say = say_for(request)
             data[ticket].number = tasks.start(lambda progress: work(data, say, progress))
             return result_of(data[ticket], say)
 
         listen(begin, inputs | {ticket}, everything, **FOLLOW | more)
 
-    def look(data: dict[Any, Any], request: gr.Request) -> list[Any]:
+    def look(data: Values, request: gr.Request) -> list[Any]:
         return result_of(data[ticket], say_for(request))
 
     def result_of(holder: Ticket, say: Say) -> list[Any]:

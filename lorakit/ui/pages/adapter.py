@@ -13,7 +13,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.formats import inspect
 from lorakit.ui import commands, form, widgets
-from lorakit.ui.tasks import Progress, polled
+from lorakit.ui.tasks import Progress, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW
 from lorakit.ui.workspace import Workspace
@@ -56,13 +56,13 @@ class AdapterPage:
     def wire(self, tab: gr.Tab) -> None:
         """Which event calls what."""
 
-        def look(data: dict[Any, Any], say: Say, progress: Progress) -> list[Any]:
+        def look(data: Values, say: Say, progress: Progress) -> list[Any]:
             return self.look(data[self.path] or "", None, say)
 
-        def look_upload(data: dict[Any, Any], say: Say, progress: Progress) -> list[Any]:
+        def look_upload(data: Values, say: Say, progress: Progress) -> list[Any]:
             return self.look("", data[self.upload], say)
 
-        def convert(data: dict[Any, Any], say: Say, progress: Progress) -> tuple[str, Any]:
+        def convert(data: Values, say: Say, progress: Progress) -> tuple[str, Any]:
             return self.write(data[self.inspected], data[self.format], data[self.dtype], say)
 
         outputs = [self.report, self.inspected, self.converting, self.message, self.file]

@@ -27,7 +27,7 @@ from lorakit.runs import quickstart, run_folder
 from lorakit.runs.run_folder import RunFolder
 from lorakit.ui import commands, widgets
 from lorakit.ui.pages import viewer
-from lorakit.ui.tasks import Progress, polled
+from lorakit.ui.tasks import Progress, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
@@ -82,7 +82,7 @@ class ComparePage:
             names = self.runs()
             return gr.update(choices=names, value=run_name if run_name in names else next(iter(names), None))
 
-        def show(data: dict[Any, Any], say: Say, progress: Progress) -> list[Any]:
+        def show(data: Values, say: Say, progress: Progress) -> list[Any]:
             return self.show(data[self.run], say)
 
         def grid_status(name: str | None, request: gr.Request) -> list[Any]:
@@ -92,10 +92,10 @@ class ComparePage:
             say = say_for(request)
             return self.mark_best(name, step, say), self.table_of(name, say)
 
-        def export(data: dict[Any, Any], say: Say, progress: Progress) -> tuple[str, Any]:
+        def export(data: Values, say: Say, progress: Progress) -> tuple[str, Any]:
             return self.export_step(data[self.run], data[self.step], data[self.format], say)
 
-        def draw(data: dict[Any, Any], say: Say, progress: Progress) -> tuple[str, Any]:
+        def draw(data: Values, say: Say, progress: Progress) -> tuple[str, Any]:
             return self.draw_grids(data[self.run], data[self.files], data[self.prompts], data[self.strengths], say)
 
         tasks = self.workspace.tasks

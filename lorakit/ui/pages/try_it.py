@@ -17,7 +17,7 @@ from lorakit.runs.queue import Job
 from lorakit.runs.run_folder import RunFolder
 from lorakit.ui import commands, form, widgets
 from lorakit.ui.pages import viewer
-from lorakit.ui.tasks import Progress, polled
+from lorakit.ui.tasks import Progress, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
@@ -57,7 +57,7 @@ class TryPage:
             bases = ["", *map(str, self.workspace.bases())]
             return [gr.update(choices=self.adapters()), gr.update(choices=bases), *self.look(say_for(request))]
 
-        def draw(data: dict[Any, Any], say: Say, progress: Progress) -> tuple[str, object]:
+        def draw(data: Values, say: Say, progress: Progress) -> tuple[str, object]:
             strengths = [0.0, data[self.strength]] if data[self.with_base] else [data[self.strength]]
             settings = {"sample.seed": data[self.seed], "sample.steps": data[self.steps]}
             problem = self.start(
