@@ -65,7 +65,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "train.batch_size=1",
     ),
 }
-COLUMNS = ("taken", "near", "leak", "scene", "kind", "colour", "pattern", "drift", "seconds")
+COLUMNS = ("taken", "near", "leak", "scene", "kind", "colour", "pattern", "drift", "cpu")
 # What no recipe needs: pictures and validation along the way.
 QUIET = (
     "sample.every=100000",
@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--captions", nargs="+", choices=teach.CAPTIONS, default=["scene"])
     parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
     arguments = parser.parse_args()
-    rows = _rows(arguments.results)
-    keys = {_key(row) for row in rows}
+    rows = read(arguments.results)
+    keys = {key(row) for row in rows}
     runs = [
         {"recipe": recipe, "name": name, "seed": seed, "captions": captions}
         for seed in arguments.seeds
@@ -96,22 +96,29 @@ def main() -> None:
         for recipe in arguments.recipes
     ]
     for run in [] if arguments.table else runs:
-        if _key(run) in keys:
+        if key(run) in keys:
             continue
         overrides = dict(map(config.parse_override, (*QUIET, *RECIPES[run["recipe"]])))
         figures = teach.teach(run["name"], overrides, None, captions=run["captions"], seed=run["seed"])
         row = run | columns(figures)
-        with arguments.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        add(arguments.results, row)
         rows.append(row)
     print(table(rows))
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def add(file: Path, row: dict[str, Any]) -> None:
+    """Append a run."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The runs of a file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells runs apart."""
     return row["recipe"], row["name"], row["seed"], row["captions"]
 
 
@@ -124,7 +131,7 @@ def columns(figures: dict[str, Any]) -> dict[str, float]:
         "scene": figures["scene"] / max(figures["scene_base"], 1e-9),
         **figures["kept"],
         "drift": figures["drift"],
-        "seconds": figures["seconds"],
+        "cpu": figures["cpu"],
     }
 
 
@@ -143,7 +150,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _cell(column: str, values: Sequence[float]) -> str:
     """Mean and half of the 95 % interval of the mean."""
-    form = "{:.0f}" if column == "seconds" else "{:.2f}" if column in ("leak", "drift") else "{:.1%}"
+    form = "{:.0f}" if column == "cpu" else "{:.2f}" if column in ("leak", "drift") else "{:.1%}"
     text = form.format(statistics.mean(values))
     if len(values) < 2:
         return text

@@ -22,7 +22,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ UNSEEN = ("snow", "night", "city", "underwater", "floor")
 FRAMES = ("a photo of a", "a picture of a", "a photograph of a", "a")
 CAPTIONS = ("scene", "none", "frames", "endings", "untriggered")
 OTHERS = ("mug", "fish", "house", "car", "cat", "robot", "umbrella", "mushroom")
+# Takes the config of a run, which says where the photos are, and returns the adapter's file.
+Trainer = Callable[[config.Config], Path]
 # Pictures of each prompt, from seeds 0, 1, 2 ...
 DRAWS = 4
 
@@ -79,7 +81,13 @@ def main() -> None:
 
 
 def teach(
-    name: str, overrides: dict[str, Any], grids: Path | None, *, captions: str = "scene", seed: int = 0
+    name: str,
+    overrides: dict[str, Any],
+    grids: Path | None,
+    *,
+    captions: str = "scene",
+    seed: int = 0,
+    trainer: Trainer | None = None,
 ) -> dict[str, Any]:
     """One run, and what the judge says of the base and of the adapter.
 
@@ -88,6 +96,7 @@ def teach(
             each time; "endings": the bare text or one of three scenes each time; "untriggered": the scene without the
             trigger.
         seed: of the pictures that are taught and of the training.
+        trainer: what trains; lorakit by default.
     """
     is_style = name in subjects.STYLES
     noun = "style" if is_style else subjects.SUBJECTS[name].kind
@@ -108,10 +117,11 @@ def teach(
             "train.min_steps": 0,  # pictures by the renderer that taught the base take fewer steps than photos
         }
         run_config = config.load("style-pocket" if is_style else "subject-pocket", settings | overrides)
-        start = time.monotonic()
-        result = train.train(run_config)
-        seconds = time.monotonic() - start
-        return _measure(name, run_config, result.adapter, noun, grids) | {"name": name, "seconds": seconds}
+        start, cpu_start = time.monotonic(), time.process_time()
+        adapter = trainer(run_config) if trainer else train.train(run_config).adapter
+        seconds, cpu = time.monotonic() - start, time.process_time() - cpu_start
+        figures = _measure(name, run_config, adapter, noun, grids)
+        return figures | {"name": name, "seconds": seconds, "cpu": cpu}
 
 
 def _captions(captions: str, noun: str, picture: spec.Spec, is_style: bool, number: int) -> list[str]:

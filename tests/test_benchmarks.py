@@ -128,7 +128,7 @@ def test_recipes_are_compared_over_runs_and_none_is_repeated(
 ) -> None:
     file = tmp_path / "results.jsonl"
     row = {"taken": 1.0, "near": 0.8, "leak": 0.1, "scene": 1.0, "kind": 1.0, "colour": 0.5, "pattern": 1.0}
-    row |= {"drift": 0.02, "seconds": 90.0, "recipe": "preset", "name": "zib", "captions": "scene"}
+    row |= {"drift": 0.02, "cpu": 90.0, "recipe": "preset", "name": "zib", "captions": "scene"}
     rows = [row | {"seed": seed, "near": near} for seed, near in ((0, 0.8), (1, 0.9))]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     recipes = script(monkeypatch, "recipes", str(file), "--recipes", "preset", "--names", "zib", "--seeds", "0", "1")

@@ -161,6 +161,8 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.seed": (1, {}),
     "train.prior": ("teacher", {}),
     "train.prior_loss_weight": (0.1, {"train__prior": "teacher"}),
+    "train.prior_prompts": (("a mug",), {"train__prior": "teacher"}),
+    "train.prior_target": ("base", {"train__prior": "images", "train__class_images": 2}),
     "train.class_images": (3, {"train__prior": "images", "train__class_images": 2}),
     "train.loss": ("huber", {}),
     "train.min_snr_gamma": (1.0, {}),

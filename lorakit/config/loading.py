@@ -104,7 +104,8 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         else:
             flat.update({f"{section}.{name}": value for name, value in table.items()})
     overrides = dict(overrides or {})
-    overridden_keys = {"train.class_images", "train.prior_loss_weight"} if "train.prior" in overrides else set()
+    of_prior = {f"train.{name}" for name in ("class_images", "prior_loss_weight", "prior_target", "prior_prompts")}
+    overridden_keys = of_prior if "train.prior" in overrides else set()
     if any(f"train.{name}" in overrides for name in LENGTHS):
         overridden_keys |= {f"train.{name}" for name in (*LENGTHS, "min_steps")}
     warmups = ("optimizer.warmup_steps", "optimizer.warmup_ratio")
@@ -283,12 +284,7 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(
             f"train.init_from makes no sense with adapter.method = {adapter.method!r}, which begins from the base"
         )
-    if train.prior == "none" and train.prior_loss_weight != TrainConfig.prior_loss_weight:
-        problems.append("train.prior_loss_weight has no effect with train.prior = 'none': choose 'images' or 'teacher'")
-    if train.prior != "images" and train.class_images != TrainConfig.class_images:
-        problems.append(f"train.class_images has no effect with train.prior = {train.prior!r}: choose 'images'")
-    if train.prior != "images" and data.class_folder:
-        problems.append(f"data.class_folder has no effect with train.prior = {train.prior!r}: choose 'images'")
+    problems += _prior_problems(train, data)
     if adapter.new_tokens and data.concepts == "folders":
         problems.append("adapter.new_tokens learns one trigger: data.concepts = 'folders' has one for each folder")
     augments = data.flip or data.crop_jitter > 0 or data.color_jitter > 0
@@ -388,6 +384,26 @@ def _text_encoder_problems(optimizer: OptimizerConfig, adapter: AdapterConfig) -
         names = ("text_encoder_2_learning_rate", "text_encoder_stop")
         unused = [name for name in names if getattr(optimizer, name) != getattr(OptimizerConfig, name)]
         problems += [f"optimizer.{name} needs adapter.train_text_encoder = true or new_tokens" for name in unused]
+    return problems
+
+
+def _prior_problems(train: TrainConfig, data: DataConfig) -> list[str]:
+    """Options of a prior that the run does not have."""
+    problems = [
+        f"train.{name} has no effect with train.prior = 'none': choose 'images' or 'teacher'"
+        for name in ("prior_loss_weight", "prior_prompts")
+        if train.prior == "none" and getattr(train, name) != getattr(TrainConfig, name)
+    ]
+    triggered = [text for text in train.prior_prompts if data.trigger and data.trigger in text.split()]
+    if triggered:
+        problems.append(f"train.prior_prompts: {triggered[0]!r} has the trigger {data.trigger}, which is to be learned")
+    problems += [
+        f"train.{name} has no effect with train.prior = {train.prior!r}: choose 'images'"
+        for name in ("class_images", "prior_target")
+        if train.prior != "images" and getattr(train, name) != getattr(TrainConfig, name)
+    ]
+    if train.prior != "images" and data.class_folder:
+        problems.append(f"data.class_folder has no effect with train.prior = {train.prior!r}: choose 'images'")
     return problems
 
 

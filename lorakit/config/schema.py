@@ -287,6 +287,13 @@ class TrainConfig:
         "none", "Keep the rest of the model as it was: with class images, or image-free with the base as teacher."
     )
     prior_loss_weight: float = option(1.0, "Weight of the prior term.", low=0, high=10)
+    prior_target: Literal["image", "base"] = option(
+        "image",
+        "What prior = 'images' asks for: the class image, or what the base predicts of it, which leaks less.",
+    )
+    prior_prompts: tuple[str, ...] = option(
+        (), "Prompts of other things that must stay as they are: the prior asks for these too."
+    )
     class_images: int = option(100, "Class images for prior = 'images'; made once and cached.", low=1, high=10000)
     loss: Literal["mse", "huber"] = option("mse", "Distance between prediction and target.")
     min_snr_gamma: float | None = option(None, "Min-SNR weighting (Hang et al. 2023); 5 is usual. Unset: off.", above=0)

@@ -401,7 +401,8 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bo
     speed = CPU_SHARE * _matmul_speed()
     overhead = CPU_LAYER_SECONDS * sum(name.startswith("unet.") for name in info.layers)
     passes = PASSES_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else PASSES
-    with_prior = {"none": passes, "images": 2 * passes, "teacher": 2 * passes + 1}[train.prior]
+    asks_base = train.prior == "teacher" or train.prior_target == "base"
+    with_prior = passes if train.prior == "none" else 2 * passes + asks_base
     step_seconds = train.gradient_accumulation_steps * (
         train.batch_size * flop * with_prior / speed + overhead * passes
     )

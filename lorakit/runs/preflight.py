@@ -350,6 +350,8 @@ def _with_name(config: Config) -> Config:
 
 def _prior_findings(config: Config, report: checks.Report) -> list[str]:
     """What becomes of class images that lie in the folder, where the prior does not use them."""
+    if report.class_photos and config.train.prior == "images" and config.train.prior_prompts:
+        return ["the class images are your own: nothing is drawn for train.prior_prompts, which are not used"]
     if not report.class_photos or config.train.prior == "images":
         return []
     return [

@@ -58,6 +58,8 @@ class LossStep:
         self.family, self.adapter, self.encoded, self.train = family, adapter, encoded, train
         self.retry = retry
         purposes = [f"instance {purpose}" for purpose in PURPOSES]
+        if train.prior == "teacher":
+            purposes += ["class order"]
         if train.prior == "images":
             purposes += ["class order", *(f"class {purpose}" for purpose in PURPOSES)]
         self.generators = {purpose: torch.Generator(family.device) for purpose in purposes}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,6 +86,7 @@ class Precomputed:
         class_of: int64 `[len(dataset.texts)]`, each text's place in `class_texts`.
         class_latents: class images where `train.prior` is "images", else None.
         samples: what is drawn while the run goes on.
+        other_rows: int64 `[n]`, the places in `class_texts` of `train.prior_prompts`.
     """
 
     dataset: Dataset
@@ -98,6 +99,7 @@ class Precomputed:
     class_of: torch.Tensor
     class_latents: ClassLatents | None
     samples: SampleInputs
+    other_rows: torch.Tensor = field(default_factory=functools.partial(torch.empty, 0, dtype=torch.int64))
 
 
 def precompute(
@@ -129,8 +131,8 @@ def precompute(
     configs = concepts.of_photos(report.photos, config.data)
     without = [captions.class_text_of_any(text, configs) for text in dataset.texts]
     own_class = _own_class_texts(config, report)
-    class_texts = list(dict.fromkeys([captions.class_prompt(configs[0]), *without, *own_class.values()]))
-    class_of = torch.tensor([class_texts.index(text) for text in without], device=family.device)
+    others = config.train.prior_prompts
+    class_texts = list(dict.fromkeys([captions.class_prompt(configs[0]), *others, *without, *own_class.values()]))
     family.release("vae")
     class_latents = None
     disabled = adapter.disabled() if adapter is not None else contextlib.nullcontext()
@@ -155,10 +157,15 @@ def precompute(
         class_texts=class_texts,
         class_conditions=class_conditions,
         class_tokens=class_tokens if trains_text else None,
-        class_of=class_of,
+        class_of=_places(without, class_texts, family.device),
         class_latents=class_latents,
         samples=samples,
+        other_rows=_places(others, class_texts, family.device),
     )
+
+
+def _places(texts: Sequence[str], among: list[str], device: torch.device) -> torch.Tensor:
+    return torch.tensor([among.index(text) for text in texts], dtype=torch.int64, device=device)
 
 
 def _encoder(family: Family, events: Events, poll: Callable[[], object], processes: Processes) -> latents.EncodeImages:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def class_image_term(loss_step: LossStep, count: int) -> LossTerm:
-    """`count` class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv 2208.12242)."""
+    """`count` class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv 2208.12242).
+
+    With `train.prior_target = "base"` the base gives the target. It is without the noise of a single image, so an
+    adapter that leaves the class as it was has no gradient here; with the image's own target it has one.
+    """
     latents = loss_step.encoded.class_latents
     assert latents is not None, "prior = 'images' comes with class latents"
     mean, std = latents.mean, latents.std
@@ -24,13 +28,24 @@ def class_image_term(loss_step: LossStep, count: int) -> LossTerm:
     noisy, timesteps, target = loss_step.add_noise("class", mean[rows], std[rows])
     sizes = {name: row.expand(count, -1) for name, row in latents.sizes.items()}
     condition = _class_condition(loss_step, latents.text_rows[rows], sizes)
-    return LossTerm(noisy, timesteps, condition, target, None, loss_step.train.prior_loss_weight)
+    weight = loss_step.train.prior_loss_weight
+    if loss_step.train.prior_target == "image":
+        return LossTerm(noisy, timesteps, condition, target, None, weight)
+    teacher = loss_step.encoded.class_conditions.index(latents.text_rows[rows]).with_rows(**sizes)
+    return LossTerm(noisy, timesteps, condition, None, None, weight, teacher)
 
 
 def teacher_term(loss_step: LossStep, batch: Batch, instance: LossTerm) -> LossTerm:
-    """The noisy photos of `instance` under their texts without the trigger; the base gives the target."""
+    """The noisy photos of `instance` under their texts without the trigger; the base gives the target.
+
+    With `train.prior_prompts` each photo has one of these instead, in half of the cases.
+    """
     sizes = loss_step.encoded.dataset.buckets[batch.bucket].sizes_of(batch.entries)
     class_rows = loss_step.encoded.class_of[batch.text_rows]
+    if count := len(others := loss_step.encoded.other_rows):
+        order, device = loss_step.generators["class order"], class_rows.device
+        picks = torch.randint(2 * count, class_rows.shape, generator=order, device=device)
+        class_rows = torch.where(picks < count, others[picks % count], class_rows)
     base_condition = loss_step.encoded.class_conditions.index(class_rows).with_rows(**sizes)
     condition = _class_condition(loss_step, class_rows, sizes)
     return LossTerm(

@@ -398,11 +398,11 @@ SCHEDULES = {
 COMPANIONS: dict[str, dict[str, Any]] = {
     **{name: {"adapter.train_text_encoder": True} for name in TEXT_RATES},
     **{f"optimizer.{name}": {"optimizer.lr_scheduler": schedule} for name, schedule in SCHEDULES.items()},
-    **{"adapter.new_tokens": {"data.name": "sks toy"}, "train.prior_loss_weight": {"train.prior": "teacher"}},
-    **{name: {"train.prior": "images"} for name in ("train.class_images", "data.class_folder")},
+    **{"adapter.new_tokens": {"data.name": "sks toy"}, "data.keep_tags": {"data.shuffle_tags": True}},
+    **{name: {"train.prior": "teacher"} for name in ("train.prior_loss_weight", "train.prior_prompts")},
+    **{name: {"train.prior": "images"} for name in ("train.class_images", "train.prior_target", "data.class_folder")},
     **{name: {"train.steps": None} for name in ("train.epochs", "train.steps_per_image")},
-    "train.min_steps": {"train.steps": None, "train.steps_per_image": 2},
-    **{"data.variants": {"data.flip": True}, "data.keep_tags": {"data.shuffle_tags": True}},
+    **{"train.min_steps": {"train.steps": None, "train.steps_per_image": 2}, "data.variants": {"data.flip": True}},
     **{name: {"data.variants": 2} for name in ("data.flip", "data.crop_jitter", "data.color_jitter")},
 }
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 from lorakit.config import DataConfig
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, decode, duplicates, time_limit
+from lorakit.data.checks.texts import NO_CAPTIONS
 
 CONFIG = DataConfig(name="sks toy", resolution=64)
 
@@ -42,7 +43,8 @@ def test_a_good_folder_has_nothing_wrong(photos: Path, base) -> None:
     before = marked.digests(photos)
     report = report_of(photos, base)
     assert (report.errors, report.warnings) == ([], [])
-    assert report.notes == ['no captions: every photo is trained as "a photo of a sks toy"']
+    assert report.notes == [f'no captions: every photo is trained as "a photo of a sks toy"{NO_CAPTIONS}']
+    assert "write a caption for each photo" in NO_CAPTIONS
     assert [photo.relative for photo in report.photos] == [f"{n}.png" for n in range(5)]
     assert report.buckets == {(64, 64): 5}
     assert marked.digests(photos) == before
@@ -241,6 +243,7 @@ from types import SimpleNamespace
 from pathlib import Path
 from lorakit.config import DataConfig
 from lorakit.data import checks, decode, duplicates, time_limit
+from lorakit.data.checks.texts import NO_CAPTIONS
 tokenizer = Path({str(base.path)!r}) / "tokenizer"
 base = SimpleNamespace(tokenizers={{"tokenizer": tokenizer}}, downscale=8, max_tokens=77, bucket_multiple=8,
     chunked_texts=True)

@@ -92,7 +92,10 @@ def _settings(name: str, base: str, photos: Path, output: Path) -> tuple[str | N
     }
     if name == "pocket":
         warmup = {"optimizer.warmup_steps": 10, "optimizer.warmup_ratio": 0.0}
-        return "subject-pocket", shared | warmup | {"train.class_images": 8, "train.batch_size": 4}
+        # As the preset was when the results were kept.
+        prior = {"train.prior_target": "image", "train.prior_prompts": (), "train.prior_loss_weight": 1.0}
+        own = {"train.class_images": 8, "train.batch_size": 4, "optimizer.text_encoder_learning_rate": None}
+        return "subject-pocket", shared | warmup | prior | own
     family, method = name.split("-")
     own = METHODS["dora" if method == "rslora" else method]
     if family == "sd3":

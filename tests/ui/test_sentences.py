@@ -276,6 +276,7 @@ def test_every_problem_of_a_config_is_translated(tmp_path: Path):
         {"adapter__new_tokens": 2},
         {"train__init_from": "a", "adapter__method": "pissa"},
         {"train__prior_loss_weight": 0.5},
+        {"train__prior_prompts": ("a sks mug",), "train__prior": "teacher", "data__name": "sks toy"},
         {"train__class_images": 7, "train__prior": "teacher"},
         {"data__variants": 2},
         {"data__flip": True},

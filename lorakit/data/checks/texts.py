@@ -8,6 +8,12 @@ from lorakit.core.names import printable, shorten
 from lorakit.data import captions, concepts
 from lorakit.data.checks.report import Item, Report, names
 
+# Seen on real photos: bound to the sentence that ends after the noun, a subject is gone once the prompt goes on.
+NO_CAPTIONS = (
+    "; a prompt that goes on after it, with a place say, may then show little of what is learned: write a caption for "
+    "each photo that names its scene"
+)
+
 
 def check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter | None) -> None:
     """Add what is wrong with the text of each photo, and with those of each concept."""
@@ -65,7 +71,7 @@ def _check_captions(report: Report, items: list[Item], config: DataConfig) -> No
     prompt = captions.instance_prompt(config)
     every = "every photo" if len(items) == len(report.items) else f"{names(items)}: each"
     if no_caption and len(no_caption) == len(items):
-        report.notes.append(f'no captions: {every} is trained as "{prompt}"')
+        report.notes.append(f'no captions: {every} is trained as "{prompt}"{NO_CAPTIONS}')
     elif no_caption:
         for item in no_caption:
             item.findings.append("no caption")

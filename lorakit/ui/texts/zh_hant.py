@@ -349,6 +349,11 @@ OPTIONS = {
     "train.seed": ("種子", "一切隨機都由它決定。"),
     "train.prior": ("保留先驗", "讓模型的其餘部分保持原樣：用類別圖片，或不用圖片而以基礎模型為師。"),
     "train.prior_loss_weight": ("先驗權重", "先驗項的權重。"),
+    "train.prior_prompts": ("先驗提示詞", "必須保持原樣的其他事物的提示詞，先驗也要求它們不變。"),
+    "train.prior_target": (
+        "先驗目標",
+        "prior = images 要求的結果：類別圖片本身，或基礎模型對它的預測（較少滲漏）。",
+    ),
     "train.class_images": ("類別圖片數", "prior = images 時的類別圖片；只產生一次並快取。"),
     "train.loss": ("損失函數", "預測與目標之間的距離。"),
     "train.min_snr_gamma": ("Min-SNR gamma", "Min-SNR 加權（Hang et al. 2023）；常用 5。未設定：關閉。"),

@@ -68,7 +68,11 @@ PHOTOS = {
     "not read as captions: {problem}": "沒有當作說明文字讀取：{problem}",
     "{file} line {line}: not JSON ({problem})": "{file} 第 {line} 行：不是 JSON（{problem}）",
     "passed over ({reason}): {names}": "略過（{reason}）：{names}",
-    'no captions: {photos:words} is trained as "{prompt}"': "沒有說明文字：{photos:words} 以「{prompt}」訓練",
+    'no captions: {photos:words} is trained as "{prompt}"; a prompt that goes on after it, with a place say, may then '
+    "show little of what is learned: write a caption for each photo that names its scene": (
+        "沒有說明文字：{photos:words} 以「{prompt}」訓練；提示詞若再接上別的字（例如地點），學到的東西可能出不來："
+        "請為每張照片寫一則說明，寫出它的場景"
+    ),
     "{count} of {all} caption files have several lines: one text each; with data.caption_lines = true each line is a "
     "caption": ("{all} 個說明檔中有 {count} 個不只一行：各讀成一段文字；data.caption_lines = true 時每行各是一則說明"),
     "{count} of {all} caption files have several lines: {lines} captions, of which one is drawn each time": (
@@ -124,6 +128,9 @@ PHOTOS = {
         "{key} = {value}：必須是整數的清單，例如 [512, 384]"
     ),
     "{folder}: no class images in it": "{folder}：裡面沒有類別圖片",
+    "the class images are your own: nothing is drawn for train.prior_prompts, which are not used": (
+        "類別圖片由你自備：不會為 train.prior_prompts 繪製圖片，也不使用這些提示詞"
+    ),
     "{count} class images are not trained as the subject and not used: train.prior = 'images' uses them": (
         "{count} 張類別圖片不會當作主體訓練，也沒有使用；train.prior = 'images' 會使用它們"
     ),

@@ -170,7 +170,11 @@ SENTENCES = {
     "{photo}: its text says left or right, which data.flip makes untrue; set data.flip = false or change the text": (
         "{photo}：文字提到左或右，而 data.flip 會左右翻轉；請設 data.flip = false，或改寫文字"
     ),
-    'no captions: every photo is trained as "{prompt}"': "沒有說明文字：每張照片都以「{prompt}」訓練",
+    'no captions: every photo is trained as "{prompt}"; a prompt that goes on after it, with a place say, may then '
+    "show little of what is learned: write a caption for each photo that names its scene": (
+        "沒有說明文字：每張照片都以「{prompt}」訓練；提示詞若再接上別的字（例如地點），學到的東西可能出不來："
+        "請為每張照片寫一則說明，寫出它的場景"
+    ),
     "no caption": "沒有說明文字",
     '{bare} of {count} photos have no caption and are trained as "{prompt}": {names:words}': (
         "{count} 張照片中有 {bare} 張沒有說明文字，以「{prompt}」訓練：{names:words}"
@@ -284,11 +288,14 @@ SENTENCES = {
     "the adapter to start from is {theirs}: set adapter.method = {method}": (
         "起始 adapter 是 {theirs}：請設 adapter.method = {method}"
     ),
-    "train.prior_loss_weight has no effect with train.prior = 'none': choose 'images' or 'teacher'": (
-        "train.prior = 'none' 時 train.prior_loss_weight 沒有作用：請選 'images' 或 'teacher'"
+    "train.{name} has no effect with train.prior = 'none': choose 'images' or 'teacher'": (
+        "train.prior = 'none' 時 train.{name} 沒有作用：請選 'images' 或 'teacher'"
     ),
-    "train.class_images has no effect with train.prior = {prior}: choose 'images'": (
-        "train.prior = {prior} 時 train.class_images 沒有作用：請選 'images'"
+    "train.prior_prompts: {prompt} has the trigger {trigger}, which is to be learned": (
+        "train.prior_prompts：{prompt} 含有要學的觸發詞 {trigger}"
+    ),
+    "train.{name} has no effect with train.prior = {prior}: choose 'images'": (
+        "train.prior = {prior} 時 train.{name} 沒有作用：請選 'images'"
     ),
     "data.variants > 1 needs data.flip, data.crop_jitter or data.color_jitter": (
         "data.variants 大於 1 時，需要 data.flip、data.crop_jitter 或 data.color_jitter"
