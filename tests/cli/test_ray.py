@@ -73,7 +73,9 @@ def test_errors_of_ray_become_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         "start one with: ray start"
     )
     lines: list[str] = []
-    ray_tasks.run(tmp_path, rows, "local", lines.append)
+    names: list[str] = []
+    ray_tasks.run(tmp_path, rows, "local", lines.append, names.append)
+    assert names == ["anna", "ben"]
     assert lines == ["anna: ended with code 3, see anna.log; 1 left", "ben: lost 6 times (Lost); 0 left"]
 
 
