@@ -54,7 +54,7 @@ def run_batch(args: argparse.Namespace) -> int:
     if args.results and not (args.ray or args.wait):
         raise ConfigError(["--results copies what comes of each run as it ends: give --wait or --ray as well"])
     rows = batch.read(source, args.preset, overrides, runs)
-    send = _Sending(runs, args.results)
+    send = _Sender(runs, args.results)
     batch.write_manifest(runs, rows)
     if args.ray:
         from lorakit.cli import ray_tasks
@@ -72,7 +72,7 @@ def run_batch(args: argparse.Namespace) -> int:
     return send.all(_show(runs, args.json))
 
 
-class _Sending:
+class _Sender:
     """Copies what came of a run to `--results`, where that is given; a problem is said and not raised."""
 
     def __init__(self, runs: Path, url: str | None):

@@ -1,7 +1,8 @@
 """One run in several processes, each with its own card: what they tell each other.
 
-All of them go through the same code. What one process alone may do, reading photos, drawing, writing, is done by the
-first inside `Processes.first`, whose result the others receive. Gradients are added up between backward and optimizer
+All of them go through the same code. What one process alone may do, such as reading photos and writing, is done by the
+first inside `Processes.first`, whose result the others receive; they take their share of what it gives to
+`Processes.map` meanwhile. Gradients are added up between backward and optimizer
 step, on the device; all else goes through gloo, which notices at once where a process is lost. A run in a single
 process has `SINGLE`, by which nothing of this happens.
 """
