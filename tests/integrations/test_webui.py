@@ -162,6 +162,28 @@ def test_a_run_has_the_card_and_its_adapter_comes_into_the_list(loaded) -> None:
     assert "sks-toy.safetensors is in the Lora tab" in tab["messages"]()
 
 
+class OldHeaders:
+    """Headers as gradio 3.41 has them."""
+
+    def __init__(self, **values: str):
+        vars(self).update(values)
+
+    def __getitem__(self, name: str) -> str:
+        return vars(self)[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in vars(self)
+
+
+@pytest.mark.parametrize("kind", [dict, OldHeaders])
+@pytest.mark.parametrize("origin", [{}, {"origin": "http://192.168.1.5:7860"}])
+def test_the_origin_is_read_from_the_headers_of_either_gradio(loaded, monkeypatch, kind, origin) -> None:
+    _, tab = loaded
+    monkeypatch.delenv("LORAKIT_PASSWORD", raising=False)
+    headers = kind(host="192.168.1.5:7860", **origin)
+    assert "LORAKIT_PASSWORD" in tab["show"](SimpleNamespace(headers=headers))
+
+
 def test_what_a_person_must_do_is_reported(loaded, tmp_path, monkeypatch) -> None:
     _, tab = loaded
     child = sys.modules["lorakit_child"]

@@ -58,8 +58,8 @@ watcher = lorakit_child.Watcher(WORK / "runs", host_name(), Path(shared.cmd_opts
 
 def show(request: gr.Request) -> str:
     """Start lorakit, and frame it in the page that asks."""
-    headers = request.headers
-    origin = headers.get("origin") or f"http://{headers.get('host')}"
+    headers = request.headers  # with no get() in A1111's gradio
+    origin = headers["origin"] if "origin" in headers else f"http://{headers['host']}"
     front_end.bases, front_end.photos = base_folders(), photo_folders()
     try:
         return lorakit_child.frame(origin, front_end.start(origin))
