@@ -294,6 +294,7 @@ def _wire_train(
     train.widgets[quickstart.BASE].input(lambda: "", None, train.fetch_message, **FOLLOW)
     with_preset = {*inputs, train.preset}
     gr.on([train.preset.input], difference, with_preset, train.difference, **FOLLOW)
+    _wire_presets(train)
     apply_event = train.apply.click(apply, with_preset, [train.marks, *every], **ACT)
     apply_event.then(difference, with_preset, train.difference, **FOLLOW)
     answers = [gr.on(answer_events, answer, inputs, train.outputs, **FOLLOW)]
@@ -301,6 +302,22 @@ def _wire_train(
     polled(tasks, [(event.then, plan) for event in answers], inputs, [train.plan_card, train.start])
     begin_outputs = [train.message, runs.run_name, tabs, train.start]
     polled(tasks, [(train.start.click, begin)], inputs, begin_outputs, **ACT)
+
+
+def _wire_presets(train: TrainPage) -> None:
+    """Wire the presets of one's own."""
+    outputs = [train.preset_message, train.preset]
+
+    def keep(data: Values, request: gr.Request) -> tuple[str, object]:
+        return train.keep_preset(data[train.preset_name] or "", _values(train, data), say_for(request))
+
+    def take(file: str | None, request: gr.Request) -> tuple[str, object]:
+        return train.take_preset(file, say_for(request)) if file else ("", gr.skip())
+
+    every = {train.widgets[key] for key in train.keys}
+    train.save_preset.click(keep, {train.preset_name, *every}, outputs, **ACT)
+    train.import_preset.upload(take, train.import_preset, outputs, **ACT)
+    train.preset.change(lambda preset: train.export_of(preset or ""), train.preset, train.export_preset, **FOLLOW)
 
 
 def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainPage, tabs: gr.Tabs) -> None:
@@ -332,7 +349,12 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
 
     tasks = photos.workspace.tasks
     restored = [photos.folder, train.quality, train.marks, train.preset, *every]
-    loaded = page.load(train.restore, train.draft, restored, **FOLLOW)
+
+    def presets(request: gr.Request) -> object:
+        return gr.update(choices=train.preset_choices(say_for(request)))
+
+    # The choices first: what the browser kept may be one of them.
+    loaded = page.load(presets, None, train.preset, **FOLLOW).then(train.restore, train.draft, restored, **FOLLOW)
     # Until then the page takes no answers: they would be overwritten by those that the browser kept.
     ready = loaded.then(None, js="() => { document.body.dataset.ready = 'yes'; }")
     ready.then(None, js=address.OPEN_TAB)

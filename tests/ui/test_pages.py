@@ -384,3 +384,36 @@ def test_only_photos_that_the_run_was_trained_on_are_near(workspace: Workspace, 
     assert [path.name for path, _ in _photos_of(run, workspace)] == ["0.png", "2.png"]
     run.write_plan({})  # of a run that has no list
     assert len(_photos_of(run, workspace)) == 4
+
+
+def test_ones_own_presets_are_used_and_carried(train: TrainPage, tmp_path: Path):
+    values, marks = answered(train, Path("pocket"), adapter__rank=3.0)
+    fields = dict(zip(train.keys, values, strict=True)) | {quickstart.BASE: "pocket", quickstart.NAME: ""}
+    message, update = train.keep_preset("My small one!", [fields[key] for key in train.keys], SAY)
+    path = update["value"]
+    assert "my-small-one" in message.lower() and ("★ " + Path(path).stem, path) in update["choices"]
+    assert train.restore({"values": {}, "preset": path})[3] == path
+    text = Path(path).read_text()
+    assert "rank = 3" in text and str(tmp_path / "photos") not in text, "photos are no part of a preset"
+    # It is shown as what would change, and applied.
+    others = answered(train, Path("pocket"))[0]
+    assert "Rank" in train.difference_of(path, "balanced", others, SAY)
+    updates = dict(zip(train.keys, train.apply_preset(path, "balanced", marks, others)[1:], strict=True))
+    assert updates["adapter.rank"]["value"] == 3
+    assert train.export_of(path)["visible"] and not train.export_of("/etc/passwd")["visible"]
+    # It is not written over; another program's file is refused; a file of that kind is taken in.
+    values = [fields[key] for key in train.keys]
+    assert "already: give another name" in train.keep_preset("my small one", values, SAY)[0]
+    assert "Give the preset a name" in train.keep_preset(" ", values, SAY)[0]
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("[adapter]\nrank = 0\n")
+    message, update = train.take_preset(str(wrong), SAY)
+    assert "“Rank” = 0: must be between" in message and update == gr.skip()
+    wrong.write_text("[adapter]\nrank = 5\n[train]\nsteps = 4\n")
+    assert "wrong is there" in train.take_preset(str(wrong), SAY)[0] and len(train.own_presets()) == 2
+
+
+def test_a_form_with_a_wrong_value_is_no_preset(train: TrainPage):
+    values, _ = answered(train, Path("pocket"), adapter__rank=0.0)
+    message, update = train.keep_preset("x", values, SAY)
+    assert "“Rank” = 0: must be between" in message and update == gr.skip() and not train.own_presets()

@@ -153,3 +153,16 @@ def test_resume_is_a_great_button_only_where_the_run_was_broken_off(page: RunsPa
 def test_the_log_is_in_the_language_of_the_page(page: RunsPage, run: RunFolder):
     run.event("warning", message="blurred")
     assert "! blurred" in look(page)["log"] and "! 模糊" in look(page, say=texts.sayer("zh-Hant"))["log"]
+
+
+def test_a_run_that_is_over_shows_its_result_beside_the_base(page: RunsPage, run: RunFolder):
+    picture = Image.new("RGB", (16, 16))
+    run.save_samples(2, [picture, picture], ["a", "b"])
+    run.update(state="done")
+    assert "The result and the base model" not in look(page)["samples"], "the base drew none"
+    run.save_samples(0, [picture, picture], ["a", "b"])
+    samples = look(page)["samples"]
+    assert samples.index("The result and the base model") < samples.index("Samples")
+    assert samples.count("/01.png") == samples.count("/02.png") == 2
+    run.update(state="running")
+    assert "The result" not in look(page)["samples"]

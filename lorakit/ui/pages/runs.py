@@ -29,7 +29,7 @@ EVERY = 1.0
 LOG_LINES, OUTPUT_LINES = 200, 60
 # A run that has written nothing for so many seconds says so.
 SILENT = 20
-SAMPLE_SIDE = 640
+SAMPLE_SIDE, RESULT_SIDE = 640, 320
 # Of a run whose process is gone, and left no word.
 ENDED_SILENTLY = (
     "its process ended without a word: it was killed, the machine was restarted, or its memory ran out; "
@@ -322,13 +322,29 @@ def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> st
     grids = run.sample_grids()
     if not grids:
         return widgets.quiet(say("run.no_samples")) if state.state in LIVE else ""
-    figures = []
+    figures, result = [], "" if state.state in LIVE else _result(workspace, run, max(grids), say)
     for row, (step, path) in enumerate(reversed(grids.items())):
         title = say("compare.step", step=step) if step else say("compare.base")
         picture = viewer.button(workspace, path, title, row, 0, side=SAMPLE_SIDE)
         figures.append(f"<figure>{picture}<figcaption>{escape(title)}</figcaption></figure>")
     title = escape(say("run.samples"))
-    return f"<h3>{title}</h3><div class=lk-samples tabindex=0 data-pictures>{''.join(figures)}</div>"
+    return f"{result}<h3>{title}</h3><div class=lk-samples tabindex=0 data-pictures>{''.join(figures)}</div>"
+
+
+def _result(workspace: Workspace, run: RunFolder, last: int, say: Say) -> str:
+    """The last pictures above those of the base, prompt by prompt; empty where the base drew none."""
+    rows = []
+    for row, step in enumerate((last, 0)):
+        title = say("compare.step", step=step) if step else say("compare.base")
+        cells = "".join(
+            f"<td>{viewer.button(workspace, path, title, row, column, side=RESULT_SIDE)}</td>"
+            for column, path in enumerate(run.sample_pictures(step))
+        )
+        rows.append(f"<tr><th scope=row>{escape(title)}</th>{cells}</tr>" if cells else "")
+    if last == 0 or not all(rows):
+        return ""
+    table = f"<table class=lk-compare><tbody>{''.join(rows)}</tbody></table>"
+    return f"<h3>{escape(say('run.result'))}</h3><div class=lk-scroll tabindex=0 data-pictures>{table}</div>"
 
 
 def _curves(run: RunFolder, state: State, say: Say) -> str:

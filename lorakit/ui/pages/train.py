@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from lorakit import config as configuration
 from lorakit.config import Config
+from lorakit.core import atomic, names
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
 from lorakit.runs.plan import Plan
@@ -21,6 +24,8 @@ from lorakit.ui.texts import Say
 from lorakit.ui.workspace import Workspace
 
 AUTOMATIC = ""
+# Folder below the runs for presets of one's own.
+PRESETS = "presets"
 
 
 class TrainPage:
@@ -70,6 +75,13 @@ class TrainPage:
                     elem_id="preset",
                 )
                 self.apply = gr.Button(t("train.apply"), scale=0, min_width=160, elem_id="preset-apply")
+            with gr.Row(equal_height=True):
+                self.preset_name = gr.Textbox(label=t("train.preset_name"), max_length=60, elem_id="preset-name")
+                self.save_preset = gr.Button(t("train.preset_save"), scale=0, min_width=160, elem_id="preset-save")
+                self.export_preset = gr.DownloadButton(t("train.preset_export"), visible=False, scale=0, min_width=160)
+                narrow: dict[str, Any] = {"scale": 0, "min_width": 160}
+                self.import_preset = gr.UploadButton(t("train.preset_import"), file_types=[".toml"], **narrow)
+            self.preset_message = widgets.html(elem_id="preset-message")
             self.difference = widgets.html(elem_id="preset-difference")
             self.changed = widgets.html(elem_id="train-changed")
             for section in configuration.SECTIONS:
@@ -184,6 +196,57 @@ class TrainPage:
         marks = marks | {"values": suggestion, "moved": adjustments}
         return marks, {key: value for key, value in follows.items() if answers.get(key) != value}
 
+    def own_presets(self) -> dict[str, str]:
+        """Presets that somebody saved here: path -> name."""
+        return {str(path): path.stem for path in sorted((self.workspace.runs / PRESETS).glob("*.toml"))}
+
+    def preset_choices(self, say: Say) -> list[tuple[str, str]]:
+        """What can be chosen as a preset: (name, value), one's own last."""
+        shipped = [(name, name) for name in configuration.preset_names()]
+        own = [(f"★ {name}", path) for path, name in self.own_presets().items()]
+        return [(say("train.automatic"), AUTOMATIC), *shipped, *own]
+
+    def keep_preset(self, name: str, values: Sequence[Any], say: Say) -> tuple[str, object]:
+        """Save the form as a preset of that name: (message, the dropdown). One that is there is not written over."""
+        config, problems = form.read(self.form_values(values), self.workspace.roots)
+        lines = [line for key, texts in problems.items() if key not in quickstart.BASIC_OPTIONS for line in texts]
+        if config is None and not lines:  # what is not answered is no part of a preset
+            start = form.values(quickstart.config_for_answers({}, "balanced"))
+            basic = {key: start[key] for key in quickstart.BASIC_OPTIONS}
+            config, problems = form.read(self.form_values(values) | basic, self.workspace.roots)
+            lines = [line for texts in problems.values() for line in texts]
+        if config is None:
+            return widgets.problem(say("train.cannot_keep", problem=say.explain("\n".join(lines)))), gr.skip()
+        data = replace(config.data, folder="", name="")
+        return self._write_preset(name, configuration.to_toml(replace(config, data=data)), say)
+
+    def take_preset(self, file: str, say: Say) -> tuple[str, object]:
+        """Keep an uploaded preset, if it is one: (message, the dropdown)."""
+        try:
+            config = configuration.load(Path(file))
+        except LorakitError as problem:
+            return widgets.problem(say.explain(str(problem).replace(file, Path(file).name))), gr.skip()
+        return self._write_preset(Path(file).stem, configuration.to_toml(config), say)
+
+    def _write_preset(self, name: str, text: str, say: Say) -> tuple[str, object]:
+        path = self.workspace.runs / PRESETS / f"{names.slug(name)}.toml"
+        if not names.slug(name):
+            return widgets.problem(say("train.preset_unnamed")), gr.skip()
+        if path.exists():
+            return widgets.problem(say("train.preset_exists", name=path.stem)), gr.skip()
+        try:
+            path.parent.mkdir(exist_ok=True)
+            atomic.write(path, text)
+        except OSError as problem:
+            return widgets.problem(f"{path}: {problem.strerror}"), gr.skip()
+        message = widgets.good(say("train.preset_kept", name=path.stem))
+        return message, gr.update(choices=self.preset_choices(say), value=str(path))
+
+    def export_of(self, preset: str) -> object:
+        """The button that downloads a preset of one's own."""
+        path = Path(preset) if preset in self.own_presets() else None
+        return gr.update(visible=path is not None, value=str(self.workspace.staged(path)) if path else None)
+
     def _suggest(
         self, answers: Mapping[str, Any], quality: str, preset: str, by_hand: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -263,7 +326,11 @@ class TrainPage:
         start = form.values(quickstart.config_for_answers({}, "balanced"))
         values = start | {k: v for k, v in draft["values"].items() if k in self.widgets and fits(self.widgets[k], v)}
         quality = draft["quality"] if draft.get("quality") in quickstart.LENGTH_FACTORS else "balanced"
-        preset = draft["preset"] if draft.get("preset") in configuration.preset_names() else AUTOMATIC
+        preset = (
+            draft["preset"]
+            if draft.get("preset") in (*configuration.preset_names(), *self.own_presets())
+            else AUTOMATIC
+        )
         try:
             suggestion = self._suggest(values, quality, preset)
         except LorakitError:
