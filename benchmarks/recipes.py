@@ -1,7 +1,7 @@
 """Which recipe teaches best? Changes to the preset, one at a time, over subjects and seeds; it goes on where it ended.
 
-    python benchmarks/recipes.py RESULTS.jsonl [--recipes preset text-3e-3 ...] [--names zib ...] [--seeds 0 1]
-        [--captions scene none frames endings untriggered] [--table]
+    python benchmarks/recipes.py RESULTS.jsonl [--recipes preset prompts ...] [--names zib ...] [--seeds 0 1]
+        [--captions scene none frames endings untriggered] [--set train.batch_size=4] [--table]
 
 Every run adds a line to RESULTS.jsonl; a run that has its line already is not repeated, so that it can be stopped at
 any moment. `--table` trains nothing and prints what is there: means, and half of their 95 % interval over the runs.
@@ -35,20 +35,30 @@ import teach
 from lorakit import config
 from lorakit.families.pocket import subjects
 
+# What the preset's prior was, and the prompts that it has now.
+BEFORE = ("train.prior_target=image", "train.prior_prompts=[]", "train.prior_loss_weight=1", "train.class_images=64")
+PROMPTS = "train.prior_prompts=" + json.dumps([f"a photo of a {kind}" for kind in teach.PRIOR_KINDS])
+
 RECIPES: dict[str, tuple[str, ...]] = {
     "preset": (),
+    "preset-before": (*BEFORE, "optimizer.text_encoder_learning_rate=1e-3"),
+    "text-3e-3": BEFORE,
+    "target-base": (*BEFORE, "train.prior_target=base"),
+    "prompts": ("train.prior_loss_weight=1",),
+    "prompts-teacher": (PROMPTS, "train.prior=teacher"),
+    "prompts-teacher-weight-5": (PROMPTS, "train.prior=teacher", "train.prior_loss_weight=5"),
+    "tokens": (*BEFORE, "train.prior_target=base", "adapter.new_tokens=2"),
+    "text-1e-3": ("optimizer.text_encoder_learning_rate=1e-3",),
     "text-2e-3": ("optimizer.text_encoder_learning_rate=2e-3",),
-    "text-3e-3": ("optimizer.text_encoder_learning_rate=3e-3",),
     "text-off": ("adapter.train_text_encoder=false",),
     "unet-2e-3": ("optimizer.learning_rate=2e-3", "optimizer.text_encoder_learning_rate=1e-3"),
     "both-3e-3": ("optimizer.learning_rate=3e-3",),
-    "unet-2e-3-text-3e-3": ("optimizer.learning_rate=2e-3", "optimizer.text_encoder_learning_rate=3e-3"),
     "rank-4": ("adapter.rank=4", "adapter.alpha=4"),
     "rank-16": ("adapter.rank=16", "adapter.alpha=16"),
     "attention": ("adapter.target_modules=attention",),
     "prior-none": ("train.prior=none",),
     "prior-teacher": ("train.prior=teacher",),
-    "prior-weight-2": ("train.prior_loss_weight=2.0",),
+    "prior-weight-2": ("train.prior_loss_weight=2",),
     "min-snr-5": ("train.min_snr_gamma=5.0",),
     "dora": ("adapter.method=dora",),
     "lokr": ("adapter.method=lokr",),
@@ -80,16 +90,17 @@ def main() -> None:
     """Train what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["preset", "text-3e-3"], metavar="NAME")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["preset", "preset-before"], metavar="NAME")
     parser.add_argument("--names", nargs="+", default=list(subjects.SUBJECTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--captions", nargs="+", choices=teach.CAPTIONS, default=["scene"])
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every recipe")
     parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
     arguments = parser.parse_args()
     rows = read(arguments.results)
     keys = {key(row) for row in rows}
     runs = [
-        {"recipe": recipe, "name": name, "seed": seed, "captions": captions}
+        {"recipe": " ".join((recipe, *arguments.set)), "name": name, "seed": seed, "captions": captions}
         for seed in arguments.seeds
         for captions in arguments.captions
         for name in arguments.names
@@ -98,7 +109,7 @@ def main() -> None:
     for run in [] if arguments.table else runs:
         if key(run) in keys:
             continue
-        overrides = dict(map(config.parse_override, (*QUIET, *RECIPES[run["recipe"]])))
+        overrides = dict(map(config.parse_override, (*QUIET, *RECIPES[run["recipe"].split()[0]], *arguments.set)))
         figures = teach.teach(run["name"], overrides, None, captions=run["captions"], seed=run["seed"])
         row = run | columns(figures)
         add(arguments.results, row)

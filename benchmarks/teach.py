@@ -48,6 +48,8 @@ CAPTIONS = ("scene", "none", "frames", "endings", "untriggered")
 OTHERS = ("mug", "fish", "house", "car", "cat", "robot", "umbrella", "mushroom")
 # Takes the config of a run, which says where the photos are, and returns the adapter's file.
 Trainer = Callable[[config.Config], Path]
+# What the preset's prior asks for too: none of OTHERS.
+PRIOR_KINDS = ("ball", "star", "heart", "tree", "boat", "flower", "bottle", "rocket", "butterfly", "hat", "crown")
 # Pictures of each prompt, from seeds 0, 1, 2 ...
 DRAWS = 4
 

@@ -92,6 +92,20 @@ def with_absolute_paths(config: Config) -> Config:
     return dataclasses.replace(config, **sections)
 
 
+def _keys_to_drop(overrides: Mapping[str, Any]) -> set[str]:
+    """Options of a preset that belong to what is replaced."""
+    of_prior = {f"train.{name}" for name in ("class_images", "prior_loss_weight", "prior_target", "prior_prompts")}
+    overridden_keys = of_prior if "train.prior" in overrides else set()
+    if any(f"train.{name}" in overrides for name in LENGTHS):
+        overridden_keys |= {f"train.{name}" for name in (*LENGTHS, "min_steps")}
+    warmups = ("optimizer.warmup_steps", "optimizer.warmup_ratio")
+    if any(overrides.get(key) for key in warmups):
+        overridden_keys |= set(warmups)
+    if overrides.get("adapter.train_text_encoder") is False:
+        overridden_keys.add("optimizer.text_encoder_learning_rate")
+    return overridden_keys
+
+
 def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
     """As `load`, from the tables of a TOML file."""
     problems: list[str] = []
@@ -104,14 +118,8 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         else:
             flat.update({f"{section}.{name}": value for name, value in table.items()})
     overrides = dict(overrides or {})
-    of_prior = {f"train.{name}" for name in ("class_images", "prior_loss_weight", "prior_target", "prior_prompts")}
-    overridden_keys = of_prior if "train.prior" in overrides else set()
-    if any(f"train.{name}" in overrides for name in LENGTHS):
-        overridden_keys |= {f"train.{name}" for name in (*LENGTHS, "min_steps")}
-    warmups = ("optimizer.warmup_steps", "optimizer.warmup_ratio")
-    if any(overrides.get(key) for key in warmups):
-        overridden_keys |= set(warmups)
     own_rate = own_learning_rate(overrides.get("optimizer.name", flat.get("optimizer.name")))
+    overridden_keys = _keys_to_drop(overrides)
     if own_rate != own_learning_rate(flat.get("optimizer.name")):  # a rate and a factor are not comparable
         overridden_keys |= {"optimizer.learning_rate", "optimizer.text_encoder_learning_rate"}
     flat = {key: value for key, value in flat.items() if key not in overridden_keys}

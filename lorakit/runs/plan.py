@@ -372,7 +372,9 @@ def _prior(config: Config, report: Report) -> str:
         return f"{len(report.class_photos)} class images of your own, none is drawn"
     if config.train.prior == "images":
         text = shorten(captions.class_prompt(config.data), 60)
-        return f'{config.train.class_images} class images, drawn by the base as "{text}" and kept for other runs'
+        images = f'{config.train.class_images} class images, drawn by the base as "{text}"'
+        others = f", and for {len(config.train.prior_prompts)} other prompts," if config.train.prior_prompts else ""
+        return f"{images}{others} and kept for other runs"
     is_teacher = config.train.prior == "teacher"
     return "the base itself, asked in each step, which takes about twice as long" if is_teacher else ""
 

@@ -57,8 +57,16 @@ def test_a_length_of_ones_own_is_not_raised() -> None:
 @pytest.mark.parametrize(
     ("changes", "own", "line"),
     [
-        ({}, 0, 'prior: 64 class images, drawn by the base as "a photo of a dog" and kept for other runs'),
-        ({"data.class_prompt": "a corgi"}, 0, 'prior: 64 class images, drawn by the base as "a corgi"'),
+        (
+            {"train.prior_prompts": ()},
+            0,
+            'prior: 96 class images, drawn by the base as "a photo of a dog" and kept for other runs',
+        ),
+        (
+            {"data.class_prompt": "a corgi"},
+            0,
+            'prior: 96 class images, drawn by the base as "a corgi", and for 11 other prompts, and kept for other runs',
+        ),
         ({"train.prior": "teacher"}, 0, "prior: the base itself, asked in each step, which takes about twice as long"),
         ({}, 3, "prior: 3 class images of your own, none is drawn"),
         ({"train.prior": "none"}, 0, ""),

@@ -90,6 +90,12 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, object], message: st
     assert any(line.startswith(message) for line in caught.value.problems)
 
 
+def test_without_the_text_encoder_the_presets_rate_of_it_is_gone() -> None:
+    assert config.load("subject-pocket").optimizer.text_encoder_learning_rate
+    without = config.load("subject-pocket", {"adapter.train_text_encoder": False})
+    assert without.optimizer.text_encoder_learning_rate is None
+
+
 def test_class_images_of_ones_own_leave_other_prompts_without_pictures(tiny_sd1: Path, tmp_path: Path) -> None:
     short_run.noise(tmp_path, 2)
     (tmp_path / "reg").mkdir()

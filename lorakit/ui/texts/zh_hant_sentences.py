@@ -74,6 +74,9 @@ SENTENCES = {
     ),
     "{length:said}, raised to train.min_steps = {steps}": "{length:said}，提高到 train.min_steps = {steps}",
     "{time:said}, for the {left} steps left of {steps}": "{time:said}，剩 {left} 步（共 {steps} 步）",
+    "prior: {count} class images, drawn by the base as {text}, and for {n} other prompts, and kept for other runs": (
+        "先驗：{count} 張類別圖片，由基礎模型依 {text} 與另外 {n} 則提示詞繪製，並留給其他訓練"
+    ),
     "prior: {count} class images, drawn by the base as {text} and kept for other runs": (
         "先驗：{count} 張類別圖片，由基礎模型依 {text} 繪製，並留給其他訓練"
     ),
