@@ -88,6 +88,17 @@ def test_photos_class_images_and_samples_are_shared_out_and_the_same_to_the_bit(
     assert grids[0] == grids[1] and len(grids[0]) == 4, grids[0].keys()
 
 
+@pytest.mark.slow
+def test_what_goes_wrong_in_another_process_ends_all_and_has_its_rank(pair):
+    _, (first, second) = pair
+    problems = ["LorakitError: process 1: no", "OutOfMemoryError: process 1: full"]
+    assert first["tasks"] == ["returned NoneType", *problems]
+    assert second["tasks"] == [
+        "returned NoneType",
+        *(f"EndedElsewhere: {each.partition(': ')[2]}" for each in problems),
+    ]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 

@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,21 @@ def shared(folder: Path, group: parallel.Processes) -> dict[str, Any]:
     return counts_of_run
 
 
+TASK_ERRORS = (None, ValueError("no"), torch.OutOfMemoryError("full"))
+
+
+def tasks(group: parallel.Processes, error: Exception | None) -> None:
+    """Share five numbers out; the second process fails at 4 where there is an error."""
+
+    def half(number: int) -> float:
+        if error and number == 4:
+            raise error
+        return number / 2
+
+    result = group.first(lambda: list(group.map("half", half, range(1, 6))), {"half": half})
+    assert result == [0.5, 1.0, 1.5, 2.0, 2.5], result
+
+
 def difference(together: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> float:
     """How far two results are apart, relative to their size."""
     assert together.keys() == alone.keys()
@@ -156,6 +172,7 @@ def main(folder: Path) -> None:
         results["arguments"] = outcome(group.require_same_start)
         sys.argv.pop()
         results["shared"] = shared(folder, group)
+        results["tasks"] = [outcome(partial(tasks, group, error)) for error in TASK_ERRORS]
         # Only the second process is asked to stop, and only it has a NaN.
         results["stop"] = outcome(lambda: run.train(settings("stopped"), stop=lambda: rank == 1))
         if rank == 1:
