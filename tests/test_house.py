@@ -213,6 +213,13 @@ def test_help_is_quick_and_loads_no_model_library(arguments: list[str]) -> None:
     assert float(seconds) < 0.3
 
 
+@pytest.mark.parametrize("command", ["sample", "resume"])
+def test_a_path_to_nothing_is_refused_before_torch_is_imported(command: str) -> None:
+    script = "import sys\nfrom lorakit.cli.main import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", script, command, "nothing"], capture_output=True, text=True)
+    assert process.stdout == "1 False\n" and "nothing" in process.stderr
+
+
 def test_checking_a_preset_is_quick() -> None:
     config.load("subject-sdxl")
     start = time.process_time()

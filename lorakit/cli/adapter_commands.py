@@ -15,9 +15,11 @@ from lorakit.cli import threads
 from lorakit.cli.terminal import complain, print_json, print_lines, remark
 from lorakit.cli.train_commands import Command, add_model, add_prompts, read_overrides, read_prompts
 from lorakit.config import unquote
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
 from lorakit.core.registry import FORMATS
+from lorakit.formats import identify
 from lorakit.formats.facts.hosts import HOSTS
 
 if TYPE_CHECKING:
@@ -140,6 +142,9 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 def run_sample(args: argparse.Namespace) -> int:
     """`lorakit sample`: a grid with a row for each strength and a column for each prompt, and each picture."""
+    file = identify.adapter_file(Path(args.adapter))
+    if not file.is_dir():
+        safetensors_header.read(file)  # what is no such file is refused before seconds of imports
     threads.use_idle_cores()
     from lorakit.inference import sampling
 

@@ -22,6 +22,7 @@ from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Event, Listener
 from lorakit.core.names import quote
 from lorakit.runs import launch
+from lorakit.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lorakit.data.checks import Report
@@ -174,8 +175,10 @@ def run_resume(args: argparse.Namespace) -> int:
     """`lorakit resume`."""
     if launch.world().rank:
         return _follow()
-    file, changes = Path(args.folder) / "config.toml", read_overrides(args.set)
-    if args.gpus is not None and file.is_file() and _launches(args.gpus, configuration.load(file, changes)):
+    folder, changes = RunFolder(args.folder), read_overrides(args.set)
+    folder.require()
+    file = folder.config_file
+    if args.gpus is not None and _launches(args.gpus, configuration.load(file, changes)):
         return launch.start(args.gpus, args.words)
     threads.use_idle_cores()
     terminal = _terminal(args)

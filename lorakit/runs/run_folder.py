@@ -157,6 +157,13 @@ class RunFolder:
         run.event("start", resumed=False)
         return run
 
+    def require(self) -> None:
+        """Refuse what is no run folder."""
+        if not self.config_file.is_file():
+            missing = "it is a file" if self.path.is_file() else "there is no such folder"
+            why = "it has no config.toml" if self.path.is_dir() else missing
+            raise LorakitError(f"{self.path} is not a run folder: {why}")
+
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """Lock an existing run for this process, to resume it. Its state stays as it was until `begin`.
@@ -165,10 +172,7 @@ class RunFolder:
             LorakitError: not a run folder, or another process is still training in it.
         """
         run = cls(path)
-        if not run.config_file.is_file():
-            missing = "it is a file" if run.path.is_file() else "there is no such folder"
-            why = "it has no config.toml" if run.path.is_dir() else missing
-            raise LorakitError(f"{run.path} is not a run folder: {why}")
+        run.require()
         state = _read_or_guess(run.path)
         # Of another machine only the lock can tell: whoever resumes knows that it is gone.
         is_here = state.host in ("", platform.node())
