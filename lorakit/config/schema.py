@@ -9,6 +9,7 @@ This module never imports torch: a preset is checked in a tenth of a second.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Iterator, Mapping
@@ -457,12 +458,18 @@ def section_type(section: str, method: str = "lora") -> type:
     return type(getattr(Config(), section))
 
 
+@functools.cache
+def _types(section: type) -> dict[str, Any]:
+    """Name -> type of a section's options."""
+    return typing.get_type_hints(section)
+
+
 def options(method: str = "lora") -> list[Option]:
     """Every option, in the order of this page; the adapter's are those of `method`."""
     result = []
     for section in SECTIONS:
         cls = section_type(section, method)
-        hints = typing.get_type_hints(cls)
+        hints = _types(cls)
         for f in dataclasses.fields(cls):
             if section == "adapter" and f.name == "method":
                 result.append(Option(section, "method", str, "lora", "Adapter method.", choices=tuple(METHODS)))

@@ -313,14 +313,15 @@ def _special(
 ) -> dict[str, str]:
     """Modules that one program alone reads wrongly because of others in the file, and why."""
     result: dict[str, str] = {}
-    for prefix in _reads(key, family).complete_attention:
+    reads = _reads(key, family)
+    for prefix in reads.complete_attention:
         layers = Counter(stem.rpartition("_self_attn_")[0] for stem in by_stem if stem.startswith(prefix))
         for stem in by_stem:
             layer, attention, _ = stem.rpartition("_self_attn_")
             if attention and stem.startswith(prefix) and layers[layer] < 4:
                 result[stem] = "drops it, as not all of q, k, v and out are there"
     for stem in by_stem:
-        match = _FUSED.fullmatch(stem) if stem.startswith(_reads(key, family).ordered_attention) else None
+        match = _FUSED.fullmatch(stem) if stem.startswith(reads.ordered_attention) else None
         if match and any(f"{match[1]}{other}{match[3]}" not in by_stem for other in "qkv"[: "qkv".index(match[2])]):
             result[stem] = "drops it, as one of q and k before it is missing"
     scales = {} if consumer.reads_config else config_scales(metadata)

@@ -7,6 +7,7 @@ and follows the reader's light or dark setting.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import platform
@@ -26,6 +27,8 @@ from lorakit.runs import charts
 from lorakit.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    import jinja2
+
     from lorakit.data.checks import Report
     from lorakit.runs.plan import Plan
     from lorakit.training.selfcheck import Finding
@@ -79,14 +82,10 @@ def html(
     findings: Iterable[Finding],
 ) -> str:
     """The page: verdict, samples, curves, photos as they were trained, plan, environment, options."""
-    import jinja2  # torch brings it; nothing before the end of a run needs it
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     findings = list(findings)
     rows = _samples(folder)
     photo_rows, left_out = _photos(config, photos)
-    return pages.get_template("report.html.jinja").render(
+    return _template().render(
         title=config.data.name or folder.path.name,
         method=config.adapter.method,
         plan=plan,
@@ -109,8 +108,18 @@ def html(
     )
 
 
-def environment(folder: RunFolder) -> dict[str, str]:
-    """Versions, system and device; nothing that names the machine or its user."""
+@functools.cache
+def _template() -> jinja2.Template:
+    import jinja2  # torch brings it; nothing before the end of a run needs it
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return pages.get_template("report.html.jinja")
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Of lorakit, of what it computes with, and the system."""
     versions = {
         "lorakit": __version__,
         "Python": platform.python_version(),
@@ -121,8 +130,14 @@ def environment(folder: RunFolder) -> dict[str, str]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    return versions
+
+
+def environment(folder: RunFolder) -> dict[str, str]:
+    """Versions, system and device; nothing that names the machine or its user."""
+    versions = _versions()
     device = next((e["message"] for e in folder.events("message") if e["message"].startswith("device: ")), "")
-    return {"device": device.removeprefix("device: "), **versions} if device else versions
+    return {"device": device.removeprefix("device: "), **versions} if device else dict(versions)
 
 
 def _samples(folder: RunFolder) -> list[dict[str, Any]]:
