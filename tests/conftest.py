@@ -121,6 +121,16 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     short_run.unchecked(monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def short_validation() -> Iterator[None]:
+    """Validations of a few passes: `short_run.short_validation`."""
+    import short_run
+
+    with pytest.MonkeyPatch.context() as patch:
+        short_run.short_validation(patch)
+        yield
+
+
 @pytest.fixture
 def attach() -> "Iterator[Callable[..., Adapter]]":
     """`adapters.attach`, undone after the test: the bases are shared."""

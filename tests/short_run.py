@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lorakit import config
-from lorakit.training import selfcheck
+from lorakit.training import selfcheck, validation
 
 
 def noise(folder: Path, count: int) -> Path:
@@ -48,3 +48,9 @@ def run_config(base: Path, photos: Path, folder: Path, steps: int, **changes: ob
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs end without the self-check, a third of a short run's time: where a test asks what is trained alone."""
     monkeypatch.setattr(selfcheck, "examine", lambda *_, **__: ())
+
+
+def short_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each photo once, and one picture of the class: where a test asks when the validation runs, or whether it does."""
+    for name, value in (("POINTS", 4), ("CLASS_PICTURES", 1), ("CLASS_BATCH", 1)):
+        monkeypatch.setattr(validation, name, value)

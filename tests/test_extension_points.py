@@ -21,6 +21,8 @@ from lorakit.formats import compatibility, verify
 from lorakit.formats.edit.merge_folder import merge_folder
 from lorakit.training import selfcheck
 
+pytestmark = pytest.mark.usefixtures("short_validation")
+
 METHOD = '''
 """LoRA-FA (arXiv 2308.03303): A stays as it was drawn, B is trained."""
 

@@ -26,7 +26,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> lorakit.Result:
+def trained(
+    short_validation: None, tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> lorakit.Result:
     return lorakit.train(run_config(tiny_sd1, photos, tmp_path_factory.mktemp("run") / "run", 2, **END))
 
 

@@ -6,7 +6,6 @@ reaches the weights, that everything announced is trained, that the prior answer
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exercise import copied
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -76,7 +76,7 @@ def read(model: config.ModelConfig) -> Any:
 
 def loaded(settings: Config) -> tuple[Any, Any, LossStep, Any]:
     """Base, adapter, step and optimizer, as a run makes them."""
-    family = copy.deepcopy(read(settings.model))
+    family = copied(read(settings.model))
     info = family.info
     adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed, trigger=settings.data.trigger)
     report = checks.check(settings.data, info)
@@ -260,6 +260,7 @@ def test_what_must_not_reach_the_weights_does_not(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("text", "checkpointing", "parts", "cache"),
     [(True, False, 1, "disk"), (True, True, 2, "memory"), (False, True, 1, "disk"), (False, False, 2, "memory")],

@@ -148,6 +148,7 @@ def fails(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capture", "steps", "line"),

@@ -16,6 +16,8 @@ from lorakit.core.errors import LorakitError
 from lorakit.runs.run_folder import RunFolder, read
 from lorakit.training import checkpoint, run as train
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def full(path: Path, content: str | bytes) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")

@@ -23,6 +23,7 @@ def run(base: Path, room: Path, **changes: object) -> train.Result:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_validation")
 @pytest.mark.parametrize(
     ("changes", "grids", "validations"),
     [

@@ -16,6 +16,8 @@ from lorakit.training import checkpoint, run as train
 from lorakit.training.loss_step import LossStep
 from lorakit.training.optimizer_step import OptimizerStep
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -10,25 +10,28 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import program
 import psutil
 import pytest
+import two_processes
+from accelerate import PartialState
 from hypothesis import given, strategies
 from safetensors.torch import load_file
 from short_run import noise, run_config, unchecked
 from waiting import SECONDS
 
 from lorakit import config
+from lorakit.cli import main as cli
 from lorakit.core.errors import LorakitError
 from lorakit.runs import launch, run_folder
 from lorakit.training import checkpoint, parallel, run
 from lorakit.training.parallel import processes
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
 KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -42,6 +45,23 @@ def environment(rank: int, count: int, port: int) -> dict[str, str]:
     return dict(zip(KEYS, map(str, (rank, rank, count, "localhost", port)), strict=True))
 
 
+def fork(job: Callable[[], int], rank: int, port: int, log: Path) -> program.Fork:
+    """One of two processes, forked: a new one takes seven seconds to import."""
+
+    def begin() -> int:
+        os.environ.update(environment(rank, 2, port))
+        PartialState._reset_state()  # what another test may have left
+        return job()
+
+    return program.Fork(begin, log)
+
+
+def end(*processes: program.Fork) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def pair(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """What two processes saw of each other, see `two_processes.py`; and where."""
@@ -49,22 +69,18 @@ def pair(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     (folder / "sd1").symlink_to(tiny_sd1)
     (folder / "photos").mkdir()
     noise(folder / "photos", 3)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder)],
-            # Nothing is compiled here, and the compiler takes a second to import.
-            env=os.environ
-            | environment(rank, 2, port)
-            | {"LORAKIT_CACHE": str(folder / "cache"), "TORCHDYNAMO_DISABLE": "1"},
-        )
-        for rank in range(2)
-    ]
+
+    def train() -> int:
+        sys.argv, os.environ["LORAKIT_CACHE"] = ["two_processes", str(folder)], str(folder / "cache")
+        two_processes.main(folder)
+        return 0
+
+    processes = [fork(train, rank, port, folder / f"{rank}.log") for rank in range(2)]
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait(SECONDS) for process in processes]
     finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0]
+        end(*processes)
+    assert codes == [0, 0], [(folder / f"{rank}.log").read_text() for rank in range(2)]
     return folder, [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 
@@ -174,18 +190,20 @@ def test_the_others_end_where_the_first_process_is_killed(tiny_sd1, tmp_path, mo
     folder, photos, preset = tmp_path / "run", noise(tmp_path / "photos", 3), tmp_path / "preset.toml"
     settings = run_config(tiny_sd1, photos, folder, 10000, train__validate_every=10000, train__save_every=1)
     preset.write_text(config.to_toml(settings), encoding="utf-8")
-    command, port = [sys.executable, "-m", "lorakit", "train", "--preset", str(preset)], free_port()
-    quick = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
-    first, second = (subprocess.Popen(command, env=quick | environment(rank, 2, port)) for rank in range(2))
+    port = free_port()
+
+    def train() -> int:
+        return cli.main(["train", "--preset", str(preset)])
+
+    first, second = (fork(train, rank, port, tmp_path / f"{rank}.log") for rank in range(2))
     try:
         while not list(folder.glob("checkpoints/*/complete")):
             assert first.poll() is None and second.poll() is None
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)
-        assert second.wait(timeout=SECONDS) == 1
+        assert second.wait(SECONDS) == 1
     finally:
-        first.kill()
-        second.kill()
+        end(first, second)
     assert first.wait() == -signal.SIGKILL and run_folder.status(folder) == "interrupted"
     newest = checkpoint.newest_complete(folder / "checkpoints", print)
     assert newest

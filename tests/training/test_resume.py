@@ -12,6 +12,8 @@ from short_run import noise, run_config
 from lorakit.core.errors import LorakitError
 from lorakit.training import run as train
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.mark.slow
 def test_resume_goes_back_to_the_newest_complete_checkpoint(tiny_sd1, tmp_path, monkeypatch):

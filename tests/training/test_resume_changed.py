@@ -12,6 +12,8 @@ from lorakit.config import ConfigError, resuming
 from lorakit.core.errors import LorakitError
 from lorakit.training import run as train
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.mark.slow
 def test_a_run_goes_on_longer_as_if_it_had_been_planned_so(tiny_sd1, tmp_path):

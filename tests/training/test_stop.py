@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lorakit.cli.signals import stop_on_signals
 from lorakit.core.errors import Stopped
 from lorakit.core.events import Event
 from lorakit.runs import run_folder
-from lorakit.training import checkpoint, run, validation
+from lorakit.training import checkpoint, run
 
 STEPS = 6
 
@@ -51,13 +51,7 @@ def at(kind: str, step: int) -> Callable[[Event], bool]:
     return lambda event: (event.kind, event.step) == (kind, step)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_validation() -> Iterator[None]:
-    """Each photo once, and one picture of the class."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("POINTS", 4), ("CLASS_PICTURES", 1), ("CLASS_BATCH", 1)):
-            patch.setattr(validation, name, value)
-        yield
+pytestmark = pytest.mark.usefixtures("short_validation")
 
 
 @pytest.fixture
@@ -105,6 +99,7 @@ def resumed(folder: Path) -> tuple[run.Result, list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
     """The photos encoded so far are in the cache, and the run begins where it was."""
     run_config = settings(tiny_sd1, photos, tmp_path / "run", data__cache="disk")
@@ -124,6 +119,7 @@ def test_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
     stop, listener = stopped(settings(tiny_sd1, photos, tmp_path / "run"), says("latents: "))
     assert stop.step == 0
@@ -132,6 +128,7 @@ def test_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_while_class_images_are_drawn(tiny_sd1, photos, tmp_path):
     """Pictures of the first text are in the cache; those of the second are not waited for."""
     (photos / "0.txt").write_text("a sks toy in the snow", encoding="utf-8")
@@ -193,6 +190,7 @@ def test_while_the_checked_file_draws(tiny_sd1, photos, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_the_stop_file_is_heard_while_it_encodes(tiny_sd1, photos, tmp_path):
     folder = run_folder.RunFolder(tmp_path / "run")
 
@@ -207,6 +205,7 @@ def test_the_stop_file_is_heard_while_it_encodes(tiny_sd1, photos, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_a_resumed_run_says_the_step_it_stands_at(tiny_sd1, photos, tmp_path):
     stopped(settings(tiny_sd1, photos, tmp_path / "run"), at("checkpoint", 3))
     listener = StopAt(says("latents: "))
@@ -216,6 +215,7 @@ def test_a_resumed_run_says_the_step_it_stands_at(tiny_sd1, photos, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_the_library_leaves_signals_alone(tiny_sd1, photos, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     during = []

@@ -12,6 +12,8 @@ from lorakit.config import ConfigError, OptimizerConfig
 from lorakit.runs import preflight
 from lorakit.training import optimizers, run as train
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_each_text_encoder_has_its_rate_and_stops(name: str) -> None:

@@ -1,6 +1,6 @@
-"""Run by test_parallel.py in two processes, for all that needs two: what came of each thing, as JSON.
+"""What test_parallel.py does in two processes, for all that needs two: what came of each thing, as JSON.
 
-python tests/training/two_processes.py FOLDER    (with RANK, WORLD_SIZE, ... as torchrun sets them)
+RANK, WORLD_SIZE, ... are set as torchrun sets them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from short_run import run_config
 
 from lorakit import config, families
@@ -183,6 +180,3 @@ def main(folder: Path) -> None:
         results["base"] = outcome(lambda: run.train(settings("base")))
         (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
         os._exit(0)  # as a process ends that has failed
-
-
-main(Path(sys.argv[1]))
