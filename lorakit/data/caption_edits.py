@@ -60,12 +60,12 @@ class CaptionWriter:
         return photo.path.with_name(f"{photo.path.name if is_shared else photo.path.stem}{CAPTIONS[0]}")
 
     def write(self, photo: Photo, text: str) -> Path:
-        """Write the caption of a photo; the file that has it.
+        """Write the caption of a photo, or each of its captions as a line; the file that has it.
 
         Raises:
             LorakitError: it cannot be written.
         """
-        target, content = self.file_of(photo), " ".join(text.split()) + "\n"
+        target, content = self.file_of(photo), "".join(" ".join(line.split()) + "\n" for line in text.splitlines())
         try:
             before = target.read_bytes().decode("utf-8", "surrogateescape") if target.exists() else None
             name = os.path.relpath(target, self.folder).replace(os.sep, "/")
@@ -225,7 +225,11 @@ def replace(text: str, search: str, replacement: str) -> str:
     return tidy(pattern.sub(lambda _: replacement, text)) if pattern.search(text) else text
 
 
-def plan(photos: Iterable[Photo], edit: Callable[[Photo], str]) -> list[tuple[Photo, str]]:
-    """The photos whose captions an edit changes, with the new ones."""
-    texts = ((photo, " ".join(edit(photo).split())) for photo in photos)
-    return [(photo, text) for photo, text in texts if text and text != (photo.caption or "")]
+def plan(photos: Iterable[Photo], edit: Callable[[str, Photo], str]) -> list[tuple[Photo, str]]:
+    """The photos whose captions an edit changes, with the new ones, a line each where a photo has several."""
+    result = []
+    for photo in photos:
+        lines = [" ".join(edit(line, photo).split()) for line in photo.caption_lines]
+        if lines != list(photo.caption_lines) and any(lines):
+            result.append((photo, "\n".join(filter(None, lines))))
+    return result

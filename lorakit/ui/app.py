@@ -359,7 +359,10 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     ready = loaded.then(None, js="() => { document.body.dataset.ready = 'yes'; }")
     ready.then(None, js=address.OPEN_TAB)
     # The folder is shown, and again with what the check says.
-    shows: list[Event] = [(listen, show) for listen in (*_wire_folder(photos, train, inputs), tab.select, loaded.then)]
+    edits = photos.captions.wire(photos.folder, inputs, config_of)
+    shows: list[Event] = [
+        (listen, show) for listen in (*_wire_folder(photos, train, inputs), *edits, tab.select, loaded.then)
+    ]
     shows += [(photos.previous.click, turn_back), (photos.next.click, turn)]
     look = polled(tasks, shows, inputs, photos.outputs)
     polled(tasks, [(look, checked)], inputs, photos.checked_outputs)

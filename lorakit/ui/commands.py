@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
@@ -90,6 +91,45 @@ def fetch(base: str, progress: Callable[[int, int], object] = lambda count, tota
         errors.seek(0)
         if code:
             raise LorakitError(_complaint(errors.read()) or f"{base}: the download ended with code {code}")
+
+
+def caption(
+    arguments: Sequence[str],
+    progress: Callable[[int, int], object],
+    begin: Callable[[subprocess.Popen[str]], object] = lambda process: None,
+) -> dict[str, Any]:
+    """Let a model caption photos; what `lorakit caption --json` says at its end.
+
+    Args:
+        progress: called with the number of photos that are through, and of all.
+        begin: gets the process, which ends after the photo at work when it is terminated.
+
+    Raises:
+        LorakitError: what the command complained of.
+    """
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        with subprocess.Popen(
+            [sys.executable, "-m", "lorakit", "caption", *arguments, "--json"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"HF_HUB_OFFLINE": USERS},
+        ) as process:
+            begin(process)
+            for line in process.stdout or ():
+                event = json.loads(line)
+                if event["event"] == "work":
+                    progress(event["position"], event["total"])
+                elif event["event"] == "result":
+                    result = event
+        code = process.returncode
+        errors.seek(0)
+        if not result:
+            raise LorakitError(_complaint(errors.read()) or f"captions: the command ended with code {code}")
+    return result
 
 
 def _cache_size() -> int:

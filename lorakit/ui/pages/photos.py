@@ -13,6 +13,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.data import buckets, checks, photo_folder
 from lorakit.data.photo_folder import Photo
 from lorakit.ui import widgets
+from lorakit.ui.pages.captions import CaptionTools
 from lorakit.ui.tasks import Progress
 from lorakit.ui.texts import Say
 from lorakit.ui.thumbnails import Thumbnail
@@ -21,10 +22,10 @@ from lorakit.ui.workspace import Workspace
 
 # Photos on a page.
 PAGE = 48
-# A caption is sent at its button, or at Ctrl-Enter, and at nothing else. What is not saved yet outlives new cards: the
-# check of many photos may end at any moment, and takes the fields away. Gradio may also give a field, with what is
-# written in it, to another photo: `owner` is the photo that a field was for when it was last looked at. New
-# cards may hide a button in place, so `hidden` is watched too.
+# A caption is sent at its button, or at Ctrl-Enter, and at nothing else. What is not saved yet outlives new cards:
+# the check of many photos may end at any moment, and takes the fields away. Gradio may also give a field, with what
+# is written in it, to another photo: `owner` is the photo, and its caption, that a field was for when it was last
+# looked at. New cards may hide a button in place, so `hidden` is watched too.
 CAPTIONS = """
 const unsaved = new Map();
 const owner = new WeakMap();
@@ -58,8 +59,8 @@ element.addEventListener('keydown', (event) => {
 window.addEventListener('beforeunload', (event) => { if (unsaved.size) event.preventDefault(); });
 const settle = () => {
   for (const field of fields()) {
-    const file = field.dataset.file, moved = owner.get(field) !== file;
-    owner.set(field, file);
+    const file = field.dataset.file, own = file + '\\n' + field.defaultValue, moved = owner.get(field) !== own;
+    owner.set(field, own);
     const {text, at} = unsaved.get(file) ?? {text: field.defaultValue};
     mark(field);
     if (field.value === text || !(moved || unsaved.has(file))) continue;
@@ -196,6 +197,7 @@ class PhotosPage:
                 )
         self.message = widgets.html(elem_id="photos-message")
         self.summary = widgets.html(elem_id="photos-summary")
+        self.captions = CaptionTools(workspace, t)
         self.cards = widgets.html(elem_id="photos-cards", js_on_load=CAPTIONS)
         with gr.Row(visible=False) as self.pager:
             self.previous = gr.Button(t("photos.previous"), size="sm", min_width=80)

@@ -50,6 +50,7 @@ CAPTIONS = {
         "說明模型 {model}：類型為 {kind} 的模型不會撰寫說明；請用 BLIP、Florence-2、SmolVLM 或 Qwen-VL"
     ),
     "{photo}: no caption: {reason:said}": "{photo}：沒有說明文字：{reason:said}",
+    "captions: the command ended with code {code}": "說明文字：指令結束，代碼 {code}",
     "the model says nothing of it": "模型沒有給出任何文字",
     "stopped; the same command goes on with the photos that have no caption yet": (
         "已停止；再按一次會從還沒有說明文字的照片繼續"
