@@ -42,7 +42,7 @@ element.addEventListener('click', (event) => {
   if (button) trigger('select', {run: button.dataset.run});
 });
 const states = new Map(), lives = (state) => state === 'preparing' || state === 'running';
-const watch = () => {
+const tell = () => {
   for (const button of element.querySelectorAll('[data-run]')) {
     const before = states.get(button.dataset.run), text = button.innerText.replace(/\\s+/g, ' ');
     states.set(button.dataset.run, button.dataset.state);
@@ -51,7 +51,7 @@ const watch = () => {
     if (window.Notification?.permission === 'granted') new Notification('lorakit', {body: text});
   }
 };
-new MutationObserver(watch).observe(element, {childList: true, subtree: true});
+new MutationObserver(tell).observe(element, {childList: true, subtree: true});
 """
 
 # The log stays at its end, unless the person has scrolled up.
