@@ -97,9 +97,9 @@ def test_events_of_the_page_are_not_offered_to_programs(server: Server):
 
 def test_no_script_declares_what_gradio_gives_to_it(server: Server):
     """Such a script does not run at all."""
-    given = "element|trigger|props|server|upload|watch"
+    reserved = "element|trigger|props|server|upload|watch"
     scripts = [c["props"].get("js_on_load") or "" for c in json.loads(ask(server, "/config")[1])["components"]]
     assert len([script for script in scripts if script]) > 3
     assert not [
-        s for s in scripts if re.search(rf"\b(?:const|let|var|function)\s+(?:[\w$, ={{}}]*\b)?({given})\b\s*=", s)
+        s for s in scripts if re.search(rf"\b(?:const|let|var|function)\s+(?:[\w$, ={{}}]*\b)?({reserved})\b\s*=", s)
     ]
