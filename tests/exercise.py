@@ -10,9 +10,14 @@ import torch
 from lorakit import families
 from lorakit.adapters.adapter import Adapter
 from lorakit.config import ADAPTER_SECTIONS
+from lorakit.core.registry import adapter_methods
 from lorakit.training import objective
 
-METHODS = {name: functools.partial(section, method=name) for name, section in ADAPTER_SECTIONS.items()}
+METHODS = {
+    name: functools.partial(section, method=name)
+    for name, section in ADAPTER_SECTIONS.items()
+    if name in adapter_methods()
+}
 TEXTS = ["a photo of sks toy", "a toy"]
 
 

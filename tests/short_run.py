@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lorakit import config
+from lorakit.core import registry
 from lorakit.training import selfcheck, validation
 
 
@@ -42,7 +43,10 @@ def run_config(base: Path, photos: Path, folder: Path, steps: int, **changes: ob
         "output.folder": str(folder),
         "output.dtype": "fp32",
     }
-    return config.load(None, settings | {name.replace("__", "."): value for name, value in changes.items()})
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    if registry.METHODS[str(changes.get("adapter.method", "lora"))].whole_model:
+        del settings["adapter.rank"]
+    return config.load(None, settings | changes)
 
 
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,11 @@ TEXT = {"attention": _TEXT_ATTENTION, "linear": _TEXT_LINEAR, "linear+conv": _TE
 
 
 def adapted(family: str, layers: Iterable[str], adapter: AdapterConfig) -> list[str]:
-    """Canonical names of the layers that an adapter enters: `select`, without those of rank 0 by a pattern."""
+    """Canonical names of the layers that an adapter enters: `select`, without those of rank 0 by a pattern. Where the
+    base's own weights are trained, all layers of what is trained."""
+    if METHODS[adapter.method].whole_model:
+        parts = registry.family_of(family).trainable_encoders() if adapter.train_text_encoder else ()
+        return [name for name in layers if name.partition(".")[0] in ("unet", *parts)]
     names = select(family, layers, adapter.target_modules, adapter.train_text_encoder)
     return [name for name in names if last_match(adapter.ranks, name, adapter.rank)]
 
@@ -56,6 +60,8 @@ def layer_config(adapter: AdapterConfig, name: str) -> AdapterConfig:
 def pattern_problems(config: Config, family: str, layers: Iterable[str]) -> list[str]:
     """Patterns of ranks, alphas and rates that no layer of a base matches, or that later ones undo; a line each."""
     adapter = config.adapter
+    if METHODS[adapter.method].whole_model:
+        return _unmatched("optimizer.rates", config.optimizer.rates, adapted(family, layers, adapter))
     selected = select(family, layers, adapter.target_modules, adapter.train_text_encoder)
     left = [name for name in selected if last_match(adapter.ranks, name, adapter.rank)]
     problems = adapter_pattern_problems(adapter, selected, left)
@@ -128,6 +134,11 @@ def trained(adapter: AdapterConfig, shape: Sequence[int]) -> int:
 def lora_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
     """The numbers of A and B."""
     return adapter.rank * (shape[0] + math.prod(shape[1:]))
+
+
+def all_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
+    """The layer's own."""
+    return math.prod(shape)
 
 
 def dora_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:

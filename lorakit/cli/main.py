@@ -179,11 +179,11 @@ def run_doctor(args: argparse.Namespace) -> int:
 def run_options(args: argparse.Namespace) -> int:
     """`lorakit options`."""
     if args.json:
-        print_json([describe_option(option) for option in configuration.options()])
+        print_json([describe_option(option) for option in configuration.every_option()])
     elif args.markdown:
         print_lines(options_page().rstrip("\n"))
     else:
-        for option in configuration.options():
+        for option in configuration.every_option():
             described = describe_option(option)
             print_lines(f"{option.key} = {described['default']}  ({described['values']})", f"    {option.help}")
     return 0
@@ -245,7 +245,7 @@ def options_page() -> str:
     for section in configuration.SECTIONS:
         purpose = (configuration.section_type(section).__doc__ or "").splitlines()[0]
         lines += ["", f"## {section}", "", purpose, "", *header]
-        for option in configuration.options():
+        for option in configuration.every_option():
             if option.section == section:
                 described = describe_option(option)
                 lines.append(f"| `{option.key}` | `{described['default']}` | {described['values']} | {option.help} |")

@@ -7,6 +7,7 @@ Used by: data, engine, adapters, families, formats, inference, runs, training, c
 from lorakit.config.loading import (
     DEFAULT_PRESET,
     as_tables,
+    every_option,
     from_tables,
     load,
     parse_override,
@@ -69,6 +70,7 @@ __all__ = [
     "SampleConfig",
     "TrainConfig",
     "as_tables",
+    "every_option",
     "from_tables",
     "load",
     "options",

@@ -10,7 +10,7 @@ def graphs_off(config: Config) -> str:
     memory = config.memory
     recomputes = memory.gradient_checkpointing or memory.limit_gib is not None
     reasons = {
-        "memory.engine = 'plain'": memory.engine == "plain",
+        "memory.engine = 'plain'": config.engine_is_off,
         "memory.cuda_graphs = false": not memory.cuda_graphs,
         "with gradient checkpointing, dropout would draw different numbers on replay": recomputes
         and config.adapter.largest_dropout > 0,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.config import foreign, sample_prompts
+from lorakit.config import foreign, full, sample_prompts
 from lorakit.config.option import Option, check_value, label, suggest, to_text, unquote
 from lorakit.config.schema import (
     ADAPTER_SECTIONS,
@@ -122,6 +122,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     overridden_keys = _keys_to_drop(overrides)
     if own_rate != own_learning_rate(flat.get("optimizer.name")):  # a rate and a factor are not comparable
         overridden_keys |= {"optimizer.learning_rate", "optimizer.text_encoder_learning_rate"}
+    overridden_keys |= _other_method(flat, overrides)
     flat = {key: value for key, value in flat.items() if key not in overridden_keys}
     flat.update(overrides)
     if isinstance(rows := flat.get("sample.prompts"), list):
@@ -131,14 +132,13 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     if "output.tensorboard" in flat:  # as it was called before there were others
         board = flat.pop("output.tensorboard") is True and "output.trackers" not in flat
         flat |= {"output.trackers": ["tensorboard"]} if board else {}
-    if own_rate is not None:
-        flat.setdefault("optimizer.learning_rate", own_rate)
-
     method = flat.get("adapter.method", "lora")
     if method not in tuple(ADAPTER_SECTIONS):  # a tuple, as the value may be of any type
         names = ", ".join(ADAPTER_SECTIONS)
         problems.append(f"adapter.method = {to_text(method)}: choose one of {names}{suggest(method, ADAPTER_SECTIONS)}")
         method = "lora"
+    if (rate := own_rate or METHODS[method].learning_rate) is not None:
+        flat.setdefault("optimizer.learning_rate", rate)
     by_key = {opt.key: opt for opt in options(method)}
     flat = _join_tables(flat, by_key)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
@@ -146,7 +146,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         if key == "adapter.method":
             continue
         if key not in by_key:
-            problems.append(f"unknown option {label(key)}{suggest(key, by_key)}")
+            problems.append(_unknown_option(key, method, by_key))
             continue
         problem, value = check_value(by_key[key], value)
         if problem:
@@ -159,6 +159,37 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def every_option() -> list[Option]:
+    """`options` of every method, each option once."""
+    by_key: dict[str, Option] = {}
+    for method in METHODS:
+        for opt in options(method):
+            by_key.setdefault(opt.key, opt)
+    return sorted(by_key.values(), key=lambda opt: SECTIONS.index(opt.section))
+
+
+def _unknown_option(key: str, method: str, by_key: Mapping[str, Option]) -> str:
+    """What is said of an option that there is not, or that another method has."""
+    if key.startswith("adapter.") and key in {opt.key for opt in every_option()}:
+        return f"unknown option {key} with adapter.method = {method!r}: leave it out"
+    return f"unknown option {label(key)}{suggest(key, by_key)}"
+
+
+def _other_method(preset: Mapping[str, object], overrides: Mapping[str, object]) -> set[str]:
+    """The preset's options that do not belong to the method that replaces its own."""
+    method, before = overrides.get("adapter.method"), preset.get("adapter.method", "lora")
+    if method == before or not (isinstance(method, str) and isinstance(before, str)):
+        return set()
+    if method not in ADAPTER_SECTIONS or before not in ADAPTER_SECTIONS:
+        return set()
+    keys = {opt.key for opt in options(before)} - {opt.key for opt in options(method)}
+    if METHODS[method].learning_rate != METHODS[before].learning_rate:
+        keys |= {f"optimizer.{name}" for name in ("learning_rate", "text_encoder_learning_rate")}
+    if METHODS[method].whole_model:  # what makes an adapter's frozen base small
+        keys |= {"memory.base_storage", "memory.stream_base", "adapter.train_text_encoder"}
+    return keys
 
 
 def _join_tables(flat: Mapping[str, object], by_key: Mapping[str, Option]) -> dict[str, object]:
@@ -305,6 +336,7 @@ def _contradictions(config: Config) -> list[str]:
     if data.max_tokens is not None and data.max_tokens % 75:
         problems.append(f"data.max_tokens = {data.max_tokens}: texts are read in chunks of 75: set 75, 150 or 225")
     problems += sample_prompts.problems(config.sample)
+    problems += full.problems(config)
     problems += _resolution_problems(data)
     if config.memory.compile and (config.memory.base_storage != "full" or config.memory.stream_base):
         problems.append("memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'")

@@ -30,6 +30,8 @@ FREE |= {
     "model.base",
     "data.folder",
     "data.class_folder",
+    "adapter.outputs",
+    "adapter.extract_rank",
     "output.formats",
     "output.dtype",
     "output.trackers",
@@ -60,6 +62,9 @@ def load_changed(file: Path, overrides: Mapping[str, object]) -> Config:
 def new_run(checkpoint: Path, changes: Mapping[str, object] = MappingProxyType({})) -> str:
     """The commands that start a new run from the weights of a checkpoint, with other values of some options."""
     run = checkpoint.parent.parent
+    if (run / "config.toml").is_file() and load(run / "config.toml").adapter.whole_model:
+        model = next(run.glob("*-model*"), run / "MODEL")
+        return f"lorakit train --preset {quote(run / 'config.toml')} --base {quote(model)}"
     new, output_format = unique_path(run), next(iter(FORMATS))
     weights = new.with_name(f"{new.name}-start")
     adapter = weights / f"{checkpoint.name}{FORMATS[output_format].ending}"

@@ -184,6 +184,11 @@ class AdapterConfig:
         return max(getattr(self, name, 0.0) for name in ("dropout", "rank_dropout", "module_dropout"))
 
     @property
+    def whole_model(self) -> bool:
+        """Whether the base's own weights are trained, and no layers of an adapter."""
+        return bool(METHODS[self.method].whole_model)
+
+    @property
     def trains_text(self) -> bool:
         """Whether texts mean something else after each step."""
         return self.train_text_encoder or self.new_tokens > 0
@@ -433,6 +438,16 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+    @property
+    def engine_is_off(self) -> bool:
+        """Whether the engine leaves the base's modules as they are: it computes with copies of frozen weights."""
+        return self.memory.engine == "plain" or self.adapter.whole_model
+
+    @property
+    def adapter_formats(self) -> tuple[str, ...]:
+        """The formats of adapter files that are written: those of the output section, none for a model alone."""
+        return self.output.formats if "adapter" in getattr(self.adapter, "outputs", ("adapter",)) else ()
 
 
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Config))

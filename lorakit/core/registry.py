@@ -91,6 +91,9 @@ class MethodSpec:
             The kohya format has them by these names; no other program reads them, and the engine is plain there.
         change: "module:function" of (weight in float32, `adapters.weights.ForeignLayer`, strength) -> what such a layer
             adds to a weight, for merging it and for its size.
+        whole_model: "module:attribute" of a `training.whole_model.WholeModel`: it trains the base's own weights instead
+            of layers of an adapter, and writes a model. `functions` is unused then.
+        learning_rate: what is usual, where it is another order of magnitude than an adapter's; None where it is not.
     """
 
     functions: str
@@ -103,6 +106,8 @@ class MethodSpec:
     has_product_factors: bool = False
     factors: tuple[str, ...] = ()
     change: str = ""
+    whole_model: str = ""
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class OptimizerSpec:
         single_rate: it has one learning rate for all groups of parameters.
         is_guess: `state_bytes` is not known but assumed.
         learning_rate: its own default, where `optimizer.learning_rate` is a factor of the rate that it finds.
+        per_weight: it can step one weight after the other: it has no state that all of a group share.
     """
 
     build: str
@@ -132,6 +138,7 @@ class OptimizerSpec:
     single_rate: bool = False
     is_guess: bool = False
     learning_rate: float | None = None
+    per_weight: bool = False
 
 
 # Two float32 numbers for each weight, as Adam has; few optimizers have more.
@@ -242,8 +249,23 @@ METHODS = Registry[MethodSpec](
             layers="lokr",
             has_product_factors=True,
         ),
+        # Ruiz et al. 2022, arXiv 2208.12242. The rate is that of diffusers' examples/dreambooth for Stable Diffusion.
+        "full": MethodSpec(
+            "",
+            "lorakit.adapters.targets:all_weights",
+            section="lorakit.config.full:FullConfig",
+            layers="full",
+            begins_from_base=True,
+            whole_model="lorakit.training.whole_model:WHOLE_MODEL",
+            learning_rate=5e-6,
+        ),
     },
 )
+
+
+def adapter_methods() -> list[str]:
+    """The methods that train layers of an adapter."""
+    return [name for name, spec in METHODS.items() if not spec.whole_model]
 
 
 def own_kinds() -> dict[str, MethodSpec]:
@@ -256,13 +278,22 @@ def own_kinds() -> dict[str, MethodSpec]:
 OPTIMIZERS = Registry[OptimizerSpec](
     "lorakit.optimizers",
     {
-        "adamw": OptimizerSpec("lorakit.training.optimizers:adamw", 8, elementwise=True, capturable=True),
-        "adamw8bit": OptimizerSpec("bitsandbytes.optim:AdamW8bit", 2, package="bitsandbytes", extra="bnb"),
-        "paged_adamw8bit": OptimizerSpec(
-            "lorakit.training.optimizers:paged_adamw8bit", 2, package="bitsandbytes", extra="bnb", needs_cuda=True
+        "adamw": OptimizerSpec(
+            "lorakit.training.optimizers:adamw", 8, elementwise=True, capturable=True, per_weight=True
         ),
-        "lion": OptimizerSpec("lorakit.training.optimizers:lion", 4, elementwise=True),
-        "adafactor": OptimizerSpec("lorakit.training.optimizers:adafactor", 1),
+        "adamw8bit": OptimizerSpec(
+            "bitsandbytes.optim:AdamW8bit", 2, package="bitsandbytes", extra="bnb", per_weight=True
+        ),
+        "paged_adamw8bit": OptimizerSpec(
+            "lorakit.training.optimizers:paged_adamw8bit",
+            2,
+            package="bitsandbytes",
+            extra="bnb",
+            needs_cuda=True,
+            per_weight=True,
+        ),
+        "lion": OptimizerSpec("lorakit.training.optimizers:lion", 4, elementwise=True, per_weight=True),
+        "adafactor": OptimizerSpec("lorakit.training.optimizers:adafactor", 1, per_weight=True),
         "prodigy": OptimizerSpec(
             "lorakit.training.optimizers:prodigy",
             16,

@@ -17,3 +17,13 @@ def duration(seconds: float) -> str:
 def count(number: int, noun: str) -> str:
     """`1 step`, `2 steps`, `3 batches`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('tch') else 's'}"
+
+
+def millions(count: int) -> str:
+    """`1,234`, `0.12 M`."""
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
+
+
+def gibibytes(size: float) -> str:
+    """Bytes as `0.5 GiB`, `12 MiB`."""
+    return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.0f} MiB"

@@ -8,12 +8,16 @@ autoencoder's modules), OpenCLIP's text model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
-from lorakit.families import ldm
+from lorakit.families import ldm, weight_files
 from lorakit.families.ldm import Pointwise, Transposed, count
 from lorakit.families.spec import Configs, FilePart, Shapes
+
+if TYPE_CHECKING:
+    from lorakit.families.describe import BaseInfo
 
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 CLASSES |= {"text_encoder_2": "CLIPTextModelWithProjection"}
@@ -53,6 +57,28 @@ def configs(checkpoint: ldm.Checkpoint, shapes: Mapping[str, Shapes] | None = No
         return ldm.layout_of(checkpoint.family).configs(named, prediction.type, prediction.zero_snr)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise LorakitError(f"{reads[-1]} has a shape that no such model has: get the whole checkpoint") from error
+
+
+# What programs take from the kind of model, as no file in LDM layout says it; and what it is where a config is silent.
+_UNTOLD = {"attention_head_dim": 8, "num_attention_heads": None, "scaling_factor": 0.18215, "norm_num_groups": 32}
+
+
+def untold(info: BaseInfo) -> str:
+    """What a base in a folder has otherwise than programs would read it from one file, or ""."""
+    layout = registry.version_of(info.family).layout
+    if info.slots is not None or layout is None:
+        return "" if layout is not None else "layout"
+    parts = [part for part in layout.parts if part in info.configs]
+    shapes = {part: weight_files.of_source(info.weights(part)) for part in parts}
+    derived = layout.configs(shapes, info.prediction_type, False)
+    for part in parts:
+        for name, usual in _UNTOLD.items():
+            ours, theirs = (values.get(name, usual) for values in (info.configs[part], derived[part]))
+            if (list(ours) if isinstance(ours, (list, tuple)) else ours) != (
+                list(theirs) if isinstance(theirs, (list, tuple)) else theirs
+            ):
+                return f"{part}'s {name}"
+    return ""
 
 
 class NamedShapes(dict[str, tuple[int, ...]]):

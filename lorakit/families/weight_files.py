@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.core import foreign_json, safetensors_header
+from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.cache_dir import file_hash
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
@@ -16,6 +17,8 @@ from lorakit.core.names import is_file_name, printable, shorten
 
 if TYPE_CHECKING:
     import torch
+
+    from lorakit.families.vae_source import Source
 
 PRECISIONS = ("fp16", "bf16")
 
@@ -55,6 +58,18 @@ def weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
             f"lorakit convert {folder.parent}"
         )
     raise LorakitError(f"{folder.name}/{stem}.safetensors is missing in {folder.parent}: get the base again")
+
+
+def count_weights(source: Source) -> int:
+    """Numbers in the weights and biases of one component: all that a loss could train."""
+    return sum(math.prod(shape) for name, shape in of_source(source).items() if name.endswith((".weight", ".bias")))
+
+
+def of_source(source: Source) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of one component."""
+    if source.slots is not None:
+        return {name: slot.shape for name, slot in source.slots.items()}
+    return shapes(weight_files(source.path, registry.weight_stems()[source.path.name])[0])
 
 
 def shards(index: Path) -> list[str]:

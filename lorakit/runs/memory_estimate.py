@@ -43,6 +43,8 @@ TOO_LARGE = (
     "memory: the card has {gib} free, and a step may need more even with every block computed again; "
     "memory.base_storage = 'nf4' or a lower data.resolution makes it smaller"
 )
+# For each number of the largest weight, while it alone is stepped: gradient, weight and rounding in float32.
+STEP_BYTES = 16
 # Rows of CLIP's table of words, which is no layer.
 VOCABULARY = 49408
 
@@ -77,10 +79,16 @@ def _rest(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
     base_bytes += _vae(info) if device == "cpu" else 0
     trained = sum(weights for _, weights in modules.values())
     state = registry.optimizer(config.optimizer.name).state_bytes + (4 if config.train.ema_decay else 0)
+    own = trained * (4 + 4 + state)
+    if config.adapter.whole_model:
+        # The weights are the base's. A gradient is freed as soon as its weight is stepped, in float32, unless several
+        # batches add up.
+        largest = max((math.prod(shape) for name, shape in info.layers.items() if name.startswith("unet.")), default=0)
+        own = trained * (state + (width if config.train.gradient_accumulation_steps > 1 else 0)) + STEP_BYTES * largest
     return {
         "base": base_bytes,
         # The weight itself, its gradient and its average are float32.
-        "adapter and optimizer": round(trained * (4 + 4 + state)),
+        "adapter and optimizer": round(own),
         "runtime": round(RUNTIME_BYTES[device]),
     }
 
@@ -126,7 +134,7 @@ def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
 def use_save_less(config: Config, device: str) -> bool:
     """Whether layers save less for the backward pass (`engine.recompute`): on a GPU memory is scarce, on a CPU time is.
     Compiled blocks save what the compiler chooses, plain blocks what autograd saves."""
-    return device == "cuda" and not config.memory.compile and config.memory.engine == "fused"
+    return device == "cuda" and not config.memory.compile and not config.engine_is_off
 
 
 def limit_to(
@@ -232,7 +240,7 @@ def _ways(config: Config | None, device: str) -> str:
         ways.append(f"a lower memory.limit_gib (now {config.memory.limit_gib:g})")
     elif config is None or not config.memory.gradient_checkpointing:
         ways.append("memory.gradient_checkpointing = true")
-    fused = config is None or config.memory.engine == "fused"
+    fused = config is None or not config.engine_is_off
     if config is None or (fused and config.memory.base_storage == "full"):
         ways.append("memory.base_storage = 'nf4'")
     if device == "cuda" and (config is None or (fused and not config.memory.stream_base)):

@@ -30,10 +30,10 @@ from lorakit.config import (
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
-from lorakit.core.units import count, duration
+from lorakit.core.units import count, duration, gibibytes, millions
 from lorakit.data import captions, holdout
 from lorakit.families.facts.distilled import complete
-from lorakit.runs import memory_estimate, nvidia
+from lorakit.runs import memory_estimate, nvidia, whole_model
 
 if TYPE_CHECKING:
     from lorakit.data.checks import Report
@@ -122,8 +122,8 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
-        trained = ", ".join(f"{part} {m} modules ({_millions(p)} weights)" for part, (m, p) in self.modules.items())
-        memory = ", ".join(f"{part} {_gib(size)}" for part, size in self.memory.items())
+        trained = ", ".join(f"{part} {m} modules ({millions(p)} weights)" for part, (m, p) in self.modules.items())
+        memory = ", ".join(f"{part} {gibibytes(size)}" for part, size in self.memory.items())
         validation = f", {self.holdout_count} held out for validation" if self.holdout_count else ", none held out"
         left = self.steps - self.first_step
         of = (
@@ -141,13 +141,18 @@ class Plan:
             *self.notes,
             f"photos: {self.photo_count} to train on{validation}",
             f"adapter: {self.method}, {trained}",
-            f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}",
+            *(
+                [f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}"]
+                if self.rank
+                else []
+            ),
             *self.layers,
             f"length: {self.length}",
             *([SHORT_RUN] if self.steps < MIN_STEPS else []),
             *([f"prior: {self.prior}"] if self.prior else []),
-            f"memory: about {_gib(sum(self.memory.values()))} on {self.device} ({memory}); "
-            f"{_gib(self.peaks['encoding'])} to encode the photos, {_gib(self.peaks['samples'])} to draw samples",
+            f"memory: about {gibibytes(sum(self.memory.values()))} on {self.device} ({memory}); "
+            f"{gibibytes(self.peaks['encoding'])} to encode the photos, {gibibytes(self.peaks['samples'])} to draw "
+            "samples",
             *self._limited(),
             *([self._on_host()] if self.host else []),
             f"time: {run_time}",
@@ -161,13 +166,13 @@ class Plan:
 
     def _on_host(self) -> str:
         """What is asked of the host's memory."""
-        line = f"host: {_gib(self.host)} of memory for the base's weights"
+        line = f"host: {gibibytes(self.host)} of memory for the base's weights"
         if not self.ram:
             return line
         many = (
             "; that is much: keep them smaller with memory.base_storage" if self.host > MAX_RAM_SHARE * self.ram else ""
         )
-        return f"{line}, of {_gib(self.ram)}{many}"
+        return f"{line}, of {gibibytes(self.ram)}{many}"
 
 
 def make(config: Config, info: BaseInfo, report: Report) -> Plan:
@@ -189,7 +194,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     if report.chunks > 1:
         info = dataclasses.replace(info, text_tokens=text_tokens + (report.chunks - 1) * info.max_tokens)
     selected = targets.adapted(info.family, info.layers, config.adapter)
-    modules = count_weights(selected, info.layers, config.adapter)
+    modules = _modules(config, info, selected)
     config, device, limit_note = _limited(config, info, modules)
     batches = sum(math.ceil(count / config.train.batch_size) for count in Counter(sizes).values())
     steps, length = run_length(config, repeats, batches)
@@ -203,7 +208,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
             *filter(None, [lr_schedule.problem(config.optimizer, steps)]),
             *([_averaging(config.train.ema_decay, steps)] if config.train.ema_decay else []),
             *limit_note,
-            *_assumed_state(config.optimizer.name),
+            *(_assumed_state(config.optimizer.name) + whole_model.note(config)),
         ),
         family=info.family,
         prediction_type=info.prediction_type,
@@ -238,7 +243,7 @@ def _limited(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, in
     available = nvidia.free_bytes() if device == "cuda" and config.memory.limit_gib is None else None
     limited = memory_estimate.limit_to(available, config, info, modules, device)
     all_recomputed = limited.memory.gradient_checkpointing and not config.memory.gradient_checkpointing
-    return limited, device, [memory_estimate.TOO_LARGE.format(gib=_gib(available or 0))] if all_recomputed else []
+    return limited, device, [memory_estimate.TOO_LARGE.format(gib=gibibytes(available or 0))] if all_recomputed else []
 
 
 def _price(config: Config, info: BaseInfo, text_tokens: int) -> str:
@@ -298,7 +303,7 @@ def problems(config: Config, info: BaseInfo) -> list[str]:
         return result
     result += targets.pattern_problems(config, info.family, info.layers)
     try:
-        memory_estimate.recomputed_blocks(config, info, count_weights(selected, info.layers, config.adapter), device)
+        memory_estimate.recomputed_blocks(config, info, _modules(config, info, selected), device)
     except LorakitError as error:
         result.append(str(error))
     return result
@@ -315,6 +320,10 @@ def _resolution_problem(config: Config, info: BaseInfo) -> str | None:
                 f"multiples of {multiple}: leave one out"
             )
     return None
+
+
+def _modules(config: Config, info: BaseInfo, selected: Sequence[str]) -> dict[str, tuple[int, int]]:
+    return whole_model.count(config, info, count_weights(selected, info.layers, config.adapter))
 
 
 def count_weights(
@@ -484,11 +493,3 @@ def _ram() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 0
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.0f} MiB"

@@ -21,7 +21,6 @@ from lorakit.config import (
     Config,
     DataConfig,
     MemoryConfig,
-    OptimizerConfig,
     optimizer_builder,
     unquote,
 )
@@ -34,7 +33,7 @@ from lorakit.families import BaseInfo
 from lorakit.families.describe import BUNDLED
 from lorakit.families.pocket.spec import KINDS
 from lorakit.formats import compatibility, identify
-from lorakit.runs import launch, nvidia, plan, run_folder
+from lorakit.runs import launch, nvidia, plan, run_folder, whole_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -43,6 +42,8 @@ Check = Callable[[DataConfig, BaseInfo], checks.Report]
 
 # Of a base's own resolution, from which training at another is a warning: twice and half of it are.
 MAX_RESOLUTION_FACTOR = 1.9
+# A learning rate above the usual one of a method by so much is a warning.
+MAX_RATE_FACTOR = 10
 NO_NAME = "data.name is empty: say what the photos show, with --subject 'sks toy' or --style 'sks style'"
 
 
@@ -138,12 +139,12 @@ def preflight(
     except LorakitError as error:
         problems += [*_lines(error), *_folder_problems(config.data)]
         return Preflight(config, None, None, None, tuple(problems), tuple(unquoted))
-    problems += [*families.unsuited(info, config), *_line(_max_tokens_problem(config, info))]
-    warnings = [*unquoted, *info.warnings, *_line(_rate_warning(config.optimizer))]
+    problems += [*_unsuited(info, config), *_line(_max_tokens_problem(config, info))]
+    warnings = [*unquoted, *info.warnings, *_line(_rate_warning(config))]
     warnings += [*_line(_resolution_warning(config.data, info)), *_line(_noun_warning(config))]
     warnings += _line(nvidia.unused() if config.memory.device == "auto" else None)
-    layers = registry.METHODS[config.adapter.method].layers
-    for name in config.output.formats:
+    layers = "lora" if config.adapter.whole_model else registry.METHODS[config.adapter.method].layers
+    for name in config.adapter_formats:
         problems += _line(registry.FORMATS[name].check(layers, info.family))
         warnings += _line(compatibility.warning(layers, name))
     if config.train.init_from and start_problem is None:
@@ -299,8 +300,19 @@ def _noun_warning(config: Config) -> str | None:
     )
 
 
-def _rate_warning(optimizer: OptimizerConfig) -> str | None:
-    """A learning rate that was meant for another optimizer, or None."""
+def _unsuited(info: BaseInfo, config: Config) -> list[str]:
+    """What a config asks for that a base of this kind cannot do, a line each."""
+    return [*families.unsuited(info, config), *whole_model.problems(config, info)]
+
+
+def _rate_warning(config: Config) -> str | None:
+    """A learning rate that was meant for another optimizer or method, or None."""
+    optimizer, own = config.optimizer, registry.METHODS[config.adapter.method].learning_rate
+    if own is not None and optimizer.learning_rate > MAX_RATE_FACTOR * own:
+        return (
+            f"optimizer.learning_rate = {optimizer.learning_rate:g}: for adapter.method = {config.adapter.method!r} "
+            f"{own:g} is usual; at so much a model forgets what it knew"
+        )
     usual = registry.own_learning_rate(optimizer.name)
     if usual is None or optimizer.learning_rate >= usual / 10:
         return None

@@ -54,6 +54,11 @@ def read(path: Path) -> AdapterWeights:
     """
     run = RunFolder(path.parent.parent)
     config, state = configuration.load(run.config_file), checkpoint.load(path)
+    if config.adapter.whole_model:
+        raise LorakitError(
+            f"{path}: a checkpoint of a whole model is no adapter: set train.export_every, and a run writes models as "
+            "it goes on"
+        )
     info = families.describe(config.model)
     try:
         plan = foreign_json.loads(run.plan_file.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from lorakit.config.sample_prompts import default_size
 from lorakit.core.errors import Stopped, StopRequested
 from lorakit.core.events import Events, StopRequest
 from lorakit.core.names import step_name
+from lorakit.core.registry import METHODS, resolve
 from lorakit.core.smoothing import RunningMean
 from lorakit.engine import device_memory
 from lorakit.formats import files, metadata
@@ -94,6 +95,8 @@ class Run:
             started=self.started,
             finished=time.time(),
         )
+        if (path := METHODS[self.config.adapter.method].whole_model) and (whole := resolve(path)):
+            return dict(whole.save(self, weights, name, facts))
         return formats.save(weights, self.folder.path, name, output.formats, output.dtype, facts, say=self.events.say)
 
     def draw(

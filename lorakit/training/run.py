@@ -22,7 +22,7 @@ from lorakit.core import image_grid
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Events, Listener, Stop, StopRequest
 from lorakit.core.names import quote, step_name
-from lorakit.core.registry import FORMATS
+from lorakit.core.registry import FORMATS, METHODS, resolve
 from lorakit.data import photo_folder
 from lorakit.engine import device as devices, quantized_weight
 from lorakit.formats import files
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from lorakit.adapters.weights import AdapterWeights
-    from lorakit.families import Family
+    from lorakit.families import BaseInfo, Family
 
 __all__ = ["NotFinite", "Result", "Stopped", "resume", "start", "train"]
 
@@ -331,7 +331,7 @@ def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Resu
         StopRequested: a stop was asked for.
     """
     config, folder, total = run.config, run.folder, run.ready.plan.steps
-    adapter = result.exports[config.output.formats[0]]
+    adapter = next(iter(result.exports.values()))
     with run.phase("checking the exported file"):
         findings = _self_check(result, run, load)
     with run.optional("the report"):
@@ -356,7 +356,9 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
     dropped = dropped_layers(result.weights, config.adapter)
     if dropped:
         run.events.say(DROPPED.format(count=len(dropped), total=len(result.weights.layers)), warning=True)
-    for name, file_findings, family in selfcheck.examine(
+    first, whole = next(iter(exports)), METHODS[config.adapter.method].whole_model
+    examine = functools.partial(resolve(whole).examine, run) if whole else selfcheck.examine
+    for name, file_findings, family in examine(
         exports,
         result.weights,
         result.base_probe,
@@ -368,7 +370,7 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
         untrained_layers={*run.ready.info.untrained_layers, *dropped},
     ):
         findings += file_findings
-        if family is not None and name == config.output.formats[0] and config.sample.at_end:
+        if family is not None and name == first and config.sample.at_end:
             run.draw(family, result.samples, None, run.ready.plan.steps, adapter=exports[name].stem)
             with run.optional("the preview"):
                 last = folder.samples / step_name(run.ready.plan.steps) / "01.png"
@@ -395,7 +397,7 @@ def write_previews(sample: Path, exports: Mapping[str, Path], say: Callable[[str
     """
     for name, path in exports.items():
         preview = path.with_suffix(".png")
-        if FORMATS[name].write_side_files is None or not sample.is_file():
+        if name not in FORMATS or FORMATS[name].write_side_files is None or not sample.is_file():
             continue
         if preview.exists() and image_grid.read_software(preview) != "lorakit":
             say(f"{preview.name} is there already and stays as it is")
@@ -405,7 +407,7 @@ def write_previews(sample: Path, exports: Mapping[str, Path], say: Callable[[str
         image_grid.save(picture, preview)
 
 
-def _loader(run: Run) -> Callable[[], Family]:
+def _loader(run: Run) -> Callable[..., Family]:
     """Loads the base as the config asks for; says on which device and in which precision."""
     memory = run.config.memory
     device = devices.device(memory)
@@ -421,10 +423,15 @@ def _loader(run: Run) -> Callable[[], Family]:
         run.events.say(
             f"torch {torch.__version__} does not see the graphics card: `lorakit doctor` says why", warning=True
         )
-    run.events.say(f"device: {where}, base in {str(dtype).removeprefix('torch.')}{placement}, adapter in float32")
+    trained = "trained in it" if run.config.adapter.whole_model else "adapter in float32"
+    run.events.say(f"device: {where}, base in {str(dtype).removeprefix('torch.')}{placement}, {trained}")
     for line in lines:
         run.events.say(line)
-    return functools.partial(families.load, run.ready.info, device, dtype, storage, streams, memory.engine == "plain")
+
+    def load(info: BaseInfo = run.ready.info) -> Family:
+        return families.load(info, device, dtype, storage, streams, run.config.engine_is_off)
+
+    return load
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from lorakit import adapters, formats
 from lorakit.adapters.average import OptimizerAverage, WeightAverage
 from lorakit.config import optimizer_builder
+from lorakit.core.registry import METHODS, resolve
 from lorakit.engine import device as devices, device_memory, fused_blocks
 from lorakit.engine.cuda_graphs import SLOWER
 from lorakit.runs import memory_estimate
@@ -61,7 +62,13 @@ def trainable(
     """
     config = ready.config
     family.acquire(*(family.modules() if inputs.tokens else ["unet"]))
-    adapter = adapters.attach(family, config.adapter, seed=config.train.seed, trigger=config.data.trigger)
+    path = METHODS[config.adapter.method].whole_model
+    whole = resolve(path) if path else None
+    adapter = (
+        whole.attach(family, config.adapter)
+        if whole
+        else adapters.attach(family, config.adapter, seed=config.train.seed, trigger=config.data.trigger)
+    )
     for component, (modules, parameters) in adapter.describe().items():
         say(f"training {component}: {modules} modules, {parameters:,} parameters")
     if config.train.init_from:
@@ -72,7 +79,7 @@ def trainable(
     processes.copy_weights(adapter)
     if not family.plain:
         adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(config, family.device.type))
-    elif config.memory.engine != "plain":
+    elif not config.engine_is_off:
         block = fused_blocks.unknown_block(family.denoiser)
         say(f"the UNet has a block that lorakit cannot fuse ({block}): memory.engine = 'plain' is used. {SLOWER}")
     config = memory_estimate.limit_to(
@@ -83,7 +90,7 @@ def trainable(
         say(f"memory: {len(blocks)} blocks of the UNet are computed again in the backward pass, for what is free")
     devices.gradient_checkpointing(family, blocks, random=adapter.dropout > 0)
     loss_step = LossStep(family, adapter, inputs, config.train)
-    optimizer_step = OptimizerStep(config, loss_step, ready.plan.steps, say, processes)
+    optimizer_step = (whole.step if whole else OptimizerStep)(config, loss_step, ready.plan.steps, say, processes)
     if optimizer_builder.has_average(optimizer_step.optimizer):
         adapter.average = OptimizerAverage(adapter.parameters(), optimizer_step.optimizer)
         say(f"{config.optimizer.name} keeps an average of the weights: it is exported, drawn and validated")

@@ -86,10 +86,7 @@ def _number(text: str) -> float | str | None:
 
 def fields() -> dict[str, Field]:
     """Every option of every adapter method, by key, in the order of the config."""
-    by_key: dict[str, Field] = {}
-    for method in configuration.ADAPTER_SECTIONS:
-        for option in configuration.options(method):
-            by_key.setdefault(option.key, _field(option))
+    by_key = {option.key: _field(option) for option in configuration.every_option()}
     order = list(configuration.SECTIONS)
     # The adapter's method says which other options there are.
     return dict(

@@ -359,6 +359,8 @@ OPTIONS = {
     ),
     "adapter.train_text_encoder": ("訓練文字編碼器", "也在文字編碼器中訓練 adapter。"),
     "adapter.new_tokens": ("新詞向量數", "讓觸發詞成為自己的詞，所要學的向量個數（pivotal tuning）。"),
+    "adapter.outputs": ("輸出", "寫出什麼：整個模型為一個檔案、diffusers 的資料夾，或從模型抽取的 LoRA。"),
+    "adapter.extract_rank": ("抽取的秩", "outputs 有 'adapter' 時，所抽取 LoRA 的秩。"),
     "optimizer.name": ("最佳化器", "所用的最佳化器，或任何已安裝套件的 module:Class，例如 torch.optim:RAdam。"),
     "optimizer.args": ("最佳化器引數", "最佳化器的其他引數，寫成表格，例如 {betas = [0.9, 0.95]}。"),
     "optimizer.learning_rate": ("學習率", "最高學習率（prodigy 則為倍率，通常為 1）。"),

@@ -282,6 +282,58 @@ SENTENCES = {
     "adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'": (
         "adapter.new_tokens 需要由字母與數字組成的觸發詞：請讓 data.name 以它開頭，例如「sks dog」"
     ),
+    "unknown option {key} with adapter.method = {method}: leave it out": (
+        "adapter.method = {method} 沒有 {key} 這個選項：請拿掉"
+    ),
+    "adapter.method = {method} trains the base's own weights: memory.{option} is for frozen ones, leave it out": (
+        "adapter.method = {method} 訓練基礎模型自己的權重：memory.{option} 是給凍結的權重用的，請拿掉"
+    ),
+    "adapter.method = {method} trains the base's own weights: memory.compile is for an adapter's blocks, set it to "
+    "false": "adapter.method = {method} 訓練基礎模型自己的權重：memory.compile 是給 adapter 的，請設為 false",
+    "adapter.method = {method} trains the base's own weights, which float16 is too coarse for: set "
+    "memory.mixed_precision to 'bf16' or 'fp32'": (
+        "adapter.method = {method} 訓練基礎模型自己的權重，float16 對它太粗：請把 memory.mixed_precision 設為 'bf16' "
+        "或 'fp32'"
+    ),
+    "adapter.method = {method}: this card has no bf16, and float16 is too coarse for a model's own weights: set "
+    "memory.mixed_precision = 'fp32'": (
+        "adapter.method = {method}：這張顯示卡沒有 bf16，而 float16 對模型自己的權重太粗：請設 "
+        "memory.mixed_precision = 'fp32'"
+    ),
+    "adapter.method = {method} trains the base's own weights: train.prior = 'teacher' would need the base once more, "
+    "choose 'images', as DreamBooth does": (
+        "adapter.method = {method} 訓練基礎模型自己的權重：train.prior = 'teacher' 還需要一份基礎模型，請選 'images'，"
+        "DreamBooth 也是如此"
+    ),
+    "adapter.method = {method} trains the base's own weights: train.ema_decay needs memory.mixed_precision = 'fp32', "
+    "as an average in bf16 would stand still": (
+        "adapter.method = {method} 訓練基礎模型自己的權重：train.ema_decay 需要 memory.mixed_precision = 'fp32'，"
+        "因為 bf16 的平均不會動"
+    ),
+    "adapter.method = {method} trains the base's own weights one by one, which optimizer.name = {name} cannot: choose "
+    "one of {names}": (
+        "adapter.method = {method} 逐一訓練基礎模型自己的權重，optimizer.name = {name} 做不到：請選 {names} 之一"
+    ),
+    "{key} is for the extracted LoRA: add 'adapter' to adapter.outputs": (
+        "{key} 是給抽取的 LoRA 用的：請在 adapter.outputs 加上 'adapter'"
+    ),
+    "adapter.method = {method} changes the base's own weights, and a pipeline in memory stays as it is: give the base "
+    "as a folder or a file": (
+        "adapter.method = {method} 會改變基礎模型自己的權重，而記憶體中的 pipeline 保持不變：請給出資料夾或檔案"
+    ),
+    "adapter.outputs: one file does not tell {what} of base {name}, so that no program would read it right: choose "
+    "'folder'": ("adapter.outputs：單一檔案說不出基礎模型 {name} 的 {what}，其他程式會讀錯：請選 'folder'"),
+    "optimizer.learning_rate = {rate}: for adapter.method = {method} {usual} is usual; at so much a model forgets what "
+    "it knew": (
+        "optimizer.learning_rate = {rate}：adapter.method = {method} 通常用 {usual}；這麼高，模型會忘記原本會的"
+    ),
+    "model: the base's own weights are trained at the rate {rate}; written: {outputs}": (
+        "模型：以學習率 {rate} 訓練基礎模型自己的權重；寫出：{outputs}"
+    ),
+    "model: the base's own weights are trained at the rate {rate}; each weight's gradient is clipped to the norm "
+    "{norm} by itself; written: {outputs}": (
+        "模型：以學習率 {rate} 訓練基礎模型自己的權重；每個權重的梯度各自限制在範數 {norm}；寫出：{outputs}"
+    ),
     "train.init_from makes no sense with adapter.method = {method}, which begins from the base": (
         "train.init_from 不能與 adapter.method = {method} 並用，因為它從基礎模型開始"
     ),

@@ -1,0 +1,81 @@
+"""The options of training a model's own weights, instead of an adapter's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lorakit.config.option import option
+from lorakit.config.schema import AdapterConfig, Config, MemoryConfig, OutputConfig
+from lorakit.core.registry import OPTIMIZERS
+
+# Said before a run and, where torch alone knows the card, when it begins.
+NO_BF16 = (
+    "adapter.method = {method!r}: this card has no bf16, and float16 is too coarse for a model's own weights: set "
+    "memory.mixed_precision = 'fp32'"
+)
+OUTPUTS = ("file", "folder", "adapter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(AdapterConfig):
+    """DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): no layers are added, so that nothing has a rank."""
+
+    method: str = "full"
+    train_text_encoder: bool = option(False, "Train the text encoder(s) too.")
+    outputs: tuple[str, ...] = option(
+        ("file",),
+        "What is written: the model as one file, as a folder of diffusers, or a LoRA that is extracted from it.",
+        choices=OUTPUTS,
+    )
+    extract_rank: int = option(64, "Rank of the LoRA that is extracted, with outputs = 'adapter'.", low=1, high=1024)
+
+    # What an adapter has and a whole model has not; as class variables they are no options.
+    rank: ClassVar[int] = 0  # type: ignore[misc]
+    alpha: ClassVar[float | None] = None  # type: ignore[misc]
+    ranks: ClassVar[dict[str, int]] = {}  # type: ignore[misc]
+    alphas: ClassVar[dict[str, float]] = {}  # type: ignore[misc]
+    target_modules: ClassVar[str] = "linear+conv"  # type: ignore[misc]
+    new_tokens: ClassVar[int] = 0  # type: ignore[misc]
+
+    @property
+    def scale(self) -> float:
+        """Nothing is scaled."""
+        return 1.0
+
+
+def problems(config: Config) -> list[str]:
+    """Options that make no sense, or cannot be had, where the base's own weights are trained."""
+    adapter, memory, train, name = config.adapter, config.memory, config.train, config.optimizer.name
+    own = f"adapter.method = {adapter.method!r} trains the base's own weights"
+    frozen = [n for n in ("base_storage", "stream_base") if getattr(memory, n) != getattr(MemoryConfig, n)]
+    if not isinstance(adapter, FullConfig):
+        return []
+    result = [f"{own}: memory.{option} is for frozen ones, leave it out" for option in frozen]
+    checks = {
+        f"{own}: memory.compile is for an adapter's blocks, set it to false": memory.compile,
+        f"{own}, which float16 is too coarse for: set memory.mixed_precision to 'bf16' or 'fp32'": (
+            memory.mixed_precision == "fp16"
+        ),
+        f"{own}: train.prior = 'teacher' would need the base once more, choose 'images', as DreamBooth does": (
+            train.prior == "teacher"
+        ),
+        f"{own}: train.ema_decay needs memory.mixed_precision = 'fp32', as an average in bf16 would stand still": (
+            train.ema_decay > 0 and memory.mixed_precision != "fp32"
+        ),
+        f"{own} one by one, which optimizer.name = {name!r} cannot: choose one of "
+        f"{', '.join(n for n in OPTIMIZERS if OPTIMIZERS[n].per_weight)}": (
+            name not in OPTIMIZERS or not OPTIMIZERS[name].per_weight
+        ),
+    }
+    result += [problem for problem, applies in checks.items() if applies]
+    if "adapter" not in adapter.outputs:
+        changed = {
+            "adapter.extract_rank": adapter.extract_rank != FullConfig.extract_rank,
+            "output.formats": config.output.formats != OutputConfig.formats,
+            "output.dtype": config.output.dtype != OutputConfig.dtype,
+        }
+        result += [
+            f"{key} is for the extracted LoRA: add 'adapter' to adapter.outputs" for key in changed if changed[key]
+        ]
+    return result

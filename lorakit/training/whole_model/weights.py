@@ -1,0 +1,156 @@
+"""The base's own weights as what is trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lorakit.adapters import average
+from lorakit.adapters.weights import ForeignLayer
+from lorakit.config.full import NO_BF16
+from lorakit.core.errors import LorakitError
+from lorakit.core.layer_names import canonical
+from lorakit.families import loading
+from lorakit.training.whole_model.export import TrainedModel
+
+if TYPE_CHECKING:
+    from lorakit.config.full import FullConfig
+    from lorakit.families import Family
+
+KIND = "full"
+
+
+class ModelWeights:
+    """All weights of the denoiser and, if asked for, of the text encoders that are trained; see `Trainable`.
+
+    Args:
+        family: the base; its weights are changed until `detach`.
+        config: the section of the config.
+
+    Attributes:
+        family: "sd1", "sd2", "sdxl" or "sd3".
+        dropout: 0: there is none.
+        average: of the weights over the steps, where there is one.
+
+    Raises:
+        LorakitError: the weights are in float16, which is too coarse to be trained.
+    """
+
+    dropout = 0.0
+    average: average.WeightAverage | None = None
+
+    def __init__(self, family: Family, config: FullConfig):
+        if family.dtype is torch.float16:
+            raise LorakitError(NO_BF16.format(method=config.method))
+        self._base, self.family = family, family.info.family
+        self._rank = config.extract_rank
+        parts = ("unet", *(family.info.spec.trainable_encoders() if config.train_text_encoder else ()))
+        self._modules = {name: module for name, module in family.modules().items() if name in parts}
+        self._parameters: dict[str, nn.Parameter] = {}
+        for component, module in self._modules.items():
+            for path, parameter in module.requires_grad_(True).named_parameters():
+                stem, _, kind = path.rpartition(".")
+                self._parameters[f"{canonical(component, stem)}.{kind}"] = parameter
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """`<canonical>.weight` and `<canonical>.bias` -> parameter, in the base's dtype."""
+        return dict(self._parameters)
+
+    def groups(self) -> list[tuple[str, list[nn.Parameter]]]:
+        """See `Trainable`."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self._parameters.items():
+            groups.setdefault(name.partition(".")[0], []).append(parameter)
+        return list(groups.items())
+
+    def describe(self) -> dict[str, tuple[int, int]]:
+        """See `Trainable`; the modules are the linear and convolutional layers."""
+        layers = Counter(
+            name
+            for name, module in self._modules.items()
+            for layer in module.modules()
+            if isinstance(layer, (nn.Linear, nn.Conv2d))
+        )
+        return {name: (layers[name], sum(p.numel() for p in group)) for name, group in self.groups()}
+
+    def train(self, mode: bool = True) -> None:
+        """There is no dropout: the base stays in eval mode, as with an adapter."""
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base as it was while inside: its weights are read again, and the trained ones wait on the CPU."""
+        trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
+        self._fill(self.base_weights())
+        try:
+            yield
+        finally:
+            self._fill(trained.items())
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """See `Trainable`."""
+        return self.average.in_place() if self.average else contextlib.nullcontext()
+
+    def base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the base's weights were, component by component, on the CPU."""
+        for component, module in self._modules.items():
+            with loading.quiet():
+                base = loading.load_module(self._base.info, component, type(module), self._base.dtype)
+            for path, parameter in base.named_parameters():
+                stem, _, kind = path.rpartition(".")
+                yield f"{canonical(component, stem)}.{kind}", parameter.detach()
+
+    def weights(self) -> TrainedModel:
+        """A copy of all weights, or of their average, on the CPU, as layers that take the place of the base's."""
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        with self.averaged():
+            for name, parameter in self._parameters.items():
+                layer, _, kind = name.rpartition(".")
+                parts.setdefault(layer, {})[kind] = parameter.detach().to("cpu", copy=True)
+        layers = {
+            name: ForeignLayer(KIND, tensors, 0.0, replacement, with_bias="bias" in tensors)
+            for name, tensors in parts.items()
+        }
+        return TrainedModel(self.family, KIND, dict(layers), base=self._base.info, rank=self._rank)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The weights themselves, for a checkpoint, which copies them."""
+        tensors = self.average.tensors if self.average else {}
+        own = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        return own | {average.PREFIX + name: each for name, each in tensors.items()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put a checkpoint's weights back, in place.
+
+        Raises:
+            LorakitError: a tensor is missing, too many or of another shape.
+        """
+        own = self.state()
+        wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if p.shape != state[n].shape]
+        if wrong:
+            raise LorakitError(f"the checkpoint does not fit this model: {wrong[0]} ({len(wrong)} such)")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def detach(self) -> None:
+        """The base as it was."""
+        self._fill(self.base_weights())
+        for module in self._modules.values():
+            module.requires_grad_(False)
+
+    @torch.no_grad()
+    def _fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, weight in weights:
+            self._parameters[name].copy_(weight)
+
+
+def replacement(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.Tensor:
+    """What turns the base's weight into the trained one, in float64, so that the sum is the trained one to the bit; a
+    bias comes as a matrix of one column."""
+    own = layer.parts["weight"]
+    trained = own if own.shape == weight.shape else layer.parts["bias"][:, None]
+    return strength * (trained.double() - weight.double())
