@@ -9,6 +9,7 @@ needs CUDA's own Python side is made up here: streams, events and graphs. There 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.machinery
 import importlib.util
 import os
@@ -22,13 +23,20 @@ SOURCE = Path(__file__).with_name("device.cpp")
 
 
 def build(folder: Path, compiler: str) -> Path:
-    """Compile the card's library into `folder`."""
+    """Compile the card's library into `folder`, unless it is there for this source, torch, Python and compiler."""
+    import torch
     from torch.utils import cpp_extension
 
-    library = folder / "device.so"
     includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
-    options = ["-O1", "-std=c++20", "-fPIC", "-shared", "-w"]
-    subprocess.run([compiler, *options, *includes, str(SOURCE), "-o", str(library)], check=True)
+    command = [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", "-w", *includes, str(SOURCE)]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    facts = (SOURCE.read_text(encoding="utf-8"), torch.__version__, sys.version, version, command)
+    library = folder / f"device-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+    if not library.is_file():
+        folder.mkdir(exist_ok=True)
+        (temporary := library.with_suffix(f".{os.getpid()}")).unlink(missing_ok=True)
+        subprocess.run([*command, "-o", str(temporary)], check=True)
+        temporary.replace(library)
     return library
 
 

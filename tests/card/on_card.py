@@ -23,6 +23,7 @@ from lorakit.families import loading
 from lorakit.training import loop, run as train
 from lorakit.training.optimizer_step import OptimizerStep
 
+pytestmark = pytest.mark.usefixtures("short_validation")
 card: Any = torch.cuda.card
 STEPS = 4
 PASS = "CUDA graphs are on: each batch shape is captured at its first step, at most 16"
