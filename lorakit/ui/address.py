@@ -39,7 +39,8 @@ const selector = (node) => {
 document.addEventListener('pointerdown', () => { last = ''; }, true);
 document.addEventListener('focusin', ({target}) => { last = selector(target); });
 setInterval(() => {
-  if (document.activeElement !== document.body || !last) return;
+  // Not where the focus went to the browser itself.
+  if (document.activeElement !== document.body || !last || !document.hasFocus()) return;
   const node = document.querySelector(last);
   const tab = document.querySelector('#pages button[role=tab][aria-selected=true]');
   (node?.offsetParent && !node.disabled ? node : tab)?.focus({preventScroll: true});

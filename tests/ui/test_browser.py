@@ -17,9 +17,10 @@ from lorakit.cli import demo
 from lorakit.core import names
 from lorakit.formats import inspect
 from lorakit.runs import run_folder
+from lorakit.ui import texts
 
 pytestmark = pytest.mark.slow
-TABS = ("photos", "train", "runs", "compare", "adapter")
+TABS = ("photos", "train", "runs", "compare", "try", "adapter")
 # Every look at the files once a second costs the browser as much computing as the run that is looked at.
 SLOW_CLOCK = """const every = window.setInterval;
 window.setInterval = (act, wait, ...rest) => every(act, wait === 1000 ? 3000 : wait, ...rest);"""
@@ -63,7 +64,7 @@ class Person:
         for name, value in options.items():
             self.fill(name.replace("__", "."), value)
         for name in options:
-            self.says("train-changed", name.replace("__", "."))
+            self.says("train-changed", texts.table("en")[f"option.{name.replace('__', '.')}"])
 
     def start(self) -> str:
         """Press the button once it may be pressed; the name of the run."""
@@ -146,7 +147,7 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     person.sees("done", "6")
     state = run_folder.read(run)
     assert inspect.inspect(run / state.adapter).trigger == "sks toy"
-    assert page.locator("#run-samples img").count() == len(list((run / "samples").glob("*.png"))) > 2
+    assert page.locator("#run-samples .lk-samples img").count() == len(list((run / "samples").glob("*.png"))) > 2
     assert page.locator("#run-curves svg").count() >= 2
     with page.expect_download() as download:
         page.locator("#run-download").click()
