@@ -69,6 +69,7 @@ def flatten(
     *,
     groups: Sequence[tuple[str, Sequence[nn.Parameter]]] | None = None,
     copies: bool = True,
+    block_size: int = 1,
 ) -> list[FlatParameters]:
     """Make an adapter's parameters views of one tensor for each of its groups; for training, after
     `optimize_blocks`.
@@ -79,7 +80,8 @@ def flatten(
         groups: (component, some of its parameters), which share a learning rate; by default all of each component.
         copies: where the base is in half precision, let LoRA's layers read copies of the factors that are cast all at
             once; these, and their gradients, take 4 bytes for each trained number.
+        block_size: the optimizer's, see `registry.OptimizerSpec`.
     """
     from lorakit.engine import flat_parameters
 
-    return flat_parameters.flatten(target, adapter, groups=groups, copies=copies)
+    return flat_parameters.flatten(target, adapter, groups=groups, copies=copies, block_size=block_size)

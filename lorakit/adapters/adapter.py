@@ -49,9 +49,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     if config.new_tokens:
         adapter.learn_word(trigger, _tokenizers(target), config.new_tokens)
     if getattr(target, "gradient_scale", 1.0) != 1:
-        for parameter in adapter.parameters().values():
-            # None: a layer added its gradient where it belongs by itself (`flat`).
-            parameter.register_hook(lambda gradient: None if gradient is None else gradient / target.gradient_scale)
+        adapter.divide_gradients(lambda: target.gradient_scale)
     return adapter
 
 
@@ -102,9 +100,11 @@ class Adapter:
         method: a name of `registry.METHODS`.
         dropout: the largest of the config's, on while `train(True)`.
         average: of the weights over the steps, where there is one.
+        scaled_gradients: its gradients stay `Family.gradient_scale` times too large; who sets this divides them.
     """
 
     average: average.WeightAverage | None = None
+    scaled_gradients = False
 
     def __init__(self, modules: dict[str, Any], layers: dict[str, Any], family: str, config: AdapterConfig):
         self._modules, self._layers = modules, layers
@@ -127,6 +127,16 @@ class Adapter:
         generators are not touched."""
         for name, layer in self._layers.items():
             self._method.begin(layer, rng.generator(seed, 0, f"adapter {name}"))
+
+    def divide_gradients(self, scale: Callable[[], float | torch.Tensor]) -> None:
+        """Divide every gradient by `scale()`, except while `scaled_gradients`."""
+
+        def divided(gradient: torch.Tensor | None) -> torch.Tensor | None:
+            # None: a layer has added its gradient by itself (`FlatParameters`).
+            return None if gradient is None or self.scaled_gradients else gradient / scale()
+
+        for parameter in self.parameters().values():
+            parameter.register_hook(divided)
 
     def learn_word(
         self,

@@ -118,6 +118,7 @@ class OptimizerSpec:
         build: "module:function" of (parameter groups, section of the config) -> torch optimizer, or "module:Class".
         state_bytes: bytes of state for each trained weight, for the memory estimate.
         elementwise: it changes each number by itself, so a group may be one long tensor.
+        block_size: its state has one scale for this many numbers; parameters begin at multiples of it.
         capturable: it reads the learning rate and its count of steps on the device, so a CUDA graph can hold its step.
         package: the module that it needs beside lorakit's dependencies.
         extra: the extra of lorakit that installs this package.
@@ -131,6 +132,7 @@ class OptimizerSpec:
     build: str
     state_bytes: float
     elementwise: bool = False
+    block_size: int = 1
     capturable: bool = False
     package: str = ""
     extra: str = ""
@@ -273,8 +275,8 @@ def own_kinds() -> dict[str, MethodSpec]:
     return {spec.layers: spec for spec in METHODS.values() if spec.factors}
 
 
-# Adafactor knows rows and columns, and 8-bit state has blocks that must not reach from one matrix into the next: so
-# neither is elementwise. Only torch's AdamW is capturable; the others compute the rate on the host.
+# Adafactor knows rows and columns, so it is not elementwise. Only torch's AdamW is capturable; the others compute the
+# rate on the host.
 OPTIMIZERS = Registry[OptimizerSpec](
     "lorakit.optimizers",
     {
@@ -282,11 +284,19 @@ OPTIMIZERS = Registry[OptimizerSpec](
             "lorakit.training.optimizers:adamw", 8, elementwise=True, capturable=True, per_weight=True
         ),
         "adamw8bit": OptimizerSpec(
-            "bitsandbytes.optim:AdamW8bit", 2, package="bitsandbytes", extra="bnb", per_weight=True
+            "bitsandbytes.optim:AdamW8bit",
+            2,
+            elementwise=True,
+            block_size=256,
+            package="bitsandbytes",
+            extra="bnb",
+            per_weight=True,
         ),
         "paged_adamw8bit": OptimizerSpec(
             "lorakit.training.optimizers:paged_adamw8bit",
             2,
+            elementwise=True,
+            block_size=256,
             package="bitsandbytes",
             extra="bnb",
             needs_cuda=True,

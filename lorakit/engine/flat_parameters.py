@@ -28,6 +28,8 @@ ALIGNMENT = 64
 # The norm is summed over rows of this many numbers first: a CPU adds float32 numbers one by one, and a sum of 20
 # million loses the third digit. The length of every flat tensor is a multiple of it.
 ROW_LENGTH = 1024
+# Names of bitsandbytes for what its 8-bit optimizers keep of each block, and for the values that their codes stand for.
+BLOCK_SCALES, CODE_BOOKS = "absmax", "qmap"
 
 
 def flatten(
@@ -36,14 +38,17 @@ def flatten(
     *,
     groups: Sequence[tuple[str, Sequence[nn.Parameter]]] | None = None,
     copies: bool = True,
+    block_size: int = 1,
 ) -> list[FlatParameters]:
     """See `lorakit.adapters.flatten`."""
-    flats = [FlatParameters(name, each) for name, each in (adapter.groups() if groups is None else groups)]
+    groups = adapter.groups() if groups is None else groups
+    flats = [FlatParameters(name, each, block_size) for name, each in groups]
     layers = [layer for module in target.modules().values() for layer in module.modules()]
     for layer in layers:
         # Layers with rates of their own lie in different tensors, and are computed one by one.
         if isinstance(layer, fused_blocks.FusedAttention) and layer.fused_qkv is not None:
             layer.fused_qkv = layer.fused_qkv if layer.fused_qkv.refresh() else None
+    adapter.scaled_gradients = True  # `half_precision_pass` divides all at once
     if copies and target.dtype is not torch.float32:
         _add_copies(layers, flats, target.dtype)
     return flats
@@ -55,16 +60,18 @@ class FlatParameters:
     Args:
         name: the component.
         parameters: float32, on one device; each becomes a view of `weights`, and its gradient one of `gradient`.
+        block_size: see `registry.OptimizerSpec`; no block has numbers of two parameters.
 
     Attributes:
-        name, parameters: as given.
+        name, parameters, block_size: as given.
         weights: `[n]`, float32; padded with zeros, whose gradients are 0.
         gradient: `[n]`, float32, the `grad` of `weights`; its memory never moves, and it is never None.
     """
 
-    def __init__(self, name: str, parameters: Sequence[nn.Parameter]):
+    def __init__(self, name: str, parameters: Sequence[nn.Parameter], block_size: int = 1):
         self.name, self.parameters, self.copies_switch = name, list(parameters), fused_lora.CopiesSwitch()
-        offsets, size = _offsets(self.parameters)
+        self.block_size = block_size
+        offsets, size = _offsets(self.parameters, block_size)
         self.weights = nn.Parameter(torch.zeros(size, device=self.parameters[0].device))
         self.gradient = self.weights.grad = torch.zeros_like(self.weights)
         self._layout = [(p.shape, p.stride(), offset) for p, offset in zip(self.parameters, offsets, strict=True)]
@@ -76,13 +83,23 @@ class FlatParameters:
         """Views of a tensor like `weights`, one at the place of each parameter."""
         return [tensor.detach().as_strided(*layout) for layout in self._layout]
 
-    def join(self, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """The inverse of `split`, as a new tensor; None becomes 0."""
-        result = torch.zeros_like(self.weights.detach())
-        for view, tensor in zip(self.split(result), tensors, strict=True):
+    def split_blocks(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a tensor with one number for each block, one for each parameter."""
+        return [tensor[at // self.block_size :][: self._block_count(shape)] for shape, _, at in self._layout]
+
+    def join(self, tensors: Sequence[torch.Tensor | None], *, blocks: bool = False) -> torch.Tensor:
+        """The inverse of `split` (with `blocks`: of `split_blocks`), as a new tensor; None becomes 0."""
+        dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
+        length = len(self.weights) // self.block_size if blocks else len(self.weights)
+        result = torch.zeros(length, dtype=dtype, device=self.weights.device)
+        views = self.split_blocks(result) if blocks else self.split(result)
+        for view, tensor in zip(views, tensors, strict=True):
             if tensor is not None:
                 view.copy_(tensor)
         return result
+
+    def _block_count(self, shape: torch.Size) -> int:
+        return math.ceil(shape.numel() / self.block_size)
 
     def ensure_views(self) -> bool:
         """Make the parameters views again, with their current values; return whether they were. Moving a module to
@@ -109,14 +126,17 @@ class FlatParameters:
         """Let the layers compute with the parameters again."""
         self.copies_switch.on = False
 
-    def add_copy_gradients(self, scale: float | torch.Tensor) -> None:
-        """Add the half-precision gradients of the pass, which are `scale` times too large, to `gradient`."""
-        if self._half is None:
-            return
-        if isinstance(scale, torch.Tensor):
-            self.gradient.addcdiv_(self._half[1], scale)
-        else:
-            self.gradient.add_(self._half[1], alpha=1 / scale)
+    def begin_scaled(self, scale: float | torch.Tensor) -> None:
+        """Let a pass add gradients that are `scale` times too large."""
+        if isinstance(scale, torch.Tensor) or scale != 1:
+            self.gradient.mul_(scale)
+
+    def end_scaled(self, scale: float | torch.Tensor) -> None:
+        """Add the half-precision gradients of the pass, and divide all by `scale`."""
+        if self._half is not None:
+            self.gradient.add_(self._half[1])
+        if isinstance(scale, torch.Tensor) or scale != 1:
+            self.gradient.div_(scale)
 
     def copy_views(self, tensor: torch.Tensor, half: torch.dtype) -> list[torch.Tensor]:
         """The half-precision copy, and its gradient, of a part of `weights`; made with the first that is asked for."""
@@ -151,17 +171,18 @@ def half_precision_pass(flats: Sequence[FlatParameters], scale: float | torch.Te
     Outside, layers compute with the parameters, and autograd computes their gradients.
 
     Args:
-        scale: `Family.gradient_scale`, by which the copies' gradients are too large.
+        scale: `Family.gradient_scale`, by which the pass's gradients are too large.
     """
     try:
         for each in flats:
             each.cast_copies()
+            each.begin_scaled(scale)
         yield
     finally:
         for each in flats:
             each.deactivate_copies()
     for each in flats:
-        each.add_copy_gradients(scale)
+        each.end_scaled(scale)
 
 
 def norm(flats: Sequence[FlatParameters]) -> torch.Tensor:
@@ -191,26 +212,61 @@ def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatPar
         for flat, group in zip(flats, state_dict["param_groups"], strict=True):
             numbers = _indices(flats, flat)
             for key, value in state_dict["state"].get(group["params"][0], {}).items():
-                is_flat = isinstance(value, torch.Tensor) and value.shape == flat.weights.shape
-                parts = flat.split(value) if is_flat else [copy.deepcopy(value) for _ in numbers]
+                if key.startswith(BLOCK_SCALES):
+                    parts = flat.split_blocks(value)
+                else:
+                    is_flat = isinstance(value, torch.Tensor) and value.shape == flat.weights.shape
+                    parts = flat.split(value) if is_flat else [copy.deepcopy(value) for _ in numbers]
                 for number, part in zip(numbers, parts, strict=True):
                     state.setdefault(number, {})[key] = part
             groups.append({**group, "lr": float(group["lr"]), "params": list(numbers)})
         return {**state_dict, "state": state, "param_groups": groups}
 
-    def join(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def join(state_dict: dict[str, Any]) -> dict[str, Any]:
         state: dict[int, dict[str, Any]] = {}
         groups = []
         for at, (flat, group) in enumerate(zip(flats, state_dict["param_groups"], strict=True)):
-            parts = [state_dict["state"].get(number, {}) for number in group["params"]]
+            parts = _in_8_bits([_plain_state(state_dict["state"].get(number, {})) for number in group["params"]])
             for key, first in next((part for part in parts if part), {}).items():
-                is_flat = isinstance(first, torch.Tensor) and first.ndim > 0
-                state.setdefault(at, {})[key] = flat.join([part.get(key) for part in parts]) if is_flat else first
+                is_flat = isinstance(first, torch.Tensor) and first.ndim > 0 and not key.startswith(CODE_BOOKS)
+                tensors = [part.get(key) for part in parts]
+                joined = flat.join(tensors, blocks=key.startswith(BLOCK_SCALES)) if is_flat else first
+                state.setdefault(at, {})[key] = joined
             groups.append({**group, "params": [at]})
         return {**state_dict, "state": state, "param_groups": groups}
 
     optimizer.register_state_dict_post_hook(split)
-    optimizer.register_load_state_dict_pre_hook(join)
+    load = optimizer.load_state_dict  # bitsandbytes' own calls no hooks
+    vars(optimizer)["load_state_dict"] = lambda state_dict: load(join(state_dict))
+
+
+def _plain_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state without the dict into which bitsandbytes puts some of it."""
+    nested = [value for value in state.values() if isinstance(value, dict)]
+    plain = {key: value for key, value in state.items() if not isinstance(value, dict)}
+    for each in nested:
+        plain |= each
+    return plain
+
+
+def _in_8_bits(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The states of the parameters of a component: all in 8 bits if some are. bitsandbytes itself keeps those of small
+    parameters in float32."""
+    books = next((state for state in states if "qmap1" in state), None)
+    if books is None:
+        return states
+    from bitsandbytes.functional import quantize_blockwise
+
+    result = []
+    for state in states:
+        if state and "qmap1" not in state:
+            state = {**state, **{key: books[key] for key in books if key.startswith(CODE_BOOKS)}}
+            for number in ("1", "2")[: sum(key.startswith(CODE_BOOKS) for key in books)]:
+                values, code = state["state" + number], books["qmap" + number]
+                quantized, scales = quantize_blockwise(values.flatten(), code.to(values.device), blocksize=256)
+                state |= {"state" + number: quantized.view(values.shape), "absmax" + number: scales.absmax}
+        result.append(state)
+    return result
 
 
 def _indices(flats: Sequence[FlatParameters], flat: FlatParameters) -> range:
@@ -219,16 +275,20 @@ def _indices(flats: Sequence[FlatParameters], flat: FlatParameters) -> range:
     return range(first, first + len(flat.parameters))
 
 
-def _offsets(parameters: Sequence[nn.Parameter]) -> tuple[list[int], int]:
-    """The offset of each parameter, and the length of all. Parameters that share memory stay neighbours: one product
-    reads them all (`FusedQKV`)."""
+def _offsets(parameters: Sequence[nn.Parameter], block_size: int) -> tuple[list[int], int]:
+    """The offset of each parameter, and the length of all. Parameters that share memory stay neighbours, as one product
+    reads them all (`FusedQKV`), unless a block would have numbers of two."""
     starts: dict[Any, int] = {}
-    offsets, size = [], 0
+    offsets, size, alignment = [], 0, max(ALIGNMENT, block_size)
     for parameter in parameters:
+        if parameter.numel() % block_size:
+            offsets.append(size)
+            size += math.ceil(parameter.numel() / alignment) * alignment
+            continue
         memory = parameter.untyped_storage()
         if memory not in starts:
             starts[memory] = size
-            size += math.ceil(memory.nbytes() / parameter.element_size() / ALIGNMENT) * ALIGNMENT
+            size += math.ceil(memory.nbytes() / parameter.element_size() / alignment) * alignment
         offsets.append(starts[memory] + int(parameter.storage_offset()))
     return offsets, math.ceil(size / ROW_LENGTH) * ROW_LENGTH
 

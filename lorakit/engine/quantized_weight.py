@@ -9,7 +9,6 @@ dtype: this saves memory and costs time.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,29 +16,10 @@ import torch
 from torch import nn
 
 from lorakit.core.errors import LorakitError
+from lorakit.engine import nf4
 from lorakit.engine.weight_offload import WeightOffloader
 from lorakit.engine.weight_storage import BLOCK_SIZE, is_quantizable, weight_nbytes
 
-# The 16 values of NF4, quantiles of a normal distribution scaled into [-1, 1] with an exact zero (Dettmers et al. 2023,
-# arXiv 2305.14314, appendix E).
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 _aten = torch.ops.aten
 
 
@@ -115,10 +95,9 @@ class QuantizedWeight(torch.Tensor):
         if scales is None:
             result = qdata
         elif self.scheme == "int8":
-            result = qdata.to(self.dtype).mul_(scales)
+            result = torch.mul(qdata, scales)  # in the dtype of the scales, without a copy of qdata
         else:
-            pairs = _value_pairs(self.dtype, self.device).index_select(0, qdata.int())
-            result = pairs.view(-1, BLOCK_SIZE).mul_(scales).view(self._shape())
+            result = nf4.dequantize(qdata, scales, self._shape())
         return result.t() if self.transposed else result
 
     @property
@@ -188,7 +167,7 @@ def quantize(weight: torch.Tensor, scheme: str) -> QuantizedWeight:
         raise ValueError(f"{weight.numel()} values are not whole blocks of {BLOCK_SIZE}")
     blocks = values.reshape(-1, BLOCK_SIZE)
     scales = blocks.abs().amax(1, keepdim=True).to(weight.dtype)
-    levels = torch.tensor(NF4, device=weight.device)
+    levels = torch.tensor(nf4.NF4, device=weight.device)
     nearest = torch.bucketize(blocks / _nonzero(scales), (levels[1:] + levels[:-1]) / 2).to(torch.uint8).reshape(-1, 2)
     return QuantizedWeight(nearest[:, 0] << 4 | nearest[:, 1], scales, scheme, tuple(weight.shape))
 
@@ -258,11 +237,3 @@ def _nonzero(scales: torch.Tensor) -> torch.Tensor:
     """Scales as float32 divisors, 0 replaced by 1."""
     scales = scales.float()
     return torch.where(scales == 0, torch.ones_like(scales), scales)
-
-
-@functools.lru_cache
-def _value_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The two values of every byte, `[256, 2]`: one look-up a byte instead of two."""
-    levels = torch.tensor(NF4, dtype=dtype, device=device)
-    byte = torch.arange(256, device=device)
-    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)

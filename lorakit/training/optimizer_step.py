@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,10 +56,9 @@ class OptimizerStep:
         copies = not config.memory.gradient_checkpointing and config.memory.limit_gib is None
         plain = loss_step.family.plain
         groups, rates = optimizers.rate_groups(config.optimizer, loss_step.adapter.parameters())
-        self.flats = (
-            [] if plain else adapters.flatten(loss_step.family, loss_step.adapter, groups=groups, copies=copies)
-        )
         spec = registry.optimizer(config.optimizer.name)
+        flatten = partial(adapters.flatten, groups=groups, copies=copies, block_size=spec.block_size)
+        self.flats = [] if plain else flatten(loss_step.family, loss_step.adapter)
         self.parameters = [parameter for _, group in groups for parameter in group]
         if spec.elementwise and not plain:
             groups = [(each.name, [each.weights]) for each in self.flats]

@@ -16,7 +16,7 @@ from lorakit.training import optimizers
 # what layers have, can be compared to the bit.
 EVEN = [(4, 32), (48,), (32, 4), (16, 3, 3, 3), (1, 16)]
 ODD = [(4, 32), (7,), (33, 4), (5, 3, 3, 3), (1, 1)]
-ELEMENTWISE = [name for name, spec in registry.OPTIMIZERS.items() if spec.elementwise]
+ELEMENTWISE = [name for name, spec in registry.OPTIMIZERS.items() if spec.elementwise and spec.block_size == 1]
 
 
 def parameters(shapes: Any = ODD) -> list[torch.nn.Parameter]:

@@ -1,0 +1,117 @@
+"""bitsandbytes' 8-bit optimizers over one tensor of a component: the same bits as over its parameters, in one step."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.config import OptimizerConfig
+from lorakit.core import registry
+from lorakit.engine import flat_parameters
+from lorakit.training import optimizers
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+# Of 256 numbers and its multiples, and others; by itself bitsandbytes takes 8 bits from 4,096 on.
+SHAPES = [(16, 320), (7,), (33, 40), (320, 16), (64, 3, 3, 3), (256,), (2, 640)]
+ALL = {"min_8bit_size": 1}
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
+
+
+def built(weights: list[torch.nn.Parameter], **args: Any) -> torch.optim.Optimizer:
+    return optimizers.build(
+        OptimizerConfig(name="adamw8bit", learning_rate=1e-2, weight_decay=0.1, args=args), [("unet", weights)]
+    )
+
+
+def as_flat(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    flat = flat_parameters.FlatParameters("unet", weights, registry.OPTIMIZERS["adamw8bit"].block_size)
+    optimizer = built([flat.weights])
+    flat_parameters.save_per_parameter(optimizer, [flat])
+    return optimizer
+
+
+def step(numbers: range, weights: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    for number in numbers:
+        draw = torch.Generator().manual_seed(number + 1)
+        for scale, parameter in enumerate(weights):  # large beside small: a block with both would lose the small
+            gradient = torch.randn(parameter.shape, generator=draw) * 10.0**-scale
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.copy_(gradient)
+        optimizer.step()
+
+
+def test_the_steps_have_the_bits_of_those_over_parameters_and_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = parameters(), parameters()
+    optimizer, other = as_flat(one), built(two, **ALL)
+    calls: list[int] = []
+    for each in (optimizer, other):
+        update = each.update_step
+        monkeypatch.setattr(each, "update_step", lambda *args, update=update: (calls.append(1), update(*args)))
+    step(range(4), one, optimizer)
+    assert len(calls) == 4
+    step(range(4), two, other)
+    assert len(calls) == 4 + 4 * len(SHAPES)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    mine, theirs = optimizer.state_dict(), other.state_dict()
+    torch.testing.assert_close(mine["state"], theirs["state"], rtol=0, atol=0)
+    assert mine["param_groups"] == theirs["param_groups"]
+
+
+@pytest.mark.parametrize("saved_flat", [True, False])
+@pytest.mark.parametrize("loaded_flat", [True, False])
+def test_a_saved_state_goes_on_to_the_bit(saved_flat: bool, loaded_flat: bool) -> None:
+    straight, weights = parameters(), parameters()
+    step(range(6), straight, as_flat(straight))
+    first = as_flat(weights) if saved_flat else built(weights, **ALL)
+    step(range(3), weights, first)
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in weights]
+    second = as_flat(resumed) if loaded_flat else built(resumed, **ALL)
+    second.load_state_dict(first.state_dict())
+    step(range(3, 6), resumed, second)
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+
+
+def test_states_in_float32_of_small_parameters_become_8_bits() -> None:
+    apart, together = parameters(), parameters()
+    first = built(apart)  # five of the seven have float32 state
+    step(range(3), apart, first)
+    for mine, theirs in zip(together, apart, strict=True):
+        mine.data.copy_(theirs.data)
+    second = as_flat(together)
+    second.load_state_dict(first.state_dict())
+    step(range(3, 4), apart, first)
+    step(range(3, 4), together, second)
+    for mine, theirs in zip(together, apart, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3)  # a step is 1e-2 long
+
+
+def test_parameters_that_share_memory_stay_neighbours_where_their_blocks_are_whole() -> None:
+    for rank, together in ((4, True), (3, False)):
+        shared = torch.randn(3, rank, 320)
+        flat = flat_parameters.FlatParameters("unet", [torch.nn.Parameter(part) for part in shared], 256)
+        starts = [each.storage_offset() for each in flat.parameters]
+        assert (starts == [0, rank * 320, 2 * rank * 320]) == together
+        assert all(start % 256 == 0 for start in starts)
+        assert torch.equal(torch.stack([each.detach() for each in flat.parameters]), shared)
+
+
+def test_a_step_that_overflows_in_fp16_leaves_state_and_its_count() -> None:
+    from lorakit.training.loss_scale import LossScale
+
+    weights = parameters()
+    optimizer, scale = as_flat(weights), LossScale(SimpleNamespace(gradient_scale=2.0**13, device=torch.device("cpu")))
+    step(range(2), weights, optimizer)
+    before = [weight.detach().clone() for weight in weights]
+    gradients = [weight.grad for weight in weights]
+    gradients[0].fill_(torch.inf)
+    scale.step(optimizer, torch.tensor(torch.inf), gradients)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+    assert {state["step"] for state in optimizer.state_dict()["state"].values()} == {2}
+    assert scale.scale.item() == 2.0**12

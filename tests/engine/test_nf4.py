@@ -1,0 +1,113 @@
+"""The kernels that give the values of NF4's codes: the same values, and how many bytes they move."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorakit.engine import nf4, quantized_weight
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [(320, 64), (32, 16, 3, 3), (64, 3, 1, 1)]
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes that operations read and write."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            written = [] if "empty" in str(function) else [result]
+            read = [each for each in args if isinstance(each, torch.Tensor)]
+            Bytes.count += sum(each.nbytes for each in read + written)
+        return result
+
+
+def moved(weight: quantized_weight.QuantizedWeight) -> float:
+    """Bytes for each number that is dequantized."""
+    weight.dequantize()
+    Bytes.count = 0
+    with Bytes():
+        weight.dequantize()
+    return Bytes.count / weight.numel()
+
+
+def quantized(shape: tuple[int, ...], dtype: torch.dtype, scheme: str = "nf4") -> quantized_weight.QuantizedWeight:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return quantized_weight.quantize(weight, scheme)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Any:
+    nf4._quickest.cache_clear()
+    yield
+    nf4._quickest.cache_clear()
+
+
+def rounded_once(weight: quantized_weight.QuantizedWeight) -> torch.Tensor:
+    assert weight.scales is not None
+    codes = torch.stack([weight.qdata >> 4, weight.qdata & 15], 1).long()
+    values = torch.tensor(nf4.NF4)[codes].view(-1, 64) * weight.scales.float()
+    return values.to(weight.dtype).view(weight.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bitsandbytes_kernel_is_taken_and_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    weight = quantized(shape, dtype)
+    assert torch.equal(weight.dequantize(), rounded_once(weight))
+    assert nf4._quickest(dtype, torch.device("cpu")) is nf4.by_bitsandbytes
+    if dtype is torch.bfloat16:  # and 8.5 for each scale of 64, which is cast
+        assert moved(quantized((1280, 1280), dtype)) == pytest.approx(2.66, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plain_torch_gives_the_same_to_a_rounding(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(nf4, "_kernels", lambda device: [])
+    weight = quantized((320, 64), dtype)
+    result, expected = weight.dequantize(), rounded_once(weight)
+    assert nf4._quickest(dtype, torch.device("cpu")) is nf4.plain
+    torch.testing.assert_close(result, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    if dtype is torch.bfloat16:
+        assert moved(quantized((1280, 1280), dtype)) == pytest.approx(10.5, abs=0.05)
+
+
+@pytest.mark.parametrize("kernel", [lambda codes, scales: nf4.plain(codes, scales) * 1.1, lambda codes, scales: 1 / 0])
+def test_a_kernel_that_is_wrong_or_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, kernel: nf4.Dequantize) -> None:
+    monkeypatch.setattr(nf4, "_kernels", lambda device: [kernel])
+    assert nf4._quickest(torch.float32, torch.device("cpu")) is nf4.plain
+
+
+def test_without_packages_and_on_other_devices_it_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nf4._kernels(torch.device("meta")) == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert nf4._kernels(torch.device("cpu")) == nf4._kernels(torch.device("cuda")) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_is_one_operation_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = quantized(shape, dtype, "int8")
+    assert weight.scales is not None
+    assert torch.equal(weight.dequantize(), weight.qdata.to(dtype).mul_(weight.scales))
+    if dtype is torch.bfloat16:
+        assert moved(quantized((1280, 1280), dtype, "int8")) == pytest.approx(3, abs=0.01)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (320, 640)], ids=str)
+def test_tritons_kernel_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    weight = quantized(shape, dtype)
+    assert weight.scales is not None
+    result = nf4.by_triton(weight.qdata, weight.scales).view(shape)
+    # The interpreter, unlike a card, cuts bf16 off where it should round.
+    rtol = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0
+    torch.testing.assert_close(result, rounded_once(weight), rtol=rtol, atol=0)
+    assert nf4.by_triton in nf4._kernels(torch.device("cpu"))
