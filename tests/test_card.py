@@ -22,7 +22,7 @@ FILES = (
     "engine/test_cuda_graphs.py",
     "engine/test_quantized_weight.py",
 )
-COUNT = 38
+COUNT = 41
 
 
 @pytest.mark.slow

@@ -386,6 +386,10 @@ class MemoryConfig:
         "fused",
         "plain: diffusers and PEFT unchanged; no CUDA graphs, flat buffers, compile. Same within rounding, slower.",
     )
+    triton: bool = option(
+        True,
+        "Use Triton's kernels (GEGLU, NF4) on a card that has Triton, once they agree with torch's; false: torch's.",
+    )
     cuda_graphs: bool = option(True, "Replay steps as CUDA graphs where possible; false: same training, slower.")
 
 

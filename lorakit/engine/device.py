@@ -23,7 +23,7 @@ from lorakit.config import (
 )
 from lorakit.core import install
 from lorakit.core.errors import LorakitError
-from lorakit.engine import device_memory
+from lorakit.engine import device_memory, kernels
 
 if TYPE_CHECKING:
     from lorakit.families import Family
@@ -51,6 +51,7 @@ def device(config: MemoryConfig) -> torch.device:
 
 def prepare(config: MemoryConfig, device: torch.device) -> list[str]:
     """Set up torch for a CUDA device, before its first use; a line for each thing that a person would want to know."""
+    kernels.allow_triton(config.triton)
     if device.type != "cuda":
         return []
     lines = [device_memory.prepare(device)]

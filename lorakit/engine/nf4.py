@@ -10,13 +10,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lorakit.engine import kernels
 from lorakit.engine.weight_storage import BLOCK_SIZE
 
 # The 16 values of NF4, quantiles of a normal distribution scaled into [-1, 1] with an exact zero (Dettmers et al. 2023,
@@ -41,8 +40,6 @@ NF4 = (
 )
 # From the codes, two in a byte, and the scale of each block to the values `[numel]`, in the dtype of the scales.
 Dequantize = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# How far another kernel may be from plain torch, as a share of the largest value: a rounding in half precision.
-TOLERANCE = 1e-2
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -51,35 +48,25 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, shape: Sequence[int]) 
     return _quickest(scales.dtype, codes.device)(codes, scales).view(shape)
 
 
-@functools.lru_cache
 def _quickest(dtype: torch.dtype, device: torch.device) -> Dequantize:
-    """What dequantizes on this device: a kernel that is there and agrees with plain torch, else plain torch."""
-    # Someone who counts operations, or computes without numbers, asks for the function, not for the test of it.
-    with _disable_current_modes():
-        for kernel in _kernels(device):
-            if _agrees(kernel, dtype, device):
-                return kernel
-    return plain
+    """What dequantizes on this device."""
+    return _choose(dtype, device, kernels.uses_triton(device))
 
 
-def _kernels(device: torch.device) -> list[Dequantize]:
-    """The kernels that may be used on the device, best first."""
-    kernels: list[Dequantize] = []
-    if device.type in ("cuda", "cpu") and importlib.util.find_spec("bitsandbytes") and _has_kernels_for(device):
-        kernels.append(by_bitsandbytes)
-    if uses_triton(device):
-        kernels.append(by_triton)
-    return kernels
+@functools.lru_cache
+def _choose(dtype: torch.dtype, device: torch.device, triton: bool) -> Dequantize:
+    def sample() -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.arange(4 * 256, device=device).to(torch.uint8)
+        return codes, torch.linspace(0.01, 4, len(codes) * 2 // BLOCK_SIZE, device=device).to(dtype)[:, None]
 
-
-def uses_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and computes on the device: a card, or a CPU where it interprets, for tests."""
-    interprets = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (device.type == "cuda" or interprets) and importlib.util.find_spec("triton") is not None
+    compiled = [by_bitsandbytes] if device.type in ("cuda", "cpu") and _has_kernels_for(device) else []
+    return kernels.choose([*compiled, *([by_triton] if triton else [])], plain, sample)
 
 
 def _has_kernels_for(device: torch.device) -> bool:
-    """Whether the installed bitsandbytes can be imported and brings compiled kernels for the device."""
+    """Whether bitsandbytes is installed, can be imported, and brings compiled kernels for the device."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
     logger = logging.getLogger("bitsandbytes")  # on a CPU it warns of a product that nothing here uses
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -91,17 +78,6 @@ def _has_kernels_for(device: torch.device) -> bool:
         return False
     finally:
         logger.setLevel(level)
-
-
-def _agrees(kernel: Dequantize, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel gives what plain torch gives."""
-    try:
-        codes = torch.arange(4 * 256, device=device).to(torch.uint8)
-        scales = torch.linspace(0.01, 4, len(codes) * 2 // BLOCK_SIZE, device=device).to(dtype)[:, None]
-        expected, actual = plain(codes, scales).float(), kernel(codes, scales).float()
-        return (actual - expected).abs().max().item() <= TOLERANCE * expected.abs().max().item()
-    except Exception:  # somebody else's kernel, which this card may not run
-        return False
 
 
 def plain(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ the only functions that touch it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.nn import functional
+
+from lorakit.engine import kernels
 
 # (stride, padding, dilation) of a convolution, along both axes.
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -159,8 +162,8 @@ class RecomputeGEGLU(GEGLU):  # type: ignore[misc]
         """`[..., C]` -> `[..., C']`."""
         projected = self.proj(x)
         if not (torch.is_grad_enabled() and projected.requires_grad) or _autocast_enabled(x):
-            return _geglu(projected)
-        return set_recompute(_GEGLUFunction.apply(projected), _geglu, projected)  # type: ignore[no-untyped-call]
+            return geglu(projected)
+        return set_recompute(_GEGLUFunction.apply(projected), geglu, projected)  # type: ignore[no-untyped-call]
 
 
 class _GEGLUFunction(torch.autograd.Function):
@@ -169,22 +172,57 @@ class _GEGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _geglu(x)
+        return geglu(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        value, gate = x.chunk(2, dim=-1)
-        result = torch.empty_like(x)
-        to_value, to_gate = result.chunk(2, dim=-1)
-        torch.mul(gradient, functional.gelu(gate), out=to_value)
-        _gelu_backward(gradient * value, gate, grad_input=to_gate)
-        return result
+        return geglu_backward(gradient, x)
 
 
-def _geglu(x: Tensor) -> Tensor:
+def geglu(x: Tensor) -> Tensor:
+    """The first half of x times gelu of the second, in one kernel where Triton has it."""
+    return (plain_geglu if torch.compiler.is_compiling() else _geglu_kernels(x)[0])(x)
+
+
+def geglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x."""
+    backward = plain_geglu_backward if torch.compiler.is_compiling() else _geglu_kernels(x)[1]
+    return backward(gradient, x)
+
+
+def plain_geglu(x: Tensor) -> Tensor:
+    """The twin of `triton_kernels.geglu`."""
     value, gate = x.chunk(2, dim=-1)
     return value * functional.gelu(gate)
+
+
+def plain_geglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """The twin of `triton_kernels.geglu_backward`."""
+    value, gate = x.chunk(2, dim=-1)
+    result = torch.empty_like(x)
+    to_value, to_gate = result.chunk(2, dim=-1)
+    torch.mul(gradient, functional.gelu(gate), out=to_value)
+    _gelu_backward(gradient * value, gate, grad_input=to_gate)
+    return result
+
+
+def _geglu_kernels(x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    return _choose_geglu(x.dtype, x.device) if kernels.uses_triton(x.device) else (plain_geglu, plain_geglu_backward)
+
+
+@functools.lru_cache
+def _choose_geglu(dtype: torch.dtype, device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Forward and backward by Triton where they agree with their twins on this device."""
+    from lorakit.engine import triton_kernels
+
+    def x() -> Tensor:
+        return torch.linspace(-4, 4, 5 * 2 * 96, device=device).to(dtype).view(5, -1)
+
+    return (
+        kernels.choose([triton_kernels.geglu], plain_geglu, lambda: (x(),)),
+        kernels.choose([triton_kernels.geglu_backward], plain_geglu_backward, lambda: (x()[:, :96].contiguous(), x())),
+    )
 
 
 def _normed(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,8 @@ from lorakit.engine import weight_storage
 MAX_LOOKAHEAD = 64
 # After this many accesses (400 steps of SDXL) the history starts again, so that it takes at most 8 MB.
 MAX_HISTORY = 2**20
+# Pieces of pinned memory for copies from memory that is not pinned: one is filled while the other is copied.
+RING_SLOTS = 2
 
 
 class AccessOrder:
@@ -45,6 +47,31 @@ class AccessOrder:
         return [] if self._position is None else history[self._position + 1 : self._position + 1 + MAX_LOOKAHEAD]
 
 
+class PinnedRing:
+    """A little pinned memory through which copies from other host memory go, so that they run beside the computation.
+
+    Raises:
+        RuntimeError: the system refuses to pin it.
+    """
+
+    def __init__(self) -> None:
+        size = weight_storage.SLAB_BYTES
+        self._slots = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(RING_SLOTS)]
+        self._events: list[Any] = [None] * RING_SLOTS
+        self._next = 0
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy bytes from the host to the device on the current stream; what is larger than a slot goes directly."""
+        if source.numel() > len(self._slots[0]):
+            target.copy_(source, non_blocking=True)
+            return
+        slot, self._next = self._next, (self._next + 1) % RING_SLOTS
+        if self._events[slot] is not None:
+            self._events[slot].synchronize()
+        target.copy_(self._slots[slot][: source.numel()].copy_(source), non_blocking=True)
+        self._events[slot] = torch.cuda.current_stream(target.device).record_event()
+
+
 class WeightOffloader:
     """Weights in host memory, by number, and copies of some of them on the device.
 
@@ -61,8 +88,8 @@ class WeightOffloader:
         misses: how many of them found the weight not prefetched.
         bytes_copied: bytes copied to the device.
         host_bytes: bytes of host memory in use.
-        pinned: whether all of it is pinned. Systems limit that (WSL to some 1 GiB); copies from the rest make the host
-            wait.
+        pinned: whether all of it is pinned. Systems limit that (WSL to some 1 GiB); copies from the rest go through a
+            `PinnedRing`.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device | str, window: int | None = None):
@@ -79,6 +106,7 @@ class WeightOffloader:
         self._copy_stream: Any = torch.cuda.Stream(self.device) if cuda else None
         self._compute_stream: Any = None
         self.pinned = self._copy_stream is not None
+        self._ring: PinnedRing | None = None
 
     def put(self, number: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy a weight, given as its parts, to host memory; return the parts there.
@@ -88,6 +116,7 @@ class WeightOffloader:
         """
         slab = self._slots[number][0]
         if slab not in self._slabs:
+            self._reserve_ring()
             self._slabs[slab] = _host_memory(self._lengths[slab], pinned=self.pinned)
             self.pinned = self.pinned and self._slabs[slab].is_pinned()
             self.host_bytes += self._lengths[slab]
@@ -95,6 +124,18 @@ class WeightOffloader:
         for host_part, part in zip(host_parts, parts, strict=True):
             host_part.copy_(part)
         return host_parts
+
+    def _reserve_ring(self) -> None:
+        """Before a slab is allocated: pin a ring first, as later the system may refuse it. While all slabs are pinned
+        it is not needed; its memory becomes that of the last ones."""
+        left = len(self._lengths) - len(self._slabs)
+        if self.pinned and not self._slabs and left > RING_SLOTS:
+            try:
+                self._ring = PinnedRing()
+            except RuntimeError:
+                self.pinned = False
+        elif self.pinned and left <= RING_SLOTS:
+            self._ring = None
 
     def fetch(self, number: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the parts, as `put` returned them, on the device, ready for the current CUDA stream."""
@@ -142,12 +183,21 @@ class WeightOffloader:
         self.bytes_copied += self.sizes[number]
         data = torch.empty(self.sizes[number], dtype=torch.uint8, device=self.device)
         if not ahead or self._copy_stream is None:
-            return data.copy_(self._host_view(number), non_blocking=True), None
+            self._start(number, data)
+            return data, None
         # The memory may have just been freed by the computation, whose queued operations still use it.
         self._copy_stream.wait_stream(self._compute_stream)
         with torch.cuda.stream(self._copy_stream):
-            data.copy_(self._host_view(number), non_blocking=True)
+            self._start(number, data)
             return data, self._copy_stream.record_event()
+
+    def _start(self, number: int, data: torch.Tensor) -> None:
+        """Start the copy on the current stream."""
+        source = self._host_view(number)
+        if self._ring is None or self._slabs[self._slots[number][0]].is_pinned():
+            data.copy_(source, non_blocking=True)
+        else:
+            self._ring.copy(source, data)
 
     def _wait(self, number: int) -> torch.Tensor:
         """The bytes of a weight on the device; the compute stream waits for their copy."""

@@ -15,6 +15,9 @@ class Event:
     def __init__(self) -> None:
         self.at = card.promised()
 
+    def synchronize(self) -> None:
+        card.keep_promises(self.at)
+
 
 class Stream:
     """The main one does everything at once; another leaves its copies from the host until somebody waits."""

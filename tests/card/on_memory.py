@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.engine import cuda_graphs, device_memory
+from lorakit.engine import cuda_graphs, device_memory, weight_storage
+from lorakit.engine.weight_offload import WeightOffloader
 
 card: Any = getattr(torch.cuda, "card", None)
 pytestmark = [
@@ -62,3 +63,31 @@ def test_the_pool_of_a_graph_is_no_room_and_is_in_the_peak() -> None:
     del replay
     torch.cuda.empty_cache()
     assert device_memory.free_bytes(CUDA) >= before - MIB
+
+
+@pytest.mark.parametrize(("limit", "all_pinned", "has_ring"), [(99, True, False), (5, False, True), (1, False, False)])
+def test_weights_arrive_where_the_system_pins_little(
+    monkeypatch: pytest.MonkeyPatch, limit: int, all_pinned: bool, has_ring: bool
+) -> None:
+    """Copies from memory that is not pinned go through a ring that is, whose slots are not filled too early."""
+    size, empty, slabs = 2**16, torch.empty, []
+
+    def limited(*shape: Any, pin_memory: bool = False, **named: Any) -> Any:
+        if pin_memory and len(slabs) == limit:
+            raise RuntimeError("CUDA error: out of memory")
+        slabs.extend([shape] * pin_memory)
+        return empty(*shape, pin_memory=pin_memory, **named)
+
+    monkeypatch.setattr(torch, "empty", limited)
+    monkeypatch.setattr(weight_storage, "SLAB_BYTES", size)
+    # The last is larger than a slot of the ring.
+    sizes = [size] * 8 + [2 * size]
+    offloader = WeightOffloader(sizes, CUDA, window=4 * size)
+    parts = [offloader.put(n, [torch.full((each // 4,), float(n + 1))]) for n, each in enumerate(sizes)]
+    assert (offloader.pinned, offloader._ring is not None) == (all_pinned, has_ring)
+    order = [*range(9), *reversed(range(9))]
+    for _ in range(3):
+        for number in order:
+            (weight,) = offloader.fetch(number, parts[number])
+            assert weight.cpu().unique().tolist() == [number + 1]
+    assert offloader.misses <= len(order) + 4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit.engine import nf4, quantized_weight
+from lorakit.engine import kernels, nf4, quantized_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(320, 64), (32, 16, 3, 3), (64, 3, 1, 1)]
@@ -43,9 +43,9 @@ def quantized(shape: tuple[int, ...], dtype: torch.dtype, scheme: str = "nf4") -
 
 @pytest.fixture(autouse=True)
 def fresh() -> Any:
-    nf4._quickest.cache_clear()
+    nf4._choose.cache_clear()
     yield
-    nf4._quickest.cache_clear()
+    nf4._choose.cache_clear()
 
 
 def rounded_once(weight: quantized_weight.QuantizedWeight) -> torch.Tensor:
@@ -68,7 +68,8 @@ def test_bitsandbytes_kernel_is_taken_and_rounds_once(shape: tuple[int, ...], dt
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_plain_torch_gives_the_same_to_a_rounding(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(nf4, "_kernels", lambda device: [])
+    monkeypatch.setattr(nf4, "_has_kernels_for", lambda device: False)
+    monkeypatch.setitem(kernels._allowed, "triton", False)
     weight = quantized((320, 64), dtype)
     result, expected = weight.dequantize(), rounded_once(weight)
     assert nf4._quickest(dtype, torch.device("cpu")) is nf4.plain
@@ -79,14 +80,17 @@ def test_plain_torch_gives_the_same_to_a_rounding(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("kernel", [lambda codes, scales: nf4.plain(codes, scales) * 1.1, lambda codes, scales: 1 / 0])
 def test_a_kernel_that_is_wrong_or_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, kernel: nf4.Dequantize) -> None:
-    monkeypatch.setattr(nf4, "_kernels", lambda device: [kernel])
+    monkeypatch.setattr(nf4, "_has_kernels_for", lambda device: True)
+    monkeypatch.setattr(nf4, "by_bitsandbytes", kernel)
+    monkeypatch.setitem(kernels._allowed, "triton", False)
     assert nf4._quickest(torch.float32, torch.device("cpu")) is nf4.plain
 
 
 def test_without_packages_and_on_other_devices_it_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert nf4._kernels(torch.device("meta")) == []
+    assert nf4._quickest(torch.float32, torch.device("meta")) is nf4.plain
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert nf4._kernels(torch.device("cpu")) == nf4._kernels(torch.device("cuda")) == []
+    for device in ("cpu", "cuda"):
+        assert not kernels.uses_triton(torch.device(device)) and not nf4._has_kernels_for(torch.device(device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,7 +106,9 @@ def test_int8_is_one_operation_to_the_bit(shape: tuple[int, ...], dtype: torch.d
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (320, 640)], ids=str)
-def test_tritons_kernel_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_tritons_kernel_rounds_once(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     weight = quantized(shape, dtype)
     assert weight.scales is not None
@@ -110,4 +116,5 @@ def test_tritons_kernel_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) 
     # The interpreter, unlike a card, cuts bf16 off where it should round.
     rtol = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0
     torch.testing.assert_close(result, rounded_once(weight), rtol=rtol, atol=0)
-    assert nf4.by_triton in nf4._kernels(torch.device("cpu"))
+    monkeypatch.setattr(nf4, "_has_kernels_for", lambda device: False)
+    assert nf4._quickest(dtype, torch.device("cpu")) is nf4.by_triton

@@ -276,6 +276,7 @@ NAMES = {
     "memory.tf32": "TF32",
     "train.deterministic": "Same bits in each run",
     "memory.cuda_graphs": "CUDA graphs",
+    "memory.triton": "Triton kernels",
     "output.dtype": "Precision of the file",
 }
 # Values of options that are words. They stay as the command line has them; a table of another language says them too.

@@ -451,6 +451,10 @@ OPTIONS = {
         "訓練結果在捨入誤差內相同，較慢。",
     ),
     "memory.cuda_graphs": ("CUDA graphs", "可能時以 CUDA graphs 重播每一步；false：訓練結果相同，較慢。"),
+    "memory.triton": (
+        "Triton 核心",
+        "有 Triton 且結果與 torch 相符時，使用其核心；false：只用 torch 的。",
+    ),
     "sample.every": ("樣張間隔", "兩次樣張之間的步數；0：每次執行五次。"),
     "sample.at_start": ("開始前畫樣張", "第一步之前先畫一組樣張，呈現基礎模型原本的樣子。"),
     "sample.at_end": ("結束時畫樣張", "用匯出的檔案畫一組樣張，證明它能用。"),
