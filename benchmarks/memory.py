@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from lorakit import adapters, config
 from lorakit.adapters import targets
 from lorakit.core.layer_names import canonical
-from lorakit.engine import device as devices, nf4, quantized_weight
+from lorakit.engine import device as devices, quantized_kernels, quantized_weight
 from lorakit.families import tiled_vae
 from lorakit.runs import memory_estimate, plan
 from lorakit.training.optimizer_step import OptimizerStep
@@ -121,7 +121,7 @@ def fake(on: bool = True) -> Iterator[None]:
     """Tensors without values inside."""
     with FakeTensorMode() if on else contextlib.nullcontext():
         yield
-    nf4._value_pairs.cache_clear()
+    quantized_kernels._value_pairs.cache_clear()
 
 
 def main() -> None:

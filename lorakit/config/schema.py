@@ -374,8 +374,10 @@ class MemoryConfig:
         above=0,
         automatic="auto",
     )
-    base_storage: Literal["full", "int8", "nf4"] = option(
-        "full", "How the UNet's frozen weights are kept: in full, or in 8 or 4.5 bits each, which is slower."
+    base_storage: Literal["full", "int8", "w8a8", "nf4"] = option(
+        "full",
+        "How the UNet's frozen weights are kept: in full, or in 8 or 4.5 bits each, which is slower. "
+        "w8a8: 8 bits, and linear layers multiply in int8: for speed.",
     )
     stream_base: bool = option(
         False,

@@ -220,7 +220,8 @@ class FusedLinear(Linear):  # type: ignore[misc]
             return functional.linear(x, base.weight, base.bias) + lora_delta(x, down, up, self.scaling[name])
         rows = x.reshape(-1, x.shape[-1])
         arguments = (rows, base.weight, base.bias, down, up, self.scaling[name], recompute.get_recompute(x))
-        if x.dtype is torch.float32:
+        # A weight whose products are computed in int8 is not merged.
+        if x.dtype is torch.float32 and getattr(base.weight, "scheme", "") != "w8a8":
             y = LoraLinear.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
             y = HalfLoraLinear.apply(*arguments, active_copies(self.half_copies, x))  # type: ignore[no-untyped-call]

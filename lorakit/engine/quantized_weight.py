@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from lorakit.core.errors import LorakitError
-from lorakit.engine import nf4
+from lorakit.engine import quantized_kernels
 from lorakit.engine.weight_offload import WeightOffloader
-from lorakit.engine.weight_storage import BLOCK_SIZE, is_quantizable, weight_nbytes
+from lorakit.engine.weight_storage import BLOCK_SIZE, EIGHT_BITS, is_quantizable, weight_nbytes
 
 _aten = torch.ops.aten
+_linear_pointwise = getattr(torch.ops.mkldnn._linear_pointwise, "default", None)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class QuantizedWeight(torch.Tensor):
             "full": the weight itself.
         scales: in the weight's dtype; int8: one for each output channel, `[out, 1, ...]`; NF4: one for each block of 64
             values in memory order, `[numel / 64, 1]`; "full": None.
-        scheme: "int8", "nf4" or "full".
+        scheme: "int8", "w8a8" (int8 whose products with a matrix are computed in int8), "nf4" or "full".
         transposed: whether this is the transpose of the weight.
         host_slot: the place of qdata and scales in host memory, or None if they are on the weight's device.
     """
@@ -85,6 +86,8 @@ class QuantizedWeight(torch.Tensor):
             return args[0]._like(not args[0].transposed)
         if function is _aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
             return args[0]._like(args[0].transposed, device=kwargs.get("device"))
+        if (product := _int8_product(function, args)) is not None:
+            return product
         if function._schema.is_mutable and isinstance(args[0], QuantizedWeight):
             raise LorakitError(f"{args[0].description} cannot be changed: load the base with its weights in full")
         return function(*_dequantized(args), **{name: _dequantized(value) for name, value in kwargs.items()})
@@ -94,10 +97,10 @@ class QuantizedWeight(torch.Tensor):
         qdata, scales = self._parts()
         if scales is None:
             result = qdata
-        elif self.scheme == "int8":
+        elif self.scheme in EIGHT_BITS:
             result = torch.mul(qdata, scales)  # in the dtype of the scales, without a copy of qdata
         else:
-            result = nf4.dequantize(qdata, scales, self._shape())
+            result = quantized_kernels.dequantize(qdata, scales, self._shape())
         return result.t() if self.transposed else result
 
     @property
@@ -159,7 +162,7 @@ def quantize(weight: torch.Tensor, scheme: str) -> QuantizedWeight:
         ValueError: the scheme is NF4 and the weight does not fill whole blocks of 64 values.
     """
     values = weight.detach().float()
-    if scheme == "int8":
+    if scheme in EIGHT_BITS:
         scales = (values.flatten(1).abs().amax(1) / 127).to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
         qdata = (values / _nonzero(scales)).round_().clamp_(-127, 127).to(torch.int8)
         return QuantizedWeight(qdata, scales, scheme, tuple(weight.shape))
@@ -167,7 +170,7 @@ def quantize(weight: torch.Tensor, scheme: str) -> QuantizedWeight:
         raise ValueError(f"{weight.numel()} values are not whole blocks of {BLOCK_SIZE}")
     blocks = values.reshape(-1, BLOCK_SIZE)
     scales = blocks.abs().amax(1, keepdim=True).to(weight.dtype)
-    levels = torch.tensor(nf4.NF4, device=weight.device)
+    levels = torch.tensor(quantized_kernels.NF4, device=weight.device)
     nearest = torch.bucketize(blocks / _nonzero(scales), (levels[1:] + levels[:-1]) / 2).to(torch.uint8).reshape(-1, 2)
     return QuantizedWeight(nearest[:, 0] << 4 | nearest[:, 1], scales, scheme, tuple(weight.shape))
 
@@ -181,8 +184,10 @@ def store_layers(
     Biases, norms and the layers that `weight_storage.is_quantizable` excludes stay as they are.
 
     Raises:
-        LorakitError: there is not enough host memory.
+        LorakitError: there is not enough host memory, or the device has no products in int8.
     """
+    if scheme == "w8a8" and torch.device(device).type != "meta":
+        quantized_kernels.require_int8(torch.device(device))
     layers = {
         path: layer
         for path, layer in unet.named_modules()
@@ -223,6 +228,26 @@ def storage_nbytes(module: nn.Module) -> int:
     """Bytes in memory of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(t.storage_nbytes if isinstance(t, QuantizedWeight) else t.nbytes for t in tensors)
+
+
+def _int8_product(function: Any, args: Any) -> torch.Tensor | None:
+    """The result of a matrix product with a "w8a8" weight as its second factor, in int8; None for all else."""
+    if function is _aten.mm.default:
+        x, weight, bias = *args, None
+    elif function is _aten.addmm.default and args[0].ndim == 1:
+        bias, x, weight = args
+    elif function is _linear_pointwise and args[0].ndim == 2 and isinstance(args[1], QuantizedWeight):
+        x, weight, bias = args[0], args[1].t(), args[2]
+    else:
+        return None
+    if not isinstance(weight, QuantizedWeight) or weight.scheme != "w8a8" or isinstance(x, QuantizedWeight):
+        return None
+    if not quantized_kernels.int8_fits(len(x), weight.shape):
+        return None
+    qdata, scales = weight._parts()
+    assert scales is not None, "a quantized weight has scales"
+    result = quantized_kernels.int8_product(x, qdata, scales, transposed=weight.transposed)
+    return result if bias is None else result + bias
 
 
 def _dequantized(value: Any) -> Any:

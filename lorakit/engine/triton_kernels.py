@@ -34,6 +34,62 @@ def geglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def quantize_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes of a matrix whose columns are multiplied by `factors`, and the float32 scale of each row."""
+    x = x.contiguous()
+    rows, columns = x.shape
+    codes, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
+    width = triton.next_power_of_2(columns)
+    _quantize_rows[(rows,)](x, factors, codes, scales, columns, HAS_FACTORS=factors is not None, WIDTH=width)
+    return codes, scales
+
+
+def scale_product(
+    total: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """An int32 matrix times a scale for each row and, if given, for each column, in `dtype`."""
+    result = torch.empty_like(total, dtype=dtype)
+    grid = (triton.cdiv(total.numel(), 1024),)
+    has_columns = columns is not None
+    _scale_product[grid](
+        total, rows, columns, result, total.numel(), total.shape[1], HAS_COLUMNS=has_columns, WIDTH=1024
+    )
+    return result
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quantize_rows(  # type: ignore[no-untyped-def]
+    x: Any, factors: Any, codes: Any, scales: Any, columns: Any, HAS_FACTORS: tl.constexpr, WIDTH: tl.constexpr
+):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    values = tl.load(x + row * columns + column, mask=column < columns, other=0).to(tl.float32)
+    if HAS_FACTORS:
+        values *= tl.load(factors + column, mask=column < columns, other=0).to(tl.float32)
+    largest = tl.max(tl.abs(values), axis=0) / 127
+    scale = tl.where(largest == 0, 1.0, largest)
+    tl.store(scales + row, scale)
+    tl.store(codes + row * columns + column, tl.floor(values / scale + 0.5).to(tl.int8), mask=column < columns)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scale_product(  # type: ignore[no-untyped-def]
+    total: Any,
+    rows: Any,
+    columns: Any,
+    result: Any,
+    size: Any,
+    width: Any,
+    HAS_COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    values = tl.load(total + at, mask=at < size, other=0).to(tl.float32)
+    values *= tl.load(rows + at // width, mask=at < size, other=0)
+    if HAS_COLUMNS:
+        values *= tl.load(columns + at % width, mask=at < size, other=0).to(tl.float32)
+    tl.store(result + at, values.to(result.dtype.element_ty), mask=at < size)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _geglu(x: Any, result: Any, size: Any, columns: Any, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 # Weights that share a scale in NF4.
 BLOCK_SIZE = 64
+# Schemes with one byte for each weight and one scale for each output channel.
+EIGHT_BITS = ("int8", "w8a8")
 # These layers of a UNet (first, last, embeddings of the timestep and of SDXL's sizes) are never quantized: their error
 # would reach every block. They hold less than a hundredth of the weights.
 UNQUANTIZED_LAYERS = ("conv_in", "conv_out", "time_embedding", "add_embedding")
@@ -32,7 +34,7 @@ def weight_nbytes(path: str, shape: Sequence[int], scheme: str, width: int) -> i
     size = math.prod(shape)
     if scheme == "full" or not is_quantizable(path, size):
         return size * width
-    return size + shape[0] * width if scheme == "int8" else size // 2 + size // BLOCK_SIZE * width
+    return size + shape[0] * width if scheme in EIGHT_BITS else size // 2 + size // BLOCK_SIZE * width
 
 
 def pack_into_slabs(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:

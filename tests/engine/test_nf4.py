@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit.engine import kernels, nf4, quantized_weight
+from lorakit.engine import kernels, quantized_kernels, quantized_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(320, 64), (32, 16, 3, 3), (64, 3, 1, 1)]
@@ -43,15 +43,15 @@ def quantized(shape: tuple[int, ...], dtype: torch.dtype, scheme: str = "nf4") -
 
 @pytest.fixture(autouse=True)
 def fresh() -> Any:
-    nf4._choose.cache_clear()
+    quantized_kernels._choose.cache_clear()
     yield
-    nf4._choose.cache_clear()
+    quantized_kernels._choose.cache_clear()
 
 
 def rounded_once(weight: quantized_weight.QuantizedWeight) -> torch.Tensor:
     assert weight.scales is not None
     codes = torch.stack([weight.qdata >> 4, weight.qdata & 15], 1).long()
-    values = torch.tensor(nf4.NF4)[codes].view(-1, 64) * weight.scales.float()
+    values = torch.tensor(quantized_kernels.NF4)[codes].view(-1, 64) * weight.scales.float()
     return values.to(weight.dtype).view(weight.shape)
 
 
@@ -61,36 +61,42 @@ def test_bitsandbytes_kernel_is_taken_and_rounds_once(shape: tuple[int, ...], dt
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     weight = quantized(shape, dtype)
     assert torch.equal(weight.dequantize(), rounded_once(weight))
-    assert nf4._quickest(dtype, torch.device("cpu")) is nf4.by_bitsandbytes
+    assert quantized_kernels._quickest(dtype, torch.device("cpu")) is quantized_kernels.by_bitsandbytes
     if dtype is torch.bfloat16:  # and 8.5 for each scale of 64, which is cast
         assert moved(quantized((1280, 1280), dtype)) == pytest.approx(2.66, abs=0.01)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_plain_torch_gives_the_same_to_a_rounding(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(nf4, "_has_kernels_for", lambda device: False)
+    monkeypatch.setattr(quantized_kernels, "_has_kernels_for", lambda device: False)
     monkeypatch.setitem(kernels._allowed, "triton", False)
     weight = quantized((320, 64), dtype)
     result, expected = weight.dequantize(), rounded_once(weight)
-    assert nf4._quickest(dtype, torch.device("cpu")) is nf4.plain
+    assert quantized_kernels._quickest(dtype, torch.device("cpu")) is quantized_kernels.plain
     torch.testing.assert_close(result, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
     if dtype is torch.bfloat16:
         assert moved(quantized((1280, 1280), dtype)) == pytest.approx(10.5, abs=0.05)
 
 
-@pytest.mark.parametrize("kernel", [lambda codes, scales: nf4.plain(codes, scales) * 1.1, lambda codes, scales: 1 / 0])
-def test_a_kernel_that_is_wrong_or_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, kernel: nf4.Dequantize) -> None:
-    monkeypatch.setattr(nf4, "_has_kernels_for", lambda device: True)
-    monkeypatch.setattr(nf4, "by_bitsandbytes", kernel)
+@pytest.mark.parametrize(
+    "kernel", [lambda codes, scales: quantized_kernels.plain(codes, scales) * 1.1, lambda codes, scales: 1 / 0]
+)
+def test_a_kernel_that_is_wrong_or_fails_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, kernel: quantized_kernels.Dequantize
+) -> None:
+    monkeypatch.setattr(quantized_kernels, "_has_kernels_for", lambda device: True)
+    monkeypatch.setattr(quantized_kernels, "by_bitsandbytes", kernel)
     monkeypatch.setitem(kernels._allowed, "triton", False)
-    assert nf4._quickest(torch.float32, torch.device("cpu")) is nf4.plain
+    assert quantized_kernels._quickest(torch.float32, torch.device("cpu")) is quantized_kernels.plain
 
 
 def test_without_packages_and_on_other_devices_it_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert nf4._quickest(torch.float32, torch.device("meta")) is nf4.plain
+    assert quantized_kernels._quickest(torch.float32, torch.device("meta")) is quantized_kernels.plain
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for device in ("cpu", "cuda"):
-        assert not kernels.uses_triton(torch.device(device)) and not nf4._has_kernels_for(torch.device(device))
+        assert not kernels.uses_triton(torch.device(device)) and not quantized_kernels._has_kernels_for(
+            torch.device(device)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -112,9 +118,9 @@ def test_tritons_kernel_rounds_once(
     pytest.importorskip("triton", reason="triton is not installed")
     weight = quantized(shape, dtype)
     assert weight.scales is not None
-    result = nf4.by_triton(weight.qdata, weight.scales).view(shape)
+    result = quantized_kernels.by_triton(weight.qdata, weight.scales).view(shape)
     # The interpreter, unlike a card, cuts bf16 off where it should round.
     rtol = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0
     torch.testing.assert_close(result, rounded_once(weight), rtol=rtol, atol=0)
-    monkeypatch.setattr(nf4, "_has_kernels_for", lambda device: False)
-    assert nf4._quickest(dtype, torch.device("cpu")) is nf4.by_triton
+    monkeypatch.setattr(quantized_kernels, "_has_kernels_for", lambda device: False)
+    assert quantized_kernels._quickest(dtype, torch.device("cpu")) is quantized_kernels.by_triton

@@ -18,8 +18,8 @@ from lorakit.config import ADAPTER_SECTIONS, LoraConfig
 from lorakit.core.errors import LorakitError
 from lorakit.engine import (
     device as devices,
-    nf4,
     onednn_linear,
+    quantized_kernels,
     quantized_weight,
     weight_storage,
 )
@@ -82,7 +82,7 @@ def test_nf4_by_hand() -> None:
     assert quantized.qdata.shape == (64,)
     assert quantized.scales.tolist() == [[2.0], [0.0]]
     expected = torch.zeros(2, 64)
-    expected[0, :4] = torch.tensor([-2.0, 2.0, 2 * nf4.NF4[11], 2 * nf4.NF4[14]])
+    expected[0, :4] = torch.tensor([-2.0, 2.0, 2 * quantized_kernels.NF4[11], 2 * quantized_kernels.NF4[14]])
     assert torch.equal(quantized.dequantize(), expected)
 
 
