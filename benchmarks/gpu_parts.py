@@ -39,7 +39,12 @@ KERNELS = {
     "matrix": ("gemm", "cutlass", "nvjet", "xmma", "splitk"),
     "copies and pointwise": ("elementwise", "vectorized", "copy", "fill", "memcpy", "memset", "cat", "reduce"),
 }
-GPU_TESTS = ("card/on_graphs.py", "engine/test_cuda_graphs.py", "engine/test_quantized_weight.py")
+GPU_TESTS = (
+    "card/on_graphs.py",
+    "engine/test_cuda_graphs.py",
+    "engine/test_quantized_weight.py",
+    "engine/test_triton_kernels.py",
+)
 
 
 def row(name: str, value: Any, **more: Any) -> None:
@@ -128,6 +133,7 @@ def card(machine: Machine) -> None:
 
             equal = all(torch.equal(a, b) for a, b in zip(both(), both(), strict=True))
             row(f"attention {size} x {queries} x {keys}", machine.milliseconds(both), unit="ms", same_bits_twice=equal)
+    _dequantized(machine)
     for channels, side in ((320, 64), (1280, 16)):
         x = torch.randn(1, channels // places or 1, side, side, device=machine.device).bfloat16()
         weight = torch.randn(len(x[0]), len(x[0]), 3, 3, device=machine.device).bfloat16()
@@ -136,6 +142,25 @@ def card(machine: Machine) -> None:
                 a, w = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
                 took = machine.milliseconds(lambda a=a, w=w: functional.conv2d(a, w, None, 1, 1))
                 row(f"convolution {channels} x {side} {name}", took, unit="ms")
+
+
+def _dequantized(machine: Machine) -> None:
+    """A weight of SDXL's by each kernel for NF4, and a product with it in int8 beside one in half precision."""
+    from lorakit.engine import kernels, quantized_kernels, quantized_weight
+
+    side = 64 if machine.rehearse else 2560
+    weight = torch.randn(4 * side, side, device=machine.device).to(machine.dtype)
+    nf4, int8 = (quantized_weight.quantize(weight, scheme) for scheme in ("nf4", "w8a8"))
+    chosen = quantized_kernels._quickest(machine.dtype, machine.device).__name__
+    for kernel in (quantized_kernels.by_bitsandbytes, quantized_kernels.by_triton, quantized_kernels.plain):
+        with attempt(f"nf4 {kernel.__name__}"):
+            took = machine.milliseconds(lambda kernel=kernel: kernel(nf4.qdata, nf4.scales))
+            row(f"nf4 {kernel.__name__}", took, unit="ms", weights=weight.numel(), chosen=chosen == kernel.__name__)
+    x = torch.randn(4096, side, device=machine.device).to(machine.dtype)
+    for name, factor in ((str(machine.dtype), weight), ("int8", int8)):
+        with attempt(f"product {name}"):
+            row(f"product {name}", machine.milliseconds(lambda factor=factor: x @ factor.t()), unit="ms")
+    row("kernels of Triton are used", kernels.uses_triton(machine.device))
 
 
 def tests(machine: Machine) -> None:
@@ -280,6 +305,7 @@ def memory(machine: Machine) -> None:
         ("sdxl", 1024, 1, "attention", 8.0, "full"),
         ("sdxl", 1024, 1, "linear", True, "nf4"),
         ("sdxl", 1024, 1, "linear", True, "int8"),
+        ("sdxl", 1024, 1, "attention", False, "w8a8"),
         ("sdxl", 1024, 1, "linear", True, "full streamed"),
         ("sd15", 512, 4, "attention", False, "full"),
         ("sd15", 512, 1, "linear", True, "nf4"),
@@ -328,8 +354,10 @@ def _saving_loop(machine: Machine, name: str, settings: Any) -> common.Loop:
 
 
 def variants(machine: Machine) -> None:
-    """cuDNN's search, channels last, and each of SDPA's kernels."""
+    """cuDNN's search, channels last, each of SDPA's kernels, torch's own instead of Triton's, an 8-bit optimizer."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from lorakit.engine import kernels as choice
 
     kernels = {"flash": SDPBackend.FLASH_ATTENTION, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
     kernels["cuDNN"] = SDPBackend.CUDNN_ATTENTION
@@ -342,6 +370,16 @@ def variants(machine: Machine) -> None:
         for name, kernel in kernels.items() if not machine.rehearse else ():
             with attempt(f"{kind} attention by {name}"), sdpa_kernel(kernel):
                 _timed(machine, f"{kind} b1 attention by {name}", makers["lorakit"])
+        choice.allow_triton(False)
+        with attempt(f"{kind} without Triton"):
+            _timed(machine, f"{kind} b1 without Triton", makers["lorakit"])
+        choice.allow_triton(True)
+        with attempt(f"{kind} adamw8bit"):
+            _timed(
+                machine,
+                f"{kind} b1 adamw8bit",
+                lambda kind=kind: machine.loop(kind, 1, **{"optimizer.name": "adamw8bit"}),
+            )
 
 
 def compiled(machine: Machine) -> None:

@@ -1,6 +1,8 @@
-"""The same run with its base in float32 and in bf16: one seed, one picture with both validation curves.
+"""The same run with its base in float32 and in bf16: one seed, one picture with the validation curves.
 
-    python benchmarks/precision.py [--steps 120] [--quick] [--json FILE] [--output PICTURE.png]
+    python benchmarks/precision.py [--steps 120] [--quick] [--storages int8,w8a8] [--json FILE] [--output PICTURE.png]
+
+`--storages` adds a run in bf16 with each `memory.base_storage`.
 
 The bundled model learns a bundled subject as its preset has it, without class images, on the CPU.
 """
@@ -8,6 +10,7 @@ The bundled model learns a bundled subject as its preset has it, without class i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -23,6 +26,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 NAMES = {"fp32": "float32", "bf16": "bf16"}
+STORAGES = {name: f"bf16, {name}" for name in ("int8", "w8a8", "nf4")}
 
 
 def main() -> None:
@@ -30,17 +34,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--quick", action="store_true", help="20 steps")
+    parser.add_argument("--storages", default="", help=f"some of {', '.join(STORAGES)}")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     steps = 20 if args.quick else args.steps
     with tempfile.TemporaryDirectory() as scratch:
         photos = demo.write_photos(subjects()[0], Path(scratch) / "photos")
-        curves = {name: curve(photos, Path(scratch) / name, name, steps) for name in NAMES}
-    rows, first = [], dict(curves["fp32"])
+        curves = {text: curve(photos, Path(scratch) / name, name, steps) for name, text in NAMES.items()}
+        for name in filter(None, args.storages.split(",")):
+            curves[STORAGES[name]] = curve(photos, Path(scratch) / name, "bf16", steps, name)
+    rows, first = [], dict(curves["float32"])
     for name, points in curves.items():
         rows += [
-            common.row(f"{NAMES[name]} validation mse, step {step}", value, "mse", first[step] / value)
+            common.row(f"{name} validation mse, step {step}", value, "mse", first[step] / value)
             for step, value in points
         ]
     common.finish(rows, args.json)
@@ -55,7 +62,7 @@ def subjects() -> list[str]:
     return list(bundled.SUBJECTS)
 
 
-def curve(photos: Path, folder: Path, precision: str, steps: int) -> list[tuple[int, float]]:
+def curve(photos: Path, folder: Path, precision: str, steps: int, storage: str = "full") -> list[tuple[int, float]]:
     """(step, validation mse) of a run."""
     run_config = config.load(
         "subject-pocket",
@@ -70,6 +77,7 @@ def curve(photos: Path, folder: Path, precision: str, steps: int) -> list[tuple[
             "sample.every": steps,
             "sample.steps": 1,
             "memory.mixed_precision": precision,
+            "memory.base_storage": storage,
             "memory.device": "cpu",
             "output.folder": str(folder),
         },
@@ -80,10 +88,10 @@ def curve(photos: Path, folder: Path, precision: str, steps: int) -> list[tuple[
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], file: Path) -> None:
-    """Both curves over the steps."""
+    """The curves over the steps."""
     figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
-    for (name, points), style in zip(curves.items(), ("-", "--"), strict=True):
-        axes.plot(*zip(*points, strict=True), style, marker=".", label=NAMES[name])
+    for (name, points), style in zip(curves.items(), itertools.cycle(("-", "--", ":"))):
+        axes.plot(*zip(*points, strict=True), style, marker=".", label=name)
     axes.set(xlabel="step", ylabel="validation mse", title="the same run, its base in float32 and in bf16")
     axes.legend()
     figure.savefig(file, dpi=110)

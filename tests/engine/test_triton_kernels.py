@@ -9,7 +9,7 @@ from diffusers.models.activations import GEGLU
 from torch.nn import functional
 
 from lorakit.config import MemoryConfig
-from lorakit.engine import device, kernels, recompute
+from lorakit.engine import device, kernels, quantized_kernels, quantized_weight, recompute
 
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(
@@ -71,3 +71,31 @@ def test_memory_triton_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     device.prepare(MemoryConfig(triton=False), CPU)
     assert not kernels.uses_triton(card)
     assert recompute._geglu_kernels(torch.zeros(1)) == (recompute.plain_geglu, recompute.plain_geglu_backward)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_on_a_card_kernels_are_chosen_and_give_what_their_twins_give(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    card, draw = torch.device("cuda"), torch.Generator().manual_seed(0)
+    x, towards = torch.randn(64, 1280, generator=draw).to(card, dtype), torch.randn(64, 640).to(card, dtype)
+    forward, backward = recompute._geglu_kernels(x)
+    assert (forward, backward) != (recompute.plain_geglu, recompute.plain_geglu_backward)
+    weight = quantized_weight.quantize(torch.randn(640, 1280, generator=draw).to(card, dtype), "nf4")
+    assert quantized_kernels._quickest(dtype, card) is not quantized_kernels.plain
+    eight: Any = quantized_weight.quantize(torch.randn(640, 1280, generator=draw).to(card, dtype), "w8a8")
+    quantized_kernels.require_int8(card)
+    assert quantized_kernels._choose_product(dtype, card) is quantized_kernels.triton_int8_product
+    pairs = [
+        (forward(x), recompute.plain_geglu(x)),
+        (backward(towards, x), recompute.plain_geglu_backward(towards, x)),
+        (weight.dequantize().view(-1), quantized_kernels.plain(weight.qdata, weight.scales)),
+    ]
+    for given, transposed in ((x, True), (towards, False)):
+        arguments = given, eight.qdata, eight.scales, transposed
+        pairs.append(
+            (quantized_kernels.triton_int8_product(*arguments), quantized_kernels.plain_int8_product(*arguments))
+        )
+    for mine, theirs in pairs:
+        assert (mine - theirs).float().norm() <= 4 * torch.finfo(dtype).eps * theirs.float().norm()
