@@ -147,9 +147,9 @@ def test_where_no_more_can_be_pinned_the_rest_is_not(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "empty", limited)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: len(pins) == 1)
     size = weight_offload.weight_storage.WINDOW_BYTES
-    offloader = weight_offload.WeightOffloader([size, size, size], CPU)
+    offloader = weight_offload.WeightOffloader([size, size], CPU)
     offloader.pinned = True
-    weights = [torch.full((1000,), float(number)) for number in range(3)]
+    weights = [torch.full((1000,), float(number)) for number in range(2)]
     offloader.sizes = [weight.nbytes for weight in weights]
     for number, weight in enumerate(weights):
         offloader.put(number, [weight])
