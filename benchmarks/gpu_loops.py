@@ -143,9 +143,8 @@ def makers(
         return run
 
     def channels_last() -> common.Loop:
-        family, data = model()
-        family.denoiser.to(memory_format=torch.channels_last)
-        return common.lorakit_loop(family, data, run_config)
+        changed = common.settings(batch, args.rank, **{"memory.channels_last": True})
+        return common.lorakit_loop(*model(), changed)
 
     if args.convolutions:
         return {"lorakit": ours, "cudnn.benchmark": searched, "channels last": channels_last}

@@ -51,16 +51,19 @@ def apply(target: Family | DiffusionPipeline, weights: AdapterWeights, strength:
     return adapter.apply(target, weights, strength)
 
 
-def optimize_blocks(target: Family | DiffusionPipeline, *, save_less: bool = False) -> None:
+def optimize_blocks(
+    target: Family | DiffusionPipeline, *, save_less: bool = False, channels_last: bool = False
+) -> None:
     """Let the UNet of a base, with its adapter attached, compute in fewer operations; for training.
 
     Args:
         target: the `families.Family`.
         save_less: also save less for the backward pass, which takes the host a little longer.
+        channels_last: keep pictures channels last between convolutions and norms.
     """
     from lorakit.engine import fused_blocks
 
-    fused_blocks.optimize_blocks(target.denoiser, save_less=save_less)
+    fused_blocks.optimize_blocks(target.denoiser, save_less=save_less, channels_last=channels_last)
 
 
 def flatten(

@@ -340,6 +340,12 @@ def _contradictions(config: Config) -> list[str]:
     problems += _resolution_problems(data)
     if config.memory.compile and (config.memory.base_storage != "full" or config.memory.stream_base):
         problems.append("memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'")
+    if config.memory.channels_last and (config.memory.base_storage != "full" or config.memory.stream_base):
+        problems.append(
+            "memory.channels_last needs the weights whole: no memory.stream_base, memory.base_storage = 'full'"
+        )
+    if config.memory.channels_last and (config.memory.compile or config.engine_is_off):
+        problems.append("memory.channels_last needs memory.engine = 'fused' and no memory.compile")
     if config.memory.engine == "plain" and config.memory.compile:
         problems.append("memory.compile compiles fused blocks: set memory.engine = 'fused'")
     if config.memory.engine == "plain" and (config.memory.base_storage != "full" or config.memory.stream_base):

@@ -37,7 +37,7 @@ FREE |= {
     "output.trackers",
 }
 FREE |= {f"memory.{name}" for name in ("device", "gradient_checkpointing", "limit_gib", "compile", "engine")}
-FREE |= {"memory.cuda_graphs", "memory.attention", "memory.stream_base", "memory.triton"}
+FREE |= {"memory.cuda_graphs", "memory.attention", "memory.stream_base", "memory.triton", "memory.channels_last"}
 
 
 def may_change(key: str) -> bool:

@@ -388,9 +388,13 @@ class MemoryConfig:
         "fused",
         "plain: diffusers and PEFT unchanged; no CUDA graphs, flat buffers, compile. Same within rounding, slower.",
     )
+    channels_last: bool = option(
+        False, "Keep pictures inside the UNet channels last, as a card's convolutions read them in half precision."
+    )
     triton: bool = option(
         True,
-        "Use Triton's kernels (GEGLU, NF4) on a card that has Triton, once they agree with torch's; false: torch's.",
+        "Use Triton's kernels (GEGLU, norms, NF4, int8) where a card has Triton and they agree with torch's; "
+        "false: torch's.",
     )
     cuda_graphs: bool = option(True, "Replay steps as CUDA graphs where possible; false: same training, slower.")
 

@@ -74,11 +74,12 @@ def _differing_class() -> type | None:
     return None
 
 
-def optimize_blocks(unet: nn.Module, *, save_less: bool = False) -> None:
+def optimize_blocks(unet: nn.Module, *, save_less: bool = False, channels_last: bool = False) -> None:
     """Replace the classes of a UNet's blocks by those of this file. Attach the adapter, if any, before.
 
     Args:
         save_less: let frozen layers save less for the backward pass (`engine.recompute`); the host takes 7 % longer.
+        channels_last: keep pictures channels last between convolutions and norms.
     """
     for path, module in unet.named_modules():
         if type(module) is ResnetBlock2D and _is_fusable_resnet(module):
@@ -92,6 +93,8 @@ def optimize_blocks(unet: nn.Module, *, save_less: bool = False) -> None:
         # The first norm of a resnet saves the input of its shortcut anyway.
         elif save_less and not path.endswith("conv_shortcut"):
             recompute.save_less(module)
+    if channels_last:
+        recompute.use_channels_last(unet)
 
 
 class FusedQKV:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -124,35 +125,117 @@ class FrozenLayerNorm(nn.LayerNorm):
         return set_recompute(super().forward(x), super().forward, x)
 
 
-def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """silu(norm(x)) that saves only x; `[B, C, h, w]`."""
+class FrozenGroupNorm(nn.GroupNorm):
+    """A group norm whose output is recomputed instead of saved, and has the layout of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, h, w]` -> `[B, C, h, w]`."""
+        return norm_silu(x, self, silu=False)
+
+
+def norm_silu(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
+    """silu(norm(x)), without `silu` norm(x), that saves only x; `[B, C, h, w]`."""
     if not (torch.is_grad_enabled() and x.requires_grad) or _autocast_enabled(x):
-        return functional.silu(norm(x))
-    x = x.contiguous()
-    return set_recompute(_NormSiluFunction.apply(x, norm), lambda x: functional.silu(norm(x)), x)  # type: ignore[no-untyped-call]
+        result = nn.GroupNorm.forward(norm, x)
+        return functional.silu(result) if silu else result
+    x = x if _is_channels_last(x) else x.contiguous()
+    return set_recompute(_NormSiluFunction.apply(x, norm, silu), lambda x: _norm_kernels(x)[0](x, norm, silu)[0], x)  # type: ignore[no-untyped-call]
 
 
 class _NormSiluFunction(torch.autograd.Function):
-    """silu of a group norm whose weights are frozen."""
+    """A group norm whose weights are frozen, and silu of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: nn.GroupNorm) -> Tensor:
-        result, mean, rstd = _normed(x, norm)
+    def forward(ctx: Any, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
+        result, mean, rstd = _norm_kernels(x)[0](x, norm, silu)
         ctx.save_for_backward(x, mean, rstd)
-        ctx.norm = norm
-        return functional.silu(result, inplace=True)
+        ctx.norm, ctx.silu = norm, silu
+        return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd = ctx.saved_tensors
-        norm = ctx.norm
-        # The kernels read both as NCHW, whatever they are; autograd's own formula makes them so, too.
-        x = x.contiguous()
-        gradient = _silu_backward(gradient.contiguous(), _normed(x, norm)[0])
-        gradients = _norm_backward(
-            gradient, x, mean, rstd, norm.weight, *_size(x), norm.num_groups, [True, False, False]
-        )
-        return gradients[0], None
+        return _norm_kernels(x)[1](gradient, x, mean, rstd, ctx.norm, ctx.silu), None, None
+
+
+def plain_norm(x: Tensor, norm: nn.GroupNorm, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The output in the layout of x, and mean and 1 / standard deviation of the groups; the twin of
+    `triton_kernels.norm`."""
+    result, mean, rstd = _normed(x.contiguous(), norm)
+    return _like(functional.silu(result, inplace=True) if silu else result, x), mean, rstd
+
+
+def plain_norm_backward(
+    gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: nn.GroupNorm, silu: bool
+) -> Tensor:
+    """The gradient of x in its layout; the twin of `triton_kernels.norm_backward`."""
+    # The kernels read both as NCHW, whatever they are; autograd's own formula makes them so, too.
+    given, x, gradient = x, x.contiguous(), gradient.contiguous()
+    if silu:
+        gradient = _silu_backward(gradient, _normed(x, norm)[0])
+    gradients = _norm_backward(gradient, x, mean, rstd, norm.weight, *_size(x), norm.num_groups, [True, False, False])
+    return _like(gradients[0], given)
+
+
+def _norm_kernels(x: Tensor) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    """Forward and backward, by Triton for pictures that are channels last where it agrees with torch's kernels."""
+    if not _is_channels_last(x) or torch.compiler.is_compiling() or not kernels.uses_triton(x.device):
+        return plain_norm, plain_norm_backward
+    return _choose_norm(x.dtype, x.device)
+
+
+@functools.lru_cache
+def _choose_norm(dtype: torch.dtype, device: torch.device) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    from lorakit.engine import triton_kernels
+
+    norm = nn.GroupNorm(4, 24, device=device, dtype=dtype).requires_grad_(False)
+
+    def sample() -> tuple[Any, ...]:
+        x = torch.randn((2, 24, 6, 6), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        return x.contiguous(memory_format=torch.channels_last), norm, True
+
+    def both(forward: Callable[..., Any], backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
+            result, mean, rstd = forward(x, norm, silu)
+            return torch.stack([result, backward(x.flip(0), x, mean, rstd, norm, silu)])
+
+        return run
+
+    plain, triton = both(plain_norm, plain_norm_backward), both(triton_kernels.norm, triton_kernels.norm_backward)
+    agrees = kernels.choose([triton], plain, sample) is triton
+    return (triton_kernels.norm, triton_kernels.norm_backward) if agrees else (plain_norm, plain_norm_backward)
+
+
+def use_channels_last(unet: nn.Module) -> None:
+    """Keep the frozen convolutions' weights channels last, so that pictures become so from the first one on, and let
+    norms that torch would compute in the other layout keep it."""
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        elif type(module) is nn.GroupNorm:
+            module.__class__ = FrozenGroupNorm
+        elif type(module) is Transformer2DModel:
+            module.__class__ = ChannelsLastTransformer
+
+
+class ChannelsLastTransformer(Transformer2DModel):  # type: ignore[misc]
+    """diffusers' transformer whose output is channels last, without a copy."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        """`[B, h * w, C]` -> `[B, C, h, w]`."""
+        hidden = self.proj_out(hidden_states) if self.use_linear_projection else hidden_states
+        hidden = hidden.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+        return (hidden if self.use_linear_projection else self.proj_out(hidden)) + residual  # type: ignore[no-any-return]
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _like(result: Tensor, x: Tensor) -> Tensor:
+    return result.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else result
 
 
 class RecomputeGEGLU(GEGLU):  # type: ignore[misc]

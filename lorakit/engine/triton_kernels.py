@@ -34,6 +34,52 @@ def geglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def norm(x: torch.Tensor, module: torch.nn.GroupNorm, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The twin of `recompute.plain_norm` for x `[B, C, h, w]` that is channels last."""
+    (batch, channels, *_), groups, result = x.shape, module.num_groups, torch.empty_like(x)
+    grid, sizes = _places(x)
+    means, squares = x.new_empty(2, *grid, channels, dtype=torch.float32)
+    _moments[grid](x, means, squares, **sizes)
+    per_group = (batch, grid[1], groups, channels // groups)
+    variance, mean = torch.var_mean(means.view(per_group), (1, 3), correction=0)
+    variance.add_(squares.view(per_group).sum((1, 3)), alpha=groups / x[0].numel())
+    rstd = variance.add_(module.eps).rsqrt_()
+    _apply_norm[grid](x, mean, rstd, module.weight, module.bias, result, groups=groups, SILU=silu, **sizes)
+    return result, mean, rstd
+
+
+def norm_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    module: torch.nn.GroupNorm,
+    silu: bool,
+) -> torch.Tensor:
+    """The twin of `recompute.plain_norm_backward` for x that is channels last."""
+    gradient, result = gradient.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
+    (batch, channels, *_), groups = x.shape, module.num_groups
+    grid, sizes = _places(x)
+    parts = x.new_empty(2, *grid, channels, dtype=torch.float32)
+    arguments = gradient, x, mean, rstd, module.weight, module.bias
+    more = {"groups": groups, "SILU": silu, **sizes}
+    _norm_sums[grid](*arguments, parts[0], parts[1], **more)
+    means = parts.view(2, batch, grid[1], groups, -1).sum((2, 4)).mul_(groups / x[0].numel())
+    _norm_gradient[grid](*arguments, means[0], means[1], result, **more)
+    return result
+
+
+def _places(x: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """A program for each picture and some of its places, and what it must know of their number."""
+    batch, channels, height, width = x.shape
+    rows = next(rows for rows in (16, 8, 4, 2, 1) if height * width % rows == 0)
+    return (batch, height * width // rows), {
+        "channels": channels,
+        "rows": rows,
+        "WIDTH": triton.next_power_of_2(channels),
+    }
+
+
 def quantize_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes of a matrix whose columns are multiplied by `factors`, and the float32 scale of each row."""
     x = x.contiguous()
@@ -122,3 +168,121 @@ def _dequantize_nf4(codes: Any, scales: Any, levels: Any, result: Any, size: Any
     first, second = tl.load(levels + (byte >> 4)) * scale, tl.load(levels + (byte & 15)) * scale
     to = tl.program_id(0).to(tl.int64) * 2 * WIDTH + tl.arange(0, 2 * WIDTH)
     tl.store(result + to, tl.interleave(first, second).to(result.dtype.element_ty), mask=to < 2 * size)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _moments(x: Any, means: Any, squares: Any, channels: Any, rows: Any, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Mean, and mean square of the differences from it times their number, of each channel over a program's places."""
+    program, column = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.arange(0, WIDTH)
+    start = x + program * rows * channels + column
+    first = tl.load(start, mask=column < channels, other=0).to(tl.float32)
+    total, square = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    for row in range(1, rows):
+        difference = tl.load(start + row * channels, mask=column < channels, other=0).to(tl.float32) - first
+        total += difference
+        square += difference * difference
+    to = program * channels + column
+    tl.store(means + to, first + total / rows, mask=column < channels)
+    tl.store(squares + to, square - total * total / rows, mask=column < channels)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _apply_norm(  # type: ignore[no-untyped-def]
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    bias: Any,
+    result: Any,
+    channels: Any,
+    groups: Any,
+    rows: Any,
+    SILU: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    batch, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside, group = column < channels, batch * groups + column // (channels // groups)
+    center, width = tl.load(mean + group, mask=inside, other=0), tl.load(rstd + group, mask=inside, other=0)
+    factor = width * tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    shift = tl.load(bias + column, mask=inside, other=0).to(tl.float32)
+    start = (batch * tl.num_programs(1) + tl.program_id(1)) * rows * channels + column
+    for row in range(0, rows):
+        at = start + row * channels
+        y = (tl.load(x + at, mask=inside, other=0).to(tl.float32) - center) * factor + shift
+        if SILU:
+            y = y * tl.sigmoid(y)
+        tl.store(result + at, y.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_sums(  # type: ignore[no-untyped-def]
+    gradient: Any,
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    bias: Any,
+    sums: Any,
+    products: Any,
+    channels: Any,
+    groups: Any,
+    rows: Any,
+    SILU: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Of each channel over a program's places: the sum of the gradients of the normed values, and of their products
+    with these."""
+    batch, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside, group = column < channels, batch * groups + column // (channels // groups)
+    center, width = tl.load(mean + group, mask=inside, other=0), tl.load(rstd + group, mask=inside, other=0)
+    factor = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    shift = tl.load(bias + column, mask=inside, other=0).to(tl.float32)
+    program = batch * tl.num_programs(1) + tl.program_id(1)
+    total, product = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    for row in range(0, rows):
+        at = program * rows * channels + row * channels + column
+        normed = (tl.load(x + at, mask=inside, other=0).to(tl.float32) - center) * width
+        towards = tl.load(gradient + at, mask=inside, other=0).to(tl.float32) * factor
+        if SILU:
+            y = normed * factor + shift
+            share = tl.sigmoid(y)
+            towards = towards * share * (1 + y * (1 - share))
+        total += towards
+        product += towards * normed
+    tl.store(sums + program * channels + column, total, mask=inside)
+    tl.store(products + program * channels + column, product, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_gradient(  # type: ignore[no-untyped-def]
+    gradient: Any,
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    bias: Any,
+    sums: Any,
+    products: Any,
+    result: Any,
+    channels: Any,
+    groups: Any,
+    rows: Any,
+    SILU: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    batch, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside, group = column < channels, batch * groups + column // (channels // groups)
+    center, width = tl.load(mean + group, mask=inside, other=0), tl.load(rstd + group, mask=inside, other=0)
+    factor = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    shift = tl.load(bias + column, mask=inside, other=0).to(tl.float32)
+    total, product = tl.load(sums + group, mask=inside, other=0), tl.load(products + group, mask=inside, other=0)
+    for row in range(0, rows):
+        at = ((batch * tl.num_programs(1) + tl.program_id(1)) * rows + row) * channels + column
+        normed = (tl.load(x + at, mask=inside, other=0).to(tl.float32) - center) * width
+        towards = tl.load(gradient + at, mask=inside, other=0).to(tl.float32) * factor
+        if SILU:
+            y = normed * factor + shift
+            share = tl.sigmoid(y)
+            towards = towards * share * (1 + y * (1 - share))
+        to = width * (towards - total - normed * product)
+        tl.store(result + at, to.to(result.dtype.element_ty), mask=inside)

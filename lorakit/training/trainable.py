@@ -78,7 +78,8 @@ def trainable(
         adapter.average = WeightAverage(adapter.parameters(), config.train.ema_decay)
     processes.copy_weights(adapter)
     if not family.plain:
-        adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(config, family.device.type))
+        save_less = memory_estimate.use_save_less(config, family.device.type)
+        adapters.optimize_blocks(family, save_less=save_less, channels_last=config.memory.channels_last)
     elif not config.engine_is_off:
         block = fused_blocks.unknown_block(family.denoiser)
         say(f"the UNet has a block that lorakit cannot fuse ({block}): memory.engine = 'plain' is used. {SLOWER}")

@@ -276,6 +276,7 @@ NAMES = {
     "memory.tf32": "TF32",
     "train.deterministic": "Same bits in each run",
     "memory.cuda_graphs": "CUDA graphs",
+    "memory.channels_last": "Channels last",
     "memory.triton": "Triton kernels",
     "output.dtype": "Precision of the file",
 }

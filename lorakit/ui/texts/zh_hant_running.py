@@ -225,6 +225,12 @@ RUNNING = {
         "memory.stream_base：主記憶體不足 {size} MiB，放不下基礎模型的權重；"
         "請關閉其他程式，或用 memory.base_storage 讓權重更小"
     ),
+    "memory.channels_last needs the weights whole: no memory.stream_base, memory.base_storage = 'full'": (
+        "memory.channels_last 需要完整的權重：不用 memory.stream_base，且 memory.base_storage = 'full'"
+    ),
+    "memory.channels_last needs memory.engine = 'fused' and no memory.compile": (
+        "memory.channels_last 需要 memory.engine = 'fused'，且不用 memory.compile"
+    ),
     "memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'": (
         "memory.compile 需要完整的權重：不用 memory.stream_base，且 memory.base_storage = 'full'"
     ),
