@@ -152,7 +152,9 @@ def _dequantized(machine: Machine) -> None:
     weight = torch.randn(4 * side, side, device=machine.device).to(machine.dtype)
     nf4, int8 = (quantized_weight.quantize(weight, scheme) for scheme in ("nf4", "w8a8"))
     chosen = quantized_kernels._quickest(machine.dtype, machine.device).__name__
-    for kernel in (quantized_kernels.by_bitsandbytes, quantized_kernels.by_triton, quantized_kernels.plain):
+    compiled = [quantized_kernels.by_bitsandbytes] * quantized_kernels._has_kernels_for(machine.device)
+    interpreted = [quantized_kernels.by_triton] * kernels.uses_triton(machine.device)
+    for kernel in (*compiled, *interpreted, quantized_kernels.plain):
         with attempt(f"nf4 {kernel.__name__}"):
             took = machine.milliseconds(lambda kernel=kernel: kernel(nf4.qdata, nf4.scales))
             row(f"nf4 {kernel.__name__}", took, unit="ms", weights=weight.numel(), chosen=chosen == kernel.__name__)
