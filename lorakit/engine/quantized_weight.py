@@ -233,7 +233,7 @@ def storage_nbytes(module: nn.Module) -> int:
 def _int8_product(function: Any, args: Any) -> torch.Tensor | None:
     """The result of a matrix product with a "w8a8" weight as its second factor, in int8; None for all else."""
     if function is _aten.mm.default:
-        x, weight, bias = *args, None
+        x, weight, bias = args[0], args[1], None
     elif function is _aten.addmm.default and args[0].ndim == 1:
         bias, x, weight = args
     elif function is _linear_pointwise and args[0].ndim == 2 and isinstance(args[1], QuantizedWeight):

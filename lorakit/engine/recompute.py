@@ -147,10 +147,10 @@ class _NormSiluFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
-        result, mean, rstd = _norm_kernels(x)[0](x, norm, silu)
-        ctx.save_for_backward(x, mean, rstd)
+        normed: tuple[Tensor, Tensor, Tensor] = _norm_kernels(x)[0](x, norm, silu)
+        ctx.save_for_backward(x, *normed[1:])
         ctx.norm, ctx.silu = norm, silu
-        return result
+        return normed[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -227,7 +227,7 @@ class ChannelsLastTransformer(Transformer2DModel):  # type: ignore[misc]
         """`[B, h * w, C]` -> `[B, C, h, w]`."""
         hidden = self.proj_out(hidden_states) if self.use_linear_projection else hidden_states
         hidden = hidden.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
-        return (hidden if self.use_linear_projection else self.proj_out(hidden)) + residual  # type: ignore[no-any-return]
+        return (hidden if self.use_linear_projection else self.proj_out(hidden)) + residual
 
 
 def _is_channels_last(x: Tensor) -> bool:
