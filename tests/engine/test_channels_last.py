@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit import adapters
+from lorakit import adapters, config
 from lorakit.config import LoraConfig
+from lorakit.core.errors import ConfigError
 from lorakit.engine import kernels, recompute
 
 interpreted = pytest.mark.skipif(
@@ -125,3 +126,18 @@ def test_a_unet_learns_the_same_and_convolutions_read_what_is_channels_last(tiny
     assert all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(*results, strict=True))
     if modules == "attention":  # float32 merges the factors of a convolution into a weight of torch's own layout
         assert shares[0] < 0.1 and shares[1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory.base_storage": "int8"}, "memory.channels_last needs the weights whole"),
+        ({"memory.stream_base": True}, "memory.channels_last needs the weights whole"),
+        ({"memory.engine": "plain"}, "memory.channels_last needs memory.engine = 'fused' and no memory.compile"),
+        ({"memory.compile": True}, "memory.channels_last needs memory.engine = 'fused' and no memory.compile"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(options: dict[str, object], message: str) -> None:
+    steps = {"data.folder": "photos", "data.name": "sks toy", "train.steps": 10, "memory.limit_gib": None}
+    with pytest.raises(ConfigError, match=message):
+        config.load(None, {**steps, "memory.channels_last": True, **options})
