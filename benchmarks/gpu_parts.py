@@ -151,13 +151,13 @@ def _dequantized(machine: Machine) -> None:
     side = 64 if machine.rehearse else 2560
     weight = torch.randn(4 * side, side, device=machine.device).to(machine.dtype)
     nf4, int8 = (quantized_weight.quantize(weight, scheme) for scheme in ("nf4", "w8a8"))
-    chosen = quantized_kernels._quickest(machine.dtype, machine.device).__name__
+    quickest = quantized_kernels._quickest(machine.dtype, machine.device).__name__
     compiled = [quantized_kernels.by_bitsandbytes] * quantized_kernels._has_kernels_for(machine.device)
     interpreted = [quantized_kernels.by_triton] * kernels.uses_triton(machine.device)
-    for kernel in (*compiled, *interpreted, quantized_kernels.plain):
+    for kernel in (*compiled, *interpreted, quantized_kernels.by_torch):
         with attempt(f"nf4 {kernel.__name__}"):
             took = machine.milliseconds(lambda kernel=kernel: kernel(nf4.qdata, nf4.scales))
-            row(f"nf4 {kernel.__name__}", took, unit="ms", weights=weight.numel(), chosen=chosen == kernel.__name__)
+            row(f"nf4 {kernel.__name__}", took, unit="ms", weights=weight.numel(), is_used=quickest == kernel.__name__)
     x = torch.randn(4096, side, device=machine.device).to(machine.dtype)
     for name, factor in ((str(machine.dtype), weight), ("int8", int8)):
         with attempt(f"product {name}"):

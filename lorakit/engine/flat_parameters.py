@@ -226,7 +226,7 @@ def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatPar
         state: dict[int, dict[str, Any]] = {}
         groups = []
         for at, (flat, group) in enumerate(zip(flats, state_dict["param_groups"], strict=True)):
-            parts = _in_8_bits([_plain_state(state_dict["state"].get(number, {})) for number in group["params"]])
+            parts = _in_8_bits([_unnest(state_dict["state"].get(number, {})) for number in group["params"]])
             for key, first in next((part for part in parts if part), {}).items():
                 is_flat = isinstance(first, torch.Tensor) and first.ndim > 0 and not key.startswith(CODE_BOOKS)
                 tensors = [part.get(key) for part in parts]
@@ -240,13 +240,13 @@ def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatPar
     vars(optimizer)["load_state_dict"] = lambda state_dict: load(join(state_dict))
 
 
-def _plain_state(state: dict[str, Any]) -> dict[str, Any]:
+def _unnest(state: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state without the dict into which bitsandbytes puts some of it."""
     nested = [value for value in state.values() if isinstance(value, dict)]
-    plain = {key: value for key, value in state.items() if not isinstance(value, dict)}
+    result = {key: value for key, value in state.items() if not isinstance(value, dict)}
     for each in nested:
-        plain |= each
-    return plain
+        result |= each
+    return result
 
 
 def _in_8_bits(states: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def _choose(dtype: torch.dtype, device: torch.device, triton: bool) -> Dequantiz
         return codes, torch.linspace(0.01, 4, len(codes) * 2 // BLOCK_SIZE, device=device).to(dtype)[:, None]
 
     compiled = [by_bitsandbytes] if device.type in ("cuda", "cpu") and _has_kernels_for(device) else []
-    return kernels.choose([*compiled, *([by_triton] if triton else [])], plain, sample)
+    return kernels.choose([*compiled, *([by_triton] if triton else [])], by_torch, sample)
 
 
 def _has_kernels_for(device: torch.device) -> bool:
@@ -83,7 +83,7 @@ def _has_kernels_for(device: torch.device) -> bool:
         logger.setLevel(level)
 
 
-def plain(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def by_torch(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """`Dequantize` in plain torch."""
     pairs = _value_pairs(scales.dtype, codes.device).index_select(0, codes.int())
     return pairs.view(-1, BLOCK_SIZE).mul_(scales).view(-1)
@@ -146,11 +146,11 @@ def require_int8(device: torch.device) -> None:
 def int8_product(x: torch.Tensor, qdata: torch.Tensor, scales: torch.Tensor, *, transposed: bool) -> torch.Tensor:
     """x times W^T (`transposed`) or W, in x's dtype; W is `qdata * scales`, int8 `[out, in]` and `[out, 1]`."""
     by_kernel = kernels.uses_triton(x.device) and not torch.compiler.is_compiling()
-    function = _choose_product(x.dtype, x.device) if by_kernel else plain_int8_product
+    function = _choose_product(x.dtype, x.device) if by_kernel else torch_int8_product
     return function(x, qdata, scales, transposed)
 
 
-def plain_int8_product(x: torch.Tensor, qdata: torch.Tensor, scales: torch.Tensor, transposed: bool) -> torch.Tensor:
+def torch_int8_product(x: torch.Tensor, qdata: torch.Tensor, scales: torch.Tensor, transposed: bool) -> torch.Tensor:
     """`int8_product` in plain torch."""
     # Scales along the sum cannot be taken out of it: they go into x.
     values = x.float() if transposed else x.float() * scales.float().t()
@@ -183,4 +183,4 @@ def _choose_product(dtype: torch.dtype, device: torch.device) -> Callable[..., t
         x = torch.linspace(-3, 3, 32 * 24, device=device).to(dtype).view(32, 24)
         return x, codes, torch.linspace(0.1, 0.2, 24, device=device).to(dtype)[:, None], False
 
-    return kernels.choose([triton_int8_product], plain_int8_product, sample)
+    return kernels.choose([triton_int8_product], torch_int8_product, sample)

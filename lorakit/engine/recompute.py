@@ -158,29 +158,29 @@ class _NormSiluFunction(torch.autograd.Function):
         return _norm_kernels(x)[1](gradient, x, mean, rstd, ctx.norm, ctx.silu), None, None
 
 
-def plain_norm(x: Tensor, norm: nn.GroupNorm, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def torch_norm(x: Tensor, norm: nn.GroupNorm, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The output in the layout of x, and mean and 1 / standard deviation of the groups; the twin of
     `triton_kernels.norm`."""
     result, mean, rstd = _normed(x.contiguous(), norm)
     return _like(functional.silu(result, inplace=True) if silu else result, x), mean, rstd
 
 
-def plain_norm_backward(
+def torch_norm_backward(
     gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: nn.GroupNorm, silu: bool
 ) -> Tensor:
     """The gradient of x in its layout; the twin of `triton_kernels.norm_backward`."""
     # The kernels read both as NCHW, whatever they are; autograd's own formula makes them so, too.
-    given, x, gradient = x, x.contiguous(), gradient.contiguous()
+    original, x, gradient = x, x.contiguous(), gradient.contiguous()
     if silu:
         gradient = _silu_backward(gradient, _normed(x, norm)[0])
     gradients = _norm_backward(gradient, x, mean, rstd, norm.weight, *_size(x), norm.num_groups, [True, False, False])
-    return _like(gradients[0], given)
+    return _like(gradients[0], original)
 
 
 def _norm_kernels(x: Tensor) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
     """Forward and backward, by Triton for pictures that are channels last where it agrees with torch's kernels."""
     if not _is_channels_last(x) or torch.compiler.is_compiling() or not kernels.uses_triton(x.device):
-        return plain_norm, plain_norm_backward
+        return torch_norm, torch_norm_backward
     return _choose_norm(x.dtype, x.device)
 
 
@@ -201,9 +201,12 @@ def _choose_norm(dtype: torch.dtype, device: torch.device) -> tuple[Callable[...
 
         return run
 
-    plain, triton = both(plain_norm, plain_norm_backward), both(triton_kernels.norm, triton_kernels.norm_backward)
-    agrees = kernels.choose([triton], plain, sample) is triton
-    return (triton_kernels.norm, triton_kernels.norm_backward) if agrees else (plain_norm, plain_norm_backward)
+    reference, candidate = (
+        both(torch_norm, torch_norm_backward),
+        both(triton_kernels.norm, triton_kernels.norm_backward),
+    )
+    agrees = kernels.choose([candidate], reference, sample) is candidate
+    return (triton_kernels.norm, triton_kernels.norm_backward) if agrees else (torch_norm, torch_norm_backward)
 
 
 def use_channels_last(unet: nn.Module) -> None:
@@ -265,22 +268,22 @@ class _GEGLUFunction(torch.autograd.Function):
 
 def geglu(x: Tensor) -> Tensor:
     """The first half of x times gelu of the second, in one kernel where Triton has it."""
-    return (plain_geglu if torch.compiler.is_compiling() else _geglu_kernels(x)[0])(x)
+    return (torch_geglu if torch.compiler.is_compiling() else _geglu_kernels(x)[0])(x)
 
 
 def geglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     """The gradient of x."""
-    backward = plain_geglu_backward if torch.compiler.is_compiling() else _geglu_kernels(x)[1]
+    backward = torch_geglu_backward if torch.compiler.is_compiling() else _geglu_kernels(x)[1]
     return backward(gradient, x)
 
 
-def plain_geglu(x: Tensor) -> Tensor:
+def torch_geglu(x: Tensor) -> Tensor:
     """The twin of `triton_kernels.geglu`."""
     value, gate = x.chunk(2, dim=-1)
     return value * functional.gelu(gate)
 
 
-def plain_geglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+def torch_geglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     """The twin of `triton_kernels.geglu_backward`."""
     value, gate = x.chunk(2, dim=-1)
     result = torch.empty_like(x)
@@ -291,7 +294,7 @@ def plain_geglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def _geglu_kernels(x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    return _choose_geglu(x.dtype, x.device) if kernels.uses_triton(x.device) else (plain_geglu, plain_geglu_backward)
+    return _choose_geglu(x.dtype, x.device) if kernels.uses_triton(x.device) else (torch_geglu, torch_geglu_backward)
 
 
 @functools.lru_cache
@@ -303,8 +306,8 @@ def _choose_geglu(dtype: torch.dtype, device: torch.device) -> tuple[Callable[..
         return torch.linspace(-4, 4, 5 * 2 * 96, device=device).to(dtype).view(5, -1)
 
     return (
-        kernels.choose([triton_kernels.geglu], plain_geglu, lambda: (x(),)),
-        kernels.choose([triton_kernels.geglu_backward], plain_geglu_backward, lambda: (x()[:, :96].contiguous(), x())),
+        kernels.choose([triton_kernels.geglu], torch_geglu, lambda: (x(),)),
+        kernels.choose([triton_kernels.geglu_backward], torch_geglu_backward, lambda: (x()[:, :96].contiguous(), x())),
     )
 
 

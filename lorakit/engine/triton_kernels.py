@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 
 def dequantize_nf4(codes: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, block_size: int) -> torch.Tensor:
-    """The twin of `nf4.plain`; `levels` are the 16 values, float32."""
+    """The twin of `quantized_kernels.by_torch`; `levels` are the 16 values, float32."""
     result = torch.empty(2 * codes.numel(), dtype=scales.dtype, device=codes.device)
     grid = (triton.cdiv(codes.numel(), 1024),)
     _dequantize_nf4[grid](codes, scales, levels, result, codes.numel(), block_size // 2, WIDTH=1024)
@@ -18,7 +16,7 @@ def dequantize_nf4(codes: torch.Tensor, scales: torch.Tensor, levels: torch.Tens
 
 
 def geglu(x: torch.Tensor) -> torch.Tensor:
-    """The twin of `recompute.plain_geglu`."""
+    """The twin of `recompute.torch_geglu`."""
     x = x.contiguous()
     result = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     _geglu[(triton.cdiv(result.numel(), 1024),)](x, result, result.numel(), result.shape[-1], WIDTH=1024)
@@ -26,7 +24,7 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
 
 
 def geglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The twin of `recompute.plain_geglu_backward`."""
+    """The twin of `recompute.torch_geglu_backward`."""
     x, gradient = x.contiguous(), gradient.contiguous()
     result = torch.empty_like(x)
     grid = (triton.cdiv(gradient.numel(), 1024),)
@@ -35,7 +33,7 @@ def geglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def norm(x: torch.Tensor, module: torch.nn.GroupNorm, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The twin of `recompute.plain_norm` for x `[B, C, h, w]` that is channels last."""
+    """The twin of `recompute.torch_norm` for x `[B, C, h, w]` that is channels last."""
     (batch, channels, *_), groups, result = x.shape, module.num_groups, torch.empty_like(x)
     grid, sizes = _places(x)
     means, squares = x.new_empty(2, *grid, channels, dtype=torch.float32)
@@ -56,7 +54,7 @@ def norm_backward(
     module: torch.nn.GroupNorm,
     silu: bool,
 ) -> torch.Tensor:
-    """The twin of `recompute.plain_norm_backward` for x that is channels last."""
+    """The twin of `recompute.torch_norm_backward` for x that is channels last."""
     gradient, result = gradient.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
     (batch, channels, *_), groups = x.shape, module.num_groups
     grid, sizes = _places(x)
@@ -105,7 +103,13 @@ def scale_product(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantize_rows(  # type: ignore[no-untyped-def]
-    x: Any, factors: Any, codes: Any, scales: Any, columns: Any, HAS_FACTORS: tl.constexpr, WIDTH: tl.constexpr
+    x: tl.tensor,
+    factors: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    columns: int,
+    HAS_FACTORS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     values = tl.load(x + row * columns + column, mask=column < columns, other=0).to(tl.float32)
@@ -119,12 +123,12 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scale_product(  # type: ignore[no-untyped-def]
-    total: Any,
-    rows: Any,
-    columns: Any,
-    result: Any,
-    size: Any,
-    width: Any,
+    total: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    result: tl.tensor,
+    size: int,
+    width: int,
     HAS_COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -137,7 +141,7 @@ def _scale_product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _geglu(x: Any, result: Any, size: Any, columns: Any, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _geglu(x: tl.tensor, result: tl.tensor, size: int, columns: int, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     # The value's place in rows of value and gate; the gate is `columns` further.
     place = at + at // columns * columns
@@ -148,7 +152,7 @@ def _geglu(x: Any, result: Any, size: Any, columns: Any, WIDTH: tl.constexpr):  
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _geglu_backward(gradient: Any, x: Any, result: Any, size: Any, columns: Any, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _geglu_backward(gradient: tl.tensor, x: tl.tensor, result: tl.tensor, size: int, columns: int, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     place = at + at // columns * columns
     value = tl.load(x + place, mask=at < size, other=0).to(tl.float32)
@@ -161,7 +165,15 @@ def _geglu_backward(gradient: Any, x: Any, result: Any, size: Any, columns: Any,
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dequantize_nf4(codes: Any, scales: Any, levels: Any, result: Any, size: Any, per_scale: Any, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dequantize_nf4(  # type: ignore[no-untyped-def]
+    codes: tl.tensor,
+    scales: tl.tensor,
+    levels: tl.tensor,
+    result: tl.tensor,
+    size: int,
+    per_scale: int,
+    WIDTH: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     byte = tl.load(codes + at, mask=at < size, other=0).to(tl.int32)
     scale = tl.load(scales + at // per_scale, mask=at < size, other=0).to(tl.float32)
@@ -171,7 +183,7 @@ def _dequantize_nf4(codes: Any, scales: Any, levels: Any, result: Any, size: Any
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _moments(x: Any, means: Any, squares: Any, channels: Any, rows: Any, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _moments(x: tl.tensor, means: tl.tensor, squares: tl.tensor, channels: int, rows: int, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """Mean, and mean square of the differences from it times their number, of each channel over a program's places."""
     program, column = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.arange(0, WIDTH)
     start = x + program * rows * channels + column
@@ -188,15 +200,15 @@ def _moments(x: Any, means: Any, squares: Any, channels: Any, rows: Any, WIDTH: 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _apply_norm(  # type: ignore[no-untyped-def]
-    x: Any,
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    bias: Any,
-    result: Any,
-    channels: Any,
-    groups: Any,
-    rows: Any,
+    x: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    result: tl.tensor,
+    channels: int,
+    groups: int,
+    rows: int,
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -216,17 +228,17 @@ def _apply_norm(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _norm_sums(  # type: ignore[no-untyped-def]
-    gradient: Any,
-    x: Any,
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    bias: Any,
-    sums: Any,
-    products: Any,
-    channels: Any,
-    groups: Any,
-    rows: Any,
+    gradient: tl.tensor,
+    x: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    sums: tl.tensor,
+    products: tl.tensor,
+    channels: int,
+    groups: int,
+    rows: int,
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -255,18 +267,18 @@ def _norm_sums(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _norm_gradient(  # type: ignore[no-untyped-def]
-    gradient: Any,
-    x: Any,
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    bias: Any,
-    sums: Any,
-    products: Any,
-    result: Any,
-    channels: Any,
-    groups: Any,
-    rows: Any,
+    gradient: tl.tensor,
+    x: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    sums: tl.tensor,
+    products: tl.tensor,
+    result: tl.tensor,
+    channels: int,
+    groups: int,
+    rows: int,
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
 ):

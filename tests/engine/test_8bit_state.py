@@ -64,35 +64,35 @@ def test_the_steps_have_the_bits_of_those_over_parameters_and_are_one(monkeypatc
     assert mine["param_groups"] == theirs["param_groups"]
 
 
-@pytest.mark.parametrize("saved_flat", [True, False])
-@pytest.mark.parametrize("loaded_flat", [True, False])
-def test_a_saved_state_goes_on_to_the_bit(saved_flat: bool, loaded_flat: bool) -> None:
+@pytest.mark.parametrize("flat_first", [True, False])
+@pytest.mark.parametrize("flat_second", [True, False])
+def test_a_saved_state_goes_on_to_the_bit(flat_first: bool, flat_second: bool) -> None:
     straight, weights = parameters(), parameters()
     step(range(6), straight, as_flat(straight))
-    first = as_flat(weights) if saved_flat else built(weights, **ALL)
+    first = as_flat(weights) if flat_first else built(weights, **ALL)
     step(range(3), weights, first)
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in weights]
-    second = as_flat(resumed) if loaded_flat else built(resumed, **ALL)
+    second = as_flat(resumed) if flat_second else built(resumed, **ALL)
     second.load_state_dict(first.state_dict())
     step(range(3, 6), resumed, second)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
 
 
 def test_states_in_float32_of_small_parameters_become_8_bits() -> None:
-    apart, together = parameters(), parameters()
-    first = built(apart)  # five of the seven have float32 state
-    step(range(3), apart, first)
-    for mine, theirs in zip(together, apart, strict=True):
+    alone, together = parameters(), parameters()
+    first = built(alone)  # five of the seven have float32 state
+    step(range(3), alone, first)
+    for mine, theirs in zip(together, alone, strict=True):
         mine.data.copy_(theirs.data)
     second = as_flat(together)
     second.load_state_dict(first.state_dict())
-    step(range(3, 4), apart, first)
+    step(range(3, 4), alone, first)
     step(range(3, 4), together, second)
-    for mine, theirs in zip(together, apart, strict=True):
+    for mine, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3)  # a step is 1e-2 long
 
 
-def test_parameters_that_share_memory_stay_neighbours_where_their_blocks_are_whole() -> None:
+def test_parameters_that_share_memory_stay_neighbours_where_blocks_end_with_them() -> None:
     for rank, together in ((4, True), (3, False)):
         shared = torch.randn(3, rank, 320)
         flat = flat_parameters.FlatParameters("unet", [torch.nn.Parameter(part) for part in shared], 256)

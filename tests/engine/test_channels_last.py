@@ -77,14 +77,14 @@ def test_layers_keep_the_layout_and_learn_the_same(monkeypatch: pytest.MonkeyPat
     )
     results: list[Any] = []
     for layers in (plain, ours):
-        given = x.clone().requires_grad_()
+        source = x.clone().requires_grad_()
         torch.manual_seed(1)
-        hidden = recompute.norm_silu(layers(given), norm(32, torch.float32, 4))
+        hidden = recompute.norm_silu(layers(source), norm(32, torch.float32, 4))
         hidden.square().sum().backward()
-        results.append((hidden.detach(), given.grad))
+        results.append((hidden.detach(), source.grad))
     assert hidden.is_contiguous(memory_format=torch.channels_last)
-    again = recompute.get_recompute(hidden)
-    assert torch.equal(again.function(*again.inputs), hidden)
+    second = recompute.get_recompute(hidden)
+    assert torch.equal(second.function(*second.inputs), hidden)
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 

@@ -116,7 +116,7 @@ def test_tritons_kernels_give_the_same(transposed: bool, dtype: torch.dtype) -> 
     assert kernels.uses_triton(CPU)
     assert quantized_kernels._choose_product(dtype, CPU) is quantized_kernels.triton_int8_product
     result = quantized_kernels.int8_product(x, weight.qdata, weight.scales, transposed=transposed)
-    expected = quantized_kernels.plain_int8_product(x, weight.qdata, weight.scales, transposed)
+    expected = quantized_kernels.torch_int8_product(x, weight.qdata, weight.scales, transposed)
     # The interpreter cuts bf16 off where a card rounds.
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(result, expected, rtol=eps, atol=eps * expected.abs().max().item() if eps < 1e-5 else 0)

@@ -21,13 +21,13 @@ class Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
-            written = [] if "empty" in str(function) else [result]
+            outputs = [] if "empty" in str(function) else [result]
             read = [each for each in args if isinstance(each, torch.Tensor)]
-            Bytes.count += sum(each.nbytes for each in read + written)
+            Bytes.count += sum(each.nbytes for each in read + outputs)
         return result
 
 
-def moved(weight: quantized_weight.QuantizedWeight) -> float:
+def traffic(weight: quantized_weight.QuantizedWeight) -> float:
     """Bytes for each number that is dequantized."""
     weight.dequantize()
     Bytes.count = 0
@@ -63,7 +63,7 @@ def test_bitsandbytes_kernel_is_taken_and_rounds_once(shape: tuple[int, ...], dt
     assert torch.equal(weight.dequantize(), rounded_once(weight))
     assert quantized_kernels._quickest(dtype, torch.device("cpu")) is quantized_kernels.by_bitsandbytes
     if dtype is torch.bfloat16:  # and 8.5 for each scale of 64, which is cast
-        assert moved(quantized((1280, 1280), dtype)) == pytest.approx(2.66, abs=0.01)
+        assert traffic(quantized((1280, 1280), dtype)) == pytest.approx(2.66, abs=0.01)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,14 +72,14 @@ def test_plain_torch_gives_the_same_to_a_rounding(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(kernels._allowed, "triton", False)
     weight = quantized((320, 64), dtype)
     result, expected = weight.dequantize(), rounded_once(weight)
-    assert quantized_kernels._quickest(dtype, torch.device("cpu")) is quantized_kernels.plain
+    assert quantized_kernels._quickest(dtype, torch.device("cpu")) is quantized_kernels.by_torch
     torch.testing.assert_close(result, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
     if dtype is torch.bfloat16:
-        assert moved(quantized((1280, 1280), dtype)) == pytest.approx(10.5, abs=0.05)
+        assert traffic(quantized((1280, 1280), dtype)) == pytest.approx(10.5, abs=0.05)
 
 
 @pytest.mark.parametrize(
-    "kernel", [lambda codes, scales: quantized_kernels.plain(codes, scales) * 1.1, lambda codes, scales: 1 / 0]
+    "kernel", [lambda codes, scales: quantized_kernels.by_torch(codes, scales) * 1.1, lambda codes, scales: 1 / 0]
 )
 def test_a_kernel_that_is_wrong_or_fails_is_not_used(
     monkeypatch: pytest.MonkeyPatch, kernel: quantized_kernels.Dequantize
@@ -87,11 +87,11 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used(
     monkeypatch.setattr(quantized_kernels, "_has_kernels_for", lambda device: True)
     monkeypatch.setattr(quantized_kernels, "by_bitsandbytes", kernel)
     monkeypatch.setitem(kernels._allowed, "triton", False)
-    assert quantized_kernels._quickest(torch.float32, torch.device("cpu")) is quantized_kernels.plain
+    assert quantized_kernels._quickest(torch.float32, torch.device("cpu")) is quantized_kernels.by_torch
 
 
 def test_without_packages_and_on_other_devices_it_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert quantized_kernels._quickest(torch.float32, torch.device("meta")) is quantized_kernels.plain
+    assert quantized_kernels._quickest(torch.float32, torch.device("meta")) is quantized_kernels.by_torch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for device in ("cpu", "cuda"):
         assert not kernels.uses_triton(torch.device(device)) and not quantized_kernels._has_kernels_for(
@@ -106,7 +106,7 @@ def test_int8_is_one_operation_to_the_bit(shape: tuple[int, ...], dtype: torch.d
     assert weight.scales is not None
     assert torch.equal(weight.dequantize(), weight.qdata.to(dtype).mul_(weight.scales))
     if dtype is torch.bfloat16:
-        assert moved(quantized((1280, 1280), dtype, "int8")) == pytest.approx(3, abs=0.01)
+        assert traffic(quantized((1280, 1280), dtype, "int8")) == pytest.approx(3, abs=0.01)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1")

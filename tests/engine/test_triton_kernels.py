@@ -34,13 +34,13 @@ def test_geglu_gives_what_torch_gives(shape: tuple[int, ...], dtype: torch.dtype
     x = (3 * torch.randn(shape, generator=draw)).to(dtype).requires_grad_()
     towards = torch.randn(*shape[:-1], shape[-1] // 2, generator=draw).to(dtype)
     forward, backward = recompute._geglu_kernels(x)
-    assert (forward, backward) != (recompute.plain_geglu, recompute.plain_geglu_backward)
+    assert (forward, backward) != (recompute.torch_geglu, recompute.torch_geglu_backward)
     exact = x.detach().double().requires_grad_()
     value, gate = exact.chunk(2, dim=-1)
     (value * functional.gelu(gate)).backward(towards.double())
     # The interpreter cuts bf16 off where a card rounds.
     rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    expected = recompute.plain_geglu(exact.detach())
+    expected = recompute.torch_geglu(exact.detach())
     torch.testing.assert_close(forward(x.detach()).double(), expected, rtol=rtol, atol=1e-5)
     torch.testing.assert_close(backward(towards, x.detach()).double(), exact.grad, rtol=rtol, atol=1e-5)
 
@@ -54,12 +54,12 @@ def test_a_layer_learns_the_same_with_it_and_without(monkeypatch: pytest.MonkeyP
     results = []
     for triton in (True, False):
         device.prepare(MemoryConfig(triton=triton), CPU)
-        given = x.clone().requires_grad_()
-        result = layer(given)
+        source = x.clone().requires_grad_()
+        result = layer(source)
         result.square().sum().backward()
-        again = recompute.get_recompute(result)
-        assert torch.equal(again.function(*again.inputs), result)
-        results.append((result.detach(), given.grad))
+        second = recompute.get_recompute(result)
+        assert torch.equal(second.function(*second.inputs), result)
+        results.append((result.detach(), source.grad))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
@@ -70,7 +70,7 @@ def test_memory_triton_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.uses_triton(card)
     device.prepare(MemoryConfig(triton=False), CPU)
     assert not kernels.uses_triton(card)
-    assert recompute._geglu_kernels(torch.zeros(1)) == (recompute.plain_geglu, recompute.plain_geglu_backward)
+    assert recompute._geglu_kernels(torch.zeros(1)) == (recompute.torch_geglu, recompute.torch_geglu_backward)
 
 
 @pytest.mark.gpu
@@ -81,21 +81,21 @@ def test_on_a_card_kernels_are_chosen_and_give_what_their_twins_give(dtype: torc
     card, draw = torch.device("cuda"), torch.Generator().manual_seed(0)
     x, towards = torch.randn(64, 1280, generator=draw).to(card, dtype), torch.randn(64, 640).to(card, dtype)
     forward, backward = recompute._geglu_kernels(x)
-    assert (forward, backward) != (recompute.plain_geglu, recompute.plain_geglu_backward)
+    assert (forward, backward) != (recompute.torch_geglu, recompute.torch_geglu_backward)
     weight = quantized_weight.quantize(torch.randn(640, 1280, generator=draw).to(card, dtype), "nf4")
-    assert quantized_kernels._quickest(dtype, card) is not quantized_kernels.plain
+    assert quantized_kernels._quickest(dtype, card) is not quantized_kernels.by_torch
     eight: Any = quantized_weight.quantize(torch.randn(640, 1280, generator=draw).to(card, dtype), "w8a8")
     quantized_kernels.require_int8(card)
     assert quantized_kernels._choose_product(dtype, card) is quantized_kernels.triton_int8_product
     pairs = [
-        (forward(x), recompute.plain_geglu(x)),
-        (backward(towards, x), recompute.plain_geglu_backward(towards, x)),
-        (weight.dequantize().view(-1), quantized_kernels.plain(weight.qdata, weight.scales)),
+        (forward(x), recompute.torch_geglu(x)),
+        (backward(towards, x), recompute.torch_geglu_backward(towards, x)),
+        (weight.dequantize().view(-1), quantized_kernels.by_torch(weight.qdata, weight.scales)),
     ]
-    for given, transposed in ((x, True), (towards, False)):
-        arguments = given, eight.qdata, eight.scales, transposed
+    for source, transposed in ((x, True), (towards, False)):
+        arguments = source, eight.qdata, eight.scales, transposed
         pairs.append(
-            (quantized_kernels.triton_int8_product(*arguments), quantized_kernels.plain_int8_product(*arguments))
+            (quantized_kernels.triton_int8_product(*arguments), quantized_kernels.torch_int8_product(*arguments))
         )
     for mine, theirs in pairs:
         assert (mine - theirs).float().norm() <= 4 * torch.finfo(dtype).eps * theirs.float().norm()

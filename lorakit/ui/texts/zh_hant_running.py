@@ -225,6 +225,10 @@ RUNNING = {
         "memory.stream_base：主記憶體不足 {size} MiB，放不下基礎模型的權重；"
         "請關閉其他程式，或用 memory.base_storage 讓權重更小"
     ),
+    "memory.base_storage = 'w8a8': products in int8 do not work on {device} with torch {version} ({reason}): "
+    "take 'int8', which is as small": (
+        "memory.base_storage = 'w8a8'：{device} 與 torch {version} 不能做 int8 乘積（{reason}）：請用同樣小的 'int8'"
+    ),
     "memory.channels_last needs the weights whole: no memory.stream_base, memory.base_storage = 'full'": (
         "memory.channels_last 需要完整的權重：不用 memory.stream_base，且 memory.base_storage = 'full'"
     ),
