@@ -375,9 +375,7 @@ class MemoryConfig:
         automatic="auto",
     )
     base_storage: Literal["full", "int8", "w8a8", "nf4"] = option(
-        "full",
-        "How the UNet's frozen weights are kept: in full, or in 8 or 4.5 bits each, which is slower. "
-        "w8a8: 8 bits, and linear layers multiply in int8: for speed.",
+        "full", "How the UNet's frozen weights are kept: in full, 8 or 4.5 bits. w8a8: linear layers multiply in int8."
     )
     stream_base: bool = option(
         False,
@@ -388,14 +386,8 @@ class MemoryConfig:
         "fused",
         "plain: diffusers and PEFT unchanged; no CUDA graphs, flat buffers, compile. Same within rounding, slower.",
     )
-    channels_last: bool = option(
-        False, "Keep pictures inside the UNet channels last, as a card's convolutions read them in half precision."
-    )
-    triton: bool = option(
-        True,
-        "Use Triton's kernels (GEGLU, norms, NF4, int8) where a card has Triton and they agree with torch's; "
-        "false: torch's.",
-    )
+    channels_last: bool = option(False, "Keep the UNet's pictures channels last, as cards read them in half precision.")
+    triton: bool = option(True, "Use Triton's kernels where a card has it and they agree with torch's; false: torch's.")
     cuda_graphs: bool = option(True, "Replay steps as CUDA graphs where possible; false: same training, slower.")
 
 
