@@ -30,6 +30,8 @@ ALIGNMENT = 64
 ROW_LENGTH = 1024
 # Names of bitsandbytes for what its 8-bit optimizers keep of each block, and for the values that their codes stand for.
 BLOCK_SCALES, CODE_BOOKS = "absmax", "qmap"
+# The state of an optimizer, or a part of it, by name.
+State = dict[str, Any]
 
 
 def flatten(
@@ -206,8 +208,8 @@ def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatPar
     """Let an optimizer with one `FlatParameters.weights` in each group save and load its state parameter by parameter,
     like an optimizer that has the parameters themselves."""
 
-    def split(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state: dict[int, dict[str, Any]] = {}
+    def split(_: object, state_dict: State) -> State:
+        state: dict[int, State] = {}
         groups = []
         for flat, group in zip(flats, state_dict["param_groups"], strict=True):
             numbers = _indices(flats, flat)
@@ -222,8 +224,8 @@ def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatPar
             groups.append({**group, "lr": float(group["lr"]), "params": list(numbers)})
         return {**state_dict, "state": state, "param_groups": groups}
 
-    def join(state_dict: dict[str, Any]) -> dict[str, Any]:
-        state: dict[int, dict[str, Any]] = {}
+    def join(state_dict: State) -> State:
+        state: dict[int, State] = {}
         groups = []
         for at, (flat, group) in enumerate(zip(flats, state_dict["param_groups"], strict=True)):
             parts = _in_8_bits([_unnest(state_dict["state"].get(number, {})) for number in group["params"]])
@@ -240,7 +242,7 @@ def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatPar
     vars(optimizer)["load_state_dict"] = lambda state_dict: load(join(state_dict))
 
 
-def _unnest(state: dict[str, Any]) -> dict[str, Any]:
+def _unnest(state: State) -> State:
     """A parameter's state without the dict into which bitsandbytes puts some of it."""
     nested = [value for value in state.values() if isinstance(value, dict)]
     result = {key: value for key, value in state.items() if not isinstance(value, dict)}
@@ -249,7 +251,7 @@ def _unnest(state: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _in_8_bits(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _in_8_bits(states: list[State]) -> list[State]:
     """The states of the parameters of a component: all in 8 bits if some are. bitsandbytes itself keeps those of small
     parameters in float32."""
     books = next((state for state in states if "qmap1" in state), None)

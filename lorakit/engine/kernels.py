@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -28,14 +28,14 @@ def uses_triton(device: torch.device) -> bool:
     return _allowed["triton"] and (device.type == "cuda" or interprets) and _is_installed("triton")
 
 
-def choose(kernels: Sequence[Kernel], twin: Kernel, sample: Callable[[], tuple[Any, ...]]) -> Kernel:
+def choose(kernels: Sequence[Kernel], twin: Kernel, sample: Callable[[], tuple[object, ...]]) -> Kernel:
     """The first of the kernels that gives what `twin` gives for the arguments `sample()`, else `twin`."""
     # Someone who counts operations, or computes without numbers, asks for a kernel, not for its test.
     with _disable_current_modes():
         return next((kernel for kernel in kernels if _agrees(kernel, twin, sample)), twin)
 
 
-def _agrees(kernel: Kernel, twin: Kernel, sample: Callable[[], tuple[Any, ...]]) -> bool:
+def _agrees(kernel: Kernel, twin: Kernel, sample: Callable[[], tuple[object, ...]]) -> bool:
     try:
         arguments = sample()
         expected, actual = twin(*arguments).float(), kernel(*arguments).float()

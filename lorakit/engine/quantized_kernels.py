@@ -178,7 +178,7 @@ def _columns_first(qdata: torch.Tensor, transposed: bool) -> torch.Tensor:
 
 @functools.lru_cache
 def _choose_product(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
-    def sample() -> tuple[Any, ...]:
+    def sample() -> tuple[object, ...]:
         codes = torch.arange(24 * 40, device=device).remainder(255).sub(127).to(torch.int8).view(24, 40)
         x = torch.linspace(-3, 3, 32 * 24, device=device).to(dtype).view(32, 24)
         return x, codes, torch.linspace(0.1, 0.2, 24, device=device).to(dtype)[:, None], False

@@ -231,7 +231,7 @@ def storage_nbytes(module: nn.Module) -> int:
     return sum(t.storage_nbytes if isinstance(t, QuantizedWeight) else t.nbytes for t in tensors)
 
 
-def _int8_product(function: object, args: Sequence[Any]) -> torch.Tensor | None:
+def _int8_product(function: object, args: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The result of a matrix product with a "w8a8" weight as its second factor, in int8; None for all else."""
     if function is _aten.mm.default:
         x, weight, bias = args[0], args[1], None

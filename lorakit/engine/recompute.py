@@ -147,7 +147,7 @@ class _NormSiluFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
-        normed: tuple[Tensor, Tensor, Tensor] = _norm_kernels(x)[0](x, norm, silu)
+        normed = _norm_kernels(x)[0](x, norm, silu)
         ctx.save_for_backward(x, *normed[1:])
         ctx.norm, ctx.silu = norm, silu
         return normed[0]
@@ -177,7 +177,7 @@ def torch_norm_backward(
     return _like(gradients[0], original)
 
 
-def _norm_kernels(x: Tensor) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+def _norm_kernels(x: Tensor) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]:
     """Forward and backward, by Triton for pictures that are channels last where it agrees with torch's kernels."""
     if not _is_channels_last(x) or torch.compiler.is_compiling() or not kernels.uses_triton(x.device):
         return torch_norm, torch_norm_backward
@@ -185,16 +185,18 @@ def _norm_kernels(x: Tensor) -> tuple[Callable[..., Any], Callable[..., Tensor]]
 
 
 @functools.lru_cache
-def _choose_norm(dtype: torch.dtype, device: torch.device) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+def _choose_norm(
+    dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]:
     from lorakit.engine import triton_kernels
 
     norm = nn.GroupNorm(4, 24, device=device, dtype=dtype).requires_grad_(False)
 
-    def sample() -> tuple[Any, ...]:
+    def sample() -> tuple[object, ...]:
         x = torch.randn((2, 24, 6, 6), generator=torch.Generator().manual_seed(0)).to(device, dtype)
         return x.contiguous(memory_format=torch.channels_last), norm, True
 
-    def both(forward: Callable[..., Any], backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def both(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
             result, mean, rstd = forward(x, norm, silu)
             return torch.stack([result, backward(x.flip(0), x, mean, rstd, norm, silu)])
