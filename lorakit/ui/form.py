@@ -112,13 +112,15 @@ def _field(option: Option) -> Field:
 
 
 def values(config: Config) -> dict[str, Any]:
-    """Every option's value as its widget holds it."""
-    by_key = fields()
-    tables = {section: getattr(config, section) for section in configuration.SECTIONS}
+    """Every option's value as its widget holds it; the default of an option that this method does not have."""
+    of_method = {option.key for option in configuration.options(config.adapter.method)}
     return {
-        key: field.to_widget(getattr(tables[field.option.section], field.option.name))
-        for key, field in by_key.items()
-        if hasattr(tables[field.option.section], field.option.name)
+        key: field.to_widget(
+            getattr(getattr(config, field.option.section), field.option.name)
+            if key in of_method
+            else field.option.default
+        )
+        for key, field in fields().items()
     }
 
 

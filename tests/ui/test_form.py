@@ -102,6 +102,7 @@ def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
         "viewer.",
         "task.",
         "chart.",
+        "captions.tool.",
         "quality.",
         "section.",
         "option.",
@@ -156,3 +157,10 @@ def test_the_front_end_names_no_option_and_trains_nothing():
 def test_a_message_names_options_as_the_page_does(message: str, line: str):
     assert texts.sayer("en").explain(message) == line
     assert ("「" in texts.sayer("zh-Hant").explain(message)) == ("“" in line)
+
+
+@pytest.mark.parametrize("method", config.ADAPTER_SECTIONS)
+def test_a_form_has_a_value_for_every_option_whatever_the_method(method: str) -> None:
+    values = form.values(config.load(None, {"adapter.method": method, "train.steps": 1}))
+    assert values.keys() == form.fields().keys()
+    assert values["adapter.method"] == method and values["adapter.rank"] >= 1

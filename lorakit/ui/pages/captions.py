@@ -136,7 +136,7 @@ class CaptionTools:
         if not plan:
             return widgets.quiet(say("captions.no_change")), "", off
         rows = [[photo.relative, photo.caption or "", text] for photo, text in plan[:ROWS]]
-        head = [say(f"captions.{name}") for name in ("photo", "before", "after")]
+        head = [say("captions.photo"), say("captions.before"), say("captions.after")]
         more = widgets.quiet(say("captions.more", count=len(plan) - ROWS)) if len(plan) > ROWS else ""
         message = widgets.quiet(say("captions.changes", count=len(plan)))
         return message, widgets.table(head, rows) + more, gr.update(interactive=True)
@@ -206,8 +206,10 @@ class CaptionTools:
                 self._processes.pop(folder, None)
         except LorakitError as error:
             return widgets.problem(say.translate(str(error)))
-        key = "captions.stopped" if result["stopped"] else "captions.written"
-        parts = [widgets.good(say(key, count=len(result["captions"]), others=result["had_one"]))]
+        counts = {"count": len(result["captions"]), "others": result["had_one"]}
+        parts = [
+            widgets.good(say("captions.stopped", **counts) if result["stopped"] else say("captions.written", **counts))
+        ]
         for name, reason in result["failed"].items():
             parts.append(widgets.problem(f"{name}: {say.translate(reason)}"))
         return "".join(parts)
