@@ -19,7 +19,6 @@ from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import shorten
 from lorakit.core.registry import FORMATS
-from lorakit.formats import identify
 from lorakit.formats.facts.hosts import HOSTS
 
 if TYPE_CHECKING:
@@ -142,7 +141,9 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 def run_sample(args: argparse.Namespace) -> int:
     """`lorakit sample`: a grid with a row for each strength and a column for each prompt, and each picture."""
-    file = identify.adapter_file(Path(args.adapter))
+    from lorakit.formats.identify import adapter_file
+
+    file = adapter_file(Path(args.adapter))
     if not file.is_dir():
         safetensors_header.read(file)  # what is no such file is refused before seconds of imports
     threads.use_idle_cores()
