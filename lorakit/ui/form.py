@@ -43,7 +43,7 @@ class Field:
     def to_widget(self, value: Any) -> Any:
         """The option's value as its widget holds it."""
         if self.kind == "lines":
-            return "\n".join(map(str, value))
+            return value if isinstance(value, str) else "\n".join(map(str, value))
         if self.kind == "table":
             return configuration.toml_value(value) if value else ""
         if self.in_words:

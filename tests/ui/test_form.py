@@ -164,3 +164,8 @@ def test_a_form_has_a_value_for_every_option_whatever_the_method(method: str) ->
     values = form.values(config.load(None, {"adapter.method": method, "train.steps": 1}))
     assert values.keys() == form.fields().keys()
     assert values["adapter.method"] == method and values["adapter.rank"] >= 1
+
+
+def test_a_list_of_texts_that_is_lines_already_stays_so():
+    field = next(field for field in form.fields().values() if field.kind == "lines")
+    assert field.to_widget(field.to_widget(("a toy", "b"))) == "a toy\nb"
