@@ -27,7 +27,7 @@ _TAB = """() => {
 }"""
 # Where what had the focus is drawn anew it has it again, and where it is gone the tab has it: a keyboard goes on there.
 KEEP_FOCUS = """
-let last = '';
+let last = '', holder = null;
 const PARTS = ['data-run', 'data-exclude', 'data-file', 'data-picture'];
 const selector = (node) => {
   const name = PARTS.find((part) => node.hasAttribute(part));
@@ -37,10 +37,11 @@ const selector = (node) => {
   return `#${CSS.escape(owner.id)}${owner === node ? '' : ` ${node.tagName}`}`;
 };
 document.addEventListener('pointerdown', () => { last = ''; }, true);
-document.addEventListener('focusin', ({target}) => { last = selector(target); });
+document.addEventListener('focusin', ({target}) => { last = selector(target); holder = target; });
 setInterval(() => {
-  // Not where the focus went to the browser itself.
+  // Not where the focus went to the browser itself, or was given up, as a list of suggestions does after Enter.
   if (document.activeElement !== document.body || !last || !document.hasFocus()) return;
+  if (holder.isConnected && holder.offsetParent && !holder.disabled) return;
   const node = document.querySelector(last);
   const tab = document.querySelector('#pages button[role=tab][aria-selected=true]');
   (node?.offsetParent && !node.disabled ? node : tab)?.focus({preventScroll: true});
