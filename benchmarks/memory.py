@@ -260,7 +260,7 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
             predicted = unet(noisy.to(dtype), steps, states.to(dtype), return_dict=False, **more)[0]
             return (predicted.float() - noisy).square().mean()
 
-        step: Any = SimpleNamespace(family=family, adapter=adapter, loss=loss)
+        step: Any = SimpleNamespace(family=family, adapter=adapter, loss=loss, generators={})
         update = OptimizerStep(settings, step, 2, print)
         for number in range(2 if stream is None else 4):
             live.peak = live.now
