@@ -277,6 +277,10 @@ def max_chunks(config: DataConfig, chunked: bool = True) -> int:
     return (config.max_tokens or MAX_TOKENS) // CHUNK if chunked else 1
 
 
+# CLIP has 49,408 tokens. The bundled base's few hundred are in no such order.
+LARGE_VOCABULARY = 40_000
+
+
 class TokenCounter:
     """Counts tokens with the base's tokenizer. No text encoder is loaded.
 
@@ -297,6 +301,11 @@ class TokenCounter:
         self.room = limit - 2
         self.limit = self.room * chunks
         self._tokenizer = _load_tokenizer(folder)
+
+    def rank(self, word: str) -> int | None:
+        """Place of a word in a large vocabulary, the commonest first; None where it has no token of its own."""
+        ids = self._tokenizer.encode(word, add_special_tokens=False).ids
+        return ids[0] if len(ids) == 1 and self._tokenizer.get_vocab_size() > LARGE_VOCABULARY else None
 
     def count(self, text: str) -> tuple[int, str]:
         """The number of tokens of the text, and the part beyond the limit ("" if the text fits)."""

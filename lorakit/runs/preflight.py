@@ -159,6 +159,7 @@ def preflight(
     if report is None:
         return Preflight(config, info, None, None, tuple(problems), tuple(warnings))
     problems += _photo_problems(config, report)
+    warnings += report.trigger_findings if config.adapter.new_tokens == 0 else []
     planned = None if report.errors or planning else plan.make(config, info, report)
     planned = launch.divide(planned, config, processes, warnings.append)
     return Preflight(

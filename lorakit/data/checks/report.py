@@ -84,6 +84,7 @@ class Report:
         downscale: pixels for one latent, on a side.
         class_photos: the user's own class images, for prior preservation.
         chunks: chunks of the text encoder that the longest text takes.
+        trigger_findings: what else the base draws for a trigger; without meaning where new tokens are learned for it.
     """
 
     folder: Path
@@ -95,6 +96,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     class_photos: list[Photo] = field(default_factory=list)
     chunks: int = 1
+    trigger_findings: list[str] = field(default_factory=list)
 
     @property
     def photos(self) -> list[Photo]:

@@ -15,6 +15,11 @@ NO_CAPTIONS = (
 )
 
 
+# CLIP's tokens are in the order in which they were merged, the commonest first: anna is 2,160, luna 14,425, lulu
+# 26,935, sks 48,136, ohwx 47,993.
+COMMON_RANK = 30_000
+
+
 def check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter | None) -> None:
     """Add what is wrong with the text of each photo, and with those of each concept."""
     cuts, syntax, loose = [], [], []
@@ -63,6 +68,21 @@ def check_texts(report: Report, config: DataConfig, counter: captions.TokenCount
     for own in concepts.of_photos([item.photo for item in report.items], config):
         items = [item for item in report.items if concepts.of_photo(item.photo, config) == own]
         _check_captions(report, items, own)
+        if counter is not None and own.trigger:
+            report.trigger_findings += _trigger_findings(own.trigger, counter)
+
+
+def _trigger_findings(trigger: str, counter: captions.TokenCounter) -> list[str]:
+    """What else the base draws for the trigger, as far as it is known."""
+    rank = counter.rank(trigger)
+    if trigger.lower() == "sks" and rank is not None:
+        return ["the trigger sks is the name of a rifle too, which Stable Diffusion may draw; ohwx has no such meaning"]
+    if rank is None or rank >= COMMON_RANK:
+        return []
+    return [
+        f'the trigger "{trigger}" is a word that the base knows well (number {rank} of its vocabulary), so what it '
+        "draws for it mixes in; a rare one such as ohwx does not"
+    ]
 
 
 def _check_captions(report: Report, items: list[Item], config: DataConfig) -> None:

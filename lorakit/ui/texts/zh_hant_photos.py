@@ -85,6 +85,13 @@ PHOTOS = {
     "each photo is trained at {sides}: as {sizes:words}; a batch holds one size": (
         "每張照片以 {sides} 訓練：尺寸為 {sizes:words}；每批只有一種尺寸"
     ),
+    "the trigger sks is the name of a rifle too, which Stable Diffusion may draw; ohwx has no such meaning": (
+        "觸發詞 sks 也是一種步槍的名稱，Stable Diffusion 可能會畫出來；ohwx 沒有這種意思"
+    ),
+    'the trigger "{word}" is a word that the base knows well (number {rank} of its vocabulary), so what it draws for '
+    "it mixes in; a rare one such as ohwx does not": (
+        "觸發詞「{word}」是基礎模型很熟悉的字（詞彙表第 {rank} 個），它原本畫的東西會混進來；ohwx 之類的罕見字則不會"
+    ),
     "the bundled base is for trying things and knows no {noun}, only {kinds} and the like; for real pictures give "
     "--base a Stable Diffusion model": (
         "內附的基礎模型只供試用，不認得 {noun}，只認得 {kinds} 之類；"
