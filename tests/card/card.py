@@ -85,6 +85,8 @@ def _play_cuda(torch: Any, card: Any) -> None:
         array = empty(*size, **named)
         if pin_memory:
             pinned.add(array.untyped_storage().data_ptr())
+        elif pinned and type(array) is torch.Tensor and array.device.type == "cpu":
+            pinned.discard(array.untyped_storage().data_ptr())  # that of pinned memory which was freed
         return array
 
     cuda._lazy_init = cuda.synchronize = lambda *_: None
