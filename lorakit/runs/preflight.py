@@ -159,7 +159,6 @@ def preflight(
     if report is None:
         return Preflight(config, info, None, None, tuple(problems), tuple(warnings))
     problems += _photo_problems(config, report)
-    warnings += report.trigger_findings if config.adapter.new_tokens == 0 else []
     planned = None if report.errors or planning else plan.make(config, info, report)
     planned = launch.divide(planned, config, processes, warnings.append)
     return Preflight(
@@ -168,8 +167,14 @@ def preflight(
         report,
         planned,
         tuple(problems),
-        (*warnings, *_prior_findings(config, report), *captions.prompt_findings(config.sample, info), *report.warnings),
+        (*warnings, *_text_findings(config, info, report), *report.warnings),
     )
+
+
+def _text_findings(config: Config, info: BaseInfo, report: checks.Report) -> list[str]:
+    """What is odd about the trigger, the prior and the prompts, a line each."""
+    trigger = report.trigger_findings if config.adapter.new_tokens == 0 else []
+    return [*trigger, *_prior_findings(config, report), *captions.prompt_findings(config.sample, info)]
 
 
 def _early_problems(config: Config, resume: bool) -> list[str]:
