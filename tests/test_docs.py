@@ -27,7 +27,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(page: Path) -> list[str]:
     """Every line of a page's code that is a command of lorakit, without its remark."""
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")  # lines that go on
     code = [
         *re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE),
         *re.findall(r"^    (.*)$", text, re.MULTILINE),

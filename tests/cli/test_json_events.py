@@ -8,6 +8,7 @@ import pytest
 from lorakit.cli import main as cli
 from lorakit.core.errors import LorakitError
 from lorakit.core.events import Event
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training import run as training
 
 STOP = training.Stopped(Path("runs/a"), 13)
@@ -28,6 +29,7 @@ def test_a_run_that_ends_early_says_so_in_its_last_line(
         raise error
 
     monkeypatch.setattr(training, "resume", refuse)
+    monkeypatch.setattr(RunFolder, "require", lambda _: None)  # there is no such run
     assert cli.main(["resume", "runs/a", "--json"]) in (1, 130)
     out = capsys.readouterr().out
     assert json.loads(out) == line

@@ -17,7 +17,8 @@ from PIL import Image
 
 from lorakit import config
 from lorakit.cli import main as cli, train_commands
-from lorakit.core.errors import LorakitError
+from lorakit.core.errors import LorakitError, Stopped
+from lorakit.runs.run_folder import RunFolder
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -158,7 +159,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_an_error_of_ours_is_one_line_and_a_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "options", raising(ZeroDivisionError("one\ntwo")))
+    monkeypatch.setattr(config, "every_option", raising(ZeroDivisionError("one\ntwo")))
     code, out, err = run("options")
     assert (code, out) == (1, "")
     match = re.fullmatch(r"lorakit: internal error: ZeroDivisionError: one; traceback in (\S+)\n", err)
@@ -170,7 +171,7 @@ def test_an_error_of_ours_is_one_line_and_a_log(run: Run, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("mine"), LorakitError("yours")])
 def test_who_asks_for_the_traceback_gets_it(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr(config, "options", raising(error))
+    monkeypatch.setattr(config, "every_option", raising(error))
     monkeypatch.setenv("LORAKIT_TRACEBACK", "1")
     with pytest.raises(type(error)):
         run("options")
@@ -179,7 +180,7 @@ def test_who_asks_for_the_traceback_gets_it(run: Run, monkeypatch: pytest.Monkey
 def test_too_little_memory_is_reported_with_the_ways_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(config, "options", raising(torch.cuda.OutOfMemoryError("tried to allocate 2 GiB")))
+    monkeypatch.setattr(config, "every_option", raising(torch.cuda.OutOfMemoryError("tried to allocate 2 GiB")))
     code, _, err = run("options")
     assert code == 1
     assert err == (
@@ -190,17 +191,23 @@ def test_too_little_memory_is_reported_with_the_ways_out(run: Run, monkeypatch: 
 
 
 def test_an_interrupt_exits_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "options", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(config, "every_option", raising(KeyboardInterrupt()))
     assert run("options") == (130, "", "lorakit: interrupted\n")
 
 
-def test_a_stopped_run_exits_with_130_and_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorakit.training import run as train
-
-    monkeypatch.setattr(train, "resume", raising(train.Stopped(Path("runs/a"), 13)))
-    code, _, err = run("resume", "runs/a")
-    assert code == 130
-    assert err == "lorakit: stopped after step 13; go on with: lorakit resume runs/a\n"
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (Stopped(Path("runs/a"), 13), 130, "lorakit: stopped after step 13; go on with: lorakit resume runs/a\n"),
+        (LorakitError("one\ntwo"), 1, "lorakit: one\nlorakit: two\n"),
+    ],
+)
+def test_every_line_of_an_error_is_prefixed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, lines: str
+) -> None:
+    monkeypatch.setattr(RunFolder, "require", lambda _: None)  # there is no such run
+    monkeypatch.setattr("lorakit.training.run.resume", raising(error))
+    assert run("resume", "runs/a")[::2] == (code, lines)
 
 
 def test_a_stopped_demo_is_no_error_of_ours(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,13 +217,6 @@ def test_a_stopped_demo_is_no_error_of_ours(run: Run, monkeypatch: pytest.Monkey
     code, _, err = run("demo", "--output", "there")
     assert code == 130
     assert err == "lorakit: stopped after step 13; go on with: lorakit resume there/run\n"
-
-
-def test_every_line_of_an_error_is_prefixed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorakit.training import run as train
-
-    monkeypatch.setattr(train, "resume", raising(LorakitError("one\ntwo")))
-    assert run("resume", "runs/a")[::2] == (1, "lorakit: one\nlorakit: two\n")
 
 
 # -- pipes and terminals --------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_the_average_is_exported_drawn_and_examined_and_goes_on(
 ) -> None:
     (tmp_path / "photos").mkdir()
     photos, captured = noise(tmp_path / "photos", 2), dict[str, list[torch.Tensor]]()
-    draw, examine = sampling.draw, Validation.run
+    draw, examine = sampling.draw_part, Validation.run
 
     def spied_draw(family: Any, *args: Any, **options: Any) -> Any:
         captured.setdefault("draw", []).append(lora_weight(family.denoiser))
@@ -69,7 +69,7 @@ def test_the_average_is_exported_drawn_and_examined_and_goes_on(
         captured.setdefault("validate", []).append(lora_weight(self.family.denoiser))
         return examine(self, *args, **options)
 
-    monkeypatch.setattr(sampling, "draw", spied_draw)
+    monkeypatch.setattr(sampling, "draw_part", spied_draw)
     monkeypatch.setattr(Validation, "run", spied_run)
     every = {"train__save_every": 1, "train__keep_checkpoints": 9, "train__validate_every": 2, "sample__every": 2}
     result = train.train(

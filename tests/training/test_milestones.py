@@ -64,7 +64,7 @@ def test_an_interval_of_zero_is_a_fifth_of_the_run(every: int, steps: int, expec
 def test_too_little_memory_for_samples_does_not_end_the_run(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, left = sampling.draw, [1]
+    draw, left = sampling.draw_part, [1]
 
     def full_once(*args: Any, **options: Any) -> Any:
         if left[0]:
@@ -72,7 +72,7 @@ def test_too_little_memory_for_samples_does_not_end_the_run(
             raise torch.OutOfMemoryError
         return draw(*args, **options)
 
-    monkeypatch.setattr(sampling, "draw", full_once)
+    monkeypatch.setattr(sampling, "draw_part", full_once)
     result = run(tiny_sd1, tmp_path, sample__at_start=True, sample__at_end=True)
     assert [event["message"] for event in RunFolder(result.folder).events("warning")] == [
         "step 0: not enough memory to draw samples; training goes on without them"

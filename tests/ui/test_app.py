@@ -59,7 +59,7 @@ def test_gradio_is_imported_without_the_environments_proxies(monkeypatch: pytest
 
 def test_a_base_behind_a_socks_proxy_says_what_is_missing():
     error = ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
-    assert "pip install socksio" in hub._refusal(hub.HubId("owner/name"), error)
+    assert "pip install socksio" in hub.refusal(hub.HubId("owner/name"), error)
 
 
 class Slow(Server):
