@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from lorakit.cli import demo
 from lorakit.families.pocket import subjects
-from lorakit.runs import folder as run_folder, quickstart
+from lorakit.runs import quickstart, run_folder
 from lorakit.ui import app
 from lorakit.ui.workspace import Workspace
 
@@ -83,7 +83,9 @@ def train(workspace: Workspace, photos: Path) -> Path:
     return run
 
 
-def pages(browser: Browser, address: str, photos: Path, run: Path, look: dict[str, Any]):
+def pages(
+    browser: Browser, address: str, photos: Path, run: Path, look: dict[str, Any]
+) -> Iterator[tuple[str, Page]]:
     """Each page once it shows what it has to: (name, page)."""
     page = browser.new_context(locale="en-US", **look).new_page()
     page.set_default_timeout(PATIENCE)
