@@ -83,9 +83,7 @@ def train(workspace: Workspace, photos: Path) -> Path:
     return run
 
 
-def pages(
-    browser: Browser, address: str, photos: Path, run: Path, look: dict[str, Any]
-) -> Iterator[tuple[str, Page]]:
+def pages(browser: Browser, address: str, photos: Path, run: Path, look: dict[str, Any]) -> Iterator[tuple[str, Page]]:
     """Each page once it shows what it has to: (name, page)."""
     page = browser.new_context(locale="en-US", **look).new_page()
     page.set_default_timeout(PATIENCE)
