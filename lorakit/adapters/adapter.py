@@ -271,9 +271,7 @@ class Adapter:
             LorakitError: a tensor is missing, too many or of another shape.
         """
         own = self._state()
-        wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if p.shape != state[n].shape]
-        if wrong:
-            raise LorakitError(f"the checkpoint does not fit this adapter: {wrong[0]} ({len(wrong)} such)")
+        weights_fit.require_checkpoint(own, state, "adapter")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from lorakit.adapters import targets
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LoraLayer
 from lorakit.config import AdapterConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def require(
@@ -63,6 +67,20 @@ def require(
                 f"the adapter to start from has {count} vectors for {word!r}: set adapter.new_tokens = {count} "
                 f"and begin data.name with {word!r}"
             )
+
+
+def require_checkpoint(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], what: str) -> None:
+    """Compare the tensors of a checkpoint with those that they are to be copied into.
+
+    Args:
+        what: what is trained, in a word, for the message.
+
+    Raises:
+        LorakitError: a tensor is missing, too many or of another shape.
+    """
+    wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if p.shape != state[n].shape]
+    if wrong:
+        raise LorakitError(f"the checkpoint does not fit this {what}: {wrong[0]} ({len(wrong)} such)")
 
 
 def fits(layer: AnyLayer, shape: Sequence[int]) -> bool:

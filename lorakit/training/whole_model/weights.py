@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lorakit.adapters import average
+from lorakit.adapters import average, weights_fit
 from lorakit.adapters.weights import ForeignLayer
 from lorakit.config.full import NO_BF16
 from lorakit.core.errors import LorakitError
@@ -130,9 +130,7 @@ class ModelWeights:
             LorakitError: a tensor is missing, too many or of another shape.
         """
         own = self.state()
-        wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if p.shape != state[n].shape]
-        if wrong:
-            raise LorakitError(f"the checkpoint does not fit this model: {wrong[0]} ({len(wrong)} such)")
+        weights_fit.require_checkpoint(own, state, "model")
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
