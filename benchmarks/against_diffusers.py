@@ -2,7 +2,7 @@
 
     python benchmarks/against_diffusers.py RESULTS.jsonl [--names lulu ...] [--seeds 0 1] [--recipes readme ...]
 
-The script's loop, written plainly after it: each step encodes its photos and texts anew, draws noise and timesteps,
+The script's loop, written plainly after it: each step encodes its photos and texts again, draws noise and timesteps,
 and adds the loss on class images where there is a prior; LoRA by PEFT on the layers that the script names; AdamW,
 gradients clipped to 1; the file by `save_lora_weights`. One prompt for all photos, as the script has it.
 
