@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from lorakit.core.messages import Message, join
 from lorakit.core.names import quote
 
 
@@ -11,15 +12,25 @@ class LorakitError(Exception):
 
     Its text says in one line what is wrong, where, and what to do. The command line prints it without a traceback and
     exits with a code that is not 0.
+
+    Args:
+        text: the message, or its template where values are given: `LorakitError("{file} is empty", path.name)`.
     """
+
+    def __init__(self, text: str = "", /, *values: object):
+        super().__init__(Message(text, *values) if values else text)
 
 
 class ConfigError(LorakitError):
-    """Something is wrong with what the user asked for. `problems` holds one line for each thing that is wrong."""
+    """Something is wrong with what the user asked for. `problems` holds one line for each thing that is wrong.
 
-    def __init__(self, problems: Iterable[str]):
-        self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
+    Args:
+        problems: the lines, or the template of the only one, whose values follow.
+    """
+
+    def __init__(self, problems: str | Iterable[str], /, *values: object):
+        self.problems: list[str] = [Message(problems, *values)] if isinstance(problems, str) else list(problems)
+        super().__init__(join("\n", self.problems))
 
 
 class MissingFile(ConfigError):
@@ -40,5 +51,5 @@ class Stopped(Exception):
 
     def __init__(self, folder: Path, step: int):
         self.folder, self.step = folder, step
-        when = f"after step {step}" if step else "before the first step"
-        super().__init__(f"stopped {when}; go on with: lorakit resume {quote(folder)}")
+        when = Message("stopped after step {step}", step) if step else "stopped before the first step"
+        super().__init__(Message("{when}; go on with: lorakit resume {folder}", when, quote(folder)))

@@ -2,7 +2,7 @@
 
 Kinds and their facts:
 
-    message, warning   message: a line for the person
+    message, warning   message: a line for the person; in JSON also its `key`, an English template, and its `values`
     phase              phase: what begins; "training" also has `steps`
     work               doing, position, total: how far something before or after training is, where it takes seconds
     step               loss, smoothed_loss, gradient_norm, learning_rate
@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any
 
 from lorakit.core.errors import StopRequested
+from lorakit.core.messages import Message, key_of
 
 # Seconds between two events of the same work; what takes less has none.
 WORK_SECONDS = 1.0
@@ -52,7 +53,8 @@ class Event:
     def to_json(self) -> dict[str, Any]:
         """The event as one table of plain values."""
         step = {} if self.step is None else {"step": self.step}
-        return {"event": self.kind, **step, **{name: json_value(value) for name, value in self.facts.items()}}
+        facts = {**self.facts, **key_of(self.facts.get("message"))}
+        return {"event": self.kind, **step, **{name: json_value(value) for name, value in facts.items()}}
 
 
 def json_value(value: object) -> Any:
@@ -104,7 +106,10 @@ class Events:
         except OSError as error:
             if listener not in self._unwritable:
                 self._unwritable.append(listener)
-                line = f"a log of the run cannot be written ({error.strerror or error}); the run goes on without it"
+                line = Message(
+                    "a log of the run cannot be written ({reason}); the run goes on without it",
+                    error.strerror or error,
+                )
                 for other in self.listeners:
                     if other not in self._unwritable:
                         self._guard(other, other, Event("warning", None, {"message": line}))
@@ -153,7 +158,7 @@ class StopRequest:
     def _note(self, requested: bool, consequence: str) -> bool:
         if requested and not self.requested:
             self.requested = True
-            self._events.say(f"stopping: {consequence}")
+            self._events.say(Message("stopping: {consequence}", consequence))
         return self.requested
 
     def poll(self, consequence: str) -> None:

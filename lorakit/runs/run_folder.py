@@ -39,6 +39,7 @@ from lorakit.config import Config, load, to_toml
 from lorakit.core import atomic, foreign_json, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.core.events import Event, json_value
+from lorakit.core.messages import from_json, key_of
 from lorakit.core.names import quote, slug, step_name, unique_path
 
 States = Literal["waiting", "preparing", "running", "done", "failed", "stopped", "interrupted"]
@@ -67,7 +68,7 @@ class State:
         pid, pid_start: the process that trains and the second since the epoch at which it started; a process number
             alone is given out again.
         host: the machine that trains, "" before it is known.
-        message: how it ended, for a person.
+        message: how it ended, for a person; state.json has its key and values too, see `core.messages`.
         adapter: file name of the exported adapter.
         updated: seconds since the epoch of the last change.
     """
@@ -329,7 +330,8 @@ class RunFolder:
 
     def _write_state(self) -> None:
         self._state = replace(self._state, updated=time.time())
-        atomic.write(self.state_file, json.dumps(json_value(asdict(self._state)), indent=1, ensure_ascii=False))
+        table = asdict(self._state) | key_of(self._state.message)
+        atomic.write(self.state_file, json.dumps(json_value(table), indent=1, ensure_ascii=False))
 
 
 class LogReader:
@@ -395,8 +397,9 @@ def read(path: str | Path) -> State:
 @functools.lru_cache(maxsize=4096)
 def _parsed(file: Path, changed: int, inode: int, size: int) -> State:
     """A state.json; one that is as it was is not read again."""
-    names = {field.name for field in fields(State)}
-    return State(**{k: v for k, v in foreign_json.loads(file.read_text(encoding="utf-8")).items() if k in names})
+    names, table = {field.name for field in fields(State)}, foreign_json.loads(file.read_text(encoding="utf-8"))
+    table["message"] = from_json(table.get("message", ""), table)
+    return State(**{name: value for name, value in table.items() if name in names})
 
 
 def _is_alive(state: State) -> bool:

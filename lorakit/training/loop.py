@@ -19,7 +19,6 @@ from lorakit.core.errors import Stopped, StopRequested
 from lorakit.core.events import Events, StopRequest
 from lorakit.core.names import step_name
 from lorakit.core.registry import METHODS, resolve
-from lorakit.core.smoothing import RunningMean
 from lorakit.engine import device_memory
 from lorakit.formats import files, metadata
 from lorakit.inference import sampling
@@ -27,6 +26,7 @@ from lorakit.inference.mode import polled
 from lorakit.runs import plan
 from lorakit.training import checkpoint, optimizers, out_of_memory
 from lorakit.training.checkpoint import NotFinite
+from lorakit.training.loss_step import RunningMean
 from lorakit.training.parallel import SINGLE, Processes
 from lorakit.training.precompute import embed
 

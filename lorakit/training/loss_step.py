@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # What is drawn for photos or class images, each from its own generator.
 PURPOSES = ("posterior", "noise", "timesteps")
+# Weight of the past in the smoothed loss; about the last 50 values count.
+SMOOTHING = 0.98
 
 
 class LossStep:
@@ -176,3 +178,25 @@ class LossStep:
             torch.cat([term.noisy for term in terms]), torch.cat([term.timesteps for term in terms]), condition
         )
         return list(joined.split([len(term.noisy) for term in terms]))
+
+
+class RunningMean:
+    """Exponentially weighted mean with bias correction, such as the smoothed loss: a constant stays that constant."""
+
+    def __init__(self, weight: float = SMOOTHING):
+        self.weight = weight
+        self._sum = self._mass = 0.0
+
+    def add(self, value: float) -> float:
+        """Take one more value in and return the mean of the values so far, newer ones counting more."""
+        self._sum = self.weight * self._sum + (1 - self.weight) * value
+        self._mass = self.weight * self._mass + (1 - self.weight)
+        return self._sum / self._mass
+
+    def state(self) -> list[float]:
+        """Plain values for `load_state`."""
+        return [self._sum, self._mass]
+
+    def load_state(self, state: list[float]) -> None:
+        """Continue as the mean whose `state` this was."""
+        self._sum, self._mass = state

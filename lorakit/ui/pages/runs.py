@@ -14,6 +14,7 @@ import gradio as gr
 
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import from_json
 from lorakit.runs import charts
 from lorakit.runs.run_folder import LIVE, LogReader, RunFolder, State, read
 from lorakit.ui import address, widgets
@@ -385,7 +386,8 @@ def _reader(log: Path, *kinds: str) -> LogReader:
 def _messages(log: Path) -> list[tuple[str, str]]:
     """The last lines that were meant for people, warnings and errors marked."""
     events = _reader(log, "message", "warning", "error", "done").events()[-LOG_LINES:]
-    return [("! " if e["event"] in ("warning", "error") else "", str(e.get("message", e["event"]))) for e in events]
+    marks = {"warning": "! ", "error": "! "}
+    return [(marks.get(e["event"], ""), from_json(str(e.get("message", e["event"])), e)) for e in events]
 
 
 def _log(run: RunFolder, output: str, say: Say) -> str:

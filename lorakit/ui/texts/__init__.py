@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+from lorakit.core.messages import Message
 from lorakit.ui import form
 from lorakit.ui.texts import en, zh_hant, zh_hant_sentences
 from lorakit.ui.texts.sentences import Sentences
@@ -33,7 +34,8 @@ class Say:
         sentences = SENTENCES.get(self.language)
         if sentences is None:
             return text
-        return "\n".join(sentences.translated(line) or line for line in text.split("\n"))
+        lines = text.splitlines() if isinstance(text, Message) else text.split("\n")
+        return sentences.by_key(text) or "\n".join(sentences.translated(line) or line for line in lines)
 
     def explain(self, text: str) -> str:
         """As `translate`, with options by the names that they have on the page; in a command they stay as they are."""

@@ -13,6 +13,10 @@ import string
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
+from lorakit.core.messages import Joined, Message, Value
+
+# Marks between parts, as Chinese has them.
+JOINTS = {", ": "、", "; ": "；", ": ": "：", ". ": "。"}
 # What a hole may stand for: in a sentence anything, in a phrase one word.
 ANYTHING, WORD = "(?P<{}>.*?)", r"(?P<{}>[^\s,;:()]+(?:,[^\s,;:()]+)*)"
 
@@ -24,8 +28,31 @@ class Sentences:
         self._sentences, self._phrases = sentences, phrases
         self._cache: dict[str, str | None] = {}
 
+    def by_key(self, text: str) -> str | None:
+        """A message by its template, a text by itself; None where the table has no such key."""
+        if isinstance(text, Joined):
+            mark = JOINTS.get(text.template, text.template)
+            return mark.join(self.by_key(part) or self.translated(part) or part for part in text.parts)
+        if not isinstance(text, Message):
+            return self._keys.get(text)
+        template = self._keys.get(text.template)
+        if template is None or not text.values:
+            return template
+        parts = []
+        for literal, hole, how, _ in string.Formatter().parse(template):
+            parts += [literal, self._value(text.values.get(hole, ""), how or "") if hole else ""]
+        return "".join(parts)
+
+    def _value(self, value: Value, how: str) -> str:
+        text = str(value)
+        if isinstance(value, Message):
+            return self.by_key(text) or self.translated(text) or text
+        return {"said": self.translated, "words": self._with_phrases}.get(how, str)(text) or text
+
     def translated(self, text: str) -> str | None:
         """A whole sentence, or None where none of the table is like it."""
+        if (by_key := self.by_key(text)) is not None:
+            return by_key
         if text not in self._cache:
             if len(self._cache) > 10_000:
                 self._cache.clear()
@@ -62,6 +89,10 @@ class Sentences:
             yield self._filled(template, match) or match[0]
             end = match.end()
         yield words[end:]
+
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        return {re.sub(r"(?<!{)({\w+):\w+}", r"\1}", english): other for english, other in self._sentences.items()}
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], str]]:

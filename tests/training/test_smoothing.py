@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakit.core.smoothing import RunningMean
+from lorakit.training.loss_step import RunningMean
 
 
 def test_smoothing_is_a_weighted_mean() -> None:

@@ -1,0 +1,127 @@
+"""Messages for the person: an English template with named values, which other languages translate by the template.
+
+A message is a `str`, its English text, and prints as one. It also carries its template and its values, so that the
+front end says it in another language, and a log can be read by a program.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+Value = str | int | float
+Own = TypeVar("Own", bound="Message")
+
+
+class Message(str):
+    """`Message("step {step}: {problem}", 3, error)`: the values in the order in which the template has their names.
+
+    Without values the text is taken as it stands.
+
+    Attributes:
+        template: its key in the tables of languages, `"step {step}: {problem}"`, without format specifications.
+        values: what stands in its places; a value can be a message too.
+    """
+
+    template: str
+    values: Mapping[str, Value]
+
+    def __new__(cls, template: str, /, *values: object) -> Message:
+        """Fill the template in; a name that it has twice has one value."""
+        if not values:
+            return template if isinstance(template, Message) else _new(cls, template, template, {})
+        places = list(string.Formatter().parse(template))
+        by_name = dict(zip(dict.fromkeys(name for _, name, _, _ in places if name), values, strict=True))
+        key, text, own = [], [], {}
+        for literal, name, spec, conversion in places:
+            key.append(literal.replace("{", "{{").replace("}", "}}"))
+            text.append(literal)
+            if name is not None:
+                value = by_name[name]
+                if conversion:
+                    value = string.Formatter().convert_field(value, conversion)
+                if spec or not isinstance(value, Value):
+                    value = format(value, spec or "")  # of an error: its message
+                key.append(f"{{{name}}}")
+                text.append(str(value))
+                own[name] = value
+        return _new(cls, "".join(text), "".join(key), own)
+
+    def __str__(self) -> str:
+        """Itself, so that `str(error)` of an error is its message."""
+        return self
+
+    def __getnewargs__(self) -> tuple[Value, ...]:  # type: ignore[override]
+        return self.template, *self.values.values()
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        """Its lines; those of `join("\\n", ...)` are messages still."""
+        if "\n" not in self:
+            return [self] if self else []
+        return super().splitlines(keepends)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its key and values, for a log; `from_json` is the way back."""
+        return {"key": self.template, "values": {name: _value_to_json(value) for name, value in self.values.items()}}
+
+
+class Joined(Message):
+    """Several messages in a row. `template` is what stands between them."""
+
+    parts: tuple[str, ...]
+
+    def __getnewargs__(self) -> tuple[Value, ...]:  # type: ignore[override]
+        return self.template, *self.parts
+
+    def __new__(cls, separator: str, /, *parts: str) -> Joined:
+        """The parts with the separator between them."""
+        self = _new(cls, separator.join(parts), separator, {})
+        self.parts = parts
+        return self
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        """The lines of its parts, where each part is a line or several."""
+        if self.template != "\n" or keepends:
+            return super().splitlines(keepends)
+        return [line for part in self.parts for line in (part.splitlines() or [""])]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"join": self.template, "parts": [_value_to_json(part) for part in self.parts]}
+
+
+def join(separator: str, parts: Iterable[str]) -> str:
+    """As `separator.join(parts)`, and the parts can still be translated; a single part is itself."""
+    every = tuple(parts)
+    return every[0] if len(every) == 1 else Joined(separator, *every)
+
+
+def key_of(message: object) -> dict[str, Any]:
+    """`to_json` of a message, for the table that has its text; nothing of what is only a text."""
+    return message.to_json() if isinstance(message, Message) else {}
+
+
+def from_json(text: str, table: Mapping[str, Any]) -> str:
+    """The message of a log's table that has `text` and its key; `text` itself where it has no key."""
+    if isinstance(parts := table.get("parts"), list) and isinstance(separator := table.get("join"), str):
+        return Joined(separator, *(str(_value_from_json(part)) for part in parts))
+    key, values = table.get("key"), table.get("values")
+    if not isinstance(key, str) or not isinstance(values, Mapping):
+        return text
+    return _new(Message, text, key, {name: _value_from_json(value) for name, value in values.items()})
+
+
+def _new(cls: type[Own], text: str, template: str, values: Mapping[str, Value]) -> Own:
+    self = str.__new__(cls, text)
+    self.template, self.values = template, values
+    return self
+
+
+def _value_to_json(value: Value) -> object:
+    return {"text": value, **value.to_json()} if isinstance(value, Message) else value
+
+
+def _value_from_json(value: object) -> Value:
+    if isinstance(value, Mapping):
+        return from_json(str(value.get("text", "")), value)
+    return value if isinstance(value, Value) else str(value)
