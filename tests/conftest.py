@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from lorakit.cli.imports import import_bitsandbytes
+
 if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
 
@@ -22,6 +24,8 @@ torch.set_num_threads(1)
 os.fsync = lambda _: None
 # While tests are imported there is no garbage, and looking for it took a quarter of that time.
 gc.disable()
+# As the commands do before they import models.
+import_bitsandbytes()
 # Programs that tests start are of this tree too, whatever is installed.
 ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])

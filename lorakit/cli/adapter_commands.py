@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lorakit import config as configuration
 from lorakit.cli import threads
+from lorakit.cli.imports import model_imports
 from lorakit.cli.terminal import complain, print_json, print_lines, remark
 from lorakit.cli.train_commands import Command, add_model, add_prompts, read_overrides, read_prompts
 from lorakit.config import unquote
@@ -147,7 +148,8 @@ def run_sample(args: argparse.Namespace) -> int:
     if not file.is_dir():
         safetensors_header.read(file)  # what is no such file is refused before seconds of imports
     threads.use_idle_cores()
-    from lorakit.inference import sampling
+    with model_imports():
+        from lorakit.inference import sampling
 
     base = args.base or sampling.base_of(args.adapter)
     remark(f"base: {base}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorakit import config as configuration
 from lorakit.cli import threads
+from lorakit.cli.imports import model_imports
 from lorakit.cli.terminal import print_json, print_lines
 from lorakit.cli.train_commands import Command, add_model, read_overrides
 from lorakit.core.errors import LorakitError
@@ -29,11 +30,12 @@ def run_probe(args: argparse.Namespace) -> int:
     flags = {"model.base": args.base, "train.steps": 1} | ({"model.vae": args.vae} if args.vae else {})
     config = configuration.load(None, flags | read_overrides(args.set))
 
-    from lorakit import families
-    from lorakit.data import decode
-    from lorakit.engine import device as devices
-    from lorakit.families.pocket import subjects
-    from lorakit.inference.measure_prediction import measure
+    with model_imports():
+        from lorakit import families
+        from lorakit.data import decode
+        from lorakit.engine import device as devices
+        from lorakit.families.pocket import subjects
+        from lorakit.inference.measure_prediction import measure
 
     info = families.describe(config.model)
     if problem := info.tokenizer_problem():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import config as configuration
+from lorakit.cli.imports import model_imports
 from lorakit.cli.terminal import Terminal
 from lorakit.core.errors import LorakitError
 from lorakit.core.units import duration
@@ -83,7 +84,8 @@ def demo(
     config = configuration.load("subject-pocket", settings | dict(overrides or {}))
     photos = write_photos(subject, folder / "photos")
     terminal.say(f"demo: {PHOTOS} photos of {subject}, a {noun} the base has never seen, in {photos}")
-    from lorakit.training import run
+    with model_imports():
+        from lorakit.training import run
 
     result = run.train(config, listeners=[terminal], stop=stop)
     terminal.say("comparing base and adapter on scenes that no photo showed")

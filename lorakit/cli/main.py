@@ -29,6 +29,7 @@ from lorakit.cli import (
     train_commands,
     tune_commands,
 )
+from lorakit.cli.imports import quick_imports
 from lorakit.cli.terminal import complain, open_streams, print_event, print_json, print_lines, quiet_libraries
 from lorakit.config.option import format_bound, suggest
 from lorakit.core import install
@@ -194,7 +195,9 @@ def run_ui(arguments: Sequence[str]) -> int:
     if not _has("gradio"):
         raise LorakitError(f"the front end needs gradio; {install.hint('ui')}")
     # By name: the front end and the command line do not know each other.
-    return int(import_module("lorakit.ui.app").main(arguments))
+    with quick_imports():
+        app = import_module("lorakit.ui.app")
+    return int(app.main(arguments))
 
 
 # -- from arguments to a config -----------------------------------------------------------------------------------

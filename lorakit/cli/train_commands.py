@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit import config as configuration
 from lorakit.cli import threads
+from lorakit.cli.imports import model_imports
 from lorakit.cli.signals import stop_on_signals
 from lorakit.cli.terminal import Bar, Terminal, complain, print_event, print_json, print_lines
 from lorakit.config import sample_prompts
@@ -166,7 +167,8 @@ def run_train(args: argparse.Namespace) -> int:
         ready = preflight(resolve(args, terminal), check=check, fetch=True).or_raise()
     for line in ready.lines():
         terminal.say(line)
-    from lorakit.training import run
+    with model_imports():
+        from lorakit.training import run
 
     return _trained(args, terminal, partial(run.start, ready))
 
@@ -182,7 +184,8 @@ def run_resume(args: argparse.Namespace) -> int:
         return launch.start(args.gpus, args.words)
     threads.use_idle_cores()
     terminal = _terminal(args)
-    from lorakit.training import run
+    with model_imports():
+        from lorakit.training import run
 
     changes = read_overrides([*args.set, *([f"train.steps={args.steps}"] if args.steps else [])])
     return _trained(
@@ -204,7 +207,8 @@ def _launches(gpus: int, config: configuration.Config) -> bool:
 def _follow() -> int:
     """Train as a process after the first, which reports for all."""
     threads.use_idle_cores()
-    from lorakit.training import run
+    with model_imports():
+        from lorakit.training import run
 
     try:
         with stop_on_signals() as stop:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lorakit import config as configuration
 from lorakit.cli import threads
+from lorakit.cli.imports import model_imports
 from lorakit.cli.signals import stop_on_signals
 from lorakit.cli.terminal import Terminal, print_json, print_lines, remark
 from lorakit.cli.train_commands import Command, add_run_options, resolve
@@ -143,7 +144,8 @@ class Search:
         """Train; a trial that is worse than the median of the others at the same share of its length is ended."""
         import optuna
 
-        from lorakit.training import run
+        with model_imports():
+            from lorakit.training import run
 
         config, scores, pruned = self.options(trial), list[float](), list[bool]()
 
