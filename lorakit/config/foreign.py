@@ -33,9 +33,9 @@ def read(file: Path) -> dict[str, object]:
         text = file.read_text(encoding="utf-8-sig")
         tables = json.loads(text) if file.suffix.lower() == ".json" else tomllib.loads(text)
     except FileNotFoundError:
-        raise MissingFile([f"{file} does not exist"]) from None
+        raise MissingFile("{file} does not exist", file) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError([f"{file} cannot be read: {error}"]) from None
+        raise ConfigError("{file} cannot be read: {problem}", file, error) from None
     return tables if isinstance(tables, dict) else {}
 
 
@@ -43,7 +43,10 @@ def refuse(file: Path, tables: object) -> None:
     """Raise a ConfigError for a config of another program, which says what to do."""
     if program := program_of(tables):
         raise ConfigError(
-            [f"{file.name} is a config of {program}: lorakit import-config {quote(file)} writes one for lorakit"]
+            "{file} is a config of {program}: lorakit import-config {path} writes one for lorakit",
+            file.name,
+            program,
+            quote(file),
         )
 
 

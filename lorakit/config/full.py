@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from lorakit.config.option import option
 from lorakit.config.schema import AdapterConfig, Config, MemoryConfig, OutputConfig
+from lorakit.core.messages import Message
 from lorakit.core.registry import OPTIMIZERS
 
 # Said before a run and, where torch alone knows the card, when it begins.
@@ -47,26 +48,30 @@ class FullConfig(AdapterConfig):
 def problems(config: Config) -> list[str]:
     """Options that make no sense, or cannot be had, where the base's own weights are trained."""
     adapter, memory, train, name = config.adapter, config.memory, config.train, config.optimizer.name
-    own = f"adapter.method = {adapter.method!r} trains the base's own weights"
+    own = Message("adapter.method = {method!r} trains the base's own weights", adapter.method)
     frozen = [n for n in ("base_storage", "stream_base") if getattr(memory, n) != getattr(MemoryConfig, n)]
     if not isinstance(adapter, FullConfig):
         return []
-    result = [f"{own}: memory.{option} is for frozen ones, leave it out" for option in frozen]
+    result: list[str] = [
+        Message("{own}: memory.{option} is for frozen ones, leave it out", own, option) for option in frozen
+    ]
     checks = {
-        f"{own}: memory.compile is for an adapter's blocks, set it to false": memory.compile,
-        f"{own}, which float16 is too coarse for: set memory.mixed_precision to 'bf16' or 'fp32'": (
+        Message("{own}: memory.compile is for an adapter's blocks, set it to false", own): memory.compile,
+        Message("{own}, which float16 is too coarse for: set memory.mixed_precision to 'bf16' or 'fp32'", own): (
             memory.mixed_precision == "fp16"
         ),
-        f"{own}: train.prior = 'teacher' would need the base once more, choose 'images', as DreamBooth does": (
-            train.prior == "teacher"
-        ),
-        f"{own}: train.ema_decay needs memory.mixed_precision = 'fp32', as an average in bf16 would stand still": (
-            train.ema_decay > 0 and memory.mixed_precision != "fp32"
-        ),
-        f"{own} one by one, which optimizer.name = {name!r} cannot: choose one of "
-        f"{', '.join(n for n in OPTIMIZERS if OPTIMIZERS[n].per_weight)}": (
-            name not in OPTIMIZERS or not OPTIMIZERS[name].per_weight
-        ),
+        Message(
+            "{own}: train.prior = 'teacher' would need the base once more, choose 'images', as DreamBooth does", own
+        ): (train.prior == "teacher"),
+        Message(
+            "{own}: train.ema_decay needs memory.mixed_precision = 'fp32', as an average in bf16 would stand still", own
+        ): (train.ema_decay > 0 and memory.mixed_precision != "fp32"),
+        Message(
+            "{own} one by one, which optimizer.name = {name!r} cannot: choose one of {optimizers}",
+            own,
+            name,
+            ", ".join(n for n in OPTIMIZERS if OPTIMIZERS[n].per_weight),
+        ): (name not in OPTIMIZERS or not OPTIMIZERS[name].per_weight),
     }
     result += [problem for problem, applies in checks.items() if applies]
     if "adapter" not in adapter.outputs:
@@ -76,6 +81,8 @@ def problems(config: Config) -> list[str]:
             "output.dtype": config.output.dtype != OutputConfig.dtype,
         }
         result += [
-            f"{key} is for the extracted LoRA: add 'adapter' to adapter.outputs" for key in changed if changed[key]
+            Message("{key} is for the extracted LoRA: add 'adapter' to adapter.outputs", key)
+            for key in changed
+            if changed[key]
         ]
     return result

@@ -14,6 +14,7 @@ from lorakit.config.loading import from_tables, to_toml
 from lorakit.config.option import to_text
 from lorakit.config.sd_scripts import LR_WEIGHTS, block_patterns, square_side
 from lorakit.core.errors import ConfigError
+from lorakit.core.messages import Message
 
 Convert = Callable[[Any], Any]
 Options = dict[str, Any]
@@ -140,7 +141,7 @@ def convert(tables: Mapping[str, object]) -> Imported:
         ConfigError: it is a config of no program that is known here.
     """
     if not (program := program_of(tables)):
-        raise ConfigError([f"neither a config of {' nor of '.join(MARKS)}"])
+        raise ConfigError("neither a config of {programs}", " nor of ".join(MARKS))
     options, rest, notes = Options(), list[str](), list[str]()
     has_data_sets = isinstance(tables.get("datasets"), list)
     values = flatten({key: table for key, table in tables.items() if not has_data_sets or key != "datasets"})
@@ -155,7 +156,9 @@ def convert(tables: Mapping[str, object]) -> Imported:
         values["resolution"] = tuple(str(values["resolution"]).split(","))
     if program != "OneTrainer":
         absent = {key: value for key, value in DEFAULTS.items() if values.get(key) in _UNSET}
-        notes += [f"{key} = {value}: not set, so sd-scripts' own default" for key, value in absent.items()]
+        notes += [
+            Message("{key} = {value}: not set, so sd-scripts' own default", key, value) for key, value in absent.items()
+        ]
         values |= absent
     for key in sorted(values, key=_place):
         value = values[key]
@@ -169,7 +172,9 @@ def convert(tables: Mapping[str, object]) -> Imported:
             candidate = {}
         options |= candidate
         if not candidate:
-            rest.append(f"{key} = {json.dumps(value, ensure_ascii=False, default=str)}{_hint(key)}")
+            rest.append(
+                Message("{key} = {value}{hint}", key, json.dumps(value, ensure_ascii=False, default=str), _hint(key))
+            )
     _set_block_rates(options, values, rest)
     notes += _settle(options, values, is_kohya=program != "OneTrainer")
     while True:
@@ -180,7 +185,7 @@ def convert(tables: Mapping[str, object]) -> Imported:
             named = sorted((key for key in options if key in problem), key=problem.index)
             if not named:
                 raise
-            rest.append(f"{named[0]} = {options.pop(named[0])} ({problem})")
+            rest.append(Message("{key} = {value} ({problem})", named[0], options.pop(named[0]), problem))
 
 
 def _set_block_rates(options: Options, values: Mapping[str, object], rest: list[str]) -> None:
@@ -191,7 +196,9 @@ def _set_block_rates(options: Options, values: Mapping[str, object], rest: list[
     try:
         rates = sd_scripts.block_rates(values)
     except (ValueError, ZeroDivisionError):
-        rest += [f"{name} = {value} (12 values each, or 9 of SDXL)" for name, value in weights.items()]
+        rest += [
+            Message("{name} = {value} (12 values each, or 9 of SDXL)", name, value) for name, value in weights.items()
+        ]
         return
     zero = {pattern: 0 for pattern, rate in rates.items() if rate == 0}
     if zero:
@@ -215,7 +222,7 @@ def _hint(key: str) -> str:
     names = {*_TWINS, *_READ_ELSEWHERE}
     cutoff = 0.9 if len(key) > MAX_SHORT_KEY else 0.74
     matches = difflib.get_close_matches(key, names, n=1, cutoff=cutoff) if key not in names else []
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    return Message(" (did you mean {name}?)", matches[0]) if matches else ""
 
 
 def _place(key: str) -> int:

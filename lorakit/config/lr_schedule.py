@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lorakit.config.schema import OptimizerConfig
+from lorakit.core.messages import Message
 from lorakit.core.units import count
 
 
@@ -31,14 +32,16 @@ def problem(config: OptimizerConfig, steps: int) -> str | None:
     """What a warm-up does that leaves too little of the run, or None."""
     warmup = warmup_of(config, steps)
     if 0 < steps <= warmup:
-        return (
-            f"optimizer.warmup_steps = {warmup}: the run has {count(steps, 'step')}, so the learning rate "
-            f"rises to the end and comes to {steps / warmup:.0%} of optimizer.learning_rate"
+        return Message(
+            "optimizer.warmup_steps = {warmup}: the run has {steps}, so the learning rate rises to the end and comes "
+            "to {share:.0%} of optimizer.learning_rate",
+            *(warmup, count(steps, "step"), steps / warmup),
         )
     if config.lr_scheduler == "wsd" and warmup and warmup + config.lr_decay_ratio * steps > steps + 0.5:
-        return (
-            f"optimizer.lr_decay_ratio = {config.lr_decay_ratio:g}: the warm-up takes {warmup} of {steps} steps, so "
-            "wsd falls over the rest and is never constant"
+        return Message(
+            "optimizer.lr_decay_ratio = {share:g}: the warm-up takes {warmup} of {steps} steps, so wsd falls "
+            "over the rest and is never constant",
+            *(config.lr_decay_ratio, warmup, steps),
         )
     return None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.config.schema import OptimizerConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +40,12 @@ def problem(config: OptimizerConfig, *, has_cuda: bool, has_ema: bool = False) -
     except LorakitError as error:
         return str(error)
     if has_ema and has_average(optimizer):
-        return f"train.ema_decay: {config.name} keeps an average itself: leave it out"
+        return Message("train.ema_decay: {name} keeps an average itself: leave it out", config.name)
     try:
         if not has_cuda:
             optimizer.step()
     except Exception as error:  # somebody else's class
-        return f"optimizer.name = {config.name!r}: a step failed: {_reason(error)}"
+        return Message("optimizer.name = {name!r}: a step failed: {why}", config.name, _reason(error))
     return None
 
 
@@ -68,7 +69,7 @@ def build(config: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
     except Exception as error:
         if not config.args:
             raise
-        raise LorakitError(f"optimizer.args: {config.name} does not take them: {_reason(error)}") from None
+        raise LorakitError("optimizer.args: {name} does not take them: {why}", config.name, _reason(error)) from None
 
 
 def has_average(optimizer: torch.optim.Optimizer) -> bool:
@@ -86,13 +87,13 @@ def construct(cls: type[torch.optim.Optimizer], groups: Groups, config: Optimize
     if "weight_decay" in (accepted := _parameters(cls) or ()):
         kwargs.setdefault("weight_decay", config.weight_decay)
     elif config.weight_decay != OptimizerConfig.weight_decay and "weight_decay" not in kwargs:
-        raise LorakitError(f"optimizer.weight_decay: {cls.__name__} has no weight decay: leave it out")
+        raise LorakitError("optimizer.weight_decay: {name} has no weight decay: leave it out", cls.__name__)
     if "lr" in accepted:
         kwargs.setdefault("lr", config.learning_rate)
     try:
         return cls(groups, **kwargs)
     except Exception as error:  # somebody else's class
-        raise LorakitError(f"optimizer.args: {cls.__name__} refuses them: {_reason(error)}") from None
+        raise LorakitError("optimizer.args: {name} refuses them: {why}", cls.__name__, _reason(error)) from None
 
 
 def _builder(config: OptimizerConfig) -> Callable[..., torch.optim.Optimizer]:
@@ -105,23 +106,30 @@ def _builder(config: OptimizerConfig) -> Callable[..., torch.optim.Optimizer]:
     try:
         loaded = import_module(module)
     except Exception as error:  # somebody else's module
-        raise LorakitError(f"{where}: {module} cannot be imported: {_reason(error)}") from None
+        raise LorakitError("{where}: {module} cannot be imported: {reason}", where, module, _reason(error)) from None
     if not hasattr(loaded, attribute):
-        raise LorakitError(f"{where}: {module} has no {attribute}")
+        raise LorakitError("{where}: {module} has no {attribute}", where, module, attribute)
     builder: Callable[..., torch.optim.Optimizer] = getattr(loaded, attribute)
     if not isinstance(builder, type) and not spec.is_guess:
         return builder
     from torch.optim import Optimizer
 
     if not isinstance(builder, type) or not issubclass(builder, Optimizer):
-        raise LorakitError(f"{where}: {attribute} is not a torch.optim.Optimizer")
+        raise LorakitError("{where}: {attribute} is not a torch.optim.Optimizer", where, attribute)
     step = inspect.signature(builder.step).parameters.get("closure")
     if step is not None and step.default is step.empty:
-        raise LorakitError(f"{where}: {attribute} computes the loss several times a step: choose another")
+        raise LorakitError(
+            "{where}: {attribute} computes the loss several times a step: choose another", where, attribute
+        )
     accepted = _parameters(builder)
     for name in config.args:
         if accepted is not None and name not in accepted:
-            raise LorakitError(f"optimizer.args.{name}: {attribute} has no such argument; it has {', '.join(accepted)}")
+            raise LorakitError(
+                "optimizer.args.{argument}: {name} has no such argument; it has {names}",
+                name,
+                attribute,
+                ", ".join(accepted),
+            )
     return builder
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorakit.core.messages import Message
 from lorakit.core.names import printable, shorten
 
 # What stands around a text of which it is no part.
@@ -87,7 +88,7 @@ def suggest(word: object, candidates: Iterable[str]) -> str:
     if not matches and isinstance(word, str):
         by_name = {name.rpartition(".")[2]: name for name in names}
         matches = [by_name[n] for n in difflib.get_close_matches(word.rpartition(".")[2], by_name, n=1, cutoff=0.6)]
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    return Message(" (did you mean {name}?)", matches[0]) if matches else ""
 
 
 def label(name: str) -> str:
@@ -100,7 +101,7 @@ def to_text(value: object) -> str:
     try:
         text = repr(list(value) if isinstance(value, tuple) else value)
     except (ValueError, RecursionError):  # a number of more digits than Python writes
-        return f"a value of type {type(value).__name__} that is too long to show"
+        return Message("a value of type {name} that is too long to show", type(value).__name__)
     return shorten(text, MAX_VALUE_LENGTH)
 
 
@@ -117,7 +118,7 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
     texts = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple, dict)) else []
     if any("\ud800" <= character <= "\udfff" for text in texts if isinstance(text, str) for character in text):
         way = "write it in UTF-8, or rename the file or folder; if the name is right, set PYTHONUTF8=1"
-        return f"{opt.key} = {label(str(value))}: not UTF-8; {way}", None
+        return Message("{key} = {value}: not UTF-8; {way}", opt.key, label(str(value)), way), None
     if typing.get_origin(value_type) in (types.UnionType, typing.Union):
         optional = True
         (value_type,) = (t for t in typing.get_args(value_type) if t is not type(None))
@@ -131,16 +132,17 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
         if isinstance(value, str) and not choices and not re.match(r"""\[\s*["']""", value):
             return None, (value,)
         if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-            return f"{opt.key} = {to_text(value)}: must be a list of strings", None
+            return Message("{key} = {value}: must be a list of strings", opt.key, to_text(value)), None
         value = tuple(value)
         if not all(isinstance(item, str) for item in value):
-            return f"{opt.key} = {to_text(value)}: must be a list of strings", None
+            return Message("{key} = {value}: must be a list of strings", opt.key, to_text(value)), None
         has_path = opt.import_path and any(IMPORT_PATH.fullmatch(item) for item in value)
         unknown = [i for i in value if choices and i not in choices and not (has_path and IMPORT_PATH.fullmatch(i))]
         if unknown or (choices and opt.default and not value):
             hint = suggest(unknown[0], choices) if unknown else ""
             more = " or write module:Class" if opt.import_path else ""
-            return f"{opt.key} = {to_text(value)}: choose from {', '.join(choices)}{more}{hint}", None
+            values = (opt.key, to_text(value), ", ".join(choices), more, hint)
+            return Message("{key} = {value}: choose from {choices}{more}{hint}", *values), None
         return None, value
     if typing.get_origin(value_type) is dict:
         return _check_table(opt, typing.get_args(value_type)[1], value)
@@ -149,23 +151,23 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
     if choices:
         is_numbered = opt.numbered and re.fullmatch(rf"{opt.numbered}:\d{{1,3}}", str(value))
         if value not in choices and not is_numbered:
-            more = " or write module:Class" if opt.import_path else f" or {opt.numbered}:1" * bool(opt.numbered)
-            return (
-                f"{opt.key} = {to_text(value)}: choose one of {', '.join(choices)}{more}{suggest(value, choices)}",
-                None,
-            )
+            numbered = Message(" or {example}", f"{opt.numbered}:1") if opt.numbered else ""
+            more = " or write module:Class" if opt.import_path else numbered
+            values = (opt.key, to_text(value), ", ".join(choices), more, suggest(value, choices))
+            return Message("{key} = {value}: choose one of {choices}{more}{hint}", *values), None
         return None, value
     if value_type is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             value = float(value)
         except OverflowError:
-            return f"{opt.key} = {to_text(value)}: the number is too large", None
+            return Message("{key} = {value}: the number is too large", opt.key, to_text(value)), None
     if type(value) is not value_type:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         several = ", or several as a list, [768, 512]" if opt.key == "data.resolution" else ""
-        return f"{opt.key} = {to_text(value)}: must be {names[value_type]}{several}", None
+        kind = names[value_type]
+        return Message("{key} = {value}: must be {kind}{more}", opt.key, to_text(value), kind, several), None
     if value_type in (int, float) and not _in_bounds(opt, value):
-        return f"{opt.key} = {to_text(value)}: must be {_bounds(opt)}", None
+        return Message("{key} = {value}: must be {bounds}", opt.key, to_text(value), _bounds(opt)), None
     return None, value
 
 
@@ -173,7 +175,9 @@ def _check_numbers(opt: Option, value: object) -> tuple[str | None, tuple[int, .
     """As `check_value`, of a list of whole numbers; "512, 384" is one too."""
     items = re.split(r"[,\s]+", value.strip("[] \n")) if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
-        return f"{opt.key} = {to_text(value)}: must be a list of whole numbers, such as [512, 384]", None
+        return Message(
+            "{key} = {value}: must be a list of whole numbers, such as [512, 384]", opt.key, to_text(value)
+        ), None
     numbers = [int(i) if isinstance(i, str) and i.isdecimal() and len(i) < 10 else i for i in items if i != ""]
     each = dataclasses.replace(opt, type=int)
     problems = [problem for problem, _ in (check_value(each, number) for number in numbers) if problem]
@@ -183,25 +187,36 @@ def _check_numbers(opt: Option, value: object) -> tuple[str | None, tuple[int, .
 def _check_table(opt: Option, item_type: type, value: object) -> tuple[str | None, Any]:
     """As `check_value`, of a table."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        return f"{opt.key} = {to_text(value)}: must be a table, such as {opt.example}", None
+        return Message(
+            "{key} = {value}: must be a table, such as {example}", opt.key, to_text(value), opt.example
+        ), None
     if item_type is not Any:
         return _check_patterns(opt, item_type, value)
     table = {name: list(item) if isinstance(item, tuple) else item for name, item in value.items()}
     for name, item in table.items():
         if not all(isinstance(each, (str, int, float)) for each in (item if isinstance(item, list) else [item])):
             name = f"{opt.key}.{label(name)}"
-            return f"{name} = {to_text(item)}: must be a number, a text, true, false, or a list of these", None
+            return Message(
+                "{key} = {value}: must be a number, a text, true, false, or a list of these", name, to_text(item)
+            ), None
     return None, table
 
 
 def _check_patterns(opt: Option, value_type: type, table: Mapping[str, object]) -> tuple[str | None, Any]:
     """A table of patterns: each value as an option of this type and these bounds."""
     if len(table) > MAX_PATTERNS or any(len(pattern) > MAX_PATTERN_LENGTH for pattern in table):
-        return f"{opt.key}: at most {MAX_PATTERNS} patterns of at most {MAX_PATTERN_LENGTH} characters are read", None
+        return Message(
+            "{option}: at most {count} patterns of at most {length} characters are read",
+            opt.key,
+            MAX_PATTERNS,
+            MAX_PATTERN_LENGTH,
+        ), None
     values = {}
     for pattern, item in table.items():
         if isinstance(item, Mapping):
-            return f"{opt.key}: put quotes around a pattern with dots, as in {opt.example}", None
+            return Message(
+                "{option}: put quotes around a pattern with dots, as in {example}", opt.key, opt.example
+            ), None
         problem, values[pattern] = check_value(
             dataclasses.replace(opt, name=f"{opt.name}.{pattern}", type=value_type), item
         )
@@ -223,10 +238,10 @@ def _in_bounds(opt: Option, value: float) -> bool:
 
 def _bounds(opt: Option) -> str:
     if opt.low is not None and opt.high is not None:
-        return f"between {format_bound(opt.low)} and {format_bound(opt.high)}"
+        return Message("between {low} and {high}", format_bound(opt.low), format_bound(opt.high))
     if opt.above is not None:
-        return f"above {opt.above:g}"
-    return f"{opt.low:g} or more" if opt.low is not None else "a finite number"
+        return Message("above {low:g}", opt.above)
+    return Message("{low:g} or more", opt.low) if opt.low is not None else "a finite number"
 
 
 def format_bound(bound: float) -> str:

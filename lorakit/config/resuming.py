@@ -10,6 +10,7 @@ from lorakit.config.loading import as_tables, load, toml_value
 from lorakit.config.option import to_text
 from lorakit.config.schema import LENGTHS, Config
 from lorakit.core.errors import ConfigError
+from lorakit.core.messages import Message
 from lorakit.core.names import quote, unique_path
 from lorakit.core.registry import FORMATS
 
@@ -84,11 +85,17 @@ def _refuse(file: Path, changes: Mapping[str, tuple[object, object]]) -> None:
     values = {key: new for key, (_, new) in changes.items() if new is not None}
     steps = sorted((file.parent / "checkpoints").glob("step-*"))
     lines = [
-        f"{key} cannot change from {to_text(old)} to {to_text(new)} in a run that goes on: it would be another run"
+        Message(
+            "{key} cannot change from {old} to {new} in a run that goes on: it would be another run",
+            key,
+            to_text(old),
+            to_text(new),
+        )
         for key, (old, new) in fixed.items()
     ]
     if steps:
-        lines[-1] += f"; start one from its weights with: {new_run(steps[-1], values)}"
+        command = new_run(steps[-1], values)
+        lines[-1] = Message("{problem}; start one from its weights with: {command}", lines[-1], command)
     raise ConfigError(lines)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from lorakit.config.option import label, suggest, to_text
 from lorakit.config.schema import SampleConfig, options
 from lorakit.core.errors import ConfigError, MissingFile
+from lorakit.core.messages import Message
 from lorakit.core.names import quote
 
 # Letter in a prompt, name in a table of TOML, name of the option, and the type of its value.
@@ -60,7 +61,12 @@ def parse(text: str, sample: SampleConfig, size: tuple[int, int], number: int = 
     values: dict[str, int | float | str] = {"seed": sample.seed + number}
     for letter, value in zip(rest[::2], rest[1::2], strict=True):
         if letter not in SETTINGS:
-            raise ConfigError([f"sample.prompts: {to_text(text)}: --{letter} is none of --{', --'.join(SETTINGS)}"])
+            raise ConfigError(
+                "sample.prompts: {text}: --{letter} is none of --{settings}",
+                to_text(text),
+                letter,
+                ", --".join(SETTINGS),
+            )
         name, kind = SETTINGS[letter]
         low, high = _LIMITS.get(name, (0, 0))
         try:
@@ -71,7 +77,12 @@ def parse(text: str, sample: SampleConfig, size: tuple[int, int], number: int = 
         if wrong or (name in ("width", "height") and int(value) % 8):
             of_eight = "a multiple of 8 " if name in ("width", "height") else ""
             raise ConfigError(
-                [f"sample.prompts: {to_text(text)}: --{letter} must be {of_eight}between {low} and {high}"]
+                "sample.prompts: {text}: --{letter} must be {of_eight}between {low} and {high}",
+                to_text(text),
+                letter,
+                of_eight,
+                low,
+                high,
             )
     width, height = (int(values.pop(name, side)) for name, side in zip(("width", "height"), size, strict=True))
     return SamplePrompt(prompt.strip(), (width, height), replace(sample, **values))  # type: ignore[arg-type]
@@ -94,7 +105,11 @@ def problems(sample: SampleConfig) -> list[str]:
         problems.append("sample.width and sample.height must be multiples of 8 and 64 or more, or 0")
     for prompt in sample.prompts:
         if re.fullmatch(r"\S+\.(?:txt|json|toml)", prompt.strip()):
-            problems.append(f"sample.prompts: {to_text(prompt)} is a file: give it with --prompts {quote(prompt)}")
+            problems.append(
+                Message(
+                    "sample.prompts: {text} is a file: give it with --prompts {path}", to_text(prompt), quote(prompt)
+                )
+            )
         try:
             parse(prompt, sample, (0, 0))
         except ConfigError as error:
@@ -118,16 +133,15 @@ def read_file(path: str | Path) -> list[str]:
         else:
             rows = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     except FileNotFoundError:
-        raise MissingFile([f"--prompts {quote(path)}: no such file"]) from None
+        raise MissingFile("--prompts {path}: no such file", quote(path)) from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise ConfigError(
-            [f"--prompts {quote(path)}: cannot be read: {getattr(error, 'strerror', None) or reason}"]
-        ) from None
+        reason = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        reason = getattr(error, "strerror", None) or reason
+        raise ConfigError("--prompts {path}: cannot be read: {reason}", quote(path), reason) from None
     prompts = [from_table(_with_own_names(row)) if isinstance(row, Mapping) else str(row).strip() for row in rows]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise ConfigError([f"--prompts {quote(path)}: has no prompt; write one a line"])
+        raise ConfigError("--prompts {path}: has no prompt; write one a line", quote(path))
     return prompts
 
 
@@ -176,7 +190,7 @@ def from_table(table: Mapping[str, object]) -> str:
         if key not in letters and key != "prompt"
     ]
     if not isinstance(table.get("prompt"), str):
-        problems.append(f"sample.prompts: {to_text(dict(table))}: a table needs a prompt")
+        problems.append(Message("sample.prompts: {row}: a table needs a prompt", to_text(dict(table))))
     if problems:
         raise ConfigError(problems)
     return str(table["prompt"]) + "".join(f" --{letters[key]} {table[key]}" for key in table if key != "prompt")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from lorakit.core.messages import Message
+
 # The number of values that sd-scripts wants for all blocks, for down and up, and for the middle: of SDXL and of others.
 SDXL_BLOCKS, BLOCKS = (23, 9, 3), (25, 12, 1)
 LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
@@ -111,14 +113,21 @@ def data_sets(tables: Row) -> tuple[Row, list[str], list[str]]:
         if all(value == own[0] for value in own):
             shared[key] = own[0]
         else:
-            rest.append(f"{key} = {own} (another one in each data set)")
+            rest.append(Message("{key} = {own} (another one in each data set)", key, own))
     if sizes := sorted({row["batch_size"] for row in photos if "batch_size" in row}):
         shared["batch_size"] = sizes[0]
-        notes += [f"batch_size = {sizes[0]}: the smallest of {', '.join(map(str, sizes))}"] if sizes[1:] else []
+        notes += (
+            [Message("batch_size = {sizes}: the smallest of {value}", sizes[0], ", ".join(map(str, sizes)))]
+            if sizes[1:]
+            else []
+        )
     places = list(dict.fromkeys(str(row["image_dir"]) for row in rows if row.get("is_reg") and row.get("image_dir")))
     if places and len(photos) < len(rows):
         shared["reg_data_dir"] = places[0]
-        rest += [f'image_dir = "{place}" (class images: put them into {places[0]})' for place in places[1:]]
+        rest += [
+            Message('image_dir = "{place}" (class images: put them into {places})', place, places[0])
+            for place in places[1:]
+        ]
     by_folder: dict[str, list[Row]] = {}
     for row in photos:
         by_folder.setdefault(str(row.get("image_dir", "")), []).append(row)
@@ -142,9 +151,9 @@ def _folders(by_folder: dict[str, list[Row]], rest: list[str], notes: list[str])
         result["train_data_dir"] = next(iter(by_folder))
     elif len(parents) == 1:
         result |= {"train_data_dir": parents.pop(), "data.concepts": "folders" if len(names) > 1 else "one"}
-        notes.append(f"{result['train_data_dir']}: photos in all of its folders are trained")
+        notes.append(Message("{folder}: photos in all of its folders are trained", result["train_data_dir"]))
     elif paths:
-        rest.append(f"image_dir = {list(paths)} (one folder with these in it is trained)")
+        rest.append(Message("image_dir = {paths} (one folder with these in it is trained)", list(paths)))
     if len(names) == 1:
         result["class_tokens"] = names.pop()
     for folder, rows in by_folder.items():
@@ -153,9 +162,15 @@ def _folders(by_folder: dict[str, list[Row]], rest: list[str], notes: list[str])
             count, name = row.get("num_repeats", 1), row.get("class_tokens", "")
             inside = re.sub(r"^\d+_", "", paths[folder].name) if folder in paths else ""
             if int(repeats[1] if repeats else 1) != count:
-                rest.append(f"num_repeats = {count} (name the folder {count}_{name or inside} inside of data.folder)")
+                rest.append(
+                    Message(
+                        "num_repeats = {count} (name the folder {count}_{name} inside of data.folder)",
+                        count,
+                        name or inside,
+                    )
+                )
             if len(names) > 1 and name and name != inside:
-                rest.append(f'class_tokens = "{name}" (name its folder so: {count}_{name})')
+                rest.append(Message('class_tokens = "{name}" (name its folder so: {count}_{name})', name, count))
     sides = {folder: _distinct(row.get("resolution") for row in rows) for folder, rows in by_folder.items()}
     if all(own == next(iter(sides.values())) for own in sides.values()):
         own = next(iter(sides.values()))
@@ -164,7 +179,7 @@ def _folders(by_folder: dict[str, list[Row]], rest: list[str], notes: list[str])
         result["resolution"] = max((own[0] for own in sides.values()), key=_area)
         result["folder_resolutions"] = {paths[folder].name: own[0] for folder, own in sides.items()}
     else:
-        rest.append(f"resolution = {list(sides.values())} (another one in each data set)")
+        rest.append(Message("resolution = {sides} (another one in each data set)", list(sides.values())))
     return result
 
 

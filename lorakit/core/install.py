@@ -13,6 +13,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from lorakit.core.messages import Message
+
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
@@ -36,7 +38,11 @@ def command(*requirements: str, options: str = "") -> str:
 def hint(extra: str) -> str:
     """What to do for an extra of lorakit whose packages are missing: "install it with: ..."."""
     packages = requirements(extra)
-    return f"install it with: {command(*packages)}" if packages else f"there is none for {sys.platform}"
+    return (
+        Message("install it with: {command}", command(*packages))
+        if packages
+        else Message("there is none for {platform}", sys.platform)
+    )
 
 
 def requirements(extra: str) -> list[str]:

@@ -12,6 +12,8 @@ import itertools
 import re
 from typing import NamedTuple
 
+from lorakit.core.messages import Message
+
 # Weight of what is in one pair of brackets.
 EMPHASIS = 1.1
 # Brackets within brackets; more are letters.
@@ -57,9 +59,14 @@ def syntax(text: str) -> str:
 
 def ignored(prompt: str) -> list[str]:
     """What of a prompt is left out or read otherwise than by a web UI, a line each."""
-    lines = [f"{match} is left out: the adapter is named beside the prompt" for match in NETWORK.findall(prompt)]
+    lines: list[str] = [
+        Message("{part} is left out: the adapter is named beside the prompt", match)
+        for match in NETWORK.findall(prompt)
+    ]
     if match := _SCHEDULE.search(NETWORK.sub("", prompt)):
-        lines.append(f"{match[0]} is read as letters: a prompt here stays the same while a picture is drawn")
+        lines.append(
+            Message("{part} is read as letters: a prompt here stays the same while a picture is drawn", match[0])
+        )
     return lines
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lorakit.core import install
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 
 if TYPE_CHECKING:
     from lorakit.families.spec import FamilySpec, ModelVersion
@@ -48,7 +49,9 @@ class Registry(Mapping[str, Spec], Generic[Spec]):
         try:
             spec: Spec = resolve(path)
         except (ImportError, AttributeError) as error:
-            raise LorakitError(f"{name!r} of the entry points {self.group} cannot be loaded: {error}") from None
+            raise LorakitError(
+                "{name!r} of the entry points {group} cannot be loaded: {problem}", name, self.group, error
+            ) from None
         return spec
 
     def __contains__(self, name: object) -> bool:
@@ -174,7 +177,7 @@ def missing_package(name: str) -> str | None:
         return None
     if spec.extra:
         return f"optimizer.name = {name!r} needs {spec.package}; {install.hint(spec.extra)}"
-    return f"optimizer.name = {name!r}: the package {spec.package} is not installed"
+    return Message("optimizer.name = {name!r}: the package {package} is not installed", name, spec.package)
 
 
 def unmet_needs(name: str, *, has_cuda: bool, one_rate: bool) -> list[str]:
@@ -184,13 +187,16 @@ def unmet_needs(name: str, *, has_cuda: bool, one_rate: bool) -> list[str]:
         has_cuda: the parameters are, or may come, on a CUDA device.
         one_rate: all groups of parameters have the same learning rate.
     """
-    spec, lines = optimizer(name), []
+    spec, lines = optimizer(name), list[str]()
     if spec.needs_cuda and not has_cuda:
-        lines.append(f"optimizer.name = {name!r} needs a CUDA device: choose 'adamw8bit' or 'adamw'")
+        lines.append(Message("optimizer.name = {name!r} needs a CUDA device: choose 'adamw8bit' or 'adamw'", name))
     if spec.single_rate and not one_rate:
         lines.append(
-            f"optimizer.name = {name!r} has one rate: leave optimizer.text_encoder_learning_rate, "
-            "optimizer.loraplus_lr_ratio and optimizer.rates unset"
+            Message(
+                "optimizer.name = {name!r} has one rate: leave optimizer.text_encoder_learning_rate, "
+                "optimizer.loraplus_lr_ratio and optimizer.rates unset",
+                name,
+            )
         )
     return lines
 
@@ -203,10 +209,14 @@ def missing_trackers(names: Sequence[str]) -> list[str]:
     """Why `output.trackers` cannot be used on this machine, a line each; imports nothing."""
     packages = {name: name.partition(":")[0].partition(".")[0] for name in names}
     return [
-        f"output.trackers = {name!r}: the package {package} is not installed"
+        Message("output.trackers = {name!r}: the package {package} is not installed", name, package)
         if ":" in name
-        else f"output.trackers = {name!r} needs {package}; "
-        f"install it with: {install.command(install.with_bounds(package.replace('_', '-')))}"
+        else Message(
+            "output.trackers = {name!r} needs {package}; install it with: {package_2}",
+            name,
+            package,
+            install.command(install.with_bounds(package.replace("_", "-"))),
+        )
         for name, package in packages.items()
         if importlib.util.find_spec(package) is None
     ]
@@ -382,7 +392,12 @@ def _version(name: str) -> tuple[FamilySpec, ModelVersion]:
     by_name = versions()
     if name not in by_name:
         raise ValueError(
-            f"unknown family {name!r}; known: {', '.join(by_name)}. A family is named in registry.FAMILIES or by an "
-            f"entry point of the group {FAMILIES.group}"
+            Message(
+                "unknown family {name!r}; known: {by_name}. A family is named in registry.FAMILIES or by an "
+                "entry point of the group {group}",
+                name,
+                ", ".join(by_name),
+                FAMILIES.group,
+            )
         )
     return by_name[name]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import printable, shorten
 
 if TYPE_CHECKING:
@@ -99,24 +100,24 @@ def read(path: Path) -> Header:
             file.seek(8)
             raw = file.read(length) if length <= min(_MAX_HEADER, size) else b""
     except FileNotFoundError:
-        raise LorakitError(f"{path}: no such file") from None
+        raise LorakitError("{file}: no such file", path) from None
     except OSError as error:
-        raise LorakitError(f"{path}: cannot be read: {error.strerror}") from None
+        raise LorakitError("{file}: cannot be read: {why}", path, error.strerror) from None
     if size == 0:
-        raise LorakitError(f"{path}: the file is empty")
+        raise LorakitError("{file}: the file is empty", path)
     # The length may begin with the bytes of any other format, so the brace after it has the first word.
     if start[8:9] != b"{" or length > _MAX_HEADER:
         for magic, kind in _MAGIC.items():
             if start.lstrip().lower().startswith(magic.lower()):
-                raise LorakitError(f"{path}: this is {kind if _is_pickle(path, magic) else _ARCHIVE}")
-        raise LorakitError(f"{path}: not a safetensors file")
+                raise LorakitError("{file}: this is {kind}", path, kind if _is_pickle(path, magic) else _ARCHIVE)
+        raise LorakitError("{file}: not a safetensors file", path)
     if len(raw) < length:
-        raise LorakitError(f"{path}: cut off inside its header ({size} bytes): download it again")
+        raise LorakitError("{file}: cut off inside its header ({size} bytes): download it again", path, size)
     try:
         tensors, metadata = _parse(raw)
         return Header(path, _placed(tensors, size, 8 + length), metadata, 8 + length)
     except ValueError as error:
-        raise LorakitError(f"{path}: {error}") from None
+        raise LorakitError("{file}: {problem}", path, error) from None
 
 
 def _parse(raw: bytes) -> tuple[dict[str, object], dict[str, str]]:
@@ -139,12 +140,12 @@ def _parse(raw: bytes) -> tuple[dict[str, object], dict[str, str]]:
         raise ValueError("damaged: the __metadata__ in its header is no table")
     for key, text in metadata.items():
         if not isinstance(text, str):
-            raise ValueError(f"damaged: {_excerpt(key)} in the __metadata__ of its header is no text")
+            raise ValueError(Message("damaged: {key} in the __metadata__ of its header is no text", _excerpt(key)))
     if longest := max(table, key=len, default="")[_NAME_LENGTH:]:
-        raise ValueError(f"damaged: its header has a name of {len(longest) + _NAME_LENGTH} characters")
+        raise ValueError(Message("damaged: its header has a name of {count} characters", len(longest) + _NAME_LENGTH))
     for text in (*table, *metadata, *metadata.values()):
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"damaged: {_excerpt(text)} in its header is not Unicode")
+            raise ValueError(Message("damaged: {text} in its header is not Unicode", _excerpt(text)))
     return table, metadata
 
 
@@ -162,29 +163,43 @@ def _placed(table: dict[str, object], size: int, data_start: int) -> dict[str, T
             raise ValueError(f"damaged: {_excerpt(name)} {what} {_excerpt(before) if before else 'the header'}")
         end, before = info.end, name
     if end > size:
-        raise ValueError(f"cut off: {size} of {end} bytes are there ({100 * size // end} %): download it again")
+        raise ValueError(
+            Message(
+                "cut off: {size} of {end} bytes are there ({value} %): download it again", size, end, 100 * size // end
+            )
+        )
     if end < size:
-        raise ValueError(f"damaged: {size - end} bytes follow its last tensor")
+        raise ValueError(Message("damaged: {size} bytes follow its last tensor", size - end))
     return result
 
 
 def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict):
-        raise ValueError(f"damaged: {_excerpt(name)} has no table in the header")
+        raise ValueError(Message("damaged: {name} has no table in the header", _excerpt(name)))
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(f"{_excerpt(name)} has the dtype {_excerpt(dtype)}, which safetensors does not have")
+        raise ValueError(
+            Message("{name} has the dtype {dtype}, which safetensors does not have", _excerpt(name), _excerpt(dtype))
+        )
     if not _are_sizes(shape):
-        raise ValueError(f"damaged: the shape of {_excerpt(name)} is {_excerpt(shape)}")
+        raise ValueError(Message("damaged: the shape of {name} is {shape}", _excerpt(name), _excerpt(shape)))
     if len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"damaged: {_excerpt(name)} has {len(shape)} dimensions")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"damaged: the offsets of {_excerpt(name)} are {_excerpt(offsets)}")
+        raise ValueError(Message("damaged: the offsets of {name} are {offsets}", _excerpt(name), _excerpt(offsets)))
     size = offsets[1] - offsets[0]
     # Bounded, as a shape of a million sides would be a number of a million digits.
     count = functools.reduce(lambda product, side: min(product * side, 1 << 64), shape, 1)
     if count * BITS[dtype] != 8 * size:
-        raise ValueError(f"damaged: {_excerpt(name)} has {size} bytes, and not those of {_excerpt(shape)} in {dtype}")
+        raise ValueError(
+            Message(
+                "damaged: {name} has {size} bytes, and not those of {shape} in {dtype}",
+                _excerpt(name),
+                size,
+                _excerpt(shape),
+                dtype,
+            )
+        )
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
@@ -195,7 +210,7 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
 def _size(digits: str) -> int:
     """A number of the header: none is negative, none has more than 64 bits."""
     if digits.startswith("-") or len(digits) > 20 or int(digits) >= 1 << 64:
-        raise ValueError(f"damaged: its header has the number {_excerpt(digits)}")
+        raise ValueError(Message("damaged: its header has the number {digits}", _excerpt(digits)))
     return int(digits)
 
 
@@ -211,14 +226,14 @@ def _is_pickle(path: Path, magic: bytes) -> bool:
 
 
 def _refuse(word: str) -> float:
-    raise ValueError(f"damaged: its header has the number {word}")
+    raise ValueError(Message("damaged: its header has the number {word}", word))
 
 
 def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table: dict[str, object] = {}
     for name, value in pairs:
         if name in table:
-            raise ValueError(f"damaged: its header has {_excerpt(name)} twice")
+            raise ValueError(Message("damaged: its header has {name} twice", _excerpt(name)))
         table[name] = value
     return table
 
@@ -325,10 +340,12 @@ def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.T
         for name in sorted(names, key=lambda name: header.tensors[name].start):
             info = header.tensors[name]
             if info.dtype not in DTYPES:
-                raise LorakitError(f"{header.path}: {name} is in {info.dtype}, which cannot be read here")
+                raise LorakitError(
+                    "{header}: {name} is in {dtype}, which cannot be read here", header.path, name, info.dtype
+                )
             # Memory of torch has the alignment that its kernels need.
             raw = torch.empty(info.end - info.start, dtype=torch.uint8)
             file.seek(info.start)
             if file.readinto(raw.numpy().data) < len(raw):
-                raise LorakitError(f"{header.path}: became shorter while it was read: start again")
+                raise LorakitError("{header}: became shorter while it was read: start again", header.path)
             yield name, raw.view(getattr(torch, DTYPES[info.dtype])).reshape(info.shape)
