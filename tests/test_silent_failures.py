@@ -192,6 +192,7 @@ TESTED_ELSEWHERE = {
     "data.concepts": "test_concepts.py",
     "data.class_folder": "test_concepts.py",
     "data.exclude": "test_photo_folder.py, photos that are left out",
+    **dict.fromkeys(("data.edits", "data.more_folders"), "test_photo_edits.py, what is decoded and which photos"),
     "data.folder_resolutions": "test_resolutions.py",
     "data.cache": "test_latents.py, and must not reach the weights: below",
     "train.epochs": "test_plan.py",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What of the config a captioner obeys.
 OPTIONS = [
-    *("data.name", "data.kind", "data.concepts", "data.exclude", "data.class_folder"),
+    *("data.name", "data.kind", "data.concepts", "data.exclude", "data.edits", "data.class_folder"),
     *("memory.device", "memory.mixed_precision", "memory.tf32"),
 ]
 

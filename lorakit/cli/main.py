@@ -212,6 +212,7 @@ def describe_option(option: configuration.Option) -> dict[str, Any]:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     names: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+    names |= {dict[str, str]: "table of texts"}
     names |= {dict[str, Any]: "table", dict[str, int]: "table of whole numbers", dict[str, float]: "table of numbers"}
     choices = option.choices or (typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ())
     if typing.get_origin(kind) is tuple:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lorakit.config import full, sample_prompts
+from lorakit.config import full, photo_edits, sample_prompts
 from lorakit.config.option import label, to_text, unquote
 from lorakit.config.schema import LENGTHS, AdapterConfig, Config, DataConfig, OptimizerConfig, TrainConfig
 from lorakit.core.messages import Message
@@ -55,7 +55,7 @@ def problems(config: Config) -> list[str]:
         )
     problems += sample_prompts.problems(config.sample)
     problems += full.problems(config)
-    return problems + _resolution_problems(data) + _engine_problems(config)
+    return problems + _resolution_problems(data) + photo_edits.problems(data) + _engine_problems(config)
 
 
 def _engine_problems(config: Config) -> list[str]:

@@ -69,26 +69,43 @@ def _find_paths(tables: dict[str, dict[str, object]], place: Path) -> None:
         if not isinstance(table, dict) or not opt.path:
             continue
         value = table.get(opt.name)
+        if isinstance(value, dict):
+            table[opt.name] = {name: _find(text, place) for name, text in value.items()}
         if not isinstance(value, str) or not value:
             continue
         if re.search(r"[\x00-\x1f]", value) and ("\0" in value or not Path(value).exists()):
             raise ConfigError(
                 "{key} = {value}: {single_quotes}", opt.key, to_text(value), SINGLE_QUOTES
             )  # "C:\train" has a tab in it
-        if opt.key != "output.folder" and not Path(value).expanduser().exists():
-            candidates = (folder / value for folder in (place, *place.parents[:2]))
-            table[opt.name] = next((str(path) for path in candidates if path.exists()), value)
+        if opt.key != "output.folder":
+            table[opt.name] = _find(value, place)
+
+
+def _find(value: object, place: Path) -> object:
+    """A path completed, see `_find_paths`; anything else as it is."""
+    if not isinstance(value, str) or not value or "\0" in value or Path(value).expanduser().exists():
+        return value
+    candidates = (folder / value for folder in (place, *place.parents[:2]))
+    return next((str(path) for path in candidates if path.exists()), value)
 
 
 def with_absolute_paths(config: Config) -> Config:
     """The same config, with paths that do not depend on where one stands; names of bases stay."""
-    changes: dict[str, dict[str, str]] = {}
+    changes: dict[str, dict[str, object]] = {}
     for opt in options(config.adapter.method):
         value = getattr(getattr(config, opt.section), opt.name)
-        if opt.path and value and value != BUNDLED and Path(value).expanduser().exists():
-            changes.setdefault(opt.section, {})[opt.name] = str(Path(value).expanduser().absolute())
+        if opt.path and isinstance(value, dict):
+            changes.setdefault(opt.section, {})[opt.name] = {name: _absolute(text) for name, text in value.items()}
+        elif opt.path and value and value != BUNDLED:
+            changes.setdefault(opt.section, {})[opt.name] = _absolute(value)
     sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
     return dataclasses.replace(config, **sections)
+
+
+def _absolute(text: str) -> str:
+    """A path that is there, absolute; another as it is."""
+    path = Path(text).expanduser()
+    return str(path.absolute()) if path.exists() else text
 
 
 def _keys_to_drop(overrides: Mapping[str, Any]) -> set[str]:

@@ -23,6 +23,8 @@ QUOTES = ("''", '""', "``", "‘’", "“”", "„“", "«»", "「」")
 MAX_VALUE_LENGTH = 80
 # Patterns in a table, and characters of each.
 MAX_PATTERNS, MAX_PATTERN_LENGTH = 200, 200
+# Names of photos and folders in a table: they are looked up and no patterns.
+MAX_NAMES = 100_000
 # "package.module:Class".
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -71,7 +73,8 @@ class Option:
     def example(self) -> str:
         """A table as it is written in a config."""
         if self.section == "data":
-            return "{'10_faces' = 512}"
+            values = {"edits": "{'a.jpg' = 'turn 90'}", "more_folders": "{'3_sks cat' = '/photos/cat'}"}
+            return values.get(self.name, "{'10_faces' = 512}")
         patterns = typing.get_origin(self.type) is dict and typing.get_args(self.type)[1] is not Any
         return "{'*.attn2.*' = 8}" if patterns else "{betas = [0.9, 0.95]}"
 
@@ -204,11 +207,12 @@ def _check_table(opt: Option, item_type: type, value: object) -> tuple[str | Non
 
 def _check_patterns(opt: Option, value_type: type, table: Mapping[str, object]) -> tuple[str | None, Any]:
     """A table of patterns: each value as an option of this type and these bounds."""
-    if len(table) > MAX_PATTERNS or any(len(pattern) > MAX_PATTERN_LENGTH for pattern in table):
+    limit = MAX_NAMES if opt.private or opt.path else MAX_PATTERNS
+    if len(table) > limit or any(len(pattern) > MAX_PATTERN_LENGTH for pattern in table):
         return Message(
             "{option}: at most {count} patterns of at most {length} characters are read",
             opt.key,
-            MAX_PATTERNS,
+            limit,
             MAX_PATTERN_LENGTH,
         ), None
     values = {}

@@ -7,6 +7,7 @@ decides its format, and only the formats of `CODECS` are tried. Each error of a 
 from __future__ import annotations
 
 import io
+import math
 import struct
 import threading
 import warnings
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
 from lorakit.core import install
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable
@@ -99,7 +101,7 @@ class Picture:
         return self.content.shape[1], self.content.shape[0]
 
 
-def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None) -> Picture:
+def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None, edit: PhotoEdit = NO_EDIT) -> Picture:
     """Read a picture.
 
     Args:
@@ -107,6 +109,7 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None)
         name: name of the picture in messages; by default the file's own name.
         at_least: side of a thumbnail. A JPEG is then decoded at a half, quarter or eighth of its size, which is much
             faster, if both of its sides stay at least this long.
+        edit: turns and crops it.
 
     Raises:
         Unreadable: with the file's name, the cause, and what to do.
@@ -115,14 +118,24 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None)
     image = _open(source, name)
     with one_at_a_time(image.size), _errors_of(name):
         if at_least is not None:
-            image.draft(None, (at_least, at_least))
+            left, top, right, bottom = edit.crop
+            side = math.ceil(100 * at_least / min(right - left, bottom - top))
+            image.draft(None, (side, side))
         notes = _note_frames(image)
         orientation = _orientation(image)  # before the pixels: Pillow turns a TIFF while it loads and forgets the tag
         image.load()
         if orientation in ROTATIONS:
             image = ImageOps.exif_transpose(image)
         content, alpha = _to_srgb(image, notes)
+        if str(edit):
+            content, alpha = _edited(np.array(content), edit), None if alpha is None else _edited(alpha, edit)
     return Picture(content, alpha, ROTATIONS.get(orientation, ""), tuple(dict.fromkeys(notes)))
+
+
+def _edited(pixels: Pixels, edit: PhotoEdit) -> Pixels:
+    """The part of a picture that an edit leaves, as pixels of its own."""
+    left, top, right, bottom = edit.box((pixels.shape[1], pixels.shape[0]))
+    return np.ascontiguousarray(np.rot90(pixels, -edit.turn // 90)[top:bottom, left:right])
 
 
 def one_at_a_time(size: tuple[int, int]) -> AbstractContextManager[object]:
@@ -130,7 +143,7 @@ def one_at_a_time(size: tuple[int, int]) -> AbstractContextManager[object]:
     return _LARGE if size[0] * size[1] > LARGE_PIXELS else nullcontext()
 
 
-def measure(source: Path | bytes, name: str = "") -> tuple[int, int]:
+def measure(source: Path | bytes, name: str = "", edit: PhotoEdit = NO_EDIT) -> tuple[int, int]:
     """(width, height) of the picture that `decode` returns, read from the header alone.
 
     Raises:
@@ -139,17 +152,18 @@ def measure(source: Path | bytes, name: str = "") -> tuple[int, int]:
     image = _open(source, name or (printable(source.name) if isinstance(source, Path) else "picture"))
     # A TIFF's size is already the upright one.
     swaps_sides = _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"
-    return (image.height, image.width) if swaps_sides else (image.width, image.height)
+    return edit.size((image.height, image.width) if swaps_sides else (image.width, image.height))
 
 
-def decode_mask(path: Path, size: tuple[int, int], name: str = "") -> Pixels:
-    """Decode a mask to uint8 `[height, width]`: white is learned, black is not.
+def decode_mask(path: Path, size: tuple[int, int], edit: PhotoEdit = NO_EDIT) -> Pixels:
+    """Decode a mask to uint8 `[height, width]`: white is learned, black is not. `edit` is that of its photo, `size` the
+    photo's after it.
 
     Raises:
         Unreadable: as `decode`, and if its size is not the photo's.
     """
-    name = name or printable(path.name)
-    picture = decode(path, name)
+    name = printable(path.name)
+    picture = decode(path, name, edit=edit)
     if picture.size != size:
         raise Unreadable(name, "mask is {} x {}, its photo {} x {}: make them equal".format(*picture.size, *size))
     return np.array(picture.image.convert("L"))

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from lorakit.config import NO_LATENT_CACHE, DataConfig, TrainConfig
+from lorakit.config.photo_edits import PhotoEdit
 from lorakit.core import atomic, safetensors_header
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
@@ -174,7 +175,7 @@ class _Encoder:
             raw = photo.path.read_bytes()
         except OSError as error:
             raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
-        size = decode.measure(raw, photo.relative)
+        size = decode.measure(raw, photo.relative, photo.edit)
         of_photo = partial(augment.of_photo, size, config=self.config, seed=self.train.seed, name=photo.relative)
         numbered = [
             (resolution, number, variant)
@@ -182,10 +183,10 @@ class _Encoder:
             for number, variant in enumerate(of_photo(placement))
         ]
         variants = [variant for _, _, variant in numbered]
-        keys = [self.key(raw, variant) for variant in variants]
+        keys = [self.key(raw, variant, photo.edit) for variant in variants]
         disk_latents = [self._load(key, variant) for key, variant in zip(keys, variants, strict=True)]
         needs_pixels = None in disk_latents or self.train.masked_loss
-        picture = decode.decode(raw, photo.relative) if needs_pixels else None
+        picture = decode.decode(raw, photo.relative, edit=photo.edit) if needs_pixels else None
         mask = _photo_mask(photo, picture) if picture and self.train.masked_loss else None
         rows = []
         for (resolution, number, variant), key, latent in zip(numbered, keys, disk_latents, strict=True):
@@ -198,9 +199,10 @@ class _Encoder:
             rows.append(_VariantRow(variant, number, resolution, key, sizes, pixels, latent, variant_mask))
         return rows
 
-    def key(self, raw: bytes, variant: Variant) -> str:
-        """Key on disk: hash of the file's bytes, its crop, flip and colours, and the base's hash."""
-        content = json.dumps([CACHE_VERSION, self.identity, "float32", *astuple(variant)])
+    def key(self, raw: bytes, variant: Variant, edit: PhotoEdit) -> str:
+        """Key on disk: hash of the file's bytes, its edit, crop, flip and colours, and the base's hash."""
+        edits = [str(edit)] if str(edit) else []
+        content = json.dumps([CACHE_VERSION, self.identity, "float32", *astuple(variant), *edits])
         return hashlib.sha256(hashlib.sha256(raw).digest() + content.encode()).hexdigest()
 
     def encode(self, photos: Sequence[Photo], batches: Iterable[Sequence[_IndexedRow]]) -> None:
@@ -258,7 +260,7 @@ def _cache_path(folder: Path, key: str) -> Path:
 def _photo_mask(photo: Photo, picture: Picture) -> Pixels | None:
     """The mask of a photo: its mask file, else its alpha channel, else None (the loss counts every pixel)."""
     if photo.mask is not None:
-        mask: Pixels | None = decode.decode_mask(photo.mask, picture.size)
+        mask: Pixels | None = decode.decode_mask(photo.mask, picture.size, photo.edit)
     else:
         mask = picture.alpha
     if mask is not None and int(mask.max()) == 0:

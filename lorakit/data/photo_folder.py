@@ -7,10 +7,12 @@ import fnmatch
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lorakit.config import DataConfig, photo_edits
+from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import printable
 from lorakit.data import caption_files, concepts, masks
@@ -20,6 +22,7 @@ FORMATS = (
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "avif", "mpo", "heic", "heif", "gif",
 )  # fmt: skip
 CAPTIONS = (".txt", ".caption")
+TEXT_KINDS = ("txt", "caption", "jsonl", "json", "csv", "tsv", "bak")
 MASK = ".mask.png"
 # At most so many folders are searched for photos on deeper levels: the user's folder may be a whole disk.
 MAX_FOLDERS = 1000
@@ -38,6 +41,7 @@ class Photo:
         subject: what the name of its subfolder says without the number, "" for a photo outside subfolders.
         repeats: how often an epoch shows it: the number in front of the name of its subfolder.
         caption_lines: the lines of the caption's file.
+        edit: what `data.edits` does to it.
     """
 
     path: Path
@@ -48,6 +52,7 @@ class Photo:
     subject: str = ""
     repeats: int = 1
     caption_lines: tuple[str, ...] = ()
+    edit: PhotoEdit = NO_EDIT
 
 
 @dataclass
@@ -64,12 +69,25 @@ class Folder:
     notes: list[str] = field(default_factory=list)
 
 
-def scan(folder: str | Path, class_folder: str = "", exclude: Sequence[str] = ()) -> Folder:
+def of_config(config: DataConfig) -> Folder:
+    """The photos that a config names; see `scan`."""
+    return scan(require(config.folder), config.class_folder, config.exclude, config.more_folders, config.edits)
+
+
+def scan(
+    folder: str | Path,
+    class_folder: str = "",
+    exclude: Sequence[str] = (),
+    more_folders: Mapping[str, str] | None = None,
+    edits: Mapping[str, str] | None = None,
+) -> Folder:
     """Read the photos in `folder` and in its direct subfolders, in order of name.
 
     Args:
         exclude: names or patterns of photos to leave out.
         class_folder: folder of class images, in place of reg/, class/ or regularization/ in `folder`.
+        more_folders: name -> path of folders that are read as if they were subfolders.
+        edits: photo -> how it is turned and cropped.
 
     Raises:
         LorakitError: the folder is missing, is a file, cannot be read, or holds no picture.
@@ -92,6 +110,8 @@ def scan(folder: str | Path, class_folder: str = "", exclude: Sequence[str] = ()
         raise LorakitError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
     deep_folders = {name: count for name, count in deep_folders.items() if path / name not in mask_folders}
     photo_names = {photo.relative for photo in result.photos}
+    _read_more_folders(result, more_folders or {})
+    _edit(result, edits or {})
     _leave_out(result, exclude)
     if not result.photos:
         refused = "".join(f"; {line}" for line in result.warnings)
@@ -107,11 +127,7 @@ def scan(folder: str | Path, class_folder: str = "", exclude: Sequence[str] = ()
         folders = ", ".join(f"{name}/ ({count})" for name, count in deep_folders.items())
         result.warnings.append(f"pictures more than one folder down are not read: {folders}")
     _describe_folders(result)
-    ignored = {
-        kind: count
-        for kind, count in other_files.items()
-        if kind not in ("txt", "caption", "jsonl", "json", "csv", "tsv", "bak")
-    }
+    ignored = {kind: count for kind, count in other_files.items() if kind not in TEXT_KINDS}
     if ignored:
         result.notes.append(f"not pictures, left alone: {_count_kinds(ignored)}")
     return result
@@ -136,6 +152,34 @@ def _leave_out(result: Folder, exclude: Sequence[str]) -> None:
             raise LorakitError(f"data.exclude leaves out every photo of {result.path}")
 
 
+def _read_more_folders(result: Folder, more_folders: Mapping[str, str]) -> None:
+    """Add the photos of other folders, each under its own name."""
+    for name, place in more_folders.items():
+        repeats, subject = concepts.split_name(name)
+        if (result.path / name).exists():
+            raise LorakitError(f"data.more_folders: {result.path} has {printable(name)} already; give another name")
+        if repeats == 0 or concepts.is_class_folder(Path(name)):
+            why = "0 repeats" if repeats == 0 else "class images; name their folder in data.class_folder"
+            raise LorakitError(f"data.more_folders: {printable(name)}/ would not be trained ({why})")
+        part = scan(place)
+        result.photos += [
+            replace(photo, relative=f"{name}/{photo.relative}", subject=subject, repeats=repeats)
+            for photo in part.photos
+        ]
+        result.warnings += [f"{name}/: {line}" for line in part.warnings]
+
+
+def _edit(result: Folder, edits: Mapping[str, str]) -> None:
+    """Give each photo of `data.edits` its edit, and say which there are."""
+    parsed = {name: photo_edits.parse(text) for name, text in edits.items()}
+    names = [photo.relative for photo in result.photos if photo.relative in parsed]
+    result.photos = [replace(photo, edit=parsed.get(photo.relative, photo.edit)) for photo in result.photos]
+    absent = [printable(name) for name in parsed if name not in names]
+    result.warnings += [f"data.edits: no photo is called {some_names(absent)}"] if absent else []
+    if names:
+        result.notes.append(f"turned or cropped by data.edits: {some_names(names)}")
+
+
 def versions(photos: Sequence[Photo]) -> dict[str, list[int]]:
     """Size and time of change of each photo by its relative path: whether it is still what a run was trained on."""
     statuses = {photo.relative: photo.path.stat() for photo in photos}
@@ -155,7 +199,8 @@ def digest(photos: Iterable[Photo]) -> str:
                 total.update(hashlib.sha256(part.read_bytes() if part else b"").digest())
             except OSError as error:
                 raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
-        total.update(f"{photo.relative}\0{photo.caption}\0".encode("utf-8", "surrogatepass"))
+        edit = f"{photo.edit}\0" if str(photo.edit) else ""
+        total.update(f"{photo.relative}\0{photo.caption}\0{edit}".encode("utf-8", "surrogatepass"))
     return total.hexdigest()
 
 

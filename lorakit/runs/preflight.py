@@ -187,7 +187,10 @@ def _early_problems(config: Config, resume: bool) -> list[str]:
         *([] if config.data.name else [NO_NAME]),
     ]
     if not resume:
-        problems += _line(run_folder.output_problem(run_folder.place(config), config.data.folder))
+        place, folders = run_folder.place(config), (config.data.folder, *config.data.more_folders.values())
+        problems += dict.fromkeys(
+            line for folder in folders for line in _line(run_folder.output_problem(place, folder))
+        )
     return problems
 
 
@@ -360,7 +363,7 @@ def _misfit(config: Config, info: BaseInfo) -> str | None:
 def _with_name(config: Config) -> Config:
     """The config with a name from the folders, where these name the concepts; a folder that cannot be read has none."""
     try:
-        photos = photo_folder.scan(photo_folder.require(config.data.folder), exclude=config.data.exclude).photos
+        photos = photo_folder.of_config(config.data).photos
     except LorakitError:
         return config
     return replace(config, data=concepts.with_name(config.data, photos))
@@ -381,7 +384,7 @@ def _prior_findings(config: Config, report: checks.Report) -> list[str]:
 def _folder_problems(data: DataConfig) -> list[str]:
     """What keeps the folder of photos from being read, where no base says how to look at the photos in it."""
     try:
-        photo_folder.scan(photo_folder.require(data.folder), exclude=data.exclude)
+        photo_folder.of_config(data)
     except LorakitError as error:
         return _lines(error)
     return []

@@ -162,7 +162,7 @@ def _photos(config: Config, report: Report) -> tuple[list[dict[str, str]], int]:
     items = [item for item in report.items if item.readable]
     for item in items[:PHOTOS]:
         try:
-            decoded = decode.decode(item.photo.path, item.relative)
+            decoded = decode.decode(item.photo.path, item.relative, edit=item.photo.edit)
         except LorakitError:
             continue  # gone or changed since it was trained on; the report is not the place to fail for it
         crop = buckets.placements(decoded.size, config.data, report.multiple, item.relative)[0]

@@ -140,7 +140,7 @@ def read(answers: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[
         overrides[key] = by_key[key].read(value)
         if by_key[key].option.path and overrides[key] not in ("", by_key[key].option.default):
             try:
-                overrides[key] = resolve_path(key, overrides[key], roots)
+                overrides[key] = _resolve(key, overrides[key], roots)
             except LorakitError as error:
                 problems.setdefault(key, []).append(str(error))
     try:
@@ -150,6 +150,13 @@ def read(answers: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[
             problems.setdefault(field_of(problem, by_key), []).append(problem)
         return None, problems
     return (None if problems else config), problems
+
+
+def _resolve(key: str, value: object, roots: Roots) -> object:
+    """A path, or each path of a table, below the roots; what is neither is left for the config to name."""
+    if isinstance(value, dict):
+        return {name: _resolve(key, item, roots) for name, item in value.items()}
+    return resolve_path(key, value, roots) if isinstance(value, str) and value.strip() else value
 
 
 def resolve_path(key: str, text: str, roots: Roots) -> str:

@@ -103,3 +103,9 @@ def test_a_text_that_no_file_can_hold_is_refused(overrides: dict[str, Any]) -> N
         config.load("subject-sd15", overrides)
     assert f"{next(iter(overrides))} = " in str(error.value) and "not UTF-8; write it in UTF-8" in str(error.value)
     str(error.value).encode()
+
+
+@pytest.mark.parametrize("name", ["", "sks/toy toy", "a.b toy"])
+def test_a_word_to_learn_is_one_that_can_be_a_file(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.new_tokens needs a trigger of letters and digits: begin data\.n"):
+        config.load(PRESET, {"adapter.new_tokens": 1, "data.name": name})

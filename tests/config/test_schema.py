@@ -374,12 +374,13 @@ def test_resolved_text_is_utf8_and_says_everything() -> None:
 
 def test_no_place_on_the_machine_is_in_the_metadata() -> None:
     secret = "/somewhere/private"
-    places = {option.key: secret for option in config.options() if option.path}
+    places: dict[str, Any] = {option.key: secret for option in config.options() if option.path}
     assert " ".join(sorted(places)) == (
-        "data.class_folder data.folder model.base model.text_encoders model.tokenizer model.vae output.folder "
-        "train.init_from"
+        "data.class_folder data.folder data.more_folders model.base model.text_encoders model.tokenizer model.vae "
+        "output.folder train.init_from"
     )
-    loaded = config.load("subject-sd15", {**places, "data.name": "sks dog", "train.prior": "images"})
+    places |= {"data.more_folders": {"sks cat": secret}, "data.concepts": "one", "train.prior": "images"}
+    loaded = config.load("subject-sd15", {**places, "data.name": "sks dog"})
     assert secret in config.to_toml(loaded)
     public = config.without_paths(loaded)
     assert secret not in str(public) and public["data"]["name"] == "sks dog"
@@ -399,6 +400,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     **{name: {"adapter.train_text_encoder": True} for name in TEXT_RATES},
     **{f"optimizer.{name}": {"optimizer.lr_scheduler": schedule} for name, schedule in SCHEDULES.items()},
     **{"adapter.new_tokens": {"data.name": "sks toy"}, "data.keep_tags": {"data.shuffle_tags": True}},
+    "data.more_folders": {"data.concepts": "one"},
     **{name: {"train.prior": "teacher"} for name in ("train.prior_loss_weight", "train.prior_prompts")},
     **{name: {"train.prior": "images"} for name in ("train.class_images", "train.prior_target", "data.class_folder")},
     **{name: {"train.steps": None} for name in ("train.epochs", "train.steps_per_image")},
@@ -412,7 +414,8 @@ def another(option: Option) -> Any:
     kinds: Any = typing.get_args(option.type)
     choices = option.choices or (kinds if typing.get_origin(option.type) is typing.Literal else ())
     if typing.get_origin(option.type) is dict:
-        return {"betas": [0.9, 0.95], "foreach": False} if kinds[1] is Any else {"*.attn1.*": kinds[1](64)}
+        tables = {Any: {"betas": [0.9, 0.95], "foreach": False}, str: {"a.jpg": "turn 90"}}
+        return tables.get(kinds[1]) or {"*.attn1.*": kinds[1](64)}
     if typing.get_origin(option.type) is tuple:
         return tuple(choices[1:2]) if choices else (256,) if int in kinds else ("something else",)
     if choices:
@@ -491,10 +494,3 @@ def test_pissa_does_not_start_from_an_adapter() -> None:
 def test_methods_without_an_input_of_their_own_have_no_dropout(method: str) -> None:
     (message,) = problems({**STEPS, "adapter.method": method, "adapter.dropout": 0.1})
     assert message.startswith("unknown option adapter.dropout")
-
-
-@pytest.mark.parametrize("name", ["", "sks/toy toy", "a.b toy"])
-def test_a_word_to_learn_is_one_that_can_be_a_file(name: str) -> None:
-    assert problems({**STEPS, "adapter.new_tokens": 1, "data.name": name}) == [
-        "adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'"
-    ]

@@ -43,6 +43,10 @@ def filled(**answers: object) -> dict[str, object]:
         ({"train__steps": "10"}, "train.steps", "set exactly one of"),
         ({"data__variants": 3.0}, "data.variants", "data.variants > 1 needs data.flip"),
         ({"data__folder": "../elsewhere"}, "data.folder", "is outside of"),
+        ({"data__more_folders": "{'zib cat' = '/etc'}", "data__concepts": "one"}, "data.more_folders", "is outside of"),
+        ({"data__more_folders": "{'zib cat' = 3}", "data__concepts": "one"}, "data.more_folders", "must be text"),
+        ({"data__edits": "{'a.jpg' = 'turn 3'}"}, "data.edits", "write turn 90, 180 or 270"),
+        ({"data__edits": "{'a.jpg' = "}, "data.edits", "must be a table, such as {'a.jpg' = 'turn 90'}"),
     ],
 )
 def test_a_problem_goes_to_its_field(answers: dict[str, object], key: str, message: str, tmp_path: Path):

@@ -48,7 +48,7 @@ def check(
     Raises:
         LorakitError: there is no folder, or no picture in it.
     """
-    files = photo_folder.scan(photo_folder.require(config.folder), config.class_folder, config.exclude)
+    files = photo_folder.of_config(config)
     items = [Item(photo) for photo in files.photos]
     multiple = base.bucket_multiple
     report = Report(files.path, multiple, base.downscale, items, [], files.warnings, files.notes, files.class_photos)

@@ -26,7 +26,8 @@ class Measurement:
     grey: bool = False
 
 
-# (files of the photo with time and size, resolutions, aspect, multiple) -> (its `Item` without texts, its measurement).
+# (name, files of the photo with time and size, edit, resolutions, aspect, multiple)
+# -> (its `Item` without texts, its measurement).
 MeasurementCache = dict[tuple[Any, ...], tuple[Item, Measurement]]
 
 
@@ -39,7 +40,7 @@ def measure(item: Item, config: DataConfig, multiple: int, cache: MeasurementCac
     except OSError:
         return item, _measure(item, config, multiple)
     stamps = [(path, status.st_mtime_ns, status.st_size) for path, status in files]
-    key = (item.relative, *stamps, config.resolutions_of(item.relative), config.max_aspect, multiple)
+    key = (item.relative, *stamps, item.photo.edit, config.resolutions_of(item.relative), config.max_aspect, multiple)
     if key not in cache:
         measurement = _measure(item, config, multiple)
         cache[key] = replace(item), measurement
@@ -53,7 +54,7 @@ def _measure(item: Item, config: DataConfig, multiple: int) -> Measurement:
     photo = item.photo
     try:
         raw = decode.read(photo.path, photo.relative)
-        size = decode.measure(raw, photo.relative)
+        size = decode.measure(raw, photo.relative, photo.edit)
         with decode.one_at_a_time(size):
             return _measure_picture(item, raw, size, buckets.placements(size, config, multiple, item.relative))
     except decode.Unreadable as error:
@@ -65,10 +66,10 @@ def _measure_picture(
 ) -> Measurement:
     placement, *lower = placements
     # Twice the trained size is enough to see whether a photo is sharp there.
-    picture = decode.decode(raw, item.relative, at_least=2 * max(placement.bucket))
-    mask = picture.alpha if item.photo.mask is None else decode.decode_mask(item.photo.mask, size)
+    picture = decode.decode(raw, item.relative, at_least=2 * max(placement.bucket), edit=item.photo.edit)
+    mask = picture.alpha if item.photo.mask is None else decode.decode_mask(item.photo.mask, size, item.photo.edit)
     item.black_mask = mask is not None and not mask.any()
-    item.digest = hashlib.sha256(raw).hexdigest()
+    item.digest = hashlib.sha256(raw).hexdigest() + str(item.photo.edit)
     item.width, item.height = size
     item.orientation, item.transparent = picture.orientation, picture.alpha is not None
     item.bucket, item.scale = placement.bucket, placement.scale

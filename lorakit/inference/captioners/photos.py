@@ -48,7 +48,7 @@ def waiting(config: DataConfig, overwrite: bool) -> tuple[list[Photo], list[Phot
     Raises:
         LorakitError: as `photo_folder.scan`.
     """
-    photos = photo_folder.scan(photo_folder.require(config.folder), config.class_folder, config.exclude).photos
+    photos = photo_folder.of_config(config).photos
     return photos, [photo for photo in photos if overwrite or not photo.caption]
 
 
@@ -75,7 +75,7 @@ def caption(
             result.stopped = True
             break
         try:
-            image = decode.decode(photo.path, photo.relative).image
+            image = decode.decode(photo.path, photo.relative, edit=photo.edit).image
         except decode.Unreadable as problem:
             result.failed[photo.relative] = problem.reason
             report(number, photo, "")

@@ -35,7 +35,7 @@ ROWS = 30
 # component -> value
 Values = dict[Any, Any]
 # What a captioner is told of the run.
-OPTIONS = ("name", "kind", "concepts", "exclude", "class_folder")
+OPTIONS = ("name", "kind", "concepts", "exclude", "edits", "class_folder")
 
 
 @dataclass(frozen=True)

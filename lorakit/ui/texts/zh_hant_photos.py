@@ -3,6 +3,29 @@
 PHOTOS = {
     "{file}: no photo of this name came with it": "{file}：沒有一起上傳同名的照片",
     "data.exclude: no photo is called {name}": "data.exclude：沒有名為 {name} 的照片",
+    "data.edits: no photo is called {name:words}": "data.edits：沒有名為 {name:words} 的照片",
+    "turned or cropped by data.edits: {names:words}": "依 data.edits 旋轉或裁切：{names:words}",
+    "data.edits.{name} = {value}: write turn 90, 180 or 270, crop LEFT TOP RIGHT BOTTOM in percent of the turned "
+    "photo: 'turn 90, crop 10 0 90 100'": (
+        "data.edits.{name} = {value}：請寫 turn 90、180 或 270，以及 crop 左 上 右 下（旋轉後照片的百分比）："
+        "'turn 90, crop 10 0 90 100'"
+    ),
+    "data.more_folders: {folder} has {name} already; give another name": (
+        "data.more_folders：{folder} 裡已有 {name}；請換一個名稱"
+    ),
+    "data.more_folders: {name}/ would not be trained (0 repeats)": (
+        "data.more_folders：{name}/ 不會被訓練（重複 0 次）"
+    ),
+    "data.more_folders: {name}/ would not be trained (class images; name their folder in data.class_folder)": (
+        "data.more_folders：{name}/ 不會被訓練（這是類別圖片的名稱；請把它的資料夾填在 data.class_folder）"
+    ),
+    "data.more_folders.{name}: the name must be one of a folder, such as '3_sks cat'": (
+        "data.more_folders.{name}：名稱必須能當資料夾名稱，例如 '3_sks cat'"
+    ),
+    "data.more_folders.{name}: give the path of a folder": "data.more_folders.{name}：請給資料夾的路徑",
+    "data.more_folders needs data.concepts = 'folders' (each its own subject) or 'one'": (
+        "data.more_folders 需要 data.concepts = 'folders'（各有各的主體）或 'one'"
+    ),
     "left out by data.exclude: {names:words}": "依 data.exclude 不使用：{names:words}",
     "data.exclude leaves out every photo of {folder}": "data.exclude 排除了 {folder} 的所有照片",
     "{file}: no photo came with it": "{file}：沒有照片一起上傳",

@@ -1,0 +1,100 @@
+"""What is done to a photo before it is trained on, as text: "turn 90, crop 10 0 90 100". The file stays as it is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from lorakit.config.option import label, to_text
+from lorakit.core.messages import Message
+
+if TYPE_CHECKING:
+    from lorakit.config.schema import DataConfig
+
+GRAMMAR = "turn 90, 180 or 270, crop LEFT TOP RIGHT BOTTOM in percent of the turned photo: 'turn 90, crop 10 0 90 100'"
+# Percent; a smaller part of a photo is a slip of the mouse.
+MIN_SIDE = 2.0
+WHOLE = (0.0, 0.0, 100.0, 100.0)
+
+
+@dataclass(frozen=True)
+class PhotoEdit:
+    """Turned clockwise by `turn` degrees, then cut to `crop`: left, top, right, bottom, in percent of its sides."""
+
+    turn: int = 0
+    crop: tuple[float, float, float, float] = WHOLE
+
+    def __str__(self) -> str:
+        """As it is written in a config; "" where nothing is done."""
+        turn = [f"turn {self.turn}"] if self.turn else []
+        crop = ["crop " + " ".join(f"{side:g}" for side in self.crop)] if self.crop != WHOLE else []
+        return ", ".join(turn + crop)
+
+    def turned(self, degrees: int) -> PhotoEdit:
+        """The same part of the photo, turned further."""
+        left, top, right, bottom = self.crop
+        for _ in range(degrees // 90 % 4):
+            left, top, right, bottom = 100 - bottom, left, 100 - top, right
+        return PhotoEdit((self.turn + degrees) % 360, (left, top, right, bottom))
+
+    def cropped(self, box: tuple[float, float, float, float]) -> PhotoEdit:
+        """A part of the part, in percent of that."""
+        left, top, right, bottom = self.crop
+        width, height = (right - left) / 100, (bottom - top) / 100
+        x1, y1, x2, y2 = box
+        sides = left + x1 * width, top + y1 * height, left + x2 * width, top + y2 * height
+        crop = tuple(round(min(100.0, max(0.0, side)), 2) for side in sides)
+        return PhotoEdit(self.turn, (crop[0], crop[1], crop[2], crop[3]))
+
+    def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The part in pixels of the turned photo; at least one pixel. `size` is that of the photo before."""
+        width, height = size if self.turn % 180 == 0 else size[::-1]
+        sides = zip((width, height) * 2, self.crop, strict=True)
+        left, top, right, bottom = (round(side * share / 100) for side, share in sides)
+        left, top = min(left, width - 1), min(top, height - 1)
+        return left, top, max(left + 1, right), max(top + 1, bottom)
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of a photo of this size after the edit."""
+        left, top, right, bottom = self.box(size)
+        return right - left, bottom - top
+
+
+NO_EDIT = PhotoEdit()
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> PhotoEdit:
+    """An edit from its text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"(?:turn (90|180|270))?(?:(?:^|, ?)crop((?: \d{1,3}(?:\.\d+)?){4}))?", text.strip())
+    if match is None or not any(match.groups()):
+        raise ValueError(text)
+    left, top, right, bottom = map(float, (match[2] or "0 0 100 100").split())
+    if right - left < MIN_SIDE or bottom - top < MIN_SIDE or max(right, bottom) > 100:
+        raise ValueError(text)
+    return PhotoEdit(int(match[1] or 0), (left, top, right, bottom))
+
+
+def problems(data: DataConfig) -> list[str]:
+    """Edits of photos that are none, and other folders whose names say nothing."""
+    lines = list[str]()
+    for name, text in data.edits.items():
+        try:
+            parse(text)
+        except ValueError:
+            lines.append(Message("data.edits.{name} = {value}: write {grammar}", label(name), to_text(text), GRAMMAR))
+    for name, path in data.more_folders.items():
+        if not path.strip():
+            lines.append(Message("data.more_folders.{name}: give the path of a folder", label(name)))
+        if not name.strip() or name.startswith(".") or {*name} & {*"/\\"}:
+            wish = "data.more_folders.{name}: the name must be one of a folder, such as '3_sks cat'"
+            lines.append(Message(wish, label(name)))
+    if data.more_folders and data.concepts == "ask":
+        lines.append("data.more_folders needs data.concepts = 'folders' (each its own subject) or 'one'")
+    return lines
